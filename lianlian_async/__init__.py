@@ -1,0 +1,3 @@
+"""LianLian Pay refunds for asyncio and trio."""
+
+__version__ = "0.1.0"

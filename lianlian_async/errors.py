@@ -1,0 +1,260 @@
+"""Everything this library raises about a refund, drawn as one tree; plain values only.
+
+LianLianError
+├── ConfigurationError      a key or setting is unusable (also a ValueError)
+├── InvalidRequest          a field breaks the gateway's rules (also a ValueError)
+├── RefundNotSent           certainly never reached the gateway: safe to send again
+├── RefundRejected          apply only: the gateway said no, for good
+├── RefundNotFound          query only: the gateway has no such record
+├── QueryRejected           query only: the question was refused; says nothing about the refund
+├── RefundOutcomeUnknown    the refund may have been made; carries all that is needed to ask again
+├── GatewayUnavailable      query only: no usable answer in time
+├── RefundConflict          the same no_refund stands for other content
+├── SignatureInvalid        an answer or notification is not proved to be LianLian's
+├── AnswerMismatch          validly signed, but not the answer to our question
+└── MalformedMessage        not the protocol: not JSON, not an object of strings, too big …
+
+Every error survives pickling, so that batch workers can hand it over. None ever holds key material.
+Using a session wrongly (closed, from another event loop) is a bug in the program, not news about a
+refund: that is a plain ``RuntimeError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any, NamedTuple
+
+__all__ = [
+    "AnswerMismatch",
+    "ConfigurationError",
+    "GatewayUnavailable",
+    "InvalidRequest",
+    "LianLianError",
+    "MalformedMessage",
+    "Problem",
+    "QueryRejected",
+    "RefundConflict",
+    "RefundNotFound",
+    "RefundNotSent",
+    "RefundOutcomeUnknown",
+    "RefundRejected",
+    "SignatureInvalid",
+]
+
+
+def _revive(cls: type[LianLianError], args: tuple[Any, ...], state: dict[str, Any]) -> LianLianError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class LianLianError(Exception):
+    """The root: ``except LianLianError`` catches whatever this library says about a refund."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self), self.args, self.__dict__.copy())
+
+
+class ConfigurationError(LianLianError, ValueError):
+    """A key or setting is unusable. The message names the setting and the cure, never key text."""
+
+
+class Problem(NamedTuple):
+    """One broken rule: the wire name of the field, the rule in words, the value as given (shortened)."""
+
+    field: str
+    rule: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.rule} (got {self.value})"
+
+
+class InvalidRequest(LianLianError, ValueError):
+    """A request breaks the gateway's field rules; nothing was sent.
+
+    ``problems`` holds every broken rule of the request, not just the first.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(map(str, self.problems)))
+
+
+class RefundNotSent(LianLianError):
+    """No attempt reached the gateway (refused, DNS, TLS, connect timeout): safe to send again.
+
+    ``attempts`` counts the connections tried; ``last_error`` says what the last one met.
+    """
+
+    def __init__(self, no_refund: str, *, attempts: int, last_error: str) -> None:
+        self.no_refund = no_refund
+        self.attempts = attempts
+        self.last_error = last_error
+        super().__init__(
+            f"refund {no_refund} was not sent: {last_error} ({attempts} attempts); it is safe to send it again"
+        )
+
+
+class _SaidNo(LianLianError):
+    """What an answered refusal carries: the gateway's code and words, and ours."""
+
+    subject = "request"
+
+    def __init__(
+        self,
+        ret_code: str,
+        ret_msg: str,
+        *,
+        meaning: str,
+        advice: str,
+        is_configuration: bool,
+        verified: bool,
+        no_refund: str | None,
+    ) -> None:
+        self.ret_code = ret_code
+        self.ret_msg = ret_msg
+        self.meaning = meaning
+        self.advice = advice
+        self.is_configuration = is_configuration
+        self.verified = verified
+        self.no_refund = no_refund
+        super().__init__(f"{self.subject} {no_refund or ''}: {ret_code} {ret_msg} ({meaning}); {advice}")
+
+
+class RefundRejected(_SaidNo):
+    """The gateway refused the refund for good, and no earlier attempt may have arrived.
+
+    ``ret_code`` and ``ret_msg`` (Chinese) are the gateway's own; ``meaning`` and ``advice`` are ours
+    (see :mod:`lianlian_async.codes`). ``is_configuration`` is True where the cure lies in the
+    merchant's set-up (1001, 1008, 3001 …): every further refund would meet the same answer.
+    ``verified`` tells whether the answer bore a valid signature; error answers often bear none.
+    """
+
+    subject = "refund rejected"
+
+
+class QueryRejected(_SaidNo):
+    """The question itself was refused (3005, 1004 …): this says nothing about the refund.
+
+    The attributes are those of :class:`RefundRejected`.
+    """
+
+    subject = "query rejected"
+
+
+class RefundNotFound(LianLianError):
+    """The gateway has no record of the refund (8901) *at this moment*.
+
+    Shortly after an attempt that may have arrived this proves nothing yet: LianLian recommends
+    asking 15 minutes after applying. ``verified`` as on :class:`RefundRejected`.
+    """
+
+    def __init__(
+        self, *, no_refund: str | None, oid_refundno: str | None, ret_code: str, ret_msg: str, verified: bool
+    ) -> None:
+        self.no_refund = no_refund
+        self.oid_refundno = oid_refundno
+        self.ret_code = ret_code
+        self.ret_msg = ret_msg
+        self.verified = verified
+        super().__init__(f"no record of refund {no_refund or oid_refundno}: {ret_code} {ret_msg}")
+
+
+class RefundOutcomeUnknown(LianLianError):
+    """The refund may have been made, and the gateway could not be made to tell in time.
+
+    Do not send it again under another ``no_refund``. Ask again at ``ask_again_at`` (aware datetime):
+    ``await session.settle(error)`` does it, and sends the same bytes again only when the gateway's
+    "no such record" may be believed.
+
+    ``attempts`` counts the sends, ``questions`` the queries, ``sent_at`` is the last moment at which
+    an attempt may have arrived, ``last_error`` is the last failure in words. ``request`` is the
+    :class:`~lianlian_async.RefundRequest`, ``body`` the exact signed bytes, ``oid_partner`` the merchant
+    that signed them.
+    """
+
+    def __init__(
+        self,
+        *,
+        request: Any,
+        question: Any,
+        oid_partner: str,
+        body: bytes,
+        attempts: int,
+        questions: int,
+        sent_at: datetime,
+        ask_again_at: datetime,
+        last_error: str,
+    ) -> None:
+        # `request` and `question` are values of models, a floor above this one: hence Any.
+        self.request = request
+        self.no_refund: str = request.no_refund
+        self.dt_refund: datetime = request.dt_refund
+        self.oid_partner = oid_partner
+        self.body = body
+        self.attempts = attempts
+        self.questions = questions
+        self.sent_at = sent_at
+        self.ask_again_at = ask_again_at
+        self.last_error = last_error
+        self._question = question
+        super().__init__(
+            f"refund {self.no_refund} may have been made: {attempts} attempts, {questions} questions, "
+            f"last: {last_error}; ask again at {ask_again_at.isoformat(timespec='seconds')}"
+        )
+
+    def query(self) -> Any:
+        """The :class:`~lianlian_async.RefundQuery` that asks about this refund."""
+        return self._question
+
+
+class GatewayUnavailable(LianLianError):
+    """A query got no usable answer within its attempts and its deadline.
+
+    ``ret_code`` is the gateway's code where it answered at all (busy, maintenance …), else None.
+    """
+
+    def __init__(self, message: str, *, attempts: int, last_error: str, ret_code: str | None) -> None:
+        self.attempts = attempts
+        self.last_error = last_error
+        self.ret_code = ret_code
+        super().__init__(message)
+
+
+class RefundConflict(LianLianError):
+    """The same ``no_refund`` already stands for other content; this call sent nothing more.
+
+    ``field`` is the wire name that differs, ``ours`` and ``theirs`` the two values. A person has to look:
+    the number was used for another refund.
+    """
+
+    def __init__(self, no_refund: str, *, field: str, ours: str, theirs: str) -> None:
+        self.no_refund = no_refund
+        self.field = field
+        self.ours = ours
+        self.theirs = theirs
+        super().__init__(f"refund {no_refund} exists with another {field}: ours {ours}, recorded {theirs}")
+
+
+class SignatureInvalid(LianLianError):
+    """A message does not bear a valid signature of any known gateway key."""
+
+
+class AnswerMismatch(LianLianError):
+    """An answer is validly signed but belongs to another question.
+
+    ``field`` is the wire name, ``asked`` what we sent, ``answered`` what came (None: absent).
+    """
+
+    def __init__(self, field: str, *, asked: str, answered: str | None) -> None:
+        self.field = field
+        self.asked = asked
+        self.answered = answered
+        super().__init__(f"answer to another question: {field} is {answered!r}, asked for {asked!r}")
+
+
+class MalformedMessage(LianLianError):
+    """A message is not the protocol: not JSON, not an object of strings, duplicate keys, too big."""

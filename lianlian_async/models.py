@@ -1,0 +1,354 @@
+"""The values of the refund gateway as frozen attrs classes, checked when they are made.
+
+Field names are LianLian's wire names; the types tell the rest. Rules are those of the apply and query pages.
+A value that exists is valid: all broken rules of one request are reported together, before anything is sent.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date, datetime
+from decimal import Decimal
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, TypeVar, cast
+from urllib.parse import urlsplit
+
+import attrs
+
+from . import wire
+from .errors import InvalidRequest, Problem
+
+__all__ = ["Refund", "RefundQuery", "RefundRequest", "RefundStatus"]
+
+T = TypeVar("T")
+
+
+# ── field rules ──────────────────────────────────────────────────────────────────────────────────
+
+
+class _Broken(NamedTuple):
+    """Stands in a field until ``__attrs_post_init__`` reports it together with all other broken rules."""
+
+    rule: str
+    value: object
+
+
+def _or_broken(parse: Callable[[Any], T], value: object) -> T:
+    try:
+        return parse(value)
+    except ValueError as error:
+        return cast("T", _Broken(str(error), value))
+
+
+def _money(value: Decimal | int | str) -> Decimal:
+    return _or_broken(wire.parse_money, value)
+
+
+def _timestamp(value: datetime | str) -> datetime:
+    return _or_broken(wire.parse_timestamp, value)
+
+
+def _optional_timestamp(value: datetime | str | None) -> datetime | None:
+    return None if value is None else _timestamp(value)
+
+
+def _text(value: object, longest: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    if not value:
+        raise ValueError("must not be empty")
+    if len(value) > longest:
+        raise ValueError(f"must have at most {longest} characters, has {len(value)}")
+    if value != value.strip():
+        raise ValueError("must not begin or end with a blank: whoever trims it changes the refund's identity")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise ValueError("must hold neither control characters nor surrogates")
+    return value
+
+
+def _string_32(value: str) -> str:
+    return _or_broken(lambda text: _text(text, 32), value)
+
+
+def _optional_string_32(value: str | None) -> str | None:
+    return None if value is None else _string_32(value)
+
+
+def _optional_string_16(value: str | None) -> str | None:
+    return None if value is None else _or_broken(lambda text: _text(text, 16), value)
+
+
+def parse_notify_url(value: object) -> str:
+    """An absolute http(s) URL of at most 128 characters; ``ValueError`` with the broken rule otherwise."""
+    url = _text(value, 128)
+    if not url.isascii() or " " in url:
+        raise ValueError("must be ASCII without blanks (percent-encode the rest)")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an absolute http or https URL")
+    return url
+
+
+def _optional_url(value: str | None) -> str | None:
+    return None if value is None else _or_broken(parse_notify_url, value)
+
+
+def _broken_fields(instance: Any) -> Iterator[Problem]:
+    for field in attrs.fields(type(instance)):
+        value = getattr(instance, field.name)
+        if isinstance(value, _Broken):
+            yield Problem(field.name, value.rule, _shown(value.value))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _given(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` as keyword arguments of ``cls``; unknown and missing fields are reported together."""
+    known = {field.name: field for field in attrs.fields(cls)}
+    problems = [
+        Problem(str(key), "is no field of " + cls.__name__, _shown(data[key])) for key in data if key not in known
+    ]
+    problems += [
+        Problem(name, "is required", "nothing")
+        for name, field in known.items()
+        if field.default is attrs.NOTHING and name not in data
+    ]
+    if problems:
+        raise InvalidRequest(problems)
+    return dict(data)
+
+
+def _wire_text(value: object) -> str:
+    match value:
+        case Decimal():
+            return wire.format_money(value)
+        case datetime():
+            return wire.format_timestamp(value)
+        case _:
+            return str(value)
+
+
+class _Request:
+    """What both requests share: their wire form, and the way back."""
+
+    def to_dict(self) -> dict[str, str]:
+        """The fields in wire form (strings), absent ones left out: for JSON logs, queues and the gateway."""
+        names = [field.name for field in attrs.fields(type(self))]  # type: ignore[arg-type]
+        return {name: _wire_text(value) for name in names if (value := getattr(self, name)) is not None}
+
+
+# ── requests ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@attrs.frozen(kw_only=True)
+class RefundRequest(_Request):
+    """One refund to be applied for (LianLian's *Apply API*).
+
+    The refund's identity is ``no_refund`` with its ``dt_refund`` and ``money_refund``: choose them once,
+    keep them, and repeat them unchanged for whatever happens to this refund.
+
+    Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
+    """
+
+    no_refund: str = attrs.field(converter=_string_32)
+    """The merchant's own refund number, at most 32 characters; should differ from ``no_order``."""
+    dt_refund: datetime = attrs.field(converter=_timestamp)
+    """When the refund was ordered: an aware datetime or 14 digits; kept in UTC+8, to the second."""
+    money_refund: Decimal = attrs.field(converter=_money)
+    """Yuan (CNY), 0.01 to 100,000,000.00, at most two decimals; floats are refused."""
+    no_order: str | None = attrs.field(default=None, converter=_optional_string_32)
+    """The merchant's order number; this or ``oid_paybill`` is required."""
+    dt_order: datetime | None = attrs.field(default=None, converter=_optional_timestamp)
+    """The order's date and time; goes with ``no_order``."""
+    oid_paybill: str | None = attrs.field(default=None, converter=_optional_string_32)
+    """LianLian's payment number; this or ``no_order`` is required."""
+    notify_url: str | None = attrs.field(default=None, converter=_optional_url)
+    """Where LianLian POSTs the result, at most 128 characters; None takes the merchant's default."""
+
+    def __attrs_post_init__(self) -> None:
+        problems = list(_broken_fields(self))
+        if self.no_order is None and self.oid_paybill is None:
+            problems.append(Problem("no_order", "no_order or oid_paybill is required", "neither"))
+        if problems:
+            raise InvalidRequest(problems)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RefundRequest:
+        """The request that :meth:`to_dict` wrote; unknown keys are refused."""
+        return cls(**_given(cls, data))
+
+    def query(self) -> RefundQuery:
+        """The question about this refund."""
+        return RefundQuery(no_refund=self.no_refund, dt_refund=self.dt_refund)
+
+
+@attrs.frozen(kw_only=True)
+class RefundQuery(_Request):
+    """A question about one refund (LianLian's *Refund Status API*): ``no_refund`` or ``oid_refundno`` is required.
+
+    Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
+    """
+
+    no_refund: str | None = attrs.field(default=None, converter=_optional_string_32)
+    """The merchant's refund number."""
+    dt_refund: datetime = attrs.field(converter=_timestamp)
+    """The refund's own ``dt_refund``: an aware datetime or 14 digits."""
+    oid_refundno: str | None = attrs.field(default=None, converter=_optional_string_16)
+    """LianLian's refund number, at most 16 characters."""
+
+    def __attrs_post_init__(self) -> None:
+        problems = list(_broken_fields(self))
+        if self.no_refund is None and self.oid_refundno is None:
+            problems.append(Problem("no_refund", "no_refund or oid_refundno is required", "neither"))
+        if problems:
+            raise InvalidRequest(problems)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RefundQuery:
+        """The query that :meth:`to_dict` wrote; unknown keys are refused."""
+        return cls(**_given(cls, data))
+
+
+# ── the answer ───────────────────────────────────────────────────────────────────────────────────
+
+
+class RefundStatus(StrEnum):
+    """``sta_refund``. A value that LianLian adds later is kept: it compares equal to its text, is not final."""
+
+    INITIALIZED = "0"
+    PROCESSING = "1"
+    SUCCESS = "2"
+    FAILED = "3"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the state can no longer change: success (the bank accepted it) or failed."""
+        return self in (RefundStatus.SUCCESS, RefundStatus.FAILED)
+
+    @classmethod
+    def _missing_(cls, value: object) -> RefundStatus | None:
+        if not isinstance(value, str):
+            return None
+        unknown = str.__new__(cls, value)
+        unknown._name_ = "UNKNOWN"
+        unknown._value_ = value
+        return unknown
+
+
+_TYPES: Final[dict[str, Callable[[str], Any]]] = {
+    "ret_code": str,
+    "ret_msg": str,
+    "oid_partner": str,
+    "no_refund": str,
+    "dt_refund": wire.parse_timestamp,
+    "money_refund": wire.parse_money,
+    "money_foreign_refund": wire.parse_decimal,
+    "rate_id": str,
+    "rate": wire.parse_decimal,
+    "exchange_bankcode": str,
+    "oid_refundno": str,
+    "sta_refund": RefundStatus,
+    "settle_date": wire.parse_date,
+}
+_SIGNATURE_FIELDS: Final = ("sign", "sign_type")
+
+
+@attrs.frozen(kw_only=True)
+class Refund:
+    """A refund as the gateway recorded it, from a verified answer or notification.
+
+    A field that the gateway left out, or left empty, is None. Success means that the bank accepted the
+    refund, not that the customer has the money yet.
+    """
+
+    ret_code: str | None = None
+    ret_msg: str | None = attrs.field(default=None, repr=False)
+    """The gateway's own words, in Chinese."""
+    oid_partner: str | None = None
+    no_refund: str | None = None
+    dt_refund: datetime | None = None
+    """In UTC+8. The domestic product's answers leave it out."""
+    money_refund: Decimal | None = None
+    """Yuan (CNY)."""
+    money_foreign_refund: Decimal | None = None
+    """The amount in the order's currency (cross-border product)."""
+    rate_id: str | None = None
+    rate: Decimal | None = None
+    exchange_bankcode: str | None = None
+    oid_refundno: str | None = None
+    """LianLian's own number of this refund."""
+    sta_refund: RefundStatus | None = None
+    settle_date: date | None = None
+    """When it was settled; there once the refund succeeded."""
+    extra: Mapping[str, str] = attrs.field(factory=dict, repr=False, eq=False)
+    """Fields this library does not know, and known ones whose text is not of the documented form."""
+    raw: Mapping[str, str] = attrs.field(factory=dict, repr=False, eq=False)
+    """The mapping exactly as received, signature included."""
+    asked_dt_refund: datetime | None = attrs.field(default=None, repr=False, eq=False)
+    """The ``dt_refund`` that was asked for: an answer need not repeat it, a later question needs it."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, str], *, asked_dt_refund: datetime | None = None) -> Refund:
+        """The refund that a received mapping tells of; :meth:`to_dict` gives that mapping back.
+
+        A known field whose text is not of its documented form stays None and keeps its text in ``extra``:
+        one odd exchange rate must not hide that a refund was made.
+        """
+        known: dict[str, Any] = {}
+        extra: dict[str, str] = {}
+        for name, text in data.items():
+            parse = _TYPES.get(name)
+            if parse is None:
+                if name not in _SIGNATURE_FIELDS:
+                    extra[name] = text
+            elif text:
+                try:
+                    known[name] = parse(text)
+                except ValueError:
+                    extra[name] = text
+        return cls(
+            **known,
+            extra=MappingProxyType(extra),
+            raw=MappingProxyType(dict(data)),
+            asked_dt_refund=asked_dt_refund,
+        )
+
+    def to_dict(self) -> dict[str, str]:
+        """The received mapping, for JSON logs and queues."""
+        return dict(self.raw)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether ``sta_refund`` can no longer change."""
+        return self.sta_refund is not None and self.sta_refund.is_final
+
+    def query(self) -> RefundQuery:
+        """The question about this refund's present state.
+
+        Raises :class:`~lianlian_async.InvalidRequest` where neither the answer nor the question that led
+        to it named a ``dt_refund``, which the Refund Status API requires.
+        """
+        when = self.dt_refund or self.asked_dt_refund
+        return RefundQuery.from_dict(
+            {
+                **({} if self.no_refund is None else {"no_refund": self.no_refund}),
+                **({} if self.no_refund or not self.oid_refundno else {"oid_refundno": self.oid_refundno}),
+                **({} if when is None else {"dt_refund": when}),
+            }
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive_refund, (dict(self.raw), self.asked_dt_refund)
+
+
+def _revive_refund(raw: dict[str, str], asked_dt_refund: datetime | None) -> Refund:
+    return Refund.from_dict(raw, asked_dt_refund=asked_dt_refund)

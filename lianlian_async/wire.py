@@ -1,0 +1,175 @@
+"""The formats of the wire: strict JSON in and out, and text ↔ Decimal, datetime (UTC+8) and date.
+
+No other module knows how a value looks on the wire. Parsers raise ``ValueError`` whose text is the
+broken rule; the caller knows the field and says it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from typing import Any, Final, NoReturn
+
+from .errors import MalformedMessage
+
+__all__ = [
+    "CHINA_STANDARD_TIME",
+    "MAX_MESSAGE_BYTES",
+    "decode",
+    "encode",
+    "format_money",
+    "format_timestamp",
+    "parse_date",
+    "parse_decimal",
+    "parse_money",
+    "parse_timestamp",
+]
+
+MAX_MESSAGE_BYTES: Final = 1024 * 1024
+
+# The pages name no time zone; the gateway is in China, which has had no daylight saving since 1991.
+CHINA_STANDARD_TIME: Final = timezone(timedelta(hours=8), "CST")
+
+_MONEY: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,2})?")
+_DECIMAL: Final = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
+_LARGEST: Final = Decimal("100000000.00")
+_SMALLEST: Final = Decimal("0.01")
+
+
+# ── JSON ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise MalformedMessage("a key stands twice in the JSON object")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise MalformedMessage(f"{name} is not JSON")
+
+
+# A number keeps its literal text: the signature is over text, so a lenient gateway's 200.01 and "200.01"
+# are the same field, and the signature decides whether that text is right.
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_refuse_duplicates, parse_int=str, parse_float=str, parse_constant=_refuse_constant
+)
+
+
+def decode(body: bytes) -> dict[str, str]:
+    """The flat object of strings in ``body`` (UTF-8 JSON, at most 1 MiB).
+
+    A null is as good as absent (the signature's rule leaves both out) and is dropped; a number keeps its
+    literal text. Anything else (true, lists, objects, duplicate keys, lone surrogates) raises
+    :class:`~lianlian_async.errors.MalformedMessage`.
+    """
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise MalformedMessage(f"longer than {MAX_MESSAGE_BYTES} bytes")
+    try:
+        message: object = _DECODER.decode(body.decode())
+    except UnicodeDecodeError:
+        raise MalformedMessage("not UTF-8") from None
+    except RecursionError:
+        raise MalformedMessage("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise MalformedMessage(f"not JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(message, dict):
+        raise MalformedMessage("not a JSON object")
+    fields: dict[str, str] = {}
+    for key, value in message.items():
+        if isinstance(value, str):
+            fields[key] = value
+        elif value is not None:
+            raise MalformedMessage(f"the value of {key[:32]!r} is not a string")
+    if b"\\u" in body:  # only an escape can smuggle in what UTF-8 cannot carry
+        try:
+            "".join((*fields, *fields.values())).encode()
+        except UnicodeEncodeError:
+            raise MalformedMessage("a lone surrogate stands in a string") from None
+    return fields
+
+
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def encode(fields: Mapping[str, str]) -> bytes:
+    """``fields`` as one compact JSON object in UTF-8, in the order given."""
+    return _ENCODER.encode(fields).encode()
+
+
+# ── money ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_money(value: Decimal | int | str) -> Decimal:
+    """An amount in yuan, 0.01 to 100,000,000.00, with exactly two decimals; never rounded."""
+    match value:
+        case bool() | float():
+            raise ValueError("must be a Decimal, not a float or bool: floats cannot hold yuan and fen exactly")
+        case str() if not _MONEY.fullmatch(value):
+            raise ValueError("must be digits with at most 2 decimals, such as 200.01")
+        case Decimal() | int() | str():
+            amount = Decimal(value)
+        case _:
+            raise ValueError("must be a Decimal")
+    exponent = amount.as_tuple().exponent
+    if not isinstance(exponent, int):
+        raise ValueError("must be a finite number")
+    if exponent < -2:
+        raise ValueError("must have at most 2 decimals (it is never rounded)")
+    if not _SMALLEST <= amount <= _LARGEST:
+        raise ValueError("must be between 0.01 and 100000000.00 yuan")
+    return Decimal(f"{amount:.2f}")  # exact, and free of the caller's decimal context
+
+
+def format_money(amount: Decimal) -> str:
+    """The wire form of an amount: always two decimals."""
+    return f"{amount:.2f}"
+
+
+def parse_decimal(text: str) -> Decimal:
+    """A plain decimal number (a rate, an amount in a foreign currency)."""
+    if not _DECIMAL.fullmatch(text):
+        raise ValueError("must be a decimal number")
+    return Decimal(text)
+
+
+# ── time ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_timestamp(value: datetime | str) -> datetime:
+    """A moment in China Standard Time, to the second, from an aware datetime or 14 digits."""
+    match value:
+        case str() if len(value) == 14 and value.isascii() and value.isdigit():
+            parts = [int(value[:4]), *(int(value[at : at + 2]) for at in range(4, 14, 2))]
+            try:
+                moment = datetime(*parts, tzinfo=CHINA_STANDARD_TIME)  # type: ignore[arg-type, misc]
+            except ValueError:
+                raise ValueError("is no date and time of the calendar (yyyyMMddHHmmss)") from None
+        case datetime() if value.utcoffset() is None:
+            raise ValueError("is a naive datetime; say which zone: datetime.now(timezone.utc) or value.astimezone()")
+        case datetime():
+            try:
+                moment = value.astimezone(CHINA_STANDARD_TIME).replace(microsecond=0)
+            except OverflowError:
+                raise ValueError("is outside of the calendar in China Standard Time") from None
+        case _:
+            raise ValueError("must be an aware datetime or 14 digits yyyyMMddHHmmss (China Standard Time)")
+    if moment.year < 1000:
+        raise ValueError("must have a year of four digits")
+    return moment
+
+
+def format_timestamp(moment: datetime) -> str:
+    """``yyyyMMddHHmmss`` in China Standard Time."""
+    return moment.astimezone(CHINA_STANDARD_TIME).strftime("%Y%m%d%H%M%S")
+
+
+def parse_date(text: str) -> date:
+    """A settlement date: 8 digits ``YYYYMMDD``."""
+    if not (len(text) == 8 and text.isascii() and text.isdigit()):
+        raise ValueError("must be 8 digits YYYYMMDD")
+    return date(int(text[:4]), int(text[4:6]), int(text[6:]))
