@@ -1,0 +1,78 @@
+"""What all tests share: both backends, virtual time, one set of keys, the genuine signatures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keypairs
+import pytest
+from clock import virtual_backend
+from hypothesis import HealthCheck, settings
+
+from lianlian_async.merchant import Merchant
+
+settings.register_profile(
+    "lianlian",
+    deadline=None,  # no test depends on how fast the machine is
+    database=None,  # nor on an earlier run
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("lianlian")
+
+_VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "signatures.json"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see tests/clock.py)")
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each test marked ``anyio`` runs on both backends; marked ``virtual_time`` too, in virtual time."""
+    if request.node.get_closest_marker("virtual_time") is None:
+        yield request.param, {}
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        yield virtual_backend(request.param, patch)
+
+
+@pytest.fixture(scope="session")
+def merchant_keys() -> keypairs.Pair:
+    """The merchant's own key pair."""
+    return keypairs.pair("merchant")
+
+
+@pytest.fixture(scope="session")
+def gateway_keys() -> keypairs.Pair:
+    """The gateway's key pair, as far as the tests play the gateway."""
+    return keypairs.pair("gateway")
+
+
+@pytest.fixture(scope="session")
+def stranger_keys() -> keypairs.Pair:
+    """A key pair that nobody here trusts."""
+    return keypairs.pair("stranger")
+
+
+@pytest.fixture
+def merchant(merchant_keys: keypairs.Pair, gateway_keys: keypairs.Pair) -> Merchant:
+    """A merchant that holds its own private key and trusts ``gateway_keys``."""
+    return Merchant(
+        oid_partner="201103171000000000",
+        private_key=merchant_keys.private,
+        gateway_public_keys=[gateway_keys.public],
+        notify_url="https://shop.example/lianlian/refund",
+    )
+
+
+@pytest.fixture(scope="session")
+def vectors() -> dict[str, Any]:
+    """LianLian's genuine signatures, which lie beside the checkout and are copied nowhere."""
+    if not _VECTORS.is_file():
+        pytest.skip("the genuine signatures (shared/vectors/signatures.json) do not lie beside this checkout")
+    return json.loads(_VECTORS.read_text("utf-8"))
