@@ -1,0 +1,98 @@
+"""One exchange with the gateway as values: what goes out, what comes back, and what is known afterwards.
+
+Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport says which in a
+:data:`Delivery`; the protocol reads it into a :class:`Reply`; middleware and settlement decide by the reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum, StrEnum
+from typing import TypeAlias
+
+import attrs
+
+from .errors import LianLianError
+from .models import Refund
+from .retry import Deadline, RetryPolicy
+
+__all__ = ["Answer", "Call", "Delivery", "Exchange", "Known", "Lost", "Reply", "Trail"]
+
+
+class Call(StrEnum):
+    """Which of the gateway's two calls."""
+
+    APPLY = "apply"
+    QUERY = "query"
+
+
+@attrs.define
+class Trail:
+    """What one attempt has left behind so far, for whoever has to end it early."""
+
+    may_have_arrived: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class Exchange:
+    """One request on its way: the same signed bytes on every attempt."""
+
+    call: Call
+    url: str
+    body: bytes = attrs.field(repr=False)
+    """The signed JSON, sent as it is."""
+    asked: Mapping[str, str]
+    """The wire fields of the request, without the signature."""
+    deadline: Deadline
+    """The whole call's."""
+    policy: RetryPolicy
+    attempt: int = 1
+    """Counts the attempts of this exchange, from 1."""
+    seconds: float = 0.0
+    """How long this attempt may take."""
+    trail: Trail = attrs.field(factory=Trail, repr=False)
+
+
+@attrs.frozen
+class Answer:
+    """The server answered: status, headers (lower-case names) and the body as received."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@attrs.frozen
+class Lost:
+    """No answer: ``reason`` in words, and whether the request may have arrived all the same."""
+
+    reason: str
+    may_have_arrived: bool
+    cause: BaseException | None = None
+
+
+Delivery: TypeAlias = Answer | Lost
+
+
+class Known(Enum):
+    """What one exchange has taught us about the refund."""
+
+    NOT_SENT = "certainly never reached the gateway"
+    FOUND = "the gateway's own signed record of this refund"
+    REJECTED = "the gateway refused this request, for good"
+    EXISTS = "the gateway says it has, or is working on, this refund already"
+    NOT_FOUND = "the gateway has no such record at this moment"
+    UNCERTAIN = "nothing can be concluded"
+
+
+@attrs.frozen(kw_only=True)
+class Reply:
+    """What is known after an exchange: a ``refund`` if :attr:`Known.FOUND`, else the ``error`` that says why not."""
+
+    known: Known
+    refund: Refund | None = None
+    error: LianLianError | None = None
+    retry_after: float | None = None
+    """Seconds, as the server asked for."""
+    attempts: int = 1
+    """How many attempts it took."""

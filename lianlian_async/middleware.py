@@ -1,0 +1,171 @@
+"""Layers around one exchange: ``async def middleware(exchange, call_next) -> Reply``, and the stock ones.
+
+A session's onion, from the outside in: :class:`Retry` → :class:`Permit` (the caller's ``limiter``) →
+:class:`Attempt` (time, and honesty about what happened) → the caller's own ``middleware``, first one
+outermost → the exchange itself. The caller's layers see every attempt, each question of a settlement too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol, TypeAlias
+
+import anyio
+import attrs
+
+from .errors import ConfigurationError
+from .exchange import Call, Exchange, Known, Lost, Reply, Trail
+from .protocol import lost
+from .retry import Bucket
+
+__all__ = ["Attempt", "Middleware", "Next", "Observer", "Permit", "RateLimit", "Retry", "onion"]
+
+Next: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
+"""The rest of the onion."""
+
+
+class Middleware(Protocol):
+    """One layer. Call ``call_next(exchange)`` and return its reply, or look at either in passing."""
+
+    async def __call__(self, exchange: Exchange, call_next: Next, /) -> Reply:
+        """Carry out ``exchange`` by way of ``call_next``."""
+
+
+def onion(layers: Sequence[Middleware], core: Next) -> Next:
+    """``core`` with ``layers`` around it, the first one outermost."""
+
+    def wrapped(layer: Middleware, call_next: Next) -> Next:
+        async def call(exchange: Exchange) -> Reply:
+            return await layer(exchange, call_next)
+
+        return call
+
+    for layer in reversed(layers):
+        core = wrapped(layer, core)
+    return core
+
+
+class Retry:
+    """Repeats an exchange that can be repeated without asking, with full-jitter pauses.
+
+    That is an apply call that certainly was not sent, and a question that got no usable answer.
+    It stops at the policy's ``attempts``, at the deadline, and when the session's retry budget is empty.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+
+    async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
+        """Repeat ``call_next`` as far as that is safe and worth it; the last reply counts all attempts."""
+        attempt = 1
+        while True:
+            reply = await call_next(attrs.evolve(exchange, attempt=attempt))
+            repeatable = reply.known is Known.NOT_SENT or (
+                exchange.call is Call.QUERY and reply.known is Known.UNCERTAIN
+            )
+            if (
+                not repeatable
+                or attempt >= exchange.policy.attempts
+                or not await pause(exchange, self._bucket, attempt - 1, reply.retry_after)
+            ):
+                return attrs.evolve(reply, attempts=attempt)
+            attempt += 1
+
+
+async def pause(exchange: Exchange, bucket: Bucket, retries: int, retry_after: float | None) -> bool:
+    """Wait before the next attempt. False, at once: it would come after the deadline, or the budget is empty."""
+    # Jitter only spreads load; nothing secret hangs on it.
+    seconds = exchange.policy.pause(retries, random.random(), retry_after)  # noqa: S311
+    now = anyio.current_time()
+    if not exchange.deadline.attempt(now + seconds) or not bucket.take(now):
+        return False
+    await anyio.sleep(seconds)
+    return True
+
+
+class Permit:
+    """Holds the caller's limiter (any async context manager) around each attempt.
+
+    Waiting for it does not count against the call's deadline.
+    """
+
+    def __init__(self, limiter: AbstractAsyncContextManager[Any]) -> None:
+        self._limiter = limiter
+
+    async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
+        """Wait for the limiter, then go on."""
+        asked_at = anyio.current_time()
+        async with self._limiter:
+            exchange.deadline.extend(anyio.current_time() - asked_at)
+            return await call_next(exchange)
+
+
+class Attempt:
+    """Bounds one attempt in time, and tells what it left behind however it ended.
+
+    Layers inside of this one are the caller's code: whatever they raise, and however they retry by
+    themselves, an exchange that may have arrived never comes out of here as *not sent*.
+    """
+
+    async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
+        """Give ``call_next`` its share of the time left; always ends in a reply or in cancellation."""
+        seconds = exchange.deadline.attempt(anyio.current_time())
+        trail = Trail()
+        if not seconds:
+            return _gave_up(exchange, trail, "the deadline is over", None)
+        with anyio.move_on_after(seconds):
+            try:
+                reply = await call_next(attrs.evolve(exchange, seconds=seconds, trail=trail))
+            except Exception as error:  # noqa: BLE001 - the refund's fate has to be told, whatever a layer raises
+                return _gave_up(exchange, trail, f"a middleware raised {type(error).__name__}: {error}", error)
+            if reply.known is Known.NOT_SENT and trail.may_have_arrived:
+                return attrs.evolve(reply, known=Known.UNCERTAIN)
+            return reply
+        return _gave_up(exchange, trail, f"no answer within {seconds:.1f} s", None)
+
+
+def _gave_up(exchange: Exchange, trail: Trail, reason: str, cause: Exception | None) -> Reply:
+    return lost(exchange, Lost(reason, trail.may_have_arrived, cause))
+
+
+class RateLimit:
+    """An async context manager that lets ``per_second`` exchanges begin each second, evenly spaced.
+
+    ``burst`` of them may begin at once after a rest. Waiters are served in order. Pass it as ``limiter=`` to
+    sessions; one object may serve several sessions of one event loop.
+    """
+
+    def __init__(self, per_second: float, *, burst: int = 1) -> None:
+        if not (per_second > 0 and burst >= 1):
+            raise ConfigurationError("RateLimit: per_second must be more than 0, burst at least 1")
+        self._interval = 1 / per_second
+        self._slack = (burst - 1) * self._interval
+        self._next = float("-inf")
+
+    async def __aenter__(self) -> None:
+        now = anyio.current_time()
+        # A place in the queue is taken at once, so who came first begins first; a cancelled waiter's is lost.
+        self._next = max(self._next + self._interval, now - self._slack)
+        await anyio.sleep(self._next - now)
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Nothing to give back: the rate counts beginnings."""
+
+
+@attrs.frozen
+class Observer:
+    """Calls ``callback(exchange, reply, seconds)`` after every attempt: for logs, metrics and traces.
+
+    ``exchange`` and ``reply`` are frozen and hold no secret. An attempt that is cancelled is not reported.
+    """
+
+    callback: Callable[[Exchange, Reply, float], object]
+
+    async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
+        """Go on, then report."""
+        began = anyio.current_time()
+        reply = await call_next(exchange)
+        self.callback(exchange, reply, anyio.current_time() - began)
+        return reply

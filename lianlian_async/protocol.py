@@ -1,0 +1,208 @@
+"""The gateway's two calls without any input or output: request → signed bytes, delivery → reply.
+
+Reading is total: whatever came back becomes a :class:`~lianlian_async.exchange.Reply`, nothing is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+
+import attrs
+
+from . import wire
+from .codes import CodeClass, ReturnCode, explain
+from .errors import (
+    AnswerMismatch,
+    GatewayUnavailable,
+    InvalidRequest,
+    LianLianError,
+    MalformedMessage,
+    Problem,
+    QueryRejected,
+    RefundNotFound,
+    RefundNotSent,
+    RefundRejected,
+    SignatureInvalid,
+)
+from .exchange import Answer, Call, Delivery, Exchange, Known, Lost, Reply
+from .merchant import Merchant
+from .models import Refund, RefundQuery, RefundRequest
+from .signing import SigningKey, VerifyingKey, signature_source
+
+__all__ = ["Protocol", "lost"]
+
+
+@attrs.frozen
+class Protocol:
+    """LianLian's refund protocol as one merchant speaks it. :meth:`seal` and :meth:`read` cost an RSA operation."""
+
+    merchant: Merchant
+    private_key: SigningKey
+    gateway_keys: tuple[VerifyingKey, ...]
+
+    # ── out ──────────────────────────────────────────────────────────────────────────────────────
+
+    def apply_fields(self, request: RefundRequest) -> dict[str, str]:
+        """The fields of an apply call; raises ``InvalidRequest`` if nobody names a ``notify_url``."""
+        fields = {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **request.to_dict()}
+        notify_url = request.notify_url or self.merchant.notify_url
+        if notify_url is None:
+            raise InvalidRequest([Problem("notify_url", "is required, on the request or on the Merchant", "neither")])
+        fields["notify_url"] = notify_url
+        return fields
+
+    def query_fields(self, query: RefundQuery) -> dict[str, str]:
+        """The fields of a query call."""
+        return {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **query.to_dict()}
+
+    def seal(self, fields: Mapping[str, str]) -> bytes:
+        """``fields`` and their signature as the JSON that is sent."""
+        return wire.encode({**fields, "sign": self.private_key.sign(signature_source(fields))})
+
+    # ── in ───────────────────────────────────────────────────────────────────────────────────────
+
+    def verify(self, fields: Mapping[str, str]) -> bool:
+        """Whether one of the gateway's keys signed ``fields``."""
+        source, signature = signature_source(fields), fields.get("sign", "")
+        return any(key.verify(source, signature) for key in self.gateway_keys)
+
+    def read(self, exchange: Exchange, delivery: Delivery) -> Reply:
+        """What ``delivery`` teaches about the refund that ``exchange`` asked for."""
+        if isinstance(delivery, Lost):
+            return lost(exchange, delivery)
+        retry_after = _retry_after(delivery.headers)
+        try:
+            fields = _message(delivery)
+            verified = self._verified(fields)
+            row = explain(fields["ret_code"])
+            _match(exchange, fields, success=row.kind is CodeClass.SUCCESS)
+        except LianLianError as error:
+            return Reply(known=Known.UNCERTAIN, error=error, retry_after=retry_after)
+        if row.kind is CodeClass.SUCCESS:
+            asked = wire.parse_timestamp(exchange.asked["dt_refund"])
+            return Reply(known=Known.FOUND, refund=Refund.from_dict(fields, asked_dt_refund=asked))
+        return _refused(exchange, fields, row, verified=verified, retry_after=retry_after)
+
+    def _verified(self, fields: Mapping[str, str]) -> bool:
+        """True: signed by the gateway; False: an error answer without signature. Raises for all else."""
+        if fields.get("sign"):
+            if not self.verify(fields):
+                raise SignatureInvalid(f"answer {fields['ret_code']}: signature of no known gateway key")
+            return True
+        if fields["ret_code"] == "0000":
+            raise SignatureInvalid("answer 0000 without signature")
+        return False
+
+
+# What an answer code's class teaches: an apply call may have made the refund that it denies …
+_APPLY = {
+    CodeClass.REJECTED: Known.REJECTED,
+    CodeClass.DUPLICATE: Known.EXISTS,
+    CodeClass.IN_PROGRESS: Known.EXISTS,
+    CodeClass.NOT_FOUND: Known.UNCERTAIN,
+    CodeClass.UNCERTAIN: Known.UNCERTAIN,
+}
+# … while a question changes nothing.
+_QUERY = {
+    CodeClass.REJECTED: Known.REJECTED,
+    CodeClass.DUPLICATE: Known.UNCERTAIN,
+    CodeClass.IN_PROGRESS: Known.UNCERTAIN,
+    CodeClass.NOT_FOUND: Known.NOT_FOUND,
+    CodeClass.UNCERTAIN: Known.UNCERTAIN,
+}
+
+
+def lost(exchange: Exchange, delivery: Lost) -> Reply:
+    """The reply where there is no answer."""
+    error: LianLianError
+    if exchange.call is Call.APPLY and not delivery.may_have_arrived:
+        error = RefundNotSent(exchange.asked["no_refund"], attempts=exchange.attempt, last_error=delivery.reason)
+    else:
+        error = _unavailable(exchange, delivery.reason)
+    error.__cause__ = delivery.cause
+    return Reply(known=Known.UNCERTAIN if delivery.may_have_arrived else Known.NOT_SENT, error=error)
+
+
+def _message(answer: Answer) -> dict[str, str]:
+    """The fields of an answer that is the protocol's at all."""
+    if answer.status != 200:
+        raise MalformedMessage(f"HTTP status {answer.status}")
+    encoding = answer.headers.get("content-encoding", "identity")
+    if encoding.lower() not in ("", "identity"):
+        raise MalformedMessage(f"compressed ({encoding[:32]}) though identity was asked for")
+    fields = wire.decode(answer.body)
+    if not fields.get("ret_code"):
+        raise MalformedMessage("no ret_code")
+    return fields
+
+
+def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> None:
+    """Refuse the answer to another question. An error answer need not repeat what was asked, a success must."""
+    asked = exchange.asked
+    names = [name for name in ("no_refund", "oid_refundno") if name in asked]
+    for name in ("oid_partner", *names):
+        if name in fields and fields[name] != asked[name]:
+            raise AnswerMismatch(name, asked=asked[name], answered=fields[name])
+    if not success:
+        return
+    if "oid_partner" not in fields:
+        raise AnswerMismatch("oid_partner", asked=asked["oid_partner"], answered=None)
+    if not any(name in fields for name in names):
+        raise AnswerMismatch(names[0], asked=asked[names[0]], answered=None)
+    if exchange.call is Call.APPLY and _money(fields) != asked["money_refund"]:
+        raise AnswerMismatch("money_refund", asked=asked["money_refund"], answered=fields.get("money_refund"))
+
+
+def _money(fields: Mapping[str, str]) -> str | None:
+    try:
+        return wire.format_money(wire.parse_money(fields.get("money_refund", "")))
+    except ValueError:
+        return None
+
+
+def _refused(
+    exchange: Exchange, fields: Mapping[str, str], row: ReturnCode, *, verified: bool, retry_after: float | None
+) -> Reply:
+    known = (_APPLY if exchange.call is Call.APPLY else _QUERY)[row.kind]
+    ret_code, ret_msg = fields["ret_code"], fields.get("ret_msg", "")
+    error: LianLianError
+    if known is Known.REJECTED:
+        error = (RefundRejected if exchange.call is Call.APPLY else QueryRejected)(
+            ret_code,
+            ret_msg,
+            meaning=row.meaning,
+            advice=row.advice,
+            is_configuration=row.is_configuration,
+            verified=verified,
+            no_refund=exchange.asked.get("no_refund"),
+        )
+    elif known is Known.NOT_FOUND:
+        error = RefundNotFound(
+            no_refund=exchange.asked.get("no_refund"),
+            oid_refundno=exchange.asked.get("oid_refundno"),
+            ret_code=ret_code,
+            ret_msg=ret_msg,
+            verified=verified,
+        )
+    else:
+        error = _unavailable(exchange, f"{ret_code} {ret_msg} ({row.meaning})", ret_code)
+    return Reply(known=known, error=error, retry_after=retry_after)
+
+
+def _unavailable(exchange: Exchange, reason: str, ret_code: str | None = None) -> GatewayUnavailable:
+    return GatewayUnavailable(
+        f"{exchange.call}: {reason}", attempts=exchange.attempt, last_error=reason, ret_code=ret_code
+    )
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a Retry-After header, in either of its forms (RFC 9110 §10.2.3); None if unusable."""
+    value = headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    try:
+        pause = parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("date", ""))
+    except (TypeError, ValueError):
+        return None
+    return max(0.0, pause.total_seconds())

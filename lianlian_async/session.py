@@ -1,0 +1,312 @@
+"""The session: one shared client, one signing thread, and the coroutines ``apply_refund`` and ``query_refund``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Final, Self
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import attrs
+
+from .errors import ConfigurationError, GatewayUnavailable, LianLianError, RefundOutcomeUnknown
+from .exchange import Call, Exchange, Known, Reply
+from .merchant import Merchant
+from .middleware import Attempt, Middleware, Permit, Retry, onion
+from .models import Refund, RefundQuery, RefundRequest
+from .protocol import Protocol
+from .retry import Bucket, Deadline, RetryPolicy
+from .settlement import Case, settle
+from .transport import AsyncBaseTransport, AsyncClient, Transport
+
+__all__ = ["RefundSession"]
+
+INLINE_VERIFY_SECONDS: Final = 0.0005
+"""A signature is checked on the event loop only if that took less when the session opened, else in the thread."""
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class _State(Enum):
+    NEW = "not open: use it in `async with`"
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+@attrs.frozen
+class _Parts:
+    """What exists only while the session is open."""
+
+    protocol: Protocol
+    transport: Transport
+    send: Any
+    verify_inline: bool
+
+
+class RefundSession:
+    """A merchant's connection to the refund gateway, for one event loop (asyncio or trio).
+
+    ::
+
+        async with RefundSession(merchant) as session:
+            refund = await session.apply_refund(request)
+
+    Args:
+        merchant: who we are.
+        client: an ``httpx.AsyncClient`` to use and not to close; it must allow ``max_connections``.
+        transport: an httpx transport for the session's own client; not together with ``client``.
+        retry: the default policy of every call.
+        deadline: seconds for one whole call once it has its connection slot: signing, every attempt, every
+            pause, every question. Waiting for the slot does not count, so ``asyncio.gather`` over thousands
+            of calls simply works.
+        max_connections: calls that run at the same time; more wait in order, and cheaply.
+        middleware: the caller's own layers around every attempt, first one outermost
+            (see :mod:`lianlian_async.middleware`).
+        limiter: any async context manager, held around every attempt: a semaphore, or
+            :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
+        now: the wall clock (aware datetimes), for the moments that errors name.
+
+    Closing waits for the calls that are running, which their deadlines bound; new ones are refused.
+    A session used before, after, twice, or from another event loop raises ``RuntimeError``.
+    """
+
+    def __init__(
+        self,
+        merchant: Merchant,
+        *,
+        client: AsyncClient | None = None,
+        transport: AsyncBaseTransport | None = None,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        deadline: float = 30.0,
+        max_connections: int = 20,
+        middleware: Sequence[Middleware] = (),
+        limiter: AbstractAsyncContextManager[Any] | None = None,
+        now: Callable[[], datetime] = _utc_now,
+    ) -> None:
+        if client is not None and transport is not None:
+            raise ConfigurationError("client and transport: give one of them, a client has its transport already")
+        if max_connections < 1:
+            raise ConfigurationError(f"max_connections: must be at least 1, is {max_connections}")
+        self.merchant = merchant
+        self._client = client
+        self._transport = transport
+        self._retry = retry
+        self._deadline = _checked(deadline)
+        self._max_connections = max_connections
+        self._middleware = tuple(middleware)
+        self._limiter = limiter
+        self._now = now
+        self._state = _State.NEW
+        self._running = 0
+
+    def __repr__(self) -> str:
+        return f"<RefundSession {self.merchant.oid_partner} {self._state.name.lower()}>"
+
+    # ── opening and closing ──────────────────────────────────────────────────────────────────────
+
+    async def __aenter__(self) -> Self:
+        if self._state is not _State.NEW:
+            raise RuntimeError(
+                f"this RefundSession is {self._state.value} already: make a new one for each `async with`"
+            )
+        self._state = _State.OPEN
+        try:
+            await self._open()
+        except BaseException:
+            self._state = _State.CLOSED
+            raise
+        return self
+
+    async def _open(self) -> None:
+        self._event_loop = anyio.lowlevel.current_token()
+        # One thread at a time does RSA: more would fight the event loop for the interpreter, and win.
+        self._rsa = anyio.CapacityLimiter(1)
+        self._slots = anyio.Semaphore(self._max_connections, fast_acquire=True)
+        self._idle = anyio.Event()
+        self._bucket = Bucket(self._retry.budget)
+        keys = await anyio.to_thread.run_sync(self.merchant.load_keys, limiter=self._rsa)
+        protocol = Protocol(self.merchant, keys.private, keys.gateway)
+        cost = await anyio.to_thread.run_sync(_verification_seconds, protocol, limiter=self._rsa)
+        permit = () if self._limiter is None else (Permit(self._limiter),)
+        layers: tuple[Middleware, ...] = (Retry(self._bucket), *permit, Attempt(), *self._middleware)
+        self._parts = _Parts(
+            protocol=protocol,
+            transport=await Transport.open(self._client, self._transport, self._max_connections),
+            send=onion(layers, self._exchange),
+            verify_inline=cost < INLINE_VERIFY_SECONDS,
+        )
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._state = _State.CLOSING
+        try:
+            while self._running:
+                self._idle = anyio.Event()
+                await self._idle.wait()
+        finally:
+            self._state = _State.CLOSED
+            with anyio.CancelScope(shield=True):
+                async with self._rsa:  # no signature is being made any more
+                    await self._parts.transport.aclose()
+
+    @asynccontextmanager
+    async def _call(
+        self, deadline: float | None, retry: RetryPolicy | None
+    ) -> AsyncGenerator[tuple[Deadline, RetryPolicy]]:
+        """One call of the user's: a slot, from which its deadline counts, and its policy."""
+        if self._state is not _State.OPEN:
+            raise RuntimeError(f"this RefundSession is {self._state.value}")
+        if anyio.lowlevel.current_token() != self._event_loop:
+            raise RuntimeError("this RefundSession belongs to another event loop: open one in each loop")
+        seconds = self._deadline if deadline is None else _checked(deadline)
+        self._running += 1
+        try:
+            async with self._slots:
+                yield Deadline(anyio.current_time() + seconds), self._retry if retry is None else retry
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    # ── the calls ────────────────────────────────────────────────────────────────────────────────
+
+    async def apply_refund(
+        self, request: RefundRequest, *, deadline: float | None = None, retry: RetryPolicy | None = None
+    ) -> Refund:
+        """Have a refund made, once, and say what became of it (LianLian's *Apply API*).
+
+        Returns the gateway's signed record of this refund, which need not be final: look at ``sta_refund``.
+        ``deadline`` (seconds) and ``retry`` override the session's.
+
+        Raises:
+            InvalidRequest: a field breaks the gateway's rules; nothing was sent.
+            RefundNotSent: certainly never reached the gateway; safe to send again.
+            RefundRejected: the gateway said no, for good.
+            RefundConflict: the number stands for another refund.
+            RefundOutcomeUnknown: it may have been made; see :meth:`settle`.
+        """
+        async with self._call(deadline, retry) as (until, policy):
+            fields = self._parts.protocol.apply_fields(request)
+            return await self._settle(request, await self._prepare(Call.APPLY, fields, until, policy))
+
+    async def settle(
+        self, unknown: RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
+    ) -> Refund:
+        """Find out what became of a refund that was left unknown, best at its ``ask_again_at``.
+
+        Asks first. The same bytes are sent again only when the gateway's "no such record" may be believed
+        (``RetryPolicy.absence_grace``). Returns and raises what :meth:`apply_refund` does.
+        """
+        if unknown.oid_partner != self.merchant.oid_partner:
+            raise ConfigurationError(
+                f"refund {unknown.no_refund} belongs to merchant {unknown.oid_partner}, "
+                f"this session to {self.merchant.oid_partner}"
+            )
+        async with self._call(deadline, retry) as (until, policy):
+            fields = self._parts.protocol.apply_fields(unknown.request)
+            apply = self._make_exchange(Call.APPLY, fields, unknown.body, until, policy)
+            ago = (self._now() - unknown.sent_at).total_seconds()
+            return await self._settle(
+                unknown.request,
+                apply,
+                sent_at=anyio.current_time() - max(0.0, ago),
+                attempts=unknown.attempts,
+                questions=unknown.questions,
+            )
+
+    async def query_refund(
+        self, query: RefundQuery, *, deadline: float | None = None, retry: RetryPolicy | None = None
+    ) -> Refund:
+        """Ask for the gateway's record of a refund (LianLian's *Refund Status API*).
+
+        Returns the signed record. ``deadline`` (seconds) and ``retry`` override the session's.
+
+        Raises:
+            RefundNotFound: the gateway has no such record at this moment.
+            QueryRejected: the question was refused, which says nothing about the refund.
+            SignatureInvalid, AnswerMismatch, MalformedMessage: the last answer was not usable.
+            GatewayUnavailable: no usable answer in time.
+        """
+        async with self._call(deadline, retry) as (until, policy):
+            fields = self._parts.protocol.query_fields(query)
+            reply: Reply = await self._parts.send(await self._prepare(Call.QUERY, fields, until, policy))
+        if reply.refund is not None:
+            return reply.refund
+        raise _raised(reply)
+
+    # ── one exchange ─────────────────────────────────────────────────────────────────────────────
+
+    async def _settle(self, request: RefundRequest, apply: Exchange, **known: Any) -> Refund:
+        async def question() -> Exchange:
+            # A settlement asks until its deadline, however often that is.
+            policy = attrs.evolve(apply.policy, attempts=1_000_000)
+            fields = self._parts.protocol.query_fields(request.query())
+            return await self._prepare(Call.QUERY, fields, apply.deadline, policy)
+
+        epoch = self._now() - timedelta(seconds=anyio.current_time())
+        case = Case(request=request, apply=apply, question=question, epoch=epoch, **known)
+        return await settle(case, self._parts.send, self._bucket)
+
+    async def _prepare(self, call: Call, fields: dict[str, str], until: Deadline, policy: RetryPolicy) -> Exchange:
+        """Sign once; every attempt sends the same bytes."""
+        body = await anyio.to_thread.run_sync(self._parts.protocol.seal, fields, limiter=self._rsa)
+        return self._make_exchange(call, fields, body, until, policy)
+
+    def _make_exchange(
+        self, call: Call, fields: dict[str, str], body: bytes, until: Deadline, policy: RetryPolicy
+    ) -> Exchange:
+        endpoints = self.merchant.endpoints
+        url = endpoints.apply if call is Call.APPLY else endpoints.query
+        return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy)
+
+    async def _exchange(self, exchange: Exchange) -> Reply:
+        """The heart of the onion: out over the wire, and what came back."""
+        parts = self._parts
+        earlier = exchange.trail.may_have_arrived
+        exchange.trail.may_have_arrived = True
+        delivery = await parts.transport.post(exchange.url, exchange.body, exchange.seconds)
+        if parts.verify_inline:
+            reply = parts.protocol.read(exchange, delivery)
+        else:
+            reply = await anyio.to_thread.run_sync(parts.protocol.read, exchange, delivery, limiter=self._rsa)
+        if reply.known is Known.NOT_SENT:
+            exchange.trail.may_have_arrived = earlier
+        return reply
+
+
+def _checked(deadline: float) -> float:
+    if not deadline > 0:
+        raise ConfigurationError(f"deadline: must be more than 0 seconds, is {deadline}")
+    return deadline
+
+
+def _verification_seconds(protocol: Protocol) -> float:
+    """What checking one answer costs on this machine with these keys: the best of three."""
+    longest = max(key.bits for key in protocol.gateway_keys)
+    fields = {"sign": "A" * (longest // 24 * 4)}  # any signature of full length costs the same
+
+    def once() -> float:
+        began = perf_counter()
+        protocol.verify(fields)
+        return perf_counter() - began
+
+    return min(once() for _ in range(3))
+
+
+def _raised(reply: Reply) -> LianLianError:
+    """The error in which a query ends."""
+    if reply.error is None:
+        raise RuntimeError("a middleware returned a reply with neither a refund nor an error")
+    if isinstance(reply.error, GatewayUnavailable):
+        reply.error.attempts = reply.attempts
+    return reply.error

@@ -1,0 +1,101 @@
+"""One HTTP exchange over the shared client; foreign exceptions become *lost*, with or without *may have arrived*.
+
+This is the only importer of httpx, so that one file can follow its successor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import anyio.to_thread
+import httpx
+
+from .exchange import Answer, Delivery, Lost
+from .wire import MAX_MESSAGE_BYTES
+
+__all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
+
+AsyncClient = httpx.AsyncClient
+AsyncBaseTransport = httpx.AsyncBaseTransport
+
+_HEADERS: Final = {
+    "Content-Type": "application/json;charset=utf-8",
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",
+    "User-Agent": "lianlian-async",
+}
+
+# Raised before the first byte of a request is written. All else may have arrived: also LocalProtocolError,
+# which an HTTP/2 client raises for a stream that the server closed after it had the request.
+_NEVER_SENT: Final = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.UnsupportedProtocol,
+    httpx.InvalidURL,
+)
+
+
+class Transport:
+    """The shared ``httpx.AsyncClient``, closed with the session unless it was given from outside."""
+
+    def __init__(self, client: httpx.AsyncClient, *, owned: bool) -> None:
+        self._client = client
+        self._owned = owned
+
+    @classmethod
+    async def open(
+        cls, client: httpx.AsyncClient | None, transport: httpx.AsyncBaseTransport | None, max_connections: int
+    ) -> Transport:
+        """Over ``client`` if given, else over a client of our own, on ``transport`` if given."""
+        if client is not None:
+            return cls(client, owned=False)
+        return cls(await anyio.to_thread.run_sync(_make_client, transport, max_connections), owned=True)
+
+    async def post(self, url: str, body: bytes, seconds: float) -> Delivery:
+        """POST ``body``, with at most ``seconds`` for each of the exchange's steps and half of it to connect.
+
+        Bound the whole call from outside: a server that sends a byte now and then never times out by itself.
+        Reads little more than 1 MiB of the answer, as it came; follows no redirect.
+        """
+        if self._client.is_closed:
+            return Lost("the httpx client is closed", may_have_arrived=False)
+        try:
+            request = self._client.build_request(
+                "POST", url, content=body, headers=_HEADERS, timeout=httpx.Timeout(seconds, connect=seconds / 2)
+            )
+            response = await self._client.send(request, stream=True, follow_redirects=False)
+            try:
+                received = bytearray()
+                async for chunk in response.aiter_raw():
+                    received += chunk
+                    if len(received) > MAX_MESSAGE_BYTES:
+                        break
+            finally:
+                await response.aclose()
+        except _NEVER_SENT as error:
+            return Lost(_describe(error), may_have_arrived=False, cause=error)
+        except Exception as error:  # noqa: BLE001 - a client or transport may raise anything, and none of it may pass
+            return Lost(_describe(error), may_have_arrived=True, cause=error)
+        return Answer(response.status_code, response.headers, bytes(received))
+
+    async def aclose(self) -> None:
+        """Close the client, if it is ours."""
+        if self._owned:
+            await self._client.aclose()
+
+
+def _make_client(transport: httpx.AsyncBaseTransport | None, max_connections: int) -> httpx.AsyncClient:
+    # Loads the CA bundle: tens of milliseconds, so it runs in a thread. The session's own limit stands in front of
+    # the pool, where waiting is fair and safe to cancel; the pool's equal one is never waited for.
+    limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+    return httpx.AsyncClient(transport=transport, limits=limits)
+
+
+def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
+    """A transport that calls an ASGI application in this process, such as the sandbox gateway."""
+    return httpx.ASGITransport(app=app)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
