@@ -1,0 +1,135 @@
+"""What LianLian's pages demand of a request: a readable body, a known merchant's signature, the form of each field.
+
+The rules are written down here a second time on purpose. A sandbox that took them from ``models`` would find
+every mistake of ``models`` right. All of it is pure; a broken rule raises :class:`~.answers.Refusal`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Final
+
+from lianlian_async import wire
+from lianlian_async.errors import MalformedMessage
+from lianlian_async.signing import VerifyingKey, signature_source
+
+from .answers import Refusal
+from .ledger import Application, Question
+
+__all__ = ["authenticate", "read_application", "read_body", "read_question"]
+
+_MONEY: Final = re.compile(r"[0-9]{1,9}\.[0-9]{2}")
+
+
+def read_body(content_type: str, body: bytes) -> dict[str, str]:
+    """The fields of a request: JSON in UTF-8 that says so, one flat object of strings (1012 otherwise).
+
+    A null is as good as absent. A number is refused: both pages give every field the type String.
+    """
+    if content_type.replace(" ", "").lower() != "application/json;charset=utf-8":
+        raise Refusal("1012")
+    try:
+        fields = wire.decode(body)
+    except MalformedMessage:
+        raise Refusal("1012") from None
+    as_sent = json.loads(body, parse_int=float)  # float: an int of too many digits would be an error
+    if fields != {name: value for name, value in as_sent.items() if value is not None}:
+        raise Refusal("1012")
+    return fields
+
+
+def authenticate(fields: Mapping[str, str], keys: Mapping[str, VerifyingKey]) -> str:
+    """The merchant number of a request that this merchant signed: 3001 for a stranger, 1001 for a wrong signature."""
+    _check(fields, {"oid_partner": _at_most(18)})
+    key = keys.get(fields["oid_partner"])
+    if key is None:
+        raise Refusal("3001")
+    _check(fields, {"sign_type": lambda text: text == "RSA", "sign": bool})
+    # Fields that no page knows count too: whoever adds one has to sign it.
+    if not key.verify(signature_source(fields), fields["sign"]):
+        raise Refusal("1001")
+    return fields["oid_partner"]
+
+
+def read_application(oid_partner: str, fields: Mapping[str, str], *, domestic: bool) -> Application:
+    """The refund that is applied for; 1004 names the first parameter that breaks a rule of the apply page."""
+    _check(fields, _APPLY)
+    _check_optional(fields, _APPLY_OPTIONAL)
+    if not fields.get("no_order") and not fields.get("oid_paybill"):
+        raise Refusal("1004", "no_order")
+    return Application(
+        oid_partner=oid_partner,
+        no_refund=fields["no_refund"],
+        dt_refund=fields["dt_refund"],
+        money_refund=Decimal(fields["money_refund"]),
+        no_order=fields.get("no_order") or None,
+        dt_order=fields.get("dt_order") or None,
+        oid_paybill=fields.get("oid_paybill") or None,
+        notify_url=fields["notify_url"],
+        domestic=domestic,
+    )
+
+
+def read_question(oid_partner: str, fields: Mapping[str, str]) -> Question:
+    """The refund that is asked about; 1004 names the first parameter that breaks a rule of the query page."""
+    _check(fields, _QUERY)
+    _check_optional(fields, _QUERY_OPTIONAL)
+    if not fields.get("no_refund") and not fields.get("oid_refundno"):
+        raise Refusal("1004", "no_refund")
+    return Question(
+        oid_partner=oid_partner,
+        dt_refund=fields["dt_refund"],
+        no_refund=fields.get("no_refund", ""),
+        oid_refundno=fields.get("oid_refundno", ""),
+    )
+
+
+# ── the form of each field ───────────────────────────────────────────────────────────────────────
+
+
+def _at_most(length: int) -> Callable[[str], bool]:
+    return lambda text: len(text) <= length
+
+
+def _is_timestamp(text: str) -> bool:
+    try:
+        wire.parse_timestamp(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_money(text: str) -> bool:
+    return bool(_MONEY.fullmatch(text)) and Decimal("0.01") <= Decimal(text) <= Decimal("100000000.00")
+
+
+def _is_url(text: str) -> bool:
+    return len(text) <= 128 and text.startswith(("http://", "https://"))
+
+
+_Rules = Mapping[str, Callable[[str], bool]]
+
+_APPLY: Final[_Rules] = {
+    "no_refund": _at_most(32),
+    "dt_refund": _is_timestamp,
+    "money_refund": _is_money,
+    "notify_url": _is_url,
+}
+_APPLY_OPTIONAL: Final[_Rules] = {"no_order": _at_most(32), "dt_order": _is_timestamp, "oid_paybill": _at_most(32)}
+_QUERY: Final[_Rules] = {"dt_refund": _is_timestamp}
+_QUERY_OPTIONAL: Final[_Rules] = {"no_refund": _at_most(32), "oid_refundno": _at_most(16)}
+
+
+def _check(fields: Mapping[str, str], rules: _Rules) -> None:
+    for name, holds in rules.items():
+        text = fields.get(name)
+        if not text or not holds(text):
+            raise Refusal("1004", name)
+
+
+def _check_optional(fields: Mapping[str, str], rules: _Rules) -> None:
+    # An empty field is as good as absent: the signature leaves both out.
+    _check(fields, {name: rule for name, rule in rules.items() if fields.get(name)})
