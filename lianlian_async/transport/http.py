@@ -1,7 +1,4 @@
-"""One HTTP exchange over the shared client; foreign exceptions become *lost*, with or without *may have arrived*.
-
-This is the only importer of httpx, so that one file can follow its successor.
-"""
+"""One HTTP exchange over the shared client; foreign exceptions become *lost*, with or without *may have arrived*."""
 
 from __future__ import annotations
 
@@ -10,8 +7,10 @@ from typing import Any, Final
 import anyio.to_thread
 import httpx
 
-from .exchange import Answer, Delivery, Lost
-from .wire import MAX_MESSAGE_BYTES
+from lianlian_async.exchange import Answer, Delivery, Lost
+from lianlian_async.wire import MAX_MESSAGE_BYTES
+
+from .pool import PoolTransport
 
 __all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
 
@@ -86,10 +85,8 @@ class Transport:
 
 
 def _make_client(transport: httpx.AsyncBaseTransport | None, max_connections: int) -> httpx.AsyncClient:
-    # Loads the CA bundle: tens of milliseconds, so it runs in a thread. The session's own limit stands in front of
-    # the pool, where waiting is fair and safe to cancel; the pool's equal one is never waited for.
-    limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
-    return httpx.AsyncClient(transport=transport, limits=limits)
+    # Our own pool loads the CA bundle (tens of milliseconds): hence this runs in a thread.
+    return httpx.AsyncClient(transport=transport or PoolTransport(max_connections))
 
 
 def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:

@@ -1,0 +1,6 @@
+"""One HTTP exchange at a time over a shared ``httpx.AsyncClient``; the only importer of httpx."""
+
+from .http import AsyncBaseTransport, AsyncClient, Transport, asgi_transport
+from .pool import PoolTransport
+
+__all__ = ["AsyncBaseTransport", "AsyncClient", "PoolTransport", "Transport", "asgi_transport"]

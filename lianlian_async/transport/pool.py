@@ -1,0 +1,124 @@
+"""A connection pool of flat cost: single-connection httpx transports, the last one used is the first one taken.
+
+httpx's own pool looks at every connection and every waiting request for each request that comes and goes.
+Here each connection stands for itself, so a request costs the same whether 10 or 1,000 are under way.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Final, cast
+from urllib.request import getproxies, proxy_bypass
+
+import anyio
+import attrs
+import httpx
+
+__all__ = ["PoolTransport"]
+
+KEEPALIVE_SECONDS: Final = 5.0
+"""How long an idle connection is kept: less than servers and load balancers keep theirs, so that a request
+never meets a connection that is being closed at the other end."""
+
+
+@attrs.frozen
+class _Idle:
+    connection: httpx.AsyncHTTPTransport
+    since: float
+
+
+class PoolTransport(httpx.AsyncBaseTransport):
+    """At most ``max_connections`` requests at a time, each on a connection of its own; others wait in order.
+
+    All connections share ``ssl_context``; making the default one reads the CA bundle (tens of milliseconds).
+    Proxies are taken from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …) as httpx does. HTTP/1.1 only.
+    """
+
+    def __init__(
+        self,
+        max_connections: int,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        keepalive_expiry: float = KEEPALIVE_SECONDS,
+    ) -> None:
+        self._ssl_context = ssl_context or httpx.create_ssl_context()
+        self._keepalive_expiry = keepalive_expiry
+        self._limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=keepalive_expiry)
+        self._slots = anyio.Semaphore(max_connections, fast_acquire=True)
+        self._idle: dict[tuple[str, str, int | None], deque[_Idle]] = {}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send ``request`` on the connection to its origin that was used last, or on a new one."""
+        await self._acquire(request)
+        origin = (request.url.scheme, request.url.host, request.url.port)
+        stack = self._idle.setdefault(origin, deque())
+        connection = stack.pop().connection if stack else self._connect(request.url)
+        try:
+            response = await connection.handle_async_request(request)
+        except BaseException:
+            # Nobody knows what is left on a connection that failed or was abandoned: it is not used again.
+            await self.discard(connection)
+            raise
+        stream = cast("httpx.AsyncByteStream", response.stream)  # what AsyncHTTPTransport always gives
+        response.stream = _Released(stream, self, stack, connection)
+        return response
+
+    async def _acquire(self, request: httpx.Request) -> None:
+        seconds = request.extensions.get("timeout", {}).get("pool")
+        with anyio.move_on_after(seconds):
+            await self._slots.acquire()
+            return
+        raise httpx.PoolTimeout(f"no free connection within {seconds} s", request=request)
+
+    def _connect(self, url: httpx.URL) -> httpx.AsyncHTTPTransport:
+        proxies = {} if proxy_bypass(url.host) else getproxies()
+        proxy = proxies.get(url.scheme) or proxies.get("all")
+        return httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=self._limits, proxy=proxy)
+
+    async def release(self, stack: deque[_Idle], connection: httpx.AsyncHTTPTransport) -> None:
+        """Take a connection back for the next request to its origin."""
+        now = anyio.current_time()
+        stack.append(_Idle(connection, now))
+        self._slots.release()
+        while now - stack[0].since > self._keepalive_expiry:  # at the bottom lie those that are used least
+            await _close(stack.popleft().connection)
+
+    async def discard(self, connection: httpx.AsyncHTTPTransport) -> None:
+        """Close a connection for good, and give its place free."""
+        self._slots.release()
+        await _close(connection)
+
+    async def aclose(self) -> None:
+        """Close every idle connection; those in use close with their response."""
+        for stack in self._idle.values():
+            while stack:
+                await _close(stack.pop().connection)
+
+
+async def _close(connection: httpx.AsyncHTTPTransport) -> None:
+    with anyio.CancelScope(shield=True):
+        await connection.aclose()
+
+
+@attrs.define(eq=False)
+class _Released(httpx.AsyncByteStream):
+    """A response's bytes; closing them gives the connection back."""
+
+    _stream: httpx.AsyncByteStream
+    _pool: PoolTransport
+    _stack: deque[_Idle]
+    _connection: httpx.AsyncHTTPTransport
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._stream:
+            yield chunk
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        except BaseException:
+            await self._pool.discard(self._connection)
+            raise
+        await self._pool.release(self._stack, self._connection)
