@@ -20,7 +20,9 @@ import anyio
 from lianlian_async import wire
 from lianlian_async.merchant import Endpoints, Merchant
 from lianlian_async.models import RefundStatus
+from lianlian_async.session import RefundSession
 from lianlian_async.signing import SigningKey, VerifyingKey, signature_source
+from lianlian_async.transport import asgi_transport
 
 from . import answers, asgi, rules
 from .answers import Refusal
@@ -315,3 +317,7 @@ class SandboxGateway:
             "notify_url": "https://merchant.invalid/lianlian/refund",
         }
         return Merchant(**settings | overrides)
+
+    def session(self, **options: Any) -> RefundSession:
+        """A session that talks to this gateway in process; ``options`` are those of ``RefundSession``."""
+        return RefundSession(self.merchant(), transport=asgi_transport(self), **options)
