@@ -121,7 +121,8 @@ class _SaidNo(LianLianError):
         self.is_configuration = is_configuration
         self.verified = verified
         self.no_refund = no_refund
-        super().__init__(f"{self.subject} {no_refund or ''}: {ret_code} {ret_msg} ({meaning}); {advice}")
+        about = self.subject if no_refund is None else f"{self.subject} {no_refund}"
+        super().__init__(f"{about}: {ret_code} {ret_msg} ({meaning}); {advice}")
 
 
 class RefundRejected(_SaidNo):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -12,24 +13,36 @@ from urllib.parse import urlsplit
 import attrs
 
 from .errors import ConfigurationError
-from .models import parse_notify_url
+from .models import parse_notify_url, parse_url
 from .signing import KeyMaterial, SigningKey, VerifyingKey, is_key_text
 
 __all__ = ["Endpoints", "Keys", "Merchant"]
 
-_LOOPBACK: Final = ("127.", "::1", "localhost")
+
+def _shown(value: object) -> str:
+    """A wrong setting as a message may show it: not where it may be a key that went into the wrong setting."""
+    if not isinstance(value, str):
+        return f"of type {type(value).__name__}"
+    return f"{len(value)} characters" if len(value) > 128 or is_key_text(value) else repr(value)
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_endpoint(value: str, name: str, *, allow_http: bool = False) -> None:
     try:
-        parts = urlsplit(value)
-        host = parts.hostname or ""
-    except ValueError:
-        raise ConfigurationError(f"{name}: {value!r} is not a URL") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise ConfigurationError(f"{name}: {value!r} must be an absolute https URL")
-    if parts.scheme == "http" and not allow_http and not host.startswith(_LOOPBACK):
-        raise ConfigurationError(f"{name}: {value!r} must be https; plain http is taken only for this machine itself")
+        parse_url(value)
+    except ValueError as error:
+        raise ConfigurationError(f"{name}: {error} (is {_shown(value)})") from None
+    parts = urlsplit(value)
+    if parts.scheme == "http" and not allow_http and not _is_this_machine(parts.hostname or ""):
+        raise ConfigurationError(
+            f"{name}: must be https; plain http is taken only for this machine itself (is {_shown(value)})"
+        )
 
 
 @attrs.frozen
@@ -58,9 +71,9 @@ class Keys:
 
 
 def _several(
-    value: Sequence[KeyMaterial | VerifyingKey] | KeyMaterial | VerifyingKey,
+    value: Iterable[KeyMaterial | VerifyingKey] | KeyMaterial | VerifyingKey,
 ) -> tuple[KeyMaterial | VerifyingKey, ...]:
-    return (value,) if isinstance(value, str | bytes | os.PathLike | VerifyingKey) else tuple(value)
+    return (value,) if isinstance(value, str | bytes) or not isinstance(value, Iterable) else tuple(value)
 
 
 @attrs.frozen(kw_only=True)
@@ -90,14 +103,16 @@ class Merchant:
     def __attrs_post_init__(self) -> None:
         number: object = self.oid_partner
         if not isinstance(number, str) or not number.isascii() or not number.isalnum() or len(number) > 18:
-            raise ConfigurationError(f"{self._name('oid_partner')}: must be 1 to 18 letters or digits, is {number!r}")
+            raise ConfigurationError(
+                f"{self._name('oid_partner')}: must be 1 to 18 letters or digits (is {_shown(number)})"
+            )
         if not self.gateway_public_keys:
             raise ConfigurationError(f"{self._name('gateway_public_keys')}: at least one of LianLian's keys is needed")
         try:
             if self.notify_url is not None:
                 parse_notify_url(self.notify_url)
         except ValueError as error:
-            raise ConfigurationError(f"{self._name('notify_url')}: {error} (got {self.notify_url!r})") from None
+            raise ConfigurationError(f"{self._name('notify_url')}: {error} (is {_shown(self.notify_url)})") from None
 
     def _name(self, setting: str) -> str:
         """How the user calls a setting: by its own name, or by its environment variable."""
@@ -141,7 +156,8 @@ class Merchant:
         Raises :class:`~lianlian_async.ConfigurationError` that names the variable.
         """
         variables = os.environ if environ is None else environ
-        given = {name: text for name, variable in _VARIABLES.items() if (text := variables.get(variable, "").strip())}
+        given = {name: text for name, variable in _VARIABLES.items() if (text := variables.get(variable, ""))}
+        given = {name: text if name == "private_key_password" else text.strip() for name, text in given.items()}
         return cls._from_settings(given, _VARIABLES, folder=None)
 
     @classmethod
@@ -160,8 +176,9 @@ class Merchant:
         except OSError as error:
             raise ConfigurationError(f"{file}: {error.strerror}") from None
         except ValueError:
-            # The parser's own text may quote a line that holds a key.
-            raise ConfigurationError(f"{file}: is not TOML in UTF-8") from None
+            document = None
+        if document is None:  # raised out here, lest it drag along the parser's error, which quotes the file
+            raise ConfigurationError(f"{file}: is not TOML in UTF-8")
         table = document.get("lianlian", document)
         if not isinstance(table, dict):
             raise ConfigurationError(f"{file}: lianlian must be a table")
@@ -185,7 +202,7 @@ class Merchant:
 
         def key(text: str) -> str:
             text = text.strip()
-            return text if folder is None or is_key_text(text) else str(folder / text)
+            return text if folder is None or text.startswith("~") or is_key_text(text) else str(folder / text)
 
         apply_url = given.get("apply_url", _DEFAULT.apply)
         query_url = given.get("query_url", _DEFAULT.query)
@@ -194,7 +211,7 @@ class Merchant:
         return cls(
             oid_partner=given["oid_partner"],
             private_key=key(given["private_key"]),
-            gateway_public_keys=[key(text) for text in public_keys],
+            gateway_public_keys=[key(text) for text in public_keys if text.strip()],
             endpoints=Endpoints(apply_url, query_url),
             notify_url=given.get("notify_url"),
             private_key_password=given.get("private_key_password"),

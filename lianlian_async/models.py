@@ -81,8 +81,13 @@ def _optional_string_16(value: str | None) -> str | None:
 
 
 def parse_notify_url(value: object) -> str:
-    """An absolute http(s) URL of at most 128 characters; ``ValueError`` with the broken rule otherwise."""
-    url = _text(value, 128)
+    """As :func:`parse_url`, and of at most 128 characters."""
+    return parse_url(_text(value, 128))
+
+
+def parse_url(value: object) -> str:
+    """An absolute http or https URL; ``ValueError`` with the broken rule otherwise."""
+    url = _text(value, 2000)
     if not url.isascii() or " " in url:
         raise ValueError("must be ASCII without blanks (percent-encode the rest)")
     try:
@@ -107,7 +112,10 @@ def _broken_fields(instance: Any) -> Iterator[Problem]:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -138,7 +146,9 @@ def _wire_text(value: object) -> str:
 
 
 class _Request:
-    """What both requests share: their wire form, and the way back."""
+    """What both requests share: their wire form."""
+
+    __slots__ = ()
 
     def to_dict(self) -> dict[str, str]:
         """The fields in wire form (strings), absent ones left out: for JSON logs, queues and the gateway."""
@@ -262,6 +272,10 @@ _TYPES: Final[dict[str, Callable[[str], Any]]] = {
 _SIGNATURE_FIELDS: Final = ("sign", "sign_type")
 
 
+def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
+    return MappingProxyType(dict(fields))
+
+
 @attrs.frozen(kw_only=True)
 class Refund:
     """A refund as the gateway recorded it, from a verified answer or notification.
@@ -289,9 +303,9 @@ class Refund:
     sta_refund: RefundStatus | None = None
     settle_date: date | None = None
     """When it was settled; there once the refund succeeded."""
-    extra: Mapping[str, str] = attrs.field(factory=dict, repr=False, eq=False)
+    extra: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """Fields this library does not know, and known ones whose text is not of the documented form."""
-    raw: Mapping[str, str] = attrs.field(factory=dict, repr=False, eq=False)
+    raw: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """The mapping exactly as received, signature included."""
     asked_dt_refund: datetime | None = attrs.field(default=None, repr=False, eq=False)
     """The ``dt_refund`` that was asked for: an answer need not repeat it, a later question needs it."""
@@ -317,8 +331,8 @@ class Refund:
                     extra[name] = text
         return cls(
             **known,
-            extra=MappingProxyType(extra),
-            raw=MappingProxyType(dict(data)),
+            extra=extra,
+            raw=data,
             asked_dt_refund=asked_dt_refund,
         )
 
@@ -347,8 +361,10 @@ class Refund:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _revive_refund, (dict(self.raw), self.asked_dt_refund)
+        # A read-only view is not pickled: its content is, and becomes one again.
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(Refund)}
+        return _revive_refund, (fields | {"extra": dict(self.extra), "raw": dict(self.raw)},)
 
 
-def _revive_refund(raw: dict[str, str], asked_dt_refund: datetime | None) -> Refund:
-    return Refund.from_dict(raw, asked_dt_refund=asked_dt_refund)
+def _revive_refund(fields: dict[str, Any]) -> Refund:
+    return Refund(**fields)

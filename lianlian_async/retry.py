@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import attrs
@@ -39,7 +40,7 @@ class Bucket:
 
     budget: RetryBudget
     _tokens: float = attrs.field(default=attrs.Factory(lambda self: self.budget.capacity, takes_self=True), init=False)
-    _at: float = attrs.field(default=float("-inf"), init=False)
+    _at: float = attrs.field(default=math.inf, init=False)  # no time has passed before the first take
 
     def take(self, now: float) -> bool:
         """Spend one retry, if the budget has one."""
@@ -83,8 +84,8 @@ class RetryPolicy:
         rules = {
             "attempts must be an integer of at least 1": isinstance(self.attempts, int) and self.attempts >= 1,
             "initial must be more than 0": self.initial > 0,
-            "maximum must be at least initial": self.maximum >= self.initial,
-            "multiplier must be at least 1": self.multiplier >= 1,
+            "maximum must be finite and at least initial": self.initial <= self.maximum < math.inf,
+            "multiplier must be from 1 to 1000": 1 <= self.multiplier <= 1000,  # its 64th power is still a float
             "absence_grace must be at least 0": self.absence_grace >= 0,
             "retry_after_maximum must be at least 0": self.retry_after_maximum >= 0,
         }

@@ -7,6 +7,7 @@ pycryptodome. Nothing here may run on an event loop unmeasured: a 2048-bit signa
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from base64 import b64decode, b64encode
@@ -30,6 +31,8 @@ BACKEND: Final = "pycryptodome"
 _SMALLEST_KEY_BITS: Final = 1024  # the pages name 1024, 2048 and 4096
 # A DER key is a SEQUENCE of more than 127 bytes (MI…); anything shorter may well be the name of a file.
 _BARE_BASE64: Final = re.compile(rb"MI[A-Za-z0-9+/]{62,}={0,2}")
+_ARMOUR: Final = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
+_PBES2: Final = bytes.fromhex("06092a864886f70d01050d")  # the object identifier of an encrypted PKCS#8 key
 _FILE_SUFFIX: Final = re.compile(r"[^\n]*\.[A-Za-z0-9]{1,8}")
 
 
@@ -97,8 +100,16 @@ class SigningKey(_Key):
 
     def to_pem(self, password: str | None = None) -> str:
         """The private key as PKCS#8 PEM, encrypted if a ``password`` is given. Write it to mode 0600 only."""
-        protection = {} if password is None else {"protection": "PBKDF2WithHMAC-SHA512AndAES256-CBC"}
-        return self._rsa.export_key("PEM", passphrase=password, pkcs=8, **protection).decode() + "\n"  # type: ignore[arg-type]
+        if password is None:
+            return self._rsa.export_key("PEM", pkcs=8).decode() + "\n"
+        if not password:
+            raise ConfigurationError("password: must not be empty")
+        return (
+            self._rsa.export_key(
+                "PEM", passphrase=_encoded(password), pkcs=8, protection="PBKDF2WithHMAC-SHA512AndAES256-CBC"
+            ).decode()
+            + "\n"
+        )
 
     def __reduce__(self) -> str:
         raise TypeError("a private key is not pickled: load it where it is used")
@@ -145,18 +156,33 @@ class VerifyingKey(_Key):
 def _load(material: KeyMaterial, password: str | bytes | None, name: str) -> RSA.RsaKey:
     encoded = _to_pem_or_der(_read(material, name), name)
     try:
-        rsa = RSA.import_key(encoded, passphrase=password)
-    except (ValueError, IndexError, TypeError):
-        # pycryptodome's text is dropped on purpose: ours names the setting, and neither shows the key.
-        raise ConfigurationError(f"{name}: {_diagnose(encoded, password)}") from None
+        rsa = RSA.import_key(encoded, passphrase=_encoded(password))
+    except (ValueError, IndexError, TypeError, ZeroDivisionError):
+        rsa = None
+    # Raised out here, so that no foreign error hangs on ours as its context: what those hold, nobody promises.
+    if rsa is None:
+        raise ConfigurationError(f"{name}: {_diagnose(encoded, password)}")
     if rsa.size_in_bits() < _SMALLEST_KEY_BITS:
         raise ConfigurationError(f"{name}: {rsa.size_in_bits()} bits are too few; LianLian takes 1024, 2048 or 4096")
+    if rsa.has_private() and not _is_whole(rsa):
+        raise ConfigurationError(f"{name}: the key is damaged: its numbers do not belong together")
     return rsa
+
+
+def _encoded(password: str | bytes | None) -> bytes | None:
+    """A password in UTF-8, as OpenSSL takes it from a terminal (pycryptodome alone would take Latin-1)."""
+    return password.encode(errors="surrogateescape") if isinstance(password, str) else password
+
+
+def _is_whole(rsa: RSA.RsaKey) -> bool:
+    """Whether the numbers of a private key belong together; a damaged key would fail only when it signs."""
+    n, e, d, p, q = (int(number) for number in (rsa.n, rsa.e, rsa.d, rsa.p, rsa.q))
+    return n == p * q and min(p, q) > 1 and (e * d - 1) % math.lcm(p - 1, q - 1) == 0
 
 
 def is_key_text(text: str) -> bool:
     """Whether ``text`` is a key itself (whole or damaged), not the path of one."""
-    return "-----BEGIN" in text or _bare_base64(text.encode(errors="replace")) is not None
+    return "-----BEGIN" in text or _bare_base64(text.removeprefix("\ufeff").encode(errors="replace")) is not None
 
 
 def _read(material: KeyMaterial, name: str) -> bytes:
@@ -168,20 +194,21 @@ def _read(material: KeyMaterial, name: str) -> bytes:
             return material.encode(errors="replace")
         case str():
             # Key text has no dot, so only what ends like a file name is safe to show.
+            path = Path(material)
             shown = repr(material) if _FILE_SUFFIX.fullmatch(material) else f"a text of {len(material)} characters"
-            path = Path(material).expanduser()
         case os.PathLike():
-            path = Path(material).expanduser()
-            shown = repr(str(path))
+            path = Path(material)
+            shown = repr(str(path)) if not is_key_text(str(path)) else "key text that was taken for a path"
         case _:
             raise ConfigurationError(f"{name}: must be str, bytes or a path, not {type(material).__name__}")
     try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or "not a usable path"
-        raise ConfigurationError(
-            f"{name}: {shown} is no PEM, DER or base64 key, and no readable file ({reason})"
-        ) from None
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        reason = error.strerror
+    except (ValueError, RuntimeError):  # a character no path can hold, the home of an unknown user
+        reason = "not a usable path"
+    # Raised out here: the foreign error quotes the "path", which may be a damaged key.
+    raise ConfigurationError(f"{name}: {shown} is no PEM, DER or base64 key, and no readable file ({reason})")
 
 
 def _bare_base64(text: bytes) -> bytes | None:
@@ -195,14 +222,15 @@ def _bare_base64(text: bytes) -> bytes | None:
 
 
 def _to_pem_or_der(content: bytes, name: str) -> bytes:
-    content = content.removeprefix(b"\xef\xbb\xbf").strip() if not content.startswith(b"\x30") else content
+    start = content.find(b"-----BEGIN")
+    if start >= 0:  # openssl writes "Bag Attributes" and text around the armour; the first block is meant
+        block = _ARMOUR.match(content, start)
+        return block[0] if block else content[start:]
+    if content.startswith(b"\x30"):
+        return content
+    content = content.removeprefix(b"\xef\xbb\xbf").strip()
     if not content:
         raise ConfigurationError(f"{name}: is empty")
-    if content.startswith((b"\x30", b"-----BEGIN")):
-        return content
-    start = content.find(b"-----BEGIN")
-    if start >= 0:  # openssl writes "Bag Attributes" and text before the armour
-        return content[start:]
     der = _bare_base64(content)
     if der is None:
         raise ConfigurationError(f"{name}: is no PEM, DER or bare base64 key")
@@ -211,17 +239,15 @@ def _to_pem_or_der(content: bytes, name: str) -> bytes:
 
 def _diagnose(encoded: bytes, password: str | bytes | None) -> str:
     """Why an encoding that looked like a key could not be read."""
+    locked = "the key is encrypted and needs its password" if password is None else "the password does not open it"
     if encoded.startswith(b"-----BEGIN"):
+        if not _ARMOUR.match(encoded):
+            return "the PEM text is cut off: its END line is missing or damaged"
         if b"ENCRYPTED" in encoded[:200]:
-            return (
-                "the key is encrypted and needs its password" if password is None else "the password does not open it"
-            )
-        if b"-----END" not in encoded:
-            return "the PEM text is cut off: its END line is missing"
+            return locked
         if b"EC PRIVATE" in encoded[:40]:
             return "this is an elliptic-curve key; LianLian uses RSA"
-        body = b"".join(line for line in encoded.splitlines()[1:-1] if b":" not in line)
-        der = _bare_base64(body)
+        der = _bare_base64(b"".join(encoded.splitlines()[1:-1]))
         if der is None:
             return "the PEM text is damaged"
         encoded = der
@@ -230,7 +256,7 @@ def _diagnose(encoded: bytes, password: str | bytes | None) -> str:
         return f"the key is cut off: {len(encoded)} of {announced} bytes are there"
     if announced < len(encoded):
         return f"the key is followed by {len(encoded) - announced} bytes that do not belong to it"
-    return "is not a readable RSA key"
+    return locked if _PBES2 in encoded[:40] else "is not a readable RSA key"
 
 
 def _announced_length(der: bytes) -> int:
@@ -239,5 +265,5 @@ def _announced_length(der: bytes) -> int:
         return 2
     if der[1] < 0x80:
         return 2 + der[1]
-    width = der[1] & 0x7F
+    width = min(der[1] & 0x7F, 4)  # no key needs more, and no more of a damaged one may show
     return 2 + width + int.from_bytes(der[2 : 2 + width])

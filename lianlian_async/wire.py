@@ -98,7 +98,7 @@ _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 def encode(fields: Mapping[str, str]) -> bytes:
     """``fields`` as one compact JSON object in UTF-8, in the order given."""
-    return _ENCODER.encode(fields).encode()
+    return _ENCODER.encode(dict(fields)).encode()
 
 
 # ── money ────────────────────────────────────────────────────────────────────────────────────────
