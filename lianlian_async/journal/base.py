@@ -1,7 +1,7 @@
 """What a journal is: the durable memory of which refunds were begun, and how each of them ended.
 
 A refund stands in the journal before its first byte is sent. Whatever happens to the process, the journal
-then tells which refunds have to be asked about, and an outcome that is known is never lost or overwritten.
+then tells which refunds have to be asked about, and an ending that is known is never lost or overwritten.
 
 The way of one refund::
 
@@ -9,7 +9,7 @@ The way of one refund::
          ├───► UNSETTLED ► ask ──► (send) ─► settle
          │         ▲                 └─────► release (unknown: may have arrived; or certainly not sent)
          │         └───────────────────────────┘
-         ├───► SETTLED: the recorded outcome, no traffic
+         ├───► SETTLED: the recorded ending, no traffic
          └───► HELD: another call or worker is at it; wait for it
 """
 
@@ -25,7 +25,7 @@ import attrs
 
 from lianlian_async.errors import LianLianError
 
-__all__ = ["Entry", "Intent", "Journal", "JournalError", "Outcome", "Standing", "State"]
+__all__ = ["Ending", "Entry", "Intent", "Journal", "JournalError", "Standing", "State"]
 
 
 class JournalError(LianLianError):
@@ -49,7 +49,7 @@ class State(StrEnum):
 
     @property
     def is_settled(self) -> bool:
-        """Whether there is an outcome to answer with."""
+        """Whether there is an ending to answer with."""
         return self is not State.UNSETTLED
 
 
@@ -78,7 +78,7 @@ class Intent:
 
 
 @attrs.frozen(kw_only=True)
-class Outcome:
+class Ending:
     """A known end: ``state`` and what it was learned from (``Refund.to_dict()``, or the rejection's fields)."""
 
     state: State
@@ -95,7 +95,7 @@ class Entry:
     body: bytes
     sent_at: datetime
     """The last moment at which an attempt may have arrived."""
-    outcome: Outcome | None
+    ending: Ending | None
     """None while it is unsettled."""
 
 
@@ -115,20 +115,20 @@ class Journal(Protocol):
 
         NEW: it was not known, or known as certainly not sent; send it. UNSETTLED: it was begun earlier and is
         the caller's now; ask first. The entry's ``sent_at`` is the last moment at which the earlier holder may
-        have sent: never later than ``now``. SETTLED: answer with the entry's outcome. HELD: somebody else is at
+        have sent: never later than ``now``. SETTLED: answer with the entry's ending. HELD: somebody else is at
         it; the entry is as it stands.
 
         Raises ``RefundConflict`` if the number is recorded with another digest.
         """
 
-    async def settle(self, no_refund: str, outcome: Outcome) -> Entry:
+    async def settle(self, no_refund: str, ending: Ending) -> Entry:
         """Record how it ended, and let go of it. The entry as it then stands.
 
-        The first outcome wins; only ACCEPTED becomes DONE later. Recording the same again changes nothing.
+        The first ending wins; only ACCEPTED becomes DONE later. Recording the same again changes nothing.
         """
 
     async def release(self, no_refund: str, sent_at: datetime | None) -> None:
-        """Let go of a refund without an outcome.
+        """Let go of a refund without an ending.
 
         ``sent_at`` is the last moment at which an attempt may have arrived; None: none ever may have, so that
         the next :meth:`intend` finds it NEW.
