@@ -1,0 +1,319 @@
+"""Each fault of the sandbox spoils what it says it does, when it was asked to, and nothing else."""
+
+import json
+from decimal import Decimal
+
+import anyio
+import pytest
+from sandbox_client import APPLICATION, CROSS_BORDER, QUERY, QUESTION, Client
+
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+BOTH = pytest.mark.parametrize(("when", "made"), [(When.BEFORE, 0), (When.AFTER, 1)])
+
+
+def client_of(**options):
+    options = {"default_order": Decimal("1000.00"), "clock": lambda: 100.0} | options
+    return Client(SandboxGateway(**options))
+
+
+async def post(client):
+    return await client.send(CROSS_BORDER, json=client.signed(APPLICATION))
+
+
+# ── about the response ───────────────────────────────────────────────────────────────────────────
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("fault", "status", "header"),
+    [
+        (Fault.HTTP_500, 500, ("content-type", "text/html")),
+        (Fault.BAD_GATEWAY, 502, ("content-type", "text/html")),
+        (Fault.TOO_MANY, 429, ("retry-after", "3")),
+        (Fault.REDIRECT, 302, ("location", "https://elsewhere.invalid/")),
+    ],
+)
+async def test_a_page_comes_instead_of_an_answer(fault, status, header, when, made):
+    """The status and an HTML page, whether or not the refund was carried out."""
+    client = client_of()
+    client.gateway.script(fault, when=when, delay=2.5)
+    response = await post(client)
+    assert response.status_code == status
+    assert response.headers[header[0]] == header[1]
+    assert response.text.startswith("<html>")
+    assert client.gateway.times_made("R-1") == made
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("ret_code", "ret_msg"), [("1007", "网络繁忙，请稍后再试"), ("9902", "接口调用异常"), ("8117", "交易失败")]
+)
+async def test_the_gateway_says_that_it_is_busy(ret_code, ret_msg, when, made):
+    """Any code can be scripted as a signed answer; those without words of their own get common ones."""
+    client = client_of()
+    client.gateway.script(Fault.BUSY, when=when, ret_code=ret_code)
+    answer = await client.apply()
+    assert (answer["ret_code"], answer["ret_msg"]) == (ret_code, ret_msg)
+    assert client.is_signed(answer)
+    assert client.gateway.times_made("R-1") == made
+
+
+async def test_busy_is_unsigned_where_errors_are():
+    """sign_errors holds for scripted codes too."""
+    client = client_of(sign_errors=False)
+    client.gateway.script(Fault.BUSY)
+    assert (await client.apply()).keys() == {"ret_code", "ret_msg"}
+
+
+@BOTH
+async def test_half_of_an_answer_is_no_json(when, made):
+    """A broken answer is complete as HTTP and cut off as JSON."""
+    client = client_of()
+    client.gateway.script(Fault.BROKEN_JSON, when=when)
+    response = await post(client)
+    assert response.text.startswith('{"ret_code"')
+    with pytest.raises(json.JSONDecodeError):
+        response.json()
+    assert client.gateway.times_made("R-1") == made
+
+
+@BOTH
+@pytest.mark.parametrize("fault", [Fault.WRONG_SIGNATURE, Fault.NO_SIGNATURE, Fault.ALTERED_FIELD])
+async def test_a_forgery_says_0000_and_is_not_signed(fault, when, made):
+    """It claims this very refund, whether or not it was carried out, and its signature does not verify."""
+    client = client_of()
+    client.gateway.script(fault, when=when)
+    answer = await client.apply()
+    assert (answer["ret_code"], answer["no_refund"]) == ("0000", "R-1")
+    assert ("sign" in answer) == (fault is not Fault.NO_SIGNATURE)
+    assert answer["money_refund"] == ("201.01" if fault is Fault.ALTERED_FIELD else "200.01")
+    assert not client.is_signed(answer)
+    assert client.gateway.times_made("R-1") == made
+
+
+async def test_a_wrong_signature_is_a_real_one_of_something_else():
+    """It is base64 of the right length: only the fields it covers are others."""
+    client = client_of()
+    client.gateway.script(Fault.WRONG_SIGNATURE)
+    answer = await client.apply()
+    assert client.is_signed(answer | {"ret_msg": "另一条消息"})
+
+
+@pytest.mark.parametrize("asked", [QUESTION, {"dt_refund": QUESTION["dt_refund"], "oid_refundno": "1234567890123456"}])
+async def test_a_forgery_may_claim_a_refund_that_does_not_exist(asked):
+    """A question about nothing gets a claim with the numbers that were asked for."""
+    client = client_of()
+    client.gateway.script(Fault.NO_SIGNATURE, call="query")
+    answer = await client.ask(QUERY, client.signed(asked))
+    assert answer["ret_code"] == "0000"
+    assert answer.items() >= asked.items()
+
+
+@BOTH
+async def test_the_answer_of_another_refund_is_validly_signed(when, made):
+    """Only its numbers tell that it is another refund's."""
+    client = client_of()
+    client.gateway.script(Fault.OTHER_REFUND, when=when)
+    answer = await client.apply()
+    assert (answer["ret_code"], answer["no_refund"], answer["money_refund"]) == ("0000", "OTHER", "200.01")
+    assert client.is_signed(answer)
+    assert client.gateway.times_made("R-1") == made
+
+
+async def test_an_oversized_answer_is_the_right_one_and_too_long():
+    """More than 1 MiB, validly signed for who reads it all."""
+    client = client_of()
+    client.gateway.script(Fault.OVERSIZED)
+    response = await post(client)
+    assert len(response.content) > 1024 * 1024
+    assert client.is_signed(response.json())
+
+
+async def test_a_compressed_answer_is_the_right_one_in_gzip():
+    """It is gzip though identity was asked for, and validly signed for who unpacks it."""
+    client = client_of()
+    client.gateway.script(Fault.COMPRESSED)
+    response = await post(client)
+    assert response.headers["content-encoding"] == "gzip"
+    assert client.is_signed(response.json())
+
+
+@pytest.mark.parametrize("fault", [Fault.OVERSIZED, Fault.COMPRESSED])
+async def test_a_readable_answer_never_lies(fault):
+    """What is validly signed says 9999 where nothing was carried out."""
+    client = client_of()
+    client.gateway.script(fault, when=When.BEFORE)
+    response = await post(client)
+    assert response.json()["ret_code"] == "9999"
+    assert client.gateway.times_made("R-1") == 0
+
+
+# ── about the connection ─────────────────────────────────────────────────────────────────────────
+
+
+@BOTH
+async def test_a_delayed_answer_is_the_right_one(when, made):
+    """It comes after the delay; the refund is made before or after the wait."""
+    client, answers = client_of(), []
+    client.gateway.script(Fault.DELAY, when=when, delay=3.0)
+
+    async def apply():
+        answers.append(await client.apply())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(apply)
+        await anyio.sleep(2.9)
+        assert client.gateway.times_made("R-1") == made
+        assert answers == []
+    assert anyio.current_time() == 3.0
+    assert client.is_signed(answers[0])
+    assert client.gateway.times_made("R-1") == 1
+
+
+@BOTH
+async def test_silence_lasts_until_the_client_gives_up(when, made):
+    """No answer ever comes."""
+    client = client_of()
+    client.gateway.script(Fault.NO_ANSWER, when=when)
+    with anyio.move_on_after(86_400) as waiting:
+        await client.apply()
+    assert waiting.cancelled_caught
+    assert client.gateway.times_made("R-1") == made
+
+
+@BOTH
+async def test_the_connection_breaks(when, made):
+    """In process that is a ConnectionResetError out of the application."""
+    client = client_of()
+    client.gateway.script(Fault.RESET, when=when)
+    with pytest.raises(ConnectionResetError):
+        await client.apply()
+    assert client.gateway.times_made("R-1") == made
+
+
+async def test_a_late_request_is_carried_out_after_a_query_found_nothing():
+    """8901 now, the refund later: why "no such record" is not to be believed at once."""
+    client = client_of()
+    client.gateway.script(Fault.LATE, delay=60.0)
+    with anyio.move_on_after(1):
+        await client.apply()
+    client.gateway.advance(59.0)
+    assert (await client.query())["ret_code"] == "8901"
+    assert client.gateway.refunds == ()
+    client.gateway.advance(3.0)
+    assert (await client.query())["sta_refund"] == "2"
+    assert client.gateway.times_made("R-1") == 1
+
+
+async def test_late_requests_come_in_the_order_of_their_times():
+    """A repetition that overtakes the first attempt is carried out, and the first attempt is the duplicate."""
+    client = client_of()
+    client.gateway.script(Fault.LATE, delay=60.0)
+    client.gateway.script(Fault.LATE, delay=30.0)
+    for money_refund in ("1.00", "2.00"):
+        with anyio.move_on_after(1):
+            await client.apply(money_refund=money_refund)
+    client.gateway.advance(100.0)
+    assert client.gateway.money_moved("R-1") == Decimal("2.00")
+
+
+# ── which fault comes when ───────────────────────────────────────────────────────────────────────
+
+
+async def codes_of(client, count, **changes):
+    return [(await client.apply(no_refund=f"R-{n}", money_refund="0.01", **changes))["ret_code"] for n in range(count)]
+
+
+async def test_scripted_faults_strike_in_the_order_of_the_script():
+    """Each as many times as it was scripted for, then all is well."""
+    client = client_of()
+    client.gateway.script(Fault.BUSY, ret_code="1007", times=2)
+    client.gateway.script(Fault.BUSY, ret_code="9902")
+    assert await codes_of(client, 5) == ["1007", "1007", "9902", "0000", "0000"]
+
+
+async def test_a_scripted_fault_lets_requests_pass_first():
+    """``skip`` requests that fit are left in peace before it strikes."""
+    client = client_of()
+    client.gateway.script(Fault.BUSY, skip=2)
+    assert await codes_of(client, 4) == ["0000", "0000", "1007", "0000"]
+
+
+async def test_a_scripted_fault_strikes_only_what_it_is_meant_for():
+    """It waits for its own call and its own refund."""
+    client = client_of()
+    client.gateway.script(Fault.BUSY, call="query", no_refund="R-1")
+    assert (await client.apply())["ret_code"] == "0000"
+    assert (await client.query(no_refund="R-2"))["ret_code"] == "8901"
+    assert (await client.query())["ret_code"] == "1007"
+    assert (await client.query())["ret_code"] == "0000"
+
+
+@pytest.mark.parametrize("option", [{"times": 0}, {"skip": -1}])
+def test_a_script_must_be_possible(option):
+    """A fault strikes at least once, and skips no negative number of requests."""
+    with pytest.raises(ValueError, match=next(iter(option))):
+        client_of().gateway.script(Fault.BUSY, **option)
+
+
+async def storm(seed, requests=200):
+    """What each of many refunds met, and whether it was made."""
+    shares = {Fault.BUSY: 0.3, Fault.HTTP_500: 0.3}
+    client, met = client_of(faults=shares, seed=seed, repeated=Repeated.AGAIN), []
+    for n in range(requests):
+        fields = client.signed(APPLICATION, no_refund=f"R-{n}", money_refund="0.01")
+        response = await client.send(CROSS_BORDER, json=fields)
+        answered = response.json()["ret_code"] if response.status_code == 200 else str(response.status_code)
+        met.append((answered, client.gateway.times_made(f"R-{n}")))
+    return met
+
+
+async def test_a_storm_is_the_same_for_the_same_seed():
+    """The same requests meet the same faults; another seed brings others."""
+    first = await storm(1)
+    assert await storm(1) == first
+    assert await storm(2) != first
+
+
+async def test_a_storm_brings_all_of_its_faults():
+    """Faults strike before and after the refund is carried out, and some requests are spared."""
+    assert set(await storm(1)) == {
+        ("0000", 1),
+        *((code, n) for code in ("1007", "9902", "9999", "500") for n in (0, 1)),
+    }
+
+
+async def test_a_script_comes_before_the_dice_and_does_not_change_them():
+    """After a scripted fault the storm goes on as if the request had met its own."""
+    plain, scripted = [client_of(faults={Fault.BUSY: 0.5}, seed=4) for _ in range(2)]
+    scripted.gateway.script(Fault.BUSY, ret_code="8117")
+    assert (await codes_of(scripted, 30)) == ["8117", *(await codes_of(plain, 30))[1:]]
+
+
+async def test_a_storm_passes():
+    """With its probabilities taken away every request is answered again."""
+    client = client_of(faults={Fault.BUSY: 1.0})
+    assert "0000" not in await codes_of(client, 5)
+    client.gateway.faults = {}
+    assert client.gateway.faults == {}
+    assert {(await client.apply(no_refund=f"S-{n}", money_refund="0.01"))["ret_code"] for n in range(5)} == {"0000"}
+
+
+@pytest.mark.parametrize("faults", [{Fault.BUSY: 1.5}, {Fault.BUSY: -0.1}, {Fault.BUSY: 0.6, Fault.RESET: 0.5}])
+def test_probabilities_must_be_possible(faults):
+    """Each lies between 0 and 1, and so does their sum."""
+    with pytest.raises(ConfigurationError, match="probability"):
+        client_of(faults=faults)
+
+
+async def test_a_fault_strikes_a_request_that_would_be_refused_too():
+    """The refusal is what gets lost: a client cannot tell it from a refund."""
+    client = client_of()
+    client.gateway.script(Fault.RESET)
+    with pytest.raises(ConnectionResetError):
+        await client.apply(money_refund="5000.00")
+    assert client.gateway.times_made("R-1") == 0

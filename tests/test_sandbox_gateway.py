@@ -1,0 +1,318 @@
+"""The sandbox answers like the real gateway, keeps books that can be audited, and is a plain ASGI application."""
+
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+
+import anyio
+import pytest
+from sandbox_client import APPLICATION, CROSS_BORDER, DOMESTIC, Client
+
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.models import RefundRequest, RefundStatus
+from lianlian_async.sandbox import Repeated, SandboxGateway
+
+pytestmark = pytest.mark.anyio
+
+PAID_AT = datetime(2013, 5, 15, 1, 40, 13, tzinfo=UTC)
+FOREIGN = {"money_foreign_refund", "rate_id", "rate", "exchange_bankcode"}
+
+
+def sandbox(**options):
+    return SandboxGateway(**{"default_order": Decimal("1000.00"), "clock": lambda: 100.0} | options)
+
+
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_cross_border_product_answers_as_the_apply_page_says():
+    """The fields of the page's sample answer, with its exchange rate, and a signature over all of them."""
+    client = Client(sandbox(settle_after=0, started_at=datetime(2013, 6, 26, 23, 0, tzinfo=UTC)))
+    answer = await client.apply()
+    assert client.is_signed(answer)
+    assert answer.pop("sign")
+    assert answer == {
+        "ret_code": "0000",
+        "ret_msg": "交易成功",
+        "oid_partner": "201103171000000000",
+        "no_refund": "R-1",
+        "dt_refund": "20130515094018",
+        "oid_refundno": client.gateway.refunds[0].oid_refundno,
+        "money_refund": "200.01",
+        "money_foreign_refund": "30.03",
+        "rate_id": "1",
+        "rate": "6.66",
+        "exchange_bankcode": "01040000",
+        "sta_refund": "2",
+        "settle_date": "20130627",
+        "sign_type": "RSA",
+    }
+
+
+async def test_the_domestic_product_tells_of_no_foreign_currency():
+    """Neither those fields nor dt_refund, when applying and when asking."""
+    client = Client(sandbox())
+    for answer in (await client.apply(DOMESTIC), await client.query()):
+        assert answer["ret_code"] == "0000"
+        assert client.is_signed(answer)
+        assert not {*FOREIGN, "dt_refund"} & answer.keys()
+
+
+async def test_a_query_tells_what_an_application_told():
+    """Right after applying, the question is answered with the very same fields."""
+    client = Client(sandbox())
+    assert await client.apply() == await client.query()
+
+
+async def test_a_refund_settles_by_the_gateways_clock():
+    """As the clock is put forward, a query sees 0, 1, 2, and the settle date with the last, in UTC+8."""
+    gateway = sandbox(settle_after=7200.0, started_at=datetime(2026, 1, 1, 15, 0, tzinfo=UTC))
+    client = Client(gateway)
+    await client.apply()
+    seen = []
+    for _ in range(3):
+        answer = await client.query()
+        seen.append((answer["sta_refund"], answer.get("settle_date")))
+        gateway.advance(3600.0)
+    assert seen == [("0", None), ("1", None), ("2", "20260102")]
+
+
+async def test_the_gateways_clock_follows_the_given_one():
+    """Time passes by the injected clock, and advance comes on top of it."""
+    seconds = [50.0]
+    gateway = sandbox(clock=lambda: seconds[0], settle_after=10.0)
+    client = Client(gateway)
+    await client.apply()
+    seconds[0] += 4.0
+    gateway.advance(6.0)
+    assert gateway.now() == 60.0
+    assert (await client.query())["sta_refund"] == "2"
+    with pytest.raises(ValueError, match="forward"):
+        gateway.advance(-1.0)
+
+
+async def test_a_gateway_that_is_given_no_time_of_day_takes_the_present():
+    """A settle date is today's date in China."""
+    client = Client(SandboxGateway(default_order=Decimal("1000.00"), settle_after=0))
+    zone = timezone(timedelta(hours=8))
+    before = datetime.now(zone)
+    answer = await client.apply()
+    assert answer["settle_date"] in (f"{before:%Y%m%d}", f"{datetime.now(zone):%Y%m%d}")
+
+
+async def test_a_refund_that_fails_is_told_as_failed():
+    """A refund marked to fail is accepted, then found failed without a settle date, and its money is back."""
+    gateway = sandbox()
+    gateway.fail("R-1")
+    client = Client(gateway)
+    assert (await client.apply(money_refund="1000.00"))["ret_code"] == "0000"
+    assert gateway.money_moved("R-1") == Decimal("1000.00")
+    gateway.advance(2.0)
+    answer = await client.query()
+    assert (answer["sta_refund"], "settle_date" in answer) == ("3", False)
+    assert (gateway.money_moved("R-1"), gateway.times_made("R-1")) == (Decimal(0), 1)
+    assert (await client.apply(no_refund="R-2", money_refund="1000.00"))["ret_code"] == "0000"
+
+
+async def test_a_refund_without_record_is_not_found():
+    """8901 with its words, signed, and nothing of a refund."""
+    client = Client(sandbox())
+    answer = await client.query()
+    assert client.is_signed(answer)
+    assert answer.keys() == {"ret_code", "ret_msg", "oid_partner", "sign_type", "sign"}
+    assert (answer["ret_code"], answer["ret_msg"]) == ("8901", "没有记录")
+
+
+async def test_errors_may_come_unsigned():
+    """With sign_errors off an error is its code and words only; 0000 is signed all the same."""
+    client = Client(sandbox(sign_errors=False))
+    assert await client.query() == {"ret_code": "8901", "ret_msg": "没有记录"}
+    assert client.is_signed(await client.apply())
+
+
+# ── orders, merchants, repetitions ───────────────────────────────────────────────────────────────
+
+
+async def test_an_order_has_the_numbers_it_was_added_with():
+    """An added order is refunded by its number, its made-up payment number and its time, and by no other."""
+    gateway = sandbox(default_order=None)
+    order = gateway.add_order("O-1", Decimal("400.02"), dt_order=PAID_AT)
+    client = Client(gateway)
+    assert (await client.apply(no_order="O-2"))["ret_code"] == "5002"
+    assert (await client.apply(dt_order="20130515014013"))["ret_code"] == "5002"
+    assert (await client.apply(oid_paybill="2013051613121201"))["ret_code"] == "9091"
+    assert (await client.apply(money_refund="400.03"))["ret_code"] == "5003"
+    assert (await client.apply(oid_paybill=order.oid_paybill))["ret_code"] == "0000"
+    assert (await client.apply(no_refund="R-2", money_refund="200.02"))["ret_code"] == "5007"
+    assert order.rest(gateway.now()) == Decimal("200.01")
+
+
+def test_an_order_needs_a_time_with_a_zone():
+    """A naive dt_order is refused: nobody could say which moment it is."""
+    with pytest.raises(ValueError, match="naive"):
+        sandbox().add_order("O-1", Decimal(1), dt_order=datetime(2026, 1, 1))  # noqa: DTZ001
+
+
+async def test_merchants_do_not_see_each_other(stranger_keys):
+    """The same numbers of two merchants are two refunds of two orders, in the answers and in the books."""
+    gateway = sandbox(default_order=None)
+    other = "201304121000001004"
+    gateway.add_merchant(other, stranger_keys.public)
+    gateway.add_order("O-1", Decimal("200.01"))
+    gateway.add_order("O-1", Decimal("300.00"), oid_partner=other)
+    ours, theirs = Client(gateway), Client(gateway, key=stranger_keys.private, oid_partner=other)
+    gateway.fail("R-1", oid_partner=other)
+    assert (await ours.apply())["oid_partner"] == gateway.oid_partner
+    assert (await theirs.query())["ret_code"] == "8901"
+    assert (await theirs.apply(money_refund="300.00"))["oid_partner"] == other
+    gateway.advance(2.0)
+    assert ((await ours.query())["sta_refund"], (await theirs.query())["sta_refund"]) == ("2", "3")
+    assert (gateway.money_moved("R-1"), gateway.money_moved("R-1", oid_partner=other)) == (Decimal("200.01"), 0)
+    assert (gateway.times_made("R-1"), gateway.times_made("R-1", oid_partner=other)) == (1, 1)
+
+
+async def test_a_replayed_answer_is_the_first_one_to_the_letter():
+    """Under REPLAY the second application gets the state of the first, long after it changed."""
+    gateway = sandbox(repeated=Repeated.REPLAY)
+    client = Client(gateway)
+    first = await client.apply()
+    gateway.advance(60.0)
+    assert await client.apply() == first
+    assert (await client.query())["sta_refund"] == "2"
+    assert (gateway.money_moved("R-1"), gateway.times_made("R-1")) == (Decimal("200.01"), 1)
+
+
+async def test_money_may_move_twice():
+    """Under AGAIN the books tell of both times."""
+    gateway = sandbox(repeated=Repeated.AGAIN)
+    client = Client(gateway)
+    first, second = await client.apply(), await client.apply()
+    assert first["oid_refundno"] != second["oid_refundno"]
+    assert (gateway.money_moved("R-1"), gateway.times_made("R-1")) == (Decimal("400.02"), 2)
+
+
+async def test_applications_at_the_same_time_are_not_both_the_first():
+    """Of many that race under one number, exactly one is carried out."""
+    client, codes = Client(sandbox()), []
+
+    async def apply():
+        codes.append((await client.apply())["ret_code"])
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(10):
+            tasks.start_soon(apply)
+    assert sorted(codes) == ["0000", *["1002"] * 9]
+    assert client.gateway.times_made("R-1") == 1
+
+
+# ── audit ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_books_tell_what_was_made():
+    """Records come in order, each with what it was asked for and how it stands."""
+    gateway = sandbox()
+    client = Client(gateway)
+    await client.apply()
+    gateway.advance(2.0)
+    await client.apply(no_refund="R-2", money_refund="1.00")
+    now = gateway.now()
+    told = [(r.application.no_refund, r.application.money_refund, r.status(now)) for r in gateway.refunds]
+    assert told == [
+        ("R-1", Decimal("200.01"), RefundStatus.SUCCESS),
+        ("R-2", Decimal("1.00"), RefundStatus.INITIALIZED),
+    ]
+    assert (gateway.money_moved("R-3"), gateway.times_made("R-3")) == (Decimal(0), 0)
+
+
+async def test_requests_are_counted_whatever_becomes_of_them():
+    """Refused and unreadable requests count as well as those that are carried out."""
+    gateway = sandbox()
+    client = Client(gateway)
+    await client.apply()
+    await client.apply(DOMESTIC)
+    await client.send(CROSS_BORDER, content=b"{")
+    await client.query(no_refund="R-9")
+    assert gateway.requests == {"apply": 3, "query": 1}
+
+
+# ── set-up ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("domestic", "path"), [(False, "/exchangerefund.htm"), (True, "/refund.htm")])
+async def test_a_ready_made_merchant_is_known_to_the_gateway(domestic, path):
+    """Its keys sign what the gateway accepts and verify what it answers, at endpoints below the base URL."""
+    gateway = sandbox()
+    merchant = gateway.merchant("http://sandbox.invalid:8080", domestic=domestic, notify_url="https://shop.example/n")
+    assert merchant.endpoints.apply == "http://sandbox.invalid:8080" + path
+    assert merchant.endpoints.query == "http://sandbox.invalid:8080/refundquery.htm"
+    assert merchant.notify_url == "https://shop.example/n"
+    keys = merchant.load_keys()
+    client = Client(gateway, key=keys.private, oid_partner=merchant.oid_partner)
+    assert client.is_signed(await client.apply(path))
+    assert [key.fingerprint for key in keys.gateway] == [gateway.gateway_key.fingerprint]
+
+
+async def test_a_ready_made_session_talks_to_the_gateway():
+    """What the session believes of a refund is what the books say."""
+    gateway = sandbox()
+    request = RefundRequest(no_refund="R-1", dt_refund=PAID_AT, money_refund=Decimal("200.01"), no_order="O-1")
+    async with gateway.session() as session:
+        applied = await session.apply_refund(request)
+        asked = await session.query_refund(applied.query())
+    assert applied == asked
+    assert (applied.money_refund, applied.oid_refundno) == (Decimal("200.01"), gateway.refunds[0].oid_refundno)
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+async def test_keys_may_be_given(merchant_keys, gateway_keys):
+    """A given pair is used on both sides instead of the made-up ones."""
+    gateway = sandbox(merchant_key=merchant_keys.private, gateway_key=gateway_keys.private, oid_partner="2013")
+    answer = await Client(gateway, key=merchant_keys.private, oid_partner="2013").apply()
+    assert answer["ret_code"] == "0000"
+    assert Client(gateway).is_signed(answer)
+    assert gateway.gateway_key is gateway_keys.private
+
+
+def test_keys_have_a_size_that_lianlian_takes():
+    """Other sizes than 1024, 2048 and 4096 are refused."""
+    with pytest.raises(ConfigurationError, match="1024, 2048 or 4096"):
+        SandboxGateway(bits=512)
+
+
+# ── ASGI ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_server_can_start_and_stop_it():
+    """The lifespan protocol is answered event by event, then it returns."""
+    events, sent = iter(["lifespan.startup", "lifespan.shutdown"]), []
+
+    async def receive():
+        return {"type": next(events)}
+
+    async def send(message):
+        sent.append(message["type"])
+
+    await sandbox()({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
+    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+async def test_a_client_that_goes_away_in_the_middle_of_its_request_moves_no_money():
+    """Half a body is no request."""
+    gateway = sandbox()
+    whole = repr(Client(gateway).signed(APPLICATION)).replace("'", '"').encode()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": CROSS_BORDER,
+        "headers": [(b"content-type", b"application/json;charset=utf-8")],
+    }
+    for cut, made in ((100, 0), (len(whole), 1)):
+        messages = iter([{"type": "http.request", "body": whole[:cut], "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive(messages=messages):
+            return next(messages)
+
+        async def send(message):
+            assert message["type"].startswith("http.response")
+
+        await gateway(scope, receive, send)
+        assert len(gateway.refunds) == made

@@ -1,0 +1,70 @@
+"""The sandbox behind a real HTTP server: what a socket shows of it."""
+
+import json
+import threading
+from decimal import Decimal
+
+import anyio
+import httpx
+import pytest
+import uvicorn
+from sandbox_client import APPLICATION, CROSS_BORDER, Client
+
+from lianlian_async.sandbox import Fault, SandboxGateway, When
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def client():
+    """A client of a sandbox that uvicorn serves from a thread of its own."""
+    gateway, ready = SandboxGateway(default_order=Decimal("1000.00")), threading.Event()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            ready.set()
+
+    server = Server(uvicorn.Config(gateway, port=0, log_config=None, lifespan="on", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert ready.wait(30)
+    host, port = server.servers[0].sockets[0].getsockname()
+    yield Client(gateway, base_url=f"http://{host}:{port}")
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+async def test_a_refund_is_made_and_found(client):
+    """Both calls work over a socket as they do in process."""
+    applied = await client.apply()
+    assert client.is_signed(applied)
+    assert (await client.query())["oid_refundno"] == applied["oid_refundno"]
+
+
+@pytest.mark.parametrize(("when", "made"), [(When.BEFORE, 0), (When.AFTER, 1)])
+async def test_a_reset_is_a_broken_connection(client, when, made):
+    """The client sees the connection end before the answer did."""
+    client.gateway.script(Fault.RESET, when=when)
+    with pytest.raises(httpx.TransportError):
+        await client.apply()
+    assert client.gateway.times_made("R-1") == made
+    assert (await client.apply(no_refund="R-2"))["ret_code"] == "0000"
+
+
+@pytest.mark.parametrize("fault", [Fault.NO_ANSWER, Fault.LATE])
+async def test_silence_ends_when_the_client_goes_away(client, fault):
+    """The server is free again once the client has given up: it stops at the end of this test."""
+    client.gateway.script(fault)
+    body = json.dumps(client.signed(APPLICATION))
+    with anyio.move_on_after(0.05) as waiting:
+        await client.send(CROSS_BORDER, content=body)
+    assert waiting.cancelled_caught
+    assert (await client.apply(no_refund="R-2"))["ret_code"] == "0000"
+
+
+async def test_a_body_that_is_too_big_is_refused_unread(client):
+    """1012 for a body of several megabytes that comes in many pieces."""
+    response = await client.send(CROSS_BORDER, content=b"{" + b" " * 4 * 1024 * 1024 + b"}")
+    assert response.json()["ret_code"] == "1012"
