@@ -6,6 +6,7 @@ Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport say
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import Enum, StrEnum
 from typing import TypeAlias
@@ -46,6 +47,8 @@ class Exchange:
     deadline: Deadline
     """The whole call's."""
     policy: RetryPolicy
+    send_before: float = math.inf
+    """The event loop's second after which nothing may be sent: another worker may then hold the refund."""
     attempt: int = 1
     """Counts the attempts of this exchange, from 1."""
     seconds: float = 0.0

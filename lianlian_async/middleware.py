@@ -111,10 +111,13 @@ class Attempt:
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
         """Give ``call_next`` its share of the time left; always ends in a reply or in cancellation."""
-        seconds = exchange.deadline.attempt(anyio.current_time())
+        now = anyio.current_time()
+        seconds = exchange.deadline.attempt(now)
         trail = Trail()
         if not seconds:
             return _gave_up(exchange, trail, "the deadline is over", None)
+        if now + seconds > exchange.send_before:
+            return _gave_up(exchange, trail, "waited so long that another worker may hold this refund", None)
         with anyio.move_on_after(seconds):
             try:
                 reply = await call_next(attrs.evolve(exchange, seconds=seconds, trail=trail))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from typing import TypeVar
 
 import attrs
 
@@ -30,7 +31,9 @@ from .merchant import Merchant
 from .models import Refund, RefundQuery, RefundRequest
 from .signing import SigningKey, VerifyingKey, signature_source
 
-__all__ = ["Protocol", "lost"]
+__all__ = ["Protocol", "lost", "rejection"]
+
+Rejection = TypeVar("Rejection", RefundRejected, QueryRejected)
 
 
 @attrs.frozen
@@ -167,19 +170,14 @@ def _refused(
     known = (_APPLY if exchange.call is Call.APPLY else _QUERY)[row.kind]
     ret_code, ret_msg = fields["ret_code"], fields.get("ret_msg", "")
     error: LianLianError
-    if known is Known.REJECTED:
-        error = (RefundRejected if exchange.call is Call.APPLY else QueryRejected)(
-            ret_code,
-            ret_msg,
-            meaning=row.meaning,
-            advice=row.advice,
-            is_configuration=row.is_configuration,
-            verified=verified,
-            no_refund=exchange.asked.get("no_refund"),
-        )
+    number = exchange.asked.get("no_refund")
+    if known is Known.REJECTED and exchange.call is Call.APPLY:
+        error = rejection(RefundRejected, ret_code, ret_msg, verified=verified, no_refund=number)
+    elif known is Known.REJECTED:
+        error = rejection(QueryRejected, ret_code, ret_msg, verified=verified, no_refund=number)
     elif known is Known.NOT_FOUND:
         error = RefundNotFound(
-            no_refund=exchange.asked.get("no_refund"),
+            no_refund=number,
             oid_refundno=exchange.asked.get("oid_refundno"),
             ret_code=ret_code,
             ret_msg=ret_msg,
@@ -188,6 +186,22 @@ def _refused(
     else:
         error = _unavailable(exchange, f"{ret_code} {ret_msg} ({row.meaning})", ret_code)
     return Reply(known=known, error=error, retry_after=retry_after)
+
+
+def rejection(
+    kind: type[Rejection], ret_code: str, ret_msg: str, *, verified: bool, no_refund: str | None
+) -> Rejection:
+    """The refusal that a code stands for, with our explanation of it."""
+    row = explain(ret_code)
+    return kind(
+        ret_code,
+        ret_msg,
+        meaning=row.meaning,
+        advice=row.advice,
+        is_configuration=row.is_configuration,
+        verified=verified,
+        no_refund=no_refund,
+    )
 
 
 def _unavailable(exchange: Exchange, reason: str, ret_code: str | None = None) -> GatewayUnavailable:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import partial
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, Self
@@ -17,10 +18,12 @@ import attrs
 
 from .errors import ConfigurationError, GatewayUnavailable, LianLianError, RefundOutcomeUnknown
 from .exchange import Call, Exchange, Known, Reply
+from .journal import Journal, Standing
 from .merchant import Merchant
-from .middleware import Attempt, Middleware, Permit, Retry, onion
+from .middleware import Attempt, Middleware, Next, Permit, Retry, onion
 from .models import Refund, RefundQuery, RefundRequest
 from .protocol import Protocol
+from .recording import Recording, answer
 from .retry import Bucket, Deadline, RetryPolicy
 from .settlement import Case, settle
 from .transport import AsyncBaseTransport, AsyncClient, Transport
@@ -48,7 +51,7 @@ class _Parts:
 
     protocol: Protocol
     transport: Transport
-    send: Any
+    send: Next
     verify_inline: bool
 
 
@@ -73,6 +76,8 @@ class RefundSession:
             (see :mod:`lianlian_async.middleware`).
         limiter: any async context manager, held around every attempt: a semaphore, or
             :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
+        journal: an open :class:`lianlian_async.journal.Journal`, not closed by the session. ``apply_refund`` is
+            then re-entrant: every refund is on record before its first byte is sent.
         now: the wall clock (aware datetimes), for the moments that errors name.
 
     Closing waits for the calls that are running, which their deadlines bound; new ones are refused.
@@ -90,6 +95,7 @@ class RefundSession:
         max_connections: int = 20,
         middleware: Sequence[Middleware] = (),
         limiter: AbstractAsyncContextManager[Any] | None = None,
+        journal: Journal | None = None,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
         if client is not None and transport is not None:
@@ -104,6 +110,7 @@ class RefundSession:
         self._max_connections = max_connections
         self._middleware = tuple(middleware)
         self._limiter = limiter
+        self._journal = journal
         self._now = now
         self._state = _State.NEW
         self._running = 0
@@ -195,9 +202,7 @@ class RefundSession:
             RefundConflict: the number stands for another refund.
             RefundOutcomeUnknown: it may have been made; see :meth:`settle`.
         """
-        async with self._call(deadline, retry) as (until, policy):
-            fields = self._parts.protocol.apply_fields(request)
-            return await self._settle(request, await self._prepare(Call.APPLY, fields, until, policy))
+        return await self._apply(request, None, deadline, retry)
 
     async def settle(
         self, unknown: RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
@@ -212,17 +217,7 @@ class RefundSession:
                 f"refund {unknown.no_refund} belongs to merchant {unknown.oid_partner}, "
                 f"this session to {self.merchant.oid_partner}"
             )
-        async with self._call(deadline, retry) as (until, policy):
-            fields = self._parts.protocol.apply_fields(unknown.request)
-            apply = self._make_exchange(Call.APPLY, fields, unknown.body, until, policy)
-            ago = (self._now() - unknown.sent_at).total_seconds()
-            return await self._settle(
-                unknown.request,
-                apply,
-                sent_at=anyio.current_time() - max(0.0, ago),
-                attempts=unknown.attempts,
-                questions=unknown.questions,
-            )
+        return await self._apply(unknown.request, unknown, deadline, retry)
 
     async def query_refund(
         self, query: RefundQuery, *, deadline: float | None = None, retry: RetryPolicy | None = None
@@ -239,28 +234,66 @@ class RefundSession:
         """
         async with self._call(deadline, retry) as (until, policy):
             fields = self._parts.protocol.query_fields(query)
-            reply: Reply = await self._parts.send(await self._prepare(Call.QUERY, fields, until, policy))
+            exchange = self._make_exchange(Call.QUERY, fields, await self._seal(fields), until, policy)
+            reply = await self._parts.send(exchange)
         if reply.refund is not None:
             return reply.refund
         raise _raised(reply)
 
-    # ── one exchange ─────────────────────────────────────────────────────────────────────────────
+    # ── one refund ───────────────────────────────────────────────────────────────────────────────
 
-    async def _settle(self, request: RefundRequest, apply: Exchange, **known: Any) -> Refund:
+    async def _apply(
+        self,
+        request: RefundRequest,
+        earlier: RefundOutcomeUnknown | None,
+        deadline: float | None,
+        retry: RetryPolicy | None,
+    ) -> Refund:
+        """Send and settle; or settle only, what an ``earlier`` call left unknown; on record, with a journal."""
+        async with self._call(deadline, retry) as (until, policy):
+            fields = self._parts.protocol.apply_fields(request)
+            recording = self._recording(request, fields)
+            if recording is not None and (settled := await recording.look()) is not None:
+                return settled
+            body = await self._seal(fields) if earlier is None else earlier.body
+            apply = self._make_exchange(Call.APPLY, fields, body, until, policy)
+            case = self._open_case(request, apply, earlier)
+            if recording is None:
+                return await settle(case, self._parts.send, self._bucket)
+            hold = 2 * until.left(anyio.current_time())
+            send_before = anyio.current_time() + hold
+            standing, entry = await recording.claim(body, hold, until.at)
+            if standing is Standing.SETTLED:
+                return answer(entry)
+            case.apply = attrs.evolve(apply, body=entry.body, send_before=send_before)
+            if standing is Standing.UNSETTLED:
+                case.was_sent(entry.sent_at)
+            return await recording.keep(partial(settle, case, self._parts.send, self._bucket))
+
+    def _recording(self, request: RefundRequest, fields: dict[str, str]) -> Recording | None:
+        if self._journal is None:
+            return None
+        return Recording(journal=self._journal, request=request, fields=fields, now=self._now)
+
+    def _open_case(self, request: RefundRequest, apply: Exchange, earlier: RefundOutcomeUnknown | None) -> Case:
         async def question() -> Exchange:
             # A settlement asks until its deadline, however often that is.
             policy = attrs.evolve(apply.policy, attempts=1_000_000)
             fields = self._parts.protocol.query_fields(request.query())
-            return await self._prepare(Call.QUERY, fields, apply.deadline, policy)
+            return self._make_exchange(Call.QUERY, fields, await self._seal(fields), apply.deadline, policy)
 
         epoch = self._now() - timedelta(seconds=anyio.current_time())
-        case = Case(request=request, apply=apply, question=question, epoch=epoch, **known)
-        return await settle(case, self._parts.send, self._bucket)
+        case = Case(request=request, apply=apply, question=question, epoch=epoch)
+        if earlier is not None:
+            case.was_sent(earlier.sent_at)
+            case.attempts, case.questions = earlier.attempts, earlier.questions
+        return case
 
-    async def _prepare(self, call: Call, fields: dict[str, str], until: Deadline, policy: RetryPolicy) -> Exchange:
-        """Sign once; every attempt sends the same bytes."""
-        body = await anyio.to_thread.run_sync(self._parts.protocol.seal, fields, limiter=self._rsa)
-        return self._make_exchange(call, fields, body, until, policy)
+    # ── one exchange ─────────────────────────────────────────────────────────────────────────────
+
+    async def _seal(self, fields: dict[str, str]) -> bytes:
+        """Sign, in the thread; once for each request, so that every attempt sends the same bytes."""
+        return await anyio.to_thread.run_sync(self._parts.protocol.seal, fields, limiter=self._rsa)
 
     def _make_exchange(
         self, call: Call, fields: dict[str, str], body: bytes, until: Deadline, policy: RetryPolicy

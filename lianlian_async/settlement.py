@@ -70,6 +70,11 @@ class Case:
     apply_error: LianLianError | None = None
     query_error: LianLianError | None = None
 
+    def was_sent(self, at: datetime) -> None:
+        """Take over from an earlier call or process, of which an attempt may have arrived until ``at``."""
+        earlier = min((at - self.epoch).total_seconds(), anyio.current_time())
+        self.sent_at = earlier if self.sent_at is None else max(earlier, self.sent_at)
+
     def absence_is_believed(self, asked_at: float) -> bool:
         """Whether "no such record", asked for at ``asked_at``, proves that no attempt was carried out."""
         return self.sent_at is None or asked_at - self.sent_at >= self.apply.policy.absence_grace

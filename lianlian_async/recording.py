@@ -1,0 +1,142 @@
+"""One refund under a journal: intend before the first byte, settle or release after the last.
+
+With a journal ``apply_refund`` may be called again at any time, after any crash: what is settled is answered
+from the record, what is unsettled is asked about first, and what is new is sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime, timedelta
+from typing import Final
+
+import anyio
+import attrs
+
+from .errors import RefundNotSent, RefundOutcomeUnknown, RefundRejected
+from .journal import Ending, Entry, Intent, Journal, Standing, State
+from .models import Refund, RefundRequest
+from .protocol import rejection
+from .signing import signature_source
+
+__all__ = ["Recording", "answer", "digest", "ending"]
+
+_NO_CONTENT: Final = ("sign_type", "notify_url")
+_FIRST_LOOK: Final = 0.05
+_LONGEST_LOOK: Final = 1.0
+
+
+def digest(fields: Mapping[str, str]) -> str:
+    """SHA-256 of what may never change under one number: the request without where its notification goes."""
+    content = {name: text for name, text in fields.items() if name not in _NO_CONTENT}
+    return hashlib.sha256(signature_source(content)).hexdigest()
+
+
+def ending(refund: Refund) -> Ending:
+    """What the journal keeps of a refund."""
+    return Ending(state=State.DONE if refund.is_final else State.ACCEPTED, record=refund.to_dict())
+
+
+def answer(entry: Entry) -> Refund:
+    """What a settled entry tells: the recorded refund, or the recorded ``RefundRejected``, raised again."""
+    if entry.ending is None:
+        raise LookupError(f"refund {entry.no_refund} is not settled")
+    record = entry.ending.record
+    if entry.ending.state is State.REJECTED:
+        raise rejection(
+            RefundRejected,
+            record["ret_code"],
+            record["ret_msg"],
+            verified=record["verified"] == "yes",
+            no_refund=entry.no_refund,
+        )
+    return Refund.from_dict(record, asked_dt_refund=RefundRequest.from_dict(entry.fields).dt_refund)
+
+
+@attrs.frozen(kw_only=True)
+class Recording:
+    """One refund's page in the journal; ``now`` is the wall clock."""
+
+    journal: Journal
+    request: RefundRequest
+    fields: Mapping[str, str]
+    """The wire fields that are signed."""
+    now: Callable[[], datetime]
+
+    async def look(self) -> Refund | None:
+        """The answer, if the refund is settled: found without signing anything. Raises as :func:`answer`."""
+        entry = await self.journal.find(self.request.no_refund)
+        if entry is None or entry.ending is None or entry.digest != digest(self.fields):
+            return None
+        return answer(entry)
+
+    async def claim(self, body: bytes, hold: float, deadline: float) -> tuple[Standing, Entry]:
+        """Write the intent and take hold of the refund for ``hold`` seconds.
+
+        Waits up to ``deadline`` (event loop's clock) for whoever holds it now. Never HELD: raises
+        ``RefundOutcomeUnknown`` instead, and ``RefundConflict`` for other content.
+        """
+        seconds = _FIRST_LOOK
+        while True:
+            now = self.now()
+            intent = Intent(
+                no_refund=self.request.no_refund,
+                digest=digest(self.fields),
+                fields=self.request.to_dict(),
+                body=body,
+                held_until=now + timedelta(seconds=hold),
+            )
+            standing, entry = await self.journal.intend(intent, now)
+            if standing is not Standing.HELD:
+                return standing, entry
+            if anyio.current_time() + seconds > deadline:
+                raise self._held(entry, hold)
+            await anyio.sleep(seconds)
+            seconds = min(2 * seconds, _LONGEST_LOOK)
+
+    def _held(self, entry: Entry, hold: float) -> RefundOutcomeUnknown:
+        return RefundOutcomeUnknown(
+            request=self.request,
+            question=self.request.query(),
+            oid_partner=self.fields["oid_partner"],
+            body=entry.body,
+            attempts=0,
+            questions=0,
+            sent_at=entry.sent_at,
+            ask_again_at=self.now() + timedelta(seconds=hold),
+            last_error="another call or worker is at this refund",
+        )
+
+    async def keep(self, settle: Callable[[], Awaitable[Refund]]) -> Refund:
+        """Run ``settle``, and write down how it ended; what is known is written even under cancellation."""
+        number = self.request.no_refund
+        try:
+            refund = await settle()
+        except RefundRejected as error:
+            if error.is_configuration:  # ours to mend, and then to be sent
+                await self._shielded(self.journal.release, number, None)
+            else:
+                record = {
+                    "ret_code": error.ret_code,
+                    "ret_msg": error.ret_msg,
+                    "verified": "yes" if error.verified else "no",
+                }
+                await self._shielded(self.journal.settle, number, Ending(state=State.REJECTED, record=record))
+            raise
+        except RefundNotSent:
+            await self._shielded(self.journal.release, number, None)
+            raise
+        except RefundOutcomeUnknown as error:
+            await self._shielded(self.journal.release, number, error.sent_at)
+            raise
+        except BaseException:  # cancelled, or a bug: an attempt may be under way at this moment
+            await self._shielded(self.journal.release, number, self.now())
+            raise
+        await self._shielded(self.journal.settle, number, ending(refund))
+        return refund
+
+    @staticmethod
+    async def _shielded(verb: Callable[..., Awaitable[object]], *arguments: object) -> None:
+        with anyio.CancelScope(shield=True):
+            await verb(*arguments)
