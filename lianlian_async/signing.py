@@ -7,7 +7,6 @@ pycryptodome. Nothing here may run on an event loop unmeasured: a 2048-bit signa
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from base64 import b64decode, b64encode
@@ -155,29 +154,26 @@ class VerifyingKey(_Key):
 
 def _load(material: KeyMaterial, password: str | bytes | None, name: str) -> RSA.RsaKey:
     encoded = _to_pem_or_der(_read(material, name), name)
-    try:
-        rsa = RSA.import_key(encoded, passphrase=_encoded(password))
-    except (ValueError, IndexError, TypeError, ZeroDivisionError):
-        rsa = None
-    # Raised out here, so that no foreign error hangs on ours as its context: what those hold, nobody promises.
+    # Older pycryptodomes refuse a password that a key does not need: hence the second try without.
+    rsa = _imported(encoded, _encoded(password)) or _imported(encoded, None)
     if rsa is None:
         raise ConfigurationError(f"{name}: {_diagnose(encoded, password)}")
     if rsa.size_in_bits() < _SMALLEST_KEY_BITS:
         raise ConfigurationError(f"{name}: {rsa.size_in_bits()} bits are too few; LianLian takes 1024, 2048 or 4096")
-    if rsa.has_private() and not _is_whole(rsa):
-        raise ConfigurationError(f"{name}: the key is damaged: its numbers do not belong together")
     return rsa
+
+
+def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
+    """The key, or None: no foreign error may hang on ours as its context, since nobody promises what it quotes."""
+    try:
+        return RSA.import_key(encoded, passphrase=password)  # checks too that the key's numbers belong together
+    except (ValueError, IndexError, TypeError, ZeroDivisionError):
+        return None
 
 
 def _encoded(password: str | bytes | None) -> bytes | None:
     """A password in UTF-8, as OpenSSL takes it from a terminal (pycryptodome alone would take Latin-1)."""
     return password.encode(errors="surrogateescape") if isinstance(password, str) else password
-
-
-def _is_whole(rsa: RSA.RsaKey) -> bool:
-    """Whether the numbers of a private key belong together; a damaged key would fail only when it signs."""
-    n, e, d, p, q = (int(number) for number in (rsa.n, rsa.e, rsa.d, rsa.p, rsa.q))
-    return n == p * q and min(p, q) > 1 and (e * d - 1) % math.lcm(p - 1, q - 1) == 0
 
 
 def is_key_text(text: str) -> bool:
@@ -256,7 +252,7 @@ def _diagnose(encoded: bytes, password: str | bytes | None) -> str:
         return f"the key is cut off: {len(encoded)} of {announced} bytes are there"
     if announced < len(encoded):
         return f"the key is followed by {len(encoded) - announced} bytes that do not belong to it"
-    return locked if _PBES2 in encoded[:40] else "is not a readable RSA key"
+    return locked if _PBES2 in encoded[:40] else "is not a readable RSA key: it is of another kind, or damaged"
 
 
 def _announced_length(der: bytes) -> int:

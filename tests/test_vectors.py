@@ -1,0 +1,87 @@
+"""LianLian's genuine signatures: what we build and verify is what the gateway builds and verifies."""
+
+from base64 import b64decode
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+from lianlian_async import wire
+from lianlian_async.signing import SigningKey, VerifyingKey, signature_source
+
+
+def public_key_of(vectors, vector):
+    """The key that signed ``vector``: a public one, or the public half of the published test merchant's."""
+    material = vectors["keys"][vector["signed_by"]]
+    if vector["signed_by"].endswith("private"):
+        return SigningKey.load(material).public_key()
+    return VerifyingKey.load(material)
+
+
+@pytest.fixture(params=["gateway response instant-payment-apply-API", "merchant request instant-payment-confirm-API"])
+def vector(request, vectors):
+    return next(vector for vector in vectors["vectors"] if vector["name"] == request.param)
+
+
+def test_every_vector_is_tested_here(vectors):
+    """The file beside the checkout holds the two signatures that these tests name."""
+    assert len(vectors["vectors"]) == 2
+
+
+def test_the_source_is_the_one_that_was_signed(vector):
+    """The source string of a genuine message's fields is the documented one, byte for byte."""
+    assert signature_source(vector["fields"]) == vector["source"].encode()
+
+
+def test_a_genuine_signature_verifies(vector, vectors):
+    """A signature that LianLian's own code made is valid over the source that ours builds."""
+    fields = vector["fields"]
+    assert public_key_of(vectors, vector).verify(signature_source(fields), fields["sign"])
+
+
+def test_the_oracle_agrees(vector, vectors):
+    """The independent implementation accepts the genuine signature over our source, under the key as we export it."""
+    public = load_der_public_key(b64decode(public_key_of(vectors, vector).to_base64()))
+    fields = vector["fields"]
+    public.verify(
+        b64decode(fields["sign"]), signature_source(fields), padding.PKCS1v15(), hashes.MD5()
+    )  # raises if not
+
+
+def test_the_merchant_request_is_reproduced_byte_for_byte(vectors):
+    """Our signature with the published test key is the published one, from the fields and from the source alike."""
+    key = SigningKey.load(vectors["keys"]["test_merchant_private"])
+    vector = next(vector for vector in vectors["vectors"] if vector["signed_by"] == "test_merchant_private")
+    assert key.sign(signature_source(vector["fields"])) == vector["fields"]["sign"]
+    assert key.sign(vector["source"].encode()) == vector["fields"]["sign"]
+
+
+def test_a_genuine_message_survives_the_wire(vector, vectors):
+    """Encoded and decoded again, in whatever order, the message is the same and still verifies."""
+    body = wire.encode(dict(reversed(vector["fields"].items())))
+    fields = wire.decode(body)
+    assert fields == vector["fields"]
+    assert public_key_of(vectors, vector).verify(signature_source(fields), fields["sign"])
+
+
+def test_any_change_breaks_the_signature(vector, vectors):
+    """A changed, dropped or added field, ret_code and ret_msg among them, makes the signature invalid."""
+    key = public_key_of(vectors, vector)
+    fields = vector["fields"]
+    names = set(fields) - {"sign"}
+    changed = [fields | {name: fields[name] + "0"} for name in names]
+    dropped = [{name: text for name, text in fields.items() if name != gone} for gone in names]
+    for other in (*changed, *dropped, fields | {"unknown": "x"}):
+        assert not key.verify(signature_source(other), fields["sign"])
+
+
+def test_empty_and_null_fields_change_nothing(vector, vectors):
+    """Fields without a value are no part of what was signed."""
+    fields = vector["fields"] | {"empty": "", "null": None}
+    assert public_key_of(vectors, vector).verify(signature_source(fields), fields["sign"])
+
+
+def test_the_wrong_key_does_not_verify(vector, vectors, stranger_keys):
+    """A genuine signature is not valid under another key."""
+    assert not stranger_keys.public.verify(signature_source(vector["fields"]), vector["fields"]["sign"])
