@@ -1,5 +1,6 @@
 """LianLian Pay refunds for asyncio and trio: *was this refund made?* Never twice, never lost, never guessed."""
 
+from .batch import BatchStopped, refund_many
 from .errors import (
     AnswerMismatch,
     ConfigurationError,
@@ -17,6 +18,7 @@ from .errors import (
 )
 from .merchant import Endpoints, Merchant
 from .models import Refund, RefundQuery, RefundRequest, RefundStatus
+from .outcome import Outcome
 from .retry import RetryBudget, RetryPolicy
 from .session import RefundSession
 from .signing import SigningKey, VerifyingKey
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnswerMismatch",
+    "BatchStopped",
     "ConfigurationError",
     "Endpoints",
     "GatewayUnavailable",
@@ -32,6 +35,7 @@ __all__ = [
     "LianLianError",
     "MalformedMessage",
     "Merchant",
+    "Outcome",
     "QueryRejected",
     "Refund",
     "RefundConflict",
@@ -49,4 +53,5 @@ __all__ = [
     "SigningKey",
     "VerifyingKey",
     "__version__",
+    "refund_many",
 ]

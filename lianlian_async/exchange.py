@@ -29,9 +29,18 @@ class Call(StrEnum):
 
 @attrs.define
 class Trail:
-    """What one attempt has left behind so far, for whoever has to end it early."""
+    """What one attempt has left behind so far, for whoever has to end it early or to doubt its reply.
 
-    may_have_arrived: bool = False
+    A caller's layer may send several times in one attempt, one after the other or side by side: hence a count.
+    """
+
+    open_sends: int = 0
+    """Sends that may have worked: all but those that were certainly not sent, and those that were refused."""
+
+    @property
+    def may_have_worked(self) -> bool:
+        """Whether the gateway may have carried the request out."""
+        return self.open_sends > 0
 
 
 @attrs.frozen(kw_only=True)
@@ -90,7 +99,10 @@ class Known(Enum):
 
 @attrs.frozen(kw_only=True)
 class Reply:
-    """What is known after an exchange: a ``refund`` if :attr:`Known.FOUND`, else the ``error`` that says why not."""
+    """What is known after an exchange: a ``refund`` if :attr:`Known.FOUND`, else the ``error`` that says why not.
+
+    Raises ``ValueError`` for anything else: a reply may come from a caller's middleware, and money hangs on it.
+    """
 
     known: Known
     refund: Refund | None = None
@@ -99,3 +111,7 @@ class Reply:
     """Seconds, as the server asked for."""
     attempts: int = 1
     """How many attempts it took."""
+
+    def __attrs_post_init__(self) -> None:
+        if (self.known is Known.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):
+            raise ValueError("a Reply is FOUND with a refund, or anything else with an error")

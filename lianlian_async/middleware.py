@@ -88,7 +88,8 @@ async def pause(exchange: Exchange, bucket: Bucket, retries: int, retry_after: f
 class Permit:
     """Holds the caller's limiter (any async context manager) around each attempt.
 
-    Waiting for it does not count against the call's deadline.
+    Waiting for it does not count against the call's deadline. A limiter that raises counts as *not sent* before
+    the attempt; after the attempt its reply stands all the same.
     """
 
     def __init__(self, limiter: AbstractAsyncContextManager[Any]) -> None:
@@ -97,16 +98,24 @@ class Permit:
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
         """Wait for the limiter, then go on."""
         asked_at = anyio.current_time()
-        async with self._limiter:
-            exchange.deadline.extend(anyio.current_time() - asked_at)
-            return await call_next(exchange)
+        entered, reply, raised = False, None, None
+        try:
+            async with self._limiter:
+                entered = True
+                exchange.deadline.extend(anyio.current_time() - asked_at)
+                reply = await call_next(exchange)
+        except Exception as error:  # noqa: BLE001 - a caller's limiter may raise anything, a reply must outlive it
+            raised = error
+        if reply is None:  # not let in; or a limiter that swallows a cancellation
+            return lost(exchange, Lost(f"the limiter failed: {raised!r}", entered, raised))
+        return reply
 
 
 class Attempt:
     """Bounds one attempt in time, and tells what it left behind however it ended.
 
-    Layers inside of this one are the caller's code: whatever they raise, and however they retry by
-    themselves, an exchange that may have arrived never comes out of here as *not sent*.
+    Layers inside of this one are the caller's code: whatever they raise or return, and however they retry by
+    themselves, an exchange that may have worked never comes out of here as *not sent* or *rejected*.
     """
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
@@ -123,14 +132,24 @@ class Attempt:
                 reply = await call_next(attrs.evolve(exchange, seconds=seconds, trail=trail))
             except Exception as error:  # noqa: BLE001 - the refund's fate has to be told, whatever a layer raises
                 return _gave_up(exchange, trail, f"a middleware raised {type(error).__name__}: {error}", error)
-            if reply.known is Known.NOT_SENT and trail.may_have_arrived:
-                return attrs.evolve(reply, known=Known.UNCERTAIN)
-            return reply
+            doubt = _doubt(exchange, trail, reply)
+            return reply if doubt is None else _gave_up(exchange, trail, doubt, None)
         return _gave_up(exchange, trail, f"no answer within {seconds:.1f} s", None)
 
 
+def _doubt(exchange: Exchange, trail: Trail, reply: object) -> str | None:
+    """Why what the caller's layers returned cannot be believed, if so."""
+    if not isinstance(reply, Reply):
+        return f"a middleware returned {type(reply).__name__}, not a Reply"
+    if exchange.call is Call.APPLY and reply.known is Known.NOT_FOUND:
+        return "a middleware answered an apply call with NOT_FOUND"
+    if reply.known in (Known.NOT_SENT, Known.REJECTED) and trail.may_have_worked:
+        return f"a middleware answered {reply.known.name}, but what it sent may have worked"
+    return None
+
+
 def _gave_up(exchange: Exchange, trail: Trail, reason: str, cause: Exception | None) -> Reply:
-    return lost(exchange, Lost(reason, trail.may_have_arrived, cause))
+    return lost(exchange, Lost(reason, trail.may_have_worked, cause))
 
 
 class RateLimit:
@@ -151,7 +170,7 @@ class RateLimit:
         now = anyio.current_time()
         # A place in the queue is taken at once, so who came first begins first; a cancelled waiter's is lost.
         self._next = max(self._next + self._interval, now - self._slack)
-        await anyio.sleep(self._next - now)
+        await anyio.sleep(max(0.0, self._next - now))
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Nothing to give back: the rate counts beginnings."""

@@ -144,14 +144,15 @@ def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> N
     """Refuse the answer to another question. An error answer need not repeat what was asked, a success must."""
     asked = exchange.asked
     names = [name for name in ("no_refund", "oid_refundno") if name in asked]
+    # An empty field is as good as absent: the signature leaves both out.
     for name in ("oid_partner", *names):
-        if name in fields and fields[name] != asked[name]:
+        if fields.get(name, "") not in ("", asked[name]):
             raise AnswerMismatch(name, asked=asked[name], answered=fields[name])
     if not success:
         return
-    if "oid_partner" not in fields:
+    if not fields.get("oid_partner"):
         raise AnswerMismatch("oid_partner", asked=asked["oid_partner"], answered=None)
-    if not any(name in fields for name in names):
+    if not any(fields.get(name) for name in names):
         raise AnswerMismatch(names[0], asked=asked[names[0]], answered=None)
     if exchange.call is Call.APPLY and _money(fields) != asked["money_refund"]:
         raise AnswerMismatch("money_refund", asked=asked["money_refund"], answered=fields.get("money_refund"))
@@ -217,6 +218,6 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return float(value[:9])
     try:
         pause = parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("date", ""))
-    except (TypeError, ValueError):
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # what the parser raises for odd texts
         return None
     return max(0.0, pause.total_seconds())

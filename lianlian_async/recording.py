@@ -87,7 +87,8 @@ class Recording:
                 body=body,
                 held_until=now + timedelta(seconds=hold),
             )
-            standing, entry = await self.journal.intend(intent, now)
+            with anyio.CancelScope(shield=True):  # written or not: a cancelled caller could not tell
+                standing, entry = await self.journal.intend(intent, now)
             if standing is not Standing.HELD:
                 return standing, entry
             if anyio.current_time() + seconds > deadline:

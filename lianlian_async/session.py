@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,7 @@ from .journal import Journal, Standing
 from .merchant import Merchant
 from .middleware import Attempt, Middleware, Next, Permit, Retry, onion
 from .models import Refund, RefundQuery, RefundRequest
+from .outcome import Outcome, Tally
 from .protocol import Protocol
 from .recording import Recording, answer
 from .retry import Bucket, Deadline, RetryPolicy
@@ -118,6 +120,15 @@ class RefundSession:
     def __repr__(self) -> str:
         return f"<RefundSession {self.merchant.oid_partner} {self._state.name.lower()}>"
 
+    @property
+    def max_connections(self) -> int:
+        """How many calls run at the same time."""
+        return self._max_connections
+
+    def now(self) -> datetime:
+        """The session's wall clock."""
+        return self._now()
+
     # ── opening and closing ──────────────────────────────────────────────────────────────────────
 
     async def __aenter__(self) -> Self:
@@ -202,7 +213,7 @@ class RefundSession:
             RefundConflict: the number stands for another refund.
             RefundOutcomeUnknown: it may have been made; see :meth:`settle`.
         """
-        return await self._apply(request, None, deadline, retry)
+        return await self._apply(request, journal=self._journal, deadline=deadline, retry=retry)
 
     async def settle(
         self, unknown: RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
@@ -212,12 +223,46 @@ class RefundSession:
         Asks first. The same bytes are sent again only when the gateway's "no such record" may be believed
         (``RetryPolicy.absence_grace``). Returns and raises what :meth:`apply_refund` does.
         """
-        if unknown.oid_partner != self.merchant.oid_partner:
-            raise ConfigurationError(
-                f"refund {unknown.no_refund} belongs to merchant {unknown.oid_partner}, "
-                f"this session to {self.merchant.oid_partner}"
+        return await self._apply(
+            unknown.request, journal=self._journal, deadline=deadline, retry=retry, earlier=unknown
+        )
+
+    async def outcome_of(
+        self,
+        request: RefundRequest,
+        *,
+        deadline: float | None = None,
+        retry: RetryPolicy | None = None,
+        journal: Journal | None = None,
+        earlier: RefundOutcomeUnknown | None = None,
+    ) -> Outcome:
+        """What :meth:`apply_refund` returns or raises about a refund, as a value, with what it took.
+
+        With ``earlier``, what :meth:`settle` does. ``journal`` overrides the session's.
+        """
+        began = anyio.current_time()
+        tally = Tally()
+        refund: Refund | None = None
+        error: LianLianError | None = None
+        try:
+            refund = await self._apply(
+                request,
+                journal=journal or self._journal,
+                deadline=deadline,
+                retry=retry,
+                earlier=earlier,
+                tally=tally,
             )
-        return await self._apply(unknown.request, unknown, deadline, retry)
+        except LianLianError as problem:
+            error = problem
+        return Outcome(
+            request=request,
+            refund=refund,
+            error=error,
+            attempts=tally.attempts,
+            questions=tally.questions,
+            seconds=anyio.current_time() - began,
+        )
 
     async def query_refund(
         self, query: RefundQuery, *, deadline: float | None = None, retry: RetryPolicy | None = None
@@ -245,37 +290,45 @@ class RefundSession:
     async def _apply(
         self,
         request: RefundRequest,
-        earlier: RefundOutcomeUnknown | None,
+        *,
+        journal: Journal | None,
         deadline: float | None,
         retry: RetryPolicy | None,
+        earlier: RefundOutcomeUnknown | None = None,
+        tally: Tally | None = None,
     ) -> Refund:
         """Send and settle; or settle only, what an ``earlier`` call left unknown; on record, with a journal."""
+        if earlier is not None and earlier.oid_partner != self.merchant.oid_partner:
+            raise ConfigurationError(
+                f"refund {earlier.no_refund} belongs to merchant {earlier.oid_partner}, "
+                f"this session to {self.merchant.oid_partner}"
+            )
         async with self._call(deadline, retry) as (until, policy):
             fields = self._parts.protocol.apply_fields(request)
-            recording = self._recording(request, fields)
-            if recording is not None and (settled := await recording.look()) is not None:
+            if journal is None:
+                body = await self._seal(fields) if earlier is None else earlier.body
+                case = self._open_case(request, self._make_exchange(Call.APPLY, fields, body, until, policy), tally)
+                if earlier is not None:
+                    case.was_sent(earlier.sent_at)
+                return await settle(case, self._parts.send, self._bucket)
+            recording = Recording(journal=journal, request=request, fields=fields, now=self._now)
+            if (settled := await recording.look()) is not None:
                 return settled
             body = await self._seal(fields) if earlier is None else earlier.body
-            apply = self._make_exchange(Call.APPLY, fields, body, until, policy)
-            case = self._open_case(request, apply, earlier)
-            if recording is None:
-                return await settle(case, self._parts.send, self._bucket)
             hold = 2 * until.left(anyio.current_time())
             send_before = anyio.current_time() + hold
             standing, entry = await recording.claim(body, hold, until.at)
             if standing is Standing.SETTLED:
                 return answer(entry)
-            case.apply = attrs.evolve(apply, body=entry.body, send_before=send_before)
+            apply = self._make_exchange(Call.APPLY, fields, entry.body, until, policy)
+            case = self._open_case(request, attrs.evolve(apply, send_before=send_before), tally)
+            if earlier is not None:
+                case.was_sent(earlier.sent_at)
             if standing is Standing.UNSETTLED:
                 case.was_sent(entry.sent_at)
             return await recording.keep(partial(settle, case, self._parts.send, self._bucket))
 
-    def _recording(self, request: RefundRequest, fields: dict[str, str]) -> Recording | None:
-        if self._journal is None:
-            return None
-        return Recording(journal=self._journal, request=request, fields=fields, now=self._now)
-
-    def _open_case(self, request: RefundRequest, apply: Exchange, earlier: RefundOutcomeUnknown | None) -> Case:
+    def _open_case(self, request: RefundRequest, apply: Exchange, tally: Tally | None) -> Case:
         async def question() -> Exchange:
             # A settlement asks until its deadline, however often that is.
             policy = attrs.evolve(apply.policy, attempts=1_000_000)
@@ -283,11 +336,7 @@ class RefundSession:
             return self._make_exchange(Call.QUERY, fields, await self._seal(fields), apply.deadline, policy)
 
         epoch = self._now() - timedelta(seconds=anyio.current_time())
-        case = Case(request=request, apply=apply, question=question, epoch=epoch)
-        if earlier is not None:
-            case.was_sent(earlier.sent_at)
-            case.attempts, case.questions = earlier.attempts, earlier.questions
-        return case
+        return Case(request=request, apply=apply, question=question, epoch=epoch, tally=tally or Tally())
 
     # ── one exchange ─────────────────────────────────────────────────────────────────────────────
 
@@ -305,15 +354,14 @@ class RefundSession:
     async def _exchange(self, exchange: Exchange) -> Reply:
         """The heart of the onion: out over the wire, and what came back."""
         parts = self._parts
-        earlier = exchange.trail.may_have_arrived
-        exchange.trail.may_have_arrived = True
+        exchange.trail.open_sends += 1
         delivery = await parts.transport.post(exchange.url, exchange.body, exchange.seconds)
         if parts.verify_inline:
             reply = parts.protocol.read(exchange, delivery)
         else:
             reply = await anyio.to_thread.run_sync(parts.protocol.read, exchange, delivery, limiter=self._rsa)
-        if reply.known is Known.NOT_SENT:
-            exchange.trail.may_have_arrived = earlier
+        if reply.known in (Known.NOT_SENT, Known.REJECTED):
+            exchange.trail.open_sends -= 1
         return reply
 
 
@@ -326,7 +374,8 @@ def _checked(deadline: float) -> float:
 def _verification_seconds(protocol: Protocol) -> float:
     """What checking one answer costs on this machine with these keys: the best of three."""
     longest = max(key.bits for key in protocol.gateway_keys)
-    fields = {"sign": "A" * (longest // 24 * 4)}  # any signature of full length costs the same
+    # Any signature of full length costs the same; one that is shorter is refused before it costs anything.
+    fields = {"sign": b64encode(b"\x55" * ((longest + 7) // 8)).decode()}
 
     def once() -> float:
         began = perf_counter()

@@ -19,6 +19,7 @@ from .errors import LianLianError, RefundConflict, RefundOutcomeUnknown
 from .exchange import Exchange, Known
 from .middleware import Next, pause
 from .models import Refund, RefundRequest
+from .outcome import Tally
 from .retry import Bucket
 
 __all__ = ["NEXT_STEP", "Case", "Step", "settle"]
@@ -62,8 +63,7 @@ class Case:
     """The wall-clock time of the event loop's zero second."""
     sent_at: float | None = None
     """When an attempt may last have arrived; None: none may have."""
-    attempts: int = 0
-    questions: int = 0
+    tally: Tally = attrs.field(factory=Tally)
     rejection: LianLianError | None = None
     """A "no" to the last attempt, to be believed once an earlier attempt is known not to have worked."""
     retry_after: float | None = None
@@ -90,8 +90,8 @@ class Case:
             question=self.request.query(),
             oid_partner=self.apply.asked["oid_partner"],
             body=self.apply.body,
-            attempts=self.attempts,
-            questions=self.questions,
+            attempts=self.tally.attempts,
+            questions=self.tally.questions,
             sent_at=self.epoch + timedelta(seconds=sent_at),
             ask_again_at=self.epoch + timedelta(seconds=ask_again_at),
             last_error="; then ".join(str(error) for error in (self.apply_error, self.query_error) if error),
@@ -127,7 +127,7 @@ async def settle(case: Case, send: Next, bucket: Bucket) -> Refund:
 async def _apply(case: Case, send: Next) -> Refund | None:
     """One send (repeated only while certainly not sent). The record, or None: it has to be asked about."""
     reply = await send(case.apply)
-    case.attempts += reply.attempts
+    case.tally.attempts += reply.attempts
     case.apply_error, case.retry_after = reply.error, reply.retry_after
     step = NEXT_STEP[reply.known, case.sent_at is not None]
     if step is Step.RETURN:
@@ -149,7 +149,7 @@ async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
     for questions in count():
         asked_at = anyio.current_time()
         reply = await send(query)
-        case.questions += reply.attempts
+        case.tally.questions += reply.attempts
         case.query_error, case.retry_after = reply.error, reply.retry_after
         if reply.refund is not None:
             return _ours(case.request, reply.refund)

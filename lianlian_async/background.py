@@ -1,0 +1,54 @@
+"""A task that outlives the function which started it, but not its owner: what an iterator needs behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+
+__all__ = ["Background"]
+
+
+class Background:
+    """Runs ``function`` in a task of its own, on asyncio or trio, from now on until it ends or is cancelled.
+
+    anyio has only task groups, whose scope is a block of code; an iterator that its consumer may drop at any
+    point has no such block. ``function`` has to deal with its own exceptions.
+    """
+
+    def __init__(self, function: Callable[[], Awaitable[None]]) -> None:
+        self._function = function
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
+        self._loop: Any = anyio.lowlevel.current_token().native_token
+        if isinstance(self._loop, asyncio.AbstractEventLoop):
+            self._task = self._loop.create_task(self._run())  # asyncio itself holds tasks only weakly
+        else:
+            import trio
+
+            trio.lowlevel.spawn_system_task(self._run)
+
+    async def _run(self) -> None:
+        try:
+            with self._scope:
+                await self._function()
+        finally:
+            self._ended.set()
+
+    def cancel_soon(self) -> None:
+        """Cancel it from anywhere: another thread, a finalizer, after the event loop is gone."""
+        with suppress(RuntimeError):  # the loop is closed (trio.RunFinishedError is one too), and the task with it
+            if isinstance(self._loop, asyncio.AbstractEventLoop):
+                self._loop.call_soon_threadsafe(self._scope.cancel)
+            else:
+                self._loop.run_sync_soon(self._scope.cancel)
+
+    async def aclose(self) -> None:
+        """Cancel it and wait until it has ended."""
+        self._scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await self._ended.wait()

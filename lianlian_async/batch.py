@@ -1,0 +1,212 @@
+"""Batches: ``refund_many`` takes any number of requests and yields one outcome for each, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+from operator import attrgetter
+from types import TracebackType
+from typing import Self, TypeVar
+
+import anyio
+
+from .background import Background
+from .errors import ConfigurationError, LianLianError, RefundOutcomeUnknown, RefundRejected
+from .journal import Journal, JournalError
+from .models import RefundRequest
+from .outcome import Outcome
+from .session import RefundSession
+
+__all__ = ["BatchStopped", "Outcomes", "refund_many"]
+
+T = TypeVar("T")
+
+
+class BatchStopped(LianLianError):
+    """The gateway refused a refund for a reason that is ours to mend: every further one would meet the same.
+
+    ``rejection`` is the :class:`~lianlian_async.RefundRejected` with its code and advice. Every refund that was
+    begun has had its outcome yielded; no other was sent. ``keep_going=True`` carries on regardless.
+    """
+
+    def __init__(self, rejection: RefundRejected) -> None:
+        self.rejection = rejection
+        super().__init__(f"batch stopped: {rejection}")
+
+
+def refund_many(
+    session: RefundSession,
+    requests: Iterable[RefundRequest] | AsyncIterable[RefundRequest],
+    *,
+    concurrency: int | None = None,
+    journal: Journal | None = None,
+    keep_going: bool = False,
+    wait_unknown: bool = False,
+) -> Outcomes:
+    """Have many refunds made, and yield one :class:`~lianlian_async.Outcome` for each request, as they end.
+
+    ::
+
+        async for outcome in refund_many(session, requests, journal=journal):
+            ...
+
+    Requests are taken only as fast as outcomes are: memory depends on ``concurrency``, not on the input's length.
+    A single refund's error never disturbs another. Leaving the loop early, or being cancelled, takes no further
+    request; a refund that was under way then stays unsettled in the journal.
+
+    Args:
+        session: an open session.
+        requests: any iterable or async iterable; an exception of its own ends the batch after the running ones.
+        concurrency: refunds at the same time; by default the session's ``max_connections``.
+        journal: an open journal; by default the session's own.
+        keep_going: do not stop at a rejection that is our own configuration's fault.
+        wait_unknown: keep what stays unknown until all others are done, wait for each one's ``ask_again_at``
+            and ask once more; only these are held in memory.
+
+    Raises:
+        BatchStopped: at the end of the iteration, where a rejection's ``is_configuration`` stopped it.
+        JournalError: at the end of the iteration, where the journal failed: nothing more was sent.
+    """
+    if concurrency is not None and concurrency < 1:
+        raise ConfigurationError(f"concurrency: must be at least 1, is {concurrency}")
+    run = _Run(
+        session,
+        requests,
+        concurrency=concurrency or session.max_connections,
+        journal=journal,
+        keep_going=keep_going,
+        wait_unknown=wait_unknown,
+    )
+    return Outcomes(run)
+
+
+class Outcomes(AsyncIterator[Outcome]):
+    """The iterator that ``refund_many`` returns. Dropping it ends the batch; ``aclose`` waits for that end."""
+
+    def __init__(self, run: _Run) -> None:
+        # The running tasks know the run, never this object: so that dropping it is noticed at once.
+        self._run = run
+        self._background: Background | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Outcome:
+        if self._background is None:
+            self._background = Background(self._run.work)
+        try:
+            return await self._run.outcomes.receive()
+        except anyio.EndOfStream:
+            await self.aclose()
+        if self._run.failure is not None:
+            failure, self._run.failure = self._run.failure, None
+            raise failure
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """End the batch: cancel what is under way, and wait until it has stopped."""
+        if self._background is not None:
+            await self._background.aclose()
+        self._run.outcomes.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        self._run.outcomes.close()
+        if self._background is not None:
+            self._background.cancel_soon()
+
+
+class _Run:
+    """The workers of one batch, and what they share."""
+
+    def __init__(
+        self,
+        session: RefundSession,
+        requests: Iterable[RefundRequest] | AsyncIterable[RefundRequest],
+        *,
+        concurrency: int,
+        journal: Journal | None,
+        keep_going: bool,
+        wait_unknown: bool,
+    ) -> None:
+        self._session = session
+        self._requests = requests
+        self._concurrency = concurrency
+        self._journal = journal
+        self._keep_going = keep_going
+        self._wait_unknown = wait_unknown
+        self._unknown: list[RefundOutcomeUnknown] = []
+        self._found, self.outcomes = anyio.create_memory_object_stream[Outcome](0)
+        self.failure: Exception | None = None
+        """What the iteration ends in, once all that was begun has been told."""
+
+    async def work(self) -> None:
+        """Carry out all requests, then ask once more about what is unknown."""
+        with self._found:
+            await self._drain(_iterate(self._requests), self._refund)
+            await self._drain(self._due(), self._settle)
+
+    async def _drain(self, items: AsyncGenerator[T], handle: Callable[[T], Awaitable[None]]) -> None:
+        turn = anyio.Lock(fast_acquire=True)
+
+        async def worker() -> None:
+            while True:
+                try:
+                    async with turn:
+                        if self.failure is not None:
+                            return
+                        item = await anext(items)
+                    await handle(item)
+                except StopAsyncIteration:
+                    return
+                except Exception as error:  # noqa: BLE001 - it is raised where the batch is consumed
+                    self.failure = self.failure or error
+
+        async with aclosing(items), anyio.create_task_group() as group:
+            for _ in range(self._concurrency):
+                group.start_soon(worker)
+
+    async def _refund(self, request: RefundRequest) -> None:
+        outcome = await self._session.outcome_of(request, journal=self._journal)
+        if self._wait_unknown and isinstance(outcome.error, RefundOutcomeUnknown):
+            self._unknown.append(outcome.error)
+        else:
+            await self._tell(outcome)
+
+    async def _due(self) -> AsyncGenerator[RefundOutcomeUnknown]:
+        """What is unknown, each at the time when asking again can decide."""
+        for unknown in sorted(self._unknown, key=attrgetter("ask_again_at")):
+            await anyio.sleep((unknown.ask_again_at - self._session.now()).total_seconds())
+            yield unknown
+
+    async def _settle(self, unknown: RefundOutcomeUnknown) -> None:
+        await self._tell(await self._session.outcome_of(unknown.request, journal=self._journal, earlier=unknown))
+
+    async def _tell(self, outcome: Outcome) -> None:
+        error = outcome.error
+        if isinstance(error, RefundRejected) and error.is_configuration and not self._keep_going:
+            self.failure = self.failure or BatchStopped(error)
+        elif isinstance(error, JournalError):
+            self.failure = self.failure or error
+        await self._found.send(outcome)
+
+
+async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
+    if isinstance(items, AsyncIterable):
+        iterator = aiter(items)
+        try:
+            async for item in iterator:
+                yield item
+        finally:
+            if isinstance(iterator, AsyncGenerator):
+                await iterator.aclose()
+    else:
+        for item in items:
+            yield item
