@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final
 
 import anyio.to_thread
@@ -30,9 +31,28 @@ _NEVER_SENT: Final = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
     httpx.PoolTimeout,
+    httpx.ProxyError,
     httpx.UnsupportedProtocol,
     httpx.InvalidURL,
 )
+
+
+class _Body(httpx.ByteStream):
+    """A request's body that knows whether anybody has begun to send it.
+
+    A given client may have layers of its own, such as a transport that retries or a hook that calls another
+    server: what they raise after a first send looks as if nothing had been sent.
+    """
+
+    begun = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.begun = True
+        return super().__iter__()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self.begun = True
+        return super().__aiter__()
 
 
 class Transport:
@@ -59,10 +79,12 @@ class Transport:
         """
         if self._client.is_closed:
             return Lost("the httpx client is closed", may_have_arrived=False)
+        watched = _Body(body)
         try:
             request = self._client.build_request(
                 "POST", url, content=body, headers=_HEADERS, timeout=httpx.Timeout(seconds, connect=seconds / 2)
             )
+            request.stream = watched
             response = await self._client.send(request, stream=True, follow_redirects=False)
             try:
                 received = bytearray()
@@ -73,7 +95,7 @@ class Transport:
             finally:
                 await response.aclose()
         except _NEVER_SENT as error:
-            return Lost(_describe(error), may_have_arrived=False, cause=error)
+            return Lost(_describe(error), may_have_arrived=watched.begun, cause=error)
         except Exception as error:  # noqa: BLE001 - a client or transport may raise anything, and none of it may pass
             return Lost(_describe(error), may_have_arrived=True, cause=error)
         return Answer(response.status_code, response.headers, bytes(received))

@@ -10,11 +10,13 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final, cast
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import getproxies, proxy_bypass_environment
 
 import anyio
 import attrs
 import httpx
+
+from lianlian_async.errors import ConfigurationError
 
 __all__ = ["PoolTransport"]
 
@@ -33,7 +35,8 @@ class PoolTransport(httpx.AsyncBaseTransport):
     """At most ``max_connections`` requests at a time, each on a connection of its own; others wait in order.
 
     All connections share ``ssl_context``; making the default one reads the CA bundle (tens of milliseconds).
-    Proxies are taken from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …) as httpx does. HTTP/1.1 only.
+    Proxies are taken from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …), once; ``ConfigurationError`` for one
+    that cannot be used. HTTP/1.1 only.
     """
 
     def __init__(
@@ -48,6 +51,13 @@ class PoolTransport(httpx.AsyncBaseTransport):
         self._limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=keepalive_expiry)
         self._slots = anyio.Semaphore(max_connections, fast_acquire=True)
         self._idle: dict[tuple[str, str, int | None], deque[_Idle]] = {}
+        self._closed = False
+        self._environment = getproxies()
+        self._proxies = {
+            scheme: self._checked_proxy(scheme, url)
+            for scheme in ("http", "https", "all")
+            if (url := self._environment.get(scheme))
+        }
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send ``request`` on the connection to its origin that was used last, or on a new one."""
@@ -73,17 +83,37 @@ class PoolTransport(httpx.AsyncBaseTransport):
         raise httpx.PoolTimeout(f"no free connection within {seconds} s", request=request)
 
     def _connect(self, url: httpx.URL) -> httpx.AsyncHTTPTransport:
-        proxies = {} if proxy_bypass(url.host) else getproxies()
-        proxy = proxies.get(url.scheme) or proxies.get("all")
+        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
+        if proxy is not None and proxy_bypass_environment(url.host, self._environment):
+            proxy = None
+        return self._transport(proxy)
+
+    def _transport(self, proxy: httpx.Proxy | None) -> httpx.AsyncHTTPTransport:
         return httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=self._limits, proxy=proxy)
+
+    def _checked_proxy(self, scheme: str, url: str) -> httpx.Proxy:
+        try:
+            proxy = httpx.Proxy(url if "://" in url else f"http://{url}")
+            self._transport(proxy)
+        except (ImportError, ValueError, httpx.InvalidURL):
+            # The text of a proxy's URL may hold a password: it is not shown.
+            raise ConfigurationError(
+                f"{scheme.upper()}_PROXY: must be the URL of an http, https or (with httpx[socks]) socks5 proxy"
+            ) from None
+        return proxy
 
     async def release(self, stack: deque[_Idle], connection: httpx.AsyncHTTPTransport) -> None:
         """Take a connection back for the next request to its origin."""
+        if self._closed:
+            await self.discard(connection)
+            return
         now = anyio.current_time()
         stack.append(_Idle(connection, now))
         self._slots.release()
-        while now - stack[0].since > self._keepalive_expiry:  # at the bottom lie those that are used least
-            await _close(stack.popleft().connection)
+        for each in tuple(self._idle.values()):
+            # At the bottom lie those that are used least. Others may take from the stack during each wait.
+            while each and now - each[0].since > self._keepalive_expiry:
+                await _close(each.popleft().connection)
 
     async def discard(self, connection: httpx.AsyncHTTPTransport) -> None:
         """Close a connection for good, and give its place free."""
@@ -92,6 +122,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Close every idle connection; those in use close with their response."""
+        self._closed = True
         for stack in self._idle.values():
             while stack:
                 await _close(stack.pop().connection)
