@@ -10,7 +10,7 @@ from enum import Enum
 from functools import partial
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 import anyio
 import anyio.lowlevel
@@ -102,8 +102,8 @@ class RefundSession:
     ) -> None:
         if client is not None and transport is not None:
             raise ConfigurationError("client and transport: give one of them, a client has its transport already")
-        if max_connections < 1:
-            raise ConfigurationError(f"max_connections: must be at least 1, is {max_connections}")
+        if not isinstance(max_connections, int) or max_connections < 1:
+            raise ConfigurationError(f"max_connections: must be an integer of at least 1, is {max_connections!r}")
         self.merchant = merchant
         self._client = client
         self._transport = transport
@@ -387,8 +387,6 @@ def _verification_seconds(protocol: Protocol) -> float:
 
 def _raised(reply: Reply) -> LianLianError:
     """The error in which a query ends."""
-    if reply.error is None:
-        raise RuntimeError("a middleware returned a reply with neither a refund nor an error")
     if isinstance(reply.error, GatewayUnavailable):
         reply.error.attempts = reply.attempts
-    return reply.error
+    return cast("LianLianError", reply.error)  # a reply without a refund has one

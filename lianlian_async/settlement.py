@@ -27,6 +27,10 @@ __all__ = ["NEXT_STEP", "Case", "Step", "settle"]
 logger = logging.getLogger("lianlian_async")
 
 
+_LONGEST_WAIT: Final = 90 * 86_400.0
+"""Seconds: a question may not span over 3 months (3005), so that later than this nothing could be learned."""
+
+
 class Step(Enum):
     """What to do after an apply call."""
 
@@ -85,6 +89,7 @@ class Case:
         sent_at = now if self.sent_at is None else self.sent_at
         policy = self.apply.policy
         ask_again_at = max(sent_at + policy.absence_grace, now + max(policy.maximum, self.retry_after or 0.0))
+        ask_again_at = min(ask_again_at, now + _LONGEST_WAIT)
         error = RefundOutcomeUnknown(
             request=self.request,
             question=self.request.query(),
