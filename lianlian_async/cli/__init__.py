@@ -1,0 +1,26 @@
+"""The command ``lianlian``, if its extra is installed; this file imports neither click nor anything that does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+__all__ = ["main"]
+
+_EXTRA: Final = ("click", "rich", "uvicorn")
+
+
+def main() -> None:
+    """Run the command and exit with its code; 2 if a package of the extra ``cli`` is missing."""
+    try:
+        from .app import lianlian
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        sys.exit(_missing(error.name))
+    lianlian()
+
+
+def _missing(package: str) -> int:
+    print(f"lianlian needs {package}: pip install 'lianlian-async[cli]'", file=sys.stderr)
+    return 2

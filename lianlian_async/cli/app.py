@@ -1,0 +1,56 @@
+"""The command group ``lianlian``: what it consists of, and the one place where an error becomes an exit code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lianlian_async import __version__
+from lianlian_async.errors import LianLianError
+from lianlian_async.signing import BACKEND
+
+from .demo import demo
+from .keys import keygen
+from .outcomes import INTERRUPTED, outcome_of
+from .output import Output
+from .refunds import apply, query
+from .sandbox import sandbox
+from .verify import verify
+
+__all__ = ["lianlian"]
+
+
+class _Program(click.Group):
+    """A group whose commands may raise what the library raises, and be interrupted."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; users see what went wrong and what to do, never a traceback."""
+        output = ctx.ensure_object(Output)
+        try:
+            return super().invoke(ctx)
+        except LianLianError as error:
+            output.failure(error)
+            ctx.exit(outcome_of(error).exit_code)
+        except KeyboardInterrupt:
+            output.note(INTERRUPTED.word)
+            ctx.exit(INTERRUPTED.exit_code)
+
+
+@click.group(
+    cls=_Program,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    epilog="Exit codes: 0 made or fine; 1 another error; 2 wrong usage, request or configuration, nothing was sent; "
+    "3 rejected or failed; 4 outcome unknown, ask again; 5 signature invalid; 130 interrupted.",
+)
+@click.version_option(__version__, message=f"lianlian-async %(version)s (signs with {BACKEND})")
+def lianlian() -> None:
+    """LianLian Pay refunds: was this refund made? Never twice, never lost, never guessed.
+
+    Keys never stand on the command line: `apply`, `query` and `verify` read the merchant from the environment
+    (LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY, LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config.
+    """
+
+
+for command in (apply, query, verify, keygen, sandbox, demo):
+    lianlian.add_command(command)

@@ -1,0 +1,158 @@
+"""``lianlian demo``: some hundred refunds through a gateway in trouble, audited against the gateway's own books."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from random import Random
+from time import perf_counter
+from typing import Final
+
+import anyio
+import attrs
+import click
+
+from lianlian_async.errors import LianLianError
+from lianlian_async.merchant import Merchant
+from lianlian_async.models import RefundRequest
+from lianlian_async.retry import RetryPolicy
+from lianlian_async.sandbox import Fault, Repeated
+from lianlian_async.session import RefundSession
+
+from .audit import Audit
+from .outcomes import INTERRUPTED, outcome_of, refund_outcome
+from .output import Output, json_option, pass_output, table
+from .remote import Books, gateway_process
+
+__all__ = ["demo"]
+
+_DELAY: Final = 0.5
+"""Seconds: nothing that the sandbox received is carried out later than that."""
+
+# Hence "no such record" is the truth soon after an attempt; at LianLian's it takes the default, 15 minutes.
+_POLICY: Final = RetryPolicy(absence_grace=3 * _DELAY)
+_DEADLINE: Final = 8.0
+_ORDER: Final = Decimal("100.00")
+"""What each order is worth; every 25th refund asks for more, and has to be rejected."""
+
+
+@click.command
+@click.option("--refunds", type=click.IntRange(1, 100_000), default=300, help="How many refunds to have made.")
+@click.option("--seed", type=int, default=0, help="Where the dice start.")
+@click.option("--faults", type=click.FloatRange(0, 1), default=0.3, help="How likely a request meets trouble.")
+@click.option("--concurrency", type=click.IntRange(1, 1000), default=50, help="Connections.")
+@click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="The size of all keys.")
+@json_option
+@pass_output
+def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
+    """Have some hundred refunds made by a gateway that loses, delays and forges answers; then audit its books.
+
+    The gateway runs in a process of its own on a loopback port, in its cruellest mood: a refund that is sent twice
+    is made twice. Exit code 0 if its books agree with every single outcome, else 1.
+    """
+    options = {
+        "bits": int(bits),
+        "repeated": Repeated.AGAIN,
+        "settle_after": 0.0,
+        "default_order": _ORDER,
+        "faults": dict.fromkeys(Fault, faults / len(Fault)),
+        "seed": seed,
+        "delay": _DELAY,
+    }
+    run = _Run(_requests(refunds, Random(seed)))  # noqa: S311 - a demo's amounts
+    with gateway_process(options) as gateway:
+        merchant = Merchant.from_env(gateway.environment)
+        progress, task = output.progress("refunds", refunds)
+        try:
+            with progress:
+                anyio.run(run.refund_all, merchant, concurrency, lambda: progress.advance(task))
+        except KeyboardInterrupt:  # what was begun is audited all the same
+            _show(output, run, gateway.close_books())
+            raise
+        exit_code = _show(output, run, gateway.close_books())
+    click.get_current_context().exit(exit_code)
+
+
+def _show(output: Output, run: _Run, books: Books) -> int:
+    """Print the audit; 0 if the books agree, else 1."""
+    audit = Audit(run.requests, run.outcomes, books)
+    counts, unknown, disagreements = audit.counts(), audit.unknown(), audit.disagreements()
+    facts = {
+        "made_twice": audit.made_twice(),
+        "attempts": books.requests.get("apply", 0),
+        "questions": books.requests.get("query", 0),
+        "worst_stall_ms": round(run.worst_stall * 1000, 1),
+        "seconds": round(run.seconds, 1),
+    }
+    verdict = "the books disagree" if disagreements else "the books agree"
+    document = {
+        "outcome": verdict,
+        "refunds": len(run.requests),
+        "outcomes": {count.outcome: count.refunds for count in counts},
+        **facts,
+        "unknown": unknown,
+        "disagreements": disagreements,
+    }
+    output.show(
+        document,
+        table("what became of the refunds", ("outcome", "refunds", "carried out, by the gateway's books"), counts),
+        table("left unknown", ("no_refund", "carried out, by the gateway's books"), unknown.items()),
+        table("how it went", ("measure", "value"), ((name.replace("_", " "), fact) for name, fact in facts.items())),
+        ": ".join((verdict, *disagreements)),
+    )
+    return 1 if disagreements else 0
+
+
+def _requests(count: int, random: Random) -> list[RefundRequest]:
+    now = datetime.now(UTC)
+    return [
+        RefundRequest(
+            no_refund=f"DEMO-{number:06}",
+            dt_refund=now,
+            money_refund=_ORDER + 1 if number % 25 == 0 else Decimal(random.randint(1, 10_000)) / 100,
+            no_order=f"ORDER-{number:06}",
+        )
+        for number in range(1, count + 1)
+    ]
+
+
+# ── the run ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@attrs.define
+class _Run:
+    """The refunds, and what the library said about each."""
+
+    requests: Sequence[RefundRequest]
+    outcomes: dict[str, str] = attrs.field(factory=dict)
+    seconds: float = 0.0
+    worst_stall: float = 0.0
+    """Seconds that the event loop was late at worst."""
+
+    async def refund_all(self, merchant: Merchant, concurrency: int, report: Callable[[], None]) -> None:
+        """A plain gather over all refunds."""
+        async with RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session:
+            watch, began = asyncio.create_task(self._watch()), perf_counter()
+            try:
+                await asyncio.gather(*(self._refund(session, request, report) for request in self.requests))
+            finally:
+                self.seconds = perf_counter() - began
+                watch.cancel()
+
+    async def _refund(self, session: RefundSession, request: RefundRequest, report: Callable[[], None]) -> None:
+        self.outcomes[request.no_refund] = INTERRUPTED.word
+        try:
+            outcome = refund_outcome(await session.apply_refund(request))
+        except LianLianError as error:
+            outcome = outcome_of(error)
+        self.outcomes[request.no_refund] = outcome.word
+        report()
+
+    async def _watch(self) -> None:
+        pause = 0.005
+        while True:
+            began = perf_counter()
+            await asyncio.sleep(pause)
+            self.worst_stall = max(self.worst_stall, perf_counter() - began - pause)

@@ -1,0 +1,27 @@
+"""Files that hold secrets: made for their owner alone, and never written over another file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lianlian_async.errors import ConfigurationError
+
+__all__ = ["refuse_existing", "write_new"]
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Raise ``ConfigurationError`` if one of ``paths`` is there already."""
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise ConfigurationError(f"{path}: exists already, and is not overwritten")
+
+
+def write_new(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Write a file that did not exist, readable by its owner alone; raises ``ConfigurationError``."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None

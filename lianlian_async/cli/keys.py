@@ -1,0 +1,57 @@
+"""``lianlian keygen``: a merchant's key pair, the private half for its owner alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.signing import SigningKey
+
+from .files import refuse_existing, write_new
+from .output import Output, json_option, pass_output
+
+__all__ = ["keygen"]
+
+
+@click.command
+@click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="The size of the key.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path(), help="Where to: a directory, or the private key's file."
+)
+@click.option("--password-env", metavar="NAME", help="Encrypt the private key; this variable holds the password.")
+@click.option("--password-prompt", is_flag=True, help="Encrypt the private key; ask for the password.")
+@json_option
+@pass_output
+def keygen(output: Output, bits: str, out: Path, password_env: str | None, password_prompt: bool) -> None:
+    """Make a key pair, and print the public key as LianLian's dashboard wants it.
+
+    The private key is written with mode 0600, the public key beside it; neither replaces a file.
+    """
+    private = out / "merchant.pem" if out.is_dir() else out
+    public = private.with_suffix(".pub" + private.suffix)
+    refuse_existing(private, public)
+    password = _password(password_env, prompt=password_prompt)
+    key = SigningKey.generate(int(bits))
+    write_new(private, key.to_pem(password))
+    write_new(public, key.public_key().to_pem(), mode=0o644)
+    base64 = key.public_key().to_base64()
+    names = {"private_key": str(private), "public_key": str(public), "fingerprint": key.fingerprint}
+    if not output.as_json:
+        for name, text in names.items():
+            output.note(f"{name}: {text}")
+    output.show({**names, "public_key_base64": base64}, base64)
+
+
+def _password(variable: str | None, *, prompt: bool) -> str | None:
+    if variable is not None:
+        password = os.environ.get(variable)
+        if not password:
+            raise ConfigurationError(f"--password-env: the variable {variable} is not set")
+        return password
+    if prompt:
+        entered: str = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
+        return entered
+    return None

@@ -1,0 +1,103 @@
+"""What the user sees: results on stdout, as tables or as one JSON object, and everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+import click
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lianlian_async.errors import InvalidRequest, LianLianError, RefundOutcomeUnknown
+from lianlian_async.models import RefundQuery
+
+from .outcomes import error_document, outcome_of
+
+__all__ = ["Output", "json_option", "pass_output", "printable", "query_command", "table"]
+
+
+def _console(*, stderr: bool = False) -> Console:
+    # What came over the wire is text, never markup.
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+@attrs.define
+class Output:
+    """Where a command's words go."""
+
+    as_json: bool = False
+
+    def show(self, document: Mapping[str, Any], *renderings: RenderableType) -> None:
+        """The result: ``document`` in one line of JSON, or ``renderings`` (tables, lines of text) for people."""
+        if self.as_json:
+            click.echo(json.dumps(document))  # plain ASCII: no terminal and no code page can spoil it
+            return
+        for rendering in renderings:
+            if isinstance(rendering, str):
+                _console().print(printable(rendering), soft_wrap=True)
+            else:
+                _console().print(rendering)
+
+    def note(self, text: str) -> None:
+        """A remark on stderr."""
+        _console(stderr=True).print(printable(text), soft_wrap=True)
+
+    def failure(self, error: LianLianError) -> None:
+        """What went wrong, and what can be done: JSON on stdout if that is asked for, else words on stderr."""
+        if self.as_json:
+            self.show(error_document(error))
+            return
+        word = outcome_of(error).word
+        if isinstance(error, InvalidRequest):
+            self.note(f"{word}: nothing was sent")
+            for problem in error.problems:
+                self.note(f"  {problem}")
+        else:
+            self.note(f"{word}: {error}")
+        if isinstance(error, RefundOutcomeUnknown):
+            self.note(f"ask with: {query_command(error.query())}")
+
+    def progress(self, description: str, total: int) -> tuple[Progress, Any]:
+        """A progress bar on stderr, silent unless that is a terminal, and its only task."""
+        console = _console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        return progress, progress.add_task(description, total=total)
+
+
+def _set_json(ctx: click.Context, _option: click.Parameter, value: bool) -> None:
+    ctx.ensure_object(Output).as_json = value
+
+
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, callback=_set_json, help="Print one JSON object on stdout."
+)
+pass_output = click.make_pass_decorator(Output, ensure=True)
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters escaped: a message must not steer the terminal."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+    """A small table; long values are folded, never cut."""
+    drawn = Table(title=title, title_justify="left")
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(*(printable(str(cell)) for cell in row))
+    return drawn
+
+
+def query_command(query: RefundQuery) -> str:
+    """The command line that asks about a refund."""
+    options = (f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in query.to_dict().items())
+    return f"lianlian query {' '.join(options)}"

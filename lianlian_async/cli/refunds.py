@@ -1,0 +1,156 @@
+"""One refund from the command line: ``lianlian apply`` and ``lianlian query``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import anyio
+import attrs
+import click
+
+from lianlian_async.errors import InvalidRequest, Problem
+from lianlian_async.merchant import Merchant
+from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStatus
+from lianlian_async.session import RefundSession
+
+from .inputs import Command, config_option, file_argument, load_merchant, read_message
+from .outcomes import INTERRUPTED, refund_outcome
+from .output import Output, json_option, pass_output, query_command, table
+
+__all__ = ["apply", "query"]
+
+# What the session adds by itself. LianLian's sample requests spell one of them with a trailing blank.
+_ENVELOPE: Final = ("oid_partner", "sign_type", "sign_type ", "sign")
+
+_HELP: Final = {
+    "no_refund": "The merchant's own refund number.",
+    "dt_refund": "When the refund was ordered: yyyyMMddHHmmss, China Standard Time.",
+    "money_refund": "Yuan, such as 200.01.",
+    "no_order": "The merchant's order number.",
+    "dt_order": "The order's time: yyyyMMddHHmmss, China Standard Time.",
+    "oid_paybill": "LianLian's payment number.",
+    "notify_url": "Where LianLian posts the result.",
+    "oid_refundno": "LianLian's refund number.",
+}
+
+
+def _field_options(cls: type[Any]) -> Callable[[Command], Command]:
+    """One option for each field of a request."""
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(attrs.fields(cls)):
+            command = click.option(f"--{field.name.replace('_', '-')}", help=_HELP[field.name])(command)
+        return command
+
+    return decorate
+
+
+_deadline_option = click.option(
+    "--deadline", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds until the answer is given."
+)
+
+
+@click.command
+@file_argument(required=False)
+@_field_options(RefundRequest)
+@_deadline_option
+@config_option
+@json_option
+@pass_output
+def apply(
+    output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
+) -> None:
+    """Have one refund made, once, and say what became of it.
+
+    FILE holds the request as JSON under LianLian's names (- is stdin); options override its fields. Its sign and
+    sign_type are ignored, its oid_partner has to be the merchant's. Repeating the command with the same request
+    is as safe as the gateway's own handling of no_refund: after `unknown`, query first.
+    """
+    merchant = load_merchant(config)
+    message = _message(file, merchant)
+    known = {name: text for name, text in message.items() if text and name not in _ENVELOPE}
+    request = RefundRequest.from_dict(known | _given(options))
+
+    async def call() -> Refund:
+        async with RefundSession(merchant, deadline=deadline) as session:
+            return await session.apply_refund(request)
+
+    try:
+        refund = anyio.run(call)
+    except KeyboardInterrupt:
+        question = request.query()
+        output.show(
+            {"outcome": INTERRUPTED.word, "query": question.to_dict()},
+            f"refund {request.no_refund} may have been made; ask with: {query_command(question)}",
+        )
+        raise
+    _show(output, refund)
+
+
+@click.command
+@file_argument(required=False)
+@_field_options(RefundQuery)
+@_deadline_option
+@config_option
+@json_option
+@pass_output
+def query(
+    output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
+) -> None:
+    """Ask LianLian for its record of one refund.
+
+    FILE holds any message about it as JSON (- is stdin): a query, but also the request that `apply` took. Options
+    override its fields.
+    """
+    merchant = load_merchant(config)
+    message = _message(file, merchant)
+    known = {name: text for name in options if (text := message.get(name))}
+    question = RefundQuery.from_dict(known | _given(options))
+
+    async def call() -> Refund:
+        async with RefundSession(merchant, deadline=deadline) as session:
+            return await session.query_refund(question)
+
+    _show(output, anyio.run(call))
+
+
+def _given(options: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: text for name, text in options.items() if text is not None}
+
+
+def _message(file: BinaryIO | None, merchant: Merchant) -> dict[str, str]:
+    """What ``file`` says, if it speaks of this merchant at all."""
+    message = {} if file is None else read_message(file)
+    theirs = message.get("oid_partner", merchant.oid_partner)
+    if theirs != merchant.oid_partner:
+        rule = f"must be the configured merchant's, {merchant.oid_partner}"
+        raise InvalidRequest([Problem("oid_partner", rule, repr(theirs))])
+    return message
+
+
+def _show(output: Output, refund: Refund) -> None:
+    """Print the record, and exit with the code of its state."""
+    outcome = refund_outcome(refund)
+    documented = [field.name for field in attrs.fields(Refund) if field.eq]  # the others are about the message
+    rows = [(name, *_cells(getattr(refund, name))) for name in documented]
+    rows += [(name, text, "not documented") for name, text in refund.extra.items()]
+    output.show(
+        {"outcome": outcome.word, "refund": refund.to_dict()},
+        table(f"refund {refund.no_refund}: {outcome.word}", ("field", "value", "type"), rows),
+    )
+    click.get_current_context().exit(outcome.exit_code)
+
+
+def _cells(value: object) -> tuple[str, str]:
+    match value:
+        case None:
+            return "-", "absent"
+        case RefundStatus():
+            return f"{value.value} ({value.name.lower()})", "RefundStatus"
+        case datetime():
+            return value.isoformat(), "datetime"
+        case _:
+            return str(value), type(value).__name__

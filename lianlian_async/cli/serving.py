@@ -1,0 +1,58 @@
+"""The sandbox on a real socket: a uvicorn server in a thread of its own, and the environment that leads to it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.sandbox import SandboxGateway
+
+__all__ = ["environment", "serving"]
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's log tells of a bug: a connection that the sandbox breaks on purpose is none."""
+    return record.exc_info is not None and not isinstance(record.exc_info[1], ConnectionResetError)
+
+
+@contextmanager
+def serving(gateway: SandboxGateway, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Serve ``gateway`` while the block runs; its base URL. Port 0 takes a free one.
+
+    Raises ``ConfigurationError`` if the address cannot be had. Requests that still wait are cut off at the end.
+    """
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigurationError(f"{host} port {port}: {error.strerror}") from None
+    with listener:  # it takes connections from here on, even before the server runs
+        name = f"[{host}]" if ":" in host else host
+        config = uvicorn.Config(gateway, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
+        logging.getLogger("uvicorn.error").addFilter(_is_unexpected)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],), name="lianlian-sandbox")
+        thread.start()
+        try:
+            yield f"http://{name}:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def environment(gateway: SandboxGateway, base_url: str) -> dict[str, str]:
+    """The variables that ``Merchant.from_env`` needs to call ``gateway`` at ``base_url``; keys in one line each."""
+    merchant = gateway.merchant(base_url)
+    return {
+        "LIANLIAN_OID_PARTNER": merchant.oid_partner,
+        "LIANLIAN_PRIVATE_KEY": "".join(gateway.merchant_key.to_pem().splitlines()[1:-1]),
+        "LIANLIAN_GATEWAY_PUBLIC_KEYS": gateway.gateway_key.public_key().to_base64(),
+        "LIANLIAN_APPLY_URL": merchant.endpoints.apply,
+        "LIANLIAN_QUERY_URL": merchant.endpoints.query,
+        "LIANLIAN_NOTIFY_URL": str(merchant.notify_url),
+    }

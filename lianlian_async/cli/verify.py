@@ -1,0 +1,135 @@
+"""``lianlian verify``: whether a message's signature is valid, and if not, the likely cause."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, Final, NamedTuple, TypeAlias
+from urllib.parse import unquote
+
+import click
+
+from lianlian_async.errors import SignatureInvalid
+from lianlian_async.signing import VerifyingKey, signature_source
+
+from .inputs import config_option, file_argument, load_merchant, read_message
+from .outcomes import OUTCOMES
+from .output import Output, json_option, pass_output
+
+__all__ = ["verify"]
+
+Fields: TypeAlias = Mapping[str, str]
+
+
+class _Key(NamedTuple):
+    """A key to try, and whose it is."""
+
+    owner: str
+    key: VerifyingKey
+
+    def __str__(self) -> str:
+        return f"{self.owner}'s key {self.key.fingerprint}"
+
+
+# ── the usual mistakes: what the signature fits if … ─────────────────────────────────────────────
+
+
+def _without(*names: str) -> Callable[[Fields], Fields]:
+    return lambda fields: {name: text for name, text in fields.items() if name not in names}
+
+
+def _join(pairs: Iterable[tuple[str, str]]) -> bytes:
+    return "&".join(f"{name}={text}" for name, text in pairs if name != "sign").encode()
+
+
+_OTHER_FIELDS: Final[dict[str, Callable[[Fields], Fields]]] = {
+    "the blanks in sign are + (URL decoding lost them)": lambda fields: {
+        **fields,
+        "sign": fields["sign"].replace(" ", "+"),
+    },
+    "the line breaks in sign are taken out": lambda fields: {**fields, "sign": "".join(fields["sign"].splitlines())},
+    "ret_msg is left out": _without("ret_msg"),
+    "ret_code and ret_msg are left out": _without("ret_code", "ret_msg"),
+    "sign_type is left out": _without("sign_type", "sign_type "),
+    "sign_type=RSA is added": lambda fields: {**fields, "sign_type": "RSA"},
+    "blanks around names and values are trimmed": lambda fields: {
+        name.strip(): text.strip() for name, text in fields.items()
+    },
+    "values are URL-decoded": lambda fields: {
+        name: text if name == "sign" else unquote(text) for name, text in fields.items()
+    },
+}
+_OTHER_SOURCES: Final[dict[str, Callable[[Fields], bytes]]] = {
+    "empty values are signed too": lambda fields: _join(sorted(fields.items())),
+    "fields stay in the order of the message": lambda fields: _join(pair for pair in fields.items() if pair[1]),
+    "fields are sorted without regard to case": lambda fields: _join(
+        sorted((pair for pair in fields.items() if pair[1]), key=lambda pair: pair[0].lower())
+    ),
+    "the text is encoded in GBK": lambda fields: signature_source(fields).decode().encode("gbk", "replace"),
+}
+
+
+def _signer(keys: Iterable[_Key], source: bytes, signature: str) -> _Key | None:
+    return next((one for one in keys if one.key.verify(source, signature)), None)
+
+
+def _cause(fields: Fields, keys: Sequence[_Key]) -> str:
+    """The likely reason why a signature is not what it should be."""
+    if not fields.get("sign"):
+        return "the message bears no signature"
+    if signer := _signer(keys, signature_source(fields), fields["sign"]):
+        return f"it is signed with {signer}, and only LianLian may say this"
+    for condition, change in _OTHER_FIELDS.items():
+        changed = change(fields)
+        if signer := _signer(keys, signature_source(changed), changed["sign"]):
+            return f"it fits {signer} only if {condition}"
+    for condition, source in _OTHER_SOURCES.items():
+        if signer := _signer(keys, source(fields), fields["sign"]):
+            return f"it fits {signer} only if {condition}"
+    try:
+        bits = 8 * len(b64decode(fields["sign"], validate=True))
+    except ValueError:
+        return "sign is not base64"
+    if bits not in {one.key.bits for one in keys}:
+        return f"it was made by a key of {bits} bits, and none of the known keys has that size"
+    return "another key signed it, or a field was changed after signing"
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────
+
+
+@click.command
+@file_argument(required=True)
+@config_option
+@json_option
+@pass_output
+def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
+    """Check the signature of a message: an answer, a notification, or a request of ours.
+
+    FILE holds it as JSON (- is stdin). An answer or notification has to be signed with one of LianLian's keys, a
+    request with the merchant's. If no key fits, the usual mistakes are tried, and the one that explains it is named.
+    """
+    loaded = load_merchant(config).load_keys()
+    fields = read_message(file)
+    keys = [*(_Key("LianLian", key) for key in loaded.gateway), _Key("merchant", loaded.private.public_key())]
+    # Only LianLian can tell how a refund stands; under anything else the merchant's own signature is as good.
+    trusted = keys[:-1] if fields.keys() & {"ret_code", "sta_refund"} else keys
+    source = signature_source(fields)
+    signer = _signer(trusted, source, fields.get("sign", ""))
+    outcome = "valid" if signer else OUTCOMES[SignatureInvalid].word
+    reason = f"signed with {signer}" if signer else _cause(fields, keys)
+    output.show(
+        {
+            "outcome": outcome,
+            "reason": reason,
+            "signed_by": signer and {"owner": signer.owner, "fingerprint": signer.key.fingerprint},
+            "tried": [{"owner": one.owner, "fingerprint": one.key.fingerprint} for one in trusted],
+            "source": source.decode(),
+        },
+        f"{outcome}: {reason}",
+        *(f"tried: {one}, {one.key.bits} bits" for one in trusted),
+        f"signed is, if all is well: {source.decode()}",
+    )
+    if not signer:
+        click.get_current_context().exit(OUTCOMES[SignatureInvalid].exit_code)
