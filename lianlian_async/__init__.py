@@ -1,11 +1,13 @@
 """LianLian Pay refunds for asyncio and trio: *was this refund made?* Never twice, never lost, never guessed."""
 
-from .batch import BatchStopped, refund_many
+from .batch import refund_many
 from .errors import (
     AnswerMismatch,
+    BatchStopped,
     ConfigurationError,
     GatewayUnavailable,
     InvalidRequest,
+    JournalError,
     LianLianError,
     MalformedMessage,
     QueryRejected,
@@ -32,6 +34,7 @@ __all__ = [
     "Endpoints",
     "GatewayUnavailable",
     "InvalidRequest",
+    "JournalError",
     "LianLianError",
     "MalformedMessage",
     "Merchant",

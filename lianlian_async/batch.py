@@ -11,27 +11,15 @@ from typing import Self, TypeVar
 import anyio
 
 from .background import Background
-from .errors import ConfigurationError, LianLianError, RefundOutcomeUnknown, RefundRejected
-from .journal import Journal, JournalError
+from .errors import BatchStopped, ConfigurationError, JournalError, RefundOutcomeUnknown, RefundRejected
+from .journal import Journal
 from .models import RefundRequest
 from .outcome import Outcome
 from .session import RefundSession
 
-__all__ = ["BatchStopped", "Outcomes", "refund_many"]
+__all__ = ["Outcomes", "refund_many"]
 
 T = TypeVar("T")
-
-
-class BatchStopped(LianLianError):
-    """The gateway refused a refund for a reason that is ours to mend: every further one would meet the same.
-
-    ``rejection`` is the :class:`~lianlian_async.RefundRejected` with its code and advice. Every refund that was
-    begun has had its outcome yielded; no other was sent. ``keep_going=True`` carries on regardless.
-    """
-
-    def __init__(self, rejection: RefundRejected) -> None:
-        self.rejection = rejection
-        super().__init__(f"batch stopped: {rejection}")
 
 
 def refund_many(

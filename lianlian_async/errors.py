@@ -12,7 +12,9 @@ LianLianError
 ├── RefundConflict          the same no_refund stands for other content
 ├── SignatureInvalid        an answer or notification is not proved to be LianLian's
 ├── AnswerMismatch          validly signed, but not the answer to our question
-└── MalformedMessage        not the protocol: not JSON, not an object of strings, too big …
+├── MalformedMessage        not the protocol: not JSON, not an object of strings, too big …
+├── JournalError            the journal cannot do its work; nothing is sent that it does not hold
+└── BatchStopped            refund_many stopped, for a rejection that is ours to mend
 
 Every error survives pickling, so that batch workers can hand it over. None ever holds key material.
 Using a session wrongly (closed, from another event loop) is a bug in the program, not news about a
@@ -27,9 +29,11 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "AnswerMismatch",
+    "BatchStopped",
     "ConfigurationError",
     "GatewayUnavailable",
     "InvalidRequest",
+    "JournalError",
     "LianLianError",
     "MalformedMessage",
     "Problem",
@@ -259,3 +263,22 @@ class AnswerMismatch(LianLianError):
 
 class MalformedMessage(LianLianError):
     """A message is not the protocol: not JSON, not an object of strings, duplicate keys, too big."""
+
+
+class JournalError(LianLianError):
+    """The journal cannot be used: not written, not read, held by another process, of an unknown version.
+
+    Nothing was sent that the journal does not hold. The message names the journal and the cure.
+    """
+
+
+class BatchStopped(LianLianError):
+    """The gateway refused a refund for a reason that is ours to mend: every further one would meet the same.
+
+    ``rejection`` is the :class:`RefundRejected` with its code and advice. Every refund that was
+    begun has had its outcome yielded; no other was sent. ``keep_going=True`` carries on regardless.
+    """
+
+    def __init__(self, rejection: RefundRejected) -> None:
+        self.rejection = rejection
+        super().__init__(f"batch stopped: {rejection}")

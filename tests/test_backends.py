@@ -1,0 +1,95 @@
+"""Both signing backends compute the same, and the environment chooses between them."""
+
+import os
+import subprocess
+import sys
+
+import keypairs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lianlian_async import signing
+from lianlian_async.signing import SigningKey, VerifyingKey
+
+BACKENDS = ("pycryptodome", "openssl")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Keys made from here on compute with this backend."""
+    monkeypatch.setattr(signing, "BACKEND", request.param)
+    return request.param
+
+
+@given(source=st.binary(max_size=300))
+def test_both_backends_make_the_same_signature(source):
+    """A signature does not tell which backend made it, and each verifies it."""
+    pair, signatures = keypairs.pair("merchant"), set()
+    for name in BACKENDS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(signing, "BACKEND", name)
+            signatures.add(SigningKey.load(pair.private_pem).sign(source))
+            verifying = VerifyingKey.load(pair.public_pem)
+        assert all(verifying.verify(source, signature) for signature in signatures)
+    assert len(signatures) == 1
+
+
+@pytest.mark.parametrize("bits", [1024, 2048])
+def test_a_private_key_signs_what_its_public_half_verifies(backend, bits):
+    """Generated, exported and loaded keys work alike on this backend."""
+    private = SigningKey.load(SigningKey.generate(bits).to_pem())
+    assert private.public_key().verify(b"source", private.sign(b"source"))
+    assert private.bits == private.public_key().bits == bits
+
+
+@pytest.mark.parametrize("signature", ["", "AAAA", "not base64", "é", "A" * 172, "=" * 172])
+def test_a_wrong_signature_is_false_and_nothing_else(backend, signature):
+    """Whatever stands in `sign`, verification answers."""
+    assert VerifyingKey.load(keypairs.pair("gateway").public_pem).verify(b"source", signature) is False
+
+
+def test_another_source_is_refused(backend):
+    """A signature holds for its own source only."""
+    pair = keypairs.pair("gateway")
+    signature = SigningKey.load(pair.private_pem).sign(b"source")
+    assert not VerifyingKey.load(pair.public_pem).verify(b"Source", signature)
+
+
+def backend_of_a_new_process(wanted: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", "from lianlian_async import signing; print(signing.BACKEND)"],
+        env=os.environ | {"LIANLIAN_SIGNING_BACKEND": wanted},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(("wanted", "chosen"), [("", "openssl"), *zip(BACKENDS, BACKENDS, strict=True)])
+def test_the_environment_chooses(wanted, chosen):
+    """OpenSSL is taken where it is installed, unless the environment wants otherwise."""
+    assert backend_of_a_new_process(wanted).stdout.strip() == chosen
+
+
+def test_an_unknown_backend_is_named():
+    """A misspelt backend ends the import with the variable, the value and the choices."""
+    assert (
+        "ConfigurationError: LIANLIAN_SIGNING_BACKEND: must be pycryptodome or openssl, is 'opensssl'"
+        in backend_of_a_new_process("opensssl").stderr
+    )
+
+
+def test_without_the_extra_pycryptodome_computes(monkeypatch):
+    """Where cryptography is missing, pycryptodome is chosen, and asking for OpenSSL tells what to install."""
+    monkeypatch.setattr(signing, "find_spec", lambda name: None)
+    assert signing._choose_backend("") == "pycryptodome"
+    with pytest.raises(signing.ConfigurationError, match=r"lianlian-async\[fast\]"):
+        signing._choose_backend("openssl")
+
+
+def test_the_environment_chooses_in_process():
+    """The choice is the same function of the variable in every process."""
+    assert [signing._choose_backend(name) for name in ("", *BACKENDS)] == ["openssl", *BACKENDS]
+    with pytest.raises(signing.ConfigurationError, match="LIANLIAN_SIGNING_BACKEND"):
+        signing._choose_backend("none")
