@@ -12,6 +12,7 @@ import anyio
 
 from .background import Background
 from .errors import BatchStopped, ConfigurationError, JournalError, RefundOutcomeUnknown, RefundRejected
+from .flow import drain, iterate
 from .journal import Journal
 from .models import RefundRequest
 from .outcome import Outcome
@@ -138,28 +139,28 @@ class _Run:
     async def work(self) -> None:
         """Carry out all requests, then ask once more about what is unknown."""
         with self._found:
-            await self._drain(_iterate(self._requests), self._refund)
-            await self._drain(self._due(), self._settle)
+            await drain(self._requested(), self._guarded(self._refund), workers=self._concurrency)
+            await drain(self._due(), self._guarded(self._settle), workers=self._concurrency)
 
-    async def _drain(self, items: AsyncGenerator[T], handle: Callable[[T], Awaitable[None]]) -> None:
-        turn = anyio.Lock(fast_acquire=True)
+    def _guarded(self, handle: Callable[[T], Awaitable[None]]) -> Callable[[T], Awaitable[None]]:
+        async def guarded(item: T) -> None:
+            try:
+                await handle(item)
+            except Exception as error:  # noqa: BLE001 - it is raised where the batch is consumed
+                self.failure = self.failure or error
 
-        async def worker() -> None:
-            while True:
-                try:
-                    async with turn:
-                        if self.failure is not None:
-                            return
-                        item = await anext(items)
-                    await handle(item)
-                except StopAsyncIteration:
-                    return
-                except Exception as error:  # noqa: BLE001 - it is raised where the batch is consumed
-                    self.failure = self.failure or error
+        return guarded
 
-        async with aclosing(items), anyio.create_task_group() as group:
-            for _ in range(self._concurrency):
-                group.start_soon(worker)
+    async def _requested(self) -> AsyncGenerator[RefundRequest]:
+        """The requests, until one of them or their source gives a reason to stop."""
+        try:
+            async with aclosing(iterate(self._requests)) as requests:
+                while self.failure is None:
+                    yield await anext(requests)
+        except StopAsyncIteration:
+            return
+        except Exception as error:  # noqa: BLE001 - it is raised where the batch is consumed
+            self.failure = error
 
     async def _refund(self, request: RefundRequest) -> None:
         outcome = await self._session.outcome_of(request, journal=self._journal)
@@ -184,17 +185,3 @@ class _Run:
         elif isinstance(error, JournalError):
             self.failure = self.failure or error
         await self._found.send(outcome)
-
-
-async def _iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
-    if isinstance(items, AsyncIterable):
-        iterator = aiter(items)
-        try:
-            async for item in iterator:
-                yield item
-        finally:
-            if isinstance(iterator, AsyncGenerator):
-                await iterator.aclose()
-    else:
-        for item in items:
-            yield item
