@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
-from operator import attrgetter
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -131,7 +130,7 @@ class _Run:
         self._journal = journal
         self._keep_going = keep_going
         self._wait_unknown = wait_unknown
-        self._unknown: list[RefundOutcomeUnknown] = []
+        self._unknown: list[tuple[RefundOutcomeUnknown, Outcome]] = []
         self._found, self.outcomes = anyio.create_memory_object_stream[Outcome](0)
         self.failure: Exception | None = None
         """What the iteration ends in, once all that was begun has been told."""
@@ -165,18 +164,22 @@ class _Run:
     async def _refund(self, request: RefundRequest) -> None:
         outcome = await self._session.outcome_of(request, journal=self._journal)
         if self._wait_unknown and isinstance(outcome.error, RefundOutcomeUnknown):
-            self._unknown.append(outcome.error)
+            self._unknown.append((outcome.error, outcome))
         else:
             await self._tell(outcome)
 
-    async def _due(self) -> AsyncGenerator[RefundOutcomeUnknown]:
-        """What is unknown, each at the time when asking again can decide."""
-        for unknown in sorted(self._unknown, key=attrgetter("ask_again_at")):
-            await anyio.sleep((unknown.ask_again_at - self._session.now()).total_seconds())
-            yield unknown
+    async def _due(self) -> AsyncGenerator[tuple[RefundOutcomeUnknown, Outcome]]:
+        """What is unknown, each at the time when asking again can decide; at once, if the batch has stopped."""
+        for unknown, outcome in sorted(self._unknown, key=lambda pair: pair[0].ask_again_at):
+            if self.failure is None:
+                await anyio.sleep((unknown.ask_again_at - self._session.now()).total_seconds())
+            yield unknown, outcome
 
-    async def _settle(self, unknown: RefundOutcomeUnknown) -> None:
-        await self._tell(await self._session.outcome_of(unknown.request, journal=self._journal, earlier=unknown))
+    async def _settle(self, pair: tuple[RefundOutcomeUnknown, Outcome]) -> None:
+        unknown, outcome = pair
+        if self.failure is None:
+            outcome = await self._session.outcome_of(unknown.request, journal=self._journal, earlier=unknown)
+        await self._tell(outcome)
 
     async def _tell(self, outcome: Outcome) -> None:
         error = outcome.error
