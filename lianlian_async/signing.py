@@ -239,9 +239,10 @@ def _load(material: KeyMaterial, password: str | bytes | None, name: str) -> RSA
 def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
     """The key, or None: no foreign error may hang on ours as its context, since nobody promises what it quotes."""
     try:
-        return RSA.import_key(encoded, passphrase=password)  # checks too that the key's numbers belong together
+        rsa = RSA.import_key(encoded, passphrase=password)  # checks too that the key's numbers belong together
     except (ValueError, IndexError, TypeError, ZeroDivisionError):
         return None
+    return rsa if rsa.e % 2 else None  # only OpenSSL notices that a damaged key's exponent is even, and raises
 
 
 def _encoded(password: str | bytes | None) -> bytes | None:

@@ -6,6 +6,7 @@ import datetime
 import logging
 import math
 import pickle
+import sys
 import threading
 import traceback
 from pathlib import Path
@@ -19,7 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat, PublicFormat
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import texts
 
+from lianlian_async import signing
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.signing import SigningKey, VerifyingKey, is_key_text, signature_source
 
@@ -146,9 +149,6 @@ def test_the_source_of_nothing_is_empty():
     assert signature_source({}) == signature_source({"sign": "x", "a": "", "b": None}) == b""
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]))
-
-
 @given(st.dictionaries(texts, texts), st.randoms())
 def test_the_order_of_fields_does_not_matter(fields, random):
     """The same fields in any order have the same source."""
@@ -157,34 +157,47 @@ def test_the_order_of_fields_does_not_matter(fields, random):
     assert signature_source(dict(shuffled)) == signature_source(fields)
 
 
+@pytest.fixture(params=["pycryptodome", "openssl"])
+def backend(request, monkeypatch):
+    """What computes signatures; the keys that are loaded from now on use it."""
+    monkeypatch.setattr(signing, "BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def private_key(backend):
+    return SigningKey.load(PRIVATE_PEM)
+
+
 @pytest.mark.parametrize("bits", [1024, 2048, 4096])
-def test_the_oracle_and_we_accept_each_others_signatures(bits):
+def test_the_oracle_and_we_accept_each_others_signatures(bits, backend):
     """For each size that LianLian takes, both implementations make the same signature and accept it."""
     pair = keypairs.pair("merchant", bits)
+    private_key, public_key = SigningKey.load(pair.private_pem), VerifyingKey.load(pair.public_pem)
     source = "no_refund=R-1&ret_msg=交易成功".encode()
-    ours = pair.private.sign(source)
+    ours = private_key.sign(source)
     theirs = pair.oracle.sign(source, padding.PKCS1v15(), hashes.MD5())
     pair.oracle.public_key().verify(base64.b64decode(ours), source, padding.PKCS1v15(), hashes.MD5())
-    assert pair.public.verify(source, base64.b64encode(theirs).decode())
+    assert public_key.verify(source, base64.b64encode(theirs).decode())
     assert base64.b64decode(ours) == theirs
-    assert pair.private.bits == pair.public.bits == bits
+    assert private_key.bits == public_key.bits == bits
 
 
 @settings(max_examples=25)
 @given(st.binary())
-def test_every_signature_is_deterministic_and_the_oracles(source):
+def test_every_signature_is_deterministic_and_the_oracles(private_key, source):
     """Whatever is signed, the signature is the oracle's in one line of base64, and the same each time."""
     theirs = PAIR.oracle.sign(source, padding.PKCS1v15(), hashes.MD5())
-    assert PAIR.private.sign(source) == PAIR.private.sign(source) == base64.b64encode(theirs).decode()
+    assert private_key.sign(source) == private_key.sign(source) == base64.b64encode(theirs).decode()
 
 
 @settings(max_examples=50)
 @given(st.integers(0, 1023))
-def test_a_flipped_bit_makes_a_signature_invalid(bit):
+def test_a_flipped_bit_makes_a_signature_invalid(private_key, bit):
     """Any other signature than the right one is refused."""
-    signature = bytearray(base64.b64decode(PAIR.private.sign(b"a=b")))
+    signature = bytearray(base64.b64decode(private_key.sign(b"a=b")))
     signature[bit // 8] ^= 1 << bit % 8
-    assert not PAIR.public.verify(b"a=b", base64.b64encode(signature).decode())
+    assert not private_key.public_key().verify(b"a=b", base64.b64encode(signature).decode())
 
 
 @given(st.text(st.characters()) | st.binary().map(lambda raw: base64.b64encode(raw).decode()))
@@ -193,35 +206,35 @@ def test_a_flipped_bit_makes_a_signature_invalid(bit):
 @example("\ud800")
 @example("====")
 @example("A")
-def test_what_is_no_signature_is_invalid(text):
+def test_what_is_no_signature_is_invalid(private_key, text):
     """Text that is no signature at all is simply not valid."""
-    assert PAIR.public.verify(b"a=b", text) is False
+    assert private_key.public_key().verify(b"a=b", text) is False
 
 
-def test_a_signature_is_one_line_of_base64_exactly():
+def test_a_signature_is_one_line_of_base64_exactly(private_key):
     """White space or other alphabets around the right digits are not taken."""
-    right = PAIR.private.sign(b"a=b")
-    assert PAIR.public.verify(b"a=b", right)
+    right = private_key.sign(b"a=b")
+    assert private_key.public_key().verify(b"a=b", right)
     for text in (right + "\n", " " + right, right[:64] + "\n" + right[64:], right.rstrip("="), right + "AAAA"):
-        assert not PAIR.public.verify(b"a=b", text)
+        assert not private_key.public_key().verify(b"a=b", text)
 
 
-def test_another_digest_or_padding_is_invalid():
+def test_another_digest_or_padding_is_invalid(private_key):
     """Only MD5 with PKCS#1 v1.5 is the protocol's."""
     for signature in (
         PAIR.oracle.sign(b"a=b", padding.PKCS1v15(), hashes.SHA256()),
         PAIR.oracle.sign(b"a=b", padding.PSS(padding.MGF1(hashes.MD5()), 16), hashes.MD5()),
     ):
-        assert not PAIR.public.verify(b"a=b", base64.b64encode(signature).decode())
+        assert not private_key.public_key().verify(b"a=b", base64.b64encode(signature).decode())
 
 
-def test_one_key_serves_many_threads():
+def test_one_key_serves_many_threads(private_key):
     """A key holds no state that two threads could spoil for each other."""
     results = []
 
     def work(number):
         source = f"no_refund={number}".encode()
-        results.append(all(PAIR.public.verify(source, PAIR.private.sign(source)) for _ in range(20)))
+        results.append(all(private_key.public_key().verify(source, private_key.sign(source)) for _ in range(20)))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -229,6 +242,36 @@ def test_one_key_serves_many_threads():
     for thread in threads:
         thread.join()
     assert results == [True] * 8
+
+
+def test_both_backends_make_the_same_signatures(monkeypatch):
+    """Signatures do not depend on what computes them, and each backend accepts the other's."""
+    signatures = {}
+    keys = {}
+    for backend in ("pycryptodome", "openssl"):
+        monkeypatch.setattr(signing, "BACKEND", backend)
+        keys[backend] = SigningKey.load(PRIVATE_PEM)
+        signatures[backend] = keys[backend].sign(b"a=b")
+    assert signatures["pycryptodome"] == signatures["openssl"]
+    assert keys["pycryptodome"].public_key().verify(b"a=b", signatures["openssl"])
+    assert keys["openssl"].public_key().verify(b"a=b", signatures["pycryptodome"])
+
+
+def test_openssl_computes_where_it_is_there(monkeypatch):
+    """Without a wish, OpenSSL is taken where its package is installed, and pycryptodome elsewhere."""
+    assert signing._choose_backend("") == "openssl"
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    assert signing._choose_backend("") == "pycryptodome"
+
+
+def test_a_backend_may_be_wished_for(monkeypatch):
+    """LIANLIAN_SIGNING_BACKEND is followed, and what cannot be is refused with the cure."""
+    assert [signing._choose_backend(name) for name in ("pycryptodome", "openssl")] == ["pycryptodome", "openssl"]
+    with pytest.raises(ConfigurationError, match="LIANLIAN_SIGNING_BACKEND: must be pycryptodome or openssl, is 'gnu'"):
+        signing._choose_backend("gnu")
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(ConfigurationError, match=r"openssl needs pip install 'lianlian-async\[fast\]'"):
+        signing._choose_backend("openssl")
 
 
 # ── keys in every form ───────────────────────────────────────────────────────────────────────────
@@ -411,17 +454,18 @@ def test_a_key_without_its_beginning_shows_nothing(content, length, as_text):
     st.sampled_from([PRIVATE_DER, PRIVATE_FORMS["PKCS#1 DER"], PUBLIC_DER, PUBLIC_FORMS["PKCS#1 DER"]]),
     st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), min_size=1, max_size=3),
 )
-def test_a_damaged_key_is_refused_or_works(content, damage):
+def test_a_damaged_key_is_refused_or_works(backend, content, damage):
     """With bytes changed, a private key is refused unless it still signs; no other error comes out."""
     damaged = bytearray(content)
     for at, byte in damage:
         damaged[at % len(damaged)] = byte
-    try:
-        key = SigningKey.load(bytes(damaged))
-    except ConfigurationError as error:
-        assert_shows_nothing(error, body_of(content))
-    else:
-        assert key.public_key().verify(b"a=b", key.sign(b"a=b"))
+    for load in (SigningKey.load, VerifyingKey.load):
+        try:
+            key = load(bytes(damaged))
+        except ConfigurationError as error:
+            assert_shows_nothing(error, body_of(content))
+        else:
+            assert load is VerifyingKey.load or key.public_key().verify(b"a=b", key.sign(b"a=b"))
 
 
 def der(*numbers):
@@ -449,6 +493,13 @@ def test_a_private_key_whose_numbers_do_not_fit_is_refused():
         SigningKey.load(der(0, n, e, d, 1, n, *rest))
     with pytest.raises(ConfigurationError, match="not a readable RSA key"):
         SigningKey.load(der(0, n, e, d, p, 0, *rest))
+
+
+@pytest.mark.parametrize("exponent", [4, 65536])
+def test_a_public_key_with_an_even_exponent_is_refused(exponent, backend):
+    """No RSA key has one: whatever computes the signatures, such a key is damaged."""
+    with pytest.raises(ConfigurationError, match="not a readable RSA key"):
+        VerifyingKey.load(der(PAIR.oracle.private_numbers().public_numbers.n, exponent))
 
 
 def test_a_key_that_is_too_short_is_refused():

@@ -1,0 +1,194 @@
+"""The tree of errors: its shape, its words, and its way to another process."""
+
+import copy
+import pickle
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+
+from lianlian_async import errors
+from lianlian_async.errors import (
+    AnswerMismatch,
+    BatchStopped,
+    ConfigurationError,
+    GatewayUnavailable,
+    InvalidRequest,
+    JournalError,
+    LianLianError,
+    MalformedMessage,
+    Problem,
+    QueryRejected,
+    RefundConflict,
+    RefundNotFound,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRejected,
+    SignatureInvalid,
+)
+from lianlian_async.models import RefundRequest
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
+REQUEST = RefundRequest(no_refund="R-1", dt_refund=NOW, money_refund=Decimal("200.01"), no_order="O-1")
+SAID_NO = {
+    "meaning": "our IP address is not allowed",
+    "advice": "register it",
+    "is_configuration": True,
+    "verified": False,
+}
+EXAMPLES = [
+    LianLianError("something"),
+    ConfigurationError("private key: is empty"),
+    InvalidRequest([Problem("no_refund", "must not be empty", "''"), Problem("money_refund", "must be digits", "'x'")]),
+    RefundNotSent("R-1", attempts=3, last_error="connection refused"),
+    RefundRejected("1008", "IP不允许", no_refund="R-1", **SAID_NO),
+    QueryRejected("3005", "查询跨度", no_refund=None, **SAID_NO),
+    RefundNotFound(no_refund=None, oid_refundno="2013051613121201", ret_code="8901", ret_msg="没有记录", verified=True),
+    RefundOutcomeUnknown(
+        request=REQUEST,
+        question=REQUEST.query(),
+        oid_partner="201103171000000000",
+        body=b"{}",
+        attempts=1,
+        questions=4,
+        sent_at=NOW,
+        ask_again_at=NOW + timedelta(minutes=15),
+        last_error="timeout",
+    ),
+    GatewayUnavailable("no answer", attempts=4, last_error="timeout", ret_code=None),
+    RefundConflict("R-1", field="money_refund", ours="1.00", theirs="2.00"),
+    SignatureInvalid("no valid signature"),
+    AnswerMismatch("no_refund", asked="R-1", answered=None),
+    MalformedMessage("not JSON"),
+    JournalError("refunds.db: held by another process"),
+    BatchStopped(RefundRejected("1008", "IP不允许", no_refund="R-1", **SAID_NO)),
+]
+
+
+def kind(error):
+    return type(error).__name__
+
+
+def told(error):
+    """Everything an error tells, errors inside of it included, as values that compare."""
+    if not isinstance(error, Exception):
+        return error
+    return type(error), str(error), error.args, {name: told(value) for name, value in vars(error).items()}
+
+
+def test_every_error_of_the_module_is_tested_here():
+    """The examples hold one of each class that the module shows."""
+    shown = {value for name in errors.__all__ if isinstance(value := getattr(errors, name), type)}
+    assert {type(error) for error in EXAMPLES} == shown - {Problem}
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=kind)
+def test_one_clause_catches_every_error(error):
+    """``except LianLianError`` catches it, and no other standard clause but ValueError for what the caller wrote."""
+    assert isinstance(error, LianLianError)
+    assert isinstance(error, ValueError) == isinstance(error, ConfigurationError | InvalidRequest)
+    assert not isinstance(error, OSError | RuntimeError)
+
+
+@pytest.mark.parametrize("duplicate", [*(lambda error, p=p: pickle.loads(pickle.dumps(error, p)) for p in range(6))])
+@pytest.mark.parametrize("error", EXAMPLES, ids=kind)
+def test_every_error_survives_pickling(error, duplicate):
+    """Class, message and every attribute arrive in another process, notes included."""
+    error = copy.copy(error)
+    error.add_note("row 17")
+    twin = duplicate(error)
+    assert told(twin) == told(error)
+    assert twin.__notes__ == ["row 17"]
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=kind)
+def test_every_error_is_copied(error):
+    """A copy, deep or not, says the same."""
+    for twin in (copy.copy(error), copy.deepcopy(error)):
+        assert told(twin) == told(error)
+
+
+def test_a_copy_is_independent():
+    """A note on a copy's twin does not appear on the original."""
+    original = ConfigurationError("x")
+    twin = copy.deepcopy(original)
+    twin.add_note("only here")
+    assert not hasattr(original, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (EXAMPLES[2], "no_refund: must not be empty (got ''); money_refund: must be digits (got 'x')"),
+        (EXAMPLES[3], "refund R-1 was not sent: connection refused (3 attempts); it is safe to send it again"),
+        (
+            EXAMPLES[4],
+            "refund rejected R-1: 1008 IP不允许 (our IP address is not allowed); register it",
+        ),
+        (
+            EXAMPLES[5],
+            "query rejected: 3005 查询跨度 (our IP address is not allowed); register it",
+        ),
+        (EXAMPLES[6], "no record of refund 2013051613121201: 8901 没有记录"),
+        (
+            EXAMPLES[7],
+            (
+                "refund R-1 may have been made: 1 attempts, 4 questions, last: timeout; "
+                "ask again at 2026-01-02T03:19:05+00:00"
+            ),
+        ),
+        (EXAMPLES[8], "no answer"),
+        (EXAMPLES[9], "refund R-1 exists with another money_refund: ours 1.00, recorded 2.00"),
+        (EXAMPLES[11], "answer to another question: no_refund is None, asked for 'R-1'"),
+        (
+            EXAMPLES[14],
+            "batch stopped: refund rejected R-1: 1008 IP不允许 (our IP address is not allowed); register it",
+        ),
+    ],
+    ids=lambda value: kind(value) if isinstance(value, Exception) else "",
+)
+def test_the_message_says_what_is_known(error, message):
+    """Each message names the refund, what was met, and what to do where something can be done."""
+    assert str(error) == message
+
+
+def test_a_rejection_carries_the_gateways_words_and_ours():
+    """Code and text are the gateway's, meaning and advice ours, and whether it is proved is said."""
+    error = EXAMPLES[4]
+    assert (error.ret_code, error.ret_msg, error.no_refund) == ("1008", "IP不允许", "R-1")
+    assert (error.meaning, error.advice) == (SAID_NO["meaning"], SAID_NO["advice"])
+    assert error.is_configuration
+    assert not error.verified
+
+
+def test_an_unknown_outcome_carries_all_that_asking_again_needs():
+    """The request, the question, the exact bytes and both moments are there."""
+    error = EXAMPLES[7]
+    assert error.request == REQUEST
+    assert error.query() == REQUEST.query()
+    assert (error.no_refund, error.dt_refund) == (REQUEST.no_refund, REQUEST.dt_refund)
+    assert (error.oid_partner, error.body, error.attempts, error.questions) == ("201103171000000000", b"{}", 1, 4)
+    assert error.ask_again_at - error.sent_at == timedelta(minutes=15)
+
+
+def test_the_other_attributes_are_those_given():
+    """What a handler may want to decide on is an attribute, not only a word in the message."""
+    not_sent, absent, busy, conflict, mismatch = (EXAMPLES[at] for at in (3, 6, 8, 9, 11))
+    assert (not_sent.no_refund, not_sent.attempts, not_sent.last_error) == ("R-1", 3, "connection refused")
+    assert (absent.no_refund, absent.oid_refundno, absent.ret_code) == (None, "2013051613121201", "8901")
+    assert (absent.ret_msg, absent.verified) == ("没有记录", True)
+    assert (busy.attempts, busy.last_error, busy.ret_code) == (4, "timeout", None)
+    assert (conflict.no_refund, conflict.field, conflict.ours, conflict.theirs) == (
+        "R-1",
+        "money_refund",
+        "1.00",
+        "2.00",
+    )
+    assert (mismatch.field, mismatch.asked, mismatch.answered) == ("no_refund", "R-1", None)
+
+
+def test_problems_of_any_iterable_are_kept():
+    """All broken rules are kept, in order, as fields that a form can show."""
+    problems = [Problem("a", "rule", "1"), Problem("b", "rule", "2")]
+    assert InvalidRequest(iter(problems)).problems == tuple(problems)
+    assert [problem.field for problem in InvalidRequest(problems).problems] == ["a", "b"]

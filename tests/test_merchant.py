@@ -1,0 +1,471 @@
+"""The merchant's settings: from code, environment and TOML, with errors that name the setting and show no key."""
+
+import copy
+import json
+import pickle
+import threading
+import traceback
+
+import attrs
+import keypairs
+import pytest
+
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.merchant import Endpoints, Merchant
+
+OURS = keypairs.pair("merchant")
+THEIRS = keypairs.pair("gateway")
+NEXT = keypairs.pair("the gateway's next key")
+NUMBER = "201103171000000000"
+ENVIRONMENT = {
+    "LIANLIAN_OID_PARTNER": NUMBER,
+    "LIANLIAN_PRIVATE_KEY": OURS.private_pem,
+    "LIANLIAN_GATEWAY_PUBLIC_KEYS": THEIRS.public.to_base64(),
+}
+
+
+def made(**changed):
+    return Merchant(
+        **{"oid_partner": NUMBER, "private_key": OURS.private_pem, "gateway_public_keys": [THEIRS.public_pem]} | changed
+    )
+
+
+def message_of(make):
+    """The words of the ConfigurationError, after a look that nothing about it shows a key."""
+    with pytest.raises(ConfigurationError) as caught:
+        make()
+    shown = "".join(traceback.format_exception(caught.value)) + repr(caught.value.__context__)
+    for pair in (OURS, THEIRS):
+        body = "".join(pair.private_pem.splitlines()[1:-1]) + pair.public.to_base64()
+        assert not [at for at in range(len(body) - 15) if body[at : at + 16] in shown]
+    return str(caught.value)
+
+
+def write_toml(folder, **settings):
+    """A TOML file of these settings; JSON's strings and lists are TOML's too."""
+    file = folder / "lianlian.toml"
+    file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()), "utf-8")
+    return file
+
+
+# ── from code ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_keys_are_taken_in_every_form(tmp_path):
+    """Text, bytes, paths and loaded keys all lead to the same keys."""
+    (tmp_path / "ours.pem").write_text(OURS.private_pem)
+    (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
+    for private, public in (
+        (OURS.private_pem, THEIRS.public_pem),
+        (OURS.private_pem.encode(), THEIRS.public.to_base64().encode()),
+        (tmp_path / "ours.pem", tmp_path / "theirs.pem"),
+        (str(tmp_path / "ours.pem"), str(tmp_path / "theirs.pem")),
+        (OURS.private, THEIRS.public),
+    ):
+        for several in (public, [public], (public,), iter([public])):
+            keys = made(private_key=private, gateway_public_keys=several).load_keys()
+            assert keys.private.fingerprint == OURS.private.fingerprint
+            assert [key.fingerprint for key in keys.gateway] == [THEIRS.public.fingerprint]
+
+
+def test_both_keys_of_a_rotation_are_kept_in_order():
+    """During a rotation the gateway's keys are all loaded, in the order given."""
+    keys = made(gateway_public_keys=[THEIRS.public_pem, NEXT.public]).load_keys()
+    assert [key.fingerprint for key in keys.gateway] == [THEIRS.public.fingerprint, NEXT.public.fingerprint]
+
+
+def test_an_encrypted_private_key_opens_with_the_password():
+    """The password is used for the private key."""
+    locked = OURS.private.to_pem("pässword")
+    keys = made(private_key=locked, private_key_password="pässword").load_keys()
+    assert keys.private.fingerprint == OURS.private.fingerprint
+    assert message_of(made(private_key=locked, private_key_password="secret").load_keys) == (
+        "private_key: the password does not open it"
+    )
+
+
+def test_the_defaults_are_those_of_lianlians_pages():
+    """Without further settings the cross-border product's endpoints are called, and no notify_url is set."""
+    assert made().endpoints.apply == "https://traderapi.lianlianpay.com/exchangerefund.htm"
+    assert made().endpoints.query == "https://queryapi.lianlianpay.com/refundquery.htm"
+    assert made().notify_url is None
+
+
+def test_keys_are_read_once(tmp_path):
+    """The files of keys are read at the first load only, not when the merchant is made."""
+    file = tmp_path / "ours.pem"
+    merchant = made(private_key=file)
+    file.write_text(OURS.private_pem)
+    keys = merchant.load_keys()
+    file.unlink()
+    assert merchant.load_keys() is keys
+
+
+def test_keys_that_failed_to_load_are_tried_again(tmp_path):
+    """Once the file is mended, the same merchant loads it."""
+    file = tmp_path / "ours.pem"
+    merchant = made(private_key=file)
+    assert message_of(merchant.load_keys).startswith("private_key: ")
+    file.write_text(OURS.private_pem)
+    assert merchant.load_keys().private.fingerprint == OURS.private.fingerprint
+
+
+def test_many_threads_load_the_same_keys():
+    """Threads that load at the same moment all get the one set of keys."""
+    merchant = made()
+    loaded = []
+    start = threading.Barrier(8)
+
+    def load():
+        start.wait()
+        loaded.append(merchant.load_keys())
+
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 8
+    assert len({id(keys) for keys in loaded}) == 1
+
+
+@pytest.mark.parametrize("number", ["", "1" * 19, "2011 0317", "退款", "2011-03", None, 201103171000000000, b"2011"])
+def test_a_merchant_number_that_cannot_be_one_is_refused(number):
+    """A merchant number is one to 18 letters or digits, as a string."""
+    assert "oid_partner: must be 1 to 18 letters or digits" in message_of(lambda: made(oid_partner=number))
+
+
+def test_a_merchant_number_is_shown_to_be_mended():
+    """A wrong number is shown as it is; one of another type by its type."""
+    assert message_of(lambda: made(oid_partner="2011 03")).endswith("(is '2011 03')")
+    assert message_of(lambda: made(oid_partner=2011)).endswith("(is of type int)")
+
+
+@pytest.mark.parametrize("setting", ["oid_partner", "notify_url"])
+@pytest.mark.parametrize("key", [OURS.private_pem, OURS.private.to_pem(), THEIRS.public.to_base64()])
+def test_a_key_in_the_wrong_setting_is_not_shown(setting, key):
+    """Who swaps two settings does not find the key in the error."""
+    assert f"{len(key)} characters" in message_of(lambda: made(**{setting: key}))
+    assert f"{len(key)} characters" in message_of(lambda: Endpoints(apply=key))
+
+
+def test_at_least_one_gateway_key_is_needed():
+    """Without a key of LianLian's no answer could be believed."""
+    assert message_of(lambda: made(gateway_public_keys=[])) == (
+        "gateway_public_keys: at least one of LianLian's keys is needed"
+    )
+
+
+@pytest.mark.parametrize("value", [None, 5, OURS.private], ids=["None", "int", "a SigningKey"])
+def test_what_is_no_key_at_all_is_refused(value):
+    """A value of another type in the place of a key is named when keys are loaded."""
+    kind = type(value).__name__
+    assert message_of(made(gateway_public_keys=value).load_keys) == (
+        f"gateway_public_keys[0]: must be str, bytes or a path, not {kind}"
+    )
+
+
+def test_swapped_keys_are_refused():
+    """The private key is no gateway key, a public key no private one, and each error names its setting."""
+    assert message_of(made(private_key=OURS.public_pem).load_keys).startswith("private_key: this is a public key")
+    both = [THEIRS.public_pem, OURS.private_pem]
+    assert message_of(made(gateway_public_keys=both).load_keys).startswith(
+        "gateway_public_keys[1]: this is a private key"
+    )
+
+
+def test_our_own_public_key_is_not_the_gateways():
+    """With our own key among the gateway's, we would believe what we signed ourselves."""
+    merchant = made(gateway_public_keys=[THEIRS.public, OURS.public])
+    assert "gateway_public_keys: holds the merchant's own public key" in message_of(merchant.load_keys)
+
+
+@pytest.mark.parametrize("url", ["shop", "ftp://shop.example", "https://shop.example/" + "x" * 108, 5])
+def test_a_notify_url_that_could_not_be_called_is_refused(url):
+    """The default for requests keeps to the same rules as theirs."""
+    assert message_of(lambda: made(notify_url=url)).startswith("notify_url: must ")
+
+
+def test_nothing_shows_the_secrets():
+    """Neither repr nor str of a merchant shows a key or the password; pickling and copying are refused."""
+    merchant = made(private_key=OURS.private.to_pem("tr0ub4dor"), private_key_password="tr0ub4dor")
+    for shown in (repr(merchant), str(merchant), repr(merchant.load_keys()), repr([merchant])):
+        assert "tr0ub4dor" not in shown
+        assert "BEGIN" not in shown
+        assert "MII" not in shown
+    assert NUMBER in repr(merchant)
+    for duplicate in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="a Merchant holds secrets and is not pickled"):
+            duplicate(merchant)
+
+
+def test_a_merchant_is_frozen_and_evolves():
+    """Settings do not change under a session; a changed merchant is another one and loads its own keys."""
+    merchant = made()
+    with pytest.raises(AttributeError):
+        merchant.oid_partner = "other"
+    other = attrs.evolve(merchant, private_key=NEXT.private)
+    assert merchant.load_keys().private.fingerprint == OURS.private.fingerprint
+    assert other.load_keys().private.fingerprint == NEXT.private.fingerprint
+    assert made() == made() != other
+
+
+# ── endpoints ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:8000/refund.htm",
+        "http://127.8.9.1/",
+        "http://[::1]:8000/",
+        "http://localhost/",
+        "HTTP://LOCALHOST",
+    ],
+)
+def test_plain_http_is_taken_for_this_machine(url):
+    """A sandbox on this machine needs no TLS."""
+    assert Endpoints(url, url).apply == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://traderapi.lianlianpay.com/refund.htm",
+        "http://localhost.evil.example/",
+        "http://127.0.0.1.evil.example/",
+        "http://127.evil.example/",
+        "http://[::1234]/",
+        "http://10.0.0.1/",
+        "http://localhost@evil.example/",
+    ],
+)
+@pytest.mark.parametrize("setting", ["apply", "query"])
+def test_plain_http_beyond_this_machine_is_a_decision(url, setting):
+    """Other machines, also those whose names begin like this one's, are reached by https or with allow_http."""
+    assert f"Endpoints.{setting}: must be https" in message_of(lambda: Endpoints(**{setting: url}))
+    assert getattr(Endpoints(**{setting: url}, allow_http=True), setting) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "traderapi.lianlianpay.com",
+        "ftp://host/",
+        "https://",
+        "https://[::1",
+        "https://host:99999/",
+        "https://host/\n",
+        "https://host/a b",
+        None,
+        5,
+        b"https://host/",
+    ],
+)
+def test_an_endpoint_is_an_absolute_url(url):
+    """What httpx could not call is refused when it is set, with the setting's name."""
+    assert message_of(lambda: Endpoints(apply=url)).startswith("Endpoints.apply: must ")
+    assert message_of(lambda: Endpoints(query=url)).startswith("Endpoints.query: must ")
+
+
+# ── from the environment ─────────────────────────────────────────────────────────────────────────
+
+
+def test_the_environment_describes_a_merchant(monkeypatch):
+    """Without an argument, the process's own variables are read."""
+    for name, text in ENVIRONMENT.items():
+        monkeypatch.setenv(name, text)
+    for name in ("APPLY_URL", "QUERY_URL", "NOTIFY_URL", "PRIVATE_KEY_PASSWORD"):
+        monkeypatch.delenv(f"LIANLIAN_{name}", raising=False)
+    merchant = Merchant.from_env()
+    assert merchant.oid_partner == NUMBER
+    assert merchant.endpoints == Endpoints()
+    assert merchant.notify_url is None
+    keys = merchant.load_keys()
+    assert keys.private.fingerprint == OURS.private.fingerprint
+    assert [key.fingerprint for key in keys.gateway] == [THEIRS.public.fingerprint]
+
+
+def test_every_variable_is_read(tmp_path):
+    """Paths, several keys, URLs and a password with blanks around it are all taken."""
+    (tmp_path / "ours.pem").write_text(OURS.private.to_pem(" pass word "))
+    (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
+    merchant = Merchant.from_env(
+        {
+            "LIANLIAN_OID_PARTNER": f" {NUMBER}\n",
+            "LIANLIAN_PRIVATE_KEY": f"{tmp_path / 'ours.pem'}\n",
+            "LIANLIAN_PRIVATE_KEY_PASSWORD": " pass word ",
+            "LIANLIAN_GATEWAY_PUBLIC_KEYS": f"{tmp_path / 'theirs.pem'}, {NEXT.public_pem},",
+            "LIANLIAN_APPLY_URL": "https://traderapi.lianlianpay.com/refund.htm",
+            "LIANLIAN_QUERY_URL": "http://localhost:8000/query",
+            "LIANLIAN_NOTIFY_URL": "https://shop.example/refund",
+        }
+    )
+    assert merchant.oid_partner == NUMBER
+    assert merchant.endpoints.apply == "https://traderapi.lianlianpay.com/refund.htm"
+    assert merchant.endpoints.query == "http://localhost:8000/query"
+    assert merchant.notify_url == "https://shop.example/refund"
+    keys = merchant.load_keys()
+    assert keys.private.fingerprint == OURS.private.fingerprint
+    assert [key.fingerprint for key in keys.gateway] == [THEIRS.public.fingerprint, NEXT.public.fingerprint]
+
+
+@pytest.mark.parametrize("variable", ENVIRONMENT)
+@pytest.mark.parametrize("text", [None, "", " \n"])
+def test_a_missing_variable_is_named(variable, text):
+    """A required variable that is absent or blank is named."""
+    environ = {name: value for name, value in ENVIRONMENT.items() if name != variable}
+    if text is not None:
+        environ[variable] = text
+    assert message_of(lambda: Merchant.from_env(environ)) == f"missing: {variable}"
+
+
+def test_all_missing_variables_are_named_together():
+    """Who starts from nothing reads all that is needed."""
+    assert message_of(lambda: Merchant.from_env({})) == "missing: " + ", ".join(ENVIRONMENT)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "rule"),
+    [
+        ("LIANLIAN_OID_PARTNER", "2011 0317", ": must be 1 to 18 letters or digits"),
+        ("LIANLIAN_PRIVATE_KEY", THEIRS.public_pem, ": this is a public key"),
+        ("LIANLIAN_PRIVATE_KEY", OURS.private_pem[:300], ": the PEM text is cut off"),
+        ("LIANLIAN_PRIVATE_KEY", "missing.pem", ": 'missing.pem' is no PEM"),
+        ("LIANLIAN_GATEWAY_PUBLIC_KEYS", " , ", ": at least one"),
+        ("LIANLIAN_GATEWAY_PUBLIC_KEYS", THEIRS.public_pem + "," + OURS.private_pem, "[1]: this is a private key"),
+        ("LIANLIAN_GATEWAY_PUBLIC_KEYS", OURS.public_pem, ": holds the merchant's own public key"),
+        ("LIANLIAN_APPLY_URL", "traderapi.lianlianpay.com", ": must be an absolute http or https URL"),
+        ("LIANLIAN_APPLY_URL", "http://traderapi.lianlianpay.com/", ": must be https"),
+        ("LIANLIAN_QUERY_URL", "https://", ": must be an absolute http or https URL"),
+        ("LIANLIAN_QUERY_URL", OURS.private_pem, ": must hold neither control characters"),
+        ("LIANLIAN_NOTIFY_URL", "shop", ": must be an absolute http or https URL"),
+    ],
+)
+def test_an_unusable_variable_is_named(variable, text, rule):
+    """The error names the environment variable, not our own word for the setting."""
+    message = message_of(lambda: Merchant.from_env(ENVIRONMENT | {variable: text}).load_keys())
+    assert message.startswith(variable + rule)
+
+
+# ── from TOML ────────────────────────────────────────────────────────────────────────────────────
+
+SETTINGS = {
+    "oid_partner": NUMBER,
+    "private_key": OURS.private_pem,
+    "gateway_public_keys": [THEIRS.public.to_base64(), NEXT.public_pem],
+}
+
+
+def test_a_toml_file_describes_a_merchant(tmp_path):
+    """All settings are read from the file's top level, keys as text."""
+    file = write_toml(
+        tmp_path,
+        **SETTINGS,
+        apply_url="https://traderapi.lianlianpay.com/refund.htm",
+        query_url="https://[::1]/query",
+        notify_url="https://shop.example/refund",
+    )
+    for path in (file, str(file)):
+        merchant = Merchant.from_toml(path)
+        assert merchant.oid_partner == NUMBER
+        assert merchant.endpoints == Endpoints("https://traderapi.lianlianpay.com/refund.htm", "https://[::1]/query")
+        assert merchant.notify_url == "https://shop.example/refund"
+        keys = merchant.load_keys()
+        assert keys.private.fingerprint == OURS.private.fingerprint
+        assert [key.fingerprint for key in keys.gateway] == [THEIRS.public.fingerprint, NEXT.public.fingerprint]
+
+
+def test_a_toml_table_may_hold_the_settings(tmp_path):
+    """In a file of several programs, the table [lianlian] is ours and the others are not looked at."""
+    file = write_toml(tmp_path, **SETTINGS)
+    file.write_text("[other]\nunknown = 1\n[lianlian]\n" + file.read_text("utf-8"), "utf-8")
+    assert Merchant.from_toml(file).oid_partner == NUMBER
+
+
+def test_paths_in_toml_start_at_the_file(tmp_path, monkeypatch):
+    """Relative paths start at the file's folder, absolute ones and those from home where they say."""
+    (tmp_path / "conf" / "keys").mkdir(parents=True)
+    (tmp_path / "conf" / "keys" / "ours.pem").write_text(OURS.private.to_pem("x"))
+    (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
+    (tmp_path / "next.pem").write_text(NEXT.public_pem)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for public in (
+        ["../theirs.pem", "~/next.pem"],
+        [str(tmp_path / "theirs.pem"), "../next.pem"],
+        "../theirs.pem, ../next.pem",
+    ):
+        file = write_toml(
+            tmp_path / "conf",
+            oid_partner=NUMBER,
+            private_key="keys/ours.pem",
+            private_key_password="x",
+            gateway_public_keys=public,
+        )
+        keys = Merchant.from_toml(file).load_keys()
+        assert keys.private.fingerprint == OURS.private.fingerprint
+        assert [key.fingerprint for key in keys.gateway] == [THEIRS.public.fingerprint, NEXT.public.fingerprint]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"oid_partner": 201103171000000000}, "oid_partner: must be text"),
+        ({"oid_partner": "2011 03"}, "oid_partner: must be 1 to 18 letters or digits"),
+        ({"private_key": ["a"]}, "private_key: must be text"),
+        ({"private_key": "missing.pem"}, "private_key: '"),
+        ({"private_key": OURS.private_pem[:300]}, "private_key: the PEM text is cut off"),
+        ({"private_key_password": 5}, "private_key_password: must be text"),
+        ({"gateway_public_keys": 5}, "gateway_public_keys: must be text"),
+        ({"gateway_public_keys": ["a", 5]}, "gateway_public_keys: must be text"),
+        ({"gateway_public_keys": [" "]}, "gateway_public_keys: at least one"),
+        ({"gateway_public_keys": OURS.public_pem}, "gateway_public_keys: holds the merchant's own"),
+        ({"apply_url": ""}, "apply_url: must not be empty"),
+        ({"apply_url": 5}, "apply_url: must be text"),
+        ({"query_url": "http://example.com/"}, "query_url: must be https"),
+        ({"notify_url": "shop"}, "notify_url: must be an absolute"),
+    ],
+)
+def test_an_unusable_setting_is_named_with_its_file(changed, words, tmp_path):
+    """The error names the file and the setting in it."""
+    file = write_toml(tmp_path, **SETTINGS | changed)
+    assert message_of(lambda: Merchant.from_toml(file).load_keys()).startswith(f"{file}: {words}")
+
+
+def test_missing_settings_are_named_together(tmp_path):
+    """Absent and empty settings are all named, with their file."""
+    file = write_toml(tmp_path, private_key="", gateway_public_keys=[])
+    names = ("oid_partner", "private_key", "gateway_public_keys")
+    assert message_of(lambda: Merchant.from_toml(file)) == "missing: " + ", ".join(f"{file}: {name}" for name in names)
+
+
+def test_unknown_settings_are_named(tmp_path):
+    """A misspelt setting is an error, not silently left out."""
+    file = write_toml(tmp_path, **SETTINGS, notify_ulr="https://shop.example", allow_http="true")
+    assert message_of(lambda: Merchant.from_toml(file)) == f"{file}: unknown setting allow_http, notify_ulr"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"lianlian = 5", "lianlian must be a table"),
+        (b'private_key = "' + OURS.private_pem.encode() + b'"', "is not TOML in UTF-8"),
+        (b"private_key = " + OURS.private_pem.encode(), "is not TOML in UTF-8"),
+        (b'notify_url = "\xff"', "is not TOML in UTF-8"),
+    ],
+    ids=["table", "line breaks", "no quotes", "not UTF-8"],
+)
+def test_a_file_that_is_no_toml_is_named_and_not_quoted(content, words, tmp_path):
+    """A damaged file is named; none of its lines is shown, since any may hold a key."""
+    file = tmp_path / "lianlian.toml"
+    file.write_bytes(content)
+    assert message_of(lambda: Merchant.from_toml(file)) == f"{file}: {words}"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    """A missing file and a directory are named with the system's reason."""
+    missing = tmp_path / "missing.toml"
+    assert message_of(lambda: Merchant.from_toml(missing)) == f"{missing}: No such file or directory"
+    assert message_of(lambda: Merchant.from_toml(tmp_path)).startswith(f"{tmp_path}: ")

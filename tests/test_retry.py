@@ -1,0 +1,201 @@
+"""Pauses, budgets and deadlines: pure values, so that time and chance are the test's own."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.retry import LONGEST_ATTEMPT, Bucket, Deadline, RetryBudget, RetryPolicy
+
+seconds = st.floats(0.001, 1e6)
+chances = st.floats(0, 1, exclude_max=True)
+policies = st.builds(
+    lambda initial, longer, multiplier: RetryPolicy(initial=initial, maximum=initial + longer, multiplier=multiplier),
+    seconds,
+    st.floats(0, 1e6),
+    st.floats(1, 1000),
+)
+
+
+# ── pauses ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(policies, st.integers(0, 10_000), chances)
+def test_a_pause_is_within_its_bounds(policy, retries, random):
+    """However often was tried, a pause is neither negative nor longer than the maximum."""
+    assert 0 <= policy.pause(retries, random) <= policy.maximum
+
+
+@given(policies, st.integers(0, 100), chances)
+def test_the_ceiling_grows_and_never_falls(policy, retries, random):
+    """With the same chance, a later pause is not shorter than an earlier one."""
+    assert policy.pause(retries + 1, random) >= policy.pause(retries, random)
+
+
+def test_pauses_are_drawn_evenly_below_a_doubling_ceiling():
+    """By default the ceilings are 0.5, 1, 2, 4 and then 8 seconds; the chance takes its share of them."""
+    policy = RetryPolicy()
+    assert [policy.pause(retries, 0.5) for retries in range(7)] == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
+    assert policy.pause(3, 0.0) == 0.0
+    assert policy.pause(3, 0.25) == 1.0
+
+
+@given(policies, st.integers(0, 100), chances, st.floats(0, 1e9))
+def test_the_servers_wish_is_honoured_up_to_a_cap(policy, retries, random, retry_after):
+    """A pause is at least what Retry-After asked for, or the cap on it."""
+    pause = policy.pause(retries, random, retry_after)
+    assert pause >= min(retry_after, policy.retry_after_maximum)
+    assert pause <= max(policy.maximum, policy.retry_after_maximum)
+
+
+def test_a_nonsensical_wish_changes_nothing():
+    """A Retry-After that is negative, no number, or missing is as good as none."""
+    policy = RetryPolicy()
+    for wish in (None, 0.0, -5.0, math.nan):
+        assert policy.pause(1, 0.5, wish) == policy.pause(1, 0.5)
+    assert policy.pause(1, 0.5, math.inf) == 60.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"attempts": 0}, "attempts"),
+        ({"attempts": 1.5}, "attempts"),
+        ({"initial": 0}, "initial must"),
+        ({"initial": -1}, "initial must"),
+        ({"initial": math.nan}, "initial must"),
+        ({"maximum": 0.4}, "maximum must"),
+        ({"maximum": math.inf}, "maximum must be finite"),
+        ({"maximum": math.nan}, "maximum must"),
+        ({"initial": math.inf, "maximum": math.inf}, "maximum must be finite"),
+        ({"multiplier": 0.5}, "multiplier"),
+        ({"multiplier": 1e10}, "multiplier"),
+        ({"multiplier": math.nan}, "multiplier"),
+        ({"absence_grace": -1}, "absence_grace"),
+        ({"absence_grace": math.nan}, "absence_grace"),
+        ({"retry_after_maximum": -1}, "retry_after_maximum"),
+    ],
+)
+def test_a_senseless_policy_is_refused(settings, rule):
+    """A policy that could not be kept is refused when it is made, and the setting is named."""
+    with pytest.raises(ConfigurationError, match=f"RetryPolicy: {rule}"):
+        RetryPolicy(**settings)
+
+
+def test_all_senseless_settings_are_named_together():
+    """Who made three mistakes reads of three."""
+    with pytest.raises(ConfigurationError) as caught:
+        RetryPolicy(attempts=0, multiplier=0, absence_grace=-1)
+    assert str(caught.value).count("; ") == 2
+
+
+def test_policies_are_values():
+    """Equal settings are equal policies, and none can be changed under a running call."""
+    assert RetryPolicy(attempts=2) == RetryPolicy(attempts=2) != RetryPolicy()
+    assert hash(RetryPolicy(attempts=2)) == hash(RetryPolicy(attempts=2))
+    with pytest.raises(AttributeError):
+        RetryPolicy().attempts = 5
+
+
+# ── budgets ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def taken(bucket, now, tries=10_000):
+    """How many retries in a row the bucket gives at one moment."""
+    return next(count for count in range(tries) if not bucket.take(now))
+
+
+def test_a_full_budget_allows_one_burst():
+    """A fresh budget gives exactly its capacity, whatever the clock shows."""
+    for now in (-5.0, 0.0, 1e9):
+        assert taken(Bucket(RetryBudget(capacity=7, per_second=1)), now) == 7
+
+
+def test_a_budget_refills_with_time():
+    """So many seconds later, so many retries are there again; never more than the capacity."""
+    bucket = Bucket(RetryBudget(capacity=10, per_second=2))
+    assert taken(bucket, 100.0) == 10
+    assert taken(bucket, 100.0) == 0
+    assert taken(bucket, 103.0) == 6
+    assert taken(bucket, 103.25) == 0
+    assert taken(bucket, 103.5) == 1
+    assert taken(bucket, 1e9) == 10
+
+
+def test_a_budget_that_does_not_refill_ends():
+    """With nothing per second the capacity is all there is."""
+    bucket = Bucket(RetryBudget(capacity=3, per_second=0))
+    assert taken(bucket, 0.0) == 3
+    assert taken(bucket, 1e9) == 0
+
+
+def test_budgets_of_two_sessions_are_apart():
+    """Each bucket is spent by itself, though both follow the same budget."""
+    budget = RetryBudget(capacity=1, per_second=0)
+    first, second = Bucket(budget), Bucket(budget)
+    assert first.take(0.0)
+    assert second.take(0.0)
+    assert not first.take(0.0)
+
+
+@given(
+    st.integers(1, 20),
+    st.floats(0, 20),
+    st.lists(st.floats(0, 5), max_size=200),
+)
+def test_no_more_is_given_than_the_budget_holds(capacity, per_second, pauses):
+    """Over any stretch of time, retries are at most the capacity and what flowed in since."""
+    bucket = Bucket(RetryBudget(capacity=capacity, per_second=per_second))
+    now, given_out = 0.0, 0
+    for pause in pauses:
+        now += pause
+        given_out += bucket.take(now)
+    assert given_out <= capacity + per_second * now + 1e-6
+    assert given_out >= min(len(pauses), capacity)
+
+
+@pytest.mark.parametrize("settings", [{"capacity": 0}, {"capacity": math.nan}, {"per_second": -1}])
+def test_a_senseless_budget_is_refused(settings):
+    """A budget without a single retry, or that drains by itself, is refused."""
+    with pytest.raises(ConfigurationError, match="RetryBudget: capacity must be at least 1, per_second at least 0"):
+        RetryBudget(**settings)
+
+
+# ── deadlines ────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.floats(0, 1e9), st.floats(-1e6, 1e6))
+def test_an_attempt_leaves_time_to_ask(now, left):
+    """An attempt gets at most half of what is left and at most 10 s, and nothing when too little is left."""
+    deadline = Deadline(now + left)
+    share = deadline.attempt(now)
+    assert 0.0 <= share <= LONGEST_ATTEMPT == 10.0
+    assert share == 0.0 or share <= deadline.left(now) / 2
+    assert share == 0.0 or share >= 0.01
+
+
+@pytest.mark.parametrize(
+    ("left", "share"), [(30.0, 10.0), (20.0, 10.0), (10.0, 5.0), (0.02, 0.01), (0.019, 0.0), (0.0, 0.0), (-1.0, 0.0)]
+)
+def test_the_share_of_an_attempt(left, share):
+    """Half of what is left, capped at 10 s; below a hundredth of a second, none."""
+    assert Deadline(left).attempt(0.0) == share
+
+
+@given(st.floats(1, 1e6), st.integers(1, 200))
+def test_attempts_that_each_use_their_share_never_reach_the_deadline(left, attempts):
+    """One attempt after the other, each to its limit, ends before the deadline."""
+    deadline, now = Deadline(left), 0.0
+    for _ in range(attempts):
+        now += deadline.attempt(now)
+    assert now < left
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_waiting_for_a_permit_does_not_count(at, waited):
+    """A deadline that is extended by the time that passed leaves what it left before."""
+    deadline = Deadline(float(at))
+    deadline.extend(float(waited))
+    assert deadline.left(float(waited)) == at
