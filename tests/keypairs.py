@@ -26,6 +26,14 @@ class Pair:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ).decode()
 
+    def locked_pem(self, password: str) -> str:
+        """PKCS#8, encrypted."""
+        return self.oracle.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(password.encode()),
+        ).decode()
+
     @property
     def public_pem(self) -> str:
         """X.509 SubjectPublicKeyInfo."""

@@ -76,7 +76,7 @@ def test_both_keys_of_a_rotation_are_kept_in_order():
 
 def test_an_encrypted_private_key_opens_with_the_password():
     """The password is used for the private key."""
-    locked = OURS.private.to_pem("pässword")
+    locked = OURS.locked_pem("pässword")
     keys = made(private_key=locked, private_key_password="pässword").load_keys()
     assert keys.private.fingerprint == OURS.private.fingerprint
     assert message_of(made(private_key=locked, private_key_password="secret").load_keys) == (
@@ -188,7 +188,7 @@ def test_a_notify_url_that_could_not_be_called_is_refused(url):
 
 def test_nothing_shows_the_secrets():
     """Neither repr nor str of a merchant shows a key or the password; pickling and copying are refused."""
-    merchant = made(private_key=OURS.private.to_pem("tr0ub4dor"), private_key_password="tr0ub4dor")
+    merchant = made(private_key=OURS.locked_pem("tr0ub4dor"), private_key_password="tr0ub4dor")
     for shown in (repr(merchant), str(merchant), repr(merchant.load_keys()), repr([merchant])):
         assert "tr0ub4dor" not in shown
         assert "BEGIN" not in shown
@@ -289,7 +289,7 @@ def test_the_environment_describes_a_merchant(monkeypatch):
 
 def test_every_variable_is_read(tmp_path):
     """Paths, several keys, URLs and a password with blanks around it are all taken."""
-    (tmp_path / "ours.pem").write_text(OURS.private.to_pem(" pass word "))
+    (tmp_path / "ours.pem").write_text(OURS.locked_pem(" pass word "))
     (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
     merchant = Merchant.from_env(
         {
@@ -387,7 +387,7 @@ def test_a_toml_table_may_hold_the_settings(tmp_path):
 def test_paths_in_toml_start_at_the_file(tmp_path, monkeypatch):
     """Relative paths start at the file's folder, absolute ones and those from home where they say."""
     (tmp_path / "conf" / "keys").mkdir(parents=True)
-    (tmp_path / "conf" / "keys" / "ours.pem").write_text(OURS.private.to_pem("x"))
+    (tmp_path / "conf" / "keys" / "ours.pem").write_text(OURS.locked_pem("x"))
     (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
     (tmp_path / "next.pem").write_text(NEXT.public_pem)
     monkeypatch.setenv("HOME", str(tmp_path))
