@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final
 
+import anyio
 import anyio.to_thread
 import httpx
 
@@ -88,10 +89,11 @@ class Transport:
             response = await self._client.send(request, stream=True, follow_redirects=False)
             try:
                 received = bytearray()
-                async for chunk in response.aiter_raw():
-                    received += chunk
-                    if len(received) > MAX_MESSAGE_BYTES:
-                        break
+                with anyio.CancelScope() as enough:
+                    async for chunk in response.aiter_raw():
+                        received += chunk
+                        if len(received) > MAX_MESSAGE_BYTES:
+                            enough.cancel()  # not break: trio wants every generator inside to be run to its end
             finally:
                 await response.aclose()
         except _NEVER_SENT as error:
@@ -117,4 +119,7 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    told: BaseException = error
+    while not str(told) and told.__cause__ is not None:  # on trio the words often stand with the cause
+        told = told.__cause__
+    return f"{type(error).__name__}: {told}".rstrip(": ")
