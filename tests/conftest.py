@@ -41,6 +41,13 @@ def anyio_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[st
         yield virtual_backend(request.param, patch)
 
 
+@pytest.fixture(autouse=True)
+def _no_proxy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' servers are on this machine, whatever proxy its environment names."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
 def merchant_keys() -> keypairs.Pair:
     """The merchant's own key pair."""

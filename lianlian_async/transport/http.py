@@ -120,6 +120,6 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 
 def _describe(error: Exception) -> str:
     told: BaseException = error
-    while not str(told) and told.__cause__ is not None:  # on trio the words often stand with the cause
-        told = told.__cause__
+    while not str(told) and told.__context__ is not None:  # on trio the words often stand with the cause
+        told = told.__context__
     return f"{type(error).__name__}: {told}".rstrip(": ")

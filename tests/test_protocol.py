@@ -1,0 +1,540 @@
+"""The sans-IO protocol: what goes out, and that reading whatever comes back is total, strict and never gullible."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import attrs
+import keypairs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parties import EPOCH, OID_PARTNER, as_json, made, refund_request, sealed
+
+from lianlian_async import (
+    AnswerMismatch,
+    GatewayUnavailable,
+    InvalidRequest,
+    LianLianError,
+    MalformedMessage,
+    Merchant,
+    QueryRejected,
+    RefundNotFound,
+    RefundNotSent,
+    RefundQuery,
+    RefundRejected,
+    RefundStatus,
+    RetryPolicy,
+    SignatureInvalid,
+    wire,
+)
+from lianlian_async.codes import CODES, CodeClass
+from lianlian_async.exchange import Answer, Call, Exchange, Known, Lost, Reply
+from lianlian_async.protocol import Protocol
+from lianlian_async.retry import Deadline
+from lianlian_async.signing import signature_source
+
+MERCHANT, GATEWAY, STRANGER = keypairs.pair("merchant"), keypairs.pair("gateway"), keypairs.pair("stranger")
+PROTOCOL = Protocol(
+    Merchant(
+        oid_partner=OID_PARTNER,
+        private_key=MERCHANT.private,
+        gateway_public_keys=[GATEWAY.public],
+        notify_url="https://shop.example/lianlian/refund",
+    ),
+    MERCHANT.private,
+    (GATEWAY.public,),
+)
+JSON = {"content-type": "application/json;charset=utf-8"}
+
+
+def exchange(call, fields=None):
+    fields = (
+        fields
+        or {
+            Call.APPLY: PROTOCOL.apply_fields(refund_request()),
+            Call.QUERY: PROTOCOL.query_fields(refund_request().query()),
+        }[call]
+    )
+    return Exchange(
+        call=call, url="https://gw.example/", body=b"", asked=fields, deadline=Deadline(30), policy=RetryPolicy()
+    )
+
+
+APPLY, QUERY = exchange(Call.APPLY), exchange(Call.QUERY)
+both_calls = pytest.mark.parametrize("asking", [APPLY, QUERY], ids=["apply", "query"])
+
+
+def read(asking, fields, *, status=200, headers=JSON, protocol=PROTOCOL):
+    body = fields if isinstance(fields, bytes) else as_json(fields)
+    return protocol.read(asking, Answer(status, headers, body))
+
+
+def assert_uncertain(reply, error):
+    assert reply.known is Known.UNCERTAIN
+    assert reply.refund is None
+    assert type(reply.error) is error
+
+
+# ── out ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_apply_call_carries_every_field_of_the_request_and_the_merchants():
+    """The apply call's fields are the page's, in wire form, with the merchant's number and default notify_url."""
+    assert APPLY.asked == {
+        "oid_partner": OID_PARTNER,
+        "sign_type": "RSA",
+        "no_refund": "R-1",
+        "dt_refund": "20260105160000",
+        "money_refund": "10.00",
+        "no_order": "O-1",
+        "dt_order": "20260102160000",
+        "notify_url": "https://shop.example/lianlian/refund",
+    }
+
+
+def test_a_request_s_own_notify_url_comes_before_the_merchant_s():
+    """What a request names for itself is what the gateway is told."""
+    request = refund_request(notify_url="https://shop.example/other")
+    assert PROTOCOL.apply_fields(request)["notify_url"] == "https://shop.example/other"
+
+
+def test_a_notify_url_is_required_of_somebody():
+    """Where neither request nor merchant names a notify_url, the error says so before anything is signed."""
+    protocol = attrs.evolve(PROTOCOL, merchant=attrs.evolve(PROTOCOL.merchant, notify_url=None))
+    with pytest.raises(InvalidRequest) as caught:
+        protocol.apply_fields(refund_request())
+    assert [problem.field for problem in caught.value.problems] == ["notify_url"]
+
+
+def test_a_query_call_carries_what_it_asks_by():
+    """The query call's fields are the page's."""
+    asked = PROTOCOL.query_fields(RefundQuery(oid_refundno="2013051613121201", dt_refund=EPOCH))
+    assert asked == {
+        "oid_partner": OID_PARTNER,
+        "sign_type": "RSA",
+        "dt_refund": "20260105160000",
+        "oid_refundno": "2013051613121201",
+    }
+
+
+@both_calls
+def test_what_is_sent_is_signed_by_the_merchant_over_all_its_fields(asking):
+    """The sealed bytes are the fields and a signature over them that the merchant's public key verifies."""
+    sent = wire.decode(PROTOCOL.seal(asking.asked))
+    signature = sent.pop("sign")
+    assert sent == asking.asked
+    assert MERCHANT.public.verify(signature_source(sent), signature)
+
+
+# ── in: success ──────────────────────────────────────────────────────────────────────────────────
+
+
+@both_calls
+def test_a_signed_answer_to_the_question_is_the_refund(asking):
+    """A 0000 answer that is validly signed and matches what was asked is FOUND, with every field typed."""
+    fields = made(asking.asked, extra_field="kept")
+    reply = read(asking, fields)
+    assert reply.known is Known.FOUND
+    assert reply.error is None
+    assert reply.refund.no_refund == "R-1"
+    assert reply.refund.sta_refund is RefundStatus.INITIALIZED
+    assert reply.refund.extra == {"extra_field": "kept"}
+    assert reply.refund.raw == fields
+
+
+def test_a_found_refund_can_be_asked_about_though_the_answer_has_no_dt_refund():
+    """The domestic product's answers leave dt_refund out: the question's own is remembered."""
+    refund = read(APPLY, made(APPLY.asked, dt_refund=None)).refund
+    assert refund.dt_refund is None
+    assert refund.query() == refund_request().query()
+
+
+@pytest.mark.parametrize("text", ["10.00", "10.0", "10"])
+def test_money_is_compared_as_an_amount(text):
+    """A lenient spelling of the same amount is the same amount."""
+    assert read(APPLY, made(APPLY.asked, money_refund=text)).known is Known.FOUND
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("oid_partner", "201304121000001004"),
+        ("oid_partner", ""),
+        ("oid_partner", None),
+        ("no_refund", "R-2"),
+        ("no_refund", "r-1"),
+        ("no_refund", ""),
+        ("no_refund", None),
+    ],
+)
+@both_calls
+def test_a_signed_success_about_another_refund_is_no_answer(asking, field, text):
+    """A valid signature does not help an answer that names another merchant or refund, or none."""
+    reply = read(asking, made(asking.asked, **{field: text}))
+    assert_uncertain(reply, AnswerMismatch)
+    assert reply.error.field == field
+    assert reply.error.asked == asking.asked[field]
+
+
+@pytest.mark.parametrize("text", ["10.01", "11.00", "1.00", "", "ten", None, "1E+1", "10.000"])
+def test_a_signed_success_with_other_money_is_no_answer_to_an_apply_call(text):
+    """An apply call's success has to name the money that was applied for."""
+    reply = read(APPLY, made(APPLY.asked, money_refund=text))
+    assert_uncertain(reply, AnswerMismatch)
+    assert reply.error.field == "money_refund"
+    assert reply.error.answered == text
+
+
+@pytest.mark.parametrize("text", ["10.01", None])
+def test_a_query_is_not_about_money(text):
+    """A query does not say how much it is about, so that any amount answers it."""
+    assert read(QUERY, made(QUERY.asked, money_refund=text)).known is Known.FOUND
+
+
+def test_a_query_by_lianlians_number_is_answered_by_that_number():
+    """Asked by oid_refundno, the answer has to repeat it; the merchant's own number may be any."""
+    asking = exchange(Call.QUERY, PROTOCOL.query_fields(RefundQuery(oid_refundno="2013051613121201", dt_refund=EPOCH)))
+    assert read(asking, made(asking.asked)).known is Known.FOUND
+    assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch)
+    assert_uncertain(read(asking, made(asking.asked, oid_refundno=None)), AnswerMismatch)
+
+
+def test_a_query_by_both_numbers_is_answered_by_either_and_contradicted_by_either():
+    """Of two numbers that were asked by, one has to be repeated and none may differ."""
+    query = RefundQuery(no_refund="R-1", oid_refundno="2013051613121201", dt_refund=EPOCH)
+    asking = exchange(Call.QUERY, PROTOCOL.query_fields(query))
+    assert read(asking, made(asking.asked, no_refund=None)).known is Known.FOUND
+    assert read(asking, made(asking.asked, oid_refundno="")).known is Known.FOUND
+    assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch)
+    assert_uncertain(read(asking, made(asking.asked, no_refund=None, oid_refundno=None)), AnswerMismatch)
+
+
+# ── in: signatures ───────────────────────────────────────────────────────────────────────────────
+
+
+@both_calls
+@pytest.mark.parametrize("ret_code", sorted(CODES))
+def test_no_answer_with_a_wrong_signature_is_believed(asking, ret_code):
+    """Whatever its code, an answer signed by a stranger teaches nothing."""
+    fields = {**made(asking.asked), "ret_code": ret_code}
+    assert_uncertain(read(asking, sealed(fields, STRANGER.private)), SignatureInvalid)
+
+
+@both_calls
+@pytest.mark.parametrize("signature", ["", None, "AAAA", "not base64!", "é"])
+def test_a_success_without_a_usable_signature_is_not_believed(asking, signature):
+    """A 0000 answer has to be signed."""
+    fields = {**made(asking.asked), "sign": signature}
+    assert_uncertain(
+        read(asking, as_json({name: text for name, text in fields.items() if text is not None})), SignatureInvalid
+    )
+
+
+def test_both_keys_of_a_rotation_are_known():
+    """While the gateway changes its key, answers signed by either are believed, and by no third."""
+    rotating = attrs.evolve(PROTOCOL, gateway_keys=(STRANGER.public, GATEWAY.public))
+    fields = {name: text for name, text in made(APPLY.asked).items() if name not in ("sign", "sign_type")}
+    for key, known in (
+        (GATEWAY.private, Known.FOUND),
+        (STRANGER.private, Known.FOUND),
+        (MERCHANT.private, Known.UNCERTAIN),
+    ):
+        assert read(APPLY, sealed(fields, key), protocol=rotating).known is known
+
+
+@both_calls
+def test_no_flipped_bit_of_a_success_is_believed(asking):
+    """A single flipped bit anywhere in a signed success makes it worthless, unless its fields are the same."""
+    fields = made(asking.asked)
+    body = as_json(fields)
+    believed = 0
+    for position in range(len(body)):
+        for bit in range(8):
+            flipped = bytearray(body)
+            flipped[position] ^= 1 << bit
+            reply = read(asking, bytes(flipped))
+            if reply.known is Known.FOUND:
+                believed += 1
+                # base64 has spare bits: the same signature may be spelled in several ways.
+                assert {**reply.refund.raw, "sign": ""} == {**fields, "sign": ""}
+            else:
+                assert reply.known is not Known.NOT_SENT
+    assert believed < 8
+
+
+# ── in: every code ───────────────────────────────────────────────────────────────────────────────
+
+TAUGHT = {
+    # class: what an apply call learns, what a question learns
+    CodeClass.REJECTED: (Known.REJECTED, Known.REJECTED),
+    CodeClass.DUPLICATE: (Known.EXISTS, Known.UNCERTAIN),
+    CodeClass.IN_PROGRESS: (Known.EXISTS, Known.UNCERTAIN),
+    CodeClass.NOT_FOUND: (Known.UNCERTAIN, Known.NOT_FOUND),
+    CodeClass.UNCERTAIN: (Known.UNCERTAIN, Known.UNCERTAIN),
+}
+ERRORS = {
+    Known.REJECTED: (RefundRejected, QueryRejected),
+    Known.NOT_FOUND: (None, RefundNotFound),
+    Known.EXISTS: (GatewayUnavailable, None),
+    Known.UNCERTAIN: (GatewayUnavailable, GatewayUnavailable),
+}
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@both_calls
+@pytest.mark.parametrize("ret_code", [*sorted(set(CODES) - {"0000"}), "7777", "0", "00000"])
+def test_every_code_teaches_what_its_class_says(asking, ret_code, signed):
+    """Each error code, and each unknown one, teaches what the table says for its call, signed or not."""
+    call = (Call.APPLY, Call.QUERY).index(asking.call)
+    kind = CODES[ret_code].kind if ret_code in CODES else CodeClass.UNCERTAIN
+    answer = {"ret_code": ret_code, "ret_msg": "原因"}
+    reply = read(asking, sealed(answer) if signed else answer)
+    assert reply.known is TAUGHT[kind][call]
+    assert reply.refund is None
+    assert type(reply.error) is ERRORS[reply.known][call]
+    assert reply.error.ret_code == ret_code
+    assert "原因" in str(reply.error)
+    if reply.known in (Known.REJECTED, Known.NOT_FOUND):
+        assert reply.error.verified is signed
+        assert reply.error.ret_msg == "原因"
+        assert reply.error.no_refund == "R-1"
+    if reply.known is Known.REJECTED:
+        row = CODES[ret_code]
+        assert (reply.error.meaning, reply.error.advice) == (row.meaning, row.advice)
+        assert reply.error.is_configuration is row.is_configuration
+
+
+def test_a_rejection_needs_no_words():
+    """An answer that is nothing but a code is still that code."""
+    reply = read(APPLY, {"ret_code": "5007"})
+    assert reply.known is Known.REJECTED
+    assert reply.error.ret_msg == ""
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@both_calls
+@pytest.mark.parametrize(("field", "text"), [("no_refund", "R-2"), ("oid_partner", "201304121000001004")])
+def test_a_refusal_of_another_refund_is_not_ours(asking, field, text, signed):
+    """An error answer that names another merchant or refund teaches nothing."""
+    answer = {"ret_code": "5007", "ret_msg": "", field: text}
+    assert_uncertain(read(asking, sealed(answer) if signed else answer), AnswerMismatch)
+
+
+def test_an_empty_field_is_as_good_as_absent():
+    """An error answer whose identity fields are there but empty is no other refund's: the signature omits them too."""
+    answer = {"ret_code": "8901", "ret_msg": "没有记录", "no_refund": "", "oid_partner": ""}
+    assert read(QUERY, sealed(answer)).known is Known.NOT_FOUND
+
+
+# ── in: what is not the protocol ─────────────────────────────────────────────────────────────────
+
+
+@both_calls
+@pytest.mark.parametrize("status", [100, 201, 204, 302, 400, 401, 404, 429, 500, 502, 503, 504])
+def test_only_status_200_is_an_answer(asking, status):
+    """A perfect answer under another HTTP status teaches nothing: a proxy may have put it there."""
+    assert_uncertain(read(asking, made(asking.asked), status=status), MalformedMessage)
+    assert_uncertain(read(asking, {"ret_code": "5007"}, status=status), MalformedMessage)
+
+
+@both_calls
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "deflate", "identity, gzip"])
+def test_a_compressed_body_is_refused(asking, encoding):
+    """Nobody asked for compression, and nobody unpacks it: a small body could be a large one."""
+    body = gzip.compress(as_json(made(asking.asked)))
+    assert_uncertain(read(asking, body, headers={"content-encoding": encoding}), MalformedMessage)
+
+
+@pytest.mark.parametrize("encoding", ["", "identity", "Identity"])
+def test_identity_is_no_compression(encoding):
+    """A server may say that it did nothing to the body."""
+    assert read(APPLY, made(APPLY.asked), headers={"content-encoding": encoding}).known is Known.FOUND
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b'"0000"',
+        b"null",
+        b"{}",
+        b'{"ret_code":""}',
+        b'{"ret_code":null}',
+        b'{"ret_code":["0000"]}',
+        b'{"ret_code":"0000","ret_code":"0000"}',
+        b'{"ret_code":"0000"',
+        b'{"ret_code":"\xff"}',
+        b'{"ret_code":"\\ud800"}',
+        b"[" * 100_000,
+        b'{"ret_code":"5007"}' + b" " * wire.MAX_MESSAGE_BYTES,
+    ],
+    ids=lambda body: body[:24].decode("latin-1"),
+)
+@both_calls
+def test_what_is_not_an_object_of_strings_with_a_code_is_malformed(asking, body):
+    """Anything but one flat JSON object of strings that has a ret_code teaches nothing."""
+    assert_uncertain(read(asking, body), MalformedMessage)
+
+
+# ── in: no answer at all ─────────────────────────────────────────────────────────────────────────
+
+
+def test_what_was_lost_before_it_was_sent_is_not_sent():
+    """An apply call that never left is RefundNotSent, with the cause behind it."""
+    cause = OSError("refused")
+    reply = PROTOCOL.read(attrs.evolve(APPLY, attempt=3), Lost("ConnectError: refused", False, cause))
+    assert reply.known is Known.NOT_SENT
+    assert type(reply.error) is RefundNotSent
+    assert (reply.error.no_refund, reply.error.attempts) == ("R-1", 3)
+    assert reply.error.last_error == "ConnectError: refused"
+    assert reply.error.__cause__ is cause
+
+
+@pytest.mark.parametrize(
+    ("asking", "may_have_arrived", "known"),
+    [
+        (APPLY, True, Known.UNCERTAIN),
+        (QUERY, True, Known.UNCERTAIN),
+        (QUERY, False, Known.NOT_SENT),
+    ],
+)
+def test_what_was_lost_otherwise_is_an_unavailable_gateway(asking, may_have_arrived, known):
+    """A call that may have arrived, and every question, ends in GatewayUnavailable."""
+    reply = PROTOCOL.read(asking, Lost("ReadTimeout", may_have_arrived))
+    assert reply.known is known
+    assert type(reply.error) is GatewayUnavailable
+    assert reply.error.last_error == "ReadTimeout"
+    assert reply.error.ret_code is None
+
+
+# ── Retry-After ──────────────────────────────────────────────────────────────────────────────────
+
+DATE = "Mon, 05 Jan 2026 08:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": " 120 "}, 120.0),
+        ({"retry-after": "0"}, 0.0),
+        ({"retry-after": "9" * 400}, 999_999_999.0),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "1.5"}, None),
+        ({"retry-after": "٣"}, None),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "Mon, 05 Jan 2026 08:01:30 GMT", "date": DATE}, 90.0),
+        ({"retry-after": "Mon, 05 Jan 2026 07:00:00 GMT", "date": DATE}, 0.0),
+        ({"retry-after": "Mon, 05 Jan 2026 08:01:30 GMT"}, None),
+        ({"retry-after": "Mon, 05 Jan 2026 08:01:30 GMT", "date": "today"}, None),
+        ({"retry-after": "Mon, 05 Jan 2026 08:01:30", "date": DATE}, None),
+        ({"retry-after": "Mon, 05 Jan 2026 08:01:30 +" + "9" * 30, "date": DATE}, None),
+        ({"retry-after": "Mon, 99 Jan 2026 08:01:30 GMT", "date": DATE}, None),
+    ],
+)
+@both_calls
+def test_retry_after_is_read_in_both_forms(asking, headers, seconds):
+    """Seconds, or a date beside the server's own Date; anything else is as good as absent."""
+    for reply in (
+        read(asking, b"busy", status=503, headers=headers),
+        read(asking, {"ret_code": "9999"}, headers=headers),
+    ):
+        assert reply.known is Known.UNCERTAIN
+        assert reply.retry_after == seconds
+
+
+dates = st.one_of(
+    st.text(max_size=40),
+    st.from_regex(
+        r"(Mon, )?[0-9]{1,3} (Jan|Feb|Foo) [0-9]{1,6} [0-9:.]{1,9} ([+-][0-9]{1,25}|GMT|EST)?", fullmatch=True
+    ),
+)
+
+
+@settings(max_examples=300)
+@given(retry_after=dates, date=dates)
+def test_no_retry_after_is_too_odd_to_be_read(retry_after, date):
+    """Whatever stands in Retry-After and Date, a pause of at least 0 seconds or none comes out."""
+    reply = read(APPLY, b"", status=503, headers={"retry-after": retry_after, "date": date})
+    assert reply.retry_after is None or reply.retry_after >= 0
+
+
+# ── totality ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def assert_lawful(asking, fields, reply):
+    """``reply`` is one of the few things it may be, and FOUND only where that is proved."""
+    assert isinstance(reply, Reply)
+    if reply.known is not Known.FOUND:
+        assert isinstance(reply.error, LianLianError)
+        assert str(reply.error)
+        return
+    raw = reply.refund.raw
+    assert GATEWAY.public.verify(signature_source(raw), raw["sign"])
+    assert raw["ret_code"] == "0000"
+    assert raw["oid_partner"] == asking.asked["oid_partner"]
+    assert raw["no_refund"] == asking.asked["no_refund"]
+    if asking.call is Call.APPLY:
+        assert wire.parse_money(raw["money_refund"]) == wire.parse_money(asking.asked["money_refund"])
+    if fields is not None:
+        assert raw == fields
+
+
+headers_of_any_kind = st.dictionaries(
+    st.sampled_from(["content-encoding", "retry-after", "date", "content-type", "x"]), st.text(max_size=20), max_size=4
+)
+
+
+@settings(max_examples=300)
+@given(
+    asking=st.sampled_from([APPLY, QUERY]),
+    status=st.integers(100, 599) | st.just(200),
+    headers=headers_of_any_kind,
+    body=st.one_of(
+        st.binary(max_size=200),
+        st.recursive(
+            st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+            max_leaves=8,
+        ).map(lambda value: json.dumps(value).encode()),
+    ),
+)
+def test_reading_is_total(asking, status, headers, body):
+    """Any status, headers and body make a reply; nothing that is unsigned makes a refund."""
+    reply = PROTOCOL.read(asking, Answer(status, headers, body))
+    assert_lawful(asking, None, reply)
+    assert reply.known is not Known.FOUND
+
+
+NAMES = [*made(APPLY.asked), "settle_date", "rate", "unknown"]
+texts = st.sampled_from(
+    ["", "0000", "5007", "8901", "R-1", "R-2", OID_PARTNER, "10.00", "10.0", "1E1", "2", "9", "RSA", "20260105", "&a=b"]
+) | st.text(max_size=12)
+alterations = st.lists(st.tuples(st.sampled_from(NAMES), texts | st.none()), max_size=4)
+
+
+@settings(max_examples=500)
+@given(
+    asking=st.sampled_from([APPLY, QUERY]),
+    before=alterations,
+    after=alterations,
+    signer=st.sampled_from([GATEWAY.private, STRANGER.private]),
+)
+def test_an_answer_that_is_nearly_right_is_read_with_care(asking, before, after, signer):
+    """A signed answer with fields altered, added and removed, before or after it was signed, is never overrated."""
+
+    def altered(fields, changes):
+        fields = {**fields, **dict(changes)}
+        return {name: text for name, text in fields.items() if text is not None}
+
+    unsigned = altered({n: t for n, t in made(asking.asked).items() if n not in ("sign", "sign_type")}, before)
+    fields = altered(sealed(unsigned, signer), after)
+    reply = read(asking, fields)
+    assert_lawful(asking, fields, reply)
+    if signer is STRANGER.private and fields.get("sign"):
+        assert reply.known is Known.UNCERTAIN

@@ -1,0 +1,484 @@
+"""One exchange over the wire: foreign exceptions become *not sent* or *maybe sent*, and nothing else comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import gzip
+import ipaddress
+import ssl
+
+import anyio
+import httpcore
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from parties import (
+    Connection,
+    answering,
+    as_json,
+    made,
+    refund_request,
+    sandbox,
+    serving,
+    unused_port,
+    wall_clock,
+)
+
+from lianlian_async import (
+    Endpoints,
+    Merchant,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundSession,
+    RetryPolicy,
+    wire,
+)
+from lianlian_async.exchange import Answer, Lost
+from lianlian_async.transport import Transport
+
+pytestmark = pytest.mark.anyio
+
+URL = "http://127.0.0.1:1/exchangerefund.htm"
+ONCE = RetryPolicy(attempts=1)
+
+
+@contextlib.asynccontextmanager
+async def transport_over(*, client=None, transport=None, max_connections=4):
+    opened = await Transport.open(client, transport, max_connections)
+    try:
+        yield opened
+    finally:
+        await opened.aclose()
+
+
+def at(merchant_keys, gateway_keys, url):
+    """The tests' merchant with its endpoints at ``url``."""
+    return Merchant(
+        oid_partner="201103171000000000",
+        private_key=merchant_keys.private,
+        gateway_public_keys=[gateway_keys.public],
+        endpoints=Endpoints(f"{url}/exchangerefund.htm", f"{url}/refundquery.htm"),
+        notify_url="https://shop.example/lianlian/refund",
+    )
+
+
+# ── the mapping is total ─────────────────────────────────────────────────────────────────────────
+
+
+def family(root):
+    """``root`` and every class below it."""
+    return {root}.union(*(family(child) for child in root.__subclasses__()))
+
+
+def instance(kind):
+    """An exception of ``kind``, whatever its constructor wants."""
+    request = httpx.Request("POST", URL)
+    for arguments, options in (
+        (("told",), {"request": request}),
+        (("told",), {"request": request, "response": httpx.Response(500)}),
+        (("told",), {}),
+        ((), {}),
+    ):
+        with contextlib.suppress(TypeError):
+            return kind(*arguments, **options)
+    raise AssertionError(kind)
+
+
+PUBLIC = {value for value in vars(httpx).values() if isinstance(value, type) and issubclass(value, Exception)}
+FOREIGN = PUBLIC.union(
+    family(httpx.HTTPError),
+    family(httpx.StreamError),
+    {value for value in vars(httpcore).values() if isinstance(value, type) and issubclass(value, Exception)},
+    {OSError, ConnectionRefusedError, TimeoutError, ssl.SSLError, UnicodeError, ValueError, RuntimeError, ImportError},
+    {anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.EndOfStream, StopAsyncIteration, RecursionError},
+)
+NEVER_SENT = {
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.UnsupportedProtocol,
+    httpx.InvalidURL,
+}
+every_foreign_exception = pytest.mark.parametrize(
+    "kind", sorted(FOREIGN, key=lambda kind: (kind.__module__, kind.__name__))
+)
+
+
+def test_the_exceptions_that_are_tried_are_all_there():
+    """The trees that are walked hold what httpx documents, so that an empty walk could not pass for a proof."""
+    assert {httpx.ReadTimeout, httpx.CookieConflict, httpx.StreamConsumed, httpx.InvalidURL} <= FOREIGN
+    assert NEVER_SENT < FOREIGN
+    assert len(FOREIGN) > 45
+
+
+class Raising(httpx.AsyncBaseTransport):
+    """Raises before it looks at the request."""
+
+    def __init__(self, error):
+        self.error = error
+
+    async def handle_async_request(self, request):
+        raise self.error
+
+
+class RaisingAfterSending(Raising):
+    """Raises once it has taken the request's body."""
+
+    async def handle_async_request(self, request):
+        assert [chunk async for chunk in request.stream] == [b"{}"]
+        raise self.error
+
+
+class RaisingAfterSendingPlainly(Raising):
+    """Raises once it has taken the request's body without awaiting, as adapters of other clients do."""
+
+    async def handle_async_request(self, request):
+        assert list(request.stream) == [b"{}"]
+        raise self.error
+
+
+class Answering(httpx.AsyncBaseTransport):
+    """Answers with ``stream``."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    async def handle_async_request(self, request):
+        return httpx.Response(200, stream=self.stream)
+
+
+class BrokenStream(httpx.AsyncByteStream):
+    """A response that fails while it is read."""
+
+    def __init__(self, error):
+        self.error = error
+
+    async def __aiter__(self):
+        yield b"{"
+        raise self.error
+
+
+class UnclosableStream(httpx.AsyncByteStream):
+    """A response that fails when it is closed."""
+
+    def __init__(self, error):
+        self.error = error
+
+    async def __aiter__(self):
+        yield b"{}"
+
+    async def aclose(self):
+        raise self.error
+
+
+@every_foreign_exception
+async def test_a_foreign_exception_before_the_send_never_escapes(kind):
+    """Whatever a transport raises is *lost*; not sent is only what httpx raises before it writes."""
+    error = instance(kind)
+    async with transport_over(transport=Raising(error)) as transport:
+        delivery = await transport.post(URL, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert delivery.may_have_arrived is (kind not in NEVER_SENT)
+    assert kind.__name__ in delivery.reason or kind is StopAsyncIteration
+    assert delivery.cause is error or kind is StopAsyncIteration
+
+
+@pytest.mark.parametrize("sender", [RaisingAfterSending, RaisingAfterSendingPlainly])
+@every_foreign_exception
+async def test_after_the_send_no_exception_means_not_sent(kind, sender):
+    """Once the body was taken for sending, nothing that is raised proves that it did not arrive."""
+    async with transport_over(transport=sender(instance(kind))) as transport:
+        delivery = await transport.post(URL, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert delivery.may_have_arrived
+
+
+@pytest.mark.parametrize("stream", [BrokenStream, UnclosableStream])
+@every_foreign_exception
+async def test_a_foreign_exception_from_the_response_never_escapes(kind, stream):
+    """Whatever a response raises while it is read or closed is *maybe sent*."""
+
+    class Sent(Answering):
+        async def handle_async_request(self, request):
+            assert [chunk async for chunk in request.stream] == [b"{}"]
+            return await super().handle_async_request(request)
+
+    async with transport_over(transport=Sent(stream(instance(kind)))) as transport:
+        delivery = await transport.post(URL, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert delivery.may_have_arrived
+
+
+class Retrying(httpx.AsyncBaseTransport):
+    """A transport as some people install it: it sends again by itself, and the second time nobody listens."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    async def handle_async_request(self, request):
+        with contextlib.suppress(Exception):
+            await self.inner.handle_async_request(request)
+        raise httpx.ConnectError("refused")
+
+
+@pytest.mark.virtual_time
+async def test_a_transport_that_retries_by_itself_cannot_make_a_refund_twice():
+    """A retrying transport whose last error is a refused connection leaves a refund unknown, not unsent."""
+    gateway = sandbox()
+    client = httpx.AsyncClient(transport=Retrying(httpx.ASGITransport(app=gateway)))
+    async with client, RefundSession(gateway.merchant(), client=client, now=wall_clock) as session:
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(refund_request())
+    assert gateway.times_made("R-1") == 1
+
+
+@pytest.mark.virtual_time
+async def test_a_client_s_hook_that_fails_to_connect_cannot_make_a_refund_twice():
+    """A response hook that raises ConnectError comes after the send: the refund is asked about, and found."""
+    gateway = sandbox()
+    troubles = [httpx.ConnectError("the log server is down")]
+
+    async def hook(response):
+        if troubles:
+            raise troubles.pop()
+
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app=gateway), event_hooks={"response": [hook]})
+    async with client, RefundSession(gateway.merchant(), client=client, now=wall_clock) as session:
+        refund = await session.apply_refund(refund_request())
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+    assert gateway.times_made("R-1") == 1
+
+
+@pytest.mark.parametrize("url", ["ftp://gw.example/", "https://", "http://a:b:c/", "//gw.example/"])
+async def test_an_address_that_is_none_sends_nothing(url):
+    """An address that httpx cannot use is *not sent*."""
+    async with transport_over() as transport:
+        delivery = await transport.post(url, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert not delivery.may_have_arrived
+
+
+# ── real sockets ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_exchange_sends_the_body_as_it_is_and_brings_the_answer_as_it_came():
+    """The POST carries the page's content type and refuses compression; status, headers and body come back."""
+    async with answering(b'{"ret_code":"0000"}', headers="X-Trace: 7\r\n") as server, transport_over() as transport:
+        delivery = await transport.post(f"{server.url}/exchangerefund.htm", b'{"no_refund":"R-1"}', 5.0)
+    assert isinstance(delivery, Answer)
+    assert (delivery.status, delivery.body) == (200, b'{"ret_code":"0000"}')
+    assert delivery.headers["x-trace"] == "7"
+    ((_, head, body),) = server.requests
+    assert body == b'{"no_refund":"R-1"}'
+    lines = head.decode().split("\r\n")
+    assert lines[0] == "POST /exchangerefund.htm HTTP/1.1"
+    headers = dict(line.lower().split(": ", 1) for line in lines[1:])
+    assert headers["content-type"] == "application/json;charset=utf-8"
+    assert headers["content-length"] == str(len(body))
+    assert headers["accept-encoding"] == "identity"
+    assert "transfer-encoding" not in headers
+
+
+async def test_a_refused_connection_is_not_sent(merchant_keys, gateway_keys):
+    """Nobody listens: every attempt is *not sent*, and the refund is safe to send again."""
+    merchant = at(merchant_keys, gateway_keys, f"http://127.0.0.1:{unused_port()}")
+    async with RefundSession(merchant, retry=RetryPolicy(attempts=2, initial=0.001)) as session:
+        with pytest.raises(RefundNotSent) as caught:
+            await session.apply_refund(refund_request())
+    assert caught.value.attempts == 2
+    assert isinstance(caught.value.__cause__, httpx.ConnectError)
+
+
+async def test_a_name_that_does_not_exist_is_not_sent():
+    """A host name that nobody knows is *not sent*."""
+    async with transport_over() as transport:
+        delivery = await transport.post("https://gateway.invalid/", b"{}", 10.0)
+    assert isinstance(delivery, Lost)
+    assert not delivery.may_have_arrived
+
+
+@pytest.fixture(scope="module")
+def self_signed(tmp_path_factory):
+    """A server's TLS context with a certificate that only its own file vouches for, and that file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file = tmp_path_factory.mktemp("tls") / "server.pem"
+    file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(file)
+    return context, file
+
+
+async def heartily(connection: Connection):
+    """Answer each request with an empty object."""
+    while await connection.request() is not None:
+        await connection.respond(b"{}")
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_not_sent(self_signed):
+    """TLS fails before the first byte of the request: *not sent*."""
+    asked = []
+
+    async def handler(connection: Connection):
+        asked.append(await connection.request())
+
+    async with serving(handler, tls=self_signed[0]) as server, transport_over() as transport:
+        delivery = await transport.post(server.url.replace("http:", "https:"), b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert not delivery.may_have_arrived
+    assert "CERTIFICATE_VERIFY_FAILED" in delivery.reason
+    assert not any(asked)
+
+
+async def test_a_client_of_the_user_s_brings_its_own_trust_and_stays_open(self_signed):
+    """A given client is used as it is, and left open when the session closes."""
+    context, file = self_signed
+    trusting = ssl.create_default_context(cafile=str(file))
+    async with serving(heartily, tls=context) as server, httpx.AsyncClient(verify=trusting) as client:
+        for _ in range(2):
+            async with transport_over(client=client) as transport:
+                delivery = await transport.post(server.url.replace("http:", "https:"), b"{}", 5.0)
+            assert isinstance(delivery, Answer)
+            assert not client.is_closed
+    assert server.opened == 1
+
+
+async def test_a_closed_client_sends_nothing(merchant):
+    """A given client that was closed already is *not sent*, at once and in words."""
+    client = httpx.AsyncClient()
+    await client.aclose()
+    async with RefundSession(merchant, client=client, retry=ONCE) as session:
+        with pytest.raises(RefundNotSent, match="closed"):
+            await session.apply_refund(refund_request())
+
+
+async def test_a_connection_closed_without_an_answer_may_have_arrived():
+    """The server read the request and hung up: *maybe sent*."""
+
+    async def handler(connection: Connection):
+        await connection.request()
+
+    async with serving(handler) as server, transport_over() as transport:
+        delivery = await transport.post(server.url, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert delivery.may_have_arrived
+
+
+async def test_an_answer_that_is_cut_off_may_have_arrived():
+    """Less than the announced length is no answer."""
+
+    async def handler(connection: Connection):
+        await connection.request()
+        await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
+
+    async with serving(handler) as server, transport_over() as transport:
+        delivery = await transport.post(server.url, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert delivery.may_have_arrived
+
+
+async def test_what_is_not_http_may_have_arrived():
+    """A server that speaks something else has had our bytes all the same."""
+
+    async def handler(connection: Connection):
+        await connection.request()
+        await connection.stream.send(b"220 smtp.example ESMTP\r\n")
+
+    async with serving(handler) as server, transport_over() as transport:
+        delivery = await transport.post(server.url, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert delivery.may_have_arrived
+
+
+async def test_an_answer_is_read_no_further_than_the_largest_message():
+    """Of an endless body little more than 1 MiB is read, and the connection is not used again."""
+
+    async def handler(connection: Connection):
+        while await connection.request() is not None:
+            await connection.respond(b" " * (4 * wire.MAX_MESSAGE_BYTES))
+
+    async with serving(handler) as server, transport_over() as transport:
+        for opened in (1, 2):
+            delivery = await transport.post(server.url, b"{}", 5.0)
+            assert isinstance(delivery, Answer)
+            assert wire.MAX_MESSAGE_BYTES < len(delivery.body) < 2 * wire.MAX_MESSAGE_BYTES
+            assert server.opened == opened
+
+
+async def test_a_compressed_answer_is_not_unpacked():
+    """What came compressed stays compressed: the protocol refuses it by its header."""
+    packed = gzip.compress(b"{}")
+    async with answering(packed, headers="content-encoding: gzip\r\n") as server, transport_over() as transport:
+        delivery = await transport.post(server.url, b"{}", 5.0)
+    assert isinstance(delivery, Answer)
+    assert delivery.body == packed
+    assert delivery.headers["content-encoding"] == "gzip"
+
+
+@pytest.mark.parametrize("follows", [True, False])
+async def test_a_redirect_is_not_followed(follows):
+    """Signed fields go where the merchant said, and nowhere else, even over a client that follows redirects."""
+    async with answering(status="307 Temporary Redirect", headers="location: /elsewhere\r\n") as server:
+        async with httpx.AsyncClient(follow_redirects=follows) as client, transport_over(client=client) as transport:
+            delivery = await transport.post(server.url, b"{}", 5.0)
+        assert isinstance(delivery, Answer)
+        assert delivery.status == 307
+        assert len(server.requests) == 1
+
+
+@pytest.mark.virtual_time
+async def test_a_server_that_trickles_is_cut_off_after_the_attempt_s_time(merchant_keys, gateway_keys):
+    """A byte every second never ends the wait between bytes; the attempt's time does."""
+    began = []
+
+    async def handler(connection: Connection):
+        await connection.request()
+        began.append(anyio.current_time())
+        await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        while True:
+            await connection.stream.send(b" ")
+            await anyio.sleep(1)
+
+    async with serving(handler) as server:
+        async with RefundSession(at(merchant_keys, gateway_keys, server.url), deadline=30, now=wall_clock) as session:
+            with pytest.raises(RefundOutcomeUnknown, match="no answer within"):
+                await session.apply_refund(refund_request())
+        assert anyio.current_time() <= 30
+    assert began[:2] == [0.0, 10.0]
+
+
+async def test_a_whole_refund_over_a_socket(merchant_keys, gateway_keys):
+    """Apply over a real connection, and the signed answer becomes the refund."""
+
+    async def handler(connection: Connection):
+        while (request := await connection.request()) is not None:
+            await connection.respond(as_json(made(wire.decode(request[1]))))
+
+    async with serving(handler) as server:
+        async with RefundSession(at(merchant_keys, gateway_keys, server.url)) as session:
+            for number in (1, 2):
+                refund = await session.apply_refund(refund_request(number))
+                assert refund.no_refund == f"R-{number}"
+    assert server.opened == 1
