@@ -6,7 +6,6 @@ Nothing here stands in for a part of the library: these are the people and machi
 from __future__ import annotations
 
 import contextlib
-import itertools
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -183,8 +182,3 @@ def unused_port() -> int:
 def as_json(fields: Mapping[str, str]) -> bytes:
     """``fields`` as the gateway sends them."""
     return wire.encode(fields)
-
-
-def numbers() -> Callable[[], int]:
-    """1, 2, 3 …"""
-    return itertools.count(1).__next__

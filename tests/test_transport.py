@@ -476,9 +476,8 @@ async def test_a_whole_refund_over_a_socket(merchant_keys, gateway_keys):
         while (request := await connection.request()) is not None:
             await connection.respond(as_json(made(wire.decode(request[1]))))
 
-    async with serving(handler) as server:
-        async with RefundSession(at(merchant_keys, gateway_keys, server.url)) as session:
-            for number in (1, 2):
-                refund = await session.apply_refund(refund_request(number))
-                assert refund.no_refund == f"R-{number}"
+    async with serving(handler) as server, RefundSession(at(merchant_keys, gateway_keys, server.url)) as session:
+        for number in (1, 2):
+            refund = await session.apply_refund(refund_request(number))
+            assert refund.no_refund == f"R-{number}"
     assert server.opened == 1

@@ -1,0 +1,353 @@
+"""The connection pool: the connection used last is taken first, nothing leaks, and whoever waits is served in order."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from importlib.util import find_spec
+
+import anyio
+import httpx
+import pytest
+from parties import Connection, Server, answering, refund_request, serving, unused_port
+
+from lianlian_async import ConfigurationError, RefundNotSent, RefundSession, RetryPolicy
+from lianlian_async.transport import PoolTransport
+
+pytestmark = pytest.mark.anyio
+
+CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # no CA is loaded: nothing here speaks TLS
+
+
+@contextlib.asynccontextmanager
+async def pool_of(max_connections, **options):
+    pool = PoolTransport(max_connections, ssl_context=CONTEXT, **options)
+    try:
+        yield pool
+    finally:
+        await pool.aclose()
+
+
+async def fetch(pool, url, /, **timeouts):
+    """One whole request over ``pool``."""
+    timeout = {"connect": 5.0, "read": 5.0, "write": 5.0, "pool": 5.0, **timeouts}
+    request = httpx.Request("POST", url, content=b"{}", extensions={"timeout": timeout})
+    response = await pool.handle_async_request(request)
+    try:
+        return await response.aread()
+    finally:
+        await response.aclose()
+
+
+async def until(condition):
+    """Let the other tasks run until ``condition`` holds."""
+    with anyio.fail_after(30):
+        while not condition():
+            await anyio.sleep(0.001)
+
+
+class Holding:
+    """A server's handler that answers only once it is told to: with the number of the connection."""
+
+    def __init__(self):
+        self.waiting = []
+        self.go = anyio.Event()
+
+    async def __call__(self, connection: Connection):
+        while (request := await connection.request()) is not None:
+            self.waiting.append(request[1])
+            await self.go.wait()
+            await connection.respond(str(connection.number).encode())
+
+
+# ── reuse ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_one_connection_serves_one_request_after_the_other():
+    """A connection is used again as long as nobody needs a second one."""
+    async with answering() as server, pool_of(8) as pool:
+        for _ in range(5):
+            assert await fetch(pool, server.url) == b"{}"
+        assert [number for number, _, _ in server.requests] == [1] * 5
+    assert server.opened == 1
+
+
+async def test_the_connection_used_last_is_taken_first():
+    """Few connections do the work while traffic is low, so that the others may expire."""
+    handler = Holding()
+    async with serving(handler) as server, pool_of(4) as pool:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(fetch, pool, server.url)
+            await until(lambda: len(handler.waiting) == 3)
+            handler.go.set()
+        last = {await fetch(pool, server.url) for _ in range(5)}
+    assert server.opened == 3
+    assert len(last) == 1
+
+
+async def test_each_origin_has_its_own_connections():
+    """The apply and the query server never get each other's connection."""
+    async with answering(b"1") as one, answering(b"2") as two, pool_of(2) as pool:
+        for _ in range(3):
+            assert await fetch(pool, one.url) == b"1"
+            assert await fetch(pool, two.url) == b"2"
+    assert one.opened == two.opened == 1
+
+
+async def test_idle_connections_expire_and_are_closed():
+    """A connection that nobody used for longer than the keep-alive time is closed, that of another origin too."""
+    handler = Holding()
+    async with serving(handler) as busy, answering() as other, pool_of(4, keepalive_expiry=0.0) as pool:
+        await fetch(pool, other.url)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(fetch, pool, busy.url)
+            await until(lambda: len(handler.waiting) == 3)
+            handler.go.set()
+        await fetch(pool, busy.url)
+        await until(lambda: busy.open <= 1 and other.open == 0)
+        assert await fetch(pool, other.url) == b"{}"
+    assert other.opened == 2
+
+
+async def test_a_connection_that_the_server_closed_is_replaced():
+    """A server that hangs up between two requests costs nothing but a new connection."""
+
+    async def once(connection: Connection):
+        await connection.request()
+        await connection.respond(b"{}")
+
+    async with serving(once) as server, pool_of(1) as pool:
+        for opened in (1, 2, 3):
+            assert await fetch(pool, server.url) == b"{}"
+            await until(lambda: server.open == 0)
+            assert server.opened == opened
+
+
+async def test_closing_the_pool_closes_its_idle_connections():
+    """Nothing stays open once the pool is closed."""
+    handler = Holding()
+    handler.go.set()
+    async with serving(handler) as server:
+        async with pool_of(4) as pool, anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(fetch, pool, server.url)
+        await until(lambda: server.open == 0)
+    assert 1 <= server.opened <= 4
+
+
+async def test_a_connection_that_comes_back_after_the_close_is_closed():
+    """A request that outlives its pool is answered, and its connection is not kept."""
+    handler = Holding()
+    async with serving(handler) as server:
+        async with anyio.create_task_group() as tasks, pool_of(1) as pool:
+            tasks.start_soon(fetch, pool, server.url)
+            await until(lambda: handler.waiting)
+            await pool.aclose()
+            handler.go.set()
+        await until(lambda: server.open == 0)
+    assert server.opened == 1
+
+
+# ── limits ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_no_more_than_max_connections_are_open():
+    """However many requests there are, each waits until one of the few connections is free."""
+    most = 0
+
+    async def handler(connection: Connection):
+        nonlocal most
+        while await connection.request() is not None:
+            most = max(most, server.open)
+            await connection.respond(b"{}")
+
+    async with serving(handler) as server, pool_of(3) as pool, anyio.create_task_group() as tasks:
+        for _ in range(60):
+            tasks.start_soon(fetch, pool, server.url)
+    assert most == server.opened == 3
+
+
+async def test_who_waits_is_served_in_order():
+    """Waiting requests get the connection in the order in which they came."""
+    async with answering() as server, pool_of(1) as pool, anyio.create_task_group() as tasks:
+        for number in range(12):
+            tasks.start_soon(fetch, pool, f"{server.url}/{number}")
+            await anyio.wait_all_tasks_blocked()
+    assert [head.split(b" ", 2)[1] for _, head, _ in server.requests] == [b"/%d" % number for number in range(12)]
+
+
+@pytest.mark.virtual_time
+async def test_whoever_waits_too_long_gets_a_pool_timeout():
+    """A request that finds no free connection within its time raises PoolTimeout, and takes no place with it."""
+    handler = Holding()
+    async with serving(handler) as server, pool_of(1) as pool, anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: fetch(pool, server.url, read=100))
+        await until(lambda: handler.waiting)
+        began = anyio.current_time()
+        with pytest.raises(httpx.PoolTimeout, match="no free connection within 7 s"):
+            await fetch(pool, server.url, pool=7)
+        assert anyio.current_time() == pytest.approx(began + 7)
+        handler.go.set()
+        assert await fetch(pool, server.url) == b"1"
+
+
+async def test_without_a_timeout_a_request_waits_as_long_as_it_takes():
+    """A request that names no pool timeout waits its turn."""
+    async with answering() as server, pool_of(1) as pool:
+        response = await pool.handle_async_request(httpx.Request("POST", server.url, content=b"{}"))
+        assert await response.aread() == b"{}"
+        await response.aclose()
+
+
+# ── failure and cancellation ─────────────────────────────────────────────────────────────────────
+
+
+async def assert_all_free(pool, server: Server, slots):
+    """All of the pool's places are free: that many requests run at the same time, and none waits."""
+    barrier = 0
+
+    async def meet():
+        nonlocal barrier
+        request = httpx.Request("POST", server.url, content=b"{}", extensions={"timeout": {"pool": 5.0}})
+        response = await pool.handle_async_request(request)
+        barrier += 1
+        await until(lambda: barrier == slots)
+        await response.aread()
+        await response.aclose()
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(slots):
+                tasks.start_soon(meet)
+
+
+async def test_a_connection_that_failed_is_not_used_again():
+    """After a broken exchange the next request comes on a new connection."""
+    broken = True
+
+    async def handler(connection: Connection):
+        nonlocal broken
+        while await connection.request() is not None:
+            if broken:
+                broken = False
+                return
+            await connection.respond(str(connection.number).encode())
+
+    async with serving(handler) as server, pool_of(1) as pool:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await fetch(pool, server.url)
+        assert await fetch(pool, server.url) == b"2"
+        await until(lambda: server.open == 1)
+
+
+async def test_a_refused_connection_gives_its_place_back():
+    """Failing to connect, again and again, takes no place with it."""
+    async with answering() as server, pool_of(2) as pool:
+        for _ in range(6):
+            with pytest.raises(httpx.ConnectError):
+                await fetch(pool, f"http://127.0.0.1:{unused_port()}")
+        await assert_all_free(pool, server, 2)
+
+
+async def test_a_response_that_breaks_while_it_is_closed_gives_its_place_back():
+    """A response whose body breaks off frees its place and its connection."""
+
+    async def handler(connection: Connection):
+        while await connection.request() is not None:
+            await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
+            return
+
+    async with serving(handler) as server, answering() as healthy, pool_of(1) as pool:
+        for _ in range(3):
+            with pytest.raises(httpx.RemoteProtocolError):
+                await fetch(pool, server.url)
+        await assert_all_free(pool, healthy, 1)
+        assert server.opened == 3
+
+
+@pytest.mark.parametrize("calls", [300])
+async def test_cancelled_requests_leak_neither_places_nor_connections(calls):
+    """Requests cancelled while they wait, connect, send or read leave every place free and every socket closed."""
+
+    async def slow(connection: Connection):
+        while await connection.request() is not None:
+            await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n")
+            for byte in (b"{", b" ", b"}"):
+                await anyio.sleep(0.001)
+                await connection.stream.send(byte)
+
+    ended = 0
+
+    async def cancelled(number):
+        nonlocal ended
+        with anyio.move_on_after(0.0005 * (number % 12)):
+            await fetch(pool, server.url)
+        ended += 1
+
+    async with serving(slow) as server, pool_of(8) as pool:
+        async with anyio.create_task_group() as tasks:
+            for number in range(calls):
+                tasks.start_soon(cancelled, number)
+        assert ended == calls
+        await assert_all_free(pool, server, 8)
+        await until(lambda: server.open <= 8)
+        await pool.aclose()
+        await until(lambda: server.open == 0)
+
+
+# ── proxies ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("form", ["http://127.0.0.1:{}", "127.0.0.1:{}"])
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+async def test_a_proxy_of_the_environment_is_used(monkeypatch, name, form):
+    """Requests go to the proxy that the environment names, with or without a scheme."""
+    async with answering(b"by proxy") as proxy:
+        monkeypatch.setenv(name, form.format(proxy.port))
+        async with pool_of(1) as pool:
+            assert await fetch(pool, "http://gateway.invalid/exchangerefund.htm") == b"by proxy"
+    assert proxy.requests[0][1].startswith(b"POST http://gateway.invalid/exchangerefund.htm ")
+
+
+@pytest.mark.parametrize("bypass", ["127.0.0.1", "*", "example.com, 127.0.0.1"])
+async def test_no_proxy_is_honoured(monkeypatch, bypass):
+    """Hosts that NO_PROXY names are reached directly, all others by the proxy."""
+    async with answering(b"by proxy") as proxy, answering(b"direct") as server:
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        monkeypatch.setenv("NO_PROXY", bypass)
+        async with pool_of(2) as pool:
+            assert await fetch(pool, server.url) == b"direct"
+            if bypass != "*":
+                assert await fetch(pool, "http://gateway.invalid/") == b"by proxy"
+
+
+async def test_a_proxy_that_refuses_to_connect_sends_nothing(monkeypatch, merchant):
+    """A proxy that refuses the tunnel never saw the refund: not sent, and the place is free again."""
+    async with answering(status="403 Forbidden") as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        async with RefundSession(merchant, max_connections=1, retry=RetryPolicy(attempts=2, initial=0.001)) as session:
+            with pytest.raises(RefundNotSent, match="403 Forbidden"):
+                await session.apply_refund(refund_request())
+    assert [head.split(b" ")[0] for _, head, _ in proxy.requests] == [b"CONNECT"] * 2
+    assert not any(body for _, _, body in proxy.requests)
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "ftp://user:sesame@proxy.example",
+        "http://user:sesame@[::",
+        pytest.param(
+            "socks5://user:sesame@proxy.example",
+            marks=pytest.mark.skipif(find_spec("socksio") is not None, reason="httpx[socks] is installed"),
+        ),
+    ],
+)
+async def test_a_proxy_that_cannot_be_used_is_told_when_the_session_opens(monkeypatch, merchant, proxy):
+    """An unusable proxy is a ConfigurationError that names the variable, and shows no password."""
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(ConfigurationError, match="HTTPS_PROXY") as caught:
+        await RefundSession(merchant).__aenter__()
+    assert "sesame" not in str(caught.value)
