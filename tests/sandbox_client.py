@@ -51,7 +51,8 @@ class Client:
     async def send(self, path: str, *, method: str = "POST", content_type: str = JSON, **body: Any) -> httpx.Response:
         """One HTTP exchange, whatever comes of it."""
         transport = None if self.base_url else httpx.ASGITransport(app=self.gateway)
-        async with httpx.AsyncClient(transport=transport, base_url=self.base_url or "https://sandbox.invalid") as http:
+        base_url = self.base_url or "https://sandbox.invalid"
+        async with httpx.AsyncClient(transport=transport, base_url=base_url, timeout=60, trust_env=False) as http:
             return await http.request(method, path, headers={"content-type": content_type}, **body)
 
     async def ask(self, path: str, fields: Mapping[str, str]) -> dict[str, str]:

@@ -174,6 +174,15 @@ async def test_a_delayed_answer_is_the_right_one(when, made):
     assert client.gateway.times_made("R-1") == 1
 
 
+async def test_faults_take_as_long_as_the_gateway_is_told():
+    """The gateway's own delay holds for what was scripted without one, and for what the dice bring."""
+    client = client_of(delay=7.0, faults={Fault.TOO_MANY: 1.0})
+    client.gateway.script(Fault.DELAY)
+    assert client.is_signed(await client.apply())
+    assert anyio.current_time() == 7.0
+    assert (await post(client)).headers["retry-after"] == "7"
+
+
 @BOTH
 async def test_silence_lasts_until_the_client_gives_up(when, made):
     """No answer ever comes."""
@@ -201,10 +210,12 @@ async def test_a_late_request_is_carried_out_after_a_query_found_nothing():
     client.gateway.script(Fault.LATE, delay=60.0)
     with anyio.move_on_after(1):
         await client.apply()
-    client.gateway.advance(59.0)
+    client.gateway.advance(59.5)
     assert (await client.query())["ret_code"] == "8901"
     assert client.gateway.refunds == ()
-    client.gateway.advance(3.0)
+    client.gateway.advance(0.5)
+    assert (await client.query())["sta_refund"] == "0"
+    client.gateway.advance(2.0)
     assert (await client.query())["sta_refund"] == "2"
     assert client.gateway.times_made("R-1") == 1
 
@@ -303,9 +314,11 @@ async def test_a_storm_passes():
     assert {(await client.apply(no_refund=f"S-{n}", money_refund="0.01"))["ret_code"] for n in range(5)} == {"0000"}
 
 
-@pytest.mark.parametrize("faults", [{Fault.BUSY: 1.5}, {Fault.BUSY: -0.1}, {Fault.BUSY: 0.6, Fault.RESET: 0.5}])
+@pytest.mark.parametrize(
+    "faults", [{Fault.BUSY: 1.1}, {Fault.BUSY: -0.1, Fault.RESET: 0.5}, {Fault.BUSY: 0.6, Fault.RESET: 0.5}]
+)
 def test_probabilities_must_be_possible(faults):
-    """Each lies between 0 and 1, and so does their sum."""
+    """None is negative, and their sum is at most 1."""
     with pytest.raises(ConfigurationError, match="probability"):
         client_of(faults=faults)
 

@@ -18,7 +18,7 @@ FOREIGN = {"money_foreign_refund", "rate_id", "rate", "exchange_bankcode"}
 
 
 def sandbox(**options):
-    return SandboxGateway(**{"default_order": Decimal("1000.00"), "clock": lambda: 100.0} | options)
+    return SandboxGateway(**{"default_order": Decimal("1000.00"), "clock": lambda: 1_000_000.0} | options)
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────
@@ -83,11 +83,13 @@ async def test_the_gateways_clock_follows_the_given_one():
     client = Client(gateway)
     await client.apply()
     seconds[0] += 4.0
-    gateway.advance(6.0)
+    gateway.advance(5.5)
+    gateway.advance(0.5)
+    gateway.advance(0.0)
     assert gateway.now() == 60.0
     assert (await client.query())["sta_refund"] == "2"
     with pytest.raises(ValueError, match="forward"):
-        gateway.advance(-1.0)
+        gateway.advance(-0.1)
 
 
 async def test_a_gateway_that_is_given_no_time_of_day_takes_the_present():
@@ -259,6 +261,7 @@ async def test_a_ready_made_session_talks_to_the_gateway():
         applied = await session.apply_refund(request)
         asked = await session.query_refund(applied.query())
     assert applied == asked
+    assert applied.money_foreign_refund == Decimal("30.03")
     assert (applied.money_refund, applied.oid_refundno) == (Decimal("200.01"), gateway.refunds[0].oid_refundno)
     assert gateway.requests == {"apply": 1, "query": 1}
 

@@ -119,8 +119,8 @@ class FaultPlan:
 
     @probabilities.setter
     def probabilities(self, value: Mapping[Fault, float]) -> None:
-        if any(not 0 <= share <= 1 for share in value.values()) or sum(value.values()) > 1 + 1e-9:
-            raise ConfigurationError("faults: each probability must be 0 to 1, and all of them together at most 1")
+        if any(share < 0 for share in value.values()) or sum(value.values()) > 1 + 1e-9:  # 1e-9: sums of floats
+            raise ConfigurationError("faults: no probability may be negative, nor all of them together more than 1")
         self._probabilities = dict(value)
 
     def script(
