@@ -1,0 +1,28 @@
+"""The time of `import lianlian_async`.
+
+Compared with importing, of its four dependencies, what it uses of them: httpx, anyio, attrs, and pycryptodome's RSA,
+PKCS #1 v1.5, MD5 and SHA-256. Both in the environment with four dependencies only, with warm file caches; asyncio
+is imported before the clock starts, as any program that uses the library has it. Read the ratio of CPU times.
+"""
+
+from __future__ import annotations
+
+from benchmarks.programs.frame import Job
+from benchmarks.report import Report
+from benchmarks.runner import Bench, Program
+
+LIBRARY, DEPENDENCIES = "`import lianlian_async`", "its four dependencies"
+
+
+def run(bench: Bench, report: Report) -> None:
+    programs = {
+        LIBRARY: Program("imports", Job(option="library", cpu=bench.client_cpu), core=True),
+        DEPENDENCIES: Program("imports", Job(option="dependencies", cpu=bench.client_cpu), core=True),
+    }
+    bench.interleave(programs, rounds=1)  # warms the file caches
+    rounds = bench.interleave(programs, rounds=3 * bench.rounds)
+    report.table(
+        ["import", "CPU, ms", "peak memory, MiB"],
+        [(label, rounds.of(label, "cpu_ms"), rounds.of(label, "peak_mib")) for label in programs],
+    )
+    report.targets([("CPU ÷ that of the dependencies", rounds.ratio(LIBRARY, DEPENDENCIES, "cpu_ms"), "≤", 1.15)])

@@ -1,0 +1,66 @@
+"""Where programs run: this interpreter with the bench extras, or one with the four dependencies only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_VERSIONS = """
+import importlib.metadata as m, json, sys
+print(json.dumps({d: m.version(d) for d in sys.argv[1:] if any(m.distributions(name=d))}))
+"""
+_SHOWN = ("anyio", "httpx", "httpcore", "h11", "pycryptodome", "attrs", "cryptography", "aiohttp", "requests",
+          "httpx-aiohttp", "sniffio")  # fmt: skip
+
+
+def core_python(cache: Path) -> str:
+    """An interpreter that has the library's four dependencies and nothing else; made in ``cache`` when missing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    folder = cache / f"core-{platform.python_version()}"
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    stamp = folder / "dependencies.json"
+    wanted = json.dumps(project["dependencies"])
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print(f"making an environment with four dependencies in {folder}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *project["dependencies"]]
+        subprocess.run(install, check=True)
+        stamp.write_text(wanted)
+    return str(python)
+
+
+def versions(python: str) -> dict[str, str]:
+    """The versions of the packages that matter, as ``python`` has them."""
+    told = subprocess.run([python, "-c", _VERSIONS, *_SHOWN], check=True, capture_output=True, text=True)
+    return json.loads(told.stdout)
+
+
+def description(pythons: dict[str, str]) -> str:
+    """One paragraph: when, which commit, which machine, which versions in each of ``pythons``."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, check=False, capture_output=True, text=True)
+    packages = "; ".join(
+        f"{name}: " + ", ".join(f"{package} {version}" for package, version in versions(python).items())
+        for name, python in pythons.items()
+    )
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit.stdout.strip() or 'unknown'}, "
+        f"{platform.python_implementation()} {platform.python_version()} on {platform.system()} "
+        f"{platform.machine()}, {os.cpu_count()} × {_processor()}. {packages}."
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "processor"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "processor")

@@ -1,0 +1,65 @@
+"""What a case found, as Markdown: on the terminal, and as its own section of RESULTS.md beside its charts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .runner import Spread
+
+_HEAD = """# Results
+
+Written by `python -m benchmarks --out benchmarks/RESULTS.md`, a section for each case. Every figure is a median over
+the rounds, with minimum and maximum in brackets; a ratio is the median of the ratios of paired runs. Programs run
+in turns (A B A B …), each in a fresh process on one processor, against one loopback server process on another.
+"""
+
+
+@dataclass
+class Report:
+    """One case's text, tables and charts."""
+
+    case: str
+    title: str
+    text: str
+    parts: list[str] = field(default_factory=list)
+    charts: dict[str, str] = field(default_factory=dict)
+    """SVG by file name."""
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Add a table."""
+        lines = [header, ["---"] * len(header), *rows]
+        self.parts.append("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))
+
+    def targets(self, rows: Sequence[tuple[str, Spread, str, float]]) -> None:
+        """Add the figures to reach: what, measured, ``≤`` or ``≥``, bound."""
+        shown = []
+        for what, measured, sign, bound in rows:
+            reached = measured.median <= bound if sign == "≤" else measured.median >= bound
+            shown.append((what, f"{sign} {bound:g}", measured, "reached" if reached else "**not reached**"))
+        self.table(["figure", "to reach", "measured", ""], shown)
+
+    def chart(self, name: str, title: str, svg: str) -> None:
+        """Add a chart, to be stored as ``name``."""
+        self.charts[name] = svg
+        self.parts.append(f"![{title}]({name})")
+
+    def markdown(self, conditions: str) -> str:
+        """The section."""
+        paragraphs = [f"## `{self.case}`: {self.title}", self.text.strip(), *self.parts, f"_{conditions}_"]
+        return "\n\n".join(paragraphs) + "\n"
+
+
+def store(report: Report, out: Path, conditions: str) -> None:
+    """Write the report's section into ``out``, in the place of an earlier one, and its charts beside it."""
+    text = out.read_text("utf-8") if out.exists() else _HEAD
+    begin, end = f"<!-- {report.case} -->\n", f"<!-- /{report.case} -->\n"
+    section = begin + report.markdown(conditions) + end
+    old = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    text = old.sub(lambda _: section, text) if old.search(text) else text + "\n" + section
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, "utf-8")
+    for name, svg in report.charts.items():
+        (out.parent / name).write_text(svg, "utf-8")

@@ -1,0 +1,145 @@
+"""Runs programs in turns, each in a fresh process, and pairs what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from urllib.request import urlopen
+
+from . import environment, openssl
+from .programs.frame import Job
+
+Sample = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with what it was drawn from."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{_short(self.median)} ({_short(self.low)}–{_short(self.high)})"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One module of ``benchmarks.programs``, and how it is run."""
+
+    module: str
+    job: Job = field(default_factory=Job)
+    core: bool = False
+    """With the four dependencies only."""
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+class Rounds:
+    """What every program measured in every round."""
+
+    def __init__(self, samples: dict[str, list[Sample]]) -> None:
+        self._samples = samples
+
+    def of(self, label: str, figure: str) -> Spread:
+        """One program's own figure."""
+        return Spread.of([sample[figure] for sample in self._samples[label]])
+
+    def ratio(self, one: str, other: str, figure: str, other_figure: str | None = None) -> Spread:
+        """The figure of ``one`` over that of ``other``, each pair taken from the same round."""
+        pairs = zip(self._samples[one], self._samples[other], strict=True)
+        return Spread.of([a[figure] / b[other_figure or figure] for a, b in pairs])
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running gateway: the URL to apply at, and the folder of the keys."""
+
+    url: str
+    keys: str
+    stats: Callable[[], dict[str, int]]
+
+
+class Bench:
+    """The options of one run, and the means to carry it out."""
+
+    def __init__(self, *, rounds: int, quick: bool, bits: int, tls: bool, requests: int, cache: Path) -> None:
+        self.rounds = rounds
+        self.quick = quick
+        self.bits = bits
+        self.tls = tls
+        self.requests = requests
+        self.pythons = {"all extras": sys.executable, "four dependencies": environment.core_python(cache)}
+        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.client_cpu, self.server_cpu = (cpus[0], cpus[-1]) if len(cpus) > 1 else (None, None)
+
+    def size(self, full: int) -> int:
+        """``full``, or a tenth of it in a quick run."""
+        return max(1, full // 10) if self.quick else full
+
+    @contextmanager
+    def server(self, answers: int = 0, *, bits: int | None = None, delay: float = 0.0) -> Iterator[Server]:
+        """A gateway process that has ``answers`` signed before it serves; keys of ``bits``."""
+        with tempfile.TemporaryDirectory() as folder:
+            openssl.write_keys(Path(folder), bits or self.bits)
+            command = [sys.executable, "-m", "benchmarks.server", "--keys", folder]
+            command += ["--answers", str(answers), "--delay", str(delay), *(["--tls"] if self.tls else [])]
+            command += [] if self.server_cpu is None else ["--cpu", str(self.server_cpu)]
+            process = subprocess.Popen(command, cwd=environment.ROOT, stdout=subprocess.PIPE, text=True)
+            try:
+                ports = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+                stats_url = f"http://127.0.0.1:{ports['plain']}/stats"
+
+                def stats() -> dict[str, int]:
+                    with urlopen(stats_url) as response:
+                        return json.load(response)
+
+                scheme = "https" if self.tls else "http"
+                yield Server(f"{scheme}://127.0.0.1:{ports['served']}/exchangerefund.htm", folder, stats)
+            finally:
+                process.terminate()
+                process.wait()
+
+    def interleave(
+        self, programs: Mapping[str, Program], server: Server | None = None, *, rounds: int | None = None
+    ) -> Rounds:
+        """Run the programs A B C, A B C …; with a ``server``, make sure that it saw all of their work."""
+        samples: dict[str, list[Sample]] = {label: [] for label in programs}
+        rounds = rounds or self.rounds
+        for number in range(1, rounds + 1):
+            for label, program in programs.items():
+                sample = self._run(program)
+                samples[label].append(sample)
+                told = ", ".join(f"{name} {_short(value)}" for name, value in sample.items())
+                print(f"  {number}/{rounds} {label}: {told}", file=sys.stderr)
+                if server is not None:
+                    seen = server.stats()
+                    if seen["refused"] or seen["requests"] != program.job.warm_up + sample["refunds"]:
+                        raise RuntimeError(f"{label} did not do its work: the server saw {seen}")
+        return Rounds(samples)
+
+    def _run(self, program: Program) -> Sample:
+        python = self.pythons["four dependencies" if program.core else "all extras"]
+        command = [python, "-m", f"benchmarks.programs.{program.module}", json.dumps(asdict(program.job))]
+        env = {**os.environ, **program.env}
+        if self.tls and program.job.keys:
+            certificate = str(Path(program.job.keys, "tls.pem"))
+            env |= {"SSL_CERT_FILE": certificate, "REQUESTS_CA_BUNDLE": certificate}
+        done = subprocess.run(command, cwd=environment.ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(done.stdout)
