@@ -85,6 +85,7 @@ class Bench:
         self.bits = bits
         self.tls = tls
         self.requests = requests
+        self._bytecode = str(cache / "bytecode")
         self.pythons = {"all extras": sys.executable, "four dependencies": environment.core_python(cache)}
         cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.client_cpu, self.server_cpu = (cpus[0], cpus[-1]) if len(cpus) > 1 else (None, None)
@@ -137,7 +138,8 @@ class Bench:
     def _run(self, program: Program) -> Sample:
         python = self.pythons["four dependencies" if program.core else "all extras"]
         command = [python, "-m", f"benchmarks.programs.{program.module}", json.dumps(asdict(program.job))]
-        env = {**os.environ, **program.env}
+        # Compiled code is kept, whatever the environment says: else an import would measure the compiler.
+        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": self._bytecode, **program.env}
         if self.tls and program.job.keys:
             certificate = str(Path(program.job.keys, "tls.pem"))
             env |= {"SSL_CERT_FILE": certificate, "REQUESTS_CA_BUNDLE": certificate}

@@ -50,7 +50,11 @@ def main(program: Callable[[Job], Any]) -> None:
 
 def timed(count: int, began: tuple[float, float]) -> dict[str, float]:
     """The figures of ``count`` refunds since ``began = clocks()``."""
-    ended = clocks()
+    return figures(count, began, clocks())
+
+
+def figures(count: int, began: tuple[float, float], ended: tuple[float, float]) -> dict[str, float]:
+    """The figures of ``count`` refunds between two readings of the clocks."""
     return {
         "refunds": count,
         "seconds": ended[0] - began[0],
