@@ -1,0 +1,631 @@
+"""The onion around one exchange: who repeats what and when, within which time, and what is believed of whom."""
+
+from __future__ import annotations
+
+import math
+
+import anyio
+import attrs
+import httpx
+import pytest
+from parties import refund_request, sandbox, wall_clock
+
+from lianlian_async import (
+    ConfigurationError,
+    GatewayUnavailable,
+    RefundNotFound,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundQuery,
+    RefundRejected,
+    RefundSession,
+    RetryBudget,
+    RetryPolicy,
+)
+from lianlian_async.exchange import Call, Exchange, Known, Reply
+from lianlian_async.middleware import Attempt, Observer, Permit, RateLimit, Retry, onion
+from lianlian_async.models import Refund
+from lianlian_async.retry import Bucket, Deadline
+from lianlian_async.sandbox import Fault, Repeated
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+ERROR = GatewayUnavailable("busy", attempts=1, last_error="busy", ret_code=None)
+NOT_SENT = Reply(known=Known.NOT_SENT, error=RefundNotSent("R-1", attempts=1, last_error="refused"))
+UNCERTAIN = Reply(known=Known.UNCERTAIN, error=ERROR)
+FOUND = Reply(known=Known.FOUND, refund=Refund(no_refund="R-1"))
+EXISTS = Reply(known=Known.EXISTS, error=ERROR)
+REJECTED = Reply(
+    known=Known.REJECTED,
+    error=RefundRejected("5007", "", meaning="", advice="", is_configuration=False, verified=True, no_refund="R-1"),
+)
+NOT_FOUND = Reply(
+    known=Known.NOT_FOUND,
+    error=RefundNotFound(no_refund="R-1", oid_refundno=None, ret_code="8901", ret_msg="", verified=True),
+)
+
+
+def exchange(call=Call.APPLY, *, seconds=30.0, **policy):
+    """An exchange that begins now and has ``seconds``."""
+    return Exchange(
+        call=call,
+        url="https://gw.example/",
+        body=b"{}",
+        asked={"no_refund": "R-1"},
+        deadline=Deadline(anyio.current_time() + seconds),
+        policy=RetryPolicy(**policy),
+    )
+
+
+class Gateway:
+    """The far end of an onion: gives ``replies`` in order, the last one for ever, each after ``takes`` seconds."""
+
+    def __init__(self, *replies, takes=0.0):
+        self.replies = list(replies)
+        self.takes = takes
+        self.began = []
+        self.seen = []
+
+    async def __call__(self, exchange):
+        self.began.append(anyio.current_time())
+        self.seen.append(exchange)
+        if self.takes:
+            await anyio.sleep(self.takes)
+        return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+
+    @property
+    def pauses(self):
+        return [later - earlier - self.takes for earlier, later in zip(self.began, self.began[1:], strict=False)]
+
+
+def retrying(gateway, budget=None):
+    return onion([Retry(Bucket(budget or RetryBudget()))], gateway)
+
+
+# ── what is repeated ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("call", "reply", "attempts"),
+    [
+        (Call.APPLY, NOT_SENT, 4),
+        (Call.APPLY, UNCERTAIN, 1),
+        (Call.APPLY, EXISTS, 1),
+        (Call.APPLY, REJECTED, 1),
+        (Call.APPLY, FOUND, 1),
+        (Call.QUERY, NOT_SENT, 4),
+        (Call.QUERY, UNCERTAIN, 4),
+        (Call.QUERY, NOT_FOUND, 1),
+        (Call.QUERY, REJECTED, 1),
+        (Call.QUERY, FOUND, 1),
+    ],
+    ids=lambda value: value.known.name if isinstance(value, Reply) else str(value),
+)
+async def test_only_what_cannot_do_harm_is_repeated(call, reply, attempts):
+    """An apply call is repeated only if it was certainly not sent, a question whenever it got no usable answer."""
+    gateway = Gateway(reply)
+    last = await retrying(gateway)(exchange(call))
+    assert last == attrs.evolve(reply, attempts=attempts)
+    assert [seen.attempt for seen in gateway.seen] == list(range(1, attempts + 1))
+
+
+async def test_repeating_ends_with_the_first_reply_that_tells_more():
+    """Once an apply call may have arrived it is not repeated, however often it was not sent before."""
+    gateway = Gateway(NOT_SENT, NOT_SENT, UNCERTAIN, FOUND)
+    assert await retrying(gateway)(exchange(attempts=9)) == attrs.evolve(UNCERTAIN, attempts=3)
+
+
+async def test_a_policy_of_one_attempt_repeats_nothing():
+    """attempts=1 means one."""
+    gateway = Gateway(NOT_SENT)
+    assert (await retrying(gateway)(exchange(attempts=1))).attempts == 1
+    assert gateway.began == [0.0]
+
+
+async def test_pauses_are_drawn_below_a_ceiling_that_doubles():
+    """Full jitter: each pause lies between 0 and initial × multiplier ** n, and never above the maximum."""
+    for _ in range(20):
+        gateway = Gateway(NOT_SENT)
+        await retrying(gateway)(exchange(seconds=1e6, attempts=8, initial=1.0, maximum=8.0))
+        ceilings = [1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0]
+        assert len(gateway.pauses) == len(ceilings)
+        assert all(-1e-6 <= pause <= ceiling + 1e-6 for pause, ceiling in zip(gateway.pauses, ceilings, strict=True))
+    assert len(set(gateway.pauses)) > 1
+
+
+async def test_retry_after_is_waited_for():
+    """A pause is never shorter than what the server asked for."""
+    gateway = Gateway(attrs.evolve(UNCERTAIN, retry_after=7.0), FOUND)
+    await retrying(gateway)(exchange(Call.QUERY))
+    assert gateway.pauses == [pytest.approx(7.0)]
+
+
+async def test_retry_after_is_honoured_up_to_a_cap():
+    """A server cannot put a call to sleep for longer than retry_after_maximum."""
+    gateway = Gateway(attrs.evolve(UNCERTAIN, retry_after=3600.0), FOUND)
+    await retrying(gateway)(exchange(Call.QUERY, retry_after_maximum=12.0))
+    assert gateway.pauses == [pytest.approx(12.0)]
+
+
+async def test_a_pause_that_outlasts_the_deadline_is_not_begun():
+    """Where the next attempt would come after the deadline, the call ends at once with what it knows."""
+    gateway = Gateway(attrs.evolve(UNCERTAIN, retry_after=50.0))
+    assert (await retrying(gateway)(exchange(Call.QUERY, seconds=30))).attempts == 1
+    assert anyio.current_time() == 0.0
+
+
+async def test_an_empty_budget_ends_all_repeating():
+    """One session's calls share one budget: when it is spent, each ends after its first attempt."""
+    layer = Retry(Bucket(RetryBudget(capacity=5, per_second=0)))
+    attempts = []
+    for _ in range(4):
+        reply = await onion([layer], Gateway(NOT_SENT))(exchange(attempts=4))
+        attempts.append(reply.attempts)
+    assert attempts == [4, 3, 1, 1]
+
+
+async def test_a_budget_fills_up_again():
+    """After a rest there is budget again."""
+    layer = Retry(Bucket(RetryBudget(capacity=2, per_second=0.1)))
+    for rest, attempts in ((0, 3), (0, 1), (10, 2), (100, 3)):
+        await anyio.sleep(rest)
+        reply = await onion([layer], Gateway(NOT_SENT))(exchange(attempts=4, initial=1e-6, maximum=1e-6))
+        assert reply.attempts == attempts
+
+
+# ── time ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("left", "share"), [(30.0, 10.0), (20.0, 10.0), (12.0, 6.0), (1.0, 0.5), (0.02, 0.01)])
+async def test_one_attempt_takes_at_most_half_of_what_is_left(left, share):
+    """An attempt ends after half of the time left, and after 10 s at most, so that there is time to ask."""
+    gateway = Gateway(FOUND, takes=1e9)
+    reply = await onion([Attempt()], gateway)(exchange(seconds=left))
+    assert reply.known is Known.NOT_SENT  # this gateway never got as far as the wire
+    assert anyio.current_time() == pytest.approx(share)
+    assert gateway.seen[0].seconds == pytest.approx(share)
+
+
+@pytest.mark.parametrize("left", [0.019, 0.0, -5.0])
+async def test_no_attempt_begins_after_the_deadline(left):
+    """What is left is worth no attempt: nothing is sent."""
+    gateway = Gateway(FOUND)
+    reply = await onion([Attempt()], gateway)(exchange(seconds=left))
+    assert reply.known is Known.NOT_SENT
+    assert "deadline" in reply.error.last_error
+    assert not gateway.began
+
+
+async def test_nothing_is_sent_that_could_arrive_under_another_s_hold():
+    """An attempt that could last beyond ``send_before`` is not begun."""
+    gateway = Gateway(FOUND)
+    late = attrs.evolve(exchange(seconds=30), send_before=9.9)
+    assert (await onion([Attempt()], gateway)(late)).known is Known.NOT_SENT
+    assert not gateway.began
+    assert (await onion([Attempt()], gateway)(attrs.evolve(late, send_before=10.0))).known is Known.FOUND
+
+
+async def test_repeating_never_overruns_the_deadline():
+    """However slow a gateway is, the last attempt begins before the deadline and ends by it."""
+    gateway = Gateway(UNCERTAIN, takes=3.0)
+    layers = [Retry(Bucket(RetryBudget())), Attempt()]
+    await onion(layers, gateway)(exchange(Call.QUERY, attempts=1000))
+    assert anyio.current_time() <= 30.0
+    assert max(gateway.began) < 30.0
+    assert len(gateway.began) > 4
+
+
+async def test_a_limiter_s_wait_does_not_count():
+    """Time spent waiting for the caller's limiter is added to the deadline."""
+    limiter = RateLimit(1 / 100)
+    gateway = Gateway(FOUND)
+    for number in range(3):
+        reply = await onion([Permit(limiter), Attempt()], gateway)(exchange(seconds=5))
+        assert reply.known is Known.FOUND
+        assert anyio.current_time() == 100.0 * number
+        assert gateway.seen[-1].deadline.left(anyio.current_time()) == pytest.approx(5)
+
+
+async def test_a_limiter_is_held_around_each_attempt_and_not_in_between():
+    """A semaphore of one lets another call in while the first one pauses."""
+    limiter = anyio.Semaphore(1)
+    inside = []
+
+    async def gateway(exchange):
+        inside.append(limiter.value)
+        await anyio.sleep(1)
+        return UNCERTAIN
+
+    layers = [Retry(Bucket(RetryBudget())), Permit(limiter), Attempt()]
+    async with anyio.create_task_group() as tasks:
+        for _ in range(2):
+            tasks.start_soon(onion(layers, gateway), exchange(Call.QUERY, attempts=3, initial=5, maximum=5))
+    assert inside == [0] * 6
+    assert limiter.value == 1
+
+
+class BrokenLimiter:
+    """A limiter that raises when it is entered, left or both."""
+
+    def __init__(self, *, entering=None, leaving=None):
+        self.entering = entering
+        self.leaving = leaving
+
+    async def __aenter__(self):
+        if self.entering:
+            raise self.entering
+
+    async def __aexit__(self, *exc_info):
+        if self.leaving:
+            raise self.leaving
+
+
+async def test_a_limiter_that_lets_nobody_in_sends_nothing():
+    """A limiter that raises on entering leaves the call unsent, with the limiter's error behind it."""
+    cause = OSError("redis is down")
+    gateway = Gateway(FOUND)
+    reply = await onion([Permit(BrokenLimiter(entering=cause)), Attempt()], gateway)(exchange())
+    assert reply.known is Known.NOT_SENT
+    assert "redis is down" in reply.error.last_error
+    assert reply.error.__cause__ is cause
+    assert not gateway.began
+
+
+@pytest.mark.parametrize("reply", [FOUND, UNCERTAIN, REJECTED], ids=lambda reply: reply.known.name)
+async def test_a_limiter_that_raises_afterwards_cannot_lose_a_reply(reply):
+    """What an attempt has taught outlives a limiter that raises on leaving."""
+    layers = [Permit(BrokenLimiter(leaving=OSError("redis is down"))), Attempt()]
+    assert await onion(layers, Gateway(reply))(exchange()) is reply
+
+
+async def test_a_limiter_that_swallows_a_cancellation_leaves_the_call_open():
+    """A limiter that suppresses what ends an attempt gives no reply: the call may have arrived."""
+
+    class Swallowing(BrokenLimiter):
+        async def __aexit__(self, *exc_info):
+            return True
+
+    async def cancelled(exchange):
+        scope.cancel()
+        await anyio.sleep(1)
+
+    reply = None
+    with anyio.CancelScope() as scope:
+        reply = await onion([Permit(Swallowing())], cancelled)(exchange())
+    assert reply.known is Known.UNCERTAIN
+
+
+# ── the caller's own layers ──────────────────────────────────────────────────────────────────────
+
+
+async def test_the_first_layer_is_the_outermost():
+    """Layers are passed from the first to the last on the way out, and from the last to the first on the way back."""
+    path = []
+
+    def layer(name):
+        async def call(exchange, call_next):
+            path.append(name)
+            reply = await call_next(exchange)
+            path.append(name.upper())
+            return reply
+
+        return call
+
+    assert await onion([layer("a"), layer("b"), layer("c")], Gateway(FOUND))(exchange()) is FOUND
+    assert path == list("abcCBA")
+
+
+async def test_an_onion_without_layers_is_its_core():
+    """No layers, nothing in between."""
+    gateway = Gateway(FOUND)
+    assert onion([], gateway) is gateway
+
+
+async def test_an_observer_sees_every_attempt_with_its_reply_and_time():
+    """The callback gets the exchange, the reply and the seconds of each attempt."""
+    seen = []
+
+    def callback(exchange, reply, seconds):
+        seen.append((exchange.attempt, reply.known, seconds))
+
+    gateway = Gateway(UNCERTAIN, UNCERTAIN, FOUND, takes=2.0)
+    await onion([Retry(Bucket(RetryBudget())), Attempt(), Observer(callback)], gateway)(exchange(Call.QUERY))
+    two = pytest.approx(2.0)
+    assert seen == [(1, Known.UNCERTAIN, two), (2, Known.UNCERTAIN, two), (3, Known.FOUND, two)]
+
+
+SESSION = {"now": wall_clock, "retry": RetryPolicy(attempts=3)}
+
+
+async def applied(gateway, *middleware, **options):
+    """What ``apply_refund`` answers or raises over these layers."""
+    async with gateway.session(middleware=middleware, **SESSION | options) as session:
+        return await session.apply_refund(refund_request())
+
+
+async def test_a_layer_that_raises_before_it_passes_on_sends_nothing():
+    """A layer's exception before the send is RefundNotSent, after as many attempts as the policy has."""
+    gateway = sandbox()
+    cause = ValueError("mine")
+
+    async def raising(exchange, call_next):
+        raise cause
+
+    with pytest.raises(RefundNotSent, match="a middleware raised ValueError: mine") as caught:
+        await applied(gateway, raising)
+    assert caught.value.attempts == 3
+    assert caught.value.__cause__ is cause
+    assert gateway.requests == {}
+
+
+async def test_a_layer_that_raises_after_the_send_loses_no_refund():
+    """A layer's exception after the send leaves it to the question, and the record is found."""
+    gateway = sandbox()
+
+    async def raising(exchange, call_next):
+        reply = await call_next(exchange)
+        if exchange.call is Call.APPLY:
+            raise ValueError("mine")
+        return reply
+
+    refund = await applied(gateway, raising)
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+async def test_a_layer_that_always_raises_after_the_send_leaves_the_refund_unknown():
+    """If no question gets through either, the refund is unknown, and sent once."""
+    gateway = sandbox()
+
+    async def raising(exchange, call_next):
+        await call_next(exchange)
+        raise ValueError("mine")
+
+    with pytest.raises(RefundOutcomeUnknown, match="mine"):
+        await applied(gateway, raising)
+    assert gateway.requests["apply"] == gateway.times_made("R-1") == 1
+    assert gateway.requests["query"] > 3
+
+
+@pytest.mark.parametrize("nonsense", [None, "FOUND", FOUND.refund, NOT_FOUND], ids=lambda value: type(value).__name__)
+async def test_a_layer_that_returns_nonsense_loses_no_refund(nonsense):
+    """What is no reply to an apply call teaches nothing; the question finds the refund."""
+    gateway = sandbox()
+
+    async def forgetful(exchange, call_next):
+        reply = await call_next(exchange)
+        return reply if exchange.call is Call.QUERY else nonsense
+
+    assert (await applied(gateway, forgetful)).no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+@pytest.mark.parametrize("lie", [NOT_SENT, REJECTED], ids=lambda reply: reply.known.name)
+async def test_a_layer_cannot_talk_a_sent_refund_away(lie):
+    """A layer that calls a sent refund unsent or rejected is not believed; the question finds the refund."""
+    gateway = sandbox()
+
+    async def lying(exchange, call_next):
+        reply = await call_next(exchange)
+        return reply if exchange.call is Call.QUERY else lie
+
+    assert (await applied(gateway, lying)).no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+async def test_a_layer_may_refuse_a_refund_by_itself():
+    """A layer that answers for the gateway without sending anything is believed."""
+    gateway = sandbox()
+
+    async def refusing(exchange, call_next):
+        return REJECTED
+
+    with pytest.raises(RefundRejected):
+        await applied(gateway, refusing)
+    assert gateway.requests == {}
+
+
+class Resending:
+    """A layer that sends every apply call twice by itself: one after the other, or side by side."""
+
+    def __init__(self, *, side_by_side=False):
+        self.side_by_side = side_by_side
+
+    async def __call__(self, exchange, call_next):
+        if exchange.call is Call.QUERY:
+            return await call_next(exchange)
+        if not self.side_by_side:
+            await call_next(exchange)
+            return await call_next(exchange)
+        replies = []
+
+        async def send(target):
+            replies.append(await call_next(target))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(send, attrs.evolve(exchange, url="http://127.0.0.1:1/"))
+            tasks.start_soon(send, exchange)
+        return replies[-1]
+
+
+async def test_a_layer_s_second_send_that_is_refused_does_not_hide_the_first():
+    """The second 5007 of a layer that sends twice means that the first one worked: it is asked about, and found."""
+    gateway = sandbox(repeated=Repeated.AGAIN)
+    gateway.script(Fault.HTTP_500, call="apply")
+    refund = await applied(gateway, Resending())
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"apply": 2, "query": 1}
+    assert gateway.times_made("R-1") == 1
+
+
+class OnlyOneHost(httpx.AsyncBaseTransport):
+    """A transport that reaches the sandbox, and refuses every other host, each in its own time."""
+
+    def __init__(self, gateway, *, takes, refuses_after):
+        self.inner = httpx.ASGITransport(app=gateway)
+        self.takes = takes
+        self.refuses_after = refuses_after
+
+    async def handle_async_request(self, request):
+        if request.url.host == "127.0.0.1":
+            await anyio.sleep(self.refuses_after)
+            raise httpx.ConnectError("refused")
+        response = await self.inner.handle_async_request(request)
+        await anyio.sleep(self.takes)
+        return response
+
+
+@pytest.mark.parametrize(("takes", "refuses_after"), [(1, 2), (2, 1)])
+async def test_a_layer_that_sends_side_by_side_cannot_make_a_refund_unsent(takes, refuses_after):
+    """Of two sends side by side one is refused: whichever ends last, the refund may have worked, and is asked about."""
+    gateway = sandbox()
+    gateway.script(Fault.HTTP_500, call="apply")
+    transport = OnlyOneHost(gateway, takes=takes, refuses_after=refuses_after)
+    layers = [Resending(side_by_side=True)]
+    async with RefundSession(gateway.merchant(), transport=transport, middleware=layers, **SESSION) as session:
+        refund = await session.apply_refund(refund_request())
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+async def test_the_layers_see_every_attempt_and_every_question():
+    """A caller's layer is passed by the apply call and by each question of its settlement."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply")
+    gateway.script(Fault.BUSY, call="query", times=2)
+    calls = []
+
+    async def watching(exchange, call_next):
+        calls.append(exchange.call)
+        return await call_next(exchange)
+
+    await applied(gateway, watching)
+    assert calls == [Call.APPLY, Call.QUERY, Call.QUERY, Call.QUERY]
+
+
+async def test_a_layer_s_exception_ends_a_query_in_one_of_our_errors():
+    """query_refund raises GatewayUnavailable for what a layer raises, never the layer's own exception."""
+    gateway = sandbox()
+
+    async def raising(exchange, call_next):
+        await call_next(exchange)
+        raise KeyError("mine")
+
+    async with gateway.session(middleware=[raising], **SESSION) as session:
+        with pytest.raises(GatewayUnavailable, match="KeyError") as caught:
+            await session.query_refund(RefundQuery(no_refund="R-1", dt_refund=wall_clock()))
+    assert caught.value.attempts == 3
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"known": Known.FOUND},
+        {"known": Known.FOUND, "error": ERROR},
+        {"known": Known.NOT_SENT},
+        {"known": Known.UNCERTAIN, "refund": FOUND.refund},
+        {"known": Known.UNCERTAIN, "refund": FOUND.refund, "error": ERROR},
+    ],
+    ids=str,
+)
+async def test_a_reply_that_contradicts_itself_cannot_be_made(parts):
+    """FOUND has a refund and nothing else has one; all else has an error."""
+    with pytest.raises(ValueError, match="FOUND with a refund"):
+        Reply(**parts)
+
+
+# ── rate limit ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def begun(limiter, count):
+    """When ``count`` callers that come at once get through."""
+    times = []
+
+    async def caller():
+        async with limiter:
+            times.append(anyio.current_time())
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(count):
+            tasks.start_soon(caller)
+    return times
+
+
+async def test_a_rate_limit_spaces_beginnings_evenly():
+    """Without a burst, exchanges begin one interval apart."""
+    assert await begun(RateLimit(4), 5) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+
+
+async def test_a_burst_begins_at_once_after_a_rest():
+    """``burst`` callers get through at once, the others spaced; after a rest the burst is there again."""
+    limiter = RateLimit(2, burst=3)
+    assert await begun(limiter, 5) == pytest.approx([0, 0, 0, 0.5, 1.0])
+    await anyio.sleep(100)
+    assert await begun(limiter, 4) == pytest.approx([101, 101, 101, 101.5])
+
+
+async def test_a_rest_saves_no_more_than_one_burst():
+    """However long nobody came, the next callers are spaced."""
+    limiter = RateLimit(1)
+    await anyio.sleep(1000)
+    assert await begun(limiter, 3) == pytest.approx([1000, 1001, 1002])
+
+
+async def test_a_rate_limit_serves_in_order():
+    """Who comes first begins first."""
+    limiter = RateLimit(1)
+    order = []
+
+    async def caller(number):
+        async with limiter:
+            order.append(number)
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(6):
+            tasks.start_soon(caller, number)
+            await anyio.sleep(0.01)
+    assert order == list(range(6))
+
+
+async def test_a_cancelled_waiter_does_not_speed_up_the_others():
+    """A place that was given up is lost: the rate is kept."""
+    limiter = RateLimit(1)
+    times = []
+
+    async def impatient():
+        with anyio.move_on_after(0.5):
+            async with limiter:
+                times.append("too early")
+
+    async def patient():
+        await anyio.sleep(0.1)
+        async with limiter:
+            times.append(anyio.current_time())
+
+    async with limiter, anyio.create_task_group() as tasks:
+        tasks.start_soon(impatient)
+        tasks.start_soon(patient)
+    assert times == pytest.approx([2.0])
+
+
+@pytest.mark.parametrize(("per_second", "burst"), [(0, 1), (-1, 1), (math.nan, 1), (1, 0)])
+async def test_a_rate_that_is_none_is_refused(per_second, burst):
+    """A rate of nothing, and a burst of nobody, would let nobody through."""
+    with pytest.raises(ConfigurationError, match="RateLimit"):
+        RateLimit(per_second, burst=burst)
+
+
+async def test_a_rate_limit_holds_for_every_attempt_of_a_session():
+    """As a session's limiter it spaces apply calls and questions alike, and no call loses time by it."""
+    gateway = sandbox()
+    gateway.script(Fault.BUSY, call="apply", times=2)
+    began = []
+
+    async def watching(exchange, call_next):
+        began.append(anyio.current_time())
+        return await call_next(exchange)
+
+    async with gateway.session(limiter=RateLimit(0.02), middleware=[watching], deadline=5, **SESSION) as session:
+        for number in range(3):
+            assert (await session.apply_refund(refund_request(number))).no_refund == f"R-{number}"
+    assert began == pytest.approx([50.0 * number for number in range(5)])
