@@ -11,6 +11,9 @@ The way of one refund::
          │         └───────────────────────────┘
          ├───► SETTLED: the recorded ending, no traffic
          └───► HELD: another call or worker is at it; wait for it
+
+Cancellation never leaves a refund between two of these: a ``settle`` or ``release`` that was called is carried
+out even if its caller is cancelled meanwhile, and an ``intend`` whose caller is cancelled is taken back.
 """
 
 from __future__ import annotations
@@ -23,16 +26,9 @@ from typing import Protocol, Self
 
 import attrs
 
-from lianlian_async.errors import LianLianError
+from lianlian_async.errors import JournalError
 
 __all__ = ["Ending", "Entry", "Intent", "Journal", "JournalError", "Standing", "State"]
-
-
-class JournalError(LianLianError):
-    """The journal cannot be used: not written, not read, held by another process, of an unknown version.
-
-    Nothing was sent that the journal does not hold. The message names the journal and the cure.
-    """
 
 
 class State(StrEnum):
@@ -81,7 +77,7 @@ class Intent:
 class Ending:
     """A known end: ``state`` and what it was learned from (``Refund.to_dict()``, or the rejection's fields)."""
 
-    state: State
+    state: State = attrs.field(validator=attrs.validators.not_(attrs.validators.in_([State.UNSETTLED])))
     record: Mapping[str, str]
 
 
@@ -93,10 +89,19 @@ class Entry:
     digest: str
     fields: Mapping[str, str]
     body: bytes
-    sent_at: datetime
-    """The last moment at which an attempt may have arrived."""
-    ending: Ending | None
+    """What is to be sent, again if need be; empty once there is an ending: nothing is sent any more."""
+    sent_at: datetime | None
+    """The last moment at which an attempt may have arrived (the end of the hold, while somebody holds it);
+    None: none ever may have."""
+    ending: Ending | None = None
     """None while it is unsettled."""
+    holder: str | None = attrs.field(default=None, repr=False)
+    """Names the call that took hold of it and has not let go."""
+
+    @property
+    def state(self) -> State:
+        """How it stands."""
+        return State.UNSETTLED if self.ending is None else self.ending.state
 
 
 class Journal(Protocol):
@@ -114,24 +119,28 @@ class Journal(Protocol):
         """Write ``intent`` durably, and take hold of the refund until ``held_until``, before anything is sent.
 
         NEW: it was not known, or known as certainly not sent; send it. UNSETTLED: it was begun earlier and is
-        the caller's now; ask first. The entry's ``sent_at`` is the last moment at which the earlier holder may
-        have sent: never later than ``now``. SETTLED: answer with the entry's ending. HELD: somebody else is at
-        it; the entry is as it stands.
+        the caller's now; ask first, and send nothing but the entry's own body. The entry's ``sent_at`` is the
+        last moment at which an earlier attempt may have arrived: None if NEW, never later than ``now`` if
+        UNSETTLED. SETTLED: answer with the entry's ending. HELD: somebody else is at it; the entry is as it
+        stands.
 
+        Who is told NEW or UNSETTLED ends with :meth:`settle` or :meth:`release`.
         Raises ``RefundConflict`` if the number is recorded with another digest.
         """
 
     async def settle(self, no_refund: str, ending: Ending) -> Entry:
         """Record how it ended, and let go of it. The entry as it then stands.
 
-        The first ending wins; only ACCEPTED becomes DONE later. Recording the same again changes nothing.
+        The first ending wins, whoever reports it; only ACCEPTED becomes DONE later. Recording the same again
+        changes nothing.
         """
 
-    async def release(self, no_refund: str, sent_at: datetime | None) -> None:
-        """Let go of a refund without an ending.
+    async def release(self, entry: Entry, sent_at: datetime | None) -> None:
+        """Let go of ``entry``, as :meth:`intend` gave it, without an ending.
 
-        ``sent_at`` is the last moment at which an attempt may have arrived; None: none ever may have, so that
-        the next :meth:`intend` finds it NEW.
+        ``sent_at`` is the last moment at which an attempt, of this or of an earlier call, may have arrived;
+        None: none ever may have, so that the next :meth:`intend` finds it NEW. Nothing happens if the hold is
+        over and somebody else has taken it, or settled it.
         """
 
     def pending(self) -> AsyncIterator[Entry]:

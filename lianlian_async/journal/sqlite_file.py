@@ -1,0 +1,252 @@
+"""The SQLite file of a journal: its schema, its owner, and whole batches in single statements. It blocks.
+
+Rows go in and out as one JSON text per statement: ``sqlite3`` gives up the interpreter and asks for it back at
+every row that it steps over, and a busy event loop would let each of a thousand rows wait.
+
+``refunds`` holds what is written once and hardly changes, a body lives in ``bodies`` only while its refund is
+unsettled, how it ended is added to ``endings``. So rows never grow, and pages stay full.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+from .base import Ending, Entry, JournalError, State
+from .operations import Answer, Operation, perform
+
+__all__ = ["JournalFile"]
+
+APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
+SCHEMA_VERSION: Final = 1
+
+CHECKPOINT_PAGES: Final = 4000
+"""How long the log grows (16 MB) before it is worked into the file: bodies mostly come and go within that."""
+
+_SCHEMA: Final = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE refunds (
+    id INTEGER PRIMARY KEY,
+    no_refund TEXT NOT NULL UNIQUE,
+    digest TEXT NOT NULL,
+    fields TEXT NOT NULL,
+    state TEXT NOT NULL,
+    sent_at TEXT
+);
+CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL);
+CREATE TABLE endings (id INTEGER PRIMARY KEY, record TEXT NOT NULL);
+CREATE INDEX pending ON refunds (id) WHERE state IN ('unsettled', 'accepted');
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+COMMIT;
+"""
+
+_READ: Final = """
+SELECT json_group_array(json_array(id, no_refund, digest, json(fields), sent_at, body, state, json(record)))
+FROM refunds LEFT JOIN bodies USING (id) LEFT JOIN endings USING (id)
+WHERE no_refund IN (SELECT value FROM json_each(?))"""
+_PENDING: Final = """
+SELECT json_group_array(no_refund) FROM (
+    SELECT no_refund FROM refunds
+    WHERE state IN ('unsettled', 'accepted') AND id > ? AND id <= ? ORDER BY id LIMIT ?
+)"""
+_COUNT: Final = "SELECT json_group_object(state, n) FROM (SELECT state, count(*) AS n FROM refunds GROUP BY state)"
+_LAST_PLACE: Final = "SELECT coalesce(max(id), 0) FROM refunds"
+
+_BEGIN: Final = """
+INSERT OR REPLACE INTO refunds (id, no_refund, digest, fields, sent_at, state)
+SELECT
+    json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[6]')
+FROM json_each(?)"""
+_BEGIN_BODY: Final = """
+INSERT OR REPLACE INTO bodies (id, body)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[5]') FROM json_each(?)"""
+_MOVE: Final = """
+UPDATE refunds SET sent_at = json_extract(value, '$[1]'), state = json_extract(value, '$[2]')
+FROM json_each(?) WHERE refunds.id = json_extract(value, '$[0]')"""
+_END: Final = """
+INSERT OR REPLACE INTO endings (id, record)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?)"""
+_END_BODY: Final = "DELETE FROM bodies WHERE id IN (SELECT json_extract(value, '$[0]') FROM json_each(?))"
+
+_ADVICE: Final = {
+    sqlite3.SQLITE_BUSY: "another process is at work with it; wait for that one to end, or use another file",
+    sqlite3.SQLITE_CANTOPEN: "its folder must exist, and must let files be created",
+    sqlite3.SQLITE_CORRUPT: "keep the file, and restore it from a backup; refunds begun since then may have been made",
+    sqlite3.SQLITE_FULL: "make room on the disk; the journal goes on once there is some",
+    sqlite3.SQLITE_IOERR: "the disk does not do what it is asked to",
+    sqlite3.SQLITE_NOTADB: "it is no journal, and was left as it is; name another file",
+    sqlite3.SQLITE_READONLY: "the file and its folder must be writable",
+}
+
+
+class JournalFile:
+    """An open journal file, owned by this process. Threads may share it: they take turns.
+
+    An empty file beside it, ``…-owner``, is locked by SQLite's own means as long as the journal is open: on every
+    platform that lock ends with the process, however the process dies. The journal itself is not locked, so that
+    others can read it meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
+        self._turn = Lock()
+        self._holders: dict[str, str] = {}
+        with self._errors(), ExitStack() as opened:
+            owner = opened.enter_context(closing(_connect(owner_path, timeout=0.0)))
+            owner.execute("PRAGMA journal_mode = memory")
+            owner.execute("BEGIN EXCLUSIVE")
+            self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
+            self._prepare()
+            self._last_place: int = self._value(_LAST_PLACE)
+            self._files = {path: path.stat() for path in (self._path, owner_path, log_path)}
+            self._opened = opened.pop_all()
+
+    def _prepare(self) -> None:
+        """Make sure that it is a journal of ours, or make it one."""
+        is_new = not self._value("SELECT count(*) FROM sqlite_master")
+        if not is_new and self._value("PRAGMA application_id") != APPLICATION_ID:
+            raise JournalError(f"journal {self._path}: an SQLite file, but no journal; name another file")
+        if not is_new and (version := self._value("PRAGMA user_version")) != SCHEMA_VERSION:
+            raise JournalError(
+                f"journal {self._path}: of version {version}, and this is a library for version {SCHEMA_VERSION}; "
+                "finish it with the lianlian-async that began it, or begin another file"
+            )
+        self._connection.execute("PRAGMA journal_mode = wal")
+        self._connection.execute("PRAGMA synchronous = full")
+        self._connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        if is_new:
+            self._connection.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Close it, and let others own it."""
+        with self._turn, self._errors():
+            self._opened.close()
+
+    # ── what is asked ────────────────────────────────────────────────────────────────────────────
+
+    def write(self, operations: Sequence[Operation[Any]]) -> list[Answer]:
+        """Do all in one transaction: when this returns, it is on the disk; when it raises, nothing of it counts."""
+        with self._turn, self._errors():
+            with self._transaction():
+                known = self._read(_json(list({operation.no_refund for operation in operations})))
+                before = {entry.no_refund: entry for entry in known.values()}
+                after = before.copy()
+                answers = perform(operations, after)
+                changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
+                self._save(changed, known)
+            self._check_in_place()
+            for entry in changed:
+                if entry.holder is None:
+                    self._holders.pop(entry.no_refund, None)
+                else:
+                    self._holders[entry.no_refund] = entry.holder
+        return answers
+
+    @property
+    def last_place(self) -> int:
+        """Where the youngest entry stands."""
+        return self._last_place
+
+    def pending(self, after: int, until: int, limit: int) -> list[tuple[int, Entry]]:
+        """The oldest entries whose end is open, with their places: behind ``after``, not behind ``until``."""
+        with self._turn, self._errors():
+            return sorted(self._read(self._value(_PENDING, after, until, limit)).items())
+
+    def counts(self) -> dict[State, int]:
+        """How many entries stand in each state."""
+        with self._turn, self._errors():
+            found = json.loads(self._value(_COUNT))
+        return {state: found.get(state, 0) for state in State}
+
+    # ── rows ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _read(self, numbers: str) -> dict[int, Entry]:
+        """The entries of the refunds that a JSON array names, by their place in the file."""
+        return {
+            place: Entry(
+                no_refund=no_refund,
+                digest=digest,
+                fields=fields,
+                body=b"" if body is None else body.encode(),
+                sent_at=None if sent_at is None else datetime.fromisoformat(sent_at),
+                ending=None if record is None else Ending(state=State(state), record=record),
+                holder=self._holders.get(no_refund),
+            )
+            for place, no_refund, digest, fields, sent_at, body, state, record in json.loads(
+                self._value(_READ, numbers)
+            )
+        }
+
+    def _save(self, changed: Iterable[Entry], known: Mapping[int, Entry]) -> None:
+        places = {entry.no_refund: place for place, entry in known.items()}
+        begun, moved, ended = [], [], []
+        for entry in changed:
+            place = places.get(entry.no_refund)
+            sent_at = (
+                None if entry.sent_at is None else entry.sent_at.astimezone(UTC).isoformat(timespec="microseconds")
+            )
+            if place is None or entry.sent_at is not None is known[place].sent_at:
+                if place is None:
+                    place = self._last_place = self._last_place + 1
+                body = entry.body.decode()
+                begun.append([place, entry.no_refund, entry.digest, entry.fields, sent_at, body, entry.state])
+            else:
+                moved.append([place, sent_at, entry.state])
+            if entry.ending is not None:
+                ended.append([place, entry.ending.record])
+        for rows, statements in ((begun, (_BEGIN, _BEGIN_BODY)), (moved, (_MOVE,)), (ended, (_END, _END_BODY))):
+            if rows:
+                text = _json(rows)
+                for statement in statements:
+                    self._connection.execute(statement, (text,))
+
+    def _value(self, statement: str, *parameters: Any) -> Any:
+        return self._connection.execute(statement, parameters).fetchone()[0]
+
+    # ── what can go wrong ────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._connection.rollback()
+            raise
+
+    def _check_in_place(self) -> None:
+        """SQLite goes on writing to a file that was removed; nobody would ever read it again."""
+        for path, opened in self._files.items():
+            if not (path.exists() and os.path.samestat(path.stat(), opened)):
+                raise JournalError(
+                    f"journal {self._path}: {path} was removed or replaced while it was open; end this process, and "
+                    "put the file back if you can: refunds that stood there may have been made"
+                )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF  # without the extension
+            advice = _ADVICE.get(code, "nothing of this was recorded")
+            raise JournalError(f"journal {self._path}: {error}; {advice}") from error
+
+
+def _connect(path: Path, timeout: float) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=dict, ensure_ascii=False, separators=(",", ":"))
