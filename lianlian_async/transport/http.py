@@ -88,24 +88,31 @@ class Transport:
             request.stream = watched
             response = await self._client.send(request, stream=True, follow_redirects=False)
             try:
-                received = bytearray()
-                with anyio.CancelScope() as enough:
-                    async for chunk in response.aiter_raw():
-                        received += chunk
-                        if len(received) > MAX_MESSAGE_BYTES:
-                            enough.cancel()  # not break: trio wants every generator inside to be run to its end
+                received = await _read(response)
             finally:
                 await response.aclose()
         except _NEVER_SENT as error:
             return Lost(_describe(error), may_have_arrived=watched.begun, cause=error)
         except Exception as error:  # noqa: BLE001 - a client or transport may raise anything, and none of it may pass
             return Lost(_describe(error), may_have_arrived=True, cause=error)
-        return Answer(response.status_code, response.headers, bytes(received))
+        return Answer(response.status_code, response.headers, received)
 
     async def aclose(self) -> None:
         """Close the client, if it is ours."""
         if self._owned:
             await self._client.aclose()
+
+
+async def _read(response: httpx.Response) -> bytes:
+    if response.is_stream_consumed:  # by a hook of the given client, or by a transport that has it all at once
+        return response.content
+    received = bytearray()
+    with anyio.CancelScope() as enough:
+        async for chunk in response.aiter_raw():
+            received += chunk
+            if len(received) > MAX_MESSAGE_BYTES:
+                enough.cancel()  # not break: trio wants every generator inside to be run to its end
+    return bytes(received)
 
 
 def _make_client(transport: httpx.AsyncBaseTransport | None, max_connections: int) -> httpx.AsyncClient:
