@@ -1,0 +1,562 @@
+"""From the first send to certain knowledge: the decision table, and each of its rows on a real gateway."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+from datetime import timedelta
+from decimal import Decimal
+
+import anyio
+import httpx
+import pytest
+from parties import EPOCH, as_json, made, refund_request, sandbox, wall_clock
+
+from lianlian_async import (
+    AnswerMismatch,
+    ConfigurationError,
+    GatewayUnavailable,
+    QueryRejected,
+    RefundConflict,
+    RefundNotFound,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRejected,
+    RefundSession,
+    RetryBudget,
+    RetryPolicy,
+    wire,
+)
+from lianlian_async.exchange import Known
+from lianlian_async.sandbox import Fault, Repeated, When
+from lianlian_async.settlement import NEXT_STEP, Step
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+TRUSTING = RetryPolicy(absence_grace=0.0)
+"""For gateways that are known to deduplicate."""
+
+
+class Road(httpx.AsyncBaseTransport):
+    """The way to the sandbox: keeps what went by, and is closed to the apply calls numbered in ``closed``."""
+
+    def __init__(self, gateway, *, closed=()):
+        self.inner = httpx.ASGITransport(app=gateway)
+        self.closed = closed
+        self.applied = []
+        self.times = []
+
+    async def handle_async_request(self, request):
+        if request.url.path != "/refundquery.htm":
+            self.times.append(anyio.current_time())
+            if len(self.times) in self.closed:
+                raise httpx.ConnectError("road closed")
+            self.applied.append(await request.aread())
+        return await self.inner.handle_async_request(request)
+
+
+def session_over(gateway, *, closed=(), **options):
+    """A session with the sandbox, and the road between them."""
+    road = Road(gateway, closed=closed)
+    return RefundSession(gateway.merchant(), transport=road, now=wall_clock, **options), road
+
+
+async def apply(gateway, request=None, **options):
+    """What one apply call returns or raises."""
+    session, _ = session_over(gateway, **options)
+    async with session:
+        return await session.apply_refund(request or refund_request())
+
+
+async def left_unknown(gateway, request=None, **options):
+    """The error of an apply call whose outcome is unknown."""
+    with pytest.raises(RefundOutcomeUnknown) as caught:
+        await apply(gateway, request, **options)
+    return caught.value
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_table_is_the_design_s():
+    """What came back × may an earlier attempt have arrived: literally the table of the design."""
+    returned, certain, ask = Step.RETURN, Step.RAISE, Step.ASK
+    assert {
+        # what came back: (no earlier attempt may have arrived, one may have)
+        Known.NOT_SENT: (certain, ask),
+        Known.FOUND: (returned, returned),
+        Known.REJECTED: (certain, ask),
+        Known.EXISTS: (ask, ask),
+        Known.UNCERTAIN: (ask, ask),
+    } == {known: (NEXT_STEP[known, False], NEXT_STEP[known, True]) for known in {known for known, _ in NEXT_STEP}}
+    assert len(NEXT_STEP) == 10
+
+
+# ── each row: no earlier attempt may have arrived ────────────────────────────────────────────────
+
+
+async def test_not_sent_is_sent_again():
+    """What was certainly not sent is repeated, and ends in the refund."""
+    gateway = sandbox()
+    refund = await apply(gateway, closed=(1, 2, 3))
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"apply": 1}
+
+
+async def test_not_sent_to_the_end_is_refund_not_sent():
+    """When every attempt of the policy was not sent, the refund is safe to send again."""
+    gateway = sandbox()
+    with pytest.raises(RefundNotSent, match="road closed") as caught:
+        await apply(gateway, closed=range(1, 99))
+    assert caught.value.attempts == 4
+    assert gateway.requests == {}
+
+
+async def test_a_signed_success_is_the_refund():
+    """One request, one record, nothing asked."""
+    gateway = sandbox()
+    refund = await apply(gateway)
+    assert (refund.no_refund, refund.money_refund) == ("R-1", Decimal("10.00"))
+    assert gateway.requests == {"apply": 1}
+
+
+@pytest.mark.parametrize("signs", [True, False], ids=["signed", "unsigned"])
+async def test_a_first_rejection_is_believed(signs):
+    """The gateway's no to a refund that never came before is final, signed or not."""
+    gateway = sandbox(default_order=None, sign_errors=signs)
+    with pytest.raises(RefundRejected) as caught:
+        await apply(gateway)
+    assert caught.value.ret_code == "5002"
+    assert caught.value.verified is signs
+    assert gateway.requests == {"apply": 1}
+
+
+async def test_a_rejection_after_attempts_that_were_not_sent_is_believed():
+    """Attempts that certainly never arrived do not make a rejection doubtful."""
+    gateway = sandbox(default_order=None)
+    with pytest.raises(RefundRejected):
+        await apply(gateway, closed=(1, 2))
+    assert gateway.requests == {"apply": 1}
+
+
+async def test_a_duplicate_is_answered_with_the_record_that_exists():
+    """A second call for the same refund finds the first one's record and moves no money."""
+    gateway = sandbox(repeated=Repeated.REJECT)
+    first = await apply(gateway)
+    second = await apply(gateway)
+    assert second.oid_refundno == first.oid_refundno
+    assert gateway.requests == {"apply": 2, "query": 1}
+    assert gateway.money_moved("R-1") == 10
+
+
+@pytest.mark.parametrize("ret_code", ["1003", "2005", "2008", "4002", "9983"])
+async def test_in_progress_is_answered_with_the_record_that_exists(ret_code):
+    """Codes that say "already here" lead to the question, and to the record."""
+    gateway = sandbox()
+    gateway.script(Fault.BUSY, call="apply", ret_code=ret_code)
+    refund = await apply(gateway)
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+@pytest.mark.parametrize("fault", sorted(set(Fault) - {Fault.DELAY, Fault.LATE}, key=lambda fault: fault.name))
+async def test_whatever_is_uncertain_is_asked_about(fault):
+    """Carried out and badly answered: the refund is found by asking, sent once, made once."""
+    gateway = sandbox()
+    gateway.script(fault, call="apply")
+    refund = await apply(gateway)
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+    assert gateway.times_made("R-1") == 1
+
+
+@pytest.mark.parametrize("ret_code", ["9999", "8006", "9920", "8901", "7777"])
+async def test_a_code_that_proves_nothing_is_asked_about(ret_code):
+    """Busy, unclear and unknown codes prove nothing: the record is asked for, and found."""
+    gateway = sandbox()
+    gateway.script(Fault.BUSY, call="apply", ret_code=ret_code)
+    assert (await apply(gateway)).no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+# ── each row: an earlier attempt may have arrived ────────────────────────────────────────────────
+
+
+async def test_not_sent_after_a_maybe_is_asked_about():
+    """A refused connection does not make unsent what may have been sent before."""
+    gateway = sandbox()
+    gateway.script(Fault.LATE, call="apply", delay=11)  # carried out after it was asked about in vain
+    session, road = session_over(gateway, closed=range(2, 99), retry=RetryPolicy(absence_grace=0.0, attempts=3))
+    async with session:
+        refund = await session.apply_refund(refund_request())
+    assert refund.no_refund == "R-1"
+    assert len(road.applied) == 1
+    assert len(road.times) > 2
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_a_success_after_a_maybe_is_the_refund():
+    """Sent again after a believed absence, the answer is the refund."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    session, road = session_over(gateway, retry=TRUSTING)
+    async with session:
+        refund = await session.apply_refund(refund_request())
+    assert refund.no_refund == "R-1"
+    assert gateway.times_made("R-1") == 1
+    assert len(road.applied) == 2
+    assert road.applied[0] == road.applied[1]
+
+
+@pytest.mark.parametrize("repeated", [Repeated.AGAIN, Repeated.REJECT, Repeated.REPLAY])
+async def test_a_no_after_a_maybe_may_mean_that_the_first_attempt_worked(repeated):
+    """The order is used up, or the number taken, because the first attempt came late: the record is found."""
+    gateway = sandbox(repeated=repeated)
+    gateway.script(Fault.LATE, call="apply", delay=11)
+    gateway.script(Fault.DELAY, call="apply", delay=2, when=When.BEFORE)
+    session, road = session_over(gateway, retry=TRUSTING)
+    async with session:
+        refund = await session.apply_refund(refund_request())
+    assert refund.no_refund == "R-1"
+    assert len(road.applied) == 2
+    assert gateway.times_made("R-1") == 1
+    # 5007 and 1002 are asked about once more; a replay is the refund's own answer.
+    assert gateway.requests["query"] == (1 if repeated is Repeated.REPLAY else 2)
+
+
+async def test_a_no_after_a_maybe_is_believed_once_the_first_attempt_is_known_not_to_have_worked():
+    """A rejection stands as soon as the absence of any record is believed."""
+    gateway = sandbox(default_order=None)
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    with pytest.raises(RefundRejected) as caught:
+        await apply(gateway, retry=TRUSTING)
+    assert caught.value.ret_code == "5002"
+    assert gateway.requests == {"apply": 2, "query": 2}
+
+
+async def test_uncertain_after_a_maybe_is_asked_about():
+    """A second answer that proves nothing is asked about like the first."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    gateway.script(Fault.HTTP_500, call="apply", when=When.AFTER)
+    assert (await apply(gateway, retry=TRUSTING)).no_refund == "R-1"
+    assert gateway.requests == {"apply": 2, "query": 2}
+
+
+async def test_no_more_is_sent_than_the_policy_s_attempts():
+    """Where absence is believed each time, sending ends with the policy's attempts, and the outcome is unknown."""
+    gateway = sandbox()
+    gateway.script(Fault.HTTP_500, call="apply", when=When.BEFORE, times=99)
+    unknown = await left_unknown(gateway, retry=RetryPolicy(attempts=3, absence_grace=0.0))
+    assert unknown.attempts == gateway.requests["apply"] == 3
+    assert unknown.questions == gateway.requests["query"] == 3
+
+
+# ── unknown, and when to ask again ───────────────────────────────────────────────────────────────
+
+
+async def test_absence_is_not_believed_within_the_grace():
+    """By default "no such record" proves nothing for 15 minutes: nothing is sent again, the outcome is unknown."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    unknown = await left_unknown(gateway)
+    assert anyio.current_time() <= 30
+    assert gateway.requests["apply"] == unknown.attempts == 1
+    assert gateway.requests["query"] == unknown.questions > 3
+    assert unknown.sent_at == EPOCH + timedelta(seconds=10)
+    assert unknown.ask_again_at == EPOCH + timedelta(seconds=910)
+    assert unknown.no_refund == "R-1"
+    assert unknown.oid_partner == gateway.oid_partner
+    assert unknown.query() == refund_request().query()
+    assert unknown.request == refund_request()
+    assert "no answer within 10.0 s" in unknown.last_error
+    assert "8901" in unknown.last_error
+    assert isinstance(unknown.__cause__, RefundNotFound)
+
+
+async def test_a_gateway_that_answers_no_question_leaves_the_outcome_unknown():
+    """Asked until the deadline without a usable answer, the refund is unknown although it was made."""
+    gateway = sandbox()
+    gateway.script(Fault.RESET, call="apply")
+    gateway.script(Fault.NO_ANSWER, call="query", times=99)
+    unknown = await left_unknown(gateway)
+    assert gateway.times_made("R-1") == 1
+    assert unknown.attempts == 1
+    assert unknown.questions == gateway.requests["query"]
+    assert isinstance(unknown.__cause__, GatewayUnavailable)
+
+
+async def test_a_question_that_is_refused_leaves_the_outcome_unknown_at_once():
+    """A refused question says nothing about the refund, and asking it again would not help."""
+    gateway = sandbox()
+    gateway.script(Fault.RESET, call="apply")
+    gateway.script(Fault.BUSY, call="query", ret_code="3010", times=99)
+    unknown = await left_unknown(gateway)
+    assert unknown.questions == 1
+    assert isinstance(unknown.__cause__, QueryRejected)
+
+
+async def test_a_busy_gateway_is_asked_when_it_said():
+    """After a 429 the first question waits for as long as Retry-After asks."""
+    gateway = sandbox()
+    gateway.script(Fault.TOO_MANY, call="apply", delay=12)
+    refund = await apply(gateway)
+    assert refund.no_refund == "R-1"
+    assert anyio.current_time() >= 12
+
+
+async def test_a_gateway_that_wants_to_be_left_alone_beyond_the_deadline_is():
+    """Where Retry-After goes beyond the deadline, the outcome is unknown at once; ask_again_at respects it."""
+    gateway = sandbox()
+    gateway.script(Fault.TOO_MANY, call="apply", delay=2000)
+    unknown = await left_unknown(gateway)
+    assert anyio.current_time() == 0
+    assert unknown.questions == gateway.requests["query"] == 0
+    assert unknown.ask_again_at == EPOCH + timedelta(seconds=2000)
+
+
+async def test_an_empty_retry_budget_ends_the_asking():
+    """Without budget a record that is not there yet is asked for once."""
+    gateway = sandbox()
+    gateway.script(Fault.HTTP_500, call="apply", when=When.BEFORE)
+    policy = RetryPolicy(budget=RetryBudget(capacity=1, per_second=0))
+    unknown = await left_unknown(gateway, retry=policy)
+    assert unknown.questions == 2
+
+
+@pytest.mark.parametrize("delay", [0, 3_000_000_000])
+async def test_there_is_always_a_moment_to_ask_again(delay):
+    """An infinite grace, or a server that wants peace for a century, still gives an unknown with a usable moment."""
+    gateway = sandbox()
+    gateway.script(Fault.TOO_MANY, call="apply", delay=delay)
+    gateway.script(Fault.NO_ANSWER, call="query", times=99)
+    unknown = await left_unknown(gateway, retry=RetryPolicy(absence_grace=math.inf, maximum=math.inf))
+    assert timedelta(days=89) < unknown.ask_again_at - EPOCH < timedelta(days=91)
+
+
+async def test_an_infinite_grace_never_sends_again():
+    """Who never wants to believe in absence says so, and nothing is ever sent twice."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    policy = RetryPolicy(absence_grace=math.inf)
+    unknown = await left_unknown(gateway, retry=policy)
+    await anyio.sleep(80 * 86_400)
+    session, road = session_over(gateway, retry=policy)
+    async with session:
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.settle(unknown)
+    assert not road.times
+
+
+# ── settle ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_settling_before_the_grace_asks_and_sends_nothing():
+    """An unknown refund is asked about, and stays unknown with the same moment to ask again."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    session, road = session_over(gateway)
+    async with session:
+        with pytest.raises(RefundOutcomeUnknown) as first:
+            await session.apply_refund(refund_request())
+        with pytest.raises(RefundOutcomeUnknown) as second:
+            await session.settle(first.value)
+    assert len(road.times) == 1
+    assert second.value.sent_at == first.value.sent_at
+    assert second.value.ask_again_at == first.value.ask_again_at
+    assert second.value.body == first.value.body
+    assert second.value.questions > 3
+
+
+async def test_settling_finds_what_was_made_in_the_meantime():
+    """A record that appeared later settles the refund without sending."""
+    gateway = sandbox()
+    gateway.script(Fault.LATE, call="apply", delay=40)
+    session, road = session_over(gateway)
+    async with session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request())
+        await anyio.sleep(30)
+        refund = await session.settle(caught.value)
+    assert refund.no_refund == "R-1"
+    assert len(road.applied) == gateway.times_made("R-1") == 1
+
+
+async def test_settling_after_the_grace_sends_the_same_bytes_again():
+    """At ask_again_at absence is believed: the same bytes are sent once more, and the refund is made once."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    session, road = session_over(gateway)
+    async with session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request())
+        await anyio.sleep((caught.value.ask_again_at - wall_clock()).total_seconds())
+        refund = await session.settle(caught.value)
+    assert refund.no_refund == "R-1"
+    assert road.applied == [caught.value.body] * 2
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_a_pickled_unknown_settles_in_another_session():
+    """Handed over to another process and session, an unknown refund is settled there with the same bytes."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    handed_over = pickle.dumps(await left_unknown(gateway))
+    await anyio.sleep(900)
+    unknown = pickle.loads(handed_over)
+    session, road = session_over(gateway)
+    async with session:
+        assert (await session.settle(unknown)).no_refund == "R-1"
+    assert road.applied == [unknown.body]
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_a_wall_clock_that_went_backward_only_makes_settling_wait_longer():
+    """An attempt that seems to lie in the future counts as made just now."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    unknown = await left_unknown(gateway)
+    road = Road(gateway)
+
+    def an_hour_slow():
+        return wall_clock() - timedelta(hours=1)
+
+    async with RefundSession(gateway.merchant(), transport=road, now=an_hour_slow) as session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.settle(unknown)
+    assert not road.times
+    assert caught.value.ask_again_at > unknown.ask_again_at - timedelta(hours=1)
+
+
+async def test_three_months_later_nothing_can_be_learned():
+    """A gateway that no longer answers about an old refund leaves it unknown; nothing is sent again."""
+    gateway = sandbox()
+    gateway.script(Fault.RESET, call="apply")
+    gateway.script(Fault.NO_ANSWER, call="query", times=10)
+    unknown = await left_unknown(gateway)
+    await anyio.sleep(100 * 86_400)
+    session, road = session_over(gateway)
+    async with session:
+        with pytest.raises(RefundOutcomeUnknown, match="3005"):
+            await session.settle(unknown)
+    assert not road.times
+
+
+async def test_another_merchant_s_refund_is_not_settled_here():
+    """A session refuses a refund of another merchant, before anything is asked."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    unknown = await left_unknown(gateway)
+    gateway.requests.clear()
+    async with RefundSession(gateway.merchant(oid_partner="201304121000001004"), transport=Road(gateway)) as session:
+        with pytest.raises(ConfigurationError, match="201304121000001004"):
+            await session.settle(unknown)
+    assert not gateway.requests
+
+
+async def test_a_settled_rejection_is_raised_as_such():
+    """Sent again after the grace and refused, the refund is rejected once its absence is believed again."""
+    gateway = sandbox(default_order=None)
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    unknown = await left_unknown(gateway)
+    await anyio.sleep(900)
+    session, _ = session_over(gateway)
+    async with session:
+        with pytest.raises(RefundRejected):
+            await session.settle(unknown)
+
+
+# ── conflict ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("repeated", [Repeated.REJECT, Repeated.REPLAY])
+async def test_the_same_number_for_other_money_is_a_conflict(repeated):
+    """A number that stands for another amount is reported with both amounts; nothing more is sent."""
+    gateway = sandbox(repeated=repeated)
+    await apply(gateway)
+    with pytest.raises(RefundConflict) as caught:
+        await apply(gateway, refund_request(money_refund=Decimal("9.00")))
+    assert (caught.value.field, caught.value.ours, caught.value.theirs) == ("money_refund", "9.00", "10.00")
+    assert gateway.times_made("R-1") == 1
+    assert gateway.requests == {"apply": 2, "query": 1}
+
+
+class Books(httpx.AsyncBaseTransport):
+    """A gateway that is busy for every apply call, and answers questions with one record of its own choice."""
+
+    def __init__(self, **record):
+        self.record = record
+
+    async def handle_async_request(self, request):
+        fields = wire.decode(await request.aread())
+        if request.url.path != "/refundquery.htm":
+            return httpx.Response(503)
+        return httpx.Response(200, content=as_json(made(fields, **self.record)))
+
+
+@pytest.mark.parametrize(
+    ("field", "ours", "theirs"),
+    [
+        ("dt_refund", "20260105160000", "20260105160001"),
+        ("money_refund", "10.00", "10.01"),
+        ("money_refund", "10.00", "?"),
+    ],
+)
+async def test_a_record_that_contradicts_the_request_is_a_conflict(field, ours, theirs):
+    """A record under our number with another time or amount is not our refund."""
+    gateway = sandbox()
+    async with RefundSession(gateway.merchant(), transport=Books(**{field: theirs}), now=wall_clock) as session:
+        with pytest.raises(RefundConflict) as caught:
+            await session.apply_refund(refund_request())
+    assert (caught.value.field, caught.value.ours, caught.value.theirs) == (field, ours, theirs)
+
+
+@pytest.mark.parametrize("field", ["dt_refund", "money_refund"])
+@pytest.mark.parametrize("text", [None, ""])
+async def test_what_a_record_leaves_out_contradicts_nothing(field, text):
+    """The query page makes time and amount optional: a record without them is our refund all the same."""
+    gateway = sandbox()
+    async with RefundSession(gateway.merchant(), transport=Books(**{field: text}), now=wall_clock) as session:
+        refund = await session.apply_refund(refund_request())
+    assert refund.no_refund == "R-1"
+    assert refund.query() == refund_request().query()
+
+
+async def test_a_record_of_another_number_is_no_record_of_ours():
+    """A gateway that keeps answering about another refund leaves ours unknown."""
+    gateway = sandbox()
+    async with RefundSession(gateway.merchant(), transport=Books(no_refund="R-2"), now=wall_clock) as session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request())
+    assert isinstance(caught.value.__cause__, AnswerMismatch)
+
+
+# ── cancellation and the log ─────────────────────────────────────────────────────────────────────
+
+
+async def test_cancellation_is_passed_on_at_once_and_logged(caplog):
+    """A cancelled call sends and asks nothing more; the log names the refund that has to be asked about."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", times=9)
+    gateway.script(Fault.NO_ANSWER, call="query", times=9)
+    session, _ = session_over(gateway)
+    with caplog.at_level(logging.WARNING, "lianlian_async"):
+        async with session:
+            with anyio.move_on_after(3) as scope:
+                await session.apply_refund(refund_request())
+    assert scope.cancelled_caught
+    assert anyio.current_time() == 3
+    assert gateway.requests == {"apply": 1}
+    (record,) = caplog.records
+    assert "R-1" in record.getMessage()
+    assert "may have been made" in record.getMessage()
+
+
+async def test_what_is_asked_about_is_logged(caplog):
+    """The log tells which refund is asked about, and why."""
+    gateway = sandbox()
+    gateway.script(Fault.HTTP_500, call="apply")
+    with caplog.at_level(logging.INFO, "lianlian_async"):
+        await apply(gateway)
+    assert [record.getMessage() for record in caplog.records] == ["refund R-1: HTTP status 500; asking"]
