@@ -255,6 +255,22 @@ async def test_a_client_s_hook_that_fails_to_connect_cannot_make_a_refund_twice(
     assert gateway.times_made("R-1") == 1
 
 
+@pytest.mark.virtual_time
+async def test_a_client_s_hook_may_read_the_answer_first():
+    """A response hook that reads the body, as hooks that log do, takes nothing away from the session."""
+    gateway = sandbox()
+    logged = []
+
+    async def hook(response):
+        logged.append(wire.decode(await response.aread()))
+
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app=gateway), event_hooks={"response": [hook]})
+    async with client, RefundSession(gateway.merchant(), client=client, now=wall_clock) as session:
+        refund = await session.apply_refund(refund_request())
+    assert [refund.raw] == logged
+    assert gateway.requests == {"apply": 1}
+
+
 @pytest.mark.parametrize("url", ["ftp://gw.example/", "https://", "http://a:b:c/", "//gw.example/"])
 async def test_an_address_that_is_none_sends_nothing(url):
     """An address that httpx cannot use is *not sent*."""
