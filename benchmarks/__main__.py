@@ -12,7 +12,7 @@ from . import environment
 from .report import Report, store
 from .runner import Bench
 
-CASES = ("lag", "gather", "imports")
+CASES = ("programs", "concurrency", "transport", "lag", "gather", "imports")
 
 
 def main() -> None:

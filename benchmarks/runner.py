@@ -8,10 +8,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 from . import environment, openssl
@@ -36,6 +37,10 @@ class Spread:
         return f"{_short(self.median)} ({_short(self.low)}–{_short(self.high)})"
 
 
+def _name(label: Hashable) -> str:
+    return " ".join(map(str, label)) if isinstance(label, tuple) else str(label)
+
+
 def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
@@ -54,14 +59,14 @@ class Program:
 class Rounds:
     """What every program measured in every round."""
 
-    def __init__(self, samples: dict[str, list[Sample]]) -> None:
+    def __init__(self, samples: dict[Hashable, list[Sample]]) -> None:
         self._samples = samples
 
-    def of(self, label: str, figure: str) -> Spread:
+    def of(self, label: Hashable, figure: str) -> Spread:
         """One program's own figure."""
         return Spread.of([sample[figure] for sample in self._samples[label]])
 
-    def ratio(self, one: str, other: str, figure: str, other_figure: str | None = None) -> Spread:
+    def ratio(self, one: Hashable, other: Hashable, figure: str, other_figure: str | None = None) -> Spread:
         """The figure of ``one`` over that of ``other``, each pair taken from the same round."""
         pairs = zip(self._samples[one], self._samples[other], strict=True)
         return Spread.of([a[figure] / b[other_figure or figure] for a, b in pairs])
@@ -118,17 +123,17 @@ class Bench:
                 process.wait()
 
     def interleave(
-        self, programs: Mapping[str, Program], server: Server | None = None, *, rounds: int | None = None
+        self, programs: Mapping[Any, Program], server: Server | None = None, *, rounds: int | None = None
     ) -> Rounds:
         """Run the programs A B C, A B C …; with a ``server``, make sure that it saw all of their work."""
-        samples: dict[str, list[Sample]] = {label: [] for label in programs}
+        samples: dict[Hashable, list[Sample]] = {label: [] for label in programs}
         rounds = rounds or self.rounds
         for number in range(1, rounds + 1):
             for label, program in programs.items():
                 sample = self._run(program)
                 samples[label].append(sample)
                 told = ", ".join(f"{name} {_short(value)}" for name, value in sample.items())
-                print(f"  {number}/{rounds} {label}: {told}", file=sys.stderr)
+                print(f"  {number}/{rounds} {_name(label)}: {told}", file=sys.stderr)
                 if server is not None:
                     seen = server.stats()
                     if seen["refused"] or seen["requests"] != program.job.warm_up + sample["refunds"]:

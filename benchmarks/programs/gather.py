@@ -1,7 +1,7 @@
-"""Thousands of calls in one ``asyncio.gather``.
+"""Thousands of calls in one ``asyncio.gather``, on 20 connections.
 
-Option ``session``: this library's ``apply_refund`` on one session with its default settings. Options ``pool`` and
-``stock``: nothing but POSTs through one ``AsyncClient``, on this library's transport or on httpx's own pool.
+Option ``session``: this library's ``apply_refund`` on one session with its default settings. Options ``pool``,
+``stock`` and ``aiohttp``: bare POSTs, see :mod:`benchmarks.programs.posts`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import asyncio
 import time
 from contextlib import AsyncExitStack
 
-import httpx
-
 from benchmarks import workload
 from lianlian_async import RefundSession
-from lianlian_async.transport import PoolTransport
 
-from . import frame
+from . import frame, posts
 
 CONNECTIONS = 20
 
@@ -38,23 +35,14 @@ async def program(job: frame.Job) -> dict[str, float]:
 
 
 async def _refund(job: frame.Job, stack: AsyncExitStack) -> frame.Refund:
-    if job.option == "session":
-        session = await stack.enter_async_context(RefundSession(workload.merchant(job.keys, job.url)))
+    if job.option != "session":
+        return posts.poster(await stack.enter_async_context(posts.client(job.option, CONNECTIONS)), job.url)
+    session = await stack.enter_async_context(RefundSession(workload.merchant(job.keys, job.url)))
 
-        async def apply(number: int) -> None:
-            await session.apply_refund(workload.refund_request(number))
+    async def apply(number: int) -> None:
+        await session.apply_refund(workload.refund_request(number))
 
-        return apply
-    limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
-    transport = PoolTransport(CONNECTIONS) if job.option == "pool" else None
-    client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, limits=limits, timeout=None))
-
-    async def post(number: int) -> None:
-        body = b'{"no_refund":"R-%d"}' % (10 + number)  # one whose signature the server does not ask for
-        response = await client.post(job.url, content=body, headers=workload.HEADERS)
-        response.raise_for_status()
-
-    return post
+    return apply
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""The transport against httpx's own pool, with 16 to 1,024 requests in flight.
+
+Bare POSTs through one `AsyncClient`, so that nothing but the transport differs: this library's pool of
+single-connection transports; httpx's own pool, which looks at every connection for each request; and httpx-aiohttp's.
+Read how the CPU time of one request grows with the number in flight: it should not.
+"""
+
+from __future__ import annotations
+
+from benchmarks import svg
+from benchmarks.programs.frame import Job
+from benchmarks.report import Report
+from benchmarks.runner import Bench, Program
+
+LABELS = {"pool": "ours", "stock": "httpx's own pool", "aiohttp": "httpx-aiohttp"}
+IN_FLIGHT = (16, 64, 256, 1024)
+
+
+def run(bench: Bench, report: Report) -> None:
+    with bench.server() as server:
+        programs = {}
+        for in_flight in IN_FLIGHT:
+            for option in LABELS:
+                job = Job(
+                    url=server.url,
+                    keys=server.keys,
+                    refunds=max(bench.size(6000), 2 * in_flight),
+                    in_flight=in_flight,
+                    warm_up=2 * in_flight,
+                    cpu=bench.client_cpu,
+                    option=option,
+                )
+                programs[option, in_flight] = Program("posts", job)
+        rounds = bench.interleave(programs, server)
+    report.table(
+        ["in flight", *(f"{label}: {figure}" for label in LABELS.values() for figure in ("requests/s", "CPU, ms"))],
+        [
+            (n, *(rounds.of((option, n), figure) for option in LABELS for figure in ("rate", "cpu_ms")))
+            for n in IN_FLIGHT
+        ],
+    )
+    report.targets(
+        [
+            *(
+                (f"requests/s ÷ httpx's own, {n} in flight", rounds.ratio(("pool", n), ("stock", n), "rate"), "≥", 2.5)
+                for n in IN_FLIGHT[1:]
+            ),
+            ("CPU at 1,024 ÷ at 16", rounds.ratio(("pool", 1024), ("pool", 16), "cpu_ms"), "≤", 1.3),
+        ]
+    )
+    lines = {label: {n: rounds.of((option, n), "cpu_ms").median for n in IN_FLIGHT} for option, label in LABELS.items()}
+    title = "CPU time of one request"
+    report.chart("transport.svg", title, svg.lines(title, "requests in flight", "ms", lines, log_y=True))

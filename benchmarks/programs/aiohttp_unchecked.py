@@ -1,0 +1,31 @@
+"""The least that works: raw aiohttp, cryptography inline, and no look at the answer but its ``ret_code``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import aiohttp
+
+from benchmarks import openssl, workload
+
+from . import frame
+
+
+async def program(job: frame.Job) -> dict[str, float]:
+    sign = openssl.signer(Path(job.keys, "merchant.pem"))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=job.in_flight)) as session:
+
+        async def refund(number: int) -> None:
+            fields = workload.request_fields(number)
+            fields["sign"] = sign(workload.source(fields))
+            async with session.post(job.url, data=json.dumps(fields), headers=workload.HEADERS) as response:
+                answer = await response.json()
+            if answer["ret_code"] != "0000":
+                raise RuntimeError(answer)
+
+        return await frame.measured(job, refund)
+
+
+if __name__ == "__main__":
+    frame.main(program)

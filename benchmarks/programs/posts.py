@@ -1,0 +1,53 @@
+"""Bare POSTs through one ``AsyncClient``: what a transport costs, without refunds.
+
+Options: ``pool``, this library's transport; ``stock``, httpx's own pool; ``aiohttp``, httpx-aiohttp's.
+"""
+
+from __future__ import annotations
+
+import httpx
+
+from benchmarks import workload
+
+from . import frame
+
+
+def client(option: str, connections: int) -> httpx.AsyncClient:
+    """A client of that many connections and, lest httpx's own pool gives up, without time-outs."""
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    return httpx.AsyncClient(transport=_transport(option, connections), limits=limits, timeout=None)
+
+
+def _transport(option: str, connections: int) -> httpx.AsyncBaseTransport | None:
+    if option == "pool":
+        from lianlian_async.transport import PoolTransport
+
+        return PoolTransport(connections)
+    if option == "aiohttp":
+        from httpx_aiohttp import AiohttpTransport
+
+        return AiohttpTransport(limits=httpx.Limits(max_connections=connections))
+    return None
+
+
+def poster(http: httpx.AsyncClient, url: str) -> frame.Refund:
+    """The coroutine function that POSTs something of a request's size."""
+    padding = b"x" * 600
+
+    async def post(number: int) -> None:
+        # A number whose signature the server does not ask for.
+        body = b'{"no_refund":"R-%d","sign":"%s"}' % (10 + number, padding)
+        response = await http.post(url, content=body, headers=workload.HEADERS)
+        if response.status_code != 200:
+            raise RuntimeError(response)
+
+    return post
+
+
+async def program(job: frame.Job) -> dict[str, float]:
+    async with client(job.option, job.in_flight) as http:
+        return await frame.measured(job, poster(http, job.url))
+
+
+if __name__ == "__main__":
+    frame.main(program)
