@@ -7,20 +7,25 @@ from the record, what is unsettled is asked about first, and what is new is sent
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import attrs
 
-from .errors import RefundNotSent, RefundOutcomeUnknown, RefundRejected
+from .errors import JournalError, LianLianError, RefundNotSent, RefundOutcomeUnknown, RefundRejected
+from .flow import drain, iterate
 from .journal import Ending, Entry, Intent, Journal, Standing, State
-from .models import Refund, RefundRequest
+from .models import Refund, RefundQuery, RefundRequest
+from .outcome import Outcome
 from .protocol import rejection
 from .signing import signature_source
 
-__all__ = ["Recording", "answer", "digest", "ending"]
+__all__ = ["Recording", "Resumed", "answer", "digest", "ending", "resume"]
+
+logger = logging.getLogger("lianlian_async")
 
 _NO_CONTENT: Final = ("sign_type", "notify_url")
 _FIRST_LOOK: Final = 0.05
@@ -36,6 +41,12 @@ def digest(fields: Mapping[str, str]) -> str:
 def ending(refund: Refund) -> Ending:
     """What the journal keeps of a refund."""
     return Ending(state=State.DONE if refund.is_final else State.ACCEPTED, record=refund.to_dict())
+
+
+def _rejected(error: RefundRejected) -> Ending:
+    verified = "yes" if error.verified else "no"
+    record = {"ret_code": error.ret_code, "ret_msg": error.ret_msg, "verified": verified}
+    return Ending(state=State.REJECTED, record=record)
 
 
 def answer(entry: Entry) -> Refund:
@@ -104,40 +115,85 @@ class Recording:
             body=entry.body,
             attempts=0,
             questions=0,
-            sent_at=entry.sent_at,
+            sent_at=entry.sent_at or self.now(),
             ask_again_at=self.now() + timedelta(seconds=hold),
             last_error="another call or worker is at this refund",
         )
 
-    async def keep(self, settle: Callable[[], Awaitable[Refund]]) -> Refund:
-        """Run ``settle``, and write down how it ended; what is known is written even under cancellation."""
-        number = self.request.no_refund
+    async def keep(self, entry: Entry, settle: Callable[[], Awaitable[Refund]]) -> Refund:
+        """Run ``settle`` for the claimed ``entry`` and write down how it ended, even under cancellation."""
         try:
             refund = await settle()
         except RefundRejected as error:
             if error.is_configuration:  # ours to mend, and then to be sent
-                await self._shielded(self.journal.release, number, None)
+                await self._release(entry, None)
             else:
-                record = {
-                    "ret_code": error.ret_code,
-                    "ret_msg": error.ret_msg,
-                    "verified": "yes" if error.verified else "no",
-                }
-                await self._shielded(self.journal.settle, number, Ending(state=State.REJECTED, record=record))
+                await self._settle(_rejected(error))
             raise
         except RefundNotSent:
-            await self._shielded(self.journal.release, number, None)
+            await self._release(entry, None)
             raise
         except RefundOutcomeUnknown as error:
-            await self._shielded(self.journal.release, number, error.sent_at)
+            await self._release(entry, error.sent_at)
             raise
         except BaseException:  # cancelled, or a bug: an attempt may be under way at this moment
-            await self._shielded(self.journal.release, number, self.now())
+            await self._release(entry, self.now())
             raise
-        await self._shielded(self.journal.settle, number, ending(refund))
+        await self._settle(ending(refund))
         return refund
 
-    @staticmethod
-    async def _shielded(verb: Callable[..., Awaitable[object]], *arguments: object) -> None:
+    async def _settle(self, how: Ending) -> None:
         with anyio.CancelScope(shield=True):
-            await verb(*arguments)
+            await self.journal.settle(self.request.no_refund, how)
+
+    async def _release(self, entry: Entry, sent_at: datetime | None) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.journal.release(entry, sent_at)
+
+
+class Resumed(NamedTuple):
+    """What :meth:`RefundSession.resume` did."""
+
+    settled: int
+    """Refunds whose end is known now."""
+    still_open: int
+    """Refunds that have to be asked about again later."""
+
+
+async def resume(
+    journal: Journal,
+    *,
+    settle: Callable[[RefundRequest], Awaitable[Outcome]],
+    query: Callable[[RefundQuery], Awaitable[Refund]],
+    workers: int,
+) -> Resumed:
+    """Find out about every refund that ``journal`` holds as unsettled, or as accepted but not final."""
+    settled = still_open = 0
+
+    async def pursue(entry: Entry) -> None:
+        nonlocal settled, still_open
+        request = RefundRequest.from_dict(entry.fields)
+        if await (_is_settled(request) if entry.ending is None else _is_final(request)):
+            settled += 1
+        else:
+            still_open += 1
+
+    async def _is_settled(request: RefundRequest) -> bool:
+        outcome = await settle(request)
+        if isinstance(outcome.error, JournalError):
+            raise outcome.error
+        return outcome.refund is not None or isinstance(outcome.error, RefundRejected)
+
+    async def _is_final(request: RefundRequest) -> bool:
+        try:
+            refund = await query(request.query())
+        except JournalError:
+            raise
+        except LianLianError as error:
+            logger.info("refund %s is accepted, its final state is not known: %s", request.no_refund, error)
+            return False
+        await journal.settle(request.no_refund, ending(refund))
+        return refund.is_final
+
+    await drain(iterate(journal.pending()), pursue, workers=workers)
+    return Resumed(settled, still_open)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from functools import partial
-from time import perf_counter
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Self, cast
 
 import anyio
 import anyio.lowlevel
@@ -18,22 +16,19 @@ import anyio.to_thread
 import attrs
 
 from .errors import ConfigurationError, GatewayUnavailable, LianLianError, RefundOutcomeUnknown
-from .exchange import Call, Exchange, Known, Reply
+from .exchange import Call, Exchange, Reply
 from .journal import Journal, Standing
+from .line import Line
 from .merchant import Merchant
-from .middleware import Attempt, Middleware, Next, Permit, Retry, onion
+from .middleware import Middleware
 from .models import Refund, RefundQuery, RefundRequest
 from .outcome import Outcome, Tally
-from .protocol import Protocol
-from .recording import Recording, answer
-from .retry import Bucket, Deadline, RetryPolicy
+from .recording import Recording, Resumed, answer, resume
+from .retry import Deadline, RetryPolicy
 from .settlement import Case, settle
 from .transport import AsyncBaseTransport, AsyncClient, Transport
 
 __all__ = ["RefundSession"]
-
-INLINE_VERIFY_SECONDS: Final = 0.0005
-"""A signature is checked on the event loop only if that took less when the session opened, else in the thread."""
 
 
 def _utc_now() -> datetime:
@@ -42,19 +37,10 @@ def _utc_now() -> datetime:
 
 class _State(Enum):
     NEW = "not open: use it in `async with`"
+    OPENING = "still opening"
     OPEN = "open"
     CLOSING = "closing"
     CLOSED = "closed"
-
-
-@attrs.frozen
-class _Parts:
-    """What exists only while the session is open."""
-
-    protocol: Protocol
-    transport: Transport
-    send: Next
-    verify_inline: bool
 
 
 class RefundSession:
@@ -116,6 +102,7 @@ class RefundSession:
         self._now = now
         self._state = _State.NEW
         self._running = 0
+        self._idle = anyio.Event()
 
     def __repr__(self) -> str:
         return f"<RefundSession {self.merchant.oid_partner} {self._state.name.lower()}>"
@@ -136,32 +123,22 @@ class RefundSession:
             raise RuntimeError(
                 f"this RefundSession is {self._state.value} already: make a new one for each `async with`"
             )
-        self._state = _State.OPEN
+        self._state = _State.OPENING
         try:
-            await self._open()
+            self._event_loop = anyio.lowlevel.current_token()
+            self._slots = anyio.Semaphore(self._max_connections, fast_acquire=True)
+            self._line = await Line.open(
+                self.merchant,
+                await Transport.open(self._client, self._transport, self._max_connections),
+                budget=self._retry.budget,
+                limiter=self._limiter,
+                middleware=self._middleware,
+            )
         except BaseException:
             self._state = _State.CLOSED
             raise
+        self._state = _State.OPEN
         return self
-
-    async def _open(self) -> None:
-        self._event_loop = anyio.lowlevel.current_token()
-        # One thread at a time does RSA: more would fight the event loop for the interpreter, and win.
-        self._rsa = anyio.CapacityLimiter(1)
-        self._slots = anyio.Semaphore(self._max_connections, fast_acquire=True)
-        self._idle = anyio.Event()
-        self._bucket = Bucket(self._retry.budget)
-        keys = await anyio.to_thread.run_sync(self.merchant.load_keys, limiter=self._rsa)
-        protocol = Protocol(self.merchant, keys.private, keys.gateway)
-        cost = await anyio.to_thread.run_sync(_verification_seconds, protocol, limiter=self._rsa)
-        permit = () if self._limiter is None else (Permit(self._limiter),)
-        layers: tuple[Middleware, ...] = (Retry(self._bucket), *permit, Attempt(), *self._middleware)
-        self._parts = _Parts(
-            protocol=protocol,
-            transport=await Transport.open(self._client, self._transport, self._max_connections),
-            send=onion(layers, self._exchange),
-            verify_inline=cost < INLINE_VERIFY_SECONDS,
-        )
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -174,8 +151,7 @@ class RefundSession:
         finally:
             self._state = _State.CLOSED
             with anyio.CancelScope(shield=True):
-                async with self._rsa:  # no signature is being made any more
-                    await self._parts.transport.aclose()
+                await self._line.aclose()
 
     @asynccontextmanager
     async def _call(
@@ -278,12 +254,24 @@ class RefundSession:
             GatewayUnavailable: no usable answer in time.
         """
         async with self._call(deadline, retry) as (until, policy):
-            fields = self._parts.protocol.query_fields(query)
-            exchange = self._make_exchange(Call.QUERY, fields, await self._seal(fields), until, policy)
-            reply = await self._parts.send(exchange)
+            fields = self._line.protocol.query_fields(query)
+            exchange = self._line.exchange(Call.QUERY, fields, await self._line.seal(fields), until, policy)
+            reply = await self._line.send(exchange)
         if reply.refund is not None:
             return reply.refund
         raise _raised(reply)
+
+    async def resume(self, *, concurrency: int | None = None) -> Resumed:
+        """Find out about every refund that the session's journal holds as open; how many are known now.
+
+        Unsettled ones are asked about first, as :meth:`apply_refund` does; accepted ones are queried for their
+        final state. Run it when the service starts, and now and then, for notifications that never came.
+        ``concurrency`` is ``max_connections`` by default. Raises ``JournalError``.
+        """
+        if self._journal is None:
+            raise ConfigurationError("resume: this session has no journal")
+        workers = self._max_connections if concurrency is None else concurrency
+        return await resume(self._journal, settle=self.outcome_of, query=self.query_refund, workers=workers)
 
     # ── one refund ───────────────────────────────────────────────────────────────────────────────
 
@@ -304,85 +292,45 @@ class RefundSession:
                 f"this session to {self.merchant.oid_partner}"
             )
         async with self._call(deadline, retry) as (until, policy):
-            fields = self._parts.protocol.apply_fields(request)
+            fields = self._line.protocol.apply_fields(request)
             if journal is None:
-                body = await self._seal(fields) if earlier is None else earlier.body
-                case = self._open_case(request, self._make_exchange(Call.APPLY, fields, body, until, policy), tally)
+                body = await self._line.seal(fields) if earlier is None else earlier.body
+                case = self._open_case(request, self._line.exchange(Call.APPLY, fields, body, until, policy), tally)
                 if earlier is not None:
                     case.was_sent(earlier.sent_at)
-                return await settle(case, self._parts.send, self._bucket)
+                return await settle(case, self._line.send, self._line.bucket)
             recording = Recording(journal=journal, request=request, fields=fields, now=self._now)
             if (settled := await recording.look()) is not None:
                 return settled
-            body = await self._seal(fields) if earlier is None else earlier.body
+            body = await self._line.seal(fields) if earlier is None else earlier.body
             hold = 2 * until.left(anyio.current_time())
             send_before = anyio.current_time() + hold
             standing, entry = await recording.claim(body, hold, until.at)
             if standing is Standing.SETTLED:
                 return answer(entry)
-            apply = self._make_exchange(Call.APPLY, fields, entry.body, until, policy)
+            apply = self._line.exchange(Call.APPLY, fields, entry.body, until, policy)
             case = self._open_case(request, attrs.evolve(apply, send_before=send_before), tally)
             if earlier is not None:
                 case.was_sent(earlier.sent_at)
-            if standing is Standing.UNSETTLED:
+            if entry.sent_at is not None:
                 case.was_sent(entry.sent_at)
-            return await recording.keep(partial(settle, case, self._parts.send, self._bucket))
+            return await recording.keep(entry, partial(settle, case, self._line.send, self._line.bucket))
 
     def _open_case(self, request: RefundRequest, apply: Exchange, tally: Tally | None) -> Case:
         async def question() -> Exchange:
             # A settlement asks until its deadline, however often that is.
             policy = attrs.evolve(apply.policy, attempts=1_000_000)
-            fields = self._parts.protocol.query_fields(request.query())
-            return self._make_exchange(Call.QUERY, fields, await self._seal(fields), apply.deadline, policy)
+            fields = self._line.protocol.query_fields(request.query())
+            return self._line.exchange(Call.QUERY, fields, await self._line.seal(fields), apply.deadline, policy)
 
         epoch = self._now() - timedelta(seconds=anyio.current_time())
         return Case(request=request, apply=apply, question=question, epoch=epoch, tally=tally or Tally())
-
-    # ── one exchange ─────────────────────────────────────────────────────────────────────────────
-
-    async def _seal(self, fields: dict[str, str]) -> bytes:
-        """Sign, in the thread; once for each request, so that every attempt sends the same bytes."""
-        return await anyio.to_thread.run_sync(self._parts.protocol.seal, fields, limiter=self._rsa)
-
-    def _make_exchange(
-        self, call: Call, fields: dict[str, str], body: bytes, until: Deadline, policy: RetryPolicy
-    ) -> Exchange:
-        endpoints = self.merchant.endpoints
-        url = endpoints.apply if call is Call.APPLY else endpoints.query
-        return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy)
-
-    async def _exchange(self, exchange: Exchange) -> Reply:
-        """The heart of the onion: out over the wire, and what came back."""
-        parts = self._parts
-        exchange.trail.open_sends += 1
-        delivery = await parts.transport.post(exchange.url, exchange.body, exchange.seconds)
-        if parts.verify_inline:
-            reply = parts.protocol.read(exchange, delivery)
-        else:
-            reply = await anyio.to_thread.run_sync(parts.protocol.read, exchange, delivery, limiter=self._rsa)
-        if reply.known in (Known.NOT_SENT, Known.REJECTED):
-            exchange.trail.open_sends -= 1
-        return reply
 
 
 def _checked(deadline: float) -> float:
     if not deadline > 0:
         raise ConfigurationError(f"deadline: must be more than 0 seconds, is {deadline}")
     return deadline
-
-
-def _verification_seconds(protocol: Protocol) -> float:
-    """What checking one answer costs on this machine with these keys: the best of three."""
-    longest = max(key.bits for key in protocol.gateway_keys)
-    # Any signature of full length costs the same; one that is shorter is refused before it costs anything.
-    fields = {"sign": b64encode(b"\x55" * ((longest + 7) // 8)).decode()}
-
-    def once() -> float:
-        began = perf_counter()
-        protocol.verify(fields)
-        return perf_counter() - began
-
-    return min(once() for _ in range(3))
 
 
 def _raised(reply: Reply) -> LianLianError:
