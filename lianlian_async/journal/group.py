@@ -1,23 +1,27 @@
-"""Group commit: what many tasks ask for while one batch is being written makes up the next batch.
+"""Group commit: what many tasks ask of a journal while one batch is being written makes up the next batch.
 
 A task of the journal's own writes the batches, one at a time: whoever is cancelled takes no other's work along.
 """
 
 from __future__ import annotations
 
+import os
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeVar, cast
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, cast
 
 import anyio
 import attrs
 
 from lianlian_async.background import Background
 
-from .base import JournalError
-from .operations import Answer, Operation
+from .base import Ending, Entry, Intent, JournalError, Standing
+from .operations import Answer, Begin, Look, Operation, Release, Settle, TakeBack
 
-__all__ = ["GroupCommit"]
+__all__ = ["GroupedJournal"]
 
 T = TypeVar("T")
 
@@ -32,8 +36,8 @@ class _Ticket:
     answer: Answer = attrs.field(default=Answer(None), init=False)
 
 
-class GroupCommit:
-    """Hands batches of operations to ``write``, whose answers go to those who asked.
+class _GroupCommit:
+    """Hands batches of operations to ``write``, and its answers to those who asked.
 
     If ``write`` fails, nothing of its batch is recorded, and everyone in it gets a ``JournalError``.
     """
@@ -44,22 +48,19 @@ class GroupCommit:
         self._asked = anyio.Event()
         self._stopping = False
         self._stopped = anyio.Event()
-        Background(self._drain)
+        self._background = Background(self._drain)
 
     async def stop(self) -> None:
         """Write what has been asked for, and end."""
         self._stopping = True
         self._asked.set()
-        with anyio.CancelScope(shield=True):
-            await self._stopped.wait()
+        await self._stopped.wait()
 
     async def do(self, operation: Operation[T], *, if_cancelled: Operation[None] | None = None) -> T:
         """Have ``operation`` recorded. Its answer, once that is durable.
 
         It is recorded even if the caller is cancelled meanwhile; ``if_cancelled`` then follows it.
         """
-        if self._stopping:
-            raise RuntimeError("this journal is closed")
         ticket = self._put(operation)
         try:
             await ticket.done.wait()
@@ -90,12 +91,9 @@ class GroupCommit:
         try:
             answers = await self._write([ticket.operation for ticket in batch])
         except Exception as error:  # noqa: BLE001 - it is raised where the answer is awaited
-            for ticket in batch:
-                ticket.answer = Answer(None, _failure(error))
-        else:
-            for ticket, answer in zip(batch, answers, strict=True):
-                ticket.answer = answer
-        for ticket in batch:
+            answers = [Answer(None, _failure(error)) for _ in batch]
+        for ticket, answer in zip(batch, answers, strict=True):
+            ticket.answer = answer
             ticket.done.set()
 
 
@@ -104,3 +102,69 @@ def _failure(error: Exception) -> JournalError:
     failure = JournalError(str(error))
     failure.__cause__ = error
     return failure
+
+
+class GroupedJournal:
+    """What the durable journals share: being open, in one process, and their verbs as operations of a group."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._group: _GroupCommit | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._name}>"
+
+    async def __aenter__(self) -> Self:
+        if self._group is not None:
+            raise RuntimeError(f"journal {self._name} is open already")
+        self._process = os.getpid()
+        await self._open()
+        self._group = _GroupCommit(self._write)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if os.getpid() == self._process:  # a forked child leaves everything to its parent
+            group, self._group = self._opened(), None
+            with anyio.CancelScope(shield=True):
+                try:
+                    await group.stop()
+                finally:  # a shield does not hold back asyncio's own Task.cancel
+                    await self._close()
+
+    @abstractmethod
+    async def _open(self) -> None: ...
+
+    @abstractmethod
+    async def _close(self) -> None: ...
+
+    @abstractmethod
+    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]: ...
+
+    def _opened(self) -> _GroupCommit:
+        if self._group is None:
+            raise RuntimeError(f"journal {self._name} is not open: use it in `async with`")
+        if os.getpid() != self._process:
+            raise JournalError(
+                f"journal {self._name} belongs to process {self._process}, which this one was forked from; "
+                "open journals after forking, each process its own"
+            )
+        return self._group
+
+    async def intend(self, intent: Intent, now: datetime) -> tuple[Standing, Entry]:
+        """See :meth:`Journal.intend`."""
+        begin = Begin(intent, now)
+        return await self._opened().do(begin, if_cancelled=TakeBack(begin))
+
+    async def settle(self, no_refund: str, ending: Ending) -> Entry:
+        """See :meth:`Journal.settle`."""
+        return await self._opened().do(Settle(no_refund, ending))
+
+    async def release(self, entry: Entry, sent_at: datetime | None) -> None:
+        """See :meth:`Journal.release`."""
+        await self._opened().do(Release(entry, sent_at))
+
+    async def find(self, no_refund: str) -> Entry | None:
+        """See :meth:`Journal.find`."""
+        return await self._opened().do(Look(no_refund))

@@ -74,17 +74,24 @@ class Begin:
         """What was found; the caller holds the entry if it is NEW or UNSETTLED."""
         intent = self.intent
         if entry is None:
-            return self._hold(Standing.NEW, _begun(intent))
+            return self._hold(Standing.NEW, self.begun())
         if entry.digest != intent.digest:
             raise _conflict(intent, entry)
         if entry.ending is not None:
             return (Standing.SETTLED, entry), entry
         if entry.sent_at is None:
             # Nothing of the earlier call was ever sent: what this one signed, maybe with another key, stands.
-            return self._hold(Standing.NEW, _begun(intent))
+            return self._hold(Standing.NEW, self.begun())
         if entry.holder is not None and entry.sent_at > self.now:
             return (Standing.HELD, entry), entry
         return self._hold(Standing.UNSETTLED, attrs.evolve(entry, sent_at=min(entry.sent_at, self.now)))
+
+    def begun(self) -> Entry:
+        """The refund as long as nothing was sent."""
+        intent = self.intent
+        return Entry(
+            no_refund=intent.no_refund, digest=intent.digest, fields=intent.fields, body=intent.body, sent_at=None
+        )
 
     def _hold(self, standing: Standing, entry: Entry) -> tuple[tuple[Standing, Entry], Entry]:
         """``entry`` for the caller; on record it may be sent until the hold ends, whatever happens to the caller."""
@@ -154,10 +161,6 @@ class Look:
     def apply(self, entry: Entry | None) -> tuple[Entry | None, Entry | None]:
         """The entry."""
         return entry, entry
-
-
-def _begun(intent: Intent) -> Entry:
-    return Entry(no_refund=intent.no_refund, digest=intent.digest, fields=intent.fields, body=intent.body, sent_at=None)
 
 
 def _conflict(intent: Intent, entry: Entry) -> RefundConflict:

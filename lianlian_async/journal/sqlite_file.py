@@ -96,8 +96,8 @@ class JournalFile:
     others can read it meanwhile.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path.resolve()
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
         owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
         self._turn = Lock()
         self._holders: dict[str, str] = {}
