@@ -12,7 +12,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, SupportsIndex, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import attrs
@@ -253,7 +253,7 @@ class RefundStatus(StrEnum):
         unknown._value_ = value
         return unknown
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return RefundStatus, (self.value,)  # the first Python 3.11s would look an unknown state up by its name
 
 
