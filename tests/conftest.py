@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import keypairs
+import postgres
 import pytest
 from clock import virtual_backend
 from hypothesis import HealthCheck, settings
@@ -64,6 +65,13 @@ def gateway_keys() -> keypairs.Pair:
 def stranger_keys() -> keypairs.Pair:
     """A key pair that nobody here trusts."""
     return keypairs.pair("stranger")
+
+
+@pytest.fixture(scope="session")
+def postgres_dsn() -> Iterator[str]:
+    """A PostgreSQL server of this test process, where every test names a schema of its own."""
+    with postgres.server() as dsn:
+        yield dsn
 
 
 @pytest.fixture

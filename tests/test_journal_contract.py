@@ -1,0 +1,342 @@
+"""What every journal does alike: the promises of ``journal.base``."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import anyio
+import attrs
+import journals
+import pytest
+from journals import ACCEPTED, HOUR, MADE, REJECTED, intent, now
+
+from lianlian_async import RefundConflict
+from lianlian_async.errors import JournalError
+from lianlian_async.journal import Ending, Standing, State
+
+pytestmark = pytest.mark.anyio
+
+OVER = timedelta(0)
+"""A hold that is over as soon as it begins: its holder died."""
+
+_EVERYWHERE = [(name, backend) for name in ("memory", "sqlite") for backend in ("asyncio", "trio")]
+
+
+@pytest.fixture(params=[*_EVERYWHERE, ("postgres", "asyncio")], ids="-".join)
+def kind_and_backend(request):
+    return request.param
+
+
+@pytest.fixture
+def anyio_backend(kind_and_backend):
+    return kind_and_backend[1]
+
+
+@pytest.fixture
+def kind(kind_and_backend, request):
+    return journals.kind(kind_and_backend[0], request)
+
+
+async def begin(journal, no_refund="R-1", **changed):
+    return await journal.intend(intent(no_refund, **changed), now())
+
+
+# ── intend ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_refund_that_is_not_known_is_new(kind):
+    """Intending a refund for the first time says NEW, with all that was intended and no moment of sending."""
+    async with kind.make() as journal:
+        wanted = intent(body=b'{"sign":"\xe4\xb8\xad"}')
+        standing, entry = await journal.intend(wanted, now())
+        assert standing is Standing.NEW
+        assert (entry.no_refund, entry.digest, entry.fields) == (wanted.no_refund, wanted.digest, wanted.fields)
+        assert (entry.body, entry.sent_at, entry.ending, entry.state) == (wanted.body, None, None, State.UNSETTLED)
+
+
+async def test_a_refund_that_somebody_is_at_is_held(kind):
+    """A second call gets HELD until the hold is over; what is on record says that anything may be sent till then."""
+    async with kind.make() as journal:
+        first = intent(body=b"first")
+        await journal.intend(first, now())
+        standing, entry = await begin(journal, body=b"second")
+        assert (standing, entry.body) == (Standing.HELD, b"first")
+        assert kind.is_same(entry.sent_at, first.held_until)
+        found = await journal.find("R-1")
+        assert kind.is_same(found.sent_at, first.held_until)
+
+
+async def test_a_hold_that_is_over_leaves_the_refund_to_the_next(kind):
+    """Whoever comes after the hold's end gets UNSETTLED, the first call's bytes, and a moment not after now."""
+    async with kind.make() as journal:
+        await begin(journal, body=b"first", hold=OVER)
+        at = now()
+        standing, entry = await journal.intend(intent(body=b"second"), at)
+        assert (standing, entry.body) == (Standing.UNSETTLED, b"first")
+        assert entry.sent_at <= at
+        assert kind.is_same(entry.sent_at, at) or entry.sent_at < at
+        assert (await begin(journal))[0] is Standing.HELD
+
+
+@pytest.mark.parametrize("tasks", [2, 1200])
+async def test_of_many_calls_one_is_told_new(kind, tasks):
+    """However many tasks intend the same refunds at once, each refund is NEW to one of them and HELD to all others."""
+    found = []
+
+    async def one(number):
+        found.append((number, (await begin(journal, f"R-{number}"))[0]))
+
+    async with kind.make() as journal, anyio.create_task_group() as group:
+        for task in range(tasks):
+            group.start_soon(one, task % (tasks // 2))
+    assert sorted(found) == sorted((n, s) for n in range(tasks // 2) for s in (Standing.NEW, Standing.HELD))
+
+
+# ── release ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_refund_released_as_not_sent_is_new_again(kind):
+    """After ``release(…, None)`` the next call gets NEW, and its own bytes are what stands from then on."""
+    async with kind.make() as journal:
+        _, entry = await begin(journal, body=b"first")
+        await journal.release(entry, None)
+        assert (await journal.find("R-1")).sent_at is None
+        standing, entry = await begin(journal, body=b"second")
+        assert (standing, entry.body, entry.sent_at) == (Standing.NEW, b"second", None)
+        assert (await journal.find("R-1")).body == b"second"
+        assert (await begin(journal))[0] is Standing.HELD
+
+
+async def test_a_refund_released_as_unknown_is_unsettled(kind):
+    """After ``release(…, sent_at)`` the next call gets UNSETTLED with that moment, and the bytes that were sent."""
+    async with kind.make() as journal:
+        _, entry = await begin(journal, body=b"first")
+        sent_at = now() - HOUR
+        await journal.release(entry, sent_at)
+        standing, entry = await begin(journal, body=b"second")
+        assert (standing, entry.body) == (Standing.UNSETTLED, b"first")
+        assert kind.is_same(entry.sent_at, sent_at)
+
+
+async def test_whose_hold_is_over_lets_go_of_nothing(kind):
+    """A late release does not touch the hold of whoever came next."""
+    async with kind.make() as journal:
+        _, late = await begin(journal, hold=OVER)
+        _, entry = await begin(journal)
+        await journal.release(late, None)
+        assert (await begin(journal))[0] is Standing.HELD
+        await journal.release(entry, now())
+        await journal.release(entry, None)
+        assert (await begin(journal))[0] is Standing.UNSETTLED
+
+
+async def test_a_settled_refund_is_not_released(kind):
+    """Neither the holder nor anybody else can take an ending back by releasing."""
+    async with kind.make() as journal:
+        _, entry = await begin(journal)
+        settled = await journal.settle("R-1", MADE)
+        for held in (entry, settled, attrs.evolve(entry, no_refund="R-2")):
+            await journal.release(held, None)
+        assert await journal.find("R-1") == settled
+        assert await journal.find("R-2") is None
+
+
+# ── settle ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("ending", [MADE, ACCEPTED, REJECTED], ids=lambda ending: ending.state)
+async def test_a_settled_refund_is_answered_from_the_record(kind, ending):
+    """Once settled, every call gets SETTLED with the ending, and the bytes are gone: nothing is sent any more."""
+    async with kind.make() as journal:
+        await begin(journal)
+        settled = await journal.settle("R-1", ending)
+        assert (settled.ending, settled.state, settled.body, settled.holder) == (ending, ending.state, b"", None)
+        standing, entry = await begin(journal, body=b"second")
+        assert (standing, entry.ending, entry.body) == (Standing.SETTLED, ending, b"")
+        assert (await journal.find("R-1")).ending == ending
+
+
+@pytest.mark.parametrize("first", [MADE, ACCEPTED, REJECTED], ids=lambda ending: ending.state)
+@pytest.mark.parametrize("then", [MADE, ACCEPTED, REJECTED], ids=lambda ending: ending.state)
+async def test_the_first_ending_wins(kind, first, then):
+    """A second ending changes nothing, whoever reports it, but that what was accepted becomes final."""
+    async with kind.make() as journal:
+        await begin(journal)
+        await journal.settle("R-1", first)
+        then = attrs.evolve(then, record={**then.record, "settle_date": "20260102"})
+        stands = then if (first, then.state) == (ACCEPTED, State.DONE) else first
+        assert (await journal.settle("R-1", then)).ending == stands
+        assert (await journal.find("R-1")).ending == stands
+
+
+async def test_an_ending_counts_whoever_brings_it(kind):
+    """A call that outlived its hold still settles the refund, and the next holder's own ending comes second."""
+    async with kind.make() as journal:
+        await begin(journal, hold=OVER)
+        await begin(journal)
+        await journal.settle("R-1", MADE)
+        assert (await journal.settle("R-1", REJECTED)).ending == MADE
+
+
+async def test_a_refund_that_was_never_sent_may_be_settled(kind):
+    """An ending that comes from elsewhere is recorded for a refund that was released as not sent, too."""
+    async with kind.make() as journal:
+        _, entry = await begin(journal)
+        await journal.release(entry, None)
+        await journal.settle("R-1", MADE)
+        assert (await begin(journal))[0] is Standing.SETTLED
+
+
+async def test_what_was_never_begun_cannot_be_settled(kind):
+    """Settling a number that is not in the journal raises ``JournalError`` and records nothing."""
+    async with kind.make() as journal:
+        with pytest.raises(JournalError, match="R-9 is not in the journal"):
+            await journal.settle("R-9", MADE)
+        assert await journal.find("R-9") is None
+
+
+async def test_unsettled_is_no_ending(kind):
+    """An ending that says UNSETTLED cannot even be made."""
+    with pytest.raises(ValueError, match="state"):
+        Ending(state=State.UNSETTLED, record={})
+
+
+# ── conflict ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("changed", "field", "ours", "theirs"),
+    [
+        ({"money": "0.02"}, "money_refund", "0.02", "200.01"),
+        ({"digest": "x", "fields": {"no_refund": "R-1", "money_refund": "200.01"}}, "no_order", "nothing", "订单-1"),
+        ({"digest": "x"}, "digest", "x", "digest of 200.01"),
+    ],
+)
+async def test_other_content_under_the_same_number_is_a_conflict(kind, changed, field, ours, theirs):
+    """``RefundConflict`` names the first field that differs and both values; the record stays as it was."""
+    async with kind.make() as journal:
+        _, entry = await begin(journal)
+        for prepare in (journal.find("R-1"), journal.release(entry, None), journal.settle("R-1", MADE)):
+            await prepare
+            before = await journal.find("R-1")
+            with pytest.raises(RefundConflict) as caught:
+                await begin(journal, **changed)
+            assert (caught.value.field, caught.value.ours, caught.value.theirs) == (field, ours, theirs)
+            assert kind.is_same((await journal.find("R-1")).sent_at, before.sent_at)
+            assert (await journal.find("R-1")).ending == before.ending
+
+
+# ── looking ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_pending_tells_what_is_open_oldest_first(kind):
+    """``pending`` gives the unsettled and the accepted, in the order in which they were begun."""
+    async with kind.make() as journal:
+        for number, ending in enumerate((None, MADE, ACCEPTED, REJECTED, None)):
+            await begin(journal, f"R-{number}")
+            if ending is not None:
+                await journal.settle(f"R-{number}", ending)
+        assert [(entry.no_refund, entry.state) async for entry in journal.pending()] == [
+            ("R-0", State.UNSETTLED),
+            ("R-2", State.ACCEPTED),
+            ("R-4", State.UNSETTLED),
+        ]
+
+
+async def test_pending_goes_through_any_number(kind):
+    """``pending`` gives each of 1,200 refunds once, though they are settled meanwhile, and ends though others begin."""
+    async with kind.make() as journal:
+        async with anyio.create_task_group() as group:
+            for number in range(1200):
+                group.start_soon(begin, journal, f"R-{number}")
+        seen = []
+        async for entry in journal.pending():
+            seen.append(entry.no_refund)
+            if len(seen) % 100 == 0:
+                await journal.settle(entry.no_refund, MADE)
+                await begin(journal, f"later-{len(seen)}")
+        assert sorted(seen) == sorted(f"R-{number}" for number in range(1200))
+
+
+async def test_counts(kind):
+    """``counts`` has every state, with how many refunds stand in it."""
+    async with kind.make() as journal:
+        assert await journal.counts() == dict.fromkeys(State, 0)
+        for number, ending in enumerate((None, MADE, ACCEPTED, MADE)):
+            await begin(journal, f"R-{number}")
+            if ending is not None:
+                await journal.settle(f"R-{number}", ending)
+        assert await journal.counts() == {
+            State.UNSETTLED: 1,
+            State.ACCEPTED: 1,
+            State.DONE: 2,
+            State.REJECTED: 0,
+        }
+        assert await journal.find("R-9") is None
+
+
+async def test_all_is_there_when_it_is_opened_again(kind):
+    """What was settled or let go of stands in the journal after it was closed and opened again."""
+    async with kind.make() as journal:
+        await begin(journal, "R-1")
+        settled = await journal.settle("R-1", MADE)
+        _, entry = await begin(journal, "R-2")
+        await journal.release(entry, None)
+    async with kind.make() as journal:
+        again = await journal.find("R-1")
+        assert attrs.evolve(again, sent_at=settled.sent_at) == settled
+        assert kind.is_same(again.sent_at, settled.sent_at)
+        assert (await begin(journal, "R-2"))[0] is Standing.NEW
+        assert (await begin(journal, "R-3"))[0] is Standing.NEW
+        assert [entry.no_refund async for entry in journal.pending()] == ["R-2", "R-3"]
+
+
+# ── cancellation ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_intend_that_is_cancelled_is_taken_back(kind):
+    """Cancelled at whatever moment, an ``intend`` leaves the refund as it was: NEW, or UNSETTLED since then."""
+    async with kind.make() as journal:
+        sent_at = now() - HOUR
+        for moment in range(8):
+            _, entry = await begin(journal, f"known-{moment}")
+            await journal.release(entry, sent_at)
+            for number in (f"new-{moment}", f"known-{moment}"):
+                await _cancelled_after(moment, begin, journal, number)
+        for moment in range(8):
+            standing, entry = await begin(journal, f"new-{moment}")
+            assert (standing, entry.sent_at) == (Standing.NEW, None)
+            standing, entry = await begin(journal, f"known-{moment}")
+            assert standing is Standing.UNSETTLED
+            assert kind.is_same(entry.sent_at, sent_at)
+
+
+async def test_what_is_known_is_recorded_though_its_reporter_is_cancelled(kind):
+    """A ``settle`` or ``release`` that was called is carried out, at whatever moment its caller is cancelled."""
+    async with kind.make() as journal:
+        for moment in range(8):
+            await begin(journal, f"made-{moment}")
+            await _cancelled_after(moment, journal.settle, f"made-{moment}", MADE)
+            _, entry = await begin(journal, f"let-go-{moment}")
+            await _cancelled_after(moment, journal.release, entry, None)
+        for moment in range(8):
+            assert (await begin(journal, f"made-{moment}"))[0] is Standing.SETTLED
+            assert (await begin(journal, f"let-go-{moment}"))[0] is Standing.NEW
+
+
+async def _cancelled_after(moments, function, *arguments):
+    """Call it, and cancel it once the event loop has gone round so many times; one that returns is undone."""
+    result = None
+
+    async def call():
+        nonlocal result
+        result = await function(*arguments)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(call)
+        for _ in range(moments + 1):
+            await anyio.lowlevel.checkpoint()
+        group.cancel_scope.cancel()
+    if function is begin and result is not None:
+        standing, entry = result
+        await arguments[0].release(entry, entry.sent_at)
