@@ -12,7 +12,7 @@ from . import environment
 from .report import Report, store
 from .runner import Bench
 
-CASES = ("programs", "concurrency", "transport", "own_cpu", "lag", "gather", "imports")
+CASES = ("programs", "concurrency", "transport", "own_cpu", "lag", "gather", "memory", "imports", "stream")
 
 
 def main() -> None:

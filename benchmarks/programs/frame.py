@@ -67,9 +67,18 @@ def figures(count: int, began: tuple[float, float], ended: tuple[float, float]) 
 def peak_mib() -> float:
     """The most memory this process ever had resident, in MiB."""
     # Not getrusage: on Linux its ru_maxrss begins with what the parent process had.
+    return _status("VmHWM")
+
+
+def resident_mib() -> float:
+    """The memory this process has resident now, in MiB; where the system does not say, the most it ever had."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> float:
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(name + ":"):
                 return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
