@@ -9,7 +9,6 @@ import logging
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from enum import Enum
-from itertools import count
 from typing import Final
 
 import anyio
@@ -151,7 +150,8 @@ async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
     query = await case.question()
     if case.retry_after and not await pause(query, bucket, 0, case.retry_after):
         raise case.unknown()
-    for questions in count():
+    questions = 0
+    while True:
         asked_at = anyio.current_time()
         reply = await send(query)
         case.tally.questions += reply.attempts
@@ -164,6 +164,7 @@ async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
             return None
         if not await pause(query, bucket, questions, reply.retry_after):
             break
+        questions += 1
     raise case.unknown()
 
 

@@ -26,6 +26,8 @@ _HEADERS: Final = {
     "User-Agent": "lianlian-async",
 }
 
+_RAW_HEADERS: Final = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+
 # Raised before the first byte of a request is written. All else may have arrived: also LocalProtocolError,
 # which an HTTP/2 client raises for a stream that the server closed after it had the request.
 _NEVER_SENT: Final = (
@@ -52,8 +54,19 @@ class _Body(httpx.ByteStream):
         return super().__iter__()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        self.begun = True
-        return super().__aiter__()
+        return _AsyncIterator(iter(self))
+
+
+class _AsyncIterator(AsyncIterator[bytes]):
+    """Not a generator: one that is cancelled while it sends would be left to trio's garbage collector."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+
+    async def __anext__(self) -> bytes:
+        for chunk in self._chunks:
+            return chunk
+        raise StopAsyncIteration
 
 
 class Transport:
@@ -62,6 +75,7 @@ class Transport:
     def __init__(self, client: httpx.AsyncClient, *, owned: bool) -> None:
         self._client = client
         self._owned = owned
+        self._targets: dict[str, httpx.URL] = {}
 
     @classmethod
     async def open(
@@ -82,10 +96,7 @@ class Transport:
             return Lost("the httpx client is closed", may_have_arrived=False)
         watched = _Body(body)
         try:
-            request = self._client.build_request(
-                "POST", url, content=body, headers=_HEADERS, timeout=httpx.Timeout(seconds, connect=seconds / 2)
-            )
-            request.stream = watched
+            request = self._request(url, watched, seconds)
             response = await self._client.send(request, stream=True, follow_redirects=False)
             try:
                 received = await _read(response)
@@ -95,7 +106,22 @@ class Transport:
             return Lost(_describe(error), may_have_arrived=watched.begun, cause=error)
         except Exception as error:  # noqa: BLE001 - a client or transport may raise anything, and none of it may pass
             return Lost(_describe(error), may_have_arrived=True, cause=error)
-        return Answer(response.status_code, response.headers, received)
+        headers = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw}
+        return Answer(response.status_code, headers, received)
+
+    def _request(self, url: str, body: _Body, seconds: float) -> httpx.Request:
+        timeout = httpx.Timeout(seconds, connect=seconds / 2)
+        if not self._owned:  # its own headers, cookies and base URL count, too
+            request = self._client.build_request("POST", url, headers=_HEADERS, content=b"", timeout=timeout)
+            request.headers["Content-Length"] = str(body.length)
+            request.stream = body
+            return request
+        # Our own client has nothing to merge in, and looking for it costs more than all the rest of a request.
+        target = self._targets.get(url)
+        if target is None:
+            target = self._targets[url] = httpx.URL(url)
+        headers = [(b"Host", target.netloc), *_RAW_HEADERS, (b"Content-Length", b"%d" % body.length)]
+        return httpx.Request("POST", target, headers=headers, stream=body, extensions={"timeout": timeout.as_dict()})
 
     async def aclose(self) -> None:
         """Close the client, if it is ours."""
