@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
 from importlib.util import find_spec
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 from parties import Connection, Server, answering, refund_request, serving, unused_port
 
 from lianlian_async import ConfigurationError, RefundNotSent, RefundSession, RetryPolicy
-from lianlian_async.transport import PoolTransport
+from lianlian_async.transport import PoolTransport, Transport
 
 pytestmark = pytest.mark.anyio
 
@@ -283,10 +285,11 @@ async def test_cancelled_requests_leak_neither_places_nor_connections(calls):
     async def cancelled(number):
         nonlocal ended
         with anyio.move_on_after(0.0005 * (number % 12)):
-            await fetch(pool, server.url)
+            await transport.post(server.url, b"{}", 5.0)
         ended += 1
 
     async with serving(slow) as server, pool_of(8) as pool:
+        transport = await Transport.open(None, pool, 8)
         async with anyio.create_task_group() as tasks:
             for number in range(calls):
                 tasks.start_soon(cancelled, number)
@@ -295,6 +298,57 @@ async def test_cancelled_requests_leak_neither_places_nor_connections(calls):
         await until(lambda: server.open <= 8)
         await pool.aclose()
         await until(lambda: server.open == 0)
+
+
+@pytest.mark.parametrize("how", ["scope", "task"])
+@pytest.mark.parametrize("keeps", [True, False], ids=["keep-alive", "close"])
+async def test_a_request_cancelled_at_any_step_leaks_nothing(anyio_backend_name, how, keeps):
+    """Cancelled after one step of the event loop, or two, or three … a request leaves its place free each time."""
+    if how == "task" and anyio_backend_name != "asyncio":
+        pytest.skip("trio has no other cancellation than its scopes")
+
+    async def handler(connection: Connection):
+        while await connection.request() is not None:
+            await connection.respond(b"{}", headers="" if keeps else "connection: close\r\n")
+            if not keeps:
+                return
+
+    async def in_scope(scope):
+        nonlocal finished
+        with scope:
+            await transport.post(server.url, b"{}", 5.0)
+            finished = True
+
+    async def cancelled_after(steps):
+        async with anyio.create_task_group() as tasks:
+            scope = anyio.CancelScope()
+            tasks.start_soon(in_scope, scope)
+            await steps_of_the_loop(steps)
+            scope.cancel()
+
+    async def task_cancelled_after(steps):
+        task = asyncio.create_task(in_scope(anyio.CancelScope()))
+        await steps_of_the_loop(steps)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    finished = False
+    steps = 0
+    async with serving(handler) as server, pool_of(1) as pool:
+        transport = await Transport.open(None, pool, 1)
+        while not finished:
+            await (cancelled_after if how == "scope" else task_cancelled_after)(steps)
+            await assert_all_free(pool, server, 1)
+            steps += 1
+        await pool.aclose()
+        await until(lambda: server.open == 0)
+    assert steps > 3
+
+
+async def steps_of_the_loop(number):
+    for _ in range(number):
+        await anyio.lowlevel.checkpoint()
 
 
 # ── proxies ──────────────────────────────────────────────────────────────────────────────────────

@@ -38,9 +38,9 @@ from lianlian_async import (
     SignatureInvalid,
     SigningKey,
     VerifyingKey,
+    line,
     wire,
 )
-from lianlian_async import session as session_module
 from lianlian_async.sandbox import Fault, When
 from lianlian_async.transport import asgi_transport
 
@@ -411,7 +411,7 @@ async def test_the_event_loop_never_signs(seen):
 @pytest.mark.parametrize(("seconds", "inline"), [(0.0, False), (1e9, True)])
 async def test_answers_are_verified_on_the_loop_only_where_that_is_cheap(monkeypatch, seen, seconds, inline):
     """What verification costs is measured when the session opens; where it is dear the thread does it."""
-    monkeypatch.setattr(session_module, "INLINE_VERIFY_SECONDS", seconds)
+    monkeypatch.setattr(line, "INLINE_VERIFY_SECONDS", seconds)
     gateway, merchant = seen()
     async with RefundSession(merchant, transport=asgi_transport(gateway)) as session:
         assert threading.get_ident() not in SeenVerifyingKey.threads  # the measurement
