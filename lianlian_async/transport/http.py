@@ -96,7 +96,8 @@ class Transport:
             return Lost("the httpx client is closed", may_have_arrived=False)
         watched = _Body(body)
         try:
-            request = self._request(url, watched, seconds)
+            request = self._request(url, body, seconds)
+            request.stream = watched
             response = await self._client.send(request, stream=True, follow_redirects=False)
             try:
                 received = await _read(response)
@@ -109,19 +110,16 @@ class Transport:
         headers = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw}
         return Answer(response.status_code, headers, received)
 
-    def _request(self, url: str, body: _Body, seconds: float) -> httpx.Request:
+    def _request(self, url: str, body: bytes, seconds: float) -> httpx.Request:
         timeout = httpx.Timeout(seconds, connect=seconds / 2)
         if not self._owned:  # its own headers, cookies and base URL count, too
-            request = self._client.build_request("POST", url, headers=_HEADERS, content=b"", timeout=timeout)
-            request.headers["Content-Length"] = str(body.length)
-            request.stream = body
-            return request
-        # Our own client has nothing to merge in, and looking for it costs more than all the rest of a request.
+            return self._client.build_request("POST", url, content=body, headers=_HEADERS, timeout=timeout)
+        # Our own client has nothing to add, and looking for it costs more than all the rest of a request.
         target = self._targets.get(url)
         if target is None:
             target = self._targets[url] = httpx.URL(url)
-        headers = [(b"Host", target.netloc), *_RAW_HEADERS, (b"Content-Length", b"%d" % body.length)]
-        return httpx.Request("POST", target, headers=headers, stream=body, extensions={"timeout": timeout.as_dict()})
+        extensions = {"timeout": timeout.as_dict()}
+        return httpx.Request("POST", target, content=body, headers=_RAW_HEADERS, extensions=extensions)
 
     async def aclose(self) -> None:
         """Close the client, if it is ours."""
