@@ -1,0 +1,235 @@
+"""The public face: the names and signatures that other programs are written against, and what importing them costs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import lianlian_async
+from lianlian_async import errors
+from lianlian_async.middleware import Attempt, Middleware, Observer, Permit, RateLimit, Retry
+from lianlian_async.signing import signature_source
+
+PACKAGE = Path(lianlian_async.__file__).parent
+HERE = Path(__file__).parent
+
+
+def keywords(function):
+    """The parameters of ``function`` with their defaults, but for self; ``...`` stands for none."""
+    return {
+        name: ... if parameter.default is parameter.empty else parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in ("self", "cls")
+    }
+
+
+# ── names ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_face_is_explicit_sorted_and_complete():
+    """``__all__`` is sorted, every name in it exists, and every public class or function of the face is in it."""
+    assert list(lianlian_async.__all__) == sorted(set(lianlian_async.__all__))
+    offered = {
+        name for name, value in vars(lianlian_async).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert offered | {"__version__"} == set(lianlian_async.__all__)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("RefundSession", "Merchant", "Endpoints", "SigningKey", "VerifyingKey"),
+        *("RefundRequest", "RefundQuery", "Refund", "RefundStatus", "RetryPolicy", "RetryBudget"),
+        *("refund_many", "Outcome", "LianLianError"),
+    ],
+)
+def test_the_design_s_names_are_there(name):
+    """What the design promises can be imported from the package itself."""
+    assert name in lianlian_async.__all__
+    assert getattr(lianlian_async, name).__doc__
+
+
+def test_the_whole_error_tree_is_on_the_face():
+    """Every error that may reach a caller is importable from the package, and is a LianLianError that says when."""
+    tree = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.LianLianError) and not name.startswith("_")
+    }
+    assert tree >= {
+        *("ConfigurationError", "InvalidRequest", "RefundNotSent", "RefundRejected", "RefundNotFound"),
+        *("QueryRejected", "RefundOutcomeUnknown", "GatewayUnavailable", "RefundConflict"),
+        *("SignatureInvalid", "AnswerMismatch", "MalformedMessage"),
+    }
+    assert tree <= set(lianlian_async.__all__)
+    assert all(getattr(errors, name).__doc__ for name in tree)
+    assert issubclass(errors.ConfigurationError, ValueError)
+    assert issubclass(errors.InvalidRequest, ValueError)
+
+
+def test_the_version_is_the_installed_one():
+    """``__version__`` is what pip knows."""
+    assert lianlian_async.__version__ == version("lianlian-async")
+
+
+# ── signatures ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_session_takes_what_the_design_says():
+    """RefundSession's options, their defaults, and those of its calls."""
+    options = keywords(lianlian_async.RefundSession)
+    assert next(iter(options)) == "merchant"
+    expected = {
+        "client": None,
+        "transport": None,
+        "retry": lianlian_async.RetryPolicy(),
+        "deadline": 30.0,
+        "max_connections": 20,
+        "middleware": (),
+        "limiter": None,
+        "journal": None,
+    }
+    assert {name: options[name] for name in expected} == expected
+    for call, first in (("apply_refund", "request"), ("query_refund", "query"), ("settle", "unknown")):
+        method = getattr(lianlian_async.RefundSession, call)
+        assert inspect.iscoroutinefunction(method)
+        assert keywords(method) == {first: ..., "deadline": None, "retry": None}
+
+
+def test_the_merchant_takes_what_the_design_says():
+    """Merchant's settings and its two other sources."""
+    options = keywords(lianlian_async.Merchant)
+    assert list(options)[:3] == ["oid_partner", "private_key", "gateway_public_keys"]
+    assert options["notify_url"] is None
+    assert "endpoints" in options
+    assert keywords(lianlian_async.Merchant.from_env) == {"environ": None}
+    assert keywords(lianlian_async.Merchant.from_toml) == {"path": ...}
+
+
+def test_the_endpoints_are_those_of_lianlians_pages():
+    """By default refunds go to the cross-border product's endpoints."""
+    endpoints = lianlian_async.Endpoints()
+    assert endpoints.apply == "https://traderapi.lianlianpay.com/exchangerefund.htm"
+    assert endpoints.query == "https://queryapi.lianlianpay.com/refundquery.htm"
+
+
+def test_the_retry_policy_is_the_design_s():
+    """Four attempts, half a second to eight, doubled, and a quarter of an hour until absence is believed."""
+    options = keywords(lianlian_async.RetryPolicy)
+    expected = {
+        "attempts": 4,
+        "initial": 0.5,
+        "maximum": 8.0,
+        "multiplier": 2.0,
+        "budget": lianlian_async.RetryBudget(),
+        "absence_grace": 900.0,
+    }
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_the_keys_have_the_design_s_verbs():
+    """Signing keys sign, verifying keys verify, and both are loaded from whatever holds a key."""
+    assert keywords(lianlian_async.SigningKey.load)["password"] is None
+    assert keywords(lianlian_async.SigningKey.generate) == {"bits": 2048}
+    assert list(keywords(lianlian_async.SigningKey.sign)) == ["source"]
+    assert list(keywords(lianlian_async.VerifyingKey.verify)) == ["source", "signature"]
+    assert list(keywords(signature_source)) == ["fields"]
+
+
+def test_refund_many_takes_what_the_design_says():
+    """A session, requests, and how many at a time under which journal."""
+    options = keywords(lianlian_async.refund_many)
+    assert list(options)[:2] == ["session", "requests"]
+    assert (options["concurrency"], options["journal"]) == (None, None)
+
+
+@pytest.mark.parametrize("layer", [Retry, Permit, Attempt, Observer])
+def test_the_stock_layers_are_middleware(layer):
+    """Each stock layer is called as the Middleware protocol says: an exchange, and what comes next."""
+    assert inspect.iscoroutinefunction(layer.__call__)
+    assert list(keywords(layer.__call__)) == list(keywords(Middleware.__call__)) == ["exchange", "call_next"]
+    assert hasattr(RateLimit, "__aenter__")
+
+
+# ── imports ──────────────────────────────────────────────────────────────────────────────────────
+
+EXTRAS = {
+    *("click", "rich", "uvicorn", "cryptography", "trio", "psycopg", "psycopg_pool", "fastapi", "aiohttp"),
+    *("opentelemetry", "procrastinate", "tomllib", "hypothesis", "pytest"),
+}
+
+
+def modules_after(statement):
+    """The top-level modules of a fresh process that has run ``statement``, and all of the package's own."""
+    probe = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    modules = json.loads(done.stdout)
+    return {name.partition(".")[0] for name in modules}, {
+        name for name in modules if name.startswith("lianlian_async.")
+    }
+
+
+def test_importing_the_package_imports_no_extra():
+    """``import lianlian_async`` brings in no extra, no command and no sandbox, beyond what httpx itself imports."""
+    before, _ = modules_after("import anyio, attrs, httpx, Crypto")  # httpx imports click and rich where they are
+    after, own = modules_after("import lianlian_async")
+    assert {"httpx", "anyio", "attrs", "Crypto"} <= after
+    assert not (after - before) & EXTRAS
+    assert not {"lianlian_async.cli", "lianlian_async.sandbox", "lianlian_async.journal.postgres"} & own
+
+
+def imported(file):
+    """The top-level names of everything that a module imports, anywhere in it, for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).partition(".")[0])
+    return found
+
+
+LOWER = ["errors", "codes", "wire", "signing", "models", "merchant", "retry", "exchange", "protocol"]
+
+
+@pytest.mark.parametrize("module", LOWER)
+def test_the_lower_floors_know_no_network_no_loop_no_clock_and_no_dice(module):
+    """What decides is pure: time and randomness are its arguments, and it waits for nothing."""
+    forbidden = {"httpx", "httpcore", "anyio", "asyncio", "trio", "sniffio", "time", "random", "secrets", "socket"}
+    assert not imported(PACKAGE / f"{module}.py") & forbidden
+
+
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [
+        ("httpx", {"transport/http.py", "transport/pool.py"}),
+        ("Crypto", {"signing.py"}),
+    ],
+)
+def test_each_dependency_has_one_home(library, homes):
+    """Only the transport knows httpx, and only signing knows pycryptodome."""
+    users = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        if library in imported(file) and not file.is_relative_to(PACKAGE / "cli")
+    }
+    assert users == homes
+
+
+def test_the_typing_test_uses_every_name_of_the_face():
+    """What the type checkers are shown is the whole face."""
+    used = {
+        alias.name
+        for node in ast.walk(ast.parse((HERE / "typing_face.py").read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module == "lianlian_async"
+        for alias in node.names
+    }
+    assert used == set(lianlian_async.__all__) - {"__version__"}
+    assert (PACKAGE / "py.typed").is_file()
