@@ -12,7 +12,7 @@ from . import environment
 from .report import Report, store
 from .runner import Bench
 
-CASES = ("programs", "concurrency", "transport", "own_cpu", "lag", "gather", "memory", "imports", "stream")
+CASES = ("programs", "concurrency", "transport", "own_cpu", "lag", "gather", "memory", "imports", "journal", "stream")
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write sections and charts there, such as benchmarks/RESULTS.md")
     parser.add_argument("--bits", type=int, default=2048, choices=(1024, 2048, 4096), help="size of both RSA keys")
     parser.add_argument("--tls", action="store_true", help="serve over TLS")
-    parser.add_argument("--requests", type=int, default=1_000_000, help="length of the case `stream`")
+    parser.add_argument("--requests", type=int, default=1_000_000, help="length of the stream, rows of the journal")
     default_cache = Path(tempfile.gettempdir()) / "lianlian-async-benchmarks"
     parser.add_argument("--cache", type=Path, default=default_cache, help="keeps the four-dependency environment")
     options = parser.parse_args()

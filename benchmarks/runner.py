@@ -90,7 +90,7 @@ class Bench:
         self.bits = bits
         self.tls = tls
         self.requests = requests
-        self._bytecode = str(cache / "bytecode")
+        self._cache = cache
         self.pythons = {"all extras": sys.executable, "four dependencies": environment.core_python(cache)}
         cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.client_cpu, self.server_cpu = (cpus[0], cpus[-1]) if len(cpus) > 1 else (None, None)
@@ -102,7 +102,7 @@ class Bench:
     @contextmanager
     def server(self, answers: int = 0, *, bits: int | None = None, delay: float = 0.0) -> Iterator[Server]:
         """A gateway process that has ``answers`` signed before it serves; keys of ``bits``."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=self._cache) as folder:
             openssl.write_keys(Path(folder), bits or self.bits)
             command = [sys.executable, "-m", "benchmarks.server", "--keys", folder]
             command += ["--answers", str(answers), "--delay", str(delay), *(["--tls"] if self.tls else [])]
@@ -144,7 +144,12 @@ class Bench:
         python = self.pythons["four dependencies" if program.core else "all extras"]
         command = [python, "-m", f"benchmarks.programs.{program.module}", json.dumps(asdict(program.job))]
         # Compiled code is kept, whatever the environment says: else an import would measure the compiler.
-        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": self._bytecode, **program.env}
+        env = {
+            **os.environ,
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONPYCACHEPREFIX": str(self._cache / "bytecode"),
+            **program.env,
+        }
         if self.tls and program.job.keys:
             certificate = str(Path(program.job.keys, "tls.pem"))
             env |= {"SSL_CERT_FILE": certificate, "REQUESTS_CA_BUNDLE": certificate}
