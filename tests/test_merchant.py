@@ -149,6 +149,16 @@ def test_a_key_in_the_wrong_setting_is_not_shown(setting, key):
     assert f"{len(key)} characters" in message_of(lambda: Endpoints(apply=key))
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("x" * 128, repr("x" * 128)), ("x" * 129, "129 characters"), ("MI" + "A" * 98, "100 characters")],
+    ids=["short", "long", "part of a key"],
+)
+def test_a_wrong_setting_is_shown_if_it_can_be_no_key(value, shown):
+    """A wrong value is quoted to be mended, unless it is long or looks like a piece of a key."""
+    assert message_of(lambda: made(oid_partner=value)).endswith(f"(is {shown})")
+
+
 def test_at_least_one_gateway_key_is_needed():
     """Without a key of LianLian's no answer could be believed."""
     assert message_of(lambda: made(gateway_public_keys=[])) == (
@@ -193,7 +203,7 @@ def test_nothing_shows_the_secrets():
         assert "tr0ub4dor" not in shown
         assert "BEGIN" not in shown
         assert "MII" not in shown
-    assert NUMBER in repr(merchant)
+    assert repr(merchant) == f"Merchant(oid_partner='{NUMBER}', endpoints={Endpoints()!r}, notify_url=None)"
     for duplicate in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="a Merchant holds secrets and is not pickled"):
             duplicate(merchant)
@@ -207,7 +217,8 @@ def test_a_merchant_is_frozen_and_evolves():
     other = attrs.evolve(merchant, private_key=NEXT.private)
     assert merchant.load_keys().private.fingerprint == OURS.private.fingerprint
     assert other.load_keys().private.fingerprint == NEXT.private.fingerprint
-    assert made() == made() != other
+    assert merchant == made() != other  # whether the keys are loaded yet makes no difference
+    assert hash(merchant) == hash(made())
 
 
 # ── endpoints ────────────────────────────────────────────────────────────────────────────────────

@@ -225,8 +225,14 @@ def test_a_url_of_ours_may_be_longer():
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [("x" * 5000, "'" + "x" * 76 + "..."), (10**5000, "<int>"), ([1, 2], "[1, 2]")],
-    ids=["text", "number", "list"],
+    [
+        ("x" * 78, "'" + "x" * 78 + "'"),
+        ("x" * 79, "'" + "x" * 76 + "..."),
+        ("x" * 5000, "'" + "x" * 76 + "..."),
+        (10**5000, "<int>"),
+        ([1, 2], "[1, 2]"),
+    ],
+    ids=["80 characters", "81 characters", "long text", "number", "list"],
 )
 def test_a_problem_shows_its_value_shortened(value, shown):
     """However big a wrong value is, the error stays readable."""

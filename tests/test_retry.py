@@ -84,6 +84,23 @@ def test_a_senseless_policy_is_refused(settings, rule):
         RetryPolicy(**settings)
 
 
+def test_the_edges_of_the_rules_are_allowed():
+    """One attempt, an even pause, no grace and no Retry-After are decisions, not mistakes."""
+    policy = RetryPolicy(
+        attempts=1, initial=2, maximum=2, multiplier=1, absence_grace=0, retry_after_maximum=0, budget=RetryBudget()
+    )
+    assert policy.pause(5, 0.5, 30.0) == 1.0
+    assert RetryPolicy(multiplier=1000).pause(10_000, 0.5) == 4.0
+    assert taken(Bucket(RetryBudget(capacity=1, per_second=0)), 0.0) == 1
+
+
+def test_the_defaults_are_the_documented_ones():
+    """Four sends, 15 minutes of grace, a minute of Retry-After, bursts of 500 retries and 50 a second."""
+    policy = RetryPolicy()
+    assert (policy.attempts, policy.absence_grace, policy.retry_after_maximum) == (4, 900.0, 60.0)
+    assert (policy.budget.capacity, policy.budget.per_second) == (500.0, 50.0)
+
+
 def test_all_senseless_settings_are_named_together():
     """Who made three mistakes reads of three."""
     with pytest.raises(ConfigurationError) as caught:

@@ -348,8 +348,9 @@ def test_what_is_no_moment_is_refused(value, rule):
         wire.parse_timestamp(value)
 
 
-def test_the_last_second_of_the_calendar_is_taken():
-    """The latest moment that 14 digits can tell is read and written."""
+def test_the_first_and_the_last_second_are_taken():
+    """The earliest and the latest moment that 14 digits can tell are read and written."""
+    assert wire.format_timestamp(wire.parse_timestamp("10000101000000")) == "10000101000000"
     last = datetime.max.replace(tzinfo=CST)
     assert wire.format_timestamp(wire.parse_timestamp(last)) == "99991231235959"
 
