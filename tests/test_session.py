@@ -27,6 +27,7 @@ from lianlian_async import (
     MalformedMessage,
     Merchant,
     QueryRejected,
+    RefundConflict,
     RefundNotFound,
     RefundNotSent,
     RefundOutcomeUnknown,
@@ -41,6 +42,8 @@ from lianlian_async import (
     line,
     wire,
 )
+from lianlian_async.exchange import Call
+from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, When
 from lianlian_async.transport import asgi_transport
 
@@ -551,6 +554,112 @@ async def test_an_outcome_tells_what_a_call_would_have_raised():
         assert settled.refund.no_refund == "R-3"
         assert (settled.attempts, settled.questions) == (1, 1)
     assert gateway.times_made("R-3") == 1
+
+
+# ── with a journal ───────────────────────────────────────────────────────────────────────────────
+
+
+@virtual
+async def test_with_a_journal_a_refund_that_was_made_is_answered_from_the_record():
+    """The second call for a refund causes no traffic, in any session, and answers the same record."""
+    gateway, journal = sandbox(), MemoryJournal()
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        first = await session.apply_refund(refund_request())
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        second = await session.apply_refund(refund_request())
+        outcome = await session.outcome_of(refund_request())
+        with pytest.raises(RefundConflict):
+            await session.apply_refund(refund_request(money_refund="9.00"))
+    assert first == second == outcome.refund
+    assert (outcome.attempts, outcome.questions) == (0, 0)
+    assert gateway.requests == {"apply": 1}
+
+
+@virtual
+async def test_with_a_journal_a_cancelled_refund_is_asked_about_before_anything_is_sent():
+    """A call whose predecessor was cancelled in mid-flight asks first, and finds what that one made."""
+    gateway, journal = sandbox(), MemoryJournal()
+    gateway.script(Fault.NO_ANSWER, call="apply")
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        with anyio.move_on_after(1):
+            await session.apply_refund(refund_request())
+        refund = await session.apply_refund(refund_request())
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+@virtual
+@pytest.mark.parametrize("second_journal", [True, False], ids=["journal", "no journal"])
+async def test_with_a_journal_an_unknown_refund_is_settled_with_the_bytes_on_record(second_journal):
+    """After the grace the bytes on record are sent again, once, and the record is made."""
+    gateway, journal = sandbox(), MemoryJournal()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    sent = []
+
+    async def watching(exchange, call_next):
+        if exchange.call is Call.APPLY:
+            sent.append(exchange.body)
+        return await call_next(exchange)
+
+    async with gateway.session(journal=journal, now=wall_clock, middleware=[watching]) as session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request())
+        await anyio.sleep(900)
+        if second_journal:
+            refund = await session.settle(caught.value)
+        else:
+            refund = await session.apply_refund(refund_request())
+    assert refund.no_refund == "R-1"
+    assert sent == [caught.value.body] * 2
+    assert gateway.times_made("R-1") == 1
+
+
+@virtual
+async def test_with_a_journal_two_calls_for_one_refund_send_it_once():
+    """Of calls side by side one sends; the others wait for it, and answer with what it learned."""
+    gateway, journal = sandbox(), MemoryJournal()
+    gateway.script(Fault.DELAY, call="apply", delay=3)
+    refunds = []
+
+    async def one(session):
+        refunds.append(await session.apply_refund(refund_request()))
+
+    async with (
+        gateway.session(journal=journal, now=wall_clock) as here,
+        gateway.session(journal=journal, now=wall_clock) as there,
+        anyio.create_task_group() as tasks,
+    ):
+        for session in (here, there, here):
+            tasks.start_soon(one, session)
+    assert len(refunds) == 3
+    assert refunds[0] == refunds[1] == refunds[2]
+    assert gateway.requests == {"apply": 1}
+
+
+@virtual
+async def test_with_a_journal_what_is_open_is_resumed():
+    """Resume asks about what was left unsettled and what is not final, and tells how many are known."""
+    gateway, journal = sandbox(settle_after=60), MemoryJournal()
+    gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-2")
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        await session.apply_refund(refund_request(1))
+        with anyio.move_on_after(1):
+            await session.apply_refund(refund_request(2))
+        await anyio.sleep(120)
+        assert await session.resume() == (2, 0)
+        assert (await session.apply_refund(refund_request(2))).sta_refund is RefundStatus.SUCCESS
+        assert await session.resume(concurrency=1) == (0, 0)
+    assert gateway.requests["apply"] == 2
+
+
+async def test_without_a_journal_nothing_can_be_resumed():
+    """A session without a journal says so."""
+    async with sandbox().session() as session:
+        with pytest.raises(ConfigurationError, match="no journal"):
+            await session.resume()
+
+
+# ── settings and secrets ─────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_request_that_nobody_gave_a_notify_url_is_refused_before_it_is_signed():
