@@ -340,3 +340,39 @@ async def _cancelled_after(moments, function, *arguments):
     if function is begin and result is not None:
         standing, entry = result
         await arguments[0].release(entry, entry.sent_at)
+
+
+# ── the inbox ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_inbox_is_a_journal_of_its_own(kind):
+    """What stands in the inbox is not among the refunds, nor they in it, though their numbers be the same."""
+    async with kind.make() as journal:
+        inbox = await journal.inbox()
+        await begin(inbox)
+        assert await journal.find("R-1") is None
+        assert (await begin(journal, money="1.00"))[0] is Standing.NEW
+        assert (await begin(inbox))[0] is Standing.HELD
+
+
+async def test_there_is_one_inbox(kind):
+    """All who ask for the inbox, also at the same time, get the same one."""
+    async with kind.make() as journal:
+        found = []
+
+        async def ask():
+            found.append(await journal.inbox())
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(ask)
+        assert len(found) == 3
+        assert all(one is found[0] for one in found)
+
+
+async def test_the_inbox_opens_and_closes_with_its_journal(kind):
+    """What the inbox held is there when its journal is opened again."""
+    async with kind.make() as journal:
+        await begin(await journal.inbox(), hold=OVER)
+    async with kind.make() as journal:
+        assert [entry.no_refund async for entry in (await journal.inbox()).pending()] == ["R-1"]

@@ -151,3 +151,9 @@ class Journal(Protocol):
 
     async def counts(self) -> Mapping[State, int]:
         """How many refunds stand in each state."""
+
+    async def inbox(self) -> Journal:
+        """The journal of what was notified: it lies beside this one, is opened on the first call, and closed with it.
+
+        There an entry is a refund's final state as the gateway told it: UNSETTLED until it was acted on, then DONE.
+        """

@@ -9,6 +9,7 @@ import os
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
@@ -110,6 +111,9 @@ class GroupedJournal:
     def __init__(self, name: str) -> None:
         self._name = name
         self._group: _GroupCommit | None = None
+        self._inbox: Self | None = None
+        self._inboxes = AsyncExitStack()
+        self._inbox_turn = anyio.Lock()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name}>"
@@ -127,17 +131,23 @@ class GroupedJournal:
     ) -> None:
         if os.getpid() == self._process:  # a forked child leaves everything to its parent
             group, self._group = self._opened(), None
+            self._inbox = None
             with anyio.CancelScope(shield=True):
-                try:
-                    await group.stop()
-                finally:  # a shield does not hold back asyncio's own Task.cancel
-                    await self._close()
+                async with self._inboxes:
+                    try:
+                        await group.stop()
+                    finally:  # a shield does not hold back asyncio's own Task.cancel
+                        await self._close()
 
     @abstractmethod
     async def _open(self) -> None: ...
 
     @abstractmethod
     async def _close(self) -> None: ...
+
+    @abstractmethod
+    def _beside(self) -> Self:
+        """Another journal of this kind, at the place that belongs to this one's inbox."""
 
     @abstractmethod
     async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]: ...
@@ -168,3 +178,12 @@ class GroupedJournal:
     async def find(self, no_refund: str) -> Entry | None:
         """See :meth:`Journal.find`."""
         return await self._opened().do(Look(no_refund))
+
+    async def inbox(self) -> Self:
+        """See :meth:`Journal.inbox`."""
+        self._opened()
+        async with self._inbox_turn:
+            if self._inbox is None:
+                inbox: Self = await self._inboxes.enter_async_context(self._beside())
+                self._inbox = inbox
+            return self._inbox

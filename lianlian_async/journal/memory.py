@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
+from functools import cached_property
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -62,6 +63,14 @@ class MemoryJournal:
     async def counts(self) -> Mapping[State, int]:
         """See :meth:`Journal.counts`."""
         return dict.fromkeys(State, 0) | Counter(entry.state for entry in self._entries.values())
+
+    async def inbox(self) -> MemoryJournal:
+        """See :meth:`Journal.inbox`."""
+        return self._inbox
+
+    @cached_property
+    def _inbox(self) -> MemoryJournal:
+        return MemoryJournal()
 
     def _do(self, operation: Operation[T]) -> T:
         answer, entry = operation.apply(self._entries.get(operation.no_refund))

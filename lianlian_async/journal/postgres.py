@@ -79,9 +79,10 @@ _PAGE: Final = 500
 class PostgresJournal(GroupedJournal):
     """A :class:`~lianlian_async.journal.Journal` in the PostgreSQL database that ``dsn`` names.
 
-    Its tables live in ``schema``, which is made if it is not there; several journals in one database take
-    several schemas. Two workers never hold one refund at the same time. Clocks of workers need not agree: holds
-    travel as durations. The moments in entries are by the clock of the worker that reads them.
+    Its tables live in ``schema``, which is made if it is not there, those of its inbox, if it ever has one, in
+    ``…_inbox``; several journals in one database take several schemas. Two workers never hold one refund at the
+    same time. Clocks of workers need not agree: holds travel as durations. The moments in entries are by the clock
+    of the worker that reads them.
 
     ``timeout`` is how many seconds the database may take for one transaction, connecting included.
     """
@@ -110,6 +111,9 @@ class PostgresJournal(GroupedJournal):
     async def counts(self) -> Mapping[State, int]:
         """See :meth:`Journal.counts`."""
         return dict.fromkeys(State, 0) | {State(row["state"]): row["count"] for row in await self._fetch(_COUNT)}
+
+    def _beside(self) -> PostgresJournal:
+        return PostgresJournal(self._dsn, schema=f"{self._schema}_inbox", timeout=self._timeout)
 
     async def _open(self) -> None:
         try:

@@ -29,8 +29,8 @@ class SqliteJournal(GroupedJournal):
 
     It belongs to one process at a time; a second one that opens it is refused. When that process has ended, in
     whatever way, the next one finds what it left open as UNSETTLED. Beside the file lie, while it is open,
-    ``…-wal`` and ``…-shm`` (SQLite's own: they are part of it) and for ever the empty ``…-owner``. Keep it on a
-    local disk: network file systems do not lock as it needs.
+    ``…-wal`` and ``…-shm`` (SQLite's own: they are part of it) and for ever the empty ``…-owner``; its inbox, if it
+    ever had one, is the file ``…-inbox``. Keep it on a local disk: network file systems do not lock as it needs.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -49,6 +49,9 @@ class SqliteJournal(GroupedJournal):
         """See :meth:`Journal.counts`."""
         self._opened()
         return await self._in_thread(self._file.counts)
+
+    def _beside(self) -> SqliteJournal:
+        return SqliteJournal(f"{self._name}-inbox")
 
     async def _open(self) -> None:
         self._thread = anyio.CapacityLimiter(1)
