@@ -19,7 +19,7 @@ import attrs
 
 from lianlian_async.background import Background
 
-from .base import Ending, Entry, Intent, JournalError, Standing
+from .base import Ending, Entry, Intent, Journal, JournalError, Standing
 from .operations import Answer, Begin, Look, Operation, Release, Settle, TakeBack
 
 __all__ = ["GroupedJournal"]
@@ -111,7 +111,7 @@ class GroupedJournal:
     def __init__(self, name: str) -> None:
         self._name = name
         self._group: _GroupCommit | None = None
-        self._inbox: Self | None = None
+        self._inbox: Journal | None = None
         self._inboxes = AsyncExitStack()
         self._inbox_turn = anyio.Lock()
 
@@ -146,7 +146,7 @@ class GroupedJournal:
     async def _close(self) -> None: ...
 
     @abstractmethod
-    def _beside(self) -> Self:
+    def _beside(self) -> Journal:
         """Another journal of this kind, at the place that belongs to this one's inbox."""
 
     @abstractmethod
@@ -179,11 +179,10 @@ class GroupedJournal:
         """See :meth:`Journal.find`."""
         return await self._opened().do(Look(no_refund))
 
-    async def inbox(self) -> Self:
+    async def inbox(self) -> Journal:
         """See :meth:`Journal.inbox`."""
         self._opened()
         async with self._inbox_turn:
             if self._inbox is None:
-                inbox: Self = await self._inboxes.enter_async_context(self._beside())
-                self._inbox = inbox
+                self._inbox = await self._inboxes.enter_async_context(self._beside())
             return self._inbox
