@@ -15,12 +15,9 @@ def main() -> None:
     try:
         from .app import lianlian
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA:
             raise
-        sys.exit(_missing(error.name))
+        print(f"lianlian needs {package}: pip install 'lianlian-async[cli]'", file=sys.stderr)
+        sys.exit(2)
     lianlian()
-
-
-def _missing(package: str) -> int:
-    print(f"lianlian needs {package}: pip install 'lianlian-async[cli]'", file=sys.stderr)
-    return 2

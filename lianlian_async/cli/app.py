@@ -11,8 +11,8 @@ from lianlian_async.errors import LianLianError
 from lianlian_async.signing import BACKEND
 
 from .demo import demo
+from .endings import INTERRUPTED, ending_of
 from .keys import keygen
-from .outcomes import INTERRUPTED, outcome_of
 from .output import Output
 from .refunds import apply, query
 from .sandbox import sandbox
@@ -31,7 +31,7 @@ class _Program(click.Group):
             return super().invoke(ctx)
         except LianLianError as error:
             output.failure(error)
-            ctx.exit(outcome_of(error).exit_code)
+            ctx.exit(ending_of(error).exit_code)
         except KeyboardInterrupt:
             output.note(INTERRUPTED.word)
             ctx.exit(INTERRUPTED.exit_code)

@@ -10,29 +10,29 @@ import attrs
 
 from lianlian_async.models import RefundRequest
 
-from .outcomes import INTERRUPTED, MADE
+from .endings import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, Ending
 from .remote import Books
 
 __all__ = ["Audit", "Count"]
 
-_MAY_BE_MADE: Final = {MADE.word: (1,), "unknown": (0, 1), INTERRUPTED.word: (0, 1)}
+_MAY_BE_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
 """How many times the books may hold a refund that ended in this way; one that ended in any other way: not at all."""
 
 
 class Count(NamedTuple):
     """How many refunds ended in one way, and how many times the gateway carried them out."""
 
-    outcome: str
+    word: str
     refunds: int
     carried_out: int
 
 
 @attrs.frozen
 class Audit:
-    """``outcomes`` (a word for each ``no_refund`` that was begun) against ``books``."""
+    """How each ``no_refund`` that was begun ended for the client, against the gateway's ``books``."""
 
     requests: Sequence[RefundRequest]
-    outcomes: Mapping[str, str]
+    endings: Mapping[str, Ending]
     books: Books
 
     def _times_made(self, no_refund: str) -> int:
@@ -43,28 +43,26 @@ class Audit:
         return sum(times > 1 for times in self.books.times_made.values())
 
     def disagreements(self) -> list[str]:
-        """The refunds whose outcome is not what the books say, or for which other money moved than was asked for."""
+        """The refunds that ended otherwise than the books say, or for which other money moved than was asked for."""
         return [request.no_refund for request in self.requests if not self._agrees(request)]
 
     def _agrees(self, request: RefundRequest) -> bool:
         times = self._times_made(request.no_refund)
-        outcome = self.outcomes.get(request.no_refund, "")
+        allowed = _MAY_BE_MADE.get(self.endings.get(request.no_refund, NOT_SENT), (0,))
         moved = self.books.money_moved.get(request.no_refund, 0)
-        return times in _MAY_BE_MADE.get(outcome, (0,)) and moved == times * request.money_refund
+        return times in allowed and moved == times * request.money_refund
 
     def counts(self) -> list[Count]:
-        """The usual outcomes, and those that occurred besides."""
-        refunds = Counter({MADE.word: 0, "rejected": 0, "not sent": 0, "unknown": 0})
-        carried_out: Counter[str] = Counter()
-        for no_refund, outcome in self.outcomes.items():
-            refunds[outcome] += 1
-            carried_out[outcome] += self._times_made(no_refund)
-        return [Count(outcome, number, carried_out[outcome]) for outcome, number in refunds.items()]
+        """The usual endings, and those that occurred besides."""
+        refunds = Counter({MADE: 0, REJECTED: 0, NOT_SENT: 0, UNKNOWN: 0})
+        carried_out: Counter[Ending] = Counter()
+        for no_refund, ending in self.endings.items():
+            refunds[ending] += 1
+            carried_out[ending] += self._times_made(no_refund)
+        return [Count(ending.word, number, carried_out[ending]) for ending, number in refunds.items()]
 
     def unknown(self) -> dict[str, int]:
-        """How many times each refund was made whose outcome was left unknown."""
+        """How many times each refund was carried out that was left unknown."""
         return {
-            no_refund: self._times_made(no_refund)
-            for no_refund, outcome in self.outcomes.items()
-            if outcome == "unknown"
+            no_refund: self._times_made(no_refund) for no_refund, ending in self.endings.items() if ending == UNKNOWN
         }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from random import Random
@@ -22,9 +23,9 @@ from lianlian_async.sandbox import Fault, Repeated
 from lianlian_async.session import RefundSession
 
 from .audit import Audit
-from .outcomes import INTERRUPTED, outcome_of, refund_outcome
+from .endings import INTERRUPTED, Ending, ending_of, refund_ending
 from .output import Output, json_option, pass_output, table
-from .remote import Books, gateway_process
+from .remote import Books, RemoteGateway, gateway_process
 
 __all__ = ["demo"]
 
@@ -33,7 +34,7 @@ _DELAY: Final = 0.5
 
 # Hence "no such record" is the truth soon after an attempt; at LianLian's it takes the default, 15 minutes.
 _POLICY: Final = RetryPolicy(absence_grace=3 * _DELAY)
-_DEADLINE: Final = 8.0
+_DEADLINE: Final = 6.0
 _ORDER: Final = Decimal("100.00")
 """What each order is worth; every 25th refund asks for more, and has to be rejected."""
 
@@ -62,22 +63,27 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
         "delay": _DELAY,
     }
     run = _Run(_requests(refunds, Random(seed)))  # noqa: S311 - a demo's amounts
-    with gateway_process(options) as gateway:
-        merchant = Merchant.from_env(gateway.environment)
-        progress, task = output.progress("refunds", refunds)
-        try:
-            with progress:
-                anyio.run(run.refund_all, merchant, concurrency, lambda: progress.advance(task))
-        except KeyboardInterrupt:  # what was begun is audited all the same
-            _show(output, run, gateway.close_books())
-            raise
+    with (
+        gateway_process(options) as gateway,
+        _audited(output, run, gateway),
+        output.progress("refunds", refunds) as advance,
+    ):
+        anyio.run(run.refund_all, Merchant.from_env(gateway.environment), concurrency, advance)
+
+
+@contextmanager
+def _audited(output: Output, run: _Run, gateway: RemoteGateway) -> Iterator[None]:
+    """Audit the run when it ends, also when it is interrupted, and exit with 1 if the books disagree."""
+    try:
+        yield
+    finally:
         exit_code = _show(output, run, gateway.close_books())
     click.get_current_context().exit(exit_code)
 
 
 def _show(output: Output, run: _Run, books: Books) -> int:
     """Print the audit; 0 if the books agree, else 1."""
-    audit = Audit(run.requests, run.outcomes, books)
+    audit = Audit(run.requests, run.endings, books)
     counts, unknown, disagreements = audit.counts(), audit.unknown(), audit.disagreements()
     facts = {
         "made_twice": audit.made_twice(),
@@ -90,7 +96,7 @@ def _show(output: Output, run: _Run, books: Books) -> int:
     document = {
         "outcome": verdict,
         "refunds": len(run.requests),
-        "outcomes": {count.outcome: count.refunds for count in counts},
+        "outcomes": {count.word: count.refunds for count in counts},
         **facts,
         "unknown": unknown,
         "disagreements": disagreements,
@@ -126,29 +132,29 @@ class _Run:
     """The refunds, and what the library said about each."""
 
     requests: Sequence[RefundRequest]
-    outcomes: dict[str, str] = attrs.field(factory=dict)
+    endings: dict[str, Ending] = attrs.field(factory=dict)
     seconds: float = 0.0
     worst_stall: float = 0.0
     """Seconds that the event loop was late at worst."""
 
-    async def refund_all(self, merchant: Merchant, concurrency: int, report: Callable[[], None]) -> None:
+    async def refund_all(self, merchant: Merchant, concurrency: int, advance: Callable[[], object]) -> None:
         """A plain gather over all refunds."""
         async with RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session:
             watch, began = asyncio.create_task(self._watch()), perf_counter()
             try:
-                await asyncio.gather(*(self._refund(session, request, report) for request in self.requests))
+                await asyncio.gather(*(self._refund(session, request, advance) for request in self.requests))
             finally:
                 self.seconds = perf_counter() - began
                 watch.cancel()
 
-    async def _refund(self, session: RefundSession, request: RefundRequest, report: Callable[[], None]) -> None:
-        self.outcomes[request.no_refund] = INTERRUPTED.word
+    async def _refund(self, session: RefundSession, request: RefundRequest, advance: Callable[[], object]) -> None:
+        self.endings[request.no_refund] = INTERRUPTED
         try:
-            outcome = refund_outcome(await session.apply_refund(request))
+            ending = refund_ending(await session.apply_refund(request))
         except LianLianError as error:
-            outcome = outcome_of(error)
-        self.outcomes[request.no_refund] = outcome.word
-        report()
+            ending = ending_of(error)
+        self.endings[request.no_refund] = ending
+        advance()
 
     async def _watch(self) -> None:
         pause = 0.005

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -16,7 +17,7 @@ from rich.table import Table
 from lianlian_async.errors import InvalidRequest, LianLianError, RefundOutcomeUnknown
 from lianlian_async.models import RefundQuery
 
-from .outcomes import error_document, outcome_of
+from .endings import ending_of, error_document
 
 __all__ = ["Output", "json_option", "pass_output", "printable", "query_command", "table"]
 
@@ -52,7 +53,7 @@ class Output:
         if self.as_json:
             self.show(error_document(error))
             return
-        word = outcome_of(error).word
+        word = ending_of(error).word
         if isinstance(error, InvalidRequest):
             self.note(f"{word}: nothing was sent")
             for problem in error.problems:
@@ -62,12 +63,14 @@ class Output:
         if isinstance(error, RefundOutcomeUnknown):
             self.note(f"ask with: {query_command(error.query())}")
 
-    def progress(self, description: str, total: int) -> tuple[Progress, Any]:
-        """A progress bar on stderr, silent unless that is a terminal, and its only task."""
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Callable[[], object]]:
+        """A progress bar on stderr, silent unless that is a terminal; call what it yields for each step."""
         console = _console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        return progress, progress.add_task(description, total=total)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda: progress.advance(task)
 
 
 def _set_json(ctx: click.Context, _option: click.Parameter, value: bool) -> None:

@@ -16,8 +16,8 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStatus
 from lianlian_async.session import RefundSession
 
+from .endings import INTERRUPTED, refund_ending
 from .inputs import Command, config_option, file_argument, load_merchant, read_message
-from .outcomes import INTERRUPTED, refund_outcome
 from .output import Output, json_option, pass_output, query_command, table
 
 __all__ = ["apply", "query"]
@@ -79,7 +79,7 @@ def apply(
             return await session.apply_refund(request)
 
     try:
-        refund = anyio.run(call)
+        _show(output, anyio.run(call))
     except KeyboardInterrupt:
         question = request.query()
         output.show(
@@ -87,7 +87,6 @@ def apply(
             f"refund {request.no_refund} may have been made; ask with: {query_command(question)}",
         )
         raise
-    _show(output, refund)
 
 
 @click.command
@@ -133,15 +132,15 @@ def _message(file: BinaryIO | None, merchant: Merchant) -> dict[str, str]:
 
 def _show(output: Output, refund: Refund) -> None:
     """Print the record, and exit with the code of its state."""
-    outcome = refund_outcome(refund)
+    ending = refund_ending(refund)
     documented = [field.name for field in attrs.fields(Refund) if field.eq]  # the others are about the message
     rows = [(name, *_cells(getattr(refund, name))) for name in documented]
-    rows += [(name, text, "not documented") for name, text in refund.extra.items()]
+    rows += [(name, text, "not as documented") for name, text in refund.extra.items()]
     output.show(
-        {"outcome": outcome.word, "refund": refund.to_dict()},
-        table(f"refund {refund.no_refund}: {outcome.word}", ("field", "value", "type"), rows),
+        {"outcome": ending.word, "refund": refund.to_dict()},
+        table(f"refund {refund.no_refund}: {ending.word}", ("field", "value", "type"), rows),
     )
-    click.get_current_context().exit(outcome.exit_code)
+    click.get_current_context().exit(ending.exit_code)
 
 
 def _cells(value: object) -> tuple[str, str]:

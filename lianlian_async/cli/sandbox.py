@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +23,9 @@ from .serving import environment, serving
 
 __all__ = ["sandbox"]
 
+
+_NAP: Final = 0.5
+"""Seconds: a signal that comes in the very moment before a sleep ends it only when the sleep is over."""
 
 _FAULTS: Final = {fault.value.replace(" ", "-"): fault for fault in Fault}
 
@@ -82,14 +85,15 @@ def sandbox(
     """
     refuse_existing(env_file)
     gateway = SandboxGateway(repeated=Repeated(repeated), **_kept_keys(keys), **options)
-    with _until_told_to_stop() as wait, serving(gateway, host, port) as url, _written(env_file, gateway, url):
+    with _until_told_to_stop(), serving(gateway, host, port) as url, _written(env_file, gateway, url):
         path = env_file.absolute()
         output.show(
             {"url": url, "env_file": str(path)},
             f"sandbox gateway at {url}",
             f"use it:  set -a; . {shlex.quote(str(path))}; set +a",
         )
-        wait()
+        while True:
+            time.sleep(_NAP)
 
 
 def _kept_keys(directory: Path | None) -> dict[str, Any]:
@@ -107,12 +111,12 @@ def _kept_keys(directory: Path | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _until_told_to_stop() -> Iterator[Callable[[], object]]:
-    """SIGINT and SIGTERM, at whatever moment, end the block and nothing else; it may wait for them."""
+def _until_told_to_stop() -> Iterator[None]:
+    """SIGINT and SIGTERM, at whatever moment, end the block and nothing else."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with suppress(KeyboardInterrupt):
-            yield threading.Event().wait
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

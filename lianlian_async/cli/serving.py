@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,8 +18,8 @@ __all__ = ["environment", "serving"]
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Whether a line of uvicorn's log tells of a bug: a connection that the sandbox breaks on purpose is none."""
-    return record.exc_info is not None and not isinstance(record.exc_info[1], ConnectionResetError)
+    """Whether a line of uvicorn's log tells of a bug: what the sandbox breaks on purpose or at its end is none."""
+    return record.exc_info is not None and not isinstance(record.exc_info[1], ConnectionResetError | CancelledError)
 
 
 @contextmanager

@@ -10,11 +10,10 @@ from urllib.parse import unquote
 
 import click
 
-from lianlian_async.errors import SignatureInvalid
 from lianlian_async.signing import VerifyingKey, signature_source
 
+from .endings import SIGNATURE_INVALID
 from .inputs import config_option, file_argument, load_merchant, read_message
-from .outcomes import OUTCOMES
 from .output import Output, json_option, pass_output
 
 __all__ = ["verify"]
@@ -117,7 +116,7 @@ def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
     trusted = keys[:-1] if fields.keys() & {"ret_code", "sta_refund"} else keys
     source = signature_source(fields)
     signer = _signer(trusted, source, fields.get("sign", ""))
-    outcome = "valid" if signer else OUTCOMES[SignatureInvalid].word
+    outcome = "valid" if signer else SIGNATURE_INVALID.word
     reason = f"signed with {signer}" if signer else _cause(fields, keys)
     output.show(
         {
@@ -132,4 +131,4 @@ def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
         f"signed is, if all is well: {source.decode()}",
     )
     if not signer:
-        click.get_current_context().exit(OUTCOMES[SignatureInvalid].exit_code)
+        click.get_current_context().exit(SIGNATURE_INVALID.exit_code)

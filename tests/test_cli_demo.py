@@ -1,0 +1,169 @@
+"""``lianlian demo``: refunds through trouble, and an audit that would tell on us."""
+
+import multiprocessing
+import signal
+import threading
+from decimal import Decimal
+
+import pytest
+from command import end, interruption, run, start
+
+from lianlian_async import RefundRequest
+from lianlian_async.cli.audit import Audit, Count
+from lianlian_async.cli.endings import FAILED, INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN
+from lianlian_async.cli.remote import Books, RemoteGateway, gateway_process, run_gateway
+
+DEMO = ("demo", "--refunds", "30", "--bits", "1024")
+
+
+def test_no_refund_is_made_twice_and_every_outcome_is_true():
+    """Thirty refunds, a third of the requests in trouble: the gateway's own books confirm every outcome."""
+    ended = run(*DEMO, "--seed", "3", "--json")
+    assert ended.exit_code == 0
+    report = ended.json
+    assert report["outcome"] == "the books agree"
+    assert report["made_twice"] == 0
+    assert sum(report["outcomes"].values()) == report["refunds"] == 30
+    assert report["outcomes"]["rejected"] + report["outcomes"]["unknown"] >= 1
+    assert report["attempts"] >= 30
+    assert report["seconds"] > 0
+
+
+def test_people_get_tables_and_no_progress_where_there_is_no_terminal():
+    """Without trouble all is made, the tables are on stdout, and stderr stays empty."""
+    ended = run(*DEMO, "--faults", "0")
+    assert ended.exit_code == 0
+    assert "│ made     │ 29 " in ended.stdout
+    assert "│ rejected │ 1 " in ended.stdout
+    assert ended.stdout.endswith("the books agree\n")
+    assert ended.stderr == ""
+
+
+def test_a_terminal_shows_progress_on_stderr():
+    """On a terminal the progress is shown, and stdout still holds nothing but the result."""
+    ended = run(*DEMO, "--faults", "0", "--json", env={"FORCE_COLOR": "1"})
+    assert "refunds" in ended.stderr
+    assert ended.json["refunds"] == 30
+
+
+def check_interrupted(ended):
+    """A demo that was interrupted has audited what was begun."""
+    assert ended.exit_code == 130
+    assert ended.stderr.endswith("interrupted\n")
+    assert ended.json["outcome"] == "the books agree"
+    assert ended.json["made_twice"] == 0
+
+
+def test_an_interrupted_demo_audits_what_was_begun():
+    """Ctrl-C shows what is known so far, checked against the books, and exits with 130."""
+    process = start(*DEMO, "--refunds", "20000", "--concurrency", "2", "--json", env={"FORCE_COLOR": "1"})
+    seen = ""
+    while "refunds" not in seen:  # the progress bar: it is under way
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    check_interrupted(end(process))
+
+
+def test_an_interruption_before_anything_was_begun_is_audited_too():
+    """Nothing begun, nothing made: the books agree even then."""
+    with interruption():
+        ended = run(*DEMO, "--json")
+    check_interrupted(ended)
+    assert (ended.json["attempts"], ended.json["outcomes"]["made"]) == (0, 0)
+
+
+# ── the gateway's process ────────────────────────────────────────────────────────────────────────
+
+
+def test_the_gateway_hands_over_its_books_at_the_end():
+    """What was carried out, what moved and what was asked comes through the pipe, once the server has stopped."""
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=run_gateway, args=(theirs, {"default_order": Decimal("9.00")}))
+    thread.start()
+    with ours:
+        environment = ours.recv()
+        refund = ("--dt-refund", "20130515094018", "--money-refund", "1.00", "--no-order", "O-1")
+        assert run("apply", "--no-refund", "R-1", *refund, env=environment).exit_code == 0
+        assert run("apply", "--no-refund", "R-2", *refund, "--money-refund", "9.01", env=environment).exit_code == 3
+        assert RemoteGateway(environment, ours).close_books() == Books(
+            times_made={"R-1": 1}, money_moved={"R-1": Decimal("1.00")}, requests={"apply": 2}
+        )
+    thread.join()
+
+
+def test_the_gateway_ends_without_a_word_when_nobody_is_there_any_more():
+    """A client that went away leaves no server and no traceback behind."""
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    run_gateway(theirs, {})
+    assert theirs.closed
+
+
+def test_leaving_the_block_ends_the_process():
+    """The gateway's process does not outlive its block, whether or not its books were asked for."""
+    before = multiprocessing.active_children()
+    with gateway_process({}) as gateway:
+        assert gateway.environment["LIANLIAN_APPLY_URL"].startswith("http://127.0.0.1:")
+        assert len(multiprocessing.active_children()) == len(before) + 1
+    assert multiprocessing.active_children() == before
+
+
+# ── the audit ────────────────────────────────────────────────────────────────────────────────────
+
+
+def audit(ending, times, moved=None):
+    """The audit of one refund of 2.50 yuan, which the books hold ``times`` times."""
+    request = RefundRequest(no_refund="R-1", dt_refund="20130515094018", money_refund=Decimal("2.50"), no_order="O-1")
+    moved = times * request.money_refund if moved is None else moved
+    books = Books({"R-1": times}, {"R-1": moved}, {}) if times else Books({}, {}, {})
+    return Audit([request], {} if ending is None else {"R-1": ending}, books)
+
+
+@pytest.mark.parametrize(
+    ("ending", "times"),
+    [
+        (MADE, 1),
+        (REJECTED, 0),
+        (NOT_SENT, 0),
+        (UNKNOWN, 0),
+        (UNKNOWN, 1),
+        (INTERRUPTED, 0),
+        (INTERRUPTED, 1),
+        (None, 0),
+    ],
+)
+def test_what_the_books_confirm_is_no_disagreement(ending, times):
+    """Made is once; unknown and interrupted are once or not at all; all else is not at all."""
+    assert audit(ending, times).disagreements() == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "times"),
+    [(MADE, 0), (MADE, 2), (REJECTED, 1), (NOT_SENT, 1), (UNKNOWN, 2), (INTERRUPTED, 2), (FAILED, 1), (None, 1)],
+)
+def test_what_the_books_deny_is_a_disagreement(ending, times):
+    """A refund that is lost, made twice, or made in spite of what was said is named."""
+    assert audit(ending, times).disagreements() == ["R-1"]
+
+
+def test_other_money_is_a_disagreement():
+    """Made once is not enough: it has to be the amount that was asked for."""
+    assert audit(MADE, 1, Decimal("2.49")).disagreements() == ["R-1"]
+
+
+def test_the_audit_counts_what_was_made_twice():
+    """Twice is twice, whatever the client believes."""
+    assert [audit(MADE, times).made_twice() for times in (0, 1, 2, 3)] == [0, 0, 1, 1]
+
+
+def test_every_usual_ending_is_counted_and_unknown_ones_are_listed():
+    """The counts name the usual endings even where there are none, and what the books hold of each."""
+    assert audit(UNKNOWN, 1).counts() == [
+        Count("made", 0, 0),
+        Count("rejected", 0, 0),
+        Count("not sent", 0, 0),
+        Count("unknown", 1, 1),
+    ]
+    assert audit(UNKNOWN, 1).unknown() == {"R-1": 1}
+    assert audit(INTERRUPTED, 0).counts()[-1] == Count("interrupted", 1, 0)
+    assert audit(INTERRUPTED, 0).unknown() == {}

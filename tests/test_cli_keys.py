@@ -1,0 +1,88 @@
+"""``lianlian keygen``: key files, who may read them, and what is printed."""
+
+import stat
+
+import pytest
+from command import run
+
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.signing import SigningKey, VerifyingKey
+
+KEYGEN = ("keygen", "--bits", "1024")
+
+
+def test_a_pair_is_written_and_its_public_half_printed(tmp_path):
+    """The private key is for its owner alone, and what is printed is what LianLian's dashboard takes."""
+    ended = run(*KEYGEN, "--out", tmp_path)
+    assert ended.exit_code == 0
+    private, public = tmp_path / "merchant.pem", tmp_path / "merchant.pub.pem"
+    key = SigningKey.load(private)
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert ended.stdout == key.public_key().to_base64() + "\n"
+    assert VerifyingKey.load(public).fingerprint == VerifyingKey.load(ended.stdout).fingerprint == key.fingerprint
+    assert key.fingerprint in ended.stderr
+    assert private.read_text()[100:160] not in ended.stdout + ended.stderr
+
+
+def test_a_pair_can_be_named_and_told_in_json(tmp_path):
+    """--out may name the private key's file; --json names both files, fingerprint and public key."""
+    ended = run(*KEYGEN, "--out", tmp_path / "shop", "--json")
+    key = SigningKey.load(tmp_path / "shop")
+    assert ended.json == {
+        "private_key": str(tmp_path / "shop"),
+        "public_key": str(tmp_path / "shop.pub"),
+        "fingerprint": key.fingerprint,
+        "public_key_base64": key.public_key().to_base64(),
+    }
+    assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("taken", ["merchant.pem", "merchant.pub.pem"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_no_file_is_ever_overwritten(tmp_path, taken, dangling):
+    """If either file is there, be it a link to nowhere, nothing is written at all."""
+    if dangling:
+        (tmp_path / taken).symlink_to(tmp_path / "nowhere")
+    else:
+        (tmp_path / taken).write_text("precious")
+    ended = run(*KEYGEN, "--out", tmp_path)
+    assert ended.exit_code == 2
+    assert "exists already" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [taken]
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path):
+    """Where the file cannot be made, its path and the reason are told."""
+    ended = run(*KEYGEN, "--out", tmp_path / "missing" / "key.pem")
+    assert ended.exit_code == 2
+    assert "key.pem: No such file or directory" in ended.stderr
+
+
+def test_the_password_comes_from_the_environment(tmp_path):
+    """The name of a variable stands on the command line, its value never."""
+    ended = run(*KEYGEN, "--out", tmp_path, "--password-env", "PASSWORD", env={"PASSWORD": "correct horse"})
+    assert ended.exit_code == 0
+    assert SigningKey.load(tmp_path / "merchant.pem", "correct horse").bits == 1024
+    with pytest.raises(ConfigurationError, match="encrypted"):
+        SigningKey.load(tmp_path / "merchant.pem")
+
+
+def test_the_password_can_be_typed_unseen(tmp_path):
+    """The prompt asks twice, on stderr, and shows nothing of what is typed."""
+    ended = run(*KEYGEN, "--out", tmp_path, "--password-prompt", stdin="correct horse\ncorrect horse\n")
+    assert ended.exit_code == 0
+    assert "correct horse" not in ended.stdout + ended.stderr
+    assert SigningKey.load(tmp_path / "merchant.pem", "correct horse").bits == 1024
+
+
+def test_an_empty_password_variable_is_refused(tmp_path):
+    """A variable that holds nothing would leave the key open: nothing is written."""
+    ended = run(*KEYGEN, "--out", tmp_path, "--password-env", "PASSWORD", env={"PASSWORD": ""})
+    assert ended.exit_code == 2
+    assert "PASSWORD is not set" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_sizes_are_a_usage_error(tmp_path):
+    """The gateway knows keys of three sizes."""
+    assert run("keygen", "--bits", "3072", "--out", tmp_path).exit_code == 2

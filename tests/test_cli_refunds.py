@@ -1,0 +1,291 @@
+"""``lianlian apply`` and ``lianlian query`` over a socket, to the last exit code."""
+
+import json
+import signal
+import time
+from decimal import Decimal
+
+import pytest
+from command import end, interruption, run, start
+
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.sandbox import Fault, SandboxGateway
+from lianlian_async.signing import signature_source
+
+# The sample request of LianLian's apply page, as it stands there.
+SAMPLE = """{
+"oid_partner":"201103171000000000",
+"dt_refund":"20130515094018",
+"no_refund":"2013051500005",
+"money_refund":"200.01",
+"dt_order":"20130515094013",
+"no_order":"2013051500001",
+"oid_paybill":"2013051613121201",
+"notify_url":"http://payhttp.xiaofubao.com/***/refund.htm",
+"sign_type ":"RSA",
+"sign":"ZPZULntRpJwFmGNIVKwjLEF2Tze7bqs60rxQ22CqT5J1UlvGo575QK9z/+p+7E9cOoRoWzqR6xHZ6WVv3dloyGKDR0btvrdqPgUAoeaX/YOWzTh00vwcQ+HBtXE+vPTfAqjCTxiiSJEOY7ATCF1q7iP3sfQxhS0nDUug1LP3OLk="
+}"""
+# The fields of its sample response, and the type that each of them has here.
+ANSWER = {
+    "ret_code": "str",
+    "ret_msg": "str",
+    "oid_partner": "str",
+    "no_refund": "str",
+    "dt_refund": "datetime",
+    "oid_refundno": "str",
+    "money_refund": "Decimal",
+    "money_foreign_refund": "Decimal",
+    "rate_id": "str",
+    "rate": "Decimal",
+    "exchange_bankcode": "str",
+    "sta_refund": "RefundStatus",
+    "settle_date": "date",
+}
+REFUND = ("--no-refund", "R-1", "--dt-refund", "20130515094018", "--money-refund", "200.01", "--no-order", "O-1")
+QUESTION = ("--no-refund", "R-1", "--dt-refund", "20130515094018")
+
+
+@pytest.fixture
+def gateway():
+    """A sandbox in which every refund is final at once."""
+    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0)
+
+
+@pytest.fixture
+def env(gateway):
+    """The environment that leads to it, as long as it is served."""
+    with serving(gateway) as url:
+        yield environment(gateway, url)
+
+
+@pytest.fixture
+def sample(tmp_path):
+    """A file with the sample request."""
+    file = tmp_path / "sample.json"
+    file.write_text(SAMPLE, "utf-8")
+    return file
+
+
+def types_in(table):
+    """The type that a printed table gives each field."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
+    return {field: kind for field, _value, kind in rows}
+
+
+# ── made, and found ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_sample_request_of_the_vendors_page_is_made(env, sample, gateway):
+    """The page's own sample, its stale signature and misspelt key included, is accepted and signed anew."""
+    ended = run("apply", sample, "--json", env=env)
+    assert ended.exit_code == 0
+    assert ended.json["outcome"] == "made"
+    assert ended.json["refund"].keys() >= {*ANSWER, "sign", "sign_type"}
+    assert gateway.money_moved("2013051500005") == Decimal("200.01")
+
+
+@pytest.mark.parametrize("command", ["apply", "query"])
+def test_every_field_of_the_sample_response_is_shown_with_its_type(env, sample, command):
+    """People see each documented field, its value and its type."""
+    if command == "query":
+        run("apply", sample, env=env)
+    ended = run(command, sample, env=env)
+    assert ended.exit_code == 0
+    assert types_in(ended.stdout) == ANSWER
+    assert "2 (success)" in ended.stdout
+
+
+def test_the_file_that_was_applied_asks_about_itself(env, sample):
+    """A query takes what it needs from the request, and needs no other file."""
+    made = run("apply", sample, "--json", env=env).json["refund"]
+    found = run("query", "-", "--json", "--oid-refundno", made["oid_refundno"], env=env, stdin=SAMPLE)
+    assert found.exit_code == 0
+    assert found.json["refund"]["oid_refundno"] == made["oid_refundno"]
+
+
+def test_a_request_can_be_given_by_options_alone(env, gateway):
+    """Without a file, the options are the request, and notify_url comes from the environment."""
+    assert run("apply", *REFUND, env=env).exit_code == 0
+    assert gateway.times_made("R-1") == 1
+
+
+def test_options_override_the_file_and_empty_fields_are_absent(env, gateway):
+    """What stands in the options counts; an empty field in the file is no field."""
+    stdin = json.dumps({**json.loads(SAMPLE), "oid_paybill": "", "money_refund": "1.00"})
+    ended = run("apply", "-", "--money-refund", "2.00", "--json", env=env, stdin=stdin)
+    assert ended.json["refund"]["money_refund"] == "2.00"
+
+
+def test_the_merchant_can_come_from_a_toml_file(env, tmp_path):
+    """--config takes the place of the environment."""
+    names = {
+        "oid_partner": "LIANLIAN_OID_PARTNER",
+        "private_key": "LIANLIAN_PRIVATE_KEY",
+        "gateway_public_keys": "LIANLIAN_GATEWAY_PUBLIC_KEYS",
+        "apply_url": "LIANLIAN_APPLY_URL",
+        "query_url": "LIANLIAN_QUERY_URL",
+        "notify_url": "LIANLIAN_NOTIFY_URL",
+    }
+    config = tmp_path / "merchant.toml"
+    config.write_text("".join(f"{name} = {json.dumps(env[variable])}\n" for name, variable in names.items()), "utf-8")
+    assert run("apply", *REFUND, "--config", config).exit_code == 0
+
+
+def test_a_refund_that_is_not_final_shows_what_is_absent(env, gateway):
+    """A field that the gateway left out is shown as absent."""
+    gateway._ledger.settle_after = 3600.0
+    ended = run("apply", *REFUND, env=env)
+    assert types_in(ended.stdout) == ANSWER | {"settle_date": "absent"}
+    assert "0 (initialized)" in ended.stdout
+
+
+def test_undocumented_fields_are_shown_and_cannot_steer_the_terminal(gateway):
+    """A signed field that no page knows is shown, its control characters escaped."""
+    answer = {
+        "ret_code": "0000",
+        "oid_partner": gateway.oid_partner,
+        "no_refund": "R-1",
+        "news": "\x1b[2J[bold]hello",
+        "rate": "much",
+    }
+    body = json.dumps(answer | {"sign": gateway.gateway_key.sign(signature_source(answer))}).encode()
+
+    async def application(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    with serving(application) as url:
+        ended = run("query", *QUESTION, env=environment(gateway, url))
+    assert ended.exit_code == 0
+    assert "\x1b" not in ended.stdout
+    assert "\\x1b[2J[bold]hello" in ended.stdout
+    assert types_in(ended.stdout)["news"] == types_in(ended.stdout)["rate"] == "not as documented"
+
+
+# ── refused before anything is sent ──────────────────────────────────────────────────────────────
+
+
+def test_a_request_of_another_merchant_is_refused(env, gateway):
+    """A file that names another oid_partner than the configured one is not sent."""
+    ended = run("apply", "-", env=env, stdin=SAMPLE.replace("201103171000000000", "201304121000001004"))
+    assert ended.exit_code == 2
+    assert "oid_partner: must be the configured merchant's, 201103171000000000" in ended.stderr
+    assert not gateway.requests
+
+
+def test_all_broken_rules_are_listed_at_once(env, gateway):
+    """An invalid request names every problem, for people and in JSON."""
+    arguments = ("apply", *REFUND, "--money-refund", "0.001", "--notify-url", "nowhere")
+    people, machine = run(*arguments, env=env), run(*arguments, "--json", env=env)
+    assert people.exit_code == machine.exit_code == 2
+    assert people.stderr.startswith("invalid request: nothing was sent\n  money_refund: ")
+    assert "\n  notify_url: " in people.stderr
+    assert machine.json["outcome"] == "invalid request"
+    assert [problem["field"] for problem in machine.json["error"]["problems"]] == ["money_refund", "notify_url"]
+    assert not gateway.requests
+
+
+def test_a_missing_configuration_names_its_variables():
+    """Without a merchant, the variables that are missing are named."""
+    ended = run("query", *QUESTION)
+    assert ended.exit_code == 2
+    assert "LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY, LIANLIAN_GATEWAY_PUBLIC_KEYS" in ended.stderr
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"a": "1", "a": "2"}'])
+def test_a_file_that_is_no_message_is_a_usage_error(env, text):
+    """What is not a flat JSON object of strings is refused as FILE."""
+    ended = run("apply", "-", env=env, stdin=text)
+    assert ended.exit_code == 2
+    assert "FILE" in ended.stderr
+
+
+def test_a_byte_order_mark_is_no_harm(env):
+    """JSON that an editor began with a byte order mark is read all the same."""
+    assert run("apply", "-", env=env, stdin="\ufeff" + SAMPLE).exit_code == 0
+
+
+@pytest.mark.parametrize("deadline", ["0", "-1", "soon"])
+def test_a_deadline_must_be_some_seconds(env, deadline):
+    """A deadline that is none is a usage error."""
+    assert run("query", *QUESTION, "--deadline", deadline, env=env).exit_code == 2
+
+
+# ── every other end ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rejected_refund_exits_3(env):
+    """The gateway's no comes with its code, its words and our advice."""
+    ended = run("apply", *REFUND, "--money-refund", "1000.01", env=env)
+    assert ended.exit_code == 3
+    assert ended.stderr.startswith("rejected: ")
+    assert "5003" in ended.stderr
+    document = run("apply", *REFUND, "--money-refund", "1000.01", "--json", env=env).json
+    assert (document["outcome"], document["error"]["type"]) == ("rejected", "RefundRejected")
+    assert document["error"]["ret_code"] == "5003"
+    assert document["error"]["verified"] is True
+
+
+def test_a_failed_refund_exits_3(env, gateway):
+    """A refund that the bank did not accept is not made."""
+    gateway.fail("R-1")
+    ended = run("apply", *REFUND, "--json", env=env)
+    assert (ended.exit_code, ended.json["outcome"]) == (3, "failed")
+
+
+def test_a_refund_that_was_not_sent_exits_1(env):
+    """Where nothing listens, the refund was certainly not sent, and that is said."""
+    closed = {**env, "LIANLIAN_APPLY_URL": "http://127.0.0.1:9/exchangerefund.htm"}
+    ended = run("apply", *REFUND, "--deadline", "1", env=closed)
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith("not sent: ")
+
+
+def test_an_unknown_outcome_exits_4_and_tells_how_to_ask(env, gateway):
+    """After a lost answer, people get the command that asks, and programs all that is known."""
+    gateway.script(Fault.HTTP_500, times=1000)
+    people = run("apply", *REFUND, "--deadline", "0.3", env=env)
+    machine = run("apply", *REFUND, "--deadline", "0.3", "--json", env=env)
+    assert people.exit_code == machine.exit_code == 4
+    assert "ask with: lianlian query --no-refund R-1 --dt-refund 20130515094018" in people.stderr
+    error = machine.json["error"]
+    assert error["query"] == {"no_refund": "R-1", "dt_refund": "20130515094018"}
+    assert error["request"]["money_refund"] == "200.01"
+    assert error["attempts"] == 1
+    assert error["sent_at"] < error["ask_again_at"]
+
+
+def test_a_forged_answer_exits_5(env, gateway):
+    """An answer that LianLian did not sign is named as such."""
+    gateway.script(Fault.WRONG_SIGNATURE, times=1000)
+    ended = run("query", *QUESTION, "--deadline", "0.3", env=env)
+    assert ended.exit_code == 5
+    assert ended.stderr.startswith("signature invalid: ")
+
+
+def test_a_refund_that_nobody_knows_exits_1(env):
+    """No such record is an error of its own."""
+    ended = run("query", *QUESTION, "--json", env=env)
+    assert (ended.exit_code, ended.json["outcome"]) == (1, "not found")
+
+
+def test_an_interrupted_refund_exits_130_and_tells_how_to_ask(env, gateway):
+    """Ctrl-C while the answer is awaited ends at once, and says that the refund may have been made."""
+    gateway.script(Fault.NO_ANSWER)
+    process = start("apply", *REFUND, env=env)
+    while not gateway.requests["apply"]:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    ended = end(process, env)
+    assert ended.exit_code == 130
+    assert "R-1 may have been made; ask with: lianlian query --no-refund R-1 --dt-refund 20130515094018" in ended.stdout
+    assert ended.stderr.endswith("interrupted\n")
+    assert gateway.times_made("R-1") == 1
+
+
+def test_an_interrupted_refund_is_told_to_programs_too(gateway):
+    """With --json, the interruption is an object that holds the question to ask."""
+    with interruption():
+        ended = run("apply", *REFUND, "--json", env=environment(gateway, "http://127.0.0.1:9"))
+    assert ended.exit_code == 130
+    assert ended.json == {"outcome": "interrupted", "query": {"no_refund": "R-1", "dt_refund": "20130515094018"}}

@@ -1,0 +1,221 @@
+"""``lianlian sandbox``: a gateway on a real socket, the file that leads to it, and its end."""
+
+import os
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import httpx
+import pytest
+from command import end, run, start
+from test_cli_refunds import ANSWER, SAMPLE, types_in
+
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.sandbox import Fault, SandboxGateway
+from lianlian_async.signing import SigningKey
+
+APPLY = ("apply", "--no-refund", "R-1", "--dt-refund", "20130515094018", "--money-refund", "1.00", "--no-order", "O-1")
+
+
+def read(env_file):
+    """The variables of an environment file, as a POSIX shell reads them."""
+    assignments = shlex.split(env_file.read_text("utf-8"), comments=True)
+    return dict(assignment.split("=", 1) for assignment in assignments)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """``lianlian sandbox`` as a process of its own: the process, and its environment file."""
+    env_file = tmp_path / "the sandbox's.env"
+    process = start("sandbox", "--settle-after", "0", "--env-file", env_file)
+    ready = process.stdout.readline()
+    assert "http://127.0.0.1:" in ready
+    yield process, env_file
+    process.kill()
+    process.communicate()
+
+
+def sandbox_in_this_process(*options, env_file, number=signal.SIGTERM, meanwhile=lambda _env: None):
+    """Run the command here until ``meanwhile`` is done with it, then stop it by a signal."""
+
+    def stop():
+        while not env_file.exists() or "NOTIFY_URL" not in env_file.read_text("utf-8"):
+            time.sleep(0.01)
+        try:
+            meanwhile(read(env_file))
+        finally:
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        return run("sandbox", "--env-file", env_file, *options)
+    finally:
+        thread.join()
+
+
+# ── as a process of its own ──────────────────────────────────────────────────────────────────────
+
+
+def test_the_vendors_sample_goes_through_a_sandbox_that_was_just_started(served):
+    """Start it, read its file, apply with the page's own sample, and query: three processes and a socket."""
+    _process, env_file = served
+    env = read(env_file)
+    sample = env_file.with_name("sample.json")
+    sample.write_text(SAMPLE, "utf-8")
+    made = end(start("apply", sample, env=env), env)
+    found = end(start("query", sample, "--json", env=env), env)
+    assert (made.exit_code, found.exit_code) == (0, 0)
+    assert types_in(made.stdout) == ANSWER
+    assert found.json["refund"]["no_refund"] == "2013051500005"
+    assert found.json["refund"]["sta_refund"] == "2"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_the_printed_line_prepares_a_shell(served):
+    """What is printed can be pasted into sh, whatever the file is called."""
+    process, _env_file = served
+    _, _, line = process.stdout.readline().partition("use it:")
+    script = f'{line}\nprintf %s "$LIANLIAN_OID_PARTNER"'
+    shell = subprocess.run(["/bin/sh", "-euc", script], capture_output=True, text=True, check=True, timeout=60)
+    assert shell.stdout == "201103171000000000"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly(served, number):
+    """SIGINT and SIGTERM stop the server, remove the file that leads to it, and exit with 0."""
+    process, env_file = served
+    process.send_signal(number)
+    ended = end(process)
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert not env_file.exists()
+
+
+@pytest.mark.parametrize("fault", [Fault.NO_ANSWER, Fault.RESET])
+def test_it_ends_quietly_whatever_is_under_way(fault, caplog):
+    """Neither a request that waits nor a connection that the sandbox broke keeps it alive or fills its log."""
+    gateway = SandboxGateway(default_order=Decimal("100.00"))
+    gateway.script(fault, times=1000)
+    with serving(gateway) as url:
+        client = start(*APPLY, env=environment(gateway, url))
+        while not gateway.requests["apply"]:
+            time.sleep(0.01)
+    client.kill()
+    client.communicate()
+    assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
+
+
+def test_a_bug_of_the_application_is_not_hidden(caplog):
+    """An unexpected exception in the sandbox is logged with its traceback."""
+
+    async def broken(_scope, _receive, _send):
+        raise ZeroDivisionError("a bug")
+
+    with serving(broken) as url:
+        assert httpx.get(url).status_code == 500
+    assert "ZeroDivisionError: a bug" in caplog.text
+
+
+# ── in this process ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_file_is_for_its_owner_alone_and_goes_with_the_sandbox(tmp_path):
+    """The environment file holds a private key: mode 0600, never printed, and removed at the end."""
+    env_file, seen = tmp_path / "sandbox.env", {}
+
+    def look(env):
+        seen.update(env, mode=stat.S_IMODE(env_file.stat().st_mode))
+
+    ended = sandbox_in_this_process("--json", env_file=env_file, meanwhile=look)
+    assert ended.exit_code == 0
+    assert seen["mode"] == 0o600
+    assert ended.json == {
+        "url": seen["LIANLIAN_APPLY_URL"].removesuffix("/exchangerefund.htm"),
+        "env_file": str(env_file),
+    }
+    assert seen["LIANLIAN_PRIVATE_KEY"] not in ended.stdout
+    assert not env_file.exists()
+
+
+def test_a_file_that_is_there_is_not_touched(tmp_path):
+    """A second sandbox, or another file of that name, is no reason to overwrite it."""
+    env_file = tmp_path / "sandbox.env"
+    env_file.write_text("precious")
+    ended = run("sandbox", "--env-file", env_file)
+    assert ended.exit_code == 2
+    assert env_file.read_text() == "precious"
+
+
+def test_kept_keys_are_the_same_the_next_time(tmp_path):
+    """--keys makes a directory with both keys once, and uses them again."""
+    seen = []
+    for _ in range(2):
+        sandbox_in_this_process("--keys", tmp_path / "keys", env_file=tmp_path / "sandbox.env", meanwhile=seen.append)
+    assert seen[0]["LIANLIAN_PRIVATE_KEY"] == seen[1]["LIANLIAN_PRIVATE_KEY"]
+    key = tmp_path / "keys" / "merchant.pem"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert SigningKey.load(seen[0]["LIANLIAN_PRIVATE_KEY"]).fingerprint == SigningKey.load(key).fingerprint
+
+
+def test_it_is_as_it_is_asked_to_be(tmp_path):
+    """Merchant number, orders, duplicates and faults follow the options."""
+    answers = []
+
+    def refund(env):
+        # In processes of their own: this one's main thread is busy being the sandbox.
+        answers.extend(end(start(*APPLY, "--json", env=env), env).json for _ in range(2))
+
+    options = ("--oid-partner", "P1", "--default-order", "2.00", "--repeated", "again", "--fault", "delay=0.0")
+    sandbox_in_this_process(*options, env_file=tmp_path / "sandbox.env", meanwhile=refund)
+    first, second = (answer["refund"] for answer in answers)
+    assert first["oid_partner"] == "P1"
+    assert first["oid_refundno"] != second["oid_refundno"]
+
+
+def test_an_ipv6_address_is_written_in_brackets(tmp_path):
+    """A sandbox at ::1 has a URL that clients can read."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    ended = sandbox_in_this_process("--host", "::1", "--json", env_file=tmp_path / "sandbox.env")
+    assert ended.json["url"].startswith("http://[::1]:")
+
+
+def test_an_address_that_is_taken_is_named(tmp_path):
+    """Where the port cannot be had, it is said, and nothing is left behind."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run("sandbox", "--port", port, "--env-file", tmp_path / "sandbox.env")
+    assert ended.exit_code == 2
+    assert f"127.0.0.1 port {port}: " in ended.stderr
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--fault", "flood=0.1"), "'flood' is not one of delay, no-answer, late"),
+        (("--fault", "reset"), "must be NAME=PROBABILITY"),
+        (("--default-order", "0"), "must be between 0.01"),
+        (("--repeated", "maybe"), "reject"),
+    ],
+)
+def test_options_that_cannot_be_are_usage_errors(tmp_path, options, reason):
+    """A usage error names what would be right."""
+    ended = run("sandbox", *options, "--env-file", tmp_path / "sandbox.env")
+    assert ended.exit_code == 2
+    assert reason in " ".join(ended.stderr.split())
+
+
+def test_probabilities_beyond_one_are_refused(tmp_path):
+    """More trouble than requests is a configuration error."""
+    ended = run("sandbox", "--fault", "reset=0.6", "--fault", "busy=0.6", "--env-file", tmp_path / "sandbox.env")
+    assert ended.exit_code == 2
+    assert "all of them together" in ended.stderr

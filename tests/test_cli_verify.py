@@ -1,0 +1,168 @@
+"""``lianlian verify``: who signed a message, and why a signature does not fit."""
+
+import json
+from base64 import b64encode
+
+import pytest
+from command import run
+
+from lianlian_async.signing import signature_source
+
+ANSWER = {
+    "ret_code": "0000",
+    "ret_msg": "交易成功",
+    "no_refund": "R-1",
+    "oid_partner": "201103171000000000",
+    "sta_refund": "2",
+    "sign_type": "RSA",
+}
+REQUEST = {"oid_partner": "201103171000000000", "no_refund": "R-1", "dt_refund": "20130515094018", "sign_type": "RSA"}
+
+
+@pytest.fixture
+def env(merchant_keys, gateway_keys):
+    """A merchant who trusts the gateway's key."""
+    return {
+        "LIANLIAN_OID_PARTNER": "201103171000000000",
+        "LIANLIAN_PRIVATE_KEY": merchant_keys.private_pem,
+        "LIANLIAN_GATEWAY_PUBLIC_KEYS": gateway_keys.public_pem,
+    }
+
+
+def verify(env, fields, *options):
+    """What the command says about a message."""
+    return run("verify", "-", *options, env=env, stdin=json.dumps(fields, ensure_ascii=False))
+
+
+def signed(pair, fields, **changes):
+    """``fields`` with the signature that ``pair`` gives to ``fields`` and ``changes``."""
+    return {**fields, "sign": pair.private.sign(signature_source({**fields, **changes}))}
+
+
+@pytest.mark.parametrize("left_out", [(), ("ret_code", "ret_msg")])
+def test_an_answer_or_notification_of_lianlians_is_valid(env, gateway_keys, left_out):
+    """A message of the gateway's names the key that signed it."""
+    fields = {name: text for name, text in ANSWER.items() if name not in left_out}
+    ended = verify(env, signed(gateway_keys, fields))
+    assert ended.exit_code == 0
+    assert ended.stdout.startswith(f"valid: signed with LianLian's key {gateway_keys.public.fingerprint}\n")
+
+
+def test_a_request_of_ours_is_valid(env, merchant_keys):
+    """The merchant's own signature is right under a request, and JSON tells whose it is."""
+    ended = verify(env, signed(merchant_keys, REQUEST), "--json")
+    assert ended.exit_code == 0
+    assert ended.json["outcome"] == "valid"
+    assert ended.json["signed_by"] == {"owner": "merchant", "fingerprint": merchant_keys.public.fingerprint}
+    assert ended.json["source"] == signature_source(REQUEST).decode()
+
+
+def test_an_answer_with_our_own_signature_is_invalid(env, merchant_keys):
+    """Only LianLian may say how a refund stands."""
+    ended = verify(env, signed(merchant_keys, ANSWER))
+    assert ended.exit_code == 5
+    assert "only LianLian may say this" in ended.stdout
+
+
+def test_an_invalid_message_shows_what_has_to_be_signed_and_which_keys_were_tried(env, gateway_keys, merchant_keys):
+    """The source string and the fingerprints are shown; the signature is not."""
+    fields = signed(gateway_keys, ANSWER, no_refund="R-2")
+    ended = verify(env, fields, "--json")
+    assert ended.exit_code == 5
+    assert ended.json["outcome"] == "signature invalid"
+    assert ended.json["reason"] == "another key signed it, or a field was changed after signing"
+    assert ended.json["signed_by"] is None
+    assert ended.json["tried"] == [{"owner": "LianLian", "fingerprint": gateway_keys.public.fingerprint}]
+    assert ended.json["source"] == signature_source(ANSWER).decode()
+    people = verify(env, fields)
+    assert signature_source(ANSWER).decode() in people.stdout
+    assert fields["sign"] not in people.stdout
+
+
+def mixed_case(pair):
+    fields = {**ANSWER, "Zone": "CN"}
+    source = "&".join(f"{name}={fields[name]}" for name in sorted(fields, key=str.lower))
+    return {**fields, "sign": pair.private.sign(source.encode())}
+
+
+def with_a_plus(pair):
+    """A message whose signature has a + in it."""
+    candidates = (signed(pair, {**ANSWER, "no_refund": f"R-{number}"}) for number in range(100))
+    return next(fields for fields in candidates if "+" in fields["sign"])
+
+
+MISTAKES = {
+    "URL decoding lost them": lambda pair: (fields := with_a_plus(pair)) | {"sign": fields["sign"].replace("+", " ")},
+    "the line breaks in sign are taken out": lambda pair: (
+        (fields := signed(pair, ANSWER)) | {"sign": fields["sign"][:76] + "\r\n" + fields["sign"][76:]}
+    ),
+    "if ret_msg is left out": lambda pair: signed(pair, ANSWER, ret_msg=""),
+    "ret_code and ret_msg are left out": lambda pair: signed(pair, ANSWER, ret_msg="", ret_code=""),
+    "sign_type is left out": lambda pair: signed(pair, ANSWER, sign_type=""),
+    "sign_type=RSA is added": lambda pair: signed(pair, {**ANSWER, "sign_type": ""}, sign_type="RSA"),
+    "blanks around names and values are trimmed": lambda pair: {
+        **signed(pair, ANSWER),
+        "no_refund": " R-1",
+    },
+    "values are URL-decoded": lambda pair: {
+        **signed(pair, ANSWER, notify_url="http://shop.example/?a=b"),
+        "notify_url": "http%3A%2F%2Fshop.example%2F%3Fa%3Db",
+    },
+    "empty values are signed too": lambda pair: {
+        **ANSWER,
+        "rate": "",
+        "sign": pair.private.sign(
+            signature_source(ANSWER).replace(b"&ret_code=", b"&rate=&ret_code="),
+        ),
+    },
+    "fields stay in the order of the message": lambda pair: {
+        **ANSWER,
+        "sign": pair.private.sign("&".join(f"{name}={text}" for name, text in ANSWER.items()).encode()),
+    },
+    "fields are sorted without regard to case": mixed_case,
+    "the text is encoded in GBK": lambda pair: {
+        **ANSWER,
+        "sign": pair.private.sign(signature_source(ANSWER).decode().encode("gbk")),
+    },
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_usual_mistake_is_found_and_named(env, gateway_keys, mistake):
+    """The command tells under which wrong reading a signature would fit, and calls it invalid all the same."""
+    ended = verify(env, MISTAKES[mistake](gateway_keys))
+    assert ended.exit_code == 5
+    assert f"it fits LianLian's key {gateway_keys.public.fingerprint} only if" in ended.stdout
+    assert mistake in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("sign", "reason"),
+    [
+        ("", "the message bears no signature"),
+        ("no base64!", "sign is not base64"),
+        (b64encode(bytes(256)).decode(), "made by a key of 2048 bits, and none of the known keys has that size"),
+    ],
+)
+def test_a_signature_that_cannot_be_one_is_told_apart(env, sign, reason):
+    """Missing, unreadable and of another key's size are three different causes."""
+    ended = verify(env, {**ANSWER, "sign": sign})
+    assert ended.exit_code == 5
+    assert reason in ended.stdout
+
+
+def test_a_message_cannot_steer_the_terminal(env, gateway_keys):
+    """Control characters in what is shown are escaped."""
+    ended = verify(env, signed(gateway_keys, {**ANSWER, "news": "\x1b]0;title\x07"}))
+    assert "\x1b" not in ended.stdout
+    assert "\\x1b]0;title\\x07" in ended.stdout
+
+
+def test_the_genuine_messages_of_lianlians_are_valid(vectors):
+    """What the gateway and the vendor's test merchant really signed is found valid."""
+    env = {
+        "LIANLIAN_OID_PARTNER": "201408071000001541",
+        "LIANLIAN_PRIVATE_KEY": vectors["keys"]["test_merchant_private"],
+        "LIANLIAN_GATEWAY_PUBLIC_KEYS": vectors["keys"]["gateway_public"],
+    }
+    assert [verify(env, vector["fields"]).exit_code for vector in vectors["vectors"]] == [0] * len(vectors["vectors"])
