@@ -8,7 +8,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,6 +76,14 @@ def end(process: subprocess.Popen[str], env: Mapping[str, str] | None = None) ->
     """Wait until ``process`` has ended by itself."""
     stdout, stderr = process.communicate(timeout=60)
     return _checked(Ended(process.returncode, stdout, stderr), env or {})
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait for what another thread or process is about to do."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < 60, "it did not happen"
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,10 @@
 
 import json
 import signal
-import time
 from decimal import Decimal
 
 import pytest
-from command import end, interruption, run, start
+from command import end, interruption, run, start, until
 
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.sandbox import Fault, SandboxGateway
@@ -273,8 +272,7 @@ def test_an_interrupted_refund_exits_130_and_tells_how_to_ask(env, gateway):
     """Ctrl-C while the answer is awaited ends at once, and says that the refund may have been made."""
     gateway.script(Fault.NO_ANSWER)
     process = start("apply", *REFUND, env=env)
-    while not gateway.requests["apply"]:
-        time.sleep(0.01)
+    until(lambda: gateway.requests["apply"])
     process.send_signal(signal.SIGINT)
     ended = end(process, env)
     assert ended.exit_code == 130

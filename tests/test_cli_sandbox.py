@@ -7,13 +7,12 @@ import socket
 import stat
 import subprocess
 import threading
-import time
 from decimal import Decimal
 from pathlib import Path
 
 import httpx
 import pytest
-from command import end, run, start
+from command import end, run, start, until
 from test_cli_refunds import ANSWER, SAMPLE, types_in
 
 from lianlian_async.cli.serving import environment, serving
@@ -45,8 +44,7 @@ def sandbox_in_this_process(*options, env_file, number=signal.SIGTERM, meanwhile
     """Run the command here until ``meanwhile`` is done with it, then stop it by a signal."""
 
     def stop():
-        while not env_file.exists() or "NOTIFY_URL" not in env_file.read_text("utf-8"):
-            time.sleep(0.01)
+        until(lambda: env_file.exists() and env_file.read_text("utf-8").endswith("/lianlian/refund\n"))
         try:
             meanwhile(read(env_file))
         finally:
@@ -104,8 +102,7 @@ def test_it_ends_quietly_whatever_is_under_way(fault, caplog):
     gateway.script(fault, times=1000)
     with serving(gateway) as url:
         client = start(*APPLY, env=environment(gateway, url))
-        while not gateway.requests["apply"]:
-            time.sleep(0.01)
+        until(lambda: gateway.requests["apply"])
     client.kill()
     client.communicate()
     assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
