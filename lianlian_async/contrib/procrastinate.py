@@ -1,0 +1,150 @@
+"""Refunds as jobs of procrastinate, on PostgreSQL: from one process to a fleet (extra ``postgres``, asyncio only)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterable, Iterable
+from types import TracebackType
+from typing import Any, Final, Self
+
+from procrastinate import App, BaseRetryStrategy, PsycopgConnector, RetryDecision
+from procrastinate.exceptions import AlreadyEnqueued
+from procrastinate.jobs import Job
+
+from lianlian_async.errors import BatchStopped, JournalError, RefundNotSent, RefundOutcomeUnknown, RefundRejected
+from lianlian_async.flow import iterate
+from lianlian_async.models import RefundRequest
+from lianlian_async.session import RefundSession
+
+__all__ = ["RefundQueue"]
+
+logger = logging.getLogger("lianlian_async")
+
+_CHUNK: Final = 500
+_WAITING: Final = """
+SELECT queueing_lock FROM procrastinate_jobs WHERE status = 'todo' AND queueing_lock = ANY(%(locks)s)
+"""
+_MENDING_SECONDS: Final = 900
+"""How long a job rests whose refund met a rejection that is ours to mend."""
+
+
+class _ByOutcome(BaseRetryStrategy):
+    """An unknown refund is asked about when that can decide; what was not sent is sent after a growing pause."""
+
+    def get_retry_decision(self, *, exception: BaseException, job: Job) -> RetryDecision | None:
+        match exception:
+            case RefundOutcomeUnknown():
+                return RetryDecision(retry_at=exception.ask_again_at)
+            case RefundNotSent() | JournalError():
+                return RetryDecision(retry_in={"seconds": min(2 ** min(job.attempts, 9), 300)})
+            case RefundRejected():
+                return RetryDecision(retry_in={"seconds": _MENDING_SECONDS})
+        return None
+
+
+class RefundQueue:
+    """A queue of refunds in the PostgreSQL database ``dsn``, for any number of producers and workers.
+
+    ::
+
+        async with RefundQueue(dsn) as queue:
+            await queue.enqueue(requests)
+
+        # on each worker
+        async with (
+            PostgresJournal(dsn) as journal,
+            RefundSession(Merchant.from_env(), journal=journal) as session,
+            RefundQueue(dsn) as queue,
+        ):
+            await queue.work(session, concurrency=20)
+
+    What became of each refund stands in the journal, which all workers share. A job fails for good only for
+    what a person has to look at, such as a ``RefundConflict``.
+    """
+
+    def __init__(self, dsn: str, *, queue: str = "lianlian", rescue_after: float = 60.0) -> None:
+        """``rescue_after``: seconds without a sign of life after which a worker's jobs are given to others."""
+        self.app = App(connector=PsycopgConnector(conninfo=dsn))
+        self._queue = queue
+        self._rescue_after = rescue_after
+        self._session: RefundSession | None = None
+        self._worker: asyncio.Task[None] | None = None
+        self._failure: BatchStopped | None = None
+        self._task = self.app.task(name="lianlian:refund", queue=queue, retry=_ByOutcome())(self._refund)
+        rescue = self.app.task(name="lianlian:rescue", queue=queue, queueing_lock="lianlian:rescue")(self._rescue)
+        self.app.periodic(cron="* * * * *")(rescue)
+
+    async def __aenter__(self) -> Self:
+        await self.app.open_async()
+        if not await self.app.check_connection_async():
+            await self.app.schema_manager.apply_schema_async()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.app.close_async()
+
+    async def enqueue(self, requests: Iterable[RefundRequest] | AsyncIterable[RefundRequest]) -> int:
+        """Put refunds into the queue, in bulk; how many were not waiting there already.
+
+        Doing it again is harmless: a refund waits in the queue once, and the journal knows it when it comes again.
+        """
+        added, chunk = 0, list[Job]()
+        async for request in iterate(requests):
+            number = f"{self._queue} {request.no_refund}"
+            deferrer = self._task.configure(lock=number, queueing_lock=number)
+            chunk.append(deferrer.make_new_job(fields=dict(request.to_dict())))
+            if len(chunk) == _CHUNK:
+                added += await self._add(chunk)
+                chunk.clear()
+        return added + (await self._add(chunk) if chunk else 0)
+
+    async def _add(self, jobs: list[Job]) -> int:
+        while True:
+            rows = await self.app.connector.execute_query_all_async(_WAITING, locks=[job.queueing_lock for job in jobs])
+            waiting = {row["queueing_lock"] for row in rows}
+            new = [job for job in jobs if job.queueing_lock not in waiting]
+            try:
+                await self.app.job_manager.batch_defer_jobs_async(new)
+            except AlreadyEnqueued:
+                continue  # another producer came in between: look again
+            return len(new)
+
+    async def work(self, session: RefundSession, *, concurrency: int = 20, wait: bool = True) -> None:
+        """Settle refunds with ``session``, which needs a ``PostgresJournal``; until cancelled, or done if not ``wait``.
+
+        Raises :class:`BatchStopped` on a rejection that is ours to mend; the refund goes back into the queue.
+        """
+        self._session = session
+        self._worker = asyncio.ensure_future(
+            self.app.run_worker_async(
+                queues=[self._queue], concurrency=concurrency, wait=wait, delete_jobs="successful"
+            )
+        )
+        try:
+            await self._worker
+        except asyncio.CancelledError:
+            if self._failure is None:
+                raise
+        if self._failure is not None:
+            raise self._failure
+
+    async def _refund(self, fields: dict[str, Any]) -> None:
+        if self._session is None or self._worker is None:
+            raise RuntimeError("refund jobs run in RefundQueue.work, which brings the session")
+        try:
+            await self._session.apply_refund(RefundRequest.from_dict(fields))
+        except RefundRejected as error:
+            logger.warning("%s", error)
+            if error.is_configuration:
+                self._failure = BatchStopped(error)
+                self._worker.cancel()
+                raise
+
+    async def _rescue(self, timestamp: int) -> None:
+        """Give the jobs of dead workers to others; the journal makes that safe."""
+        for job in await self.app.job_manager.get_stalled_jobs(seconds_since_heartbeat=self._rescue_after):
+            logger.warning("job %s was left by a dead worker, it is run again", job.id)
+            await self.app.job_manager.retry_job(job)

@@ -1,0 +1,187 @@
+"""Refunds as procrastinate jobs on a real PostgreSQL (asyncio only, as procrastinate and psycopg are)."""
+
+import asyncio
+import uuid
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import anyio
+import attrs
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from lianlian_async import BatchStopped, Endpoints, RefundRequest, RefundSession, RetryPolicy
+from lianlian_async.contrib.procrastinate import RefundQueue
+from lianlian_async.journal import State
+from lianlian_async.journal.postgres import PostgresJournal
+from lianlian_async.sandbox import Fault, SandboxGateway, When
+from lianlian_async.transport import asgi_transport
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture
+async def dsn(postgres_dsn):
+    """A database of the test's own."""
+    name = f"test_{uuid.uuid4().hex}"
+    async with await psycopg.AsyncConnection.connect(postgres_dsn, autocommit=True) as connection:
+        await connection.execute(f"CREATE DATABASE {name}")
+    return make_conninfo(postgres_dsn, dbname=name)
+
+
+@pytest.fixture
+async def journal(dsn):
+    async with PostgresJournal(dsn) as journal:
+        yield journal
+
+
+def requests(count):
+    for number in range(count):
+        yield RefundRequest(
+            no_refund=f"R-{number}",
+            dt_refund="20261122101500",
+            money_refund="1.00",
+            no_order="O-1",
+            notify_url="https://shop.example/lianlian/refund",
+        )
+
+
+async def jobs_of(queue):
+    jobs = await queue.app.job_manager.list_jobs_async(task="lianlian:refund")
+    return sorted(jobs, key=lambda job: job.id)
+
+
+async def test_a_fleet_makes_every_refund_once(dsn, journal):
+    """Two workers empty one queue: each refund is made once and stands in the shared journal."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue, RefundQueue(dsn) as other:
+        assert await queue.enqueue(requests(30)) == 30
+        async with gateway.session(journal=journal) as session, gateway.session(journal=journal) as another:
+            await asyncio.gather(queue.work(session, wait=False), other.work(another, wait=False))
+        assert await jobs_of(queue) == []
+    assert [gateway.times_made(f"R-{number}") for number in range(30)] == [1] * 30
+    assert (await journal.counts())[State.ACCEPTED] == 30
+
+
+async def test_what_waits_in_the_queue_waits_there_once(dsn):
+    """Enqueuing the same refunds again, also by two producers at once, adds only what is new."""
+    async with RefundQueue(dsn) as queue, RefundQueue(dsn) as other:
+        assert await queue.enqueue(requests(3)) == 3
+        added = await asyncio.gather(queue.enqueue(requests(700)), other.enqueue(requests(700)))
+        assert sum(added) == 697
+        assert len(await jobs_of(queue)) == 700
+
+
+async def test_an_unknown_refund_comes_again_when_asking_can_decide(dsn, journal):
+    """A refund that is left unknown is scheduled for its ask_again_at, and stays unsettled until then."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    before = datetime.now(UTC)
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=0.3) as session:
+        await queue.enqueue(requests(1))
+        await queue.work(session, wait=False)
+        (job,) = await jobs_of(queue)
+    assert job.status == "todo"
+    assert before + timedelta(seconds=900) <= job.scheduled_at <= datetime.now(UTC) + timedelta(seconds=900)
+    assert (await journal.find("R-0")).state is State.UNSETTLED
+
+
+async def test_an_unknown_refund_is_found_by_the_next_worker(dsn, journal):
+    """A worker that takes the job again asks first, and finds what the first attempt did."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway.script(Fault.RESET, call="apply", when=When.AFTER)
+    merchant = gateway.merchant()
+    deaf = attrs.evolve(merchant, endpoints=attrs.evolve(merchant.endpoints, query="https://sandbox.invalid/lost"))
+    policy = RetryPolicy(initial=0.01, maximum=0.01, absence_grace=0)
+    async with RefundQueue(dsn) as queue:
+        await queue.enqueue(requests(1))
+        unanswered = RefundSession(deaf, transport=asgi_transport(gateway), journal=journal, deadline=0.2, retry=policy)
+        async with unanswered:
+            await queue.work(unanswered, wait=False)
+        assert (await journal.find("R-0")).state is State.UNSETTLED
+        await anyio.sleep(0.1)  # until its ask_again_at
+        async with gateway.session(journal=journal) as session:
+            await queue.work(session, wait=False)
+        assert await jobs_of(queue) == []
+    assert (await journal.find("R-0")).state is State.ACCEPTED
+    assert (gateway.requests["apply"], gateway.times_made("R-0")) == (1, 1)
+
+
+async def test_what_was_not_sent_is_sent_later(dsn, journal, merchant):
+    """While nothing listens at the gateway's address, the job waits for another try."""
+    nowhere = Endpoints("http://127.0.0.1:9/apply", "http://127.0.0.1:9/query")
+    session = RefundSession(attrs.evolve(merchant, endpoints=nowhere), journal=journal, retry=RetryPolicy(attempts=1))
+    async with RefundQueue(dsn) as queue, session:
+        await queue.enqueue(requests(1))
+        await queue.work(session, wait=False)
+        (job,) = await jobs_of(queue)
+    assert (job.status, job.attempts) == ("todo", 1)
+
+
+async def test_a_rejection_of_ours_to_mend_stops_the_worker(dsn, journal):
+    """An unknown merchant number ends the work with BatchStopped, and the refund goes back into the queue."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE)
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await queue.enqueue(requests(1))
+        with pytest.raises(BatchStopped, match="3001"):
+            await queue.work(session)
+        (job,) = await jobs_of(queue)
+    assert job.status == "todo"
+
+
+async def test_a_refund_that_is_refused_for_good_is_done(dsn, journal):
+    """A rejection is an ending: it stands in the journal, and the job is gone."""
+    async with RefundQueue(dsn) as queue, SandboxGateway().session(journal=journal) as session:
+        await queue.enqueue(requests(1))
+        await queue.work(session, wait=False)
+        assert await jobs_of(queue) == []
+    assert (await journal.find("R-0")).state is State.REJECTED
+
+
+async def test_a_conflict_is_left_for_a_person(dsn, journal):
+    """A number that stands for other content fails its job for good, and nothing is sent."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        request = next(requests(1))
+        await session.apply_refund(request)
+        await queue.enqueue([RefundRequest.from_dict(request.to_dict() | {"money_refund": "2.00"})])
+        await queue.work(session, wait=False)
+        (job,) = await jobs_of(queue)
+    assert job.status == "failed"
+    assert gateway.money_moved("R-0") == Decimal("1.00")
+
+
+async def test_cancelling_the_work_ends_it(dsn, journal):
+    """A worker that waits for jobs ends when it is cancelled."""
+    async with RefundQueue(dsn) as queue, SandboxGateway().session(journal=journal) as session:
+        with anyio.move_on_after(0.5) as scope:
+            await queue.work(session)
+        assert scope.cancelled_caught
+
+
+async def test_the_jobs_of_a_dead_worker_are_run_by_another(dsn, journal):
+    """A job that a worker took and never finished goes back into the queue, and is made once."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn, rescue_after=0) as queue, gateway.session(journal=journal) as session:
+        await queue.enqueue(requests(1))
+        dead = await queue.app.job_manager.register_worker()
+        assert await queue.app.job_manager.fetch_job(queues=["lianlian"], worker_id=dead) is not None
+        await anyio.sleep(0.01)
+        await queue._rescue(0)
+        await queue.work(session, wait=False)
+        assert await jobs_of(queue) == []
+    assert gateway.times_made("R-0") == 1
+
+
+async def test_jobs_need_the_session_of_work(dsn):
+    """A refund job that another worker program runs says where the session comes from."""
+    async with RefundQueue(dsn) as queue:
+        with pytest.raises(RuntimeError, match=r"RefundQueue\.work"):
+            await queue._refund({})
