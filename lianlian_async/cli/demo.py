@@ -34,7 +34,7 @@ _DELAY: Final = 0.5
 
 # Hence "no such record" is the truth soon after an attempt; at LianLian's it takes the default, 15 minutes.
 _POLICY: Final = RetryPolicy(absence_grace=3 * _DELAY)
-_DEADLINE: Final = 6.0
+_DEADLINE: Final = 8.0
 _ORDER: Final = Decimal("100.00")
 """What each order is worth; every 25th refund asks for more, and has to be rejected."""
 
