@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Any
 
 import anyio
@@ -27,10 +28,12 @@ class Background:
         self._loop: Any = anyio.lowlevel.current_token().native_token
         if isinstance(self._loop, asyncio.AbstractEventLoop):
             self._task = self._loop.create_task(self._run())  # asyncio itself holds tasks only weakly
+            # Not at the end of the task's own code: a loop that ends may cancel a task before that has begun.
+            self._task.add_done_callback(lambda _: self._ended.set())
         else:
             import trio
 
-            trio.lowlevel.spawn_system_task(self._run)
+            trio.lowlevel.spawn_system_task(self._run, context=copy_context())
 
     async def _run(self) -> None:
         try:

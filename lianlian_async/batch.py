@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeVar
 
 import anyio
+import attrs
 
 from .background import Background
-from .errors import BatchStopped, ConfigurationError, JournalError, RefundOutcomeUnknown, RefundRejected
-from .flow import drain, iterate
+from .errors import BatchStopped, JournalError, RefundOutcomeUnknown, RefundRejected
+from .flow import Handoff, checked, drain
 from .journal import Journal
 from .models import RefundRequest
 from .outcome import Outcome
@@ -39,12 +39,14 @@ def refund_many(
             ...
 
     Requests are taken only as fast as outcomes are: memory depends on ``concurrency``, not on the input's length.
-    A single refund's error never disturbs another. Leaving the loop early, or being cancelled, takes no further
-    request; a refund that was under way then stays unsettled in the journal.
+    A single refund's error never disturbs another. Leaving the loop early, or being cancelled in it, ends the batch:
+    no further request is taken, and a refund that was under way stays unsettled in the journal. Whoever keeps the
+    iterator in a variable ends it with ``aclose``, or uses it in ``async with``.
 
     Args:
         session: an open session.
-        requests: any iterable or async iterable; an exception of its own ends the batch after the running ones.
+        requests: any iterable or async iterable, iterated in a task of the batch's own; an exception of it ends the
+            batch after the running ones. An async generator is closed when the batch ends.
         concurrency: refunds at the same time; by default the session's ``max_connections``.
         journal: an open journal; by default the session's own.
         keep_going: do not stop at a rejection that is our own configuration's fault.
@@ -55,12 +57,10 @@ def refund_many(
         BatchStopped: at the end of the iteration, where a rejection's ``is_configuration`` stopped it.
         JournalError: at the end of the iteration, where the journal failed: nothing more was sent.
     """
-    if concurrency is not None and concurrency < 1:
-        raise ConfigurationError(f"concurrency: must be at least 1, is {concurrency}")
     run = _Run(
         session,
         requests,
-        concurrency=concurrency or session.max_connections,
+        concurrency=session.max_connections if concurrency is None else checked(concurrency),
         journal=journal,
         keep_going=keep_going,
         wait_unknown=wait_unknown,
@@ -69,33 +69,32 @@ def refund_many(
 
 
 class Outcomes(AsyncIterator[Outcome]):
-    """The iterator that ``refund_many`` returns. Dropping it ends the batch; ``aclose`` waits for that end."""
+    """The iterator that ``refund_many`` returns. Dropping it ends the batch; ``aclose`` waits for that end.
+
+    Waiting for an outcome may be cancelled, by a timeout say: none is lost, and the batch goes on.
+    """
 
     def __init__(self, run: _Run) -> None:
         # The running tasks know the run, never this object: so that dropping it is noticed at once.
         self._run = run
         self._background: Background | None = None
+        self._closed = False
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Outcome:
-        if self._background is None:
+    def __anext__(self) -> Awaitable[Outcome]:
+        # No coroutine of its own: a cancellation's traceback would hold its frame, and that would hold this object.
+        if self._background is None and not self._closed:
             self._background = Background(self._run.work)
-        try:
-            return await self._run.outcomes.receive()
-        except anyio.EndOfStream:
-            await self.aclose()
-        if self._run.failure is not None:
-            failure, self._run.failure = self._run.failure, None
-            raise failure
-        raise StopAsyncIteration
+        return self._run.next()
 
     async def aclose(self) -> None:
         """End the batch: cancel what is under way, and wait until it has stopped."""
+        self._closed = True
+        self._run.found.end()
         if self._background is not None:
             await self._background.aclose()
-        self._run.outcomes.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -106,13 +105,12 @@ class Outcomes(AsyncIterator[Outcome]):
         await self.aclose()
 
     def __del__(self) -> None:
-        self._run.outcomes.close()
         if self._background is not None:
             self._background.cancel_soon()
 
 
 class _Run:
-    """The workers of one batch, and what they share."""
+    """One batch: what it is given, how far it is, and what it has found out."""
 
     def __init__(
         self,
@@ -131,35 +129,39 @@ class _Run:
         self._keep_going = keep_going
         self._wait_unknown = wait_unknown
         self._unknown: list[tuple[RefundOutcomeUnknown, Outcome]] = []
-        self._found, self.outcomes = anyio.create_memory_object_stream[Outcome](0)
-        self.failure: Exception | None = None
-        """What the iteration ends in, once all that was begun has been told."""
+        self._intake = anyio.CancelScope()
+        self._failure: Exception | None = None  # what the iteration ends in, once all that was begun has been told
+        self.found = Handoff[Outcome]()
+
+    async def next(self) -> Outcome:
+        """The next outcome that is found."""
+        try:
+            return await self.found.take()
+        except anyio.EndOfStream:
+            failure, self._failure = self._failure, None
+        raise failure or StopAsyncIteration
 
     async def work(self) -> None:
         """Carry out all requests, then ask once more about what is unknown."""
-        with self._found:
-            await drain(self._requested(), self._guarded(self._refund), workers=self._concurrency)
-            await drain(self._due(), self._guarded(self._settle), workers=self._concurrency)
-
-    def _guarded(self, handle: Callable[[T], Awaitable[None]]) -> Callable[[T], Awaitable[None]]:
-        async def guarded(item: T) -> None:
-            try:
-                await handle(item)
-            except Exception as error:  # noqa: BLE001 - it is raised where the batch is consumed
-                self.failure = self.failure or error
-
-        return guarded
-
-    async def _requested(self) -> AsyncGenerator[RefundRequest]:
-        """The requests, until one of them or their source gives a reason to stop."""
         try:
-            async with aclosing(iterate(self._requests)) as requests:
-                while self.failure is None:
-                    yield await anext(requests)
-        except StopAsyncIteration:
-            return
-        except Exception as error:  # noqa: BLE001 - it is raised where the batch is consumed
-            self.failure = error
+            await self._drain(self._requests, self._refund)
+            await self._drain(self._due(), self._settle)
+            for _, outcome in self._unknown:  # the batch has stopped
+                await self.found.give(outcome)
+        finally:
+            self.found.end()
+
+    async def _drain(self, items: Iterable[T] | AsyncIterable[T], handle: Callable[[T], Awaitable[None]]) -> None:
+        if self._failure is None:
+            self._intake = anyio.CancelScope()
+            try:
+                await drain(items, handle, workers=self._concurrency, intake=self._intake)
+            except Exception as error:  # noqa: BLE001 - it is raised where the batch is consumed
+                self._stop(error)
+
+    def _stop(self, reason: Exception) -> None:
+        self._failure = self._failure or reason
+        self._intake.cancel()
 
     async def _refund(self, request: RefundRequest) -> None:
         outcome = await self._session.outcome_of(request, journal=self._journal)
@@ -169,22 +171,33 @@ class _Run:
             await self._tell(outcome)
 
     async def _due(self) -> AsyncGenerator[tuple[RefundOutcomeUnknown, Outcome]]:
-        """What is unknown, each at the time when asking again can decide; at once, if the batch has stopped."""
-        for unknown, outcome in sorted(self._unknown, key=lambda pair: pair[0].ask_again_at):
-            if self.failure is None:
-                await anyio.sleep((unknown.ask_again_at - self._session.now()).total_seconds())
-            yield unknown, outcome
+        """What is unknown, each at the time when asking again can decide."""
+        self._unknown.sort(key=lambda pair: pair[0].ask_again_at, reverse=True)
+        while self._unknown:
+            unknown, _ = self._unknown[-1]
+            await anyio.sleep(max(0.0, (unknown.ask_again_at - self._session.now()).total_seconds()))
+            yield self._unknown.pop()
 
     async def _settle(self, pair: tuple[RefundOutcomeUnknown, Outcome]) -> None:
-        unknown, outcome = pair
-        if self.failure is None:
-            outcome = await self._session.outcome_of(unknown.request, journal=self._journal, earlier=unknown)
-        await self._tell(outcome)
+        unknown, earlier = pair
+        try:
+            later = await self._session.outcome_of(unknown.request, journal=self._journal, earlier=unknown)
+        except Exception:
+            await self._tell(earlier)
+            raise
+        await self._tell(
+            attrs.evolve(
+                later,
+                attempts=earlier.attempts + later.attempts,
+                questions=earlier.questions + later.questions,
+                seconds=earlier.seconds + later.seconds,
+            )
+        )
 
     async def _tell(self, outcome: Outcome) -> None:
         error = outcome.error
         if isinstance(error, RefundRejected) and error.is_configuration and not self._keep_going:
-            self.failure = self.failure or BatchStopped(error)
+            self._stop(BatchStopped(error))
         elif isinstance(error, JournalError):
-            self.failure = self.failure or error
-        await self._found.send(outcome)
+            self._stop(error)
+        await self.found.give(outcome)

@@ -1,41 +1,70 @@
-"""Any number of items through a bounded number of workers, in bounded memory."""
+"""Any number of items in through a bounded number of workers, and what they find out again, in bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
-from contextlib import aclosing
-from typing import TypeVar
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Generic, TypeVar
 
 import anyio
 
-__all__ = ["drain", "iterate"]
+from .errors import ConfigurationError
+
+__all__ = ["Handoff", "checked", "drain", "iterate"]
 
 T = TypeVar("T")
 
 
-async def drain(items: AsyncGenerator[T], handle: Callable[[T], Awaitable[None]], *, workers: int) -> None:
+def checked(concurrency: int) -> int:
+    """``concurrency``, if it is one; else ``ConfigurationError``."""
+    if not isinstance(concurrency, int) or concurrency < 1:
+        raise ConfigurationError(f"concurrency: must be an integer of at least 1, is {concurrency!r}")
+    return concurrency
+
+
+async def drain(
+    items: Iterable[T] | AsyncIterable[T],
+    handle: Callable[[T], Awaitable[None]],
+    *,
+    workers: int,
+    intake: anyio.CancelScope,
+) -> None:
     """Hand every item to ``handle``, at most ``workers`` at a time; an item is taken only when a worker is free.
 
-    An exception of either cancels the other workers and is raised as task groups raise it. ``items`` is closed.
+    All items are taken in the calling task; an async generator of them is closed in any case. Whoever cancels
+    ``intake`` stops the taking: what was begun is carried through. So does the first exception, of either side,
+    which is raised then.
     """
-    turn = anyio.Lock(fast_acquire=True)
+    free = anyio.Semaphore(workers, fast_acquire=True)
+    failures: list[Exception] = []
 
-    async def worker() -> None:
-        while True:
-            async with turn:
-                try:
-                    item = await anext(items)
-                except StopAsyncIteration:
-                    return
+    @contextmanager
+    def stopping() -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - it is raised below
+            failures.append(error)
+            intake.cancel()
+
+    async def work(item: T) -> None:
+        with stopping():
             await handle(item)
+        free.release()
 
-    async with aclosing(items), anyio.create_task_group() as group:
-        for _ in range(workers):
-            group.start_soon(worker)
+    async with anyio.create_task_group() as group:
+        with stopping(), intake:
+            async with aclosing(iterate(items)) as source:
+                await free.acquire()
+                async for item in source:
+                    group.start_soon(work, item)
+                    await free.acquire()
+    if failures:
+        raise failures[0]
 
 
 async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
-    """``items``, of either kind, as an async generator; closing it closes theirs."""
+    """``items``, of either kind, as an async generator; closing it closes an async generator of theirs."""
     if not isinstance(items, AsyncIterable):
         for item in items:
             yield item
@@ -47,3 +76,40 @@ async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
     finally:
         if isinstance(iterator, AsyncGenerator):
             await iterator.aclose()
+
+
+class Handoff(Generic[T]):
+    """Between many who find items and a consumer: whoever gives one goes on when it is taken.
+
+    An item is taken or it is still there, however its consumer was cancelled: with a memory object stream, one
+    is lost whose receiver asyncio's own ``Task.cancel`` meets between getting it and waking up.
+    """
+
+    def __init__(self) -> None:
+        self._given: deque[tuple[T, anyio.Event]] = deque()
+        self._news = anyio.Event()
+        self._ended = False
+
+    async def give(self, item: T) -> None:
+        """Offer ``item``, and wait until somebody has taken it."""
+        taken = anyio.Event()
+        self._given.append((item, taken))
+        self._news.set()
+        await taken.wait()
+
+    async def take(self) -> T:
+        """The next item. ``EndOfStream`` when there will be no more."""
+        while not self._given:
+            if self._ended:
+                raise anyio.EndOfStream
+            self._news = anyio.Event()
+            await self._news.wait()
+        item, taken = self._given.popleft()
+        taken.set()
+        return item
+
+    def end(self) -> None:
+        """There are no more, and what nobody has taken is dropped."""
+        self._ended = True
+        self._given.clear()
+        self._news.set()

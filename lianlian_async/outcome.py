@@ -1,4 +1,4 @@
-"""What became of one request, as a value: for batches, which never raise for a single refund."""
+"""What became of one request, and what traffic it caused, as values: for batches, which raise for no single refund."""
 
 from __future__ import annotations
 

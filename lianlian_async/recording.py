@@ -16,7 +16,7 @@ import anyio
 import attrs
 
 from .errors import JournalError, LianLianError, RefundNotSent, RefundOutcomeUnknown, RefundRejected
-from .flow import drain, iterate
+from .flow import checked, drain
 from .journal import Ending, Entry, Intent, Journal, Standing, State
 from .models import Refund, RefundQuery, RefundRequest
 from .outcome import Outcome
@@ -98,16 +98,16 @@ class Recording:
                 body=body,
                 held_until=now + timedelta(seconds=hold),
             )
-            with anyio.CancelScope(shield=True):  # written or not: a cancelled caller could not tell
-                standing, entry = await self.journal.intend(intent, now)
+            standing, entry = await self.journal.intend(intent, now)
             if standing is not Standing.HELD:
                 return standing, entry
             if anyio.current_time() + seconds > deadline:
-                raise self._held(entry, hold)
+                raise self._held(entry)
             await anyio.sleep(seconds)
             seconds = min(2 * seconds, _LONGEST_LOOK)
 
-    def _held(self, entry: Entry, hold: float) -> RefundOutcomeUnknown:
+    def _held(self, entry: Entry) -> RefundOutcomeUnknown:
+        held_until = entry.sent_at or self.now()
         return RefundOutcomeUnknown(
             request=self.request,
             question=self.request.query(),
@@ -115,8 +115,8 @@ class Recording:
             body=entry.body,
             attempts=0,
             questions=0,
-            sent_at=entry.sent_at or self.now(),
-            ask_again_at=self.now() + timedelta(seconds=hold),
+            sent_at=held_until,
+            ask_again_at=held_until,
             last_error="another call or worker is at this refund",
         )
 
@@ -136,7 +136,7 @@ class Recording:
         except RefundOutcomeUnknown as error:
             await self._release(entry, error.sent_at)
             raise
-        except BaseException:  # cancelled, or a bug: an attempt may be under way at this moment
+        except BaseException:  # cancelled, or a bug: an attempt may be under way; or a conflict, for a person to solve
             await self._release(entry, self.now())
             raise
         await self._settle(ending(refund))
@@ -167,33 +167,36 @@ async def resume(
     query: Callable[[RefundQuery], Awaitable[Refund]],
     workers: int,
 ) -> Resumed:
-    """Find out about every refund that ``journal`` holds as unsettled, or as accepted but not final."""
+    """Find out about every refund that ``journal`` holds as unsettled, or as accepted but not final.
+
+    What was certainly never sent is left alone: only who asks for it again has it sent.
+    """
     settled = still_open = 0
 
     async def pursue(entry: Entry) -> None:
         nonlocal settled, still_open
+        if entry.ending is None and entry.sent_at is None:
+            return  # certainly never sent: whoever was told so may have refunded by other means
         request = RefundRequest.from_dict(entry.fields)
-        if await (_is_settled(request) if entry.ending is None else _is_final(request)):
+        if await (is_settled(request) if entry.ending is None else is_final(request)):
             settled += 1
         else:
             still_open += 1
 
-    async def _is_settled(request: RefundRequest) -> bool:
+    async def is_settled(request: RefundRequest) -> bool:
         outcome = await settle(request)
         if isinstance(outcome.error, JournalError):
             raise outcome.error
         return outcome.refund is not None or isinstance(outcome.error, RefundRejected)
 
-    async def _is_final(request: RefundRequest) -> bool:
+    async def is_final(request: RefundRequest) -> bool:
         try:
             refund = await query(request.query())
-        except JournalError:
-            raise
         except LianLianError as error:
             logger.info("refund %s is accepted, its final state is not known: %s", request.no_refund, error)
             return False
         await journal.settle(request.no_refund, ending(refund))
         return refund.is_final
 
-    await drain(iterate(journal.pending()), pursue, workers=workers)
+    await drain(journal.pending(), pursue, workers=checked(workers), intake=anyio.CancelScope())
     return Resumed(settled, still_open)
