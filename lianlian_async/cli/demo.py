@@ -48,9 +48,9 @@ _ORDER: Final = Decimal("100.00")
 @json_option
 @pass_output
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
-    """Have some hundred refunds made by a gateway that loses, delays and forges answers; then audit its books.
+    """Refund at a gateway in trouble, and audit its books.
 
-    The gateway runs in a process of its own on a loopback port, in its cruellest mood: a refund that is sent twice
+    It loses, delays and forges answers, and runs in a process of its own on a loopback port, in its cruellest mood: a refund that is sent twice
     is made twice. Exit code 0 if its books agree with every single outcome, else 1.
     """
     options = {

@@ -104,9 +104,9 @@ def _cause(fields: Fields, keys: Sequence[_Key]) -> str:
 @json_option
 @pass_output
 def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
-    """Check the signature of a message: an answer, a notification, or a request of ours.
+    """Check whose signature a message bears.
 
-    FILE holds it as JSON (- is stdin). An answer or notification has to be signed with one of LianLian's keys, a
+    FILE holds an answer, a notification or a request of ours as JSON (- is stdin). An answer or notification has to be signed with one of LianLian's keys, a
     request with the merchant's. If no key fits, the usual mistakes are tried, and the one that explains it is named.
     """
     loaded = load_merchant(config).load_keys()
