@@ -39,7 +39,7 @@ from lianlian_async import (
     SignatureInvalid,
     SigningKey,
     VerifyingKey,
-    line,
+    rsa_thread,
     wire,
 )
 from lianlian_async.exchange import Call
@@ -414,7 +414,7 @@ async def test_the_event_loop_never_signs(seen):
 @pytest.mark.parametrize(("seconds", "inline"), [(0.0, False), (1e9, True)])
 async def test_answers_are_verified_on_the_loop_only_where_that_is_cheap(monkeypatch, seen, seconds, inline):
     """What verification costs is measured when the session opens; where it is dear the thread does it."""
-    monkeypatch.setattr(line, "INLINE_VERIFY_SECONDS", seconds)
+    monkeypatch.setattr(rsa_thread, "INLINE_VERIFY_SECONDS", seconds)
     gateway, merchant = seen()
     async with RefundSession(merchant, transport=asgi_transport(gateway)) as session:
         assert threading.get_ident() not in SeenVerifyingKey.threads  # the measurement

@@ -1,0 +1,69 @@
+"""A merchant's keys at work: RSA in a thread of its own, checks on the event loop where they are cheap enough."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Any, Final, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from .merchant import Merchant
+from .protocol import Protocol
+
+__all__ = ["RsaThread"]
+
+T = TypeVar("T")
+
+INLINE_VERIFY_SECONDS: Final = 0.0005
+"""A signature is checked on the event loop only if that took less when the keys were loaded, else in the thread."""
+
+
+class RsaThread:
+    """Loaded keys, for one event loop. :meth:`open` it; one at a time is computed in the thread."""
+
+    def __init__(self, protocol: Protocol, turn: anyio.CapacityLimiter, *, verify_inline: bool) -> None:
+        self.protocol = protocol
+        self._turn = turn
+        self._verify_inline = verify_inline
+
+    @classmethod
+    async def open(cls, merchant: Merchant) -> RsaThread:
+        """Load the keys, in the thread, and measure what checking a signature costs."""
+        # One thread at a time does RSA: more would fight the event loop for the interpreter, and win.
+        turn = anyio.CapacityLimiter(1)
+        keys = await anyio.to_thread.run_sync(merchant.load_keys, limiter=turn)
+        protocol = Protocol(merchant, keys.private, keys.gateway)
+        cost = await anyio.to_thread.run_sync(_verification_seconds, protocol, limiter=turn)
+        return cls(protocol, turn, verify_inline=cost < INLINE_VERIFY_SECONDS)
+
+    async def seal(self, fields: Mapping[str, str]) -> bytes:
+        """Sign, in the thread; once for each request, so that every attempt sends the same bytes."""
+        return await anyio.to_thread.run_sync(self.protocol.seal, fields, limiter=self._turn)
+
+    async def check(self, read: Callable[..., T], *arguments: Any) -> T:
+        """What ``read(*arguments)`` returns or raises, which checks one signature: here or in the thread."""
+        if self._verify_inline:
+            return read(*arguments)
+        return await anyio.to_thread.run_sync(read, *arguments, limiter=self._turn)
+
+    async def rest(self) -> None:
+        """Wait until nothing is being computed any more."""
+        async with self._turn:
+            pass
+
+
+def _verification_seconds(protocol: Protocol) -> float:
+    """What checking one signature costs on this machine with these keys: the best of three."""
+    longest = max(key.bits for key in protocol.gateway_keys)
+    # Any signature of full length costs the same; one that is shorter is refused before it costs anything.
+    fields = {"sign": b64encode(b"\x55" * ((longest + 7) // 8)).decode()}
+
+    def once() -> float:
+        began = perf_counter()
+        protocol.verify(fields)
+        return perf_counter() - began
+
+    return min(once() for _ in range(3))
