@@ -50,8 +50,8 @@ _ORDER: Final = Decimal("100.00")
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
     """Refund at a gateway in trouble, and audit its books.
 
-    It loses, delays and forges answers, and runs in a process of its own on a loopback port, in its cruellest mood: a refund that is sent twice
-    is made twice. Exit code 0 if its books agree with every single outcome, else 1.
+    It loses, delays and forges answers, and runs in a process of its own on a loopback port, in its cruellest mood:
+    a refund that is sent twice is made twice. Exit code 0 if its books agree with every single outcome, else 1.
     """
     options = {
         "bits": int(bits),

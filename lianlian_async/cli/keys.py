@@ -28,7 +28,8 @@ __all__ = ["keygen"]
 def keygen(output: Output, bits: str, out: Path, password_env: str | None, password_prompt: bool) -> None:
     """Make a key pair for LianLian's dashboard.
 
-    The public key is printed as the dashboard wants it. The private key is written with mode 0600, the public key beside it; neither replaces a file.
+    The public key is printed as the dashboard wants it. The private key is written with mode 0600, the public key
+    beside it; neither replaces a file.
     """
     private = out / "merchant.pem" if out.is_dir() else out
     public = private.with_suffix(".pub" + private.suffix)

@@ -106,8 +106,9 @@ def _cause(fields: Fields, keys: Sequence[_Key]) -> str:
 def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
     """Check whose signature a message bears.
 
-    FILE holds an answer, a notification or a request of ours as JSON (- is stdin). An answer or notification has to be signed with one of LianLian's keys, a
-    request with the merchant's. If no key fits, the usual mistakes are tried, and the one that explains it is named.
+    FILE holds an answer, a notification or a request of ours as JSON (- is stdin). An answer or notification has to
+    be signed with one of LianLian's keys, a request with the merchant's. If no key fits, the usual mistakes are
+    tried, and the one that explains it is named.
     """
     loaded = load_merchant(config).load_keys()
     fields = read_message(file)
