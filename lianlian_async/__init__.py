@@ -12,6 +12,7 @@ from .errors import (
     MalformedMessage,
     QueryRejected,
     RefundConflict,
+    RefundNotFinal,
     RefundNotFound,
     RefundNotSent,
     RefundOutcomeUnknown,
@@ -20,6 +21,7 @@ from .errors import (
 )
 from .merchant import Endpoints, Merchant
 from .models import Refund, RefundQuery, RefundRequest, RefundStatus
+from .notifications import NotificationEndpoint
 from .outcome import Outcome
 from .retry import RetryBudget, RetryPolicy
 from .session import RefundSession
@@ -38,10 +40,12 @@ __all__ = [
     "LianLianError",
     "MalformedMessage",
     "Merchant",
+    "NotificationEndpoint",
     "Outcome",
     "QueryRejected",
     "Refund",
     "RefundConflict",
+    "RefundNotFinal",
     "RefundNotFound",
     "RefundNotSent",
     "RefundOutcomeUnknown",

@@ -50,6 +50,10 @@ class Background:
             else:
                 self._loop.run_sync_soon(self._scope.cancel)
 
+    async def join(self) -> None:
+        """Wait until it has ended by itself."""
+        await self._ended.wait()
+
     async def aclose(self) -> None:
         """Cancel it and wait until it has ended."""
         self._scope.cancel()

@@ -9,6 +9,7 @@ LianLianError
 ├── QueryRejected           query only: the question was refused; says nothing about the refund
 ├── RefundOutcomeUnknown    the refund may have been made; carries all that is needed to ask again
 ├── GatewayUnavailable      query only: no usable answer in time
+├── RefundNotFinal          waiting only: made, and its state could still change at the deadline
 ├── RefundConflict          the same no_refund stands for other content
 ├── SignatureInvalid        an answer or notification is not proved to be LianLian's
 ├── AnswerMismatch          validly signed, but not the answer to our question
@@ -39,6 +40,7 @@ __all__ = [
     "Problem",
     "QueryRejected",
     "RefundConflict",
+    "RefundNotFinal",
     "RefundNotFound",
     "RefundNotSent",
     "RefundOutcomeUnknown",
@@ -227,6 +229,21 @@ class GatewayUnavailable(LianLianError):
         self.last_error = last_error
         self.ret_code = ret_code
         super().__init__(message)
+
+
+class RefundNotFinal(LianLianError):
+    """The refund was made, but ``sta_refund`` was neither success nor failed when the deadline came.
+
+    ``refund`` is the gateway's last word on it, ``last_error`` what the last question met (None: that word).
+    Wait for it again, or leave it to its notification and to ``session.resume()``.
+    """
+
+    def __init__(self, refund: Any, *, last_error: str | None) -> None:
+        # `refund` is a value of models, a floor above this one: hence Any.
+        self.refund = refund
+        self.last_error = last_error
+        because = "" if last_error is None else f"; the last question met: {last_error}"
+        super().__init__(f"refund {refund.no_refund} is not final yet: sta_refund is {refund.sta_refund}{because}")
 
 
 class RefundConflict(LianLianError):

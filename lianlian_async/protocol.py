@@ -1,6 +1,6 @@
-"""The gateway's two calls without any input or output: request → signed bytes, delivery → reply.
+"""The gateway's messages without any input or output: request → signed bytes, delivery → reply, notification → refund.
 
-Reading is total: whatever came back becomes a :class:`~lianlian_async.exchange.Reply`, nothing is raised.
+Reading an answer is total: whatever came back becomes a :class:`~lianlian_async.exchange.Reply`, nothing is raised.
 """
 
 from __future__ import annotations
@@ -86,6 +86,27 @@ class Protocol:
             asked = wire.parse_timestamp(exchange.asked["dt_refund"])
             return Reply(known=Known.FOUND, refund=Refund.from_dict(fields, asked_dt_refund=asked))
         return _refused(exchange, fields, row, verified=verified, retry_after=retry_after)
+
+    def read_notification(self, body: bytes) -> Refund:
+        """The refund that a notification tells of: proved to be the gateway's word, and about this merchant.
+
+        It has a ``no_refund``, a ``money_refund`` and a ``sta_refund`` (LianLian's notification page). Raises
+        ``MalformedMessage``, ``SignatureInvalid`` or, for another merchant's, ``AnswerMismatch``.
+        """
+        fields = wire.decode(body)
+        if not self.verify(fields):
+            raise SignatureInvalid("signature of no known gateway key")
+        if fields.get("oid_partner") != self.merchant.oid_partner:
+            raise AnswerMismatch("oid_partner", asked=self.merchant.oid_partner, answered=fields.get("oid_partner"))
+        refund = Refund.from_dict(fields)
+        if refund.ret_code not in (None, "0000"):
+            raise MalformedMessage(f"tells of no refund: ret_code is {refund.ret_code}")
+        for name in ("no_refund", "money_refund", "sta_refund"):
+            if getattr(refund, name) is None:
+                raise MalformedMessage(f"has no usable {name}")
+        if "dt_refund" in refund.extra:
+            raise MalformedMessage("has no usable dt_refund")
+        return refund
 
     def _verified(self, fields: Mapping[str, str]) -> bool:
         """True: signed by the gateway; False: an error answer without signature. Raises for all else."""

@@ -10,20 +10,28 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 import anyio
 import attrs
 
-from .errors import JournalError, LianLianError, RefundNotSent, RefundOutcomeUnknown, RefundRejected
+from .errors import (
+    JournalError,
+    LianLianError,
+    RefundConflict,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRejected,
+)
 from .flow import checked, drain
 from .journal import Ending, Entry, Intent, Journal, Standing, State
 from .models import Refund, RefundQuery, RefundRequest
 from .outcome import Outcome
 from .protocol import rejection
+from .settlement import matching
 from .signing import signature_source
 
-__all__ = ["Recording", "Resumed", "answer", "digest", "ending", "resume"]
+__all__ = ["Recording", "Resumed", "answer", "digest", "ending", "learn", "resume", "take"]
 
 logger = logging.getLogger("lianlian_async")
 
@@ -65,6 +73,43 @@ def answer(entry: Entry) -> Refund:
     return Refund.from_dict(record, asked_dt_refund=RefundRequest.from_dict(entry.fields).dt_refund)
 
 
+async def take(
+    journal: Journal, intent: Callable[[datetime], Intent], now: Callable[[], datetime], deadline: float
+) -> tuple[Standing, Entry]:
+    """``journal.intend``, again and again while the refund is HELD, up to ``deadline`` (event loop's clock).
+
+    ``intent`` is what to write at a moment of the wall clock, which is ``now``.
+    """
+    seconds = _FIRST_LOOK
+    while True:
+        at = now()
+        standing, entry = await journal.intend(intent(at), at)
+        if standing is not Standing.HELD or anyio.current_time() + seconds > deadline:
+            return standing, entry
+        await anyio.sleep(seconds)
+        seconds = min(2 * seconds, _LONGEST_LOOK)
+
+
+async def learn(journal: Journal, refund: Refund) -> Refund:
+    """Settle the entry of a refund of which the gateway told unasked; ``refund``, with its ``dt_refund`` if known.
+
+    A refund that has no entry is returned as it is. Raises ``RefundConflict`` for one that is not what was applied
+    for, and for a final state that is not the one on record.
+    """
+    number = str(refund.no_refund)
+    entry = await journal.find(number)
+    if entry is None:
+        return refund
+    request = RefundRequest.from_dict(entry.fields)
+    matching(request, refund)
+    recorded = cast("Ending", (await journal.settle(number, ending(refund))).ending)  # what is settled has one
+    status = recorded.record.get("sta_refund")
+    if recorded.state is State.REJECTED or (refund.is_final and status != refund.sta_refund):
+        theirs = f"rejected {recorded.record['ret_code']}" if recorded.state is State.REJECTED else str(status)
+        raise RefundConflict(number, field="sta_refund", ours=str(refund.sta_refund), theirs=theirs)
+    return attrs.evolve(refund, asked_dt_refund=request.dt_refund)
+
+
 @attrs.frozen(kw_only=True)
 class Recording:
     """One refund's page in the journal; ``now`` is the wall clock."""
@@ -88,23 +133,20 @@ class Recording:
         Waits up to ``deadline`` (event loop's clock) for whoever holds it now. Never HELD: raises
         ``RefundOutcomeUnknown`` instead, and ``RefundConflict`` for other content.
         """
-        seconds = _FIRST_LOOK
-        while True:
-            now = self.now()
-            intent = Intent(
+
+        def intent(now: datetime) -> Intent:
+            return Intent(
                 no_refund=self.request.no_refund,
                 digest=digest(self.fields),
                 fields=self.request.to_dict(),
                 body=body,
                 held_until=now + timedelta(seconds=hold),
             )
-            standing, entry = await self.journal.intend(intent, now)
-            if standing is not Standing.HELD:
-                return standing, entry
-            if anyio.current_time() + seconds > deadline:
-                raise self._held(entry)
-            await anyio.sleep(seconds)
-            seconds = min(2 * seconds, _LONGEST_LOOK)
+
+        standing, entry = await take(self.journal, intent, self.now, deadline)
+        if standing is Standing.HELD:
+            raise self._held(entry)
+        return standing, entry
 
     def _held(self, entry: Entry) -> RefundOutcomeUnknown:
         held_until = entry.sent_at or self.now()

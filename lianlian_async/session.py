@@ -23,10 +23,11 @@ from .merchant import Merchant
 from .middleware import Middleware
 from .models import Refund, RefundQuery, RefundRequest
 from .outcome import Outcome, Tally
-from .recording import Recording, Resumed, answer, resume
+from .recording import Recording, Resumed, answer, learn, resume
 from .retry import Deadline, RetryPolicy
 from .settlement import Case, settle
 from .transport import AsyncBaseTransport, AsyncClient, Transport
+from .waiting import Waiting
 
 __all__ = ["RefundSession"]
 
@@ -100,6 +101,7 @@ class RefundSession:
         self._limiter = limiter
         self._journal = journal
         self._now = now
+        self._waiting = Waiting()
         self._state = _State.NEW
         self._running = 0
         self._idle = anyio.Event()
@@ -260,6 +262,48 @@ class RefundSession:
         if reply.refund is not None:
             return reply.refund
         raise _raised(reply)
+
+    async def wait_refund(self, refund: Refund, *, deadline: float = 3600.0) -> Refund:
+        """Wait until a refund that was made is final: success or failed.
+
+        Its notification tells, where a ``NotificationEndpoint`` was given this session; until then the gateway is
+        asked, first after 2 seconds, then after pauses that double up to 5 minutes. ``deadline`` is in seconds;
+        LianLian notifies for an hour. It may take that long: no connection slot is held meanwhile.
+
+        Raises:
+            RefundNotFinal: not final at the deadline.
+            QueryRejected: the question was refused, which says nothing about the refund.
+            RefundConflict: the final state contradicts the session's journal.
+        """
+        with self._waiting.listen(refund) as waiter:
+            return await waiter.until_final(refund, self._learn, _checked(deadline))
+
+    async def apply_and_wait(
+        self, request: RefundRequest, *, deadline: float = 3600.0, retry: RetryPolicy | None = None
+    ) -> Refund:
+        """Have a refund made, and wait until it is final: :meth:`apply_refund`, then :meth:`wait_refund`.
+
+        A notification that comes before the answer counts, also in place of an answer that never comes.
+        ``deadline`` (seconds) bounds the wait; until the refund is made, the session's own deadline does.
+        Raises what these two raise.
+        """
+        seconds = _checked(deadline)
+        with self._waiting.listen(request) as waiter:
+            try:
+                refund = await self.apply_refund(request, retry=retry)
+            except RefundOutcomeUnknown:
+                if waiter.told is None:
+                    raise
+                return waiter.told
+            return await waiter.until_final(refund, self._learn, seconds)
+
+    def notified(self, refund: Refund) -> None:
+        """Tell who waits in this session that a refund is final. A ``NotificationEndpoint`` does it."""
+        self._waiting.tell(refund)
+
+    async def _learn(self, query: RefundQuery) -> Refund:
+        refund = await self.query_refund(query)
+        return refund if self._journal is None else await learn(self._journal, refund)
 
     async def resume(self, *, concurrency: int | None = None) -> Resumed:
         """Find out about every refund that the session's journal holds as open; how many are known now.

@@ -21,7 +21,7 @@ from .models import Refund, RefundRequest
 from .outcome import Tally
 from .retry import Bucket
 
-__all__ = ["NEXT_STEP", "Case", "Step", "settle"]
+__all__ = ["NEXT_STEP", "Case", "Step", "matching", "settle"]
 
 logger = logging.getLogger("lianlian_async")
 
@@ -157,7 +157,7 @@ async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
         case.tally.questions += reply.attempts
         case.query_error, case.retry_after = reply.error, reply.retry_after
         if reply.refund is not None:
-            return _ours(case.request, reply.refund)
+            return matching(case.request, reply.refund)
         if reply.known is not Known.NOT_FOUND:  # asked as long as it was worth it, or refused
             break
         if case.absence_is_believed(asked_at):
@@ -168,8 +168,11 @@ async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
     raise case.unknown()
 
 
-def _ours(request: RefundRequest, found: Refund) -> Refund:
-    """``found``, unless our number stands for another refund. What the record leaves out cannot contradict."""
+def matching(request: RefundRequest, found: Refund) -> Refund:
+    """``found``, unless our number stands for another refund: then ``RefundConflict`` is raised.
+
+    What the gateway's record leaves out cannot contradict.
+    """
     for field, ours, theirs in (
         ("money_refund", request.money_refund, found.money_refund),
         ("dt_refund", request.dt_refund, found.dt_refund),

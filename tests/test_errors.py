@@ -20,13 +20,14 @@ from lianlian_async.errors import (
     Problem,
     QueryRejected,
     RefundConflict,
+    RefundNotFinal,
     RefundNotFound,
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundRejected,
     SignatureInvalid,
 )
-from lianlian_async.models import RefundRequest
+from lianlian_async.models import Refund, RefundRequest, RefundStatus
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
 REQUEST = RefundRequest(no_refund="R-1", dt_refund=NOW, money_refund=Decimal("200.01"), no_order="O-1")
@@ -62,6 +63,7 @@ EXAMPLES = [
     MalformedMessage("not JSON"),
     JournalError("refunds.db: held by another process"),
     BatchStopped(RefundRejected("1008", "IP不允许", no_refund="R-1", **SAID_NO)),
+    RefundNotFinal(Refund(no_refund="R-1", sta_refund=RefundStatus.PROCESSING), last_error=None),
 ]
 
 
@@ -140,6 +142,11 @@ def test_a_copy_is_independent():
         (EXAMPLES[8], "no answer"),
         (EXAMPLES[9], "refund R-1 exists with another money_refund: ours 1.00, recorded 2.00"),
         (EXAMPLES[11], "answer to another question: no_refund is None, asked for 'R-1'"),
+        (EXAMPLES[15], "refund R-1 is not final yet: sta_refund is 1"),
+        (
+            RefundNotFinal(EXAMPLES[15].refund, last_error="no answer"),
+            "refund R-1 is not final yet: sta_refund is 1; the last question met: no answer",
+        ),
         (
             EXAMPLES[14],
             "batch stopped: refund rejected R-1: 1008 IP不允许 (our IP address is not allowed); register it",

@@ -47,7 +47,7 @@ def test_the_face_is_explicit_sorted_and_complete():
     [
         *("RefundSession", "Merchant", "Endpoints", "SigningKey", "VerifyingKey"),
         *("RefundRequest", "RefundQuery", "Refund", "RefundStatus", "RetryPolicy", "RetryBudget"),
-        *("refund_many", "Outcome", "LianLianError"),
+        *("refund_many", "NotificationEndpoint", "Outcome", "LianLianError"),
     ],
 )
 def test_the_design_s_names_are_there(name):
@@ -148,6 +148,14 @@ def test_refund_many_takes_what_the_design_says():
     options = keywords(lianlian_async.refund_many)
     assert list(options)[:2] == ["session", "requests"]
     assert (options["concurrency"], options["journal"]) == (None, None)
+
+
+def test_the_notification_endpoint_takes_what_the_design_says():
+    """A merchant and a handler, with or without a journal; bytes and headers in, status, headers and bytes out."""
+    options = keywords(lianlian_async.NotificationEndpoint)
+    assert list(options)[:2] == ["merchant", "on_refund"]
+    assert (options["journal"], options["session"], options["confirm"], options["inbox"]) == (None, None, False, False)
+    assert list(keywords(lianlian_async.NotificationEndpoint.handle))[:2] == ["body", "headers"]
 
 
 @pytest.mark.parametrize("layer", [Retry, Permit, Attempt, Observer])

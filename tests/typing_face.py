@@ -22,10 +22,12 @@ from lianlian_async import (
     LianLianError,
     MalformedMessage,
     Merchant,
+    NotificationEndpoint,
     Outcome,
     QueryRejected,
     Refund,
     RefundConflict,
+    RefundNotFinal,
     RefundNotFound,
     RefundNotSent,
     RefundOutcomeUnknown,
@@ -148,13 +150,29 @@ async def sessions(now: datetime) -> None:
             assert_type(unknown.attempts, int)
             assert_type(unknown.body, bytes)
             assert_type(await session.settle(unknown, deadline=10), Refund)
-        assert_type(await session.query_refund(request.query()), Refund)
+        refund = await session.query_refund(request.query())
+        assert_type(refund, Refund)
+        assert_type(await session.wait_refund(refund, deadline=60), Refund)
+        assert_type(await session.apply_and_wait(request, deadline=60, retry=policy), Refund)
         async for outcome in refund_many(session, [request], concurrency=4):
             assert_type(outcome, Outcome)
             assert_type(outcome.refund, Refund | None)
             assert_type(outcome.error, LianLianError | None)
     async with RefundSession(merchants(now), limiter=anyio.Semaphore(4)), RefundSession(merchants(now)):
         pass
+
+
+async def notifications(merchant: Merchant, session: RefundSession, body: bytes) -> None:
+    """An endpoint, with a handler whose result is of no interest."""
+
+    async def on_refund(refund: Refund) -> int:
+        return len(refund.raw)
+
+    async with NotificationEndpoint(merchant, on_refund, journal=None, session=session, inbox=False) as endpoint:
+        assert_type(endpoint, NotificationEndpoint)
+        ack = await endpoint.handle(body, {"x-forwarded-for": "203.0.113.7"}, client=None)
+        assert_type((ack.status, ack.headers, ack.body), tuple[int, Mapping[str, str], bytes])
+        assert_type(endpoint.counts["acted"], int)
 
 
 def errors(error: LianLianError) -> object:
@@ -172,6 +190,8 @@ def errors(error: LianLianError) -> object:
             return error.query()
         case GatewayUnavailable():
             assert_type(error.ret_code, str | None)
+        case RefundNotFinal():
+            return error.refund, error.last_error
         case RefundConflict():
             return error.field, error.ours, error.theirs
         case AnswerMismatch():

@@ -11,23 +11,25 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
 import anyio
 
-from lianlian_async import wire
+from lianlian_async import asgi, wire
 from lianlian_async.merchant import Endpoints, Merchant
 from lianlian_async.models import RefundStatus
 from lianlian_async.session import RefundSession
 from lianlian_async.signing import SigningKey, VerifyingKey, signature_source
 from lianlian_async.transport import asgi_transport
 
-from . import answers, asgi, rules
+from . import answers, rules
 from .answers import Refusal
 from .faults import Call, Fault, FaultPlan, When, spoil
 from .ledger import Ledger, Order, Record, Repeated
+from .responding import break_off, respond
 
 __all__ = ["SandboxGateway"]
 
@@ -216,20 +218,20 @@ class SandboxGateway:
     async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send) -> None:
         """Serve one connection as ASGI 3 has it: HTTP requests and the server's lifespan."""
         if scope["type"] == "lifespan":
-            await asgi.lifespan(receive, send)
+            await asgi.lifespan(receive, send, nullcontext())
             return
         route = _ROUTES.get(scope["path"])
         if route is None:
-            await asgi.respond(send, answers.page(404, "Not Found"))
+            await respond(send, answers.page(404, "Not Found"))
         elif scope["method"] != "POST":
-            await asgi.respond(send, answers.page(405, "Method Not Allowed", {"allow": "POST"}))
+            await respond(send, answers.page(405, "Method Not Allowed", {"allow": "POST"}))
         else:
-            body = await asgi.read(receive)
+            body = await asgi.read(receive, wire.MAX_MESSAGE_BYTES)
             self.requests[route.call] += 1
             try:
-                fields = rules.read_body(asgi.header(scope, b"content-type"), body)
+                fields = rules.read_body(asgi.headers(scope).get("content-type", ""), body)
             except Refusal as refusal:
-                await asgi.respond(send, answers.message(self._seal(answers.refusal(refusal.ret_code), "")))
+                await respond(send, answers.message(self._seal(answers.refusal(refusal.ret_code), "")))
             else:
                 await self._serve(route, fields, receive, send)
 
@@ -237,7 +239,7 @@ class SandboxGateway:
         trouble = self._plan.strike(route.call, fields.get("no_refund"))
         seal = functools.partial(self._seal, oid_partner=fields.get("oid_partner", ""))
         if trouble is None:
-            await asgi.respond(send, answers.message(seal(self._carry_out(route, fields))))
+            await respond(send, answers.message(seal(self._carry_out(route, fields))))
             return
         carried_out = trouble.when is When.AFTER
         match trouble.fault:
@@ -247,15 +249,15 @@ class SandboxGateway:
             case Fault.DELAY:
                 answer = self._carry_out(route, fields) if carried_out else None
                 await anyio.sleep(trouble.delay)
-                await asgi.respond(send, answers.message(seal(answer or self._carry_out(route, fields))))
+                await respond(send, answers.message(seal(answer or self._carry_out(route, fields))))
             case fault:
                 answer = self._carry_out(route, fields) if carried_out else answers.refusal("9999")
                 if fault is Fault.NO_ANSWER:
                     await receive()
                 elif fault is Fault.RESET:
-                    await asgi.break_off(send, answers.message(seal(answer)))
+                    await break_off(send, answers.message(seal(answer)))
                 else:
-                    await asgi.respond(send, spoil(trouble, answer, fields, seal))
+                    await respond(send, spoil(trouble, answer, fields, seal))
 
     # ── one request, without an await ────────────────────────────────────────────────────────────
 

@@ -1,0 +1,266 @@
+"""Notifications: raw bytes in, an acknowledgement out, and a handler that is called once for each final refund.
+
+*Inline*, the default: the handler runs, then the notification is acknowledged. If the handler fails or takes too
+long, it is not, and LianLian's next delivery (2 minutes later, 30 at most) calls the handler again.
+
+*Inbox* (``inbox=True``): the notification is written to the journal and acknowledged; the handler runs behind it,
+again after growing pauses until it succeeds, over restarts too.
+
+In both modes the handler is called again only if it has not returned, or if the process or the journal died
+between its return and the line in the journal that says so. A journal that several processes share makes that
+hold for all of them; without a journal it holds for one process and the refunds that it remembers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+
+import anyio
+
+from . import asgi
+from .acks import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
+from .addresses import AllowList
+from .background import Background
+from .errors import (
+    AnswerMismatch,
+    ConfigurationError,
+    LianLianError,
+    MalformedMessage,
+    RefundConflict,
+    SignatureInvalid,
+)
+from .inbox import Inbox, RecentJournal
+from .journal import Journal, Standing
+from .merchant import Merchant
+from .models import Refund
+from .rsa_thread import RsaThread
+from .session import RefundSession
+
+__all__ = ["Ack", "NotificationEndpoint", "Verdict"]
+
+logger = logging.getLogger("lianlian_async")
+
+MAX_NOTIFICATION_BYTES: Final = 64 * 1024
+
+
+_REFUSED: Final[Mapping[type[LianLianError], Verdict]] = {
+    MalformedMessage: Verdict.MALFORMED,
+    SignatureInvalid: Verdict.UNVERIFIED,
+    AnswerMismatch: Verdict.FOREIGN,
+    RefundConflict: Verdict.CONTRADICTORY,
+}
+
+
+class _Ready(NamedTuple):
+    """What exists from the first notification on."""
+
+    rsa: RsaThread
+    inbox: Inbox
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class NotificationEndpoint:
+    """Receives LianLian's notifications for one merchant, in one event loop (asyncio or trio).
+
+    ::
+
+        endpoint = NotificationEndpoint(merchant, on_refund, journal=journal)
+        ack = await endpoint.handle(body, headers)      # or serve it: the object is an ASGI application
+
+    ``async with endpoint`` loads the keys before the first notification comes, and runs the inbox; the lifespan of
+    an ASGI server does it too. In *inline* mode it may be left out.
+
+    Args:
+        merchant: who we are; what others are notified of is refused.
+        on_refund: a coroutine function, called with the ``Refund`` whose ``sta_refund`` is final. It should commit
+            its work before it returns, and bear to be called again if it did not return.
+        journal: an open journal, best the session's own. What it knows about a refund must match, and it learns the
+            final state. Without one, the last ``remember`` refunds of this process are known.
+        session: told of final states, so that ``wait_refund`` returns at once; needed by ``confirm``.
+        confirm: ask the gateway before the handler runs, since a notification bears neither time nor nonce.
+        inbox: acknowledge first, act behind it; needs a journal.
+        handler_seconds: what confirming and ``on_refund`` may take together. LianLian waits 5 seconds for an answer;
+            an inbox's handlers may take longer.
+        allow_from: networks that notifications are taken from; empty: all. LianLian's published lists differ by
+            page and age, so there is no default.
+        trusted_proxies: networks whose X-Forwarded-For is believed.
+        path: the only path that is served as an ASGI application; None: every path.
+        concurrency: handlers that run at the same time behind an inbox.
+        remember: see ``journal``.
+        now: the wall clock (aware datetimes), for holds in the journal.
+
+    Raises ``ConfigurationError`` for settings that do not go together.
+    """
+
+    def __init__(
+        self,
+        merchant: Merchant,
+        on_refund: Callable[[Refund], Awaitable[object]],
+        *,
+        journal: Journal | None = None,
+        session: RefundSession | None = None,
+        confirm: bool = False,
+        inbox: bool = False,
+        handler_seconds: float = 4.0,
+        allow_from: Iterable[str] = (),
+        trusted_proxies: Iterable[str] = (),
+        path: str | None = None,
+        concurrency: int = 8,
+        remember: int = 10_000,
+        now: Callable[[], datetime] = _utc_now,
+    ) -> None:
+        if confirm and session is None:
+            raise ConfigurationError("confirm: needs a session to ask with")
+        if inbox and journal is None:
+            raise ConfigurationError("inbox: needs a journal to keep notifications in")
+        if not handler_seconds > 0:
+            raise ConfigurationError(f"handler_seconds: must be more than 0, is {handler_seconds}")
+        self.merchant = merchant
+        self.counts: Counter[str] = Counter()
+        """Deliveries by their :class:`Verdict`; behind an inbox, calls of the handler as *acted* and *failed*."""
+        self._on_refund = on_refund
+        self._journal = journal
+        self._session = session
+        self._confirm = confirm
+        self._is_inbox = inbox
+        self._seconds = handler_seconds
+        self._allow_list = AllowList.read(allow_from, trusted_proxies)
+        self._path = path
+        self._concurrency = concurrency
+        self._remember = remember
+        self._now = now
+        self._ready: _Ready | None = None
+        self._turn = anyio.Lock()
+        self._worker: Background | None = None
+
+    def __repr__(self) -> str:
+        return f"<NotificationEndpoint {self.merchant.oid_partner}>"
+
+    # ── opening and closing ──────────────────────────────────────────────────────────────────────
+
+    async def __aenter__(self) -> Self:
+        if self._worker is not None:
+            raise RuntimeError("this NotificationEndpoint is in use already")
+        ready = await self._open()
+        if self._is_inbox:
+            self._worker = Background(lambda: ready.inbox.work(self._concurrency, self._count_act))
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ready, self._ready = self._ready, None
+        worker, self._worker = self._worker, None
+        if ready is not None and worker is not None:
+            ready.inbox.stop()
+            try:
+                await worker.join()
+            finally:
+                await worker.aclose()
+
+    async def _open(self) -> _Ready:
+        if self._ready is not None:
+            return self._ready
+        async with self._turn:
+            if self._ready is None:
+                journal = RecentJournal(self._remember) if self._journal is None else await self._journal.inbox()
+                inbox = Inbox(journal, self._act, refunds=self._journal, seconds=self._seconds, now=self._now)
+                self._ready = _Ready(await RsaThread.open(self.merchant), inbox)
+            return self._ready
+
+    # ── one delivery ─────────────────────────────────────────────────────────────────────────────
+
+    async def handle(self, body: bytes, headers: Mapping[str, str], *, client: str | None = None) -> Ack:
+        """What to answer to a notification with this body, and act on it. Raises nothing but cancellation.
+
+        ``client`` is the address that it came from; with ``allow_from`` it is needed.
+        """
+        try:
+            verdict = await self._judge(body, headers, client)
+        except tuple(_REFUSED) as error:
+            verdict = _REFUSED[type(error)]
+            level = logging.ERROR if verdict is Verdict.CONTRADICTORY else logging.WARNING
+            logger.log(level, "notification refused as %s: %s", verdict, error)
+        except Exception:
+            verdict = Verdict.FAILED
+            logger.exception("notification not taken")
+        self.counts[verdict] += 1
+        return ACKS[verdict]
+
+    async def _judge(self, body: bytes, headers: Mapping[str, str], client: str | None) -> Verdict:
+        if self._allow_list.allow_from and not self._allow_list.admits(client, _header(headers, "x-forwarded-for")):
+            logger.warning("notification refused: %s is not on the allow-list", client)
+            return Verdict.NOT_ADMITTED
+        if len(body) > MAX_NOTIFICATION_BYTES:
+            logger.warning("notification refused: longer than %d bytes", MAX_NOTIFICATION_BYTES)
+            return Verdict.TOO_BIG
+        rsa, inbox = await self._open()
+        refund = await inbox.learn(await rsa.check(rsa.protocol.read_notification, body))
+        if not refund.is_final:
+            return Verdict.NOT_FINAL
+        return await (self._keep(inbox, refund) if self._is_inbox else self._act_once(inbox, refund))
+
+    async def _keep(self, inbox: Inbox, refund: Refund) -> Verdict:
+        if self._worker is None:
+            raise RuntimeError("the inbox is not open: use the NotificationEndpoint in `async with`")
+        standing = await inbox.keep(refund)
+        self._tell(refund)
+        return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
+
+    async def _act_once(self, inbox: Inbox, refund: Refund) -> Verdict:
+        standing, entry = await inbox.take(refund)
+        self._tell(refund)
+        if standing is Standing.SETTLED:
+            return Verdict.DUPLICATE
+        if standing is Standing.HELD:
+            return Verdict.BUSY
+        return Verdict.ACTED if await inbox.act_on(entry, refund) else Verdict.FAILED
+
+    def _tell(self, refund: Refund) -> None:
+        if self._session is not None:
+            self._session.notified(refund)
+
+    async def _act(self, refund: Refund) -> None:
+        if self._confirm and self._session is not None:
+            found = await self._session.query_refund(refund.query())
+            if found.sta_refund != refund.sta_refund:
+                notified, recorded = str(refund.sta_refund), str(found.sta_refund)
+                raise RefundConflict(str(refund.no_refund), field="sta_refund", ours=notified, theirs=recorded)
+        await self._on_refund(refund)
+
+    def _count_act(self, well: bool) -> None:
+        self.counts[Verdict.ACTED if well else Verdict.FAILED] += 1
+
+    # ── ASGI ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send) -> None:
+        """Serve one connection as ASGI 3 has it: HTTP requests and the server's lifespan."""
+        if scope["type"] == "lifespan":
+            await asgi.lifespan(receive, send, self)
+        elif scope["type"] == "http":
+            ack = await self._serve(scope, receive)
+            await asgi.respond(send, ack.status, ack.headers, ack.body)
+        else:
+            await send({"type": "websocket.close"})
+
+    async def _serve(self, scope: Mapping[str, Any], receive: asgi.Receive) -> Ack:
+        # Where the endpoint is mounted in another application, the path begins with the place of the mount.
+        if self._path is not None and scope["path"].removeprefix(scope.get("root_path", "")) != self._path:
+            return NOT_HERE
+        if scope["method"] != "POST":
+            return ONLY_POST
+        client = scope.get("client")
+        body = await asgi.read(receive, MAX_NOTIFICATION_BYTES)
+        return await self.handle(body, asgi.headers(scope), client=client and client[0])
+
+
+def _header(headers: Mapping[str, str], name: str) -> str:
+    return ",".join(text for key, text in headers.items() if key.lower() == name)
