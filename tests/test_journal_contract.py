@@ -338,7 +338,7 @@ async def _cancelled_after(moments, function, *arguments):
             await anyio.lowlevel.checkpoint()
         group.cancel_scope.cancel()
     if function is begin and result is not None:
-        standing, entry = result
+        _, entry = result
         await arguments[0].release(entry, entry.sent_at)
 
 

@@ -1,0 +1,389 @@
+"""The SQLite journal: its file, its owner, its groups, and what may befall them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+from contextlib import closing
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import anyio
+import pytest
+from journals import MADE, intent, now
+
+from lianlian_async.errors import JournalError
+from lianlian_async.journal import SqliteJournal, Standing, State
+
+pytestmark = pytest.mark.anyio
+
+_PROGRAM = """
+import sys, os, signal, anyio
+sys.path.insert(0, {tests!r})
+from journals import MADE, intent, now
+from lianlian_async.journal import SqliteJournal
+
+async def main():
+    async with SqliteJournal({path!r}) as journal:
+        for number in range(3):
+            await journal.intend(intent(f"R-{{number}}"), now())
+        await journal.settle("R-1", MADE)
+        {then}
+
+anyio.run(main)
+"""
+_STAY = "print('open', flush=True); await anyio.sleep(3600)"
+_DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "journal.sqlite"
+
+
+def program(path, then):
+    """Another process that begins R-0, R-1 and R-2, settles R-1, and then does ``then``."""
+    return [sys.executable, "-c", _PROGRAM.format(tests=str(Path(__file__).parent), path=str(path), then=then)]
+
+
+# ── its owner ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_a_killed_process_left_open_is_unsettled(path):
+    """After SIGKILL all is there: what was settled is settled, what was begun is UNSETTLED, though still held."""
+    assert (await anyio.run_process(program(path, _DIE), check=False)).returncode == -signal.SIGKILL
+    async with SqliteJournal(path) as journal:
+        at = now()
+        standing, entry = await journal.intend(intent("R-0"), at)
+        assert (standing, entry.sent_at) == (Standing.UNSETTLED, at)
+        assert (await journal.intend(intent("R-1"), at))[0] is Standing.SETTLED
+        assert [entry.no_refund async for entry in journal.pending()] == ["R-0", "R-2"]
+
+
+async def test_a_second_process_is_refused_until_the_first_is_gone(path):
+    """Whoever opens a journal that another process has open is told so; once that one is killed, it opens."""
+    async with await anyio.open_process(program(path, _STAY)) as other:
+        assert (await other.stdout.receive()).startswith(b"open")
+        with pytest.raises(JournalError, match=r"journal\.sqlite: .*another process is at work with it"):
+            async with SqliteJournal(path):
+                pass
+        other.kill()
+    async with SqliteJournal(path) as journal:
+        assert await journal.find("R-1")
+
+
+async def test_a_second_journal_of_the_same_process_is_refused(path):
+    """The same file is not opened twice, under whatever name; and what refused the second leaves the first whole."""
+    link = path.with_name("link")
+    async with SqliteJournal(path) as journal:
+        link.symlink_to(path)
+        with pytest.raises(JournalError, match="another process"):
+            async with SqliteJournal(link):
+                pass
+        with pytest.raises(RuntimeError, match="open already"):
+            async with journal:
+                pass
+        await journal.intend(intent(), now())
+
+
+async def test_a_forked_child_is_refused_and_does_no_harm(path):
+    """In a forked child every verb raises; and that its end closes the file takes nothing away from the parent."""
+    then = """
+        child = os.fork()
+        if not child:
+            for verb in (journal.find("R-0"), journal.counts(), anext(journal.pending())):
+                try:
+                    verb.send(None)
+                except Exception as error:
+                    print(type(error).__name__, "forked" in str(error), flush=True)
+            journal._file._opened.close()  # what the interpreter's end does to what is left open
+            os._exit(0)
+        os.waitpid(child, 0)
+        for number in range(3, 500):
+            await journal.intend(intent(f"R-{number}"), now())
+            if number % 100 == 0:
+                await journal.settle(f"R-{number}", MADE)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    process = await anyio.run_process(program(path, then.strip()), check=False)
+    assert process.stdout.decode() == "JournalError True\n" * 3
+    async with SqliteJournal(path) as journal:
+        assert sum((await journal.counts()).values()) == 500
+
+
+async def test_a_child_process_leaves_the_journal_to_its_parent(path, monkeypatch):
+    """Seen from any other process, an open journal raises, and closing it does nothing."""
+    async with SqliteJournal(path) as journal:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(os, "getpid", lambda: -1)
+            with pytest.raises(JournalError, match="open journals after forking"):
+                await journal.find("R-1")
+            await journal.__aexit__(None, None, None)
+        await journal.intend(intent(), now())
+
+
+async def test_a_journal_that_is_not_open_is_a_bug(path):
+    """Before and after its ``async with`` a journal raises ``RuntimeError``, in the middle of ``pending`` too."""
+    journal = SqliteJournal(path)
+    with pytest.raises(RuntimeError, match="not open"):
+        await journal.find("R-1")
+    async with journal:
+        for number in range(501):
+            await journal.intend(intent(f"R-{number}"), now())
+        pending = journal.pending()
+        await anext(pending)
+    with pytest.raises(RuntimeError, match="not open"):
+        await journal.settle("R-1", MADE)
+    with pytest.raises(RuntimeError, match="not open"):
+        async for _ in pending:
+            pass
+    assert repr(journal) == f"<SqliteJournal {path}>"
+
+
+# ── its file ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_hold_ends_by_the_callers_clock(path):
+    """Within one process ``held_until`` is compared with the next caller's ``now``, and is the moment it is told."""
+    async with SqliteJournal(path) as journal:
+        first = intent()
+        await journal.intend(first, now())
+        assert (await journal.intend(intent(), first.held_until - timedelta(seconds=1)))[0] is Standing.HELD
+        standing, entry = await journal.intend(intent(), first.held_until + timedelta(seconds=1))
+        assert (standing, entry.sent_at) == (Standing.UNSETTLED, first.held_until)
+
+
+async def test_a_file_is_left_behind_that_anybody_can_read(path):
+    """Closed, the journal is a single file and its empty owner file; the fields and records in it are plain JSON."""
+    async with SqliteJournal(path) as journal:
+        await journal.intend(intent(), now())
+        await journal.settle("R-1", MADE)
+    assert {file.name: file.stat().st_size > 0 for file in path.parent.iterdir()} == {
+        "journal.sqlite": True,
+        "journal.sqlite-owner": False,
+    }
+    rows = _sqlite(path, "SELECT no_refund, state, fields, record FROM refunds JOIN endings USING (id)")
+    [(no_refund, state, fields, record)] = rows
+    assert (no_refund, state) == ("R-1", "done")
+    assert (json.loads(fields), json.loads(record)) == (intent().fields, MADE.record)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: path.write_bytes(b"money " * 1000), "it is no journal, and was left as it is"),
+        (lambda path: _sqlite(path, "CREATE TABLE other (x)"), "an SQLite file, but no journal"),
+        (lambda path: path.mkdir(), "its folder must exist, and must let files be created"),
+    ],
+    ids=["text", "other database", "folder"],
+)
+async def test_what_is_no_journal_is_refused_and_left_alone(path, prepare, message):
+    """A file that is anything else is named, refused, and not changed by a byte."""
+    prepare(path)
+    before = path.is_file() and path.read_bytes()
+    with pytest.raises(JournalError, match=message) as caught:
+        async with SqliteJournal(path):
+            pass
+    assert str(path) in str(caught.value)
+    assert (path.is_file() and path.read_bytes()) == before
+
+
+async def test_a_missing_folder_is_refused(path):
+    """A journal in a folder that does not exist raises ``JournalError``."""
+    with pytest.raises(JournalError, match="its folder must exist"):
+        async with SqliteJournal(path / "journal"):
+            pass
+
+
+async def test_another_version_is_refused_with_advice(path):
+    """A journal of a version that is not ours raises, says which, and what to do."""
+    async with SqliteJournal(path):
+        pass
+    _sqlite(path, "PRAGMA user_version = 2")
+    with pytest.raises(JournalError, match="of version 2, and this is a library for version 1; finish it"):
+        async with SqliteJournal(path):
+            pass
+
+
+@pytest.mark.parametrize("damaged", ["refunds", "sqlite_autoindex_refunds_1"])
+async def test_a_corrupted_file_is_said_to_be(path, damaged):
+    """Damage in the file raises ``JournalError`` with advice as soon as something meets it."""
+    async with SqliteJournal(path) as journal:
+        await journal.intend(intent(), now())
+    [[page]] = _sqlite(path, f"SELECT rootpage FROM sqlite_master WHERE name = '{damaged}'")
+    with path.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+    with pytest.raises(JournalError, match="malformed; keep the file, and restore it"):
+        async with SqliteJournal(path) as journal:
+            await journal.intend(intent(), now())
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-owner"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+async def test_a_file_that_is_gone_is_noticed(path, suffix, replaced):
+    """When the file, its log or its owner file is removed or replaced, nothing more is said to be recorded."""
+    gone = Path(f"{path}{suffix}")
+    async with SqliteJournal(path) as journal:
+        await journal.intend(intent("R-1"), now())
+        copy = shutil.copy(gone, f"{gone}.copy")
+        Path.unlink(gone)
+        if replaced:
+            shutil.move(copy, gone)
+        for verb in (journal.intend(intent("R-2"), now()), journal.settle("R-1", MADE)):
+            with pytest.raises(JournalError, match=f"{gone.name} was removed or replaced while it was open"):
+                await verb
+
+
+async def test_a_full_disk_fails_whole_and_passes(path):
+    """With no room left everyone waiting gets ``JournalError`` and nothing is recorded; with room again it goes on."""
+    async with SqliteJournal(path) as journal:
+        for number in range(10):
+            await journal.intend(intent(f"R-{number}"), now())
+        connection = journal._file._connection
+        [[pages]] = connection.execute("PRAGMA page_count").fetchall()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        errors = []
+
+        async def fail(number):
+            with pytest.raises(JournalError, match="full; make room on the disk") as caught:
+                await journal.intend(intent(f"late-{number}", body=b"x" * 5000), now())
+            errors.append(caught.value)
+
+        async with anyio.create_task_group() as group:
+            for number in range(50):
+                group.start_soon(fail, number)
+        assert len({id(error) for error in errors}) == 50
+        assert isinstance(errors[0].__cause__, JournalError)
+        assert (await journal.counts())[State.UNSETTLED] == 10
+        assert await journal.find("late-1") is None
+        connection.execute("PRAGMA max_page_count = 100000")
+        assert (await journal.intend(intent("late-1", body=b"x" * 5000), now()))[0] is Standing.NEW
+        assert (await journal.intend(intent("R-1"), now()))[0] is Standing.HELD
+
+
+async def test_a_disk_that_fails_is_named(path, monkeypatch):
+    """An error of the operating system, too, comes as ``JournalError`` with the file's name."""
+    async with SqliteJournal(path) as journal:
+        with monkeypatch.context() as broken:
+
+            def fail(*_):
+                raise OSError(errno.EIO, "Input/output error")
+
+            broken.setattr(os.path, "samestat", fail)
+            with pytest.raises(JournalError, match=r"journal\.sqlite: .*Input/output error"):
+                await journal.intend(intent(), now())
+
+
+# ── its groups ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_many_tasks_ask_for_is_written_together(path):
+    """A thousand tasks that intend and settle at once share a few transactions."""
+    commits = []
+
+    async def one(journal, number):
+        await journal.intend(intent(f"R-{number}"), now())
+        await journal.settle(f"R-{number}", MADE)
+
+    async with SqliteJournal(path) as journal:
+        journal._file._connection.set_trace_callback(commits.append)
+        async with anyio.create_task_group() as group:
+            for number in range(1000):
+                group.start_soon(one, journal, number)
+        assert (await journal.counts())[State.DONE] == 1000
+    assert commits.count("COMMIT") < 20
+
+
+async def test_what_cannot_be_done_fails_alone(path):
+    """An operation that raises, even by a bug of its caller, disturbs none of those in its transaction."""
+    found = []
+
+    async def one(number):
+        found.append((await journal.intend(intent(f"R-{number}"), now()))[0])
+
+    async def wrong():
+        with pytest.raises(TypeError, match="offset-naive"):
+            await journal.intend(intent("R-0"), now().replace(tzinfo=None))
+
+    async with SqliteJournal(path) as journal:
+        await one(0)
+        async with anyio.create_task_group() as group:
+            for function in (partial(one, 1), wrong, partial(one, 2)):
+                group.start_soon(function)
+    assert found == [Standing.NEW] * 3
+
+
+async def test_closing_waits_for_what_was_asked(path):
+    """Whatever was asked before the end of the ``async with`` is recorded and answered."""
+    asked, answers = [], []
+
+    async def one(number):
+        asked.append(number)
+        answers.append((await journal.intend(intent(f"R-{number}"), now()))[0])
+
+    async with anyio.create_task_group() as group, SqliteJournal(path) as journal:
+        for number in range(20):
+            group.start_soon(one, number)
+        while len(asked) < 20:
+            await anyio.lowlevel.checkpoint()
+    assert answers == [Standing.NEW] * 20
+
+
+async def test_cancellation_around_the_journal_loses_nothing(path):
+    """Where the whole ``async with`` is cancelled, what was asked of the journal is still recorded, and it closes."""
+    with anyio.CancelScope() as scope:
+        async with SqliteJournal(path) as journal:
+            await journal.intend(intent(), now())
+            scope.cancel()
+            await journal.settle("R-1", MADE)
+    async with SqliteJournal(path) as journal:
+        assert (await journal.find("R-1")).ending == MADE
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_asyncio_cancel_is_survived_too(path):
+    """``Task.cancel``, which no shield stops, ends its own task's call, and none other's; not even when closing."""
+
+    async def work(journal, number):
+        standing, _ = await journal.intend(intent(f"R-{number}"), now())
+        await journal.settle(f"R-{number}", MADE)
+        return standing
+
+    async with SqliteJournal(path) as journal:
+        tasks = [asyncio.create_task(work(journal, number)) for number in range(200)]
+        for round_, task in enumerate(tasks[::2]):
+            await asyncio.sleep(0.0001 * (round_ % 3))
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert results[1::2] == [Standing.NEW] * 100
+        for number in range(0, 200, 2):
+            standing, _ = await journal.intend(intent(f"R-{number}"), now())
+            assert standing in (Standing.NEW, Standing.SETTLED)
+
+    async def opened():
+        async with SqliteJournal(path):
+            opening.set()
+            await asyncio.sleep(0)
+
+    for _ in range(5):
+        opening = asyncio.Event()
+        closing = asyncio.create_task(opened())
+        await opening.wait()
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+    async with SqliteJournal(path) as journal:
+        assert await journal.find("R-1")
+
+
+def _sqlite(path, statement):
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return connection.execute(statement).fetchall()
