@@ -276,6 +276,32 @@ async def test_absence_is_not_believed_within_the_grace():
     assert isinstance(unknown.__cause__, RefundNotFound)
 
 
+@pytest.mark.parametrize("ret_code", ["1002", "1003", "2005", "2008", "4002", "9983"])
+async def test_a_number_that_exists_without_a_record_is_unknown(ret_code):
+    """Who is told "already here" and finds no record sends nothing again within the grace."""
+    gateway = sandbox()
+    gateway.script(Fault.BUSY, call="apply", when=When.BEFORE, ret_code=ret_code)
+    unknown = await left_unknown(gateway)
+    assert gateway.requests["apply"] == unknown.attempts == 1
+    assert unknown.sent_at == EPOCH
+    assert unknown.ask_again_at == EPOCH + timedelta(seconds=900)
+
+
+async def test_absence_is_as_old_as_its_question():
+    """A "no such record" that was asked for within the grace proves nothing, however late it is answered."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    unknown = await left_unknown(gateway)
+    await anyio.sleep((unknown.ask_again_at - wall_clock()).total_seconds() - 2)
+    gateway.requests.clear()
+    gateway.script(Fault.DELAY, call="query", delay=5)
+    session, _ = session_over(gateway)
+    async with session:
+        assert (await session.settle(unknown)).no_refund == "R-1"
+    assert gateway.requests == {"query": 2, "apply": 1}
+    assert gateway.times_made("R-1") == 1
+
+
 async def test_a_gateway_that_answers_no_question_leaves_the_outcome_unknown():
     """Asked until the deadline without a usable answer, the refund is unknown although it was made."""
     gateway = sandbox()
