@@ -1,0 +1,65 @@
+"""aiohttp: a session that lives as long as the application, under an application key, and a handler of notifications.
+
+::
+
+    journal = SqliteJournal("refunds.sqlite")
+    session = RefundSession(merchant, journal=journal)
+    endpoint = NotificationEndpoint(merchant, on_refund, journal=journal, session=session)
+
+    app = web.Application()
+    app.cleanup_ctx.append(lifespan(journal, session, endpoint))
+    app.router.add_post("/lianlian/refund", notifications(endpoint))
+
+    async def make_refund(request: web.Request) -> web.Response:
+        refund = await get_session(request).apply_refund(...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any, Final
+
+from aiohttp import web
+
+from lianlian_async.notifications import NotificationEndpoint
+from lianlian_async.session import RefundSession
+
+__all__ = ["SESSION", "get_session", "lifespan", "notifications"]
+
+SESSION: Final = web.AppKey("refund_session", RefundSession)
+
+
+def lifespan(*contexts: AbstractAsyncContextManager[Any]) -> Callable[[web.Application], AsyncGenerator[None]]:
+    """A cleanup context that opens ``contexts`` in their order: a journal, the session on it, an endpoint.
+
+    The session among them is ``app[SESSION]``.
+    """
+
+    async def opened(app: web.Application) -> AsyncGenerator[None]:
+        async with AsyncExitStack() as stack:
+            for context in contexts:
+                entered = await stack.enter_async_context(context)
+                if isinstance(entered, RefundSession):
+                    app[SESSION] = entered
+            yield
+
+    return opened
+
+
+def get_session(request: web.Request) -> RefundSession:
+    """The session of the application, or of the one that it is part of; ``RuntimeError`` if there is none."""
+    session: RefundSession | None = request.config_dict.get(SESSION)
+    if session is None:
+        raise RuntimeError("no RefundSession is open: pass one to app.cleanup_ctx.append(lifespan(...))")
+    return session
+
+
+def notifications(endpoint: NotificationEndpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """A handler of POST requests that are notifications for ``endpoint``."""
+
+    async def handler(request: web.Request) -> web.Response:
+        ack = await endpoint.handle(await request.read(), request.headers, client=request.remote)
+        return web.Response(status=ack.status, headers=ack.headers, body=ack.body)
+
+    return handler

@@ -1,0 +1,67 @@
+"""FastAPI: a session that lives as long as the application, as a dependency, and the route of notifications.
+
+::
+
+    journal = SqliteJournal("refunds.sqlite")
+    session = RefundSession(merchant, journal=journal)
+    endpoint = NotificationEndpoint(merchant, on_refund, journal=journal, session=session)
+
+    app = FastAPI(lifespan=lifespan(journal, session, endpoint))
+    app.include_router(notifications(endpoint, "/lianlian/refund"))
+
+    @app.post("/refunds")
+    async def make_refund(order: Order, session: Session) -> str | None:
+        return (await session.apply_refund(order.refund())).sta_refund
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from starlette.requests import HTTPConnection
+from starlette.routing import Route
+
+from lianlian_async.notifications import NotificationEndpoint
+from lianlian_async.session import RefundSession
+
+__all__ = ["Session", "get_session", "lifespan", "notifications"]
+
+
+def lifespan(
+    *contexts: AbstractAsyncContextManager[Any],
+) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]:
+    """A lifespan that opens ``contexts`` in their order: a journal, the session on it, an endpoint.
+
+    The session among them is what :data:`Session` stands for. A lifespan of your own yields the same by
+    ``yield {"refund_session": session}``.
+    """
+
+    @asynccontextmanager
+    async def opened(_app: FastAPI) -> AsyncGenerator[dict[str, Any]]:
+        async with AsyncExitStack() as stack:
+            entered = [await stack.enter_async_context(context) for context in contexts]
+            yield {"refund_session": next((each for each in entered if isinstance(each, RefundSession)), None)}
+
+    return opened
+
+
+def get_session(connection: HTTPConnection) -> RefundSession:
+    """The application's session; ``RuntimeError`` if its lifespan opened none."""
+    session: RefundSession | None = getattr(connection.state, "refund_session", None)
+    if session is None:
+        raise RuntimeError(
+            "no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)), and run the lifespan"
+        )
+    return session
+
+
+Session = Annotated[RefundSession, Depends(get_session)]
+"""A parameter of this type is the application's session."""
+
+
+def notifications(endpoint: NotificationEndpoint, path: str) -> APIRouter:
+    """A router with ``endpoint`` at ``path``, outside of the OpenAPI schema: only LianLian calls it."""
+    return APIRouter(routes=[Route(path, endpoint, include_in_schema=False)])
