@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import threading
+from base64 import b64decode
 from datetime import timedelta
 from decimal import Decimal
 from typing import ClassVar
@@ -373,9 +374,11 @@ class SeenVerifyingKey(VerifyingKey):
 
     __slots__ = ()
     threads: ClassVar[list[int]] = []
+    lengths: ClassVar[list[int]] = []
 
     def verify(self, source, signature):
         self.threads.append(threading.get_ident())
+        self.lengths.append(len(b64decode(signature)))
         return super().verify(source, signature)
 
 
@@ -384,6 +387,7 @@ def seen(monkeypatch):
     """A sandbox, and its merchant whose keys remember their threads."""
     monkeypatch.setattr(SeenSigningKey, "threads", [])
     monkeypatch.setattr(SeenVerifyingKey, "threads", [])
+    monkeypatch.setattr(SeenVerifyingKey, "lengths", [])
 
     def make():
         gateway = sandbox()
@@ -423,6 +427,14 @@ async def test_answers_are_verified_on_the_loop_only_where_that_is_cheap(monkeyp
             await session.apply_refund(refund_request(number))
     assert len(SeenVerifyingKey.threads) == 3
     assert {thread == threading.get_ident() for thread in SeenVerifyingKey.threads} == {inline}
+
+
+async def test_the_cost_of_verifying_is_measured_on_signatures_of_full_length(seen):
+    """What is measured when the session opens is the whole computation: a shorter signature would cost nothing."""
+    gateway, merchant = seen()
+    async with RefundSession(merchant, transport=asgi_transport(gateway)):
+        assert SeenVerifyingKey.lengths
+        assert set(SeenVerifyingKey.lengths) == {1024 // 8}
 
 
 async def test_keys_are_loaded_in_a_thread(tmp_path):

@@ -301,6 +301,24 @@ async def test_an_exchange_sends_the_body_as_it_is_and_brings_the_answer_as_it_c
     assert "transfer-encoding" not in headers
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own client", "given client"])
+async def test_connecting_gets_half_of_the_attempt_s_time(own):
+    """An attempt that cannot connect ends in time to be told apart: as not sent, before the attempt's time is over."""
+    seen = []
+
+    class Watching(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request):
+            seen.append(request.extensions["timeout"])
+            return httpx.Response(200)
+
+    client = None if own else httpx.AsyncClient(transport=Watching(), timeout=99)
+    async with transport_over(client=client, transport=Watching() if own else None) as transport:
+        await transport.post(URL, b"{}", 8.0)
+    if client:
+        await client.aclose()
+    assert seen == [{"connect": 4.0, "read": 8.0, "write": 8.0, "pool": 8.0}]
+
+
 async def test_a_refused_connection_is_not_sent(merchant_keys, gateway_keys):
     """Nobody listens: every attempt is *not sent*, and the refund is safe to send again."""
     merchant = at(merchant_keys, gateway_keys, f"http://127.0.0.1:{unused_port()}")
