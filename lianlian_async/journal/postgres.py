@@ -15,7 +15,7 @@ from datetime import UTC, timedelta
 from typing import Any, Final, LiteralString
 
 import anyio
-from psycopg import AsyncConnection, Error, ProgrammingError
+from psycopg import AsyncConnection, Error, IsolationLevel, ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import DictRow, dict_row
 from psycopg.sql import SQL, Composed, Identifier
@@ -84,7 +84,8 @@ class PostgresJournal(GroupedJournal):
     same time. Clocks of workers need not agree: holds travel as durations. The moments in entries are by the clock
     of the worker that reads them.
 
-    ``timeout`` is how many seconds the database may take for one transaction, connecting included.
+    ``timeout`` is how many seconds the database may take for one transaction, connecting included. What the
+    database calls committed has to be durable: leave its ``synchronous_commit`` on.
     """
 
     def __init__(self, dsn: str, *, schema: str = "lianlian", timeout: float = 10.0) -> None:
@@ -132,6 +133,7 @@ class PostgresJournal(GroupedJournal):
             open=False,
             min_size=1,
             max_size=2,
+            configure=_read_what_is_committed,
             check=AsyncConnectionPool.check_connection,
             # Connection poolers in between may not keep prepared statements apart.
             kwargs={"autocommit": True, "prepare_threshold": None, "row_factory": dict_row},
@@ -140,14 +142,15 @@ class PostgresJournal(GroupedJournal):
 
     async def _prepare(self, connection: AsyncConnection) -> None:
         """Make the tables if they are not there; one worker at a time."""
+        await _read_what_is_committed(connection)
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"journal {self._schema}"])
         found = await connection.execute(_FIND_VERSION, [self._schema])
         if not found.rowcount:
             await connection.execute(self._sql(_CREATE))
-        versions = await (await connection.execute(self._sql(_READ_VERSION))).fetchall()
-        if versions != [(SCHEMA_VERSION,)]:
+        [(version,)] = await (await connection.execute(self._sql(_READ_VERSION))).fetchall()
+        if version != SCHEMA_VERSION:
             raise JournalError(
-                f"journal {self._name}: of version {versions}, and this is a library for version {SCHEMA_VERSION}; "
+                f"journal {self._name}: of version {version}, and this is a library for version {SCHEMA_VERSION}; "
                 "finish it with the lianlian-async that began it, or name another schema"
             )
 
@@ -226,3 +229,8 @@ class PostgresJournal(GroupedJournal):
         except (Error, OSError) as error:
             reason = str(error).strip() or f"no answer within {self._timeout} s"
             raise JournalError(f"journal {self._name}: {reason}") from error
+
+
+async def _read_what_is_committed(connection: AsyncConnection[Any]) -> None:
+    """Whatever the database's default is: who has waited for another has to see what that one wrote."""
+    await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
