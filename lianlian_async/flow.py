@@ -102,7 +102,8 @@ class Handoff(Generic[T]):
         while not self._given:
             if self._ended:
                 raise anyio.EndOfStream
-            self._news = anyio.Event()
+            if self._news.is_set():
+                self._news = anyio.Event()
             await self._news.wait()
         item, taken = self._given.popleft()
         taken.set()

@@ -1,0 +1,666 @@
+"""Batches: one outcome for each request, bounded and unhurried, and an early end that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from datetime import timedelta
+from decimal import Decimal
+
+import anyio
+import httpx
+import pytest
+from parties import EPOCH, OID_PARTNER, refund_request, sandbox, wall_clock
+
+from lianlian_async import (
+    BatchStopped,
+    ConfigurationError,
+    InvalidRequest,
+    JournalError,
+    RefundConflict,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRejected,
+    RefundSession,
+    RetryPolicy,
+    refund_many,
+)
+from lianlian_async.journal import MemoryJournal, State
+from lianlian_async.sandbox import Fault, When
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+SLOW = {"faults": {Fault.DELAY: 1.0}, "delay": 1.0}
+"""A gateway that takes a second for every answer."""
+
+
+class Source:
+    """``count`` requests; knows how many were taken, and whether it was closed."""
+
+    def __init__(self, count=10**9, *, then=None):
+        self.count = count
+        self.then = then
+        self.taken = 0
+        self.closed = False
+
+    def __iter__(self):
+        for number in range(1, self.count + 1):
+            self.taken += 1
+            yield refund_request(number)
+        if self.then is not None:
+            raise self.then
+
+    async def unhurried(self):
+        """The same, and after the last one it waits for ever unless there is something to raise."""
+        try:
+            for number in range(1, self.count + 1):
+                self.taken += 1
+                yield refund_request(number)
+            if self.then is not None:
+                raise self.then
+            await anyio.sleep_forever()
+        finally:
+            self.closed = True
+
+
+class Road(httpx.AsyncBaseTransport):
+    """The way to the sandbox: counts who is on it at the same time, and is closed to the numbers in ``closed``."""
+
+    def __init__(self, gateway, *, closed=()):
+        self.inner = httpx.ASGITransport(app=gateway)
+        self.closed = closed
+        self.under_way = 0
+        self.most = 0
+
+    async def handle_async_request(self, request):
+        body = await request.aread()
+        if any(f'"no_refund":"{number}"'.encode() in body for number in self.closed):
+            raise httpx.ConnectError("road closed")
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            return await self.inner.handle_async_request(request)
+        finally:
+            self.under_way -= 1
+
+
+def session_with(gateway, **options):
+    return gateway.session(now=wall_clock, **options)
+
+
+def numbers(outcomes):
+    return sorted(int(outcome.request.no_refund[2:]) for outcome in outcomes)
+
+
+async def collect(batch, outcomes):
+    """Put what ``batch`` yields into ``outcomes``, all of it that comes before an exception."""
+    async for outcome in batch:
+        outcomes.append(outcome)
+
+
+def distrust(gateway, key):
+    """Let the gateway know the merchant by another key: every request is our configuration's fault from now on."""
+    gateway.add_merchant(OID_PARTNER, key.public)
+
+
+async def entries_of(journal, source):
+    """What the journal holds about the requests that ``source`` gave away, by number."""
+    entries = {number: await journal.find(f"R-{number}") for number in range(1, source.taken + 1)}
+    return {number: entry for number, entry in entries.items() if entry is not None}
+
+
+# ── one outcome for each ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "async generator", "async iterator"])
+async def test_any_kind_of_requests_will_do(kind):
+    """Each request has one outcome, whatever the requests come from."""
+    gateway = sandbox()
+    source = Source(30, then=LookupError("the end"))
+    send, receive = anyio.create_memory_object_stream(30)
+    with send, receive:
+        for request in map(refund_request, range(1, 31)):
+            send.send_nowait(request)
+        send.close()
+        requests = {
+            "list": [refund_request(number) for number in range(1, 31)],
+            "generator": (refund_request(number) for number in range(1, 31)),
+            "async generator": source.unhurried(),
+            "async iterator": receive,
+        }
+        async with session_with(gateway) as session:
+            outcomes = []
+            with contextlib.suppress(LookupError):
+                await collect(refund_many(session, requests[kind]), outcomes)
+    assert numbers(outcomes) == list(range(1, 31))
+    assert all(outcome.refund.no_refund == outcome.request.no_refund for outcome in outcomes)
+    assert all((outcome.error, outcome.attempts, outcome.questions) == (None, 1, 0) for outcome in outcomes)
+    assert gateway.requests == {"apply": 30}
+
+
+async def test_an_empty_batch_has_no_outcome():
+    """No requests, no outcomes, no traffic."""
+    gateway = sandbox()
+    async with session_with(gateway) as session:
+        assert [outcome async for outcome in refund_many(session, [])] == []
+    assert not gateway.requests
+
+
+async def test_whatever_becomes_of_one_refund_disturbs_no_other():
+    """Rejected, unknown, not sent, in conflict, invalid: each is its own request's outcome, and the rest is made."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, no_refund="R-3", when=When.BEFORE)
+    journal = MemoryJournal()
+    special = {
+        2: refund_request(2, money_refund=Decimal("10.01")),
+        5: refund_request(1, money_refund=Decimal("1.00")),
+    }
+    requests = [special.get(number) or refund_request(number) for number in range(1, 9)]
+    transport = Road(gateway, closed=["R-4"])
+    async with RefundSession(gateway.merchant(), transport=transport, now=wall_clock, journal=journal) as session:
+        outcomes = {outcome.request: outcome async for outcome in refund_many(session, requests, concurrency=2)}
+    assert list(map(type, (outcomes[request].error for request in requests))) == [
+        type(None),
+        RefundRejected,
+        RefundOutcomeUnknown,
+        RefundNotSent,
+        RefundConflict,
+        *[type(None)] * 3,
+    ]
+    assert all((outcome.refund is None) is (outcome.error is not None) for outcome in outcomes.values())
+    assert [outcomes[request].attempts for request in requests] == [1, 1, 1, 4, 0, 1, 1, 1]
+    assert outcomes[requests[2]].questions > 1
+    assert outcomes[requests[2]].seconds > 10
+    assert [gateway.times_made(f"R-{number}") for number in range(1, 9)] == [1, 0, 0, 0, 0, 1, 1, 1]
+
+
+async def test_a_request_that_breaks_a_rule_is_an_outcome_too():
+    """What is refused before anything is sent does not stop the others."""
+    gateway = sandbox()
+    async with RefundSession(
+        gateway.merchant(notify_url=None), transport=httpx.ASGITransport(app=gateway), now=wall_clock
+    ) as session:
+        requests = [refund_request(1), refund_request(2, notify_url="https://shop.example/refund")]
+        outcomes = [outcome async for outcome in refund_many(session, requests)]
+    assert {outcome.request.no_refund: type(outcome.error) for outcome in outcomes} == {
+        "R-1": InvalidRequest,
+        "R-2": type(None),
+    }
+
+
+async def test_the_same_request_twice_is_made_once():
+    """With a journal, a batch that names a refund twice has it made once, and both outcomes tell of it."""
+    gateway = sandbox(**SLOW)
+    async with session_with(gateway, journal=MemoryJournal()) as session:
+        outcomes = [outcome async for outcome in refund_many(session, [refund_request(1), refund_request(1)])]
+    assert outcomes[0].refund == outcomes[1].refund is not None
+    assert sorted(outcome.attempts for outcome in outcomes) == [0, 1]
+    assert gateway.requests == {"apply": 1}
+
+
+async def test_two_batches_share_a_session():
+    """Side by side on one session and journal, two batches of the same requests make each refund once."""
+    gateway = sandbox(**SLOW)
+    told = [[], []]
+
+    async def run(session, outcomes):
+        await collect(refund_many(session, Source(20), concurrency=4), outcomes)
+
+    async with session_with(gateway, journal=MemoryJournal()) as session, anyio.create_task_group() as tasks:
+        for outcomes in told:
+            tasks.start_soon(run, session, outcomes)
+    assert numbers(told[0]) == numbers(told[1]) == list(range(1, 21))
+    assert all(outcome.refund is not None for outcomes in told for outcome in outcomes)
+    assert gateway.requests["apply"] == 20
+
+
+async def test_a_batch_has_its_own_journal_if_it_is_given_one():
+    """The batch's journal comes before the session's."""
+    gateway, session_s, batch_s = sandbox(), MemoryJournal(), MemoryJournal()
+    async with session_with(gateway, journal=session_s) as session:
+        outcomes = [outcome async for outcome in refund_many(session, [refund_request()], journal=batch_s)]
+    assert outcomes[0].refund is not None
+    assert await session_s.find("R-1") is None
+    assert (await batch_s.find("R-1")).state is State.ACCEPTED
+
+
+async def test_a_second_run_finds_the_first_one_s_answers():
+    """Run again over its journal, a finished batch sends and asks nothing."""
+    gateway, journal = sandbox(), MemoryJournal()
+    async with session_with(gateway, journal=journal) as session:
+        first = [outcome async for outcome in refund_many(session, Source(10), concurrency=1)]
+        again = [outcome async for outcome in refund_many(session, Source(10), concurrency=1)]
+    assert [outcome.refund for outcome in again] == [outcome.refund for outcome in first]
+    assert {outcome.attempts for outcome in again} == {0}
+    assert gateway.requests == {"apply": 10}
+
+
+# ── bounds ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("concurrency", "bound"), [(1, 1), (3, 3), (None, 5)])
+async def test_the_gateway_never_meets_more_than_the_concurrency(concurrency, bound):
+    """So many refunds are under way at a time, always, and by default as many as the session has connections."""
+    gateway = sandbox(**SLOW)
+    road = Road(gateway)
+    async with RefundSession(gateway.merchant(), transport=road, now=wall_clock, max_connections=5) as session:
+        outcomes = [outcome async for outcome in refund_many(session, Source(30), concurrency=concurrency)]
+    assert len(outcomes) == 30
+    assert road.most == bound
+    assert anyio.current_time() == 30 / bound
+
+
+@pytest.mark.parametrize("concurrency", [0, -1])
+async def test_a_concurrency_that_is_none_is_refused_at_once(concurrency):
+    """Nothing has to be iterated to learn of a wrong setting."""
+    async with session_with(sandbox()) as session:
+        with pytest.raises(ConfigurationError, match="concurrency"):
+            refund_many(session, [], concurrency=concurrency)
+
+
+async def test_nothing_happens_before_the_first_outcome_is_asked_for():
+    """A batch that nobody iterates takes no request, and complains of nothing."""
+    gateway, source = sandbox(), Source()
+    async with session_with(gateway) as session:
+        refund_many(session, source)
+        await anyio.wait_all_tasks_blocked()
+    assert source.taken == 0
+
+
+async def test_requests_are_taken_only_as_fast_as_outcomes_are():
+    """An hour between two outcomes: never are more requests taken than were told, and one for each worker."""
+    gateway, source = sandbox(), Source(20)
+    told = 0
+    async with session_with(gateway) as session:
+        async for _ in refund_many(session, source, concurrency=3):
+            told += 1
+            await anyio.sleep(3600)
+            assert source.taken <= told + 3
+    assert told == 20
+
+
+async def test_a_timeout_for_an_outcome_loses_none():
+    """Who waits for a moment only, again and again, gets every outcome all the same."""
+    gateway = sandbox(**SLOW)
+    outcomes, timeouts = [], 0
+    async with session_with(gateway) as session, refund_many(session, Source(10), concurrency=2) as batch:
+        while True:
+            try:
+                with anyio.fail_after(0.25):
+                    outcomes.append(await anext(batch))
+            except TimeoutError:
+                timeouts += 1
+            except StopAsyncIteration:
+                break
+    assert numbers(outcomes) == list(range(1, 11))
+    assert timeouts > 10
+
+
+# ── the early end ────────────────────────────────────────────────────────────────────────────────
+
+
+async def leave_by_break(session, source, outcomes):
+    async for outcome in refund_many(session, source, concurrency=4):
+        outcomes.append(outcome)
+        if len(outcomes) == 6:
+            break
+
+
+async def leave_by_aclose(session, source, outcomes):
+    batch = refund_many(session, source, concurrency=4)
+    async for outcome in batch:
+        outcomes.append(outcome)
+        if len(outcomes) == 6:
+            await batch.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await anext(batch)
+
+
+async def leave_by_block(session, source, outcomes):
+    with contextlib.suppress(LookupError):
+        async with refund_many(session, source, concurrency=4) as batch:
+            async for outcome in batch:
+                outcomes.append(outcome)
+                if len(outcomes) == 6:
+                    raise LookupError
+
+
+async def leave_by_dropping(session, source, outcomes):
+    batch = refund_many(session, source, concurrency=4)
+    for _ in range(6):
+        outcomes.append(await anext(batch))
+    del batch
+
+
+async def leave_by_cancellation(session, source, outcomes):
+    with anyio.CancelScope() as scope:
+        async for outcome in refund_many(session, source, concurrency=4):
+            outcomes.append(outcome)
+            if len(outcomes) == 6:
+                scope.cancel()
+
+
+async def leave_by_deadline(session, source, outcomes):
+    with anyio.move_on_after(1.5):
+        await collect(refund_many(session, source, concurrency=4), outcomes)
+
+
+ways_out = pytest.mark.parametrize(
+    "leave",
+    [leave_by_break, leave_by_aclose, leave_by_block, leave_by_dropping, leave_by_cancellation, leave_by_deadline],
+    ids=lambda leave: leave.__name__[9:],
+)
+
+
+@ways_out
+@pytest.mark.parametrize("kind", ["plain", "async"])
+async def test_an_early_end_takes_no_further_request_and_loses_none(leave, kind):
+    """However the loop is left, what was begun stands in the journal, and nothing more is sent or asked."""
+    gateway, journal, source, outcomes = sandbox(**SLOW), MemoryJournal(), Source(), []
+    async with session_with(gateway, journal=journal) as session:
+        await leave(session, source if kind == "plain" else source.unhurried(), outcomes)
+        await anyio.wait_all_tasks_blocked()
+        taken, requests = source.taken, dict(gateway.requests)
+        await anyio.sleep(3600)
+    assert (source.taken, dict(gateway.requests)) == (taken, requests)
+    assert taken <= len(outcomes) + 4
+    assert source.closed is (kind == "async")
+    entries = await entries_of(journal, source)
+    assert {entry.state for entry in entries.values()} <= {State.UNSETTLED, State.ACCEPTED}
+    assert all(entries[number].state is State.ACCEPTED for number in numbers(outcomes))
+    made = {number for number in range(1, 10_000) if gateway.times_made(f"R-{number}")}
+    assert set(numbers(outcomes)) <= made <= {number for number, entry in entries.items() if entry.sent_at is not None}
+    assert all(entry.holder is None for entry in entries.values())
+
+
+@ways_out
+async def test_after_an_early_end_a_second_run_completes_the_batch(leave):
+    """Run again over the same journal, every refund of the batch is made once and has its outcome."""
+    gateway, journal, outcomes = sandbox(**SLOW), MemoryJournal(), []
+    async with session_with(gateway, journal=journal, retry=RetryPolicy(absence_grace=0.0)) as session:
+        await leave(session, Source(20), outcomes)
+        outcomes = [outcome async for outcome in refund_many(session, Source(20))]
+    assert numbers(outcomes) == list(range(1, 21))
+    assert all(outcome.refund is not None for outcome in outcomes)
+    assert [gateway.times_made(f"R-{number}") for number in range(1, 21)] == [1] * 20
+
+
+async def test_a_native_cancellation_ends_a_batch_before_the_session_closes(anyio_backend_name):
+    """After asyncio's own ``Task.cancel``, by the time the session is closed, what was under way is on record."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has no such cancellation")
+    gateway, journal, source = sandbox(**SLOW), MemoryJournal(), Source()
+
+    async def run():
+        async with session_with(gateway, journal=journal) as session:
+            async for _ in refund_many(session, source, concurrency=4):
+                pass
+
+    task = asyncio.create_task(run())
+    await asyncio.sleep(1.5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert anyio.current_time() == 1.5
+    begun = {number: (entry.state, entry.holder) for number, entry in (await entries_of(journal, source)).items()}
+    assert begun == {number: (State.ACCEPTED if number < 5 else State.UNSETTLED, None) for number in range(1, 9)}
+    assert (await journal.find("R-5")).sent_at == EPOCH + timedelta(seconds=1.5)
+
+
+async def test_a_batch_that_is_closed_before_it_began_never_begins():
+    """Closed first and iterated then, it is empty: no request is taken, nothing is sent."""
+    gateway, source = sandbox(), Source()
+    async with session_with(gateway) as session:
+        batch = refund_many(session, source)
+        await batch.aclose()
+        assert [outcome async for outcome in batch] == []
+    assert (source.taken, dict(gateway.requests)) == (0, {})
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_batch_that_outlives_its_event_loop_is_dropped_in_silence(backend):
+    """Kept beyond the loop it ran on, the iterator goes without a warning or an error."""
+    source = Source()
+
+    async def main():
+        gateway = sandbox(clock=lambda: 0.0)
+        async with gateway.session() as session:
+            batch = refund_many(session, source, concurrency=2)
+            await anext(batch)
+            return batch
+
+    batch = anyio.run(main, backend=backend)
+    taken = source.taken
+    del batch
+    assert source.taken == taken <= 3
+
+
+# ── the requests themselves ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+@pytest.mark.parametrize("count", [0, 1, 5])
+async def test_an_exception_of_the_requests_comes_after_what_was_begun(kind, count):
+    """The requests fail: those before have their outcomes, then the exception is raised, once, as it is."""
+    gateway = sandbox(**SLOW)
+    failure = LookupError("line 7 of the file")
+    source = Source(count, then=failure)
+    outcomes = []
+    async with session_with(gateway) as session:
+        batch = refund_many(session, source if kind == "plain" else source.unhurried(), concurrency=2)
+        with pytest.raises(LookupError) as caught:
+            await collect(batch, outcomes)
+        with pytest.raises(StopAsyncIteration):
+            await anext(batch)
+    assert caught.value is failure
+    assert numbers(outcomes) == list(range(1, count + 1))
+    assert all(outcome.refund is not None for outcome in outcomes)
+
+
+async def test_requests_may_come_out_of_a_scope_of_their_own():
+    """An async generator that reads inside of its own scopes and tasks is iterated, and closed, in one task."""
+    gateway, source = sandbox(), Source()
+
+    async def scoped():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep_forever)
+            with anyio.fail_after(3600):
+                async with contextlib.aclosing(source.unhurried()) as requests:
+                    async for request in requests:
+                        yield request
+
+    async with session_with(gateway) as session, refund_many(session, scoped(), concurrency=3) as batch:
+        for _ in range(10):
+            assert (await anext(batch)).refund is not None
+    assert source.closed
+
+
+async def test_what_is_no_request_is_a_bug_that_is_heard_of():
+    """Something else among the requests: no outcome for it, but its exception, after what was begun."""
+    gateway = sandbox(**SLOW)
+    outcomes = []
+    async with session_with(gateway) as session:
+        with pytest.raises(AttributeError, match="str"):
+            await collect(refund_many(session, [refund_request(1), "R-2", refund_request(3)], concurrency=2), outcomes)
+    assert numbers(outcomes) == [1]
+
+
+# ── what stops a batch ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+async def test_a_rejection_that_is_ours_to_mend_stops_the_batch(kind, stranger_keys):
+    """A wrong key: what was begun has its outcome, nothing more is taken or waited for, and the reason is raised."""
+    gateway, outcomes = sandbox(), []
+    distrust(gateway, stranger_keys)
+    source = Source(10_000 if kind == "plain" else 2)
+    async with session_with(gateway) as session:
+        requests = source if kind == "plain" else source.unhurried()
+        with pytest.raises(BatchStopped, match="1001") as caught:
+            await collect(refund_many(session, requests, concurrency=3), outcomes)
+    assert source.taken == len(outcomes) == gateway.requests["apply"] <= 3
+    assert all(outcome.error.is_configuration for outcome in outcomes)
+    assert caught.value.rejection is outcomes[0].error
+
+
+async def test_what_is_under_way_when_the_batch_stops_is_carried_through(stranger_keys):
+    """Refunds that the gateway is still at are awaited and told."""
+    gateway, outcomes = sandbox(), []
+    gateway.script(Fault.DELAY, no_refund="R-1", delay=5)
+    async with session_with(gateway) as session:
+        batch = refund_many(session, Source(), concurrency=2)
+        while not gateway.times_made("R-1"):
+            outcomes.append(await anext(batch))
+        distrust(gateway, stranger_keys)
+        with pytest.raises(BatchStopped):
+            await collect(batch, outcomes)
+    assert outcomes[-1].request.no_refund == "R-1"
+    assert outcomes[-1].refund is not None
+    assert anyio.current_time() == 5
+
+
+async def test_keep_going_carries_on_through_rejections_that_are_ours_to_mend(stranger_keys):
+    """With ``keep_going`` such a rejection is an outcome like any other."""
+    gateway = sandbox()
+    distrust(gateway, stranger_keys)
+    async with session_with(gateway) as session:
+        outcomes = [outcome async for outcome in refund_many(session, Source(10), keep_going=True)]
+    assert numbers(outcomes) == list(range(1, 11))
+    assert {outcome.error.ret_code for outcome in outcomes} == {"1001"}
+
+
+async def test_a_rejection_that_is_the_request_s_own_fault_stops_nothing():
+    """An order that does not exist concerns one refund only."""
+    gateway = sandbox(default_order=None)
+    gateway.add_order("O-7", Decimal("10.00"))
+    async with session_with(gateway) as session:
+        outcomes = [outcome async for outcome in refund_many(session, Source(10))]
+    assert [outcome.request.no_refund for outcome in outcomes if outcome.refund] == ["R-7"]
+    assert {outcome.error.ret_code for outcome in outcomes if outcome.error} == {"5002"}
+
+
+class FullDisk(MemoryJournal):
+    """Takes in so many refunds, and no more."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    async def intend(self, intent, now):
+        if not self.room:
+            raise JournalError("journal: the disk is full")
+        self.room -= 1
+        return await super().intend(intent, now)
+
+
+async def test_a_journal_that_cannot_write_stops_the_batch():
+    """Nothing is sent that the journal does not hold; what was begun is told, then the journal's error is raised."""
+    gateway, journal, source, outcomes = sandbox(**SLOW), FullDisk(5), Source(), []
+    async with session_with(gateway, journal=journal) as session:
+        with pytest.raises(JournalError, match="full"):
+            await collect(refund_many(session, source, concurrency=2), outcomes)
+    assert source.taken == len(outcomes) <= 5 + 2
+    assert gateway.requests == {"apply": 5}
+    assert sum(outcome.refund is not None for outcome in outcomes) == 5
+
+
+async def test_a_session_that_is_closed_says_so():
+    """A batch on a closed session sends nothing, and raises what the session would."""
+    gateway = sandbox()
+    async with session_with(gateway) as session:
+        pass
+    batch = refund_many(session, Source())
+    with pytest.raises(RuntimeError, match="closed"):
+        await anext(batch)
+    with pytest.raises(StopAsyncIteration):
+        await anext(batch)
+    assert not gateway.requests
+
+
+# ── what stays unknown ───────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_is_unknown_waits_for_its_moment():
+    """Asked again at ``ask_again_at``, after all others: found, or sent again and made; told once, with all it took."""
+    gateway = sandbox()
+    gateway.script(Fault.LATE, no_refund="R-2", delay=100)
+    gateway.script(Fault.NO_ANSWER, no_refund="R-3", when=When.BEFORE)
+    async with session_with(gateway) as session:
+        outcomes = [outcome async for outcome in refund_many(session, Source(6), concurrency=2, wait_unknown=True)]
+    assert [outcome.request.no_refund for outcome in outcomes[:4]] == ["R-1", "R-4", "R-5", "R-6"]
+    late, again = sorted(outcomes[4:], key=lambda outcome: outcome.request.no_refund)
+    assert (late.refund.no_refund, late.attempts) == ("R-2", 1)
+    assert (again.refund.no_refund, again.attempts) == ("R-3", 2)
+    assert late.questions > 3 < again.questions
+    assert 10 < late.seconds < 60
+    assert anyio.current_time() >= 900
+    assert [gateway.times_made(f"R-{number}") for number in range(1, 7)] == [1] * 6
+
+
+async def test_what_is_unknown_is_told_as_it_is_by_default():
+    """Without ``wait_unknown`` an unknown refund is an outcome when its deadline is over."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
+    async with session_with(gateway) as session:
+        (outcome,) = [outcome async for outcome in refund_many(session, [refund_request()])]
+    assert isinstance(outcome.error, RefundOutcomeUnknown)
+    assert anyio.current_time() < 60
+
+
+async def test_what_is_unknown_is_asked_once_more_even_if_its_moment_has_passed():
+    """One at a time: the questions about the first one last until after the second one's moment."""
+    gateway = sandbox()
+    for number in (1, 2):
+        gateway.script(Fault.RESET, call="apply", no_refund=f"R-{number}")
+    gateway.script(Fault.RESET, call="query", times=1000)
+    async with session_with(gateway) as session:
+        outcomes = [outcome async for outcome in refund_many(session, Source(2), concurrency=1, wait_unknown=True)]
+    assert [type(outcome.error) for outcome in outcomes] == [RefundOutcomeUnknown] * 2
+    assert [outcome.attempts for outcome in outcomes] == [1, 1]
+    assert [gateway.times_made("R-1"), gateway.times_made("R-2")] == [1, 1]
+
+
+async def test_a_batch_that_stops_does_not_wait_for_what_is_unknown(stranger_keys):
+    """What stayed unknown before the stop is told at once, as it is."""
+    gateway, outcomes = sandbox(), []
+    gateway.script(Fault.NO_ANSWER, no_refund="R-1", when=When.BEFORE)
+    async with session_with(gateway) as session:
+        batch = refund_many(session, Source(50), concurrency=2, wait_unknown=True)
+        for second in range(40):
+            outcomes.append(await anext(batch))
+            await anyio.sleep(second + 1 - anyio.current_time())
+        distrust(gateway, stranger_keys)
+        with pytest.raises(BatchStopped):
+            await collect(batch, outcomes)
+    assert numbers(outcomes) == list(range(1, len(outcomes) + 1))
+    assert isinstance(outcomes[-1].error, RefundOutcomeUnknown)
+    assert outcomes[-1].request.no_refund == "R-1"
+    assert anyio.current_time() < 100
+
+
+async def test_a_batch_that_stops_while_it_asks_again_tells_the_rest_as_it_is():
+    """Sent again after the grace and refused for our configuration: those whose moment is hours away are told now."""
+    gateway, outcomes = sandbox(), []
+    gateway.script(Fault.NO_ANSWER, no_refund="R-1", when=When.BEFORE)
+    gateway.script(Fault.BUSY, no_refund="R-1", when=When.BEFORE, call="apply", ret_code="1001")
+    gateway.script(Fault.TOO_MANY, no_refund="R-2", when=When.BEFORE, delay=36_000)
+    async with session_with(gateway) as session:
+        with pytest.raises(BatchStopped, match="1001"):
+            await collect(refund_many(session, Source(2), wait_unknown=True), outcomes)
+    assert [type(outcome.error) for outcome in outcomes] == [RefundRejected, RefundOutcomeUnknown]
+    assert numbers(outcomes) == [1, 2]
+    assert 900 < anyio.current_time() < 1000
+
+
+async def test_a_session_that_closes_before_the_last_questions_takes_no_outcome_along():
+    """What is unknown is told as it is when it can't be asked again, and then what was wrong is raised."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
+    async with session_with(gateway) as session:
+        batch = refund_many(session, [refund_request()], wait_unknown=True)
+        with anyio.move_on_after(60):
+            await anext(batch)
+    outcome = await anext(batch)
+    assert isinstance(outcome.error, RefundOutcomeUnknown)
+    with pytest.raises(RuntimeError, match="closed"):
+        await anext(batch)

@@ -1,0 +1,283 @@
+"""The flow under a batch: how many items are under way, when they are taken, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import anyio
+import pytest
+
+from lianlian_async import ConfigurationError
+from lianlian_async.flow import Handoff, checked, drain
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+
+class Numbers:
+    """Counts from 0; knows how many were taken, by which tasks, and whether it was closed."""
+
+    def __init__(self, count=10**9, *, fails_at=None, rests_at=None):
+        self.count = count
+        self.fails_at = fails_at
+        self.rests_at = rests_at
+        self.taken = 0
+        self.tasks = set()
+        self.closed = False
+
+    async def __call__(self):
+        try:
+            for number in range(self.count):
+                self.tasks.add(anyio.get_current_task().id)
+                if number == self.fails_at:
+                    raise LookupError("no more numbers")
+                if number == self.rests_at:
+                    await anyio.sleep_forever()
+                self.taken += 1
+                yield number
+        finally:
+            self.closed = True
+
+    def plain(self):
+        for number in range(self.count):
+            if number == self.fails_at:
+                raise LookupError("no more numbers")
+            self.taken += 1
+            yield number
+
+
+async def run(items, handle, workers=3, intake=None):
+    await drain(items, handle, workers=workers, intake=intake or anyio.CancelScope())
+
+
+# ── drain ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "async generator", "async iterator"])
+async def test_every_item_is_handled_once(kind):
+    """Whatever the items come from, each of them is handled, and handled once."""
+    numbers = Numbers(10)
+    send, receive = anyio.create_memory_object_stream[int](10)
+    with send:
+        for number in range(10):
+            send.send_nowait(number)
+    handled = []
+
+    async def handle(number):
+        await anyio.sleep(1)
+        handled.append(number)
+
+    with receive:
+        await run(
+            {
+                "list": list(range(10)),
+                "generator": numbers.plain(),
+                "async generator": numbers(),
+                "async iterator": receive,
+            }[kind],
+            handle,
+        )
+    assert sorted(handled) == list(range(10))
+
+
+@pytest.mark.parametrize("workers", [1, 3, 20])
+async def test_no_more_are_under_way_than_workers_and_none_is_taken_before_one_is_free(workers):
+    """Ten seconds' work for each worker: as many at a time as there are workers, and none waits in between."""
+    numbers = Numbers(10 * workers)
+    running = 0
+
+    async def handle(number):
+        nonlocal running
+        running += 1
+        assert running <= workers
+        assert numbers.taken <= workers * (anyio.current_time() + 1)
+        await anyio.sleep(1)
+        running -= 1
+
+    await run(numbers(), handle, workers)
+    assert numbers.taken == 10 * workers
+    assert anyio.current_time() == 10
+
+
+async def test_items_are_taken_in_the_calling_task():
+    """An async generator that holds scopes of its own is iterated by one task only, the caller's."""
+    numbers = Numbers(10)
+
+    async def scoped():
+        with anyio.CancelScope():
+            async with anyio.create_task_group(), contextlib.aclosing(numbers()) as source:
+                async for number in source:
+                    yield number
+
+    await run(scoped(), lambda number: anyio.sleep(number % 3))
+    assert numbers.tasks == {anyio.get_current_task().id}
+    assert numbers.closed
+
+
+@pytest.mark.parametrize("rests", [True, False], ids=["waits for an item", "waits for a worker"])
+async def test_a_cancelled_intake_takes_no_more_and_carries_through_what_was_begun(rests):
+    """Ended from outside: the items are closed, and those that were taken are handled to their end."""
+    numbers = Numbers(rests_at=2 if rests else None)
+    intake = anyio.CancelScope()
+    handled = []
+
+    async def handle(number):
+        await anyio.sleep(10)
+        handled.append((number, numbers.closed))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run, numbers(), handle, 3, intake)
+        await anyio.sleep(5)
+        intake.cancel()
+    taken = 2 if rests else 3
+    assert sorted(handled) == [(number, True) for number in range(taken)]
+    assert numbers.taken == taken
+    assert anyio.current_time() == 10
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["generator", "async generator"])
+async def test_an_exception_of_the_items_is_raised_after_what_was_begun(plain):
+    """The items fail: what was taken before is handled to its end, then the exception comes as it is."""
+    numbers = Numbers(fails_at=2)
+    handled = []
+
+    async def handle(number):
+        await anyio.sleep(10)
+        handled.append(number)
+
+    with pytest.raises(LookupError, match="no more numbers"):
+        await run(numbers.plain() if plain else numbers(), handle)
+    assert sorted(handled) == [0, 1]
+
+
+async def test_an_exception_of_the_work_ends_the_intake_and_disturbs_no_other():
+    """One item fails: the others that were begun are carried through, no more are taken, the first one is raised."""
+    numbers = Numbers()
+    handled = []
+
+    async def handle(number):
+        await anyio.sleep(1 + number)
+        if number < 2:
+            raise ValueError(f"number {number}")
+        handled.append(number)
+
+    with pytest.raises(ValueError, match="number 0"):
+        await run(numbers(), handle)
+    assert handled == [2]
+    assert numbers.taken == 3
+    assert numbers.closed
+
+
+async def test_cancelled_it_cancels_the_work_and_closes_the_items():
+    """A cancelled flow leaves nothing running and nothing open."""
+    numbers = Numbers()
+    cancelled = []
+
+    async def handle(number):
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cancelled.append(number)
+
+    with anyio.move_on_after(1):
+        await run(numbers(), handle)
+    assert sorted(cancelled) == [0, 1, 2]
+    assert numbers.closed
+
+
+@pytest.mark.parametrize("concurrency", [0, -1, 1.5, "4", None])
+async def test_a_concurrency_that_is_none_is_refused(concurrency):
+    """Nothing but a whole number from 1 is a concurrency."""
+    with pytest.raises(ConfigurationError, match="concurrency"):
+        checked(concurrency)
+    assert checked(1) == 1
+
+
+# ── hand-off ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_who_gives_goes_on_when_the_item_is_taken():
+    """The giver waits for the taker, the taker for the giver, and items come in the order they were given."""
+    handoff = Handoff()
+    went_on = []
+
+    async def give(item):
+        await handoff.give(item)
+        went_on.append((item, anyio.current_time()))
+
+    taken = []
+    async with anyio.create_task_group() as tasks:
+        for item in range(3):
+            tasks.start_soon(give, item)
+            await anyio.wait_all_tasks_blocked()
+        await anyio.sleep(1 - anyio.current_time())
+        for second in range(1, 4):
+            taken.append(await handoff.take())
+            await anyio.sleep(second + 1 - anyio.current_time())
+        tasks.start_soon(give, 3)
+        taken.append(await handoff.take())
+    assert taken == [0, 1, 2, 3]
+    assert went_on == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+async def test_no_item_is_lost_to_a_taker_that_is_cancelled():
+    """A taker that is cancelled at any moment has the item, or leaves it to the next one."""
+    handoff = Handoff()
+
+    async def give_all():
+        for item in range(50):
+            await anyio.sleep(1)
+            await handoff.give(item)
+        handoff.end()
+
+    taken = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(give_all)
+        with contextlib.suppress(anyio.EndOfStream):
+            while True:
+                with anyio.move_on_after(0.25):  # every fourth deadline comes together with an item
+                    taken.append(await handoff.take())
+    assert taken == list(range(50))
+
+
+async def test_no_item_is_lost_to_asyncio_s_own_cancellation(anyio_backend_name):
+    """``Task.cancel`` in the very step of the loop in which an item is given leaves it to the next taker."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has no such cancellation")
+    handoff = Handoff()
+    for item in range(3):
+        taker = asyncio.create_task(handoff.take())
+        await asyncio.sleep(0)
+        giver = asyncio.create_task(handoff.give(item))
+        await asyncio.sleep(0)  # given: the taker is to wake up in the next step
+        taker.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await taker
+        assert await handoff.take() == item
+        await giver
+
+
+async def test_after_the_end_there_is_nothing():
+    """Everyone who waits for an item learns of the end; an item that nobody took is gone, and its giver waits."""
+    handoff = Handoff()
+    ends = []
+
+    async def take():
+        with pytest.raises(anyio.EndOfStream):
+            await handoff.take()
+        ends.append(anyio.current_time())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(take)
+        tasks.start_soon(take)
+        await anyio.sleep(1)
+        handoff.end()
+    assert ends == [1, 1]
+    other = Handoff()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(other.give, "an item")
+        await anyio.sleep(1)
+        other.end()
+        with pytest.raises(anyio.EndOfStream):
+            await other.take()
+        tasks.cancel_scope.cancel()
