@@ -10,6 +10,7 @@ from lianlian_async import __version__
 from lianlian_async.errors import LianLianError
 from lianlian_async.signing import BACKEND
 
+from .batch import batch
 from .demo import demo
 from .endings import INTERRUPTED, ending_of
 from .keys import keygen
@@ -52,5 +53,5 @@ def lianlian() -> None:
     """
 
 
-for command in (apply, query, verify, keygen, sandbox, demo):
+for command in (apply, query, batch, verify, keygen, sandbox, demo):
     lianlian.add_command(command)

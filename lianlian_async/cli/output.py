@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import click
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lianlian_async.errors import InvalidRequest, LianLianError, RefundOutcomeUnknown
@@ -66,11 +66,23 @@ class Output:
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Callable[[], object]]:
         """A progress bar on stderr, silent unless that is a terminal; call what it yields for each step."""
+        with self.live(description, total) as advance:
+            yield lambda: advance(description)
+
+    @contextmanager
+    def live(self, description: str, total: int) -> Iterator[Callable[[str], object]]:
+        """As :meth:`progress`; each step says how things stand, and how long the rest will take is shown."""
         console = _console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(description, total=total)
-            yield lambda: progress.advance(task)
+            yield lambda description: progress.update(task, advance=1, description=description)
 
 
 def _set_json(ctx: click.Context, _option: click.Parameter, value: bool) -> None:

@@ -11,19 +11,25 @@ import anyio
 import attrs
 import click
 
-from lianlian_async.errors import InvalidRequest, Problem
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStatus
 from lianlian_async.session import RefundSession
 
 from .endings import INTERRUPTED, refund_ending
-from .inputs import Command, config_option, file_argument, load_merchant, read_message
+from .inputs import (
+    SIGNATURE_FIELDS,
+    Command,
+    check_partner,
+    config_option,
+    file_argument,
+    load_merchant,
+    read_message,
+)
 from .output import Output, json_option, pass_output, query_command, table
 
 __all__ = ["apply", "query"]
 
-# What the session adds by itself. LianLian's sample requests spell one of them with a trailing blank.
-_ENVELOPE: Final = ("oid_partner", "sign_type", "sign_type ", "sign")
+_ENVELOPE: Final = ("oid_partner", *SIGNATURE_FIELDS)
 
 _HELP: Final = {
     "no_refund": "The merchant's own refund number.",
@@ -123,10 +129,7 @@ def _given(options: Mapping[str, str | None]) -> dict[str, str]:
 def _message(file: BinaryIO | None, merchant: Merchant) -> dict[str, str]:
     """What ``file`` says, if it speaks of this merchant at all."""
     message = {} if file is None else read_message(file)
-    theirs = message.get("oid_partner", merchant.oid_partner)
-    if theirs != merchant.oid_partner:
-        rule = f"must be the configured merchant's, {merchant.oid_partner}"
-        raise InvalidRequest([Problem("oid_partner", rule, repr(theirs))])
+    check_partner(message.get("oid_partner", merchant.oid_partner), merchant)
     return message
 
 

@@ -1,0 +1,184 @@
+"""The refunds of a batch, checked before anything is sent: each valid, each number once; on disk, not in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import AsyncGenerator, Mapping
+from decimal import Decimal
+from types import TracebackType
+from typing import Final, Self
+
+import anyio.to_thread
+import attrs
+
+from lianlian_async import wire
+from lianlian_async.errors import InvalidRequest, LianLianError, Problem
+from lianlian_async.merchant import Merchant
+from lianlian_async.models import RefundRequest
+
+from .inputs import check_partner
+from .table import Row
+
+__all__ = ["Checked", "Findings"]
+
+_PAGE: Final = 500
+_SCHEMA: Final = """
+PRAGMA journal_mode = off;
+CREATE TABLE refunds (line INTEGER PRIMARY KEY, no_refund TEXT UNIQUE, fields TEXT, is_clear INTEGER DEFAULT 1);
+CREATE TABLE alike (number TEXT PRIMARY KEY, line INTEGER, times INTEGER);
+BEGIN;
+"""
+_COUNT_ALIKE: Final = "INSERT INTO alike VALUES (?, ?, 1) ON CONFLICT (number) DO UPDATE SET times = times + 1"
+
+
+@attrs.define
+class Findings:
+    """Remarks about lines: all are counted, the first ones are kept."""
+
+    kept: int = 50
+    count: int = 0
+    lines: list[tuple[int, str]] = attrs.field(factory=list)
+
+    def add(self, line: int, text: str) -> None:
+        """One more."""
+        self.count += 1
+        if self.count <= self.kept:
+            self.lines.append((line, text))
+
+    def texts(self) -> list[str]:
+        """For people."""
+        more = [f"… and {self.count - self.kept} more"] if self.count > self.kept else []
+        return [*(f"line {line}: {text}" for line, text in self.lines), *more]
+
+
+class Checked:
+    """What passed, in the order of the file.
+
+    It lies in a temporary file of SQLite's, which nobody else can open and which is gone at the end: what was
+    checked, counted and agreed to is what is sent, whatever happens to the file meanwhile.
+    """
+
+    def __init__(self, merchant: Merchant | None, *, derive: bool, dt_refund: str | None) -> None:
+        """``derive`` numbers without ``no_refund``; ``dt_refund`` is for those that have none."""
+        self._merchant = merchant
+        self._derive = derive
+        self._dt_refund = dt_refund
+        self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._file.executescript(_SCHEMA)
+        self.count = 0
+        self.yuan = Decimal(0)
+        self.problems = Findings()
+        """Lines that are not sent."""
+        self.remarks = Findings()
+        """Lines to think about."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    # ── in ───────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, row: Row) -> None:
+        """Check one row."""
+        if row.problem is not None:
+            self.problems.add(row.line, row.problem)
+            return
+        try:
+            request = self._request(row)
+        except InvalidRequest as error:
+            self.problems.add(row.line, str(error))
+        else:
+            self._add(row.line, request)
+
+    def _request(self, row: Row) -> RefundRequest:
+        fields = dict(row.fields)
+        partner = fields.pop("oid_partner", None)
+        if self._dt_refund is not None:
+            fields.setdefault("dt_refund", self._dt_refund)
+        if self._derive and "no_refund" not in fields:
+            fields |= self._number(row.line, fields)
+        request = RefundRequest.from_dict(fields)
+        if self._merchant is not None:
+            if partner is not None:
+                check_partner(partner, self._merchant)
+            if request.notify_url is None and self._merchant.notify_url is None:
+                raise InvalidRequest([Problem("notify_url", "is required, in the file or for the merchant", "neither")])
+        return request
+
+    def _number(self, line: int, fields: Mapping[str, str]) -> dict[str, str]:
+        """The ``no_refund`` that a row's own content gives, if it has enough of that."""
+        order = [[name, fields[name]] for name in ("no_order", "oid_paybill") if name in fields][:1]
+        try:
+            money = wire.format_money(wire.parse_money(fields.get("money_refund", "")))
+        except ValueError:
+            return {}
+        if not order:
+            return {}
+        alike = json.dumps([*order, money])
+        self._do(_COUNT_ALIKE, alike, line)
+        first, times = self._do("SELECT line, times FROM alike WHERE number = ?", alike).fetchone()
+        if times > 1:
+            self.remarks.add(line, f"the same order and amount as line {first}: taken for a refund of its own")
+        return {"no_refund": derived_number(order, money, times)}
+
+    def _add(self, line: int, request: RefundRequest) -> None:
+        number, fields = request.no_refund, json.dumps(request.to_dict())
+        if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, 1)", line, number, fields).rowcount:
+            self._count(1, request)
+            return
+        found = self._do("SELECT line, fields, is_clear FROM refunds WHERE no_refund = ?", number)
+        first, known, is_clear = found.fetchone()
+        if not is_clear:
+            self.problems.add(line, f"no_refund {number} stands for several refunds, see line {first}")
+        elif fields == known:
+            self.remarks.add(line, f"repeats line {first}: refund {number} is made once")
+        else:  # which of the two is right, nobody here can tell
+            earlier = RefundRequest.from_dict(json.loads(known))
+            field = _difference(request.to_dict(), earlier.to_dict())
+            self.problems.add(line, f"no_refund {number} stands on line {first} with another {field}")
+            self.problems.add(first, f"no_refund {number} stands on line {line} with another {field}")
+            self._do("UPDATE refunds SET is_clear = 0 WHERE line = ?", first)
+            self._count(-1, earlier)
+
+    def _count(self, step: int, request: RefundRequest) -> None:
+        self.count += step
+        self.yuan += step * request.money_refund
+
+    # ── out ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def requests(self) -> AsyncGenerator[RefundRequest]:
+        """All that passed; the event loop never waits for the disk."""
+        line = 0
+        while page := await anyio.to_thread.run_sync(self._page, line):
+            for line, fields in page:  # noqa: B007 - the next page begins there
+                yield RefundRequest.from_dict(json.loads(fields))
+
+    def _page(self, after: int) -> list[tuple[int, str]]:
+        wanted = "SELECT line, fields FROM refunds WHERE line > ? AND is_clear ORDER BY line LIMIT ?"
+        return self._do(wanted, after, _PAGE).fetchall()
+
+    def _do(self, statement: str, *parameters: object) -> sqlite3.Cursor:
+        try:
+            return self._file.execute(statement, parameters)
+        except sqlite3.Error as error:
+            raise LianLianError(f"temporary file: {error}; SQLITE_TMPDIR names a folder with more room") from error
+
+
+def _difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    return next(name for name in (*one, *other) if one.get(name) != other.get(name))
+
+
+def derived_number(order: object, money: str, times: int) -> str:
+    """A ``no_refund`` for the ``times``-th refund of ``money`` yuan for one order: always the same.
+
+    Whatever else the row holds plays no part: a later run with more columns, or with another ``dt_refund``, must
+    not make a second refund of it.
+    """
+    content = json.dumps([order, money, times])
+    return "LL" + hashlib.sha256(content.encode()).hexdigest()[:30].upper()

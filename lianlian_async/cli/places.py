@@ -1,0 +1,87 @@
+"""Where journals and queues are: a file's path, or a PostgreSQL URL whose password never stands on a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qs, urlsplit
+
+import click
+from click.core import ParameterSource
+
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.journal import Journal, SqliteJournal
+
+from .inputs import Command
+
+if TYPE_CHECKING:
+    from lianlian_async.contrib.procrastinate import RefundQueue
+
+__all__ = ["DSN", "check_place", "dsn_argument", "is_dsn", "make_journal", "make_queue", "place_argument"]
+
+DSN: Final = "LIANLIAN_DSN"
+
+
+def is_dsn(place: str) -> bool:
+    """Whether a place is a PostgreSQL database."""
+    return place.startswith(("postgresql://", "postgres://"))
+
+
+def check_place(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse a password where every process of this machine can read it."""
+    given = ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    if value is not None and given and is_dsn(value):
+        try:
+            parts = urlsplit(value)
+            has_password = parts.password is not None or "password" in parse_qs(parts.query)
+        except ValueError:
+            raise click.BadParameter("not a PostgreSQL URL") from None
+        if has_password:
+            raise click.BadParameter(
+                f"a password must not stand on the command line: put the URL into {DSN}, "
+                "or the password into PGPASSWORD or ~/.pgpass"
+            )
+    return value
+
+
+def _check_dsn(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not is_dsn(value):
+        raise click.BadParameter("must be a URL, postgresql://…")
+    check_place(ctx, parameter, value)
+    return value
+
+
+def place_argument(command: Command) -> Command:
+    """The argument PLACE: a journal that is there already."""
+    return click.argument("place", metavar="PATH|DSN", envvar=DSN, callback=check_place)(command)
+
+
+def dsn_argument(command: Command) -> Command:
+    """The argument DSN."""
+    return click.argument("dsn", metavar="DSN", envvar=DSN, callback=_check_dsn)(command)
+
+
+def make_journal(place: str) -> Journal:
+    """The journal at ``place``, to be opened."""
+    if not is_dsn(place):
+        return SqliteJournal(place)
+    with _extra():
+        from lianlian_async.journal.postgres import PostgresJournal
+    return PostgresJournal(place)
+
+
+def make_queue(dsn: str) -> RefundQueue:
+    """The queue at ``dsn``, to be opened."""
+    with _extra():
+        from lianlian_async.contrib.procrastinate import RefundQueue
+    return RefundQueue(dsn)
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise ConfigurationError(f"PostgreSQL needs {package}: pip install 'lianlian-async[postgres]'") from None

@@ -1,0 +1,131 @@
+"""What became of a batch: sums per outcome, and a file with one line for each refund."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final, cast
+
+import attrs
+
+from lianlian_async import wire
+from lianlian_async.errors import LianLianError, RefundOutcomeUnknown, RefundRejected
+from lianlian_async.outcome import Outcome
+
+from .endings import FAILED, MADE, REJECTED, UNKNOWN, Ending, ending_of, refund_ending
+
+__all__ = ["RESULT", "Tally", "line_writer", "result_of"]
+
+_GRAVITY: Final = (UNKNOWN, REJECTED, FAILED)
+"""The first of these that occurred gives a batch its exit code."""
+_RECORDED: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno")
+RESULT: Final = ("no_refund", "outcome", *_RECORDED, "money_refund", "error", "attempts", "questions", "seconds")
+"""What a line of results holds."""
+
+
+def _ending(outcome: Outcome) -> Ending:
+    if outcome.refund is not None:
+        return refund_ending(outcome.refund)
+    return ending_of(cast("LianLianError", outcome.error))  # there is always one of them
+
+
+def result_of(outcome: Outcome) -> dict[str, Any]:
+    """The line of one refund."""
+    source = outcome.refund or outcome.error
+    values = {
+        **{name: getattr(source, name, None) for name in _RECORDED},
+        "no_refund": outcome.request.no_refund,
+        "outcome": _ending(outcome).word,
+        "money_refund": wire.format_money(outcome.request.money_refund),
+        "error": None if outcome.error is None else str(outcome.error),
+        "attempts": outcome.attempts,
+        "questions": outcome.questions,
+        "seconds": round(outcome.seconds, 3),
+    }
+    return {name: values[name] for name in RESULT}
+
+
+@contextmanager
+def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
+    """Write ``path`` anew, one line for each call: CSV if it is called so, else JSON Lines; in UTF-8."""
+    try:
+        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            if path.suffix.lower() == ".csv":
+                table = csv.DictWriter(file, list(columns), lineterminator="\n")
+                table.writeheader()
+                yield table.writerow
+            else:
+                yield lambda line: file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise LianLianError(f"{path}: {error.strerror}") from error
+
+
+@attrs.define
+class Tally:
+    """How far a batch is."""
+
+    total: int
+    """Refunds that there are."""
+    refunds: Counter[Ending] = attrs.field(factory=Counter, init=False)
+    yuan: Counter[Ending] = attrs.field(factory=Counter, init=False)
+    refusals: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
+    """How often each ret_code came, with its meaning."""
+    recorded: int = attrs.field(default=0, init=False)
+    """Refunds whose end the journal knew: no traffic."""
+    attempts: int = attrs.field(default=0, init=False)
+    questions: int = attrs.field(default=0, init=False)
+    ask_again_at: datetime | None = attrs.field(default=None, init=False)
+    """When all that is unknown can be asked about again."""
+    _began: float = attrs.field(factory=perf_counter, init=False)
+
+    def add(self, outcome: Outcome) -> None:
+        """One more refund has ended."""
+        ending, error = _ending(outcome), outcome.error
+        self.refunds[ending] += 1
+        self.yuan[ending] += cast("int", outcome.request.money_refund)  # a Counter adds whatever can be added
+        self.attempts += outcome.attempts
+        self.questions += outcome.questions
+        self.recorded += not (outcome.attempts or outcome.questions) and (
+            outcome.refund is not None or isinstance(error, RefundRejected)
+        )
+        if isinstance(error, RefundRejected):
+            self.refusals[error.ret_code, error.meaning] += 1
+        elif isinstance(error, RefundOutcomeUnknown):
+            self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
+
+    @property
+    def ended(self) -> int:
+        """How many refunds have ended in one way or the other."""
+        return self.refunds.total()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return perf_counter() - self._began
+
+    @property
+    def rate(self) -> float:
+        """Refunds per second."""
+        return self.ended / self.seconds
+
+    def line(self) -> str:
+        """How things stand, for a terminal."""
+        words = [f"{self.refunds[ending]:,} {ending.word}" for ending in (MADE, REJECTED, UNKNOWN)]
+        return f"{self.rate:,.0f}/s  {'  '.join(words)}  {self.total - self.ended:,} to do"
+
+    def outcomes(self) -> list[tuple[str, int, Decimal]]:
+        """Refunds and yuan for each outcome; the usual ones always."""
+        endings = dict.fromkeys((MADE, REJECTED, UNKNOWN, *self.refunds))
+        return [(ending.word, self.refunds[ending], Decimal(self.yuan[ending])) for ending in endings]
+
+    def ending(self) -> Ending:
+        """How the whole is called: by the gravest of what occurred."""
+        other = next((ending for ending in self.refunds if ending != MADE), MADE)
+        return next((ending for ending in _GRAVITY if self.refunds[ending]), other)

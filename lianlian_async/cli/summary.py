@@ -1,0 +1,90 @@
+"""What ``lianlian batch`` says at its end: for people as tables, for programs as one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lianlian_async.errors import LianLianError
+from lianlian_async.journal import State
+
+from .checked import Checked
+from .endings import INTERRUPTED, MADE, Ending, error_document
+from .output import Output, table
+from .results import Tally
+
+__all__ = ["show_batch", "show_checked", "tell_findings"]
+
+
+def tell_findings(output: Output, checked: Checked) -> None:
+    """What was noticed about lines, on stderr."""
+    for text in (*checked.problems.texts(), *checked.remarks.texts()):
+        output.note(text)
+
+
+def show_checked(output: Output, checked: Checked, outcome: str, **facts: Any) -> None:
+    """What a file holds, if nothing of it is sent."""
+    document = _document(outcome, checked) | facts
+    if checked.problems.count:
+        document["problems"] = [{"line": line, "problem": text} for line, text in checked.problems.lines]
+    rows = [("refunds", f"{checked.count:,}"), ("yuan", f"{checked.yuan:,.2f}")]
+    rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
+    rows += [(name, f"{fact:,}") for name, fact in facts.items()]
+    output.show(document, table(outcome, ("what", "how much"), rows))
+
+
+def show_batch(
+    output: Output,
+    checked: Checked,
+    tally: Tally,
+    found: Mapping[State, int],
+    *,
+    ending: Ending,
+    failure: LianLianError | None,
+    places: Mapping[str, str],
+) -> None:
+    """What became of the refunds."""
+    to_do, outcomes = tally.total - tally.ended, tally.outcomes()
+    to_do_yuan = checked.yuan - sum(yuan for _, _, yuan in outcomes)
+    facts = {
+        "seconds": round(tally.seconds, 1),
+        "refunds_per_second": round(tally.rate, 1),
+        "attempts": tally.attempts,
+        "questions": tally.questions,
+        "known_from_journal": tally.recorded,
+    }
+    document = _document(ending.word, checked) | {
+        "outcomes": {word: {"refunds": number, "yuan": f"{yuan:.2f}"} for word, number, yuan in outcomes},
+        "to_do": {"refunds": to_do, "yuan": f"{to_do_yuan:.2f}"},
+        "refusals": [{"ret_code": code, "refunds": number} for (code, _), number in tally.refusals.most_common()],
+        "found": {str(state): number for state, number in found.items()},
+        **facts,
+        **places,
+        "ask_again_at": tally.ask_again_at and tally.ask_again_at.isoformat(),
+        **(error_document(failure) | {"outcome": ending.word} if failure else {}),
+    }
+    rows = [(word, f"{number:,}", f"{yuan:,.2f}") for word, number, yuan in outcomes]
+    rows += [("to do", f"{to_do:,}", f"{to_do_yuan:,.2f}")] if to_do else []
+    shown = [table(f"{tally.refunds[MADE]:,} of {tally.total:,} refunds made", ("outcome", "refunds", "yuan"), rows)]
+    if tally.refusals:
+        refusals = [(code, f"{number:,}", meaning) for (code, meaning), number in tally.refusals.most_common()]
+        shown.append(table("what was rejected", ("ret_code", "refunds", "meaning"), refusals))
+    measures = [(name.replace("_", " "), fact) for name, fact in (facts | dict(places)).items()]
+    output.show(document, *shown, table("how it went", ("measure", "value"), measures))
+    if failure and not output.as_json:
+        output.failure(failure)
+    if ending == INTERRUPTED:
+        output.note("interrupted: run the same command again, it carries on")
+    elif tally.ask_again_at:
+        moment = tally.ask_again_at.astimezone().isoformat(sep=" ", timespec="seconds")
+        output.note(f"what is unknown can be asked about again from {moment} on: run the same command again then")
+
+
+def _document(outcome: str, checked: Checked) -> dict[str, Any]:
+    return {
+        "outcome": outcome,
+        "refunds": checked.count,
+        "yuan": f"{checked.yuan:.2f}",
+        "invalid": checked.problems.count,
+        "remarks": checked.remarks.count,
+    }
