@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import sqlite3
@@ -335,6 +336,35 @@ async def test_closing_waits_for_what_was_asked(path):
         while len(asked) < 20:
             await anyio.lowlevel.checkpoint()
     assert answers == [Standing.NEW] * 20
+
+
+async def test_cancelled_tasks_take_nobodys_answers(path):
+    """With every other task cancelled at a random moment, the rest get their own answers, and no hold is left over."""
+    chance = random.Random(1)
+    scopes, answers = [anyio.CancelScope() for _ in range(500)], []
+
+    async def one(number, scope):
+        with scope:
+            _, entry = await journal.intend(intent(f"R-{number}"), now())
+            with anyio.CancelScope(shield=True):
+                settled = await journal.settle(f"R-{number}", MADE)
+            answers.append((number, entry.no_refund, settled.no_refund))
+
+    async with SqliteJournal(path) as journal:
+        async with anyio.create_task_group() as group:
+            for number, scope in enumerate(scopes):
+                group.start_soon(one, number, scope)
+            chance.shuffle(scopes)
+            for turn, scope in enumerate(scopes[::2]):
+                scope.cancel()
+                if turn % 10 == 0:
+                    await anyio.sleep(chance.choice((0, 0, 0.001)))
+        assert len(answers) >= 250
+        finished = {number for number, *_ in answers}
+        assert answers == [(number, f"R-{number}", f"R-{number}") for number, *_ in answers]
+        for number in range(500):
+            standing, _ = await journal.intend(intent(f"R-{number}"), now())
+            assert standing is (Standing.SETTLED if number in finished else Standing.NEW)
 
 
 async def test_cancellation_around_the_journal_loses_nothing(path):

@@ -1,0 +1,158 @@
+"""Any sequence of calls, on every journal, against a model simple enough to be seen to be right."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import attrs
+import journals
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from journals import ACCEPTED, HOUR, MADE, REJECTED, intent, now
+
+from lianlian_async import RefundConflict
+from lianlian_async.errors import JournalError
+from lianlian_async.journal import Standing, State
+
+pytestmark = pytest.mark.anyio
+
+_numbers = st.sampled_from(["R-1", "R-2"])
+_steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("intend"), _numbers, st.sampled_from(["1.00", "1.00", "2.00"]), st.booleans()),
+        st.tuples(st.just("settle"), _numbers, st.sampled_from([MADE, ACCEPTED, REJECTED])),
+        st.tuples(st.just("release"), st.integers(0, 3), st.booleans()),
+        st.tuples(st.just("reopen")),
+    ),
+    max_size=25,
+)
+
+
+@attrs.define
+class Page:
+    """What the model remembers of one refund."""
+
+    money: str
+    body: bytes
+    held_by: int | None = None
+    is_over: bool = False
+    """Whether the hold was over as soon as it began."""
+    may_have_arrived: bool = False
+    ending: object = None
+
+
+@attrs.define
+class Model:
+    """The promises of ``journal.base``, in terms of which call did what."""
+
+    forgets_holds: bool
+    """Whether opening it again means that all other holders are gone."""
+    pages: dict[str, Page] = attrs.field(factory=dict)
+    calls: int = 0
+
+    def intend(self, number, money, body, is_over):
+        page = self.pages.get(number)
+        if page is not None and page.money != money:
+            return "conflict"
+        self.calls += 1
+        if page is not None and page.ending is not None:
+            return Standing.SETTLED
+        if page is not None and page.held_by is not None and not page.is_over:
+            return Standing.HELD
+        if page is None or (page.held_by is None and not page.may_have_arrived):
+            self.pages[number] = Page(money, body, held_by=self.calls, is_over=is_over)
+            return Standing.NEW
+        page.held_by, page.is_over, page.may_have_arrived = self.calls, is_over, True
+        return Standing.UNSETTLED
+
+    def settle(self, number, ending):
+        page = self.pages[number]
+        if page.ending is None or (page.ending.state, ending.state) == (State.ACCEPTED, State.DONE):
+            page.ending, page.held_by, page.body = ending, None, b""
+        return page.ending
+
+    def release(self, number, call, may_have_arrived):
+        page = self.pages[number]
+        if page.held_by == call:
+            page.held_by, page.may_have_arrived = None, may_have_arrived
+
+    def reopen(self):
+        for page in self.pages.values():
+            if self.forgets_holds and page.held_by is not None:
+                page.held_by, page.may_have_arrived = None, True
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+def make_kind(request, tmp_path_factory):
+    match request.param:
+        case "memory":
+            return journals.memory
+        case "sqlite":
+            return lambda: journals.sqlite(tmp_path_factory.mktemp("journal"))
+        case _:
+            dsn = request.getfixturevalue("postgres_dsn")
+            return lambda: journals.postgres(dsn)
+
+
+@pytest.fixture(params=["asyncio"])
+def anyio_backend(request):
+    return request.param
+
+
+@settings(max_examples=60)
+@given(steps=_steps)
+async def test_every_journal_is_its_model(make_kind, steps):
+    """Whatever is called in whatever order, standings, bytes, endings, what is open and the counts are the model's."""
+    kind = make_kind()
+    model = Model(forgets_holds=isinstance(kind.make(), journals.SqliteJournal))
+    journal = await kind.make().__aenter__()
+    given_out = []
+    try:
+        for number, step in enumerate(steps):
+            match step:
+                case ("reopen",):
+                    await journal.__aexit__(None, None, None)
+                    journal = await kind.make().__aenter__()
+                    model.reopen()
+                case ("release", which, may_have_arrived) if which < len(given_out):
+                    call, entry = given_out[-1 - which]
+                    await journal.release(entry, now() if may_have_arrived else None)
+                    model.release(entry.no_refund, call, may_have_arrived)
+                case ("intend", no_refund, money, is_over):
+                    await _intend(journal, model, given_out, no_refund, money, f"{number}".encode(), is_over)
+                case ("settle", no_refund, ending) if no_refund in model.pages:
+                    assert (await journal.settle(no_refund, ending)).ending == model.settle(no_refund, ending)
+                case ("settle", no_refund, ending):
+                    with pytest.raises(JournalError):
+                        await journal.settle(no_refund, ending)
+            await _compare(journal, model)
+    finally:
+        await journal.__aexit__(None, None, None)
+
+
+async def _intend(journal, model, given_out, no_refund, money, body, is_over):
+    expected = model.intend(no_refund, money, body, is_over)
+    wanted = intent(no_refund, money=money, body=body, hold=timedelta(0) if is_over else HOUR)
+    if expected == "conflict":
+        with pytest.raises(RefundConflict):
+            await journal.intend(wanted, now())
+        return
+    standing, entry = await journal.intend(wanted, now())
+    page = model.pages[no_refund]
+    assert (standing, entry.body, entry.ending) == (expected, page.body, page.ending)
+    if standing in (Standing.NEW, Standing.UNSETTLED):
+        assert (entry.sent_at is None) is (standing is Standing.NEW)
+        given_out.append((model.calls, entry))
+
+
+async def _compare(journal, model):
+    states = {}
+    for no_refund, page in model.pages.items():
+        entry = await journal.find(no_refund)
+        assert (entry.body, entry.ending) == (page.body, page.ending)
+        assert (entry.holder is None) is (page.held_by is None)
+        states[no_refund] = entry.state
+    is_open = [number for number, state in states.items() if state in (State.UNSETTLED, State.ACCEPTED)]
+    assert [entry.no_refund async for entry in journal.pending()] == is_open
+    assert await journal.counts() == {state: list(states.values()).count(state) for state in State}
