@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2048, choices=(1024, 2048, 4096), help="size of both RSA keys")
     parser.add_argument("--tls", action="store_true", help="serve over TLS")
     parser.add_argument("--requests", type=int, default=1_000_000, help="length of the stream, rows of the journal")
+    parser.add_argument("--unpinned", action="store_true", help="do not keep each program on one processor")
     default_cache = Path(tempfile.gettempdir()) / "lianlian-async-benchmarks"
     parser.add_argument("--cache", type=Path, default=default_cache, help="keeps the four-dependency environment")
     options = parser.parse_args()
@@ -35,23 +36,30 @@ def main() -> None:
         quick=options.quick,
         bits=options.bits,
         tls=options.tls,
+        pinned=not options.unpinned,
         requests=options.requests,
         cache=options.cache,
     )
-    variant = f"{options.bits}-bit keys, {'TLS' if options.tls else 'plain HTTP'}, {rounds} rounds"
+    variant = _variant(options)
+    conditions = f"{options.bits}-bit keys, {'TLS' if options.tls else 'plain HTTP'}, {rounds} rounds"
     for case in options.cases or CASES:
         module = importlib.import_module(f"benchmarks.cases.{case}")
         title, _, text = (module.__doc__ or "").partition("\n")
-        report = Report(case, title.rstrip("."), text)
+        report = Report(case, variant, title.rstrip("."), text)
         before = os.getloadavg()[0]
         module.run(bench, report)
-        conditions = (
-            f"{variant}{', quick' if options.quick else ''}; load before it {before:.1f}. "
-            + environment.description(bench.pythons)
-        )
-        print("\n" + report.markdown(conditions), flush=True)
+        ran = f"{conditions}; load before it {before:.1f}. {environment.description(bench.pythons)}"
+        print("\n" + report.markdown(ran), flush=True)
         if options.out:
-            store(report, options.out, conditions)
+            store(report, options.out, ran)
+
+
+def _variant(options: argparse.Namespace) -> list[str]:
+    """The options that make it another experiment: it then has sections and charts of its own."""
+    return [
+        *([f"--bits {options.bits}"] if options.bits != 2048 else []),
+        *(f"--{name}" for name in ("tls", "unpinned", "quick") if getattr(options, name)),
+    ]
 
 
 if __name__ == "__main__":

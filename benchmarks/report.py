@@ -22,6 +22,8 @@ class Report:
     """One case's text, tables and charts."""
 
     case: str
+    variant: Sequence[str]
+    """Command-line options other than the usual."""
     title: str
     text: str
     parts: list[str] = field(default_factory=list)
@@ -41,21 +43,27 @@ class Report:
             shown.append((what, f"{sign} {bound:g}", measured, "reached" if reached else "**not reached**"))
         self.table(["figure", "to reach", "measured", ""], shown)
 
+    @property
+    def command(self) -> str:
+        """What it is asked for with."""
+        return " ".join([self.case, *self.variant])
+
     def chart(self, name: str, title: str, svg: str) -> None:
-        """Add a chart, to be stored as ``name``."""
+        """Add a chart, to be stored as ``name`` with the variant and ``.svg``."""
+        name = "-".join([name, *(option.split()[-1].strip("-") for option in self.variant)]) + ".svg"
         self.charts[name] = svg
         self.parts.append(f"![{title}]({name})")
 
     def markdown(self, conditions: str) -> str:
         """The section."""
-        paragraphs = [f"## `{self.case}`: {self.title}", self.text.strip(), *self.parts, f"_{conditions}_"]
+        paragraphs = [f"## `{self.command}`: {self.title}", self.text.strip(), *self.parts, f"_{conditions}_"]
         return "\n\n".join(paragraphs) + "\n"
 
 
 def store(report: Report, out: Path, conditions: str) -> None:
     """Write the report's section into ``out``, in the place of an earlier one, and its charts beside it."""
     text = out.read_text("utf-8") if out.exists() else _HEAD
-    begin, end = f"<!-- {report.case} -->\n", f"<!-- /{report.case} -->\n"
+    begin, end = f"<!-- {report.command} -->\n", f"<!-- end of {report.command} -->\n"
     section = begin + report.markdown(conditions) + end
     old = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     text = old.sub(lambda _: section, text) if old.search(text) else text + "\n" + section

@@ -84,7 +84,9 @@ class Server:
 class Bench:
     """The options of one run, and the means to carry it out."""
 
-    def __init__(self, *, rounds: int, quick: bool, bits: int, tls: bool, requests: int, cache: Path) -> None:
+    def __init__(
+        self, *, rounds: int, quick: bool, bits: int, tls: bool, pinned: bool, requests: int, cache: Path
+    ) -> None:
         self.rounds = rounds
         self.quick = quick
         self.bits = bits
@@ -94,6 +96,8 @@ class Bench:
         self.pythons = {"all extras": sys.executable, "four dependencies": environment.core_python(cache)}
         cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.client_cpu, self.server_cpu = (cpus[0], cpus[-1]) if len(cpus) > 1 else (None, None)
+        if not pinned:
+            self.client_cpu = None
 
     def size(self, full: int) -> int:
         """``full``, or a tenth of it in a quick run."""

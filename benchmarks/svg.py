@@ -14,13 +14,14 @@ text { font: 13px system-ui, sans-serif; fill: #24292f }
 .title { font-weight: 600; font-size: 15px } .soft { fill: #57606a } .end { text-anchor: end }
 .mid { text-anchor: middle } .grid { stroke: #8c959f; stroke-opacity: .35 }
 .spread { stroke: #24292f; stroke-width: 1.5 }
-.s0 { --c: #0969da } .s1 { --c: #bc4c00 } .s2 { --c: #1a7f37 } .s3 { --c: #8250df } .s4 { --c: #6e7781 }
-.bar { fill: var(--c) } .line { fill: none; stroke: var(--c); stroke-width: 2.2 } .dot { fill: var(--c) }
-text.name { fill: var(--c); font-weight: 600 }
+.s0 { fill: #0969da; stroke: #0969da } .s1 { fill: #bc4c00; stroke: #bc4c00 } .s2 { fill: #1a7f37; stroke: #1a7f37 }
+.s3 { fill: #8250df; stroke: #8250df } .s4 { fill: #6e7781; stroke: #6e7781 } .s5 { fill: #bf3989; stroke: #bf3989 }
 @media (prefers-color-scheme: dark) {
-  text, .soft { fill: #e6edf3 } .soft { fill: #9198a1 } .spread { stroke: #e6edf3 }
-  .s0 { --c: #4493f8 } .s1 { --c: #f0883e } .s2 { --c: #3fb950 } .s3 { --c: #ab7df8 } .s4 { --c: #9198a1 }
+  text { fill: #e6edf3 } .soft { fill: #9198a1 } .spread { stroke: #e6edf3 }
+  .s0 { fill: #4493f8; stroke: #4493f8 } .s1 { fill: #f0883e; stroke: #f0883e } .s2 { fill: #3fb950; stroke: #3fb950 }
+  .s3 { fill: #ab7df8; stroke: #ab7df8 } .s4 { fill: #9198a1; stroke: #9198a1 } .s5 { fill: #db61a2; stroke: #db61a2 }
 }
+.line { fill: none; stroke-width: 2.2 } .bar { stroke: none } .name { stroke: none; font-weight: 600 }
 </style>"""
 
 

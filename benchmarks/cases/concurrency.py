@@ -42,4 +42,4 @@ def run(bench: Bench, report: Report) -> None:
     )
     lines = {label: {n: rounds.of((label, n), "rate").median for n in IN_FLIGHT} for label in LABELS}
     title = f"Refunds per second, the gateway answering after {DELAY * 1000:.0f} ms"
-    report.chart("concurrency.svg", title, svg.lines(title, "refunds in flight", "refunds/s", lines, log_y=True))
+    report.chart("concurrency", title, svg.lines(title, "refunds in flight", "refunds/s", lines, log_y=True))

@@ -47,4 +47,4 @@ def run(bench: Bench, report: Report) -> None:
     )
     rows = {"idle loop": rounds.of(OURS[0], "idle_p99")} | {label: rounds.of(label, "busy_p99") for label in labels}
     title = f"Event loop lag with {IN_FLIGHT} refunds in flight (p99)"
-    report.chart("lag.svg", title, svg.bars(title, "milliseconds: less is better", rows, OURS))
+    report.chart("lag", title, svg.bars(title, "milliseconds: less is better", rows, OURS))

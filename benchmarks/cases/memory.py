@@ -34,4 +34,4 @@ def run(bench: Bench, report: Report) -> None:
     )
     title = "Memory for a batch, beyond what the session has"
     lines = {way: {length: rounds.of((way, length), "most_mib").median for length in lengths} for way in WAYS}
-    report.chart("memory.svg", title, svg.lines(title, "refunds", "MiB at the peak", lines))
+    report.chart("memory", title, svg.lines(title, "refunds", "MiB at the peak", lines))

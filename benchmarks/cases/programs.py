@@ -57,7 +57,7 @@ def run(bench: Bench, report: Report) -> None:
     )
     rates = {label: rounds.of(label, "rate") for label in programs if label != FLOOR}
     title = "Refunds per second on one processor"
-    report.chart("refunds.svg", title, svg.bars(title, "refunds/s: more is better", rates, peers.OURS))
+    report.chart("refunds", title, svg.bars(title, "refunds/s: more is better", rates, peers.OURS))
     costs = {label: rounds.of(label, "cpu_ms") for label in programs}
     title = "CPU time per refund"
-    report.chart("cpu.svg", title, svg.bars(title, "milliseconds: less is better", costs, peers.OURS))
+    report.chart("cpu", title, svg.bars(title, "milliseconds: less is better", costs, peers.OURS))

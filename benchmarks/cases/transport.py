@@ -24,7 +24,7 @@ def run(bench: Bench, report: Report) -> None:
                 job = Job(
                     url=server.url,
                     keys=server.keys,
-                    refunds=max(bench.size(6000), 2 * in_flight),
+                    refunds=max(bench.size(1500 if option == "stock" else 6000), 2 * in_flight),
                     in_flight=in_flight,
                     warm_up=2 * in_flight,
                     cpu=bench.client_cpu,
@@ -50,4 +50,4 @@ def run(bench: Bench, report: Report) -> None:
     )
     lines = {label: {n: rounds.of((option, n), "cpu_ms").median for n in IN_FLIGHT} for option, label in LABELS.items()}
     title = "CPU time of one request"
-    report.chart("transport.svg", title, svg.lines(title, "requests in flight", "ms", lines, log_y=True))
+    report.chart("transport", title, svg.lines(title, "requests in flight", "ms", lines, log_y=True))
