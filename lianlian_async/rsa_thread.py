@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Final, TypeVar
 
 import anyio
 import anyio.to_thread
+import attrs
 
 from .merchant import Merchant
 from .protocol import Protocol
@@ -20,6 +22,22 @@ T = TypeVar("T")
 INLINE_VERIFY_SECONDS: Final = 0.0005
 """A signature is checked on the event loop only if that took less when the keys were loaded, else in the thread."""
 
+JOBS_PER_VISIT: Final = 8
+"""Signatures that one visit to the thread makes at most: more would save little, and delay the first of them."""
+
+
+@attrs.define(eq=False)
+class _Job:
+    """One signature that is asked for."""
+
+    fields: Mapping[str, str]
+    body: bytes = b""
+    error: Exception | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.body) or self.error is not None
+
 
 class RsaThread:
     """Loaded keys, for one event loop. :meth:`open` it; one at a time is computed in the thread."""
@@ -28,6 +46,8 @@ class RsaThread:
         self.protocol = protocol
         self._turn = turn
         self._verify_inline = verify_inline
+        self._jobs: deque[_Job] = deque()
+        self._leading = anyio.Lock(fast_acquire=True)
 
     @classmethod
     async def open(cls, merchant: Merchant) -> RsaThread:
@@ -40,8 +60,32 @@ class RsaThread:
         return cls(protocol, turn, verify_inline=cost < INLINE_VERIFY_SECONDS)
 
     async def seal(self, fields: Mapping[str, str]) -> bytes:
-        """Sign, in the thread; once for each request, so that every attempt sends the same bytes."""
-        return await anyio.to_thread.run_sync(self.protocol.seal, fields, limiter=self._turn)
+        """Sign, in the thread; once for each request, so that every attempt sends the same bytes.
+
+        What is asked for while the thread is busy goes there together next: a visit costs as much as an OpenSSL
+        signature. Whoever comes first leads the next visit, and finds its own job done if it was in another's.
+        """
+        job = _Job(fields)
+        self._jobs.append(job)
+        try:
+            async with self._leading:
+                if not job.is_done:
+                    jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), JOBS_PER_VISIT))]
+                    await anyio.to_thread.run_sync(self._sign, jobs, limiter=self._turn)
+        except BaseException:
+            if job in self._jobs:  # cancelled before its turn
+                self._jobs.remove(job)
+            raise
+        if job.error is not None:
+            raise job.error
+        return job.body
+
+    def _sign(self, jobs: Sequence[_Job]) -> None:
+        for job in jobs:
+            try:
+                job.body = self.protocol.seal(job.fields)
+            except Exception as error:  # noqa: BLE001 - it is raised where the signature is awaited
+                job.error = error
 
     async def check(self, read: Callable[..., T], *arguments: Any) -> T:
         """What ``read(*arguments)`` returns or raises, which checks one signature: here or in the thread."""

@@ -6,7 +6,6 @@ import datetime
 import logging
 import math
 import pickle
-import sys
 import threading
 import traceback
 from pathlib import Path
@@ -255,23 +254,6 @@ def test_both_backends_make_the_same_signatures(monkeypatch):
     assert signatures["pycryptodome"] == signatures["openssl"]
     assert keys["pycryptodome"].public_key().verify(b"a=b", signatures["openssl"])
     assert keys["openssl"].public_key().verify(b"a=b", signatures["pycryptodome"])
-
-
-def test_openssl_computes_where_it_is_there(monkeypatch):
-    """Without a wish, OpenSSL is taken where its package is installed, and pycryptodome elsewhere."""
-    assert signing._choose_backend("") == "openssl"
-    monkeypatch.setitem(sys.modules, "cryptography", None)
-    assert signing._choose_backend("") == "pycryptodome"
-
-
-def test_a_backend_may_be_wished_for(monkeypatch):
-    """LIANLIAN_SIGNING_BACKEND is followed, and what cannot be is refused with the cure."""
-    assert [signing._choose_backend(name) for name in ("pycryptodome", "openssl")] == ["pycryptodome", "openssl"]
-    with pytest.raises(ConfigurationError, match="LIANLIAN_SIGNING_BACKEND: must be pycryptodome or openssl, is 'gnu'"):
-        signing._choose_backend("gnu")
-    monkeypatch.setitem(sys.modules, "cryptography", None)
-    with pytest.raises(ConfigurationError, match=r"openssl needs pip install 'lianlian-async\[fast\]'"):
-        signing._choose_backend("openssl")
 
 
 # ── keys in every form ───────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,145 @@
+"""Signatures are made in a thread, several in one visit, whatever becomes of those who asked for them."""
+
+import threading
+from contextlib import suppress
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import attrs
+import keypairs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lianlian_async.rsa_thread import JOBS_PER_VISIT, RsaThread
+from lianlian_async.signing import SigningKey
+
+pytestmark = pytest.mark.anyio
+
+
+class Watched(SigningKey):
+    """A real key that notes in which thread it signs, and can be held up there."""
+
+    __slots__ = ("go_on", "threads")
+
+    @classmethod
+    def of(cls, pair):
+        key = cls.load(pair.private_pem)
+        key.threads, key.go_on = [], threading.Event()
+        return key
+
+    def sign(self, source):
+        self.threads.append(threading.get_ident())
+        assert self.go_on.wait(30)
+        return super().sign(source)
+
+
+@pytest.fixture
+def key():
+    return Watched.of(keypairs.pair("merchant"))
+
+
+@pytest.fixture
+async def rsa(merchant, key):
+    return await RsaThread.open(attrs.evolve(merchant, private_key=key))
+
+
+def message(number):
+    return {"no_refund": f"R-{number}"}
+
+
+async def test_everyone_gets_their_own_signature(rsa, key, merchant_keys):
+    """Twenty callers at once get twenty different messages, each validly signed, none on the event loop."""
+    key.go_on.set()
+    bodies = {}
+
+    async def ask(number):
+        bodies[number] = await rsa.seal(message(number))
+
+    async with anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(ask, number)
+    assert bodies == {number: rsa.protocol.seal(message(number)) for number in range(20)}
+    assert threading.get_ident() not in key.threads[:20]
+
+
+async def test_what_comes_while_the_thread_is_busy_is_signed_together(rsa, key, monkeypatch):
+    """One visit makes the first signature, and the next visits make up to JOBS_PER_VISIT each."""
+    visits = []
+    run_sync = anyio.to_thread.run_sync
+
+    async def counted(function, jobs, **options):
+        visits.append(len(jobs))
+        return await run_sync(function, jobs, **options)
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", counted)
+    async with anyio.create_task_group() as group:
+        group.start_soon(rsa.seal, message(0))
+        await anyio.wait_all_tasks_blocked()
+        for number in range(1, 2 * JOBS_PER_VISIT + 1):
+            group.start_soon(rsa.seal, message(number))
+        await anyio.wait_all_tasks_blocked()
+        key.go_on.set()
+    assert visits == [1, JOBS_PER_VISIT, JOBS_PER_VISIT]
+
+
+async def test_a_message_that_cannot_be_signed_is_its_own_askers_problem(rsa, key):
+    """An error in one message reaches the one who asked for it; the others of the same visit get their signature."""
+    bodies, errors = {}, {}
+
+    async def ask(name, fields):
+        try:
+            bodies[name] = await rsa.seal(fields)
+        except UnicodeEncodeError as error:
+            errors[name] = error
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(ask, "first", message(1))
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(ask, "good", message(2))
+        group.start_soon(ask, "bad", {"no_refund": "\ud800"})
+        group.start_soon(ask, "good too", message(3))
+        await anyio.wait_all_tasks_blocked()
+        key.go_on.set()
+    assert set(bodies) == {"first", "good", "good too"}
+    assert set(errors) == {"bad"}
+
+
+async def test_who_is_cancelled_in_the_queue_is_not_signed_for(rsa, key):
+    """A caller that gives up before the thread is free leaves nothing behind."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(rsa.seal, message(1))
+        await anyio.wait_all_tasks_blocked()
+        with anyio.move_on_after(0.01):
+            await rsa.seal(message(2))
+        key.go_on.set()
+    assert len(key.threads) == 1
+    await rsa.rest()
+
+
+@settings(max_examples=20)
+@given(cancelled=st.sets(st.integers(0, 19)), early=st.booleans())
+async def test_nobodys_signature_is_lost_to_anothers_cancellation(merchant, cancelled, early):
+    """Whoever is cancelled, in the queue or while leading a visit, all others get their signature."""
+    key = Watched.of(keypairs.pair("merchant"))
+    rsa = await RsaThread.open(attrs.evolve(merchant, private_key=key))
+    scopes, bodies = {}, {}
+
+    async def ask(number):
+        with anyio.CancelScope() as scopes[number]:
+            bodies[number] = await rsa.seal(message(number))
+
+    async with anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(ask, number)
+        await anyio.wait_all_tasks_blocked()
+        if not early:
+            key.go_on.set()
+            await anyio.lowlevel.checkpoint()
+        for number in cancelled:
+            with suppress(KeyError):
+                scopes[number].cancel()
+        key.go_on.set()
+    assert set(range(20)) - cancelled <= set(bodies)
+    assert all(bodies[number] == rsa.protocol.seal(message(number)) for number in bodies)
