@@ -34,7 +34,7 @@ def _document(height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def _text(x: float, y: float, text: str, style: str = "") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text.replace("`", ""))}</text>'
 
 
 def _number(value: float) -> str:
@@ -65,7 +65,7 @@ def lines(
     title: str, x_title: str, y_title: str, series: Mapping[str, Mapping[float, float]], *, log_y: bool = False
 ) -> str:
     """A line for each of ``series`` (x → y) over a logarithmic x axis, its name at its right end."""
-    left, right, top, height = 70, 210, 50, 300
+    left, right, top, height = 70, 250, 60, 300
     xs = sorted({x for line in series.values() for x in line})
     ys = [y for line in series.values() for y in line.values()]
     y_of = math.log10 if log_y else float
@@ -77,7 +77,7 @@ def lines(
         return left + share * (_WIDTH - left - right), top + height * (1 - (y_of(y) - floor) / (ceiling - floor))
 
     middle = (left + _WIDTH - right) / 2
-    parts = [_text(8, top - 8, y_title, "soft"), _text(middle, top + height + 40, x_title, "soft mid")]
+    parts = [_text(8, top - 16, y_title, "soft"), _text(middle, top + height + 40, x_title, "soft mid")]
     for tick in _ticks(floor, ceiling, log_y=log_y):
         y = at(xs[0], tick)[1]
         parts += [
@@ -85,19 +85,18 @@ def lines(
             _text(left - 8, y + 4, _number(tick), "soft end"),
         ]
     parts += [_text(at(x, max(ys))[0], top + height + 20, _number(x), "soft mid") for x in xs]
-    taken: list[float] = []
+    ends = []
     for place, (label, line) in enumerate(series.items()):
         points = [at(x, y) for x, y in sorted(line.items())]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        name_y = points[-1][1] + 4
-        while any(abs(name_y - other) < 15 for other in taken):
-            name_y += 4
-        taken.append(name_y)
-        parts += [
-            f'<path class="line s{place}" d="M{path}"/>',
-            *(f'<circle class="dot s{place}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points),
-            _text(points[-1][0] + 10, name_y, label, f"name s{place}"),
-        ]
+        parts.append(f'<path class="s{place} line" d="M{path}"/>')
+        parts += [f'<circle class="s{place}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
+        ends.append((points[-1][1], place, label))
+    free = 0.0
+    for y, place, label in sorted(ends):  # each name beside its line's end, below the one above
+        free = max(y + 4, free)
+        parts.append(_text(_WIDTH - right + 10, free, label, f"s{place} name"))
+        free += 16
     return _document(top + height + 52, title, parts)
 
 
