@@ -454,6 +454,7 @@ async def test_a_wall_clock_that_went_backward_only_makes_settling_wait_longer()
             await session.settle(unknown)
     assert not road.times
     assert caught.value.ask_again_at > unknown.ask_again_at - timedelta(hours=1)
+    assert caught.value.sent_at <= an_hour_slow()
 
 
 async def test_three_months_later_nothing_can_be_learned():
