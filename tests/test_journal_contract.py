@@ -258,6 +258,24 @@ async def test_pending_goes_through_any_number(kind):
         assert sorted(seen) == sorted(f"R-{number}" for number in range(1200))
 
 
+async def test_entries_goes_through_all_oldest_first(kind):
+    """``entries`` gives each of 600 refunds with its ending, whatever its state, and ends though others begin."""
+    async with kind.make() as journal:
+        for number, ending in enumerate((None, MADE, ACCEPTED, REJECTED)):
+            await begin(journal, f"R-{number}")
+            if ending is not None:
+                await journal.settle(f"R-{number}", ending)
+        async with anyio.create_task_group() as group:
+            for number in range(4, 600):
+                group.start_soon(begin, journal, f"R-{number}")
+        seen = []
+        async for entry in journal.entries():
+            seen.append(entry)
+            await begin(journal, "later")
+        assert [entry.ending for entry in seen[:4]] == [None, MADE, ACCEPTED, REJECTED]
+        assert sorted(entry.no_refund for entry in seen) == sorted(f"R-{number}" for number in range(600))
+
+
 async def test_counts(kind):
     """``counts`` has every state, with how many refunds stand in it."""
     async with kind.make() as journal:

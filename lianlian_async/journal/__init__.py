@@ -2,7 +2,7 @@
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Standing, State
 from .memory import MemoryJournal
-from .sqlite import SqliteJournal
+from .sqlite import SqliteJournal, SqliteReader
 
 __all__ = [
     "Ending",
@@ -12,6 +12,7 @@ __all__ = [
     "JournalError",
     "MemoryJournal",
     "SqliteJournal",
+    "SqliteReader",
     "Standing",
     "State",
 ]

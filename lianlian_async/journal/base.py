@@ -146,6 +146,9 @@ class Journal(Protocol):
     def pending(self) -> AsyncIterator[Entry]:
         """Every entry that is unsettled, or accepted and not final, oldest first; in bounded memory."""
 
+    def entries(self) -> AsyncIterator[Entry]:
+        """Every entry, oldest first; in bounded memory. What is begun later is not among them."""
+
     async def find(self, no_refund: str) -> Entry | None:
         """The entry of one refund."""
 

@@ -51,10 +51,14 @@ class MemoryJournal:
 
     async def pending(self) -> AsyncIterator[Entry]:
         """See :meth:`Journal.pending`."""
-        for no_refund in list(self._entries):
-            entry = self._entries[no_refund]
+        async for entry in self.entries():
             if entry.state in (State.UNSETTLED, State.ACCEPTED):
                 yield entry
+
+    async def entries(self) -> AsyncIterator[Entry]:
+        """See :meth:`Journal.entries`."""
+        for no_refund in list(self._entries):
+            yield self._entries[no_refund]
 
     async def find(self, no_refund: str) -> Entry | None:
         """See :meth:`Journal.find`."""

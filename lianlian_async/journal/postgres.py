@@ -70,6 +70,7 @@ WHERE refund.no_refund = new.no_refund
 _PENDING: Final = """
 SELECT * FROM {schema}.refunds WHERE state IN ('unsettled', 'accepted') AND id > %s AND id <= %s ORDER BY id LIMIT %s
 """
+_ENTRIES: Final = "SELECT * FROM {schema}.refunds WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
 _LAST: Final = "SELECT coalesce(max(id), 0) AS id FROM {schema}.refunds"
 _COUNT: Final = "SELECT state, count(*) FROM {schema}.refunds GROUP BY state"
 
@@ -100,11 +101,18 @@ class PostgresJournal(GroupedJournal):
         self._ahead = timedelta(0)
         """How far the database's clock is ahead of ours, and of the time that the last batch took to arrive."""
 
-    async def pending(self) -> AsyncIterator[Entry]:
+    def pending(self) -> AsyncIterator[Entry]:
         """See :meth:`Journal.pending`. What is begun later is not among them."""
+        return self._walk(_PENDING)
+
+    def entries(self) -> AsyncIterator[Entry]:
+        """See :meth:`Journal.entries`."""
+        return self._walk(_ENTRIES)
+
+    async def _walk(self, page_of: LiteralString) -> AsyncGenerator[Entry]:
         [newest] = await self._fetch(_LAST)
         place = 0
-        while page := await self._fetch(_PENDING, place, newest["id"], _PAGE):
+        while page := await self._fetch(page_of, place, newest["id"], _PAGE):
             for row in page:
                 yield self._entry(row)
             place = page[-1]["id"]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -17,14 +19,66 @@ from .group import GroupedJournal
 from .operations import Answer, Operation
 from .sqlite_file import JournalFile
 
-__all__ = ["SqliteJournal"]
+__all__ = ["SqliteJournal", "SqliteReader"]
 
 T = TypeVar("T")
 
 _PAGE: Final = 500
 
 
-class SqliteJournal(GroupedJournal):
+class _Looking:
+    """What can be asked of an open file without writing to it."""
+
+    _file: JournalFile
+    _thread: anyio.CapacityLimiter
+
+    def pending(self) -> AsyncIterator[Entry]:
+        """See :meth:`Journal.pending`. What is begun later is not among them."""
+        return self._walk(pending=True)
+
+    def entries(self) -> AsyncIterator[Entry]:
+        """See :meth:`Journal.entries`."""
+        return self._walk(pending=False)
+
+    async def counts(self) -> Mapping[State, int]:
+        """See :meth:`Journal.counts`."""
+        self._check_open()
+        return await self._in_thread(self._file.counts)
+
+    async def _walk(self, *, pending: bool) -> AsyncIterator[Entry]:
+        self._check_open()
+        last, until = 0, self._file.last_place
+        while page := await self._in_thread(partial(self._file.page, last, until, _PAGE, pending=pending)):
+            for last, entry in page:  # noqa: B007 - the next page begins there
+                yield entry
+            self._check_open()
+
+    def _check_open(self) -> None:
+        """Raise if it is not open."""
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._thread)
+
+
+class SqliteReader(_Looking):
+    """Looks into the journal ``path``, also while another process is at work with it; it changes nothing."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.path.realpath(path)
+
+    async def __aenter__(self) -> Self:
+        self._thread = anyio.CapacityLimiter(1)
+        self._file = await self._in_thread(partial(JournalFile, self._path, only_to_look=True))
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._in_thread(self._file.close)
+
+
+class SqliteJournal(_Looking, GroupedJournal):
     """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is made if it is not there.
 
     It belongs to one process at a time; a second one that opens it is refused. When that process has ended, in
@@ -36,20 +90,6 @@ class SqliteJournal(GroupedJournal):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(os.path.realpath(path))
 
-    async def pending(self) -> AsyncIterator[Entry]:
-        """See :meth:`Journal.pending`. What is begun later is not among them."""
-        self._opened()
-        last, until = 0, self._file.last_place
-        while page := await self._in_thread(self._file.pending, last, until, _PAGE):
-            for last, entry in page:  # noqa: B007 - the next page begins there
-                yield entry
-            self._opened()
-
-    async def counts(self) -> Mapping[State, int]:
-        """See :meth:`Journal.counts`."""
-        self._opened()
-        return await self._in_thread(self._file.counts)
-
     def _beside(self) -> SqliteJournal:
         return SqliteJournal(f"{self._name}-inbox")
 
@@ -57,11 +97,11 @@ class SqliteJournal(GroupedJournal):
         self._thread = anyio.CapacityLimiter(1)
         self._file = await self._in_thread(JournalFile, self._name)
 
+    def _check_open(self) -> None:
+        self._opened()
+
     async def _close(self) -> None:
         await self._in_thread(self._file.close)
 
     async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]:
         return await self._in_thread(self._file.write, operations)
-
-    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._thread)

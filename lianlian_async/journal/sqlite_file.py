@@ -57,6 +57,10 @@ SELECT json_group_array(no_refund) FROM (
     SELECT no_refund FROM refunds
     WHERE state IN ('unsettled', 'accepted') AND id > ? AND id <= ? ORDER BY id LIMIT ?
 )"""
+_ENTRIES: Final = """
+SELECT json_group_array(no_refund) FROM (
+    SELECT no_refund FROM refunds WHERE id > ? AND id <= ? ORDER BY id LIMIT ?
+)"""
 _COUNT: Final = "SELECT json_group_object(state, n) FROM (SELECT state, count(*) AS n FROM refunds GROUP BY state)"
 _LAST_PLACE: Final = "SELECT coalesce(max(id), 0) FROM refunds"
 
@@ -93,39 +97,48 @@ class JournalFile:
 
     An empty file beside it, ``…-owner``, is locked by SQLite's own means as long as the journal is open: on every
     platform that lock ends with the process, however the process dies. The journal itself is not locked, so that
-    others can read it meanwhile.
+    others can read it meanwhile: who comes ``only_to_look`` locks nothing, makes nothing and writes nothing.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, only_to_look: bool = False) -> None:
         self._path = Path(path)
         owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
         self._turn = Lock()
         self._holders: dict[str, str] = {}
         with self._errors(), ExitStack() as opened:
-            owner = opened.enter_context(closing(_connect(owner_path, timeout=0.0)))
-            owner.execute("PRAGMA journal_mode = memory")
-            owner.execute("BEGIN EXCLUSIVE")
-            self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
-            self._prepare()
+            if only_to_look:
+                self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode="rw")))
+                self._connection.execute("PRAGMA query_only = on")
+                self._check_kind()
+            else:
+                owner = opened.enter_context(closing(_connect(owner_path, timeout=0.0)))
+                owner.execute("PRAGMA journal_mode = memory")
+                owner.execute("BEGIN EXCLUSIVE")
+                self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
+                self._prepare()
+                self._files = {path: path.stat() for path in (self._path, owner_path, log_path)}
             self._last_place: int = self._value(_LAST_PLACE)
-            self._files = {path: path.stat() for path in (self._path, owner_path, log_path)}
             self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
         """Make sure that it is a journal of ours, or make it one."""
         is_new = not self._value("SELECT count(*) FROM sqlite_master")
-        if not is_new and self._value("PRAGMA application_id") != APPLICATION_ID:
-            raise JournalError(f"journal {self._path}: an SQLite file, but no journal; name another file")
-        if not is_new and (version := self._value("PRAGMA user_version")) != SCHEMA_VERSION:
-            raise JournalError(
-                f"journal {self._path}: of version {version}, and this is a library for version {SCHEMA_VERSION}; "
-                "finish it with the lianlian-async that began it, or begin another file"
-            )
+        if not is_new:
+            self._check_kind()
         self._connection.execute("PRAGMA journal_mode = wal")
         self._connection.execute("PRAGMA synchronous = full")
         self._connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         if is_new:
             self._connection.executescript(_SCHEMA)
+
+    def _check_kind(self) -> None:
+        if self._value("PRAGMA application_id") != APPLICATION_ID:
+            raise JournalError(f"journal {self._path}: an SQLite file, but no journal; name another file")
+        if (version := self._value("PRAGMA user_version")) != SCHEMA_VERSION:
+            raise JournalError(
+                f"journal {self._path}: of version {version}, and this is a library for version {SCHEMA_VERSION}; "
+                "finish it with the lianlian-async that began it, or begin another file"
+            )
 
     def close(self) -> None:
         """Close it, and let others own it."""
@@ -157,10 +170,11 @@ class JournalFile:
         """Where the youngest entry stands."""
         return self._last_place
 
-    def pending(self, after: int, until: int, limit: int) -> list[tuple[int, Entry]]:
-        """The oldest entries whose end is open, with their places: behind ``after``, not behind ``until``."""
+    def page(self, after: int, until: int, limit: int, *, pending: bool) -> list[tuple[int, Entry]]:
+        """The oldest entries, all or those whose end is open, with their places: behind ``after``, to ``until``."""
         with self._turn, self._errors():
-            return sorted(self._read(self._value(_PENDING, after, until, limit)).items())
+            numbers = self._value(_PENDING if pending else _ENTRIES, after, until, limit)
+            return sorted(self._read(numbers).items())
 
     def counts(self) -> dict[State, int]:
         """How many entries stand in each state."""
@@ -244,8 +258,9 @@ class JournalFile:
             raise JournalError(f"journal {self._path}: {error}; {advice}") from error
 
 
-def _connect(path: Path, timeout: float) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
+def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
 
 
 def _json(value: Any) -> str:
