@@ -1,4 +1,4 @@
-"""One refund under a journal: intend before the first byte, settle or release after the last.
+"""Refunds under a journal: intend before the first byte, settle or release after the last, ask about what is open.
 
 With a journal ``apply_refund`` may be called again at any time, after any crash: what is settled is answered
 from the record, what is unsettled is asked about first, and what is new is sent.
@@ -233,11 +233,12 @@ async def resume(
 
     async def is_final(request: RefundRequest) -> bool:
         try:
-            refund = await query(request.query())
+            refund = await learn(journal, await query(request.query()))
+        except JournalError:
+            raise
         except LianLianError as error:
             logger.info("refund %s is accepted, its final state is not known: %s", request.no_refund, error)
             return False
-        await journal.settle(request.no_refund, ending(refund))
         return refund.is_final
 
     await drain(journal.pending(), pursue, workers=checked(workers), intake=anyio.CancelScope())

@@ -75,7 +75,7 @@ async def test_another_thread_may_cancel_it():
     thread = threading.Thread(target=background.cancel_soon)
     thread.start()
     with anyio.fail_after(10):
-        await background._ended.wait()
+        await background.join()
     thread.join()
     assert watch.ended
 
@@ -90,7 +90,7 @@ async def test_it_sees_the_context_that_it_was_started_in():
     token = place.set("the caller's")
     background = Background(function)
     place.reset(token)
-    await background._ended.wait()
+    await background.join()
     await background.aclose()
     assert seen == ["the caller's"]
 

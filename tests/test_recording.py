@@ -1,0 +1,725 @@
+"""A session over a journal: every refund is on record before its first byte, and its end as soon as it is known."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from datetime import timedelta
+from decimal import Decimal
+from typing import ClassVar
+
+import anyio
+import httpx
+import keypairs
+import pytest
+from parties import EPOCH, OID_PARTNER, refund_request, sandbox, wall_clock
+
+from lianlian_async import (
+    ConfigurationError,
+    JournalError,
+    RefundConflict,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRejected,
+    RefundSession,
+    RefundStatus,
+    RetryPolicy,
+    SigningKey,
+)
+from lianlian_async.exchange import Call
+from lianlian_async.journal import MemoryJournal, SqliteJournal, State
+from lianlian_async.middleware import RateLimit
+from lianlian_async.recording import Resumed, answer, learn
+from lianlian_async.sandbox import Fault, When
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+TRUSTING = RetryPolicy(absence_grace=0.0)
+"""For gateways that are known to deduplicate."""
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def new_journal(request, tmp_path):
+    """Makes journals that remember the same refunds, one after the other: what each process opens."""
+    memory = MemoryJournal()
+    return lambda: memory if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
+
+
+@contextlib.asynccontextmanager
+async def shop(gateway, new_journal, **options):
+    """One process of a merchant's: a session over an open journal."""
+    async with new_journal() as journal, gateway.session(journal=journal, now=wall_clock, **options) as session:
+        yield session, journal
+
+
+class Wires(httpx.AsyncBaseTransport):
+    """The way to the sandbox: keeps every body that was applied with, and is closed while ``closed`` says so."""
+
+    def __init__(self, gateway):
+        self.inner = httpx.ASGITransport(app=gateway)
+        self.closed = False
+        self.applied = []
+
+    async def handle_async_request(self, request):
+        if self.closed:
+            raise httpx.ConnectError("road closed")
+        if request.url.path != "/refundquery.htm":
+            self.applied.append(await request.aread())
+        return await self.inner.handle_async_request(request)
+
+
+def over(wires, gateway, journal, **options):
+    return RefundSession(gateway.merchant(), transport=wires, journal=journal, now=wall_clock, **options)
+
+
+async def standing(new_journal, no_refund="R-1"):
+    """The entry as the next process finds it."""
+    async with new_journal() as journal:
+        return await journal.find(no_refund)
+
+
+class SeenKey(SigningKey):
+    """A merchant's key that remembers what it signed."""
+
+    signed: ClassVar[list[bytes]] = []
+
+    def sign(self, source):
+        self.signed.append(source)
+        return super().sign(source)
+
+
+@pytest.fixture
+def merchant_key(monkeypatch):
+    """The merchant's key; it has signed nothing yet."""
+    monkeypatch.setattr(SeenKey, "signed", [])
+    return SeenKey.load(keypairs.pair("merchant").private_pem)
+
+
+# ── made ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_new_refund_is_on_record_before_its_first_byte(new_journal):
+    """When the gateway gets to see it, the journal holds it as one that may have been sent; then its end."""
+    gateway, seen = sandbox(settle_after=0), []
+
+    async def look(exchange, call_next):
+        seen.append((exchange.body, await journal.find("R-1")))
+        return await call_next(exchange)
+
+    async with shop(gateway, new_journal, middleware=[look]) as (session, journal):
+        refund = await session.apply_refund(refund_request())
+    ((body, entry),) = seen
+    assert entry.state is State.UNSETTLED
+    assert entry.body == body
+    assert entry.sent_at > wall_clock()
+    assert entry.fields == refund_request().to_dict()
+    settled = await standing(new_journal)
+    assert settled.state is State.DONE
+    assert answer(settled) == refund
+
+
+@pytest.mark.parametrize(("settle_after", "state"), [(0, State.DONE), (60, State.ACCEPTED)])
+async def test_a_refund_that_is_settled_is_answered_from_the_record(settle_after, state, new_journal, merchant_key):
+    """Asked for again, by another process too: the same refund, no request, no signature."""
+    gateway = sandbox(settle_after=settle_after, merchant_key=merchant_key)
+    async with shop(gateway, new_journal) as (session, _):
+        refund = await session.apply_refund(refund_request())
+    async with shop(gateway, new_journal) as (session, journal):
+        again = await session.apply_refund(refund_request())
+        outcome = await session.outcome_of(refund_request())
+        assert (await journal.find("R-1")).state is state
+    assert again == outcome.refund == refund
+    assert again.dt_refund == refund.dt_refund
+    assert (outcome.attempts, outcome.questions) == (0, 0)
+    assert gateway.requests == {"apply": 1}
+    assert len(merchant_key.signed) == 1
+
+
+async def test_a_refund_that_failed_later_is_done(new_journal):
+    """Made and failed is an end, too: it is the gateway's record, not an error."""
+    gateway = sandbox(settle_after=0)
+    gateway.fail("R-1")
+    async with shop(gateway, new_journal) as (session, _):
+        assert (await session.apply_refund(refund_request())).sta_refund is RefundStatus.FAILED
+        assert (await session.apply_refund(refund_request())).sta_refund is RefundStatus.FAILED
+    assert gateway.requests == {"apply": 1}
+
+
+# ── rejected ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("signs", [True, False], ids=["signed", "unsigned"])
+async def test_a_rejection_is_recorded_and_raised_again(signs, new_journal, merchant_key):
+    """For good is for good: the same error in every respect, no request, no signature."""
+    gateway = sandbox(default_order=None, sign_errors=signs, merchant_key=merchant_key)
+    async with shop(gateway, new_journal) as (session, _):
+        with pytest.raises(RefundRejected) as first:
+            await session.apply_refund(refund_request())
+    gateway.add_order("O-1", Decimal("10.00"))
+    async with shop(gateway, new_journal) as (session, journal):
+        with pytest.raises(RefundRejected) as again:
+            await session.apply_refund(refund_request())
+        assert (await journal.find("R-1")).state is State.REJECTED
+    assert vars(again.value) == vars(first.value)
+    assert str(again.value) == str(first.value)
+    assert again.value.verified is signs
+    assert gateway.requests == {"apply": 1}
+    assert len(merchant_key.signed) == 1
+
+
+async def test_a_rejection_that_is_ours_to_mend_is_sent_again_after_the_cure(new_journal, stranger_keys):
+    """Refused for our configuration, a refund is as good as new: signed again, with what is right by then."""
+    gateway = sandbox()
+    ours = gateway.merchant_key.public_key()
+    gateway.add_merchant(OID_PARTNER, stranger_keys.public)
+    async with shop(gateway, new_journal) as (session, _):
+        with pytest.raises(RefundRejected) as caught:
+            await session.apply_refund(refund_request())
+    assert caught.value.is_configuration
+    entry = await standing(new_journal)
+    assert (entry.state, entry.sent_at) == (State.UNSETTLED, None)
+    gateway.add_merchant(OID_PARTNER, ours)
+    async with shop(gateway, new_journal) as (session, _):
+        assert (await session.apply_refund(refund_request())).no_refund == "R-1"
+    assert gateway.requests == {"apply": 2}
+
+
+async def test_what_was_certainly_not_sent_is_new_again(new_journal):
+    """A road that is closed leaves nothing to ask about: next time it is simply sent."""
+    gateway = sandbox()
+    wires = Wires(gateway)
+    wires.closed = True
+    async with new_journal() as journal, over(wires, gateway, journal) as session:
+        with pytest.raises(RefundNotSent):
+            await session.apply_refund(refund_request())
+        assert (await journal.find("R-1")).sent_at is None
+        wires.closed = False
+        await session.apply_refund(refund_request())
+    assert gateway.requests == {"apply": 1}
+
+
+# ── conflict ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("money_refund", {"money_refund": Decimal("9.00")}),
+        ("dt_refund", {"dt_refund": EPOCH + timedelta(seconds=1)}),
+        ("no_order", {"no_order": "O-2"}),
+        ("dt_order", {"dt_order": EPOCH - timedelta(days=4)}),
+        ("oid_paybill", {"oid_paybill": "2013051613121201"}),
+    ],
+)
+@pytest.mark.parametrize("settled", [True, False], ids=["settled", "unsettled"])
+async def test_other_content_under_the_same_number_is_a_conflict(field, change, settled, new_journal):
+    """Nothing is sent or asked, and what is on record stays as it is."""
+    gateway = sandbox()
+    gateway.script(Fault.DELAY if settled else Fault.NO_ANSWER, when=When.BEFORE)
+    async with shop(gateway, new_journal) as (session, journal):
+        await session.outcome_of(refund_request())
+        before = await journal.find("R-1")
+        gateway.requests.clear()
+        with pytest.raises(RefundConflict) as caught:
+            await session.apply_refund(refund_request(**change))
+        assert await journal.find("R-1") == before
+    assert before.state is (State.ACCEPTED if settled else State.UNSETTLED)
+    assert caught.value.field == field
+    assert not gateway.requests
+
+
+@pytest.mark.parametrize("settled", [True, False], ids=["settled", "unsettled"])
+async def test_another_place_for_the_notification_is_no_other_content(settled, new_journal):
+    """Where notifications go may change between two calls for one refund: the first body stands."""
+    gateway = sandbox()
+    gateway.script(Fault.DELAY if settled else Fault.NO_ANSWER, when=When.BEFORE)
+    wires = Wires(gateway)
+    async with new_journal() as journal, over(wires, gateway, journal, retry=TRUSTING, deadline=10) as session:
+        await session.outcome_of(refund_request(notify_url="https://shop.example/one"))
+        refund = await session.apply_refund(refund_request(notify_url="https://shop.example/two"))
+    assert refund.no_refund == "R-1"
+    assert set(wires.applied) == {wires.applied[0]}
+
+
+async def test_the_same_number_of_another_merchant_is_a_conflict(new_journal):
+    """One journal for two merchants: their numbers must not be the same."""
+    gateway = sandbox()
+    async with shop(gateway, new_journal) as (session, journal):
+        await session.apply_refund(refund_request())
+        other = gateway.merchant(oid_partner="201304121000001004")
+        async with RefundSession(other, transport=Wires(gateway), journal=journal, now=wall_clock) as stranger:
+            with pytest.raises(RefundConflict):
+                await stranger.apply_refund(refund_request())
+    assert gateway.requests == {"apply": 1}
+
+
+async def test_a_number_that_the_gateway_has_for_another_refund_stays_for_a_person_to_look_at(new_journal):
+    """Made without a journal, for other money: the conflict is raised each time, and nothing is settled or sent."""
+    gateway = sandbox()
+    async with gateway.session(now=wall_clock) as session:
+        await session.apply_refund(refund_request(money_refund=Decimal("9.00")))
+    async with shop(gateway, new_journal) as (session, journal):
+        for _ in range(2):
+            with pytest.raises(RefundConflict, match="money_refund"):
+                await session.apply_refund(refund_request())
+        entry = await journal.find("R-1")
+    assert (entry.state, entry.sent_at, entry.holder) == (State.UNSETTLED, wall_clock(), None)
+    assert gateway.requests["apply"] == 2
+    assert gateway.times_made("R-1") == 1
+
+
+# ── unsettled ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_unsettled_refund_is_asked_about_first(new_journal):
+    """Left unknown and made in the meantime: the next process asks, and finds it."""
+    gateway = sandbox()
+    gateway.script(Fault.LATE, delay=40)
+    async with shop(gateway, new_journal) as (session, _):
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request())
+    entry = await standing(new_journal)
+    assert (entry.state, entry.sent_at) == (State.UNSETTLED, caught.value.sent_at)
+    await anyio.sleep(30)
+    gateway.requests.clear()
+    async with shop(gateway, new_journal) as (session, journal):
+        refund = await session.apply_refund(refund_request())
+        assert answer(await journal.find("R-1")) == refund
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"query": 1}
+
+
+async def test_an_unsettled_refund_is_sent_again_with_the_body_on_record(new_journal):
+    """Once its absence is believed, what goes out is byte for byte what went out before, whatever is signed today."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
+    wires = Wires(gateway)
+    for answered in (False, True):
+        async with new_journal() as journal, over(wires, gateway, journal) as session:
+            outcome = await session.outcome_of(refund_request(notify_url=f"https://shop.example/{answered}"))
+        assert (outcome.refund is not None) is answered
+        await anyio.sleep(900)
+    assert len(wires.applied) == 2
+    assert wires.applied[0] == wires.applied[1]
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_absence_is_not_believed_before_the_grace_has_passed_since_the_last_process_sent(new_journal):
+    """The wait counts from what the journal knows: asked too early, the refund stays unknown, and is not sent."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
+    wires = Wires(gateway)
+    async with new_journal() as journal, over(wires, gateway, journal) as session:
+        with pytest.raises(RefundOutcomeUnknown) as first:
+            await session.apply_refund(refund_request())
+        with pytest.raises(RefundOutcomeUnknown) as second:
+            await session.apply_refund(refund_request())
+    assert second.value.sent_at == first.value.sent_at
+    assert second.value.ask_again_at == first.value.ask_again_at
+    assert len(wires.applied) == 1
+
+
+# ── cancelled ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_cancelled_while_it_is_sent_it_is_unsettled_as_of_that_moment(new_journal):
+    """It may arrive until the very end: the time of sending on record is that of the cancellation."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+    async with shop(gateway, new_journal) as (session, journal):
+        with anyio.move_on_after(3):
+            await session.apply_refund(refund_request())
+        entry = await journal.find("R-1")
+        assert (entry.state, entry.sent_at, entry.holder) == (State.UNSETTLED, EPOCH + timedelta(seconds=3), None)
+        assert (await session.apply_refund(refund_request())).no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+async def test_asyncio_s_own_cancellation_is_a_cancellation(new_journal, anyio_backend_name):
+    """``Task.cancel`` while it is sent leaves the refund unsettled as of that moment."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has no such cancellation")
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+    async with shop(gateway, new_journal) as (session, journal):
+        task = asyncio.create_task(session.apply_refund(refund_request()))
+        await asyncio.sleep(3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        entry = await journal.find("R-1")
+    assert (entry.state, entry.sent_at, entry.holder) == (State.UNSETTLED, EPOCH + timedelta(seconds=3), None)
+
+
+async def test_what_is_known_is_written_even_if_the_caller_is_cancelled_by_then(new_journal):
+    """The answer is here when the cancellation comes: the journal learns it all the same."""
+    gateway = sandbox(settle_after=0)
+    with anyio.CancelScope() as scope:
+
+        async def cancel(exchange, call_next):
+            reply = await call_next(exchange)
+            scope.cancel()
+            return reply
+
+        async with shop(gateway, new_journal, middleware=[cancel]) as (session, _):
+            await session.apply_refund(refund_request())
+    assert (await standing(new_journal)).state is State.DONE
+
+
+class Slow(MemoryJournal):
+    """Takes a second to write down an intent, like a journal on a busy server."""
+
+    async def intend(self, intent, now):
+        await anyio.sleep(1)
+        return await super().intend(intent, now)
+
+
+async def test_cancelled_while_it_is_written_down_it_was_not_sent(new_journal):
+    """A refund whose intent was cancelled needs not be asked about: it is sent when it is asked for again."""
+    gateway, journal = sandbox(), Slow()
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        with anyio.move_on_after(0.5):
+            await session.apply_refund(refund_request())
+        assert not gateway.requests
+        await session.apply_refund(refund_request())
+    assert gateway.requests == {"apply": 1}
+
+
+# ── held ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_two_calls_for_one_refund_send_it_once(new_journal):
+    """Side by side on one session: one sends, the other waits, both have the refund."""
+    gateway, refunds = sandbox(faults={Fault.DELAY: 1.0}, delay=3), []
+
+    async def apply(session):
+        refunds.append(await session.apply_refund(refund_request()))
+
+    async with shop(gateway, new_journal) as (session, _), anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(apply, session)
+    assert len(refunds) == 5
+    assert refunds == [refunds[0]] * 5
+    assert gateway.requests == {"apply": 1}
+
+
+async def test_who_waits_takes_over_what_was_left_unknown(new_journal):
+    """The first call is cancelled: the second one asks, and finds what the first one sent."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+    async with shop(gateway, new_journal) as (session, _), anyio.create_task_group() as tasks:
+
+        async def cancelled():
+            with anyio.move_on_after(5):
+                await session.apply_refund(refund_request())
+
+        tasks.start_soon(cancelled)
+        await anyio.sleep(1)
+        refund = await session.apply_refund(refund_request())
+    assert refund.no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+async def test_a_refund_that_is_held_until_the_deadline_is_unknown(new_journal):
+    """Somebody else is at it for longer than we can wait: unknown, not sent, to be asked about when their hold ends."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+    async with shop(gateway, new_journal) as (session, journal), anyio.create_task_group() as tasks:
+        tasks.start_soon(session.outcome_of, refund_request())
+        await anyio.sleep(1)
+        held_until = (await journal.find("R-1")).sent_at
+        body = (await journal.find("R-1")).body
+        with pytest.raises(RefundOutcomeUnknown, match="another call") as caught:
+            await session.apply_refund(refund_request(), deadline=5)
+        assert anyio.current_time() <= 6
+    unknown = caught.value
+    assert (unknown.attempts, unknown.questions) == (0, 0)
+    assert (unknown.sent_at, unknown.ask_again_at) == (held_until, held_until)
+    assert (unknown.request, unknown.query(), unknown.body) == (refund_request(), refund_request().query(), body)
+    assert unknown.oid_partner == OID_PARTNER
+    assert gateway.requests["apply"] == 1
+
+
+async def test_after_a_hold_that_is_over_nothing_is_sent(new_journal):
+    """Whoever waited so long for a permit that another worker may be at the refund by now leaves it alone."""
+    gateway = sandbox()
+    hours = RateLimit(1 / 3600)
+    async with shop(gateway, new_journal, limiter=hours) as (session, _):
+        await session.apply_refund(refund_request(1))
+        with pytest.raises(RefundNotSent, match="another worker"):
+            await session.apply_refund(refund_request(2))
+    assert gateway.requests == {"apply": 1}
+
+
+# ── a journal that fails ─────────────────────────────────────────────────────────────────────────
+
+
+class Failing(MemoryJournal):
+    """Cannot do what ``verbs`` name."""
+
+    def __init__(self, *verbs):
+        super().__init__()
+        self.verbs = set(verbs)
+
+    def _check(self, verb):
+        if verb in self.verbs:
+            raise JournalError("journal: the disk is full")
+
+    async def find(self, no_refund):
+        self._check("find")
+        return await super().find(no_refund)
+
+    async def intend(self, intent, now):
+        self._check("intend")
+        return await super().intend(intent, now)
+
+    async def settle(self, no_refund, ending):
+        self._check("settle")
+        return await super().settle(no_refund, ending)
+
+    async def release(self, entry, sent_at):
+        self._check("release")
+        await super().release(entry, sent_at)
+
+    async def pending(self):
+        self._check("pending")
+        async for entry in super().pending():
+            yield entry
+
+
+@pytest.mark.parametrize("verb", ["find", "intend"])
+async def test_a_journal_that_cannot_write_lets_nothing_be_sent(verb):
+    """What is not on record is not sent."""
+    gateway = sandbox()
+    async with gateway.session(journal=Failing(verb), now=wall_clock) as session:
+        with pytest.raises(JournalError, match="full"):
+            await session.apply_refund(refund_request())
+    assert not gateway.requests
+
+
+async def test_a_journal_that_was_removed_lets_nothing_be_sent(tmp_path):
+    """Writing to a file that nobody will ever read again does not count as being on record."""
+    gateway, path = sandbox(), tmp_path / "journal.sqlite"
+    async with SqliteJournal(path) as journal, gateway.session(journal=journal, now=wall_clock) as session:
+        path.unlink()
+        with pytest.raises(JournalError, match="removed"):
+            await session.apply_refund(refund_request())
+    assert not gateway.requests
+
+
+@pytest.mark.parametrize(
+    ("fault", "verb"), [(Fault.DELAY, "settle"), (Fault.NO_ANSWER, "release")], ids=["settle", "release"]
+)
+async def test_a_journal_that_fails_afterwards_is_heard_of_and_the_next_run_finds_the_refund(fault, verb):
+    """The end cannot be written: that is raised, the refund stays unsettled, and is asked about when it can be."""
+    gateway, journal = sandbox(), Failing(verb)
+    gateway.script(fault, when=When.AFTER)
+    gateway.script(Fault.RESET, call="query", times=100)
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        with pytest.raises(JournalError, match="full"):
+            await session.apply_refund(refund_request(), deadline=20)
+    assert (await journal.find("R-1")).state is State.UNSETTLED
+    journal.verbs.clear()
+    await anyio.sleep(3600)
+    gateway.requests.clear()
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        outcomes = [await session.outcome_of(refund_request()) for _ in range(10)]
+    assert outcomes[-1].refund.no_refund == "R-1"
+    assert gateway.requests["apply"] == 0
+    assert gateway.times_made("R-1") == 1
+
+
+# ── resume ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_resuming_asks_about_everything_that_is_open(new_journal):
+    """Unsettled ones are settled, accepted ones become final, and what is still open is counted."""
+    gateway = sandbox(settle_after=100)
+    gateway.script(Fault.NO_ANSWER, no_refund="R-2", when=When.AFTER)
+    gateway.script(Fault.NO_ANSWER, no_refund="R-3", when=When.BEFORE)
+    calls = []
+
+    async def watch(exchange, call_next):
+        calls.append((exchange.call, exchange.asked["no_refund"]))
+        return await call_next(exchange)
+
+    async with shop(gateway, new_journal) as (session, _):
+        for number in (1, 2, 3):
+            with anyio.move_on_after(5):
+                await session.apply_refund(refund_request(number))
+    async with shop(gateway, new_journal, middleware=[watch]) as (session, journal):
+        assert await session.resume() == Resumed(settled=1, still_open=2)
+        assert [(await journal.find(f"R-{number}")).state for number in (1, 2, 3)] == [
+            State.ACCEPTED,
+            State.ACCEPTED,
+            State.UNSETTLED,
+        ]
+        assert {call for call, _ in calls} == {Call.QUERY}
+        await anyio.sleep(1000)
+        calls.clear()
+        assert await session.resume(concurrency=1) == Resumed(settled=3, still_open=0)
+        assert (await journal.counts())[State.DONE] == 2
+        assert calls.count((Call.APPLY, "R-3")) == len([call for call, _ in calls if call is Call.APPLY]) == 1
+        await anyio.sleep(1000)
+        assert await session.resume() == Resumed(settled=1, still_open=0)
+        assert await session.resume() == Resumed(settled=0, still_open=0)
+    assert [gateway.times_made(f"R-{number}") for number in (1, 2, 3)] == [1, 1, 1]
+
+
+async def test_resuming_settles_rejections_too(new_journal):
+    """Refused when it is sent again, a refund has an end like any other."""
+    gateway = sandbox(default_order=None)
+    gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
+    async with shop(gateway, new_journal) as (session, _):
+        await session.outcome_of(refund_request())
+        await anyio.sleep(1000)
+        assert await session.resume() == Resumed(settled=1, still_open=0)
+    assert (await standing(new_journal)).state is State.REJECTED
+
+
+async def test_resuming_leaves_alone_what_was_certainly_not_sent(new_journal):
+    """Whoever was told "not sent" may have refunded by other means: only who asks for it again has it sent."""
+    gateway = sandbox()
+    wires = Wires(gateway)
+    wires.closed = True
+    async with new_journal() as journal, over(wires, gateway, journal) as session:
+        await session.outcome_of(refund_request())
+        wires.closed = False
+        assert await session.resume() == Resumed(settled=0, still_open=0)
+    assert not gateway.requests
+
+
+async def test_resuming_counts_an_accepted_refund_that_cannot_be_asked_about_as_open(new_journal, caplog):
+    """A gateway that does not answer leaves it as it was, and the log says so."""
+    caplog.set_level("INFO", "lianlian_async")
+    gateway = sandbox(settle_after=0.0001)
+    async with shop(gateway, new_journal) as (session, journal):
+        await session.apply_refund(refund_request())
+        gateway.script(Fault.NO_ANSWER, call="query", times=100)
+        assert await session.resume() == Resumed(settled=0, still_open=1)
+        assert (await journal.find("R-1")).state is State.ACCEPTED
+    assert "refund R-1 is accepted, its final state is not known" in caplog.text
+
+
+async def test_resuming_asks_no_more_at_a_time_than_it_may(new_journal):
+    """``concurrency`` bounds what is under way."""
+    gateway = sandbox(settle_after=1)
+    async with shop(gateway, new_journal) as (session, _):
+        for number in range(10):
+            await session.apply_refund(refund_request(number))
+        await anyio.sleep(1)
+        gateway.faults = {Fault.DELAY: 1.0}
+        began = anyio.current_time()
+        assert await session.resume(concurrency=2) == Resumed(settled=10, still_open=0)
+    assert anyio.current_time() - began == 5
+
+
+async def test_resuming_with_a_concurrency_that_is_none_is_refused(new_journal):
+    """Nobody at work would mean nothing found."""
+    async with shop(sandbox(), new_journal) as (session, _):
+        with pytest.raises(ConfigurationError, match="concurrency"):
+            await session.resume(concurrency=0)
+
+
+async def test_resuming_without_a_journal_is_refused():
+    """There is nothing to resume from."""
+    async with sandbox().session() as session:
+        with pytest.raises(ConfigurationError, match="journal"):
+            await session.resume()
+
+
+@pytest.mark.parametrize("verb", ["pending", "intend", "settle", "find"])
+async def test_resuming_raises_what_the_journal_raises(verb):
+    """A journal that fails is heard of as such."""
+    gateway, journal = sandbox(settle_after=0.0001), Failing()
+    gateway.script(Fault.NO_ANSWER, no_refund="R-2", when=When.AFTER)
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        for number in (1, 2):
+            with anyio.move_on_after(5):
+                await session.apply_refund(refund_request(number))
+        journal.verbs.add(verb)
+        with pytest.raises(JournalError, match="full"):
+            await session.resume()
+
+
+# ── what the gateway tells unasked ───────────────────────────────────────────────────────────────
+
+
+async def test_what_the_gateway_tells_of_a_refund_settles_it(new_journal):
+    """News of a refund that is open: its end is on record, and its own ``dt_refund`` stands."""
+    gateway = sandbox(settle_after=0)
+    gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+    async with shop(gateway, new_journal) as (session, journal):
+        with anyio.move_on_after(1):
+            await session.apply_refund(refund_request())
+        news = await session.query_refund(refund_request().query())
+        assert await learn(journal, news) == await learn(journal, news) == news
+        assert answer(await journal.find("R-1")) == await session.apply_refund(refund_request()) == news
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+async def test_news_of_a_refund_that_is_not_on_record_is_passed_on(new_journal):
+    """Made without this journal, a refund is no business of its."""
+    gateway = sandbox()
+    async with gateway.session(now=wall_clock) as session, new_journal() as journal:
+        refund = await session.apply_refund(refund_request())
+        assert await learn(journal, refund) is refund
+        assert await journal.find("R-1") is None
+
+
+@pytest.mark.parametrize(("rejected", "theirs"), [(True, "rejected 5002"), (False, "2")])
+async def test_news_that_contradicts_the_record_is_a_conflict(rejected, theirs, new_journal):
+    """The first end stays on record; who tells another one is contradicted."""
+    gateway = sandbox(default_order=None, settle_after=0)
+    other = sandbox(settle_after=0)
+    other.fail("R-1")
+    if not rejected:
+        gateway.add_order("O-1", Decimal("10.00"))
+    async with other.session(now=wall_clock) as elsewhere, shop(gateway, new_journal) as (session, journal):
+        await session.outcome_of(refund_request())
+        news = await elsewhere.apply_refund(refund_request())
+        before = await journal.find("R-1")
+        with pytest.raises(RefundConflict) as caught:
+            await learn(journal, news)
+        assert await journal.find("R-1") == before
+    assert (caught.value.field, caught.value.ours, caught.value.theirs) == ("sta_refund", "3", theirs)
+
+
+# ── the record itself ────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_entry_that_is_not_settled_has_no_answer(new_journal):
+    """Nothing is made up for a refund whose end is not known."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
+    async with shop(gateway, new_journal) as (session, journal):
+        await session.outcome_of(refund_request())
+        entry = await journal.find("R-1")
+    with pytest.raises(LookupError, match="R-1"):
+        answer(entry)
+
+
+class Overtaken(MemoryJournal):
+    """Between the first look for a refund and its answer, another session has the same refund made."""
+
+    def __init__(self, gateway):
+        super().__init__()
+        self.gateway = gateway
+        self.told = None
+
+    async def find(self, no_refund):
+        found = await super().find(no_refund)
+        if self.gateway is not None:
+            gateway, self.gateway = self.gateway, None
+            async with gateway.session(journal=self, now=wall_clock) as other:
+                self.told = await other.apply_refund(refund_request())
+        return found
+
+
+async def test_a_refund_that_is_settled_between_look_and_intent_is_not_sent():
+    """Another call came to the end while this one signed: its answer is the answer."""
+    gateway = sandbox()
+    journal = Overtaken(gateway)
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        assert await session.apply_refund(refund_request()) == journal.told
+    assert gateway.requests == {"apply": 1}
