@@ -28,6 +28,13 @@ settings.load_profile("lianlian")
 _VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "signatures.json"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    kills = parser.getgroup("kill", "the batch that is killed (tests/kill.py)")
+    kills.addoption("--refunds", type=int, default=100, help="how many refunds it is of; 20000 for the whole thing")
+    kills.addoption("--kills", type=int, default=2, help="how often it is killed; 20 for the whole thing")
+    kills.addoption("--seed", type=int, default=0, help="where the dice of its faults and kills start")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see tests/clock.py)")
 
