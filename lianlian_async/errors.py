@@ -56,6 +56,11 @@ def _revive(cls: type[LianLianError], args: tuple[Any, ...], state: dict[str, An
     return error
 
 
+def spoken(ret_msg: str) -> str:
+    """``ret_msg`` as far as it may stand in a message or a log: its documented 100 characters, in one line."""
+    return "".join(character if character.isprintable() else "?" for character in ret_msg[:100])
+
+
 class LianLianError(Exception):
     """The root: ``except LianLianError`` catches whatever this library says about a refund."""
 
@@ -128,7 +133,7 @@ class _SaidNo(LianLianError):
         self.verified = verified
         self.no_refund = no_refund
         about = self.subject if no_refund is None else f"{self.subject} {no_refund}"
-        super().__init__(f"{about}: {ret_code} {ret_msg} ({meaning}); {advice}")
+        super().__init__(f"{about}: {spoken(ret_code)} {spoken(ret_msg)} ({meaning}); {advice}")
 
 
 class RefundRejected(_SaidNo):
@@ -167,7 +172,7 @@ class RefundNotFound(LianLianError):
         self.ret_code = ret_code
         self.ret_msg = ret_msg
         self.verified = verified
-        super().__init__(f"no record of refund {no_refund or oid_refundno}: {ret_code} {ret_msg}")
+        super().__init__(f"no record of refund {no_refund or oid_refundno}: {spoken(ret_code)} {spoken(ret_msg)}")
 
 
 class RefundOutcomeUnknown(LianLianError):

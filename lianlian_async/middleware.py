@@ -180,7 +180,8 @@ class RateLimit:
 class Observer:
     """Calls ``callback(exchange, reply, seconds)`` after every attempt: for logs, metrics and traces.
 
-    ``exchange`` and ``reply`` are frozen and hold no secret. An attempt that is cancelled is not reported.
+    ``exchange`` and ``reply`` are frozen and hold no secret. An attempt that is cancelled, by its time limit or
+    from outside, is reported too: its reply is what is known at that moment.
     """
 
     callback: Callable[[Exchange, Reply, float], object]
@@ -188,6 +189,13 @@ class Observer:
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
         """Go on, then report."""
         began = anyio.current_time()
-        reply = await call_next(exchange)
-        self.callback(exchange, reply, anyio.current_time() - began)
+        try:
+            reply = await call_next(exchange)
+        except anyio.get_cancelled_exc_class():
+            self._report(exchange, _gave_up(exchange, exchange.trail, "cancelled, or out of time", None), began)
+            raise
+        self._report(exchange, reply, began)
         return reply
+
+    def _report(self, exchange: Exchange, reply: Reply, began: float) -> None:
+        self.callback(exchange, reply, anyio.current_time() - began)

@@ -25,6 +25,7 @@ from .errors import (
     RefundNotSent,
     RefundRejected,
     SignatureInvalid,
+    spoken,
 )
 from .exchange import Answer, Call, Delivery, Exchange, Known, Lost, Reply
 from .merchant import Merchant
@@ -62,6 +63,12 @@ class Protocol:
     def seal(self, fields: Mapping[str, str]) -> bytes:
         """``fields`` and their signature as the JSON that is sent."""
         return wire.encode({**fields, "sign": self.private_key.sign(signature_source(fields))})
+
+    def signed_fields(self, body: bytes) -> dict[str, str]:
+        """The fields that :meth:`seal` made ``body`` of."""
+        fields = wire.decode(body)
+        del fields["sign"]
+        return fields
 
     # ── in ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,7 +213,7 @@ def _refused(
             verified=verified,
         )
     else:
-        error = _unavailable(exchange, f"{ret_code} {ret_msg} ({row.meaning})", ret_code)
+        error = _unavailable(exchange, f"{spoken(ret_code)} {spoken(ret_msg)} ({row.meaning})", ret_code)
     return Reply(known=known, error=error, retry_after=retry_after)
 
 

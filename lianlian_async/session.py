@@ -336,29 +336,31 @@ class RefundSession:
                 f"this session to {self.merchant.oid_partner}"
             )
         async with self._call(deadline, retry) as (until, policy):
-            fields = self._line.protocol.apply_fields(request)
-            if journal is None:
-                body = await self._line.seal(fields) if earlier is None else earlier.body
-                case = self._open_case(request, self._line.exchange(Call.APPLY, fields, body, until, policy), tally)
-                if earlier is not None:
-                    case.was_sent(earlier.sent_at)
-                return await settle(case, self._line.send, self._line.bucket)
-            recording = Recording(journal=journal, request=request, fields=fields, now=self._now)
-            if (settled := await recording.look()) is not None:
-                return settled
+            protocol = self._line.protocol
+            fields = protocol.apply_fields(request) if earlier is None else protocol.signed_fields(earlier.body)
+            recording = None
+            if journal is not None:
+                recording = Recording(journal=journal, request=request, fields=fields, now=self._now)
+                if (settled := await recording.look()) is not None:
+                    return settled
             body = await self._line.seal(fields) if earlier is None else earlier.body
-            hold = 2 * until.left(anyio.current_time())
-            send_before = anyio.current_time() + hold
-            standing, entry = await recording.claim(body, hold, until.at)
-            if standing is Standing.SETTLED:
-                return answer(entry)
-            apply = self._line.exchange(Call.APPLY, fields, entry.body, until, policy)
-            case = self._open_case(request, attrs.evolve(apply, send_before=send_before), tally)
+            case = self._open_case(request, self._line.exchange(Call.APPLY, fields, body, until, policy), tally)
             if earlier is not None:
                 case.was_sent(earlier.sent_at)
-            if entry.sent_at is not None:
-                case.was_sent(entry.sent_at)
-            return await recording.keep(entry, partial(settle, case, self._line.send, self._line.bucket))
+            if recording is not None:
+                return await self._settle_on_record(case, recording)
+            return await settle(case, self._line.send, self._line.bucket)
+
+    async def _settle_on_record(self, case: Case, recording: Recording) -> Refund:
+        now, until = anyio.current_time(), case.apply.deadline.at
+        hold = 2 * (until - now)
+        standing, entry = await recording.claim(case.apply.body, hold, until)
+        if standing is Standing.SETTLED:
+            return answer(entry)
+        case.apply = attrs.evolve(case.apply, body=entry.body, send_before=now + hold)
+        if entry.sent_at is not None:
+            case.was_sent(entry.sent_at)
+        return await recording.keep(entry, partial(settle, case, self._line.send, self._line.bucket))
 
     def _open_case(self, request: RefundRequest, apply: Exchange, tally: Tally | None) -> Case:
         async def question() -> Exchange:

@@ -199,3 +199,12 @@ def test_problems_of_any_iterable_are_kept():
     problems = [Problem("a", "rule", "1"), Problem("b", "rule", "2")]
     assert InvalidRequest(iter(problems)).problems == tuple(problems)
     assert [problem.field for problem in InvalidRequest(problems).problems] == ["a", "b"]
+
+
+def test_the_gateways_words_stay_within_their_line():
+    """A message holds at most the documented 100 characters of ret_msg, in one line; the attribute holds all."""
+    words = "坏\n\x1b[2J" + "x" * 1000
+    error = RefundRejected("1004", words, no_refund="R-1", **SAID_NO)
+    assert error.ret_msg == words
+    assert "坏??[2Jxxx" in str(error)
+    assert str(error).count("x") <= 100

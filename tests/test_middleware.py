@@ -334,6 +334,21 @@ async def test_an_observer_sees_every_attempt_with_its_reply_and_time():
     assert seen == [(1, Known.UNCERTAIN, two), (2, Known.UNCERTAIN, two), (3, Known.FOUND, two)]
 
 
+async def test_an_observer_sees_an_attempt_that_runs_out_of_time():
+    """An attempt that its time limit ends is reported with what is known then, and how long it took."""
+    seen = []
+
+    async def stuck(exchange):
+        exchange.trail.open_sends += 1
+        await anyio.sleep_forever()
+
+    def callback(exchange, reply, seconds):
+        seen.append((reply.known, str(reply.error), seconds))
+
+    await onion([Attempt(), Observer(callback)], stuck)(exchange(seconds=8.0))
+    assert seen == [(Known.UNCERTAIN, "apply: cancelled, or out of time", pytest.approx(4.0))]
+
+
 SESSION = {"now": wall_clock, "retry": RetryPolicy(attempts=3)}
 
 

@@ -627,6 +627,21 @@ async def test_with_a_journal_an_unknown_refund_is_settled_with_the_bytes_on_rec
 
 
 @virtual
+async def test_what_is_settled_later_needs_nothing_but_its_own_bytes():
+    """A refund that was left unknown is settled though the merchant has lost its default notify_url since."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    async with gateway.session(now=wall_clock) as session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request())
+    await anyio.sleep(900)
+    merchant = gateway.merchant(notify_url=None)
+    async with RefundSession(merchant, transport=asgi_transport(gateway), now=wall_clock) as session:
+        assert (await session.settle(caught.value)).no_refund == "R-1"
+    assert gateway.times_made("R-1") == 1
+
+
+@virtual
 async def test_with_a_journal_two_calls_for_one_refund_send_it_once():
     """Of calls side by side one sends; the others wait for it, and answer with what it learned."""
     gateway, journal = sandbox(), MemoryJournal()
