@@ -13,11 +13,13 @@ from lianlian_async.signing import BACKEND
 from .batch import batch
 from .demo import demo
 from .endings import INTERRUPTED, ending_of
+from .journal import journal
 from .keys import keygen
 from .output import Output
 from .refunds import apply, query
 from .sandbox import sandbox
 from .verify import verify
+from .worker import worker
 
 __all__ = ["lianlian"]
 
@@ -48,10 +50,10 @@ class _Program(click.Group):
 def lianlian() -> None:
     """LianLian Pay refunds: was this refund made? Never twice, never lost, never guessed.
 
-    Keys never stand on the command line: `apply`, `query` and `verify` read the merchant from the environment
-    (LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY, LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config.
+    Keys never stand on the command line: the merchant comes from the environment (LIANLIAN_OID_PARTNER,
+    LIANLIAN_PRIVATE_KEY, LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config.
     """
 
 
-for command in (apply, query, batch, verify, keygen, sandbox, demo):
+for command in (apply, query, batch, journal, worker, verify, keygen, sandbox, demo):
     lianlian.add_command(command)

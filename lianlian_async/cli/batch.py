@@ -25,7 +25,7 @@ from .checked import Checked
 from .endings import INTERRUPTED, UNKNOWN, ending_of
 from .inputs import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, pass_output
-from .places import is_dsn, make_journal, make_queue
+from .places import is_dsn, make_journal, open_queue
 from .results import RESULT, Tally, line_writer, result_of
 from .signals import sigterm_interrupts
 from .summary import show_batch, show_checked, tell_findings
@@ -107,7 +107,7 @@ def _ask(yes: bool, file: str, checked: Checked, whereto: str) -> None:
 
 async def _enqueue(dsn: str, checked: Checked) -> int:
     """How many were not in the queue yet."""
-    async with make_journal(dsn), make_queue(dsn) as queue:
+    async with make_journal(dsn), open_queue(dsn) as queue:
         return await queue.enqueue(checked.requests())
 
 

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs, urlsplit
 
 import click
 from click.core import ParameterSource
 
-from lianlian_async.errors import ConfigurationError
-from lianlian_async.journal import Journal, SqliteJournal
+from lianlian_async.errors import ConfigurationError, JournalError
+from lianlian_async.journal import Journal, SqliteJournal, SqliteReader
 
 from .inputs import Command
 
 if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
 
-__all__ = ["DSN", "check_place", "dsn_argument", "is_dsn", "make_journal", "make_queue", "place_argument"]
+__all__ = [
+    "DSN",
+    "check_place",
+    "dsn_argument",
+    "is_dsn",
+    "make_journal",
+    "make_reader",
+    "open_queue",
+    "place_argument",
+    "queue_counts",
+]
 
 DSN: Final = "LIANLIAN_DSN"
 
@@ -52,9 +63,16 @@ def _check_dsn(ctx: click.Context, parameter: click.Parameter, value: str) -> st
     return value
 
 
+def _check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    check_place(ctx, parameter, value)
+    if not (is_dsn(value) or Path(value).is_file()):
+        raise click.BadParameter(f"no such journal: {value}")
+    return value
+
+
 def place_argument(command: Command) -> Command:
     """The argument PLACE: a journal that is there already."""
-    return click.argument("place", metavar="PATH|DSN", envvar=DSN, callback=check_place)(command)
+    return click.argument("place", metavar="PATH|DSN", envvar=DSN, callback=_check_journal)(command)
 
 
 def dsn_argument(command: Command) -> Command:
@@ -64,18 +82,41 @@ def dsn_argument(command: Command) -> Command:
 
 def make_journal(place: str) -> Journal:
     """The journal at ``place``, to be opened."""
-    if not is_dsn(place):
-        return SqliteJournal(place)
+    return _postgres_journal(place) if is_dsn(place) else SqliteJournal(place)
+
+
+def make_reader(place: str) -> SqliteReader | Journal:
+    """As :func:`make_journal`, but only to look into it, whoever is at work with it."""
+    return _postgres_journal(place) if is_dsn(place) else SqliteReader(place)
+
+
+def _postgres_journal(dsn: str) -> Journal:
     with _extra():
         from lianlian_async.journal.postgres import PostgresJournal
-    return PostgresJournal(place)
+    return PostgresJournal(dsn)
 
 
-def make_queue(dsn: str) -> RefundQueue:
-    """The queue at ``dsn``, to be opened."""
+@asynccontextmanager
+async def open_queue(dsn: str) -> AsyncGenerator[RefundQueue]:
+    """The queue at ``dsn``. Whatever befalls the database is a ``JournalError``."""
+    with _extra():
+        from procrastinate.exceptions import ConnectorException
+
+        from lianlian_async.contrib.procrastinate import RefundQueue
+    try:
+        async with RefundQueue(dsn) as queue:
+            yield queue
+    except ConnectorException as error:
+        raise JournalError(f"queue: {error.__cause__ or error}") from error
+
+
+async def queue_counts(dsn: str) -> Mapping[str, int]:
+    """How the queue at ``dsn`` is doing; nothing, if there is none."""
     with _extra():
         from lianlian_async.contrib.procrastinate import RefundQueue
-    return RefundQueue(dsn)
+    queue = RefundQueue(dsn)
+    async with queue.app.open_async():
+        return await queue.counts() if await queue.app.check_connection_async() else {}
 
 
 @contextmanager

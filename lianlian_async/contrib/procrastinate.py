@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -24,6 +24,17 @@ logger = logging.getLogger("lianlian_async")
 _CHUNK: Final = 500
 _WAITING: Final = """
 SELECT queueing_lock FROM procrastinate_jobs WHERE status = 'todo' AND queueing_lock = ANY(%(locks)s)
+"""
+_COUNT: Final = """
+SELECT
+    count(*) FILTER (WHERE status = 'todo' AND coalesce(scheduled_at <= now(), true)) AS waiting,
+    count(*) FILTER (WHERE status = 'todo' AND scheduled_at > now()) AS later,
+    count(*) FILTER (WHERE status = 'doing') AS at_work,
+    count(*) FILTER (WHERE status = 'failed') AS failed,
+    (
+        SELECT count(*) FROM procrastinate_workers WHERE last_heartbeat > now() - %(seconds)s * interval '1 second'
+    ) AS workers
+FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s
 """
 _MENDING_SECONDS: Final = 900
 """How long a job rests whose refund met a rejection that is ours to mend."""
@@ -111,6 +122,15 @@ class RefundQueue:
             except AlreadyEnqueued:
                 continue  # another producer came in between: look again
             return len(new)
+
+    async def counts(self) -> Mapping[str, int]:
+        """How many refunds are ``waiting``, to be looked at ``later``, ``at_work``, ``failed``; and the ``workers``.
+
+        What is done stands in the journal only. Workers are all that have given a sign of life lately.
+        """
+        return await self.app.connector.execute_query_one_async(
+            _COUNT, queue=self._queue, task=self._task.name, seconds=self._rescue_after
+        )
 
     async def work(self, session: RefundSession, *, concurrency: int = 20, wait: bool = True) -> None:
         """Settle refunds with ``session``, which needs a ``PostgresJournal``; until cancelled, or done if not ``wait``.

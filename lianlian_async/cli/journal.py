@@ -1,0 +1,114 @@
+"""``lianlian journal``: what stands in a journal, all of it in a file, and what became of what is open."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import attrs
+import click
+
+from lianlian_async.flow import iterate
+from lianlian_async.journal import Entry
+from lianlian_async.models import RefundRequest
+from lianlian_async.recording import Resumed
+
+from .endings import UNKNOWN
+from .inputs import config_option, load_merchant, make_session, session_options
+from .look import look, show_look
+from .output import Output, json_option, pass_output
+from .places import is_dsn, make_journal, make_reader, place_argument
+from .results import line_writer
+from .signals import sigterm_interrupts
+
+__all__ = ["journal"]
+
+_REQUEST: Final = tuple(field.name for field in attrs.fields(RefundRequest))
+_RECORD: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno", "settle_date")
+_EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
+
+
+@click.group
+def journal() -> None:
+    """Look into a journal, write it to a file, or find out what is open.
+
+    A journal is the file that `lianlian batch` keeps, or a PostgreSQL database: postgresql://…, best in LIANLIAN_DSN.
+    """
+
+
+@journal.command
+@place_argument
+@json_option
+@pass_output
+def show(output: Output, /, place: str) -> None:
+    """Count what stands in a journal, and list what is not settled. Also while others are at work with it."""
+    show_look(output, anyio.run(look, place))
+
+
+@journal.command
+@place_argument
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Where to write one line for each refund: CSV if it is called so, else JSON Lines.",
+)
+@json_option
+@pass_output
+def export(output: Output, /, place: str, out: Path) -> None:
+    """Write all refunds of a journal to a file, oldest first. Also while others are at work with it."""
+    if not is_dsn(place) and out.exists() and out.samefile(place):
+        raise click.BadParameter("is the journal", param_hint="--out")
+    number = anyio.run(_export, place, out)
+    output.show({"refunds": number, "out": str(out)}, f"{number:,} refunds written to {out}")
+
+
+@journal.command
+@place_argument
+@session_options
+@config_option
+@json_option
+@pass_output
+def resume(output: Output, /, place: str, config: Path | None, **settings: Any) -> None:
+    """Ask about everything that is open, then show the journal.
+
+    What is unsettled is asked about as in a batch; of what was made, the final state is asked for. Exit code 4 if
+    it still is not known of some whether they were made.
+    """
+    merchant = load_merchant(config)
+
+    async def call() -> Resumed:
+        async with make_journal(place) as opened, make_session(merchant, journal=opened, **settings) as session:
+            return await session.resume()
+
+    with sigterm_interrupts():
+        resumed = anyio.run(call)
+    found = anyio.run(look, place)
+    show_look(output, found, settled=resumed.settled, still_open=resumed.still_open)
+    if found.unknown:
+        click.get_current_context().exit(UNKNOWN.exit_code)
+
+
+async def _export(place: str, out: Path) -> int:
+    """Write them; how many there were."""
+    number = 0
+    async with make_reader(place) as reader:
+        with line_writer(out, _EXPORTED) as write:
+            async with aclosing(iterate(reader.entries())) as entries:
+                async for entry in entries:
+                    write(_line(entry))
+                    number += 1
+    return number
+
+
+def _line(entry: Entry) -> dict[str, Any]:
+    record = entry.ending.record if entry.ending else {}
+    values: dict[str, Any] = {
+        **{name: record.get(name) for name in _RECORD},
+        **entry.fields,
+        "state": str(entry.state),
+        "sent_at": entry.sent_at and entry.sent_at.isoformat(),
+    }
+    return {name: values.get(name) for name in _EXPORTED}

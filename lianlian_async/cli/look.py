@@ -1,0 +1,105 @@
+"""A look at a journal, and at the queue beside it: how far all is, and what is not known yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import aclosing
+from datetime import datetime, timedelta
+from typing import Final, NamedTuple
+
+import attrs
+from rich.console import RenderableType
+
+from lianlian_async.flow import iterate
+from lianlian_async.journal import Entry, State
+from lianlian_async.retry import RetryPolicy
+
+from .output import Output, table
+from .places import is_dsn, make_reader, queue_counts
+
+__all__ = ["Look", "look", "show_look"]
+
+_LISTED: Final = 20
+_MEANING: Final = {
+    State.UNSETTLED: "begun; whether it was made is not known",
+    State.ACCEPTED: "made; its final state is not known",
+    State.DONE: "final: success or failed",
+    State.REJECTED: "refused for good",
+}
+
+
+class Open(NamedTuple):
+    """A refund that may have been made."""
+
+    no_refund: str
+    money_refund: str
+    sent_at: str
+    ask_again_at: str
+    """When the gateway's "no such record" may be believed, if nobody lowered the grace."""
+
+
+@attrs.define
+class Look:
+    """What was seen."""
+
+    place: str
+    states: Mapping[State, int]
+    queue: Mapping[str, int]
+    unknown: int = 0
+    """Unsettled, and may have been made."""
+    not_sent: int = 0
+    """Unsettled, and certainly not made: nothing ever arrived."""
+    oldest: list[Open] = attrs.field(factory=list)
+
+    def add(self, entry: Entry) -> None:
+        """One more entry that is not final."""
+        if entry.state is State.UNSETTLED and entry.sent_at is None:
+            self.not_sent += 1
+        elif entry.state is State.UNSETTLED and entry.sent_at is not None:
+            self.unknown += 1
+            if self.unknown <= _LISTED:
+                grace = timedelta(seconds=RetryPolicy().absence_grace)
+                moments = (_moment(entry.sent_at), _moment(entry.sent_at + grace))
+                self.oldest.append(Open(entry.no_refund, entry.fields["money_refund"], *moments))
+
+
+def _moment(moment: datetime) -> str:
+    return moment.astimezone().isoformat(sep=" ", timespec="seconds")
+
+
+async def look(place: str) -> Look:
+    """Look into the journal at ``place``."""
+    queue = await queue_counts(place) if is_dsn(place) else {}
+    async with make_reader(place) as reader:
+        found = Look(place, await reader.counts(), queue)
+        if found.states[State.UNSETTLED]:
+            async with aclosing(iterate(reader.pending())) as entries:
+                async for entry in entries:
+                    found.add(entry)
+    return found
+
+
+def show_look(output: Output, found: Look, **facts: int) -> None:
+    """Print it, with what else there is to say."""
+    name = "in PostgreSQL" if is_dsn(found.place) else found.place
+    document = {
+        "journal": name,
+        "states": {str(state): number for state, number in found.states.items()},
+        "unknown": found.unknown,
+        "not_sent": found.not_sent,
+        "oldest_unknown": [one._asdict() for one in found.oldest],
+        "queue": dict(found.queue),
+        **facts,
+    }
+    states = [(state, f"{found.states[state]:,}", meaning) for state, meaning in _MEANING.items()]
+    shown: list[RenderableType] = [table(f"journal {name}", ("state", "refunds", "meaning"), states)]
+    if found.unknown:
+        title = f"{found.unknown:,} may have been made"
+        title += f"; the oldest {_LISTED}" if found.unknown > _LISTED else ""
+        shown.append(table(title, ("no_refund", "yuan", "last sent at", "asking decides from"), found.oldest))
+    if found.queue:
+        queue = [(name.replace("_", " "), f"{number:,}") for name, number in found.queue.items()]
+        shown.append(table("queue, all workers", ("refunds", "number"), queue))
+    rest = {"certainly not sent yet": found.not_sent, **facts}
+    shown += [f"{name.replace('_', ' ')}: {number:,}" for name, number in rest.items() if number or name in facts]
+    output.show(document, *shown)
