@@ -60,6 +60,7 @@ def figures(count: int, began: tuple[float, float], ended: tuple[float, float]) 
         "seconds": ended[0] - began[0],
         "rate": count / (ended[0] - began[0]),
         "cpu_ms": 1000 * (ended[1] - began[1]) / count,
+        "share": (ended[1] - began[1]) / (ended[0] - began[0]),
         "peak_mib": peak_mib(),
     }
 

@@ -45,7 +45,7 @@ async def program(job: frame.Job) -> dict[str, float]:
     }
     whole = sum(parts.values())
     # Nothing but CPU time is left in the floor: its rate is what one processor could do.
-    return parts | {"refunds": job.refunds, "cpu_ms": whole, "rate": 1000 / whole}
+    return parts | {"refunds": job.refunds, "cpu_ms": whole, "rate": 1000 / whole, "share": 1.0}
 
 
 def _cpu_ms(count: int, part: Callable[[], object]) -> float:
