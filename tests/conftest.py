@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import keypairs
 import postgres
+import psycopg
+import psycopg.conninfo
 import pytest
 from clock import virtual_backend
 from hypothesis import HealthCheck, settings
@@ -79,6 +82,15 @@ def postgres_dsn() -> Iterator[str]:
     """A PostgreSQL server of this test process, where every test names a schema of its own."""
     with postgres.server() as dsn:
         yield dsn
+
+
+@pytest.fixture
+def database(postgres_dsn: str) -> str:
+    """The DSN of a database of the test's own, for what brings its own tables."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres_dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return psycopg.conninfo.make_conninfo(postgres_dsn, dbname=name)
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 """Refunds as procrastinate jobs on a real PostgreSQL (asyncio only, as procrastinate and psycopg are)."""
 
 import asyncio
-import uuid
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import anyio
 import attrs
-import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from lianlian_async import BatchStopped, Endpoints, RefundRequest, RefundSession, RetryPolicy
 from lianlian_async.contrib.procrastinate import RefundQueue
@@ -27,12 +24,8 @@ def anyio_backend():
 
 
 @pytest.fixture
-async def dsn(postgres_dsn):
-    """A database of the test's own."""
-    name = f"test_{uuid.uuid4().hex}"
-    async with await psycopg.AsyncConnection.connect(postgres_dsn, autocommit=True) as connection:
-        await connection.execute(f"CREATE DATABASE {name}")
-    return make_conninfo(postgres_dsn, dbname=name)
+def dsn(database):
+    return database
 
 
 @pytest.fixture

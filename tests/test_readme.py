@@ -8,14 +8,17 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
+import httpx
 import keypairs
 import pytest
-from readme import EXAMPLES, run_example
+from aiohttp.test_utils import TestClient, TestServer
+from readme import EXAMPLES, run_example, served
 
 import lianlian_async
-from lianlian_async import RefundRequest, RefundStatus, RetryPolicy
+from lianlian_async import RefundRequest, RefundStatus, RetryPolicy, wire
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.sandbox import Fault, SandboxGateway, When
+from lianlian_async.signing import signature_source
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
 
@@ -83,6 +86,77 @@ async def test_a_session_takes_every_setting_it_shows(merchant):
 async def test_the_sandbox_example_is_a_test_that_passes():
     """The README's own test of a reset connection passes."""
     await run_example("sandbox")["test_a_reset_connection_is_asked_about"]()
+
+
+def in_a_folder_and_environment(gateway, base_url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment(gateway, base_url).items():
+        monkeypatch.setenv(name, value)
+
+
+def notification(gateway: SandboxGateway) -> bytes:
+    fields = {
+        "oid_partner": gateway.oid_partner,
+        "no_refund": "R-1",
+        "money_refund": "200.01",
+        "sta_refund": "2",
+        "sign_type": "RSA",
+    }
+    return wire.encode(fields | {"sign": gateway.gateway_key.sign(signature_source(fields))})
+
+
+@pytest.mark.anyio
+async def test_a_batch_is_run_again_without_sending_again(tmp_path, monkeypatch):
+    """The overnight batch makes each refund once, however often it is run."""
+    gateway, told = SandboxGateway(default_order=Decimal("500.00"), settle_after=0), []
+    monkeypatch.chdir(tmp_path)
+    overnight = run_example("batch")["refund_overnight"]
+    with serving(gateway) as base_url:
+        for _ in range(2):
+            await overnight(gateway.merchant(base_url), [a_request()], lambda *outcome: told.append(outcome))
+    assert [(number, refund.no_refund, attempts) for number, refund, attempts in told] == [
+        ("R-1", "R-1", 1),
+        ("R-1", "R-1", 0),
+    ]
+    assert gateway.times_made("R-1") == 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_fleet_takes_refunds_from_its_queue(database):
+    """What was enqueued is made by a worker that shares the journal (asyncio only, as psycopg is)."""
+    example, gateway = run_example("fleet"), SandboxGateway(default_order=Decimal("500.00"))
+    with serving(gateway) as base_url:
+        await example["produce"](database, [a_request()])
+        await example["work"](database, gateway.merchant(base_url), wait=False)
+    assert gateway.times_made("R-1") == 1
+
+
+def test_the_fastapi_service_makes_refunds_and_takes_notifications(tmp_path, monkeypatch, capsys):
+    """The FastAPI example makes a refund, and calls its handler for a signed notification."""
+    gateway = SandboxGateway(default_order=Decimal("500.00"))
+    with serving(gateway) as base_url:
+        in_a_folder_and_environment(gateway, base_url, tmp_path, monkeypatch)
+        with served(run_example("fastapi")["app"]) as url, httpx.Client(base_url=url) as client:
+            assert client.post("/refunds", json=a_request().to_dict()).json() == "0"
+            answer = client.post("/lianlian/refund", content=notification(gateway))
+    assert answer.json() == {"ret_code": "0000", "ret_msg": "ok"}
+    assert capsys.readouterr().out == "R-1 is final: 2\n"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_aiohttp_service_makes_refunds_and_takes_notifications(tmp_path, monkeypatch, capsys):
+    """The aiohttp example does the same (asyncio only, as aiohttp is)."""
+    gateway = SandboxGateway(default_order=Decimal("500.00"))
+    with serving(gateway) as base_url:
+        in_a_folder_and_environment(gateway, base_url, tmp_path, monkeypatch)
+        async with TestClient(TestServer(run_example("aiohttp")["app"])) as client:
+            async with client.post("/refunds", json=a_request().to_dict()) as answer:
+                assert await answer.json() == "0"
+            async with client.post("/lianlian/refund", data=notification(gateway)) as answer:
+                assert await answer.json() == {"ret_code": "0000", "ret_msg": "ok"}
+    assert capsys.readouterr().out == "R-1 is final: 2\n"
 
 
 def test_every_example_is_run():
