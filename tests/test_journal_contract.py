@@ -12,7 +12,7 @@ from journals import ACCEPTED, HOUR, MADE, REJECTED, intent, now
 
 from lianlian_async import RefundConflict
 from lianlian_async.errors import JournalError
-from lianlian_async.journal import Ending, Standing, State
+from lianlian_async.journal import Ending, MemoryJournal, Standing, State
 
 pytestmark = pytest.mark.anyio
 
@@ -151,6 +151,7 @@ async def test_a_settled_refund_is_answered_from_the_record(kind, ending):
         await begin(journal)
         settled = await journal.settle("R-1", ending)
         assert (settled.ending, settled.state, settled.body, settled.holder) == (ending, ending.state, b"", None)
+        assert settled.state.is_settled
         standing, entry = await begin(journal, body=b"second")
         assert (standing, entry.ending, entry.body) == (Standing.SETTLED, ending, b"")
         assert (await journal.find("R-1")).ending == ending
@@ -280,15 +281,15 @@ async def test_counts(kind):
     """``counts`` has every state, with how many refunds stand in it."""
     async with kind.make() as journal:
         assert await journal.counts() == dict.fromkeys(State, 0)
-        for number, ending in enumerate((None, MADE, ACCEPTED, MADE)):
+        for number, ending in enumerate((None, MADE, ACCEPTED, MADE, REJECTED, MADE, MADE)):
             await begin(journal, f"R-{number}")
             if ending is not None:
                 await journal.settle(f"R-{number}", ending)
         assert await journal.counts() == {
             State.UNSETTLED: 1,
             State.ACCEPTED: 1,
-            State.DONE: 2,
-            State.REJECTED: 0,
+            State.DONE: 4,
+            State.REJECTED: 1,
         }
         assert await journal.find("R-9") is None
 
@@ -307,6 +308,13 @@ async def test_all_is_there_when_it_is_opened_again(kind):
         assert (await begin(journal, "R-2"))[0] is Standing.NEW
         assert (await begin(journal, "R-3"))[0] is Standing.NEW
         assert [entry.no_refund async for entry in journal.pending()] == ["R-2", "R-3"]
+
+
+async def test_a_journal_in_memory_says_how_much_it_holds():
+    """Its ``repr`` tells what would be lost."""
+    journal = MemoryJournal()
+    await begin(journal)
+    assert repr(journal) == "<MemoryJournal 1 refunds>"
 
 
 # ── cancellation ─────────────────────────────────────────────────────────────────────────────────
