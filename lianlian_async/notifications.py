@@ -34,6 +34,7 @@ from .errors import (
     RefundConflict,
     SignatureInvalid,
 )
+from .flow import checked
 from .inbox import Inbox, RecentJournal
 from .journal import Journal, Standing
 from .merchant import Merchant
@@ -134,7 +135,7 @@ class NotificationEndpoint:
         self._seconds = handler_seconds
         self._allow_list = AllowList.read(allow_from, trusted_proxies)
         self._path = path
-        self._concurrency = concurrency
+        self._concurrency = checked(concurrency)
         self._remember = remember
         self._now = now
         self._ready: _Ready | None = None

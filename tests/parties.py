@@ -64,7 +64,7 @@ def sealed(fields: Mapping[str, str], key: SigningKey | None = None) -> dict[str
     return {**unsigned, "sign": key.sign(signature_source(unsigned))}
 
 
-def made(asked: Mapping[str, str], **changes: str | None) -> dict[str, str]:
+def made(asked: Mapping[str, str], key: SigningKey | None = None, **changes: str | None) -> dict[str, str]:
     """The signed 0000 answer that tells of the refund that was asked for; None leaves a field out."""
     fields: dict[str, str | None] = {
         "ret_code": "0000",
@@ -77,7 +77,7 @@ def made(asked: Mapping[str, str], **changes: str | None) -> dict[str, str]:
         "sta_refund": "0",
         **changes,
     }
-    return sealed({name: text for name, text in fields.items() if text is not None})
+    return sealed({name: text for name, text in fields.items() if text is not None}, key)
 
 
 # ── servers on sockets ───────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,101 @@
+"""What the tests of notifications share: signed bodies as LianLian sends them, and handlers of all tempers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import attrs
+import journals
+import keypairs
+from parties import EPOCH, OID_PARTNER, as_json, made, refund_request
+
+from lianlian_async import Merchant, NotificationEndpoint, Refund, RefundRequest, wire
+from lianlian_async.journal import Journal
+from lianlian_async.recording import digest
+from lianlian_async.signing import SigningKey
+
+HEADERS = {"Content-Type": "text/json;charset=utf-8"}
+ACKNOWLEDGED = b'{"ret_code":"0000","ret_msg":"ok"}'
+
+
+def asked(number: int | str = 1) -> dict[str, str]:
+    """The identity of the refund R-``number`` of ``parties.refund_request``, as the gateway knows it."""
+    return {"oid_partner": OID_PARTNER, "no_refund": f"R-{number}", "dt_refund": wire.format_timestamp(EPOCH)}
+
+
+def notification(number: int | str = 1, key: SigningKey | None = None, **changes: str | None) -> bytes:
+    """A signed notification that R-``number`` succeeded, or of what ``changes`` say (None leaves a field out)."""
+    changes = {"ret_code": None, "ret_msg": None, "sta_refund": "2", "settle_date": "20260106", **changes}
+    return as_json(made(asked(number), key=key, **changes))
+
+
+def is_acknowledged(ack) -> bool:
+    """Whether LianLian would take this for an acknowledgement."""
+    if b"0000" not in ack.body:
+        assert ack.status != 200
+        return False
+    assert (ack.status, ack.body) == (200, ACKNOWLEDGED)
+    return True
+
+
+@attrs.define
+class Handler:
+    """Remembers the refunds that it was called with; ``then`` is what it does about each of them, in turn."""
+
+    then: list[Callable[[], Awaitable[object]]] = attrs.field(factory=list)
+    begun: list[Refund] = attrs.field(factory=list)
+    done: list[Refund] = attrs.field(factory=list)
+
+    async def __call__(self, refund: Refund) -> None:
+        self.begun.append(refund)
+        if self.then:
+            await self.then.pop(0)()
+        self.done.append(refund)
+
+    @property
+    def numbers(self) -> list[str | None]:
+        """Which refunds were acted on, to the end."""
+        return [refund.no_refund for refund in self.done]
+
+
+async def fails() -> None:
+    """What a handler does whose database is down."""
+    raise ConnectionError("the shop's database is down")
+
+
+def trusting(**options: Any) -> Merchant:
+    """A merchant with the tests' keys."""
+    settings = {
+        "oid_partner": OID_PARTNER,
+        "private_key": keypairs.pair("merchant").private,
+        "gateway_public_keys": keypairs.pair("gateway").public,
+    }
+    return Merchant(**settings | options)
+
+
+def inbox(journal: Journal, handler: Callable[[Refund], Awaitable[object]], **options: Any) -> NotificationEndpoint:
+    """An endpoint that acknowledges first and acts behind it."""
+    return NotificationEndpoint(trusting(), handler, journal=journal, inbox=True, **options)
+
+
+async def deliver(endpoint: NotificationEndpoint, *numbers: int) -> None:
+    """Notify that these refunds succeeded, one after the other; each is acknowledged."""
+    for number in numbers:
+        assert is_acknowledged(await endpoint.handle(notification(number), HEADERS))
+
+
+async def begin(journal: Journal, number: int = 1, **changes: Any) -> RefundRequest:
+    """Put R-``number`` of ``parties.refund_request`` on record, as an apply call does."""
+    request = refund_request(number, **changes)
+    fields = request.to_dict()
+    intent = journals.intent(request.no_refund, digest=digest(fields), fields=fields)
+    await journal.intend(intent, journals.now())
+    return request
+
+
+async def until(condition: Callable[[], object], *, look_every: float = 0.01) -> None:
+    """Wait, without a limit of its own, until ``condition`` holds."""
+    while not condition():  # noqa: ASYNC110 - what it waits for happens in the library
+        await anyio.sleep(look_every)

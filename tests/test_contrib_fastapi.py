@@ -1,0 +1,161 @@
+"""The FastAPI adapter: the session as a dependency, its life, and the route of the notifications."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import anyio
+import httpx
+import pytest
+from fastapi import FastAPI
+from notices import HEADERS, Handler, notification
+from parties import refund_request, sandbox, wall_clock
+
+from lianlian_async import NotificationEndpoint
+from lianlian_async.contrib.fastapi import Session, lifespan, notifications
+from lianlian_async.journal import SqliteJournal
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def served(app):
+    """A client of ``app``, whose lifespan runs as under a server that hands its state to every request."""
+    state = {}
+
+    async def stateful(scope, receive, send):
+        await app({**scope, "state": dict(state)}, receive, send)
+
+    async with (
+        app.router.lifespan_context(app) as found,
+        httpx.AsyncClient(transport=httpx.ASGITransport(stateful), base_url="https://shop.example") as http,
+    ):
+        state.update(found or {})
+        yield http
+
+
+@pytest.fixture
+def handler():
+    return Handler()
+
+
+def service(session, *others):
+    """A service that makes refunds."""
+    app = FastAPI(lifespan=lifespan(*others, session))
+
+    @app.post("/refunds/{number}")
+    async def make_refund(number: int, session: Session) -> str | None:
+        return (await session.apply_refund(refund_request(number))).sta_refund
+
+    return app
+
+
+async def test_the_session_is_a_dependency(tmp_path):
+    """A route asks for it by its type, and gets the one that the lifespan opened, over its journal."""
+    gateway, journal = sandbox(), SqliteJournal(tmp_path / "journal.sqlite")
+    async with served(service(gateway.session(journal=journal), journal)) as http:
+        assert (await http.post("/refunds/1")).json() == "0"
+        assert (await http.post("/refunds/1")).json() == "0"
+    assert gateway.requests == {"apply": 1}
+
+
+async def test_the_session_lives_as_long_as_the_application():
+    """It is open while requests are served, and closed after the last one."""
+    session = sandbox().session()
+    async with served(service(session)):
+        assert repr(session).endswith("open>")
+    assert repr(session).endswith("closed>")
+
+
+async def test_a_missing_session_is_a_clear_error():
+    """Without its lifespan, or with one that opens no session, a service says what to do."""
+    app = FastAPI(lifespan=lifespan())
+
+    @app.get("/")
+    async def ask(session: Session) -> str:
+        raise AssertionError(session)
+
+    with pytest.raises(RuntimeError, match=r"no RefundSession is open: pass one to FastAPI\(lifespan="):
+        async with served(app) as http:
+            await http.get("/")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://shop.example") as http:
+        with pytest.raises(RuntimeError, match="no RefundSession is open"):
+            await http.get("/")
+
+
+async def test_a_closed_session_is_a_clear_error():
+    """A background job that outlives the application is told so."""
+    session = sandbox().session()
+    async with served(service(session)):
+        pass
+    with pytest.raises(RuntimeError, match="this RefundSession is closed"):
+        await session.apply_refund(refund_request())
+
+
+async def test_a_lifespan_of_ones_own_hands_over_the_session():
+    """What else it does is its own affair."""
+    gateway = sandbox()
+
+    @asynccontextmanager
+    async def own(_app):
+        async with gateway.session() as session:
+            yield {"refund_session": session, "cache": {}}
+
+    app = service(gateway.session())
+    app.router.lifespan_context = own
+    async with served(app) as http:
+        assert (await http.post("/refunds/1")).json() == "0"
+
+
+async def test_notifications_have_their_route(handler):
+    """POST to the exact path reaches the endpoint with any content type; the OpenAPI schema does not show it."""
+    session = sandbox().session()
+    endpoint = NotificationEndpoint(session.merchant, handler, session=session)
+    app = service(session)
+    app.include_router(notifications(endpoint, "/lianlian/refund"))
+    app.include_router(notifications(endpoint, "/again"), prefix="/shop")
+    async with served(app) as http:
+        for path in ("/lianlian/refund", "/shop/again"):
+            answer = await http.post(path, content=notification(), headers=HEADERS)
+            assert (answer.status_code, answer.content) == (200, b'{"ret_code":"0000","ret_msg":"ok"}')
+        assert (await http.get("/lianlian/refund")).status_code == 405
+        assert (await http.post("/lianlian/refund/x", content=notification())).status_code == 404
+        assert (await http.post("/lianlian/refund", content=b"x" * 70_000)).status_code == 413
+        assert list((await http.get("/openapi.json")).json()["paths"]) == ["/refunds/{number}"]
+    assert handler.numbers == ["R-1"]
+
+
+async def test_the_address_comes_from_the_server(handler):
+    """The allow-list sees who is connected."""
+    session = sandbox().session()
+    app = FastAPI()
+    for path, network in (("/in", "127.0.0.0/8"), ("/out", "203.0.113.0/24")):
+        endpoint = NotificationEndpoint(session.merchant, handler, allow_from=[network])
+        app.include_router(notifications(endpoint, path))
+    async with served(app) as http:
+        assert (await http.post("/in", content=notification())).status_code == 200
+        assert (await http.post("/out", content=notification())).status_code == 403
+
+
+@pytest.mark.virtual_time
+async def test_a_request_may_wait_for_the_notification(handler):
+    """The endpoint of a service tells the session of the same service."""
+    gateway = sandbox(settle_after=1000)
+    session = gateway.session(now=wall_clock)
+    endpoint = NotificationEndpoint(session.merchant, handler, session=session, now=wall_clock)
+    app = FastAPI(lifespan=lifespan(session, endpoint))
+    app.include_router(notifications(endpoint, "/lianlian/refund"))
+
+    @app.post("/refunds")
+    async def refund_and_wait(session: Session) -> str | None:
+        return (await session.apply_and_wait(refund_request())).sta_refund
+
+    async with served(app) as http, anyio.create_task_group() as tasks:
+
+        async def notify():
+            await anyio.sleep(1)
+            assert (await http.post("/lianlian/refund", content=notification())).status_code == 200
+
+        tasks.start_soon(notify)
+        assert (await http.post("/refunds")).json() == "2"
+        assert anyio.current_time() == pytest.approx(1)

@@ -1,0 +1,127 @@
+"""Acting once, on every kind of journal: duplicates, several workers, failures and restarts, inline and inbox."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import AsyncExitStack
+
+import anyio
+import journals
+import pytest
+from notices import HEADERS, Handler, begin, deliver, fails, inbox, is_acknowledged, notification, trusting, until
+
+from lianlian_async import NotificationEndpoint
+from lianlian_async.journal import State
+
+pytestmark = pytest.mark.anyio
+
+_EVERYWHERE = [(name, backend) for name in ("memory", "sqlite") for backend in ("asyncio", "trio")]
+
+
+@pytest.fixture(params=[*_EVERYWHERE, ("postgres", "asyncio")], ids="-".join)
+def kind_and_backend(request):
+    return request.param
+
+
+@pytest.fixture
+def anyio_backend(kind_and_backend):
+    return kind_and_backend[1]
+
+
+@pytest.fixture
+def kind(kind_and_backend, request):
+    return journals.kind(kind_and_backend[0], request)
+
+
+@pytest.fixture
+def handler():
+    return Handler()
+
+
+async def test_a_notification_is_acknowledged_before_the_handler_runs(kind, handler):
+    """The acknowledgement says that it is in the journal, and the handler runs behind it."""
+    go = anyio.Event()
+    handler.then = [go.wait]
+    async with kind.make() as journal, inbox(journal, handler) as endpoint:
+        await deliver(endpoint, 1, 1)
+        await until(lambda: handler.begun)
+        await deliver(endpoint, 1)
+        assert not handler.done
+        assert endpoint.counts == {"kept": 1, "duplicate": 2}
+        go.set()
+        await until(lambda: endpoint.counts["acted"])
+        await deliver(endpoint, 1)
+    assert handler.numbers == ["R-1"]
+    assert endpoint.counts == {"kept": 1, "duplicate": 3, "acted": 1}
+
+
+async def test_what_was_acknowledged_survives_a_restart(kind, handler):
+    """A handler that never returned is called again by the process that comes after."""
+    async with kind.make() as journal, inbox(journal, fails) as endpoint:
+        await deliver(endpoint, 1, 2)
+        await until(lambda: endpoint.counts["failed"] == 2)
+    async with kind.make() as journal:
+        assert [entry.no_refund async for entry in (await journal.inbox()).pending()] == ["R-1", "R-2"]
+        async with inbox(journal, handler) as endpoint:
+            await until(lambda: endpoint.counts["acted"] == 2)
+            await deliver(endpoint, 1, 2)
+    assert sorted(handler.numbers) == ["R-1", "R-2"]
+    assert endpoint.counts == {"acted": 2, "duplicate": 2}
+
+
+async def test_several_workers_share_an_inbox(kind, handler):
+    """Whichever worker a notification comes to, and however often, it is acted on once between them."""
+    async with kind.make() as journal, AsyncExitStack() as stack:
+        workers = [await stack.enter_async_context(inbox(journal, handler)) for _ in range(3)]
+        async with anyio.create_task_group() as tasks:
+            for number in range(5):
+                for worker in workers:
+                    tasks.start_soon(deliver, worker, number)
+        await until(lambda: len(handler.done) >= 5)
+    assert sorted(handler.numbers) == [f"R-{number}" for number in range(5)]
+    counts = sum((worker.counts for worker in workers), start=Counter())
+    assert counts == {"kept": 5, "duplicate": 10, "acted": 5}
+
+
+async def test_inline_delivery_is_acted_on_once_by_all_workers(kind, handler):
+    """Without an inbox too, endpoints that share a journal act once between them."""
+    async with kind.make() as journal:
+        workers = [NotificationEndpoint(trusting(), handler, journal=journal) for _ in range(2)]
+        async with anyio.create_task_group() as tasks:
+            for number in range(5):
+                for worker in workers:
+                    tasks.start_soon(deliver, worker, number, number)
+        await deliver(workers[0], *range(5))
+    assert sorted(handler.numbers) == [f"R-{number}" for number in range(5)]
+
+
+async def test_a_handler_that_failed_inline_is_called_again_after_a_restart(kind, handler):
+    """The journal does not take a failure for work that is done."""
+    async with kind.make() as journal:
+        assert (await NotificationEndpoint(trusting(), fails, journal=journal).handle(notification(), {})).status == 500
+    async with kind.make() as journal:
+        await deliver(NotificationEndpoint(trusting(), handler, journal=journal), 1, 1)
+    assert handler.numbers == ["R-1"]
+
+
+async def test_the_refunds_themselves_learn_their_final_state(kind, handler):
+    """The journal's own entry is settled when the notification is taken, and the handler gets its dt_refund."""
+    async with kind.make() as journal:
+        request = await begin(journal)
+        async with inbox(journal, handler) as endpoint:
+            assert is_acknowledged(await endpoint.handle(notification(dt_refund=None), HEADERS))
+            assert (await journal.find("R-1")).state is State.DONE
+            await until(lambda: handler.done)
+    assert handler.done[0].query() == request.query()
+
+
+@pytest.mark.parametrize("changes", [{"sta_refund": "3"}, {"money_refund": "11.00"}])
+async def test_a_contradiction_is_not_kept(kind, handler, changes):
+    """A second final state never comes into the inbox, whether the first was acted on or not."""
+    async with kind.make() as journal, inbox(journal, handler) as endpoint:
+        for _ in range(2):
+            await deliver(endpoint, 1)
+            assert (await endpoint.handle(notification(**changes), HEADERS)).status == 409
+            await until(lambda: handler.done)
+    assert handler.numbers == ["R-1"]
+    assert endpoint.counts["contradictory"] == 2

@@ -1,0 +1,788 @@
+"""The notification endpoint: what it believes, what it acknowledges, when it calls the handler, and as an ASGI app."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from datetime import timedelta
+from decimal import Decimal
+
+import anyio
+import attrs
+import httpx
+import journals
+import keypairs
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from notices import HEADERS, Handler, asked, begin, fails, is_acknowledged, notification, trusting
+from parties import EPOCH, OID_PARTNER, as_json, made, refund_request, sandbox, sealed, wall_clock
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from strategies import texts
+
+from lianlian_async import (
+    ConfigurationError,
+    NotificationEndpoint,
+    RefundStatus,
+    VerifyingKey,
+    rsa_thread,
+    wire,
+)
+from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, State
+from lianlian_async.signing import signature_source
+
+pytestmark = pytest.mark.anyio
+
+virtual = pytest.mark.virtual_time
+
+
+@pytest.fixture
+def handler():
+    return Handler()
+
+
+@pytest.fixture
+def endpoint(handler):
+    """An endpoint without a journal."""
+    return NotificationEndpoint(trusting(), handler)
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def journal(request, tmp_path):
+    """An open journal."""
+    made_here = MemoryJournal() if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
+    async with made_here as opened:
+        yield opened
+
+
+# ── what is believed ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("status", [RefundStatus.SUCCESS, RefundStatus.FAILED])
+async def test_a_final_state_is_acted_on_and_acknowledged(endpoint, handler, status):
+    """The handler is called with the refund that was notified, then LianLian is told that it was heard."""
+    body = notification(sta_refund=status, settle_date=None)
+    assert is_acknowledged(await endpoint.handle(body, HEADERS))
+    [refund] = handler.done
+    assert (refund.no_refund, refund.sta_refund, refund.money_refund) == ("R-1", status, Decimal("10.00"))
+    assert refund.raw == wire.decode(body)
+    assert endpoint.counts == {"acted": 1}
+
+
+async def test_the_acknowledgement_is_the_documented_one(endpoint):
+    """HTTP 200 with ret_code 0000 as JSON in UTF-8."""
+    ack = await endpoint.handle(notification(ret_code="0000", ret_msg="交易成功"), {})
+    assert (ack.status, ack.body) == (200, b'{"ret_code":"0000","ret_msg":"ok"}')
+    assert ack.headers == {"content-type": "application/json;charset=utf-8"}
+
+
+@pytest.mark.parametrize("status", ["0", "1", "7"])
+async def test_a_state_that_can_change_is_acknowledged_and_not_acted_on(endpoint, handler, status):
+    """There is nothing to act on yet."""
+    assert is_acknowledged(await endpoint.handle(notification(sta_refund=status), HEADERS))
+    assert not handler.begun
+    assert endpoint.counts == {"not final": 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict", "status"),
+    [
+        (b"", "malformed", 400),
+        (b"\xff{}", "malformed", 400),
+        (b"[]", "malformed", 400),
+        (b"{}", "unverified", 403),
+        (b'{"a":"1","a":"1"}', "malformed", 400),
+        (b"[" * 60_000, "malformed", 400),
+        (notification(sta_refund=None), "malformed", 400),
+        (notification(sta_refund=""), "malformed", 400),
+        (notification(money_refund=None), "malformed", 400),
+        (notification(money_refund="ten"), "malformed", 400),
+        (notification(money_refund="10.001"), "malformed", 400),
+        (notification(dt_refund="yesterday"), "malformed", 400),
+        (notification(no_refund=""), "malformed", 400),
+        (notification(ret_code="9999"), "malformed", 400),
+        (notification(oid_partner="201103171000000001"), "foreign", 403),
+        (notification(oid_partner=None), "foreign", 403),
+        (notification(key=keypairs.pair("stranger").private), "unverified", 403),
+        (notification(key=keypairs.pair("merchant").private), "unverified", 403),
+        (as_json({**wire.decode(notification()), "sign": ""}), "unverified", 403),
+        (as_json({**wire.decode(notification()), "sign": "not base64"}), "unverified", 403),
+        (as_json({**wire.decode(notification()), "money_refund": "11.00"}), "unverified", 403),
+        (as_json({**wire.decode(notification()), "extra": "field"}), "unverified", 403),
+        (notification() + b" " * (64 * 1024), "too big", 413),
+    ],
+)
+async def test_what_is_not_proved_is_refused(endpoint, handler, caplog, body, verdict, status):
+    """Malformed, unsigned, forged and foreign bodies are counted and logged, never acknowledged, never acted on."""
+    ack = await endpoint.handle(body, HEADERS)
+    assert not is_acknowledged(ack)
+    assert (ack.status, wire.decode(ack.body)) == (status, {"ret_code": "9999", "ret_msg": verdict})
+    assert not handler.begun
+    assert endpoint.counts == {verdict: 1}
+    [record] = caplog.records
+    assert (record.name, record.levelno) == ("lianlian_async", logging.WARNING)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dt_refund": None}, {"dt_refund": ""}, {"settle_date": "soon"}, {"rate": "?"}, {"unheard_of": "field"}],
+)
+async def test_what_is_not_needed_may_be_missing_or_odd(endpoint, handler, changes):
+    """A refund whose rate or settlement date cannot be read was made all the same."""
+    assert is_acknowledged(await endpoint.handle(notification(**changes), HEADERS))
+    assert handler.numbers == ["R-1"]
+
+
+async def test_a_body_as_big_as_is_allowed_is_read(endpoint):
+    """64 KiB, blanks included."""
+    assert is_acknowledged(await endpoint.handle(notification().ljust(64 * 1024), HEADERS))
+
+
+async def test_both_keys_are_trusted_while_lianlian_rotates(handler):
+    """A notification signed with either of the gateway's keys is believed."""
+    keys = [keypairs.pair("gateway").public, keypairs.pair("stranger").public]
+    endpoint = NotificationEndpoint(trusting(gateway_public_keys=keys), handler)
+    for number, name in enumerate(["gateway", "stranger"]):
+        assert is_acknowledged(await endpoint.handle(notification(number, keypairs.pair(name).private), HEADERS))
+    assert handler.numbers == ["R-0", "R-1"]
+
+
+# ── any bytes at all ─────────────────────────────────────────────────────────────────────────────
+
+GENUINE = notification(ret_code="0000", ret_msg="交易成功", rate="", extra="\\ 退款")
+
+
+def signed_content(body):
+    """What a body's signature covers."""
+    return signature_source(wire.decode(body))
+
+
+async def answer_is_honest(body):
+    """A fresh endpoint acknowledges ``body`` only if its signed content is that of ``GENUINE``."""
+    handler = Handler()
+    ack = await NotificationEndpoint(trusting(), handler).handle(body, HEADERS)
+    assert is_acknowledged(ack) == bool(handler.done)
+    if handler.done:
+        assert signed_content(body) == signed_content(GENUINE)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x20, 0x80])
+async def test_no_changed_byte_is_acknowledged(flip):
+    """At every place of a signed notification, a changed byte is refused unless the signed content is the same."""
+    for place in range(len(GENUINE)):
+        await answer_is_honest(GENUINE[:place] + bytes([GENUINE[place] ^ flip]) + GENUINE[place + 1 :])
+
+
+@given(place=st.integers(0, len(GENUINE)), cut=st.integers(0, 2), put=st.binary(max_size=2))
+@example(place=len(GENUINE), cut=0, put=b" ")
+async def test_no_edited_notification_is_acknowledged(place, cut, put):
+    """Wherever bytes are cut out and others put in, the answer is honest."""
+    await answer_is_honest(GENUINE[:place] + put + GENUINE[place + cut :])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(body=st.binary() | json_values.map(lambda value: repr(value).encode(errors="replace")))
+async def test_nothing_that_is_not_signed_is_acknowledged(body):
+    """Arbitrary bytes and arbitrary JSON are answered, and never with 0000."""
+    assert not is_acknowledged(await NotificationEndpoint(trusting(), fails).handle(body, {}))
+
+
+names = st.sampled_from([*asked(), "money_refund", "sta_refund", "ret_code", "settle_date", "rate", "other"]) | texts
+values = st.sampled_from([*asked().values(), "10.00", "2", "3", "0000"]) | texts
+
+
+@given(fields=st.dictionaries(names, values), headers=st.dictionaries(texts, texts))
+async def test_whatever_lianlian_signs_is_answered(fields, headers):
+    """Any flat object with a valid signature is answered; acted on are those that tell of a final refund of ours."""
+    handler = Handler()
+    ack = await NotificationEndpoint(trusting(), handler).handle(as_json(sealed(fields)), headers)
+    if is_acknowledged(ack):
+        assert fields["oid_partner"] == OID_PARTNER
+        assert len(handler.done) == (fields["sta_refund"] in ("2", "3"))
+    else:
+        assert not handler.begun
+
+
+# ── once ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_duplicate_is_acknowledged_and_not_acted_on(endpoint, handler):
+    """The same notification, also with other words in it, is acted on once and acknowledged each time."""
+    for body in [notification(), notification(), notification(ret_msg="other words", money_refund="10.0")]:
+        assert is_acknowledged(await endpoint.handle(body, HEADERS))
+    assert handler.numbers == ["R-1"]
+    assert endpoint.counts == {"acted": 1, "duplicate": 2}
+
+
+@virtual
+async def test_duplicates_at_the_same_time_are_acted_on_once(handler):
+    """Duplicates that come while the handler runs wait for it, and are acknowledged when it has returned."""
+    handler.then = [lambda: anyio.sleep(3)]
+    endpoint = NotificationEndpoint(trusting(), handler, now=wall_clock)
+
+    async def deliver():
+        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+        assert handler.done
+        assert anyio.current_time() < 5
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(deliver)
+    assert handler.numbers == ["R-1"]
+    assert endpoint.counts == {"acted": 1, "duplicate": 4}
+
+
+@virtual
+async def test_a_duplicate_waits_no_longer_than_lianlian(handler):
+    """While the handler is still at it after that time, a duplicate is sent away to come again."""
+    handler.then = [lambda: anyio.sleep(10)]
+    async with MemoryJournal() as journal:
+        endpoint = NotificationEndpoint(trusting(), handler, journal=journal, handler_seconds=11.0, now=wall_clock)
+        other = NotificationEndpoint(trusting(), handler, journal=journal, handler_seconds=1.0, now=wall_clock)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(endpoint.handle, notification(), HEADERS)
+            await anyio.sleep(1)
+            assert (await other.handle(notification(), HEADERS)).status == 503
+            assert anyio.current_time() <= 2
+    assert other.counts == {"busy": 1}
+    assert endpoint.counts == {"acted": 1}
+
+
+async def test_a_handler_that_failed_is_called_again_by_the_next_delivery(endpoint, handler, caplog):
+    """Without an acknowledgement LianLian sends again; the log has the handler's traceback."""
+    handler.then = [fails]
+    ack = await endpoint.handle(notification(), HEADERS)
+    assert (ack.status, handler.done) == (500, [])
+    assert "the shop's database is down" in caplog.text
+    assert "R-1" in caplog.text
+    assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert (len(handler.begun), handler.numbers) == (2, ["R-1"])
+    assert endpoint.counts == {"failed": 1, "acted": 1}
+
+
+@virtual
+async def test_a_handler_that_is_too_slow_is_cancelled(handler, caplog):
+    """After handler_seconds there is no time left to acknowledge: the next delivery calls it again."""
+    handler.then = [anyio.sleep_forever]
+    endpoint = NotificationEndpoint(trusting(), handler, now=wall_clock)
+    assert (await endpoint.handle(notification(), HEADERS)).status == 500
+    assert anyio.current_time() == pytest.approx(4)
+    assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert handler.numbers == ["R-1"]
+    assert "TimeoutError" in caplog.text
+
+
+async def test_a_delivery_that_is_cancelled_leaves_the_refund_to_the_next(endpoint, handler):
+    """A server that drops the request at its end takes nothing along."""
+    handler.then = [anyio.sleep_forever]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(endpoint.handle, notification(), HEADERS)
+        while not handler.begun:
+            await anyio.lowlevel.checkpoint()
+        tasks.cancel_scope.cancel()
+    assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert handler.numbers == ["R-1"]
+
+
+@pytest.mark.parametrize("changes", [{"sta_refund": "3"}, {"money_refund": "11.00"}])
+async def test_another_final_state_or_amount_is_contradictory(endpoint, handler, caplog, changes):
+    """What contradicts an earlier notification is never acted on nor acknowledged, and is logged as an error."""
+    await endpoint.handle(notification(), HEADERS)
+    ack = await endpoint.handle(notification(**changes), HEADERS)
+    assert (ack.status, wire.decode(ack.body)["ret_code"]) == (409, "9999")
+    assert handler.numbers == ["R-1"]
+    assert endpoint.counts == {"acted": 1, "contradictory": 1}
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert next(iter(changes)) in record.getMessage()
+
+
+async def test_no_secret_and_no_signature_is_logged(endpoint, handler, caplog):
+    """The log tells which refund and why, and nothing that could be used."""
+    handler.then = [fails]
+    bodies = [notification(), notification(), notification(sta_refund="3"), notification(oid_partner="2011")]
+    for body in bodies:
+        await endpoint.handle(body, HEADERS)
+    assert len(caplog.records) == 3
+    for body in bodies:
+        assert wire.decode(body)["sign"][:16] not in caplog.text
+
+
+async def test_without_a_journal_the_last_refunds_are_remembered(handler):
+    """Memory is bounded: the refund that was notified longest ago is forgotten first, one under way never is."""
+    endpoint = NotificationEndpoint(trusting(), handler, remember=2)
+
+    async def deliver(*numbers):
+        for number in numbers:
+            assert is_acknowledged(await endpoint.handle(notification(number), HEADERS))
+
+    async def others_meanwhile():
+        await deliver(2, 3, 4)
+
+    await deliver(1, 2, 1, 3, 1)
+    assert handler.numbers == ["R-1", "R-2", "R-3"]
+    await deliver(2)
+    assert handler.numbers == ["R-1", "R-2", "R-3", "R-2"]
+    handler.done.clear()
+    handler.then = [others_meanwhile]
+    await deliver(5, 5)
+    assert handler.numbers == ["R-3", "R-4", "R-5"]
+
+
+async def test_of_many_at_once_none_is_forgotten_before_it_ends(handler):
+    """More refunds under way than are remembered are acted on once each."""
+    endpoint = NotificationEndpoint(trusting(), handler, remember=1)
+    go = anyio.Event()
+    handler.then = [go.wait] * 3
+    async with anyio.create_task_group() as tasks:
+        for number in (1, 2, 3):
+            tasks.start_soon(endpoint.handle, notification(number), HEADERS)
+        while len(handler.begun) < 3:
+            await anyio.lowlevel.checkpoint()
+        go.set()
+    assert endpoint.counts == {"acted": 3}
+
+
+# ── with the journal of the refunds ──────────────────────────────────────────────────────────────
+
+
+async def test_the_journal_learns_the_final_state(journal, handler):
+    """A refund whose outcome was unknown is known by its notification, and its dt_refund to the handler."""
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    request = await begin(journal)
+    body = notification(dt_refund=None)
+    assert is_acknowledged(await endpoint.handle(body, HEADERS))
+    entry = await journal.find("R-1")
+    assert (entry.state, entry.ending.record) == (State.DONE, wire.decode(body))
+    assert handler.done[0].query() == request.query()
+
+
+async def test_the_journal_learns_that_a_refund_was_accepted(journal, handler):
+    """A state that can change is recorded, and the final one that follows it too."""
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    await begin(journal)
+    assert is_acknowledged(await endpoint.handle(notification(sta_refund="1"), HEADERS))
+    assert (await journal.find("R-1")).state is State.ACCEPTED
+    assert is_acknowledged(await endpoint.handle(notification(sta_refund="3"), HEADERS))
+    assert (await journal.find("R-1")).state is State.DONE
+    assert handler.numbers == ["R-1"]
+
+
+async def test_a_late_word_of_an_earlier_state_changes_nothing(journal, handler):
+    """Notifications that overtake each other are all acknowledged, and the state never moves back."""
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    await begin(journal)
+    for status in ("2", "1", "0"):
+        assert is_acknowledged(await endpoint.handle(notification(sta_refund=status), HEADERS))
+    entry = await journal.find("R-1")
+    assert (entry.state, entry.ending.record["sta_refund"]) == (State.DONE, "2")
+    assert handler.numbers == ["R-1"]
+
+
+async def test_a_refund_that_the_journal_does_not_know_is_acted_on(journal, handler):
+    """The merchant may have applied for it elsewhere; it does not come into the journal of what was sent from here."""
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert handler.numbers == ["R-1"]
+    assert await journal.find("R-1") is None
+
+
+@pytest.mark.parametrize(
+    ("recorded", "changes"),
+    [
+        (None, {"money_refund": "11.00"}),
+        (None, {"dt_refund": "20260105160001"}),
+        (Ending(state=State.DONE, record={"sta_refund": "3"}), {}),
+        (Ending(state=State.DONE, record={"sta_refund": "2"}), {"sta_refund": "3"}),
+        (Ending(state=State.REJECTED, record={"ret_code": "5003", "ret_msg": "", "verified": "yes"}), {}),
+        (
+            Ending(state=State.REJECTED, record={"ret_code": "5003", "ret_msg": "", "verified": "yes"}),
+            {"sta_refund": "1"},
+        ),
+    ],
+)
+async def test_what_contradicts_the_journal_is_never_acted_on(journal, handler, recorded, changes):
+    """Another amount or time than was applied for, another final state than is on record, life after a rejection."""
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    await begin(journal)
+    if recorded is not None:
+        await journal.settle("R-1", recorded)
+    before = await journal.find("R-1")
+    assert (await endpoint.handle(notification(**changes), HEADERS)).status == 409
+    assert await journal.find("R-1") == before
+    assert not handler.begun
+    assert endpoint.counts == {"contradictory": 1}
+
+
+async def test_a_second_worker_acts_on_nothing_twice(journal, handler):
+    """Endpoints that share a journal act once between them, whichever gets the duplicates."""
+    workers = [NotificationEndpoint(trusting(), handler, journal=journal) for _ in range(3)]
+    async with anyio.create_task_group() as tasks:
+        for number in range(4):
+            for worker in workers:
+                tasks.start_soon(worker.handle, notification(number), HEADERS)
+    assert sorted(handler.numbers) == ["R-0", "R-1", "R-2", "R-3"]
+    counts = sum((worker.counts for worker in workers), start=workers[0].counts.__class__())
+    assert counts == {"acted": 4, "duplicate": 8}
+
+
+async def test_a_worker_that_died_loses_its_hold(handler):
+    """What a dead worker was at is busy until its hold ends; then the next delivery is acted on."""
+    now = [EPOCH]
+    async with MemoryJournal() as journal:
+        endpoint = NotificationEndpoint(trusting(), fails, journal=journal, now=lambda: now[0])
+        await endpoint.handle(notification(), HEADERS)
+        inbox = await journal.inbox()
+        [left] = [entry async for entry in inbox.pending()]
+        held_until = EPOCH + timedelta(seconds=8)
+        intent = journals.intent(left.no_refund, digest=left.digest, fields=left.fields, held_until=held_until)
+        await inbox.intend(intent, EPOCH)
+        endpoint = NotificationEndpoint(trusting(), handler, journal=journal, handler_seconds=0.01, now=lambda: now[0])
+        assert (await endpoint.handle(notification(), HEADERS)).status == 503
+        now[0] = held_until
+        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert handler.numbers == ["R-1"]
+
+
+async def test_nothing_is_acknowledged_that_the_journal_cannot_hold(handler, caplog, tmp_path):
+    """A journal that is not open, or that fails, is answered for with 500; LianLian sends again."""
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    assert (await endpoint.handle(notification(), HEADERS)).status == 500
+    assert "not open" in caplog.text
+    async with journal:
+        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+        (tmp_path / "journal.sqlite-inbox").unlink()
+        assert (await endpoint.handle(notification(2), HEADERS)).status == 500
+    assert "was removed" in caplog.text
+    assert handler.numbers == ["R-1"]
+    assert endpoint.counts == {"failed": 2, "acted": 1}
+
+
+# ── confirming ───────────────────────────────────────────────────────────────────────────────────
+
+
+@virtual
+async def test_the_gateway_is_asked_before_the_handler_runs(handler):
+    """With confirm, only what the gateway says too is acted on; what it does not say yet is sent again."""
+    gateway = sandbox(settle_after=60)
+    async with gateway.session(now=wall_clock) as session:
+        endpoint = NotificationEndpoint(session.merchant, handler, session=session, confirm=True, now=wall_clock)
+        assert (await endpoint.handle(notification(), HEADERS)).status == 500  # no such refund
+        await session.apply_refund(refund_request())
+        assert (await endpoint.handle(notification(), HEADERS)).status == 500  # not final
+        await anyio.sleep(60)
+        assert (await endpoint.handle(notification(2), HEADERS)).status == 500  # another one
+        assert not handler.begun
+        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert handler.numbers == ["R-1"]
+    assert gateway.requests["query"] == 4
+    assert endpoint.counts == {"failed": 3, "acted": 1, "duplicate": 1}
+
+
+@virtual
+async def test_a_journal_helps_to_ask_about_what_lacks_its_time(handler):
+    """The domestic product leaves dt_refund out, which a question needs: the journal has it."""
+    gateway = sandbox(settle_after=0)
+    async with MemoryJournal() as journal, gateway.session(now=wall_clock, journal=journal) as session:
+        await session.apply_refund(refund_request())
+        for known in (None, journal):
+            endpoint = NotificationEndpoint(
+                session.merchant, handler, session=session, journal=known, confirm=True, now=wall_clock
+            )
+            await endpoint.handle(notification(dt_refund=None), HEADERS)
+            assert handler.numbers == ([] if known is None else ["R-1"])
+
+
+# ── keys ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SeenVerifyingKey(VerifyingKey):
+    """Notes in which thread it verifies."""
+
+    threads: list[int]
+
+    def verify(self, source, signature):
+        self.threads.append(threading.get_ident())
+        return super().verify(source, signature)
+
+
+@pytest.mark.parametrize(("seconds", "inline"), [(0.0, False), (1e9, True)])
+async def test_verification_is_done_on_the_loop_only_where_it_is_cheap(monkeypatch, handler, seconds, inline):
+    """Where checking a signature is dear, the thread does it."""
+    monkeypatch.setattr(rsa_thread, "INLINE_VERIFY_SECONDS", seconds)
+    monkeypatch.setattr(SeenVerifyingKey, "threads", [], raising=False)
+    key = SeenVerifyingKey.load(keypairs.pair("gateway").public_pem)
+    endpoint = NotificationEndpoint(trusting(gateway_public_keys=key), handler)
+    async with endpoint:
+        SeenVerifyingKey.threads.clear()
+        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert {thread == threading.get_ident() for thread in SeenVerifyingKey.threads} == {inline}
+
+
+async def test_keys_are_loaded_once(handler, tmp_path):
+    """Many first notifications at once load the keys once, and a key file may go away after that."""
+    file = tmp_path / "gateway.pem"
+    file.write_text(keypairs.pair("gateway").public_pem)
+    endpoint = NotificationEndpoint(trusting(gateway_public_keys=file), handler)
+    async with anyio.create_task_group() as tasks:
+        for number in range(3):
+            tasks.start_soon(endpoint.handle, notification(number), HEADERS)
+    file.unlink()
+    assert is_acknowledged(await endpoint.handle(notification(4), HEADERS))
+    assert len(handler.done) == 4
+
+
+async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, tmp_path):
+    """`async with` raises what is wrong; without it each delivery is answered with 500."""
+    endpoint = NotificationEndpoint(trusting(gateway_public_keys=tmp_path / "missing.pem"), handler)
+    assert (await endpoint.handle(notification(), HEADERS)).status == 500
+    with pytest.raises(ConfigurationError, match="gateway_public_keys"):
+        async with endpoint:
+            pass
+
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"confirm": True}, "confirm: needs a session"),
+        ({"inbox": True}, "inbox: needs a journal"),
+        ({"handler_seconds": 0}, "handler_seconds: must be more than 0"),
+        ({"handler_seconds": float("nan")}, "handler_seconds"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"allow_from": ["203.0.113.7/24"]}, "allow_from: .*host bits"),
+        ({"trusted_proxies": ["proxy"]}, "trusted_proxies: "),
+    ],
+)
+async def test_settings_that_cannot_be_are_refused(handler, settings, message):
+    """What is wrong is said when the endpoint is made."""
+    with pytest.raises(ConfigurationError, match=message):
+        NotificationEndpoint(trusting(), handler, **settings)
+
+
+async def test_the_repr_names_the_merchant(endpoint):
+    """And nothing else."""
+    assert repr(endpoint) == f"<NotificationEndpoint {OID_PARTNER}>"
+
+
+# ── addresses ────────────────────────────────────────────────────────────────────────────────────
+
+BANK = ["203.0.113.0/24", "2001:db8::/32"]
+PROXIES = ["10.0.0.0/8", "::1"]
+
+
+@pytest.mark.parametrize(
+    ("client", "forwarded", "admitted"),
+    [
+        ("203.0.113.7", None, True),
+        ("::ffff:203.0.113.7", None, True),
+        ("2001:db8::7", None, True),
+        ("198.51.100.7", None, False),
+        ("", None, False),
+        (None, None, False),
+        ("testclient", None, False),
+        # Who is no proxy cannot speak for others …
+        ("198.51.100.7", "203.0.113.7", False),
+        ("203.0.113.7", "198.51.100.7", True),
+        # … a proxy can, for whom it has seen itself; what stands before that may be made up.
+        ("10.1.2.3", "203.0.113.7", True),
+        ("::1", "203.0.113.7, 10.9.9.9", True),
+        ("10.1.2.3", "203.0.113.7, 198.51.100.7", False),
+        ("10.1.2.3", "198.51.100.7,203.0.113.7", True),
+        ("10.1.2.3", None, False),
+        ("10.1.2.3", "10.4.5.6", False),
+        ("10.1.2.3", "nonsense", False),
+        ("10.1.2.3", "203.0.113.7, ", False),
+    ],
+)
+async def test_the_allow_list_lets_in_whom_it_names(handler, caplog, client, forwarded, admitted):
+    """The nearest address that is no trusted proxy's decides; all others are turned away unread."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
+    headers = HEADERS if forwarded is None else {**HEADERS, "X-Forwarded-For": forwarded}
+    ack = await endpoint.handle(notification(), headers, client=client)
+    assert (is_acknowledged(ack), ack.status) == (admitted, 200 if admitted else 403)
+    assert endpoint.counts == {"acted" if admitted else "not admitted": 1}
+    assert bool(caplog.records) is not admitted
+
+
+async def test_proxies_alone_let_nobody_in(handler):
+    """Trusting the proxies is no allow-list."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=["10.1.0.0/16"], trusted_proxies=["10.0.0.0/8"])
+    assert (await endpoint.handle(notification(), HEADERS, client="10.1.2.3")).status == 403
+
+
+# ── ASGI ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@attrs.define
+class Server:
+    """A server's side of a bare ASGI call: what it says, in turn, and what it heard."""
+
+    says: list
+    heard: list = attrs.field(factory=list)
+
+    async def receive(self):
+        return self.says.pop(0)
+
+    async def send(self, message):
+        self.heard.append(message)
+
+    @property
+    def status(self):
+        return self.heard[0]["status"]
+
+
+def post(**changes):
+    return {"type": "http", "method": "POST", "path": "/refund", "headers": [], "client": None, **changes}
+
+
+def pieces(*bodies):
+    return [{"type": "http.request", "body": body, "more_body": True} for body in bodies] + [{"type": "http.request"}]
+
+
+async def test_the_object_is_an_asgi_application(endpoint, handler):
+    """A body in pieces is put together, and the acknowledgement goes out with its length."""
+    body = notification()
+    server = Server(pieces(body[:100], b"", body[100:]))
+    await endpoint(post(), server.receive, server.send)
+    start, rest = server.heard
+    assert (start["type"], start["status"]) == ("http.response.start", 200)
+    assert dict(start["headers"]) == {b"content-type": b"application/json;charset=utf-8", b"content-length": b"34"}
+    assert rest == {"type": "http.response.body", "body": b'{"ret_code":"0000","ret_msg":"ok"}'}
+    assert handler.numbers == ["R-1"]
+
+
+async def test_a_client_that_goes_away_leaves_nothing_behind(endpoint, handler):
+    """Half a notification is malformed, whoever hears the answer."""
+    server = Server([*pieces(notification()[:100])[:1], {"type": "http.disconnect"}])
+    await endpoint(post(), server.receive, server.send)
+    assert server.status == 400
+    assert not handler.begun
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, 200),
+        ({"method": "GET"}, 405),
+        ({"method": "PUT"}, 405),
+        ({"path": "/refund/"}, 404),
+        ({"path": "/"}, 404),
+        ({"path": "/shop/refund"}, 404),
+        ({"path": "/shop/refund", "root_path": "/shop"}, 200),
+        ({"path": "/refund", "root_path": ""}, 200),
+    ],
+)
+async def test_only_post_to_the_exact_path_is_served(handler, changes, status):
+    """405 names the method that is allowed; neither counts as a delivery."""
+    endpoint = NotificationEndpoint(trusting(), handler, path="/refund")
+    server = Server(pieces(notification()))
+    await endpoint(post(**changes), server.receive, server.send)
+    assert server.status == status
+    assert dict(server.heard[0]["headers"]).get(b"allow") == (b"POST" if status == 405 else None)
+    assert endpoint.counts.total() == (status == 200)
+
+
+async def test_without_a_path_every_path_is_served(endpoint):
+    """Routing is then somebody else's."""
+    server = Server(pieces(notification()))
+    await endpoint(post(path="/any/where"), server.receive, server.send)
+    assert server.status == 200
+
+
+async def test_an_endless_body_is_read_no_further_than_is_needed(endpoint):
+    """413 for more than 64 KiB, with little more than that in memory."""
+    server = Server(pieces(*[b" " * 40_000] * 3))
+    await endpoint(post(), server.receive, server.send)
+    assert server.status == 413
+
+
+@pytest.mark.parametrize(
+    ("client", "headers", "status"),
+    [
+        (("203.0.113.7", 1234), [], 200),
+        (("198.51.100.7", 1234), [], 403),
+        (None, [], 403),
+        (("10.0.0.1", 1), [(b"x-forwarded-for", b"203.0.113.7")], 200),
+        (("10.0.0.1", 1), [(b"x-forwarded-for", b"203.0.113.7"), (b"X-Forwarded-For", b"198.51.100.7")], 403),
+        (("10.0.0.1", 1), [(b"x-forwarded-for", b"198.51.100.7"), (b"x-forwarded-for", b"203.0.113.7")], 200),
+    ],
+)
+async def test_the_allow_list_reads_the_address_from_the_server(handler, client, headers, status):
+    """The scope tells who is connected; several X-Forwarded-For headers are one list."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
+    server = Server(pieces(notification()))
+    await endpoint(post(client=client, headers=headers), server.receive, server.send)
+    assert server.status == status
+
+
+async def test_a_websocket_is_declined(endpoint):
+    """LianLian does not speak it, so who does is refused without fuss."""
+    server = Server([{"type": "websocket.connect"}])
+    await endpoint({"type": "websocket", "path": "/refund"}, server.receive, server.send)
+    assert server.heard == [{"type": "websocket.close"}]
+
+
+LIFESPAN = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+
+async def test_the_lifespan_opens_and_closes_the_endpoint(endpoint):
+    """Keys are loaded before the server takes requests; it may be started again after its end."""
+    for _ in range(2):
+        server = Server(LIFESPAN.copy())
+        await endpoint({"type": "lifespan"}, server.receive, server.send)
+        assert server.heard == [{"type": "lifespan.startup.complete"}, {"type": "lifespan.shutdown.complete"}]
+
+
+async def test_a_start_that_fails_is_told_to_the_server(handler, tmp_path):
+    """A server that only sees an exception would take requests all the same."""
+    endpoint = NotificationEndpoint(trusting(gateway_public_keys=tmp_path / "missing.pem"), handler)
+    server = Server(LIFESPAN.copy())
+    with pytest.raises(ConfigurationError):
+        await endpoint({"type": "lifespan"}, server.receive, server.send)
+    [failed] = server.heard
+    assert failed["type"] == "lifespan.startup.failed"
+    assert "gateway_public_keys" in failed["message"]
+
+
+async def test_an_end_that_fails_is_told_to_the_server(endpoint):
+    """A server that is cut off in its shutdown hears that it was no regular one."""
+
+    class Cut(Server):
+        async def receive(self):
+            message = await super().receive()
+            if message["type"] == "lifespan.shutdown":
+                raise KeyboardInterrupt
+            return message
+
+    server = Cut(LIFESPAN.copy())
+    with pytest.raises(KeyboardInterrupt):
+        await endpoint({"type": "lifespan"}, server.receive, server.send)
+    assert [message["type"] for message in server.heard] == ["lifespan.startup.complete", "lifespan.shutdown.failed"]
+
+
+async def test_it_is_mounted_in_starlette(handler):
+    """Under a Mount the endpoint's own path begins where the mount ends."""
+    endpoint = NotificationEndpoint(trusting(), handler, path="/refund")
+    app = Starlette(routes=[Mount("/lianlian", endpoint)])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://shop.example") as http:
+        for path, status in (("/lianlian/refund", 200), ("/lianlian/other", 404), ("/refund", 404)):
+            assert (await http.post(path, content=notification(), headers=HEADERS)).status_code == status
+    assert handler.numbers == ["R-1"]
+
+
+async def test_an_answer_of_the_gateway_is_as_good_as_a_notification(endpoint, handler):
+    """A captured 0000 answer, posted by whoever has it, says nothing that is not true."""
+    assert is_acknowledged(await endpoint.handle(as_json(made(asked(), sta_refund="2")), HEADERS))
+    assert handler.numbers == ["R-1"]
