@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import nullcontext
@@ -82,9 +83,9 @@ def _settle_places(file: str, options: dict[str, Any]) -> None:
         if file == "-":
             raise click.UsageError("--journal: is needed, as there is no file that it could lie beside")
         options["journal"] = f"{file}.journal"
-    if out is not None and out.exists():
-        needed = [Path(place) for place in (file, options["journal"]) if place != "-" and not is_dsn(place)]
-        if any(path.exists() and path.samefile(out) for path in needed):
+    if out is not None:
+        needed = [Path(place).resolve() for place in (file, options["journal"]) if place != "-" and not is_dsn(place)]
+        if out.resolve() in needed or any(out.exists() and path.exists() and path.samefile(out) for path in needed):
             raise click.BadParameter("is the input or the journal", param_hint="--out")
 
 
@@ -119,6 +120,8 @@ def _send(output: Output, merchant: Merchant, checked: Checked, options: Mapping
     run = _Run(output, merchant, checked, options)
     failure: LianLianError | None = None
     ending = INTERRUPTED
+    # Whoever is interrupted is told below what may have been made: not one line for each.
+    logging.getLogger("lianlian_async").addHandler(logging.NullHandler())
     try:
         with sigterm_interrupts(), output.live("refunds", checked.count) as run.advance:
             anyio.run(run.work)
@@ -128,7 +131,8 @@ def _send(output: Output, merchant: Merchant, checked: Checked, options: Mapping
             raise
         failure, ending = error, ending_of(error)
     except KeyboardInterrupt:
-        pass
+        under_way = run.begun - run.tally.ended
+        output.note(f"up to {under_way:,} more may have been made: run the same command again, it carries on")
     out, journal = options["out"], options["journal"]
     places = {"journal": "in PostgreSQL" if is_dsn(journal) else journal} | ({"results": str(out)} if out else {})
     show_batch(output, checked, run.tally, run.found, ending=ending, failure=failure, places=places)
@@ -146,6 +150,7 @@ class _Run:
     advance: Callable[[str], object] = attrs.field(default=str, init=False)
     found: Mapping[State, int] = attrs.field(factory=dict, init=False)
     tally: Tally = attrs.field(init=False)
+    begun: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.tally = Tally(self.checked.count)
@@ -182,6 +187,7 @@ class _Run:
             if pace is not None and not await _is_settled(journal, request):
                 async with pace:
                     pass
+            self.begun += 1
             yield request
 
 

@@ -9,7 +9,7 @@ from lianlian_async.errors import LianLianError
 from lianlian_async.journal import State
 
 from .checked import Checked
-from .endings import INTERRUPTED, MADE, Ending, error_document
+from .endings import MADE, Ending, error_document
 from .output import Output, table
 from .results import Tally
 
@@ -25,8 +25,6 @@ def tell_findings(output: Output, checked: Checked) -> None:
 def show_checked(output: Output, checked: Checked, outcome: str, **facts: Any) -> None:
     """What a file holds, if nothing of it is sent."""
     document = _document(outcome, checked) | facts
-    if checked.problems.count:
-        document["problems"] = [{"line": line, "problem": text} for line, text in checked.problems.lines]
     rows = [("refunds", f"{checked.count:,}"), ("yuan", f"{checked.yuan:,.2f}")]
     rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
     rows += [(name, f"{fact:,}") for name, fact in facts.items()]
@@ -73,9 +71,7 @@ def show_batch(
     output.show(document, *shown, table("how it went", ("measure", "value"), measures))
     if failure and not output.as_json:
         output.failure(failure)
-    if ending == INTERRUPTED:
-        output.note("interrupted: run the same command again, it carries on")
-    elif tally.ask_again_at:
+    if tally.ask_again_at:
         moment = tally.ask_again_at.astimezone().isoformat(sep=" ", timespec="seconds")
         output.note(f"what is unknown can be asked about again from {moment} on: run the same command again then")
 
@@ -86,5 +82,6 @@ def _document(outcome: str, checked: Checked) -> dict[str, Any]:
         "refunds": checked.count,
         "yuan": f"{checked.yuan:.2f}",
         "invalid": checked.problems.count,
-        "remarks": checked.remarks.count,
+        "problems": [{"line": line, "problem": text} for line, text in checked.problems.lines],
+        "remarks": [{"line": line, "remark": text} for line, text in checked.remarks.lines],
     }

@@ -79,6 +79,8 @@ def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> It
     """
     first = file.readline().removeprefix(_BOM)
     is_json = _SUFFIXES.get(PurePath(name).suffix.lower(), first.lstrip().startswith(b"{"))
+    if is_json and first.lstrip().startswith(b"["):
+        raise _unreadable(1, "JSON Lines has one object on each line, and is no array of them")
     lines = chain([first], file)
     yield from _json_rows(lines, columns) if is_json else _csv_rows(lines, columns, encoding)
     columns.check_all_seen()

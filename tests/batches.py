@@ -1,0 +1,46 @@
+"""Files of refunds, as the tests of ``lianlian batch`` and its neighbours write them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+FIELDS = ("no_refund", "dt_refund", "money_refund", "no_order")
+
+
+def refund(number: int | str, **changes: str | None) -> dict[str, str]:
+    """The fields of one refund of 10.00 yuan; None leaves a field out."""
+    fields = {"no_refund": f"R-{number}", "dt_refund": "20261122020000", "money_refund": "10.00"}
+    fields |= {"no_order": f"O-{number}"}
+    return {name: text for name, text in (fields | changes).items() if text is not None}
+
+
+def write_csv(path: Path, rows: list[dict[str, str]], *, encoding: str = "utf-8", **dialect: Any) -> Path:
+    """A CSV file with every column that a row has."""
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or list(FIELDS)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, **dialect)
+    table.writeheader()
+    table.writerows(rows)
+    path.write_bytes(text.getvalue().encode(encoding))
+    return path
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A JSON Lines file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,323 @@
+"""``lianlian batch``: refunds over a socket, to the last exit code, and again after whatever happened."""
+
+import signal
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from batches import read_csv, read_lines, refund, write_csv
+from command import end, interruption, run, start, until
+from test_cli_sandbox import read
+
+from lianlian_async.cli.results import RESULT
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
+
+SHORT = ("--deadline", "0.5", "--absence-grace", "0.1")
+"""For refunds that get no answer."""
+
+
+@pytest.fixture
+def gateway():
+    """A sandbox that makes a refund twice which is sent twice, and where every refund is final at once."""
+    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0, repeated=Repeated.AGAIN)
+
+
+@pytest.fixture
+def env(gateway):
+    """The environment that leads to it, as long as it is served."""
+    with serving(gateway) as url:
+        yield environment(gateway, url)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file of ten refunds, and nothing else in its folder."""
+    return refunds(tmp_path / "refunds.csv", 10)
+
+
+def refunds(path, count):
+    return write_csv(path, [refund(number) for number in range(count)])
+
+
+def books(gateway):
+    """How many times each refund was made."""
+    return {
+        record.application.no_refund: gateway.times_made(record.application.no_refund) for record in gateway.refunds
+    }
+
+
+def once(count):
+    return {f"R-{number}": 1 for number in range(count)}
+
+
+# ── made ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_refund_of_a_file_is_made(env, gateway, file):
+    """All are made once; people get tables and exit code 0, and the journal lies beside the file."""
+    ended = run("batch", file, "--yes", env=env)
+    assert ended.exit_code == 0
+    assert ended.stdout.startswith("10 of 10 refunds made")
+    assert "│ made     │ 10      │ 100.00 │" in ended.stdout
+    assert "│ attempts           │ 10 " in ended.stdout
+    assert "to do" not in ended.stdout
+    assert ended.stderr == ""
+    assert books(gateway) == once(10)
+    assert file.with_name("refunds.csv.journal").exists()
+
+
+def test_the_same_command_again_sends_nothing(env, gateway, file):
+    """A second run says what it found, answers from the journal, and has the same exit code."""
+    run("batch", file, "--yes", env=env)
+    again = run("batch", file, "--yes", "--json", env=env)
+    assert again.exit_code == 0
+    assert again.stderr == "carrying on: the journal holds 10 settled and 0 unsettled refunds\n"
+    assert again.json["outcomes"]["made"] == {"refunds": 10, "yuan": "100.00"}
+    assert (again.json["attempts"], again.json["questions"], again.json["known_from_journal"]) == (0, 0, 10)
+    assert again.json["found"] == {"unsettled": 0, "accepted": 0, "done": 10, "rejected": 0}
+    assert gateway.requests["apply"] == 10
+
+
+def test_stdin_and_a_journal_elsewhere(env, gateway, file, tmp_path):
+    """What is piped in is made, on record in the journal that was named."""
+    journal = tmp_path / "elsewhere"
+    ended = run("batch", "-", "--yes", "--journal", journal, env=env, stdin=file.read_text())
+    assert ended.exit_code == 0
+    assert journal.exists()
+    assert books(gateway) == once(10)
+
+
+def test_what_is_known_is_not_paced(env, file):
+    """--rate holds back what causes traffic: a file that is all in the journal is done at once."""
+    assert run("batch", file, "--yes", "--rate", "1000", env=env).exit_code == 0
+    again = run("batch", file, "--yes", "--rate", "0.001", "--json", env=env)
+    assert again.json["known_from_journal"] == 10
+
+
+def test_a_terminal_shows_how_it_goes(env, file):
+    """On a terminal there is a live line: the rate, what ended how, and what is to do."""
+    ended = run("batch", file, "--yes", "--json", env=env | {"FORCE_COLOR": "1", "COLUMNS": "200"})
+    assert "10 made  0 rejected  0 unknown  0 to do" in ended.stderr
+    assert ended.json["outcome"] == "made"
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "results.CSV"])
+def test_results_have_one_line_for_each_refund(env, file, tmp_path, name):
+    """--out holds what became of each refund, in Chinese too, also where the journal knew it."""
+    out = tmp_path / name
+    write_csv(file, [refund(1), refund(2, money_refund="1000.01"), refund(3)])
+    for attempts in (1, 0):
+        assert run("batch", file, "--yes", "--out", out, env=env).exit_code == 3
+        read_all = read_lines if out.suffix == ".jsonl" else read_csv
+        made, rejected, _ = sorted(read_all(out), key=lambda line: line["no_refund"])
+        assert tuple(made) == RESULT
+        assert (made["no_refund"], made["outcome"], made["sta_refund"]) == ("R-1", "made", "2")
+        assert (made["ret_msg"], made["money_refund"], made["error"] or None) == ("交易成功", "10.00", None)
+        assert int(made["attempts"]) == attempts
+        assert made["oid_refundno"]
+        assert (rejected["outcome"], rejected["ret_code"], rejected["sta_refund"] or None) == ("rejected", "5003", None)
+        assert "5003" in rejected["error"]
+
+
+# ── every other end ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_some_rejected_exits_3(env, file):
+    """Rejections are counted by code, with their yuan; those that failed at the bank count as not made."""
+    write_csv(file, [refund(1), refund(2, money_refund="1000.01"), refund(3, money_refund="2000")])
+    ended = run("batch", file, "--yes", "--json", env=env)
+    assert ended.exit_code == 3
+    assert ended.json["outcome"] == "rejected"
+    assert ended.json["outcomes"]["rejected"] == {"refunds": 2, "yuan": "3000.01"}
+    assert ended.json["refusals"] == [{"ret_code": "5003", "refunds": 2}]
+    again = run("batch", file, "--yes", env=env)
+    assert "│ 5003     │ 2       │ refund amount does not fit the original │" in again.stdout
+
+
+def test_some_failed_exits_3(env, gateway, file):
+    """A refund that the bank did not accept is not made."""
+    gateway.fail("R-4")
+    ended = run("batch", file, "--yes", "--json", env=env)
+    assert (ended.exit_code, ended.json["outcome"]) == (3, "failed")
+    assert ended.json["outcomes"]["failed"] == {"refunds": 1, "yuan": "10.00"}
+
+
+def test_some_unknown_exits_4(env, gateway, file):
+    """An unknown refund outweighs a rejected one, and the moment to run again is told; then it is found."""
+    write_csv(file, [refund(1), refund(2), refund(3, money_refund="1000.01")])
+    gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-1")
+    gateway.script(Fault.HTTP_500, call="query", times=1000)
+    ended = run("batch", file, "--yes", *SHORT, env=env)
+    assert ended.exit_code == 4
+    assert "│ unknown  │ 1 " in ended.stdout
+    assert "can be asked about again from 20" in ended.stderr
+    gateway._plan._scripted.clear()
+    again = run("batch", file, "--yes", "--json", *SHORT, env=env)
+    assert again.exit_code == 3
+    assert again.stderr == "carrying on: the journal holds 2 settled and 1 unsettled refunds\n"
+    assert (again.json["attempts"], again.json["questions"]) == (0, 1)
+    assert books(gateway) == {"R-1": 1, "R-2": 1}
+
+
+def test_what_is_unknown_can_be_waited_for(env, gateway, file):
+    """--wait-unknown asks again when that can decide, and nothing stays unknown."""
+    gateway.script(Fault.LATE, call="apply", delay=3600.0)  # the gateway never hears of it
+    ended = run("batch", file, "--yes", "--json", "--wait-unknown", *SHORT, env=env)
+    assert (ended.exit_code, ended.json["outcome"]) == (0, "made")
+    assert ended.json["attempts"] == 11
+    assert books(gateway) == once(10)
+
+
+def test_a_gateway_that_is_not_there_exits_1(gateway, file):
+    """Where nothing listens, all are certainly not sent: exit code 1, to be run again."""
+    nowhere = environment(gateway, "http://127.0.0.1:9")
+    ended = run("batch", file, "--yes", "--json", "--deadline", "0.1", env=nowhere)
+    assert (ended.exit_code, ended.json["outcome"]) == (1, "not sent")
+    assert ended.json["outcomes"]["not sent"]["refunds"] == 10
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_our_own_fault_stops_the_batch(env, gateway, file, as_json):
+    """A rejection that would meet every refund ends the batch at once: exit code 3, and the cure is told."""
+    gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, skip=2, times=1000)
+    ended = run("batch", file, "--yes", "--concurrency", "1", *(["--json"] if as_json else []), env=env)
+    assert ended.exit_code == 3
+    if as_json:
+        assert ended.json["outcome"] == "batch stopped"
+        assert ended.json["to_do"] == {"refunds": 7, "yuan": "70.00"}
+        assert ended.json["error"]["type"] == "BatchStopped"
+    else:
+        assert "│ to do    │ 7 " in ended.stdout
+        assert ended.stderr.startswith("batch stopped: ")
+    assert gateway.requests["apply"] == 3
+
+
+def test_it_goes_on_if_it_is_told_to(env, gateway, file):
+    """--keep-going sends the others all the same."""
+    gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE)
+    ended = run("batch", file, "--yes", "--json", "--keep-going", "--concurrency", "1", env=env)
+    assert ended.exit_code == 3
+    assert ended.json["outcomes"]["made"]["refunds"] == 9
+
+
+def test_unknown_outweighs_a_batch_that_was_stopped(env, gateway, file):
+    """What may have been made is the gravest, also where the batch was stopped."""
+    gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, no_refund="R-1")
+    gateway.script(Fault.NO_ANSWER, times=1000)
+    ended = run("batch", file, "--yes", "--json", "--concurrency", "1", *SHORT, env=env)
+    assert (ended.exit_code, ended.json["outcome"]) == (4, "batch stopped")
+    assert ended.json["outcomes"]["unknown"]["refunds"] == 1
+
+
+def test_a_journal_that_is_in_use_exits_1(env, gateway, file):
+    """Two runs at the same time: the second one is refused, and sends nothing."""
+    gateway.script(Fault.NO_ANSWER)
+    process = start("batch", file, "--yes", "--concurrency", "1", env=env)
+    until(lambda: gateway.requests["apply"])
+    ended = run("batch", file, "--yes", env=env)
+    assert ended.exit_code == 1
+    assert "another process is at work with it" in ended.stderr
+    assert gateway.requests["apply"] == 1
+    process.kill()
+    end(process, env)
+
+
+def test_a_journal_that_goes_away_ends_the_batch(gateway, file):
+    """When the journal can no longer be written, nothing more is sent, and what is known is shown."""
+    journal = file.with_name("refunds.csv.journal")
+
+    async def thief(scope, receive, send):
+        if gateway.requests["apply"] == 4:
+            journal.unlink(missing_ok=True)
+        await gateway(scope, receive, send)
+
+    with serving(thief) as url:
+        ended = run("batch", file, "--yes", "--json", "--concurrency", "1", env=environment(gateway, url))
+    assert (ended.exit_code, ended.json["outcome"]) == (1, "journal error")
+    assert ended.json["outcomes"]["made"]["refunds"] == 4
+    assert "was removed" in ended.json["error"]["message"]
+    assert gateway.requests["apply"] == 5
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
+def test_results_that_cannot_be_written_exit_1(env, gateway, file):
+    """A full disk under --out is told, and the journal knows all that was made."""
+    ended = run("batch", file, "--yes", "--json", "--out", "/dev/full", env=env)
+    assert ended.exit_code == 1
+    assert ended.json["error"]["message"] == "/dev/full: No space left on device"
+    assert run("batch", file, "--yes", env=env).exit_code == 0
+    assert books(gateway) == once(10)
+
+
+def test_keys_that_cannot_be_used_exit_2(env, file):
+    """A wrong configuration sends nothing, and is told as anywhere."""
+    ended = run("batch", file, "--yes", env=env | {"LIANLIAN_GATEWAY_PUBLIC_KEYS": "AAAA"})
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("configuration error: ")
+
+
+def test_an_interruption_before_anything_was_begun(gateway, file):
+    """Ctrl-C at the very beginning ends with an honest summary: all is to do."""
+    with interruption():
+        ended = run("batch", file, "--yes", "--json", env=environment(gateway, "http://127.0.0.1:9"))
+    assert ended.exit_code == 130
+    assert (ended.json["outcome"], ended.json["to_do"]["refunds"]) == ("interrupted", 10)
+    assert ended.stderr.startswith("up to 0 more may have been made")
+
+
+# ── processes that die ───────────────────────────────────────────────────────────────────────────
+
+
+def start_until_stuck(gateway, file, env, *, sent, stuck, when=When.AFTER):
+    """A batch in a process of its own: ``sent`` requests are answered, and the ``stuck`` next ones never."""
+    gateway.script(Fault.NO_ANSWER, call="apply", skip=sent, times=stuck, when=when)
+    process = start("batch", file, "--yes", "--json", "--concurrency", stuck, "--absence-grace", "1", env=env)
+    until(lambda: gateway.requests["apply"] == sent + stuck)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_batch_carries_on(env, gateway, file, number):
+    """Ctrl-C and SIGTERM end it in good order with 130; the next run asks about what was under way."""
+    process = start_until_stuck(gateway, file, env, sent=3, stuck=2)
+    process.send_signal(number)
+    ended = end(process, env)
+    assert ended.exit_code == 130
+    assert ended.json["outcome"] == "interrupted"
+    assert ended.json["outcomes"]["made"]["refunds"] == 3
+    assert ended.stderr == "up to 2 more may have been made: run the same command again, it carries on\n"
+    again = run("batch", file, "--yes", "--json", env=env)
+    assert again.json["found"] == {"unsettled": 2, "accepted": 0, "done": 3, "rejected": 0}
+    assert (again.json["attempts"], again.json["questions"]) == (5, 2)
+    assert books(gateway) == once(10)
+
+
+def test_a_batch_that_was_killed_makes_every_refund_once(env, gateway, tmp_path):
+    """SIGKILL at three moments, and run again each time: in the gateway's books every refund stands once."""
+    file = refunds(tmp_path / "refunds.csv", 60)
+    for sent, when in ((5, When.AFTER), (17, When.BEFORE), (11, When.AFTER)):
+        process = start_until_stuck(gateway, file, env, sent=sent, stuck=4, when=when)
+        process.kill()
+        assert end(process, env).exit_code == -signal.SIGKILL
+        gateway.requests.clear()
+    ended = run("batch", file, "--yes", "--json", "--absence-grace", "1", "--wait-unknown", env=env)
+    assert (ended.exit_code, ended.json["outcomes"]["made"]["refunds"]) == (0, 60)
+    assert ended.json["found"]["unsettled"] == 4
+    assert books(gateway) == once(60)
+
+
+def test_a_batch_of_processes(tmp_path):
+    """``lianlian sandbox`` and ``lianlian batch``, each a process of its own: a file in, a file of results out."""
+    env_file, out = tmp_path / "sandbox.env", tmp_path / "results.jsonl"
+    sandbox = start("sandbox", "--env-file", env_file)
+    try:
+        assert "http://127.0.0.1:" in sandbox.stdout.readline()
+        env, file = read(env_file), refunds(tmp_path / "refunds.csv", 100)
+        ended = end(start("batch", file, "--yes", "--out", out, env=env), env)
+    finally:
+        sandbox.terminate()
+        sandbox.communicate()
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("100 of 100 refunds made")
+    assert {line["no_refund"]: line["outcome"] for line in read_lines(out)} == dict.fromkeys(once(100), "made")

@@ -1,0 +1,367 @@
+"""What ``lianlian batch`` reads, and what it refuses before anything is sent."""
+
+import json
+import os
+import sys
+from decimal import Decimal
+
+import anyio
+import click
+import pytest
+from batches import refund, write_csv, write_lines
+from command import run
+
+from lianlian_async.cli.app import lianlian
+from lianlian_async.cli.checked import Checked, derived_number
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.table import Row
+from lianlian_async.errors import LianLianError
+from lianlian_async.sandbox import SandboxGateway
+
+
+@pytest.fixture
+def gateway():
+    """A sandbox in which every refund is final at once."""
+    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0)
+
+
+@pytest.fixture
+def env(gateway):
+    """The environment that leads to it, as long as it is served."""
+    with serving(gateway) as url:
+        yield environment(gateway, url)
+
+
+@pytest.fixture
+def nowhere(gateway):
+    """The environment of a merchant whose gateway nobody serves."""
+    return environment(gateway, "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "refunds.csv"
+
+
+def problems(ended):
+    """The lines that were found invalid, with what is wrong with them."""
+    assert ended.exit_code == 2
+    return [(problem["line"], problem["problem"]) for problem in ended.json["problems"]]
+
+
+# ── what it reads ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_dry_run_counts_and_sends_nothing(nowhere, file):
+    """--dry-run tells how many refunds and yuan there are, and leaves no journal behind."""
+    write_csv(file, [refund(1), refund(2, money_refund="0.5"), refund(3, money_refund="1200")])
+    people, machine = (run("batch", file, "--dry-run", *more, env=nowhere) for more in ((), ("--json",)))
+    assert people.exit_code == machine.exit_code == 0
+    assert "│ refunds │ 3 " in people.stdout
+    assert "│ yuan    │ 1,210.50 " in people.stdout
+    assert machine.json == {
+        "outcome": "valid, nothing was sent",
+        "refunds": 3,
+        "yuan": "1210.50",
+        "invalid": 0,
+        "problems": [],
+        "remarks": [],
+    }
+    assert [path.name for path in file.parent.iterdir()] == ["refunds.csv"]
+
+
+@pytest.mark.parametrize("name", ["refunds.csv", "refunds.CSV", "refunds.tsv", "refunds", "refunds.txt"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_is_known_by_its_name_or_its_first_line(nowhere, tmp_path, name, delimiter):
+    """A table is read whatever separates its cells, with a byte order mark, blank lines and quoted cells."""
+    file = write_csv(tmp_path / name, [refund(1), refund(2)], delimiter=delimiter, quoting=1)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes() + b"\r\n\r\n")
+    assert run("batch", file, "--dry-run", "--json", env=nowhere).json["refunds"] == 2
+
+
+@pytest.mark.parametrize("name", ["refunds.jsonl", "refunds.ndjson", "refunds.json", "refunds"])
+def test_json_lines_are_known_by_their_name_or_their_first_line(nowhere, tmp_path, name):
+    """Objects of strings and numbers are read, line by line; blank lines are none."""
+    file = write_lines(tmp_path / name, [refund(1), refund(2) | {"money_refund": 20.01, "oid_paybill": None}])
+    file.write_text("\n" + file.read_text() + "\n" if name != "refunds" else file.read_text())
+    assert run("batch", file, "--dry-run", "--json", env=nowhere).json["yuan"] == "30.01"
+
+
+def test_stdin_is_read_by_its_first_line(nowhere):
+    """``-`` reads what is piped in."""
+    ended = run("batch", "-", "--dry-run", "--json", env=nowhere, stdin=json.dumps(refund(1)))
+    assert ended.json["refunds"] == 1
+
+
+def test_an_empty_file_holds_nothing(nowhere, file):
+    """No line at all, or no line but the header, is no refund."""
+    for text in ("", "no_refund,dt_refund,money_refund,no_order\n"):
+        file.write_text(text)
+        assert run("batch", file, "--dry-run", "--json", env=nowhere).json["refunds"] == 0
+
+
+def test_what_the_session_adds_by_itself_may_stand_in_the_file(nowhere, file, gateway):
+    """A signature is ignored and the merchant's number is compared: requests from a log can be sent again."""
+    mine = {"oid_partner": gateway.oid_partner, "sign_type": "RSA", "sign": "x"}
+    write_csv(file, [refund(1) | mine, refund(2) | mine | {"oid_partner": "201304121000001004"}])
+    ended = run("batch", file, "--json", env=nowhere)
+    assert problems(ended) == [
+        (3, f"oid_partner: must be the configured merchant's, {gateway.oid_partner} (got '201304121000001004')")
+    ]
+
+
+def test_columns_can_have_names_of_their_own(nowhere, tmp_path):
+    """--map reads a field from another column, also if one has the field's own name; others can be ignored."""
+    rows = [{"number": "R-1", "Yuan": "1.00", "no_order": "x" * 99, "order": "O-1", "customer": "王"}]
+    options = ("--map", "no_refund=number", "--map", "money_refund=Yuan", "--map", "no_order=order")
+    options += ("--dt-refund", "20261122020000", "--dry-run", "--json")
+    for file in (write_csv(tmp_path / "a.csv", rows), write_lines(tmp_path / "a.jsonl", rows)):
+        ended = run("batch", file, *options, "--ignore-unknown", env=nowhere)
+        assert ended.exit_code == 2
+        assert "no_order stands in more than one column" in ended.stderr
+        del rows[0]["no_order"]
+        again = write_csv(file, rows) if file.suffix == ".csv" else write_lines(file, rows)
+        assert run("batch", again, *options, "--ignore-unknown", env=nowhere).json["yuan"] == "1.00"
+        assert "column 'customer' is no field of a refund" in run("batch", again, *options, env=nowhere).stderr
+        rows[0]["no_order"] = "x"
+
+
+def test_a_chinese_table_names_its_encoding(nowhere, file):
+    """Bytes that are not UTF-8 are refused with their line, and read once their encoding is said."""
+    write_csv(file, [refund(1, no_order="订单-1")], encoding="gb18030")
+    ended = run("batch", file, "--dry-run", env=nowhere)
+    assert ended.exit_code == 2
+    assert "line 2: is not utf-8: say --encoding, such as gb18030" in ended.stderr
+    assert run("batch", file, "--dry-run", "--encoding", "gb18030", env=nowhere).exit_code == 0
+
+
+# ── what it refuses ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_invalid_lines_are_listed_and_nothing_is_sent(env, gateway, file):
+    """Each line that breaks a rule is named by its number; of many, the first fifty and how many more."""
+    rows = [refund(1), *(refund(number, money_refund="0.001") for number in range(2, 62)), refund(62, no_order=None)]
+    people, machine = (run("batch", write_csv(file, rows), "--yes", *more, env=env) for more in ((), ("--json",)))
+    assert people.exit_code == 2
+    assert people.stderr.startswith("line 3: money_refund: must ")
+    assert "\nline 52: " in people.stderr
+    assert "\nline 53: " not in people.stderr
+    assert people.stderr.endswith("… and 11 more\n")
+    assert "│ invalid lines │ 61 " in people.stdout
+    assert (machine.json["outcome"], machine.json["invalid"]) == ("invalid, nothing was sent", 61)
+    assert len(problems(machine)) == 50
+    assert not gateway.requests
+
+
+def test_line_numbers_are_those_of_an_editor(nowhere, file):
+    """Blank lines and line breaks within quotes count."""
+    header = "no_refund,dt_refund,money_refund,no_order,note\n"
+    file.write_text(f'{header}R-1,20261122020000,1.00,O-1,"two\nlines"\n\nR-2,20261122020000,1.00,O-2\nR-3,x,1,O,\n')
+    ended = run("batch", file, "--json", "--ignore-unknown", env=nowhere)
+    assert [line for line, _ in problems(ended)] == [5, 6]
+    assert problems(ended)[0][1] == "has 4 cells, the header has 5"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("no_refund,money_refund,money_refund\n", "line 1: money_refund stands in more than one column"),
+        ("no_refund,mony_refund\n", "line 1: column 'mony_refund' is no field of a refund"),
+        ('no_refund\nR-1\n"R-2\nR-3\n', "line 3: unexpected end of data"),
+        ('no_refund\n"R"-1\n', "line 2: ',' expected after '\"'"),
+        ('[{"no_refund": "R-1"}]', "line 1: JSON Lines has one object on each line"),
+    ],
+)
+def test_what_makes_all_lines_doubtful_is_refused_as_a_whole(nowhere, tmp_path, text, problem):
+    """A header that is not clear, or a quote without an end, is refused even with --skip-invalid."""
+    file = tmp_path / ("a.json" if text.startswith("[") else "a.csv")
+    file.write_text(text)
+    ended = run("batch", file, "--skip-invalid", "--yes", env=nowhere)
+    assert ended.exit_code == 2
+    assert problem in ended.stderr
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"no_refund": ["R"]}', '{"no_refund": "R", "no_refund": "S"}'])
+def test_lines_of_json_stand_each_for_themselves(nowhere, tmp_path, line):
+    """What is not a flat object is named by its line, and the others are read."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(f"{json.dumps(refund(1))}\n{line}\n{json.dumps(refund(2) | {'mony': '1'})}\n")
+    ended = run("batch", file, "--json", env=nowhere)
+    assert [line for line, _ in problems(ended)] == [2, 3]
+    assert ended.json["refunds"] == 1
+
+
+def test_a_number_stands_for_one_refund(env, gateway, file):
+    """One number with two contents is refused on both lines; the same line again is named, and made once."""
+    rows = [refund(1), refund(1, money_refund="10"), refund(2), refund(2, money_refund="9.00"), refund(2)]
+    write_csv(file, [*rows, refund(3), refund(3, oid_paybill="20261122")])
+    ended = run("batch", file, "--yes", "--json", env=env)
+    assert problems(ended) == [
+        (5, "no_refund R-2 stands on line 4 with another money_refund"),
+        (4, "no_refund R-2 stands on line 5 with another money_refund"),
+        (6, "no_refund R-2 stands for several refunds, see line 4"),
+        (8, "no_refund R-3 stands on line 7 with another oid_paybill"),
+        (7, "no_refund R-3 stands on line 8 with another oid_paybill"),
+    ]
+    assert ended.json["remarks"] == [{"line": 3, "remark": "repeats line 2: refund R-1 is made once"}]
+    assert not gateway.requests
+    assert run("batch", file, "--yes", "--skip-invalid", env=env).exit_code == 0
+    assert [record.application.no_refund for record in gateway.refunds] == ["R-1"]
+
+
+def test_somebody_has_to_say_where_notifications_go(nowhere, file):
+    """Without a notify_url in the row or of the merchant, the row is invalid."""
+    del nowhere["LIANLIAN_NOTIFY_URL"]
+    write_csv(file, [refund(1), refund(2, notify_url="https://shop.example/refund")])
+    ended = run("batch", file, "--json", env=nowhere)
+    assert [line for line, _ in problems(ended)] == [2]
+    assert problems(ended)[0][1].startswith("notify_url: is required, in the file or for the merchant")
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (("--map", "mony=x"), "must be FIELD=COLUMN"),
+        (("--map", "no_order"), "must be FIELD=COLUMN"),
+        (("--map", "no_order=a", "--map", "no_order=b"), "a field has one column"),
+        (("--map", "no_order=a", "--map", "oid_paybill=a"), "a field has one column"),
+        (("--map", "notify_url=hook"), "no such column: hook"),
+        (("--encoding", "klingon"), "klingon"),
+        (("--dt-refund", "yesterday"), "14 digits"),
+        (("--max-total", "much"), "decimal number"),
+        (("--max-total", "9.99", "--yes"), "10.00 yuan in all is more than --max-total 9.99; nothing was sent"),
+        (("--rate", "0"), "--rate"),
+        ((), "there is no terminal to ask on: say --yes"),
+        (("--queue", "elsewhere"), "must be a URL"),
+        (("--queue",), "must be a URL, postgresql://…, here or in LIANLIAN_DSN"),
+        (("--queue", "postgresql://[::1"), "not a PostgreSQL URL"),
+        (("--queue", "postgresql://db/", "--rate", "1", "--keep-going"), "--rate, --keep-going would do nothing"),
+        (("--queue", "postgresql://me:s3cret@db/"), "a password must not stand on the command line"),
+        (("--journal", "postgresql://db/?password=s3cret"), "a password must not stand on the command line"),
+        (("--out", "refunds.csv"), "is the input or the journal"),
+        (("--out", "refunds.csv.journal"), "is the input or the journal"),
+    ],
+)
+def test_options_that_cannot_be(nowhere, file, monkeypatch, options, hint):
+    """What makes no sense, or would be a danger, is a usage error; secrets are not repeated."""
+    monkeypatch.chdir(file.parent)
+    write_csv(file, [refund(1)])
+    ended = run("batch", "refunds.csv", *options, env=nowhere)
+    assert ended.exit_code == 2
+    assert hint in " ".join(ended.stderr.split())
+    assert "s3cret" not in ended.stderr
+
+
+def test_results_are_not_written_over_another_name_of_the_input(nowhere, file):
+    """A hard link to the input is the input."""
+    write_csv(file, [refund(1)])
+    file.with_name("results.csv").hardlink_to(file)
+    assert run("batch", file, "--yes", "--out", file.with_name("results.csv"), env=nowhere).exit_code == 2
+    assert file.stat().st_size > 40
+
+
+def test_stdin_has_no_place_for_a_journal_beside_it(nowhere):
+    """What is piped in needs a --journal."""
+    ended = run("batch", "-", "--yes", env=nowhere, stdin="")
+    assert ended.exit_code == 2
+    assert "--journal" in ended.stderr
+
+
+def test_a_full_disk_is_told_while_checking():
+    """Where the temporary file cannot grow, nothing is sent, and the cure is named."""
+    with Checked(None, derive=False, dt_refund=None) as checked:
+        checked._file.execute("PRAGMA max_page_count = 5")
+
+        def add_many():
+            for number in range(10_000):
+                checked.add(Row(number, refund(number)))
+
+        with pytest.raises(LianLianError, match="temporary file: database or disk is full; SQLITE_TMPDIR names"):
+            add_many()
+
+
+# ── numbers that are derived ─────────────────────────────────────────────────────────────────────
+
+
+def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
+    """--derive gives each row the same number in every run, whatever else the row holds; two alike are two."""
+    rows = [refund(number, no_refund=None, dt_refund=None, no_order="O-1") for number in range(3)]
+    rows[2] |= {"money_refund": "7"}
+    options = ("--derive", "--dt-refund", "20261122020000", "--yes", "--json")
+    first = run("batch", write_csv(file, rows), *options, env=env)
+    assert first.exit_code == 0
+    assert first.json["remarks"] == [
+        {"line": 3, "remark": "the same order and amount as line 2: taken for a refund of its own"}
+    ]
+    again = run("batch", write_csv(file, [row | {"oid_paybill": "2"} for row in rows]), *options, env=env)
+    assert again.json["outcomes"]["conflict"]["refunds"] == 3
+    assert again.exit_code == 1
+    assert {record.application.no_refund for record in gateway.refunds} == {
+        derived_number([["no_order", "O-1"]], "10.00", 1),
+        derived_number([["no_order", "O-1"]], "10.00", 2),
+        derived_number([["no_order", "O-1"]], "7.00", 1),
+    }
+
+
+def test_another_time_in_the_next_run_is_refused(env, gateway, file):
+    """--dt-refund plays no part in the number: another one is a conflict in the journal, not a second refund."""
+    write_csv(file, [refund(1, no_refund=None, dt_refund=None)])
+    for moment, exit_code in (("20261122020000", 0), ("20261123020000", 1)):
+        assert run("batch", file, "--derive", "--dt-refund", moment, "--yes", env=env).exit_code == exit_code
+    assert len(gateway.refunds) == 1
+
+
+def test_derived_numbers_never_change():
+    """Releases to come have to derive the same numbers."""
+    assert derived_number([["no_order", "O-1"]], "10.00", 1) == "LLE7F6C318491B69DDE5AB03AA0779C4"
+
+
+@pytest.mark.parametrize("missing", ["no_order", "money_refund"])
+def test_what_is_not_there_gives_no_number(nowhere, file, missing):
+    """Without order or amount nothing can be derived, and the row is invalid; so is one without a time."""
+    ended = run(
+        "batch", write_csv(file, [refund(1, no_refund=None, **{missing: ""})]), "--derive", "--json", env=nowhere
+    )
+    assert [line for line, _ in problems(ended)] == [2]
+    ended = run("batch", write_csv(file, [refund(1, dt_refund=None)]), "--derive", "--json", env=nowhere)
+    assert problems(ended) == [(2, "dt_refund: is required (got nothing)")]
+
+
+# ── asking ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def on_a_terminal(monkeypatch, typed, *arguments, env):
+    """Run the command with a terminal as its stdin, where ``typed`` is typed; the exit code."""
+    for name, text in env.items():
+        monkeypatch.setenv(name, text)
+    ours, theirs = os.openpty()
+    os.write(ours, typed.encode())
+    with os.fdopen(theirs, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        try:
+            return lianlian.main([str(argument) for argument in arguments], standalone_mode=False)
+        finally:
+            os.close(ours)
+
+
+def test_a_terminal_is_asked(env, gateway, file, monkeypatch, capsys):
+    """Without --yes, the number, the sum and the gateway are shown, and only a yes sends."""
+    write_csv(file, [refund(1), refund(2)])
+    with pytest.raises(click.Abort):
+        on_a_terminal(monkeypatch, "\n", "batch", file, env=env)
+    asked = capsys.readouterr().err
+    assert f"Send 2 refunds, 20.00 yuan, as merchant {gateway.oid_partner} at {env['LIANLIAN_APPLY_URL']}?" in asked
+    assert not gateway.requests
+    assert on_a_terminal(monkeypatch, "y\n", "batch", file, env=env) == 0
+    assert len(gateway.refunds) == 2
+
+
+@pytest.mark.anyio
+async def test_what_was_checked_comes_out_in_its_order():
+    """A thousand refunds come out as they went in."""
+    with Checked(None, derive=False, dt_refund=None) as checked:
+        for number in range(1001):
+            checked.add(Row(number + 2, refund(number)))
+        assert checked.yuan == 10 * checked.count
+        with anyio.fail_after(60):
+            assert [request.no_refund async for request in checked.requests()] == [f"R-{n}" for n in range(1001)]
