@@ -367,14 +367,39 @@ async def test_what_is_known_is_written_even_if_the_caller_is_cancelled_by_then(
 
 
 class Slow(MemoryJournal):
-    """Takes a second to write down an intent, like a journal on a busy server."""
+    """Takes a second to write anything down, and never heard of cancellation."""
 
     async def intend(self, intent, now):
         await anyio.sleep(1)
         return await super().intend(intent, now)
 
+    async def settle(self, no_refund, ending):
+        await anyio.sleep(1)
+        return await super().settle(no_refund, ending)
 
-async def test_cancelled_while_it_is_written_down_it_was_not_sent(new_journal):
+    async def release(self, entry, sent_at):
+        await anyio.sleep(1)
+        await super().release(entry, sent_at)
+
+
+@pytest.mark.parametrize(
+    ("fault", "state"),
+    [(Fault.DELAY, State.ACCEPTED), (Fault.NO_ANSWER, State.UNSETTLED)],
+    ids=["answered", "not answered"],
+)
+async def test_a_cancelled_call_ends_when_its_journal_has_written(fault, state):
+    """The cancellation waits for the journal, and for nothing else."""
+    gateway, journal = sandbox(), Slow()
+    gateway.script(fault, delay=0.5)
+    async with gateway.session(journal=journal, now=wall_clock) as session:
+        with anyio.move_on_after(2):
+            await session.apply_refund(refund_request())
+        entry = await journal.find("R-1")
+        assert (entry.state, entry.holder) == (state, None)
+    assert anyio.current_time() <= 3
+
+
+async def test_cancelled_while_it_is_written_down_it_was_not_sent():
     """A refund whose intent was cancelled needs not be asked about: it is sent when it is asked for again."""
     gateway, journal = sandbox(), Slow()
     async with gateway.session(journal=journal, now=wall_clock) as session:
