@@ -51,7 +51,8 @@ class MemoryJournal:
 
     async def pending(self) -> AsyncIterator[Entry]:
         """See :meth:`Journal.pending`."""
-        async for entry in self.entries():
+        for no_refund in list(self._entries):
+            entry = self._entries[no_refund]
             if entry.state in (State.UNSETTLED, State.ACCEPTED):
                 yield entry
 
