@@ -1,19 +1,16 @@
-"""The SQLite journal: its file, its owner, its groups, and what may befall them."""
+"""The SQLite journal: its file, its owner, and what may befall them."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import sqlite3
 import sys
 from contextlib import closing
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import anyio
@@ -281,137 +278,6 @@ async def test_a_disk_that_fails_is_named(path, monkeypatch):
             broken.setattr(os.path, "samestat", fail)
             with pytest.raises(JournalError, match=r"journal\.sqlite: .*Input/output error"):
                 await journal.intend(intent(), now())
-
-
-# ── its groups ───────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_what_many_tasks_ask_for_is_written_together(path):
-    """A thousand tasks that intend and settle at once share a few transactions."""
-    commits = []
-
-    async def one(journal, number):
-        await journal.intend(intent(f"R-{number}"), now())
-        await journal.settle(f"R-{number}", MADE)
-
-    async with SqliteJournal(path) as journal:
-        journal._file._connection.set_trace_callback(commits.append)
-        async with anyio.create_task_group() as group:
-            for number in range(1000):
-                group.start_soon(one, journal, number)
-        assert (await journal.counts())[State.DONE] == 1000
-    assert commits.count("COMMIT") < 20
-
-
-async def test_what_cannot_be_done_fails_alone(path):
-    """An operation that raises, even by a bug of its caller, disturbs none of those in its transaction."""
-    found = []
-
-    async def one(number):
-        found.append((await journal.intend(intent(f"R-{number}"), now()))[0])
-
-    async def wrong():
-        with pytest.raises(TypeError, match="offset-naive"):
-            await journal.intend(intent("R-0"), now().replace(tzinfo=None))
-
-    async with SqliteJournal(path) as journal:
-        await one(0)
-        async with anyio.create_task_group() as group:
-            for function in (partial(one, 1), wrong, partial(one, 2)):
-                group.start_soon(function)
-    assert found == [Standing.NEW] * 3
-
-
-async def test_closing_waits_for_what_was_asked(path):
-    """Whatever was asked before the end of the ``async with`` is recorded and answered."""
-    asked, answers = [], []
-
-    async def one(number):
-        asked.append(number)
-        answers.append((await journal.intend(intent(f"R-{number}"), now()))[0])
-
-    async with anyio.create_task_group() as group, SqliteJournal(path) as journal:
-        for number in range(20):
-            group.start_soon(one, number)
-        while len(asked) < 20:
-            await anyio.lowlevel.checkpoint()
-    assert answers == [Standing.NEW] * 20
-
-
-async def test_cancelled_tasks_take_nobodys_answers(path):
-    """With every other task cancelled at a random moment, the rest get their own answers, and no hold is left over."""
-    chance = random.Random(1)
-    scopes, answers = [anyio.CancelScope() for _ in range(500)], []
-
-    async def one(number, scope):
-        with scope:
-            _, entry = await journal.intend(intent(f"R-{number}"), now())
-            with anyio.CancelScope(shield=True):
-                settled = await journal.settle(f"R-{number}", MADE)
-            answers.append((number, entry.no_refund, settled.no_refund))
-
-    async with SqliteJournal(path) as journal:
-        async with anyio.create_task_group() as group:
-            for number, scope in enumerate(scopes):
-                group.start_soon(one, number, scope)
-            chance.shuffle(scopes)
-            for turn, scope in enumerate(scopes[::2]):
-                scope.cancel()
-                if turn % 10 == 0:
-                    await anyio.sleep(chance.choice((0, 0, 0.001)))
-        assert len(answers) >= 250
-        finished = {number for number, *_ in answers}
-        assert answers == [(number, f"R-{number}", f"R-{number}") for number, *_ in answers]
-        for number in range(500):
-            standing, _ = await journal.intend(intent(f"R-{number}"), now())
-            assert standing is (Standing.SETTLED if number in finished else Standing.NEW)
-
-
-async def test_cancellation_around_the_journal_loses_nothing(path):
-    """Where the whole ``async with`` is cancelled, what was asked of the journal is still recorded, and it closes."""
-    with anyio.CancelScope() as scope:
-        async with SqliteJournal(path) as journal:
-            await journal.intend(intent(), now())
-            scope.cancel()
-            await journal.settle("R-1", MADE)
-    async with SqliteJournal(path) as journal:
-        assert (await journal.find("R-1")).ending == MADE
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_asyncio_cancel_is_survived_too(path):
-    """``Task.cancel``, which no shield stops, ends its own task's call, and none other's; not even when closing."""
-
-    async def work(journal, number):
-        standing, _ = await journal.intend(intent(f"R-{number}"), now())
-        await journal.settle(f"R-{number}", MADE)
-        return standing
-
-    async with SqliteJournal(path) as journal:
-        tasks = [asyncio.create_task(work(journal, number)) for number in range(200)]
-        for round_, task in enumerate(tasks[::2]):
-            await asyncio.sleep(0.0001 * (round_ % 3))
-            task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert results[1::2] == [Standing.NEW] * 100
-        for number in range(0, 200, 2):
-            standing, _ = await journal.intend(intent(f"R-{number}"), now())
-            assert standing in (Standing.NEW, Standing.SETTLED)
-
-    async def opened():
-        async with SqliteJournal(path):
-            opening.set()
-            await asyncio.sleep(0)
-
-    for _ in range(5):
-        opening = asyncio.Event()
-        closing = asyncio.create_task(opened())
-        await opening.wait()
-        await asyncio.sleep(0)
-        closing.cancel()
-        await asyncio.gather(closing, return_exceptions=True)
-    async with SqliteJournal(path) as journal:
-        assert await journal.find("R-1")
 
 
 def _sqlite(path, statement):
