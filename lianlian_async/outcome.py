@@ -28,8 +28,8 @@ class Outcome:
     refund: Refund | None
     error: LianLianError | None
     attempts: int
-    """Sends in this call; 0 where the journal knew the answer."""
+    """Sends, by this call and by the one that left it unknown before; 0 where the journal knew the answer."""
     questions: int
-    """Queries in this call."""
+    """Queries, likewise."""
     seconds: float
-    """From the beginning of the call, its wait for a connection slot included, to its end."""
+    """From the beginning of a call, its wait for a connection slot included, to its end; likewise."""

@@ -428,6 +428,27 @@ async def test_two_calls_for_one_refund_send_it_once(new_journal):
     assert gateway.requests == {"apply": 1}
 
 
+class Counting(MemoryJournal):
+    """Knows how often it was told of an intent."""
+
+    intents = 0
+
+    async def intend(self, intent, now):
+        self.intents += 1
+        return await super().intend(intent, now)
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.1, 5), (8, 15)])
+async def test_who_waits_for_another_call_looks_soon_and_then_seldom(seconds, most):
+    """A short wait ends shortly after the other call; a long one costs the journal a look each second."""
+    gateway, journal = sandbox(faults={Fault.DELAY: 1.0}, delay=seconds), Counting()
+    async with gateway.session(journal=journal, now=wall_clock) as session, anyio.create_task_group() as tasks:
+        for _ in range(2):
+            tasks.start_soon(session.apply_refund, refund_request())
+    assert 3 <= journal.intents <= most
+    assert anyio.current_time() <= seconds + min(seconds, 1.0)
+
+
 async def test_who_waits_takes_over_what_was_left_unknown(new_journal):
     """The first call is cancelled: the second one asks, and finds what the first one sent."""
     gateway = sandbox()
