@@ -22,14 +22,17 @@ class Tally:
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """One request and what became of it: a ``refund`` or an ``error``, never both, never neither."""
+    """One request and what became of it: a ``refund`` or an ``error``, never both, never neither.
+
+    Where a batch asked once more about what was unknown, the figures are those of both calls together.
+    """
 
     request: RefundRequest
     refund: Refund | None
     error: LianLianError | None
     attempts: int
-    """Sends, by this call and by the one that left it unknown before; 0 where the journal knew the answer."""
+    """Sends; 0 where the journal knew the answer."""
     questions: int
-    """Queries, likewise."""
+    """Queries."""
     seconds: float
-    """From the beginning of a call, its wait for a connection slot included, to its end; likewise."""
+    """From the beginning of the call, its wait for a connection slot included, to its end."""

@@ -161,7 +161,9 @@ def main() -> int:
             report = kill_and_run_again(
                 Path(folder), refunds=options.refunds, kills=options.kills, seed=options.seed, repeated=repeated
             )
-        print(json.dumps({"repeated": repeated.value, "seed": options.seed, **attrs.asdict(report)}, indent=2), flush=True)
+        print(
+            json.dumps({"repeated": repeated.value, "seed": options.seed, **attrs.asdict(report)}, indent=2), flush=True
+        )
         contradictions += len(report.contradictions)
     return 1 if contradictions else 0
 
