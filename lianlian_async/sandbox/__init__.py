@@ -9,5 +9,6 @@ from __future__ import annotations
 from .faults import Fault, When
 from .gateway import SandboxGateway
 from .ledger import Order, Record, Repeated
+from .notifier import Delivery, Mischief, Notifier
 
-__all__ = ["Fault", "Order", "Record", "Repeated", "SandboxGateway", "When"]
+__all__ = ["Delivery", "Fault", "Mischief", "Notifier", "Order", "Record", "Repeated", "SandboxGateway", "When"]

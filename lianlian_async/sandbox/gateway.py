@@ -108,6 +108,10 @@ class SandboxGateway:
         self._advanced = 0.0
         self._started = clock()
         self._started_at = started_at or datetime.now(UTC)
+        self.made = anyio.Event()
+        """Set, and replaced by another one, when refunds may have been carried out."""
+        self.advanced = anyio.Event()
+        """Set, and replaced by another one, when the clock was put forward."""
 
     # ── the stage: merchants, orders, time, faults ───────────────────────────────────────────────
 
@@ -153,6 +157,9 @@ class SandboxGateway:
         if seconds < 0:
             raise ValueError("the gateway's clock only goes forward")
         self._advanced += seconds
+        for event in (self.advanced, self.made):  # what came in late may be carried out by now
+            event.set()
+        self.advanced, self.made = anyio.Event(), anyio.Event()
 
     def script(
         self,
@@ -273,6 +280,8 @@ class SandboxGateway:
                 return self._tell(self._ledger.query(rules.read_question(oid_partner, fields), at), at)
             application = rules.read_application(oid_partner, fields, domestic=route.domestic)
             record = self._ledger.apply(application, at)
+            self.made.set()
+            self.made = anyio.Event()
         except Refusal as refusal:
             return answers.refusal(refusal.ret_code, refusal.parameter)
         return self._tell(record, record.received_at)
@@ -293,6 +302,11 @@ class SandboxGateway:
             settled_at = self._started_at + timedelta(seconds=record.settles_at - self._started)
             fields["settle_date"] = wire.format_timestamp(settled_at)[:8]
         return fields
+
+    def notification(self, record: Record, at: float | None = None) -> bytes:
+        """The signed notification of how a refund stands at a moment of the gateway's clock; now, if not given."""
+        fields = self._tell(record, self.now() if at is None else at)
+        return wire.encode(self._seal(fields, record.application.oid_partner))
 
     def _seal(self, answer: Mapping[str, str], oid_partner: str) -> dict[str, str]:
         """``answer`` as it goes out: signed, unless it is an error and errors are not."""

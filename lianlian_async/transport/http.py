@@ -19,14 +19,12 @@ __all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
 AsyncClient = httpx.AsyncClient
 AsyncBaseTransport = httpx.AsyncBaseTransport
 
+_JSON: Final = "application/json;charset=utf-8"
 _HEADERS: Final = {
-    "Content-Type": "application/json;charset=utf-8",
     "Accept": "application/json",
     "Accept-Encoding": "identity",
     "User-Agent": "lianlian-async",
 }
-
-_RAW_HEADERS: Final = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
 
 # Raised before the first byte of a request is written. All else may have arrived: also LocalProtocolError,
 # which an HTTP/2 client raises for a stream that the server closed after it had the request.
@@ -72,19 +70,26 @@ class _AsyncIterator(AsyncIterator[bytes]):
 class Transport:
     """The shared ``httpx.AsyncClient``, closed with the session unless it was given from outside."""
 
-    def __init__(self, client: httpx.AsyncClient, *, owned: bool) -> None:
+    def __init__(self, client: httpx.AsyncClient, *, owned: bool, content_type: str = _JSON) -> None:
         self._client = client
         self._owned = owned
+        self._headers = {"Content-Type": content_type, **_HEADERS}
+        self._raw_headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
         self._targets: dict[str, httpx.URL] = {}
 
     @classmethod
     async def open(
-        cls, client: httpx.AsyncClient | None, transport: httpx.AsyncBaseTransport | None, max_connections: int
+        cls,
+        client: httpx.AsyncClient | None,
+        transport: httpx.AsyncBaseTransport | None,
+        max_connections: int,
+        content_type: str = _JSON,
     ) -> Transport:
         """Over ``client`` if given, else over a client of our own, on ``transport`` if given."""
-        if client is not None:
-            return cls(client, owned=False)
-        return cls(await anyio.to_thread.run_sync(_make_client, transport, max_connections), owned=True)
+        owned = client is None
+        if client is None:
+            client = await anyio.to_thread.run_sync(_make_client, transport, max_connections)
+        return cls(client, owned=owned, content_type=content_type)
 
     async def post(self, url: str, body: bytes, seconds: float) -> Delivery:
         """POST ``body``, with at most ``seconds`` for each of the exchange's steps and half of it to connect.
@@ -113,13 +118,13 @@ class Transport:
     def _request(self, url: str, body: bytes, seconds: float) -> httpx.Request:
         timeout = httpx.Timeout(seconds, connect=seconds / 2)
         if not self._owned:  # its own headers, cookies and base URL count, too
-            return self._client.build_request("POST", url, content=body, headers=_HEADERS, timeout=timeout)
+            return self._client.build_request("POST", url, content=body, headers=self._headers, timeout=timeout)
         # Our own client has nothing to add, and looking for it costs more than all the rest of a request.
         target = self._targets.get(url)
         if target is None:
             target = self._targets[url] = httpx.URL(url)
         extensions = {"timeout": timeout.as_dict()}
-        return httpx.Request("POST", target, content=body, headers=_RAW_HEADERS, extensions=extensions)
+        return httpx.Request("POST", target, content=body, headers=self._raw_headers, extensions=extensions)
 
     async def aclose(self) -> None:
         """Close the client, if it is ours."""

@@ -1,0 +1,312 @@
+"""The sandbox's notifications: signed, on schedule, and in all the ways that may go wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import anyio
+import attrs
+import httpx
+import pytest
+from notices import Handler, until
+from parties import OID_PARTNER, as_json, refund_request, sandbox, wall_clock
+
+from lianlian_async import ConfigurationError, NotificationEndpoint, asgi, wire
+from lianlian_async.journal import MemoryJournal
+from lianlian_async.sandbox import Fault, Mischief, Notifier, When
+from lianlian_async.session import RefundSession
+from lianlian_async.signing import signature_source
+from lianlian_async.transport import asgi_transport
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+OK = (200, b'{"ret_code":"0000","ret_msg":"ok"}')
+
+
+@attrs.define
+class Shop:
+    """A merchant's server: notes what comes, and when; ``answers`` in turn, the last one again and again."""
+
+    answers: list = attrs.field(factory=lambda: [OK])
+    came: list = attrs.field(factory=list)
+    scopes: list = attrs.field(factory=list)
+
+    async def __call__(self, scope, receive, send):
+        self.scopes.append(scope)
+        self.came.append((anyio.current_time(), wire.decode(await asgi.read(receive, 2**20))))
+        status, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if status is None:
+            await anyio.sleep_forever()
+        await asgi.respond(send, status, {}, body)
+
+    @property
+    def times(self):
+        return [at for at, _ in self.came]
+
+    @property
+    def states(self):
+        return [fields["sta_refund"] for _, fields in self.came]
+
+
+def notifier(gateway, shop, *mischief, **options):
+    return Notifier(gateway, transport=asgi_transport(shop), mischief=dict.fromkeys(mischief, 1.0), **options)
+
+
+def session(gateway, app=None, **options):
+    """A session with the gateway, reached by way of ``app``."""
+    return RefundSession(gateway.merchant(), transport=asgi_transport(app or gateway), now=wall_clock, **options)
+
+
+# ── the schedule ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_final_refund_is_notified_once_it_is_acknowledged():
+    """One POST of text/json to the notify_url, when the refund is final, signed as answers are."""
+    gateway, shop = sandbox(settle_after=10), Shop()
+    async with notifier(gateway, shop) as notifying, session(gateway) as opened:
+        await opened.apply_refund(refund_request(notify_url="https://shop.example/lianlian?shop=1"))
+        assert notifying.pending == 1
+        await anyio.sleep(3600)
+        assert notifying.pending == 0
+    [(at, fields)] = shop.came
+    assert at == pytest.approx(10)
+    assert gateway.gateway_key.public_key().verify(signature_source(fields), fields["sign"])
+    assert (fields["oid_partner"], fields["no_refund"], fields["sta_refund"]) == (OID_PARTNER, "R-1", "2")
+    [scope] = shop.scopes
+    assert (scope["method"], scope["path"], scope["query_string"]) == ("POST", "/lianlian", b"shop=1")
+    assert asgi.headers(scope)["content-type"] == "text/json;charset=utf-8"
+    [delivery] = notifying.deliveries
+    assert (delivery.no_refund, delivery.status, delivery.acknowledged, delivery.forged) == ("R-1", 200, True, False)
+    assert (delivery.at, delivery.body) == (pytest.approx(10), as_json(fields))
+
+
+async def test_a_failed_refund_is_notified_too():
+    """Of success and of failure."""
+    gateway, shop = sandbox(settle_after=10), Shop()
+    gateway.fail("R-1")
+    async with notifier(gateway, shop), session(gateway) as opened:
+        await opened.apply_refund(refund_request())
+        await anyio.sleep(20)
+    assert shop.states == ["3"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, b'{"ret_code":"9999"}'),
+        (200, b"{}"),
+        (200, b"ok"),
+        (201, OK[1]),
+        (500, OK[1]),
+        (302, OK[1]),
+        (None, b""),
+    ],
+)
+async def test_what_is_not_acknowledged_is_sent_every_two_minutes_thirty_times(answer):
+    """Only HTTP 200 with ret_code 0000 within 5 seconds is an acknowledgement."""
+    gateway, shop = sandbox(settle_after=0), Shop([answer])
+    async with notifier(gateway, shop) as notifying, session(gateway) as opened:
+        await opened.apply_refund(refund_request())
+        await anyio.sleep(2 * 3600)
+    assert shop.times == pytest.approx([120 * number for number in range(30)])
+    assert notifying.pending == 0
+    assert {delivery.status for delivery in notifying.deliveries} == {answer[0]}
+    assert not any(delivery.acknowledged for delivery in notifying.deliveries)
+
+
+async def test_it_stops_at_the_first_acknowledgement():
+    """A shop that was down for a while hears of it once when it is up."""
+    gateway, shop = sandbox(settle_after=0), Shop([(503, b""), (None, b""), OK])
+    async with notifier(gateway, shop, every=60), session(gateway) as opened:
+        await opened.apply_refund(refund_request())
+        await anyio.sleep(3600)
+    assert shop.times == pytest.approx([0, 60, 120])
+
+
+async def test_a_shop_that_cannot_be_reached_is_one_that_does_not_answer():
+    """No connection, no acknowledgement."""
+
+    class Unreachable(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request):
+            raise httpx.ConnectError("refused", request=request)
+
+    gateway = sandbox(settle_after=0)
+    async with httpx.AsyncClient(transport=Unreachable()) as client:
+        async with Notifier(gateway, client=client, times=2) as notifying, session(gateway) as opened:
+            await opened.apply_refund(refund_request())
+            await anyio.sleep(300)
+        assert not client.is_closed
+    assert [(delivery.status, delivery.acknowledged) for delivery in notifying.deliveries] == [(None, False)] * 2
+
+
+async def test_time_is_the_gateways_own():
+    """Putting the gateway's clock forward brings the final state and the next delivery."""
+    gateway, shop = sandbox(settle_after=100), Shop([(500, b""), OK])
+    async with notifier(gateway, shop), session(gateway) as opened:
+        await opened.apply_refund(refund_request())
+        for seconds, deliveries in ((99, 0), (1, 1), (119, 1), (1, 2)):
+            gateway.advance(seconds)
+            await anyio.wait_all_tasks_blocked()
+            await anyio.sleep(0.01)
+            assert len(shop.came) == deliveries
+    assert anyio.current_time() < 1
+
+
+async def test_what_was_made_before_and_what_came_in_late_is_notified():
+    """Every refund in the books is notified of, however it came there."""
+    gateway, shop = sandbox(settle_after=0), Shop()
+    async with session(gateway, deadline=5) as opened:
+        await opened.apply_refund(refund_request(1))
+        gateway.script(Fault.LATE, delay=60)
+        gateway.script(Fault.NO_ANSWER, when=When.AFTER, call="apply", skip=1)
+        async with notifier(gateway, shop):
+            for number in (2, 3):
+                assert (await opened.outcome_of(refund_request(number))).attempts == 1
+            await anyio.sleep(60)
+            gateway.advance(0)
+            await anyio.sleep(1)
+    assert sorted(fields["no_refund"] for _, fields in shop.came) == ["R-1", "R-2", "R-3"]
+
+
+async def test_leaving_ends_the_notifications():
+    """Nothing is sent behind the block, however much is pending."""
+    gateway, shop = sandbox(settle_after=10), Shop()
+    async with notifier(gateway, shop), session(gateway) as opened:
+        await opened.apply_refund(refund_request())
+    await anyio.sleep(100)
+    assert not shop.came
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+async def test_a_probability_that_is_none_is_refused(share):
+    """Said at once."""
+    with pytest.raises(ConfigurationError, match="mischief"):
+        Notifier(sandbox(), mischief={Mischief.EARLY: share})
+
+
+# ── mischief ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def notified(*mischief, answers=None, **options):
+    """The shop and the deliveries after one refund with some mischief."""
+    gateway, shop = sandbox(settle_after=10), Shop(answers or [OK])
+    async with notifier(gateway, shop, *mischief, **options) as notifying, session(gateway) as opened:
+        await opened.apply_refund(refund_request())
+        await anyio.sleep(3600)
+    return shop, notifying.deliveries
+
+
+async def test_duplicated_means_once_more_at_once():
+    """Though it was acknowledged."""
+    shop, _ = await notified(Mischief.DUPLICATED)
+    assert shop.times == pytest.approx([10, 10])
+    assert shop.came[0][1] == shop.came[1][1]
+
+
+async def test_concurrent_means_several_at_a_time():
+    """All of them are under way before any is answered."""
+    shop, deliveries = await notified(Mischief.CONCURRENT, answers=[(None, b"")] * 3 + [OK])
+    assert shop.times == pytest.approx([10] * 3 + [130] * 3)
+    assert [delivery.at for delivery in deliveries] == pytest.approx([15] * 3 + [130] * 3)
+
+
+async def test_reordered_means_that_the_past_comes_last():
+    """The first state is notified behind the last one."""
+    shop, _ = await notified(Mischief.REORDERED)
+    assert shop.states == ["2", "0"]
+
+
+async def test_replayed_means_again_after_a_while():
+    """By somebody who kept it."""
+    shop, _ = await notified(Mischief.REPLAYED)
+    assert shop.times == pytest.approx([10, 130])
+
+
+async def test_tampered_means_forgeries_ahead():
+    """Each delivery is preceded by one whose signature is not the gateway's over its content."""
+    key = sandbox().gateway_key.public_key()
+    shop, deliveries = await notified(Mischief.TAMPERED, answers=[(500, b"")])
+    genuine = [key.verify(signature_source(fields), fields.get("sign", "")) for _, fields in shop.came]
+    assert genuine == [False, True] * 30
+    assert [delivery.forged for delivery in deliveries] == [True, False] * 30
+    assert len({delivery.body for delivery in deliveries if delivery.forged}) == 6
+
+
+async def test_early_means_before_the_answer():
+    """The notification of the final state overtakes the answer to the apply call."""
+    gateway, shop = sandbox(settle_after=1000), Shop()
+    notifying = notifier(gateway, shop, Mischief.EARLY)
+    async with notifying, session(gateway, notifying) as opened:
+        for number in range(3):
+            shop.came.clear()
+            refund = await opened.apply_refund(refund_request(number))
+            assert shop.states == ["2"]
+            assert not refund.is_final
+        assert (await opened.query_refund(refund.query())).is_final
+
+
+async def test_the_same_dice_fall_the_same_way():
+    """One seed and one sequence of refunds meet the same mischief."""
+
+    async def bodies(seed):
+        gateway, shop = sandbox(settle_after=0), Shop()
+        mischief = dict.fromkeys(Mischief, 0.5)
+        notifying = Notifier(gateway, transport=asgi_transport(shop), mischief=mischief, seed=seed)
+        async with notifying, session(gateway, notifying) as opened:
+            for number in range(10):
+                await opened.apply_refund(refund_request(number))
+            await anyio.sleep(300)
+        return Counter((delivery.no_refund, delivery.forged) for delivery in notifying.deliveries)
+
+    assert await bodies(1) == await bodies(1) != await bodies(2)
+
+
+async def test_with_all_of_it_each_refund_is_acted_on_once():
+    """The endpoint acts once on each final refund, acknowledges no forgery, and misses nothing."""
+    handler = Handler()
+    gateway = sandbox(settle_after=5)
+    mischief = dict.fromkeys(Mischief, 0.5)
+    async with MemoryJournal() as journal:
+        endpoint = NotificationEndpoint(gateway.merchant(), handler, journal=journal, now=wall_clock)
+        notifying = Notifier(gateway, transport=asgi_transport(endpoint), mischief=mischief)
+        async with notifying, session(gateway, notifying, journal=journal) as opened:
+            for number in range(40):
+                gateway.fail(f"R-{number}") if number % 3 else None
+                await opened.apply_refund(refund_request(number))
+            await until(lambda: not notifying.pending, look_every=10)
+        assert [entry async for entry in journal.pending()] == []
+    assert sorted(handler.numbers) == sorted(f"R-{number}" for number in range(40))
+    assert not any(delivery.acknowledged for delivery in notifying.deliveries if delivery.forged)
+    assert all(delivery.acknowledged for delivery in notifying.deliveries if not delivery.forged)
+    assert endpoint.counts["acted"] == 40
+    assert not endpoint.counts["failed"]
+    assert not endpoint.counts["contradictory"]
+
+
+# ── as an application ────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_server_runs_it_for_its_lifetime():
+    """From startup to shutdown, the gateway's calls are served and notified of."""
+    gateway, shop = sandbox(settle_after=5), Shop()
+    app = notifier(gateway, shop)
+    started, stop, heard = anyio.Event(), anyio.Event(), []
+
+    async def receive():
+        if heard:
+            await stop.wait()
+        return {}
+
+    async def send(message):
+        heard.append(message["type"])
+        started.set()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(app, {"type": "lifespan"}, receive, send)
+        await started.wait()
+        async with session(gateway, app) as opened:
+            await opened.apply_refund(refund_request())
+            await anyio.sleep(10)
+        stop.set()
+    assert heard == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert shop.states == ["2"]
