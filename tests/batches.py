@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from psycopg.conninfo import conninfo_to_dict
+
+PASSWORD = "s3cret"
 FIELDS = ("no_refund", "dt_refund", "money_refund", "no_order")
 
 
@@ -44,3 +47,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def url_of(database: str, *, password: str | None = PASSWORD) -> str:
+    """The URL of the tests' PostgreSQL ``database``, which is given as a connection string."""
+    parts = conninfo_to_dict(database)
+    secret = "" if password is None else f":{password}"
+    return f"postgresql://{parts['user']}{secret}@/{parts['dbname']}?host={parts['host']}"

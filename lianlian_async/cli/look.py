@@ -44,7 +44,8 @@ class Look:
 
     place: str
     states: Mapping[State, int]
-    queue: Mapping[str, int]
+    queue: Mapping[str, int] = attrs.field(factory=dict)
+    """As ``RefundQueue.counts``; empty where there is no queue."""
     unknown: int = 0
     """Unsettled, and may have been made."""
     not_sent: int = 0
@@ -69,13 +70,14 @@ def _moment(moment: datetime) -> str:
 
 async def look(place: str) -> Look:
     """Look into the journal at ``place``."""
-    queue = await queue_counts(place) if is_dsn(place) else {}
     async with make_reader(place) as reader:
-        found = Look(place, await reader.counts(), queue)
+        found = Look(place, await reader.counts())
         if found.states[State.UNSETTLED]:
             async with aclosing(iterate(reader.pending())) as entries:
                 async for entry in entries:
                     found.add(entry)
+    if is_dsn(place):
+        found.queue = await queue_counts(place)
     return found
 
 

@@ -98,16 +98,12 @@ def _postgres_journal(dsn: str) -> Journal:
 
 @asynccontextmanager
 async def open_queue(dsn: str) -> AsyncGenerator[RefundQueue]:
-    """The queue at ``dsn``. Whatever befalls the database is a ``JournalError``."""
+    """The queue at ``dsn``, made if it is not there."""
     with _extra():
-        from procrastinate.exceptions import ConnectorException
-
         from lianlian_async.contrib.procrastinate import RefundQueue
-    try:
+    with _queue_errors():
         async with RefundQueue(dsn) as queue:
             yield queue
-    except ConnectorException as error:
-        raise JournalError(f"queue: {error.__cause__ or error}") from error
 
 
 async def queue_counts(dsn: str) -> Mapping[str, int]:
@@ -115,8 +111,21 @@ async def queue_counts(dsn: str) -> Mapping[str, int]:
     with _extra():
         from lianlian_async.contrib.procrastinate import RefundQueue
     queue = RefundQueue(dsn)
-    async with queue.app.open_async():
-        return await queue.counts() if await queue.app.check_connection_async() else {}
+    with _queue_errors():
+        async with queue.app.open_async():
+            return await queue.counts() if await queue.app.check_connection_async() else {}
+
+
+@contextmanager
+def _queue_errors() -> Iterator[None]:
+    """What befalls the queue's database is a ``JournalError``."""
+    from procrastinate.exceptions import ConnectorException
+    from psycopg import Error
+
+    try:
+        yield
+    except (ConnectorException, Error) as error:
+        raise JournalError(f"queue: {error.__cause__ or error}") from error
 
 
 @contextmanager

@@ -1,0 +1,232 @@
+"""``lianlian journal``: what stands in a journal, in a file and in PostgreSQL, and what becomes of what is open."""
+
+import sys
+from decimal import Decimal
+
+import anyio
+import pytest
+from batches import PASSWORD, read_csv, read_lines, refund, url_of, write_csv
+from command import end, interruption, run, start, until
+
+from lianlian_async import Merchant, RefundRequest, RefundSession
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.journal import SqliteJournal
+from lianlian_async.sandbox import Fault, SandboxGateway
+
+SHORT = ("--deadline", "0.5", "--absence-grace", "0.1")
+
+
+@pytest.fixture
+def gateway():
+    """A sandbox in which a refund is final after a day."""
+    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=86_400.0)
+
+
+@pytest.fixture
+def env(gateway):
+    """The environment that leads to it, as long as it is served."""
+    with serving(gateway) as url:
+        yield environment(gateway, url)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file of five refunds, the last of which is too much."""
+    rows = [refund(number) for number in range(4)]
+    return write_csv(tmp_path / "refunds.csv", [*rows, refund(4, money_refund="1000.01")])
+
+
+@pytest.fixture
+def journal(file):
+    return file.with_name("refunds.csv.journal")
+
+
+@pytest.fixture
+def left_open(env, gateway, file, journal):
+    """A journal in which R-0 may have been made, and three more were, but are not final."""
+    gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-0")
+    gateway.script(Fault.HTTP_500, call="query", times=1000)
+    assert run("batch", file, "--yes", "--deadline", "0.5", env=env).exit_code == 4
+    gateway._plan._scripted.clear()
+    return journal
+
+
+# ── show ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_journal_shows_how_things_stand(left_open):
+    """Counts for each state, and the refunds that may have been made, with the moment when asking decides."""
+    people, machine = (run("journal", "show", left_open, *more) for more in ((), ("--json",)))
+    assert people.exit_code == machine.exit_code == 0
+    assert "│ unsettled │ 1 " in people.stdout
+    assert "│ accepted  │ 3 " in people.stdout
+    assert "1 may have been made" in people.stdout
+    assert "│ R-0       │ 10.00 │ 20" in people.stdout
+    assert machine.json["states"] == {"unsettled": 1, "accepted": 3, "done": 0, "rejected": 1}
+    (unknown,) = machine.json["oldest_unknown"]
+    assert unknown["no_refund"] == "R-0"
+    assert unknown["sent_at"] < unknown["ask_again_at"]
+    assert (machine.json["unknown"], machine.json["not_sent"], machine.json["queue"]) == (1, 0, {})
+
+
+def test_of_many_the_oldest_are_shown(gateway, tmp_path):
+    """Twenty that may have been made are listed, and how many there are in all."""
+    file, journal = tmp_path / "many.csv", tmp_path / "many.csv.journal"
+    write_csv(file, [refund(number) for number in range(22)])
+    gateway.script(Fault.HTTP_500, times=1000)
+    with serving(gateway) as url:
+        run("batch", file, "--yes", "--concurrency", "22", "--deadline", "0.3", env=environment(gateway, url))
+    shown = run("journal", "show", journal)
+    assert "22 may have been made; the oldest 20" in shown.stdout
+    assert shown.stdout.count("│ R-") == 20
+
+
+def test_what_was_never_sent_is_told_apart(gateway, file, journal):
+    """Where nothing listened, nothing is unknown: the journal holds what is certainly not sent."""
+    nowhere = environment(gateway, "http://127.0.0.1:9")
+    run("batch", file, "--yes", "--deadline", "0.1", env=nowhere)
+    shown = run("journal", "show", journal)
+    assert "certainly not sent yet: 5\n" in shown.stdout
+    assert "may have been made" not in shown.stdout
+
+
+def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):
+    """``show`` and ``export`` look beside the batch that is at work with the journal."""
+    gateway.script(Fault.NO_ANSWER, skip=2)
+    process = start("batch", file, "--yes", "--concurrency", "1", env=env)
+    until(lambda: gateway.requests["apply"] == 3)
+    shown = run("journal", "show", journal, "--json")
+    exported = run("journal", "export", journal, "--out", file.with_name("all.jsonl"), "--json")
+    process.kill()
+    end(process, env)
+    assert shown.json["states"] == {"unsettled": 1, "accepted": 2, "done": 0, "rejected": 0}
+    assert exported.json == {"refunds": 3, "out": str(file.with_name("all.jsonl"))}
+
+
+@pytest.mark.parametrize("command", [("show",), ("export", "--out", "x"), ("resume",)])
+def test_a_journal_that_is_not_there_is_not_made(tmp_path, command):
+    """A path that leads nowhere is a usage error."""
+    ended = run("journal", *command, tmp_path / "journal")
+    assert ended.exit_code == 2
+    assert "no such journal" in ended.stderr
+    assert not (tmp_path / "journal").exists()
+
+
+def test_another_file_is_no_journal(file):
+    """A file that is no journal is left as it is."""
+    before = file.read_bytes()
+    ended = run("journal", "show", file)
+    assert ended.exit_code == 1
+    assert "it is no journal" in ended.stderr
+    assert file.read_bytes() == before
+
+
+# ── export ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["all.csv", "all.jsonl"])
+def test_a_journal_is_exported(left_open, tmp_path, name):
+    """All refunds stand in the file, with what was asked for and what is known."""
+    out = tmp_path / name
+    ended = run("journal", "export", left_open, "--out", out)
+    assert (ended.exit_code, ended.stdout) == (0, f"5 refunds written to {out}\n")
+    lines = {line["no_refund"]: line for line in (read_csv if name == "all.csv" else read_lines)(out)}
+    assert sorted(lines) == [f"R-{number}" for number in range(5)]
+    assert [lines[f"R-{number}"]["state"] for number in (0, 1, 4)] == ["unsettled", "accepted", "rejected"]
+    assert (lines["R-0"]["ret_code"] or None, lines["R-4"]["ret_code"]) == (None, "5003")
+    assert (lines["R-1"]["money_refund"], lines["R-1"]["no_order"], lines["R-1"]["sta_refund"]) == ("10.00", "O-1", "0")
+    assert lines["R-0"]["sent_at"].startswith("20")
+
+
+def test_a_journal_is_not_written_over(left_open):
+    """--out is not the journal itself."""
+    assert run("journal", "export", left_open, "--out", left_open).exit_code == 2
+    assert run("journal", "show", left_open).exit_code == 0
+
+
+# ── resume ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_open_is_asked_about(env, gateway, left_open):
+    """``resume`` finds the unknown one, then the final states; nothing is sent again."""
+    first = run("journal", "resume", left_open, "--json", env=env)
+    assert first.exit_code == 0
+    assert first.json["states"] == {"unsettled": 0, "accepted": 4, "done": 0, "rejected": 1}
+    assert (first.json["settled"], first.json["still_open"]) == (1, 3)
+    gateway.advance(86_400)
+    people = run("journal", "resume", left_open, env=env)
+    assert "settled: 4\nstill open: 0\n" in people.stdout
+    assert gateway.requests["apply"] == 5
+
+
+def test_what_stays_unknown_exits_4(env, gateway, left_open):
+    """As long as it is not known whether a refund was made, the exit code says so."""
+    gateway.script(Fault.HTTP_500, call="query", times=1000)
+    ended = run("journal", "resume", left_open, *SHORT, env=env)
+    assert ended.exit_code == 4
+    assert "1 may have been made" in ended.stdout
+
+
+def test_an_interrupted_resume_exits_130(gateway, left_open):
+    """Ctrl-C ends it as it ends any command."""
+    with interruption():
+        ended = run("journal", "resume", left_open, env=environment(gateway, "http://127.0.0.1:9"))
+    assert (ended.exit_code, ended.stderr) == (130, "interrupted\n")
+
+
+# ── PostgreSQL ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
+    """A journal in PostgreSQL, named by LIANLIAN_DSN or without a password, is one as any other."""
+    private = env | {"LIANLIAN_DSN": url_of(database), "PGPASSWORD": PASSWORD}
+    place = url_of(database, password=None)
+    assert run("batch", file, "--yes", "--journal", place, *SHORT, env=private).exit_code == 3
+    shown = run("journal", "show", "--json", env=private)
+    assert shown.json["states"] == {"unsettled": 0, "accepted": 4, "done": 0, "rejected": 1}
+    assert shown.json["journal"] == "in PostgreSQL"
+    assert PASSWORD not in shown.stdout + shown.stderr
+    gateway.advance(86_400)
+    resumed = run("journal", "resume", place, env=private)
+    assert "│ done      │ 4 " in resumed.stdout
+    out = file.with_name("all.csv")
+    assert run("journal", "export", "--out", out, env=private).exit_code == 0
+    assert len(read_csv(out)) == 5
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:s3cret@/x?host=/nowhere", "postgresql://me@/x?password=s3cret"])
+def test_a_password_never_stands_on_the_command_line(url):
+    """A URL with a password is refused as an argument, and not repeated; from the environment it is used."""
+    refused = run("journal", "show", url)
+    assert refused.exit_code == 2
+    used = run("journal", "show", env={"LIANLIAN_DSN": url})
+    assert used.exit_code == 1
+    assert used.stderr.startswith("journal error: ")
+    assert "s3cret" not in refused.stderr + used.stderr
+
+
+@pytest.mark.parametrize("command", [("journal", "show"), ("batch", "--queue", "--yes")])
+def test_a_missing_extra_is_named(env, file, monkeypatch, command):
+    """Without psycopg, PostgreSQL is explained in one line."""
+    for name in [name for name in sys.modules if name.startswith(("psycopg", "lianlian_async.journal.postgres"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    arguments = (*command, file) if command[0] == "batch" else command
+    ended = run(*arguments, env=env | {"LIANLIAN_DSN": "postgresql:///x"})
+    assert ended.exit_code == 2
+    assert ended.stderr == "configuration error: PostgreSQL needs psycopg: pip install 'lianlian-async[postgres]'\n"
+
+
+# ── together with a service ──────────────────────────────────────────────────────────────────────
+
+
+def test_the_journal_of_a_service_is_the_same(env, gateway, tmp_path):
+    """What a program of one's own has begun with SqliteJournal is shown by the command."""
+    path = tmp_path / "service.journal"
+
+    async def service():
+        async with SqliteJournal(path) as journal, RefundSession(Merchant.from_env(env), journal=journal) as session:
+            await session.apply_refund(RefundRequest.from_dict(refund(1)))
+
+    anyio.run(service)
+    assert run("journal", "show", path, "--json").json["states"]["accepted"] == 1

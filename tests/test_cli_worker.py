@@ -1,0 +1,204 @@
+"""``lianlian batch --queue`` and ``lianlian worker``: from one process to a fleet, on a real PostgreSQL."""
+
+import signal
+import sys
+from decimal import Decimal
+
+import anyio
+import psycopg
+import pytest
+from batches import PASSWORD, refund, url_of, write_csv
+from command import end, interruption, run, start, until
+
+from lianlian_async.cli.places import open_queue
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.errors import JournalError
+from lianlian_async.sandbox import Fault, SandboxGateway, When
+
+
+@pytest.fixture
+def gateway():
+    """A sandbox in which every refund is final at once."""
+    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0)
+
+
+@pytest.fixture
+def env(gateway, database):
+    """The environment that leads to it, and to a database of the test's own."""
+    with serving(gateway) as url:
+        yield environment(gateway, url) | {"LIANLIAN_DSN": url_of(database), "PASSWORD": PASSWORD}
+
+
+@pytest.fixture
+def producer(env):
+    """The environment of a machine that knows the database, and no merchant."""
+    return {name: env[name] for name in ("LIANLIAN_DSN", "PASSWORD")}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return refunds(tmp_path / "refunds.csv", 30)
+
+
+def refunds(path, count):
+    return write_csv(path, [refund(number) for number in range(count)])
+
+
+def queued(env):
+    """How the queue is doing."""
+    return run("journal", "show", "--json", env=env).json["queue"]
+
+
+def test_a_batch_is_put_into_the_queue_once(producer, file):
+    """Enqueuing needs no merchant, sends nothing, and adds only what does not wait there yet."""
+    first = run("batch", file, "--queue", "--yes", "--json", env=producer)
+    assert first.exit_code == 0
+    assert (first.json["outcome"], first.json["refunds"], first.json["added"]) == ("in the queue", 30, 30)
+    again = run("batch", file, "--yes", "--queue", env=producer)
+    assert "│ added   │ 0 " in again.stdout
+    assert queued(producer) == {"waiting": 30, "later": 0, "at_work": 0, "failed": 0, "workers": 0}
+    assert not file.with_name("refunds.csv.journal").exists()
+
+
+def test_the_queue_can_be_named_without_a_password(producer, file, database):
+    """A URL on the command line, and the password in PGPASSWORD."""
+    url = url_of(database, password=None)
+    ended = run("batch", file, "--queue", url, "--yes", "--json", env={"PGPASSWORD": PASSWORD})
+    assert ended.json["added"] == 30
+
+
+def test_what_is_put_into_the_queue_is_checked(producer, file):
+    """An invalid line is found before anything is enqueued; a merchant's number cannot be compared here."""
+    write_csv(file, [refund(1), refund(2, money_refund="0")])
+    assert run("batch", file, "--queue", "--yes", env=producer).exit_code == 2
+    write_csv(file, [refund(1) | {"oid_partner": "201103171000000000"}])
+    assert "column 'oid_partner' is no field" in run("batch", file, "--queue", "--yes", env=producer).stderr
+    assert "queue" not in producer
+    assert queued(producer) == {}
+
+
+def test_a_worker_empties_the_queue(env, gateway, file):
+    """--until-empty makes what waits, shows how all stands, and ends."""
+    write_csv(file, [*(refund(number) for number in range(29)), refund(29, money_refund="1000.01")])
+    run("batch", file, "--queue", "--yes", env=env)
+    ended = run("worker", "--until-empty", env=env)
+    assert ended.exit_code == 0
+    assert "│ done      │ 29 " in ended.stdout
+    assert "│ waiting │ 0 " in ended.stdout
+    assert ended.stderr.startswith("working with 20 connections as merchant 201103171000000000\n")
+    assert "refund rejected R-29: 5003" in ended.stderr
+    assert len(gateway.refunds) == 29
+
+
+def test_two_workers_share_a_queue_and_end_when_they_are_told_to(env, gateway, tmp_path):
+    """Two processes make each refund once; SIGINT and SIGTERM end them in good order, with exit code 0."""
+    file = refunds(tmp_path / "refunds.csv", 100)
+    workers = [start("worker", "--concurrency", "5", "--json", env=env) for _ in range(2)]
+    try:
+        run("batch", file, "--queue", "--yes", env=env)
+        until(lambda: len(gateway.refunds) == 100 and not any(map(queued(env).get, ("waiting", "at_work"))))
+        for process, number in zip(workers, (signal.SIGINT, signal.SIGTERM), strict=True):
+            process.send_signal(number)
+        ended = [end(process, env) for process in workers]
+    finally:
+        for process in workers:
+            process.kill()
+    assert [one.exit_code for one in ended] == [0, 0]
+    assert ended[0].json["states"] == {"unsettled": 0, "accepted": 0, "done": 100, "rejected": 0}
+    assert [gateway.times_made(f"R-{number}") for number in range(100)] == [1] * 100
+
+
+def test_what_is_under_way_is_carried_through(env, gateway, file):
+    """A worker that is told to end waits for the answer to what it has sent."""
+    refunds(file, 1)
+    gateway.script(Fault.DELAY, delay=1.0)
+    run("batch", file, "--queue", "--yes", env=env)
+    process = start("worker", "--json", env=env)
+    until(lambda: gateway.requests["apply"])
+    process.send_signal(signal.SIGINT)
+    ended = end(process, env)
+    assert ended.exit_code == 0
+    assert (ended.json["states"]["done"], ended.json["queue"]["waiting"]) == (1, 0)
+
+
+def test_what_is_unknown_stays_in_the_queue_for_later(env, gateway, file):
+    """A refund that may have been made waits until asking can decide; the journal shows it."""
+    refunds(file, 1)
+    gateway.script(Fault.NO_ANSWER)
+    gateway.script(Fault.HTTP_500, call="query", times=1000)
+    run("batch", file, "--queue", "--yes", env=env)
+    ended = run("worker", "--until-empty", "--deadline", "0.5", "--json", env=env)
+    assert (ended.json["queue"]["later"], ended.json["unknown"]) == (1, 1)
+
+
+def test_our_own_fault_ends_the_worker(env, gateway, file):
+    """A rejection that would meet every refund ends it with 3, and nothing is lost."""
+    gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, times=1000)
+    run("batch", file, "--queue", "--yes", env=env)
+    ended = run("worker", "--until-empty", "--concurrency", "1", env=env)
+    assert ended.exit_code == 3
+    assert "batch stopped: " in ended.stderr
+    assert sum(queued(env)[name] for name in ("waiting", "later", "at_work")) == 30
+
+
+def test_what_fails_for_good_is_one_line(env, file):
+    """A number that stands for other content is left for a person, named without a traceback."""
+    for money in ("1.00", "2.00"):
+        write_csv(file, [refund(1, money_refund=money)])
+        run("batch", file, "--queue", "--yes", env=env)
+        ended = run("worker", "--until-empty", env=env)
+    assert "│ failed  │ 1 " in ended.stdout
+    assert "refund R-1 exists with another money_refund: ours 2.00, recorded 1.00" in ended.stderr
+
+
+def test_a_worker_that_is_interrupted_at_its_beginning_exits_130(env):
+    """Ctrl-C before the work has begun ends it as it ends any command."""
+    with interruption():
+        ended = run("worker", env=env)
+    assert (ended.exit_code, ended.stderr.splitlines()[-1]) == (130, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ((), "Missing argument 'DSN'"),
+        (("a/path",), "must be a URL, postgresql://…"),
+        ((f"postgresql://me:{PASSWORD}@db/",), "a password must not stand on the command line"),
+    ],
+)
+def test_a_worker_needs_a_database(env, arguments, hint):
+    """Without a usable URL there is nothing to work on."""
+    ended = run("worker", *arguments, env={**env, "LIANLIAN_DSN": ""})
+    assert ended.exit_code == 2
+    assert hint in " ".join(ended.stderr.split())
+
+
+def test_a_database_that_is_not_there_exits_1(env):
+    """A server that does not answer is named in words, without its password."""
+    ended = run("worker", env=env | {"LIANLIAN_DSN": f"postgresql://me:{PASSWORD}@/x?host=/nowhere"})
+    assert ended.exit_code == 1
+    assert "journal error: journal lianlian in x at /nowhere: " in ended.stderr
+
+
+def test_a_missing_extra_is_named(producer, file, monkeypatch):
+    """Without procrastinate, the queue is explained in one line."""
+    for name in [name for name in sys.modules if name.startswith(("procrastinate", "lianlian_async.contrib.proc"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "procrastinate", None)
+    ended = run("batch", file, "--queue", "--yes", env=producer)
+    assert ended.exit_code == 2
+    assert "PostgreSQL needs procrastinate: pip install 'lianlian-async[postgres]'" in ended.stderr
+
+
+def test_a_database_that_goes_away_is_told(producer):
+    """What befalls the queue's database is an error in words, of this library."""
+
+    async def lose():
+        async with open_queue(producer["LIANLIAN_DSN"]) as queue:
+            async with await psycopg.AsyncConnection.connect(producer["LIANLIAN_DSN"], autocommit=True) as connection:
+                await connection.execute("DROP TABLE procrastinate_jobs CASCADE")
+            await queue.enqueue([])
+            await queue.counts()
+
+    with pytest.raises(JournalError, match=r'queue: relation "procrastinate_jobs" does not exist'):
+        anyio.run(lose)
