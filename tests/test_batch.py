@@ -385,6 +385,22 @@ async def test_after_an_early_end_a_second_run_completes_the_batch(leave):
     assert [gateway.times_made(f"R-{number}") for number in range(1, 21)] == [1] * 20
 
 
+async def test_closing_a_batch_waits_until_nothing_is_under_way():
+    """When ``aclose`` returns, no request is on its way any more, and the journal knows since when."""
+    gateway, journal, source = sandbox(**SLOW), MemoryJournal(), Source()
+    road = Road(gateway)
+    async with RefundSession(gateway.merchant(), transport=road, now=wall_clock, journal=journal) as session:
+        batch = refund_many(session, source, concurrency=4)
+        await anext(batch)
+        await anyio.sleep(0.5)
+        assert road.under_way
+        await batch.aclose()
+        assert not road.under_way
+        entries = await entries_of(journal, source)
+    assert len(entries) > 4
+    assert {entry.holder for entry in entries.values()} == {None}
+
+
 async def test_a_native_cancellation_ends_a_batch_before_the_session_closes(anyio_backend_name):
     """After asyncio's own ``Task.cancel``, by the time the session is closed, what was under way is on record."""
     if anyio_backend_name != "asyncio":
