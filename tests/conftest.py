@@ -36,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     kills.addoption("--refunds", type=int, default=100, help="how many refunds it is of; 20000 for the whole thing")
     kills.addoption("--kills", type=int, default=2, help="how often it is killed; 20 for the whole thing")
     kills.addoption("--seed", type=int, default=0, help="where the dice of its faults and kills start")
+    services = parser.getgroup("services", "the services that are notified (tests/services.py)")
+    services.addoption("--notified", type=int, default=24, help="of how many refunds; 2000 for the whole thing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
