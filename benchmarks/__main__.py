@@ -30,6 +30,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    if missing := environment.missing_extras():
+        parser.error(f"pip install 'lianlian-async[bench]': {', '.join(missing)} not found")
     rounds = min(options.rounds, 2) if options.quick else options.rounds
     bench = Bench(
         rounds=rounds,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,8 +18,14 @@ _VERSIONS = """
 import importlib.metadata as m, json, sys
 print(json.dumps({d: m.version(d) for d in sys.argv[1:] if any(m.distributions(name=d))}))
 """
+_EXTRAS = ("aiohttp", "cryptography", "httpx_aiohttp", "requests", "sniffio")
 _SHOWN = ("anyio", "httpx", "httpcore", "h11", "pycryptodome", "attrs", "cryptography", "aiohttp", "requests",
           "httpx-aiohttp", "sniffio")  # fmt: skip
+
+
+def missing_extras() -> list[str]:
+    """The packages of the extra `bench` that this interpreter lacks."""
+    return [name for name in _EXTRAS if find_spec(name) is None]
 
 
 def core_python(cache: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from . import environment, openssl
+from . import environment
 from .programs.frame import Job
 
 Sample = dict[str, float]
@@ -106,6 +106,8 @@ class Bench:
     @contextmanager
     def server(self, answers: int = 0, *, bits: int | None = None, delay: float = 0.0) -> Iterator[Server]:
         """A gateway process that has ``answers`` signed before it serves; keys of ``bits``."""
+        from . import openssl
+
         with tempfile.TemporaryDirectory(dir=self._cache) as folder:
             openssl.write_keys(Path(folder), bits or self.bits)
             command = [sys.executable, "-m", "benchmarks.server", "--keys", folder]
