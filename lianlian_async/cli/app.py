@@ -15,6 +15,7 @@ from .demo import demo
 from .endings import INTERRUPTED, ending_of
 from .journal import journal
 from .keys import keygen
+from .notify import notify
 from .output import Output
 from .refunds import apply, query
 from .sandbox import sandbox
@@ -55,5 +56,5 @@ def lianlian() -> None:
     """
 
 
-for command in (apply, query, batch, journal, worker, verify, keygen, sandbox, demo):
+for command in (apply, query, batch, journal, worker, verify, keygen, sandbox, notify, demo):
     lianlian.add_command(command)

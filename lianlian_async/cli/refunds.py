@@ -27,7 +27,7 @@ from .inputs import (
 )
 from .output import Output, json_option, pass_output, query_command, table
 
-__all__ = ["apply", "query"]
+__all__ = ["apply", "query", "show_refund"]
 
 _ENVELOPE: Final = ("oid_partner", *SIGNATURE_FIELDS)
 
@@ -85,7 +85,7 @@ def apply(
             return await session.apply_refund(request)
 
     try:
-        _show(output, anyio.run(call))
+        show_refund(output, anyio.run(call))
     except KeyboardInterrupt:
         question = request.query()
         output.show(
@@ -119,7 +119,7 @@ def query(
         async with RefundSession(merchant, deadline=deadline) as session:
             return await session.query_refund(question)
 
-    _show(output, anyio.run(call))
+    show_refund(output, anyio.run(call))
 
 
 def _given(options: Mapping[str, str | None]) -> dict[str, str]:
@@ -133,7 +133,7 @@ def _message(file: BinaryIO | None, merchant: Merchant) -> dict[str, str]:
     return message
 
 
-def _show(output: Output, refund: Refund) -> None:
+def show_refund(output: Output, refund: Refund) -> None:
     """Print the record, and exit with the code of its state."""
     ending = refund_ending(refund)
     documented = [field.name for field in attrs.fields(Refund) if field.eq]  # the others are about the message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Final
 import click
 
 from lianlian_async import wire
-from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
+from lianlian_async.sandbox import Fault, Notifier, Repeated, SandboxGateway
 from lianlian_async.signing import SigningKey
 
 from .files import refuse_existing, write_new
@@ -73,10 +73,26 @@ def _read_money(_ctx: click.Context, _option: click.Parameter, value: str) -> De
 @click.option("--seed", type=int, default=0, help="Where the dice that throw the faults start.")
 @click.option("--settle-after", type=click.FloatRange(min=0), default=2.0, help="Seconds until a refund is final.")
 @click.option("--default-order", default="10000.00", callback=_read_money, help="What every order is worth, in yuan.")
+@click.option(
+    "--notify",
+    metavar="[URL]",
+    is_flag=False,
+    flag_value="http://127.0.0.1:8000/lianlian/refund",
+    help="Notify of final refunds as LianLian does; URL (else port 8000 here) is for requests that name none.",
+)
 @json_option
 @pass_output
 def sandbox(
-    output: Output, /, *, host: str, port: int, env_file: Path, keys: Path | None, repeated: str, **options: Any
+    output: Output,
+    /,
+    *,
+    host: str,
+    port: int,
+    env_file: Path,
+    keys: Path | None,
+    repeated: str,
+    notify: str | None,
+    **options: Any,
 ) -> None:
     """Serve a fake of LianLian's gateway, until SIGINT or SIGTERM. No money is anywhere near it.
 
@@ -85,7 +101,16 @@ def sandbox(
     """
     refuse_existing(env_file)
     gateway = SandboxGateway(repeated=Repeated(repeated), **_kept_keys(keys), **options)
-    with _until_told_to_stop(), serving(gateway, host, port) as url, _written(env_file, gateway, url):
+    app: SandboxGateway | Notifier = gateway
+    settings = {}
+    if notify is not None:
+        app = Notifier(gateway, on_delivery=lambda delivery: output.note(str(delivery)))
+        settings = {"notify_url": notify}
+    with (
+        _until_told_to_stop(),
+        serving(app, host, port) as url,
+        _written(env_file, environment(gateway, url, **settings)),
+    ):
         path = env_file.absolute()
         output.show(
             {"url": url, "env_file": str(path)},
@@ -123,9 +148,9 @@ def _until_told_to_stop() -> Iterator[None]:
 
 
 @contextmanager
-def _written(env_file: Path, gateway: SandboxGateway, url: str) -> Iterator[None]:
+def _written(env_file: Path, variables: Mapping[str, str]) -> Iterator[None]:
     """The environment file, as long as it leads anywhere."""
-    lines = (f"{name}={shlex.quote(text)}\n" for name, text in environment(gateway, url).items())
+    lines = (f"{name}={shlex.quote(text)}\n" for name, text in variables.items())
     write_new(env_file, "".join(lines))
     try:
         yield

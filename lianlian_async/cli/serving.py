@@ -8,11 +8,12 @@ import threading
 from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import uvicorn
 
 from lianlian_async.errors import ConfigurationError
-from lianlian_async.sandbox import SandboxGateway
+from lianlian_async.sandbox import Notifier, SandboxGateway
 
 __all__ = ["environment", "serving"]
 
@@ -23,8 +24,8 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def serving(gateway: SandboxGateway, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve ``gateway`` while the block runs; its base URL. Port 0 takes a free one.
+def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Serve ``gateway`` while the block runs, and notify of its refunds; its base URL. Port 0 takes a free one.
 
     Raises ``ConfigurationError`` if the address cannot be had. Requests that still wait are cut off at the end.
     """
@@ -34,7 +35,8 @@ def serving(gateway: SandboxGateway, host: str = "127.0.0.1", port: int = 0) -> 
         raise ConfigurationError(f"{host} port {port}: {error.strerror}") from None
     with listener:  # it takes connections from here on, even before the server runs
         name = f"[{host}]" if ":" in host else host
-        config = uvicorn.Config(gateway, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
+        lifespan: Literal["on", "off"] = "on" if isinstance(gateway, Notifier) else "off"
+        config = uvicorn.Config(gateway, lifespan=lifespan, ws="none", log_config=None, timeout_graceful_shutdown=1)
         logging.getLogger("uvicorn.error").addFilter(_is_unexpected)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), name="lianlian-sandbox")
@@ -46,9 +48,12 @@ def serving(gateway: SandboxGateway, host: str = "127.0.0.1", port: int = 0) -> 
             thread.join()
 
 
-def environment(gateway: SandboxGateway, base_url: str) -> dict[str, str]:
-    """The variables that ``Merchant.from_env`` needs to call ``gateway`` at ``base_url``; keys in one line each."""
-    merchant = gateway.merchant(base_url)
+def environment(gateway: SandboxGateway, base_url: str, **overrides: Any) -> dict[str, str]:
+    """The variables that ``Merchant.from_env`` needs to call ``gateway`` at ``base_url``; keys in one line each.
+
+    ``overrides`` are further or other arguments of ``Merchant``.
+    """
+    merchant = gateway.merchant(base_url, **overrides)
     return {
         "LIANLIAN_OID_PARTNER": merchant.oid_partner,
         "LIANLIAN_PRIVATE_KEY": "".join(gateway.merchant_key.to_pem().splitlines()[1:-1]),

@@ -27,7 +27,11 @@ from lianlian_async.transport import AsyncBaseTransport, AsyncClient, Transport
 from .gateway import SandboxGateway
 from .ledger import Record
 
-__all__ = ["Delivery", "Mischief", "Notifier"]
+__all__ = ["CONTENT_TYPE", "Delivery", "Mischief", "Notifier", "is_acknowledged", "post"]
+
+CONTENT_TYPE: Final = "text/json;charset=utf-8"
+PATIENCE: Final = 5.0
+"""Seconds."""
 
 
 class Mischief(Enum):
@@ -60,6 +64,11 @@ class Delivery:
     """HTTP status; None: no answer within 5 seconds."""
     acknowledged: bool
 
+    def __str__(self) -> str:
+        what = "forgery" if self.forged else "notification"
+        answer = "no answer" if self.status is None else f"HTTP {self.status}"
+        return f"{what} of {self.no_refund}: {answer}, {'' if self.acknowledged else 'not '}acknowledged"
+
 
 class Notifier:
     """Notifies of the refunds of ``gateway``, as long as ``async with`` it is in use; an ASGI application too.
@@ -77,6 +86,7 @@ class Notifier:
         mischief: how likely each :class:`Mischief` is per refund.
         seed: where the dice that decide it start.
         max_connections: deliveries at the same time.
+        on_delivery: called with each delivery when it is over.
 
     Raises ``ConfigurationError`` for a probability that is none.
     """
@@ -89,10 +99,11 @@ class Notifier:
         transport: AsyncBaseTransport | None = None,
         every: float = 120.0,
         times: int = 30,
-        patience: float = 5.0,
+        patience: float = PATIENCE,
         mischief: Mapping[Mischief, float] | None = None,
         seed: int = 0,
         max_connections: int = 64,
+        on_delivery: Callable[[Delivery], object] = lambda _: None,
     ) -> None:
         self._mischief = dict(mischief or {})
         if any(not 0 <= share <= 1 for share in self._mischief.values()):
@@ -107,6 +118,7 @@ class Notifier:
         self._patience = patience
         self._random = Random(seed)  # noqa: S311 -- dice that fall the same way again are the point
         self._max_connections = max_connections
+        self._on_delivery = on_delivery
         self._begun = self._ended = 0
 
     @property
@@ -115,9 +127,7 @@ class Notifier:
         return len(self._gateway.refunds) - self._ended
 
     async def __aenter__(self) -> Self:
-        self._transport = await Transport.open(
-            self._client, self._http_transport, self._max_connections, "text/json;charset=utf-8"
-        )
+        self._transport = await Transport.open(self._client, self._http_transport, self._max_connections, CONTENT_TYPE)
         self._slots = anyio.Semaphore(self._max_connections)
         started = anyio.Event()
         self._background = Background(lambda: self._run(started))
@@ -200,39 +210,44 @@ class Notifier:
         """POST ``body``, ``times`` side by side; whether one of them was acknowledged."""
         deliveries: list[Delivery] = []
 
-        async def post() -> None:
+        async def send() -> None:
             async with self._slots:
-                status, acknowledged = await self._post(record.application.notify_url, body)
-            deliveries.append(
-                Delivery(
-                    no_refund=record.application.no_refund,
-                    at=self._gateway.now(),
-                    body=body,
-                    forged=forged,
-                    status=status,
-                    acknowledged=acknowledged,
-                )
+                answer = await post(self._transport, record.application.notify_url, body, self._patience)
+            delivery = Delivery(
+                no_refund=record.application.no_refund,
+                at=self._gateway.now(),
+                body=body,
+                forged=forged,
+                status=None if answer is None else answer.status,
+                acknowledged=is_acknowledged(answer),
             )
+            deliveries.append(delivery)
+            self._on_delivery(delivery)
 
         async with anyio.create_task_group() as tasks:
             for _ in range(times):
-                tasks.start_soon(post)
+                tasks.start_soon(send)
         self.deliveries += deliveries
         return any(delivery.acknowledged for delivery in deliveries)
 
-    async def _post(self, url: str, body: bytes) -> tuple[int | None, bool]:
-        with anyio.move_on_after(self._patience):
-            answer = await self._transport.post(url, body, self._patience)
-            if isinstance(answer, Answer):
-                return answer.status, answer.status == 200 and _ret_code(answer.body) == "0000"
-        return None, False
+
+async def post(transport: Transport, url: str, body: bytes, patience: float = PATIENCE) -> Answer | None:
+    """What a merchant's server answers to a notification; None if it does not within ``patience`` seconds."""
+    with anyio.move_on_after(patience):
+        delivery = await transport.post(url, body, patience)
+        if isinstance(delivery, Answer):
+            return delivery
+    return None
 
 
-def _ret_code(body: bytes) -> str | None:
+def is_acknowledged(answer: Answer | None) -> bool:
+    """Whether a merchant's server has taken the notification."""
+    if answer is None or answer.status != 200:
+        return False
     try:
-        return wire.decode(body).get("ret_code")
+        return wire.decode(answer.body).get("ret_code") == "0000"
     except MalformedMessage:
-        return None
+        return False
 
 
 # ── forgeries ────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,98 @@
+"""``lianlian notify``: try by hand a service that receives notifications, and read what came to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import anyio
+import click
+
+from lianlian_async import wire
+from lianlian_async.exchange import Answer
+from lianlian_async.models import RefundStatus, parse_url
+from lianlian_async.protocol import Protocol
+from lianlian_async.sandbox.notifier import CONTENT_TYPE, is_acknowledged, post
+from lianlian_async.signing import SigningKey, signature_source
+from lianlian_async.transport import Transport
+
+from .inputs import config_option, file_argument, load_merchant
+from .output import Output, json_option, pass_output
+from .refunds import show_refund
+
+__all__ = ["notify"]
+
+
+def _read_url(_ctx: click.Context, _argument: click.Parameter, value: str) -> str:
+    try:
+        return parse_url(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.group()
+def notify() -> None:
+    """Send a notification to a service, or read one."""
+
+
+@notify.command()
+@click.argument("url", callback=_read_url)
+@click.option(
+    "--gateway-key",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The private key that stands in for LianLian's: gateway.pem of `sandbox --keys`.",
+)
+@click.option("--no-refund", required=True, help="The merchant's own refund number.")
+@click.option("--money-refund", required=True, help="Yuan, such as 200.01.")
+@click.option("--dt-refund", help="When the refund was ordered: yyyyMMddHHmmss, China Standard Time.")
+@click.option("--oid-refundno", default="1000000000000001", help="LianLian's refund number.")
+@click.option(
+    "--sta-refund",
+    type=click.Choice([status.value for status in RefundStatus]),
+    default=RefundStatus.SUCCESS.value,
+    help="0 initialized, 1 processing, 2 success, 3 failed.",
+)
+@config_option
+@json_option
+@pass_output
+def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None, **fields: str | None) -> None:
+    """POST one signed notification to URL, as LianLian would, and tell whether it was acknowledged.
+
+    The service has to trust the gateway key's public half, and to be the merchant of the environment.
+    """
+    key = SigningKey.load(gateway_key, name="--gateway-key")
+    told = {name: text for name, text in fields.items() if text is not None}
+    told |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
+    body = wire.encode({**told, "sign": key.sign(signature_source(told))})
+    answer = anyio.run(_post, url, body)
+    word = "acknowledged" if is_acknowledged(answer) else "not acknowledged"
+    status, text = (None, "") if answer is None else (answer.status, answer.body.decode(errors="replace"))
+    output.show(
+        {"outcome": word, "status": status, "answer": text},
+        f"{word}: " + ("no answer" if status is None else f"HTTP {status} {text}"),
+    )
+    click.get_current_context().exit(0 if is_acknowledged(answer) else 1)
+
+
+async def _post(url: str, body: bytes) -> Answer | None:
+    transport = await Transport.open(None, None, 1, CONTENT_TYPE)
+    try:
+        return await post(transport, url, body)
+    finally:
+        await transport.aclose()
+
+
+@notify.command()
+@file_argument(required=True)
+@config_option
+@json_option
+@pass_output
+def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
+    """Read a notification as the endpoint of a service does, and show the refund that it tells of.
+
+    FILE holds the body as it was received (- is stdin).
+    """
+    merchant = load_merchant(config)
+    keys = merchant.load_keys()
+    show_refund(output, Protocol(merchant, keys.private, keys.gateway).read_notification(file.read()))
