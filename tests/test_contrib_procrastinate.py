@@ -6,6 +6,7 @@ from decimal import Decimal
 
 import anyio
 import attrs
+import psycopg
 import pytest
 
 from lianlian_async import BatchStopped, Endpoints, RefundRequest, RefundSession, RetryPolicy
@@ -16,6 +17,8 @@ from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.transport import asgi_transport
 
 pytestmark = pytest.mark.anyio
+
+WAITS_FOR_ANOTHER = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 @pytest.fixture
@@ -69,6 +72,23 @@ async def test_what_waits_in_the_queue_waits_there_once(dsn):
         added = await asyncio.gather(queue.enqueue(requests(700)), other.enqueue(requests(700)))
         assert sum(added) == 697
         assert len(await jobs_of(queue)) == 700
+
+
+async def test_a_producer_that_comes_in_between_is_noticed(dsn):
+    """A refund that another producer enqueues between our look and our insertion is enqueued once."""
+    async with RefundQueue(dsn) as queue, await psycopg.AsyncConnection.connect(dsn) as other:
+        (request,) = requests(1)
+        number = f"lianlian {request.no_refund}"
+        job = queue._task.configure(lock=number, queueing_lock=number).make_new_job(fields=request.to_dict())
+        await queue.app.job_manager.defer_job_async(job, connection=other)  # not committed yet: nobody sees it
+        async with asyncio.TaskGroup() as group:
+            added = group.create_task(queue.enqueue(requests(2)))
+            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as watcher:
+                while not await (await watcher.execute(WAITS_FOR_ANOTHER)).fetchone():
+                    await asyncio.sleep(0.01)
+            await other.commit()
+        assert added.result() == 1
+        assert len(await jobs_of(queue)) == 2
 
 
 async def test_an_unknown_refund_comes_again_when_asking_can_decide(dsn, journal):

@@ -138,9 +138,15 @@ class RefundQueue:
         Raises :class:`BatchStopped` on a rejection that is ours to mend; the refund goes back into the queue.
         """
         self._session = session
+        await self._rescue(0)
         self._worker = asyncio.ensure_future(
             self.app.run_worker_async(
-                queues=[self._queue], concurrency=concurrency, wait=wait, delete_jobs="successful"
+                queues=[self._queue],
+                concurrency=concurrency,
+                wait=wait,
+                delete_jobs="successful",
+                update_heartbeat_interval=self._rescue_after / 6,
+                stalled_worker_timeout=self._rescue_after,
             )
         )
         try:

@@ -1,0 +1,115 @@
+"""Kills the workers of a fleet: ``python tests/fleet.py --refunds 2000 --kills 20 --workers 3 --seed 1``.
+
+A sandbox on a socket, every fault at 5 % of the requests; a procrastinate queue and a journal in one real PostgreSQL;
+worker processes, of which a random one is killed (SIGKILL) at random moments and replaced. In the end every refund has
+been made exactly once, or was rejected, and the shared journal and the gateway's books tell the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import time
+
+import postgres
+from kill import EVERY_FAULT, IMPATIENT, requests
+
+from lianlian_async import Merchant, RefundSession
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.contrib.procrastinate import RefundQueue
+from lianlian_async.journal import State
+from lianlian_async.journal.postgres import PostgresJournal
+from lianlian_async.sandbox import Repeated, SandboxGateway
+
+RESCUE_SECONDS = 2.0
+
+
+async def work(dsn: str) -> None:
+    """One worker, until it is killed or there is nothing left to do."""
+    async with (
+        PostgresJournal(dsn) as journal,
+        RefundSession(Merchant.from_env(), journal=journal, retry=IMPATIENT, deadline=1.0) as session,
+        RefundQueue(dsn, rescue_after=RESCUE_SECONDS) as queue,
+    ):
+        await queue.work(session, wait=False)
+
+
+def kill_workers(dsn: str, *, refunds: int, kills: int, workers: int, seed: int) -> dict[str, str]:
+    """The whole programme; the refunds of which journal and books tell differently, or that were made twice."""
+    dice = random.Random(seed)
+    gateway = SandboxGateway(repeated=Repeated.REJECT, faults=EVERY_FAULT, seed=seed, delay=0.2)
+    for request in requests(refunds):
+        gateway.add_order(str(request.no_order), request.money_refund if request.money_refund == 10 else 10)
+    asyncio.run(_enqueue(dsn, refunds))
+    with serving(gateway) as base_url:
+        command = [sys.executable, __file__, "--work", dsn]
+        variables = os.environ | environment(gateway, base_url)
+        fleet = [subprocess.Popen(command, env=variables) for _ in range(workers)]
+        try:
+            while asyncio.run(_open(dsn)):
+                time.sleep(dice.random())
+                victim = dice.randrange(workers)
+                if kills:
+                    fleet[victim].kill()
+                    kills -= 1
+                else:  # fair weather, so that the rest comes to an end
+                    gateway.faults = {}
+                for place, worker in enumerate(fleet):
+                    if worker.poll() is not None:
+                        fleet[place] = subprocess.Popen(command, env=variables)
+        finally:
+            for worker in fleet:
+                worker.kill()
+                worker.wait()
+    return asyncio.run(_audit(dsn, gateway, refunds))
+
+
+async def _enqueue(dsn: str, refunds: int) -> None:
+    async with RefundQueue(dsn) as queue, PostgresJournal(dsn):
+        await queue.enqueue(requests(refunds))
+
+
+async def _open(dsn: str) -> int:
+    """How many jobs are left."""
+    async with RefundQueue(dsn) as queue:
+        jobs = await queue.app.job_manager.list_jobs_async(task="lianlian:refund")
+        return len(list(jobs))
+
+
+async def _audit(dsn: str, gateway: SandboxGateway, refunds: int) -> dict[str, str]:
+    contradictions = {}
+    async with PostgresJournal(dsn) as journal:
+        for request in requests(refunds):
+            entry, made = await journal.find(request.no_refund), gateway.times_made(request.no_refund)
+            state = None if entry is None else entry.state
+            if made != {State.ACCEPTED: 1, State.DONE: 1, State.REJECTED: 0}.get(state):
+                contradictions[request.no_refund] = f"{state}, made {made} times"
+    return contradictions
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--refunds", type=int, default=2_000)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        asyncio.run(work(options.work))
+        return 0
+    began = time.monotonic()
+    with postgres.server() as dsn:
+        contradictions = kill_workers(
+            dsn, refunds=options.refunds, kills=options.kills, workers=options.workers, seed=options.seed
+        )
+    print(f"seed {options.seed}: {contradictions or 'journal and books agree'}, {time.monotonic() - began:.0f} s")
+    return 1 if contradictions else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
