@@ -4,6 +4,7 @@ import sys
 from decimal import Decimal
 
 import anyio
+import anyio.to_thread
 import pytest
 from batches import PASSWORD, read_csv, read_lines, refund, url_of, write_csv
 from command import end, interruption, run, start, until
@@ -12,8 +13,6 @@ from lianlian_async import Merchant, RefundRequest, RefundSession
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.journal import SqliteJournal
 from lianlian_async.sandbox import Fault, SandboxGateway
-
-SHORT = ("--deadline", "0.5", "--absence-grace", "0.1")
 
 
 @pytest.fixture
@@ -41,13 +40,30 @@ def journal(file):
     return file.with_name("refunds.csv.journal")
 
 
+def leave_unknown(merchant, journal, gateway, *numbers):
+    """Begin refunds, and break them off when the gateway has them."""
+
+    async def begin():
+        gateway.script(Fault.NO_ANSWER, times=len(numbers))
+        async with (
+            SqliteJournal(journal) as opened,
+            RefundSession(merchant, journal=opened, max_connections=len(numbers)) as session,
+            anyio.create_task_group() as group,
+        ):
+            for number in numbers:
+                group.start_soon(session.apply_refund, RefundRequest.from_dict(refund(number)))
+            await anyio.to_thread.run_sync(until, lambda: len(gateway.refunds) == len(numbers))
+            group.cancel_scope.cancel()
+
+    anyio.run(begin)
+
+
 @pytest.fixture
 def left_open(env, gateway, file, journal):
-    """A journal in which R-0 may have been made, and three more were, but are not final."""
-    gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-0")
-    gateway.script(Fault.HTTP_500, call="query", times=1000)
-    assert run("batch", file, "--yes", "--deadline", "0.5", env=env).exit_code == 4
-    gateway._plan._scripted.clear()
+    """A journal in which R-0 may have been made, three more were, but are not final, and one was rejected."""
+    leave_unknown(Merchant.from_env(env), journal, gateway, 0)
+    write_csv(file, [refund(1), refund(2), refund(3), refund(4, money_refund="1000.01")])
+    assert run("batch", file, "--yes", env=env).exit_code == 3
     return journal
 
 
@@ -69,13 +85,9 @@ def test_a_journal_shows_how_things_stand(left_open):
     assert (machine.json["unknown"], machine.json["not_sent"], machine.json["queue"]) == (1, 0, {})
 
 
-def test_of_many_the_oldest_are_shown(gateway, tmp_path):
+def test_of_many_the_oldest_are_shown(env, gateway, journal):
     """Twenty that may have been made are listed, and how many there are in all."""
-    file, journal = tmp_path / "many.csv", tmp_path / "many.csv.journal"
-    write_csv(file, [refund(number) for number in range(22)])
-    gateway.script(Fault.HTTP_500, times=1000)
-    with serving(gateway) as url:
-        run("batch", file, "--yes", "--concurrency", "22", "--deadline", "0.3", env=environment(gateway, url))
+    leave_unknown(Merchant.from_env(env), journal, gateway, *range(22))
     shown = run("journal", "show", journal)
     assert "22 may have been made; the oldest 20" in shown.stdout
     assert shown.stdout.count("│ R-") == 20
@@ -83,8 +95,7 @@ def test_of_many_the_oldest_are_shown(gateway, tmp_path):
 
 def test_what_was_never_sent_is_told_apart(gateway, file, journal):
     """Where nothing listened, nothing is unknown: the journal holds what is certainly not sent."""
-    nowhere = environment(gateway, "http://127.0.0.1:9")
-    run("batch", file, "--yes", "--deadline", "0.1", env=nowhere)
+    assert run("batch", file, "--yes", env=environment(gateway, "http://127.0.0.1:9")).exit_code == 1
     shown = run("journal", "show", journal)
     assert "certainly not sent yet: 5\n" in shown.stdout
     assert "may have been made" not in shown.stdout
@@ -162,7 +173,7 @@ def test_what_is_open_is_asked_about(env, gateway, left_open):
 def test_what_stays_unknown_exits_4(env, gateway, left_open):
     """As long as it is not known whether a refund was made, the exit code says so."""
     gateway.script(Fault.HTTP_500, call="query", times=1000)
-    ended = run("journal", "resume", left_open, *SHORT, env=env)
+    ended = run("journal", "resume", left_open, "--deadline", "0.5", env=env)
     assert ended.exit_code == 4
     assert "1 may have been made" in ended.stdout
 
@@ -181,7 +192,7 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
     """A journal in PostgreSQL, named by LIANLIAN_DSN or without a password, is one as any other."""
     private = env | {"LIANLIAN_DSN": url_of(database), "PGPASSWORD": PASSWORD}
     place = url_of(database, password=None)
-    assert run("batch", file, "--yes", "--journal", place, *SHORT, env=private).exit_code == 3
+    assert run("batch", file, "--yes", "--journal", place, env=private).exit_code == 3
     shown = run("journal", "show", "--json", env=private)
     assert shown.json["states"] == {"unsettled": 0, "accepted": 4, "done": 0, "rejected": 1}
     assert shown.json["journal"] == "in PostgreSQL"

@@ -127,7 +127,7 @@ def test_what_is_unknown_stays_in_the_queue_for_later(env, gateway, file):
     gateway.script(Fault.NO_ANSWER)
     gateway.script(Fault.HTTP_500, call="query", times=1000)
     run("batch", file, "--queue", "--yes", env=env)
-    ended = run("worker", "--until-empty", "--deadline", "0.5", "--json", env=env)
+    ended = run("worker", "--until-empty", "--deadline", "2", "--json", env=env)
     assert (ended.json["queue"]["later"], ended.json["unknown"]) == (1, 1)
 
 

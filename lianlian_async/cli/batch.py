@@ -23,7 +23,7 @@ from lianlian_async.models import RefundRequest
 
 from .batch_options import batch_options, refuse_for_queue
 from .checked import Checked
-from .endings import INTERRUPTED, UNKNOWN, ending_of
+from .endings import INTERRUPTED, UNKNOWN, Ending, ending_of
 from .inputs import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, pass_output
 from .places import is_dsn, make_journal, open_queue
@@ -118,25 +118,25 @@ async def _enqueue(dsn: str, checked: Checked) -> int:
 def _send(output: Output, merchant: Merchant, checked: Checked, options: Mapping[str, Any]) -> int:
     """Have them made, and show what became of them; the exit code."""
     run = _Run(output, merchant, checked, options)
-    failure: LianLianError | None = None
-    ending = INTERRUPTED
     # Whoever is interrupted is told below what may have been made: not one line for each.
     logging.getLogger("lianlian_async").addHandler(logging.NullHandler())
     try:
         with sigterm_interrupts(), output.live("refunds", checked.count) as run.advance:
             anyio.run(run.work)
-        ending = run.tally.ending()
-    except LianLianError as error:
-        if not run.tally.ended:
-            raise
-        failure, ending = error, ending_of(error)
     except KeyboardInterrupt:
         under_way = run.begun - run.tally.ended
         output.note(f"up to {under_way:,} more may have been made: run the same command again, it carries on")
-    out, journal = options["out"], options["journal"]
+        return _show(run, INTERRUPTED)
+    return _show(run, ending_of(run.failure) if run.failure else run.tally.ending())
+
+
+def _show(run: _Run, ending: Ending) -> int:
+    """Show what became of a batch that ended in this way; the exit code."""
+    journal, out = run.options["journal"], run.options["out"]
     places = {"journal": "in PostgreSQL" if is_dsn(journal) else journal} | ({"results": str(out)} if out else {})
-    show_batch(output, checked, run.tally, run.found, ending=ending, failure=failure, places=places)
-    return UNKNOWN.exit_code if isinstance(failure, BatchStopped) and run.tally.refunds[UNKNOWN] else ending.exit_code
+    show_batch(run.output, run.checked, run.tally, run.found, ending=ending, failure=run.failure, places=places)
+    is_graver = isinstance(run.failure, BatchStopped) and run.tally.refunds[UNKNOWN]
+    return UNKNOWN.exit_code if is_graver else ending.exit_code
 
 
 @attrs.define
@@ -151,11 +151,21 @@ class _Run:
     found: Mapping[State, int] = attrs.field(factory=dict, init=False)
     tally: Tally = attrs.field(init=False)
     begun: int = attrs.field(default=0, init=False)
+    failure: LianLianError | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.tally = Tally(self.checked.count)
 
     async def work(self) -> None:
+        """Have all made; what ended it before all were is its ``failure``, or is raised if nothing was begun."""
+        try:
+            await self._work()
+        except LianLianError as error:
+            if not self.tally.ended:
+                raise
+            self.failure = error
+
+    async def _work(self) -> None:
         """Send what the journal does not know, ask about what it holds as open, and write down all that is found."""
         options, out = self.options, self.options["out"]
         wishes = {name: options[name] for name in ("keep_going", "wait_unknown")}

@@ -12,6 +12,7 @@ import click
 
 from lianlian_async.flow import iterate
 from lianlian_async.journal import Entry
+from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
 from lianlian_async.recording import Resumed
 
@@ -21,7 +22,6 @@ from .look import look, show_look
 from .output import Output, json_option, pass_output
 from .places import is_dsn, make_journal, make_reader, place_argument
 from .results import line_writer
-from .signals import sigterm_interrupts
 
 __all__ = ["journal"]
 
@@ -77,14 +77,15 @@ def resume(output: Output, /, place: str, config: Path | None, **settings: Any) 
     What is unsettled is asked about as in a batch; of what was made, the final state is asked for. Exit code 4 if
     it still is not known of some whether they were made.
     """
-    merchant = load_merchant(config)
+    _show_resumed(output, place, anyio.run(_resume, load_merchant(config), place, settings))
 
-    async def call() -> Resumed:
-        async with make_journal(place) as opened, make_session(merchant, journal=opened, **settings) as session:
-            return await session.resume()
 
-    with sigterm_interrupts():
-        resumed = anyio.run(call)
+async def _resume(merchant: Merchant, place: str, settings: dict[str, Any]) -> Resumed:
+    async with make_journal(place) as opened, make_session(merchant, journal=opened, **settings) as session:
+        return await session.resume()
+
+
+def _show_resumed(output: Output, place: str, resumed: Resumed) -> None:
     found = anyio.run(look, place)
     show_look(output, found, settled=resumed.settled, still_open=resumed.still_open)
     if found.unknown:

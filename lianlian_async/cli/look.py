@@ -54,14 +54,16 @@ class Look:
 
     def add(self, entry: Entry) -> None:
         """One more entry that is not final."""
-        if entry.state is State.UNSETTLED and entry.sent_at is None:
+        if entry.state is not State.UNSETTLED:
+            return
+        if entry.sent_at is None:
             self.not_sent += 1
-        elif entry.state is State.UNSETTLED and entry.sent_at is not None:
-            self.unknown += 1
-            if self.unknown <= _LISTED:
-                grace = timedelta(seconds=RetryPolicy().absence_grace)
-                moments = (_moment(entry.sent_at), _moment(entry.sent_at + grace))
-                self.oldest.append(Open(entry.no_refund, entry.fields["money_refund"], *moments))
+            return
+        self.unknown += 1
+        if len(self.oldest) < _LISTED:
+            grace = timedelta(seconds=RetryPolicy().absence_grace)
+            moments = (_moment(entry.sent_at), _moment(entry.sent_at + grace))
+            self.oldest.append(Open(entry.no_refund, entry.fields["money_refund"], *moments))
 
 
 def _moment(moment: datetime) -> str:
