@@ -72,7 +72,7 @@ async def test_another_thread_may_cancel_it():
     watch = Watch()
     background = Background(watch)
     await watch.begun.wait()
-    thread = threading.Thread(target=background.cancel_soon)
+    thread = threading.Timer(0.05, background.cancel_soon)  # the event loop is asleep by then
     thread.start()
     with anyio.fail_after(10):
         await background.join()
@@ -149,8 +149,7 @@ def test_a_loop_that_ends_before_it_began_keeps_nobody_waiting():
             ends.append("closed")
 
     async def main():
-        main.owner = asyncio.create_task(owner())
-        await asyncio.sleep(0)  # the owner has begun, what it started has not
+        main.owner = asyncio.create_task(owner())  # begins in the loop's last step, too late for what it starts
 
     asyncio.run(main())
     assert ends == ["closed"]
