@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import copy_context
@@ -25,14 +24,16 @@ class Background:
         self._function = function
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
-        self._loop: Any = anyio.lowlevel.current_token().native_token
-        if isinstance(self._loop, asyncio.AbstractEventLoop):
-            self._task = self._loop.create_task(self._run())  # asyncio itself holds tasks only weakly
+        loop: Any = anyio.lowlevel.current_token().native_token
+        if hasattr(loop, "create_task"):  # asyncio's, whose import would cost programs on trio dear
+            self._call_soon = loop.call_soon_threadsafe
+            self._task = loop.create_task(self._run())  # asyncio itself holds tasks only weakly
             # Not at the end of the task's own code: a loop that ends may cancel a task before that has begun.
             self._task.add_done_callback(lambda _: self._ended.set())
         else:
             import trio
 
+            self._call_soon = loop.run_sync_soon
             trio.lowlevel.spawn_system_task(self._run, context=copy_context())
 
     async def _run(self) -> None:
@@ -45,10 +46,7 @@ class Background:
     def cancel_soon(self) -> None:
         """Cancel it from anywhere: another thread, a finalizer, after the event loop is gone."""
         with suppress(RuntimeError):  # the loop is closed (trio.RunFinishedError is one too), and the task with it
-            if isinstance(self._loop, asyncio.AbstractEventLoop):
-                self._loop.call_soon_threadsafe(self._scope.cancel)
-            else:
-                self._loop.run_sync_soon(self._scope.cancel)
+            self._call_soon(self._scope.cancel)
 
     async def join(self) -> None:
         """Wait until it has ended by itself."""

@@ -84,7 +84,7 @@ async def test_a_producer_that_comes_in_between_is_noticed(dsn):
         async with asyncio.TaskGroup() as group:
             added = group.create_task(queue.enqueue(requests(2)))
             async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as watcher:
-                while not await (await watcher.execute(WAITS_FOR_ANOTHER)).fetchone():
+                while not await (await watcher.execute(WAITS_FOR_ANOTHER)).fetchone():  # noqa: ASYNC110 - no event tells
                     await asyncio.sleep(0.01)
             await other.commit()
         assert added.result() == 1

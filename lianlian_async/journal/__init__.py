@@ -1,8 +1,18 @@
-"""Journals: which refunds were begun, and how each ended. ``postgres`` is imported by who uses it."""
+"""Journals: which refunds were begun, and how each ended.
+
+``postgres`` is imported by who uses it, and SQLite when its journal is first asked for: most of the time that
+this package takes to import would go there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Standing, State
 from .memory import MemoryJournal
-from .sqlite import SqliteJournal, SqliteReader
+
+if TYPE_CHECKING:
+    from .sqlite import SqliteJournal, SqliteReader
 
 __all__ = [
     "Ending",
@@ -16,3 +26,11 @@ __all__ = [
     "Standing",
     "State",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("SqliteJournal", "SqliteReader"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import sqlite
+
+    return getattr(sqlite, name)
