@@ -238,6 +238,7 @@ def test_somebody_has_to_say_where_notifications_go(nowhere, file):
         (("--queue", "postgresql://db/", "--rate", "1", "--keep-going"), "--rate, --keep-going would do nothing"),
         (("--queue", "postgresql://me:s3cret@db/"), "a password must not stand on the command line"),
         (("--journal", "postgresql://db/?password=s3cret"), "a password must not stand on the command line"),
+        (("--journal", "mysql://me:s3cret@db/"), "must be a path, or a URL postgresql://…"),
         (("--out", "refunds.csv"), "is the input or the journal"),
         (("--out", "refunds.csv.journal"), "is the input or the journal"),
     ],

@@ -41,6 +41,8 @@ def is_dsn(place: str) -> bool:
 
 def check_place(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Refuse a password where every process of this machine can read it."""
+    if value is not None and "://" in value and not is_dsn(value):
+        raise click.BadParameter("must be a path, or a URL postgresql://…")
     given = ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
     if value is not None and given and is_dsn(value):
         try:
@@ -66,7 +68,8 @@ def _check_dsn(ctx: click.Context, parameter: click.Parameter, value: str) -> st
 def _check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     check_place(ctx, parameter, value)
     if not (is_dsn(value) or Path(value).is_file()):
-        raise click.BadParameter(f"no such journal: {value}")
+        # It is not repeated: what is no path may be a connection string of another kind, with a password.
+        raise click.BadParameter("no such journal; a database is postgresql://…")
     return value
 
 

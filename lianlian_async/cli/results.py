@@ -113,7 +113,7 @@ class Tally:
     @property
     def rate(self) -> float:
         """Refunds per second."""
-        return self.ended / self.seconds
+        return self.ended / max(self.seconds, 1e-9)  # clocks can be coarse
 
     def line(self) -> str:
         """How things stand, for a terminal."""
