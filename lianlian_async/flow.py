@@ -75,7 +75,16 @@ async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
             yield item
     finally:
         if isinstance(iterator, AsyncGenerator):
-            await iterator.aclose()
+            await _close(iterator)
+
+
+async def _close(iterator: AsyncGenerator[object]) -> None:
+    try:
+        await iterator.aclose()
+    except BaseExceptionGroup as group:  # a task group inside of it wraps the very exception that closes it
+        _, others = group.split(GeneratorExit)
+        if others is not None:
+            raise others from None
 
 
 class Handoff(Generic[T]):

@@ -8,6 +8,7 @@ from datetime import timedelta
 from decimal import Decimal
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 from parties import EPOCH, OID_PARTNER, refund_request, sandbox, wall_clock
@@ -473,9 +474,10 @@ async def test_an_exception_of_the_requests_comes_after_what_was_begun(kind, cou
     assert all(outcome.refund is not None for outcome in outcomes)
 
 
-async def test_requests_may_come_out_of_a_scope_of_their_own():
+@pytest.mark.parametrize("count", [6, 10**9], ids=["waits for a request", "waits for a worker"])
+async def test_requests_may_come_out_of_a_scope_of_their_own(count):
     """An async generator that reads inside of its own scopes and tasks is iterated, and closed, in one task."""
-    gateway, source = sandbox(), Source()
+    gateway, source = sandbox(**SLOW), Source(count)
 
     async def scoped():
         async with anyio.create_task_group() as tasks:
@@ -486,9 +488,36 @@ async def test_requests_may_come_out_of_a_scope_of_their_own():
                         yield request
 
     async with session_with(gateway) as session, refund_many(session, scoped(), concurrency=3) as batch:
-        for _ in range(10):
+        for _ in range(5):
             assert (await anext(batch)).refund is not None
+        await anyio.sleep(0.5)
     assert source.closed
+
+
+async def test_what_goes_wrong_in_a_scope_of_the_requests_is_heard_of():
+    """Tasks of the requests' own that fail when they are closed: their exceptions are raised, as a group."""
+    gateway = sandbox()
+
+    async def fails():
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise LookupError("the file is gone")
+
+    async def scoped():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fails)
+            for number in range(1, 6):
+                yield refund_request(number)
+            await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+
+    outcomes = []
+    async with session_with(gateway) as session:
+        with pytest.raises(ExceptionGroup) as caught:
+            await collect(refund_many(session, scoped(), concurrency=3), outcomes)
+    assert caught.group_contains(LookupError, match="gone")
+    assert numbers(outcomes) == [1, 2, 3, 4, 5]
 
 
 async def test_what_is_no_request_is_a_bug_that_is_heard_of():
@@ -571,7 +600,7 @@ class FullDisk(MemoryJournal):
 
 async def test_a_journal_that_cannot_write_stops_the_batch():
     """Nothing is sent that the journal does not hold; what was begun is told, then the journal's error is raised."""
-    gateway, journal, source, outcomes = sandbox(**SLOW), FullDisk(5), Source(), []
+    gateway, journal, source, outcomes = sandbox(**SLOW), FullDisk(5), Source(100), []
     async with session_with(gateway, journal=journal) as session:
         with pytest.raises(JournalError, match="full"):
             await collect(refund_many(session, source, concurrency=2), outcomes)

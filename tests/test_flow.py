@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from lianlian_async import ConfigurationError
-from lianlian_async.flow import Handoff, checked, drain
+from lianlian_async.flow import Handoff, checked, drain, iterate
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -112,6 +113,29 @@ async def test_items_are_taken_in_the_calling_task():
     await run(scoped(), lambda number: anyio.sleep(number % 3))
     assert numbers.tasks == {anyio.get_current_task().id}
     assert numbers.closed
+
+
+async def test_an_async_generator_whose_tasks_fail_as_it_is_closed_is_heard_of():
+    """A task group wraps the exception that closes a generator: only what else it wraps is raised."""
+
+    async def fails():
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise LookupError("the file is gone")
+
+    async def scoped():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fails)
+            for number in range(10):
+                await anyio.lowlevel.checkpoint()
+                yield number
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with contextlib.aclosing(iterate(scoped())) as numbers:
+            await anext(numbers)
+    assert caught.group_contains(LookupError, match="gone")
+    assert not caught.group_contains(GeneratorExit)
 
 
 @pytest.mark.parametrize("rests", [True, False], ids=["waits for an item", "waits for a worker"])
