@@ -22,11 +22,9 @@ from typing import Any, Final, NamedTuple, Self
 
 import anyio
 
-from . import asgi
-from .acks import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
-from .addresses import AllowList
-from .background import Background
-from .errors import (
+from lianlian_async import asgi
+from lianlian_async.background import Background
+from lianlian_async.errors import (
     AnswerMismatch,
     ConfigurationError,
     LianLianError,
@@ -34,13 +32,16 @@ from .errors import (
     RefundConflict,
     SignatureInvalid,
 )
-from .flow import checked
+from lianlian_async.flow import checked
+from lianlian_async.journal import Journal, Standing
+from lianlian_async.merchant import Merchant
+from lianlian_async.models import Refund
+from lianlian_async.rsa_thread import RsaThread
+from lianlian_async.session import RefundSession
+
+from .acks import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
+from .addresses import AllowList
 from .inbox import Inbox, RecentJournal
-from .journal import Journal, Standing
-from .merchant import Merchant
-from .models import Refund
-from .rsa_thread import RsaThread
-from .session import RefundSession
 
 __all__ = ["Ack", "NotificationEndpoint", "Verdict"]
 

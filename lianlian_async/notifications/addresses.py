@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import attrs
 
-from .errors import ConfigurationError
+from lianlian_async.errors import ConfigurationError
 
 __all__ = ["AllowList"]
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import attrs
 
-from . import wire
+from lianlian_async import wire
 
 __all__ = ["ACKS", "NOT_HERE", "ONLY_POST", "Ack", "Verdict"]
 

@@ -13,11 +13,11 @@ from typing import Final, TypeVar
 import anyio
 import attrs
 
-from .flow import drain, iterate
-from .journal import Ending, Entry, Intent, Journal, MemoryJournal, Standing, State
-from .journal.operations import Begin, Operation
-from .models import Refund
-from .recording import learn, take
+from lianlian_async.flow import drain, iterate
+from lianlian_async.journal import Ending, Entry, Intent, Journal, MemoryJournal, Standing, State
+from lianlian_async.journal.operations import Begin, Operation
+from lianlian_async.models import Refund
+from lianlian_async.recording import learn, take
 
 __all__ = ["Inbox", "RecentJournal"]
 
