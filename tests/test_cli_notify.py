@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from command import run, until
+from command import end, run, start, until
 from notices import Handler, notification, trusting
 from parties import OID_PARTNER, unused_port
 from test_cli_sandbox import APPLY, sandbox_in_this_process
@@ -137,7 +137,7 @@ def test_the_sandbox_notifies_a_service(tmp_path, handler):
         endpoint = NotificationEndpoint(Merchant.from_env(env), handler)
         assert env["LIANLIAN_NOTIFY_URL"] == f"{url}/lianlian/refund"
         for number in (1, 2):  # when the second one is here, the first one's answer is back
-            assert run(*APPLY, "--no-refund", f"R-{number}", env=env).exit_code == 0
+            assert end(start(*APPLY, "--no-refund", f"R-{number}", env=env)).exit_code == 0
             until(lambda number=number: len(handler.done) == number)
 
     options = ("--settle-after", "0", "--notify")

@@ -65,14 +65,7 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
     told = {name: text for name, text in fields.items() if text is not None}
     told |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
     body = wire.encode({**told, "sign": key.sign(signature_source(told))})
-    answer = anyio.run(_post, url, body)
-    word = "acknowledged" if is_acknowledged(answer) else "not acknowledged"
-    status, text = (None, "") if answer is None else (answer.status, answer.body.decode(errors="replace"))
-    output.show(
-        {"outcome": word, "status": status, "answer": text},
-        f"{word}: " + ("no answer" if status is None else f"HTTP {status} {text}"),
-    )
-    click.get_current_context().exit(0 if is_acknowledged(answer) else 1)
+    _show(output, anyio.run(_post, url, body))
 
 
 async def _post(url: str, body: bytes) -> Answer | None:
@@ -81,6 +74,17 @@ async def _post(url: str, body: bytes) -> Answer | None:
         return await post(transport, url, body)
     finally:
         await transport.aclose()
+
+
+def _show(output: Output, answer: Answer | None) -> None:
+    """Print what the service said, and exit with 0 if it acknowledged."""
+    word = "acknowledged" if is_acknowledged(answer) else "not acknowledged"
+    status, text = (None, "") if answer is None else (answer.status, answer.body.decode(errors="replace"))
+    output.show(
+        {"outcome": word, "status": status, "answer": text},
+        f"{word}: " + ("no answer" if answer is None else f"HTTP {status} {text}"),
+    )
+    click.get_current_context().exit(0 if is_acknowledged(answer) else 1)
 
 
 @notify.command()
