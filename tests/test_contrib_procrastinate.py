@@ -18,7 +18,7 @@ from lianlian_async.transport import asgi_transport
 
 pytestmark = pytest.mark.anyio
 
-WAITS_FOR_ANOTHER = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+WAITS_FOR_ANOTHER = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 @pytest.fixture
