@@ -32,7 +32,7 @@ _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
 
 @click.group
 def journal() -> None:
-    """Look into a journal, write it to a file, or find out what is open.
+    """Look into a journal, export it, ask about what is open.
 
     A journal is the file that `lianlian batch` keeps, or a PostgreSQL database: postgresql://…, best in LIANLIAN_DSN.
     """

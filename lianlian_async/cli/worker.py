@@ -30,9 +30,9 @@ __all__ = ["worker"]
 @json_option
 @pass_output
 def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, **settings: Any) -> None:
-    """Make the refunds that `lianlian batch --queue` has put into a queue, until Ctrl-C or SIGTERM.
+    """Make the refunds that wait in a queue.
 
-    What is under way then is carried through; a second Ctrl-C breaks it off, and it is asked about by who comes
+    `lianlian batch --queue` puts them there. It works until Ctrl-C or SIGTERM. What is under way then is carried through; a second Ctrl-C breaks it off, and it is asked about by who comes
     next. Any number of workers, on any number of machines, may share a database: no refund is made twice. DSN is
     postgresql://…, best in LIANLIAN_DSN.
     """
