@@ -32,9 +32,9 @@ __all__ = ["worker"]
 def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, **settings: Any) -> None:
     """Make the refunds that wait in a queue.
 
-    `lianlian batch --queue` puts them there. It works until Ctrl-C or SIGTERM. What is under way then is carried through; a second Ctrl-C breaks it off, and it is asked about by who comes
-    next. Any number of workers, on any number of machines, may share a database: no refund is made twice. DSN is
-    postgresql://…, best in LIANLIAN_DSN.
+    `lianlian batch --queue` puts them there. This works until Ctrl-C or SIGTERM: what is under way then is carried
+    through; a second Ctrl-C breaks it off, and it is asked about by who comes next. Any number of workers, on any
+    number of machines, may share a database: no refund is made twice. DSN is postgresql://…, best in LIANLIAN_DSN.
     """
     merchant = load_merchant(config)
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
