@@ -69,7 +69,8 @@ class RefundSession:
             then re-entrant: every refund is on record before its first byte is sent.
         now: the wall clock (aware datetimes), for the moments that errors name.
 
-    Closing waits for the calls that are running, which their deadlines bound; new ones are refused.
+    Closing waits for the calls that are running, which their deadlines bound; new ones, and those that still wait
+    for a slot, are refused: nothing of theirs was sent.
     A session used before, after, twice, or from another event loop raises ``RuntimeError``.
     """
 
@@ -168,6 +169,8 @@ class RefundSession:
         self._running += 1
         try:
             async with self._slots:
+                if self._state is not _State.OPEN:  # it was closed while this call waited: nothing is begun any more
+                    raise RuntimeError(f"this RefundSession is {self._state.value}")
                 yield Deadline(anyio.current_time() + seconds), self._retry if retry is None else retry
         finally:
             self._running -= 1
@@ -225,7 +228,7 @@ class RefundSession:
         try:
             refund = await self._apply(
                 request,
-                journal=journal or self._journal,
+                journal=self._journal if journal is None else journal,
                 deadline=deadline,
                 retry=retry,
                 earlier=earlier,

@@ -260,13 +260,16 @@ async def test_a_session_belongs_to_its_event_loop(other):
 
 @virtual
 async def test_closing_waits_for_the_calls_that_run():
-    """The block ends when the last running call has ended; meanwhile new calls are refused."""
+    """The block ends when the last running call has ended; new calls, and those that wait for a slot, are refused."""
     gateway = sandbox()
     gateway.script(Fault.DELAY, call="apply", delay=5, times=9)
-    refunds = []
+    refunds, queued = [], []
 
     async def one(number):
-        refunds.append(await session.apply_refund(refund_request(number)))
+        try:
+            refunds.append(await session.apply_refund(refund_request(number)))
+        except RuntimeError as error:
+            queued.append(str(error))
 
     async def refused():
         await anyio.sleep(2)
@@ -279,8 +282,10 @@ async def test_closing_waits_for_the_calls_that_run():
                 tasks.start_soon(one, number)
             tasks.start_soon(refused)
             await anyio.sleep(1)
-        assert len(refunds) == 4
-        assert anyio.current_time() == pytest.approx(10)
+        assert anyio.current_time() == pytest.approx(5)
+    assert len(refunds) == 2
+    assert queued == ["this RefundSession is closing"] * 2
+    assert gateway.requests == {"apply": 2}
 
 
 @virtual

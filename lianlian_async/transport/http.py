@@ -99,10 +99,12 @@ class Transport:
         """
         if self._client.is_closed:
             return Lost("the httpx client is closed", may_have_arrived=False)
-        watched = _Body(body)
         try:
             request = self._request(url, body, seconds)
-            request.stream = watched
+        except Exception as error:  # noqa: BLE001 - a given client may raise anything, but it has sent nothing yet
+            return Lost(_describe(error), may_have_arrived=False, cause=error)
+        request.stream = watched = _Body(body)
+        try:
             response = await self._client.send(request, stream=True, follow_redirects=False)
             try:
                 received = await _read(response)
