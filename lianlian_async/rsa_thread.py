@@ -22,8 +22,9 @@ T = TypeVar("T")
 INLINE_VERIFY_SECONDS: Final = 0.0005
 """A signature is checked on the event loop only if that took less when the keys were loaded, else in the thread."""
 
-JOBS_PER_VISIT: Final = 8
-"""Signatures that one visit to the thread makes at most: more would save little, and delay the first of them."""
+JOBS_PER_VISIT: Final = 2
+"""Signatures that one visit to the thread makes at most: with more, the thread would hold the interpreter so long
+that the event loop notices."""
 
 
 @attrs.define(eq=False)
