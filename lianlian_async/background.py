@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import copy_context
-from typing import Any
 
 import anyio
-import anyio.lowlevel
+
+from .event_loop import asyncio_loop
 
 __all__ = ["Background"]
 
@@ -24,8 +24,8 @@ class Background:
         self._function = function
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
-        loop: Any = anyio.lowlevel.current_token().native_token
-        if hasattr(loop, "create_task"):  # asyncio's, whose import would cost programs on trio dear
+        loop = asyncio_loop()
+        if loop is not None:
             self._call_soon = loop.call_soon_threadsafe
             self._task = loop.create_task(self._run())  # asyncio itself holds tasks only weakly
             # Not at the end of the task's own code: a loop that ends may cancel a task before that has begun.
@@ -33,7 +33,7 @@ class Background:
         else:
             import trio
 
-            self._call_soon = loop.run_sync_soon
+            self._call_soon = trio.lowlevel.current_trio_token().run_sync_soon
             trio.lowlevel.spawn_system_task(self._run, context=copy_context())
 
     async def _run(self) -> None:

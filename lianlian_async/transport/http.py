@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import anyio
-import anyio.to_thread
 import httpx
 
 from lianlian_async.exchange import Answer, Delivery, Lost
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
-from .pool import PoolTransport
+from .own import own_client
+from .request import Body, WatchedRequest
 
 __all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
 
@@ -38,33 +38,11 @@ _NEVER_SENT: Final = (
 )
 
 
-class _Body(httpx.ByteStream):
-    """A request's body that knows whether anybody has begun to send it.
+class _Target(NamedTuple):
+    """Where requests go, and the headers that all of them have."""
 
-    A given client may have layers of its own, such as a transport that retries or a hook that calls another
-    server: what they raise after a first send looks as if nothing had been sent.
-    """
-
-    begun = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        self.begun = True
-        return super().__iter__()
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return _AsyncIterator(iter(self))
-
-
-class _AsyncIterator(AsyncIterator[bytes]):
-    """Not a generator: one that is cancelled while it sends would be left to trio's garbage collector."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-
-    async def __anext__(self) -> bytes:
-        for chunk in self._chunks:
-            return chunk
-        raise StopAsyncIteration
+    url: httpx.URL
+    headers: Sequence[tuple[bytes, bytes]]
 
 
 class Transport:
@@ -74,8 +52,7 @@ class Transport:
         self._client = client
         self._owned = owned
         self._headers = {"Content-Type": content_type, **_HEADERS}
-        self._raw_headers = [(name.encode(), value.encode()) for name, value in self._headers.items()]
-        self._targets: dict[str, httpx.URL] = {}
+        self._targets: dict[str, _Target] = {}
 
     @classmethod
     async def open(
@@ -88,7 +65,7 @@ class Transport:
         """Over ``client`` if given, else over a client of our own, on ``transport`` if given."""
         owned = client is None
         if client is None:
-            client = await anyio.to_thread.run_sync(_make_client, transport, max_connections)
+            client = await own_client(transport, max_connections)
         return cls(client, owned=owned, content_type=content_type)
 
     async def post(self, url: str, body: bytes, seconds: float) -> Delivery:
@@ -100,10 +77,10 @@ class Transport:
         if self._client.is_closed:
             return Lost("the httpx client is closed", may_have_arrived=False)
         try:
-            request = self._request(url, body, seconds)
+            watched = Body(body)
+            request = self._request(url, watched, seconds)
         except Exception as error:  # noqa: BLE001 - a given client may raise anything, but it has sent nothing yet
             return Lost(_describe(error), may_have_arrived=False, cause=error)
-        request.stream = watched = _Body(body)
         try:
             response = await self._client.send(request, stream=True, follow_redirects=False)
             try:
@@ -117,16 +94,26 @@ class Transport:
         headers = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw}
         return Answer(response.status_code, headers, received)
 
-    def _request(self, url: str, body: bytes, seconds: float) -> httpx.Request:
+    def _request(self, url: str, body: Body, seconds: float) -> httpx.Request:
         timeout = httpx.Timeout(seconds, connect=seconds / 2)
         if not self._owned:  # its own headers, cookies and base URL count, too
-            return self._client.build_request("POST", url, content=body, headers=self._headers, timeout=timeout)
+            built = self._client.build_request(
+                "POST", url, content=body.content, headers=self._headers, timeout=timeout
+            )
+            return WatchedRequest(
+                built.method, built.url, headers=built.headers, stream=body, extensions=built.extensions
+            )
         # Our own client has nothing to add, and looking for it costs more than all the rest of a request.
-        target = self._targets.get(url)
-        if target is None:
-            target = self._targets[url] = httpx.URL(url)
+        target = self._targets.get(url) or self._target(url)
+        headers = [*target.headers, (b"Content-Length", b"%d" % len(body.content))]
         extensions = {"timeout": timeout.as_dict()}
-        return httpx.Request("POST", target, content=body, headers=self._raw_headers, extensions=extensions)
+        return WatchedRequest("POST", target.url, headers=headers, stream=body, extensions=extensions)
+
+    def _target(self, url: str) -> _Target:
+        parsed = httpx.URL(url)
+        headers = [(b"Host", parsed.netloc), *((name.encode(), text.encode()) for name, text in self._headers.items())]
+        target = self._targets[url] = _Target(parsed, headers)
+        return target
 
     async def aclose(self) -> None:
         """Close the client, if it is ours."""
@@ -144,11 +131,6 @@ async def _read(response: httpx.Response) -> bytes:
             if len(received) > MAX_MESSAGE_BYTES:
                 enough.cancel()  # not break: trio wants every generator inside to be run to its end
     return bytes(received)
-
-
-def _make_client(transport: httpx.AsyncBaseTransport | None, max_connections: int) -> httpx.AsyncClient:
-    # Our own pool loads the CA bundle (tens of milliseconds): hence this runs in a thread.
-    return httpx.AsyncClient(transport=transport or PoolTransport(max_connections))
 
 
 def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:

@@ -1,0 +1,65 @@
+"""The HTTP stack below a session's own client: httpx's, or aiohttp's where that is installed (extra ``fast``)."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+from urllib.request import getproxies
+
+import anyio.to_thread
+import httpx
+
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.event_loop import asyncio_loop
+
+from .pool import KEEPALIVE_SECONDS, PoolTransport
+
+__all__ = ["http_backend", "own_client"]
+
+_OLDEST_AIOHTTP: Final = (3, 10)  # the first that tells a connection that was not made in time from one that was
+
+
+def http_backend() -> str:
+    """What carries the requests: ``httpx``, or ``aiohttp`` with the extra ``fast``, at a fraction of the CPU time.
+
+    aiohttp is taken where it is installed; the environment variable ``LIANLIAN_HTTP_BACKEND`` can choose.
+    It needs asyncio, and knows the proxies of the environment less well: on trio, and behind a proxy, it is httpx.
+    """
+    match os.environ.get("LIANLIAN_HTTP_BACKEND", ""):
+        case "":
+            return "aiohttp" if _has_aiohttp() else "httpx"
+        case "httpx":
+            return "httpx"
+        case "aiohttp" if _has_aiohttp():
+            return "aiohttp"
+        case "aiohttp":
+            raise ConfigurationError("LIANLIAN_HTTP_BACKEND: aiohttp needs pip install 'lianlian-async[fast]'")
+        case other:
+            raise ConfigurationError(f"LIANLIAN_HTTP_BACKEND: must be httpx or aiohttp, is {other!r}")
+
+
+def _has_aiohttp() -> bool:
+    try:
+        major, minor, *_ = version("aiohttp").split(".")
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= _OLDEST_AIOHTTP
+
+
+async def own_client(transport: httpx.AsyncBaseTransport | None, max_connections: int) -> httpx.AsyncClient:
+    """A client on ``transport``, or on one of ours; made in a thread, since it reads the CA bundle."""
+    on_asyncio = asyncio_loop() is not None
+
+    def make() -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=transport or _own_transport(max_connections, on_asyncio=on_asyncio))
+
+    return await anyio.to_thread.run_sync(make)
+
+
+def _own_transport(max_connections: int, *, on_asyncio: bool) -> httpx.AsyncBaseTransport:
+    if http_backend() == "httpx" or not on_asyncio or getproxies():
+        return PoolTransport(max_connections)
+    from .aiohttp import AiohttpTransport  # only who has the extra can import it
+
+    return AiohttpTransport(max_connections, ssl_context=httpx.create_ssl_context(), keepalive_expiry=KEEPALIVE_SECONDS)
