@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import anyio
+
 from .exchange import Call, Exchange, Known, Reply
 from .merchant import Merchant
 from .middleware import Attempt, Middleware, Permit, Retry, onion
-from .retry import Bucket, Deadline, RetryBudget, RetryPolicy
+from .retry import LONGEST_ATTEMPT, Bucket, Deadline, RetryBudget, RetryPolicy
 from .rsa_thread import RsaThread
 from .transport import Transport
 
@@ -46,9 +48,19 @@ class Line:
         budget: RetryBudget,
         limiter: AbstractAsyncContextManager[Any] | None,
         middleware: Sequence[Middleware],
+        warm_up: int,
     ) -> Line:
-        """Load the keys, and put the onion together."""
-        rsa = await RsaThread.open(merchant)
+        """Load the keys, open ``warm_up`` connections, and put the onion together.
+
+        Takes ``transport`` over: if nothing comes of it, it is closed.
+        """
+        try:
+            rsa = await RsaThread.open(merchant)
+            await transport.warm_up(merchant.endpoints.apply, warm_up, LONGEST_ATTEMPT)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await transport.aclose()
+            raise
         return cls(rsa, transport, budget=budget, limiter=limiter, middleware=middleware)
 
     async def seal(self, fields: Mapping[str, str]) -> bytes:

@@ -61,7 +61,7 @@ class Retry:
         """Repeat ``call_next`` as far as that is safe and worth it; the last reply counts all attempts."""
         attempt = 1
         while True:
-            reply = await call_next(attrs.evolve(exchange, attempt=attempt))
+            reply = await call_next(exchange if attempt == 1 else attrs.evolve(exchange, attempt=attempt))
             repeatable = reply.known is Known.NOT_SENT or (
                 exchange.call is Call.QUERY and reply.known is Known.UNCERTAIN
             )
@@ -70,7 +70,7 @@ class Retry:
                 or attempt >= exchange.policy.attempts
                 or not await pause(exchange, self._bucket, attempt - 1, reply.retry_after)
             ):
-                return attrs.evolve(reply, attempts=attempt)
+                return reply if reply.attempts == attempt else attrs.evolve(reply, attempts=attempt)
             attempt += 1
 
 

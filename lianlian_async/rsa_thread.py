@@ -22,9 +22,10 @@ T = TypeVar("T")
 INLINE_VERIFY_SECONDS: Final = 0.0005
 """A signature is checked on the event loop only if that took less when the keys were loaded, else in the thread."""
 
-JOBS_PER_VISIT: Final = 2
-"""Signatures that one visit to the thread makes at most: with more, the thread would hold the interpreter so long
-that the event loop notices."""
+VISIT_SECONDS: Final = 0.001
+"""How long one visit to the thread may take that makes several signatures, and …"""
+MOST_PER_VISIT: Final = 4
+"""… how many it makes at most: all who waited for it go on at once, and other users of the event loop wait for them."""
 
 
 @attrs.define(eq=False)
@@ -43,22 +44,30 @@ class _Job:
 class RsaThread:
     """Loaded keys, for one event loop. :meth:`open` it; one at a time is computed in the thread."""
 
-    def __init__(self, protocol: Protocol, turn: anyio.CapacityLimiter, *, verify_inline: bool) -> None:
+    def __init__(
+        self, protocol: Protocol, turn: anyio.CapacityLimiter, *, verify_inline: bool, jobs_per_visit: int
+    ) -> None:
         self.protocol = protocol
         self._turn = turn
         self._verify_inline = verify_inline
+        self._jobs_per_visit = jobs_per_visit
         self._jobs: deque[_Job] = deque()
         self._leading = anyio.Lock(fast_acquire=True)
 
     @classmethod
     async def open(cls, merchant: Merchant) -> RsaThread:
-        """Load the keys, in the thread, and measure what checking a signature costs."""
+        """Load the keys, in the thread, and measure what a signature costs to make and to check."""
         # One thread at a time does RSA: more would fight the event loop for the interpreter, and win.
         turn = anyio.CapacityLimiter(1)
         keys = await anyio.to_thread.run_sync(merchant.load_keys, limiter=turn)
         protocol = Protocol(merchant, keys.private, keys.gateway)
-        cost = await anyio.to_thread.run_sync(_verification_seconds, protocol, limiter=turn)
-        return cls(protocol, turn, verify_inline=cost < INLINE_VERIFY_SECONDS)
+        signing, checking = await anyio.to_thread.run_sync(_costs, protocol, limiter=turn)
+        return cls(
+            protocol,
+            turn,
+            verify_inline=checking < INLINE_VERIFY_SECONDS,
+            jobs_per_visit=max(1, min(int(VISIT_SECONDS / signing), MOST_PER_VISIT)),
+        )
 
     async def seal(self, fields: Mapping[str, str]) -> bytes:
         """Sign, in the thread; once for each request, so that every attempt sends the same bytes.
@@ -71,7 +80,7 @@ class RsaThread:
         try:
             async with self._leading:
                 if not job.is_done:
-                    jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), JOBS_PER_VISIT))]
+                    jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), self._jobs_per_visit))]
                     await anyio.to_thread.run_sync(self._sign, jobs, limiter=self._turn)
         except BaseException:
             if job in self._jobs:  # cancelled before its turn
@@ -100,15 +109,15 @@ class RsaThread:
             pass
 
 
-def _verification_seconds(protocol: Protocol) -> float:
-    """What checking one signature costs on this machine with these keys: the best of three."""
+def _costs(protocol: Protocol) -> tuple[float, float]:
+    """Seconds that making and checking a signature take on this machine with these keys: each the best of three."""
     longest = max(key.bits for key in protocol.gateway_keys)
     # Any signature of full length costs the same; one that is shorter is refused before it costs anything.
     fields = {"sign": b64encode(b"\x55" * ((longest + 7) // 8)).decode()}
 
-    def once() -> float:
+    def seconds(function: Callable[[Mapping[str, str]], object]) -> float:
         began = perf_counter()
-        protocol.verify(fields)
+        function(fields)
         return perf_counter() - began
 
-    return min(once() for _ in range(3))
+    return min(seconds(protocol.seal) for _ in range(3)), min(seconds(protocol.verify) for _ in range(3))

@@ -61,6 +61,8 @@ class RefundSession:
             pause, every question. Waiting for the slot does not count, so ``asyncio.gather`` over thousands
             of calls simply works.
         max_connections: calls that run at the same time; more wait in order, and cheaply.
+        warm_up: connections to open with the session, so that the first refunds need not wait for TCP and TLS: by one
+            HEAD request each to ``endpoints.apply``. Those that nobody uses are closed after some seconds.
         middleware: the caller's own layers around every attempt, first one outermost
             (see :mod:`lianlian_async.middleware`).
         limiter: any async context manager, held around every attempt: a semaphore, or
@@ -83,6 +85,7 @@ class RefundSession:
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
         deadline: float = 30.0,
         max_connections: int = 20,
+        warm_up: int = 0,
         middleware: Sequence[Middleware] = (),
         limiter: AbstractAsyncContextManager[Any] | None = None,
         journal: Journal | None = None,
@@ -92,12 +95,15 @@ class RefundSession:
             raise ConfigurationError("client and transport: give one of them, a client has its transport already")
         if not isinstance(max_connections, int) or max_connections < 1:
             raise ConfigurationError(f"max_connections: must be an integer of at least 1, is {max_connections!r}")
+        if not isinstance(warm_up, int) or not 0 <= warm_up <= max_connections:
+            raise ConfigurationError(f"warm_up: must be an integer from 0 to max_connections, is {warm_up!r}")
         self.merchant = merchant
         self._client = client
         self._transport = transport
         self._retry = retry
         self._deadline = _checked(deadline)
         self._max_connections = max_connections
+        self._warm_up = warm_up
         self._middleware = tuple(middleware)
         self._limiter = limiter
         self._journal = journal
@@ -136,6 +142,7 @@ class RefundSession:
                 budget=self._retry.budget,
                 limiter=self._limiter,
                 middleware=self._middleware,
+                warm_up=self._warm_up,
             )
         except BaseException:
             self._state = _State.CLOSED

@@ -14,9 +14,18 @@ from lianlian_async.errors import LianLianError
 from lianlian_async.signing import BACKEND
 
 
-def test_the_version_names_what_signs():
-    """--version tells the release and the signing backend."""
-    assert run("--version").stdout == f"lianlian-async {__version__} (signs with {BACKEND})\n"
+@pytest.mark.parametrize("sender", ["httpx", "aiohttp"])
+def test_the_version_names_what_signs_and_what_sends(sender):
+    """--version tells the release, the signing backend and the HTTP stack."""
+    shown = run("--version", env={"LIANLIAN_HTTP_BACKEND": sender}).stdout
+    assert shown == f"lianlian-async {__version__} (signs with {BACKEND}, sends with {sender})\n"
+
+
+def test_the_version_of_a_wrong_configuration_is_a_usage_error():
+    """--version says what is wrong with a backend that does not exist, and exits with 2."""
+    ended = run("--version", env={"LIANLIAN_HTTP_BACKEND": "carrier pigeon"})
+    assert ended.exit_code == 2
+    assert "LIANLIAN_HTTP_BACKEND: must be httpx or aiohttp" in ended.stderr
 
 
 @pytest.mark.parametrize("command", ["apply", "query", "batch", "worker", "verify", "keygen", "sandbox", "demo"])

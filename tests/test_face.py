@@ -217,12 +217,13 @@ def test_the_lower_floors_know_no_network_no_loop_no_clock_and_no_dice(module):
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("httpx", {"transport/http.py", "transport/pool.py"}),
+        ("httpx", {f"transport/{name}.py" for name in ("aiohttp", "http", "own", "pool", "request")}),
+        ("aiohttp", {"transport/aiohttp.py", "contrib/aiohttp.py"}),
         ("Crypto", {"signing.py"}),
     ],
 )
 def test_each_dependency_has_one_home(library, homes):
-    """Only the transport knows httpx, and only signing knows pycryptodome."""
+    """Only the transport knows HTTP clients, and only signing knows pycryptodome."""
     users = {
         file.relative_to(PACKAGE).as_posix()
         for file in PACKAGE.rglob("*.py")

@@ -1,6 +1,7 @@
 """Signatures are made in a thread, several in one visit, whatever becomes of those who asked for them."""
 
 import threading
+import time
 from contextlib import suppress
 
 import anyio
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lianlian_async.rsa_thread import JOBS_PER_VISIT, RsaThread
+from lianlian_async.rsa_thread import MOST_PER_VISIT, VISIT_SECONDS, RsaThread
 from lianlian_async.signing import SigningKey
 
 pytestmark = pytest.mark.anyio
@@ -42,7 +43,16 @@ def key():
 
 @pytest.fixture
 async def rsa(merchant, key):
-    return await RsaThread.open(attrs.evolve(merchant, private_key=key))
+    return await opened(merchant, key)
+
+
+async def opened(merchant, key):
+    """A thread that has measured ``key``, which from now on waits to be let go on."""
+    key.go_on.set()
+    thread = await RsaThread.open(attrs.evolve(merchant, private_key=key))
+    key.go_on.clear()
+    key.threads.clear()
+    return thread
 
 
 def message(number):
@@ -64,24 +74,54 @@ async def test_everyone_gets_their_own_signature(rsa, key, merchant_keys):
     assert threading.get_ident() not in key.threads[:20]
 
 
-async def test_what_comes_while_the_thread_is_busy_is_signed_together(rsa, key, monkeypatch):
-    """One visit makes the first signature, and the next visits make up to JOBS_PER_VISIT each."""
+class Instant(SigningKey):
+    """A key whose signatures cost nothing, and are none."""
+
+    __slots__ = ()
+
+    def sign(self, source):
+        return "c2lnbmF0dXJl"
+
+
+class Slow(Watched):
+    """A real key that takes more time than a visit may."""
+
+    __slots__ = ()
+
+    def sign(self, source):
+        until = time.perf_counter() + 2 * VISIT_SECONDS
+        while time.perf_counter() < until:
+            signature = super().sign(source)
+        return signature
+
+
+@pytest.mark.parametrize(("kind", "most"), [(Instant, MOST_PER_VISIT), (Slow, 1)], ids=["instant", "slow"])
+async def test_what_comes_while_the_thread_is_busy_is_signed_together_if_that_is_quick(
+    merchant, monkeypatch, kind, most
+):
+    """One visit makes the first signature; the next visits make several each, or one if a signature is dear."""
+    key = kind.of(keypairs.pair("merchant")) if kind is Slow else kind.load(keypairs.pair("merchant").private_pem)
+    if kind is Slow:
+        key.go_on.set()
+    rsa = await RsaThread.open(attrs.evolve(merchant, private_key=key))
     visits = []
     run_sync = anyio.to_thread.run_sync
+    all_wait = anyio.Event()
 
     async def counted(function, jobs, **options):
         visits.append(len(jobs))
+        await all_wait.wait()
         return await run_sync(function, jobs, **options)
 
     monkeypatch.setattr(anyio.to_thread, "run_sync", counted)
     async with anyio.create_task_group() as group:
         group.start_soon(rsa.seal, message(0))
         await anyio.wait_all_tasks_blocked()
-        for number in range(1, 2 * JOBS_PER_VISIT + 1):
+        for number in range(1, 2 * most + 1):
             group.start_soon(rsa.seal, message(number))
         await anyio.wait_all_tasks_blocked()
-        key.go_on.set()
-    assert visits == [1, JOBS_PER_VISIT, JOBS_PER_VISIT]
+        all_wait.set()
+    assert visits == [1, most, most]
 
 
 async def test_a_message_that_cannot_be_signed_is_its_own_askers_problem(rsa, key):
@@ -123,7 +163,7 @@ async def test_who_is_cancelled_in_the_queue_is_not_signed_for(rsa, key):
 async def test_nobodys_signature_is_lost_to_anothers_cancellation(merchant, cancelled, early):
     """Whoever is cancelled, in the queue or while leading a visit, all others get their signature."""
     key = Watched.of(keypairs.pair("merchant"))
-    rsa = await RsaThread.open(attrs.evolve(merchant, private_key=key))
+    rsa = await opened(merchant, key)
     scopes, bodies = {}, {}
 
     async def ask(number):

@@ -1,14 +1,20 @@
-"""One exchange over the wire: foreign exceptions become *not sent* or *maybe sent*, and nothing else comes out."""
+"""One exchange over the wire: foreign exceptions become *not sent* or *maybe sent*, and nothing else comes out.
+
+What goes over sockets runs on both HTTP stacks; on trio, where aiohttp cannot be, both are httpx's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
 import gzip
+import importlib.metadata
 import ipaddress
 import ssl
 
+import aiohttp
 import anyio
+import attrs
 import httpcore
 import httpx
 import pytest
@@ -16,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from httpx_aiohttp import AiohttpTransport as HttpxAiohttpTransport
 from parties import (
     Connection,
     answering,
@@ -29,6 +36,7 @@ from parties import (
 )
 
 from lianlian_async import (
+    ConfigurationError,
     Endpoints,
     Merchant,
     RefundNotSent,
@@ -38,7 +46,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.exchange import Answer, Lost
-from lianlian_async.transport import Transport
+from lianlian_async.transport import Transport, http_backend
 
 pytestmark = pytest.mark.anyio
 
@@ -142,6 +150,22 @@ class RaisingAfterSendingPlainly(Raising):
         raise self.error
 
 
+class RaisingAfterTakingTheContent(Raising):
+    """Raises once it has taken the request's content as a whole, as adapters of other clients do, too."""
+
+    async def handle_async_request(self, request):
+        assert request.content == b"{}"
+        raise self.error
+
+
+class RaisingAfterReading(Raising):
+    """Raises once it has read the request."""
+
+    async def handle_async_request(self, request):
+        assert await request.aread() == b"{}"
+        raise self.error
+
+
 class Answering(httpx.AsyncBaseTransport):
     """Answers with ``stream``."""
 
@@ -188,7 +212,10 @@ async def test_a_foreign_exception_before_the_send_never_escapes(kind):
     assert delivery.cause is error or kind is StopAsyncIteration
 
 
-@pytest.mark.parametrize("sender", [RaisingAfterSending, RaisingAfterSendingPlainly])
+@pytest.mark.parametrize(
+    "sender",
+    [RaisingAfterSending, RaisingAfterSendingPlainly, RaisingAfterTakingTheContent, RaisingAfterReading],
+)
 @every_foreign_exception
 async def test_after_the_send_no_exception_means_not_sent(kind, sender):
     """Once the body was taken for sending, nothing that is raised proves that it did not arrive."""
@@ -196,6 +223,57 @@ async def test_after_the_send_no_exception_means_not_sent(kind, sender):
         delivery = await transport.post(URL, b"{}", 5.0)
     assert isinstance(delivery, Lost)
     assert delivery.may_have_arrived
+
+
+@pytest.mark.parametrize("sender", [RaisingAfterSending, RaisingAfterTakingTheContent, RaisingAfterReading])
+async def test_a_given_client_s_transport_is_watched_as_well(sender):
+    """Over a client from outside, too, a failure to connect is believed only as long as nobody took the body."""
+    deliveries = []
+    for transport in (Raising(httpx.ConnectError("refused")), sender(httpx.ConnectError("refused"))):
+        async with httpx.AsyncClient(transport=transport) as client, transport_over(client=client) as opened:
+            deliveries.append(await opened.post(URL, b"{}", 5.0))
+    assert [delivery.may_have_arrived for delivery in deliveries] == [False, True]
+
+
+AIOHTTPS_OWN = sorted(family(aiohttp.ClientError), key=lambda kind: kind.__name__)
+CONNECTING = family(aiohttp.ClientConnectorError) | {aiohttp.ConnectionTimeoutError}
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@pytest.mark.parametrize("kind", AIOHTTPS_OWN)
+async def test_of_aiohttp_s_exceptions_only_those_of_connecting_mean_not_sent(monkeypatch, kind):
+    """Whatever aiohttp's client raises becomes *lost*; not sent is only what its connector raises."""
+
+    async def request(*_args, **_options):
+        raise kind.__new__(kind)
+
+    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohttp")
+    monkeypatch.setattr(aiohttp.ClientSession, "request", request)
+    monkeypatch.setattr(kind, "__str__", lambda _: "", raising=False)
+    async with transport_over() as transport:
+        delivery = await transport.post(URL, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert delivery.may_have_arrived is (kind not in CONNECTING)
+    assert kind.__name__ in delivery.reason
+    assert isinstance(delivery.cause, httpx.RequestError)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_an_adapter_that_calls_a_broken_connection_never_made_cannot_make_a_refund_twice(
+    merchant_keys, gateway_keys
+):
+    """httpx-aiohttp raises ConnectTimeout where the server hung up after the request: that is *maybe sent*."""
+    came = []
+
+    async def handler(connection: Connection):
+        came.append(await connection.request())
+
+    async with serving(handler) as server:
+        merchant = at(merchant_keys, gateway_keys, server.url)
+        async with RefundSession(merchant, transport=HttpxAiohttpTransport(), retry=ONCE, deadline=2.0) as session:
+            with pytest.raises(RefundOutcomeUnknown):
+                await session.apply_refund(refund_request())
+    assert sum(b"/exchangerefund.htm" in head for head, _ in filter(None, came)) == 1
 
 
 @pytest.mark.parametrize("stream", [BrokenStream, UnclosableStream])
@@ -283,6 +361,17 @@ async def test_an_address_that_is_none_sends_nothing(url):
 # ── real sockets ─────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(params=["httpx", "aiohttp"])
+def http_stack(request, monkeypatch):
+    """Which HTTP stack a session's own client is on."""
+    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", request.param)
+    return request.param
+
+
+on_both_stacks = pytest.mark.usefixtures("http_stack")
+
+
+@on_both_stacks
 async def test_an_exchange_sends_the_body_as_it_is_and_brings_the_answer_as_it_came():
     """The POST carries the page's content type and refuses compression; status, headers and body come back."""
     async with answering(b'{"ret_code":"0000"}', headers="X-Trace: 7\r\n") as server, transport_over() as transport:
@@ -316,9 +405,10 @@ async def test_connecting_gets_half_of_the_attempt_s_time(own):
         await transport.post(URL, b"{}", 8.0)
     if client:
         await client.aclose()
-    assert seen == [{"connect": 4.0, "read": 8.0, "write": 8.0, "pool": 8.0}]
+    assert [(timeout["connect"], timeout["pool"]) for timeout in seen] == [(4.0, 8.0)]
 
 
+@on_both_stacks
 async def test_a_refused_connection_is_not_sent(merchant_keys, gateway_keys):
     """Nobody listens: every attempt is *not sent*, and the refund is safe to send again."""
     merchant = at(merchant_keys, gateway_keys, f"http://127.0.0.1:{unused_port()}")
@@ -329,6 +419,7 @@ async def test_a_refused_connection_is_not_sent(merchant_keys, gateway_keys):
     assert isinstance(caught.value.__cause__, httpx.ConnectError)
 
 
+@on_both_stacks
 async def test_a_name_that_does_not_exist_is_not_sent():
     """A host name that nobody knows is *not sent*."""
     async with transport_over() as transport:
@@ -371,6 +462,7 @@ async def heartily(connection: Connection):
         await connection.respond(b"{}")
 
 
+@on_both_stacks
 async def test_a_certificate_that_nobody_vouches_for_is_not_sent(self_signed):
     """TLS fails before the first byte of the request: *not sent*."""
     asked = []
@@ -408,6 +500,7 @@ async def test_a_closed_client_sends_nothing(merchant):
             await session.apply_refund(refund_request())
 
 
+@on_both_stacks
 async def test_a_connection_closed_without_an_answer_may_have_arrived():
     """The server read the request and hung up: *maybe sent*."""
 
@@ -420,6 +513,7 @@ async def test_a_connection_closed_without_an_answer_may_have_arrived():
     assert delivery.may_have_arrived
 
 
+@on_both_stacks
 async def test_an_answer_that_is_cut_off_may_have_arrived():
     """Less than the announced length is no answer."""
 
@@ -433,6 +527,7 @@ async def test_an_answer_that_is_cut_off_may_have_arrived():
     assert delivery.may_have_arrived
 
 
+@on_both_stacks
 async def test_what_is_not_http_may_have_arrived():
     """A server that speaks something else has had our bytes all the same."""
 
@@ -446,6 +541,7 @@ async def test_what_is_not_http_may_have_arrived():
     assert delivery.may_have_arrived
 
 
+@on_both_stacks
 async def test_an_answer_is_read_no_further_than_the_largest_message():
     """Of an endless body little more than 1 MiB is read, and the connection is not used again."""
 
@@ -461,6 +557,7 @@ async def test_an_answer_is_read_no_further_than_the_largest_message():
             assert server.opened == opened
 
 
+@on_both_stacks
 async def test_a_compressed_answer_is_not_unpacked():
     """What came compressed stays compressed: the protocol refuses it by its header."""
     packed = gzip.compress(b"{}")
@@ -469,6 +566,24 @@ async def test_a_compressed_answer_is_not_unpacked():
     assert isinstance(delivery, Answer)
     assert delivery.body == packed
     assert delivery.headers["content-encoding"] == "gzip"
+
+
+@on_both_stacks
+async def test_a_cookie_is_not_brought_back():
+    """What the gateway says to one request goes with no other one."""
+    async with answering(headers="set-cookie: a=b\r\n") as server, transport_over() as transport:
+        for _ in range(2):
+            assert isinstance(await transport.post(server.url, b"{}", 5.0), Answer)
+    assert not any(b"cookie" in head.lower() for _, head, _ in server.requests)
+
+
+@on_both_stacks
+async def test_own_clients_follow_no_redirect():
+    """Signed fields stay where they were sent on each of our own stacks."""
+    async with answering(status="307 Temporary Redirect", headers="location: /elsewhere\r\n") as server:
+        async with transport_over() as transport:
+            assert (await transport.post(server.url, b"{}", 5.0)).status == 307
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("follows", [True, False])
@@ -482,6 +597,7 @@ async def test_a_redirect_is_not_followed(follows):
         assert len(server.requests) == 1
 
 
+@on_both_stacks
 @pytest.mark.virtual_time
 async def test_a_server_that_trickles_is_cut_off_after_the_attempt_s_time(merchant_keys, gateway_keys):
     """A byte every second never ends the wait between bytes; the attempt's time does."""
@@ -503,6 +619,7 @@ async def test_a_server_that_trickles_is_cut_off_after_the_attempt_s_time(mercha
     assert began[:2] == [0.0, 10.0]
 
 
+@on_both_stacks
 async def test_a_whole_refund_over_a_socket(merchant_keys, gateway_keys):
     """Apply over a real connection, and the signed answer becomes the refund."""
 
@@ -515,3 +632,140 @@ async def test_a_whole_refund_over_a_socket(merchant_keys, gateway_keys):
             refund = await session.apply_refund(refund_request(number))
             assert refund.no_refund == f"R-{number}"
     assert server.opened == 1
+
+
+@on_both_stacks
+async def test_a_burst_waits_for_connections_and_is_served(merchant_keys, gateway_keys):
+    """Many more requests than connections are all answered, and no more connections are open than allowed."""
+    most = 0
+
+    async def handler(connection: Connection):
+        nonlocal most
+        while await connection.request() is not None:
+            most = max(most, server.open)
+            await connection.respond(b"{}")
+
+    answers = []
+
+    async def post(transport):
+        answers.append(await transport.post(server.url, b"{}", 30.0))
+
+    async with serving(handler) as server, transport_over(max_connections=3) as transport:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(60):
+                tasks.start_soon(post, transport)
+    assert [answer.status for answer in answers] == [200] * 60
+    assert most <= 3
+
+
+@on_both_stacks
+async def test_cancelled_exchanges_take_no_connection_with_them():
+    """Requests cancelled while they wait, connect, send or read leave every connection to those that follow."""
+
+    async def slow(connection: Connection):
+        while await connection.request() is not None:
+            await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n")
+            for byte in (b"{", b" ", b"}"):
+                await anyio.sleep(0.001)
+                await connection.stream.send(byte)
+
+    async def cancelled(number):
+        with anyio.move_on_after(0.0005 * (number % 12)):
+            await transport.post(server.url, b"{}", 5.0)
+
+    async with serving(slow) as server, transport_over(max_connections=4) as transport:
+        async with anyio.create_task_group() as tasks:
+            for number in range(300):
+                tasks.start_soon(cancelled, number)
+        with anyio.fail_after(30):
+            for _ in range(8):
+                assert isinstance(await transport.post(server.url, b"{}", 30.0), Answer)
+
+
+# ── connections in advance ───────────────────────────────────────────────────────────────────────
+
+
+@on_both_stacks
+async def test_connections_that_were_opened_in_advance_are_used(merchant_keys, gateway_keys):
+    """A session that warms up has its connections when the first refunds come, and says nothing of a refund."""
+
+    async def handler(connection: Connection):
+        while (request := await connection.request()) is not None:
+            head, body = request
+            server.requests.append((connection.number, head, body))
+            if head.startswith(b"HEAD"):
+                await connection.respond(b"", status="405 Method Not Allowed")
+            else:
+                await connection.respond(as_json(made(wire.decode(body))))
+
+    async with serving(handler) as server:
+        async with RefundSession(at(merchant_keys, gateway_keys, server.url), warm_up=3) as session:
+            assert server.opened == 3
+            async with anyio.create_task_group() as tasks:
+                for number in range(3):
+                    tasks.start_soon(session.apply_refund, refund_request(number))
+        assert server.opened == 3
+    heads = [head for _, head, _ in server.requests]
+    assert sum(head.startswith(b"HEAD /exchangerefund.htm ") for head in heads) == 3
+    assert sum(head.startswith(b"POST /exchangerefund.htm ") for head in heads) == 3
+
+
+@on_both_stacks
+async def test_a_session_opens_though_nobody_answers_in_advance(merchant_keys, gateway_keys, caplog):
+    """What cannot be opened in advance is noted, and met again by the first refund."""
+    caplog.set_level("INFO", "lianlian_async")
+    merchant = at(merchant_keys, gateway_keys, f"http://127.0.0.1:{unused_port()}")
+    async with RefundSession(merchant, warm_up=2, retry=ONCE) as session:
+        assert "no connection opened in advance: ConnectError" in caplog.text
+        with pytest.raises(RefundNotSent):
+            await session.apply_refund(refund_request())
+
+
+async def test_a_session_whose_keys_cannot_be_read_closes_its_transport(merchant_keys, gateway_keys, tmp_path):
+    """A transport that was given for the session's own client is closed with what did not come about."""
+
+    class Closing(httpx.AsyncBaseTransport):
+        closed = False
+
+        async def aclose(self):
+            self.closed = True
+
+    transport = Closing()
+    merchant = attrs.evolve(at(merchant_keys, gateway_keys, "http://127.0.0.1:1"), private_key=tmp_path / "none.pem")
+    with pytest.raises(ConfigurationError):
+        await RefundSession(merchant, transport=transport).__aenter__()
+    assert transport.closed
+
+
+# ── which stack ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("wanted", "chosen"), [("", "aiohttp"), ("httpx", "httpx"), ("aiohttp", "aiohttp")])
+async def test_aiohttp_is_taken_where_it_is_installed_and_the_environment_can_choose(monkeypatch, wanted, chosen):
+    """LIANLIAN_HTTP_BACKEND decides; without it aiohttp carries the requests."""
+    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", wanted)
+    assert http_backend() == chosen
+
+
+@pytest.mark.parametrize("installed", [None, "3.9.5"])
+async def test_without_aiohttp_or_with_an_old_one_it_is_httpx(monkeypatch, installed):
+    """An aiohttp that does not tell a connection that was not made is as good as none; to ask for it is an error."""
+
+    def version(name):
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "")
+    assert http_backend() == "httpx"
+    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohttp")
+    with pytest.raises(ConfigurationError, match=r"lianlian-async\[fast\]"):
+        http_backend()
+
+
+async def test_an_unknown_stack_is_told_when_the_session_opens(monkeypatch, merchant):
+    """A misspelt LIANLIAN_HTTP_BACKEND is a ConfigurationError that lists the right ones."""
+    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohtpp")
+    with pytest.raises(ConfigurationError, match="LIANLIAN_HTTP_BACKEND: must be httpx or aiohttp, is 'aiohtpp'"):
+        await RefundSession(merchant).__aenter__()

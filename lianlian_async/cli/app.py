@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from lianlian_async import __version__
-from lianlian_async.errors import LianLianError
+from lianlian_async.errors import ConfigurationError, LianLianError
 from lianlian_async.signing import BACKEND
+from lianlian_async.transport import http_backend
 
 from .batch import batch
 from .demo import demo
@@ -41,13 +42,31 @@ class _Program(click.Group):
             ctx.exit(INTERRUPTED.exit_code)
 
 
+def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        sender = http_backend()
+    except ConfigurationError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(f"lianlian-async {__version__} (signs with {BACKEND}, sends with {sender})")
+    ctx.exit()
+
+
 @click.group(
     cls=_Program,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     epilog="Exit codes: 0 made or fine; 1 another error; 2 wrong usage, request or configuration, nothing was sent; "
     "3 rejected or failed; 4 outcome unknown, ask again; 5 signature invalid; 130 interrupted.",
 )
-@click.version_option(__version__, message=f"lianlian-async %(version)s (signs with {BACKEND})")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and what signs and sends, and exit.",
+)
 def lianlian() -> None:
     """LianLian Pay refunds: was this refund made? Never twice, never lost, never guessed.
 

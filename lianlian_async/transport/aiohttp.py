@@ -7,8 +7,7 @@ never made: with refunds, the difference between asking and sending again.
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from typing import Final
 
 import aiohttp
@@ -51,7 +50,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         timeout = request.extensions.get("timeout", {})
         # The way in which this fails tells whether it was sent, so taking the body here says nothing yet.
         body = request.stream.content if isinstance(request.stream, Body) else await request.aread()
-        with _errors():
+        try:
             response = await session.request(
                 request.method,
                 self._target(request.url),
@@ -60,6 +59,8 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 timeout=aiohttp.ClientTimeout(connect=timeout.get("connect"), sock_read=timeout.get("read")),
                 allow_redirects=False,
             )
+        except aiohttp.ClientError as error:
+            raise _as_httpx(error) from error
         return httpx.Response(response.status, headers=response.raw_headers, stream=_ResponseStream(response))
 
     def _open(self) -> aiohttp.ClientSession:
@@ -91,21 +92,19 @@ class _ResponseStream(httpx.AsyncByteStream):
         self._response = response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _errors():
+        try:
             while chunk := await self._response.content.readany():
                 yield chunk
                 # A stream that always has something to read never waits, and would never meet its cancellation.
                 await anyio.lowlevel.checkpoint_if_cancelled()
+        except aiohttp.ClientError as error:
+            raise _as_httpx(error) from error
 
     async def aclose(self) -> None:
         self._response.close()
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """aiohttp's exceptions as httpx's, as far as the difference between sent and not sent goes."""
-    try:
-        yield
-    except aiohttp.ClientError as error:
-        kind = next(kind for foreign, kind in _AS_HTTPX.items() if isinstance(error, foreign))
-        raise kind(str(error) or type(error).__name__) from error
+def _as_httpx(error: aiohttp.ClientError) -> httpx.RequestError:
+    """What aiohttp raised as an exception of httpx's, as far as the difference between sent and not sent goes."""
+    kind = next(kind for foreign, kind in _AS_HTTPX.items() if isinstance(error, foreign))
+    return kind(str(error) or type(error).__name__)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import anyio
 import httpx
@@ -18,6 +19,8 @@ __all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
 
 AsyncClient = httpx.AsyncClient
 AsyncBaseTransport = httpx.AsyncBaseTransport
+
+logger = logging.getLogger("lianlian_async")
 
 _JSON: Final = "application/json;charset=utf-8"
 _HEADERS: Final = {
@@ -69,9 +72,9 @@ class Transport:
         return cls(client, owned=owned, content_type=content_type)
 
     async def post(self, url: str, body: bytes, seconds: float) -> Delivery:
-        """POST ``body``, with at most ``seconds`` for each of the exchange's steps and half of it to connect.
+        """POST ``body``, with at most half of ``seconds`` to connect.
 
-        Bound the whole call from outside: a server that sends a byte now and then never times out by itself.
+        Bound the whole call from outside: no time limit between two bytes ends an answer that trickles.
         Reads little more than 1 MiB of the answer, as it came; follows no redirect.
         """
         if self._client.is_closed:
@@ -95,18 +98,14 @@ class Transport:
         return Answer(response.status_code, headers, received)
 
     def _request(self, url: str, body: Body, seconds: float) -> httpx.Request:
-        timeout = httpx.Timeout(seconds, connect=seconds / 2)
         if not self._owned:  # its own headers, cookies and base URL count, too
-            built = self._client.build_request(
-                "POST", url, content=body.content, headers=self._headers, timeout=timeout
-            )
-            return WatchedRequest(
-                built.method, built.url, headers=built.headers, stream=body, extensions=built.extensions
-            )
+            timeout = httpx.Timeout(seconds, connect=seconds / 2)
+            made = self._client.build_request("POST", url, content=body.content, headers=self._headers, timeout=timeout)
+            return WatchedRequest(made.method, made.url, headers=made.headers, stream=body, extensions=made.extensions)
         # Our own client has nothing to add, and looking for it costs more than all the rest of a request.
         target = self._targets.get(url) or self._target(url)
         headers = [*target.headers, (b"Content-Length", b"%d" % len(body.content))]
-        extensions = {"timeout": timeout.as_dict()}
+        extensions = {"timeout": {"connect": seconds / 2, "pool": seconds}}
         return WatchedRequest("POST", target.url, headers=headers, stream=body, extensions=extensions)
 
     def _target(self, url: str) -> _Target:
@@ -114,6 +113,23 @@ class Transport:
         headers = [(b"Host", parsed.netloc), *((name.encode(), text.encode()) for name, text in self._headers.items())]
         target = self._targets[url] = _Target(parsed, headers)
         return target
+
+    async def warm_up(self, url: str, connections: int, seconds: float) -> None:
+        """Open that many connections to the server of ``url``, each by a HEAD request, within ``seconds``.
+
+        What the server answers does not matter, and neither does a failure: who sends next will meet it again.
+        """
+
+        async def open_one() -> None:
+            try:
+                await self._client.head(url, follow_redirects=False, timeout=seconds)
+            except Exception as error:  # noqa: BLE001 - as in post
+                logger.info("no connection opened in advance: %s", _describe(error))
+
+        with anyio.move_on_after(seconds):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(connections):
+                    tasks.start_soon(open_one)
 
     async def aclose(self) -> None:
         """Close the client, if it is ours."""
@@ -126,7 +142,7 @@ async def _read(response: httpx.Response) -> bytes:
         return response.content
     received = bytearray()
     with anyio.CancelScope() as enough:
-        async for chunk in response.aiter_raw():
+        async for chunk in cast("httpx.AsyncByteStream", response.stream):  # as it came, unpacked by nobody
             received += chunk
             if len(received) > MAX_MESSAGE_BYTES:
                 enough.cancel()  # not break: trio wants every generator inside to be run to its end

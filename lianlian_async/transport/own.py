@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 from urllib.request import getproxies
 
@@ -41,10 +41,28 @@ def http_backend() -> str:
 
 def _has_aiohttp() -> bool:
     try:
-        major, minor, *_ = version("aiohttp").split(".")
-    except PackageNotFoundError:
+        major, minor, *_ = importlib.metadata.version("aiohttp").split(".")
+    except importlib.metadata.PackageNotFoundError:
         return False
     return (int(major), int(minor)) >= _OLDEST_AIOHTTP
+
+
+class _NoCookies(httpx.Cookies):
+    """Keeps none: looking for cookies costs as much as all the rest that a client does for a request."""
+
+    def extract_cookies(self, response: httpx.Response) -> None:
+        """Leave them where they are."""
+
+
+class _Client(httpx.AsyncClient):
+    """A client that carries requests, and nothing from one to the next."""
+
+    _none = _NoCookies()
+
+    @property  # type: ignore[misc] # without a setter: this client never leaves the session, and nobody sets any
+    def cookies(self) -> httpx.Cookies:
+        """None, ever."""
+        return self._none
 
 
 async def own_client(transport: httpx.AsyncBaseTransport | None, max_connections: int) -> httpx.AsyncClient:
@@ -52,7 +70,7 @@ async def own_client(transport: httpx.AsyncBaseTransport | None, max_connections
     on_asyncio = asyncio_loop() is not None
 
     def make() -> httpx.AsyncClient:
-        return httpx.AsyncClient(transport=transport or _own_transport(max_connections, on_asyncio=on_asyncio))
+        return _Client(transport=transport or _own_transport(max_connections, on_asyncio=on_asyncio))
 
     return await anyio.to_thread.run_sync(make)
 
