@@ -79,12 +79,13 @@ async def standing(new_journal, no_refund="R-1"):
 
 
 class SeenKey(SigningKey):
-    """A merchant's key that remembers what it signed."""
+    """A merchant's key that remembers what it signed, but for the nothing that a session measures it with."""
 
     signed: ClassVar[list[bytes]] = []
 
     def sign(self, source):
-        self.signed.append(source)
+        if source:
+            self.signed.append(source)
         return super().sign(source)
 
 

@@ -188,6 +188,13 @@ async def test_a_number_of_connections_that_is_none_is_refused(merchant, number)
         RefundSession(merchant, max_connections=number)
 
 
+@pytest.mark.parametrize("number", [-1, 21, 1.0, None])
+def test_no_more_connections_are_opened_in_advance_than_there_may_be(merchant, number):
+    """warm_up is a whole number from 0 to max_connections."""
+    with pytest.raises(ConfigurationError, match="warm_up"):
+        RefundSession(merchant, warm_up=number)
+
+
 async def test_a_client_and_a_transport_are_one_too_many(merchant):
     """A client has its transport already."""
     async with httpx.AsyncClient() as client:

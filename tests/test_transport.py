@@ -150,20 +150,20 @@ class RaisingAfterSendingPlainly(Raising):
         raise self.error
 
 
-class RaisingAfterTakingTheContent(Raising):
-    """Raises once it has taken the request's content as a whole, as adapters of other clients do, too."""
+class RaisingFromItsClientsError(Raising):
+    """Takes the request as a whole and raises, from what another HTTP client said, as adapters of such clients do."""
 
     async def handle_async_request(self, request):
         assert request.content == b"{}"
-        raise self.error
+        raise self.error from EOFError("the other client's word")
 
 
-class RaisingAfterReading(Raising):
-    """Raises once it has read the request."""
+class RaisingFromItsClientsErrorAfterReading(Raising):
+    """The same, having read the request."""
 
     async def handle_async_request(self, request):
-        assert await request.aread() == b"{}"
-        raise self.error
+        assert await request.aread() == request.read() == b"{}"
+        raise self.error from EOFError("the other client's word")
 
 
 class Answering(httpx.AsyncBaseTransport):
@@ -214,7 +214,12 @@ async def test_a_foreign_exception_before_the_send_never_escapes(kind):
 
 @pytest.mark.parametrize(
     "sender",
-    [RaisingAfterSending, RaisingAfterSendingPlainly, RaisingAfterTakingTheContent, RaisingAfterReading],
+    [
+        RaisingAfterSending,
+        RaisingAfterSendingPlainly,
+        RaisingFromItsClientsError,
+        RaisingFromItsClientsErrorAfterReading,
+    ],
 )
 @every_foreign_exception
 async def test_after_the_send_no_exception_means_not_sent(kind, sender):
@@ -225,7 +230,7 @@ async def test_after_the_send_no_exception_means_not_sent(kind, sender):
     assert delivery.may_have_arrived
 
 
-@pytest.mark.parametrize("sender", [RaisingAfterSending, RaisingAfterTakingTheContent, RaisingAfterReading])
+@pytest.mark.parametrize("sender", [RaisingAfterSending, RaisingFromItsClientsError])
 async def test_a_given_client_s_transport_is_watched_as_well(sender):
     """Over a client from outside, too, a failure to connect is believed only as long as nobody took the body."""
     deliveries = []
@@ -233,6 +238,20 @@ async def test_a_given_client_s_transport_is_watched_as_well(sender):
         async with httpx.AsyncClient(transport=transport) as client, transport_over(client=client) as opened:
             deliveries.append(await opened.post(URL, b"{}", 5.0))
     assert [delivery.may_have_arrived for delivery in deliveries] == [False, True]
+
+
+@pytest.mark.parametrize("kind", sorted(NEVER_SENT, key=lambda kind: kind.__name__))
+async def test_a_mocked_transport_s_word_is_believed(kind):
+    """A handler of httpx.MockTransport that looks at the request and fails to connect has sent nothing."""
+
+    def handler(request):
+        assert request.content == b"{}"
+        raise instance(kind)
+
+    async with transport_over(transport=httpx.MockTransport(handler)) as transport:
+        delivery = await transport.post(URL, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert not delivery.may_have_arrived
 
 
 AIOHTTPS_OWN = sorted(family(aiohttp.ClientError), key=lambda kind: kind.__name__)
@@ -580,9 +599,9 @@ async def test_a_cookie_is_not_brought_back():
 @on_both_stacks
 async def test_own_clients_follow_no_redirect():
     """Signed fields stay where they were sent on each of our own stacks."""
-    async with answering(status="307 Temporary Redirect", headers="location: /elsewhere\r\n") as server:
-        async with transport_over() as transport:
-            assert (await transport.post(server.url, b"{}", 5.0)).status == 307
+    elsewhere = {"status": "307 Temporary Redirect", "headers": "location: /elsewhere\r\n"}
+    async with answering(**elsewhere) as server, transport_over() as transport:
+        assert (await transport.post(server.url, b"{}", 5.0)).status == 307
     assert len(server.requests) == 1
 
 
@@ -650,10 +669,13 @@ async def test_a_burst_waits_for_connections_and_is_served(merchant_keys, gatewa
     async def post(transport):
         answers.append(await transport.post(server.url, b"{}", 30.0))
 
-    async with serving(handler) as server, transport_over(max_connections=3) as transport:
-        async with anyio.create_task_group() as tasks:
-            for _ in range(60):
-                tasks.start_soon(post, transport)
+    async with (
+        serving(handler) as server,
+        transport_over(max_connections=3) as transport,
+        anyio.create_task_group() as tasks,
+    ):
+        for _ in range(60):
+            tasks.start_soon(post, transport)
     assert [answer.status for answer in answers] == [200] * 60
     assert most <= 3
 

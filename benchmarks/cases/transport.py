@@ -1,7 +1,8 @@
 """The transport against httpx's own pool, with 16 to 1,024 requests in flight.
 
 Bare POSTs through one `AsyncClient`, so that nothing but the transport differs: this library's pool of
-single-connection transports; httpx's own pool, which looks at every connection for each request; and httpx-aiohttp's.
+single-connection transports, and its transport over aiohttp (extra `fast`); httpx's own pool, which looks at every
+connection for each request; and httpx-aiohttp's.
 Read how the CPU time of one request grows with the number in flight: it should not.
 """
 
@@ -12,7 +13,7 @@ from benchmarks.programs.frame import Job
 from benchmarks.report import Report
 from benchmarks.runner import Bench, Program
 
-LABELS = {"pool": "ours", "stock": "httpx's own pool", "aiohttp": "httpx-aiohttp"}
+LABELS = {"pool": "ours", "fast": "ours, with `fast`", "stock": "httpx's own pool", "aiohttp": "httpx-aiohttp"}
 IN_FLIGHT = (16, 64, 256, 1024)
 
 

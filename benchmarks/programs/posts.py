@@ -1,6 +1,7 @@
 """Bare POSTs through one ``AsyncClient``: what a transport costs, without refunds.
 
-Options: ``pool``, this library's transport; ``stock``, httpx's own pool; ``aiohttp``, httpx-aiohttp's.
+Options: ``pool``, this library's transport; ``fast``, the one with the extra ``fast``; ``stock``, httpx's own pool;
+``aiohttp``, httpx-aiohttp's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ def _transport(option: str, connections: int) -> httpx.AsyncBaseTransport | None
         from lianlian_async.transport import PoolTransport
 
         return PoolTransport(connections)
+    if option == "fast":
+        from lianlian_async.transport.aiohttp import AiohttpTransport as FastTransport
+
+        return FastTransport(connections, ssl_context=httpx.create_ssl_context(), keepalive_expiry=5.0)
     if option == "aiohttp":
         from httpx_aiohttp import AiohttpTransport
 

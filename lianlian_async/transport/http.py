@@ -80,8 +80,7 @@ class Transport:
         if self._client.is_closed:
             return Lost("the httpx client is closed", may_have_arrived=False)
         try:
-            watched = Body(body)
-            request = self._request(url, watched, seconds)
+            request = self._request(url, Body(body), seconds)
         except Exception as error:  # noqa: BLE001 - a given client may raise anything, but it has sent nothing yet
             return Lost(_describe(error), may_have_arrived=False, cause=error)
         try:
@@ -91,22 +90,21 @@ class Transport:
             finally:
                 await response.aclose()
         except _NEVER_SENT as error:
-            return Lost(_describe(error), may_have_arrived=watched.begun, cause=error)
+            return Lost(_describe(error), may_have_arrived=request.may_have_been_sent(error), cause=error)
         except Exception as error:  # noqa: BLE001 - a client or transport may raise anything, and none of it may pass
             return Lost(_describe(error), may_have_arrived=True, cause=error)
         headers = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw}
         return Answer(response.status_code, headers, received)
 
-    def _request(self, url: str, body: Body, seconds: float) -> httpx.Request:
+    def _request(self, url: str, body: Body, seconds: float) -> WatchedRequest:
         if not self._owned:  # its own headers, cookies and base URL count, too
             timeout = httpx.Timeout(seconds, connect=seconds / 2)
             made = self._client.build_request("POST", url, content=body.content, headers=self._headers, timeout=timeout)
-            return WatchedRequest(made.method, made.url, headers=made.headers, stream=body, extensions=made.extensions)
+            return WatchedRequest(made.url, made.headers, body, **made.extensions)
         # Our own client has nothing to add, and looking for it costs more than all the rest of a request.
         target = self._targets.get(url) or self._target(url)
         headers = [*target.headers, (b"Content-Length", b"%d" % len(body.content))]
-        extensions = {"timeout": {"connect": seconds / 2, "pool": seconds}}
-        return WatchedRequest("POST", target.url, headers=headers, stream=body, extensions=extensions)
+        return WatchedRequest(target.url, headers, body, timeout={"connect": seconds / 2, "pool": seconds})
 
     def _target(self, url: str) -> _Target:
         parsed = httpx.URL(url)

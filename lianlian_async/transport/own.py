@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from typing import Final
-from urllib.request import getproxies
 
 import anyio.to_thread
 import httpx
@@ -13,7 +12,7 @@ import httpx
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.event_loop import asyncio_loop
 
-from .pool import KEEPALIVE_SECONDS, PoolTransport
+from .pool import KEEPALIVE_SECONDS, PoolTransport, environment_proxies
 
 __all__ = ["http_backend", "own_client"]
 
@@ -76,7 +75,7 @@ async def own_client(transport: httpx.AsyncBaseTransport | None, max_connections
 
 
 def _own_transport(max_connections: int, *, on_asyncio: bool) -> httpx.AsyncBaseTransport:
-    if http_backend() == "httpx" or not on_asyncio or getproxies():
+    if http_backend() == "httpx" or not on_asyncio or environment_proxies():
         return PoolTransport(max_connections)
     from .aiohttp import AiohttpTransport  # only who has the extra can import it
 

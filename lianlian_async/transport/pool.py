@@ -18,11 +18,17 @@ import httpx
 
 from lianlian_async.errors import ConfigurationError
 
-__all__ = ["PoolTransport"]
+__all__ = ["KEEPALIVE_SECONDS", "PoolTransport", "environment_proxies"]
 
 KEEPALIVE_SECONDS: Final = 5.0
 """How long an idle connection is kept: less than servers and load balancers keep theirs, so that a request
 never meets a connection that is being closed at the other end."""
+
+
+def environment_proxies() -> dict[str, str]:
+    """The URLs of the proxies that the environment names, by the scheme that they are for (``all``: every one)."""
+    named = getproxies()
+    return {scheme: named[scheme] for scheme in ("http", "https", "all") if named.get(scheme)}
 
 
 @attrs.frozen
@@ -53,11 +59,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
         self._idle: dict[tuple[str, str, int | None], deque[_Idle]] = {}
         self._closed = False
         self._environment = getproxies()
-        self._proxies = {
-            scheme: self._checked_proxy(scheme, url)
-            for scheme in ("http", "https", "all")
-            if (url := self._environment.get(scheme))
-        }
+        self._proxies = {scheme: self._checked_proxy(scheme, url) for scheme, url in environment_proxies().items()}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send ``request`` on the connection to its origin that was used last, or on a new one."""

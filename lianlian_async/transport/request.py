@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import httpx
 
@@ -43,12 +44,38 @@ class _AsyncIterator(AsyncIterator[bytes]):
 
 
 class WatchedRequest(httpx.Request):
-    """A request whose bytes come out of its :class:`Body` only, which notices.
+    """A request of which one knows afterwards whether it may have been sent, whatever was raised.
 
-    One that is made with its content keeps a second copy, and adapters of other HTTP clients send that.
+    To send it means to iterate over its :class:`Body`. Adapters of other HTTP clients take that as a whole, though,
+    and so do layers that only look: by itself it says nothing.
     """
+
+    def __init__(
+        self, url: httpx.URL, headers: httpx.Headers | list[tuple[bytes, bytes]], body: Body, **extensions: Any
+    ) -> None:
+        super().__init__("POST", url, headers=headers, stream=body, extensions=extensions)
+        self._body = body
+        self._taken = False
 
     @property
     def content(self) -> bytes:
-        """The body, read: from now on it may have been sent."""
-        return self.read()
+        """The body as a whole."""
+        self._taken = True
+        return self._body.content
+
+    def read(self) -> bytes:
+        """The body as a whole."""
+        return self.content
+
+    async def aread(self) -> bytes:
+        """The body as a whole."""
+        return self.content
+
+    def may_have_been_sent(self, error: Exception) -> bool:
+        """Whether it may have been, though ``error`` is one that is raised before the first byte is written.
+
+        An adapter need not know which exceptions of its client mean that: httpx-aiohttp calls a connection that
+        broke after the request one that was never made.
+        """
+        foreign = error.__cause__ is not None and type(error.__cause__).__module__.partition(".")[0] != "httpcore"
+        return self._body.begun or (self._taken and foreign)
