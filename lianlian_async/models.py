@@ -7,10 +7,11 @@ A value that exists is valid: all broken rules of one request are reported toget
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
@@ -35,9 +36,9 @@ class _Broken(NamedTuple):
     value: object
 
 
-def _or_broken(parse: Callable[[Any], T], value: object) -> T:
+def _or_broken(parse: Callable[..., T], value: object, *limits: int) -> T:
     try:
-        return parse(value)
+        return parse(value, *limits)
     except ValueError as error:
         return cast("T", _Broken(str(error), value))
 
@@ -63,13 +64,13 @@ def _text(value: object, longest: int) -> str:
         raise ValueError(f"must have at most {longest} characters, has {len(value)}")
     if value != value.strip():
         raise ValueError("must not begin or end with a blank: whoever trims it changes the refund's identity")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+    if not value.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
         raise ValueError("must hold neither control characters nor surrogates")
     return value
 
 
 def _string_32(value: str) -> str:
-    return _or_broken(lambda text: _text(text, 32), value)
+    return _or_broken(_text, value, 32)
 
 
 def _optional_string_32(value: str | None) -> str | None:
@@ -77,7 +78,7 @@ def _optional_string_32(value: str | None) -> str | None:
 
 
 def _optional_string_16(value: str | None) -> str | None:
-    return None if value is None else _or_broken(lambda text: _text(text, 16), value)
+    return None if value is None else _or_broken(_text, value, 16)
 
 
 def parse_notify_url(value: object) -> str:
@@ -104,11 +105,21 @@ def _optional_url(value: str | None) -> str | None:
     return None if value is None else _or_broken(parse_notify_url, value)
 
 
-def _broken_fields(instance: Any) -> Iterator[Problem]:
-    for field in attrs.fields(type(instance)):
-        value = getattr(instance, field.name)
-        if isinstance(value, _Broken):
-            yield Problem(field.name, value.rule, _shown(value.value))
+@cache
+def _names(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in attrs.fields(cls))
+
+
+def _values(instance: Any) -> list[tuple[str, Any]]:
+    return [(name, getattr(instance, name)) for name in _names(instance.__class__)]
+
+
+def _broken_fields(instance: Any) -> list[Problem]:
+    return [
+        Problem(name, value.rule, _shown(value.value))
+        for name, value in _values(instance)
+        if isinstance(value, _Broken)
+    ]
 
 
 def _shown(value: object) -> str:
@@ -137,10 +148,10 @@ def _given(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _wire_text(value: object) -> str:
     match value:
-        case Decimal():
-            return wire.format_money(value)
         case datetime():
             return wire.format_timestamp(value)
+        case Decimal():
+            return wire.format_money(value)
         case _:
             return str(value)
 
@@ -152,8 +163,7 @@ class _Request:
 
     def to_dict(self) -> dict[str, str]:
         """The fields in wire form (strings), absent ones left out: for JSON logs, queues and the gateway."""
-        names = [field.name for field in attrs.fields(type(self))]  # type: ignore[arg-type]
-        return {name: _wire_text(value) for name in names if (value := getattr(self, name)) is not None}
+        return {name: _wire_text(value) for name, value in _values(self) if value is not None}
 
 
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────
@@ -185,7 +195,7 @@ class RefundRequest(_Request):
     """Where LianLian POSTs the result, at most 128 characters; None takes the merchant's default."""
 
     def __attrs_post_init__(self) -> None:
-        problems = list(_broken_fields(self))
+        problems = _broken_fields(self)
         if self.no_order is None and self.oid_paybill is None:
             problems.append(Problem("no_order", "no_order or oid_paybill is required", "neither"))
         if problems:
@@ -216,7 +226,7 @@ class RefundQuery(_Request):
     """LianLian's refund number, at most 16 characters."""
 
     def __attrs_post_init__(self) -> None:
-        problems = list(_broken_fields(self))
+        problems = _broken_fields(self)
         if self.no_refund is None and self.oid_refundno is None:
             problems.append(Problem("no_refund", "no_refund or oid_refundno is required", "neither"))
         if problems:
@@ -329,7 +339,7 @@ class Refund:
                     extra[name] = text
             elif text:
                 try:
-                    known[name] = parse(text)
+                    known[name] = text if parse is str else parse(text)
                 except ValueError:
                     extra[name] = text
         return cls(

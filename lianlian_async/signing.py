@@ -48,7 +48,7 @@ def signature_source(fields: Mapping[str, str | None]) -> bytes:
     ``ret_code`` and ``ret_msg`` of an answer (LianLian's signature page; proved by genuine signatures).
     """
     # Plain ascending order. LianLian's own Java code ignores case, but every known key is lower case.
-    return "&".join(f"{key}={value}" for key, value in sorted(fields.items()) if value and key != "sign").encode()
+    return "&".join([f"{key}={value}" for key, value in sorted(fields.items()) if value and key != "sign"]).encode()
 
 
 class _Scheme(Protocol):

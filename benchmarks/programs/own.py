@@ -8,7 +8,8 @@ and one ``AsyncClient.post`` on a ``MockTransport``.
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def program(job: frame.Job) -> Any:
 
 
 def _own(job: frame.Job) -> dict[str, float]:
-    from lianlian_async import RetryBudget, RetryPolicy
+    from lianlian_async import RefundRequest, RetryBudget, RetryPolicy, wire
     from lianlian_async.exchange import Answer, Call, Exchange, Reply
     from lianlian_async.protocol import Protocol
     from lianlian_async.retry import Bucket, Deadline
@@ -37,6 +38,7 @@ def _own(job: frame.Job) -> dict[str, float]:
     protocol = Protocol(merchant, keys.private, keys.gateway)
     headers = {"content-type": "application/json;charset=utf-8"}
     policy, bucket, epoch = RetryPolicy(), Bucket(RetryBudget()), datetime.now(UTC)
+    paid = datetime(2024, 1, 1, 19, 4, 5, tzinfo=UTC)
     until = Deadline(30.0)
 
     async def question() -> Exchange:
@@ -52,9 +54,23 @@ def _own(job: frame.Job) -> dict[str, float]:
     spent = dict.fromkeys(("validate_ms", "seal_ms", "read_ms", "settle_ms"), 0.0)
     for start in range(0, job.refunds, _BATCH):
         numbers = range(start, start + _BATCH)
-        answers = [Answer(200, headers, stamps.answer(f"R-{number}")) for number in numbers]
+        # No two refunds of one second: they would share what is remembered of it.
+        moments = [paid + timedelta(seconds=number) for number in numbers]
+        answers = [
+            Answer(200, headers, stamps.answer(f"R-{number}", dt_refund=wire.format_timestamp(moment)))
+            for number, moment in zip(numbers, moments, strict=True)
+        ]
         laps = [frame.clocks()]
-        requests = [workload.refund_request(number) for number in numbers]
+        requests = [
+            RefundRequest(
+                no_refund=f"R-{number}",
+                dt_refund=moment,
+                money_refund=Decimal(workload.MONEY_REFUND),
+                no_order=f"O-{number}",
+                dt_order=paid,
+            )
+            for number, moment in zip(numbers, moments, strict=True)
+        ]
         laps.append(frame.clocks())
         fields = [protocol.apply_fields(request) for request in requests]
         bodies = [protocol.seal(each) for each in fields]

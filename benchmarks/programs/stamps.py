@@ -45,9 +45,9 @@ def merchant() -> Merchant:
     )
 
 
-def answer(no_refund: str) -> bytes:
+def answer(no_refund: str, **changes: str) -> bytes:
     """The body of the gateway's answer."""
-    fields = {**workload.answer_fields(no_refund), "sign": _SIGNATURE}
+    fields = {**workload.answer_fields(no_refund), **changes, "sign": _SIGNATURE}
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
