@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, cast
 
 import anyio
 
@@ -40,8 +40,10 @@ from lianlian_async.rsa_thread import RsaThread
 from lianlian_async.session import RefundSession
 
 from .acks import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
+from .acting import Book, act_on
 from .addresses import AllowList
-from .inbox import Inbox, RecentJournal
+from .inbox import Inbox
+from .recent import Recent
 
 __all__ = ["Ack", "NotificationEndpoint", "Verdict"]
 
@@ -62,7 +64,14 @@ class _Ready(NamedTuple):
     """What exists from the first notification on."""
 
     rsa: RsaThread
+    book: Inbox | Recent
+
+
+class _Worker(NamedTuple):
+    """What exists behind an inbox as long as the endpoint is open."""
+
     inbox: Inbox
+    task: Background
 
 
 def _utc_now() -> datetime:
@@ -137,11 +146,11 @@ class NotificationEndpoint:
         self._allow_list = AllowList.read(allow_from, trusted_proxies)
         self._path = path
         self._concurrency = checked(concurrency)
-        self._remember = remember
+        self._recent = Recent(remember, handler_seconds)
         self._now = now
         self._ready: _Ready | None = None
         self._turn = anyio.Lock()
-        self._worker: Background | None = None
+        self._worker: _Worker | None = None
 
     def __repr__(self) -> str:
         return f"<NotificationEndpoint {self.merchant.oid_partner}>"
@@ -153,30 +162,31 @@ class NotificationEndpoint:
             raise RuntimeError("this NotificationEndpoint is in use already")
         ready = await self._open()
         if self._is_inbox:
-            self._worker = Background(lambda: ready.inbox.work(self._concurrency, self._count_act))
+            inbox = cast("Inbox", ready.book)  # there is a journal
+            self._worker = _Worker(inbox, Background(lambda: inbox.work(self._concurrency, self._count_act)))
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        ready, self._ready = self._ready, None
+        self._ready = None
         worker, self._worker = self._worker, None
-        if ready is not None and worker is not None:
-            ready.inbox.stop()
+        if worker is not None:
+            worker.inbox.stop()
             try:
-                await worker.join()
+                await worker.task.join()
             finally:
-                await worker.aclose()
+                await worker.task.aclose()
 
     async def _open(self) -> _Ready:
-        if self._ready is not None:
-            return self._ready
         async with self._turn:
             if self._ready is None:
-                journal = RecentJournal(self._remember) if self._journal is None else await self._journal.inbox()
-                inbox = Inbox(journal, self._act, refunds=self._journal, seconds=self._seconds, now=self._now)
-                self._ready = _Ready(await RsaThread.open(self.merchant), inbox)
+                book = self._recent if self._journal is None else await self._inbox_beside(self._journal)
+                self._ready = _Ready(await RsaThread.open(self.merchant), book)
             return self._ready
+
+    async def _inbox_beside(self, journal: Journal) -> Inbox:
+        return Inbox(await journal.inbox(), self._act, refunds=journal, seconds=self._seconds, now=self._now)
 
     # ── one delivery ─────────────────────────────────────────────────────────────────────────────
 
@@ -204,27 +214,28 @@ class NotificationEndpoint:
         if len(body) > MAX_NOTIFICATION_BYTES:
             logger.warning("notification refused: longer than %d bytes", MAX_NOTIFICATION_BYTES)
             return Verdict.TOO_BIG
-        rsa, inbox = await self._open()
-        refund = await inbox.learn(await rsa.check(rsa.protocol.read_notification, body))
+        rsa, book = self._ready or await self._open()
+        refund = await book.learn(await rsa.check(rsa.protocol.read_notification, body))
         if not refund.is_final:
             return Verdict.NOT_FINAL
-        return await (self._keep(inbox, refund) if self._is_inbox else self._act_once(inbox, refund))
+        return await (self._keep(refund) if self._is_inbox else self._act_once(book, refund))
 
-    async def _keep(self, inbox: Inbox, refund: Refund) -> Verdict:
+    async def _keep(self, refund: Refund) -> Verdict:
         if self._worker is None:
             raise RuntimeError("the inbox is not open: use the NotificationEndpoint in `async with`")
-        standing = await inbox.keep(refund)
+        standing = await self._worker.inbox.keep(refund)
         self._tell(refund)
         return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
 
-    async def _act_once(self, inbox: Inbox, refund: Refund) -> Verdict:
-        standing, entry = await inbox.take(refund)
+    async def _act_once(self, book: Book[Any], refund: Refund) -> Verdict:
+        standing, held = await book.take(refund)
         self._tell(refund)
         if standing is Standing.SETTLED:
             return Verdict.DUPLICATE
         if standing is Standing.HELD:
             return Verdict.BUSY
-        return Verdict.ACTED if await inbox.act_on(entry, refund) else Verdict.FAILED
+        well = await act_on(refund, book, held, self._act, self._seconds)
+        return Verdict.ACTED if well else Verdict.FAILED
 
     def _tell(self, refund: Refund) -> None:
         if self._session is not None:

@@ -8,22 +8,21 @@ import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from datetime import datetime, timedelta
-from typing import Final, TypeVar
+from typing import Final
 
 import anyio
 import attrs
 
 from lianlian_async.flow import drain, iterate
-from lianlian_async.journal import Ending, Entry, Intent, Journal, MemoryJournal, Standing, State
-from lianlian_async.journal.operations import Begin, Operation
+from lianlian_async.journal import Ending, Entry, Intent, Journal, Standing, State
 from lianlian_async.models import Refund
 from lianlian_async.recording import learn, take
 
-__all__ = ["Inbox", "RecentJournal"]
+from .acting import act_on
+
+__all__ = ["Inbox"]
 
 logger = logging.getLogger("lianlian_async")
-
-T = TypeVar("T")
 
 _NO_HOLD: Final = -60.0
 """Seconds: over already, by the clock of any worker."""
@@ -31,29 +30,6 @@ _LOOK_EVERY: Final = 30.0
 """Seconds between two looks at what other workers may have left behind."""
 _LONGEST_REST: Final = 300.0
 """Seconds that a handler rests at most after it failed: one second the first time, twice as long each further time."""
-
-
-class RecentJournal(MemoryJournal):
-    """As many refunds as fit: the one that was asked for longest ago is forgotten first, unless somebody is at it."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self._most = most
-
-    async def intend(self, intent: Intent, now: datetime) -> tuple[Standing, Entry]:
-        """See :meth:`Journal.intend`."""
-        return self._do(Begin(intent, now))  # at once: a task switch costs as much as half of a signature
-
-    def _do(self, operation: Operation[T]) -> T:
-        known = self._entries.pop(operation.no_refund, None)
-        if known is not None:
-            self._entries[operation.no_refund] = known  # the youngest now
-        answer = super()._do(operation)
-        if len(self._entries) > self._most:
-            oldest = next((number for number, entry in self._entries.items() if entry.holder is None), None)
-            if oldest is not None:
-                del self._entries[oldest]
-        return answer
 
 
 @attrs.frozen
@@ -66,9 +42,9 @@ class _Rest:
 
 
 class Inbox:
-    """What was notified, in ``journal``, and the handler ``act``, which may take ``seconds`` for one refund.
+    """A :class:`~.acting.Book` in ``journal``, and the handler ``act``, which may take ``seconds`` for one refund.
 
-    ``refunds`` is the journal of the refunds themselves, if there is one; ``now`` the wall clock.
+    ``refunds`` is the journal of the refunds themselves; ``now`` the wall clock.
     """
 
     def __init__(
@@ -76,7 +52,7 @@ class Inbox:
         journal: Journal,
         act: Callable[[Refund], Awaitable[None]],
         *,
-        refunds: Journal | None,
+        refunds: Journal,
         seconds: float,
         now: Callable[[], datetime],
     ) -> None:
@@ -92,14 +68,11 @@ class Inbox:
     # ── one notification ─────────────────────────────────────────────────────────────────────────
 
     async def learn(self, refund: Refund) -> Refund:
-        """See :func:`lianlian_async.recording.learn`."""
-        return refund if self._refunds is None else await learn(self._refunds, refund)
+        """See :meth:`.Book.learn` and :func:`lianlian_async.recording.learn`."""
+        return await learn(self._refunds, refund)
 
     async def take(self, refund: Refund) -> tuple[Standing, Entry]:
-        """Take hold of a final state to act on it, once whoever holds it lets go; HELD if that takes too long.
-
-        Raises ``RefundConflict`` if another final state, or another amount, was notified before.
-        """
+        """See :meth:`.Book.take`."""
         return await self._take(refund, 2 * self._seconds, anyio.current_time() + self._seconds)
 
     async def keep(self, refund: Refund) -> Standing:
@@ -114,21 +87,14 @@ class Inbox:
 
         return await take(self._journal, intent, self._now, deadline)
 
-    async def act_on(self, entry: Entry, refund: Refund) -> bool:
-        """Have the handler act on what :meth:`take` gave; whether it did. If not, the next delivery finds it free."""
-        try:
-            with anyio.fail_after(self._seconds):
-                await self._act(refund)
-        except Exception:
-            logger.exception("refund %s: its notification was not acted on, it will be tried again", entry.no_refund)
-            await self._journal.release(entry, self._now())
-            return False
-        except BaseException:
-            await self._journal.release(entry, self._now())
-            raise
+    async def settle(self, held: Entry, refund: Refund) -> None:
+        """See :meth:`.Book.settle`."""
         done = Ending(state=State.DONE, record={"sta_refund": str(refund.sta_refund)})
-        await self._journal.settle(entry.no_refund, done)
-        return True
+        await self._journal.settle(held.no_refund, done)
+
+    async def release(self, held: Entry) -> None:
+        """See :meth:`.Book.release`."""
+        await self._journal.release(held, self._now())
 
     # ── all that were kept ───────────────────────────────────────────────────────────────────────
 
@@ -167,7 +133,7 @@ class Inbox:
         standing, held = await self._take(refund, 2 * self._seconds, -math.inf)
         if standing in (Standing.HELD, Standing.SETTLED):
             return standing, standing is Standing.SETTLED
-        return standing, await self.act_on(held, refund)
+        return standing, await act_on(refund, self, held, self._act, self._seconds)
 
     async def _due(self) -> AsyncGenerator[Entry]:
         """What is to be acted on, each when it is time, without end."""

@@ -1,0 +1,58 @@
+"""Acting on a final state: who may, the handler within its time, and what becomes of the refund that it held."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import anyio
+
+from lianlian_async.journal import Standing
+from lianlian_async.models import Refund
+
+__all__ = ["Book", "act_on"]
+
+logger = logging.getLogger("lianlian_async")
+
+Held = TypeVar("Held")
+
+
+class Book(Protocol[Held]):
+    """Knows which final states were notified, and which of them were acted on."""
+
+    async def learn(self, refund: Refund) -> Refund:
+        """``refund``, if nothing that is on record contradicts it, with what it leaves out; else ``RefundConflict``."""
+
+    async def take(self, refund: Refund) -> tuple[Standing, Held]:
+        """Take hold of a final state to act on it, once whoever holds it lets go; HELD if that takes too long.
+
+        SETTLED: it was acted on. Else it is the caller's, who ends with :meth:`settle` or :meth:`release`.
+        Raises ``RefundConflict`` if another final state, or another amount, was notified before.
+        """
+
+    async def settle(self, held: Held, refund: Refund) -> None:
+        """It was acted on."""
+
+    async def release(self, held: Held) -> None:
+        """It was not: the next delivery finds it free."""
+
+
+async def act_on(
+    refund: Refund, book: Book[Held], held: Held, act: Callable[[Refund], Awaitable[None]], seconds: float
+) -> bool:
+    """Have ``act`` act on what ``book.take`` gave, in so many seconds; whether it did."""
+    try:
+        with anyio.CancelScope(deadline=anyio.current_time() + seconds) as scope:
+            await act(refund)
+        if scope.cancelled_caught:
+            raise TimeoutError(f"the handler took more than {seconds:g} s")
+    except Exception:
+        logger.exception("refund %s: its notification was not acted on, it will be tried again", refund.no_refund)
+        await book.release(held)
+        return False
+    except BaseException:
+        await book.release(held)
+        raise
+    await book.settle(held, refund)
+    return True

@@ -1,0 +1,98 @@
+"""Where there is no journal: the last refunds that this process was notified of, each acted on once."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import anyio
+import attrs
+
+from lianlian_async.errors import RefundConflict
+from lianlian_async.journal import Standing
+from lianlian_async.models import Refund, RefundStatus
+
+__all__ = ["Recent"]
+
+
+@attrs.define(eq=False)
+class Known:
+    """A final state that was notified."""
+
+    no_refund: str | None
+    sta_refund: RefundStatus | None
+    money_refund: Decimal | None
+    is_held: bool = False
+    is_done: bool = False
+    """Whether it was acted on."""
+    let_go: anyio.Event | None = None
+    """Set when whoever holds it lets go, if anybody waits for that."""
+
+
+class Recent:
+    """A :class:`~.acting.Book` of the last refunds, ``most`` of them; one that is held is never forgotten.
+
+    Whoever finds one held waits for it, up to ``seconds``.
+    """
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most = most
+        self._seconds = seconds
+        self._known: dict[str | None, Known] = {}
+        """The one of which nothing was heard for longest comes first."""
+
+    async def learn(self, refund: Refund) -> Refund:
+        """See :meth:`.Book.learn`: nothing is on record."""
+        return refund
+
+    async def take(self, refund: Refund) -> tuple[Standing, Known]:
+        """See :meth:`.Book.take`."""
+        known = self._find(refund)
+        if known.is_held:
+            known = await self._until_let_go(known, refund)
+        if known.is_held:
+            return Standing.HELD, known
+        if known.is_done:
+            return Standing.SETTLED, known
+        known.is_held = True
+        return Standing.NEW, known
+
+    async def settle(self, held: Known, refund: Refund) -> None:
+        """See :meth:`.Book.settle`."""
+        held.is_done = True
+        self._let_go(held)
+
+    async def release(self, held: Known) -> None:
+        """See :meth:`.Book.release`."""
+        self._let_go(held)
+
+    def _find(self, refund: Refund) -> Known:
+        number = refund.no_refund
+        known = self._known.pop(number, None)
+        if known is None:
+            known = self._known[number] = Known(number, refund.sta_refund, refund.money_refund)
+            return known
+        self._known[number] = known
+        for name in ("sta_refund", "money_refund"):
+            earlier, later = getattr(known, name), getattr(refund, name)
+            if earlier != later:
+                raise RefundConflict(str(number), field=name, ours=str(later), theirs=str(earlier))
+        return known
+
+    async def _until_let_go(self, known: Known, refund: Refund) -> Known:
+        with anyio.move_on_after(self._seconds):
+            while known.is_held:
+                known.let_go = known.let_go or anyio.Event()
+                await known.let_go.wait()
+                if not known.is_done:  # then it may have been forgotten since, and notified anew
+                    known = self._find(refund)
+        return known
+
+    def _let_go(self, known: Known) -> None:
+        known.is_held = False
+        if known.let_go is not None:
+            known.let_go.set()
+            known.let_go = None
+        self._known[known.no_refund] = self._known.pop(known.no_refund)
+        if len(self._known) > self._most:
+            oldest = next(number for number, each in self._known.items() if not each.is_held)
+            del self._known[oldest]
