@@ -12,7 +12,10 @@ from . import environment
 from .report import Report, store
 from .runner import Bench
 
-CASES = ("programs", "concurrency", "transport", "own_cpu", "lag", "gather", "memory", "imports", "journal", "stream")
+CASES = (
+    *("programs", "concurrency", "transport", "own_cpu", "lag", "gather", "memory", "imports", "journal", "stream"),
+    "notifications",
+)
 
 
 def main() -> None:

@@ -80,17 +80,21 @@ def decode(body: bytes) -> dict[str, str]:
         raise MalformedMessage(f"not JSON: {error.msg} at character {error.pos}") from None
     if not isinstance(message, dict):
         raise MalformedMessage("not a JSON object")
-    fields: dict[str, str] = message
-    if None in message.values():
-        fields = {key: value for key, value in message.items() if value is not None}
+    if set(map(type, message.values())) != {str}:
+        message = _only_strings(message)
+    if b"\\" in body:  # only an escape can smuggle in what UTF-8 cannot carry
+        try:
+            "".join((*message, *message.values())).encode()
+        except UnicodeEncodeError:
+            raise MalformedMessage("a lone surrogate stands in a string") from None
+    return message
+
+
+def _only_strings(message: dict[str, Any]) -> dict[str, str]:
+    fields = {key: value for key, value in message.items() if value is not None}
     for key, value in fields.items():
         if not isinstance(value, str):
             raise MalformedMessage(f"the value of {key[:32]!r} is not a string")
-    if b"\\u" in body:  # only an escape can smuggle in what UTF-8 cannot carry
-        try:
-            "".join((*fields, *fields.values())).encode()
-        except UnicodeEncodeError:
-            raise MalformedMessage("a lone surrogate stands in a string") from None
     return fields
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+import math
+from collections.abc import Callable, Coroutine, Generator
+from types import coroutine
+from typing import Any, Protocol, TypeVar
 
 import anyio
 
@@ -39,14 +41,11 @@ class Book(Protocol[Held]):
 
 
 async def act_on(
-    refund: Refund, book: Book[Held], held: Held, act: Callable[[Refund], Awaitable[None]], seconds: float
+    refund: Refund, book: Book[Held], held: Held, act: Callable[[Refund], Coroutine[Any, Any, None]], seconds: float
 ) -> bool:
     """Have ``act`` act on what ``book.take`` gave, in so many seconds; whether it did."""
     try:
-        with anyio.CancelScope(deadline=anyio.current_time() + seconds) as scope:
-            await act(refund)
-        if scope.cancelled_caught:
-            raise TimeoutError(f"the handler took more than {seconds:g} s")
+        await _within(seconds, act(refund))
     except Exception:
         logger.exception("refund %s: its notification was not acted on, it will be tried again", refund.no_refund)
         await book.release(held)
@@ -56,3 +55,23 @@ async def act_on(
         raise
     await book.settle(held, refund)
     return True
+
+
+@coroutine
+def _within(seconds: float, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+    """Do ``work``, in so many seconds from its first wait on; what waits for nothing needs no timer."""
+    with anyio.CancelScope() as scope:
+        step, value = work.send, None
+        while True:
+            try:
+                wait = step(value)
+            except StopIteration:
+                break
+            if scope.deadline == math.inf:
+                scope.deadline = anyio.current_time() + seconds
+            try:
+                step, value = work.send, (yield wait)
+            except BaseException as error:  # noqa: BLE001 - it is raised in the work
+                step, value = work.throw, error
+    if scope.cancelled_caught:
+        raise TimeoutError(f"the handler took more than {seconds:g} s")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 import anyio
 import attrs
@@ -50,7 +50,7 @@ class Inbox:
     def __init__(
         self,
         journal: Journal,
-        act: Callable[[Refund], Awaitable[None]],
+        act: Callable[[Refund], Coroutine[Any, Any, None]],
         *,
         refunds: Journal,
         seconds: float,
