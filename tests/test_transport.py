@@ -497,6 +497,18 @@ async def test_a_certificate_that_nobody_vouches_for_is_not_sent(self_signed):
     assert not any(asked)
 
 
+@on_both_stacks
+async def test_a_certificate_that_the_environment_vouches_for_is_trusted(self_signed, monkeypatch):
+    """SSL_CERT_FILE names whom to trust, and one connection serves several exchanges."""
+    context, file = self_signed
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    async with serving(heartily, tls=context) as server, transport_over() as transport:
+        for _ in range(2):
+            delivery = await transport.post(server.url.replace("http:", "https:"), b"{}", 5.0)
+            assert isinstance(delivery, Answer)
+    assert server.opened == 1
+
+
 async def test_a_client_of_the_user_s_brings_its_own_trust_and_stays_open(self_signed):
     """A given client is used as it is, and left open when the session closes."""
     context, file = self_signed
