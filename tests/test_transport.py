@@ -781,6 +781,14 @@ async def test_aiohttp_is_taken_where_it_is_installed_and_the_environment_can_ch
     assert http_backend() == chosen
 
 
+@pytest.mark.parametrize("installed", ["3.10", "3.10b1", "3.14.5", "4.0.0a1"])
+async def test_an_aiohttp_that_is_new_enough_is_taken(monkeypatch, installed):
+    """Every version from 3.10 on will do, however it is written."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: installed)
+    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "")
+    assert http_backend() == "aiohttp"
+
+
 @pytest.mark.parametrize("installed", [None, "3.9.5"])
 async def test_without_aiohttp_or_with_an_old_one_it_is_httpx(monkeypatch, installed):
     """An aiohttp that does not tell a connection that was not made is as good as none; to ask for it is an error."""

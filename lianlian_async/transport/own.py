@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from typing import Final
 
 import anyio.to_thread
@@ -40,10 +41,10 @@ def http_backend() -> str:
 
 def _has_aiohttp() -> bool:
     try:
-        major, minor, *_ = importlib.metadata.version("aiohttp").split(".")
+        installed = importlib.metadata.version("aiohttp")
     except importlib.metadata.PackageNotFoundError:
         return False
-    return (int(major), int(minor)) >= _OLDEST_AIOHTTP
+    return tuple(map(int, re.findall("[0-9]+", installed)[:2])) >= _OLDEST_AIOHTTP
 
 
 class _NoCookies(httpx.Cookies):
