@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from time import perf_counter
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -33,12 +34,8 @@ class _Job:
     """One signature that is asked for."""
 
     fields: Mapping[str, str]
-    body: bytes = b""
+    body: bytes | None = None
     error: Exception | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return bool(self.body) or self.error is not None
 
 
 class RsaThread:
@@ -79,19 +76,25 @@ class RsaThread:
         self._jobs.append(job)
         try:
             async with self._leading:
-                if not job.is_done:
-                    jobs = [self._jobs.popleft() for _ in range(min(len(self._jobs), self._jobs_per_visit))]
-                    await anyio.to_thread.run_sync(self._sign, jobs, limiter=self._turn)
+                # Once, but for a job that the thread is still at for a leader whom asyncio's own Task.cancel took away.
+                while job.body is None and job.error is None:
+                    await anyio.to_thread.run_sync(self._sign, limiter=self._turn)
         except BaseException:
-            if job in self._jobs:  # cancelled before its turn
+            with suppress(ValueError):  # not there: the thread has just taken it
                 self._jobs.remove(job)
             raise
         if job.error is not None:
             raise job.error
-        return job.body
+        return cast("bytes", job.body)
 
-    def _sign(self, jobs: Sequence[_Job]) -> None:
-        for job in jobs:
+    def _sign(self) -> None:
+        # A job is taken here, in the thread: a leader may be cancelled while it waits for the thread, and what it had
+        # taken by then would be nobody's.
+        for _ in range(self._jobs_per_visit):
+            try:
+                job = self._jobs.popleft()
+            except IndexError:
+                return
             try:
                 job.body = self.protocol.seal(job.fields)
             except Exception as error:  # noqa: BLE001 - it is raised where the signature is awaited

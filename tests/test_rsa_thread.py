@@ -1,5 +1,6 @@
 """Signatures are made in a thread, several in one visit, whatever becomes of those who asked for them."""
 
+import asyncio
 import threading
 import time
 from contextlib import suppress
@@ -99,29 +100,28 @@ class Slow(Watched):
 async def test_what_comes_while_the_thread_is_busy_is_signed_together_if_that_is_quick(
     merchant, monkeypatch, kind, most
 ):
-    """One visit makes the first signature; the next visits make several each, or one if a signature is dear."""
+    """A visit to the thread makes several signatures, or one if a signature is dear."""
     key = kind.of(keypairs.pair("merchant")) if kind is Slow else kind.load(keypairs.pair("merchant").private_pem)
     if kind is Slow:
         key.go_on.set()
     rsa = await RsaThread.open(attrs.evolve(merchant, private_key=key))
-    visits = []
+    visits = 0
     run_sync = anyio.to_thread.run_sync
     all_wait = anyio.Event()
 
-    async def counted(function, jobs, **options):
-        visits.append(len(jobs))
+    async def counted(function, **options):
+        nonlocal visits
+        visits += 1
         await all_wait.wait()
-        return await run_sync(function, jobs, **options)
+        return await run_sync(function, **options)
 
     monkeypatch.setattr(anyio.to_thread, "run_sync", counted)
     async with anyio.create_task_group() as group:
-        group.start_soon(rsa.seal, message(0))
-        await anyio.wait_all_tasks_blocked()
-        for number in range(1, 2 * most + 1):
+        for number in range(2 * MOST_PER_VISIT):
             group.start_soon(rsa.seal, message(number))
         await anyio.wait_all_tasks_blocked()
         all_wait.set()
-    assert visits == [1, most, most]
+    assert visits == 2 * MOST_PER_VISIT / most
 
 
 async def test_a_message_that_cannot_be_signed_is_its_own_askers_problem(rsa, key):
@@ -158,12 +158,57 @@ async def test_who_is_cancelled_in_the_queue_is_not_signed_for(rsa, key):
     await rsa.rest()
 
 
+async def test_who_gives_up_while_leading_takes_nobody_along(merchant, key):
+    """Leaders that are cancelled before the thread is free have taken no one else's job with them."""
+    key.go_on.set()
+    protocol = (await RsaThread.open(attrs.evolve(merchant, private_key=key))).protocol
+    rsa = RsaThread(protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=4)
+    free, scopes, bodies = threading.Event(), {}, {}
+
+    async def ask(number):
+        with anyio.CancelScope() as scopes[number]:
+            bodies[number] = await rsa.seal(message(number))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(rsa.check, free.wait)
+        await anyio.wait_all_tasks_blocked()
+        for number in range(6):
+            group.start_soon(ask, number)
+        for number in range(3):
+            await anyio.wait_all_tasks_blocked()
+            scopes[number].cancel()
+        await anyio.wait_all_tasks_blocked()
+        free.set()
+    assert bodies == {number: protocol.seal(message(number)) for number in (3, 4, 5)}
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_a_leader_s_task_that_is_cancelled_takes_nobody_along(rsa, key):
+    """A leader that Task.cancel frees while the thread is at its job leaves the others their own signatures."""
+    bodies = {}
+
+    async def ask(number):
+        bodies[number] = await rsa.seal(message(number))
+
+    async with asyncio.TaskGroup() as group:
+        leader = group.create_task(ask(0))
+        await anyio.wait_all_tasks_blocked()
+        for number in (1, 2, 3):
+            group.create_task(ask(number))
+        await anyio.wait_all_tasks_blocked()
+        leader.cancel()
+        await anyio.wait_all_tasks_blocked()
+        key.go_on.set()
+    assert bodies == {number: rsa.protocol.seal(message(number)) for number in (1, 2, 3)}
+
+
 @settings(max_examples=20)
-@given(cancelled=st.sets(st.integers(0, 19)), early=st.booleans())
-async def test_nobodys_signature_is_lost_to_anothers_cancellation(merchant, cancelled, early):
-    """Whoever is cancelled, in the queue or while leading a visit, all others get their signature."""
+@given(cancelled=st.sets(st.integers(0, 19)), early=st.booleans(), busy=st.booleans())
+async def test_nobodys_signature_is_lost_to_anothers_cancellation(merchant, cancelled, early, busy):
+    """Whoever is cancelled, in the queue, waiting for the thread or while leading a visit, all others get theirs."""
     key = Watched.of(keypairs.pair("merchant"))
     rsa = await opened(merchant, key)
+    rsa = RsaThread(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=3)
     scopes, bodies = {}, {}
 
     async def ask(number):
@@ -171,6 +216,9 @@ async def test_nobodys_signature_is_lost_to_anothers_cancellation(merchant, canc
             bodies[number] = await rsa.seal(message(number))
 
     async with anyio.create_task_group() as group:
+        if busy:
+            group.start_soon(rsa.check, key.go_on.wait)
+            await anyio.wait_all_tasks_blocked()
         for number in range(20):
             group.start_soon(ask, number)
         await anyio.wait_all_tasks_blocked()

@@ -6,33 +6,50 @@ never made: with refunds, the difference between asking and sending again.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from typing import Final
+from typing import Final, cast
 
 import aiohttp
 import anyio.lowlevel
 import httpx
+from aiohttp.connector import Connection
 from yarl import URL
 
 from .request import Body
 
 __all__ = ["AiohttpTransport"]
 
-# From the most special to the most general. The first two are raised before a byte of the request is written.
-_AS_HTTPX: Final[dict[type[Exception], type[httpx.RequestError]]] = {
-    aiohttp.ClientConnectorError: httpx.ConnectError,
-    aiohttp.ConnectionTimeoutError: httpx.ConnectTimeout,
-    aiohttp.ServerTimeoutError: httpx.ReadTimeout,
-    aiohttp.ClientOSError: httpx.ReadError,
-    aiohttp.ClientError: httpx.RemoteProtocolError,
-}
+
+class _SpoiltConnectionError(aiohttp.ClientConnectionError):
+    """On the connection lies what nobody asked for; nothing was written to it."""
+
+
+_BEFORE_SENDING: Final = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.InvalidURL,
+    aiohttp.NonHttpUrlClientError,
+    _SpoiltConnectionError,
+)
+"""Raised before a byte of the request is written; whatever else is raised, the request may have arrived."""
+
+
+class _Request(aiohttp.ClientRequest):
+    """A request that is not sent where an answer lies already: it would be taken for the answer to this one."""
+
+    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        if conn.protocol is None or conn.protocol.should_close:
+            raise _SpoiltConnectionError("an idle connection bore something that nobody asked for")
+        return await super().send(conn)
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
     """At most ``max_connections`` requests at a time over an ``aiohttp.ClientSession``; others wait in order.
 
     For one event loop of asyncio. HTTP/1.1 only; proxies and cookies are not used. ``keepalive_expiry`` is in seconds.
+    A request's time to connect counts from its arrival: waiting for one of the connections is part of it.
     """
 
     def __init__(self, max_connections: int, *, ssl_context: ssl.SSLContext, keepalive_expiry: float) -> None:
@@ -48,8 +65,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         if request.url.scheme not in ("http", "https") or not request.url.host:
             raise httpx.UnsupportedProtocol(f"no http or https URL: {request.url}")
         timeout = request.extensions.get("timeout", {})
-        # The way in which this fails tells whether it was sent, so taking the body here says nothing yet.
-        body = request.stream.content if isinstance(request.stream, Body) else await request.aread()
+        body = b"".join([chunk async for chunk in cast("httpx.AsyncByteStream", request.stream)])
         try:
             response = await session.request(
                 request.method,
@@ -60,7 +76,15 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 allow_redirects=False,
             )
         except aiohttp.ClientError as error:
+            if isinstance(error, _BEFORE_SENDING) and isinstance(request.stream, Body):
+                request.stream.was_not_sent()
             raise _as_httpx(error) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling() or not session.closed:
+                raise
+            # Closing cancels what the connector waits for, in tasks that nobody has cancelled.
+            raise httpx.ReadError("closed while the request was under way") from error
         return httpx.Response(response.status, headers=response.raw_headers, stream=_ResponseStream(response))
 
     def _open(self) -> aiohttp.ClientSession:
@@ -68,7 +92,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             limit=self._max_connections, ssl=self._ssl_context, keepalive_timeout=self._keepalive_expiry
         )
         self._session = aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, request_class=_Request
         )
         return self._session
 
@@ -76,7 +100,8 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         text = str(url)
         target = self._targets.get(text)
         if target is None:
-            target = self._targets[text] = URL(text, encoded=True)
+            # Who it is from stands in the headers by now: httpx has seen to that.
+            target = self._targets[text] = URL(text, encoded=True).with_user(None)
         return target
 
     async def aclose(self) -> None:
@@ -106,5 +131,19 @@ class _ResponseStream(httpx.AsyncByteStream):
 
 def _as_httpx(error: aiohttp.ClientError) -> httpx.RequestError:
     """What aiohttp raised as an exception of httpx's, as far as the difference between sent and not sent goes."""
-    kind = next(kind for foreign, kind in _AS_HTTPX.items() if isinstance(error, foreign))
-    return kind(str(error) or type(error).__name__)
+    text = str(error) or type(error).__name__
+    match error:
+        case aiohttp.ConnectionTimeoutError():
+            return httpx.ConnectTimeout(text)
+        case aiohttp.ClientConnectorError():
+            return httpx.ConnectError(text if error.strerror else f"{text}: {error.os_error}")
+        case _SpoiltConnectionError():
+            return httpx.ConnectError(text)
+        case aiohttp.InvalidURL() | aiohttp.NonHttpUrlClientError():
+            return httpx.UnsupportedProtocol(text)
+        case aiohttp.ServerTimeoutError():
+            return httpx.ReadTimeout(text)
+        case aiohttp.ClientOSError():
+            return httpx.ReadError(text)
+        case _:
+            return httpx.RemoteProtocolError(text)

@@ -30,14 +30,14 @@ _HEADERS: Final = {
 }
 
 # Raised before the first byte of a request is written. All else may have arrived: also LocalProtocolError,
-# which an HTTP/2 client raises for a stream that the server closed after it had the request.
+# which an HTTP/2 client raises for a stream that the server closed after it had the request, and InvalidURL,
+# which httpx raises for the address of a redirect.
 _NEVER_SENT: Final = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
     httpx.PoolTimeout,
     httpx.ProxyError,
     httpx.UnsupportedProtocol,
-    httpx.InvalidURL,
 )
 
 
@@ -83,16 +83,17 @@ class Transport:
             request = self._request(url, Body(body), seconds)
         except Exception as error:  # noqa: BLE001 - a given client may raise anything, but it has sent nothing yet
             return Lost(_describe(error), may_have_arrived=False, cause=error)
+        answered = False
         try:
             response = await self._client.send(request, stream=True, follow_redirects=False)
+            answered = True
             try:
                 received = await _read(response)
             finally:
                 await response.aclose()
-        except _NEVER_SENT as error:
-            return Lost(_describe(error), may_have_arrived=request.may_have_been_sent(error), cause=error)
         except Exception as error:  # noqa: BLE001 - a client or transport may raise anything, and none of it may pass
-            return Lost(_describe(error), may_have_arrived=True, cause=error)
+            sent = answered or not isinstance(error, _NEVER_SENT) or request.may_have_been_sent(error)
+            return Lost(_describe(error), may_have_arrived=sent, cause=error)
         headers = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw}
         return Answer(response.status_code, headers, received)
 
@@ -120,7 +121,7 @@ class Transport:
 
         async def open_one() -> None:
             try:
-                await self._client.head(url, follow_redirects=False, timeout=seconds)
+                await self._client.head(url, headers=_HEADERS, follow_redirects=False, timeout=seconds)
             except Exception as error:  # noqa: BLE001 - as in post
                 logger.info("no connection opened in advance: %s", _describe(error))
 

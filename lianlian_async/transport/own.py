@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 from typing import Final
+from urllib.request import getproxies
 
 import anyio.to_thread
 import httpx
@@ -17,7 +18,7 @@ from .pool import KEEPALIVE_SECONDS, PoolTransport, environment_proxies
 
 __all__ = ["http_backend", "own_client"]
 
-_OLDEST_AIOHTTP: Final = (3, 10)  # the first that tells a connection that was not made in time from one that was
+_OLDEST_AIOHTTP: Final = (3, 14)  # the first that ends an answer whose headers have no end
 
 
 def http_backend() -> str:
@@ -76,7 +77,7 @@ async def own_client(transport: httpx.AsyncBaseTransport | None, max_connections
 
 
 def _own_transport(max_connections: int, *, on_asyncio: bool) -> httpx.AsyncBaseTransport:
-    if http_backend() == "httpx" or not on_asyncio or environment_proxies():
+    if http_backend() == "httpx" or not on_asyncio or environment_proxies(getproxies()):
         return PoolTransport(max_connections)
     from .aiohttp import AiohttpTransport  # only who has the extra can import it
 

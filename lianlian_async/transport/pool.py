@@ -25,10 +25,9 @@ KEEPALIVE_SECONDS: Final = 5.0
 never meets a connection that is being closed at the other end."""
 
 
-def environment_proxies() -> dict[str, str]:
-    """The URLs of the proxies that the environment names, by the scheme that they are for (``all``: every one)."""
-    named = getproxies()
-    return {scheme: named[scheme] for scheme in ("http", "https", "all") if named.get(scheme)}
+def environment_proxies(environment: dict[str, str]) -> dict[str, str]:
+    """The proxies' URLs in what ``getproxies`` tells, by the scheme that they are for (``all``: every one)."""
+    return {scheme: environment[scheme] for scheme in ("http", "https", "all") if environment.get(scheme)}
 
 
 @attrs.frozen
@@ -59,7 +58,9 @@ class PoolTransport(httpx.AsyncBaseTransport):
         self._idle: dict[tuple[str, str, int | None], deque[_Idle]] = {}
         self._closed = False
         self._environment = getproxies()
-        self._proxies = {scheme: self._checked_proxy(scheme, url) for scheme, url in environment_proxies().items()}
+        self._proxies = {
+            scheme: self._checked_proxy(scheme, url) for scheme, url in environment_proxies(self._environment).items()
+        }
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send ``request`` on the connection to its origin that was used last, or on a new one."""

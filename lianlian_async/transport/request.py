@@ -1,4 +1,4 @@
-"""A request that knows whether anybody has taken its body, to send it."""
+"""A request of which one knows afterwards whether it may have been sent, whatever was raised."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ class Body(httpx.ByteStream):
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
         self.content = content
-        """For a transport that can tell by itself whether it was sent."""
-        self.begun = False
+        self.sends = 0
+        """How often somebody took it to send it, and may have."""
 
     def __iter__(self) -> Iterator[bytes]:
-        self.begun = True
+        self.sends += 1
         return super().__iter__()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return _AsyncIterator(iter(self))
+
+    def was_not_sent(self) -> None:
+        """Who took it last has written no byte of it."""
+        self.sends -= 1
 
 
 class _AsyncIterator(AsyncIterator[bytes]):
@@ -44,10 +48,9 @@ class _AsyncIterator(AsyncIterator[bytes]):
 
 
 class WatchedRequest(httpx.Request):
-    """A request of which one knows afterwards whether it may have been sent, whatever was raised.
+    """A POST request that is sent by iterating over its :class:`Body`; whoever takes its content is noticed, too.
 
-    To send it means to iterate over its :class:`Body`. Adapters of other HTTP clients take that as a whole, though,
-    and so do layers that only look: by itself it says nothing.
+    Adapters of other HTTP clients take it as a whole, and so do layers that copy it or only look.
     """
 
     def __init__(
@@ -59,23 +62,25 @@ class WatchedRequest(httpx.Request):
 
     @property
     def content(self) -> bytes:
-        """The body as a whole."""
+        """What a request's content always is; reading it is remembered."""
         self._taken = True
         return self._body.content
 
     def read(self) -> bytes:
-        """The body as a whole."""
+        """The same."""
         return self.content
 
     async def aread(self) -> bytes:
-        """The body as a whole."""
+        """The same."""
         return self.content
 
     def may_have_been_sent(self, error: Exception) -> bool:
-        """Whether it may have been, though ``error`` is one that is raised before the first byte is written.
+        """Whether it may have been, though ``error`` is of a kind that is raised before the first byte is written.
 
-        An adapter need not know which exceptions of its client mean that: httpx-aiohttp calls a connection that
-        broke after the request one that was never made.
+        Where a layer has taken the content, such an error is believed only if no other stands behind it: the layer may
+        have sent a copy before, or be wrong about its own client's errors, as httpx-aiohttp is, which calls a
+        connection that broke after the request one that was never made. Bare ones are raised by who only looks, such
+        as a mocked transport's handler.
         """
-        foreign = error.__cause__ is not None and type(error.__cause__).__module__.partition(".")[0] != "httpcore"
-        return self._body.begun or (self._taken and foreign)
+        chained = error.__cause__ is not None or error.__context__ is not None
+        return self._body.sends > 0 or (self._taken and chained)
