@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Generic, TypeVar
+from itertools import count
+from typing import Any, Generic, TypeVar
 
 import anyio
 
@@ -47,18 +48,32 @@ async def drain(
             failures.append(error)
             intake.cancel()
 
-    async def work(item: T) -> None:
+    numbers = count()
+    unbegun = dict[int, Coroutine[Any, Any, None]]()
+
+    def begin(item: T) -> Coroutine[Any, Any, None]:
+        number = next(numbers)
+        return unbegun.setdefault(number, work(number, item))
+
+    async def work(number: int, item: T) -> None:
+        del unbegun[number]
         with stopping():
             await handle(item)
         free.release()
 
-    async with anyio.create_task_group() as group:
-        with stopping(), intake:
-            async with aclosing(iterate(items)) as source:
-                await free.acquire()
-                async for item in source:
-                    group.start_soon(work, item)
+    try:
+        async with anyio.create_task_group() as group:
+            with stopping(), intake:
+                async with aclosing(iterate(items)) as source:
                     await free.acquire()
+                    async for item in source:
+                        group.start_soon(begin, item)
+                        await free.acquire()
+    finally:
+        # An event loop of asyncio that ends cancels tasks that have not begun, too: what was to run in them would
+        # complain that nobody awaited it.
+        for coroutine in unbegun.values():
+            coroutine.close()
     if failures:
         raise failures[0]
 
