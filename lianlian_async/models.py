@@ -267,24 +267,6 @@ class RefundStatus(StrEnum):
         return RefundStatus, (self.value,)  # the first Python 3.11s would look an unknown state up by its name
 
 
-_TYPES: Final[dict[str, Callable[[str], Any]]] = {
-    "ret_code": str,
-    "ret_msg": str,
-    "oid_partner": str,
-    "no_refund": str,
-    "dt_refund": wire.parse_timestamp,
-    "money_refund": wire.parse_money,
-    "money_foreign_refund": wire.parse_decimal,
-    "rate_id": str,
-    "rate": wire.parse_decimal,
-    "exchange_bankcode": str,
-    "oid_refundno": str,
-    "sta_refund": RefundStatus,
-    "settle_date": wire.parse_date,
-}
-_SIGNATURE_FIELDS: Final = ("sign", "sign_type")
-
-
 def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
     return MappingProxyType(dict(fields))
 
@@ -330,20 +312,33 @@ class Refund:
         A known field whose text is not of its documented form stays None and keeps its text in ``extra``:
         one odd exchange rate must not hide that a refund was made.
         """
-        known: dict[str, Any] = {}
-        extra: dict[str, str] = {}
-        for name, text in data.items():
-            parse = _TYPES.get(name)
-            if parse is None:
-                if name not in _SIGNATURE_FIELDS:
-                    extra[name] = text
-            elif text:
-                try:
-                    known[name] = text if parse is str else parse(text)
-                except ValueError:
-                    extra[name] = text
+        extra = {name: text for name, text in data.items() if name not in _KNOWN}
+
+        def read(name: str, parse: Callable[[str], T]) -> T | None:
+            text = data.get(name)
+            if not text:
+                return None
+            try:
+                return parse(text)
+            except ValueError:
+                extra[name] = text
+                return None
+
+        text = data.get
         return cls(
-            **known,
+            ret_code=text("ret_code") or None,
+            ret_msg=text("ret_msg") or None,
+            oid_partner=text("oid_partner") or None,
+            no_refund=text("no_refund") or None,
+            dt_refund=read("dt_refund", wire.parse_timestamp),
+            money_refund=read("money_refund", wire.parse_money),
+            money_foreign_refund=read("money_foreign_refund", wire.parse_decimal),
+            rate_id=text("rate_id") or None,
+            rate=read("rate", wire.parse_decimal),
+            exchange_bankcode=text("exchange_bankcode") or None,
+            oid_refundno=text("oid_refundno") or None,
+            sta_refund=read("sta_refund", RefundStatus),
+            settle_date=read("settle_date", wire.parse_date),
             extra=extra,
             raw=data,
             asked_dt_refund=asked_dt_refund,
@@ -381,3 +376,7 @@ class Refund:
 
 def _revive_refund(fields: dict[str, Any]) -> Refund:
     return Refund(**fields)
+
+
+_KNOWN: Final = {"sign", "sign_type", *_names(Refund)} - {"extra", "raw", "asked_dt_refund"}
+"""The fields that have a place of their own; nobody needs a signature that was verified."""

@@ -189,4 +189,9 @@ def parse_date(text: str) -> date:
     """A settlement date: 8 digits ``YYYYMMDD``."""
     if not (len(text) == 8 and text.isascii() and text.isdigit()):
         raise ValueError("must be 8 digits YYYYMMDD")
+    return _day(text)
+
+
+@lru_cache(maxsize=64)  # most of what is settled in a day bears the same one
+def _day(text: str) -> date:
     return date(int(text[:4]), int(text[4:6]), int(text[6:]))

@@ -3,7 +3,8 @@
 `NotificationEndpoint.handle` in memory: signatures of 2048 bits verified, each final refund acted on once, no journal.
 Beside it a handler as one writes it first, which verifies with the same RSA library and answers, and does nothing else:
 duplicate keys, another merchant's refunds, duplicates, contradictions, a handler that hangs are all nothing to it. Both
-are called from 16 tasks with the same signed notifications, and nothing is received over a network.
+are called from 16 tasks with the same signed notifications, and nothing is received over a network. As both only
+compute, the ratio of their rates is that of their CPU times, whoever else uses the machine.
 
 Then how long an acknowledgement takes while 64 refunds are in flight in the same process: notifications arrive at
 300 a second, whatever happened to those before, and each is timed from when it was due.
@@ -19,13 +20,13 @@ from pathlib import Path
 from benchmarks import openssl, workload
 from benchmarks.peers import CORE, FAST
 from benchmarks.programs.frame import Job
+from benchmarks.programs.notifications import FILE
 from benchmarks.report import Report
 from benchmarks.runner import Bench, Program
 
 NOTIFICATIONS, WARM_UP, WHILE_REFUNDING = 12_000, 500, 3000
 BY_HAND = {CORE: "by hand, pycryptodome", FAST: "by hand, OpenSSL"}
 BUSY = {CORE: f"{CORE}, refunding", FAST: f"{FAST}, refunding"}
-FILE = "notifications.jsonl"
 
 
 def run(bench: Bench, report: Report) -> None:
@@ -61,7 +62,7 @@ def run(bench: Bench, report: Report) -> None:
             for label in (CORE, FAST)
             for figure in (
                 (f"{label}: notifications/s", rounds.of(label, "rate"), "≥", 1500),
-                (f"{label}: notifications/s ÷ by hand", rounds.ratio(label, BY_HAND[label], "rate"), "≥", 0.7),
+                (f"{label}: rate ÷ by hand (CPU times)", rounds.ratio(BY_HAND[label], label, "cpu_ms"), "≥", 0.7),
                 (f"{BUSY[label]}: p99, ms", rounds.of(BUSY[label], "p99"), "≤", 100),
             )
         ]

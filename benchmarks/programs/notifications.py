@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from benchmarks import workload
 from lianlian_async import NotificationEndpoint, Refund, RefundSession
 
 from . import frame
 
+FILE = "notifications.jsonl"
 PER_SECOND = 300
 """Notifications that arrive in each second, while refunds are in flight."""
 HEADERS = {"content-type": "text/json;charset=utf-8"}
@@ -30,8 +31,7 @@ Response = tuple[int, dict[str, str], bytes]
 
 
 async def program(job: frame.Job) -> dict[str, float]:
-    with Path(job.keys, "notifications.jsonl").open("rb") as file:
-        bodies = [line.rstrip() for line, _ in zip(file, range(job.warm_up + job.refunds), strict=False)]
+    bodies = _bodies(job)
     if job.option == "by_hand":
         handle = _by_hand(Path(job.keys, "gateway.pub.pem"))
 
@@ -57,6 +57,10 @@ async def program(job: frame.Job) -> dict[str, float]:
     if len(set(acted)) != len(acted) or len(acted) != len(bodies):
         raise RuntimeError(f"{len(bodies)} notifications were acted on {len(acted)} times")
     return result
+
+
+def _bodies(job: frame.Job) -> list[bytes]:
+    return Path(job.keys, FILE).read_bytes().splitlines()[: job.warm_up + job.refunds]
 
 
 def _by_hand(key: Path) -> Callable[[bytes, dict[str, str]], Awaitable[Response]]:
@@ -101,10 +105,13 @@ async def _while_refunding(job: frame.Job, notify: Callable[[int], Awaitable[Non
     """Notify ``job.refunds`` times, while as many refunds are in flight as there is time for."""
     numbers, made = count(), 0
     late: list[float] = []
+    all_answered = asyncio.Event()
 
     async def deliver(number: int, due: float) -> None:
         await notify(number)
         late.append(1000 * (time.perf_counter() - due))
+        if len(late) == job.refunds:
+            all_answered.set()
 
     async def keep_refunding(session: RefundSession) -> None:
         nonlocal made
@@ -113,6 +120,7 @@ async def _while_refunding(job: frame.Job, notify: Callable[[int], Awaitable[Non
             made += 1
 
     merchant = workload.merchant(job.keys, job.url)
+    logging.disable()  # of the refunds that are cancelled at the end
     async with RefundSession(merchant, max_connections=job.in_flight) as session, asyncio.TaskGroup() as tasks:
         refunding = [tasks.create_task(keep_refunding(session)) for _ in range(job.in_flight)]
         await asyncio.sleep(1.0)  # connections are open by then
@@ -121,8 +129,7 @@ async def _while_refunding(job: frame.Job, notify: Callable[[int], Awaitable[Non
             due = began[0] + number / PER_SECOND
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             tasks.create_task(deliver(number, due))
-        while len(late) < job.refunds:
-            await asyncio.sleep(0.001)
+        await all_answered.wait()
         result = frame.timed(job.refunds, began)
         for task in refunding:
             task.cancel()
