@@ -255,6 +255,54 @@ async def test_a_duplicate_waits_no_longer_than_lianlian(handler):
     assert endpoint.counts == {"acted": 1}
 
 
+@virtual
+async def test_without_a_journal_a_duplicate_waits_no_longer_either(handler):
+    """A handler that cannot be cancelled keeps its refund, and its duplicates are sent away until it returns."""
+
+    async def stubborn():
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(10)
+
+    handler.then = [stubborn]
+    endpoint = NotificationEndpoint(trusting(), handler, handler_seconds=2.0, now=wall_clock)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(endpoint.handle, notification(), HEADERS)
+        await anyio.sleep(1)
+        assert (await endpoint.handle(notification(), HEADERS)).status == 503
+        assert anyio.current_time() == pytest.approx(3)
+    assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert endpoint.counts == {"busy": 1, "acted": 1, "duplicate": 1}
+
+
+@virtual
+@pytest.mark.parametrize("remember", [10, 1])
+async def test_a_duplicate_that_waits_takes_over_from_a_handler_that_fails(handler, remember):
+    """It need not come again, one of several does it, and no refund is forgotten that somebody waits for."""
+
+    async def fails_late():
+        await anyio.sleep(1)
+        await fails()
+
+    handler.then = [lambda: anyio.sleep(2), fails_late]
+    endpoint = NotificationEndpoint(trusting(), handler, remember=remember, now=wall_clock)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(endpoint.handle, notification(2), HEADERS)
+        await anyio.sleep(0.1)
+        for _ in range(4):
+            tasks.start_soon(endpoint.handle, notification(1), HEADERS)
+    assert handler.numbers == ["R-1", "R-2"]
+    assert len(handler.begun) == 3
+    assert endpoint.counts == {"failed": 1, "acted": 2, "duplicate": 2}
+
+
+async def test_an_endpoint_that_is_opened_again_remembers(endpoint, handler):
+    """What was acted on before a restart within the process is not acted on after it."""
+    for _ in range(2):
+        async with endpoint:
+            assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert handler.numbers == ["R-1"]
+
+
 async def test_a_handler_that_failed_is_called_again_by_the_next_delivery(endpoint, handler, caplog):
     """Without an acknowledgement LianLian sends again; the log has the handler's traceback."""
     handler.then = [fails]
@@ -277,6 +325,28 @@ async def test_a_handler_that_is_too_slow_is_cancelled(handler, caplog):
     assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
     assert handler.numbers == ["R-1"]
     assert "TimeoutError" in caplog.text
+
+
+@virtual
+async def test_all_that_a_handler_waits_for_counts(handler):
+    """However short its waits are, together they may take handler_seconds."""
+    waits = []
+
+    async def often():
+        for _ in range(10):
+            await anyio.sleep(1)
+            waits.append(1)
+
+    handler.then = [often]
+    endpoint = NotificationEndpoint(trusting(), handler, handler_seconds=3.5, now=wall_clock)
+    assert (await endpoint.handle(notification(), HEADERS)).status == 500
+    assert (anyio.current_time(), len(waits)) == (3.5, 3)
+
+
+async def test_a_handler_that_waits_for_nothing_needs_no_time(handler):
+    """It is done before any clock could tell."""
+    endpoint = NotificationEndpoint(trusting(), handler, handler_seconds=1e-9)
+    assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
 
 
 async def test_a_delivery_that_is_cancelled_leaves_the_refund_to_the_next(endpoint, handler):

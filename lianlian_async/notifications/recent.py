@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from itertools import islice
 
 import anyio
 import attrs
@@ -24,12 +25,14 @@ class Known:
     is_held: bool = False
     is_done: bool = False
     """Whether it was acted on."""
+    waiting: int = 0
+    """How many wait until it is let go."""
     let_go: anyio.Event | None = None
-    """Set when whoever holds it lets go, if anybody waits for that."""
+    """Set when that happens, if anybody waits for it."""
 
 
 class Recent:
-    """A :class:`~.acting.Book` of the last refunds, ``most`` of them; one that is held is never forgotten.
+    """A :class:`~.acting.Book` of the last refunds, ``most`` of them, and of all that are held or waited for.
 
     Whoever finds one held waits for it, up to ``seconds``.
     """
@@ -48,7 +51,7 @@ class Recent:
         """See :meth:`.Book.take`."""
         known = self._find(refund)
         if known.is_held:
-            known = await self._until_let_go(known, refund)
+            await self._until_let_go(known)
         if known.is_held:
             return Standing.HELD, known
         if known.is_done:
@@ -78,14 +81,15 @@ class Recent:
                 raise RefundConflict(str(number), field=name, ours=str(later), theirs=str(earlier))
         return known
 
-    async def _until_let_go(self, known: Known, refund: Refund) -> Known:
-        with anyio.move_on_after(self._seconds):
-            while known.is_held:
-                known.let_go = known.let_go or anyio.Event()
-                await known.let_go.wait()
-                if not known.is_done:  # then it may have been forgotten since, and notified anew
-                    known = self._find(refund)
-        return known
+    async def _until_let_go(self, known: Known) -> None:
+        known.waiting += 1
+        try:
+            with anyio.move_on_after(self._seconds):
+                while known.is_held:
+                    known.let_go = known.let_go or anyio.Event()
+                    await known.let_go.wait()
+        finally:
+            known.waiting -= 1
 
     def _let_go(self, known: Known) -> None:
         known.is_held = False
@@ -93,6 +97,7 @@ class Recent:
             known.let_go.set()
             known.let_go = None
         self._known[known.no_refund] = self._known.pop(known.no_refund)
-        if len(self._known) > self._most:
-            oldest = next(number for number, each in self._known.items() if not each.is_held)
-            del self._known[oldest]
+        if (excess := len(self._known) - self._most) > 0:
+            idle = (number for number, each in self._known.items() if not each.is_held and not each.waiting)
+            for number in list(islice(idle, excess)):
+                del self._known[number]
