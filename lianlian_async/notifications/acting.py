@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Coroutine, Generator
 from types import coroutine
 from typing import Any, Protocol, TypeVar
@@ -59,19 +58,19 @@ async def act_on(
 
 @coroutine
 def _within(seconds: float, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
-    """Do ``work``, in so many seconds from its first wait on; what waits for nothing needs no timer."""
+    """Await ``work``, for so many seconds from its first wait on; one that never waits costs no timer."""
     with anyio.CancelScope() as scope:
-        step, value = work.send, None
-        while True:
-            try:
-                wait = step(value)
-            except StopIteration:
-                break
-            if scope.deadline == math.inf:
-                scope.deadline = anyio.current_time() + seconds
-            try:
-                step, value = work.send, (yield wait)
-            except BaseException as error:  # noqa: BLE001 - it is raised in the work
-                step, value = work.throw, error
+        try:
+            wait = work.send(None)
+            scope.deadline = anyio.current_time() + seconds
+            while True:
+                try:
+                    answer = yield wait
+                except BaseException as error:  # noqa: BLE001 - it is raised in the work
+                    wait = work.throw(error)
+                else:
+                    wait = work.send(answer)
+        except StopIteration:
+            pass
     if scope.cancelled_caught:
         raise TimeoutError(f"the handler took more than {seconds:g} s")
