@@ -10,6 +10,7 @@ import keypairs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from notices import notification
 from parties import EPOCH, OID_PARTNER, as_json, made, refund_request, sealed
 
 from lianlian_async import (
@@ -509,6 +510,21 @@ def test_reading_is_total(asking, status, headers, body):
     reply = PROTOCOL.read(asking, Answer(status, headers, body))
     assert_lawful(asking, None, reply)
     assert reply.known is not Known.FOUND
+
+
+def test_no_byte_of_a_notification_can_be_changed():
+    """Whatever any one byte is changed to, what is believed is what was signed."""
+    genuine = notification(ret_code="0000", ret_msg="交易成功", rate="", extra="\\ 退款")
+    signed, believed = signature_source(wire.decode(genuine)), 0
+    for place in range(len(genuine)):
+        for value in range(256):
+            try:
+                refund = PROTOCOL.read_notification(genuine[:place] + bytes([value]) + genuine[place + 1 :])
+            except LianLianError:
+                continue
+            believed += 1
+            assert signature_source(refund.raw) == signed
+    assert believed > len(genuine)  # itself each time, and where a change is none: blanks, the empty field's name
 
 
 NAMES = [*made(APPLY.asked), "settle_date", "rate", "unknown"]
