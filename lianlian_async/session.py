@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -315,17 +315,26 @@ class RefundSession:
         refund = await self.query_refund(query)
         return refund if self._journal is None else await learn(self._journal, refund)
 
-    async def resume(self, *, concurrency: int | None = None) -> Resumed:
+    async def resume(
+        self, *, concurrency: int | None = None, on_final: Callable[[Refund], Awaitable[bool]] | None = None
+    ) -> Resumed:
         """Find out about every refund that the session's journal holds as open; how many are known now.
 
         Unsettled ones are asked about first, as :meth:`apply_refund` does; accepted ones are queried for their
-        final state. Run it when the service starts, and now and then, for notifications that never came.
-        ``concurrency`` is ``max_connections`` by default. Raises ``JournalError``.
+        final state. Run it when the service starts, and now and then. Who acts on notifications runs
+        ``NotificationEndpoint.sweep`` instead, which calls this.
+        ``concurrency`` is ``max_connections`` by default. ``on_final`` is called with each refund that is found final;
+        an accepted one stays open if it does not return True. Raises ``JournalError``.
         """
         if self._journal is None:
             raise ConfigurationError("resume: this session has no journal")
-        workers = self._max_connections if concurrency is None else concurrency
-        return await resume(self._journal, settle=self.outcome_of, query=self.query_refund, workers=workers)
+        return await resume(
+            self._journal,
+            settle=self.outcome_of,
+            query=self.query_refund,
+            workers=self._max_connections if concurrency is None else concurrency,
+            on_final=on_final,
+        )
 
     # ── one refund ───────────────────────────────────────────────────────────────────────────────
 

@@ -36,6 +36,7 @@ from lianlian_async.flow import checked
 from lianlian_async.journal import Journal, Standing
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund
+from lianlian_async.recording import Resumed
 from lianlian_async.rsa_thread import RsaThread
 from lianlian_async.session import RefundSession
 
@@ -136,7 +137,8 @@ class NotificationEndpoint:
             raise ConfigurationError(f"handler_seconds: must be more than 0, is {handler_seconds}")
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
-        """Deliveries by their :class:`Verdict`; behind an inbox, calls of the handler as *acted* and *failed*."""
+        """Deliveries, and what a sweep found, by their :class:`Verdict`; behind an inbox, and where a sweep caught up,
+        calls of the handler as *acted* and *failed*."""
         self._on_refund = on_refund
         self._journal = journal
         self._session = session
@@ -236,6 +238,33 @@ class NotificationEndpoint:
             return Verdict.BUSY
         well = await act_on(refund, book, held, self._act, self._seconds)
         return Verdict.ACTED if well else Verdict.FAILED
+
+    # ── what never came ──────────────────────────────────────────────────────────────────────────
+
+    async def sweep(self, *, concurrency: int | None = None) -> Resumed:
+        """Find out about all that is open, as ``RefundSession.resume`` does, and act on what is final by now.
+
+        LianLian gives up after 30 deliveries, within an hour. Run this when the service starts, and every quarter of an
+        hour or so: a refund whose notification never came is asked about, and one that the handler failed to act on is
+        given to it again. Each is acted on once, whoever tells of it first.
+
+        ``concurrency`` is the session's ``max_connections`` by default. Needs a journal, and a session on it.
+        Raises ``ConfigurationError`` without them, and ``JournalError``.
+        """
+        if self._journal is None or self._session is None:
+            raise ConfigurationError("sweep: needs a journal, and a session to ask with")
+        book = cast("Inbox", (await self._open()).book)  # there is a journal
+        resumed = await self._session.resume(concurrency=concurrency, on_final=self._learned)
+        if not self._is_inbox:  # else they are being worked on all the time
+            await book.catch_up(self._concurrency, self._count_act)
+        return resumed
+
+    async def _learned(self, refund: Refund) -> bool:
+        """Act on a final state that the gateway told when it was asked; whether that is done or kept."""
+        _, book = await self._open()
+        verdict = await (self._keep(refund) if self._is_inbox else self._act_once(book, refund))
+        self.counts[verdict] += 1
+        return ACKS[verdict].status == 200
 
     def _tell(self, refund: Refund) -> None:
         if self._session is not None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import anyio
 import attrs
 
+from lianlian_async.errors import LianLianError
 from lianlian_async.flow import drain, iterate
 from lianlian_async.journal import Ending, Entry, Intent, Journal, Standing, State
 from lianlian_async.models import Refund
@@ -124,6 +125,20 @@ class Inbox:
 
         await drain(self._due(), attempt, workers=workers, intake=self._intake)
 
+    async def catch_up(self, workers: int, acted: Callable[[bool], object]) -> None:
+        """Act, once, on what is in the inbox now: nobody else works on it."""
+
+        async def attempt(entry: Entry) -> None:
+            try:
+                standing, well = await self._attempt(entry)
+            except LianLianError:
+                logger.exception("refund %s: its notification cannot be acted on now", entry.no_refund)
+            else:
+                if standing in (Standing.NEW, Standing.UNSETTLED):
+                    acted(well)
+
+        await drain(self._journal.pending(), attempt, workers=workers, intake=anyio.CancelScope())
+
     def stop(self) -> None:
         """Have :meth:`work` end once the handlers have that are running."""
         self._intake.cancel()
@@ -159,7 +174,7 @@ class Inbox:
 
 def _intent(refund: Refund, held_until: datetime) -> Intent:
     # What identifies a final state comes first: a conflict names the first field that differs.
-    identity = {name: refund.raw[name] for name in ("sta_refund", "money_refund")}
+    identity = {"sta_refund": str(refund.sta_refund), "money_refund": str(refund.money_refund)}
     content = f"{refund.no_refund} {refund.sta_refund} {refund.money_refund}"
     return Intent(
         no_refund=str(refund.no_refund),

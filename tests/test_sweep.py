@@ -1,0 +1,191 @@
+"""The sweep: final states that were never notified, or never acted on, are acted on once all the same."""
+
+from __future__ import annotations
+
+import contextlib
+
+import anyio
+import httpx
+import pytest
+from notices import HEADERS, Handler, fails, is_acknowledged, notification, until
+from parties import as_json, made, refund_request, sandbox, wall_clock
+
+from lianlian_async import ConfigurationError, NotificationEndpoint, RefundSession, wire
+from lianlian_async.journal import MemoryJournal, SqliteJournal, State
+from lianlian_async.recording import Resumed
+from lianlian_async.sandbox import Fault, When
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+
+@pytest.fixture
+def handler():
+    return Handler()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def journal(request, tmp_path):
+    """An open journal that virtual time can wait for."""
+    made_here = MemoryJournal() if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
+    async with made_here as opened:
+        yield opened
+
+
+@contextlib.asynccontextmanager
+async def shop(gateway, journal, handler, **options):
+    """A session and an endpoint of the same shop."""
+    async with gateway.session(now=wall_clock, journal=journal) as session:
+        settings = {"journal": journal, "session": session, "now": wall_clock, **options}
+        async with NotificationEndpoint(session.merchant, handler, **settings) as endpoint:
+            yield session, endpoint
+
+
+async def states(journal, *numbers):
+    return [(await journal.find(f"R-{number}")).state for number in numbers]
+
+
+@pytest.mark.parametrize("with_inbox", [False, True], ids=["inline", "inbox"])
+async def test_what_was_never_notified_is_acted_on_once(journal, handler, with_inbox):
+    """A sweep hands a refund to the handler once it is final; later sweeps and a late notification do not."""
+    gateway = sandbox(settle_after=60)
+    async with shop(gateway, journal, handler, inbox=with_inbox) as (session, endpoint):
+        await session.apply_refund(refund_request())
+        assert await endpoint.sweep() == Resumed(settled=0, still_open=1)
+        assert not handler.begun
+        await anyio.sleep(100)
+        assert await endpoint.sweep(concurrency=1) == Resumed(settled=1, still_open=0)
+        await until(lambda: handler.done, look_every=1)
+        assert await endpoint.sweep() == Resumed(settled=0, still_open=0)
+        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert handler.numbers == ["R-1"]
+    assert handler.done[0].is_final
+    assert await states(journal, 1) == [State.DONE]
+    assert endpoint.counts["duplicate"] == 1
+
+
+async def test_what_was_left_unknown_and_is_final_by_now_is_acted_on(journal, handler):
+    """A refund whose answer was lost is found, final, by the sweep: nobody else would tell the handler."""
+    gateway = sandbox(settle_after=60)
+    gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+    async with shop(gateway, journal, handler) as (session, endpoint):
+        with anyio.move_on_after(5):
+            await session.apply_refund(refund_request())
+        await anyio.sleep(100)
+        assert await endpoint.sweep() == Resumed(settled=1, still_open=0)
+    assert handler.numbers == ["R-1"]
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_what_the_handler_cannot_act_on_is_given_to_it_by_the_next_sweep(journal, handler, caplog):
+    """A handler that fails when the refund is found final, and once more, is called again by the next sweep."""
+    gateway = sandbox(settle_after=60)
+    handler.then = [fails, fails]
+    async with shop(gateway, journal, handler) as (session, endpoint):
+        await session.apply_refund(refund_request())
+        await anyio.sleep(100)
+        assert await endpoint.sweep() == Resumed(settled=0, still_open=1)
+        assert (len(handler.begun), handler.numbers) == (2, [])
+        await endpoint.sweep()
+        await endpoint.sweep()
+    assert handler.numbers == ["R-1"]
+    assert await states(journal, 1) == [State.DONE]
+    assert "it will be tried again" in caplog.text
+
+
+async def test_what_was_notified_in_vain_is_caught_up_with(journal, handler):
+    """LianLian gave up after thirty deliveries to a handler that failed; the sweep does not."""
+    gateway = sandbox()
+    handler.then = [fails] * 31
+    async with shop(gateway, journal, handler) as (session, endpoint):
+        await session.apply_refund(refund_request())
+        for _ in range(30):
+            assert not is_acknowledged(await endpoint.handle(notification(), HEADERS))
+            await anyio.sleep(120)
+        await endpoint.sweep()
+        assert not handler.done
+        await endpoint.sweep()
+        await endpoint.sweep()
+    assert handler.numbers == ["R-1"]
+    assert endpoint.counts == {"failed": 31, "acted": 1}
+
+
+async def test_what_is_with_the_handler_is_left_to_it(journal, handler):
+    """A sweep beside a delivery that is being acted on does not call the handler a second time."""
+    handler.then = [lambda: anyio.sleep(3)]
+    async with shop(sandbox(), journal, handler) as (_, endpoint):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(endpoint.handle, notification(), HEADERS)
+            await until(lambda: handler.begun)
+            await endpoint.sweep()
+            assert not handler.done
+    assert handler.numbers == ["R-1"]
+    assert len(handler.begun) == 1
+
+
+async def test_another_end_than_the_notified_one_is_for_a_person(journal, handler, caplog):
+    """What was acted on as failed, and succeeded by the gateway's books, is not acted on again, and stays open."""
+    gateway = sandbox(settle_after=60)
+    async with shop(gateway, journal, handler) as (session, endpoint):
+        too_early = notification(sta_refund="3", settle_date=None)
+        assert is_acknowledged(await endpoint.handle(too_early, HEADERS))
+        await session.apply_refund(refund_request())
+        await anyio.sleep(100)
+        assert await endpoint.sweep() == Resumed(settled=0, still_open=1)
+    assert [refund.sta_refund for refund in handler.done] == ["3"]
+    assert "another end was told before" in caplog.text
+
+
+async def test_an_inbox_that_cannot_be_acted_on_does_not_end_the_sweep(journal, handler, caplog):
+    """A kept state that contradicts what is on record by now is logged, and the others are acted on."""
+    gateway = sandbox()
+    handler.then = [fails, fails]
+    async with shop(gateway, journal, handler) as (session, endpoint):
+        await endpoint.handle(notification(1, money_refund="9.99"), HEADERS)
+        await endpoint.handle(notification(2), HEADERS)
+        for number in (1, 2):
+            await session.apply_refund(refund_request(number))
+        await endpoint.sweep()
+    assert handler.numbers == ["R-2"]
+    assert "its notification cannot be acted on now" in caplog.text
+
+
+class Brief(httpx.AsyncBaseTransport):
+    """A gateway whose records name the refund and its state, and nothing else."""
+
+    def __init__(self):
+        self.state = "0"
+
+    async def handle_async_request(self, request):
+        asked = wire.decode(await request.aread())
+        record = {"sta_refund": self.state, "dt_refund": None}
+        if request.url.path == "/refundquery.htm":
+            record["money_refund"] = None
+        return httpx.Response(200, content=as_json(made(asked, **record)))
+
+
+async def test_what_the_gateway_leaves_out_is_known_from_the_request(journal, handler):
+    """An answer that repeats no amount is acted on like the notification that does, and that one is a duplicate."""
+    gateway, books = sandbox(), Brief()
+    async with (
+        RefundSession(gateway.merchant(), transport=books, journal=journal, now=wall_clock) as session,
+        NotificationEndpoint(session.merchant, handler, journal=journal, session=session, now=wall_clock) as endpoint,
+    ):
+        request = refund_request()
+        await session.apply_refund(request)
+        books.state = "2"
+        assert await endpoint.sweep() == Resumed(settled=1, still_open=0)
+        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert [refund.money_refund for refund in handler.done] == [request.money_refund]
+    assert handler.done[0].query().dt_refund == request.dt_refund
+    assert endpoint.counts == {"acted": 1, "duplicate": 1}
+
+
+@pytest.mark.parametrize("missing", ["journal", "session"])
+async def test_there_must_be_somebody_to_ask_and_something_to_ask_about(handler, missing):
+    """Without a journal or without a session there is nothing to sweep."""
+    async with sandbox().session(now=wall_clock) as session:
+        settings = {"journal": MemoryJournal(), "session": session}
+        del settings[missing]
+        endpoint = NotificationEndpoint(session.merchant, handler, **settings)
+        with pytest.raises(ConfigurationError, match="sweep: needs a journal, and a session"):
+            await endpoint.sweep()
