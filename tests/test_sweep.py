@@ -112,12 +112,11 @@ async def test_what_was_notified_in_vain_is_caught_up_with(journal, handler):
 async def test_what_is_with_the_handler_is_left_to_it(journal, handler):
     """A sweep beside a delivery that is being acted on does not call the handler a second time."""
     handler.then = [lambda: anyio.sleep(3)]
-    async with shop(sandbox(), journal, handler) as (_, endpoint):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(endpoint.handle, notification(), HEADERS)
-            await until(lambda: handler.begun)
-            await endpoint.sweep()
-            assert not handler.done
+    async with shop(sandbox(), journal, handler) as (_, endpoint), anyio.create_task_group() as tasks:
+        tasks.start_soon(endpoint.handle, notification(), HEADERS)
+        await until(lambda: handler.begun)
+        await endpoint.sweep()
+        assert not handler.done
     assert handler.numbers == ["R-1"]
     assert len(handler.begun) == 1
 
