@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 from typing import Final
@@ -41,6 +40,8 @@ def http_backend() -> str:
 
 
 def _has_aiohttp() -> bool:
+    import importlib.metadata  # a fifth of the whole package's import time, for programs that open no session
+
     try:
         installed = importlib.metadata.version("aiohttp")
     except importlib.metadata.PackageNotFoundError:
