@@ -40,7 +40,7 @@ def http_backend() -> str:
 
 
 def _has_aiohttp() -> bool:
-    import importlib.metadata  # a fifth of the whole package's import time, for programs that open no session
+    import importlib.metadata  # some milliseconds that a program which opens no session need not pay
 
     try:
         installed = importlib.metadata.version("aiohttp")
