@@ -119,11 +119,16 @@ class Recording:
     fields: Mapping[str, str]
     """The wire fields that are signed."""
     now: Callable[[], datetime]
+    digest: str = attrs.field(init=False)
+
+    @digest.default
+    def _digest(self) -> str:
+        return digest(self.fields)
 
     async def look(self) -> Refund | None:
         """The answer, if the refund is settled: found without signing anything. Raises as :func:`answer`."""
         entry = await self.journal.find(self.request.no_refund)
-        if entry is None or entry.ending is None or entry.digest != digest(self.fields):
+        if entry is None or entry.ending is None or entry.digest != self.digest:
             return None
         return answer(entry)
 
@@ -133,12 +138,13 @@ class Recording:
         Waits up to ``deadline`` (event loop's clock) for whoever holds it now. Never HELD: raises
         ``RefundOutcomeUnknown`` instead, and ``RefundConflict`` for other content.
         """
+        fields = self.request.to_dict()
 
         def intent(now: datetime) -> Intent:
             return Intent(
                 no_refund=self.request.no_refund,
-                digest=digest(self.fields),
-                fields=self.request.to_dict(),
+                digest=self.digest,
+                fields=fields,
                 body=body,
                 held_until=now + timedelta(seconds=hold),
             )

@@ -1,7 +1,8 @@
 """How an entry moves: begun, settled, released, taken back. Pure: the same rules for every journal.
 
 An operation is given the entry of its refund as it stands, or None; it gives its answer and the entry as it
-has to stand afterwards: the same object, if nothing changes.
+has to stand afterwards: the same object, if nothing changes. What every refund goes through makes its entries
+from scratch: ``attrs.evolve`` takes three times as long.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Begin:
 
     intent: Intent
     now: datetime
-    holder: str = attrs.field(factory=lambda: uuid4().hex, init=False)
+    holder: str = attrs.field(factory=lambda: uuid4().hex)
+    """Of this call only, over all processes."""
     found: Entry | None = attrs.field(default=None, init=False)
     """The entry that the caller was given to hold."""
 
@@ -74,29 +76,39 @@ class Begin:
         """What was found; the caller holds the entry if it is NEW or UNSETTLED."""
         intent = self.intent
         if entry is None:
-            return self._hold(Standing.NEW, self.begun())
+            return self._hold(Standing.NEW, None)
         if entry.digest != intent.digest:
             raise _conflict(intent, entry)
         if entry.ending is not None:
             return (Standing.SETTLED, entry), entry
         if entry.sent_at is None:
             # Nothing of the earlier call was ever sent: what this one signed, maybe with another key, stands.
-            return self._hold(Standing.NEW, self.begun())
+            return self._hold(Standing.NEW, None)
         if entry.holder is not None and entry.sent_at > self.now:
             return (Standing.HELD, entry), entry
-        return self._hold(Standing.UNSETTLED, attrs.evolve(entry, sent_at=min(entry.sent_at, self.now)))
+        return self._hold(Standing.UNSETTLED, entry)
 
     def begun(self) -> Entry:
         """The refund as long as nothing was sent."""
-        intent = self.intent
-        return Entry(
-            no_refund=intent.no_refund, digest=intent.digest, fields=intent.fields, body=intent.body, sent_at=None
-        )
+        return self._entry(self.intent, sent_at=None, holder=None)
 
-    def _hold(self, standing: Standing, entry: Entry) -> tuple[tuple[Standing, Entry], Entry]:
-        """``entry`` for the caller; on record it may be sent until the hold ends, whatever happens to the caller."""
-        self.found = attrs.evolve(entry, holder=self.holder)
-        return (standing, self.found), attrs.evolve(self.found, sent_at=self.intent.held_until)
+    def _hold(self, standing: Standing, earlier: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
+        """What stays of ``earlier``, for the caller; on record it may be sent until the hold ends, come what may."""
+        sent_at = None if earlier is None or earlier.sent_at is None else min(earlier.sent_at, self.now)
+        begun = self.intent if earlier is None else earlier
+        self.found = self._entry(begun, sent_at=sent_at, holder=self.holder)
+        return (standing, self.found), self._entry(begun, sent_at=self.intent.held_until, holder=self.holder)
+
+    @staticmethod
+    def _entry(begun: Intent | Entry, *, sent_at: datetime | None, holder: str | None) -> Entry:
+        return Entry(
+            no_refund=begun.no_refund,
+            digest=begun.digest,
+            fields=begun.fields,
+            body=begun.body,
+            sent_at=sent_at,
+            holder=holder,
+        )
 
 
 @attrs.frozen
@@ -111,8 +123,15 @@ class Settle:
         if entry is None:
             raise JournalError(f"refund {self.no_refund} is not in the journal: it cannot be settled there")
         state = self.ending.state
-        if entry.state is State.UNSETTLED or (entry.state, state) == (State.ACCEPTED, State.DONE):
-            entry = attrs.evolve(entry, ending=self.ending, body=b"", holder=None)
+        if entry.ending is None or (entry.state, state) == (State.ACCEPTED, State.DONE):
+            entry = Entry(
+                no_refund=entry.no_refund,
+                digest=entry.digest,
+                fields=entry.fields,
+                body=b"",
+                sent_at=entry.sent_at,
+                ending=self.ending,
+            )
         return entry, entry
 
 
