@@ -658,7 +658,7 @@ async def test_resuming_asks_no_more_at_a_time_than_it_may(new_journal):
         gateway.faults = {Fault.DELAY: 1.0}
         began = anyio.current_time()
         assert await session.resume(concurrency=2) == Resumed(settled=10, still_open=0)
-    assert anyio.current_time() - began == 5
+    assert 5 <= anyio.current_time() - began < 6  # a journal lets its batches gather meanwhile
 
 
 async def test_resuming_with_a_concurrency_that_is_none_is_refused(new_journal):

@@ -11,10 +11,13 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
+from itertools import count
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
+from uuid import uuid4
 
 import anyio
+import anyio.lowlevel
 import attrs
 
 from lianlian_async.background import Background
@@ -29,12 +32,20 @@ T = TypeVar("T")
 MAX_BATCH: Final = 500
 """Operations in one transaction. While one batch is written, the callers of the batch before ask for the next."""
 
+ENOUGH: Final = 16
+"""Operations: so many are not kept waiting for more."""
+
+NAP: Final = 0.001
+"""Seconds that two or more operations wait for others, and again, as long as each nap brings some."""
+
 
 @attrs.define(eq=False)
-class _Ticket:
-    operation: Operation[Any]
+class _Batch:
+    """Operations that are written together, and their answers in the same order."""
+
+    operations: list[Operation[Any]] = attrs.field(factory=list, init=False)
+    answers: Sequence[Answer] = attrs.field(default=(), init=False)
     done: anyio.Event = attrs.field(factory=anyio.Event, init=False)
-    answer: Answer = attrs.field(default=Answer(None), init=False)
 
 
 class _GroupCommit:
@@ -45,7 +56,7 @@ class _GroupCommit:
 
     def __init__(self, write: Callable[[Sequence[Operation[Any]]], Awaitable[Sequence[Answer]]]) -> None:
         self._write = write
-        self._queue: deque[_Ticket] = deque()
+        self._batches: deque[_Batch] = deque()
         self._asked = anyio.Event()
         self._stopping = False
         self._stopped = anyio.Event()
@@ -62,40 +73,53 @@ class _GroupCommit:
 
         It is recorded even if the caller is cancelled meanwhile; ``if_cancelled`` then follows it.
         """
-        ticket = self._put(operation)
+        batch, place = self._put(operation)
         try:
-            await ticket.done.wait()
+            await batch.done.wait()
         except BaseException:
             if if_cancelled is not None:
                 self._put(if_cancelled)
             raise
-        if ticket.answer.error is not None:
-            raise ticket.answer.error
-        return cast("T", ticket.answer.value)
+        answer = batch.answers[place]
+        if answer.error is not None:
+            raise answer.error
+        return cast("T", answer.value)
 
-    def _put(self, operation: Operation[Any]) -> _Ticket:
-        ticket = _Ticket(operation)
-        self._queue.append(ticket)
-        self._asked.set()
-        return ticket
+    def _put(self, operation: Operation[Any]) -> tuple[_Batch, int]:
+        if not self._batches or len(self._batches[-1].operations) == MAX_BATCH:
+            self._batches.append(_Batch())
+            self._asked.set()
+        batch = self._batches[-1]
+        batch.operations.append(operation)
+        return batch, len(batch.operations) - 1
 
     async def _drain(self) -> None:
-        while self._queue or not self._stopping:
-            if self._queue:
-                await self._write_batch([self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))])
+        while self._batches or not self._stopping:
+            if self._batches:
+                await self._gather(self._batches[0])
+                await self._write_batch(self._batches.popleft())
             else:
                 self._asked = anyio.Event()
                 await self._asked.wait()
         self._stopped.set()
 
-    async def _write_batch(self, batch: Sequence[_Ticket]) -> None:
+    async def _gather(self, batch: _Batch) -> None:
+        """Let others ask, too, who are about to: a batch costs as much as ten operations in it.
+
+        Whoever is alone is not kept waiting, so that one refund after the other takes no longer.
+        """
+        await anyio.lowlevel.checkpoint()
+        before = 1
+        while before < len(batch.operations) < ENOUGH:
+            before = len(batch.operations)
+            await anyio.sleep(NAP)
+
+    async def _write_batch(self, batch: _Batch) -> None:
         try:
-            answers = await self._write([ticket.operation for ticket in batch])
+            batch.answers = await self._write(batch.operations)
         except Exception as error:  # noqa: BLE001 - it is raised where the answer is awaited
-            answers = [Answer(None, _failure(error)) for _ in batch]
-        for ticket, answer in zip(batch, answers, strict=True):
-            ticket.answer = answer
-            ticket.done.set()
+            batch.answers = [Answer(None, _failure(error)) for _ in batch.operations]
+        batch.done.set()
 
 
 def _failure(error: Exception) -> JournalError:
@@ -122,6 +146,7 @@ class GroupedJournal:
         if self._group is not None:
             raise RuntimeError(f"journal {self._name} is open already")
         self._process = os.getpid()
+        self._holder, self._calls = uuid4().hex, count(1)
         await self._open()
         self._group = _GroupCommit(self._write)
         return self
@@ -164,8 +189,9 @@ class GroupedJournal:
 
     async def intend(self, intent: Intent, now: datetime) -> tuple[Standing, Entry]:
         """See :meth:`Journal.intend`."""
-        begin = Begin(intent, now)
-        return await self._opened().do(begin, if_cancelled=TakeBack(begin))
+        group = self._opened()
+        begin = Begin(intent, now, f"{self._holder}-{next(self._calls)}")
+        return await group.do(begin, if_cancelled=TakeBack(begin))
 
     async def settle(self, no_refund: str, ending: Ending) -> Entry:
         """See :meth:`Journal.settle`."""
