@@ -118,6 +118,21 @@ async def test_a_refund_released_as_unknown_is_unsettled(kind):
         assert kind.is_same(entry.sent_at, sent_at)
 
 
+async def test_a_refund_may_begin_again_and_end_at_the_same_moment(kind):
+    """An ending that comes just when a refund begins again counts as any other, also when the journal is reopened."""
+    async with kind.make() as journal:
+        await journal.release((await begin(journal))[1], None)
+        async with anyio.create_task_group() as group:
+            group.start_soon(begin, journal)
+            group.start_soon(journal.settle, "R-1", MADE)
+        assert (await journal.find("R-1")).ending == MADE
+    async with kind.make() as journal:
+        entry = await journal.find("R-1")
+        assert (entry.ending, entry.state, entry.body) == (MADE, State.DONE, b"")
+        assert (await begin(journal))[0] is Standing.SETTLED
+        assert (await journal.counts())[State.DONE] == 1
+
+
 async def test_whose_hold_is_over_lets_go_of_nothing(kind):
     """A late release does not touch the hold of whoever came next."""
     async with kind.make() as journal:

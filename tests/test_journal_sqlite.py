@@ -173,6 +173,38 @@ async def test_a_file_is_left_behind_that_anybody_can_read(path):
     assert (json.loads(fields), json.loads(record)) == (intent().fields, MADE.record)
 
 
+async def test_a_number_that_is_not_on_record_is_known_without_asking_the_file(path):
+    """Once it has seen what was on record at the opening, a journal reads nothing of a refund that it never had."""
+    statements = []
+    async with SqliteJournal(path) as journal, anyio.create_task_group() as group:
+        for number in range(2500):
+            group.start_soon(journal.intend, intent(f"R-{number}"), now())
+    async with SqliteJournal(path) as journal:
+        for number in (0, 1234, 2499):
+            assert (await journal.find(f"R-{number}")).no_refund == f"R-{number}"
+        assert (await journal.intend(intent("R-2499"), now()))[0] is Standing.UNSETTLED
+        journal._file._connection.set_trace_callback(statements.append)
+        assert [await journal.find(f"new-{number}") for number in range(10)] == [None] * 10
+        assert statements == []
+        await journal.intend(intent("new-1"), now())
+        await journal.settle("new-1", MADE)
+        assert not [statement for statement in statements if statement.lstrip().startswith("SELECT")]
+        assert (await journal.find("new-1")).ending == MADE
+
+
+async def test_while_it_learns_what_is_on_record_nothing_is_missed(path):
+    """From the first moment after the opening, every refund on record is found and none is begun twice."""
+    async with SqliteJournal(path) as journal, anyio.create_task_group() as group:
+        for number in range(3000):
+            group.start_soon(journal.intend, intent(f"R-{number}"), now())
+    async with SqliteJournal(path) as journal:
+        for number in range(2999, 0, -500):
+            assert (await journal.intend(intent(f"R-{number}"), now()))[0] is Standing.UNSETTLED
+            assert await journal.find(f"new-{number}") is None
+            assert (await journal.intend(intent(f"new-{number}"), now()))[0] is Standing.NEW
+        assert (await journal.counts())[State.UNSETTLED] == 3006
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
@@ -256,9 +288,9 @@ async def test_a_full_disk_fails_whole_and_passes(path):
             errors.append(caught.value)
 
         async with anyio.create_task_group() as group:
-            for number in range(50):
+            for number in range(100):
                 group.start_soon(fail, number)
-        assert len({id(error) for error in errors}) == 50
+        assert len({id(error) for error in errors}) == 100
         assert isinstance(errors[0].__cause__, JournalError)
         assert (await journal.counts())[State.UNSETTLED] == 10
         assert await journal.find("late-1") is None

@@ -103,5 +103,10 @@ class SqliteJournal(_Looking, GroupedJournal):
     async def _close(self) -> None:
         await self._in_thread(self._file.close)
 
+    async def find(self, no_refund: str) -> Entry | None:
+        """See :meth:`Journal.find`. Of most numbers that are not on record, that is known at once."""
+        self._opened()
+        return None if self._file.is_new(no_refund) else await super().find(no_refund)
+
     async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]:
         return await self._in_thread(self._file.write, operations)

@@ -1,10 +1,14 @@
 """The SQLite file of a journal: its schema, its owner, and whole batches in single statements. It blocks.
 
-Rows go in and out as one JSON text per statement: ``sqlite3`` gives up the interpreter and asks for it back at
-every row that it steps over, and a busy event loop would let each of a thousand rows wait.
+Many rows go into one statement, and come out as one JSON text: ``sqlite3`` gives up the interpreter and asks for it
+back at every row that it steps over, and a busy event loop would let each of a thousand rows wait.
 
 ``refunds`` holds what is written once and hardly changes, a body lives in ``bodies`` only while its refund is
-unsettled, how it ended is added to ``endings``. So rows never grow, and pages stay full.
+unsettled, how it ended is added to ``endings``. So rows never grow, and pages stay full. ``sent_at`` is in
+microseconds since 1970 (UTC).
+
+Nobody else writes to the file: what is held is known without reading it again, and so is, of most new numbers,
+that they are not on record.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
 from .base import Ending, Entry, JournalError, State
+from .numbers import Numbers
 from .operations import Answer, Operation, perform
 
 __all__ = ["JournalFile"]
@@ -38,7 +44,7 @@ CREATE TABLE refunds (
     digest TEXT NOT NULL,
     fields TEXT NOT NULL,
     state TEXT NOT NULL,
-    sent_at TEXT
+    sent_at INTEGER
 );
 CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL);
 CREATE TABLE endings (id INTEGER PRIMARY KEY, record TEXT NOT NULL);
@@ -68,22 +74,35 @@ SELECT json_group_object(state, n) FROM (
 )"""
 _LAST_PLACE: Final = "SELECT coalesce(max(id), 0) FROM refunds"
 
-_BEGIN: Final = """
-INSERT OR REPLACE INTO refunds (id, no_refund, digest, fields, sent_at, state)
-SELECT
-    json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-    json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[6]')
-FROM json_each(?)"""
-_BEGIN_BODY: Final = """
-INSERT OR REPLACE INTO bodies (id, body)
-SELECT json_extract(value, '$[0]'), json_extract(value, '$[5]') FROM json_each(?)"""
-_MOVE: Final = """
-UPDATE refunds SET sent_at = json_extract(value, '$[1]'), state = json_extract(value, '$[2]')
-FROM json_each(?) WHERE refunds.id = json_extract(value, '$[0]')"""
-_END: Final = """
-INSERT OR REPLACE INTO endings (id, record)
-SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?)"""
-_END_BODY: Final = "DELETE FROM bodies WHERE id IN (SELECT json_extract(value, '$[0]') FROM json_each(?))"
+# A row that is inserted into this view is a refund as it stands from now on: one statement does all that this takes.
+# ``no_refund`` and what comes with it is there only if the refund begins, ``record`` only if it has ended.
+_CHANGES: Final = """
+CREATE TEMP VIEW changes AS SELECT * FROM refunds JOIN bodies USING (id) JOIN endings USING (id);
+CREATE TEMP TRIGGER begun INSTEAD OF INSERT ON changes WHEN new.no_refund IS NOT NULL BEGIN
+    INSERT INTO refunds (id, no_refund, digest, fields, state, sent_at)
+    VALUES (new.id, new.no_refund, new.digest, new.fields, new.state, new.sent_at)
+    ON CONFLICT (id) DO UPDATE
+    SET digest = excluded.digest, fields = excluded.fields, state = excluded.state, sent_at = excluded.sent_at;
+    INSERT OR REPLACE INTO bodies (id, body) SELECT new.id, new.body WHERE new.record IS NULL;
+END;
+CREATE TEMP TRIGGER moved INSTEAD OF INSERT ON changes WHEN new.no_refund IS NULL BEGIN
+    UPDATE refunds SET state = new.state, sent_at = new.sent_at WHERE id = new.id;
+END;
+CREATE TEMP TRIGGER ended INSTEAD OF INSERT ON changes WHEN new.record IS NOT NULL BEGIN
+    INSERT OR REPLACE INTO endings (id, record) VALUES (new.id, new.record);
+    DELETE FROM bodies WHERE id = new.id;
+END;
+"""
+_CHANGE: Final = "INSERT INTO changes (id, state, sent_at, record, no_refund, digest, fields, body) VALUES "
+_ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?)"
+
+_ROWS: Final = 64
+"""In one statement. There is one for each number of rows up to that: SQLite keeps them compiled."""
+_SLICE: Final = 1000
+"""How many numbers are learned at a time: more would keep the event loop waiting for the interpreter."""
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: "another process is at work with it; wait for that one to end, or use another file",
@@ -108,7 +127,11 @@ class JournalFile:
         self._path = Path(path)
         owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
         self._turn = Lock()
-        self._holders: dict[str, str] = {}
+        self._held: dict[str, tuple[int, Entry]] = {}
+        """What callers hold: its place, and how it stands in the file."""
+        self._numbers = Numbers()
+        self._learned = 0
+        """Up to which place ``_numbers`` knows what was on record at the opening."""
         with self._errors(), ExitStack() as opened:
             if only_to_look:
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode="rw")))
@@ -120,8 +143,12 @@ class JournalFile:
                 owner.execute("BEGIN EXCLUSIVE")
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
+                self._connection.executescript(_CHANGES)
                 self._files = {path: path.stat() for path in (self._path, owner_path, log_path)}
             self._last_place: int = self._value(_LAST_PLACE)
+            self._to_learn = self._last_place
+            if not only_to_look:
+                self._learn()
             self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
@@ -129,6 +156,7 @@ class JournalFile:
         is_new = not self._value("SELECT count(*) FROM sqlite_master")
         if not is_new:
             self._check_kind()
+        self._connection.execute("PRAGMA temp_store = memory")
         self._connection.execute("PRAGMA journal_mode = wal")
         self._connection.execute("PRAGMA synchronous = full")
         self._connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
@@ -151,23 +179,46 @@ class JournalFile:
 
     # ── what is asked ────────────────────────────────────────────────────────────────────────────
 
+    def is_new(self, no_refund: str) -> bool:
+        """Whether it is certainly not on record. Does not block."""
+        return self._learned >= self._to_learn and not self._numbers.may_hold(no_refund)
+
     def write(self, operations: Sequence[Operation[Any]]) -> list[Answer]:
         """Do all in one transaction: when this returns, it is on the disk; when it raises, nothing of it counts."""
         with self._turn, self._errors():
-            with self._transaction():
-                known = self._read(_json(list({operation.no_refund for operation in operations})))
-                before = {entry.no_refund: entry for entry in known.values()}
-                after = before.copy()
-                answers = perform(operations, after)
-                changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
-                self._save(changed, known)
-            self._check_in_place()
-            for entry in changed:
+            self._learn()
+            known = self._known({operation.no_refund for operation in operations})
+            before = {no_refund: entry for no_refund, (_, entry) in known.items()}
+            after = before.copy()
+            answers = perform(operations, after)
+            changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
+            places = self._save(changed, known)
+            for place, entry in zip(places, changed, strict=True):
                 if entry.holder is None:
-                    self._holders.pop(entry.no_refund, None)
+                    self._held.pop(entry.no_refund, None)
                 else:
-                    self._holders[entry.no_refund] = entry.holder
+                    self._held[entry.no_refund] = place, entry
+            self._check_in_place()
         return answers
+
+    def _known(self, numbers: Iterable[str]) -> dict[str, tuple[int, Entry]]:
+        """Those of ``numbers`` that are on record, with their places."""
+        known, unread = {}, []
+        for no_refund in numbers:
+            if held := self._held.get(no_refund):
+                known[no_refund] = held
+            elif not self.is_new(no_refund):
+                unread.append(no_refund)
+        if unread:
+            known |= {entry.no_refund: (place, entry) for place, entry in self._read(_json(unread)).items()}
+        return known
+
+    def _learn(self) -> None:
+        """Some more of the numbers that were on record at the opening: all at once would delay the first answer."""
+        if self._learned < self._to_learn:
+            until = self._learned + _SLICE
+            self._numbers.add(json.loads(self._value(_ENTRIES, self._learned, until, _SLICE)))
+            self._learned = until
 
     @property
     def last_place(self) -> int:
@@ -198,37 +249,43 @@ class JournalFile:
                 digest=digest,
                 fields=fields,
                 body=b"" if body is None else body.encode(),
-                sent_at=None if sent_at is None else datetime.fromisoformat(sent_at),
+                sent_at=None if sent_at is None else _EPOCH + sent_at * _MICROSECOND,
                 ending=None if record is None else Ending(state=State(state), record=record),
-                holder=self._holders.get(no_refund),
+                holder=self._held[no_refund][1].holder if no_refund in self._held else None,
             )
             for place, no_refund, digest, fields, sent_at, body, state, record in json.loads(
                 self._value(_READ, numbers)
             )
         }
 
-    def _save(self, changed: Iterable[Entry], known: Mapping[int, Entry]) -> None:
-        places = {entry.no_refund: place for place, entry in known.items()}
-        begun, moved, ended = [], [], []
+    def _save(self, changed: Sequence[Entry], known: Mapping[str, tuple[int, Entry]]) -> list[int]:
+        """Write ``changed`` down; their places."""
+        places, rows = [], list[tuple[Any, ...]]()
         for entry in changed:
-            place = places.get(entry.no_refund)
-            sent_at = (
-                None if entry.sent_at is None else entry.sent_at.astimezone(UTC).isoformat(timespec="microseconds")
-            )
-            if place is None or entry.sent_at is not None is known[place].sent_at:
-                if place is None:
-                    place = self._last_place = self._last_place + 1
-                body = entry.body.decode()
-                begun.append([place, entry.no_refund, entry.digest, entry.fields, sent_at, body, entry.state])
-            else:
-                moved.append([place, sent_at, entry.state])
-            if entry.ending is not None:
-                ended.append([place, entry.ending.record])
-        for rows, statements in ((begun, (_BEGIN, _BEGIN_BODY)), (moved, (_MOVE,)), (ended, (_END, _END_BODY))):
-            if rows:
-                text = _json(rows)
-                for statement in statements:
-                    self._connection.execute(statement, (text,))
+            place, earlier = known.get(entry.no_refund, (None, None))
+            sent_at = None if entry.sent_at is None else (entry.sent_at - _EPOCH) // _MICROSECOND
+            record = None if entry.ending is None else _json(entry.ending.record)
+            begun: tuple[str | None, ...] = (None, None, None, None)
+            if earlier is None or entry.sent_at is not None is earlier.sent_at:
+                begun = entry.no_refund, entry.digest, _json(entry.fields), entry.body.decode()
+            if place is None:
+                place = self._last_place = self._last_place + 1
+                self._numbers.add((entry.no_refund,))
+            places.append(place)
+            rows.append((place, entry.state, sent_at, record, *begun))
+        rows.sort()  # by their places: pages that are filled in order stay full
+        if len(rows) <= _ROWS:
+            self._insert(rows)
+        else:
+            with self._transaction():
+                for first in range(0, len(rows), _ROWS):
+                    self._insert(rows[first : first + _ROWS])
+        return places
+
+    def _insert(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """All of them or none, in one statement: it gives up the interpreter a few times, however many rows it has."""
+        if rows:
+            self._connection.execute(_CHANGE + ", ".join([_ROW] * len(rows)), tuple(chain.from_iterable(rows)))
 
     def _value(self, statement: str, *parameters: Any) -> Any:
         return self._connection.execute(statement, parameters).fetchone()[0]
@@ -248,7 +305,11 @@ class JournalFile:
     def _check_in_place(self) -> None:
         """SQLite goes on writing to a file that was removed; nobody would ever read it again."""
         for path, opened in self._files.items():
-            if not (path.exists() and os.path.samestat(path.stat(), opened)):
+            try:
+                is_there = os.path.samestat(path.stat(), opened)
+            except FileNotFoundError:
+                is_there = False
+            if not is_there:
                 raise JournalError(
                     f"journal {self._path}: {path} was removed or replaced while it was open; end this process, and "
                     "put the file back if you can: refunds that stood there may have been made"
@@ -266,8 +327,10 @@ class JournalFile:
 
 def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(
+        uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=2 * _ROWS
+    )
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, default=dict, ensure_ascii=False, separators=(",", ":"))
+_json: Final = json.JSONEncoder(default=dict, ensure_ascii=False, separators=(",", ":")).encode
+"""JSON text, of any mapping too."""
