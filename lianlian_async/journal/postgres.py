@@ -25,7 +25,7 @@ from lianlian_async.errors import ConfigurationError
 
 from .base import Ending, Entry, JournalError, State
 from .group import GroupedJournal
-from .operations import Answer, Begin, Operation, perform
+from .operations import Answer, Begin, Look, Operation, perform
 
 __all__ = ["PostgresJournal"]
 
@@ -55,6 +55,7 @@ SELECT no_refund, digest, fields, body, 'unsettled'
 FROM json_to_recordset(%s) AS new (no_refund text, digest text, fields json, body text)
 ORDER BY no_refund ON CONFLICT (no_refund) DO NOTHING
 """
+_FIND: Final = "SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s)"
 _LOCK: Final = """
 SELECT *, clock_timestamp() AS now FROM {schema}.refunds WHERE no_refund = ANY(%s) ORDER BY no_refund FOR UPDATE
 """
@@ -166,12 +167,15 @@ class PostgresJournal(GroupedJournal):
         await self._pool.close()
 
     async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]:
+        numbers = list({operation.no_refund for operation in operations})
+        if all(isinstance(operation, Look) for operation in operations):
+            rows = await self._select(_FIND, numbers)  # nothing changes, so there is nothing to lock
+            return perform(operations, {row["no_refund"]: self._entry(row) for row in rows})
         begins = [operation for operation in operations if isinstance(operation, Begin)]
         async with self._connected() as connection, connection.transaction():
             if begins:
                 # Known as certainly not sent, until the rules decide: so that there is a row to lock.
                 await connection.execute(self._sql(_INSERT), [self._rows(begin.begun() for begin in begins)])
-            numbers = list({operation.no_refund for operation in operations})
             rows = await (await connection.execute(self._sql(_LOCK), [numbers])).fetchall()
             if begins:
                 self._ahead = rows[0]["now"] - max(begin.now for begin in begins)
@@ -215,6 +219,9 @@ class PostgresJournal(GroupedJournal):
 
     async def _fetch(self, statement: LiteralString, *parameters: Any) -> list[dict[str, Any]]:
         self._opened()
+        return await self._select(statement, *parameters)
+
+    async def _select(self, statement: LiteralString, *parameters: Any) -> list[dict[str, Any]]:
         async with self._connected() as connection:
             return await (await connection.execute(self._sql(statement), parameters)).fetchall()
 
