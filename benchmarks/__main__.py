@@ -13,8 +13,18 @@ from .report import Report, store
 from .runner import Bench
 
 CASES = (
-    *("programs", "concurrency", "transport", "own_cpu", "lag", "gather", "memory", "imports", "journal", "stream"),
+    "programs",
+    "concurrency",
+    "transport",
+    "own_cpu",
+    "lag",
+    "gather",
+    "memory",
+    "imports",
+    "journal",
+    "stream",
     "notifications",
+    "fleet",
 )
 
 
