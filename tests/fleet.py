@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import random
 import subprocess
@@ -30,6 +31,7 @@ RESCUE_SECONDS = 2.0
 
 async def work(dsn: str) -> None:
     """One worker, until it is killed or there is nothing left to do."""
+    logging.disable(logging.WARNING)  # it would tell of every rejection, and of every job that was rescued
     async with (
         PostgresJournal(dsn) as journal,
         RefundSession(Merchant.from_env(), journal=journal, retry=IMPATIENT, deadline=1.0) as session,
