@@ -43,6 +43,8 @@ async def work(dsn: str) -> None:
 def kill_workers(dsn: str, *, refunds: int, kills: int, workers: int, seed: int) -> dict[str, str]:
     """The whole programme; the refunds of which journal and books tell differently, or that were made twice."""
     dice = random.Random(seed)
+    # How many refunds are left when a worker is killed: all along the way, but not after it.
+    moments = sorted(dice.sample(range(refunds // 10, refunds + 1), kills))
     gateway = SandboxGateway(repeated=Repeated.REJECT, faults=EVERY_FAULT, seed=seed, delay=0.2)
     for request in requests(refunds):
         gateway.add_order(str(request.no_order), request.money_refund if request.money_refund == 10 else 10)
@@ -52,14 +54,13 @@ def kill_workers(dsn: str, *, refunds: int, kills: int, workers: int, seed: int)
         variables = os.environ | environment(gateway, base_url)
         fleet = [subprocess.Popen(command, env=variables) for _ in range(workers)]
         try:
-            while asyncio.run(_open(dsn)):
-                time.sleep(dice.random())
-                victim = dice.randrange(workers)
-                if kills:
-                    fleet[victim].kill()
-                    kills -= 1
-                else:  # fair weather, so that the rest comes to an end
+            while left := asyncio.run(_open(dsn)):
+                time.sleep(dice.random() / 5)
+                if not moments:  # fair weather, so that the rest comes to an end
                     gateway.faults = {}
+                elif left <= moments[-1]:
+                    moments.pop()
+                    fleet[dice.randrange(workers)].kill()
                 for place, worker in enumerate(fleet):
                     if worker.poll() is not None:
                         fleet[place] = subprocess.Popen(command, env=variables)
@@ -78,8 +79,10 @@ async def _enqueue(dsn: str, refunds: int) -> None:
 async def _open(dsn: str) -> int:
     """How many jobs are left."""
     async with RefundQueue(dsn) as queue:
-        jobs = await queue.app.job_manager.list_jobs_async(task="lianlian:refund")
-        return len(list(jobs))
+        counts = dict(await queue.counts())
+    if counts["failed"]:
+        raise RuntimeError(f"jobs failed for good: {counts}")
+    return counts["waiting"] + counts["later"] + counts["at_work"]
 
 
 async def _audit(dsn: str, gateway: SandboxGateway, refunds: int) -> dict[str, str]:
