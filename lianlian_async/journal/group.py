@@ -36,7 +36,10 @@ ENOUGH: Final = 16
 """Operations: so many are not kept waiting for more."""
 
 NAP: Final = 0.001
-"""Seconds that two or more operations wait for others, and again, as long as each nap brings some."""
+"""Seconds that a few operations wait for others, and again, if the first nap brings some."""
+
+NAPS: Final = 2
+"""At most: where the gateway is what takes time, every millisecond here makes a refund take longer."""
 
 
 @attrs.define(eq=False)
@@ -109,9 +112,9 @@ class _GroupCommit:
         Whoever is alone is not kept waiting, so that one refund after the other takes no longer.
         """
         await anyio.lowlevel.checkpoint()
-        before = 1
-        while before < len(batch.operations) < ENOUGH:
-            before = len(batch.operations)
+        naps, before = 0, 1
+        while naps < NAPS and before < len(batch.operations) < ENOUGH:
+            naps, before = naps + 1, len(batch.operations)
             await anyio.sleep(NAP)
 
     async def _write_batch(self, batch: _Batch) -> None:
