@@ -25,7 +25,7 @@ INLINE_VERIFY_SECONDS: Final = 0.0005
 
 VISIT_SECONDS: Final = 0.001
 """How long one visit to the thread may take that makes several signatures, and …"""
-MOST_PER_VISIT: Final = 4
+MOST_PER_VISIT: Final = 3
 """… how many it makes at most: all who waited for it go on at once, and other users of the event loop wait for them."""
 
 
