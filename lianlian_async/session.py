@@ -32,8 +32,7 @@ from .waiting import Waiting
 __all__ = ["RefundSession"]
 
 
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
+_utc_now = partial(datetime.now, UTC)
 
 
 class _State(Enum):
@@ -320,20 +319,16 @@ class RefundSession:
     ) -> Resumed:
         """Find out about every refund that the session's journal holds as open; how many are known now.
 
-        Unsettled ones are asked about first, as :meth:`apply_refund` does; accepted ones are queried for their
-        final state. Run it when the service starts, and now and then. Who acts on notifications runs
-        ``NotificationEndpoint.sweep`` instead, which calls this.
+        Unsettled ones are asked about first, as :meth:`apply_refund` does; accepted ones are queried for their final
+        state. Run it when the service starts, and now and then; or ``NotificationEndpoint.sweep``, which calls it.
         ``concurrency`` is ``max_connections`` by default. ``on_final`` is called with each refund that is found final;
         an accepted one stays open if it does not return True. Raises ``JournalError``.
         """
         if self._journal is None:
             raise ConfigurationError("resume: this session has no journal")
+        workers = self._max_connections if concurrency is None else concurrency
         return await resume(
-            self._journal,
-            settle=self.outcome_of,
-            query=self.query_refund,
-            workers=self._max_connections if concurrency is None else concurrency,
-            on_final=on_final,
+            self._journal, settle=self.outcome_of, query=self.query_refund, workers=workers, on_final=on_final
         )
 
     # ── one refund ───────────────────────────────────────────────────────────────────────────────

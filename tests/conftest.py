@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import keypairs
+import notices
 import postgres
 import psycopg
 import psycopg.conninfo
@@ -17,6 +18,7 @@ import pytest
 from clock import virtual_backend
 from hypothesis import HealthCheck, settings
 
+from lianlian_async.journal import Journal, MemoryJournal, SqliteJournal
 from lianlian_async.merchant import Merchant
 
 settings.register_profile(
@@ -93,6 +95,20 @@ def database(postgres_dsn: str) -> str:
     with psycopg.connect(postgres_dsn, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return psycopg.conninfo.make_conninfo(postgres_dsn, dbname=name)
+
+
+@pytest.fixture
+def handler() -> notices.Handler:
+    """The handler of a service that is notified."""
+    return notices.Handler()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def journal(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Journal]:
+    """An open journal that virtual time can wait for."""
+    made = MemoryJournal() if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
+    async with made as opened:
+        yield opened
 
 
 @pytest.fixture

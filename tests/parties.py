@@ -171,6 +171,15 @@ async def answering(body: bytes = b"{}", status: str = "200 OK", headers: str = 
         yield server
 
 
+async def trickling(connection: Connection) -> None:
+    """Answer each request with ``{ }``, a byte every millisecond."""
+    while await connection.request() is not None:
+        await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n")
+        for byte in (b"{", b" ", b"}"):
+            await anyio.sleep(0.001)
+            await connection.stream.send(byte)
+
+
 def unused_port() -> int:
     """A loopback port that nobody listens on."""
     with socket.socket() as reserved:

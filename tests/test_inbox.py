@@ -9,7 +9,7 @@ from itertools import pairwise
 import anyio
 import journals
 import pytest
-from notices import HEADERS, Handler, deliver, fails, inbox, is_acknowledged, notification, until
+from notices import HEADERS, deliver, fails, inbox, is_acknowledged, notification, until
 from parties import refund_request, sandbox, wall_clock
 
 from lianlian_async import NotificationEndpoint
@@ -18,19 +18,6 @@ from lianlian_async.journal import MemoryJournal, SqliteJournal
 pytestmark = pytest.mark.anyio
 
 virtual = pytest.mark.virtual_time
-
-
-@pytest.fixture
-def handler():
-    return Handler()
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-async def journal(request, tmp_path):
-    """An open journal that virtual time can wait for."""
-    made_here = MemoryJournal() if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
-    async with made_here as opened:
-        yield opened
 
 
 @virtual

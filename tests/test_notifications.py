@@ -38,22 +38,9 @@ virtual = pytest.mark.virtual_time
 
 
 @pytest.fixture
-def handler():
-    return Handler()
-
-
-@pytest.fixture
 def endpoint(handler):
     """An endpoint without a journal."""
     return NotificationEndpoint(trusting(), handler)
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-async def journal(request, tmp_path):
-    """An open journal."""
-    made_here = MemoryJournal() if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
-    async with made_here as opened:
-        yield opened
 
 
 # ── what is believed ─────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 import httpx
 import pytest
-from parties import Connection, Server, answering, refund_request, serving, unused_port
+from parties import Connection, Server, answering, refund_request, serving, trickling, unused_port
 
 from lianlian_async import ConfigurationError, RefundNotSent, RefundSession, RetryPolicy
 from lianlian_async.transport import PoolTransport, Transport
@@ -272,14 +272,6 @@ async def test_a_response_that_breaks_while_it_is_closed_gives_its_place_back():
 @pytest.mark.parametrize("calls", [300])
 async def test_cancelled_requests_leak_neither_places_nor_connections(calls):
     """Requests cancelled while they wait, connect, send or read leave every place free and every socket closed."""
-
-    async def slow(connection: Connection):
-        while await connection.request() is not None:
-            await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n")
-            for byte in (b"{", b" ", b"}"):
-                await anyio.sleep(0.001)
-                await connection.stream.send(byte)
-
     ended = 0
 
     async def cancelled(number):
@@ -288,7 +280,7 @@ async def test_cancelled_requests_leak_neither_places_nor_connections(calls):
             await transport.post(server.url, b"{}", 5.0)
         ended += 1
 
-    async with serving(slow) as server, pool_of(8) as pool:
+    async with serving(trickling) as server, pool_of(8) as pool:
         transport = await Transport.open(None, pool, 8)
         async with anyio.create_task_group() as tasks:
             for number in range(calls):

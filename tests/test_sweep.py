@@ -7,28 +7,15 @@ import contextlib
 import anyio
 import httpx
 import pytest
-from notices import HEADERS, Handler, fails, is_acknowledged, notification, until
+from notices import HEADERS, fails, is_acknowledged, notification, until
 from parties import as_json, made, refund_request, sandbox, wall_clock
 
 from lianlian_async import ConfigurationError, NotificationEndpoint, RefundSession, wire
-from lianlian_async.journal import MemoryJournal, SqliteJournal, State
+from lianlian_async.journal import MemoryJournal, State
 from lianlian_async.recording import Resumed
 from lianlian_async.sandbox import Fault, When
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
-
-
-@pytest.fixture
-def handler():
-    return Handler()
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-async def journal(request, tmp_path):
-    """An open journal that virtual time can wait for."""
-    made_here = MemoryJournal() if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
-    async with made_here as opened:
-        yield opened
 
 
 @contextlib.asynccontextmanager

@@ -31,6 +31,7 @@ from parties import (
     refund_request,
     sandbox,
     serving,
+    trickling,
     unused_port,
     wall_clock,
 )
@@ -800,18 +801,11 @@ async def test_a_burst_waits_for_connections_and_is_served(merchant_keys, gatewa
 async def test_cancelled_exchanges_take_no_connection_with_them():
     """Requests cancelled while they wait, connect, send or read leave every connection to those that follow."""
 
-    async def slow(connection: Connection):
-        while await connection.request() is not None:
-            await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n")
-            for byte in (b"{", b" ", b"}"):
-                await anyio.sleep(0.001)
-                await connection.stream.send(byte)
-
     async def cancelled(number):
         with anyio.move_on_after(0.0005 * (number % 12)):
             await transport.post(server.url, b"{}", 5.0)
 
-    async with serving(slow) as server, transport_over(max_connections=4) as transport:
+    async with serving(trickling) as server, transport_over(max_connections=4) as transport:
         async with anyio.create_task_group() as tasks:
             for number in range(300):
                 tasks.start_soon(cancelled, number)
