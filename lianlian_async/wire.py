@@ -129,6 +129,8 @@ def parse_money(value: Decimal | int | str) -> Decimal:
             raise ValueError("must be a Decimal")
     if not _SMALLEST <= amount <= _LARGEST:
         raise ValueError("must be between 0.01 and 100000000.00 yuan")
+    if isinstance(value, str) and value[-3:-2] == ".":
+        return amount  # it has its two decimals
     return Decimal(f"{amount:.2f}")  # exact, and free of the caller's decimal context
 
 

@@ -85,7 +85,12 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 raise
             # Closing cancels what the connector waits for, in tasks that nobody has cancelled.
             raise httpx.ReadError("closed while the request was under way") from error
-        return httpx.Response(response.status, headers=response.raw_headers, stream=_ResponseStream(response))
+        return httpx.Response(
+            response.status,
+            headers=response.raw_headers,
+            stream=_ResponseStream(response),
+            extensions={"http_version": b"HTTP/1.1", "reason_phrase": (response.reason or "").encode()},
+        )
 
     def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple, cast
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Final, cast
 
 import anyio
 import httpx
@@ -41,11 +42,12 @@ _NEVER_SENT: Final = (
 )
 
 
-class _Target(NamedTuple):
-    """Where requests go, and the headers that all of them have."""
-
-    url: httpx.URL
-    headers: Sequence[tuple[bytes, bytes]]
+@lru_cache(maxsize=512)  # two addresses, and bodies of about the same length
+def _head(url: str, content_type: str, length: int) -> tuple[httpx.URL, httpx.Headers]:
+    """Where a request of ours goes, and all of its headers."""
+    parsed = httpx.URL(url)
+    headers = [(b"Host", parsed.netloc), (b"Content-Type", content_type.encode()), (b"Content-Length", b"%d" % length)]
+    return parsed, httpx.Headers([*headers, *((name.encode(), text.encode()) for name, text in _HEADERS.items())])
 
 
 class Transport:
@@ -54,8 +56,7 @@ class Transport:
     def __init__(self, client: httpx.AsyncClient, *, owned: bool, content_type: str = _JSON) -> None:
         self._client = client
         self._owned = owned
-        self._headers = {"Content-Type": content_type, **_HEADERS}
-        self._targets: dict[str, _Target] = {}
+        self._content_type = content_type
 
     @classmethod
     async def open(
@@ -88,30 +89,25 @@ class Transport:
             response = await self._client.send(request, stream=True, follow_redirects=False)
             answered = True
             try:
-                received = await _read(response)
+                raw = response.headers.raw
+                headers = {name.lower().decode("latin-1"): text.decode("latin-1") for name, text in raw}
+                received = await _read(response, headers)
             finally:
                 await response.aclose()
         except Exception as error:  # noqa: BLE001 - a client or transport may raise anything, and none of it may pass
             sent = answered or not isinstance(error, _NEVER_SENT) or request.may_have_been_sent(error)
             return Lost(_describe(error), may_have_arrived=sent, cause=error)
-        headers = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw}
         return Answer(response.status_code, headers, received)
 
     def _request(self, url: str, body: Body, seconds: float) -> WatchedRequest:
         if not self._owned:  # its own headers, cookies and base URL count, too
+            headers = {"Content-Type": self._content_type, **_HEADERS}
             timeout = httpx.Timeout(seconds, connect=seconds / 2)
-            made = self._client.build_request("POST", url, content=body.content, headers=self._headers, timeout=timeout)
+            made = self._client.build_request("POST", url, content=body.content, headers=headers, timeout=timeout)
             return WatchedRequest(made.url, made.headers, body, **made.extensions)
         # Our own client has nothing to add, and looking for it costs more than all the rest of a request.
-        target = self._targets.get(url) or self._target(url)
-        headers = [*target.headers, (b"Content-Length", b"%d" % len(body.content))]
-        return WatchedRequest(target.url, headers, body, timeout={"connect": seconds / 2, "pool": seconds})
-
-    def _target(self, url: str) -> _Target:
-        parsed = httpx.URL(url)
-        headers = [(b"Host", parsed.netloc), *((name.encode(), text.encode()) for name, text in self._headers.items())]
-        target = self._targets[url] = _Target(parsed, headers)
-        return target
+        target, head = _head(url, self._content_type, len(body.content))
+        return WatchedRequest(target, head, body, timeout={"connect": seconds / 2, "pool": seconds})
 
     async def warm_up(self, url: str, connections: int, seconds: float) -> None:
         """Open that many connections to the server of ``url``, each by a HEAD request, within ``seconds``.
@@ -136,16 +132,26 @@ class Transport:
             await self._client.aclose()
 
 
-async def _read(response: httpx.Response) -> bytes:
+async def _read(response: httpx.Response, headers: Mapping[str, str]) -> bytes:
     if response.is_stream_consumed:  # by a hook of the given client, or by a transport that has it all at once
         return response.content
+    stream = cast("httpx.AsyncByteStream", response.stream)  # as it came, unpacked by nobody
+    if _is_short(headers):
+        return b"".join([chunk async for chunk in stream])
     received = bytearray()
     with anyio.CancelScope() as enough:
-        async for chunk in cast("httpx.AsyncByteStream", response.stream):  # as it came, unpacked by nobody
+        async for chunk in stream:
             received += chunk
             if len(received) > MAX_MESSAGE_BYTES:
                 enough.cancel()  # not break: trio wants every generator inside to be run to its end
     return bytes(received)
+
+
+def _is_short(headers: Mapping[str, str]) -> bool:
+    """Whether the headers bind the body to the size of a message: most do, and need no watching."""
+    length = headers.get("content-length", "")
+    bound = length.isdecimal() and len(length) < 9 and int(length) <= MAX_MESSAGE_BYTES
+    return bound and "transfer-encoding" not in headers  # which goes before
 
 
 def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:

@@ -53,9 +53,7 @@ class WatchedRequest(httpx.Request):
     Adapters of other HTTP clients take it as a whole, and so do layers that copy it or only look.
     """
 
-    def __init__(
-        self, url: httpx.URL, headers: httpx.Headers | list[tuple[bytes, bytes]], body: Body, **extensions: Any
-    ) -> None:
+    def __init__(self, url: httpx.URL, headers: httpx.Headers, body: Body, **extensions: Any) -> None:
         super().__init__("POST", url, headers=headers, stream=body, extensions=extensions)
         self._body = body
         self._taken = False
