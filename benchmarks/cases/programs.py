@@ -5,6 +5,10 @@ and with the extra `fast`, and, as the floor, its parts alone: a signature and a
 source strings, and a POST by raw aiohttp. All but `raw aiohttp` verify the answers. Read CPU per refund first: it is
 what a service pays, and it does not depend on who else uses the machine. Rates do: where the last column is well below
 1, somebody else did.
+
+Between the parts' sum and ours, with `fast`, lie httpx's client and its values above the transport, the way to the
+signing thread and back, this library's own code (see `own_cpu`), and the event loop's tasks and scopes. Raw aiohttp
+signs on the event loop, which stands still meanwhile, and verifies nothing; requests with threads has no event loop.
 """
 
 from __future__ import annotations
