@@ -1,10 +1,12 @@
 """Bare POSTs through one ``AsyncClient``: what a transport costs, without refunds.
 
 Options: ``pool``, this library's transport; ``fast``, the one with the extra ``fast``; ``stock``, httpx's own pool;
-``aiohttp``, httpx-aiohttp's.
+``aiohttp``, httpx-aiohttp's. With `` uncollected`` behind it, Python's garbage collector is off.
 """
 
 from __future__ import annotations
+
+import gc
 
 import httpx
 
@@ -50,7 +52,10 @@ def poster(http: httpx.AsyncClient, url: str) -> frame.Refund:
 
 
 async def program(job: frame.Job) -> dict[str, float]:
-    async with client(job.option, job.in_flight) as http:
+    option, _, uncollected = job.option.partition(" ")
+    if uncollected:
+        gc.disable()
+    async with client(option, job.in_flight) as http:
         return await frame.measured(job, poster(http, job.url))
 
 
