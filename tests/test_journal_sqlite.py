@@ -236,8 +236,8 @@ async def test_another_version_is_refused_with_advice(path):
     """A journal of a version that is not ours raises, says which, and what to do."""
     async with SqliteJournal(path):
         pass
-    _sqlite(path, "PRAGMA user_version = 2")
-    with pytest.raises(JournalError, match="of version 2, and this is a library for version 1; finish it"):
+    _sqlite(path, "PRAGMA user_version = 1")
+    with pytest.raises(JournalError, match="of version 1, and this is a library for version 2; finish it"):
         async with SqliteJournal(path):
             pass
 

@@ -31,7 +31,7 @@ from .operations import Answer, Operation, perform
 __all__ = ["JournalFile"]
 
 APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 CHECKPOINT_PAGES: Final = 4000
 """How long the log grows (16 MB) before it is worked into the file: bodies mostly come and go within that."""
