@@ -122,9 +122,20 @@ def merchant(merchant_keys: keypairs.Pair, gateway_keys: keypairs.Pair) -> Merch
     )
 
 
+_ABSENT = "the genuine signatures (shared/vectors/signatures.json) do not lie beside this checkout"
+
+
 @pytest.fixture(scope="session")
 def vectors() -> dict[str, Any]:
     """LianLian's genuine signatures, which lie beside the checkout and are copied nowhere."""
     if not _VECTORS.is_file():
-        pytest.skip("the genuine signatures (shared/vectors/signatures.json) do not lie beside this checkout")
+        pytest.skip(_ABSENT)
     return json.loads(_VECTORS.read_text("utf-8"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``vector`` runs once for each genuine signature that the file holds."""
+    if "vector" in metafunc.fixturenames:
+        held = json.loads(_VECTORS.read_text("utf-8"))["vectors"] if _VECTORS.is_file() else []
+        absent = [pytest.param({}, marks=pytest.mark.skip(reason=_ABSENT), id="absent")]
+        metafunc.parametrize("vector", [pytest.param(each, id=each["name"]) for each in held] or absent)
