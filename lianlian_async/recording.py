@@ -70,7 +70,7 @@ def answer(entry: Entry) -> Refund:
             verified=record["verified"] == "yes",
             no_refund=entry.no_refund,
         )
-    return Refund.from_dict(record, asked_dt_refund=RefundRequest.from_dict(entry.fields).dt_refund)
+    return Refund.from_dict(record, asked_dt_refund=RefundRequest.from_record(entry.fields).dt_refund)
 
 
 async def take(
@@ -100,7 +100,7 @@ async def learn(journal: Journal, refund: Refund) -> Refund:
     entry = await journal.find(number)
     if entry is None:
         return refund
-    request = RefundRequest.from_dict(entry.fields)
+    request = RefundRequest.from_record(entry.fields)
     matching(request, refund)
     recorded = cast("Ending", (await journal.settle(number, ending(refund))).ending)  # what is settled has one
     status = recorded.record.get("sta_refund")
@@ -241,7 +241,7 @@ class _Resumption:
         """Find out about one refund."""
         if entry.ending is None and entry.sent_at is None:
             return  # certainly never sent: whoever was told so may have refunded by other means
-        request = RefundRequest.from_dict(entry.fields)
+        request = RefundRequest.from_record(entry.fields)
         if await (self._is_settled(request) if entry.ending is None else self._is_final(request)):
             self.settled += 1
         else:

@@ -34,7 +34,7 @@ MAX_MESSAGE_BYTES: Final = 1024 * 1024
 # The pages name no time zone; the gateway is in China, which has had no daylight saving since 1991.
 CHINA_STANDARD_TIME: Final = timezone(timedelta(hours=8), "CST")
 
-_MONEY: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,2})?")
+_MONEY: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,2}0{0,30})?")
 _DECIMAL: Final = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 _LARGEST: Final = Decimal("100000000.00")
 _SMALLEST: Final = Decimal("0.01")
@@ -110,7 +110,10 @@ def encode(fields: Mapping[str, str]) -> bytes:
 
 
 def parse_money(value: Decimal | int | str) -> Decimal:
-    """An amount in yuan, 0.01 to 100,000,000.00, with exactly two decimals; never rounded."""
+    """An amount in yuan, 0.01 to 100,000,000.00, with exactly two decimals; never rounded.
+
+    What counts is the value: ``0.1`` and ``0.100`` are 0.10. A third decimal has to be zero.
+    """
     match value:
         case str() if _MONEY.fullmatch(value):
             amount = Decimal(value)
@@ -120,18 +123,18 @@ def parse_money(value: Decimal | int | str) -> Decimal:
             raise ValueError("must be a Decimal, not a float or bool: floats cannot hold yuan and fen exactly")
         case Decimal() | int():
             amount = Decimal(value)
-            exponent = amount.as_tuple().exponent
-            if not isinstance(exponent, int):
+            if not amount.is_finite():
                 raise ValueError("must be a finite number")
-            if exponent < -2:
-                raise ValueError("must have at most 2 decimals (it is never rounded)")
         case _:
             raise ValueError("must be a Decimal")
     if not _SMALLEST <= amount <= _LARGEST:
         raise ValueError("must be between 0.01 and 100000000.00 yuan")
     if isinstance(value, str) and value[-3:-2] == ".":
         return amount  # it has its two decimals
-    return Decimal(f"{amount:.2f}")  # exact, and free of the caller's decimal context
+    with_two = Decimal(f"{amount:.2f}")  # free of the precision of the caller's decimal context
+    if with_two != amount:
+        raise ValueError("must have at most 2 decimals (it is never rounded)")
+    return with_two
 
 
 def format_money(amount: Decimal) -> str:

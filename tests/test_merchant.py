@@ -350,7 +350,7 @@ def test_all_missing_variables_are_named_together():
         ("LIANLIAN_APPLY_URL", "traderapi.lianlianpay.com", ": must be an absolute http or https URL"),
         ("LIANLIAN_APPLY_URL", "http://traderapi.lianlianpay.com/", ": must be https"),
         ("LIANLIAN_QUERY_URL", "https://", ": must be an absolute http or https URL"),
-        ("LIANLIAN_QUERY_URL", OURS.private_pem, ": must hold neither control characters"),
+        ("LIANLIAN_QUERY_URL", OURS.private_pem, ": must hold no control"),
         ("LIANLIAN_NOTIFY_URL", "shop", ": must be an absolute http or https URL"),
     ],
 )

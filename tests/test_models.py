@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import unicodedata
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from types import MappingProxyType
@@ -10,7 +11,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import moments
+from strategies import invisible, moments
 
 from lianlian_async import wire
 from lianlian_async.errors import InvalidRequest
@@ -36,11 +37,27 @@ SAMPLE = {
     "sign": "ZPZULntRpJwF",
 }
 
-identifiers = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1).filter(lambda s: s == s.strip())
+numbers = st.text(st.characters(categories=["L", "Nd"]) | st.characters(min_codepoint=0x21, max_codepoint=0x7E)).map(
+    lambda text: unicodedata.normalize("NFKC", text)[:32]
+)
+numbers = numbers.filter(
+    lambda text: (
+        text
+        and all(letter.isalpha() or letter.isdecimal() or "!" <= letter <= "~" for letter in text)
+        and not set(text) & invisible
+        and unicodedata.is_normalized("NFKC", text)
+    )
+)
+"""What a new refund may be called."""
+identifiers = st.text(
+    st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"], exclude_characters=invisible), min_size=1
+)
+identifiers = identifiers.filter(lambda text: text == text.strip())
+"""What an order may be called that exists."""
 urls = st.from_regex(r"https?://[a-z]{1,20}\.example(:[1-9][0-9]{0,3})?(/[!-~]{0,30})?", fullmatch=True)
 requests = st.fixed_dictionaries(
     {
-        "no_refund": identifiers.map(lambda s: s[:32].strip()),
+        "no_refund": numbers,
         "dt_refund": moments,
         "money_refund": st.decimals(Decimal("0.01"), Decimal(100_000_000), places=2),
         "no_order": identifiers.map(lambda s: s[:32].strip()),
@@ -49,6 +66,7 @@ requests = st.fixed_dictionaries(
         "dt_order": st.none() | moments,
         "oid_paybill": st.none() | identifiers.map(lambda s: s[:32].strip()),
         "notify_url": st.none() | urls,
+        "trader_refund": st.none() | identifiers.map(lambda s: s[:18].strip()),
     },
 ).map(lambda fields: RefundRequest(**fields))
 queries = st.builds(
@@ -106,14 +124,16 @@ def test_every_request_can_be_signed_and_sent(request):
         "dt_order": 14,
         "oid_paybill": 32,
         "notify_url": 128,
+        "trader_refund": 18,
     }
     assert all(0 < len(text) <= longest[name] for name, text in fields.items())
 
 
 @given(requests)
 def test_a_request_asks_about_itself(request):
-    """The query of a request carries the refund's own number and time."""
-    assert request.query() == RefundQuery(no_refund=request.no_refund, dt_refund=request.dt_refund)
+    """The query of a request carries the refund's own number, time and merchant."""
+    asked = {"no_refund": request.no_refund, "dt_refund": request.dt_refund, "trader_refund": request.trader_refund}
+    assert request.query() == RefundQuery(**asked)
 
 
 def test_all_broken_rules_are_reported_together():
@@ -144,33 +164,120 @@ def test_the_original_is_named_by_order_or_payment():
     assert set(problems_of(lambda: RefundRequest(**rest, no_order=None, oid_paybill=None))) == {"no_order"}
 
 
+def the_request(**fields):
+    return RefundRequest(**MINIMAL | fields)
+
+
+def the_query(**fields):
+    return RefundQuery(**{"no_refund": "R-1", "dt_refund": NOW} | fields)
+
+
 @pytest.mark.parametrize(
     ("make", "field", "longest"),
     [
-        (lambda text: RefundRequest(**MINIMAL | {"no_refund": text}), "no_refund", 32),
-        (lambda text: RefundRequest(**MINIMAL | {"no_order": text}), "no_order", 32),
-        (lambda text: RefundRequest(**MINIMAL | {"oid_paybill": text}), "oid_paybill", 32),
-        (lambda text: RefundQuery(no_refund=text, dt_refund=NOW), "no_refund", 32),
-        (lambda text: RefundQuery(oid_refundno=text, dt_refund=NOW), "oid_refundno", 16),
+        (the_request, "no_refund", 32),
+        (the_request, "no_order", 32),
+        (the_request, "oid_paybill", 32),
+        (the_request, "trader_refund", 18),
+        (the_query, "no_refund", 32),
+        (the_query, "oid_refundno", 16),
+        (the_query, "trader_refund", 18),
     ],
 )
 def test_identifiers_keep_to_the_rules(make, field, longest):
     """The longest text is taken; a longer, empty, trimmed-looking or unprintable one and other types are not."""
-    for text in ("x", "x" * longest, "退" * longest, "a b", "a&b=c"):
-        assert getattr(make(text), field) == text
+    for text in ("x", "x" * longest, "退" * longest, "é", "!a&b=c~", "x\u0967", "ア"):
+        assert getattr(make(**{field: text}), field) == text
     for text, rule in (
         ("x" * (longest + 1), f"at most {longest} characters, has {longest + 1}"),
         ("", "must not be empty"),
         (" x", "begin or end with a blank"),
         ("x\u3000", "begin or end with a blank"),
-        ("a\nb", "control characters"),
-        ("a\x00b", "control characters"),
-        ("a\x85b", "control characters"),
-        ("a\ud800b", "surrogates"),
+        ("a\nb", "control"),
+        ("a\x00b", "control"),
+        ("a\x85b", "control"),
+        ("a\ud800b", "U+D800"),
+        ("a\u2028b", "U+2028 LINE SEPARATOR"),
+        ("R1\u200b", "U+200B ZERO WIDTH SPACE"),
+        ("R\ufeff1", "U+FEFF"),
+        ("R1\u202e", "U+202E RIGHT-TO-LEFT OVERRIDE"),
+        ("R\u00ad1", "U+00AD SOFT HYPHEN"),
+        ("R1\ufe0f", "U+FE0F"),
+        ("R1\u3164", "U+3164 HANGUL FILLER"),
         (5, "must be a string"),
         (b"x", "must be a string"),
     ):
-        assert rule in problems_of(lambda text=text: make(text))[field].rule
+        assert rule in problems_of(lambda text=text: make(**{field: text}))[field].rule
+
+
+@given(st.sampled_from(sorted(invisible)), st.sampled_from([(the_request, "no_refund"), (the_request, "no_order")]))
+def test_an_invisible_character_makes_no_second_number(character, place):
+    """`R1` and `R1` with anything in it that nobody sees would be two refunds."""
+    make, field = place
+    assert f"U+{ord(character):04X}" in problems_of(lambda: make(**{field: f"R{character}1"}))[field].rule
+
+
+ORDERS = ["订单（2026）01", "ORD 1", "e\u0301", "①", "a\u00a0b", "R\u2800", "№ 5", "\U0001f600"]
+
+
+@pytest.mark.parametrize("text", ORDERS)
+def test_an_order_that_exists_stays_refundable(text):
+    """What an order, a payment or an older refund is called is a fact; only a new refund's number is restricted."""
+    assert the_request(no_order=text, oid_paybill=text).to_dict()["no_order"] == text
+    assert the_query(no_refund=text).no_refund == text
+    assert set(problems_of(lambda: the_request(no_refund=text))) == {"no_refund"}
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("R 1", "holds U+0020 SPACE"),
+        ("R\u00a01", "holds U+00A0 NO-BREAK SPACE"),
+        ("R\u28001", "holds U+2800 BRAILLE PATTERN BLANK"),
+        ("re\u0301", "holds U+0301 COMBINING ACUTE ACCENT"),
+        ("R（1）", "holds U+FF08 FULLWIDTH LEFT PARENTHESIS"),
+        ("Ｒ１", "NFKC-normal, such as 'R1'"),
+        ("ﬁ", "NFKC-normal, such as 'fi'"),
+        ("\u1112\u1161\u11ab", "NFKC-normal, such as '한'"),
+        ("²", "holds U+00B2 SUPERSCRIPT TWO"),
+    ],
+)
+def test_a_new_number_is_one_that_nobody_can_write_differently(text, rule):
+    """Letters and digits in their normal form, and visible ASCII: what normalises or shows alike is one number."""
+    assert rule in problems_of(lambda: the_request(no_refund=text))["no_refund"].rule
+
+
+@pytest.mark.parametrize("number", ["R1\u200b", "R 1", "x" * 40, "re\u0301"])
+def test_what_was_accepted_before_is_not_judged_again(number):
+    """A journal's entry under an older release's number is read, asked about and written as it is."""
+    written = {"no_refund": number, "dt_refund": "20170801225714", "money_refund": "200.01", "no_order": number}
+    read = RefundRequest.from_record(written)
+    assert read.to_dict() == written
+    assert (read.dt_refund, read.money_refund) == (NOW, Decimal("200.01"))
+    assert read.query().to_dict() == {"no_refund": number, "dt_refund": "20170801225714"}
+    assert RefundQuery.from_record(read.query().to_dict()) == read.query()
+    assert Refund.from_dict({"no_refund": number}, asked_dt_refund=NOW).query() == read.query()
+    with pytest.raises(InvalidRequest):
+        RefundRequest.from_dict(written)
+
+
+@given(requests)
+def test_a_record_is_the_request_that_was_written(request):
+    """For what is valid today, both ways to read it give the same."""
+    assert RefundRequest.from_record(request.to_dict()) == RefundRequest.from_dict(request.to_dict()) == request
+
+
+def test_a_damaged_record_is_refused():
+    """What cannot be a refund at all is no record of one."""
+    for damage, field in (
+        ({"money_refund": "much"}, "money_refund"),
+        ({"dt_refund": "today"}, "dt_refund"),
+        ({"no_order": None}, "no_order"),
+        ({"unheard_of": "x"}, "unheard_of"),
+    ):
+        written = {"no_refund": "R", "dt_refund": "20170801225714", "money_refund": "1.00", "no_order": "O", **damage}
+        assert set(problems_of(lambda written=written: RefundRequest.from_record(written))) == {field}
+    assert set(problems_of(lambda: RefundQuery.from_record({"no_refund": "R"}))) == {"dt_refund"}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +313,7 @@ def test_a_usable_notify_url_is_taken_as_it_is(url):
         ("https://shop.example:port/", "absolute http or https"),
         ("https://[::1/", "absolute http or https"),
         ("https://shop.example/\n", "begin or end with a blank"),
-        ("https://shop\t.example/", "control characters"),
+        ("https://shop\t.example/", "control"),
         ("", "must not be empty"),
         (b"https://shop.example", "must be a string"),
     ],

@@ -21,6 +21,7 @@ from lianlian_async import (
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundRejected,
+    RefundRequest,
     RefundSession,
     RefundStatus,
     RetryPolicy,
@@ -611,6 +612,22 @@ async def test_resuming_asks_about_everything_that_is_open(new_journal):
         assert await session.resume() == Resumed(settled=1, still_open=0)
         assert await session.resume() == Resumed(settled=0, still_open=0)
     assert [gateway.times_made(f"R-{number}") for number in (1, 2, 3)] == [1, 1, 1]
+
+
+async def test_an_entry_of_an_older_release_is_resumed_like_the_others(new_journal):
+    """A number that no new refund may have was accepted once: it is asked about, and ends no resumption."""
+    gateway = sandbox(settle_after=0)
+    old = RefundRequest.from_record(refund_request(1).to_dict() | {"no_refund": "R-1\u200b"})
+    requests = [old, refund_request(2)]
+    async with shop(gateway, new_journal) as (session, _):
+        for request in requests:
+            gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+            with anyio.move_on_after(5):
+                await session.apply_refund(request)
+    async with shop(gateway, new_journal) as (session, _):
+        assert await session.resume() == Resumed(settled=2, still_open=0)
+        assert (await session.apply_refund(old)).no_refund == "R-1\u200b"
+    assert [gateway.times_made(request.no_refund) for request in requests] == [1, 1]
 
 
 async def test_resuming_settles_rejections_too(new_journal):

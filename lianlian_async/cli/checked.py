@@ -139,7 +139,7 @@ class Checked:
         elif fields == known:
             self.remarks.add(line, f"repeats line {first}: refund {number} is made once")
         else:  # which of the two is right, nobody here can tell
-            earlier = RefundRequest.from_dict(json.loads(known))
+            earlier = RefundRequest.from_record(json.loads(known))
             field = _difference(request.to_dict(), earlier.to_dict())
             self.problems.add(line, f"no_refund {number} stands on line {first} with another {field}")
             self.problems.add(first, f"no_refund {number} stands on line {line} with another {field}")
@@ -157,7 +157,7 @@ class Checked:
         line = 0
         while page := await anyio.to_thread.run_sync(self._page, line):
             for line, fields in page:  # noqa: B007 - the next page begins there
-                yield RefundRequest.from_dict(json.loads(fields))
+                yield RefundRequest.from_record(json.loads(fields))
 
     def _page(self, after: int) -> list[tuple[int, str]]:
         wanted = "SELECT line, fields FROM refunds WHERE line > ? AND is_clear ORDER BY line LIMIT ?"

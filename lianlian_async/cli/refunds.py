@@ -40,6 +40,7 @@ _HELP: Final = {
     "oid_paybill": "LianLian's payment number.",
     "notify_url": "Where LianLian posts the result.",
     "oid_refundno": "LianLian's refund number.",
+    "trader_refund": "The merchant that is refunded for, if it is another one.",
 }
 
 

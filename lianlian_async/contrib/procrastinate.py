@@ -161,7 +161,7 @@ class RefundQueue:
         if self._session is None or self._worker is None:
             raise RuntimeError("refund jobs run in RefundQueue.work, which brings the session")
         try:
-            await self._session.apply_refund(RefundRequest.from_dict(fields))
+            await self._session.apply_refund(RefundRequest.from_record(fields))
         except RefundRejected as error:
             logger.warning("%s", error)
             if error.is_configuration:
