@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import attrs
 
+from . import text_rules
 from .errors import ConfigurationError
-from .models import parse_notify_url, parse_url
 from .signing import KeyMaterial, SigningKey, VerifyingKey, is_key_text
 
 __all__ = ["Endpoints", "Keys", "Merchant"]
@@ -35,7 +35,7 @@ def _is_this_machine(host: str) -> bool:
 
 def _check_endpoint(value: str, name: str, *, allow_http: bool = False) -> None:
     try:
-        parse_url(value)
+        text_rules.url(value)
     except ValueError as error:
         raise ConfigurationError(f"{name}: {error} (is {_shown(value)})") from None
     parts = urlsplit(value)
@@ -110,7 +110,7 @@ class Merchant:
             raise ConfigurationError(f"{self._name('gateway_public_keys')}: at least one of LianLian's keys is needed")
         try:
             if self.notify_url is not None:
-                parse_notify_url(self.notify_url)
+                text_rules.notify_url(self.notify_url)
         except ValueError as error:
             raise ConfigurationError(f"{self._name('notify_url')}: {error} (is {_shown(self.notify_url)})") from None
 

@@ -6,8 +6,6 @@ A value that exists is valid: all broken rules of one request are reported toget
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
@@ -15,11 +13,10 @@ from enum import StrEnum
 from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar, cast
-from urllib.parse import urlsplit
 
 import attrs
 
-from . import wire
+from . import text_rules, wire
 from .errors import InvalidRequest, Problem
 
 __all__ = ["Refund", "RefundQuery", "RefundRequest", "RefundStatus"]
@@ -56,51 +53,12 @@ def _optional_timestamp(value: datetime | str | None) -> datetime | None:
     return None if value is None else _timestamp(value)
 
 
-def _text(value: object, longest: int) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be a string")
-    if not value:
-        raise ValueError("must not be empty")
-    if len(value) > longest:
-        raise ValueError(f"must have at most {longest} characters, has {len(value)}")
-    if value != value.strip():
-        raise ValueError("must not begin or end with a blank: a program that trims it would change the identity")
-    if found := _UNSEEN.search(value):
-        raise ValueError(f"must hold no control, line separator or invisible character, holds {_named(found[0])}")
-    return value
-
-
-# Default_Ignorable_Code_Point, which unicodedata lacks: DerivedCoreProperties.txt of Unicode 15.0 (the same in 16.0).
-_DEFAULT_IGNORABLE: Final = (
-    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
-)
-# Beside them: categories Cc, Zl, Zp and Cs.
-_UNSEEN: Final = re.compile(f"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_DEFAULT_IGNORABLE}]")
-
-
-def _named(character: str) -> str:
-    return f"U+{ord(character):04X} {unicodedata.name(character, '')}".rstrip()
-
-
-def _number(value: object, longest: int) -> str:
-    """A number for a new refund: what nobody can mistake for, or turn into, another number."""
-    text = _text(value, longest)
-    for character in text:
-        ascii_graphic = "!" <= character <= "~"
-        if not ascii_graphic and not character.isalpha() and not character.isdecimal():
-            raise ValueError(f"must hold letters, decimal digits and visible ASCII only, holds {_named(character)}")
-    if not unicodedata.is_normalized("NFKC", text):
-        raise ValueError(f"must be NFKC-normal, such as {unicodedata.normalize('NFKC', text)!r}")
-    return text
-
-
 def _new_number(value: str) -> str:
-    return _or_broken(_number, value, 32)
+    return _or_broken(text_rules.new_number, value, 32)
 
 
 def _optional(value: str | None, longest: int) -> str | None:
-    return None if value is None else _or_broken(_text, value, longest)
+    return None if value is None else _or_broken(text_rules.existing, value, longest)
 
 
 def _optional_string_32(value: str | None) -> str | None:
@@ -115,28 +73,8 @@ def _optional_string_16(value: str | None) -> str | None:
     return _optional(value, 16)
 
 
-def parse_notify_url(value: object) -> str:
-    """As :func:`parse_url`, and of at most 128 characters."""
-    return parse_url(_text(value, 128))
-
-
-def parse_url(value: object) -> str:
-    """An absolute http or https URL; ``ValueError`` with the broken rule otherwise."""
-    url = _text(value, 2000)
-    if not url.isascii() or " " in url:
-        raise ValueError("must be ASCII without blanks (percent-encode the rest)")
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ValueError("must be an absolute http or https URL")
-    return url
-
-
 def _optional_url(value: str | None) -> str | None:
-    return None if value is None else _or_broken(parse_notify_url, value)
+    return None if value is None else _or_broken(text_rules.notify_url, value)
 
 
 @cache

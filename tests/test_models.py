@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import invisible, moments
 
-from lianlian_async import wire
+from lianlian_async import text_rules, wire
 from lianlian_async.errors import InvalidRequest
-from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStatus, parse_notify_url, parse_url
+from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStatus
 
 NOW = datetime(2017, 8, 1, 14, 57, 14, tzinfo=UTC)
 MINIMAL = {"no_refund": "R-1", "dt_refund": NOW, "money_refund": Decimal("200.01"), "no_order": "O-1"}
@@ -293,7 +293,7 @@ def test_a_damaged_record_is_refused():
 )
 def test_a_usable_notify_url_is_taken_as_it_is(url):
     """An absolute http or https URL of at most 128 characters is kept unchanged."""
-    assert parse_notify_url(url) == parse_url(url) == url
+    assert text_rules.notify_url(url) == text_rules.url(url) == url
     assert RefundRequest(**MINIMAL, notify_url=url).notify_url == url
 
 
@@ -325,9 +325,9 @@ def test_a_notify_url_that_could_not_be_called_is_refused(url, rule):
 
 def test_a_url_of_ours_may_be_longer():
     """The 128 characters are the gateway's rule for notify_url only."""
-    assert parse_url("https://shop.example/" + "x" * 500)
+    assert text_rules.url("https://shop.example/" + "x" * 500)
     with pytest.raises(ValueError, match="at most 2000 characters"):
-        parse_url("https://shop.example/" + "x" * 2000)
+        text_rules.url("https://shop.example/" + "x" * 2000)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_a_found_refund_can_be_asked_about_though_the_answer_has_no_dt_refund():
     assert refund.query() == refund_request().query()
 
 
-@pytest.mark.parametrize("text", ["10.00", "10.0", "10"])
+@pytest.mark.parametrize("text", ["10.00", "10.0", "10", "10.000"])
 def test_money_is_compared_as_an_amount(text):
     """A lenient spelling of the same amount is the same amount."""
     assert read(APPLY, made(APPLY.asked, money_refund=text)).known is Known.FOUND
@@ -179,7 +179,7 @@ def test_a_signed_success_about_another_refund_is_no_answer(asking, field, text)
     assert reply.error.asked == asking.asked[field]
 
 
-@pytest.mark.parametrize("text", ["10.01", "11.00", "1.00", "", "ten", None, "1E+1", "10.000"])
+@pytest.mark.parametrize("text", ["10.01", "11.00", "1.00", "", "ten", None, "1E+1", "10.001"])
 def test_a_signed_success_with_other_money_is_no_answer_to_an_apply_call(text):
     """An apply call's success has to name the money that was applied for."""
     reply = read(APPLY, made(APPLY.asked, money_refund=text))

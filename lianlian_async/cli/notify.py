@@ -8,9 +8,9 @@ from typing import BinaryIO
 import anyio
 import click
 
-from lianlian_async import wire
+from lianlian_async import text_rules, wire
 from lianlian_async.exchange import Answer
-from lianlian_async.models import RefundStatus, parse_url
+from lianlian_async.models import RefundStatus
 from lianlian_async.protocol import Protocol
 from lianlian_async.sandbox.notifier import CONTENT_TYPE, is_acknowledged, post
 from lianlian_async.signing import SigningKey, signature_source
@@ -25,7 +25,7 @@ __all__ = ["notify"]
 
 def _read_url(_ctx: click.Context, _argument: click.Parameter, value: str) -> str:
     try:
-        return parse_url(value)
+        return text_rules.url(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 

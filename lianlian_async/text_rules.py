@@ -1,0 +1,73 @@
+"""Rules for the texts of a request: identifiers and URLs.
+
+Each function returns the text that it was given, or raises ``ValueError`` whose text is the broken rule; the caller
+knows the field and says it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Final
+from urllib.parse import urlsplit
+
+__all__ = ["existing", "new_number", "notify_url", "url"]
+
+# Default_Ignorable_Code_Point, which unicodedata lacks: DerivedCoreProperties.txt of Unicode 15.0 (the same in 16.0).
+_DEFAULT_IGNORABLE: Final = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+# Beside them: categories Cc, Zl, Zp and Cs.
+_UNSEEN: Final = re.compile(f"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_DEFAULT_IGNORABLE}]")
+
+
+def existing(value: object, longest: int) -> str:
+    """Check the name of something that exists: an order, a payment, an older refund."""
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    if not value:
+        raise ValueError("must not be empty")
+    if len(value) > longest:
+        raise ValueError(f"must have at most {longest} characters, has {len(value)}")
+    if value != value.strip():
+        raise ValueError("must not begin or end with a blank: a program that trims it would change the identity")
+    if found := _UNSEEN.search(value):
+        raise ValueError(f"must hold no control, line separator or invisible character, holds {_named(found[0])}")
+    return value
+
+
+def new_number(value: object, longest: int) -> str:
+    """Check the number of a new refund: nobody can mistake it for another number, and no normalization changes it."""
+    text = existing(value, longest)
+    for character in text:
+        ascii_graphic = "!" <= character <= "~"
+        if not ascii_graphic and not character.isalpha() and not character.isdecimal():
+            raise ValueError(f"must hold letters, decimal digits and visible ASCII only, holds {_named(character)}")
+    if not unicodedata.is_normalized("NFKC", text):
+        raise ValueError(f"must be NFKC-normal, such as {unicodedata.normalize('NFKC', text)!r}")
+    return text
+
+
+def _named(character: str) -> str:
+    return f"U+{ord(character):04X} {unicodedata.name(character, '')}".rstrip()
+
+
+def notify_url(value: object) -> str:
+    """Check a URL as :func:`url` does; it has at most 128 characters."""
+    return url(existing(value, 128))
+
+
+def url(value: object) -> str:
+    """Check an absolute http or https URL."""
+    text = existing(value, 2000)
+    if not text.isascii() or " " in text:
+        raise ValueError("must be ASCII without blanks (percent-encode the rest)")
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an absolute http or https URL")
+    return text
