@@ -49,12 +49,12 @@ def refund_many(
             batch after the running ones. An async generator is closed when the batch ends.
         concurrency: refunds at the same time; by default the session's ``max_connections``.
         journal: an open journal; by default the session's own.
-        keep_going: do not stop at a rejection that is our own configuration's fault.
+        keep_going: do not stop at a rejection that every further refund would meet.
         wait_unknown: keep what stays unknown until all others are done, wait for each one's ``ask_again_at``
             and ask once more; only these are held in memory.
 
     Raises:
-        BatchStopped: at the end of the iteration, where a rejection's ``is_configuration`` stopped it.
+        BatchStopped: at the end of the iteration, where a rejection's ``stops_batch`` stopped it.
         JournalError: at the end of the iteration, where the journal failed: nothing more was sent.
     """
     run = _Run(
@@ -196,7 +196,7 @@ class _Run:
 
     async def _tell(self, outcome: Outcome) -> None:
         error = outcome.error
-        if isinstance(error, RefundRejected) and error.is_configuration and not self._keep_going:
+        if isinstance(error, RefundRejected) and error.stops_batch and not self._keep_going:
             self._stop(BatchStopped(error))
         elif isinstance(error, JournalError):
             self._stop(error)

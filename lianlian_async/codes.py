@@ -28,7 +28,12 @@ class CodeClass(Enum):
 
 @attrs.frozen
 class ReturnCode:
-    """One row: ``transient`` codes may pass by themselves, ``is_configuration`` ones are ours to mend."""
+    """One row of the table.
+
+    ``transient``: the gateway may answer otherwise a moment later. ``is_configuration``: the merchant's set-up is the
+    cause. ``may_pass``: the cause may pass, and the same ``no_refund`` may be sent again then. ``stops_batch``: every
+    further refund would be rejected too.
+    """
 
     ret_code: str
     meaning: str
@@ -36,6 +41,8 @@ class ReturnCode:
     advice: str
     transient: bool = False
     is_configuration: bool = False
+    may_pass: bool = False
+    stops_batch: bool = False
 
 
 _MEND = "mend the merchant's set-up before sending more"
@@ -48,7 +55,20 @@ def _rejected(code: str, meaning: str, advice: str = _FINAL) -> ReturnCode:
 
 
 def _ours(code: str, meaning: str, advice: str = _MEND) -> ReturnCode:
-    return ReturnCode(code, meaning, CodeClass.REJECTED, advice, is_configuration=True)
+    return ReturnCode(code, meaning, CodeClass.REJECTED, advice, is_configuration=True, stops_batch=True)
+
+
+def _not_now(code: str, meaning: str, cure: str, *, stops_batch: bool = False) -> ReturnCode:
+    advice = f"{cure}, then send the same refund again"
+    return ReturnCode(code, meaning, CodeClass.REJECTED, advice, may_pass=True, stops_batch=stops_batch)
+
+
+def _over_the_limit(code: str) -> ReturnCode:
+    return _not_now(code, "amount or count limit exceeded", "wait until the limit has room, or have it raised")
+
+
+def _no_money(code: str) -> ReturnCode:
+    return _not_now(code, "merchant balance too low", "top up the merchant balance", stops_batch=True)
 
 
 def _busy(code: str, meaning: str) -> ReturnCode:
@@ -68,28 +88,28 @@ CODES: Final[dict[str, ReturnCode]] = {
     for row in (
         ReturnCode("0000", "handled", CodeClass.SUCCESS, "read sta_refund for the state"),
         _ours("1001", "our signature is wrong", "check the private key against the public key in the dashboard"),
-        _exists("1002", "merchant number used before", CodeClass.DUPLICATE),
+        _exists("1002", "duplicate order or refund number", CodeClass.DUPLICATE),
         _exists("1003", "already being processed", CodeClass.IN_PROGRESS),
         _rejected("1004", "a parameter is invalid", "ret_msg names the parameter"),
         _busy("1007", "gateway network busy"),
         _ours("1008", "our IP address is not allowed", "have this machine's outgoing address registered at LianLian"),
         _ours("1009", "service suspended for this merchant"),
         _rejected("1012", "request body unreadable"),
-        _rejected("1014", "amount or count limit exceeded"),
-        _rejected("1016", "amount or count limit exceeded"),
-        _rejected("1019", "amount or count limit exceeded"),
+        _over_the_limit("1014"),
+        _over_the_limit("1016"),
+        _over_the_limit("1019"),
         _exists("2005", "already being processed", CodeClass.IN_PROGRESS),
         _rejected("2006", "original transaction closed"),
         _exists("2008", "already being processed", CodeClass.IN_PROGRESS),
         _ours("3001", "unknown merchant number", "check oid_partner and the endpoint"),
         _rejected("3005", "query spans more than 3 months", "ask LianLian's support about older refunds"),
         _ours("3010", "merchant lacks the permission", "have refunds enabled at LianLian"),
-        _exists("4002", "suspected duplicate", CodeClass.DUPLICATE),
+        _exists("4002", "suspected repetition", CodeClass.DUPLICATE),
         _rejected("5002", "original transaction not found"),
         _rejected("5003", "refund amount does not fit the original"),
         _ours("5004", "merchant status abnormal", "ask LianLian's support"),
         _busy("5005", "refund failed, try again"),
-        _rejected("5006", "merchant balance too low", "top up the balance; it may work later under a new number"),
+        _no_money("5006"),
         _rejected("5007", "refunds together exceed the order", "compare the order's refunds"),
         _rejected("5008", "original transaction did not succeed"),
         _ours("5504", "merchant lacks the permission", "have refunds enabled at LianLian"),
@@ -100,19 +120,19 @@ CODES: Final[dict[str, ReturnCode]] = {
         ),
         _busy("9000", "bank maintenance or day cut"),
         _rejected("9002", "request body unreadable"),
-        _rejected("9091", "payment number and order number do not match"),
+        _unclear("9091", "creating oid_paybill failed"),
         _rejected("9092", "payment number and order number do not match"),
         _rejected("9093", "original transaction not found"),
-        _rejected("9104", "merchant balance too low", "top up the balance; it may work later under a new number"),
+        _no_money("9104"),
         _rejected("9901", "request body unreadable (an older page: risk level too high)"),
         _busy("9902", "interface error"),
         _busy("9903", "invalid, try later"),
         _rejected("9910", "risk level too high"),
-        _rejected("9911", "amount or count limit exceeded"),
+        _over_the_limit("9911"),
         _unclear("9920", "refund failed"),
         _busy("9921", "refund query failed"),
         _busy("9970", "bank maintenance or day cut"),
-        _exists("9983", "merchant number duplicated", CodeClass.DUPLICATE),
+        _exists("9983", "duplicate order or refund number", CodeClass.DUPLICATE),
         _busy("9990", "bank error, try later"),
         _unclear("9991", "bank error, contact support"),
         _busy("9999", "system error"),

@@ -4,7 +4,7 @@ LianLianError
 ├── ConfigurationError      a key or setting is unusable (also a ValueError)
 ├── InvalidRequest          a field breaks the gateway's rules (also a ValueError)
 ├── RefundNotSent           certainly never reached the gateway: safe to send again
-├── RefundRejected          apply only: the gateway said no, for good
+├── RefundRejected          apply only: the gateway said no; ``may_pass`` tells whether only for now
 ├── RefundNotFound          query only: the gateway has no such record
 ├── QueryRejected           query only: the question was refused; says nothing about the refund
 ├── RefundOutcomeUnknown    the refund may have been made; carries all that is needed to ask again
@@ -15,7 +15,7 @@ LianLianError
 ├── AnswerMismatch          validly signed, but not the answer to our question
 ├── MalformedMessage        not the protocol: not JSON, not an object of strings, too big …
 ├── JournalError            the journal cannot do its work; nothing is sent that it does not hold
-└── BatchStopped            refund_many stopped, for a rejection that is ours to mend
+└── BatchStopped            refund_many stopped at a rejection that every further refund would meet
 
 Every error survives pickling, so that batch workers can hand it over. None ever holds key material.
 Using a session wrongly (closed, from another event loop) is a bug in the program, not news about a
@@ -124,6 +124,8 @@ class _SaidNo(LianLianError):
         is_configuration: bool,
         verified: bool,
         no_refund: str | None,
+        may_pass: bool = False,
+        stops_batch: bool = False,
     ) -> None:
         self.ret_code = ret_code
         self.ret_msg = ret_msg
@@ -132,16 +134,20 @@ class _SaidNo(LianLianError):
         self.is_configuration = is_configuration
         self.verified = verified
         self.no_refund = no_refund
+        self.may_pass = may_pass
+        self.stops_batch = stops_batch
         about = self.subject if no_refund is None else f"{self.subject} {no_refund}"
         super().__init__(f"{about}: {spoken(ret_code)} {spoken(ret_msg)} ({meaning}); {advice}")
 
 
 class RefundRejected(_SaidNo):
-    """The gateway refused the refund for good, and no earlier attempt may have arrived.
+    """The gateway refused the refund, and no earlier attempt may have arrived.
 
     ``ret_code`` and ``ret_msg`` (Chinese) are the gateway's own; ``meaning`` and ``advice`` are ours
     (see :mod:`lianlian_async.codes`). ``is_configuration`` is True where the cure lies in the
-    merchant's set-up (1001, 1008, 3001 …): every further refund would meet the same answer.
+    merchant's set-up (1001, 1008, 3001 …). ``may_pass`` is True where the cause may pass (balance too low,
+    limit exceeded) and the *same* ``no_refund`` may be sent again then. ``stops_batch`` is True where every
+    further refund would be rejected too: the set-up, or the balance.
     ``verified`` tells whether the answer bore a valid signature; error answers often bear none.
     """
 
@@ -295,7 +301,7 @@ class JournalError(LianLianError):
 
 
 class BatchStopped(LianLianError):
-    """The gateway refused a refund for a reason that is ours to mend: every further one would meet the same.
+    """The gateway refused a refund for a reason that lies with the merchant: every further one would be rejected too.
 
     ``rejection`` is the :class:`RefundRejected` with its code and advice. Every refund that was
     begun has had its outcome yielded; no other was sent. ``keep_going=True`` carries on regardless.

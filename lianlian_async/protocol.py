@@ -232,6 +232,8 @@ def rejection(
         meaning=row.meaning,
         advice=row.advice,
         is_configuration=row.is_configuration,
+        may_pass=row.may_pass,
+        stops_batch=row.stops_batch,
         verified=verified,
         no_refund=no_refund,
     )

@@ -548,6 +548,32 @@ async def test_a_rejection_that_is_ours_to_mend_stops_the_batch(kind, stranger_k
     assert caught.value.rejection is outcomes[0].error
 
 
+@pytest.mark.parametrize("ret_code", ["5006", "9104"])
+async def test_an_empty_balance_stops_the_batch_and_the_same_refunds_are_made_after_the_top_up(ret_code):
+    """Nothing more is sent until the balance is topped up; then the same numbers are, each once."""
+    gateway, outcomes = sandbox(), []
+    gateway.script(Fault.BUSY, ret_code=ret_code, when=When.BEFORE, call="apply")
+    async with session_with(gateway) as session:
+        with pytest.raises(BatchStopped, match="send the same refund again") as caught:
+            await collect(refund_many(session, Source(5), concurrency=1), outcomes)
+        assert (len(outcomes), gateway.requests["apply"]) == (1, 1)
+        assert caught.value.rejection.may_pass
+        assert not caught.value.rejection.is_configuration
+        outcomes.clear()
+        await collect(refund_many(session, Source(5), concurrency=1), outcomes)
+    assert [gateway.times_made(outcome.request.no_refund) for outcome in outcomes] == [1] * 5
+
+
+async def test_a_limit_of_one_refund_does_not_stop_the_batch():
+    """Another refund may be within the limit."""
+    gateway, outcomes = sandbox(), []
+    gateway.script(Fault.BUSY, ret_code="1016", when=When.BEFORE, call="apply")
+    async with session_with(gateway) as session:
+        await collect(refund_many(session, Source(5), concurrency=1), outcomes)
+    assert [outcome.refund is None for outcome in outcomes] == [True, False, False, False, False]
+    assert outcomes[0].error.may_pass
+
+
 async def test_what_is_under_way_when_the_batch_stops_is_carried_through(stranger_keys):
     """Refunds that the gateway is still at are awaited and told."""
     gateway, outcomes = sandbox(), []

@@ -14,11 +14,13 @@ CLASSES = {
     CodeClass.DUPLICATE: "1002 4002 9983",
     CodeClass.IN_PROGRESS: "1003 2005 2008",
     CodeClass.NOT_FOUND: "8901",
-    CodeClass.UNCERTAIN: "1007 5005 8006 8117 9000 9902 9903 9920 9921 9970 9990 9991 9999",
+    CodeClass.UNCERTAIN: "1007 5005 8006 8117 9000 9091 9902 9903 9920 9921 9970 9990 9991 9999",
     CodeClass.REJECTED: "1001 1004 1008 1009 1012 1014 1016 1019 2006 3001 3005 3010 5002 5003 5004 5006 5007 5008 "
-    "5504 9002 9091 9092 9093 9104 9901 9910 9911",
+    "5504 9002 9092 9093 9104 9901 9910 9911",
 }
 OURS_TO_MEND = "1001 1008 1009 3001 3010 5004 5504"
+MAY_PASS = "1014 1016 1019 5006 9104 9911"
+STOPS_BATCH = OURS_TO_MEND + " 5006 9104"
 TRANSIENT = "1007 5005 8117 9000 9902 9903 9921 9970 9990 9999"
 
 
@@ -36,6 +38,23 @@ def test_the_codes_that_are_ours_to_mend():
 def test_the_codes_that_may_pass_by_themselves():
     """Exactly these codes are worth another try."""
     assert {code for code, row in CODES.items() if row.transient} == set(TRANSIENT.split())
+
+
+def test_the_rejections_after_which_the_same_number_may_be_sent_again():
+    """Exactly these are not final, and the advice says what to do with the same refund."""
+    assert {code for code, row in CODES.items() if row.may_pass} == set(MAY_PASS.split())
+    assert all(("send the same refund again" in row.advice) is row.may_pass for row in CODES.values())
+    assert not [row.advice for row in CODES.values() if "new number" in row.advice]
+
+
+def test_the_rejections_that_every_further_refund_would_meet():
+    """Exactly these stop a batch: the merchant's set-up and its balance."""
+    assert {code for code, row in CODES.items() if row.stops_batch} == set(STOPS_BATCH.split())
+
+
+def test_a_duplicate_is_of_an_order_or_a_refund():
+    """The number that is known may be an order's: the words say so."""
+    assert CODES["1002"].meaning == CODES["9983"].meaning == "duplicate order or refund number"
 
 
 def test_every_row_explains_its_code():
@@ -56,4 +75,6 @@ def test_any_other_code_is_kept_and_uncertain(code):
     assert row.kind is CodeClass.UNCERTAIN
     assert not row.is_configuration
     assert not row.transient
+    assert not row.may_pass
+    assert not row.stops_batch
     assert "ask" in row.advice

@@ -1,6 +1,7 @@
 """Refunds as procrastinate jobs on a real PostgreSQL (asyncio only, as procrastinate and psycopg are)."""
 
 import asyncio
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -145,6 +146,19 @@ async def test_a_rejection_of_ours_to_mend_stops_the_worker(dsn, journal):
         await queue.enqueue(requests(1))
         with pytest.raises(BatchStopped, match="3001"):
             await queue.work(session)
+        (job,) = await jobs_of(queue)
+    assert job.status == "todo"
+
+
+@pytest.mark.parametrize(("ret_code", "stops"), [("5006", True), ("1014", False)])
+async def test_a_refund_that_may_be_made_later_goes_back_into_the_queue(dsn, journal, ret_code, stops):
+    """An empty balance ends the work, a limit does not; either way the refund is kept for another try."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway.script(Fault.BUSY, ret_code=ret_code, when=When.BEFORE)
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await queue.enqueue(requests(1))
+        with pytest.raises(BatchStopped, match=ret_code) if stops else nullcontext():
+            await queue.work(session, wait=False)
         (job,) = await jobs_of(queue)
     assert job.status == "todo"
 

@@ -305,6 +305,7 @@ def test_every_code_teaches_what_its_class_says(asking, ret_code, signed):
         row = CODES[ret_code]
         assert (reply.error.meaning, reply.error.advice) == (row.meaning, row.advice)
         assert reply.error.is_configuration is row.is_configuration
+        assert (reply.error.may_pass, reply.error.stops_batch) == (row.may_pass, row.stops_batch)
 
 
 def test_a_rejection_needs_no_words():

@@ -181,6 +181,8 @@ def errors(error: LianLianError) -> object:
         case RefundRejected() | QueryRejected():
             assert_type(error.is_configuration, bool)
             assert_type(error.verified, bool)
+            assert_type(error.may_pass, bool)
+            assert_type(error.stops_batch, bool)
             return error.ret_code, error.ret_msg, error.meaning, error.advice
         case RefundNotSent():
             return error.no_refund, error.attempts, error.last_error

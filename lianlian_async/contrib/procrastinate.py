@@ -37,7 +37,7 @@ SELECT
 FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s
 """
 _MENDING_SECONDS: Final = 900
-"""How long a job rests whose refund met a rejection that is ours to mend."""
+"""How long a job rests whose refund was rejected, but may be sent again."""
 
 
 class _ByOutcome(BaseRetryStrategy):
@@ -135,7 +135,7 @@ class RefundQueue:
     async def work(self, session: RefundSession, *, concurrency: int = 20, wait: bool = True) -> None:
         """Settle refunds with ``session``, which needs a ``PostgresJournal``; until cancelled, or done if not ``wait``.
 
-        Raises :class:`BatchStopped` on a rejection that is ours to mend; the refund goes back into the queue.
+        Raises :class:`BatchStopped` on a rejection that stops a batch; the refund goes back into the queue.
         """
         self._session = session
         await self._rescue(0)
@@ -164,9 +164,10 @@ class RefundQueue:
             await self._session.apply_refund(RefundRequest.from_record(fields))
         except RefundRejected as error:
             logger.warning("%s", error)
-            if error.is_configuration:
+            if error.stops_batch:
                 self._failure = BatchStopped(error)
                 self._worker.cancel()
+            if error.stops_batch or error.may_pass:
                 raise
 
     async def _rescue(self, timestamp: int) -> None:
