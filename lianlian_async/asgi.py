@@ -38,13 +38,13 @@ def headers(scope: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def read(receive: Receive, limit: int) -> bytes:
-    """The body, as far as it came; of one that is longer than ``limit`` just enough to see that it is."""
-    body, more = b"", True
-    while more:
+    """Return the body as far as it came, or the beginning of a longer one: more than ``limit`` bytes."""
+    body, more = bytearray(), True
+    while more and len(body) <= limit:
         message = await receive()
-        body = (body + message.get("body", b""))[: limit + 1]
+        body += message.get("body", b"")
         more = message.get("more_body", False)
-    return body
+    return bytes(body)
 
 
 async def start(send: Send, status: int, headers: Mapping[str, str], length: int) -> None:

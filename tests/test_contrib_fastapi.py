@@ -120,7 +120,6 @@ async def test_notifications_have_their_route(handler):
             assert (answer.status_code, answer.content) == (200, b'{"ret_code":"0000","ret_msg":"ok"}')
         assert (await http.get("/lianlian/refund")).status_code == 405
         assert (await http.post("/lianlian/refund/x", content=notification())).status_code == 404
-        assert (await http.post("/lianlian/refund", content=b"x" * 70_000)).status_code == 413
         assert list((await http.get("/openapi.json")).json()["paths"]) == ["/refunds/{number}"]
     assert handler.numbers == ["R-1"]
 

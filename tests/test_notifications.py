@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 
 import anyio
 import attrs
@@ -617,6 +619,7 @@ async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, t
         ({"inbox": True}, "inbox: needs a journal"),
         ({"handler_seconds": 0}, "handler_seconds: must be more than 0"),
         ({"handler_seconds": float("nan")}, "handler_seconds"),
+        ({"body_seconds": 0}, "body_seconds: must be more than 0"),
         ({"concurrency": 0}, "concurrency"),
         ({"allow_from": ["203.0.113.7/24"]}, "allow_from: .*host bits"),
         ({"trusted_proxies": ["proxy"]}, "trusted_proxies: "),
@@ -759,10 +762,59 @@ async def test_without_a_path_every_path_is_served(endpoint):
 
 
 async def test_an_endless_body_is_read_no_further_than_is_needed(endpoint):
-    """413 for more than 64 KiB, with little more than that in memory."""
-    server = Server(pieces(*[b" " * 40_000] * 3))
+    """413 for more than 64 KiB, as soon as they are there; the connection ends with the answer."""
+    says = itertools.repeat({"type": "http.request", "body": b" " * 40_000, "more_body": True})
+    server = Server([next(says) for _ in range(9)])
     await endpoint(post(), server.receive, server.send)
-    assert server.status == 413
+    assert (server.status, len(server.says)) == (413, 7)
+    assert dict(server.heard[0]["headers"])[b"connection"] == b"close"
+
+
+@virtual
+@pytest.mark.parametrize(("seconds", "status"), [(4.9, 200), (5.1, 408)])
+async def test_the_whole_body_has_a_time_limit(endpoint, handler, seconds, status):
+    """Bytes that trickle in do not extend it: 408 after 5 seconds, and the connection ends with the answer."""
+
+    class Trickling(Server):
+        async def receive(self):
+            await anyio.sleep(seconds / 3)
+            return await super().receive()
+
+    body = notification()
+    server = Trickling(pieces(body[:100], body[100:]))
+    await endpoint(post(), server.receive, server.send)
+    assert server.status == status
+    assert dict(server.heard[0]["headers"]).get(b"connection") == (None if status == 200 else b"close")
+    assert anyio.current_time() == pytest.approx(min(seconds, 5.0))
+    assert endpoint.counts == {"acted" if status == 200 else "too slow": 1}
+
+
+@virtual
+async def test_the_time_limit_of_the_body_is_an_option_and_no_limit_of_the_handler():
+    """A handler that is slow within its own limit is not cut off by that of the body."""
+    handler = Handler([partial(anyio.sleep, 3)])
+    endpoint = NotificationEndpoint(trusting(), handler, body_seconds=1)
+    server = Server(pieces(notification()))
+    await endpoint(post(), server.receive, server.send)
+    assert server.status == 200
+    await endpoint(post(), anyio.sleep_forever, (server := Server([])).send)
+    assert (server.status, anyio.current_time()) == (408, pytest.approx(4))
+
+
+async def test_a_refusal_over_http_2_names_no_connection(endpoint):
+    """Header fields about the connection are forbidden there (RFC 9113 §8.2.2)."""
+    server = Server(pieces(b"{"))
+    await endpoint(post(http_version="2"), server.receive, server.send)
+    assert server.status == 400
+    assert b"connection" not in dict(server.heard[0]["headers"])
+
+
+async def test_the_body_of_a_stranger_is_not_read(handler):
+    """The allow-list decides first."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK)
+    server = Server(pieces(notification()))
+    await endpoint(post(client=("198.51.100.7", 1)), server.receive, server.send)
+    assert (server.status, len(server.says)) == (403, 2)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any, Final
 
 from aiohttp import web
@@ -59,7 +59,15 @@ def notifications(endpoint: NotificationEndpoint) -> Callable[[web.Request], Awa
     """A handler of POST requests that are notifications for ``endpoint``."""
 
     async def handler(request: web.Request) -> web.Response:
-        ack = await endpoint.handle(await request.read(), request.headers, client=request.remote)
+        async def read(limit: int) -> bytes:
+            body = bytearray()
+            # A body that ends early, or whose compression is broken, is malformed: the endpoint says so.
+            with suppress(ConnectionError, web.RequestPayloadError):
+                while len(body) <= limit and (piece := await request.content.readany()):
+                    body += piece
+            return bytes(body)
+
+        ack = await endpoint.handle_stream(read, request.headers, client=request.remote)
         return web.Response(status=ack.status, headers=ack.headers, body=ack.body)
 
     return handler

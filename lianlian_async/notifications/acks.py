@@ -26,6 +26,8 @@ class Verdict(StrEnum):
     """Acknowledged: the refund's state can still change, there is nothing to act on."""
     MALFORMED = "malformed"
     TOO_BIG = "too big"
+    TOO_SLOW = "too slow"
+    """The body did not arrive in time."""
     UNVERIFIED = "unverified"
     """Not signed by LianLian."""
     FOREIGN = "foreign"
@@ -62,6 +64,7 @@ ACKS: Final[Mapping[Verdict, Ack]] = {
     Verdict.NOT_FINAL: _ACKNOWLEDGED,
     Verdict.MALFORMED: _response(400, Verdict.MALFORMED),
     Verdict.TOO_BIG: _response(413, Verdict.TOO_BIG),
+    Verdict.TOO_SLOW: _response(408, Verdict.TOO_SLOW),
     Verdict.UNVERIFIED: _response(403, Verdict.UNVERIFIED),
     Verdict.FOREIGN: _response(403, Verdict.FOREIGN),
     Verdict.CONTRADICTORY: _response(409, Verdict.CONTRADICTORY),

@@ -99,6 +99,7 @@ class NotificationEndpoint:
         session: told of final states, so that ``wait_refund`` returns at once; needed by ``confirm``.
         confirm: ask the gateway before the handler runs, since a notification bears neither time nor nonce.
         inbox: acknowledge first, act behind it; needs a journal.
+        body_seconds: how long a request's body may take to arrive where the endpoint itself reads it; then 408.
         handler_seconds: what confirming and ``on_refund`` may take together. LianLian waits 5 seconds for an answer;
             an inbox's handlers may take longer.
         allow_from: networks that notifications are taken from; empty: all. LianLian's published lists differ by
@@ -121,6 +122,7 @@ class NotificationEndpoint:
         session: RefundSession | None = None,
         confirm: bool = False,
         inbox: bool = False,
+        body_seconds: float = 5.0,
         handler_seconds: float = 4.0,
         allow_from: Iterable[str] = (),
         trusted_proxies: Iterable[str] = (),
@@ -133,8 +135,9 @@ class NotificationEndpoint:
             raise ConfigurationError("confirm: needs a session to ask with")
         if inbox and journal is None:
             raise ConfigurationError("inbox: needs a journal to keep notifications in")
-        if not handler_seconds > 0:
-            raise ConfigurationError(f"handler_seconds: must be more than 0, is {handler_seconds}")
+        for name, seconds in (("body_seconds", body_seconds), ("handler_seconds", handler_seconds)):
+            if not seconds > 0:
+                raise ConfigurationError(f"{name}: must be more than 0, is {seconds}")
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
         """Deliveries, and what a sweep found, by their :class:`Verdict`; behind an inbox, and where a sweep caught up,
@@ -144,6 +147,7 @@ class NotificationEndpoint:
         self._session = session
         self._confirm = confirm
         self._is_inbox = inbox
+        self._body_seconds = body_seconds
         self._seconds = handler_seconds
         self._allow_list = AllowList.read(allow_from, trusted_proxies)
         self._path = path
@@ -197,8 +201,30 @@ class NotificationEndpoint:
 
         ``client`` is the address that it came from; with ``allow_from`` it is needed.
         """
+        if not self._admits(headers, client):
+            return self._answer(Verdict.NOT_ADMITTED)
+        return await self._handle(body)
+
+    async def handle_stream(
+        self, read: Callable[[int], Awaitable[bytes]], headers: Mapping[str, str], *, client: str | None = None
+    ) -> Ack:
+        """Read a body that is still arriving, and :meth:`handle` it; answer 408 if it takes too long.
+
+        ``read(limit)`` returns the body, or the beginning of a longer one: more than ``limit`` bytes. It is not called
+        for a client that is not on the allow-list. Raises what ``read`` raises, and cancellation.
+        """
+        if not self._admits(headers, client):
+            return self._answer(Verdict.NOT_ADMITTED)
+        with anyio.move_on_after(self._body_seconds) as scope:
+            body = await read(MAX_NOTIFICATION_BYTES)
+        if scope.cancelled_caught:
+            logger.warning("notification refused: its body did not arrive within %g s", self._body_seconds)
+            return self._answer(Verdict.TOO_SLOW)
+        return await self._handle(body)
+
+    async def _handle(self, body: bytes) -> Ack:
         try:
-            verdict = await self._judge(body, headers, client)
+            verdict = await self._judge(body)
         except tuple(_REFUSED) as error:
             verdict = _REFUSED[type(error)]
             level = logging.ERROR if verdict is Verdict.CONTRADICTORY else logging.WARNING
@@ -206,13 +232,19 @@ class NotificationEndpoint:
         except Exception:
             verdict = Verdict.FAILED
             logger.exception("notification not taken")
+        return self._answer(verdict)
+
+    def _answer(self, verdict: Verdict) -> Ack:
         self.counts[verdict] += 1
         return ACKS[verdict]
 
-    async def _judge(self, body: bytes, headers: Mapping[str, str], client: str | None) -> Verdict:
-        if self._allow_list.allow_from and not self._allow_list.admits(client, _header(headers, "x-forwarded-for")):
-            logger.warning("notification refused: %s is not on the allow-list", client)
-            return Verdict.NOT_ADMITTED
+    def _admits(self, headers: Mapping[str, str], client: str | None) -> bool:
+        if not self._allow_list.allow_from or self._allow_list.admits(client, _header(headers, "x-forwarded-for")):
+            return True
+        logger.warning("notification refused: %s is not on the allow-list", client)
+        return False
+
+    async def _judge(self, body: bytes) -> Verdict:
         if len(body) > MAX_NOTIFICATION_BYTES:
             logger.warning("notification refused: longer than %d bytes", MAX_NOTIFICATION_BYTES)
             return Verdict.TOO_BIG
@@ -289,7 +321,10 @@ class NotificationEndpoint:
             await asgi.lifespan(receive, send, self)
         elif scope["type"] == "http":
             ack = await self._serve(scope, receive)
-            await asgi.respond(send, ack.status, ack.headers, ack.body)
+            headers = dict(ack.headers)
+            if ack.status != 200 and scope.get("http_version", "1.1").startswith("1"):
+                headers["connection"] = "close"  # a request that was not read to its end would keep it open
+            await asgi.respond(send, ack.status, headers, ack.body)
         else:
             await send({"type": "websocket.close"})
 
@@ -300,8 +335,7 @@ class NotificationEndpoint:
         if scope["method"] != "POST":
             return ONLY_POST
         client = scope.get("client")
-        body = await asgi.read(receive, MAX_NOTIFICATION_BYTES)
-        return await self.handle(body, asgi.headers(scope), client=client and client[0])
+        return await self.handle_stream(partial(asgi.read, receive), asgi.headers(scope), client=client and client[0])
 
 
 def _header(headers: Mapping[str, str], name: str) -> str:

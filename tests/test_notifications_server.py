@@ -1,0 +1,199 @@
+"""The notification endpoint under real servers (uvicorn, aiohttp): slow clients, odd requests, lifespans."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import logging
+from contextlib import asynccontextmanager, suppress
+
+import attrs
+import pytest
+import uvicorn
+from aiohttp import web
+from fastapi import FastAPI
+from notices import Handler, notification, trusting, until
+
+from lianlian_async import NotificationEndpoint
+from lianlian_async.contrib import aiohttp as contrib_aiohttp
+from lianlian_async.contrib import fastapi as contrib_fastapi
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    """Both servers run on asyncio only."""
+    return "asyncio"
+
+
+@attrs.frozen
+class Service:
+    """A server on ``port`` of this machine."""
+
+    port: int
+    connections: object
+    """Callable; what is open."""
+
+    async def ask(self, *pieces: bytes) -> bytes:
+        """Send these bytes and read until the server has closed; this side never closes first."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+            return await reader.read()
+        finally:
+            writer.close()
+
+    async def leave(self, *pieces: bytes) -> None:
+        """Send these bytes and go away."""
+        _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.writelines(pieces)
+        await writer.drain()
+        writer.close()
+
+
+@asynccontextmanager
+async def by_uvicorn(app, **options):
+    """Serve an ASGI application."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5, **options))
+    task = asyncio.create_task(server.serve())
+    try:
+        await until(lambda: server.started or task.done())
+        if task.done():
+            raise RuntimeError("uvicorn did not start")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Service(port, lambda: server.server_state.connections)
+    finally:
+        server.should_exit = True
+        with suppress(SystemExit):
+            await task
+
+
+@asynccontextmanager
+async def alone(endpoint):
+    async with by_uvicorn(endpoint) as service:
+        yield service
+
+
+@asynccontextmanager
+async def in_fastapi(endpoint):
+    app = FastAPI(lifespan=contrib_fastapi.lifespan(endpoint))
+    app.include_router(contrib_fastapi.notifications(endpoint, "/refund"))
+    async with by_uvicorn(app) as service:
+        yield service
+
+
+@asynccontextmanager
+async def in_aiohttp(endpoint):
+    app = web.Application()
+    app.cleanup_ctx.append(contrib_aiohttp.lifespan(endpoint))
+    app.router.add_post("/refund", contrib_aiohttp.notifications(endpoint))
+    # aiohttp reads on for so long, to let the client see the answer before the connection is reset.
+    runner = web.AppRunner(app, lingering_time=0.1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield Service(runner.addresses[0][1], lambda: runner.server.connections)
+    finally:
+        await runner.cleanup()
+
+
+every_server = pytest.mark.parametrize("served", [alone, in_fastapi, in_aiohttp])
+
+
+def head(*fields: str, method: str = "POST", path: str = "/refund") -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: shop.example", *fields, "", ""]).encode()
+
+
+def whole(body: bytes, *fields: str) -> bytes:
+    return head(f"Content-Length: {len(body)}", *fields) + body
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+@every_server
+async def test_slow_and_endless_bodies_leave_no_connection_open(served):
+    """Each is answered and closed although its client holds on; who is honest is served meanwhile."""
+    handler = Handler()
+    endpoint = NotificationEndpoint(trusting(), handler, body_seconds=0.2)
+    body = notification()
+    piece = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    async with served(endpoint) as service:
+        slow = [service.ask(whole(body)[:-n]) for n in range(1, 26)]
+        silent = [service.ask(head(CHUNKED)) for _ in range(25)]
+        too_big = [service.ask(head(CHUNKED), piece, b"1\r\n \r\n") for _ in range(25)]
+        *answers, acknowledged = await asyncio.gather(
+            *slow, *silent, *too_big, service.ask(whole(body, "Connection: close"))
+        )
+        assert [status(answer) for answer in answers] == [408] * 50 + [413] * 25
+        assert status(acknowledged) == 200
+        await until(lambda: not service.connections())
+    assert endpoint.counts == {"too slow": 50, "too big": 25, "acted": 1}
+
+
+@every_server
+async def test_a_client_that_never_stops_sending_is_cut_off(served):
+    """The connection ends although bytes keep coming."""
+    async with served(NotificationEndpoint(trusting(), Handler())) as service:
+        _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+
+        async def send_for_ever():
+            writer.write(head(CHUNKED))
+            while True:
+                writer.write(b"10000\r\n" + b" " * 0x10000 + b"\r\n")
+                await writer.drain()
+
+        with pytest.raises(ConnectionError):
+            await send_for_ever()
+        await until(lambda: not service.connections())
+
+
+@every_server
+@pytest.mark.parametrize(
+    ("request_of", "expected"),
+    [
+        pytest.param(lambda body: head(method="GET"), 405, id="GET"),
+        pytest.param(lambda body: head(method="HEAD"), 405, id="HEAD"),
+        pytest.param(lambda body: head("Content-Length: 9", method="PUT"), 405, id="PUT without its body"),
+        pytest.param(lambda body: whole(body, "Content-Encoding: UTF-8"), 200, id="a character set as encoding"),
+        pytest.param(lambda body: whole(b"{", "Content-Encoding: gzip"), 400, id="not the gzip that it says"),
+        pytest.param(lambda body: whole(gzip.compress(b"{"), "Content-Encoding: gzip"), 400, id="gzip"),
+        pytest.param(lambda body: head(f"Content-Length: {len(body) + 1}") + body, 408, id="a length too long"),
+        pytest.param(lambda body: head("Content-Length: 9") + body[:9], 400, id="a length too short"),
+        pytest.param(lambda body: head(CHUNKED) + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), 200, id="in chunks"),
+    ],
+)
+async def test_odd_requests_are_answered(served, request_of, expected, caplog):
+    """Without a traceback, and without a connection that stays."""
+    endpoint = NotificationEndpoint(trusting(), Handler(), body_seconds=0.2)
+    raw = request_of(notification()).replace(b"\r\nHost", b"\r\nConnection: close\r\nHost", 1)
+    async with served(endpoint) as service:
+        assert status(await service.ask(raw)) == expected
+        await until(lambda: not service.connections())
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@every_server
+async def test_a_client_that_goes_away_half_way_leaves_no_traceback(served, caplog):
+    """In the middle of its body, or while the handler runs, which then ends in peace."""
+    caplog.set_level(logging.WARNING)
+    release = asyncio.Event()
+    handler = Handler([release.wait])
+    endpoint = NotificationEndpoint(trusting(), handler)
+    async with served(endpoint) as service:
+        await service.leave(whole(notification())[:-20])
+        await until(lambda: not service.connections())
+        await service.leave(whole(notification()))
+        await until(lambda: handler.begun)
+        release.set()
+        await until(lambda: handler.done and not service.connections())
+    assert not [record for record in caplog.records if record.exc_info]
+    assert endpoint.counts["acted"] == 1
