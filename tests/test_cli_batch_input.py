@@ -366,3 +366,133 @@ async def test_what_was_checked_comes_out_in_its_order():
         assert checked.yuan == 10 * checked.count
         with anyio.fail_after(60):
             assert [request.no_refund async for request in checked.requests()] == [f"R-{n}" for n in range(1001)]
+
+
+# ── what spreadsheets do ─────────────────────────────────────────────────────────────────────────
+
+DAMAGED = [
+    *("2.02611E+17", "2.02611e+17", "2,02611E+17", "2E+17", "2.02611E+017", "2.02611220001E17"),
+    *("123.0", "202611220001.00", "202,611,220,001"),
+    *(
+        "#N/A",
+        "#REF!",
+        "#VALUE!",
+        "#NAME?",
+        "#DIV/0!",
+        "#NULL!",
+        "#NUM!",
+        "#SPILL!",
+        "#BEZUG!",
+        "#NV",
+        "####",
+        "Err:502",
+    ),
+    *('="123"', "=A1", "'123", "`123", "’123", '"123"'),
+    *("NULL", "null", "nan", "NaN", "None", "N/A", "<NA>", "\\N", "undefined"),
+    *("2-Jan", "Jan-26", "1月2日"),
+]
+
+
+@pytest.mark.parametrize("column", ["no_refund", "no_order", "oid_paybill"])
+@pytest.mark.parametrize("value", DAMAGED)
+def test_a_damaged_identifier_is_refused_with_its_cure(nowhere, file, column, value):
+    """What a spreadsheet or a program wrote in place of an identifier is invalid, and how to avoid it is told."""
+    ended = run("batch", write_csv(file, [refund(1, **{column: value})]), "--json", env=nowhere)
+    [(line, problem)] = problems(ended)
+    assert line == 2
+    assert problem.startswith(f"{column}: ")
+    assert "a spreadsheet did this: format the column as text" in problem
+    assert f"(got {value!r})" in problem
+
+
+@pytest.mark.parametrize(
+    "value", ["20261122", "R-1.0", "2026E-001", "12E5", "A#1", "O=1", "O'1", "NULLA", "Jan-R1", "1.5", "订单（2026）01"]
+)
+def test_an_identifier_that_only_resembles_damage_is_taken(nowhere, file, value):
+    """Order numbers that exist stay refundable."""
+    ended = run("batch", write_csv(file, [refund(1, no_order=value)]), "--dry-run", "--json", env=nowhere)
+    assert (ended.exit_code, ended.json["remarks"]) == (0, [])
+
+
+def test_damage_is_found_before_a_number_is_derived(nowhere, file):
+    """--derive makes no number of a damaged order: two orders that became one text would be one."""
+    row = refund(1, no_refund=None, no_order="2.02611E+17")
+    [(_, problem)] = problems(run("batch", write_csv(file, [row]), "--derive", "--json", env=nowhere))
+    assert problem.startswith("no_order: is a number in scientific notation")
+
+
+@pytest.mark.parametrize("value", ["2026112200010000", "202611220001234000"])
+def test_a_number_that_looks_rounded_is_remarked(nowhere, file, value):
+    """A spreadsheet keeps 15 digits: longer numbers that end in zeros are pointed out, and sent."""
+    rows = [refund(1, no_order=value), refund(2, no_order=value[:-1] + "1"), refund(3, no_order="202611220001000")]
+    ended = run("batch", write_csv(file, rows), "--dry-run", "--json", env=nowhere)
+    expected = f"no_order {value} ends in zeros, as numbers that a spreadsheet has rounded: compare it with its source"
+    assert ended.json["remarks"] == [{"line": 2, "remark": expected}]
+
+
+def test_rows_of_delimiters_are_blank(nowhere, file):
+    """Rows that a spreadsheet exports without any value are skipped, whatever their number of cells."""
+    file.write_text("no_refund,dt_refund,money_refund,no_order\n,,,\nR-1,20261122020000,1,O-1\n,,,,,,\n , ,,\n")
+    assert run("batch", file, "--dry-run", "--json", env=nowhere).json["refunds"] == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["refunds.csv", "refunds.jsonl"])
+def test_utf_16_is_read(nowhere, tmp_path, encoding, name):
+    """Excel's Unicode text is known by its byte order mark; without one its encoding is named."""
+    rows = [refund(number, no_order=f"订单-{number}ਊ") for number in range(3000)]  # U+0A0A: its bytes are line feeds
+    write = write_csv if name.endswith("csv") else write_lines
+    text = write(tmp_path / name, rows).read_bytes().decode()
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    said = () if encoding == "utf-16" else ("--encoding", encoding)
+    assert run("batch", tmp_path / name, "--dry-run", "--json", *said, env=nowhere).json["refunds"] == 3000
+
+
+def test_utf_16_without_a_mark_is_suspected(nowhere, file):
+    """NUL bytes tell of UTF-16 that has no byte order mark."""
+    file.write_bytes("no_refund\n".encode("utf-16-le"))
+    ended = run("batch", file, "--dry-run", env=nowhere)
+    assert ended.exit_code == 2
+    assert "line 1: holds NUL bytes: it may be UTF-16, say --encoding utf-16-le" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (
+            b"PK\x03\x04\x14\0",
+            "is an Excel workbook (.xlsx) or another zip archive: open it and save it as CSV (UTF-8)",
+        ),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "is an old Excel workbook (.xls): open it and save it as CSV (UTF-8)"),
+        (b"\x1f\x8b\x08\0", "is compressed with gzip: decompress it first"),
+    ],
+)
+def test_a_file_that_is_no_text_is_called_what_it_is(nowhere, file, first, reason):
+    """A workbook is recognized whatever it is called."""
+    file.write_bytes(first + os.urandom(100))
+    ended = run("batch", file, "--dry-run", env=nowhere)
+    assert ended.exit_code == 2
+    assert reason in ended.stderr
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_lines_may_end_as_on_any_system(nowhere, file, end):
+    """Carriage returns alone end lines, too, and line numbers count them."""
+    lines = ("no_refund,dt_refund,money_refund,no_order", "R-1,20261122020000,1,O-1", "R-2,x,1,O-2")
+    file.write_bytes("".join(line + end for line in lines).encode())
+    assert [line for line, _ in problems(run("batch", file, "--json", env=nowhere))] == [3]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_first_line_may_name_the_delimiter(nowhere, file, delimiter):
+    """``sep=;`` is Excel's own habit; it counts as a line."""
+    write_csv(file, [refund(1, dt_refund="x")], delimiter=delimiter)
+    file.write_bytes(f"sep={delimiter}\r\n".encode() + file.read_bytes())
+    assert [line for line, _ in problems(run("batch", file, "--json", env=nowhere))] == [3]
+
+
+def test_a_wrong_encoding_is_found_on_its_line_far_down(nowhere, file):
+    """The line is told also behind thousands of others."""
+    rows = [refund(number) for number in range(5000)]
+    write_csv(file, [*rows, refund("x", no_order="订单")], encoding="gb18030")
+    assert "line 5002: is not utf-8" in run("batch", file, "--dry-run", env=nowhere).stderr

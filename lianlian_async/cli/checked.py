@@ -19,6 +19,7 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
 
 from .inputs import check_partner
+from .spreadsheet import damaged, rounded
 from .table import Row
 
 __all__ = ["Checked", "Findings"]
@@ -101,6 +102,8 @@ class Checked:
         partner = fields.pop("oid_partner", None)
         if self._dt_refund is not None:
             fields.setdefault("dt_refund", self._dt_refund)
+        if problems := list(damaged(fields)):
+            raise InvalidRequest(problems)
         if self._derive and "no_refund" not in fields:
             fields |= self._number(row.line, fields)
         request = RefundRequest.from_dict(fields)
@@ -131,6 +134,8 @@ class Checked:
         number, fields = request.no_refund, json.dumps(request.to_dict())
         if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, 1)", line, number, fields).rowcount:
             self._count(1, request)
+            for remark in rounded(request.to_dict()):
+                self.remarks.add(line, remark)
             return
         found = self._do("SELECT line, fields, is_clear FROM refunds WHERE no_refund = ?", number)
         first, known, is_clear = found.fetchone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import PurePath
@@ -15,15 +16,16 @@ from lianlian_async import wire
 from lianlian_async.errors import MalformedMessage
 from lianlian_async.models import RefundRequest
 
+from .decoding import text_lines, unreadable
 from .inputs import SIGNATURE_FIELDS
 
 __all__ = ["Columns", "Row", "read_rows"]
 
 FIELDS: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 
-_BOM: Final = b"\xef\xbb\xbf"
 _SUFFIXES: Final = {".csv": False, ".tsv": False, ".jsonl": True, ".ndjson": True, ".json": True}
 """Whether a file of that name holds JSON Lines."""
+_SEPARATOR: Final = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)
 
 
 class Row(NamedTuple):
@@ -77,33 +79,34 @@ def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> It
     A line that is wrong is a row with a problem. What makes all further lines doubtful is a usage error: bytes of
     another encoding, a quote that is never closed, a header that is not understood.
     """
-    first = file.readline().removeprefix(_BOM)
-    is_json = _SUFFIXES.get(PurePath(name).suffix.lower(), first.lstrip().startswith(b"{"))
-    if is_json and first.lstrip().startswith(b"["):
-        raise _unreadable(1, "JSON Lines has one object on each line, and is no array of them")
-    lines = chain([first], file)
-    yield from _json_rows(lines, columns) if is_json else _csv_rows(lines, columns, encoding)
+    lines = text_lines(file, encoding)
+    first = next(lines, "")
+    is_json = _SUFFIXES.get(PurePath(name).suffix.lower(), first.lstrip().startswith("{"))
+    if is_json and first.lstrip().startswith("["):
+        raise unreadable(1, "JSON Lines has one object on each line, and is no array of them")
+    lines = chain([first], lines)
+    yield from _json_rows(lines, columns) if is_json else _csv_rows(lines, columns)
     columns.check_all_seen()
 
 
-def _json_rows(lines: Iterable[bytes], columns: Columns) -> Iterator[Row]:
+def _json_rows(lines: Iterable[str], columns: Columns) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                cells = wire.decode(line)
+                cells = wire.decode(line.encode())
                 yield Row(number, _fields(cells, columns.of(list(cells))))
             except (MalformedMessage, ValueError) as error:
                 yield Row(number, {}, str(error))
 
 
-def _csv_rows(lines: Iterable[bytes], columns: Columns, encoding: str) -> Iterator[Row]:
-    table = _table(lines, encoding)
+def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
+    table = _table(lines)
     line, header = next(table, (1, []))
     header = [cell.strip() for cell in header]
     try:
         names = columns.of(header)
     except ValueError as error:
-        raise _unreadable(line, str(error)) from None
+        raise unreadable(line, str(error)) from None
     for line, cells in table:
         if len(cells) == len(header):
             yield Row(line, _fields(dict(zip(header, cells, strict=True)), names))
@@ -111,33 +114,25 @@ def _csv_rows(lines: Iterable[bytes], columns: Columns, encoding: str) -> Iterat
             yield Row(line, {}, f"has {len(cells)} cells, the header has {len(header)}")
 
 
-def _table(lines: Iterable[bytes], encoding: str) -> Iterator[tuple[int, list[str]]]:
-    """Each row's first line and its cells. A header tells by itself what separates the cells."""
-    texts = _decoded(lines, encoding)
-    first = next(texts)
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
-    begins = 1
+def _table(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    """Each row's first line and its cells, without rows that are blank.
+
+    The delimiter is what a first line such as ``sep=;`` says (Excel's own habit), else what the header has most of.
+    """
+    first, skipped = next(lines), 0
+    if said := _SEPARATOR.fullmatch(first):
+        first, skipped = next(lines, ""), 1
+    delimiter = said[1] if said else max(",;\t", key=first.count)
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    begins = 1 + skipped
     try:
         for cells in reader:
-            if cells:
+            if any(map(str.strip, cells)):
                 yield begins, cells
-            begins = reader.line_num + 1
+            begins = reader.line_num + 1 + skipped
     except csv.Error as error:
-        raise _unreadable(begins, str(error)) from None
-
-
-def _decoded(lines: Iterable[bytes], encoding: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        try:
-            yield line.decode(encoding)
-        except UnicodeDecodeError:
-            raise _unreadable(number, f"is not {encoding}: say --encoding, such as gb18030") from None
+        raise unreadable(begins, str(error)) from None
 
 
 def _fields(cells: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
     return {name: cells[column] for column, name in names.items() if cells[column]}
-
-
-def _unreadable(line: int, reason: str) -> click.BadParameter:
-    return click.BadParameter(f"line {line}: {reason}", param_hint="FILE")
