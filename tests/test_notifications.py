@@ -623,6 +623,7 @@ async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, t
         ({"concurrency": 0}, "concurrency"),
         ({"allow_from": ["203.0.113.7/24"]}, "allow_from: .*host bits"),
         ({"trusted_proxies": ["proxy"]}, "trusted_proxies: "),
+        ({"allow_from": ["unix"]}, "allow_from: "),
     ],
 )
 async def test_settings_that_cannot_be_are_refused(handler, settings, message):
@@ -664,6 +665,24 @@ PROXIES = ["10.0.0.0/8", "::1"]
         ("10.1.2.3", "10.4.5.6", False),
         ("10.1.2.3", "nonsense", False),
         ("10.1.2.3", "203.0.113.7, ", False),
+        # Some proxies write ports, brackets or quotes.
+        ("10.1.2.3", "203.0.113.7:4711", True),
+        ("10.1.2.3", "[2001:db8::7]:4711", True),
+        ("10.1.2.3", "[2001:db8::7]", True),
+        ("10.1.2.3", '"[2001:db8::7]:4711"', True),
+        ("10.1.2.3", '"203.0.113.7"', True),
+        ("10.1.2.3", "::ffff:203.0.113.7", True),
+        ("10.1.2.3", "[::ffff:203.0.113.7]:4711", True),
+        ("10.1.2.3", "203.0.113.7:4711, 10.9.9.9:80", True),
+        ("10.1.2.3", "198.51.100.7:4711", False),
+        ("10.1.2.3", "203.0.113.7, [2001:dead::7]:4711", False),
+        ("10.1.2.3", "203.0.113.7:", False),
+        ("10.1.2.3", "203.0.113.7:http", False),
+        ("10.1.2.3", '"203.0.113.7', False),
+        ("10.1.2.3", "[2001:db8::7", False),
+        ("10.1.2.3", "2001:db8::7]:4711", False),
+        ("10.1.2.3", "unix", False),
+        ("10.1.2.3", "unknown", False),
     ],
 )
 async def test_the_allow_list_lets_in_whom_it_names(handler, caplog, client, forwarded, admitted):
@@ -674,6 +693,58 @@ async def test_the_allow_list_lets_in_whom_it_names(handler, caplog, client, for
     assert (is_acknowledged(ack), ack.status) == (admitted, 200 if admitted else 403)
     assert endpoint.counts == {"acted" if admitted else "not admitted": 1}
     assert bool(caplog.records) is not admitted
+
+
+@pytest.mark.parametrize(
+    ("client", "forwarded", "judged"),
+    [
+        ("198.51.100.7", "203.0.113.7", "198.51.100.7"),
+        ("10.1.2.3", "203.0.113.7, 198.51.100.7:4711", "198.51.100.7"),
+        ("10.1.2.3", "", "10.1.2.3"),
+        ("10.1.2.3", "10.4.5.6", "10.4.5.6"),
+        ("10.1.2.3", "un\nknown" + "x" * 200, "'un?known" + "x" * 92 + "'"),
+        (None, "203.0.113.7", 'a peer without an IP address (if it is your proxy on a Unix socket, trust "unix")'),
+    ],
+)
+async def test_the_log_names_the_address_that_was_judged(handler, caplog, client, forwarded, judged):
+    """Not that of the proxy that spoke for it."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
+    headers = {**HEADERS, "X-Forwarded-For": forwarded}
+    assert (await endpoint.handle(notification(), headers, client=client)).status == 403
+    assert caplog.messages == [f"notification refused: {judged} is not on the allow-list"]
+
+
+@pytest.mark.parametrize("client", [None, ""])
+@pytest.mark.parametrize(
+    ("proxies", "forwarded", "status"),
+    [
+        ([], "203.0.113.7", 403),
+        (PROXIES, "203.0.113.7", 403),
+        (["unix"], "203.0.113.7", 200),
+        (["unix", *PROXIES], "203.0.113.7, 10.1.2.3", 200),
+        (["unix"], "203.0.113.7, 198.51.100.7", 403),
+        (["unix"], "", 403),
+    ],
+)
+async def test_a_proxy_on_a_unix_socket_is_believed_if_it_is_declared(handler, client, proxies, forwarded, status):
+    """It has no address: whoever may open the socket could say what they like."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=proxies)
+    headers = {**HEADERS, "X-Forwarded-For": forwarded}
+    assert (await endpoint.handle(notification(), headers, client=client)).status == status
+
+
+@pytest.mark.parametrize(
+    ("network", "client", "status"),
+    [
+        ("::ffff:203.0.113.0/120", "203.0.113.7", 200),
+        ("::ffff:203.0.113.7", "::ffff:203.0.113.7", 200),
+        ("::ffff:203.0.113.0/120", "203.0.114.7", 403),
+    ],
+)
+async def test_an_ipv4_network_may_be_written_as_ipv6(handler, network, client, status):
+    """As servers that listen on both families write it."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=[network])
+    assert (await endpoint.handle(notification(), HEADERS, client=client)).status == status
 
 
 async def test_proxies_alone_let_nobody_in(handler):

@@ -63,8 +63,8 @@ async def by_uvicorn(app, **options):
         await until(lambda: server.started or task.done())
         if task.done():
             raise RuntimeError("uvicorn did not start")
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield Service(port, lambda: server.server_state.connections)
+        [socket] = server.servers[0].sockets
+        yield Service(socket.getsockname()[1], lambda: server.server_state.connections)
     finally:
         server.should_exit = True
         with suppress(SystemExit):
@@ -97,6 +97,21 @@ async def in_aiohttp(endpoint):
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         yield Service(runner.addresses[0][1], lambda: runner.server.connections)
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def on_unix_socket(endpoint, path):
+    """Both servers on a Unix socket each; what connects to them."""
+    app = web.Application()
+    app.router.add_post("/refund", contrib_aiohttp.notifications(endpoint))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.UnixSite(runner, f"{path}/aiohttp").start()
+    try:
+        async with by_uvicorn(endpoint, uds=f"{path}/uvicorn"):
+            yield [f"{path}/aiohttp", f"{path}/uvicorn"]
     finally:
         await runner.cleanup()
 
@@ -197,3 +212,16 @@ async def test_a_client_that_goes_away_half_way_leaves_no_traceback(served, capl
         await until(lambda: handler.done and not service.connections())
     assert not [record for record in caplog.records if record.exc_info]
     assert endpoint.counts["acted"] == 1
+
+
+@pytest.mark.parametrize(("proxies", "expected"), [(["127.0.0.1", "::1"], 403), (["unix"], 200)])
+async def test_a_proxy_on_a_unix_socket_is_trusted_only_if_it_is_declared(tmp_path, proxies, expected):
+    """Both servers show it as a peer without an address."""
+    endpoint = NotificationEndpoint(trusting(), Handler(), allow_from=["203.0.113.0/24"], trusted_proxies=proxies)
+    request = whole(notification(), "X-Forwarded-For: 203.0.113.7:4711", "Connection: close")
+    async with on_unix_socket(endpoint, tmp_path) as paths:
+        for path in paths:
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(request)
+            assert status(await reader.read()) == expected
+            writer.close()

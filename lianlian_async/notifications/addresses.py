@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import attrs
 
-from lianlian_async.errors import ConfigurationError
+from lianlian_async.errors import ConfigurationError, spoken
 
 __all__ = ["AllowList"]
 
 Networks: TypeAlias = tuple[IPv4Network | IPv6Network, ...]
+
+_UNIX: Final = "unix"
+_ADDRESS: Final = re.compile(r'("?)(?:\[([^]]+)](?::[0-9]+)?|([0-9.]+):[0-9]+|([^"]+))\1')
+"""An address as proxies write it: bare, with a port, in brackets, quoted (RFC 7239 §6)."""
 
 
 @attrs.frozen
@@ -21,36 +26,63 @@ class AllowList:
 
     allow_from: Networks
     trusted_proxies: Networks
+    trusts_unix: bool
+    """Whether who is connected over a Unix socket is a trusted proxy."""
 
     @classmethod
     def read(cls, allow_from: Iterable[str], trusted_proxies: Iterable[str]) -> AllowList:
-        """From texts such as ``203.0.113.0/24`` or ``2001:db8::7``; ``ConfigurationError`` for one that is none."""
-        return cls(_networks("allow_from", allow_from), _networks("trusted_proxies", trusted_proxies))
+        """From texts such as ``203.0.113.0/24`` or ``2001:db8::7``; ``ConfigurationError`` for one that is none.
 
-    def admits(self, peer: str | None, forwarded_for: str) -> bool:
-        """Whether the client may come in: the nearest address that is no trusted proxy's.
-
-        ``peer`` is who is connected to us, ``forwarded_for`` the header X-Forwarded-For, to which each proxy adds
-        at the end whom it speaks for: what stands before an address that is not trusted may be made up.
+        ``unix`` among the proxies stands for every peer on a Unix socket.
         """
-        for text in reversed([*forwarded_for.split(","), peer or ""]):
+        proxies = list(trusted_proxies)
+        networks = _networks("trusted_proxies", (text for text in proxies if text != _UNIX))
+        return cls(_networks("allow_from", allow_from), networks, _UNIX in proxies)
+
+    def judge(self, peer: str | None, forwarded_for: str) -> tuple[bool, str]:
+        """Return whether the client may come in, and its address, for the log: the nearest that is no trusted proxy's.
+
+        ``peer`` is the address that is connected to us; None or empty: it has none, as on a Unix socket.
+        ``forwarded_for`` is the header X-Forwarded-For: each proxy appends the address that it was called from, so
+        whatever comes before an address that is not trusted may be forged.
+        """
+        hops = forwarded_for.split(",") if forwarded_for else []
+        if peer:
+            hops.append(peer)
+        elif not self.trusts_unix:
+            return False, 'a peer without an IP address (if it is your proxy on a Unix socket, trust "unix")'
+        judged = "a trusted proxy on a Unix socket"
+        for text in reversed(hops):
             try:
-                address = _plain(ip_address(text.strip()))
+                address = _address(text.strip())
             except ValueError:
-                return False
+                return False, repr(spoken(text.strip()))
+            judged = str(address)
             if not any(address in network for network in self.trusted_proxies):
-                return any(address in network for network in self.allow_from)
-        return False
+                return any(address in network for network in self.allow_from), judged
+        return False, judged
 
 
 def _networks(name: str, texts: Iterable[str]) -> Networks:
     try:
-        return tuple(ip_network(text) for text in texts)
+        return tuple(_plain_network(ip_network(text)) for text in texts)
     except ValueError as error:
         raise ConfigurationError(f"{name}: {error}") from None
+
+
+def _address(text: str) -> IPv4Address | IPv6Address:
+    match = _ADDRESS.fullmatch(text)
+    return _plain(ip_address(match[2] or match[3] or match[4] if match else text))
 
 
 def _plain(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     """Servers that listen on both families show IPv4 clients as ``::ffff:203.0.113.7``."""
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address
+
+
+def _plain_network(network: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
+    start = _plain(network.network_address)
+    if isinstance(start, IPv6Address) or network.prefixlen < 96:
+        return network
+    return IPv4Network((start, network.prefixlen - 96))

@@ -104,7 +104,8 @@ class NotificationEndpoint:
             an inbox's handlers may take longer.
         allow_from: networks that notifications are taken from; empty: all. LianLian's published lists differ by
             page and age, so there is no default.
-        trusted_proxies: networks whose X-Forwarded-For is believed.
+        trusted_proxies: networks whose X-Forwarded-For is believed; ``"unix"`` for your proxy on a Unix socket, if the
+            server listens on nothing else.
         path: the only path that is served as an ASGI application; None: every path.
         concurrency: handlers that run at the same time behind an inbox.
         remember: see ``journal``.
@@ -239,10 +240,12 @@ class NotificationEndpoint:
         return ACKS[verdict]
 
     def _admits(self, headers: Mapping[str, str], client: str | None) -> bool:
-        if not self._allow_list.allow_from or self._allow_list.admits(client, _header(headers, "x-forwarded-for")):
+        if not self._allow_list.allow_from:
             return True
-        logger.warning("notification refused: %s is not on the allow-list", client)
-        return False
+        is_admitted, address = self._allow_list.judge(client, _header(headers, "x-forwarded-for"))
+        if not is_admitted:
+            logger.warning("notification refused: %s is not on the allow-list", address)
+        return is_admitted
 
     async def _judge(self, body: bytes) -> Verdict:
         if len(body) > MAX_NOTIFICATION_BYTES:
