@@ -375,3 +375,6 @@ def _revive_refund(fields: dict[str, Any]) -> Refund:
 
 _KNOWN: Final = {"sign", "sign_type", *_names(Refund)} - {"extra", "raw", "asked_dt_refund"}
 """The fields that have a place of their own; nobody needs a signature that was verified."""
+
+DOCUMENTED: Final = _KNOWN.union(_names(RefundRequest), _names(RefundQuery))
+"""Every field that LianLian's pages name for refunds."""

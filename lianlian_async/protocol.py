@@ -29,7 +29,7 @@ from .errors import (
 )
 from .exchange import Answer, Call, Delivery, Exchange, Known, Lost, Reply
 from .merchant import Merchant
-from .models import Refund, RefundQuery, RefundRequest
+from .models import DOCUMENTED, Refund, RefundQuery, RefundRequest
 from .signing import SigningKey, VerifyingKey, signature_source
 
 __all__ = ["Protocol", "lost", "rejection"]
@@ -100,33 +100,44 @@ class Protocol:
     def read_notification(self, body: bytes) -> Refund:
         """The refund that a notification tells of: proved to be the gateway's word, and about this merchant.
 
-        It has a ``no_refund``, a ``money_refund`` and a ``sta_refund`` (LianLian's notification page). Raises
-        ``MalformedMessage``, ``SignatureInvalid`` or, for another merchant's, ``AnswerMismatch``.
+        It has a ``no_refund`` or an ``oid_refundno``; all else may be missing. Raises ``MalformedMessage``,
+        ``SignatureInvalid`` or, for another merchant's, ``AnswerMismatch``.
         """
         fields = wire.decode(body)
         if not self.verify(fields):
-            raise SignatureInvalid("signature of no known gateway key")
+            raise self._unproved(fields, "notification")
         if fields.get("oid_partner") != self.merchant.oid_partner:
             raise AnswerMismatch("oid_partner", asked=self.merchant.oid_partner, answered=fields.get("oid_partner"))
         refund = Refund.from_dict(fields)
         if refund.ret_code not in (None, "0000"):
             raise MalformedMessage(f"tells of no refund: ret_code is {refund.ret_code}")
-        for name in ("no_refund", "money_refund", "sta_refund"):
-            if getattr(refund, name) is None:
+        if refund.no_refund is None and refund.oid_refundno is None:
+            raise MalformedMessage("has neither no_refund nor oid_refundno")
+        for name in ("dt_refund", "money_refund"):
+            if name in refund.extra:
                 raise MalformedMessage(f"has no usable {name}")
-        if "dt_refund" in refund.extra:
-            raise MalformedMessage("has no usable dt_refund")
         return refund
 
     def _verified(self, fields: Mapping[str, str]) -> bool:
         """True: signed by the gateway; False: an error answer without signature. Raises for all else."""
         if fields.get("sign"):
             if not self.verify(fields):
-                raise SignatureInvalid(f"answer {fields['ret_code']}: signature of no known gateway key")
+                raise self._unproved(fields, f"answer {fields['ret_code']}")
             return True
         if fields["ret_code"] == "0000":
             raise SignatureInvalid("answer 0000 without signature")
         return False
+
+    def _unproved(self, fields: Mapping[str, str], subject: str) -> SignatureInvalid:
+        """Return the error for a wrong signature. LianLian leaves a few fields of other answers unsigned: say if so."""
+        signed = {name: text for name, text in fields.items() if name in DOCUMENTED}
+        cause = ""
+        if signed != fields and self.verify(signed):
+            others = ", ".join(sorted(repr(name[:32]) for name in fields.keys() - signed.keys())[:8])
+            cause = (
+                f"; it is valid over the documented fields only, so {others} must be unsigned: tell LianLian's support"
+            )
+        return SignatureInvalid(f"{subject}: signature of no known gateway key{cause}")
 
 
 # What an answer code's class teaches: an apply call may have made the refund that it denies …
@@ -163,12 +174,21 @@ def _message(answer: Answer) -> dict[str, str]:
     if answer.status != 200:
         raise MalformedMessage(f"HTTP status {answer.status}")
     encoding = answer.headers.get("content-encoding", "identity")
-    if encoding.lower() not in ("", "identity"):
+    if encoding.lower() not in ("", "identity") and not _is_charset(encoding):
         raise MalformedMessage(f"compressed ({encoding[:32]}) though identity was asked for")
     fields = wire.decode(answer.body)
     if not fields.get("ret_code"):
         raise MalformedMessage("no ret_code")
     return fields
+
+
+def _is_charset(name: str) -> bool:
+    """Whether ``name`` is a character set: clients of LianLian's send ``Content-Encoding: UTF-8``, uncompressed."""
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
 def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> None:

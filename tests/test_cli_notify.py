@@ -102,7 +102,7 @@ def test_a_key_that_is_none_is_a_configuration_error(env, tmp_path):
         (notification(sta_refund="3"), 3, "failed"),
         (notification().replace(b"10.00", b"11.00"), 5, "signature invalid"),
         (notification(oid_partner="2011"), 1, "answer mismatch"),
-        (notification(sta_refund=None), 1, "malformed message"),
+        (notification(sta_refund=None), 1, "error"),
         (b"{", 1, "malformed message"),
     ],
 )

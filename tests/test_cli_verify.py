@@ -98,6 +98,10 @@ MISTAKES = {
     ),
     "if ret_msg is left out": lambda pair: signed(pair, ANSWER, ret_msg=""),
     "ret_code and ret_msg are left out": lambda pair: signed(pair, ANSWER, ret_msg="", ret_code=""),
+    "fields that LianLian does not document for refunds are left out": lambda pair: {
+        **signed(pair, ANSWER),
+        "bank_name": "x",
+    },
     "sign_type is left out": lambda pair: signed(pair, ANSWER, sign_type=""),
     "sign_type=RSA is added": lambda pair: signed(pair, {**ANSWER, "sign_type": ""}, sign_type="RSA"),
     "blanks around names and values are trimmed": lambda pair: {

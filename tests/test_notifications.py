@@ -26,7 +26,9 @@ from strategies import texts
 from lianlian_async import (
     ConfigurationError,
     NotificationEndpoint,
+    RefundSession,
     RefundStatus,
+    RetryPolicy,
     VerifyingKey,
     rsa_thread,
     wire,
@@ -83,13 +85,14 @@ async def test_a_state_that_can_change_is_acknowledged_and_not_acted_on(endpoint
         (b"{}", "unverified", 403),
         (b'{"a":"1","a":"1"}', "malformed", 400),
         (b"[" * 60_000, "malformed", 400),
-        (notification(sta_refund=None), "malformed", 400),
-        (notification(sta_refund=""), "malformed", 400),
-        (notification(money_refund=None), "malformed", 400),
+        (notification(sta_refund=None), "incomplete", 503),
+        (notification(sta_refund=""), "incomplete", 503),
+        (notification(money_refund=None), "incomplete", 503),
         (notification(money_refund="ten"), "malformed", 400),
         (notification(money_refund="10.001"), "malformed", 400),
         (notification(dt_refund="yesterday"), "malformed", 400),
-        (notification(no_refund=""), "malformed", 400),
+        (notification(no_refund=""), "incomplete", 503),
+        (notification(no_refund=None, oid_refundno=""), "malformed", 400),
         (notification(ret_code="9999"), "malformed", 400),
         (notification(oid_partner="201103171000000001"), "foreign", 403),
         (notification(oid_partner=None), "foreign", 403),
@@ -559,6 +562,113 @@ async def test_a_journal_helps_to_ask_about_what_lacks_its_time(handler):
             )
             await endpoint.handle(notification(dt_refund=None), HEADERS)
             assert handler.numbers == ([] if known is None else ["R-1"])
+
+
+# ── what a notification leaves out ───────────────────────────────────────────────────────────────
+
+LEFT_OUT = [("sta_refund",), ("money_refund",), ("no_refund",), ("sta_refund", "money_refund")]
+
+
+@virtual
+@pytest.mark.parametrize("names", LEFT_OUT, ids="+".join)
+async def test_what_a_notification_leaves_out_is_asked_for(handler, names):
+    """Every field but the refund's number is optional on LianLian's page: the gateway's record has the rest."""
+    gateway = sandbox(settle_after=0)
+    async with gateway.session(now=wall_clock) as session:
+        made_refund = await session.apply_refund(refund_request())
+        endpoint = NotificationEndpoint(session.merchant, handler, session=session, now=wall_clock)
+        body = notification(oid_refundno=made_refund.oid_refundno, **dict.fromkeys(names))
+        for _ in range(2):
+            assert is_acknowledged(await endpoint.handle(body, HEADERS))
+    [refund] = handler.done
+    assert (refund.no_refund, refund.sta_refund, refund.money_refund) == ("R-1", "2", Decimal("10.00"))
+    assert endpoint.counts == {"acted": 1, "duplicate": 1}
+
+
+@virtual
+async def test_the_journal_knows_the_time_that_the_question_needs(handler, caplog):
+    """Without any dt_refund nothing can be asked: the notification comes again, and the log says what is missing."""
+    gateway = sandbox(settle_after=0)
+    body = notification(sta_refund=None, dt_refund=None)
+    async with MemoryJournal() as journal, gateway.session(now=wall_clock, journal=journal) as session:
+        await session.apply_refund(refund_request())
+        for known, verdict in ((None, "incomplete"), (journal, "acted")):
+            endpoint = NotificationEndpoint(session.merchant, handler, session=session, journal=known, now=wall_clock)
+            await endpoint.handle(body, HEADERS)
+            assert endpoint.counts == {verdict: 1}
+        await endpoint.handle(notification(2, sta_refund=None, dt_refund=None), HEADERS)  # the journal has no such one
+        assert endpoint.counts == {"acted": 1, "incomplete": 1}
+    assert handler.numbers == ["R-1"]
+    assert "no sta_refund; asking the gateway failed: dt_refund: is required" in caplog.text
+
+
+@virtual
+async def test_an_incomplete_notification_of_what_is_not_final_comes_again(handler):
+    """It may have told of a final state that the gateway's query service does not know yet."""
+    gateway = sandbox(settle_after=60)
+    async with gateway.session(now=wall_clock) as session:
+        await session.apply_refund(refund_request())
+        endpoint = NotificationEndpoint(session.merchant, handler, session=session, now=wall_clock)
+        assert (await endpoint.handle(notification(sta_refund=None), HEADERS)).status == 503
+        await anyio.sleep(60)
+        assert is_acknowledged(await endpoint.handle(notification(sta_refund=None), HEADERS))
+    assert handler.numbers == ["R-1"]
+
+
+async def answered(handler, body, record):
+    """What becomes of a notification while the gateway answers each query with ``record``."""
+
+    async def answer(_):
+        return httpx.Response(200, content=as_json(record), headers={"Content-Type": "application/json"})
+
+    transport = httpx.MockTransport(answer)
+    async with RefundSession(trusting(), transport=transport, retry=RetryPolicy(attempts=1)) as session:
+        endpoint = NotificationEndpoint(session.merchant, handler, session=session)
+        ack = await endpoint.handle(body, HEADERS)
+    assert not handler.begun
+    return ack.status, dict(endpoint.counts)
+
+
+async def test_a_record_that_lacks_the_field_too_does_not_help(handler):
+    """What nobody tells is not guessed."""
+    ended = await answered(handler, notification(money_refund=None), made(asked(), sta_refund="2", money_refund=None))
+    assert ended == (503, {"incomplete": 1})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"sta_refund": "2", "money_refund": "11.00"},
+        {"sta_refund": "2", "dt_refund": "20260101000000"},
+        {"sta_refund": "3"},
+    ],
+)
+async def test_a_record_that_contradicts_the_notification_is_for_a_person(handler, record):
+    """What the notification does tell has to agree with the record that completes it."""
+    left_out = "money_refund" if record == {"sta_refund": "3"} else "sta_refund"
+    ended = await answered(handler, notification(**{left_out: None}), made(asked(), **record))
+    assert ended == (409, {"contradictory": 1})
+
+
+async def test_a_forged_record_is_not_taken_for_a_forged_notification(handler):
+    """The notification is LianLian's; only the answer that should complete it is not."""
+    record = made(asked(), key=keypairs.pair("stranger").private, sta_refund="2")
+    assert await answered(handler, notification(sta_refund=None), record) == (503, {"incomplete": 1})
+
+
+@pytest.mark.parametrize("text", ["10", "10.0", "10.000"])
+async def test_an_amount_is_notified_by_its_value(endpoint, handler, text):
+    """However many decimals it is written with."""
+    assert is_acknowledged(await endpoint.handle(notification(money_refund=text), HEADERS))
+    assert [refund.money_refund for refund in handler.done] == [Decimal("10.00")]
+
+
+async def test_a_notification_with_an_unsigned_field_is_not_believed_and_says_so(endpoint, handler, caplog):
+    """The signature is valid over the documented fields only: the log names the other one, and nothing is acted on."""
+    body = as_json({**wire.decode(notification()), "bank_name": "x"})
+    assert (await endpoint.handle(body, HEADERS)).status == 403
+    assert not handler.begun
+    assert "valid over the documented fields only, so 'bank_name' must be unsigned" in caplog.text
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────

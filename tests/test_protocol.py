@@ -233,6 +233,22 @@ def test_a_success_without_a_usable_signature_is_not_believed(asking, signature)
     )
 
 
+@both_calls
+@pytest.mark.parametrize(
+    ("unsigned", "said"),
+    [
+        ({"bank_name": "x"}, "valid over the documented fields only, so 'bank_name' must be unsigned"),
+        ({"card_no": "6", "agreement_list": "[]"}, "so 'agreement_list', 'card_no' must be unsigned"),
+        ({"rate": "1.0"}, "signature of no known gateway key"),
+    ],
+)
+def test_an_unsigned_field_makes_an_answer_worthless_and_is_named(asking, unsigned, said):
+    """LianLian leaves fields of other answers unsigned: the error says so, and the answer is not believed."""
+    reply = read(asking, {**made(asking.asked), **unsigned})
+    assert_uncertain(reply, SignatureInvalid)
+    assert str(reply.error).endswith((said, f"{said}: tell LianLian's support"))
+
+
 def test_both_keys_of_a_rotation_are_known():
     """While the gateway changes its key, answers signed by either are believed, and by no third."""
     rotating = attrs.evolve(PROTOCOL, gateway_keys=(STRANGER.public, GATEWAY.public))
@@ -342,16 +358,16 @@ def test_only_status_200_is_an_answer(asking, status):
 
 
 @both_calls
-@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "deflate", "identity, gzip"])
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "deflate", "identity, gzip", "zip", "hex", "a\0b"])
 def test_a_compressed_body_is_refused(asking, encoding):
     """Nobody asked for compression, and nobody unpacks it: a small body could be a large one."""
     body = gzip.compress(as_json(made(asking.asked)))
     assert_uncertain(read(asking, body, headers={"content-encoding": encoding}), MalformedMessage)
 
 
-@pytest.mark.parametrize("encoding", ["", "identity", "Identity"])
+@pytest.mark.parametrize("encoding", ["", "identity", "Identity", "UTF-8", "utf8", "GBK"])
 def test_identity_is_no_compression(encoding):
-    """A server may say that it did nothing to the body."""
+    """A server may say that it did nothing to the body, or name the character set, as clients of LianLian's do."""
     assert read(APPLY, made(APPLY.asked), headers={"content-encoding": encoding}).known is Known.FOUND
 
 

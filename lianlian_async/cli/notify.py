@@ -11,6 +11,7 @@ import click
 from lianlian_async import text_rules, wire
 from lianlian_async.exchange import Answer
 from lianlian_async.models import RefundStatus
+from lianlian_async.notifications.completion import complete
 from lianlian_async.protocol import Protocol
 from lianlian_async.sandbox.notifier import CONTENT_TYPE, is_acknowledged, post
 from lianlian_async.signing import SigningKey, signature_source
@@ -99,4 +100,5 @@ def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
     """
     merchant = load_merchant(config)
     keys = merchant.load_keys()
-    show_refund(output, Protocol(merchant, keys.private, keys.gateway).read_notification(file.read()))
+    told = Protocol(merchant, keys.private, keys.gateway).read_notification(file.read())
+    show_refund(output, anyio.run(complete, told, None, None, 0.0))

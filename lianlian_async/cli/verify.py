@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import click
 
+from lianlian_async.models import DOCUMENTED
 from lianlian_async.signing import VerifyingKey, signature_source
 
 from .endings import SIGNATURE_INVALID
@@ -50,6 +51,9 @@ _OTHER_FIELDS: Final[dict[str, Callable[[Fields], Fields]]] = {
     "the line breaks in sign are taken out": lambda fields: {**fields, "sign": "".join(fields["sign"].splitlines())},
     "ret_msg is left out": _without("ret_msg"),
     "ret_code and ret_msg are left out": _without("ret_code", "ret_msg"),
+    "fields that LianLian does not document for refunds are left out": lambda fields: {
+        name: text for name, text in fields.items() if name in DOCUMENTED
+    },
     "sign_type is left out": _without("sign_type", "sign_type "),
     "sign_type=RSA is added": lambda fields: {**fields, "sign_type": "RSA"},
     "blanks around names and values are trimmed": lambda fields: {

@@ -25,6 +25,8 @@ class Verdict(StrEnum):
     NOT_FINAL = "not final"
     """Acknowledged: the refund's state can still change, there is nothing to act on."""
     MALFORMED = "malformed"
+    INCOMPLETE = "incomplete"
+    """Signed by LianLian, but without a field that acting on it needs, and that could not be asked for."""
     TOO_BIG = "too big"
     TOO_SLOW = "too slow"
     """The body did not arrive in time."""
@@ -63,6 +65,7 @@ ACKS: Final[Mapping[Verdict, Ack]] = {
     Verdict.DUPLICATE: _ACKNOWLEDGED,
     Verdict.NOT_FINAL: _ACKNOWLEDGED,
     Verdict.MALFORMED: _response(400, Verdict.MALFORMED),
+    Verdict.INCOMPLETE: _response(503, Verdict.INCOMPLETE),
     Verdict.TOO_BIG: _response(413, Verdict.TOO_BIG),
     Verdict.TOO_SLOW: _response(408, Verdict.TOO_SLOW),
     Verdict.UNVERIFIED: _response(403, Verdict.UNVERIFIED),

@@ -44,6 +44,7 @@ from lianlian_async.session import RefundSession
 from .acks import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 from .acting import Book, act_on
 from .addresses import AllowList
+from .completion import IncompleteNotification, complete
 from .inbox import Inbox
 from .recent import Recent
 
@@ -59,6 +60,7 @@ _REFUSED: Final[Mapping[type[LianLianError], Verdict]] = {
     SignatureInvalid: Verdict.UNVERIFIED,
     AnswerMismatch: Verdict.FOREIGN,
     RefundConflict: Verdict.CONTRADICTORY,
+    IncompleteNotification: Verdict.INCOMPLETE,
 }
 
 
@@ -96,7 +98,8 @@ class NotificationEndpoint:
             its work before it returns, and bear to be called again if it did not return.
         journal: an open journal, best the session's own. What it knows about a refund must match, and it learns the
             final state. Without one, the last ``remember`` refunds of this process are known.
-        session: told of final states, so that ``wait_refund`` returns at once; needed by ``confirm``.
+        session: told of final states, so that ``wait_refund`` returns at once; asks for what a notification leaves out;
+            needed by ``confirm``.
         confirm: ask the gateway before the handler runs, since a notification bears neither time nor nonce.
         inbox: acknowledge first, act behind it; needs a journal.
         body_seconds: how long a request's body may take to arrive where the endpoint itself reads it; then 408.
@@ -252,7 +255,8 @@ class NotificationEndpoint:
             logger.warning("notification refused: longer than %d bytes", MAX_NOTIFICATION_BYTES)
             return Verdict.TOO_BIG
         rsa, book = self._ready or await self._open()
-        refund = await book.learn(await rsa.check(rsa.protocol.read_notification, body))
+        told = await rsa.check(rsa.protocol.read_notification, body)
+        refund = await book.learn(await complete(told, self._session, self._journal, self._seconds))
         if not refund.is_final:
             return Verdict.NOT_FINAL
         return await (self._keep(refund) if self._is_inbox else self._act_once(book, refund))

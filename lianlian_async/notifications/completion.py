@@ -1,0 +1,70 @@
+"""Ask for what a notification leaves out: LianLian's pages call no_refund, money_refund and sta_refund optional."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import attrs
+
+from lianlian_async.errors import (
+    AnswerMismatch,
+    GatewayUnavailable,
+    InvalidRequest,
+    LianLianError,
+    MalformedMessage,
+    QueryRejected,
+    RefundConflict,
+    RefundNotFound,
+    SignatureInvalid,
+)
+from lianlian_async.journal import Journal
+from lianlian_async.models import Refund, RefundRequest
+from lianlian_async.session import RefundSession
+
+__all__ = ["IncompleteNotification", "complete"]
+
+_NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
+_NO_RECORD: Final = (  # whatever query_refund raises where it gets no record
+    AnswerMismatch,
+    GatewayUnavailable,
+    InvalidRequest,
+    MalformedMessage,
+    QueryRejected,
+    RefundNotFound,
+    SignatureInvalid,
+)
+
+
+class IncompleteNotification(LianLianError):
+    """A notification leaves out what acting on it needs, and it could not be asked for. Never leaves the endpoint."""
+
+
+async def complete(told: Refund, session: RefundSession | None, journal: Journal | None, seconds: float) -> Refund:
+    """Return ``told``, or the gateway's record of the refund where ``told`` lacks a field.
+
+    The query needs ``session`` and a ``dt_refund``, from the notification or ``journal``; it takes up to ``seconds``.
+    Raises :class:`IncompleteNotification`, ``RefundConflict`` where the record contradicts the notification, and
+    ``JournalError``.
+    """
+    missing = [name for name in _NEEDED if getattr(told, name) is None]
+    if not missing:
+        return told
+    what = f"no {' and no '.join(missing)}"
+    if session is None:
+        raise IncompleteNotification(f"{what}; give the NotificationEndpoint a session, and it asks the gateway")
+    entry = None if journal is None or told.no_refund is None else await journal.find(told.no_refund)
+    if entry is not None:
+        told = attrs.evolve(told, asked_dt_refund=RefundRequest.from_record(entry.fields).dt_refund)
+    try:
+        found = await session.query_refund(told.query(), deadline=seconds)
+    except _NO_RECORD as error:
+        raise IncompleteNotification(f"{what}; asking the gateway failed: {error}") from error
+    for name in (*_NEEDED, "dt_refund"):
+        notified, recorded = getattr(told, name), getattr(found, name)
+        if recorded is None and name in _NEEDED:
+            raise IncompleteNotification(f"{what}, and the gateway's record has no {name}")
+        if None not in (notified, recorded) and notified != recorded:
+            raise RefundConflict(str(found.no_refund), field=name, ours=str(notified), theirs=str(recorded))
+    if told.sta_refund is None and not found.is_final:
+        raise IncompleteNotification(f"{what}, and the gateway's record is not final yet")
+    return found
