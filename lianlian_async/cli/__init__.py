@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import Final
 
 __all__ = ["main"]
@@ -12,6 +13,10 @@ _EXTRA: Final = ("click", "rich", "uvicorn")
 
 def main() -> None:
     """Run the command and exit with its code; 2 if a package of the extra ``cli`` is missing."""
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks must not end the command after the refund was made.
+        if isinstance(stream, TextIOWrapper):  # None where the descriptor is closed
+            stream.reconfigure(errors="backslashreplace")
     try:
         from .app import lianlian
     except ModuleNotFoundError as error:

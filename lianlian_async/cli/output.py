@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 import attrs
 import click
@@ -22,9 +26,28 @@ from .endings import ending_of, error_document
 __all__ = ["Output", "json_option", "pass_output", "printable", "query_command", "table"]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise, as Rich itself would exit with code 1, whatever the outcome was."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def _console(*, stderr: bool = False) -> Console:
-    # What came over the wire is text, never markup.
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    # Rich draws in ASCII only if it is given the stream and so its encoding. What came over the wire is never markup.
+    file = sys.stderr if stderr else sys.stdout
+    return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def _surviving(stream: TextIO) -> Iterator[None]:
+    """Go on where ``stream`` is a closed pipe or a full disk: the exit code still tells the outcome."""
+    try:
+        yield
+    except OSError as error:
+        with Path(os.devnull).open("w") as nowhere:  # else what is buffered would fail again when the process exits
+            os.dup2(nowhere.fileno(), stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            click.echo(f"{stream.name}: {error.strerror}; the output is incomplete", err=True)
 
 
 @attrs.define
@@ -35,18 +58,20 @@ class Output:
 
     def show(self, document: Mapping[str, Any], *renderings: RenderableType) -> None:
         """The result: ``document`` in one line of JSON, or ``renderings`` (tables, lines of text) for people."""
-        if self.as_json:
-            click.echo(json.dumps(document))  # plain ASCII: no terminal and no code page can spoil it
-            return
-        for rendering in renderings:
-            if isinstance(rendering, str):
-                _console().print(printable(rendering), soft_wrap=True)
-            else:
-                _console().print(rendering)
+        with _surviving(sys.stdout):
+            if self.as_json:
+                click.echo(json.dumps(document))  # plain ASCII: no terminal and no code page can spoil it
+                return
+            for rendering in renderings:
+                if isinstance(rendering, str):
+                    _console().print(printable(rendering), soft_wrap=True)
+                else:
+                    _console().print(rendering)
 
     def note(self, text: str) -> None:
         """A remark on stderr."""
-        _console(stderr=True).print(printable(text), soft_wrap=True)
+        with _surviving(sys.stderr):
+            _console(stderr=True).print(printable(text), soft_wrap=True)
 
     def failure(self, error: LianLianError) -> None:
         """What went wrong, and what can be done: JSON on stdout if that is asked for, else words on stderr."""

@@ -1,0 +1,150 @@
+"""What the command prints survives every stream: other encodings, closed pipes, full disks."""
+
+import os
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from batches import refund, write_csv
+from command import ROOT
+
+from lianlian_async.cli import main
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.sandbox import SandboxGateway
+
+ENCODINGS = {
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "gbk": {"PYTHONIOENCODING": "gbk"},
+    "C locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.fixture
+def gateway():
+    """A sandbox in which every refund is final at once."""
+    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0)
+
+
+@pytest.fixture
+def env(gateway):
+    """The environment that leads to it, as long as it is served."""
+    with serving(gateway) as url:
+        yield environment(gateway, url)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Two refunds, one of which is rejected."""
+    return write_csv(tmp_path / "退款.csv", [refund(1, no_order="订单-1"), refund(2, money_refund="1000.01")])
+
+
+def start(*arguments, env, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+    """The command as a process of its own, whose output is bytes."""
+    full = {name: text for name, text in os.environ.items() if not name.startswith("LIANLIAN_")} | env
+    full |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    command = [sys.executable, "-m", "lianlian_async", *map(str, arguments)]
+    return subprocess.Popen(command, env=full, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_batch_ends_with_its_own_exit_code_in_every_encoding(env, gateway, file, encoding, more):
+    """Rejected is 3 and nothing is a traceback, although Chinese texts have to be shown."""
+    process = start("batch", file, "--yes", *more, env=env | ENCODINGS[encoding])
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, b"Traceback" in stderr) == (3, False)
+    assert gateway.times_made("R-1") == 1
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_refund_that_was_made_exits_0_in_every_encoding(env, encoding):
+    """The gateway's Chinese ret_msg is shown as far as the encoding has its characters."""
+    options = (option for name, text in refund(1).items() for option in (f"--{name.replace('_', '-')}", text))
+    process = start("apply", *options, env=env | ENCODINGS[encoding])
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, b"")
+    expected = "交易成功".encode("gbk") if encoding == "gbk" else b"\\u4ea4"
+    assert expected in stdout
+    assert b"+---" in stdout  # a table that is drawn in ASCII
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("arguments", [("--help",), ("batch", "--help"), ("batch", "没有.csv")])
+def test_help_and_usage_errors_survive_every_encoding(encoding, arguments):
+    """Help is 0 and a usage error is 2."""
+    process = start(*arguments, env=ENCODINGS[encoding])
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, b"Traceback" in stderr) == (0 if "--help" in arguments else 2, False)
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_closed_pipe_leaves_the_exit_code_alone(env, gateway, file, more, both):
+    """``| head`` that has ended, of stdout or of both streams, makes no traceback, and rejected is still 3."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        stderr = pipe if both else subprocess.PIPE
+        process = start("batch", file, "--yes", *more, env=env, stdout=pipe, stderr=stderr)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (3, None if both else b"")
+    assert gateway.times_made("R-1") == 1
+
+
+def test_a_stdout_that_is_closed_leaves_the_exit_code_alone(env, gateway, file):
+    """``>&-`` prints nothing."""
+    shell = '"$0" -m lianlian_async batch "$1" --yes >&-'
+    full = dict(os.environ) | env | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    ended = subprocess.run(
+        ["/bin/sh", "-c", shell, sys.executable, file], env=full, stderr=subprocess.PIPE, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (3, b"")
+    assert gateway.times_made("R-1") == 1
+
+
+def stdout_is(monkeypatch, path_or_descriptor):
+    stream = open(path_or_descriptor, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - it may be a descriptor
+    monkeypatch.setattr(sys, "stdout", stream)
+    return stream
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_pipe_that_is_closed_meanwhile(nowhere, file, monkeypatch, capsys, more):
+    """In this process: what could not be printed is not printed at the exit either."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with stdout_is(monkeypatch, writer):
+        assert called("batch", file, "--dry-run", *more, env=nowhere, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
+def test_a_full_disk_under_stdout_is_told(nowhere, file, monkeypatch, capsys):
+    """The exit code tells the outcome, and stderr that the output is incomplete."""
+    with stdout_is(monkeypatch, "/dev/full"):
+        assert called("batch", file, "--dry-run", env=nowhere, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().err == "/dev/full: No space left on device; the output is incomplete\n"
+
+
+@pytest.fixture
+def nowhere(gateway):
+    """The environment of a merchant whose gateway nobody serves."""
+    return environment(gateway, "http://127.0.0.1:9")
+
+
+def called(*arguments, env, monkeypatch):
+    """The exit code of the command in this process, on the streams that it has now."""
+    for name, text in env.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(sys, "argv", ["lianlian", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+def test_the_streams_of_a_program_without_any(monkeypatch):
+    """Where the descriptors are closed, Python has no streams, and the command runs."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert called("--help", env={}, monkeypatch=monkeypatch) == 0
