@@ -7,7 +7,7 @@ Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport say
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum, StrEnum
 from typing import TypeAlias
 
@@ -43,6 +43,10 @@ class Trail:
         return self.open_sends > 0
 
 
+def _no_lease() -> bool:
+    return True
+
+
 @attrs.frozen(kw_only=True)
 class Exchange:
     """One request on its way: the same signed bytes on every attempt."""
@@ -58,6 +62,8 @@ class Exchange:
     policy: RetryPolicy
     send_before: float = math.inf
     """The event loop's second after which nothing may be sent: another worker may then hold the refund."""
+    lease_holds: Callable[[], bool] = attrs.field(default=_no_lease, eq=False, repr=False)
+    """Asked once more right before bytes leave: waiting, connecting or a suspension may have outlasted the lease."""
     attempt: int = 1
     """Counts the attempts of this exchange, from 1."""
     seconds: float = 0.0

@@ -78,7 +78,7 @@ class Line:
     async def _exchange(self, exchange: Exchange) -> Reply:
         """The heart of the onion: out over the wire, and what came back."""
         exchange.trail.open_sends += 1
-        delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds)
+        delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)
         reply = await self._rsa.check(self.protocol.read, exchange, delivery)
         if reply.known in (Known.NOT_SENT, Known.REJECTED):
             exchange.trail.open_sends -= 1

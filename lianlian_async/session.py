@@ -368,10 +368,16 @@ class RefundSession:
     async def _settle_on_record(self, case: Case, recording: Recording) -> Refund:
         now, until = anyio.current_time(), case.apply.deadline.at
         hold = 2 * (until - now)
+        send_before = now + hold
         standing, entry = await recording.claim(case.apply.body, hold, until)
         if standing is Standing.SETTLED:
             return answer(entry)
-        case.apply = attrs.evolve(case.apply, body=entry.body, send_before=now + hold)
+        case.apply = attrs.evolve(
+            case.apply,
+            body=entry.body,
+            send_before=send_before,
+            lease_holds=lambda: anyio.current_time() < send_before,
+        )
         if entry.sent_at is not None:
             case.was_sent(entry.sent_at)
         return await recording.keep(entry, partial(settle, case, self._line.send, self._line.bucket))

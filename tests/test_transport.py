@@ -64,6 +64,13 @@ async def transport_over(*, client=None, transport=None, max_connections=4):
         await opened.aclose()
 
 
+async def wait_until(condition):
+    """Let the other tasks run until ``condition`` holds."""
+    with anyio.fail_after(30):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in the kernel
+            await anyio.sleep(0.001)
+
+
 def at(merchant_keys, gateway_keys, url):
     """The tests' merchant with its endpoints at ``url``."""
     return Merchant(
@@ -812,6 +819,83 @@ async def test_cancelled_exchanges_take_no_connection_with_them():
         with anyio.fail_after(30):
             for _ in range(8):
                 assert isinstance(await transport.post(server.url, b"{}", 30.0), Answer)
+
+
+# ── leases ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def holding_for(looks):
+    """A lease that holds the first ``looks`` times that somebody asks, and then no more."""
+    answers = iter([True] * looks)
+    return lambda: next(answers, False)
+
+
+@on_both_stacks
+@pytest.mark.parametrize("kept_alive", [False, True], ids=["new connection", "kept-alive connection"])
+async def test_a_lease_that_ends_while_a_request_is_prepared_keeps_it_from_being_sent(kept_alive):
+    """However late the lease ends before the last byte, the gateway gets no whole request, and it is *not sent*."""
+    requests = []
+
+    async def handler(connection: Connection):
+        while (request := await connection.request()) is not None:
+            requests.append(request)
+            await connection.respond(b"{}")
+
+    async with serving(handler) as server:
+        for looks in range(20):
+            async with transport_over() as transport:
+                if kept_alive:
+                    assert isinstance(await transport.post(server.url, b"{}", 5.0), Answer)
+                    requests.clear()
+                delivery = await transport.post(server.url, b"{}", 5.0, holding_for(looks))
+                if isinstance(delivery, Answer):
+                    break
+                assert not delivery.may_have_arrived
+                assert "lease ended" in delivery.reason
+                assert requests == []
+                assert isinstance(await transport.post(server.url, b"{}", 5.0), Answer)
+                requests.clear()
+    assert looks == 3
+    assert len(requests) == 1
+
+
+@on_both_stacks
+async def test_a_lease_that_ends_during_the_tls_handshake_lets_no_byte_out(self_signed, monkeypatch):
+    """The lease held when the request set out, and is over once the connection is there: the gateway reads nothing."""
+    context, file = self_signed
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    received, handshakes = [], []
+    monkeypatch.setattr(context, "sni_callback", lambda *_: handshakes.append(1))
+
+    async def handler(connection: Connection):
+        with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+            received.append(await connection.stream.receive())
+
+    async with serving(handler, tls=context) as server, transport_over() as transport:
+        url = server.url.replace("http:", "https:")
+        delivery = await transport.post(url, b"{}", 5.0, lambda: not handshakes)
+        assert handshakes
+        await wait_until(lambda: server.opened == 1 and server.open == 0)
+    assert isinstance(delivery, Lost)
+    assert not delivery.may_have_arrived
+    assert received == []
+
+
+@pytest.mark.parametrize("looks", [0, 1])
+async def test_a_given_transport_is_not_called_once_the_lease_is_over(looks):
+    """A transport of the caller's is asked for nothing without a lease, and gets no body once that is over."""
+    taken = []
+
+    class Taking(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request):
+            taken.append("called")
+            taken.extend([chunk async for chunk in request.stream])
+
+    async with transport_over(transport=Taking()) as transport:
+        delivery = await transport.post(URL, b"{}", 5.0, holding_for(looks))
+    assert isinstance(delivery, Lost)
+    assert not delivery.may_have_arrived
+    assert taken == ["called"] * looks
 
 
 # ── connections in advance ───────────────────────────────────────────────────────────────────────

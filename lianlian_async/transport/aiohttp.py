@@ -14,10 +14,11 @@ from typing import Final, cast
 import aiohttp
 import anyio.lowlevel
 import httpx
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
 from yarl import URL
 
-from .request import Body
+from .request import Body, LeaseEndedError
 
 __all__ = ["AiohttpTransport"]
 
@@ -34,6 +35,18 @@ _BEFORE_SENDING: Final = (
     _SpoiltConnectionError,
 )
 """Raised before a byte of the request is written; whatever else is raised, the request may have arrived."""
+
+
+class _LeasedPayload(aiohttp.BytesPayload):
+    """A request's body that is written only while its lease holds; aiohttp writes the head together with it."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__(body.content)
+        self._body = body
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        self._body.check_lease()
+        await super().write_with_length(writer, content_length)
 
 
 class _Request(aiohttp.ClientRequest):
@@ -65,20 +78,22 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         if request.url.scheme not in ("http", "https") or not request.url.host:
             raise httpx.UnsupportedProtocol(f"no http or https URL: {request.url}")
         timeout = request.extensions.get("timeout", {})
-        body = b"".join([chunk async for chunk in cast("httpx.AsyncByteStream", request.stream)])
+        stream = cast("httpx.AsyncByteStream", request.stream)
+        content = b"".join([chunk async for chunk in stream])
         try:
             response = await session.request(
                 request.method,
                 self._target(request.url),
-                data=body,
+                data=_LeasedPayload(stream) if isinstance(stream, Body) else content,
                 headers=[(name.decode("ascii"), value.decode("ascii")) for name, value in request.headers.raw],
                 timeout=aiohttp.ClientTimeout(connect=timeout.get("connect"), sock_read=timeout.get("read")),
                 allow_redirects=False,
             )
         except aiohttp.ClientError as error:
-            if isinstance(error, _BEFORE_SENDING) and isinstance(request.stream, Body):
-                request.stream.was_not_sent()
-            raise _as_httpx(error) from error
+            reason = error.__cause__ if isinstance(error.__cause__, LeaseEndedError) else None
+            if isinstance(stream, Body) and (reason is not None or isinstance(error, _BEFORE_SENDING)):
+                stream.was_not_sent()
+            raise reason or _as_httpx(error) from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling() or not session.closed:

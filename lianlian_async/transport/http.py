@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final, cast
 
@@ -14,7 +14,7 @@ from lianlian_async.exchange import Answer, Delivery, Lost
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
 from .own import own_client
-from .request import Body, WatchedRequest
+from .request import Body, LeaseEndedError, WatchedRequest
 
 __all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
 
@@ -39,6 +39,7 @@ _NEVER_SENT: Final = (
     httpx.PoolTimeout,
     httpx.ProxyError,
     httpx.UnsupportedProtocol,
+    LeaseEndedError,
 )
 
 
@@ -72,16 +73,22 @@ class Transport:
             client = await own_client(transport, max_connections)
         return cls(client, owned=owned, content_type=content_type)
 
-    async def post(self, url: str, body: bytes, seconds: float) -> Delivery:
+    async def post(
+        self, url: str, body: bytes, seconds: float, lease_holds: Callable[[], bool] = lambda: True
+    ) -> Delivery:
         """POST ``body``, with at most half of ``seconds`` to connect.
 
+        ``lease_holds`` is asked before anything is done, and again right before bytes leave, as far as the client
+        lets us: on our own stacks, and on every client that is built on httpcore.
         Bound the whole call from outside: no time limit between two bytes ends an answer that trickles.
         Reads little more than 1 MiB of the answer, as it came; follows no redirect.
         """
         if self._client.is_closed:
             return Lost("the httpx client is closed", may_have_arrived=False)
         try:
-            request = self._request(url, Body(body), seconds)
+            content = Body(body, lease_holds)
+            content.check_lease()
+            request = self._request(url, content, seconds)
         except Exception as error:  # noqa: BLE001 - a given client may raise anything, but it has sent nothing yet
             return Lost(_describe(error), may_have_arrived=False, cause=error)
         answered = False

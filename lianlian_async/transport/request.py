@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import httpx
 
-__all__ = ["Body", "WatchedRequest"]
+__all__ = ["Body", "LeaseEndedError", "WatchedRequest"]
+
+
+class LeaseEndedError(Exception):
+    """The lease ended before the request was sent; nothing was sent."""
 
 
 class Body(httpx.ByteStream):
-    """A request's body that knows whether anybody has begun to send it.
+    """A request's body that knows whether anybody has begun to send it, and that is sent only while its lease holds.
 
     A given client may have layers of its own, such as a transport that retries or a hook that calls another
     server: what they raise after a first send looks as if nothing had been sent.
     """
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, lease_holds: Callable[[], bool]) -> None:
         super().__init__(content)
         self.content = content
+        self.lease_holds = lease_holds
         self.sends = 0
         """How often somebody took it to send it, and may have."""
 
+    def check_lease(self) -> None:
+        """Raise ``LeaseEndedError`` if another worker may hold the refund by now."""
+        if not self.lease_holds():
+            raise LeaseEndedError("the lease ended before the request was sent: another worker may hold this refund")
+
+    async def trace(self, event: str, _info: Mapping[str, Any]) -> None:
+        """Check the lease before httpcore writes the head; it takes the body after that."""
+        if event.endswith(".send_request_headers.started"):
+            self.check_lease()
+
     def __iter__(self) -> Iterator[bytes]:
+        self.check_lease()
         self.sends += 1
         return super().__iter__()
 
@@ -54,7 +70,7 @@ class WatchedRequest(httpx.Request):
     """
 
     def __init__(self, url: httpx.URL, headers: httpx.Headers, body: Body, **extensions: Any) -> None:
-        super().__init__("POST", url, headers=headers, stream=body, extensions=extensions)
+        super().__init__("POST", url, headers=headers, stream=body, extensions={**extensions, "trace": body.trace})
         self._body = body
         self._taken = False
 
