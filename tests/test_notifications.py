@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.parser
 import itertools
 import logging
 import threading
@@ -14,10 +15,24 @@ import attrs
 import httpx
 import journals
 import keypairs
+import multidict
 import pytest
+import starlette.datastructures
 from hypothesis import example, given
 from hypothesis import strategies as st
-from notices import HEADERS, Handler, asked, begin, fails, is_acknowledged, notification, trusting
+from notices import (
+    HEADERS,
+    Handler,
+    asked,
+    begin,
+    deliver,
+    fails,
+    inbox,
+    is_acknowledged,
+    notification,
+    trusting,
+    until,
+)
 from parties import EPOCH, OID_PARTNER, as_json, made, refund_request, sandbox, sealed, wall_clock
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -526,6 +541,102 @@ async def test_nothing_is_acknowledged_that_the_journal_cannot_hold(handler, cap
     assert "was removed" in caplog.text
     assert handler.numbers == ["R-1"]
     assert endpoint.counts == {"failed": 2, "acted": 1}
+
+
+async def test_the_endpoint_opens_a_journal_that_is_not_open(handler, tmp_path):
+    """And closes it again; one that its user opened stays open."""
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    for number in (1, 2):
+        async with endpoint:
+            assert journal.is_open
+            assert is_acknowledged(await endpoint.handle(notification(number), HEADERS))
+            with pytest.raises(RuntimeError, match="in use already"):
+                await endpoint.__aenter__()
+        assert not journal.is_open
+    async with journal:
+        async with endpoint:
+            pass
+        assert journal.is_open
+        assert is_acknowledged(await endpoint.handle(notification(3), HEADERS))
+    assert handler.numbers == ["R-1", "R-2", "R-3"]
+
+
+async def test_an_inbox_is_worked_off_before_the_endpoint_closes_its_journal(handler, tmp_path):
+    """A handler that is running may end, and its line is written."""
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    release = anyio.Event()
+    handler.then.append(release.wait)
+    async with inbox(journal, handler) as endpoint:
+        await deliver(endpoint, 1)
+        await until(lambda: handler.begun)
+        release.set()
+    assert (handler.numbers, journal.is_open) == (["R-1"], False)
+    async with journal:
+        assert (await (await journal.inbox()).counts())[State.DONE] == 1
+
+
+async def test_a_start_that_fails_closes_the_journal_again(handler, tmp_path):
+    """A key that cannot be read leaves no file locked, and the endpoint may be started again."""
+    key = tmp_path / "gateway.pem"
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    endpoint = NotificationEndpoint(trusting(gateway_public_keys=key), handler, journal=journal)
+    with pytest.raises(ConfigurationError):
+        await endpoint.__aenter__()
+    assert not journal.is_open
+    key.write_text(keypairs.pair("gateway").public_pem)
+    async with endpoint:
+        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+
+
+@pytest.mark.parametrize("is_inbox", [False, True])
+async def test_an_endpoint_whose_journal_is_not_open_says_how_to_open_it(handler, caplog, tmp_path, is_inbox):
+    """A server that runs no lifespan answers 500, and the log names both cures."""
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal, inbox=is_inbox)
+    assert (await endpoint.handle(notification(), HEADERS)).status == 500
+    for words in ("journal.sqlite> is not open", "in `async with`", "--lifespan on"):
+        assert words in caplog.text
+    assert not handler.begun
+
+
+# ── what frameworks hand over ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("body", [notification().decode(), wire.decode(notification()), None])
+async def test_a_body_that_is_not_bytes_is_a_clear_error(endpoint, handler, body):
+    """It is no delivery, so it is not answered: the program is wrong."""
+    with pytest.raises(TypeError, match=f"body: give the raw bytes of the body, not {type(body).__name__}"):
+        await endpoint.handle(body, HEADERS)
+    assert not endpoint.counts
+    assert is_acknowledged(await endpoint.handle(bytearray(notification()), HEADERS))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict,
+        lambda pairs: pairs,
+        httpx.Headers,
+        multidict.CIMultiDict,
+        lambda pairs: starlette.datastructures.Headers(raw=[(k.encode(), v.encode()) for k, v in pairs]),
+        lambda pairs: email.parser.Parser().parsestr("".join(f"{k}: {v}\n" for k, v in pairs)),
+    ],
+    ids=["dict", "pairs", "httpx", "aiohttp", "starlette", "http.server"],
+)
+async def test_headers_may_be_of_any_framework(handler, kind):
+    """A mapping or pairs, in any case."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
+    headers = kind([("content-type", "text/json"), ("x-ForwardeD-for", "203.0.113.7")])
+    assert is_acknowledged(await endpoint.handle(notification(), headers, client="10.1.2.3"))
+
+
+@pytest.mark.parametrize("headers", [None, "x-forwarded-for: 203.0.113.7", 7, [(b"x-forwarded-for", b"203.0.113.7")]])
+async def test_headers_of_another_kind_are_a_clear_error(handler, headers):
+    """Where they decide: with an allow-list."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
+    with pytest.raises(TypeError, match="headers: give a mapping of texts, or pairs of texts"):
+        await endpoint.handle(notification(), headers, client="10.1.2.3")
 
 
 # ── confirming ───────────────────────────────────────────────────────────────────────────────────

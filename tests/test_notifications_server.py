@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import logging
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import attrs
 import pytest
@@ -17,6 +17,7 @@ from notices import Handler, notification, trusting, until
 from lianlian_async import NotificationEndpoint
 from lianlian_async.contrib import aiohttp as contrib_aiohttp
 from lianlian_async.contrib import fastapi as contrib_fastapi
+from lianlian_async.journal import SqliteJournal
 
 pytestmark = pytest.mark.anyio
 
@@ -60,15 +61,12 @@ async def by_uvicorn(app, **options):
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5, **options))
     task = asyncio.create_task(server.serve())
     try:
-        await until(lambda: server.started or task.done())
-        if task.done():
-            raise RuntimeError("uvicorn did not start")
+        await until(lambda: server.started)
         [socket] = server.servers[0].sockets
         yield Service(socket.getsockname()[1], lambda: server.server_state.connections)
     finally:
         server.should_exit = True
-        with suppress(SystemExit):
-            await task
+        await task
 
 
 @asynccontextmanager
@@ -225,3 +223,37 @@ async def test_a_proxy_on_a_unix_socket_is_trusted_only_if_it_is_declared(tmp_pa
             writer.write(request)
             assert status(await reader.read()) == expected
             writer.close()
+
+
+@pytest.mark.parametrize("is_inbox", [False, True])
+async def test_served_alone_with_its_lifespan_the_endpoint_opens_its_journal(tmp_path, is_inbox):
+    """As the only application of a server, with a journal that nobody else opens."""
+    handler, journal = Handler(), SqliteJournal(tmp_path / "journal.sqlite")
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal, inbox=is_inbox)
+    for expected in ({"acted": 1}, {"duplicate": 1}):
+        endpoint.counts.clear()
+        async with by_uvicorn(endpoint, lifespan="on") as service:
+            assert status(await service.ask(whole(notification(), "Connection: close"))) == 200
+            await until(lambda: handler.done)
+        assert not journal.is_open
+        assert expected.items() <= endpoint.counts.items()
+    assert handler.numbers == ["R-1"]
+
+
+async def test_served_alone_without_a_lifespan_the_endpoint_says_how(tmp_path, caplog):
+    """Nothing is acknowledged, and the log tells the cure."""
+    endpoint = NotificationEndpoint(trusting(), Handler(), journal=SqliteJournal(tmp_path / "journal.sqlite"))
+    async with by_uvicorn(endpoint, lifespan="off") as service:
+        assert status(await service.ask(whole(notification(), "Connection: close"))) == 500
+    assert "have the server run its lifespan (uvicorn: --lifespan on)" in caplog.text
+
+
+@pytest.mark.parametrize("lifespan", ["on", "auto"])
+async def test_a_journal_that_cannot_be_opened_ends_the_server(tmp_path, caplog, lifespan):
+    """A server that started all the same would refuse every notification."""
+    journal = SqliteJournal(tmp_path / "missing" / "journal.sqlite")
+    endpoint = NotificationEndpoint(trusting(), Handler(), journal=journal)
+    server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_config=None, lifespan=lifespan))
+    with pytest.raises(SystemExit):
+        await server.serve()
+    assert "JournalError: journal" in caplog.text

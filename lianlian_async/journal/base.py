@@ -115,6 +115,10 @@ class Journal(Protocol):
     ) -> None:
         """Finish what is being written, and close it."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used now."""
+
     async def intend(self, intent: Intent, now: datetime) -> tuple[Standing, Entry]:
         """Write ``intent`` durably, and take hold of the refund until ``held_until``, before anything is sent.
 

@@ -145,6 +145,11 @@ class GroupedJournal:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name}>"
 
+    @property
+    def is_open(self) -> bool:
+        """See :attr:`Journal.is_open`."""
+        return self._group is not None
+
     async def __aenter__(self) -> Self:
         if self._group is not None:
             raise RuntimeError(f"journal {self._name} is open already")

@@ -22,6 +22,9 @@ T = TypeVar("T")
 class MemoryJournal:
     """A :class:`~lianlian_async.journal.Journal` in a dictionary. It can be opened again, and still knows all."""
 
+    is_open = True
+    """It has nothing to open: it works outside `async with` as well."""
+
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, cast
+from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
 import anyio
 
@@ -52,8 +53,12 @@ __all__ = ["Ack", "NotificationEndpoint", "Verdict"]
 
 logger = logging.getLogger("lianlian_async")
 
-MAX_NOTIFICATION_BYTES: Final = 64 * 1024
+Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
 
+MAX_NOTIFICATION_BYTES: Final = 64 * 1024
+_HOW_TO_OPEN: Final = (
+    "use the NotificationEndpoint in `async with`, or have the server run its lifespan (uvicorn: --lifespan on)"
+)
 
 _REFUSED: Final[Mapping[type[LianLianError], Verdict]] = {
     MalformedMessage: Verdict.MALFORMED,
@@ -89,14 +94,15 @@ class NotificationEndpoint:
         endpoint = NotificationEndpoint(merchant, on_refund, journal=journal)
         ack = await endpoint.handle(body, headers)      # or serve it: the object is an ASGI application
 
-    ``async with endpoint`` loads the keys before the first notification comes, and runs the inbox; the lifespan of
-    an ASGI server does it too. In *inline* mode it may be left out.
+    ``async with endpoint`` loads the keys before the first notification comes, opens a journal that is not open yet
+    (and closes it again), and runs the inbox; the lifespan of an ASGI server does it too. In *inline* mode with an open
+    journal, or with none, it may be left out.
 
     Args:
         merchant: who we are; what others are notified of is refused.
         on_refund: a coroutine function, called with the ``Refund`` whose ``sta_refund`` is final. It should commit
             its work before it returns, and bear to be called again if it did not return.
-        journal: an open journal, best the session's own. What it knows about a refund must match, and it learns the
+        journal: best the session's own. What it knows about a refund must match, and it learns the
             final state. Without one, the last ``remember`` refunds of this process are known.
         session: told of final states, so that ``wait_refund`` returns at once; asks for what a notification leaves out;
             needed by ``confirm``.
@@ -161,6 +167,8 @@ class NotificationEndpoint:
         self._ready: _Ready | None = None
         self._turn = anyio.Lock()
         self._worker: _Worker | None = None
+        self._resources: AsyncExitStack | None = None
+        """What ``async with`` opened."""
 
     def __repr__(self) -> str:
         return f"<NotificationEndpoint {self.merchant.oid_partner}>"
@@ -168,9 +176,13 @@ class NotificationEndpoint:
     # ── opening and closing ──────────────────────────────────────────────────────────────────────
 
     async def __aenter__(self) -> Self:
-        if self._worker is not None:
+        if self._resources is not None:
             raise RuntimeError("this NotificationEndpoint is in use already")
-        ready = await self._open()
+        async with AsyncExitStack() as resources:
+            if self._journal is not None and not self._journal.is_open:
+                await resources.enter_async_context(self._journal)
+            ready = await self._open()
+            self._resources = resources.pop_all()
         if self._is_inbox:
             inbox = cast("Inbox", ready.book)  # there is a journal
             self._worker = _Worker(inbox, Background(lambda: inbox.work(self._concurrency, self._count_act)))
@@ -181,16 +193,20 @@ class NotificationEndpoint:
     ) -> None:
         self._ready = None
         worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.inbox.stop()
-            try:
-                await worker.task.join()
-            finally:
-                await worker.task.aclose()
+        resources, self._resources = self._resources, None
+        async with cast("AsyncExitStack", resources):  # it was entered
+            if worker is not None:
+                worker.inbox.stop()
+                try:
+                    await worker.task.join()
+                finally:
+                    await worker.task.aclose()
 
     async def _open(self) -> _Ready:
         async with self._turn:
             if self._ready is None:
+                if self._journal is not None and not self._journal.is_open:
+                    raise RuntimeError(f"{self._journal!r} is not open: {_HOW_TO_OPEN}")
                 book = self._recent if self._journal is None else await self._inbox_beside(self._journal)
                 self._ready = _Ready(await RsaThread.open(self.merchant), book)
             return self._ready
@@ -200,17 +216,19 @@ class NotificationEndpoint:
 
     # ── one delivery ─────────────────────────────────────────────────────────────────────────────
 
-    async def handle(self, body: bytes, headers: Mapping[str, str], *, client: str | None = None) -> Ack:
+    async def handle(self, body: bytes, headers: Headers, *, client: str | None = None) -> Ack:
         """What to answer to a notification with this body, and act on it. Raises nothing but cancellation.
 
-        ``client`` is the address that it came from; with ``allow_from`` it is needed.
+        ``body`` is what the request's body is made of, not a text or a dictionary that a framework made of it: else
+        ``TypeError``. ``headers`` are any mapping, or a sequence of pairs. ``client`` is the address that it came from;
+        with ``allow_from`` it is needed.
         """
         if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
         return await self._handle(body)
 
     async def handle_stream(
-        self, read: Callable[[int], Awaitable[bytes]], headers: Mapping[str, str], *, client: str | None = None
+        self, read: Callable[[int], Awaitable[bytes]], headers: Headers, *, client: str | None = None
     ) -> Ack:
         """Read a body that is still arriving, and :meth:`handle` it; answer 408 if it takes too long.
 
@@ -227,6 +245,8 @@ class NotificationEndpoint:
         return await self._handle(body)
 
     async def _handle(self, body: bytes) -> Ack:
+        if not isinstance(body, bytes | bytearray):
+            raise TypeError(f"body: give the raw bytes of the body, not {type(body).__name__}; they are decoded here")
         try:
             verdict = await self._judge(body)
         except tuple(_REFUSED) as error:
@@ -242,7 +262,7 @@ class NotificationEndpoint:
         self.counts[verdict] += 1
         return ACKS[verdict]
 
-    def _admits(self, headers: Mapping[str, str], client: str | None) -> bool:
+    def _admits(self, headers: Headers, client: str | None) -> bool:
         if not self._allow_list.allow_from:
             return True
         is_admitted, address = self._allow_list.judge(client, _header(headers, "x-forwarded-for"))
@@ -263,7 +283,7 @@ class NotificationEndpoint:
 
     async def _keep(self, refund: Refund) -> Verdict:
         if self._worker is None:
-            raise RuntimeError("the inbox is not open: use the NotificationEndpoint in `async with`")
+            raise RuntimeError(f"the inbox is not open: {_HOW_TO_OPEN}")
         standing = await self._worker.inbox.keep(refund)
         self._tell(refund)
         return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
@@ -342,8 +362,14 @@ class NotificationEndpoint:
         if scope["method"] != "POST":
             return ONLY_POST
         client = scope.get("client")
-        return await self.handle_stream(partial(asgi.read, receive), asgi.headers(scope), client=client and client[0])
+        return await self.handle_stream(
+            lambda limit: asgi.read(receive, limit), asgi.headers(scope), client=client and client[0]
+        )
 
 
-def _header(headers: Mapping[str, str], name: str) -> str:
-    return ",".join(text for key, text in headers.items() if key.lower() == name)
+def _header(headers: Headers, name: str) -> str:
+    try:
+        pairs: Iterable[tuple[str, str]] = headers.items() if hasattr(headers, "items") else headers
+        return ",".join([text for key, text in pairs if str.lower(key) == name])
+    except (TypeError, ValueError):
+        raise TypeError("headers: give a mapping of texts, or pairs of texts") from None
