@@ -1037,12 +1037,14 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(endpoint, handler):
     ],
 )
 async def test_only_post_to_the_exact_path_is_served(handler, changes, status):
-    """405 names the method that is allowed; neither counts as a delivery."""
+    """405 names the method that is allowed; neither counts as a delivery, nor waits for a body that may be slow."""
     endpoint = NotificationEndpoint(trusting(), handler, path="/refund")
     server = Server(pieces(notification()))
     await endpoint(post(**changes), server.receive, server.send)
     assert server.status == status
-    assert dict(server.heard[0]["headers"]).get(b"allow") == (b"POST" if status == 405 else None)
+    headers = dict(server.heard[0]["headers"])
+    assert headers.get(b"allow") == (b"POST" if status == 405 else None)
+    assert headers.get(b"connection") == (None if status == 200 else b"close")
     assert endpoint.counts.total() == (status == 200)
 
 

@@ -27,7 +27,7 @@ class AllowList:
     allow_from: Networks
     trusted_proxies: Networks
     trusts_unix: bool
-    """Whether who is connected over a Unix socket is a trusted proxy."""
+    """Whether a peer on a Unix socket is a trusted proxy."""
 
     @classmethod
     def read(cls, allow_from: Iterable[str], trusted_proxies: Iterable[str]) -> AllowList:

@@ -217,11 +217,11 @@ class NotificationEndpoint:
     # ── one delivery ─────────────────────────────────────────────────────────────────────────────
 
     async def handle(self, body: bytes, headers: Headers, *, client: str | None = None) -> Ack:
-        """What to answer to a notification with this body, and act on it. Raises nothing but cancellation.
+        """Act on the notification in ``body``, and return the answer to it.
 
-        ``body`` is what the request's body is made of, not a text or a dictionary that a framework made of it: else
-        ``TypeError``. ``headers`` are any mapping, or a sequence of pairs. ``client`` is the address that it came from;
-        with ``allow_from`` it is needed.
+        ``body`` is the raw bytes of the request's body, ``headers`` any mapping, or pairs. ``client`` is the address
+        that the request came from; with ``allow_from`` it is needed. Raises only cancellation, and ``TypeError`` for
+        arguments of another kind: a body that a framework has decoded already.
         """
         if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
@@ -246,7 +246,7 @@ class NotificationEndpoint:
 
     async def _handle(self, body: bytes) -> Ack:
         if not isinstance(body, bytes | bytearray):
-            raise TypeError(f"body: give the raw bytes of the body, not {type(body).__name__}; they are decoded here")
+            raise TypeError(f"body: give the raw bytes of the body, not {type(body).__name__}; the endpoint decodes it")
         try:
             verdict = await self._judge(body)
         except tuple(_REFUSED) as error:
