@@ -50,7 +50,7 @@ async def test_a_page_comes_instead_of_an_answer(fault, status, header, when, ma
 
 @BOTH
 @pytest.mark.parametrize(
-    ("ret_code", "ret_msg"), [("1007", "网络繁忙，请稍后再试"), ("9902", "接口调用异常"), ("8117", "交易失败")]
+    ("ret_code", "ret_msg"), [("1007", "网络链接繁忙"), ("5006", "商户账户余额不足"), ("7777", "交易失败")]
 )
 async def test_the_gateway_says_that_it_is_busy(ret_code, ret_msg, when, made):
     """Any code can be scripted as a signed answer; those without words of their own get common ones."""

@@ -7,9 +7,10 @@ import anyio
 import pytest
 from sandbox_client import APPLICATION, CROSS_BORDER, DOMESTIC, Client
 
+from lianlian_async import wire
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.models import RefundRequest, RefundStatus
-from lianlian_async.sandbox import Repeated, SandboxGateway
+from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
 
 pytestmark = pytest.mark.anyio
 
@@ -49,12 +50,45 @@ async def test_the_cross_border_product_answers_as_the_apply_page_says():
 
 
 async def test_the_domestic_product_tells_of_no_foreign_currency():
-    """Neither those fields nor dt_refund, when applying and when asking."""
+    """Nor does its apply answer have dt_refund; the query answer and the notification have."""
     client = Client(sandbox())
-    for answer in (await client.apply(DOMESTIC), await client.query()):
+    applied, found = await client.apply(DOMESTIC), await client.query()
+    notified = wire.decode(client.gateway.notification(client.gateway.refunds[0]))
+    for answer in (applied, found, notified):
         assert answer["ret_code"] == "0000"
         assert client.is_signed(answer)
-        assert not {*FOREIGN, "dt_refund"} & answer.keys()
+        assert not FOREIGN & answer.keys()
+    assert "dt_refund" not in applied
+    assert found["dt_refund"] == notified["dt_refund"] == APPLICATION["dt_refund"]
+
+
+@pytest.mark.parametrize("amount", ["0.1", "1", "88.000", "200.01"])
+async def test_an_amount_comes_back_as_it_was_sent(amount):
+    """A genuine exchange echoed 0.1; the books hold its value."""
+    client = Client(sandbox())
+    for answer in (await client.apply(money_refund=amount), await client.query()):
+        assert (answer["ret_code"], answer["money_refund"]) == ("0000", amount)
+    assert client.gateway.money_moved("R-1") == Decimal(amount)
+
+
+async def test_every_answer_has_the_date_of_the_gateways_clock():
+    """Answers, refusals and pages alike, in process too; the clock is the one that can be put forward."""
+    gateway = sandbox(started_at=datetime(2026, 1, 5, 16, 0, tzinfo=timezone(timedelta(hours=8))))
+    client = Client(gateway)
+    gateway.script(Fault.HTTP_500, skip=2)
+    sent = [
+        await client.send(CROSS_BORDER, json=client.signed(APPLICATION)),
+        await client.send(CROSS_BORDER, content=b"{"),
+        await client.send(CROSS_BORDER, json=client.signed(APPLICATION)),
+        await client.send("/elsewhere"),
+        await client.send(CROSS_BORDER, method="GET"),
+    ]
+    assert [response.status_code for response in sent] == [200, 200, 200, 404, 405]
+    gateway.advance(90.0)
+    sent.append(await client.send(CROSS_BORDER, json=client.signed(APPLICATION)))
+    assert sent.pop().headers["date"] == "Mon, 05 Jan 2026 08:01:30 GMT"
+    assert {response.headers["date"] for response in sent} == {"Mon, 05 Jan 2026 08:00:00 GMT"}
+    assert gateway.time_of_day() == datetime(2026, 1, 5, 8, 1, 30, tzinfo=UTC)
 
 
 async def test_a_query_tells_what_an_application_told():
@@ -116,18 +150,46 @@ async def test_a_refund_that_fails_is_told_as_failed():
 
 
 async def test_a_refund_without_record_is_not_found():
-    """8901 with its words, signed, and nothing of a refund."""
-    client = Client(sandbox())
+    """8901 with its words, and nothing of a refund; unsigned as the real one, or signed where that is asked for."""
+    assert await Client(sandbox()).query() == {"ret_code": "8901", "ret_msg": "没有记录"}
+    client = Client(sandbox(sign_errors=True))
     answer = await client.query()
     assert client.is_signed(answer)
     assert answer.keys() == {"ret_code", "ret_msg", "oid_partner", "sign_type", "sign"}
     assert (answer["ret_code"], answer["ret_msg"]) == ("8901", "没有记录")
 
 
+@pytest.mark.parametrize("sign_errors", [None, True])
+async def test_the_refusal_of_a_refund_is_signed_and_repeats_it(sign_errors):
+    """As a genuine one did; the amount as it was sent."""
+    client = Client(sandbox(default_order=None, sign_errors=sign_errors))
+    answer = await client.apply(money_refund="0.1")
+    assert client.is_signed(answer)
+    assert answer.pop("sign")
+    assert answer == {
+        "ret_code": "5002",
+        "ret_msg": "原始交易不存在",
+        "oid_partner": client.gateway.oid_partner,
+        "no_refund": "R-1",
+        "money_refund": "0.1",
+        "sign_type": "RSA",
+    }
+
+
+async def test_a_wrong_parameter_is_told_without_a_signature():
+    """1004 holds code and words only, unless all errors are signed; then it repeats what there is to repeat."""
+    assert (await Client(sandbox()).apply(no_refund="")).keys() == {"ret_code", "ret_msg"}
+    client = Client(sandbox(sign_errors=True))
+    answer = await client.apply(no_refund="")
+    assert client.is_signed(answer)
+    assert answer.keys() == {"ret_code", "ret_msg", "oid_partner", "money_refund", "sign_type", "sign"}
+
+
 async def test_errors_may_come_unsigned():
     """With sign_errors off an error is its code and words only; 0000 is signed all the same."""
     client = Client(sandbox(sign_errors=False))
     assert await client.query() == {"ret_code": "8901", "ret_msg": "没有记录"}
+    assert await client.apply(money_refund="2000") == {"ret_code": "5003", "ret_msg": "退款金额错误"}
     assert client.is_signed(await client.apply())
 
 
@@ -141,7 +203,7 @@ async def test_an_order_has_the_numbers_it_was_added_with():
     client = Client(gateway)
     assert (await client.apply(no_order="O-2"))["ret_code"] == "5002"
     assert (await client.apply(dt_order="20130515014013"))["ret_code"] == "5002"
-    assert (await client.apply(oid_paybill="2013051613121201"))["ret_code"] == "9091"
+    assert (await client.apply(oid_paybill="2013051613121201"))["ret_code"] == "9092"
     assert (await client.apply(money_refund="400.03"))["ret_code"] == "5003"
     assert (await client.apply(oid_paybill=order.oid_paybill))["ret_code"] == "0000"
     assert (await client.apply(no_refund="R-2", money_refund="200.02"))["ret_code"] == "5007"
@@ -190,6 +252,17 @@ async def test_money_may_move_twice():
     first, second = await client.apply(), await client.apply()
     assert first["oid_refundno"] != second["oid_refundno"]
     assert (gateway.money_moved("R-1"), gateway.times_made("R-1")) == (Decimal("400.02"), 2)
+
+
+async def test_a_gateway_may_carry_out_whatever_it_gets():
+    """Each request under AGAIN with large orders is a refund of its own, however often the same bytes come."""
+    gateway = sandbox(repeated=Repeated.AGAIN, default_order=Decimal("100000000.00"))
+    client = Client(gateway)
+    fields = client.signed(APPLICATION)
+    answers = [await client.ask(CROSS_BORDER, fields) for _ in range(10)]
+    assert {answer["ret_code"] for answer in answers} == {"0000"}
+    assert len({answer["oid_refundno"] for answer in answers}) == gateway.times_made("R-1") == 10
+    assert gateway.money_moved("R-1") == 10 * Decimal("200.01")
 
 
 async def test_applications_at_the_same_time_are_not_both_the_first():

@@ -26,6 +26,7 @@ def application(**changes):
             "no_refund": "R-1",
             "dt_refund": "20130515094018",
             "money_refund": Decimal("60.00"),
+            "amount_as_sent": "60.00",
             "no_order": "O-1",
             "dt_order": None,
             "oid_paybill": None,
@@ -95,11 +96,11 @@ def test_an_order_is_found_by_either_of_its_numbers():
 
 @pytest.mark.parametrize(("no_order", "oid_paybill"), [("O-1", "P-2"), ("O-1", "P-9"), ("O-9", "P-1")])
 def test_numbers_of_different_orders_do_not_match(no_order, oid_paybill):
-    """9091 where order number and payment number are not of one and the same order."""
+    """9092 where order number and payment number are not of one and the same order."""
     books = ledger()
     books.add_order(PARTNER, "O-1", Decimal("100.00"), oid_paybill="P-1")
     books.add_order(PARTNER, "O-2", Decimal("100.00"), oid_paybill="P-2")
-    assert refused(books.apply, application(no_order=no_order, oid_paybill=oid_paybill), 0.0) == "9091"
+    assert refused(books.apply, application(no_order=no_order, oid_paybill=oid_paybill), 0.0) == "9092"
 
 
 def test_an_order_of_another_time_is_another_order():

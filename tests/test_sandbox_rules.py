@@ -3,6 +3,7 @@
 import json
 from decimal import Decimal
 
+import httpx
 import pytest
 from sandbox_client import APPLICATION, CROSS_BORDER, JSON, QUERY, Client
 
@@ -26,9 +27,9 @@ def client():
         ({"dt_refund": "20130231000000"}, "dt_refund"),
         ({"dt_refund": "2013-05-15"}, "dt_refund"),
         ({"money_refund": None}, "money_refund"),
-        ({"money_refund": "200"}, "money_refund"),
-        ({"money_refund": "200.1"}, "money_refund"),
-        ({"money_refund": "200.010"}, "money_refund"),
+        ({"money_refund": "200."}, "money_refund"),
+        ({"money_refund": "200.011"}, "money_refund"),
+        ({"trader_refund": "2" * 19}, "trader_refund"),
         ({"money_refund": "-1.00"}, "money_refund"),
         ({"money_refund": "0.00"}, "money_refund"),
         ({"money_refund": "100000000.01"}, "money_refund"),
@@ -61,6 +62,10 @@ async def test_an_application_that_breaks_a_field_rule_is_told_which_field(clien
         {"no_order": None, "dt_order": None, "oid_paybill": "P" * 32},
         {"no_order": "", "dt_order": "", "oid_paybill": "P-1"},
         {"money_refund": "0.01"},
+        {"money_refund": "0.1"},
+        {"money_refund": "200"},
+        {"money_refund": "200.010"},
+        {"trader_refund": "201304121000001004"},
         {"money_refund": "1000.00"},
         {"notify_url": "http://shop.example/" + "x" * 108},
         {"a_field_that_no_page_knows": "is signed like any other"},
@@ -80,6 +85,7 @@ async def test_an_application_within_the_rules_is_carried_out(client, changes):
         ({"dt_refund": "2013051509401"}, "dt_refund"),
         ({"no_refund": "R" * 33}, "no_refund"),
         ({"oid_refundno": "1" * 17}, "oid_refundno"),
+        ({"trader_refund": "2" * 19}, "trader_refund"),
         ({"no_refund": None}, "no_refund"),
         ({"no_refund": "", "oid_refundno": ""}, "no_refund"),
     ],
@@ -149,22 +155,31 @@ async def test_an_unknown_merchant_is_refused(client, stranger_keys):
     ],
 )
 async def test_a_body_that_is_no_flat_object_of_strings_is_refused(client, body):
-    """1012 for whatever is not JSON in UTF-8 with string values only."""
+    """9002 for whatever is not JSON in UTF-8 with string values only."""
     response = await client.send(CROSS_BORDER, content=body)
-    assert response.json()["ret_code"] == "1012"
+    assert response.json()["ret_code"] == "9002"
 
 
-@pytest.mark.parametrize("content_type", ["", "text/plain", "application/json", "application/json;charset=gbk"])
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/jsonp", "application/json;charset=gbk"])
 async def test_a_body_that_does_not_say_what_it_is_is_refused(client, content_type):
-    """1012 without the content type that both pages ask for."""
+    """9002 without the content type that both pages ask for."""
     response = await client.send(CROSS_BORDER, json=client.signed(APPLICATION), content_type=content_type)
-    assert response.json()["ret_code"] == "1012"
+    assert response.json()["ret_code"] == "9002"
 
 
 async def test_the_content_type_may_be_spelled_in_any_case(client):
     """Neither case nor a blank after the semicolon makes it another content type."""
     body = json.dumps(client.signed(APPLICATION))
     response = await client.send(CROSS_BORDER, content=body, content_type="Application/JSON; charset=UTF-8")
+    assert response.json()["ret_code"] == "0000"
+
+
+@pytest.mark.parametrize("content_type", ["application/json", 'application/json;charset="utf-8"'])
+async def test_a_request_is_taken_as_the_vendors_own_clients_send_it(client, content_type):
+    """Without a charset, or with one in Content-Encoding, where it does not belong."""
+    headers = {"content-type": content_type, "content-encoding": "UTF-8"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=client.gateway), base_url="http://sandbox") as http:
+        response = await http.post(CROSS_BORDER, json=client.signed(APPLICATION), headers=headers)
     assert response.json()["ret_code"] == "0000"
 
 

@@ -7,7 +7,7 @@ import anyio
 import httpx
 import pytest
 import uvicorn
-from sandbox_client import CROSS_BORDER, Client
+from sandbox_client import APPLICATION, CROSS_BORDER, Client
 
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 
@@ -24,7 +24,7 @@ def client():
             await super().startup(sockets)
             ready.set()
 
-    server = Server(uvicorn.Config(gateway, port=0, log_config=None, lifespan="on", ws="none"))
+    server = Server(uvicorn.Config(gateway, port=0, log_config=None, lifespan="on", ws="none", date_header=False))
     thread = threading.Thread(target=server.run)
     thread.start()
     assert ready.wait(30)
@@ -33,6 +33,12 @@ def client():
     server.should_exit = True
     thread.join(30)
     assert not thread.is_alive()
+
+
+async def test_there_is_one_date(client):
+    """The gateway's own: the server is told to add none."""
+    response = await client.send(CROSS_BORDER, json=client.signed(APPLICATION))
+    assert len(response.headers.get_list("date")) == 1
 
 
 async def test_a_refund_is_made_and_found(client):
@@ -65,6 +71,6 @@ async def test_silence_ends_when_the_client_goes_away(client, fault):
 
 
 async def test_a_body_that_is_too_big_is_refused_unread(client):
-    """1012 for a body of several megabytes that comes in many pieces."""
+    """9002 for a body of several megabytes that comes in many pieces."""
     response = await client.send(CROSS_BORDER, content=b"{" + b" " * 4 * 1024 * 1024 + b"}")
-    assert response.json()["ret_code"] == "1012"
+    assert response.json()["ret_code"] == "9002"

@@ -36,7 +36,14 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
     with listener:  # it takes connections from here on, even before the server runs
         name = f"[{host}]" if ":" in host else host
         lifespan: Literal["on", "off"] = "on" if isinstance(gateway, Notifier) else "off"
-        config = uvicorn.Config(gateway, lifespan=lifespan, ws="none", log_config=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            gateway,
+            lifespan=lifespan,
+            ws="none",
+            log_config=None,
+            timeout_graceful_shutdown=1,
+            date_header=False,  # the gateway sends its own
+        )
         logging.getLogger("uvicorn.error").addFilter(_is_unexpected)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), name="lianlian-sandbox")

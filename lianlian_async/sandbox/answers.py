@@ -10,27 +10,46 @@ import attrs
 
 from lianlian_async import wire
 
-__all__ = ["MESSAGES", "SUCCESS", "Refusal", "Response", "foreign_fields", "message", "page", "refusal"]
+__all__ = ["MESSAGES", "SUCCESS", "UNSIGNED", "Refusal", "Response", "foreign_fields", "message", "page", "refusal"]
 
 SUCCESS: Final = {"ret_code": "0000", "ret_msg": "交易成功"}
 
 MESSAGES: Final = {
     "1001": "商户请求签名错误",
-    "1002": "商户退款单号重复",
+    "1002": "第三方单号重复",
     "1004": "商户请求参数校验错误[{}]",
-    "1007": "网络繁忙，请稍后再试",
-    "1012": "请求报文格式错误",
-    "3001": "非法的商户号",
-    "3005": "查询时间跨度超过三个月",
-    "5002": "原交易不存在",
-    "5003": "退款金额与原交易不符",
-    "5007": "累计退款金额超过原交易金额",
+    "1007": "网络链接繁忙",
+    "1008": "商户请求IP错误",
+    "1009": "暂停商户支付服务，请联系连连银通客服",
+    "1014": "日累计金额或笔数超限",
+    "1016": "交易金额超限",
+    "1019": "单笔金额超限",
+    "2005": "原交易已在进行处理，请勿重复提交",
+    "2008": "交易处理中",
+    "3001": "非法商户",
+    "3005": "查询跨度不得高于3个月",
+    "5002": "原始交易不存在",
+    "5003": "退款金额错误",
+    "5005": "退款失败，请重试",
+    "5006": "商户账户余额不足",
+    "5007": "累计退款金额大于原交易金额",
+    "5008": "原交易未成功",
+    "8117": "幂等检查异常",
     "8901": "没有记录",
-    "9091": "支付单号与商户订单号不匹配",
+    "9002": "报文解析异常",
+    "9091": "创建支付失败",
+    "9092": "支付单号与订单号不一致",
+    "9093": "无对应的支付单信息",
+    "9104": "对公账户余额不足",
     "9902": "接口调用异常",
+    "9920": "退款失败",
+    "9983": "商户订单号重复",
     "9999": "系统错误",
 }
-"""``ret_msg`` in the manner of the real gateway; ``{}`` stands for the parameter at fault."""
+"""``ret_msg`` of LianLian's page of return codes; ``{}`` stands for the parameter at fault."""
+
+UNSIGNED: Final = frozenset({"1004", "8901", "9002"})
+"""Error answers of these codes were seen without a signature; a refusal of a refund (9093) was seen with one."""
 
 _ANY_OTHER: Final = "交易失败"
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from email.utils import format_datetime
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -55,7 +56,8 @@ def _made_up_key(_owner: str, bits: int) -> SigningKey:
 class SandboxGateway:
     """A fake of LianLian's refund gateway, with one merchant known to it; an ASGI 3 application.
 
-    Its clock is ``clock`` plus whatever :meth:`advance` added, so tests need not wait for refunds to settle.
+    Its clock is ``clock`` plus whatever :meth:`advance` added, so tests need not wait for refunds to settle. Every
+    answer has a ``Date`` header by this clock: a server must not add its own (uvicorn: ``--no-date-header``).
 
     Args:
         oid_partner: The number of the merchant that is known from the start.
@@ -66,7 +68,9 @@ class SandboxGateway:
         repeated: What a second application under the same ``no_refund`` meets.
         settle_after: Seconds from carrying a refund out to its final state; 0: the apply answer has it already.
         default_order: What an order that nobody added is worth, in yuan; None: it does not exist (5002).
-        sign_errors: Whether answers other than 0000 are signed; if not, they hold code and words only.
+        sign_errors: Whether answers other than 0000 are signed; None: all but 1004, 8901 and 9002, as the real gateway
+            was seen to do. A signed refusal of a refund repeats its number and amount; an unsigned answer holds code
+            and words only.
         faults: How likely each fault is per request.
         seed: Where the dice that throw them start.
         delay: Seconds that faults take which are not scripted with another ``delay``.
@@ -87,7 +91,7 @@ class SandboxGateway:
         repeated: Repeated = Repeated.REJECT,
         settle_after: float = 2.0,
         default_order: Decimal | None = None,
-        sign_errors: bool = True,
+        sign_errors: bool | None = None,
         faults: Mapping[Fault, float] | None = None,
         seed: int = 0,
         delay: float = 1.0,
@@ -151,6 +155,10 @@ class SandboxGateway:
     def now(self) -> float:
         """Seconds of the gateway's own clock."""
         return self._clock() + self._advanced
+
+    def time_of_day(self, moment: float | None = None) -> datetime:
+        """Return the time of day (aware) at a moment of the gateway's clock; now, if not given."""
+        return self._started_at + timedelta(seconds=(self.now() if moment is None else moment) - self._started)
 
     def advance(self, seconds: float) -> None:
         """Put the gateway's clock forward; ``ValueError`` if that is backward."""
@@ -227,6 +235,7 @@ class SandboxGateway:
         if scope["type"] == "lifespan":
             await asgi.lifespan(receive, send, nullcontext())
             return
+        send = self._dated(send)
         route = _ROUTES.get(scope["path"])
         if route is None:
             await respond(send, answers.page(404, "Not Found"))
@@ -238,13 +247,22 @@ class SandboxGateway:
             try:
                 fields = rules.read_body(asgi.headers(scope).get("content-type", ""), body)
             except Refusal as refusal:
-                await respond(send, answers.message(self._seal(answers.refusal(refusal.ret_code), "")))
+                await respond(send, answers.message(self._seal(answers.refusal(refusal.ret_code), {})))
             else:
                 await self._serve(route, fields, receive, send)
 
+    def _dated(self, send: asgi.Send) -> asgi.Send:
+        async def send_dated(message: asgi.Message) -> None:
+            if message["type"] == "http.response.start":
+                date = format_datetime(self.time_of_day().astimezone(UTC), usegmt=True)
+                message["headers"] = [*message["headers"], (b"date", date.encode())]
+            await send(message)
+
+        return send_dated
+
     async def _serve(self, route: _Route, fields: Mapping[str, str], receive: asgi.Receive, send: asgi.Send) -> None:
         trouble = self._plan.strike(route.call, fields.get("no_refund"))
-        seal = functools.partial(self._seal, oid_partner=fields.get("oid_partner", ""))
+        seal = functools.partial(self._seal, request=fields)
         if trouble is None:
             await respond(send, answers.message(seal(self._carry_out(route, fields))))
             return
@@ -284,7 +302,10 @@ class SandboxGateway:
             self.made = anyio.Event()
         except Refusal as refusal:
             return answers.refusal(refusal.ret_code, refusal.parameter)
-        return self._tell(record, record.received_at)
+        answer = self._tell(record, record.received_at)
+        if route.domestic:  # a genuine domestic apply answer was seen without it
+            del answer["dt_refund"]
+        return answer
 
     def _tell(self, record: Record, at: float) -> dict[str, str]:
         """The 0000 answer about a refund as it stood at a moment, in the fields of its product."""
@@ -292,27 +313,32 @@ class SandboxGateway:
         fields = {
             **answers.SUCCESS,
             "no_refund": application.no_refund,
-            "money_refund": wire.format_money(application.money_refund),
+            "dt_refund": application.dt_refund,
+            "money_refund": application.amount_as_sent,
             "oid_refundno": record.oid_refundno,
             "sta_refund": status.value,
         }
         if not application.domestic:
-            fields |= {"dt_refund": application.dt_refund, **answers.foreign_fields(application.money_refund)}
+            fields |= answers.foreign_fields(application.money_refund)
         if status is RefundStatus.SUCCESS:
-            settled_at = self._started_at + timedelta(seconds=record.settles_at - self._started)
-            fields["settle_date"] = wire.format_timestamp(settled_at)[:8]
+            fields["settle_date"] = wire.format_timestamp(self.time_of_day(record.settles_at))[:8]
         return fields
 
     def notification(self, record: Record, at: float | None = None) -> bytes:
         """The signed notification of how a refund stands at a moment of the gateway's clock; now, if not given."""
         fields = self._tell(record, self.now() if at is None else at)
-        return wire.encode(self._seal(fields, record.application.oid_partner))
+        return wire.encode(self._seal(fields, {"oid_partner": record.application.oid_partner}))
 
-    def _seal(self, answer: Mapping[str, str], oid_partner: str) -> dict[str, str]:
-        """``answer`` as it goes out: signed, unless it is an error and errors are not."""
-        if answer["ret_code"] != "0000" and not self.sign_errors:
-            return dict(answer)
-        fields = {**answer, "oid_partner": oid_partner, "sign_type": "RSA"}
+    def _seal(self, answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
+        """Return ``answer`` as it goes out: signed, or an error of code and words alone."""
+        echo: dict[str, str] = {}
+        if (ret_code := answer["ret_code"]) != "0000":
+            signs = ret_code not in answers.UNSIGNED if self.sign_errors is None else self.sign_errors
+            if not signs:
+                return dict(answer)
+            if "money_refund" in request:  # an apply call
+                echo = {name: request[name] for name in ("no_refund", "money_refund") if request.get(name)}
+        fields = {**answer, **echo, "oid_partner": request.get("oid_partner", ""), "sign_type": "RSA"}
         return {**fields, "sign": self.gateway_key.sign(signature_source(fields))}
 
     # ── ready-made ───────────────────────────────────────────────────────────────────────────────

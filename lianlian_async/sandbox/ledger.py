@@ -32,7 +32,8 @@ class Repeated(Enum):
     REPLAY = "replay"
     """The first answer once more, whatever the second application said; nothing moves."""
     AGAIN = "again"
-    """It is a refund like any other: the money moves twice."""
+    """It is a refund like any other: the money moves twice, if the order is worth as much. With a ``default_order`` of
+    100,000,000.00 the gateway carries out every request that it gets, and ``times_made`` counts them."""
 
 
 @attrs.frozen(kw_only=True)
@@ -43,6 +44,8 @@ class Application:
     no_refund: str
     dt_refund: str
     money_refund: Decimal
+    amount_as_sent: str
+    """What answers repeat: ``0.1`` is not made ``0.10``."""
     no_order: str | None
     dt_order: str | None
     oid_paybill: str | None
@@ -173,7 +176,7 @@ class Ledger:
             named.append(self._payments.get((application.oid_partner, application.oid_paybill)))
         order = named[0]
         if any(other is not order for other in named):
-            raise Refusal("9091")
+            raise Refusal("9092")
         if order is None:
             if self.default_order is None:
                 raise Refusal("5002")

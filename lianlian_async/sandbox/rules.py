@@ -21,23 +21,24 @@ from .ledger import Application, Question
 
 __all__ = ["authenticate", "read_application", "read_body", "read_question"]
 
-_MONEY: Final = re.compile(r"[0-9]{1,9}\.[0-9]{2}")
+_MONEY: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,2}0*)?")
+_CONTENT_TYPE: Final = re.compile(r'application/json(;charset="?utf-8"?)?')
 
 
 def read_body(content_type: str, body: bytes) -> dict[str, str]:
-    """The fields of a request: JSON in UTF-8 that says so, one flat object of strings (1012 otherwise).
+    """The fields of a request: JSON in UTF-8, one flat object of strings (9002 otherwise).
 
     A null is as good as absent. A number is refused: both pages give every field the type String.
     """
-    if content_type.replace(" ", "").lower() != "application/json;charset=utf-8":
-        raise Refusal("1012")
+    if not _CONTENT_TYPE.fullmatch(content_type.replace(" ", "").lower()):
+        raise Refusal("9002")
     try:
         fields = wire.decode(body)
     except MalformedMessage:
-        raise Refusal("1012") from None
+        raise Refusal("9002") from None
     as_sent = json.loads(body, parse_int=float)  # float: an int of too many digits would be an error
     if fields != {name: value for name, value in as_sent.items() if value is not None}:
-        raise Refusal("1012")
+        raise Refusal("9002")
     return fields
 
 
@@ -65,6 +66,7 @@ def read_application(oid_partner: str, fields: Mapping[str, str], *, domestic: b
         no_refund=fields["no_refund"],
         dt_refund=fields["dt_refund"],
         money_refund=Decimal(fields["money_refund"]),
+        amount_as_sent=fields["money_refund"],
         no_order=fields.get("no_order") or None,
         dt_order=fields.get("dt_order") or None,
         oid_paybill=fields.get("oid_paybill") or None,
@@ -118,9 +120,18 @@ _APPLY: Final[_Rules] = {
     "money_refund": _is_money,
     "notify_url": _is_url,
 }
-_APPLY_OPTIONAL: Final[_Rules] = {"no_order": _at_most(32), "dt_order": _is_timestamp, "oid_paybill": _at_most(32)}
+_APPLY_OPTIONAL: Final[_Rules] = {
+    "no_order": _at_most(32),
+    "dt_order": _is_timestamp,
+    "oid_paybill": _at_most(32),
+    "trader_refund": _at_most(18),
+}
 _QUERY: Final[_Rules] = {"dt_refund": _is_timestamp}
-_QUERY_OPTIONAL: Final[_Rules] = {"no_refund": _at_most(32), "oid_refundno": _at_most(16)}
+_QUERY_OPTIONAL: Final[_Rules] = {
+    "no_refund": _at_most(32),
+    "oid_refundno": _at_most(16),
+    "trader_refund": _at_most(18),
+}
 
 
 def _check(fields: Mapping[str, str], rules: _Rules) -> None:
