@@ -299,9 +299,13 @@ class Refund:
     """The mapping exactly as received, signature included."""
     asked_dt_refund: datetime | None = attrs.field(default=None, repr=False, eq=False)
     """The ``dt_refund`` that was asked for: an answer need not repeat it, a later question needs it."""
+    asked_trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)
+    """The ``trader_refund`` that was asked for, likewise."""
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, str], *, asked_dt_refund: datetime | None = None) -> Refund:
+    def from_dict(
+        cls, data: Mapping[str, str], *, asked_dt_refund: datetime | None = None, asked_trader_refund: str | None = None
+    ) -> Refund:
         """The refund that a received mapping tells of; :meth:`to_dict` gives that mapping back.
 
         A known field whose text is not of its documented form stays None and keeps its text in ``extra``:
@@ -337,6 +341,7 @@ class Refund:
             extra=extra,
             raw=data,
             asked_dt_refund=asked_dt_refund,
+            asked_trader_refund=asked_trader_refund,
         )
 
     def to_dict(self) -> dict[str, str]:
@@ -360,6 +365,7 @@ class Refund:
                 **({} if self.no_refund is None else {"no_refund": self.no_refund}),
                 **({} if self.no_refund or not self.oid_refundno else {"oid_refundno": self.oid_refundno}),
                 **({} if when is None else {"dt_refund": when}),
+                "trader_refund": self.asked_trader_refund,
             }
         )
 
@@ -373,7 +379,7 @@ def _revive_refund(fields: dict[str, Any]) -> Refund:
     return Refund(**fields)
 
 
-_KNOWN: Final = {"sign", "sign_type", *_names(Refund)} - {"extra", "raw", "asked_dt_refund"}
+_KNOWN: Final = {"sign", "sign_type", *_names(Refund)} - {"extra", "raw", "asked_dt_refund", "asked_trader_refund"}
 """The fields that have a place of their own; nobody needs a signature that was verified."""
 
 DOCUMENTED: Final = _KNOWN.union(_names(RefundRequest), _names(RefundQuery))

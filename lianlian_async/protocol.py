@@ -94,7 +94,9 @@ class Protocol:
             return Reply(known=Known.UNCERTAIN, error=error, retry_after=retry_after)
         if row.kind is CodeClass.SUCCESS:
             asked = wire.parse_timestamp(exchange.asked["dt_refund"])
-            return Reply(known=Known.FOUND, refund=Refund.from_dict(fields, asked_dt_refund=asked))
+            trader = exchange.asked.get("trader_refund")
+            refund = Refund.from_dict(fields, asked_dt_refund=asked, asked_trader_refund=trader)
+            return Reply(known=Known.FOUND, refund=refund)
         return _refused(exchange, fields, row, verified=verified, retry_after=retry_after)
 
     def read_notification(self, body: bytes) -> Refund:

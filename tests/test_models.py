@@ -504,7 +504,9 @@ def test_unknown_fields_are_kept():
 
 
 @given(
-    st.dictionaries(st.sampled_from([*SAMPLE, "extra", "raw", "asked_dt_refund", "memo"]), st.text())
+    st.dictionaries(
+        st.sampled_from([*SAMPLE, "extra", "raw", "asked_dt_refund", "asked_trader_refund", "memo"]), st.text()
+    )
     | st.dictionaries(st.text(), st.text())
 )
 def test_any_mapping_of_strings_is_a_refund_and_nothing_is_lost(data):

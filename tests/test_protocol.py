@@ -194,6 +194,16 @@ def test_a_query_is_not_about_money(text):
     assert read(QUERY, made(QUERY.asked, money_refund=text)).known is Known.FOUND
 
 
+@pytest.mark.parametrize("trader", [None, "201304121000001004"])
+def test_a_later_question_names_the_merchant_that_was_refunded_for(trader):
+    """trader_refund goes into both calls, and into a question that is made of the answer."""
+    request = refund_request(trader_refund=trader)
+    apply, query = PROTOCOL.apply_fields(request), PROTOCOL.query_fields(request.query())
+    assert apply.get("trader_refund") == query.get("trader_refund") == trader
+    asking = exchange(Call.APPLY, apply)
+    assert read(asking, made(asking.asked)).refund.query() == request.query()
+
+
 def test_a_query_by_lianlians_number_is_answered_by_that_number():
     """Asked by oid_refundno, the answer has to repeat it; the merchant's own number may be any."""
     asking = exchange(Call.QUERY, PROTOCOL.query_fields(RefundQuery(oid_refundno="2013051613121201", dt_refund=EPOCH)))

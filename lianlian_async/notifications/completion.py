@@ -6,17 +6,8 @@ from typing import Final
 
 import attrs
 
-from lianlian_async.errors import (
-    AnswerMismatch,
-    GatewayUnavailable,
-    InvalidRequest,
-    LianLianError,
-    MalformedMessage,
-    QueryRejected,
-    RefundConflict,
-    RefundNotFound,
-    SignatureInvalid,
-)
+from lianlian_async import errors
+from lianlian_async.errors import LianLianError, RefundConflict
 from lianlian_async.journal import Journal
 from lianlian_async.models import Refund, RefundRequest
 from lianlian_async.session import RefundSession
@@ -24,15 +15,9 @@ from lianlian_async.session import RefundSession
 __all__ = ["IncompleteNotification", "complete"]
 
 _NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
-_NO_RECORD: Final = (  # whatever query_refund raises where it gets no record
-    AnswerMismatch,
-    GatewayUnavailable,
-    InvalidRequest,
-    MalformedMessage,
-    QueryRejected,
-    RefundNotFound,
-    SignatureInvalid,
-)
+# All that query_refund raises where it gets no record.
+_UNUSABLE: Final = (errors.AnswerMismatch, errors.MalformedMessage, errors.SignatureInvalid)
+_NO_RECORD: Final = (errors.GatewayUnavailable, errors.InvalidRequest, errors.QueryRejected, errors.RefundNotFound)
 
 
 class IncompleteNotification(LianLianError):
@@ -54,10 +39,11 @@ async def complete(told: Refund, session: RefundSession | None, journal: Journal
         raise IncompleteNotification(f"{what}; give the NotificationEndpoint a session, and it asks the gateway")
     entry = None if journal is None or told.no_refund is None else await journal.find(told.no_refund)
     if entry is not None:
-        told = attrs.evolve(told, asked_dt_refund=RefundRequest.from_record(entry.fields).dt_refund)
+        request = RefundRequest.from_record(entry.fields)
+        told = attrs.evolve(told, asked_dt_refund=request.dt_refund, asked_trader_refund=request.trader_refund)
     try:
         found = await session.query_refund(told.query(), deadline=seconds)
-    except _NO_RECORD as error:
+    except (*_NO_RECORD, *_UNUSABLE) as error:
         raise IncompleteNotification(f"{what}; asking the gateway failed: {error}") from error
     for name in (*_NEEDED, "dt_refund"):
         notified, recorded = getattr(told, name), getattr(found, name)
