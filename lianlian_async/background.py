@@ -48,6 +48,11 @@ class Background:
         with suppress(RuntimeError):  # the loop is closed (trio.RunFinishedError is one too), and the task with it
             self._call_soon(self._scope.cancel)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        return self._ended.is_set()
+
     async def join(self) -> None:
         """Wait until it has ended by itself."""
         await self._ended.wait()

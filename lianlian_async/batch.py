@@ -175,7 +175,7 @@ class _Run:
         self._unknown.sort(key=lambda pair: pair[0].ask_again_at, reverse=True)
         while self._unknown:
             unknown, _ = self._unknown[-1]
-            await anyio.sleep(max(0.0, (unknown.ask_again_at - self._session.now()).total_seconds()))
+            await anyio.sleep(max(0.0, (unknown.ask_again_at - self._session.clock().wall).total_seconds()))
             yield self._unknown.pop()
 
     async def _settle(self, pair: tuple[RefundOutcomeUnknown, Outcome]) -> None:

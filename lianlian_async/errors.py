@@ -24,7 +24,7 @@ refund: that is a plain ``RuntimeError``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -189,25 +189,26 @@ class RefundOutcomeUnknown(LianLianError):
     "no such record" may be believed.
 
     ``attempts`` counts the sends, ``questions`` the queries, ``sent_at`` is the last moment at which
-    an attempt may have arrived, ``last_error`` is the last failure in words. ``request`` is the
-    :class:`~lianlian_async.RefundRequest`, ``body`` the exact signed bytes, ``oid_partner`` the merchant
-    that signed them.
+    an attempt may have arrived (``moment``: the same on every clock), ``last_error`` is the last failure in words.
+    ``refused`` is the :class:`RefundRejected` in which every attempt so far ended, None where one may have worked.
+    ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the exact signed bytes, ``oid_partner`` the
+    merchant that signed them.
     """
 
     def __init__(
         self,
         *,
         request: Any,
-        question: Any,
         oid_partner: str,
         body: bytes,
         attempts: int,
         questions: int,
-        sent_at: datetime,
+        moment: Any,
         ask_again_at: datetime,
         last_error: str,
+        refused: RefundRejected | None = None,
     ) -> None:
-        # `request` and `question` are values of models, a floor above this one: hence Any.
+        # `request` and `moment` are values of other modules, none of which is below this one: hence Any.
         self.request = request
         self.no_refund: str = request.no_refund
         self.dt_refund: datetime = request.dt_refund
@@ -215,10 +216,11 @@ class RefundOutcomeUnknown(LianLianError):
         self.body = body
         self.attempts = attempts
         self.questions = questions
-        self.sent_at = sent_at
+        self.moment = moment
+        self.sent_at: datetime = moment.wall
+        self.refused = refused
         self.ask_again_at = ask_again_at
         self.last_error = last_error
-        self._question = question
         super().__init__(
             f"refund {self.no_refund} may have been made: {attempts} attempts, {questions} questions, "
             f"last: {last_error}; ask again at {ask_again_at.isoformat(timespec='seconds')}"
@@ -226,7 +228,7 @@ class RefundOutcomeUnknown(LianLianError):
 
     def query(self) -> Any:
         """The :class:`~lianlian_async.RefundQuery` that asks about this refund."""
-        return self._question
+        return self.request.query()
 
 
 class GatewayUnavailable(LianLianError):
@@ -258,18 +260,25 @@ class RefundNotFinal(LianLianError):
 
 
 class RefundConflict(LianLianError):
-    """The same ``no_refund`` already stands for other content; this call sent nothing more.
+    """The same ``no_refund`` stands for other content: at the gateway, or in the journal. Nothing more is sent.
 
-    ``field`` is the wire name that differs, ``ours`` and ``theirs`` the two values. A person has to look:
-    the number was used for another refund.
+    ``field`` is the wire name that differs, ``ours`` and ``theirs`` the two values. ``record`` holds the fields of
+    the gateway's signed record, where the gateway told it; None where the number was used for another request of
+    ours. A person has to decide: the gateway may have made one of the two refunds, or both.
     """
 
-    def __init__(self, no_refund: str, *, field: str, ours: str, theirs: str) -> None:
+    def __init__(
+        self, no_refund: str, *, field: str, ours: str, theirs: str, record: Mapping[str, str] | None = None
+    ) -> None:
         self.no_refund = no_refund
         self.field = field
         self.ours = ours
         self.theirs = theirs
-        super().__init__(f"refund {no_refund} exists with another {field}: ours {ours}, recorded {theirs}")
+        self.record = None if record is None else dict(record)
+        super().__init__(
+            f"refund {no_refund} exists with another {field}: ours {ours}, recorded {theirs}; "
+            "do not refund again before a person has decided"
+        )
 
 
 class SignatureInvalid(LianLianError):
@@ -296,8 +305,14 @@ class MalformedMessage(LianLianError):
 class JournalError(LianLianError):
     """The journal cannot be used: not written, not read, held by another process, of an unknown version.
 
-    Nothing was sent that the journal does not hold. The message names the journal and the cure.
+    Nothing is sent that the journal does not hold. The message names the journal and the cure.
+
+    ``said`` tells what became of the refund where the journal failed *after* a send: the
+    :class:`~lianlian_async.Refund` that was made, or the error that the call would have raised. None: the call sent
+    nothing. Call ``apply_refund`` again with the same request once the journal works.
     """
+
+    said: Any = None
 
 
 class BatchStopped(LianLianError):

@@ -6,7 +6,6 @@ Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport say
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from enum import Enum, StrEnum
 from typing import TypeAlias
@@ -60,8 +59,6 @@ class Exchange:
     deadline: Deadline
     """The whole call's."""
     policy: RetryPolicy
-    send_before: float = math.inf
-    """The event loop's second after which nothing may be sent: another worker may then hold the refund."""
     lease_holds: Callable[[], bool] = attrs.field(default=_no_lease, eq=False, repr=False)
     """Asked once more right before bytes leave: waiting, connecting or a suspension may have outlasted the lease."""
     attempt: int = 1
@@ -99,6 +96,7 @@ class Known(Enum):
     FOUND = "the gateway's own signed record of this refund"
     REJECTED = "the gateway refused this request, for good"
     EXISTS = "the gateway says it has, or is working on, this refund already"
+    CONFLICT = "the gateway's own signed record of another refund under this number"
     NOT_FOUND = "the gateway has no such record at this moment"
     UNCERTAIN = "nothing can be concluded"
 

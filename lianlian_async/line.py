@@ -8,7 +8,8 @@ from typing import Any
 
 import anyio
 
-from .exchange import Call, Exchange, Known, Reply
+from .clock import SessionClock
+from .exchange import Answer, Call, Exchange, Known, Reply
 from .merchant import Merchant
 from .middleware import Attempt, Middleware, Permit, Retry, onion
 from .retry import LONGEST_ATTEMPT, Bucket, Deadline, RetryBudget, RetryPolicy
@@ -29,7 +30,10 @@ class Line:
         budget: RetryBudget,
         limiter: AbstractAsyncContextManager[Any] | None,
         middleware: Sequence[Middleware],
+        clock: SessionClock,
     ) -> None:
+        self.clock = clock
+        """Also knows the gateway's time."""
         self.protocol = rsa.protocol
         self.bucket = Bucket(budget)
         """What is left of the retry budget."""
@@ -49,6 +53,7 @@ class Line:
         limiter: AbstractAsyncContextManager[Any] | None,
         middleware: Sequence[Middleware],
         warm_up: int,
+        clock: SessionClock,
     ) -> Line:
         """Load the keys, open ``warm_up`` connections, and put the onion together.
 
@@ -61,7 +66,7 @@ class Line:
             with anyio.CancelScope(shield=True):
                 await transport.aclose()
             raise
-        return cls(rsa, transport, budget=budget, limiter=limiter, middleware=middleware)
+        return cls(rsa, transport, budget=budget, limiter=limiter, middleware=middleware, clock=clock)
 
     async def seal(self, fields: Mapping[str, str]) -> bytes:
         """Sign, off the event loop."""
@@ -79,6 +84,8 @@ class Line:
         """The heart of the onion: out over the wire, and what came back."""
         exchange.trail.open_sends += 1
         delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)
+        if isinstance(delivery, Answer):
+            self.clock.heard(delivery.headers.get("date", ""))
         reply = await self._rsa.check(self.protocol.read, exchange, delivery)
         if reply.known in (Known.NOT_SENT, Known.REJECTED):
             exchange.trail.open_sends -= 1

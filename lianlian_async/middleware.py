@@ -125,8 +125,6 @@ class Attempt:
         trail = Trail()
         if not seconds:
             return _gave_up(exchange, trail, "the deadline is over", None)
-        if now + seconds > exchange.send_before:
-            return _gave_up(exchange, trail, "waited so long that another worker may hold this refund", None)
         with anyio.move_on_after(seconds):
             try:
                 reply = await call_next(attrs.evolve(exchange, seconds=seconds, trail=trail))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import attrs
 
@@ -21,6 +21,7 @@ from .errors import (
     MalformedMessage,
     Problem,
     QueryRejected,
+    RefundConflict,
     RefundNotFound,
     RefundNotSent,
     RefundRejected,
@@ -28,6 +29,7 @@ from .errors import (
     spoken,
 )
 from .exchange import Answer, Call, Delivery, Exchange, Known, Lost, Reply
+from .identity import check_identity
 from .merchant import Merchant
 from .models import DOCUMENTED, Refund, RefundQuery, RefundRequest
 from .signing import SigningKey, VerifyingKey, signature_source
@@ -90,6 +92,8 @@ class Protocol:
             verified = self._verified(fields)
             row = explain(fields["ret_code"])
             _match(exchange, fields, success=row.kind is CodeClass.SUCCESS)
+        except RefundConflict as conflict:
+            return Reply(known=Known.CONFLICT, error=conflict)
         except LianLianError as error:
             return Reply(known=Known.UNCERTAIN, error=error, retry_after=retry_after)
         if row.kind is CodeClass.SUCCESS:
@@ -193,30 +197,23 @@ def _is_charset(name: str) -> bool:
     return True
 
 
+_NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
+
+
 def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> None:
     """Refuse the answer to another question. An error answer need not repeat what was asked, a success must."""
     asked = exchange.asked
-    names = [name for name in ("no_refund", "oid_refundno") if name in asked]
-    # An empty field is as good as absent: the signature leaves both out.
-    for name in ("oid_partner", *names):
-        if fields.get(name, "") not in ("", asked[name]):
-            raise AnswerMismatch(name, asked=asked[name], answered=fields[name])
     if not success:
+        check_identity(asked, {name: fields.get(name, "") for name in _NUMBERS})
         return
+    check_identity(asked, fields)
+    names = [name for name in ("no_refund", "oid_refundno") if name in asked]
     if not fields.get("oid_partner"):
         raise AnswerMismatch("oid_partner", asked=asked["oid_partner"], answered=None)
     if not any(fields.get(name) for name in names):
         raise AnswerMismatch(names[0], asked=asked[names[0]], answered=None)
-    if exchange.call is Call.APPLY and not _is_amount(asked["money_refund"], fields.get("money_refund", "")):
-        raise AnswerMismatch("money_refund", asked=asked["money_refund"], answered=fields.get("money_refund"))
-
-
-def _is_amount(asked: str, answered: str) -> bool:
-    """Whether both are the same amount, however many decimals the answer writes."""
-    try:
-        return asked == answered or asked == wire.format_money(wire.parse_money(answered))
-    except ValueError:
-        return False
+    if exchange.call is Call.APPLY and not fields.get("money_refund"):
+        raise AnswerMismatch("money_refund", asked=asked["money_refund"], answered=None)
 
 
 def _refused(
@@ -226,7 +223,7 @@ def _refused(
     ret_code, ret_msg = fields["ret_code"], fields.get("ret_msg", "")
     error: LianLianError
     number = exchange.asked.get("no_refund")
-    if known is Known.REJECTED and exchange.call is Call.APPLY:
+    if known in (Known.REJECTED, Known.EXISTS) and exchange.call is Call.APPLY:
         error = rejection(RefundRejected, ret_code, ret_msg, verified=verified, no_refund=number)
     elif known is Known.REJECTED:
         error = rejection(QueryRejected, ret_code, ret_msg, verified=verified, no_refund=number)

@@ -1,4 +1,4 @@
-"""Refunds under a journal: intend before the first byte, settle or release after the last, ask about what is open.
+"""One refund on record: its intent before the first byte, its outcome after the last.
 
 With a journal ``apply_refund`` may be called again at any time, after any crash: what is settled is answered
 from the record, what is unsettled is asked about first, and what is new is sent.
@@ -9,29 +9,22 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import datetime, timedelta
-from typing import Final, NamedTuple, cast
+from datetime import timedelta
+from typing import Final, cast
 
 import anyio
 import attrs
 
-from .errors import (
-    JournalError,
-    LianLianError,
-    RefundConflict,
-    RefundNotSent,
-    RefundOutcomeUnknown,
-    RefundRejected,
-)
-from .flow import checked, drain
+from .clock import Clock
+from .errors import JournalError, LianLianError, RefundConflict, RefundNotSent, RefundOutcomeUnknown, RefundRejected
+from .identity import check_identity
 from .journal import Ending, Entry, Intent, Journal, Standing, State
-from .models import Refund, RefundQuery, RefundRequest
-from .outcome import Outcome
+from .models import Refund, RefundRequest
 from .protocol import rejection
 from .settlement import matching
 from .signing import signature_source
 
-__all__ = ["Recording", "Resumed", "answer", "digest", "ending", "learn", "resume", "take"]
+__all__ = ["Recording", "answer", "digest", "ending", "learn", "refusal", "take"]
 
 logger = logging.getLogger("lianlian_async")
 
@@ -51,39 +44,34 @@ def ending(refund: Refund) -> Ending:
     return Ending(state=State.DONE if refund.is_final else State.ACCEPTED, record=refund.to_dict())
 
 
-def _rejected(error: RefundRejected) -> Ending:
+def _refusal_record(error: RefundRejected) -> dict[str, str]:
     verified = "yes" if error.verified else "no"
-    record = {"ret_code": error.ret_code, "ret_msg": error.ret_msg, "verified": verified}
-    return Ending(state=State.REJECTED, record=record)
+    return {"ret_code": error.ret_code, "ret_msg": error.ret_msg, "verified": verified}
+
+
+def refusal(no_refund: str, record: Mapping[str, str]) -> RefundRejected:
+    """The ``RefundRejected`` that the journal keeps as ``record``."""
+    verified = record["verified"] == "yes"
+    return rejection(RefundRejected, record["ret_code"], record["ret_msg"], verified=verified, no_refund=no_refund)
 
 
 def answer(entry: Entry) -> Refund:
-    """What a settled entry tells: the recorded refund, or the recorded ``RefundRejected``, raised again."""
+    """What a settled entry tells: the recorded refund, or the recorded refusal or conflict, raised again."""
     if entry.ending is None:
         raise LookupError(f"refund {entry.no_refund} is not settled")
     record = entry.ending.record
     if entry.ending.state is State.REJECTED:
-        raise rejection(
-            RefundRejected,
-            record["ret_code"],
-            record["ret_msg"],
-            verified=record["verified"] == "yes",
-            no_refund=entry.no_refund,
-        )
+        raise refusal(entry.no_refund, record)
+    if entry.ending.state is State.CONFLICT:
+        check_identity(entry.fields, record)  # raises the conflict that is on record
     return Refund.from_dict(record, asked_dt_refund=RefundRequest.from_record(entry.fields).dt_refund)
 
 
-async def take(
-    journal: Journal, intent: Callable[[datetime], Intent], now: Callable[[], datetime], deadline: float
-) -> tuple[Standing, Entry]:
-    """``journal.intend``, again and again while the refund is HELD, up to ``deadline`` (event loop's clock).
-
-    ``intent`` is what to write at a moment of the wall clock, which is ``now``.
-    """
+async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) -> tuple[Standing, Entry]:
+    """``journal.intend``, again and again while the refund is HELD, up to ``deadline`` (event loop's clock)."""
     seconds = _FIRST_LOOK
     while True:
-        at = now()
-        standing, entry = await journal.intend(intent(at), at)
+        standing, entry = await journal.intend(intent, clock())
         if standing is not Standing.HELD or anyio.current_time() + seconds > deadline:
             return standing, entry
         await anyio.sleep(seconds)
@@ -94,15 +82,21 @@ async def learn(journal: Journal, refund: Refund) -> Refund:
     """Settle the entry of a refund of which the gateway told unasked; ``refund``, with its ``dt_refund`` if known.
 
     A refund that has no entry is returned as it is. Raises ``RefundConflict`` for one that is not what was applied
-    for, and for a final state that is not the one on record.
+    for, which then stays on record, and for a final state that is not the one on record.
     """
     number = str(refund.no_refund)
     entry = await journal.find(number)
     if entry is None:
         return refund
     request = RefundRequest.from_record(entry.fields)
-    matching(request, refund)
-    recorded = cast("Ending", (await journal.settle(number, ending(refund))).ending)  # what is settled has one
+    try:
+        matching(request, refund)
+    except RefundConflict:
+        await journal.settle(entry, Ending(state=State.CONFLICT, record=refund.to_dict()))
+        raise
+    recorded = cast("Ending", (await journal.settle(entry, ending(refund))).ending)  # what is settled has one
+    if recorded.state is State.CONFLICT:
+        check_identity(entry.fields, recorded.record)
     status = recorded.record.get("sta_refund")
     if recorded.state is State.REJECTED or (refund.is_final and status != refund.sta_refund):
         theirs = f"rejected {recorded.record['ret_code']}" if recorded.state is State.REJECTED else str(status)
@@ -112,13 +106,13 @@ async def learn(journal: Journal, refund: Refund) -> Refund:
 
 @attrs.frozen(kw_only=True)
 class Recording:
-    """One refund's page in the journal; ``now`` is the wall clock."""
+    """One refund's page in the journal."""
 
     journal: Journal
     request: RefundRequest
     fields: Mapping[str, str]
     """The wire fields that are signed."""
-    now: Callable[[], datetime]
+    clock: Clock
     digest: str = attrs.field(init=False)
 
     @digest.default
@@ -132,153 +126,86 @@ class Recording:
             return None
         return answer(entry)
 
-    async def claim(self, body: bytes, hold: float, deadline: float) -> tuple[Standing, Entry]:
-        """Write the intent and take hold of the refund for ``hold`` seconds.
+    async def claim(self, body: bytes, lease: float, deadline: float) -> tuple[Standing, Entry]:
+        """Write the intent and take the refund's lease for so many seconds.
 
-        Waits up to ``deadline`` (event loop's clock) for whoever holds it now. Never HELD: raises
+        Waits up to ``deadline`` (event loop's clock) for whoever has it now. Never HELD: raises
         ``RefundOutcomeUnknown`` instead, and ``RefundConflict`` for other content.
         """
-        fields = self.request.to_dict()
-
-        def intent(now: datetime) -> Intent:
-            return Intent(
-                no_refund=self.request.no_refund,
-                digest=self.digest,
-                fields=fields,
-                body=body,
-                held_until=now + timedelta(seconds=hold),
-            )
-
-        standing, entry = await take(self.journal, intent, self.now, deadline)
+        number = self.request.no_refund
+        intent = Intent(no_refund=number, digest=self.digest, fields=self.request.to_dict(), body=body, lease=lease)
+        standing, entry = await take(self.journal, intent, self.clock, deadline)
         if standing is Standing.HELD:
             raise self._held(entry)
         return standing, entry
 
     def _held(self, entry: Entry) -> RefundOutcomeUnknown:
-        held_until = entry.sent_at or self.now()
+        now = self.clock()
+        leased_until = entry.leased_until or now
         return RefundOutcomeUnknown(
             request=self.request,
-            question=self.request.query(),
             oid_partner=self.fields["oid_partner"],
             body=entry.body,
             attempts=0,
             questions=0,
-            sent_at=held_until,
-            ask_again_at=held_until,
-            last_error="another call or worker is at this refund",
+            moment=leased_until,
+            ask_again_at=now.wall + timedelta(seconds=max(0.0, leased_until.boot - now.boot)),
+            last_error="another call or worker holds the lease on this refund",
         )
 
-    async def keep(self, entry: Entry, settle: Callable[[], Awaitable[Refund]]) -> Refund:
-        """Run ``settle`` for the claimed ``entry`` and write down how it ended, even under cancellation."""
+    async def keep(
+        self, entry: Entry, settle: Callable[[], Awaitable[Refund]], unknown: Callable[[], RefundOutcomeUnknown]
+    ) -> Refund:
+        """Run ``settle`` for the claimed ``entry`` and write down how it ended, even under cancellation.
+
+        A ``JournalError`` that is raised after a send tells as ``said`` what became of the refund; ``unknown`` says
+        what is known before ``settle`` has ended.
+        """
         try:
             refund = await settle()
         except RefundRejected as error:
-            if error.is_configuration:  # ours to mend, and then to be sent
-                await self._release(entry, None)
+            if error.is_configuration or error.may_pass:  # the same refund may be sent again
+                await self._release(entry, error)
             else:
-                await self._settle(_rejected(error))
+                await self._settle(entry, Ending(state=State.REJECTED, record=_refusal_record(error)), error)
             raise
-        except RefundNotSent:
-            await self._release(entry, None)
+        except RefundNotSent as error:
+            await self._release(entry, error)
             raise
         except RefundOutcomeUnknown as error:
-            await self._release(entry, error.sent_at)
+            await self._release(entry, error)
             raise
-        except BaseException:  # cancelled, or a bug: an attempt may be under way; or a conflict, for a person to solve
-            await self._release(entry, self.now())
+        except RefundConflict as error:
+            # What was raised without a record was found here, and not at the gateway.
+            await self._settle(entry, Ending(state=State.CONFLICT, record=error.record or {}), error)
             raise
-        await self._settle(ending(refund))
+        except BaseException as error:  # cancelled, a journal that failed, or a bug: an attempt may be under way
+            said = unknown()
+            if isinstance(error, JournalError):
+                error.said = said
+            try:
+                await self._release(entry, said)
+            except JournalError as problem:
+                logger.warning("refund %s may have been made: %s", entry.no_refund, problem)
+            raise
+        await self._settle(entry, ending(refund), refund)
         return refund
 
-    async def _settle(self, how: Ending) -> None:
-        with anyio.CancelScope(shield=True):
-            await self.journal.settle(self.request.no_refund, how)
-
-    async def _release(self, entry: Entry, sent_at: datetime | None) -> None:
-        with anyio.CancelScope(shield=True):
-            await self.journal.release(entry, sent_at)
-
-
-class Resumed(NamedTuple):
-    """What :meth:`RefundSession.resume` did."""
-
-    settled: int
-    """Refunds whose end is known now."""
-    still_open: int
-    """Refunds that have to be asked about again later."""
-
-
-async def resume(
-    journal: Journal,
-    *,
-    settle: Callable[[RefundRequest], Awaitable[Outcome]],
-    query: Callable[[RefundQuery], Awaitable[Refund]],
-    workers: int,
-    on_final: Callable[[Refund], Awaitable[bool]] | None,
-) -> Resumed:
-    """Find out about every refund that ``journal`` holds as unsettled, or as accepted but not final.
-
-    What was certainly never sent is left alone: only who asks for it again has it sent. ``on_final`` hears of each one
-    that is found final; an accepted one stays open until it has said yes.
-    """
-    run = _Resumption(journal=journal, settle=settle, query=query, on_final=on_final)
-    await drain(journal.pending(), run.pursue, workers=checked(workers), intake=anyio.CancelScope())
-    return Resumed(run.settled, run.still_open)
-
-
-@attrs.define(kw_only=True)
-class _Resumption:
-    """One call of :func:`resume`."""
-
-    journal: Journal
-    settle: Callable[[RefundRequest], Awaitable[Outcome]]
-    query: Callable[[RefundQuery], Awaitable[Refund]]
-    on_final: Callable[[Refund], Awaitable[bool]] | None
-    settled: int = 0
-    still_open: int = 0
-
-    async def pursue(self, entry: Entry) -> None:
-        """Find out about one refund."""
-        if entry.ending is None and entry.sent_at is None:
-            return  # certainly never sent: whoever was told so may have refunded by other means
-        request = RefundRequest.from_record(entry.fields)
-        if await (self._is_settled(request) if entry.ending is None else self._is_final(request)):
-            self.settled += 1
-        else:
-            self.still_open += 1
-
-    async def _is_settled(self, request: RefundRequest) -> bool:
-        outcome = await self.settle(request)
-        if isinstance(outcome.error, JournalError):
-            raise outcome.error
-        if outcome.refund is not None:
-            await self._is_heard(request, outcome.refund)
-        return outcome.refund is not None or isinstance(outcome.error, RefundRejected)
-
-    async def _is_final(self, request: RefundRequest) -> bool:
+    async def _settle(self, entry: Entry, how: Ending, said: Refund | LianLianError) -> None:
         try:
-            refund = matching(request, await self.query(request.query()))
-            if not await self._is_heard(request, refund):
-                return False
-            refund = await learn(self.journal, refund)
-        except JournalError:
+            with anyio.CancelScope(shield=True):
+                await self.journal.settle(entry, how)
+        except JournalError as error:
+            error.said = said
             raise
-        except LianLianError as error:
-            logger.info("refund %s is accepted, its final state is not known: %s", request.no_refund, error)
-            return False
-        return refund.is_final
 
-    async def _is_heard(self, request: RefundRequest, refund: Refund) -> bool:
-        if self.on_final is None or not refund.is_final:
-            return True
-        complete = attrs.evolve(  # an answer need not repeat what was asked for, as a notification does
-            refund,
-            no_refund=request.no_refund,
-            money_refund=request.money_refund,
-            asked_dt_refund=request.dt_refund,
-        )
+    async def _release(self, entry: Entry, said: LianLianError) -> None:
+        """End the lease; only what is unknown may have been sent."""
+        unknown = said if isinstance(said, RefundOutcomeUnknown) else None
+        refused = None if unknown is None or unknown.refused is None else _refusal_record(unknown.refused)
         try:
-            return await self.on_final(complete)
-        except RefundConflict as conflict:
-            logger.error("refund %s is final, but another end was told before: %s", request.no_refund, conflict)  # noqa: TRY400 - no traceback: it is not about the program
-            return False
+            with anyio.CancelScope(shield=True):
+                await self.journal.release(entry, None if unknown is None else unknown.moment, refused)
+        except JournalError as error:
+            error.said = said
+            raise

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from enum import Enum
-from functools import partial
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
-import attrs
 
+from .clock import Clock, SessionClock, system_clock
 from .errors import ConfigurationError, GatewayUnavailable, LianLianError, RefundOutcomeUnknown
-from .exchange import Call, Exchange, Reply
-from .journal import Journal, Standing
+from .exchange import Call, Reply
+from .flight import Flights, Order
+from .journal import Journal, OpenRefunds
 from .line import Line
 from .merchant import Merchant
 from .middleware import Middleware
 from .models import Refund, RefundQuery, RefundRequest
 from .outcome import Outcome, Tally
-from .recording import Recording, Resumed, answer, learn, resume
+from .recording import learn
+from .recovery import Resumed, resume
 from .retry import Deadline, RetryPolicy
-from .settlement import Case, settle
 from .transport import AsyncBaseTransport, AsyncClient, Transport
 from .waiting import Waiting
 
 __all__ = ["RefundSession"]
 
 
-_utc_now = partial(datetime.now, UTC)
+LONGEST_DEADLINE: Final = 86_400.0
+"""Seconds that one call may take with a journal, which keeps its lease for twice as long."""
 
 
 class _State(Enum):
@@ -67,8 +67,13 @@ class RefundSession:
         limiter: any async context manager, held around every attempt: a semaphore, or
             :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
         journal: an open :class:`lianlian_async.journal.Journal`, not closed by the session. ``apply_refund`` is
-            then re-entrant: every refund is on record before its first byte is sent.
-        now: the wall clock (aware datetimes), for the moments that errors name.
+            then re-entrant: every refund is on record before its first byte is sent. It belongs to this merchant and
+            this apply endpoint from then on.
+        query_first: query before a refund is sent that is new here: after a journal was lost or restored.
+        clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
+
+    Calls for one ``no_refund`` at the same time share one refund, and so do calls one after the other, as long as the
+    first one left it unknown: the second one asks first. Without a journal that ends with the session.
 
     Closing waits for the calls that are running, which their deadlines bound; new ones, and those that still wait
     for a slot, are refused: nothing of theirs was sent.
@@ -88,7 +93,8 @@ class RefundSession:
         middleware: Sequence[Middleware] = (),
         limiter: AbstractAsyncContextManager[Any] | None = None,
         journal: Journal | None = None,
-        now: Callable[[], datetime] = _utc_now,
+        query_first: bool = False,
+        clock: Clock = system_clock,
     ) -> None:
         if client is not None and transport is not None:
             raise ConfigurationError("client and transport: give one of them, a client has its transport already")
@@ -106,7 +112,9 @@ class RefundSession:
         self._middleware = tuple(middleware)
         self._limiter = limiter
         self._journal = journal
-        self._now = now
+        self._open_refunds = OpenRefunds()
+        self._query_first = query_first
+        self._clock = SessionClock(clock)
         self._waiting = Waiting()
         self._state = _State.NEW
         self._running = 0
@@ -120,9 +128,10 @@ class RefundSession:
         """How many calls run at the same time."""
         return self._max_connections
 
-    def now(self) -> datetime:
-        """The session's wall clock."""
-        return self._now()
+    @property
+    def clock(self) -> Clock:
+        """The session's clock."""
+        return self._clock
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────
 
@@ -142,7 +151,9 @@ class RefundSession:
                 limiter=self._limiter,
                 middleware=self._middleware,
                 warm_up=self._warm_up,
+                clock=self._clock,
             )
+            self._flights = Flights(self._line, self._clock, self._slot)
         except BaseException:
             self._state = _State.CLOSED
             raise
@@ -162,26 +173,30 @@ class RefundSession:
             with anyio.CancelScope(shield=True):
                 await self._line.aclose()
 
-    @asynccontextmanager
-    async def _call(
-        self, deadline: float | None, retry: RetryPolicy | None
-    ) -> AsyncGenerator[tuple[Deadline, RetryPolicy]]:
-        """One call of the user's: a slot, from which its deadline counts, and its policy."""
-        if self._state is not _State.OPEN:
-            raise RuntimeError(f"this RefundSession is {self._state.value}")
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """One call of the user's: closing waits for it."""
+        self._check_open()
         if anyio.lowlevel.current_token() != self._event_loop:
             raise RuntimeError("this RefundSession belongs to another event loop: open one in each loop")
-        seconds = self._deadline if deadline is None else _checked(deadline)
         self._running += 1
         try:
-            async with self._slots:
-                if self._state is not _State.OPEN:  # it was closed while this call waited: nothing is begun any more
-                    raise RuntimeError(f"this RefundSession is {self._state.value}")
-                yield Deadline(anyio.current_time() + seconds), self._retry if retry is None else retry
+            yield
         finally:
             self._running -= 1
             if not self._running:
                 self._idle.set()
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncGenerator[None]:
+        """A connection slot, in order; refused if the session was closed while it was waited for."""
+        async with self._slots:
+            self._check_open()
+            yield
+
+    def _check_open(self) -> None:
+        if self._state is not _State.OPEN:
+            raise RuntimeError(f"this RefundSession is {self._state.value}")
 
     # ── the calls ────────────────────────────────────────────────────────────────────────────────
 
@@ -197,10 +212,11 @@ class RefundSession:
             InvalidRequest: a field breaks the gateway's rules; nothing was sent.
             RefundNotSent: certainly never reached the gateway; safe to send again.
             RefundRejected: the gateway said no, for good.
-            RefundConflict: the number stands for another refund.
+            RefundConflict: the number stands for another refund; a person has to decide.
             RefundOutcomeUnknown: it may have been made; see :meth:`settle`.
+            JournalError: the journal failed; its ``said`` tells what became of the refund if it was sent.
         """
-        return await self._apply(request, journal=self._journal, deadline=deadline, retry=retry)
+        return await self._apply(request, deadline=deadline, retry=retry)
 
     async def settle(
         self, unknown: RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
@@ -210,9 +226,7 @@ class RefundSession:
         Asks first. The same bytes are sent again only when the gateway's "no such record" may be believed
         (``RetryPolicy.absence_grace``). Returns and raises what :meth:`apply_refund` does.
         """
-        return await self._apply(
-            unknown.request, journal=self._journal, deadline=deadline, retry=retry, earlier=unknown
-        )
+        return await self._apply(unknown.request, deadline=deadline, retry=retry, earlier=unknown)
 
     async def outcome_of(
         self,
@@ -222,10 +236,11 @@ class RefundSession:
         retry: RetryPolicy | None = None,
         journal: Journal | None = None,
         earlier: RefundOutcomeUnknown | None = None,
+        query_first: bool = False,
     ) -> Outcome:
         """What :meth:`apply_refund` returns or raises about a refund, as a value, with what it took.
 
-        With ``earlier``, what :meth:`settle` does. ``journal`` overrides the session's.
+        With ``earlier``, what :meth:`settle` does. ``journal`` and ``query_first`` override the session's.
         """
         began = anyio.current_time()
         tally = Tally()
@@ -234,10 +249,11 @@ class RefundSession:
         try:
             refund = await self._apply(
                 request,
-                journal=self._journal if journal is None else journal,
                 deadline=deadline,
                 retry=retry,
+                journal=journal,
                 earlier=earlier,
+                query_first=query_first,
                 tally=tally,
             )
         except LianLianError as problem:
@@ -264,10 +280,13 @@ class RefundSession:
             SignatureInvalid, AnswerMismatch, MalformedMessage: the last answer was not usable.
             GatewayUnavailable: no usable answer in time.
         """
-        async with self._call(deadline, retry) as (until, policy):
-            fields = self._line.protocol.query_fields(query)
-            exchange = self._line.exchange(Call.QUERY, fields, await self._line.seal(fields), until, policy)
-            reply = await self._line.send(exchange)
+        seconds, policy = self._given(deadline, retry)
+        with self._in_use():
+            async with self._slot():
+                until = Deadline(anyio.current_time() + seconds)
+                fields = self._line.protocol.query_fields(query)
+                exchange = self._line.exchange(Call.QUERY, fields, await self._line.seal(fields), until, policy)
+                reply = await self._line.send(exchange)
         if reply.refund is not None:
             return reply.refund
         raise _raised(reply)
@@ -337,60 +356,37 @@ class RefundSession:
         self,
         request: RefundRequest,
         *,
-        journal: Journal | None,
         deadline: float | None,
         retry: RetryPolicy | None,
+        journal: Journal | None = None,
         earlier: RefundOutcomeUnknown | None = None,
+        query_first: bool = False,
         tally: Tally | None = None,
     ) -> Refund:
-        """Send and settle; or settle only, what an ``earlier`` call left unknown; on record, with a journal."""
+        """Send and settle; or settle only, what an ``earlier`` call left unknown."""
         if earlier is not None and earlier.oid_partner != self.merchant.oid_partner:
             raise ConfigurationError(
                 f"refund {earlier.no_refund} belongs to merchant {earlier.oid_partner}, "
                 f"this session to {self.merchant.oid_partner}"
             )
-        async with self._call(deadline, retry) as (until, policy):
-            protocol = self._line.protocol
-            fields = protocol.apply_fields(request) if earlier is None else protocol.signed_fields(earlier.body)
-            recording = None
-            if journal is not None:
-                recording = Recording(journal=journal, request=request, fields=fields, now=self._now)
-                if (settled := await recording.look()) is not None:
-                    return settled
-            body = await self._line.seal(fields) if earlier is None else earlier.body
-            case = self._open_case(request, self._line.exchange(Call.APPLY, fields, body, until, policy), tally)
-            if earlier is not None:
-                case.was_sent(earlier.sent_at)
-            if recording is not None:
-                return await self._settle_on_record(case, recording)
-            return await settle(case, self._line.send, self._line.bucket)
-
-    async def _settle_on_record(self, case: Case, recording: Recording) -> Refund:
-        now, until = anyio.current_time(), case.apply.deadline.at
-        hold = 2 * (until - now)
-        send_before = now + hold
-        standing, entry = await recording.claim(case.apply.body, hold, until)
-        if standing is Standing.SETTLED:
-            return answer(entry)
-        case.apply = attrs.evolve(
-            case.apply,
-            body=entry.body,
-            send_before=send_before,
-            lease_holds=lambda: anyio.current_time() < send_before,
+        journal = journal or self._journal
+        seconds, policy = self._given(deadline, retry)
+        if journal is not None and seconds > LONGEST_DEADLINE:
+            raise ConfigurationError(f"deadline: must be at most {LONGEST_DEADLINE:g} seconds with a journal")
+        order = Order(
+            request=request,
+            journal=journal or self._open_refunds,
+            policy=policy,
+            seconds=seconds,
+            earlier=earlier,
+            query_first=query_first or self._query_first,
         )
-        if entry.sent_at is not None:
-            case.was_sent(entry.sent_at)
-        return await recording.keep(entry, partial(settle, case, self._line.send, self._line.bucket))
+        with self._in_use():
+            return await self._flights.carry_out(order, tally or Tally())
 
-    def _open_case(self, request: RefundRequest, apply: Exchange, tally: Tally | None) -> Case:
-        async def question() -> Exchange:
-            # A settlement asks until its deadline, however often that is.
-            policy = attrs.evolve(apply.policy, attempts=1_000_000)
-            fields = self._line.protocol.query_fields(request.query())
-            return self._line.exchange(Call.QUERY, fields, await self._line.seal(fields), apply.deadline, policy)
-
-        epoch = self._now() - timedelta(seconds=anyio.current_time())
-        return Case(request=request, apply=apply, question=question, epoch=epoch, tally=tally or Tally())
+    def _given(self, deadline: float | None, retry: RetryPolicy | None) -> tuple[float, RetryPolicy]:
+        """A call's deadline in seconds, and its policy."""
+        return self._deadline if deadline is None else _checked(deadline), self._retry if retry is None else retry
 
 
 def _checked(deadline: float) -> float:

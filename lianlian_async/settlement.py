@@ -6,16 +6,20 @@ What decides is the table :data:`NEXT_STEP` and :meth:`Case.absence_is_believed`
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
+from datetime import timedelta
 from enum import Enum
 from typing import Final
 
 import anyio
 import attrs
 
-from .errors import LianLianError, RefundConflict, RefundOutcomeUnknown
-from .exchange import Exchange, Known
+from .clock import Clock, Moment, elapsed
+from .codes import CodeClass, explain
+from .errors import AnswerMismatch, LianLianError, RefundConflict, RefundOutcomeUnknown, RefundRejected
+from .exchange import Exchange, Known, Reply
+from .identity import check_identity, has_whole_identity
 from .middleware import Next, pause
 from .models import Refund, RefundRequest
 from .outcome import Tally
@@ -46,6 +50,8 @@ NEXT_STEP: Final[dict[tuple[Known, bool], Step]] = {
     (Known.FOUND, True): Step.RETURN,
     (Known.REJECTED, False): Step.RAISE,
     (Known.REJECTED, True): Step.ASK,  # 5007 may mean that the earlier attempt worked
+    (Known.CONFLICT, False): Step.RAISE,
+    (Known.CONFLICT, True): Step.RAISE,
     (Known.EXISTS, False): Step.ASK,
     (Known.EXISTS, True): Step.ASK,
     (Known.UNCERTAIN, False): Step.ASK,
@@ -56,16 +62,23 @@ NEXT_STEP: Final[dict[tuple[Known, bool], Step]] = {
 
 @attrs.define(kw_only=True)
 class Case:
-    """One refund whose outcome is open, and what is known of it so far. Times are the event loop's seconds."""
+    """One refund whose outcome is open, and what is known of it so far."""
 
     request: RefundRequest
     apply: Exchange
     question: Callable[[], Awaitable[Exchange]]
     """Makes the query exchange when it is first needed: most refunds never need it, and it costs a signature."""
-    epoch: datetime
-    """The wall-clock time of the event loop's zero second."""
-    sent_at: float | None = None
+    clock: Clock
+    sent_at: Moment | None = None
     """When an attempt may last have arrived; None: none may have."""
+    refused: RefundRejected | None = None
+    """The refusal in which every attempt so far ended; None: one may have worked, or none was made."""
+    ask_first: bool = False
+    """Whether to query before the first send: an attempt may have been made that nobody remembers."""
+    before_resend: Callable[[], Awaitable[None]]
+    """Writes down, before the same bytes are sent again, that they may be."""
+    canary: Callable[[], Awaitable[LianLianError | None]]
+    """Asks for a refund that is known as made; why the query service's "no such record" proves nothing, if so."""
     tally: Tally = attrs.field(factory=Tally)
     rejection: LianLianError | None = None
     """A "no" to the last attempt, to be believed once an earlier attempt is known not to have worked."""
@@ -73,32 +86,62 @@ class Case:
     apply_error: LianLianError | None = None
     query_error: LianLianError | None = None
 
-    def was_sent(self, at: datetime) -> None:
-        """Take over from an earlier call or process, of which an attempt may have arrived until ``at``."""
-        earlier = min((at - self.epoch).total_seconds(), anyio.current_time())
-        self.sent_at = earlier if self.sent_at is None else max(earlier, self.sent_at)
-
-    def absence_is_believed(self, asked_at: float) -> bool:
+    def absence_is_believed(self, asked_at: Moment) -> bool:
         """Whether "no such record", asked for at ``asked_at``, proves that no attempt was carried out."""
-        return self.sent_at is None or asked_at - self.sent_at >= self.apply.policy.absence_grace
+        if self.sent_at is None:
+            return True
+        seconds = elapsed(self.sent_at, asked_at)
+        if seconds is None:  # no clock can tell: it counts from this moment on, which stays on record
+            self.sent_at = asked_at
+            return False
+        return seconds >= self.apply.policy.absence_grace
+
+    def doubt(self, refund: Refund) -> LianLianError | None:
+        """Why a record of our number does not prove that this refund was made, if so.
+
+        Where every attempt of ours was refused, or none was made, the number may be another refund's: then only a
+        record with the whole identity counts. Raises ``RefundConflict`` for a record of another refund.
+        """
+        try:
+            matching(self.request, refund)
+        except AnswerMismatch as mismatch:
+            return mismatch
+        may_have_worked = self.sent_at is not None and self.refused is None
+        if may_have_worked or has_whole_identity(refund.raw):
+            return None
+        return LianLianError("the record found lacks dt_refund or money_refund: it may be another refund's")
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether every attempt so far was refused, and not only because one is still being processed."""
+        return self.refused is not None and explain(self.refused.ret_code).kind is not CodeClass.IN_PROGRESS
+
+    def take_in(self, reply: Reply) -> None:
+        """Remember what an apply attempt that has to be asked about left behind."""
+        self.rejection = reply.error if reply.known is Known.REJECTED else None
+        if reply.known in (Known.EXISTS, Known.UNCERTAIN):
+            only_refused = self.sent_at is None or self.refused is not None
+            self.refused = reply.error if only_refused and isinstance(reply.error, RefundRejected) else None
+            self.sent_at = self.clock()
 
     def unknown(self) -> RefundOutcomeUnknown:
         """The honest end: all that is needed to ask again."""
-        now = anyio.current_time()
-        sent_at = now if self.sent_at is None else self.sent_at
+        now = self.clock()
+        sent_at = self.sent_at or now
         policy = self.apply.policy
-        ask_again_at = max(sent_at + policy.absence_grace, now + max(policy.maximum, self.retry_after or 0.0))
-        ask_again_at = min(ask_again_at, now + _LONGEST_WAIT)
+        grace_left = policy.absence_grace - (elapsed(sent_at, now) or 0.0)
+        wait = max(grace_left, policy.maximum, self.retry_after or 0.0)
         error = RefundOutcomeUnknown(
             request=self.request,
-            question=self.request.query(),
             oid_partner=self.apply.asked["oid_partner"],
             body=self.apply.body,
             attempts=self.tally.attempts,
             questions=self.tally.questions,
-            sent_at=self.epoch + timedelta(seconds=sent_at),
-            ask_again_at=self.epoch + timedelta(seconds=ask_again_at),
-            last_error="; then ".join(str(error) for error in (self.apply_error, self.query_error) if error),
+            moment=sent_at,
+            ask_again_at=now.wall + timedelta(seconds=min(wait, _LONGEST_WAIT)),
+            last_error="; then ".join(str(error) for error in (self.apply_error, self.query_error) if error)
+            or "no answer yet",
+            refused=self.refused,
         )
         error.__cause__ = self.query_error or self.apply_error
         return error
@@ -111,26 +154,47 @@ async def settle(case: Case, send: Next, bucket: Bucket) -> Refund:
     """
     try:
         # What was left unknown is asked about first; a new refund is sent first.
-        refund = await _apply(case, send) if case.sent_at is None else None
+        is_new = case.sent_at is None and not case.ask_first
+        refund = await _apply(case, send) if is_new else None
         resends = case.apply.policy.attempts - 1
         while refund is None:
             refund = await _ask(case, send, bucket)
             if refund is None:
-                if case.rejection is not None:
-                    raise case.rejection
+                await _check_absence(case)
                 if not resends:
                     raise case.unknown()
                 resends -= 1
                 refund = await _apply(case, send)
-    except anyio.get_cancelled_exc_class():
+    except anyio.get_cancelled_exc_class() as error:
+        if anyio.current_effective_deadline() > -math.inf:  # nobody cancelled this call: it came from below
+            case.query_error = LianLianError(f"interrupted by {type(error).__name__}")
+            raise case.unknown() from error
         logger.warning("refund %s: cancelled, it may have been made; ask before sending it again", _number(case))
         raise
     return refund
 
 
+async def _check_absence(case: Case) -> None:
+    """Before anything is concluded from "no such record": raise what it proves, or prepare to send again."""
+    if case.sent_at is None:
+        return
+    case.query_error = await case.canary()
+    if case.query_error is not None:
+        raise case.unknown()
+    if case.rejection is not None:
+        raise case.rejection
+    if case.refused is not None and case.is_refused:
+        raise case.refused
+    await case.before_resend()
+
+
 async def _apply(case: Case, send: Next) -> Refund | None:
     """One send (repeated only while certainly not sent). The record, or None: it has to be asked about."""
-    reply = await send(case.apply)
+    try:
+        reply = await send(case.apply)
+    except BaseException:  # it may be under way
+        case.sent_at, case.refused = case.clock(), None
+        raise
     case.tally.attempts += reply.attempts
     case.apply_error, case.retry_after = reply.error, reply.retry_after
     step = NEXT_STEP[reply.known, case.sent_at is not None]
@@ -138,9 +202,7 @@ async def _apply(case: Case, send: Next) -> Refund | None:
         return reply.refund
     if step is Step.RAISE and reply.error is not None:
         raise reply.error
-    case.rejection = reply.error if reply.known is Known.REJECTED else None
-    if reply.known in (Known.EXISTS, Known.UNCERTAIN):
-        case.sent_at = anyio.current_time()
+    case.take_in(reply)
     logger.info("refund %s: %s; asking", _number(case), reply.error)
     return None
 
@@ -152,16 +214,22 @@ async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
         raise case.unknown()
     questions = 0
     while True:
-        asked_at = anyio.current_time()
+        asked_at = case.clock()
         reply = await send(query)
         case.tally.questions += reply.attempts
         case.query_error, case.retry_after = reply.error, reply.retry_after
         if reply.refund is not None:
-            return matching(case.request, reply.refund)
-        if reply.known is not Known.NOT_FOUND:  # asked as long as it was worth it, or refused
+            case.query_error = case.doubt(reply.refund)
+            if case.query_error is None:
+                return reply.refund
+        elif isinstance(reply.error, RefundConflict):
+            raise reply.error
+        elif reply.known is not Known.NOT_FOUND:  # asked as long as it was worth it, or refused
             break
-        if case.absence_is_believed(asked_at):
-            return None
+        if case.absence_is_believed(attrs.evolve(asked_at, gateway=case.clock().gateway)):
+            if reply.refund is None or case.is_refused:
+                return None
+            break
         if not await pause(query, bucket, questions, reply.retry_after):
             break
         questions += 1
@@ -169,17 +237,8 @@ async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
 
 
 def matching(request: RefundRequest, found: Refund) -> Refund:
-    """``found``, unless our number stands for another refund: then ``RefundConflict`` is raised.
-
-    What the gateway's record leaves out cannot contradict.
-    """
-    for field, ours, theirs in (
-        ("money_refund", request.money_refund, found.money_refund),
-        ("dt_refund", request.dt_refund, found.dt_refund),
-    ):
-        text = found.raw.get(field)
-        if text and theirs != ours:
-            raise RefundConflict(request.no_refund, field=field, ours=request.to_dict()[field], theirs=text)
+    """Return ``found``; raise ``RefundConflict`` if it is a record of another refund under our number."""
+    check_identity(request.to_dict(), found.raw)
     return found
 
 

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import attrs
 
-from lianlian_async.journal import Ending, Intent, Journal, MemoryJournal, SqliteJournal, State
+from lianlian_async.clock import Moment, system_clock
+from lianlian_async.journal import Ending, Entry, Intent, Journal, MemoryJournal, SqliteJournal, State
 from lianlian_async.journal.postgres import PostgresJournal
 
-HOUR = timedelta(hours=1)
 MADE = Ending(state=State.DONE, record={"ret_code": "0000", "ret_msg": "交易成功", "sta_refund": "2"})
 ACCEPTED = Ending(state=State.ACCEPTED, record={"ret_code": "0000", "sta_refund": "1"})
 REJECTED = Ending(state=State.REJECTED, record={"ret_code": "5003"})
 
 
-def now():
-    return datetime.now(UTC)
+def now(seconds=0.0):
+    """This moment, or one so many seconds later."""
+    return system_clock().after(seconds)
 
 
-def intent(no_refund="R-1", *, hold=HOUR, money="200.01", body=b'{"sign":"1"}', **changed):
+def intent(no_refund="R-1", *, lease=3600.0, money="200.01", body=b'{"sign":"1"}', **changed):
     """A refund whose content is its number and its amount."""
     fields = {"no_refund": no_refund, "money_refund": money, "no_order": "订单-1"}
     return Intent(
         **{"no_refund": no_refund, "digest": f"digest of {money}", "fields": fields, "body": body}
-        | {"held_until": now() + hold}
+        | {"lease": lease}
         | changed
     )
+
+
+def held(no_refund="R-1", **changed):
+    """The entry of :func:`intent` as a caller holds it that knows no more than its number."""
+    begun = intent(no_refund, **changed)
+    return Entry(no_refund=no_refund, digest=begun.digest, fields=begun.fields, body=begun.body, sent_at=now())
 
 
 @attrs.frozen
@@ -37,25 +43,30 @@ class Kind:
 
     make: Callable[[], Journal]
     """A journal at that place."""
-    tolerance: timedelta
-    """How far a moment may be off that goes in and comes out again."""
+    tolerance: float
+    """Seconds by which a moment may be off that goes in and comes out again."""
 
-    def is_same(self, one: datetime | None, other: datetime | None) -> bool:
-        return (one is None) is (other is None) and (one is None or abs(one - other) <= self.tolerance)
+    def is_same(self, one: Moment | None, other: Moment | None) -> bool:
+        """Whether both are one moment; of a refund that is settled only the wall clock's need be kept."""
+        if one is None or other is None:
+            return one is other
+        if not one.timeline or not other.timeline:
+            return abs((one.wall - other.wall).total_seconds()) <= self.tolerance
+        return abs(one.boot - other.boot) <= self.tolerance
 
 
 def memory():
     journal = MemoryJournal()
-    return Kind(lambda: journal, timedelta(0))
+    return Kind(lambda: journal, 0.0)
 
 
 def sqlite(folder):
-    return Kind(lambda: SqliteJournal(folder / "journal.sqlite"), timedelta(0))
+    return Kind(lambda: SqliteJournal(folder / "journal.sqlite"), 0.0)
 
 
 def postgres(dsn):
     schema = f"test {uuid4().hex}"
-    return Kind(lambda: PostgresJournal(dsn, schema=schema), timedelta(minutes=10))  # between two clocks
+    return Kind(lambda: PostgresJournal(dsn, schema=schema), 600.0)  # between two clocks
 
 
 def kind(name, request):

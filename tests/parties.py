@@ -18,6 +18,7 @@ import attrs
 import keypairs
 
 from lianlian_async import RefundRequest, wire
+from lianlian_async.clock import Moment
 from lianlian_async.sandbox import SandboxGateway
 from lianlian_async.signing import SigningKey, signature_source
 
@@ -30,6 +31,11 @@ OID_PARTNER = "201103171000000000"
 def wall_clock() -> datetime:
     """The time of day that goes with the event loop's virtual time."""
     return EPOCH + timedelta(seconds=anyio.current_time())
+
+
+def boot_clock() -> Moment:
+    """All clocks of a machine that was started when virtual time began."""
+    return Moment(wall_clock(), anyio.current_time(), "this boot")
 
 
 def refund_request(number: int | str = 1, **overrides: Any) -> RefundRequest:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from datetime import timedelta
 from decimal import Decimal
 
 import anyio
 import anyio.lowlevel
 import httpx
 import pytest
-from parties import EPOCH, OID_PARTNER, refund_request, sandbox, wall_clock
+from parties import OID_PARTNER, boot_clock, refund_request, sandbox
 
 from lianlian_async import (
     BatchStopped,
@@ -86,7 +85,7 @@ class Road(httpx.AsyncBaseTransport):
 
 
 def session_with(gateway, **options):
-    return gateway.session(now=wall_clock, **options)
+    return gateway.session(clock=boot_clock, **options)
 
 
 def numbers(outcomes):
@@ -158,7 +157,7 @@ async def test_whatever_becomes_of_one_refund_disturbs_no_other():
     }
     requests = [special.get(number) or refund_request(number) for number in range(1, 9)]
     transport = Road(gateway, closed=["R-4"])
-    async with RefundSession(gateway.merchant(), transport=transport, now=wall_clock, journal=journal) as session:
+    async with RefundSession(gateway.merchant(), transport=transport, clock=boot_clock, journal=journal) as session:
         outcomes = {outcome.request: outcome async for outcome in refund_many(session, requests, concurrency=2)}
     assert list(map(type, (outcomes[request].error for request in requests))) == [
         type(None),
@@ -179,7 +178,7 @@ async def test_a_request_that_breaks_a_rule_is_an_outcome_too():
     """What is refused before anything is sent does not stop the others."""
     gateway = sandbox()
     async with RefundSession(
-        gateway.merchant(notify_url=None), transport=httpx.ASGITransport(app=gateway), now=wall_clock
+        gateway.merchant(notify_url=None), transport=httpx.ASGITransport(app=gateway), clock=boot_clock
     ) as session:
         requests = [refund_request(1), refund_request(2, notify_url="https://shop.example/refund")]
         outcomes = [outcome async for outcome in refund_many(session, requests)]
@@ -244,7 +243,7 @@ async def test_the_gateway_never_meets_more_than_the_concurrency(concurrency, bo
     """So many refunds are under way at a time, always, and by default as many as the session has connections."""
     gateway = sandbox(**SLOW)
     road = Road(gateway)
-    async with RefundSession(gateway.merchant(), transport=road, now=wall_clock, max_connections=5) as session:
+    async with RefundSession(gateway.merchant(), transport=road, clock=boot_clock, max_connections=5) as session:
         outcomes = [outcome async for outcome in refund_many(session, Source(30), concurrency=concurrency)]
     assert len(outcomes) == 30
     assert road.most == bound
@@ -390,7 +389,7 @@ async def test_closing_a_batch_waits_until_nothing_is_under_way():
     """When ``aclose`` returns, no request is on its way any more, and the journal knows since when."""
     gateway, journal, source = sandbox(**SLOW), MemoryJournal(), Source()
     road = Road(gateway)
-    async with RefundSession(gateway.merchant(), transport=road, now=wall_clock, journal=journal) as session:
+    async with RefundSession(gateway.merchant(), transport=road, clock=boot_clock, journal=journal) as session:
         batch = refund_many(session, source, concurrency=4)
         await anext(batch)
         await anyio.sleep(0.5)
@@ -421,7 +420,7 @@ async def test_a_native_cancellation_ends_a_batch_before_the_session_closes(anyi
     assert anyio.current_time() == 1.5
     begun = {number: (entry.state, entry.holder) for number, entry in (await entries_of(journal, source)).items()}
     assert begun == {number: (State.ACCEPTED if number < 5 else State.UNSETTLED, None) for number in range(1, 9)}
-    assert (await journal.find("R-5")).sent_at == EPOCH + timedelta(seconds=1.5)
+    assert (await journal.find("R-5")).sent_at.boot == 1.5
 
 
 async def test_a_batch_that_is_closed_before_it_began_never_begins():

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from notices import HEADERS, Handler, notification
-from parties import refund_request, sandbox, wall_clock
+from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import NotificationEndpoint
 from lianlian_async.contrib.fastapi import Session, lifespan, notifications
@@ -140,8 +140,8 @@ async def test_the_address_comes_from_the_server(handler):
 async def test_a_request_may_wait_for_the_notification(handler):
     """The endpoint of a service tells the session of the same service."""
     gateway = sandbox(settle_after=1000)
-    session = gateway.session(now=wall_clock)
-    endpoint = NotificationEndpoint(session.merchant, handler, session=session, now=wall_clock)
+    session = gateway.session(clock=boot_clock)
+    endpoint = NotificationEndpoint(session.merchant, handler, session=session, clock=boot_clock)
     app = FastAPI(lifespan=lifespan(session, endpoint))
     app.include_router(notifications(endpoint, "/lianlian/refund"))
 

@@ -8,6 +8,7 @@ from decimal import Decimal
 import pytest
 
 from lianlian_async import errors
+from lianlian_async.clock import Moment
 from lianlian_async.errors import (
     AnswerMismatch,
     BatchStopped,
@@ -47,12 +48,11 @@ EXAMPLES = [
     RefundNotFound(no_refund=None, oid_refundno="2013051613121201", ret_code="8901", ret_msg="没有记录", verified=True),
     RefundOutcomeUnknown(
         request=REQUEST,
-        question=REQUEST.query(),
         oid_partner="201103171000000000",
         body=b"{}",
         attempts=1,
         questions=4,
-        sent_at=NOW,
+        moment=Moment(NOW, 7.5, "this boot"),
         ask_again_at=NOW + timedelta(minutes=15),
         last_error="timeout",
     ),
@@ -140,7 +140,11 @@ def test_a_copy_is_independent():
             ),
         ),
         (EXAMPLES[8], "no answer"),
-        (EXAMPLES[9], "refund R-1 exists with another money_refund: ours 1.00, recorded 2.00"),
+        (
+            EXAMPLES[9],
+            "refund R-1 exists with another money_refund: ours 1.00, recorded 2.00; "
+            "do not refund again before a person has decided",
+        ),
         (EXAMPLES[11], "answer to another question: no_refund is None, asked for 'R-1'"),
         (EXAMPLES[15], "refund R-1 is not final yet: sta_refund is 1"),
         (

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
 from itertools import pairwise
 
 import anyio
 import journals
 import pytest
 from notices import HEADERS, deliver, fails, inbox, is_acknowledged, notification, until
-from parties import refund_request, sandbox, wall_clock
+from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import NotificationEndpoint
 from lianlian_async.journal import MemoryJournal, SqliteJournal
@@ -30,7 +29,7 @@ async def test_a_handler_that_fails_is_called_again_after_growing_pauses(journal
         if len(times) < 12:
             await fails()
 
-    async with inbox(journal, on_refund, now=wall_clock) as endpoint:
+    async with inbox(journal, on_refund, clock=boot_clock) as endpoint:
         await deliver(endpoint, 1)
         await until(lambda: endpoint.counts["acted"], look_every=1)
     pauses = [later - earlier for earlier, later in pairwise(times)]
@@ -49,7 +48,7 @@ async def test_a_failing_refund_holds_up_no_other(journal, handler):
             await anyio.sleep(3)
         await handler(refund)
 
-    async with inbox(journal, on_refund, now=wall_clock, concurrency=2) as endpoint:
+    async with inbox(journal, on_refund, clock=boot_clock, concurrency=2) as endpoint:
         await deliver(endpoint, 1, 2)
         await anyio.sleep(0.5)
         await deliver(endpoint, 3, 4)
@@ -63,7 +62,7 @@ async def test_a_failing_refund_holds_up_no_other(journal, handler):
 async def test_a_handler_is_bounded_in_time(journal, handler, caplog):
     """After handler_seconds it is cancelled and called again later."""
     handler.then = [anyio.sleep_forever]
-    async with inbox(journal, handler, handler_seconds=60.0, now=wall_clock) as endpoint:
+    async with inbox(journal, handler, handler_seconds=60.0, clock=boot_clock) as endpoint:
         await deliver(endpoint, 1)
         await until(lambda: handler.done, look_every=1)
         assert anyio.current_time() == pytest.approx(61, abs=1.5)
@@ -82,7 +81,7 @@ async def test_only_so_many_handlers_run_at_a_time(journal):
         await anyio.sleep(1)
         running -= 1
 
-    async with inbox(journal, on_refund, now=wall_clock, concurrency=3) as endpoint:
+    async with inbox(journal, on_refund, clock=boot_clock, concurrency=3) as endpoint:
         await deliver(endpoint, *range(10))
         await until(lambda: endpoint.counts["acted"] == 10, look_every=1)
     assert most == 3
@@ -92,7 +91,7 @@ async def test_only_so_many_handlers_run_at_a_time(journal):
 async def test_closing_lets_the_running_handlers_end(journal, handler):
     """What is begun is carried through, what is not stays in the inbox."""
     handler.then = [lambda: anyio.sleep(3)]
-    async with inbox(journal, handler, now=wall_clock, concurrency=1) as endpoint:
+    async with inbox(journal, handler, clock=boot_clock, concurrency=1) as endpoint:
         await deliver(endpoint, 1, 2)
         await until(lambda: handler.begun, look_every=1)
     assert handler.numbers == ["R-1"]
@@ -104,32 +103,31 @@ async def test_closing_that_is_cancelled_cancels_the_handlers(journal, handler):
     """Who has no time to wait leaves the refund to the next process."""
     handler.then = [anyio.sleep_forever]
     with anyio.move_on_after(5) as scope:
-        async with inbox(journal, handler, now=wall_clock, handler_seconds=60.0) as endpoint:
+        async with inbox(journal, handler, clock=boot_clock, handler_seconds=60.0) as endpoint:
             await deliver(endpoint, 1)
             await until(lambda: handler.begun, look_every=1)
     assert scope.cancelled_caught
     assert anyio.current_time() == 5
-    async with inbox(journal, handler, now=wall_clock) as endpoint:
+    async with inbox(journal, handler, clock=boot_clock) as endpoint:
         await until(lambda: handler.done, look_every=1)
     assert handler.numbers == ["R-1"]
 
 
 @virtual
-async def test_what_a_dead_worker_held_is_taken_over_in_time(journal, handler):
-    """Its hold ends, and another worker acts, with no delivery needed."""
-    async with inbox(journal, fails, now=wall_clock) as failing:
+async def test_what_a_dead_worker_was_at_is_taken_over_in_time(journal, handler):
+    """Its lease ends, and another worker acts, with no delivery needed."""
+    async with inbox(journal, fails, clock=boot_clock) as failing:
         await deliver(failing, 1, 2)
         await until(lambda: failing.counts["failed"] == 2, look_every=1)
     book = await journal.inbox()
-    held_until = wall_clock() + timedelta(seconds=60)
     for left in [entry async for entry in book.pending()]:
-        held = journals.intent(left.no_refund, digest=left.digest, fields=left.fields, held_until=held_until)
-        await book.intend(held, wall_clock())
-    async with inbox(journal, handler, now=wall_clock) as endpoint:
+        intent = journals.intent(left.no_refund, digest=left.digest, fields=left.fields, lease=60)
+        await book.intend(intent, boot_clock())
+    async with inbox(journal, handler, clock=boot_clock) as endpoint:
         await anyio.sleep(50)
         assert not handler.begun
         # One of the two was not dead: it ends what it has begun.
-        await book.settle("R-2", journals.MADE)
+        await book.settle(await book.find("R-2"), journals.MADE)
         await anyio.sleep(40)
         assert endpoint.counts == {"acted": 1}
     assert handler.numbers == ["R-1"]
@@ -139,11 +137,11 @@ async def test_what_a_dead_worker_held_is_taken_over_in_time(journal, handler):
 async def test_an_inbox_that_cannot_be_read_is_read_again(handler, caplog, tmp_path):
     """The worker outlives the troubles of its journal."""
     async with SqliteJournal(tmp_path / "journal.sqlite") as journal:
-        async with inbox(journal, fails, now=wall_clock) as failing:
+        async with inbox(journal, fails, clock=boot_clock) as failing:
             await deliver(failing, 1)
             await until(lambda: failing.counts["failed"], look_every=1)
         moved = (tmp_path / "journal.sqlite-inbox").rename(tmp_path / "elsewhere")
-        async with inbox(journal, handler, now=wall_clock) as endpoint:
+        async with inbox(journal, handler, clock=boot_clock) as endpoint:
             await anyio.sleep(60)
             assert not handler.begun
             assert "cannot be acted on now" in caplog.text
@@ -156,7 +154,7 @@ async def test_an_inbox_that_cannot_be_read_is_read_again(handler, caplog, tmp_p
 async def test_a_journal_that_is_closed_first_is_told_of(handler, caplog, tmp_path):
     """Closing in the wrong order is logged, and the endpoint ends all the same."""
     async with SqliteJournal(tmp_path / "journal.sqlite") as journal:
-        endpoint = await inbox(journal, handler, now=wall_clock).__aenter__()
+        endpoint = await inbox(journal, handler, clock=boot_clock).__aenter__()
         await anyio.sleep(1)
     await anyio.sleep(60)
     await endpoint.__aexit__(None, None, None)
@@ -167,10 +165,10 @@ async def test_a_journal_that_is_closed_first_is_told_of(handler, caplog, tmp_pa
 async def test_with_confirm_the_handler_waits_for_the_gateway(journal, handler):
     """Behind an inbox too, only what the gateway says as well is acted on."""
     gateway = sandbox(settle_after=60)
-    async with gateway.session(now=wall_clock, journal=journal) as session:
+    async with gateway.session(clock=boot_clock, journal=journal) as session:
         await session.apply_refund(refund_request())
         async with NotificationEndpoint(
-            session.merchant, handler, journal=journal, session=session, confirm=True, inbox=True, now=wall_clock
+            session.merchant, handler, journal=journal, session=session, confirm=True, inbox=True, clock=boot_clock
         ) as endpoint:
             assert is_acknowledged(await endpoint.handle(notification(dt_refund=None), HEADERS))
             await anyio.sleep(50)

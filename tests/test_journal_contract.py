@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import anyio
 import attrs
 import journals
 import pytest
-from journals import ACCEPTED, HOUR, MADE, REJECTED, intent, now
+from journals import ACCEPTED, MADE, REJECTED, held, intent, now
 
-from lianlian_async import RefundConflict
+from lianlian_async import ConfigurationError, RefundConflict
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Ending, MemoryJournal, Standing, State
 
 pytestmark = pytest.mark.anyio
 
-OVER = timedelta(0)
-"""A hold that is over as soon as it begins: its holder died."""
+OVER = 0.0
+"""Seconds of a lease that is over as soon as it begins: its holder died."""
 
 _EVERYWHERE = [(name, backend) for name in ("memory", "sqlite") for backend in ("asyncio", "trio")]
 
@@ -55,26 +53,26 @@ async def test_a_refund_that_is_not_known_is_new(kind):
 
 
 async def test_a_refund_that_somebody_is_at_is_held(kind):
-    """A second call gets HELD until the hold is over; what is on record says that anything may be sent till then."""
+    """A second call gets HELD until the lease is over; what is on record says that anything may be sent till then."""
     async with kind.make() as journal:
-        first = intent(body=b"first")
-        await journal.intend(first, now())
+        at = now()
+        await journal.intend(intent(body=b"first", lease=60), at)
         standing, entry = await begin(journal, body=b"second")
         assert (standing, entry.body) == (Standing.HELD, b"first")
-        assert kind.is_same(entry.sent_at, first.held_until)
+        assert kind.is_same(entry.leased_until, at.after(60))
+        assert kind.is_same(entry.sent_at, at.after(60))
         found = await journal.find("R-1")
-        assert kind.is_same(found.sent_at, first.held_until)
+        assert kind.is_same(found.sent_at, at.after(60))
 
 
-async def test_a_hold_that_is_over_leaves_the_refund_to_the_next(kind):
-    """Whoever comes after the hold's end gets UNSETTLED, the first call's bytes, and a moment not after now."""
+async def test_a_lease_that_is_over_leaves_the_refund_to_the_next(kind):
+    """Whoever comes after the lease's end gets UNSETTLED, the first call's bytes, and a moment not after now."""
     async with kind.make() as journal:
-        await begin(journal, body=b"first", hold=OVER)
+        await begin(journal, body=b"first", lease=OVER)
         at = now()
         standing, entry = await journal.intend(intent(body=b"second"), at)
         assert (standing, entry.body) == (Standing.UNSETTLED, b"first")
-        assert entry.sent_at <= at
-        assert kind.is_same(entry.sent_at, at) or entry.sent_at < at
+        assert kind.is_same(entry.sent_at, at) or entry.sent_at.boot < at.boot
         assert (await begin(journal))[0] is Standing.HELD
 
 
@@ -111,7 +109,7 @@ async def test_a_refund_released_as_unknown_is_unsettled(kind):
     """After ``release(…, sent_at)`` the next call gets UNSETTLED with that moment, and the bytes that were sent."""
     async with kind.make() as journal:
         _, entry = await begin(journal, body=b"first")
-        sent_at = now() - HOUR
+        sent_at = now(-3600)
         await journal.release(entry, sent_at)
         standing, entry = await begin(journal, body=b"second")
         assert (standing, entry.body) == (Standing.UNSETTLED, b"first")
@@ -124,7 +122,7 @@ async def test_a_refund_may_begin_again_and_end_at_the_same_moment(kind):
         await journal.release((await begin(journal))[1], None)
         async with anyio.create_task_group() as group:
             group.start_soon(begin, journal)
-            group.start_soon(journal.settle, "R-1", MADE)
+            group.start_soon(journal.settle, held(), MADE)
         assert (await journal.find("R-1")).ending == MADE
     async with kind.make() as journal:
         entry = await journal.find("R-1")
@@ -133,10 +131,10 @@ async def test_a_refund_may_begin_again_and_end_at_the_same_moment(kind):
         assert (await journal.counts())[State.DONE] == 1
 
 
-async def test_whose_hold_is_over_lets_go_of_nothing(kind):
-    """A late release does not touch the hold of whoever came next."""
+async def test_a_late_release_changes_nothing(kind):
+    """A late release does not touch the lease of whoever came next."""
     async with kind.make() as journal:
-        _, late = await begin(journal, hold=OVER)
+        _, late = await begin(journal, lease=OVER)
         _, entry = await begin(journal)
         await journal.release(late, None)
         assert (await begin(journal))[0] is Standing.HELD
@@ -149,10 +147,11 @@ async def test_a_settled_refund_is_not_released(kind):
     """Neither the holder nor anybody else can take an ending back by releasing."""
     async with kind.make() as journal:
         _, entry = await begin(journal)
-        settled = await journal.settle("R-1", MADE)
-        for held in (entry, settled, attrs.evolve(entry, no_refund="R-2")):
-            await journal.release(held, None)
-        assert await journal.find("R-1") == settled
+        settled = await journal.settle(held("R-1"), MADE)
+        for each in (entry, settled, attrs.evolve(entry, no_refund="R-2")):
+            await journal.release(each, None)
+        found = await journal.find("R-1")
+        assert (found.ending, found.body, found.holder) == (MADE, b"", None)
         assert await journal.find("R-2") is None
 
 
@@ -164,7 +163,7 @@ async def test_a_settled_refund_is_answered_from_the_record(kind, ending):
     """Once settled, every call gets SETTLED with the ending, and the bytes are gone: nothing is sent any more."""
     async with kind.make() as journal:
         await begin(journal)
-        settled = await journal.settle("R-1", ending)
+        settled = await journal.settle(held("R-1"), ending)
         assert (settled.ending, settled.state, settled.body, settled.holder) == (ending, ending.state, b"", None)
         assert settled.state.is_settled
         standing, entry = await begin(journal, body=b"second")
@@ -178,20 +177,20 @@ async def test_the_first_ending_wins(kind, first, then):
     """A second ending changes nothing, whoever reports it, but that what was accepted becomes final."""
     async with kind.make() as journal:
         await begin(journal)
-        await journal.settle("R-1", first)
+        await journal.settle(held("R-1"), first)
         then = attrs.evolve(then, record={**then.record, "settle_date": "20260102"})
         stands = then if (first, then.state) == (ACCEPTED, State.DONE) else first
-        assert (await journal.settle("R-1", then)).ending == stands
+        assert (await journal.settle(held("R-1"), then)).ending == stands
         assert (await journal.find("R-1")).ending == stands
 
 
 async def test_an_ending_counts_whoever_brings_it(kind):
-    """A call that outlived its hold still settles the refund, and the next holder's own ending comes second."""
+    """A call that outlived its lease still settles the refund, and the next holder's own ending comes second."""
     async with kind.make() as journal:
-        await begin(journal, hold=OVER)
+        await begin(journal, lease=OVER)
         await begin(journal)
-        await journal.settle("R-1", MADE)
-        assert (await journal.settle("R-1", REJECTED)).ending == MADE
+        await journal.settle(held("R-1"), MADE)
+        assert (await journal.settle(held("R-1"), REJECTED)).ending == MADE
 
 
 async def test_a_refund_that_was_never_sent_may_be_settled(kind):
@@ -199,16 +198,80 @@ async def test_a_refund_that_was_never_sent_may_be_settled(kind):
     async with kind.make() as journal:
         _, entry = await begin(journal)
         await journal.release(entry, None)
-        await journal.settle("R-1", MADE)
+        await journal.settle(held("R-1"), MADE)
         assert (await begin(journal))[0] is Standing.SETTLED
 
 
-async def test_what_was_never_begun_cannot_be_settled(kind):
-    """Settling a number that is not in the journal raises ``JournalError`` and records nothing."""
+async def test_an_entry_that_the_journal_lost_is_written_again(kind):
+    """A journal that lost its last commits still takes in what the gateway said, and what may have been sent."""
+    lost = held("R-8")
     async with kind.make() as journal:
-        with pytest.raises(JournalError, match="R-9 is not in the journal"):
-            await journal.settle("R-9", MADE)
-        assert await journal.find("R-9") is None
+        assert (await journal.settle(held("R-9"), MADE)).ending == MADE
+        assert (await begin(journal, "R-9"))[0] is Standing.SETTLED
+        await journal.release(attrs.evolve(lost, holder="gone"), lost.sent_at)
+        assert (await begin(journal, "R-8"))[0] is Standing.UNSETTLED
+    async with kind.make() as journal:
+        entry = await journal.find("R-9")
+        assert (entry.ending, entry.fields) == (MADE, held("R-9").fields)
+
+
+# ── resend ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_is_sent_again_counts_as_sent_until_its_lease_ends(kind):
+    """From ``resend`` on the refund may be sent once more: a holder that dies leaves that on record."""
+    refused = {"ret_code": "1002", "ret_msg": "", "verified": "yes"}
+    async with kind.make() as journal:
+        _, entry = await begin(journal, body=b"first")
+        await journal.release(entry, now(-3600), refused)
+        _, entry = await begin(journal)
+        assert entry.refused == refused
+        assert kind.is_same((await journal.find("R-1")).sent_at, entry.sent_at)
+        await journal.resend(entry)
+        found = await journal.find("R-1")
+        assert kind.is_same(found.sent_at, entry.leased_until)
+        assert (found.refused, found.body) == (None, b"first")
+        assert (await begin(journal))[0] is Standing.HELD
+
+
+async def test_a_lease_that_somebody_else_took_lets_nothing_be_sent_again(kind):
+    """Whoever lost the lease, or the refund's outcome, to another call is told so before a byte is sent."""
+    async with kind.make() as journal:
+        _, late = await begin(journal, lease=OVER)
+        await begin(journal)
+        with pytest.raises(JournalError, match="has taken the lease"):
+            await journal.resend(late)
+        await journal.settle(held("R-1"), MADE)
+        with pytest.raises(JournalError, match="has taken the lease"):
+            await journal.resend(late)
+
+
+# ── owner, and proof ─────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_journal_belongs_to_its_first_merchant_and_endpoint(kind):
+    """Its owner is written down once; another merchant or endpoint is refused, also after it was opened again."""
+    async with kind.make() as journal:
+        number = journal.id
+        await journal.bind("201304121000001004", "https://sandbox.invalid/refund.htm")
+        await journal.bind("201304121000001004", "https://sandbox.invalid/refund.htm")
+    async with kind.make() as journal:
+        assert journal.id == number
+        for other in (("201304121000001004", "https://other.invalid/"), ("2", "https://sandbox.invalid/refund.htm")):
+            with pytest.raises(ConfigurationError, match="each needs a journal of its own"):
+                await journal.bind(*other)
+        await journal.bind("201304121000001004", "https://sandbox.invalid/refund.htm")
+
+
+async def test_the_latest_made_refund_is_known(kind):
+    """It serves as proof that the query service knows our refunds: made, final or not, and the youngest."""
+    async with kind.make() as journal:
+        assert await journal.latest_made() is None
+        for number, ending in enumerate((MADE, ACCEPTED, REJECTED, None)):
+            await begin(journal, f"R-{number}")
+            if ending is not None:
+                await journal.settle(held(f"R-{number}"), ending)
+        assert (await journal.latest_made()).no_refund == "R-1"
 
 
 async def test_unsettled_is_no_ending(kind):
@@ -232,7 +295,7 @@ async def test_other_content_under_the_same_number_is_a_conflict(kind, changed, 
     """``RefundConflict`` names the first field that differs and both values; the record stays as it was."""
     async with kind.make() as journal:
         _, entry = await begin(journal)
-        for prepare in (journal.find("R-1"), journal.release(entry, None), journal.settle("R-1", MADE)):
+        for prepare in (journal.find("R-1"), journal.release(entry, None), journal.settle(held("R-1"), MADE)):
             await prepare
             before = await journal.find("R-1")
             with pytest.raises(RefundConflict) as caught:
@@ -251,7 +314,7 @@ async def test_pending_tells_what_is_open_oldest_first(kind):
         for number, ending in enumerate((None, MADE, ACCEPTED, REJECTED, None)):
             await begin(journal, f"R-{number}")
             if ending is not None:
-                await journal.settle(f"R-{number}", ending)
+                await journal.settle(held(f"R-{number}"), ending)
         assert [(entry.no_refund, entry.state) async for entry in journal.pending()] == [
             ("R-0", State.UNSETTLED),
             ("R-2", State.ACCEPTED),
@@ -269,7 +332,7 @@ async def test_pending_goes_through_any_number(kind):
         async for entry in journal.pending():
             seen.append(entry.no_refund)
             if len(seen) % 100 == 0:
-                await journal.settle(entry.no_refund, MADE)
+                await journal.settle(entry, MADE)
                 await begin(journal, f"later-{len(seen)}")
         assert sorted(seen) == sorted(f"R-{number}" for number in range(1200))
 
@@ -280,7 +343,7 @@ async def test_entries_goes_through_all_oldest_first(kind):
         for number, ending in enumerate((None, MADE, ACCEPTED, REJECTED)):
             await begin(journal, f"R-{number}")
             if ending is not None:
-                await journal.settle(f"R-{number}", ending)
+                await journal.settle(held(f"R-{number}"), ending)
         async with anyio.create_task_group() as group:
             for number in range(4, 600):
                 group.start_soon(begin, journal, f"R-{number}")
@@ -299,8 +362,8 @@ async def test_counts(kind):
         for number, ending in enumerate((None, MADE, ACCEPTED, MADE, REJECTED, MADE, MADE)):
             await begin(journal, f"R-{number}")
             if ending is not None:
-                await journal.settle(f"R-{number}", ending)
-        assert await journal.counts() == dict(zip(State, (1, 1, 4, 1), strict=True))
+                await journal.settle(held(f"R-{number}"), ending)
+        assert await journal.counts() == dict(zip(State, (1, 1, 4, 1, 0), strict=True))
         assert await journal.find("R-9") is None
 
 
@@ -308,7 +371,7 @@ async def test_all_is_there_when_it_is_opened_again(kind):
     """What was settled or let go of stands in the journal after it was closed and opened again."""
     async with kind.make() as journal:
         await begin(journal, "R-1")
-        settled = await journal.settle("R-1", MADE)
+        settled = await journal.settle(held("R-1"), MADE)
         _, entry = await begin(journal, "R-2")
         await journal.release(entry, None)
     async with kind.make() as journal:
@@ -333,7 +396,7 @@ async def test_a_journal_in_memory_says_how_much_it_holds():
 async def test_an_intend_that_is_cancelled_is_taken_back(kind):
     """Cancelled at whatever moment, an ``intend`` leaves the refund as it was: NEW, or UNSETTLED since then."""
     async with kind.make() as journal:
-        sent_at = now() - HOUR
+        sent_at = now(-3600)
         for moment in range(8):
             _, entry = await begin(journal, f"known-{moment}")
             await journal.release(entry, sent_at)
@@ -352,7 +415,7 @@ async def test_what_is_known_is_recorded_though_its_reporter_is_cancelled(kind):
     async with kind.make() as journal:
         for moment in range(8):
             await begin(journal, f"made-{moment}")
-            await _cancelled_after(moment, journal.settle, f"made-{moment}", MADE)
+            await _cancelled_after(moment, journal.settle, held(f"made-{moment}"), MADE)
             _, entry = await begin(journal, f"let-go-{moment}")
             await _cancelled_after(moment, journal.release, entry, None)
         for moment in range(8):
@@ -409,6 +472,6 @@ async def test_there_is_one_inbox(kind):
 async def test_the_inbox_opens_and_closes_with_its_journal(kind):
     """What the inbox held is there when its journal is opened again."""
     async with kind.make() as journal:
-        await begin(await journal.inbox(), hold=OVER)
+        await begin(await journal.inbox(), lease=OVER)
     async with kind.make() as journal:
         assert [entry.no_refund async for entry in (await journal.inbox()).pending()] == ["R-1"]

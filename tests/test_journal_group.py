@@ -8,7 +8,7 @@ from functools import partial
 
 import anyio
 import pytest
-from journals import MADE, intent, now
+from journals import MADE, held, intent, now
 
 from lianlian_async.journal import SqliteJournal, Standing, State
 
@@ -26,7 +26,7 @@ async def test_what_many_tasks_ask_for_is_written_together(path):
 
     async def one(journal, number):
         await journal.intend(intent(f"R-{number}"), now())
-        await journal.settle(f"R-{number}", MADE)
+        await journal.settle(held(f"R-{number}"), MADE)
 
     async with SqliteJournal(path) as journal:
         journal._file._connection.set_trace_callback(commits.append)
@@ -45,8 +45,8 @@ async def test_what_cannot_be_done_fails_alone(path):
         found.append((await journal.intend(intent(f"R-{number}"), now()))[0])
 
     async def wrong():
-        with pytest.raises(TypeError, match="offset-naive"):
-            await journal.intend(intent("R-0"), now().replace(tzinfo=None))
+        with pytest.raises(AttributeError, match="NoneType"):
+            await journal.intend(intent("R-0"), None)
 
     async with SqliteJournal(path) as journal:
         await one(0)
@@ -81,7 +81,7 @@ async def test_cancelled_tasks_take_nobodys_answers(path):
         with scope:
             _, entry = await journal.intend(intent(f"R-{number}"), now())
             with anyio.CancelScope(shield=True):
-                settled = await journal.settle(f"R-{number}", MADE)
+                settled = await journal.settle(held(f"R-{number}"), MADE)
             answers.append((number, entry.no_refund, settled.no_refund))
 
     async with SqliteJournal(path) as journal:
@@ -107,7 +107,7 @@ async def test_cancellation_around_the_journal_loses_nothing(path):
         async with SqliteJournal(path) as journal:
             await journal.intend(intent(), now())
             scope.cancel()
-            await journal.settle("R-1", MADE)
+            await journal.settle(held("R-1"), MADE)
     async with SqliteJournal(path) as journal:
         assert (await journal.find("R-1")).ending == MADE
 
@@ -118,7 +118,7 @@ async def test_asyncio_cancel_is_survived_too(path):
 
     async def work(journal, number):
         standing, _ = await journal.intend(intent(f"R-{number}"), now())
-        await journal.settle(f"R-{number}", MADE)
+        await journal.settle(held(f"R-{number}"), MADE)
         return standing
 
     async with SqliteJournal(path) as journal:

@@ -3,7 +3,7 @@
 import sqlite3
 
 import pytest
-from journals import MADE, intent, now
+from journals import MADE, held, intent, now
 
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import SqliteJournal, SqliteReader, State
@@ -20,13 +20,13 @@ async def test_a_journal_can_be_looked_into_while_it_is_in_use(path):
     """A reader sees what its owner has begun and settled, and does not keep the owner from going on."""
     async with SqliteJournal(path) as journal, SqliteReader(path) as before:
         await journal.intend(intent("R-1"), now())
-        await journal.settle("R-1", MADE)
+        await journal.settle(held("R-1"), MADE)
         await journal.intend(intent("R-2"), now())
         async with SqliteReader(path) as reader:
             assert [entry.no_refund async for entry in reader.entries()] == ["R-1", "R-2"]
             assert [entry.no_refund async for entry in reader.pending()] == ["R-2"]
             assert (await reader.counts())[State.DONE] == (await before.counts())[State.DONE] == 1
-            await journal.settle("R-2", MADE)
+            await journal.settle(held("R-2"), MADE)
         assert [entry async for entry in before.entries()] == []
 
 

@@ -14,8 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import anyio
+import attrs
 import pytest
-from journals import MADE, intent, now
+from journals import MADE, held, intent, now
 
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import SqliteJournal, Standing, State
@@ -25,14 +26,14 @@ pytestmark = pytest.mark.anyio
 _PROGRAM = """
 import sys, os, signal, anyio
 sys.path.insert(0, {tests!r})
-from journals import MADE, intent, now
+from journals import MADE, held, intent, now
 from lianlian_async.journal import SqliteJournal
 
 async def main():
     async with SqliteJournal({path!r}) as journal:
         for number in range(3):
             await journal.intend(intent(f"R-{{number}}"), now())
-        await journal.settle("R-1", MADE)
+        await journal.settle(held("R-1"), MADE)
         {then}
 
 anyio.run(main)
@@ -107,7 +108,7 @@ async def test_a_forked_child_is_refused_and_does_no_harm(path):
         for number in range(3, 500):
             await journal.intend(intent(f"R-{number}"), now())
             if number % 100 == 0:
-                await journal.settle(f"R-{number}", MADE)
+                await journal.settle(held(f"R-{number}"), MADE)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     process = await anyio.run_process(program(path, then.strip()), check=False)
@@ -138,7 +139,7 @@ async def test_a_journal_that_is_not_open_is_a_bug(path):
         pending = journal.pending()
         await anext(pending)
     with pytest.raises(RuntimeError, match="not open"):
-        await journal.settle("R-1", MADE)
+        await journal.settle(held("R-1"), MADE)
     with pytest.raises(RuntimeError, match="not open"):
         async for _ in pending:
             pass
@@ -148,21 +149,24 @@ async def test_a_journal_that_is_not_open_is_a_bug(path):
 # ── its file ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_hold_ends_by_the_callers_clock(path):
-    """Within one process ``held_until`` is compared with the next caller's ``now``, and is the moment it is told."""
+async def test_a_lease_ends_by_the_boot_clock(path):
+    """Within one boot nothing else counts: a wall clock that steps neither ends a lease nor makes it longer."""
     async with SqliteJournal(path) as journal:
-        first = intent()
-        await journal.intend(first, now())
-        assert (await journal.intend(intent(), first.held_until - timedelta(seconds=1)))[0] is Standing.HELD
-        standing, entry = await journal.intend(intent(), first.held_until + timedelta(seconds=1))
-        assert (standing, entry.sent_at) == (Standing.UNSETTLED, first.held_until)
+        at = now()
+        await journal.intend(intent(lease=60), at)
+        for step in (-7200, 600, 901, 86_400):
+            early = attrs.evolve(at.after(59), wall=at.wall + timedelta(seconds=step))
+            assert (await journal.intend(intent(lease=60), early))[0] is Standing.HELD
+        late = attrs.evolve(at.after(61), wall=at.wall - timedelta(hours=2))
+        standing, entry = await journal.intend(intent(lease=60), late)
+        assert (standing, entry.sent_at) == (Standing.UNSETTLED, at.after(60))
 
 
 async def test_a_file_is_left_behind_that_anybody_can_read(path):
     """Closed, the journal is a single file and its empty owner file; the fields and records in it are plain JSON."""
     async with SqliteJournal(path) as journal:
         await journal.intend(intent(), now())
-        await journal.settle("R-1", MADE)
+        await journal.settle(held("R-1"), MADE)
     assert {file.name: file.stat().st_size > 0 for file in path.parent.iterdir()} == {
         "journal.sqlite": True,
         "journal.sqlite-owner": False,
@@ -187,7 +191,7 @@ async def test_a_number_that_is_not_on_record_is_known_without_asking_the_file(p
         assert [await journal.find(f"new-{number}") for number in range(10)] == [None] * 10
         assert statements == []
         await journal.intend(intent("new-1"), now())
-        await journal.settle("new-1", MADE)
+        await journal.settle(held("new-1"), MADE)
         assert not [statement for statement in statements if statement.lstrip().startswith("SELECT")]
         assert (await journal.find("new-1")).ending == MADE
 
@@ -237,7 +241,7 @@ async def test_another_version_is_refused_with_advice(path):
     async with SqliteJournal(path):
         pass
     _sqlite(path, "PRAGMA user_version = 1")
-    with pytest.raises(JournalError, match="of version 1, and this is a library for version 2; finish it"):
+    with pytest.raises(JournalError, match="of version 1, and this is a library for version 3; finish it"):
         async with SqliteJournal(path):
             pass
 
@@ -267,7 +271,7 @@ async def test_a_file_that_is_gone_is_noticed(path, suffix, replaced):
         Path.unlink(gone)
         if replaced:
             shutil.move(copy, gone)
-        for verb in (journal.intend(intent("R-2"), now()), journal.settle("R-1", MADE)):
+        for verb in (journal.intend(intent("R-2"), now()), journal.settle(held("R-1"), MADE)):
             with pytest.raises(JournalError, match=f"{gone.name} was removed or replaced while it was open"):
                 await verb
 

@@ -10,7 +10,7 @@ from random import Random
 import anyio
 import httpx
 import pytest
-from parties import refund_request, sandbox, wall_clock
+from parties import boot_clock, refund_request, sandbox, wall_clock
 
 from lianlian_async import RefundNotSent, RefundOutcomeUnknown, RefundRejected, RefundSession, RetryPolicy
 from lianlian_async.sandbox import Fault, Repeated, When
@@ -70,7 +70,7 @@ async def test_under_default_settings_nothing_is_made_twice(fault, repeated):
     """Whatever strikes, a refund is made at most once, what is said of it is true, and settling ends it as made."""
     for case in CASES:
         gateway = struck(fault, repeated, *case)
-        async with gateway.session(retry=DEFAULT, now=wall_clock) as session:
+        async with gateway.session(retry=DEFAULT, clock=boot_clock) as session:
             began = anyio.current_time()
             first = await session.outcome_of(refund_request())
             assert anyio.current_time() <= began + 30, case
@@ -87,7 +87,7 @@ async def test_on_a_gateway_that_deduplicates_everything_ends_made(fault, repeat
     """Without a grace, on a gateway that takes each number once, one call is enough: the refund is made, once."""
     for case in CASES:
         gateway = struck(fault, repeated, *case)
-        async with gateway.session(retry=DEDUPLICATES, now=wall_clock) as session:
+        async with gateway.session(retry=DEDUPLICATES, clock=boot_clock) as session:
             outcome = await session.outcome_of(refund_request())
             assert_agrees(gateway, outcome)
             last = await settled(session, outcome)
@@ -134,7 +134,7 @@ async def test_in_a_storm_of_all_faults_the_books_agree(seed, policy, switches):
             outcomes.append(await session.outcome_of(request))
 
         road = Road(gateway, seed)
-        async with RefundSession(gateway.merchant(), transport=road, retry=policy, now=wall_clock) as session:
+        async with RefundSession(gateway.merchant(), transport=road, retry=policy, clock=boot_clock) as session:
             async with anyio.create_task_group() as tasks:
                 for number in range(20):
                     tasks.start_soon(one, number, session)

@@ -6,7 +6,6 @@ import email.parser
 import itertools
 import logging
 import threading
-from datetime import timedelta
 from decimal import Decimal
 from functools import partial
 
@@ -33,7 +32,7 @@ from notices import (
     trusting,
     until,
 )
-from parties import EPOCH, OID_PARTNER, as_json, made, refund_request, sandbox, sealed, wall_clock
+from parties import OID_PARTNER, as_json, boot_clock, made, refund_request, sandbox, sealed
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from strategies import texts
@@ -232,7 +231,7 @@ async def test_a_duplicate_is_acknowledged_and_not_acted_on(endpoint, handler):
 async def test_duplicates_at_the_same_time_are_acted_on_once(handler):
     """Duplicates that come while the handler runs wait for it, and are acknowledged when it has returned."""
     handler.then = [lambda: anyio.sleep(3)]
-    endpoint = NotificationEndpoint(trusting(), handler, now=wall_clock)
+    endpoint = NotificationEndpoint(trusting(), handler, clock=boot_clock)
 
     async def deliver():
         assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
@@ -251,8 +250,8 @@ async def test_a_duplicate_waits_no_longer_than_lianlian(handler):
     """While the handler is still at it after that time, a duplicate is sent away to come again."""
     handler.then = [lambda: anyio.sleep(10)]
     async with MemoryJournal() as journal:
-        endpoint = NotificationEndpoint(trusting(), handler, journal=journal, handler_seconds=11.0, now=wall_clock)
-        other = NotificationEndpoint(trusting(), handler, journal=journal, handler_seconds=1.0, now=wall_clock)
+        endpoint = NotificationEndpoint(trusting(), handler, journal=journal, handler_seconds=11.0, clock=boot_clock)
+        other = NotificationEndpoint(trusting(), handler, journal=journal, handler_seconds=1.0, clock=boot_clock)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(endpoint.handle, notification(), HEADERS)
             await anyio.sleep(1)
@@ -271,7 +270,7 @@ async def test_without_a_journal_a_duplicate_waits_no_longer_either(handler):
             await anyio.sleep(10)
 
     handler.then = [stubborn]
-    endpoint = NotificationEndpoint(trusting(), handler, handler_seconds=2.0, now=wall_clock)
+    endpoint = NotificationEndpoint(trusting(), handler, handler_seconds=2.0, clock=boot_clock)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(endpoint.handle, notification(), HEADERS)
         await anyio.sleep(1)
@@ -291,7 +290,7 @@ async def test_a_duplicate_that_waits_takes_over_from_a_handler_that_fails(handl
         await fails()
 
     handler.then = [lambda: anyio.sleep(2), fails_late]
-    endpoint = NotificationEndpoint(trusting(), handler, remember=remember, now=wall_clock)
+    endpoint = NotificationEndpoint(trusting(), handler, remember=remember, clock=boot_clock)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(endpoint.handle, notification(2), HEADERS)
         await anyio.sleep(0.1)
@@ -326,7 +325,7 @@ async def test_a_handler_that_failed_is_called_again_by_the_next_delivery(endpoi
 async def test_a_handler_that_is_too_slow_is_cancelled(handler, caplog):
     """After handler_seconds there is no time left to acknowledge: the next delivery calls it again."""
     handler.then = [anyio.sleep_forever]
-    endpoint = NotificationEndpoint(trusting(), handler, now=wall_clock)
+    endpoint = NotificationEndpoint(trusting(), handler, clock=boot_clock)
     assert (await endpoint.handle(notification(), HEADERS)).status == 500
     assert anyio.current_time() == pytest.approx(4)
     assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
@@ -345,7 +344,7 @@ async def test_all_that_a_handler_waits_for_counts(handler):
             waits.append(1)
 
     handler.then = [often]
-    endpoint = NotificationEndpoint(trusting(), handler, handler_seconds=3.5, now=wall_clock)
+    endpoint = NotificationEndpoint(trusting(), handler, handler_seconds=3.5, clock=boot_clock)
     assert (await endpoint.handle(notification(), HEADERS)).status == 500
     assert (anyio.current_time(), len(waits)) == (3.5, 3)
 
@@ -490,10 +489,11 @@ async def test_what_contradicts_the_journal_is_never_acted_on(journal, handler, 
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     await begin(journal)
     if recorded is not None:
-        await journal.settle("R-1", recorded)
+        await journal.settle(await journal.find("R-1"), recorded)
     before = await journal.find("R-1")
     assert (await endpoint.handle(notification(**changes), HEADERS)).status == 409
-    assert await journal.find("R-1") == before
+    after = await journal.find("R-1")
+    assert after == before if recorded else after.state is State.CONFLICT
     assert not handler.begun
     assert endpoint.counts == {"contradictory": 1}
 
@@ -510,20 +510,21 @@ async def test_a_second_worker_acts_on_nothing_twice(journal, handler):
     assert counts == {"acted": 4, "duplicate": 8}
 
 
-async def test_a_worker_that_died_loses_its_hold(handler):
-    """What a dead worker was at is busy until its hold ends; then the next delivery is acted on."""
-    now = [EPOCH]
+async def test_a_worker_that_died_loses_its_lease(handler):
+    """What a dead worker was at is busy until its lease ends; then the next delivery is acted on."""
+    now = [journals.now()]
     async with MemoryJournal() as journal:
-        endpoint = NotificationEndpoint(trusting(), fails, journal=journal, now=lambda: now[0])
+        endpoint = NotificationEndpoint(trusting(), fails, journal=journal, clock=lambda: now[0])
         await endpoint.handle(notification(), HEADERS)
         inbox = await journal.inbox()
         [left] = [entry async for entry in inbox.pending()]
-        held_until = EPOCH + timedelta(seconds=8)
-        intent = journals.intent(left.no_refund, digest=left.digest, fields=left.fields, held_until=held_until)
-        await inbox.intend(intent, EPOCH)
-        endpoint = NotificationEndpoint(trusting(), handler, journal=journal, handler_seconds=0.01, now=lambda: now[0])
+        intent = journals.intent(left.no_refund, digest=left.digest, fields=left.fields, lease=8)
+        await inbox.intend(intent, now[0])
+        endpoint = NotificationEndpoint(
+            trusting(), handler, journal=journal, handler_seconds=0.01, clock=lambda: now[0]
+        )
         assert (await endpoint.handle(notification(), HEADERS)).status == 503
-        now[0] = held_until
+        now[0] = now[0].after(8)
         assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
     assert handler.numbers == ["R-1"]
 
@@ -646,8 +647,8 @@ async def test_headers_of_another_kind_are_a_clear_error(handler, headers):
 async def test_the_gateway_is_asked_before_the_handler_runs(handler):
     """With confirm, only what the gateway says too is acted on; what it does not say yet is sent again."""
     gateway = sandbox(settle_after=60)
-    async with gateway.session(now=wall_clock) as session:
-        endpoint = NotificationEndpoint(session.merchant, handler, session=session, confirm=True, now=wall_clock)
+    async with gateway.session(clock=boot_clock) as session:
+        endpoint = NotificationEndpoint(session.merchant, handler, session=session, confirm=True, clock=boot_clock)
         assert (await endpoint.handle(notification(), HEADERS)).status == 500  # no such refund
         await session.apply_refund(refund_request())
         assert (await endpoint.handle(notification(), HEADERS)).status == 500  # not final
@@ -665,11 +666,11 @@ async def test_the_gateway_is_asked_before_the_handler_runs(handler):
 async def test_a_journal_helps_to_ask_about_what_lacks_its_time(handler):
     """The domestic product leaves dt_refund out, which a question needs: the journal has it."""
     gateway = sandbox(settle_after=0)
-    async with MemoryJournal() as journal, gateway.session(now=wall_clock, journal=journal) as session:
+    async with MemoryJournal() as journal, gateway.session(clock=boot_clock, journal=journal) as session:
         await session.apply_refund(refund_request())
         for known in (None, journal):
             endpoint = NotificationEndpoint(
-                session.merchant, handler, session=session, journal=known, confirm=True, now=wall_clock
+                session.merchant, handler, session=session, journal=known, confirm=True, clock=boot_clock
             )
             await endpoint.handle(notification(dt_refund=None), HEADERS)
             assert handler.numbers == ([] if known is None else ["R-1"])
@@ -685,9 +686,9 @@ LEFT_OUT = [("sta_refund",), ("money_refund",), ("no_refund",), ("sta_refund", "
 async def test_what_a_notification_leaves_out_is_asked_for(handler, names):
     """Every field but the refund's number is optional on LianLian's page: the gateway's record has the rest."""
     gateway = sandbox(settle_after=0)
-    async with gateway.session(now=wall_clock) as session:
+    async with gateway.session(clock=boot_clock) as session:
         made_refund = await session.apply_refund(refund_request())
-        endpoint = NotificationEndpoint(session.merchant, handler, session=session, now=wall_clock)
+        endpoint = NotificationEndpoint(session.merchant, handler, session=session, clock=boot_clock)
         body = notification(oid_refundno=made_refund.oid_refundno, **dict.fromkeys(names))
         for _ in range(2):
             assert is_acknowledged(await endpoint.handle(body, HEADERS))
@@ -701,10 +702,10 @@ async def test_the_journal_knows_the_time_that_the_question_needs(handler, caplo
     """Without any dt_refund nothing can be asked: the notification comes again, and the log says what is missing."""
     gateway = sandbox(settle_after=0)
     body = notification(sta_refund=None, dt_refund=None)
-    async with MemoryJournal() as journal, gateway.session(now=wall_clock, journal=journal) as session:
+    async with MemoryJournal() as journal, gateway.session(clock=boot_clock, journal=journal) as session:
         await session.apply_refund(refund_request())
         for known, verdict in ((None, "incomplete"), (journal, "acted")):
-            endpoint = NotificationEndpoint(session.merchant, handler, session=session, journal=known, now=wall_clock)
+            endpoint = NotificationEndpoint(session.merchant, handler, session=session, journal=known, clock=boot_clock)
             await endpoint.handle(body, HEADERS)
             assert endpoint.counts == {verdict: 1}
         await endpoint.handle(notification(2, sta_refund=None, dt_refund=None), HEADERS)  # the journal has no such one
@@ -717,9 +718,9 @@ async def test_the_journal_knows_the_time_that_the_question_needs(handler, caplo
 async def test_an_incomplete_notification_of_what_is_not_final_comes_again(handler):
     """It may have told of a final state that the gateway's query service does not know yet."""
     gateway = sandbox(settle_after=60)
-    async with gateway.session(now=wall_clock) as session:
+    async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request())
-        endpoint = NotificationEndpoint(session.merchant, handler, session=session, now=wall_clock)
+        endpoint = NotificationEndpoint(session.merchant, handler, session=session, clock=boot_clock)
         assert (await endpoint.handle(notification(sta_refund=None), HEADERS)).status == 503
         await anyio.sleep(60)
         assert is_acknowledged(await endpoint.handle(notification(sta_refund=None), HEADERS))

@@ -179,13 +179,38 @@ def test_a_signed_success_about_another_refund_is_no_answer(asking, field, text)
     assert reply.error.asked == asking.asked[field]
 
 
-@pytest.mark.parametrize("text", ["10.01", "11.00", "1.00", "", "ten", None, "1E+1", "10.001"])
-def test_a_signed_success_with_other_money_is_no_answer_to_an_apply_call(text):
+@pytest.mark.parametrize("text", ["", "ten", None, "1E+1"])
+def test_a_signed_success_without_a_readable_amount_is_no_answer_to_an_apply_call(text):
     """An apply call's success has to name the money that was applied for."""
     reply = read(APPLY, made(APPLY.asked, money_refund=text))
     assert_uncertain(reply, AnswerMismatch)
     assert reply.error.field == "money_refund"
-    assert reply.error.answered == text
+    assert reply.error.answered == (text or None)
+
+
+@pytest.mark.parametrize("text", ["10.01", "11.00", "1.00", "10.001"])
+def test_a_signed_success_with_another_amount_is_a_conflict(text):
+    """The number stands for another refund: the error carries the gateway's record of it."""
+    reply = read(APPLY, made(APPLY.asked, money_refund=text))
+    assert (reply.known, reply.refund) == (Known.CONFLICT, None)
+    assert (reply.error.field, reply.error.ours, reply.error.theirs) == ("money_refund", "10.00", text)
+    assert reply.error.record["money_refund"] == text
+
+
+@both_calls
+def test_a_signed_success_with_another_time_is_a_conflict(asking):
+    """A gateway that replays its first answer to a reused number has made nothing for the second refund."""
+    reply = read(asking, made(asking.asked, dt_refund="20260105160001"))
+    assert (reply.known, reply.error.field) == (Known.CONFLICT, "dt_refund")
+
+
+@both_calls
+@pytest.mark.parametrize("text", ["yesterday", "20260199000000"])
+def test_a_signed_success_with_an_unreadable_time_is_no_answer(asking, text):
+    """It tells neither of this refund nor of another one."""
+    reply = read(asking, made(asking.asked, dt_refund=text))
+    assert_uncertain(reply, AnswerMismatch)
+    assert reply.error.field == "dt_refund"
 
 
 @pytest.mark.parametrize("text", ["10.01", None])
@@ -304,7 +329,7 @@ TAUGHT = {
 ERRORS = {
     Known.REJECTED: (RefundRejected, QueryRejected),
     Known.NOT_FOUND: (None, RefundNotFound),
-    Known.EXISTS: (GatewayUnavailable, None),
+    Known.EXISTS: (RefundRejected, None),
     Known.UNCERTAIN: (GatewayUnavailable, GatewayUnavailable),
 }
 

@@ -12,10 +12,11 @@ import anyio
 import httpx
 import keypairs
 import pytest
-from parties import EPOCH, OID_PARTNER, refund_request, sandbox, wall_clock
+from parties import EPOCH, OID_PARTNER, boot_clock, refund_request, sandbox, wall_clock
 
 from lianlian_async import (
     ConfigurationError,
+    Endpoints,
     JournalError,
     RefundConflict,
     RefundNotSent,
@@ -30,8 +31,9 @@ from lianlian_async import (
 from lianlian_async.exchange import Call
 from lianlian_async.journal import MemoryJournal, SqliteJournal, State
 from lianlian_async.middleware import RateLimit
-from lianlian_async.recording import Resumed, answer, learn
-from lianlian_async.sandbox import Fault, When
+from lianlian_async.recording import answer, learn
+from lianlian_async.recovery import Resumed
+from lianlian_async.sandbox import Fault, Repeated, When
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -49,7 +51,7 @@ def new_journal(request, tmp_path):
 @contextlib.asynccontextmanager
 async def shop(gateway, new_journal, **options):
     """One process of a merchant's: a session over an open journal."""
-    async with new_journal() as journal, gateway.session(journal=journal, now=wall_clock, **options) as session:
+    async with new_journal() as journal, gateway.session(journal=journal, clock=boot_clock, **options) as session:
         yield session, journal
 
 
@@ -70,7 +72,7 @@ class Wires(httpx.AsyncBaseTransport):
 
 
 def over(wires, gateway, journal, **options):
-    return RefundSession(gateway.merchant(), transport=wires, journal=journal, now=wall_clock, **options)
+    return RefundSession(gateway.merchant(), transport=wires, journal=journal, clock=boot_clock, **options)
 
 
 async def standing(new_journal, no_refund="R-1"):
@@ -113,7 +115,7 @@ async def test_a_new_refund_is_on_record_before_its_first_byte(new_journal):
     ((body, entry),) = seen
     assert entry.state is State.UNSETTLED
     assert entry.body == body
-    assert entry.sent_at > wall_clock()
+    assert entry.sent_at.wall > wall_clock()
     assert entry.fields == refund_request().to_dict()
     settled = await standing(new_journal)
     assert settled.state is State.DONE
@@ -243,30 +245,45 @@ async def test_another_place_for_the_notification_is_no_other_content(settled, n
     assert set(wires.applied) == {wires.applied[0]}
 
 
-async def test_the_same_number_of_another_merchant_is_a_conflict(new_journal):
-    """One journal for two merchants: their numbers must not be the same."""
+@pytest.mark.parametrize(
+    "other",
+    [{"oid_partner": "201304121000001004"}, {"endpoints": Endpoints(apply="https://production.invalid/refund.htm")}],
+    ids=["merchant", "endpoint"],
+)
+async def test_a_journal_refuses_another_merchant_and_another_endpoint(other, new_journal):
+    """What a rehearsal on the sandbox made must never answer for production."""
     gateway = sandbox()
-    async with shop(gateway, new_journal) as (session, journal):
+    async with shop(gateway, new_journal) as (session, _):
         await session.apply_refund(refund_request())
-        other = gateway.merchant(oid_partner="201304121000001004")
-        async with RefundSession(other, transport=Wires(gateway), journal=journal, now=wall_clock) as stranger:
-            with pytest.raises(RefundConflict):
-                await stranger.apply_refund(refund_request())
+    stranger = gateway.merchant(**other)
+    async with new_journal() as journal:
+        async with RefundSession(stranger, transport=Wires(gateway), journal=journal, clock=boot_clock) as session:
+            with pytest.raises(ConfigurationError, match="belongs to merchant 201103171000000000"):
+                await session.apply_refund(refund_request())
+        async with over(Wires(gateway), gateway, journal) as session:
+            assert (await session.apply_refund(refund_request())).no_refund == "R-1"
     assert gateway.requests == {"apply": 1}
 
 
-async def test_a_number_that_the_gateway_has_for_another_refund_stays_for_a_person_to_look_at(new_journal):
-    """Made without a journal, for other money: the conflict is raised each time, and nothing is settled or sent."""
-    gateway = sandbox()
-    async with gateway.session(now=wall_clock) as session:
+@pytest.mark.parametrize("repeated", [Repeated.REPLAY, Repeated.REJECT])
+async def test_a_number_that_the_gateway_has_for_another_refund_is_kept_as_a_conflict(repeated, new_journal):
+    """Made without a journal, for other money: the conflict is raised each time, and nothing is sent or asked."""
+    gateway = sandbox(repeated=repeated)
+    async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request(money_refund=Decimal("9.00")))
-    async with shop(gateway, new_journal) as (session, journal):
-        for _ in range(2):
-            with pytest.raises(RefundConflict, match="money_refund"):
+    gateway.requests.clear()
+    requests = []
+    for _ in range(2):
+        async with shop(gateway, new_journal) as (session, journal):
+            with pytest.raises(RefundConflict, match="before a person has decided") as caught:
                 await session.apply_refund(refund_request())
-        entry = await journal.find("R-1")
-    assert (entry.state, entry.sent_at, entry.holder) == (State.UNSETTLED, wall_clock(), None)
-    assert gateway.requests["apply"] == 2
+            assert await session.resume() == Resumed(settled=0, still_open=0)
+            entry = await journal.find("R-1")
+        requests.append(gateway.requests.total())
+        assert (caught.value.field, caught.value.ours, caught.value.theirs) == ("money_refund", "10.00", "9.00")
+    assert entry.state is State.CONFLICT
+    assert entry.ending.record["money_refund"] == "9.00"
+    assert requests[0] == requests[1]
     assert gateway.times_made("R-1") == 1
 
 
@@ -281,7 +298,7 @@ async def test_an_unsettled_refund_is_asked_about_first(new_journal):
         with pytest.raises(RefundOutcomeUnknown) as caught:
             await session.apply_refund(refund_request())
     entry = await standing(new_journal)
-    assert (entry.state, entry.sent_at) == (State.UNSETTLED, caught.value.sent_at)
+    assert (entry.state, entry.sent_at.wall) == (State.UNSETTLED, caught.value.sent_at)
     await anyio.sleep(30)
     gateway.requests.clear()
     async with shop(gateway, new_journal) as (session, journal):
@@ -332,7 +349,7 @@ async def test_cancelled_while_it_is_sent_it_is_unsettled_as_of_that_moment(new_
         with anyio.move_on_after(3):
             await session.apply_refund(refund_request())
         entry = await journal.find("R-1")
-        assert (entry.state, entry.sent_at, entry.holder) == (State.UNSETTLED, EPOCH + timedelta(seconds=3), None)
+        assert (entry.state, entry.sent_at.boot, entry.holder) == (State.UNSETTLED, 3.0, None)
         assert (await session.apply_refund(refund_request())).no_refund == "R-1"
     assert gateway.requests == {"apply": 1, "query": 1}
 
@@ -350,7 +367,7 @@ async def test_asyncio_s_own_cancellation_is_a_cancellation(new_journal, anyio_b
         with pytest.raises(asyncio.CancelledError):
             await task
         entry = await journal.find("R-1")
-    assert (entry.state, entry.sent_at, entry.holder) == (State.UNSETTLED, EPOCH + timedelta(seconds=3), None)
+    assert (entry.state, entry.sent_at.boot, entry.holder) == (State.UNSETTLED, 3.0, None)
 
 
 async def test_what_is_known_is_written_even_if_the_caller_is_cancelled_by_then(new_journal):
@@ -375,13 +392,13 @@ class Slow(MemoryJournal):
         await anyio.sleep(1)
         return await super().intend(intent, now)
 
-    async def settle(self, no_refund, ending):
+    async def settle(self, entry, ending):
         await anyio.sleep(1)
-        return await super().settle(no_refund, ending)
+        return await super().settle(entry, ending)
 
-    async def release(self, entry, sent_at):
+    async def release(self, entry, sent_at, refused=None):
         await anyio.sleep(1)
-        await super().release(entry, sent_at)
+        await super().release(entry, sent_at, refused)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +410,7 @@ async def test_a_cancelled_call_ends_when_its_journal_has_written(fault, state):
     """The cancellation waits for the journal, and for nothing else."""
     gateway, journal = sandbox(), Slow()
     gateway.script(fault, delay=0.5)
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         with anyio.move_on_after(2):
             await session.apply_refund(refund_request())
         entry = await journal.find("R-1")
@@ -404,7 +421,7 @@ async def test_a_cancelled_call_ends_when_its_journal_has_written(fault, state):
 async def test_cancelled_while_it_is_written_down_it_was_not_sent():
     """A refund whose intent was cancelled needs not be asked about: it is sent when it is asked for again."""
     gateway, journal = sandbox(), Slow()
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         with anyio.move_on_after(0.5):
             await session.apply_refund(refund_request())
         assert not gateway.requests
@@ -412,21 +429,28 @@ async def test_cancelled_while_it_is_written_down_it_was_not_sent():
     assert gateway.requests == {"apply": 1}
 
 
-# ── held ─────────────────────────────────────────────────────────────────────────────────────────
+# ── two sessions for one refund ──────────────────────────────────────────────────────────────────
 
 
-async def test_two_calls_for_one_refund_send_it_once(new_journal):
-    """Side by side on one session: one sends, the other waits, both have the refund."""
+@contextlib.asynccontextmanager
+async def two_shops(gateway, new_journal):
+    """Two sessions on one journal, as two parts of one service have them."""
+    async with shop(gateway, new_journal) as (session, journal), over(Wires(gateway), gateway, journal) as other:
+        yield session, other, journal
+
+
+async def test_two_sessions_on_one_journal_send_a_refund_once(new_journal):
+    """One sends, the others wait for its lease, and all have the refund."""
     gateway, refunds = sandbox(faults={Fault.DELAY: 1.0}, delay=3), []
 
     async def apply(session):
         refunds.append(await session.apply_refund(refund_request()))
 
-    async with shop(gateway, new_journal) as (session, _), anyio.create_task_group() as tasks:
-        for _ in range(5):
+    async with two_shops(gateway, new_journal) as (one, other, _), anyio.create_task_group() as tasks:
+        for session in (one, other, one, other):
             tasks.start_soon(apply, session)
-    assert len(refunds) == 5
-    assert refunds == [refunds[0]] * 5
+    assert len(refunds) == 4
+    assert refunds == [refunds[0]] * 4
     assert gateway.requests == {"apply": 1}
 
 
@@ -441,54 +465,54 @@ class Counting(MemoryJournal):
 
 
 @pytest.mark.parametrize(("seconds", "most"), [(0.1, 5), (8, 15)])
-async def test_who_waits_for_another_call_looks_soon_and_then_seldom(seconds, most):
+async def test_a_call_that_waits_for_a_lease_looks_soon_and_then_seldom(seconds, most):
     """A short wait ends shortly after the other call; a long one costs the journal a look each second."""
     gateway, journal = sandbox(faults={Fault.DELAY: 1.0}, delay=seconds), Counting()
-    async with gateway.session(journal=journal, now=wall_clock) as session, anyio.create_task_group() as tasks:
-        for _ in range(2):
+    async with two_shops(gateway, lambda: journal) as (one, other, _), anyio.create_task_group() as tasks:
+        for session in (one, other):
             tasks.start_soon(session.apply_refund, refund_request())
     assert 3 <= journal.intents <= most
     assert anyio.current_time() <= seconds + min(seconds, 1.0)
 
 
-async def test_who_waits_takes_over_what_was_left_unknown(new_journal):
+async def test_a_call_that_waits_for_a_lease_takes_over_what_was_left_unknown(new_journal):
     """The first call is cancelled: the second one asks, and finds what the first one sent."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
-    async with shop(gateway, new_journal) as (session, _), anyio.create_task_group() as tasks:
+    async with two_shops(gateway, new_journal) as (one, other, _), anyio.create_task_group() as tasks:
 
         async def cancelled():
             with anyio.move_on_after(5):
-                await session.apply_refund(refund_request())
+                await one.apply_refund(refund_request())
 
         tasks.start_soon(cancelled)
         await anyio.sleep(1)
-        refund = await session.apply_refund(refund_request())
+        refund = await other.apply_refund(refund_request())
     assert refund.no_refund == "R-1"
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
-async def test_a_refund_that_is_held_until_the_deadline_is_unknown(new_journal):
-    """Somebody else is at it for longer than we can wait: unknown, not sent, to be asked about when their hold ends."""
+async def test_a_refund_that_is_leased_until_the_deadline_is_unknown(new_journal):
+    """Another worker has it for longer than the call can wait: unknown, to be asked about when the lease ends."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
-    async with shop(gateway, new_journal) as (session, journal), anyio.create_task_group() as tasks:
-        tasks.start_soon(session.outcome_of, refund_request())
+    async with two_shops(gateway, new_journal) as (one, other, journal), anyio.create_task_group() as tasks:
+        tasks.start_soon(one.outcome_of, refund_request())
         await anyio.sleep(1)
-        held_until = (await journal.find("R-1")).sent_at
+        leased_until = (await journal.find("R-1")).leased_until.wall
         body = (await journal.find("R-1")).body
-        with pytest.raises(RefundOutcomeUnknown, match="another call") as caught:
-            await session.apply_refund(refund_request(), deadline=5)
+        with pytest.raises(RefundOutcomeUnknown, match="holds the lease") as caught:
+            await other.apply_refund(refund_request(), deadline=5)
         assert anyio.current_time() <= 6
     unknown = caught.value
     assert (unknown.attempts, unknown.questions) == (0, 0)
-    assert (unknown.sent_at, unknown.ask_again_at) == (held_until, held_until)
+    assert (unknown.sent_at, unknown.ask_again_at) == (leased_until, leased_until)
     assert (unknown.request, unknown.query(), unknown.body) == (refund_request(), refund_request().query(), body)
     assert unknown.oid_partner == OID_PARTNER
     assert gateway.requests["apply"] == 1
 
 
-async def test_after_a_hold_that_is_over_nothing_is_sent(new_journal):
+async def test_after_a_lease_that_is_over_nothing_is_sent(new_journal):
     """Whoever waited so long for a permit that another worker may be at the refund by now leaves it alone."""
     gateway = sandbox()
     hours = RateLimit(1 / 3600)
@@ -521,13 +545,13 @@ class Failing(MemoryJournal):
         self._check("intend")
         return await super().intend(intent, now)
 
-    async def settle(self, no_refund, ending):
+    async def settle(self, entry, ending):
         self._check("settle")
-        return await super().settle(no_refund, ending)
+        return await super().settle(entry, ending)
 
-    async def release(self, entry, sent_at):
+    async def release(self, entry, sent_at, refused=None):
         self._check("release")
-        await super().release(entry, sent_at)
+        await super().release(entry, sent_at, refused)
 
     async def pending(self):
         self._check("pending")
@@ -539,7 +563,7 @@ class Failing(MemoryJournal):
 async def test_a_journal_that_cannot_write_lets_nothing_be_sent(verb):
     """What is not on record is not sent."""
     gateway = sandbox()
-    async with gateway.session(journal=Failing(verb), now=wall_clock) as session:
+    async with gateway.session(journal=Failing(verb), clock=boot_clock) as session:
         with pytest.raises(JournalError, match="full"):
             await session.apply_refund(refund_request())
     assert not gateway.requests
@@ -548,7 +572,7 @@ async def test_a_journal_that_cannot_write_lets_nothing_be_sent(verb):
 async def test_a_journal_that_was_removed_lets_nothing_be_sent(tmp_path):
     """Writing to a file that nobody will ever read again does not count as being on record."""
     gateway, path = sandbox(), tmp_path / "journal.sqlite"
-    async with SqliteJournal(path) as journal, gateway.session(journal=journal, now=wall_clock) as session:
+    async with SqliteJournal(path) as journal, gateway.session(journal=journal, clock=boot_clock) as session:
         path.unlink()
         with pytest.raises(JournalError, match="removed"):
             await session.apply_refund(refund_request())
@@ -563,14 +587,14 @@ async def test_a_journal_that_fails_afterwards_is_heard_of_and_the_next_run_find
     gateway, journal = sandbox(), Failing(verb)
     gateway.script(fault, when=When.AFTER)
     gateway.script(Fault.RESET, call="query", times=100)
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         with pytest.raises(JournalError, match="full"):
             await session.apply_refund(refund_request(), deadline=20)
     assert (await journal.find("R-1")).state is State.UNSETTLED
     journal.verbs.clear()
     await anyio.sleep(3600)
     gateway.requests.clear()
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         outcomes = [await session.outcome_of(refund_request()) for _ in range(10)]
     assert outcomes[-1].refund.no_refund == "R-1"
     assert gateway.requests["apply"] == 0
@@ -708,7 +732,7 @@ async def test_resuming_raises_what_the_journal_raises(fault, verb):
     """A journal that fails is heard of as such, whatever is open."""
     gateway, journal = sandbox(settle_after=0.0001), Failing()
     gateway.script(fault, delay=0, when=When.AFTER)
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         with anyio.move_on_after(5):
             await session.apply_refund(refund_request())
         journal.verbs.add(verb)
@@ -735,7 +759,7 @@ async def test_what_the_gateway_tells_of_a_refund_settles_it(new_journal):
 async def test_news_of_a_refund_that_is_not_on_record_is_passed_on(new_journal):
     """Made without this journal, a refund is no business of its."""
     gateway = sandbox()
-    async with gateway.session(now=wall_clock) as session, new_journal() as journal:
+    async with gateway.session(clock=boot_clock) as session, new_journal() as journal:
         refund = await session.apply_refund(refund_request())
         assert await learn(journal, refund) is refund
         assert await journal.find("R-1") is None
@@ -749,7 +773,7 @@ async def test_news_that_contradicts_the_record_is_a_conflict(rejected, theirs, 
     other.fail("R-1")
     if not rejected:
         gateway.add_order("O-1", Decimal("10.00"))
-    async with other.session(now=wall_clock) as elsewhere, shop(gateway, new_journal) as (session, journal):
+    async with other.session(clock=boot_clock) as elsewhere, shop(gateway, new_journal) as (session, journal):
         await session.outcome_of(refund_request())
         news = await elsewhere.apply_refund(refund_request())
         before = await journal.find("R-1")
@@ -785,7 +809,7 @@ class Overtaken(MemoryJournal):
         found = await super().find(no_refund)
         if self.gateway is not None:
             gateway, self.gateway = self.gateway, None
-            async with gateway.session(journal=self, now=wall_clock) as other:
+            async with gateway.session(journal=self, clock=boot_clock) as other:
                 self.told = await other.apply_refund(refund_request())
         return found
 
@@ -794,6 +818,6 @@ async def test_a_refund_that_is_settled_between_look_and_intent_is_not_sent():
     """Another call came to the end while this one signed: its answer is the answer."""
     gateway = sandbox()
     journal = Overtaken(gateway)
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         assert await session.apply_refund(refund_request()) == journal.told
     assert gateway.requests == {"apply": 1}

@@ -9,7 +9,7 @@ import attrs
 import httpx
 import pytest
 from notices import Handler, until
-from parties import OID_PARTNER, as_json, refund_request, sandbox, wall_clock
+from parties import OID_PARTNER, as_json, boot_clock, refund_request, sandbox
 
 from lianlian_async import ConfigurationError, NotificationEndpoint, asgi, wire
 from lianlian_async.journal import MemoryJournal
@@ -54,7 +54,7 @@ def notifier(gateway, shop, *mischief, **options):
 
 def session(gateway, app=None, **options):
     """A session with the gateway, reached by way of ``app``."""
-    return RefundSession(gateway.merchant(), transport=asgi_transport(app or gateway), now=wall_clock, **options)
+    return RefundSession(gateway.merchant(), transport=asgi_transport(app or gateway), clock=boot_clock, **options)
 
 
 # ── the schedule ─────────────────────────────────────────────────────────────────────────────────
@@ -267,7 +267,7 @@ async def test_with_all_of_it_each_refund_is_acted_on_once():
     gateway = sandbox(settle_after=5)
     mischief = dict.fromkeys(Mischief, 0.5)
     async with MemoryJournal() as journal:
-        endpoint = NotificationEndpoint(gateway.merchant(), handler, journal=journal, now=wall_clock)
+        endpoint = NotificationEndpoint(gateway.merchant(), handler, journal=journal, clock=boot_clock)
         notifying = Notifier(gateway, transport=asgi_transport(endpoint), mischief=mischief)
         async with notifying, session(gateway, notifying, journal=journal) as opened:
             for number in range(40):

@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 from base64 import b64decode
-from datetime import timedelta
 from decimal import Decimal
 from typing import ClassVar
 
@@ -17,7 +16,7 @@ import anyio.to_thread
 import httpx
 import keypairs
 import pytest
-from parties import EPOCH, Connection, as_json, made, refund_request, sandbox, serving, wall_clock
+from parties import EPOCH, Connection, as_json, boot_clock, made, refund_request, sandbox, serving
 
 from lianlian_async import (
     AnswerMismatch,
@@ -43,6 +42,7 @@ from lianlian_async import (
     rsa_thread,
     wire,
 )
+from lianlian_async.clock import system_clock
 from lianlian_async.exchange import Call
 from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, When
@@ -80,7 +80,7 @@ async def test_any_number_of_calls_side_by_side_simply_works():
         finally:
             running -= 1
 
-    async with gateway.session(max_connections=5, deadline=10, middleware=[counting], now=wall_clock) as session:
+    async with gateway.session(max_connections=5, deadline=10, middleware=[counting], clock=boot_clock) as session:
 
         async def one(number):
             refunds.append(await session.apply_refund(refund_request(number)))
@@ -122,7 +122,7 @@ async def test_cancelled_calls_leave_all_slots_free():
     """Calls cancelled while they wait or run take no slot with them."""
     gateway = sandbox()
     gateway.faults = {Fault.NO_ANSWER: 1.0}
-    async with gateway.session(max_connections=3, now=wall_clock) as session:
+    async with gateway.session(max_connections=3, clock=boot_clock) as session:
         with anyio.move_on_after(2):
             async with anyio.create_task_group() as tasks:
                 for number in range(50):
@@ -147,7 +147,7 @@ async def test_a_call_ends_by_its_deadline(session_wide, own, ends):
     """However silent the gateway, a call ends by the session's deadline, or by its own."""
     gateway = sandbox()
     gateway.faults = {Fault.NO_ANSWER: 1.0}
-    async with gateway.session(deadline=session_wide, now=wall_clock) as session:
+    async with gateway.session(deadline=session_wide, clock=boot_clock) as session:
         with pytest.raises(RefundOutcomeUnknown):
             await session.apply_refund(refund_request(), deadline=own)
         assert ends / 2 < anyio.current_time() <= ends
@@ -162,7 +162,7 @@ async def test_a_call_s_own_policy_comes_before_the_session_s():
     """``retry=`` of a call overrides the session's."""
     gateway = sandbox()
     gateway.script(Fault.BUSY, call="query", times=99)
-    async with gateway.session(now=wall_clock, retry=RetryPolicy(attempts=2)) as session:
+    async with gateway.session(clock=boot_clock, retry=RetryPolicy(attempts=2)) as session:
         for policy, attempts in ((None, 2), (RetryPolicy(attempts=5), 5)):
             with pytest.raises(GatewayUnavailable) as caught:
                 await session.query_refund(question(), retry=policy)
@@ -209,12 +209,11 @@ async def uses(session):
     """Each way to use a session."""
     unknown = RefundOutcomeUnknown(
         request=refund_request(),
-        question=question(),
         oid_partner=session.merchant.oid_partner,
         body=b"{}",
         attempts=1,
         questions=0,
-        sent_at=EPOCH,
+        moment=system_clock(),
         ask_again_at=EPOCH,
         last_error="",
     )
@@ -284,7 +283,7 @@ async def test_closing_waits_for_the_calls_that_run():
         assert repr(session) == "<RefundSession 201103171000000000 closing>"
 
     async with anyio.create_task_group() as tasks:
-        async with gateway.session(max_connections=2, now=wall_clock) as session:
+        async with gateway.session(max_connections=2, clock=boot_clock) as session:
             for number in range(4):
                 tasks.start_soon(one, number)
             tasks.start_soon(refused)
@@ -309,7 +308,7 @@ async def test_closing_under_cancellation_does_not_wait_and_lies_to_nobody():
 
     async with anyio.create_task_group() as tasks:
         with anyio.move_on_after(2):
-            async with gateway.session(now=wall_clock) as session:
+            async with gateway.session(clock=boot_clock) as session:
                 tasks.start_soon(one)
                 await anyio.sleep(1)
         assert anyio.current_time() == 2
@@ -422,7 +421,7 @@ async def test_the_event_loop_never_signs(seen):
     ):
         for number in range(10):
             tasks.start_soon(session.apply_refund, refund_request(number))
-            tasks.start_soon(session.outcome_of, refund_request(number))
+            tasks.start_soon(session.outcome_of, refund_request(10 + number))
     assert len(SeenSigningKey.threads) >= 25
     assert threading.get_ident() not in SeenSigningKey.threads
 
@@ -485,7 +484,7 @@ async def test_keys_of_4096_bits_work():
 async def test_a_query_answers_with_the_record_as_it_stands():
     """query_refund gives the state of the moment, with the settlement date once it succeeded."""
     gateway = sandbox(settle_after=10)
-    async with gateway.session(now=wall_clock) as session:
+    async with gateway.session(clock=boot_clock) as session:
         applied = await session.apply_refund(refund_request())
         assert applied.sta_refund is RefundStatus.INITIALIZED
         await anyio.sleep(60)
@@ -523,7 +522,7 @@ async def test_a_query_that_gets_no_usable_answer_says_why(fault, error, attempt
     """A question is asked as often as the policy allows; the error is that of the last answer."""
     gateway = sandbox()
     gateway.script(fault, call="query", times=99)
-    async with gateway.session(now=wall_clock) as session:
+    async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request())
         with pytest.raises(error):
             await session.query_refund(question())
@@ -534,7 +533,7 @@ async def test_a_query_that_gets_no_usable_answer_says_why(fault, error, attempt
 async def test_a_query_for_what_does_not_exist_is_not_found_at_once():
     """No such record is an answer: it is not asked for again."""
     gateway = sandbox()
-    async with gateway.session(now=wall_clock) as session:
+    async with gateway.session(clock=boot_clock) as session:
         with pytest.raises(RefundNotFound) as caught:
             await session.query_refund(question())
     assert caught.value.no_refund == "R-1"
@@ -545,7 +544,7 @@ async def test_a_query_for_what_does_not_exist_is_not_found_at_once():
 async def test_a_refused_query_says_nothing_about_the_refund():
     """A question that the gateway refuses ends in QueryRejected, never in a rejected refund."""
     gateway = sandbox()
-    async with gateway.session(now=wall_clock) as session:
+    async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request())
         gateway.advance(100 * 86_400)
         with pytest.raises(QueryRejected) as caught:
@@ -560,7 +559,7 @@ async def test_an_outcome_tells_what_a_call_would_have_raised():
     gateway.add_order("O-poor", Decimal("1.00"))
     gateway.script(Fault.HTTP_500, call="apply", no_refund="R-2", when=When.AFTER)
     gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-3", when=When.BEFORE)
-    async with gateway.session(now=wall_clock) as session:
+    async with gateway.session(clock=boot_clock) as session:
         plain = await session.outcome_of(refund_request(1))
         asked = await session.outcome_of(refund_request(2))
         unknown = await session.outcome_of(refund_request(3))
@@ -587,9 +586,9 @@ async def test_an_outcome_tells_what_a_call_would_have_raised():
 async def test_with_a_journal_a_refund_that_was_made_is_answered_from_the_record():
     """The second call for a refund causes no traffic, in any session, and answers the same record."""
     gateway, journal = sandbox(), MemoryJournal()
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         first = await session.apply_refund(refund_request())
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         second = await session.apply_refund(refund_request())
         outcome = await session.outcome_of(refund_request())
         with pytest.raises(RefundConflict):
@@ -604,7 +603,7 @@ async def test_with_a_journal_a_cancelled_refund_is_asked_about_before_anything_
     """A call whose predecessor was cancelled in mid-flight asks first, and finds what that one made."""
     gateway, journal = sandbox(), MemoryJournal()
     gateway.script(Fault.NO_ANSWER, call="apply")
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         with anyio.move_on_after(1):
             await session.apply_refund(refund_request())
         refund = await session.apply_refund(refund_request())
@@ -625,7 +624,7 @@ async def test_with_a_journal_an_unknown_refund_is_settled_with_the_bytes_on_rec
             sent.append(exchange.body)
         return await call_next(exchange)
 
-    async with gateway.session(journal=journal, now=wall_clock, middleware=[watching]) as session:
+    async with gateway.session(journal=journal, clock=boot_clock, middleware=[watching]) as session:
         with pytest.raises(RefundOutcomeUnknown) as caught:
             await session.apply_refund(refund_request())
         await anyio.sleep(900)
@@ -643,12 +642,12 @@ async def test_what_is_settled_later_needs_nothing_but_its_own_bytes():
     """A refund that was left unknown is settled though the merchant has lost its default notify_url since."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
-    async with gateway.session(now=wall_clock) as session:
+    async with gateway.session(clock=boot_clock) as session:
         with pytest.raises(RefundOutcomeUnknown) as caught:
             await session.apply_refund(refund_request())
     await anyio.sleep(900)
     merchant = gateway.merchant(notify_url=None)
-    async with RefundSession(merchant, transport=asgi_transport(gateway), now=wall_clock) as session:
+    async with RefundSession(merchant, transport=asgi_transport(gateway), clock=boot_clock) as session:
         assert (await session.settle(caught.value)).no_refund == "R-1"
     assert gateway.times_made("R-1") == 1
 
@@ -664,8 +663,8 @@ async def test_with_a_journal_two_calls_for_one_refund_send_it_once():
         refunds.append(await session.apply_refund(refund_request()))
 
     async with (
-        gateway.session(journal=journal, now=wall_clock) as here,
-        gateway.session(journal=journal, now=wall_clock) as there,
+        gateway.session(journal=journal, clock=boot_clock) as here,
+        gateway.session(journal=journal, clock=boot_clock) as there,
         anyio.create_task_group() as tasks,
     ):
         for session in (here, there, here):
@@ -680,7 +679,7 @@ async def test_with_a_journal_what_is_open_is_resumed():
     """Resume asks about what was left unsettled and what is not final, and tells how many are known."""
     gateway, journal = sandbox(settle_after=60), MemoryJournal()
     gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-2")
-    async with gateway.session(journal=journal, now=wall_clock) as session:
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
         await session.apply_refund(refund_request(1))
         with anyio.move_on_after(1):
             await session.apply_refund(refund_request(2))
@@ -712,10 +711,11 @@ async def test_a_request_that_nobody_gave_a_notify_url_is_refused_before_it_is_s
     assert gateway.requests == {"apply": 1}
 
 
+@virtual
 async def test_a_session_tells_the_time_that_it_was_given():
-    """``now`` is the wall clock of a session; without one it is the time of day, with its zone."""
-    assert sandbox().session(now=lambda: EPOCH).now() == EPOCH
-    assert sandbox().session().now().utcoffset() == timedelta(0)
+    """``clock`` reads a session's clocks; without one they are this machine's."""
+    assert sandbox().session(clock=boot_clock).clock() == boot_clock()
+    assert sandbox().session().clock().timeline == system_clock().timeline
 
 
 @virtual
@@ -729,7 +729,7 @@ async def test_no_log_repr_or_error_shows_a_key(caplog):
     shown = [repr(merchant)]
     with caplog.at_level(logging.DEBUG):
         async with RefundSession(
-            merchant, transport=asgi_transport(gateway), now=wall_clock, middleware=[_show(shown)]
+            merchant, transport=asgi_transport(gateway), clock=boot_clock, middleware=[_show(shown)]
         ) as session:
             shown.append(repr(session))
             for number, fault in enumerate(Fault):
@@ -754,7 +754,7 @@ def _show(shown):
 async def test_merchants_do_not_share_anything():
     """Two sessions side by side, each with its own merchant and gateway, keep to their own."""
     gateways = [sandbox(oid_partner="201103171000000000"), sandbox(oid_partner="201304121000001004")]
-    async with gateways[0].session(now=wall_clock) as one, gateways[1].session(now=wall_clock) as two:
+    async with gateways[0].session(clock=boot_clock) as one, gateways[1].session(clock=boot_clock) as two:
         await one.apply_refund(refund_request())
         with pytest.raises(RefundNotFound):
             await two.query_refund(question())
@@ -793,11 +793,11 @@ async def test_a_native_cancellation_is_a_cancellation(anyio_backend_name):
 
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", times=2)
-    async with gateway.session(max_connections=1, now=wall_clock) as session:
+    async with gateway.session(max_connections=1, clock=boot_clock) as session:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3):
                 await session.apply_refund(refund_request())
-        task = asyncio.create_task(session.apply_refund(refund_request()))
+        task = asyncio.create_task(session.apply_refund(refund_request(9)))
         await asyncio.sleep(1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -12,7 +12,7 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parties import refund_request, sandbox, wall_clock
+from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import RefundRejected, RetryPolicy, refund_many
 from lianlian_async.journal import MemoryJournal, SqliteJournal, State
@@ -91,12 +91,12 @@ async def weather(storm, journal, repeated, policy):
     gateway = sandbox(repeated=repeated, faults=storm.faults, delay=storm.delay, seed=storm.seed)
     async with journal:
         for run in storm.runs:
-            async with gateway.session(journal=journal, retry=policy, now=wall_clock) as session:
+            async with gateway.session(journal=journal, retry=policy, clock=boot_clock) as session:
                 await live(run, session, storm.refunds)
             await anyio.sleep(run.rest)
         gateway.faults = {}
         await anyio.sleep(1000)
-        async with gateway.session(journal=journal, retry=policy, now=wall_clock) as session:
+        async with gateway.session(journal=journal, retry=policy, clock=boot_clock) as session:
             await session.resume()
             outcomes = [outcome async for outcome in refund_many(session, requests(storm.refunds))]
             await anyio.sleep(10)

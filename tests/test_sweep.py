@@ -8,11 +8,11 @@ import anyio
 import httpx
 import pytest
 from notices import HEADERS, fails, is_acknowledged, notification, until
-from parties import as_json, made, refund_request, sandbox, wall_clock
+from parties import as_json, boot_clock, made, refund_request, sandbox
 
 from lianlian_async import ConfigurationError, NotificationEndpoint, RefundSession, wire
 from lianlian_async.journal import MemoryJournal, State
-from lianlian_async.recording import Resumed
+from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, When
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 @contextlib.asynccontextmanager
 async def shop(gateway, journal, handler, **options):
     """A session and an endpoint of the same shop."""
-    async with gateway.session(now=wall_clock, journal=journal) as session:
-        settings = {"journal": journal, "session": session, "now": wall_clock, **options}
+    async with gateway.session(clock=boot_clock, journal=journal) as session:
+        settings = {"journal": journal, "session": session, "clock": boot_clock, **options}
         async with NotificationEndpoint(session.merchant, handler, **settings) as endpoint:
             yield session, endpoint
 
@@ -153,8 +153,8 @@ async def test_what_the_gateway_leaves_out_is_known_from_the_request(journal, ha
     """An answer that repeats no amount is acted on like the notification that does, and that one is a duplicate."""
     gateway, books = sandbox(), Brief()
     async with (
-        RefundSession(gateway.merchant(), transport=books, journal=journal, now=wall_clock) as session,
-        NotificationEndpoint(session.merchant, handler, journal=journal, session=session, now=wall_clock) as endpoint,
+        RefundSession(gateway.merchant(), transport=books, journal=journal, clock=boot_clock) as session,
+        NotificationEndpoint(session.merchant, handler, journal=journal, session=session, clock=boot_clock) as endpoint,
     ):
         request = refund_request()
         await session.apply_refund(request)
@@ -169,7 +169,7 @@ async def test_what_the_gateway_leaves_out_is_known_from_the_request(journal, ha
 @pytest.mark.parametrize("missing", ["journal", "session"])
 async def test_there_must_be_somebody_to_ask_and_something_to_ask_about(handler, missing):
     """Without a journal or without a session there is nothing to sweep."""
-    async with sandbox().session(now=wall_clock) as session:
+    async with sandbox().session(clock=boot_clock) as session:
         settings = {"journal": MemoryJournal(), "session": session}
         del settings[missing]
         endpoint = NotificationEndpoint(session.merchant, handler, **settings)

@@ -27,13 +27,13 @@ from parties import (
     Connection,
     answering,
     as_json,
+    boot_clock,
     made,
     refund_request,
     sandbox,
     serving,
     trickling,
     unused_port,
-    wall_clock,
 )
 
 from lianlian_async import (
@@ -364,7 +364,7 @@ async def test_a_transport_that_retries_by_itself_cannot_make_a_refund_twice():
     """A retrying transport whose last error is a refused connection leaves a refund unknown, not unsent."""
     gateway = sandbox()
     client = httpx.AsyncClient(transport=Retrying(httpx.ASGITransport(app=gateway)))
-    async with client, RefundSession(gateway.merchant(), client=client, now=wall_clock) as session:
+    async with client, RefundSession(gateway.merchant(), client=client, clock=boot_clock) as session:
         with pytest.raises(RefundOutcomeUnknown):
             await session.apply_refund(refund_request())
     assert gateway.times_made("R-1") == 1
@@ -381,7 +381,7 @@ async def test_a_client_s_hook_that_fails_to_connect_cannot_make_a_refund_twice(
             raise troubles.pop()
 
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app=gateway), event_hooks={"response": [hook]})
-    async with client, RefundSession(gateway.merchant(), client=client, now=wall_clock) as session:
+    async with client, RefundSession(gateway.merchant(), client=client, clock=boot_clock) as session:
         refund = await session.apply_refund(refund_request())
     assert refund.no_refund == "R-1"
     assert gateway.requests == {"apply": 1, "query": 1}
@@ -398,7 +398,7 @@ async def test_a_client_s_hook_may_read_the_answer_first():
         logged.append(wire.decode(await response.aread()))
 
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app=gateway), event_hooks={"response": [hook]})
-    async with client, RefundSession(gateway.merchant(), client=client, now=wall_clock) as session:
+    async with client, RefundSession(gateway.merchant(), client=client, clock=boot_clock) as session:
         refund = await session.apply_refund(refund_request())
     assert [refund.raw] == logged
     assert gateway.requests == {"apply": 1}
@@ -755,7 +755,7 @@ async def test_a_server_that_trickles_is_cut_off_after_the_attempt_s_time(mercha
             await anyio.sleep(1)
 
     async with serving(handler) as server:
-        async with RefundSession(at(merchant_keys, gateway_keys, server.url), deadline=30, now=wall_clock) as session:
+        async with RefundSession(at(merchant_keys, gateway_keys, server.url), deadline=30, clock=boot_clock) as session:
             with pytest.raises(RefundOutcomeUnknown, match="no answer within"):
                 await session.apply_refund(refund_request())
         assert anyio.current_time() <= 30

@@ -8,7 +8,7 @@ from decimal import Decimal
 import anyio
 import pytest
 from notices import HEADERS, Handler, is_acknowledged, notification
-from parties import refund_request, sandbox, wall_clock
+from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import (
     ConfigurationError,
@@ -26,11 +26,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
 def session(gateway, **options):
-    return gateway.session(now=wall_clock, **options)
+    return gateway.session(clock=boot_clock, **options)
 
 
 def endpoint_of(opened, **options):
-    return NotificationEndpoint(opened.merchant, Handler(), session=opened, now=wall_clock, **options)
+    return NotificationEndpoint(opened.merchant, Handler(), session=opened, clock=boot_clock, **options)
 
 
 async def notify_after(seconds, endpoint, **changes):

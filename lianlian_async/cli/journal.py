@@ -14,7 +14,7 @@ from lianlian_async.flow import iterate
 from lianlian_async.journal import Entry
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
-from lianlian_async.recording import Resumed
+from lianlian_async.recovery import Resumed
 
 from .endings import UNKNOWN
 from .inputs import config_option, load_merchant, make_session, session_options
@@ -110,6 +110,6 @@ def _line(entry: Entry) -> dict[str, Any]:
         **{name: record.get(name) for name in _RECORD},
         **entry.fields,
         "state": str(entry.state),
-        "sent_at": entry.sent_at and entry.sent_at.isoformat(),
+        "sent_at": entry.sent_at and entry.sent_at.wall.isoformat(),
     }
     return {name: values.get(name) for name in _EXPORTED}

@@ -25,6 +25,7 @@ _MEANING: Final = {
     State.ACCEPTED: "made; its final state is not known",
     State.DONE: "final: success or failed",
     State.REJECTED: "refused for good",
+    State.CONFLICT: "another refund stands under this number: a person has to decide",
 }
 
 
@@ -62,7 +63,7 @@ class Look:
         self.unknown += 1
         if len(self.oldest) < _LISTED:
             grace = timedelta(seconds=RetryPolicy().absence_grace)
-            moments = (_moment(entry.sent_at), _moment(entry.sent_at + grace))
+            moments = (_moment(entry.sent_at.wall), _moment(entry.sent_at.wall + grace))
             self.oldest.append(Open(entry.no_refund, entry.fields["money_refund"], *moments))
 
 

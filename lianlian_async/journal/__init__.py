@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .base import Ending, Entry, Intent, Journal, JournalError, Standing, State
-from .memory import MemoryJournal
+from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing, State
+from .memory import MemoryJournal, OpenRefunds
 
 if TYPE_CHECKING:
     from .sqlite import SqliteJournal, SqliteReader
@@ -21,6 +21,8 @@ __all__ = [
     "Journal",
     "JournalError",
     "MemoryJournal",
+    "OpenRefunds",
+    "Owner",
     "SqliteJournal",
     "SqliteReader",
     "Standing",

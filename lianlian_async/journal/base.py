@@ -5,30 +5,34 @@ then tells which refunds have to be asked about, and an ending that is known is 
 
 The way of one refund::
 
-    intend ──► NEW ──────────────► send ──► settle (made, rejected)
-         ├───► UNSETTLED ► ask ──► (send) ─► settle
-         │         ▲                 └─────► release (unknown: may have arrived; or certainly not sent)
+    intend ──► NEW ──────────────► send ──► settle (made, rejected, conflict)
+         ├───► ASK_FIRST ► ask ──► send ──► settle
+         ├───► UNSETTLED ► ask ──► (resend, send) ──► settle
+         │         ▲                 └──────► release (unknown: may have arrived; or certainly not sent)
          │         └───────────────────────────┘
          ├───► SETTLED: the recorded ending, no traffic
-         └───► HELD: another call or worker is at it; wait for it
+         └───► HELD: another call or worker has the lease; wait for it
 
 Cancellation never leaves a refund between two of these: a ``settle`` or ``release`` that was called is carried
 out even if its caller is cancelled meanwhile, and an ``intend`` whose caller is cancelled is taken back.
+
+A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`): what a sandbox made must never
+answer for production.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from datetime import datetime
 from enum import StrEnum
 from types import TracebackType
 from typing import Protocol, Self
 
 import attrs
 
-from lianlian_async.errors import JournalError
+from lianlian_async.clock import Moment
+from lianlian_async.errors import ConfigurationError, JournalError
 
-__all__ = ["Ending", "Entry", "Intent", "Journal", "JournalError", "Standing", "State"]
+__all__ = ["Ending", "Entry", "Intent", "Journal", "JournalError", "Owner", "Standing", "State"]
 
 
 class State(StrEnum):
@@ -42,20 +46,46 @@ class State(StrEnum):
     """Made, and final."""
     REJECTED = "rejected"
     """Refused by the gateway for good."""
+    CONFLICT = "conflict"
+    """The gateway told of another refund under this number: a person has to decide, nothing is sent or asked."""
 
     @property
     def is_settled(self) -> bool:
         """Whether there is an ending to answer with."""
         return self is not State.UNSETTLED
 
+    @property
+    def is_made(self) -> bool:
+        """Whether the gateway has told that the refund was made."""
+        return self in (State.ACCEPTED, State.DONE)
+
 
 class Standing(StrEnum):
     """What :meth:`Journal.intend` found."""
 
     NEW = "new"
+    ASK_FIRST = "ask first"
+    """Not on record, but the journal may have lost its last commits: query before sending."""
     UNSETTLED = "unsettled"
     SETTLED = "settled"
     HELD = "held"
+
+
+@attrs.frozen
+class Owner:
+    """Whose refunds a journal holds: a merchant's, at one apply endpoint."""
+
+    oid_partner: str
+    apply_url: str
+
+    def confirm(self, recorded: Owner | None, journal: str) -> Owner:
+        """Return this owner if ``recorded`` is the same or nobody, or raise ``ConfigurationError``."""
+        if recorded not in (None, self):
+            raise ConfigurationError(
+                f"journal {journal} belongs to merchant {recorded.oid_partner} at {recorded.apply_url}, "
+                f"this session to {self.oid_partner} at {self.apply_url}: each needs a journal of its own"
+            )
+        return self
 
 
 @attrs.frozen(kw_only=True)
@@ -69,8 +99,8 @@ class Intent:
     """The request in wire form (``RefundRequest.to_dict``), to ask and to show with."""
     body: bytes
     """The exact signed bytes that are sent."""
-    held_until: datetime
-    """Until when the caller may go on sending: nobody else does before that."""
+    lease: float
+    """Seconds from now on in which the caller may send: nobody else does before they are over."""
 
 
 @attrs.frozen(kw_only=True)
@@ -90,13 +120,18 @@ class Entry:
     fields: Mapping[str, str]
     body: bytes
     """What is to be sent, again if need be; empty once there is an ending: nothing is sent any more."""
-    sent_at: datetime | None
-    """The last moment at which an attempt may have arrived (the end of the hold, while somebody holds it);
+    sent_at: Moment | None
+    """The last moment at which an attempt may have arrived (the end of the lease, while its holder may send);
     None: none ever may have."""
+    refused: Mapping[str, str] | None = None
+    """The refusal (``ret_code``, ``ret_msg``, ``verified``) in which every attempt so far ended; None: one may have
+    worked, or none was made."""
     ending: Ending | None = None
     """None while it is unsettled."""
     holder: str | None = attrs.field(default=None, repr=False)
-    """Names the call that took hold of it and has not let go."""
+    """Names the call that has the lease."""
+    leased_until: Moment | None = attrs.field(default=None, repr=False)
+    """When the holder's lease ends."""
 
     @property
     def state(self) -> State:
@@ -119,33 +154,52 @@ class Journal(Protocol):
     def is_open(self) -> bool:
         """Whether it can be used now."""
 
-    async def intend(self, intent: Intent, now: datetime) -> tuple[Standing, Entry]:
-        """Write ``intent`` durably, and take hold of the refund until ``held_until``, before anything is sent.
+    @property
+    def id(self) -> str:
+        """The random id that it was given when it was made; of an open journal."""
 
-        NEW: it was not known, or known as certainly not sent; send it. UNSETTLED: it was begun earlier and is
-        the caller's now; ask first, and send nothing but the entry's own body. The entry's ``sent_at`` is the
-        last moment at which an earlier attempt may have arrived: None if NEW, never later than ``now`` if
-        UNSETTLED. SETTLED: answer with the entry's ending. HELD: somebody else is at it; the entry is as it
-        stands.
+    async def bind(self, oid_partner: str, apply_url: str) -> None:
+        """Write down whose refunds it holds, and of which endpoint, if nobody did before.
 
-        Who is told NEW or UNSETTLED ends with :meth:`settle` or :meth:`release`.
+        Raises ``ConfigurationError`` if it belongs to another merchant or endpoint.
+        """
+
+    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
+        """Write ``intent`` durably, and take the refund's lease, before anything is sent.
+
+        NEW: it was not known, or known as certainly not sent; send it. ASK_FIRST: as NEW, but query first. UNSETTLED:
+        it was begun earlier and is the caller's now; query first, and send nothing but the entry's own body, after
+        :meth:`resend`. The entry's ``sent_at`` is the last moment at which an earlier attempt may have arrived: None
+        if NEW or ASK_FIRST, never later than ``now`` if UNSETTLED. SETTLED: answer with the entry's ending. HELD:
+        somebody else has the lease; the entry is as it stands.
+
+        Who is told NEW, ASK_FIRST or UNSETTLED ends with :meth:`settle` or :meth:`release`.
         Raises ``RefundConflict`` if the number is recorded with another digest.
         """
 
-    async def settle(self, no_refund: str, ending: Ending) -> Entry:
-        """Record how it ended, and let go of it. The entry as it then stands.
+    async def resend(self, entry: Entry) -> None:
+        """Write down that ``entry``, as :meth:`intend` gave it, may be sent again until its lease ends.
+
+        Raises :class:`JournalError` if somebody else has taken the lease.
+        """
+
+    async def settle(self, entry: Entry, ending: Ending) -> Entry:
+        """Record how ``entry`` ended, and end its lease. The entry as it then stands.
 
         The first ending wins, whoever reports it; only ACCEPTED becomes DONE later. Recording the same again
-        changes nothing.
+        changes nothing. An entry that the journal has lost is written again.
         """
 
-    async def release(self, entry: Entry, sent_at: datetime | None) -> None:
-        """Let go of ``entry``, as :meth:`intend` gave it, without an ending.
+    async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
+        """End the lease of ``entry``, as :meth:`intend` gave it, without an ending.
 
         ``sent_at`` is the last moment at which an attempt, of this or of an earlier call, may have arrived;
-        None: none ever may have, so that the next :meth:`intend` finds it NEW. Nothing happens if the hold is
-        over and somebody else has taken it, or settled it.
+        None: none ever may have, so that the next :meth:`intend` finds it NEW. ``refused``: see :class:`Entry`.
+        Nothing happens if the lease is over and somebody else has taken it, or settled it.
         """
+
+    async def latest_made(self) -> Entry | None:
+        """The youngest entry that is known as made: the proof that the query service knows our refunds."""
 
     def pending(self) -> AsyncIterator[Entry]:
         """Every entry that is unsettled, or accepted and not final, oldest first; in bounded memory."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from datetime import datetime
 from itertools import count
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
@@ -21,9 +20,10 @@ import anyio.lowlevel
 import attrs
 
 from lianlian_async.background import Background
+from lianlian_async.clock import Moment
 
-from .base import Ending, Entry, Intent, Journal, JournalError, Standing
-from .operations import Answer, Begin, Look, Operation, Release, Settle, TakeBack
+from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing
+from .operations import Answer, Begin, Look, Operation, Release, Resend, Settle, TakeBack
 
 __all__ = ["GroupedJournal"]
 
@@ -138,6 +138,8 @@ class GroupedJournal:
     def __init__(self, name: str) -> None:
         self._name = name
         self._group: _GroupCommit | None = None
+        self._id = ""
+        self._owner: Owner | None = None
         self._inbox: Journal | None = None
         self._inboxes = AsyncExitStack()
         self._inbox_turn = anyio.Lock()
@@ -183,6 +185,9 @@ class GroupedJournal:
         """Another journal of this kind, at the place that belongs to this one's inbox."""
 
     @abstractmethod
+    async def _bind(self, owner: Owner) -> None: ...
+
+    @abstractmethod
     async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]: ...
 
     def _opened(self) -> _GroupCommit:
@@ -195,19 +200,37 @@ class GroupedJournal:
             )
         return self._group
 
-    async def intend(self, intent: Intent, now: datetime) -> tuple[Standing, Entry]:
+    @property
+    def id(self) -> str:
+        """See :attr:`Journal.id`."""
+        self._opened()
+        return self._id
+
+    async def bind(self, oid_partner: str, apply_url: str) -> None:
+        """See :meth:`Journal.bind`."""
+        self._opened()
+        owner = Owner(oid_partner, apply_url)
+        if owner != self._owner:
+            await self._bind(owner)
+            self._owner = owner
+
+    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         """See :meth:`Journal.intend`."""
         group = self._opened()
         begin = Begin(intent, now, f"{self._holder}-{next(self._calls)}")
         return await group.do(begin, if_cancelled=TakeBack(begin))
 
-    async def settle(self, no_refund: str, ending: Ending) -> Entry:
-        """See :meth:`Journal.settle`."""
-        return await self._opened().do(Settle(no_refund, ending))
+    async def resend(self, entry: Entry) -> None:
+        """See :meth:`Journal.resend`."""
+        await self._opened().do(Resend(entry))
 
-    async def release(self, entry: Entry, sent_at: datetime | None) -> None:
+    async def settle(self, entry: Entry, ending: Ending) -> Entry:
+        """See :meth:`Journal.settle`."""
+        return await self._opened().do(Settle(entry, ending))
+
+    async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
         """See :meth:`Journal.release`."""
-        await self._opened().do(Release(entry, sent_at))
+        await self._opened().do(Release(entry, sent_at, refused))
 
     async def find(self, no_refund: str) -> Entry | None:
         """See :meth:`Journal.find`."""

@@ -1,20 +1,22 @@
-"""The journal that ends with its process: for tests, and for jobs small enough to be looked at by a person."""
+"""The journals that end with their process: one for tests and small jobs, one that every session has."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from datetime import datetime
 from functools import cached_property
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Final, Self, TypeVar
+from uuid import uuid4
 
 import anyio.lowlevel
 
-from .base import Ending, Entry, Intent, Standing, State
-from .operations import Begin, Operation, Release, Settle
+from lianlian_async.clock import Moment
 
-__all__ = ["MemoryJournal"]
+from .base import Ending, Entry, Intent, JournalError, Owner, Standing, State
+from .operations import Begin, Operation, Release, Resend, Settle
+
+__all__ = ["MemoryJournal", "OpenRefunds"]
 
 T = TypeVar("T")
 
@@ -27,9 +29,11 @@ class MemoryJournal:
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
+        self._owner: Owner | None = None
+        self.id = uuid4().hex
 
     def __repr__(self) -> str:
-        return f"<MemoryJournal {len(self._entries)} refunds>"
+        return f"<{type(self).__name__} {len(self._entries)} refunds>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -39,18 +43,31 @@ class MemoryJournal:
     ) -> None:
         pass
 
-    async def intend(self, intent: Intent, now: datetime) -> tuple[Standing, Entry]:
+    async def bind(self, oid_partner: str, apply_url: str) -> None:
+        """See :meth:`Journal.bind`."""
+        owner = Owner(oid_partner, apply_url)
+        self._owner = owner.confirm(self._owner, repr(self))
+
+    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         """See :meth:`Journal.intend`."""
         await anyio.lowlevel.checkpoint()
         return self._do(Begin(intent, now))
 
-    async def settle(self, no_refund: str, ending: Ending) -> Entry:
-        """See :meth:`Journal.settle`."""
-        return self._do(Settle(no_refund, ending))
+    async def resend(self, entry: Entry) -> None:
+        """See :meth:`Journal.resend`."""
+        self._do(Resend(entry))
 
-    async def release(self, entry: Entry, sent_at: datetime | None) -> None:
+    async def settle(self, entry: Entry, ending: Ending) -> Entry:
+        """See :meth:`Journal.settle`."""
+        return self._do(Settle(entry, ending))
+
+    async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
         """See :meth:`Journal.release`."""
-        self._do(Release(entry, sent_at))
+        self._do(Release(entry, sent_at, refused))
+
+    async def latest_made(self) -> Entry | None:
+        """See :meth:`Journal.latest_made`."""
+        return next((entry for entry in reversed(self._entries.values()) if entry.state.is_made), None)
 
     async def pending(self) -> AsyncIterator[Entry]:
         """See :meth:`Journal.pending`."""
@@ -84,4 +101,32 @@ class MemoryJournal:
         answer, entry = operation.apply(self._entries.get(operation.no_refund))
         if entry is not None:
             self._entries[operation.no_refund] = entry
+        return answer
+
+
+MOST_OPEN: Final = 100_000
+"""Refunds that one session may leave open without a journal: about 100 MB."""
+
+
+class OpenRefunds(MemoryJournal):
+    """What a session without a journal remembers: the refunds that it began, until their outcome is known.
+
+    A second call for one that was left unknown asks first. Nothing that is open is dropped: a session that has left
+    ``MOST_OPEN`` refunds unknown begins no further one.
+    """
+
+    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
+        """See :meth:`Journal.intend`."""
+        if len(self._entries) >= MOST_OPEN and intent.no_refund not in self._entries:
+            raise JournalError(
+                f"this session has left {MOST_OPEN:,} refunds unknown, and remembers no more: "
+                "resolve those first, or give it a journal"
+            )
+        return await super().intend(intent, now)
+
+    def _do(self, operation: Operation[T]) -> T:
+        answer = super()._do(operation)
+        entry = self._entries[operation.no_refund]
+        if entry.ending is not None or entry.sent_at is None:
+            del self._entries[operation.no_refund]
         return answer

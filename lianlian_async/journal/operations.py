@@ -1,4 +1,4 @@
-"""How an entry moves: begun, settled, released, taken back. Pure: the same rules for every journal.
+"""How an entry moves: begun, sent again, settled, released, taken back. Pure: the same rules for every journal.
 
 An operation is given the entry of its refund as it stands, or None; it gives its answer and the entry as it
 has to stand afterwards: the same object, if nothing changes. What every refund goes through makes its entries
@@ -7,18 +7,19 @@ from scratch: ``attrs.evolve`` takes three times as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from datetime import datetime
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 import attrs
 
+from lianlian_async.clock import Moment
 from lianlian_async.errors import RefundConflict
+from lianlian_async.identity import difference
 
 from .base import Ending, Entry, Intent, JournalError, Standing, State
 
-__all__ = ["Answer", "Begin", "Look", "Operation", "Release", "Settle", "TakeBack", "perform"]
+__all__ = ["Answer", "Begin", "Look", "Operation", "Release", "Resend", "Settle", "TakeBack", "perform"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -61,11 +62,13 @@ class Begin:
     """``Journal.intend``."""
 
     intent: Intent
-    now: datetime
+    now: Moment
     holder: str = attrs.field(factory=lambda: uuid4().hex)
     """Of this call only, over all processes."""
+    ask_first: bool = attrs.field(default=False, kw_only=True)
+    """Whether the journal may have lost its last commits."""
     found: Entry | None = attrs.field(default=None, init=False)
-    """The entry that the caller was given to hold."""
+    """The entry that the caller was given the lease of."""
 
     @property
     def no_refund(self) -> str:
@@ -73,55 +76,97 @@ class Begin:
         return self.intent.no_refund
 
     def apply(self, entry: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
-        """What was found; the caller holds the entry if it is NEW or UNSETTLED."""
+        """What was found; the caller has the lease if it is NEW, ASK_FIRST or UNSETTLED."""
         intent = self.intent
         if entry is None:
-            return self._hold(Standing.NEW, None)
+            return self._new()
         if entry.digest != intent.digest:
             raise _conflict(intent, entry)
         if entry.ending is not None:
             return (Standing.SETTLED, entry), entry
         if entry.sent_at is None:
             # Nothing of the earlier call was ever sent: what this one signed, maybe with another key, stands.
-            return self._hold(Standing.NEW, None)
-        if entry.holder is not None and entry.sent_at > self.now:
+            return self._new()
+        if entry.holder is not None and entry.leased_until is not None and _is_ahead(entry.leased_until, self.now):
             return (Standing.HELD, entry), entry
-        return self._hold(Standing.UNSETTLED, entry)
+        return self._unsettled(entry, entry.sent_at)
 
-    def begun(self) -> Entry:
-        """The refund as long as nothing was sent."""
-        return self._entry(self.intent, sent_at=None, holder=None)
+    def _new(self) -> tuple[tuple[Standing, Entry], Entry]:
+        """On record it may be sent until the lease ends, come what may."""
+        leased_until = self.now.after(self.intent.lease)
+        self.found = self._entry(self.intent, sent_at=None, refused=None, leased_until=leased_until)
+        standing = Standing.ASK_FIRST if self.ask_first else Standing.NEW
+        return (standing, self.found), self._entry(
+            self.intent, sent_at=leased_until, refused=None, leased_until=leased_until
+        )
 
-    def _hold(self, standing: Standing, earlier: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
-        """What stays of ``earlier``, for the caller; on record it may be sent until the hold ends, come what may."""
-        sent_at = None if earlier is None or earlier.sent_at is None else min(earlier.sent_at, self.now)
-        begun = self.intent if earlier is None else earlier
-        self.found = self._entry(begun, sent_at=sent_at, holder=self.holder)
-        return (standing, self.found), self._entry(begun, sent_at=self.intent.held_until, holder=self.holder)
+    def _unsettled(self, entry: Entry, sent_at: Moment) -> tuple[tuple[Standing, Entry], Entry]:
+        """What nobody sends any more counts as sent until now at the latest, or at this moment if no clock can tell."""
+        if _is_ahead(sent_at, self.now) or not _is_comparable(sent_at, self.now):
+            sent_at = self.now
+        self.found = self._entry(
+            entry, sent_at=sent_at, refused=entry.refused, leased_until=self.now.after(self.intent.lease)
+        )
+        return (Standing.UNSETTLED, self.found), self.found
 
-    @staticmethod
-    def _entry(begun: Intent | Entry, *, sent_at: datetime | None, holder: str | None) -> Entry:
+    def _entry(
+        self, begun: Intent | Entry, *, sent_at: Moment | None, refused: Mapping[str, str] | None, leased_until: Moment
+    ) -> Entry:
         return Entry(
             no_refund=begun.no_refund,
             digest=begun.digest,
             fields=begun.fields,
             body=begun.body,
             sent_at=sent_at,
-            holder=holder,
+            refused=refused,
+            holder=self.holder,
+            leased_until=leased_until,
         )
+
+
+def _is_ahead(moment: Moment, now: Moment) -> bool:
+    """Whether ``moment`` is still to come, on the same boot clock or on another machine's wall clock."""
+    return moment.boot > now.boot if moment.timeline == now.timeline else moment.wall > now.wall
+
+
+def _is_comparable(moment: Moment, now: Moment) -> bool:
+    """Whether some clock will tell the time since ``moment``, once the gateway has told its own."""
+    return moment.timeline == now.timeline or moment.gateway is not None
+
+
+@attrs.frozen
+class Resend:
+    """``Journal.resend``."""
+
+    held: Entry
+
+    @property
+    def no_refund(self) -> str:
+        """Which refund."""
+        return self.held.no_refund
+
+    def apply(self, entry: Entry | None) -> tuple[None, Entry]:
+        """The entry as one that may be sent until its lease ends."""
+        if entry is not None and (entry.holder != self.held.holder or entry.ending is not None):
+            raise JournalError(f"refund {self.no_refund}: another call or worker has taken the lease; ask again later")
+        return None, attrs.evolve(self.held, sent_at=self.held.leased_until, refused=None)
 
 
 @attrs.frozen
 class Settle:
     """``Journal.settle``."""
 
-    no_refund: str
+    held: Entry
     ending: Ending
+
+    @property
+    def no_refund(self) -> str:
+        """Which refund."""
+        return self.held.no_refund
 
     def apply(self, entry: Entry | None) -> tuple[Entry, Entry]:
         """The entry with its first ending, or with the final one that followed an ACCEPTED."""
-        if entry is None:
-            raise JournalError(f"refund {self.no_refund} is not in the journal: it cannot be settled there")
+        entry = entry or self.held  # what a failover lost is written again
         state = self.ending.state
         if entry.ending is None or (entry.state, state) == (State.ACCEPTED, State.DONE):
             entry = Entry(
@@ -140,7 +185,8 @@ class Release:
     """``Journal.release``."""
 
     held: Entry
-    sent_at: datetime | None
+    sent_at: Moment | None
+    refused: Mapping[str, str] | None = None
 
     @property
     def no_refund(self) -> str:
@@ -148,10 +194,12 @@ class Release:
         return self.held.no_refund
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """The entry without its holder."""
+        """The entry without its holder; one that may have been sent is written again if a failover lost it."""
+        if entry is None and self.sent_at is not None:
+            entry = self.held
         if entry is None or entry.holder is None or entry.holder != self.held.holder:
             return None, entry
-        return None, attrs.evolve(entry, sent_at=self.sent_at, holder=None)
+        return None, attrs.evolve(entry, sent_at=self.sent_at, refused=self.refused, holder=None, leased_until=None)
 
 
 @attrs.frozen
@@ -168,7 +216,7 @@ class TakeBack:
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
         """The entry without its holder."""
         found = self.begin.found
-        return (None, entry) if found is None else Release(found, found.sent_at).apply(entry)
+        return (None, entry) if found is None else Release(found, found.sent_at, found.refused).apply(entry)
 
 
 @attrs.frozen
@@ -186,7 +234,7 @@ def _conflict(intent: Intent, entry: Entry) -> RefundConflict:
     """Names the first field in which the two differ; ``digest``, if they differ in nothing that can be shown."""
     ours: dict[str, str] = {**intent.fields, "digest": intent.digest}
     theirs: dict[str, str] = {**entry.fields, "digest": entry.digest}
-    field = next(name for name in (*intent.fields, *entry.fields, "digest") if ours.get(name) != theirs.get(name))
+    field = difference(intent.fields, entry.fields) or "digest"
     return RefundConflict(
         intent.no_refund, field=field, ours=ours.get(field, "nothing"), theirs=theirs.get(field, "nothing")
     )

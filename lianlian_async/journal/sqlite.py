@@ -14,7 +14,7 @@ from typing import Any, Final, Self, TypeVar
 import anyio
 import anyio.to_thread
 
-from .base import Entry, State
+from .base import Entry, Owner, State
 from .group import GroupedJournal
 from .operations import Answer, Operation
 from .sqlite_file import JournalFile
@@ -39,6 +39,11 @@ class _Looking:
     def entries(self) -> AsyncIterator[Entry]:
         """See :meth:`Journal.entries`."""
         return self._walk(pending=False)
+
+    async def latest_made(self) -> Entry | None:
+        """See :meth:`Journal.latest_made`."""
+        self._check_open()
+        return await self._in_thread(self._file.latest_made)
 
     async def counts(self) -> Mapping[State, int]:
         """See :meth:`Journal.counts`."""
@@ -96,12 +101,16 @@ class SqliteJournal(_Looking, GroupedJournal):
     async def _open(self) -> None:
         self._thread = anyio.CapacityLimiter(1)
         self._file = await self._in_thread(JournalFile, self._name)
+        self._id, self._owner = await self._in_thread(self._file.owner)
 
     def _check_open(self) -> None:
         self._opened()
 
     async def _close(self) -> None:
         await self._in_thread(self._file.close)
+
+    async def _bind(self, owner: Owner) -> None:
+        await self._in_thread(self._file.bind, owner)
 
     async def find(self, no_refund: str) -> Entry | None:
         """See :meth:`Journal.find`. Of most numbers that are not on record, that is known at once."""

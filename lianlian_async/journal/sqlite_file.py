@@ -5,7 +5,8 @@ back at every row that it steps over, and a busy event loop would let each of a 
 
 ``refunds`` holds what is written once and hardly changes, a body lives in ``bodies`` only while its refund is
 unsettled, how it ended is added to ``endings``. So rows never grow, and pages stay full. ``sent_at`` is in
-microseconds since 1970 (UTC).
+microseconds since 1970 (UTC); beside the body, ``evidence`` holds the same moment on the other clocks, and the
+refusal in which every attempt so far ended. ``journal`` has one row: the journal's id, and whose refunds it holds.
 
 Nobody else writes to the file: what is held is known without reading it again, and so is, of most new numbers,
 that they are not on record.
@@ -24,14 +25,16 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
-from .base import Ending, Entry, JournalError, State
+from lianlian_async.clock import Moment
+
+from .base import Ending, Entry, JournalError, Owner, State
 from .numbers import Numbers
 from .operations import Answer, Operation, perform
 
 __all__ = ["JournalFile"]
 
 APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 CHECKPOINT_PAGES: Final = 4000
 """How long the log grows (16 MB) before it is worked into the file: bodies mostly come and go within that."""
@@ -46,22 +49,26 @@ CREATE TABLE refunds (
     state TEXT NOT NULL,
     sent_at INTEGER
 );
-CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL);
+CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL, evidence TEXT);
 CREATE TABLE endings (id INTEGER PRIMARY KEY, record TEXT NOT NULL);
 CREATE INDEX not_done ON refunds (id, state) WHERE state <> 'done';
+CREATE TABLE journal (id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT);
+INSERT INTO journal SELECT lower(hex(randomblob(16))), NULL, NULL;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
 
 _READ: Final = """
-SELECT json_group_array(json_array(id, no_refund, digest, json(fields), sent_at, body, state, json(record)))
+SELECT json_group_array(
+    json_array(id, no_refund, digest, json(fields), sent_at, body, json(evidence), state, json(record))
+)
 FROM refunds LEFT JOIN bodies USING (id) LEFT JOIN endings USING (id)
 WHERE no_refund IN (SELECT value FROM json_each(?))"""
 _PENDING: Final = """
 SELECT json_group_array(no_refund) FROM (
     SELECT no_refund FROM refunds
-    WHERE state <> 'done' AND state <> 'rejected' AND id > ? AND id <= ? ORDER BY id LIMIT ?
+    WHERE state IN ('unsettled', 'accepted') AND state <> 'done' AND id > ? AND id <= ? ORDER BY id LIMIT ?
 )"""
 _ENTRIES: Final = """
 SELECT json_group_array(no_refund) FROM (
@@ -73,6 +80,11 @@ SELECT json_group_object(state, n) FROM (
     UNION ALL SELECT 'all', count(*) FROM refunds
 )"""
 _LAST_PLACE: Final = "SELECT coalesce(max(id), 0) FROM refunds"
+_LATEST_MADE: Final = """
+SELECT json_group_array(no_refund) FROM (
+    SELECT no_refund FROM refunds WHERE state IN ('accepted', 'done') ORDER BY id DESC LIMIT 1
+)"""
+_OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
 
 # A row that is inserted into this view is a refund as it stands from now on: one statement does all that this takes.
 # ``no_refund`` and what comes with it is there only if the refund begins, ``record`` only if it has ended.
@@ -83,18 +95,19 @@ CREATE TEMP TRIGGER begun INSTEAD OF INSERT ON changes WHEN new.no_refund IS NOT
     VALUES (new.id, new.no_refund, new.digest, new.fields, new.state, new.sent_at)
     ON CONFLICT (id) DO UPDATE
     SET digest = excluded.digest, fields = excluded.fields, state = excluded.state, sent_at = excluded.sent_at;
-    INSERT OR REPLACE INTO bodies (id, body) SELECT new.id, new.body WHERE new.record IS NULL;
+    INSERT OR REPLACE INTO bodies (id, body, evidence) SELECT new.id, new.body, new.evidence WHERE new.record IS NULL;
 END;
 CREATE TEMP TRIGGER moved INSTEAD OF INSERT ON changes WHEN new.no_refund IS NULL BEGIN
     UPDATE refunds SET state = new.state, sent_at = new.sent_at WHERE id = new.id;
+    UPDATE bodies SET evidence = new.evidence WHERE id = new.id;
 END;
 CREATE TEMP TRIGGER ended INSTEAD OF INSERT ON changes WHEN new.record IS NOT NULL BEGIN
     INSERT OR REPLACE INTO endings (id, record) VALUES (new.id, new.record);
     DELETE FROM bodies WHERE id = new.id;
 END;
 """
-_CHANGE: Final = "INSERT INTO changes (id, state, sent_at, record, no_refund, digest, fields, body) VALUES "
-_ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?)"
+_CHANGE: Final = "INSERT INTO changes (id, state, sent_at, record, evidence, no_refund, digest, fields, body) VALUES "
+_ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 _ROWS: Final = 64
 """In one statement. There is one for each number of rows up to that: SQLite keeps them compiled."""
@@ -172,6 +185,18 @@ class JournalFile:
                 "finish it with the lianlian-async that began it, or begin another file"
             )
 
+    def owner(self) -> tuple[str, Owner | None]:
+        """The journal's id, and whose refunds it holds; None: nobody's yet."""
+        number, oid_partner, apply_url = json.loads(self._value(_OWNER))
+        return number, None if oid_partner is None else Owner(oid_partner, apply_url)
+
+    def bind(self, owner: Owner) -> None:
+        """Write down whose refunds it holds; see :meth:`.base.Journal.bind`."""
+        with self._turn, self._errors():
+            if owner.confirm(self.owner()[1], str(self._path)) != self.owner()[1]:
+                statement = "UPDATE journal SET oid_partner = ?, apply_url = ?"
+                self._connection.execute(statement, (owner.oid_partner, owner.apply_url))
+
     def close(self) -> None:
         """Close it, and let others own it."""
         with self._turn, self._errors():
@@ -231,6 +256,11 @@ class JournalFile:
             numbers = self._value(_PENDING if pending else _ENTRIES, after, until, limit)
             return sorted(self._read(numbers).items())
 
+    def latest_made(self) -> Entry | None:
+        """The youngest entry that is known as made."""
+        with self._turn, self._errors():
+            return next(iter(self._read(self._value(_LATEST_MADE)).values()), None)
+
     def counts(self) -> dict[State, int]:
         """How many entries stand in each state."""
         with self._turn, self._errors():
@@ -249,11 +279,13 @@ class JournalFile:
                 digest=digest,
                 fields=fields,
                 body=b"" if body is None else body.encode(),
-                sent_at=None if sent_at is None else _EPOCH + sent_at * _MICROSECOND,
+                sent_at=None if sent_at is None else _moment(sent_at, evidence or {}),
+                refused=None if evidence is None else evidence.get("refused"),
                 ending=None if record is None else Ending(state=State(state), record=record),
                 holder=self._held[no_refund][1].holder if no_refund in self._held else None,
+                leased_until=self._held[no_refund][1].leased_until if no_refund in self._held else None,
             )
-            for place, no_refund, digest, fields, sent_at, body, state, record in json.loads(
+            for place, no_refund, digest, fields, sent_at, body, evidence, state, record in json.loads(
                 self._value(_READ, numbers)
             )
         }
@@ -263,7 +295,7 @@ class JournalFile:
         places, rows = [], list[tuple[Any, ...]]()
         for entry in changed:
             place, earlier = known.get(entry.no_refund, (None, None))
-            sent_at = None if entry.sent_at is None else (entry.sent_at - _EPOCH) // _MICROSECOND
+            sent_at = None if entry.sent_at is None else (entry.sent_at.wall - _EPOCH) // _MICROSECOND
             record = None if entry.ending is None else _json(entry.ending.record)
             begun: tuple[str | None, ...] = (None, None, None, None)
             if earlier is None or entry.sent_at is not None is earlier.sent_at:
@@ -272,7 +304,8 @@ class JournalFile:
                 place = self._last_place = self._last_place + 1
                 self._numbers.add((entry.no_refund,))
             places.append(place)
-            rows.append((place, entry.state, sent_at, record, *begun))
+            evidence = None if entry.sent_at is None or record else _json(_evidence(entry.sent_at, entry.refused))
+            rows.append((place, entry.state, sent_at, record, evidence, *begun))
         rows.sort()  # by their places: pages that are filled in order stay full
         if len(rows) <= _ROWS:
             self._insert(rows)
@@ -323,6 +356,27 @@ class JournalFile:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF  # without the extension
             advice = _ADVICE.get(code, "nothing of this was recorded")
             raise JournalError(f"journal {self._path}: {error}; {advice}") from error
+
+
+def _evidence(sent_at: Moment, refused: Mapping[str, str] | None) -> dict[str, Any]:
+    """What stands beside a body; see :func:`_moment`."""
+    told: dict[str, Any] = {"boot": sent_at.boot, "timeline": sent_at.timeline}
+    if sent_at.gateway is not None:
+        told["gateway"] = sent_at.gateway.isoformat()
+    if refused is not None:
+        told["refused"] = refused
+    return told
+
+
+def _moment(sent_at: int, evidence: Mapping[str, Any]) -> Moment:
+    """The moment ``sent_at`` on all clocks; of a refund that is settled only the wall clock's is kept."""
+    gateway = evidence.get("gateway")
+    return Moment(
+        _EPOCH + sent_at * _MICROSECOND,
+        evidence.get("boot", 0.0),
+        evidence.get("timeline", ""),
+        None if gateway is None else datetime.fromisoformat(gateway),
+    )
 
 
 def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connection:

@@ -17,8 +17,6 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
-from functools import partial
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
@@ -26,6 +24,7 @@ import anyio
 
 from lianlian_async import asgi
 from lianlian_async.background import Background
+from lianlian_async.clock import Clock, system_clock
 from lianlian_async.errors import (
     AnswerMismatch,
     ConfigurationError,
@@ -38,7 +37,7 @@ from lianlian_async.flow import checked
 from lianlian_async.journal import Journal, Standing
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund
-from lianlian_async.recording import Resumed
+from lianlian_async.recovery import Resumed
 from lianlian_async.rsa_thread import RsaThread
 from lianlian_async.session import RefundSession
 
@@ -83,9 +82,6 @@ class _Worker(NamedTuple):
     task: Background
 
 
-_utc_now = partial(datetime.now, UTC)
-
-
 class NotificationEndpoint:
     """Receives LianLian's notifications for one merchant, in one event loop (asyncio or trio).
 
@@ -118,7 +114,7 @@ class NotificationEndpoint:
         path: the only path that is served as an ASGI application; None: every path.
         concurrency: handlers that run at the same time behind an inbox.
         remember: see ``journal``.
-        now: the wall clock (aware datetimes), for holds in the journal.
+        clock: reads the wall clock and the boot clock, for leases in the journal.
 
     Raises ``ConfigurationError`` for settings that do not go together.
     """
@@ -139,7 +135,7 @@ class NotificationEndpoint:
         path: str | None = None,
         concurrency: int = 8,
         remember: int = 10_000,
-        now: Callable[[], datetime] = _utc_now,
+        clock: Clock = system_clock,
     ) -> None:
         if confirm and session is None:
             raise ConfigurationError("confirm: needs a session to ask with")
@@ -163,7 +159,7 @@ class NotificationEndpoint:
         self._path = path
         self._concurrency = checked(concurrency)
         self._recent = Recent(remember, handler_seconds)
-        self._now = now
+        self._clock = clock
         self._ready: _Ready | None = None
         self._turn = anyio.Lock()
         self._worker: _Worker | None = None
@@ -212,7 +208,7 @@ class NotificationEndpoint:
             return self._ready
 
     async def _inbox_beside(self, journal: Journal) -> Inbox:
-        return Inbox(await journal.inbox(), self._act, refunds=journal, seconds=self._seconds, now=self._now)
+        return Inbox(await journal.inbox(), self._act, refunds=journal, seconds=self._seconds, clock=self._clock)
 
     # ── one delivery ─────────────────────────────────────────────────────────────────────────────
 

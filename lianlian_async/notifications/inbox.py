@@ -7,12 +7,12 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from datetime import datetime, timedelta
 from typing import Any, Final
 
 import anyio
 import attrs
 
+from lianlian_async.clock import Clock
 from lianlian_async.errors import LianLianError
 from lianlian_async.flow import drain, iterate
 from lianlian_async.journal import Ending, Entry, Intent, Journal, Standing, State
@@ -25,8 +25,8 @@ __all__ = ["Inbox"]
 
 logger = logging.getLogger("lianlian_async")
 
-_NO_HOLD: Final = -60.0
-"""Seconds: over already, by the clock of any worker."""
+_NO_LEASE: Final = -60.0
+"""Seconds: expired at once, even with clock skew between workers."""
 _LOOK_EVERY: Final = 30.0
 """Seconds between two looks at what other workers may have left behind."""
 _LONGEST_REST: Final = 300.0
@@ -45,7 +45,7 @@ class _Rest:
 class Inbox:
     """A :class:`~.acting.Book` in ``journal``, and the handler ``act``, which may take ``seconds`` for one refund.
 
-    ``refunds`` is the journal of the refunds themselves; ``now`` the wall clock.
+    ``refunds`` is the journal of the refunds themselves; ``clock`` reads the clocks.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Inbox:
         *,
         refunds: Journal,
         seconds: float,
-        now: Callable[[], datetime],
+        clock: Clock,
     ) -> None:
         self._journal = journal
         self._act = act
         self._refunds = refunds
         self._seconds = seconds
-        self._now = now
+        self._clock = clock
         self._resting: dict[str, _Rest] = {}
         self._news = anyio.Event()
         self._intake = anyio.CancelScope()
@@ -78,24 +78,21 @@ class Inbox:
 
     async def keep(self, refund: Refund) -> Standing:
         """Write a final state down, durably, to be acted on by :meth:`work`. Raises as :meth:`take`."""
-        standing, _ = await self._take(refund, _NO_HOLD, -math.inf)
+        standing, _ = await self._take(refund, _NO_LEASE, -math.inf)
         self._news.set()
         return standing
 
-    async def _take(self, refund: Refund, hold: float, deadline: float) -> tuple[Standing, Entry]:
-        def intent(now: datetime) -> Intent:
-            return _intent(refund, now + timedelta(seconds=hold))
-
-        return await take(self._journal, intent, self._now, deadline)
+    async def _take(self, refund: Refund, lease: float, deadline: float) -> tuple[Standing, Entry]:
+        return await take(self._journal, _intent(refund, lease), self._clock, deadline)
 
     async def settle(self, held: Entry, refund: Refund) -> None:
         """See :meth:`.Book.settle`."""
         done = Ending(state=State.DONE, record={"sta_refund": str(refund.sta_refund)})
-        await self._journal.settle(held.no_refund, done)
+        await self._journal.settle(held, done)
 
     async def release(self, held: Entry) -> None:
         """See :meth:`.Book.release`."""
-        await self._journal.release(held, self._now())
+        await self._journal.release(held, self._clock())
 
     # ── all that were kept ───────────────────────────────────────────────────────────────────────
 
@@ -119,7 +116,7 @@ class Inbox:
                 self._resting[entry.no_refund] = _Rest(min(rest.failures + 1, 16), anyio.current_time() + pause)
             else:
                 del self._resting[entry.no_refund]
-            if standing in (Standing.NEW, Standing.UNSETTLED):
+            if standing not in (Standing.HELD, Standing.SETTLED):
                 acted(well)
             self._news.set()
 
@@ -134,7 +131,7 @@ class Inbox:
             except LianLianError:
                 logger.exception("refund %s: its notification cannot be acted on now", entry.no_refund)
             else:
-                if standing in (Standing.NEW, Standing.UNSETTLED):
+                if standing not in (Standing.HELD, Standing.SETTLED):
                     acted(well)
 
         await drain(self._journal.pending(), attempt, workers=workers, intake=anyio.CancelScope())
@@ -172,7 +169,7 @@ class Inbox:
                 await self._news.wait()
 
 
-def _intent(refund: Refund, held_until: datetime) -> Intent:
+def _intent(refund: Refund, lease: float) -> Intent:
     # What identifies a final state comes first: a conflict names the first field that differs.
     identity = {"sta_refund": str(refund.sta_refund), "money_refund": str(refund.money_refund)}
     content = f"{refund.no_refund} {refund.sta_refund} {refund.money_refund}"
@@ -181,5 +178,5 @@ def _intent(refund: Refund, held_until: datetime) -> Intent:
         digest=hashlib.sha256(content.encode()).hexdigest(),
         fields={**identity, **refund.raw},
         body=b"",
-        held_until=held_until,
+        lease=lease,
     )

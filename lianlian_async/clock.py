@@ -1,0 +1,119 @@
+"""Moments and the time between them: the one place that reads the wall clock, the boot clock and the boot id.
+
+Elapsed time is a safety argument here: "no such record" is believed only some time after the last send, and a
+lease ends only when its time is over. The wall clock can step, so within one boot of one machine the boot clock
+measures, which nobody sets and which counts suspension. Across boots the smaller of two differences counts: the wall
+clock's, and that of the gateway's ``Date`` headers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Final
+from uuid import uuid4
+
+import attrs
+
+__all__ = ["Clock", "Moment", "SessionClock", "elapsed", "system_clock"]
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+DATE_SLACK: Final = 15.0
+"""Seconds by which a ``Date`` header may be off: its resolution, and the longest exchange that it may belong to."""
+
+
+@attrs.frozen
+class Moment:
+    """One moment, as one process read it."""
+
+    wall: datetime
+    """The wall clock (UTC): for people, and across boots."""
+    boot: float
+    """Seconds of the boot clock; comparable only within one ``timeline``."""
+    timeline: str
+    """Names the boot and the time namespace in which ``boot`` was read."""
+    gateway: datetime | None = None
+    """The gateway's clock (UTC), as far as its ``Date`` headers told it."""
+
+    def after(self, seconds: float) -> Moment:
+        """Return the moment so many seconds later."""
+        span = timedelta(seconds=seconds)
+        gateway = None if self.gateway is None else self.gateway + span
+        return Moment(self.wall + span, self.boot + seconds, self.timeline, gateway)
+
+
+def elapsed(since: Moment, now: Moment) -> float | None:
+    """Return the seconds from ``since`` to ``now`` that certainly passed; None where no clock can tell.
+
+    None also where ``since`` lies in the future of another boot: a clock was set, so the count has to start again.
+    """
+    if since.timeline == now.timeline:
+        return now.boot - since.boot
+    if since.gateway is None or now.gateway is None:
+        return None
+    wall, gateway = (now.wall - since.wall).total_seconds(), (now.gateway - since.gateway).total_seconds()
+    shortest = min(wall, gateway)
+    return None if shortest < 0 else max(0.0, shortest - DATE_SLACK)
+
+
+Clock = Callable[[], Moment]
+"""Reads all clocks at once."""
+
+
+class SessionClock:
+    """A clock that also knows what time it is at the gateway, from the ``Date`` header of its last answer."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._date = ""
+        self._ahead: timedelta | None = None
+        """The gateway's clock less the boot clock's seconds, as a span since 1970."""
+
+    def __call__(self) -> Moment:
+        """Read all clocks."""
+        now = self._clock()
+        if self._ahead is None:
+            return now
+        return attrs.evolve(now, gateway=_EPOCH + self._ahead + timedelta(seconds=now.boot))
+
+    def heard(self, date: str) -> None:
+        """Take over the ``Date`` header of an answer; one that cannot be read teaches nothing."""
+        if date == self._date:  # it changes once a second
+            return
+        self._date = date
+        try:
+            told = parsedate_to_datetime(date)
+        except (ArithmeticError, LookupError, TypeError, ValueError):  # what the parser raises for odd texts
+            return
+        self._ahead = told.replace(tzinfo=told.tzinfo or UTC) - _EPOCH - timedelta(seconds=self._clock().boot)
+
+
+def _boot_clock() -> Callable[[], float]:
+    """The clock that counts suspension: Linux names it, macOS's CLOCK_MONOTONIC and Windows' ticks do it, too."""
+    for name in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"):
+        if hasattr(time, name):
+            number: int = getattr(time, name)
+            return lambda: time.clock_gettime(number)
+    return time.monotonic
+
+
+def _timeline() -> str:
+    """The boot id and the time namespace (Linux); elsewhere an id of this process, which then counts as a boot."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/time').readlink()}"
+    except OSError:
+        return f"process {uuid4()}"
+
+
+_boot_seconds: Final = _boot_clock()
+_this_timeline: Final = _timeline()
+
+
+def system_clock() -> Moment:
+    """Read this machine's clocks."""
+    return Moment(datetime.now(UTC), _boot_seconds(), _this_timeline)
