@@ -64,7 +64,8 @@ def answer(entry: Entry) -> Refund:
         raise refusal(entry.no_refund, record)
     if entry.ending.state is State.CONFLICT:
         check_identity(entry.fields, record)  # raises the conflict that is on record
-    return Refund.from_dict(record, asked_dt_refund=RefundRequest.from_record(entry.fields).dt_refund)
+    request = RefundRequest.from_record(entry.fields)
+    return Refund.from_dict(record, asked_dt_refund=request.dt_refund, asked_trader_refund=request.trader_refund)
 
 
 async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) -> tuple[Standing, Entry]:
@@ -101,7 +102,7 @@ async def learn(journal: Journal, refund: Refund) -> Refund:
     if recorded.state is State.REJECTED or (refund.is_final and status != refund.sta_refund):
         theirs = f"rejected {recorded.record['ret_code']}" if recorded.state is State.REJECTED else str(status)
         raise RefundConflict(number, field="sta_refund", ours=str(refund.sta_refund), theirs=theirs)
-    return attrs.evolve(refund, asked_dt_refund=request.dt_refund)
+    return attrs.evolve(refund, asked_dt_refund=request.dt_refund, asked_trader_refund=request.trader_refund)
 
 
 @attrs.frozen(kw_only=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import anyio
 import attrs
 
-from .errors import JournalError, LianLianError, RefundConflict, RefundRejected
+from .errors import InvalidRequest, JournalError, LianLianError, RefundConflict, RefundRejected
 from .flow import checked, drain
 from .journal import Entry, Journal
 from .models import Refund, RefundQuery, RefundRequest
@@ -64,7 +64,12 @@ class _Resumption:
         """Find out about one refund."""
         if entry.ending is None and entry.sent_at is None:
             return  # certainly never sent: whoever was told so may have refunded by other means
-        request = RefundRequest.from_record(entry.fields)
+        try:
+            request = RefundRequest.from_record(entry.fields)
+        except InvalidRequest as error:
+            logger.error("refund %s: its entry cannot be read: %s", entry.no_refund, error)  # noqa: TRY400 - no bug of ours
+            self.still_open += 1
+            return
         if await (self._is_settled(request) if entry.ending is None else self._is_final(request)):
             self.settled += 1
         else:
@@ -99,6 +104,7 @@ class _Resumption:
             no_refund=request.no_refund,
             money_refund=request.money_refund,
             asked_dt_refund=request.dt_refund,
+            asked_trader_refund=request.trader_refund,
         )
         try:
             return await self.on_final(complete)

@@ -75,7 +75,7 @@ def test_the_same_command_again_sends_nothing(env, gateway, file):
     assert again.stderr == "carrying on: the journal holds 10 settled and 0 unsettled refunds\n"
     assert again.json["outcomes"]["made"] == {"refunds": 10, "yuan": "100.00"}
     assert (again.json["attempts"], again.json["questions"], again.json["known_from_journal"]) == (0, 0, 10)
-    assert again.json["found"] == {"unsettled": 0, "accepted": 0, "done": 10, "rejected": 0}
+    assert again.json["found"] == {"unsettled": 0, "accepted": 0, "done": 10, "rejected": 0, "conflict": 0}
     assert gateway.requests["apply"] == 10
 
 
@@ -290,7 +290,7 @@ def test_an_interrupted_batch_carries_on(env, gateway, file, number):
     assert ended.json["outcomes"]["made"]["refunds"] == 3
     assert ended.stderr == "up to 2 more may have been made: run the same command again, it carries on\n"
     again = run("batch", file, "--yes", "--json", env=env)
-    assert again.json["found"] == {"unsettled": 2, "accepted": 0, "done": 3, "rejected": 0}
+    assert again.json["found"] == {"unsettled": 2, "accepted": 0, "done": 3, "rejected": 0, "conflict": 0}
     assert (again.json["attempts"], again.json["questions"]) == (5, 2)
     assert books(gateway) == once(10)
 

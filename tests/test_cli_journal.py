@@ -78,7 +78,7 @@ def test_a_journal_shows_how_things_stand(left_open):
     assert "│ accepted  │ 3 " in people.stdout
     assert "1 may have been made" in people.stdout
     assert "│ R-0       │ 10.00 │ 20" in people.stdout
-    assert machine.json["states"] == {"unsettled": 1, "accepted": 3, "done": 0, "rejected": 1}
+    assert machine.json["states"] == {"unsettled": 1, "accepted": 3, "done": 0, "rejected": 1, "conflict": 0}
     (unknown,) = machine.json["oldest_unknown"]
     assert unknown["no_refund"] == "R-0"
     assert unknown["sent_at"] < unknown["ask_again_at"]
@@ -110,7 +110,7 @@ def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):
     exported = run("journal", "export", journal, "--out", file.with_name("all.jsonl"), "--json")
     process.kill()
     end(process, env)
-    assert shown.json["states"] == {"unsettled": 1, "accepted": 2, "done": 0, "rejected": 0}
+    assert shown.json["states"] == {"unsettled": 1, "accepted": 2, "done": 0, "rejected": 0, "conflict": 0}
     assert exported.json == {"refunds": 3, "out": str(file.with_name("all.jsonl"))}
 
 
@@ -162,7 +162,7 @@ def test_what_is_open_is_asked_about(env, gateway, left_open):
     """``resume`` finds the unknown one, then the final states; nothing is sent again."""
     first = run("journal", "resume", left_open, "--json", env=env)
     assert first.exit_code == 0
-    assert first.json["states"] == {"unsettled": 0, "accepted": 4, "done": 0, "rejected": 1}
+    assert first.json["states"] == {"unsettled": 0, "accepted": 4, "done": 0, "rejected": 1, "conflict": 0}
     assert (first.json["settled"], first.json["still_open"]) == (1, 3)
     gateway.advance(86_400)
     people = run("journal", "resume", left_open, env=env)
@@ -194,7 +194,7 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
     place = url_of(database, password=None)
     assert run("batch", file, "--yes", "--journal", place, env=private).exit_code == 3
     shown = run("journal", "show", "--json", env=private)
-    assert shown.json["states"] == {"unsettled": 0, "accepted": 4, "done": 0, "rejected": 1}
+    assert shown.json["states"] == {"unsettled": 0, "accepted": 4, "done": 0, "rejected": 1, "conflict": 0}
     assert shown.json["journal"] == "in PostgreSQL"
     assert PASSWORD not in shown.stdout + shown.stderr
     gateway.advance(86_400)

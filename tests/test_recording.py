@@ -12,6 +12,7 @@ import anyio
 import httpx
 import keypairs
 import pytest
+from journals import intent
 from parties import EPOCH, OID_PARTNER, boot_clock, refund_request, sandbox, wall_clock
 
 from lianlian_async import (
@@ -652,6 +653,20 @@ async def test_an_entry_of_an_older_release_is_resumed_like_the_others(new_journ
         assert await session.resume() == Resumed(settled=2, still_open=0)
         assert (await session.apply_refund(old)).no_refund == "R-1\u200b"
     assert [gateway.times_made(request.no_refund) for request in requests] == [1, 1]
+
+
+async def test_an_entry_that_cannot_be_read_ends_no_resumption(new_journal, caplog):
+    """It stays open, the log names it, and the others are settled."""
+    gateway = sandbox(settle_after=0)
+    gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+    damaged = intent("R-0", money="much")
+    async with shop(gateway, new_journal) as (session, journal):
+        _, entry = await journal.intend(damaged, boot_clock())
+        await journal.release(entry, boot_clock())
+        with anyio.move_on_after(5):
+            await session.apply_refund(refund_request())
+        assert await session.resume() == Resumed(settled=1, still_open=1)
+    assert "refund R-0: its entry cannot be read" in caplog.text
 
 
 async def test_resuming_settles_rejections_too(new_journal):
