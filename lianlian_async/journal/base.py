@@ -170,7 +170,7 @@ class Journal(Protocol):
         NEW: it was not known, or known as certainly not sent; send it. ASK_FIRST: as NEW, but query first. UNSETTLED:
         it was begun earlier and is the caller's now; query first, and send nothing but the entry's own body, after
         :meth:`resend`. The entry's ``sent_at`` is the last moment at which an earlier attempt may have arrived: None
-        if NEW or ASK_FIRST, never later than ``now`` if UNSETTLED. SETTLED: answer with the entry's ending. HELD:
+        if NEW or ASK_FIRST, never later than the answer if UNSETTLED. SETTLED: answer with the entry's ending. HELD:
         somebody else has the lease; the entry is as it stands.
 
         Who is told NEW, ASK_FIRST or UNSETTLED ends with :meth:`settle` or :meth:`release`.

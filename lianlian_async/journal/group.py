@@ -79,11 +79,13 @@ class _GroupCommit:
         batch, place = self._put(operation)
         try:
             await batch.done.wait()
+            answer = batch.answers[place]
+            while answer.later is not None:
+                answer = await answer.later()
         except BaseException:
             if if_cancelled is not None:
                 self._put(if_cancelled)
             raise
-        answer = batch.answers[place]
         if answer.error is not None:
             raise answer.error
         return cast("T", answer.value)

@@ -7,7 +7,7 @@ from scratch: ``attrs.evolve`` takes three times as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
@@ -40,6 +40,8 @@ class Answer(NamedTuple):
 
     value: Any
     error: Exception | None = None
+    later: Callable[[], Awaitable[Answer]] | None = None
+    """Waits for the answer of an operation that has to wait apart from its batch."""
 
 
 def perform(operations: Iterable[Operation[Any]], entries: dict[str, Entry]) -> list[Answer]:
@@ -69,15 +71,24 @@ class Begin:
     """Whether the journal may have lost its last commits."""
     found: Entry | None = attrs.field(default=None, init=False)
     """The entry that the caller was given the lease of."""
+    is_taken_back: bool = attrs.field(default=False, init=False)
+    """Whether its caller is gone, so that it has to do nothing any more."""
 
     @property
     def no_refund(self) -> str:
         """Which refund."""
         return self.intent.no_refund
 
+    def postpone(self, boot: float) -> None:
+        """Judge by a later reading of the boot clock; the lease ends when it would have ended."""
+        seconds = boot - self.now.boot
+        self.now, self.intent = self.now.after(seconds), attrs.evolve(self.intent, lease=self.intent.lease - seconds)
+
     def apply(self, entry: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
         """What was found; the caller has the lease if it is NEW, ASK_FIRST or UNSETTLED."""
         intent = self.intent
+        if self.is_taken_back:
+            raise JournalError(f"refund {self.no_refund}: the call that would have begun it is gone")
         if entry is None:
             return self._new()
         if entry.digest != intent.digest:
@@ -214,8 +225,8 @@ class TakeBack:
         return self.begin.no_refund
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """The entry without its holder."""
-        found = self.begin.found
+        """The entry without its holder; if it is carried out first, the :class:`Begin` does nothing later."""
+        found, self.begin.is_taken_back = self.begin.found, True
         return (None, entry) if found is None else Release(found, found.sent_at, found.refused).apply(entry)
 
 

@@ -1,81 +1,64 @@
 """The shared journal: one PostgreSQL database for many workers on many machines (extra ``postgres``, asyncio only).
 
-A hold is a lease: it stands in the row, by the database's clock, and is over when its time is, whatever became
-of the worker that took it. Every batch locks its rows in the same order: workers wait for each other, but never
-in a circle.
+A lease stands in the row, and is over when its time is, whatever became of the worker that took it. No batch waits
+for a row that another transaction holds, maybe of a worker that is dead behind a half-open connection: what is
+locked is skipped, and waits apart. New rows are inserted in the same order by all workers, so that these never wait
+for each other in a circle. ``postgres_moments`` tells how the database's clock and the workers' go together.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, timedelta
+from functools import partial
 from typing import Any, Final, LiteralString
 
 import anyio
+import attrs
 from psycopg import AsyncConnection, Error, IsolationLevel, ProgrammingError
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.errors import LockNotAvailable
 from psycopg.rows import DictRow, dict_row
 from psycopg.sql import SQL, Composed, Identifier
 from psycopg_pool import AsyncConnectionPool
 
+from lianlian_async.background import Background
+from lianlian_async.clock import Clock, system_clock
 from lianlian_async.errors import ConfigurationError
 
-from .base import Ending, Entry, JournalError, State
+from . import postgres_rows as sql
+from .base import Entry, JournalError, Owner, State
 from .group import GroupedJournal
 from .operations import Answer, Begin, Look, Operation, perform
+from .postgres_moments import Reading
+from .postgres_rows import entry_of, owner_of, rows_of
 
 __all__ = ["PostgresJournal"]
 
-SCHEMA_VERSION: Final = 1
-
-_FIND_VERSION: Final = "SELECT FROM pg_tables WHERE schemaname = %s AND tablename = 'version'"
-_READ_VERSION: Final = "SELECT version FROM {schema}.version"
-_CREATE: Final = """
-CREATE SCHEMA IF NOT EXISTS {schema};
-CREATE TABLE {schema}.refunds (
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    no_refund text NOT NULL UNIQUE,
-    digest text NOT NULL,
-    fields json NOT NULL,
-    body text NOT NULL,
-    state text NOT NULL,
-    record json,
-    sent_at timestamptz,
-    holder text
-);
-CREATE INDEX pending ON {schema}.refunds (id) WHERE state IN ('unsettled', 'accepted');
-CREATE TABLE {schema}.version AS SELECT 1 AS version;
-"""
-_INSERT: Final = """
-INSERT INTO {schema}.refunds (no_refund, digest, fields, body, state)
-SELECT no_refund, digest, fields, body, 'unsettled'
-FROM json_to_recordset(%s) AS new (no_refund text, digest text, fields json, body text)
-ORDER BY no_refund ON CONFLICT (no_refund) DO NOTHING
-"""
-_FIND: Final = "SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s)"
-_LOCK: Final = """
-SELECT *, clock_timestamp() AS now FROM {schema}.refunds WHERE no_refund = ANY(%s) ORDER BY no_refund FOR UPDATE
-"""
-_UPDATE: Final = """
-UPDATE {schema}.refunds AS refund
-SET fields = new.fields, body = new.body, state = new.state, record = new.record, sent_at = new.sent_at,
-    holder = new.holder
-FROM json_to_recordset(%s) AS new (
-    no_refund text, fields json, body text, state text, record json, sent_at timestamptz, holder text
-)
-WHERE refund.no_refund = new.no_refund
-"""
-_PENDING: Final = """
-SELECT * FROM {schema}.refunds WHERE state IN ('unsettled', 'accepted') AND id > %s AND id <= %s ORDER BY id LIMIT %s
-"""
-_ENTRIES: Final = "SELECT * FROM {schema}.refunds WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
-_LAST: Final = "SELECT coalesce(max(id), 0) AS id FROM {schema}.refunds"
-_COUNT: Final = "SELECT state, count(*) FROM {schema}.refunds GROUP BY state"
+SCHEMA_VERSION: Final = 2
 
 _PAGE: Final = 500
+_SHORTEST_WAIT: Final = 0.02
+_LONGEST_WAIT: Final = 1.0
+
+
+class _BusyError(Exception):
+    """Another transaction, which goes on, is inserting one of these refunds."""
+
+
+@attrs.define(eq=False)
+class _Apart:
+    """Operations that wait because another transaction holds their refunds, and later their answers."""
+
+    operations: Sequence[Operation[Any]]
+    answers: Sequence[Answer] = attrs.field(default=(), init=False)
+    done: anyio.Event = attrs.field(factory=anyio.Event, init=False)
+
+    async def answer(self, place: int) -> Answer:
+        """Wait for one of the answers."""
+        await self.done.wait()
+        return self.answers[place]
 
 
 class PostgresJournal(GroupedJournal):
@@ -83,47 +66,80 @@ class PostgresJournal(GroupedJournal):
 
     Its tables live in ``schema``, which is made if it is not there, those of its inbox, if it ever has one, in
     ``…_inbox``; several journals in one database take several schemas. Two workers never hold one refund at the
-    same time. Clocks of workers need not agree: holds travel as durations. The moments in entries are by the clock
-    of the worker that reads them.
+    same time. Clocks of workers need not agree, and may be set: the database's clock and the boot clocks count.
 
-    ``timeout`` is how many seconds the database may take for one transaction, connecting included. What the
-    database calls committed has to be durable: leave its ``synchronous_commit`` on.
+    *What holds over crashes:* what a call was told is on disk, also where the database's ``synchronous_commit`` is
+    off. Workers may die at any moment: their leases end, and whoever comes next asks the gateway first.
+
+    *What holds over failover and restore:* a standby or a backup may lack the last commits. Where the database is
+    another incarnation than before, nothing that was begun earlier is sent again for ``not_found_grace`` seconds, and
+    a refund that is not on record is asked about before it is sent: every one for ``not_found_grace`` seconds, and
+    later still every one whose ``dt_refund`` is older than that. What the gateway answered is written again if its
+    row is lost. What remains: a request that a worker sends in the moment of the failover, under a lease that was
+    lost, may reach the gateway after another worker was told "no such record". Synchronous replication rules that
+    out; and stop all workers before a restore.
+
+    ``timeout`` is how many seconds the database may take for one transaction, connecting included. Set
+    ``not_found_grace`` as in the ``RetryPolicy`` of the workers; 0 asks about nothing that is new. ``clock`` is the
+    session's.
     """
 
-    def __init__(self, dsn: str, *, schema: str = "lianlian", timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        schema: str = "lianlian",
+        timeout: float = 10.0,
+        not_found_grace: float = 900.0,
+        clock: Clock = system_clock,
+    ) -> None:
         try:
             database = conninfo_to_dict(dsn)
         except ProgrammingError:  # whose text would show the password
             raise ConfigurationError("dsn: not a PostgreSQL connection string or URL") from None
         super().__init__(f"{schema} in {database.get('dbname')} at {database.get('host')}")
-        self._dsn = dsn
+        # A connection whose other end is gone is given up, unless ``dsn`` says otherwise.
+        alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+        self._dsn = make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | database))
         self._schema = schema
         self._timeout = timeout
-        self._ahead = timedelta(0)
-        """How far the database's clock is ahead of ours, and of the time that the last batch took to arrive."""
+        self._grace = not_found_grace
+        self._clock = clock
+        self._apart: dict[_Apart, Background] = {}
+        # A transaction that is idle for half of the timeout is a dead worker's; whoever waits for it goes on then.
+        self._options = {"timeout": f"{timeout * 1000:.0f}ms", "idle": f"{timeout * 500:.0f}ms"}
 
     def pending(self) -> AsyncIterator[Entry]:
         """See :meth:`Journal.pending`. What is begun later is not among them."""
-        return self._walk(_PENDING)
+        return self._walk(sql.PENDING)
 
     def entries(self) -> AsyncIterator[Entry]:
         """See :meth:`Journal.entries`."""
-        return self._walk(_ENTRIES)
+        return self._walk(sql.ENTRIES)
 
     async def _walk(self, page_of: LiteralString) -> AsyncGenerator[Entry]:
-        [newest] = await self._fetch(_LAST)
+        [newest] = await self._fetch(sql.LAST)
         place = 0
         while page := await self._fetch(page_of, place, newest["id"], _PAGE):
             for row in page:
-                yield self._entry(row)
+                yield entry_of(row, self._reading)
             place = page[-1]["id"]
+
+    async def latest_made(self) -> Entry | None:
+        """See :meth:`Journal.latest_made`."""
+        return next((entry_of(row, self._reading) for row in await self._fetch(sql.LATEST_MADE)), None)
 
     async def counts(self) -> Mapping[State, int]:
         """See :meth:`Journal.counts`."""
-        return dict.fromkeys(State, 0) | {State(row["state"]): row["count"] for row in await self._fetch(_COUNT)}
+        return dict.fromkeys(State, 0) | {State(row["state"]): row["count"] for row in await self._fetch(sql.COUNT)}
+
+    # ── open and closed ──────────────────────────────────────────────────────────────────────────
 
     def _beside(self) -> PostgresJournal:
-        return PostgresJournal(self._dsn, schema=f"{self._schema}_inbox", timeout=self._timeout)
+        """The inbox: nothing is sent for its entries, so that it never asks first."""
+        return PostgresJournal(
+            self._dsn, schema=f"{self._schema}_inbox", timeout=self._timeout, not_found_grace=0, clock=self._clock
+        )
 
     async def _open(self) -> None:
         try:
@@ -134,14 +150,14 @@ class PostgresJournal(GroupedJournal):
             ) from None
         # Not through the pool: that would wait and try again, and never tell what is wrong.
         with self._errors():
-            async with await AsyncConnection.connect(self._dsn) as connection:
+            async with await AsyncConnection.connect(self._dsn, row_factory=dict_row) as connection:
                 await self._prepare(connection)
         self._pool = AsyncConnectionPool(
             self._dsn,
             connection_class=AsyncConnection[DictRow],
             open=False,
             min_size=1,
-            max_size=2,
+            max_size=4,
             configure=_read_what_is_committed,
             check=AsyncConnectionPool.check_connection,
             # Connection poolers in between may not keep prepared statements apart.
@@ -149,73 +165,143 @@ class PostgresJournal(GroupedJournal):
         )
         await self._pool.open()
 
-    async def _prepare(self, connection: AsyncConnection) -> None:
+    async def _prepare(self, connection: AsyncConnection[DictRow]) -> None:
         """Make the tables if they are not there; one worker at a time."""
         await _read_what_is_committed(connection)
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"journal {self._schema}"])
-        found = await connection.execute(_FIND_VERSION, [self._schema])
+        found = await connection.execute(sql.FIND_VERSION, [self._schema])
         if not found.rowcount:
-            await connection.execute(self._sql(_CREATE))
-        [(version,)] = await (await connection.execute(self._sql(_READ_VERSION))).fetchall()
-        if version != SCHEMA_VERSION:
+            await connection.execute(self._sql(sql.CREATE))
+        [row] = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
+        if (version := row["version"]) != SCHEMA_VERSION:
             raise JournalError(
                 f"journal {self._name}: of version {version}, and this is a library for version {SCHEMA_VERSION}; "
                 "finish it with the lianlian-async that began it, or name another schema"
             )
+        self._id, self._owner = row["id"], owner_of(row)
+        self._reading = await self._read_clock(connection)
+
+    async def _bind(self, owner: Owner) -> None:
+        async with self._connected() as connection:
+            await connection.execute(self._sql(sql.BIND), [owner.oid_partner, owner.apply_url])
+            [row] = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
+        owner.confirm(owner_of(row), self._name)
 
     async def _close(self) -> None:
+        while self._apart:
+            await next(iter(self._apart)).done.wait()
         await self._pool.close()
 
+    # ── batches ──────────────────────────────────────────────────────────────────────────────────
+
     async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]:
+        looks = [operation for operation in operations if isinstance(operation, Look)]
+        writes = [operation for operation in operations if not isinstance(operation, Look)]
+        answers = dict[int, Answer]()
+        if looks:
+            rows = await self._select(sql.FIND, [look.no_refund for look in looks])
+            found = {row["no_refund"]: entry_of(row, self._reading) for row in rows}
+            answers |= zip(map(id, looks), perform(looks, found), strict=True)
+        if writes:
+            done = self._set_apart(writes, await self._carry_out(writes), anyio.current_time() + self._timeout)
+            answers |= zip(map(id, writes), done, strict=True)
+        return [answers[id(operation)] for operation in operations]
+
+    def _set_apart(
+        self, operations: Sequence[Operation[Any]], answers: Sequence[Answer | None], until: float, pause: float = 0.0
+    ) -> Sequence[Answer]:
+        """Try those again that have no answer, in a task of their own, up to ``until`` (event loop's clock)."""
+        apart = _Apart([operation for operation, answer in zip(operations, answers, strict=True) if answer is None])
+        if apart.operations:
+            pause = min(max(2 * pause, _SHORTEST_WAIT), _LONGEST_WAIT)
+            self._apart[apart] = Background(partial(self._try_again, apart, until, pause))
+        places = iter(range(len(apart.operations)))
+        return [answer or Answer(None, None, partial(apart.answer, next(places))) for answer in answers]
+
+    async def _try_again(self, apart: _Apart, until: float, pause: float) -> None:
+        apart.answers = _failed(apart.operations, f"{self._name}: ended before another transaction let go of the row")
+        try:
+            await anyio.sleep(pause)
+            answers = await self._carry_out(apart.operations)
+            if anyio.current_time() < until:
+                apart.answers = self._set_apart(apart.operations, answers, until, pause)
+            else:
+                reason = f"{self._name}: another transaction has held the row for {self._timeout} s"
+                late = _failed(apart.operations, reason)
+                apart.answers = [answer or failure for answer, failure in zip(answers, late, strict=True)]
+        except JournalError as error:
+            apart.answers = _failed(apart.operations, str(error))
+        finally:
+            del self._apart[apart]
+            apart.done.set()
+
+    async def _carry_out(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer | None]:
+        """Do all in one transaction; None for those whose refunds another transaction holds."""
+        try:
+            return await self._transact(operations)
+        except _BusyError:
+            numbers = sorted({operation.no_refund for operation in operations})
+        if len(numbers) == 1:
+            return [None] * len(operations)
+        # Nobody tells which refund it is, so the halves go on without each other.
+        middle = numbers[len(numbers) // 2]
+        answers = dict[int, Answer | None]()
+        for is_first in (True, False):
+            half = [operation for operation in operations if (operation.no_refund < middle) is is_first]
+            try:
+                done = await self._carry_out(half)
+            except JournalError as error:  # the other half may be on record
+                done = _failed(half, str(error))
+            answers |= zip(map(id, half), done, strict=True)
+        return [answers[id(operation)] for operation in operations]
+
+    async def _transact(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer | None]:
+        async with self._connected() as connection:
+            while True:
+                async with connection.transaction():
+                    reading = await self._read_clock(connection)
+                    if reading.continues(self._reading):
+                        self._reading = reading
+                        return await self._perform(connection, reading, operations)
+                await connection.execute(self._sql(sql.NEW_ERA), [reading.era + 1])
+
+    async def _read_clock(self, connection: AsyncConnection[DictRow]) -> Reading:
+        before = self._clock()
+        [row] = await (await connection.execute(self._sql(sql.BEGIN), self._options)).fetchall()
+        names = (field.name for field in attrs.fields(Reading) if field.name in row)
+        return Reading(before=before, after=self._clock(), **{name: row[name] for name in names})
+
+    async def _perform(
+        self, connection: AsyncConnection[DictRow], reading: Reading, operations: Sequence[Operation[Any]]
+    ) -> Sequence[Answer | None]:
         numbers = list({operation.no_refund for operation in operations})
-        if all(isinstance(operation, Look) for operation in operations):
-            rows = await self._select(_FIND, numbers)  # nothing changes, so there is nothing to lock
-            return perform(operations, {row["no_refund"]: self._entry(row) for row in rows})
-        begins = [operation for operation in operations if isinstance(operation, Begin)]
-        async with self._connected() as connection, connection.transaction():
-            if begins:
-                # Known as certainly not sent, until the rules decide: so that there is a row to lock.
-                await connection.execute(self._sql(_INSERT), [self._rows(begin.begun() for begin in begins)])
-            rows = await (await connection.execute(self._sql(_LOCK), [numbers])).fetchall()
-            if begins:
-                self._ahead = rows[0]["now"] - max(begin.now for begin in begins)
-            before = {row["no_refund"]: self._entry(row) for row in rows}
-            after = before.copy()
-            answers = perform(operations, after)
-            changed = [entry for number, entry in after.items() if entry is not before[number]]
-            if changed:
-                await connection.execute(self._sql(_UPDATE), [self._rows(changed)])
-        return answers
-
-    # ── rows ─────────────────────────────────────────────────────────────────────────────────────
-
-    def _entry(self, row: Mapping[str, Any]) -> Entry:
-        return Entry(
-            no_refund=row["no_refund"],
-            digest=row["digest"],
-            fields=row["fields"],
-            body=row["body"].encode(),
-            sent_at=row["sent_at"] and row["sent_at"].astimezone(UTC) - self._ahead,
-            ending=row["record"] and Ending(state=State(row["state"]), record=row["record"]),
-            holder=row["holder"],
-        )
-
-    def _rows(self, entries: Iterable[Entry]) -> str:
-        """As one JSON array: one statement for any number of rows."""
-        rows = [
-            {
-                "no_refund": entry.no_refund,
-                "digest": entry.digest,
-                "fields": dict(entry.fields),
-                "body": entry.body.decode(),
-                "state": entry.state,
-                "record": entry.ending and dict(entry.ending.record),
-                "sent_at": entry.sent_at and (entry.sent_at + self._ahead).isoformat(),
-                "holder": entry.holder,
-            }
-            for entry in entries
+        rows = {
+            row["no_refund"]: row for row in await (await connection.execute(self._sql(sql.LOCK), [numbers])).fetchall()
+        }
+        reading = attrs.evolve(reading, after=self._clock())  # whatever is in a row happened before
+        before = {number: entry_of(row, reading) for number, row in rows.items()}
+        for operation in operations:
+            if isinstance(operation, Begin):
+                operation.postpone(reading.after.boot)
+                operation.ask_first = reading.may_have_lost(operation.intent.fields, self._grace)
+        after = before.copy()
+        answers = perform(operations, after)
+        new = [entry for number, entry in after.items() if number not in rows]
+        skipped = {entry.no_refund for entry in new}
+        if new:
+            await connection.execute(sql.WAIT_BRIEFLY)
+            try:
+                inserted = await connection.execute(self._sql(sql.INSERT), [rows_of(new, rows, reading)])
+            except LockNotAvailable:
+                raise _BusyError from None
+            skipped -= {row["no_refund"] for row in await inserted.fetchall()}
+        changed = [entry for number, entry in after.items() if number in rows and entry is not before[number]]
+        if changed:
+            await connection.execute(self._sql(sql.UPDATE), [rows_of(changed, rows, reading)])
+        return [
+            None if operation.no_refund in skipped else answer
+            for operation, answer in zip(operations, answers, strict=True)
         ]
-        return json.dumps(rows)
 
     async def _fetch(self, statement: LiteralString, *parameters: Any) -> list[dict[str, Any]]:
         self._opened()
@@ -244,6 +330,11 @@ class PostgresJournal(GroupedJournal):
         except (Error, OSError) as error:
             reason = str(error).strip() or f"no answer within {self._timeout} s"
             raise JournalError(f"journal {self._name}: {reason}") from error
+
+
+def _failed(operations: Sequence[Operation[Any]], reason: str) -> Sequence[Answer]:
+    """An error for each: one that is raised in many tasks would grow with each."""
+    return [Answer(None, JournalError(f"refund {operation.no_refund}: {reason}")) for operation in operations]
 
 
 async def _read_what_is_committed(connection: AsyncConnection[Any]) -> None:

@@ -1,0 +1,127 @@
+"""What stands in the tables of a PostgreSQL journal, and the statements that read and write it.
+
+``refunds`` has a row for each refund, whose moments ``postgres_moments`` explains. ``eras`` tells since when the
+database is the incarnation that it is. ``version`` has one row: the schema's version, the journal's id, and whose
+refunds it holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from .base import Ending, Entry, Owner, State
+from .postgres_moments import Reading
+
+FIND_VERSION: Final = "SELECT FROM pg_tables WHERE schemaname = %s AND tablename = 'version'"
+READ_VERSION: Final = "SELECT * FROM {schema}.version"
+CREATE: Final = """
+CREATE SCHEMA IF NOT EXISTS {schema};
+CREATE TABLE {schema}.refunds (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    no_refund text NOT NULL UNIQUE,
+    digest text NOT NULL,
+    fields json NOT NULL,
+    body text NOT NULL,
+    state text NOT NULL,
+    record json,
+    sent_at json,
+    refused json,
+    holder text,
+    leased_until json
+);
+CREATE INDEX pending ON {schema}.refunds (id) WHERE state IN ('unsettled', 'accepted');
+CREATE TABLE {schema}.eras (
+    id bigint PRIMARY KEY,
+    began timestamptz NOT NULL DEFAULT clock_timestamp(),
+    postmaster_start_time timestamptz NOT NULL DEFAULT pg_postmaster_start_time()
+);
+INSERT INTO {schema}.eras (id) VALUES (1);
+CREATE TABLE {schema}.version AS
+SELECT 2 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url;
+"""
+BIND: Final = "UPDATE {schema}.version SET oid_partner = %s, apply_url = %s WHERE oid_partner IS NULL"
+
+# In every transaction, as a pooler between may give each to another connection. What is committed has to be durable,
+# and a worker that dies in the middle must not hold its rows for long.
+BEGIN: Final = """
+SELECT
+    set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
+        THEN 'on' ELSE current_setting('synchronous_commit') END, true),
+    set_config('statement_timeout', %(timeout)s, true),
+    set_config('idle_in_transaction_session_timeout', %(idle)s, true),
+    clock_timestamp() AS database, id AS era, began,
+    postmaster_start_time = pg_postmaster_start_time() AS is_same_incarnation
+FROM {schema}.eras ORDER BY id DESC LIMIT 1
+"""
+NEW_ERA: Final = "INSERT INTO {schema}.eras (id) VALUES (%s) ON CONFLICT DO NOTHING"
+WAIT_BRIEFLY: Final = "SELECT set_config('lock_timeout', '100ms', true)"
+"""For another worker that inserts the same refund: longer than its transaction takes, if it is alive."""
+
+FIND: Final = "SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s)"
+LOCK: Final = FIND + " FOR UPDATE SKIP LOCKED"
+INSERT: Final = """
+INSERT INTO {schema}.refunds
+    (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until)
+SELECT no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until
+FROM json_populate_recordset(NULL::{schema}.refunds, %s) AS new
+WHERE NOT EXISTS (SELECT FROM {schema}.refunds AS old WHERE old.no_refund = new.no_refund)
+ORDER BY no_refund ON CONFLICT (no_refund) DO NOTHING RETURNING no_refund
+"""
+UPDATE: Final = """
+UPDATE {schema}.refunds AS refund
+SET fields = new.fields, body = new.body, state = new.state, record = new.record, sent_at = new.sent_at,
+    refused = new.refused, holder = new.holder, leased_until = new.leased_until
+FROM json_populate_recordset(NULL::{schema}.refunds, %s) AS new
+WHERE refund.no_refund = new.no_refund
+"""
+PENDING: Final = """
+SELECT * FROM {schema}.refunds WHERE state IN ('unsettled', 'accepted') AND id > %s AND id <= %s ORDER BY id LIMIT %s
+"""
+ENTRIES: Final = "SELECT * FROM {schema}.refunds WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
+LATEST_MADE: Final = "SELECT * FROM {schema}.refunds WHERE state IN ('accepted', 'done') ORDER BY id DESC LIMIT 1"
+LAST: Final = "SELECT coalesce(max(id), 0) AS id FROM {schema}.refunds"
+COUNT: Final = "SELECT state, count(*) FROM {schema}.refunds GROUP BY state"
+
+
+def owner_of(row: Mapping[str, Any]) -> Owner | None:
+    """Whose refunds the journal holds, by its row in ``version``."""
+    return None if row["oid_partner"] is None else Owner(row["oid_partner"], row["apply_url"])
+
+
+def entry_of(row: Mapping[str, Any], reading: Reading) -> Entry:
+    """The refund in ``row``, its moments on this worker's clocks."""
+    return Entry(
+        no_refund=row["no_refund"],
+        digest=row["digest"],
+        fields=row["fields"],
+        body=row["body"].encode(),
+        sent_at=reading.moment(row["sent_at"]),
+        refused=row["refused"],
+        ending=row["record"] and Ending(state=State(row["state"]), record=row["record"]),
+        holder=row["holder"],
+        leased_until=reading.moment(row["leased_until"]),
+    )
+
+
+def rows_of(entries: Iterable[Entry], recorded: Mapping[str, Mapping[str, Any]], reading: Reading) -> str:
+    """Return ``entries`` as one JSON array, for one statement; ``recorded``: the rows as they were, by number."""
+    rows = []
+    for entry in entries:
+        earlier = recorded.get(entry.no_refund, {})
+        rows.append(
+            {
+                "no_refund": entry.no_refund,
+                "digest": entry.digest,
+                "fields": dict(entry.fields),
+                "body": entry.body.decode(),
+                "state": entry.state,
+                "record": entry.ending and dict(entry.ending.record),
+                "sent_at": reading.stored(entry.sent_at, earlier.get("sent_at")),
+                "refused": entry.refused and dict(entry.refused),
+                "holder": entry.holder,
+                "leased_until": reading.stored(entry.leased_until, earlier.get("leased_until")),
+            }
+        )
+    return json.dumps(rows)
