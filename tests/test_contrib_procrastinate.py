@@ -211,4 +211,4 @@ async def test_jobs_need_the_session_of_work(dsn):
     """A refund job that another worker program runs says where the session comes from."""
     async with RefundQueue(dsn) as queue:
         with pytest.raises(RuntimeError, match=r"RefundQueue\.work"):
-            await queue._refund({})
+            await queue._refund(None, {})

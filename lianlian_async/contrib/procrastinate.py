@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterable, Iterable, Mapping
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Final, Self
 
-from procrastinate import App, BaseRetryStrategy, PsycopgConnector, RetryDecision
-from procrastinate.exceptions import AlreadyEnqueued
+from procrastinate import App, BaseRetryStrategy, JobContext, PsycopgConnector, RetryDecision
+from procrastinate.exceptions import AlreadyEnqueued, ConnectorException
 from procrastinate.jobs import Job
 
-from lianlian_async.errors import BatchStopped, JournalError, RefundNotSent, RefundOutcomeUnknown, RefundRejected
+from lianlian_async.errors import (
+    BatchStopped,
+    JournalError,
+    LianLianError,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRejected,
+)
 from lianlian_async.flow import iterate
 from lianlian_async.models import RefundRequest
 from lianlian_async.session import RefundSession
@@ -36,22 +44,40 @@ SELECT
     ) AS workers
 FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s
 """
-_MENDING_SECONDS: Final = 900
+_AFTER: Final = "SELECT clock_timestamp() + %(seconds)s * interval '1 second' AS moment"
+_MENDING_SECONDS: Final = 900.0
 """How long a job rests whose refund was rejected, but may be sent again."""
 
 
-class _ByOutcome(BaseRetryStrategy):
-    """An unknown refund is asked about when that can decide; what was not sent is sent after a growing pause."""
+class _AsPlanned(BaseRetryStrategy):
+    """A job is run again when its refund's outcome says so, or a while later if the database did not answer."""
+
+    def __init__(self) -> None:
+        self.moments: dict[int | None, datetime] = {}
+        """By the database's clock, which is the one that decides when a job is due, of jobs that have just failed."""
 
     def get_retry_decision(self, *, exception: BaseException, job: Job) -> RetryDecision | None:
-        match exception:
-            case RefundOutcomeUnknown():
-                return RetryDecision(retry_at=exception.ask_again_at)
-            case RefundNotSent() | JournalError():
-                return RetryDecision(retry_in={"seconds": min(2 ** min(job.attempts, 9), 300)})
-            case RefundRejected():
-                return RetryDecision(retry_in={"seconds": _MENDING_SECONDS})
-        return None
+        moment = self.moments.pop(job.id, None)
+        if moment is None and isinstance(exception, ConnectorException):
+            return RetryDecision(retry_in={"seconds": _growing(job.attempts)})
+        return None if moment is None else RetryDecision(retry_at=moment)
+
+
+def _growing(attempts: int) -> int:
+    """Seconds of the pause after so many attempts."""
+    return min(1 << min(attempts, 9), 300)
+
+
+def _pause(error: LianLianError, attempts: int, now: datetime) -> float | None:
+    """Seconds until the job is run again; None: it is not."""
+    match error:
+        case RefundOutcomeUnknown():  # asked about when that can decide
+            return (error.ask_again_at - now).total_seconds()
+        case RefundNotSent() | JournalError():
+            return _growing(attempts)
+        case RefundRejected() if error.stops_batch or error.may_pass:
+            return _MENDING_SECONDS
+    return None
 
 
 class RefundQueue:
@@ -82,7 +108,9 @@ class RefundQueue:
         self._session: RefundSession | None = None
         self._worker: asyncio.Task[None] | None = None
         self._failure: BatchStopped | None = None
-        self._task = self.app.task(name="lianlian:refund", queue=queue, retry=_ByOutcome())(self._refund)
+        self._retry = _AsPlanned()
+        task = self.app.task(name="lianlian:refund", queue=queue, retry=self._retry, pass_context=True)
+        self._task = task(self._refund)
         rescue = self.app.task(name="lianlian:rescue", queue=queue, queueing_lock="lianlian:rescue")(self._rescue)
         self.app.periodic(cron="* * * * *")(rescue)
 
@@ -157,18 +185,25 @@ class RefundQueue:
         if self._failure is not None:
             raise self._failure
 
-    async def _refund(self, fields: dict[str, Any]) -> None:
+    async def _refund(self, context: JobContext, fields: dict[str, Any]) -> None:
         if self._session is None or self._worker is None:
             raise RuntimeError("refund jobs run in RefundQueue.work, which brings the session")
-        try:
-            await self._session.apply_refund(RefundRequest.from_record(fields))
-        except RefundRejected as error:
+        job, request = context.job, RefundRequest.from_record(fields)
+        # What was begun before may have been sent, whatever the journal has lost of it.
+        error = (await self._session.outcome_of(request, query_first=job.attempts > 0)).error
+        if error is None:
+            return
+        if isinstance(error, RefundRejected):
             logger.warning("%s", error)
             if error.stops_batch:
                 self._failure = BatchStopped(error)
                 self._worker.cancel()
-            if error.stops_batch or error.may_pass:
-                raise
+        if (seconds := _pause(error, job.attempts, self._session.clock().wall)) is not None:
+            row = await self.app.connector.execute_query_one_async(_AFTER, seconds=seconds)
+            self._retry.moments[job.id] = row["moment"]
+        elif isinstance(error, RefundRejected):
+            return  # for good: that is its end
+        raise error
 
     async def _rescue(self, timestamp: int) -> None:
         """Give the jobs of dead workers to others; the journal makes that safe."""

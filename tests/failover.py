@@ -1,0 +1,182 @@
+"""Lets a journal's database lose its last commits: ``python tests/failover.py --refunds 125``.
+
+A gateway that carries out every request, so that a second one under a number moves the money a second time. The
+database is copied or its commits are delayed, refunds are made, it is killed (SIGKILL), and what is left takes over.
+Then the same refunds are asked for again: by the same batch in the process that goes on, by it in a new process, and
+by the workers of a queue. In the end no refund has been made twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from decimal import Decimal
+
+import fleet
+import postgres
+import psycopg
+from parties import refund_request
+from procrastinate.exceptions import ConnectorException
+
+from lianlian_async import LianLianError, Merchant, RefundSession
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.contrib.procrastinate import RefundQueue
+from lianlian_async.journal.postgres import PostgresJournal
+from lianlian_async.sandbox import Repeated, SandboxGateway
+
+
+def requests(count: int):
+    """The batch."""
+    return [refund_request(number, money_refund=Decimal("10.00")) for number in range(count)]
+
+
+def a_gateway(delay: float = 0.0) -> SandboxGateway:
+    """It makes whatever it is asked to make."""
+    return SandboxGateway(default_order=Decimal("100000.00"), repeated=Repeated.AGAIN, delay=delay)
+
+
+def made_twice(gateway: SandboxGateway, refunds: int) -> int:
+    """How many refunds were made more than once."""
+    return sum(gateway.times_made(request.no_refund) > 1 for request in requests(refunds))
+
+
+def loses_the_last_commits(server: postgres.Server) -> Callable[[], None]:
+    """Copy the database; what is returned kills it and lets the copy take over."""
+    server.back_up()
+
+    def fail_over() -> None:
+        server.kill()
+        server.start("copy")
+
+    return fail_over
+
+
+def commits_late(server: postgres.Server) -> Callable[[], None]:
+    """Let the database answer before a commit is on disk; what is returned kills it and starts it again."""
+    with psycopg.connect(server.dsn, autocommit=True) as connection:
+        for setting in ("synchronous_commit = off", "wal_writer_delay = '10s'"):
+            connection.execute(f"ALTER SYSTEM SET {setting}")
+        connection.execute("SELECT pg_reload_conf()")
+
+    def crash() -> None:
+        server.kill()
+        server.start()
+
+    return crash
+
+
+async def run_batch(dsn: str, gateway: SandboxGateway, refunds: int, then: Callable[[], None] | None = None) -> None:
+    """Have the refunds made; call ``then`` and, with the same journal and session, have them made again."""
+    async with PostgresJournal(dsn) as journal, gateway.session(journal=journal, max_connections=50) as session:
+        await _all_made(session, refunds)
+        if then is not None:
+            then()
+            await _all_made(session, refunds)
+
+
+async def _all_made(session: RefundSession, refunds: int) -> None:
+    left = requests(refunds)
+    while left:  # a connection that the failover broke fails once
+        outcomes = await asyncio.gather(*(session.outcome_of(request) for request in left))
+        left = [outcome.request for outcome in outcomes if outcome.error is not None]
+
+
+def batch(refunds: int, prepare: Callable[[postgres.Server], Callable[[], None]], *, same_process: bool) -> int:
+    """A batch, run again after the loss. Returns how many refunds were made twice."""
+    gateway = a_gateway()
+    with postgres.running() as server:
+        asyncio.run(run_batch(server.dsn, gateway, 1))  # the journal is there before it is copied
+        lose = prepare(server)
+        if same_process:
+            asyncio.run(run_batch(server.dsn, gateway, refunds, lose))
+        else:
+            asyncio.run(run_batch(server.dsn, gateway, refunds))
+            lose()
+            asyncio.run(run_batch(server.dsn, gateway, refunds))
+    return made_twice(gateway, refunds)
+
+
+def queue(refunds: int) -> int:
+    """Workers of a queue that lose the last commits on the way, and go on. How many refunds were made twice."""
+    gateway = a_gateway(delay=0.05)
+    with postgres.running() as server, serving(gateway) as base_url:
+        asyncio.run(_enqueue(server.dsn, refunds))
+        command = [sys.executable, __file__, "--work", server.dsn]
+        variables = os.environ | environment(gateway, base_url)
+        fail_over = loses_the_last_commits(server)
+        workers = [subprocess.Popen(command, env=variables) for _ in range(2)]
+        try:
+            while gateway.requests["apply"] < refunds // 3:
+                time.sleep(0.01)
+            fail_over()
+            while _left(server.dsn):
+                for place, worker in enumerate(workers):
+                    if worker.poll() is not None:
+                        workers[place] = subprocess.Popen(command, env=variables)
+                time.sleep(0.2)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+    return made_twice(gateway, refunds)
+
+
+async def _enqueue(dsn: str, refunds: int) -> None:
+    async with RefundQueue(dsn) as jobs, PostgresJournal(dsn):
+        await jobs.enqueue(requests(refunds))
+
+
+def _left(dsn: str) -> int:
+    with psycopg.connect(dsn) as connection:
+        [(count,)] = connection.execute(
+            "SELECT count(*) FROM procrastinate_jobs"
+            " WHERE task_name = 'lianlian:refund' AND coalesce(scheduled_at < now(), true)"
+        )
+    return count
+
+
+async def work(dsn: str) -> None:
+    """One worker, until there is nothing left to do or the database is gone."""
+    logging.disable(logging.CRITICAL)  # the failover makes noise
+    async with (
+        PostgresJournal(dsn) as journal,
+        RefundSession(Merchant.from_env(), journal=journal, deadline=5.0) as session,
+        RefundQueue(dsn, rescue_after=fleet.RESCUE_SECONDS) as jobs,
+    ):
+        await jobs.work(session, wait=False)
+
+
+SCENARIOS: dict[str, Callable[[int], int]] = {
+    "batch, copy takes over, same process": lambda refunds: batch(refunds, loses_the_last_commits, same_process=True),
+    "batch, copy takes over, new process": lambda refunds: batch(refunds, loses_the_last_commits, same_process=False),
+    "batch, synchronous_commit = off": lambda refunds: batch(refunds, commits_late, same_process=False),
+    "queue, copy takes over": queue,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--refunds", type=int, default=125)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        with suppress(LianLianError, ConnectorException):
+            asyncio.run(work(options.work))
+        return 0
+    twice = 0
+    for name, scenario in SCENARIOS.items():
+        count = scenario(options.refunds)
+        print(f"{name}: made twice {count} of {options.refunds}", flush=True)
+        twice += count
+    return 1 if twice else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
