@@ -82,7 +82,7 @@ class SessionClock:
 
     def heard(self, date: str) -> None:
         """Take over the ``Date`` header of an answer; one that cannot be read teaches nothing."""
-        if date == self._date:  # it changes once a second
+        if date == self._date:  # read already: it changes once a second
             return
         self._date = date
         try:
@@ -92,8 +92,8 @@ class SessionClock:
         self._ahead = told.replace(tzinfo=told.tzinfo or UTC) - _EPOCH - timedelta(seconds=self._clock().boot)
 
 
-def _boot_clock() -> Callable[[], float]:
-    """The clock that counts suspension: Linux names it, macOS's CLOCK_MONOTONIC and Windows' ticks do it, too."""
+def boot_clock() -> Callable[[], float]:
+    """Return the clock that counts suspension: CLOCK_BOOTTIME of Linux, CLOCK_MONOTONIC of macOS, Windows' ticks."""
     for name in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"):
         if hasattr(time, name):
             number: int = getattr(time, name)
@@ -101,17 +101,20 @@ def _boot_clock() -> Callable[[], float]:
     return time.monotonic
 
 
-def _timeline() -> str:
-    """The boot id and the time namespace (Linux); elsewhere an id of this process, which then counts as a boot."""
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_TIME_NAMESPACE: Final = Path("/proc/self/ns/time")
+
+
+def read_timeline() -> str:
+    """Return the boot id and the time namespace (Linux); elsewhere an id of this process, which counts as a boot."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/time').readlink()}"
+        return f"{_BOOT_ID.read_text('ascii').strip()} {_TIME_NAMESPACE.readlink()}"
     except OSError:
         return f"process {uuid4()}"
 
 
-_boot_seconds: Final = _boot_clock()
-_this_timeline: Final = _timeline()
+_boot_seconds: Final = boot_clock()
+_this_timeline: Final = read_timeline()
 
 
 def system_clock() -> Moment:

@@ -142,7 +142,7 @@ def test_a_copy_is_independent():
         (EXAMPLES[8], "no answer"),
         (
             EXAMPLES[9],
-            "refund R-1 exists with another money_refund: ours 1.00, recorded 2.00; "
+            "refund R-1 exists with another money_refund: ours 1.00, recorded 2.00; "  # noqa: ISC004
             "do not refund again before a person has decided",
         ),
         (EXAMPLES[11], "answer to another question: no_refund is None, asked for 'R-1'"),

@@ -1,0 +1,375 @@
+"""All calls of one session for one refund share one flight, which belongs to no caller."""
+
+from __future__ import annotations
+
+import asyncio
+
+import anyio
+import pytest
+from parties import boot_clock, refund_request, sandbox
+
+from lianlian_async import (
+    ConfigurationError,
+    JournalError,
+    RefundConflict,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRejected,
+    RetryBudget,
+    RetryPolicy,
+)
+from lianlian_async.journal import MemoryJournal, memory
+from lianlian_async.sandbox import Fault, Repeated, When
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+
+@pytest.fixture(params=["no journal", "journal"])
+def options(request):
+    """Of a session: calls share a flight, journal or not."""
+    journal = {} if request.param == "no journal" else {"journal": MemoryJournal()}
+    return {"clock": boot_clock, **journal}
+
+
+def carries_out_everything(**settings):
+    """A sandbox that makes a refund of every apply call."""
+    gateway = sandbox(repeated=Repeated.AGAIN, **settings)
+    gateway.add_order("O-1", 1000)
+    return gateway
+
+
+async def gather(*calls):
+    """What each call returns or raises, in order."""
+    results = [None] * len(calls)
+
+    async def one(place, call):
+        try:
+            results[place] = await call()
+        except Exception as error:  # noqa: BLE001 - it is the result
+            results[place] = error
+
+    async with anyio.create_task_group() as tasks:
+        for place, call in enumerate(calls):
+            tasks.start_soon(one, place, call)
+            await anyio.sleep(0.001)  # trio starts tasks in any order
+    return results
+
+
+async def test_the_same_request_three_times_at_once_is_one_refund(options):
+    gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=1)
+    async with gateway.session(**options) as session:
+        refunds = await gather(*[lambda: session.apply_refund(refund_request())] * 3)
+    assert refunds == [refunds[0]] * 3
+    assert gateway.times_made("R-1") == 1
+    assert gateway.requests == {"apply": 1}
+
+
+async def test_a_request_left_unknown_is_asked_about_by_the_next_call(options):
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+    gateway.script(Fault.RESET, call="query", times=4)
+    policy = RetryPolicy(budget=RetryBudget(capacity=3, per_second=0.01))
+    async with gateway.session(retry=policy, **options) as session:
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(refund_request())
+        gateway.requests.clear()
+        assert (await session.apply_refund(refund_request())).no_refund == "R-1"
+    assert gateway.requests == {"query": 1}
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_calls_in_flight_hold_one_slot(options):
+    """Those who join a flight hold no connection slot: another refund goes on beside twenty of them."""
+    gateway = sandbox(faults={Fault.DELAY: 1.0}, delay=5)
+    async with gateway.session(max_connections=2, **options) as session:
+        await gather(
+            *[lambda: session.apply_refund(refund_request(1))] * 20, lambda: session.apply_refund(refund_request(2))
+        )
+        assert anyio.current_time() == pytest.approx(5, abs=0.1)
+
+
+@pytest.mark.parametrize("leaver", [0, 1], ids=["first", "second"])
+async def test_a_caller_that_is_cancelled_leaves_the_flight_to_the_others(leaver, options):
+    gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=5)
+    refunds = []
+
+    async def cancelled():
+        with anyio.move_on_after(1):
+            await session.apply_refund(refund_request())
+
+    async def patient():
+        refunds.append(await session.apply_refund(refund_request()))
+
+    callers = [patient, patient]
+    callers[leaver] = cancelled
+    async with gateway.session(**options) as session, anyio.create_task_group() as tasks:
+        for caller in callers:
+            tasks.start_soon(caller)
+            await anyio.wait_all_tasks_blocked()
+    assert [refund.no_refund for refund in refunds] == ["R-1"]
+    assert gateway.requests == {"apply": 1}
+
+
+async def test_the_last_caller_that_leaves_takes_the_flight_down(options):
+    """Cancellation propagates at once, and what may have been sent is asked about by the next call."""
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+
+    async def cancelled(seconds):
+        with anyio.move_on_after(seconds):
+            await session.apply_refund(refund_request())
+
+    async with gateway.session(**options) as session:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cancelled, 1)
+            tasks.start_soon(cancelled, 2)
+        assert anyio.current_time() == pytest.approx(2, abs=0.1)
+        assert (await session.apply_refund(refund_request())).no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+async def test_a_call_that_meets_a_flight_being_taken_down_starts_its_own():
+    """The second call waits until the first one's journal has written, and then asks."""
+    journal = SlowToRelease()
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+    refunds = []
+
+    async def next_call():
+        await anyio.sleep(1.5)
+        refunds.append(await session.apply_refund(refund_request()))
+
+    async with gateway.session(journal=journal, clock=boot_clock) as session, anyio.create_task_group() as tasks:
+        tasks.start_soon(next_call)
+        with anyio.move_on_after(1):
+            await session.apply_refund(refund_request())
+    assert [refund.no_refund for refund in refunds] == ["R-1"]
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+class SlowToRelease(MemoryJournal):
+    async def release(self, entry, sent_at, refused=None):
+        await anyio.sleep(1)
+        await super().release(entry, sent_at, refused)
+
+
+@pytest.mark.parametrize("order", [[3, 20], [20, 3]], ids=["short one first", "long one first"])
+@pytest.mark.parametrize("apart", [0, 1], ids=["at once", "one later"])
+async def test_each_caller_has_its_own_deadline(order, apart, options):
+    """The short one is told that the outcome is unknown; the flight goes on for the long one."""
+    gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=8)
+    ends = {}
+
+    async def call(seconds):
+        try:
+            await session.apply_refund(refund_request(), deadline=seconds)
+            ends[seconds] = "made", anyio.current_time()
+        except RefundOutcomeUnknown as error:
+            ends[seconds] = type(error), anyio.current_time()
+
+    async with gateway.session(**options) as session, anyio.create_task_group() as tasks:
+        for seconds in order:
+            tasks.start_soon(call, seconds)
+            await anyio.sleep(apart)
+    assert ends[20][0] == "made"
+    ends_at = 3 + (apart if order[0] == 20 else 0)
+    assert ends[3] == (RefundOutcomeUnknown, pytest.approx(ends_at, abs=0.1))
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_deadlines_count_from_the_connection_slot(options):
+    """Callers that wait for a slot together do not use up their deadlines."""
+    gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=4)
+    async with gateway.session(max_connections=1, deadline=10, **options) as session:
+        results = await gather(
+            *(lambda number=number: session.apply_refund(refund_request(number)) for number in range(5)),
+            lambda: session.apply_refund(refund_request(4), deadline=9),
+        )
+    assert [refund.no_refund for refund in results] == ["R-0", "R-1", "R-2", "R-3", "R-4", "R-4"]
+
+
+async def test_each_caller_gets_an_exception_of_its_own(options):
+    """One exception that is raised in many tasks would grow with each."""
+    gateway = sandbox(default_order=None, faults={Fault.DELAY: 1.0}, delay=1)
+    async with gateway.session(**options) as session:
+        errors = await gather(*[lambda: session.apply_refund(refund_request())] * 3)
+    assert [type(error) for error in errors] == [RefundRejected] * 3
+    assert len({id(error) for error in errors}) == 3
+    assert len({str(error) for error in errors}) == 1
+    assert errors[1].ret_code == errors[0].ret_code
+
+
+async def test_other_content_under_the_number_of_a_flight_is_a_conflict(options):
+    """Where its notification goes is no content."""
+    gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=1)
+    async with gateway.session(**options) as session:
+        refund, conflict, same = await gather(
+            lambda: session.apply_refund(refund_request()),
+            lambda: session.apply_refund(refund_request(money_refund="9.00")),
+            lambda: session.apply_refund(refund_request(notify_url="https://shop.example/elsewhere")),
+        )
+    assert refund == same
+    assert isinstance(conflict, RefundConflict)
+    assert (conflict.field, conflict.ours, conflict.theirs, conflict.record) == ("money_refund", "9.00", "10.00", None)
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_other_content_under_a_number_left_unknown_is_a_conflict(options):
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    async with gateway.session(**options) as session:
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(refund_request())
+        with pytest.raises(RefundConflict, match="money_refund"):
+            await session.apply_refund(refund_request(money_refund="9.00"))
+    assert gateway.requests["apply"] == 1
+
+
+async def test_a_caller_that_leaves_while_the_flight_waits_for_its_turn_can_resolve_later():
+    """Nothing is known of it yet: asking about it later works as for any other."""
+    gateway, journal = carries_out_everything(), Stuck()
+    unknown = []
+
+    async def impatient():
+        with pytest.raises(RefundOutcomeUnknown, match="ended before the gateway answered") as caught:
+            await session.apply_refund(refund_request(), deadline=2)
+        unknown.append(caught.value)
+
+    async with gateway.session(journal=journal, clock=boot_clock) as session, anyio.create_task_group() as tasks:
+        tasks.start_soon(session.apply_refund, refund_request())
+        tasks.start_soon(impatient)
+    assert (unknown[0].attempts, unknown[0].body) == (0, b"")
+    async with gateway.session(clock=boot_clock) as session:
+        assert (await session.settle(unknown[0])).no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
+class Stuck(MemoryJournal):
+    async def intend(self, intent, now):
+        await anyio.sleep(5)
+        return await super().intend(intent, now)
+
+
+async def test_a_loop_that_cancels_all_its_tasks_leaves_no_caller_waiting(options, anyio_backend_name):
+    """Asyncio's "cancel all tasks" meets the flight, too: its caller is told, and the next call starts anew."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has no such cancellation")
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+    others = asyncio.all_tasks()
+    async with gateway.session(**options) as session:
+        call = asyncio.create_task(session.apply_refund(refund_request()))
+        await asyncio.sleep(1)
+        for task in asyncio.all_tasks() - {*others, call}:
+            task.cancel()
+        with pytest.raises(RefundOutcomeUnknown):
+            await call
+        never_begun = asyncio.create_task(session.apply_refund(refund_request(2)))
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {*others, never_begun}:
+            task.cancel()
+        with pytest.raises(RefundOutcomeUnknown):
+            await never_begun
+        assert (await session.apply_refund(refund_request())).no_refund == "R-1"
+    assert gateway.times_made("R-1") == 1
+
+
+@pytest.mark.parametrize("stray", [asyncio.CancelledError, SystemExit])
+async def test_what_ends_an_attempt_from_below_is_told(stray, options, anyio_backend_name):
+    """A stray cancellation leaves the refund unknown; what is to end the program is raised as it is."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has no stray cancellation")
+    gateway = carries_out_everything()
+
+    async def broken(exchange, call_next):
+        await call_next(exchange)
+        raise stray
+
+    async with gateway.session(middleware=[broken], **options) as session:
+        expected = RefundOutcomeUnknown if stray is asyncio.CancelledError else stray
+        with pytest.raises(expected) as caught:
+            await session.apply_refund(refund_request())
+        assert (await session.outcome_of(refund_request())).attempts == 0 if stray is asyncio.CancelledError else True
+    assert caught.type is expected
+    assert gateway.times_made("R-1") == 1
+
+
+# ── what a session without a journal remembers ───────────────────────────────────────────────────
+
+
+async def test_a_session_remembers_nothing_that_is_settled():
+    """A refund that was made, refused or never sent costs no memory; a later call is a call of its own."""
+    gateway = sandbox(settle_after=0)
+    gateway.add_order("O-2", 1)
+    async with gateway.session(clock=boot_clock) as session:
+        await session.apply_refund(refund_request(1))
+        assert isinstance((await session.outcome_of(refund_request(2))).error, RefundRejected)
+        assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
+
+
+async def test_a_session_that_left_too_much_unknown_begins_nothing_more(monkeypatch):
+    """Nothing that is open is dropped: what is unknown can still be asked about, and settles."""
+    monkeypatch.setattr(memory, "MOST_OPEN", 2)
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER, times=2)
+    async with gateway.session(clock=boot_clock) as session:
+        for number in (1, 2):
+            with anyio.move_on_after(1):
+                await session.apply_refund(refund_request(number))
+        with pytest.raises(JournalError, match="has left 2 refunds unknown") as caught:
+            await session.apply_refund(refund_request(3))
+        assert caught.value.said is None
+        assert gateway.requests == {"apply": 2}
+        await session.apply_refund(refund_request(1))
+        await session.apply_refund(refund_request(3))
+    assert gateway.requests == {"apply": 3, "query": 1}
+
+
+@pytest.mark.parametrize("deadline", [float("inf"), 1e12, 86_401])
+async def test_a_deadline_is_a_day_at_most_with_a_journal(deadline):
+    """Its lease would last for ever otherwise; without a journal any deadline will do."""
+    gateway = sandbox()
+    async with gateway.session(clock=boot_clock) as session:
+        assert (await session.apply_refund(refund_request(), deadline=deadline)).no_refund == "R-1"
+    async with gateway.session(journal=MemoryJournal(), clock=boot_clock) as session:
+        with pytest.raises(ConfigurationError, match="at most 86400 seconds"):
+            await session.apply_refund(refund_request(2), deadline=deadline)
+        assert (await session.apply_refund(refund_request(2), deadline=86_400)).no_refund == "R-2"
+
+
+# ── asking first ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_session_that_queries_first_finds_what_was_made_before():
+    """A journal that was lost or copied does not know it; the gateway does."""
+    gateway = carries_out_everything()
+    async with gateway.session(clock=boot_clock) as session:
+        await session.apply_refund(refund_request())
+    async with gateway.session(journal=MemoryJournal(), query_first=True, clock=boot_clock) as session:
+        outcomes = [await session.outcome_of(refund_request(number)) for number in (1, 2)]
+        assert [outcome.refund.no_refund for outcome in outcomes] == ["R-1", "R-2"]
+        assert [(outcome.attempts, outcome.questions) for outcome in outcomes] == [(0, 1), (1, 1)]
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_a_query_first_that_gets_no_answer_sends_nothing():
+    gateway = carries_out_everything()
+    gateway.script(Fault.RESET, call="query", times=100)
+    async with gateway.session(query_first=True, clock=boot_clock) as session:
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(refund_request())
+    assert "apply" not in gateway.requests
+
+
+async def test_what_was_certainly_not_sent_is_not_sent_twice_by_two_callers(options):
+    """Both callers are told that nothing arrived."""
+    gateway = sandbox()
+
+    async def closed(exchange, call_next):
+        await anyio.sleep(1)
+        raise OSError("the road is closed")
+
+    policy = RetryPolicy(attempts=1)
+    async with gateway.session(middleware=[closed], retry=policy, **options) as session:
+        errors = await gather(*[lambda: session.apply_refund(refund_request())] * 2)
+    assert [type(error) for error in errors] == [RefundNotSent] * 2
