@@ -56,6 +56,9 @@ def refund_many(
     Raises:
         BatchStopped: at the end of the iteration, where a rejection's ``stops_batch`` stopped it.
         JournalError: at the end of the iteration, where the journal failed: nothing more was sent.
+        LianLianError: at the end of the iteration, where something cancelled the batch, or a task of it, from outside
+            or within. Refunds that were under way may have been made.
+        BaseException: whatever else a layer of the caller's own raised, at the end of the iteration.
     """
     run = _Run(
         session,
@@ -86,7 +89,7 @@ class Outcomes(AsyncIterator[Outcome]):
     def __anext__(self) -> Awaitable[Outcome]:
         # No coroutine of its own: a cancellation's traceback would hold its frame, and that would hold this object.
         if self._background is None and not self._closed:
-            self._background = Background(self._run.work)
+            self._background = Background(self._run.work, self._run.end)
         return self._run.next()
 
     async def aclose(self) -> None:
@@ -130,7 +133,7 @@ class _Run:
         self._wait_unknown = wait_unknown
         self._unknown: list[tuple[RefundOutcomeUnknown, Outcome]] = []
         self._intake = anyio.CancelScope()
-        self._failure: Exception | None = None  # what the iteration ends in, once all that was begun has been told
+        self._failure: BaseException | None = None  # what the iteration ends in, once all that was begun has been told
         self.found = Handoff[Outcome]()
 
     async def next(self) -> Outcome:
@@ -143,23 +146,28 @@ class _Run:
 
     async def work(self) -> None:
         """Carry out all requests, then ask once more about what is unknown."""
-        try:
-            await self._drain(self._requests, self._refund)
-            await self._drain(self._due(), self._settle)
-            for _, outcome in self._unknown:  # the batch has stopped
-                await self.found.give(outcome)
-        finally:
-            self.found.end()
+        await self._drain(self._requests, self._refund)
+        await self._drain(self._due(), self._settle)
+        for _, outcome in self._unknown:  # the batch has stopped
+            await self.found.give(outcome)
+
+    def end(self, error: BaseException | None) -> None:
+        """Release the consumer: :meth:`work` has ended, in ``error`` if it was not complete."""
+        self._failure = self._failure or error
+        self.found.end()
 
     async def _drain(self, items: Iterable[T] | AsyncIterable[T], handle: Callable[[T], Awaitable[None]]) -> None:
         if self._failure is None:
             self._intake = anyio.CancelScope()
             try:
                 await drain(items, handle, workers=self._concurrency, intake=self._intake)
-            except Exception as error:  # noqa: BLE001 - it is raised where the batch is consumed
-                self._stop(error)
+            except BaseException as error:
+                at_once = KeyboardInterrupt, SystemExit, GeneratorExit, anyio.get_cancelled_exc_class()
+                if isinstance(error, at_once):
+                    raise
+                self._stop(error)  # it is raised where the batch is consumed
 
-    def _stop(self, reason: Exception) -> None:
+    def _stop(self, reason: BaseException) -> None:
         self._failure = self._failure or reason
         self._intake.cancel()
 

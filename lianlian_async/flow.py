@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, LianLianError
+from .event_loop import is_failure
 
 __all__ = ["Handoff", "checked", "drain", "iterate"]
 
@@ -35,18 +36,23 @@ async def drain(
 
     All items are taken in the calling task; an async generator of them is closed in any case. Whoever cancels
     ``intake`` stops the taking: what was begun is carried through. So does the first exception, of either side,
-    which is raised then.
+    which is raised then; a cancellation that nobody asked for is raised as ``LianLianError``. ``KeyboardInterrupt``
+    and ``SystemExit`` also cancel what was begun.
     """
     free = anyio.Semaphore(workers, fast_acquire=True)
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     @contextmanager
     def stopping() -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - it is raised below
-            failures.append(error)
-            intake.cancel()
+        except BaseException as error:
+            cancelled = anyio.get_cancelled_exc_class()
+            if isinstance(error, cancelled | GeneratorExit) and not is_failure(error):
+                raise
+            # A task group would take a cancellation that nobody asked for as its own, and end without a word.
+            failures.append(_stray(error) if isinstance(error, cancelled) else error)
+            (group.cancel_scope if isinstance(error, KeyboardInterrupt | SystemExit) else intake).cancel()
 
     numbers = count()
     unbegun = dict[int, Coroutine[Any, Any, None]]()
@@ -76,6 +82,12 @@ async def drain(
             coroutine.close()
     if failures:
         raise failures[0]
+
+
+def _stray(cancellation: BaseException) -> LianLianError:
+    error = LianLianError("a task was cancelled from within, though nobody had asked it to end")
+    error.__cause__ = cancellation
+    return error
 
 
 async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:

@@ -10,6 +10,7 @@ import anyio
 import anyio.lowlevel
 import httpx
 import pytest
+from interruptions import Abort, stray_cancellation
 from parties import OID_PARTNER, boot_clock, refund_request, sandbox
 
 from lianlian_async import (
@@ -17,6 +18,7 @@ from lianlian_async import (
     ConfigurationError,
     InvalidRequest,
     JournalError,
+    LianLianError,
     RefundConflict,
     RefundNotSent,
     RefundOutcomeUnknown,
@@ -734,3 +736,75 @@ async def test_a_session_that_closes_before_the_last_questions_takes_no_outcome_
     assert isinstance(outcome.error, RefundOutcomeUnknown)
     with pytest.raises(RuntimeError, match="closed"):
         await anext(batch)
+
+
+# ── what must not pass for a normal end ──────────────────────────────────────────────────────────
+
+
+async def ended(outcomes):
+    """The numbers of what was yielded, and the error in which the iteration ended."""
+    told, error = [], None
+    try:
+        await collect(outcomes, told)
+    except BaseException as raised:  # noqa: BLE001 - which kind it is, the test says
+        error = raised
+    return [outcome.request.no_refund for outcome in told], error
+
+
+async def test_an_exception_of_the_callers_own_kind_ends_the_iteration():
+    """What a middleware raises that is no ``Exception`` comes after the outcomes of all that was begun."""
+
+    async def middleware(exchange, forward):
+        if exchange.asked["no_refund"] == "R-3":
+            raise Abort("the end")
+        return await forward(exchange)
+
+    async with sandbox(**SLOW).session(max_connections=5, middleware=[middleware]) as session:
+        numbers, error = await ended(refund_many(session, Source(30)))
+    assert isinstance(error, Abort)
+    assert sorted(numbers) == ["R-1", "R-2", "R-4", "R-5"]
+
+
+async def test_requests_that_are_cancelled_from_within_end_the_iteration_in_an_error():
+    """A source of requests that raises a cancellation nobody asked for is no end of requests."""
+
+    async def source():
+        for number in range(1, 4):
+            yield refund_request(number)
+        await stray_cancellation()
+
+    async with sandbox().session() as session:
+        numbers, error = await ended(refund_many(session, source()))
+    assert sorted(numbers) == ["R-1", "R-2", "R-3"]
+    assert isinstance(error, LianLianError)
+    assert "cancelled from within" in str(error)
+
+
+async def test_an_exit_out_of_a_layer_ends_the_batch(anyio_backend_name):
+    """``SystemExit`` does not wait for other refunds; on asyncio it also ends the event loop."""
+    if anyio_backend_name == "asyncio":
+        pytest.skip("asyncio raises it out of the event loop: see test_process_ends")
+
+    async def middleware(exchange, forward):
+        if exchange.asked["no_refund"] == "R-3":
+            raise SystemExit(7)
+        return await forward(exchange)
+
+    async with sandbox(**SLOW).session(max_connections=5, middleware=[middleware]) as session:
+        numbers, error = await ended(refund_many(session, Source(30)))
+    assert isinstance(error, SystemExit)
+    assert numbers == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_batch_whose_task_is_cancelled_ends_in_an_error(anyio_backend):
+    """``Task.cancel`` on every task but the consumer's is not the end of the batch."""
+    async with sandbox(faults={Fault.NO_ANSWER: 1.0}).session() as session:
+        outcomes = refund_many(session, Source(30))
+        consumer = asyncio.create_task(ended(outcomes))
+        await anyio.wait_all_tasks_blocked()
+        outcomes._background._task.cancel()
+        numbers, error = await consumer
+    assert numbers == []
+    assert isinstance(error, LianLianError)
+    assert "cancelled from outside" in str(error)

@@ -8,8 +8,9 @@ import contextlib
 import anyio
 import anyio.lowlevel
 import pytest
+from interruptions import Abort, stray_cancellation
 
-from lianlian_async import ConfigurationError
+from lianlian_async import ConfigurationError, LianLianError
 from lianlian_async.flow import Handoff, checked, drain, iterate
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -207,6 +208,47 @@ async def test_cancelled_it_cancels_the_work_and_closes_the_items():
         await run(numbers(), handle)
     assert sorted(cancelled) == [0, 1, 2]
     assert numbers.closed
+
+
+@pytest.mark.parametrize("where", ["work", "items"])
+async def test_a_cancellation_that_nobody_asked_for_is_a_failure(where):
+    """It ends the intake, the others are carried through, and it is raised as an error: never a normal end."""
+    handled = []
+
+    async def items():
+        for number in range(5):
+            yield number
+        if where == "items":
+            await stray_cancellation()
+
+    async def handle(number):
+        await anyio.sleep(1 + number)
+        if where == "work" and number == 0:
+            await stray_cancellation()
+        handled.append(number)
+
+    with pytest.raises(LianLianError, match="cancelled from within") as caught:
+        await run(items(), handle)
+    assert isinstance(caught.value.__cause__, anyio.get_cancelled_exc_class())
+    assert sorted(handled) == ([1, 2] if where == "work" else [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("error", [Abort(), SystemExit(7), KeyboardInterrupt()], ids=repr)
+async def test_an_exception_that_is_to_end_the_program_is_raised_as_it_is(error):
+    """An exception of the caller's own waits for the others; those that end the process cancel them."""
+    handled = []
+
+    async def handle(number):
+        await anyio.sleep(1 + number)
+        if number == 0:
+            raise error
+        handled.append(number)
+
+    with pytest.raises(type(error)) as caught:
+        await run(Numbers()(), handle)
+    assert caught.value is error
+    assert handled == ([1, 2] if isinstance(error, Abort) else [])
+    assert anyio.current_time() == (3 if isinstance(error, Abort) else 1)
 
 
 @pytest.mark.parametrize("concurrency", [0, -1, 1.5, "4", None])

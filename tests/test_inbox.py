@@ -8,6 +8,7 @@ from itertools import pairwise
 import anyio
 import journals
 import pytest
+from interruptions import Abort, stray_cancellation
 from notices import HEADERS, deliver, fails, inbox, is_acknowledged, notification, until
 from parties import boot_clock, refund_request, sandbox
 
@@ -192,3 +193,36 @@ async def test_an_inbox_that_is_not_open_takes_nothing(handler, caplog):
                 await endpoint.__aenter__()
         assert (await endpoint.handle(notification(), HEADERS)).status == 500
     assert len(handler.begun) <= 1
+
+
+# ── what must not end it without a word ──────────────────────────────────────────────────────────
+
+
+@virtual
+async def test_a_handler_that_is_cancelled_from_within_is_called_again(journal, handler, caplog):
+    """A cancellation that nobody asked for is a failure like any other: every notification is acted on."""
+    handler.then = [stray_cancellation]
+    async with inbox(journal, handler) as endpoint:
+        await deliver(endpoint, *range(1, 14))
+        await until(lambda: len(handler.done) == 13, look_every=1)
+        assert endpoint.counts == {"kept": 13, "failed": 1, "acted": 13}
+    assert "will be tried again" in caplog.text
+
+
+@virtual
+async def test_after_its_worker_has_ended_no_notification_is_acknowledged(journal, handler, caplog):
+    """What a handler raises that is no ``Exception`` ends the worker; the rest is acted on when it opens again."""
+
+    async def aborts():
+        raise Abort("the end")
+
+    handler.then = [aborts]
+    async with inbox(journal, handler) as endpoint:
+        await deliver(endpoint, 1)
+        await until(lambda: "no more notifications are taken" in caplog.text, look_every=1)
+        assert not is_acknowledged(await endpoint.handle(notification(2), HEADERS))
+    assert "Abort: the end" in caplog.text
+    async with inbox(journal, handler) as endpoint:
+        await until(lambda: handler.numbers == ["R-1"], look_every=1)
+        await deliver(endpoint, 2)
+        await until(lambda: handler.numbers == ["R-1", "R-2"], look_every=1)

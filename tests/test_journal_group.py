@@ -10,7 +10,7 @@ import anyio
 import pytest
 from journals import MADE, held, intent, now
 
-from lianlian_async.journal import SqliteJournal, Standing, State
+from lianlian_async.journal import JournalError, SqliteJournal, SqliteReader, Standing, State
 
 pytestmark = pytest.mark.anyio
 
@@ -146,3 +146,71 @@ async def test_asyncio_cancel_is_survived_too(path):
         await asyncio.gather(closing, return_exceptions=True)
     async with SqliteJournal(path) as journal:
         assert await journal.find("R-1")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("is_writing", [False, True])
+async def test_once_its_task_is_cancelled_everyone_gets_a_journal_error(anyio_backend, path, is_writing):
+    """Who waits for the journal and who asks it later is told; what was on record is there when it opens again."""
+    async with SqliteJournal(path) as journal:
+        await journal.intend(intent("R-1"), now())
+        asking = asyncio.gather(
+            journal.intend(intent("R-2"), now()), journal.intend(intent("R-4"), now()), return_exceptions=True
+        )
+        await asyncio.sleep(0)
+        while is_writing and not journal._group._batches[0].is_full:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0)
+        journal._group._background._task.cancel()
+        for error in await asking:
+            assert isinstance(error, JournalError)
+            assert "nothing more is recorded" in str(error)
+        for verb in (journal.settle(held("R-1"), MADE), journal.intend(intent("R-3"), now())):
+            with pytest.raises(JournalError, match="open it again"):
+                await verb
+    async with SqliteJournal(path) as journal:
+        assert (await journal.find("R-1")).state is State.UNSETTLED
+        assert await journal.find("R-3") is None
+
+
+def test_when_all_tasks_are_cancelled_those_that_hold_the_journal_end(path):
+    """The usual end of a program: every task ends, and the file is free."""
+
+    async def hold(opened):
+        async with SqliteJournal(path) as journal:
+            await journal.intend(intent("R-1"), now())
+            opened.set()
+            await anyio.sleep_forever()
+
+    async def main():
+        opened = asyncio.Event()
+        holder = asyncio.create_task(hold(opened))
+        await opened.wait()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        assert holder.done()
+        async with SqliteJournal(path) as journal:
+            assert (await journal.intend(intent("R-1"), now()))[0] is Standing.UNSETTLED
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("cancelled_after", range(12))
+async def test_task_cancel_at_any_step_leaves_the_file_free(anyio_backend, path, cancelled_after):
+    """Opening, holding and closing are undone or completed, wherever ``Task.cancel`` meets them."""
+
+    async def hold():
+        async with SqliteJournal(path) as journal:
+            await journal.intend(intent(), now())
+        async with SqliteReader(path) as reader:
+            await reader.counts()
+
+    task = asyncio.create_task(hold())
+    for _ in range(cancelled_after):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    async with SqliteJournal(path) as journal:
+        await journal.find("R-1")

@@ -19,8 +19,9 @@ import anyio
 import anyio.lowlevel
 import attrs
 
-from lianlian_async.background import Background
+from lianlian_async.background import Background, complete
 from lianlian_async.clock import Moment
+from lianlian_async.event_loop import is_failure
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing
 from .operations import Answer, Begin, Look, Operation, Release, Resend, Settle, TakeBack
@@ -48,28 +49,37 @@ class _Batch:
 
     operations: list[Operation[Any]] = attrs.field(factory=list, init=False)
     answers: Sequence[Answer] = attrs.field(default=(), init=False)
+    is_full: bool = attrs.field(default=False, init=False)
+    """Takes no more operations."""
     done: anyio.Event = attrs.field(factory=anyio.Event, init=False)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer every operation with a ``JournalError``; one for each, as a traceback grows with each raise."""
+        self.answers = self.answers or [Answer(None, _failure(error)) for _ in self.operations]
+        self.done.set()
 
 
 class _GroupCommit:
-    """Hands batches of operations to ``write``, and its answers to those who asked.
+    """Hands batches of operations to ``write``, and its answers to those who asked; ``name`` is the journal's.
 
-    If ``write`` fails, nothing of its batch is recorded, and everyone in it gets a ``JournalError``.
+    If ``write`` fails, nothing of its batch is recorded, and everyone in it gets a ``JournalError``. So does everyone,
+    now and later, once the task that writes has ended in an error or was cancelled, as an event loop's end does.
     """
 
-    def __init__(self, write: Callable[[Sequence[Operation[Any]]], Awaitable[Sequence[Answer]]]) -> None:
+    def __init__(self, name: str, write: Callable[[Sequence[Operation[Any]]], Awaitable[Sequence[Answer]]]) -> None:
+        self._name = name
         self._write = write
         self._batches: deque[_Batch] = deque()
         self._asked = anyio.Event()
         self._stopping = False
-        self._stopped = anyio.Event()
-        self._background = Background(self._drain)
+        self._failure: JournalError | None = None
+        self._background = Background(self._drain, self._end)
 
     async def stop(self) -> None:
-        """Write what has been asked for, and end."""
+        """Write what has been asked for, and end; also if the caller is cancelled meanwhile."""
         self._stopping = True
         self._asked.set()
-        await self._stopped.wait()
+        await complete(self._background.join)
 
     async def do(self, operation: Operation[T], *, if_cancelled: Operation[None] | None = None) -> T:
         """Have ``operation`` recorded. Its answer, once that is durable.
@@ -83,7 +93,7 @@ class _GroupCommit:
             while answer.later is not None:
                 answer = await answer.later()
         except BaseException:
-            if if_cancelled is not None:
+            if if_cancelled is not None and self._failure is None:
                 self._put(if_cancelled)
             raise
         if answer.error is not None:
@@ -91,22 +101,36 @@ class _GroupCommit:
         return cast("T", answer.value)
 
     def _put(self, operation: Operation[Any]) -> tuple[_Batch, int]:
-        if not self._batches or len(self._batches[-1].operations) == MAX_BATCH:
+        if self._failure is not None:
+            raise _failure(self._failure)
+        if not self._batches or self._batches[-1].is_full:
             self._batches.append(_Batch())
             self._asked.set()
         batch = self._batches[-1]
         batch.operations.append(operation)
+        batch.is_full = len(batch.operations) == MAX_BATCH
         return batch, len(batch.operations) - 1
 
     async def _drain(self) -> None:
         while self._batches or not self._stopping:
             if self._batches:
+                # It stays in the queue until it is done, where the end of this task finds it.
                 await self._gather(self._batches[0])
-                await self._write_batch(self._batches.popleft())
+                await self._write_batch(self._batches[0])
+                self._batches.popleft()
             else:
                 self._asked = anyio.Event()
                 await self._asked.wait()
-        self._stopped.set()
+
+    def _end(self, error: BaseException | None) -> None:
+        """Release everyone who still waits: the task that writes has ended."""
+        if error is not None:
+            self._failure = JournalError(
+                f"journal {self._name}: nothing more is recorded, open it again; it was closed by {error!r}"
+            )
+            self._failure.__cause__ = error
+            for batch in self._batches:
+                batch.fail(self._failure)
 
     async def _gather(self, batch: _Batch) -> None:
         """Let others ask, too, who are about to: a batch costs as much as ten operations in it.
@@ -120,15 +144,18 @@ class _GroupCommit:
             await anyio.sleep(NAP)
 
     async def _write_batch(self, batch: _Batch) -> None:
+        batch.is_full = True
         try:
             batch.answers = await self._write(batch.operations)
-        except Exception as error:  # noqa: BLE001 - it is raised where the answer is awaited
-            batch.answers = [Answer(None, _failure(error)) for _ in batch.operations]
-        batch.done.set()
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            batch.fail(error)
+        else:
+            batch.done.set()
 
 
-def _failure(error: Exception) -> JournalError:
-    """One for each waiter: an exception that is raised in many tasks grows with each."""
+def _failure(error: BaseException) -> JournalError:
     failure = JournalError(str(error))
     failure.__cause__ = error
     return failure
@@ -160,7 +187,7 @@ class GroupedJournal:
         self._process = os.getpid()
         self._holder, self._calls = uuid4().hex, count(1)
         await self._open()
-        self._group = _GroupCommit(self._write)
+        self._group = _GroupCommit(self._name, self._write)
         return self
 
     async def __aexit__(
@@ -173,14 +200,15 @@ class GroupedJournal:
                 async with self._inboxes:
                     try:
                         await group.stop()
-                    finally:  # a shield does not hold back asyncio's own Task.cancel
-                        await self._close()
+                    finally:
+                        await complete(self._close)
 
     @abstractmethod
     async def _open(self) -> None: ...
 
     @abstractmethod
-    async def _close(self) -> None: ...
+    async def _close(self) -> None:
+        """Close it; idempotent, as a cancelled call is made again."""
 
     @abstractmethod
     def _beside(self) -> Journal:

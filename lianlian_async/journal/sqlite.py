@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import anyio
-import anyio.to_thread
+
+from lianlian_async.background import complete, run_in_thread
 
 from .base import Entry, Owner, State
 from .group import GroupedJournal
@@ -58,11 +59,19 @@ class _Looking:
                 yield entry
             self._check_open()
 
+    async def _open_file(self, path: str, *, only_to_look: bool = False) -> None:
+        self._thread = anyio.CapacityLimiter(1)
+        make = partial(JournalFile, path, only_to_look=only_to_look)
+        self._file = await run_in_thread(make, limiter=self._thread, undo=JournalFile.close)
+
+    async def _close(self) -> None:
+        await self._in_thread(self._file.close)
+
     def _check_open(self) -> None:
         """Raise if it is not open."""
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._thread)
+        return await run_in_thread(function, *arguments, limiter=self._thread)
 
 
 class SqliteReader(_Looking):
@@ -72,15 +81,13 @@ class SqliteReader(_Looking):
         self._path = os.path.realpath(path)
 
     async def __aenter__(self) -> Self:
-        self._thread = anyio.CapacityLimiter(1)
-        self._file = await self._in_thread(partial(JournalFile, self._path, only_to_look=True))
+        await self._open_file(self._path, only_to_look=True)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._in_thread(self._file.close)
+        await complete(self._close)
 
 
 class SqliteJournal(_Looking, GroupedJournal):
@@ -99,15 +106,15 @@ class SqliteJournal(_Looking, GroupedJournal):
         return SqliteJournal(f"{self._name}-inbox")
 
     async def _open(self) -> None:
-        self._thread = anyio.CapacityLimiter(1)
-        self._file = await self._in_thread(JournalFile, self._name)
-        self._id, self._owner = await self._in_thread(self._file.owner)
+        await self._open_file(self._name)
+        try:
+            self._id, self._owner = await self._in_thread(self._file.owner)
+        except BaseException:
+            await complete(self._close)
+            raise
 
     def _check_open(self) -> None:
         self._opened()
-
-    async def _close(self) -> None:
-        await self._in_thread(self._file.close)
 
     async def _bind(self, owner: Owner) -> None:
         await self._in_thread(self._file.bind, owner)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import anyio
 
+from lianlian_async.event_loop import is_failure
 from lianlian_async.journal import Standing
 from lianlian_async.models import Refund
 
@@ -45,13 +46,14 @@ async def act_on(
     """Have ``act`` act on what ``book.take`` gave, in so many seconds; whether it did."""
     try:
         await _within(seconds, act(refund))
-    except Exception:
-        logger.exception("refund %s: its notification was not acted on, it will be tried again", refund.no_refund)
+    except BaseException as error:
+        is_ours = is_failure(error)
+        if is_ours:
+            logger.exception("refund %s: its notification was not acted on, it will be tried again", refund.no_refund)
         await book.release(held)
+        if not is_ours:
+            raise
         return False
-    except BaseException:
-        await book.release(held)
-        raise
     await book.settle(held, refund)
     return True
 

@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
@@ -181,7 +182,8 @@ class NotificationEndpoint:
             self._resources = resources.pop_all()
         if self._is_inbox:
             inbox = cast("Inbox", ready.book)  # there is a journal
-            self._worker = _Worker(inbox, Background(lambda: inbox.work(self._concurrency, self._count_act)))
+            work = partial(inbox.work, self._concurrency, self._count_act)
+            self._worker = _Worker(inbox, Background(work, inbox.end))
         return self
 
     async def __aexit__(

@@ -14,6 +14,7 @@ import attrs
 
 from lianlian_async.clock import Clock
 from lianlian_async.errors import LianLianError
+from lianlian_async.event_loop import is_failure
 from lianlian_async.flow import drain, iterate
 from lianlian_async.journal import Ending, Entry, Intent, Journal, Standing, State
 from lianlian_async.models import Refund
@@ -65,6 +66,7 @@ class Inbox:
         self._resting: dict[str, _Rest] = {}
         self._news = anyio.Event()
         self._intake = anyio.CancelScope()
+        self._failure: BaseException | None = None
 
     # ── one notification ─────────────────────────────────────────────────────────────────────────
 
@@ -77,7 +79,12 @@ class Inbox:
         return await self._take(refund, 2 * self._seconds, anyio.current_time() + self._seconds)
 
     async def keep(self, refund: Refund) -> Standing:
-        """Write a final state down, durably, to be acted on by :meth:`work`. Raises as :meth:`take`."""
+        """Write a final state down, durably, to be acted on by :meth:`work`. Raises as :meth:`take`.
+
+        Raises ``RuntimeError`` after :meth:`work` failed: what nobody would act on is not to be acknowledged.
+        """
+        if self._failure is not None:
+            raise RuntimeError("the inbox's worker has ended: open the NotificationEndpoint again") from self._failure
         standing, _ = await self._take(refund, _NO_LEASE, -math.inf)
         self._news.set()
         return standing
@@ -106,7 +113,9 @@ class Inbox:
             rest = self._resting[entry.no_refund]
             try:
                 standing, well = await self._attempt(entry)
-            except Exception:
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 logger.exception("refund %s: its notification cannot be acted on now", entry.no_refund)
                 standing, well = Standing.UNSETTLED, False
             if standing is Standing.HELD:  # another worker is at it
@@ -140,6 +149,12 @@ class Inbox:
         """Have :meth:`work` end once the handlers have that are running."""
         self._intake.cancel()
 
+    def end(self, error: BaseException | None) -> None:
+        """Note that the task of :meth:`work` has ended, in ``error`` if it failed."""
+        if error is not None:
+            self._failure = error
+            logger.error("the inbox's worker has ended, no more notifications are taken", exc_info=error)
+
     async def _attempt(self, entry: Entry) -> tuple[Standing, bool]:
         refund = await self.learn(Refund.from_dict(entry.fields))
         standing, held = await self._take(refund, 2 * self._seconds, -math.inf)
@@ -159,7 +174,9 @@ class Inbox:
                         if rest.until <= anyio.current_time():
                             self._resting[entry.no_refund] = _Rest(rest.failures)
                             yield entry
-            except Exception:
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 logger.exception("the inbox cannot be read; trying again in %g s", _LOOK_EVERY)
             # Whose rest was over when this look began, and is still here, has left the inbox by another worker.
             self._resting = {number: rest for number, rest in self._resting.items() if rest.until > began}

@@ -1,0 +1,81 @@
+"""A process that ends in the middle of its work ends by itself, and its journal tells what may have been made."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import process_ends
+import pytest
+
+from lianlian_async.journal import State
+
+pytestmark = pytest.mark.anyio
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBERS = {f"R-{number}" for number in range(1, process_ends.REFUNDS + 1)}
+
+ENDS = {
+    "return": 0,
+    "raise": 1,
+    "exit": 7,
+    "cancel all": 0,
+    "stop the loop": 1,
+    "SIGINT": -signal.SIGINT,
+    "SIGINT twice": -signal.SIGINT,
+    "SIGTERM": -signal.SIGTERM,
+    "abort in the handler": 0,
+    "exit in the handler": 7,
+    "abort in the middleware": 1,
+    "exit in the middleware": 7,
+}
+"""The ways to end, and the exit code of each."""
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request, tmp_path):
+    if request.param == "sqlite":
+        return str(tmp_path / "journal.sqlite")
+    return request.getfixturevalue("database")
+
+
+def run(way: str, place: str) -> tuple[int, str, str]:
+    """The exit code and what was printed, after the process was at work."""
+    command = [sys.executable, str(ROOT / "tests" / "process_ends.py"), way, place]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            first = process.stdout.readline()
+            if way.startswith("SIG"):
+                process.send_signal(getattr(signal, way.removesuffix(" twice")))
+            if way.endswith("twice"):
+                time.sleep(0.0005)  # the event loop has seen the first one, and is at work to end
+                process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert first == "at work\n", stderr
+    return process.returncode, stdout, stderr
+
+
+@pytest.mark.parametrize("way", ENDS)
+async def test_it_ends_and_the_journal_tells_what_may_have_been_made(way, place):
+    """However it ends, nothing waits for ever; the next process opens the journal and finds each refund unsettled."""
+    exit_code, stdout, stderr = run(way, place)
+    assert exit_code == ENDS[way], stderr
+    assert ("ended" in stdout) is (exit_code == 0)
+    async with process_ends.make_journal(place) as journal:
+        entries = [entry async for entry in journal.entries()]
+    assert {entry.no_refund for entry in entries} == NUMBERS
+    for entry in entries:
+        assert entry.state is State.UNSETTLED
+        assert entry.sent_at is not None or entry.no_refund == "R-1"  # it ended before its first byte
