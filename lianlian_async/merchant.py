@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
 import attrs
 
 from . import text_rules
 from .errors import ConfigurationError
-from .signing import KeyMaterial, SigningKey, VerifyingKey, is_key_text
+from .key_files import KeyMaterial, is_key_text, plain_text, unquoted
+from .secret import Secret, init_without_locals, without_locals
+from .settings import check_type
+from .signing import SigningKey, VerifyingKey
 
 __all__ = ["Endpoints", "Keys", "Merchant"]
+
+_PublicKeys: TypeAlias = "tuple[KeyMaterial | VerifyingKey, ...]"
 
 
 def _shown(value: object) -> str:
     """A wrong setting as a message may show it: not where it may be a key that went into the wrong setting."""
     if not isinstance(value, str):
         return f"of type {type(value).__name__}"
-    return f"{len(value)} characters" if len(value) > 128 or is_key_text(value) else repr(value)
+    is_secret = len(value) > 128 or is_key_text(value) or "@" in value  # a URL may hold a password
+    return f"{len(value)} characters" if is_secret else repr(value)
 
 
 def _is_this_machine(host: str) -> bool:
@@ -45,6 +52,7 @@ def _check_endpoint(value: str, name: str, *, allow_http: bool = False) -> None:
         )
 
 
+@init_without_locals
 @attrs.frozen
 class Endpoints:
     """The two URLs of the gateway (defaults: LianLian's API pages, cross-border product).
@@ -58,6 +66,7 @@ class Endpoints:
     allow_http: bool = attrs.field(default=False, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        check_type("Endpoints.allow_http", self.allow_http, bool)
         _check_endpoint(self.apply, "Endpoints.apply", allow_http=self.allow_http)
         _check_endpoint(self.query, "Endpoints.query", allow_http=self.allow_http)
 
@@ -70,15 +79,26 @@ class Keys:
     gateway: tuple[VerifyingKey, ...]
 
 
-def _several(
-    value: Iterable[KeyMaterial | VerifyingKey] | KeyMaterial | VerifyingKey,
-) -> tuple[KeyMaterial | VerifyingKey, ...]:
-    return (value,) if isinstance(value, str | bytes) or not isinstance(value, Iterable) else tuple(value)
+def _hidden(value: KeyMaterial | SigningKey | Secret[KeyMaterial | SigningKey]) -> Secret[KeyMaterial | SigningKey]:
+    return value if isinstance(value, Secret) else Secret(value)
 
 
+def _hidden_password(value: str | bytes | Secret[str | bytes | None] | None) -> Secret[str | bytes | None]:
+    return value if isinstance(value, Secret) else Secret(value)
+
+
+def _hidden_keys(
+    value: Iterable[KeyMaterial | VerifyingKey] | KeyMaterial | VerifyingKey | Secret[_PublicKeys],
+) -> Secret[_PublicKeys]:
+    if isinstance(value, Secret):
+        return value
+    return Secret((value,) if isinstance(value, str | bytes) or not isinstance(value, Iterable) else tuple(value))
+
+
+@init_without_locals
 @attrs.frozen(kw_only=True)
 class Merchant:
-    """A merchant's identity and keys. Its repr shows no key material.
+    """A merchant's identity and keys. Neither its repr nor ``attrs.asdict`` shows key material.
 
     Keys are given as PEM, DER, bare base64 (str or bytes), as a path, or loaded already; text and files are
     read once, at the first :meth:`load_keys`, which a session calls in a thread when it opens. During a key
@@ -89,12 +109,12 @@ class Merchant:
 
     oid_partner: str
     """The merchant number, at most 18 characters."""
-    private_key: KeyMaterial | SigningKey = attrs.field(repr=False)
-    gateway_public_keys: tuple[KeyMaterial | VerifyingKey, ...] = attrs.field(repr=False, converter=_several)
+    private_key: Secret[KeyMaterial | SigningKey] = attrs.field(repr=False, converter=_hidden)
+    gateway_public_keys: Secret[_PublicKeys] = attrs.field(repr=False, converter=_hidden_keys)
     endpoints: Endpoints = attrs.field(factory=Endpoints)
     notify_url: str | None = None
     """The default for requests that name none."""
-    private_key_password: str | bytes | None = attrs.field(default=None, repr=False)
+    private_key_password: Secret[str | bytes | None] = attrs.field(default=None, repr=False, converter=_hidden_password)
     """Opens an encrypted ``private_key``."""
     _names: Mapping[str, str] = attrs.field(factory=dict, alias="names", repr=False, eq=False)
     _loaded: list[Keys] = attrs.field(factory=list, init=False, repr=False, eq=False)
@@ -106,7 +126,8 @@ class Merchant:
             raise ConfigurationError(
                 f"{self._name('oid_partner')}: must be 1 to 18 letters or digits (is {_shown(number)})"
             )
-        if not self.gateway_public_keys:
+        check_type("endpoints", self.endpoints, Endpoints)
+        if not self.gateway_public_keys.reveal():
             raise ConfigurationError(f"{self._name('gateway_public_keys')}: at least one of LianLian's keys is needed")
         try:
             if self.notify_url is not None:
@@ -118,6 +139,7 @@ class Merchant:
         """How the user calls a setting: by its own name, or by its environment variable."""
         return self._names.get(setting, setting)
 
+    @without_locals
     def load_keys(self) -> Keys:
         """The keys, read and checked on the first call. Takes up to a tenth of a second: not on an event loop.
 
@@ -129,13 +151,13 @@ class Merchant:
             return self._loaded[0]
 
     def _read_keys(self) -> Keys:
-        private = self.private_key
+        private = self.private_key.reveal()
         if not isinstance(private, SigningKey):
-            private = SigningKey.load(private, self.private_key_password, name=self._name("private_key"))
+            private = SigningKey.load(private, self.private_key_password.reveal(), name=self._name("private_key"))
         public_name = self._name("gateway_public_keys")
         gateway = tuple(
             key if isinstance(key, VerifyingKey) else VerifyingKey.load(key, name=f"{public_name}[{index}]")
-            for index, key in enumerate(self.gateway_public_keys)
+            for index, key in enumerate(self.gateway_public_keys.reveal())
         )
         if private.fingerprint in (key.fingerprint for key in gateway):
             raise ConfigurationError(
@@ -147,6 +169,7 @@ class Merchant:
         raise TypeError("a Merchant holds secrets and is not pickled: load it where it is used")
 
     @classmethod
+    @without_locals
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Merchant:
         """The merchant that the environment (``os.environ``) describes.
 
@@ -157,10 +180,13 @@ class Merchant:
         """
         variables = os.environ if environ is None else environ
         given = {name: text for name, variable in _VARIABLES.items() if (text := variables.get(variable, ""))}
-        given = {name: text if name == "private_key_password" else text.strip() for name, text in given.items()}
+        for name, text in given.items():
+            if isinstance(text, str) and name != "private_key_password":
+                given[name] = unquoted(text)
         return cls._from_settings(given, _VARIABLES, folder=None)
 
     @classmethod
+    @without_locals
     def from_toml(cls, path: str | os.PathLike[str]) -> Merchant:
         """The merchant that a TOML file describes, at its top level or in a table ``[lianlian]``.
 
@@ -170,15 +196,22 @@ class Merchant:
         """
         import tomllib  # only who has such a file pays for the parser
 
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigurationError(f"path: must be str or a path, not {type(path).__name__}")
         file = Path(path)
+        text = document = problem = None
         try:
-            document = tomllib.loads(file.read_text("utf-8"))
+            text = plain_text(file.read_bytes(), errors="strict")
+            document = tomllib.loads(text)
         except OSError as error:
-            raise ConfigurationError(f"{file}: {error.strerror}") from None
-        except ValueError:
-            document = None
-        if document is None:  # raised out here, lest it drag along the parser's error, which quotes the file
-            raise ConfigurationError(f"{file}: is not TOML in UTF-8")
+            problem = error.strerror
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            problem = f"line {line}: is not UTF-8; save the file as UTF-8"
+        except ValueError as error:  # a path that cannot be one, or the parser's error, which may quote the file
+            problem = "not a usable path" if text is None else _toml_problem(text, str(error))
+        if document is None:
+            raise ConfigurationError(f"{file}: {problem}")
         table = document.get("lianlian", document)
         if not isinstance(table, dict):
             raise ConfigurationError(f"{file}: lianlian must be a table")
@@ -201,7 +234,7 @@ class Merchant:
                 raise ConfigurationError(f"{names[name]}: must be text")
 
         def key(text: str) -> str:
-            text = text.strip()
+            text = unquoted(text)
             return text if folder is None or text.startswith("~") or is_key_text(text) else str(folder / text)
 
         apply_url = given.get("apply_url", _DEFAULT.apply)
@@ -217,6 +250,22 @@ class Merchant:
             private_key_password=given.get("private_key_password"),
             names=names,
         )
+
+
+def _toml_problem(text: str, message: str) -> str:
+    """Return where and probably why ``text`` is no TOML; nothing of it is shown, since any line may hold a secret."""
+    lines = text.split("\n")
+    at = re.search(r"at line (\d+)", message)
+    unbalanced = (number for number, line in enumerate(lines, 1) if line.count('"') % 2 or line.count("'") % 2)
+    number = int(at[1]) if at else next(unbalanced, len(lines))
+    line = lines[number - 1]
+    setting = re.match(r"\s*([a-z_]+)\s*=\s*", line)
+    place = f"line {number}" + (f" ({setting[1]})" if setting and setting[1] in _VARIABLES else "")
+    if "overwrite" in message:
+        return f"{place}: is set twice"
+    if "\\" in line:
+        return f"{place}: a backslash in double quotes is an escape: put a path into single quotes"
+    return f"{place}: is not TOML; text needs plain quotes on both sides, three of them around several lines"
 
 
 _DEFAULT: Final = Endpoints()

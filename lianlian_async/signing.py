@@ -1,4 +1,4 @@
-"""RSA signatures as the gateway makes and checks them, and the keys in every form that merchants hold.
+"""RSA signatures as the gateway makes and checks them, and the keys that make and check them.
 
 The scheme is fixed by the protocol: MD5withRSA, that is RSASSA-PKCS1-v1_5 over MD5, in one line of base64.
 MD5 is weak against collisions; nothing but this protocol should use it. This is the only importer of
@@ -9,23 +9,21 @@ unmeasured: a 2048-bit signature costs up to milliseconds.
 from __future__ import annotations
 
 import os
-import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
 from Crypto.Hash import MD5, SHA256
+from Crypto.IO import PKCS8
 from Crypto.PublicKey import RSA
 from Crypto.Signature import pkcs1_15
 
 from .errors import ConfigurationError
+from .key_files import PRIVATE_KEY_GIVEN, KeyMaterial, diagnose, read_keys
+from .secret import without_locals
 
 __all__ = ["BACKEND", "KeyMaterial", "SigningKey", "VerifyingKey", "signature_source"]
-
-KeyMaterial: TypeAlias = "str | bytes | os.PathLike[str]"
-"""A key as PEM, DER or bare base64 text (str or bytes), or the path of a file that holds one of them."""
 
 BACKEND = os.environ.get("LIANLIAN_SIGNING_BACKEND") or ("openssl" if find_spec("cryptography") else "pycryptodome")
 """What computes the signatures: ``pycryptodome``, or ``openssl`` with the extra ``fast``, four to five times faster.
@@ -34,11 +32,6 @@ OpenSSL is taken where it is installed; the environment variable ``LIANLIAN_SIGN
 """
 
 _SMALLEST_KEY_BITS: Final = 1024  # the pages name 1024, 2048 and 4096
-# A DER key is a SEQUENCE of more than 127 bytes (MI…); anything shorter may well be the name of a file.
-_BARE_BASE64: Final = re.compile(rb"MI[A-Za-z0-9+/]{62,}={0,2}")
-_ARMOUR: Final = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
-_PBES2: Final = bytes.fromhex("06092a864886f70d01050d")  # the object identifier of an encrypted PKCS#8 key
-_FILE_SUFFIX: Final = re.compile(r"[^\n]*\.[A-Za-z0-9]{1,8}")
 
 
 def signature_source(fields: Mapping[str, str | None]) -> bytes:
@@ -143,6 +136,7 @@ class SigningKey(_Key):
     __slots__ = ()
 
     @classmethod
+    @without_locals
     def load(
         cls, material: KeyMaterial, password: str | bytes | None = None, *, name: str = "private key"
     ) -> SigningKey:
@@ -151,7 +145,7 @@ class SigningKey(_Key):
         Reads a file and takes milliseconds: call it before the event loop runs, or in a thread.
         Raises :class:`ConfigurationError`, which speaks of the key as ``name``.
         """
-        rsa = _load(material, password, name)
+        rsa = _load(material, password, name, private=True)
         if not rsa.has_private():
             raise ConfigurationError(f"{name}: this is a public key; the merchant's private key is needed here")
         return cls(rsa)
@@ -194,13 +188,12 @@ class VerifyingKey(_Key):
     __slots__ = ()
 
     @classmethod
+    @without_locals
     def load(cls, material: KeyMaterial, *, name: str = "public key") -> VerifyingKey:
         """The key in ``material`` (PEM, DER, bare base64 or a path). Errors as :meth:`SigningKey.load`."""
-        rsa = _load(material, None, name)
+        rsa = _load(material, None, name, private=False)
         if rsa.has_private():
-            raise ConfigurationError(
-                f"{name}: this is a private key; LianLian's public key is needed here (keep private keys out of it)"
-            )
+            raise ConfigurationError(f"{name}: {PRIVATE_KEY_GIVEN}")
         return cls(rsa)
 
     def verify(self, source: bytes, signature: str) -> bool:
@@ -226,19 +219,28 @@ class VerifyingKey(_Key):
 # ── loading: no message below may show any part of the material ──────────────────────────────────
 
 
-def _load(material: KeyMaterial, password: str | bytes | None, name: str) -> RSA.RsaKey:
-    encoded = _to_pem_or_der(_read(material, name), name)
-    # Older pycryptodomes refuse a password that a key does not need: hence the second try without.
-    rsa = _imported(encoded, _encoded(password)) or _imported(encoded, None)
-    if rsa is None:
-        raise ConfigurationError(f"{name}: {_diagnose(encoded, password)}")
+def _load(material: KeyMaterial, password: str | bytes | None, name: str, *, private: bool) -> RSA.RsaKey:
+    if not isinstance(password, str | bytes | None):
+        raise ConfigurationError(f"{name}: its password must be str or bytes, not {type(password).__name__}")
+    found = {}
+    for encoded in read_keys(material, name, private=private):
+        # Older pycryptodomes refuse a password that a key does not need: hence the second try without.
+        rsa = _imported(encoded, _encoded(password)) or _imported(encoded, None)
+        if rsa is None:
+            opened = _opened_algorithm(encoded, _encoded(password))
+            why = diagnose(encoded, private=private, has_password=password is not None, opened=opened)
+            raise ConfigurationError(f"{name}: {why}")
+        found[rsa.n, rsa.e] = rsa
+    if len(found) > 1:
+        raise ConfigurationError(f"{name}: {len(found)} different keys are there; keep the one that is meant")
+    [rsa] = found.values()
     if rsa.size_in_bits() < _SMALLEST_KEY_BITS:
         raise ConfigurationError(f"{name}: {rsa.size_in_bits()} bits are too few; LianLian takes 1024, 2048 or 4096")
     return rsa
 
 
 def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
-    """The key, or None: no foreign error may hang on ours as its context, since nobody promises what it quotes."""
+    """Return the key, or None: a foreign error must not become the context of ours, since it may quote the key."""
     try:
         rsa = RSA.import_key(encoded, passphrase=password)  # checks too that the key's numbers belong together
     except (ValueError, IndexError, TypeError, ZeroDivisionError):
@@ -246,95 +248,14 @@ def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
     return rsa if rsa.e % 2 else None  # only OpenSSL notices that a damaged key's exponent is even, and raises
 
 
-def _encoded(password: str | bytes | None) -> bytes | None:
-    """A password in UTF-8, as OpenSSL takes it from a terminal (pycryptodome alone would take Latin-1)."""
-    return password.encode(errors="surrogateescape") if isinstance(password, str) else password
-
-
-def is_key_text(text: str) -> bool:
-    """Whether ``text`` is a key itself (whole or damaged), not the path of one."""
-    return "-----BEGIN" in text or _bare_base64(text.removeprefix("\ufeff").encode(errors="replace")) is not None
-
-
-def _read(material: KeyMaterial, name: str) -> bytes:
-    """The bytes of the key itself: those given, or those of the file that is meant."""
-    match material:
-        case bytes():
-            return material
-        case str() if is_key_text(material):
-            return material.encode(errors="replace")
-        case str():
-            # Key text has no dot, so only what ends like a file name is safe to show.
-            path = Path(material)
-            shown = repr(material) if _FILE_SUFFIX.fullmatch(material) else f"a text of {len(material)} characters"
-        case os.PathLike():
-            path = Path(material)
-            shown = repr(str(path)) if not is_key_text(str(path)) else "key text that was taken for a path"
-        case _:
-            raise ConfigurationError(f"{name}: must be str, bytes or a path, not {type(material).__name__}")
+def _opened_algorithm(encoded: bytes, password: bytes | None) -> str | None:
+    """Return the object identifier of what an encrypted PKCS#8 key holds; None if the password does not open it."""
     try:
-        return path.expanduser().read_bytes()
-    except OSError as error:
-        reason = error.strerror
-    except (ValueError, RuntimeError):  # a character no path can hold, the home of an unknown user
-        reason = "not a usable path"
-    # Raised out here: the foreign error quotes the "path", which may be a damaged key.
-    raise ConfigurationError(f"{name}: {shown} is no PEM, DER or base64 key, and no readable file ({reason})")
-
-
-def _bare_base64(text: bytes) -> bytes | None:
-    """The DER inside of bare base64, whole or cut off, or None if ``text`` is something else."""
-    packed = b"".join(text.split())
-    if not _BARE_BASE64.fullmatch(packed):
+        return PKCS8.unwrap(encoded, password)[0] if password else None
+    except (ValueError, IndexError, TypeError):
         return None
-    digits = packed.rstrip(b"=")
-    digits = digits[: len(digits) - (len(digits) % 4 == 1)]  # one left-over digit says nothing
-    return b64decode(digits + b"=" * (-len(digits) % 4))
 
 
-def _to_pem_or_der(content: bytes, name: str) -> bytes:
-    start = content.find(b"-----BEGIN")
-    if start >= 0:  # openssl writes "Bag Attributes" and text around the armour; the first block is meant
-        block = _ARMOUR.match(content, start)
-        return block[0] if block else content[start:]
-    if content.startswith(b"\x30"):
-        return content
-    content = content.removeprefix(b"\xef\xbb\xbf").strip()
-    if not content:
-        raise ConfigurationError(f"{name}: is empty")
-    der = _bare_base64(content)
-    if der is None:
-        raise ConfigurationError(f"{name}: is no PEM, DER or bare base64 key")
-    return der
-
-
-def _diagnose(encoded: bytes, password: str | bytes | None) -> str:
-    """Why an encoding that looked like a key could not be read."""
-    locked = "the key is encrypted and needs its password" if password is None else "the password does not open it"
-    if encoded.startswith(b"-----BEGIN"):
-        if not _ARMOUR.match(encoded):
-            return "the PEM text is cut off: its END line is missing or damaged"
-        if b"ENCRYPTED" in encoded[:200]:
-            return locked
-        if b"EC PRIVATE" in encoded[:40]:
-            return "this is an elliptic-curve key; LianLian uses RSA"
-        der = _bare_base64(b"".join(encoded.splitlines()[1:-1]))
-        if der is None:
-            return "the PEM text is damaged"
-        encoded = der
-    announced = _announced_length(encoded)
-    if announced > len(encoded):
-        return f"the key is cut off: {len(encoded)} of {announced} bytes are there"
-    if announced < len(encoded):
-        return f"the key is followed by {len(encoded) - announced} bytes that do not belong to it"
-    return locked if _PBES2 in encoded[:40] else "is not a readable RSA key: it is of another kind, or damaged"
-
-
-def _announced_length(der: bytes) -> int:
-    """How long the outermost DER value says it is, its header included."""
-    if len(der) < 2:
-        return 2
-    if der[1] < 0x80:
-        return 2 + der[1]
-    width = min(der[1] & 0x7F, 4)  # no key needs more, and no more of a damaged one may show
-    return 2 + width + int.from_bytes(der[2 : 2 + width])
+def _encoded(password: str | bytes | None) -> bytes | None:
+    """Return a password in UTF-8, as OpenSSL takes it from a terminal (pycryptodome alone would take Latin-1)."""
+    return password.encode(errors="surrogateescape") if isinstance(password, str) else password

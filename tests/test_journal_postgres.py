@@ -204,7 +204,7 @@ async def test_a_dsn_that_is_none_is_not_repeated(dsn):
     with pytest.raises(ConfigurationError, match="dsn: not a PostgreSQL connection string") as caught:
         PostgresJournal(dsn)
     assert "s3cret" not in str(caught.value)
-    assert caught.value.__suppress_context__
+    assert caught.value.__context__ is None
 
 
 async def test_a_forked_child_is_refused(make, monkeypatch):

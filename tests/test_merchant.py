@@ -129,7 +129,9 @@ def test_many_threads_load_the_same_keys():
     assert len({id(keys) for keys in loaded}) == 1
 
 
-@pytest.mark.parametrize("number", ["", "1" * 19, "2011 0317", "退款", "2011-03", None, 201103171000000000, b"2011"])
+@pytest.mark.parametrize(
+    "number", ["", "1" * 19, "2011 0317", "退款", "２０１１", "٢٠١١", "2011-03", None, 201103171000000000, b"2011"]
+)
 def test_a_merchant_number_that_cannot_be_one_is_refused(number):
     """A merchant number is one to 18 letters or digits, as a string."""
     assert "oid_partner: must be 1 to 18 letters or digits" in message_of(lambda: made(oid_partner=number))
@@ -219,6 +221,26 @@ def test_a_merchant_is_frozen_and_evolves():
     assert other.load_keys().private.fingerprint == NEXT.private.fingerprint
     assert merchant == made() != other  # whether the keys are loaded yet makes no difference
     assert hash(merchant) == hash(made())
+
+
+@pytest.mark.parametrize("value", [{"apply": "https://host/"}, ("https://host/",), "https://host/", None])
+def test_endpoints_of_another_type_are_refused(value):
+    """A mapping, a pair or a URL is no Endpoints."""
+    words = f"endpoints: must be of type Endpoints, not {type(value).__name__}"
+    assert message_of(lambda: made(endpoints=value)) == words
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_allow_http_is_a_decision_and_no_text(value):
+    """The text "no" is true in Python, and must not switch TLS off."""
+    words = f"Endpoints.allow_http: must be of type bool, not {type(value).__name__}"
+    assert message_of(lambda: Endpoints(allow_http=value)) == words
+
+
+def test_a_password_in_a_url_is_not_shown():
+    """A URL that is refused is quoted, unless it may hold a password."""
+    url = "http://clerk:hunter2@gateway.example/"
+    assert message_of(lambda: Endpoints(url)).endswith(f"(is {len(url)} characters)")
 
 
 # ── endpoints ────────────────────────────────────────────────────────────────────────────────────
@@ -320,6 +342,32 @@ def test_every_variable_is_read(tmp_path):
     keys = merchant.load_keys()
     assert keys.private.fingerprint == OURS.private.fingerprint
     assert [key.fingerprint for key in keys.gateway] == [THEIRS.public.fingerprint, NEXT.public.fingerprint]
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quotes_around_a_variable_are_taken_off(quote, tmp_path):
+    """Environment files of docker keep quotes; those around a password may be part of it."""
+    (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
+    environ = ENVIRONMENT | {
+        "LIANLIAN_PRIVATE_KEY": OURS.locked_pem('"x"').replace("\n", "\\n"),
+        "LIANLIAN_GATEWAY_PUBLIC_KEYS": f"{tmp_path / 'theirs.pem'},{NEXT.public_pem}",
+    }
+    environ = {name: f"{quote}{text}{quote}" for name, text in environ.items()} | {
+        "LIANLIAN_PRIVATE_KEY_PASSWORD": '"x"'
+    }
+    merchant = Merchant.from_env(environ)
+    assert merchant.oid_partner == NUMBER
+    assert [key.fingerprint for key in merchant.load_keys().gateway] == [
+        THEIRS.public.fingerprint,
+        NEXT.public.fingerprint,
+    ]
+
+
+def test_a_variable_that_is_no_text_is_refused():
+    """A mapping of our own making may hold anything."""
+    assert message_of(lambda: Merchant.from_env(ENVIRONMENT | {"LIANLIAN_OID_PARTNER": 5})) == (
+        "LIANLIAN_OID_PARTNER: must be text"
+    )
 
 
 @pytest.mark.parametrize("variable", ENVIRONMENT)
@@ -458,21 +506,58 @@ def test_unknown_settings_are_named(tmp_path):
     assert message_of(lambda: Merchant.from_toml(file)) == f"{file}: unknown setting allow_http, notify_ulr"
 
 
+QUOTES = "is not TOML; text needs plain quotes on both sides, three of them around several lines"
+BACKSLASH = "a backslash in double quotes is an escape: put a path into single quotes"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"lianlian = 5", "lianlian must be a table"),
-        (b'private_key = "' + OURS.private_pem.encode() + b'"', "is not TOML in UTF-8"),
-        (b"private_key = " + OURS.private_pem.encode(), "is not TOML in UTF-8"),
-        (b'notify_url = "\xff"', "is not TOML in UTF-8"),
+        (b'# keys\nprivate_key = "' + OURS.private_pem.encode() + b'"', f"line 2 (private_key): {QUOTES}"),
+        (b"private_key = " + OURS.private_pem.encode(), f"line 1 (private_key): {QUOTES}"),
+        (b'oid_partner = "1"\nprivate_key_password = "hunter2\n', f"line 2 (private_key_password): {QUOTES}"),
+        (b"oid_partner = '1'\nprivate_key_password = 'hunter2\n", f"line 2 (private_key_password): {QUOTES}"),
+        (b'private_key_password = hunter2"\n', f"line 1 (private_key_password): {QUOTES}"),
+        (b'hunter2 = "x', f"line 1: {QUOTES}"),
+        (b'\nprivate_key = "C:\\keys\\hunter2.pem"', f"line 2 (private_key): {BACKSLASH}"),
+        (b'private_key = "C:\\Users\\hunter2.pem"', f"line 1 (private_key): {BACKSLASH}"),
+        (b'oid_partner = "1"\noid_partner = "2"', "line 2 (oid_partner): is set twice"),
+        (b'notify_url = ["hunter2"', f"line 1 (notify_url): {QUOTES}"),
+        (b'\nnotify_url = "\xff"', "line 2: is not UTF-8; save the file as UTF-8"),
     ],
-    ids=["table", "line breaks", "no quotes", "not UTF-8"],
 )
 def test_a_file_that_is_no_toml_is_named_and_not_quoted(content, words, tmp_path):
-    """A damaged file is named; none of its lines is shown, since any may hold a key."""
+    """A damaged file is named with line, setting and likely cause; no line is shown, since any may hold a secret."""
     file = tmp_path / "lianlian.toml"
     file.write_bytes(content)
-    assert message_of(lambda: Merchant.from_toml(file)) == f"{file}: {words}"
+    message = message_of(lambda: Merchant.from_toml(file))
+    assert message == f"{file}: {words}"
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_toml_file_is_read_as_windows_programs_write_it(tmp_path, encoding, newline):
+    """A byte order mark and CR LF are read, and a path with backslashes in single quotes, too."""
+    file = write_toml(tmp_path, **SETTINGS, private_key_password="pässword")
+    file.write_bytes(file.read_text("utf-8").replace("\n", newline).encode(encoding))
+    merchant = Merchant.from_toml(file)
+    assert merchant.oid_partner == NUMBER
+    assert merchant.private_key_password.reveal() == "pässword"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (None, "path: must be str or a path, not NoneType"),
+        (5, "path: must be"),
+        ("a\0b.toml", "a\0b.toml: not a usable"),
+    ],
+)
+def test_what_is_no_path_is_refused(path, words):
+    """The error names the argument, or the path."""
+    assert message_of(lambda: Merchant.from_toml(path)).startswith(words)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

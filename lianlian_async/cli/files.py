@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from lianlian_async.errors import ConfigurationError
+from lianlian_async.secret import without_locals
 
 __all__ = ["refuse_existing", "write_new"]
 
@@ -17,6 +18,7 @@ def refuse_existing(*paths: Path) -> None:
             raise ConfigurationError(f"{path}: exists already, and is not overwritten")
 
 
+@without_locals
 def write_new(path: Path, text: str, *, mode: int = 0o600) -> None:
     """Write a file that did not exist, readable by its owner alone; raises ``ConfigurationError``."""
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from lianlian_async.errors import ConfigurationError
+from lianlian_async.secret import without_locals
 from lianlian_async.signing import SigningKey
 
 from .files import refuse_existing, write_new
@@ -25,6 +26,7 @@ __all__ = ["keygen"]
 @click.option("--password-prompt", is_flag=True, help="Encrypt the private key; ask for the password.")
 @json_option
 @pass_output
+@without_locals
 def keygen(output: Output, bits: str, out: Path, password_env: str | None, password_prompt: bool) -> None:
     """Make a key pair for LianLian's dashboard.
 

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from lianlian_async.errors import ConfigurationError, JournalError
 from lianlian_async.journal import Journal, SqliteJournal, SqliteReader
+from lianlian_async.secret import drop_secrets, without_locals
 
 from .inputs import Command
 
@@ -39,6 +40,7 @@ def is_dsn(place: str) -> bool:
     return place.startswith(("postgresql://", "postgres://"))
 
 
+@without_locals
 def check_place(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Refuse a password where every process of this machine can read it."""
     if value is not None and "://" in value and not is_dsn(value):
@@ -58,6 +60,7 @@ def check_place(ctx: click.Context, parameter: click.Parameter, value: str | Non
     return value
 
 
+@without_locals
 def _check_dsn(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     if not is_dsn(value):
         raise click.BadParameter("must be a URL, postgresql://…")
@@ -65,6 +68,7 @@ def _check_dsn(ctx: click.Context, parameter: click.Parameter, value: str) -> st
     return value
 
 
+@without_locals
 def _check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     check_place(ctx, parameter, value)
     if not (is_dsn(value) or Path(value).is_file()):
@@ -128,6 +132,7 @@ def _queue_errors() -> Iterator[None]:
     try:
         yield
     except (ConnectorException, Error) as error:
+        drop_secrets(error)
         raise JournalError(f"queue: {error.__cause__ or error}") from error
 
 

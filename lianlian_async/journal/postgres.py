@@ -26,6 +26,7 @@ from psycopg_pool import AsyncConnectionPool
 from lianlian_async.background import Background
 from lianlian_async.clock import Clock, system_clock
 from lianlian_async.errors import ConfigurationError
+from lianlian_async.secret import Secret, drop_secrets, without_locals
 
 from . import postgres_rows as sql
 from .base import Entry, JournalError, Owner, State
@@ -84,6 +85,7 @@ class PostgresJournal(GroupedJournal):
     session's.
     """
 
+    @without_locals
     def __init__(
         self,
         dsn: str,
@@ -100,7 +102,7 @@ class PostgresJournal(GroupedJournal):
         super().__init__(f"{schema} in {database.get('dbname')} at {database.get('host')}")
         # A connection whose other end is gone is given up, unless ``dsn`` says otherwise.
         alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-        self._dsn = make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | database))
+        self._dsn = Secret(make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | database)))
         self._schema = schema
         self._timeout = timeout
         self._grace = not_found_grace
@@ -138,7 +140,11 @@ class PostgresJournal(GroupedJournal):
     def _beside(self) -> PostgresJournal:
         """The inbox: nothing is sent for its entries, so that it never asks first."""
         return PostgresJournal(
-            self._dsn, schema=f"{self._schema}_inbox", timeout=self._timeout, not_found_grace=0, clock=self._clock
+            self._dsn.reveal(),
+            schema=f"{self._schema}_inbox",
+            timeout=self._timeout,
+            not_found_grace=0,
+            clock=self._clock,
         )
 
     async def _open(self) -> None:
@@ -150,10 +156,10 @@ class PostgresJournal(GroupedJournal):
             ) from None
         # Not through the pool: that would wait and try again, and never tell what is wrong.
         with self._errors():
-            async with await AsyncConnection.connect(self._dsn, row_factory=dict_row) as connection:
+            async with await AsyncConnection.connect(self._dsn.reveal(), row_factory=dict_row) as connection:
                 await self._prepare(connection)
         self._pool = AsyncConnectionPool(
-            self._dsn,
+            self._dsn.reveal,  # the function: the pool, too, holds no password
             connection_class=AsyncConnection[DictRow],
             open=False,
             min_size=1,
@@ -329,6 +335,7 @@ class PostgresJournal(GroupedJournal):
                 yield
         except (Error, OSError) as error:
             reason = str(error).strip() or f"no answer within {self._timeout} s"
+            drop_secrets(error)
             raise JournalError(f"journal {self._name}: {reason}") from error
 
 
