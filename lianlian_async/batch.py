@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -10,12 +10,13 @@ import anyio
 import attrs
 
 from .background import Background
-from .errors import BatchStopped, JournalError, RefundOutcomeUnknown, RefundRejected
+from .errors import BatchStopped, InvalidRequest, JournalError, Problem, RefundOutcomeUnknown, RefundRejected
 from .flow import Handoff, checked, drain
 from .journal import Journal
 from .models import RefundRequest
 from .outcome import Outcome
 from .session import RefundSession
+from .settings import check_type
 
 __all__ = ["Outcomes", "refund_many"]
 
@@ -39,9 +40,11 @@ def refund_many(
             ...
 
     Requests are taken only as fast as outcomes are: memory depends on ``concurrency``, not on the input's length.
-    A single refund's error never disturbs another. Leaving the loop early, or being cancelled in it, ends the batch:
-    no further request is taken, and a refund that was under way stays unsettled in the journal. Whoever keeps the
-    iterator in a variable ends it with ``aclose``, or uses it in ``async with``.
+    A single refund's error never disturbs another; an item that is no ``RefundRequest`` has an outcome, too, with
+    ``InvalidRequest`` as its error and the item itself as its request: nothing is sent for it.
+    Leaving the loop early, or being cancelled in it, ends the batch: no further request is taken, and a refund that
+    was under way stays unsettled in the journal. Whoever keeps the iterator in a variable ends it with ``aclose``, or
+    uses it in ``async with``.
 
     Args:
         session: an open session.
@@ -60,6 +63,9 @@ def refund_many(
             or within. Refunds that were under way may have been made.
         BaseException: whatever else a layer of the caller's own raised, at the end of the iteration.
     """
+    check_type("session", session, RefundSession)
+    if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable | AsyncIterable):
+        raise InvalidRequest([Problem("requests", "must be an iterable of RefundRequest", type(requests).__name__)])
     run = _Run(
         session,
         requests,

@@ -12,6 +12,7 @@ import anyio
 
 from .errors import ConfigurationError, LianLianError
 from .event_loop import is_failure
+from .settings import check_integer
 
 __all__ = ["Handoff", "checked", "drain", "iterate"]
 
@@ -20,9 +21,7 @@ T = TypeVar("T")
 
 def checked(concurrency: int) -> int:
     """``concurrency``, if it is one; else ``ConfigurationError``."""
-    if not isinstance(concurrency, int) or concurrency < 1:
-        raise ConfigurationError(f"concurrency: must be an integer of at least 1, is {concurrency!r}")
-    return concurrency
+    return check_integer("concurrency", concurrency, least=1)
 
 
 async def drain(

@@ -19,6 +19,7 @@ from .errors import ConfigurationError
 from .exchange import Call, Exchange, Known, Lost, Reply, Trail
 from .protocol import lost
 from .retry import Bucket
+from .settings import is_number
 
 __all__ = ["Attempt", "Middleware", "Next", "Observer", "Permit", "RateLimit", "Retry", "onion"]
 
@@ -158,7 +159,7 @@ class RateLimit:
     """
 
     def __init__(self, per_second: float, *, burst: int = 1) -> None:
-        if not (per_second > 0 and burst >= 1):
+        if not (is_number(per_second) and is_number(burst) and per_second > 0 and burst >= 1):
             raise ConfigurationError("RateLimit: per_second must be more than 0, burst at least 1")
         self._interval = 1 / per_second
         self._slack = (burst - 1) * self._interval

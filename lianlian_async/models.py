@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
-from functools import cache
+from functools import cache, wraps
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar, cast
 
@@ -19,7 +19,7 @@ import attrs
 from . import text_rules, wire
 from .errors import InvalidRequest, Problem
 
-__all__ = ["Refund", "RefundQuery", "RefundRequest", "RefundStatus"]
+__all__ = ["Refund", "RefundQuery", "RefundRequest", "RefundStatus", "expect"]
 
 T = TypeVar("T")
 
@@ -102,8 +102,34 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def expect(value: object, kind: type, name: str) -> None:
+    """Raise :class:`~lianlian_async.InvalidRequest` about the argument ``name`` if ``value`` is no ``kind``."""
+    if not isinstance(value, kind):
+        rule = f"must be a {kind.__name__}"
+        if isinstance(value, Mapping) and issubclass(kind, _Request):
+            rule += f" ({kind.__name__}.from_dict reads a mapping)"
+        raise InvalidRequest([Problem(name, rule, f"{_shown(value)} of type {type(value).__name__}")])
+
+
+def _fields_by_name(cls: type[T]) -> type[T]:
+    """Decorate ``cls``: a missing, unknown or positional field is an ``InvalidRequest``, not a ``TypeError``."""
+    init = cls.__init__
+
+    @wraps(init)
+    def checked(self: T, *args: object, **fields: Any) -> None:
+        if args:
+            raise InvalidRequest(
+                [Problem(cls.__name__, "takes its fields by name, no_refund=… first", _shown(args[0]))]
+            )
+        init(self, **_given(cls, fields))
+
+    cls.__init__ = checked  # type: ignore[assignment,method-assign]
+    return cls
+
+
 def _given(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """``data`` as keyword arguments of ``cls``; unknown and missing fields are reported together."""
+    expect(data, Mapping, "data")
     known = {field.name: field for field in attrs.fields(cls)}
     problems = [
         Problem(str(key), "is no field of " + cls.__name__, _shown(data[key])) for key in data if key not in known
@@ -178,6 +204,7 @@ _PARSED: Final[dict[str, Callable[[Any], object]]] = {
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────
 
 
+@_fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundRequest(_Request):
     """One refund to be applied for (LianLian's *Apply API*).
@@ -214,6 +241,7 @@ class RefundRequest(_Request):
         return RefundQuery.from_record(asked)
 
 
+@_fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundQuery(_Request):
     """A question about one refund (LianLian's *Refund Status API*): ``no_refund`` or ``oid_refundno`` is required.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import attrs
 
 from .errors import ConfigurationError
+from .settings import check_type, is_number
 
 __all__ = ["Bucket", "Deadline", "RetryBudget", "RetryPolicy"]
 
@@ -30,7 +32,8 @@ class RetryBudget:
     per_second: float = 50.0
 
     def __attrs_post_init__(self) -> None:
-        if not (self.capacity >= 1 and self.per_second >= 0):
+        numbers = is_number(self.capacity) and is_number(self.per_second)
+        if not (numbers and self.capacity >= 1 and self.per_second >= 0):
             raise ConfigurationError("RetryBudget: capacity must be at least 1, per_second at least 0")
 
 
@@ -81,15 +84,18 @@ class RetryPolicy:
     """Seconds: a server's Retry-After is honoured up to this much."""
 
     def __attrs_post_init__(self) -> None:
-        rules = {
-            "attempts must be an integer of at least 1": isinstance(self.attempts, int) and self.attempts >= 1,
-            "initial must be more than 0": self.initial > 0,
-            "maximum must be finite and at least initial": self.initial <= self.maximum < math.inf,
-            "multiplier must be from 1 to 1000": 1 <= self.multiplier <= 1000,  # its 64th power is still a float
-            "absence_grace must be at least 0": self.absence_grace >= 0,
-            "retry_after_maximum must be at least 0": self.retry_after_maximum >= 0,
+        check_type("RetryPolicy: budget", self.budget, RetryBudget)
+        numbers = ("attempts", "initial", "maximum", "multiplier", "absence_grace", "retry_after_maximum")
+        broken = [f"{name} must be a number" for name in numbers if not is_number(getattr(self, name))]
+        rules: dict[str, Callable[[], bool]] = {
+            "attempts must be an integer of at least 1": lambda: isinstance(self.attempts, int) and self.attempts >= 1,
+            "initial must be more than 0": lambda: self.initial > 0,
+            "maximum must be finite and at least initial": lambda: self.initial <= self.maximum < math.inf,
+            "multiplier must be from 1 to 1000": lambda: 1 <= self.multiplier <= 1000,  # its 64th power is a float
+            "absence_grace must be at least 0": lambda: self.absence_grace >= 0,
+            "retry_after_maximum must be at least 0": lambda: self.retry_after_maximum >= 0,
         }
-        broken = [rule for rule, holds in rules.items() if not holds]
+        broken = broken or [rule for rule, holds in rules.items() if not holds()]
         if broken:
             raise ConfigurationError("RetryPolicy: " + "; ".join(broken))
 

@@ -20,11 +20,12 @@ from .journal import Journal, OpenRefunds
 from .line import Line
 from .merchant import Merchant
 from .middleware import Middleware
-from .models import Refund, RefundQuery, RefundRequest
+from .models import Refund, RefundQuery, RefundRequest, expect
 from .outcome import Outcome, Tally
 from .recording import learn
 from .recovery import Resumed, resume
 from .retry import Deadline, RetryPolicy
+from .settings import check_integer, check_type, positive_seconds
 from .transport import AsyncBaseTransport, AsyncClient, Transport
 from .waiting import Waiting
 
@@ -98,10 +99,12 @@ class RefundSession:
     ) -> None:
         if client is not None and transport is not None:
             raise ConfigurationError("client and transport: give one of them, a client has its transport already")
-        if not isinstance(max_connections, int) or max_connections < 1:
-            raise ConfigurationError(f"max_connections: must be an integer of at least 1, is {max_connections!r}")
-        if not isinstance(warm_up, int) or not 0 <= warm_up <= max_connections:
-            raise ConfigurationError(f"warm_up: must be an integer from 0 to max_connections, is {warm_up!r}")
+        check_type("merchant", merchant, Merchant)
+        check_type("retry", retry, RetryPolicy)
+        if journal is not None and not hasattr(journal, "is_open"):
+            raise ConfigurationError(f"journal: must be a journal, such as SqliteJournal(path), not {journal!r:.80}")
+        check_integer("max_connections", max_connections, least=1)
+        check_integer("warm_up", warm_up, least=0, most=max_connections, bound="max_connections")
         self.merchant = merchant
         self._client = client
         self._transport = transport
@@ -226,6 +229,7 @@ class RefundSession:
         Asks first. The same bytes are sent again only when the gateway's "no such record" may be believed
         (``RetryPolicy.absence_grace``). Returns and raises what :meth:`apply_refund` does.
         """
+        expect(unknown, RefundOutcomeUnknown, "unknown")
         return await self._apply(unknown.request, deadline=deadline, retry=retry, earlier=unknown)
 
     async def outcome_of(
@@ -240,7 +244,8 @@ class RefundSession:
     ) -> Outcome:
         """What :meth:`apply_refund` returns or raises about a refund, as a value, with what it took.
 
-        With ``earlier``, what :meth:`settle` does. ``journal`` and ``query_first`` override the session's.
+        With ``earlier``, what :meth:`settle` does. ``journal`` and ``query_first`` override the session's. The
+        outcome of what is no ``RefundRequest`` has ``InvalidRequest`` as its error, and as its request what was given.
         """
         began = anyio.current_time()
         tally = Tally()
@@ -280,6 +285,7 @@ class RefundSession:
             SignatureInvalid, AnswerMismatch, MalformedMessage: the last answer was not usable.
             GatewayUnavailable: no usable answer in time.
         """
+        expect(query, RefundQuery, "query")
         seconds, policy = self._given(deadline, retry)
         with self._in_use():
             async with self._slot():
@@ -303,6 +309,7 @@ class RefundSession:
             QueryRejected: the question was refused, which says nothing about the refund.
             RefundConflict: the final state contradicts the session's journal.
         """
+        expect(refund, Refund, "refund")
         with self._waiting.listen(refund) as waiter:
             return await waiter.until_final(refund, self._learn, _checked(deadline))
 
@@ -316,6 +323,7 @@ class RefundSession:
         Raises what these two raise.
         """
         seconds = _checked(deadline)
+        expect(request, RefundRequest, "request")
         with self._waiting.listen(request) as waiter:
             try:
                 refund = await self.apply_refund(request, retry=retry)
@@ -364,6 +372,9 @@ class RefundSession:
         tally: Tally | None = None,
     ) -> Refund:
         """Send and settle; or settle only, what an ``earlier`` call left unknown."""
+        expect(request, RefundRequest, "request")
+        if earlier is not None:
+            expect(earlier, RefundOutcomeUnknown, "earlier")
         if earlier is not None and earlier.oid_partner != self.merchant.oid_partner:
             raise ConfigurationError(
                 f"refund {earlier.no_refund} belongs to merchant {earlier.oid_partner}, "
@@ -386,13 +397,13 @@ class RefundSession:
 
     def _given(self, deadline: float | None, retry: RetryPolicy | None) -> tuple[float, RetryPolicy]:
         """A call's deadline in seconds, and its policy."""
+        if retry is not None:
+            check_type("retry", retry, RetryPolicy)
         return self._deadline if deadline is None else _checked(deadline), self._retry if retry is None else retry
 
 
 def _checked(deadline: float) -> float:
-    if not deadline > 0:
-        raise ConfigurationError(f"deadline: must be more than 0 seconds, is {deadline}")
-    return deadline
+    return positive_seconds("deadline", deadline)
 
 
 def _raised(reply: Reply) -> LianLianError:

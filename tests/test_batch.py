@@ -521,14 +521,30 @@ async def test_what_goes_wrong_in_a_scope_of_the_requests_is_heard_of():
     assert numbers(outcomes) == [1, 2, 3, 4, 5]
 
 
-async def test_what_is_no_request_is_a_bug_that_is_heard_of():
-    """Something else among the requests: no outcome for it, but its exception, after what was begun."""
+@pytest.mark.parametrize("item", ["R-2", {"no_refund": "R-2"}, None])
+async def test_what_is_no_request_has_an_outcome_too(item):
+    """Something else among the requests: its outcome is InvalidRequest, and the other refunds are made."""
     gateway = sandbox(**SLOW)
     outcomes = []
     async with session_with(gateway) as session:
-        with pytest.raises(AttributeError, match="str"):
-            await collect(refund_many(session, [refund_request(1), "R-2", refund_request(3)], concurrency=2), outcomes)
-    assert numbers(outcomes) == [1]
+        await collect(refund_many(session, [refund_request(1), item, refund_request(3)], concurrency=2), outcomes)
+    [wrong] = [outcome for outcome in outcomes if outcome.error is not None]
+    assert wrong.request is item
+    assert isinstance(wrong.error, InvalidRequest)
+    assert wrong.attempts == 0
+    assert {outcome.refund.no_refund for outcome in outcomes if outcome is not wrong} == {"R-1", "R-3"}
+
+
+@pytest.mark.parametrize("requests", [refund_request(1), "R-1", {"no_refund": "R-1"}, None, 5])
+async def test_what_holds_no_requests_is_refused_at_once(requests):
+    """A single request, text, a mapping or nothing in the place of an iterable of requests sends nothing."""
+    gateway = sandbox()
+    async with session_with(gateway) as session:
+        with pytest.raises(InvalidRequest, match="requests: must be an iterable of RefundRequest"):
+            refund_many(session, requests)
+    assert gateway.requests == {}
+    with pytest.raises(ConfigurationError, match="session: must be of type RefundSession, not SandboxGateway"):
+        refund_many(gateway, [refund_request(1)])
 
 
 # ── what stops a batch ───────────────────────────────────────────────────────────────────────────

@@ -614,7 +614,7 @@ async def test_a_cancelled_waiter_does_not_speed_up_the_others():
     assert times == pytest.approx([2.0])
 
 
-@pytest.mark.parametrize(("per_second", "burst"), [(0, 1), (-1, 1), (math.nan, 1), (1, 0)])
+@pytest.mark.parametrize(("per_second", "burst"), [(0, 1), (-1, 1), (math.nan, 1), (1, 0), ("4", 1), (1, True)])
 async def test_a_rate_that_is_none_is_refused(per_second, burst):
     """A rate of nothing, and a burst of nobody, would let nobody through."""
     with pytest.raises(ConfigurationError, match="RateLimit"):

@@ -365,6 +365,25 @@ def test_missing_and_unknown_keys_are_named_together(cls):
     assert len(found["5"].value) <= 80
 
 
+@pytest.mark.parametrize("cls", [RefundRequest, RefundQuery])
+def test_missing_and_unknown_fields_are_an_invalid_request(cls):
+    """In code, too, all of them are named together, and fields are given by name only."""
+    assert problems_of(cls)["dt_refund"].rule == "is required"
+    found = problems_of(lambda: cls(no_refund="R-1", money="10.00"))
+    assert found["dt_refund"].rule == "is required"
+    assert found["money"].rule == f"is no field of {cls.__name__}"
+    assert "by name" in problems_of(lambda: cls("R-1", "20261122020000"))[cls.__name__].rule
+
+
+@pytest.mark.parametrize("data", ["R-1", None, 5, ["R-1"]])
+@pytest.mark.parametrize("read", [RefundRequest.from_dict, RefundQuery.from_dict, RefundRequest.from_record])
+def test_what_is_no_mapping_is_an_invalid_request(read, data):
+    """The error names what is wanted, and what came."""
+    problem = problems_of(lambda: read(data))["data"]
+    assert problem.rule == "must be a Mapping"
+    assert problem.value == f"{data!r} of type {type(data).__name__}"
+
+
 @pytest.mark.parametrize("name", ["no_refund", "dt_refund", "money_refund"])
 def test_the_identity_is_required(name):
     """Without its number, time or amount, a refund is no refund."""

@@ -841,6 +841,8 @@ async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, t
         ({"inbox": True}, "inbox: needs a journal"),
         ({"handler_seconds": 0}, "handler_seconds: must be more than 0"),
         ({"handler_seconds": float("nan")}, "handler_seconds"),
+        ({"handler_seconds": "4"}, "handler_seconds: must be more than 0 and a number of seconds, is '4'"),
+        ({"concurrency": True}, "concurrency: must be an integer of at least 1, is True"),
         ({"body_seconds": 0}, "body_seconds: must be more than 0"),
         ({"concurrency": 0}, "concurrency"),
         ({"allow_from": ["203.0.113.7/24"]}, "allow_from: .*host bits"),

@@ -66,6 +66,10 @@ def test_a_nonsensical_wish_changes_nothing():
         ({"initial": 0}, "initial must"),
         ({"initial": -1}, "initial must"),
         ({"initial": math.nan}, "initial must"),
+        ({"attempts": True}, "attempts must be a number"),
+        ({"attempts": 2.0}, "attempts must be an integer"),
+        ({"initial": "0.5", "maximum": None}, "initial must be a number; maximum must be a number"),
+        ({"budget": 5}, "budget: must be of type RetryBudget, not int"),
         ({"maximum": 0.4}, "maximum must"),
         ({"maximum": math.inf}, "maximum must be finite"),
         ({"maximum": math.nan}, "maximum must"),
@@ -173,7 +177,9 @@ def test_no_more_is_given_than_the_budget_holds(capacity, per_second, pauses):
     assert given_out >= min(len(pauses), capacity)
 
 
-@pytest.mark.parametrize("settings", [{"capacity": 0}, {"capacity": math.nan}, {"per_second": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"capacity": 0}, {"capacity": math.nan}, {"per_second": -1}, {"per_second": "5"}, {"capacity": True}]
+)
 def test_a_senseless_budget_is_refused(settings):
     """A budget without a single retry, or that drains by itself, is refused."""
     with pytest.raises(ConfigurationError, match="RetryBudget: capacity must be at least 1, per_second at least 0"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import threading
 from base64 import b64decode
 from decimal import Decimal
@@ -33,6 +34,7 @@ from lianlian_async import (
     RefundOutcomeUnknown,
     RefundQuery,
     RefundRejected,
+    RefundRequest,
     RefundSession,
     RefundStatus,
     RetryPolicy,
@@ -169,7 +171,48 @@ async def test_a_call_s_own_policy_comes_before_the_session_s():
             assert caught.value.attempts == attempts
 
 
-@pytest.mark.parametrize("deadline", [0, -1, float("nan")])
+@pytest.mark.parametrize("given", [None, "R-1", {"no_refund": "R-1"}, question(), RefundRequest], ids=type)
+async def test_what_is_no_request_is_refused_before_anything_is_sent(given):
+    """The error names what is wanted and what came; nothing is sent, and nothing is recorded."""
+    gateway = sandbox()
+    async with MemoryJournal() as journal, gateway.session(journal=journal) as session:
+        with pytest.raises(InvalidRequest, match="request: must be a RefundRequest") as caught:
+            await session.apply_refund(given)
+        assert f"of type {type(given).__name__}" in str(caught.value)
+        with pytest.raises(InvalidRequest, match="request: must be a RefundRequest"):
+            await session.apply_and_wait(given)
+        outcome = await session.outcome_of(given)
+        assert isinstance(outcome.error, InvalidRequest)
+        assert outcome.request is given
+        assert outcome.attempts == 0
+        with pytest.raises(InvalidRequest, match="query: must be a RefundQuery"):
+            await session.query_refund(refund_request() if isinstance(given, RefundQuery) else given)
+        with pytest.raises(InvalidRequest, match="unknown: must be a RefundOutcomeUnknown"):
+            await session.settle(given)
+        with pytest.raises(InvalidRequest, match="refund: must be a Refund"):
+            await session.wait_refund(given)
+        assert isinstance((await session.outcome_of(refund_request(), earlier="R-1")).error, InvalidRequest)
+        with pytest.raises(ConfigurationError, match="retry: must be of type RetryPolicy, not int"):
+            await session.apply_refund(refund_request(), retry=3)
+        assert sum((await journal.counts()).values()) == 0
+    assert gateway.requests == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"merchant": "201103171000000000"}, "merchant: must be of type Merchant, not str"),
+        ({"retry": 3}, "retry: must be of type RetryPolicy, not int"),
+        ({"journal": "refunds.db"}, "journal: must be a journal, such as SqliteJournal(path), not 'refunds.db'"),
+    ],
+)
+def test_settings_of_another_type_are_refused(merchant, settings, words):
+    """The error names the argument, what is wanted, and what came."""
+    with pytest.raises(ConfigurationError, match=re.escape(words)):
+        RefundSession(**{"merchant": merchant} | settings)
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), "30", True, [30], Decimal(30)])
 async def test_a_deadline_that_is_none_is_refused(merchant, deadline):
     """A deadline has to lie in the future."""
     with pytest.raises(ConfigurationError, match="deadline"):
@@ -181,14 +224,14 @@ async def test_a_deadline_that_is_none_is_refused(merchant, deadline):
     assert gateway.requests == {}
 
 
-@pytest.mark.parametrize("number", [0, -1, 2.5, "20"])
+@pytest.mark.parametrize("number", [0, -1, 2.5, "20", True, None])
 async def test_a_number_of_connections_that_is_none_is_refused(merchant, number):
     """At least one connection, and a whole number of them."""
     with pytest.raises(ConfigurationError, match="max_connections"):
         RefundSession(merchant, max_connections=number)
 
 
-@pytest.mark.parametrize("number", [-1, 21, 1.0, None])
+@pytest.mark.parametrize("number", [-1, 21, 1.0, None, True])
 def test_no_more_connections_are_opened_in_advance_than_there_may_be(merchant, number):
     """warm_up is a whole number from 0 to max_connections."""
     with pytest.raises(ConfigurationError, match="warm_up"):

@@ -41,6 +41,7 @@ from lianlian_async.models import Refund
 from lianlian_async.recovery import Resumed
 from lianlian_async.rsa_thread import RsaThread
 from lianlian_async.session import RefundSession
+from lianlian_async.settings import positive_seconds
 
 from .acks import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 from .acting import Book, act_on
@@ -143,8 +144,7 @@ class NotificationEndpoint:
         if inbox and journal is None:
             raise ConfigurationError("inbox: needs a journal to keep notifications in")
         for name, seconds in (("body_seconds", body_seconds), ("handler_seconds", handler_seconds)):
-            if not seconds > 0:
-                raise ConfigurationError(f"{name}: must be more than 0, is {seconds}")
+            positive_seconds(name, seconds)
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
         """Deliveries, and what a sweep found, by their :class:`Verdict`; behind an inbox, and where a sweep caught up,
