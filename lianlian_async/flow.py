@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
-from .errors import ConfigurationError, LianLianError
+from .errors import LianLianError
 from .event_loop import is_failure
 from .settings import check_integer
 

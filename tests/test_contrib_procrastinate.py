@@ -9,8 +9,9 @@ import anyio
 import attrs
 import psycopg
 import pytest
+from procrastinate.exceptions import ConnectorException
 
-from lianlian_async import BatchStopped, Endpoints, RefundRequest, RefundSession, RetryPolicy
+from lianlian_async import BatchStopped, ConfigurationError, Endpoints, RefundRequest, RefundSession, RetryPolicy
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.journal import State
 from lianlian_async.journal.postgres import PostgresJournal
@@ -193,18 +194,48 @@ async def test_cancelling_the_work_ends_it(dsn, journal):
         assert scope.cancelled_caught
 
 
+async def leave_jobs(queue, count):
+    """Have a worker take so many jobs, and give no sign of life for two minutes."""
+    await queue.enqueue(requests(count))
+    dead = await queue.app.job_manager.register_worker()
+    for _ in range(count):
+        assert await queue.app.job_manager.fetch_job(queues=["lianlian"], worker_id=dead) is not None
+    silence = "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '2 minutes'"
+    await queue.app.connector.execute_query_async(silence)
+
+
 async def test_the_jobs_of_a_dead_worker_are_run_by_another(dsn, journal):
     """A job that a worker took and never finished goes back into the queue, and is made once."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
-    async with RefundQueue(dsn, rescue_after=0) as queue, gateway.session(journal=journal) as session:
-        await queue.enqueue(requests(1))
-        dead = await queue.app.job_manager.register_worker()
-        assert await queue.app.job_manager.fetch_job(queues=["lianlian"], worker_id=dead) is not None
-        await anyio.sleep(0.01)
-        await queue._rescue(0)
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await leave_jobs(queue, 1)
         await queue.work(session, wait=False)
         assert await jobs_of(queue) == []
     assert gateway.times_made("R-0") == 1
+
+
+async def test_workers_that_rescue_the_same_jobs_do_not_disturb_each_other(dsn):
+    """Of two workers that find the same jobs left behind, each job is rescued by one, and neither fails."""
+    async with RefundQueue(dsn) as queue, RefundQueue(dsn) as other:
+        await leave_jobs(queue, 30)
+        await asyncio.gather(queue._rescue(0), other._rescue(0))
+        assert [job.status for job in await jobs_of(queue)] == ["todo"] * 30
+
+
+async def test_a_database_that_fails_during_a_rescue_is_heard_of(dsn):
+    """Any other error of the database is raised."""
+    async with RefundQueue(dsn) as queue:
+        await leave_jobs(queue, 1)
+        await queue.app.connector.execute_query_async("DROP TABLE procrastinate_events CASCADE")
+        with pytest.raises(ConnectorException):
+            await queue._rescue(0)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.5, -1, float("nan"), "60"])
+def test_a_worker_is_not_taken_for_dead_between_two_signs_of_life(seconds):
+    """A time that is too short is refused: each worker would take itself for dead."""
+    with pytest.raises(ConfigurationError, match="rescue_after: must be at least 1 second"):
+        RefundQueue("dbname=refunds", rescue_after=seconds)
 
 
 async def test_jobs_need_the_session_of_work(dsn):

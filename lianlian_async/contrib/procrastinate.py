@@ -12,9 +12,11 @@ from typing import Any, Final, Self
 from procrastinate import App, BaseRetryStrategy, JobContext, PsycopgConnector, RetryDecision
 from procrastinate.exceptions import AlreadyEnqueued, ConnectorException
 from procrastinate.jobs import Job
+from psycopg.errors import RaiseException
 
 from lianlian_async.errors import (
     BatchStopped,
+    ConfigurationError,
     JournalError,
     LianLianError,
     RefundNotSent,
@@ -24,6 +26,7 @@ from lianlian_async.errors import (
 from lianlian_async.flow import iterate
 from lianlian_async.models import RefundRequest
 from lianlian_async.session import RefundSession
+from lianlian_async.settings import is_number
 
 __all__ = ["RefundQueue"]
 
@@ -101,7 +104,12 @@ class RefundQueue:
     """
 
     def __init__(self, dsn: str, *, queue: str = "lianlian", rescue_after: float = 60.0) -> None:
-        """``rescue_after``: seconds without a sign of life after which a worker's jobs are given to others."""
+        """``rescue_after``: seconds without a sign of life after which a worker's jobs are given to others; at least 1.
+
+        Raises ``ConfigurationError``: a worker that lives would be taken for dead, even by itself, between two signs.
+        """
+        if not is_number(rescue_after) or rescue_after < 1:
+            raise ConfigurationError(f"rescue_after: must be at least 1 second, is {rescue_after!r}")
         self.app = App(connector=PsycopgConnector(conninfo=dsn))
         self._queue = queue
         self._rescue_after = rescue_after
@@ -208,5 +216,11 @@ class RefundQueue:
     async def _rescue(self, timestamp: int) -> None:
         """Give the jobs of dead workers to others; the journal makes that safe."""
         for job in await self.app.job_manager.get_stalled_jobs(seconds_since_heartbeat=self._rescue_after):
-            logger.warning("job %s was left by a dead worker, it is run again", job.id)
-            await self.app.job_manager.retry_job(job)
+            try:
+                await self.app.job_manager.retry_job(job)
+            except ConnectorException as error:
+                if not isinstance(error.__cause__, RaiseException):
+                    raise
+                logger.info("job %s was left by a dead worker, another worker has rescued it", job.id)
+            else:
+                logger.warning("job %s was left by a dead worker, it is run again", job.id)
