@@ -112,8 +112,10 @@ class OpenRefunds(MemoryJournal):
     """What a session without a journal remembers: the refunds that it began, until their outcome is known.
 
     A second call for one that was left unknown asks first. Nothing that is open is dropped: a session that has left
-    ``MOST_OPEN`` refunds unknown begins no further one.
+    ``MOST_OPEN`` refunds unknown begins no further one. Of what was made only the latest is kept.
     """
+
+    _latest_made: Entry | None = None
 
     async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         """See :meth:`Journal.intend`."""
@@ -127,6 +129,12 @@ class OpenRefunds(MemoryJournal):
     def _do(self, operation: Operation[T]) -> T:
         answer = super()._do(operation)
         entry = self._entries[operation.no_refund]
+        if entry.state.is_made:
+            self._latest_made = entry
         if entry.ending is not None or entry.sent_at is None:
             del self._entries[operation.no_refund]
         return answer
+
+    async def latest_made(self) -> Entry | None:
+        """See :meth:`Journal.latest_made`."""
+        return self._latest_made

@@ -1,0 +1,393 @@
+"""What proves a refund, and what does not: reused numbers, refusals, and a query service that knows nothing."""
+
+from __future__ import annotations
+
+import pickle
+from datetime import timedelta
+from decimal import Decimal
+
+import anyio
+import httpx
+import pytest
+from parties import EPOCH, as_json, boot_clock, made, refund_request, sandbox, sealed, wall_clock
+
+from lianlian_async import (
+    Endpoints,
+    JournalError,
+    RefundConflict,
+    RefundOutcomeUnknown,
+    RefundQuery,
+    RefundRejected,
+    RefundSession,
+    RetryPolicy,
+    wire,
+)
+from lianlian_async.journal import MemoryJournal, SqliteJournal, State
+from lianlian_async.recovery import Resumed
+from lianlian_async.sandbox import Fault, Repeated, When
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+DUPLICATE = ("1002", "9983", "4002")
+IN_PROGRESS = ("1003", "2005", "2008")
+
+
+class Gateway(httpx.AsyncBaseTransport):
+    """Answers each apply call with one ``code``, and each query with ``record`` (None: it knows of none)."""
+
+    def __init__(self, code, record=None, *, then=None):
+        self.codes = [code]
+        self.then = then or code
+        self.record = record
+        self.applied = 0
+        self.queries = 0
+
+    async def handle_async_request(self, request):
+        fields = wire.decode(await request.aread())
+        if "money_refund" in fields:
+            self.applied += 1
+            code = self.codes.pop() if self.codes else self.then
+            if code == "0000":
+                return httpx.Response(200, content=as_json(made(fields)))
+            return httpx.Response(200, content=as_json(sealed({"ret_code": code, "ret_msg": "?"})))
+        self.queries += 1
+        if self.record is None:
+            return httpx.Response(200, content=as_json({"ret_code": "8901", "ret_msg": "没有记录"}))
+        return httpx.Response(200, content=as_json(made(fields, **self.record)))
+
+
+@pytest.fixture(params=["no journal", "memory", "sqlite"])
+def new_journal(request, tmp_path):
+    """The journal of each process, one after the other; None: the session remembers."""
+    if request.param == "no journal":
+        return None
+    shared = MemoryJournal()
+    return (lambda: shared) if request.param == "memory" else (lambda: SqliteJournal(tmp_path / "journal.sqlite"))
+
+
+async def attempts(gateway, new_journal, *pauses, request=None, **options):
+    """What each of several calls for one refund comes to, so many seconds apart; each by a process of its own.
+
+    Without a journal a later process is handed the ``RefundOutcomeUnknown`` of the one before.
+    """
+    merchant, results = sandbox().merchant(), []
+    for pause in (*pauses, None):
+        session = RefundSession(merchant, transport=gateway, clock=boot_clock, **options)
+        if new_journal is None:
+            async with session:
+                earlier = pickle.loads(pickle.dumps(results[-1].error)) if results else None
+                earlier = earlier if isinstance(earlier, RefundOutcomeUnknown) else None
+                results.append(await session.outcome_of(request or refund_request(), earlier=earlier))
+        else:
+            async with new_journal() as journal, session:
+                results.append(await session.outcome_of(request or refund_request(), journal=journal))
+        if pause is not None:
+            await anyio.sleep(pause)
+    return results
+
+
+# ── a number that was used before ────────────────────────────────────────────────────────────────
+
+
+async def test_a_gateway_that_replays_its_first_answer_made_no_second_refund():
+    """The same number and amount on another day: well signed, and not our refund."""
+    gateway = sandbox(repeated=Repeated.REPLAY)
+    reused = refund_request(dt_refund=EPOCH + timedelta(days=1))
+    async with gateway.session(clock=boot_clock) as session:
+        await session.apply_refund(refund_request())
+        with pytest.raises(RefundConflict) as caught:
+            await session.apply_refund(reused)
+    assert (caught.value.field, caught.value.theirs) == ("dt_refund", wire.format_timestamp(EPOCH))
+    assert caught.value.record["no_refund"] == "R-1"
+    assert gateway.times_made("R-1") == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "field"), [({"dt_refund": "20260106160000"}, "dt_refund"), ({"money_refund": "9.00"}, None)]
+)
+async def test_query_refund_compares_what_its_question_named(told, field):
+    """A query names a time and no amount."""
+    query = RefundQuery(no_refund="R-1", dt_refund=EPOCH)
+    async with RefundSession(sandbox().merchant(), transport=Gateway("0000", told), clock=boot_clock) as session:
+        if field is None:
+            assert (await session.query_refund(query)).money_refund == Decimal("9.00")
+            return
+        with pytest.raises(RefundConflict) as caught:
+            await session.query_refund(query)
+    assert (caught.value.field, caught.value.no_refund) == (field, "R-1")
+
+
+@pytest.mark.parametrize("code", DUPLICATE)
+async def test_a_number_that_is_an_orders_ends_as_rejected(code, new_journal):
+    """Duplicate for ever, and no record for ever: after the grace the refund is known not to be made."""
+    gateway = Gateway(code)
+    results = await attempts(gateway, new_journal, 600, 600)
+    assert [type(outcome.error) for outcome in results] == [RefundOutcomeUnknown] * 2 + [RefundRejected]
+    assert results[-1].error.ret_code == code
+    assert gateway.applied == 1
+
+
+@pytest.mark.parametrize("code", [*DUPLICATE, *IN_PROGRESS])
+@pytest.mark.parametrize("missing", ["dt_refund", "money_refund"])
+async def test_a_refused_number_is_not_proved_by_half_a_record(code, missing, new_journal):
+    """A record without the time or the amount may be another refund's: not at the first call, nor at a later one."""
+    gateway = Gateway(code, {missing: None})
+    results = await attempts(gateway, new_journal, 60)
+    assert [type(outcome.error) for outcome in results] == [RefundOutcomeUnknown] * 2
+    assert "lacks dt_refund or money_refund" in results[1].error.last_error
+    assert gateway.applied == 1
+    gateway.record = {}
+    [outcome] = await attempts(gateway, None, request=refund_request())
+    assert outcome.refund.no_refund == "R-1"
+
+
+@pytest.mark.parametrize("code", DUPLICATE)
+async def test_half_a_record_is_no_record_after_the_grace(code, new_journal):
+    """The number is not ours, so that the refund ends as rejected."""
+    results = await attempts(Gateway(code, {"dt_refund": None}), new_journal, 1000)
+    assert type(results[1].error) is RefundRejected
+
+
+@pytest.mark.parametrize("code", IN_PROGRESS)
+async def test_half_a_record_of_a_refund_in_progress_stays_unknown(code, new_journal):
+    """It may be ours: nothing is sent again, and a person can look."""
+    gateway = Gateway(code, {"dt_refund": None})
+    results = await attempts(gateway, new_journal, 1000)
+    assert type(results[1].error) is RefundOutcomeUnknown
+    assert gateway.applied == 1
+
+
+@pytest.mark.parametrize("code", IN_PROGRESS)
+async def test_what_was_in_progress_and_has_no_record_after_the_grace_is_sent_again(code, new_journal):
+    gateway = Gateway(code, then="0000")
+    results = await attempts(gateway, new_journal, 1000)
+    assert results[1].refund.no_refund == "R-1"
+    assert gateway.applied == 2
+
+
+async def test_half_a_record_proves_a_refund_whose_attempt_may_have_worked(new_journal):
+    """The attempt was not refused: the record that stands under its number is its own."""
+    gateway = Gateway("9999", {"dt_refund": None})
+    [outcome] = await attempts(gateway, new_journal)
+    assert outcome.refund.no_refund == "R-1"
+
+
+async def test_a_refusal_after_an_uncertain_attempt_does_not_count_as_refused(new_journal):
+    """Sent again after the grace and refused as a duplicate: the first attempt may have worked after all."""
+    gateway = Gateway("9999", then="1002")
+    results = await attempts(gateway, new_journal, 1000)
+    assert type(results[1].error) is RefundOutcomeUnknown
+    assert results[1].error.refused is None
+    gateway.record = {"dt_refund": None}
+    [outcome] = await attempts(gateway, None, request=refund_request())
+    assert outcome.error.refused.ret_code == "1002"  # a session that knows nothing of the first attempt
+
+
+# ── rejections that may pass ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("code", ["5006", "9104", "1014", "1016", "1019", "9911"])
+async def test_a_rejection_that_may_pass_is_not_final(code, new_journal):
+    """After the top-up the same number is sent again, and made."""
+    gateway = Gateway(code, then="0000")
+    rejected, again = await attempts(gateway, new_journal, 1)
+    assert (type(rejected.error), rejected.error.may_pass) == (RefundRejected, True)
+    assert again.refund.no_refund == "R-1"
+    assert gateway.applied == 2
+
+
+# ── a query service that knows nothing ───────────────────────────────────────────────────────────
+
+
+class NoQueries(httpx.AsyncBaseTransport):
+    """The way to a sandbox whose query service is another one, which knows nothing: a wrong query address."""
+
+    def __init__(self, gateway):
+        self.inner = httpx.ASGITransport(app=gateway)
+        self.elsewhere = httpx.ASGITransport(app=sandbox())
+
+    async def handle_async_request(self, request):
+        if request.url.path == "/refundquery.htm":
+            return await self.elsewhere.handle_async_request(request)
+        return await self.inner.handle_async_request(request)
+
+
+@pytest.mark.parametrize("journal", [True, False], ids=["journal", "no journal"])
+async def test_a_wrong_query_address_refunds_nothing_twice(journal):
+    """Its "no such record" about a refund that was made proves that it proves nothing."""
+    gateway = sandbox(repeated=Repeated.AGAIN)
+    gateway.add_order("O-1", 1000)
+    options = {"journal": MemoryJournal()} if journal else {}
+    async with RefundSession(
+        gateway.merchant(),
+        transport=NoQueries(gateway),
+        clock=boot_clock,
+        retry=RetryPolicy(absence_grace=60),
+        **options,
+    ) as session:
+        await session.apply_refund(refund_request(0))
+        gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+        for _ in range(3):
+            with pytest.raises(RefundOutcomeUnknown) as caught:
+                await session.apply_refund(refund_request(1))
+            await anyio.sleep(100)
+    assert "does not know refund R-0" in caught.value.last_error
+    assert "check the query URL" in caught.value.last_error
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_a_wrong_query_address_proves_no_rejection():
+    """Refused after an uncertain attempt, a refund counts as rejected only if its absence is proved."""
+    gateway = sandbox(repeated=Repeated.REJECT)
+    async with RefundSession(
+        gateway.merchant(), transport=NoQueries(gateway), clock=boot_clock, retry=RetryPolicy(absence_grace=0.0)
+    ) as session:
+        await session.apply_refund(refund_request(0))
+        gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(refund_request(1))
+    assert gateway.times_made("R-1") == 1
+
+
+class Answered(httpx.AsyncBaseTransport):
+    """The way to a sandbox; queries about R-0 get the answer that ``answer`` makes of their fields."""
+
+    def __init__(self, gateway, answer):
+        self.inner = httpx.ASGITransport(app=gateway)
+        self.answer = answer
+        self.asked = 0
+
+    async def handle_async_request(self, request):
+        fields = wire.decode(await request.aread())
+        if request.url.path == "/refundquery.htm" and fields["no_refund"] == "R-0":
+            self.asked += 1
+            return httpx.Response(200, content=as_json(self.answer(fields)))
+        return await self.inner.handle_async_request(request)
+
+
+def too_old(_):
+    return sealed({"ret_code": "3005", "ret_msg": "查询跨度不能超过3个月"})
+
+
+def another_refund(fields):
+    return made(fields, money_refund="9.99")
+
+
+def same_refund(fields):
+    return made(fields)
+
+
+@pytest.mark.parametrize(
+    ("days", "answer", "is_asked", "is_believed"),
+    [
+        (1, same_refund, True, True),
+        (1, another_refund, True, False),
+        (1, too_old, True, True),  # then there is none that could prove anything
+        (81, another_refund, False, True),
+    ],
+)
+async def test_what_a_refund_that_is_known_as_made_proves(days, answer, is_asked, is_believed):
+    """Before anything is concluded from "no such record", the query service has to find a refund that was made."""
+    gateway = sandbox(repeated=Repeated.AGAIN)
+    wires = Answered(gateway, answer)
+    settings = {"transport": wires, "clock": boot_clock, "retry": RetryPolicy(absence_grace=0.0)}
+    async with RefundSession(gateway.merchant(), **settings) as session:
+        await session.apply_refund(refund_request(0, dt_refund=wall_clock() - timedelta(days=days)))
+        gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+        outcome = await session.outcome_of(refund_request(1))
+    assert (outcome.refund is not None) is is_believed
+    assert wires.asked == is_asked
+    assert gateway.times_made("R-1") == int(is_believed)
+
+
+# ── a journal that fails after the gateway has spoken ────────────────────────────────────────────
+
+
+class Failing(MemoryJournal):
+    """Cannot do what ``verbs`` name."""
+
+    verbs: frozenset[str] = frozenset()
+
+    async def resend(self, entry):
+        self._check("resend")
+        await super().resend(entry)
+
+    async def settle(self, entry, ending):
+        self._check("settle")
+        return await super().settle(entry, ending)
+
+    async def release(self, entry, sent_at, refused=None):
+        self._check("release")
+        await super().release(entry, sent_at, refused)
+
+    def _check(self, verb):
+        if verb in self.verbs:
+            raise JournalError("journal: the disk is full")
+
+
+@pytest.mark.parametrize(
+    ("verb", "fault", "order", "said"),
+    [
+        ("settle", None, 10, "Refund"),
+        ("settle", None, 1, "RefundRejected"),
+        ("release", Fault.NO_ANSWER, 10, "RefundOutcomeUnknown"),
+        ("resend", Fault.NO_ANSWER, 10, "RefundOutcomeUnknown"),
+    ],
+)
+async def test_a_journal_that_fails_after_a_send_tells_what_the_gateway_said(verb, fault, order, said):
+    gateway, journal = sandbox(default_order=Decimal(order)), Failing()
+    if fault is not None:
+        gateway.script(fault, call="apply", when=When.BEFORE)
+    retry = RetryPolicy(absence_grace=0.0 if verb == "resend" else 900.0)
+    journal.verbs = frozenset({verb})
+    async with gateway.session(journal=journal, clock=boot_clock, retry=retry) as session:
+        with pytest.raises(JournalError, match="full") as caught:
+            await session.apply_refund(refund_request())
+    assert type(caught.value.said).__name__ == said
+    assert type(pickle.loads(pickle.dumps(caught.value)).said).__name__ == said
+    assert gateway.requests["apply"] == 1
+
+
+async def test_a_cancelled_call_whose_journal_fails_is_cancelled_and_logged(caplog):
+    """The cancellation is what its caller waits for; the log names the refund."""
+    gateway, journal = sandbox(), Failing()
+    gateway.script(Fault.NO_ANSWER, call="apply")
+    journal.verbs = frozenset({"release"})
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
+        with anyio.move_on_after(1) as scope:
+            await session.apply_refund(refund_request())
+    assert scope.cancelled_caught
+    assert "refund R-1 may have been made: journal: the disk is full" in caplog.text
+
+
+async def test_a_journal_that_fails_before_a_send_says_that_nothing_was_sent():
+    gateway, journal = sandbox(), Failing()
+    journal.intend = _full
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
+        with pytest.raises(JournalError) as caught:
+            await session.apply_refund(refund_request())
+    assert caught.value.said is None
+    assert not gateway.requests
+
+
+async def _full(*_):
+    raise JournalError("journal: the disk is full")
+
+
+# ── a conflict that the gateway told ─────────────────────────────────────────────────────────────
+
+
+async def test_a_conflict_that_was_notified_stays_on_record(new_journal):
+    """Later calls raise it from the record, and nothing more is sent or asked."""
+    if new_journal is None:
+        pytest.skip("a session's own memory keeps nothing that is settled")
+    gateway = Gateway("9999", {"money_refund": "9.00"})
+    results = await attempts(gateway, new_journal, 1, 1)
+    assert [type(outcome.error) for outcome in results] == [RefundConflict] * 3
+    assert (gateway.applied, gateway.queries) == (1, 1)
+    async with new_journal() as journal:
+        assert (await journal.find("R-1")).state is State.CONFLICT
+        async with RefundSession(
+            sandbox().merchant(endpoints=Endpoints()), transport=gateway, clock=boot_clock, journal=MemoryJournal()
+        ) as session:
+            assert await session.resume() == Resumed(settled=0, still_open=0)
