@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import sqlite3
 import sys
-from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -317,5 +318,51 @@ async def test_a_disk_that_fails_is_named(path, monkeypatch):
 
 
 def _sqlite(path, statement):
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         return connection.execute(statement).fetchall()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE refunds SET state = 'lost' WHERE no_refund = 'R-1'",
+        "UPDATE refunds SET sent_at = 'today' WHERE no_refund = 'R-2'",
+        "UPDATE refunds SET fields = '{' WHERE no_refund = 'R-1'",
+        "UPDATE bodies SET evidence = '[]'",
+        "PRAGMA writable_schema = on; UPDATE sqlite_master SET sql = CAST(x'ff00fe' AS TEXT) WHERE name = 'refunds'",
+        "PRAGMA writable_schema = on; UPDATE sqlite_master SET name = CAST(x'fffe' AS TEXT) WHERE name = 'refunds'",
+        "DROP TABLE journal",
+        "DELETE FROM journal",
+    ],
+)
+async def test_a_damaged_journal_is_a_journal_error(path, damage):
+    """Whatever was damaged, the error names the file; nothing of Python's or SQLite's own comes through."""
+    async with SqliteJournal(path) as journal:
+        for number in (1, 2):
+            await journal.intend(intent(f"R-{number}"), now())
+        await journal.settle(await journal.find("R-1"), MADE)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(damage)
+        connection.commit()
+
+    async def look():
+        async with SqliteJournal(path) as journal:
+            for number in (1, 2):
+                await journal.find(f"R-{number}")
+
+    with pytest.raises(JournalError, match=r"journal\.sqlite"):
+        await look()
+
+
+async def test_noise_in_the_file_is_a_journal_error_or_harmless(path):
+    """Wherever bytes of the schema's page are damaged, opening it raises nothing but ``JournalError``."""
+    async with SqliteJournal(path) as journal:
+        await journal.intend(intent(), now())
+    content = path.read_bytes()
+    noise = random.Random(1)
+    for _ in range(60):
+        place = noise.randrange(100, 4096)
+        path.write_bytes(content[:place] + noise.randbytes(9) + content[place + 9 :])
+        with contextlib.suppress(JournalError):  # anything else fails the test
+            async with SqliteJournal(path) as journal:
+                await journal.find("R-1")

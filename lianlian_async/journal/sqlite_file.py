@@ -128,6 +128,10 @@ _ADVICE: Final = {
 }
 
 
+class _DamagedRowError(Exception):
+    """A row is not what was written."""
+
+
 class JournalFile:
     """An open journal file, owned by this process. Threads may share it: they take turns.
 
@@ -187,7 +191,8 @@ class JournalFile:
 
     def owner(self) -> tuple[str, Owner | None]:
         """The journal's id, and whose refunds it holds; None: nobody's yet."""
-        number, oid_partner, apply_url = json.loads(self._value(_OWNER))
+        with self._errors():
+            number, oid_partner, apply_url = json.loads(self._value(_OWNER))
         return number, None if oid_partner is None else Owner(oid_partner, apply_url)
 
     def bind(self, owner: Owner) -> None:
@@ -273,22 +278,26 @@ class JournalFile:
 
     def _read(self, numbers: str) -> dict[int, Entry]:
         """The entries of the refunds that a JSON array names, by their place in the file."""
-        return {
-            place: Entry(
-                no_refund=no_refund,
-                digest=digest,
-                fields=fields,
-                body=b"" if body is None else body.encode(),
-                sent_at=None if sent_at is None else _moment(sent_at, evidence or {}),
-                refused=None if evidence is None else evidence.get("refused"),
-                ending=None if record is None else Ending(state=State(state), record=record),
-                holder=self._held[no_refund][1].holder if no_refund in self._held else None,
-                leased_until=self._held[no_refund][1].leased_until if no_refund in self._held else None,
-            )
-            for place, no_refund, digest, fields, sent_at, body, evidence, state, record in json.loads(
-                self._value(_READ, numbers)
-            )
-        }
+        rows = json.loads(self._value(_READ, numbers))
+        try:
+            return {row[0]: self._entry(row[1:]) for row in rows}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise _DamagedRowError(f"a row cannot be read: {error}") from error
+
+    def _entry(self, row: Sequence[Any]) -> Entry:
+        no_refund, digest, fields, sent_at, body, evidence, state, record = row
+        held = self._held[no_refund][1] if no_refund in self._held else None
+        return Entry(
+            no_refund=no_refund,
+            digest=digest,
+            fields=fields,
+            body=b"" if body is None else body.encode(),
+            sent_at=None if sent_at is None else _moment(sent_at, evidence or {}),
+            refused=None if evidence is None else evidence.get("refused"),
+            ending=None if record is None else Ending(state=State(state), record=record),
+            holder=None if held is None else held.holder,
+            leased_until=None if held is None else held.leased_until,
+        )
 
     def _save(self, changed: Sequence[Entry], known: Mapping[str, tuple[int, Entry]]) -> list[int]:
         """Write ``changed`` down; their places."""
@@ -321,7 +330,10 @@ class JournalFile:
             self._connection.execute(_CHANGE + ", ".join([_ROW] * len(rows)), tuple(chain.from_iterable(rows)))
 
     def _value(self, statement: str, *parameters: Any) -> Any:
-        return self._connection.execute(statement, parameters).fetchone()[0]
+        row = self._connection.execute(statement, parameters).fetchone()
+        if row is None:
+            raise _DamagedRowError("a row is missing")
+        return row[0]
 
     # ── what can go wrong ────────────────────────────────────────────────────────────────────────
 
@@ -352,8 +364,10 @@ class JournalFile:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF  # without the extension
+        except (sqlite3.Error, OSError, UnicodeError, _DamagedRowError) as error:
+            is_damage = isinstance(error, UnicodeError | _DamagedRowError)
+            code = sqlite3.SQLITE_CORRUPT if is_damage else getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR)
+            code &= 0xFF  # without the extension
             advice = _ADVICE.get(code, "nothing of this was recorded")
             raise JournalError(f"journal {self._path}: {error}; {advice}") from error
 
