@@ -10,7 +10,11 @@ import datetime as dt
 import gzip
 import importlib.metadata
 import ipaddress
+import os
+import socket
 import ssl
+import subprocess
+import sys
 
 import aiohttp
 import anyio
@@ -896,6 +900,115 @@ async def test_a_given_transport_is_not_called_once_the_lease_is_over(looks):
     assert isinstance(delivery, Lost)
     assert not delivery.may_have_arrived
     assert taken == ["called"] * looks
+
+
+# ── giving up ────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def slow_reader():
+    """A listening socket of a server that takes in only a few kilobytes until it reads."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.settimeout(30)
+        yield listener
+
+
+def read_to_the_end(connection):
+    """What TCP still brings, and whether it then ended by a reset."""
+    received = bytearray()
+    connection = socket.socket(fileno=connection.detach())
+    connection.settimeout(30)
+    with connection, contextlib.suppress(ConnectionResetError):
+        while chunk := connection.recv(65536):
+            received += chunk
+        return bytes(received), False
+    return bytes(received), True
+
+
+@on_both_stacks
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("size", [100_000, 1_000_000], ids=["in the kernel", "in asyncio's buffer, too"])
+@pytest.mark.parametrize("kept_alive", [False, True], ids=["new connection", "kept-alive connection"])
+async def test_a_request_that_is_given_up_is_not_sent_later(self_signed, monkeypatch, tls, size, kept_alive):
+    """Its unsent bytes are dropped: a server that reads only afterwards sees a reset, and no whole request."""
+    context, file = self_signed
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+
+    def accepted():
+        connection, _ = listener.accept()
+        return context.wrap_socket(connection, server_side=True) if tls else connection
+
+    def answer(connection):
+        received = b""
+        while b"{}" not in received:
+            received += connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    with slow_reader() as listener:
+        url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
+        async with transport_over() as transport:
+            connection = None
+            if kept_alive:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(transport.post, url, b"{}", 30.0)
+                    connection = await anyio.to_thread.run_sync(accepted)
+                    await anyio.to_thread.run_sync(answer, connection)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(transport.post, url, b" " * size, 30.0)
+                connection = connection or await anyio.to_thread.run_sync(accepted)
+                await anyio.to_thread.run_sync(connection.recv, 1)
+                await anyio.wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
+            received, was_reset = await anyio.to_thread.run_sync(read_to_the_end, connection)
+    assert was_reset
+    assert len(received) < size / 2
+
+
+@pytest.mark.parametrize("stack", ["httpx", "aiohttp"])
+def test_a_request_of_a_killed_process_is_not_sent_later(stack):
+    """SIGKILL, too, drops what the kernel has not sent yet."""
+    program = (
+        "import anyio, sys\n"
+        "from lianlian_async.transport import Transport\n"
+        "async def main():\n"
+        "    transport = await Transport.open(None, None, 1)\n"
+        "    await transport.post(sys.argv[1], b' ' * 100_000, 60.0)\n"
+        "anyio.run(main)\n"
+    )
+    with slow_reader() as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        environment = os.environ | {"LIANLIAN_HTTP_BACKEND": stack}
+        with subprocess.Popen([sys.executable, "-c", program, url], env=environment) as process:
+            connection, _ = listener.accept()
+            assert connection.recv(1)
+            process.kill()
+        received, was_reset = read_to_the_end(connection)
+    assert was_reset
+    assert len(received) < 50_000
+
+
+@on_both_stacks
+async def test_an_idle_connection_is_closed_normally():
+    """A connection that was used twice and is not needed any more ends without a reset."""
+
+    async def handler(connection: Connection):
+        for _ in range(2):
+            await connection.request()
+            await connection.respond(b"{}")
+        with pytest.raises(anyio.EndOfStream):
+            await connection.stream.receive()
+        ends.append("normal")
+
+    ends = []
+    async with serving(handler) as server:
+        async with transport_over() as transport:
+            for _ in range(2):
+                assert isinstance(await transport.post(server.url, b"{}", 5.0), Answer)
+        await wait_until(lambda: server.open == 0)
+    assert ends == ["normal"]
 
 
 # ── connections in advance ───────────────────────────────────────────────────────────────────────

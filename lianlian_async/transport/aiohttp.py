@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Final, cast
 
 import aiohttp
@@ -19,6 +20,7 @@ from aiohttp.connector import Connection
 from yarl import URL
 
 from .request import Body, LeaseEndedError
+from .socket_options import close_normally, reset_when_closed
 
 __all__ = ["AiohttpTransport"]
 
@@ -55,7 +57,22 @@ class _Request(aiohttp.ClientRequest):
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
         if conn.protocol is None or conn.protocol.should_close:
             raise _SpoiltConnectionError("an idle connection bore something that nobody asked for")
+        sock = cast("asyncio.Transport", conn.transport).get_extra_info("socket")
+        reset_when_closed(sock)
+        conn.add_callback(partial(close_normally, sock))  # called when the answer has been read
         return await super().send(conn)
+
+
+class _Response(aiohttp.ClientResponse):
+    """A response whose connection is reset when it is closed before the answer has been read."""
+
+    def close(self) -> None:
+        """Drop what neither asyncio nor the kernel has sent yet: aiohttp would have it sent first."""
+        transport = None if self.connection is None else self.connection.transport
+        super().close()
+        if transport is not None:
+            reset_when_closed(transport.get_extra_info("socket"))
+            transport.abort()
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
@@ -112,7 +129,11 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             limit=self._max_connections, ssl=self._ssl_context, keepalive_timeout=self._keepalive_expiry
         )
         self._session = aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, request_class=_Request
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            request_class=_Request,
+            response_class=_Response,
         )
         return self._session
 

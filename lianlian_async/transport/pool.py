@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator
-from typing import Final, cast
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final, cast
 from urllib.request import getproxies, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import anyio
@@ -17,6 +17,8 @@ import attrs
 import httpx
 
 from lianlian_async.errors import ConfigurationError
+
+from .socket_options import close_normally, reset_when_closed
 
 __all__ = ["KEEPALIVE_SECONDS", "PoolTransport", "environment_proxies"]
 
@@ -30,10 +32,43 @@ def environment_proxies(environment: dict[str, str]) -> dict[str, str]:
     return {scheme: environment[scheme] for scheme in ("http", "https", "all") if environment.get(scheme)}
 
 
-@attrs.frozen
-class _Idle:
-    connection: httpx.AsyncHTTPTransport
-    since: float
+@attrs.define(eq=False)
+class _Connection:
+    """A connection of its own, and its socket once that is connected."""
+
+    transport: httpx.AsyncHTTPTransport
+    idle_since: float = 0.0
+    _socket: Any = None
+
+    async def send(self, request: httpx.Request) -> httpx.Response:
+        """Send ``request``; until its answer has been read, the connection is reset when it is closed."""
+        extensions = request.extensions
+        trace = extensions.get("trace")
+
+        async def watch(event: str, info: Mapping[str, Any]) -> None:
+            if event.endswith(".connect_tcp.complete"):  # also to a proxy, where httpcore ignores socket_options
+                self._socket = info["return_value"].get_extra_info("socket")
+                reset_when_closed(self._socket)
+            if trace is not None:
+                await trace(event, info)
+
+        if self._socket is not None:
+            reset_when_closed(self._socket)
+        request.extensions = {**extensions, "trace": watch}
+        try:
+            return await self.transport.handle_async_request(request)
+        finally:
+            request.extensions = extensions
+
+    def answered(self) -> None:
+        """The answer has been read: nothing is under way any more."""
+        if self._socket is not None:
+            close_normally(self._socket)
+
+    async def aclose(self) -> None:
+        """Close the connection, whatever is cancelled."""
+        with anyio.CancelScope(shield=True):
+            await self.transport.aclose()
 
 
 class PoolTransport(httpx.AsyncBaseTransport):
@@ -55,7 +90,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
         self._keepalive_expiry = keepalive_expiry
         self._limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=keepalive_expiry)
         self._slots = anyio.Semaphore(max_connections, fast_acquire=True)
-        self._idle: dict[tuple[str, str, int | None], deque[_Idle]] = {}
+        self._idle: dict[tuple[str, str, int | None], deque[_Connection]] = {}
         self._closed = False
         self._environment = getproxies()
         self._proxies = {
@@ -67,9 +102,9 @@ class PoolTransport(httpx.AsyncBaseTransport):
         await self._acquire(request)
         origin = (request.url.scheme, request.url.host, request.url.port)
         stack = self._idle.setdefault(origin, deque())
-        connection = stack.pop().connection if stack else self._connect(request.url)
+        connection = stack.pop() if stack else self._connect(request.url)
         try:
-            response = await connection.handle_async_request(request)
+            response = await connection.send(request)
         except BaseException:
             # Nobody knows what is left on a connection that failed or was abandoned: it is not used again.
             await self.discard(connection)
@@ -85,11 +120,11 @@ class PoolTransport(httpx.AsyncBaseTransport):
             return
         raise httpx.PoolTimeout(f"no free connection within {seconds} s", request=request)
 
-    def _connect(self, url: httpx.URL) -> httpx.AsyncHTTPTransport:
+    def _connect(self, url: httpx.URL) -> _Connection:
         proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
         if proxy is not None and proxy_bypass_environment(url.host, self._environment):
             proxy = None
-        return self._transport(proxy)
+        return _Connection(self._transport(proxy))
 
     def _transport(self, proxy: httpx.Proxy | None) -> httpx.AsyncHTTPTransport:
         return httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=self._limits, proxy=proxy)
@@ -105,35 +140,30 @@ class PoolTransport(httpx.AsyncBaseTransport):
             ) from None
         return proxy
 
-    async def release(self, stack: deque[_Idle], connection: httpx.AsyncHTTPTransport) -> None:
+    async def release(self, stack: deque[_Connection], connection: _Connection) -> None:
         """Take a connection back for the next request to its origin."""
         if self._closed:
             await self.discard(connection)
             return
-        now = anyio.current_time()
-        stack.append(_Idle(connection, now))
+        connection.idle_since = now = anyio.current_time()
+        stack.append(connection)
         self._slots.release()
         for each in tuple(self._idle.values()):
             # At the bottom lie those that are used least. Others may take from the stack during each wait.
-            while each and now - each[0].since > self._keepalive_expiry:
-                await _close(each.popleft().connection)
+            while each and now - each[0].idle_since > self._keepalive_expiry:
+                await each.popleft().aclose()
 
-    async def discard(self, connection: httpx.AsyncHTTPTransport) -> None:
+    async def discard(self, connection: _Connection) -> None:
         """Close a connection for good, and give its place free."""
         self._slots.release()
-        await _close(connection)
+        await connection.aclose()
 
     async def aclose(self) -> None:
         """Close every idle connection; those in use close with their response."""
         self._closed = True
         for stack in self._idle.values():
             while stack:
-                await _close(stack.pop().connection)
-
-
-async def _close(connection: httpx.AsyncHTTPTransport) -> None:
-    with anyio.CancelScope(shield=True):
-        await connection.aclose()
+                await stack.pop().aclose()
 
 
 @attrs.define(eq=False)
@@ -142,12 +172,13 @@ class _Released(httpx.AsyncByteStream):
 
     _stream: httpx.AsyncByteStream
     _pool: PoolTransport
-    _stack: deque[_Idle]
-    _connection: httpx.AsyncHTTPTransport
+    _stack: deque[_Connection]
+    _connection: _Connection
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for chunk in self._stream:
             yield chunk
+        self._connection.answered()
 
     async def aclose(self) -> None:
         try:
