@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -11,12 +12,13 @@ import attrs
 
 from .background import Background
 from .errors import BatchStopped, InvalidRequest, JournalError, Problem, RefundOutcomeUnknown, RefundRejected
-from .flow import Handoff, checked, drain
+from .flow import Handoff, checked, drain, iterate
 from .journal import Journal
 from .models import RefundRequest
 from .outcome import Outcome
 from .session import RefundSession
 from .settings import check_type
+from .signature_watch import Admission
 
 __all__ = ["Outcomes", "refund_many"]
 
@@ -52,12 +54,14 @@ def refund_many(
             batch after the running ones. An async generator is closed when the batch ends.
         concurrency: refunds at the same time; by default the session's ``max_connections``.
         journal: an open journal; by default the session's own.
-        keep_going: do not stop at a rejection that every further refund would meet.
+        keep_going: do not stop at a rejection that every further refund would meet; answers that do not verify stop the
+            batch all the same.
         wait_unknown: keep what stays unknown until all others are done, wait for each one's ``ask_again_at``
             and ask once more; only these are held in memory.
 
     Raises:
-        BatchStopped: at the end of the iteration, where a rejection's ``stops_batch`` stopped it.
+        BatchStopped: at the end of the iteration, where a rejection's ``stops_batch`` stopped it, or answers about four
+            refunds in a row without a valid signature. Until one answer has verified, at most four are under way.
         JournalError: at the end of the iteration, where the journal failed: nothing more was sent.
         LianLianError: at the end of the iteration, where something cancelled the batch, or a task of it, from outside
             or within. Refunds that were under way may have been made.
@@ -137,6 +141,7 @@ class _Run:
         self._journal = journal
         self._keep_going = keep_going
         self._wait_unknown = wait_unknown
+        self._admission = Admission(session.signatures)
         self._unknown: list[tuple[RefundOutcomeUnknown, Outcome]] = []
         self._intake = anyio.CancelScope()
         self._failure: BaseException | None = None  # what the iteration ends in, once all that was begun has been told
@@ -152,7 +157,7 @@ class _Run:
 
     async def work(self) -> None:
         """Carry out all requests, then ask once more about what is unknown."""
-        await self._drain(self._requests, self._refund)
+        await self._drain(self._admitted(), self._refund)
         await self._drain(self._due(), self._settle)
         for _, outcome in self._unknown:  # the batch has stopped
             await self.found.give(outcome)
@@ -177,8 +182,24 @@ class _Run:
         self._failure = self._failure or reason
         self._intake.cancel()
 
+    async def _admitted(self) -> AsyncGenerator[RefundRequest]:
+        """The requests, each taken only when it may be begun."""
+        async with aclosing(iterate(self._requests)) as source:
+            while True:
+                await self._admission.enter()
+                try:
+                    request = await anext(source)
+                except StopAsyncIteration:
+                    return
+                yield request
+
     async def _refund(self, request: RefundRequest) -> None:
-        outcome = await self._session.outcome_of(request, journal=self._journal)
+        try:
+            outcome = await self._session.outcome_of(request, journal=self._journal)
+        finally:
+            if (failure := self._admission.watch.failure()) is not None:
+                self._stop(BatchStopped(failure))
+            self._admission.leave()  # after the stop, or another refund would begin
         if self._wait_unknown and isinstance(outcome.error, RefundOutcomeUnknown):
             self._unknown.append((outcome.error, outcome))
         else:

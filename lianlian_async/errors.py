@@ -15,7 +15,7 @@ LianLianError
 ├── AnswerMismatch          validly signed, but not the answer to our question
 ├── MalformedMessage        not the protocol: not JSON, not an object of strings, too big …
 ├── JournalError            the journal cannot do its work; nothing is sent that it does not hold
-└── BatchStopped            refund_many stopped at a rejection that every further refund would meet
+└── BatchStopped            refund_many stopped at what every further refund would meet: a rejection, a wrong key
 
 Every error survives pickling, so that batch workers can hand it over. None ever holds key material.
 Using a session wrongly (closed, from another event loop) is a bug in the program, not news about a
@@ -189,7 +189,8 @@ class RefundOutcomeUnknown(LianLianError):
     "no such record" may be believed.
 
     ``attempts`` counts the sends, ``questions`` the queries, ``sent_at`` is the last moment at which
-    an attempt may have arrived (``moment``: the same on every clock), ``last_error`` is the last failure in words.
+    an attempt may have arrived (``moment``: the same on every clock), ``last_error`` is the last failure in words,
+    ``reason`` the same without details that differ from refund to refund, to count by.
     ``refused`` is the :class:`RefundRejected` in which every attempt so far ended, None where one may have worked.
     ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the exact signed bytes, ``oid_partner`` the
     merchant that signed them.
@@ -207,6 +208,7 @@ class RefundOutcomeUnknown(LianLianError):
         ask_again_at: datetime,
         last_error: str,
         refused: RefundRejected | None = None,
+        reason: str | None = None,
     ) -> None:
         # `request` and `moment` are values of other modules, none of which is below this one: hence Any.
         self.request = request
@@ -221,6 +223,7 @@ class RefundOutcomeUnknown(LianLianError):
         self.refused = refused
         self.ask_again_at = ask_again_at
         self.last_error = last_error
+        self.reason = reason or last_error
         super().__init__(
             f"refund {self.no_refund} may have been made: {attempts} attempts, {questions} questions, "
             f"last: {last_error}; ask again at {ask_again_at.isoformat(timespec='seconds')}"
@@ -316,12 +319,15 @@ class JournalError(LianLianError):
 
 
 class BatchStopped(LianLianError):
-    """The gateway refused a refund for a reason that lies with the merchant: every further one would be rejected too.
+    """A batch or worker stopped, for a cause that lies with the merchant and that every further refund would meet.
 
-    ``rejection`` is the :class:`RefundRejected` with its code and advice. Every refund that was
-    begun has had its outcome yielded; no other was sent. ``keep_going=True`` carries on regardless.
+    ``cause`` is the :class:`RefundRejected` with its code and advice (also as ``rejection``), or a
+    :class:`SignatureInvalid` (``rejection`` is None then): answers in a row did not verify, so that a key is wrong.
+    Every refund that was begun has had its outcome yielded; no other was sent. ``keep_going=True`` carries on after a
+    rejection.
     """
 
-    def __init__(self, rejection: RefundRejected) -> None:
-        self.rejection = rejection
-        super().__init__(f"batch stopped: {rejection}")
+    def __init__(self, cause: RefundRejected | SignatureInvalid) -> None:
+        self.cause = cause
+        self.rejection = cause if isinstance(cause, RefundRejected) else None
+        super().__init__(f"batch stopped: {cause}")

@@ -111,6 +111,8 @@ class Reply:
     known: Known
     refund: Refund | None = None
     error: LianLianError | None = None
+    verified: bool = False
+    """Whether the answer bore a valid signature of the gateway's."""
     retry_after: float | None = None
     """Seconds, as the server asked for."""
     attempts: int = 1

@@ -14,6 +14,7 @@ from .merchant import Merchant
 from .middleware import Attempt, Middleware, Permit, Retry, onion
 from .retry import LONGEST_ATTEMPT, Bucket, Deadline, RetryBudget, RetryPolicy
 from .rsa_thread import RsaThread
+from .signature_watch import SignatureWatch
 from .transport import Transport
 
 __all__ = ["Line"]
@@ -37,6 +38,8 @@ class Line:
         self.protocol = rsa.protocol
         self.bucket = Bucket(budget)
         """What is left of the retry budget."""
+        self.signatures = SignatureWatch()
+        """Whether the answers verify."""
         permit = () if limiter is None else (Permit(limiter),)
         self.send = onion((Retry(self.bucket), *permit, Attempt(), *middleware), self._exchange)
         """The whole onion."""
@@ -87,6 +90,7 @@ class Line:
         if isinstance(delivery, Answer):
             self.clock.heard(delivery.headers.get("date", ""))
         reply = await self._rsa.check(self.protocol.read, exchange, delivery)
+        self.signatures.saw(exchange, reply)
         if reply.known in (Known.NOT_SENT, Known.REJECTED):
             exchange.trail.open_sends -= 1
         return reply

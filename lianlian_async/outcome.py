@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 import attrs
 
-from .errors import LianLianError
+from .codes import explain
+from .errors import (
+    AnswerMismatch,
+    GatewayUnavailable,
+    LianLianError,
+    MalformedMessage,
+    QueryRejected,
+    RefundNotFound,
+    RefundNotSent,
+    RefundRejected,
+    SignatureInvalid,
+)
 from .models import Refund, RefundRequest
 
-__all__ = ["Outcome", "Tally"]
+__all__ = ["Outcome", "Tally", "unknown_reason"]
+
+
+_TIMED_OUT: Final = re.compile(r"no answer within|the deadline is over|\w*Timeout")
 
 
 @attrs.define
@@ -36,3 +53,40 @@ class Outcome:
     """Queries."""
     seconds: float
     """From the beginning of the call, its wait for a connection slot included, to its end."""
+
+
+def unknown_reason(apply_error: LianLianError | None, query_error: LianLianError | None) -> str:
+    """Return why a refund is unknown, in few words without details, so that refunds can be counted by it.
+
+    Whatever the query met counts; where that was only "no such record", also what the apply call met before.
+    """
+    if isinstance(query_error, RefundNotFound) and apply_error is not None:
+        return f"{_reason(apply_error)}; not found yet"
+    error = query_error or apply_error
+    return "no answer yet" if error is None else _reason(error)
+
+
+def _reason(error: LianLianError) -> str:
+    match error:
+        case SignatureInvalid():
+            return "signature invalid"
+        case AnswerMismatch():
+            return "answer to another question"
+        case MalformedMessage():
+            return str(error) if str(error).startswith("HTTP status") else "unreadable answer"
+        case RefundNotFound():
+            return "not found yet"
+        case RefundRejected() | QueryRejected():
+            return f"{error.ret_code} {error.meaning}"
+        case GatewayUnavailable(ret_code=str(code)):
+            return f"{code} {explain(code).meaning}"
+        case GatewayUnavailable() | RefundNotSent():
+            return _lost(error.last_error)
+    return str(error)
+
+
+def _lost(reason: str) -> str:
+    if _TIMED_OUT.match(reason):
+        return "no answer in time"
+    kind = reason.partition(":")[0]
+    return f"connection lost ({kind})" if kind.isidentifier() else kind

@@ -86,21 +86,21 @@ class Protocol:
         """What ``delivery`` teaches about the refund that ``exchange`` asked for."""
         if isinstance(delivery, Lost):
             return lost(exchange, delivery)
-        retry_after = _retry_after(delivery.headers)
+        retry_after, verified = _retry_after(delivery.headers), False
         try:
             fields = _message(delivery)
             verified = self._verified(fields)
             row = explain(fields["ret_code"])
             _match(exchange, fields, success=row.kind is CodeClass.SUCCESS)
         except RefundConflict as conflict:
-            return Reply(known=Known.CONFLICT, error=conflict)
+            return Reply(known=Known.CONFLICT, error=conflict, verified=verified)
         except LianLianError as error:
-            return Reply(known=Known.UNCERTAIN, error=error, retry_after=retry_after)
+            return Reply(known=Known.UNCERTAIN, error=error, retry_after=retry_after, verified=verified)
         if row.kind is CodeClass.SUCCESS:
             asked = wire.parse_timestamp(exchange.asked["dt_refund"])
             trader = exchange.asked.get("trader_refund")
             refund = Refund.from_dict(fields, asked_dt_refund=asked, asked_trader_refund=trader)
-            return Reply(known=Known.FOUND, refund=refund)
+            return Reply(known=Known.FOUND, refund=refund, verified=True)
         return _refused(exchange, fields, row, verified=verified, retry_after=retry_after)
 
     def read_notification(self, body: bytes) -> Refund:
@@ -237,7 +237,7 @@ def _refused(
         )
     else:
         error = _unavailable(exchange, f"{spoken(ret_code)} {spoken(ret_msg)} ({row.meaning})", ret_code)
-    return Reply(known=known, error=error, retry_after=retry_after)
+    return Reply(known=known, error=error, retry_after=retry_after, verified=verified)
 
 
 def rejection(

@@ -26,6 +26,7 @@ from .recording import learn
 from .recovery import Resumed, resume
 from .retry import Deadline, RetryPolicy
 from .settings import check_integer, check_type, positive_seconds
+from .signature_watch import SignatureWatch
 from .transport import AsyncBaseTransport, AsyncClient, Transport
 from .waiting import Waiting
 
@@ -135,6 +136,11 @@ class RefundSession:
     def clock(self) -> Clock:
         """The session's clock."""
         return self._clock
+
+    @property
+    def signatures(self) -> SignatureWatch:
+        """Whether the gateway's answers verify, for batches and workers: they stop early if not."""
+        return self._line.signatures
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────
 

@@ -22,7 +22,7 @@ from .exchange import Exchange, Known, Reply
 from .identity import check_identity, has_whole_identity
 from .middleware import Next, pause
 from .models import Refund, RefundRequest
-from .outcome import Tally
+from .outcome import Tally, unknown_reason
 from .retry import Bucket
 
 __all__ = ["NEXT_STEP", "Case", "Step", "matching", "settle"]
@@ -142,6 +142,7 @@ class Case:
             last_error="; then ".join(str(error) for error in (self.apply_error, self.query_error) if error)
             or "no answer yet",
             refused=self.refused,
+            reason=unknown_reason(self.apply_error, self.query_error),
         )
         error.__cause__ = self.query_error or self.apply_error
         return error

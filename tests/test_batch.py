@@ -11,7 +11,7 @@ import anyio.lowlevel
 import httpx
 import pytest
 from interruptions import Abort, stray_cancellation
-from parties import OID_PARTNER, boot_clock, refund_request, sandbox
+from parties import EPOCH, OID_PARTNER, boot_clock, refund_request, sandbox
 
 from lianlian_async import (
     BatchStopped,
@@ -22,9 +22,11 @@ from lianlian_async import (
     RefundConflict,
     RefundNotSent,
     RefundOutcomeUnknown,
+    RefundQuery,
     RefundRejected,
     RefundSession,
     RetryPolicy,
+    SignatureInvalid,
     refund_many,
 )
 from lianlian_async.journal import MemoryJournal, State
@@ -240,16 +242,19 @@ async def test_a_second_run_finds_the_first_one_s_answers():
 # ── bounds ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("concurrency", "bound"), [(1, 1), (3, 3), (None, 5)])
-async def test_the_gateway_never_meets_more_than_the_concurrency(concurrency, bound):
-    """So many refunds are under way at a time, always, and by default as many as the session has connections."""
+@pytest.mark.parametrize(("concurrency", "bound", "seconds"), [(1, 1, 30), (3, 3, 10), (None, 5, 7)])
+async def test_the_gateway_never_meets_more_than_the_concurrency(concurrency, bound, seconds):
+    """So many refunds are under way at a time, always, and by default as many as the session has connections.
+
+    Until the first second is over and an answer has verified, they are 4.
+    """
     gateway = sandbox(**SLOW)
     road = Road(gateway)
     async with RefundSession(gateway.merchant(), transport=road, clock=boot_clock, max_connections=5) as session:
         outcomes = [outcome async for outcome in refund_many(session, Source(30), concurrency=concurrency)]
     assert len(outcomes) == 30
     assert road.most == bound
-    assert anyio.current_time() == 30 / bound
+    assert anyio.current_time() == seconds
 
 
 @pytest.mark.parametrize("concurrency", [0, -1])
@@ -824,3 +829,88 @@ async def test_a_batch_whose_task_is_cancelled_ends_in_an_error(anyio_backend):
     assert numbers == []
     assert isinstance(error, LianLianError)
     assert "cancelled from outside" in str(error)
+
+
+# ── answers that do not verify ───────────────────────────────────────────────────────────────────
+
+
+def distrusting(gateway, stranger_keys, **options):
+    """A session that knows the gateway by a wrong key."""
+    merchant = gateway.merchant(gateway_public_keys=stranger_keys.public)
+    return RefundSession(merchant, transport=httpx.ASGITransport(app=gateway), clock=boot_clock, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"wait_unknown": True}, {"keep_going": True}, {"concurrency": 1}])
+async def test_a_wrong_gateway_key_stops_a_batch_early(stranger_keys, options):
+    """Four of 60 refunds are made and told as unknown, and the error names the key."""
+    gateway, source, outcomes = sandbox(), Source(60), []
+    async with distrusting(gateway, stranger_keys) as session:
+        with pytest.raises(BatchStopped, match="gateway_public_keys") as caught:
+            await collect(refund_many(session, source, **options), outcomes)
+    assert isinstance(caught.value.cause, SignatureInvalid)
+    assert caught.value.rejection is None
+    assert numbers(outcomes) == [1, 2, 3, 4]
+    assert all(isinstance(outcome.error, RefundOutcomeUnknown) for outcome in outcomes)
+    assert (source.taken, gateway.requests["apply"]) == (4, 4)
+
+
+async def test_a_gateway_that_signs_nothing_stops_a_batch_early():
+    """0000 without a signature is no proof."""
+    gateway, outcomes = sandbox(faults={Fault.NO_SIGNATURE: 1.0}), []
+    async with session_with(gateway) as session:
+        with pytest.raises(BatchStopped, match="without signature"):
+            await collect(refund_many(session, Source(60)), outcomes)
+    assert len(outcomes) == 4
+
+
+async def test_a_key_rotation_in_the_middle_stops_a_batch(stranger_keys):
+    """Answers that verified before do not help: four refunds in a row stop it."""
+    gateway, outcomes = sandbox(), []
+    async with session_with(gateway, max_connections=2) as session:
+        batch = refund_many(session, Source(60))
+        while len(outcomes) < 20:
+            outcomes.append(await anext(batch))
+        gateway.gateway_key = stranger_keys.private
+        with pytest.raises(BatchStopped, match="gateway_public_keys"):
+            await collect(batch, outcomes)
+    assert sum(outcome.error is not None for outcome in outcomes) in (4, 5)
+    assert len(outcomes) < 30
+
+
+async def test_refusals_without_signature_say_nothing_about_the_key():
+    """A gateway that rejects all, unsigned, is not taken for one with another key; few refunds are under way."""
+    gateway = sandbox(sign_errors=False, default_order=None, **SLOW)
+    road = Road(gateway)
+    async with RefundSession(gateway.merchant(), transport=road, clock=boot_clock) as session:
+        outcomes = [outcome async for outcome in refund_many(session, Source(30))]
+    assert all(isinstance(outcome.error, RefundRejected) for outcome in outcomes)
+    assert (len(outcomes), road.most) == (30, 4)
+
+
+async def test_one_odd_refund_does_not_stop_the_others():
+    """A refund whose every answer is forged is unknown; the others are made, one after the other."""
+    gateway = sandbox()
+    gateway.script(Fault.WRONG_SIGNATURE, no_refund="R-1", times=1000)
+    async with session_with(gateway) as session:
+        outcomes = [outcome async for outcome in refund_many(session, Source(9), concurrency=1)]
+    assert [outcome.error is None for outcome in outcomes] == [False] + 8 * [True]
+
+
+async def test_failures_count_only_in_a_row():
+    """Every other answer that verifies starts the count again."""
+    gateway = sandbox()
+    for number in range(1, 20, 2):
+        gateway.script(Fault.WRONG_SIGNATURE, no_refund=f"R-{number}", times=1000)
+    async with session_with(gateway) as session:
+        outcomes = [outcome async for outcome in refund_many(session, Source(19), concurrency=1)]
+    assert sum(outcome.error is None for outcome in outcomes) == 9
+
+
+async def test_a_query_by_the_gateways_number_counts_too(stranger_keys):
+    """The watch names what was asked for, whichever number that is, and keeps the last four."""
+    gateway = sandbox(sign_errors=True)
+    async with distrusting(gateway, stranger_keys) as session:
+        for number in range(6):
+            with pytest.raises(SignatureInvalid):
+                await session.query_refund(RefundQuery(dt_refund=EPOCH, oid_refundno=f"{number:016}"))
+        assert "4 refunds in a row" in str(session.signatures.failure())

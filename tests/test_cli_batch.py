@@ -195,6 +195,24 @@ def test_our_own_fault_stops_the_batch(env, gateway, file, as_json):
     assert gateway.requests["apply"] == 3
 
 
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_wrong_gateway_key_stops_the_batch(env, gateway, tmp_path, stranger_keys, as_json):
+    """Four of 60 refunds are made, and the screen names the key and why they are unknown: exit code 4."""
+    file = refunds(tmp_path / "refunds.csv", 60)
+    wrong = env | {"LIANLIAN_GATEWAY_PUBLIC_KEYS": stranger_keys.public.to_base64()}
+    ended = run("batch", file, "--yes", "--deadline", "1", *(["--json"] if as_json else []), env=wrong)
+    assert (ended.exit_code, gateway.requests["apply"]) == (4, 4)
+    if as_json:
+        assert ended.json["unknown"] == [{"reason": "signature invalid", "refunds": 4}]
+        assert ended.json["to_do"]["refunds"] == 56
+        assert "LIANLIAN_GATEWAY_PUBLIC_KEYS" in ended.json["error"]["message"]
+    else:
+        assert "│ signature invalid │ 4 " in ended.stdout
+        assert "LIANLIAN_GATEWAY_PUBLIC_KEYS" in ended.stderr
+    assert run("batch", file, "--yes", env=env).exit_code == 0
+    assert books(gateway) == once(60)
+
+
 def test_it_goes_on_if_it_is_told_to(env, gateway, file):
     """--keep-going sends the others all the same."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE)

@@ -55,6 +55,11 @@ async def jobs_of(queue):
     return sorted(jobs, key=lambda job: job.id)
 
 
+async def hurry(queue):
+    """Let all jobs that wait for a later moment be run now."""
+    await queue.app.connector.execute_query_async("UPDATE procrastinate_jobs SET scheduled_at = NULL")
+
+
 async def test_a_fleet_makes_every_refund_once(dsn, journal):
     """Two workers empty one queue: each refund is made once and stands in the shared journal."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
@@ -162,6 +167,24 @@ async def test_a_refund_that_may_be_made_later_goes_back_into_the_queue(dsn, jou
             await queue.work(session, wait=False)
         (job,) = await jobs_of(queue)
     assert job.status == "todo"
+
+
+async def test_a_wrong_gateway_key_stops_the_worker(dsn, journal, stranger_keys):
+    """Four refunds are made before BatchStopped names the key; all go back into the queue, and are found with it."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    wrong = gateway.merchant(gateway_public_keys=stranger_keys.public)
+    async with RefundQueue(dsn) as queue:
+        await queue.enqueue(requests(30))
+        async with RefundSession(wrong, transport=asgi_transport(gateway), journal=journal, deadline=1.0) as session:
+            with pytest.raises(BatchStopped, match="LIANLIAN_GATEWAY_PUBLIC_KEYS"):
+                await queue.work(session)
+        assert gateway.requests["apply"] == 4
+        assert {job.status for job in await jobs_of(queue)} == {"todo"}
+        await hurry(queue)
+        async with gateway.session(journal=journal) as session:
+            await queue.work(session, wait=False)
+        assert not await jobs_of(queue)
+    assert all(gateway.times_made(f"R-{number}") == 1 for number in range(30))
 
 
 async def test_a_refund_that_is_refused_for_good_is_done(dsn, journal):

@@ -201,7 +201,8 @@ def errors(error: LianLianError) -> object:
         case InvalidRequest():
             return [(problem.field, problem.rule, problem.value) for problem in error.problems]
         case BatchStopped():
-            assert_type(error.rejection, RefundRejected)
+            assert_type(error.rejection, RefundRejected | None)
+            assert_type(error.cause, RefundRejected | SignatureInvalid)
         case ConfigurationError() | JournalError() | SignatureInvalid() | MalformedMessage():
             value_error: type[ValueError] = ConfigurationError
             return value_error

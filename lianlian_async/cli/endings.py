@@ -77,7 +77,10 @@ ENDINGS: Final[dict[type[LianLianError], Ending]] = {
 
 def ending_of(error: LianLianError) -> Ending:
     """How a command ends on an error; a subclass without a row of its own has its parent's."""
-    return next(ENDINGS[cls] for cls in type(error).__mro__ if cls in ENDINGS)
+    ending = next(ENDINGS[cls] for cls in type(error).__mro__ if cls in ENDINGS)
+    if isinstance(error, BatchStopped) and isinstance(error.cause, SignatureInvalid):
+        return ending._replace(exit_code=SIGNATURE_INVALID.exit_code)
+    return ending
 
 
 def refund_ending(refund: Refund) -> Ending:

@@ -77,6 +77,8 @@ class Tally:
     yuan: Counter[Ending] = attrs.field(factory=Counter, init=False)
     refusals: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
     """How often each ret_code came, with its meaning."""
+    reasons: Counter[str] = attrs.field(factory=Counter, init=False)
+    """Why refunds are unknown."""
     recorded: int = attrs.field(default=0, init=False)
     """Refunds whose end the journal knew: no traffic."""
     attempts: int = attrs.field(default=0, init=False)
@@ -98,6 +100,7 @@ class Tally:
         if isinstance(error, RefundRejected):
             self.refusals[error.ret_code, error.meaning] += 1
         elif isinstance(error, RefundOutcomeUnknown):
+            self.reasons[error.reason] += 1
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
 
     @property

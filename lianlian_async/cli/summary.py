@@ -55,6 +55,7 @@ def show_batch(
         "outcomes": {word: {"refunds": number, "yuan": f"{yuan:.2f}"} for word, number, yuan in outcomes},
         "to_do": {"refunds": to_do, "yuan": f"{to_do_yuan:.2f}"},
         "refusals": [{"ret_code": code, "refunds": number} for (code, _), number in tally.refusals.most_common()],
+        "unknown": [{"reason": reason, "refunds": number} for reason, number in tally.reasons.most_common()],
         "found": {str(state): number for state, number in found.items()},
         **facts,
         **places,
@@ -67,6 +68,9 @@ def show_batch(
     if tally.refusals:
         refusals = [(code, f"{number:,}", meaning) for (code, meaning), number in tally.refusals.most_common()]
         shown.append(table("what was rejected", ("ret_code", "refunds", "meaning"), refusals))
+    if tally.reasons:
+        reasons = [(reason, f"{number:,}") for reason, number in tally.reasons.most_common()]
+        shown.append(table("why the outcome is unknown", ("reason", "refunds"), reasons))
     measures = [(name.replace("_", " "), fact) for name, fact in (facts | dict(places)).items()]
     output.show(document, *shown, table("how it went", ("measure", "value"), measures))
     if failure and not output.as_json:

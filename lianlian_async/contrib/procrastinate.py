@@ -22,11 +22,13 @@ from lianlian_async.errors import (
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundRejected,
+    SignatureInvalid,
 )
 from lianlian_async.flow import iterate
 from lianlian_async.models import RefundRequest
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import is_number
+from lianlian_async.signature_watch import Admission
 
 __all__ = ["RefundQueue"]
 
@@ -76,7 +78,7 @@ def _pause(error: LianLianError, attempts: int, now: datetime) -> float | None:
     match error:
         case RefundOutcomeUnknown():  # asked about when that can decide
             return (error.ask_again_at - now).total_seconds()
-        case RefundNotSent() | JournalError():
+        case RefundNotSent() | JournalError() | BatchStopped():
             return _growing(attempts)
         case RefundRejected() if error.stops_batch or error.may_pass:
             return _MENDING_SECONDS
@@ -171,9 +173,12 @@ class RefundQueue:
     async def work(self, session: RefundSession, *, concurrency: int = 20, wait: bool = True) -> None:
         """Settle refunds with ``session``, which needs a ``PostgresJournal``; until cancelled, or done if not ``wait``.
 
-        Raises :class:`BatchStopped` on a rejection that stops a batch; the refund goes back into the queue.
+        Raises :class:`BatchStopped` on a rejection that stops a batch, or where the gateway's answers do not verify;
+        the refunds go back into the queue.
         """
         self._session = session
+        self._admission = Admission(session.signatures)
+        self._failure = None
         await self._rescue(0)
         self._worker = asyncio.ensure_future(
             self.app.run_worker_async(
@@ -197,21 +202,35 @@ class RefundQueue:
         if self._session is None or self._worker is None:
             raise RuntimeError("refund jobs run in RefundQueue.work, which brings the session")
         job, request = context.job, RefundRequest.from_record(fields)
-        # What was begun before may have been sent, whatever the journal has lost of it.
-        error = (await self._session.outcome_of(request, query_first=job.attempts > 0)).error
+        error: LianLianError | None
+        await self._admission.enter()
+        try:
+            if self._failure is None:
+                # What was begun before may have been sent, whatever the journal has lost of it.
+                error = (await self._session.outcome_of(request, query_first=job.attempts > 0)).error
+            else:  # it came while this refund waited, and nothing of this one was sent
+                error = BatchStopped(self._failure.cause)
+        finally:
+            if (failure := self._session.signatures.failure()) is not None:
+                self._stop(self._worker, failure)
+            self._admission.leave()
         if error is None:
             return
         if isinstance(error, RefundRejected):
             logger.warning("%s", error)
             if error.stops_batch:
-                self._failure = BatchStopped(error)
-                self._worker.cancel()
+                self._stop(self._worker, error)
         if (seconds := _pause(error, job.attempts, self._session.clock().wall)) is not None:
             row = await self.app.connector.execute_query_one_async(_AFTER, seconds=seconds)
             self._retry.moments[job.id] = row["moment"]
         elif isinstance(error, RefundRejected):
             return  # for good: that is its end
         raise error
+
+    def _stop(self, worker: asyncio.Task[None], cause: RefundRejected | SignatureInvalid) -> None:
+        if self._failure is None:  # a second cancellation would not let the running jobs end
+            self._failure = BatchStopped(cause)
+            worker.cancel()
 
     async def _rescue(self, timestamp: int) -> None:
         """Give the jobs of dead workers to others; the journal makes that safe."""
