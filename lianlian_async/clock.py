@@ -45,6 +45,12 @@ class Moment:
         gateway = None if self.gateway is None else self.gateway + span
         return Moment(self.wall + span, self.boot + seconds, self.timeline, gateway)
 
+    def dated(self, now: Moment) -> Moment:
+        """Return this moment with the gateway's time, where ``now`` knows it and this moment does not."""
+        if self.gateway is not None or now.gateway is None or self.timeline != now.timeline:
+            return self
+        return attrs.evolve(self, gateway=now.gateway - timedelta(seconds=now.boot - self.boot))
+
 
 def elapsed(since: Moment, now: Moment) -> float | None:
     """Return the seconds from ``since`` to ``now`` that certainly passed; None where no clock can tell.

@@ -127,7 +127,7 @@ class Case:
     def unknown(self) -> RefundOutcomeUnknown:
         """The honest end: all that is needed to ask again."""
         now = self.clock()
-        sent_at = self.sent_at or now
+        sent_at = (self.sent_at or now).dated(now)
         policy = self.apply.policy
         grace_left = policy.absence_grace - (elapsed(sent_at, now) or 0.0)
         wait = max(grace_left, policy.maximum, self.retry_after or 0.0)

@@ -59,6 +59,15 @@ def test_a_moment_moves_on_all_clocks(span):
     assert attrs.evolve(HERE, gateway=None).after(span).gateway is None
 
 
+def test_a_moment_is_dated_by_what_the_gateway_told_later():
+    """Only within one boot, and only where the moment had no such date."""
+    unheard = attrs.evolve(HERE, gateway=None)
+    assert unheard.dated(later(HERE, boot=60, gateway=90)).gateway == NOON + timedelta(seconds=30)
+    for now in (unheard, ELSEWHERE):
+        assert unheard.dated(now) is unheard
+    assert HERE.dated(later(HERE, boot=60, gateway=90)) is HERE
+
+
 def test_this_machines_clocks():
     """The boot clock counts suspension, which the monotonic clock does not; two processes share a timeline."""
     before, moment = time.clock_gettime(time.CLOCK_BOOTTIME), system_clock()

@@ -28,7 +28,9 @@ from lianlian_async import (
     RetryPolicy,
     wire,
 )
+from lianlian_async.clock import Moment
 from lianlian_async.exchange import Known
+from lianlian_async.journal import SqliteJournal
 from lianlian_async.sandbox import Fault, Repeated, When
 from lianlian_async.settlement import NEXT_STEP, Step
 
@@ -578,3 +580,48 @@ async def test_what_is_asked_about_is_logged(caplog):
     with caplog.at_level(logging.INFO, "lianlian_async"):
         await apply(gateway)
     assert [record.getMessage() for record in caplog.records] == ["refund R-1: HTTP status 500; asking"]
+
+
+@pytest.mark.parametrize("wrong", [-7200, 0, 7200], ids=["slow", "right", "fast"])
+@pytest.mark.parametrize("dated", [True, False], ids=["Date", "no Date"])
+async def test_processes_on_fresh_boots_settle_within_a_day(wrong, dated, tmp_path):
+    """One minute in ten, each on a new boot whose wall clock is wrong in its own way.
+
+    The refund is sent again once the grace is over by both clocks; without ``Date`` headers it stays unknown.
+    """
+    gateway = sandbox(repeated=Repeated.AGAIN)
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    road = Road(gateway)
+    if not dated:
+        road = Undated(gateway)
+    for boot in range(20):
+        began = anyio.current_time()
+
+        def clock(began=began, boot=boot):
+            seconds = anyio.current_time()
+            return Moment(wall_clock() + timedelta(seconds=wrong * boot), seconds - began, f"boot {boot}")
+
+        async with (
+            SqliteJournal(tmp_path / "journal.sqlite") as journal,
+            RefundSession(gateway.merchant(), transport=road, clock=clock, journal=journal) as session,
+        ):
+            outcome = await session.outcome_of(refund_request())
+        if outcome.refund is not None:
+            break
+        assert gateway.times_made("R-1") == 0
+        await anyio.sleep(570)
+    sent_again_at = anyio.current_time()
+    assert (outcome.refund is not None) is (dated and wrong >= 0)
+    if outcome.refund is not None:
+        assert 900 <= sent_again_at < 86_400
+        assert gateway.times_made("R-1") == 1
+        assert len(set(road.applied)) == 1
+
+
+class Undated(Road):
+    """A gateway behind a proxy that takes the ``Date`` header away."""
+
+    async def handle_async_request(self, request):
+        response = await super().handle_async_request(request)
+        del response.headers["date"]
+        return response
