@@ -45,6 +45,7 @@ class Outcome:
     """
 
     request: RefundRequest
+    """What was given, also where it is no request: ``error`` is ``InvalidRequest`` then."""
     refund: Refund | None
     error: LianLianError | None
     attempts: int

@@ -20,6 +20,11 @@ _DEFAULT_IGNORABLE: Final = (
 )
 # Beside them: categories Cc, Zl, Zp and Cs.
 _UNSEEN: Final = re.compile(f"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_DEFAULT_IGNORABLE}]")
+# RFC 3986 §3.2.2, and DNS labels: HTTP clients fail on other hosts only when they send.
+_HOST: Final = re.compile(
+    r"(?:^|@)(?:\[[0-9A-F:.]+(?:%\w+)?\]|[A-Z0-9_](?:[A-Z0-9_-]{0,62})(?:\.[A-Z0-9_-]{1,63})*\.?)(?::[0-9]*)?$",
+    re.IGNORECASE,
+)
 
 
 def existing(value: object, longest: int) -> str:
@@ -66,7 +71,8 @@ def url(value: object) -> str:
         raise ValueError("must be ASCII without blanks (percent-encode the rest)")
     try:
         parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        usable = parts.scheme in ("http", "https") and parts.port != 0 and _HOST.search(parts.netloc) is not None
+        (parts.hostname or "").encode().decode("idna")  # a UnicodeError, which is a ValueError
     except ValueError:
         usable = False
     if not usable:

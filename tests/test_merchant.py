@@ -223,6 +223,26 @@ def test_a_merchant_is_frozen_and_evolves():
     assert hash(merchant) == hash(made())
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host",
+        "https://HOST.example.:443/",
+        "https://xn--fsq.example/",
+        "https://my_host/",
+        "https://a-b.c-d/?q#f",
+        "https://192.0.2.1/",
+        "https://[2001:db8::1]:8443/",
+        "https://[fe80::1%eth0]/",
+        "https://clerk:p@host/",
+        "https://" + "b" * 63 + "/",
+    ],
+)
+def test_every_usual_host_is_taken(url):
+    """Names, addresses, ports and the encoded form of Chinese names."""
+    assert Endpoints(url, url).query == url
+
+
 @pytest.mark.parametrize("value", [{"apply": "https://host/"}, ("https://host/",), "https://host/", None])
 def test_endpoints_of_another_type_are_refused(value):
     """A mapping, a pair or a URL is no Endpoints."""
@@ -289,6 +309,17 @@ def test_plain_http_beyond_this_machine_is_a_decision(url, setting):
         "https://",
         "https://[::1",
         "https://host:99999/",
+        "https://host:443:443/",
+        "https://[::1]x/",
+        "https://[v1.a]/",
+        "https://a..b/",
+        "https://../",
+        "https://-host/",
+        "https://h%zz/",
+        "https://h\\x/",
+        "https://" + "b" * 64 + "/",
+        "https://xn--a/",
+        "https://xn--/",
         "https://host/\n",
         "https://host/a b",
         None,
