@@ -153,6 +153,8 @@ class RefundSession:
         try:
             self._event_loop = anyio.lowlevel.current_token()
             self._slots = anyio.Semaphore(self._max_connections, fast_acquire=True)
+            if self._journal is not None and self._journal.is_open:  # else at the first refund
+                await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._line = await Line.open(
                 self.merchant,
                 await Transport.open(self._client, self._transport, self._max_connections),
@@ -267,6 +269,8 @@ class RefundSession:
                 query_first=query_first,
                 tally=tally,
             )
+        except ConfigurationError:  # it would meet every refund
+            raise
         except LianLianError as problem:
             error = problem
         return Outcome(

@@ -914,3 +914,14 @@ async def test_a_query_by_the_gateways_number_counts_too(stranger_keys):
             with pytest.raises(SignatureInvalid):
                 await session.query_refund(RefundQuery(dt_refund=EPOCH, oid_refundno=f"{number:016}"))
         assert "4 refunds in a row" in str(session.signatures.failure())
+
+
+async def test_a_journal_of_another_merchant_ends_the_batch_before_anything_is_sent():
+    """Every refund would meet it: the iteration raises the error instead of repeating it for each."""
+    gateway, journal = sandbox(), MemoryJournal()
+    await journal.bind("201304121000001004", "https://production.invalid/refund.htm")
+    async with session_with(gateway) as session:
+        with pytest.raises(ConfigurationError, match="belongs to merchant 201304121000001004"):
+            async for _ in refund_many(session, map(refund_request, range(100)), journal=journal):
+                pytest.fail("no refund has an outcome")
+    assert not gateway.requests

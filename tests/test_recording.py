@@ -258,9 +258,9 @@ async def test_a_journal_refuses_another_merchant_and_another_endpoint(other, ne
         await session.apply_refund(refund_request())
     stranger = gateway.merchant(**other)
     async with new_journal() as journal:
-        async with RefundSession(stranger, transport=Wires(gateway), journal=journal, clock=boot_clock) as session:
-            with pytest.raises(ConfigurationError, match="belongs to merchant 201103171000000000"):
-                await session.apply_refund(refund_request())
+        session = RefundSession(stranger, transport=Wires(gateway), journal=journal, clock=boot_clock)
+        with pytest.raises(ConfigurationError, match="belongs to merchant 201103171000000000"):
+            await session.__aenter__()
         async with over(Wires(gateway), gateway, journal) as session:
             assert (await session.apply_refund(refund_request())).no_refund == "R-1"
     assert gateway.requests == {"apply": 1}
