@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from uuid import uuid4
 
 import anyio
@@ -12,6 +13,7 @@ import pytest
 from journals import MADE, REJECTED, intent, now
 
 from lianlian_async import ConfigurationError
+from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Standing, State
 from lianlian_async.journal.postgres import PostgresJournal
@@ -141,6 +143,223 @@ async def test_a_database_may_isolate_more_than_is_needed(make, administer, post
             group.start_soon(one, workers[0], number)
             group.start_soon(one, workers[1], 999 - number)
     assert sorted(found) == [Standing.HELD] * 1000 + [Standing.NEW] * 1000
+
+
+# ── what another transaction holds ───────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def elsewhere(postgres_dsn, schema):
+    """Another transaction, which does something and stays open as long as the context."""
+
+    @asynccontextmanager
+    async def transaction(statement, number):
+        async with await psycopg.AsyncConnection.connect(postgres_dsn) as connection:
+            await connection.execute(
+                psycopg.sql.SQL(statement).format(schema=psycopg.sql.Identifier(schema), number=number)
+            )
+            yield connection
+            await connection.rollback()
+
+    return transaction
+
+
+LOCKED = "SELECT FROM {schema}.refunds WHERE no_refund = {number} FOR UPDATE"
+CHANGED = "UPDATE {schema}.refunds SET holder = NULL WHERE no_refund = {number}"
+INSERTED = """
+INSERT INTO {schema}.refunds (no_refund, digest, fields, body, state)
+VALUES ({number}, 'digest of 200.01', '{{}}', '', 'unsettled')
+"""
+
+
+@pytest.mark.parametrize(("held", "is_known"), [(LOCKED, True), (CHANGED, True), (INSERTED, False)])
+async def test_what_another_transaction_holds_waits_alone(make, elsewhere, held, is_known):
+    """All others of the same batch are answered meanwhile; it is answered once the other transaction has ended."""
+    answered = []
+
+    async def begin(journal, number):
+        standing, _ = await journal.intend(intent(number), now())
+        answered.append((number, standing))
+
+    async with make() as journal:
+        if is_known:
+            _, entry = await journal.intend(intent("R-5"), now())
+            await journal.release(entry, None)
+        async with anyio.create_task_group() as group, elsewhere(held, "R-5"):
+            for number in range(20):
+                group.start_soon(begin, journal, f"R-{number}")
+            while len(answered) < 19:  # noqa: ASYNC110 - no event tells
+                await anyio.sleep(0.01)
+            assert {standing for _, standing in answered} == {Standing.NEW}
+            assert "R-5" not in dict(answered)
+            assert (await journal.find("R-5") is not None) is is_known  # a look does not wait
+        assert dict(answered)["R-5"] is Standing.NEW
+
+
+async def test_what_is_held_for_longer_than_the_timeout_fails_alone(make, elsewhere):
+    """Then there is a ``JournalError`` for it that says why, and nothing of it is on record."""
+    async with make(timeout=0.4) as journal, elsewhere(INSERTED, "R-1"):
+        with pytest.raises(JournalError, match=r"another transaction has held this refund's row for 0\.4 s"):
+            await journal.intend(intent(), now())
+        assert (await journal.intend(intent("R-2"), now()))[0] is Standing.NEW
+        assert await journal.find("R-1") is None
+
+
+async def test_a_dead_workers_transaction_is_ended_by_the_database(make):
+    """A worker that dies within a transaction, and whose connection stays open, does not hold its rows for long."""
+    async with make() as journal, make(timeout=1.0) as dead:
+        _, entry = await journal.intend(intent(), now())
+        await journal.release(entry, None)
+        async with dead._pool.connection() as connection:
+            with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):  # noqa: PT012 - it dies in between
+                async with connection.transaction():
+                    await dead._read_clock(connection)
+                    await connection.execute(dead._sql("SELECT FROM {schema}.refunds FOR UPDATE"))
+                    assert (await journal.intend(intent(), now()))[0] is Standing.NEW
+
+
+async def test_an_intend_that_is_cancelled_while_it_waits_is_taken_back(make, elsewhere):
+    """Once the other transaction has ended, it does nothing any more."""
+    async with make() as journal, elsewhere(INSERTED, "R-1"):
+        with anyio.move_on_after(0.3) as scope:
+            await journal.intend(intent(), now())
+        assert scope.cancelled_caught
+    async with make() as journal:
+        found = await journal.find("R-1")
+        assert found is None or found.sent_at is None
+        assert (await journal.intend(intent(), now()))[0] is Standing.NEW
+
+
+async def test_closing_waits_for_what_waits(make, elsewhere):
+    """An ending that is reported while another transaction holds the row is on record when the journal is closed."""
+    async with make() as journal:
+        _, entry = await journal.intend(intent(), now())
+        async with elsewhere(LOCKED, "R-1"), anyio.create_task_group() as group:
+            group.start_soon(journal.settle, entry, MADE)
+            await anyio.sleep(0.1)
+            group.cancel_scope.cancel()
+    async with make() as journal:
+        assert (await journal.find("R-1")).ending == MADE
+
+
+async def test_what_waits_fails_with_the_database(make, elsewhere, administer):
+    """If the database goes away meanwhile, whoever waits gets ``JournalError``, too."""
+    async with make(timeout=0.5) as journal:
+        _, entry = await journal.intend(intent(), now())
+
+        async def settle():
+            with pytest.raises(JournalError, match="does not exist"):
+                await journal.settle(entry, MADE)
+
+        async with elsewhere(LOCKED, "R-1"), anyio.create_task_group() as group:
+            group.start_soon(settle)
+            await anyio.sleep(0.1)
+            await administer("ALTER TABLE {schema}.eras RENAME TO gone")
+        await administer("ALTER TABLE {schema}.gone RENAME TO eras")
+
+
+# ── another incarnation, and clocks that are set ─────────────────────────────────────────────────
+
+
+FAIL_OVER = "UPDATE {schema}.eras SET postmaster_start_time = '2020-01-01'"
+"""What a copy of the journal looks like to another server."""
+
+
+async def test_after_a_failover_what_is_new_is_asked_about_first(make, administer):
+    """For the grace, and later whatever is dated before; not in the inbox, for which nothing is sent."""
+    async with make() as journal:
+        inbox = await journal.inbox()
+        assert (await journal.intend(intent("R-1"), now()))[0] is Standing.NEW
+        await administer(FAIL_OVER)
+        await administer(FAIL_OVER.replace("{schema}", '"' + inbox._schema.replace('"', '""') + '"'))
+        assert (await journal.intend(intent("R-2"), now()))[0] is Standing.ASK_FIRST
+        assert (await inbox.intend(intent("R-2"), now()))[0] is Standing.NEW
+        await administer("UPDATE {schema}.eras SET began = began - interval '2 hours'")
+        dated = {"no_refund": "R-3", "money_refund": "200.01", "dt_refund": "20990101000000"}
+        assert (await journal.intend(intent("R-3", fields=dated), now()))[0] is Standing.NEW
+        dated = {"no_refund": "R-4", "money_refund": "200.01", "dt_refund": "20200101000000"}
+        assert (await journal.intend(intent("R-4", fields=dated), now()))[0] is Standing.ASK_FIRST
+    async with make(not_found_grace=0) as journal:
+        assert (await journal.intend(intent("R-5"), now()))[0] is Standing.NEW
+
+
+async def test_after_a_failover_the_grace_and_the_leases_start_again(make, administer):
+    """What may have been sent an hour ago counts as sent until then, and a lease lasts for all of its time again."""
+    async with make() as journal:
+        _, entry = await journal.intend(intent("R-1"), now())
+        await journal.release(entry, now(-3600))
+        await journal.intend(intent("R-2", lease=0.5), now())
+        await administer(FAIL_OVER)
+        begun = now()
+        standing, entry = await journal.intend(intent("R-1"), now())
+        assert standing is Standing.UNSETTLED
+        assert begun.boot <= entry.sent_at.boot <= now().boot
+        assert (await journal.intend(intent("R-2"), now()))[0] is Standing.HELD
+        while (await journal.intend(intent("R-2"), now()))[0] is Standing.HELD:  # noqa: ASYNC110 - no event tells
+            await anyio.sleep(0.02)
+        assert now().boot >= begun.boot + 0.5
+
+
+async def test_what_was_lost_is_written_again(make, administer):
+    """A settle, a release and a resend of a refund whose row is gone write it; a release without a send, too."""
+    async with make() as journal:
+        begun = [(await journal.intend(intent(f"R-{number}"), now()))[1] for number in range(3)]
+        await administer("DELETE FROM {schema}.refunds")
+        await journal.settle(begun[0], MADE)
+        await journal.release(begun[1], now(-10), {"ret_code": "1002"})
+        await journal.resend(begun[2])
+        assert (await journal.find("R-0")).ending == MADE
+        assert (await journal.find("R-1")).refused == {"ret_code": "1002"}
+        assert (await journal.find("R-2")).sent_at.boot == begun[2].leased_until.boot
+        assert (await journal.intend(intent("R-1"), now()))[0] is Standing.UNSETTLED
+        assert (await journal.intend(intent("R-2"), now()))[0] is Standing.HELD
+
+
+class Machine:
+    """The clocks of a machine of its own: another boot, and a wall clock that is set."""
+
+    def __init__(self, timeline, boot=0.0):
+        self._timeline, self.boot, self.wall = timeline, boot, 0.0
+
+    def __call__(self, seconds=0.0):
+        at = now()
+        return Moment(at.wall + timedelta(seconds=self.wall), at.boot + self.boot, self._timeline).after(seconds)
+
+
+@pytest.mark.parametrize("step", [-7200, 600, 901, 86_400])
+async def test_a_workers_wall_clock_is_never_believed(make, step):
+    """A lease lasts, and a moment keeps its age, though the wall clock of one or the other worker is set meanwhile."""
+    one, other = Machine("one", 1e6), Machine("other", -1e4)
+    async with make(clock=one) as first, make(clock=other) as second:
+        await first.intend(intent("R-1", lease=60), one())
+        _, entry = await first.intend(intent("R-2"), one())
+        one.wall = step
+        await first.release(entry, one(-10))
+        other.wall = step
+        assert (await second.intend(intent("R-1"), other()))[0] is Standing.HELD
+        standing, entry = await second.intend(intent("R-2"), other())
+        assert standing is Standing.UNSETTLED
+        assert 9.9 < other().boot - entry.sent_at.boot < 15
+
+
+async def test_a_jump_of_the_databases_clock_that_a_worker_proves_starts_the_count_again(make):
+    """The worker's boot clock says that far less time has passed than the database's: that is an era's end, for all."""
+    steady, young = Machine("steady"), Machine("young")
+    async with make(clock=steady) as witness, make(clock=young) as other:
+        _, entry = await witness.intend(intent("R-1"), steady())
+        await witness.release(entry, steady())
+        steady.boot -= 86_400  # a day by the database's clock
+        assert (await witness.intend(intent("R-2"), steady()))[0] is Standing.ASK_FIRST
+        _, entry = await other.intend(intent("R-1"), young())
+        assert young().boot - entry.sent_at.boot < 15
+        assert (await witness.intend(intent("R-3"), steady()))[0] is Standing.ASK_FIRST
+
+
+async def test_a_journal_needs_the_clock_of_its_session(make):
+    """A moment of another boot clock raises ``ConfigurationError``: leases would be of any length."""
+    async with make() as journal:
+        with pytest.raises(ConfigurationError, match="give it the clock of its session"):
+            await journal.intend(intent(), Machine("elsewhere")())
 
 
 # ── what may befall it ───────────────────────────────────────────────────────────────────────────

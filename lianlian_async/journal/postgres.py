@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, cast
 
 import anyio
 import attrs
@@ -24,12 +24,12 @@ from psycopg.sql import SQL, Composed, Identifier
 from psycopg_pool import AsyncConnectionPool
 
 from lianlian_async.background import Background
-from lianlian_async.clock import Clock, system_clock
+from lianlian_async.clock import Clock, Moment, system_clock
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import Secret, drop_secrets, without_locals
 
 from . import postgres_rows as sql
-from .base import Entry, JournalError, Owner, State
+from .base import Entry, Intent, JournalError, Owner, Standing, State
 from .group import GroupedJournal
 from .operations import Answer, Begin, Look, Operation, perform
 from .postgres_moments import Reading
@@ -40,8 +40,8 @@ __all__ = ["PostgresJournal"]
 SCHEMA_VERSION: Final = 2
 
 _PAGE: Final = 500
-_SHORTEST_WAIT: Final = 0.02
-_LONGEST_WAIT: Final = 1.0
+_SHORTEST_PAUSE: Final = 0.02
+_LONGEST_PAUSE: Final = 1.0
 
 
 class _BusyError(Exception):
@@ -109,7 +109,13 @@ class PostgresJournal(GroupedJournal):
         self._clock = clock
         self._apart: dict[_Apart, Background] = {}
         # A transaction that is idle for half of the timeout is a dead worker's; whoever waits for it goes on then.
-        self._options = {"timeout": f"{timeout * 1000:.0f}ms", "idle": f"{timeout * 500:.0f}ms"}
+        self._options = {"timeout": f"{timeout * 1000:.0f}ms", "idle": f"{max(1000, timeout * 500):.0f}ms"}
+
+    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
+        """See :meth:`Journal.intend`."""
+        if now.timeline != self._clock().timeline:
+            raise ConfigurationError("PostgresJournal: give it the clock of its session, PostgresJournal(…, clock=…)")
+        return await super().intend(intent, now)
 
     def pending(self) -> AsyncIterator[Entry]:
         """See :meth:`Journal.pending`. What is begun later is not among them."""
@@ -209,57 +215,41 @@ class PostgresJournal(GroupedJournal):
             found = {row["no_refund"]: entry_of(row, self._reading) for row in rows}
             answers |= zip(map(id, looks), perform(looks, found), strict=True)
         if writes:
-            done = self._set_apart(writes, await self._carry_out(writes), anyio.current_time() + self._timeout)
+            done = await self._carry_out(writes, anyio.current_time() + self._timeout)
             answers |= zip(map(id, writes), done, strict=True)
         return [answers[id(operation)] for operation in operations]
 
-    def _set_apart(
-        self, operations: Sequence[Operation[Any]], answers: Sequence[Answer | None], until: float, pause: float = 0.0
+    async def _carry_out(
+        self, operations: Sequence[Operation[Any]], until: float, pause: float = 0.0
     ) -> Sequence[Answer]:
-        """Try those again that have no answer, in a task of their own, up to ``until`` (event loop's clock)."""
-        apart = _Apart([operation for operation, answer in zip(operations, answers, strict=True) if answer is None])
-        if apart.operations:
-            pause = min(max(2 * pause, _SHORTEST_WAIT), _LONGEST_WAIT)
+        """Do all in one transaction; try apart what another one holds, until a moment (event loop's clock)."""
+        answers = dict[int, Answer | None]()
+        try:
+            answers |= zip(map(id, operations), await self._transact(operations), strict=True)
+            parts = [[one for one in operations if answers[id(one)] is None]]
+        except _BusyError:  # nobody tells which refund it is, so the halves go on without each other
+            numbers = sorted({operation.no_refund for operation in operations})
+            middle = numbers[len(numbers) // 2]
+            parts = [[one for one in operations if (one.no_refund < middle) is is_first] for is_first in (True, False)]
+        pause = min(max(2 * pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+        for part in filter(None, parts):
+            apart = _Apart(part)
             self._apart[apart] = Background(partial(self._try_again, apart, until, pause))
-        places = iter(range(len(apart.operations)))
-        return [answer or Answer(None, None, partial(apart.answer, next(places))) for answer in answers]
+            answers |= {id(one): Answer(None, None, partial(apart.answer, place)) for place, one in enumerate(part)}
+        return cast("list[Answer]", [answers[id(operation)] for operation in operations])  # each has one by now
 
     async def _try_again(self, apart: _Apart, until: float, pause: float) -> None:
-        apart.answers = _failed(apart.operations, f"{self._name}: ended before another transaction let go of the row")
+        reason = f"journal {self._name}: another transaction has held this refund's row for {self._timeout} s"
+        apart.answers = _failed(apart.operations, reason)
         try:
             await anyio.sleep(pause)
-            answers = await self._carry_out(apart.operations)
             if anyio.current_time() < until:
-                apart.answers = self._set_apart(apart.operations, answers, until, pause)
-            else:
-                reason = f"{self._name}: another transaction has held the row for {self._timeout} s"
-                late = _failed(apart.operations, reason)
-                apart.answers = [answer or failure for answer, failure in zip(answers, late, strict=True)]
+                apart.answers = await self._carry_out(apart.operations, until, pause)
         except JournalError as error:
             apart.answers = _failed(apart.operations, str(error))
         finally:
             del self._apart[apart]
             apart.done.set()
-
-    async def _carry_out(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer | None]:
-        """Do all in one transaction; None for those whose refunds another transaction holds."""
-        try:
-            return await self._transact(operations)
-        except _BusyError:
-            numbers = sorted({operation.no_refund for operation in operations})
-        if len(numbers) == 1:
-            return [None] * len(operations)
-        # Nobody tells which refund it is, so the halves go on without each other.
-        middle = numbers[len(numbers) // 2]
-        answers = dict[int, Answer | None]()
-        for is_first in (True, False):
-            half = [operation for operation in operations if (operation.no_refund < middle) is is_first]
-            try:
-                done = await self._carry_out(half)
-            except JournalError as error:  # the other half may be on record
-                done = _failed(half, str(error))
-            answers |= zip(map(id, half), done, strict=True)
-        return [answers[id(operation)] for operation in operations]
 
     async def _transact(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer | None]:
         async with self._connected() as connection:
@@ -341,7 +331,7 @@ class PostgresJournal(GroupedJournal):
 
 def _failed(operations: Sequence[Operation[Any]], reason: str) -> Sequence[Answer]:
     """An error for each: one that is raised in many tasks would grow with each."""
-    return [Answer(None, JournalError(f"refund {operation.no_refund}: {reason}")) for operation in operations]
+    return [Answer(None, JournalError(reason)) for _ in operations]
 
 
 async def _read_what_is_committed(connection: AsyncConnection[Any]) -> None:
