@@ -12,10 +12,11 @@ import pytest
 from procrastinate.exceptions import ConnectorException
 
 from lianlian_async import BatchStopped, ConfigurationError, Endpoints, RefundRequest, RefundSession, RetryPolicy
+from lianlian_async.clock import system_clock
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.journal import State
 from lianlian_async.journal.postgres import PostgresJournal
-from lianlian_async.sandbox import Fault, SandboxGateway, When
+from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 from lianlian_async.transport import asgi_transport
 
 pytestmark = pytest.mark.anyio
@@ -110,6 +111,37 @@ async def test_an_unknown_refund_comes_again_when_asking_can_decide(dsn, journal
     assert job.status == "todo"
     assert before + timedelta(seconds=900) <= job.scheduled_at <= datetime.now(UTC) + timedelta(seconds=900)
     assert (await journal.find("R-0")).state is State.UNSETTLED
+
+
+@pytest.mark.parametrize("step", [timedelta(days=1), timedelta(hours=-2)])
+async def test_jobs_come_again_by_the_databases_clock(dsn, journal, step):
+    """A worker whose wall clock is wrong schedules a job as any other does: due when its seconds have passed."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+
+    def clock():
+        now = system_clock()
+        return attrs.evolve(now, wall=now.wall + step)
+
+    before = datetime.now(UTC)
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=0.3, clock=clock) as session:
+        await queue.enqueue(requests(1))
+        await queue.work(session, wait=False)
+        (job,) = await jobs_of(queue)
+    assert before + timedelta(seconds=899) <= job.scheduled_at <= datetime.now(UTC) + timedelta(seconds=901)
+
+
+async def test_a_job_that_was_begun_before_is_asked_about_first(dsn, journal):
+    """Also where the journal has lost it: the gateway would carry it out again."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
+    async with RefundQueue(dsn, rescue_after=5.0) as queue, gateway.session(journal=journal) as session:
+        await queue.enqueue(requests(1))
+        async with gateway.session() as dead:
+            await dead.apply_refund(*requests(1))
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as administrator:
+            await administrator.execute("UPDATE procrastinate_jobs SET attempts = 1")
+        await queue.work(session, wait=False)
+    assert (gateway.requests["query"], gateway.times_made("R-0")) == (1, 1)
 
 
 async def test_an_unknown_refund_is_found_by_the_next_worker(dsn, journal):

@@ -11,6 +11,7 @@ import pytest
 from journals import MADE, held, intent, now
 
 from lianlian_async.journal import JournalError, SqliteJournal, SqliteReader, Standing, State
+from lianlian_async.journal.operations import Begin, TakeBack
 
 pytestmark = pytest.mark.anyio
 
@@ -214,3 +215,11 @@ async def test_task_cancel_at_any_step_leaves_the_file_free(anyio_backend, path,
     await asyncio.gather(task, return_exceptions=True)
     async with SqliteJournal(path) as journal:
         await journal.find("R-1")
+
+
+async def test_an_intend_that_is_taken_back_first_does_nothing():
+    """An operation that had to wait may come after the one that takes it back: it begins nothing then."""
+    begin = Begin(intent(), now())
+    assert TakeBack(begin).apply(None) == (None, None)
+    with pytest.raises(JournalError, match="the call that would have begun it is gone"):
+        begin.apply(None)

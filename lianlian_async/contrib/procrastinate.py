@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterable, Iterable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -14,6 +14,7 @@ from procrastinate.exceptions import AlreadyEnqueued, ConnectorException
 from procrastinate.jobs import Job
 from psycopg.errors import RaiseException
 
+from lianlian_async.clock import Clock
 from lianlian_async.errors import (
     BatchStopped,
     ConfigurationError,
@@ -49,40 +50,33 @@ SELECT
     ) AS workers
 FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s
 """
-_AFTER: Final = "SELECT clock_timestamp() + %(seconds)s * interval '1 second' AS moment"
+_NOW: Final = "SELECT clock_timestamp() AS now"
 _MENDING_SECONDS: Final = 900.0
 """How long a job rests whose refund was rejected, but may be sent again."""
 
 
-class _AsPlanned(BaseRetryStrategy):
-    """A job is run again when its refund's outcome says so, or a while later if the database did not answer."""
+class _ByOutcome(BaseRetryStrategy):
+    """An unknown refund is asked about when that can decide; what was not sent is sent after a growing pause.
 
-    def __init__(self) -> None:
-        self.moments: dict[int | None, datetime] = {}
-        """By the database's clock, which is the one that decides when a job is due, of jobs that have just failed."""
+    The database's clock decides when a job is due: pauses are added to that one, by the boot clock since ``start``.
+    """
+
+    def start(self, clock: Clock, database: datetime) -> None:
+        """Begin to read ``clock`` now, when the database's shows ``database``."""
+        self._clock, self._boot, self._database = clock, clock().boot, database
 
     def get_retry_decision(self, *, exception: BaseException, job: Job) -> RetryDecision | None:
-        moment = self.moments.pop(job.id, None)
-        if moment is None and isinstance(exception, ConnectorException):
-            return RetryDecision(retry_in={"seconds": _growing(job.attempts)})
-        return None if moment is None else RetryDecision(retry_at=moment)
-
-
-def _growing(attempts: int) -> int:
-    """Seconds of the pause after so many attempts."""
-    return min(1 << min(attempts, 9), 300)
-
-
-def _pause(error: LianLianError, attempts: int, now: datetime) -> float | None:
-    """Seconds until the job is run again; None: it is not."""
-    match error:
-        case RefundOutcomeUnknown():  # asked about when that can decide
-            return (error.ask_again_at - now).total_seconds()
-        case RefundNotSent() | JournalError() | BatchStopped():
-            return _growing(attempts)
-        case RefundRejected() if error.stops_batch or error.may_pass:
-            return _MENDING_SECONDS
-    return None
+        match exception:
+            case RefundOutcomeUnknown():
+                seconds = (exception.ask_again_at - self._clock().wall).total_seconds()
+            case RefundNotSent() | JournalError() | BatchStopped():
+                seconds = min(2 ** min(job.attempts, 9), 300)
+            case RefundRejected():
+                seconds = _MENDING_SECONDS
+            case _:
+                return None
+        passed = self._clock().boot - self._boot
+        return RetryDecision(retry_at=self._database + timedelta(seconds=passed + seconds))
 
 
 class RefundQueue:
@@ -118,7 +112,7 @@ class RefundQueue:
         self._session: RefundSession | None = None
         self._worker: asyncio.Task[None] | None = None
         self._failure: BatchStopped | None = None
-        self._retry = _AsPlanned()
+        self._retry = _ByOutcome()
         task = self.app.task(name="lianlian:refund", queue=queue, retry=self._retry, pass_context=True)
         self._task = task(self._refund)
         rescue = self.app.task(name="lianlian:rescue", queue=queue, queueing_lock="lianlian:rescue")(self._rescue)
@@ -179,6 +173,7 @@ class RefundQueue:
         self._session = session
         self._admission = Admission(session.signatures)
         self._failure = None
+        self._retry.start(session.clock, (await self.app.connector.execute_query_one_async(_NOW))["now"])
         await self._rescue(0)
         self._worker = asyncio.ensure_future(
             self.app.run_worker_async(
@@ -214,18 +209,14 @@ class RefundQueue:
             if (failure := self._session.signatures.failure()) is not None:
                 self._stop(self._worker, failure)
             self._admission.leave()
-        if error is None:
-            return
         if isinstance(error, RefundRejected):
             logger.warning("%s", error)
             if error.stops_batch:
                 self._stop(self._worker, error)
-        if (seconds := _pause(error, job.attempts, self._session.clock().wall)) is not None:
-            row = await self.app.connector.execute_query_one_async(_AFTER, seconds=seconds)
-            self._retry.moments[job.id] = row["moment"]
-        elif isinstance(error, RefundRejected):
-            return  # for good: that is its end
-        raise error
+            elif not error.may_pass:
+                return
+        if error is not None:
+            raise error
 
     def _stop(self, worker: asyncio.Task[None], cause: RefundRejected | SignatureInvalid) -> None:
         if self._failure is None:  # a second cancellation would not let the running jobs end
