@@ -17,7 +17,7 @@ from .journal import Journal
 from .models import RefundRequest
 from .outcome import Outcome
 from .session import RefundSession
-from .settings import check_type
+from .settings import check_journal, check_type
 from .signature_watch import Admission
 
 __all__ = ["Outcomes", "refund_many"]
@@ -68,6 +68,7 @@ def refund_many(
         BaseException: whatever else a layer of the caller's own raised, at the end of the iteration.
     """
     check_type("session", session, RefundSession)
+    check_journal(journal)
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable | AsyncIterable):
         raise InvalidRequest([Problem("requests", "must be an iterable of RefundRequest", type(requests).__name__)])
     run = _Run(

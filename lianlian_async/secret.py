@@ -65,10 +65,8 @@ def drop_secrets(error: BaseException | None) -> None:
     """Take from a foreign ``error``, and from all that it hangs on, whatever may hold a database's password."""
     while error is not None:
         error.__traceback__ = None
-        if "_pgconn" in vars(error):
-            vars(error)["_pgconn"] = (
-                None  # psycopg keeps the settings of a failed connection here, its password included
-            )
+        if "_pgconn" in vars(error):  # the settings of psycopg's failed connection, password included
+            vars(error)["_pgconn"] = None
         error = error.__context__
 
 

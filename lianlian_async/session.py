@@ -25,7 +25,7 @@ from .outcome import Outcome, Tally
 from .recording import learn
 from .recovery import Resumed, resume
 from .retry import Deadline, RetryPolicy
-from .settings import check_integer, check_type, positive_seconds
+from .settings import check_integer, check_journal, check_type, positive_seconds
 from .signature_watch import SignatureWatch
 from .transport import AsyncBaseTransport, AsyncClient, Transport
 from .waiting import Waiting
@@ -102,8 +102,7 @@ class RefundSession:
             raise ConfigurationError("client and transport: give one of them, a client has its transport already")
         check_type("merchant", merchant, Merchant)
         check_type("retry", retry, RetryPolicy)
-        if journal is not None and not hasattr(journal, "is_open"):
-            raise ConfigurationError(f"journal: must be a journal, such as SqliteJournal(path), not {journal!r:.80}")
+        check_journal(journal)
         check_integer("max_connections", max_connections, least=1)
         check_integer("warm_up", warm_up, least=0, most=max_connections, bound="max_connections")
         self.merchant = merchant

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import UnionType
+
 from .errors import ConfigurationError
 
-__all__ = ["check_integer", "check_type", "is_number", "positive_seconds"]
+__all__ = ["check_integer", "check_journal", "check_type", "is_number", "positive_seconds"]
 
 
 def is_number(value: object) -> bool:
@@ -27,7 +29,16 @@ def positive_seconds(name: str, value: float) -> float:
     return value
 
 
-def check_type(name: str, value: object, kind: type) -> None:
+def check_type(name: str, value: object, kind: type | UnionType) -> None:
     """Refuse ``value`` if it is no ``kind``; only its type is shown, since it may be a secret."""
     if not isinstance(value, kind):
-        raise ConfigurationError(f"{name}: must be of type {kind.__name__}, not {type(value).__name__}")
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise ConfigurationError(f"{name}: must be of type {wanted}, not {type(value).__name__}")
+
+
+def check_journal(journal: object) -> None:
+    """Refuse what is neither a journal nor None: a path, for example, which belongs into ``SqliteJournal``."""
+    if journal is not None and not hasattr(journal, "is_open"):
+        raise ConfigurationError(
+            f"journal: must be a journal, such as SqliteJournal(path), not {type(journal).__name__}"
+        )

@@ -550,6 +550,8 @@ async def test_what_holds_no_requests_is_refused_at_once(requests):
     assert gateway.requests == {}
     with pytest.raises(ConfigurationError, match="session: must be of type RefundSession, not SandboxGateway"):
         refund_many(gateway, [refund_request(1)])
+    with pytest.raises(ConfigurationError, match="journal: must be a journal, such as SqliteJournal"):
+        refund_many(session, [refund_request(1)], journal="refunds.db")
 
 
 # ── what stops a batch ───────────────────────────────────────────────────────────────────────────

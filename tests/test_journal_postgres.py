@@ -426,6 +426,23 @@ async def test_a_dsn_that_is_none_is_not_repeated(dsn):
     assert caught.value.__context__ is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dsn": None}, "dsn: must be of type str, not NoneType"),
+        ({"schema": 5}, "schema: must be of type str, not int"),
+        ({"timeout": "10"}, "timeout: must be more than 0 and a number of seconds, is '10'"),
+        ({"timeout": 0}, "timeout: must be more than 0"),
+        ({"not_found_grace": "900"}, "not_found_grace: must be a number of at least 0, is '900'"),
+        ({"not_found_grace": -1}, "not_found_grace: must be a number of at least 0, is -1"),
+    ],
+)
+async def test_settings_that_cannot_be_are_refused(settings, words):
+    """The error names the setting, what is wanted, and what came."""
+    with pytest.raises(ConfigurationError, match=words):
+        PostgresJournal(**{"dsn": "postgresql://clerk@/books"} | settings)
+
+
 async def test_a_forked_child_is_refused(make, monkeypatch):
     """Seen from any other process, an open journal raises in every verb."""
     async with make() as journal:

@@ -842,6 +842,11 @@ async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, t
         ({"handler_seconds": 0}, "handler_seconds: must be more than 0"),
         ({"handler_seconds": float("nan")}, "handler_seconds"),
         ({"handler_seconds": "4"}, "handler_seconds: must be more than 0 and a number of seconds, is '4'"),
+        ({"merchant": OID_PARTNER}, "merchant: must be of type Merchant, not str"),
+        ({"on_refund": None}, "on_refund: must be of type Callable, not NoneType"),
+        ({"journal": "refunds.db"}, "journal: must be a journal, such as SqliteJournal"),
+        ({"session": "s"}, "session: must be of type .*RefundSession | None, not str"),
+        ({"remember": -1}, "remember: must be an integer of at least 0, is -1"),
         ({"concurrency": True}, "concurrency: must be an integer of at least 1, is True"),
         ({"body_seconds": 0}, "body_seconds: must be more than 0"),
         ({"concurrency": 0}, "concurrency"),
@@ -853,7 +858,7 @@ async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, t
 async def test_settings_that_cannot_be_are_refused(handler, settings, message):
     """What is wrong is said when the endpoint is made."""
     with pytest.raises(ConfigurationError, match=message):
-        NotificationEndpoint(trusting(), handler, **settings)
+        NotificationEndpoint(**{"merchant": trusting(), "on_refund": handler} | settings)
 
 
 async def test_the_repr_names_the_merchant(endpoint):

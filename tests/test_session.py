@@ -203,7 +203,7 @@ async def test_what_is_no_request_is_refused_before_anything_is_sent(given):
     [
         ({"merchant": "201103171000000000"}, "merchant: must be of type Merchant, not str"),
         ({"retry": 3}, "retry: must be of type RetryPolicy, not int"),
-        ({"journal": "refunds.db"}, "journal: must be a journal, such as SqliteJournal(path), not 'refunds.db'"),
+        ({"journal": "refunds.db"}, "journal: must be a journal, such as SqliteJournal(path), not str"),
     ],
 )
 def test_settings_of_another_type_are_refused(merchant, settings, words):

@@ -27,6 +27,7 @@ from lianlian_async.background import Background
 from lianlian_async.clock import Clock, Moment, system_clock
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import Secret, drop_secrets, without_locals
+from lianlian_async.settings import check_type, is_number, positive_seconds
 
 from . import postgres_rows as sql
 from .base import Entry, Intent, JournalError, Owner, Standing, State
@@ -95,6 +96,11 @@ class PostgresJournal(GroupedJournal):
         not_found_grace: float = 900.0,
         clock: Clock = system_clock,
     ) -> None:
+        positive_seconds("timeout", timeout)
+        if not is_number(not_found_grace) or not not_found_grace >= 0:
+            raise ConfigurationError(f"not_found_grace: must be a number of at least 0, is {not_found_grace!r}")
+        check_type("dsn", dsn, str)
+        check_type("schema", schema, str)
         try:
             database = conninfo_to_dict(dsn)
         except ProgrammingError:  # whose text would show the password

@@ -41,7 +41,7 @@ from lianlian_async.models import Refund
 from lianlian_async.recovery import Resumed
 from lianlian_async.rsa_thread import RsaThread
 from lianlian_async.session import RefundSession
-from lianlian_async.settings import positive_seconds
+from lianlian_async.settings import check_integer, check_journal, check_type, positive_seconds
 
 from .acks import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 from .acting import Book, act_on
@@ -139,6 +139,11 @@ class NotificationEndpoint:
         remember: int = 10_000,
         clock: Clock = system_clock,
     ) -> None:
+        check_type("merchant", merchant, Merchant)
+        check_type("on_refund", on_refund, Callable)  # type: ignore[arg-type]
+        check_journal(journal)
+        check_type("session", session, RefundSession | None)
+        check_integer("remember", remember, least=0)
         if confirm and session is None:
             raise ConfigurationError("confirm: needs a session to ask with")
         if inbox and journal is None:
