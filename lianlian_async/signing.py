@@ -28,7 +28,8 @@ __all__ = ["BACKEND", "KeyMaterial", "SigningKey", "VerifyingKey", "signature_so
 BACKEND = os.environ.get("LIANLIAN_SIGNING_BACKEND") or ("openssl" if find_spec("cryptography") else "pycryptodome")
 """What computes the signatures: ``pycryptodome``, or ``openssl`` with the extra ``fast``, four to five times faster.
 
-OpenSSL is taken where it is installed; the environment variable ``LIANLIAN_SIGNING_BACKEND`` can choose.
+OpenSSL is taken where it is installed; the environment variable ``LIANLIAN_SIGNING_BACKEND`` can choose. If nobody
+chose, and OpenSSL refuses MD5 or a key (FIPS mode), pycryptodome takes its place.
 """
 
 _SMALLEST_KEY_BITS: Final = 1024  # the pages name 1024, 2048 and 4096
@@ -88,6 +89,10 @@ class _OpenSsl:
         self._verify = key.verify
         self._how = (padding.PKCS1v15(), hashes.MD5())
         self._invalid = InvalidSignature
+        # In FIPS mode OpenSSL refuses MD5 only when it is used.
+        self.verify(b"", b"")
+        if rsa.has_private():
+            self.sign(b"")
 
     def sign(self, source: bytes) -> bytes:
         return bytes(self._sign(source, *self._how))
@@ -105,7 +110,14 @@ def _scheme(rsa: RSA.RsaKey) -> _Scheme:
         case "pycryptodome":
             return _PyCryptodome(rsa)
         case "openssl" if find_spec("cryptography"):
-            return _OpenSsl(rsa)
+            try:
+                return _OpenSsl(rsa)
+            except Exception as error:  # how OpenSSL refuses depends on its version and configuration
+                if os.environ.get("LIANLIAN_SIGNING_BACKEND"):
+                    raise ConfigurationError(
+                        "LIANLIAN_SIGNING_BACKEND: OpenSSL refuses MD5 or this key (FIPS mode?): set it to pycryptodome"
+                    ) from error
+                return _PyCryptodome(rsa)
         case "openssl":
             raise ConfigurationError("LIANLIAN_SIGNING_BACKEND: openssl needs pip install 'lianlian-async[fast]'")
         case _:

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import keypairs
 import pytest
+from cryptography.hazmat.primitives import hashes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,3 +87,50 @@ def test_without_the_extra_openssl_cannot_be_had(monkeypatch):
     monkeypatch.setattr(signing, "find_spec", lambda name: None)
     with pytest.raises(signing.ConfigurationError, match=r"lianlian-async\[fast\]"):
         VerifyingKey.load(keypairs.pair("gateway").public_pem)
+
+
+def signature_where_openssl_refuses(tmp_path, wanted: str) -> subprocess.CompletedProcess[str]:
+    """Have a new process sign, whose OpenSSL allows only FIPS-approved algorithms and has none of these."""
+    configuration = tmp_path / "openssl.cnf"
+    configuration.write_text(
+        "openssl_conf = init\n[init]\nalg_section = algorithms\n[algorithms]\ndefault_properties = fips=yes\n"
+    )
+    key = tmp_path / "key.pem"
+    key.write_text(keypairs.pair("merchant").private_pem)
+    program = (
+        "import sys; from lianlian_async.signing import SigningKey; print(SigningKey.load(sys.argv[1]).sign(b'x'))"
+    )
+    environment = os.environ | {"OPENSSL_CONF": str(configuration), "LIANLIAN_SIGNING_BACKEND": wanted}
+    return subprocess.run(
+        [sys.executable, "-c", program, str(key)], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_where_openssl_refuses_md5_pycryptodome_signs(tmp_path):
+    """On a machine in FIPS mode refunds are signed all the same, unless OpenSSL was asked for by name."""
+    expected = keypairs.pair("merchant").private.sign(b"x")
+    assert signature_where_openssl_refuses(tmp_path, "").stdout.strip() == expected
+    ended = signature_where_openssl_refuses(tmp_path, "openssl")
+    assert "ConfigurationError: LIANLIAN_SIGNING_BACKEND: OpenSSL refuses MD5" in ended.stderr
+
+
+@pytest.mark.parametrize("half", ["private", "public"])
+def test_an_openssl_that_refuses_only_md5_is_found_out_when_the_key_is_loaded(monkeypatch, half):
+    """A key that OpenSSL loads, but refuses to use with this hash, falls back; or says so if OpenSSL was asked for."""
+    pair = keypairs.pair("merchant")
+    signature = pair.private.sign(b"x")
+
+    def load():
+        return (
+            SigningKey.load(pair.private_pem).public_key() if half == "private" else VerifyingKey.load(pair.public_pem)
+        )
+
+    monkeypatch.setattr(signing, "BACKEND", "openssl")
+    monkeypatch.setattr(
+        hashes, "MD5", partial(hashes.BLAKE2s, 32)
+    )  # which OpenSSL refuses for RSA: UnsupportedAlgorithm
+    monkeypatch.setenv("LIANLIAN_SIGNING_BACKEND", "")
+    assert load().verify(b"x", signature)
+    monkeypatch.setenv("LIANLIAN_SIGNING_BACKEND", "openssl")
+    with pytest.raises(signing.ConfigurationError, match="OpenSSL refuses MD5 or this key"):
+        load()
