@@ -27,7 +27,7 @@ from .recovery import Resumed, resume
 from .retry import Deadline, RetryPolicy
 from .settings import check_integer, check_journal, check_type, positive_seconds
 from .signature_watch import SignatureWatch
-from .transport import AsyncBaseTransport, AsyncClient, Transport
+from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, Transport, check_http
 from .waiting import Waiting
 
 __all__ = ["RefundSession"]
@@ -57,6 +57,8 @@ class RefundSession:
         merchant: who we are.
         client: an ``httpx.AsyncClient`` to use and not to close; it must allow ``max_connections``.
         transport: an httpx transport for the session's own client; not together with ``client``.
+        http_backend: what the session's own client sends with, ``httpx`` or ``aiohttp``; by default what
+            ``LIANLIAN_HTTP_BACKEND`` says, or else ``httpx``.
         retry: the default policy of every call.
         deadline: seconds for one whole call once it has its connection slot: signing, every attempt, every
             pause, every question. Waiting for the slot does not count, so ``asyncio.gather`` over thousands
@@ -88,6 +90,7 @@ class RefundSession:
         *,
         client: AsyncClient | None = None,
         transport: AsyncBaseTransport | None = None,
+        http_backend: HttpBackend | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
         deadline: float = 30.0,
         max_connections: int = 20,
@@ -98,8 +101,7 @@ class RefundSession:
         query_first: bool = False,
         clock: Clock = system_clock,
     ) -> None:
-        if client is not None and transport is not None:
-            raise ConfigurationError("client and transport: give one of them, a client has its transport already")
+        check_http(client, transport, http_backend)
         check_type("merchant", merchant, Merchant)
         check_type("retry", retry, RetryPolicy)
         check_journal(journal)
@@ -108,6 +110,7 @@ class RefundSession:
         self.merchant = merchant
         self._client = client
         self._transport = transport
+        self._http_backend = http_backend
         self._retry = retry
         self._deadline = _checked(deadline)
         self._max_connections = max_connections
@@ -156,7 +159,7 @@ class RefundSession:
                 await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._line = await Line.open(
                 self.merchant,
-                await Transport.open(self._client, self._transport, self._max_connections),
+                await Transport.open(self._client, self._transport, self._max_connections, backend=self._http_backend),
                 budget=self._retry.budget,
                 limiter=self._limiter,
                 middleware=self._middleware,

@@ -11,6 +11,7 @@ import gzip
 import importlib.metadata
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -51,7 +52,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.exchange import Answer, Lost
-from lianlian_async.transport import Transport, http_backend
+from lianlian_async.transport import PoolTransport, Transport, http_backend
 
 pytestmark = pytest.mark.anyio
 
@@ -513,6 +514,12 @@ def self_signed(tmp_path_factory):
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(file)
     return context, file
+
+
+async def honestly(connection: Connection):
+    """Make each refund that is asked for."""
+    while (request := await connection.request()) is not None:
+        await connection.respond(as_json(made(wire.decode(request[1]))))
 
 
 async def heartily(connection: Connection):
@@ -1069,24 +1076,87 @@ async def test_a_session_whose_keys_cannot_be_read_closes_its_transport(merchant
 # ── which stack ──────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("wanted", "chosen"), [("", "aiohttp"), ("httpx", "httpx"), ("aiohttp", "aiohttp")])
-async def test_aiohttp_is_taken_where_it_is_installed_and_the_environment_can_choose(monkeypatch, wanted, chosen):
-    """LIANLIAN_HTTP_BACKEND decides; without it aiohttp carries the requests."""
-    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", wanted)
-    assert http_backend() == chosen
+@pytest.mark.parametrize(
+    ("argument", "variable", "chosen"),
+    [
+        (None, "", "httpx"),
+        (None, "httpx", "httpx"),
+        (None, "aiohttp", "aiohttp"),
+        ("httpx", "aiohttp", "httpx"),
+        ("aiohttp", "httpx", "aiohttp"),
+        ("aiohttp", "", "aiohttp"),
+    ],
+)
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_the_argument_then_the_environment_chooses_and_else_it_is_httpx(
+    monkeypatch, merchant_keys, gateway_keys, argument, variable, chosen
+):
+    """An aiohttp that is merely installed changes nothing: it has to be asked for."""
+    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", variable)
+    async with (
+        serving(honestly) as server,
+        RefundSession(at(merchant_keys, gateway_keys, server.url), http_backend=argument) as session,
+    ):
+        client = session._line._transport._client
+        await session.apply_refund(refund_request())
+        assert isinstance(client._transport, PoolTransport) is (chosen == "httpx")
+    assert http_backend(argument) == chosen
+
+
+async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, monkeypatch):
+    """pytest-httpx and respx replace AsyncHTTPTransport.handle_async_request: nothing goes past them."""
+    mocked = []
+
+    async def handle_async_request(self, request):
+        mocked.append((request.url.path, await request.aread()))
+        return httpx.Response(200, content=as_json(made(wire.decode(request.content))))
+
+    monkeypatch.delenv("LIANLIAN_HTTP_BACKEND", raising=False)
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", handle_async_request)
+    async with RefundSession(merchant) as session:
+        for number in range(2):
+            assert (await session.apply_refund(refund_request(number))).no_refund == f"R-{number}"
+    assert len(mocked) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"client": httpx.Client()}, "client: must be an httpx.AsyncClient object, is httpx.Client"),
+        ({"client": httpx.AsyncClient}, "client: must be an httpx.AsyncClient object, is httpx.AsyncClient"),
+        ({"client": "httpx"}, "client: must be an httpx.AsyncClient object, is builtins.str"),
+        ({"client": httpx.AsyncHTTPTransport(verify=False)}, "client: must be an httpx.AsyncClient object"),
+        ({"transport": httpx.HTTPTransport(verify=False)}, "transport: must be an httpx.AsyncBaseTransport object"),
+        ({"http_backend": "aiohtpp"}, "http_backend: must be httpx or aiohttp, is 'aiohtpp'"),
+        ({"http_backend": 1}, "http_backend: must be httpx or aiohttp, is 1"),
+        ({"client": httpx.AsyncClient(), "http_backend": "httpx"}, "client, transport and http_backend: give one"),
+        ({"client": httpx.AsyncClient(), "transport": Raising(None)}, "client, transport and http_backend: give one"),
+    ],
+)
+def test_a_client_or_transport_of_another_kind_is_refused_when_the_session_is_made(merchant, given, told):
+    """The error names the argument and what it takes, long before the first refund."""
+    with pytest.raises(ConfigurationError, match=re.escape(told)):
+        RefundSession(merchant, **given)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_a_client_of_aiohttp_s_is_refused_when_the_session_is_made(merchant):
+    """Another library's client is named in the error, which comes before the first refund."""
+    async with aiohttp.ClientSession() as client:
+        with pytest.raises(ConfigurationError, match=r"client: must be an httpx.AsyncClient object, is aiohttp\."):
+            RefundSession(merchant, client=client)
 
 
 @pytest.mark.parametrize("installed", ["3.14", "3.14b1", "3.14.5", "4.0.0a1"])
 async def test_an_aiohttp_that_is_new_enough_is_taken(monkeypatch, installed):
     """Every version from 3.14 on will do, however it is written."""
     monkeypatch.setattr(importlib.metadata, "version", lambda _name: installed)
-    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "")
-    assert http_backend() == "aiohttp"
+    assert http_backend("aiohttp") == "aiohttp"
 
 
 @pytest.mark.parametrize("installed", [None, "3.9.5", "3.13.3"])
-async def test_without_aiohttp_or_with_an_old_one_it_is_httpx(monkeypatch, installed):
-    """An aiohttp that reads headers without end is as good as none; to ask for it is an error."""
+async def test_without_aiohttp_or_with_an_old_one_it_cannot_be_asked_for(monkeypatch, installed):
+    """An aiohttp that reads headers without end counts as none; asking for it is an error."""
 
     def version(name):
         if installed is None:
@@ -1094,15 +1164,14 @@ async def test_without_aiohttp_or_with_an_old_one_it_is_httpx(monkeypatch, insta
         return installed
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "")
-    assert http_backend() == "httpx"
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohttp")
-    with pytest.raises(ConfigurationError, match=r"lianlian-async\[fast\]"):
-        http_backend()
+    for wanted in (None, "aiohttp"):
+        with pytest.raises(ConfigurationError, match=r"lianlian-async\[fast\]"):
+            http_backend(wanted)
 
 
-async def test_an_unknown_stack_is_told_when_the_session_opens(monkeypatch, merchant):
+async def test_an_unknown_stack_is_told_when_the_session_is_made(monkeypatch, merchant):
     """A misspelt LIANLIAN_HTTP_BACKEND is a ConfigurationError that lists the right ones."""
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohtpp")
     with pytest.raises(ConfigurationError, match="LIANLIAN_HTTP_BACKEND: must be httpx or aiohttp, is 'aiohtpp'"):
-        await RefundSession(merchant).__aenter__()
+        RefundSession(merchant)

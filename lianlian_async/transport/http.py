@@ -13,7 +13,7 @@ import httpx
 from lianlian_async.exchange import Answer, Delivery, Lost
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
-from .own import own_client
+from .own import HttpBackend, own_client
 from .request import Body, LeaseEndedError, WatchedRequest
 
 __all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
@@ -66,11 +66,12 @@ class Transport:
         transport: httpx.AsyncBaseTransport | None,
         max_connections: int,
         content_type: str = _JSON,
+        backend: HttpBackend | None = None,
     ) -> Transport:
         """Over ``client`` if given, else over a client of our own, on ``transport`` if given."""
         owned = client is None
         if client is None:
-            client = await own_client(transport, max_connections)
+            client = await own_client(transport, max_connections, backend)
         return cls(client, owned=owned, content_type=content_type)
 
     async def post(

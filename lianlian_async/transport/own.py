@@ -1,10 +1,10 @@
-"""The HTTP stack below a session's own client: httpx's, or aiohttp's where that is installed (extra ``fast``)."""
+"""The HTTP stack below a session's own client: httpx's, or aiohttp's where it is asked for (extra ``fast``)."""
 
 from __future__ import annotations
 
 import os
 import re
-from typing import Final
+from typing import Final, Literal, TypeAlias
 from urllib.request import getproxies
 
 import anyio.to_thread
@@ -15,28 +15,45 @@ from lianlian_async.event_loop import asyncio_loop
 
 from .pool import KEEPALIVE_SECONDS, PoolTransport, environment_proxies
 
-__all__ = ["http_backend", "own_client"]
+__all__ = ["HttpBackend", "check_http", "http_backend", "own_client"]
+
+HttpBackend: TypeAlias = Literal["httpx", "aiohttp"]
 
 _OLDEST_AIOHTTP: Final = (3, 14)  # the first that ends an answer whose headers have no end
 
 
-def http_backend() -> str:
-    """What carries the requests: ``httpx``, or ``aiohttp`` with the extra ``fast``, at a fraction of the CPU time.
+def http_backend(wanted: str | None = None) -> HttpBackend:
+    """Return what carries the requests: ``wanted``, or else ``LIANLIAN_HTTP_BACKEND``, or else ``httpx``.
 
-    aiohttp is taken where it is installed; the environment variable ``LIANLIAN_HTTP_BACKEND`` can choose.
-    It needs asyncio, and knows the proxies of the environment less well: on trio, and behind a proxy, it is httpx.
+    Never what merely is installed: mocks and tracing of httpx would be passed by. ``aiohttp`` (extra ``fast``) takes
+    a fraction of the CPU time. It needs asyncio and uses no proxy: on trio, and behind a proxy, httpx takes its place.
     """
-    match os.environ.get("LIANLIAN_HTTP_BACKEND", ""):
-        case "":
-            return "aiohttp" if _has_aiohttp() else "httpx"
+    name = "LIANLIAN_HTTP_BACKEND" if wanted is None else "http_backend"
+    match os.environ.get(name) or "httpx" if wanted is None else wanted:
         case "httpx":
             return "httpx"
         case "aiohttp" if _has_aiohttp():
             return "aiohttp"
         case "aiohttp":
-            raise ConfigurationError("LIANLIAN_HTTP_BACKEND: aiohttp needs pip install 'lianlian-async[fast]'")
+            raise ConfigurationError(f"{name}: aiohttp needs pip install 'lianlian-async[fast]'")
         case other:
-            raise ConfigurationError(f"LIANLIAN_HTTP_BACKEND: must be httpx or aiohttp, is {other!r}")
+            raise ConfigurationError(f"{name}: must be httpx or aiohttp, is {other!r}")
+
+
+def check_http(client: object, transport: object, backend: str | None) -> None:
+    """Raise ``ConfigurationError`` unless at most one is given (not None), and that one is what it should be."""
+    if [client, transport, backend].count(None) < 2:
+        raise ConfigurationError("client, transport and http_backend: give one of them, each one replaces the others")
+    for name, given, kind in (
+        ("client", client, httpx.AsyncClient),
+        ("transport", transport, httpx.AsyncBaseTransport),
+    ):
+        if given is not None and not isinstance(given, kind):
+            what = given if isinstance(given, type) else type(given)
+            raise ConfigurationError(
+                f"{name}: must be an httpx.{kind.__name__} object, is {what.__module__}.{what.__qualname__}"
+            )
+    http_backend(backend)
 
 
 def _has_aiohttp() -> bool:
@@ -67,18 +84,20 @@ class _Client(httpx.AsyncClient):
         return self._none
 
 
-async def own_client(transport: httpx.AsyncBaseTransport | None, max_connections: int) -> httpx.AsyncClient:
+async def own_client(
+    transport: httpx.AsyncBaseTransport | None, max_connections: int, backend: HttpBackend | None
+) -> httpx.AsyncClient:
     """A client on ``transport``, or on one of ours; made in a thread, since it reads the CA bundle."""
     on_asyncio = asyncio_loop() is not None
 
     def make() -> httpx.AsyncClient:
-        return _Client(transport=transport or _own_transport(max_connections, on_asyncio=on_asyncio))
+        return _Client(transport=transport or _own_transport(max_connections, http_backend(backend), on_asyncio))
 
     return await anyio.to_thread.run_sync(make)
 
 
-def _own_transport(max_connections: int, *, on_asyncio: bool) -> httpx.AsyncBaseTransport:
-    if http_backend() == "httpx" or not on_asyncio or environment_proxies(getproxies()):
+def _own_transport(max_connections: int, backend: HttpBackend, on_asyncio: bool) -> httpx.AsyncBaseTransport:
+    if backend == "httpx" or not on_asyncio or environment_proxies(getproxies()):
         return PoolTransport(max_connections)
     from .aiohttp import AiohttpTransport  # only who has the extra can import it
 
