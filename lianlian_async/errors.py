@@ -316,6 +316,8 @@ class JournalError(LianLianError):
     """
 
     said: Any = None
+    holder: str | None = None
+    """Who holds the journal and since when, where another process is at work with it."""
 
 
 class BatchStopped(LianLianError):

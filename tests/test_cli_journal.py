@@ -35,9 +35,11 @@ def file(tmp_path):
     return write_csv(tmp_path / "refunds.csv", [*rows, refund(4, money_refund="1000.01")])
 
 
-@pytest.fixture
-def journal(file):
-    return file.with_name("refunds.csv.journal")
+@pytest.fixture(autouse=True)
+def journal(file, monkeypatch):
+    """Where all commands keep their journal."""
+    monkeypatch.setenv("LIANLIAN_JOURNAL", str(file.with_name("journal.sqlite")))
+    return file.with_name("journal.sqlite")
 
 
 def leave_unknown(merchant, journal, gateway, *numbers):

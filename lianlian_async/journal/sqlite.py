@@ -82,12 +82,17 @@ class SqliteReader(_Looking):
 
     async def __aenter__(self) -> Self:
         await self._open_file(self._path, only_to_look=True)
+        self.id, self.owner = await self._in_thread(self._file.owner)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await complete(self._close)
+
+    async def find_all(self, numbers: Sequence[str]) -> list[Entry]:
+        """The entries of those refunds that are on record."""
+        return await self._in_thread(self._file.find_all, numbers)
 
 
 class SqliteJournal(_Looking, GroupedJournal):

@@ -261,6 +261,11 @@ class JournalFile:
             numbers = self._value(_PENDING if pending else _ENTRIES, after, until, limit)
             return sorted(self._read(numbers).items())
 
+    def find_all(self, numbers: Sequence[str]) -> list[Entry]:
+        """The entries of those refunds that are on record."""
+        with self._turn, self._errors():
+            return list(self._read(_json(numbers)).values())
+
     def latest_made(self) -> Entry | None:
         """The youngest entry that is known as made."""
         with self._turn, self._errors():
