@@ -159,7 +159,13 @@ class RefundSession:
                 await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._line = await Line.open(
                 self.merchant,
-                await Transport.open(self._client, self._transport, self._max_connections, backend=self._http_backend),
+                await Transport.open(
+                    self._client,
+                    self._transport,
+                    self._max_connections,
+                    backend=self._http_backend,
+                    urls=(self.merchant.endpoints.apply, self.merchant.endpoints.query),
+                ),
                 budget=self._retry.budget,
                 limiter=self._limiter,
                 middleware=self._middleware,
