@@ -178,6 +178,7 @@ def test_what_stays_unknown_exits_4(env, gateway, left_open):
     ended = run("journal", "resume", left_open, "--deadline", "0.5", env=env)
     assert ended.exit_code == 4
     assert "1 may have been made" in ended.stdout
+    assert "why outcomes were unknown" in ended.stdout
 
 
 def test_an_interrupted_resume_exits_130(gateway, left_open):

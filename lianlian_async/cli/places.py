@@ -80,7 +80,7 @@ def _check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -
 
 def place_argument(command: Command) -> Command:
     """The argument PLACE: a journal that is there already."""
-    return click.argument("place", metavar="PATH|DSN", envvar=[JOURNAL, DSN], callback=_check_journal)(command)
+    return click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], callback=_check_journal)(command)
 
 
 def dsn_argument(command: Command) -> Command:
