@@ -154,6 +154,7 @@ class Bench:
             **os.environ,
             "PYTHONDONTWRITEBYTECODE": "",
             "PYTHONPYCACHEPREFIX": str(self._cache / "bytecode"),
+            "LIANLIAN_HTTP_BACKEND": "httpx" if program.core else "aiohttp",
             **program.env,
         }
         if self.tls and program.job.keys:
