@@ -163,6 +163,13 @@ async def test_a_lease_ends_by_the_boot_clock(path):
         assert (standing, entry.sent_at) == (Standing.UNSETTLED, at.after(60))
 
 
+async def test_what_is_recorded_survives_a_power_failure(path):
+    """Every commit is synced: with ``synchronous = normal`` the log's last ones may be lost."""
+    async with SqliteJournal(path) as journal:
+        full = 2
+        assert journal._file._connection.execute("PRAGMA synchronous").fetchone() == (full,)
+
+
 async def test_a_file_is_left_behind_that_anybody_can_read(path):
     """Closed, the journal is a single file and its empty owner file; the fields and records in it are plain JSON."""
     async with SqliteJournal(path) as journal:
