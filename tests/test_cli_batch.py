@@ -245,7 +245,7 @@ def test_a_journal_that_is_in_use_exits_1(env, gateway, file):
     until(lambda: gateway.requests["apply"])
     ended = run("batch", file, "--yes", "--no-wait", env=env)
     assert ended.exit_code == 1
-    assert "process" in ended.stderr
+    assert "holds it; wait until that process has ended" in ended.stderr
     assert gateway.requests["apply"] == 1
     process.kill()
     end(process, env)

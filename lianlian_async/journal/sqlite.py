@@ -100,8 +100,10 @@ class SqliteJournal(_Looking, GroupedJournal):
 
     It belongs to one process at a time; a second one that opens it is refused. When that process has ended, in
     whatever way, the next one finds what it left open as UNSETTLED. Beside the file lie, while it is open,
-    ``…-wal`` and ``…-shm`` (SQLite's own: they are part of it) and for ever the empty ``…-owner``; its inbox, if it
-    ever had one, is the file ``…-inbox``. Keep it on a local disk: network file systems do not lock as it needs.
+    ``…-wal`` and ``…-shm`` (SQLite's own: they are part of it) and for ever ``…-owner``, which tells who has it open;
+    its inbox, if it ever had one, is the file ``…-inbox``. Several processes of one service share a
+    :class:`~.postgres.PostgresJournal`; several files do not know of each other's refunds. Keep it on a local disk:
+    network file systems do not lock as it needs.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
