@@ -1,9 +1,11 @@
 """``lianlian batch``: refunds over a socket, to the last exit code, and again after whatever happened."""
 
 import signal
+import time
 from decimal import Decimal
 from pathlib import Path
 
+import anyio
 import pytest
 from batches import read_csv, read_lines, refund, write_csv
 from command import end, interruption, run, start, until
@@ -12,6 +14,8 @@ from test_cli_sandbox import read
 from lianlian_async.cli.endings import MADE, NOT_SENT
 from lianlian_async.cli.results import RESULT, Tally
 from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.signals import one_interruption
+from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 
 SHORT = ("--deadline", "2", "--absence-grace", "2.5")
@@ -310,11 +314,39 @@ def start_until_stuck(gateway, file, env, *, sent, stuck, when=When.AFTER):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_batch_carries_on(env, gateway, file, number):
-    """Ctrl-C and SIGTERM end it in good order with 130; the next run asks about what was under way."""
+def test_a_second_interruption_does_not_disturb_the_end():
+    """Within the event loop only the first Ctrl-C interrupts, so that what it ends can end in good order."""
+    ended = []
+
+    async def main():
+        with one_interruption():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            try:
+                await anyio.sleep_forever()
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                ended.append("in good order")
+
+    with pytest.raises(KeyboardInterrupt):
+        anyio.run(main)
+    assert ended == ["in good order"]
+
+
+def test_a_batch_that_ends_before_all_is_told_is_an_error():
+    """A normal end needs an outcome for each refund of the file."""
+    Tally(0).check_complete()
+    with pytest.raises(LianLianError, match="the batch ended with 247 refunds to do"):
+        Tally(247).check_complete()
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 3])
+def test_an_interrupted_batch_carries_on(env, gateway, file, numbers):
+    """Ctrl-C and SIGTERM, also repeated, end it in good order with 130; the next run asks about what was under way."""
     process = start_until_stuck(gateway, file, env, sent=3, stuck=2)
-    process.send_signal(number)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.0005)  # else the kernel merges two signals into one
     ended = end(process, env)
     assert ended.exit_code == 130
     assert ended.json["outcome"] == "interrupted"

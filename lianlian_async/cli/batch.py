@@ -31,7 +31,7 @@ from .inputs import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, pass_output
 from .places import is_dsn, make_journal, open_queue
 from .results import RESULT, Tally, line_writer, result_of
-from .signals import sigterm_interrupts
+from .signals import one_interruption, sigterm_interrupts
 from .summary import show_batch, show_checked, tell_findings
 from .survey import Survey, survey
 from .table import Columns, read_rows
@@ -218,7 +218,9 @@ class _Run:
     async def work(self) -> None:
         """Have all made; what ended it before all were is its ``failure``, or is raised if nothing was begun."""
         try:
-            await self._work()
+            with one_interruption():
+                await self._work()
+            self.tally.check_complete()
         except LianLianError as error:
             if not self.tally.ended:
                 raise

@@ -107,6 +107,13 @@ class Tally:
             self.reasons[error.reason] += 1
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
 
+    def check_complete(self) -> None:
+        """Raise ``LianLianError`` if the batch has come to its end, and refunds are left that nobody has told of."""
+        if self.ended != self.total:
+            raise LianLianError(
+                f"the batch ended with {self.total - self.ended:,} refunds to do; run the same command again"
+            )
+
     @property
     def ended(self) -> int:
         """How many refunds have ended in one way or the other."""
