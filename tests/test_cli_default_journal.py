@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from batches import refund, url_of, write_csv
-from command import run
+from command import end, run, start, until
 from test_cli_batch_input import on_a_terminal
 
 from lianlian_async.cli import default_journal
@@ -227,3 +227,26 @@ def test_an_older_journal_of_another_endpoint_does_not_count(env, gateway, file)
         assert run("batch", file, "--yes", "--journal", f"{file}.journal", env=rehearsal).exit_code == 0
     ended = run("batch", file, "--yes", "--json", env=env)
     assert (ended.exit_code, ended.json["found"]["new"], ended.json["attempts"]) == (0, 3, 3)
+
+
+def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
+    """It says who holds the journal and since when, and goes on when that process has ended; or it refuses."""
+    gateway.script(Fault.NO_ANSWER, call="apply")
+    command = ("batch", file, "--yes", "--journal", tmp_path / "journal", "--concurrency", "1", "--absence-grace", "1")
+    first = start(*command, env=env)
+    until(lambda: gateway.requests["apply"])
+    refused = run(*command, "--no-wait", env=env)
+    assert refused.exit_code == 1
+    assert f"process {first.pid}" in refused.stderr
+    second = start(*command, "--wait-unknown", env=env)
+    told = ""
+    while "waiting: " not in told:
+        line = second.stderr.readline()
+        assert line, told
+        told += line
+    assert f"process {first.pid}" in told
+    assert "since 20" in told
+    first.kill()
+    end(first, env)
+    assert end(second, env).exit_code == 0
+    assert all(gateway.times_made(f"R-{number}") == 1 for number in range(3))
