@@ -1,4 +1,4 @@
-"""Workers that are killed at random make every refund once (``tests/fleet.py``, in small)."""
+"""Workers that are killed or suspended at random make every refund once (``tests/fleet.py``, in small)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fleet
 from lianlian_async.sandbox import Repeated
 
 
-def test_workers_that_are_killed_make_every_refund_once(database, pytestconfig):
+def test_workers_that_are_killed_or_suspended_make_every_refund_once(database, pytestconfig):
     """Through every fault at 5 %, the shared journal and the gateway's books are equal, whatever that carries out."""
     kills, seed = (pytestconfig.getoption(name) for name in ("kills", "seed"))
     contradictions = fleet.kill_workers(
