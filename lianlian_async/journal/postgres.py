@@ -74,12 +74,12 @@ class PostgresJournal(GroupedJournal):
     off. Workers may die at any moment: their leases end, and whoever comes next asks the gateway first.
 
     *What holds over failover and restore:* a standby or a backup may lack the last commits. Where the database is
-    another incarnation than before, nothing that was begun earlier is sent again for ``not_found_grace`` seconds, and
-    a refund that is not on record is asked about before it is sent: every one for ``not_found_grace`` seconds, and
-    later still every one whose ``dt_refund`` is older than that. What the gateway answered is written again if its
-    row is lost. What remains: a request that a worker sends in the moment of the failover, under a lease that was
-    lost, may reach the gateway after another worker was told "no such record". Synchronous replication rules that
-    out; and stop all workers before a restore.
+    another incarnation than before, the grace of what was begun earlier (``RetryPolicy.absence_grace``) starts again,
+    and a refund that is not on record is asked about before it is sent: each one for ``not_found_grace`` seconds, and
+    later each one whose ``dt_refund`` is older than that. What the gateway answered is written again if its row is
+    lost. What remains: a request that is on its way during the failover, under a lease that was lost, may arrive
+    after another worker was told "no such record". Synchronous replication prevents that. Stop all workers before
+    you restore a backup.
 
     ``timeout`` is how many seconds the database may take for one transaction, connecting included. Set
     ``not_found_grace`` as in the ``RetryPolicy`` of the workers; 0 asks about nothing that is new. ``clock`` is the
