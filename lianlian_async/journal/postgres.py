@@ -36,7 +36,7 @@ from .operations import Answer, Begin, Look, Operation, perform
 from .postgres_moments import Reading
 from .postgres_rows import entry_of, owner_of, rows_of
 
-__all__ = ["PostgresJournal"]
+__all__ = ["PostgresJournal", "connection_string"]
 
 SCHEMA_VERSION: Final = 2
 
@@ -61,6 +61,20 @@ class _Apart:
         """Wait for one of the answers."""
         await self.done.wait()
         return self.answers[place]
+
+
+@without_locals
+def connection_string(dsn: str, timeout: float) -> str:
+    """Return ``dsn`` so that a connection whose other end is gone is given up; what ``dsn`` says itself stays.
+
+    Raises ``ConfigurationError``.
+    """
+    try:
+        given = conninfo_to_dict(dsn)
+    except ProgrammingError:  # whose text would show the password
+        raise ConfigurationError("dsn: not a PostgreSQL connection string or URL") from None
+    alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+    return make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | given))
 
 
 class PostgresJournal(GroupedJournal):
@@ -101,14 +115,9 @@ class PostgresJournal(GroupedJournal):
             raise ConfigurationError(f"not_found_grace: must be a number of at least 0, is {not_found_grace!r}")
         check_type("dsn", dsn, str)
         check_type("schema", schema, str)
-        try:
-            database = conninfo_to_dict(dsn)
-        except ProgrammingError:  # whose text would show the password
-            raise ConfigurationError("dsn: not a PostgreSQL connection string or URL") from None
+        self._dsn = Secret(connection_string(dsn, timeout))
+        database = conninfo_to_dict(self._dsn.reveal())
         super().__init__(f"{schema} in {database.get('dbname')} at {database.get('host')}")
-        # A connection whose other end is gone is given up, unless ``dsn`` says otherwise.
-        alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-        self._dsn = Secret(make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | database)))
         self._schema = schema
         self._timeout = timeout
         self._grace = not_found_grace
