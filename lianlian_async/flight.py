@@ -74,13 +74,15 @@ class Flights:
             self._forget(number, flight)
         if flight is not None:
             flight.check_content(order.request)
-            return await flight.join(order.seconds)
-        flight = self._under_way[number] = Flight(order, self._fly, self._unknown)
+            counted = Tally()
+        else:
+            flight, counted = Flight(order, self._fly, self._unknown), tally
+            self._under_way[number] = flight
         try:
             return await flight.join(order.seconds)
         finally:
-            self._forget(number, flight)
-            tally.attempts, tally.questions = flight.tally.attempts, flight.tally.questions
+            self._forget(number, flight)  # whoever leaves last: the caller that began it may have left earlier
+            counted.attempts, counted.questions = flight.tally.attempts, flight.tally.questions
 
     def _forget(self, number: str, flight: Flight) -> None:
         if flight.has_ended and self._under_way.get(number) is flight:
@@ -175,11 +177,10 @@ class Flights:
 
 def _take_over(case: Case, earlier: RefundOutcomeUnknown) -> None:
     """Let ``case`` know what an earlier call left, which this journal need not know."""
-    if case.sent_at is None:
-        case.sent_at, case.refused = earlier.moment, earlier.refused
-    else:
-        case.told_at = earlier.moment
-        case.refused = case.refused and earlier.refused
+    sent_at, moment = case.sent_at, earlier.moment
+    if sent_at is None or (moment.timeline == sent_at.timeline and moment.boot > sent_at.boot):
+        case.sent_at = moment
+        case.refused = earlier.refused if sent_at is None or case.refused is not None else None
 
 
 @attrs.define(eq=False)

@@ -53,7 +53,7 @@ async def drain(
             failures.append(_stray(error) if isinstance(error, cancelled) else error)
             (group.cancel_scope if isinstance(error, KeyboardInterrupt | SystemExit) else intake).cancel()
 
-    numbers = count()
+    handled, numbers = 0, count()
     unbegun = dict[int, Coroutine[Any, Any, None]]()
 
     def begin(item: T) -> Coroutine[Any, Any, None]:
@@ -61,10 +61,14 @@ async def drain(
         return unbegun.setdefault(number, work(number, item))
 
     async def work(number: int, item: T) -> None:
+        nonlocal handled
         del unbegun[number]
-        with stopping():
-            await handle(item)
-        free.release()
+        try:
+            with stopping():
+                await handle(item)
+            handled += 1
+        finally:
+            free.release()
 
     try:
         async with anyio.create_task_group() as group:
@@ -81,6 +85,8 @@ async def drain(
             coroutine.close()
     if failures:
         raise failures[0]
+    if handled < next(numbers):  # asyncio's Task.cancel of a single worker ends it, and the task group says nothing
+        raise LianLianError("a task was cancelled from outside: the item that it was given may not have been handled")
 
 
 def _stray(cancellation: BaseException) -> LianLianError:

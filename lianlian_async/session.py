@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from enum import Enum
@@ -125,8 +124,6 @@ class RefundSession:
         self._waiting = Waiting()
         self._state = _State.NEW
         self._running = 0
-        self.unknown_reasons: Counter[str] = Counter()
-        """How often :meth:`outcome_of` left a refund unknown, by reason: for summaries."""
         self._idle = anyio.Event()
 
     def __repr__(self) -> str:
@@ -162,13 +159,7 @@ class RefundSession:
                 await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._line = await Line.open(
                 self.merchant,
-                await Transport.open(
-                    self._client,
-                    self._transport,
-                    self._max_connections,
-                    backend=self._http_backend,
-                    urls=(self.merchant.endpoints.apply, self.merchant.endpoints.query),
-                ),
+                await Transport.open(self._client, self._transport, self._max_connections, backend=self._http_backend),
                 budget=self._retry.budget,
                 limiter=self._limiter,
                 middleware=self._middleware,
@@ -284,8 +275,6 @@ class RefundSession:
             raise
         except LianLianError as problem:
             error = problem
-            if isinstance(problem, RefundOutcomeUnknown):
-                self.unknown_reasons[problem.reason] += 1
         return Outcome(
             request=request,
             refund=refund,

@@ -373,3 +373,18 @@ async def test_what_was_certainly_not_sent_is_not_sent_twice_by_two_callers(opti
     async with gateway.session(middleware=[closed], retry=policy, **options) as session:
         errors = await gather(*[lambda: session.apply_refund(refund_request())] * 2)
     assert [type(error) for error in errors] == [RefundNotSent] * 2
+
+
+async def test_a_flight_ends_for_everyone_when_it_ends(options):
+    """The caller that began it has left before: those who come after its end get no old answer, but ask again."""
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+    gateway.script(Fault.NO_ANSWER, call="query", times=20)
+    async with gateway.session(**options) as session:
+        short, long = await gather(
+            lambda: session.apply_refund(refund_request(), deadline=5),
+            lambda: session.apply_refund(refund_request(), deadline=20),
+        )
+        assert [type(each) for each in (short, long)] == [RefundOutcomeUnknown] * 2
+        assert (await session.apply_refund(refund_request(), deadline=600)).no_refund == "R-1"
+    assert gateway.times_made("R-1") == 1

@@ -160,6 +160,31 @@ async def test_a_cancelled_intake_takes_no_more_and_carries_through_what_was_beg
     assert anyio.current_time() == 10
 
 
+@pytest.mark.parametrize("has_begun", [True, False])
+async def test_a_worker_that_is_cancelled_alone_is_told(has_begun, anyio_backend_name):
+    """Its item was not handled to the end, so the flow must not end as if it were complete."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("only asyncio lets others cancel a single task")
+    handled, before = [], asyncio.all_tasks()
+
+    async def numbers():
+        yield 0
+        [worker] = asyncio.all_tasks() - before
+        if has_begun:
+            await anyio.sleep(1)
+        worker.cancel()
+        yield 1
+        yield 2
+
+    async def handle(number):
+        await anyio.sleep(5)
+        handled.append(number)
+
+    with pytest.raises(LianLianError, match="cancelled from outside"):
+        await run(numbers(), handle, workers=2)
+    assert 0 not in handled
+
+
 @pytest.mark.parametrize("plain", [True, False], ids=["generator", "async generator"])
 async def test_an_exception_of_the_items_is_raised_after_what_was_begun(plain):
     """The items fail: what was taken before is handled to its end, then the exception comes as it is."""

@@ -66,24 +66,11 @@ def session_options(command: Command) -> Command:
 
 
 def make_session(
-    merchant: Merchant,
-    *,
-    journal: Journal,
-    concurrency: int,
-    deadline: float,
-    absence_grace: float,
-    query_first: bool = False,
+    merchant: Merchant, *, journal: Journal, concurrency: int, deadline: float, absence_grace: float
 ) -> RefundSession:
     """A session, to be opened, as :func:`session_options` say."""
     policy = RetryPolicy(absence_grace=absence_grace)
-    return RefundSession(
-        merchant,
-        journal=journal,
-        max_connections=concurrency,
-        deadline=deadline,
-        retry=policy,
-        query_first=query_first,
-    )
+    return RefundSession(merchant, journal=journal, max_connections=concurrency, deadline=deadline, retry=policy)
 
 
 def file_argument(*, required: bool) -> Callable[[Command], Command]:
