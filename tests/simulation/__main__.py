@@ -1,0 +1,87 @@
+"""``python -m tests.simulation --seeds N --refunds M [--first S] [--seed S --trace|--shrink] [--journal KIND]``."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import sys
+import time
+from collections import Counter
+
+from .plan import Plan, draw
+from .run import Run
+from .shrink import shrink
+
+
+def main() -> int:
+    """Run the seeds, or one; 1 if an invariant did not hold."""
+    options = _options()
+    journals = tuple(options.journal.split(","))
+    if options.seed is not None:
+        return _replay(draw(options.seed, options.refunds, journals), trace=options.trace, smaller=options.shrink)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # between two runs only: a run's garbage is large
+    began = time.perf_counter()
+    figures, told, failed = Counter[str](), Counter[str](), 0
+    for seed in range(options.first, options.first + options.seeds):
+        plan = draw(seed, options.refunds, journals)
+        result = Run(plan).carry_out()
+        if seed % 20 == 0:
+            gc.collect()
+        figures.update(refunds=plan.refunds, ends=result.ends, steps=result.steps, hours=int(result.seconds / 3600))
+        told.update(result.told)
+        if result.violations:
+            failed += 1
+            print(f"seed {seed} ({plan.journal}): {result.violations[0]}"[:300], flush=True)
+            if failed == 1 and not options.no_shrink:
+                _replay(plan, trace=False, smaller=True)
+            if failed >= options.most:
+                break
+        if options.seconds and time.perf_counter() - began > options.seconds:
+            break
+    seconds = time.perf_counter() - began
+    print(
+        f"{figures['refunds']:,} refunds, {figures['ends']:,} node ends, {figures['steps']:,} steps, "
+        f"{figures['hours']:,} virtual hours, {failed} violations, {seconds:.1f} s "
+        f"({figures['refunds'] / seconds:,.0f} refunds/s); told {dict(told)}"
+    )
+    return 1 if failed else 0
+
+
+def _replay(plan: Plan, *, trace: bool, smaller: bool) -> int:
+    """Run ``plan`` once; with ``smaller``, shrink it first and print what happened without the event loops' steps."""
+    if smaller:
+        plan = shrink(plan)
+    lines: list[str] = []
+    result = Run(plan, lines.append).carry_out()
+    if trace:
+        print(*lines, sep="\n")
+    elif smaller:
+        print(*[line for line in lines if not _STEP.match(line)][-60:], sep="\n")
+    print(plan)
+    print(*(result.violations or ["no violation"]), sep="\n")
+    return 1 if result.violations else 0
+
+
+_STEP = re.compile(r"[0-9.]+ node [0-9.]+: (?!.* is cancelled|the batch|resume:)")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tests.simulation")
+    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--refunds", type=int, default=30, help="in each run")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--seed", help="this one only")
+    parser.add_argument("--trace", action="store_true", help="print each step of it")
+    parser.add_argument("--shrink", action="store_true", help="make it as small as it can be first")
+    parser.add_argument("--no-shrink", action="store_true", help="do not do so for the first seed that fails")
+    parser.add_argument("--journal", default="none,memory,sqlite", help="the kinds of journals")
+    parser.add_argument("--most", type=int, default=5, help="violations after which to stop")
+    parser.add_argument("--seconds", type=float, default=0, help="seconds after which to stop")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

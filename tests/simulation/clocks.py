@@ -1,0 +1,40 @@
+"""Machines and their clocks: a boot clock that nobody sets, and a wall clock that is set, steps and drifts."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import attrs
+
+from lianlian_async.clock import Moment
+
+from .world import World
+
+EPOCH: Final = datetime(2026, 1, 5, 8, 0, tzinfo=UTC)
+"""The true time when the world begins."""
+
+
+@attrs.define(eq=False)
+class Machine:
+    """One machine. Its clocks count on while it is suspended; only its nodes' event loops stand still."""
+
+    world: World
+    name: str
+    offset: float = 0.0
+    """Seconds that its wall clock is ahead of the true time."""
+    drift: float = 0.0
+    """Seconds that its wall clock gains in one second."""
+    boots: int = 1
+    booted_at: float = 0.0
+
+    def boot(self) -> None:
+        """Start it again: another boot id, and a boot clock from 0."""
+        self.boots += 1
+        self.booted_at = self.world.now
+
+    def clock(self) -> Moment:
+        """Read all its clocks."""
+        now = self.world.now
+        wall = EPOCH + timedelta(seconds=now * (1 + self.drift) + self.offset)
+        return Moment(wall, now - self.booted_at, f"{self.name} boot {self.boots}")

@@ -1,0 +1,150 @@
+"""The gateway: it carries out whatever it gets, and its books are the truth. Each delivered apply call is a refund.
+
+It keeps one promise: what left a node is on its books within ``GRACE - MARGIN`` seconds, or never.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import attrs
+
+from lianlian_async import wire
+from lianlian_async.signing import SigningKey, signature_source
+
+from .clocks import EPOCH
+from .oracle import Oracle
+from .plan import GRACE, MARGIN, Plan
+from .world import World
+
+Answer = tuple[int, dict[str, str], bytes]
+"""HTTP status, headers, body."""
+
+UNCERTAIN = ("1007", "5005", "8117", "9000", "9091", "9902", "9920", "9990", "9999", "4711")
+
+
+@attrs.define(eq=False)
+class Booked:
+    """One refund on the books."""
+
+    fields: Mapping[str, str]
+    made_at: float
+    visible_at: float
+    """From when on the query service knows it."""
+    oid_refundno: str
+    final: str
+    """Its last ``sta_refund``."""
+    final_at: float
+
+
+@attrs.define(eq=False)
+class Gateway:
+    """The apply service and the query service, and what is on their books."""
+
+    world: World
+    plan: Plan
+    key: SigningKey
+    oracle: Oracle
+    books: dict[str, list[Booked]] = attrs.field(factory=dict)
+    refused: set[str] = attrs.field(factory=set)
+    """The numbers that it refuses for good."""
+    is_down: bool = False
+    is_calm: bool = False
+    """Whether all faults are over."""
+
+    def answer(self, call: str, body: bytes, left_at: float, fault: str | None) -> Answer | None:
+        """Take one request; None: no answer will ever come."""
+        asked = json.loads(body)
+        if fault == "status_before":
+            return self._status()
+        if call == "query":
+            return self._query(asked, fault)
+        if fault == "code_before":
+            return self._signed({"ret_code": self.world.random.choice(UNCERTAIN), "ret_msg": "later"}, fault)
+        return self._apply(asked, left_at, fault)
+
+    def _status(self) -> Answer:
+        status = self.world.random.choice([500, 502, 503, 429, 302, 404])
+        headers = {"retry-after": "3"} if status in (429, 503) else {}
+        return status, headers, b"<html>busy</html>"
+
+    # ── apply ────────────────────────────────────────────────────────────────────────────────────
+
+    def _apply(self, asked: dict[str, str], left_at: float, fault: str | None) -> Answer:
+        number = asked["no_refund"]
+        if number in self.refused:
+            return self._refusal(asked, "5003")
+        booked = self.books.get(number, [])
+        if fault == "may_pass" and not booked:
+            return self._refusal(asked, "5006")
+        if booked and self.plan.deduplicates == "replay":
+            return self._signed(self._record(booked[0]), fault)
+        if booked and self.plan.deduplicates == "code":
+            code = self.world.random.choice(["1002", "9983", "5007"]) if fault != "in_progress" else "2005"
+            return self._refusal(asked, code)
+        late = fault in ("late_books", "code_after", "in_progress") and "late_books" in self.plan.faults
+        made = self.make(asked, left_at, late=late)
+        if fault == "status_after":
+            return self._status()
+        if fault == "code_after":
+            return self._signed({"ret_code": self.world.random.choice(UNCERTAIN), "ret_msg": "later"}, None)
+        if fault == "in_progress":
+            return self._signed({"ret_code": "2005", "ret_msg": "processing"}, None)
+        if fault == "late_books":  # it has no answer yet
+            return self._signed({"ret_code": "1007", "ret_msg": "busy"}, None)
+        return self._signed(self._record(made), fault)
+
+    def make(self, asked: Mapping[str, str], left_at: float, *, late: bool = False) -> Booked:
+        """Make a refund: money moves."""
+        now, dice = self.world.now, self.world.random
+        latest = max(now, left_at + GRACE - MARGIN)
+        visible_at = now + (latest - now) * dice.random() if late else now
+        final_at = now + 3600 * dice.random() if dice.random() < 0.2 else now
+        made = Booked(asked, now, visible_at, f"{1_000_000 + len(self.books):016d}", dice.choice("2223"), final_at)
+        self.books.setdefault(asked["no_refund"], []).append(made)
+        self.world.log(f"gateway: makes {asked['no_refund']}, on the books at {visible_at:.3f}")
+        self.oracle.made(asked["no_refund"], left_at)
+        return made
+
+    def _refusal(self, asked: Mapping[str, str], code: str) -> Answer:
+        echo = {name: asked[name] for name in ("no_refund", "money_refund", "oid_partner")}
+        return self._signed({"ret_code": code, "ret_msg": "refused", **echo}, None)
+
+    def _record(self, booked: Booked) -> dict[str, str]:
+        age = self.world.now - booked.made_at
+        status = booked.final if self.world.now >= booked.final_at else ("0" if age < 60 else "1")
+        names = ("oid_partner", "no_refund", "dt_refund", "money_refund")
+        told = {name: booked.fields[name] for name in names}
+        return {"ret_code": "0000", "ret_msg": "ok", **told, "oid_refundno": booked.oid_refundno, "sta_refund": status}
+
+    # ── query ────────────────────────────────────────────────────────────────────────────────────
+
+    def _query(self, asked: dict[str, str], fault: str | None) -> Answer:
+        if fault in ("code_before", "code_after"):
+            return self._signed({"ret_code": self.world.random.choice(["9921", "9999", "9902"]), "ret_msg": "no"}, None)
+        if fault == "status_after":
+            return self._status()
+        known = [each for each in self.books.get(asked["no_refund"], ()) if each.visible_at <= self.world.now]
+        if not known or (self.plan.blind and not self.is_calm):
+            return 200, {}, wire.encode({"ret_code": "8901", "ret_msg": "none"})
+        return self._signed(self._record(known[0]), fault)
+
+    def _signed(self, fields: Mapping[str, str], fault: str | None) -> Answer:
+        told = {**fields, "oid_partner": fields.get("oid_partner", "201103171000000000"), "sign_type": "RSA"}
+        if fault == "no_signature":
+            return 200, {}, wire.encode(fields)
+        source = signature_source(told)
+        told["sign"] = self.key.sign(source + b"?" if fault == "bad_signature" else source)
+        return 200, {}, wire.encode(told)
+
+    def date(self) -> str:
+        """The ``Date`` header of an answer that is sent now."""
+        return format_datetime(EPOCH + timedelta(seconds=int(self.world.now)), usegmt=True)
+
+    def facts(self) -> dict[str, Any]:
+        """How often each number was made."""
+        return {number: len(booked) for number, booked in self.books.items()}

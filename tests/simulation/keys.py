@@ -1,0 +1,38 @@
+"""Signatures by a stub at the key objects: real RSA would be most of what a simulation computes."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from functools import lru_cache
+from hashlib import blake2b
+
+from lianlian_async.signing import SigningKey, VerifyingKey
+
+
+class _StubVerifyingKey(VerifyingKey):
+    __slots__ = ()
+
+    def verify(self, source: bytes, signature: str) -> bool:
+        return signature == _signature(source, self.fingerprint)
+
+
+class _StubSigningKey(SigningKey):
+    __slots__ = ()
+
+    def sign(self, source: bytes) -> str:
+        return _signature(source, self.fingerprint)
+
+    def public_key(self) -> VerifyingKey:
+        return _StubVerifyingKey(self._rsa.public_key())
+
+
+def _signature(source: bytes, fingerprint: str) -> str:
+    return b64encode(blake2b(source, digest_size=24, key=fingerprint[-32:].encode()).digest()).decode()
+
+
+@lru_cache
+def signing_key(owner: str, *, real: bool) -> SigningKey:
+    """The key of ``owner``: the same one at each call of a process; a stub, or one that computes."""
+    if real:
+        return SigningKey.generate(1024)
+    return _StubSigningKey(signing_key(owner, real=True)._rsa)

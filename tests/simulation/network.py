@@ -1,0 +1,147 @@
+"""The network as an httpx transport: delay, loss, duplication, half-open connections, answers to the wrong request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import attrs
+import httpx
+
+from .gateway import Answer, Gateway
+from .oracle import Oracle
+from .plan import GATEWAY, GRACE, MARGIN, NETWORK, TWICE_DELIVERED, Plan
+from .world import World
+
+_NETWORK = frozenset(NETWORK)
+_GATEWAY = frozenset(GATEWAY)
+
+
+class FromBelowError(BaseException):
+    """What no library expects from the one below."""
+
+
+@attrs.define(eq=False)
+class Network:
+    """All nodes' way to the gateway."""
+
+    world: World
+    plan: Plan
+    gateway: Gateway
+    oracle: Oracle
+    last_answers: list[Answer] = attrs.field(factory=list)
+
+    def fault(self) -> str | None:
+        """What the next exchange meets."""
+        dice, plan = self.world.random, self.plan
+        if self.gateway.is_calm or not plan.faults or dice.random() >= plan.trouble:
+            return None
+        return dice.choice(plan.faults)
+
+    def carry(self, call: str, body: bytes, fault: str | None, hear: Callable[[Answer | Exception], None]) -> None:
+        """Bytes have left a node: bring them to the gateway, and its answer back."""
+        dice, world, left_at = self.world.random, self.world, self.world.now
+        if fault == "request_lost":
+            if dice.random() < 0.5:
+                world.after(5 * dice.random(), lambda: hear(httpx.ReadError("connection reset")))
+            return
+        delay = 0.01 + 0.05 * dice.random()
+        if fault == "request_late":
+            delay = (GRACE - MARGIN) * dice.random() ** 2
+        world.after(delay, lambda: self._deliver(call, body, left_at, fault, hear))
+        if fault == TWICE_DELIVERED:
+            again = delay + (GRACE - MARGIN - delay) * dice.random() ** 2
+            world.after(again, lambda: self._deliver(call, body, left_at, None, lambda _: None))
+        if fault == "reset":
+            world.after(2 * delay * dice.random(), lambda: hear(httpx.ReadError("connection reset")))
+
+    def _deliver(
+        self, call: str, body: bytes, left_at: float, fault: str | None, hear: Callable[[Answer | Exception], None]
+    ) -> None:
+        dice, world, gateway = self.world.random, self.world, self.gateway
+        if gateway.is_down:
+            world.after(0.01, lambda: hear(httpx.ReadError("connection reset")))
+            return
+        if call == "apply":
+            self.oracle.arrived(body)
+        answer = gateway.answer(call, body, left_at, fault if fault in _GATEWAY else None)
+        if answer is None or fault == "answer_lost":
+            return
+        status, headers, content = answer
+        if self.plan.dated:
+            headers = {**headers, "date": gateway.date()}
+        answer = status, headers, content
+        others = [other for other in self.last_answers if _number(other[2]) != _number(body)]
+        if fault == "other_answer" and others:
+            answer = dice.choice(others)
+        elif fault == "garbage":
+            answer = (
+                status,
+                headers,
+                dice.choice([b"", content[:-9], b"{}", b"[1]", b'{"ret_code": 1}', b"\xff" + content]),
+            )
+        elif _number(content):  # one that names no refund at all would fit every question
+            self.last_answers = [*self.last_answers[-4:], answer]
+        delay = 0.01 + 0.05 * dice.random() if fault != "answer_late" else 3600 * 4 * dice.random() ** 3
+        told = answer
+        if world.trace is not None:
+            world.log(f"network: {call} {body[:90]!r} is answered {answer[0]} {answer[2][:60]!r} in {delay:.3f} s")
+        world.after(delay, lambda: hear(told))
+
+
+class NodeTransport(httpx.AsyncBaseTransport):
+    """One node's transport: tells the package of the same moments as httpcore does."""
+
+    def __init__(self, network: Network, check_record: Callable[[bytes], None]) -> None:
+        self._network = network
+        self._check_record = check_record
+        self.out = 0
+        """How many requests are under way."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.out += 1
+        try:
+            return await self._handle(request)
+        finally:
+            self.out -= 1
+
+    async def _handle(self, request: httpx.Request) -> httpx.Response:
+        network = self._network
+        fault, dice = network.fault(), network.world.random
+        await asyncio.sleep(0.02 * dice.random())
+        if fault == "refused" or network.gateway.is_down:
+            raise httpx.ConnectError("refused")
+        if fault == "connect_hangs":
+            await asyncio.sleep(request.extensions["timeout"]["connect"])
+            raise httpx.ConnectTimeout("")
+        await request.extensions["trace"]("http11.send_request_headers.started", {})
+        body = b"".join([chunk async for chunk in request.stream])  # type: ignore[union-attr]
+        call = "apply" if request.url.path == "/apply" else "query"
+        if network.world.trace is not None:
+            network.world.log(f"network: {call} {body[:90]!r} leaves, meets {fault}")
+        if call == "apply":
+            self._check_record(body)
+        if fault == "write_fails" and dice.random() < 0.5:
+            raise httpx.WriteError("broken pipe")
+        heard = asyncio.get_running_loop().create_future()
+
+        def hear(answer: Answer | Exception) -> None:
+            if not heard.done():
+                heard.set_result(answer)
+
+        network.carry(call, body, fault, hear)
+        if fault == "write_fails":
+            raise httpx.WriteError("broken pipe")
+        if fault in ("cancelled_below", "base_exception_below"):
+            await asyncio.sleep(0.2 * dice.random())
+            raise asyncio.CancelledError if fault == "cancelled_below" else FromBelowError
+        answer = await heard
+        if isinstance(answer, Exception):
+            raise answer
+        status, headers, content = answer
+        return httpx.Response(status, headers=headers, content=content)
+
+
+def _number(body: bytes) -> bytes:
+    """Return the ``no_refund`` in a message, empty if there is none."""
+    return body.partition(b'"no_refund":"')[2].partition(b'"')[0]

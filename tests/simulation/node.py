@@ -1,0 +1,292 @@
+"""Nodes: services, batches and resumers of the real package, each life of a node on an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import attrs
+
+from lianlian_async import (
+    Merchant,
+    RefundOutcomeUnknown,
+    RefundSession,
+    RetryPolicy,
+    refund_many,
+)
+from lianlian_async.errors import BatchStopped, JournalError, LianLianError
+from lianlian_async.merchant import Endpoints
+from lianlian_async.models import Refund, RefundRequest
+
+from .clocks import Machine
+from .network import FromBelowError, NodeTransport
+from .plan import GRACE
+from .world import NodeLoop
+
+if TYPE_CHECKING:
+    from .run import Run
+
+ENDS_WITHIN = 120.0
+"""Seconds (of its loop) that a program may take to end once it is told to."""
+
+
+@attrs.define(eq=False)
+class Node:
+    """One node and its lives."""
+
+    run: Run
+    index: int
+    machine: Machine
+    numbers: list[str]
+    """The refunds that are its work."""
+    lives: int = 0
+    loop: NodeLoop = attrs.field(init=False)
+    is_running: bool = False
+    is_done: bool = False
+    """Whether its last life ended with nothing left to do."""
+    stopped: float = 0.0
+    """Seconds for which its process was stopped."""
+    calls: dict[int, tuple[str, float]] = attrs.field(factory=dict)
+    """The calls that are under way: refund, and when the call began (its loop's clock)."""
+    _was_open: bool = False
+    """Whether this life came as far as to have an open session."""
+    _main: asyncio.Task[None] = attrs.field(init=False)
+    _tasks: list[asyncio.Task[None]] = attrs.field(factory=list)
+
+    # ── lives ────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Begin a life."""
+        if self.is_running or self.is_done or self.run.world.is_over:
+            return
+        self.lives += 1
+        self.is_running = True
+        self.calls.clear()
+        self._was_open = False
+        self.loop = NodeLoop(self.run.world, f"node {self.index}.{self.lives}")
+        self.loop.on_interrupt = self.interrupt
+        asyncio._set_running_loop(self.loop)  # so that the first task finds it, as in asyncio.run
+        self._main = self.loop.create_task(self._live(), name="main")
+        self.run.world.leave_loop()
+        self._main.add_done_callback(self._end)
+
+    def kill(self, seconds: float) -> None:
+        """End its life at once, and begin another one so many seconds later."""
+        if not self.is_running:
+            return
+        self.run.ends += 1
+        self.is_running = False
+        for number, _ in self.calls.values():
+            self.run.lost_call(number)
+        self.loop.kill()
+        self.run.world.after(seconds, self.start)
+
+    def interrupt(self) -> None:
+        """End its life as SIGINT does: the main task is cancelled."""
+        if self.is_running:
+            self.run.ends += 1
+            self._main.cancel()
+
+    def interrupt_all(self) -> None:
+        """End its life as a second SIGINT does: every task is cancelled."""
+        if self.is_running:
+            for task in list(self.loop.tasks):
+                task.cancel()
+
+    def cancel_any(self) -> None:
+        """Cancel one task, whosever it is."""
+        if self.is_running and self.loop.tasks:
+            task = self.run.world.random.choice(list(self.loop.tasks))
+            self.run.world.log(f"{self.loop.name}: {task.get_name()} is cancelled")
+            task.cancel()
+
+    def _end(self, main: asyncio.Task[None]) -> None:
+        """The main task is done: end the loop as ``asyncio.run`` does."""
+        error = None if main.cancelled() else main.exception()
+        expected = (LianLianError, FromBelowError, asyncio.CancelledError, BaseExceptionGroup)
+        if error is not None and not isinstance(error, expected):
+            self.run.oracle.violate(f"{self.loop.name} ended in {error!r}")
+        for task in list(self.loop.tasks):
+            if task is not main:
+                task.cancel()
+        self._wait_for_end(self.loop, self.loop.time() + ENDS_WITHIN, is_clean=error is None and not main.cancelled())
+
+    def _wait_for_end(self, loop: NodeLoop, until: float, *, is_clean: bool) -> None:
+        run = self.run
+        if loop.is_dead:
+            return
+        if (loop.tasks or loop.threads) and loop.time() < until:
+            run.world.after(0.5, lambda: self._wait_for_end(loop, until, is_clean=is_clean))
+            return
+        if loop.tasks or loop.threads:
+            left = ", ".join(task.get_name() for task in loop.tasks) or f"{loop.threads} threads"
+            run.oracle.violate(f"{loop.name} does not end: {left}")
+        self.is_running = False
+        for number, _ in self.calls.values():
+            run.lost_call(number)
+        loop.kill()
+        self.is_done = is_clean and not self._open()
+        if self.is_done:
+            run.check_over()
+        else:
+            run.ends += not is_clean and self._was_open
+            run.world.after((60 if self._was_open else 900) * run.world.random.random(), self.start)
+
+    async def _live(self) -> None:
+        run, plan = self.run, self.run.plan
+        loop = self.loop
+        transport = NodeTransport(run.network, run.check_record)
+        async with AsyncExitStack() as stack:
+            journal = run.store.journal(loop)
+            if journal is not None:
+                await stack.enter_async_context(journal)
+            session = RefundSession(
+                run.merchant,
+                transport=transport,
+                retry=RetryPolicy(absence_grace=GRACE),
+                deadline=plan.deadline,
+                max_connections=plan.max_connections,
+                journal=journal,
+                query_first=plan.query_first,
+                clock=self.machine.clock,
+            )
+            await stack.enter_async_context(session)
+            self._was_open = True
+            await self._work(session)
+        flights, free = session._flights._under_way, session._slots.value
+        if transport.out or session._running or flights or free != plan.max_connections:
+            run.oracle.violate(
+                f"{loop.name}: {transport.out} requests, {session._running} calls, {flights}, {free} slots"
+            )
+
+    # ── what it does ─────────────────────────────────────────────────────────────────────────────
+
+    def _open(self) -> list[str]:
+        return [number for number in self.numbers if not self.run.is_known(number)]
+
+    async def _work(self, session: RefundSession) -> None:
+        run, plan, loop = self.run, self.run.plan, self.loop
+        tasks = []
+        if plan.program in ("service", "both"):
+            for number in self.numbers:
+                if not run.is_known(number) or run.dice.random() < 0.1:
+                    names = [f"caller {number}.{caller}" for caller in range(plan.callers)]
+                    tasks += [loop.create_task(self._call(session, number), name=name) for name in names]
+        # A batch has no way to take what an earlier life left unknown.
+        left = [number for number in run.unknown if plan.program == "batch" and not self._is_remembered(number)]
+        tasks += [loop.create_task(self._call(session, number), name=f"caller {number}") for number in left]
+        if plan.program in ("batch", "both"):
+            tasks.append(loop.create_task(self._batch(session), name="batch"))
+        if session._journal is not None:
+            tasks.append(loop.create_task(self._resume(session), name="resumer"))
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _call(self, session: RefundSession, number: str) -> None:
+        run, dice = self.run, self.run.dice
+        request = run.requests[number]
+        await asyncio.sleep(run.plan.spread * dice.random())
+        while True:
+            unknown = run.unknown.get(number)
+            if not run.may_begin(number):
+                return
+            if unknown is not None and (run.plan.journal == "none" or dice.random() < 0.2):
+                how = await self._told(request, lambda unknown=unknown: session.settle(unknown))
+            else:
+                how = await self._told(request, lambda: session.apply_refund(request))
+            if how != "open" or run.is_known(number):
+                return
+            await asyncio.sleep(self._pause(run.unknown.get(number)))
+
+    async def _told(self, request: RefundRequest, call: Callable[[], Awaitable[Refund]]) -> str:
+        """Make one call, and tell the oracle what it says."""
+        run, number = self.run, request.no_refund
+        key, began, stopped = next(run.keys), self.loop.time(), self.stopped
+        self.calls[key] = number, began
+        error: BaseException | None = None
+        refund = None
+        try:
+            refund = await call()
+        except LianLianError as problem:
+            error = problem
+        except BaseException:
+            if not self.loop.is_dead:
+                self.calls.pop(key, None)
+                run.lost_call(number)
+            raise
+        del self.calls[key]
+        seconds = self.loop.time() - began - (self.stopped - stopped)
+        if seconds > run.longest_call:
+            run.oracle.violate(f"{self.loop.name}: a call for {number} took {seconds:.0f} s")
+        return run.told(request, refund, error, self.loop)
+
+    async def _batch(self, session: RefundSession) -> None:
+        run = self.run
+        while numbers := [number for number in self._open() if run.may_begin(number) and self._is_remembered(number)]:
+            wait = run.dice.random() < 0.3
+            begun: dict[str, int] = {}
+            ended = 0
+            try:
+                async with refund_many(session, self._begin_each(numbers, begun), wait_unknown=wait) as outcomes:
+                    async for outcome in outcomes:
+                        ended += 1
+                        self.calls.pop(begun[outcome.request.no_refund])
+                        run.told(outcome.request, outcome.refund, outcome.error, self.loop)
+                if ended != len(begun):
+                    run.oracle.violate(
+                        f"{self.loop.name}: a batch of {len(begun)} ended after {ended}, without an error"
+                    )
+            except (BatchStopped, JournalError) as error:
+                run.world.log(f"{self.loop.name}: the batch stopped: {error!r}")
+            finally:
+                if not self.loop.is_dead:
+                    for number, key in begun.items():
+                        if self.calls.pop(key, None) is not None:
+                            run.lost_call(number)
+            await asyncio.sleep(self._pause(None))
+
+    def _begin_each(self, numbers: list[str], begun: dict[str, int]) -> Iterator[RefundRequest]:
+        """The requests of ``numbers`` that may still be called for, each noted as a call when it is taken."""
+        for number in numbers:
+            if self.run.may_begin(number) and self._is_remembered(number):
+                begun[number] = next(self.run.keys)
+                self.calls[begun[number]] = number, self.loop.time()
+                yield self.run.requests[number]
+
+    def _is_remembered(self, number: str) -> bool:
+        """Whether a refund that was left unknown may be applied for: by who has a journal, or has left it unknown."""
+        return self.run.plan.journal != "none" or self.run.left_unknown_in.get(number, self.loop) is self.loop
+
+    async def _resume(self, session: RefundSession) -> None:
+        run, dice = self.run, self.run.dice
+        while self._open():
+            await asyncio.sleep(dice.choice([5.0, 600.0, 2000.0]) * dice.random())
+            try:
+                await session.resume()
+            except JournalError as error:
+                run.world.log(f"{self.loop.name}: resume: {error}")
+
+    def _pause(self, unknown: RefundOutcomeUnknown | None) -> float:
+        """Seconds until it asks again: when it was told to, or whenever it likes."""
+        dice = self.run.dice
+        if unknown is not None and dice.random() < 0.8:
+            wait = (unknown.ask_again_at - self.machine.clock().wall).total_seconds()
+            return min(max(0.0, wait), 3600.0) + dice.random()
+        return dice.choice([1.0, 300.0, 1200.0]) * dice.random()
+
+
+def merchant(private_key: object, gateway_key: object) -> Merchant:
+    """Whose refunds they are."""
+    return Merchant(
+        oid_partner="201103171000000000",
+        private_key=private_key,
+        gateway_public_keys=[gateway_key],
+        endpoints=Endpoints(apply="https://gateway.example/apply", query="https://gateway.example/query"),
+        notify_url="https://shop.example/notify",
+    )

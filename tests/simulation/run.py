@@ -1,0 +1,227 @@
+"""One run: a plan's world from its beginning to the end of all that was asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from decimal import Decimal
+from itertools import count
+from typing import Final
+from unittest import mock
+
+import attrs
+
+from lianlian_async.errors import RefundOutcomeUnknown
+from lianlian_async.journal import sqlite
+from lianlian_async.merchant import Merchant
+from lianlian_async.models import Refund, RefundRequest
+
+from .clocks import EPOCH, Machine
+from .gateway import Gateway
+from .journals import DiskStore, MemoryStore, NoStore, Store
+from .keys import signing_key
+from .network import Network
+from .node import Node, merchant
+from .oracle import Oracle
+from .plan import Event, Plan
+from .threads import simulated
+from .world import NodeLoop, World
+
+SETTLED_WITHIN: Final = 2 * 86_400.0
+"""Seconds after the last fault in which everything has to be known."""
+
+MOST_STEPS: Final = 60_000
+"""Steps for each refund, on average: a run that needs more goes round in circles."""
+
+
+@attrs.frozen
+class Result:
+    """What a run came to."""
+
+    plan: Plan
+    violations: list[str]
+    ends: int
+    steps: int
+    seconds: float
+    """Virtual ones."""
+    told: Counter[str]
+
+
+class Run:
+    """The state of one run, and what its parts ask of each other."""
+
+    def __init__(self, plan: Plan, trace: Callable[[str], None] | None = None) -> None:
+        self.plan = plan
+        self.world = world = World(plan.seed, window=plan.window, trace=trace)
+        self.dice = random.Random(f"programs {plan.seed}")
+        self.oracle = Oracle(self._stop, world.log, lambda: world.now, is_blind=plan.blind)
+        gateway_key = signing_key("gateway", real=plan.real_rsa)
+        self.gateway = self.oracle.gateway = Gateway(world, plan, gateway_key, self.oracle)
+        self.network = Network(world, plan, self.gateway, self.oracle)
+        self.merchant: Merchant = merchant(signing_key("merchant", real=plan.real_rsa), gateway_key.public_key())
+        self.requests = {f"R{number}": _request(f"R{number}") for number in range(plan.refunds)}
+        self.unknown: dict[str, RefundOutcomeUnknown] = {}
+        """What callers keep of refunds that were left unknown."""
+        self.left_unknown_in: dict[str, NodeLoop] = {}
+        """In which life of a node."""
+        self.forgiven: set[str] = set()
+        """Refunds whose only memory was a session that ended: nobody may call for them again."""
+        self.keys = count()
+        self.ends = 0
+        self.longest_call = 600.0 + plan.deadline * (2 + 2 * plan.refunds * plan.callers / plan.max_connections)
+        self.store: Store = {
+            "none": NoStore,
+            "memory": lambda: MemoryStore(self.oracle),
+            "sqlite": lambda: DiskStore(world, self.oracle),
+        }[plan.journal]()
+        dice = self.dice
+        machine = Machine(world, "machine", dice.choice([0.0, 3.0, -4000.0]), dice.choice([0.0, 1e-4, -1e-4]))
+        self.nodes = [Node(self, index, machine, self._share(index)) for index in range(plan.nodes)]
+        self.gateway.refused = {number for number in self.requests if dice.random() < plan.rejects}
+        for number in [number for number in self.requests if dice.random() < plan.reused]:
+            if number not in self.gateway.refused:
+                other = {**self.requests[number].to_dict(), "dt_refund": "20251201000000"}
+                self.gateway.make({**other, "oid_partner": self.merchant.oid_partner}, 0.0)
+                self.oracle.foreign.add(number)
+
+    def _share(self, index: int) -> list[str]:
+        if self.plan.journal == "sqlite":  # one process at a time: whoever has the file does all the work
+            return list(self.requests)
+        nodes = self.plan.nodes
+        return [n for place, n in enumerate(self.requests) if place % nodes == index or self.dice.random() < 0.3]
+
+    def _stop(self) -> None:
+        self.world.is_over = True
+
+    def carry_out(self) -> Result:
+        """Run it to its end."""
+        world, plan = self.world, self.plan
+        with ExitStack() as stack:
+            stack.enter_context(simulated(world))
+            if isinstance(self.store, DiskStore):
+                stack.enter_context(mock.patch.object(sqlite, "JournalFile", self.store.file_class()))
+            for node in self.nodes:
+                world.after(5 * self.dice.random(), node.start)
+            for event in plan.events:
+                world.at(event.at, lambda event=event: self._happen(event))
+            last = max(
+                [plan.spread, *(event.at + abs(event.amount) for event in plan.events if event.kind != "wall_step")]
+            )
+            world.at(last + 1800, self._calm)
+            world.at(last + 1800 + SETTLED_WITHIN, self._too_late)
+            how = world.run(MOST_STEPS * (plan.refunds + 10) * plan.callers)
+            if how != "over":
+                self.oracle.violate(f"the run ended in {how}; open: {self._open()}")
+            if not self.oracle.violations:
+                self.oracle.check_books(self.requests, forgiven=self.forgiven)
+            for problem in world.problems:
+                self.oracle.violate(problem)
+            for node in self.nodes:
+                if node.lives:
+                    node.loop.kill()
+        told = Counter(self.oracle.told.values())
+        return Result(plan, self.oracle.violations, self.ends, world.steps, world.now, told)
+
+    # ── what happens ─────────────────────────────────────────────────────────────────────────────
+
+    def _happen(self, event: Event) -> None:
+        world, node, amount = self.world, self.nodes[event.node % len(self.nodes)], event.amount
+        world.log(f"event: {event}")
+        machine = node.machine
+        match event.kind:
+            case "kill":
+                node.kill(amount)
+            case "reboot":
+                machine.boot()
+                for each in self.nodes:
+                    each.kill(amount)
+            case "interrupt":
+                node.interrupt()
+            case "interrupt_twice":
+                node.interrupt()
+                world.after(0.001 * world.random.random(), node.interrupt_all)
+            case "cancel_task":
+                node.cancel_any()
+            case "suspend":
+                self._suspend(self.nodes, amount, clock_stood_still=True)
+            case "stop":
+                self._suspend([node], amount, clock_stood_still=False)
+            case "wall_step":
+                machine.offset += amount
+            case "outage":
+                self.gateway.is_down = True
+                world.after(amount, lambda: setattr(self.gateway, "is_down", False))
+            case "disk":
+                self.store.trouble(amount)
+
+    def _suspend(self, nodes: list[Node], seconds: float, *, clock_stood_still: bool) -> None:
+        for node in nodes:
+            if node.is_running and not node.loop.is_suspended:
+                node.stopped += seconds
+                node.loop.suspend()
+                wake = node.loop.wake
+                self.world.after(seconds, lambda wake=wake: wake(clock_stood_still=clock_stood_still))
+
+    def _calm(self) -> None:
+        self.world.log("all faults are over")
+        self.gateway.is_calm = True
+        self.gateway.is_down = False
+        for node in self.nodes if self.plan.blind else ():
+            node.kill(1.0)  # the address of the query service is corrected, which takes a new process
+
+    def _too_late(self) -> None:
+        self.oracle.violate(f"not known {SETTLED_WITHIN / 3600:.0f} h after the last fault: {self._open()}")
+
+    def check_over(self) -> None:
+        """End the run if no node has anything to do."""
+        if all(node.is_done for node in self.nodes):
+            self._stop()
+
+    # ── what callers know ────────────────────────────────────────────────────────────────────────
+
+    def _open(self) -> str:
+        calls = [
+            f"{node.loop.name}: {sorted({n for n, _ in node.calls.values()})}" for node in self.nodes if node.lives
+        ]
+        return f"{[number for number in self.requests if not self.is_known(number)]}, calls {calls}"
+
+    def is_known(self, number: str) -> bool:
+        """Whether nobody has to ask for it any more."""
+        return number in self.oracle.told or number in self.forgiven
+
+    def may_begin(self, number: str) -> bool:
+        """Whether it may be called for: without a journal, not once a session has answered, or has lost it."""
+        return self.plan.journal != "none" or not self.is_known(number)
+
+    def lost_call(self, number: str) -> None:
+        """A call ended with nothing told. Without a journal nobody knows then whether it was made."""
+        if self.plan.journal == "none" and number not in self.oracle.told:
+            self.forgiven.add(number)
+
+    def told(self, request: RefundRequest, refund: Refund | None, error: BaseException | None, loop: NodeLoop) -> str:
+        """A caller was told something."""
+        if isinstance(error, RefundOutcomeUnknown):
+            self.unknown[request.no_refund] = error
+            self.left_unknown_in[request.no_refund] = loop
+        else:
+            self.unknown.pop(request.no_refund, None)
+        return self.oracle.tell(request, refund, error)
+
+    def check_record(self, body: bytes) -> None:
+        """An apply call is leaving a node."""
+        if self.plan.journal != "none":
+            self.oracle.leaves(body, self.store.entry(json.loads(body)["no_refund"]))
+
+
+def _request(number: str) -> RefundRequest:
+    return RefundRequest(
+        no_refund=number,
+        dt_refund=EPOCH,
+        money_refund=Decimal("10.00"),
+        no_order=f"O{number}",
+        dt_order=EPOCH - timedelta(days=3),
+    )

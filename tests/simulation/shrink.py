@@ -1,0 +1,70 @@
+"""From a plan that fails to a small one that fails, too: fewer refunds, nodes, callers, events and faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import attrs
+
+from .plan import Plan
+from .run import Run
+
+MOST_RUNS: Final = 400
+TRIES: Final = 4
+"""Seeds that each smaller plan is tried with: what is left out changes what chance does to the rest."""
+
+
+def shrink(plan: Plan) -> Plan:
+    """Return a plan as small as was found in ``MOST_RUNS`` runs. It fails if ``plan`` does."""
+    runs = 0
+    is_smaller = True
+    while is_smaller and runs < MOST_RUNS:
+        is_smaller = False
+        for smaller in _smaller(plan):
+            found, tried = _failing(smaller)
+            runs += tried
+            if found is not None:
+                plan, is_smaller = found, True
+                break
+            if runs >= MOST_RUNS:
+                break
+    return plan
+
+
+def _failing(plan: Plan) -> tuple[Plan | None, int]:
+    seed = plan.seed.partition("~")[0]
+    for number in range(TRIES):
+        tried = attrs.evolve(plan, seed=f"{seed}~{number}" if number else plan.seed)
+        if Run(tried).carry_out().violations:
+            return tried, number + 1
+    return None, TRIES
+
+
+def _smaller(plan: Plan) -> Iterator[Plan]:
+    """Plans that are smaller in one respect, the greatest steps first."""
+    for refunds in (1, plan.refunds // 4, plan.refunds // 2, plan.refunds - 1):
+        if 0 < refunds < plan.refunds:
+            yield attrs.evolve(plan, refunds=refunds)
+    half = len(plan.events) // 2
+    if half:
+        yield attrs.evolve(plan, events=plan.events[:half])
+        yield attrs.evolve(plan, events=plan.events[half:])
+    for place in range(len(plan.events)):
+        yield attrs.evolve(plan, events=plan.events[:place] + plan.events[place + 1 :])
+    for place in range(len(plan.faults)):
+        yield attrs.evolve(plan, faults=plan.faults[:place] + plan.faults[place + 1 :])
+    plain: dict[str, Any] = {
+        "nodes": 1,
+        "callers": 1,
+        "rejects": 0.0,
+        "reused": 0.0,
+        "blind": False,
+        "dated": True,
+        "program": "service",
+        "query_first": False,
+        "window": 1,
+    }
+    for name, value in plain.items():
+        if getattr(plan, name) != value:
+            yield attrs.evolve(plan, **{name: value})

@@ -1,0 +1,123 @@
+"""What the package takes from outside of its event loop, made part of the simulation while a run lasts."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+from unittest import mock
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import sniffio
+from anyio._backends import _asyncio as anyio_asyncio
+
+from lianlian_async import rsa_thread
+
+from .world import NodeLoop, World
+
+
+class _OrderedSet(dict[Any, None]):
+    """A set that is iterated in the order of insertion: anyio's sets of tasks would follow memory addresses."""
+
+    def add(self, item: Any) -> None:
+        self[item] = None
+
+    def discard(self, item: Any) -> None:
+        self.pop(item, None)
+
+    def remove(self, item: Any) -> None:
+        del self[item]
+
+
+async def _run_sync(
+    function: Callable[..., Any],
+    *arguments: Any,
+    abandon_on_cancel: bool = False,
+    limiter: anyio.CapacityLimiter | None = None,
+) -> Any:
+    """What ``anyio.to_thread.run_sync`` does, with a step of the world's in place of the thread."""
+    await anyio.lowlevel.checkpoint()
+    if limiter is None:
+        return await _thread(function, arguments)
+    async with limiter:
+        with anyio.CancelScope(shield=not abandon_on_cancel):
+            return await _thread(function, arguments)
+
+
+def _thread(function: Callable[..., Any], arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, NodeLoop)
+    world, future = loop.world, loop.create_future()
+    loop.threads += 1
+
+    def come_back(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if loop.is_suspended:
+            world.after(1.0, lambda: come_back(set_outcome, outcome))
+        elif not loop.is_dead:
+            loop.threads -= 1
+            if not future.done():
+                set_outcome(outcome)
+
+    def work() -> None:
+        if loop.is_dead:
+            return
+        if loop.is_suspended:
+            world.after(1.0, work)
+            return
+        world.thread_of = loop
+        try:
+            outcome, set_outcome = function(*arguments), future.set_result
+        except Exception as error:  # noqa: BLE001 - it is raised where the thread is awaited
+            outcome, set_outcome = error, future.set_exception
+        finally:
+            world.thread_of = None
+        world.after(
+            world.random.random() * 1e-4 + getattr(loop, "slow_disk", 0.0), lambda: come_back(set_outcome, outcome)
+        )
+
+    world.after(world.random.random() * 1e-4, work)
+    return future
+
+
+def _drop_generator(generator: Any) -> None:
+    """An async generator that nobody iterates any more: its loop closes it, unless it is dead."""
+    loop = asyncio._get_running_loop()
+    if isinstance(loop, NodeLoop) and not loop.is_dead:
+        loop.create_task(generator.aclose())
+
+
+@contextmanager
+def simulated(world: World) -> Iterator[None]:
+    """Take threads, chance, the garbage collector and stop watches into ``world``'s hand."""
+    stop_watch = world.random.choice([1e-5, 2e-4, 1e-3])
+    """Seconds that a signature seems to take: it decides where it is checked, and how many go together."""
+    readings = count()
+    state, hooks, was_enabled = random.getstate(), sys.get_asyncgen_hooks(), gc.isenabled()
+    random.seed(world.random.random())
+    sys.set_asyncgen_hooks(firstiter=None, finalizer=_drop_generator)
+    logging.disable(logging.CRITICAL)
+    gc.disable()
+    sniffio.thread_local.name = "asyncio"  # who asks finds it at once
+    try:
+        with (
+            mock.patch.object(anyio.to_thread, "run_sync", _run_sync),
+            mock.patch.object(anyio_asyncio, "set", _OrderedSet, create=True),
+            mock.patch.object(rsa_thread, "perf_counter", lambda: next(readings) * stop_watch),  # noqa: PT008 - a new one each time
+        ):
+            yield
+    finally:
+        if was_enabled:
+            gc.enable()
+        world.leave_loop()
+        sniffio.thread_local.name = None
+        logging.disable(logging.NOTSET)
+        sys.set_asyncgen_hooks(*hooks)
+        random.setstate(state)

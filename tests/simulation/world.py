@@ -1,0 +1,273 @@
+"""One seeded scheduler for many event loops: virtual time, the next step drawn from the seed, threads as steps.
+
+Each node has an event loop of its own, so that it can be suspended (its loop's time stands still) and killed (none of
+its steps ever runs again) alone. Every step takes ``TICK`` seconds of virtual time, so that a deadline can come due
+between any two of them; when no step is ready, time jumps to the next timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import heapq
+import random
+from collections.abc import Callable, Coroutine
+from itertools import count
+from types import MethodType
+from typing import Any, Final
+
+from anyio._backends import _asyncio as anyio_asyncio
+
+TICK: Final = 2e-6
+"""Seconds of virtual time that one step takes."""
+
+_DELIVER = anyio_asyncio.CancelScope._deliver_cancellation
+
+
+class Step:
+    """A callback that is to run on one event loop; also asyncio's handle of it."""
+
+    __slots__ = ("arguments", "callback", "context", "is_cancelled", "loop", "time")
+
+    def __init__(self, loop: NodeLoop, callback: Any, arguments: Any, context: Any, time: float = 0.0) -> None:
+        self.loop = loop
+        self.callback = callback
+        self.arguments = arguments
+        self.context = context
+        self.time = time
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.callback = self.arguments = None
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def when(self) -> float:
+        return self.time
+
+    def __str__(self) -> str:
+        owner = getattr(self.callback, "__self__", None)
+        name = owner.get_name() if isinstance(owner, asyncio.Task) else ""
+        return f"{name} {getattr(self.callback, '__qualname__', type(self.callback).__name__)}".strip()
+
+
+class _Nowhere:
+    """Where the steps of a dead node go."""
+
+    def append(self, step: Step) -> None: ...
+
+
+class World:
+    """The scheduler. The next step is drawn from the ``window`` oldest ready ones; 1 is asyncio's own order."""
+
+    def __init__(self, seed: int | str, *, window: int = 1_000_000, trace: Callable[[str], None] | None = None) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.steps = 0
+        self.trace = trace
+        self.ready: list[Step] = []
+        self.loop: NodeLoop | None = None
+        """The event loop whose step ran last."""
+        self.thread_of: NodeLoop | None = None
+        """The event loop for which a thread works at this moment."""
+        self.is_over = False
+        self.problems: list[str] = []
+        """What went wrong in callbacks, which nobody awaits."""
+        self._timers: list[tuple[float, int, Step | None, Callable[[], None] | None]] = []
+        self._numbers = count()
+        self._window = window
+
+    def at(self, time: float, event: Callable[[], None]) -> None:
+        """Have ``event`` happen in the world, outside of every event loop."""
+        heapq.heappush(self._timers, (max(time, self.now), next(self._numbers), None, event))
+
+    def after(self, seconds: float, event: Callable[[], None]) -> None:
+        """Have ``event`` happen so many seconds from now."""
+        self.at(self.now + seconds, event)
+
+    def add_timer(self, step: Step) -> None:
+        """Have ``step`` ready when its loop's clock says so."""
+        heapq.heappush(self._timers, (step.time + step.loop.behind, next(self._numbers), step, None))
+
+    def log(self, text: str) -> None:
+        """Add a line to the trace."""
+        if self.trace is not None:
+            self.trace(f"{self.now:.6f} {text}")
+
+    def run(self, most_steps: int) -> str:
+        """Run until ``is_over``; why it ended: ``over``, ``deadlock`` (nothing is left to wait for) or ``steps``."""
+        ready, timers = self.ready, self._timers
+        draw, window, last = self.random.random, self._window, self.steps + most_steps
+        set_loop = asyncio._set_running_loop
+        while not self.is_over:
+            if timers and timers[0][0] <= self.now:
+                self._come_due()
+                continue
+            number = len(ready)
+            if not number:
+                if not timers:
+                    return "deadlock"
+                self.now = max(self.now, timers[0][0])
+                continue
+            step = ready.pop(int(draw() * (number if number < window else window)))  # noqa: FURB136 - faster than min()
+            if step.is_cancelled:
+                continue
+            self.now += TICK
+            self.steps += 1
+            if self.steps > last:
+                return "steps"
+            if self.trace is not None:
+                self.log(f"{step.loop.name}: {step}")
+            if step.loop is not self.loop:  # it asks the kernel for the process's number each time
+                self.loop = step.loop
+                set_loop(step.loop)
+            try:
+                step.context.run(step.callback, *step.arguments)
+            except Exception as error:  # noqa: BLE001 - asyncio reports it, too
+                self.problems.append(f"{step.loop.name}: a callback raised {error!r}")
+            except (SystemExit, KeyboardInterrupt):
+                step.loop.on_interrupt()
+        return "over"
+
+    def leave_loop(self) -> None:
+        """No event loop is running any more, as asyncio sees it."""
+        self.loop = None
+        asyncio._set_running_loop(None)
+
+    def _come_due(self) -> None:
+        _, _, step, event = heapq.heappop(self._timers)
+        if step is None:
+            event()
+        elif not step.is_cancelled:
+            if step.loop.is_suspended or step.time > step.loop.time() + 1e-9:
+                step.loop.delayed.append(step) if step.loop.is_suspended else self.add_timer(step)
+            else:
+                step.loop.queue.append(step)
+
+
+class NodeLoop(asyncio.AbstractEventLoop):
+    """The event loop of one node."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.behind = 0.0
+        """Seconds that this loop's clock is behind the world's: while its machine is suspended, it stands still."""
+        self.queue: Any = world.ready
+        """Where its steps wait: with everybody's; or, while it is suspended, alone."""
+        self.delayed: list[Step] = []
+        self.is_suspended = False
+        self.is_dead = False
+        self.tasks: dict[asyncio.Task[Any], None] = {}
+        """All that are not done, in the order in which they began."""
+        self.threads = 0
+        """How many thread jobs are out."""
+        self.on_interrupt: Callable[[], None] = lambda: None
+        self._suspended_at = 0.0
+        self._task_numbers = count(1)
+
+    def __repr__(self) -> str:
+        return f"<NodeLoop {self.name}>"
+
+    # ── what asyncio asks for ────────────────────────────────────────────────────────────────────
+
+    def time(self) -> float:
+        return self.world.now - self.behind
+
+    def get_debug(self) -> bool:
+        return False
+
+    def get_task_factory(self) -> None:
+        return None
+
+    def is_running(self) -> bool:
+        return not self.is_dead
+
+    def is_closed(self) -> bool:
+        return self.is_dead
+
+    def call_soon(self, callback: Any, *arguments: Any, context: Any = None) -> Any:
+        if callback.__class__ is MethodType and callback.__func__ is _DELIVER:
+            # anyio repeats this at every turn of the loop until the cancelled task has ended. Time has to pass.
+            return self.call_later(1e-4 * 2000 ** self.world.random.random(), callback, *arguments, context=context)
+        step = Step(self, callback, arguments, context or contextvars.copy_context())
+        self.queue.append(step)
+        return step
+
+    def call_soon_threadsafe(self, callback: Any, *arguments: Any, context: Any = None) -> Any:
+        if self.is_dead:
+            raise RuntimeError("Event loop is closed")
+        return self.call_soon(callback, *arguments, context=context)
+
+    def call_later(self, delay: float, callback: Any, *arguments: Any, context: Any = None) -> Any:
+        return self.call_at(self.time() + delay, callback, *arguments, context=context)
+
+    def call_at(self, when: float, callback: Any, *arguments: Any, context: Any = None) -> Any:
+        step = Step(self, callback, arguments, context or contextvars.copy_context(), when)
+        self.world.add_timer(step)
+        return step
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Coroutine[Any, Any, Any], *, name: Any = None, context: Any = None) -> Any:
+        name = name or f"task {next(self._task_numbers)} {coro.__qualname__}"
+        task = asyncio.Task(coro, loop=self, name=str(name), context=context)
+        self.tasks[task] = None
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.pop(task, None)
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if not self.is_dead:
+            self.world.problems.append(f"{self.name}: {context.get('message')}: {context.get('exception')!r}")
+
+    # ── what the world does to it ────────────────────────────────────────────────────────────────
+
+    def suspend(self) -> None:
+        """Let nothing run, and its clock stand still, until :meth:`wake`."""
+        self.is_suspended, self._suspended_at = True, self.world.now
+        self.queue = [step for step in self.world.ready if step.loop is self]
+        self.world.ready[:] = [step for step in self.world.ready if step.loop is not self]
+
+    def wake(self, *, clock_stood_still: bool) -> None:
+        """Go on. The clock of a machine stood still; that of a process that was only stopped did not."""
+        if self.is_dead or not self.is_suspended:
+            return
+        if clock_stood_still:
+            self.behind += self.world.now - self._suspended_at
+        self.is_suspended = False
+        self.world.ready += self.queue
+        self.queue = self.world.ready
+        for step in self.delayed:
+            self.world.add_timer(step)
+        self.delayed = []
+
+    def kill(self) -> None:
+        """Let nothing of it ever run again. What its coroutines would do while they are closed, nobody sees."""
+        self.is_dead = True
+        self.world.leave_loop()
+        self.queue = _Nowhere()
+        self.world.ready[:] = [step for step in self.world.ready if step.loop is not self]
+        for task in list(self.tasks):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            _drop(task.get_coro())
+        self.tasks.clear()
+
+
+_UNDEAD: Final[list[Any]] = []
+"""Coroutines that would not be closed: kept, since the garbage collector would complain about them."""
+
+
+def _drop(coroutine: Any) -> None:
+    for _ in range(20):
+        try:
+            coroutine.close()
+        except BaseException:  # noqa: BLE001 - it awaits in `finally`, or fails there: nobody cares any more
+            continue
+        return
+    _UNDEAD.append(coroutine)
