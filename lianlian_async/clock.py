@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import attrs
 
-__all__ = ["Clock", "Moment", "SessionClock", "elapsed", "system_clock"]
+__all__ = ["Clock", "Moment", "SessionClock", "elapsed", "latest", "system_clock"]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -64,6 +64,14 @@ def elapsed(since: Moment, now: Moment) -> float | None:
     wall, gateway = (now.wall - since.wall).total_seconds(), (now.gateway - since.gateway).total_seconds()
     shortest = min(wall, gateway)
     return None if shortest < 0 else max(0.0, shortest - DATE_SLACK)
+
+
+def latest(one: Moment, other: Moment, now: Moment) -> Moment:
+    """Return the later of two moments, which may be of different boots; ``now`` where no clock can tell which."""
+    since_one, since_other = elapsed(one, now), elapsed(other, now)
+    if since_one is None or since_other is None:
+        return now
+    return one if since_one <= since_other else other
 
 
 Clock = Callable[[], Moment]

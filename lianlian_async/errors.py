@@ -313,9 +313,13 @@ class JournalError(LianLianError):
     ``said`` tells what became of the refund where the journal failed *after* a send: the
     :class:`~lianlian_async.Refund` that was made, or the error that the call would have raised. None: the call sent
     nothing. Call ``apply_refund`` again with the same request once the journal works.
+
+    ``holder`` says which process has the journal open, and since when, where that is why it cannot be opened: it can be
+    once that process has ended. None: that is not the reason.
     """
 
     said: Any = None
+    holder: str | None = None
 
 
 class BatchStopped(LianLianError):

@@ -177,10 +177,11 @@ class Flights:
 
 def _take_over(case: Case, earlier: RefundOutcomeUnknown) -> None:
     """Let ``case`` know what an earlier call left, which this journal need not know."""
-    sent_at, moment = case.sent_at, earlier.moment
-    if sent_at is None or (moment.timeline == sent_at.timeline and moment.boot > sent_at.boot):
-        case.sent_at = moment
-        case.refused = earlier.refused if sent_at is None or case.refused is not None else None
+    if case.sent_at is None:
+        case.sent_at, case.refused = earlier.moment, earlier.refused
+    else:
+        case.told_at = earlier.moment
+        case.refused = case.refused and earlier.refused
 
 
 @attrs.define(eq=False)

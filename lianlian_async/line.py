@@ -60,14 +60,14 @@ class Line:
     ) -> Line:
         """Load the keys, open ``warm_up`` connections, and put the onion together.
 
-        Takes ``transport`` over: if nothing comes of it, it is closed.
+        Takes ``transport`` over: if this fails, it is discarded.
         """
         try:
             rsa = await RsaThread.open(merchant)
             await transport.warm_up(merchant.endpoints.apply, warm_up, LONGEST_ATTEMPT)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await transport.aclose()
+                await transport.discard()
             raise
         return cls(rsa, transport, budget=budget, limiter=limiter, middleware=middleware, clock=clock)
 

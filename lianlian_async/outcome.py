@@ -59,8 +59,11 @@ class Outcome:
 def unknown_reason(apply_error: LianLianError | None, query_error: LianLianError | None) -> str:
     """Return why a refund is unknown, in few words without details, so that refunds can be counted by it.
 
-    Whatever the query met counts; where that was only "no such record", also what the apply call met before.
+    Whatever the query met counts; where that was only "no such record", also what the apply call met before. A wrong
+    signature counts before all else, as every further answer would have one.
     """
+    if isinstance(apply_error, SignatureInvalid):
+        return _reason(apply_error)
     if isinstance(query_error, RefundNotFound) and apply_error is not None:
         return f"{_reason(apply_error)}; not found yet"
     error = query_error or apply_error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from enum import Enum
@@ -124,6 +125,8 @@ class RefundSession:
         self._waiting = Waiting()
         self._state = _State.NEW
         self._running = 0
+        self.unknown_reasons: Counter[str] = Counter()
+        """How often :meth:`outcome_of` left a refund unknown, by reason: for summaries."""
         self._idle = anyio.Event()
 
     def __repr__(self) -> str:
@@ -159,7 +162,13 @@ class RefundSession:
                 await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._line = await Line.open(
                 self.merchant,
-                await Transport.open(self._client, self._transport, self._max_connections, backend=self._http_backend),
+                await Transport.open(
+                    self._client,
+                    self._transport,
+                    self._max_connections,
+                    backend=self._http_backend,
+                    urls=(self.merchant.endpoints.apply, self.merchant.endpoints.query),
+                ),
                 budget=self._retry.budget,
                 limiter=self._limiter,
                 middleware=self._middleware,
@@ -275,6 +284,8 @@ class RefundSession:
             raise
         except LianLianError as problem:
             error = problem
+            if isinstance(problem, RefundOutcomeUnknown):
+                self.unknown_reasons[problem.reason] += 1
         return Outcome(
             request=request,
             refund=refund,

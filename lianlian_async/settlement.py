@@ -15,7 +15,7 @@ from typing import Final
 import anyio
 import attrs
 
-from .clock import Clock, Moment, elapsed
+from .clock import Clock, Moment, elapsed, latest
 from .codes import CodeClass, explain
 from .errors import AnswerMismatch, LianLianError, RefundConflict, RefundOutcomeUnknown, RefundRejected
 from .exchange import Exchange, Known, Reply
@@ -71,6 +71,8 @@ class Case:
     clock: Clock
     sent_at: Moment | None = None
     """When an attempt may last have arrived; None: none may have."""
+    told_at: Moment | None = None
+    """The same as an earlier call told it, maybe on another machine, until the two can be compared."""
     refused: RefundRejected | None = None
     """The refusal in which every attempt so far ended; None: one may have worked, or none was made."""
     ask_first: bool = False
@@ -90,11 +92,16 @@ class Case:
         """Whether "no such record", asked for at ``asked_at``, proves that no attempt was carried out."""
         if self.sent_at is None:
             return True
+        self._compare(asked_at)
         seconds = elapsed(self.sent_at, asked_at)
         if seconds is None:  # no clock can tell: it counts from this moment on, which stays on record
             self.sent_at = asked_at
             return False
         return seconds >= self.apply.policy.absence_grace
+
+    def _compare(self, now: Moment) -> None:
+        if self.sent_at is not None and self.told_at is not None:
+            self.sent_at, self.told_at = latest(self.sent_at, self.told_at, now), None
 
     def doubt(self, refund: Refund) -> LianLianError | None:
         """Why a record of our number does not prove that this refund was made, if so.
@@ -127,6 +134,7 @@ class Case:
     def unknown(self) -> RefundOutcomeUnknown:
         """The honest end: all that is needed to ask again."""
         now = self.clock()
+        self._compare(now)
         sent_at = (self.sent_at or now).dated(now)
         policy = self.apply.policy
         grace_left = policy.absence_grace - (elapsed(sent_at, now) or 0.0)

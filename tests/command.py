@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import pytest
@@ -37,8 +37,10 @@ class Ended:
 
 
 def _environment(env: Mapping[str, str]) -> dict[str, str | None]:
-    """``env``, and nothing of a merchant that the tests' own environment may know."""
-    return {name: None for name in os.environ if name.startswith("LIANLIAN_") and "BACKEND" not in name} | dict(env)
+    """``env``, the journal of the test, and nothing of a merchant that the tests' own environment may know."""
+    return {
+        name: None for name in os.environ if name.startswith("LIANLIAN_") and not name.endswith(("BACKEND", "JOURNAL"))
+    } | dict(env)
 
 
 def _checked(ended: Ended, env: Mapping[str, str]) -> Ended:
@@ -87,15 +89,18 @@ def until(holds: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def interruption() -> Iterator[None]:
-    """Ctrl-C in this process, at the moment when a command's event loop is about to be made.
+def interruption(*, loops: int = 0) -> Iterator[None]:
+    """Ctrl-C in this process, at the moment when the first event loop after ``loops`` is about to be made.
 
     Later moments are for processes of their own: coverage.py loses its way, on Python 3.11, in whatever runs
     after a coroutine was cancelled.
     """
+    new_event_loop, left = asyncio.events.new_event_loop, iter(range(loops))
 
-    def interrupted() -> NoReturn:
-        raise KeyboardInterrupt
+    def interrupted() -> asyncio.AbstractEventLoop:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return new_event_loop()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncio.events, "new_event_loop", interrupted)

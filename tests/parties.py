@@ -58,8 +58,9 @@ def sandbox(**options: Any) -> SandboxGateway:
         "gateway_key": keypairs.pair("gateway").private,
         "default_order": Decimal("10.00"),
         "clock": anyio.current_time,
-        "started_at": wall_clock(),
     }
+    if "started_at" not in options:
+        settings["started_at"] = wall_clock()
     return SandboxGateway(**settings | options)
 
 

@@ -8,7 +8,6 @@ the given way.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -21,7 +20,7 @@ from lianlian_async import refund_many
 from lianlian_async.journal import Journal, SqliteJournal
 from lianlian_async.sandbox import Fault, When
 
-REFUNDS = 5
+REFUNDS = 4  # as many as a batch sends before an answer has verified
 
 
 class Work:
@@ -115,4 +114,4 @@ async def main(way: str, place: str) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     asyncio.run(main(*sys.argv[1:]))
-    os.write(1, b"ended\n")
+    print("it has ended", file=sys.stderr)

@@ -1,20 +1,32 @@
 """``lianlian batch``: refunds over a socket, to the last exit code, and again after whatever happened."""
 
 import signal
+import time
 from decimal import Decimal
 from pathlib import Path
 
+import anyio
 import pytest
 from batches import read_csv, read_lines, refund, write_csv
 from command import end, interruption, run, start, until
 from test_cli_sandbox import read
 
-from lianlian_async.cli.results import RESULT
+from lianlian_async.cli.endings import MADE, NOT_SENT
+from lianlian_async.cli.results import RESULT, Tally
 from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.signals import one_interruption
+from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 
 SHORT = ("--deadline", "2", "--absence-grace", "2.5")
 """For refunds that get no answer: time enough for the others on a busy machine, and then for asking again."""
+
+
+@pytest.fixture(autouse=True)
+def journal(tmp_path, monkeypatch):
+    """Where all commands keep their journal."""
+    monkeypatch.setenv("LIANLIAN_JOURNAL", str(tmp_path / "journal.sqlite"))
+    return tmp_path / "journal.sqlite"
 
 
 @pytest.fixture
@@ -54,8 +66,8 @@ def once(count):
 # ── made ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_refund_of_a_file_is_made(env, gateway, file):
-    """All are made once; people get tables and exit code 0, and the journal lies beside the file."""
+def test_every_refund_of_a_file_is_made(env, gateway, file, journal):
+    """All are made once; people get tables and exit code 0, and the journal lies where it was named."""
     ended = run("batch", file, "--yes", env=env)
     assert ended.exit_code == 0
     assert ended.stdout.startswith("10 of 10 refunds made")
@@ -64,18 +76,18 @@ def test_every_refund_of_a_file_is_made(env, gateway, file):
     assert "to do" not in ended.stdout
     assert ended.stderr == ""
     assert books(gateway) == once(10)
-    assert file.with_name("refunds.csv.journal").exists()
+    assert journal.exists()
 
 
-def test_the_same_command_again_sends_nothing(env, gateway, file):
+def test_the_same_command_again_sends_nothing(env, gateway, file, journal):
     """A second run says what it found, answers from the journal, and has the same exit code."""
     run("batch", file, "--yes", env=env)
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 0
-    assert again.stderr == "carrying on: the journal holds 10 settled and 0 unsettled refunds\n"
+    assert again.stderr == f"journal {journal}: 0 of these refunds are new, 10 settled, 0 open\n"
     assert again.json["outcomes"]["made"] == {"refunds": 10, "yuan": "100.00"}
     assert (again.json["attempts"], again.json["questions"], again.json["known_from_journal"]) == (0, 0, 10)
-    assert again.json["found"] == {"unsettled": 0, "accepted": 0, "done": 10, "rejected": 0, "conflict": 0}
+    assert again.json["found"] == {"new": 0, "settled": 10, "open": 0}
     assert gateway.requests["apply"] == 10
 
 
@@ -143,7 +155,7 @@ def test_some_failed_exits_3(env, gateway, file):
     assert ended.json["outcomes"]["failed"] == {"refunds": 1, "yuan": "10.00"}
 
 
-def test_some_unknown_exits_4(env, gateway, file):
+def test_some_unknown_exits_4(env, gateway, file, journal):
     """An unknown refund outweighs a rejected one, and the moment to run again is told; then it is found."""
     write_csv(file, [refund(2), refund(3, money_refund="1000.01")])
     run("batch", file, "--yes", env=env)
@@ -157,7 +169,7 @@ def test_some_unknown_exits_4(env, gateway, file):
     gateway._plan._scripted.clear()
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 3
-    assert again.stderr == "carrying on: the journal holds 2 settled and 1 unsettled refunds\n"
+    assert again.stderr == f"journal {journal}: 0 of these refunds are new, 2 settled, 1 open\n"
     assert (again.json["attempts"], again.json["questions"]) == (0, 1)
     assert books(gateway) == {"R-1": 1, "R-2": 1}
 
@@ -235,17 +247,16 @@ def test_a_journal_that_is_in_use_exits_1(env, gateway, file):
     gateway.script(Fault.NO_ANSWER)
     process = start("batch", file, "--yes", "--concurrency", "1", env=env)
     until(lambda: gateway.requests["apply"])
-    ended = run("batch", file, "--yes", env=env)
+    ended = run("batch", file, "--yes", "--no-wait", env=env)
     assert ended.exit_code == 1
-    assert "another process is at work with it" in ended.stderr
+    assert "holds it; wait until that process has ended" in ended.stderr
     assert gateway.requests["apply"] == 1
     process.kill()
     end(process, env)
 
 
-def test_a_journal_that_goes_away_ends_the_batch(gateway, file):
-    """When the journal can no longer be written, nothing more is sent, and what is known is shown."""
-    journal = file.with_name("refunds.csv.journal")
+def test_a_journal_that_goes_away_ends_the_batch(gateway, file, journal):
+    """When the journal can no longer be written, nothing more is sent; what was sent is unknown: exit code 4."""
 
     async def thief(scope, receive, send):
         if gateway.requests["apply"] == 4:
@@ -254,8 +265,9 @@ def test_a_journal_that_goes_away_ends_the_batch(gateway, file):
 
     with serving(thief) as url:
         ended = run("batch", file, "--yes", "--json", "--concurrency", "1", env=environment(gateway, url))
-    assert (ended.exit_code, ended.json["outcome"]) == (1, "journal error")
+    assert (ended.exit_code, ended.json["outcome"]) == (4, "journal error")
     assert ended.json["outcomes"]["made"]["refunds"] == 4
+    assert ended.json["unknown"] == [{"reason": "journal error after sending", "refunds": 1}]
     assert "was removed" in ended.json["error"]["message"]
     assert gateway.requests["apply"] == 5
 
@@ -279,11 +291,16 @@ def test_keys_that_cannot_be_used_exit_2(env, file):
 
 def test_an_interruption_before_anything_was_begun(gateway, file):
     """Ctrl-C at the very beginning ends with an honest summary: all is to do."""
-    with interruption():
+    with interruption(loops=1):  # the first loop only looks into the journal
         ended = run("batch", file, "--yes", "--json", env=environment(gateway, "http://127.0.0.1:9"))
     assert ended.exit_code == 130
     assert (ended.json["outcome"], ended.json["to_do"]["refunds"]) == ("interrupted", 10)
     assert ended.stderr.startswith("up to 0 more may have been made")
+
+
+def test_a_batch_that_is_not_complete_is_not_called_made():
+    """Exit code 0 is only for a batch of which every refund has ended."""
+    assert (Tally(0).ending(), Tally(1).ending()) == (MADE, NOT_SENT)
 
 
 # ── processes that die ───────────────────────────────────────────────────────────────────────────
@@ -297,18 +314,46 @@ def start_until_stuck(gateway, file, env, *, sent, stuck, when=When.AFTER):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_batch_carries_on(env, gateway, file, number):
-    """Ctrl-C and SIGTERM end it in good order with 130; the next run asks about what was under way."""
+def test_a_second_interruption_does_not_disturb_the_end():
+    """Within the event loop only the first Ctrl-C interrupts, so that what it ends can end in good order."""
+    ended = []
+
+    async def main():
+        with one_interruption():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            try:
+                await anyio.sleep_forever()
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                ended.append("in good order")
+
+    with pytest.raises(KeyboardInterrupt):
+        anyio.run(main)
+    assert ended == ["in good order"]
+
+
+def test_a_batch_that_ends_before_all_is_told_is_an_error():
+    """A normal end needs an outcome for each refund of the file."""
+    Tally(0).check_complete()
+    with pytest.raises(LianLianError, match="the batch ended with 247 refunds to do"):
+        Tally(247).check_complete()
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 3])
+def test_an_interrupted_batch_carries_on(env, gateway, file, numbers):
+    """Ctrl-C and SIGTERM, also repeated, end it in good order with 130; the next run asks about what was under way."""
     process = start_until_stuck(gateway, file, env, sent=3, stuck=2)
-    process.send_signal(number)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.0005)  # else the kernel merges two signals into one
     ended = end(process, env)
     assert ended.exit_code == 130
     assert ended.json["outcome"] == "interrupted"
     assert ended.json["outcomes"]["made"]["refunds"] == 3
     assert ended.stderr == "up to 2 more may have been made: run the same command again, it carries on\n"
     again = run("batch", file, "--yes", "--json", env=env)
-    assert again.json["found"] == {"unsettled": 2, "accepted": 0, "done": 3, "rejected": 0, "conflict": 0}
+    assert again.json["found"] == {"new": 5, "settled": 3, "open": 2}
     assert (again.json["attempts"], again.json["questions"]) == (5, 2)
     assert books(gateway) == once(10)
 
@@ -323,7 +368,7 @@ def test_a_batch_that_was_killed_makes_every_refund_once(env, gateway, tmp_path)
         gateway.requests.clear()
     ended = run("batch", file, "--yes", "--json", "--absence-grace", "1", "--wait-unknown", env=env)
     assert (ended.exit_code, ended.json["outcomes"]["made"]["refunds"]) == (0, 60)
-    assert ended.json["found"]["unsettled"] == 4
+    assert ended.json["found"]["open"] == 4
     assert books(gateway) == once(60)
 
 

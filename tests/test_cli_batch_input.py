@@ -19,6 +19,13 @@ from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import SandboxGateway
 
 
+@pytest.fixture(autouse=True)
+def journal(tmp_path, monkeypatch):
+    """Where all commands keep their journal."""
+    monkeypatch.setenv("LIANLIAN_JOURNAL", str(tmp_path / "journal.sqlite"))
+    return tmp_path / "journal.sqlite"
+
+
 @pytest.fixture
 def gateway():
     """A sandbox in which every refund is final at once."""
@@ -52,7 +59,7 @@ def problems(ended):
 # ── what it reads ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_dry_run_counts_and_sends_nothing(nowhere, file):
+def test_a_dry_run_counts_and_sends_nothing(nowhere, file, journal):
     """--dry-run tells how many refunds and yuan there are, and leaves no journal behind."""
     write_csv(file, [refund(1), refund(2, money_refund="0.5"), refund(3, money_refund="1200")])
     people, machine = (run("batch", file, "--dry-run", *more, env=nowhere) for more in ((), ("--json",)))
@@ -66,6 +73,8 @@ def test_a_dry_run_counts_and_sends_nothing(nowhere, file):
         "invalid": 0,
         "problems": [],
         "remarks": [],
+        "journal": str(journal),
+        "found": {"new": 3, "settled": 0, "open": 0},
     }
     assert [path.name for path in file.parent.iterdir()] == ["refunds.csv"]
 
@@ -239,8 +248,8 @@ def test_somebody_has_to_say_where_notifications_go(nowhere, file):
         (("--queue", "postgresql://me:s3cret@db/"), "a password must not stand on the command line"),
         (("--journal", "postgresql://db/?password=s3cret"), "a password must not stand on the command line"),
         (("--journal", "mysql://me:s3cret@db/"), "must be a path, or a URL postgresql://…"),
-        (("--out", "refunds.csv"), "is the input or the journal"),
-        (("--out", "refunds.csv.journal"), "is the input or the journal"),
+        (("--out", "refunds.csv"), "is the input, its receipt or the journal"),
+        (("--out", "refunds.csv.journal"), "is the input, its receipt or the journal"),
     ],
 )
 def test_options_that_cannot_be(nowhere, file, monkeypatch, options, hint):
@@ -259,13 +268,6 @@ def test_results_are_not_written_over_another_name_of_the_input(nowhere, file):
     file.with_name("results.csv").hardlink_to(file)
     assert run("batch", file, "--yes", "--out", file.with_name("results.csv"), env=nowhere).exit_code == 2
     assert file.stat().st_size > 40
-
-
-def test_stdin_has_no_place_for_a_journal_beside_it(nowhere):
-    """What is piped in needs a --journal."""
-    ended = run("batch", "-", "--yes", env=nowhere, stdin="")
-    assert ended.exit_code == 2
-    assert "--journal" in ended.stderr
 
 
 def test_a_full_disk_is_told_while_checking():
@@ -426,7 +428,7 @@ def test_a_number_that_looks_rounded_is_remarked(nowhere, file, value):
     """A spreadsheet keeps 15 digits: longer numbers that end in zeros are pointed out, and sent."""
     rows = [refund(1, no_order=value), refund(2, no_order=value[:-1] + "1"), refund(3, no_order="202611220001000")]
     ended = run("batch", write_csv(file, rows), "--dry-run", "--json", env=nowhere)
-    expected = f"no_order {value} ends in zeros, as numbers that a spreadsheet has rounded: compare it with its source"
+    expected = f"no_order {value} ends in zeros: a spreadsheet may have rounded it, compare it with its source"
     assert ended.json["remarks"] == [{"line": 2, "remark": expected}]
 
 

@@ -35,9 +35,11 @@ def file(tmp_path):
     return write_csv(tmp_path / "refunds.csv", [*rows, refund(4, money_refund="1000.01")])
 
 
-@pytest.fixture
-def journal(file):
-    return file.with_name("refunds.csv.journal")
+@pytest.fixture(autouse=True)
+def journal(file, monkeypatch):
+    """Where all commands keep their journal."""
+    monkeypatch.setenv("LIANLIAN_JOURNAL", str(file.with_name("journal.sqlite")))
+    return file.with_name("journal.sqlite")
 
 
 def leave_unknown(merchant, journal, gateway, *numbers):
@@ -176,6 +178,7 @@ def test_what_stays_unknown_exits_4(env, gateway, left_open):
     ended = run("journal", "resume", left_open, "--deadline", "0.5", env=env)
     assert ended.exit_code == 4
     assert "1 may have been made" in ended.stdout
+    assert "why outcomes were unknown" in ended.stdout
 
 
 def test_an_interrupted_resume_exits_130(gateway, left_open):

@@ -129,6 +129,16 @@ def test_what_is_unknown_stays_in_the_queue_for_later(env, gateway, file):
     run("batch", file, "--queue", "--yes", env=env)
     ended = run("worker", "--until-empty", "--deadline", "2", "--json", env=env)
     assert (ended.json["queue"]["later"], ended.json["unknown"]) == (1, 1)
+    assert list(ended.json["reasons"].values()) == [1]
+
+
+def test_a_wrong_gateway_key_ends_the_worker(env, gateway, file, stranger_keys):
+    """The error names the key, and the exit code is that of a wrong signature."""
+    run("batch", file, "--queue", "--yes", env=env)
+    wrong = env | {"LIANLIAN_GATEWAY_PUBLIC_KEYS": stranger_keys.public.to_base64()}
+    ended = run("worker", "--until-empty", "--deadline", "1", env=wrong)
+    assert (ended.exit_code, gateway.requests["apply"]) == (5, 4)
+    assert "LIANLIAN_GATEWAY_PUBLIC_KEYS" in ended.stderr
 
 
 def test_our_own_fault_ends_the_worker(env, gateway, file):

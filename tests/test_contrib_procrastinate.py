@@ -298,3 +298,17 @@ async def test_jobs_need_the_session_of_work(dsn):
     async with RefundQueue(dsn) as queue:
         with pytest.raises(RuntimeError, match=r"RefundQueue\.work"):
             await queue._refund(None, {})
+
+
+async def test_a_worker_that_hangs_in_a_transaction_does_not_keep_the_queue(dsn):
+    """The database ends a transaction of the queue that is idle for 10 seconds, and so lets go of its rows."""
+    async with RefundQueue(dsn) as queue, queue.app.connector.pool.connection() as connection:
+        cursor = await connection.execute("SHOW idle_in_transaction_session_timeout")
+        assert await cursor.fetchone() == ("10s",)
+
+
+async def test_a_queue_does_not_repeat_a_dsn_that_is_none():
+    """A connection string that cannot be read raises ``ConfigurationError``, in which none of it is shown."""
+    with pytest.raises(ConfigurationError, match="dsn: not a PostgreSQL connection string") as caught:
+        RefundQueue("password=s3cret books")
+    assert "s3cret" not in str(caught.value)

@@ -217,7 +217,13 @@ def test_the_lower_floors_know_no_network_no_loop_no_clock_and_no_dice(module):
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("httpx", {f"transport/{name}.py" for name in ("aiohttp", "http", "own", "pool", "request")}),
+        (
+            "httpx",
+            {
+                f"transport/{name}.py"
+                for name in ("aiohttp", "environment", "http", "own", "pool", "reasons", "request")
+            },
+        ),
         ("aiohttp", {"transport/aiohttp.py", "contrib/aiohttp.py"}),
         ("Crypto", {"signing.py"}),
     ],

@@ -7,11 +7,15 @@ import errno
 import json
 import os
 import random
+import re
+import runpy
 import shutil
 import signal
+import socket
 import sqlite3
+import subprocess
 import sys
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import anyio
@@ -20,7 +24,7 @@ import pytest
 from journals import MADE, held, intent, now
 
 from lianlian_async.errors import JournalError
-from lianlian_async.journal import SqliteJournal, Standing, State
+from lianlian_async.journal import SqliteJournal, Standing, State, file_lock
 
 pytestmark = pytest.mark.anyio
 
@@ -71,9 +75,13 @@ async def test_a_second_process_is_refused_until_the_first_is_gone(path):
     """Whoever opens a journal that another process has open is told so; once that one is killed, it opens."""
     async with await anyio.open_process(program(path, _STAY)) as other:
         assert (await other.stdout.receive()).startswith(b"open")
-        with pytest.raises(JournalError, match=r"journal\.sqlite: .*another process is at work with it"):
+        with pytest.raises(JournalError, match=r"journal\.sqlite: .* holds it; .*PostgresJournal") as caught:
             async with SqliteJournal(path):
                 pass
+        assert "another file" not in str(caught.value)
+        who = rf"process {other.pid} on {re.escape(socket.gethostname())} \(-c\), since (\S+)"
+        since = datetime.fromisoformat(re.fullmatch(who, caught.value.holder)[1])
+        assert abs(datetime.now(UTC) - since) < timedelta(minutes=10)
         other.kill()
     async with SqliteJournal(path) as journal:
         assert await journal.find("R-1")
@@ -84,7 +92,7 @@ async def test_a_second_journal_of_the_same_process_is_refused(path):
     link = path.with_name("link")
     async with SqliteJournal(path) as journal:
         link.symlink_to(path)
-        with pytest.raises(JournalError, match="another process"):
+        with pytest.raises(JournalError, match=f"process {os.getpid()} on"):
             async with SqliteJournal(link):
                 pass
         with pytest.raises(RuntimeError, match="open already"):
@@ -116,6 +124,78 @@ async def test_a_forked_child_is_refused_and_does_no_harm(path):
     assert process.stdout.decode() == "JournalError True\n" * 3
     async with SqliteJournal(path) as journal:
         assert sum((await journal.counts()).values()) == 500
+
+
+@pytest.mark.parametrize("suffix", ["-owner", "", "-wal"])
+async def test_another_handle_that_is_closed_leaves_the_lock(path, suffix):
+    """Whatever in the same process opens and closes the files, the journal stays refused to others."""
+    async with SqliteJournal(path):
+        await anyio.Path(f"{path}{suffix}").read_bytes()
+        opened = await anyio.run_process(program(path, "print('open')"), check=False)
+    assert opened.returncode == 1
+    assert b"holds it" in opened.stderr
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_its_parent(path):
+    """Once the parent is killed the journal is free, whatever becomes of the child."""
+    then = """
+        child = os.fork()
+        if not child:
+            signal.pause()
+        print(child, flush=True)
+        await anyio.sleep(3600)
+    """
+
+    async def main():
+        async with SqliteJournal(path) as journal:
+            assert await journal.find("R-1")
+
+    with subprocess.Popen(program(path, then.strip()), stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+        try:
+            anyio.run(main)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["/usr/bin/lianlian", "batch"], "lianlian"),
+        (["/lib/python/lianlian_async/__main__.py", "batch"], "lianlian_async"),
+        ([""], "python"),
+    ],
+)
+async def test_the_owner_file_names_the_program_and_none_of_its_arguments(path, arguments, name, monkeypatch):
+    """It is for others to read while the journal is open, and is empty afterwards."""
+    monkeypatch.setattr(sys, "argv", arguments)
+    owner = anyio.Path(f"{path}-owner")
+    async with SqliteJournal(path):
+        assert f"process {os.getpid()} on {socket.gethostname()} ({name}), since 2" in await owner.read_text()
+    assert await owner.read_bytes() == b""
+
+
+async def test_an_owner_that_has_not_told_its_name_is_another_process(path):
+    """Between its lock and its line a holder is nameless."""
+    async with SqliteJournal(path):
+        await anyio.Path(f"{path}-owner").write_bytes(b"")
+        with pytest.raises(JournalError, match="another process holds it"):
+            async with SqliteJournal(path):
+                pass
+
+
+def test_without_flock_sqlite_locks_a_file_beside(path, monkeypatch):
+    """As on Windows: a second owner is refused and told who the first is, until that one has closed it."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    elsewhere = runpy.run_path(file_lock.__file__)
+    lock = elsewhere["FileLock"](path)
+    with pytest.raises(elsewhere["FileLocked"], match=f"process {os.getpid()} on"):
+        elsewhere["FileLock"](path)
+    lock.close()
+    lock.close()
+    elsewhere["FileLock"](path).close()
 
 
 async def test_a_child_process_leaves_the_journal_to_its_parent(path, monkeypatch):
@@ -163,8 +243,15 @@ async def test_a_lease_ends_by_the_boot_clock(path):
         assert (standing, entry.sent_at) == (Standing.UNSETTLED, at.after(60))
 
 
+async def test_what_is_recorded_survives_a_power_failure(path):
+    """Every commit is synced: with ``synchronous = normal`` the log's last ones may be lost."""
+    async with SqliteJournal(path) as journal:
+        full = 2
+        assert journal._file._connection.execute("PRAGMA synchronous").fetchone() == (full,)
+
+
 async def test_a_file_is_left_behind_that_anybody_can_read(path):
-    """Closed, the journal is a single file and its empty owner file; the fields and records in it are plain JSON."""
+    """Closed, the journal is one file and an empty owner file; the fields and records in it are plain JSON."""
     async with SqliteJournal(path) as journal:
         await journal.intend(intent(), now())
         await journal.settle(held("R-1"), MADE)

@@ -8,7 +8,7 @@ import pytest
 from lianlian_async.sandbox import Repeated
 
 
-@pytest.mark.parametrize("repeated", [Repeated.REJECT, Repeated.REPLAY], ids=lambda repeated: repeated.value)
+@pytest.mark.parametrize("repeated", Repeated, ids=lambda repeated: repeated.value)
 def test_a_batch_that_is_killed_and_run_again_makes_every_refund_once(repeated, tmp_path, pytestconfig):
     """Through every fault at 5 %, the journal and the gateway's books are equal in the end."""
     refunds, kills, seed = (pytestconfig.getoption(name) for name in ("refunds", "kills", "seed"))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lianlian_async import clock
-from lianlian_async.clock import DATE_SLACK, Moment, SessionClock, elapsed, system_clock
+from lianlian_async.clock import DATE_SLACK, Moment, SessionClock, elapsed, latest, system_clock
 
 NOON = datetime(2026, 11, 26, 12, tzinfo=UTC)
 HERE = Moment(NOON, 100.0, "this boot", NOON)
@@ -49,6 +49,21 @@ def test_across_boots_nothing_is_known_without_the_gateways_time():
     unheard = attrs.evolve(HERE, gateway=None)
     assert elapsed(unheard, later(ELSEWHERE, wall=9999, gateway=9999)) is None
     assert elapsed(HERE, later(ELSEWHERE, wall=9999, gateway=None)) is None
+
+
+@pytest.mark.parametrize("young", [5.0, 300.0])
+def test_of_two_moments_the_later_one_is_known_across_boots(young):
+    """Each is compared by the clocks that it shares with now."""
+    now = later(HERE, wall=1000, boot=1000, gateway=1000)
+    here, elsewhere = later(now, boot=-100.0), later(ELSEWHERE, wall=1000 - young, gateway=1000 - young)
+    assert latest(here, elsewhere, now) is latest(elsewhere, here, now) is (elsewhere if young < 100 else here)
+
+
+def test_of_two_moments_that_no_clock_can_compare_the_later_one_counts_as_now():
+    """So that nothing is older than it is."""
+    unheard = attrs.evolve(ELSEWHERE, gateway=None)
+    now = later(HERE, wall=1000, boot=1000, gateway=1000)
+    assert latest(HERE, unheard, now) is latest(unheard, HERE, now) is now
 
 
 @given(span=seconds)

@@ -33,6 +33,7 @@ NOT_FOUND = RefundNotFound(no_refund="R-1", oid_refundno=None, ret_code="8901", 
     [
         (SignatureInvalid("answer 0000: signature of no known gateway key"), None, "signature invalid"),
         (lost("no answer within 14.8 s"), SignatureInvalid("…"), "signature invalid"),
+        (SignatureInvalid("…"), lost("the deadline is over"), "signature invalid"),
         (lost("no answer within 14.8 s"), lost("no answer within 3.7 s"), "no answer in time"),
         (lost("the deadline is over"), None, "no answer in time"),
         (lost("ReadTimeout"), None, "no answer in time"),

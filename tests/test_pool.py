@@ -13,7 +13,15 @@ import httpx
 import pytest
 from parties import Connection, Server, answering, refund_request, serving, trickling, unused_port
 
-from lianlian_async import ConfigurationError, RefundNotSent, RefundSession, RetryPolicy
+from lianlian_async import (
+    ConfigurationError,
+    Endpoints,
+    Merchant,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundSession,
+    RetryPolicy,
+)
 from lianlian_async.transport import PoolTransport, Transport
 
 pytestmark = pytest.mark.anyio
@@ -367,6 +375,81 @@ async def test_no_proxy_is_honoured(monkeypatch, bypass):
             assert await fetch(pool, server.url) == b"direct"
             if bypass != "*":
                 assert await fetch(pool, "http://gateway.invalid/") == b"by proxy"
+
+
+@pytest.mark.parametrize(
+    "bypass", ["127.0.0.1:{port}", "127.0.0.0/8", "10.0.0.0/8, 127.0.0.0/24", "::1/128,127.0.0.1/32"]
+)
+async def test_no_proxy_names_ports_and_networks(monkeypatch, bypass):
+    """An entry of NO_PROXY with a port holds for that port only, one with a prefix length for the whole network."""
+    async with answering(b"by proxy") as proxy, answering(b"direct") as server, answering(b"direct") as other:
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        monkeypatch.setenv("NO_PROXY", bypass.format(port=server.port))
+        async with pool_of(1) as pool:
+            assert await fetch(pool, server.url) == b"direct"
+            assert await fetch(pool, other.url) == (b"by proxy" if "port" in bypass else b"direct")
+
+
+@pytest.mark.parametrize("variables", [{"NO_PROXY": "127.0.0.1"}, {"HTTP_PROXY": ""}, {"HTTP_PROXY": "{proxy}"}])
+@pytest.mark.parametrize("backend", ["httpx", "aiohttp"])
+async def test_a_proxy_that_is_not_used_is_not_judged(monkeypatch, merchant_keys, gateway_keys, variables, backend):
+    """A ``socks://`` in ALL_PROXY blocks only where no other variable leads to the endpoints."""
+    async with answering(b"{}") as server:
+        monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value.format(proxy=server.url))
+        merchant = Merchant(
+            oid_partner="201103171000000000",
+            private_key=merchant_keys.private,
+            gateway_public_keys=[gateway_keys.public],
+            endpoints=Endpoints(f"{server.url}/apply", f"{server.url}/query"),
+            notify_url="https://shop.example/lianlian/refund",
+        )
+        session = RefundSession(merchant, retry=RetryPolicy(attempts=1), deadline=2.0, http_backend=backend)
+        if variables == {"HTTP_PROXY": ""}:
+            with pytest.raises(ConfigurationError, match=r"ALL_PROXY: .* or name 127.0.0.1 in NO_PROXY"):
+                await session.__aenter__()
+            return
+        async with session:
+            with pytest.raises(RefundOutcomeUnknown):
+                await session.apply_refund(refund_request())
+    assert server.requests
+
+
+async def test_without_urls_any_proxy_of_the_environment_keeps_aiohttp_away(monkeypatch):
+    """A transport for URLs that are not known yet must be able to use a proxy."""
+    monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohttp")
+    async with answering(b"by proxy") as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        transport = await Transport.open(None, None, 1)
+        delivery = await transport.post("http://gateway.invalid/", b"{}", 5.0)
+        await transport.aclose()
+    assert delivery.body == b"by proxy"
+
+
+async def test_an_unusable_proxy_that_was_not_checked_before_sends_nothing(monkeypatch):
+    """A proxy that turns out to be unusable with the first request is *not sent*, and takes no place with it."""
+    async with answering() as server, pool_of(1) as pool:
+        transport = await Transport.open(None, pool, 1)
+        monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
+        delivery = await transport.post(server.url, b"{}", 5.0)
+        assert not delivery.may_have_arrived
+        assert "ALL_PROXY" in delivery.reason
+        monkeypatch.delenv("ALL_PROXY")
+        await assert_all_free(pool, server, 1)
+
+
+@pytest.mark.parametrize("url", ["http://gateway.invalid/", "https://gateway.invalid/"])
+async def test_a_dead_proxy_is_named_without_its_password(monkeypatch, url):
+    """Nobody listens at the proxy: the reason names it, not only the gateway."""
+    proxy = f"127.0.0.1:{unused_port()}"
+    monkeypatch.setenv("ALL_PROXY", f"http://user:sesame@{proxy}")
+    transport = await Transport.open(None, None, 1)
+    delivery = await transport.post(url, b"{}", 5.0)
+    await transport.aclose()
+    assert not delivery.may_have_arrived
+    assert f"by way of the proxy {proxy}" in delivery.reason
+    assert "sesame" not in delivery.reason
 
 
 async def test_a_proxy_that_refuses_to_connect_sends_nothing(monkeypatch, merchant):

@@ -202,6 +202,43 @@ async def test_a_leader_s_task_that_is_cancelled_takes_nobody_along(rsa, key):
     assert bodies == {number: rsa.protocol.seal(message(number)) for number in (1, 2, 3)}
 
 
+class Gate:
+    """Lets one signature pass for each ``release``, and tells by ``started`` that one has begun."""
+
+    def __init__(self):
+        self.passes, self.started = threading.Semaphore(0), threading.Semaphore(0)
+        self.release = self.passes.release
+
+    def wait(self, seconds):
+        self.started.release()
+        return self.passes.acquire(timeout=seconds)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_a_job_that_the_thread_is_at_for_a_cancelled_leader_is_waited_for(rsa, key):
+    """Its asker leads the next visit, finds the job taken, and still gets its own signature."""
+    rsa = RsaThread(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=2)
+    gate = key.go_on = Gate()
+    bodies = {}
+
+    async def ask(number):
+        bodies[number] = await rsa.seal(message(number))
+
+    async with asyncio.TaskGroup() as group:
+        leader = group.create_task(ask(0))
+        await anyio.wait_all_tasks_blocked()
+        group.create_task(ask(1))
+        await anyio.wait_all_tasks_blocked()
+        gate.release()
+        for _ in range(2):  # the leader's own signature, and the other one in the same visit
+            assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)
+        leader.cancel()
+        await anyio.wait_all_tasks_blocked()
+        gate.release()
+    gate.release(2)
+    assert bodies == {1: rsa.protocol.seal(message(1))}
+
+
 @settings(max_examples=20)
 @given(cancelled=st.sets(st.integers(0, 19)), early=st.booleans(), busy=st.booleans())
 async def test_nobodys_signature_is_lost_to_anothers_cancellation(merchant, cancelled, early, busy):

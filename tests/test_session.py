@@ -241,7 +241,7 @@ def test_no_more_connections_are_opened_in_advance_than_there_may_be(merchant, n
 async def test_a_client_and_a_transport_are_one_too_many(merchant):
     """A client has its transport already."""
     async with httpx.AsyncClient() as client:
-        with pytest.raises(ConfigurationError, match="client and transport"):
+        with pytest.raises(ConfigurationError, match="client, transport and http_backend"):
             RefundSession(merchant, client=client, transport=asgi_transport(sandbox()))
 
 

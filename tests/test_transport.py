@@ -5,6 +5,7 @@ What goes over sockets runs on both HTTP stacks; on trio, where aiohttp cannot b
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
 import gzip
@@ -20,6 +21,7 @@ import sys
 import aiohttp
 import anyio
 import attrs
+import certifi
 import httpcore
 import httpx
 import pytest
@@ -409,6 +411,7 @@ async def test_a_client_s_hook_may_read_the_answer_first():
     assert gateway.requests == {"apply": 1}
 
 
+@pytest.mark.usefixtures("http_stack")
 @pytest.mark.parametrize("url", ["ftp://gw.example/", "https://", "http://a:b:c/", "//gw.example/"])
 async def test_an_address_that_is_none_sends_nothing(url):
     """An address that httpx cannot use is *not sent*."""
@@ -832,6 +835,187 @@ async def test_cancelled_exchanges_take_no_connection_with_them():
                 assert isinstance(await transport.post(server.url, b"{}", 30.0), Answer)
 
 
+@on_both_stacks
+async def test_a_session_whose_keys_cannot_be_read_closes_its_own_client(merchant_keys, gateway_keys, tmp_path):
+    """What the session made for itself is closed, and no warning tells of an open connection."""
+    merchant = attrs.evolve(at(merchant_keys, gateway_keys, "http://127.0.0.1:1"), private_key=tmp_path / "none.pem")
+    with pytest.raises(ConfigurationError):
+        await RefundSession(merchant).__aenter__()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@pytest.mark.parametrize("raised_by", ["transport", "response"])
+async def test_a_cancellation_that_is_not_this_task_s_may_have_arrived(raised_by):
+    """A CancelledError that a layer below lets through ends no task silently: the request is *maybe sent*."""
+    error = asyncio.CancelledError()
+    transport = RaisingAfterSending(error) if raised_by == "transport" else Answering(BrokenStream(error))
+    async with transport_over(transport=transport) as opened:
+        delivery = await opened.post(URL, b"{}", 5.0)
+    assert isinstance(delivery, Lost)
+    assert delivery.may_have_arrived
+    assert delivery.cause is error
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@pytest.mark.parametrize("how", ["scope", "task"])
+async def test_a_cancellation_of_this_task_passes(how):
+    """Cancelled by its scope or by ``Task.cancel``, a request ends as cancelled, and as nothing else."""
+    ends = []
+
+    class Hanging(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request):
+            await anyio.sleep_forever()
+
+    async def post():
+        try:
+            ends.append(await opened.post(URL, b"{}", 5.0))
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
+
+    async with transport_over(transport=Hanging()) as opened:
+        with anyio.CancelScope() as scope:
+            task = asyncio.create_task(post()) if how == "task" else None
+            if how == "scope":
+                scope.cancel()
+                await post()
+            await anyio.wait_all_tasks_blocked()
+            task.cancel()
+            await asyncio.wait([task])
+    assert ends == ["cancelled"]
+
+
+# ── what the environment and TLS say ─────────────────────────────────────────────────────────────
+
+
+@on_both_stacks
+@pytest.mark.parametrize(
+    ("variable", "content", "told"),
+    [
+        ("SSL_CERT_FILE", None, "No such file or directory"),
+        ("SSL_CERT_FILE", "no certificate", "NO_CERTIFICATE_OR_CRL_FOUND"),
+        ("SSL_CERT_DIR", None, "no such directory"),
+    ],
+)
+async def test_ca_certificates_that_cannot_be_read_are_told_when_the_session_opens(
+    monkeypatch, merchant, tmp_path, variable, content, told
+):
+    """The error names the variable, its path and the cure."""
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv(variable, str(path))
+    with pytest.raises(ConfigurationError, match=rf"{variable}={path}: .*{told}.*or unset it"):
+        await RefundSession(merchant).__aenter__()
+
+
+async def test_a_missing_bundle_of_certifi_is_told_when_the_session_opens(monkeypatch, merchant, tmp_path):
+    """Where no variable is set, the error names certifi."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.setattr(certifi, "where", lambda: str(tmp_path / "cacert.pem"))
+    with pytest.raises(ConfigurationError, match=r"certifi's CA bundle: .*No such file or directory.*reinstall"):
+        await RefundSession(merchant).__aenter__()
+
+
+async def test_a_directory_of_ca_certificates_is_trusted(monkeypatch, merchant, tmp_path):
+    """SSL_CERT_DIR may name several directories, of which one is enough."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("SSL_CERT_DIR", f"{tmp_path / 'none'}{os.pathsep}{tmp_path}")
+    async with RefundSession(merchant):
+        pass
+
+
+async def reason_of(url, seconds=5.0):
+    """Why a POST to ``url`` gets no answer, and whether it may have arrived."""
+    async with transport_over() as transport:
+        delivery = await transport.post(url, b"{}", seconds)
+    assert isinstance(delivery, Lost)
+    return delivery.reason, delivery.may_have_arrived
+
+
+@on_both_stacks
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+async def test_a_server_that_wants_a_client_certificate_is_told_as_that(self_signed, monkeypatch, version):
+    """The alert of the server is in the reason. TLS 1.3 sends it after the handshake: the request may have arrived."""
+    _, file = self_signed
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=file)
+    context.load_cert_chain(file)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.maximum_version = ssl.TLSVersion[version]
+
+    def refuse():
+        connection, _ = listener.accept()
+        connection.settimeout(30)
+        with connection.dup() as raw:
+            with pytest.raises(ssl.SSLError):
+                context.wrap_socket(connection, server_side=True)
+            with contextlib.suppress(ConnectionResetError):
+                while raw.recv(1000):  # closing with unread bytes would be a reset, which overtakes the alert
+                    pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
+        host = f"127.0.0.1:{listener.getsockname()[1]}"
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, refuse)
+            reason, sent = await reason_of(f"https://shop:sesame@{host}/")
+    assert f"TLS: {host} refused the handshake (" in reason
+    assert "it may want a client certificate" in reason
+    assert sent is (version == "TLSv1_3")
+
+
+@on_both_stacks
+async def test_a_dropped_handshake_is_told_as_that():
+    """The server closes the connection in place of its hello: not sent, and the reason says what happened."""
+
+    async def handler(connection: Connection):
+        await connection.stream.receive()
+
+    async with serving(handler) as server:
+        told = await reason_of(server.url.replace("http:", "https:"))
+    host = f"127.0.0.1:{server.port}"
+    assert told == (f"ConnectError: the TLS handshake with {host} failed: the connection was closed or reset", False)
+
+
+@on_both_stacks
+async def test_a_server_without_tls_is_told_as_that():
+    """An answer in plain HTTP is a failed handshake: not sent."""
+
+    async def handler(connection: Connection):
+        await connection.stream.receive()
+        await connection.stream.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await anyio.sleep_forever()
+
+    async with serving(handler) as server:
+        reason, sent = await reason_of(server.url.replace("http:", "https:"))
+    assert f"the TLS handshake with 127.0.0.1:{server.port} failed: [SSL: " in reason
+    assert not sent
+
+
+@on_both_stacks
+async def test_a_connection_that_takes_too_long_is_told_as_that():
+    """A server that never answers the handshake: the reason names the host and the seconds, and nothing else."""
+
+    async def handler(connection: Connection):
+        await anyio.sleep_forever()
+
+    async with serving(handler) as server:
+        told = await reason_of(server.url.replace("http:", "https:"), 0.2)
+    assert told == (f"ConnectTimeout: no connection to 127.0.0.1:{server.port} within 0.1 s", False)
+
+
+async def test_words_about_the_insides_of_a_library_are_not_passed_on():
+    """What a broken connection is raised from says nothing to the reader of a log."""
+    error = httpx.ReadError("")
+    error.__cause__ = IndexError("pop from an empty deque")
+    async with transport_over(transport=Raising(error)) as transport:
+        delivery = await transport.post("http://127.0.0.1:1/", b"{}", 5.0)
+    assert delivery.reason == "ReadError: the connection to 127.0.0.1:1 broke"
+
+
 # ── leases ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1057,8 +1241,8 @@ async def test_a_session_opens_though_nobody_answers_in_advance(merchant_keys, g
             await session.apply_refund(refund_request())
 
 
-async def test_a_session_whose_keys_cannot_be_read_closes_its_transport(merchant_keys, gateway_keys, tmp_path):
-    """A transport that was given for the session's own client is closed with what did not come about."""
+async def test_a_session_whose_keys_cannot_be_read_leaves_a_given_transport_open(merchant_keys, gateway_keys, tmp_path):
+    """The caller may try again with the same transport; a session that opened closes it."""
 
     class Closing(httpx.AsyncBaseTransport):
         closed = False
@@ -1070,6 +1254,9 @@ async def test_a_session_whose_keys_cannot_be_read_closes_its_transport(merchant
     merchant = attrs.evolve(at(merchant_keys, gateway_keys, "http://127.0.0.1:1"), private_key=tmp_path / "none.pem")
     with pytest.raises(ConfigurationError):
         await RefundSession(merchant, transport=transport).__aenter__()
+    assert not transport.closed
+    async with RefundSession(at(merchant_keys, gateway_keys, "http://127.0.0.1:1"), transport=transport):
+        assert not transport.closed
     assert transport.closed
 
 
@@ -1103,13 +1290,15 @@ async def test_the_argument_then_the_environment_chooses_and_else_it_is_httpx(
     assert http_backend(argument) == chosen
 
 
-async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, monkeypatch):
+@pytest.mark.parametrize("streamed", [False, True], ids=["content", "stream"])
+async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, monkeypatch, streamed):
     """pytest-httpx and respx replace AsyncHTTPTransport.handle_async_request: nothing goes past them."""
     mocked = []
 
     async def handle_async_request(self, request):
         mocked.append((request.url.path, await request.aread()))
-        return httpx.Response(200, content=as_json(made(wire.decode(request.content))))
+        answer = as_json(made(wire.decode(request.content)))
+        return httpx.Response(200, stream=httpx.ByteStream(answer)) if streamed else httpx.Response(200, content=answer)
 
     monkeypatch.delenv("LIANLIAN_HTTP_BACKEND", raising=False)
     monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", handle_async_request)
@@ -1130,7 +1319,6 @@ async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, mon
         ({"http_backend": "aiohtpp"}, "http_backend: must be httpx or aiohttp, is 'aiohtpp'"),
         ({"http_backend": 1}, "http_backend: must be httpx or aiohttp, is 1"),
         ({"client": httpx.AsyncClient(), "http_backend": "httpx"}, "client, transport and http_backend: give one"),
-        ({"client": httpx.AsyncClient(), "transport": Raising(None)}, "client, transport and http_backend: give one"),
     ],
 )
 def test_a_client_or_transport_of_another_kind_is_refused_when_the_session_is_made(merchant, given, told):

@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import attrs
 import click
 
 from lianlian_async.batch import refund_many
-from lianlian_async.errors import BatchStopped, LianLianError
-from lianlian_async.journal import Journal, State
+from lianlian_async.errors import JournalError, LianLianError
+from lianlian_async.journal import Journal
+from lianlian_async.journal.base import Owner
 from lianlian_async.merchant import Merchant
 from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
+from lianlian_async.session import RefundSession
 
 from .batch_options import batch_options, refuse_for_queue
 from .checked import Checked
+from .default_journal import Receipt, default_place, make_folder
 from .endings import INTERRUPTED, UNKNOWN, Ending, ending_of
 from .inputs import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, pass_output
 from .places import is_dsn, make_journal, open_queue
 from .results import RESULT, Tally, line_writer, result_of
-from .signals import sigterm_interrupts
+from .signals import one_interruption, sigterm_interrupts
 from .summary import show_batch, show_checked, tell_findings
+from .survey import Survey, survey
 from .table import Columns, read_rows
 
 __all__ = ["batch"]
+
+_VALID: Final = "valid, nothing was sent"
+_LOOK_AGAIN: Final = 1.0
+"""Seconds between two looks at a journal that another process has."""
 
 
 @click.command
@@ -54,8 +62,9 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
     if queue:
         refuse_for_queue(ctx)
     merchant = None if queue else load_merchant(config)
+    place = _find_journal(output, merchant, options) if merchant else None
     if not (queue or dry_run):
-        _settle_places(file, options)
+        _refuse_to_overwrite(options["out"], file, place)
     with Checked(merchant, derive=options["derive"], dt_refund=options["dt_refund"]) as checked:
         columns = Columns(options["renamed"], options["ignore_unknown"], has_partner=merchant is not None)
         with click.open_file(file, "rb") as stream:
@@ -66,27 +75,66 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
             show_checked(output, checked, "invalid, nothing was sent")
             ctx.exit(2)
         _refuse_more_than(options["max_total"], checked)
-        if dry_run:
-            show_checked(output, checked, "valid, nothing was sent")
-        elif merchant is None:
-            _ask(options["yes"], file, checked, "into the queue")
-            show_checked(output, checked, "in the queue", added=anyio.run(_enqueue, queue, checked))
+        if merchant is None or place is None:
+            _refund_elsewhere(output, file, checked, options)
         else:
-            _ask(options["yes"], file, checked, f"as merchant {merchant.oid_partner} at {merchant.endpoints.apply}")
-            ctx.exit(_send(output, merchant, checked, options))
+            owner = Owner(merchant.oid_partner, merchant.endpoints.apply)
+            known = anyio.run(survey, checked, owner, place, _older_journal(file, place))
+            run = _Run(output, merchant, checked, options, known, None if file == "-" else Path(f"{file}.receipt"))
+            run.check_receipt(known.journal_id or "")
+            if dry_run:
+                show_checked(output, checked, _VALID, known)
+            else:
+                _agree(run, file)
+                ctx.exit(_send(run))
 
 
-def _settle_places(file: str, options: dict[str, Any]) -> None:
-    """Find out where the journal is, and refuse to write results over something that is needed."""
-    out: Path | None = options["out"]
-    if options["journal"] is None:
-        if file == "-":
-            raise click.UsageError("--journal: is needed, as there is no file that it could lie beside")
-        options["journal"] = f"{file}.journal"
+def _refund_elsewhere(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> None:
+    """Put the refunds into the queue, or nowhere."""
+    if options["dry_run"]:
+        show_checked(output, checked, _VALID)
+    else:
+        _ask(options["yes"], file, checked, "into the queue")
+        added = anyio.run(_enqueue, options["queue"], checked)
+        show_checked(output, checked, "in the queue", added=added)
+
+
+def _agree(run: _Run, file: str) -> None:
+    """Say what the journal knows, ask whether to send, and make the folder of a default journal."""
+    known, options, merchant = run.known, run.options, run.merchant
+    if known.new < known.total or not options["yes"]:
+        for text in known.notes(query_first=options["query_first"]):
+            run.output.note(text)
+    _ask(options["yes"], file, run.checked, f"as merchant {merchant.oid_partner} at {merchant.endpoints.apply}")
+    if not options["journal"]:
+        make_folder(known.place)
+
+
+def _find_journal(output: Output, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
+    """Where the journal is. A dry run does without, where there is no place for one."""
+    try:
+        place: str = options["journal"] or default_place(merchant)
+    except click.UsageError as error:
+        if not options["dry_run"]:
+            raise
+        output.note(error.message)
+        return None
+    return place
+
+
+def _older_journal(file: str, place: str) -> str | None:
+    """The journal that earlier releases kept beside the file."""
+    older = f"{file}.journal"
+    return older if Path(older).is_file() and Path(older).resolve() != Path(place).resolve() else None
+
+
+def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None:
+    """Refuse to write results over something that is needed."""
     if out is not None:
-        needed = [Path(place).resolve() for place in (file, options["journal"]) if place != "-" and not is_dsn(place)]
+        places = (file, f"{file}.journal", f"{file}.receipt", place)
+        needed = [Path(one).resolve() for one in places if one and file != "-" and not is_dsn(one)]
         if out.resolve() in needed or any(out.exists() and path.exists() and path.samefile(out) for path in needed):
-            raise click.BadParameter("is the input or the journal", param_hint="--out")
+            raise click.BadParameter("is the input, its receipt or the journal", param_hint="--out")
 
 
 def _refuse_more_than(most: Decimal | None, checked: Checked) -> None:
@@ -115,27 +163,26 @@ async def _enqueue(dsn: str, checked: Checked) -> int:
 # ── sending ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _send(output: Output, merchant: Merchant, checked: Checked, options: Mapping[str, Any]) -> int:
+def _send(run: _Run) -> int:
     """Have them made, and show what became of them; the exit code."""
-    run = _Run(output, merchant, checked, options)
     # Whoever is interrupted is told below what may have been made: not one line for each.
     logging.getLogger("lianlian_async").addHandler(logging.NullHandler())
     try:
-        with sigterm_interrupts(), output.live("refunds", checked.count) as run.advance:
+        with sigterm_interrupts(), run.output.live("refunds", run.checked.count) as run.advance:
             anyio.run(run.work)
     except KeyboardInterrupt:
         under_way = run.begun - run.tally.ended
-        output.note(f"up to {under_way:,} more may have been made: run the same command again, it carries on")
+        run.output.note(f"up to {under_way:,} more may have been made: run the same command again, it carries on")
         return _show(run, INTERRUPTED)
     return _show(run, ending_of(run.failure) if run.failure else run.tally.ending())
 
 
 def _show(run: _Run, ending: Ending) -> int:
     """Show what became of a batch that ended in this way; the exit code."""
-    journal, out = run.options["journal"], run.options["out"]
-    places = {"journal": "in PostgreSQL" if is_dsn(journal) else journal} | ({"results": str(out)} if out else {})
-    show_batch(run.output, run.checked, run.tally, run.found, ending=ending, failure=run.failure, places=places)
-    is_graver = isinstance(run.failure, BatchStopped) and run.tally.refunds[UNKNOWN]
+    out = run.options["out"]
+    places = {"journal": run.known.name} | ({"results": str(out)} if out else {})
+    show_batch(run.output, run.checked, run.tally, run.known, ending=ending, failure=run.failure, places=places)
+    is_graver = run.failure is not None and run.tally.refunds[UNKNOWN]
     return UNKNOWN.exit_code if is_graver else ending.exit_code
 
 
@@ -147,8 +194,10 @@ class _Run:
     merchant: Merchant
     checked: Checked
     options: Mapping[str, Any]
+    known: Survey
+    receipt: Path | None
+    """Where the receipt lies; None: the batch comes from stdin."""
     advance: Callable[[str], object] = attrs.field(default=str, init=False)
-    found: Mapping[State, int] = attrs.field(factory=dict, init=False)
     tally: Tally = attrs.field(init=False)
     begun: int = attrs.field(default=0, init=False)
     failure: LianLianError | None = attrs.field(default=None, init=False)
@@ -156,10 +205,22 @@ class _Run:
     def __attrs_post_init__(self) -> None:
         self.tally = Tally(self.checked.count)
 
+    def check_receipt(self, journal_id: str) -> Callable[[], None]:
+        """Refuse a journal that is not the one of the last run; what is returned writes the receipt."""
+        if self.receipt is None:
+            return lambda: None
+        path = self.receipt
+        place = self.known.name if is_dsn(self.known.place) else str(Path(self.known.place).absolute())
+        ours = Receipt(journal_id, place, self.merchant.oid_partner, self.merchant.endpoints.apply)
+        others = ours.check(path, accept_new=self.options["accept_new_journal"])
+        return lambda: ours.write(path, others)
+
     async def work(self) -> None:
         """Have all made; what ended it before all were is its ``failure``, or is raised if nothing was begun."""
         try:
-            await self._work()
+            with one_interruption():
+                await self._work()
+            self.tally.check_complete()
         except LianLianError as error:
             if not self.tally.ended:
                 raise
@@ -168,32 +229,64 @@ class _Run:
     async def _work(self) -> None:
         """Send what the journal does not know, ask about what it holds as open, and write down all that is found."""
         options, out = self.options, self.options["out"]
-        wishes = {name: options[name] for name in ("keep_going", "wait_unknown")}
-        settings = {name: options[name] for name in ("concurrency", "deadline", "absence_grace")}
-        async with make_journal(options["journal"]) as journal:
-            await self._look_around(journal)
+        settings = {name: options[name] for name in ("concurrency", "deadline", "absence_grace", "query_first")}
+        async with self._opened(self.known.place) as journal:
+            await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
+            self._leave_receipt(journal.id)
             with line_writer(out, RESULT) if out else nullcontext(str) as write:
-                async with (
-                    make_session(self.merchant, journal=journal, **settings) as session,
-                    refund_many(session, self._requests(journal), **wishes) as outcomes,
-                ):
-                    async for outcome in outcomes:
-                        self.tally.add(outcome)
-                        write(result_of(outcome))
-                        self.advance(self.tally.line())
+                async with make_session(self.merchant, journal=journal, **settings) as session:
+                    if self.known.older is not None and self.known.in_older:
+                        async with self._opened(self.known.older) as older:
+                            await self._refund_all(session, older, self.checked.requests(older=True), write)
+                    await self._refund_all(session, journal, self.checked.requests(), write)
 
-    async def _look_around(self, journal: Journal) -> None:
-        self.found = await journal.counts()
-        unsettled = self.found[State.UNSETTLED]
-        settled = sum(self.found.values()) - unsettled
-        if settled or unsettled:
-            self.output.note(f"carrying on: the journal holds {settled:,} settled and {unsettled:,} unsettled refunds")
+    def _leave_receipt(self, journal_id: str) -> None:
+        write = self.check_receipt(journal_id)
+        try:
+            write()
+        except OSError as error:
+            self.output.note(f"no receipt beside the file: {self.receipt}: {error.strerror}")
 
-    async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:
+    @asynccontextmanager
+    async def _opened(self, place: str) -> AsyncGenerator[Journal]:
+        """The journal at ``place``, as soon as nobody else is at work with it."""
+        is_told = False
+        async with AsyncExitStack() as stack:
+            while True:
+                try:
+                    journal = await stack.enter_async_context(make_journal(place))
+                    break
+                except JournalError as error:
+                    if error.holder is None or self.options["no_wait"]:
+                        raise
+                    if not is_told:
+                        self.output.note(f"waiting: {error}")
+                    is_told = True
+                await anyio.sleep(_LOOK_AGAIN)
+            yield journal
+
+    async def _refund_all(
+        self,
+        session: RefundSession,
+        journal: Journal,
+        requests: AsyncIterable[RefundRequest],
+        write: Callable[[Mapping[str, Any]], object],
+    ) -> None:
+        wishes = {name: self.options[name] for name in ("keep_going", "wait_unknown")}
+        paced = self._requests(journal, requests)
+        async with refund_many(session, paced, journal=journal, **wishes) as outcomes:
+            async for outcome in outcomes:
+                self.tally.add(outcome)
+                write(result_of(outcome))
+                self.advance(self.tally.line())
+
+    async def _requests(
+        self, journal: Journal, requests: AsyncIterable[RefundRequest]
+    ) -> AsyncGenerator[RefundRequest]:
         """What is to be done, at the pace that was asked for: that which causes no traffic does not count."""
         rate = self.options["rate"]
         pace = RateLimit(rate) if rate else None
-        async for request in self.checked.requests():
+        async for request in requests:
             if pace is not None and not await _is_settled(journal, request):
                 async with pace:
                     pass

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from lianlian_async import wire
 
+from .default_journal import JOURNAL
 from .inputs import Command
 from .places import DSN, check_place, is_dsn
 from .table import FIELDS
@@ -22,7 +23,19 @@ __all__ = ["batch_options", "refuse_for_queue"]
 
 def refuse_for_queue(ctx: click.Context) -> None:
     """A usage error for options that mean nothing to who only enqueues."""
-    names = ("journal", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "absence_grace")
+    names = (
+        "journal",
+        "out",
+        "rate",
+        "keep_going",
+        "wait_unknown",
+        "concurrency",
+        "deadline",
+        "absence_grace",
+        "no_wait",
+        "query_first",
+        "accept_new_journal",
+    )
     given = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -72,8 +85,22 @@ _OPTIONS: Final = (
     click.option(
         "--journal",
         metavar="PATH|DSN",
+        envvar=JOURNAL,
+        show_envvar=True,
+        show_default="one for merchant and endpoint, in this user's application folder",
         callback=check_place,
-        help="Where it stands what was begun and how it ended; by default FILE.journal. Keep it.",
+        help="Journal that records every refund and its outcome. Do not delete it.",
+    ),
+    click.option("--no-wait", is_flag=True, help="Refuse to wait for another batch that is at work with the journal."),
+    click.option(
+        "--query-first",
+        is_flag=True,
+        help="Ask the gateway about each refund that is new in the journal before it is sent.",
+    ),
+    click.option(
+        "--accept-new-journal",
+        is_flag=True,
+        help="Send a file again although it was sent with another journal before (see FILE.receipt).",
     ),
     click.option(
         "--out",

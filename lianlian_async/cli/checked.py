@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from decimal import Decimal
 from types import TracebackType
 from typing import Final, Self
@@ -27,7 +27,8 @@ __all__ = ["Checked", "Findings"]
 _PAGE: Final = 500
 _SCHEMA: Final = """
 PRAGMA journal_mode = off;
-CREATE TABLE refunds (line INTEGER PRIMARY KEY, no_refund TEXT UNIQUE, fields TEXT, is_clear INTEGER DEFAULT 1);
+CREATE TABLE refunds (line INTEGER PRIMARY KEY, no_refund TEXT UNIQUE, fields TEXT, is_clear INTEGER DEFAULT 1,
+    is_older INTEGER DEFAULT 0);
 CREATE TABLE alike (number TEXT PRIMARY KEY, line INTEGER, times INTEGER);
 BEGIN;
 """
@@ -132,7 +133,7 @@ class Checked:
 
     def _add(self, line: int, request: RefundRequest) -> None:
         number, fields = request.no_refund, json.dumps(request.to_dict())
-        if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, 1)", line, number, fields).rowcount:
+        if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, 1, 0)", line, number, fields).rowcount:
             self._count(1, request)
             for remark in rounded(request.to_dict()):
                 self.remarks.add(line, remark)
@@ -157,15 +158,34 @@ class Checked:
 
     # ── out ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def requests(self) -> AsyncGenerator[RefundRequest]:
-        """All that passed; the event loop never waits for the disk."""
+    async def requests(self, *, older: bool = False) -> AsyncGenerator[RefundRequest]:
+        """All that passed, either those marked as ``older`` or the others; the event loop never waits for the disk."""
+        async for page in self._pages():
+            for _, fields, is_older in page:
+                if older is bool(is_older):
+                    yield RefundRequest.from_record(json.loads(fields))
+
+    async def numbers(self) -> AsyncGenerator[list[str]]:
+        """The ``no_refund`` of all that passed, some hundred at a time."""
+        async for page in self._pages():
+            yield [number for number, _, _ in page]
+
+    async def mark_older(self, numbers: Iterable[str]) -> None:
+        """Mark refunds that stand in an older journal only."""
+        rows = [(number,) for number in numbers]
+        mark = "UPDATE refunds SET is_older = 1 WHERE no_refund = ?"
+        await anyio.to_thread.run_sync(self._file.executemany, mark, rows)
+
+    async def _pages(self) -> AsyncGenerator[list[tuple[str, str, int]]]:
         line = 0
         while page := await anyio.to_thread.run_sync(self._page, line):
-            for line, fields in page:  # noqa: B007 - the next page begins there
-                yield RefundRequest.from_record(json.loads(fields))
+            line = page[-1][0]
+            yield [row[1:] for row in page]
 
-    def _page(self, after: int) -> list[tuple[int, str]]:
-        wanted = "SELECT line, fields FROM refunds WHERE line > ? AND is_clear ORDER BY line LIMIT ?"
+    def _page(self, after: int) -> list[tuple[int, str, str, int]]:
+        wanted = (
+            "SELECT line, no_refund, fields, is_older FROM refunds WHERE line > ? AND is_clear ORDER BY line LIMIT ?"
+        )
         return self._do(wanted, after, _PAGE).fetchall()
 
     def _do(self, statement: str, *parameters: object) -> sqlite3.Cursor:

@@ -66,11 +66,24 @@ def session_options(command: Command) -> Command:
 
 
 def make_session(
-    merchant: Merchant, *, journal: Journal, concurrency: int, deadline: float, absence_grace: float
+    merchant: Merchant,
+    *,
+    journal: Journal,
+    concurrency: int,
+    deadline: float,
+    absence_grace: float,
+    query_first: bool = False,
 ) -> RefundSession:
     """A session, to be opened, as :func:`session_options` say."""
     policy = RetryPolicy(absence_grace=absence_grace)
-    return RefundSession(merchant, journal=journal, max_connections=concurrency, deadline=deadline, retry=policy)
+    return RefundSession(
+        merchant,
+        journal=journal,
+        max_connections=concurrency,
+        deadline=deadline,
+        retry=policy,
+        query_first=query_first,
+    )
 
 
 def file_argument(*, required: bool) -> Callable[[Command], Command]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
@@ -77,17 +78,17 @@ def resume(output: Output, /, place: str, config: Path | None, **settings: Any) 
     What is unsettled is asked about as in a batch; of what was made, the final state is asked for. Exit code 4 if
     it still is not known of some whether they were made.
     """
-    _show_resumed(output, place, anyio.run(_resume, load_merchant(config), place, settings))
+    _show_resumed(output, place, *anyio.run(_resume, load_merchant(config), place, settings))
 
 
-async def _resume(merchant: Merchant, place: str, settings: dict[str, Any]) -> Resumed:
+async def _resume(merchant: Merchant, place: str, settings: dict[str, Any]) -> tuple[Resumed, Mapping[str, int]]:
     async with make_journal(place) as opened, make_session(merchant, journal=opened, **settings) as session:
-        return await session.resume()
+        return await session.resume(), session.unknown_reasons
 
 
-def _show_resumed(output: Output, place: str, resumed: Resumed) -> None:
+def _show_resumed(output: Output, place: str, resumed: Resumed, reasons: Mapping[str, int]) -> None:
     found = anyio.run(look, place)
-    show_look(output, found, settled=resumed.settled, still_open=resumed.still_open)
+    show_look(output, found, reasons, settled=resumed.settled, still_open=resumed.still_open)
     if found.unknown:
         click.get_current_context().exit(UNKNOWN.exit_code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import aclosing
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import attrs
@@ -84,8 +85,8 @@ async def look(place: str) -> Look:
     return found
 
 
-def show_look(output: Output, found: Look, **facts: int) -> None:
-    """Print it, with what else there is to say."""
+def show_look(output: Output, found: Look, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int) -> None:
+    """Print it, with what else there is to say; ``reasons``: how often a refund was left unknown, and why."""
     name = "in PostgreSQL" if is_dsn(found.place) else found.place
     document = {
         "journal": name,
@@ -94,6 +95,7 @@ def show_look(output: Output, found: Look, **facts: int) -> None:
         "not_sent": found.not_sent,
         "oldest_unknown": [one._asdict() for one in found.oldest],
         "queue": dict(found.queue),
+        **({"reasons": dict(reasons)} if reasons else {}),
         **facts,
     }
     states = [(state, f"{found.states[state]:,}", meaning) for state, meaning in _MEANING.items()]
@@ -102,6 +104,9 @@ def show_look(output: Output, found: Look, **facts: int) -> None:
         title = f"{found.unknown:,} may have been made"
         title += f"; the oldest {_LISTED}" if found.unknown > _LISTED else ""
         shown.append(table(title, ("no_refund", "yuan", "last sent at", "asking decides from"), found.oldest))
+    if reasons:
+        rows = [(reason, f"{number:,}") for reason, number in reasons.items()]
+        shown.append(table("why outcomes were unknown", ("reason", "times"), rows))
     if found.queue:
         queue = [(name.replace("_", " "), f"{number:,}") for name, number in found.queue.items()]
         shown.append(table("queue, all workers", ("refunds", "number"), queue))

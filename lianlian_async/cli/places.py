@@ -15,6 +15,7 @@ from lianlian_async.errors import ConfigurationError, JournalError
 from lianlian_async.journal import Journal, SqliteJournal, SqliteReader
 from lianlian_async.secret import drop_secrets, without_locals
 
+from .default_journal import JOURNAL
 from .inputs import Command
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -
 
 def place_argument(command: Command) -> Command:
     """The argument PLACE: a journal that is there already."""
-    return click.argument("place", metavar="PATH|DSN", envvar=DSN, callback=_check_journal)(command)
+    return click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], callback=_check_journal)(command)
 
 
 def dsn_argument(command: Command) -> Command:

@@ -16,10 +16,10 @@ from typing import Any, Final, cast
 import attrs
 
 from lianlian_async import wire
-from lianlian_async.errors import LianLianError, RefundOutcomeUnknown, RefundRejected
+from lianlian_async.errors import JournalError, LianLianError, RefundOutcomeUnknown, RefundRejected
 from lianlian_async.outcome import Outcome
 
-from .endings import FAILED, MADE, REJECTED, UNKNOWN, Ending, ending_of, refund_ending
+from .endings import FAILED, MADE, NOT_SENT, REJECTED, UNKNOWN, Ending, ending_of, refund_ending
 
 __all__ = ["RESULT", "Tally", "line_writer", "result_of"]
 
@@ -33,6 +33,8 @@ RESULT: Final = ("no_refund", "outcome", *_RECORDED, "money_refund", "error", "a
 def _ending(outcome: Outcome) -> Ending:
     if outcome.refund is not None:
         return refund_ending(outcome.refund)
+    if isinstance(outcome.error, JournalError) and outcome.error.said is not None:
+        return UNKNOWN  # it was sent, and what the gateway said is not on record
     return ending_of(cast("LianLianError", outcome.error))  # there is always one of them
 
 
@@ -99,9 +101,18 @@ class Tally:
         )
         if isinstance(error, RefundRejected):
             self.refusals[error.ret_code, error.meaning] += 1
+        elif ending == UNKNOWN and isinstance(error, JournalError):
+            self.reasons["journal error after sending"] += 1
         elif isinstance(error, RefundOutcomeUnknown):
             self.reasons[error.reason] += 1
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
+
+    def check_complete(self) -> None:
+        """Raise ``LianLianError`` if the batch has come to its end, and refunds are left that nobody has told of."""
+        if self.ended != self.total:
+            raise LianLianError(
+                f"the batch ended with {self.total - self.ended:,} refunds to do; run the same command again"
+            )
 
     @property
     def ended(self) -> int:
@@ -130,5 +141,6 @@ class Tally:
 
     def ending(self) -> Ending:
         """How the whole is called: by the gravest of what occurred."""
-        other = next((ending for ending in self.refunds if ending != MADE), MADE)
+        complete = NOT_SENT if self.ended < self.total else MADE
+        other = next((ending for ending in self.refunds if ending != MADE), complete)
         return next((ending for ending in _GRAVITY if self.refunds[ending]), other)

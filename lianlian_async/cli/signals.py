@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
-__all__ = ["sigterm_interrupts"]
+__all__ = ["one_interruption", "sigterm_interrupts"]
 
 
 @contextmanager
@@ -17,3 +19,22 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def one_interruption() -> Iterator[None]:
+    """While the block runs in an event loop, ignore every SIGINT after the first: the loop is ending in good order.
+
+    asyncio raises the second one wherever it meets the program, and what it breaks there nobody waits for any more.
+    """
+    first: Any = signal.getsignal(signal.SIGINT)
+
+    def once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        first(number, frame)
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, first)

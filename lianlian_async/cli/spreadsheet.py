@@ -43,4 +43,4 @@ def rounded(fields: Mapping[str, str]) -> Iterator[str]:
     """Yield a remark for each identifier that may have been rounded."""
     for name in _IDENTIFIERS:
         if _ROUNDED.fullmatch(text := fields.get(name, "")):
-            yield f"{name} {text} ends in zeros, as numbers that a spreadsheet has rounded: compare it with its source"
+            yield f"{name} {text} ends in zeros: a spreadsheet may have rounded it, compare it with its source"

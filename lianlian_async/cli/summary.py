@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lianlian_async.errors import LianLianError
-from lianlian_async.journal import State
 
 from .checked import Checked
 from .endings import MADE, Ending, error_document
 from .output import Output, table
 from .results import Tally
+from .survey import Survey
 
 __all__ = ["show_batch", "show_checked", "tell_findings"]
 
@@ -22,12 +22,18 @@ def tell_findings(output: Output, checked: Checked) -> None:
         output.note(text)
 
 
-def show_checked(output: Output, checked: Checked, outcome: str, **facts: Any) -> None:
-    """What a file holds, if nothing of it is sent."""
+def show_checked(output: Output, checked: Checked, outcome: str, known: Survey | None = None, **facts: int) -> None:
+    """What a file holds, if nothing of it is sent, and what the journal knows of it."""
     document = _document(outcome, checked) | facts
+    if known is not None:
+        document |= {"journal": known.name, "found": known.counts()}
+        facts |= known.counts()
+        for text in known.notes(query_first=False)[1:]:
+            output.note(text)
     rows = [("refunds", f"{checked.count:,}"), ("yuan", f"{checked.yuan:,.2f}")]
     rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
     rows += [(name, f"{fact:,}") for name, fact in facts.items()]
+    rows += [] if known is None else [("journal", known.name)]
     output.show(document, table(outcome, ("what", "how much"), rows))
 
 
@@ -35,7 +41,7 @@ def show_batch(
     output: Output,
     checked: Checked,
     tally: Tally,
-    found: Mapping[State, int],
+    known: Survey,
     *,
     ending: Ending,
     failure: LianLianError | None,
@@ -56,7 +62,7 @@ def show_batch(
         "to_do": {"refunds": to_do, "yuan": f"{to_do_yuan:.2f}"},
         "refusals": [{"ret_code": code, "refunds": number} for (code, _), number in tally.refusals.most_common()],
         "unknown": [{"reason": reason, "refunds": number} for reason, number in tally.reasons.most_common()],
-        "found": {str(state): number for state, number in found.items()},
+        "found": known.counts(),
         **facts,
         **places,
         "ask_again_at": tally.ask_again_at and tally.ask_again_at.isoformat(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,19 @@ def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, 
     merchant = load_merchant(config)
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
     with sigterm_interrupts(), _told(output):
-        anyio.run(_work, merchant, dsn, until_empty, settings)
-    show_look(output, anyio.run(look, dsn))
+        reasons = anyio.run(_work, merchant, dsn, until_empty, settings)
+    show_look(output, anyio.run(look, dsn), reasons)
 
 
-async def _work(merchant: Merchant, dsn: str, until_empty: bool, settings: dict[str, Any]) -> None:
+async def _work(merchant: Merchant, dsn: str, until_empty: bool, settings: dict[str, Any]) -> Mapping[str, int]:
+    """Empty the queue; why outcomes were unknown."""
     async with (
         make_journal(dsn) as journal,
         make_session(merchant, journal=journal, **settings) as session,
         open_queue(dsn) as queue,
     ):
         await queue.work(session, concurrency=settings["concurrency"], wait=not until_empty)
+        return session.unknown_reasons
 
 
 # ── what the libraries have to say ───────────────────────────────────────────────────────────────

@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 from procrastinate import App, BaseRetryStrategy, JobContext, PsycopgConnector, RetryDecision
 from procrastinate.exceptions import AlreadyEnqueued, ConnectorException
 from procrastinate.jobs import Job
+from psycopg import AsyncConnection
 from psycopg.errors import RaiseException
 
 from lianlian_async.clock import Clock
@@ -26,6 +27,7 @@ from lianlian_async.errors import (
     SignatureInvalid,
 )
 from lianlian_async.flow import iterate
+from lianlian_async.journal.postgres import connection_string
 from lianlian_async.models import RefundRequest
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import is_number
@@ -53,6 +55,16 @@ FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s
 _NOW: Final = "SELECT clock_timestamp() AS now"
 _MENDING_SECONDS: Final = 900.0
 """How long a job rests whose refund was rejected, but may be sent again."""
+
+
+_TIMEOUT: Final = 10.0
+"""Seconds after which a transaction that is idle, and a connection whose other end is gone, are given up."""
+
+
+async def _limit_idle_transactions(connection: AsyncConnection[Any]) -> None:
+    """A worker that hangs within a transaction must not keep the others from the rows that it has locked."""
+    await connection.execute(f"SET idle_in_transaction_session_timeout = '{_TIMEOUT:.0f}s'")
+    await connection.commit()
 
 
 class _ByOutcome(BaseRetryStrategy):
@@ -106,7 +118,8 @@ class RefundQueue:
         """
         if not is_number(rescue_after) or rescue_after < 1:
             raise ConfigurationError(f"rescue_after: must be at least 1 second, is {rescue_after!r}")
-        self.app = App(connector=PsycopgConnector(conninfo=dsn))
+        conninfo = connection_string(dsn, _TIMEOUT)
+        self.app = App(connector=PsycopgConnector(conninfo=conninfo, configure=_limit_idle_transactions))
         self._queue = queue
         self._rescue_after = rescue_after
         self._session: RefundSession | None = None

@@ -36,7 +36,7 @@ from .operations import Answer, Begin, Look, Operation, perform
 from .postgres_moments import Reading
 from .postgres_rows import entry_of, owner_of, rows_of
 
-__all__ = ["PostgresJournal"]
+__all__ = ["PostgresJournal", "connection_string"]
 
 SCHEMA_VERSION: Final = 2
 
@@ -63,6 +63,20 @@ class _Apart:
         return self.answers[place]
 
 
+@without_locals
+def connection_string(dsn: str, timeout: float) -> str:
+    """Return ``dsn`` so that a connection whose other end is gone is given up; what ``dsn`` says itself stays.
+
+    Raises ``ConfigurationError``.
+    """
+    try:
+        given = conninfo_to_dict(dsn)
+    except ProgrammingError:  # whose text would show the password
+        raise ConfigurationError("dsn: not a PostgreSQL connection string or URL") from None
+    alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+    return make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | given))
+
+
 class PostgresJournal(GroupedJournal):
     """A :class:`~lianlian_async.journal.Journal` in the PostgreSQL database that ``dsn`` names.
 
@@ -74,12 +88,12 @@ class PostgresJournal(GroupedJournal):
     off. Workers may die at any moment: their leases end, and whoever comes next asks the gateway first.
 
     *What holds over failover and restore:* a standby or a backup may lack the last commits. Where the database is
-    another incarnation than before, nothing that was begun earlier is sent again for ``not_found_grace`` seconds, and
-    a refund that is not on record is asked about before it is sent: every one for ``not_found_grace`` seconds, and
-    later still every one whose ``dt_refund`` is older than that. What the gateway answered is written again if its
-    row is lost. What remains: a request that a worker sends in the moment of the failover, under a lease that was
-    lost, may reach the gateway after another worker was told "no such record". Synchronous replication rules that
-    out; and stop all workers before a restore.
+    another incarnation than before, the grace of what was begun earlier (``RetryPolicy.absence_grace``) starts again,
+    and a refund that is not on record is asked about before it is sent: each one for ``not_found_grace`` seconds, and
+    later each one whose ``dt_refund`` is older than that. What the gateway answered is written again if its row is
+    lost. What remains: a request that is on its way during the failover, under a lease that was lost, may arrive
+    after another worker was told "no such record". Synchronous replication prevents that. Stop all workers before
+    you restore a backup.
 
     ``timeout`` is how many seconds the database may take for one transaction, connecting included. Set
     ``not_found_grace`` as in the ``RetryPolicy`` of the workers; 0 asks about nothing that is new. ``clock`` is the
@@ -101,14 +115,9 @@ class PostgresJournal(GroupedJournal):
             raise ConfigurationError(f"not_found_grace: must be a number of at least 0, is {not_found_grace!r}")
         check_type("dsn", dsn, str)
         check_type("schema", schema, str)
-        try:
-            database = conninfo_to_dict(dsn)
-        except ProgrammingError:  # whose text would show the password
-            raise ConfigurationError("dsn: not a PostgreSQL connection string or URL") from None
+        self._dsn = Secret(connection_string(dsn, timeout))
+        database = conninfo_to_dict(self._dsn.reveal())
         super().__init__(f"{schema} in {database.get('dbname')} at {database.get('host')}")
-        # A connection whose other end is gone is given up, unless ``dsn`` says otherwise.
-        alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-        self._dsn = Secret(make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | database)))
         self._schema = schema
         self._timeout = timeout
         self._grace = not_found_grace

@@ -82,6 +82,7 @@ class SqliteReader(_Looking):
 
     async def __aenter__(self) -> Self:
         await self._open_file(self._path, only_to_look=True)
+        self.id, self.owner = await self._in_thread(self._file.owner)
         return self
 
     async def __aexit__(
@@ -89,14 +90,20 @@ class SqliteReader(_Looking):
     ) -> None:
         await complete(self._close)
 
+    async def find_all(self, numbers: Sequence[str]) -> list[Entry]:
+        """The entries of those refunds that are on record."""
+        return await self._in_thread(self._file.find_all, numbers)
+
 
 class SqliteJournal(_Looking, GroupedJournal):
     """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is made if it is not there.
 
     It belongs to one process at a time; a second one that opens it is refused. When that process has ended, in
     whatever way, the next one finds what it left open as UNSETTLED. Beside the file lie, while it is open,
-    ``…-wal`` and ``…-shm`` (SQLite's own: they are part of it) and for ever the empty ``…-owner``; its inbox, if it
-    ever had one, is the file ``…-inbox``. Keep it on a local disk: network file systems do not lock as it needs.
+    ``…-wal`` and ``…-shm`` (SQLite's own: they are part of it) and for ever ``…-owner``, which tells who has it open;
+    its inbox, if it ever had one, is the file ``…-inbox``. Several processes of one service share a
+    :class:`~.postgres.PostgresJournal`; several files do not know of each other's refunds. Keep it on a local disk:
+    network file systems do not lock as it needs.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

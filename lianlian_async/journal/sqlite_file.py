@@ -14,6 +14,7 @@ that they are not on record.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -28,6 +29,7 @@ from typing import Any, Final
 from lianlian_async.clock import Moment
 
 from .base import Ending, Entry, JournalError, Owner, State
+from .file_lock import FileLock, FileLocked
 from .numbers import Numbers
 from .operations import Answer, Operation, perform
 
@@ -118,13 +120,19 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 _ADVICE: Final = {
-    sqlite3.SQLITE_BUSY: "another process is at work with it; wait for that one to end, or use another file",
+    sqlite3.SQLITE_BUSY: "another program has locked it; end that one",
     sqlite3.SQLITE_CANTOPEN: "its folder must exist, and must let files be created",
     sqlite3.SQLITE_CORRUPT: "keep the file, and restore it from a backup; refunds begun since then may have been made",
     sqlite3.SQLITE_FULL: "make room on the disk; the journal goes on once there is some",
     sqlite3.SQLITE_IOERR: "the disk does not do what it is asked to",
     sqlite3.SQLITE_NOTADB: "it is no journal, and was left as it is; name another file",
     sqlite3.SQLITE_READONLY: "the file and its folder must be writable",
+}
+_ERRNO: Final = {
+    errno.EACCES: sqlite3.SQLITE_CANTOPEN,
+    errno.ENOENT: sqlite3.SQLITE_CANTOPEN,
+    errno.ENOSPC: sqlite3.SQLITE_FULL,
+    errno.EROFS: sqlite3.SQLITE_CANTOPEN,
 }
 
 
@@ -135,9 +143,9 @@ class _DamagedRowError(Exception):
 class JournalFile:
     """An open journal file, owned by this process. Threads may share it: they take turns.
 
-    An empty file beside it, ``…-owner``, is locked by SQLite's own means as long as the journal is open: on every
-    platform that lock ends with the process, however the process dies. The journal itself is not locked, so that
-    others can read it meanwhile: who comes ``only_to_look`` locks nothing, makes nothing and writes nothing.
+    A file beside it, ``…-owner``, is locked as long as the journal is open (see :mod:`.file_lock`), and says by whom.
+    The journal itself is not locked, so that others can read it meanwhile: who comes ``only_to_look`` locks nothing,
+    makes nothing and writes nothing.
     """
 
     def __init__(self, path: str, *, only_to_look: bool = False) -> None:
@@ -155,9 +163,7 @@ class JournalFile:
                 self._connection.execute("PRAGMA query_only = on")
                 self._check_kind()
             else:
-                owner = opened.enter_context(closing(_connect(owner_path, timeout=0.0)))
-                owner.execute("PRAGMA journal_mode = memory")
-                owner.execute("BEGIN EXCLUSIVE")
+                opened.enter_context(closing(FileLock(owner_path)))
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
                 self._connection.executescript(_CHANGES)
@@ -260,6 +266,11 @@ class JournalFile:
         with self._turn, self._errors():
             numbers = self._value(_PENDING if pending else _ENTRIES, after, until, limit)
             return sorted(self._read(numbers).items())
+
+    def find_all(self, numbers: Sequence[str]) -> list[Entry]:
+        """The entries of those refunds that are on record."""
+        with self._turn, self._errors():
+            return list(self._read(_json(numbers)).values())
 
     def latest_made(self) -> Entry | None:
         """The youngest entry that is known as made."""
@@ -364,10 +375,17 @@ class JournalFile:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except FileLocked as locked:
+            error = JournalError(
+                f"journal {self._path}: {locked} holds it; wait until that process has ended. Several processes of one "
+                "service share a PostgresJournal"
+            )
+            error.holder = str(locked)
+            raise error from None
         except (sqlite3.Error, OSError, UnicodeError, _DamagedRowError) as error:
             is_damage = isinstance(error, UnicodeError | _DamagedRowError)
-            code = sqlite3.SQLITE_CORRUPT if is_damage else getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR)
-            code &= 0xFF  # without the extension
+            code = _ERRNO.get(getattr(error, "errno", 0), sqlite3.SQLITE_CORRUPT if is_damage else sqlite3.SQLITE_IOERR)
+            code = getattr(error, "sqlite_errorcode", code) & 0xFF  # without the extension
             advice = _ADVICE.get(code, "nothing of this was recorded")
             raise JournalError(f"journal {self._path}: {error}; {advice}") from error
 

@@ -1,4 +1,13 @@
-"""One HTTP exchange at a time over a shared ``httpx.AsyncClient``; the only importer of httpx."""
+"""One HTTP exchange at a time over a shared ``httpx.AsyncClient``; the only importer of httpx.
+
+What remains, although the lease is checked right before bytes leave and a connection that is given up is reset:
+
+- A process that is stopped between this check and the write that follows it sends when it goes on, whatever the lease
+  says by then. Between the two lie a few instructions, and no wait.
+- Bytes that have left the machine may be delivered later by the network, which no reset calls back.
+- A client or transport of the caller's that is not built on httpcore is checked only before it is called and when it
+  takes the body; whether it resets connections is its own affair.
+"""
 
 from .http import AsyncBaseTransport, AsyncClient, Transport, asgi_transport
 from .own import HttpBackend, check_http, http_backend

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, cast
 
 import anyio
 import httpx
 
+from lianlian_async.errors import ConfigurationError
+from lianlian_async.event_loop import asyncio_loop
 from lianlian_async.exchange import Answer, Delivery, Lost
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
 from .own import HttpBackend, own_client
+from .reasons import describe
 from .request import Body, LeaseEndedError, WatchedRequest
 
 __all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
@@ -39,6 +44,7 @@ _NEVER_SENT: Final = (
     httpx.PoolTimeout,
     httpx.ProxyError,
     httpx.UnsupportedProtocol,
+    ConfigurationError,
     LeaseEndedError,
 )
 
@@ -54,9 +60,10 @@ def _head(url: str, content_type: str, length: int) -> tuple[httpx.URL, httpx.He
 class Transport:
     """The shared ``httpx.AsyncClient``, closed with the session unless it was given from outside."""
 
-    def __init__(self, client: httpx.AsyncClient, *, owned: bool, content_type: str = _JSON) -> None:
+    def __init__(self, client: httpx.AsyncClient, *, owned: bool, lent: bool, content_type: str) -> None:
         self._client = client
         self._owned = owned
+        self._lent = lent
         self._content_type = content_type
 
     @classmethod
@@ -66,13 +73,18 @@ class Transport:
         transport: httpx.AsyncBaseTransport | None,
         max_connections: int,
         content_type: str = _JSON,
+        *,
         backend: HttpBackend | None = None,
+        urls: Sequence[str] = (),
     ) -> Transport:
-        """Over ``client`` if given, else over a client of our own, on ``transport`` if given."""
-        owned = client is None
+        """Over ``client`` if given, else over a client of our own, on ``transport`` if given.
+
+        The proxies that lead to ``urls`` are checked at once; others when a request needs them.
+        """
+        owned, lent = client is None, transport is not None
         if client is None:
-            client = await own_client(transport, max_connections, backend)
-        return cls(client, owned=owned, content_type=content_type)
+            client = await own_client(transport, max_connections, backend, urls)
+        return cls(client, owned=owned, lent=lent, content_type=content_type)
 
     async def post(
         self, url: str, body: bytes, seconds: float, lease_holds: Callable[[], bool] = lambda: True
@@ -91,7 +103,7 @@ class Transport:
             content.check_lease()
             request = self._request(url, content, seconds)
         except Exception as error:  # noqa: BLE001 - a given client may raise anything, but it has sent nothing yet
-            return Lost(_describe(error), may_have_arrived=False, cause=error)
+            return Lost(describe(error, url, seconds / 2), may_have_arrived=False, cause=error)
         answered = False
         try:
             response = await self._client.send(request, stream=True, follow_redirects=False)
@@ -102,9 +114,11 @@ class Transport:
                 received = await _read(response, headers)
             finally:
                 await response.aclose()
-        except Exception as error:  # noqa: BLE001 - a client or transport may raise anything, and none of it may pass
+        except BaseException as error:  # a client or transport may raise anything, and none of it may pass
+            if not isinstance(error, Exception) and not _is_stray(error):
+                raise
             sent = answered or not isinstance(error, _NEVER_SENT) or request.may_have_been_sent(error)
-            return Lost(_describe(error), may_have_arrived=sent, cause=error)
+            return Lost(describe(error, url, seconds / 2), may_have_arrived=sent, cause=error)
         return Answer(response.status_code, headers, received)
 
     def _request(self, url: str, body: Body, seconds: float) -> WatchedRequest:
@@ -127,7 +141,7 @@ class Transport:
             try:
                 await self._client.head(url, headers=_HEADERS, follow_redirects=False, timeout=seconds)
             except Exception as error:  # noqa: BLE001 - as in post
-                logger.info("no connection opened in advance: %s", _describe(error))
+                logger.info("no connection opened in advance: %s", describe(error, url, seconds))
 
         with anyio.move_on_after(seconds):
             async with anyio.create_task_group() as tasks:
@@ -138,6 +152,11 @@ class Transport:
         """Close the client, if it is ours."""
         if self._owned:
             await self._client.aclose()
+
+    async def discard(self) -> None:
+        """Close only what :meth:`open` made: after an opening that failed, a given transport stays open."""
+        if not self._lent:
+            await self.aclose()
 
 
 async def _read(response: httpx.Response, headers: Mapping[str, str]) -> bytes:
@@ -155,6 +174,17 @@ async def _read(response: httpx.Response, headers: Mapping[str, str]) -> bytes:
     return bytes(received)
 
 
+def _is_stray(error: BaseException) -> bool:
+    """Whether ``error`` is a ``CancelledError`` of asyncio's although nobody has cancelled this task."""
+    task = None if asyncio_loop() is None else asyncio.current_task()
+    return (
+        isinstance(error, asyncio.CancelledError)
+        and task is not None
+        and not task.cancelling()
+        and anyio.current_effective_deadline() > -math.inf
+    )
+
+
 def _is_short(headers: Mapping[str, str]) -> bool:
     """Whether the headers bind the body to the size of a message: most do, and need no watching."""
     length = headers.get("content-length", "")
@@ -165,10 +195,3 @@ def _is_short(headers: Mapping[str, str]) -> bool:
 def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
     """A transport that calls an ASGI application in this process, such as the sandbox gateway."""
     return httpx.ASGITransport(app=app)
-
-
-def _describe(error: Exception) -> str:
-    told: BaseException = error
-    while not str(told) and told.__context__ is not None:  # on trio the words often stand with the cause
-        told = told.__context__
-    return f"{type(error).__name__}: {told}".rstrip(": ")

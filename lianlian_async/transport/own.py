@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias
-from urllib.request import getproxies
 
 import anyio.to_thread
 import httpx
@@ -13,7 +13,8 @@ import httpx
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.event_loop import asyncio_loop
 
-from .pool import KEEPALIVE_SECONDS, PoolTransport, environment_proxies
+from .environment import has_proxies, proxy_for, trusting_context
+from .pool import KEEPALIVE_SECONDS, PoolTransport
 
 __all__ = ["HttpBackend", "check_http", "http_backend", "own_client"]
 
@@ -85,20 +86,26 @@ class _Client(httpx.AsyncClient):
 
 
 async def own_client(
-    transport: httpx.AsyncBaseTransport | None, max_connections: int, backend: HttpBackend | None
+    transport: httpx.AsyncBaseTransport | None, max_connections: int, backend: HttpBackend | None, urls: Sequence[str]
 ) -> httpx.AsyncClient:
-    """A client on ``transport``, or on one of ours; made in a thread, since it reads the CA bundle."""
+    """Return a client on ``transport``, or on one of ours for ``urls``; made in a thread, since it reads the CA bundle.
+
+    Raises ``ConfigurationError`` where our own transport cannot be made as the environment wants it.
+    """
     on_asyncio = asyncio_loop() is not None
 
     def make() -> httpx.AsyncClient:
-        return _Client(transport=transport or _own_transport(max_connections, http_backend(backend), on_asyncio))
+        return _Client(transport=transport or _own_transport(max_connections, http_backend(backend), urls, on_asyncio))
 
     return await anyio.to_thread.run_sync(make)
 
 
-def _own_transport(max_connections: int, backend: HttpBackend, on_asyncio: bool) -> httpx.AsyncBaseTransport:
-    if backend == "httpx" or not on_asyncio or environment_proxies(getproxies()):
+def _own_transport(
+    max_connections: int, backend: HttpBackend, urls: Sequence[str], on_asyncio: bool
+) -> httpx.AsyncBaseTransport:
+    proxies = [proxy_for(httpx.URL(url)) for url in urls]
+    if backend == "httpx" or not on_asyncio or (any(proxies) if urls else has_proxies()):
         return PoolTransport(max_connections)
     from .aiohttp import AiohttpTransport  # only who has the extra can import it
 
-    return AiohttpTransport(max_connections, ssl_context=httpx.create_ssl_context(), keepalive_expiry=KEEPALIVE_SECONDS)
+    return AiohttpTransport(max_connections, ssl_context=trusting_context(), keepalive_expiry=KEEPALIVE_SECONDS)

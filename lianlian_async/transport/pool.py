@@ -10,26 +10,19 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, cast
-from urllib.request import getproxies, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import anyio
 import attrs
 import httpx
 
-from lianlian_async.errors import ConfigurationError
-
+from .environment import proxy_for, trusting_context
 from .socket_options import close_normally, reset_when_closed
 
-__all__ = ["KEEPALIVE_SECONDS", "PoolTransport", "environment_proxies"]
+__all__ = ["KEEPALIVE_SECONDS", "PoolTransport"]
 
 KEEPALIVE_SECONDS: Final = 5.0
 """How long an idle connection is kept: less than servers and load balancers keep theirs, so that a request
 never meets a connection that is being closed at the other end."""
-
-
-def environment_proxies(environment: dict[str, str]) -> dict[str, str]:
-    """The proxies' URLs in what ``getproxies`` tells, by the scheme that they are for (``all``: every one)."""
-    return {scheme: environment[scheme] for scheme in ("http", "https", "all") if environment.get(scheme)}
 
 
 @attrs.define(eq=False)
@@ -37,6 +30,7 @@ class _Connection:
     """A connection of its own, and its socket once that is connected."""
 
     transport: httpx.AsyncHTTPTransport
+    proxy: httpx.Proxy | None
     idle_since: float = 0.0
     _socket: Any = None
 
@@ -57,6 +51,10 @@ class _Connection:
         request.extensions = {**extensions, "trace": watch}
         try:
             return await self.transport.handle_async_request(request)
+        except httpx.TransportError as error:
+            if self.proxy is not None:
+                error.add_note(f"by way of the proxy {self.proxy.url.netloc.decode()}")
+            raise
         finally:
             request.extensions = extensions
 
@@ -75,8 +73,8 @@ class PoolTransport(httpx.AsyncBaseTransport):
     """At most ``max_connections`` requests at a time, each on a connection of its own; others wait in order.
 
     All connections share ``ssl_context``; making the default one reads the CA bundle (tens of milliseconds).
-    Proxies are taken from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …), once; ``ConfigurationError`` for one
-    that cannot be used. HTTP/1.1 only.
+    Proxies are taken from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …) as a connection needs one;
+    ``ConfigurationError`` for one that cannot be used. HTTP/1.1 only.
     """
 
     def __init__(
@@ -86,23 +84,23 @@ class PoolTransport(httpx.AsyncBaseTransport):
         ssl_context: ssl.SSLContext | None = None,
         keepalive_expiry: float = KEEPALIVE_SECONDS,
     ) -> None:
-        self._ssl_context = ssl_context or httpx.create_ssl_context()
+        self._ssl_context = ssl_context or trusting_context()
         self._keepalive_expiry = keepalive_expiry
         self._limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=keepalive_expiry)
         self._slots = anyio.Semaphore(max_connections, fast_acquire=True)
         self._idle: dict[tuple[str, str, int | None], deque[_Connection]] = {}
         self._closed = False
-        self._environment = getproxies()
-        self._proxies = {
-            scheme: self._checked_proxy(scheme, url) for scheme, url in environment_proxies(self._environment).items()
-        }
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send ``request`` on the connection to its origin that was used last, or on a new one."""
         await self._acquire(request)
         origin = (request.url.scheme, request.url.host, request.url.port)
         stack = self._idle.setdefault(origin, deque())
-        connection = stack.pop() if stack else self._connect(request.url)
+        try:
+            connection = stack.pop() if stack else self._connect(request.url)
+        except BaseException:
+            self._slots.release()
+            raise
         try:
             response = await connection.send(request)
         except BaseException:
@@ -121,24 +119,9 @@ class PoolTransport(httpx.AsyncBaseTransport):
         raise httpx.PoolTimeout(f"no free connection within {seconds} s", request=request)
 
     def _connect(self, url: httpx.URL) -> _Connection:
-        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
-        if proxy is not None and proxy_bypass_environment(url.host, self._environment):
-            proxy = None
-        return _Connection(self._transport(proxy))
-
-    def _transport(self, proxy: httpx.Proxy | None) -> httpx.AsyncHTTPTransport:
-        return httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=self._limits, proxy=proxy)
-
-    def _checked_proxy(self, scheme: str, url: str) -> httpx.Proxy:
-        try:
-            proxy = httpx.Proxy(url if "://" in url else f"http://{url}")
-            self._transport(proxy)
-        except (ImportError, ValueError, httpx.InvalidURL):
-            # The text of a proxy's URL may hold a password: it is not shown.
-            raise ConfigurationError(
-                f"{scheme.upper()}_PROXY: must be the URL of an http, https or (with httpx[socks]) socks5 proxy"
-            ) from None
-        return proxy
+        proxy = proxy_for(url)
+        transport = httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=self._limits, proxy=proxy)
+        return _Connection(transport, proxy)
 
     async def release(self, stack: deque[_Connection], connection: _Connection) -> None:
         """Take a connection back for the next request to its origin."""

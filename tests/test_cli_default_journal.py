@@ -1,0 +1,252 @@
+"""The journal of a batch that names none: one for merchant and endpoint, and a receipt beside each file."""
+
+import json
+import shutil
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from batches import refund, url_of, write_csv
+from command import end, run, start, until
+from test_cli_batch_input import on_a_terminal
+
+from lianlian_async.cli import default_journal
+from lianlian_async.cli.serving import environment, serving
+from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
+
+
+@pytest.fixture
+def gateway():
+    """A sandbox that makes a refund twice which is sent twice, and where every refund is final at once."""
+    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0, repeated=Repeated.AGAIN)
+
+
+@pytest.fixture
+def env(gateway):
+    """The environment that leads to it, as long as it is served."""
+    with serving(gateway) as url:
+        yield environment(gateway, url)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The home of a user on a machine that is no container, wherever the tests run."""
+    for name in ("LIANLIAN_JOURNAL", "XDG_CONFIG_HOME", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(default_journal, "_CONTAINER_FILES", ())
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file of three refunds, in a folder of its own."""
+    (tmp_path / "work").mkdir()
+    return write_csv(tmp_path / "work" / "refunds.csv", [refund(number) for number in range(3)])
+
+
+def receipt_of(file):
+    return Path(f"{file}.receipt")
+
+
+def journals(home):
+    return sorted(path.name for path in home.rglob("*.sqlite"))
+
+
+# ── one journal for merchant and endpoint ────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("home")
+def test_a_copied_file_is_made_once(env, gateway, file):
+    """Renamed, copied to another folder or piped in: the refunds are the same, and nothing is sent again."""
+    assert run("batch", file, "--yes", env=env).exit_code == 0
+    copy = file.parent.parent / "copy of refunds.csv"
+    shutil.copy(file, copy)
+    for again in (run("batch", copy, "--yes", env=env), run("batch", "-", "--yes", env=env, stdin=copy.read_text())):
+        assert again.exit_code == 0
+        assert "0 of these refunds are new, 3 settled, 0 open" in again.stderr
+    assert gateway.requests == {"apply": 3}
+
+
+def test_each_endpoint_and_merchant_has_a_journal(env, gateway, home, file):
+    """What a rehearsal made does not count elsewhere; the folder is for this user alone."""
+    assert run("batch", file, "--yes", env=env).exit_code == 0
+    with serving(gateway) as url:
+        assert run("batch", file, "--yes", env=environment(gateway, url)).exit_code == 0
+    assert len(journals(home)) == 2
+    assert all(name.startswith(gateway.oid_partner) for name in journals(home))
+    [folder] = {path.parent for path in home.rglob("*.sqlite")}
+    assert (folder.name, folder.stat().st_mode & 0o777) == ("journals", 0o700)
+    assert len(receipt_of(file).read_text().splitlines()) == 2
+    assert gateway.requests["apply"] == 6
+
+
+@pytest.mark.parametrize("variable", ["KUBERNETES_SERVICE_HOST", "HOME"])
+def test_a_journal_that_would_not_last_has_to_be_named(env, gateway, home, file, monkeypatch, variable):
+    """In a container, or without a home, the command says how to name it; a dry run does without."""
+    monkeypatch.setenv(variable, "/nowhere/at/all")
+    ended = run("batch", file, "--yes", env=env)
+    assert ended.exit_code == 2
+    assert "name the journal by --journal or LIANLIAN_JOURNAL" in " ".join(ended.stderr.split())
+    dry = run("batch", file, "--dry-run", "--json", env=env)
+    assert (dry.exit_code, dry.json["refunds"]) == (0, 3)
+    assert "name the journal" in dry.stderr
+    assert not gateway.requests
+    assert run("batch", file, "--yes", env=env | {"LIANLIAN_JOURNAL": str(home / "named")}).exit_code == 0
+
+
+def test_a_container_is_known_by_its_file(env, home, file, monkeypatch):
+    """Docker and Podman leave a file in each container."""
+    monkeypatch.setattr(default_journal, "_CONTAINER_FILES", (home,))
+    ended = run("batch", file, "--yes", env=env)
+    assert ended.exit_code == 2
+    assert "this is a container" in ended.stderr
+
+
+def test_a_home_that_takes_no_folder_is_told(env, gateway, home, file):
+    """Where the folder cannot be made, nothing is sent."""
+    (home / ".config").write_text("a file")
+    ended = run("batch", file, "--yes", env=env)
+    assert ended.exit_code == 2
+    assert "name the journal" in " ".join(ended.stderr.split())
+    assert not gateway.requests
+
+
+# ── the receipt ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_receipt_tells_which_journal_it_was(env, gateway, file, tmp_path):
+    """Beside the file stand the journal's id and place, the merchant, the endpoint and the time."""
+    place = str(tmp_path / "first")
+    assert run("batch", file, "--yes", "--journal", place, env=env).exit_code == 0
+    receipt = json.loads(receipt_of(file).read_text())
+    assert receipt["place"] == place
+    assert (receipt["oid_partner"], receipt["apply_url"]) == (gateway.oid_partner, env["LIANLIAN_APPLY_URL"])
+    assert len(receipt["journal"]) == 32
+    assert receipt["written_at"].startswith("20")
+    assert run("batch", file, "--yes", "--journal", place, env=env).exit_code == 0
+
+
+def test_another_journal_is_refused(env, gateway, file, tmp_path):
+    """A rerun with a journal that does not know the refunds sends nothing, says why, and can be told to go on."""
+    run("batch", file, "--yes", "--journal", tmp_path / "first", env=env)
+    second = ("batch", file, "--journal", tmp_path / "second")
+    for more in (["--yes"], ["--dry-run"]):
+        ended = run(*second, *more, env=env)
+        assert ended.exit_code == 2
+        told = " ".join(ended.stderr.split())
+        assert f"this file was sent with the journal {tmp_path / 'first'}" in told
+        assert "--accept-new-journal --query-first" in told
+    assert gateway.requests == {"apply": 3}
+    ended = run(*second, "--yes", "--accept-new-journal", "--query-first", "--json", env=env)
+    assert (ended.exit_code, ended.json["attempts"], ended.json["questions"]) == (0, 0, 3)
+    assert gateway.requests == {"apply": 3, "query": 3}
+    assert json.loads(receipt_of(file).read_text())["place"] == str(tmp_path / "second")
+
+
+@pytest.mark.parametrize("text", ["", "no receipt\n", "{}\n", '{"journal": 1}\n', "[]\n", "\udcff"])
+def test_a_receipt_that_cannot_be_read_is_refused(env, gateway, file, tmp_path, text):
+    """A damaged receipt may have named another journal; an empty one names none."""
+    receipt_of(file).write_bytes(text.encode(errors="surrogateescape"))
+    command = ("batch", file, "--yes", "--journal", tmp_path / "journal")
+    if text:
+        ended = run(*command, env=env)
+        assert ended.exit_code == 2
+        assert "cannot be read as a receipt" in " ".join(ended.stderr.split())
+        assert not gateway.requests
+    assert run(*command, "--accept-new-journal", env=env).exit_code == 0
+    assert json.loads(receipt_of(file).read_text())["oid_partner"] == gateway.oid_partner
+
+
+def test_a_receipt_that_cannot_be_written_is_told(env, file, tmp_path):
+    """The refunds are made all the same: the journal knows them."""
+    receipt_of(file).mkdir()
+    ended = run("batch", file, "--yes", "--accept-new-journal", "--journal", tmp_path / "journal", env=env)
+    assert ended.exit_code == 0
+    assert "no receipt beside the file" in ended.stderr
+
+
+# ── what the journal knows ───────────────────────────────────────────────────────────────────────
+
+
+def test_the_prompt_tells_what_the_journal_knows(env, gateway, file, home, monkeypatch, capsys):
+    """A new journal recommends --query-first; later the prompt counts what is new, settled and open."""
+    assert on_a_terminal(monkeypatch, "y\n", "batch", file, env=env) == 0
+    asked = capsys.readouterr().err
+    assert "3 of these refunds are new, 0 settled, 0 open" in asked
+    assert "this journal is new, so all count as never sent" in asked
+    assert "--query-first" in asked
+    gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-3")
+    gateway.script(Fault.HTTP_500, call="query", times=1000)
+    write_csv(file, [refund(number) for number in range(4)])
+    assert run("batch", file, "--yes", "--deadline", "1", env=env).exit_code == 4
+    write_csv(file, [refund(number) for number in range(6)])
+    dry = run("batch", file, "--dry-run", "--json", env=env)
+    assert dry.json["found"] == {"new": 2, "settled": 3, "open": 1}
+    assert dry.json["journal"] == str(next(home.rglob("*.sqlite")))
+    assert dry.stderr == ""
+    people = run("batch", file, "--dry-run", env=env)
+    assert "│ open    │ 1 " in people.stdout
+
+
+def test_a_journal_in_postgresql_is_looked_into(env, gateway, file, database):
+    """The counts come from there, and the receipt holds no DSN."""
+    dsn = {"LIANLIAN_JOURNAL": url_of(database)}
+    assert run("batch", file, "--yes", env=env | dsn).exit_code == 0
+    write_csv(file, [refund(number) for number in range(1, 5)])
+    dry = run("batch", file, "--dry-run", "--json", env=env | dsn)
+    assert dry.json["found"] == {"new": 2, "settled": 2, "open": 0}
+    assert "postgresql://" not in receipt_of(file).read_text()
+    assert gateway.requests == {"apply": 3}
+
+
+@pytest.mark.usefixtures("home")
+def test_the_journal_of_an_earlier_release_counts_too(env, gateway, file):
+    """What FILE.journal alone knows is carried on there, and nothing of it is sent again; the rest is sent."""
+    older = f"{file}.journal"
+    gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-2")
+    gateway.script(Fault.HTTP_500, call="query", times=1000)
+    assert run("batch", file, "--yes", "--journal", older, "--deadline", "1", env=env).exit_code == 4
+    gateway._plan._scripted.clear()
+    receipt_of(file).unlink()
+    write_csv(file, [refund(number) for number in range(5)])
+    ended = run("batch", file, "--yes", "--json", env=env)
+    assert (ended.exit_code, ended.json["outcomes"]["made"]["refunds"]) == (0, 5)
+    assert ended.json["found"] == {"new": 2, "settled": 2, "open": 1}
+    assert f"3 of them stand in {older} only" in ended.stderr
+    assert all(gateway.times_made(f"R-{number}") == 1 for number in range(5))
+    assert run("journal", "show", older, "--json", env=env).json["states"]["done"] == 3
+
+
+@pytest.mark.usefixtures("home")
+def test_an_older_journal_of_another_endpoint_does_not_count(env, gateway, file):
+    """A rehearsal's FILE.journal keeps nothing from being sent."""
+    with serving(gateway) as url:
+        rehearsal = environment(gateway, url)
+        assert run("batch", file, "--yes", "--journal", f"{file}.journal", env=rehearsal).exit_code == 0
+    ended = run("batch", file, "--yes", "--json", env=env)
+    assert (ended.exit_code, ended.json["found"]["new"], ended.json["attempts"]) == (0, 3, 3)
+
+
+def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
+    """It says who holds the journal and since when, and goes on when that process has ended; or it refuses."""
+    gateway.script(Fault.NO_ANSWER, call="apply")
+    command = ("batch", file, "--yes", "--journal", tmp_path / "journal", "--concurrency", "1", "--absence-grace", "1")
+    first = start(*command, env=env)
+    until(lambda: gateway.requests["apply"])
+    refused = run(*command, "--no-wait", env=env)
+    assert refused.exit_code == 1
+    assert f"process {first.pid}" in refused.stderr
+    second = start(*command, "--wait-unknown", env=env)
+    told = ""
+    while "waiting: " not in told:
+        line = second.stderr.readline()
+        assert line, told
+        told += line
+    assert f"process {first.pid}" in told
+    assert "since 20" in told
+    first.kill()
+    end(first, env)
+    assert end(second, env).exit_code == 0
+    assert all(gateway.times_made(f"R-{number}") == 1 for number in range(3))
