@@ -23,10 +23,13 @@ import attrs
 import pytest
 from journals import MADE, held, intent, now
 
+from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import SqliteJournal, Standing, State, file_lock
 
 pytestmark = pytest.mark.anyio
+
+EARLIER = datetime(2026, 1, 5, 8, tzinfo=UTC)
 
 _PROGRAM = """
 import sys, os, signal, anyio
@@ -241,6 +244,21 @@ async def test_a_lease_ends_by_the_boot_clock(path):
         late = attrs.evolve(at.after(61), wall=at.wall - timedelta(hours=2))
         standing, entry = await journal.intend(intent(lease=60), late)
         assert (standing, entry.sent_at) == (Standing.UNSETTLED, at.after(60))
+
+
+@pytest.mark.parametrize("gateway", [None, EARLIER])
+async def test_after_a_boot_a_send_counts_from_then_unless_the_gateways_time_is_known(path, gateway):
+    """Without that no clock will ever tell how long ago it was, so the count starts again, on record."""
+    sent_at = Moment(EARLIER, 5.0, "an earlier boot", gateway)
+    async with SqliteJournal(path) as journal:
+        _, entry = await journal.intend(intent(), sent_at)
+        await journal.release(entry, sent_at)
+    async with SqliteJournal(path) as journal:
+        at = now()
+        for _ in range(2):
+            standing, entry = await journal.intend(intent(lease=-1), at)
+            expected = at if gateway is None else sent_at
+            assert (standing, entry.sent_at) == (Standing.UNSETTLED, expected)
 
 
 async def test_what_is_recorded_survives_a_power_failure(path):

@@ -45,6 +45,15 @@ def test_across_boots_the_smaller_difference_counts(wall, gateway, boot):
         assert span == pytest.approx(max(0.0, min(wall, gateway) - DATE_SLACK))
 
 
+def test_across_boots_a_date_that_is_late_makes_no_time_pass():
+    """A ``Date`` header may be as old as the longest exchange, 10 seconds, and tells whole seconds only."""
+    assert (
+        elapsed(HERE, later(ELSEWHERE, wall=911, gateway=911))
+        < 900
+        <= elapsed(HERE, later(ELSEWHERE, wall=930, gateway=930))
+    )
+
+
 def test_across_boots_nothing_is_known_without_the_gateways_time():
     unheard = attrs.evolve(HERE, gateway=None)
     assert elapsed(unheard, later(ELSEWHERE, wall=9999, gateway=9999)) is None

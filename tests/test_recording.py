@@ -324,6 +324,37 @@ async def test_an_unsettled_refund_is_sent_again_with_the_body_on_record(new_jou
     assert gateway.times_made("R-1") == 1
 
 
+async def test_the_grace_counts_from_the_last_send(new_journal):
+    """Sent again and lost again, a refund is not sent a third time by the age of the first."""
+    gateway = sandbox(repeated=Repeated.AGAIN, default_order=Decimal(1000))
+    gateway.script(Fault.BAD_GATEWAY, call="apply", when=When.BEFORE)
+    gateway.script(Fault.LATE, call="apply", delay=800)
+    for pause in (1000, 100, 800, 0):
+        async with shop(gateway, new_journal) as (session, _):
+            outcome = await session.outcome_of(refund_request())
+        await anyio.sleep(pause)
+    assert outcome.refund is not None
+    assert (gateway.requests["apply"], gateway.times_made("R-1")) == (2, 1)
+
+
+async def test_a_refund_is_on_record_as_sent_before_it_is_sent_again(new_journal):
+    """Whoever finds it after a crash at this moment has to wait for the grace from there on."""
+    gateway, seen = sandbox(), []
+    gateway.script(Fault.BAD_GATEWAY, call="apply", when=When.BEFORE)
+
+    async def look(exchange, call_next):
+        if exchange.call is Call.APPLY:
+            seen.append((wall_clock(), (await journal.find("R-1")).sent_at.wall))
+        return await call_next(exchange)
+
+    for _ in range(2):
+        async with shop(gateway, new_journal, middleware=[look]) as (session, journal):
+            await session.outcome_of(refund_request())
+        await anyio.sleep(1000)
+    assert len(seen) == 2
+    assert all(sent_at > at for at, sent_at in seen)
+
+
 async def test_absence_is_not_believed_before_the_grace_has_passed_since_the_last_process_sent(new_journal):
     """The wait counts from what the journal knows: asked too early, the refund stays unknown, and is not sent."""
     gateway = sandbox()
