@@ -9,9 +9,9 @@ from typing import NamedTuple
 import anyio
 import attrs
 
-from .errors import InvalidRequest, JournalError, LianLianError, RefundConflict, RefundRejected
+from .errors import InvalidRequest, JournalError, LianLianError, RefundRejected
 from .flow import checked, drain
-from .journal import Entry, Journal
+from .journal import Entry, Journal, State
 from .models import Refund, RefundQuery, RefundRequest
 from .outcome import Outcome
 from .recording import learn
@@ -37,14 +37,12 @@ async def resume(
     settle: Callable[[RefundRequest], Awaitable[Outcome]],
     query: Callable[[RefundQuery], Awaitable[Refund]],
     workers: int,
-    on_final: Callable[[Refund], Awaitable[bool]] | None,
 ) -> Resumed:
     """Find out about every refund that ``journal`` holds as unsettled, or as accepted but not final.
 
-    What was certainly never sent is left alone: only who asks for it again has it sent. ``on_final`` hears of each one
-    that is found final; an accepted one stays open until it has said yes.
+    What was certainly never sent is left alone: only who asks for it again has it sent.
     """
-    run = _Resumption(journal=journal, settle=settle, query=query, on_final=on_final)
+    run = _Resumption(journal=journal, settle=settle, query=query)
     await drain(journal.pending(), run.pursue, workers=checked(workers), intake=anyio.CancelScope())
     return Resumed(run.settled, run.still_open)
 
@@ -56,7 +54,6 @@ class _Resumption:
     journal: Journal
     settle: Callable[[RefundRequest], Awaitable[Outcome]]
     query: Callable[[RefundQuery], Awaitable[Refund]]
-    on_final: Callable[[Refund], Awaitable[bool]] | None
     settled: int = 0
     still_open: int = 0
 
@@ -64,6 +61,8 @@ class _Resumption:
         """Find out about one refund."""
         if entry.ending is None and entry.sent_at is None:
             return  # certainly never sent: whoever was told so may have refunded by other means
+        if entry.state is State.FINAL:
+            return  # its end is known: only a NotificationEndpoint can act on it
         try:
             request = RefundRequest.from_record(entry.fields)
         except InvalidRequest as error:
@@ -79,35 +78,14 @@ class _Resumption:
         outcome = await self.settle(request)
         if isinstance(outcome.error, JournalError):
             raise outcome.error
-        if outcome.refund is not None:
-            await self._is_heard(request, outcome.refund)
         return outcome.refund is not None or isinstance(outcome.error, RefundRejected)
 
     async def _is_final(self, request: RefundRequest) -> bool:
         try:
-            refund = matching(request, await self.query(request.query()))
-            if not await self._is_heard(request, refund):
-                return False
-            refund = await learn(self.journal, refund)
+            refund = await learn(self.journal, matching(request, await self.query(request.query())))
         except JournalError:
             raise
         except LianLianError as error:
             logger.info("refund %s is accepted, its final state is not known: %s", request.no_refund, error)
             return False
         return refund.is_final
-
-    async def _is_heard(self, request: RefundRequest, refund: Refund) -> bool:
-        if self.on_final is None or not refund.is_final:
-            return True
-        complete = attrs.evolve(  # an answer need not repeat what was asked for, as a notification does
-            refund,
-            no_refund=request.no_refund,
-            money_refund=request.money_refund,
-            asked_dt_refund=request.dt_refund,
-            asked_trader_refund=request.trader_refund,
-        )
-        try:
-            return await self.on_final(complete)
-        except RefundConflict as conflict:
-            logger.error("refund %s is final, but another end was told before: %s", request.no_refund, conflict)  # noqa: TRY400 - no traceback: it is not about the program
-            return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from enum import Enum
 from types import TracebackType
@@ -364,22 +364,17 @@ class RefundSession:
         refund = await self.query_refund(query)
         return refund if self._journal is None else await learn(self._journal, refund)
 
-    async def resume(
-        self, *, concurrency: int | None = None, on_final: Callable[[Refund], Awaitable[bool]] | None = None
-    ) -> Resumed:
+    async def resume(self, *, concurrency: int | None = None) -> Resumed:
         """Find out about every refund that the session's journal holds as open; how many are known now.
 
         Unsettled ones are asked about first, as :meth:`apply_refund` does; accepted ones are queried for their final
         state. Run it when the service starts, and now and then; or ``NotificationEndpoint.sweep``, which calls it.
-        ``concurrency`` is ``max_connections`` by default. ``on_final`` is called with each refund that is found final;
-        an accepted one stays open if it does not return True. Raises ``JournalError``.
+        ``concurrency`` is ``max_connections`` by default. Raises ``JournalError``.
         """
         if self._journal is None:
             raise ConfigurationError("resume: this session has no journal")
         workers = self._max_connections if concurrency is None else concurrency
-        return await resume(
-            self._journal, settle=self.outcome_of, query=self.query_refund, workers=workers, on_final=on_final
-        )
+        return await resume(self._journal, settle=self.outcome_of, query=self.query_refund, workers=workers)
 
     # ── one refund ───────────────────────────────────────────────────────────────────────────────
 

@@ -3,8 +3,8 @@
 A FastAPI service under uvicorn, then one on aiohttp's runner: two worker processes each, behind a load balancer, that
 share one ``PostgresJournal``. The sandbox's notifications come duplicated, side by side, out of order, early,
 again, and among forgeries; one worker is killed (SIGKILL) midway. In the end each final refund has been handled,
-in the state that the gateway's books say, no forgery was acknowledged, and only what the killed worker had begun
-was handled by another one again.
+in the state that the gateway's books say, and is marked so on record, no forgery was acknowledged, and only what the
+killed worker had begun was handled by another one again.
 """
 
 from __future__ import annotations
@@ -158,6 +158,11 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
     began = time.monotonic()
     gateway = SandboxGateway(default_order=Decimal("10.00"), settle_after=0.5)
     dice = random.Random(seed)
+    late: list[Refund] = []
+
+    async def too_late(refund: Refund) -> None:
+        late.append(refund)
+
     for number in dice.sample(range(refunds), refunds // 4):
         gateway.fail(f"R-{number}")
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as shop, PostgresJournal(dsn) as journal:
@@ -181,11 +186,15 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
                 async for outcome in refund_many(session, requests):
                     assert outcome.refund is not None, outcome.error
                 await until(lambda: not notifier.pending)
+                # What the killed worker had done, but not marked, needs no handler any more.
+                endpoint = NotificationEndpoint(gateway.merchant(), too_late, journal=journal, session=session)
+                await endpoint.sweep()
             ends = first.poll(), second.poll()
         rows = await (await shop.execute("SELECT no_refund, sta_refund, worker FROM handled")).fetchall()
         begun = set(await (await shop.execute("SELECT no_refund, worker FROM begun")).fetchall())
-        left = [entry.no_refund async for entry in (await journal.inbox()).pending()]
-    problems = _problems(gateway, notifier, rows, begun) | dict.fromkeys(left, "left in the inbox")
+        left = [entry.no_refund async for book in (journal, await journal.inbox()) async for entry in book.pending()]
+    problems = _problems(gateway, notifier, rows, begun) | dict.fromkeys(left, "left on record as to be acted on")
+    problems |= {str(refund.no_refund): "left to the sweep" for refund in late}
     if ends != (-signal.SIGKILL, None):
         problems["workers"] = f"ended with {ends}"
     times = Counter(number for number, _, _ in rows)

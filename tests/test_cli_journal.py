@@ -9,7 +9,7 @@ import pytest
 from batches import PASSWORD, read_csv, read_lines, refund, url_of, write_csv
 from command import end, interruption, run, start, until
 
-from lianlian_async import Merchant, RefundRequest, RefundSession
+from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, RefundSession
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.journal import SqliteJournal
 from lianlian_async.sandbox import Fault, SandboxGateway
@@ -80,7 +80,14 @@ def test_a_journal_shows_how_things_stand(left_open):
     assert "│ accepted  │ 3 " in people.stdout
     assert "1 may have been made" in people.stdout
     assert "│ R-0       │ 10.00 │ 20" in people.stdout
-    assert machine.json["states"] == {"unsettled": 1, "accepted": 3, "done": 0, "rejected": 1, "conflict": 0}
+    assert machine.json["states"] == {
+        "unsettled": 1,
+        "accepted": 3,
+        "final": 0,
+        "done": 0,
+        "rejected": 1,
+        "conflict": 0,
+    }
     (unknown,) = machine.json["oldest_unknown"]
     assert unknown["no_refund"] == "R-0"
     assert unknown["sent_at"] < unknown["ask_again_at"]
@@ -112,7 +119,7 @@ def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):
     exported = run("journal", "export", journal, "--out", file.with_name("all.jsonl"), "--json")
     process.kill()
     end(process, env)
-    assert shown.json["states"] == {"unsettled": 1, "accepted": 2, "done": 0, "rejected": 0, "conflict": 0}
+    assert shown.json["states"] == {"unsettled": 1, "accepted": 2, "final": 0, "done": 0, "rejected": 0, "conflict": 0}
     assert exported.json == {"refunds": 3, "out": str(file.with_name("all.jsonl"))}
 
 
@@ -164,7 +171,7 @@ def test_what_is_open_is_asked_about(env, gateway, left_open):
     """``resume`` finds the unknown one, then the final states; nothing is sent again."""
     first = run("journal", "resume", left_open, "--json", env=env)
     assert first.exit_code == 0
-    assert first.json["states"] == {"unsettled": 0, "accepted": 4, "done": 0, "rejected": 1, "conflict": 0}
+    assert first.json["states"] == {"unsettled": 0, "accepted": 4, "final": 0, "done": 0, "rejected": 1, "conflict": 0}
     assert (first.json["settled"], first.json["still_open"]) == (1, 3)
     gateway.advance(86_400)
     people = run("journal", "resume", left_open, env=env)
@@ -197,7 +204,7 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
     place = url_of(database, password=None)
     assert run("batch", file, "--yes", "--journal", place, env=private).exit_code == 3
     shown = run("journal", "show", "--json", env=private)
-    assert shown.json["states"] == {"unsettled": 0, "accepted": 4, "done": 0, "rejected": 1, "conflict": 0}
+    assert shown.json["states"] == {"unsettled": 0, "accepted": 4, "final": 0, "done": 0, "rejected": 1, "conflict": 0}
     assert shown.json["journal"] == "in PostgreSQL"
     assert PASSWORD not in shown.stdout + shown.stderr
     gateway.advance(86_400)
@@ -232,6 +239,47 @@ def test_a_missing_extra_is_named(env, file, monkeypatch, command):
 
 
 # ── together with a service ──────────────────────────────────────────────────────────────────────
+
+
+async def serve(journal, shop, work):
+    """A service whose handler writes into ``shop``, as long as ``work`` of its session and endpoint takes."""
+
+    async def on_refund(refund):
+        shop[refund.no_refund].append(refund.sta_refund)
+
+    merchant = Merchant.from_env()
+    async with (
+        SqliteJournal(journal) as opened,
+        RefundSession(merchant, journal=opened) as session,
+        NotificationEndpoint(merchant, on_refund, journal=opened, session=session) as endpoint,
+    ):
+        await work(session, endpoint)
+
+
+def test_what_an_operator_resumes_while_the_service_is_down_is_acted_on(env, gateway, tmp_path, monkeypatch):
+    """The journal says final, not done; the service acts once it is back, and the shop's database agrees."""
+    path, shop = tmp_path / "service.journal", {f"R-{number}": [] for number in range(4)}
+    for name, text in env.items():
+        monkeypatch.setenv(name, text)
+    gateway.fail("R-1")
+
+    async def apply(session, _):
+        for number in range(4):
+            await session.apply_refund(RefundRequest.from_dict(refund(number)))
+
+    async def sweep(_, endpoint):
+        await endpoint.sweep()
+
+    anyio.run(serve, path, shop, apply)
+    gateway.advance(86_400)
+    resumed = run("journal", "resume", path, "--json", env=env)
+    assert (resumed.json["settled"], resumed.json["states"]["final"]) == (4, 4)
+    assert run("journal", "resume", path, "--json", env=env).json["settled"] == 0
+    assert set(map(tuple, shop.values())) == {()}
+    for _ in range(2):
+        anyio.run(serve, path, shop, sweep)
+    assert shop == {"R-0": ["2"], "R-1": ["3"], "R-2": ["2"], "R-3": ["2"]}
+    assert run("journal", "show", path, "--json").json["states"]["done"] == 4
 
 
 def test_the_journal_of_a_service_is_the_same(env, gateway, tmp_path):

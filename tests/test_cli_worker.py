@@ -104,7 +104,14 @@ def test_two_workers_share_a_queue_and_end_when_they_are_told_to(env, gateway, t
         for process in workers:
             process.kill()
     assert [one.exit_code for one in ended] == [0, 0]
-    assert ended[0].json["states"] == {"unsettled": 0, "accepted": 0, "done": 100, "rejected": 0, "conflict": 0}
+    assert ended[0].json["states"] == {
+        "unsettled": 0,
+        "accepted": 0,
+        "final": 0,
+        "done": 100,
+        "rejected": 0,
+        "conflict": 0,
+    }
     assert [gateway.times_made(f"R-{number}") for number in range(100)] == [1] * 100
 
 

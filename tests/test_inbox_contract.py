@@ -110,8 +110,9 @@ async def test_the_refunds_themselves_learn_their_final_state(kind, handler):
         request = await begin(journal)
         async with inbox(journal, handler) as endpoint:
             assert is_acknowledged(await endpoint.handle(notification(dt_refund=None), HEADERS))
-            assert (await journal.find("R-1")).state is State.DONE
-            await until(lambda: handler.done)
+            assert (await journal.find("R-1")).ending.record["sta_refund"] == "2"
+            await until(lambda: endpoint.counts["acted"])
+        assert (await journal.find("R-1")).state is State.DONE
     assert handler.done[0].query() == request.query()
 
 

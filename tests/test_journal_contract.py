@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import anyio
 import attrs
 import journals
@@ -10,7 +12,7 @@ from journals import ACCEPTED, MADE, REJECTED, held, intent, now
 
 from lianlian_async import ConfigurationError, RefundConflict
 from lianlian_async.errors import JournalError
-from lianlian_async.journal import Ending, MemoryJournal, Standing, State
+from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, Standing, State
 
 pytestmark = pytest.mark.anyio
 
@@ -305,6 +307,68 @@ async def test_other_content_under_the_same_number_is_a_conflict(kind, changed, 
             assert (await journal.find("R-1")).ending == before.ending
 
 
+# ── acting ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_becomes_final_is_marked_until_it_was_acted_on(kind):
+    """From ``begin_acting`` on, over restarts too: new refunds, accepted ones, and those that the journal had lost."""
+    async with kind.make() as journal:
+        await begin(journal, "R-1")
+        await begin(journal, "R-2")
+        await journal.settle(held("R-2"), ACCEPTED)
+        await journal.begin_acting()
+        await journal.begin_acting()
+    async with kind.make() as journal:
+        for number in ("R-1", "R-2", "R-3"):
+            assert (await journal.settle(held(number), MADE)).state is State.FINAL
+            assert (await journal.settle(held(number), MADE)).state is State.FINAL
+        assert (await journal.counts())[State.FINAL] == 3
+        assert [entry.no_refund async for entry in journal.pending()] == ["R-1", "R-2", "R-3"]
+        assert (await journal.latest_made()).no_refund == "R-3"
+        assert (await begin(journal, "R-1"))[1].ending.record == MADE.record
+        for _ in range(2):
+            await journal.acted("R-1")
+            assert (await journal.find("R-1")).ending == MADE
+            assert (await journal.counts())[State.FINAL] == 2
+
+
+async def test_what_was_final_before_acting_began_is_left_alone(kind):
+    """It counts as acted on, in whatever way that was."""
+    async with kind.make() as journal:
+        await begin(journal)
+        await journal.settle(held("R-1"), MADE)
+        await journal.begin_acting()
+        assert (await journal.settle(held("R-1"), MADE)).ending == MADE
+        assert [entry async for entry in journal.pending()] == []
+
+
+@pytest.mark.parametrize("ending", [None, ACCEPTED, REJECTED], ids=["unsettled", "accepted", "rejected"])
+async def test_only_what_is_final_can_have_been_acted_on(kind, ending):
+    """For any other refund, and for one that is not on record, ``acted`` changes nothing."""
+    async with kind.make() as journal:
+        await journal.begin_acting()
+        await begin(journal)
+        if ending is not None:
+            await journal.settle(held("R-1"), ending)
+        for number in ("R-1", "R-2"):
+            await journal.acted(number)
+        assert (await journal.find("R-1")).ending == ending
+        assert await journal.find("R-2") is None
+
+
+async def test_several_processes_mark_what_becomes_final(kind):
+    """A journal that was open before acting began in another process marks refunds as well."""
+    async with kind.make() as journal:
+        inbox = await journal.inbox()
+        async with contextlib.AsyncExitStack() as others:
+            is_shared = not isinstance(journal, SqliteJournal)
+            other = await others.enter_async_context(kind.make()) if is_shared else journal
+            await begin(other)
+            await journal.begin_acting()
+            assert (await other.settle(held("R-1"), MADE)).state is State.FINAL
+        assert (await inbox.settle(held("R-1"), MADE)).state is State.DONE  # its own lines are nobody's to act on
+
+
 # ── looking ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -363,7 +427,7 @@ async def test_counts(kind):
             await begin(journal, f"R-{number}")
             if ending is not None:
                 await journal.settle(held(f"R-{number}"), ending)
-        assert await journal.counts() == dict(zip(State, (1, 1, 4, 1, 0), strict=True))
+        assert await journal.counts() == dict(zip(State, (1, 1, 0, 4, 1, 0), strict=True))
         assert await journal.find("R-9") is None
 
 

@@ -21,6 +21,8 @@ _steps = st.lists(
         st.tuples(st.just("settle"), _numbers, st.sampled_from([MADE, ACCEPTED, REJECTED])),
         st.tuples(st.just("release"), st.integers(0, 3), st.booleans()),
         st.tuples(st.just("reopen")),
+        st.tuples(st.just("begin acting")),
+        st.tuples(st.just("acted"), _numbers),
     ),
     max_size=25,
 )
@@ -47,6 +49,7 @@ class Model:
     """Whether opening it again means that all other holders are gone."""
     pages: dict[str, Page] = attrs.field(factory=dict)
     calls: int = 0
+    is_acting: bool = False
 
     def intend(self, number, money, body, is_over):
         page = self.pages.get(number)
@@ -65,9 +68,17 @@ class Model:
 
     def settle(self, number, ending):
         page = self.pages.setdefault(number, Page("200.01", b""))
-        if page.ending is None or (page.ending.state, ending.state) == (State.ACCEPTED, State.DONE):
+        is_final = ending.state is State.DONE
+        if is_final and self.is_acting:
+            ending = attrs.evolve(ending, state=State.FINAL)
+        if page.ending is None or (page.ending.state is State.ACCEPTED and is_final):
             page.ending, page.held_by, page.body = ending, None, b""
         return page.ending
+
+    def acted(self, number):
+        page = self.pages.get(number)
+        if page is not None and page.ending is not None and page.ending.state is State.FINAL:
+            page.ending = attrs.evolve(page.ending, state=State.DONE)
 
     def release(self, number, call, may_have_arrived):
         page = self.pages[number]
@@ -112,6 +123,12 @@ async def test_every_journal_is_its_model(make_kind, steps):
                     await journal.__aexit__(None, None, None)
                     journal = await kind.make().__aenter__()
                     model.reopen()
+                case ("begin acting",):
+                    await journal.begin_acting()
+                    model.is_acting = True
+                case ("acted", no_refund):
+                    await journal.acted(no_refund)
+                    model.acted(no_refund)
                 case ("release", which, may_have_arrived) if which < len(given_out):
                     call, entry = given_out[-1 - which]
                     await journal.release(entry, now() if may_have_arrived else None)
@@ -147,6 +164,6 @@ async def _compare(journal, model):
         assert (entry.body, entry.ending) == (page.body, page.ending)
         assert (entry.holder is None) is (page.held_by is None)
         states[no_refund] = entry.state
-    is_open = [number for number, state in states.items() if state in (State.UNSETTLED, State.ACCEPTED)]
+    is_open = [number for number, state in states.items() if state in (State.UNSETTLED, State.ACCEPTED, State.FINAL)]
     assert [entry.no_refund async for entry in journal.pending()] == is_open
     assert await journal.counts() == {state: list(states.values()).count(state) for state in State}

@@ -701,7 +701,7 @@ async def test_what_a_notification_leaves_out_is_asked_for(handler, names):
 async def test_the_journal_knows_the_time_that_the_question_needs(handler, caplog):
     """Without any dt_refund nothing can be asked: the notification comes again, and the log says what is missing."""
     gateway = sandbox(settle_after=0)
-    body = notification(sta_refund=None, dt_refund=None)
+    body = notification(sta_refund=None, dt_refund=None, oid_refundno=None)
     async with MemoryJournal() as journal, gateway.session(clock=boot_clock, journal=journal) as session:
         await session.apply_refund(refund_request())
         for known, verdict in ((None, "incomplete"), (journal, "acted")):
@@ -721,9 +721,10 @@ async def test_an_incomplete_notification_of_what_is_not_final_comes_again(handl
     async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request())
         endpoint = NotificationEndpoint(session.merchant, handler, session=session, clock=boot_clock)
-        assert (await endpoint.handle(notification(sta_refund=None), HEADERS)).status == 503
+        body = notification(sta_refund=None, oid_refundno=None)
+        assert (await endpoint.handle(body, HEADERS)).status == 503
         await anyio.sleep(60)
-        assert is_acknowledged(await endpoint.handle(notification(sta_refund=None), HEADERS))
+        assert is_acknowledged(await endpoint.handle(body, HEADERS))
     assert handler.numbers == ["R-1"]
 
 

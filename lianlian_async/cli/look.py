@@ -24,6 +24,7 @@ _LISTED: Final = 20
 _MEANING: Final = {
     State.UNSETTLED: "begun; whether it was made is not known",
     State.ACCEPTED: "made; its final state is not known",
+    State.FINAL: "final; on_refund has not returned for it yet",
     State.DONE: "final: success or failed",
     State.REJECTED: "refused for good",
     State.CONFLICT: "another refund stands under this number: a person has to decide",

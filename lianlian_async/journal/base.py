@@ -42,8 +42,10 @@ class State(StrEnum):
     """Begun; whether it was made is not known yet."""
     ACCEPTED = "accepted"
     """Made, but ``sta_refund`` can still change."""
+    FINAL = "final"
+    """Made, and final; to be acted on, as ``on_refund`` has not returned for it (:meth:`Journal.begin_acting`)."""
     DONE = "done"
-    """Made, and final."""
+    """Made, and final; nothing is left to do."""
     REJECTED = "rejected"
     """Refused by the gateway for good."""
     CONFLICT = "conflict"
@@ -57,7 +59,7 @@ class State(StrEnum):
     @property
     def is_made(self) -> bool:
         """Whether the gateway has told that the refund was made."""
-        return self in (State.ACCEPTED, State.DONE)
+        return self in (State.ACCEPTED, State.FINAL, State.DONE)
 
 
 class Standing(StrEnum):
@@ -187,8 +189,18 @@ class Journal(Protocol):
         """Record how ``entry`` ended, and end its lease. The entry as it then stands.
 
         The first ending wins, whoever reports it; only ACCEPTED becomes DONE later. Recording the same again
-        changes nothing. An entry that the journal has lost is written again.
+        changes nothing. An entry that the journal has lost is written again. DONE is recorded as FINAL once acting has
+        begun.
         """
+
+    async def begin_acting(self) -> None:
+        """Record every refund that becomes final from now on as FINAL, until :meth:`acted`; for good, in all processes.
+
+        What is DONE by now stays so. A journal that is never told so never holds FINAL.
+        """
+
+    async def acted(self, no_refund: str) -> None:
+        """Record that ``on_refund`` has returned: FINAL becomes DONE; nothing else changes."""
 
     async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
         """End the lease of ``entry``, as :meth:`intend` gave it, without an ending.
@@ -202,7 +214,7 @@ class Journal(Protocol):
         """The youngest entry that is known as made: the proof that the query service knows our refunds."""
 
     def pending(self) -> AsyncIterator[Entry]:
-        """Every entry that is unsettled, or accepted and not final, oldest first; in bounded memory."""
+        """Every entry that is UNSETTLED, ACCEPTED or FINAL, oldest first; in bounded memory."""
 
     def entries(self) -> AsyncIterator[Entry]:
         """Every entry, oldest first; in bounded memory. What is begun later is not among them."""

@@ -24,7 +24,7 @@ from lianlian_async.clock import Moment
 from lianlian_async.event_loop import is_failure
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing
-from .operations import Answer, Begin, Look, Operation, Release, Resend, Settle, TakeBack
+from .operations import Acted, Answer, Begin, Look, Operation, Release, Resend, Settle, TakeBack
 
 __all__ = ["GroupedJournal"]
 
@@ -257,6 +257,10 @@ class GroupedJournal:
     async def settle(self, entry: Entry, ending: Ending) -> Entry:
         """See :meth:`Journal.settle`."""
         return await self._opened().do(Settle(entry, ending))
+
+    async def acted(self, no_refund: str) -> None:
+        """See :meth:`Journal.acted`."""
+        await self._opened().do(Acted(no_refund))
 
     async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
         """See :meth:`Journal.release`."""

@@ -14,7 +14,7 @@ import anyio.lowlevel
 from lianlian_async.clock import Moment
 
 from .base import Ending, Entry, Intent, JournalError, Owner, Standing, State
-from .operations import Begin, Operation, Release, Resend, Settle
+from .operations import Acted, Begin, Operation, Release, Resend, Settle
 
 __all__ = ["MemoryJournal", "OpenRefunds"]
 
@@ -30,6 +30,7 @@ class MemoryJournal:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._owner: Owner | None = None
+        self._is_acting = False
         self.id = uuid4().hex
 
     def __repr__(self) -> str:
@@ -59,7 +60,15 @@ class MemoryJournal:
 
     async def settle(self, entry: Entry, ending: Ending) -> Entry:
         """See :meth:`Journal.settle`."""
-        return self._do(Settle(entry, ending))
+        return self._do(Settle(entry, ending, is_acting=self._is_acting))
+
+    async def begin_acting(self) -> None:
+        """See :meth:`Journal.begin_acting`."""
+        self._is_acting = True
+
+    async def acted(self, no_refund: str) -> None:
+        """See :meth:`Journal.acted`."""
+        self._do(Acted(no_refund))
 
     async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
         """See :meth:`Journal.release`."""
@@ -73,7 +82,7 @@ class MemoryJournal:
         """See :meth:`Journal.pending`."""
         for no_refund in list(self._entries):
             entry = self._entries[no_refund]
-            if entry.state in (State.UNSETTLED, State.ACCEPTED):
+            if entry.state in (State.UNSETTLED, State.ACCEPTED, State.FINAL):
                 yield entry
 
     async def entries(self) -> AsyncIterator[Entry]:

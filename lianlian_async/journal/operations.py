@@ -1,8 +1,8 @@
-"""How an entry moves: begun, sent again, settled, released, taken back. Pure: the same rules for every journal.
+"""How an entry moves: begun, sent again, settled, acted on, released, taken back.
 
-An operation is given the entry of its refund as it stands, or None; it gives its answer and the entry as it
-has to stand afterwards: the same object, if nothing changes. What every refund goes through makes its entries
-from scratch: ``attrs.evolve`` takes three times as long.
+Pure: the same rules for every journal. An operation is given the entry of its refund as it stands, or None; it gives
+its answer and the entry as it has to stand afterwards: the same object, if nothing changes. What every refund goes
+through makes its entries from scratch: ``attrs.evolve`` takes three times as long.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lianlian_async.identity import difference
 
 from .base import Ending, Entry, Intent, JournalError, Standing, State
 
-__all__ = ["Answer", "Begin", "Look", "Operation", "Release", "Resend", "Settle", "TakeBack", "perform"]
+__all__ = ["Acted", "Answer", "Begin", "Look", "Operation", "Release", "Resend", "Settle", "TakeBack", "perform"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -44,10 +44,17 @@ class Answer(NamedTuple):
     """Waits for the answer of an operation that has to wait apart from its batch."""
 
 
-def perform(operations: Iterable[Operation[Any]], entries: dict[str, Entry]) -> list[Answer]:
-    """Do ``operations`` in order to ``entries`` (in place). One that fails does so alone, and changes nothing."""
+def perform(
+    operations: Iterable[Operation[Any]], entries: dict[str, Entry], *, is_acting: bool = False
+) -> list[Answer]:
+    """Do ``operations`` in order to ``entries`` (in place). One that fails does so alone, and changes nothing.
+
+    ``is_acting``: whether acting on final refunds has begun.
+    """
     answers = []
     for operation in operations:
+        if isinstance(operation, Settle):
+            operation.is_acting = is_acting
         try:
             value, entry = operation.apply(entries.get(operation.no_refund))
         except Exception as error:  # noqa: BLE001 - it is raised where the answer is awaited
@@ -163,12 +170,14 @@ class Resend:
         return None, attrs.evolve(self.held, sent_at=self.held.leased_until, refused=None)
 
 
-@attrs.frozen
+@attrs.define
 class Settle:
     """``Journal.settle``."""
 
     held: Entry
     ending: Ending
+    is_acting: bool = attrs.field(default=False, kw_only=True)
+    """Whether acting on final refunds has begun."""
 
     @property
     def no_refund(self) -> str:
@@ -178,17 +187,32 @@ class Settle:
     def apply(self, entry: Entry | None) -> tuple[Entry, Entry]:
         """The entry with its first ending, or with the final one that followed an ACCEPTED."""
         entry = entry or self.held  # what a failover lost is written again
-        state = self.ending.state
-        if entry.ending is None or (entry.state, state) == (State.ACCEPTED, State.DONE):
+        ending = self.ending
+        if self.is_acting and ending.state is State.DONE:
+            ending = Ending(state=State.FINAL, record=ending.record)
+        if entry.ending is None or (entry.state is State.ACCEPTED and ending.state in (State.FINAL, State.DONE)):
             entry = Entry(
                 no_refund=entry.no_refund,
                 digest=entry.digest,
                 fields=entry.fields,
                 body=b"",
                 sent_at=entry.sent_at,
-                ending=self.ending,
+                ending=ending,
             )
         return entry, entry
+
+
+@attrs.frozen
+class Acted:
+    """``Journal.acted``."""
+
+    no_refund: str
+
+    def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
+        """The entry as DONE, if it is FINAL."""
+        if entry is not None and entry.ending is not None and entry.state is State.FINAL:
+            entry = attrs.evolve(entry, ending=attrs.evolve(entry.ending, state=State.DONE))
+        return None, entry
 
 
 @attrs.frozen

@@ -38,7 +38,7 @@ from .postgres_rows import entry_of, owner_of, rows_of
 
 __all__ = ["PostgresJournal", "connection_string"]
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 _PAGE: Final = 500
 _SHORTEST_PAUSE: Final = 0.02
@@ -214,6 +214,15 @@ class PostgresJournal(GroupedJournal):
             [row] = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
         owner.confirm(owner_of(row), self._name)
 
+    async def begin_acting(self) -> None:
+        """See :meth:`Journal.begin_acting`."""
+        [row] = await self._fetch(sql.READ_VERSION)
+        if not row["is_acting"]:
+            async with self._connected() as connection, connection.transaction():
+                await self._read_clock(connection)
+                for statement in sql.BEGIN_ACTING:
+                    await connection.execute(self._sql(statement))
+
     async def _close(self) -> None:
         while self._apart:
             await next(iter(self._apart)).done.wait()
@@ -286,9 +295,8 @@ class PostgresJournal(GroupedJournal):
         self, connection: AsyncConnection[DictRow], reading: Reading, operations: Sequence[Operation[Any]]
     ) -> Sequence[Answer | None]:
         numbers = list({operation.no_refund for operation in operations})
-        rows = {
-            row["no_refund"]: row for row in await (await connection.execute(self._sql(sql.LOCK), [numbers])).fetchall()
-        }
+        found = await (await connection.execute(self._sql(sql.LOCK), [numbers])).fetchall()
+        rows = {row["no_refund"]: row for row in found if row["no_refund"] is not None}
         reading = attrs.evolve(reading, after=self._clock())  # whatever is in a row happened before
         before = {number: entry_of(row, reading) for number, row in rows.items()}
         for operation in operations:
@@ -296,7 +304,7 @@ class PostgresJournal(GroupedJournal):
                 operation.postpone(reading.after.boot)
                 operation.ask_first = reading.may_have_lost(operation.intent.fields, self._grace)
         after = before.copy()
-        answers = perform(operations, after)
+        answers = perform(operations, after, is_acting=found[0]["is_acting"])
         new = [entry for number, entry in after.items() if number not in rows]
         skipped = {entry.no_refund for entry in new}
         if new:

@@ -1,15 +1,15 @@
 """What stands in the tables of a PostgreSQL journal, and the statements that read and write it.
 
 ``refunds`` has a row for each refund, whose moments ``postgres_moments`` explains. ``eras`` tells since when the
-database is the incarnation that it is. ``version`` has one row: the schema's version, the journal's id, and whose
-refunds it holds.
+database is the incarnation that it is. ``version`` has one row: the schema's version, the journal's id, whose refunds
+it holds, and whether acting on final refunds has begun.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 from .base import Ending, Entry, Owner, State
 from .postgres_moments import Reading
@@ -31,7 +31,7 @@ CREATE TABLE {schema}.refunds (
     holder text,
     leased_until json
 );
-CREATE INDEX pending ON {schema}.refunds (id) WHERE state IN ('unsettled', 'accepted');
+CREATE INDEX pending ON {schema}.refunds (id) WHERE state IN ('unsettled', 'accepted', 'final');
 CREATE TABLE {schema}.eras (
     id bigint PRIMARY KEY,
     began timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -39,9 +39,15 @@ CREATE TABLE {schema}.eras (
 );
 INSERT INTO {schema}.eras (id) VALUES (1);
 CREATE TABLE {schema}.version AS
-SELECT 2 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url;
+SELECT 3 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
+    false AS is_acting;
 """
 BIND: Final = "UPDATE {schema}.version SET oid_partner = %s, apply_url = %s WHERE oid_partner IS NULL"
+# The table lock waits for every transaction that may have read the row before, and LOCK reads the row only after that.
+BEGIN_ACTING: Final[tuple[LiteralString, ...]] = (
+    "LOCK TABLE {schema}.refunds IN EXCLUSIVE MODE",
+    "UPDATE {schema}.version SET is_acting = true",
+)
 
 # In every transaction, as a pooler between may give each to another connection. What is committed has to be durable,
 # and a worker that dies in the middle must not hold its rows for long.
@@ -60,7 +66,11 @@ WAIT_BRIEFLY: Final = "SELECT set_config('lock_timeout', '100ms', true)"
 """For another worker that inserts the same refund: longer than its transaction takes, if it is alive."""
 
 FIND: Final = "SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s)"
-LOCK: Final = FIND + " FOR UPDATE SKIP LOCKED"
+LOCK: Final = """
+WITH locked AS (SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s) FOR UPDATE SKIP LOCKED)
+SELECT is_acting, locked.* FROM {schema}.version LEFT JOIN locked ON true
+"""
+"""At least one row: without a refund if none is on record, or all are locked."""
 INSERT: Final = """
 INSERT INTO {schema}.refunds
     (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until)
@@ -77,10 +87,13 @@ FROM json_populate_recordset(NULL::{schema}.refunds, %s) AS new
 WHERE refund.no_refund = new.no_refund
 """
 PENDING: Final = """
-SELECT * FROM {schema}.refunds WHERE state IN ('unsettled', 'accepted') AND id > %s AND id <= %s ORDER BY id LIMIT %s
+SELECT * FROM {schema}.refunds WHERE state IN ('unsettled', 'accepted', 'final') AND id > %s AND id <= %s
+ORDER BY id LIMIT %s
 """
 ENTRIES: Final = "SELECT * FROM {schema}.refunds WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
-LATEST_MADE: Final = "SELECT * FROM {schema}.refunds WHERE state IN ('accepted', 'done') ORDER BY id DESC LIMIT 1"
+LATEST_MADE: Final = (
+    "SELECT * FROM {schema}.refunds WHERE state IN ('accepted', 'final', 'done') ORDER BY id DESC LIMIT 1"
+)
 LAST: Final = "SELECT coalesce(max(id), 0) AS id FROM {schema}.refunds"
 COUNT: Final = "SELECT state, count(*) FROM {schema}.refunds GROUP BY state"
 

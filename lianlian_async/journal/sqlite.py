@@ -126,6 +126,11 @@ class SqliteJournal(_Looking, GroupedJournal):
     async def _bind(self, owner: Owner) -> None:
         await self._in_thread(self._file.bind, owner)
 
+    async def begin_acting(self) -> None:
+        """See :meth:`Journal.begin_acting`."""
+        self._opened()
+        await self._in_thread(self._file.begin_acting)
+
     async def find(self, no_refund: str) -> Entry | None:
         """See :meth:`Journal.find`. Of most numbers that are not on record, that is known at once."""
         self._opened()

@@ -6,7 +6,8 @@ back at every row that it steps over, and a busy event loop would let each of a 
 ``refunds`` holds what is written once and hardly changes, a body lives in ``bodies`` only while its refund is
 unsettled, how it ended is added to ``endings``. So rows never grow, and pages stay full. ``sent_at`` is in
 microseconds since 1970 (UTC); beside the body, ``evidence`` holds the same moment on the other clocks, and the
-refusal in which every attempt so far ended. ``journal`` has one row: the journal's id, and whose refunds it holds.
+refusal in which every attempt so far ended. ``journal`` has one row: the journal's id, whose refunds it holds, and
+whether acting on final refunds has begun.
 
 Nobody else writes to the file: what is held is known without reading it again, and so is, of most new numbers,
 that they are not on record.
@@ -36,7 +37,7 @@ from .operations import Answer, Operation, perform
 __all__ = ["JournalFile"]
 
 APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 
 CHECKPOINT_PAGES: Final = 4000
 """How long the log grows (16 MB) before it is worked into the file: bodies mostly come and go within that."""
@@ -54,8 +55,8 @@ CREATE TABLE refunds (
 CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL, evidence TEXT);
 CREATE TABLE endings (id INTEGER PRIMARY KEY, record TEXT NOT NULL);
 CREATE INDEX not_done ON refunds (id, state) WHERE state <> 'done';
-CREATE TABLE journal (id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT);
-INSERT INTO journal SELECT lower(hex(randomblob(16))), NULL, NULL;
+CREATE TABLE journal (id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT, is_acting INTEGER NOT NULL);
+INSERT INTO journal SELECT lower(hex(randomblob(16))), NULL, NULL, 0;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
@@ -70,7 +71,7 @@ WHERE no_refund IN (SELECT value FROM json_each(?))"""
 _PENDING: Final = """
 SELECT json_group_array(no_refund) FROM (
     SELECT no_refund FROM refunds
-    WHERE state IN ('unsettled', 'accepted') AND state <> 'done' AND id > ? AND id <= ? ORDER BY id LIMIT ?
+    WHERE state IN ('unsettled', 'accepted', 'final') AND state <> 'done' AND id > ? AND id <= ? ORDER BY id LIMIT ?
 )"""
 _ENTRIES: Final = """
 SELECT json_group_array(no_refund) FROM (
@@ -84,9 +85,10 @@ SELECT json_group_object(state, n) FROM (
 _LAST_PLACE: Final = "SELECT coalesce(max(id), 0) FROM refunds"
 _LATEST_MADE: Final = """
 SELECT json_group_array(no_refund) FROM (
-    SELECT no_refund FROM refunds WHERE state IN ('accepted', 'done') ORDER BY id DESC LIMIT 1
+    SELECT no_refund FROM refunds WHERE state IN ('accepted', 'final', 'done') ORDER BY id DESC LIMIT 1
 )"""
 _OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
+_IS_ACTING: Final = "SELECT is_acting FROM journal"
 
 # A row that is inserted into this view is a refund as it stands from now on: one statement does all that this takes.
 # ``no_refund`` and what comes with it is there only if the refund begins, ``record`` only if it has ended.
@@ -172,6 +174,7 @@ class JournalFile:
             self._to_learn = self._last_place
             if not only_to_look:
                 self._learn()
+                self._is_acting = bool(self._value(_IS_ACTING))
             self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
@@ -208,6 +211,13 @@ class JournalFile:
                 statement = "UPDATE journal SET oid_partner = ?, apply_url = ?"
                 self._connection.execute(statement, (owner.oid_partner, owner.apply_url))
 
+    def begin_acting(self) -> None:
+        """See :meth:`.base.Journal.begin_acting`."""
+        with self._turn, self._errors():
+            if not self._is_acting:
+                self._connection.execute("UPDATE journal SET is_acting = 1")
+                self._is_acting = True
+
     def close(self) -> None:
         """Close it, and let others own it."""
         with self._turn, self._errors():
@@ -226,7 +236,7 @@ class JournalFile:
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
             after = before.copy()
-            answers = perform(operations, after)
+            answers = perform(operations, after, is_acting=self._is_acting)
             changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
             places = self._save(changed, known)
             for place, entry in zip(places, changed, strict=True):

@@ -8,11 +8,12 @@ import attrs
 
 from lianlian_async import errors
 from lianlian_async.errors import LianLianError, RefundConflict
+from lianlian_async.identity import check_identity
 from lianlian_async.journal import Journal
 from lianlian_async.models import Refund, RefundRequest
 from lianlian_async.session import RefundSession
 
-__all__ = ["IncompleteNotification", "complete"]
+__all__ = ["IncompleteNotification", "check_state", "complete"]
 
 _NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
 # All that query_refund raises where it gets no record.
@@ -43,14 +44,20 @@ async def complete(told: Refund, session: RefundSession | None, journal: Journal
         told = attrs.evolve(told, asked_dt_refund=request.dt_refund, asked_trader_refund=request.trader_refund)
     try:
         found = await session.query_refund(told.query(), deadline=seconds)
+        check_identity(told.raw, found.raw)
     except (*_NO_RECORD, *_UNUSABLE) as error:
         raise IncompleteNotification(f"{what}; asking the gateway failed: {error}") from error
-    for name in (*_NEEDED, "dt_refund"):
-        notified, recorded = getattr(told, name), getattr(found, name)
-        if recorded is None and name in _NEEDED:
+    for name in _NEEDED:
+        if getattr(found, name) is None:
             raise IncompleteNotification(f"{what}, and the gateway's record has no {name}")
-        if None not in (notified, recorded) and notified != recorded:
-            raise RefundConflict(str(found.no_refund), field=name, ours=str(notified), theirs=str(recorded))
+    check_state(told, found)
     if told.sta_refund is None and not found.is_final:
         raise IncompleteNotification(f"{what}, and the gateway's record is not final yet")
     return found
+
+
+def check_state(told: Refund, found: Refund) -> None:
+    """Raise ``RefundConflict`` if a notification told another state than the gateway's record has."""
+    if told.sta_refund not in (None, found.sta_refund):
+        ours, theirs = str(told.sta_refund), str(found.sta_refund)
+        raise RefundConflict(str(found.no_refund), field="sta_refund", ours=ours, theirs=theirs)

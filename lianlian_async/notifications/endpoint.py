@@ -9,6 +9,10 @@ again after growing pauses until it succeeds, over restarts too.
 In both modes the handler is called again only if it has not returned, or if the process or the journal died
 between its return and the line in the journal that says so. A journal that several processes share makes that
 hold for all of them; without a journal it holds for one process and the refunds that it remembers.
+
+From the first time that an endpoint opens with a journal on, whatever that journal learns to be final is acted on, also
+where no notification told it: a process that asked, or an operator's command. Until the handler has returned, it is
+FINAL there.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ from lianlian_async.settings import check_integer, check_journal, check_type, po
 from .acks import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 from .acting import Book, act_on
 from .addresses import AllowList
-from .completion import IncompleteNotification, complete
+from .completion import IncompleteNotification, check_state, complete
 from .inbox import Inbox
 from .recent import Recent
 
@@ -101,7 +105,8 @@ class NotificationEndpoint:
         on_refund: a coroutine function, called with the ``Refund`` whose ``sta_refund`` is final. It should commit
             its work before it returns, and bear to be called again if it did not return.
         journal: best the session's own. What it knows about a refund must match, and it learns the
-            final state. Without one, the last ``remember`` refunds of this process are known.
+            final state. One handler for a journal: it is called once for all processes. Without a journal, the last
+            ``remember`` refunds of this process are known.
         session: told of final states, so that ``wait_refund`` returns at once; asks for what a notification leaves out;
             needed by ``confirm``.
         confirm: ask the gateway before the handler runs, since a notification bears neither time nor nonce.
@@ -152,8 +157,8 @@ class NotificationEndpoint:
             positive_seconds(name, seconds)
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
-        """Deliveries, and what a sweep found, by their :class:`Verdict`; behind an inbox, and where a sweep caught up,
-        calls of the handler as *acted* and *failed*."""
+        """Deliveries by their :class:`Verdict`; behind an inbox and in a sweep, calls of the handler as *acted* and
+        *failed*."""
         self._on_refund = on_refund
         self._journal = journal
         self._session = session
@@ -215,6 +220,7 @@ class NotificationEndpoint:
             return self._ready
 
     async def _inbox_beside(self, journal: Journal) -> Inbox:
+        await journal.begin_acting()
         return Inbox(await journal.inbox(), self._act, refunds=journal, seconds=self._seconds, clock=self._clock)
 
     # ── one delivery ─────────────────────────────────────────────────────────────────────────────
@@ -307,26 +313,21 @@ class NotificationEndpoint:
         """Find out about all that is open, as ``RefundSession.resume`` does, and act on what is final by now.
 
         LianLian gives up after 30 deliveries, within an hour. Run this when the service starts, and every quarter of an
-        hour or so: a refund whose notification never came is asked about, and one that the handler failed to act on is
-        given to it again. Each is acted on once, whoever tells of it first.
+        hour or so: a refund whose notification never came is asked about; one that was found final by other means, or
+        that the handler failed to act on, is given to it. Each is acted on once, whoever tells of it first.
 
-        ``concurrency`` is the session's ``max_connections`` by default. Needs a journal, and a session on it.
-        Raises ``ConfigurationError`` without them, and ``JournalError``.
+        Returns what ``resume`` found; :attr:`counts` tells of the handler. ``concurrency`` is the session's
+        ``max_connections`` by default. Needs a journal, and a session on it. Raises ``ConfigurationError`` without
+        them, and ``JournalError``.
         """
         if self._journal is None or self._session is None:
             raise ConfigurationError("sweep: needs a journal, and a session to ask with")
         book = cast("Inbox", (await self._open()).book)  # there is a journal
-        resumed = await self._session.resume(concurrency=concurrency, on_final=self._learned)
+        resumed = await self._session.resume(concurrency=concurrency)
+        await book.keep_final(self._concurrency)
         if not self._is_inbox:  # else they are being worked on all the time
             await book.catch_up(self._concurrency, self._count_act)
         return resumed
-
-    async def _learned(self, refund: Refund) -> bool:
-        """Act on a final state that the gateway told when it was asked; whether that is done or kept."""
-        _, book = await self._open()
-        verdict = await (self._keep(refund) if self._is_inbox else self._act_once(book, refund))
-        self.counts[verdict] += 1
-        return ACKS[verdict].status == 200
 
     def _tell(self, refund: Refund) -> None:
         if self._session is not None:
@@ -334,10 +335,7 @@ class NotificationEndpoint:
 
     async def _act(self, refund: Refund) -> None:
         if self._confirm and self._session is not None:
-            found = await self._session.query_refund(refund.query())
-            if found.sta_refund != refund.sta_refund:
-                notified, recorded = str(refund.sta_refund), str(found.sta_refund)
-                raise RefundConflict(str(refund.no_refund), field="sta_refund", ours=notified, theirs=recorded)
+            check_state(refund, await self._session.query_refund(refund.query()))
         await self._on_refund(refund)
 
     def _count_act(self, well: bool) -> None:

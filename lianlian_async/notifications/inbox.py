@@ -13,12 +13,12 @@ import anyio
 import attrs
 
 from lianlian_async.clock import Clock
-from lianlian_async.errors import LianLianError
+from lianlian_async.errors import InvalidRequest, LianLianError, RefundConflict
 from lianlian_async.event_loop import is_failure
 from lianlian_async.flow import drain, iterate
 from lianlian_async.journal import Ending, Entry, Intent, Journal, Standing, State
-from lianlian_async.models import Refund
-from lianlian_async.recording import learn, take
+from lianlian_async.models import Refund, RefundRequest
+from lianlian_async.recording import answer, learn, take
 
 from .acting import act_on
 
@@ -90,18 +90,37 @@ class Inbox:
         return standing
 
     async def _take(self, refund: Refund, lease: float, deadline: float) -> tuple[Standing, Entry]:
-        return await take(self._journal, _intent(refund, lease), self._clock, deadline)
+        standing, entry = await take(self._journal, _intent(refund, lease), self._clock, deadline)
+        if standing is Standing.SETTLED:  # a process may have died between the two lines of settle
+            await self._refunds.acted(entry.no_refund)
+        return standing, entry
 
     async def settle(self, held: Entry, refund: Refund) -> None:
         """See :meth:`.Book.settle`."""
         done = Ending(state=State.DONE, record={"sta_refund": str(refund.sta_refund)})
         await self._journal.settle(held, done)
+        await self._refunds.acted(held.no_refund)
 
     async def release(self, held: Entry) -> None:
         """See :meth:`.Book.release`."""
         await self._journal.release(held, self._clock())
 
     # ── all that were kept ───────────────────────────────────────────────────────────────────────
+
+    async def keep_final(self, workers: int) -> None:
+        """Keep every refund that is FINAL in the journal of the refunds, whoever learned it; ``workers`` at a time."""
+
+        async def keep_one(entry: Entry) -> None:
+            if entry.state is not State.FINAL:
+                return
+            try:
+                money = RefundRequest.from_record(entry.fields).money_refund
+                # An answer need not repeat what was asked for, as a notification does.
+                await self.keep(attrs.evolve(answer(entry), no_refund=entry.no_refund, money_refund=money))
+            except (InvalidRequest, RefundConflict) as error:
+                logger.error("refund %s is final, but cannot be acted on: %s", entry.no_refund, error)  # noqa: TRY400 - no bug of ours
+
+        await drain(self._refunds.pending(), keep_one, workers=workers, intake=anyio.CancelScope())
 
     async def work(self, workers: int, acted: Callable[[bool], object]) -> None:
         """Act on what is in the inbox, now and later, ``workers`` at a time, until :meth:`stop`.
@@ -129,7 +148,7 @@ class Inbox:
                 acted(well)
             self._news.set()
 
-        await drain(self._due(), attempt, workers=workers, intake=self._intake)
+        await drain(self._due(workers), attempt, workers=workers, intake=self._intake)
 
     async def catch_up(self, workers: int, acted: Callable[[bool], object]) -> None:
         """Act, once, on what is in the inbox now: nobody else works on it."""
@@ -162,12 +181,16 @@ class Inbox:
             return standing, standing is Standing.SETTLED
         return standing, await act_on(refund, self, held, self._act, self._seconds)
 
-    async def _due(self) -> AsyncGenerator[Entry]:
+    async def _due(self, workers: int) -> AsyncGenerator[Entry]:
         """What is to be acted on, each when it is time, without end."""
+        has_kept_final = False
         while True:
             self._news = anyio.Event()
             began = anyio.current_time()
             try:
+                if not has_kept_final:
+                    await self.keep_final(workers)
+                    has_kept_final = True
                 async with aclosing(iterate(self._journal.pending())) as entries:
                     async for entry in entries:
                         rest = self._resting.get(entry.no_refund, _Rest(0, began))
@@ -188,12 +211,16 @@ class Inbox:
 
 def _intent(refund: Refund, lease: float) -> Intent:
     # What identifies a final state comes first: a conflict names the first field that differs.
-    identity = {"sta_refund": str(refund.sta_refund), "money_refund": str(refund.money_refund)}
+    identity = {
+        "sta_refund": str(refund.sta_refund),
+        "money_refund": str(refund.money_refund),
+        "no_refund": str(refund.no_refund),
+    }
     content = f"{refund.no_refund} {refund.sta_refund} {refund.money_refund}"
     return Intent(
         no_refund=str(refund.no_refund),
         digest=hashlib.sha256(content.encode()).hexdigest(),
-        fields={**identity, **refund.raw},
+        fields={**identity, **{name: text for name, text in refund.raw.items() if text}},
         body=b"",
         lease=lease,
     )

@@ -1,0 +1,63 @@
+"""A service that dies right before a line of its journal: ``python tests/acting.py MODE LINE JOURNAL SHOP``.
+
+It is notified of one refund that is on record. Right before the transaction with the given line, which nobody has
+waited for yet, it is killed (SIGKILL). Its handler appends the refund's number to the file SHOP.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import anyio
+import notices
+
+from lianlian_async import NotificationEndpoint, Refund
+from lianlian_async.journal import SqliteJournal
+
+MODES = ["inline", "inbox"]
+
+AFTER_THE_HANDLER = ["inbox Settle", "refunds Acted"]
+LINES = ["refunds Settle", "inbox Begin", *AFTER_THE_HANDLER]
+"""In which journal, and which operation: all that is written about a notified refund, in this order."""
+
+
+class Dying(SqliteJournal):
+    """A journal whose process dies instead of writing ``line``."""
+
+    def __init__(self, path: str, line: str, book: str = "refunds") -> None:
+        super().__init__(path)
+        self._line, self._book = line, book
+
+    def _beside(self) -> Dying:
+        return Dying(f"{self._name}-inbox", self._line, "inbox")
+
+    async def _write(self, operations):
+        if self._line in {f"{self._book} {type(operation).__name__}" for operation in operations}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await super()._write(operations)
+
+
+def read(shop: Path) -> list[str]:
+    """Which refunds were handled."""
+    return shop.read_text().split() if shop.exists() else []
+
+
+async def main(mode: str, line: str, path: str, shop: str) -> None:
+    async def on_refund(refund: Refund) -> None:
+        async with await anyio.open_file(shop, "a") as file:
+            await file.write(f"{refund.no_refund}\n")
+
+    async with SqliteJournal(path) as journal:
+        await notices.begin(journal)
+    journal = Dying(path, line)
+    merchant = notices.trusting()
+    async with NotificationEndpoint(merchant, on_refund, journal=journal, inbox=mode == "inbox") as endpoint:
+        await notices.deliver(endpoint, 1)
+        await anyio.sleep_forever()
+
+
+if __name__ == "__main__":
+    anyio.run(main, *sys.argv[1:])

@@ -1,0 +1,159 @@
+"""Whoever learns that a refund is final, ``on_refund`` is called for it: by any learner, and after any crash."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections import Counter
+
+import acting
+import anyio
+import pytest
+from notices import HEADERS, Handler, deliver, fails, inbox, is_acknowledged, notification, trusting, until
+from parties import boot_clock, refund_request, sandbox
+
+from lianlian_async import NotificationEndpoint, RefundRejected
+from lianlian_async.journal import SqliteJournal, State
+from lianlian_async.sandbox import Fault, When
+
+pytestmark = pytest.mark.anyio
+
+virtual = pytest.mark.virtual_time
+inline_and_inbox = pytest.mark.parametrize("with_inbox", [False, True], ids=["inline", "inbox"])
+
+
+async def state(journal, number=1):
+    return (await journal.find(f"R-{number}")).state
+
+
+async def by_resume(session):
+    await session.apply_refund(refund_request())
+    await anyio.sleep(100)
+    await session.resume()
+
+
+async def by_waiting(session):
+    await session.apply_and_wait(refund_request())
+
+
+async def by_asking_again(session):
+    with anyio.move_on_after(5):  # its answer is lost
+        await session.apply_refund(refund_request())
+    await anyio.sleep(100)
+    await session.apply_refund(refund_request())
+
+
+LEARNERS = [by_resume, by_waiting, by_asking_again]
+
+
+@virtual
+@inline_and_inbox
+@pytest.mark.parametrize("learn", LEARNERS, ids=lambda learn: learn.__name__)
+async def test_what_is_learned_while_no_endpoint_is_open_is_acted_on_later(journal, handler, learn, with_inbox):
+    """The next sweep calls the handler, once; later sweeps and notifications do not."""
+    gateway = sandbox(settle_after=60)
+    if learn is by_asking_again:
+        gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+    async with gateway.session(clock=boot_clock, journal=journal) as session:
+
+        def endpoint():
+            settings = {"journal": journal, "session": session, "clock": boot_clock, "inbox": with_inbox}
+            return NotificationEndpoint(session.merchant, handler, **settings)
+
+        async with endpoint():
+            pass
+        await learn(session)
+        assert await state(journal) is State.FINAL
+        async with endpoint() as opened:
+            await opened.sweep()
+            await until(lambda: opened.counts["acted"], look_every=1)
+            assert await state(journal) is State.DONE
+            for _ in range(2):
+                assert is_acknowledged(await opened.handle(notification(), HEADERS))
+                await opened.sweep()
+            assert opened.counts == {"acted": 1, "duplicate": 2}
+    assert handler.numbers == ["R-1"]
+    assert gateway.times_made("R-1") == 1
+
+
+@virtual
+@pytest.mark.parametrize("learn", LEARNERS, ids=lambda learn: learn.__name__)
+async def test_without_an_endpoint_nothing_is_marked(journal, learn):
+    """Where acting never began, no refund waits for it."""
+    gateway = sandbox(settle_after=60)
+    if learn is by_asking_again:
+        gateway.script(Fault.NO_ANSWER, when=When.AFTER)
+    async with gateway.session(clock=boot_clock, journal=journal) as session:
+        await learn(session)
+    assert await state(journal) is State.DONE
+
+
+@virtual
+async def test_what_was_final_before_the_first_endpoint_is_left_alone(journal, handler):
+    """A service that gets notifications only now does not act on its past, unless it is notified of it."""
+    gateway = sandbox(settle_after=0)
+    async with gateway.session(clock=boot_clock, journal=journal) as session:
+        await session.apply_refund(refund_request())
+        settings = {"journal": journal, "session": session, "clock": boot_clock}
+        async with NotificationEndpoint(session.merchant, handler, **settings) as endpoint:
+            await session.apply_refund(refund_request(2))
+            await endpoint.sweep()
+            assert handler.numbers == ["R-2"]
+            assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert handler.numbers == ["R-2", "R-1"]
+
+
+@virtual
+async def test_a_rejected_refund_is_not_acted_on(journal, handler):
+    """It was never made; whoever applied for it was told so."""
+    async with sandbox().session(clock=boot_clock, journal=journal) as session:
+        settings = {"journal": journal, "session": session, "clock": boot_clock}
+        async with NotificationEndpoint(session.merchant, handler, **settings) as endpoint:
+            with pytest.raises(RefundRejected):
+                await session.apply_refund(refund_request(money_refund="99999.00"))
+            await endpoint.sweep()
+    assert not handler.begun
+    assert await state(journal) is State.REJECTED
+
+
+@virtual
+async def test_an_inbox_acts_at_its_start_on_what_was_learned_meanwhile(journal, handler):
+    """It needs no sweep, and no session to ask with."""
+    handler.then = [fails]
+    async with inbox(journal, handler, clock=boot_clock):
+        pass
+    async with sandbox(settle_after=0).session(clock=boot_clock, journal=journal) as session:
+        for number in (1, 2):
+            await session.apply_refund(refund_request(number))
+    async with inbox(journal, handler, clock=boot_clock) as endpoint:
+        await until(lambda: endpoint.counts["acted"] == 2, look_every=1)
+    assert sorted(handler.numbers) == ["R-1", "R-2"]
+    assert endpoint.counts == {"failed": 1, "acted": 2}
+    assert await state(journal) is State.DONE
+
+
+# ── a process that dies between two lines of the journal ─────────────────────────────────────────
+
+
+@pytest.mark.parametrize("line", acting.LINES)
+@pytest.mark.parametrize("mode", acting.MODES)
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_process_that_dies_between_two_lines_loses_no_refund(tmp_path, anyio_backend, mode, line):
+    """The handler is called by the next process; again only if its return was not yet on record."""
+    shop, path = tmp_path / "shop", tmp_path / "journal.sqlite"
+    command = [sys.executable, acting.__file__, mode, line, path, shop]
+    assert (await anyio.run_process(command, check=False, stderr=None)).returncode == -signal.SIGKILL
+    assert len(acting.read(shop)) == (line in acting.AFTER_THE_HANDLER)
+    handler = Handler()
+    async with SqliteJournal(path) as journal, sandbox().session(journal=journal) as session:
+        settings = {"journal": journal, "session": session, "inbox": mode == "inbox"}
+        async with NotificationEndpoint(trusting(), handler, **settings) as endpoint:
+            if line == acting.LINES[0]:  # nothing was acknowledged: LianLian sends again
+                await deliver(endpoint, 1)
+            await endpoint.sweep()
+            await until(lambda: handler.done or (len(acting.read(shop)) and line == acting.LINES[-1]))
+            await deliver(endpoint, 1)
+            assert await endpoint.sweep()
+        assert await state(journal) is State.DONE
+    times = Counter(acting.read(shop) + handler.numbers)
+    assert times == {"R-1": 2 if line == "inbox Settle" else 1}
