@@ -8,10 +8,24 @@ from contextlib import AsyncExitStack
 import anyio
 import journals
 import pytest
-from notices import HEADERS, Handler, begin, deliver, fails, inbox, is_acknowledged, notification, trusting, until
+from notices import (
+    HEADERS,
+    Handler,
+    asked,
+    begin,
+    deliver,
+    fails,
+    inbox,
+    is_acknowledged,
+    notification,
+    trusting,
+    until,
+)
+from parties import made
 
-from lianlian_async import NotificationEndpoint
+from lianlian_async import NotificationEndpoint, Refund
 from lianlian_async.journal import State
+from lianlian_async.recording import learn
 
 pytestmark = pytest.mark.anyio
 
@@ -114,6 +128,21 @@ async def test_the_refunds_themselves_learn_their_final_state(kind, handler):
             await until(lambda: endpoint.counts["acted"])
         assert (await journal.find("R-1")).state is State.DONE
     assert handler.done[0].query() == request.query()
+
+
+async def test_an_inbox_acts_at_its_start_on_what_others_learned(kind, handler):
+    """A final state that no notification told is acted on once, and marked so."""
+    async with kind.make() as journal, inbox(journal, handler):
+        pass
+    async with kind.make() as journal:
+        await begin(journal)
+        await learn(journal, Refund.from_dict(made(asked(), sta_refund="2")))
+        assert (await journal.find("R-1")).state is State.FINAL
+        async with inbox(journal, handler) as endpoint:
+            await until(lambda: endpoint.counts["acted"])
+            await deliver(endpoint, 1)
+        assert (await journal.find("R-1")).state is State.DONE
+    assert handler.numbers == ["R-1"]
 
 
 @pytest.mark.parametrize("changes", [{"sta_refund": "3"}, {"money_refund": "11.00"}])
