@@ -40,6 +40,9 @@ from lianlian_async.transport import PoolTransport, asgi_transport
 
 SERVICES = ("fastapi", "aiohttp")
 
+BASE_URL = "http://127.0.0.1:9"
+"""Of the gateway, for all sessions on the journal; those of the workers never call it."""
+
 ALL_MISCHIEF = dict.fromkeys(Mischief, 0.3)
 
 _TABLES = """
@@ -136,7 +139,7 @@ class LoadBalancer(httpx.AsyncBaseTransport):
 @contextmanager
 def _workers(service: str, gateway: SandboxGateway, dsn: str) -> Iterator[dict[int, subprocess.Popen]]:
     """Two workers by their ports."""
-    variables = os.environ | environment(gateway, "http://127.0.0.1:9")
+    variables = os.environ | environment(gateway, BASE_URL)
     workers = {}
     try:
         for name in ("first", "second"):
@@ -178,7 +181,8 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
                 seed=seed,
                 max_connections=32,
             )
-            session = RefundSession(gateway.merchant(), transport=asgi_transport(notifier), journal=journal)
+            merchant = gateway.merchant(BASE_URL)
+            session = RefundSession(merchant, transport=asgi_transport(notifier), journal=journal)
             url = "http://127.0.0.1/lianlian/refund"
             requests = (refund_request(number, notify_url=url) for number in range(refunds))
             async with notifier, session, anyio.create_task_group() as tasks:
@@ -187,12 +191,13 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
                     assert outcome.refund is not None, outcome.error
                 await until(lambda: not notifier.pending)
                 # What the killed worker had done, but not marked, needs no handler any more.
-                endpoint = NotificationEndpoint(gateway.merchant(), too_late, journal=journal, session=session)
+                endpoint = NotificationEndpoint(merchant, too_late, journal=journal, session=session)
                 await endpoint.sweep()
             ends = first.poll(), second.poll()
         rows = await (await shop.execute("SELECT no_refund, sta_refund, worker FROM handled")).fetchall()
         begun = set(await (await shop.execute("SELECT no_refund, worker FROM begun")).fetchall())
-        left = [entry.no_refund async for book in (journal, await journal.inbox()) async for entry in book.pending()]
+        left = [entry.no_refund async for entry in journal.pending()]
+        left += [entry.no_refund async for entry in (await journal.inbox()).pending()]
     problems = _problems(gateway, notifier, rows, begun) | dict.fromkeys(left, "left on record as to be acted on")
     problems |= {str(refund.no_refund): "left to the sweep" for refund in late}
     if ends != (-signal.SIGKILL, None):
