@@ -25,6 +25,8 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 DATE_SLACK: Final = 15.0
 """Seconds by which a ``Date`` header may be off: its resolution, and the longest exchange that it may belong to."""
 
+_DATE_RESOLUTION: Final = 1.0
+
 
 @attrs.frozen
 class Moment:
@@ -94,16 +96,23 @@ class SessionClock:
             return now
         return attrs.evolve(now, gateway=_EPOCH + self._ahead + timedelta(seconds=now.boot))
 
-    def heard(self, date: str) -> None:
-        """Take over the ``Date`` header of an answer; one that cannot be read teaches nothing."""
+    def heard(self, date: str, began: float) -> None:
+        """Take over the ``Date`` header of an answer; one that cannot be read teaches nothing.
+
+        ``began``: the boot clock's seconds when the exchange began. After a long one, as after a suspension, nobody
+        knows how old the header is: it teaches nothing either.
+        """
         if date == self._date:  # read already: it changes once a second
+            return
+        heard_at = self._clock().boot
+        if heard_at - began > DATE_SLACK - _DATE_RESOLUTION:
             return
         self._date = date
         try:
             told = parsedate_to_datetime(date)
         except (ArithmeticError, LookupError, TypeError, ValueError):  # what the parser raises for odd texts
             return
-        self._ahead = told.replace(tzinfo=told.tzinfo or UTC) - _EPOCH - timedelta(seconds=self._clock().boot)
+        self._ahead = told.replace(tzinfo=told.tzinfo or UTC) - _EPOCH - timedelta(seconds=heard_at)
 
 
 def boot_clock() -> Callable[[], float]:

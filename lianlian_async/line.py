@@ -86,9 +86,10 @@ class Line:
     async def _exchange(self, exchange: Exchange) -> Reply:
         """The heart of the onion: out over the wire, and what came back."""
         exchange.trail.open_sends += 1
+        began = self.clock().boot
         delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)
         if isinstance(delivery, Answer):
-            self.clock.heard(delivery.headers.get("date", ""))
+            self.clock.heard(delivery.headers.get("date", ""), began)
         reply = await self._rsa.check(self.protocol.read, exchange, delivery)
         self.signatures.saw(exchange, reply)
         if reply.known in (Known.NOT_SENT, Known.REJECTED):

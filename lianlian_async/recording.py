@@ -172,6 +172,8 @@ class Recording:
             raise
         except RefundNotSent as error:
             await self._release(entry, error)
+            if await self._is_taken(entry, error):
+                raise unknown() from error
             raise
         except RefundOutcomeUnknown as error:
             await self._release(entry, error)
@@ -191,6 +193,17 @@ class Recording:
             raise
         await self._settle(entry, ending(refund), refund)
         return refund
+
+    async def _is_taken(self, entry: Entry, said: RefundNotSent) -> bool:
+        """Whether another worker took the refund over once the lease of ``entry`` was over, and may have sent it."""
+        if entry.leased_until is None or self.clock().boot < entry.leased_until.boot:
+            return False
+        try:
+            found = await self.journal.find(entry.no_refund)
+        except JournalError as error:
+            error.said = said
+            raise
+        return found is not None and (found.sent_at is not None or found.ending is not None)
 
     async def _settle(self, entry: Entry, how: Ending, said: Refund | LianLianError) -> None:
         try:

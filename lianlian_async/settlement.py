@@ -92,6 +92,8 @@ class Case:
         """Whether "no such record", asked for at ``asked_at``, proves that no attempt was carried out."""
         if self.sent_at is None:
             return True
+        # The answer may be the first one with a Date; and only the time up to the question counts.
+        asked_at = attrs.evolve(asked_at, gateway=None).dated(self.clock())
         self._compare(asked_at)
         seconds = elapsed(self.sent_at, asked_at)
         if seconds is None:  # no clock can tell: it counts from this moment on, which stays on record
@@ -122,6 +124,12 @@ class Case:
     def is_refused(self) -> bool:
         """Whether every attempt so far was refused, and not only because one is still being processed."""
         return self.refused is not None and explain(self.refused.ret_code).kind is not CodeClass.IN_PROGRESS
+
+    def next_step(self, known: Known) -> Step:
+        """Decide by :data:`NEXT_STEP` what follows an apply attempt that taught ``known``."""
+        if known is not Known.NOT_SENT and not self.apply.lease_holds():  # another worker may have sent it since
+            self.sent_at, self.refused = self.clock(), None
+        return NEXT_STEP[known, self.sent_at is not None]
 
     def take_in(self, reply: Reply) -> None:
         """Remember what an apply attempt that has to be asked about left behind."""
@@ -188,6 +196,8 @@ async def _check_absence(case: Case) -> None:
     if case.sent_at is None:
         return
     case.query_error = await case.canary()
+    if case.query_error is None and not case.apply.lease_holds():
+        case.query_error = LianLianError("the lease is over: another worker may have sent this refund")
     if case.query_error is not None:
         raise case.unknown()
     if case.rejection is not None:
@@ -206,7 +216,7 @@ async def _apply(case: Case, send: Next) -> Refund | None:
         raise
     case.tally.attempts += reply.attempts
     case.apply_error, case.retry_after = reply.error, reply.retry_after
-    step = NEXT_STEP[reply.known, case.sent_at is not None]
+    step = case.next_step(reply.known)
     if step is Step.RETURN:
         return reply.refund
     if step is Step.RAISE and reply.error is not None:
@@ -235,7 +245,7 @@ async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
             raise reply.error
         elif reply.known is not Known.NOT_FOUND:  # asked as long as it was worth it, or refused
             break
-        if case.absence_is_believed(attrs.evolve(asked_at, gateway=case.clock().gateway)):
+        if case.absence_is_believed(asked_at):
             if reply.refund is None or case.is_refused:
                 return None
             break

@@ -555,6 +555,27 @@ async def test_after_a_lease_that_is_over_nothing_is_sent(new_journal):
     assert gateway.requests == {"apply": 1}
 
 
+async def test_what_another_worker_took_over_is_not_told_as_not_sent(new_journal):
+    """It sent nothing itself, but after its lease another worker made the refund."""
+    gateway = sandbox()
+    async with (
+        shop(gateway, new_journal, limiter=RateLimit(1 / 3600)) as (session, journal),
+        anyio.create_task_group() as group,
+    ):
+        await session.apply_refund(refund_request(1))
+
+        async def other_worker():
+            await anyio.sleep(1800)
+            other = gateway.session(journal=journal, clock=boot_clock)
+            async with other:
+                await other.apply_refund(refund_request(2))
+
+        group.start_soon(other_worker)
+        with pytest.raises(RefundOutcomeUnknown, match="another worker"):
+            await session.apply_refund(refund_request(2))
+    assert gateway.times_made("R-2") == 1
+
+
 # ── a journal that fails ─────────────────────────────────────────────────────────────────────────
 
 
@@ -867,3 +888,20 @@ async def test_a_refund_that_is_settled_between_look_and_intent_is_not_sent():
     async with gateway.session(journal=journal, clock=boot_clock) as session:
         assert await session.apply_refund(refund_request()) == journal.told
     assert gateway.requests == {"apply": 1}
+
+
+async def test_a_journal_that_fails_after_a_lease_tells_that_this_call_sent_nothing():
+    """Whether another worker took the refund over cannot be read, and the error says what is known."""
+    gateway, journal = sandbox(), Failing()
+    limited = gateway.session(journal=journal, clock=boot_clock, limiter=RateLimit(1 / 3600))
+    async with limited as session, anyio.create_task_group() as group:
+        await session.apply_refund(refund_request(1))
+
+        async def fail():
+            await anyio.sleep(1800)
+            journal.verbs.add("find")
+
+        group.start_soon(fail)
+        with pytest.raises(JournalError) as caught:
+            await session.apply_refund(refund_request(2))
+    assert isinstance(caught.value.said, RefundNotSent)

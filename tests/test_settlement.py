@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import anyio
@@ -28,11 +28,12 @@ from lianlian_async import (
     RetryPolicy,
     wire,
 )
-from lianlian_async.clock import Moment
-from lianlian_async.exchange import Known
-from lianlian_async.journal import SqliteJournal
+from lianlian_async.clock import Moment, system_clock
+from lianlian_async.exchange import Call, Exchange, Known
+from lianlian_async.journal import MemoryJournal, SqliteJournal
+from lianlian_async.retry import Deadline
 from lianlian_async.sandbox import Fault, Repeated, When
-from lianlian_async.settlement import NEXT_STEP, Step
+from lianlian_async.settlement import NEXT_STEP, Case, Step
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -625,3 +626,65 @@ class Undated(Road):
         response = await super().handle_async_request(request)
         del response.headers["date"]
         return response
+
+
+# ── leases ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class SlowProof(MemoryJournal):
+    """Takes longer than any lease to name a refund that was made."""
+
+    async def latest_made(self):
+        await anyio.sleep(86_400)
+        return await super().latest_made()
+
+
+async def test_after_a_lease_nothing_is_concluded_from_absence():
+    """Another worker may have sent the refund while this one looked for a proof: unknown, and nothing is sent."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    session, _ = session_over(gateway, retry=TRUSTING, journal=SlowProof())
+    async with session:
+        with pytest.raises(RefundOutcomeUnknown, match="lease is over"):
+            await session.apply_refund(refund_request())
+    assert gateway.requests["apply"] == 1
+
+
+@pytest.mark.parametrize("lease_holds", [True, False])
+def test_a_refusal_that_is_read_after_the_lease_proves_nothing(lease_holds):
+    """Another worker may have sent the same refund since: it is asked about, as one that may have been made."""
+    now = system_clock()
+    exchange = Exchange(
+        call=Call.APPLY,
+        url="",
+        body=b"{}",
+        asked={},
+        deadline=Deadline(0.0),
+        policy=RetryPolicy(),
+        lease_holds=lambda: lease_holds,
+    )
+    case = Case(request=None, apply=exchange, question=None, clock=lambda: now, before_resend=None, canary=None)
+    assert case.next_step(Known.REJECTED) is (Step.RAISE if lease_holds else Step.ASK)
+    assert case.sent_at is (None if lease_holds else now)
+
+
+def test_a_query_is_dated_by_the_gateways_clock_when_it_was_asked():
+    """Time between the answer and its judgement, such as a suspension, makes no absence older."""
+    noon = datetime(2026, 1, 2, 12, tzinfo=UTC)
+    sent_at = Moment(noon, 50.0, "earlier boot", noon)
+    asked_at = Moment(noon + timedelta(days=1), 100.0, "this boot")  # a wall clock that was set
+    judged_at = Moment(noon + timedelta(days=1), 7300.0, "this boot", noon + timedelta(seconds=7230))
+    exchange = Exchange(
+        call=Call.APPLY, url="", body=b"{}", asked={}, deadline=Deadline(0.0), policy=RetryPolicy(absence_grace=900.0)
+    )
+    case = Case(
+        request=None,
+        apply=exchange,
+        question=None,
+        clock=lambda: judged_at,
+        sent_at=sent_at,
+        before_resend=None,
+        canary=None,
+    )
+    assert not case.absence_is_believed(asked_at)
+    assert case.absence_is_believed(judged_at)

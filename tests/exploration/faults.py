@@ -1,0 +1,117 @@
+"""Faults that are put back by hand: each has to be found, or is known not to lead to a second refund."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from unittest.mock import patch
+
+import attrs
+
+from lianlian_async import clock, flight, settlement
+from lianlian_async.clock import Moment, SessionClock
+from lianlian_async.exchange import Known
+from lianlian_async.journal import operations
+from lianlian_async.settlement import Case
+
+from .model import Bounds
+
+_PAIR = Bounds(journal="memory", workers=2, attempts=1, grace=2, lease=1, arrival=1, visibility=0, horizon=5)
+_BOOTS = Bounds(
+    journal="file",
+    grace=2,
+    lease=1,
+    arrival=1,
+    visibility=0,
+    crashes=1,
+    reboots=1,
+    has_dates=True,
+    horizon=4,
+    clock_steps=1,
+)
+
+_heard, _take_in = SessionClock.heard, Case.take_in
+
+
+def _by_the_wall(since: Moment, now: Moment) -> float:
+    return (now.wall - since.wall).total_seconds()
+
+
+def _no_slack(since: Moment, now: Moment) -> float | None:
+    with patch.object(clock, "DATE_SLACK", 0.0):
+        return clock.elapsed(since, now)
+
+
+def _first_send_counts(case: Case, reply: settlement.Reply) -> None:
+    sent_at = case.sent_at
+    _take_in(case, reply)
+    case.sent_at = sent_at or case.sent_at
+
+
+def _no_lease_in_next_step(case: Case, known: Known) -> settlement.Step:
+    return settlement.NEXT_STEP[known, case.sent_at is not None]
+
+
+def _late_date(session_clock: SessionClock, date: str, began: float) -> None:
+    _heard(session_clock, date, session_clock._clock().boot)
+
+
+def _dated_at_the_answer(moment: Moment, now: Moment) -> Moment:
+    return attrs.evolve(moment, gateway=now.gateway)
+
+
+@attrs.frozen(kw_only=True)
+class Fault:
+    """A fault, the scenario in which it shows, and how it is put back."""
+
+    bounds: Bounds
+    patch: partial[AbstractContextManager[object]]
+    is_small: bool = True
+    """Whether it is found in a few seconds."""
+    is_unsafe: bool = True
+    """Whether it can lead to a second refund, or to one that is denied, in the model."""
+
+
+FAULTS: Mapping[str, Fault] = {
+    "the wall clock measures the grace": Fault(
+        bounds=attrs.evolve(_PAIR, workers=1, attempts=2, clock_steps=1),
+        patch=partial(patch.object, settlement, "elapsed", _by_the_wall),
+    ),
+    "the grace counts from the first send": Fault(
+        bounds=attrs.evolve(_PAIR, workers=1, attempts=3),
+        patch=partial(patch.object, Case, "take_in", _first_send_counts),
+    ),
+    "no mark before a resend": Fault(
+        bounds=attrs.evolve(_PAIR, workers=1, attempts=3, journal="file", crashes=1),
+        patch=partial(patch.object, operations.Resend, "apply", lambda self, entry: (None, entry)),
+    ),
+    "the lease is not looked at before the bytes": Fault(
+        bounds=_PAIR, patch=partial(patch.object, flight.Flights, "_is_before", lambda self, moment: True)
+    ),
+    "the lease is not looked at before it is said what is certain": Fault(
+        bounds=attrs.evolve(_PAIR, refusals=1), patch=partial(patch.object, Case, "next_step", _no_lease_in_next_step)
+    ),
+    "_is_ahead is dropped": Fault(
+        bounds=_PAIR,
+        patch=partial(patch.object, operations, "_is_ahead", lambda moment, now: False),
+        is_unsafe=False,  # a lease that is taken too early still counts as sent at its end
+    ),
+    "_is_comparable is dropped": Fault(
+        is_small=False,
+        bounds=_BOOTS,
+        patch=partial(patch.object, operations, "_is_comparable", lambda moment, now: True),
+        is_unsafe=False,
+    ),
+    "no DATE_SLACK": Fault(
+        is_small=False, bounds=_BOOTS, patch=partial(patch.object, settlement, "elapsed", _no_slack)
+    ),
+    "a Date is believed however late it is read": Fault(
+        is_small=False, bounds=_BOOTS, patch=partial(patch.object, SessionClock, "heard", _late_date)
+    ),
+    "a query is dated when its answer is judged": Fault(
+        is_small=False,
+        bounds=attrs.evolve(_BOOTS, lease=4),
+        patch=partial(patch.object, Moment, "dated", _dated_at_the_answer),
+    ),
+}
