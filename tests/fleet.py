@@ -20,7 +20,7 @@ import time
 from contextlib import suppress
 
 import postgres
-from kill import IMPATIENT, requests, stormy_gateway
+from kill import IMPATIENT, LATE, requests, stormy_gateway
 from procrastinate.exceptions import ConnectorException
 
 from lianlian_async import BatchStopped, JournalError, Merchant, RefundSession
@@ -88,6 +88,7 @@ def kill_workers(dsn: str, *, refunds: int, kills: int, workers: int, seed: int,
             for worker in (*fleet, *suspended):
                 worker.kill()
                 worker.wait()
+    gateway.advance(LATE)  # nothing is still on its way
     return asyncio.run(_audit(dsn, gateway, refunds))
 
 
