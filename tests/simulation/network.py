@@ -92,9 +92,18 @@ class Network:
 class NodeTransport(httpx.AsyncBaseTransport):
     """One node's transport: tells the package of the same moments as httpcore does."""
 
-    def __init__(self, network: Network, check_record: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        check_record: Callable[[bytes], None],
+        *,
+        stop: Callable[[float], None],
+        kill: Callable[[float], None],
+    ) -> None:
         self._network = network
         self._check_record = check_record
+        self._stop = stop
+        self._kill = kill
         self.out = 0
         """How many requests are under way."""
 
@@ -114,6 +123,10 @@ class NodeTransport(httpx.AsyncBaseTransport):
         if fault == "connect_hangs":
             await asyncio.sleep(request.extensions["timeout"]["connect"])
             raise httpx.ConnectTimeout("")
+        if fault == "stopped":  # at the worst moment: the connection is there, and nothing has been sent
+            seconds = dice.choice([1.0, 60.0, 950.0, 2000.0, 7200.0])
+            network.world.after(0.0, lambda: self._stop(seconds))
+            await asyncio.sleep(0.001)
         await request.extensions["trace"]("http11.send_request_headers.started", {})
         body = b"".join([chunk async for chunk in request.stream])  # type: ignore[union-attr]
         call = "apply" if request.url.path == "/apply" else "query"
@@ -132,6 +145,9 @@ class NodeTransport(httpx.AsyncBaseTransport):
         network.carry(call, body, fault, hear)
         if fault == "write_fails":
             raise httpx.WriteError("broken pipe")
+        if fault == "killed":
+            pause = dice.choice([0.0, 5.0, 950.0])
+            network.world.after(0.1 * dice.random(), lambda: self._kill(pause))
         if fault in ("cancelled_below", "base_exception_below"):
             await asyncio.sleep(0.2 * dice.random())
             raise asyncio.CancelledError if fault == "cancelled_below" else FromBelowError

@@ -72,10 +72,26 @@ class Node:
         self.run.world.leave_loop()
         self._main.add_done_callback(self._end)
 
-    def kill(self, seconds: float) -> None:
-        """End its life at once, and begin another one so many seconds later."""
-        if not self.is_running:
+    def stop(self, seconds: float, life: int | None = None) -> None:
+        """Stop its process (in this life) for so long: its clocks count on."""
+        self._suspend(seconds, life or self.lives, clock_stood_still=False)
+
+    def suspend(self, seconds: float) -> None:
+        """Suspend its machine for so long: its event loop's clock stands still."""
+        self._suspend(seconds, self.lives, clock_stood_still=True)
+
+    def _suspend(self, seconds: float, life: int, *, clock_stood_still: bool) -> None:
+        if not self.is_running or life != self.lives or self.loop.is_suspended:
             return
+        loop, self.stopped = self.loop, self.stopped + seconds
+        loop.suspend()
+        self.run.world.after(seconds, lambda: loop.wake(clock_stood_still=clock_stood_still))
+
+    def kill(self, seconds: float, life: int | None = None) -> None:
+        """End its life (this one) at once, and begin another one so many seconds later."""
+        if not self.is_running or life not in (None, self.lives):
+            return
+        self.run.world.log(f"{self.loop.name} is killed")
         self.run.ends += 1
         self.is_running = False
         for number, _ in self.calls.values():
@@ -98,7 +114,10 @@ class Node:
     def cancel_any(self) -> None:
         """Cancel one task, whosever it is."""
         if self.is_running and self.loop.tasks:
-            task = self.run.world.random.choice(list(self.loop.tasks))
+            dice, kinds = self.run.world.random, dict[str, list[asyncio.Task[None]]]()
+            for each in self.loop.tasks:  # of each kind with the same chance, however many there are of it
+                kinds.setdefault(getattr(each.get_coro(), "__qualname__", ""), []).append(each)
+            task = dice.choice(dice.choice(list(kinds.values())))
             self.run.world.log(f"{self.loop.name}: {task.get_name()} is cancelled")
             task.cancel()
 
@@ -137,7 +156,13 @@ class Node:
     async def _live(self) -> None:
         run, plan = self.run, self.run.plan
         loop = self.loop
-        transport = NodeTransport(run.network, run.check_record)
+        life = self.lives
+        transport = NodeTransport(
+            run.network,
+            run.check_record,
+            stop=lambda seconds: self.stop(seconds, life),
+            kill=lambda seconds: self.kill(seconds, life),
+        )
         async with AsyncExitStack() as stack:
             journal = run.store.journal(loop)
             if journal is not None:

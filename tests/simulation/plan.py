@@ -26,6 +26,8 @@ NETWORK: Final = (
     "garbage",
     "cancelled_below",
     "base_exception_below",
+    "stopped",
+    "killed",
 )
 """Faults of one exchange on its way."""
 
@@ -107,6 +109,10 @@ class Plan:
     """Seconds over which refunds are asked for."""
     max_connections: int = 8
     query_first: bool = False
+    slow_threads: float = 1e-4
+    """Seconds that a thread job takes at most."""
+    cancelled_threads: float = 0.0
+    """How many of 1 tasks that wait for a thread are cancelled meanwhile."""
     real_rsa: bool = False
 
 
@@ -145,6 +151,8 @@ def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
         spread=spread,
         max_connections=dice.choice([2, 8, 20]),
         query_first=dice.random() < 0.1,
+        slow_threads=dice.choice([1e-4, 1e-4, 0.02, 0.5]),
+        cancelled_threads=dice.choice([0.0, 0.0, 0.002, 0.02]),
         real_rsa=dice.random() < 0.001,
     )
 

@@ -57,6 +57,7 @@ class Run:
     def __init__(self, plan: Plan, trace: Callable[[str], None] | None = None) -> None:
         self.plan = plan
         self.world = world = World(plan.seed, window=plan.window, trace=trace)
+        world.slow_threads, world.cancelled_threads = plan.slow_threads, plan.cancelled_threads
         self.dice = random.Random(f"programs {plan.seed}")
         self.oracle = Oracle(self._stop, world.log, lambda: world.now, is_blind=plan.blind)
         gateway_key = signing_key("gateway", real=plan.real_rsa)
@@ -147,9 +148,10 @@ class Run:
             case "cancel_task":
                 node.cancel_any()
             case "suspend":
-                self._suspend(self.nodes, amount, clock_stood_still=True)
+                for each in self.nodes:
+                    each.suspend(amount)
             case "stop":
-                self._suspend([node], amount, clock_stood_still=False)
+                node.stop(amount)
             case "wall_step":
                 machine.offset += amount
             case "outage":
@@ -157,14 +159,6 @@ class Run:
                 world.after(amount, lambda: setattr(self.gateway, "is_down", False))
             case "disk":
                 self.store.trouble(amount)
-
-    def _suspend(self, nodes: list[Node], seconds: float, *, clock_stood_still: bool) -> None:
-        for node in nodes:
-            if node.is_running and not node.loop.is_suspended:
-                node.stopped += seconds
-                node.loop.suspend()
-                wake = node.loop.wake
-                self.world.after(seconds, lambda wake=wake: wake(clock_stood_still=clock_stood_still))
 
     def _calm(self) -> None:
         self.world.log("all faults are over")

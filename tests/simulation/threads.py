@@ -79,11 +79,13 @@ def _thread(function: Callable[..., Any], arguments: tuple[Any, ...]) -> asyncio
             outcome, set_outcome = error, future.set_exception
         finally:
             world.thread_of = None
-        world.after(
-            world.random.random() * 1e-4 + getattr(loop, "slow_disk", 0.0), lambda: come_back(set_outcome, outcome)
-        )
+        seconds = world.slow_threads * world.random.random() + loop.slow_disk
+        world.after(seconds, lambda: come_back(set_outcome, outcome))
 
-    world.after(world.random.random() * 1e-4, work)
+    world.after(world.slow_threads * world.random.random(), work)
+    waiter = asyncio.current_task()
+    if waiter is not None and world.random.random() < world.cancelled_threads:
+        world.after(2 * world.slow_threads * world.random.random(), lambda: loop.is_dead or waiter.cancel())
     return future
 
 

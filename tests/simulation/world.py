@@ -73,6 +73,8 @@ class World:
         self.thread_of: NodeLoop | None = None
         """The event loop for which a thread works at this moment."""
         self.is_over = False
+        self.slow_threads, self.cancelled_threads = 1e-4, 0.0
+        """See :class:`.plan.Plan`."""
         self.problems: list[str] = []
         """What went wrong in callbacks, which nobody awaits."""
         self._timers: list[tuple[float, int, Step | None, Callable[[], None] | None]] = []
@@ -164,6 +166,8 @@ class NodeLoop(asyncio.AbstractEventLoop):
         """All that are not done, in the order in which they began."""
         self.threads = 0
         """How many thread jobs are out."""
+        self.slow_disk = 0.0
+        """Seconds that its threads need in addition."""
         self.on_interrupt: Callable[[], None] = lambda: None
         self._suspended_at = 0.0
         self._task_numbers = count(1)
