@@ -240,6 +240,7 @@ class Node:
             refund = await call()
         except LianLianError as problem:
             error = problem
+            self._reopen(problem)
         except BaseException:
             if not self.loop.is_dead:
                 self.calls.pop(key, None)
@@ -269,6 +270,7 @@ class Node:
                     )
             except (BatchStopped, JournalError) as error:
                 run.world.log(f"{self.loop.name}: the batch stopped: {error!r}")
+                self._reopen(error)
             finally:
                 if not self.loop.is_dead:
                     for number, key in begun.items():
@@ -296,6 +298,12 @@ class Node:
                 await session.resume()
             except JournalError as error:
                 run.world.log(f"{self.loop.name}: resume: {error}")
+                self._reopen(error)
+
+    def _reopen(self, error: LianLianError) -> None:
+        """End this life if its journal records nothing more: the next one opens it again, as the error advises."""
+        if isinstance(error, JournalError) and "open it again" in str(error):
+            self._main.cancel()
 
     def _pause(self, unknown: RefundOutcomeUnknown | None) -> float:
         """Seconds until it asks again: when it was told to, or whenever it likes."""
