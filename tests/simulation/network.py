@@ -46,7 +46,7 @@ class Network:
                 world.after(5 * dice.random(), lambda: hear(httpx.ReadError("connection reset")))
             return
         delay = 0.01 + 0.05 * dice.random()
-        if fault == "request_late":
+        if fault == "request_late" or (fault == "killed" and dice.random() < 0.7):
             delay = (GRACE - MARGIN) * dice.random() ** 2
         world.after(delay, lambda: self._deliver(call, body, left_at, fault, hear))
         if fault == TWICE_DELIVERED:
@@ -97,7 +97,7 @@ class NodeTransport(httpx.AsyncBaseTransport):
         network: Network,
         check_record: Callable[[bytes], None],
         *,
-        stop: Callable[[float], None],
+        stop: Callable[[float, bool], None],
         kill: Callable[[float], None],
     ) -> None:
         self._network = network
@@ -125,7 +125,8 @@ class NodeTransport(httpx.AsyncBaseTransport):
             raise httpx.ConnectTimeout("")
         if fault == "stopped":  # at the worst moment: the connection is there, and nothing has been sent
             seconds = dice.choice([1.0, 60.0, 950.0, 2000.0, 7200.0])
-            network.world.after(0.0, lambda: self._stop(seconds))
+            stands_still = dice.random() < 0.7
+            network.world.after(0.0, lambda: self._stop(seconds, stands_still))
             await asyncio.sleep(0.001)
         await request.extensions["trace"]("http11.send_request_headers.started", {})
         body = b"".join([chunk async for chunk in request.stream])  # type: ignore[union-attr]

@@ -72,9 +72,9 @@ class Node:
         self.run.world.leave_loop()
         self._main.add_done_callback(self._end)
 
-    def stop(self, seconds: float, life: int | None = None) -> None:
-        """Stop its process (in this life) for so long: its clocks count on."""
-        self._suspend(seconds, life or self.lives, clock_stood_still=False)
+    def stop(self, seconds: float) -> None:
+        """Stop its process for so long: its clocks count on."""
+        self._suspend(seconds, self.lives, clock_stood_still=False)
 
     def suspend(self, seconds: float) -> None:
         """Suspend its machine for so long: its event loop's clock stands still."""
@@ -160,7 +160,7 @@ class Node:
         transport = NodeTransport(
             run.network,
             run.check_record,
-            stop=lambda seconds: self.stop(seconds, life),
+            stop=lambda seconds, stands_still: self._suspend(seconds, life, clock_stood_still=stands_still),
             kill=lambda seconds: self.kill(seconds, life),
         )
         async with AsyncExitStack() as stack:

@@ -131,6 +131,7 @@ def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
     number = dice.choice([0, 1, 2, 4, 8])
     kinds = [kind for kind in ENDS if dice.random() < 0.6] or ["kill"]
     events = [_event(dice, kinds, nodes, spread) for _ in range(number)]
+    deadline = dice.choice([3.0, 3.0, 10.0, 30.0, 300.0])
     return Plan(
         seed=str(seed),
         refunds=refunds,
@@ -147,11 +148,11 @@ def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
         reused=dice.choice([0.0, 0.0, 0.1]) if deduplicates != "no" else 0.0,
         dated=dice.random() < 0.85,
         blind=journal != "none" and dice.random() < 0.1,
-        deadline=dice.choice([3.0, 3.0, 10.0, 30.0, 300.0]),
+        deadline=deadline,
         spread=spread,
         max_connections=dice.choice([2, 8, 20]),
         query_first=dice.random() < 0.1,
-        slow_threads=dice.choice([1e-4, 1e-4, 0.02, 0.5]),
+        slow_threads=dice.choice([1e-4, 1e-4, 0.02, 0.5 if deadline >= 30 else 0.02]),
         cancelled_threads=dice.choice([0.0, 0.0, 0.002, 0.02]),
         real_rsa=dice.random() < 0.001,
     )

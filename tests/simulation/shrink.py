@@ -15,11 +15,11 @@ TRIES: Final = 4
 """Seeds that each smaller plan is tried with: what is left out changes what chance does to the rest."""
 
 
-def shrink(plan: Plan) -> Plan:
-    """Return a plan as small as was found in ``MOST_RUNS`` runs. It fails if ``plan`` does."""
+def shrink(plan: Plan, most_runs: int = MOST_RUNS) -> Plan:
+    """Return a plan as small as was found in ``most_runs`` runs. It fails if ``plan`` does."""
     runs = 0
     is_smaller = True
-    while is_smaller and runs < MOST_RUNS:
+    while is_smaller and runs < most_runs:
         is_smaller = False
         for smaller in _smaller(plan):
             found, tried = _failing(smaller)
@@ -27,7 +27,7 @@ def shrink(plan: Plan) -> Plan:
             if found is not None:
                 plan, is_smaller = found, True
                 break
-            if runs >= MOST_RUNS:
+            if runs >= most_runs:
                 break
     return plan
 
