@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import anyio
@@ -17,6 +16,7 @@ import httpx
 
 from benchmarks import workload
 from lianlian_async import RefundSession
+from lianlian_async.clock import system_clock
 from lianlian_async.journal import Ending, Intent, SqliteJournal, State
 from lianlian_async.recording import digest
 
@@ -31,7 +31,6 @@ async def program(job: frame.Job) -> dict[str, float]:
     file = Path(job.keys, "filled.db" if job.option == "fill" else f"verbs-{os.getpid()}.db")
     settled = job.refunds - (UNSETTLED if job.option == "fill" else 0)
     signature = "A" * 344
-    now = datetime.now(UTC)
 
     async with SqliteJournal(file) as journal:
 
@@ -44,12 +43,12 @@ async def program(job: frame.Job) -> dict[str, float]:
                     name: text for name, text in fields.items() if name not in ("oid_partner", "sign_type", "sign")
                 },
                 body=str(fields).encode(),
-                held_until=now + timedelta(seconds=60),
+                lease=60.0,
             )
-            await journal.intend(intent, now)
+            _, entry = await journal.intend(intent, system_clock())
             if number < settled:
                 record = {**workload.answer_fields(f"R-{number}"), "sta_refund": "2", "sign": signature}
-                await journal.settle(f"R-{number}", Ending(state=State.DONE, record=record))
+                await journal.settle(entry, Ending(state=State.DONE, record=record))
 
         result = await frame.measured(job, refund)
     size = sum(each.stat().st_size for each in file.parent.glob(file.name + "*"))

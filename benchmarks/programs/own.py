@@ -25,7 +25,8 @@ def program(job: frame.Job) -> Any:
 
 
 def _own(job: frame.Job) -> dict[str, float]:
-    from lianlian_async import RefundRequest, RetryBudget, RetryPolicy, wire
+    from lianlian_async import LianLianError, RefundRequest, RetryBudget, RetryPolicy, wire
+    from lianlian_async.clock import system_clock
     from lianlian_async.exchange import Answer, Call, Exchange, Reply
     from lianlian_async.protocol import Protocol
     from lianlian_async.retry import Bucket, Deadline
@@ -37,18 +38,32 @@ def _own(job: frame.Job) -> dict[str, float]:
     keys = merchant.load_keys()
     protocol = Protocol(merchant, keys.private, keys.gateway)
     headers = {"content-type": "application/json;charset=utf-8"}
-    policy, bucket, epoch = RetryPolicy(), Bucket(RetryBudget()), datetime.now(UTC)
+    policy, bucket = RetryPolicy(), Bucket(RetryBudget())
     paid = datetime(2024, 1, 1, 19, 4, 5, tzinfo=UTC)
     until = Deadline(30.0)
 
     async def question() -> Exchange:
         raise RuntimeError("nothing is asked here")
 
+    async def before_resend() -> None:
+        raise RuntimeError("nothing is sent again here")
+
+    async def canary() -> LianLianError | None:
+        raise RuntimeError("nothing has to be proved here")
+
     async def decide(request: Any, apply: Exchange, reply: Reply) -> None:
         async def send(_: Exchange) -> Reply:
             return reply
 
-        await settle(Case(request=request, apply=apply, question=question, epoch=epoch), send, bucket)
+        case = Case(
+            request=request,
+            apply=apply,
+            question=question,
+            clock=system_clock,
+            before_resend=before_resend,
+            canary=canary,
+        )
+        await settle(case, send, bucket)
 
     # In small batches, so that the clock costs little and the garbage collector meets what it would in a service.
     spent = dict.fromkeys(("validate_ms", "seal_ms", "read_ms", "settle_ms"), 0.0)
