@@ -21,7 +21,7 @@ from anyio._backends import _asyncio as anyio_asyncio
 
 from lianlian_async import rsa_thread
 
-from .world import NodeLoop, World
+from .world import UNDEAD, NodeLoop, World
 
 
 class _OrderedSet(dict[Any, None]):
@@ -94,6 +94,8 @@ def _drop_generator(generator: Any) -> None:
     loop = asyncio._get_running_loop()
     if isinstance(loop, NodeLoop) and not loop.is_dead:
         loop.create_task(generator.aclose())
+    else:
+        UNDEAD.append(generator)  # or what it awaits would be closed without its event loop
 
 
 @contextmanager

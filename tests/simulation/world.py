@@ -263,8 +263,8 @@ class NodeLoop(asyncio.AbstractEventLoop):
         self.tasks.clear()
 
 
-_UNDEAD: Final[list[Any]] = []
-"""Coroutines that would not be closed: kept, since the garbage collector would complain about them."""
+UNDEAD: Final[list[Any]] = []
+"""Coroutines and async generators that would not be closed: kept, since the garbage collector would complain about them."""
 
 
 def _drop(coroutine: Any) -> None:
@@ -274,4 +274,4 @@ def _drop(coroutine: Any) -> None:
         except BaseException:  # noqa: BLE001 - it awaits in `finally`, or fails there: nobody cares any more
             continue
         return
-    _UNDEAD.append(coroutine)
+    UNDEAD.append(coroutine)
