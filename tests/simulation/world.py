@@ -264,7 +264,7 @@ class NodeLoop(asyncio.AbstractEventLoop):
 
 
 UNDEAD: Final[list[Any]] = []
-"""Coroutines and async generators that would not be closed: kept, since the garbage collector would complain about them."""
+"""Coroutines and async generators that would not be closed: the garbage collector would complain about them."""
 
 
 def _drop(coroutine: Any) -> None:
