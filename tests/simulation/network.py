@@ -15,6 +15,7 @@ from .world import World
 
 _NETWORK = frozenset(NETWORK)
 _GATEWAY = frozenset(GATEWAY)
+_AGAIN = "again"
 
 
 class FromBelowError(BaseException):
@@ -51,7 +52,7 @@ class Network:
         world.after(delay, lambda: self._deliver(call, body, left_at, fault, hear))
         if fault == TWICE_DELIVERED:
             again = delay + (GRACE - MARGIN - delay) * dice.random() ** 2
-            world.after(again, lambda: self._deliver(call, body, left_at, None, lambda _: None))
+            world.after(again, lambda: self._deliver(call, body, left_at, _AGAIN, lambda _: None))
         if fault == "reset":
             world.after(2 * delay * dice.random(), lambda: hear(httpx.ReadError("connection reset")))
 
@@ -62,7 +63,7 @@ class Network:
         if gateway.is_down:
             world.after(0.01, lambda: hear(httpx.ReadError("connection reset")))
             return
-        if call == "apply":
+        if call == "apply" and fault != _AGAIN:  # the network repeats it, not the node
             self.oracle.arrived(body)
         answer = gateway.answer(call, body, left_at, fault if fault in _GATEWAY else None)
         if answer is None or fault == "answer_lost":
