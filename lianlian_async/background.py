@@ -14,12 +14,12 @@ import anyio.to_thread
 from .errors import LianLianError
 from .event_loop import asyncio_loop
 
-__all__ = ["Background", "complete", "run_in_thread"]
+__all__ = ["BackgroundTask", "complete", "run_in_thread"]
 
 T = TypeVar("T")
 
 
-class Background:
+class BackgroundTask:
     """Runs ``function`` in a task of its own, on asyncio or trio, from now on until it ends or is cancelled.
 
     anyio has only task groups, whose scope is a block of code; an iterator that its consumer may drop at any

@@ -10,15 +10,15 @@ from typing import Self, TypeVar
 import anyio
 import attrs
 
-from .background import Background
+from .background import BackgroundTask
 from .errors import BatchStopped, InvalidRequest, JournalError, Problem, RefundOutcomeUnknown, RefundRejected
-from .flow import Handoff, checked, drain, iterate
 from .journal import Journal
 from .models import RefundRequest
 from .outcome import Outcome
 from .session import RefundSession
 from .settings import check_journal, check_type
 from .signature_watch import Admission
+from .worker_pool import Handover, checked, iterate, run_workers
 
 __all__ = ["Outcomes", "refund_many"]
 
@@ -45,7 +45,7 @@ def refund_many(
     A single refund's error never disturbs another; an item that is no ``RefundRequest`` has an outcome, too, with
     ``InvalidRequest`` as its error and the item itself as its request: nothing is sent for it.
     Leaving the loop early, or being cancelled in it, ends the batch: no further request is taken, and a refund that
-    was under way stays unsettled in the journal. Whoever keeps the iterator in a variable ends it with ``aclose``, or
+    was under way stays unresolved in the journal. Whoever keeps the iterator in a variable ends it with ``aclose``, or
     uses it in ``async with``.
 
     Args:
@@ -85,13 +85,13 @@ def refund_many(
 class Outcomes(AsyncIterator[Outcome]):
     """The iterator that ``refund_many`` returns. Dropping it ends the batch; ``aclose`` waits for that end.
 
-    Waiting for an outcome may be cancelled, by a timeout say: none is lost, and the batch goes on.
+    Waiters for an outcome may be cancelled, by a timeout say: none is lost, and the batch goes on.
     """
 
     def __init__(self, run: _Run) -> None:
         # The running tasks know the run, never this object: so that dropping it is noticed at once.
         self._run = run
-        self._background: Background | None = None
+        self._background: BackgroundTask | None = None
         self._closed = False
 
     def __aiter__(self) -> Self:
@@ -100,7 +100,7 @@ class Outcomes(AsyncIterator[Outcome]):
     def __anext__(self) -> Awaitable[Outcome]:
         # No coroutine of its own: a cancellation's traceback would hold its frame, and that would hold this object.
         if self._background is None and not self._closed:
-            self._background = Background(self._run.work, self._run.end)
+            self._background = BackgroundTask(self._run.work, self._run.end)
         return self._run.next()
 
     async def aclose(self) -> None:
@@ -146,7 +146,7 @@ class _Run:
         self._unknown: list[tuple[RefundOutcomeUnknown, Outcome]] = []
         self._intake = anyio.CancelScope()
         self._failure: BaseException | None = None  # what the iteration ends in, once all that was begun has been told
-        self.found = Handoff[Outcome]()
+        self.found = Handover[Outcome]()
 
     async def next(self) -> Outcome:
         """The next outcome that is found."""
@@ -159,7 +159,7 @@ class _Run:
     async def work(self) -> None:
         """Carry out all requests, then ask once more about what is unknown."""
         await self._drain(self._admitted(), self._refund)
-        await self._drain(self._due(), self._settle)
+        await self._drain(self._due(), self._resolve)
         for _, outcome in self._unknown:  # the batch has stopped
             await self.found.give(outcome)
 
@@ -172,7 +172,7 @@ class _Run:
         if self._failure is None:
             self._intake = anyio.CancelScope()
             try:
-                await drain(items, handle, workers=self._concurrency, intake=self._intake)
+                await run_workers(items, handle, workers=self._concurrency, intake=self._intake)
             except BaseException as error:
                 at_once = KeyboardInterrupt, SystemExit, GeneratorExit, anyio.get_cancelled_exc_class()
                 if isinstance(error, at_once):
@@ -214,7 +214,7 @@ class _Run:
             await anyio.sleep(max(0.0, (unknown.ask_again_at - self._session.clock().wall).total_seconds()))
             yield self._unknown.pop()
 
-    async def _settle(self, pair: tuple[RefundOutcomeUnknown, Outcome]) -> None:
+    async def _resolve(self, pair: tuple[RefundOutcomeUnknown, Outcome]) -> None:
         unknown, earlier = pair
         try:
             later = await self._session.outcome_of(unknown.request, journal=self._journal, earlier=unknown)
@@ -225,7 +225,7 @@ class _Run:
             attrs.evolve(
                 later,
                 attempts=earlier.attempts + later.attempts,
-                questions=earlier.questions + later.questions,
+                queries=earlier.queries + later.queries,
                 seconds=earlier.seconds + later.seconds,
             )
         )

@@ -185,10 +185,10 @@ class RefundOutcomeUnknown(LianLianError):
     """The refund may have been made, and the gateway could not be made to tell in time.
 
     Do not send it again under another ``no_refund``. Ask again at ``ask_again_at`` (aware datetime):
-    ``await session.settle(error)`` does it, and sends the same bytes again only when the gateway's
+    ``await session.resolve(error)`` does it, and sends the same bytes again only when the gateway's
     "no such record" may be believed.
 
-    ``attempts`` counts the sends, ``questions`` the queries, ``sent_at`` is the last moment at which
+    ``attempts`` counts the sends, ``queries`` the queries, ``sent_at`` is the last moment at which
     an attempt may have arrived (``moment``: the same on every clock), ``last_error`` is the last failure in words,
     ``reason`` the same without details that differ from refund to refund, to count by.
     ``refused`` is the :class:`RefundRejected` in which every attempt so far ended, None where one may have worked.
@@ -203,7 +203,7 @@ class RefundOutcomeUnknown(LianLianError):
         oid_partner: str,
         body: bytes,
         attempts: int,
-        questions: int,
+        queries: int,
         moment: Any,
         ask_again_at: datetime,
         last_error: str,
@@ -217,7 +217,7 @@ class RefundOutcomeUnknown(LianLianError):
         self.oid_partner = oid_partner
         self.body = body
         self.attempts = attempts
-        self.questions = questions
+        self.queries = queries
         self.moment = moment
         self.sent_at: datetime = moment.wall
         self.refused = refused
@@ -225,7 +225,7 @@ class RefundOutcomeUnknown(LianLianError):
         self.last_error = last_error
         self.reason = reason or last_error
         super().__init__(
-            f"refund {self.no_refund} may have been made: {attempts} attempts, {questions} questions, "
+            f"refund {self.no_refund} may have been made: {attempts} attempts, {queries} queries, "
             f"last: {last_error}; ask again at {ask_again_at.isoformat(timespec='seconds')}"
         )
 

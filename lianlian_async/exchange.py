@@ -1,7 +1,7 @@
 """One exchange with the gateway as values: what goes out, what comes back, and what is known afterwards.
 
 Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport says which in a
-:data:`Delivery`; the protocol reads it into a :class:`Reply`; middleware and settlement decide by the reply.
+:data:`Delivery`; the protocol reads it into a :class:`Reply`; middleware and resolution decide by the reply.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .errors import LianLianError
 from .models import Refund
 from .retry import Deadline, RetryPolicy
 
-__all__ = ["Answer", "Call", "Delivery", "Exchange", "Known", "Lost", "Reply", "Trail"]
+__all__ = ["Call", "Delivery", "Exchange", "Finding", "HttpResponse", "NoResponse", "Reply", "SendCount"]
 
 
 class Call(StrEnum):
@@ -27,7 +27,7 @@ class Call(StrEnum):
 
 
 @attrs.define
-class Trail:
+class SendCount:
     """What one attempt has left behind so far, for whoever has to end it early or to doubt its reply.
 
     A caller's layer may send several times in one attempt, one after the other or side by side: hence a count.
@@ -65,11 +65,11 @@ class Exchange:
     """Counts the attempts of this exchange, from 1."""
     seconds: float = 0.0
     """How long this attempt may take."""
-    trail: Trail = attrs.field(factory=Trail, repr=False)
+    send_count: SendCount = attrs.field(factory=SendCount, repr=False)
 
 
 @attrs.frozen
-class Answer:
+class HttpResponse:
     """The server answered: status, headers (lower-case names) and the body as received."""
 
     status: int
@@ -78,7 +78,7 @@ class Answer:
 
 
 @attrs.frozen
-class Lost:
+class NoResponse:
     """No answer: ``reason`` in words, and whether the request may have arrived all the same."""
 
     reason: str
@@ -86,10 +86,10 @@ class Lost:
     cause: BaseException | None = None
 
 
-Delivery: TypeAlias = Answer | Lost
+Delivery: TypeAlias = HttpResponse | NoResponse
 
 
-class Known(Enum):
+class Finding(Enum):
     """What one exchange has taught us about the refund."""
 
     NOT_SENT = "certainly never reached the gateway"
@@ -103,12 +103,12 @@ class Known(Enum):
 
 @attrs.frozen(kw_only=True)
 class Reply:
-    """What is known after an exchange: a ``refund`` if :attr:`Known.FOUND`, else the ``error`` that says why not.
+    """What is known after an exchange: a ``refund`` if :attr:`Finding.FOUND`, else the ``error`` that says why not.
 
     Raises ``ValueError`` for anything else: a reply may come from a caller's middleware, and money hangs on it.
     """
 
-    known: Known
+    finding: Finding
     refund: Refund | None = None
     error: LianLianError | None = None
     verified: bool = False
@@ -119,5 +119,5 @@ class Reply:
     """How many attempts it took."""
 
     def __attrs_post_init__(self) -> None:
-        if (self.known is Known.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):
+        if (self.finding is Finding.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):
             raise ValueError("a Reply is FOUND with a refund, or anything else with an error")

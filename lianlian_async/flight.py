@@ -17,18 +17,18 @@ from typing import Final
 import anyio
 import attrs
 
-from .background import Background
+from .background import BackgroundTask
 from .clock import Clock, Moment
 from .errors import LianLianError, QueryRejected, RefundConflict, RefundOutcomeUnknown
 from .exchange import Call, Exchange
+from .gateway_client import GatewayClient
 from .identity import difference
 from .journal import Journal, OpenRefunds, Standing
-from .line import Line
 from .models import Refund, RefundRequest
-from .outcome import Tally
+from .outcome import Traffic
 from .recording import Recording, answer, refusal
+from .resolution import Case, matching, resolve
 from .retry import Deadline, RetryPolicy
-from .settlement import Case, matching, settle
 
 __all__ = ["Flight", "Flights", "Order"]
 
@@ -56,16 +56,18 @@ class Order:
 class Flights:
     """The flights of one open session."""
 
-    def __init__(self, line: Line, clock: Clock, slot: Callable[[], AbstractAsyncContextManager[None]]) -> None:
-        self._line = line
+    def __init__(
+        self, line: GatewayClient, clock: Clock, slot: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> None:
+        self._gateway = line
         self._clock = clock
         self._slot = slot
         self._under_way: dict[str, Flight] = {}
 
-    async def carry_out(self, order: Order, tally: Tally) -> Refund:
+    async def carry_out(self, order: Order, traffic: Traffic) -> Refund:
         """Have ``order`` carried out, by a flight that is under way for this refund or by a new one.
 
-        ``tally`` counts what a new one sends. Raises what :meth:`RefundSession.apply_refund` does, and
+        ``traffic`` counts what a new one sends. Raises what :meth:`RefundSession.apply_refund` does, and
         ``RefundConflict`` for other content than the flight's.
         """
         number = order.request.no_refund
@@ -74,23 +76,23 @@ class Flights:
             self._forget(number, flight)
         if flight is not None:
             flight.check_content(order.request)
-            counted = Tally()
+            counted = Traffic()
         else:
-            flight, counted = Flight(order, self._fly, self._unknown), tally
+            flight, counted = Flight(order, self._fly, self._unknown), traffic
             self._under_way[number] = flight
         try:
             return await flight.join(order.seconds)
         finally:
             self._forget(number, flight)  # whoever leaves last: the caller that began it may have left earlier
-            counted.attempts, counted.questions = flight.tally.attempts, flight.tally.questions
+            counted.attempts, counted.queries = flight.traffic.attempts, flight.traffic.queries
 
     def _forget(self, number: str, flight: Flight) -> None:
         if flight.has_ended and self._under_way.get(number) is flight:
             del self._under_way[number]
 
     async def _fly(self, flight: Flight) -> Refund:
-        """Send and settle; or settle only, what an earlier call left unknown; on record."""
-        order, line = flight.order, self._line
+        """Send and resolve; or resolve only, what an earlier call left unknown; on record."""
+        order, line = flight.order, self._gateway
         async with self._slot():
             flight.take_off(anyio.current_time())
             await order.journal.bind(line.protocol.merchant.oid_partner, line.protocol.merchant.endpoints.apply)
@@ -100,13 +102,13 @@ class Flights:
             else:
                 fields, body = line.protocol.signed_fields(earlier.body), earlier.body
             recording = Recording(journal=order.journal, request=order.request, fields=fields, clock=self._clock)
-            if (settled := await recording.look()) is not None:
-                return settled
+            if (resolved := await recording.look()) is not None:
+                return resolved
             if body is None:
                 body = await line.seal(fields)
             lease = min(2 * flight.until.left(anyio.current_time()), LONGEST_LEASE)
             standing, entry = await recording.claim(body, lease, flight.until.at)
-            if standing is Standing.SETTLED:
+            if standing is Standing.FINISHED:
                 return answer(entry)
             apply = line.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)
             if not isinstance(order.journal, OpenRefunds) and entry.leased_until is not None:
@@ -121,11 +123,11 @@ class Flights:
                 ask_first=standing is Standing.ASK_FIRST or order.query_first,
                 before_resend=partial(order.journal.resend, entry),
                 canary=partial(self._canary, order.journal, apply),
-                tally=flight.tally,
+                traffic=flight.traffic,
             )
             if earlier is not None:
                 _take_over(case, earlier)
-            return await recording.keep(entry, partial(settle, case, line.send, line.bucket), case.unknown)
+            return await recording.keep(entry, partial(resolve, case, line.send, line.retries_left), case.unknown)
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
         """What a caller is told who leaves before the flight has ended."""
@@ -134,12 +136,12 @@ class Flights:
         now, order = self._clock(), flight.order
         return RefundOutcomeUnknown(
             request=order.request,
-            oid_partner=self._line.protocol.merchant.oid_partner,
+            oid_partner=self._gateway.protocol.merchant.oid_partner,
             body=b"",
             attempts=0,
-            questions=0,
+            queries=0,
             moment=now,
-            ask_again_at=now.wall + timedelta(seconds=order.policy.absence_grace),
+            ask_again_at=now.wall + timedelta(seconds=order.policy.not_found_grace),
             last_error="the call ended before the gateway answered",
         )
 
@@ -147,10 +149,10 @@ class Flights:
         return self._clock().boot < moment.boot
 
     async def _question(self, request: RefundRequest, apply: Exchange) -> Exchange:
-        # A settlement asks until its deadline, however often that is.
+        # A resolution asks until its deadline, however often that is.
         policy = attrs.evolve(apply.policy, attempts=1_000_000)
-        fields = self._line.protocol.query_fields(request.query())
-        return self._line.exchange(Call.QUERY, fields, await self._line.seal(fields), apply.deadline, policy)
+        fields = self._gateway.protocol.query_fields(request.query())
+        return self._gateway.exchange(Call.QUERY, fields, await self._gateway.seal(fields), apply.deadline, policy)
 
     async def _canary(self, journal: Journal, apply: Exchange) -> LianLianError | None:
         entry = await journal.latest_made()
@@ -160,7 +162,7 @@ class Flights:
         if self._clock().wall - known.dt_refund > timedelta(days=_CANARY_DAYS):
             return None
         query = attrs.evolve(await self._question(known, apply), policy=apply.policy)
-        reply = await self._line.send(query)
+        reply = await self._gateway.send(query)
         if isinstance(reply.error, QueryRejected) and reply.error.ret_code == "3005":
             return None
         if reply.refund is not None:
@@ -205,7 +207,7 @@ class Flight:
         self.order = order
         self.until = Deadline(math.inf)
         """The deadline of the caller that waits longest."""
-        self.tally = Tally()
+        self.traffic = Traffic()
         self.case: Case | None = None
         self._fly = fly
         self._unknown = unknown
@@ -214,7 +216,7 @@ class Flight:
         self._error: BaseException | None = None
         self._is_left = False
         self._is_raised = False
-        self._task = Background(self._run)
+        self._task = BackgroundTask(self._run)
 
     @property
     def has_ended(self) -> bool:

@@ -1,8 +1,8 @@
 """Layers around one exchange: ``async def middleware(exchange, call_next) -> Reply``, and the stock ones.
 
-A session's onion, from the outside in: :class:`Retry` → :class:`Permit` (the caller's ``limiter``) →
+A session's compose, from the outside in: :class:`Retry` → :class:`Limit` (the caller's ``limiter``) →
 :class:`Attempt` (time, and honesty about what happened) → the caller's own ``middleware``, first one
-outermost → the exchange itself. The caller's layers see every attempt, each question of a settlement too.
+outermost → the exchange itself. The caller's layers see every attempt, each question of a resolution too.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import anyio
 import attrs
 
 from .errors import ConfigurationError
-from .exchange import Call, Exchange, Known, Lost, Reply, Trail
+from .exchange import Call, Exchange, Finding, NoResponse, Reply, SendCount
 from .protocol import lost
-from .retry import Bucket
+from .retry import TokenBucket
 from .settings import is_number
 
-__all__ = ["Attempt", "Middleware", "Next", "Observer", "Permit", "RateLimit", "Retry", "onion"]
+__all__ = ["Attempt", "Limit", "Middleware", "Next", "Observer", "RateLimit", "Retry", "compose"]
 
 Next: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
-"""The rest of the onion."""
+"""The rest of the compose."""
 
 
 class Middleware(Protocol):
@@ -34,7 +34,7 @@ class Middleware(Protocol):
         """Carry out ``exchange`` by way of ``call_next``."""
 
 
-def onion(layers: Sequence[Middleware], core: Next) -> Next:
+def compose(layers: Sequence[Middleware], core: Next) -> Next:
     """``core`` with ``layers`` around it, the first one outermost."""
 
     def wrapped(layer: Middleware, call_next: Next) -> Next:
@@ -55,16 +55,16 @@ class Retry:
     It stops at the policy's ``attempts``, at the deadline, and when the session's retry budget is empty.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
+    def __init__(self, retries_left: TokenBucket) -> None:
+        self._bucket = retries_left
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
         """Repeat ``call_next`` as far as that is safe and worth it; the last reply counts all attempts."""
         attempt = 1
         while True:
             reply = await call_next(exchange if attempt == 1 else attrs.evolve(exchange, attempt=attempt))
-            repeatable = reply.known is Known.NOT_SENT or (
-                exchange.call is Call.QUERY and reply.known is Known.UNCERTAIN
+            repeatable = reply.finding is Finding.NOT_SENT or (
+                exchange.call is Call.QUERY and reply.finding is Finding.UNCERTAIN
             )
             if (
                 not repeatable
@@ -75,21 +75,21 @@ class Retry:
             attempt += 1
 
 
-async def pause(exchange: Exchange, bucket: Bucket, retries: int, retry_after: float | None) -> bool:
+async def pause(exchange: Exchange, retries_left: TokenBucket, retries: int, retry_after: float | None) -> bool:
     """Wait before the next attempt. False, at once: it would come after the deadline, or the budget is empty."""
     # Jitter only spreads load; nothing secret hangs on it.
     seconds = exchange.policy.pause(retries, random.random(), retry_after)  # noqa: S311
     now = anyio.current_time()
-    if not exchange.deadline.attempt(now + seconds) or not bucket.take(now):
+    if not exchange.deadline.attempt(now + seconds) or not retries_left.take(now):
         return False
     await anyio.sleep(seconds)
     return True
 
 
-class Permit:
+class Limit:
     """Holds the caller's limiter (any async context manager) around each attempt.
 
-    Waiting for it does not count against the call's deadline. A limiter that raises counts as *not sent* before
+    Waiters for it does not count against the call's deadline. A limiter that raises counts as *not sent* before
     the attempt; after the attempt its reply stands all the same.
     """
 
@@ -108,7 +108,7 @@ class Permit:
         except Exception as error:  # noqa: BLE001 - a caller's limiter may raise anything, a reply must outlive it
             raised = error
         if reply is None:  # not let in; or a limiter that swallows a cancellation
-            return lost(exchange, Lost(f"the limiter failed: {raised!r}", entered, raised))
+            return lost(exchange, NoResponse(f"the limiter failed: {raised!r}", entered, raised))
         return reply
 
 
@@ -123,32 +123,32 @@ class Attempt:
         """Give ``call_next`` its share of the time left; always ends in a reply or in cancellation."""
         now = anyio.current_time()
         seconds = exchange.deadline.attempt(now)
-        trail = Trail()
+        send_count = SendCount()
         if not seconds:
-            return _gave_up(exchange, trail, "the deadline is over", None)
+            return _gave_up(exchange, send_count, "the deadline is over", None)
         with anyio.move_on_after(seconds):
             try:
-                reply = await call_next(attrs.evolve(exchange, seconds=seconds, trail=trail))
+                reply = await call_next(attrs.evolve(exchange, seconds=seconds, send_count=send_count))
             except Exception as error:  # noqa: BLE001 - the refund's fate has to be told, whatever a layer raises
-                return _gave_up(exchange, trail, f"a middleware raised {type(error).__name__}: {error}", error)
-            doubt = _doubt(exchange, trail, reply)
-            return reply if doubt is None else _gave_up(exchange, trail, doubt, None)
-        return _gave_up(exchange, trail, f"no answer within {seconds:.1f} s", None)
+                return _gave_up(exchange, send_count, f"a middleware raised {type(error).__name__}: {error}", error)
+            doubt = _doubt(exchange, send_count, reply)
+            return reply if doubt is None else _gave_up(exchange, send_count, doubt, None)
+        return _gave_up(exchange, send_count, f"no answer within {seconds:.1f} s", None)
 
 
-def _doubt(exchange: Exchange, trail: Trail, reply: object) -> str | None:
+def _doubt(exchange: Exchange, send_count: SendCount, reply: object) -> str | None:
     """Why what the caller's layers returned cannot be believed, if so."""
     if not isinstance(reply, Reply):
         return f"a middleware returned {type(reply).__name__}, not a Reply"
-    if exchange.call is Call.APPLY and reply.known is Known.NOT_FOUND:
+    if exchange.call is Call.APPLY and reply.finding is Finding.NOT_FOUND:
         return "a middleware answered an apply call with NOT_FOUND"
-    if reply.known in (Known.NOT_SENT, Known.REJECTED) and trail.may_have_worked:
-        return f"a middleware answered {reply.known.name}, but what it sent may have worked"
+    if reply.finding in (Finding.NOT_SENT, Finding.REJECTED) and send_count.may_have_worked:
+        return f"a middleware answered {reply.finding.name}, but what it sent may have worked"
     return None
 
 
-def _gave_up(exchange: Exchange, trail: Trail, reason: str, cause: Exception | None) -> Reply:
-    return lost(exchange, Lost(reason, trail.may_have_worked, cause))
+def _gave_up(exchange: Exchange, send_count: SendCount, reason: str, cause: Exception | None) -> Reply:
+    return lost(exchange, NoResponse(reason, send_count.may_have_worked, cause))
 
 
 class RateLimit:
@@ -191,7 +191,7 @@ class Observer:
         try:
             reply = await call_next(exchange)
         except anyio.get_cancelled_exc_class():
-            self._report(exchange, _gave_up(exchange, exchange.trail, "cancelled, or out of time", None), began)
+            self._report(exchange, _gave_up(exchange, exchange.send_count, "cancelled, or out of time", None), began)
             raise
         self._report(exchange, reply, began)
         return reply

@@ -21,19 +21,19 @@ from .errors import (
 )
 from .models import Refund, RefundRequest
 
-__all__ = ["Outcome", "Tally", "unknown_reason"]
+__all__ = ["Outcome", "Traffic", "unknown_reason"]
 
 
 _TIMED_OUT: Final = re.compile(r"no answer within|the deadline is over|\w*Timeout")
 
 
 @attrs.define
-class Tally:
+class Traffic:
     """How much traffic one refund has caused so far."""
 
     attempts: int = 0
     """Sends, those that certainly did not arrive included."""
-    questions: int = 0
+    queries: int = 0
     """Queries."""
 
 
@@ -50,7 +50,7 @@ class Outcome:
     error: LianLianError | None
     attempts: int
     """Sends; 0 where the journal knew the answer."""
-    questions: int
+    queries: int
     """Queries."""
     seconds: float
     """From the beginning of the call, its wait for a connection slot included, to its end."""

@@ -28,7 +28,7 @@ from .errors import (
     SignatureInvalid,
     spoken,
 )
-from .exchange import Answer, Call, Delivery, Exchange, Known, Lost, Reply
+from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply
 from .identity import check_identity
 from .merchant import Merchant
 from .models import DOCUMENTED, Refund, RefundQuery, RefundRequest
@@ -84,7 +84,7 @@ class Protocol:
 
     def read(self, exchange: Exchange, delivery: Delivery) -> Reply:
         """What ``delivery`` teaches about the refund that ``exchange`` asked for."""
-        if isinstance(delivery, Lost):
+        if isinstance(delivery, NoResponse):
             return lost(exchange, delivery)
         retry_after, verified = _retry_after(delivery.headers), False
         try:
@@ -93,14 +93,14 @@ class Protocol:
             row = explain(fields["ret_code"])
             _match(exchange, fields, success=row.kind is CodeClass.SUCCESS)
         except RefundConflict as conflict:
-            return Reply(known=Known.CONFLICT, error=conflict, verified=verified)
+            return Reply(finding=Finding.CONFLICT, error=conflict, verified=verified)
         except LianLianError as error:
-            return Reply(known=Known.UNCERTAIN, error=error, retry_after=retry_after, verified=verified)
+            return Reply(finding=Finding.UNCERTAIN, error=error, retry_after=retry_after, verified=verified)
         if row.kind is CodeClass.SUCCESS:
             asked = wire.parse_timestamp(exchange.asked["dt_refund"])
             trader = exchange.asked.get("trader_refund")
             refund = Refund.from_dict(fields, asked_dt_refund=asked, asked_trader_refund=trader)
-            return Reply(known=Known.FOUND, refund=refund, verified=True)
+            return Reply(finding=Finding.FOUND, refund=refund, verified=True)
         return _refused(exchange, fields, row, verified=verified, retry_after=retry_after)
 
     def read_notification(self, body: bytes) -> Refund:
@@ -148,23 +148,23 @@ class Protocol:
 
 # What an answer code's class teaches: an apply call may have made the refund that it denies …
 _APPLY = {
-    CodeClass.REJECTED: Known.REJECTED,
-    CodeClass.DUPLICATE: Known.EXISTS,
-    CodeClass.IN_PROGRESS: Known.EXISTS,
-    CodeClass.NOT_FOUND: Known.UNCERTAIN,
-    CodeClass.UNCERTAIN: Known.UNCERTAIN,
+    CodeClass.REJECTED: Finding.REJECTED,
+    CodeClass.DUPLICATE: Finding.EXISTS,
+    CodeClass.IN_PROGRESS: Finding.EXISTS,
+    CodeClass.NOT_FOUND: Finding.UNCERTAIN,
+    CodeClass.UNCERTAIN: Finding.UNCERTAIN,
 }
 # … while a question changes nothing.
 _QUERY = {
-    CodeClass.REJECTED: Known.REJECTED,
-    CodeClass.DUPLICATE: Known.UNCERTAIN,
-    CodeClass.IN_PROGRESS: Known.UNCERTAIN,
-    CodeClass.NOT_FOUND: Known.NOT_FOUND,
-    CodeClass.UNCERTAIN: Known.UNCERTAIN,
+    CodeClass.REJECTED: Finding.REJECTED,
+    CodeClass.DUPLICATE: Finding.UNCERTAIN,
+    CodeClass.IN_PROGRESS: Finding.UNCERTAIN,
+    CodeClass.NOT_FOUND: Finding.NOT_FOUND,
+    CodeClass.UNCERTAIN: Finding.UNCERTAIN,
 }
 
 
-def lost(exchange: Exchange, delivery: Lost) -> Reply:
+def lost(exchange: Exchange, delivery: NoResponse) -> Reply:
     """The reply where there is no answer."""
     error: LianLianError
     if exchange.call is Call.APPLY and not delivery.may_have_arrived:
@@ -172,10 +172,10 @@ def lost(exchange: Exchange, delivery: Lost) -> Reply:
     else:
         error = _unavailable(exchange, delivery.reason)
     error.__cause__ = delivery.cause
-    return Reply(known=Known.UNCERTAIN if delivery.may_have_arrived else Known.NOT_SENT, error=error)
+    return Reply(finding=Finding.UNCERTAIN if delivery.may_have_arrived else Finding.NOT_SENT, error=error)
 
 
-def _message(answer: Answer) -> dict[str, str]:
+def _message(answer: HttpResponse) -> dict[str, str]:
     """The fields of an answer that is the protocol's at all."""
     if answer.status != 200:
         raise MalformedMessage(f"HTTP status {answer.status}")
@@ -219,15 +219,15 @@ def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> N
 def _refused(
     exchange: Exchange, fields: Mapping[str, str], row: ReturnCode, *, verified: bool, retry_after: float | None
 ) -> Reply:
-    known = (_APPLY if exchange.call is Call.APPLY else _QUERY)[row.kind]
+    finding = (_APPLY if exchange.call is Call.APPLY else _QUERY)[row.kind]
     ret_code, ret_msg = fields["ret_code"], fields.get("ret_msg", "")
     error: LianLianError
     number = exchange.asked.get("no_refund")
-    if known in (Known.REJECTED, Known.EXISTS) and exchange.call is Call.APPLY:
+    if finding in (Finding.REJECTED, Finding.EXISTS) and exchange.call is Call.APPLY:
         error = rejection(RefundRejected, ret_code, ret_msg, verified=verified, no_refund=number)
-    elif known is Known.REJECTED:
+    elif finding is Finding.REJECTED:
         error = rejection(QueryRejected, ret_code, ret_msg, verified=verified, no_refund=number)
-    elif known is Known.NOT_FOUND:
+    elif finding is Finding.NOT_FOUND:
         error = RefundNotFound(
             no_refund=number,
             oid_refundno=exchange.asked.get("oid_refundno"),
@@ -237,7 +237,7 @@ def _refused(
         )
     else:
         error = _unavailable(exchange, f"{spoken(ret_code)} {spoken(ret_msg)} ({row.meaning})", ret_code)
-    return Reply(known=known, error=error, retry_after=retry_after, verified=verified)
+    return Reply(finding=finding, error=error, retry_after=retry_after, verified=verified)
 
 
 def rejection(

@@ -1,7 +1,7 @@
 """One refund on record: its intent before the first byte, its outcome after the last.
 
-With a journal ``apply_refund`` may be called again at any time, after any crash: what is settled is answered
-from the record, what is unsettled is asked about first, and what is new is sent.
+With a journal ``apply_refund`` may be called again at any time, after any crash: what is resolved is answered
+from the record, what is unresolved is asked about first, and what is new is sent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .identity import check_identity
 from .journal import Ending, Entry, Intent, Journal, Standing, State
 from .models import Refund, RefundRequest
 from .protocol import rejection
-from .settlement import matching
+from .resolution import matching
 from .signing import signature_source
 
 __all__ = ["Recording", "answer", "digest", "ending", "learn", "refusal", "take"]
@@ -56,9 +56,9 @@ def refusal(no_refund: str, record: Mapping[str, str]) -> RefundRejected:
 
 
 def answer(entry: Entry) -> Refund:
-    """What a settled entry tells: the recorded refund, or the recorded refusal or conflict, raised again."""
+    """What a resolved entry tells: the recorded refund, or the recorded refusal or conflict, raised again."""
     if entry.ending is None:
-        raise LookupError(f"refund {entry.no_refund} is not settled")
+        raise LookupError(f"refund {entry.no_refund} is not resolved")
     record = entry.ending.record
     if entry.ending.state is State.REJECTED:
         raise refusal(entry.no_refund, record)
@@ -69,18 +69,18 @@ def answer(entry: Entry) -> Refund:
 
 
 async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) -> tuple[Standing, Entry]:
-    """``journal.intend``, again and again while the refund is HELD, up to ``deadline`` (event loop's clock)."""
+    """``journal.begin``, again and again while the refund is LEASED, up to ``deadline`` (event loop's clock)."""
     seconds = _FIRST_LOOK
     while True:
-        standing, entry = await journal.intend(intent, clock())
-        if standing is not Standing.HELD or anyio.current_time() + seconds > deadline:
+        standing, entry = await journal.begin(intent, clock())
+        if standing is not Standing.LEASED or anyio.current_time() + seconds > deadline:
             return standing, entry
         await anyio.sleep(seconds)
         seconds = min(2 * seconds, _LONGEST_LOOK)
 
 
 async def learn(journal: Journal, refund: Refund) -> Refund:
-    """Settle the entry of a refund of which the gateway told unasked; ``refund``, with its ``dt_refund`` if known.
+    """Finish the entry of a refund of which the gateway told unasked; ``refund``, with its ``dt_refund`` if known.
 
     A refund that has no entry is returned as it is. Raises ``RefundConflict`` for one that is not what was applied
     for, which then stays on record, and for a final state that is not the one on record.
@@ -93,9 +93,9 @@ async def learn(journal: Journal, refund: Refund) -> Refund:
     try:
         matching(request, refund)
     except RefundConflict:
-        await journal.settle(entry, Ending(state=State.CONFLICT, record=refund.to_dict()))
+        await journal.finish(entry, Ending(state=State.CONFLICT, record=refund.to_dict()))
         raise
-    recorded = cast("Ending", (await journal.settle(entry, ending(refund))).ending)  # what is settled has one
+    recorded = cast("Ending", (await journal.finish(entry, ending(refund))).ending)  # what is resolved has one
     if recorded.state is State.CONFLICT:
         check_identity(entry.fields, recorded.record)
     status = recorded.record.get("sta_refund")
@@ -121,7 +121,7 @@ class Recording:
         return digest(self.fields)
 
     async def look(self) -> Refund | None:
-        """The answer, if the refund is settled: found without signing anything. Raises as :func:`answer`."""
+        """The answer, if the refund is resolved: found without signing anything. Raises as :func:`answer`."""
         entry = await self.journal.find(self.request.no_refund)
         if entry is None or entry.ending is None or entry.digest != self.digest:
             return None
@@ -130,17 +130,17 @@ class Recording:
     async def claim(self, body: bytes, lease: float, deadline: float) -> tuple[Standing, Entry]:
         """Write the intent and take the refund's lease for so many seconds.
 
-        Waits up to ``deadline`` (event loop's clock) for whoever has it now. Never HELD: raises
+        Waits up to ``deadline`` (event loop's clock) for whoever has it now. Never LEASED: raises
         ``RefundOutcomeUnknown`` instead, and ``RefundConflict`` for other content.
         """
         number = self.request.no_refund
         intent = Intent(no_refund=number, digest=self.digest, fields=self.request.to_dict(), body=body, lease=lease)
         standing, entry = await take(self.journal, intent, self.clock, deadline)
-        if standing is Standing.HELD:
-            raise self._held(entry)
+        if standing is Standing.LEASED:
+            raise self._leased(entry)
         return standing, entry
 
-    def _held(self, entry: Entry) -> RefundOutcomeUnknown:
+    def _leased(self, entry: Entry) -> RefundOutcomeUnknown:
         now = self.clock()
         leased_until = entry.leased_until or now
         return RefundOutcomeUnknown(
@@ -148,27 +148,27 @@ class Recording:
             oid_partner=self.fields["oid_partner"],
             body=entry.body,
             attempts=0,
-            questions=0,
+            queries=0,
             moment=leased_until,
             ask_again_at=now.wall + timedelta(seconds=max(0.0, leased_until.boot - now.boot)),
             last_error="another call or worker holds the lease on this refund",
         )
 
     async def keep(
-        self, entry: Entry, settle: Callable[[], Awaitable[Refund]], unknown: Callable[[], RefundOutcomeUnknown]
+        self, entry: Entry, resolve: Callable[[], Awaitable[Refund]], unknown: Callable[[], RefundOutcomeUnknown]
     ) -> Refund:
-        """Run ``settle`` for the claimed ``entry`` and write down how it ended, even under cancellation.
+        """Run ``resolve`` for the claimed ``entry`` and write down how it ended, even under cancellation.
 
         A ``JournalError`` that is raised after a send tells as ``said`` what became of the refund; ``unknown`` says
-        what is known before ``settle`` has ended.
+        what is known before ``resolve`` has ended.
         """
         try:
-            refund = await settle()
+            refund = await resolve()
         except RefundRejected as error:
             if error.is_configuration or error.may_pass:  # the same refund may be sent again
                 await self._release(entry, error)
             else:
-                await self._settle(entry, Ending(state=State.REJECTED, record=_refusal_record(error)), error)
+                await self._finish(entry, Ending(state=State.REJECTED, record=_refusal_record(error)), error)
             raise
         except RefundNotSent as error:
             await self._release(entry, error)
@@ -180,7 +180,7 @@ class Recording:
             raise
         except RefundConflict as error:
             # What was raised without a record was found here, and not at the gateway.
-            await self._settle(entry, Ending(state=State.CONFLICT, record=error.record or {}), error)
+            await self._finish(entry, Ending(state=State.CONFLICT, record=error.record or {}), error)
             raise
         except BaseException as error:  # cancelled, a journal that failed, or a bug: an attempt may be under way
             said = unknown()
@@ -191,7 +191,7 @@ class Recording:
             except JournalError as problem:
                 logger.warning("refund %s may have been made: %s", entry.no_refund, problem)
             raise
-        await self._settle(entry, ending(refund), refund)
+        await self._finish(entry, ending(refund), refund)
         return refund
 
     async def _is_taken(self, entry: Entry, said: RefundNotSent) -> bool:
@@ -205,10 +205,10 @@ class Recording:
             raise
         return found is not None and (found.sent_at is not None or found.ending is not None)
 
-    async def _settle(self, entry: Entry, how: Ending, said: Refund | LianLianError) -> None:
+    async def _finish(self, entry: Entry, how: Ending, said: Refund | LianLianError) -> None:
         try:
             with anyio.CancelScope(shield=True):
-                await self.journal.settle(entry, how)
+                await self.journal.finish(entry, how)
         except JournalError as error:
             error.said = said
             raise

@@ -1,4 +1,4 @@
-"""All that a journal holds as open: asked about, one after the other, and settled."""
+"""All that a journal holds as open: asked about, one after the other, and resolved."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import anyio
 import attrs
 
 from .errors import InvalidRequest, JournalError, LianLianError, RefundRejected
-from .flow import checked, drain
 from .journal import Entry, Journal, State
 from .models import Refund, RefundQuery, RefundRequest
 from .outcome import Outcome
 from .recording import learn
-from .settlement import matching
+from .resolution import matching
+from .worker_pool import checked, run_workers
 
 __all__ = ["Resumed", "resume"]
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("lianlian_async")
 class Resumed(NamedTuple):
     """What :meth:`RefundSession.resume` did."""
 
-    settled: int
+    resolved: int
     """Refunds whose end is known now."""
     still_open: int
     """Refunds that have to be asked about again later."""
@@ -34,17 +34,17 @@ class Resumed(NamedTuple):
 async def resume(
     journal: Journal,
     *,
-    settle: Callable[[RefundRequest], Awaitable[Outcome]],
+    resolve: Callable[[RefundRequest], Awaitable[Outcome]],
     query: Callable[[RefundQuery], Awaitable[Refund]],
     workers: int,
 ) -> Resumed:
-    """Find out about every refund that ``journal`` holds as unsettled, or as accepted but not final.
+    """Find out about every refund that ``journal`` holds as unresolved, or as accepted but not final.
 
     What was certainly never sent is left alone: only who asks for it again has it sent.
     """
-    run = _Resumption(journal=journal, settle=settle, query=query)
-    await drain(journal.pending(), run.pursue, workers=checked(workers), intake=anyio.CancelScope())
-    return Resumed(run.settled, run.still_open)
+    run = _Resumption(journal=journal, resolve=resolve, query=query)
+    await run_workers(journal.pending(), run.pursue, workers=checked(workers), intake=anyio.CancelScope())
+    return Resumed(run.resolved, run.still_open)
 
 
 @attrs.define(kw_only=True)
@@ -52,9 +52,9 @@ class _Resumption:
     """One call of :func:`resume`."""
 
     journal: Journal
-    settle: Callable[[RefundRequest], Awaitable[Outcome]]
+    resolve: Callable[[RefundRequest], Awaitable[Outcome]]
     query: Callable[[RefundQuery], Awaitable[Refund]]
-    settled: int = 0
+    resolved: int = 0
     still_open: int = 0
 
     async def pursue(self, entry: Entry) -> None:
@@ -69,13 +69,13 @@ class _Resumption:
             logger.error("refund %s: its entry cannot be read: %s", entry.no_refund, error)  # noqa: TRY400 - no bug of ours
             self.still_open += 1
             return
-        if await (self._is_settled(request) if entry.ending is None else self._is_final(request)):
-            self.settled += 1
+        if await (self._is_resolved(request) if entry.ending is None else self._is_final(request)):
+            self.resolved += 1
         else:
             self.still_open += 1
 
-    async def _is_settled(self, request: RefundRequest) -> bool:
-        outcome = await self.settle(request)
+    async def _is_resolved(self, request: RefundRequest) -> bool:
+        outcome = await self.resolve(request)
         if isinstance(outcome.error, JournalError):
             raise outcome.error
         return outcome.refund is not None or isinstance(outcome.error, RefundRejected)

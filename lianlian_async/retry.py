@@ -11,7 +11,7 @@ import attrs
 from .errors import ConfigurationError
 from .settings import check_type, is_number
 
-__all__ = ["Bucket", "Deadline", "RetryBudget", "RetryPolicy"]
+__all__ = ["Deadline", "RetryBudget", "RetryPolicy", "TokenBucket"]
 
 LONGEST_ATTEMPT: Final = 10.0
 """Seconds that one attempt may take at most, however much time is left."""
@@ -38,7 +38,7 @@ class RetryBudget:
 
 
 @attrs.define
-class Bucket:
+class TokenBucket:
     """The state of a :class:`RetryBudget`: what is left of it at a moment (seconds of a steady clock)."""
 
     budget: RetryBudget
@@ -61,7 +61,7 @@ class RetryPolicy:
     """How a call tries again.
 
     Pauses are drawn evenly between 0 and ``initial`` × ``multiplier`` ** n seconds (full jitter), at most
-    ``maximum``. ``attempts`` bounds the sends of one call that certainly did not arrive, and the questions of
+    ``maximum``. ``attempts`` bounds the sends of one call that certainly did not arrive, and the queries of
     one ``query_refund``; a refund that may have been made is asked about until the call's deadline.
     """
 
@@ -74,7 +74,7 @@ class RetryPolicy:
     multiplier: float = 2.0
     budget: RetryBudget = RetryBudget()
     """What all calls of one session may spend on retries together."""
-    absence_grace: float = 900.0
+    not_found_grace: float = 900.0
     """Seconds after the last attempt that may have arrived before "no such record" is believed.
 
     Until then the outcome is unknown and nothing is sent again. LianLian recommends to ask 15 minutes after
@@ -85,14 +85,14 @@ class RetryPolicy:
 
     def __attrs_post_init__(self) -> None:
         check_type("RetryPolicy: budget", self.budget, RetryBudget)
-        numbers = ("attempts", "initial", "maximum", "multiplier", "absence_grace", "retry_after_maximum")
+        numbers = ("attempts", "initial", "maximum", "multiplier", "not_found_grace", "retry_after_maximum")
         broken = [f"{name} must be a number" for name in numbers if not is_number(getattr(self, name))]
         rules: dict[str, Callable[[], bool]] = {
             "attempts must be an integer of at least 1": lambda: isinstance(self.attempts, int) and self.attempts >= 1,
             "initial must be more than 0": lambda: self.initial > 0,
             "maximum must be finite and at least initial": lambda: self.initial <= self.maximum < math.inf,
             "multiplier must be from 1 to 1000": lambda: 1 <= self.multiplier <= 1000,  # its 64th power is a float
-            "absence_grace must be at least 0": lambda: self.absence_grace >= 0,
+            "not_found_grace must be at least 0": lambda: self.not_found_grace >= 0,
             "retry_after_maximum must be at least 0": lambda: self.retry_after_maximum >= 0,
         }
         broken = broken or [rule for rule, holds in rules.items() if not holds()]
@@ -127,5 +127,5 @@ class Deadline:
         return share if share >= SHORTEST_ATTEMPT else 0.0
 
     def extend(self, seconds: float) -> None:
-        """Waiting for a permit of the caller's own rate limit does not count."""
+        """Waiters for a permit of the caller's own rate limit does not count."""
         self.at += seconds

@@ -17,19 +17,19 @@ from .clock import Clock, SessionClock, system_clock
 from .errors import ConfigurationError, GatewayUnavailable, LianLianError, RefundOutcomeUnknown
 from .exchange import Call, Reply
 from .flight import Flights, Order
+from .gateway_client import GatewayClient
 from .journal import Journal, OpenRefunds
-from .line import Line
 from .merchant import Merchant
 from .middleware import Middleware
 from .models import Refund, RefundQuery, RefundRequest, expect
-from .outcome import Outcome, Tally
+from .outcome import Outcome, Traffic
 from .recording import learn
 from .recovery import Resumed, resume
 from .retry import Deadline, RetryPolicy
 from .settings import check_integer, check_journal, check_type, positive_seconds
 from .signature_watch import SignatureWatch
 from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, Transport, check_http
-from .waiting import Waiting
+from .waiters import Waiters
 
 __all__ = ["RefundSession"]
 
@@ -62,7 +62,7 @@ class RefundSession:
             ``LIANLIAN_HTTP_BACKEND`` says, or else ``httpx``.
         retry: the default policy of every call.
         deadline: seconds for one whole call once it has its connection slot: signing, every attempt, every
-            pause, every question. Waiting for the slot does not count, so ``asyncio.gather`` over thousands
+            pause, every question. Waiters for the slot does not count, so ``asyncio.gather`` over thousands
             of calls simply works.
         max_connections: calls that run at the same time; more wait in order, and cheaply.
         warm_up: connections to open with the session, so that the first refunds need not wait for TCP and TLS: by one
@@ -70,7 +70,7 @@ class RefundSession:
         middleware: the caller's own layers around every attempt, first one outermost
             (see :mod:`lianlian_async.middleware`).
         limiter: any async context manager, held around every attempt: a semaphore, or
-            :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
+            :class:`lianlian_async.middleware.RateLimit`. Waiters for it does not count against the deadline.
         journal: an open :class:`lianlian_async.journal.Journal`, not closed by the session. ``apply_refund`` is
             then re-entrant: every refund is on record before its first byte is sent. It belongs to this merchant and
             this apply endpoint from then on.
@@ -122,7 +122,7 @@ class RefundSession:
         self._open_refunds = OpenRefunds()
         self._query_first = query_first
         self._clock = SessionClock(clock)
-        self._waiting = Waiting()
+        self._waiting = Waiters()
         self._state = _State.NEW
         self._running = 0
         self.unknown_reasons: Counter[str] = Counter()
@@ -145,7 +145,7 @@ class RefundSession:
     @property
     def signatures(self) -> SignatureWatch:
         """Whether the gateway's answers verify, for batches and workers: they stop early if not."""
-        return self._line.signatures
+        return self._gateway.signatures
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────
 
@@ -160,7 +160,7 @@ class RefundSession:
             self._slots = anyio.Semaphore(self._max_connections, fast_acquire=True)
             if self._journal is not None and self._journal.is_open:  # else at the first refund
                 await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
-            self._line = await Line.open(
+            self._gateway = await GatewayClient.open(
                 self.merchant,
                 await Transport.open(
                     self._client,
@@ -175,7 +175,7 @@ class RefundSession:
                 warm_up=self._warm_up,
                 clock=self._clock,
             )
-            self._flights = Flights(self._line, self._clock, self._slot)
+            self._flights = Flights(self._gateway, self._clock, self._slot)
         except BaseException:
             self._state = _State.CLOSED
             raise
@@ -193,7 +193,7 @@ class RefundSession:
         finally:
             self._state = _State.CLOSED
             with anyio.CancelScope(shield=True):
-                await self._line.aclose()
+                await self._gateway.aclose()
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -235,18 +235,18 @@ class RefundSession:
             RefundNotSent: certainly never reached the gateway; safe to send again.
             RefundRejected: the gateway said no, for good.
             RefundConflict: the number stands for another refund; a person has to decide.
-            RefundOutcomeUnknown: it may have been made; see :meth:`settle`.
+            RefundOutcomeUnknown: it may have been made; see :meth:`resolve`.
             JournalError: the journal failed; its ``said`` tells what became of the refund if it was sent.
         """
         return await self._apply(request, deadline=deadline, retry=retry)
 
-    async def settle(
+    async def resolve(
         self, unknown: RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
     ) -> Refund:
         """Find out what became of a refund that was left unknown, best at its ``ask_again_at``.
 
         Asks first. The same bytes are sent again only when the gateway's "no such record" may be believed
-        (``RetryPolicy.absence_grace``). Returns and raises what :meth:`apply_refund` does.
+        (``RetryPolicy.not_found_grace``). Returns and raises what :meth:`apply_refund` does.
         """
         expect(unknown, RefundOutcomeUnknown, "unknown")
         return await self._apply(unknown.request, deadline=deadline, retry=retry, earlier=unknown)
@@ -263,11 +263,11 @@ class RefundSession:
     ) -> Outcome:
         """What :meth:`apply_refund` returns or raises about a refund, as a value, with what it took.
 
-        With ``earlier``, what :meth:`settle` does. ``journal`` and ``query_first`` override the session's. The
+        With ``earlier``, what :meth:`resolve` does. ``journal`` and ``query_first`` override the session's. The
         outcome of what is no ``RefundRequest`` has ``InvalidRequest`` as its error, and as its request what was given.
         """
         began = anyio.current_time()
-        tally = Tally()
+        traffic = Traffic()
         refund: Refund | None = None
         error: LianLianError | None = None
         try:
@@ -278,7 +278,7 @@ class RefundSession:
                 journal=journal,
                 earlier=earlier,
                 query_first=query_first,
-                tally=tally,
+                traffic=traffic,
             )
         except ConfigurationError:  # it would meet every refund
             raise
@@ -290,8 +290,8 @@ class RefundSession:
             request=request,
             refund=refund,
             error=error,
-            attempts=tally.attempts,
-            questions=tally.questions,
+            attempts=traffic.attempts,
+            queries=traffic.queries,
             seconds=anyio.current_time() - began,
         )
 
@@ -313,9 +313,9 @@ class RefundSession:
         with self._in_use():
             async with self._slot():
                 until = Deadline(anyio.current_time() + seconds)
-                fields = self._line.protocol.query_fields(query)
-                exchange = self._line.exchange(Call.QUERY, fields, await self._line.seal(fields), until, policy)
-                reply = await self._line.send(exchange)
+                fields = self._gateway.protocol.query_fields(query)
+                exchange = self._gateway.exchange(Call.QUERY, fields, await self._gateway.seal(fields), until, policy)
+                reply = await self._gateway.send(exchange)
         if reply.refund is not None:
             return reply.refund
         raise _raised(reply)
@@ -374,7 +374,7 @@ class RefundSession:
         if self._journal is None:
             raise ConfigurationError("resume: this session has no journal")
         workers = self._max_connections if concurrency is None else concurrency
-        return await resume(self._journal, settle=self.outcome_of, query=self.query_refund, workers=workers)
+        return await resume(self._journal, resolve=self.outcome_of, query=self.query_refund, workers=workers)
 
     # ── one refund ───────────────────────────────────────────────────────────────────────────────
 
@@ -387,9 +387,9 @@ class RefundSession:
         journal: Journal | None = None,
         earlier: RefundOutcomeUnknown | None = None,
         query_first: bool = False,
-        tally: Tally | None = None,
+        traffic: Traffic | None = None,
     ) -> Refund:
-        """Send and settle; or settle only, what an ``earlier`` call left unknown."""
+        """Send and resolve; or resolve only, what an ``earlier`` call left unknown."""
         expect(request, RefundRequest, "request")
         if earlier is not None:
             expect(earlier, RefundOutcomeUnknown, "earlier")
@@ -411,7 +411,7 @@ class RefundSession:
             query_first=query_first or self._query_first,
         )
         with self._in_use():
-            return await self._flights.carry_out(order, tally or Tally())
+            return await self._flights.carry_out(order, traffic or Traffic())
 
     def _given(self, deadline: float | None, retry: RetryPolicy | None) -> tuple[float, RetryPolicy]:
         """A call's deadline in seconds, and its policy."""

@@ -19,8 +19,8 @@ from lianlian_async.journal import SqliteJournal
 
 MODES = ["inline", "inbox"]
 
-AFTER_THE_HANDLER = ["inbox Settle", "refunds Acted"]
-LINES = ["refunds Settle", "inbox Begin", *AFTER_THE_HANDLER]
+AFTER_THE_HANDLER = ["inbox Finish", "refunds Acted"]
+LINES = ["refunds Finish", "inbox Begin", *AFTER_THE_HANDLER]
 """In which journal, and which operation: all that is written about a notified refund, in this order."""
 
 
@@ -29,13 +29,13 @@ class Dying(SqliteJournal):
 
     def __init__(self, path: str, line: str, book: str = "refunds") -> None:
         super().__init__(path)
-        self._line, self._book = line, book
+        self._gateway, self._book = line, book
 
     def _beside(self) -> Dying:
-        return Dying(f"{self._name}-inbox", self._line, "inbox")
+        return Dying(f"{self._name}-inbox", self._gateway, "inbox")
 
     async def _write(self, operations):
-        if self._line in {f"{self._book} {type(operation).__name__}" for operation in operations}:
+        if self._gateway in {f"{self._book} {type(operation).__name__}" for operation in operations}:
             os.kill(os.getpid(), signal.SIGKILL)
         return await super()._write(operations)
 

@@ -39,7 +39,7 @@ A_DAY = 1 + 144
 """Attempts."""
 
 POLICY = RetryPolicy(initial=0.001, maximum=0.001, budget=RetryBudget(capacity=1, per_second=0))
-"""The default grace; two questions, and the call ends."""
+"""The default grace; two queries, and the call ends."""
 
 
 class Life(StrEnum):
@@ -132,7 +132,7 @@ class Stage:
         """One call for the refund; from what the last one left, if ``copied``."""
         try:
             if copied:
-                return await session.settle(pickle.loads(self.unknown))
+                return await session.resolve(pickle.loads(self.unknown))
             return await session.apply_refund(refund_request())
         except RefundOutcomeUnknown as unknown:
             self.unknown = pickle.dumps(unknown)

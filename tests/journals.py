@@ -47,7 +47,7 @@ class Kind:
     """Seconds by which a moment may be off that goes in and comes out again."""
 
     def is_same(self, one: Moment | None, other: Moment | None) -> bool:
-        """Whether both are one moment; of a refund that is settled only the wall clock's need be kept."""
+        """Whether both are one moment; of a refund that is resolved only the wall clock's need be kept."""
         if one is None or other is None:
             return one is other
         if not one.timeline or not other.timeline:

@@ -48,7 +48,7 @@ LATE = 5.0
 IMPATIENT = RetryPolicy(
     initial=0.01,
     maximum=0.1,
-    absence_grace=5.5,
+    not_found_grace=5.5,
     retry_after_maximum=0.1,
     budget=RetryBudget(capacity=1e9),
 )

@@ -91,7 +91,7 @@ async def begin(journal: Journal, number: int = 1, **changes: Any) -> RefundRequ
     request = refund_request(number, **changes)
     fields = request.to_dict()
     intent = journals.intent(request.no_refund, digest=digest(fields), fields=fields)
-    await journal.intend(intent, journals.now())
+    await journal.begin(intent, journals.now())
     return request
 
 

@@ -179,7 +179,7 @@ async def answering(body: bytes = b"{}", status: str = "200 OK", headers: str = 
 
 
 async def trickling(connection: Connection) -> None:
-    """Answer each request with ``{ }``, a byte every millisecond."""
+    """HttpResponse each request with ``{ }``, a byte every millisecond."""
     while await connection.request() is not None:
         await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n")
         for byte in (b"{", b" ", b"}"):

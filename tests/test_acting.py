@@ -156,4 +156,4 @@ async def test_a_process_that_dies_between_two_lines_loses_no_refund(tmp_path, a
             assert await endpoint.sweep()
         assert await state(journal) is State.DONE
     times = Counter(acting.read(shop) + handler.numbers)
-    assert times == {"R-1": 2 if line == "inbox Settle" else 1}
+    assert times == {"R-1": 2 if line == "inbox Finish" else 1}

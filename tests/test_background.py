@@ -12,7 +12,7 @@ import anyio.to_thread
 import pytest
 from interruptions import Abort
 
-from lianlian_async.background import Background, complete, run_in_thread
+from lianlian_async.background import BackgroundTask, complete, run_in_thread
 from lianlian_async.errors import LianLianError
 
 pytestmark = pytest.mark.anyio
@@ -45,7 +45,7 @@ async def test_it_runs_by_itself_to_its_end():
         await anyio.lowlevel.checkpoint()
         done.set()
 
-    background = Background(function)
+    background = BackgroundTask(function)
     await done.wait()
     await background.aclose()
 
@@ -54,7 +54,7 @@ async def test_closing_cancels_it_and_waits_until_it_has_ended():
     """When ``aclose`` returns, its clean-up is done; that holds for a caller that is cancelled itself, too."""
     for cancelled in (False, True):
         watch = Watch()
-        background = Background(watch)
+        background = BackgroundTask(watch)
         await watch.begun.wait()
         with anyio.CancelScope() as scope:
             if cancelled:
@@ -66,14 +66,14 @@ async def test_closing_cancels_it_and_waits_until_it_has_ended():
 async def test_closed_before_it_began_it_ends_at_its_first_wait():
     """Closing at once does not have to wait for ever."""
     watch = Watch()
-    await Background(watch).aclose()
+    await BackgroundTask(watch).aclose()
     assert watch.ended
 
 
 async def test_another_thread_may_cancel_it():
     """``cancel_soon`` wakes the event loop from outside."""
     watch = Watch()
-    background = Background(watch)
+    background = BackgroundTask(watch)
     await watch.begun.wait()
     thread = threading.Timer(0.05, background.cancel_soon)  # the event loop is asleep by then
     thread.start()
@@ -91,7 +91,7 @@ async def test_it_sees_the_context_that_it_was_started_in():
         seen.append(place.get())
 
     token = place.set("the caller's")
-    background = Background(function)
+    background = BackgroundTask(function)
     place.reset(token)
     await background.join()
     await background.aclose()
@@ -101,7 +101,7 @@ async def test_it_sees_the_context_that_it_was_started_in():
 async def test_garbage_collection_leaves_it_alone():
     """Though asyncio holds its tasks only weakly, this one stays as long as its owner."""
     watch = Watch()
-    background = Background(watch)
+    background = BackgroundTask(watch)
     await watch.begun.wait()
     gc.collect()
     assert not watch.ended
@@ -114,7 +114,7 @@ async def test_without_an_event_loop_there_is_no_task(anyio_backend_name):
 
     def make():
         try:
-            Background(Watch())
+            BackgroundTask(Watch())
         except RuntimeError as error:
             errors.append(error)
 
@@ -134,14 +134,14 @@ async def test_its_owner_is_told_how_it_ended(error):
         if error is not None:
             raise error
 
-    await Background(function, ends.append).join()
+    await BackgroundTask(function, ends.append).join()
     assert ends == [error]
 
 
 async def test_closed_by_its_owner_it_has_not_failed():
     """Cancelled through its own object, it ends in None."""
     ends = []
-    await Background(Watch(), ends.append).aclose()
+    await BackgroundTask(Watch(), ends.append).aclose()
     assert ends == [None]
 
 
@@ -152,7 +152,7 @@ def test_at_the_end_of_the_event_loop_its_owner_is_told_that_it_was_cancelled(ba
 
     async def main():
         watch = Watch()
-        main.background = Background(watch, ends.append)
+        main.background = BackgroundTask(watch, ends.append)
         await watch.begun.wait()
 
     anyio.run(main, backend=backend)
@@ -263,7 +263,7 @@ def test_an_event_loop_that_is_gone_has_taken_it_along(backend):
     watch = Watch()
 
     async def main():
-        background = Background(watch)
+        background = BackgroundTask(watch)
         await watch.begun.wait()
         return background
 
@@ -277,7 +277,7 @@ def test_a_loop_that_ends_before_it_began_keeps_nobody_waiting():
     ends = []
 
     async def owner():
-        background = Background(Watch())
+        background = BackgroundTask(Watch())
         try:
             await asyncio.sleep(3600)
         finally:

@@ -138,7 +138,7 @@ async def test_any_kind_of_requests_will_do(kind):
                 await collect(refund_many(session, requests[kind]), outcomes)
     assert numbers(outcomes) == list(range(1, 31))
     assert all(outcome.refund.no_refund == outcome.request.no_refund for outcome in outcomes)
-    assert all((outcome.error, outcome.attempts, outcome.questions) == (None, 1, 0) for outcome in outcomes)
+    assert all((outcome.error, outcome.attempts, outcome.queries) == (None, 1, 0) for outcome in outcomes)
     assert gateway.requests == {"apply": 30}
 
 
@@ -173,7 +173,7 @@ async def test_whatever_becomes_of_one_refund_disturbs_no_other():
     ]
     assert all((outcome.refund is None) is (outcome.error is not None) for outcome in outcomes.values())
     assert [outcomes[request].attempts for request in requests] == [1, 1, 1, 4, 0, 1, 1, 1]
-    assert outcomes[requests[2]].questions > 1
+    assert outcomes[requests[2]].queries > 1
     assert outcomes[requests[2]].seconds > 10
     assert [gateway.times_made(f"R-{number}") for number in range(1, 9)] == [1, 0, 0, 0, 0, 1, 1, 1]
 
@@ -373,7 +373,7 @@ async def test_an_early_end_takes_no_further_request_and_loses_none(leave, kind)
     assert taken <= len(outcomes) + 4
     assert source.closed is (kind == "async")
     entries = await entries_of(journal, source)
-    assert {entry.state for entry in entries.values()} <= {State.UNSETTLED, State.ACCEPTED}
+    assert {entry.state for entry in entries.values()} <= {State.UNRESOLVED, State.ACCEPTED}
     assert all(entries[number].state is State.ACCEPTED for number in numbers(outcomes))
     made = {number for number in range(1, 10_000) if gateway.times_made(f"R-{number}")}
     assert set(numbers(outcomes)) <= made <= {number for number, entry in entries.items() if entry.sent_at is not None}
@@ -384,7 +384,7 @@ async def test_an_early_end_takes_no_further_request_and_loses_none(leave, kind)
 async def test_after_an_early_end_a_second_run_completes_the_batch(leave):
     """Run again over the same journal, every refund of the batch is made once and has its outcome."""
     gateway, journal, outcomes = sandbox(**SLOW), MemoryJournal(), []
-    async with session_with(gateway, journal=journal, retry=RetryPolicy(absence_grace=0.0)) as session:
+    async with session_with(gateway, journal=journal, retry=RetryPolicy(not_found_grace=0.0)) as session:
         await leave(session, Source(20), outcomes)
         outcomes = [outcome async for outcome in refund_many(session, Source(20))]
     assert numbers(outcomes) == list(range(1, 21))
@@ -426,7 +426,7 @@ async def test_a_native_cancellation_ends_a_batch_before_the_session_closes(anyi
         await task
     assert anyio.current_time() == 1.5
     begun = {number: (entry.state, entry.holder) for number, entry in (await entries_of(journal, source)).items()}
-    assert begun == {number: (State.ACCEPTED if number < 5 else State.UNSETTLED, None) for number in range(1, 9)}
+    assert begun == {number: (State.ACCEPTED if number < 5 else State.UNRESOLVED, None) for number in range(1, 9)}
     assert (await journal.find("R-5")).sent_at.boot == 1.5
 
 
@@ -641,11 +641,11 @@ class FullDisk(MemoryJournal):
         super().__init__()
         self.room = room
 
-    async def intend(self, intent, now):
+    async def begin(self, intent, now):
         if not self.room:
             raise JournalError("journal: the disk is full")
         self.room -= 1
-        return await super().intend(intent, now)
+        return await super().begin(intent, now)
 
 
 async def test_a_journal_that_cannot_write_stops_the_batch():
@@ -686,7 +686,7 @@ async def test_what_is_unknown_waits_for_its_moment():
     late, again = sorted(outcomes[4:], key=lambda outcome: outcome.request.no_refund)
     assert (late.refund.no_refund, late.attempts) == ("R-2", 1)
     assert (again.refund.no_refund, again.attempts) == ("R-3", 2)
-    assert late.questions > 3 < again.questions
+    assert late.queries > 3 < again.queries
     assert 10 < late.seconds < 60
     assert anyio.current_time() >= 900
     assert [gateway.times_made(f"R-{number}") for number in range(1, 7)] == [1] * 6
@@ -703,7 +703,7 @@ async def test_what_is_unknown_is_told_as_it_is_by_default():
 
 
 async def test_what_is_unknown_is_asked_once_more_even_if_its_moment_has_passed():
-    """One at a time: the questions about the first one last until after the second one's moment."""
+    """One at a time: the queries about the first one last until after the second one's moment."""
     gateway = sandbox()
     for number in (1, 2):
         gateway.script(Fault.RESET, call="apply", no_refund=f"R-{number}")

@@ -11,14 +11,14 @@ from batches import read_csv, read_lines, refund, write_csv
 from command import end, interruption, run, start, until
 from test_cli_sandbox import read
 
-from lianlian_async.cli.endings import MADE, NOT_SENT
-from lianlian_async.cli.results import RESULT, Tally
+from lianlian_async.cli.exit_codes import MADE, NOT_SENT
+from lianlian_async.cli.results import RESULT, Totals
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.cli.signals import one_interruption
 from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 
-SHORT = ("--deadline", "2", "--absence-grace", "2.5")
+SHORT = ("--deadline", "2", "--not-found-grace", "2.5")
 """For refunds that get no answer: time enough for the others on a busy machine, and then for asking again."""
 
 
@@ -84,10 +84,10 @@ def test_the_same_command_again_sends_nothing(env, gateway, file, journal):
     run("batch", file, "--yes", env=env)
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 0
-    assert again.stderr == f"journal {journal}: 0 of these refunds are new, 10 settled, 0 open\n"
+    assert again.stderr == f"journal {journal}: 0 of these refunds are new, 10 resolved, 0 open\n"
     assert again.json["outcomes"]["made"] == {"refunds": 10, "yuan": "100.00"}
-    assert (again.json["attempts"], again.json["questions"], again.json["known_from_journal"]) == (0, 0, 10)
-    assert again.json["found"] == {"new": 0, "settled": 10, "open": 0}
+    assert (again.json["attempts"], again.json["queries"], again.json["known_from_journal"]) == (0, 0, 10)
+    assert again.json["found"] == {"new": 0, "resolved": 10, "open": 0}
     assert gateway.requests["apply"] == 10
 
 
@@ -169,8 +169,8 @@ def test_some_unknown_exits_4(env, gateway, file, journal):
     gateway._plan._scripted.clear()
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 3
-    assert again.stderr == f"journal {journal}: 0 of these refunds are new, 2 settled, 1 open\n"
-    assert (again.json["attempts"], again.json["questions"]) == (0, 1)
+    assert again.stderr == f"journal {journal}: 0 of these refunds are new, 2 resolved, 1 open\n"
+    assert (again.json["attempts"], again.json["queries"]) == (0, 1)
     assert books(gateway) == {"R-1": 1, "R-2": 1}
 
 
@@ -300,7 +300,7 @@ def test_an_interruption_before_anything_was_begun(gateway, file):
 
 def test_a_batch_that_is_not_complete_is_not_called_made():
     """Exit code 0 is only for a batch of which every refund has ended."""
-    assert (Tally(0).ending(), Tally(1).ending()) == (MADE, NOT_SENT)
+    assert (Totals(0).ending(), Totals(1).ending()) == (MADE, NOT_SENT)
 
 
 # ── processes that die ───────────────────────────────────────────────────────────────────────────
@@ -309,7 +309,7 @@ def test_a_batch_that_is_not_complete_is_not_called_made():
 def start_until_stuck(gateway, file, env, *, sent, stuck, when=When.AFTER):
     """A batch in a process of its own: ``sent`` requests are answered, and the ``stuck`` next ones never."""
     gateway.script(Fault.NO_ANSWER, call="apply", skip=sent, times=stuck, when=when)
-    process = start("batch", file, "--yes", "--json", "--concurrency", stuck, "--absence-grace", "1", env=env)
+    process = start("batch", file, "--yes", "--json", "--concurrency", stuck, "--not-found-grace", "1", env=env)
     until(lambda: gateway.requests["apply"] == sent + stuck)
     return process
 
@@ -335,9 +335,9 @@ def test_a_second_interruption_does_not_disturb_the_end():
 
 def test_a_batch_that_ends_before_all_is_told_is_an_error():
     """A normal end needs an outcome for each refund of the file."""
-    Tally(0).check_complete()
+    Totals(0).check_complete()
     with pytest.raises(LianLianError, match="the batch ended with 247 refunds to do"):
-        Tally(247).check_complete()
+        Totals(247).check_complete()
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 3])
@@ -353,8 +353,8 @@ def test_an_interrupted_batch_carries_on(env, gateway, file, numbers):
     assert ended.json["outcomes"]["made"]["refunds"] == 3
     assert ended.stderr == "up to 2 more may have been made: run the same command again, it carries on\n"
     again = run("batch", file, "--yes", "--json", env=env)
-    assert again.json["found"] == {"new": 5, "settled": 3, "open": 2}
-    assert (again.json["attempts"], again.json["questions"]) == (5, 2)
+    assert again.json["found"] == {"new": 5, "resolved": 3, "open": 2}
+    assert (again.json["attempts"], again.json["queries"]) == (5, 2)
     assert books(gateway) == once(10)
 
 
@@ -366,7 +366,7 @@ def test_a_batch_that_was_killed_makes_every_refund_once(env, gateway, tmp_path)
         process.kill()
         assert end(process, env).exit_code == -signal.SIGKILL
         gateway.requests.clear()
-    ended = run("batch", file, "--yes", "--json", "--absence-grace", "1", "--wait-unknown", env=env)
+    ended = run("batch", file, "--yes", "--json", "--not-found-grace", "1", "--wait-unknown", env=env)
     assert (ended.exit_code, ended.json["outcomes"]["made"]["refunds"]) == (0, 60)
     assert ended.json["found"]["open"] == 4
     assert books(gateway) == once(60)

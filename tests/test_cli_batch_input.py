@@ -64,8 +64,8 @@ def test_a_dry_run_counts_and_sends_nothing(nowhere, file, journal):
     write_csv(file, [refund(1), refund(2, money_refund="0.5"), refund(3, money_refund="1200")])
     people, machine = (run("batch", file, "--dry-run", *more, env=nowhere) for more in ((), ("--json",)))
     assert people.exit_code == machine.exit_code == 0
-    assert "│ refunds │ 3 " in people.stdout
-    assert "│ yuan    │ 1,210.50 " in people.stdout
+    assert "│ refunds  │ 3 " in people.stdout
+    assert "│ yuan     │ 1,210.50 " in people.stdout
     assert machine.json == {
         "outcome": "valid, nothing was sent",
         "refunds": 3,
@@ -74,7 +74,7 @@ def test_a_dry_run_counts_and_sends_nothing(nowhere, file, journal):
         "problems": [],
         "remarks": [],
         "journal": str(journal),
-        "found": {"new": 3, "settled": 0, "open": 0},
+        "found": {"new": 3, "resolved": 0, "open": 0},
     }
     assert [path.name for path in file.parent.iterdir()] == ["refunds.csv"]
 

@@ -65,7 +65,7 @@ def test_a_copied_file_is_made_once(env, gateway, file):
     shutil.copy(file, copy)
     for again in (run("batch", copy, "--yes", env=env), run("batch", "-", "--yes", env=env, stdin=copy.read_text())):
         assert again.exit_code == 0
-        assert "0 of these refunds are new, 3 settled, 0 open" in again.stderr
+        assert "0 of these refunds are new, 3 resolved, 0 open" in again.stderr
     assert gateway.requests == {"apply": 3}
 
 
@@ -140,7 +140,7 @@ def test_another_journal_is_refused(env, gateway, file, tmp_path):
         assert "--accept-new-journal --query-first" in told
     assert gateway.requests == {"apply": 3}
     ended = run(*second, "--yes", "--accept-new-journal", "--query-first", "--json", env=env)
-    assert (ended.exit_code, ended.json["attempts"], ended.json["questions"]) == (0, 0, 3)
+    assert (ended.exit_code, ended.json["attempts"], ended.json["queries"]) == (0, 0, 3)
     assert gateway.requests == {"apply": 3, "query": 3}
     assert json.loads(receipt_of(file).read_text())["place"] == str(tmp_path / "second")
 
@@ -171,10 +171,10 @@ def test_a_receipt_that_cannot_be_written_is_told(env, file, tmp_path):
 
 
 def test_the_prompt_tells_what_the_journal_knows(env, gateway, file, home, monkeypatch, capsys):
-    """A new journal recommends --query-first; later the prompt counts what is new, settled and open."""
+    """A new journal recommends --query-first; later the prompt counts what is new, resolved and open."""
     assert on_a_terminal(monkeypatch, "y\n", "batch", file, env=env) == 0
     asked = capsys.readouterr().err
-    assert "3 of these refunds are new, 0 settled, 0 open" in asked
+    assert "3 of these refunds are new, 0 resolved, 0 open" in asked
     assert "this journal is new, so all count as never sent" in asked
     assert "--query-first" in asked
     gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-3")
@@ -183,11 +183,11 @@ def test_the_prompt_tells_what_the_journal_knows(env, gateway, file, home, monke
     assert run("batch", file, "--yes", "--deadline", "1", env=env).exit_code == 4
     write_csv(file, [refund(number) for number in range(6)])
     dry = run("batch", file, "--dry-run", "--json", env=env)
-    assert dry.json["found"] == {"new": 2, "settled": 3, "open": 1}
+    assert dry.json["found"] == {"new": 2, "resolved": 3, "open": 1}
     assert dry.json["journal"] == str(next(home.rglob("*.sqlite")))
     assert dry.stderr == ""
     people = run("batch", file, "--dry-run", env=env)
-    assert "│ open    │ 1 " in people.stdout
+    assert "│ open     │ 1 " in people.stdout
 
 
 def test_a_journal_in_postgresql_is_looked_into(env, gateway, file, database):
@@ -196,7 +196,7 @@ def test_a_journal_in_postgresql_is_looked_into(env, gateway, file, database):
     assert run("batch", file, "--yes", env=env | dsn).exit_code == 0
     write_csv(file, [refund(number) for number in range(1, 5)])
     dry = run("batch", file, "--dry-run", "--json", env=env | dsn)
-    assert dry.json["found"] == {"new": 2, "settled": 2, "open": 0}
+    assert dry.json["found"] == {"new": 2, "resolved": 2, "open": 0}
     assert "postgresql://" not in receipt_of(file).read_text()
     assert gateway.requests == {"apply": 3}
 
@@ -213,7 +213,7 @@ def test_the_journal_of_an_earlier_release_counts_too(env, gateway, file):
     write_csv(file, [refund(number) for number in range(5)])
     ended = run("batch", file, "--yes", "--json", env=env)
     assert (ended.exit_code, ended.json["outcomes"]["made"]["refunds"]) == (0, 5)
-    assert ended.json["found"] == {"new": 2, "settled": 2, "open": 1}
+    assert ended.json["found"] == {"new": 2, "resolved": 2, "open": 1}
     assert f"3 of them stand in {older} only" in ended.stderr
     assert all(gateway.times_made(f"R-{number}") == 1 for number in range(5))
     assert run("journal", "show", older, "--json", env=env).json["states"]["done"] == 3
@@ -232,7 +232,17 @@ def test_an_older_journal_of_another_endpoint_does_not_count(env, gateway, file)
 def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
     """It says who holds the journal and since when, and goes on when that process has ended; or it refuses."""
     gateway.script(Fault.NO_ANSWER, call="apply")
-    command = ("batch", file, "--yes", "--journal", tmp_path / "journal", "--concurrency", "1", "--absence-grace", "1")
+    command = (
+        "batch",
+        file,
+        "--yes",
+        "--journal",
+        tmp_path / "journal",
+        "--concurrency",
+        "1",
+        "--not-found-grace",
+        "1",
+    )
     first = start(*command, env=env)
     until(lambda: gateway.requests["apply"])
     refused = run(*command, "--no-wait", env=env)

@@ -11,7 +11,7 @@ from command import end, interruption, run, start
 
 from lianlian_async import RefundRequest
 from lianlian_async.cli.audit import Audit, Count
-from lianlian_async.cli.endings import FAILED, INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN
+from lianlian_async.cli.exit_codes import FAILED, INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN
 from lianlian_async.cli.remote import Books, RemoteGateway, gateway_process, run_gateway
 
 DEMO = ("demo", "--refunds", "30", "--bits", "1024")

@@ -76,12 +76,12 @@ def test_a_journal_shows_how_things_stand(left_open):
     """Counts for each state, and the refunds that may have been made, with the moment when asking decides."""
     people, machine = (run("journal", "show", left_open, *more) for more in ((), ("--json",)))
     assert people.exit_code == machine.exit_code == 0
-    assert "│ unsettled │ 1 " in people.stdout
-    assert "│ accepted  │ 3 " in people.stdout
+    assert "│ unresolved │ 1 " in people.stdout
+    assert "│ accepted   │ 3 " in people.stdout
     assert "1 may have been made" in people.stdout
     assert "│ R-0       │ 10.00 │ 20" in people.stdout
     assert machine.json["states"] == {
-        "unsettled": 1,
+        "unresolved": 1,
         "accepted": 3,
         "final": 0,
         "done": 0,
@@ -119,7 +119,7 @@ def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):
     exported = run("journal", "export", journal, "--out", file.with_name("all.jsonl"), "--json")
     process.kill()
     end(process, env)
-    assert shown.json["states"] == {"unsettled": 1, "accepted": 2, "final": 0, "done": 0, "rejected": 0, "conflict": 0}
+    assert shown.json["states"] == {"unresolved": 1, "accepted": 2, "final": 0, "done": 0, "rejected": 0, "conflict": 0}
     assert exported.json == {"refunds": 3, "out": str(file.with_name("all.jsonl"))}
 
 
@@ -152,7 +152,7 @@ def test_a_journal_is_exported(left_open, tmp_path, name):
     assert (ended.exit_code, ended.stdout) == (0, f"5 refunds written to {out}\n")
     lines = {line["no_refund"]: line for line in (read_csv if name == "all.csv" else read_lines)(out)}
     assert sorted(lines) == [f"R-{number}" for number in range(5)]
-    assert [lines[f"R-{number}"]["state"] for number in (0, 1, 4)] == ["unsettled", "accepted", "rejected"]
+    assert [lines[f"R-{number}"]["state"] for number in (0, 1, 4)] == ["unresolved", "accepted", "rejected"]
     assert (lines["R-0"]["ret_code"] or None, lines["R-4"]["ret_code"]) == (None, "5003")
     assert (lines["R-1"]["money_refund"], lines["R-1"]["no_order"], lines["R-1"]["sta_refund"]) == ("10.00", "O-1", "0")
     assert lines["R-0"]["sent_at"].startswith("20")
@@ -171,11 +171,11 @@ def test_what_is_open_is_asked_about(env, gateway, left_open):
     """``resume`` finds the unknown one, then the final states; nothing is sent again."""
     first = run("journal", "resume", left_open, "--json", env=env)
     assert first.exit_code == 0
-    assert first.json["states"] == {"unsettled": 0, "accepted": 4, "final": 0, "done": 0, "rejected": 1, "conflict": 0}
-    assert (first.json["settled"], first.json["still_open"]) == (1, 3)
+    assert first.json["states"] == {"unresolved": 0, "accepted": 4, "final": 0, "done": 0, "rejected": 1, "conflict": 0}
+    assert (first.json["resolved"], first.json["still_open"]) == (1, 3)
     gateway.advance(86_400)
     people = run("journal", "resume", left_open, env=env)
-    assert "settled: 4\nstill open: 0\n" in people.stdout
+    assert "resolved: 4\nstill open: 0\n" in people.stdout
     assert gateway.requests["apply"] == 5
 
 
@@ -204,12 +204,12 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
     place = url_of(database, password=None)
     assert run("batch", file, "--yes", "--journal", place, env=private).exit_code == 3
     shown = run("journal", "show", "--json", env=private)
-    assert shown.json["states"] == {"unsettled": 0, "accepted": 4, "final": 0, "done": 0, "rejected": 1, "conflict": 0}
+    assert shown.json["states"] == {"unresolved": 0, "accepted": 4, "final": 0, "done": 0, "rejected": 1, "conflict": 0}
     assert shown.json["journal"] == "in PostgreSQL"
     assert PASSWORD not in shown.stdout + shown.stderr
     gateway.advance(86_400)
     resumed = run("journal", "resume", place, env=private)
-    assert "│ done      │ 4 " in resumed.stdout
+    assert "│ done       │ 4 " in resumed.stdout
     out = file.with_name("all.csv")
     assert run("journal", "export", "--out", out, env=private).exit_code == 0
     assert len(read_csv(out)) == 5
@@ -273,8 +273,8 @@ def test_what_an_operator_resumes_while_the_service_is_down_is_acted_on(env, gat
     anyio.run(serve, path, shop, apply)
     gateway.advance(86_400)
     resumed = run("journal", "resume", path, "--json", env=env)
-    assert (resumed.json["settled"], resumed.json["states"]["final"]) == (4, 4)
-    assert run("journal", "resume", path, "--json", env=env).json["settled"] == 0
+    assert (resumed.json["resolved"], resumed.json["states"]["final"]) == (4, 4)
+    assert run("journal", "resume", path, "--json", env=env).json["resolved"] == 0
     assert set(map(tuple, shop.values())) == {()}
     for _ in range(2):
         anyio.run(serve, path, shop, sweep)

@@ -9,7 +9,7 @@ from command import end, run, start
 
 from lianlian_async import __version__, errors
 from lianlian_async.cli import main
-from lianlian_async.cli.endings import ENDINGS, ending_of, error_document
+from lianlian_async.cli.exit_codes import EXIT_OUTCOMES, error_document, exit_outcome_of
 from lianlian_async.errors import LianLianError
 from lianlian_async.signing import BACKEND
 
@@ -95,9 +95,9 @@ def every(cls):
 
 def test_every_error_of_the_tree_has_an_ending():
     """No error of the public tree is left to chance, and all exit codes are the documented ones."""
-    assert set(every(LianLianError)) == set(ENDINGS)
-    assert {name for name, _ in inspect.getmembers(errors, inspect.isclass)} >= {cls.__name__ for cls in ENDINGS}
-    assert {ending.exit_code for ending in ENDINGS.values()} == {1, 2, 3, 4, 5}
+    assert set(every(LianLianError)) == set(EXIT_OUTCOMES)
+    assert {name for name, _ in inspect.getmembers(errors, inspect.isclass)} >= {cls.__name__ for cls in EXIT_OUTCOMES}
+    assert {ending.exit_code for ending in EXIT_OUTCOMES.values()} == {1, 2, 3, 4, 5}
 
 
 def test_an_error_without_a_row_ends_as_its_parent():
@@ -106,7 +106,7 @@ def test_an_error_without_a_row_ends_as_its_parent():
     class HigherError(LianLianError):
         pass
 
-    assert ending_of(HigherError()) == ENDINGS[LianLianError]
+    assert exit_outcome_of(HigherError()) == EXIT_OUTCOMES[LianLianError]
     assert error_document(HigherError("full")) == {
         "outcome": "error",
         "error": {"type": "HigherError", "message": "full"},

@@ -83,7 +83,7 @@ def test_a_worker_empties_the_queue(env, gateway, file):
     run("batch", file, "--queue", "--yes", env=env)
     ended = run("worker", "--until-empty", env=env)
     assert ended.exit_code == 0
-    assert "│ done      │ 29 " in ended.stdout
+    assert "│ done       │ 29 " in ended.stdout
     assert "│ waiting │ 0 " in ended.stdout
     assert ended.stderr.startswith("working with 20 connections as merchant 201103171000000000\n")
     assert "refund rejected R-29: 5003" in ended.stderr
@@ -105,7 +105,7 @@ def test_two_workers_share_a_queue_and_end_when_they_are_told_to(env, gateway, t
             process.kill()
     assert [one.exit_code for one in ended] == [0, 0]
     assert ended[0].json["states"] == {
-        "unsettled": 0,
+        "unresolved": 0,
         "accepted": 0,
         "final": 0,
         "done": 100,

@@ -100,7 +100,7 @@ async def test_a_producer_that_comes_in_between_is_noticed(dsn):
 
 
 async def test_an_unknown_refund_comes_again_when_asking_can_decide(dsn, journal):
-    """A refund that is left unknown is scheduled for its ask_again_at, and stays unsettled until then."""
+    """A refund that is left unknown is scheduled for its ask_again_at, and stays unresolved until then."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     before = datetime.now(UTC)
@@ -110,7 +110,7 @@ async def test_an_unknown_refund_comes_again_when_asking_can_decide(dsn, journal
         (job,) = await jobs_of(queue)
     assert job.status == "todo"
     assert before + timedelta(seconds=900) <= job.scheduled_at <= datetime.now(UTC) + timedelta(seconds=900)
-    assert (await journal.find("R-0")).state is State.UNSETTLED
+    assert (await journal.find("R-0")).state is State.UNRESOLVED
 
 
 @pytest.mark.parametrize("step", [timedelta(days=1), timedelta(hours=-2)])
@@ -150,13 +150,13 @@ async def test_an_unknown_refund_is_found_by_the_next_worker(dsn, journal):
     gateway.script(Fault.RESET, call="apply", when=When.AFTER)
     merchant = gateway.merchant()
     deaf = attrs.evolve(merchant, endpoints=attrs.evolve(merchant.endpoints, query="https://sandbox.invalid/lost"))
-    policy = RetryPolicy(initial=0.01, maximum=0.01, absence_grace=0)
+    policy = RetryPolicy(initial=0.01, maximum=0.01, not_found_grace=0)
     async with RefundQueue(dsn) as queue:
         await queue.enqueue(requests(1))
         unanswered = RefundSession(deaf, transport=asgi_transport(gateway), journal=journal, deadline=0.2, retry=policy)
         async with unanswered:
             await queue.work(unanswered, wait=False)
-        assert (await journal.find("R-0")).state is State.UNSETTLED
+        assert (await journal.find("R-0")).state is State.UNRESOLVED
         await anyio.sleep(0.1)  # until its ask_again_at
         async with gateway.session(journal=journal) as session:
             await queue.work(session, wait=False)

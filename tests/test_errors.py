@@ -51,7 +51,7 @@ EXAMPLES = [
         oid_partner="201103171000000000",
         body=b"{}",
         attempts=1,
-        questions=4,
+        queries=4,
         moment=Moment(NOW, 7.5, "this boot"),
         ask_again_at=NOW + timedelta(minutes=15),
         last_error="timeout",
@@ -135,7 +135,7 @@ def test_a_copy_is_independent():
         (
             EXAMPLES[7],
             (
-                "refund R-1 may have been made: 1 attempts, 4 questions, last: timeout; "
+                "refund R-1 may have been made: 1 attempts, 4 queries, last: timeout; "
                 "ask again at 2026-01-02T03:19:05+00:00"
             ),
         ),
@@ -178,7 +178,7 @@ def test_an_unknown_outcome_carries_all_that_asking_again_needs():
     assert error.request == REQUEST
     assert error.query() == REQUEST.query()
     assert (error.no_refund, error.dt_refund) == (REQUEST.no_refund, REQUEST.dt_refund)
-    assert (error.oid_partner, error.body, error.attempts, error.questions) == ("201103171000000000", b"{}", 1, 4)
+    assert (error.oid_partner, error.body, error.attempts, error.queries) == ("201103171000000000", b"{}", 1, 4)
     assert error.ask_again_at - error.sent_at == timedelta(minutes=15)
 
 

@@ -222,7 +222,7 @@ async def test_a_wrong_query_address_refunds_nothing_twice(journal):
         gateway.merchant(),
         transport=NoQueries(gateway),
         clock=boot_clock,
-        retry=RetryPolicy(absence_grace=60),
+        retry=RetryPolicy(not_found_grace=60),
         **options,
     ) as session:
         await session.apply_refund(refund_request(0))
@@ -240,7 +240,7 @@ async def test_a_wrong_query_address_proves_no_rejection():
     """Refused after an uncertain attempt, a refund counts as rejected only if its absence is proved."""
     gateway = sandbox(repeated=Repeated.REJECT)
     async with RefundSession(
-        gateway.merchant(), transport=NoQueries(gateway), clock=boot_clock, retry=RetryPolicy(absence_grace=0.0)
+        gateway.merchant(), transport=NoQueries(gateway), clock=boot_clock, retry=RetryPolicy(not_found_grace=0.0)
     ) as session:
         await session.apply_refund(refund_request(0))
         gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
@@ -290,7 +290,7 @@ async def test_what_a_refund_that_is_known_as_made_proves(days, answer, is_asked
     """Before anything is concluded from "no such record", the query service has to find a refund that was made."""
     gateway = sandbox(repeated=Repeated.AGAIN)
     wires = Answered(gateway, answer)
-    settings = {"transport": wires, "clock": boot_clock, "retry": RetryPolicy(absence_grace=0.0)}
+    settings = {"transport": wires, "clock": boot_clock, "retry": RetryPolicy(not_found_grace=0.0)}
     async with RefundSession(gateway.merchant(), **settings) as session:
         await session.apply_refund(refund_request(0, dt_refund=wall_clock() - timedelta(days=days)))
         gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
@@ -312,9 +312,9 @@ class Failing(MemoryJournal):
         self._check("resend")
         await super().resend(entry)
 
-    async def settle(self, entry, ending):
-        self._check("settle")
-        return await super().settle(entry, ending)
+    async def finish(self, entry, ending):
+        self._check("finish")
+        return await super().finish(entry, ending)
 
     async def release(self, entry, sent_at, refused=None):
         self._check("release")
@@ -328,8 +328,8 @@ class Failing(MemoryJournal):
 @pytest.mark.parametrize(
     ("verb", "fault", "order", "said"),
     [
-        ("settle", None, 10, "Refund"),
-        ("settle", None, 1, "RefundRejected"),
+        ("finish", None, 10, "Refund"),
+        ("finish", None, 1, "RefundRejected"),
         ("release", Fault.NO_ANSWER, 10, "RefundOutcomeUnknown"),
         ("resend", Fault.NO_ANSWER, 10, "RefundOutcomeUnknown"),
     ],
@@ -338,7 +338,7 @@ async def test_a_journal_that_fails_after_a_send_tells_what_the_gateway_said(ver
     gateway, journal = sandbox(default_order=Decimal(order)), Failing()
     if fault is not None:
         gateway.script(fault, call="apply", when=When.BEFORE)
-    retry = RetryPolicy(absence_grace=0.0 if verb == "resend" else 900.0)
+    retry = RetryPolicy(not_found_grace=0.0 if verb == "resend" else 900.0)
     journal.verbs = frozenset({verb})
     async with gateway.session(journal=journal, clock=boot_clock, retry=retry) as session:
         with pytest.raises(JournalError, match="full") as caught:
@@ -362,7 +362,7 @@ async def test_a_cancelled_call_whose_journal_fails_is_cancelled_and_logged(capl
 
 async def test_a_journal_that_fails_before_a_send_says_that_nothing_was_sent():
     gateway, journal = sandbox(), Failing()
-    journal.intend = _full
+    journal.begin = _full
     async with gateway.session(journal=journal, clock=boot_clock) as session:
         with pytest.raises(JournalError) as caught:
             await session.apply_refund(refund_request())
@@ -380,7 +380,7 @@ async def _full(*_):
 async def test_a_conflict_that_was_notified_stays_on_record(new_journal):
     """Later calls raise it from the record, and nothing more is sent or asked."""
     if new_journal is None:
-        pytest.skip("a session's own memory keeps nothing that is settled")
+        pytest.skip("a session's own memory keeps nothing that is resolved")
     gateway = Gateway("9999", {"money_refund": "9.00"})
     results = await attempts(gateway, new_journal, 1, 1)
     assert [type(outcome.error) for outcome in results] == [RefundConflict] * 3
@@ -390,4 +390,4 @@ async def test_a_conflict_that_was_notified_stays_on_record(new_journal):
         async with RefundSession(
             sandbox().merchant(endpoints=Endpoints()), transport=gateway, clock=boot_clock, journal=MemoryJournal()
         ) as session:
-            assert await session.resume() == Resumed(settled=0, still_open=0)
+            assert await session.resume() == Resumed(resolved=0, still_open=0)

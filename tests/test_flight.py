@@ -240,14 +240,14 @@ async def test_a_caller_that_leaves_while_the_flight_waits_for_its_turn_can_reso
         tasks.start_soon(impatient)
     assert (unknown[0].attempts, unknown[0].body) == (0, b"")
     async with gateway.session(clock=boot_clock) as session:
-        assert (await session.settle(unknown[0])).no_refund == "R-1"
+        assert (await session.resolve(unknown[0])).no_refund == "R-1"
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
 class Stuck(MemoryJournal):
-    async def intend(self, intent, now):
+    async def begin(self, intent, now):
         await anyio.sleep(5)
-        return await super().intend(intent, now)
+        return await super().begin(intent, now)
 
 
 async def test_a_loop_that_cancels_all_its_tasks_leaves_no_caller_waiting(options, anyio_backend_name):
@@ -297,7 +297,7 @@ async def test_what_ends_an_attempt_from_below_is_told(stray, options, anyio_bac
 # ── what a session without a journal remembers ───────────────────────────────────────────────────
 
 
-async def test_a_session_remembers_nothing_that_is_settled():
+async def test_a_session_remembers_nothing_that_is_resolved():
     """A refund that was made, refused or never sent costs no memory; a later call is a call of its own."""
     gateway = sandbox(settle_after=0)
     gateway.add_order("O-2", 1)
@@ -348,7 +348,7 @@ async def test_a_session_that_queries_first_finds_what_was_made_before():
     async with gateway.session(journal=MemoryJournal(), query_first=True, clock=boot_clock) as session:
         outcomes = [await session.outcome_of(refund_request(number)) for number in (1, 2)]
         assert [outcome.refund.no_refund for outcome in outcomes] == ["R-1", "R-2"]
-        assert [(outcome.attempts, outcome.questions) for outcome in outcomes] == [(0, 1), (1, 1)]
+        assert [(outcome.attempts, outcome.queries) for outcome in outcomes] == [(0, 1), (1, 1)]
     assert gateway.times_made("R-1") == 1
 
 

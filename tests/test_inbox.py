@@ -123,12 +123,12 @@ async def test_what_a_dead_worker_was_at_is_taken_over_in_time(journal, handler)
     book = await journal.inbox()
     for left in [entry async for entry in book.pending()]:
         intent = journals.intent(left.no_refund, digest=left.digest, fields=left.fields, lease=60)
-        await book.intend(intent, boot_clock())
+        await book.begin(intent, boot_clock())
     async with inbox(journal, handler, clock=boot_clock) as endpoint:
         await anyio.sleep(50)
         assert not handler.begun
         # One of the two was not dead: it ends what it has begun.
-        await book.settle(await book.find("R-2"), journals.MADE)
+        await book.finish(await book.find("R-2"), journals.MADE)
         await anyio.sleep(40)
         assert endpoint.counts == {"acted": 1}
     assert handler.numbers == ["R-1"]

@@ -119,7 +119,7 @@ async def test_a_handler_that_failed_inline_is_called_again_after_a_restart(kind
 
 
 async def test_the_refunds_themselves_learn_their_final_state(kind, handler):
-    """The journal's own entry is settled when the notification is taken, and the handler gets its dt_refund."""
+    """The journal's own entry is resolved when the notification is taken, and the handler gets its dt_refund."""
     async with kind.make() as journal:
         request = await begin(journal)
         async with inbox(journal, handler) as endpoint:

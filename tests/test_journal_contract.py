@@ -38,7 +38,7 @@ def kind(kind_and_backend, request):
 
 
 async def begin(journal, no_refund="R-1", **changed):
-    return await journal.intend(intent(no_refund, **changed), now())
+    return await journal.begin(intent(no_refund, **changed), now())
 
 
 # ── intend ───────────────────────────────────────────────────────────────────────────────────────
@@ -48,19 +48,19 @@ async def test_a_refund_that_is_not_known_is_new(kind):
     """Intending a refund for the first time says NEW, with all that was intended and no moment of sending."""
     async with kind.make() as journal:
         wanted = intent(body=b'{"sign":"\xe4\xb8\xad"}')
-        standing, entry = await journal.intend(wanted, now())
+        standing, entry = await journal.begin(wanted, now())
         assert standing is Standing.NEW
         assert (entry.no_refund, entry.digest, entry.fields) == (wanted.no_refund, wanted.digest, wanted.fields)
-        assert (entry.body, entry.sent_at, entry.ending, entry.state) == (wanted.body, None, None, State.UNSETTLED)
+        assert (entry.body, entry.sent_at, entry.ending, entry.state) == (wanted.body, None, None, State.UNRESOLVED)
 
 
 async def test_a_refund_that_somebody_is_at_is_held(kind):
-    """A second call gets HELD until the lease is over; what is on record says that anything may be sent till then."""
+    """A second call gets LEASED until the lease is over; what is on record says that anything may be sent till then."""
     async with kind.make() as journal:
         at = now()
-        await journal.intend(intent(body=b"first", lease=60), at)
+        await journal.begin(intent(body=b"first", lease=60), at)
         standing, entry = await begin(journal, body=b"second")
-        assert (standing, entry.body) == (Standing.HELD, b"first")
+        assert (standing, entry.body) == (Standing.LEASED, b"first")
         assert kind.is_same(entry.leased_until, at.after(60))
         assert kind.is_same(entry.sent_at, at.after(60))
         found = await journal.find("R-1")
@@ -68,19 +68,19 @@ async def test_a_refund_that_somebody_is_at_is_held(kind):
 
 
 async def test_a_lease_that_is_over_leaves_the_refund_to_the_next(kind):
-    """Whoever comes after the lease's end gets UNSETTLED, the first call's bytes, and a moment not after now."""
+    """Whoever comes after the lease's end gets UNRESOLVED, the first call's bytes, and a moment not after now."""
     async with kind.make() as journal:
         await begin(journal, body=b"first", lease=OVER)
         at = now()
-        standing, entry = await journal.intend(intent(body=b"second"), at)
-        assert (standing, entry.body) == (Standing.UNSETTLED, b"first")
+        standing, entry = await journal.begin(intent(body=b"second"), at)
+        assert (standing, entry.body) == (Standing.UNRESOLVED, b"first")
         assert kind.is_same(entry.sent_at, at) or entry.sent_at.boot < at.boot
-        assert (await begin(journal))[0] is Standing.HELD
+        assert (await begin(journal))[0] is Standing.LEASED
 
 
 @pytest.mark.parametrize("tasks", [2, 1200])
 async def test_of_many_calls_one_is_told_new(kind, tasks):
-    """However many tasks intend the same refunds at once, each refund is NEW to one of them and HELD to all others."""
+    """However many tasks begin the same refunds at once, each is NEW to one of them and LEASED to all others."""
     found = []
 
     async def one(number):
@@ -89,7 +89,7 @@ async def test_of_many_calls_one_is_told_new(kind, tasks):
     async with kind.make() as journal, anyio.create_task_group() as group:
         for task in range(tasks):
             group.start_soon(one, task % (tasks // 2))
-    assert sorted(found) == sorted((n, s) for n in range(tasks // 2) for s in (Standing.NEW, Standing.HELD))
+    assert sorted(found) == sorted((n, s) for n in range(tasks // 2) for s in (Standing.NEW, Standing.LEASED))
 
 
 # ── release ──────────────────────────────────────────────────────────────────────────────────────
@@ -104,17 +104,17 @@ async def test_a_refund_released_as_not_sent_is_new_again(kind):
         standing, entry = await begin(journal, body=b"second")
         assert (standing, entry.body, entry.sent_at) == (Standing.NEW, b"second", None)
         assert (await journal.find("R-1")).body == b"second"
-        assert (await begin(journal))[0] is Standing.HELD
+        assert (await begin(journal))[0] is Standing.LEASED
 
 
 async def test_a_refund_released_as_unknown_is_unsettled(kind):
-    """After ``release(…, sent_at)`` the next call gets UNSETTLED with that moment, and the bytes that were sent."""
+    """After ``release(…, sent_at)`` the next call gets UNRESOLVED with that moment, and the bytes that were sent."""
     async with kind.make() as journal:
         _, entry = await begin(journal, body=b"first")
         sent_at = now(-3600)
         await journal.release(entry, sent_at)
         standing, entry = await begin(journal, body=b"second")
-        assert (standing, entry.body) == (Standing.UNSETTLED, b"first")
+        assert (standing, entry.body) == (Standing.UNRESOLVED, b"first")
         assert kind.is_same(entry.sent_at, sent_at)
 
 
@@ -124,12 +124,12 @@ async def test_a_refund_may_begin_again_and_end_at_the_same_moment(kind):
         await journal.release((await begin(journal))[1], None)
         async with anyio.create_task_group() as group:
             group.start_soon(begin, journal)
-            group.start_soon(journal.settle, held(), MADE)
+            group.start_soon(journal.finish, held(), MADE)
         assert (await journal.find("R-1")).ending == MADE
     async with kind.make() as journal:
         entry = await journal.find("R-1")
         assert (entry.ending, entry.state, entry.body) == (MADE, State.DONE, b"")
-        assert (await begin(journal))[0] is Standing.SETTLED
+        assert (await begin(journal))[0] is Standing.FINISHED
         assert (await journal.counts())[State.DONE] == 1
 
 
@@ -139,18 +139,18 @@ async def test_a_late_release_changes_nothing(kind):
         _, late = await begin(journal, lease=OVER)
         _, entry = await begin(journal)
         await journal.release(late, None)
-        assert (await begin(journal))[0] is Standing.HELD
+        assert (await begin(journal))[0] is Standing.LEASED
         await journal.release(entry, now())
         await journal.release(entry, None)
-        assert (await begin(journal))[0] is Standing.UNSETTLED
+        assert (await begin(journal))[0] is Standing.UNRESOLVED
 
 
 async def test_a_settled_refund_is_not_released(kind):
     """Neither the holder nor anybody else can take an ending back by releasing."""
     async with kind.make() as journal:
         _, entry = await begin(journal)
-        settled = await journal.settle(held("R-1"), MADE)
-        for each in (entry, settled, attrs.evolve(entry, no_refund="R-2")):
+        resolved = await journal.finish(held("R-1"), MADE)
+        for each in (entry, resolved, attrs.evolve(entry, no_refund="R-2")):
             await journal.release(each, None)
         found = await journal.find("R-1")
         assert (found.ending, found.body, found.holder) == (MADE, b"", None)
@@ -162,14 +162,14 @@ async def test_a_settled_refund_is_not_released(kind):
 
 @pytest.mark.parametrize("ending", [MADE, ACCEPTED, REJECTED], ids=lambda ending: ending.state)
 async def test_a_settled_refund_is_answered_from_the_record(kind, ending):
-    """Once settled, every call gets SETTLED with the ending, and the bytes are gone: nothing is sent any more."""
+    """Once resolved, every call gets FINISHED with the ending, and the bytes are gone: nothing is sent any more."""
     async with kind.make() as journal:
         await begin(journal)
-        settled = await journal.settle(held("R-1"), ending)
-        assert (settled.ending, settled.state, settled.body, settled.holder) == (ending, ending.state, b"", None)
-        assert settled.state.is_settled
+        resolved = await journal.finish(held("R-1"), ending)
+        assert (resolved.ending, resolved.state, resolved.body, resolved.holder) == (ending, ending.state, b"", None)
+        assert resolved.state.is_finished
         standing, entry = await begin(journal, body=b"second")
-        assert (standing, entry.ending, entry.body) == (Standing.SETTLED, ending, b"")
+        assert (standing, entry.ending, entry.body) == (Standing.FINISHED, ending, b"")
         assert (await journal.find("R-1")).ending == ending
 
 
@@ -179,10 +179,10 @@ async def test_the_first_ending_wins(kind, first, then):
     """A second ending changes nothing, whoever reports it, but that what was accepted becomes final."""
     async with kind.make() as journal:
         await begin(journal)
-        await journal.settle(held("R-1"), first)
+        await journal.finish(held("R-1"), first)
         then = attrs.evolve(then, record={**then.record, "settle_date": "20260102"})
         stands = then if (first, then.state) == (ACCEPTED, State.DONE) else first
-        assert (await journal.settle(held("R-1"), then)).ending == stands
+        assert (await journal.finish(held("R-1"), then)).ending == stands
         assert (await journal.find("R-1")).ending == stands
 
 
@@ -191,27 +191,27 @@ async def test_an_ending_counts_whoever_brings_it(kind):
     async with kind.make() as journal:
         await begin(journal, lease=OVER)
         await begin(journal)
-        await journal.settle(held("R-1"), MADE)
-        assert (await journal.settle(held("R-1"), REJECTED)).ending == MADE
+        await journal.finish(held("R-1"), MADE)
+        assert (await journal.finish(held("R-1"), REJECTED)).ending == MADE
 
 
-async def test_a_refund_that_was_never_sent_may_be_settled(kind):
+async def test_a_refund_that_was_never_sent_may_be_resolved(kind):
     """An ending that comes from elsewhere is recorded for a refund that was released as not sent, too."""
     async with kind.make() as journal:
         _, entry = await begin(journal)
         await journal.release(entry, None)
-        await journal.settle(held("R-1"), MADE)
-        assert (await begin(journal))[0] is Standing.SETTLED
+        await journal.finish(held("R-1"), MADE)
+        assert (await begin(journal))[0] is Standing.FINISHED
 
 
 async def test_an_entry_that_the_journal_lost_is_written_again(kind):
     """A journal that lost its last commits still takes in what the gateway said, and what may have been sent."""
     lost = held("R-8")
     async with kind.make() as journal:
-        assert (await journal.settle(held("R-9"), MADE)).ending == MADE
-        assert (await begin(journal, "R-9"))[0] is Standing.SETTLED
+        assert (await journal.finish(held("R-9"), MADE)).ending == MADE
+        assert (await begin(journal, "R-9"))[0] is Standing.FINISHED
         await journal.release(attrs.evolve(lost, holder="gone"), lost.sent_at)
-        assert (await begin(journal, "R-8"))[0] is Standing.UNSETTLED
+        assert (await begin(journal, "R-8"))[0] is Standing.UNRESOLVED
     async with kind.make() as journal:
         entry = await journal.find("R-9")
         assert (entry.ending, entry.fields) == (MADE, held("R-9").fields)
@@ -233,7 +233,7 @@ async def test_what_is_sent_again_counts_as_sent_until_its_lease_ends(kind):
         found = await journal.find("R-1")
         assert kind.is_same(found.sent_at, entry.leased_until)
         assert (found.refused, found.body) == (None, b"first")
-        assert (await begin(journal))[0] is Standing.HELD
+        assert (await begin(journal))[0] is Standing.LEASED
 
 
 async def test_a_lease_that_somebody_else_took_lets_nothing_be_sent_again(kind):
@@ -243,7 +243,7 @@ async def test_a_lease_that_somebody_else_took_lets_nothing_be_sent_again(kind):
         await begin(journal)
         with pytest.raises(JournalError, match="has taken the lease"):
             await journal.resend(late)
-        await journal.settle(held("R-1"), MADE)
+        await journal.finish(held("R-1"), MADE)
         with pytest.raises(JournalError, match="has taken the lease"):
             await journal.resend(late)
 
@@ -272,14 +272,14 @@ async def test_the_latest_made_refund_is_known(kind):
         for number, ending in enumerate((MADE, ACCEPTED, REJECTED, None)):
             await begin(journal, f"R-{number}")
             if ending is not None:
-                await journal.settle(held(f"R-{number}"), ending)
+                await journal.finish(held(f"R-{number}"), ending)
         assert (await journal.latest_made()).no_refund == "R-1"
 
 
-async def test_unsettled_is_no_ending(kind):
-    """An ending that says UNSETTLED cannot even be made."""
+async def test_unresolved_is_no_ending(kind):
+    """An ending that says UNRESOLVED cannot even be made."""
     with pytest.raises(ValueError, match="state"):
-        Ending(state=State.UNSETTLED, record={})
+        Ending(state=State.UNRESOLVED, record={})
 
 
 # ── conflict ─────────────────────────────────────────────────────────────────────────────────────
@@ -297,7 +297,7 @@ async def test_other_content_under_the_same_number_is_a_conflict(kind, changed, 
     """``RefundConflict`` names the first field that differs and both values; the record stays as it was."""
     async with kind.make() as journal:
         _, entry = await begin(journal)
-        for prepare in (journal.find("R-1"), journal.release(entry, None), journal.settle(held("R-1"), MADE)):
+        for prepare in (journal.find("R-1"), journal.release(entry, None), journal.finish(held("R-1"), MADE)):
             await prepare
             before = await journal.find("R-1")
             with pytest.raises(RefundConflict) as caught:
@@ -315,13 +315,13 @@ async def test_what_becomes_final_is_marked_until_it_was_acted_on(kind):
     async with kind.make() as journal:
         await begin(journal, "R-1")
         await begin(journal, "R-2")
-        await journal.settle(held("R-2"), ACCEPTED)
+        await journal.finish(held("R-2"), ACCEPTED)
         await journal.begin_acting()
         await journal.begin_acting()
     async with kind.make() as journal:
         for number in ("R-1", "R-2", "R-3"):
-            assert (await journal.settle(held(number), MADE)).state is State.FINAL
-            assert (await journal.settle(held(number), MADE)).state is State.FINAL
+            assert (await journal.finish(held(number), MADE)).state is State.FINAL
+            assert (await journal.finish(held(number), MADE)).state is State.FINAL
         assert (await journal.counts())[State.FINAL] == 3
         assert [entry.no_refund async for entry in journal.pending()] == ["R-1", "R-2", "R-3"]
         assert (await journal.latest_made()).no_refund == "R-3"
@@ -336,20 +336,20 @@ async def test_what_was_final_before_acting_began_is_left_alone(kind):
     """It counts as acted on, in whatever way that was."""
     async with kind.make() as journal:
         await begin(journal)
-        await journal.settle(held("R-1"), MADE)
+        await journal.finish(held("R-1"), MADE)
         await journal.begin_acting()
-        assert (await journal.settle(held("R-1"), MADE)).ending == MADE
+        assert (await journal.finish(held("R-1"), MADE)).ending == MADE
         assert [entry async for entry in journal.pending()] == []
 
 
-@pytest.mark.parametrize("ending", [None, ACCEPTED, REJECTED], ids=["unsettled", "accepted", "rejected"])
+@pytest.mark.parametrize("ending", [None, ACCEPTED, REJECTED], ids=["unresolved", "accepted", "rejected"])
 async def test_only_what_is_final_can_have_been_acted_on(kind, ending):
     """For any other refund, and for one that is not on record, ``acted`` changes nothing."""
     async with kind.make() as journal:
         await journal.begin_acting()
         await begin(journal)
         if ending is not None:
-            await journal.settle(held("R-1"), ending)
+            await journal.finish(held("R-1"), ending)
         for number in ("R-1", "R-2"):
             await journal.acted(number)
         assert (await journal.find("R-1")).ending == ending
@@ -365,29 +365,29 @@ async def test_several_processes_mark_what_becomes_final(kind):
             other = await others.enter_async_context(kind.make()) if is_shared else journal
             await begin(other)
             await journal.begin_acting()
-            assert (await other.settle(held("R-1"), MADE)).state is State.FINAL
-        assert (await inbox.settle(held("R-1"), MADE)).state is State.DONE  # its own lines are nobody's to act on
+            assert (await other.finish(held("R-1"), MADE)).state is State.FINAL
+        assert (await inbox.finish(held("R-1"), MADE)).state is State.DONE  # its own lines are nobody's to act on
 
 
 # ── looking ──────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_pending_tells_what_is_open_oldest_first(kind):
-    """``pending`` gives the unsettled and the accepted, in the order in which they were begun."""
+    """``pending`` gives the unresolved and the accepted, in the order in which they were begun."""
     async with kind.make() as journal:
         for number, ending in enumerate((None, MADE, ACCEPTED, REJECTED, None)):
             await begin(journal, f"R-{number}")
             if ending is not None:
-                await journal.settle(held(f"R-{number}"), ending)
+                await journal.finish(held(f"R-{number}"), ending)
         assert [(entry.no_refund, entry.state) async for entry in journal.pending()] == [
-            ("R-0", State.UNSETTLED),
+            ("R-0", State.UNRESOLVED),
             ("R-2", State.ACCEPTED),
-            ("R-4", State.UNSETTLED),
+            ("R-4", State.UNRESOLVED),
         ]
 
 
 async def test_pending_goes_through_any_number(kind):
-    """``pending`` gives each of 1,200 refunds once, though they are settled meanwhile, and ends though others begin."""
+    """``pending`` gives each of 1,200 refunds once, though they finish meanwhile, and ends though others begin."""
     async with kind.make() as journal:
         async with anyio.create_task_group() as group:
             for number in range(1200):
@@ -396,7 +396,7 @@ async def test_pending_goes_through_any_number(kind):
         async for entry in journal.pending():
             seen.append(entry.no_refund)
             if len(seen) % 100 == 0:
-                await journal.settle(entry, MADE)
+                await journal.finish(entry, MADE)
                 await begin(journal, f"later-{len(seen)}")
         assert sorted(seen) == sorted(f"R-{number}" for number in range(1200))
 
@@ -407,7 +407,7 @@ async def test_entries_goes_through_all_oldest_first(kind):
         for number, ending in enumerate((None, MADE, ACCEPTED, REJECTED)):
             await begin(journal, f"R-{number}")
             if ending is not None:
-                await journal.settle(held(f"R-{number}"), ending)
+                await journal.finish(held(f"R-{number}"), ending)
         async with anyio.create_task_group() as group:
             for number in range(4, 600):
                 group.start_soon(begin, journal, f"R-{number}")
@@ -426,22 +426,22 @@ async def test_counts(kind):
         for number, ending in enumerate((None, MADE, ACCEPTED, MADE, REJECTED, MADE, MADE)):
             await begin(journal, f"R-{number}")
             if ending is not None:
-                await journal.settle(held(f"R-{number}"), ending)
+                await journal.finish(held(f"R-{number}"), ending)
         assert await journal.counts() == dict(zip(State, (1, 1, 0, 4, 1, 0), strict=True))
         assert await journal.find("R-9") is None
 
 
 async def test_all_is_there_when_it_is_opened_again(kind):
-    """What was settled or let go of stands in the journal after it was closed and opened again."""
+    """What was resolved or let go of stands in the journal after it was closed and opened again."""
     async with kind.make() as journal:
         await begin(journal, "R-1")
-        settled = await journal.settle(held("R-1"), MADE)
+        resolved = await journal.finish(held("R-1"), MADE)
         _, entry = await begin(journal, "R-2")
         await journal.release(entry, None)
     async with kind.make() as journal:
         again = await journal.find("R-1")
-        assert attrs.evolve(again, sent_at=settled.sent_at) == settled
-        assert kind.is_same(again.sent_at, settled.sent_at)
+        assert attrs.evolve(again, sent_at=resolved.sent_at) == resolved
+        assert kind.is_same(again.sent_at, resolved.sent_at)
         assert (await begin(journal, "R-2"))[0] is Standing.NEW
         assert (await begin(journal, "R-3"))[0] is Standing.NEW
         assert [entry.no_refund async for entry in journal.pending()] == ["R-2", "R-3"]
@@ -458,7 +458,7 @@ async def test_a_journal_in_memory_says_how_much_it_holds():
 
 
 async def test_an_intend_that_is_cancelled_is_taken_back(kind):
-    """Cancelled at whatever moment, an ``intend`` leaves the refund as it was: NEW, or UNSETTLED since then."""
+    """Cancelled at whatever moment, an ``intend`` leaves the refund as it was: NEW, or UNRESOLVED since then."""
     async with kind.make() as journal:
         sent_at = now(-3600)
         for moment in range(8):
@@ -470,7 +470,7 @@ async def test_an_intend_that_is_cancelled_is_taken_back(kind):
             standing, entry = await begin(journal, f"new-{moment}")
             assert (standing, entry.sent_at) == (Standing.NEW, None)
             standing, entry = await begin(journal, f"known-{moment}")
-            assert standing is Standing.UNSETTLED
+            assert standing is Standing.UNRESOLVED
             assert kind.is_same(entry.sent_at, sent_at)
 
 
@@ -479,11 +479,11 @@ async def test_what_is_known_is_recorded_though_its_reporter_is_cancelled(kind):
     async with kind.make() as journal:
         for moment in range(8):
             await begin(journal, f"made-{moment}")
-            await _cancelled_after(moment, journal.settle, held(f"made-{moment}"), MADE)
+            await _cancelled_after(moment, journal.finish, held(f"made-{moment}"), MADE)
             _, entry = await begin(journal, f"let-go-{moment}")
             await _cancelled_after(moment, journal.release, entry, None)
         for moment in range(8):
-            assert (await begin(journal, f"made-{moment}"))[0] is Standing.SETTLED
+            assert (await begin(journal, f"made-{moment}"))[0] is Standing.FINISHED
             assert (await begin(journal, f"let-go-{moment}"))[0] is Standing.NEW
 
 
@@ -515,7 +515,7 @@ async def test_the_inbox_is_a_journal_of_its_own(kind):
         await begin(inbox)
         assert await journal.find("R-1") is None
         assert (await begin(journal, money="1.00"))[0] is Standing.NEW
-        assert (await begin(inbox))[0] is Standing.HELD
+        assert (await begin(inbox))[0] is Standing.LEASED
 
 
 async def test_there_is_one_inbox(kind):

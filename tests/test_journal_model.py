@@ -17,8 +17,8 @@ pytestmark = pytest.mark.anyio
 _numbers = st.sampled_from(["R-1", "R-2"])
 _steps = st.lists(
     st.one_of(
-        st.tuples(st.just("intend"), _numbers, st.sampled_from(["1.00", "1.00", "2.00"]), st.booleans()),
-        st.tuples(st.just("settle"), _numbers, st.sampled_from([MADE, ACCEPTED, REJECTED])),
+        st.tuples(st.just("begin"), _numbers, st.sampled_from(["1.00", "1.00", "2.00"]), st.booleans()),
+        st.tuples(st.just("finish"), _numbers, st.sampled_from([MADE, ACCEPTED, REJECTED])),
         st.tuples(st.just("release"), st.integers(0, 3), st.booleans()),
         st.tuples(st.just("reopen")),
         st.tuples(st.just("begin acting")),
@@ -51,22 +51,22 @@ class Model:
     calls: int = 0
     is_acting: bool = False
 
-    def intend(self, number, money, body, is_over):
+    def begin(self, number, money, body, is_over):
         page = self.pages.get(number)
         if page is not None and page.money != money:
             return "conflict"
         self.calls += 1
         if page is not None and page.ending is not None:
-            return Standing.SETTLED
+            return Standing.FINISHED
         if page is not None and page.held_by is not None and not page.is_over:
-            return Standing.HELD
+            return Standing.LEASED
         if page is None or (page.held_by is None and not page.may_have_arrived):
             self.pages[number] = Page(money, body, held_by=self.calls, is_over=is_over)
             return Standing.NEW
         page.held_by, page.is_over, page.may_have_arrived = self.calls, is_over, True
-        return Standing.UNSETTLED
+        return Standing.UNRESOLVED
 
-    def settle(self, number, ending):
+    def finish(self, number, ending):
         page = self.pages.setdefault(number, Page("200.01", b""))
         is_final = ending.state is State.DONE
         if is_final and self.is_acting:
@@ -133,26 +133,26 @@ async def test_every_journal_is_its_model(make_kind, steps):
                     call, entry = given_out[-1 - which]
                     await journal.release(entry, now() if may_have_arrived else None)
                     model.release(entry.no_refund, call, may_have_arrived)
-                case ("intend", no_refund, money, is_over):
+                case ("begin", no_refund, money, is_over):
                     await _intend(journal, model, given_out, no_refund, money, f"{number}".encode(), is_over)
-                case ("settle", no_refund, ending):
-                    assert (await journal.settle(held(no_refund), ending)).ending == model.settle(no_refund, ending)
+                case ("finish", no_refund, ending):
+                    assert (await journal.finish(held(no_refund), ending)).ending == model.finish(no_refund, ending)
             await _compare(journal, model)
     finally:
         await journal.__aexit__(None, None, None)
 
 
 async def _intend(journal, model, given_out, no_refund, money, body, is_over):
-    expected = model.intend(no_refund, money, body, is_over)
+    expected = model.begin(no_refund, money, body, is_over)
     wanted = intent(no_refund, money=money, body=body, lease=0.0 if is_over else 3600.0)
     if expected == "conflict":
         with pytest.raises(RefundConflict):
-            await journal.intend(wanted, now())
+            await journal.begin(wanted, now())
         return
-    standing, entry = await journal.intend(wanted, now())
+    standing, entry = await journal.begin(wanted, now())
     page = model.pages[no_refund]
     assert (standing, entry.body, entry.ending) == (expected, page.body, page.ending)
-    if standing in (Standing.NEW, Standing.UNSETTLED):
+    if standing in (Standing.NEW, Standing.UNRESOLVED):
         assert (entry.sent_at is None) is (standing is Standing.NEW)
         given_out.append((model.calls, entry))
 
@@ -164,6 +164,6 @@ async def _compare(journal, model):
         assert (entry.body, entry.ending) == (page.body, page.ending)
         assert (entry.holder is None) is (page.held_by is None)
         states[no_refund] = entry.state
-    is_open = [number for number, state in states.items() if state in (State.UNSETTLED, State.ACCEPTED, State.FINAL)]
+    is_open = [number for number, state in states.items() if state in (State.UNRESOLVED, State.ACCEPTED, State.FINAL)]
     assert [entry.no_refund async for entry in journal.pending()] == is_open
     assert await journal.counts() == {state: list(states.values()).count(state) for state in State}

@@ -52,47 +52,47 @@ def administer(postgres_dsn, schema):
 
 
 async def test_two_workers_never_hold_the_same_refund(make):
-    """Of two workers that intend the same refunds in opposite order, for each refund one gets NEW, the other HELD."""
+    """Of two workers that intend the same refunds in opposite order, for each refund one gets NEW, the other LEASED."""
     found = {}
 
     async def one(journal, number):
-        found.setdefault(number, []).append((await journal.intend(intent(f"R-{number}"), now()))[0])
+        found.setdefault(number, []).append((await journal.begin(intent(f"R-{number}"), now()))[0])
 
     async with make() as first, make() as second, anyio.create_task_group() as group:
         for number in range(1000):
             group.start_soon(one, first, number)
             group.start_soon(one, second, 999 - number)
     assert {number: sorted(standings) for number, standings in found.items()} == {
-        number: [Standing.HELD, Standing.NEW] for number in range(1000)
+        number: [Standing.LEASED, Standing.NEW] for number in range(1000)
     }
 
 
 async def test_a_dead_worker_loses_its_lease(make):
-    """What a worker held when it ended is HELD until its time is over, then UNSETTLED for another worker."""
+    """What a worker held when it ended is LEASED until its time is over, then UNRESOLVED for another worker."""
     async with make() as dead:
-        await dead.intend(intent("R-1", lease=0.2), now())
-        await dead.intend(intent("R-2"), now())
+        await dead.begin(intent("R-1", lease=0.2), now())
+        await dead.begin(intent("R-2"), now())
     async with make() as heir:
         standings = []
-        while Standing.UNSETTLED not in standings:
-            standing, entry = await heir.intend(intent("R-1"), now())
+        while Standing.UNRESOLVED not in standings:
+            standing, entry = await heir.begin(intent("R-1"), now())
             standings.append(standing)
-        assert set(standings) <= {Standing.HELD, Standing.UNSETTLED}
+        assert set(standings) <= {Standing.LEASED, Standing.UNRESOLVED}
         assert entry.sent_at.boot <= now().boot
-        assert (await heir.intend(intent("R-2"), now()))[0] is Standing.HELD
+        assert (await heir.begin(intent("R-2"), now()))[0] is Standing.LEASED
 
 
 async def test_a_worker_that_lost_its_lease_reports_in_vain_but_for_an_ending(make):
     """Its release does nothing to the heir's hold; its ending, being first, counts."""
     async with make() as late, make() as heir:
-        _, lost = await late.intend(intent(lease=0), now())
-        _, held = await heir.intend(intent(), now())
+        _, lost = await late.begin(intent(lease=0), now())
+        _, held = await heir.begin(intent(), now())
         await late.release(lost, None)
-        assert (await late.intend(intent(), now()))[0] is Standing.HELD
-        await late.settle(lost, MADE)
-        assert (await heir.settle(held, REJECTED)).ending == MADE
+        assert (await late.begin(intent(), now()))[0] is Standing.LEASED
+        await late.finish(lost, MADE)
+        assert (await heir.finish(held, REJECTED)).ending == MADE
         await heir.release(held, None)
-        assert (await late.intend(intent(), now()))[0] is Standing.SETTLED
+        assert (await late.begin(intent(), now()))[0] is Standing.FINISHED
 
 
 async def test_many_workers_may_make_the_tables_at_once(make, postgres_dsn):
@@ -102,10 +102,10 @@ async def test_many_workers_may_make_the_tables_at_once(make, postgres_dsn):
         async with anyio.create_task_group() as group:
             for worker in workers:
                 group.start_soon(stack.enter_async_context, worker)
-        await workers[0].intend(intent(), now())
-        assert (await workers[9].counts())[State.UNSETTLED] == 1
+        await workers[0].begin(intent(), now())
+        assert (await workers[9].counts())[State.UNRESOLVED] == 1
         async with PostgresJournal(postgres_dsn, schema=uuid4().hex) as other:
-            assert (await other.counts())[State.UNSETTLED] == 0
+            assert (await other.counts())[State.UNRESOLVED] == 0
 
 
 async def test_a_worker_that_may_not_make_tables_uses_those_that_are_there(make, administer, postgres_dsn, schema):
@@ -118,8 +118,8 @@ async def test_a_worker_that_may_not_make_tables_uses_those_that_are_there(make,
         f'GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {{schema}} TO "{role}"'
     )
     async with PostgresJournal(psycopg.conninfo.make_conninfo(postgres_dsn, user=role), schema=schema) as journal:
-        _, entry = await journal.intend(intent(), now())
-        assert (await journal.settle(entry, MADE)).ending == MADE
+        _, entry = await journal.begin(intent(), now())
+        assert (await journal.finish(entry, MADE)).ending == MADE
     with pytest.raises(JournalError, match="permission denied"):
         async with PostgresJournal(psycopg.conninfo.make_conninfo(postgres_dsn, user=role), schema="another"):
             pass
@@ -134,7 +134,7 @@ async def test_a_database_may_isolate_more_than_is_needed(make, administer, post
     found = []
 
     async def one(journal, number):
-        found.append((await journal.intend(intent(f"R-{number}"), now()))[0])
+        found.append((await journal.begin(intent(f"R-{number}"), now()))[0])
 
     dsn = psycopg.conninfo.make_conninfo(postgres_dsn, user=role)
     workers = [PostgresJournal(dsn, schema=schema) for _ in range(2)]
@@ -142,7 +142,7 @@ async def test_a_database_may_isolate_more_than_is_needed(make, administer, post
         for number in range(1000):
             group.start_soon(one, workers[0], number)
             group.start_soon(one, workers[1], 999 - number)
-    assert sorted(found) == [Standing.HELD] * 1000 + [Standing.NEW] * 1000
+    assert sorted(found) == [Standing.LEASED] * 1000 + [Standing.NEW] * 1000
 
 
 # ── what another transaction holds ───────────────────────────────────────────────────────────────
@@ -168,7 +168,7 @@ LOCKED = "SELECT FROM {schema}.refunds WHERE no_refund = {number} FOR UPDATE"
 CHANGED = "UPDATE {schema}.refunds SET holder = NULL WHERE no_refund = {number}"
 INSERTED = """
 INSERT INTO {schema}.refunds (no_refund, digest, fields, body, state)
-VALUES ({number}, 'digest of 200.01', '{{}}', '', 'unsettled')
+VALUES ({number}, 'digest of 200.01', '{{}}', '', 'unresolved')
 """
 
 
@@ -178,12 +178,12 @@ async def test_what_another_transaction_holds_waits_alone(make, elsewhere, held,
     answered = []
 
     async def begin(journal, number):
-        standing, _ = await journal.intend(intent(number), now())
+        standing, _ = await journal.begin(intent(number), now())
         answered.append((number, standing))
 
     async with make() as journal:
         if is_known:
-            _, entry = await journal.intend(intent("R-5"), now())
+            _, entry = await journal.begin(intent("R-5"), now())
             await journal.release(entry, None)
         async with anyio.create_task_group() as group, elsewhere(held, "R-5"):
             for number in range(20):
@@ -200,42 +200,42 @@ async def test_what_is_held_for_longer_than_the_timeout_fails_alone(make, elsewh
     """Then there is a ``JournalError`` for it that says why, and nothing of it is on record."""
     async with make(timeout=0.4) as journal, elsewhere(INSERTED, "R-1"):
         with pytest.raises(JournalError, match=r"another transaction has held this refund's row for 0\.4 s"):
-            await journal.intend(intent(), now())
-        assert (await journal.intend(intent("R-2"), now()))[0] is Standing.NEW
+            await journal.begin(intent(), now())
+        assert (await journal.begin(intent("R-2"), now()))[0] is Standing.NEW
         assert await journal.find("R-1") is None
 
 
 async def test_a_dead_workers_transaction_is_ended_by_the_database(make):
     """A worker that dies within a transaction, and whose connection stays open, does not hold its rows for long."""
     async with make() as journal, make(timeout=1.0) as dead:
-        _, entry = await journal.intend(intent(), now())
+        _, entry = await journal.begin(intent(), now())
         await journal.release(entry, None)
         async with dead._pool.connection() as connection:
             with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):  # noqa: PT012 - it dies in between
                 async with connection.transaction():
                     await dead._read_clock(connection)
                     await connection.execute(dead._sql("SELECT FROM {schema}.refunds FOR UPDATE"))
-                    assert (await journal.intend(intent(), now()))[0] is Standing.NEW
+                    assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
 async def test_an_intend_that_is_cancelled_while_it_waits_is_taken_back(make, elsewhere):
     """Once the other transaction has ended, it does nothing any more."""
     async with make() as journal, elsewhere(INSERTED, "R-1"):
         with anyio.move_on_after(0.3) as scope:
-            await journal.intend(intent(), now())
+            await journal.begin(intent(), now())
         assert scope.cancelled_caught
     async with make() as journal:
         found = await journal.find("R-1")
         assert found is None or found.sent_at is None
-        assert (await journal.intend(intent(), now()))[0] is Standing.NEW
+        assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
 async def test_closing_waits_for_what_waits(make, elsewhere):
     """An ending that is reported while another transaction holds the row is on record when the journal is closed."""
     async with make() as journal:
-        _, entry = await journal.intend(intent(), now())
+        _, entry = await journal.begin(intent(), now())
         async with elsewhere(LOCKED, "R-1"), anyio.create_task_group() as group:
-            group.start_soon(journal.settle, entry, MADE)
+            group.start_soon(journal.finish, entry, MADE)
             await anyio.sleep(0.1)
             group.cancel_scope.cancel()
     async with make() as journal:
@@ -245,11 +245,11 @@ async def test_closing_waits_for_what_waits(make, elsewhere):
 async def test_what_waits_fails_with_the_database(make, elsewhere, administer):
     """If the database goes away meanwhile, whoever waits gets ``JournalError``, too."""
     async with make(timeout=0.5) as journal:
-        _, entry = await journal.intend(intent(), now())
+        _, entry = await journal.begin(intent(), now())
 
         async def settle():
             with pytest.raises(JournalError, match="does not exist"):
-                await journal.settle(entry, MADE)
+                await journal.finish(entry, MADE)
 
         async with elsewhere(LOCKED, "R-1"), anyio.create_task_group() as group:
             group.start_soon(settle)
@@ -269,33 +269,33 @@ async def test_after_a_failover_what_is_new_is_asked_about_first(make, administe
     """For the grace, and later whatever is dated before; not in the inbox, for which nothing is sent."""
     async with make() as journal:
         inbox = await journal.inbox()
-        assert (await journal.intend(intent("R-1"), now()))[0] is Standing.NEW
+        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.NEW
         await administer(FAIL_OVER)
         await administer(FAIL_OVER.replace("{schema}", '"' + inbox._schema.replace('"', '""') + '"'))
-        assert (await journal.intend(intent("R-2"), now()))[0] is Standing.ASK_FIRST
-        assert (await inbox.intend(intent("R-2"), now()))[0] is Standing.NEW
+        assert (await journal.begin(intent("R-2"), now()))[0] is Standing.ASK_FIRST
+        assert (await inbox.begin(intent("R-2"), now()))[0] is Standing.NEW
         await administer("UPDATE {schema}.eras SET began = began - interval '2 hours'")
         dated = {"no_refund": "R-3", "money_refund": "200.01", "dt_refund": "20990101000000"}
-        assert (await journal.intend(intent("R-3", fields=dated), now()))[0] is Standing.NEW
+        assert (await journal.begin(intent("R-3", fields=dated), now()))[0] is Standing.NEW
         dated = {"no_refund": "R-4", "money_refund": "200.01", "dt_refund": "20200101000000"}
-        assert (await journal.intend(intent("R-4", fields=dated), now()))[0] is Standing.ASK_FIRST
+        assert (await journal.begin(intent("R-4", fields=dated), now()))[0] is Standing.ASK_FIRST
     async with make(not_found_grace=0) as journal:
-        assert (await journal.intend(intent("R-5"), now()))[0] is Standing.NEW
+        assert (await journal.begin(intent("R-5"), now()))[0] is Standing.NEW
 
 
 async def test_after_a_failover_the_grace_and_the_leases_start_again(make, administer):
     """What may have been sent an hour ago counts as sent until then, and a lease lasts for all of its time again."""
     async with make() as journal:
-        _, entry = await journal.intend(intent("R-1"), now())
+        _, entry = await journal.begin(intent("R-1"), now())
         await journal.release(entry, now(-3600))
-        await journal.intend(intent("R-2", lease=0.5), now())
+        await journal.begin(intent("R-2", lease=0.5), now())
         await administer(FAIL_OVER)
         begun = now()
-        standing, entry = await journal.intend(intent("R-1"), now())
-        assert standing is Standing.UNSETTLED
+        standing, entry = await journal.begin(intent("R-1"), now())
+        assert standing is Standing.UNRESOLVED
         assert begun.boot <= entry.sent_at.boot <= now().boot
-        assert (await journal.intend(intent("R-2"), now()))[0] is Standing.HELD
-        while (await journal.intend(intent("R-2"), now()))[0] is Standing.HELD:  # noqa: ASYNC110 - no event tells
+        assert (await journal.begin(intent("R-2"), now()))[0] is Standing.LEASED
+        while (await journal.begin(intent("R-2"), now()))[0] is Standing.LEASED:  # noqa: ASYNC110 - no event tells
             await anyio.sleep(0.02)
         assert now().boot >= begun.boot + 0.5
 
@@ -303,16 +303,16 @@ async def test_after_a_failover_the_grace_and_the_leases_start_again(make, admin
 async def test_what_was_lost_is_written_again(make, administer):
     """A settle, a release and a resend of a refund whose row is gone write it; a release without a send, too."""
     async with make() as journal:
-        begun = [(await journal.intend(intent(f"R-{number}"), now()))[1] for number in range(3)]
+        begun = [(await journal.begin(intent(f"R-{number}"), now()))[1] for number in range(3)]
         await administer("DELETE FROM {schema}.refunds")
-        await journal.settle(begun[0], MADE)
+        await journal.finish(begun[0], MADE)
         await journal.release(begun[1], now(-10), {"ret_code": "1002"})
         await journal.resend(begun[2])
         assert (await journal.find("R-0")).ending == MADE
         assert (await journal.find("R-1")).refused == {"ret_code": "1002"}
         assert (await journal.find("R-2")).sent_at.boot == begun[2].leased_until.boot
-        assert (await journal.intend(intent("R-1"), now()))[0] is Standing.UNSETTLED
-        assert (await journal.intend(intent("R-2"), now()))[0] is Standing.HELD
+        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.UNRESOLVED
+        assert (await journal.begin(intent("R-2"), now()))[0] is Standing.LEASED
 
 
 class Machine:
@@ -331,14 +331,14 @@ async def test_a_workers_wall_clock_is_never_believed(make, step):
     """A lease lasts, and a moment keeps its age, though the wall clock of one or the other worker is set meanwhile."""
     one, other = Machine("one", 1e6), Machine("other", -1e4)
     async with make(clock=one) as first, make(clock=other) as second:
-        await first.intend(intent("R-1", lease=60), one())
-        _, entry = await first.intend(intent("R-2"), one())
+        await first.begin(intent("R-1", lease=60), one())
+        _, entry = await first.begin(intent("R-2"), one())
         one.wall = step
         await first.release(entry, one(-10))
         other.wall = step
-        assert (await second.intend(intent("R-1"), other()))[0] is Standing.HELD
-        standing, entry = await second.intend(intent("R-2"), other())
-        assert standing is Standing.UNSETTLED
+        assert (await second.begin(intent("R-1"), other()))[0] is Standing.LEASED
+        standing, entry = await second.begin(intent("R-2"), other())
+        assert standing is Standing.UNRESOLVED
         assert 9.9 < other().boot - entry.sent_at.boot < 15
 
 
@@ -346,20 +346,20 @@ async def test_a_jump_of_the_databases_clock_that_a_worker_proves_starts_the_cou
     """The worker's boot clock says that far less time has passed than the database's: that is an era's end, for all."""
     steady, young = Machine("steady"), Machine("young")
     async with make(clock=steady) as witness, make(clock=young) as other:
-        _, entry = await witness.intend(intent("R-1"), steady())
+        _, entry = await witness.begin(intent("R-1"), steady())
         await witness.release(entry, steady())
         steady.boot -= 86_400  # a day by the database's clock
-        assert (await witness.intend(intent("R-2"), steady()))[0] is Standing.ASK_FIRST
-        _, entry = await other.intend(intent("R-1"), young())
+        assert (await witness.begin(intent("R-2"), steady()))[0] is Standing.ASK_FIRST
+        _, entry = await other.begin(intent("R-1"), young())
         assert young().boot - entry.sent_at.boot < 15
-        assert (await witness.intend(intent("R-3"), steady()))[0] is Standing.ASK_FIRST
+        assert (await witness.begin(intent("R-3"), steady()))[0] is Standing.ASK_FIRST
 
 
 async def test_a_journal_needs_the_clock_of_its_session(make):
     """A moment of another boot clock raises ``ConfigurationError``: leases would be of any length."""
     async with make() as journal:
         with pytest.raises(ConfigurationError, match="give it the clock of its session"):
-            await journal.intend(intent(), Machine("elsewhere")())
+            await journal.begin(intent(), Machine("elsewhere")())
 
 
 # ── what may befall it ───────────────────────────────────────────────────────────────────────────
@@ -378,12 +378,12 @@ async def test_another_version_is_refused_with_advice(make, administer):
 async def test_a_lost_connection_is_replaced(make, administer):
     """When the server ends its connections, the journal goes on with new ones."""
     async with make() as journal:
-        _, entry = await journal.intend(intent(), now())
+        _, entry = await journal.begin(intent(), now())
         async with journal._pool.connection() as connection:
             process = connection.info.backend_pid
         await administer(f"SELECT pg_terminate_backend({process}, 60000)")
-        assert (await journal.intend(intent(), now()))[0] is Standing.HELD
-        assert (await journal.settle(entry, MADE)).ending == MADE
+        assert (await journal.begin(intent(), now()))[0] is Standing.LEASED
+        assert (await journal.finish(entry, MADE)).ending == MADE
 
 
 async def test_a_database_that_does_not_answer_fails_in_time(make, administer):
@@ -401,11 +401,11 @@ async def test_a_database_that_does_not_answer_fails_in_time(make, administer):
             group.start_soon(block)
             await blocking.wait()
             with pytest.raises(JournalError, match=r"no answer within 0\.3 s"):
-                await journal.intend(intent(), now())
+                await journal.begin(intent(), now())
             with pytest.raises(JournalError, match=r"no answer within 0\.3 s"):
                 await journal.counts()
             blocked.set()
-        assert (await journal.intend(intent(), now()))[0] is Standing.NEW
+        assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
 async def test_a_database_that_is_not_there_is_named_without_the_password(tmp_path):

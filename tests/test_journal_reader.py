@@ -17,28 +17,28 @@ def path(tmp_path):
 
 
 async def test_a_journal_can_be_looked_into_while_it_is_in_use(path):
-    """A reader sees what its owner has begun and settled, and does not keep the owner from going on."""
+    """A reader sees what its owner has begun and resolved, and does not keep the owner from going on."""
     async with SqliteJournal(path) as journal, SqliteReader(path) as before:
-        await journal.intend(intent("R-1"), now())
-        await journal.settle(held("R-1"), MADE)
-        await journal.intend(intent("R-2"), now())
+        await journal.begin(intent("R-1"), now())
+        await journal.finish(held("R-1"), MADE)
+        await journal.begin(intent("R-2"), now())
         async with SqliteReader(path) as reader:
             assert [entry.no_refund async for entry in reader.entries()] == ["R-1", "R-2"]
             assert [entry.no_refund async for entry in reader.pending()] == ["R-2"]
             assert (await reader.counts())[State.DONE] == (await before.counts())[State.DONE] == 1
-            await journal.settle(held("R-2"), MADE)
+            await journal.finish(held("R-2"), MADE)
         assert [entry async for entry in before.entries()] == []
 
 
 async def test_a_look_changes_nothing(path):
     """A journal that was looked into after its owner's end has the bytes that it had, and no owner."""
     async with SqliteJournal(path) as journal:
-        await journal.intend(intent("R-1"), now())
+        await journal.begin(intent("R-1"), now())
     before = path.read_bytes()
     async with SqliteReader(path) as reader:
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
             reader._file._connection.execute("DELETE FROM refunds")
-        assert (await reader.counts())[State.UNSETTLED] == 1
+        assert (await reader.counts())[State.UNRESOLVED] == 1
     assert path.read_bytes() == before
     async with SqliteReader(path), SqliteJournal(path) as journal:
         assert await journal.find("R-1") is not None

@@ -40,8 +40,8 @@ from lianlian_async.journal import SqliteJournal
 async def main():
     async with SqliteJournal({path!r}) as journal:
         for number in range(3):
-            await journal.intend(intent(f"R-{{number}}"), now())
-        await journal.settle(held("R-1"), MADE)
+            await journal.begin(intent(f"R-{{number}}"), now())
+        await journal.finish(held("R-1"), MADE)
         {then}
 
 anyio.run(main)
@@ -64,13 +64,13 @@ def program(path, then):
 
 
 async def test_what_a_killed_process_left_open_is_unsettled(path):
-    """After SIGKILL all is there: what was settled is settled, what was begun is UNSETTLED, though still held."""
+    """After SIGKILL all is there: what was resolved is resolved, what was begun is UNRESOLVED, though still held."""
     assert (await anyio.run_process(program(path, _DIE), check=False)).returncode == -signal.SIGKILL
     async with SqliteJournal(path) as journal:
         at = now()
-        standing, entry = await journal.intend(intent("R-0"), at)
-        assert (standing, entry.sent_at) == (Standing.UNSETTLED, at)
-        assert (await journal.intend(intent("R-1"), at))[0] is Standing.SETTLED
+        standing, entry = await journal.begin(intent("R-0"), at)
+        assert (standing, entry.sent_at) == (Standing.UNRESOLVED, at)
+        assert (await journal.begin(intent("R-1"), at))[0] is Standing.FINISHED
         assert [entry.no_refund async for entry in journal.pending()] == ["R-0", "R-2"]
 
 
@@ -101,7 +101,7 @@ async def test_a_second_journal_of_the_same_process_is_refused(path):
         with pytest.raises(RuntimeError, match="open already"):
             async with journal:
                 pass
-        await journal.intend(intent(), now())
+        await journal.begin(intent(), now())
 
 
 async def test_a_forked_child_is_refused_and_does_no_harm(path):
@@ -118,9 +118,9 @@ async def test_a_forked_child_is_refused_and_does_no_harm(path):
             os._exit(0)
         os.waitpid(child, 0)
         for number in range(3, 500):
-            await journal.intend(intent(f"R-{number}"), now())
+            await journal.begin(intent(f"R-{number}"), now())
             if number % 100 == 0:
-                await journal.settle(held(f"R-{number}"), MADE)
+                await journal.finish(held(f"R-{number}"), MADE)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     process = await anyio.run_process(program(path, then.strip()), check=False)
@@ -209,7 +209,7 @@ async def test_a_child_process_leaves_the_journal_to_its_parent(path, monkeypatc
             with pytest.raises(JournalError, match="open journals after forking"):
                 await journal.find("R-1")
             await journal.__aexit__(None, None, None)
-        await journal.intend(intent(), now())
+        await journal.begin(intent(), now())
 
 
 async def test_a_journal_that_is_not_open_is_a_bug(path):
@@ -219,11 +219,11 @@ async def test_a_journal_that_is_not_open_is_a_bug(path):
         await journal.find("R-1")
     async with journal:
         for number in range(501):
-            await journal.intend(intent(f"R-{number}"), now())
+            await journal.begin(intent(f"R-{number}"), now())
         pending = journal.pending()
         await anext(pending)
     with pytest.raises(RuntimeError, match="not open"):
-        await journal.settle(held("R-1"), MADE)
+        await journal.finish(held("R-1"), MADE)
     with pytest.raises(RuntimeError, match="not open"):
         async for _ in pending:
             pass
@@ -237,13 +237,13 @@ async def test_a_lease_ends_by_the_boot_clock(path):
     """Within one boot nothing else counts: a wall clock that steps neither ends a lease nor makes it longer."""
     async with SqliteJournal(path) as journal:
         at = now()
-        await journal.intend(intent(lease=60), at)
+        await journal.begin(intent(lease=60), at)
         for step in (-7200, 600, 901, 86_400):
             early = attrs.evolve(at.after(59), wall=at.wall + timedelta(seconds=step))
-            assert (await journal.intend(intent(lease=60), early))[0] is Standing.HELD
+            assert (await journal.begin(intent(lease=60), early))[0] is Standing.LEASED
         late = attrs.evolve(at.after(61), wall=at.wall - timedelta(hours=2))
-        standing, entry = await journal.intend(intent(lease=60), late)
-        assert (standing, entry.sent_at) == (Standing.UNSETTLED, at.after(60))
+        standing, entry = await journal.begin(intent(lease=60), late)
+        assert (standing, entry.sent_at) == (Standing.UNRESOLVED, at.after(60))
 
 
 @pytest.mark.parametrize("gateway", [None, EARLIER])
@@ -251,14 +251,14 @@ async def test_after_a_boot_a_send_counts_from_then_unless_the_gateways_time_is_
     """Without that no clock will ever tell how long ago it was, so the count starts again, on record."""
     sent_at = Moment(EARLIER, 5.0, "an earlier boot", gateway)
     async with SqliteJournal(path) as journal:
-        _, entry = await journal.intend(intent(), sent_at)
+        _, entry = await journal.begin(intent(), sent_at)
         await journal.release(entry, sent_at)
     async with SqliteJournal(path) as journal:
         at = now()
         for _ in range(2):
-            standing, entry = await journal.intend(intent(lease=-1), at)
+            standing, entry = await journal.begin(intent(lease=-1), at)
             expected = at if gateway is None else sent_at
-            assert (standing, entry.sent_at) == (Standing.UNSETTLED, expected)
+            assert (standing, entry.sent_at) == (Standing.UNRESOLVED, expected)
 
 
 async def test_what_is_recorded_survives_a_power_failure(path):
@@ -271,8 +271,8 @@ async def test_what_is_recorded_survives_a_power_failure(path):
 async def test_a_file_is_left_behind_that_anybody_can_read(path):
     """Closed, the journal is one file and an empty owner file; the fields and records in it are plain JSON."""
     async with SqliteJournal(path) as journal:
-        await journal.intend(intent(), now())
-        await journal.settle(held("R-1"), MADE)
+        await journal.begin(intent(), now())
+        await journal.finish(held("R-1"), MADE)
     assert {file.name: file.stat().st_size > 0 for file in path.parent.iterdir()} == {
         "journal.sqlite": True,
         "journal.sqlite-owner": False,
@@ -288,16 +288,16 @@ async def test_a_number_that_is_not_on_record_is_known_without_asking_the_file(p
     statements = []
     async with SqliteJournal(path) as journal, anyio.create_task_group() as group:
         for number in range(2500):
-            group.start_soon(journal.intend, intent(f"R-{number}"), now())
+            group.start_soon(journal.begin, intent(f"R-{number}"), now())
     async with SqliteJournal(path) as journal:
         for number in (0, 1234, 2499):
             assert (await journal.find(f"R-{number}")).no_refund == f"R-{number}"
-        assert (await journal.intend(intent("R-2499"), now()))[0] is Standing.UNSETTLED
+        assert (await journal.begin(intent("R-2499"), now()))[0] is Standing.UNRESOLVED
         journal._file._connection.set_trace_callback(statements.append)
         assert [await journal.find(f"new-{number}") for number in range(10)] == [None] * 10
         assert statements == []
-        await journal.intend(intent("new-1"), now())
-        await journal.settle(held("new-1"), MADE)
+        await journal.begin(intent("new-1"), now())
+        await journal.finish(held("new-1"), MADE)
         assert not [statement for statement in statements if statement.lstrip().startswith("SELECT")]
         assert (await journal.find("new-1")).ending == MADE
 
@@ -306,13 +306,13 @@ async def test_while_it_learns_what_is_on_record_nothing_is_missed(path):
     """From the first moment after the opening, every refund on record is found and none is begun twice."""
     async with SqliteJournal(path) as journal, anyio.create_task_group() as group:
         for number in range(3000):
-            group.start_soon(journal.intend, intent(f"R-{number}"), now())
+            group.start_soon(journal.begin, intent(f"R-{number}"), now())
     async with SqliteJournal(path) as journal:
         for number in range(2999, 0, -500):
-            assert (await journal.intend(intent(f"R-{number}"), now()))[0] is Standing.UNSETTLED
+            assert (await journal.begin(intent(f"R-{number}"), now()))[0] is Standing.UNRESOLVED
             assert await journal.find(f"new-{number}") is None
-            assert (await journal.intend(intent(f"new-{number}"), now()))[0] is Standing.NEW
-        assert (await journal.counts())[State.UNSETTLED] == 3006
+            assert (await journal.begin(intent(f"new-{number}"), now()))[0] is Standing.NEW
+        assert (await journal.counts())[State.UNRESOLVED] == 3006
 
 
 @pytest.mark.parametrize(
@@ -356,14 +356,14 @@ async def test_another_version_is_refused_with_advice(path):
 async def test_a_corrupted_file_is_said_to_be(path, damaged):
     """Damage in the file raises ``JournalError`` with advice as soon as something meets it."""
     async with SqliteJournal(path) as journal:
-        await journal.intend(intent(), now())
+        await journal.begin(intent(), now())
     [[page]] = _sqlite(path, f"SELECT rootpage FROM sqlite_master WHERE name = '{damaged}'")
     with path.open("r+b") as file:
         file.seek((page - 1) * 4096)
         file.write(b"\xff" * 4096)
     with pytest.raises(JournalError, match="malformed; keep the file, and restore it"):
         async with SqliteJournal(path) as journal:
-            await journal.intend(intent(), now())
+            await journal.begin(intent(), now())
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-owner"])
@@ -372,12 +372,12 @@ async def test_a_file_that_is_gone_is_noticed(path, suffix, replaced):
     """When the file, its log or its owner file is removed or replaced, nothing more is said to be recorded."""
     gone = Path(f"{path}{suffix}")
     async with SqliteJournal(path) as journal:
-        await journal.intend(intent("R-1"), now())
+        await journal.begin(intent("R-1"), now())
         copy = shutil.copy(gone, f"{gone}.copy")
         Path.unlink(gone)
         if replaced:
             shutil.move(copy, gone)
-        for verb in (journal.intend(intent("R-2"), now()), journal.settle(held("R-1"), MADE)):
+        for verb in (journal.begin(intent("R-2"), now()), journal.finish(held("R-1"), MADE)):
             with pytest.raises(JournalError, match=f"{gone.name} was removed or replaced while it was open"):
                 await verb
 
@@ -386,7 +386,7 @@ async def test_a_full_disk_fails_whole_and_passes(path):
     """With no room left everyone waiting gets ``JournalError`` and nothing is recorded; with room again it goes on."""
     async with SqliteJournal(path) as journal:
         for number in range(10):
-            await journal.intend(intent(f"R-{number}"), now())
+            await journal.begin(intent(f"R-{number}"), now())
         connection = journal._file._connection
         [[pages]] = connection.execute("PRAGMA page_count").fetchall()
         connection.execute(f"PRAGMA max_page_count = {pages}")
@@ -394,7 +394,7 @@ async def test_a_full_disk_fails_whole_and_passes(path):
 
         async def fail(number):
             with pytest.raises(JournalError, match="full; make room on the disk") as caught:
-                await journal.intend(intent(f"late-{number}", body=b"x" * 5000), now())
+                await journal.begin(intent(f"late-{number}", body=b"x" * 5000), now())
             errors.append(caught.value)
 
         async with anyio.create_task_group() as group:
@@ -402,11 +402,11 @@ async def test_a_full_disk_fails_whole_and_passes(path):
                 group.start_soon(fail, number)
         assert len({id(error) for error in errors}) == 100
         assert isinstance(errors[0].__cause__, JournalError)
-        assert (await journal.counts())[State.UNSETTLED] == 10
+        assert (await journal.counts())[State.UNRESOLVED] == 10
         assert await journal.find("late-1") is None
         connection.execute("PRAGMA max_page_count = 100000")
-        assert (await journal.intend(intent("late-1", body=b"x" * 5000), now()))[0] is Standing.NEW
-        assert (await journal.intend(intent("R-1"), now()))[0] is Standing.HELD
+        assert (await journal.begin(intent("late-1", body=b"x" * 5000), now()))[0] is Standing.NEW
+        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.LEASED
 
 
 async def test_a_disk_that_fails_is_named(path, monkeypatch):
@@ -419,7 +419,7 @@ async def test_a_disk_that_fails_is_named(path, monkeypatch):
 
             broken.setattr(os.path, "samestat", fail)
             with pytest.raises(JournalError, match=r"journal\.sqlite: .*Input/output error"):
-                await journal.intend(intent(), now())
+                await journal.begin(intent(), now())
 
 
 def _sqlite(path, statement):
@@ -444,8 +444,8 @@ async def test_a_damaged_journal_is_a_journal_error(path, damage):
     """Whatever was damaged, the error names the file; nothing of Python's or SQLite's own comes through."""
     async with SqliteJournal(path) as journal:
         for number in (1, 2):
-            await journal.intend(intent(f"R-{number}"), now())
-        await journal.settle(await journal.find("R-1"), MADE)
+            await journal.begin(intent(f"R-{number}"), now())
+        await journal.finish(await journal.find("R-1"), MADE)
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.executescript(damage)
         connection.commit()
@@ -462,7 +462,7 @@ async def test_a_damaged_journal_is_a_journal_error(path, damage):
 async def test_noise_in_the_file_is_a_journal_error_or_harmless(path):
     """Wherever bytes of the schema's page are damaged, opening it raises nothing but ``JournalError``."""
     async with SqliteJournal(path) as journal:
-        await journal.intend(intent(), now())
+        await journal.begin(intent(), now())
     content = path.read_bytes()
     noise = random.Random(1)
     for _ in range(60):

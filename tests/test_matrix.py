@@ -18,7 +18,7 @@ from lianlian_async.sandbox import Fault, Repeated, When
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 DEFAULT = RetryPolicy()
-DEDUPLICATES = RetryPolicy(absence_grace=0.0)
+DEDUPLICATES = RetryPolicy(not_found_grace=0.0)
 """What one may say to a gateway that is known to take a number only once."""
 
 every_fault = pytest.mark.parametrize("fault", list(Fault), ids=lambda fault: fault.name)
@@ -28,7 +28,7 @@ CASES = list(itertools.product(("apply", "query", "both"), When, (2.0, 15.0)))
 
 
 def struck(fault, repeated, call, when, delay):
-    """A gateway that is struck by ``fault`` once in each of the named calls; questions are provoked by a 500."""
+    """A gateway that is struck by ``fault`` once in each of the named calls; queries are provoked by a 500."""
     gateway = sandbox(repeated=repeated, delay=delay)
     if call != "query":
         gateway.script(fault, call="apply", when=when)
@@ -54,7 +54,7 @@ def assert_agrees(gateway, outcome):
         assert isinstance(outcome.error, RefundOutcomeUnknown)
 
 
-async def settled(session, outcome):
+async def resolved(session, outcome):
     """``outcome``, or what becomes of it when it is asked about again at the time it names."""
     for _ in range(20):
         if not isinstance(outcome.error, RefundOutcomeUnknown):
@@ -75,7 +75,7 @@ async def test_under_default_settings_nothing_is_made_twice(fault, repeated):
             first = await session.outcome_of(refund_request())
             assert anyio.current_time() <= began + 30, case
             assert_agrees(gateway, first)
-            last = await settled(session, first)
+            last = await resolved(session, first)
             assert_agrees(gateway, last)
         assert last.refund is not None, case
         assert gateway.money_moved("R-1") == 10, case
@@ -90,7 +90,7 @@ async def test_on_a_gateway_that_deduplicates_everything_ends_made(fault, repeat
         async with gateway.session(retry=DEDUPLICATES, clock=boot_clock) as session:
             outcome = await session.outcome_of(refund_request())
             assert_agrees(gateway, outcome)
-            last = await settled(session, outcome)
+            last = await resolved(session, outcome)
             assert_agrees(gateway, last)
             if case[2] < 10 or fault is not Fault.TOO_MANY:
                 assert outcome.refund is not None, case
@@ -143,7 +143,7 @@ async def test_in_a_storm_of_all_faults_the_books_agree(seed, policy, switches):
                 assert_agrees(gateway, outcome)
                 first[type(outcome.error).__name__] += 1
             for outcome in outcomes:
-                end = await settled(session, outcome)
+                end = await resolved(session, outcome)
                 assert_agrees(gateway, end)
                 last[type(end.error).__name__] += 1
         assert first.total() == last.total() == 20

@@ -1,4 +1,4 @@
-"""The onion around one exchange: who repeats what and when, within which time, and what is believed of whom."""
+"""The compose around one exchange: who repeats what and when, within which time, and what is believed of whom."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from lianlian_async import (
     RetryBudget,
     RetryPolicy,
 )
-from lianlian_async.exchange import Call, Exchange, Known, Reply
-from lianlian_async.middleware import Attempt, Observer, Permit, RateLimit, Retry, onion
+from lianlian_async.exchange import Call, Exchange, Finding, Reply
+from lianlian_async.middleware import Attempt, Limit, Observer, RateLimit, Retry, compose
 from lianlian_async.models import Refund
-from lianlian_async.retry import Bucket, Deadline
+from lianlian_async.retry import Deadline, TokenBucket
 from lianlian_async.sandbox import Fault, Repeated
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 ERROR = GatewayUnavailable("busy", attempts=1, last_error="busy", ret_code=None)
-NOT_SENT = Reply(known=Known.NOT_SENT, error=RefundNotSent("R-1", attempts=1, last_error="refused"))
-UNCERTAIN = Reply(known=Known.UNCERTAIN, error=ERROR)
-FOUND = Reply(known=Known.FOUND, refund=Refund(no_refund="R-1"))
-EXISTS = Reply(known=Known.EXISTS, error=ERROR)
+NOT_SENT = Reply(finding=Finding.NOT_SENT, error=RefundNotSent("R-1", attempts=1, last_error="refused"))
+UNCERTAIN = Reply(finding=Finding.UNCERTAIN, error=ERROR)
+FOUND = Reply(finding=Finding.FOUND, refund=Refund(no_refund="R-1"))
+EXISTS = Reply(finding=Finding.EXISTS, error=ERROR)
 REJECTED = Reply(
-    known=Known.REJECTED,
+    finding=Finding.REJECTED,
     error=RefundRejected("5007", "", meaning="", advice="", is_configuration=False, verified=True, no_refund="R-1"),
 )
 NOT_FOUND = Reply(
-    known=Known.NOT_FOUND,
+    finding=Finding.NOT_FOUND,
     error=RefundNotFound(no_refund="R-1", oid_refundno=None, ret_code="8901", ret_msg="", verified=True),
 )
 
@@ -58,7 +58,7 @@ def exchange(call=Call.APPLY, *, seconds=30.0, **policy):
 
 
 class Gateway:
-    """The far end of an onion: gives ``replies`` in order, the last one for ever, each after ``takes`` seconds."""
+    """The far end of an compose: gives ``replies`` in order, the last one for ever, each after ``takes`` seconds."""
 
     def __init__(self, *replies, takes=0.0):
         self.replies = list(replies)
@@ -79,7 +79,7 @@ class Gateway:
 
 
 def retrying(gateway, budget=None):
-    return onion([Retry(Bucket(budget or RetryBudget()))], gateway)
+    return compose([Retry(TokenBucket(budget or RetryBudget()))], gateway)
 
 
 # ── what is repeated ─────────────────────────────────────────────────────────────────────────────
@@ -99,7 +99,7 @@ def retrying(gateway, budget=None):
         (Call.QUERY, REJECTED, 1),
         (Call.QUERY, FOUND, 1),
     ],
-    ids=lambda value: value.known.name if isinstance(value, Reply) else str(value),
+    ids=lambda value: value.finding.name if isinstance(value, Reply) else str(value),
 )
 async def test_only_what_cannot_do_harm_is_repeated(call, reply, attempts):
     """An apply call is repeated only if it was certainly not sent, a question whenever it got no usable answer."""
@@ -156,20 +156,20 @@ async def test_a_pause_that_outlasts_the_deadline_is_not_begun():
 
 async def test_an_empty_budget_ends_all_repeating():
     """One session's calls share one budget: when it is spent, each ends after its first attempt."""
-    layer = Retry(Bucket(RetryBudget(capacity=5, per_second=0)))
+    layer = Retry(TokenBucket(RetryBudget(capacity=5, per_second=0)))
     attempts = []
     for _ in range(4):
-        reply = await onion([layer], Gateway(NOT_SENT))(exchange(attempts=4))
+        reply = await compose([layer], Gateway(NOT_SENT))(exchange(attempts=4))
         attempts.append(reply.attempts)
     assert attempts == [4, 3, 1, 1]
 
 
 async def test_a_budget_fills_up_again():
     """After a rest there is budget again."""
-    layer = Retry(Bucket(RetryBudget(capacity=2, per_second=0.1)))
+    layer = Retry(TokenBucket(RetryBudget(capacity=2, per_second=0.1)))
     for rest, attempts in ((0, 3), (0, 1), (10, 2), (100, 3)):
         await anyio.sleep(rest)
-        reply = await onion([layer], Gateway(NOT_SENT))(exchange(attempts=4, initial=1e-6, maximum=1e-6))
+        reply = await compose([layer], Gateway(NOT_SENT))(exchange(attempts=4, initial=1e-6, maximum=1e-6))
         assert reply.attempts == attempts
 
 
@@ -180,8 +180,8 @@ async def test_a_budget_fills_up_again():
 async def test_one_attempt_takes_at_most_half_of_what_is_left(left, share):
     """An attempt ends after half of the time left, and after 10 s at most, so that there is time to ask."""
     gateway = Gateway(FOUND, takes=1e9)
-    reply = await onion([Attempt()], gateway)(exchange(seconds=left))
-    assert reply.known is Known.NOT_SENT  # this gateway never got as far as the wire
+    reply = await compose([Attempt()], gateway)(exchange(seconds=left))
+    assert reply.finding is Finding.NOT_SENT  # this gateway never got as far as the wire
     assert anyio.current_time() == pytest.approx(share)
     assert gateway.seen[0].seconds == pytest.approx(share)
 
@@ -190,8 +190,8 @@ async def test_one_attempt_takes_at_most_half_of_what_is_left(left, share):
 async def test_no_attempt_begins_after_the_deadline(left):
     """What is left is worth no attempt: nothing is sent."""
     gateway = Gateway(FOUND)
-    reply = await onion([Attempt()], gateway)(exchange(seconds=left))
-    assert reply.known is Known.NOT_SENT
+    reply = await compose([Attempt()], gateway)(exchange(seconds=left))
+    assert reply.finding is Finding.NOT_SENT
     assert "deadline" in reply.error.last_error
     assert not gateway.began
 
@@ -199,8 +199,8 @@ async def test_no_attempt_begins_after_the_deadline(left):
 async def test_repeating_never_overruns_the_deadline():
     """However slow a gateway is, the last attempt begins before the deadline and ends by it."""
     gateway = Gateway(UNCERTAIN, takes=3.0)
-    layers = [Retry(Bucket(RetryBudget())), Attempt()]
-    await onion(layers, gateway)(exchange(Call.QUERY, attempts=1000))
+    layers = [Retry(TokenBucket(RetryBudget())), Attempt()]
+    await compose(layers, gateway)(exchange(Call.QUERY, attempts=1000))
     assert anyio.current_time() <= 30.0
     assert max(gateway.began) < 30.0
     assert len(gateway.began) > 4
@@ -211,8 +211,8 @@ async def test_a_limiter_s_wait_does_not_count():
     limiter = RateLimit(1 / 100)
     gateway = Gateway(FOUND)
     for number in range(3):
-        reply = await onion([Permit(limiter), Attempt()], gateway)(exchange(seconds=5))
-        assert reply.known is Known.FOUND
+        reply = await compose([Limit(limiter), Attempt()], gateway)(exchange(seconds=5))
+        assert reply.finding is Finding.FOUND
         assert anyio.current_time() == 100.0 * number
         assert gateway.seen[-1].deadline.left(anyio.current_time()) == pytest.approx(5)
 
@@ -227,10 +227,10 @@ async def test_a_limiter_is_held_around_each_attempt_and_not_in_between():
         await anyio.sleep(1)
         return UNCERTAIN
 
-    layers = [Retry(Bucket(RetryBudget())), Permit(limiter), Attempt()]
+    layers = [Retry(TokenBucket(RetryBudget())), Limit(limiter), Attempt()]
     async with anyio.create_task_group() as tasks:
         for _ in range(2):
-            tasks.start_soon(onion(layers, gateway), exchange(Call.QUERY, attempts=3, initial=5, maximum=5))
+            tasks.start_soon(compose(layers, gateway), exchange(Call.QUERY, attempts=3, initial=5, maximum=5))
     assert inside == [0] * 6
     assert limiter.value == 1
 
@@ -255,18 +255,18 @@ async def test_a_limiter_that_lets_nobody_in_sends_nothing():
     """A limiter that raises on entering leaves the call unsent, with the limiter's error behind it."""
     cause = OSError("redis is down")
     gateway = Gateway(FOUND)
-    reply = await onion([Permit(BrokenLimiter(entering=cause)), Attempt()], gateway)(exchange())
-    assert reply.known is Known.NOT_SENT
+    reply = await compose([Limit(BrokenLimiter(entering=cause)), Attempt()], gateway)(exchange())
+    assert reply.finding is Finding.NOT_SENT
     assert "redis is down" in reply.error.last_error
     assert reply.error.__cause__ is cause
     assert not gateway.began
 
 
-@pytest.mark.parametrize("reply", [FOUND, UNCERTAIN, REJECTED], ids=lambda reply: reply.known.name)
+@pytest.mark.parametrize("reply", [FOUND, UNCERTAIN, REJECTED], ids=lambda reply: reply.finding.name)
 async def test_a_limiter_that_raises_afterwards_cannot_lose_a_reply(reply):
     """What an attempt has taught outlives a limiter that raises on leaving."""
-    layers = [Permit(BrokenLimiter(leaving=OSError("redis is down"))), Attempt()]
-    assert await onion(layers, Gateway(reply))(exchange()) is reply
+    layers = [Limit(BrokenLimiter(leaving=OSError("redis is down"))), Attempt()]
+    assert await compose(layers, Gateway(reply))(exchange()) is reply
 
 
 async def test_a_limiter_that_swallows_a_cancellation_leaves_the_call_open():
@@ -282,8 +282,8 @@ async def test_a_limiter_that_swallows_a_cancellation_leaves_the_call_open():
 
     reply = None
     with anyio.CancelScope() as scope:
-        reply = await onion([Permit(Swallowing())], cancelled)(exchange())
-    assert reply.known is Known.UNCERTAIN
+        reply = await compose([Limit(Swallowing())], cancelled)(exchange())
+    assert reply.finding is Finding.UNCERTAIN
 
 
 # ── the caller's own layers ──────────────────────────────────────────────────────────────────────
@@ -302,14 +302,14 @@ async def test_the_first_layer_is_the_outermost():
 
         return call
 
-    assert await onion([layer("a"), layer("b"), layer("c")], Gateway(FOUND))(exchange()) is FOUND
+    assert await compose([layer("a"), layer("b"), layer("c")], Gateway(FOUND))(exchange()) is FOUND
     assert path == list("abcCBA")
 
 
 async def test_an_onion_without_layers_is_its_core():
     """No layers, nothing in between."""
     gateway = Gateway(FOUND)
-    assert onion([], gateway) is gateway
+    assert compose([], gateway) is gateway
 
 
 async def test_an_observer_sees_every_attempt_with_its_reply_and_time():
@@ -317,12 +317,12 @@ async def test_an_observer_sees_every_attempt_with_its_reply_and_time():
     seen = []
 
     def callback(exchange, reply, seconds):
-        seen.append((exchange.attempt, reply.known, seconds))
+        seen.append((exchange.attempt, reply.finding, seconds))
 
     gateway = Gateway(UNCERTAIN, UNCERTAIN, FOUND, takes=2.0)
-    await onion([Retry(Bucket(RetryBudget())), Attempt(), Observer(callback)], gateway)(exchange(Call.QUERY))
+    await compose([Retry(TokenBucket(RetryBudget())), Attempt(), Observer(callback)], gateway)(exchange(Call.QUERY))
     two = pytest.approx(2.0)
-    assert seen == [(1, Known.UNCERTAIN, two), (2, Known.UNCERTAIN, two), (3, Known.FOUND, two)]
+    assert seen == [(1, Finding.UNCERTAIN, two), (2, Finding.UNCERTAIN, two), (3, Finding.FOUND, two)]
 
 
 async def test_an_observer_sees_an_attempt_that_runs_out_of_time():
@@ -330,14 +330,14 @@ async def test_an_observer_sees_an_attempt_that_runs_out_of_time():
     seen = []
 
     async def stuck(exchange):
-        exchange.trail.open_sends += 1
+        exchange.send_count.open_sends += 1
         await anyio.sleep_forever()
 
     def callback(exchange, reply, seconds):
-        seen.append((reply.known, str(reply.error), seconds))
+        seen.append((reply.finding, str(reply.error), seconds))
 
-    await onion([Attempt(), Observer(callback)], stuck)(exchange(seconds=8.0))
-    assert seen == [(Known.UNCERTAIN, "apply: cancelled, or out of time", pytest.approx(4.0))]
+    await compose([Attempt(), Observer(callback)], stuck)(exchange(seconds=8.0))
+    assert seen == [(Finding.UNCERTAIN, "apply: cancelled, or out of time", pytest.approx(4.0))]
 
 
 SESSION = {"clock": boot_clock, "retry": RetryPolicy(attempts=3)}
@@ -406,7 +406,7 @@ async def test_a_layer_that_returns_nonsense_loses_no_refund(nonsense):
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
-@pytest.mark.parametrize("lie", [NOT_SENT, REJECTED], ids=lambda reply: reply.known.name)
+@pytest.mark.parametrize("lie", [NOT_SENT, REJECTED], ids=lambda reply: reply.finding.name)
 async def test_a_layer_cannot_talk_a_sent_refund_away(lie):
     """A layer that calls a sent refund unsent or rejected is not believed; the question finds the refund."""
     gateway = sandbox()
@@ -526,11 +526,11 @@ async def test_a_layer_s_exception_ends_a_query_in_one_of_our_errors():
 @pytest.mark.parametrize(
     "parts",
     [
-        {"known": Known.FOUND},
-        {"known": Known.FOUND, "error": ERROR},
-        {"known": Known.NOT_SENT},
-        {"known": Known.UNCERTAIN, "refund": FOUND.refund},
-        {"known": Known.UNCERTAIN, "refund": FOUND.refund, "error": ERROR},
+        {"finding": Finding.FOUND},
+        {"finding": Finding.FOUND, "error": ERROR},
+        {"finding": Finding.NOT_SENT},
+        {"finding": Finding.UNCERTAIN, "refund": FOUND.refund},
+        {"finding": Finding.UNCERTAIN, "refund": FOUND.refund, "error": ERROR},
     ],
     ids=str,
 )
@@ -622,7 +622,7 @@ async def test_a_rate_that_is_none_is_refused(per_second, burst):
 
 
 async def test_a_rate_limit_holds_for_every_attempt_of_a_session():
-    """As a session's limiter it spaces apply calls and questions alike, and no call loses time by it."""
+    """As a session's limiter it spaces apply calls and queries alike, and no call loses time by it."""
     gateway = sandbox()
     gateway.script(Fault.BUSY, call="apply", times=2)
     began = []

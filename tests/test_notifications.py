@@ -44,7 +44,7 @@ from lianlian_async import (
     RefundStatus,
     RetryPolicy,
     VerifyingKey,
-    rsa_thread,
+    rsa_worker,
     wire,
 )
 from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, State
@@ -489,7 +489,7 @@ async def test_what_contradicts_the_journal_is_never_acted_on(journal, handler, 
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     await begin(journal)
     if recorded is not None:
-        await journal.settle(await journal.find("R-1"), recorded)
+        await journal.finish(await journal.find("R-1"), recorded)
     before = await journal.find("R-1")
     assert (await endpoint.handle(notification(**changes), HEADERS)).status == 409
     after = await journal.find("R-1")
@@ -519,7 +519,7 @@ async def test_a_worker_that_died_loses_its_lease(handler):
         inbox = await journal.inbox()
         [left] = [entry async for entry in inbox.pending()]
         intent = journals.intent(left.no_refund, digest=left.digest, fields=left.fields, lease=8)
-        await inbox.intend(intent, now[0])
+        await inbox.begin(intent, now[0])
         endpoint = NotificationEndpoint(
             trusting(), handler, journal=journal, handler_seconds=0.01, clock=lambda: now[0]
         )
@@ -800,7 +800,7 @@ class SeenVerifyingKey(VerifyingKey):
 @pytest.mark.parametrize(("seconds", "inline"), [(0.0, False), (1e9, True)])
 async def test_verification_is_done_on_the_loop_only_where_it_is_cheap(monkeypatch, handler, seconds, inline):
     """Where checking a signature is dear, the thread does it."""
-    monkeypatch.setattr(rsa_thread, "INLINE_VERIFY_SECONDS", seconds)
+    monkeypatch.setattr(rsa_worker, "INLINE_VERIFY_SECONDS", seconds)
     monkeypatch.setattr(SeenVerifyingKey, "threads", [], raising=False)
     key = SeenVerifyingKey.load(keypairs.pair("gateway").public_pem)
     endpoint = NotificationEndpoint(trusting(gateway_public_keys=key), handler)

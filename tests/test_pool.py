@@ -180,7 +180,7 @@ async def test_no_more_than_max_connections_are_open():
 
 
 async def test_who_waits_is_served_in_order():
-    """Waiting requests get the connection in the order in which they came."""
+    """Waiters requests get the connection in the order in which they came."""
     async with answering() as server, pool_of(1) as pool, anyio.create_task_group() as tasks:
         for number in range(8):
             tasks.start_soon(fetch, pool, f"{server.url}/{number}")

@@ -69,7 +69,7 @@ def run(way: str, place: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("way", ENDS)
 async def test_it_ends_and_the_journal_tells_what_may_have_been_made(way, place):
-    """However it ends, nothing waits for ever; the next process opens the journal and finds each refund unsettled."""
+    """However it ends, nothing waits for ever; the next process opens the journal and finds each refund unresolved."""
     exit_code, stderr = run(way, place)
     assert exit_code == ENDS[way], stderr
     assert ("it has ended" in stderr) is (exit_code == 0)
@@ -77,5 +77,5 @@ async def test_it_ends_and_the_journal_tells_what_may_have_been_made(way, place)
         entries = [entry async for entry in journal.entries()]
     assert {entry.no_refund for entry in entries} == NUMBERS
     for entry in entries:
-        assert entry.state is State.UNSETTLED
+        assert entry.state is State.UNRESOLVED
         assert entry.sent_at is not None or entry.no_refund == "R-1"  # it ended before its first byte

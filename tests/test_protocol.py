@@ -31,7 +31,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.codes import CODES, CodeClass
-from lianlian_async.exchange import Answer, Call, Exchange, Known, Lost, Reply
+from lianlian_async.exchange import Call, Exchange, Finding, HttpResponse, NoResponse, Reply
 from lianlian_async.protocol import Protocol
 from lianlian_async.retry import Deadline
 from lianlian_async.signing import signature_source
@@ -69,11 +69,11 @@ both_calls = pytest.mark.parametrize("asking", [APPLY, QUERY], ids=["apply", "qu
 
 def read(asking, fields, *, status=200, headers=JSON, protocol=PROTOCOL):
     body = fields if isinstance(fields, bytes) else as_json(fields)
-    return protocol.read(asking, Answer(status, headers, body))
+    return protocol.read(asking, HttpResponse(status, headers, body))
 
 
 def assert_uncertain(reply, error):
-    assert reply.known is Known.UNCERTAIN
+    assert reply.finding is Finding.UNCERTAIN
     assert reply.refund is None
     assert type(reply.error) is error
 
@@ -137,7 +137,7 @@ def test_a_signed_answer_to_the_question_is_the_refund(asking):
     """A 0000 answer that is validly signed and matches what was asked is FOUND, with every field typed."""
     fields = made(asking.asked, extra_field="kept")
     reply = read(asking, fields)
-    assert reply.known is Known.FOUND
+    assert reply.finding is Finding.FOUND
     assert reply.error is None
     assert reply.refund.no_refund == "R-1"
     assert reply.refund.sta_refund is RefundStatus.INITIALIZED
@@ -155,7 +155,7 @@ def test_a_found_refund_can_be_asked_about_though_the_answer_has_no_dt_refund():
 @pytest.mark.parametrize("text", ["10.00", "10.0", "10", "10.000"])
 def test_money_is_compared_as_an_amount(text):
     """A lenient spelling of the same amount is the same amount."""
-    assert read(APPLY, made(APPLY.asked, money_refund=text)).known is Known.FOUND
+    assert read(APPLY, made(APPLY.asked, money_refund=text)).finding is Finding.FOUND
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_signed_success_without_a_readable_amount_is_no_answer_to_an_apply_cal
 def test_a_signed_success_with_another_amount_is_a_conflict(text):
     """The number stands for another refund: the error carries the gateway's record of it."""
     reply = read(APPLY, made(APPLY.asked, money_refund=text))
-    assert (reply.known, reply.refund) == (Known.CONFLICT, None)
+    assert (reply.finding, reply.refund) == (Finding.CONFLICT, None)
     assert (reply.error.field, reply.error.ours, reply.error.theirs) == ("money_refund", "10.00", text)
     assert reply.error.record["money_refund"] == text
 
@@ -201,7 +201,7 @@ def test_a_signed_success_with_another_amount_is_a_conflict(text):
 def test_a_signed_success_with_another_time_is_a_conflict(asking):
     """A gateway that replays its first answer to a reused number has made nothing for the second refund."""
     reply = read(asking, made(asking.asked, dt_refund="20260105160001"))
-    assert (reply.known, reply.error.field) == (Known.CONFLICT, "dt_refund")
+    assert (reply.finding, reply.error.field) == (Finding.CONFLICT, "dt_refund")
 
 
 @both_calls
@@ -216,7 +216,7 @@ def test_a_signed_success_with_an_unreadable_time_is_no_answer(asking, text):
 @pytest.mark.parametrize("text", ["10.01", None])
 def test_a_query_is_not_about_money(text):
     """A query does not say how much it is about, so that any amount answers it."""
-    assert read(QUERY, made(QUERY.asked, money_refund=text)).known is Known.FOUND
+    assert read(QUERY, made(QUERY.asked, money_refund=text)).finding is Finding.FOUND
 
 
 @pytest.mark.parametrize("trader", [None, "201304121000001004"])
@@ -232,7 +232,7 @@ def test_a_later_question_names_the_merchant_that_was_refunded_for(trader):
 def test_a_query_by_lianlians_number_is_answered_by_that_number():
     """Asked by oid_refundno, the answer has to repeat it; the merchant's own number may be any."""
     asking = exchange(Call.QUERY, PROTOCOL.query_fields(RefundQuery(oid_refundno="2013051613121201", dt_refund=EPOCH)))
-    assert read(asking, made(asking.asked)).known is Known.FOUND
+    assert read(asking, made(asking.asked)).finding is Finding.FOUND
     assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch)
     assert_uncertain(read(asking, made(asking.asked, oid_refundno=None)), AnswerMismatch)
 
@@ -241,8 +241,8 @@ def test_a_query_by_both_numbers_is_answered_by_either_and_contradicted_by_eithe
     """Of two numbers that were asked by, one has to be repeated and none may differ."""
     query = RefundQuery(no_refund="R-1", oid_refundno="2013051613121201", dt_refund=EPOCH)
     asking = exchange(Call.QUERY, PROTOCOL.query_fields(query))
-    assert read(asking, made(asking.asked, no_refund=None)).known is Known.FOUND
-    assert read(asking, made(asking.asked, oid_refundno="")).known is Known.FOUND
+    assert read(asking, made(asking.asked, no_refund=None)).finding is Finding.FOUND
+    assert read(asking, made(asking.asked, oid_refundno="")).finding is Finding.FOUND
     assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch)
     assert_uncertain(read(asking, made(asking.asked, no_refund=None, oid_refundno=None)), AnswerMismatch)
 
@@ -289,11 +289,11 @@ def test_both_keys_of_a_rotation_are_known():
     rotating = attrs.evolve(PROTOCOL, gateway_keys=(STRANGER.public, GATEWAY.public))
     fields = {name: text for name, text in made(APPLY.asked).items() if name not in ("sign", "sign_type")}
     for key, known in (
-        (GATEWAY.private, Known.FOUND),
-        (STRANGER.private, Known.FOUND),
-        (MERCHANT.private, Known.UNCERTAIN),
+        (GATEWAY.private, Finding.FOUND),
+        (STRANGER.private, Finding.FOUND),
+        (MERCHANT.private, Finding.UNCERTAIN),
     ):
-        assert read(APPLY, sealed(fields, key), protocol=rotating).known is known
+        assert read(APPLY, sealed(fields, key), protocol=rotating).finding is known
 
 
 @both_calls
@@ -307,12 +307,12 @@ def test_no_flipped_bit_of_a_success_is_believed(asking):
             flipped = bytearray(body)
             flipped[position] ^= 1 << bit
             reply = read(asking, bytes(flipped))
-            if reply.known is Known.FOUND:
+            if reply.finding is Finding.FOUND:
                 believed += 1
                 # base64 has spare bits: the same signature may be spelled in several ways.
                 assert {**reply.refund.raw, "sign": ""} == {**fields, "sign": ""}
             else:
-                assert reply.known is not Known.NOT_SENT
+                assert reply.finding is not Finding.NOT_SENT
     assert believed < 8
 
 
@@ -320,17 +320,17 @@ def test_no_flipped_bit_of_a_success_is_believed(asking):
 
 TAUGHT = {
     # class: what an apply call learns, what a question learns
-    CodeClass.REJECTED: (Known.REJECTED, Known.REJECTED),
-    CodeClass.DUPLICATE: (Known.EXISTS, Known.UNCERTAIN),
-    CodeClass.IN_PROGRESS: (Known.EXISTS, Known.UNCERTAIN),
-    CodeClass.NOT_FOUND: (Known.UNCERTAIN, Known.NOT_FOUND),
-    CodeClass.UNCERTAIN: (Known.UNCERTAIN, Known.UNCERTAIN),
+    CodeClass.REJECTED: (Finding.REJECTED, Finding.REJECTED),
+    CodeClass.DUPLICATE: (Finding.EXISTS, Finding.UNCERTAIN),
+    CodeClass.IN_PROGRESS: (Finding.EXISTS, Finding.UNCERTAIN),
+    CodeClass.NOT_FOUND: (Finding.UNCERTAIN, Finding.NOT_FOUND),
+    CodeClass.UNCERTAIN: (Finding.UNCERTAIN, Finding.UNCERTAIN),
 }
 ERRORS = {
-    Known.REJECTED: (RefundRejected, QueryRejected),
-    Known.NOT_FOUND: (None, RefundNotFound),
-    Known.EXISTS: (RefundRejected, None),
-    Known.UNCERTAIN: (GatewayUnavailable, GatewayUnavailable),
+    Finding.REJECTED: (RefundRejected, QueryRejected),
+    Finding.NOT_FOUND: (None, RefundNotFound),
+    Finding.EXISTS: (RefundRejected, None),
+    Finding.UNCERTAIN: (GatewayUnavailable, GatewayUnavailable),
 }
 
 
@@ -343,16 +343,16 @@ def test_every_code_teaches_what_its_class_says(asking, ret_code, signed):
     kind = CODES[ret_code].kind if ret_code in CODES else CodeClass.UNCERTAIN
     answer = {"ret_code": ret_code, "ret_msg": "原因"}
     reply = read(asking, sealed(answer) if signed else answer)
-    assert reply.known is TAUGHT[kind][call]
+    assert reply.finding is TAUGHT[kind][call]
     assert reply.refund is None
-    assert type(reply.error) is ERRORS[reply.known][call]
+    assert type(reply.error) is ERRORS[reply.finding][call]
     assert reply.error.ret_code == ret_code
     assert "原因" in str(reply.error)
-    if reply.known in (Known.REJECTED, Known.NOT_FOUND):
+    if reply.finding in (Finding.REJECTED, Finding.NOT_FOUND):
         assert reply.error.verified is signed
         assert reply.error.ret_msg == "原因"
         assert reply.error.no_refund == "R-1"
-    if reply.known is Known.REJECTED:
+    if reply.finding is Finding.REJECTED:
         row = CODES[ret_code]
         assert (reply.error.meaning, reply.error.advice) == (row.meaning, row.advice)
         assert reply.error.is_configuration is row.is_configuration
@@ -362,7 +362,7 @@ def test_every_code_teaches_what_its_class_says(asking, ret_code, signed):
 def test_a_rejection_needs_no_words():
     """An answer that is nothing but a code is still that code."""
     reply = read(APPLY, {"ret_code": "5007"})
-    assert reply.known is Known.REJECTED
+    assert reply.finding is Finding.REJECTED
     assert reply.error.ret_msg == ""
 
 
@@ -378,7 +378,7 @@ def test_a_refusal_of_another_refund_is_not_ours(asking, field, text, signed):
 def test_an_empty_field_is_as_good_as_absent():
     """An error answer whose identity fields are there but empty is no other refund's: the signature omits them too."""
     answer = {"ret_code": "8901", "ret_msg": "没有记录", "no_refund": "", "oid_partner": ""}
-    assert read(QUERY, sealed(answer)).known is Known.NOT_FOUND
+    assert read(QUERY, sealed(answer)).finding is Finding.NOT_FOUND
 
 
 # ── in: what is not the protocol ─────────────────────────────────────────────────────────────────
@@ -403,7 +403,7 @@ def test_a_compressed_body_is_refused(asking, encoding):
 @pytest.mark.parametrize("encoding", ["", "identity", "Identity", "UTF-8", "utf8", "GBK"])
 def test_identity_is_no_compression(encoding):
     """A server may say that it did nothing to the body, or name the character set, as clients of LianLian's do."""
-    assert read(APPLY, made(APPLY.asked), headers={"content-encoding": encoding}).known is Known.FOUND
+    assert read(APPLY, made(APPLY.asked), headers={"content-encoding": encoding}).finding is Finding.FOUND
 
 
 @pytest.mark.parametrize(
@@ -439,8 +439,8 @@ def test_what_is_not_an_object_of_strings_with_a_code_is_malformed(asking, body)
 def test_what_was_lost_before_it_was_sent_is_not_sent():
     """An apply call that never left is RefundNotSent, with the cause behind it."""
     cause = OSError("refused")
-    reply = PROTOCOL.read(attrs.evolve(APPLY, attempt=3), Lost("ConnectError: refused", False, cause))
-    assert reply.known is Known.NOT_SENT
+    reply = PROTOCOL.read(attrs.evolve(APPLY, attempt=3), NoResponse("ConnectError: refused", False, cause))
+    assert reply.finding is Finding.NOT_SENT
     assert type(reply.error) is RefundNotSent
     assert (reply.error.no_refund, reply.error.attempts) == ("R-1", 3)
     assert reply.error.last_error == "ConnectError: refused"
@@ -450,15 +450,15 @@ def test_what_was_lost_before_it_was_sent_is_not_sent():
 @pytest.mark.parametrize(
     ("asking", "may_have_arrived", "known"),
     [
-        (APPLY, True, Known.UNCERTAIN),
-        (QUERY, True, Known.UNCERTAIN),
-        (QUERY, False, Known.NOT_SENT),
+        (APPLY, True, Finding.UNCERTAIN),
+        (QUERY, True, Finding.UNCERTAIN),
+        (QUERY, False, Finding.NOT_SENT),
     ],
 )
 def test_what_was_lost_otherwise_is_an_unavailable_gateway(asking, may_have_arrived, known):
     """A call that may have arrived, and every question, ends in GatewayUnavailable."""
-    reply = PROTOCOL.read(asking, Lost("ReadTimeout", may_have_arrived))
-    assert reply.known is known
+    reply = PROTOCOL.read(asking, NoResponse("ReadTimeout", may_have_arrived))
+    assert reply.finding is known
     assert type(reply.error) is GatewayUnavailable
     assert reply.error.last_error == "ReadTimeout"
     assert reply.error.ret_code is None
@@ -497,7 +497,7 @@ def test_retry_after_is_read_in_both_forms(asking, headers, seconds):
         read(asking, b"busy", status=503, headers=headers),
         read(asking, {"ret_code": "9999"}, headers=headers),
     ):
-        assert reply.known is Known.UNCERTAIN
+        assert reply.finding is Finding.UNCERTAIN
         assert reply.retry_after == seconds
 
 
@@ -523,7 +523,7 @@ def test_no_retry_after_is_too_odd_to_be_read(retry_after, date):
 def assert_lawful(asking, fields, reply):
     """``reply`` is one of the few things it may be, and FOUND only where that is proved."""
     assert isinstance(reply, Reply)
-    if reply.known is not Known.FOUND:
+    if reply.finding is not Finding.FOUND:
         assert isinstance(reply.error, LianLianError)
         assert str(reply.error)
         return
@@ -559,9 +559,9 @@ headers_of_any_kind = st.dictionaries(
 )
 def test_reading_is_total(asking, status, headers, body):
     """Any status, headers and body make a reply; nothing that is unsigned makes a refund."""
-    reply = PROTOCOL.read(asking, Answer(status, headers, body))
+    reply = PROTOCOL.read(asking, HttpResponse(status, headers, body))
     assert_lawful(asking, None, reply)
-    assert reply.known is not Known.FOUND
+    assert reply.finding is not Finding.FOUND
 
 
 def test_no_byte_of_a_notification_can_be_changed():
@@ -605,4 +605,4 @@ def test_an_answer_that_is_nearly_right_is_read_with_care(asking, before, after,
     reply = read(asking, fields)
     assert_lawful(asking, fields, reply)
     if signer is STRANGER.private and fields.get("sign"):
-        assert reply.known is Known.UNCERTAIN
+        assert reply.finding is Finding.UNCERTAIN

@@ -63,7 +63,7 @@ async def test_what_was_left_unknown_is_asked_about_again():
         assert await example["refund_or_note"](session, a_request(), todo) is None
     (unknown,) = todo
     gateway = SandboxGateway(default_order=Decimal("500.00"))
-    async with gateway.session(retry=RetryPolicy(absence_grace=0)) as session:
+    async with gateway.session(retry=RetryPolicy(not_found_grace=0)) as session:
         refund = await example["ask_again"](session, unknown)
     assert refund.no_refund == "R-1"
 

@@ -38,7 +38,7 @@ from lianlian_async.sandbox import Fault, Repeated, When
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
-TRUSTING = RetryPolicy(absence_grace=0.0)
+TRUSTING = RetryPolicy(not_found_grace=0.0)
 """For gateways that are known to deduplicate."""
 
 
@@ -114,13 +114,13 @@ async def test_a_new_refund_is_on_record_before_its_first_byte(new_journal):
     async with shop(gateway, new_journal, middleware=[look]) as (session, journal):
         refund = await session.apply_refund(refund_request())
     ((body, entry),) = seen
-    assert entry.state is State.UNSETTLED
+    assert entry.state is State.UNRESOLVED
     assert entry.body == body
     assert entry.sent_at.wall > wall_clock()
     assert entry.fields == refund_request().to_dict()
-    settled = await standing(new_journal)
-    assert settled.state is State.DONE
-    assert answer(settled) == refund
+    resolved = await standing(new_journal)
+    assert resolved.state is State.DONE
+    assert answer(resolved) == refund
 
 
 @pytest.mark.parametrize(("settle_after", "state"), [(0, State.DONE), (60, State.ACCEPTED)])
@@ -135,7 +135,7 @@ async def test_a_refund_that_is_settled_is_answered_from_the_record(settle_after
         assert (await journal.find("R-1")).state is state
     assert again == outcome.refund == refund
     assert again.dt_refund == refund.dt_refund
-    assert (outcome.attempts, outcome.questions) == (0, 0)
+    assert (outcome.attempts, outcome.queries) == (0, 0)
     assert gateway.requests == {"apply": 1}
     assert len(merchant_key.signed) == 1
 
@@ -182,7 +182,7 @@ async def test_a_rejection_that_is_ours_to_mend_is_sent_again_after_the_cure(new
             await session.apply_refund(refund_request())
     assert caught.value.is_configuration
     entry = await standing(new_journal)
-    assert (entry.state, entry.sent_at) == (State.UNSETTLED, None)
+    assert (entry.state, entry.sent_at) == (State.UNRESOLVED, None)
     gateway.add_merchant(OID_PARTNER, ours)
     async with shop(gateway, new_journal) as (session, _):
         assert (await session.apply_refund(refund_request())).no_refund == "R-1"
@@ -216,11 +216,11 @@ async def test_what_was_certainly_not_sent_is_new_again(new_journal):
         ("oid_paybill", {"oid_paybill": "2013051613121201"}),
     ],
 )
-@pytest.mark.parametrize("settled", [True, False], ids=["settled", "unsettled"])
-async def test_other_content_under_the_same_number_is_a_conflict(field, change, settled, new_journal):
+@pytest.mark.parametrize("resolved", [True, False], ids=["resolved", "unresolved"])
+async def test_other_content_under_the_same_number_is_a_conflict(field, change, resolved, new_journal):
     """Nothing is sent or asked, and what is on record stays as it is."""
     gateway = sandbox()
-    gateway.script(Fault.DELAY if settled else Fault.NO_ANSWER, when=When.BEFORE)
+    gateway.script(Fault.DELAY if resolved else Fault.NO_ANSWER, when=When.BEFORE)
     async with shop(gateway, new_journal) as (session, journal):
         await session.outcome_of(refund_request())
         before = await journal.find("R-1")
@@ -228,16 +228,16 @@ async def test_other_content_under_the_same_number_is_a_conflict(field, change, 
         with pytest.raises(RefundConflict) as caught:
             await session.apply_refund(refund_request(**change))
         assert await journal.find("R-1") == before
-    assert before.state is (State.ACCEPTED if settled else State.UNSETTLED)
+    assert before.state is (State.ACCEPTED if resolved else State.UNRESOLVED)
     assert caught.value.field == field
     assert not gateway.requests
 
 
-@pytest.mark.parametrize("settled", [True, False], ids=["settled", "unsettled"])
-async def test_another_place_for_the_notification_is_no_other_content(settled, new_journal):
+@pytest.mark.parametrize("resolved", [True, False], ids=["resolved", "unresolved"])
+async def test_another_place_for_the_notification_is_no_other_content(resolved, new_journal):
     """Where notifications go may change between two calls for one refund: the first body stands."""
     gateway = sandbox()
-    gateway.script(Fault.DELAY if settled else Fault.NO_ANSWER, when=When.BEFORE)
+    gateway.script(Fault.DELAY if resolved else Fault.NO_ANSWER, when=When.BEFORE)
     wires = Wires(gateway)
     async with new_journal() as journal, over(wires, gateway, journal, retry=TRUSTING, deadline=10) as session:
         await session.outcome_of(refund_request(notify_url="https://shop.example/one"))
@@ -278,7 +278,7 @@ async def test_a_number_that_the_gateway_has_for_another_refund_is_kept_as_a_con
         async with shop(gateway, new_journal) as (session, journal):
             with pytest.raises(RefundConflict, match="before a person has decided") as caught:
                 await session.apply_refund(refund_request())
-            assert await session.resume() == Resumed(settled=0, still_open=0)
+            assert await session.resume() == Resumed(resolved=0, still_open=0)
             entry = await journal.find("R-1")
         requests.append(gateway.requests.total())
         assert (caught.value.field, caught.value.ours, caught.value.theirs) == ("money_refund", "10.00", "9.00")
@@ -288,7 +288,7 @@ async def test_a_number_that_the_gateway_has_for_another_refund_is_kept_as_a_con
     assert gateway.times_made("R-1") == 1
 
 
-# ── unsettled ────────────────────────────────────────────────────────────────────────────────────
+# ── unresolved ────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_an_unsettled_refund_is_asked_about_first(new_journal):
@@ -299,7 +299,7 @@ async def test_an_unsettled_refund_is_asked_about_first(new_journal):
         with pytest.raises(RefundOutcomeUnknown) as caught:
             await session.apply_refund(refund_request())
     entry = await standing(new_journal)
-    assert (entry.state, entry.sent_at.wall) == (State.UNSETTLED, caught.value.sent_at)
+    assert (entry.state, entry.sent_at.wall) == (State.UNRESOLVED, caught.value.sent_at)
     await anyio.sleep(30)
     gateway.requests.clear()
     async with shop(gateway, new_journal) as (session, journal):
@@ -381,13 +381,13 @@ async def test_cancelled_while_it_is_sent_it_is_unsettled_as_of_that_moment(new_
         with anyio.move_on_after(3):
             await session.apply_refund(refund_request())
         entry = await journal.find("R-1")
-        assert (entry.state, entry.sent_at.boot, entry.holder) == (State.UNSETTLED, 3.0, None)
+        assert (entry.state, entry.sent_at.boot, entry.holder) == (State.UNRESOLVED, 3.0, None)
         assert (await session.apply_refund(refund_request())).no_refund == "R-1"
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
 async def test_asyncio_s_own_cancellation_is_a_cancellation(new_journal, anyio_backend_name):
-    """``Task.cancel`` while it is sent leaves the refund unsettled as of that moment."""
+    """``Task.cancel`` while it is sent leaves the refund unresolved as of that moment."""
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has no such cancellation")
     gateway = sandbox()
@@ -399,7 +399,7 @@ async def test_asyncio_s_own_cancellation_is_a_cancellation(new_journal, anyio_b
         with pytest.raises(asyncio.CancelledError):
             await task
         entry = await journal.find("R-1")
-    assert (entry.state, entry.sent_at.boot, entry.holder) == (State.UNSETTLED, 3.0, None)
+    assert (entry.state, entry.sent_at.boot, entry.holder) == (State.UNRESOLVED, 3.0, None)
 
 
 async def test_what_is_known_is_written_even_if_the_caller_is_cancelled_by_then(new_journal):
@@ -420,13 +420,13 @@ async def test_what_is_known_is_written_even_if_the_caller_is_cancelled_by_then(
 class Slow(MemoryJournal):
     """Takes a second to write anything down, and never heard of cancellation."""
 
-    async def intend(self, intent, now):
+    async def begin(self, intent, now):
         await anyio.sleep(1)
-        return await super().intend(intent, now)
+        return await super().begin(intent, now)
 
-    async def settle(self, entry, ending):
+    async def finish(self, entry, ending):
         await anyio.sleep(1)
-        return await super().settle(entry, ending)
+        return await super().finish(entry, ending)
 
     async def release(self, entry, sent_at, refused=None):
         await anyio.sleep(1)
@@ -435,7 +435,7 @@ class Slow(MemoryJournal):
 
 @pytest.mark.parametrize(
     ("fault", "state"),
-    [(Fault.DELAY, State.ACCEPTED), (Fault.NO_ANSWER, State.UNSETTLED)],
+    [(Fault.DELAY, State.ACCEPTED), (Fault.NO_ANSWER, State.UNRESOLVED)],
     ids=["answered", "not answered"],
 )
 async def test_a_cancelled_call_ends_when_its_journal_has_written(fault, state):
@@ -491,9 +491,9 @@ class Counting(MemoryJournal):
 
     intents = 0
 
-    async def intend(self, intent, now):
+    async def begin(self, intent, now):
         self.intents += 1
-        return await super().intend(intent, now)
+        return await super().begin(intent, now)
 
 
 @pytest.mark.parametrize(("seconds", "most"), [(0.1, 5), (8, 15)])
@@ -537,7 +537,7 @@ async def test_a_refund_that_is_leased_until_the_deadline_is_unknown(new_journal
             await other.apply_refund(refund_request(), deadline=5)
         assert anyio.current_time() <= 6
     unknown = caught.value
-    assert (unknown.attempts, unknown.questions) == (0, 0)
+    assert (unknown.attempts, unknown.queries) == (0, 0)
     assert (unknown.sent_at, unknown.ask_again_at) == (leased_until, leased_until)
     assert (unknown.request, unknown.query(), unknown.body) == (refund_request(), refund_request().query(), body)
     assert unknown.oid_partner == OID_PARTNER
@@ -594,13 +594,13 @@ class Failing(MemoryJournal):
         self._check("find")
         return await super().find(no_refund)
 
-    async def intend(self, intent, now):
-        self._check("intend")
-        return await super().intend(intent, now)
+    async def begin(self, intent, now):
+        self._check("begin")
+        return await super().begin(intent, now)
 
-    async def settle(self, entry, ending):
-        self._check("settle")
-        return await super().settle(entry, ending)
+    async def finish(self, entry, ending):
+        self._check("finish")
+        return await super().finish(entry, ending)
 
     async def release(self, entry, sent_at, refused=None):
         self._check("release")
@@ -612,7 +612,7 @@ class Failing(MemoryJournal):
             yield entry
 
 
-@pytest.mark.parametrize("verb", ["find", "intend"])
+@pytest.mark.parametrize("verb", ["find", "begin"])
 async def test_a_journal_that_cannot_write_lets_nothing_be_sent(verb):
     """What is not on record is not sent."""
     gateway = sandbox()
@@ -633,17 +633,17 @@ async def test_a_journal_that_was_removed_lets_nothing_be_sent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "verb"), [(Fault.DELAY, "settle"), (Fault.NO_ANSWER, "release")], ids=["settle", "release"]
+    ("fault", "verb"), [(Fault.DELAY, "finish"), (Fault.NO_ANSWER, "release")], ids=["finish", "release"]
 )
 async def test_a_journal_that_fails_afterwards_is_heard_of_and_the_next_run_finds_the_refund(fault, verb):
-    """The end cannot be written: that is raised, the refund stays unsettled, and is asked about when it can be."""
+    """The end cannot be written: that is raised, the refund stays unresolved, and is asked about when it can be."""
     gateway, journal = sandbox(), Failing(verb)
     gateway.script(fault, when=When.AFTER)
     gateway.script(Fault.RESET, call="query", times=100)
     async with gateway.session(journal=journal, clock=boot_clock) as session:
         with pytest.raises(JournalError, match="full"):
             await session.apply_refund(refund_request(), deadline=20)
-    assert (await journal.find("R-1")).state is State.UNSETTLED
+    assert (await journal.find("R-1")).state is State.UNRESOLVED
     journal.verbs.clear()
     await anyio.sleep(3600)
     gateway.requests.clear()
@@ -659,7 +659,7 @@ async def test_a_journal_that_fails_afterwards_is_heard_of_and_the_next_run_find
 
 
 async def test_resuming_asks_about_everything_that_is_open(new_journal):
-    """Unsettled ones are settled, accepted ones become final, and what is still open is counted."""
+    """Unsettled ones are resolved, accepted ones become final, and what is still open is counted."""
     gateway = sandbox(settle_after=100)
     gateway.script(Fault.NO_ANSWER, no_refund="R-2", when=When.AFTER)
     gateway.script(Fault.NO_ANSWER, no_refund="R-3", when=When.BEFORE)
@@ -674,21 +674,21 @@ async def test_resuming_asks_about_everything_that_is_open(new_journal):
             with anyio.move_on_after(5):
                 await session.apply_refund(refund_request(number))
     async with shop(gateway, new_journal, middleware=[watch]) as (session, journal):
-        assert await session.resume() == Resumed(settled=1, still_open=2)
+        assert await session.resume() == Resumed(resolved=1, still_open=2)
         assert [(await journal.find(f"R-{number}")).state for number in (1, 2, 3)] == [
             State.ACCEPTED,
             State.ACCEPTED,
-            State.UNSETTLED,
+            State.UNRESOLVED,
         ]
         assert {call for call, _ in calls} == {Call.QUERY}
         await anyio.sleep(1000)
         calls.clear()
-        assert await session.resume(concurrency=1) == Resumed(settled=3, still_open=0)
+        assert await session.resume(concurrency=1) == Resumed(resolved=3, still_open=0)
         assert (await journal.counts())[State.DONE] == 2
         assert calls.count((Call.APPLY, "R-3")) == len([call for call, _ in calls if call is Call.APPLY]) == 1
         await anyio.sleep(1000)
-        assert await session.resume() == Resumed(settled=1, still_open=0)
-        assert await session.resume() == Resumed(settled=0, still_open=0)
+        assert await session.resume() == Resumed(resolved=1, still_open=0)
+        assert await session.resume() == Resumed(resolved=0, still_open=0)
     assert [gateway.times_made(f"R-{number}") for number in (1, 2, 3)] == [1, 1, 1]
 
 
@@ -703,22 +703,22 @@ async def test_an_entry_of_an_older_release_is_resumed_like_the_others(new_journ
             with anyio.move_on_after(5):
                 await session.apply_refund(request)
     async with shop(gateway, new_journal) as (session, _):
-        assert await session.resume() == Resumed(settled=2, still_open=0)
+        assert await session.resume() == Resumed(resolved=2, still_open=0)
         assert (await session.apply_refund(old)).no_refund == "R-1\u200b"
     assert [gateway.times_made(request.no_refund) for request in requests] == [1, 1]
 
 
 async def test_an_entry_that_cannot_be_read_ends_no_resumption(new_journal, caplog):
-    """It stays open, the log names it, and the others are settled."""
+    """It stays open, the log names it, and the others are resolved."""
     gateway = sandbox(settle_after=0)
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
     damaged = intent("R-0", money="much")
     async with shop(gateway, new_journal) as (session, journal):
-        _, entry = await journal.intend(damaged, boot_clock())
+        _, entry = await journal.begin(damaged, boot_clock())
         await journal.release(entry, boot_clock())
         with anyio.move_on_after(5):
             await session.apply_refund(refund_request())
-        assert await session.resume() == Resumed(settled=1, still_open=1)
+        assert await session.resume() == Resumed(resolved=1, still_open=1)
     assert "refund R-0: its entry cannot be read" in caplog.text
 
 
@@ -729,7 +729,7 @@ async def test_resuming_settles_rejections_too(new_journal):
     async with shop(gateway, new_journal) as (session, _):
         await session.outcome_of(refund_request())
         await anyio.sleep(1000)
-        assert await session.resume() == Resumed(settled=1, still_open=0)
+        assert await session.resume() == Resumed(resolved=1, still_open=0)
     assert (await standing(new_journal)).state is State.REJECTED
 
 
@@ -741,7 +741,7 @@ async def test_resuming_leaves_alone_what_was_certainly_not_sent(new_journal):
     async with new_journal() as journal, over(wires, gateway, journal) as session:
         await session.outcome_of(refund_request())
         wires.closed = False
-        assert await session.resume() == Resumed(settled=0, still_open=0)
+        assert await session.resume() == Resumed(resolved=0, still_open=0)
     assert not gateway.requests
 
 
@@ -752,7 +752,7 @@ async def test_resuming_counts_an_accepted_refund_that_cannot_be_asked_about_as_
     async with shop(gateway, new_journal) as (session, journal):
         await session.apply_refund(refund_request())
         gateway.script(Fault.NO_ANSWER, call="query", times=100)
-        assert await session.resume() == Resumed(settled=0, still_open=1)
+        assert await session.resume() == Resumed(resolved=0, still_open=1)
         assert (await journal.find("R-1")).state is State.ACCEPTED
     assert "refund R-1 is accepted, its final state is not known" in caplog.text
 
@@ -766,7 +766,7 @@ async def test_resuming_asks_no_more_at_a_time_than_it_may(new_journal):
         await anyio.sleep(1)
         gateway.faults = {Fault.DELAY: 1.0}
         began = anyio.current_time()
-        assert await session.resume(concurrency=2) == Resumed(settled=10, still_open=0)
+        assert await session.resume(concurrency=2) == Resumed(resolved=10, still_open=0)
     assert 5 <= anyio.current_time() - began < 6  # a journal lets its batches gather meanwhile
 
 
@@ -789,12 +789,12 @@ async def test_resuming_without_a_journal_is_refused():
     [
         (Fault.DELAY, "pending"),
         (Fault.DELAY, "find"),
-        (Fault.DELAY, "settle"),
+        (Fault.DELAY, "finish"),
         (Fault.NO_ANSWER, "pending"),
-        (Fault.NO_ANSWER, "intend"),
-        (Fault.NO_ANSWER, "settle"),
+        (Fault.NO_ANSWER, "begin"),
+        (Fault.NO_ANSWER, "finish"),
     ],
-    ids=lambda value: value if isinstance(value, str) else {Fault.DELAY: "accepted"}.get(value, "unsettled"),
+    ids=lambda value: value if isinstance(value, str) else {Fault.DELAY: "accepted"}.get(value, "unresolved"),
 )
 async def test_resuming_raises_what_the_journal_raises(fault, verb):
     """A journal that fails is heard of as such, whatever is open."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lianlian_async.errors import ConfigurationError
-from lianlian_async.retry import LONGEST_ATTEMPT, Bucket, Deadline, RetryBudget, RetryPolicy
+from lianlian_async.retry import LONGEST_ATTEMPT, Deadline, RetryBudget, RetryPolicy, TokenBucket
 
 seconds = st.floats(0.001, 1e6)
 chances = st.floats(0, 1, exclude_max=True)
@@ -77,8 +77,8 @@ def test_a_nonsensical_wish_changes_nothing():
         ({"multiplier": 0.5}, "multiplier"),
         ({"multiplier": 1e10}, "multiplier"),
         ({"multiplier": math.nan}, "multiplier"),
-        ({"absence_grace": -1}, "absence_grace"),
-        ({"absence_grace": math.nan}, "absence_grace"),
+        ({"not_found_grace": -1}, "not_found_grace"),
+        ({"not_found_grace": math.nan}, "not_found_grace"),
         ({"retry_after_maximum": -1}, "retry_after_maximum"),
     ],
 )
@@ -91,24 +91,24 @@ def test_a_senseless_policy_is_refused(settings, rule):
 def test_the_edges_of_the_rules_are_allowed():
     """One attempt, an even pause, no grace and no Retry-After are decisions, not mistakes."""
     policy = RetryPolicy(
-        attempts=1, initial=2, maximum=2, multiplier=1, absence_grace=0, retry_after_maximum=0, budget=RetryBudget()
+        attempts=1, initial=2, maximum=2, multiplier=1, not_found_grace=0, retry_after_maximum=0, budget=RetryBudget()
     )
     assert policy.pause(5, 0.5, 30.0) == 1.0
     assert RetryPolicy(multiplier=1000).pause(10_000, 0.5) == 4.0
-    assert taken(Bucket(RetryBudget(capacity=1, per_second=0)), 0.0) == 1
+    assert taken(TokenBucket(RetryBudget(capacity=1, per_second=0)), 0.0) == 1
 
 
 def test_the_defaults_are_the_documented_ones():
     """Four sends, 15 minutes of grace, a minute of Retry-After, bursts of 500 retries and 50 a second."""
     policy = RetryPolicy()
-    assert (policy.attempts, policy.absence_grace, policy.retry_after_maximum) == (4, 900.0, 60.0)
+    assert (policy.attempts, policy.not_found_grace, policy.retry_after_maximum) == (4, 900.0, 60.0)
     assert (policy.budget.capacity, policy.budget.per_second) == (500.0, 50.0)
 
 
 def test_all_senseless_settings_are_named_together():
     """Who made three mistakes reads of three."""
     with pytest.raises(ConfigurationError) as caught:
-        RetryPolicy(attempts=0, multiplier=0, absence_grace=-1)
+        RetryPolicy(attempts=0, multiplier=0, not_found_grace=-1)
     assert str(caught.value).count("; ") == 2
 
 
@@ -123,39 +123,39 @@ def test_policies_are_values():
 # ── budgets ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def taken(bucket, now, tries=10_000):
-    """How many retries in a row the bucket gives at one moment."""
-    return next(count for count in range(tries) if not bucket.take(now))
+def taken(retries_left, now, tries=10_000):
+    """How many retries in a row the retries_left gives at one moment."""
+    return next(count for count in range(tries) if not retries_left.take(now))
 
 
 def test_a_full_budget_allows_one_burst():
     """A fresh budget gives exactly its capacity, whatever the clock shows."""
     for now in (-5.0, 0.0, 1e9):
-        assert taken(Bucket(RetryBudget(capacity=7, per_second=1)), now) == 7
+        assert taken(TokenBucket(RetryBudget(capacity=7, per_second=1)), now) == 7
 
 
 def test_a_budget_refills_with_time():
     """So many seconds later, so many retries are there again; never more than the capacity."""
-    bucket = Bucket(RetryBudget(capacity=10, per_second=2))
-    assert taken(bucket, 100.0) == 10
-    assert taken(bucket, 100.0) == 0
-    assert taken(bucket, 103.0) == 6
-    assert taken(bucket, 103.25) == 0
-    assert taken(bucket, 103.5) == 1
-    assert taken(bucket, 1e9) == 10
+    retries_left = TokenBucket(RetryBudget(capacity=10, per_second=2))
+    assert taken(retries_left, 100.0) == 10
+    assert taken(retries_left, 100.0) == 0
+    assert taken(retries_left, 103.0) == 6
+    assert taken(retries_left, 103.25) == 0
+    assert taken(retries_left, 103.5) == 1
+    assert taken(retries_left, 1e9) == 10
 
 
 def test_a_budget_that_does_not_refill_ends():
     """With nothing per second the capacity is all there is."""
-    bucket = Bucket(RetryBudget(capacity=3, per_second=0))
-    assert taken(bucket, 0.0) == 3
-    assert taken(bucket, 1e9) == 0
+    retries_left = TokenBucket(RetryBudget(capacity=3, per_second=0))
+    assert taken(retries_left, 0.0) == 3
+    assert taken(retries_left, 1e9) == 0
 
 
 def test_budgets_of_two_sessions_are_apart():
-    """Each bucket is spent by itself, though both follow the same budget."""
+    """Each retries_left is spent by itself, though both follow the same budget."""
     budget = RetryBudget(capacity=1, per_second=0)
-    first, second = Bucket(budget), Bucket(budget)
+    first, second = TokenBucket(budget), TokenBucket(budget)
     assert first.take(0.0)
     assert second.take(0.0)
     assert not first.take(0.0)
@@ -168,11 +168,11 @@ def test_budgets_of_two_sessions_are_apart():
 )
 def test_no_more_is_given_than_the_budget_holds(capacity, per_second, pauses):
     """Over any stretch of time, retries are at most the capacity and what flowed in since."""
-    bucket = Bucket(RetryBudget(capacity=capacity, per_second=per_second))
+    retries_left = TokenBucket(RetryBudget(capacity=capacity, per_second=per_second))
     now, given_out = 0.0, 0
     for pause in pauses:
         now += pause
-        given_out += bucket.take(now)
+        given_out += retries_left.take(now)
     assert given_out <= capacity + per_second * now + 1e-6
     assert given_out >= min(len(pauses), capacity)
 

@@ -209,7 +209,7 @@ def test_a_repeated_number_is_carried_out_again():
     assert books.query(question(), 2.0) is second
 
 
-# ── questions ────────────────────────────────────────────────────────────────────────────────────
+# ── queries ────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_refund_is_found_by_either_of_its_numbers():

@@ -41,7 +41,7 @@ from lianlian_async import (
     SignatureInvalid,
     SigningKey,
     VerifyingKey,
-    rsa_thread,
+    rsa_worker,
     wire,
 )
 from lianlian_async.clock import system_clock
@@ -188,7 +188,7 @@ async def test_what_is_no_request_is_refused_before_anything_is_sent(given):
         with pytest.raises(InvalidRequest, match="query: must be a RefundQuery"):
             await session.query_refund(refund_request() if isinstance(given, RefundQuery) else given)
         with pytest.raises(InvalidRequest, match="unknown: must be a RefundOutcomeUnknown"):
-            await session.settle(given)
+            await session.resolve(given)
         with pytest.raises(InvalidRequest, match="refund: must be a Refund"):
             await session.wait_refund(given)
         assert isinstance((await session.outcome_of(refund_request(), earlier="R-1")).error, InvalidRequest)
@@ -255,14 +255,14 @@ async def uses(session):
         oid_partner=session.merchant.oid_partner,
         body=b"{}",
         attempts=1,
-        questions=0,
+        queries=0,
         moment=system_clock(),
         ask_again_at=EPOCH,
         last_error="",
     )
     yield session.apply_refund(refund_request())
     yield session.query_refund(question())
-    yield session.settle(unknown)
+    yield session.resolve(unknown)
     yield session.outcome_of(refund_request())
 
 
@@ -455,7 +455,7 @@ def seen(monkeypatch):
 
 
 async def test_the_event_loop_never_signs(seen):
-    """Every signature, for apply calls and for questions, is made in one thread at a time that is not the loop's."""
+    """Every signature, for apply calls and for queries, is made in one thread at a time that is not the loop's."""
     gateway, merchant = seen()
     gateway.script(Fault.HTTP_500, call="apply", times=5)
     async with (
@@ -472,7 +472,7 @@ async def test_the_event_loop_never_signs(seen):
 @pytest.mark.parametrize(("seconds", "inline"), [(0.0, False), (1e9, True)])
 async def test_answers_are_verified_on_the_loop_only_where_that_is_cheap(monkeypatch, seen, seconds, inline):
     """What verification costs is measured when the session opens; where it is dear the thread does it."""
-    monkeypatch.setattr(rsa_thread, "INLINE_VERIFY_SECONDS", seconds)
+    monkeypatch.setattr(rsa_worker, "INLINE_VERIFY_SECONDS", seconds)
     gateway, merchant = seen()
     async with RefundSession(merchant, transport=asgi_transport(gateway)) as session:
         assert threading.get_ident() not in SeenVerifyingKey.threads  # the measurement
@@ -512,7 +512,7 @@ async def test_keys_are_loaded_in_a_thread(tmp_path):
 
 
 async def test_keys_of_4096_bits_work():
-    """The largest key that the gateway takes signs apply calls and questions."""
+    """The largest key that the gateway takes signs apply calls and queries."""
     theirs, ours = keypairs.pair("gateway", 2048).private, keypairs.pair("merchant", 4096).private
     gateway = sandbox(merchant_key=ours, gateway_key=theirs)
     async with gateway.session() as session:
@@ -607,18 +607,18 @@ async def test_an_outcome_tells_what_a_call_would_have_raised():
         asked = await session.outcome_of(refund_request(2))
         unknown = await session.outcome_of(refund_request(3))
         rejected = await session.outcome_of(refund_request("poor"))
-        assert (plain.refund.no_refund, plain.error, plain.attempts, plain.questions) == ("R-1", None, 1, 0)
-        assert (asked.refund.no_refund, asked.error, asked.attempts, asked.questions) == ("R-2", None, 1, 1)
+        assert (plain.refund.no_refund, plain.error, plain.attempts, plain.queries) == ("R-1", None, 1, 0)
+        assert (asked.refund.no_refund, asked.error, asked.attempts, asked.queries) == ("R-2", None, 1, 1)
         assert rejected.refund is None
         assert isinstance(rejected.error, RefundRejected)
         assert unknown.refund is None
         assert isinstance(unknown.error, RefundOutcomeUnknown)
-        assert unknown.questions == unknown.error.questions
+        assert unknown.queries == unknown.error.queries
         assert 15 < unknown.seconds <= 30
         await anyio.sleep(900)
-        settled = await session.outcome_of(unknown.request, earlier=unknown.error)
-        assert settled.refund.no_refund == "R-3"
-        assert (settled.attempts, settled.questions) == (1, 1)
+        resolved = await session.outcome_of(unknown.request, earlier=unknown.error)
+        assert resolved.refund.no_refund == "R-3"
+        assert (resolved.attempts, resolved.queries) == (1, 1)
     assert gateway.times_made("R-3") == 1
 
 
@@ -637,7 +637,7 @@ async def test_with_a_journal_a_refund_that_was_made_is_answered_from_the_record
         with pytest.raises(RefundConflict):
             await session.apply_refund(refund_request(money_refund="9.00"))
     assert first == second == outcome.refund
-    assert (outcome.attempts, outcome.questions) == (0, 0)
+    assert (outcome.attempts, outcome.queries) == (0, 0)
     assert gateway.requests == {"apply": 1}
 
 
@@ -672,7 +672,7 @@ async def test_with_a_journal_an_unknown_refund_is_settled_with_the_bytes_on_rec
             await session.apply_refund(refund_request())
         await anyio.sleep(900)
         if second_journal:
-            refund = await session.settle(caught.value)
+            refund = await session.resolve(caught.value)
         else:
             refund = await session.apply_refund(refund_request())
     assert refund.no_refund == "R-1"
@@ -682,7 +682,7 @@ async def test_with_a_journal_an_unknown_refund_is_settled_with_the_bytes_on_rec
 
 @virtual
 async def test_what_is_settled_later_needs_nothing_but_its_own_bytes():
-    """A refund that was left unknown is settled though the merchant has lost its default notify_url since."""
+    """A refund that was left unknown is resolved though the merchant has lost its default notify_url since."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     async with gateway.session(clock=boot_clock) as session:
@@ -691,7 +691,7 @@ async def test_what_is_settled_later_needs_nothing_but_its_own_bytes():
     await anyio.sleep(900)
     merchant = gateway.merchant(notify_url=None)
     async with RefundSession(merchant, transport=asgi_transport(gateway), clock=boot_clock) as session:
-        assert (await session.settle(caught.value)).no_refund == "R-1"
+        assert (await session.resolve(caught.value)).no_refund == "R-1"
     assert gateway.times_made("R-1") == 1
 
 
@@ -719,7 +719,7 @@ async def test_with_a_journal_two_calls_for_one_refund_send_it_once():
 
 @virtual
 async def test_with_a_journal_what_is_open_is_resumed():
-    """Resume asks about what was left unsettled and what is not final, and tells how many are known."""
+    """Resume asks about what was left unresolved and what is not final, and tells how many are known."""
     gateway, journal = sandbox(settle_after=60), MemoryJournal()
     gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-2")
     async with gateway.session(journal=journal, clock=boot_clock) as session:
@@ -862,4 +862,4 @@ async def test_not_sent_counts_every_attempt():
             await session.apply_refund(refund_request())
         outcome = await session.outcome_of(refund_request())
     assert caught.value.attempts == outcome.attempts == 4
-    assert outcome.questions == 0
+    assert outcome.queries == 0

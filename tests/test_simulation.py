@@ -13,7 +13,7 @@ from simulation.plan import draw
 from simulation.run import Run
 from simulation.shrink import shrink
 
-from lianlian_async.settlement import Case
+from lianlian_async.resolution import Case
 
 JOURNALS = ("none", "memory", "sqlite")
 
@@ -41,7 +41,7 @@ def _root() -> Path:
 
 def test_a_fault_is_found_shrunk_and_replayed(monkeypatch):
     """Where "no such record" is believed at once, a refund is made twice, or called rejected though it was made."""
-    monkeypatch.setattr(Case, "absence_is_believed", lambda case, asked_at: True)
+    monkeypatch.setattr(Case, "not_found_is_believed", lambda case, asked_at: True)
     plans = [draw(seed, 8, JOURNALS) for seed in range(60)]
     plan = next(plan for plan in plans if Run(plan).carry_out().violations)
     small = shrink(plan, most_runs=100)

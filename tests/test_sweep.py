@@ -37,12 +37,12 @@ async def test_what_was_never_notified_is_acted_on_once(journal, handler, with_i
     gateway = sandbox(settle_after=60)
     async with shop(gateway, journal, handler, inbox=with_inbox) as (session, endpoint):
         await session.apply_refund(refund_request())
-        assert await endpoint.sweep() == Resumed(settled=0, still_open=1)
+        assert await endpoint.sweep() == Resumed(resolved=0, still_open=1)
         assert not handler.begun
         await anyio.sleep(100)
-        assert await endpoint.sweep(concurrency=1) == Resumed(settled=1, still_open=0)
+        assert await endpoint.sweep(concurrency=1) == Resumed(resolved=1, still_open=0)
         await until(lambda: endpoint.counts["acted"], look_every=1)
-        assert await endpoint.sweep() == Resumed(settled=0, still_open=0)
+        assert await endpoint.sweep() == Resumed(resolved=0, still_open=0)
         assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
     assert handler.numbers == ["R-1"]
     assert handler.done[0].is_final
@@ -58,7 +58,7 @@ async def test_what_was_left_unknown_and_is_final_by_now_is_acted_on(journal, ha
         with anyio.move_on_after(5):
             await session.apply_refund(refund_request())
         await anyio.sleep(100)
-        assert await endpoint.sweep() == Resumed(settled=1, still_open=0)
+        assert await endpoint.sweep() == Resumed(resolved=1, still_open=0)
     assert handler.numbers == ["R-1"]
     assert gateway.times_made("R-1") == 1
 
@@ -70,7 +70,7 @@ async def test_what_the_handler_cannot_act_on_is_given_to_it_by_the_next_sweep(j
     async with shop(gateway, journal, handler) as (session, endpoint):
         await session.apply_refund(refund_request())
         await anyio.sleep(100)
-        assert await endpoint.sweep() == Resumed(settled=1, still_open=0)
+        assert await endpoint.sweep() == Resumed(resolved=1, still_open=0)
         for _ in range(2):
             assert await states(journal, 1) == [State.FINAL]
             await endpoint.sweep()
@@ -162,7 +162,7 @@ async def test_what_the_gateway_leaves_out_is_known_from_the_request(journal, ha
         request = refund_request()
         await session.apply_refund(request)
         books.state = "2"
-        assert await endpoint.sweep() == Resumed(settled=1, still_open=0)
+        assert await endpoint.sweep() == Resumed(resolved=1, still_open=0)
         assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
     assert [refund.money_refund for refund in handler.done] == [request.money_refund]
     assert handler.done[0].query().dt_refund == request.dt_refund

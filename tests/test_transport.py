@@ -53,7 +53,7 @@ from lianlian_async import (
     RetryPolicy,
     wire,
 )
-from lianlian_async.exchange import Answer, Lost
+from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.transport import PoolTransport, Transport, http_backend
 
 pytestmark = pytest.mark.anyio
@@ -232,7 +232,7 @@ async def test_a_foreign_exception_before_the_send_never_escapes(kind):
     error = instance(kind)
     async with transport_over(transport=Raising(error)) as transport:
         delivery = await transport.post(URL, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert delivery.may_have_arrived is (kind not in NEVER_SENT)
     assert kind.__name__ in delivery.reason or kind is StopAsyncIteration
     assert delivery.cause is error or kind is StopAsyncIteration
@@ -253,7 +253,7 @@ async def test_after_the_send_no_exception_means_not_sent(kind, sender):
     """Once the body was taken for sending, nothing that is raised proves that it did not arrive."""
     async with transport_over(transport=sender(instance(kind))) as transport:
         delivery = await transport.post(URL, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert delivery.may_have_arrived
 
 
@@ -277,7 +277,7 @@ async def test_a_mocked_transport_s_word_is_believed(kind):
 
     async with transport_over(transport=httpx.MockTransport(handler)) as transport:
         delivery = await transport.post(URL, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert not delivery.may_have_arrived
 
 
@@ -314,7 +314,7 @@ async def test_of_aiohttp_s_exceptions_only_those_before_the_send_mean_not_sent(
     monkeypatch.setattr(aiohttp.ClientSession, "request", request)
     async with transport_over() as transport:
         delivery = await transport.post(URL, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert delivery.may_have_arrived is (kind not in BEFORE_SENDING)
     assert isinstance(delivery.cause, httpx.RequestError)
     assert type(delivery.cause.__cause__) is kind
@@ -350,7 +350,7 @@ async def test_a_foreign_exception_from_the_response_never_escapes(kind, stream)
 
     async with transport_over(transport=Sent(stream(instance(kind)))) as transport:
         delivery = await transport.post(URL, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert delivery.may_have_arrived
 
 
@@ -417,7 +417,7 @@ async def test_an_address_that_is_none_sends_nothing(url):
     """An address that httpx cannot use is *not sent*."""
     async with transport_over() as transport:
         delivery = await transport.post(url, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert not delivery.may_have_arrived
 
 
@@ -439,7 +439,7 @@ async def test_an_exchange_sends_the_body_as_it_is_and_brings_the_answer_as_it_c
     """The POST carries the page's content type and refuses compression; status, headers and body come back."""
     async with answering(b'{"ret_code":"0000"}', headers="X-Trace: 7\r\n") as server, transport_over() as transport:
         delivery = await transport.post(f"{server.url}/exchangerefund.htm", b'{"no_refund":"R-1"}', 5.0)
-    assert isinstance(delivery, Answer)
+    assert isinstance(delivery, HttpResponse)
     assert (delivery.status, delivery.body) == (200, b'{"ret_code":"0000"}')
     assert delivery.headers["x-trace"] == "7"
     ((_, head, body),) = server.requests
@@ -487,7 +487,7 @@ async def test_a_name_that_does_not_exist_is_not_sent():
     """A host name that nobody knows is *not sent*."""
     async with transport_over() as transport:
         delivery = await transport.post("https://gateway.invalid/", b"{}", 10.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert not delivery.may_have_arrived
 
 
@@ -526,7 +526,7 @@ async def honestly(connection: Connection):
 
 
 async def heartily(connection: Connection):
-    """Answer each request with an empty object."""
+    """HttpResponse each request with an empty object."""
     while await connection.request() is not None:
         await connection.respond(b"{}")
 
@@ -541,7 +541,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_not_sent(self_signed):
 
     async with serving(handler, tls=self_signed[0]) as server, transport_over() as transport:
         delivery = await transport.post(server.url.replace("http:", "https:"), b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert not delivery.may_have_arrived
     assert "CERTIFICATE_VERIFY_FAILED" in delivery.reason
     assert not any(asked)
@@ -555,7 +555,7 @@ async def test_a_certificate_that_the_environment_vouches_for_is_trusted(self_si
     async with serving(heartily, tls=context) as server, transport_over() as transport:
         for _ in range(2):
             delivery = await transport.post(server.url.replace("http:", "https:"), b"{}", 5.0)
-            assert isinstance(delivery, Answer)
+            assert isinstance(delivery, HttpResponse)
     assert server.opened == 1
 
 
@@ -567,7 +567,7 @@ async def test_a_client_of_the_user_s_brings_its_own_trust_and_stays_open(self_s
         for _ in range(2):
             async with transport_over(client=client) as transport:
                 delivery = await transport.post(server.url.replace("http:", "https:"), b"{}", 5.0)
-            assert isinstance(delivery, Answer)
+            assert isinstance(delivery, HttpResponse)
             assert not client.is_closed
     assert server.opened == 1
 
@@ -590,7 +590,7 @@ async def test_a_connection_closed_without_an_answer_may_have_arrived():
 
     async with serving(handler) as server, transport_over() as transport:
         delivery = await transport.post(server.url, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert delivery.may_have_arrived
 
 
@@ -604,7 +604,7 @@ async def test_an_answer_that_is_cut_off_may_have_arrived():
 
     async with serving(handler) as server, transport_over() as transport:
         delivery = await transport.post(server.url, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert delivery.may_have_arrived
 
 
@@ -618,7 +618,7 @@ async def test_what_is_not_http_may_have_arrived():
 
     async with serving(handler) as server, transport_over() as transport:
         delivery = await transport.post(server.url, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert delivery.may_have_arrived
 
 
@@ -633,7 +633,7 @@ async def test_an_answer_is_read_no_further_than_the_largest_message():
     async with serving(handler) as server, transport_over() as transport:
         for opened in (1, 2):
             delivery = await transport.post(server.url, b"{}", 5.0)
-            assert isinstance(delivery, Answer)
+            assert isinstance(delivery, HttpResponse)
             assert wire.MAX_MESSAGE_BYTES < len(delivery.body) < 2 * wire.MAX_MESSAGE_BYTES
             assert server.opened == opened
 
@@ -644,7 +644,7 @@ async def test_a_compressed_answer_is_not_unpacked():
     packed = gzip.compress(b"{}")
     async with answering(packed, headers="content-encoding: gzip\r\n") as server, transport_over() as transport:
         delivery = await transport.post(server.url, b"{}", 5.0)
-    assert isinstance(delivery, Answer)
+    assert isinstance(delivery, HttpResponse)
     assert delivery.body == packed
     assert delivery.headers["content-encoding"] == "gzip"
 
@@ -654,7 +654,7 @@ async def test_a_cookie_is_not_brought_back():
     """What the gateway says to one request goes with no other one."""
     async with answering(headers="set-cookie: a=b\r\n") as server, transport_over() as transport:
         for _ in range(2):
-            assert isinstance(await transport.post(server.url, b"{}", 5.0), Answer)
+            assert isinstance(await transport.post(server.url, b"{}", 5.0), HttpResponse)
     assert not any(b"cookie" in head.lower() for _, head, _ in server.requests)
 
 
@@ -670,7 +670,7 @@ async def test_an_answer_with_an_address_that_is_none_was_an_answer(location, gi
         transport_over(transport=given and given()) as transport,
     ):
         delivery = await transport.post(server.url, b"{}", 5.0)
-    assert isinstance(delivery, Answer) or delivery.may_have_arrived
+    assert isinstance(delivery, HttpResponse) or delivery.may_have_arrived
     assert len(server.requests) == 1
 
 
@@ -694,7 +694,7 @@ async def test_what_came_unasked_is_no_answer_to_the_next_request():
         with anyio.move_on_after(0.05):  # until the system has carried it over
             await anyio.sleep_forever()
         second = await transport.post(server.url, b"2", 5.0)
-        assert second.body == b"2" if isinstance(second, Answer) else not second.may_have_arrived
+        assert second.body == b"2" if isinstance(second, HttpResponse) else not second.may_have_arrived
         assert (await transport.post(server.url, b"3", 5.0)).body == b"3"
 
 
@@ -703,7 +703,7 @@ async def test_a_user_in_the_address_is_named_in_the_head():
     """An endpoint behind Basic authentication is told who asks."""
     async with answering() as server, transport_over() as transport:
         url = server.url.replace("http://", "http://shop:sesame@")
-        assert isinstance(await transport.post(url, b"{}", 5.0), Answer)
+        assert isinstance(await transport.post(url, b"{}", 5.0), HttpResponse)
     assert b"\r\nAuthorization: Basic c2hvcDpzZXNhbWU=" in server.requests[0][1]
 
 
@@ -730,7 +730,7 @@ async def test_closing_cancels_nobody_who_waits_for_a_connection(monkeypatch):
             tasks.start_soon(post)
             await anyio.wait_all_tasks_blocked()
             await transport.aclose()
-    assert [type(delivery) for delivery in deliveries] == [Lost, Lost]
+    assert [type(delivery) for delivery in deliveries] == [NoResponse, NoResponse]
     assert all(delivery.may_have_arrived for delivery in deliveries)
 
 
@@ -749,7 +749,7 @@ async def test_a_redirect_is_not_followed(follows):
     async with answering(status="307 Temporary Redirect", headers="location: /elsewhere\r\n") as server:
         async with httpx.AsyncClient(follow_redirects=follows) as client, transport_over(client=client) as transport:
             delivery = await transport.post(server.url, b"{}", 5.0)
-        assert isinstance(delivery, Answer)
+        assert isinstance(delivery, HttpResponse)
         assert delivery.status == 307
         assert len(server.requests) == 1
 
@@ -832,7 +832,7 @@ async def test_cancelled_exchanges_take_no_connection_with_them():
                 tasks.start_soon(cancelled, number)
         with anyio.fail_after(30):
             for _ in range(8):
-                assert isinstance(await transport.post(server.url, b"{}", 30.0), Answer)
+                assert isinstance(await transport.post(server.url, b"{}", 30.0), HttpResponse)
 
 
 @on_both_stacks
@@ -851,7 +851,7 @@ async def test_a_cancellation_that_is_not_this_task_s_may_have_arrived(raised_by
     transport = RaisingAfterSending(error) if raised_by == "transport" else Answering(BrokenStream(error))
     async with transport_over(transport=transport) as opened:
         delivery = await opened.post(URL, b"{}", 5.0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert delivery.may_have_arrived
     assert delivery.cause is error
 
@@ -931,7 +931,7 @@ async def reason_of(url, seconds=5.0):
     """Why a POST to ``url`` gets no answer, and whether it may have arrived."""
     async with transport_over() as transport:
         delivery = await transport.post(url, b"{}", seconds)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     return delivery.reason, delivery.may_have_arrived
 
 
@@ -1040,15 +1040,15 @@ async def test_a_lease_that_ends_while_a_request_is_prepared_keeps_it_from_being
         for looks in range(20):
             async with transport_over() as transport:
                 if kept_alive:
-                    assert isinstance(await transport.post(server.url, b"{}", 5.0), Answer)
+                    assert isinstance(await transport.post(server.url, b"{}", 5.0), HttpResponse)
                     requests.clear()
                 delivery = await transport.post(server.url, b"{}", 5.0, holding_for(looks))
-                if isinstance(delivery, Answer):
+                if isinstance(delivery, HttpResponse):
                     break
                 assert not delivery.may_have_arrived
                 assert "lease ended" in delivery.reason
                 assert requests == []
-                assert isinstance(await transport.post(server.url, b"{}", 5.0), Answer)
+                assert isinstance(await transport.post(server.url, b"{}", 5.0), HttpResponse)
                 requests.clear()
     assert looks == 3
     assert len(requests) == 1
@@ -1071,7 +1071,7 @@ async def test_a_lease_that_ends_during_the_tls_handshake_lets_no_byte_out(self_
         delivery = await transport.post(url, b"{}", 5.0, lambda: not handshakes)
         assert handshakes
         await wait_until(lambda: server.opened == 1 and server.open == 0)
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert not delivery.may_have_arrived
     assert received == []
 
@@ -1088,7 +1088,7 @@ async def test_a_given_transport_is_not_called_once_the_lease_is_over(looks):
 
     async with transport_over(transport=Taking()) as transport:
         delivery = await transport.post(URL, b"{}", 5.0, holding_for(looks))
-    assert isinstance(delivery, Lost)
+    assert isinstance(delivery, NoResponse)
     assert not delivery.may_have_arrived
     assert taken == ["called"] * looks
 
@@ -1197,7 +1197,7 @@ async def test_an_idle_connection_is_closed_normally():
     async with serving(handler) as server:
         async with transport_over() as transport:
             for _ in range(2):
-                assert isinstance(await transport.post(server.url, b"{}", 5.0), Answer)
+                assert isinstance(await transport.post(server.url, b"{}", 5.0), HttpResponse)
         await wait_until(lambda: server.open == 0)
     assert ends == ["normal"]
 

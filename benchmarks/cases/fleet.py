@@ -3,7 +3,7 @@
 Two procrastinate workers, ÷ one: the same refunds from a queue that is filled beforehand, against a gateway that
 answers after 50 ms, with a fixed number in flight in each worker. With few in flight a worker mostly waits for the
 gateway, and two make nearly twice as many. What limits a fleet is processors: beside the refund itself, a job is
-fetched, looked up, intended, settled and finished in PostgreSQL, which costs the worker three times as much as the
+fetched, looked up, intended, resolved and finished in PostgreSQL, which costs the worker three times as much as the
 refund, and PostgreSQL half of that again. With more in flight, workers and PostgreSQL, which share two processors
 here, come nearer to that limit.
 """

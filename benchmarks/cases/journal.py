@@ -2,7 +2,7 @@
 
 `SqliteJournal` by itself: intend and settle, 1,000 refunds at a time, every batch of them synced to the disk that the
 `--cache` folder is on. Then the whole batch through `refund_many` with the journal and without, 64 in flight. Last, a
-journal of a million rows (or `--requests`) of which 1,000 are unsettled: how long after opening it the first question
+journal of a million rows (or `--requests`) of which 1,000 are unresolved: how long after opening it the first question
 goes out.
 """
 

@@ -1,6 +1,6 @@
 """``SqliteJournal`` on this machine's disk, with entries of real size.
 
-Option ``verbs``: intend and settle, and nothing else. Option ``fill``: the same, but leaves the last thousand unsettled
+Option ``verbs``: begin and finish, and nothing else. Option ``fill``: the same, but the last thousand stay unresolved
 in a file that stays. Option ``reopen``: the time from opening that file to the first question of ``resume``.
 """
 
@@ -22,14 +22,14 @@ from lianlian_async.recording import digest
 
 from . import frame, stamps
 
-UNSETTLED = 1000
+UNRESOLVED = 1000
 
 
 async def program(job: frame.Job) -> dict[str, float]:
     if job.option == "reopen":
         return await _reopen(job)
     file = Path(job.keys, "filled.db" if job.option == "fill" else f"verbs-{os.getpid()}.db")
-    settled = job.refunds - (UNSETTLED if job.option == "fill" else 0)
+    resolved = job.refunds - (UNRESOLVED if job.option == "fill" else 0)
     signature = "A" * 344
 
     async with SqliteJournal(file) as journal:
@@ -45,10 +45,10 @@ async def program(job: frame.Job) -> dict[str, float]:
                 body=str(fields).encode(),
                 lease=60.0,
             )
-            _, entry = await journal.intend(intent, system_clock())
-            if number < settled:
+            _, entry = await journal.begin(intent, system_clock())
+            if number < resolved:
                 record = {**workload.answer_fields(f"R-{number}"), "sta_refund": "2", "sign": signature}
-                await journal.settle(entry, Ending(state=State.DONE, record=record))
+                await journal.finish(entry, Ending(state=State.DONE, record=record))
 
         result = await frame.measured(job, refund)
     size = sum(each.stat().st_size for each in file.parent.glob(file.name + "*"))

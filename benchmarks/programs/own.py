@@ -27,10 +27,10 @@ def program(job: frame.Job) -> Any:
 def _own(job: frame.Job) -> dict[str, float]:
     from lianlian_async import LianLianError, RefundRequest, RetryBudget, RetryPolicy, wire
     from lianlian_async.clock import system_clock
-    from lianlian_async.exchange import Answer, Call, Exchange, Reply
+    from lianlian_async.exchange import Call, Exchange, HttpResponse, Reply
     from lianlian_async.protocol import Protocol
-    from lianlian_async.retry import Bucket, Deadline
-    from lianlian_async.settlement import Case, settle
+    from lianlian_async.resolution import Case, settle
+    from lianlian_async.retry import Deadline, TokenBucket
 
     from . import stamps
 
@@ -38,7 +38,7 @@ def _own(job: frame.Job) -> dict[str, float]:
     keys = merchant.load_keys()
     protocol = Protocol(merchant, keys.private, keys.gateway)
     headers = {"content-type": "application/json;charset=utf-8"}
-    policy, bucket = RetryPolicy(), Bucket(RetryBudget())
+    policy, retries_left = RetryPolicy(), TokenBucket(RetryBudget())
     paid = datetime(2024, 1, 1, 19, 4, 5, tzinfo=UTC)
     until = Deadline(30.0)
 
@@ -63,7 +63,7 @@ def _own(job: frame.Job) -> dict[str, float]:
             before_resend=before_resend,
             canary=canary,
         )
-        await settle(case, send, bucket)
+        await settle(case, send, retries_left)
 
     # In small batches, so that the clock costs little and the garbage collector meets what it would in a service.
     spent = dict.fromkeys(("validate_ms", "seal_ms", "read_ms", "settle_ms"), 0.0)
@@ -72,7 +72,7 @@ def _own(job: frame.Job) -> dict[str, float]:
         # No two refunds of one second: they would share what is remembered of it.
         moments = [paid + timedelta(seconds=number) for number in numbers]
         answers = [
-            Answer(200, headers, stamps.answer(f"R-{number}", dt_refund=wire.format_timestamp(moment)))
+            HttpResponse(200, headers, stamps.answer(f"R-{number}", dt_refund=wire.format_timestamp(moment)))
             for number, moment in zip(numbers, moments, strict=True)
         ]
         laps = [frame.clocks()]

@@ -13,7 +13,7 @@ from lianlian_async.transport import http_backend
 
 from .batch import batch
 from .demo import demo
-from .endings import INTERRUPTED, ending_of
+from .exit_codes import INTERRUPTED, exit_outcome_of
 from .journal import journal
 from .keys import keygen
 from .notify import notify
@@ -36,7 +36,7 @@ class _Program(click.Group):
             return super().invoke(ctx)
         except LianLianError as error:
             output.failure(error)
-            ctx.exit(ending_of(error).exit_code)
+            ctx.exit(exit_outcome_of(error).exit_code)
         except KeyboardInterrupt:
             output.note(INTERRUPTED.word)
             ctx.exit(INTERRUPTED.exit_code)

@@ -10,7 +10,7 @@ import attrs
 
 from lianlian_async.models import RefundRequest
 
-from .endings import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, Ending
+from .exit_codes import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome
 from .remote import Books
 
 __all__ = ["Audit", "Count"]
@@ -32,7 +32,7 @@ class Audit:
     """How each ``no_refund`` that was begun ended for the client, against the gateway's ``books``."""
 
     requests: Sequence[RefundRequest]
-    endings: Mapping[str, Ending]
+    endings: Mapping[str, ExitOutcome]
     books: Books
 
     def _times_made(self, no_refund: str) -> int:
@@ -55,7 +55,7 @@ class Audit:
     def counts(self) -> list[Count]:
         """The usual endings, and those that occurred besides."""
         refunds = Counter({MADE: 0, REJECTED: 0, NOT_SENT: 0, UNKNOWN: 0})
-        carried_out: Counter[Ending] = Counter()
+        carried_out: Counter[ExitOutcome] = Counter()
         for no_refund, ending in self.endings.items():
             refunds[ending] += 1
             carried_out[ending] += self._times_made(no_refund)

@@ -26,11 +26,11 @@ from lianlian_async.session import RefundSession
 from .batch_options import batch_options, refuse_for_queue
 from .checked import Checked
 from .default_journal import Receipt, default_place, make_folder
-from .endings import INTERRUPTED, UNKNOWN, Ending, ending_of
+from .exit_codes import INTERRUPTED, UNKNOWN, ExitOutcome, exit_outcome_of
 from .inputs import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, pass_output
 from .places import is_dsn, make_journal, open_queue
-from .results import RESULT, Tally, line_writer, result_of
+from .results import RESULT, Totals, line_writer, result_of
 from .signals import one_interruption, sigterm_interrupts
 from .summary import show_batch, show_checked, tell_findings
 from .survey import Survey, survey
@@ -174,10 +174,10 @@ def _send(run: _Run) -> int:
         under_way = run.begun - run.tally.ended
         run.output.note(f"up to {under_way:,} more may have been made: run the same command again, it carries on")
         return _show(run, INTERRUPTED)
-    return _show(run, ending_of(run.failure) if run.failure else run.tally.ending())
+    return _show(run, exit_outcome_of(run.failure) if run.failure else run.tally.ending())
 
 
-def _show(run: _Run, ending: Ending) -> int:
+def _show(run: _Run, ending: ExitOutcome) -> int:
     """Show what became of a batch that ended in this way; the exit code."""
     out = run.options["out"]
     places = {"journal": run.known.name} | ({"results": str(out)} if out else {})
@@ -198,12 +198,12 @@ class _Run:
     receipt: Path | None
     """Where the receipt lies; None: the batch comes from stdin."""
     advance: Callable[[str], object] = attrs.field(default=str, init=False)
-    tally: Tally = attrs.field(init=False)
+    tally: Totals = attrs.field(init=False)
     begun: int = attrs.field(default=0, init=False)
     failure: LianLianError | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.tally = Tally(self.checked.count)
+        self.tally = Totals(self.checked.count)
 
     def check_receipt(self, journal_id: str) -> Callable[[], None]:
         """Refuse a journal that is not the one of the last run; what is returned writes the receipt."""
@@ -229,7 +229,7 @@ class _Run:
     async def _work(self) -> None:
         """Send what the journal does not know, ask about what it holds as open, and write down all that is found."""
         options, out = self.options, self.options["out"]
-        settings = {name: options[name] for name in ("concurrency", "deadline", "absence_grace", "query_first")}
+        settings = {name: options[name] for name in ("concurrency", "deadline", "not_found_grace", "query_first")}
         async with self._opened(self.known.place) as journal:
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._leave_receipt(journal.id)
@@ -287,13 +287,13 @@ class _Run:
         rate = self.options["rate"]
         pace = RateLimit(rate) if rate else None
         async for request in requests:
-            if pace is not None and not await _is_settled(journal, request):
+            if pace is not None and not await _is_resolved(journal, request):
                 async with pace:
                     pass
             self.begun += 1
             yield request
 
 
-async def _is_settled(journal: Journal, request: RefundRequest) -> bool:
+async def _is_resolved(journal: Journal, request: RefundRequest) -> bool:
     entry = await journal.find(request.no_refund)
-    return entry is not None and entry.state.is_settled
+    return entry is not None and entry.state.is_finished

@@ -31,7 +31,7 @@ def refuse_for_queue(ctx: click.Context) -> None:
         "wait_unknown",
         "concurrency",
         "deadline",
-        "absence_grace",
+        "not_found_grace",
         "no_wait",
         "query_first",
         "accept_new_journal",

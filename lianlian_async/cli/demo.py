@@ -23,7 +23,7 @@ from lianlian_async.sandbox import Fault, Repeated
 from lianlian_async.session import RefundSession
 
 from .audit import Audit
-from .endings import INTERRUPTED, Ending, ending_of, refund_ending
+from .exit_codes import INTERRUPTED, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
 from .output import Output, json_option, pass_output, table
 from .remote import Books, RemoteGateway, gateway_process
 
@@ -33,7 +33,7 @@ _DELAY: Final = 0.5
 """Seconds: nothing that the sandbox received is carried out later than that."""
 
 # Hence "no such record" is the truth soon after an attempt; at LianLian's it takes the default, 15 minutes.
-_POLICY: Final = RetryPolicy(absence_grace=3 * _DELAY)
+_POLICY: Final = RetryPolicy(not_found_grace=3 * _DELAY)
 _DEADLINE: Final = 8.0
 _ORDER: Final = Decimal("100.00")
 """What each order is worth; every 25th refund asks for more, and has to be rejected."""
@@ -88,7 +88,7 @@ def _show(output: Output, run: _Run, books: Books) -> int:
     facts = {
         "made_twice": audit.made_twice(),
         "attempts": books.requests.get("apply", 0),
-        "questions": books.requests.get("query", 0),
+        "queries": books.requests.get("query", 0),
         "worst_stall_ms": round(run.worst_stall * 1000, 1),
         "seconds": round(run.seconds, 1),
     }
@@ -132,7 +132,7 @@ class _Run:
     """The refunds, and what the library said about each."""
 
     requests: Sequence[RefundRequest]
-    endings: dict[str, Ending] = attrs.field(factory=dict)
+    endings: dict[str, ExitOutcome] = attrs.field(factory=dict)
     seconds: float = 0.0
     worst_stall: float = 0.0
     """Seconds that the event loop was late at worst."""
@@ -150,9 +150,9 @@ class _Run:
     async def _refund(self, session: RefundSession, request: RefundRequest, advance: Callable[[], object]) -> None:
         self.endings[request.no_refund] = INTERRUPTED
         try:
-            ending = refund_ending(await session.apply_refund(request))
+            ending = exit_outcome_of_refund(await session.apply_refund(request))
         except LianLianError as error:
-            ending = ending_of(error)
+            ending = exit_outcome_of(error)
         self.endings[request.no_refund] = ending
         advance()
 

@@ -47,10 +47,10 @@ def load_merchant(config: Path | None) -> Merchant:
 
 def session_options(command: Command) -> Command:
     """The options that :func:`make_session` takes."""
-    grace = RetryPolicy().absence_grace
+    grace = RetryPolicy().not_found_grace
     for option in (
         click.option(
-            "--absence-grace",
+            "--not-found-grace",
             type=click.FloatRange(min=0),
             default=grace,
             help="Seconds until the gateway's 'no such record' is believed; less only if you know that it refuses "
@@ -71,11 +71,11 @@ def make_session(
     journal: Journal,
     concurrency: int,
     deadline: float,
-    absence_grace: float,
+    not_found_grace: float,
     query_first: bool = False,
 ) -> RefundSession:
     """A session, to be opened, as :func:`session_options` say."""
-    policy = RetryPolicy(absence_grace=absence_grace)
+    policy = RetryPolicy(not_found_grace=not_found_grace)
     return RefundSession(
         merchant,
         journal=journal,

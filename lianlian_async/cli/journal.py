@@ -11,15 +11,15 @@ import anyio
 import attrs
 import click
 
-from lianlian_async.flow import iterate
 from lianlian_async.journal import Entry
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
 from lianlian_async.recovery import Resumed
+from lianlian_async.worker_pool import iterate
 
-from .endings import UNKNOWN
+from .exit_codes import UNKNOWN
 from .inputs import config_option, load_merchant, make_session, session_options
-from .look import look, show_look
+from .journal_report import read_journal, show_journal
 from .output import Output, json_option, pass_output
 from .places import is_dsn, make_journal, make_reader, place_argument
 from .results import line_writer
@@ -33,7 +33,7 @@ _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
 
 @click.group
 def journal() -> None:
-    """Look into a journal, export it, ask about what is open.
+    """JournalReport into a journal, export it, ask about what is open.
 
     A journal is the file that `lianlian batch` keeps, or a PostgreSQL database: postgresql://…, best in LIANLIAN_DSN.
     """
@@ -44,8 +44,8 @@ def journal() -> None:
 @json_option
 @pass_output
 def show(output: Output, /, place: str) -> None:
-    """Count what stands in a journal, and list what is not settled. Also while others are at work with it."""
-    show_look(output, anyio.run(look, place))
+    """Count what stands in a journal, and list what is not resolved. Also while others are at work with it."""
+    show_journal(output, anyio.run(read_journal, place))
 
 
 @journal.command
@@ -75,7 +75,7 @@ def export(output: Output, /, place: str, out: Path) -> None:
 def resume(output: Output, /, place: str, config: Path | None, **settings: Any) -> None:
     """Ask about everything that is open, then show the journal.
 
-    What is unsettled is asked about as in a batch; of what was made, the final state is asked for. Exit code 4 if
+    What is unresolved is asked about as in a batch; of what was made, the final state is asked for. Exit code 4 if
     it still is not known of some whether they were made.
     """
     _show_resumed(output, place, *anyio.run(_resume, load_merchant(config), place, settings))
@@ -87,8 +87,8 @@ async def _resume(merchant: Merchant, place: str, settings: dict[str, Any]) -> t
 
 
 def _show_resumed(output: Output, place: str, resumed: Resumed, reasons: Mapping[str, int]) -> None:
-    found = anyio.run(look, place)
-    show_look(output, found, reasons, settled=resumed.settled, still_open=resumed.still_open)
+    found = anyio.run(read_journal, place)
+    show_journal(output, found, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
     if found.unknown:
         click.get_current_context().exit(UNKNOWN.exit_code)
 

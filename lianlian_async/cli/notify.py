@@ -9,7 +9,7 @@ import anyio
 import click
 
 from lianlian_async import text_rules, wire
-from lianlian_async.exchange import Answer
+from lianlian_async.exchange import HttpResponse
 from lianlian_async.models import RefundStatus
 from lianlian_async.notifications.completion import complete
 from lianlian_async.protocol import Protocol
@@ -69,7 +69,7 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
     _show(output, anyio.run(_post, url, body))
 
 
-async def _post(url: str, body: bytes) -> Answer | None:
+async def _post(url: str, body: bytes) -> HttpResponse | None:
     transport = await Transport.open(None, None, 1, CONTENT_TYPE)
     try:
         return await post(transport, url, body)
@@ -77,7 +77,7 @@ async def _post(url: str, body: bytes) -> Answer | None:
         await transport.aclose()
 
 
-def _show(output: Output, answer: Answer | None) -> None:
+def _show(output: Output, answer: HttpResponse | None) -> None:
     """Print what the service said, and exit with 0 if it acknowledged."""
     word = "acknowledged" if is_acknowledged(answer) else "not acknowledged"
     status, text = (None, "") if answer is None else (answer.status, answer.body.decode(errors="replace"))

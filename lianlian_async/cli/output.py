@@ -21,7 +21,7 @@ from rich.table import Table
 from lianlian_async.errors import InvalidRequest, LianLianError, RefundOutcomeUnknown
 from lianlian_async.models import RefundQuery
 
-from .endings import ending_of, error_document
+from .exit_codes import error_document, exit_outcome_of
 
 __all__ = ["Output", "json_option", "pass_output", "printable", "query_command", "table"]
 
@@ -78,7 +78,7 @@ class Output:
         if self.as_json:
             self.show(error_document(error))
             return
-        word = ending_of(error).word
+        word = exit_outcome_of(error).word
         if isinstance(error, InvalidRequest):
             self.note(f"{word}: nothing was sent")
             for problem in error.problems:

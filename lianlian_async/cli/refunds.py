@@ -15,7 +15,7 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStatus
 from lianlian_async.session import RefundSession
 
-from .endings import INTERRUPTED, refund_ending
+from .exit_codes import INTERRUPTED, exit_outcome_of_refund
 from .inputs import (
     SIGNATURE_FIELDS,
     Command,
@@ -136,7 +136,7 @@ def _message(file: BinaryIO | None, merchant: Merchant) -> dict[str, str]:
 
 def show_refund(output: Output, refund: Refund) -> None:
     """Print the record, and exit with the code of its state."""
-    ending = refund_ending(refund)
+    ending = exit_outcome_of_refund(refund)
     documented = [field.name for field in attrs.fields(Refund) if field.eq]  # the others are about the message
     rows = [(name, *_cells(getattr(refund, name))) for name in documented]
     rows += [(name, text, "not as documented") for name, text in refund.extra.items()]

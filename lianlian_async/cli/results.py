@@ -19,23 +19,23 @@ from lianlian_async import wire
 from lianlian_async.errors import JournalError, LianLianError, RefundOutcomeUnknown, RefundRejected
 from lianlian_async.outcome import Outcome
 
-from .endings import FAILED, MADE, NOT_SENT, REJECTED, UNKNOWN, Ending, ending_of, refund_ending
+from .exit_codes import FAILED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
 
-__all__ = ["RESULT", "Tally", "line_writer", "result_of"]
+__all__ = ["RESULT", "Totals", "line_writer", "result_of"]
 
 _GRAVITY: Final = (UNKNOWN, REJECTED, FAILED)
 """The first of these that occurred gives a batch its exit code."""
 _RECORDED: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno")
-RESULT: Final = ("no_refund", "outcome", *_RECORDED, "money_refund", "error", "attempts", "questions", "seconds")
+RESULT: Final = ("no_refund", "outcome", *_RECORDED, "money_refund", "error", "attempts", "queries", "seconds")
 """What a line of results holds."""
 
 
-def _ending(outcome: Outcome) -> Ending:
+def _ending(outcome: Outcome) -> ExitOutcome:
     if outcome.refund is not None:
-        return refund_ending(outcome.refund)
+        return exit_outcome_of_refund(outcome.refund)
     if isinstance(outcome.error, JournalError) and outcome.error.said is not None:
         return UNKNOWN  # it was sent, and what the gateway said is not on record
-    return ending_of(cast("LianLianError", outcome.error))  # there is always one of them
+    return exit_outcome_of(cast("LianLianError", outcome.error))  # there is always one of them
 
 
 def result_of(outcome: Outcome) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def result_of(outcome: Outcome) -> dict[str, Any]:
         "money_refund": wire.format_money(outcome.request.money_refund),
         "error": None if outcome.error is None else str(outcome.error),
         "attempts": outcome.attempts,
-        "questions": outcome.questions,
+        "queries": outcome.queries,
         "seconds": round(outcome.seconds, 3),
     }
     return {name: values[name] for name in RESULT}
@@ -70,13 +70,13 @@ def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mappin
 
 
 @attrs.define
-class Tally:
+class Totals:
     """How far a batch is."""
 
     total: int
     """Refunds that there are."""
-    refunds: Counter[Ending] = attrs.field(factory=Counter, init=False)
-    yuan: Counter[Ending] = attrs.field(factory=Counter, init=False)
+    refunds: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
+    yuan: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     refusals: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
     """How often each ret_code came, with its meaning."""
     reasons: Counter[str] = attrs.field(factory=Counter, init=False)
@@ -84,7 +84,7 @@ class Tally:
     recorded: int = attrs.field(default=0, init=False)
     """Refunds whose end the journal knew: no traffic."""
     attempts: int = attrs.field(default=0, init=False)
-    questions: int = attrs.field(default=0, init=False)
+    queries: int = attrs.field(default=0, init=False)
     ask_again_at: datetime | None = attrs.field(default=None, init=False)
     """When all that is unknown can be asked about again."""
     _began: float = attrs.field(factory=perf_counter, init=False)
@@ -95,8 +95,8 @@ class Tally:
         self.refunds[ending] += 1
         self.yuan[ending] += cast("int", outcome.request.money_refund)  # a Counter adds whatever can be added
         self.attempts += outcome.attempts
-        self.questions += outcome.questions
-        self.recorded += not (outcome.attempts or outcome.questions) and (
+        self.queries += outcome.queries
+        self.recorded += not (outcome.attempts or outcome.queries) and (
             outcome.refund is not None or isinstance(error, RefundRejected)
         )
         if isinstance(error, RefundRejected):
@@ -139,7 +139,7 @@ class Tally:
         endings = dict.fromkeys((MADE, REJECTED, UNKNOWN, *self.refunds))
         return [(ending.word, self.refunds[ending], Decimal(self.yuan[ending])) for ending in endings]
 
-    def ending(self) -> Ending:
+    def ending(self) -> ExitOutcome:
         """How the whole is called: by the gravest of what occurred."""
         complete = NOT_SENT if self.ended < self.total else MADE
         other = next((ending for ending in self.refunds if ending != MADE), complete)

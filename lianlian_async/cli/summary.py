@@ -8,9 +8,9 @@ from typing import Any
 from lianlian_async.errors import LianLianError
 
 from .checked import Checked
-from .endings import MADE, Ending, error_document
+from .exit_codes import MADE, ExitOutcome, error_document
 from .output import Output, table
-from .results import Tally
+from .results import Totals
 from .survey import Survey
 
 __all__ = ["show_batch", "show_checked", "tell_findings"]
@@ -40,10 +40,10 @@ def show_checked(output: Output, checked: Checked, outcome: str, known: Survey |
 def show_batch(
     output: Output,
     checked: Checked,
-    tally: Tally,
+    tally: Totals,
     known: Survey,
     *,
-    ending: Ending,
+    ending: ExitOutcome,
     failure: LianLianError | None,
     places: Mapping[str, str],
 ) -> None:
@@ -54,7 +54,7 @@ def show_batch(
         "seconds": round(tally.seconds, 1),
         "refunds_per_second": round(tally.rate, 1),
         "attempts": tally.attempts,
-        "questions": tally.questions,
+        "queries": tally.queries,
         "known_from_journal": tally.recorded,
     }
     document = _document(ending.word, checked) | {

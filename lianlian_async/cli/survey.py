@@ -1,4 +1,4 @@
-"""What the journals know about a batch before it is sent: how many of its refunds are new, settled and open there."""
+"""What the journals know about a batch before it is sent: how many of its refunds are new, resolved and open there."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import AsyncExitStack
 import anyio
 import attrs
 
-from lianlian_async.flow import drain
 from lianlian_async.journal import Entry, Journal, SqliteReader
 from lianlian_async.journal.base import Owner
+from lianlian_async.worker_pool import run_workers
 
 from .checked import Checked
 from .places import is_dsn, make_reader
@@ -30,15 +30,15 @@ class Survey:
     journal_id: str | None = None
     """None: the journal is not made yet."""
     total: int = 0
-    settled: int = 0
+    resolved: int = 0
     open: int = 0
     in_older: int = 0
-    """How many of the settled and open ones stand only in ``older``."""
+    """How many of the resolved and open ones stand only in ``older``."""
 
     @property
     def new(self) -> int:
         """How many were never sent, as far as the journals know."""
-        return self.total - self.settled - self.open
+        return self.total - self.resolved - self.open
 
     @property
     def name(self) -> str:
@@ -47,11 +47,11 @@ class Survey:
 
     def counts(self) -> dict[str, int]:
         """For tables and JSON."""
-        return {"new": self.new, "settled": self.settled, "open": self.open}
+        return {"new": self.new, "resolved": self.resolved, "open": self.open}
 
     def notes(self, *, query_first: bool) -> list[str]:
         """For people, before they agree."""
-        counts = f"{self.new:,} of these refunds are new, {self.settled:,} settled, {self.open:,} open"
+        counts = f"{self.new:,} of these refunds are new, {self.resolved:,} resolved, {self.open:,} open"
         told = [f"journal {self.name}: {counts}"]
         if self.in_older:
             told.append(f"{self.in_older:,} of them stand in {self.older} only, and are carried on there")
@@ -83,7 +83,7 @@ async def survey(checked: Checked, owner: Owner, place: str, older: str | None) 
             rest = set(numbers)
             for journal in journals:
                 begun = [entry for entry in await _find(journal, sorted(rest)) if entry.ending or entry.sent_at]
-                found.settled += sum(entry.ending is not None for entry in begun)
+                found.resolved += sum(entry.ending is not None for entry in begun)
                 found.open += sum(entry.ending is None for entry in begun)
                 rest.difference_update(entry.no_refund for entry in begun)
                 if found.older is not None and journal is journals[-1]:
@@ -101,5 +101,5 @@ async def _find(journal: SqliteReader | Journal, numbers: Sequence[str]) -> list
         if (entry := await journal.find(number)) is not None:
             entries.append(entry)
 
-    await drain(numbers, find, workers=_AT_ONCE, intake=anyio.CancelScope())  # in a few queries
+    await run_workers(numbers, find, workers=_AT_ONCE, intake=anyio.CancelScope())  # in a few queries
     return entries

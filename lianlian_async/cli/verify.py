@@ -13,7 +13,7 @@ import click
 from lianlian_async.models import DOCUMENTED
 from lianlian_async.signing import VerifyingKey, signature_source
 
-from .endings import SIGNATURE_INVALID
+from .exit_codes import SIGNATURE_INVALID
 from .inputs import config_option, file_argument, load_merchant, read_message
 from .output import Output, json_option, pass_output
 

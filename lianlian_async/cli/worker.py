@@ -14,7 +14,7 @@ import click
 from lianlian_async.merchant import Merchant
 
 from .inputs import config_option, load_merchant, make_session, session_options
-from .look import look, show_look
+from .journal_report import read_journal, show_journal
 from .output import Output, json_option, pass_output
 from .places import dsn_argument, make_journal, open_queue
 from .signals import sigterm_interrupts
@@ -40,7 +40,7 @@ def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, 
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
     with sigterm_interrupts(), _told(output):
         reasons = anyio.run(_work, merchant, dsn, until_empty, settings)
-    show_look(output, anyio.run(look, dsn), reasons)
+    show_journal(output, anyio.run(read_journal, dsn), reasons)
 
 
 async def _work(merchant: Merchant, dsn: str, until_empty: bool, settings: dict[str, Any]) -> Mapping[str, int]:

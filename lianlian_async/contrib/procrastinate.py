@@ -26,12 +26,12 @@ from lianlian_async.errors import (
     RefundRejected,
     SignatureInvalid,
 )
-from lianlian_async.flow import iterate
 from lianlian_async.journal.postgres import connection_string
 from lianlian_async.models import RefundRequest
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import is_number
 from lianlian_async.signature_watch import Admission
+from lianlian_async.worker_pool import iterate
 
 __all__ = ["RefundQueue"]
 
@@ -178,7 +178,7 @@ class RefundQueue:
         )
 
     async def work(self, session: RefundSession, *, concurrency: int = 20, wait: bool = True) -> None:
-        """Settle refunds with ``session``, which needs a ``PostgresJournal``; until cancelled, or done if not ``wait``.
+        """Finish refunds with ``session``, which needs a ``PostgresJournal``; until cancelled, or done if not ``wait``.
 
         Raises :class:`BatchStopped` on a rejection that stops a batch, or where the gateway's answers do not verify;
         the refunds go back into the queue.

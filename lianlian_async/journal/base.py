@@ -5,16 +5,16 @@ then tells which refunds have to be asked about, and an ending that is known is 
 
 The way of one refund::
 
-    intend ──► NEW ──────────────► send ──► settle (made, rejected, conflict)
-         ├───► ASK_FIRST ► ask ──► send ──► settle
-         ├───► UNSETTLED ► ask ──► (resend, send) ──► settle
+    begin ──► NEW ──────────────► send ──► finish (made, rejected, conflict)
+         ├───► ASK_FIRST ► ask ──► send ──► finish
+         ├───► UNRESOLVED ► ask ──► (resend, send) ──► finish
          │         ▲                 └──────► release (unknown: may have arrived; or certainly not sent)
          │         └───────────────────────────┘
-         ├───► SETTLED: the recorded ending, no traffic
-         └───► HELD: another call or worker has the lease; wait for it
+         ├───► FINISHED: the recorded ending, no traffic
+         └───► LEASED: another call or worker has the lease; wait for it
 
-Cancellation never leaves a refund between two of these: a ``settle`` or ``release`` that was called is carried
-out even if its caller is cancelled meanwhile, and an ``intend`` whose caller is cancelled is taken back.
+Cancellation never leaves a refund between two of these: a ``finish`` or ``release`` that was called is carried
+out even if its caller is cancelled meanwhile, and an ``begin`` whose caller is cancelled is taken back.
 
 A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`): what a sandbox made must never
 answer for production.
@@ -38,7 +38,7 @@ __all__ = ["Ending", "Entry", "Intent", "Journal", "JournalError", "Owner", "Sta
 class State(StrEnum):
     """How a refund stands in the journal. It moves only downwards in this list, never back."""
 
-    UNSETTLED = "unsettled"
+    UNRESOLVED = "unresolved"
     """Begun; whether it was made is not known yet."""
     ACCEPTED = "accepted"
     """Made, but ``sta_refund`` can still change."""
@@ -52,9 +52,9 @@ class State(StrEnum):
     """The gateway told of another refund under this number: a person has to decide, nothing is sent or asked."""
 
     @property
-    def is_settled(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether there is an ending to answer with."""
-        return self is not State.UNSETTLED
+        return self is not State.UNRESOLVED
 
     @property
     def is_made(self) -> bool:
@@ -63,14 +63,14 @@ class State(StrEnum):
 
 
 class Standing(StrEnum):
-    """What :meth:`Journal.intend` found."""
+    """What :meth:`Journal.begin` found."""
 
     NEW = "new"
     ASK_FIRST = "ask first"
     """Not on record, but the journal may have lost its last commits: query before sending."""
-    UNSETTLED = "unsettled"
-    SETTLED = "settled"
-    HELD = "held"
+    UNRESOLVED = "unresolved"
+    FINISHED = "finished"
+    LEASED = "leased"
 
 
 @attrs.frozen
@@ -109,7 +109,7 @@ class Intent:
 class Ending:
     """A known end: ``state`` and what it was learned from (``Refund.to_dict()``, or the rejection's fields)."""
 
-    state: State = attrs.field(validator=attrs.validators.not_(attrs.validators.in_([State.UNSETTLED])))
+    state: State = attrs.field(validator=attrs.validators.not_(attrs.validators.in_([State.UNRESOLVED])))
     record: Mapping[str, str]
 
 
@@ -129,7 +129,7 @@ class Entry:
     """The refusal (``ret_code``, ``ret_msg``, ``verified``) in which every attempt so far ended; None: one may have
     worked, or none was made."""
     ending: Ending | None = None
-    """None while it is unsettled."""
+    """None while it is unresolved."""
     holder: str | None = attrs.field(default=None, repr=False)
     """Names the call that has the lease."""
     leased_until: Moment | None = attrs.field(default=None, repr=False)
@@ -138,7 +138,7 @@ class Entry:
     @property
     def state(self) -> State:
         """How it stands."""
-        return State.UNSETTLED if self.ending is None else self.ending.state
+        return State.UNRESOLVED if self.ending is None else self.ending.state
 
 
 class Journal(Protocol):
@@ -166,26 +166,26 @@ class Journal(Protocol):
         Raises ``ConfigurationError`` if it belongs to another merchant or endpoint.
         """
 
-    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
+    async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         """Write ``intent`` durably, and take the refund's lease, before anything is sent.
 
-        NEW: it was not known, or known as certainly not sent; send it. ASK_FIRST: as NEW, but query first. UNSETTLED:
-        it was begun earlier and is the caller's now; query first, and send nothing but the entry's own body, after
-        :meth:`resend`. The entry's ``sent_at`` is the last moment at which an earlier attempt may have arrived: None
-        if NEW or ASK_FIRST, never later than the answer if UNSETTLED. SETTLED: answer with the entry's ending. HELD:
-        somebody else has the lease; the entry is as it stands.
+        NEW: it was not known, or known as certainly not sent; send it. ASK_FIRST: as NEW, but query first.
+        UNRESOLVED: it was begun earlier; query first, and send nothing but the entry's own body, after :meth:`resend`.
+        FINISHED: answer with the entry's ending. LEASED: somebody else has the lease; the entry is as stored.
+        The entry's ``sent_at`` is the last moment at which an earlier attempt may have arrived: None if NEW or
+        ASK_FIRST, never later than the answer if UNRESOLVED.
 
-        Who is told NEW, ASK_FIRST or UNSETTLED ends with :meth:`settle` or :meth:`release`.
+        A caller that is told NEW, ASK_FIRST or UNRESOLVED ends with :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if the number is recorded with another digest.
         """
 
     async def resend(self, entry: Entry) -> None:
-        """Write down that ``entry``, as :meth:`intend` gave it, may be sent again until its lease ends.
+        """Write down that ``entry``, as :meth:`begin` gave it, may be sent again until its lease ends.
 
         Raises :class:`JournalError` if somebody else has taken the lease.
         """
 
-    async def settle(self, entry: Entry, ending: Ending) -> Entry:
+    async def finish(self, entry: Entry, ending: Ending) -> Entry:
         """Record how ``entry`` ended, and end its lease. The entry as it then stands.
 
         The first ending wins, whoever reports it; only ACCEPTED becomes DONE later. Recording the same again
@@ -203,18 +203,18 @@ class Journal(Protocol):
         """Record that ``on_refund`` has returned: FINAL becomes DONE; nothing else changes."""
 
     async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
-        """End the lease of ``entry``, as :meth:`intend` gave it, without an ending.
+        """End the lease of ``entry``, as :meth:`begin` gave it, without an ending.
 
         ``sent_at`` is the last moment at which an attempt, of this or of an earlier call, may have arrived;
-        None: none ever may have, so that the next :meth:`intend` finds it NEW. ``refused``: see :class:`Entry`.
-        Nothing happens if the lease is over and somebody else has taken it, or settled it.
+        None: none ever may have, so that the next :meth:`begin` finds it NEW. ``refused``: see :class:`Entry`.
+        Nothing happens if the lease is over and somebody else has taken it, or resolved it.
         """
 
     async def latest_made(self) -> Entry | None:
         """The youngest entry that is known as made: the proof that the query service knows our refunds."""
 
     def pending(self) -> AsyncIterator[Entry]:
-        """Every entry that is UNSETTLED, ACCEPTED or FINAL, oldest first; in bounded memory."""
+        """Every entry that is UNRESOLVED, ACCEPTED or FINAL, oldest first; in bounded memory."""
 
     def entries(self) -> AsyncIterator[Entry]:
         """Every entry, oldest first; in bounded memory. What is begun later is not among them."""
@@ -228,5 +228,5 @@ class Journal(Protocol):
     async def inbox(self) -> Journal:
         """The journal of what was notified: it lies beside this one, is opened on the first call, and closed with it.
 
-        There an entry is a refund's final state as the gateway told it: UNSETTLED until it was acted on, then DONE.
+        There an entry is a refund's final state as the gateway told it: UNRESOLVED until it was acted on, then DONE.
         """

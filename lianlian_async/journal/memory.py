@@ -14,7 +14,7 @@ import anyio.lowlevel
 from lianlian_async.clock import Moment
 
 from .base import Ending, Entry, Intent, JournalError, Owner, Standing, State
-from .operations import Acted, Begin, Operation, Release, Resend, Settle
+from .operations import Acted, Begin, Finish, Operation, Release, Resend
 
 __all__ = ["MemoryJournal", "OpenRefunds"]
 
@@ -49,8 +49,8 @@ class MemoryJournal:
         owner = Owner(oid_partner, apply_url)
         self._owner = owner.confirm(self._owner, repr(self))
 
-    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """See :meth:`Journal.intend`."""
+    async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
+        """See :meth:`Journal.begin`."""
         await anyio.lowlevel.checkpoint()
         return self._do(Begin(intent, now))
 
@@ -58,9 +58,9 @@ class MemoryJournal:
         """See :meth:`Journal.resend`."""
         self._do(Resend(entry))
 
-    async def settle(self, entry: Entry, ending: Ending) -> Entry:
-        """See :meth:`Journal.settle`."""
-        return self._do(Settle(entry, ending, is_acting=self._is_acting))
+    async def finish(self, entry: Entry, ending: Ending) -> Entry:
+        """See :meth:`Journal.finish`."""
+        return self._do(Finish(entry, ending, is_acting=self._is_acting))
 
     async def begin_acting(self) -> None:
         """See :meth:`Journal.begin_acting`."""
@@ -82,7 +82,7 @@ class MemoryJournal:
         """See :meth:`Journal.pending`."""
         for no_refund in list(self._entries):
             entry = self._entries[no_refund]
-            if entry.state in (State.UNSETTLED, State.ACCEPTED, State.FINAL):
+            if entry.state in (State.UNRESOLVED, State.ACCEPTED, State.FINAL):
                 yield entry
 
     async def entries(self) -> AsyncIterator[Entry]:
@@ -126,14 +126,14 @@ class OpenRefunds(MemoryJournal):
 
     _latest_made: Entry | None = None
 
-    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """See :meth:`Journal.intend`."""
+    async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
+        """See :meth:`Journal.begin`."""
         if len(self._entries) >= MOST_OPEN and intent.no_refund not in self._entries:
             raise JournalError(
                 f"this session has left {MOST_OPEN:,} refunds unknown, and remembers no more: "
                 "resolve those first, or give it a journal"
             )
-        return await super().intend(intent, now)
+        return await super().begin(intent, now)
 
     def _do(self, operation: Operation[T]) -> T:
         answer = super()._do(operation)

@@ -1,4 +1,4 @@
-"""How an entry moves: begun, sent again, settled, acted on, released, taken back.
+"""How an entry moves: begun, sent again, resolved, acted on, released, taken back.
 
 Pure: the same rules for every journal. An operation is given the entry of its refund as it stands, or None; it gives
 its answer and the entry as it has to stand afterwards: the same object, if nothing changes. What every refund goes
@@ -19,7 +19,7 @@ from lianlian_async.identity import difference
 
 from .base import Ending, Entry, Intent, JournalError, Standing, State
 
-__all__ = ["Acted", "Answer", "Begin", "Look", "Operation", "Release", "Resend", "Settle", "TakeBack", "perform"]
+__all__ = ["Acted", "Begin", "Finish", "Look", "Operation", "Release", "Resend", "Result", "TakeBack", "perform"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -35,32 +35,32 @@ class Operation(Protocol[T_co]):
         """The answer, and the entry as it then stands. Raises what the journal's caller is told."""
 
 
-class Answer(NamedTuple):
+class Result(NamedTuple):
     """What one operation comes to: a value, or the error that is raised."""
 
     value: Any
     error: Exception | None = None
-    later: Callable[[], Awaitable[Answer]] | None = None
+    later: Callable[[], Awaitable[Result]] | None = None
     """Waits for the answer of an operation that has to wait apart from its batch."""
 
 
 def perform(
     operations: Iterable[Operation[Any]], entries: dict[str, Entry], *, is_acting: bool = False
-) -> list[Answer]:
+) -> list[Result]:
     """Do ``operations`` in order to ``entries`` (in place). One that fails does so alone, and changes nothing.
 
     ``is_acting``: whether acting on final refunds has begun.
     """
     answers = []
     for operation in operations:
-        if isinstance(operation, Settle):
+        if isinstance(operation, Finish):
             operation.is_acting = is_acting
         try:
             value, entry = operation.apply(entries.get(operation.no_refund))
         except Exception as error:  # noqa: BLE001 - it is raised where the answer is awaited
-            answers.append(Answer(None, error))
+            answers.append(Result(None, error))
         else:
-            answers.append(Answer(value))
+            answers.append(Result(value))
             if entry is not None:
                 entries[operation.no_refund] = entry
     return answers
@@ -68,7 +68,7 @@ def perform(
 
 @attrs.define
 class Begin:
-    """``Journal.intend``."""
+    """``Journal.begin``."""
 
     intent: Intent
     now: Moment
@@ -92,7 +92,7 @@ class Begin:
         self.now, self.intent = self.now.after(seconds), attrs.evolve(self.intent, lease=self.intent.lease - seconds)
 
     def apply(self, entry: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
-        """What was found; the caller has the lease if it is NEW, ASK_FIRST or UNSETTLED."""
+        """What was found; the caller has the lease if it is NEW, ASK_FIRST or UNRESOLVED."""
         intent = self.intent
         if self.is_taken_back:
             raise JournalError(f"refund {self.no_refund}: the call that would have begun it is gone")
@@ -101,13 +101,13 @@ class Begin:
         if entry.digest != intent.digest:
             raise _conflict(intent, entry)
         if entry.ending is not None:
-            return (Standing.SETTLED, entry), entry
+            return (Standing.FINISHED, entry), entry
         if entry.sent_at is None:
             # Nothing of the earlier call was ever sent: what this one signed, maybe with another key, stands.
             return self._new()
         if entry.holder is not None and entry.leased_until is not None and _is_ahead(entry.leased_until, self.now):
-            return (Standing.HELD, entry), entry
-        return self._unsettled(entry, entry.sent_at)
+            return (Standing.LEASED, entry), entry
+        return self._unresolved(entry, entry.sent_at)
 
     def _new(self) -> tuple[tuple[Standing, Entry], Entry]:
         """On record it may be sent until the lease ends, come what may."""
@@ -118,14 +118,14 @@ class Begin:
             self.intent, sent_at=leased_until, refused=None, leased_until=leased_until
         )
 
-    def _unsettled(self, entry: Entry, sent_at: Moment) -> tuple[tuple[Standing, Entry], Entry]:
+    def _unresolved(self, entry: Entry, sent_at: Moment) -> tuple[tuple[Standing, Entry], Entry]:
         """What nobody sends any more counts as sent until now at the latest, or at this moment if no clock can tell."""
         if _is_ahead(sent_at, self.now) or not _is_comparable(sent_at, self.now):
             sent_at = self.now
         self.found = self._entry(
             entry, sent_at=sent_at, refused=entry.refused, leased_until=self.now.after(self.intent.lease)
         )
-        return (Standing.UNSETTLED, self.found), self.found
+        return (Standing.UNRESOLVED, self.found), self.found
 
     def _entry(
         self, begun: Intent | Entry, *, sent_at: Moment | None, refused: Mapping[str, str] | None, leased_until: Moment
@@ -156,25 +156,25 @@ def _is_comparable(moment: Moment, now: Moment) -> bool:
 class Resend:
     """``Journal.resend``."""
 
-    held: Entry
+    leased: Entry
 
     @property
     def no_refund(self) -> str:
         """Which refund."""
-        return self.held.no_refund
+        return self.leased.no_refund
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry]:
         """The entry as one that may be sent until its lease ends."""
-        if entry is not None and (entry.holder != self.held.holder or entry.ending is not None):
+        if entry is not None and (entry.holder != self.leased.holder or entry.ending is not None):
             raise JournalError(f"refund {self.no_refund}: another call or worker has taken the lease; ask again later")
-        return None, attrs.evolve(self.held, sent_at=self.held.leased_until, refused=None)
+        return None, attrs.evolve(self.leased, sent_at=self.leased.leased_until, refused=None)
 
 
 @attrs.define
-class Settle:
-    """``Journal.settle``."""
+class Finish:
+    """``Journal.finish``."""
 
-    held: Entry
+    leased: Entry
     ending: Ending
     is_acting: bool = attrs.field(default=False, kw_only=True)
     """Whether acting on final refunds has begun."""
@@ -182,11 +182,11 @@ class Settle:
     @property
     def no_refund(self) -> str:
         """Which refund."""
-        return self.held.no_refund
+        return self.leased.no_refund
 
     def apply(self, entry: Entry | None) -> tuple[Entry, Entry]:
         """The entry with its first ending, or with the final one that followed an ACCEPTED."""
-        entry = entry or self.held  # what a failover lost is written again
+        entry = entry or self.leased  # what a failover lost is written again
         ending = self.ending
         if self.is_acting and ending.state is State.DONE:
             ending = Ending(state=State.FINAL, record=ending.record)
@@ -219,20 +219,20 @@ class Acted:
 class Release:
     """``Journal.release``."""
 
-    held: Entry
+    leased: Entry
     sent_at: Moment | None
     refused: Mapping[str, str] | None = None
 
     @property
     def no_refund(self) -> str:
         """Which refund."""
-        return self.held.no_refund
+        return self.leased.no_refund
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
         """The entry without its holder; one that may have been sent is written again if a failover lost it."""
         if entry is None and self.sent_at is not None:
-            entry = self.held
-        if entry is None or entry.holder is None or entry.holder != self.held.holder:
+            entry = self.leased
+        if entry is None or entry.holder is None or entry.holder != self.leased.holder:
             return None, entry
         return None, attrs.evolve(entry, sent_at=self.sent_at, refused=self.refused, holder=None, leased_until=None)
 

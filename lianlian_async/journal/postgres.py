@@ -23,7 +23,7 @@ from psycopg.rows import DictRow, dict_row
 from psycopg.sql import SQL, Composed, Identifier
 from psycopg_pool import AsyncConnectionPool
 
-from lianlian_async.background import Background
+from lianlian_async.background import BackgroundTask
 from lianlian_async.clock import Clock, Moment, system_clock
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import Secret, drop_secrets, without_locals
@@ -31,8 +31,8 @@ from lianlian_async.settings import check_type, is_number, positive_seconds
 
 from . import postgres_rows as sql
 from .base import Entry, Intent, JournalError, Owner, Standing, State
-from .group import GroupedJournal
-from .operations import Answer, Begin, Look, Operation, perform
+from .group_commit import GroupCommitJournal
+from .operations import Begin, Look, Operation, Result, perform
 from .postgres_moments import Reading
 from .postgres_rows import entry_of, owner_of, rows_of
 
@@ -54,10 +54,10 @@ class _Apart:
     """Operations that wait because another transaction holds their refunds, and later their answers."""
 
     operations: Sequence[Operation[Any]]
-    answers: Sequence[Answer] = attrs.field(default=(), init=False)
+    answers: Sequence[Result] = attrs.field(default=(), init=False)
     done: anyio.Event = attrs.field(factory=anyio.Event, init=False)
 
-    async def answer(self, place: int) -> Answer:
+    async def answer(self, place: int) -> Result:
         """Wait for one of the answers."""
         await self.done.wait()
         return self.answers[place]
@@ -77,7 +77,7 @@ def connection_string(dsn: str, timeout: float) -> str:
     return make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | given))
 
 
-class PostgresJournal(GroupedJournal):
+class PostgresJournal(GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the PostgreSQL database that ``dsn`` names.
 
     Its tables live in ``schema``, which is made if it is not there, those of its inbox, if it ever has one, in
@@ -88,7 +88,7 @@ class PostgresJournal(GroupedJournal):
     off. Workers may die at any moment: their leases end, and whoever comes next asks the gateway first.
 
     *What holds over failover and restore:* a standby or a backup may lack the last commits. Where the database is
-    another incarnation than before, the grace of what was begun earlier (``RetryPolicy.absence_grace``) starts again,
+    another incarnation than before, the grace of what was begun earlier (``RetryPolicy.not_found_grace``) starts again,
     and a refund that is not on record is asked about before it is sent: each one for ``not_found_grace`` seconds, and
     later each one whose ``dt_refund`` is older than that. What the gateway answered is written again if its row is
     lost. What remains: a request that is on its way during the failover, under a lease that was lost, may arrive
@@ -122,15 +122,15 @@ class PostgresJournal(GroupedJournal):
         self._timeout = timeout
         self._grace = not_found_grace
         self._clock = clock
-        self._apart: dict[_Apart, Background] = {}
+        self._apart: dict[_Apart, BackgroundTask] = {}
         # A transaction that is idle for half of the timeout is a dead worker's; whoever waits for it goes on then.
         self._options = {"timeout": f"{timeout * 1000:.0f}ms", "idle": f"{max(1000, timeout * 500):.0f}ms"}
 
-    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """See :meth:`Journal.intend`."""
+    async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
+        """See :meth:`Journal.begin`."""
         if now.timeline != self._clock().timeline:
             raise ConfigurationError("PostgresJournal: give it the clock of its session, PostgresJournal(…, clock=…)")
-        return await super().intend(intent, now)
+        return await super().begin(intent, now)
 
     def pending(self) -> AsyncIterator[Entry]:
         """See :meth:`Journal.pending`. What is begun later is not among them."""
@@ -230,10 +230,10 @@ class PostgresJournal(GroupedJournal):
 
     # ── batches ──────────────────────────────────────────────────────────────────────────────────
 
-    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]:
+    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Result]:
         looks = [operation for operation in operations if isinstance(operation, Look)]
         writes = [operation for operation in operations if not isinstance(operation, Look)]
-        answers = dict[int, Answer]()
+        answers = dict[int, Result]()
         if looks:
             rows = await self._select(sql.FIND, [look.no_refund for look in looks])
             found = {row["no_refund"]: entry_of(row, self._reading) for row in rows}
@@ -245,9 +245,9 @@ class PostgresJournal(GroupedJournal):
 
     async def _carry_out(
         self, operations: Sequence[Operation[Any]], until: float, pause: float = 0.0
-    ) -> Sequence[Answer]:
+    ) -> Sequence[Result]:
         """Do all in one transaction; try apart what another one holds, until a moment (event loop's clock)."""
-        answers = dict[int, Answer | None]()
+        answers = dict[int, Result | None]()
         try:
             answers |= zip(map(id, operations), await self._transact(operations), strict=True)
             parts = [[one for one in operations if answers[id(one)] is None]]
@@ -258,9 +258,9 @@ class PostgresJournal(GroupedJournal):
         pause = min(max(2 * pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
         for part in filter(None, parts):
             apart = _Apart(part)
-            self._apart[apart] = Background(partial(self._try_again, apart, until, pause))
-            answers |= {id(one): Answer(None, None, partial(apart.answer, place)) for place, one in enumerate(part)}
-        return cast("list[Answer]", [answers[id(operation)] for operation in operations])  # each has one by now
+            self._apart[apart] = BackgroundTask(partial(self._try_again, apart, until, pause))
+            answers |= {id(one): Result(None, None, partial(apart.answer, place)) for place, one in enumerate(part)}
+        return cast("list[Result]", [answers[id(operation)] for operation in operations])  # each has one by now
 
     async def _try_again(self, apart: _Apart, until: float, pause: float) -> None:
         reason = f"journal {self._name}: another transaction has held this refund's row for {self._timeout} s"
@@ -275,7 +275,7 @@ class PostgresJournal(GroupedJournal):
             del self._apart[apart]
             apart.done.set()
 
-    async def _transact(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer | None]:
+    async def _transact(self, operations: Sequence[Operation[Any]]) -> Sequence[Result | None]:
         async with self._connected() as connection:
             while True:
                 async with connection.transaction():
@@ -293,7 +293,7 @@ class PostgresJournal(GroupedJournal):
 
     async def _perform(
         self, connection: AsyncConnection[DictRow], reading: Reading, operations: Sequence[Operation[Any]]
-    ) -> Sequence[Answer | None]:
+    ) -> Sequence[Result | None]:
         numbers = list({operation.no_refund for operation in operations})
         found = await (await connection.execute(self._sql(sql.LOCK), [numbers])).fetchall()
         rows = {row["no_refund"]: row for row in found if row["no_refund"] is not None}
@@ -352,9 +352,9 @@ class PostgresJournal(GroupedJournal):
             raise JournalError(f"journal {self._name}: {reason}") from error
 
 
-def _failed(operations: Sequence[Operation[Any]], reason: str) -> Sequence[Answer]:
+def _failed(operations: Sequence[Operation[Any]], reason: str) -> Sequence[Result]:
     """An error for each: one that is raised in many tasks would grow with each."""
-    return [Answer(None, JournalError(reason)) for _ in operations]
+    return [Result(None, JournalError(reason)) for _ in operations]
 
 
 async def _read_what_is_committed(connection: AsyncConnection[Any]) -> None:

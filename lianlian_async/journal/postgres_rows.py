@@ -31,7 +31,7 @@ CREATE TABLE {schema}.refunds (
     holder text,
     leased_until json
 );
-CREATE INDEX pending ON {schema}.refunds (id) WHERE state IN ('unsettled', 'accepted', 'final');
+CREATE INDEX pending ON {schema}.refunds (id) WHERE state IN ('unresolved', 'accepted', 'final');
 CREATE TABLE {schema}.eras (
     id bigint PRIMARY KEY,
     began timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -87,7 +87,7 @@ FROM json_populate_recordset(NULL::{schema}.refunds, %s) AS new
 WHERE refund.no_refund = new.no_refund
 """
 PENDING: Final = """
-SELECT * FROM {schema}.refunds WHERE state IN ('unsettled', 'accepted', 'final') AND id > %s AND id <= %s
+SELECT * FROM {schema}.refunds WHERE state IN ('unresolved', 'accepted', 'final') AND id > %s AND id <= %s
 ORDER BY id LIMIT %s
 """
 ENTRIES: Final = "SELECT * FROM {schema}.refunds WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"

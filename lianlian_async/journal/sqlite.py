@@ -16,8 +16,8 @@ import anyio
 from lianlian_async.background import complete, run_in_thread
 
 from .base import Entry, Owner, State
-from .group import GroupedJournal
-from .operations import Answer, Operation
+from .group_commit import GroupCommitJournal
+from .operations import Operation, Result
 from .sqlite_file import JournalFile
 
 __all__ = ["SqliteJournal", "SqliteReader"]
@@ -95,11 +95,11 @@ class SqliteReader(_Looking):
         return await self._in_thread(self._file.find_all, numbers)
 
 
-class SqliteJournal(_Looking, GroupedJournal):
+class SqliteJournal(_Looking, GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is made if it is not there.
 
     It belongs to one process at a time; a second one that opens it is refused. When that process has ended, in
-    whatever way, the next one finds what it left open as UNSETTLED. Beside the file lie, while it is open,
+    whatever way, the next one finds what it left open as UNRESOLVED. Beside the file lie, while it is open,
     ``…-wal`` and ``…-shm`` (SQLite's own: they are part of it) and for ever ``…-owner``, which tells who has it open;
     its inbox, if it ever had one, is the file ``…-inbox``. Several processes of one service share a
     :class:`~.postgres.PostgresJournal`; several files do not know of each other's refunds. Keep it on a local disk:
@@ -136,5 +136,5 @@ class SqliteJournal(_Looking, GroupedJournal):
         self._opened()
         return None if self._file.is_new(no_refund) else await super().find(no_refund)
 
-    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]:
+    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Result]:
         return await self._in_thread(self._file.write, operations)

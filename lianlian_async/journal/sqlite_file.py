@@ -4,12 +4,12 @@ Many rows go into one statement, and come out as one JSON text: ``sqlite3`` give
 back at every row that it steps over, and a busy event loop would let each of a thousand rows wait.
 
 ``refunds`` holds what is written once and hardly changes, a body lives in ``bodies`` only while its refund is
-unsettled, how it ended is added to ``endings``. So rows never grow, and pages stay full. ``sent_at`` is in
+unresolved, how it ended is added to ``endings``. So rows never grow, and pages stay full. ``sent_at`` is in
 microseconds since 1970 (UTC); beside the body, ``evidence`` holds the same moment on the other clocks, and the
 refusal in which every attempt so far ended. ``journal`` has one row: the journal's id, whose refunds it holds, and
 whether acting on final refunds has begun.
 
-Nobody else writes to the file: what is held is known without reading it again, and so is, of most new numbers,
+Nobody else writes to the file: what is leased is known without reading it again, and so is, of most new numbers,
 that they are not on record.
 """
 
@@ -31,8 +31,8 @@ from lianlian_async.clock import Moment
 
 from .base import Ending, Entry, JournalError, Owner, State
 from .file_lock import FileLock, FileLocked
-from .numbers import Numbers
-from .operations import Answer, Operation, perform
+from .bloom_filter import BloomFilter
+from .operations import Operation, Result, perform
 
 __all__ = ["JournalFile"]
 
@@ -71,7 +71,7 @@ WHERE no_refund IN (SELECT value FROM json_each(?))"""
 _PENDING: Final = """
 SELECT json_group_array(no_refund) FROM (
     SELECT no_refund FROM refunds
-    WHERE state IN ('unsettled', 'accepted', 'final') AND state <> 'done' AND id > ? AND id <= ? ORDER BY id LIMIT ?
+    WHERE state IN ('unresolved', 'accepted', 'final') AND state <> 'done' AND id > ? AND id <= ? ORDER BY id LIMIT ?
 )"""
 _ENTRIES: Final = """
 SELECT json_group_array(no_refund) FROM (
@@ -154,9 +154,9 @@ class JournalFile:
         self._path = Path(path)
         owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
         self._turn = Lock()
-        self._held: dict[str, tuple[int, Entry]] = {}
-        """What callers hold: its place, and how it stands in the file."""
-        self._numbers = Numbers()
+        self._leased: dict[str, tuple[int, Entry]] = {}
+        """Leased entries by no_refund: (rowid, entry as stored)."""
+        self._numbers = BloomFilter()
         self._learned = 0
         """Up to which place ``_numbers`` knows what was on record at the opening."""
         with self._errors(), ExitStack() as opened:
@@ -229,7 +229,7 @@ class JournalFile:
         """Whether it is certainly not on record. Does not block."""
         return self._learned >= self._to_learn and not self._numbers.may_hold(no_refund)
 
-    def write(self, operations: Sequence[Operation[Any]]) -> list[Answer]:
+    def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
         """Do all in one transaction: when this returns, it is on the disk; when it raises, nothing of it counts."""
         with self._turn, self._errors():
             self._learn()
@@ -241,9 +241,9 @@ class JournalFile:
             places = self._save(changed, known)
             for place, entry in zip(places, changed, strict=True):
                 if entry.holder is None:
-                    self._held.pop(entry.no_refund, None)
+                    self._leased.pop(entry.no_refund, None)
                 else:
-                    self._held[entry.no_refund] = place, entry
+                    self._leased[entry.no_refund] = place, entry
             self._check_in_place()
         return answers
 
@@ -251,8 +251,8 @@ class JournalFile:
         """Those of ``numbers`` that are on record, with their places."""
         known, unread = {}, []
         for no_refund in numbers:
-            if held := self._held.get(no_refund):
-                known[no_refund] = held
+            if leased := self._leased.get(no_refund):
+                known[no_refund] = leased
             elif not self.is_new(no_refund):
                 unread.append(no_refund)
         if unread:
@@ -307,7 +307,7 @@ class JournalFile:
 
     def _entry(self, row: Sequence[Any]) -> Entry:
         no_refund, digest, fields, sent_at, body, evidence, state, record = row
-        held = self._held[no_refund][1] if no_refund in self._held else None
+        leased = self._leased[no_refund][1] if no_refund in self._leased else None
         return Entry(
             no_refund=no_refund,
             digest=digest,
@@ -316,8 +316,8 @@ class JournalFile:
             sent_at=None if sent_at is None else _moment(sent_at, evidence or {}),
             refused=None if evidence is None else evidence.get("refused"),
             ending=None if record is None else Ending(state=State(state), record=record),
-            holder=None if held is None else held.holder,
-            leased_until=None if held is None else held.leased_until,
+            holder=None if leased is None else leased.holder,
+            leased_until=None if leased is None else leased.leased_until,
         )
 
     def _save(self, changed: Sequence[Entry], known: Mapping[str, tuple[int, Entry]]) -> list[int]:
@@ -411,7 +411,7 @@ def _evidence(sent_at: Moment, refused: Mapping[str, str] | None) -> dict[str, A
 
 
 def _moment(sent_at: int, evidence: Mapping[str, Any]) -> Moment:
-    """The moment ``sent_at`` on all clocks; of a refund that is settled only the wall clock's is kept."""
+    """The moment ``sent_at`` on all clocks; of a refund that is resolved only the wall clock's is kept."""
     gateway = evidence.get("gateway")
     return Moment(
         _EPOCH + sent_at * _MICROSECOND,

@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 import anyio
 
 from lianlian_async import asgi
-from lianlian_async.background import Background
+from lianlian_async.background import BackgroundTask
 from lianlian_async.clock import Clock, system_clock
 from lianlian_async.errors import (
     AnswerMismatch,
@@ -38,21 +38,21 @@ from lianlian_async.errors import (
     RefundConflict,
     SignatureInvalid,
 )
-from lianlian_async.flow import checked
 from lianlian_async.journal import Journal, Standing
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund
 from lianlian_async.recovery import Resumed
-from lianlian_async.rsa_thread import RsaThread
+from lianlian_async.rsa_worker import RsaWorker
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_integer, check_journal, check_type, positive_seconds
+from lianlian_async.worker_pool import checked
 
-from .acks import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
-from .acting import Book, act_on
-from .addresses import AllowList
+from .allow_list import AllowList
 from .completion import IncompleteNotification, check_state, complete
+from .dispatch import Book, act_on
 from .inbox import Inbox
-from .recent import Recent
+from .memory_book import MemoryBook
+from .responses import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 
 __all__ = ["Ack", "NotificationEndpoint", "Verdict"]
 
@@ -77,15 +77,15 @@ _REFUSED: Final[Mapping[type[LianLianError], Verdict]] = {
 class _Ready(NamedTuple):
     """What exists from the first notification on."""
 
-    rsa: RsaThread
-    book: Inbox | Recent
+    rsa: RsaWorker
+    book: Inbox | MemoryBook
 
 
 class _Worker(NamedTuple):
     """What exists behind an inbox as long as the endpoint is open."""
 
     inbox: Inbox
-    task: Background
+    task: BackgroundTask
 
 
 class NotificationEndpoint:
@@ -169,7 +169,7 @@ class NotificationEndpoint:
         self._allow_list = AllowList.read(allow_from, trusted_proxies)
         self._path = path
         self._concurrency = checked(concurrency)
-        self._recent = Recent(remember, handler_seconds)
+        self._recent = MemoryBook(remember, handler_seconds)
         self._clock = clock
         self._ready: _Ready | None = None
         self._turn = anyio.Lock()
@@ -193,7 +193,7 @@ class NotificationEndpoint:
         if self._is_inbox:
             inbox = cast("Inbox", ready.book)  # there is a journal
             work = partial(inbox.work, self._concurrency, self._count_act)
-            self._worker = _Worker(inbox, Background(work, inbox.end))
+            self._worker = _Worker(inbox, BackgroundTask(work, inbox.end))
         return self
 
     async def __aexit__(
@@ -216,7 +216,7 @@ class NotificationEndpoint:
                 if self._journal is not None and not self._journal.is_open:
                     raise RuntimeError(f"{self._journal!r} is not open: {_HOW_TO_OPEN}")
                 book = self._recent if self._journal is None else await self._inbox_beside(self._journal)
-                self._ready = _Ready(await RsaThread.open(self.merchant), book)
+                self._ready = _Ready(await RsaWorker.open(self.merchant), book)
             return self._ready
 
     async def _inbox_beside(self, journal: Journal) -> Inbox:
@@ -300,9 +300,9 @@ class NotificationEndpoint:
     async def _act_once(self, book: Book[Any], refund: Refund) -> Verdict:
         standing, held = await book.take(refund)
         self._tell(refund)
-        if standing is Standing.SETTLED:
+        if standing is Standing.FINISHED:
             return Verdict.DUPLICATE
-        if standing is Standing.HELD:
+        if standing is Standing.LEASED:
             return Verdict.BUSY
         well = await act_on(refund, book, held, self._act, self._seconds)
         return Verdict.ACTED if well else Verdict.FAILED

@@ -15,12 +15,12 @@ import attrs
 from lianlian_async.clock import Clock
 from lianlian_async.errors import InvalidRequest, LianLianError, RefundConflict
 from lianlian_async.event_loop import is_failure
-from lianlian_async.flow import drain, iterate
 from lianlian_async.journal import Ending, Entry, Intent, Journal, Standing, State
 from lianlian_async.models import Refund, RefundRequest
 from lianlian_async.recording import answer, learn, take
+from lianlian_async.worker_pool import iterate, run_workers
 
-from .acting import act_on
+from .dispatch import act_on
 
 __all__ = ["Inbox"]
 
@@ -91,14 +91,14 @@ class Inbox:
 
     async def _take(self, refund: Refund, lease: float, deadline: float) -> tuple[Standing, Entry]:
         standing, entry = await take(self._journal, _intent(refund, lease), self._clock, deadline)
-        if standing is Standing.SETTLED:  # a process may have died between the two lines of settle
+        if standing is Standing.FINISHED:  # a process may have died between the two lines of finish
             await self._refunds.acted(entry.no_refund)
         return standing, entry
 
-    async def settle(self, held: Entry, refund: Refund) -> None:
-        """See :meth:`.Book.settle`."""
+    async def finish(self, held: Entry, refund: Refund) -> None:
+        """See :meth:`.Book.finish`."""
         done = Ending(state=State.DONE, record={"sta_refund": str(refund.sta_refund)})
-        await self._journal.settle(held, done)
+        await self._journal.finish(held, done)
         await self._refunds.acted(held.no_refund)
 
     async def release(self, held: Entry) -> None:
@@ -120,7 +120,7 @@ class Inbox:
             except (InvalidRequest, RefundConflict) as error:
                 logger.error("refund %s is final, but cannot be acted on: %s", entry.no_refund, error)  # noqa: TRY400 - no bug of ours
 
-        await drain(self._refunds.pending(), keep_one, workers=workers, intake=anyio.CancelScope())
+        await run_workers(self._refunds.pending(), keep_one, workers=workers, intake=anyio.CancelScope())
 
     async def work(self, workers: int, acted: Callable[[bool], object]) -> None:
         """Act on what is in the inbox, now and later, ``workers`` at a time, until :meth:`stop`.
@@ -136,19 +136,19 @@ class Inbox:
                 if not is_failure(error):
                     raise
                 logger.exception("refund %s: its notification cannot be acted on now", entry.no_refund)
-                standing, well = Standing.UNSETTLED, False
-            if standing is Standing.HELD:  # another worker is at it
+                standing, well = Standing.UNRESOLVED, False
+            if standing is Standing.LEASED:  # another worker is at it
                 self._resting[entry.no_refund] = attrs.evolve(rest, until=anyio.current_time() + self._seconds)
             elif not well:
                 pause = min(2.0**rest.failures, _LONGEST_REST)
                 self._resting[entry.no_refund] = _Rest(min(rest.failures + 1, 16), anyio.current_time() + pause)
             else:
                 del self._resting[entry.no_refund]
-            if standing not in (Standing.HELD, Standing.SETTLED):
+            if standing not in (Standing.LEASED, Standing.FINISHED):
                 acted(well)
             self._news.set()
 
-        await drain(self._due(workers), attempt, workers=workers, intake=self._intake)
+        await run_workers(self._due(workers), attempt, workers=workers, intake=self._intake)
 
     async def catch_up(self, workers: int, acted: Callable[[bool], object]) -> None:
         """Act, once, on what is in the inbox now: nobody else works on it."""
@@ -159,10 +159,10 @@ class Inbox:
             except LianLianError:
                 logger.exception("refund %s: its notification cannot be acted on now", entry.no_refund)
             else:
-                if standing not in (Standing.HELD, Standing.SETTLED):
+                if standing not in (Standing.LEASED, Standing.FINISHED):
                     acted(well)
 
-        await drain(self._journal.pending(), attempt, workers=workers, intake=anyio.CancelScope())
+        await run_workers(self._journal.pending(), attempt, workers=workers, intake=anyio.CancelScope())
 
     def stop(self) -> None:
         """Have :meth:`work` end once the handlers have that are running."""
@@ -177,8 +177,8 @@ class Inbox:
     async def _attempt(self, entry: Entry) -> tuple[Standing, bool]:
         refund = await self.learn(Refund.from_dict(entry.fields))
         standing, held = await self._take(refund, 2 * self._seconds, -math.inf)
-        if standing in (Standing.HELD, Standing.SETTLED):
-            return standing, standing is Standing.SETTLED
+        if standing in (Standing.LEASED, Standing.FINISHED):
+            return standing, standing is Standing.FINISHED
         return standing, await act_on(refund, self, held, self._act, self._seconds)
 
     async def _due(self, workers: int) -> AsyncGenerator[Entry]:

@@ -18,9 +18,9 @@ import anyio
 import attrs
 
 from lianlian_async import asgi, wire
-from lianlian_async.background import Background
+from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import ConfigurationError, MalformedMessage
-from lianlian_async.exchange import Answer
+from lianlian_async.exchange import HttpResponse
 from lianlian_async.signing import SigningKey, signature_source
 from lianlian_async.transport import AsyncBaseTransport, AsyncClient, Transport
 
@@ -130,7 +130,7 @@ class Notifier:
         self._transport = await Transport.open(self._client, self._http_transport, self._max_connections, CONTENT_TYPE)
         self._slots = anyio.Semaphore(self._max_connections)
         started = anyio.Event()
-        self._background = Background(lambda: self._run(started))
+        self._background = BackgroundTask(lambda: self._run(started))
         await started.wait()
         return self
 
@@ -231,16 +231,16 @@ class Notifier:
         return any(delivery.acknowledged for delivery in deliveries)
 
 
-async def post(transport: Transport, url: str, body: bytes, patience: float = PATIENCE) -> Answer | None:
+async def post(transport: Transport, url: str, body: bytes, patience: float = PATIENCE) -> HttpResponse | None:
     """What a merchant's server answers to a notification; None if it does not within ``patience`` seconds."""
     with anyio.move_on_after(patience):
         delivery = await transport.post(url, body, patience)
-        if isinstance(delivery, Answer):
+        if isinstance(delivery, HttpResponse):
             return delivery
     return None
 
 
-def is_acknowledged(answer: Answer | None) -> bool:
+def is_acknowledged(answer: HttpResponse | None) -> bool:
     """Whether a merchant's server has taken the notification."""
     if answer is None or answer.status != 200:
         return False

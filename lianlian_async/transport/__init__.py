@@ -9,9 +9,9 @@ What remains, although the lease is checked right before bytes leave and a conne
   takes the body; whether it resets connections is its own affair.
 """
 
-from .http import AsyncBaseTransport, AsyncClient, Transport, asgi_transport
-from .own import HttpBackend, check_http, http_backend
+from .default_client import HttpBackend, check_http, http_backend
 from .pool import PoolTransport
+from .sender import AsyncBaseTransport, AsyncClient, Transport, asgi_transport
 
 __all__ = [
     "AsyncBaseTransport",

@@ -19,8 +19,8 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
 from yarl import URL
 
-from .request import Body, LeaseEndedError
 from .socket_options import close_normally, reset_when_closed
+from .tracked_request import Body, LeaseEndedError
 
 __all__ = ["AiohttpTransport"]
 

@@ -9,11 +9,11 @@ from unittest.mock import patch
 
 import attrs
 
-from lianlian_async import clock, flight, settlement
+from lianlian_async import clock, flight, resolution
 from lianlian_async.clock import Moment, SessionClock
-from lianlian_async.exchange import Known
+from lianlian_async.exchange import Finding
 from lianlian_async.journal import operations
-from lianlian_async.settlement import Case
+from lianlian_async.resolution import Case
 
 from .model import Bounds
 
@@ -43,14 +43,14 @@ def _no_slack(since: Moment, now: Moment) -> float | None:
         return clock.elapsed(since, now)
 
 
-def _first_send_counts(case: Case, reply: settlement.Reply) -> None:
+def _first_send_counts(case: Case, reply: resolution.Reply) -> None:
     sent_at = case.sent_at
     _take_in(case, reply)
     case.sent_at = sent_at or case.sent_at
 
 
-def _no_lease_in_next_step(case: Case, known: Known) -> settlement.Step:
-    return settlement.NEXT_STEP[known, case.sent_at is not None]
+def _no_lease_in_next_step(case: Case, finding: Finding) -> resolution.Step:
+    return resolution.NEXT_STEP[finding, case.sent_at is not None]
 
 
 def _late_date(session_clock: SessionClock, date: str, began: float) -> None:
@@ -76,7 +76,7 @@ class Fault:
 FAULTS: Mapping[str, Fault] = {
     "the wall clock measures the grace": Fault(
         bounds=attrs.evolve(_PAIR, workers=1, attempts=2, clock_steps=1),
-        patch=partial(patch.object, settlement, "elapsed", _by_the_wall),
+        patch=partial(patch.object, resolution, "elapsed", _by_the_wall),
     ),
     "the grace counts from the first send": Fault(
         bounds=attrs.evolve(_PAIR, workers=1, attempts=3),
@@ -104,7 +104,7 @@ FAULTS: Mapping[str, Fault] = {
         is_unsafe=False,
     ),
     "no DATE_SLACK": Fault(
-        is_small=False, bounds=_BOOTS, patch=partial(patch.object, settlement, "elapsed", _no_slack)
+        is_small=False, bounds=_BOOTS, patch=partial(patch.object, resolution, "elapsed", _no_slack)
     ),
     "a Date is believed however late it is read": Fault(
         is_small=False, bounds=_BOOTS, patch=partial(patch.object, SessionClock, "heard", _late_date)

@@ -14,11 +14,11 @@ import attrs
 
 from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
-from lianlian_async.exchange import Known
+from lianlian_async.exchange import Finding
 from lianlian_async.flight import Flights
 from lianlian_async.journal import Entry, Standing
-from lianlian_async.journal.operations import Begin, Look, Operation, Release, Resend, Settle
-from lianlian_async.settlement import Case, Step
+from lianlian_async.journal.operations import Begin, Finish, Look, Operation, Release, Resend
+from lianlian_async.resolution import Case, Step
 
 from . import parts
 
@@ -210,7 +210,7 @@ class Model:
         now = self._clock(world, number, worker)
         begin = Begin(parts.intent(self.bounds.lease), now, f"worker {number}")
         (standing, entry), after = self._do(world, number, worker, begin)
-        if standing is Standing.SETTLED or standing is Standing.HELD:
+        if standing is Standing.FINISHED or standing is Standing.LEASED:
             return
         sent_at = entry.sent_at
         phase = "ready" if sent_at is None else "ask"
@@ -219,7 +219,7 @@ class Model:
 
     def _ready(self, world: World, number: int, worker: Worker) -> Steps:
         """Before the bytes leave the lease is looked at once more."""
-        not_sent = self._no(world, number, worker, Known.NOT_SENT)
+        not_sent = self._no(world, number, worker, Finding.NOT_SENT)
         case = self._case(worker, self._clock(world, number, worker))
         if worker.left and case.apply.lease_holds():
             checked = worker._replace(phase="checked", since=world.now)
@@ -249,19 +249,19 @@ class Model:
                 yield "is refused", self._with(refused, number, worker._replace(phase="refused"))
         elif world.made:
             yield "is told that it was made", self._made(world, number, worker)
-        yield "gets no answer", self._with(world, number, self._take_in(world, number, worker, Known.UNCERTAIN))
+        yield "gets no answer", self._with(world, number, self._take_in(world, number, worker, Finding.UNCERTAIN))
 
     def _refused(self, world: World, number: int, worker: Worker) -> Steps:
-        yield "reads the refusal", self._no(world, number, worker, Known.REJECTED)
+        yield "reads the refusal", self._no(world, number, worker, Finding.REJECTED)
 
-    def _no(self, world: World, number: int, worker: Worker, known: Known) -> World:
+    def _no(self, world: World, number: int, worker: Worker, finding: Finding) -> World:
         """What follows an attempt that was not sent, or refused."""
         case = self._case(worker, self._clock(world, number, worker))
-        if case.next_step(known) is Step.RAISE:
-            if known is Known.NOT_SENT and not case.apply.lease_holds() and self._is_taken(world, number, worker):
+        if case.next_step(finding) is Step.RAISE:
+            if finding is Finding.NOT_SENT and not case.apply.lease_holds() and self._is_taken(world, number, worker):
                 return self._leave(world, number, worker)
             return self._told_not_made(world, number, worker)
-        return self._with(world, number, self._take_in(world, number, worker, known))
+        return self._with(world, number, self._take_in(world, number, worker, finding))
 
     def _is_taken(self, world: World, number: int, worker: Worker) -> bool:
         """Whether the journal still knows of a send once the lease was released, as ``Recording.keep`` looks."""
@@ -269,10 +269,10 @@ class Model:
         found, _ = self._do(after, number, worker, Look("R-1"))
         return found is not None and (found.sent_at is not None or found.ending is not None)
 
-    def _take_in(self, world: World, number: int, worker: Worker, known: Known) -> Worker:
+    def _take_in(self, world: World, number: int, worker: Worker, finding: Finding) -> Worker:
         case = self._case(worker, self._clock(world, number, worker))
-        case.next_step(known)
-        case.take_in(parts.reply(known))
+        case.next_step(finding)
+        case.take_in(parts.reply(finding))
         return worker._replace(
             phase="ask", sent_at=case.sent_at, is_rejected=case.rejection is not None, since=0, date=0
         )
@@ -301,7 +301,7 @@ class Model:
 
     def _heard(self, world: World, number: int, worker: Worker) -> Steps:
         case = self._case(worker, self._clock(world, number, worker))
-        is_believed = case.absence_is_believed(worker.asked_at)
+        is_believed = case.not_found_is_believed(worker.asked_at)
         name = f"{'believes' if is_believed else 'does not believe'} that there is no record"
         phase = "believed" if is_believed else "ask"
         judged = worker._replace(phase=phase, sent_at=case.sent_at, asked_at=None, since=0)
@@ -325,7 +325,7 @@ class Model:
     # ── how a call ends ──────────────────────────────────────────────────────────────────────────
 
     def _made(self, world: World, number: int, worker: Worker) -> World:
-        _, after = self._do(world, number, worker, Settle(worker.entry, parts.MADE))
+        _, after = self._do(world, number, worker, Finish(worker.entry, parts.MADE))
         return self._with(after, number, self._ended(worker, "done"))
 
     def _told_not_made(self, world: World, number: int, worker: Worker) -> World:

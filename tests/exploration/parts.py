@@ -14,15 +14,15 @@ import attrs
 
 from lianlian_async.clock import Moment, SessionClock
 from lianlian_async.errors import LianLianError, RefundRejected
-from lianlian_async.exchange import Call, Exchange, Known, Reply
+from lianlian_async.exchange import Call, Exchange, Finding, Reply
 from lianlian_async.journal import Ending, Intent, State
 from lianlian_async.journal.operations import Operation
 from lianlian_async.journal.postgres_moments import Reading
 from lianlian_async.journal.postgres_rows import entry_of, rows_of
 from lianlian_async.models import RefundRequest
 from lianlian_async.protocol import rejection
+from lianlian_async.resolution import Case
 from lianlian_async.retry import Deadline, RetryPolicy
-from lianlian_async.settlement import Case
 
 TICK = 10.0
 """Seconds: less than DATE_SLACK, so that a Date header may be one tick old."""
@@ -98,7 +98,7 @@ async def _nothing() -> None:
 
 @cache
 def _exchange(grace: int, lease_holds: bool) -> Exchange:
-    policy = RetryPolicy(absence_grace=grace * TICK)
+    policy = RetryPolicy(not_found_grace=grace * TICK)
     asked = {"oid_partner": "201400000000000000"}
     return Exchange(
         call=Call.APPLY,
@@ -128,9 +128,9 @@ _REJECTION = rejection(RefundRejected, "5006", "no money", verified=True, no_ref
 _SILENCE = LianLianError("no answer")
 
 
-def reply(known: Known) -> Reply:
+def reply(finding: Finding) -> Reply:
     """Return the reply to an apply attempt that has to be asked about."""
-    return Reply(known=known, error=_REJECTION if known is Known.REJECTED else _SILENCE)
+    return Reply(finding=finding, error=_REJECTION if finding is Finding.REJECTED else _SILENCE)
 
 
 # ── PostgreSQL ───────────────────────────────────────────────────────────────────────────────────

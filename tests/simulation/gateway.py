@@ -21,7 +21,7 @@ from .oracle import Oracle
 from .plan import GRACE, MARGIN, Plan
 from .world import World
 
-Answer = tuple[int, dict[str, str], bytes]
+WireAnswer = tuple[int, dict[str, str], bytes]
 """HTTP status, headers, body."""
 
 UNCERTAIN = ("1007", "5005", "8117", "9000", "9091", "9902", "9920", "9990", "9999", "4711")
@@ -56,7 +56,7 @@ class Gateway:
     is_calm: bool = False
     """Whether all faults are over."""
 
-    def answer(self, call: str, body: bytes, left_at: float, fault: str | None) -> Answer | None:
+    def answer(self, call: str, body: bytes, left_at: float, fault: str | None) -> WireAnswer | None:
         """Take one request; None: no answer will ever come."""
         asked = json.loads(body)
         if fault == "status_before":
@@ -67,14 +67,14 @@ class Gateway:
             return self._signed({"ret_code": self.world.random.choice(UNCERTAIN), "ret_msg": "later"}, fault)
         return self._apply(asked, left_at, fault)
 
-    def _status(self) -> Answer:
+    def _status(self) -> WireAnswer:
         status = self.world.random.choice([500, 502, 503, 429, 302, 404])
         headers = {"retry-after": "3"} if status in (429, 503) else {}
         return status, headers, b"<html>busy</html>"
 
     # ── apply ────────────────────────────────────────────────────────────────────────────────────
 
-    def _apply(self, asked: dict[str, str], left_at: float, fault: str | None) -> Answer:
+    def _apply(self, asked: dict[str, str], left_at: float, fault: str | None) -> WireAnswer:
         number = asked["no_refund"]
         if number in self.refused:
             return self._refusal(asked, "5003")
@@ -110,7 +110,7 @@ class Gateway:
         self.oracle.made(asked["no_refund"], left_at)
         return made
 
-    def _refusal(self, asked: Mapping[str, str], code: str) -> Answer:
+    def _refusal(self, asked: Mapping[str, str], code: str) -> WireAnswer:
         echo = {name: asked[name] for name in ("no_refund", "money_refund", "oid_partner")}
         return self._signed({"ret_code": code, "ret_msg": "refused", **echo}, None)
 
@@ -123,7 +123,7 @@ class Gateway:
 
     # ── query ────────────────────────────────────────────────────────────────────────────────────
 
-    def _query(self, asked: dict[str, str], fault: str | None) -> Answer:
+    def _query(self, asked: dict[str, str], fault: str | None) -> WireAnswer:
         if fault in ("code_before", "code_after"):
             return self._signed({"ret_code": self.world.random.choice(["9921", "9999", "9902"]), "ret_msg": "no"}, None)
         if fault == "status_after":
@@ -133,7 +133,7 @@ class Gateway:
             return 200, {}, wire.encode({"ret_code": "8901", "ret_msg": "none"})
         return self._signed(self._record(known[0]), fault)
 
-    def _signed(self, fields: Mapping[str, str], fault: str | None) -> Answer:
+    def _signed(self, fields: Mapping[str, str], fault: str | None) -> WireAnswer:
         told = {**fields, "oid_partner": fields.get("oid_partner", "201103171000000000"), "sign_type": "RSA"}
         if fault == "no_signature":
             return 200, {}, wire.encode(fields)

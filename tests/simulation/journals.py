@@ -10,7 +10,7 @@ import attrs
 
 from lianlian_async.clock import Moment
 from lianlian_async.journal import Entry, Journal, JournalError, MemoryJournal, Owner, SqliteJournal, State
-from lianlian_async.journal.operations import Answer, Operation, perform
+from lianlian_async.journal.operations import Operation, Result, perform
 
 from .oracle import Oracle
 from .world import NodeLoop, World
@@ -151,7 +151,7 @@ class SimulatedFile:
     def is_new(self, no_refund: str) -> bool:
         return no_refund not in self._disk.committed
 
-    def write(self, operations: Sequence[Operation[Any]]) -> list[Answer]:
+    def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
         disk = self._disk
         disk.check("fails")
         disk.check("full")
@@ -189,7 +189,7 @@ class SimulatedFile:
             for place, entry in numbered
             if entry is not None
             and after < place <= until
-            and (not pending or entry.state in (State.UNSETTLED, State.ACCEPTED))
+            and (not pending or entry.state in (State.UNRESOLVED, State.ACCEPTED))
         ]
         return wanted[:limit]
 
@@ -203,7 +203,7 @@ class SimulatedFile:
 
 
 def _as_stored(entry: Entry) -> Entry:
-    """What a file gives back: no lease, and of what is settled only the wall clock's moment."""
+    """What a file gives back: no lease, and of what is resolved only the wall clock's moment."""
     sent_at = entry.sent_at
     if sent_at is not None and entry.ending is not None:
         sent_at = Moment(sent_at.wall, 0.0, "")

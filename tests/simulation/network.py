@@ -8,7 +8,7 @@ from collections.abc import Callable
 import attrs
 import httpx
 
-from .gateway import Answer, Gateway
+from .gateway import Gateway, WireAnswer
 from .oracle import Oracle
 from .plan import GATEWAY, GRACE, MARGIN, NETWORK, TWICE_DELIVERED, Plan
 from .world import World
@@ -30,7 +30,7 @@ class Network:
     plan: Plan
     gateway: Gateway
     oracle: Oracle
-    last_answers: list[Answer] = attrs.field(factory=list)
+    last_answers: list[WireAnswer] = attrs.field(factory=list)
 
     def fault(self) -> str | None:
         """What the next exchange meets."""
@@ -39,7 +39,7 @@ class Network:
             return None
         return dice.choice(plan.faults)
 
-    def carry(self, call: str, body: bytes, fault: str | None, hear: Callable[[Answer | Exception], None]) -> None:
+    def carry(self, call: str, body: bytes, fault: str | None, hear: Callable[[WireAnswer | Exception], None]) -> None:
         """Bytes have left a node: bring them to the gateway, and its answer back."""
         dice, world, left_at = self.world.random, self.world, self.world.now
         if fault == "request_lost":
@@ -57,7 +57,12 @@ class Network:
             world.after(2 * delay * dice.random(), lambda: hear(httpx.ReadError("connection reset")))
 
     def _deliver(
-        self, call: str, body: bytes, left_at: float, fault: str | None, hear: Callable[[Answer | Exception], None]
+        self,
+        call: str,
+        body: bytes,
+        left_at: float,
+        fault: str | None,
+        hear: Callable[[WireAnswer | Exception], None],
     ) -> None:
         dice, world, gateway = self.world.random, self.world, self.gateway
         if gateway.is_down:
@@ -140,7 +145,7 @@ class NodeTransport(httpx.AsyncBaseTransport):
             raise httpx.WriteError("broken pipe")
         heard = asyncio.get_running_loop().create_future()
 
-        def hear(answer: Answer | Exception) -> None:
+        def hear(answer: WireAnswer | Exception) -> None:
             if not heard.done():
                 heard.set_result(answer)
 

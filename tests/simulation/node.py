@@ -170,7 +170,7 @@ class Node:
             session = RefundSession(
                 run.merchant,
                 transport=transport,
-                retry=RetryPolicy(absence_grace=GRACE),
+                retry=RetryPolicy(not_found_grace=GRACE),
                 deadline=plan.deadline,
                 max_connections=plan.max_connections,
                 journal=journal,
@@ -222,7 +222,7 @@ class Node:
             if not run.may_begin(number):
                 return
             if unknown is not None and (run.plan.journal == "none" or dice.random() < 0.2):
-                how = await self._told(request, lambda unknown=unknown: session.settle(unknown))
+                how = await self._told(request, lambda unknown=unknown: session.resolve(unknown))
             else:
                 how = await self._told(request, lambda: session.apply_refund(request))
             if how != "open" or run.is_known(number):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .gateway import Gateway
 
 _LATER = {
-    State.UNSETTLED: frozenset(State),
+    State.UNRESOLVED: frozenset(State),
     State.ACCEPTED: frozenset({State.ACCEPTED, State.DONE}),
     State.DONE: frozenset({State.DONE}),
     State.REJECTED: frozenset({State.REJECTED}),
@@ -44,7 +44,7 @@ class Oracle:
     final: dict[str, str] = attrs.field(factory=dict)
     """The last ``sta_refund`` of those that are final."""
     foreign: set[str] = attrs.field(factory=set)
-    """Numbers that another refund has at the gateway."""
+    """BloomFilter that another refund has at the gateway."""
     is_blind: bool = False
     """Whether the query service knows nothing: only where the journal knows a made refund, this can be noticed."""
     canary_since: float = math.inf

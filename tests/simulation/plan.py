@@ -8,7 +8,7 @@ from typing import Final
 import attrs
 
 GRACE: Final = 900.0
-"""Seconds: ``RetryPolicy.absence_grace`` of all nodes."""
+"""Seconds: ``RetryPolicy.not_found_grace`` of all nodes."""
 
 MARGIN: Final = 20.0
 """Seconds by which the gateway keeps below the grace: what left is on its books then at the latest, or never."""

@@ -19,7 +19,7 @@ import anyio.to_thread
 import sniffio
 from anyio._backends import _asyncio as anyio_asyncio
 
-from lianlian_async import rsa_thread
+from lianlian_async import rsa_worker
 
 from .world import UNDEAD, NodeLoop, World
 
@@ -114,7 +114,7 @@ def simulated(world: World) -> Iterator[None]:
         with (
             mock.patch.object(anyio.to_thread, "run_sync", _run_sync),
             mock.patch.object(anyio_asyncio, "set", _OrderedSet, create=True),
-            mock.patch.object(rsa_thread, "perf_counter", lambda: next(readings) * stop_watch),  # noqa: PT008 - a new one each time
+            mock.patch.object(rsa_worker, "perf_counter", lambda: next(readings) * stop_watch),  # noqa: PT008 - a new one each time
         ):
             yield
     finally:

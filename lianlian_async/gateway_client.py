@@ -1,4 +1,4 @@
-"""An open line to the gateway: the keys, the shared client and the onion around them, for one event loop."""
+"""An open line to the gateway: the keys, the shared client and the compose around them, for one event loop."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import anyio
 
 from .clock import SessionClock
-from .exchange import Answer, Call, Exchange, Known, Reply
+from .exchange import Call, Exchange, Finding, HttpResponse, Reply
 from .merchant import Merchant
-from .middleware import Attempt, Middleware, Permit, Retry, onion
-from .retry import LONGEST_ATTEMPT, Bucket, Deadline, RetryBudget, RetryPolicy
-from .rsa_thread import RsaThread
+from .middleware import Attempt, Limit, Middleware, Retry, compose
+from .retry import LONGEST_ATTEMPT, Deadline, RetryBudget, RetryPolicy, TokenBucket
+from .rsa_worker import RsaWorker
 from .signature_watch import SignatureWatch
 from .transport import Transport
 
-__all__ = ["Line"]
+__all__ = ["GatewayClient"]
 
 
-class Line:
+class GatewayClient:
     """What exists only while a session is open. :meth:`open` it, ``send`` exchanges over it, close it."""
 
     def __init__(
         self,
-        rsa: RsaThread,
+        rsa: RsaWorker,
         transport: Transport,
         *,
         budget: RetryBudget,
@@ -36,13 +36,13 @@ class Line:
         self.clock = clock
         """Also knows the gateway's time."""
         self.protocol = rsa.protocol
-        self.bucket = Bucket(budget)
+        self.retries_left = TokenBucket(budget)
         """What is left of the retry budget."""
         self.signatures = SignatureWatch()
         """Whether the answers verify."""
-        permit = () if limiter is None else (Permit(limiter),)
-        self.send = onion((Retry(self.bucket), *permit, Attempt(), *middleware), self._exchange)
-        """The whole onion."""
+        permit = () if limiter is None else (Limit(limiter),)
+        self.send = compose((Retry(self.retries_left), *permit, Attempt(), *middleware), self._exchange)
+        """The whole compose."""
         self._transport = transport
         self._rsa = rsa
 
@@ -57,13 +57,13 @@ class Line:
         middleware: Sequence[Middleware],
         warm_up: int,
         clock: SessionClock,
-    ) -> Line:
-        """Load the keys, open ``warm_up`` connections, and put the onion together.
+    ) -> GatewayClient:
+        """Load the keys, open ``warm_up`` connections, and put the compose together.
 
         Takes ``transport`` over: if this fails, it is discarded.
         """
         try:
-            rsa = await RsaThread.open(merchant)
+            rsa = await RsaWorker.open(merchant)
             await transport.warm_up(merchant.endpoints.apply, warm_up, LONGEST_ATTEMPT)
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -84,16 +84,16 @@ class Line:
         return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy)
 
     async def _exchange(self, exchange: Exchange) -> Reply:
-        """The heart of the onion: out over the wire, and what came back."""
-        exchange.trail.open_sends += 1
+        """The heart of the compose: out over the wire, and what came back."""
+        exchange.send_count.open_sends += 1
         began = self.clock().boot
         delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)
-        if isinstance(delivery, Answer):
+        if isinstance(delivery, HttpResponse):
             self.clock.heard(delivery.headers.get("date", ""), began)
         reply = await self._rsa.check(self.protocol.read, exchange, delivery)
         self.signatures.saw(exchange, reply)
-        if reply.known in (Known.NOT_SENT, Known.REJECTED):
-            exchange.trail.open_sends -= 1
+        if reply.finding in (Finding.NOT_SENT, Finding.REJECTED):
+            exchange.send_count.open_sends -= 1
         return reply
 
     async def aclose(self) -> None:

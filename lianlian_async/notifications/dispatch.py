@@ -27,13 +27,13 @@ class Book(Protocol[Held]):
         """``refund``, if nothing that is on record contradicts it, with what it leaves out; else ``RefundConflict``."""
 
     async def take(self, refund: Refund) -> tuple[Standing, Held]:
-        """Take hold of a final state to act on it, once whoever holds it lets go; HELD if that takes too long.
+        """Take hold of a final state to act on it, once whoever holds it lets go; LEASED if that takes too long.
 
-        SETTLED: it was acted on. Else it is the caller's, who ends with :meth:`settle` or :meth:`release`.
+        FINISHED: it was acted on. Else it is the caller's, who ends with :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if another final state, or another amount, was notified before.
         """
 
-    async def settle(self, held: Held, refund: Refund) -> None:
+    async def finish(self, held: Held, refund: Refund) -> None:
         """It was acted on."""
 
     async def release(self, held: Held) -> None:
@@ -54,7 +54,7 @@ async def act_on(
         if not is_ours:
             raise
         return False
-    await book.settle(held, refund)
+    await book.finish(held, refund)
     return True
 
 

@@ -11,18 +11,18 @@ from typing import Final, NamedTuple
 import attrs
 from rich.console import RenderableType
 
-from lianlian_async.flow import iterate
 from lianlian_async.journal import Entry, State
 from lianlian_async.retry import RetryPolicy
+from lianlian_async.worker_pool import iterate
 
 from .output import Output, table
 from .places import is_dsn, make_reader, queue_counts
 
-__all__ = ["Look", "look", "show_look"]
+__all__ = ["JournalReport", "read_journal", "show_journal"]
 
 _LISTED: Final = 20
 _MEANING: Final = {
-    State.UNSETTLED: "begun; whether it was made is not known",
+    State.UNRESOLVED: "begun; whether it was made is not known",
     State.ACCEPTED: "made; its final state is not known",
     State.FINAL: "final; on_refund has not returned for it yet",
     State.DONE: "final: success or failed",
@@ -42,7 +42,7 @@ class Open(NamedTuple):
 
 
 @attrs.define
-class Look:
+class JournalReport:
     """What was seen."""
 
     place: str
@@ -57,14 +57,14 @@ class Look:
 
     def add(self, entry: Entry) -> None:
         """One more entry that is not final."""
-        if entry.state is not State.UNSETTLED:
+        if entry.state is not State.UNRESOLVED:
             return
         if entry.sent_at is None:
             self.not_sent += 1
             return
         self.unknown += 1
         if len(self.oldest) < _LISTED:
-            grace = timedelta(seconds=RetryPolicy().absence_grace)
+            grace = timedelta(seconds=RetryPolicy().not_found_grace)
             moments = (_moment(entry.sent_at.wall), _moment(entry.sent_at.wall + grace))
             self.oldest.append(Open(entry.no_refund, entry.fields["money_refund"], *moments))
 
@@ -73,11 +73,11 @@ def _moment(moment: datetime) -> str:
     return moment.astimezone().isoformat(sep=" ", timespec="seconds")
 
 
-async def look(place: str) -> Look:
-    """Look into the journal at ``place``."""
+async def read_journal(place: str) -> JournalReport:
+    """JournalReport into the journal at ``place``."""
     async with make_reader(place) as reader:
-        found = Look(place, await reader.counts())
-        if found.states[State.UNSETTLED]:
+        found = JournalReport(place, await reader.counts())
+        if found.states[State.UNRESOLVED]:
             async with aclosing(iterate(reader.pending())) as entries:
                 async for entry in entries:
                     found.add(entry)
@@ -86,7 +86,9 @@ async def look(place: str) -> Look:
     return found
 
 
-def show_look(output: Output, found: Look, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int) -> None:
+def show_journal(
+    output: Output, found: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int
+) -> None:
     """Print it, with what else there is to say; ``reasons``: how often a refund was left unknown, and why."""
     name = "in PostgreSQL" if is_dsn(found.place) else found.place
     document = {

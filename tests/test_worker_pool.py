@@ -11,12 +11,12 @@ import pytest
 from interruptions import Abort, stray_cancellation
 
 from lianlian_async import ConfigurationError, LianLianError
-from lianlian_async.flow import Handoff, checked, drain, iterate
+from lianlian_async.worker_pool import Handover, checked, iterate, run_workers
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
-class Numbers:
+class BloomFilter:
     """Counts from 0; knows how many were taken, by which tasks, and whether it was closed."""
 
     def __init__(self, count=10**9, *, fails_at=None, rests_at=None):
@@ -49,16 +49,16 @@ class Numbers:
 
 
 async def run(items, handle, workers=3, intake=None):
-    await drain(items, handle, workers=workers, intake=intake or anyio.CancelScope())
+    await run_workers(items, handle, workers=workers, intake=intake or anyio.CancelScope())
 
 
-# ── drain ────────────────────────────────────────────────────────────────────────────────────────
+# ── run_workers ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("kind", ["list", "generator", "async generator", "async iterator"])
 async def test_every_item_is_handled_once(kind):
     """Whatever the items come from, each of them is handled, and handled once."""
-    numbers = Numbers(10)
+    numbers = BloomFilter(10)
     send, receive = anyio.create_memory_object_stream[int](10)
     with send:
         for number in range(10):
@@ -85,7 +85,7 @@ async def test_every_item_is_handled_once(kind):
 @pytest.mark.parametrize("workers", [1, 3, 20])
 async def test_no_more_are_under_way_than_workers_and_none_is_taken_before_one_is_free(workers):
     """Ten seconds' work for each worker: as many at a time as there are workers, and none waits in between."""
-    numbers = Numbers(10 * workers)
+    numbers = BloomFilter(10 * workers)
     running = 0
 
     async def handle(number):
@@ -103,7 +103,7 @@ async def test_no_more_are_under_way_than_workers_and_none_is_taken_before_one_i
 
 async def test_items_are_taken_in_the_calling_task():
     """An async generator that holds scopes of its own is iterated by one task only, the caller's."""
-    numbers = Numbers(10)
+    numbers = BloomFilter(10)
 
     async def scoped():
         with anyio.CancelScope():
@@ -142,7 +142,7 @@ async def test_an_async_generator_whose_tasks_fail_as_it_is_closed_is_heard_of()
 @pytest.mark.parametrize("rests", [True, False], ids=["waits for an item", "waits for a worker"])
 async def test_a_cancelled_intake_takes_no_more_and_carries_through_what_was_begun(rests):
     """Ended from outside: the items are closed, and those that were taken are handled to their end."""
-    numbers = Numbers(rests_at=2 if rests else None)
+    numbers = BloomFilter(rests_at=2 if rests else None)
     intake = anyio.CancelScope()
     handled = []
 
@@ -188,7 +188,7 @@ async def test_a_worker_that_is_cancelled_alone_is_told(has_begun, anyio_backend
 @pytest.mark.parametrize("plain", [True, False], ids=["generator", "async generator"])
 async def test_an_exception_of_the_items_is_raised_after_what_was_begun(plain):
     """The items fail: what was taken before is handled to its end, then the exception comes as it is."""
-    numbers = Numbers(fails_at=2)
+    numbers = BloomFilter(fails_at=2)
     handled = []
 
     async def handle(number):
@@ -202,7 +202,7 @@ async def test_an_exception_of_the_items_is_raised_after_what_was_begun(plain):
 
 async def test_an_exception_of_the_work_ends_the_intake_and_disturbs_no_other():
     """One item fails: the others that were begun are carried through, no more are taken, the first one is raised."""
-    numbers = Numbers()
+    numbers = BloomFilter()
     handled = []
 
     async def handle(number):
@@ -220,7 +220,7 @@ async def test_an_exception_of_the_work_ends_the_intake_and_disturbs_no_other():
 
 async def test_cancelled_it_cancels_the_work_and_closes_the_items():
     """A cancelled flow leaves nothing running and nothing open."""
-    numbers = Numbers()
+    numbers = BloomFilter()
     cancelled = []
 
     async def handle(number):
@@ -270,7 +270,7 @@ async def test_an_exception_that_is_to_end_the_program_is_raised_as_it_is(error)
         handled.append(number)
 
     with pytest.raises(type(error)) as caught:
-        await run(Numbers()(), handle)
+        await run(BloomFilter()(), handle)
     assert caught.value is error
     assert handled == ([1, 2] if isinstance(error, Abort) else [])
     assert anyio.current_time() == (3 if isinstance(error, Abort) else 1)
@@ -289,7 +289,7 @@ async def test_a_concurrency_that_is_none_is_refused(concurrency):
 
 async def test_who_gives_goes_on_when_the_item_is_taken():
     """The giver waits for the taker, the taker for the giver, and items come in the order they were given."""
-    handoff = Handoff()
+    handoff = Handover()
     went_on = []
 
     async def give(item):
@@ -313,7 +313,7 @@ async def test_who_gives_goes_on_when_the_item_is_taken():
 
 async def test_no_item_is_lost_to_a_taker_that_is_cancelled():
     """A taker that is cancelled at any moment has the item, or leaves it to the next one."""
-    handoff = Handoff()
+    handoff = Handover()
 
     async def give_all():
         for item in range(50):
@@ -335,7 +335,7 @@ async def test_no_item_is_lost_to_asyncio_s_own_cancellation(anyio_backend_name)
     """``Task.cancel`` in the very step of the loop in which an item is given leaves it to the next taker."""
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has no such cancellation")
-    handoff = Handoff()
+    handoff = Handover()
     for item in range(3):
         taker = asyncio.create_task(handoff.take())
         await asyncio.sleep(0)
@@ -350,7 +350,7 @@ async def test_no_item_is_lost_to_asyncio_s_own_cancellation(anyio_backend_name)
 
 async def test_after_the_end_there_is_nothing():
     """Everyone who waits for an item learns of the end; an item that nobody took is gone, and its giver waits."""
-    handoff = Handoff()
+    handoff = Handover()
     ends = []
 
     async def take():
@@ -364,7 +364,7 @@ async def test_after_the_end_there_is_nothing():
         await anyio.sleep(1)
         handoff.end()
     assert ends == [1, 1]
-    other = Handoff()
+    other = Handover()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(other.give, "an item")
         await anyio.sleep(1)

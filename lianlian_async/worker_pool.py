@@ -14,7 +14,7 @@ from .errors import LianLianError
 from .event_loop import is_failure
 from .settings import check_integer
 
-__all__ = ["Handoff", "checked", "drain", "iterate"]
+__all__ = ["Handover", "checked", "iterate", "run_workers"]
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ def checked(concurrency: int) -> int:
     return check_integer("concurrency", concurrency, least=1)
 
 
-async def drain(
+async def run_workers(
     items: Iterable[T] | AsyncIterable[T],
     handle: Callable[[T], Awaitable[None]],
     *,
@@ -119,7 +119,7 @@ async def _close(iterator: AsyncGenerator[object]) -> None:
             raise others from None
 
 
-class Handoff(Generic[T]):
+class Handover(Generic[T]):
     """Between many who find items and a consumer: whoever gives one goes on when it is taken.
 
     An item is taken or it is still there, however its consumer was cancelled: with a memory object stream, one

@@ -14,7 +14,7 @@ import pytest
 
 import lianlian_async
 from lianlian_async import errors
-from lianlian_async.middleware import Attempt, Middleware, Observer, Permit, RateLimit, Retry
+from lianlian_async.middleware import Attempt, Limit, Middleware, Observer, RateLimit, Retry
 from lianlian_async.signing import signature_source
 
 PACKAGE = Path(lianlian_async.__file__).parent
@@ -97,7 +97,7 @@ def test_the_session_takes_what_the_design_says():
         "journal": None,
     }
     assert {name: options[name] for name in expected} == expected
-    for call, first in (("apply_refund", "request"), ("query_refund", "query"), ("settle", "unknown")):
+    for call, first in (("apply_refund", "request"), ("query_refund", "query"), ("resolve", "unknown")):
         method = getattr(lianlian_async.RefundSession, call)
         assert inspect.iscoroutinefunction(method)
         assert keywords(method) == {first: ..., "deadline": None, "retry": None}
@@ -129,7 +129,7 @@ def test_the_retry_policy_is_the_design_s():
         "maximum": 8.0,
         "multiplier": 2.0,
         "budget": lianlian_async.RetryBudget(),
-        "absence_grace": 900.0,
+        "not_found_grace": 900.0,
     }
     assert {name: options[name] for name in expected} == expected
 
@@ -158,7 +158,7 @@ def test_the_notification_endpoint_takes_what_the_design_says():
     assert list(keywords(lianlian_async.NotificationEndpoint.handle))[:2] == ["body", "headers"]
 
 
-@pytest.mark.parametrize("layer", [Retry, Permit, Attempt, Observer])
+@pytest.mark.parametrize("layer", [Retry, Limit, Attempt, Observer])
 def test_the_stock_layers_are_middleware(layer):
     """Each stock layer is called as the Middleware protocol says: an exchange, and what comes next."""
     assert inspect.iscoroutinefunction(layer.__call__)
@@ -221,7 +221,7 @@ def test_the_lower_floors_know_no_network_no_loop_no_clock_and_no_dice(module):
             "httpx",
             {
                 f"transport/{name}.py"
-                for name in ("aiohttp", "environment", "http", "own", "pool", "reasons", "request")
+                for name in ("aiohttp", "default_client", "environment", "pool", "reasons", "sender", "tracked_request")
             },
         ),
         ("aiohttp", {"transport/aiohttp.py", "contrib/aiohttp.py"}),
@@ -242,7 +242,7 @@ def test_the_typing_test_uses_every_name_of_the_face():
     """What the type checkers are shown is the whole face."""
     used = {
         alias.name
-        for node in ast.walk(ast.parse((HERE / "typing_face.py").read_text("utf-8")))
+        for node in ast.walk(ast.parse((HERE / "typing_public_api.py").read_text("utf-8")))
         if isinstance(node, ast.ImportFrom) and node.module == "lianlian_async"
         for alias in node.names
     }

@@ -14,12 +14,12 @@ import httpx
 
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.event_loop import asyncio_loop
-from lianlian_async.exchange import Answer, Delivery, Lost
+from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
-from .own import HttpBackend, own_client
+from .default_client import HttpBackend, own_client
 from .reasons import describe
-from .request import Body, LeaseEndedError, WatchedRequest
+from .tracked_request import Body, LeaseEndedError, WatchedRequest
 
 __all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
 
@@ -97,13 +97,13 @@ class Transport:
         Reads little more than 1 MiB of the answer, as it came; follows no redirect.
         """
         if self._client.is_closed:
-            return Lost("the httpx client is closed", may_have_arrived=False)
+            return NoResponse("the httpx client is closed", may_have_arrived=False)
         try:
             content = Body(body, lease_holds)
             content.check_lease()
             request = self._request(url, content, seconds)
         except Exception as error:  # noqa: BLE001 - a given client may raise anything, but it has sent nothing yet
-            return Lost(describe(error, url, seconds / 2), may_have_arrived=False, cause=error)
+            return NoResponse(describe(error, url, seconds / 2), may_have_arrived=False, cause=error)
         answered = False
         try:
             response = await self._client.send(request, stream=True, follow_redirects=False)
@@ -118,8 +118,8 @@ class Transport:
             if not isinstance(error, Exception) and not _is_stray(error):
                 raise
             sent = answered or not isinstance(error, _NEVER_SENT) or request.may_have_been_sent(error)
-            return Lost(describe(error, url, seconds / 2), may_have_arrived=sent, cause=error)
-        return Answer(response.status_code, headers, received)
+            return NoResponse(describe(error, url, seconds / 2), may_have_arrived=sent, cause=error)
+        return HttpResponse(response.status_code, headers, received)
 
     def _request(self, url: str, body: Body, seconds: float) -> WatchedRequest:
         if not self._owned:  # its own headers, cookies and base URL count, too

@@ -129,7 +129,9 @@ def callback(exchange: Exchange, reply: Reply, seconds: float) -> None:
 async def sessions(now: datetime) -> None:
     """One session with all its options, and every call."""
     layer: Middleware = careful
-    policy = RetryPolicy(attempts=4, initial=0.5, maximum=8.0, multiplier=2.0, budget=RetryBudget(), absence_grace=900)
+    policy = RetryPolicy(
+        attempts=4, initial=0.5, maximum=8.0, multiplier=2.0, budget=RetryBudget(), not_found_grace=900
+    )
     request = values(now)
     async with RefundSession(
         merchants(now),
@@ -149,7 +151,7 @@ async def sessions(now: datetime) -> None:
             assert_type(unknown.ask_again_at, datetime)
             assert_type(unknown.attempts, int)
             assert_type(unknown.body, bytes)
-            assert_type(await session.settle(unknown, deadline=10), Refund)
+            assert_type(await session.resolve(unknown, deadline=10), Refund)
         refund = await session.query_refund(request.query())
         assert_type(refund, Refund)
         assert_type(await session.wait_refund(refund, deadline=60), Refund)

@@ -1,6 +1,6 @@
 """From the first send to certain knowledge: apply → ask → made, rejected, not sent or unknown.
 
-What decides is the table :data:`NEXT_STEP` and :meth:`Case.absence_is_believed`; the rest only waits.
+What decides is the table :data:`NEXT_STEP` and :meth:`Case.not_found_is_believed`; the rest only waits.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import attrs
 from .clock import Clock, Moment, elapsed, latest
 from .codes import CodeClass, explain
 from .errors import AnswerMismatch, LianLianError, RefundConflict, RefundOutcomeUnknown, RefundRejected
-from .exchange import Exchange, Known, Reply
+from .exchange import Exchange, Finding, Reply
 from .identity import check_identity, has_whole_identity
 from .middleware import Next, pause
 from .models import Refund, RefundRequest
-from .outcome import Tally, unknown_reason
-from .retry import Bucket
+from .outcome import Traffic, unknown_reason
+from .retry import TokenBucket
 
-__all__ = ["NEXT_STEP", "Case", "Step", "matching", "settle"]
+__all__ = ["NEXT_STEP", "Case", "Step", "matching", "resolve"]
 
 logger = logging.getLogger("lianlian_async")
 
@@ -42,20 +42,20 @@ class Step(Enum):
     ASK = "query before anything else"
 
 
-NEXT_STEP: Final[dict[tuple[Known, bool], Step]] = {
+NEXT_STEP: Final[dict[tuple[Finding, bool], Step]] = {
     # (what this attempt taught, may an earlier one have arrived?)
-    (Known.NOT_SENT, False): Step.RAISE,
-    (Known.NOT_SENT, True): Step.ASK,
-    (Known.FOUND, False): Step.RETURN,
-    (Known.FOUND, True): Step.RETURN,
-    (Known.REJECTED, False): Step.RAISE,
-    (Known.REJECTED, True): Step.ASK,  # 5007 may mean that the earlier attempt worked
-    (Known.CONFLICT, False): Step.RAISE,
-    (Known.CONFLICT, True): Step.RAISE,
-    (Known.EXISTS, False): Step.ASK,
-    (Known.EXISTS, True): Step.ASK,
-    (Known.UNCERTAIN, False): Step.ASK,
-    (Known.UNCERTAIN, True): Step.ASK,
+    (Finding.NOT_SENT, False): Step.RAISE,
+    (Finding.NOT_SENT, True): Step.ASK,
+    (Finding.FOUND, False): Step.RETURN,
+    (Finding.FOUND, True): Step.RETURN,
+    (Finding.REJECTED, False): Step.RAISE,
+    (Finding.REJECTED, True): Step.ASK,  # 5007 may mean that the earlier attempt worked
+    (Finding.CONFLICT, False): Step.RAISE,
+    (Finding.CONFLICT, True): Step.RAISE,
+    (Finding.EXISTS, False): Step.ASK,
+    (Finding.EXISTS, True): Step.ASK,
+    (Finding.UNCERTAIN, False): Step.ASK,
+    (Finding.UNCERTAIN, True): Step.ASK,
 }
 """The decision table. What was not sent has by then been repeated as far as policy and deadline allow."""
 
@@ -81,14 +81,14 @@ class Case:
     """Writes down, before the same bytes are sent again, that they may be."""
     canary: Callable[[], Awaitable[LianLianError | None]]
     """Asks for a refund that is known as made; why the query service's "no such record" proves nothing, if so."""
-    tally: Tally = attrs.field(factory=Tally)
+    traffic: Traffic = attrs.field(factory=Traffic)
     rejection: LianLianError | None = None
     """A "no" to the last attempt, to be believed once an earlier attempt is known not to have worked."""
     retry_after: float | None = None
     apply_error: LianLianError | None = None
     query_error: LianLianError | None = None
 
-    def absence_is_believed(self, asked_at: Moment) -> bool:
+    def not_found_is_believed(self, asked_at: Moment) -> bool:
         """Whether "no such record", asked for at ``asked_at``, proves that no attempt was carried out."""
         if self.sent_at is None:
             return True
@@ -99,7 +99,7 @@ class Case:
         if seconds is None:  # no clock can tell: it counts from this moment on, which stays on record
             self.sent_at = asked_at
             return False
-        return seconds >= self.apply.policy.absence_grace
+        return seconds >= self.apply.policy.not_found_grace
 
     def _compare(self, now: Moment) -> None:
         if self.sent_at is not None and self.told_at is not None:
@@ -125,16 +125,16 @@ class Case:
         """Whether every attempt so far was refused, and not only because one is still being processed."""
         return self.refused is not None and explain(self.refused.ret_code).kind is not CodeClass.IN_PROGRESS
 
-    def next_step(self, known: Known) -> Step:
-        """Decide by :data:`NEXT_STEP` what follows an apply attempt that taught ``known``."""
-        if known is not Known.NOT_SENT and not self.apply.lease_holds():  # another worker may have sent it since
+    def next_step(self, finding: Finding) -> Step:
+        """Decide by :data:`NEXT_STEP` what follows an apply attempt that taught ``finding``."""
+        if finding is not Finding.NOT_SENT and not self.apply.lease_holds():  # another worker may have sent it since
             self.sent_at, self.refused = self.clock(), None
-        return NEXT_STEP[known, self.sent_at is not None]
+        return NEXT_STEP[finding, self.sent_at is not None]
 
     def take_in(self, reply: Reply) -> None:
         """Remember what an apply attempt that has to be asked about left behind."""
-        self.rejection = reply.error if reply.known is Known.REJECTED else None
-        if reply.known in (Known.EXISTS, Known.UNCERTAIN):
+        self.rejection = reply.error if reply.finding is Finding.REJECTED else None
+        if reply.finding in (Finding.EXISTS, Finding.UNCERTAIN):
             only_refused = self.sent_at is None or self.refused is not None
             self.refused = reply.error if only_refused and isinstance(reply.error, RefundRejected) else None
             self.sent_at = self.clock()
@@ -145,14 +145,14 @@ class Case:
         self._compare(now)
         sent_at = (self.sent_at or now).dated(now)
         policy = self.apply.policy
-        grace_left = policy.absence_grace - (elapsed(sent_at, now) or 0.0)
+        grace_left = policy.not_found_grace - (elapsed(sent_at, now) or 0.0)
         wait = max(grace_left, policy.maximum, self.retry_after or 0.0)
         error = RefundOutcomeUnknown(
             request=self.request,
             oid_partner=self.apply.asked["oid_partner"],
             body=self.apply.body,
-            attempts=self.tally.attempts,
-            questions=self.tally.questions,
+            attempts=self.traffic.attempts,
+            queries=self.traffic.queries,
             moment=sent_at,
             ask_again_at=now.wall + timedelta(seconds=min(wait, _LONGEST_WAIT)),
             last_error="; then ".join(str(error) for error in (self.apply_error, self.query_error) if error)
@@ -164,8 +164,8 @@ class Case:
         return error
 
 
-async def settle(case: Case, send: Next, bucket: Bucket) -> Refund:
-    """Carry ``case`` to its end; ``send`` is the session's onion, ``bucket`` its retry budget.
+async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
+    """Carry ``case`` to its end; ``send`` is the session's compose, ``retries_left`` its retry budget.
 
     Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict`` or ``RefundOutcomeUnknown``.
     """
@@ -175,9 +175,9 @@ async def settle(case: Case, send: Next, bucket: Bucket) -> Refund:
         refund = await _apply(case, send) if is_new else None
         resends = case.apply.policy.attempts - 1
         while refund is None:
-            refund = await _ask(case, send, bucket)
+            refund = await _ask(case, send, retries_left)
             if refund is None:
-                await _check_absence(case)
+                await _check_not_found(case)
                 if not resends:
                     raise case.unknown()
                 resends -= 1
@@ -191,7 +191,7 @@ async def settle(case: Case, send: Next, bucket: Bucket) -> Refund:
     return refund
 
 
-async def _check_absence(case: Case) -> None:
+async def _check_not_found(case: Case) -> None:
     """Before anything is concluded from "no such record": raise what it proves, or prepare to send again."""
     if case.sent_at is None:
         return
@@ -214,9 +214,9 @@ async def _apply(case: Case, send: Next) -> Refund | None:
     except BaseException:  # it may be under way
         case.sent_at, case.refused = case.clock(), None
         raise
-    case.tally.attempts += reply.attempts
+    case.traffic.attempts += reply.attempts
     case.apply_error, case.retry_after = reply.error, reply.retry_after
-    step = case.next_step(reply.known)
+    step = case.next_step(reply.finding)
     if step is Step.RETURN:
         return reply.refund
     if step is Step.RAISE and reply.error is not None:
@@ -226,16 +226,16 @@ async def _apply(case: Case, send: Next) -> Refund | None:
     return None
 
 
-async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
+async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | None:
     """Query until there is a record, or None: certainly not made. Raises what is left unknown at the deadline."""
     query = await case.question()
-    if case.retry_after and not await pause(query, bucket, 0, case.retry_after):
+    if case.retry_after and not await pause(query, retries_left, 0, case.retry_after):
         raise case.unknown()
-    questions = 0
+    queries = 0
     while True:
         asked_at = case.clock()
         reply = await send(query)
-        case.tally.questions += reply.attempts
+        case.traffic.queries += reply.attempts
         case.query_error, case.retry_after = reply.error, reply.retry_after
         if reply.refund is not None:
             case.query_error = case.doubt(reply.refund)
@@ -243,15 +243,15 @@ async def _ask(case: Case, send: Next, bucket: Bucket) -> Refund | None:
                 return reply.refund
         elif isinstance(reply.error, RefundConflict):
             raise reply.error
-        elif reply.known is not Known.NOT_FOUND:  # asked as long as it was worth it, or refused
+        elif reply.finding is not Finding.NOT_FOUND:  # asked as long as it was worth it, or refused
             break
-        if case.absence_is_believed(asked_at):
+        if case.not_found_is_believed(asked_at):
             if reply.refund is None or case.is_refused:
                 return None
             break
-        if not await pause(query, bucket, questions, reply.retry_after):
+        if not await pause(query, retries_left, queries, reply.retry_after):
             break
-        questions += 1
+        queries += 1
     raise case.unknown()
 
 

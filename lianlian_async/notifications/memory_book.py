@@ -12,11 +12,11 @@ from lianlian_async.errors import RefundConflict
 from lianlian_async.journal import Standing
 from lianlian_async.models import Refund, RefundStatus
 
-__all__ = ["Recent"]
+__all__ = ["MemoryBook"]
 
 
 @attrs.define(eq=False)
-class Known:
+class Notified:
     """A final state that was notified."""
 
     no_refund: str | None
@@ -31,7 +31,7 @@ class Known:
     """Set when that happens, if anybody waits for it."""
 
 
-class Recent:
+class MemoryBook:
     """A :class:`~.acting.Book` of the last refunds, ``most`` of them, and of all that are held or waited for.
 
     Whoever finds one held waits for it, up to ``seconds``.
@@ -40,39 +40,39 @@ class Recent:
     def __init__(self, most: int, seconds: float) -> None:
         self._most = most
         self._seconds = seconds
-        self._known: dict[str | None, Known] = {}
+        self._known: dict[str | None, Notified] = {}
         """The one of which nothing was heard for longest comes first."""
 
     async def learn(self, refund: Refund) -> Refund:
         """See :meth:`.Book.learn`: nothing is on record."""
         return refund
 
-    async def take(self, refund: Refund) -> tuple[Standing, Known]:
+    async def take(self, refund: Refund) -> tuple[Standing, Notified]:
         """See :meth:`.Book.take`."""
         known = self._find(refund)
         if known.is_held:
             await self._until_let_go(known)
         if known.is_held:
-            return Standing.HELD, known
+            return Standing.LEASED, known
         if known.is_done:
-            return Standing.SETTLED, known
+            return Standing.FINISHED, known
         known.is_held = True
         return Standing.NEW, known
 
-    async def settle(self, held: Known, refund: Refund) -> None:
-        """See :meth:`.Book.settle`."""
+    async def finish(self, held: Notified, refund: Refund) -> None:
+        """See :meth:`.Book.finish`."""
         held.is_done = True
         self._let_go(held)
 
-    async def release(self, held: Known) -> None:
+    async def release(self, held: Notified) -> None:
         """See :meth:`.Book.release`."""
         self._let_go(held)
 
-    def _find(self, refund: Refund) -> Known:
+    def _find(self, refund: Refund) -> Notified:
         number = refund.no_refund
         known = self._known.pop(number, None)
         if known is None:
-            known = self._known[number] = Known(number, refund.sta_refund, refund.money_refund)
+            known = self._known[number] = Notified(number, refund.sta_refund, refund.money_refund)
             return known
         self._known[number] = known
         for name in ("sta_refund", "money_refund"):
@@ -81,7 +81,7 @@ class Recent:
                 raise RefundConflict(str(number), field=name, ours=str(later), theirs=str(earlier))
         return known
 
-    async def _until_let_go(self, known: Known) -> None:
+    async def _until_let_go(self, known: Notified) -> None:
         known.waiting += 1
         try:
             with anyio.move_on_after(self._seconds):
@@ -91,7 +91,7 @@ class Recent:
         finally:
             known.waiting -= 1
 
-    def _let_go(self, known: Known) -> None:
+    def _let_go(self, known: Notified) -> None:
         known.is_held = False
         if known.let_go is not None:
             known.let_go.set()

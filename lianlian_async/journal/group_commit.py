@@ -19,14 +19,14 @@ import anyio
 import anyio.lowlevel
 import attrs
 
-from lianlian_async.background import Background, complete
+from lianlian_async.background import BackgroundTask, complete
 from lianlian_async.clock import Moment
 from lianlian_async.event_loop import is_failure
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing
-from .operations import Acted, Answer, Begin, Look, Operation, Release, Resend, Settle, TakeBack
+from .operations import Acted, Begin, Finish, Look, Operation, Release, Resend, Result, TakeBack
 
-__all__ = ["GroupedJournal"]
+__all__ = ["GroupCommitJournal"]
 
 T = TypeVar("T")
 
@@ -48,14 +48,14 @@ class _Batch:
     """Operations that are written together, and their answers in the same order."""
 
     operations: list[Operation[Any]] = attrs.field(factory=list, init=False)
-    answers: Sequence[Answer] = attrs.field(default=(), init=False)
+    answers: Sequence[Result] = attrs.field(default=(), init=False)
     is_full: bool = attrs.field(default=False, init=False)
     """Takes no more operations."""
     done: anyio.Event = attrs.field(factory=anyio.Event, init=False)
 
     def fail(self, error: BaseException) -> None:
-        """Answer every operation with a ``JournalError``; one for each, as a traceback grows with each raise."""
-        self.answers = self.answers or [Answer(None, _failure(error)) for _ in self.operations]
+        """Result every operation with a ``JournalError``; one for each, as a traceback grows with each raise."""
+        self.answers = self.answers or [Result(None, _failure(error)) for _ in self.operations]
         self.done.set()
 
 
@@ -66,14 +66,14 @@ class _GroupCommit:
     now and later, once the task that writes has ended in an error or was cancelled, as an event loop's end does.
     """
 
-    def __init__(self, name: str, write: Callable[[Sequence[Operation[Any]]], Awaitable[Sequence[Answer]]]) -> None:
+    def __init__(self, name: str, write: Callable[[Sequence[Operation[Any]]], Awaitable[Sequence[Result]]]) -> None:
         self._name = name
         self._write = write
         self._batches: deque[_Batch] = deque()
         self._asked = anyio.Event()
         self._stopping = False
         self._failure: JournalError | None = None
-        self._background = Background(self._drain, self._end)
+        self._background = BackgroundTask(self._drain, self._end)
 
     async def stop(self) -> None:
         """Write what has been asked for, and end; also if the caller is cancelled meanwhile."""
@@ -161,7 +161,7 @@ def _failure(error: BaseException) -> JournalError:
     return failure
 
 
-class GroupedJournal:
+class GroupCommitJournal:
     """What the durable journals share: being open, in one process, and their verbs as operations of a group."""
 
     def __init__(self, name: str) -> None:
@@ -218,7 +218,7 @@ class GroupedJournal:
     async def _bind(self, owner: Owner) -> None: ...
 
     @abstractmethod
-    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Answer]: ...
+    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Result]: ...
 
     def _opened(self) -> _GroupCommit:
         if self._group is None:
@@ -244,8 +244,8 @@ class GroupedJournal:
             await self._bind(owner)
             self._owner = owner
 
-    async def intend(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """See :meth:`Journal.intend`."""
+    async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
+        """See :meth:`Journal.begin`."""
         group = self._opened()
         begin = Begin(intent, now, f"{self._holder}-{next(self._calls)}")
         return await group.do(begin, if_cancelled=TakeBack(begin))
@@ -254,9 +254,9 @@ class GroupedJournal:
         """See :meth:`Journal.resend`."""
         await self._opened().do(Resend(entry))
 
-    async def settle(self, entry: Entry, ending: Ending) -> Entry:
-        """See :meth:`Journal.settle`."""
-        return await self._opened().do(Settle(entry, ending))
+    async def finish(self, entry: Entry, ending: Ending) -> Entry:
+        """See :meth:`Journal.finish`."""
+        return await self._opened().do(Finish(entry, ending))
 
     async def acted(self, no_refund: str) -> None:
         """See :meth:`Journal.acted`."""

@@ -16,7 +16,7 @@ import attrs
 from .merchant import Merchant
 from .protocol import Protocol
 
-__all__ = ["RsaThread"]
+__all__ = ["RsaWorker"]
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class _Job:
     error: Exception | None = None
 
 
-class RsaThread:
+class RsaWorker:
     """Loaded keys, for one event loop. :meth:`open` it; one at a time is computed in the thread."""
 
     def __init__(
@@ -52,7 +52,7 @@ class RsaThread:
         self._leading = anyio.Lock(fast_acquire=True)
 
     @classmethod
-    async def open(cls, merchant: Merchant) -> RsaThread:
+    async def open(cls, merchant: Merchant) -> RsaWorker:
         """Load the keys, in the thread, and measure what a signature costs to make and to check."""
         # One thread at a time does RSA: more would fight the event loop for the interpreter, and win.
         turn = anyio.CapacityLimiter(1)

@@ -26,8 +26,8 @@ async def test_what_many_tasks_ask_for_is_written_together(path):
     commits = []
 
     async def one(journal, number):
-        await journal.intend(intent(f"R-{number}"), now())
-        await journal.settle(held(f"R-{number}"), MADE)
+        await journal.begin(intent(f"R-{number}"), now())
+        await journal.finish(held(f"R-{number}"), MADE)
 
     async with SqliteJournal(path) as journal:
         journal._file._connection.set_trace_callback(commits.append)
@@ -43,11 +43,11 @@ async def test_what_cannot_be_done_fails_alone(path):
     found = []
 
     async def one(number):
-        found.append((await journal.intend(intent(f"R-{number}"), now()))[0])
+        found.append((await journal.begin(intent(f"R-{number}"), now()))[0])
 
     async def wrong():
         with pytest.raises(AttributeError, match="NoneType"):
-            await journal.intend(intent("R-0"), None)
+            await journal.begin(intent("R-0"), None)
 
     async with SqliteJournal(path) as journal:
         await one(0)
@@ -63,7 +63,7 @@ async def test_closing_waits_for_what_was_asked(path):
 
     async def one(number):
         asked.append(number)
-        answers.append((await journal.intend(intent(f"R-{number}"), now()))[0])
+        answers.append((await journal.begin(intent(f"R-{number}"), now()))[0])
 
     async with anyio.create_task_group() as group, SqliteJournal(path) as journal:
         for number in range(20):
@@ -80,10 +80,10 @@ async def test_cancelled_tasks_take_nobodys_answers(path):
 
     async def one(number, scope):
         with scope:
-            _, entry = await journal.intend(intent(f"R-{number}"), now())
+            _, entry = await journal.begin(intent(f"R-{number}"), now())
             with anyio.CancelScope(shield=True):
-                settled = await journal.settle(held(f"R-{number}"), MADE)
-            answers.append((number, entry.no_refund, settled.no_refund))
+                resolved = await journal.finish(held(f"R-{number}"), MADE)
+            answers.append((number, entry.no_refund, resolved.no_refund))
 
     async with SqliteJournal(path) as journal:
         async with anyio.create_task_group() as group:
@@ -98,17 +98,17 @@ async def test_cancelled_tasks_take_nobodys_answers(path):
         finished = {number for number, *_ in answers}
         assert answers == [(number, f"R-{number}", f"R-{number}") for number, *_ in answers]
         for number in range(500):
-            standing, _ = await journal.intend(intent(f"R-{number}"), now())
-            assert standing is (Standing.SETTLED if number in finished else Standing.NEW)
+            standing, _ = await journal.begin(intent(f"R-{number}"), now())
+            assert standing is (Standing.FINISHED if number in finished else Standing.NEW)
 
 
 async def test_cancellation_around_the_journal_loses_nothing(path):
     """Where the whole ``async with`` is cancelled, what was asked of the journal is still recorded, and it closes."""
     with anyio.CancelScope() as scope:
         async with SqliteJournal(path) as journal:
-            await journal.intend(intent(), now())
+            await journal.begin(intent(), now())
             scope.cancel()
-            await journal.settle(held("R-1"), MADE)
+            await journal.finish(held("R-1"), MADE)
     async with SqliteJournal(path) as journal:
         assert (await journal.find("R-1")).ending == MADE
 
@@ -118,8 +118,8 @@ async def test_asyncio_cancel_is_survived_too(path):
     """``Task.cancel``, which no shield stops, ends its own task's call, and none other's; not even when closing."""
 
     async def work(journal, number):
-        standing, _ = await journal.intend(intent(f"R-{number}"), now())
-        await journal.settle(held(f"R-{number}"), MADE)
+        standing, _ = await journal.begin(intent(f"R-{number}"), now())
+        await journal.finish(held(f"R-{number}"), MADE)
         return standing
 
     async with SqliteJournal(path) as journal:
@@ -130,8 +130,8 @@ async def test_asyncio_cancel_is_survived_too(path):
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert results[1::2] == [Standing.NEW] * 100
         for number in range(0, 200, 2):
-            standing, _ = await journal.intend(intent(f"R-{number}"), now())
-            assert standing in (Standing.NEW, Standing.SETTLED)
+            standing, _ = await journal.begin(intent(f"R-{number}"), now())
+            assert standing in (Standing.NEW, Standing.FINISHED)
 
     async def opened():
         async with SqliteJournal(path):
@@ -154,9 +154,9 @@ async def test_asyncio_cancel_is_survived_too(path):
 async def test_once_its_task_is_cancelled_everyone_gets_a_journal_error(anyio_backend, path, is_writing):
     """Who waits for the journal and who asks it later is told; what was on record is there when it opens again."""
     async with SqliteJournal(path) as journal:
-        await journal.intend(intent("R-1"), now())
+        await journal.begin(intent("R-1"), now())
         asking = asyncio.gather(
-            journal.intend(intent("R-2"), now()), journal.intend(intent("R-4"), now()), return_exceptions=True
+            journal.begin(intent("R-2"), now()), journal.begin(intent("R-4"), now()), return_exceptions=True
         )
         await asyncio.sleep(0)
         while is_writing and not journal._group._batches[0].is_full:  # noqa: ASYNC110 - no event tells
@@ -165,11 +165,11 @@ async def test_once_its_task_is_cancelled_everyone_gets_a_journal_error(anyio_ba
         for error in await asking:
             assert isinstance(error, JournalError)
             assert "nothing more is recorded" in str(error)
-        for verb in (journal.settle(held("R-1"), MADE), journal.intend(intent("R-3"), now())):
+        for verb in (journal.finish(held("R-1"), MADE), journal.begin(intent("R-3"), now())):
             with pytest.raises(JournalError, match="open it again"):
                 await verb
     async with SqliteJournal(path) as journal:
-        assert (await journal.find("R-1")).state is State.UNSETTLED
+        assert (await journal.find("R-1")).state is State.UNRESOLVED
         assert await journal.find("R-3") is None
 
 
@@ -178,7 +178,7 @@ def test_when_all_tasks_are_cancelled_those_that_hold_the_journal_end(path):
 
     async def hold(opened):
         async with SqliteJournal(path) as journal:
-            await journal.intend(intent("R-1"), now())
+            await journal.begin(intent("R-1"), now())
             opened.set()
             await anyio.sleep_forever()
 
@@ -192,7 +192,7 @@ def test_when_all_tasks_are_cancelled_those_that_hold_the_journal_end(path):
         await asyncio.gather(*others, return_exceptions=True)
         assert holder.done()
         async with SqliteJournal(path) as journal:
-            assert (await journal.intend(intent("R-1"), now()))[0] is Standing.UNSETTLED
+            assert (await journal.begin(intent("R-1"), now()))[0] is Standing.UNRESOLVED
 
     asyncio.run(main())
 
@@ -204,7 +204,7 @@ async def test_task_cancel_at_any_step_leaves_the_file_free(anyio_backend, path,
 
     async def hold():
         async with SqliteJournal(path) as journal:
-            await journal.intend(intent(), now())
+            await journal.begin(intent(), now())
         async with SqliteReader(path) as reader:
             await reader.counts()
 

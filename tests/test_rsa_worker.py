@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lianlian_async.rsa_thread import MOST_PER_VISIT, VISIT_SECONDS, RsaThread
+from lianlian_async.rsa_worker import MOST_PER_VISIT, VISIT_SECONDS, RsaWorker
 from lianlian_async.signing import SigningKey
 
 pytestmark = pytest.mark.anyio
@@ -50,7 +50,7 @@ async def rsa(merchant, key):
 async def opened(merchant, key):
     """A thread that has measured ``key``, which from now on waits to be let go on."""
     key.go_on.set()
-    thread = await RsaThread.open(attrs.evolve(merchant, private_key=key))
+    thread = await RsaWorker.open(attrs.evolve(merchant, private_key=key))
     key.go_on.clear()
     key.threads.clear()
     return thread
@@ -104,7 +104,7 @@ async def test_what_comes_while_the_thread_is_busy_is_signed_together_if_that_is
     key = kind.of(keypairs.pair("merchant")) if kind is Slow else kind.load(keypairs.pair("merchant").private_pem)
     if kind is Slow:
         key.go_on.set()
-    rsa = await RsaThread.open(attrs.evolve(merchant, private_key=key))
+    rsa = await RsaWorker.open(attrs.evolve(merchant, private_key=key))
     visits = 0
     run_sync = anyio.to_thread.run_sync
     all_wait = anyio.Event()
@@ -161,8 +161,8 @@ async def test_who_is_cancelled_in_the_queue_is_not_signed_for(rsa, key):
 async def test_who_gives_up_while_leading_takes_nobody_along(merchant, key):
     """Leaders that are cancelled before the thread is free have taken no one else's job with them."""
     key.go_on.set()
-    protocol = (await RsaThread.open(attrs.evolve(merchant, private_key=key))).protocol
-    rsa = RsaThread(protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=4)
+    protocol = (await RsaWorker.open(attrs.evolve(merchant, private_key=key))).protocol
+    rsa = RsaWorker(protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=4)
     free, scopes, bodies = threading.Event(), {}, {}
 
     async def ask(number):
@@ -217,7 +217,7 @@ class Gate:
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_a_job_that_the_thread_is_at_for_a_cancelled_leader_is_waited_for(rsa, key):
     """Its asker leads the next visit, finds the job taken, and still gets its own signature."""
-    rsa = RsaThread(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=2)
+    rsa = RsaWorker(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=2)
     gate = key.go_on = Gate()
     bodies = {}
 
@@ -245,7 +245,7 @@ async def test_nobodys_signature_is_lost_to_anothers_cancellation(merchant, canc
     """Whoever is cancelled, in the queue, waiting for the thread or while leading a visit, all others get theirs."""
     key = Watched.of(keypairs.pair("merchant"))
     rsa = await opened(merchant, key)
-    rsa = RsaThread(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=3)
+    rsa = RsaWorker(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=3)
     scopes, bodies = {}, {}
 
     async def ask(number):

@@ -25,7 +25,7 @@ from lianlian_async.errors import (
 from lianlian_async.models import Refund, RefundStatus
 
 __all__ = [
-    "ENDINGS",
+    "EXIT_OUTCOMES",
     "FAILED",
     "INTERRUPTED",
     "MADE",
@@ -33,57 +33,57 @@ __all__ = [
     "REJECTED",
     "SIGNATURE_INVALID",
     "UNKNOWN",
-    "Ending",
-    "ending_of",
+    "ExitOutcome",
     "error_document",
-    "refund_ending",
+    "exit_outcome_of",
+    "exit_outcome_of_refund",
 ]
 
 
-class Ending(NamedTuple):
+class ExitOutcome(NamedTuple):
     """What it is called, and the code to exit with."""
 
     word: str
     exit_code: int
 
 
-MADE: Final = Ending("made", 0)
-NOT_SENT: Final = Ending("not sent", 1)
-REJECTED: Final = Ending("rejected", 3)
-FAILED: Final = Ending("failed", 3)
-UNKNOWN: Final = Ending("unknown", 4)
-SIGNATURE_INVALID: Final = Ending("signature invalid", 5)
-INTERRUPTED: Final = Ending("interrupted", 130)
+MADE: Final = ExitOutcome("made", 0)
+NOT_SENT: Final = ExitOutcome("not sent", 1)
+REJECTED: Final = ExitOutcome("rejected", 3)
+FAILED: Final = ExitOutcome("failed", 3)
+UNKNOWN: Final = ExitOutcome("unknown", 4)
+SIGNATURE_INVALID: Final = ExitOutcome("signature invalid", 5)
+INTERRUPTED: Final = ExitOutcome("interrupted", 130)
 
-ENDINGS: Final[dict[type[LianLianError], Ending]] = {
-    LianLianError: Ending("error", 1),
-    ConfigurationError: Ending("configuration error", 2),
-    InvalidRequest: Ending("invalid request", 2),
+EXIT_OUTCOMES: Final[dict[type[LianLianError], ExitOutcome]] = {
+    LianLianError: ExitOutcome("error", 1),
+    ConfigurationError: ExitOutcome("configuration error", 2),
+    InvalidRequest: ExitOutcome("invalid request", 2),
     RefundNotSent: NOT_SENT,
     RefundRejected: REJECTED,
-    RefundNotFound: Ending("not found", 1),
-    RefundNotFinal: Ending("not final", 1),
-    QueryRejected: Ending("query rejected", 1),
+    RefundNotFound: ExitOutcome("not found", 1),
+    RefundNotFinal: ExitOutcome("not final", 1),
+    QueryRejected: ExitOutcome("query rejected", 1),
     RefundOutcomeUnknown: UNKNOWN,
-    GatewayUnavailable: Ending("unavailable", 1),
-    RefundConflict: Ending("conflict", 1),
+    GatewayUnavailable: ExitOutcome("unavailable", 1),
+    RefundConflict: ExitOutcome("conflict", 1),
     SignatureInvalid: SIGNATURE_INVALID,
-    AnswerMismatch: Ending("answer mismatch", 1),
-    MalformedMessage: Ending("malformed message", 1),
-    JournalError: Ending("journal error", 1),
-    BatchStopped: Ending("batch stopped", 3),
+    AnswerMismatch: ExitOutcome("answer mismatch", 1),
+    MalformedMessage: ExitOutcome("malformed message", 1),
+    JournalError: ExitOutcome("journal error", 1),
+    BatchStopped: ExitOutcome("batch stopped", 3),
 }
 
 
-def ending_of(error: LianLianError) -> Ending:
+def exit_outcome_of(error: LianLianError) -> ExitOutcome:
     """How a command ends on an error; a subclass without a row of its own has its parent's."""
-    ending = next(ENDINGS[cls] for cls in type(error).__mro__ if cls in ENDINGS)
+    ending = next(EXIT_OUTCOMES[cls] for cls in type(error).__mro__ if cls in EXIT_OUTCOMES)
     if isinstance(error, BatchStopped) and isinstance(error.cause, SignatureInvalid):
         return ending._replace(exit_code=SIGNATURE_INVALID.exit_code)
     return ending
 
 
-def refund_ending(refund: Refund) -> Ending:
+def exit_outcome_of_refund(refund: Refund) -> ExitOutcome:
     """Made, as long as the gateway does not say that it failed."""
     return FAILED if refund.sta_refund is RefundStatus.FAILED else MADE
 
@@ -97,6 +97,6 @@ def error_document(error: LianLianError) -> dict[str, Any]:
         facts |= {"request": error.request.to_dict(), "query": error.query().to_dict()}
         facts |= {"sent_at": error.sent_at.isoformat(), "ask_again_at": error.ask_again_at.isoformat()}
     return {
-        "outcome": ending_of(error).word,
+        "outcome": exit_outcome_of(error).word,
         "error": {"type": type(error).__name__, "message": str(error), **facts},
     }

@@ -1,4 +1,4 @@
-"""Waiting for a final state: by notification or by asking, whichever comes first, and politely."""
+"""Waiters for a final state: by notification or by asking, whichever comes first, and politely."""
 
 from __future__ import annotations
 

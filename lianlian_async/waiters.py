@@ -1,4 +1,4 @@
-"""Waiting until a refund is final: told by its notification or found by asking, whichever comes first."""
+"""Waiters until a refund is final: told by its notification or found by asking, whichever comes first."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .errors import (
 )
 from .models import Refund, RefundQuery, RefundRequest
 
-__all__ = ["Waiter", "Waiting"]
+__all__ = ["Waiter", "Waiters"]
 
 FIRST_PAUSE: Final = 2.0
 LONGEST_PAUSE: Final = 300.0
-"""Seconds. Every pause between two questions is twice as long as the one before: some twenty questions in an hour."""
+"""Seconds. Every pause between two queries is twice as long as the one before: some twenty queries in an hour."""
 
 _ASK_AGAIN: Final = (RefundNotFound, GatewayUnavailable, SignatureInvalid, AnswerMismatch, MalformedMessage)
 """What a question may meet that another one need not."""
@@ -41,7 +41,7 @@ class Waiter:
     _asking: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
 
     def hear(self, refund: Refund) -> None:
-        """What a notification told: no more questions are needed."""
+        """What a notification told: no more queries are needed."""
         if self.money_refund in (None, refund.money_refund):
             self.told = refund
             self._asking.cancel()
@@ -70,7 +70,7 @@ class Waiter:
         raise RefundNotFinal(refund, last_error=None if error is None else str(error)) from error
 
 
-class Waiting:
+class Waiters:
     """All who wait in one session."""
 
     def __init__(self) -> None:

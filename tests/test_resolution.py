@@ -29,15 +29,15 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.clock import Moment, system_clock
-from lianlian_async.exchange import Call, Exchange, Known
+from lianlian_async.exchange import Call, Exchange, Finding
 from lianlian_async.journal import MemoryJournal, SqliteJournal
+from lianlian_async.resolution import NEXT_STEP, Case, Step
 from lianlian_async.retry import Deadline
 from lianlian_async.sandbox import Fault, Repeated, When
-from lianlian_async.settlement import NEXT_STEP, Case, Step
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
-TRUSTING = RetryPolicy(absence_grace=0.0)
+TRUSTING = RetryPolicy(not_found_grace=0.0)
 """For gateways that are known to deduplicate."""
 
 
@@ -87,12 +87,12 @@ def test_the_table_is_the_design_s():
     returned, certain, ask = Step.RETURN, Step.RAISE, Step.ASK
     assert {
         # what came back: (no earlier attempt may have arrived, one may have)
-        Known.NOT_SENT: (certain, ask),
-        Known.FOUND: (returned, returned),
-        Known.REJECTED: (certain, ask),
-        Known.CONFLICT: (certain, certain),
-        Known.EXISTS: (ask, ask),
-        Known.UNCERTAIN: (ask, ask),
+        Finding.NOT_SENT: (certain, ask),
+        Finding.FOUND: (returned, returned),
+        Finding.REJECTED: (certain, ask),
+        Finding.CONFLICT: (certain, certain),
+        Finding.EXISTS: (ask, ask),
+        Finding.UNCERTAIN: (ask, ask),
     } == {known: (NEXT_STEP[known, False], NEXT_STEP[known, True]) for known in {known for known, _ in NEXT_STEP}}
     assert len(NEXT_STEP) == 12
 
@@ -191,7 +191,7 @@ async def test_not_sent_after_a_maybe_is_asked_about():
     """A refused connection does not make unsent what may have been sent before."""
     gateway = sandbox()
     gateway.script(Fault.LATE, call="apply", delay=11)  # carried out after it was asked about in vain
-    patient = RetryPolicy(absence_grace=0.0, attempts=50, maximum=0.5)
+    patient = RetryPolicy(not_found_grace=0.0, attempts=50, maximum=0.5)
     session, road = session_over(gateway, closed=range(2, 99), retry=patient)
     async with session:
         refund = await session.apply_refund(refund_request())
@@ -253,9 +253,9 @@ async def test_no_more_is_sent_than_the_policy_s_attempts():
     """Where absence is believed each time, sending ends with the policy's attempts, and the outcome is unknown."""
     gateway = sandbox()
     gateway.script(Fault.HTTP_500, call="apply", when=When.BEFORE, times=99)
-    unknown = await left_unknown(gateway, retry=RetryPolicy(attempts=3, absence_grace=0.0))
+    unknown = await left_unknown(gateway, retry=RetryPolicy(attempts=3, not_found_grace=0.0))
     assert unknown.attempts == gateway.requests["apply"] == 3
-    assert unknown.questions == gateway.requests["query"] == 3
+    assert unknown.queries == gateway.requests["query"] == 3
 
 
 # ── unknown, and when to ask again ───────────────────────────────────────────────────────────────
@@ -268,7 +268,7 @@ async def test_absence_is_not_believed_within_the_grace():
     unknown = await left_unknown(gateway)
     assert anyio.current_time() <= 30
     assert gateway.requests["apply"] == unknown.attempts == 1
-    assert gateway.requests["query"] == unknown.questions > 3
+    assert gateway.requests["query"] == unknown.queries > 3
     assert unknown.sent_at == EPOCH + timedelta(seconds=10)
     assert unknown.ask_again_at == EPOCH + timedelta(seconds=910)
     assert unknown.no_refund == "R-1"
@@ -301,7 +301,7 @@ async def test_absence_is_as_old_as_its_question():
     gateway.script(Fault.DELAY, call="query", delay=5)
     session, _ = session_over(gateway)
     async with session:
-        assert (await session.settle(unknown)).no_refund == "R-1"
+        assert (await session.resolve(unknown)).no_refund == "R-1"
     assert gateway.requests == {"query": 2, "apply": 1}
     assert gateway.times_made("R-1") == 1
 
@@ -314,7 +314,7 @@ async def test_a_gateway_that_answers_no_question_leaves_the_outcome_unknown():
     unknown = await left_unknown(gateway)
     assert gateway.times_made("R-1") == 1
     assert unknown.attempts == 1
-    assert unknown.questions == gateway.requests["query"]
+    assert unknown.queries == gateway.requests["query"]
     assert isinstance(unknown.__cause__, GatewayUnavailable)
 
 
@@ -324,7 +324,7 @@ async def test_a_question_that_is_refused_leaves_the_outcome_unknown_at_once():
     gateway.script(Fault.RESET, call="apply")
     gateway.script(Fault.BUSY, call="query", ret_code="3010", times=99)
     unknown = await left_unknown(gateway)
-    assert unknown.questions == 1
+    assert unknown.queries == 1
     assert isinstance(unknown.__cause__, QueryRejected)
 
 
@@ -343,7 +343,7 @@ async def test_a_gateway_that_wants_to_be_left_alone_beyond_the_deadline_is():
     gateway.script(Fault.TOO_MANY, call="apply", delay=2000)
     unknown = await left_unknown(gateway)
     assert anyio.current_time() == 0
-    assert unknown.questions == gateway.requests["query"] == 0
+    assert unknown.queries == gateway.requests["query"] == 0
     assert unknown.ask_again_at == EPOCH + timedelta(seconds=2000)
 
 
@@ -353,7 +353,7 @@ async def test_an_empty_retry_budget_ends_the_asking():
     gateway.script(Fault.HTTP_500, call="apply", when=When.BEFORE)
     policy = RetryPolicy(budget=RetryBudget(capacity=1, per_second=0))
     unknown = await left_unknown(gateway, retry=policy)
-    assert unknown.questions == 2
+    assert unknown.queries == 2
 
 
 @pytest.mark.parametrize("delay", [0, 3_000_000_000])
@@ -362,7 +362,7 @@ async def test_there_is_always_a_moment_to_ask_again(delay):
     gateway = sandbox()
     gateway.script(Fault.TOO_MANY, call="apply", delay=delay)
     gateway.script(Fault.NO_ANSWER, call="query", times=99)
-    unknown = await left_unknown(gateway, retry=RetryPolicy(absence_grace=math.inf))
+    unknown = await left_unknown(gateway, retry=RetryPolicy(not_found_grace=math.inf))
     assert timedelta(days=89) < unknown.ask_again_at - EPOCH < timedelta(days=91)
 
 
@@ -370,13 +370,13 @@ async def test_an_infinite_grace_never_sends_again():
     """Who never wants to believe in absence says so, and nothing is ever sent twice."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
-    policy = RetryPolicy(absence_grace=math.inf)
+    policy = RetryPolicy(not_found_grace=math.inf)
     unknown = await left_unknown(gateway, retry=policy)
     await anyio.sleep(80 * 86_400)
     session, road = session_over(gateway, retry=policy)
     async with session:
         with pytest.raises(RefundOutcomeUnknown):
-            await session.settle(unknown)
+            await session.resolve(unknown)
     assert not road.times
 
 
@@ -392,12 +392,12 @@ async def test_settling_before_the_grace_asks_and_sends_nothing():
         with pytest.raises(RefundOutcomeUnknown) as first:
             await session.apply_refund(refund_request())
         with pytest.raises(RefundOutcomeUnknown) as second:
-            await session.settle(first.value)
+            await session.resolve(first.value)
     assert len(road.times) == 1
     assert second.value.sent_at == first.value.sent_at
     assert second.value.ask_again_at == first.value.ask_again_at
     assert second.value.body == first.value.body
-    assert second.value.questions > 3
+    assert second.value.queries > 3
 
 
 async def test_settling_finds_what_was_made_in_the_meantime():
@@ -409,7 +409,7 @@ async def test_settling_finds_what_was_made_in_the_meantime():
         with pytest.raises(RefundOutcomeUnknown) as caught:
             await session.apply_refund(refund_request())
         await anyio.sleep(30)
-        refund = await session.settle(caught.value)
+        refund = await session.resolve(caught.value)
     assert refund.no_refund == "R-1"
     assert len(road.applied) == gateway.times_made("R-1") == 1
 
@@ -423,14 +423,14 @@ async def test_settling_after_the_grace_sends_the_same_bytes_again():
         with pytest.raises(RefundOutcomeUnknown) as caught:
             await session.apply_refund(refund_request())
         await anyio.sleep((caught.value.ask_again_at - wall_clock()).total_seconds())
-        refund = await session.settle(caught.value)
+        refund = await session.resolve(caught.value)
     assert refund.no_refund == "R-1"
     assert road.applied == [caught.value.body] * 2
     assert gateway.times_made("R-1") == 1
 
 
 async def test_a_pickled_unknown_settles_in_another_session():
-    """Handed over to another process and session, an unknown refund is settled there with the same bytes."""
+    """Handed over to another process and session, an unknown refund is resolved there with the same bytes."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     handed_over = pickle.dumps(await left_unknown(gateway))
@@ -438,7 +438,7 @@ async def test_a_pickled_unknown_settles_in_another_session():
     unknown = pickle.loads(handed_over)
     session, road = session_over(gateway)
     async with session:
-        assert (await session.settle(unknown)).no_refund == "R-1"
+        assert (await session.resolve(unknown)).no_refund == "R-1"
     assert road.applied == [unknown.body]
     assert gateway.times_made("R-1") == 1
 
@@ -453,7 +453,7 @@ async def test_three_months_later_nothing_can_be_learned():
     session, road = session_over(gateway)
     async with session:
         with pytest.raises(RefundOutcomeUnknown, match="3005"):
-            await session.settle(unknown)
+            await session.resolve(unknown)
     assert not road.times
 
 
@@ -465,7 +465,7 @@ async def test_another_merchant_s_refund_is_not_settled_here():
     gateway.requests.clear()
     async with RefundSession(gateway.merchant(oid_partner="201304121000001004"), transport=Road(gateway)) as session:
         with pytest.raises(ConfigurationError, match="201304121000001004"):
-            await session.settle(unknown)
+            await session.resolve(unknown)
     assert not gateway.requests
 
 
@@ -478,7 +478,7 @@ async def test_a_settled_rejection_is_raised_as_such():
     session, _ = session_over(gateway)
     async with session:
         with pytest.raises(RefundRejected):
-            await session.settle(unknown)
+            await session.resolve(unknown)
 
 
 # ── conflict ─────────────────────────────────────────────────────────────────────────────────────
@@ -497,7 +497,7 @@ async def test_the_same_number_for_other_money_is_a_conflict(repeated):
 
 
 class Books(httpx.AsyncBaseTransport):
-    """A gateway that is busy for every apply call, and answers questions with one record of its own choice."""
+    """A gateway that is busy for every apply call, and answers queries with one record of its own choice."""
 
     def __init__(self, **record):
         self.record = record
@@ -664,7 +664,7 @@ def test_a_refusal_that_is_read_after_the_lease_proves_nothing(lease_holds):
         lease_holds=lambda: lease_holds,
     )
     case = Case(request=None, apply=exchange, question=None, clock=lambda: now, before_resend=None, canary=None)
-    assert case.next_step(Known.REJECTED) is (Step.RAISE if lease_holds else Step.ASK)
+    assert case.next_step(Finding.REJECTED) is (Step.RAISE if lease_holds else Step.ASK)
     assert case.sent_at is (None if lease_holds else now)
 
 
@@ -675,7 +675,7 @@ def test_a_query_is_dated_by_the_gateways_clock_when_it_was_asked():
     asked_at = Moment(noon + timedelta(days=1), 100.0, "this boot")  # a wall clock that was set
     judged_at = Moment(noon + timedelta(days=1), 7300.0, "this boot", noon + timedelta(seconds=7230))
     exchange = Exchange(
-        call=Call.APPLY, url="", body=b"{}", asked={}, deadline=Deadline(0.0), policy=RetryPolicy(absence_grace=900.0)
+        call=Call.APPLY, url="", body=b"{}", asked={}, deadline=Deadline(0.0), policy=RetryPolicy(not_found_grace=900.0)
     )
     case = Case(
         request=None,
@@ -686,5 +686,5 @@ def test_a_query_is_dated_by_the_gateways_clock_when_it_was_asked():
         before_resend=None,
         canary=None,
     )
-    assert not case.absence_is_believed(asked_at)
-    assert case.absence_is_believed(judged_at)
+    assert not case.not_found_is_believed(asked_at)
+    assert case.not_found_is_believed(judged_at)

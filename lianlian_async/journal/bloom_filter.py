@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["Numbers"]
+__all__ = ["BloomFilter"]
 
 _BITS: Final = 24
 _PLACES: Final = 1 << _BITS
 """2 MiB: with a million numbers one answer in a hundred is a vain "maybe", with five million one in five."""
 
 
-class Numbers:
+class BloomFilter:
     """A Bloom filter with two places for each number. One thread adds; any may ask meanwhile."""
 
     __slots__ = ("_bits",)
