@@ -154,27 +154,27 @@ class Flights:
         fields = self._gateway.protocol.query_fields(request.query())
         return self._gateway.exchange(Call.QUERY, fields, await self._gateway.seal(fields), apply.deadline, policy)
 
-    async def _canary(self, journal: Journal, apply: Exchange) -> LianLianError | None:
+    async def _canary(self, journal: Journal, apply: Exchange) -> LianLianError | bool:
         entry = await journal.latest_made()
         if entry is None:
-            return None
+            return False
         known = RefundRequest.from_record(entry.fields)
         if self._clock().wall - known.dt_refund > timedelta(days=_CANARY_DAYS):
-            return None
+            return False
         query = attrs.evolve(await self._question(known, apply), policy=apply.policy)
         reply = await self._gateway.send(query)
         if isinstance(reply.error, QueryRejected) and reply.error.ret_code == "3005":
-            return None
-        if reply.refund is not None:
-            try:
-                matching(known, reply.refund)
-            except LianLianError as error:
-                return error
-            return None
-        return LianLianError(
-            f"the query service does not know refund {entry.no_refund}, which was made ({reply.error}): "
-            "its answers about others prove nothing; check the query URL"
-        )
+            return False
+        if reply.refund is None:
+            return LianLianError(
+                f"the query service does not know refund {entry.no_refund}, which was made ({reply.error}): "
+                "its answers about others prove nothing; check the query URL"
+            )
+        try:
+            matching(known, reply.refund)
+        except LianLianError as error:
+            return error
+        return True
 
 
 def _take_over(case: Case, earlier: RefundOutcomeUnknown) -> None:

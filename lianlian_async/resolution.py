@@ -79,8 +79,9 @@ class Case:
     """Whether to query before the first send: an attempt may have been made that nobody remembers."""
     before_resend: Callable[[], Awaitable[None]]
     """Writes down, before the same bytes are sent again, that they may be."""
-    canary: Callable[[], Awaitable[LianLianError | None]]
-    """Asks for a refund that is known as made; why the query service's "no such record" proves nothing, if so."""
+    canary: Callable[[], Awaitable[LianLianError | bool]]
+    """Queries a refund that is known as made. True: it was found. False: there is none. An error: the query service's
+    "no such record" proves nothing."""
     traffic: Traffic = attrs.field(factory=Traffic)
     rejection: LianLianError | None = None
     """A "no" to the last attempt, to be believed once an earlier attempt is known not to have worked."""
@@ -119,6 +120,14 @@ class Case:
         if may_have_worked or has_whole_identity(refund.raw):
             return None
         return LianLianError("the record found lacks dt_refund or money_refund: it may be another refund's")
+
+    async def prove_queries(self) -> bool:
+        """Query a refund that is known as made; whether there is one. Raises what stays unknown if it is not found."""
+        proof = await self.canary()
+        if isinstance(proof, LianLianError):
+            self.query_error = proof
+            raise self.unknown()
+        return proof
 
     @property
     def is_refused(self) -> bool:
@@ -195,10 +204,8 @@ async def _check_not_found(case: Case) -> None:
     """Before anything is concluded from "no such record": raise what it proves, or prepare to send again."""
     if case.sent_at is None:
         return
-    case.query_error = await case.canary()
-    if case.query_error is None and not case.apply.lease_holds():
+    if not case.apply.lease_holds():
         case.query_error = LianLianError("the lease is over: another worker may have sent this refund")
-    if case.query_error is not None:
         raise case.unknown()
     if case.rejection is not None:
         raise case.rejection
@@ -231,7 +238,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
     query = await case.question()
     if case.retry_after and not await pause(query, retries_left, 0, case.retry_after):
         raise case.unknown()
-    queries = 0
+    queries, is_proved = 0, False
     while True:
         asked_at = case.clock()
         reply = await send(query)
@@ -246,9 +253,12 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         elif reply.finding is not Finding.NOT_FOUND:  # asked as long as it was worth it, or refused
             break
         if case.not_found_is_believed(asked_at):
-            if reply.refund is None or case.is_refused:
+            if reply.refund is not None and not case.is_refused:
+                break
+            if is_proved or case.sent_at is None or not await case.prove_queries():
                 return None
-            break
+            is_proved = True  # and once more: the query service may have been mended between the two answers
+            continue
         if not await pause(query, retries_left, queries, reply.retry_after):
             break
         queries += 1

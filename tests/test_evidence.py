@@ -236,6 +236,30 @@ async def test_a_wrong_query_address_refunds_nothing_twice(journal):
     assert gateway.times_made("R-1") == 1
 
 
+async def test_a_query_service_that_is_mended_meanwhile_is_asked_once_more():
+    """Wrong at the first answer and right at the proof: the first "no such record" must not count."""
+    gateway = sandbox(repeated=Repeated.AGAIN)
+    gateway.add_order("O-1", 1000)
+
+    class Mended(NoQueries):
+        queries = 0
+
+        async def handle_async_request(self, request):
+            if request.url.path == "/refundquery.htm":
+                self.queries += 1
+            if self.queries > 1:
+                return await self.inner.handle_async_request(request)
+            return await super().handle_async_request(request)
+
+    async with RefundSession(
+        gateway.merchant(), transport=Mended(gateway), clock=boot_clock, retry=RetryPolicy(not_found_grace=0.0)
+    ) as session:
+        await session.apply_refund(refund_request(0))
+        gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+        assert (await session.apply_refund(refund_request(1))).no_refund == "R-1"
+    assert gateway.times_made("R-1") == 1
+
+
 async def test_a_wrong_query_address_proves_no_rejection():
     """Refused after an uncertain attempt, a refund counts as rejected only if its absence is proved."""
     gateway = sandbox(repeated=Repeated.REJECT)

@@ -48,7 +48,7 @@ def _own(job: frame.Job) -> dict[str, float]:
     async def before_resend() -> None:
         raise RuntimeError("nothing is sent again here")
 
-    async def canary() -> LianLianError | None:
+    async def canary() -> LianLianError | bool:
         raise RuntimeError("nothing has to be proved here")
 
     async def decide(request: Any, apply: Exchange, reply: Reply) -> None:

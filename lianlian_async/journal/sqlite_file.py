@@ -30,8 +30,8 @@ from typing import Any, Final
 from lianlian_async.clock import Moment
 
 from .base import Ending, Entry, JournalError, Owner, State
-from .file_lock import FileLock, FileLocked
 from .bloom_filter import BloomFilter
+from .file_lock import FileLock, FileLocked
 from .operations import Operation, Result, perform
 
 __all__ = ["JournalFile"]
