@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from enum import Enum
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
@@ -19,6 +18,7 @@ from .exchange import Call, Reply
 from .flight import Flights, Order
 from .gateway_client import GatewayClient
 from .journal import Journal, OpenRefunds
+from .lifecycle import Lifecycle
 from .merchant import Merchant
 from .middleware import Middleware
 from .models import Refund, RefundQuery, RefundRequest, expect
@@ -36,14 +36,6 @@ __all__ = ["RefundSession"]
 
 LONGEST_DEADLINE: Final = 86_400.0
 """Seconds that one call may take with a journal, which keeps its lease for twice as long."""
-
-
-class _State(Enum):
-    NEW = "not open: use it in `async with`"
-    OPENING = "still opening"
-    OPEN = "open"
-    CLOSING = "closing"
-    CLOSED = "closed"
 
 
 class RefundSession:
@@ -123,14 +115,12 @@ class RefundSession:
         self._query_first = query_first
         self._clock = SessionClock(clock)
         self._waiting = Waiters()
-        self._state = _State.NEW
-        self._running = 0
+        self._life = Lifecycle("RefundSession", max_connections)
         self.unknown_reasons: Counter[str] = Counter()
         """How often :meth:`outcome_of` left a refund unknown, by reason: for summaries."""
-        self._idle = anyio.Event()
 
     def __repr__(self) -> str:
-        return f"<RefundSession {self.merchant.oid_partner} {self._state.name.lower()}>"
+        return f"<RefundSession {self.merchant.oid_partner} {self._life}>"
 
     @property
     def max_connections(self) -> int:
@@ -150,14 +140,7 @@ class RefundSession:
     # ── opening and closing ──────────────────────────────────────────────────────────────────────
 
     async def __aenter__(self) -> Self:
-        if self._state is not _State.NEW:
-            raise RuntimeError(
-                f"this RefundSession is {self._state.value} already: make a new one for each `async with`"
-            )
-        self._state = _State.OPENING
-        try:
-            self._event_loop = anyio.lowlevel.current_token()
-            self._slots = anyio.Semaphore(self._max_connections, fast_acquire=True)
+        with self._life.opening():
             if self._journal is not None and self._journal.is_open:  # else at the first refund
                 await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._gateway = await GatewayClient.open(
@@ -175,50 +158,17 @@ class RefundSession:
                 warm_up=self._warm_up,
                 clock=self._clock,
             )
-            self._flights = Flights(self._gateway, self._clock, self._slot)
-        except BaseException:
-            self._state = _State.CLOSED
-            raise
-        self._state = _State.OPEN
+            self._flights = Flights(self._gateway, self._clock, self._life.slot)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._state = _State.CLOSING
         try:
-            while self._running:
-                self._idle = anyio.Event()
-                await self._idle.wait()
+            await self._life.close()
         finally:
-            self._state = _State.CLOSED
             with anyio.CancelScope(shield=True):
                 await self._gateway.aclose()
-
-    @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """One call of the user's: closing waits for it."""
-        self._check_open()
-        if anyio.lowlevel.current_token() != self._event_loop:
-            raise RuntimeError("this RefundSession belongs to another event loop: open one in each loop")
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-
-    @asynccontextmanager
-    async def _slot(self) -> AsyncGenerator[None]:
-        """A connection slot, in order; refused if the session was closed while it was waited for."""
-        async with self._slots:
-            self._check_open()
-            yield
-
-    def _check_open(self) -> None:
-        if self._state is not _State.OPEN:
-            raise RuntimeError(f"this RefundSession is {self._state.value}")
 
     # ── the calls ────────────────────────────────────────────────────────────────────────────────
 
@@ -310,8 +260,8 @@ class RefundSession:
         """
         expect(query, RefundQuery, "query")
         seconds, policy = self._given(deadline, retry)
-        with self._in_use():
-            async with self._slot():
+        with self._life.in_use():
+            async with self._life.slot():
                 until = Deadline(anyio.current_time() + seconds)
                 fields = self._gateway.protocol.query_fields(query)
                 exchange = self._gateway.exchange(Call.QUERY, fields, await self._gateway.seal(fields), until, policy)
@@ -410,7 +360,7 @@ class RefundSession:
             earlier=earlier,
             query_first=query_first or self._query_first,
         )
-        with self._in_use():
+        with self._life.in_use():
             return await self._flights.carry_out(order, traffic or Traffic())
 
     def _given(self, deadline: float | None, retry: RetryPolicy | None) -> tuple[float, RetryPolicy]:

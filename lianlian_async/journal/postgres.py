@@ -38,7 +38,7 @@ from .postgres_rows import entry_of, owner_of, rows_of
 
 __all__ = ["PostgresJournal", "connection_string"]
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 
 _PAGE: Final = 500
 _SHORTEST_PAUSE: Final = 0.02
@@ -202,8 +202,8 @@ class PostgresJournal(GroupCommitJournal):
         [row] = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
         if (version := row["version"]) != SCHEMA_VERSION:
             raise JournalError(
-                f"journal {self._name}: of version {version}, and this is a library for version {SCHEMA_VERSION}; "
-                "finish it with the lianlian-async that began it, or name another schema"
+                f"journal {self._name}: schema version {version}, but this release needs {SCHEMA_VERSION}; "
+                "complete it with the release that created it"
             )
         self._id, self._owner = row["id"], owner_of(row)
         self._reading = await self._read_clock(connection)

@@ -39,7 +39,7 @@ CREATE TABLE {schema}.eras (
 );
 INSERT INTO {schema}.eras (id) VALUES (1);
 CREATE TABLE {schema}.version AS
-SELECT 3 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
+SELECT 4 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
     false AS is_acting;
 """
 BIND: Final = "UPDATE {schema}.version SET oid_partner = %s, apply_url = %s WHERE oid_partner IS NULL"

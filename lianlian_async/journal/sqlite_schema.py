@@ -1,0 +1,121 @@
+"""The schema of a journal file and its statements, and how a moment is stored.
+
+``refunds`` holds what is written once and hardly changes, a body lives in ``bodies`` only while its refund is
+unresolved, how it ended is added to ``endings``. So rows never grow, and pages stay full. ``sent_at`` is in
+microseconds since 1970 (UTC); beside the body, ``evidence`` holds the same moment on the other clocks, and the
+refusal in which every attempt so far ended. ``journal`` has one row: the journal's id, and whose refunds it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from lianlian_async.clock import Moment
+
+APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
+SCHEMA_VERSION: Final = 5
+
+CHECKPOINT_PAGES: Final = 4000
+"""How long the log grows (16 MB) before it is worked into the file: bodies mostly come and go within that."""
+
+SCHEMA: Final = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE refunds (
+    id INTEGER PRIMARY KEY,
+    no_refund TEXT NOT NULL UNIQUE,
+    digest TEXT NOT NULL,
+    fields TEXT NOT NULL,
+    state TEXT NOT NULL,
+    sent_at INTEGER
+);
+CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL, evidence TEXT);
+CREATE TABLE endings (id INTEGER PRIMARY KEY, record TEXT NOT NULL);
+CREATE INDEX not_done ON refunds (id, state) WHERE state <> 'done';
+CREATE TABLE journal (id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT, is_acting INTEGER NOT NULL);
+INSERT INTO journal SELECT lower(hex(randomblob(16))), NULL, NULL, 0;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+COMMIT;
+"""
+
+READ: Final = """
+SELECT json_group_array(
+    json_array(id, no_refund, digest, json(fields), sent_at, body, json(evidence), state, json(record))
+)
+FROM refunds LEFT JOIN bodies USING (id) LEFT JOIN endings USING (id)
+WHERE no_refund IN (SELECT value FROM json_each(?))"""
+PENDING: Final = """
+SELECT json_group_array(no_refund) FROM (
+    SELECT no_refund FROM refunds
+    WHERE state IN ('unresolved', 'accepted', 'final') AND state <> 'done' AND id > ? AND id <= ? ORDER BY id LIMIT ?
+)"""
+ENTRIES: Final = """
+SELECT json_group_array(no_refund) FROM (
+    SELECT no_refund FROM refunds WHERE id > ? AND id <= ? ORDER BY id LIMIT ?
+)"""
+COUNT: Final = """
+SELECT json_group_object(state, n) FROM (
+    SELECT state, count(*) AS n FROM refunds WHERE state <> 'done' GROUP BY state
+    UNION ALL SELECT 'all', count(*) FROM refunds
+)"""
+LAST_PLACE: Final = "SELECT coalesce(max(id), 0) FROM refunds"
+LATEST_MADE: Final = """
+SELECT json_group_array(no_refund) FROM (
+    SELECT no_refund FROM refunds WHERE state IN ('accepted', 'final', 'done') ORDER BY id DESC LIMIT 1
+)"""
+OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
+IS_ACTING: Final = "SELECT is_acting FROM journal"
+
+# A row that is inserted into this view is a refund as it stands from now on: one statement does all that this takes.
+# ``no_refund`` and what comes with it is there only if the refund begins, ``record`` only if it has ended.
+CHANGES: Final = """
+CREATE TEMP VIEW changes AS SELECT * FROM refunds JOIN bodies USING (id) JOIN endings USING (id);
+CREATE TEMP TRIGGER begun INSTEAD OF INSERT ON changes WHEN new.no_refund IS NOT NULL BEGIN
+    INSERT INTO refunds (id, no_refund, digest, fields, state, sent_at)
+    VALUES (new.id, new.no_refund, new.digest, new.fields, new.state, new.sent_at)
+    ON CONFLICT (id) DO UPDATE
+    SET digest = excluded.digest, fields = excluded.fields, state = excluded.state, sent_at = excluded.sent_at;
+    INSERT OR REPLACE INTO bodies (id, body, evidence) SELECT new.id, new.body, new.evidence WHERE new.record IS NULL;
+END;
+CREATE TEMP TRIGGER moved INSTEAD OF INSERT ON changes WHEN new.no_refund IS NULL BEGIN
+    UPDATE refunds SET state = new.state, sent_at = new.sent_at WHERE id = new.id;
+    UPDATE bodies SET evidence = new.evidence WHERE id = new.id;
+END;
+CREATE TEMP TRIGGER ended INSTEAD OF INSERT ON changes WHEN new.record IS NOT NULL BEGIN
+    INSERT OR REPLACE INTO endings (id, record) VALUES (new.id, new.record);
+    DELETE FROM bodies WHERE id = new.id;
+END;
+"""
+CHANGE: Final = "INSERT INTO changes (id, state, sent_at, record, evidence, no_refund, digest, fields, body) VALUES "
+ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+def microseconds(moment: Moment) -> int:
+    """Return the wall clock's microseconds since 1970."""
+    return (moment.wall - _EPOCH) // _MICROSECOND
+
+
+def evidence_of(sent_at: Moment, refused: Mapping[str, str] | None) -> dict[str, Any]:
+    """What stands beside a body; see :func:`moment_of`."""
+    told: dict[str, Any] = {"boot": sent_at.boot, "timeline": sent_at.timeline}
+    if sent_at.gateway is not None:
+        told["gateway"] = sent_at.gateway.isoformat()
+    if refused is not None:
+        told["refused"] = refused
+    return told
+
+
+def moment_of(sent_at: int, evidence: Mapping[str, Any]) -> Moment:
+    """The moment ``sent_at`` on all clocks; of a refund that is resolved only the wall clock's is kept."""
+    gateway = evidence.get("gateway")
+    return Moment(
+        _EPOCH + sent_at * _MICROSECOND,
+        evidence.get("boot", 0.0),
+        evidence.get("timeline", ""),
+        None if gateway is None else datetime.fromisoformat(gateway),
+    )

@@ -1,0 +1,88 @@
+"""The life of a session: opened once, used in one event loop, closed after the calls that are running."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from enum import Enum
+
+import anyio
+import anyio.lowlevel
+
+__all__ = ["Lifecycle"]
+
+
+class _State(Enum):
+    NEW = "not open: use it in `async with`"
+    OPENING = "still opening"
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class Lifecycle:
+    """What state ``name`` is in, and how many calls use it: ``slots`` of them run at the same time.
+
+    A use before, after, twice or from another event loop raises ``RuntimeError``: that is a bug in the program.
+    """
+
+    def __init__(self, name: str, slots: int) -> None:
+        self._name = name
+        self._most = slots
+        self._state = _State.NEW
+        self._running = 0
+
+    def __str__(self) -> str:
+        return self._state.name.lower()
+
+    @contextmanager
+    def opening(self) -> Generator[None]:
+        """Be open once the block has ended, or closed for good if it raises."""
+        if self._state is not _State.NEW:
+            message = f"this {self._name} is {self._state.value} already: make a new one for each `async with`"
+            raise RuntimeError(message)
+        self._state = _State.OPENING
+        self._event_loop = anyio.lowlevel.current_token()
+        self._slots = anyio.Semaphore(self._most, fast_acquire=True)
+        self._idle = anyio.Event()
+        try:
+            yield
+        except BaseException:
+            self._state = _State.CLOSED
+            raise
+        self._state = _State.OPEN
+
+    async def close(self) -> None:
+        """Refuse further calls, and wait for those that run; closed then, or at once if this wait is cancelled."""
+        self._state = _State.CLOSING
+        try:
+            while self._running:
+                self._idle = anyio.Event()
+                await self._idle.wait()
+        finally:
+            self._state = _State.CLOSED
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Count one call, for which closing waits."""
+        self._check_open()
+        if anyio.lowlevel.current_token() != self._event_loop:
+            raise RuntimeError(f"this {self._name} belongs to another event loop: open one in each loop")
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncGenerator[None]:
+        """Take a slot, in order; refused if it was closed while the caller waited."""
+        async with self._slots:
+            self._check_open()
+            yield
+
+    def _check_open(self) -> None:
+        if self._state is not _State.OPEN:
+            raise RuntimeError(f"this {self._name} is {self._state.value}")
