@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from decimal import Decimal
 from pathlib import Path
 
@@ -259,4 +260,26 @@ def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
     first.kill()
     end(first, env)
     assert end(second, env).exit_code == 0
+    assert all(gateway.times_made(f"R-{number}") == 1 for number in range(3))
+
+
+def test_a_batch_that_waits_begins_once_the_journal_is_free(env, gateway, file, tmp_path):
+    """In this process: it says once that it waits, and then makes what the other one left."""
+    for number, seconds in enumerate(
+        (0.5, 5, 50)
+    ):  # a slow machine may take the journal only after the first one's end
+        gateway.script(Fault.NO_ANSWER, call="apply")
+        applied = gateway.requests["apply"]
+        options = ("--journal", tmp_path / f"journal-{number}", "--concurrency", "1", "--not-found-grace", "1")
+        first = start("batch", file, "--yes", *options, env=env)
+        until(lambda applied=applied: gateway.requests["apply"] > applied)
+        timer = threading.Timer(seconds, first.kill)
+        timer.start()
+        ended = run("batch", file, "--yes", "--wait-unknown", "--query-first", *options, env=env)
+        timer.join()
+        end(first, env)
+        assert ended.exit_code == 0
+        if "waiting: " in ended.stderr:
+            break
+    assert ended.stderr.count("waiting: ") == 1
     assert all(gateway.times_made(f"R-{number}") == 1 for number in range(3))

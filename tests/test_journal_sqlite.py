@@ -437,6 +437,7 @@ def _sqlite(path, statement):
         "PRAGMA writable_schema = on; UPDATE sqlite_master SET sql = CAST(x'ff00fe' AS TEXT) WHERE name = 'refunds'",
         "PRAGMA writable_schema = on; UPDATE sqlite_master SET name = CAST(x'fffe' AS TEXT) WHERE name = 'refunds'",
         "DROP TABLE journal",
+        "UPDATE journal SET oid_partner = x'00ff'",
         "DELETE FROM journal",
     ],
 )

@@ -251,8 +251,7 @@ async def test_served_alone_without_a_lifespan_the_endpoint_says_how(tmp_path, c
 @pytest.mark.parametrize("lifespan", ["on", "auto"])
 async def test_a_journal_that_cannot_be_opened_ends_the_server(tmp_path, caplog, lifespan, monkeypatch):
     """A server that started all the same would refuse every notification."""
-    for name in ("uvicorn", "uvicorn.error"):  # a server that another test started may have configured them
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "filters", [])  # a sandbox that was served has left one
     journal = SqliteJournal(tmp_path / "missing" / "journal.sqlite")
     endpoint = NotificationEndpoint(trusting(), Handler(), journal=journal)
     server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_config=None, lifespan=lifespan))

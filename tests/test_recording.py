@@ -19,6 +19,7 @@ from lianlian_async import (
     ConfigurationError,
     Endpoints,
     JournalError,
+    Refund,
     RefundConflict,
     RefundNotSent,
     RefundOutcomeUnknown,
@@ -32,7 +33,7 @@ from lianlian_async import (
 from lianlian_async.exchange import Call
 from lianlian_async.journal import MemoryJournal, SqliteJournal, State
 from lianlian_async.middleware import RateLimit
-from lianlian_async.recording import answer, learn
+from lianlian_async.recording import answer, digest, learn
 from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, Repeated, When
 
@@ -809,6 +810,22 @@ async def test_resuming_raises_what_the_journal_raises(fault, verb):
 
 
 # ── what the gateway tells unasked ───────────────────────────────────────────────────────────────
+
+
+async def test_news_does_not_undo_a_conflict(new_journal):
+    """Once another refund was told of under the number, a record that agrees raises the conflict on record again."""
+    gateway = sandbox(settle_after=0)
+    async with shop(gateway, new_journal) as (_, journal):
+        async with gateway.session(clock=boot_clock) as other:
+            news = await other.apply_refund(refund_request())
+        contradiction = Refund.from_dict({**news.raw, "money_refund": "9.00"})
+        fields = refund_request().to_dict()
+        await journal.begin(intent("R-1", digest=digest(fields), fields=fields), boot_clock())
+        for told in (contradiction, news):
+            with pytest.raises(RefundConflict) as caught:
+                await learn(journal, told)
+            assert caught.value.theirs == "9.00"
+        assert (await journal.find("R-1")).state is State.CONFLICT
 
 
 async def test_what_the_gateway_tells_of_a_refund_settles_it(new_journal):

@@ -1284,7 +1284,7 @@ async def test_the_argument_then_the_environment_chooses_and_else_it_is_httpx(
         serving(honestly) as server,
         RefundSession(at(merchant_keys, gateway_keys, server.url), http_backend=argument) as session,
     ):
-        client = session._line._transport._client
+        client = session._gateway._transport._client
         await session.apply_refund(refund_request())
         assert isinstance(client._transport, PoolTransport) is (chosen == "httpx")
     assert http_backend(argument) == chosen
