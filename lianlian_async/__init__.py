@@ -1,4 +1,34 @@
-"""LianLian Pay refunds for asyncio and trio: *was this refund made?* Never twice, never lost, never guessed."""
+"""LianLian Pay refunds for asyncio and trio: *was this refund made?* Never twice, never lost, never guessed.
+
+The ideas:
+
+1. ``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. They are chosen before the first send.
+2. A failed exchange was *not sent*, *maybe sent* or *answered*. Only the first may be repeated without a query.
+3. After *maybe sent* the library queries. If it still cannot know, it raises ``RefundOutcomeUnknown``.
+4. Decision modules do no I/O and use no clock and no randomness. Everything that waits is thin.
+5. The event loop never signs, and never touches a file or a database.
+6. Elapsed time is a safety argument: the boot clock measures it, and a lease is checked right before bytes leave.
+7. Every task that others wait for ends its waiters, however it dies.
+
+The rooms, from the ground up; a lower floor imports nothing from a higher one (import-linter checks it):
+
+- ``errors``, ``codes``, ``wire``, ``text_rules``, ``identity``: the error tree, the return codes, texts and values, and
+  the one comparison of a record with a request. ``clock``: moments, and the time between them.
+- ``signing``, ``key_files``, ``secret``: the signature, key material, and how secrets stay out of errors.
+- ``models``, ``merchant``, ``retry``, ``exchange``, ``outcome``, ``protocol``: requests and refunds, who we are,
+  when to try again, one exchange as a value, and the gateway's messages without I/O.
+- ``transport``: the only importer of httpx and of aiohttp's client. ``middleware``: the layers around one exchange.
+- ``journal``: which refunds were begun and how each ended (memory, SQLite, PostgreSQL).
+- ``resolution``: the decision table, from the first send to certain knowledge. ``rsa_worker``: signatures in a thread.
+- ``gateway_client``, ``recording``, ``flight``, ``recovery``: an open client, one refund on record, one refund under
+  way, and everything that is open.
+- ``session``, ``batch``, ``notifications``: the public objects.
+- ``contrib``, ``sandbox``, ``cli``: integrations, a fake gateway, the command.
+
+Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
+``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through
+``protocol.Protocol.read``.
+"""
 
 from .batch import refund_many
 from .errors import (

@@ -85,7 +85,7 @@ def refund_many(
 class Outcomes(AsyncIterator[Outcome]):
     """The iterator that ``refund_many`` returns. Dropping it ends the batch; ``aclose`` waits for that end.
 
-    Waiters for an outcome may be cancelled, by a timeout say: none is lost, and the batch goes on.
+    Waiting for an outcome may be cancelled, by a timeout say: none is lost, and the batch goes on.
     """
 
     def __init__(self, run: _Run) -> None:

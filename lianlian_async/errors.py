@@ -6,13 +6,13 @@ LianLianError
 ├── RefundNotSent           certainly never reached the gateway: safe to send again
 ├── RefundRejected          apply only: the gateway said no; ``may_pass`` tells whether only for now
 ├── RefundNotFound          query only: the gateway has no such record
-├── QueryRejected           query only: the question was refused; says nothing about the refund
+├── QueryRejected           query only: the query was refused; says nothing about the refund
 ├── RefundOutcomeUnknown    the refund may have been made; carries all that is needed to ask again
 ├── GatewayUnavailable      query only: no usable answer in time
 ├── RefundNotFinal          waiting only: made, and its state could still change at the deadline
 ├── RefundConflict          the same no_refund stands for other content
 ├── SignatureInvalid        an answer or notification is not proved to be LianLian's
-├── AnswerMismatch          validly signed, but not the answer to our question
+├── AnswerMismatch          validly signed, but not the answer to our query
 ├── MalformedMessage        not the protocol: not JSON, not an object of strings, too big …
 ├── JournalError            the journal cannot do its work; nothing is sent that it does not hold
 └── BatchStopped            refund_many stopped at what every further refund would meet: a rejection, a wrong key
@@ -155,7 +155,7 @@ class RefundRejected(_SaidNo):
 
 
 class QueryRejected(_SaidNo):
-    """The question itself was refused (3005, 1004 …): this says nothing about the refund.
+    """The query itself was refused (3005, 1004 …): this says nothing about the refund.
 
     The attributes are those of :class:`RefundRejected`.
     """
@@ -250,7 +250,7 @@ class GatewayUnavailable(LianLianError):
 class RefundNotFinal(LianLianError):
     """The refund was made, but ``sta_refund`` was neither success nor failed when the deadline came.
 
-    ``refund`` is the gateway's last word on it, ``last_error`` what the last question met (None: that word).
+    ``refund`` is the gateway's last word on it, ``last_error`` what the last query met (None: that word).
     Wait for it again, or leave it to its notification and to ``session.resume()``.
     """
 
@@ -258,7 +258,7 @@ class RefundNotFinal(LianLianError):
         # `refund` is a value of models, a floor above this one: hence Any.
         self.refund = refund
         self.last_error = last_error
-        because = "" if last_error is None else f"; the last question met: {last_error}"
+        because = "" if last_error is None else f"; the last query met: {last_error}"
         super().__init__(f"refund {refund.no_refund} is not final yet: sta_refund is {refund.sta_refund}{because}")
 
 
@@ -289,7 +289,7 @@ class SignatureInvalid(LianLianError):
 
 
 class AnswerMismatch(LianLianError):
-    """An answer is validly signed but belongs to another question.
+    """An answer is validly signed but belongs to another query.
 
     ``field`` is the wire name, ``asked`` what we sent, ``answered`` what came (None: absent).
     """
@@ -298,7 +298,7 @@ class AnswerMismatch(LianLianError):
         self.field = field
         self.asked = asked
         self.answered = answered
-        super().__init__(f"answer to another question: {field} is {answered!r}, asked for {asked!r}")
+        super().__init__(f"answer to another query: {field} is {answered!r}, asked for {asked!r}")
 
 
 class MalformedMessage(LianLianError):

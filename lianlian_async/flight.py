@@ -116,7 +116,7 @@ class Flights:
             case = flight.case = Case(
                 request=order.request,
                 apply=apply,
-                question=partial(self._question, order.request, apply),
+                make_query=partial(self._query_exchange, order.request, apply),
                 clock=self._clock,
                 sent_at=entry.sent_at,
                 refused=None if entry.refused is None else refusal(entry.no_refund, entry.refused),
@@ -148,7 +148,7 @@ class Flights:
     def _is_before(self, moment: Moment) -> bool:
         return self._clock().boot < moment.boot
 
-    async def _question(self, request: RefundRequest, apply: Exchange) -> Exchange:
+    async def _query_exchange(self, request: RefundRequest, apply: Exchange) -> Exchange:
         # A resolution asks until its deadline, however often that is.
         policy = attrs.evolve(apply.policy, attempts=1_000_000)
         fields = self._gateway.protocol.query_fields(request.query())
@@ -161,7 +161,7 @@ class Flights:
         known = RefundRequest.from_record(entry.fields)
         if self._clock().wall - known.dt_refund > timedelta(days=_CANARY_DAYS):
             return False
-        query = attrs.evolve(await self._question(known, apply), policy=apply.policy)
+        query = attrs.evolve(await self._query_exchange(known, apply), policy=apply.policy)
         reply = await self._gateway.send(query)
         if isinstance(reply.error, QueryRejected) and reply.error.ret_code == "3005":
             return False

@@ -1,4 +1,4 @@
-"""An open line to the gateway: the keys, the shared client and the compose around them, for one event loop."""
+"""An open line to the gateway: the keys, the shared client and the middleware around them, for one event loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GatewayClient:
         """Whether the answers verify."""
         permit = () if limiter is None else (Limit(limiter),)
         self.send = compose((Retry(self.retries_left), *permit, Attempt(), *middleware), self._exchange)
-        """The whole compose."""
+        """The whole middleware chain."""
         self._transport = transport
         self._rsa = rsa
 
@@ -58,7 +58,7 @@ class GatewayClient:
         warm_up: int,
         clock: SessionClock,
     ) -> GatewayClient:
-        """Load the keys, open ``warm_up`` connections, and put the compose together.
+        """Load the keys, open ``warm_up`` connections, and compose the middleware.
 
         Takes ``transport`` over: if this fails, it is discarded.
         """
@@ -84,7 +84,7 @@ class GatewayClient:
         return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy)
 
     async def _exchange(self, exchange: Exchange) -> Reply:
-        """The heart of the compose: out over the wire, and what came back."""
+        """The innermost layer: out over the wire, and what came back."""
         exchange.send_count.open_sends += 1
         began = self.clock().boot
         delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)

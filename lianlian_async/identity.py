@@ -15,7 +15,7 @@ from .errors import AnswerMismatch, RefundConflict
 __all__ = ["check_identity", "difference", "has_whole_identity"]
 
 _NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
-"""Another one means that the record answers another question."""
+"""Another one means that the record answers another query."""
 _CONTENT: Final[dict[str, Callable[[str], object]]] = {
     "dt_refund": wire.parse_timestamp,
     "money_refund": wire.parse_decimal,

@@ -1,8 +1,8 @@
 """Layers around one exchange: ``async def middleware(exchange, call_next) -> Reply``, and the stock ones.
 
-A session's compose, from the outside in: :class:`Retry` → :class:`Limit` (the caller's ``limiter``) →
+A session's middleware, from the outside in: :class:`Retry` → :class:`Limit` (the caller's ``limiter``) →
 :class:`Attempt` (time, and honesty about what happened) → the caller's own ``middleware``, first one
-outermost → the exchange itself. The caller's layers see every attempt, each question of a resolution too.
+outermost → the exchange itself. The caller's layers see every attempt, each query of a resolution too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .settings import is_number
 __all__ = ["Attempt", "Limit", "Middleware", "Next", "Observer", "RateLimit", "Retry", "compose"]
 
 Next: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
-"""The rest of the compose."""
+"""The rest of the chain."""
 
 
 class Middleware(Protocol):
@@ -51,7 +51,7 @@ def compose(layers: Sequence[Middleware], core: Next) -> Next:
 class Retry:
     """Repeats an exchange that can be repeated without asking, with full-jitter pauses.
 
-    That is an apply call that certainly was not sent, and a question that got no usable answer.
+    That is an apply call that certainly was not sent, and a query that got no usable answer.
     It stops at the policy's ``attempts``, at the deadline, and when the session's retry budget is empty.
     """
 
@@ -89,7 +89,7 @@ async def pause(exchange: Exchange, retries_left: TokenBucket, retries: int, ret
 class Limit:
     """Holds the caller's limiter (any async context manager) around each attempt.
 
-    Waiters for it does not count against the call's deadline. A limiter that raises counts as *not sent* before
+    Waiting for it does not count against the call's deadline. A limiter that raises counts as *not sent* before
     the attempt; after the attempt its reply stands all the same.
     """
 

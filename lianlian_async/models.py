@@ -236,7 +236,7 @@ class RefundRequest(_Request):
     _either = ("no_order", "oid_paybill")
 
     def query(self) -> RefundQuery:
-        """Return the question about this refund."""
+        """Return the query about this refund."""
         asked = {"no_refund": self.no_refund, "dt_refund": self.dt_refund, "trader_refund": self.trader_refund}
         return RefundQuery.from_record(asked)
 
@@ -244,7 +244,7 @@ class RefundRequest(_Request):
 @_fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundQuery(_Request):
-    """A question about one refund (LianLian's *Refund Status API*): ``no_refund`` or ``oid_refundno`` is required.
+    """A query about one refund (LianLian's *Refund Status API*): ``no_refund`` or ``oid_refundno`` is required.
 
     Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
     """
@@ -326,7 +326,7 @@ class Refund:
     raw: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """The mapping exactly as received, signature included."""
     asked_dt_refund: datetime | None = attrs.field(default=None, repr=False, eq=False)
-    """The ``dt_refund`` that was asked for: an answer need not repeat it, a later question needs it."""
+    """The ``dt_refund`` that was asked for: an answer need not repeat it, a later query needs it."""
     asked_trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)
     """The ``trader_refund`` that was asked for, likewise."""
 
@@ -382,9 +382,9 @@ class Refund:
         return self.sta_refund is not None and self.sta_refund.is_final
 
     def query(self) -> RefundQuery:
-        """The question about this refund's present state.
+        """The query about this refund's present state.
 
-        Raises :class:`~lianlian_async.InvalidRequest` where neither the answer nor the question that led
+        Raises :class:`~lianlian_async.InvalidRequest` where neither the answer nor the query that led
         to it named a ``dt_refund``, which the Refund Status API requires.
         """
         when = self.dt_refund or self.asked_dt_refund

@@ -154,7 +154,7 @@ _APPLY = {
     CodeClass.NOT_FOUND: Finding.UNCERTAIN,
     CodeClass.UNCERTAIN: Finding.UNCERTAIN,
 }
-# … while a question changes nothing.
+# … while a query changes nothing.
 _QUERY = {
     CodeClass.REJECTED: Finding.REJECTED,
     CodeClass.DUPLICATE: Finding.UNCERTAIN,
@@ -201,7 +201,7 @@ _NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
 
 
 def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> None:
-    """Refuse the answer to another question. An error answer need not repeat what was asked, a success must."""
+    """Refuse the answer to another query. An error answer need not repeat what was asked, a success must."""
     asked = exchange.asked
     if not success:
         check_identity(asked, {name: fields.get(name, "") for name in _NUMBERS})

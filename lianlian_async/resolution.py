@@ -31,7 +31,7 @@ logger = logging.getLogger("lianlian_async")
 
 
 _LONGEST_WAIT: Final = 90 * 86_400.0
-"""Seconds: a question may not span over 3 months (3005), so that later than this nothing could be learned."""
+"""Seconds: a query may not span over 3 months (3005), so that later than this nothing could be learned."""
 
 
 class Step(Enum):
@@ -66,7 +66,7 @@ class Case:
 
     request: RefundRequest
     apply: Exchange
-    question: Callable[[], Awaitable[Exchange]]
+    make_query: Callable[[], Awaitable[Exchange]]
     """Makes the query exchange when it is first needed: most refunds never need it, and it costs a signature."""
     clock: Clock
     sent_at: Moment | None = None
@@ -93,7 +93,7 @@ class Case:
         """Whether "no such record", asked for at ``asked_at``, proves that no attempt was carried out."""
         if self.sent_at is None:
             return True
-        # The answer may be the first one with a Date; and only the time up to the question counts.
+        # The answer may be the first one with a Date; and only the time up to the query counts.
         asked_at = attrs.evolve(asked_at, gateway=None).dated(self.clock())
         self._compare(asked_at)
         seconds = elapsed(self.sent_at, asked_at)
@@ -174,7 +174,7 @@ class Case:
 
 
 async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
-    """Carry ``case`` to its end; ``send`` is the session's compose, ``retries_left`` its retry budget.
+    """Carry ``case`` to its end; ``send`` is the session's middleware chain, ``retries_left`` its retry budget.
 
     Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict`` or ``RefundOutcomeUnknown``.
     """
@@ -235,7 +235,7 @@ async def _apply(case: Case, send: Next) -> Refund | None:
 
 async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | None:
     """Query until there is a record, or None: certainly not made. Raises what is left unknown at the deadline."""
-    query = await case.question()
+    query = await case.make_query()
     if case.retry_after and not await pause(query, retries_left, 0, case.retry_after):
         raise case.unknown()
     queries, is_proved = 0, False

@@ -127,5 +127,5 @@ class Deadline:
         return share if share >= SHORTEST_ATTEMPT else 0.0
 
     def extend(self, seconds: float) -> None:
-        """Waiters for a permit of the caller's own rate limit does not count."""
+        """Waiting for a permit of the caller's own rate limit does not count."""
         self.at += seconds

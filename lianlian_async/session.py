@@ -54,7 +54,7 @@ class RefundSession:
             ``LIANLIAN_HTTP_BACKEND`` says, or else ``httpx``.
         retry: the default policy of every call.
         deadline: seconds for one whole call once it has its connection slot: signing, every attempt, every
-            pause, every question. Waiters for the slot does not count, so ``asyncio.gather`` over thousands
+            pause, every query. Waiting for the slot does not count, so ``asyncio.gather`` over thousands
             of calls simply works.
         max_connections: calls that run at the same time; more wait in order, and cheaply.
         warm_up: connections to open with the session, so that the first refunds need not wait for TCP and TLS: by one
@@ -62,7 +62,7 @@ class RefundSession:
         middleware: the caller's own layers around every attempt, first one outermost
             (see :mod:`lianlian_async.middleware`).
         limiter: any async context manager, held around every attempt: a semaphore, or
-            :class:`lianlian_async.middleware.RateLimit`. Waiters for it does not count against the deadline.
+            :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
         journal: an open :class:`lianlian_async.journal.Journal`, not closed by the session. ``apply_refund`` is
             then re-entrant: every refund is on record before its first byte is sent. It belongs to this merchant and
             this apply endpoint from then on.
@@ -254,7 +254,7 @@ class RefundSession:
 
         Raises:
             RefundNotFound: the gateway has no such record at this moment.
-            QueryRejected: the question was refused, which says nothing about the refund.
+            QueryRejected: the query was refused, which says nothing about the refund.
             SignatureInvalid, AnswerMismatch, MalformedMessage: the last answer was not usable.
             GatewayUnavailable: no usable answer in time.
         """
@@ -279,7 +279,7 @@ class RefundSession:
 
         Raises:
             RefundNotFinal: not final at the deadline.
-            QueryRejected: the question was refused, which says nothing about the refund.
+            QueryRejected: the query was refused, which says nothing about the refund.
             RefundConflict: the final state contradicts the session's journal.
         """
         expect(refund, Refund, "refund")

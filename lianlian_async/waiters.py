@@ -1,4 +1,4 @@
-"""Waiters until a refund is final: told by its notification or found by asking, whichever comes first."""
+"""Wait until a refund is final: told by its notification or found by asking, whichever comes first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGEST_PAUSE: Final = 300.0
 """Seconds. Every pause between two queries is twice as long as the one before: some twenty queries in an hour."""
 
 _ASK_AGAIN: Final = (RefundNotFound, GatewayUnavailable, SignatureInvalid, AnswerMismatch, MalformedMessage)
-"""What a question may meet that another one need not."""
+"""What a query may meet that another one need not."""
 
 
 @attrs.define(eq=False)

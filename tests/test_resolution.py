@@ -663,7 +663,7 @@ def test_a_refusal_that_is_read_after_the_lease_proves_nothing(lease_holds):
         policy=RetryPolicy(),
         lease_holds=lambda: lease_holds,
     )
-    case = Case(request=None, apply=exchange, question=None, clock=lambda: now, before_resend=None, canary=None)
+    case = Case(request=None, apply=exchange, make_query=None, clock=lambda: now, before_resend=None, canary=None)
     assert case.next_step(Finding.REJECTED) is (Step.RAISE if lease_holds else Step.ASK)
     assert case.sent_at is (None if lease_holds else now)
 
@@ -680,7 +680,7 @@ def test_a_query_is_dated_by_the_gateways_clock_when_it_was_asked():
     case = Case(
         request=None,
         apply=exchange,
-        question=None,
+        make_query=None,
         clock=lambda: judged_at,
         sent_at=sent_at,
         before_resend=None,

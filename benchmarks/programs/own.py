@@ -58,7 +58,7 @@ def _own(job: frame.Job) -> dict[str, float]:
         case = Case(
             request=request,
             apply=apply,
-            question=question,
+            make_query=question,
             clock=system_clock,
             before_resend=before_resend,
             canary=canary,

@@ -88,10 +88,10 @@ def apply(
     try:
         show_refund(output, anyio.run(call))
     except KeyboardInterrupt:
-        question = request.query()
+        query = request.query()
         output.show(
-            {"outcome": INTERRUPTED.word, "query": question.to_dict()},
-            f"refund {request.no_refund} may have been made; ask with: {query_command(question)}",
+            {"outcome": INTERRUPTED.word, "query": query.to_dict()},
+            f"refund {request.no_refund} may have been made; ask with: {query_command(query)}",
         )
         raise
 
@@ -114,11 +114,11 @@ def query(
     merchant = load_merchant(config)
     message = _message(file, merchant)
     known = {name: text for name in options if (text := message.get(name))}
-    question = RefundQuery.from_dict(known | _given(options))
+    query = RefundQuery.from_dict(known | _given(options))
 
     async def call() -> Refund:
         async with RefundSession(merchant, deadline=deadline) as session:
-            return await session.query_refund(question)
+            return await session.query_refund(query)
 
     show_refund(output, anyio.run(call))
 

@@ -54,7 +54,7 @@ class _Batch:
     done: anyio.Event = attrs.field(factory=anyio.Event, init=False)
 
     def fail(self, error: BaseException) -> None:
-        """Result every operation with a ``JournalError``; one for each, as a traceback grows with each raise."""
+        """Answer every operation with a ``JournalError``; one for each, as a traceback grows with each raise."""
         self.answers = self.answers or [Result(None, _failure(error)) for _ in self.operations]
         self.done.set()
 

@@ -116,7 +116,7 @@ def case(grace: int, sent_at: Moment | None, now: Moment, lease_holds: bool) -> 
     return Case(
         request=_REQUEST,
         apply=_exchange(grace, lease_holds),
-        question=_nothing,
+        make_query=_nothing,
         clock=lambda: now,
         sent_at=sent_at,
         before_resend=_nothing,
