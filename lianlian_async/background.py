@@ -127,7 +127,7 @@ async def run_in_thread(
     """Run ``function`` in a thread, and never leave it behind there.
 
     A caller that is cancelled waits until ``function`` has ended; its result is then given to ``undo``, in a thread,
-    before the cancellation is raised. What has not begun by then never does.
+    before the cancellation is raised. A function that has not begun is not run at all.
     """
     unbegun, ended, results = [function], threading.Event(), list[T]()
 

@@ -144,13 +144,13 @@ def _refuse_more_than(most: Decimal | None, checked: Checked) -> None:
         )
 
 
-def _ask(yes: bool, file: str, checked: Checked, whereto: str) -> None:
+def _ask(yes: bool, file: str, checked: Checked, destination: str) -> None:
     """Go on only if that is wanted."""
     if yes or not checked.count:
         return
     if file == "-" or not sys.stdin.isatty():
         raise click.UsageError("there is no terminal to ask on: say --yes, or --dry-run; nothing was sent")
-    question = f"Send {checked.count:,} refunds, {checked.yuan:,.2f} yuan, {whereto}?"
+    question = f"Send {checked.count:,} refunds, {checked.yuan:,.2f} yuan, {destination}?"
     click.confirm(question, abort=True, err=True)
 
 
@@ -283,7 +283,7 @@ class _Run:
     async def _requests(
         self, journal: Journal, requests: AsyncIterable[RefundRequest]
     ) -> AsyncGenerator[RefundRequest]:
-        """What is to be done, at the pace that was asked for: that which causes no traffic does not count."""
+        """Yield the requests, no more than the given number a second; those that need no traffic are not counted."""
         rate = self.options["rate"]
         pace = RateLimit(rate) if rate else None
         async for request in requests:

@@ -83,5 +83,5 @@ class Receipt:
         return [one for one in known if one not in ours]
 
     def write(self, path: Path, others: Iterable[Receipt]) -> None:
-        """Write the file anew."""
+        """Replace the file."""
         path.write_text("".join(json.dumps(attrs.asdict(one)) + "\n" for one in (*others, self)), "utf-8")

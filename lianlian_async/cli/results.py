@@ -56,7 +56,7 @@ def result_of(outcome: Outcome) -> dict[str, Any]:
 
 @contextmanager
 def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-    """Write ``path`` anew, one line for each call: CSV if it is called so, else JSON Lines; in UTF-8."""
+    """Replace ``path`` with one line for each call: CSV if its name ends so, else JSON Lines; in UTF-8."""
     try:
         with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             if path.suffix.lower() == ".csv":

@@ -217,7 +217,7 @@ class Journal(Protocol):
         """Every entry that is UNRESOLVED, ACCEPTED or FINAL, oldest first; in bounded memory."""
 
     def entries(self) -> AsyncIterator[Entry]:
-        """Every entry, oldest first; in bounded memory. What is begun later is not among them."""
+        """Every entry, oldest first; in bounded memory. Entries that begin later are left out."""
 
     async def find(self, no_refund: str) -> Entry | None:
         """The entry of one refund."""

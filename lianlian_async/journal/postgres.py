@@ -133,7 +133,7 @@ class PostgresJournal(GroupCommitJournal):
         return await super().begin(intent, now)
 
     def pending(self) -> AsyncIterator[Entry]:
-        """See :meth:`Journal.pending`. What is begun later is not among them."""
+        """See :meth:`Journal.pending`. Entries that begin later are left out."""
         return self._walk(sql.PENDING)
 
     def entries(self) -> AsyncIterator[Entry]:

@@ -34,7 +34,7 @@ class _Looking:
     _thread: anyio.CapacityLimiter
 
     def pending(self) -> AsyncIterator[Entry]:
-        """See :meth:`Journal.pending`. What is begun later is not among them."""
+        """See :meth:`Journal.pending`. Entries that begin later are left out."""
         return self._walk(pending=True)
 
     def entries(self) -> AsyncIterator[Entry]:

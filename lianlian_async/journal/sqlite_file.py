@@ -258,7 +258,7 @@ class JournalFile:
         return places
 
     def _insert(self, rows: Sequence[tuple[Any, ...]]) -> None:
-        """All of them or none, in one statement: it gives up the interpreter a few times, however many rows it has."""
+        """Insert all rows or none, in one statement, which releases the GIL only a few times."""
         if rows:
             self._connection.execute(sql.CHANGE + ", ".join([sql.ROW] * len(rows)), tuple(chain.from_iterable(rows)))
 
