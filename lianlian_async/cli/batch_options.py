@@ -105,7 +105,7 @@ _OPTIONS: Final = (
     click.option(
         "--out",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Write one line for each refund to this file, replaced in every run: CSV if its name ends so, else JSON Lines.",
+        help="Write one line for each refund to this file, replaced in every run: CSV by its name, else JSON Lines.",
     ),
     click.option(
         "--map",
@@ -136,9 +136,7 @@ _OPTIONS: Final = (
     click.option("--dry-run", is_flag=True, help="Check all, send nothing."),
     click.option("--yes", is_flag=True, help="Do not ask before sending."),
     click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="How many refunds may begin each second."),
-    click.option(
-        "--keep-going", is_flag=True, help="Go on after a rejection that your configuration caused."
-    ),
+    click.option("--keep-going", is_flag=True, help="Go on after a rejection that your configuration caused."),
     click.option(
         "--wait-unknown", is_flag=True, help="At the end, wait until what is unknown can be asked about again."
     ),
