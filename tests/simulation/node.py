@@ -180,10 +180,10 @@ class Node:
             await stack.enter_async_context(session)
             self._was_open = True
             await self._work(session)
-        flights, free = session._flights._under_way, session._slots.value
-        if transport.out or session._running or flights or free != plan.max_connections:
+        flights, free = session._flights._under_way, session._life._slots.value
+        if transport.out or session._life._running or flights or free != plan.max_connections:
             run.oracle.violate(
-                f"{loop.name}: {transport.out} requests, {session._running} calls, {flights}, {free} slots"
+                f"{loop.name}: {transport.out} requests, {session._life._running} calls, {flights}, {free} slots"
             )
 
     # ── what it does ─────────────────────────────────────────────────────────────────────────────
