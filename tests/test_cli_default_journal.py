@@ -1,6 +1,7 @@
 """The journal of a batch that names none: one for merchant and endpoint, and a receipt beside each file."""
 
 import json
+import os
 import shutil
 import threading
 from decimal import Decimal
@@ -13,6 +14,7 @@ from test_cli_batch_input import on_a_terminal
 
 from lianlian_async.cli import default_journal
 from lianlian_async.cli.serving import environment, serving
+from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
 
 
@@ -264,22 +266,13 @@ def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
 
 
 def test_a_batch_that_waits_begins_once_the_journal_is_free(env, gateway, file, tmp_path):
-    """In this process: it says once that it waits, and then makes what the other one left."""
-    for number, seconds in enumerate(
-        (0.5, 5, 50)
-    ):  # a slow machine may take the journal only after the first one's end
-        gateway.script(Fault.NO_ANSWER, call="apply")
-        applied = gateway.requests["apply"]
-        options = ("--journal", tmp_path / f"journal-{number}", "--concurrency", "1", "--not-found-grace", "1")
-        first = start("batch", file, "--yes", *options, env=env)
-        until(lambda applied=applied: gateway.requests["apply"] > applied)
-        timer = threading.Timer(seconds, first.kill)
-        timer.start()
-        ended = run("batch", file, "--yes", "--wait-unknown", "--query-first", *options, env=env)
-        timer.join()
-        end(first, env)
-        assert ended.exit_code == 0
-        if "waiting: " in ended.stderr:
-            break
+    """It says once who holds the journal, looks again and again, and then sends."""
+    held = JournalFile(str(tmp_path / "journal"))
+    timer = threading.Timer(6, held.close)
+    timer.start()
+    ended = run("batch", file, "--yes", "--journal", tmp_path / "journal", env=env)
+    timer.join()
+    assert ended.exit_code == 0
     assert ended.stderr.count("waiting: ") == 1
+    assert f"process {os.getpid()}" in ended.stderr
     assert all(gateway.times_made(f"R-{number}") == 1 for number in range(3))
