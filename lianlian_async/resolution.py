@@ -57,7 +57,7 @@ NEXT_STEP: Final[dict[tuple[Finding, bool], Step]] = {
     (Finding.UNCERTAIN, False): Step.ASK,
     (Finding.UNCERTAIN, True): Step.ASK,
 }
-"""The decision table. What was not sent has by then been repeated as far as policy and deadline allow."""
+"""The decision table. ``Retry`` has already repeated what was not sent, as far as policy and deadline allow."""
 
 
 @attrs.define(kw_only=True)

@@ -88,8 +88,7 @@ class RsaWorker:
         return cast("bytes", job.body)
 
     def _sign(self) -> None:
-        # A job is taken here, in the thread: a leader may be cancelled while it waits for the thread, and what it had
-        # taken by then would be nobody's.
+        # The thread takes the job, not the leader: a leader that is cancelled while it waits would lose the job.
         for _ in range(self._jobs_per_visit):
             try:
                 job = self._jobs.popleft()
