@@ -10,17 +10,15 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import keypairs
-import notices
-import postgres
 import psycopg
 import psycopg.conninfo
 import pytest
-from clock import virtual_backend
 from hypothesis import HealthCheck, settings
 
 from lianlian_async.journal import Journal, MemoryJournal, SqliteJournal
 from lianlian_async.merchant import Merchant
+from tests.support import keypairs, notices, postgres
+from tests.support.clock import virtual_backend
 
 settings.register_profile(
     "lianlian",
@@ -35,11 +33,11 @@ _VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "signatu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    kills = parser.getgroup("kill", "the batch that is killed (tests/kill.py)")
+    kills = parser.getgroup("kill", "the batch that is killed (tests/programs/kill.py)")
     kills.addoption("--refunds", type=int, default=100, help="how many refunds it is of; 20000 for the whole thing")
     kills.addoption("--kills", type=int, default=2, help="how often it is killed; 20 for the whole thing")
     kills.addoption("--seed", type=int, default=0, help="where the dice of its faults and kills start")
-    services = parser.getgroup("services", "the services that are notified (tests/services.py)")
+    services = parser.getgroup("services", "the services that are notified (tests/programs/services.py)")
     services.addoption("--notified", type=int, default=24, help="of how many refunds; 2000 for the whole thing")
 
 
@@ -47,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell starts a command in its background with SIGINT ignored, and our child processes would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see tests/clock.py)")
+    config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see tests/support/clock.py)")
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections import Counter
 
-import acting
 import anyio
 import pytest
-from notices import HEADERS, Handler, deliver, fails, inbox, is_acknowledged, notification, trusting, until
-from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import NotificationEndpoint, RefundRejected
 from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.sandbox import Fault, When
+from tests.programs import acting
+from tests.support import ROOT, program
+from tests.support.notices import (
+    HEADERS,
+    Handler,
+    deliver,
+    fails,
+    inbox,
+    is_acknowledged,
+    notification,
+    trusting,
+    until,
+)
+from tests.support.parties import boot_clock, refund_request, sandbox
 
 pytestmark = pytest.mark.anyio
 
@@ -141,8 +151,8 @@ async def test_an_inbox_acts_at_its_start_on_what_was_learned_meanwhile(journal,
 async def test_a_process_that_dies_between_two_lines_loses_no_refund(tmp_path, anyio_backend, mode, line):
     """The handler is called by the next process; again only if its return was not yet on record."""
     shop, path = tmp_path / "shop", tmp_path / "journal.sqlite"
-    command = [sys.executable, acting.__file__, mode, line, path, shop]
-    assert (await anyio.run_process(command, check=False, stderr=None)).returncode == -signal.SIGKILL
+    command = [*program("acting"), mode, line, path, shop]
+    assert (await anyio.run_process(command, cwd=ROOT, check=False, stderr=None)).returncode == -signal.SIGKILL
     assert len(acting.read(shop)) == (line in acting.AFTER_THE_HANDLER)
     handler = Handler()
     async with SqliteJournal(path) as journal, sandbox().session(journal=journal) as session:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from functools import partial
 
-import keypairs
 import pytest
 from cryptography.hazmat.primitives import hashes
 from hypothesis import given
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from lianlian_async import signing
 from lianlian_async.signing import SigningKey, VerifyingKey
+from tests.support import keypairs
 
 BACKENDS = ("pycryptodome", "openssl")
 

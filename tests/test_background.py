@@ -10,10 +10,10 @@ from contextvars import ContextVar
 import anyio
 import anyio.to_thread
 import pytest
-from interruptions import Abort
 
 from lianlian_async.background import BackgroundTask, complete, run_in_thread
 from lianlian_async.errors import LianLianError
+from tests.support.interruptions import Abort
 
 pytestmark = pytest.mark.anyio
 

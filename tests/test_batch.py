@@ -10,8 +10,6 @@ import anyio
 import anyio.lowlevel
 import httpx
 import pytest
-from interruptions import Abort, stray_cancellation
-from parties import EPOCH, OID_PARTNER, boot_clock, refund_request, sandbox
 
 from lianlian_async import (
     BatchStopped,
@@ -31,6 +29,8 @@ from lianlian_async import (
 )
 from lianlian_async.journal import MemoryJournal, State
 from lianlian_async.sandbox import Fault, When
+from tests.support.interruptions import Abort, stray_cancellation
+from tests.support.parties import EPOCH, OID_PARTNER, boot_clock, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import anyio
 import pytest
-from batches import read_csv, read_lines, refund, write_csv
-from command import end, interruption, run, start, until
 from test_cli_sandbox import read
 
 from lianlian_async.cli.exit_codes import MADE, NOT_SENT
@@ -17,6 +15,8 @@ from lianlian_async.cli.serving import environment, serving
 from lianlian_async.cli.signals import one_interruption
 from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
+from tests.support.batches import read_csv, read_lines, refund, write_csv
+from tests.support.command import end, interruption, run, start, until
 
 SHORT = ("--deadline", "2", "--not-found-grace", "2.5")
 """For refunds that get no answer: time enough for the others on a busy machine, and then for asking again."""

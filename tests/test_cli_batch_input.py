@@ -8,8 +8,6 @@ from decimal import Decimal
 import anyio
 import click
 import pytest
-from batches import refund, write_csv, write_lines
-from command import run
 
 from lianlian_async.cli.app import lianlian
 from lianlian_async.cli.checked import Checked, derived_number
@@ -17,6 +15,8 @@ from lianlian_async.cli.serving import environment, serving
 from lianlian_async.cli.table import Row
 from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import SandboxGateway
+from tests.support.batches import refund, write_csv, write_lines
+from tests.support.command import run
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,14 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from batches import refund, url_of, write_csv
-from command import end, run, start, until
 from test_cli_batch_input import on_a_terminal
 
 from lianlian_async.cli import default_journal
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
+from tests.support.batches import refund, url_of, write_csv
+from tests.support.command import end, run, start, until
 
 
 @pytest.fixture

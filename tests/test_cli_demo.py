@@ -7,12 +7,12 @@ import threading
 from decimal import Decimal
 
 import pytest
-from command import end, interruption, run, start
 
 from lianlian_async import RefundRequest
 from lianlian_async.cli.audit import Audit, Count
 from lianlian_async.cli.exit_codes import FAILED, INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN
 from lianlian_async.cli.remote import Books, RemoteGateway, gateway_process, run_gateway
+from tests.support.command import end, interruption, run, start
 
 DEMO = ("demo", "--refunds", "30", "--bits", "1024")
 

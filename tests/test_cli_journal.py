@@ -6,13 +6,13 @@ from decimal import Decimal
 import anyio
 import anyio.to_thread
 import pytest
-from batches import PASSWORD, read_csv, read_lines, refund, url_of, write_csv
-from command import end, interruption, run, start, until
 
 from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, RefundSession
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.journal import SqliteJournal
 from lianlian_async.sandbox import Fault, SandboxGateway
+from tests.support.batches import PASSWORD, read_csv, read_lines, refund, url_of, write_csv
+from tests.support.command import end, interruption, run, start, until
 
 
 @pytest.fixture

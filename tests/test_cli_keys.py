@@ -3,10 +3,10 @@
 import stat
 
 import pytest
-from command import run
 
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.signing import SigningKey, VerifyingKey
+from tests.support.command import run
 
 KEYGEN = ("keygen", "--bits", "1024")
 

@@ -5,13 +5,13 @@ import runpy
 import sys
 
 import pytest
-from command import end, run, start
 
 from lianlian_async import __version__, errors
 from lianlian_async.cli import main
 from lianlian_async.cli.exit_codes import EXIT_OUTCOMES, error_document, exit_outcome_of
 from lianlian_async.errors import LianLianError
 from lianlian_async.signing import BACKEND
+from tests.support.command import end, run, start
 
 
 @pytest.mark.parametrize("sender", ["httpx", "aiohttp"])

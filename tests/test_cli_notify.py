@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from command import end, run, start, until
-from notices import Handler, notification, trusting
-from parties import OID_PARTNER, unused_port
 from test_cli_sandbox import APPLY, sandbox_in_this_process
 
 from lianlian_async import Merchant, NotificationEndpoint
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.sandbox import SandboxGateway
+from tests.support.command import end, run, start, until
+from tests.support.notices import Handler, notification, trusting
+from tests.support.parties import OID_PARTNER, unused_port
 
 SEND = ("--no-refund", "R-1", "--money-refund", "10.00")
 

@@ -7,12 +7,12 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from batches import refund, write_csv
-from command import ROOT
 
 from lianlian_async.cli import main
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.sandbox import SandboxGateway
+from tests.support.batches import refund, write_csv
+from tests.support.command import ROOT
 
 ENCODINGS = {
     "ascii": {"PYTHONIOENCODING": "ascii"},

@@ -5,11 +5,11 @@ import signal
 from decimal import Decimal
 
 import pytest
-from command import end, interruption, run, start, until
 
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.sandbox import Fault, SandboxGateway
 from lianlian_async.signing import signature_source
+from tests.support.command import end, interruption, run, start, until
 
 # The sample request of LianLian's apply page, as it stands there.
 SAMPLE = """{

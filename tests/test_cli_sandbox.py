@@ -12,12 +12,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from command import end, run, start, until
 from test_cli_refunds import ANSWER, SAMPLE, types_in
 
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.sandbox import Fault, SandboxGateway
 from lianlian_async.signing import SigningKey
+from tests.support.command import end, run, start, until
 
 APPLY = ("apply", "--no-refund", "R-1", "--dt-refund", "20130515094018", "--money-refund", "1.00", "--no-order", "O-1")
 

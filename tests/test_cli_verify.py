@@ -4,9 +4,9 @@ import json
 from base64 import b64encode
 
 import pytest
-from command import run
 
 from lianlian_async.signing import signature_source
+from tests.support.command import run
 
 ANSWER = {
     "ret_code": "0000",

@@ -7,13 +7,13 @@ from decimal import Decimal
 import anyio
 import psycopg
 import pytest
-from batches import PASSWORD, refund, url_of, write_csv
-from command import end, interruption, run, start, until
 
 from lianlian_async.cli.places import open_queue
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.errors import JournalError
 from lianlian_async.sandbox import Fault, SandboxGateway, When
+from tests.support.batches import PASSWORD, refund, url_of, write_csv
+from tests.support.command import end, interruption, run, start, until
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
-"""Clocks that are set between two attempts never make a refund twice (``tests/clocks.py``, in small)."""
+"""Clocks that are set between two attempts never make a refund twice (``tests/programs/clocks.py``, in small)."""
 
 from __future__ import annotations
 
 import random
 
-import clocks
 import pytest
-from clocks import Life, Scene
+
+from tests.programs import clocks
+from tests.programs.clocks import Life, Scene
 
 CALM = {"life": Life.NEW_BOOT, "step": "+600 s", "journal": "sqlite", "backend": "httpx"}
 

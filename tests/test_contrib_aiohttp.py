@@ -7,12 +7,12 @@ import io
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from notices import HEADERS, Handler, notification
-from parties import refund_request, sandbox
 
 from lianlian_async import NotificationEndpoint
 from lianlian_async.contrib.aiohttp import SESSION, get_session, lifespan, notifications
 from lianlian_async.journal import SqliteJournal
+from tests.support.notices import HEADERS, Handler, notification
+from tests.support.parties import refund_request, sandbox
 
 pytestmark = pytest.mark.anyio
 

@@ -8,12 +8,12 @@ import anyio
 import httpx
 import pytest
 from fastapi import FastAPI
-from notices import HEADERS, Handler, notification
-from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import NotificationEndpoint
 from lianlian_async.contrib.fastapi import Session, lifespan, notifications
 from lianlian_async.journal import SqliteJournal
+from tests.support.notices import HEADERS, Handler, notification
+from tests.support.parties import boot_clock, refund_request, sandbox
 
 pytestmark = pytest.mark.anyio
 

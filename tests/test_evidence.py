@@ -9,7 +9,6 @@ from decimal import Decimal
 import anyio
 import httpx
 import pytest
-from parties import EPOCH, as_json, boot_clock, made, refund_request, sandbox, sealed, wall_clock
 
 from lianlian_async import (
     Endpoints,
@@ -25,6 +24,7 @@ from lianlian_async import (
 from lianlian_async.journal import MemoryJournal, SqliteJournal, State
 from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, Repeated, When
+from tests.support.parties import EPOCH, as_json, boot_clock, made, refund_request, sandbox, sealed, wall_clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

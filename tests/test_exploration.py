@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import attrs
 import pytest
-from exploration.explorer import explore
-from exploration.faults import FAULTS
-from exploration.model import Bounds
+
+from tests.exploration.explorer import explore
+from tests.exploration.faults import FAULTS
+from tests.exploration.model import Bounds
 
 ONE = Bounds(journal="none", grace=2, lease=1, arrival=1, visibility=0, horizon=5)
 TWO = attrs.evolve(ONE, workers=2, attempts=1, horizon=4)

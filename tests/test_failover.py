@@ -1,9 +1,10 @@
-"""A database that loses its last commits makes no refund twice (``tests/failover.py``, in small)."""
+"""A database that loses its last commits makes no refund twice (``tests/programs/failover.py``, in small)."""
 
 from __future__ import annotations
 
-import failover
 import pytest
+
+from tests.programs import failover
 
 
 @pytest.mark.parametrize("scenario", failover.SCENARIOS.values(), ids=failover.SCENARIOS)

@@ -1,10 +1,9 @@
-"""Workers that are killed or suspended at random make every refund once (``tests/fleet.py``, in small)."""
+"""Workers that are killed or suspended at random make every refund once (``tests/programs/fleet.py``, in small)."""
 
 from __future__ import annotations
 
-import fleet
-
 from lianlian_async.sandbox import Repeated
+from tests.programs import fleet
 
 
 def test_workers_that_are_killed_or_suspended_make_every_refund_once(database, pytestconfig):

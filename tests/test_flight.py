@@ -6,7 +6,6 @@ import asyncio
 
 import anyio
 import pytest
-from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import (
     ConfigurationError,
@@ -20,6 +19,7 @@ from lianlian_async import (
 )
 from lianlian_async.journal import MemoryJournal, memory
 from lianlian_async.sandbox import Fault, Repeated, When
+from tests.support.parties import boot_clock, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

@@ -8,10 +8,10 @@ from functools import partial
 
 import anyio
 import pytest
-from journals import MADE, held, intent, now
 
 from lianlian_async.journal import JournalError, SqliteJournal, SqliteReader, Standing, State
 from lianlian_async.journal.operations import Begin, TakeBack
+from tests.support.journals import MADE, held, intent, now
 
 pytestmark = pytest.mark.anyio
 

@@ -6,14 +6,14 @@ import logging
 from itertools import pairwise
 
 import anyio
-import journals
 import pytest
-from interruptions import Abort, stray_cancellation
-from notices import HEADERS, deliver, fails, inbox, is_acknowledged, notification, until
-from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import NotificationEndpoint
 from lianlian_async.journal import MemoryJournal, SqliteJournal
+from tests.support import journals
+from tests.support.interruptions import Abort, stray_cancellation
+from tests.support.notices import HEADERS, deliver, fails, inbox, is_acknowledged, notification, until
+from tests.support.parties import boot_clock, refund_request, sandbox
 
 pytestmark = pytest.mark.anyio
 

@@ -6,9 +6,13 @@ from collections import Counter
 from contextlib import AsyncExitStack
 
 import anyio
-import journals
 import pytest
-from notices import (
+
+from lianlian_async import NotificationEndpoint, Refund
+from lianlian_async.journal import State
+from lianlian_async.recording import learn
+from tests.support import journals
+from tests.support.notices import (
     HEADERS,
     Handler,
     asked,
@@ -21,11 +25,7 @@ from notices import (
     trusting,
     until,
 )
-from parties import made
-
-from lianlian_async import NotificationEndpoint, Refund
-from lianlian_async.journal import State
-from lianlian_async.recording import learn
+from tests.support.parties import made
 
 pytestmark = pytest.mark.anyio
 

@@ -6,13 +6,13 @@ import contextlib
 
 import anyio
 import attrs
-import journals
 import pytest
-from journals import ACCEPTED, MADE, REJECTED, held, intent, now
 
 from lianlian_async import ConfigurationError, RefundConflict
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, Standing, State
+from tests.support import journals
+from tests.support.journals import ACCEPTED, MADE, REJECTED, held, intent, now
 
 pytestmark = pytest.mark.anyio
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import attrs
-import journals
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from journals import ACCEPTED, MADE, REJECTED, held, intent, now
 
 from lianlian_async import RefundConflict
 from lianlian_async.journal import Standing, State
+from tests.support import journals
+from tests.support.journals import ACCEPTED, MADE, REJECTED, held, intent, now
 
 pytestmark = pytest.mark.anyio
 

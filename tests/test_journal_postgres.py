@@ -10,13 +10,13 @@ from uuid import uuid4
 import anyio
 import psycopg
 import pytest
-from journals import MADE, REJECTED, intent, now
 
 from lianlian_async import ConfigurationError
 from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Standing, State
 from lianlian_async.journal.postgres import PostgresJournal
+from tests.support.journals import MADE, REJECTED, intent, now
 
 pytestmark = pytest.mark.anyio
 

@@ -3,10 +3,10 @@
 import sqlite3
 
 import pytest
-from journals import MADE, held, intent, now
 
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import SqliteJournal, SqliteReader, State
+from tests.support.journals import MADE, held, intent, now
 
 pytestmark = pytest.mark.anyio
 

@@ -21,11 +21,12 @@ from pathlib import Path
 import anyio
 import attrs
 import pytest
-from journals import MADE, held, intent, now
 
 from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import SqliteJournal, Standing, State, file_lock
+from tests.support import ROOT
+from tests.support.journals import MADE, held, intent, now
 
 pytestmark = pytest.mark.anyio
 
@@ -33,8 +34,8 @@ EARLIER = datetime(2026, 1, 5, 8, tzinfo=UTC)
 
 _PROGRAM = """
 import sys, os, signal, anyio
-sys.path.insert(0, {tests!r})
-from journals import MADE, held, intent, now
+sys.path.insert(0, {root!r})
+from tests.support.journals import MADE, held, intent, now
 from lianlian_async.journal import SqliteJournal
 
 async def main():
@@ -57,7 +58,7 @@ def path(tmp_path):
 
 def program(path, then):
     """Another process that begins R-0, R-1 and R-2, settles R-1, and then does ``then``."""
-    return [sys.executable, "-c", _PROGRAM.format(tests=str(Path(__file__).parent), path=str(path), then=then)]
+    return [sys.executable, "-c", _PROGRAM.format(root=str(ROOT), path=str(path), then=then)]
 
 
 # ── its owner ────────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,6 @@ import datetime
 import shutil
 import subprocess
 
-import keypairs
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -16,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.key_files import is_key_text, unquoted
 from lianlian_async.signing import SigningKey, VerifyingKey
+from tests.support import keypairs
 
 PAIR = keypairs.pair("merchant")
 STRANGER = keypairs.pair("stranger")

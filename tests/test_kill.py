@@ -1,11 +1,11 @@
-"""A batch that is killed at random moments and run again makes every refund once (``tests/kill.py``, in small)."""
+"""A batch that is killed at random moments and run again makes every refund once: ``tests/programs/kill.py`` in small."""
 
 from __future__ import annotations
 
-import kill
 import pytest
 
 from lianlian_async.sandbox import Repeated
+from tests.programs import kill
 
 
 @pytest.mark.parametrize("repeated", Repeated, ids=lambda repeated: repeated.value)

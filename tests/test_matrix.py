@@ -10,10 +10,10 @@ from random import Random
 import anyio
 import httpx
 import pytest
-from parties import boot_clock, refund_request, sandbox, wall_clock
 
 from lianlian_async import RefundNotSent, RefundOutcomeUnknown, RefundRejected, RefundSession, RetryPolicy
 from lianlian_async.sandbox import Fault, Repeated, When
+from tests.support.parties import boot_clock, refund_request, sandbox, wall_clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

@@ -7,11 +7,11 @@ import threading
 import traceback
 
 import attrs
-import keypairs
 import pytest
 
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.merchant import Endpoints, Merchant
+from tests.support import keypairs
 
 OURS = keypairs.pair("merchant")
 THEIRS = keypairs.pair("gateway")

@@ -8,7 +8,6 @@ import anyio
 import attrs
 import httpx
 import pytest
-from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import (
     ConfigurationError,
@@ -27,6 +26,7 @@ from lianlian_async.middleware import Attempt, Limit, Observer, RateLimit, Retry
 from lianlian_async.models import Refund
 from lianlian_async.retry import Deadline, TokenBucket
 from lianlian_async.sandbox import Fault, Repeated
+from tests.support.parties import boot_clock, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

@@ -11,11 +11,11 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import invisible, moments
 
 from lianlian_async import text_rules, wire
 from lianlian_async.errors import InvalidRequest
 from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStatus
+from tests.support.strategies import invisible, moments
 
 NOW = datetime(2017, 8, 1, 14, 57, 14, tzinfo=UTC)
 MINIMAL = {"no_refund": "R-1", "dt_refund": NOW, "money_refund": Decimal("200.01"), "no_order": "O-1"}

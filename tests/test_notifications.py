@@ -12,30 +12,13 @@ from functools import partial
 import anyio
 import attrs
 import httpx
-import journals
-import keypairs
 import multidict
 import pytest
 import starlette.datastructures
 from hypothesis import example, given
 from hypothesis import strategies as st
-from notices import (
-    HEADERS,
-    Handler,
-    asked,
-    begin,
-    deliver,
-    fails,
-    inbox,
-    is_acknowledged,
-    notification,
-    trusting,
-    until,
-)
-from parties import OID_PARTNER, as_json, boot_clock, made, refund_request, sandbox, sealed
 from starlette.applications import Starlette
 from starlette.routing import Mount
-from strategies import texts
 
 from lianlian_async import (
     ConfigurationError,
@@ -49,6 +32,22 @@ from lianlian_async import (
 )
 from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, State
 from lianlian_async.signing import signature_source
+from tests.support import journals, keypairs
+from tests.support.notices import (
+    HEADERS,
+    Handler,
+    asked,
+    begin,
+    deliver,
+    fails,
+    inbox,
+    is_acknowledged,
+    notification,
+    trusting,
+    until,
+)
+from tests.support.parties import OID_PARTNER, as_json, boot_clock, made, refund_request, sandbox, sealed
+from tests.support.strategies import texts
 
 pytestmark = pytest.mark.anyio
 

@@ -12,12 +12,12 @@ import pytest
 import uvicorn
 from aiohttp import web
 from fastapi import FastAPI
-from notices import Handler, notification, trusting, until
 
 from lianlian_async import NotificationEndpoint
 from lianlian_async.contrib import aiohttp as contrib_aiohttp
 from lianlian_async.contrib import fastapi as contrib_fastapi
 from lianlian_async.journal import SqliteJournal
+from tests.support.notices import Handler, notification, trusting, until
 
 pytestmark = pytest.mark.anyio
 

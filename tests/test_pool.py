@@ -11,7 +11,6 @@ import anyio
 import anyio.lowlevel
 import httpx
 import pytest
-from parties import Connection, Server, answering, refund_request, serving, trickling, unused_port
 
 from lianlian_async import (
     ConfigurationError,
@@ -23,6 +22,7 @@ from lianlian_async import (
     RetryPolicy,
 )
 from lianlian_async.transport import PoolTransport, Transport
+from tests.support.parties import Connection, Server, answering, refund_request, serving, trickling, unused_port
 
 pytestmark = pytest.mark.anyio
 

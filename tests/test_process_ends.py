@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
-import process_ends
 import pytest
 
 from lianlian_async.journal import State
+from tests.programs import process_ends
+from tests.support import ROOT, program
 
 pytestmark = pytest.mark.anyio
 
-ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = {f"R-{number}" for number in range(1, process_ends.REFUNDS + 1)}
 
 ENDS = {
@@ -50,9 +48,11 @@ def place(request, tmp_path):
 
 def run(way: str, place: str) -> tuple[int, str]:
     """The exit code and what was told on stderr."""
-    command = [sys.executable, str(ROOT / "tests" / "process_ends.py"), way, place]
+    command = [*program("process_ends"), way, place]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             first = process.stdout.readline()
             if way.startswith("SIG"):

@@ -6,12 +6,9 @@ import gzip
 import json
 
 import attrs
-import keypairs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from notices import notification
-from parties import EPOCH, OID_PARTNER, as_json, made, refund_request, sealed
 
 from lianlian_async import (
     AnswerMismatch,
@@ -35,6 +32,9 @@ from lianlian_async.exchange import Call, Exchange, Finding, HttpResponse, NoRes
 from lianlian_async.protocol import Protocol
 from lianlian_async.retry import Deadline
 from lianlian_async.signing import signature_source
+from tests.support import keypairs
+from tests.support.notices import notification
+from tests.support.parties import EPOCH, OID_PARTNER, as_json, made, refund_request, sealed
 
 MERCHANT, GATEWAY, STRANGER = keypairs.pair("merchant"), keypairs.pair("gateway"), keypairs.pair("stranger")
 PROTOCOL = Protocol(

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import anyio
 import httpx
-import keypairs
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from readme import EXAMPLES, run_example, served
 
 import lianlian_async
 from lianlian_async import NotificationEndpoint, RefundRequest, RefundStatus, RetryPolicy, wire
@@ -21,6 +19,8 @@ from lianlian_async.cli.serving import environment, serving
 from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import signature_source
+from tests.support import keypairs
+from tests.support.readme import EXAMPLES, run_example, served
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
 

@@ -10,10 +10,7 @@ from typing import ClassVar
 
 import anyio
 import httpx
-import keypairs
 import pytest
-from journals import intent
-from parties import EPOCH, OID_PARTNER, boot_clock, refund_request, sandbox, wall_clock
 
 from lianlian_async import (
     ConfigurationError,
@@ -36,6 +33,9 @@ from lianlian_async.middleware import RateLimit
 from lianlian_async.recording import answer, digest, learn
 from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, Repeated, When
+from tests.support import keypairs
+from tests.support.journals import intent
+from tests.support.parties import EPOCH, OID_PARTNER, boot_clock, refund_request, sandbox, wall_clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

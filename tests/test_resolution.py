@@ -11,7 +11,6 @@ from decimal import Decimal
 import anyio
 import httpx
 import pytest
-from parties import EPOCH, as_json, boot_clock, made, refund_request, sandbox, wall_clock
 
 from lianlian_async import (
     AnswerMismatch,
@@ -34,6 +33,7 @@ from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.resolution import NEXT_STEP, Case, Step
 from lianlian_async.retry import Deadline
 from lianlian_async.sandbox import Fault, Repeated, When
+from tests.support.parties import EPOCH, as_json, boot_clock, made, refund_request, sandbox, wall_clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

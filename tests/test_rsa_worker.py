@@ -9,13 +9,13 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import attrs
-import keypairs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lianlian_async.rsa_worker import MOST_PER_VISIT, VISIT_SECONDS, RsaWorker
 from lianlian_async.signing import SigningKey
+from tests.support import keypairs
 
 pytestmark = pytest.mark.anyio
 

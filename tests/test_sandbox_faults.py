@@ -5,10 +5,10 @@ from decimal import Decimal
 
 import anyio
 import pytest
-from sandbox_client import APPLICATION, CROSS_BORDER, QUERY, QUESTION, Client
 
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
+from tests.support.sandbox_client import APPLICATION, CROSS_BORDER, QUERY, QUESTION, Client
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

@@ -5,12 +5,12 @@ from decimal import Decimal
 
 import anyio
 import pytest
-from sandbox_client import APPLICATION, CROSS_BORDER, DOMESTIC, Client
 
 from lianlian_async import wire
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.models import RefundRequest, RefundStatus
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
+from tests.support.sandbox_client import APPLICATION, CROSS_BORDER, DOMESTIC, Client
 
 pytestmark = pytest.mark.anyio
 

@@ -8,8 +8,6 @@ import anyio
 import attrs
 import httpx
 import pytest
-from notices import Handler, until
-from parties import OID_PARTNER, as_json, boot_clock, refund_request, sandbox
 
 from lianlian_async import ConfigurationError, NotificationEndpoint, asgi, wire
 from lianlian_async.journal import MemoryJournal
@@ -17,6 +15,8 @@ from lianlian_async.sandbox import Fault, Mischief, Notifier, When
 from lianlian_async.session import RefundSession
 from lianlian_async.signing import signature_source
 from lianlian_async.transport import asgi_transport
+from tests.support.notices import Handler, until
+from tests.support.parties import OID_PARTNER, as_json, boot_clock, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

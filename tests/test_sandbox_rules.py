@@ -5,9 +5,9 @@ from decimal import Decimal
 
 import httpx
 import pytest
-from sandbox_client import APPLICATION, CROSS_BORDER, JSON, QUERY, Client
 
 from lianlian_async.sandbox import SandboxGateway
+from tests.support.sandbox_client import APPLICATION, CROSS_BORDER, JSON, QUERY, Client
 
 pytestmark = pytest.mark.anyio
 

@@ -7,9 +7,9 @@ import anyio
 import httpx
 import pytest
 import uvicorn
-from sandbox_client import APPLICATION, CROSS_BORDER, Client
 
 from lianlian_async.sandbox import Fault, SandboxGateway, When
+from tests.support.sandbox_client import APPLICATION, CROSS_BORDER, Client
 
 pytestmark = pytest.mark.anyio
 

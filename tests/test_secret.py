@@ -7,9 +7,7 @@ from pathlib import Path
 import anyio
 import attrs
 import click
-import keypairs
 import pytest
-from leaks import leaks
 
 from lianlian_async.cli import places
 from lianlian_async.cli.keys import keygen
@@ -19,6 +17,8 @@ from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.merchant import Endpoints, Merchant
 from lianlian_async.secret import Secret, without_locals
 from lianlian_async.signing import SigningKey, VerifyingKey
+from tests.support import keypairs
+from tests.support.leaks import leaks
 
 OURS = keypairs.pair("merchant")
 THEIRS = keypairs.pair("gateway")

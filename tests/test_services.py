@@ -1,9 +1,10 @@
-"""Services of two workers that share a journal act on every notification once (``tests/services.py``, in small)."""
+"""Services of two workers that share a journal act on every notification once (``tests.programs.services`` in small)."""
 
 from __future__ import annotations
 
 import pytest
-import services
+
+from tests.programs import services
 
 pytestmark = pytest.mark.anyio
 

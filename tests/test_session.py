@@ -15,9 +15,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import httpx
-import keypairs
 import pytest
-from parties import EPOCH, Connection, as_json, boot_clock, made, refund_request, sandbox, serving
 
 from lianlian_async import (
     AnswerMismatch,
@@ -49,6 +47,8 @@ from lianlian_async.exchange import Call
 from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, When
 from lianlian_async.transport import asgi_transport
+from tests.support import keypairs
+from tests.support.parties import EPOCH, Connection, as_json, boot_clock, made, refund_request, sandbox, serving
 
 pytestmark = pytest.mark.anyio
 

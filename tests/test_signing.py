@@ -10,7 +10,6 @@ import threading
 import traceback
 from pathlib import Path
 
-import keypairs
 import pytest
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -19,12 +18,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat, PublicFormat
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import texts
 
 from lianlian_async import signing
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.key_files import is_key_text
 from lianlian_async.signing import SigningKey, VerifyingKey, signature_source
+from tests.support import keypairs
+from tests.support.strategies import texts
 
 PLAIN = serialization.NoEncryption()
 PASSWORD = "密码 pässword"

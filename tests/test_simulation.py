@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import attrs
-from simulation.plan import draw
-from simulation.run import Run
-from simulation.shrink import shrink
 
 from lianlian_async.resolution import Case
+from tests.simulation.plan import draw
+from tests.simulation.run import Run
+from tests.simulation.shrink import shrink
 
 JOURNALS = ("none", "memory", "sqlite")
 

@@ -13,11 +13,11 @@ import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import BatchStopped, RefundRejected, RetryPolicy, refund_many
 from lianlian_async.journal import MemoryJournal, SqliteJournal, State
 from lianlian_async.sandbox import Fault, Repeated
+from tests.support.parties import boot_clock, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

@@ -7,13 +7,13 @@ import contextlib
 import anyio
 import httpx
 import pytest
-from notices import HEADERS, fails, is_acknowledged, notification, until
-from parties import as_json, boot_clock, made, refund_request, sandbox
 
 from lianlian_async import ConfigurationError, NotificationEndpoint, RefundSession, wire
 from lianlian_async.journal import MemoryJournal, State
 from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, When
+from tests.support.notices import HEADERS, fails, is_acknowledged, notification, until
+from tests.support.parties import as_json, boot_clock, made, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

@@ -30,18 +30,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from httpx_aiohttp import AiohttpTransport as HttpxAiohttpTransport
-from parties import (
-    Connection,
-    answering,
-    as_json,
-    boot_clock,
-    made,
-    refund_request,
-    sandbox,
-    serving,
-    trickling,
-    unused_port,
-)
 
 from lianlian_async import (
     ConfigurationError,
@@ -55,6 +43,18 @@ from lianlian_async import (
 )
 from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.transport import PoolTransport, Transport, http_backend
+from tests.support.parties import (
+    Connection,
+    answering,
+    as_json,
+    boot_clock,
+    made,
+    refund_request,
+    sandbox,
+    serving,
+    trickling,
+    unused_port,
+)
 
 pytestmark = pytest.mark.anyio
 

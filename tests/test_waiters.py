@@ -7,8 +7,6 @@ from decimal import Decimal
 
 import anyio
 import pytest
-from notices import HEADERS, Handler, is_acknowledged, notification
-from parties import boot_clock, refund_request, sandbox
 
 from lianlian_async import (
     ConfigurationError,
@@ -21,6 +19,8 @@ from lianlian_async import (
 )
 from lianlian_async.journal import MemoryJournal, State
 from lianlian_async.sandbox import Fault, When
+from tests.support.notices import HEADERS, Handler, is_acknowledged, notification
+from tests.support.parties import boot_clock, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

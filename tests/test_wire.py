@@ -9,10 +9,10 @@ from types import MappingProxyType
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import moments, texts
 
 from lianlian_async import wire
 from lianlian_async.errors import MalformedMessage
+from tests.support.strategies import moments, texts
 
 texts_with_surrogates = st.text(st.characters())
 CST = wire.CHINA_STANDARD_TIME

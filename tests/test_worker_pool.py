@@ -8,10 +8,10 @@ import contextlib
 import anyio
 import anyio.lowlevel
 import pytest
-from interruptions import Abort, stray_cancellation
 
 from lianlian_async import ConfigurationError, LianLianError
 from lianlian_async.worker_pool import Handover, checked, iterate, run_workers
+from tests.support.interruptions import Abort, stray_cancellation
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from benchmarks.programs.frame import Job
 from benchmarks.report import Report
 from benchmarks.runner import Bench, Program
-from tests import postgres
+from tests.support import postgres
 
 DELAY = 0.05
 FEW, MORE = 2, 8

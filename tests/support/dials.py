@@ -12,12 +12,12 @@ from decimal import Decimal
 from typing import Any
 
 import psycopg
-from parties import EPOCH, sandbox
 from psycopg.conninfo import make_conninfo
 
 from lianlian_async import asgi
 from lianlian_async.clock import Moment
 from lianlian_async.sandbox import Fault, Repeated
+from tests.support.parties import EPOCH, sandbox
 
 
 class World:

@@ -7,14 +7,13 @@ from typing import Any
 
 import anyio
 import attrs
-import journals
-import keypairs
-from parties import EPOCH, OID_PARTNER, as_json, made, refund_request
 
 from lianlian_async import Merchant, NotificationEndpoint, Refund, RefundRequest, wire
 from lianlian_async.journal import Journal
 from lianlian_async.recording import digest
 from lianlian_async.signing import SigningKey
+from tests.support import journals, keypairs
+from tests.support.parties import EPOCH, OID_PARTNER, as_json, made, refund_request
 
 HEADERS = {"Content-Type": "text/json;charset=utf-8"}
 ACKNOWLEDGED = b'{"ret_code":"0000","ret_msg":"ok"}'

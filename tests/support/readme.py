@@ -5,12 +5,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-_README = Path(__file__).resolve().parents[1] / "README.md"
+from tests.support import ROOT
+
+_README = ROOT / "README.md"
 _EXAMPLE = re.compile(r"<!-- example: ([\w-]+) -->\n```python\n(.*?)```", re.DOTALL)
 
 EXAMPLES = dict(_EXAMPLE.findall(_README.read_text("utf-8")))

@@ -1,4 +1,4 @@
-"""Sets clocks between the attempts at one refund: ``python tests/clocks.py``.
+"""Sets clocks between the attempts at one refund: ``python -m tests.programs.clocks``.
 
 The gateway carries out whatever it gets. It gives up on the first apply call, which arrives 890 seconds later or
 never, and knows no such record until then: a client that believes that before its grace of 900 seconds is over makes
@@ -21,15 +21,15 @@ from uuid import uuid4
 
 import anyio
 import attrs
-import postgres
-from dials import Front, Machine, Street, World
-from parties import refund_request
 
 from lianlian_async import LianLianError, Refund, RefundOutcomeUnknown, RefundSession, RetryBudget, RetryPolicy
 from lianlian_async.cli.serving import serving
 from lianlian_async.exchange import Call
 from lianlian_async.journal import Journal, SqliteJournal
 from lianlian_async.journal.postgres import PostgresJournal
+from tests.support import postgres
+from tests.support.dials import Front, Machine, Street, World
+from tests.support.parties import refund_request
 
 STEPS = {"-2 h": -7200.0, "+600 s": 600.0, "+901 s": 901.0, "+1 day": 86_400.0}
 JOURNALS = ("no journal", "sqlite", "postgres")

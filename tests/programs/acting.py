@@ -1,4 +1,4 @@
-"""A service that dies right before a line of its journal: ``python tests/acting.py MODE LINE JOURNAL SHOP``.
+"""A service that dies right before a line of its journal: ``python -m tests.programs.acting MODE LINE JOURNAL SHOP``.
 
 It is notified of one refund that is on record. Right before the transaction with the given line, which nobody has
 waited for yet, it is killed (SIGKILL). Its handler appends the refund's number to the file SHOP.
@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import anyio
-import notices
 
 from lianlian_async import NotificationEndpoint, Refund
 from lianlian_async.journal import SqliteJournal
+from tests.support import notices
 
 MODES = ["inline", "inbox"]
 

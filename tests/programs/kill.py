@@ -1,4 +1,4 @@
-"""Kills a batch again and again: ``python tests/kill.py --refunds 20000 --kills 20 --seed 1``.
+"""Kills a batch again and again: ``python -m tests.programs.kill --refunds 20000 --kills 20 --seed 1``.
 
 A sandbox on a socket, every fault at 5 % of the requests; a process that works a batch off over an SQLite journal,
 killed (SIGKILL) at random moments, and run again each time until nothing is left unknown. In the end every refund
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import anyio
 import attrs
-from parties import refund_request
 
 from lianlian_async import (
     BatchStopped,
@@ -39,6 +38,8 @@ from lianlian_async import (
 from lianlian_async.cli.serving import environment, serving
 from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
+from tests.support import ROOT, program
+from tests.support.parties import refund_request
 
 EVERY_FAULT = dict.fromkeys(Fault, 0.05)
 
@@ -117,7 +118,7 @@ def kill_and_run_again(folder: Path, *, refunds: int, kills: int, seed: int, rep
     # In this weather a refund takes about ten requests: after four for each the batch is far from through.
     moments = sorted(dice.sample(range(4 * refunds), kills))
     journal_path = folder / "journal.sqlite"
-    command = [sys.executable, __file__, "--work", str(journal_path), "--refunds", str(refunds)]
+    command = [*program("kill"), "--work", str(journal_path), "--refunds", str(refunds)]
     runs, unknown = 0, refunds
     with serving(gateway) as base_url:
         variables = os.environ | environment(gateway, base_url)
@@ -125,7 +126,7 @@ def kill_and_run_again(folder: Path, *, refunds: int, kills: int, seed: int, rep
             if runs > kills:  # one run came through the storm; the rest has to come to an end in fair weather
                 gateway.faults = {}
             runs += 1
-            with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as process:
+            with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as process:
                 if moments:
                     _wait_for(gateway, moments.pop(0), process)
                     time.sleep(dice.random() / 20)

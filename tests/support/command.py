@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -18,8 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from lianlian_async.cli.app import lianlian
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT
 
 
 @attrs.frozen

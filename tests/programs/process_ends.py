@@ -1,4 +1,4 @@
-"""A process that ends in the middle of its work: ``python tests/process_ends.py WAY JOURNAL``.
+"""A process that ends in the middle of its work: ``python -m tests.programs.process_ends WAY JOURNAL``.
 
 One task holds a journal (a path that ends in .sqlite, or the DSN of a database), a batch whose gateway never answers,
 and an inbox whose handler does not return. Once all of these are at work, the process prints ``at work`` and ends in
@@ -12,13 +12,12 @@ import signal
 import sys
 from contextlib import AsyncExitStack
 
-import notices
-from interruptions import Abort
-from parties import refund_request, sandbox
-
 from lianlian_async import refund_many
 from lianlian_async.journal import Journal, SqliteJournal
 from lianlian_async.sandbox import Fault, When
+from tests.support import notices
+from tests.support.interruptions import Abort
+from tests.support.parties import refund_request, sandbox
 
 REFUNDS = 4  # as many as a batch sends before an answer has verified
 

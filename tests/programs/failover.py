@@ -1,4 +1,4 @@
-"""Lets a journal's database lose its last commits: ``python tests/failover.py --refunds 125``.
+"""Lets a journal's database lose its last commits: ``python -m tests.programs.failover --refunds 125``.
 
 A gateway that carries out every request, so that a second one under a number moves the money a second time. The
 database is copied or its commits are delayed, refunds are made, it is killed (SIGKILL), and what is left takes over.
@@ -19,10 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from decimal import Decimal
 
-import fleet
-import postgres
 import psycopg
-from parties import refund_request
 from procrastinate.exceptions import ConnectorException
 
 from lianlian_async import LianLianError, Merchant, RefundSession
@@ -30,6 +27,9 @@ from lianlian_async.cli.serving import environment, serving
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Repeated, SandboxGateway
+from tests.programs import fleet
+from tests.support import ROOT, postgres, program
+from tests.support.parties import refund_request
 
 
 def requests(count: int):
@@ -108,10 +108,10 @@ def queue(refunds: int) -> int:
     gateway = a_gateway(delay=0.05)
     with postgres.running() as server, serving(gateway) as base_url:
         asyncio.run(_enqueue(server.dsn, refunds))
-        command = [sys.executable, __file__, "--work", server.dsn]
+        command = [*program("failover"), "--work", server.dsn]
         variables = os.environ | environment(gateway, base_url)
         fail_over = loses_the_last_commits(server)
-        workers = [subprocess.Popen(command, env=variables) for _ in range(2)]
+        workers = [subprocess.Popen(command, cwd=ROOT, env=variables) for _ in range(2)]
         try:
             while gateway.requests["apply"] < refunds // 3:
                 time.sleep(0.01)
@@ -119,7 +119,7 @@ def queue(refunds: int) -> int:
             while _left(server.dsn):
                 for place, worker in enumerate(workers):
                     if worker.poll() is not None:
-                        workers[place] = subprocess.Popen(command, env=variables)
+                        workers[place] = subprocess.Popen(command, cwd=ROOT, env=variables)
                 time.sleep(0.2)
         finally:
             for worker in workers:

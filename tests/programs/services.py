@@ -1,4 +1,6 @@
-"""Notifies two services of many refunds and kills a worker: ``python tests/services.py --refunds 2000 --seed 1``.
+"""Notifies two services of many refunds and kills a worker.
+
+Run ``python -m tests.programs.services --refunds 2000 --seed 1``.
 
 A FastAPI service under uvicorn, then one on aiohttp's runner: two worker processes each, behind a load balancer, that
 share one ``PostgresJournal``. The sandbox's notifications come duplicated, side by side, out of order, early,
@@ -27,16 +29,16 @@ from itertools import cycle
 import anyio
 import attrs
 import httpx
-import postgres
 import psycopg
-from notices import until
-from parties import refund_request
 
 from lianlian_async import Merchant, NotificationEndpoint, Refund, RefundSession, refund_many
 from lianlian_async.cli.serving import environment
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Mischief, Notifier, SandboxGateway
 from lianlian_async.transport import PoolTransport, asgi_transport
+from tests.support import ROOT, postgres, program
+from tests.support.notices import until
+from tests.support.parties import refund_request
 
 SERVICES = ("fastapi", "aiohttp")
 
@@ -144,9 +146,9 @@ def _workers(service: str, gateway: SandboxGateway, dsn: str) -> Iterator[dict[i
     try:
         for name in ("first", "second"):
             with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
-                command = [sys.executable, __file__, "--work", service, "--name", name, "--dsn", dsn]
+                command = [*program("services"), "--work", service, "--name", name, "--dsn", dsn]
                 command += ["--listener", str(listener.fileno())]
-                process = subprocess.Popen(command, env=variables, pass_fds=[listener.fileno()])
+                process = subprocess.Popen(command, cwd=ROOT, env=variables, pass_fds=[listener.fileno()])
                 workers[listener.getsockname()[1]] = process
         yield workers
     finally:

@@ -15,12 +15,12 @@ from typing import Any
 import anyio
 import anyio.abc
 import attrs
-import keypairs
 
 from lianlian_async import RefundRequest, wire
 from lianlian_async.clock import Moment
 from lianlian_async.sandbox import SandboxGateway
 from lianlian_async.signing import SigningKey, signature_source
+from tests.support import keypairs
 
 EPOCH = datetime(2026, 1, 5, 8, 0, tzinfo=UTC)
 """When virtual time begins."""

@@ -1,4 +1,4 @@
-"""Kills the workers of a fleet: ``python tests/fleet.py --refunds 2000 --kills 20 --workers 3 --seed 1``.
+"""Kills the workers of a fleet: ``python -m tests.programs.fleet --refunds 2000 --kills 20 --workers 3 --seed 1``.
 
 A sandbox on a socket, every fault at 5 % of the requests; a procrastinate queue and a journal in one real PostgreSQL;
 worker processes, of which a random one is killed (SIGKILL) at random moments and replaced, or suspended (SIGSTOP) until
@@ -19,8 +19,6 @@ import sys
 import time
 from contextlib import suppress
 
-import postgres
-from kill import IMPATIENT, LATE, requests, stormy_gateway
 from procrastinate.exceptions import ConnectorException
 
 from lianlian_async import BatchStopped, JournalError, Merchant, RefundSession
@@ -29,6 +27,8 @@ from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.journal import State
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Repeated, SandboxGateway
+from tests.programs.kill import IMPATIENT, LATE, requests, stormy_gateway
+from tests.support import ROOT, postgres, program
 
 RESCUE_SECONDS = 2.0
 SUSPENDED_SECONDS = 6.0
@@ -56,9 +56,9 @@ def kill_workers(dsn: str, *, refunds: int, kills: int, workers: int, seed: int,
     gateway = stormy_gateway(refunds, repeated=repeated, seed=seed)
     asyncio.run(_enqueue(dsn, refunds))
     with serving(gateway) as base_url:
-        command = [sys.executable, __file__, "--work", dsn]
+        command = [*program("fleet"), "--work", dsn]
         variables = os.environ | environment(gateway, base_url)
-        fleet = [subprocess.Popen(command, env=variables) for _ in range(workers)]
+        fleet = [subprocess.Popen(command, cwd=ROOT, env=variables) for _ in range(workers)]
         suspended: dict[subprocess.Popen[bytes], float] = {}
         try:
             while left := asyncio.run(_open(dsn)):
@@ -73,13 +73,13 @@ def kill_workers(dsn: str, *, refunds: int, kills: int, workers: int, seed: int,
                     else:
                         fleet[place].send_signal(signal.SIGSTOP)
                         suspended[fleet[place]] = time.monotonic() + SUSPENDED_SECONDS
-                        fleet[place] = subprocess.Popen(command, env=variables)
+                        fleet[place] = subprocess.Popen(command, cwd=ROOT, env=variables)
                 for worker, until in suspended.items():
                     if time.monotonic() > until:
                         worker.send_signal(signal.SIGCONT)
                 for place, worker in enumerate(fleet):
                     if worker.poll() is not None:
-                        fleet[place] = subprocess.Popen(command, env=variables)
+                        fleet[place] = subprocess.Popen(command, cwd=ROOT, env=variables)
             for worker, until in suspended.items():
                 time.sleep(max(0.0, until - time.monotonic()))
                 worker.send_signal(signal.SIGCONT)
