@@ -1,4 +1,4 @@
-"""A batch that is killed at random moments and run again makes every refund once: ``tests/programs/kill.py`` in small."""
+"""A batch that is killed at random moments and run again makes every refund once: ``tests.programs.kill`` in small."""
 
 from __future__ import annotations
 

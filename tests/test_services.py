@@ -1,4 +1,4 @@
-"""Services of two workers that share a journal act on every notification once (``tests.programs.services`` in small)."""
+"""Services of two workers that share a journal act on every notification once: ``tests.programs.services`` in small."""
 
 from __future__ import annotations
 
