@@ -19,10 +19,8 @@ from lianlian_async.cli.serving import environment, serving
 from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import signature_source
-from tests.support import keypairs
-from tests.support.readme import EXAMPLES, run_example, served
-
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
+from tests.support import ROOT, keypairs
+from tests.support.readme import EXAMPLES, README, RECIPES, TRANSLATION, run_example, served
 
 
 def a_request() -> RefundRequest:
@@ -49,6 +47,8 @@ def test_twelve_lines_make_a_refund():
     assert ran.stderr == ""
     (record,) = gateway.refunds
     assert ran.stdout == f"{RefundStatus.SUCCESS} {record.oid_refundno} True\n"
+    shown = README.partition(EXAMPLES["twelve-lines"])[2].split("```")[2].strip()
+    assert re.sub(r"\d{16}", record.oid_refundno, shown) == ran.stdout.strip()
     assert gateway.money_moved("R-20261122-0001") == Decimal("200.01")
 
 
@@ -184,11 +184,25 @@ def test_every_example_is_run():
     """No Python in the README goes without a name, and so without a test here."""
     assert len(re.findall("```python", README)) == len(EXAMPLES)
     source = Path(__file__).read_text("utf-8")
-    assert [name for name in EXAMPLES if f'"{name}"' not in source] == []
+    assert [name for name in EXAMPLES | RECIPES if f'"{name}"' not in source] == []
+
+
+def test_the_translation_has_the_same_code_blocks():
+    """The Chinese README shows the same commands, code and output, in the same order."""
+    assert re.findall(r"```.*?```", TRANSLATION, re.DOTALL) == re.findall(r"```.*?```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("text", [README, TRANSLATION], ids=["en", "zh"])
+def test_every_link_inside_the_repository_leads_somewhere(text):
+    """Linked files exist, and linked headings are headings of the page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = [link for link in re.findall(r"\]\((.+?)\)", text) if not link.startswith("https:")]
+    assert [link for link in links if link not in anchors and not (ROOT / link).is_file()] == []
 
 
 def test_the_error_tree_is_complete():
-    """The README draws every error that the package exports."""
+    """The README draws every error that the package exports, each once."""
     errors = [name for name in lianlian_async.__all__ if isinstance(getattr(lianlian_async, name), type)]
     errors = [name for name in errors if issubclass(getattr(lianlian_async, name), Exception)]
-    assert [name for name in errors if not re.search(rf"(── |^){name}\b", README, re.MULTILINE)] == []
+    assert [name for name in errors if len(re.findall(rf"(?:── |^){name}\b", README, re.MULTILINE)) != 1] == []

@@ -1,17 +1,28 @@
 """aiohttp: a session that lives as long as the application, under an application key, and a handler of notifications.
 
-::
+A complete service::
 
+    from aiohttp import web
+    from lianlian_async import Merchant, NotificationEndpoint, Refund, RefundRequest, RefundSession
+    from lianlian_async.contrib.aiohttp import get_session, lifespan, notifications
+    from lianlian_async.journal import SqliteJournal
+
+    async def on_refund(refund: Refund) -> None:
+        print(refund.no_refund, "is final:", refund.sta_refund)   # your own work: commit it before you return
+
+    async def make_refund(request: web.Request) -> web.Response:
+        refund = await get_session(request).apply_refund(RefundRequest.from_dict(await request.json()))
+        return web.json_response(refund.sta_refund)
+
+    merchant = Merchant.from_env()
     journal = SqliteJournal("refunds.sqlite")
     session = RefundSession(merchant, journal=journal)
     endpoint = NotificationEndpoint(merchant, on_refund, journal=journal, session=session)
 
     app = web.Application()
     app.cleanup_ctx.append(lifespan(journal, session, endpoint))
+    app.router.add_post("/refunds", make_refund)
     app.router.add_post("/lianlian/refund", notifications(endpoint))
-
-    async def make_refund(request: web.Request) -> web.Response:
-        refund = await get_session(request).apply_refund(...)
 """
 
 from __future__ import annotations

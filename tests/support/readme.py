@@ -1,7 +1,8 @@
-"""The README's examples, as they stand there."""
+"""The examples of the README and of docstrings, as they stand there."""
 
 import re
 import socket
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,24 +10,35 @@ from typing import Any
 
 import uvicorn
 
+from lianlian_async.contrib import aiohttp
 from tests.support import ROOT
 
-_README = ROOT / "README.md"
+README = (ROOT / "README.md").read_text("utf-8")
+TRANSLATION = (ROOT / "README.zh-CN.md").read_text("utf-8")
+
 _EXAMPLE = re.compile(r"<!-- example: ([\w-]+) -->\n```python\n(.*?)```", re.DOTALL)
 
-EXAMPLES = dict(_EXAMPLE.findall(_README.read_text("utf-8")))
+
+def _of_docstring(text: str | None) -> str:
+    """Return the code block behind ``::`` at the end of a docstring."""
+    return textwrap.dedent((text or "").partition("::\n")[2])
+
+
+EXAMPLES = dict(_EXAMPLE.findall(README))
+RECIPES = {"aiohttp": _of_docstring(aiohttp.__doc__)}
+"""What the README links instead of showing it."""
 
 
 def run_example(name: str) -> dict[str, Any]:
-    """Execute an example; what it defined."""
+    """Execute an example, and return the names that it defined."""
     namespace: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(EXAMPLES[name], f"README.md: {name}", "exec"), namespace)
+    exec(compile((EXAMPLES | RECIPES)[name], f"example {name}", "exec"), namespace)
     return namespace
 
 
 @contextmanager
 def served(app: Any) -> Iterator[str]:
-    """The base URL of an ASGI application that uvicorn serves, lifespan and all, while the context lasts."""
+    """Serve an ASGI application with uvicorn, lifespan included, and yield its base URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, lifespan="on", ws="none", log_config=None))
         thread = threading.Thread(target=server.run, args=([listener],))
