@@ -9,9 +9,9 @@ import anyio
 import pytest
 from test_cli_sandbox import read
 
+from lianlian_async.cli.batch.results import RESULT, Totals
 from lianlian_async.cli.exit_codes import MADE, NOT_SENT
-from lianlian_async.cli.results import RESULT, Totals
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.cli.signals import one_interruption
 from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When

@@ -10,9 +10,9 @@ import click
 import pytest
 
 from lianlian_async.cli.app import lianlian
-from lianlian_async.cli.checked import Checked, derived_number
-from lianlian_async.cli.serving import environment, serving
-from lianlian_async.cli.table import Row
+from lianlian_async.cli.batch.checked import Checked, derived_number
+from lianlian_async.cli.batch.rows import Row
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import SandboxGateway
 from tests.support.batches import refund, write_csv, write_lines

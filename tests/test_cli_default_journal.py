@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_cli_batch_input import on_a_terminal
 
-from lianlian_async.cli import default_journal
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli import stores
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
 from tests.support.batches import refund, url_of, write_csv
@@ -36,7 +36,7 @@ def home(tmp_path, monkeypatch):
     """The home of a user on a machine that is no container, wherever the tests run."""
     for name in ("LIANLIAN_JOURNAL", "XDG_CONFIG_HOME", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(default_journal, "_CONTAINER_FILES", ())
+    monkeypatch.setattr(stores, "_CONTAINER_FILES", ())
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     return tmp_path / "home"
@@ -101,7 +101,7 @@ def test_a_journal_that_would_not_last_has_to_be_named(env, gateway, home, file,
 
 def test_a_container_is_known_by_its_file(env, home, file, monkeypatch):
     """Docker and Podman leave a file in each container."""
-    monkeypatch.setattr(default_journal, "_CONTAINER_FILES", (home,))
+    monkeypatch.setattr(stores, "_CONTAINER_FILES", (home,))
     ended = run("batch", file, "--yes", env=env)
     assert ended.exit_code == 2
     assert "this is a container" in ended.stderr

@@ -9,9 +9,9 @@ from decimal import Decimal
 import pytest
 
 from lianlian_async import RefundRequest
-from lianlian_async.cli.audit import Audit, Count
 from lianlian_async.cli.exit_codes import FAILED, INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN
-from lianlian_async.cli.remote import Books, RemoteGateway, gateway_process, run_gateway
+from lianlian_async.cli.sandbox.audit import Audit, Count
+from lianlian_async.cli.sandbox.process import Books, RemoteGateway, gateway_process, run_gateway
 from tests.support.command import end, interruption, run, start
 
 DEMO = ("demo", "--refunds", "30", "--bits", "1024")

@@ -8,7 +8,7 @@ import anyio.to_thread
 import pytest
 
 from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, RefundSession
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal import SqliteJournal
 from lianlian_async.sandbox import Fault, SandboxGateway
 from tests.support.batches import PASSWORD, read_csv, read_lines, refund, url_of, write_csv

@@ -8,7 +8,7 @@ import pytest
 from test_cli_sandbox import APPLY, sandbox_in_this_process
 
 from lianlian_async import Merchant, NotificationEndpoint
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import SandboxGateway
 from tests.support.command import end, run, start, until
 from tests.support.notices import Handler, notification, trusting

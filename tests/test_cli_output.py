@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lianlian_async.cli import main
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import SandboxGateway
 from tests.support.batches import refund, write_csv
 from tests.support.command import ROOT

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import Fault, SandboxGateway
 from lianlian_async.signing import signature_source
 from tests.support.command import end, interruption, run, start, until

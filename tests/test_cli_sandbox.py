@@ -14,7 +14,7 @@ import httpx
 import pytest
 from test_cli_refunds import ANSWER, SAMPLE, types_in
 
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import Fault, SandboxGateway
 from lianlian_async.signing import SigningKey
 from tests.support.command import end, run, start, until

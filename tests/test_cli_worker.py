@@ -8,8 +8,8 @@ import anyio
 import psycopg
 import pytest
 
-from lianlian_async.cli.places import open_queue
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.cli.stores import open_queue
 from lianlian_async.errors import JournalError
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from tests.support.batches import PASSWORD, refund, url_of, write_csv

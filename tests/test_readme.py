@@ -15,7 +15,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 import lianlian_async
 from lianlian_async import NotificationEndpoint, RefundRequest, RefundStatus, RetryPolicy, wire
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import signature_source

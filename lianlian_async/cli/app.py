@@ -11,15 +11,15 @@ from lianlian_async.errors import ConfigurationError, LianLianError
 from lianlian_async.signing import BACKEND
 from lianlian_async.transport import http_backend
 
-from .batch import batch
-from .demo import demo
+from .batch.command import batch
 from .exit_codes import INTERRUPTED, exit_outcome_of
 from .journal import journal
 from .keys import keygen
 from .notify import notify
 from .output import Output
 from .refunds import apply, query
-from .sandbox import sandbox
+from .sandbox.command import sandbox
+from .sandbox.demo import demo
 from .verify import verify
 from .worker import worker
 

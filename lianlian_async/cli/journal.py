@@ -17,12 +17,12 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.recovery import Resumed
 from lianlian_async.worker_pool import iterate
 
+from .batch.results import line_writer
 from .exit_codes import UNKNOWN
-from .inputs import config_option, load_merchant, make_session, session_options
 from .journal_report import read_journal, show_journal
+from .options import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, pass_output
-from .places import is_dsn, make_journal, make_reader, place_argument
-from .results import line_writer
+from .stores import is_dsn, make_journal, make_reader, place_argument
 
 __all__ = ["journal"]
 

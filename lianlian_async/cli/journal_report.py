@@ -16,7 +16,7 @@ from lianlian_async.retry import RetryPolicy
 from lianlian_async.worker_pool import iterate
 
 from .output import Output, table
-from .places import is_dsn, make_reader, queue_counts
+from .stores import is_dsn, make_reader, queue_counts
 
 __all__ = ["JournalReport", "read_journal", "show_journal"]
 

@@ -11,8 +11,8 @@ from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import without_locals
 from lianlian_async.signing import SigningKey
 
-from .files import refuse_existing, write_new
 from .output import Output, json_option, pass_output
+from .secret_files import refuse_existing, write_new
 
 __all__ = ["keygen"]
 

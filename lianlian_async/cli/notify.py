@@ -17,7 +17,7 @@ from lianlian_async.sandbox.notifier import CONTENT_TYPE, is_acknowledged, post
 from lianlian_async.signing import SigningKey, signature_source
 from lianlian_async.transport import Transport
 
-from .inputs import config_option, file_argument, load_merchant
+from .options import config_option, file_argument, load_merchant
 from .output import Output, json_option, pass_output
 from .refunds import show_refund
 

@@ -16,7 +16,7 @@ from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStat
 from lianlian_async.session import RefundSession
 
 from .exit_codes import INTERRUPTED, exit_outcome_of_refund
-from .inputs import (
+from .options import (
     SIGNATURE_FIELDS,
     Command,
     check_partner,

@@ -14,7 +14,7 @@ from lianlian_async.models import DOCUMENTED
 from lianlian_async.signing import VerifyingKey, signature_source
 
 from .exit_codes import SIGNATURE_INVALID
-from .inputs import config_option, file_argument, load_merchant, read_message
+from .options import config_option, file_argument, load_merchant, read_message
 from .output import Output, json_option, pass_output
 
 __all__ = ["verify"]

@@ -13,11 +13,11 @@ import click
 
 from lianlian_async.merchant import Merchant
 
-from .inputs import config_option, load_merchant, make_session, session_options
 from .journal_report import read_journal, show_journal
+from .options import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, pass_output
-from .places import dsn_argument, make_journal, open_queue
 from .signals import sigterm_interrupts
+from .stores import dsn_argument, make_journal, open_queue
 
 __all__ = ["worker"]
 

@@ -23,7 +23,7 @@ import anyio
 import attrs
 
 from lianlian_async import LianLianError, Refund, RefundOutcomeUnknown, RefundSession, RetryBudget, RetryPolicy
-from lianlian_async.cli.serving import serving
+from lianlian_async.cli.sandbox.server import serving
 from lianlian_async.exchange import Call
 from lianlian_async.journal import Journal, SqliteJournal
 from lianlian_async.journal.postgres import PostgresJournal

@@ -23,7 +23,7 @@ import psycopg
 from procrastinate.exceptions import ConnectorException
 
 from lianlian_async import LianLianError, Merchant, RefundSession
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Repeated, SandboxGateway

@@ -22,7 +22,7 @@ from contextlib import suppress
 from procrastinate.exceptions import ConnectorException
 
 from lianlian_async import BatchStopped, JournalError, Merchant, RefundSession
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.journal import State
 from lianlian_async.journal.postgres import PostgresJournal

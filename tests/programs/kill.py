@@ -35,7 +35,7 @@ from lianlian_async import (
     RetryPolicy,
     refund_many,
 )
-from lianlian_async.cli.serving import environment, serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
 from tests.support import ROOT, program

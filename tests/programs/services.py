@@ -32,7 +32,7 @@ import httpx
 import psycopg
 
 from lianlian_async import Merchant, NotificationEndpoint, Refund, RefundSession, refund_many
-from lianlian_async.cli.serving import environment
+from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Mischief, Notifier, SandboxGateway
 from lianlian_async.transport import PoolTransport, asgi_transport

@@ -8,10 +8,10 @@ from typing import Final, NamedTuple
 
 import attrs
 
+from lianlian_async.cli.exit_codes import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome
 from lianlian_async.models import RefundRequest
 
-from .exit_codes import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome
-from .remote import Books
+from .process import Books
 
 __all__ = ["Audit", "Count"]
 

@@ -15,6 +15,11 @@ import attrs
 import click
 
 from lianlian_async.batch import refund_many
+from lianlian_async.cli.exit_codes import INTERRUPTED, UNKNOWN, ExitOutcome, exit_outcome_of
+from lianlian_async.cli.options import config_option, load_merchant, make_session, session_options
+from lianlian_async.cli.output import Output, json_option, pass_output
+from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
+from lianlian_async.cli.stores import Receipt, default_place, is_dsn, make_folder, make_journal, open_queue
 from lianlian_async.errors import JournalError, LianLianError
 from lianlian_async.journal import Journal
 from lianlian_async.journal.base import Owner
@@ -23,18 +28,11 @@ from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
 from lianlian_async.session import RefundSession
 
-from .batch_options import batch_options, refuse_for_queue
-from .checked import Checked
-from .default_journal import Receipt, default_place, make_folder
-from .exit_codes import INTERRUPTED, UNKNOWN, ExitOutcome, exit_outcome_of
-from .inputs import config_option, load_merchant, make_session, session_options
-from .output import Output, json_option, pass_output
-from .places import is_dsn, make_journal, open_queue
+from .checked import Checked, Survey, survey
+from .options import batch_options, refuse_for_queue
 from .results import RESULT, Totals, line_writer, result_of
-from .signals import one_interruption, sigterm_interrupts
+from .rows import Columns, read_rows
 from .summary import show_batch, show_checked, tell_findings
-from .survey import Survey, survey
-from .table import Columns, read_rows
 
 __all__ = ["batch"]
 

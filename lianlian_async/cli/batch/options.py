@@ -12,11 +12,10 @@ import click
 from click.core import ParameterSource
 
 from lianlian_async import wire
+from lianlian_async.cli.options import Command
+from lianlian_async.cli.stores import DSN, JOURNAL, check_place, is_dsn
 
-from .default_journal import JOURNAL
-from .inputs import Command
-from .places import DSN, check_place, is_dsn
-from .table import FIELDS
+from .rows import FIELDS
 
 __all__ = ["batch_options", "refuse_for_queue"]
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import PurePath
-from typing import IO, Final, NamedTuple
+from typing import IO, TYPE_CHECKING, Final, NamedTuple
 
 import attrs
 import click
 
 from lianlian_async import wire
-from lianlian_async.errors import MalformedMessage
+from lianlian_async.cli.options import SIGNATURE_FIELDS
+from lianlian_async.errors import MalformedMessage, Problem
 from lianlian_async.models import RefundRequest
 
-from .decoding import text_lines, unreadable
-from .inputs import SIGNATURE_FIELDS
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
-__all__ = ["Columns", "Row", "read_rows"]
+
+__all__ = ["Columns", "Row", "damaged", "read_rows", "rounded", "text_lines", "unreadable"]
 
 FIELDS: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 
@@ -136,3 +140,97 @@ def _table(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
 
 def _fields(cells: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
     return {name: cells[column] for column, name in names.items() if cells[column]}
+
+
+_NO_TEXT: Final = {
+    b"PK\x03\x04": "is an Excel workbook (.xlsx) or another zip archive: open it and save it as CSV (UTF-8)",
+    b"\xd0\xcf\x11\xe0": "is an old Excel workbook (.xls): open it and save it as CSV (UTF-8)",
+    b"\x1f\x8b": "is compressed with gzip: decompress it first",
+}
+_BOMS: Final = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_LINE_END: Final = re.compile(r"\r\n|\r|\n")
+
+
+class _Replayed(io.RawIOBase):
+    """A stream that begins with bytes which were read from it already: stdin cannot seek."""
+
+    def __init__(self, first: bytes, rest: IO[bytes]) -> None:
+        self._first = first
+        self._rest = rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        view = memoryview(buffer)
+        data = self._first or self._rest.read(len(view))
+        self._first = b""
+        view[: len(data)] = data
+        return len(data)
+
+
+def text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
+    """Yield the lines of ``file`` with their ends, which are LF, CRLF or CR. A byte order mark overrides ``encoding``.
+
+    Bytes of another encoding, workbooks and compressed files are a usage error.
+    """
+    first = file.read(4)
+    for magic, reason in _NO_TEXT.items():
+        if first.startswith(magic):
+            raise unreadable(None, reason)
+    for bom, name in _BOMS.items():
+        if first.startswith(bom):
+            first, encoding = first.removeprefix(bom), name
+    number = 0
+    try:
+        for line in io.TextIOWrapper(io.BufferedReader(_Replayed(first, file)), encoding, newline=""):
+            number += 1
+            if "\0" in line:
+                raise unreadable(number, "holds NUL bytes: it may be UTF-16, say --encoding utf-16-le")
+            yield line
+    except UnicodeDecodeError as error:
+        # The lines before the chunk with the bad bytes were yielded; those within it are counted.
+        before = error.object[: error.start].decode(encoding, "replace")
+        line_number = number + 1 + len(_LINE_END.findall(before))
+        raise unreadable(line_number, f"is not {encoding}: say --encoding, such as gb18030") from None
+
+
+def unreadable(line: int | None, reason: str) -> click.BadParameter:
+    """The usage error for a file that cannot be read as a whole."""
+    return click.BadParameter(reason if line is None else f"line {line}: {reason}", param_hint="FILE")
+
+
+_IDENTIFIERS: Final = ("no_refund", "no_order", "oid_paybill")
+_CURE: Final = "a spreadsheet did this: format the column as text before the values come in, and export again"
+_MONTH: Final = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
+
+_DAMAGE: Final = {
+    "is a number in scientific notation": r"\d+([.,]\d+)?e\+\d+|\d[.,]\d+e\d+",
+    "is a number with decimals": r"\d+[.,]0+",
+    "is a number with thousands separators": r"\d{1,3}(,\d{3})+(\.\d+)?",
+    "is an error value": r"#[^\W\d_]\S*[!?]|#n/a|#nv|#n/d|#getting_data|#+|err:\d+",
+    "is a formula": r"=.*",
+    "begins with a quotation mark": r"""["'`´‘’“”].*""",
+    "is a date": rf"\d\d?-{_MONTH}(-\d\d(\d\d)?)?|{_MONTH}-\d\d(\d\d)?|\d\d?月\d\d?日",
+    "is the mark of an empty cell": r"null|\(null\)|\\n|nil|none|-?nan|<na>|nat|n/?a|undefined",
+}
+_PATTERNS: Final = {reason: re.compile(pattern, re.IGNORECASE | re.DOTALL) for reason, pattern in _DAMAGE.items()}
+_ROUNDED: Final = re.compile(r"[1-9]\d{14}0+", re.ASCII)
+"""A spreadsheet keeps 15 digits of a number."""
+
+
+def damaged(fields: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield a problem for each identifier that a spreadsheet has changed."""
+    for name in _IDENTIFIERS:
+        text = fields.get(name, "").strip()
+        for reason, pattern in _PATTERNS.items():
+            if pattern.fullmatch(text):
+                yield Problem(name, f"{reason}; {_CURE}", repr(text[:40]))
+                break
+
+
+def rounded(fields: Mapping[str, str]) -> Iterator[str]:
+    """Yield a remark for each identifier that may have been rounded."""
+    for name in _IDENTIFIERS:
+        if _ROUNDED.fullmatch(text := fields.get(name, "")):
+            yield f"{name} {text} ends in zeros: a spreadsheet may have rounded it, compare it with its source"

@@ -14,12 +14,12 @@ from typing import Any, Final
 import click
 
 from lianlian_async import wire
+from lianlian_async.cli.output import Output, json_option, pass_output
+from lianlian_async.cli.secret_files import refuse_existing, write_new
 from lianlian_async.sandbox import Fault, Notifier, Repeated, SandboxGateway
 from lianlian_async.signing import SigningKey
 
-from .files import refuse_existing, write_new
-from .output import Output, json_option, pass_output
-from .serving import environment, serving
+from .server import environment, serving
 
 __all__ = ["sandbox"]
 

@@ -16,10 +16,18 @@ from typing import Any, Final, cast
 import attrs
 
 from lianlian_async import wire
+from lianlian_async.cli.exit_codes import (
+    FAILED,
+    MADE,
+    NOT_SENT,
+    REJECTED,
+    UNKNOWN,
+    ExitOutcome,
+    exit_outcome_of,
+    exit_outcome_of_refund,
+)
 from lianlian_async.errors import JournalError, LianLianError, RefundOutcomeUnknown, RefundRejected
 from lianlian_async.outcome import Outcome
-
-from .exit_codes import FAILED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
 
 __all__ = ["RESULT", "Totals", "line_writer", "result_of"]
 

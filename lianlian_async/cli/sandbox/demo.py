@@ -15,6 +15,8 @@ import anyio
 import attrs
 import click
 
+from lianlian_async.cli.exit_codes import INTERRUPTED, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
+from lianlian_async.cli.output import Output, json_option, pass_output, table
 from lianlian_async.errors import LianLianError
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
@@ -23,9 +25,7 @@ from lianlian_async.sandbox import Fault, Repeated
 from lianlian_async.session import RefundSession
 
 from .audit import Audit
-from .exit_codes import INTERRUPTED, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
-from .output import Output, json_option, pass_output, table
-from .remote import Books, RemoteGateway, gateway_process
+from .process import Books, RemoteGateway, gateway_process
 
 __all__ = ["demo"]
 

@@ -19,7 +19,7 @@ import attrs
 
 from lianlian_async.sandbox import SandboxGateway
 
-from .serving import environment, serving
+from .server import environment, serving
 
 __all__ = ["Books", "RemoteGateway", "gateway_process", "run_gateway"]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lianlian_async.cli.exit_codes import MADE, ExitOutcome, error_document
+from lianlian_async.cli.output import Output, table
 from lianlian_async.errors import LianLianError
 
-from .checked import Checked
-from .exit_codes import MADE, ExitOutcome, error_document
-from .output import Output, table
+from .checked import Checked, Survey
 from .results import Totals
-from .survey import Survey
 
 __all__ = ["show_batch", "show_checked", "tell_findings"]
 

@@ -1,0 +1,1 @@
+"""``lianlian batch``: refunds from a file."""
