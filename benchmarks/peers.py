@@ -8,9 +8,11 @@ from .programs.frame import Job
 from .runner import Program
 
 NAIVE = "naive: httpx + pycryptodome inline"
+TUNED = "naive, with a pool as large as the load"
 PLAIN = "httpx + OpenSSL inline"
 THREADS = "requests + threads + OpenSSL"
-AIOHTTP = "raw aiohttp + OpenSSL, no checks"
+AIOHTTP = "raw aiohttp + OpenSSL inline"
+UNCHECKED = "raw aiohttp, answers not verified"
 CORE = "ours, four dependencies"
 FAST = "ours, with `fast`"
 FLOOR = "the parts' sum"
@@ -22,9 +24,11 @@ def program(label: str, job: Job) -> Program:
     openssl = {"LIANLIAN_SIGNING_BACKEND": "openssl"}
     return {
         NAIVE: Program("httpx_inline", job, core=True),
-        PLAIN: Program("httpx_inline", replace(job, option="openssl")),
+        TUNED: Program("httpx_inline", replace(job, option="tuned"), core=True),
+        PLAIN: Program("httpx_inline", replace(job, option="openssl tuned")),
         THREADS: Program("requests_threads", job),
-        AIOHTTP: Program("aiohttp_unchecked", job),
+        AIOHTTP: Program("aiohttp_inline", job),
+        UNCHECKED: Program("aiohttp_inline", replace(job, option="unchecked")),
         CORE: Program("ours", job, core=True),
         FAST: Program("ours", job, env=openssl),
         FLOOR: Program("parts", job),

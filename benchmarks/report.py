@@ -48,6 +48,12 @@ class Report:
         """What it is asked for with."""
         return " ".join([self.case, *self.variant])
 
+    def titled(self, what: str) -> str:
+        """Return a chart's title: ``what``, with the conditions that tell it from the charts of other variants."""
+        shown = {"--tls": "TLS", "--unpinned": "two processors", "--quick": "a tenth of the work"}
+        conditions = [shown.get(option, option.removeprefix("--bits ") + "-bit keys") for option in self.variant]
+        return ", ".join([what, *(["one processor"] if "--unpinned" not in self.variant else []), *conditions])
+
     def chart(self, name: str, title: str, svg: str) -> None:
         """Add a chart, to be stored as ``name`` with the variant and ``.svg``."""
         name = "-".join([name, *(option.split()[-1].strip("-") for option in self.variant)]) + ".svg"

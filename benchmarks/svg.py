@@ -43,8 +43,15 @@ def _number(value: float) -> str:
 
 def bars(title: str, unit: str, rows: Mapping[str, Spread], ours: Sequence[str] = ()) -> str:
     """A horizontal bar for each row, its spread as a line; the rows in ``ours`` stand out."""
-    left, right, top, step = 290, 90, 40, 30
-    scale = (_WIDTH - left - right) / max(row.high for row in rows.values())
+    left, right, top, step = 310, 80, 40, 30
+    longest, shortest = max(row.high for row in rows.values()), min(row.low for row in rows.values())
+    is_log = longest > 200 * shortest  # else the shortest bar would be less than three pixels
+    floor = math.floor(math.log10(shortest)) - 0.5
+
+    def width(value: float) -> float:
+        share = (math.log10(value) - floor) / (math.log10(longest) - floor) if is_log else value / longest
+        return (_WIDTH - left - right) * share
+
     parts = []
     for place, (label, row) in enumerate(rows.items()):
         y = top + place * step
@@ -52,12 +59,13 @@ def bars(title: str, unit: str, rows: Mapping[str, Spread], ours: Sequence[str] 
         style = "s0" if label in ours else "s4"
         parts += [
             _text(left - 10, middle + 4, label, "end"),
-            f'<rect class="bar {style}" x="{left}" y="{y}" width="{row.median * scale:.1f}" height="{step - 8}"/>',
-            f'<path class="spread" d="M{left + row.low * scale:.1f} {middle:.1f}H{left + row.high * scale:.1f}"/>',
-            _text(left + row.high * scale + 8, middle + 4, _number(row.median)),
+            f'<rect class="bar {style}" x="{left}" y="{y}" width="{width(row.median):.1f}" height="{step - 8}"/>',
+            f'<path class="spread" d="M{left + width(row.low):.1f} {middle:.1f}H{left + width(row.high):.1f}"/>',
+            _text(left + width(row.high) + 8, middle + 4, _number(row.median)),
         ]
     bottom = top + len(rows) * step + 14
-    parts.append(_text(left, bottom, f"{unit}; the thin line spans all rounds", "soft"))
+    scale = ", logarithmic scale" if is_log else ""
+    parts.append(_text(left, bottom, f"{unit}{scale}; the thin line spans all rounds", "soft"))
     return _document(bottom + 12, title, parts)
 
 
