@@ -22,7 +22,7 @@ OVER = 0.0
 _EVERYWHERE = [(name, backend) for name in ("memory", "sqlite") for backend in ("asyncio", "trio")]
 
 
-@pytest.fixture(params=[*_EVERYWHERE, ("postgres", "asyncio")], ids="-".join)
+@pytest.fixture(params=[*_EVERYWHERE, ("postgres", "asyncio"), ("model", "asyncio")], ids="-".join)
 def kind_and_backend(request):
     return request.param
 

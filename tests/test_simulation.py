@@ -15,7 +15,7 @@ from tests.simulation.plan import draw
 from tests.simulation.run import Run
 from tests.simulation.shrink import shrink
 
-JOURNALS = ("none", "memory", "sqlite")
+JOURNALS = ("none", "memory", "sqlite", "postgres")
 
 
 def test_no_invariant_is_broken_in_a_few_runs():

@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--trace", action="store_true", help="print each step of it")
     parser.add_argument("--shrink", action="store_true", help="make it as small as it can be first")
     parser.add_argument("--no-shrink", action="store_true", help="do not do so for the first seed that fails")
-    parser.add_argument("--journal", default="none,memory,sqlite", help="the kinds of journals")
+    parser.add_argument("--journal", default="none,memory,sqlite,postgres", help="the kinds of journals")
     parser.add_argument("--most", type=int, default=5, help="violations after which to stop")
     parser.add_argument("--seconds", type=float, default=0, help="seconds after which to stop")
     return parser.parse_args()

@@ -33,6 +33,11 @@ class Machine:
         self.boots += 1
         self.booted_at = self.world.now
 
+    def slew(self, rate: float) -> None:
+        """Have its wall clock gain so many seconds in one from now on, as NTP corrects it."""
+        self.offset += self.world.now * (self.drift - rate)
+        self.drift = rate
+
     def clock(self) -> Moment:
         """Read all its clocks."""
         now = self.world.now

@@ -1,25 +1,31 @@
-"""The journals of a simulation: none, one in memory that outlives its nodes, SQLite simulated at its file."""
+"""The journals of a simulation: none, in memory that outlives nodes, SQLite at its file, PostgreSQL as a model."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, Protocol
 
 import attrs
 
-from lianlian_async.clock import Moment
+from lianlian_async.clock import Clock, Moment
 from lianlian_async.journal import Entry, Journal, JournalError, MemoryJournal, Owner, SqliteJournal, State
 from lianlian_async.journal.operations import Operation, Result, perform
+from lianlian_async.journal.postgres import PostgresJournal
+from lianlian_async.journal.postgres_rows import entry_of
 
+from .database import Database, Row
 from .oracle import Oracle
+from .plan import GRACE, Event
 from .world import NodeLoop, World
 
 
 class Store(Protocol):
     """Where the journals of all nodes keep what is committed."""
 
-    def journal(self, loop: NodeLoop) -> Journal | None:
+    def journal(self, loop: NodeLoop, clock: Clock) -> Journal | None:
         """A journal for one life of a node; None: it has none."""
 
     def entry(self, no_refund: str) -> Entry | None:
@@ -35,7 +41,7 @@ class Store(Protocol):
 class NoStore:
     """For sessions without a journal."""
 
-    def journal(self, loop: NodeLoop) -> None:
+    def journal(self, loop: NodeLoop, clock: Clock) -> None:
         return None
 
     def entry(self, no_refund: str) -> None:
@@ -73,7 +79,7 @@ class MemoryStore:
     oracle: Oracle
     memory: dict[str, Entry] = attrs.field(factory=dict)
 
-    def journal(self, loop: NodeLoop) -> MemoryJournal:
+    def journal(self, loop: NodeLoop, clock: Clock) -> MemoryJournal:
         return _NodesMemoryJournal(self, loop)
 
     def entry(self, no_refund: str) -> Entry | None:
@@ -97,7 +103,7 @@ class DiskStore:
     trouble_until: float = -1.0
     trouble_kind: str = ""
 
-    def journal(self, loop: NodeLoop) -> SqliteJournal:
+    def journal(self, loop: NodeLoop, clock: Clock) -> SqliteJournal:
         return SqliteJournal("/simulated/journal")
 
     def entry(self, no_refund: str) -> Entry | None:
@@ -209,3 +215,99 @@ def _as_stored(entry: Entry) -> Entry:
         sent_at = Moment(sent_at.wall, 0.0, "")
     fields = json.loads(json.dumps(dict(entry.fields)))
     return attrs.evolve(entry, fields=fields, sent_at=sent_at, holder=None, leased_until=None)
+
+
+class _AsWritten:
+    """Reads moments as their writer read its clocks."""
+
+    @staticmethod
+    def moment(stored: Row | None) -> Moment | None:
+        return stored and Moment(datetime.fromisoformat(stored["at"]), stored["boot"], stored["timeline"])
+
+
+@attrs.define(eq=False)
+class PostgresStore:
+    """The model of PostgreSQL, and which refunds and leases its failovers have lost."""
+
+    world: World
+    oracle: Oracle
+    database: Database = attrs.field(init=False)
+    last: dict[str, Entry] = attrs.field(factory=dict)
+    """Each refund as it was committed last, also if that is lost."""
+    taken_at: dict[str, float] = attrs.field(factory=dict)
+    """When each refund's lease was taken."""
+    lost_leases: dict[tuple[str, str], float] = attrs.field(factory=dict)
+    """When those end that a failover lost: by refund and holder."""
+    holders: dict[NodeLoop, PostgresJournal] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        dice = random.Random(self.world.random.random())
+        self.database = Database(lambda: self.world.now, self.world.after, dice, self._commit)
+
+    def journal(self, loop: NodeLoop, clock: Clock) -> PostgresJournal:
+        journal = PostgresJournal("postgresql://model/refunds", not_found_grace=GRACE, clock=clock)
+        self.holders[loop] = journal
+        return journal
+
+    def entry(self, no_refund: str) -> Entry | None:
+        return self.last.get(no_refund)
+
+    def entries(self) -> Mapping[str, Entry]:
+        refunds = self.database.refunds("lianlian")
+        return {str(row["no_refund"]): _entry(row) for row in refunds}
+
+    def trouble(self, seconds: float) -> None:
+        self.database.trouble_until = self.world.now + seconds
+        self.database.trouble = self.world.random.choice(["refuses", "hangs", "slow", "loses_answers"])
+
+    def happen(self, event: Event) -> None:
+        """Let the database be another incarnation, or its clock be set."""
+        match event.kind:
+            case "database_restart":
+                self.database.restart()
+            case "database_step":
+                self.database.offset += event.amount
+            case "failover":
+                for row, left in self.database.fail_over(event.amount):
+                    self._lose(_entry(row), left)
+
+    def check_lease(self, no_refund: str, loop: NodeLoop) -> None:
+        """An apply call leaves a node, which must have the refund's lease as the database has it."""
+        now, holder, entry = self.world.now, self.holders[loop]._holder, self.last.get(no_refund)
+        if now <= self.lost_leases.get((no_refund, holder), -1.0):
+            self.oracle.beyond_bounds.add(no_refund)  # "under a lease that was lost", PostgresJournal
+        elif entry is not None and _call(entry) != holder and now > self.taken_at[no_refund] + CLOCKS_DIFFER:
+            self.oracle.violate(f"{no_refund} left {loop.name}, which no longer has its lease")
+
+    def _commit(self, before: Row | None, after: Row) -> None:
+        earlier, entry = before and _entry(before), _entry(after)
+        self.oracle.recorded(earlier, entry)
+        self.last[entry.no_refund] = entry
+        if earlier is None or earlier.holder != entry.holder:
+            self.taken_at[entry.no_refund] = self.world.now
+
+    def _lose(self, entry: Entry, left: Row | None) -> None:
+        """A failover has lost this version of a refund; ``left`` is what it has instead."""
+        number, now = entry.no_refund, self.world.now
+        if entry.ending is not None and (left is None or left["record"] is None):
+            self.oracle.lost_endings.add(number)
+        if entry.leased_until is None:
+            return
+        self.lost_leases[number, _call(entry)] = now + 3600.0
+        is_new_again = left is None or left["sent_at"] is None
+        booked = self.oracle.gateway.books.get(number, ())
+        if is_new_again and not any(each.visible_at <= now for each in booked):
+            self.oracle.beyond_bounds.add(number)  # "a request that is on its way during the failover", PostgresJournal
+
+
+CLOCKS_DIFFER = 1.0
+"""Seconds by which two clocks' drift may let leases overlap; no harm, as the grace is longer."""
+
+
+def _entry(row: Row) -> Entry:
+    return entry_of(row, _AsWritten)  # type: ignore[arg-type]
+
+
+def _call(entry: Entry) -> str:
+    """Return which journal of which process has the lease, or nothing."""
+    return (entry.holder or "").partition("-")[0]

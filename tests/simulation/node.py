@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -159,12 +160,12 @@ class Node:
         life = self.lives
         transport = NodeTransport(
             run.network,
-            run.check_record,
+            partial(run.check_record, loop=loop),
             stop=lambda seconds, stands_still: self._suspend(seconds, life, clock_stood_still=stands_still),
             kill=lambda seconds: self.kill(seconds, life),
         )
         async with AsyncExitStack() as stack:
-            journal = run.store.journal(loop)
+            journal = run.store.journal(loop, self.machine.clock)
             if journal is not None:
                 await stack.enter_async_context(journal)
             session = RefundSession(

@@ -61,6 +61,9 @@ ENDS: Final = (
 )
 """What happens to a node, its machine, the gateway or the journal."""
 
+DATABASE: Final = ("database_restart", "failover", "failover", "database_step", "wall_slew")
+"""What happens besides where there is a database, and each node has a machine of its own."""
+
 
 @attrs.frozen
 class Event:
@@ -83,7 +86,7 @@ class Plan:
     refunds: int
     nodes: int
     journal: str
-    """``none``, ``memory`` or ``sqlite``."""
+    """``none``, ``memory``, ``sqlite`` or ``postgres``."""
     program: str
     """What nodes do: ``service``, ``batch`` or ``both``."""
     callers: int
@@ -114,6 +117,7 @@ class Plan:
     cancelled_threads: float = 0.0
     """How many of 1 tasks that wait for a thread are cancelled meanwhile."""
     real_rsa: bool = False
+    machines: int = 1
 
 
 def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
@@ -130,12 +134,15 @@ def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
     nodes = 1 if journal == "none" else dice.choice([1, 2, 3])
     number = dice.choice([0, 1, 2, 4, 8])
     kinds = [kind for kind in ENDS if dice.random() < 0.6] or ["kill"]
+    if journal == "postgres":
+        kinds += [kind for kind in DATABASE if dice.random() < 0.6]
     events = [_event(dice, kinds, nodes, spread) for _ in range(number)]
     deadline = dice.choice([3.0, 3.0, 10.0, 30.0, 300.0])
     return Plan(
         seed=str(seed),
         refunds=refunds,
         nodes=nodes,
+        machines=nodes if journal == "postgres" else 1,
         journal=journal,
         program=dice.choice(["service", "batch", "both"]),
         callers=dice.choice([1, 1, 2, 3]),
@@ -167,6 +174,9 @@ def _event(dice: random.Random, kinds: list[str], nodes: int, spread: float) -> 
         "wall_step": [-7200.0, -60.0, 600.0, 901.0, 86_400.0],
         "outage": [1.0, 60.0, 1200.0],
         "disk": [0.5, 5.0, 60.0],
+        "failover": [0.0, 0.02, 1.0, 10.0, 100.0],
+        "database_step": [-3600.0, -60.0, 600.0, 901.0, 86_400.0],
+        "wall_slew": [-3600.0, 3600.0],
         "kill": [0.0, 1.0, 60.0, 1000.0],
         "reboot": [0.0, 1.0, 60.0, 1000.0],
     }

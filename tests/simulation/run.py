@@ -21,8 +21,9 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund, RefundRequest
 
 from .clocks import EPOCH, Machine
+from .connections import modelled
 from .gateway import Gateway
-from .journals import DiskStore, MemoryStore, NoStore, Store
+from .journals import DiskStore, MemoryStore, NoStore, PostgresStore, Store
 from .keys import signing_key
 from .network import Network
 from .node import Node, merchant
@@ -78,10 +79,11 @@ class Run:
             "none": NoStore,
             "memory": lambda: MemoryStore(self.oracle),
             "sqlite": lambda: DiskStore(world, self.oracle),
+            "postgres": lambda: PostgresStore(world, self.oracle),
         }[plan.journal]()
         dice = self.dice
-        machine = Machine(world, "machine", dice.choice([0.0, 3.0, -4000.0]), dice.choice([0.0, 1e-4, -1e-4]))
-        self.nodes = [Node(self, index, machine, self._share(index)) for index in range(plan.nodes)]
+        machines = [self._machine(f"machine {number}") for number in range(plan.machines)]
+        self.nodes = [Node(self, i, machines[i % plan.machines], self._share(i)) for i in range(plan.nodes)]
         self.gateway.refused = {number for number in self.requests if dice.random() < plan.rejects}
         for number in [number for number in self.requests if dice.random() < plan.reused]:
             if number not in self.gateway.refused:
@@ -95,6 +97,12 @@ class Run:
         nodes = self.plan.nodes
         return [n for place, n in enumerate(self.requests) if place % nodes == index or self.dice.random() < 0.3]
 
+    def _machine(self, name: str) -> Machine:
+        machine = Machine(self.world, name, self.dice.choice([0.0, 3.0, -4000.0]), self.dice.choice([0.0, 1e-4, -1e-4]))
+        if self.plan.machines > 1:
+            machine.booted_at = -1e6 * self.dice.random()
+        return machine
+
     def _stop(self) -> None:
         self.world.is_over = True
 
@@ -105,12 +113,14 @@ class Run:
             stack.enter_context(simulated(world))
             if isinstance(self.store, DiskStore):
                 stack.enter_context(mock.patch.object(sqlite, "JournalFile", self.store.file_class()))
+            if isinstance(self.store, PostgresStore):
+                stack.enter_context(modelled(self.store.database))
             for node in self.nodes:
                 world.after(5 * self.dice.random(), node.start)
             for event in plan.events:
                 world.at(event.at, lambda event=event: self._happen(event))
             last = max(
-                [plan.spread, *(event.at + abs(event.amount) for event in plan.events if event.kind != "wall_step")]
+                [plan.spread, *(event.at + abs(event.amount) for event in plan.events if "step" not in event.kind)]
             )
             world.at(last + 1800, self._calm)
             world.at(last + 1800 + SETTLED_WITHIN, self._too_late)
@@ -119,6 +129,8 @@ class Run:
                 self.oracle.violate(f"the run ended in {how}; open: {self._open()}")
             if not self.oracle.violations:
                 self.oracle.check_books(self.requests, forgiven=self.forgiven)
+                if plan.journal != "none":
+                    self.oracle.check_journal(self.store.entries())
             for problem in world.problems:
                 self.oracle.violate(problem)
             for node in self.nodes:
@@ -138,7 +150,7 @@ class Run:
                 node.kill(amount)
             case "reboot":
                 machine.boot()
-                for each in self.nodes:
+                for each in self._nodes_on(machine):
                     each.kill(amount)
             case "interrupt":
                 node.interrupt()
@@ -148,17 +160,25 @@ class Run:
             case "cancel_task":
                 node.cancel_any()
             case "suspend":
-                for each in self.nodes:
+                for each in self._nodes_on(machine):
                     each.suspend(amount)
             case "stop":
                 node.stop(amount)
             case "wall_step":
                 machine.offset += amount
+            case "wall_slew":
+                machine.slew(5e-4 if amount > 0 else -5e-4)
+                world.after(abs(amount), lambda: machine.slew(0.0))
             case "outage":
                 self.gateway.is_down = True
                 world.after(amount, lambda: setattr(self.gateway, "is_down", False))
             case "disk":
                 self.store.trouble(amount)
+            case _ if isinstance(self.store, PostgresStore):
+                self.store.happen(event)
+
+    def _nodes_on(self, machine: Machine) -> list[Node]:
+        return [node for node in self.nodes if node.machine is machine]
 
     def _calm(self) -> None:
         self.world.log("all faults are over")
@@ -205,10 +225,13 @@ class Run:
             self.unknown.pop(request.no_refund, None)
         return self.oracle.tell(request, refund, error)
 
-    def check_record(self, body: bytes) -> None:
+    def check_record(self, body: bytes, loop: NodeLoop) -> None:
         """An apply call is leaving a node."""
-        if self.plan.journal != "none":
-            self.oracle.leaves(body, self.store.entry(json.loads(body)["no_refund"]))
+        number = json.loads(body)["no_refund"]
+        if isinstance(self.store, PostgresStore):
+            self.store.check_lease(number, loop)
+        if self.plan.journal != "none" and number not in self.oracle.beyond_bounds:
+            self.oracle.leaves(body, self.store.entry(number))
 
 
 def _request(number: str) -> RefundRequest:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+import time
 from collections.abc import Callable
 from uuid import uuid4
 
@@ -10,6 +13,8 @@ import attrs
 from lianlian_async.clock import Moment, system_clock
 from lianlian_async.journal import Ending, Entry, Intent, Journal, MemoryJournal, SqliteJournal, State
 from lianlian_async.journal.postgres import PostgresJournal
+from tests.simulation.connections import modelled
+from tests.simulation.database import Database
 
 MADE = Ending(state=State.DONE, record={"ret_code": "0000", "ret_msg": "交易成功", "sta_refund": "2"})
 ACCEPTED = Ending(state=State.ACCEPTED, record={"ret_code": "0000", "sta_refund": "1"})
@@ -69,6 +74,15 @@ def postgres(dsn):
     return Kind(lambda: PostgresJournal(dsn, schema=schema), 600.0)  # between two clocks
 
 
+def model(request):
+    """The simulation's model of PostgreSQL, on the test's own event loop."""
+    database = Database(time.monotonic, lambda *when: asyncio.get_running_loop().call_later(*when), random.Random(0))
+    patch = modelled(database)
+    patch.__enter__()
+    request.addfinalizer(lambda: patch.__exit__(None, None, None))
+    return postgres("postgresql://model")
+
+
 def kind(name, request):
     """The kind called ``name``, at a place of the test's own."""
     match name:
@@ -76,5 +90,7 @@ def kind(name, request):
             return memory()
         case "sqlite":
             return sqlite(request.getfixturevalue("tmp_path"))
+        case "model":
+            return model(request)
         case _:
             return postgres(request.getfixturevalue("postgres_dsn"))

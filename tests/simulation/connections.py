@@ -1,0 +1,236 @@
+"""psycopg's connections and its pool, over the model of PostgreSQL: the network between a node and its database."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, ClassVar, Self
+from unittest import mock
+
+import anyio
+import attrs
+from psycopg import Error, OperationalError
+from psycopg.sql import SQL, Composed
+
+from lianlian_async.journal import postgres
+
+from .database import Database, Session
+
+WAIT = 0.01
+"""Seconds until a statement looks again whether a lock is free."""
+
+
+@attrs.frozen
+class Cursor:
+    """The rows of one answer."""
+
+    rows: list[dict[str, Any]]
+
+    @property
+    def rowcount(self) -> int:
+        return len(self.rows)
+
+    async def fetchall(self) -> list[dict[str, Any]]:
+        return self.rows
+
+
+class Connection:
+    """What ``psycopg.AsyncConnection`` is."""
+
+    database: ClassVar[Database]
+
+    def __init__(self, session: Session, *, autocommit: bool) -> None:
+        self._session = session
+        self._loop = asyncio.get_running_loop()
+        self._is_in_transaction = not autocommit
+        self._arrives_at = 0.0
+        self._is_half_open = False
+        self.is_closed = False
+
+    def __class_getitem__(cls, row: object) -> type[Self]:
+        return cls
+
+    @classmethod
+    async def connect(cls, dsn: str, *, autocommit: bool = False, **options: Any) -> Self:
+        database = cls.database
+        await asyncio.sleep(_delay(database))
+        if database.is_in("hangs"):
+            await asyncio.sleep(database.trouble_until - database.time())
+        if database.is_in("refuses"):
+            raise OperationalError("connection refused")
+        return cls(database.connect(), autocommit=autocommit)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if exc_type is None:
+                await self._end(self.database.commit)
+        finally:
+            self.close()
+
+    async def set_isolation_level(self, level: object) -> None: ...
+
+    async def execute(self, statement: str | Composed, parameters: Any = ()) -> Cursor:
+        text, schema = statement if isinstance(statement, str) else "", ""
+        for part in statement if isinstance(statement, Composed) else ():
+            text += part.as_string() if isinstance(part, SQL) else "{schema}"
+            schema = schema if isinstance(part, SQL) else part._obj[0]  # type: ignore[attr-defined]
+        given = [parameters] if isinstance(parameters, dict) else parameters
+        self._session.is_in_transaction |= self._is_in_transaction
+        return Cursor(await self._ask(lambda: self.database.execute(self._session, text, schema, given)))
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        self._is_in_transaction = True
+        try:
+            yield
+        except GeneratorExit:
+            raise
+        except BaseException:
+            with suppress(Error):
+                await self._end(self.database.roll_back)
+            raise
+        else:
+            await self._end(self.database.commit)
+        finally:
+            self._is_in_transaction = False
+
+    async def _end(self, how: Callable[[Session], None]) -> None:
+        def end() -> Generator[None, None, list[dict[str, Any]]]:
+            yield from ()
+            self.database.check(self._session)
+            how(self._session)
+            return []
+
+        await self._ask(end, can_lose_answer=True)
+
+    async def _ask(
+        self, work: Callable[[], Generator[None, None, list[dict[str, Any]]]], *, can_lose_answer: bool = False
+    ) -> list[dict[str, Any]]:
+        """Bring ``work`` to the server, and its answer back. Whoever stops waiting never uses the connection again."""
+        if self.is_closed or getattr(self._loop, "is_dead", False):
+            raise OperationalError("the connection is closed")
+        database, answered = self.database, self._loop.create_future()
+
+        def hear(answer: list[dict[str, Any]] | Error) -> None:
+            if not answered.done():
+                answered.set_result(answer)
+
+        def answer(outcome: list[dict[str, Any]] | Error) -> None:
+            if can_lose_answer and database.is_in("loses_answers"):
+                self.close()
+                outcome = OperationalError("server closed the connection unexpectedly")
+            if database.is_in("hangs"):
+                self._is_half_open = True
+            else:
+                database.after(_delay(database), lambda: hear(outcome))
+
+        def go_on(begun: Generator[None, None, list[dict[str, Any]]]) -> None:
+            try:
+                next(begun)
+            except StopIteration as end:
+                answer(end.value)
+            except Error as error:
+                answer(error)
+            else:
+                database.after(WAIT, lambda: go_on(begun))
+
+        self._send(lambda: go_on(work()))
+        try:
+            outcome = await answered
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(outcome, OperationalError):
+            self.close()
+        if isinstance(outcome, Error):
+            raise outcome
+        return outcome
+
+    def _send(self, event: Callable[[], None]) -> None:
+        """Have ``event`` happen at the server, after all that was sent before, unless nothing arrives there."""
+        database = self.database
+
+        def arrive() -> None:
+            self._is_half_open |= database.is_in("hangs")
+            if not self._is_half_open:
+                event()
+
+        now = database.time()
+        self._arrives_at = max(self._arrives_at, now + _delay(database))
+        database.after(self._arrives_at - now, arrive)
+
+    def close(self) -> None:
+        """Tell the server, unless it was a whole machine that died: then only its time limit ends the transaction."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        database, session = self.database, self._session
+        if getattr(self._loop, "is_dead", False) and database.dice.random() < 0.5:
+            return
+
+        def end() -> None:
+            if session.incarnation == database.incarnation:
+                database.roll_back(session)
+            session.is_terminated = True
+
+        self._send(end)
+
+
+class Pool:
+    """What ``psycopg_pool.AsyncConnectionPool`` is."""
+
+    def __init__(self, dsn: object, *, connection_class: type[Connection], max_size: int, **options: Any) -> None:
+        self._class = connection_class
+        self._free = anyio.Semaphore(max_size)
+        self._idle: list[Connection] = []
+
+    @staticmethod
+    async def check_connection(connection: Connection) -> None:
+        await connection.execute("SELECT 1")
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        async with self._free:
+            connection = await self._get()
+            try:
+                yield connection
+            finally:
+                if not connection.is_closed:
+                    self._idle.append(connection)
+
+    async def _get(self) -> Connection:
+        while True:
+            try:
+                if not self._idle:
+                    return await self._class.connect("", autocommit=True)
+                connection = self._idle.pop()
+                await self.check_connection(connection)
+            except OperationalError:
+                await asyncio.sleep(1.0)
+            else:
+                return connection
+
+
+def _delay(database: Database) -> float:
+    """Seconds for one way."""
+    slow = 4.0 if database.is_in("slow") else 0.001
+    return slow * database.dice.random()
+
+
+@contextmanager
+def modelled(database: Database) -> Generator[None]:
+    """Have ``PostgresJournal`` connect to ``database``, whatever its DSN says."""
+    connection = type("Connection", (Connection,), {"database": database})
+    with mock.patch.multiple(postgres, AsyncConnection=connection, AsyncConnectionPool=Pool):
+        yield

@@ -1,0 +1,295 @@
+"""A model of PostgreSQL, as far as the statements of ``postgres_rows`` go: rows, locks, one clock, failover.
+
+It runs on any event loop, so that the journal contract tests hold it against the real one; in a simulation on the
+world's. A transaction sees what is committed when each of its statements begins (READ COMMITTED), and what it wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from itertools import count, takewhile
+from typing import Any, Final
+
+import attrs
+from psycopg import OperationalError
+from psycopg.errors import LockNotAvailable
+
+from lianlian_async.journal import postgres_rows as sql
+
+from .clocks import EPOCH
+
+Key = tuple[str, str, Any]
+"""Schema, table, and the row's key in it."""
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+
+LOCK_TIMEOUT: Final = 0.1
+"""Seconds, as ``WAIT_BRIEFLY`` sets it."""
+_OPEN: Final = ("unresolved", "accepted", "final")
+_MADE: Final = ("accepted", "final", "done")
+
+
+@attrs.define(eq=False)
+class Session:
+    """What the server keeps of one connection."""
+
+    incarnation: int
+    number: int
+    last_active: float
+    idle_timeout: float = 3600.0
+    """Seconds that its transaction may be idle."""
+    is_in_transaction: bool = False
+    is_terminated: bool = False
+    changes: dict[Key, Row] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class Database:
+    """What all connections share. ``after`` makes a call so many seconds later."""
+
+    time: Callable[[], float]
+    after: Callable[[float, Callable[[], None]], object]
+    dice: random.Random
+    on_commit: Callable[[Row | None, Row], None] = lambda before, after: None
+    """Told of each refund's row that is committed: as it was, and as it is."""
+    offset: float = 0.0
+    """Seconds that the database's clock is ahead of the true time."""
+    drift: float = 0.0
+    incarnation: int = 1
+    """Counts the servers that were the primary."""
+    started: datetime = EPOCH
+    """``pg_postmaster_start_time()``."""
+    trouble: str = ""
+    """What is wrong until ``trouble_until``: ``refuses``, ``hangs``, ``slow`` or ``loses_answers``."""
+    trouble_until: float = -1.0
+    committed: dict[Key, Row] = attrs.field(factory=dict)
+    commits: list[tuple[float, dict[Key, tuple[Row | None, Row]]]] = attrs.field(factory=list)
+    """When each transaction was committed, and its rows before and after."""
+    locks: dict[Key, Session] = attrs.field(factory=dict)
+    _numbers: count[int] = attrs.field(factory=lambda: count(1))
+
+    def clock(self) -> datetime:
+        """The database's clock."""
+        return EPOCH + timedelta(seconds=self.time() * (1 + self.drift) + self.offset)
+
+    def is_in(self, trouble: str) -> bool:
+        """Whether it is in this kind of trouble now."""
+        return self.trouble == trouble and self.time() < self.trouble_until
+
+    def connect(self) -> Session:
+        """Take a new connection."""
+        return Session(self.incarnation, next(self._numbers), self.time())
+
+    # ── another incarnation ──────────────────────────────────────────────────────────────────────
+
+    def restart(self) -> None:
+        """Start again: all connections break, what was not committed is gone."""
+        self.incarnation += 1
+        self.started = self.clock()
+        self.locks.clear()
+
+    def fail_over(self, lag: float) -> list[tuple[Row, Row | None]]:
+        """Let a replica on another machine take over, which lacks the commits of the last ``lag`` seconds.
+
+        Returns the refunds' rows that are lost, each with what is left of it. That the tables were made is never
+        lost: the replica of a journal is set up after the journal.
+        """
+        lost = [one for one in self.commits if one[0] > self.time() - lag]
+        del self.commits[len(self.commits) - len(lost) :]
+        rows: list[tuple[Key, Row]] = []
+        for _, changes in reversed(lost):
+            for key, (before, after) in changes.items():
+                if before is not None:
+                    self.committed[key] = before
+                elif key[1:] not in (("version", 0), ("eras", 1)):
+                    self.committed.pop(key, None)
+                rows += [(key, after)] if key[1] == "refunds" else []
+        dice = self.dice
+        self.offset, self.drift = dice.choice([0.0, 0.02, -0.5, 40.0, -900.0, 3600.0]), dice.choice([0.0, 1e-4, -1e-4])
+        self.restart()
+        self.started -= timedelta(seconds=86_400 * dice.random())  # the replica ran already
+        return [(after, self.committed.get(key)) for key, after in rows]
+
+    # ── transactions ─────────────────────────────────────────────────────────────────────────────
+
+    def execute(
+        self, session: Session, statement: str, schema: str, parameters: Any
+    ) -> Generator[None, None, list[dict[str, Any]]]:
+        """Carry a statement out; each ``yield`` is a moment in which it waits for another transaction."""
+        self.check(session)
+        rows = STATEMENTS[statement](self, session, schema, *parameters)
+        if isinstance(rows, Generator):
+            rows = yield from rows
+        if not session.is_in_transaction:
+            self.commit(session)
+        return [dict(row) for row in rows]
+
+    def check(self, session: Session) -> None:
+        """Raise if the server has ended this connection, as it does where a transaction is idle for too long."""
+        now = self.time()
+        has_locks = session.is_in_transaction and now - session.last_active > session.idle_timeout
+        session.is_terminated |= has_locks or session.incarnation != self.incarnation
+        if session.is_terminated:
+            self.roll_back(session)
+            raise OperationalError("server closed the connection unexpectedly")
+        session.last_active = now
+
+    def commit(self, session: Session) -> None:
+        """Make its changes those of all."""
+        changes = {key: (self.committed.get(key), row) for key, row in session.changes.items()}
+        if changes:
+            self.commits.append((self.time(), changes))
+            self.committed |= session.changes
+        self.roll_back(session)
+        for key, (before, after) in changes.items():
+            if key[1] == "refunds" and not key[0].endswith("_inbox"):
+                self.on_commit(before, after)
+
+    def roll_back(self, session: Session) -> None:
+        """End its transaction: what it wrote is gone, what it held is free."""
+        session.changes = {}
+        session.is_in_transaction = False
+        for key in [key for key, holder in self.locks.items() if holder is session]:
+            del self.locks[key]
+
+    def _is_held(self, key: Key, session: Session) -> bool:
+        """Whether another transaction, which goes on, has this lock."""
+        holder = self.locks.get(key)
+        if holder is None or holder is session:
+            return False
+        if self.time() - holder.last_active > holder.idle_timeout:
+            holder.is_terminated = True
+            self.roll_back(holder)
+            return False
+        return True
+
+    def _row(self, session: Session, key: Key) -> Row | None:
+        return session.changes.get(key) or self.committed.get(key)
+
+    def refunds(self, schema: str, *, states: Iterable[str] | None = None) -> list[Row]:
+        """The rows that are committed, oldest first."""
+        rows = [row for key, row in self.committed.items() if key[0] == schema and key[1] == "refunds"]
+        return sorted((r for r in rows if states is None or r["state"] in states), key=lambda row: row["id"])
+
+    # ── statements ───────────────────────────────────────────────────────────────────────────────
+
+    def _lock_advisory(self, session: Session, _: str, name: str) -> Generator[None, None, Rows]:
+        while self._is_held(("", "advisory", name), session):
+            yield
+        self.locks["", "advisory", name] = session
+        return [{}]
+
+    def _find_version(self, session: Session, _: str, schema: str) -> Rows:
+        return [{}] if (schema, "version", 0) in self.committed else []
+
+    def _create(self, session: Session, schema: str) -> Rows:
+        owner = {"oid_partner": None, "apply_url": None}
+        session.changes[schema, "version", 0] = {"version": 4, "id": f"journal {schema}", **owner, "is_acting": False}
+        return self._new_era(session, schema, 1)
+
+    def _new_era(self, session: Session, schema: str, number: int) -> Rows:
+        key = schema, "eras", number
+        if key not in self.committed:
+            session.changes[key] = {"began": self.clock(), "postmaster_start_time": self.started}
+        return []
+
+    def _read_version(self, session: Session, schema: str) -> Rows:
+        return [self._row(session, (schema, "version", 0)) or {}]
+
+    def _begin(self, session: Session, schema: str, options: Mapping[str, str]) -> Rows:
+        session.idle_timeout = float(options["idle"].removesuffix("ms")) / 1000
+        eras = takewhile(lambda number: self._row(session, (schema, "eras", number)), count(1))
+        number = max(eras)
+        era = self._row(session, (schema, "eras", number)) or {}
+        is_same = era["postmaster_start_time"] == self.started
+        return [{"database": self.clock(), "era": number, "began": era["began"], "is_same_incarnation": is_same}]
+
+    def _bind(self, session: Session, schema: str, oid_partner: str, apply_url: str) -> Rows:
+        [version] = self._read_version(session, schema)
+        if version["oid_partner"] is None:
+            owner = {"oid_partner": oid_partner, "apply_url": apply_url}
+            session.changes[schema, "version", 0] = {**version, **owner}
+        return []
+
+    def _lock_table(self, session: Session, schema: str) -> Generator[None, None, Rows]:
+        shares = [key for key in self.locks if key[:2] == (schema, "share")]
+        while any(self._is_held(key, session) for key in shares):
+            yield
+        self.locks[schema, "exclusive", 0] = session
+        return []
+
+    def _act(self, session: Session, schema: str) -> Rows:
+        [version] = self._read_version(session, schema)
+        session.changes[schema, "version", 0] = {**version, "is_acting": True}
+        return []
+
+    def _lock(self, session: Session, schema: str, numbers: Sequence[str]) -> Generator[None, None, Rows]:
+        while self._is_held((schema, "exclusive", 0), session):
+            yield
+        self.locks[schema, "share", session.number] = session
+        keys: list[Key] = [(schema, "refunds", number) for number in sorted(numbers)]
+        rows = [(key, row) for key in keys if (row := self._row(session, key)) and not self._is_held(key, session)]
+        self.locks |= {key: session for key, _ in rows}
+        [version] = self._read_version(session, schema)
+        is_acting = {"is_acting": version["is_acting"]}
+        return [{**is_acting, **row} for _, row in rows] or [{**is_acting, "no_refund": None}]
+
+    def _insert(self, session: Session, schema: str, rows: str) -> Generator[None, None, Rows]:
+        began, inserted = self.time(), []
+        for row in sorted(json.loads(rows), key=lambda row: str(row["no_refund"])):
+            key = schema, "refunds", row["no_refund"]
+            while self._row(session, key) is None and self._is_held(key, session):
+                if self.time() - began > LOCK_TIMEOUT:
+                    raise LockNotAvailable("canceling statement due to lock timeout")
+                yield
+            if self._row(session, key) is None:
+                self.locks[key] = session
+                session.changes[key] = {"id": next(self._numbers), **row}
+                inserted.append(row)
+        return inserted
+
+    def _update(self, session: Session, schema: str, rows: str) -> Rows:
+        for row in json.loads(rows):
+            key = schema, "refunds", row["no_refund"]
+            assert self.locks[key] is session
+            session.changes[key] = {**(self._row(session, key) or {}), **row}
+        return []
+
+    def _find(self, session: Session, schema: str, numbers: Sequence[str]) -> Rows:
+        keys: list[Key] = [(schema, "refunds", number) for number in sorted(set(numbers))]
+        return [row for key in keys if (row := self._row(session, key))]
+
+    def _page(self, schema: str, place: int, newest: int, limit: int, states: Iterable[str] | None = None) -> Rows:
+        return [row for row in self.refunds(schema, states=states) if place < row["id"] <= newest][:limit]
+
+    def _count(self, session: Session, schema: str) -> Rows:
+        states = [row["state"] for row in self.refunds(schema)]
+        return [{"state": state, "count": states.count(state)} for state in sorted(set(states))]
+
+
+STATEMENTS: Final[Mapping[str, Callable[..., Rows | Generator[None, None, Rows]]]] = {
+    "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))": Database._lock_advisory,
+    "SELECT 1": lambda database, session, schema: [{}],
+    sql.FIND_VERSION: Database._find_version,
+    sql.CREATE: Database._create,
+    sql.READ_VERSION: Database._read_version,
+    sql.BIND: Database._bind,
+    sql.BEGIN_ACTING[0]: Database._lock_table,
+    sql.BEGIN_ACTING[1]: Database._act,
+    sql.BEGIN: Database._begin,
+    sql.NEW_ERA: Database._new_era,
+    sql.WAIT_BRIEFLY: lambda database, session, schema: [{}],
+    sql.FIND: Database._find,
+    sql.LOCK: Database._lock,
+    sql.INSERT: Database._insert,
+    sql.UPDATE: Database._update,
+    sql.PENDING: lambda database, session, schema, *page: database._page(schema, *page, states=_OPEN),
+    sql.ENTRIES: lambda database, session, schema, *page: database._page(schema, *page),
+    sql.LATEST_MADE: lambda database, session, schema: database.refunds(schema, states=_MADE)[-1:],
+    sql.LAST: lambda database, session, schema: [{"id": max([row["id"] for row in database.refunds(schema)] or [0])}],
+    sql.COUNT: Database._count,
+}
+"""What each statement of the journal does; an unknown one is a ``KeyError``."""
