@@ -94,7 +94,8 @@ class SessionClock:
         now = self._clock()
         if self._ahead is None:
             return now
-        return attrs.evolve(now, gateway=_EPOCH + self._ahead + timedelta(seconds=now.boot))
+        gateway = _EPOCH + self._ahead + timedelta(seconds=now.boot)
+        return Moment(now.wall, now.boot, now.timeline, gateway)  # evolve takes three times as long
 
     def heard(self, date: str, began: float) -> None:
         """Take over the ``Date`` header of an answer; one that cannot be read teaches nothing.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import re
 import sys
 import time
 from collections import Counter
+from functools import partial
+from multiprocessing import Pool
 
 from .plan import Plan, draw
-from .run import Run
+from .run import Result, Run
 from .shrink import shrink
 
 
@@ -20,27 +23,23 @@ def main() -> int:
     journals = tuple(options.journal.split(","))
     if options.seed is not None:
         return _replay(draw(options.seed, options.refunds, journals), trace=options.trace, smaller=options.shrink)
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # between two runs only: a run's garbage is large
     began = time.perf_counter()
     figures, told, failed = Counter[str](), Counter[str](), 0
-    for seed in range(options.first, options.first + options.seeds):
-        plan = draw(seed, options.refunds, journals)
-        result = Run(plan).carry_out()
-        if seed % 20 == 0:
-            gc.collect()
-        figures.update(refunds=plan.refunds, ends=result.ends, steps=result.steps, hours=int(result.seconds / 3600))
-        told.update(result.told)
-        if result.violations:
-            failed += 1
-            print(f"seed {seed} ({plan.journal}): {result.violations[0]}"[:300], flush=True)
-            if failed == 1 and not options.no_shrink:
-                _replay(plan, trace=False, smaller=True)
-            if failed >= options.most:
+    seeds = range(options.first, options.first + options.seeds)
+    with Pool(options.jobs, _collect_rarely) as pool:
+        for result in pool.imap(partial(_carry_out, refunds=options.refunds, journals=journals), seeds, chunksize=4):
+            plan = result.plan
+            figures.update(refunds=plan.refunds, ends=result.ends, steps=result.steps, hours=int(result.seconds / 3600))
+            told.update(result.told)
+            if result.violations:
+                failed += 1
+                print(f"seed {plan.seed} ({plan.journal}): {result.violations[0]}"[:300], flush=True)
+                if failed == 1 and not options.no_shrink:
+                    _replay(plan, trace=False, smaller=True)
+                if failed >= options.most:
+                    break
+            if options.seconds and time.perf_counter() - began > options.seconds:
                 break
-        if options.seconds and time.perf_counter() - began > options.seconds:
-            break
     seconds = time.perf_counter() - began
     print(
         f"{figures['refunds']:,} refunds, {figures['ends']:,} node ends, {figures['steps']:,} steps, "
@@ -48,6 +47,19 @@ def main() -> int:
         f"({figures['refunds'] / seconds:,.0f} refunds/s); told {dict(told)}"
     )
     return 1 if failed else 0
+
+
+def _collect_rarely() -> None:
+    """Have the garbage collector run between two runs only: a run's garbage is large."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def _carry_out(seed: int, refunds: int, journals: tuple[str, ...]) -> Result:
+    if seed % 20 == 0:
+        gc.collect()
+    return Run(draw(seed, refunds, journals)).carry_out()
 
 
 def _replay(plan: Plan, *, trace: bool, smaller: bool) -> int:
@@ -78,6 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shrink", action="store_true", help="make it as small as it can be first")
     parser.add_argument("--no-shrink", action="store_true", help="do not do so for the first seed that fails")
     parser.add_argument("--journal", default="none,memory,sqlite,postgres", help="the kinds of journals")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--most", type=int, default=5, help="violations after which to stop")
     parser.add_argument("--seconds", type=float, default=0, help="seconds after which to stop")
     return parser.parse_args()

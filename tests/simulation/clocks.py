@@ -27,6 +27,8 @@ class Machine:
     """Seconds that its wall clock gains in one second."""
     boots: int = 1
     booted_at: float = 0.0
+    _read_at: tuple[float, float, int] | None = None
+    _reading: Moment = attrs.field(init=False)
 
     def boot(self) -> None:
         """Start it again: another boot id, and a boot clock from 0."""
@@ -41,5 +43,9 @@ class Machine:
     def clock(self) -> Moment:
         """Read all its clocks."""
         now = self.world.now
-        wall = EPOCH + timedelta(seconds=now * (1 + self.drift) + self.offset)
-        return Moment(wall, now - self.booted_at, f"{self.name} boot {self.boots}")
+        key = now, self.offset, self.boots
+        if key != self._read_at:  # it is read several times in one step
+            self._read_at = key
+            wall = EPOCH + timedelta(seconds=now * (1 + self.drift) + self.offset)
+            self._reading = Moment(wall, now - self.booted_at, f"{self.name} boot {self.boots}")
+        return self._reading

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from datetime import timedelta
 from email.utils import format_datetime
+from functools import lru_cache
 from typing import Any
 
 import attrs
@@ -20,6 +21,13 @@ from .clocks import EPOCH
 from .oracle import Oracle
 from .plan import GRACE, MARGIN, Plan
 from .world import World
+
+
+@lru_cache(100)
+def date(second: int) -> str:
+    """The ``Date`` header of an answer that is sent then."""
+    return format_datetime(EPOCH + timedelta(seconds=second), usegmt=True)
+
 
 WireAnswer = tuple[int, dict[str, str], bytes]
 """HTTP status, headers, body."""
@@ -106,7 +114,8 @@ class Gateway:
         final_at = now + 3600 * dice.random() if dice.random() < 0.2 else now
         made = Booked(asked, now, visible_at, f"{1_000_000 + len(self.books):016d}", dice.choice("2223"), final_at)
         self.books.setdefault(asked["no_refund"], []).append(made)
-        self.world.log(f"gateway: makes {asked['no_refund']}, on the books at {visible_at:.3f}")
+        if self.world.trace is not None:
+            self.world.log(f"gateway: makes {asked['no_refund']}, on the books at {visible_at:.3f}")
         self.oracle.made(asked["no_refund"], left_at)
         return made
 
@@ -140,10 +149,6 @@ class Gateway:
         source = signature_source(told)
         told["sign"] = self.key.sign(source + b"?" if fault == "bad_signature" else source)
         return 200, {}, wire.encode(told)
-
-    def date(self) -> str:
-        """The ``Date`` header of an answer that is sent now."""
-        return format_datetime(EPOCH + timedelta(seconds=int(self.world.now)), usegmt=True)
 
     def facts(self) -> dict[str, Any]:
         """How often each number was made."""

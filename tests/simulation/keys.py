@@ -13,21 +13,31 @@ class _StubVerifyingKey(VerifyingKey):
     __slots__ = ()
 
     def verify(self, source: bytes, signature: str) -> bool:
-        return signature == _signature(source, self.fingerprint)
+        return signature == _signature(source, _fingerprint(self))
+
+
+@lru_cache
+def _fingerprint(key: VerifyingKey | SigningKey) -> bytes:
+    return key.fingerprint[-32:].encode()
 
 
 class _StubSigningKey(SigningKey):
     __slots__ = ()
 
     def sign(self, source: bytes) -> str:
-        return _signature(source, self.fingerprint)
+        return _signature(source, _fingerprint(self))
 
     def public_key(self) -> VerifyingKey:
-        return _StubVerifyingKey(self._rsa.public_key())
+        return _verifying_key(self)
 
 
-def _signature(source: bytes, fingerprint: str) -> str:
-    return b64encode(blake2b(source, digest_size=24, key=fingerprint[-32:].encode()).digest()).decode()
+@lru_cache
+def _verifying_key(key: _StubSigningKey) -> VerifyingKey:
+    return _StubVerifyingKey(key._rsa.public_key())
+
+
+def _signature(source: bytes, fingerprint: bytes) -> str:
+    return b64encode(blake2b(source, digest_size=24, key=fingerprint).digest()).decode()
 
 
 @lru_cache

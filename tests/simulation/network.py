@@ -8,7 +8,7 @@ from collections.abc import Callable
 import attrs
 import httpx
 
-from .gateway import Gateway, WireAnswer
+from .gateway import Gateway, WireAnswer, date
 from .oracle import Oracle
 from .plan import GATEWAY, GRACE, MARGIN, NETWORK, TWICE_DELIVERED, Plan
 from .world import World
@@ -75,11 +75,11 @@ class Network:
             return
         status, headers, content = answer
         if self.plan.dated:
-            headers = {**headers, "date": gateway.date()}
+            headers = {**headers, "date": date(int(world.now))}
         answer = status, headers, content
-        others = [other for other in self.last_answers if _number(other[2]) != _number(body)]
-        if fault == "other_answer" and others:
-            answer = dice.choice(others)
+        if fault == "other_answer":
+            others = [other for other in self.last_answers if _number(other[2]) != _number(body)]
+            answer = dice.choice(others or [answer])
         elif fault == "garbage":
             answer = (
                 status,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import attrs
@@ -162,6 +163,11 @@ class Oracle:
                 self.violate(f"{number} was told as {how}, and its ending is not on record")
 
 
+@lru_cache(1000)
+def _fields(request: RefundRequest) -> Mapping[str, str]:
+    return request.to_dict()
+
+
 def _is(booked: Mapping[str, str], request: RefundRequest) -> bool:
-    asked = request.to_dict()
+    asked = _fields(request)
     return all(booked[name] == asked[name] for name in ("no_refund", "dt_refund", "money_refund"))

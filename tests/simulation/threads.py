@@ -89,6 +89,19 @@ def _thread(function: Callable[..., Any], arguments: tuple[Any, ...]) -> asyncio
     return future
 
 
+async def _wait_if_cancelled(_: object) -> None:
+    """What anyio's ``checkpoint_if_cancelled`` does, but waiting for the delivery instead of looking at each turn."""
+    task = asyncio.current_task()
+    state = anyio_asyncio._task_states.get(task) if task is not None else None
+    scope = state.cancel_scope if state is not None else None
+    while scope is not None and not scope.cancel_called:
+        if scope.shield:
+            return
+        scope = scope._parent_scope
+    if scope is not None:
+        await asyncio.get_running_loop().create_future()
+
+
 def _drop_generator(generator: Any) -> None:
     """An async generator that nobody iterates any more: its loop closes it, unless it is dead."""
     loop = asyncio._get_running_loop()
@@ -114,6 +127,7 @@ def simulated(world: World) -> Iterator[None]:
         with (
             mock.patch.object(anyio.to_thread, "run_sync", _run_sync),
             mock.patch.object(anyio_asyncio, "set", _OrderedSet, create=True),
+            mock.patch.object(anyio_asyncio.AsyncIOBackend, "checkpoint_if_cancelled", classmethod(_wait_if_cancelled)),
             mock.patch.object(rsa_worker, "perf_counter", lambda: next(readings) * stop_watch),  # noqa: PT008 - a new one each time
         ):
             yield
