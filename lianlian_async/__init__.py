@@ -30,7 +30,9 @@ Where to start: follow one refund from ``session.RefundSession.apply_refund`` th
 ``protocol.Protocol.read``.
 """
 
-from .batch import refund_many
+import importlib
+import typing
+
 from .errors import (
     AnswerMismatch,
     BatchStopped,
@@ -49,13 +51,16 @@ from .errors import (
     RefundRejected,
     SignatureInvalid,
 )
-from .merchant import Endpoints, Merchant
-from .models import Refund, RefundQuery, RefundRequest, RefundStatus
-from .notifications import NotificationEndpoint
-from .outcome import Outcome
-from .retry import RetryBudget, RetryPolicy
-from .session import RefundSession
-from .signing import SigningKey, VerifyingKey
+
+if typing.TYPE_CHECKING:
+    from .batch import refund_many
+    from .merchant import Endpoints, Merchant
+    from .models import Refund, RefundQuery, RefundRequest, RefundStatus
+    from .notifications import NotificationEndpoint
+    from .outcome import Outcome
+    from .retry import RetryBudget, RetryPolicy
+    from .session import RefundSession
+    from .signing import SigningKey, VerifyingKey
 
 __version__ = "0.1.0"
 
@@ -92,3 +97,32 @@ __all__ = [
     "__version__",
     "refund_many",
 ]
+
+_LAZY = {
+    "Endpoints": "merchant",
+    "Merchant": "merchant",
+    "NotificationEndpoint": "notifications",
+    "Outcome": "outcome",
+    "Refund": "models",
+    "RefundQuery": "models",
+    "RefundRequest": "models",
+    "RefundSession": "session",
+    "RefundStatus": "models",
+    "RetryBudget": "retry",
+    "RetryPolicy": "retry",
+    "SigningKey": "signing",
+    "VerifyingKey": "signing",
+    "refund_many": "batch",
+}
+"""The modules that are imported when one of their names is first used (PEP 562)."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from typing import Any, Final, Protocol
 
 from Crypto.Hash import MD5, SHA256
-from Crypto.IO import PKCS8
 from Crypto.PublicKey import RSA
 from Crypto.Signature import pkcs1_15
 
@@ -262,6 +261,8 @@ def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
 
 def _opened_algorithm(encoded: bytes, password: bytes | None) -> str | None:
     """Return the object identifier of what an encrypted PKCS#8 key holds; None if the password does not open it."""
+    from Crypto.IO import PKCS8  # takes milliseconds, and few keys need it
+
     try:
         return PKCS8.unwrap(encoded, password)[0] if password else None
     except (ValueError, IndexError, TypeError):

@@ -35,11 +35,25 @@ def keywords(function):
 
 def test_the_face_is_explicit_sorted_and_complete():
     """``__all__`` is sorted, every name in it exists, and every public class or function of the face is in it."""
-    assert list(lianlian_async.__all__) == sorted(set(lianlian_async.__all__))
+    assert dir(lianlian_async) == sorted(set(lianlian_async.__all__))
+    assert all(getattr(lianlian_async, name) is not None for name in lianlian_async.__all__)
     offered = {
         name for name, value in vars(lianlian_async).items() if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert offered | {"__version__"} == set(lianlian_async.__all__)
+
+
+def test_unknown_name_is_an_attribute_error():
+    """A name that the package does not have is reported as Python does it."""
+    with pytest.raises(AttributeError, match="module 'lianlian_async' has no attribute 'RefundSesion'"):
+        _ = lianlian_async.RefundSesion
+
+
+def test_importing_the_package_alone_is_quick():
+    """``import lianlian_async`` imports no dependency: each public name imports what it needs at its first use."""
+    loaded, own = modules_after("import lianlian_async")
+    assert not loaded & {"httpx", "anyio", "attrs", "Crypto"}
+    assert own == {"lianlian_async.errors"}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +184,7 @@ def test_the_stock_layers_are_middleware(layer):
 
 EXTRAS = {
     *("click", "rich", "uvicorn", "cryptography", "trio", "psycopg", "psycopg_pool", "fastapi", "aiohttp"),
-    *("opentelemetry", "procrastinate", "tomllib", "hypothesis", "pytest"),
+    *("opentelemetry", "procrastinate", "tomllib", "hypothesis", "pytest", "asyncio"),
 }
 
 
@@ -185,9 +199,9 @@ def modules_after(statement):
 
 
 def test_importing_the_package_imports_no_extra():
-    """``import lianlian_async`` brings in no extra, no command and no sandbox, beyond what httpx itself imports."""
+    """All public names together import no extra, no command and no sandbox, beyond what httpx itself imports."""
     before, _ = modules_after("import anyio, attrs, httpx, Crypto")  # httpx imports click and rich where they are
-    after, own = modules_after("import lianlian_async")
+    after, own = modules_after("from lianlian_async import *")
     assert {"httpx", "anyio", "attrs", "Crypto"} <= after
     assert not (after - before) & EXTRAS
     assert not {"lianlian_async.cli", "lianlian_async.sandbox", "lianlian_async.journal.postgres"} & own

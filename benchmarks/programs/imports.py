@@ -8,7 +8,10 @@ import time
 
 began = time.perf_counter(), time.process_time()
 if '"option": "library"' in sys.argv[1]:
-    import lianlian_async  # noqa: F401
+    import lianlian_async
+
+    for name in lianlian_async.__all__:  # each is imported when it is first used
+        getattr(lianlian_async, name)
 else:
     import anyio.lowlevel
     import anyio.to_thread

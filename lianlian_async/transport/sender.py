@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, cast
@@ -13,7 +11,7 @@ import anyio
 import httpx
 
 from lianlian_async.errors import ConfigurationError
-from lianlian_async.event_loop import asyncio_loop
+from lianlian_async.event_loop import is_failure
 from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
@@ -115,7 +113,7 @@ class Transport:
             finally:
                 await response.aclose()
         except BaseException as error:  # a client or transport may raise anything, and none of it may pass
-            if not isinstance(error, Exception) and not _is_stray(error):
+            if not is_failure(error):
                 raise
             sent = answered or not isinstance(error, _NEVER_SENT) or request.may_have_been_sent(error)
             return NoResponse(describe(error, url, seconds / 2), may_have_arrived=sent, cause=error)
@@ -172,17 +170,6 @@ async def _read(response: httpx.Response, headers: Mapping[str, str]) -> bytes:
             if len(received) > MAX_MESSAGE_BYTES:
                 enough.cancel()  # not break: trio wants every generator inside to be run to its end
     return bytes(received)
-
-
-def _is_stray(error: BaseException) -> bool:
-    """Whether ``error`` is a ``CancelledError`` of asyncio's although nobody has cancelled this task."""
-    task = None if asyncio_loop() is None else asyncio.current_task()
-    return (
-        isinstance(error, asyncio.CancelledError)
-        and task is not None
-        and not task.cancelling()
-        and anyio.current_effective_deadline() > -math.inf
-    )
 
 
 def _is_short(headers: Mapping[str, str]) -> bool:
