@@ -90,8 +90,9 @@ class BackgroundTask:
 
     async def aclose(self) -> None:
         """Cancel it and wait until it has ended."""
-        self._scope.cancel()
-        await complete(self._ended.wait)
+        if not self.has_ended:
+            self._scope.cancel()
+            await complete(self._ended.wait)
 
 
 def _cancelled() -> LianLianError:
