@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from shutil import which
+
 import attrs
 import pytest
 
 from tests.exploration.explorer import explore
 from tests.exploration.faults import FAULTS
 from tests.exploration.model import Bounds
+from tests.exploration.spin import FAULTS as SPIN_FAULTS
+from tests.exploration.spin import Scenario
 
 ONE = Bounds(journal="none", grace=2, lease=1, arrival=1, visibility=0, horizon=5)
 TWO = attrs.evolve(ONE, workers=2, attempts=1, horizon=4)
@@ -51,3 +55,35 @@ def test_a_fault_that_is_put_back_is_found(name):
     with fault.patch():
         result = explore(fault.bounds, until_twice=True)
     assert result.twice or result.denied
+
+
+NEEDS_SPIN = pytest.mark.skipif(
+    which("spin") is None or which("cc") is None, reason="needs Spin (Debian: spin) and a C compiler"
+)
+
+
+@NEEDS_SPIN
+@pytest.mark.parametrize(
+    ("scenario", "is_twice"),
+    [
+        (Scenario("one process", 1, 0, grace=2), False),
+        (Scenario("one process", 1, 1, grace=2), True),
+        (Scenario("file, crashes", 0, 1, grace=2, stop=1), False),
+        (Scenario("file, crashes", 2, 0, grace=2), True),
+        (Scenario("shared", 0, 1, grace=2), False),
+        (Scenario("shared, crashes", 1, 0, grace=2, lease=2, stop=1), False),
+        (Scenario("shared, crashes", 1, 0, grace=2, lease=2, stop=2), True),
+        (Scenario("shared", 0, 0, grace=2, stop=2), False),
+        (Scenario("shared", 0, 0, grace=2, stop=3), True),
+    ],
+    ids=str,
+)
+def test_spin_finds_a_second_refund_exactly_beyond_the_bound(scenario, is_twice):
+    assert scenario.check()[0] is scenario.is_over_the_bound is is_twice
+
+
+@NEEDS_SPIN
+@pytest.mark.parametrize("scenario", SPIN_FAULTS, ids=lambda scenario: scenario.fault)
+def test_spin_finds_a_fault_below_the_bound(scenario):
+    assert not scenario.is_over_the_bound
+    assert scenario.check()[0]
