@@ -1,5 +1,5 @@
-"""Paired comparisons of ``lianlian_async`` with what one would otherwise write: ``python -m benchmarks --help``.
+"""Paired comparisons of ``lianlian_async`` with the programs that one would otherwise write: see ``--help``.
 
-Absolute figures belong to a machine and a moment; the medians of paired ratios are what to read. Each round runs
+Read the medians of paired ratios: absolute figures depend on the machine and the moment. Each round runs
 every program once, one after the other, in fresh processes, against one loopback server process.
 """

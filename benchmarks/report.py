@@ -1,4 +1,4 @@
-"""What a case found, as Markdown: on the terminal, and as its own section of RESULTS.md beside its charts."""
+"""The report of a case as Markdown: on the terminal, and as a section of RESULTS.md with its charts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Report:
 
     @property
     def command(self) -> str:
-        """What it is asked for with."""
+        """The arguments that run this case."""
         return " ".join([self.case, *self.variant])
 
     def titled(self, what: str) -> str:

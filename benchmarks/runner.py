@@ -23,7 +23,7 @@ Sample = dict[str, float]
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with what it was drawn from."""
+    """A median with its minimum and maximum."""
 
     median: float
     low: float
@@ -47,7 +47,7 @@ def _short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Program:
-    """One module of ``benchmarks.programs``, and how it is run."""
+    """One module of ``benchmarks.programs``, with its job and environment."""
 
     module: str
     job: Job = field(default_factory=Job)
@@ -82,7 +82,7 @@ class Server:
 
 
 class Bench:
-    """The options of one run, and the means to carry it out."""
+    """One run: its options, its servers and its programs."""
 
     def __init__(
         self, *, rounds: int, quick: bool, bits: int, tls: bool, pinned: bool, requests: int, cache: Path
@@ -149,7 +149,7 @@ class Bench:
     def _run(self, program: Program) -> Sample:
         python = self.pythons["four dependencies" if program.core else "all extras"]
         command = [python, "-m", f"benchmarks.programs.{program.module}", json.dumps(asdict(program.job))]
-        # Compiled code is kept, whatever the environment says: else an import would measure the compiler.
+        # Keep compiled code, or an import would measure the compiler.
         env = {
             **os.environ,
             "PYTHONDONTWRITEBYTECODE": "",

@@ -1,4 +1,4 @@
-"""The gateway of the benchmarks: a minimal keep-alive HTTP/1.1 server whose answers are genuine.
+"""The gateway of the benchmarks: a minimal keep-alive HTTP/1.1 server with valid answers.
 
 Each apply is answered with a valid signature over its own number. Answers are signed before the first request, so
 that serving one costs next to nothing. The first ten refunds' signatures are verified, as proof that a
@@ -23,7 +23,7 @@ _VERIFIED = frozenset(b"R-%d" % index for index in range(10))
 
 
 class Gateway:
-    """All answers, and what has been asked."""
+    """All answers, and counts of the requests."""
 
     def __init__(self, keys: Path, answers: int, delay: float) -> None:
         self._sign = openssl.signer(keys / "gateway.pem")

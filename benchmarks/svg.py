@@ -101,7 +101,7 @@ def lines(
         parts += [f'<circle class="s{place}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
         ends.append((points[-1][1], place, label))
     free = 0.0
-    for y, place, label in sorted(ends):  # each name beside its line's end, below the one above
+    for y, place, label in sorted(ends):  # each name at the end of its line, without overlaps
         free = max(y + 4, free)
         parts.append(_text(_WIDTH - right + 10, free, label, f"s{place} name"))
         free += 16
@@ -112,5 +112,5 @@ def _ticks(floor: float, ceiling: float, *, log_y: bool) -> list[float]:
     if log_y:
         return [10.0**power for power in range(round(floor), round(ceiling) + 1)]
     step = 10 ** math.floor(math.log10(ceiling))
-    step = next(step * part for part in (0.1, 0.2, 0.5, 1) if ceiling / (step * part) <= 6)
+    step = next(step * part for part in (0.1, 0.2, 0.5, 1, 2) if ceiling / (step * part) <= 6)
     return [step * count for count in range(int(ceiling / step) + 1)]

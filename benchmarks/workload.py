@@ -47,12 +47,12 @@ def request_fields(index: int) -> dict[str, str]:
 
 
 def answer_fields(no_refund: str) -> dict[str, str]:
-    """The fields of the gateway's answer, not yet signed: all that the apply page's sample has."""
+    """Return the unsigned fields of the gateway's answer, as in the sample of the apply page."""
     return {**_ANSWER, "no_refund": no_refund}
 
 
 def source(fields: dict[str, str]) -> bytes:
-    """What is signed, as one writes it by hand (the library has its own)."""
+    """Return the source string of a signature, written by hand (not the library's function)."""
     return "&".join(f"{key}={value}" for key, value in sorted(fields.items()) if value and key != "sign").encode()
 
 

@@ -1,8 +1,8 @@
 """The event loop's lag while 256 refunds are in flight.
 
-A timer that is due every millisecond is watched for its lateness, first on the idle loop, then in the same process
-while refunds run; every tick that a stall swallowed counts. Read the ratio busy ÷ idle: 1 means that other
-users of the loop notice nothing. Clients are not bound to one processor here, as they would not be in a service.
+The lateness of a timer that is due every millisecond, first on the idle loop, then in the same process while refunds
+run; every missed tick counts. Read the ratio busy ÷ idle: 1 means that other users of the loop notice nothing. As in a
+service, clients may use both processors.
 """
 
 from __future__ import annotations

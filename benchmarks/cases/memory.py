@@ -1,8 +1,8 @@
 """Memory: `gather` against `refund_many`.
 
-The same refunds, once as one `asyncio.gather` over `apply_refund`, once through `refund_many` with a generator of
-requests; without network and RSA, so that nothing else takes room. Read the peak over what the process had after the
-first 1,000 refunds: gather's grows with their number, which is right where all results are wanted at once.
+The same refunds, once in one `asyncio.gather` over `apply_refund`, once through `refund_many` with a generator of
+requests; without network and RSA, so that nothing else uses memory. Read the growth since the first 1,000 refunds. The
+memory of gather grows with the number of refunds, because it returns all results at once.
 """
 
 from __future__ import annotations

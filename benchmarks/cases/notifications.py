@@ -1,14 +1,13 @@
 """Notifications per second and process.
 
 `NotificationEndpoint.handle` in memory: signatures of 2048 bits verified, each final refund acted on once, no journal.
-Beside it a handler as one writes it first, which verifies with the same RSA library and answers, and does nothing else:
-duplicate keys, another merchant's refunds, duplicates, contradictions, a handler that hangs are all nothing to it. Both
-are called from 16 tasks with the same signed notifications, and nothing is received over a network. As both only
-compute, the ratio of their rates is that of their CPU times, whoever else uses the machine. What ours adds is a
-`Refund` of checked values, the scope that bounds the handler in time, and strict JSON, in this order.
+The handler by hand verifies with the same RSA library and answers, nothing else: it does not detect duplicate keys,
+another merchant's refunds, duplicates, contradictions or a handler that hangs. Both are called from 16 tasks with the
+same signed notifications, without a network. Both only compute, so the ratio of their rates is the ratio of their CPU
+times. Ours adds, in order of cost: a `Refund` of checked values, a cancel scope for the handler, and strict JSON.
 
-Then how long an acknowledgement takes while 64 refunds are in flight in the same process: notifications arrive at
-300 a second, whatever happened to those before, and each is timed from when it was due.
+The second table shows the time of an acknowledgement while 64 refunds are in flight in the same process. Notifications
+arrive at a constant 300 per second, and each is timed from the moment it was due.
 """
 
 from __future__ import annotations

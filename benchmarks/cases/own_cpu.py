@@ -1,8 +1,8 @@
 """The library's own CPU time for one refund.
 
-Validating a request, canonicalizing and encoding it, decoding, canonicalizing, matching and modelling the answer, and
-the decision table, with keys that cost nothing, outside of any event loop. The yardstick is what cannot be had for
-less in this house: one 1024-bit signature by OpenSSL and one `AsyncClient.post` on a `MockTransport`.
+Validate a request, canonicalize and encode it; decode, canonicalize, match and model the answer; and run the decision
+table, with keys that cost nothing and outside an event loop. The yardstick is the unavoidable minimum: one 1024-bit
+signature by OpenSSL and one `AsyncClient.post` on a `MockTransport`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STEPS = {
     "validate_ms": "validate",
     "seal_ms": "canonicalize, encode",
     "read_ms": "decode, match, model",
-    "settle_ms": "decide",
+    "resolve_ms": "decide",
 }
 
 

@@ -1,10 +1,10 @@
 """The transport against httpx's own pool, with 16 to 1,024 requests in flight.
 
 Bare POSTs through one `AsyncClient`, so that nothing but the transport differs: this library's pool of
-single-connection transports, and its transport over aiohttp (extra `fast`); httpx's own pool, which looks at every
+single-connection transports, and its transport over aiohttp (extra `fast`); httpx's own pool, which scans every
 connection for each request; and httpx-aiohttp's.
-Read how the CPU time of one request grows with the number in flight: it should not. What grows with it is the work of
-Python's garbage collector, which looks at all that is alive: hence ours is run with that switched off, too.
+The CPU time of one request should not grow with the number in flight. Python's garbage collector does grow with it,
+because it traverses all live objects; so ours also runs with the collector off.
 """
 
 from __future__ import annotations

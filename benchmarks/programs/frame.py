@@ -1,4 +1,4 @@
-"""What every measured program shares: its job, its place on the machine, its clocks."""
+"""The frame of every measured program: its job, its processor, its clocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Refund = Callable[[int], Awaitable[Any]]
 
 @dataclass(frozen=True)
 class Job:
-    """What a program is to do; the runner writes it."""
+    """The work of one program, written by the runner."""
 
     url: str = ""
     keys: str = ""
@@ -34,7 +34,7 @@ class Job:
     cpu: int | None = None
     """The processor to stay on."""
     option: str = ""
-    """Which of its variants a program is to be."""
+    """Which variant of the program runs."""
 
 
 def main(program: Callable[[Job], Any]) -> None:
@@ -66,13 +66,13 @@ def figures(count: int, began: tuple[float, float], ended: tuple[float, float]) 
 
 
 def peak_mib() -> float:
-    """The most memory this process ever had resident, in MiB."""
+    """The peak of this process's resident memory, in MiB."""
     # Not getrusage: on Linux its ru_maxrss begins with what the parent process had.
     return _status("VmHWM")
 
 
 def resident_mib() -> float:
-    """The memory this process has resident now, in MiB; where the system does not say, the most it ever had."""
+    """The resident memory of this process, in MiB; on systems without /proc, its peak."""
     return _status("VmRSS")
 
 
@@ -122,7 +122,7 @@ async def drive(refund: Refund, numbers: Iterable[int], in_flight: int) -> None:
 class Lag:
     """Watches how late the event loop runs a timer that is due every millisecond.
 
-    Every tick that a stall swallowed counts with its own lateness: no stall hides behind the one before.
+    Every tick that a stall delayed counts with its own lateness (no coordinated omission).
     """
 
     INTERVAL = 0.001

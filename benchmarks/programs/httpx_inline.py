@@ -1,4 +1,4 @@
-"""What one writes first: httpx's ``AsyncClient``, and RSA inline in the coroutine.
+"""The obvious program: httpx's ``AsyncClient``, and RSA inline in the coroutine.
 
 Without an option it signs with pycryptodome and has httpx's default limits (100 connections, 20 of them kept alive),
 behind a semaphore. Option ``tuned`` has as many connections as refunds in flight, and keeps all of them alive;

@@ -1,6 +1,6 @@
-"""One import, timed: option ``library``, or ``dependencies``, what the library uses of its four.
+"""The time of one import: option ``library``, or option ``dependencies`` (the parts of them that the library uses).
 
-It comes first, before this program's own imports: nothing may be loaded already that either of them needs.
+The timed import comes before this program's own imports, so that nothing it needs is already loaded.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """``SqliteJournal`` on this machine's disk, with entries of real size.
 
-Option ``verbs``: begin and finish, and nothing else. Option ``fill``: the same, but the last thousand stay unresolved
-in a file that stays. Option ``reopen``: the time from opening that file to the first question of ``resume``.
+Option ``verbs``: begin and finish, nothing else. Option ``fill``: the same, but the last thousand stay unresolved, in a
+file that is kept. Option ``reopen``: the time from opening that file to the first query of ``resume``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Notifications in memory: each verified and acted on, or only verified.
 
-The bodies lie signed in a file beside the keys. Option ``endpoint``: `NotificationEndpoint.handle` without a journal.
-Option ``by_hand``: what one writes first, which verifies and answers, and calls no handler. Option ``busy``: the
+A file beside the keys holds the signed bodies. Option ``endpoint``: `NotificationEndpoint.handle` without a journal.
+Option ``by_hand``: verify and answer, without a handler. Option ``busy``: the
 endpoint again, with notifications that arrive at a steady rate while refunds are in flight in the same process; every
 acknowledgement is timed from when its notification was due.
 """

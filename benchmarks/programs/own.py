@@ -1,7 +1,7 @@
-"""What this library's own code costs for one refund, without RSA, network and event loop; and a yardstick.
+"""The cost of this library's own code for one refund, without RSA, network and event loop; and a yardstick.
 
 Option ``own``: validate (the request from Python values), seal (fields, source string, JSON), read (strict JSON,
-source string, match, model), and settle (the decision table). Option ``yardstick``: one 1024-bit signature by OpenSSL
+source string, match, model), and resolve (the decision table). Option ``yardstick``: one 1024-bit signature by OpenSSL
 and one ``AsyncClient.post`` on a ``MockTransport``.
 """
 
@@ -29,7 +29,7 @@ def _own(job: frame.Job) -> dict[str, float]:
     from lianlian_async.clock import system_clock
     from lianlian_async.exchange import Call, Exchange, HttpResponse, Reply
     from lianlian_async.protocol import Protocol
-    from lianlian_async.resolution import Case, settle
+    from lianlian_async.resolution import Case, resolve
     from lianlian_async.retry import Deadline, TokenBucket
 
     from . import stamps
@@ -42,14 +42,14 @@ def _own(job: frame.Job) -> dict[str, float]:
     paid = datetime(2024, 1, 1, 19, 4, 5, tzinfo=UTC)
     until = Deadline(30.0)
 
-    async def question() -> Exchange:
-        raise RuntimeError("nothing is asked here")
+    async def make_query() -> Exchange:
+        raise RuntimeError("no query is expected")
 
     async def before_resend() -> None:
-        raise RuntimeError("nothing is sent again here")
+        raise RuntimeError("no resend is expected")
 
     async def canary() -> LianLianError | bool:
-        raise RuntimeError("nothing has to be proved here")
+        raise RuntimeError("no canary is expected")
 
     async def decide(request: Any, apply: Exchange, reply: Reply) -> None:
         async def send(_: Exchange) -> Reply:
@@ -58,18 +58,18 @@ def _own(job: frame.Job) -> dict[str, float]:
         case = Case(
             request=request,
             apply=apply,
-            make_query=question,
+            make_query=make_query,
             clock=system_clock,
             before_resend=before_resend,
             canary=canary,
         )
-        await settle(case, send, retries_left)
+        await resolve(case, send, retries_left)
 
-    # In small batches, so that the clock costs little and the garbage collector meets what it would in a service.
-    spent = dict.fromkeys(("validate_ms", "seal_ms", "read_ms", "settle_ms"), 0.0)
+    # Small batches, so that the clock costs little and the garbage collector works as it would in a service.
+    spent = dict.fromkeys(("validate_ms", "seal_ms", "read_ms", "resolve_ms"), 0.0)
     for start in range(0, job.refunds, _BATCH):
         numbers = range(start, start + _BATCH)
-        # No two refunds of one second: they would share what is remembered of it.
+        # Another second for each refund, because formatted moments are cached.
         moments = [paid + timedelta(seconds=number) for number in numbers]
         answers = [
             HttpResponse(200, headers, stamps.answer(f"R-{number}", dt_refund=wire.format_timestamp(moment)))
@@ -105,7 +105,7 @@ def _own(job: frame.Job) -> dict[str, float]:
 
 
 def _step(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine that waits for nothing."""
+    """Run a coroutine that never suspends."""
     try:
         coroutine.send(None)
     except StopIteration:

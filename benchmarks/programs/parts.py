@@ -1,4 +1,4 @@
-"""The floor: what a refund's parts cost by themselves, one after the other, with nothing between them.
+"""The floor: the cost of a refund's parts alone, one after the other, with nothing between them.
 
 A signature and a verification by OpenSSL, the codecs (both source strings, JSON out and in), and a POST by raw
 aiohttp with as many in flight as the programs have.

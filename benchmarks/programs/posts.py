@@ -1,4 +1,4 @@
-"""Bare POSTs through one ``AsyncClient``: what a transport costs, without refunds.
+"""Bare POSTs through one ``AsyncClient``: the cost of a transport, without refunds.
 
 Options: ``pool``, this library's transport; ``fast``, the one with the extra ``fast``; ``stock``, httpx's own pool;
 ``aiohttp``, httpx-aiohttp's. With `` uncollected`` behind it, Python's garbage collector is off.
@@ -16,7 +16,7 @@ from . import frame
 
 
 def client(option: str, connections: int) -> httpx.AsyncClient:
-    """A client of that many connections and, lest httpx's own pool gives up, without time-outs."""
+    """Return a client with so many connections and no timeouts (httpx's own pool would exceed them)."""
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     return httpx.AsyncClient(transport=_transport(option, connections), limits=limits, timeout=None)
 

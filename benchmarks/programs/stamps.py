@@ -1,4 +1,4 @@
-"""A gateway without a network and keys without RSA: for what is about neither.
+"""A gateway without a network and keys without RSA, for cases that measure neither.
 
 The keys have the shape of real ones; signing returns a constant, and verifying says yes.
 """
@@ -12,7 +12,7 @@ import httpx
 from benchmarks import workload
 from lianlian_async import Endpoints, Merchant, SigningKey, VerifyingKey
 
-_SIGNATURE = "A" * 172  # as long as one of 1024 bits
+_SIGNATURE = "A" * 172  # as long as a 1024-bit signature
 
 
 class StampingKey(SigningKey):
