@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from uuid import uuid4
 
 import anyio
+import anyio.lowlevel
+import attrs
 import psycopg
 import pytest
 
@@ -15,7 +19,9 @@ from lianlian_async import ConfigurationError
 from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Standing, State
+from lianlian_async.journal import postgres_rows as sql
 from lianlian_async.journal.postgres import PostgresJournal
+from tests.support import journals
 from tests.support.journals import MADE, REJECTED, intent, now
 
 pytestmark = pytest.mark.anyio
@@ -48,17 +54,39 @@ def administer(postgres_dsn, schema):
     return execute
 
 
+@attrs.frozen
+class Workers:
+    """Journals of as many workers as wanted, on a real server or on the simulation's model of it."""
+
+    make: Callable[..., PostgresJournal]
+    fail_over: Callable[[], Awaitable[None]]
+    """Has another incarnation of the database take over."""
+
+
+@pytest.fixture(params=["postgres", "model"])
+def workers(request, schema):
+    if request.param == "postgres":
+        administer = request.getfixturevalue("administer")
+        return Workers(request.getfixturevalue("make"), partial(administer, FAIL_OVER))
+    database = journals.model(request)
+
+    async def fail_over():
+        database.restart()
+
+    return Workers(partial(PostgresJournal, "postgresql://model", schema=schema), fail_over)
+
+
 # ── many workers ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_two_workers_never_hold_the_same_refund(make):
+async def test_two_workers_never_hold_the_same_refund(workers):
     """Of two workers that intend the same refunds in opposite order, for each refund one gets NEW, the other LEASED."""
     found = {}
 
     async def one(journal, number):
         found.setdefault(number, []).append((await journal.begin(intent(f"R-{number}"), now()))[0])
 
-    async with make() as first, make() as second, anyio.create_task_group() as group:
+    async with workers.make() as first, workers.make() as second, anyio.create_task_group() as group:
         for number in range(1000):
             group.start_soon(one, first, number)
             group.start_soon(one, second, 999 - number)
@@ -67,12 +95,12 @@ async def test_two_workers_never_hold_the_same_refund(make):
     }
 
 
-async def test_a_dead_worker_loses_its_lease(make):
+async def test_a_dead_worker_loses_its_lease(workers):
     """What a worker held when it ended is LEASED until its time is over, then UNRESOLVED for another worker."""
-    async with make() as dead:
+    async with workers.make() as dead:
         await dead.begin(intent("R-1", lease=0.2), now())
         await dead.begin(intent("R-2"), now())
-    async with make() as heir:
+    async with workers.make() as heir:
         standings = []
         while Standing.UNRESOLVED not in standings:
             standing, entry = await heir.begin(intent("R-1"), now())
@@ -82,9 +110,9 @@ async def test_a_dead_worker_loses_its_lease(make):
         assert (await heir.begin(intent("R-2"), now()))[0] is Standing.LEASED
 
 
-async def test_a_worker_that_lost_its_lease_reports_in_vain_but_for_an_ending(make):
+async def test_a_worker_that_lost_its_lease_reports_in_vain_but_for_an_ending(workers):
     """Its release does nothing to the heir's hold; its ending, being first, counts."""
-    async with make() as late, make() as heir:
+    async with workers.make() as late, workers.make() as heir:
         _, lost = await late.begin(intent(lease=0), now())
         _, held = await heir.begin(intent(), now())
         await late.release(lost, None)
@@ -230,6 +258,30 @@ async def test_an_intend_that_is_cancelled_while_it_waits_is_taken_back(make, el
         assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
+async def test_an_intend_that_is_cancelled_while_it_is_inserted_is_taken_back(
+    make, elsewhere, postgres_dsn, monkeypatch
+):
+    """Also if it is cancelled, and its journal looks elsewhere, while its row waits for the other transaction."""
+    waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INSERT%'"
+    async with (
+        make() as journal,
+        await psycopg.AsyncConnection.connect(postgres_dsn, autocommit=True) as observer,
+        elsewhere(INSERTED, "R-1"),
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(journal.begin, intent(), now())
+        while not journal._apart:
+            await anyio.lowlevel.checkpoint()
+        monkeypatch.setattr(sql, "WAIT_BRIEFLY", sql.WAIT_BRIEFLY.replace("100ms", "60s"))
+        while not (await observer.execute(waits)).rowcount:
+            await anyio.lowlevel.checkpoint()
+        group.cancel_scope.cancel()
+        with anyio.CancelScope(shield=True):
+            assert await journal.find("R-1") is None
+    async with make() as journal:
+        assert (await journal.begin(intent(), now()))[0] is Standing.NEW
+
+
 async def test_closing_waits_for_what_waits(make, elsewhere):
     """An ending that is reported while another transaction holds the row is on record when the journal is closed."""
     async with make() as journal:
@@ -283,13 +335,13 @@ async def test_after_a_failover_what_is_new_is_asked_about_first(make, administe
         assert (await journal.begin(intent("R-5"), now()))[0] is Standing.NEW
 
 
-async def test_after_a_failover_the_grace_and_the_leases_start_again(make, administer):
+async def test_after_a_failover_the_grace_and_the_leases_start_again(workers):
     """What may have been sent an hour ago counts as sent until then, and a lease lasts for all of its time again."""
-    async with make() as journal:
+    async with workers.make() as journal:
         _, entry = await journal.begin(intent("R-1"), now())
         await journal.release(entry, now(-3600))
         await journal.begin(intent("R-2", lease=0.5), now())
-        await administer(FAIL_OVER)
+        await workers.fail_over()
         begun = now()
         standing, entry = await journal.begin(intent("R-1"), now())
         assert standing is Standing.UNRESOLVED
@@ -327,10 +379,10 @@ class Machine:
 
 
 @pytest.mark.parametrize("step", [-7200, 600, 901, 86_400])
-async def test_a_workers_wall_clock_is_never_believed(make, step):
+async def test_a_workers_wall_clock_is_never_believed(workers, step):
     """A lease lasts, and a moment keeps its age, though the wall clock of one or the other worker is set meanwhile."""
     one, other = Machine("one", 1e6), Machine("other", -1e4)
-    async with make(clock=one) as first, make(clock=other) as second:
+    async with workers.make(clock=one) as first, workers.make(clock=other) as second:
         await first.begin(intent("R-1", lease=60), one())
         _, entry = await first.begin(intent("R-2"), one())
         one.wall = step
@@ -342,10 +394,10 @@ async def test_a_workers_wall_clock_is_never_believed(make, step):
         assert 9.9 < other().boot - entry.sent_at.boot < 15
 
 
-async def test_a_jump_of_the_databases_clock_that_a_worker_proves_starts_the_count_again(make):
+async def test_a_jump_of_the_databases_clock_that_a_worker_proves_starts_the_count_again(workers):
     """The worker's boot clock says that far less time has passed than the database's: that is an era's end, for all."""
     steady, young = Machine("steady"), Machine("young")
-    async with make(clock=steady) as witness, make(clock=young) as other:
+    async with workers.make(clock=steady) as witness, workers.make(clock=young) as other:
         _, entry = await witness.begin(intent("R-1"), steady())
         await witness.release(entry, steady())
         steady.boot -= 86_400  # a day by the database's clock
@@ -355,9 +407,9 @@ async def test_a_jump_of_the_databases_clock_that_a_worker_proves_starts_the_cou
         assert (await witness.begin(intent("R-3"), steady()))[0] is Standing.ASK_FIRST
 
 
-async def test_a_journal_needs_the_clock_of_its_session(make):
+async def test_a_journal_needs_the_clock_of_its_session(workers):
     """A moment of another boot clock raises ``ConfigurationError``: leases would be of any length."""
-    async with make() as journal:
+    async with workers.make() as journal:
         with pytest.raises(ConfigurationError, match="give it the clock of its session"):
             await journal.begin(intent(), Machine("elsewhere")())
 

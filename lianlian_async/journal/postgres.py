@@ -32,7 +32,7 @@ from lianlian_async.settings import check_type, is_number, positive_seconds
 from . import postgres_rows as sql
 from .base import Entry, Intent, JournalError, Owner, Standing, State
 from .group_commit import GroupCommitJournal
-from .operations import Begin, Look, Operation, Result, perform
+from .operations import Begin, Look, Operation, Result, TakeBack, perform
 from .postgres_moments import Reading
 from .postgres_rows import entry_of, owner_of, rows_of
 
@@ -269,6 +269,10 @@ class PostgresJournal(GroupCommitJournal):
             await anyio.sleep(pause)
             if anyio.current_time() < until:
                 apart.answers = await self._carry_out(apart.operations, until, pause)
+                # Its TakeBack came while the transaction was open, and did not see the row.
+                gone = [one for one in apart.operations if isinstance(one, Begin) and one.is_taken_back]
+                if gone:
+                    await self._carry_out([TakeBack(one) for one in gone], until, pause)
         except JournalError as error:
             apart.answers = _failed(apart.operations, str(error))
         finally:

@@ -75,12 +75,12 @@ def postgres(dsn):
 
 
 def model(request):
-    """The simulation's model of PostgreSQL, on the test's own event loop."""
+    """The simulation's model of PostgreSQL on the test's own event loop: all journals connect to it."""
     database = Database(time.monotonic, lambda *when: asyncio.get_running_loop().call_later(*when), random.Random(0))
     patch = modelled(database)
     patch.__enter__()
     request.addfinalizer(lambda: patch.__exit__(None, None, None))
-    return postgres("postgresql://model")
+    return database
 
 
 def kind(name, request):
@@ -91,6 +91,7 @@ def kind(name, request):
         case "sqlite":
             return sqlite(request.getfixturevalue("tmp_path"))
         case "model":
-            return model(request)
+            model(request)
+            return postgres("postgresql://model")
         case _:
             return postgres(request.getfixturevalue("postgres_dsn"))
