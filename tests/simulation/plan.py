@@ -136,8 +136,12 @@ def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
     kinds = [kind for kind in ENDS if dice.random() < 0.6] or ["kill"]
     if journal == "postgres":
         kinds += [kind for kind in DATABASE if dice.random() < 0.6]
+        faults = (*faults, *dice.choice([(), ("killed", "request_late"), ("killed", "stopped")]))
     events = [_event(dice, kinds, nodes, spread) for _ in range(number)]
     deadline = dice.choice([3.0, 3.0, 10.0, 30.0, 300.0])
+    if journal == "postgres":
+        deadline = min(deadline, 60.0)  # whoever waits for another's lease asks the database each second
+        events += [_event(dice, ["failover"], nodes, spread) for _ in range(dice.choice([0, 0, 1, 2]))]
     return Plan(
         seed=str(seed),
         refunds=refunds,

@@ -102,6 +102,12 @@ async def _wait_if_cancelled(_: object) -> None:
         await asyncio.get_running_loop().create_future()
 
 
+def _begin_generator(generator: Any) -> None:
+    loop = asyncio._get_running_loop()
+    if isinstance(loop, NodeLoop):
+        loop.generators.add(generator)
+
+
 def _drop_generator(generator: Any) -> None:
     """An async generator that nobody iterates any more: its loop closes it, unless it is dead."""
     loop = asyncio._get_running_loop()
@@ -119,7 +125,7 @@ def simulated(world: World) -> Iterator[None]:
     readings = count()
     state, hooks, was_enabled = random.getstate(), sys.get_asyncgen_hooks(), gc.isenabled()
     random.seed(world.random.random())
-    sys.set_asyncgen_hooks(firstiter=None, finalizer=_drop_generator)
+    sys.set_asyncgen_hooks(firstiter=_begin_generator, finalizer=_drop_generator)
     logging.disable(logging.CRITICAL)
     gc.disable()
     sniffio.thread_local.name = "asyncio"  # who asks finds it at once

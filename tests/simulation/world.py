@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from itertools import count
 from types import MethodType
 from typing import Any, Final
+from weakref import WeakSet
 
 from anyio._backends import _asyncio as anyio_asyncio
 
@@ -164,6 +165,8 @@ class NodeLoop(asyncio.AbstractEventLoop):
         self.is_dead = False
         self.tasks: dict[asyncio.Task[Any], None] = {}
         """All that are not done, in the order in which they began."""
+        self.generators = WeakSet[Any]()
+        """The async generators that have begun."""
         self.threads = 0
         """How many thread jobs are out."""
         self.slow_disk = 0.0
@@ -261,6 +264,8 @@ class NodeLoop(asyncio.AbstractEventLoop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             _drop(task.get_coro())
         self.tasks.clear()
+        # To close what awaits an async generator does not end that, before Python 3.13.
+        UNDEAD.extend(generator for generator in self.generators if generator.ag_await is not None)
 
 
 UNDEAD: Final[list[Any]] = []
