@@ -6,7 +6,7 @@ It keeps one promise: what left a node is on its books within ``GRACE - MARGIN``
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from email.utils import format_datetime
 from functools import lru_cache
@@ -60,6 +60,8 @@ class Gateway:
     books: dict[str, list[Booked]] = attrs.field(factory=dict)
     refused: set[str] = attrs.field(factory=set)
     """The numbers that it refuses for good."""
+    announce: Callable[[Booked], None] = lambda booked: None
+    """Told of each refund that is made."""
     is_down: bool = False
     is_calm: bool = False
     """Whether all faults are over."""
@@ -72,7 +74,7 @@ class Gateway:
         if call == "query":
             return self._query(asked, fault)
         if fault == "code_before":
-            return self._signed({"ret_code": self.world.random.choice(UNCERTAIN), "ret_msg": "later"}, fault)
+            return self.signed({"ret_code": self.world.random.choice(UNCERTAIN), "ret_msg": "later"}, fault)
         return self._apply(asked, left_at, fault)
 
     def _status(self) -> WireAnswer:
@@ -90,7 +92,7 @@ class Gateway:
         if fault == "may_pass" and not booked:
             return self._refusal(asked, "5006")
         if booked and self.plan.deduplicates == "replay":
-            return self._signed(self._record(booked[0]), fault)
+            return self.signed(self.record(booked[0]), fault)
         if booked and self.plan.deduplicates == "code":
             code = self.world.random.choice(["1002", "9983", "5007"]) if fault != "in_progress" else "2005"
             return self._refusal(asked, code)
@@ -99,12 +101,12 @@ class Gateway:
         if fault == "status_after":
             return self._status()
         if fault == "code_after":
-            return self._signed({"ret_code": self.world.random.choice(UNCERTAIN), "ret_msg": "later"}, None)
+            return self.signed({"ret_code": self.world.random.choice(UNCERTAIN), "ret_msg": "later"}, None)
         if fault == "in_progress":
-            return self._signed({"ret_code": "2005", "ret_msg": "processing"}, None)
+            return self.signed({"ret_code": "2005", "ret_msg": "processing"}, None)
         if fault == "late_books":  # it has no answer yet
-            return self._signed({"ret_code": "1007", "ret_msg": "busy"}, None)
-        return self._signed(self._record(made), fault)
+            return self.signed({"ret_code": "1007", "ret_msg": "busy"}, None)
+        return self.signed(self.record(made), fault)
 
     def make(self, asked: Mapping[str, str], left_at: float, *, late: bool = False) -> Booked:
         """Make a refund: money moves."""
@@ -117,13 +119,15 @@ class Gateway:
         if self.world.trace is not None:
             self.world.log(f"gateway: makes {asked['no_refund']}, on the books at {visible_at:.3f}")
         self.oracle.made(asked["no_refund"], left_at)
+        self.announce(made)
         return made
 
     def _refusal(self, asked: Mapping[str, str], code: str) -> WireAnswer:
         echo = {name: asked[name] for name in ("no_refund", "money_refund", "oid_partner")}
-        return self._signed({"ret_code": code, "ret_msg": "refused", **echo}, None)
+        return self.signed({"ret_code": code, "ret_msg": "refused", **echo}, None)
 
-    def _record(self, booked: Booked) -> dict[str, str]:
+    def record(self, booked: Booked) -> dict[str, str]:
+        """What the gateway tells of a refund now."""
         age = self.world.now - booked.made_at
         status = booked.final if self.world.now >= booked.final_at else ("0" if age < 60 else "1")
         names = ("oid_partner", "no_refund", "dt_refund", "money_refund")
@@ -134,15 +138,16 @@ class Gateway:
 
     def _query(self, asked: dict[str, str], fault: str | None) -> WireAnswer:
         if fault in ("code_before", "code_after"):
-            return self._signed({"ret_code": self.world.random.choice(["9921", "9999", "9902"]), "ret_msg": "no"}, None)
+            return self.signed({"ret_code": self.world.random.choice(["9921", "9999", "9902"]), "ret_msg": "no"}, None)
         if fault == "status_after":
             return self._status()
         known = [each for each in self.books.get(asked["no_refund"], ()) if each.visible_at <= self.world.now]
         if not known or (self.plan.blind and not self.is_calm):
             return 200, {}, wire.encode({"ret_code": "8901", "ret_msg": "none"})
-        return self._signed(self._record(known[0]), fault)
+        return self.signed(self.record(known[0]), fault)
 
-    def _signed(self, fields: Mapping[str, str], fault: str | None) -> WireAnswer:
+    def signed(self, fields: Mapping[str, str], fault: str | None) -> WireAnswer:
+        """An answer, or a notification, with these fields."""
         told = {**fields, "oid_partner": fields.get("oid_partner", "201103171000000000"), "sign_type": "RSA"}
         if fault == "no_signature":
             return 200, {}, wire.encode(fields)

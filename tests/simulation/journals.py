@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Protocol
 
 import attrs
@@ -34,6 +35,9 @@ class Store(Protocol):
     def entries(self) -> Mapping[str, Entry]:
         """All that is on record."""
 
+    def kept(self, no_refund: str) -> State | None:
+        """What is on record in the inbox."""
+
     def trouble(self, seconds: float) -> None:
         """Have it fail, or be slow, for so long."""
 
@@ -50,16 +54,23 @@ class NoStore:
     def entries(self) -> Mapping[str, Entry]:
         return {}
 
+    def kept(self, no_refund: str) -> None:
+        return None
+
     def trouble(self, seconds: float) -> None: ...
 
 
 class _NodesMemoryJournal(MemoryJournal):
     """One node's hand on the memory that all nodes share; a dead node's hand is off."""
 
-    def __init__(self, store: MemoryStore, loop: NodeLoop) -> None:
+    def __init__(self, store: MemoryStore, loop: NodeLoop, *, is_inbox: bool = False) -> None:
         super().__init__()
-        self._entries = store.memory
-        self._store, self._loop = store, loop
+        self._entries = store.inbox if is_inbox else store.memory
+        self._store, self._loop, self._is_inbox = store, loop, is_inbox
+
+    @cached_property
+    def _inbox(self) -> MemoryJournal:
+        return _NodesMemoryJournal(self._store, self._loop, is_inbox=True)
 
     def _do(self, operation: Operation[Any]) -> Any:
         if self._loop.is_dead:
@@ -67,7 +78,7 @@ class _NodesMemoryJournal(MemoryJournal):
         before = self._entries.get(operation.no_refund)
         answer = super()._do(operation)
         after = self._entries.get(operation.no_refund)
-        if after is not None and after is not before:
+        if after is not None and after is not before and not self._is_inbox:
             self._store.oracle.recorded(before, after)
         return answer
 
@@ -78,6 +89,7 @@ class MemoryStore:
 
     oracle: Oracle
     memory: dict[str, Entry] = attrs.field(factory=dict)
+    inbox: dict[str, Entry] = attrs.field(factory=dict)
 
     def journal(self, loop: NodeLoop, clock: Clock) -> MemoryJournal:
         return _NodesMemoryJournal(self, loop)
@@ -87,6 +99,9 @@ class MemoryStore:
 
     def entries(self) -> Mapping[str, Entry]:
         return self.memory
+
+    def kept(self, no_refund: str) -> State | None:
+        return _state(self.inbox.get(no_refund))
 
     def trouble(self, seconds: float) -> None: ...
 
@@ -102,6 +117,9 @@ class DiskStore:
     locked_by: NodeLoop | None = None
     trouble_until: float = -1.0
     trouble_kind: str = ""
+    is_acting: bool = False
+    inbox: DiskStore | None = None
+    """The inbox's file; None: this is one."""
 
     def journal(self, loop: NodeLoop, clock: Clock) -> SqliteJournal:
         return SqliteJournal("/simulated/journal")
@@ -112,9 +130,14 @@ class DiskStore:
     def entries(self) -> Mapping[str, Entry]:
         return self.committed
 
+    def kept(self, no_refund: str) -> State | None:
+        return None if self.inbox is None else _state(self.inbox.entry(no_refund))
+
     def trouble(self, seconds: float) -> None:
         self.trouble_until = self.world.now + seconds
         self.trouble_kind = self.world.random.choice(["fails", "full", "slow", "fails_after"])
+        if self.inbox is not None:
+            self.inbox.trouble_until, self.inbox.trouble_kind = self.trouble_until, self.trouble_kind
 
     def file_class(self) -> type[SimulatedFile]:
         """Return what takes the place of ``JournalFile``."""
@@ -127,11 +150,14 @@ class DiskStore:
 
 
 class SimulatedFile:
-    """What ``JournalFile`` is, over a :class:`DiskStore`. The inbox has a file of its own, which is empty."""
+    """What ``JournalFile`` is, over a :class:`DiskStore`. The inbox has a file of its own."""
 
     _disk: DiskStore
 
     def __init__(self, path: str, *, only_to_look: bool = False) -> None:
+        if path.endswith("-inbox"):
+            assert self._disk.inbox is not None
+            self._disk = self._disk.inbox
         disk = self._disk
         loop = disk.world.thread_of
         assert loop is not None
@@ -150,6 +176,10 @@ class SimulatedFile:
         self._disk.check("fails")
         self._disk.owner = owner.confirm(self._disk.owner, "simulated")
 
+    def begin_acting(self) -> None:
+        self._disk.check("fails")
+        self._disk.is_acting = True
+
     def close(self) -> None:
         if self._disk.locked_by is self._loop:
             self._disk.locked_by = None
@@ -166,11 +196,12 @@ class SimulatedFile:
         numbers = dict.fromkeys(operation.no_refund for operation in operations)
         before = {number: entry for number in numbers if (entry := self._stored(number)) is not None}
         after = dict(before)
-        answers = perform(operations, after)
+        answers = perform(operations, after, is_acting=disk.is_acting)
         for number, entry in after.items():
             if entry is before.get(number):
                 continue
-            self._disk.oracle.recorded(disk.committed.get(number), entry)
+            if disk.inbox is not None:
+                disk.oracle.recorded(disk.committed.get(number), entry)
             disk.committed[number] = _as_stored(entry)
             if entry.holder is None:
                 self._held.pop(number, None)
@@ -195,7 +226,7 @@ class SimulatedFile:
             for place, entry in numbered
             if entry is not None
             and after < place <= until
-            and (not pending or entry.state in (State.UNRESOLVED, State.ACCEPTED))
+            and (not pending or entry.state in (State.UNRESOLVED, State.ACCEPTED, State.FINAL))
         ]
         return wanted[:limit]
 
@@ -206,6 +237,10 @@ class SimulatedFile:
     def counts(self) -> dict[State, int]:
         states = [entry.state for entry in self._disk.committed.values()]
         return {state: states.count(state) for state in State}
+
+
+def _state(entry: Entry | None) -> State | None:
+    return None if entry is None else entry.state
 
 
 def _as_stored(entry: Entry) -> Entry:
@@ -255,6 +290,10 @@ class PostgresStore:
     def entries(self) -> Mapping[str, Entry]:
         refunds = self.database.refunds("lianlian")
         return {str(row["no_refund"]): _entry(row) for row in refunds}
+
+    def kept(self, no_refund: str) -> State | None:
+        rows = self.database.refunds("lianlian_inbox")
+        return next((_entry(row).state for row in rows if row["no_refund"] == no_refund), None)
 
     def trouble(self, seconds: float) -> None:
         self.database.trouble_until = self.world.now + seconds

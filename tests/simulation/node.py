@@ -23,6 +23,7 @@ from lianlian_async.models import Refund, RefundRequest
 
 from .clocks import Machine
 from .network import FromBelowError, NodeTransport
+from .notifications import Service
 from .plan import GRACE
 from .world import NodeLoop
 
@@ -49,6 +50,8 @@ class Node:
     """Whether its last life ended with nothing left to do."""
     stopped: float = 0.0
     """Seconds for which its process was stopped."""
+    service: Service | None = None
+    """What takes its notifications."""
     calls: dict[int, tuple[str, float]] = attrs.field(factory=dict)
     """The calls that are under way: refund, and when the call began (its loop's clock)."""
     _was_open: bool = False
@@ -66,6 +69,7 @@ class Node:
         self.is_running = True
         self.calls.clear()
         self._was_open = False
+        self.service = None
         self.loop = NodeLoop(self.run.world, f"node {self.index}.{self.lives}")
         self.loop.on_interrupt = self.interrupt
         asyncio._set_running_loop(self.loop)  # so that the first task finds it, as in asyncio.run
@@ -147,7 +151,7 @@ class Node:
         for number, _ in self.calls.values():
             run.lost_call(number)
         loop.kill()
-        self.is_done = is_clean and not self._open()
+        self.is_done = is_clean and not self.has_work()
         if self.is_done:
             run.check_over()
         else:
@@ -180,6 +184,8 @@ class Node:
             )
             await stack.enter_async_context(session)
             self._was_open = True
+            if plan.notifies:
+                self.service = await stack.enter_async_context(Service(self, session))
             await self._work(session)
         flights, free = session._flights._under_way, session._life._slots.value
         if transport.out or session._life._running or flights or free != plan.max_connections:
@@ -191,6 +197,10 @@ class Node:
 
     def _open(self) -> list[str]:
         return [number for number in self.numbers if not self.run.is_known(number)]
+
+    def has_work(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self._open() or self.run.acting.unacted(self.numbers))
 
     async def _work(self, session: RefundSession) -> None:
         run, plan, loop = self.run, self.run.plan, self.loop
@@ -207,6 +217,8 @@ class Node:
             tasks.append(loop.create_task(self._batch(session), name="batch"))
         if session._journal is not None:
             tasks.append(loop.create_task(self._resume(session), name="resumer"))
+        if self.service is not None:
+            tasks.append(loop.create_task(self.service.sweep(), name="sweeper"))
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -241,7 +253,7 @@ class Node:
             refund = await call()
         except LianLianError as problem:
             error = problem
-            self._reopen(problem)
+            self.reopen(problem)
         except BaseException:
             if not self.loop.is_dead:
                 self.calls.pop(key, None)
@@ -271,7 +283,7 @@ class Node:
                     )
             except (BatchStopped, JournalError) as error:
                 run.world.log(f"{self.loop.name}: the batch stopped: {error!r}")
-                self._reopen(error)
+                self.reopen(error)
             finally:
                 if not self.loop.is_dead:
                     for number, key in begun.items():
@@ -299,9 +311,9 @@ class Node:
                 await session.resume()
             except JournalError as error:
                 run.world.log(f"{self.loop.name}: resume: {error}")
-                self._reopen(error)
+                self.reopen(error)
 
-    def _reopen(self, error: LianLianError) -> None:
+    def reopen(self, error: LianLianError) -> None:
         """End this life if its journal records nothing more: the next one opens it again, as the error advises."""
         if isinstance(error, JournalError) and "open it again" in str(error):
             self._main.cancel()

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _LATER = {
     State.UNRESOLVED: frozenset(State),
-    State.ACCEPTED: frozenset({State.ACCEPTED, State.DONE}),
+    State.ACCEPTED: frozenset({State.ACCEPTED, State.FINAL, State.DONE}),
+    State.FINAL: frozenset({State.FINAL, State.DONE}),
     State.DONE: frozenset({State.DONE}),
     State.REJECTED: frozenset({State.REJECTED}),
     State.CONFLICT: frozenset({State.CONFLICT}),

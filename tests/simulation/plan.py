@@ -47,6 +47,24 @@ GATEWAY: Final = (
 TWICE_DELIVERED: Final = "request_twice"
 """Only where the gateway deduplicates: no client could help otherwise."""
 
+NOTICES: Final = (
+    "never",
+    "late",
+    "lost",
+    "twice",
+    "forged",
+    "short",
+    "answer_lost",
+    "slow",
+    "hangs",
+    "raises",
+    "cancelled_itself",
+    "base_exception",
+    "killed",
+    "disk",
+)
+"""What notifications meet, and the handlers that they are given to."""
+
 ENDS: Final = (
     "kill",
     "reboot",
@@ -117,6 +135,11 @@ class Plan:
     cancelled_threads: float = 0.0
     """How many of 1 tasks that wait for a thread are cancelled meanwhile."""
     real_rsa: bool = False
+    notifies: bool = False
+    """Whether the gateway notifies, and nodes act on refunds."""
+    inbox: bool = False
+    """Whether their endpoints acknowledge first."""
+    notices: tuple[str, ...] = ()
     machines: int = 1
 
 
@@ -142,6 +165,8 @@ def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
     if journal == "postgres":
         deadline = min(deadline, 60.0)  # whoever waits for another's lease asks the database each second
         events += [_event(dice, ["failover"], nodes, spread) for _ in range(dice.choice([0, 0, 1, 2]))]
+    acts = random.Random(f"acting {seed}")  # so that all else is drawn as without it
+    notifies = journal != "none" and acts.random() < 0.4
     return Plan(
         seed=str(seed),
         refunds=refunds,
@@ -166,6 +191,9 @@ def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
         slow_threads=dice.choice([1e-4, 1e-4, 0.02, 0.5 if deadline >= 30 else 0.02]),
         cancelled_threads=dice.choice([0.0, 0.0, 0.002, 0.02]),
         real_rsa=dice.random() < 0.001,
+        notifies=notifies,
+        inbox=notifies and acts.random() < 0.5,
+        notices=tuple(kind for kind in NOTICES if notifies and acts.random() < 0.4),
     )
 
 

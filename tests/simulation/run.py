@@ -27,6 +27,7 @@ from .journals import DiskStore, MemoryStore, NoStore, PostgresStore, Store
 from .keys import signing_key
 from .network import Network
 from .node import Node, merchant
+from .notifications import Acting
 from .oracle import Oracle
 from .plan import Event, Plan
 from .threads import simulated
@@ -63,6 +64,8 @@ class Run:
         self.oracle = Oracle(self._stop, world.log, lambda: world.now, is_blind=plan.blind)
         gateway_key = signing_key("gateway", real=plan.real_rsa)
         self.gateway = self.oracle.gateway = Gateway(world, plan, gateway_key, self.oracle)
+        self.acting = Acting(self)
+        self.gateway.announce = self.acting.announce
         self.network = Network(world, plan, self.gateway, self.oracle)
         self.merchant: Merchant = merchant(signing_key("merchant", real=plan.real_rsa), gateway_key.public_key())
         self.requests = {f"R{number}": _request(f"R{number}") for number in range(plan.refunds)}
@@ -78,7 +81,7 @@ class Run:
         self.store: Store = {
             "none": NoStore,
             "memory": lambda: MemoryStore(self.oracle),
-            "sqlite": lambda: DiskStore(world, self.oracle),
+            "sqlite": lambda: DiskStore(world, self.oracle, inbox=DiskStore(world, self.oracle)),
             "postgres": lambda: PostgresStore(world, self.oracle),
         }[plan.journal]()
         dice = self.dice
@@ -201,7 +204,8 @@ class Run:
         calls = [
             f"{node.loop.name}: {sorted({n for n, _ in node.calls.values()})}" for node in self.nodes if node.lives
         ]
-        return f"{[number for number in self.requests if not self.is_known(number)]}, calls {calls}"
+        unacted = self.acting.unacted(list(self.requests))
+        return f"{[n for n in self.requests if not self.is_known(n)]}, not acted on {unacted}, calls {calls}"
 
     def is_known(self, number: str) -> bool:
         """Whether nobody has to ask for it any more."""

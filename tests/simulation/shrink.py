@@ -54,6 +54,8 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
         yield attrs.evolve(plan, events=plan.events[:place] + plan.events[place + 1 :])
     for place in range(len(plan.faults)):
         yield attrs.evolve(plan, faults=plan.faults[:place] + plan.faults[place + 1 :])
+    for place in range(len(plan.notices)):
+        yield attrs.evolve(plan, notices=plan.notices[:place] + plan.notices[place + 1 :])
     plain: dict[str, Any] = {
         "nodes": 1,
         "callers": 1,
@@ -64,6 +66,8 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
         "program": "service",
         "query_first": False,
         "window": 1,
+        "notifies": False,
+        "inbox": False,
     }
     for name, value in plain.items():
         if getattr(plan, name) != value:
