@@ -19,10 +19,10 @@ import attrs
 
 from .background import BackgroundTask
 from .clock import Clock, Moment
-from .errors import LianLianError, QueryRejected, RefundConflict, RefundOutcomeUnknown
+from .errors import LianLianError, QueryRejected, RefundOutcomeUnknown
 from .exchange import Call, Exchange
 from .gateway_client import GatewayClient
-from .identity import difference
+from .identity import request_conflict
 from .journal import Journal, OpenRefunds, Standing
 from .models import Refund, RefundRequest
 from .outcome import Traffic
@@ -236,10 +236,8 @@ class Flight:
         """Raise ``RefundConflict`` if ``request`` is another refund under the same number."""
         ours, theirs = request.to_dict(), self.order.request.to_dict()
         ours["notify_url"] = theirs["notify_url"] = ""
-        if (field := difference(ours, theirs)) is not None:
-            raise RefundConflict(
-                request.no_refund, field=field, ours=ours.get(field, "nothing"), theirs=theirs.get(field, "nothing")
-            )
+        if (conflict := request_conflict(request.no_refund, ours, theirs)) is not None:
+            raise conflict
 
     def take_off(self, now: float) -> None:
         """Let the callers' deadlines begin: the flight has its connection slot (event loop's clock)."""

@@ -12,7 +12,7 @@ from typing import Final
 from . import wire
 from .errors import AnswerMismatch, RefundConflict
 
-__all__ = ["check_identity", "difference", "has_whole_identity"]
+__all__ = ["check_identity", "has_whole_identity", "request_conflict"]
 
 _NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
 """Another one means that the record answers another query."""
@@ -51,6 +51,9 @@ def has_whole_identity(record: Mapping[str, str]) -> bool:
     return all(record.get(name) for name in ("no_refund", *_CONTENT))
 
 
-def difference(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
-    """The first field in which two requests differ."""
-    return next((name for name in (*one, *other) if one.get(name) != other.get(name)), None)
+def request_conflict(no_refund: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> RefundConflict | None:
+    """Return a conflict that names the first field in which two requests under one number differ."""
+    field = next((name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name)), None)
+    if field is None:
+        return None
+    return RefundConflict(no_refund, field=field, ours=ours.get(field, "nothing"), theirs=theirs.get(field, "nothing"))

@@ -137,7 +137,7 @@ def test_another_file_is_no_journal(file):
     before = file.read_bytes()
     ended = run("journal", "show", file)
     assert ended.exit_code == 1
-    assert "it is no journal" in ended.stderr
+    assert "it is not a journal" in ended.stderr
     assert file.read_bytes() == before
 
 

@@ -22,7 +22,7 @@ def path(tmp_path):
 
 
 async def test_what_many_tasks_ask_for_is_written_together(path):
-    """A thousand tasks that intend and settle at once share a few transactions."""
+    """A thousand tasks that begin and finish at the same time share a few transactions."""
     commits = []
 
     async def one(journal, number):
@@ -159,7 +159,7 @@ async def test_once_its_task_is_cancelled_everyone_gets_a_journal_error(anyio_ba
             journal.begin(intent("R-2"), now()), journal.begin(intent("R-4"), now()), return_exceptions=True
         )
         await asyncio.sleep(0)
-        while is_writing and not journal._group._batches[0].is_full:  # noqa: ASYNC110 - no event tells
+        while is_writing and not journal._group._writing:  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0)
         journal._group._background._task.cancel()
         for error in await asking:
@@ -217,9 +217,9 @@ async def test_task_cancel_at_any_step_leaves_the_file_free(anyio_backend, path,
         await journal.find("R-1")
 
 
-async def test_an_intend_that_is_taken_back_first_does_nothing():
-    """An operation that had to wait may come after the one that takes it back: it begins nothing then."""
+async def test_a_begin_that_is_taken_back_first_records_nothing():
+    """A begin that was retried may be applied after its take-back."""
     begin = Begin(intent(), now())
     assert TakeBack(begin).apply(None) == (None, None)
-    with pytest.raises(JournalError, match="the call that would have begun it is gone"):
+    with pytest.raises(JournalError, match="the call that would have begun it was cancelled"):
         begin.apply(None)

@@ -260,7 +260,7 @@ async def test_a_journal_belongs_to_its_first_merchant_and_endpoint(kind):
     async with kind.make() as journal:
         assert journal.id == number
         for other in (("201304121000001004", "https://other.invalid/"), ("2", "https://sandbox.invalid/refund.htm")):
-            with pytest.raises(ConfigurationError, match="each needs a journal of its own"):
+            with pytest.raises(ConfigurationError, match="use one journal for each"):
                 await journal.bind(*other)
         await journal.bind("201304121000001004", "https://sandbox.invalid/refund.htm")
 

@@ -246,7 +246,7 @@ async def test_a_dead_workers_transaction_is_ended_by_the_database(make):
                     assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
-async def test_an_intend_that_is_cancelled_while_it_waits_is_taken_back(make, elsewhere):
+async def test_a_begin_that_is_cancelled_while_it_waits_is_taken_back(make, elsewhere):
     """Once the other transaction has ended, it does nothing any more."""
     async with make() as journal, elsewhere(INSERTED, "R-1"):
         with anyio.move_on_after(0.3) as scope:
@@ -258,9 +258,7 @@ async def test_an_intend_that_is_cancelled_while_it_waits_is_taken_back(make, el
         assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
-async def test_an_intend_that_is_cancelled_while_it_is_inserted_is_taken_back(
-    make, elsewhere, postgres_dsn, monkeypatch
-):
+async def test_a_begin_that_is_cancelled_while_it_is_inserted_is_taken_back(make, elsewhere, postgres_dsn, monkeypatch):
     """Also if it is cancelled, and its journal looks elsewhere, while its row waits for the other transaction."""
     waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INSERT%'"
     async with (
@@ -270,7 +268,7 @@ async def test_an_intend_that_is_cancelled_while_it_is_inserted_is_taken_back(
         anyio.create_task_group() as group,
     ):
         group.start_soon(journal.begin, intent(), now())
-        while not journal._apart:
+        while not journal._retries:
             await anyio.lowlevel.checkpoint()
         monkeypatch.setattr(sql, "WAIT_BRIEFLY", sql.WAIT_BRIEFLY.replace("100ms", "60s"))
         while not (await observer.execute(waits)).rowcount:

@@ -51,7 +51,7 @@ async def test_looking_makes_no_journal(path):
             pass
     assert not path.exists()
     path.touch()
-    with pytest.raises(JournalError, match="no journal"):
+    with pytest.raises(JournalError, match="not a journal"):
         async with SqliteReader(path):
             pass
     assert path.read_bytes() == b""

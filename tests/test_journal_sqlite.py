@@ -284,27 +284,8 @@ async def test_a_file_is_left_behind_that_anybody_can_read(path):
     assert (json.loads(fields), json.loads(record)) == (intent().fields, MADE.record)
 
 
-async def test_a_number_that_is_not_on_record_is_known_without_asking_the_file(path):
-    """Once it has seen what was on record at the opening, a journal reads nothing of a refund that it never had."""
-    statements = []
-    async with SqliteJournal(path) as journal, anyio.create_task_group() as group:
-        for number in range(2500):
-            group.start_soon(journal.begin, intent(f"R-{number}"), now())
-    async with SqliteJournal(path) as journal:
-        for number in (0, 1234, 2499):
-            assert (await journal.find(f"R-{number}")).no_refund == f"R-{number}"
-        assert (await journal.begin(intent("R-2499"), now()))[0] is Standing.UNRESOLVED
-        journal._file._connection.set_trace_callback(statements.append)
-        assert [await journal.find(f"new-{number}") for number in range(10)] == [None] * 10
-        assert statements == []
-        await journal.begin(intent("new-1"), now())
-        await journal.finish(held("new-1"), MADE)
-        assert not [statement for statement in statements if statement.lstrip().startswith("SELECT")]
-        assert (await journal.find("new-1")).ending == MADE
-
-
-async def test_while_it_learns_what_is_on_record_nothing_is_missed(path):
-    """From the first moment after the opening, every refund on record is found and none is begun twice."""
+async def test_a_reopened_journal_tells_recorded_refunds_from_new_ones(path):
+    """Right after the opening, every refund on record is found, and none is begun twice."""
     async with SqliteJournal(path) as journal, anyio.create_task_group() as group:
         for number in range(3000):
             group.start_soon(journal.begin, intent(f"R-{number}"), now())
@@ -319,9 +300,9 @@ async def test_while_it_learns_what_is_on_record_nothing_is_missed(path):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda path: path.write_bytes(b"money " * 1000), "it is no journal, and was left as it is"),
-        (lambda path: _sqlite(path, "CREATE TABLE other (x)"), "an SQLite file, but no journal"),
-        (lambda path: path.mkdir(), "its folder must exist, and must let files be created"),
+        (lambda path: path.write_bytes(b"money " * 1000), "it is not a journal, and was not changed"),
+        (lambda path: _sqlite(path, "CREATE TABLE other (x)"), "an SQLite file, but not a journal"),
+        (lambda path: path.mkdir(), "its folder must exist and be writable"),
     ],
     ids=["text", "other database", "folder"],
 )
@@ -394,7 +375,7 @@ async def test_a_full_disk_fails_whole_and_passes(path):
         errors = []
 
         async def fail(number):
-            with pytest.raises(JournalError, match="full; make room on the disk") as caught:
+            with pytest.raises(JournalError, match="full; free some disk space") as caught:
                 await journal.begin(intent(f"late-{number}", body=b"x" * 5000), now())
             errors.append(caught.value)
 

@@ -1,7 +1,6 @@
-"""Journals: which refunds were begun, and how each ended.
+"""Journals: durable records of every refund and its outcome.
 
-``postgres`` is imported by who uses it, and SQLite when its journal is first asked for: most of the time that
-this package takes to import would go there.
+SQLite is imported at its first use, and ``postgres`` only by its users, as both imports take long.
 """
 
 from __future__ import annotations

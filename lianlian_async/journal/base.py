@@ -1,9 +1,7 @@
-"""What a journal is: the durable memory of which refunds were begun, and how each of them ended.
+"""The journal protocol: a durable record of every refund that was begun, and of its outcome.
 
-A refund stands in the journal before its first byte is sent. Whatever happens to the process, the journal
-then tells which refunds have to be asked about, and an ending that is known is never lost or overwritten.
-
-The way of one refund::
+A refund is recorded before its first byte is sent. After any crash the journal tells which refunds to ask about. A
+recorded ending is never lost or overwritten. The states of one call::
 
     begin ──► NEW ──────────────► send ──► finish (made, rejected, conflict)
          ├───► ASK_FIRST ► ask ──► send ──► finish
@@ -13,10 +11,10 @@ The way of one refund::
          ├───► FINISHED: the recorded ending, no traffic
          └───► LEASED: another call or worker has the lease; wait for it
 
-Cancellation never leaves a refund between two of these: a ``finish`` or ``release`` that was called is carried
-out even if its caller is cancelled meanwhile, and an ``begin`` whose caller is cancelled is taken back.
+Cancellation never leaves a refund in between: a ``finish`` or ``release`` is recorded even if its caller is cancelled
+meanwhile, and the ``begin`` of a cancelled caller is taken back.
 
-A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`): what a sandbox made must never
+A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`): a rehearsal on the sandbox must never
 answer for production.
 """
 
@@ -36,34 +34,34 @@ __all__ = ["Ending", "Entry", "Intent", "Journal", "JournalError", "Owner", "Sta
 
 
 class State(StrEnum):
-    """How a refund stands in the journal. It moves only downwards in this list, never back."""
+    """The state of a refund in the journal. It changes only from earlier members to later ones."""
 
     UNRESOLVED = "unresolved"
-    """Begun; whether it was made is not known yet."""
+    """Begun; not known whether it was made."""
     ACCEPTED = "accepted"
     """Made, but ``sta_refund`` can still change."""
     FINAL = "final"
-    """Made, and final; to be acted on, as ``on_refund`` has not returned for it (:meth:`Journal.begin_acting`)."""
+    """Made and final, but ``on_refund`` has not returned for it yet (:meth:`Journal.begin_acting`)."""
     DONE = "done"
-    """Made, and final; nothing is left to do."""
+    """Made and final; nothing is left to do."""
     REJECTED = "rejected"
-    """Refused by the gateway for good."""
+    """Rejected by the gateway for good."""
     CONFLICT = "conflict"
-    """The gateway told of another refund under this number: a person has to decide, nothing is sent or asked."""
+    """The gateway reported another refund under this number: a person has to decide, nothing is sent or asked."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is an ending to answer with."""
+        """Whether there is an ending."""
         return self is not State.UNRESOLVED
 
     @property
     def is_made(self) -> bool:
-        """Whether the gateway has told that the refund was made."""
+        """Whether the gateway has said that the refund was made."""
         return self in (State.ACCEPTED, State.FINAL, State.DONE)
 
 
 class Standing(StrEnum):
-    """What :meth:`Journal.begin` found."""
+    """The result of :meth:`Journal.begin`."""
 
     NEW = "new"
     ASK_FIRST = "ask first"
@@ -75,17 +73,17 @@ class Standing(StrEnum):
 
 @attrs.frozen
 class Owner:
-    """Whose refunds a journal holds: a merchant's, at one apply endpoint."""
+    """The merchant and the apply endpoint that a journal belongs to."""
 
     oid_partner: str
     apply_url: str
 
     def confirm(self, recorded: Owner | None, journal: str) -> Owner:
-        """Return this owner if ``recorded`` is the same or nobody, or raise ``ConfigurationError``."""
+        """Return this owner if ``recorded`` is the same or None; else raise ``ConfigurationError``."""
         if recorded not in (None, self):
             raise ConfigurationError(
                 f"journal {journal} belongs to merchant {recorded.oid_partner} at {recorded.apply_url}, "
-                f"this session to {self.oid_partner} at {self.apply_url}: each needs a journal of its own"
+                f"this session to {self.oid_partner} at {self.apply_url}: use one journal for each"
             )
         return self
 
@@ -96,18 +94,18 @@ class Intent:
 
     no_refund: str
     digest: str
-    """Of the content that may never change under one number (hex)."""
+    """SHA-256 (hex) of the content that must not change under one number."""
     fields: Mapping[str, str]
-    """The request in wire form (``RefundRequest.to_dict``), to ask and to show with."""
+    """The request in wire form (``RefundRequest.to_dict``)."""
     body: bytes
-    """The exact signed bytes that are sent."""
+    """The exact signed bytes to send."""
     lease: float
-    """Seconds from now on in which the caller may send: nobody else does before they are over."""
+    """Seconds from now in which only this caller may send."""
 
 
 @attrs.frozen(kw_only=True)
 class Ending:
-    """A known end: ``state`` and what it was learned from (``Refund.to_dict()``, or the rejection's fields)."""
+    """A known outcome: ``state`` and its evidence (``Refund.to_dict()``, or the rejection's fields)."""
 
     state: State = attrs.field(validator=attrs.validators.not_(attrs.validators.in_([State.UNRESOLVED])))
     record: Mapping[str, str]
@@ -115,34 +113,34 @@ class Ending:
 
 @attrs.frozen(kw_only=True)
 class Entry:
-    """One refund as the journal holds it."""
+    """One refund in the journal."""
 
     no_refund: str
     digest: str
     fields: Mapping[str, str]
     body: bytes
-    """What is to be sent, again if need be; empty once there is an ending: nothing is sent any more."""
+    """The signed bytes to send, or to send again; empty once there is an ending."""
     sent_at: Moment | None
     """The last moment at which an attempt may have arrived (the end of the lease, while its holder may send);
-    None: none ever may have."""
+    None: certainly no attempt has arrived."""
     refused: Mapping[str, str] | None = None
     """The refusal (``ret_code``, ``ret_msg``, ``verified``) in which every attempt so far ended; None: one may have
-    worked, or none was made."""
+    worked, or there was none."""
     ending: Ending | None = None
     """None while it is unresolved."""
     holder: str | None = attrs.field(default=None, repr=False)
-    """Names the call that has the lease."""
+    """Identifies the call that has the lease."""
     leased_until: Moment | None = attrs.field(default=None, repr=False)
-    """When the holder's lease ends."""
+    """The end of the lease."""
 
     @property
     def state(self) -> State:
-        """How it stands."""
+        """The refund's state."""
         return State.UNRESOLVED if self.ending is None else self.ending.state
 
 
 class Journal(Protocol):
-    """A journal, opened by ``async with``. All methods raise :class:`JournalError` if it cannot do its work."""
+    """A journal, opened by ``async with``. All methods raise :class:`JournalError` if it does not work."""
 
     async def __aenter__(self) -> Self:
         """Open it."""
@@ -150,7 +148,7 @@ class Journal(Protocol):
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /
     ) -> None:
-        """Finish what is being written, and close it."""
+        """Finish all writes and close it."""
 
     @property
     def is_open(self) -> bool:
@@ -158,75 +156,77 @@ class Journal(Protocol):
 
     @property
     def id(self) -> str:
-        """The random id that it was given when it was made; of an open journal."""
+        """The random id that the journal got at its creation; only of an open journal."""
 
     async def bind(self, oid_partner: str, apply_url: str) -> None:
-        """Write down whose refunds it holds, and of which endpoint, if nobody did before.
+        """Record the owner: merchant and apply endpoint.
 
-        Raises ``ConfigurationError`` if it belongs to another merchant or endpoint.
+        Raises ``ConfigurationError`` if the journal has another owner.
         """
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """Write ``intent`` durably, and take the refund's lease, before anything is sent.
+        """Record ``intent`` durably and take the refund's lease, before anything is sent.
 
-        NEW: it was not known, or known as certainly not sent; send it. ASK_FIRST: as NEW, but query first.
-        UNRESOLVED: it was begun earlier; query first, and send nothing but the entry's own body, after :meth:`resend`.
-        FINISHED: answer with the entry's ending. LEASED: somebody else has the lease; the entry is as stored.
+        NEW: not on record, or certainly not sent; send it. ASK_FIRST: as NEW, but query first. UNRESOLVED: begun
+        earlier; query first, and send only the entry's own body, after :meth:`resend`. FINISHED: use the entry's
+        ending. LEASED: another call has the lease; the entry is as stored.
         The entry's ``sent_at`` is the last moment at which an earlier attempt may have arrived: None if NEW or
-        ASK_FIRST, never later than the answer if UNRESOLVED.
+        ASK_FIRST, never later than ``now`` if UNRESOLVED.
 
-        A caller that is told NEW, ASK_FIRST or UNRESOLVED ends with :meth:`finish` or :meth:`release`.
+        After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if the number is recorded with another digest.
         """
 
     async def resend(self, entry: Entry) -> None:
-        """Write down that ``entry``, as :meth:`begin` gave it, may be sent again until its lease ends.
+        """Record that ``entry``, as returned by :meth:`begin`, may be sent again until its lease ends.
 
-        Raises :class:`JournalError` if somebody else has taken the lease.
+        Raises :class:`JournalError` if another call has taken the lease.
         """
 
     async def finish(self, entry: Entry, ending: Ending) -> Entry:
-        """Record how ``entry`` ended, and end its lease. The entry as it then stands.
+        """Record the ending of ``entry``, end its lease, and return the entry as stored.
 
-        The first ending wins, whoever reports it; only ACCEPTED becomes DONE later. Recording the same again
-        changes nothing. An entry that the journal has lost is written again. DONE is recorded as FINAL once acting has
-        begun.
+        The first ending wins; only ACCEPTED may become FINAL or DONE later. Recording the same ending again changes
+        nothing. An entry that the journal has lost is written again. Once acting has begun, DONE is recorded as FINAL.
         """
 
     async def begin_acting(self) -> None:
-        """Record every refund that becomes final from now on as FINAL, until :meth:`acted`; for good, in all processes.
+        """Record every refund that becomes final from now on as FINAL until :meth:`acted`; in all processes, for good.
 
-        What is DONE by now stays so. A journal that is never told so never holds FINAL.
+        Refunds that are DONE stay DONE. Without this call the journal never has FINAL refunds.
         """
 
     async def acted(self, no_refund: str) -> None:
         """Record that ``on_refund`` has returned: FINAL becomes DONE; nothing else changes."""
 
     async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
-        """End the lease of ``entry``, as :meth:`begin` gave it, without an ending.
+        """End the lease of ``entry``, as returned by :meth:`begin`, without an ending.
 
-        ``sent_at`` is the last moment at which an attempt, of this or of an earlier call, may have arrived;
-        None: none ever may have, so that the next :meth:`begin` finds it NEW. ``refused``: see :class:`Entry`.
-        Nothing happens if the lease is over and somebody else has taken it, or resolved it.
+        ``sent_at`` is the last moment at which an attempt, of this or of an earlier call, may have arrived; None:
+        certainly none has, so the next :meth:`begin` returns NEW. ``refused``: see :class:`Entry`. Does nothing if
+        another call has taken the lease or resolved the refund.
         """
 
     async def latest_made(self) -> Entry | None:
-        """The youngest entry that is known as made: the proof that the query service knows our refunds."""
+        """Return the youngest entry that is known as made, to test the query service with."""
 
     def pending(self) -> AsyncIterator[Entry]:
-        """Every entry that is UNRESOLVED, ACCEPTED or FINAL, oldest first; in bounded memory."""
+        """Yield every UNRESOLVED, ACCEPTED or FINAL entry, oldest first, in bounded memory.
+
+        Durable journals leave out entries that begin later.
+        """
 
     def entries(self) -> AsyncIterator[Entry]:
-        """Every entry, oldest first; in bounded memory. Entries that begin later are left out."""
+        """Yield every entry, oldest first, in bounded memory, without those that begin later."""
 
     async def find(self, no_refund: str) -> Entry | None:
-        """The entry of one refund."""
+        """Return the entry of one refund."""
 
     async def counts(self) -> Mapping[State, int]:
-        """How many refunds stand in each state."""
+        """Return the number of refunds in each state."""
 
     async def inbox(self) -> Journal:
-        """The journal of what was notified: it lies beside this one, is opened on the first call, and closed with it.
+        """Return the journal of notified final states. The first call opens it; it closes with this journal.
 
-        There an entry is a refund's final state as the gateway told it: UNRESOLVED until it was acted on, then DONE.
+        Its entries are UNRESOLVED until the handler has acted on them, then DONE.
         """

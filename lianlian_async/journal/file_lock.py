@@ -1,7 +1,7 @@
-"""The lock that makes one process the owner of a journal file, and the line that tells others which process that is.
+"""The lock that makes one process the owner of a journal file, and names that process to others.
 
-The lock is ``flock`` where there is one: the POSIX record locks, which SQLite uses, are dropped as soon as the process
-closes any other handle to the file. Elsewhere, on Windows, it is SQLite's own exclusive lock on a file beside.
+It is a ``flock``, as POSIX record locks (SQLite's) end when the process closes any handle to the file. On Windows it is
+SQLite's exclusive lock on another file.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _OPEN: Final = set[FileIO]()
 
 try:
     fcntl: ModuleType | None = import_module("fcntl")
-    # A forked child shares the lock, and would keep it after its parent has ended.
+    # A forked child shares the lock and would keep it after the end of its parent.
     os.register_at_fork(after_in_child=lambda: list(map(FileIO.close, _OPEN)))
 except ImportError:
     fcntl = None
 
 
 class FileLocked(Exception):
-    """Another owner has the lock; the text says who and since when."""
+    """Another process has the lock; the text names it, and says since when."""
 
 
 class FileLock:
-    """The lock on ``path``, which is made if it is not there; held until :meth:`close` or the end of the process.
+    """The lock on ``path``, which is created if it is missing; held until :meth:`close` or the end of the process.
 
-    Raises ``FileLocked``, or ``OSError`` if the file cannot be had. While it is held, the file tells who holds it.
+    While it is held, the file names its process. Raises ``FileLocked``, or ``OSError`` if the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class FileLock:
             self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Let go of it. In a forked child, which does not have it, nothing happens."""
+        """Release it. Does nothing in a forked child, which does not hold it."""
         with suppress(ValueError):  # closed already
             self._file.truncate(0)
         _OPEN.discard(self._file)
@@ -73,7 +73,7 @@ def _lock_beside(path: Path, opened: ExitStack) -> None:
 
 def _this_process() -> str:
     program = Path(sys.argv[0])
-    # What ``python -m`` runs is a file of that name in the package; arguments may hold what is not for others.
+    # ``python -m`` runs __main__.py of a package. Arguments are left out: they may contain secrets.
     name = program.parent.name if program.name == "__main__.py" else program.name
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()} ({name or 'python'}), since {now}"

@@ -1,6 +1,6 @@
-"""Group commit: what many tasks ask of a journal while one batch is being written makes up the next batch.
+"""Group commit: operations that arrive while one transaction is written share the next transaction.
 
-A task of the journal's own writes the batches, one at a time: whoever is cancelled takes no other's work along.
+A background task writes one batch at a time, so cancelling a caller disturbs no other caller.
 """
 
 from __future__ import annotations
@@ -24,135 +24,118 @@ from lianlian_async.clock import Moment
 from lianlian_async.event_loop import is_failure
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing
-from .operations import Acted, Begin, Finish, Look, Operation, Release, Resend, Result, TakeBack
+from .operations import Acted, Begin, Find, Finish, Operation, Release, Resend, Result, TakeBack
 
-__all__ = ["GroupCommitJournal"]
+__all__ = ["GroupCommitJournal", "Queued"]
 
 T = TypeVar("T")
 
 MAX_BATCH: Final = 500
-"""Operations in one transaction. While one batch is written, the callers of the batch before ask for the next."""
-
-ENOUGH: Final = 16
-"""Operations: so many are not kept waiting for more."""
-
-NAP: Final = 0.001
-"""Seconds that a few operations wait for others, and again, if the first nap brings some."""
-
-NAPS: Final = 2
-"""At most: where the gateway is what takes time, every millisecond here makes a refund take longer."""
+"""Operations in one transaction. While one batch is written, the callers of the batch before queue the next."""
 
 
 @attrs.define(eq=False)
-class _Batch:
-    """Operations that are written together, and their answers in the same order."""
+class Queued:
+    """An operation whose caller waits for its result."""
 
-    operations: list[Operation[Any]] = attrs.field(factory=list, init=False)
-    answers: Sequence[Result] = attrs.field(default=(), init=False)
-    is_full: bool = attrs.field(default=False, init=False)
-    """Takes no more operations."""
-    done: anyio.Event = attrs.field(factory=anyio.Event, init=False)
+    operation: Operation[Any]
+    done: anyio.Event
+    """Set when there may be a result; shared by a batch. A journal that needs longer replaces it."""
+    result: Result | None = attrs.field(default=None, init=False)
 
     def fail(self, error: BaseException) -> None:
-        """Answer every operation with a ``JournalError``; one for each, as a traceback grows with each raise."""
-        self.answers = self.answers or [Result(None, _failure(error)) for _ in self.operations]
-        self.done.set()
+        """Raise a ``JournalError`` in the caller, unless there is a result."""
+        # One for each caller, as a traceback grows with each raise.
+        self.result = self.result or Result(None, _failure(error))
 
 
 class _GroupCommit:
-    """Hands batches of operations to ``write``, and its answers to those who asked; ``name`` is the journal's.
+    """Passes batches of operations to ``write``, which gives each a result; ``name`` is the journal's.
 
-    If ``write`` fails, nothing of its batch is recorded, and everyone in it gets a ``JournalError``. So does everyone,
-    now and later, once the task that writes has ended in an error or was cancelled, as an event loop's end does.
+    If ``write`` fails, nothing of its batch is recorded, and each of its callers gets a ``JournalError``. Once the
+    background task has failed or was cancelled, as by the end of the event loop, every caller gets one.
     """
 
-    def __init__(self, name: str, write: Callable[[Sequence[Operation[Any]]], Awaitable[Sequence[Result]]]) -> None:
+    def __init__(self, name: str, write: Callable[[Sequence[Queued]], Awaitable[None]]) -> None:
         self._name = name
         self._write = write
-        self._batches: deque[_Batch] = deque()
-        self._asked = anyio.Event()
+        self._batches: deque[list[Queued]] = deque()
+        self._writing: Sequence[Queued] = ()
+        self._arrived = anyio.Event()
         self._stopping = False
         self._failure: JournalError | None = None
-        self._background = BackgroundTask(self._drain, self._end)
+        self._background = BackgroundTask(self._run, self._end)
 
     async def stop(self) -> None:
-        """Write what has been asked for, and end; also if the caller is cancelled meanwhile."""
+        """Write what is queued, then end; also if the caller is cancelled meanwhile."""
         self._stopping = True
-        self._asked.set()
+        self._arrived.set()
         await complete(self._background.join)
 
     async def do(self, operation: Operation[T], *, if_cancelled: Operation[None] | None = None) -> T:
-        """Have ``operation`` recorded. Its answer, once that is durable.
+        """Record ``operation`` durably and return its result.
 
-        It is recorded even if the caller is cancelled meanwhile; ``if_cancelled`` then follows it.
+        It is recorded even if the caller is cancelled meanwhile; ``if_cancelled`` is then recorded after it.
         """
-        batch, place = self._put(operation)
+        queued = self._put(operation)
         try:
-            await batch.done.wait()
-            answer = batch.answers[place]
-            while answer.later is not None:
-                answer = await answer.later()
+            while queued.result is None:
+                await queued.done.wait()
         except BaseException:
             if if_cancelled is not None and self._failure is None:
                 self._put(if_cancelled)
             raise
-        if answer.error is not None:
-            raise answer.error
-        return cast("T", answer.value)
+        if queued.result.error is not None:
+            raise queued.result.error
+        return cast("T", queued.result.value)
 
-    def _put(self, operation: Operation[Any]) -> tuple[_Batch, int]:
+    def _put(self, operation: Operation[Any]) -> Queued:
         if self._failure is not None:
             raise _failure(self._failure)
-        if not self._batches or self._batches[-1].is_full:
-            self._batches.append(_Batch())
-            self._asked.set()
-        batch = self._batches[-1]
-        batch.operations.append(operation)
-        batch.is_full = len(batch.operations) == MAX_BATCH
-        return batch, len(batch.operations) - 1
+        if self._batches and len(self._batches[-1]) < MAX_BATCH:
+            queued = Queued(operation, self._batches[-1][0].done)
+            self._batches[-1].append(queued)
+        else:
+            queued = Queued(operation, anyio.Event())
+            self._batches.append([queued])
+            self._arrived.set()
+        return queued
 
-    async def _drain(self) -> None:
+    async def _run(self) -> None:
         while self._batches or not self._stopping:
             if self._batches:
-                # It stays in the queue until it is done, where the end of this task finds it.
-                await self._gather(self._batches[0])
-                await self._write_batch(self._batches[0])
-                self._batches.popleft()
+                await anyio.lowlevel.checkpoint()  # tasks that are about to queue an operation join this batch
+                await self._write_batch(self._batches.popleft())
             else:
-                self._asked = anyio.Event()
-                await self._asked.wait()
+                self._arrived = anyio.Event()
+                await self._arrived.wait()
+
+    async def _write_batch(self, batch: Sequence[Queued]) -> None:
+        self._writing, done = batch, batch[0].done
+        try:
+            await self._write(batch)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            _fail(batch, error)
+        self._writing = ()
+        done.set()
 
     def _end(self, error: BaseException | None) -> None:
-        """Release everyone who still waits: the task that writes has ended."""
+        """Release every caller: the background task has ended."""
         if error is not None:
             self._failure = JournalError(
                 f"journal {self._name}: nothing more is recorded, open it again; it was closed by {error!r}"
             )
             self._failure.__cause__ = error
-            for batch in self._batches:
-                batch.fail(self._failure)
+            for batch in (self._writing, *self._batches):
+                _fail(batch, self._failure)
 
-    async def _gather(self, batch: _Batch) -> None:
-        """Let others ask, too, who are about to: a batch costs as much as ten operations in it.
 
-        Whoever is alone is not kept waiting, so that one refund after the other takes no longer.
-        """
-        await anyio.lowlevel.checkpoint()
-        naps, before = 0, 1
-        while naps < NAPS and before < len(batch.operations) < ENOUGH:
-            naps, before = naps + 1, len(batch.operations)
-            await anyio.sleep(NAP)
-
-    async def _write_batch(self, batch: _Batch) -> None:
-        batch.is_full = True
-        try:
-            batch.answers = await self._write(batch.operations)
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            batch.fail(error)
-        else:
-            batch.done.set()
+def _fail(batch: Sequence[Queued], error: BaseException) -> None:
+    for queued in batch:
+        queued.fail(error)
+        queued.done.set()
 
 
 def _failure(error: BaseException) -> JournalError:
@@ -161,8 +144,8 @@ def _failure(error: BaseException) -> JournalError:
     return failure
 
 
-class GroupCommitJournal:
-    """What the durable journals share: being open, in one process, and their verbs as operations of a group."""
+class GroupCommitJournal(Journal):
+    """What the durable journals share: they open once, in one process, and record their verbs by group commit."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -178,7 +161,6 @@ class GroupCommitJournal:
 
     @property
     def is_open(self) -> bool:
-        """See :attr:`Journal.is_open`."""
         return self._group is not None
 
     async def __aenter__(self) -> Self:
@@ -208,17 +190,18 @@ class GroupCommitJournal:
 
     @abstractmethod
     async def _close(self) -> None:
-        """Close it; idempotent, as a cancelled call is made again."""
+        """Close it. Idempotent: a call that was cancelled is repeated."""
 
     @abstractmethod
     def _beside(self) -> Journal:
-        """Another journal of this kind, at the place that belongs to this one's inbox."""
+        """Return the journal for this one's inbox, not open yet."""
 
     @abstractmethod
     async def _bind(self, owner: Owner) -> None: ...
 
     @abstractmethod
-    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Result]: ...
+    async def _write(self, batch: Sequence[Queued]) -> None:
+        """Record ``batch`` and give each of its operations a result, now or later."""
 
     def _opened(self) -> _GroupCommit:
         if self._group is None:
@@ -226,18 +209,16 @@ class GroupCommitJournal:
         if os.getpid() != self._process:
             raise JournalError(
                 f"journal {self._name} belongs to process {self._process}, which this one was forked from; "
-                "open journals after forking, each process its own"
+                "open journals after forking, one in each process"
             )
         return self._group
 
     @property
     def id(self) -> str:
-        """See :attr:`Journal.id`."""
         self._opened()
         return self._id
 
     async def bind(self, oid_partner: str, apply_url: str) -> None:
-        """See :meth:`Journal.bind`."""
         self._opened()
         owner = Owner(oid_partner, apply_url)
         if owner != self._owner:
@@ -245,33 +226,26 @@ class GroupCommitJournal:
             self._owner = owner
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """See :meth:`Journal.begin`."""
         group = self._opened()
         begin = Begin(intent, now, f"{self._holder}-{next(self._calls)}")
         return await group.do(begin, if_cancelled=TakeBack(begin))
 
     async def resend(self, entry: Entry) -> None:
-        """See :meth:`Journal.resend`."""
         await self._opened().do(Resend(entry))
 
     async def finish(self, entry: Entry, ending: Ending) -> Entry:
-        """See :meth:`Journal.finish`."""
         return await self._opened().do(Finish(entry, ending))
 
     async def acted(self, no_refund: str) -> None:
-        """See :meth:`Journal.acted`."""
         await self._opened().do(Acted(no_refund))
 
     async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
-        """See :meth:`Journal.release`."""
         await self._opened().do(Release(entry, sent_at, refused))
 
     async def find(self, no_refund: str) -> Entry | None:
-        """See :meth:`Journal.find`."""
-        return await self._opened().do(Look(no_refund))
+        return await self._opened().do(Find(no_refund))
 
     async def inbox(self) -> Journal:
-        """See :meth:`Journal.inbox`."""
         self._opened()
         async with self._inbox_turn:
             if self._inbox is None:

@@ -1,4 +1,4 @@
-"""The journals that end with their process: one for tests and small jobs, one that every session has."""
+"""Journals in memory: one for tests and small jobs, and one for sessions without a journal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import anyio.lowlevel
 
 from lianlian_async.clock import Moment
 
-from .base import Ending, Entry, Intent, JournalError, Owner, Standing, State
+from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing, State
 from .operations import Acted, Begin, Finish, Operation, Release, Resend
 
 __all__ = ["MemoryJournal", "OpenRefunds"]
@@ -21,20 +21,25 @@ __all__ = ["MemoryJournal", "OpenRefunds"]
 T = TypeVar("T")
 
 
-class MemoryJournal:
-    """A :class:`~lianlian_async.journal.Journal` in a dictionary. It can be opened again, and still knows all."""
-
-    is_open = True
-    """It has nothing to open: it works outside `async with` as well."""
+class MemoryJournal(Journal):
+    """A :class:`~lianlian_async.journal.Journal` in a dictionary. It keeps its entries when it is closed."""
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._owner: Owner | None = None
         self._is_acting = False
-        self.id = uuid4().hex
+        self._id = uuid4().hex
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {len(self._entries)} refunds>"
+
+    @property
+    def is_open(self) -> bool:
+        return True  # it works without `async with`, too
+
+    @property
+    def id(self) -> str:
+        return self._id
 
     async def __aenter__(self) -> Self:
         return self
@@ -45,61 +50,48 @@ class MemoryJournal:
         pass
 
     async def bind(self, oid_partner: str, apply_url: str) -> None:
-        """See :meth:`Journal.bind`."""
         owner = Owner(oid_partner, apply_url)
         self._owner = owner.confirm(self._owner, repr(self))
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """See :meth:`Journal.begin`."""
         await anyio.lowlevel.checkpoint()
         return self._do(Begin(intent, now))
 
     async def resend(self, entry: Entry) -> None:
-        """See :meth:`Journal.resend`."""
         self._do(Resend(entry))
 
     async def finish(self, entry: Entry, ending: Ending) -> Entry:
-        """See :meth:`Journal.finish`."""
         return self._do(Finish(entry, ending, is_acting=self._is_acting))
 
     async def begin_acting(self) -> None:
-        """See :meth:`Journal.begin_acting`."""
         self._is_acting = True
 
     async def acted(self, no_refund: str) -> None:
-        """See :meth:`Journal.acted`."""
         self._do(Acted(no_refund))
 
     async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
-        """See :meth:`Journal.release`."""
         self._do(Release(entry, sent_at, refused))
 
     async def latest_made(self) -> Entry | None:
-        """See :meth:`Journal.latest_made`."""
         return next((entry for entry in reversed(self._entries.values()) if entry.state.is_made), None)
 
     async def pending(self) -> AsyncIterator[Entry]:
-        """See :meth:`Journal.pending`."""
         for no_refund in list(self._entries):
             entry = self._entries[no_refund]
             if entry.state in (State.UNRESOLVED, State.ACCEPTED, State.FINAL):
                 yield entry
 
     async def entries(self) -> AsyncIterator[Entry]:
-        """See :meth:`Journal.entries`."""
         for no_refund in list(self._entries):
             yield self._entries[no_refund]
 
     async def find(self, no_refund: str) -> Entry | None:
-        """See :meth:`Journal.find`."""
         return self._entries.get(no_refund)
 
     async def counts(self) -> Mapping[State, int]:
-        """See :meth:`Journal.counts`."""
         return dict.fromkeys(State, 0) | Counter(entry.state for entry in self._entries.values())
 
     async def inbox(self) -> MemoryJournal:
-        """See :meth:`Journal.inbox`."""
         return self._inbox
 
     @cached_property
@@ -114,24 +106,23 @@ class MemoryJournal:
 
 
 MOST_OPEN: Final = 100_000
-"""Refunds that one session may leave open without a journal: about 100 MB."""
+"""Refunds that one session may leave open without a journal; they take about 100 MB."""
 
 
 class OpenRefunds(MemoryJournal):
-    """What a session without a journal remembers: the refunds that it began, until their outcome is known.
+    """The open refunds of a session without a journal, so that a second call for an unknown one asks first.
 
-    A second call for one that was left unknown asks first. Nothing that is open is dropped: a session that has left
-    ``MOST_OPEN`` refunds unknown begins no further one. Of what was made only the latest is kept.
+    No open refund is dropped: with ``MOST_OPEN`` of them the session begins no new refund. Of the made refunds only the
+    latest is kept.
     """
 
     _latest_made: Entry | None = None
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """See :meth:`Journal.begin`."""
         if len(self._entries) >= MOST_OPEN and intent.no_refund not in self._entries:
             raise JournalError(
-                f"this session has left {MOST_OPEN:,} refunds unknown, and remembers no more: "
-                "resolve those first, or give it a journal"
+                f"this session has left {MOST_OPEN:,} refunds unknown and cannot remember more: "
+                "resolve those first, or use a journal"
             )
         return await super().begin(intent, now)
 
@@ -145,5 +136,4 @@ class OpenRefunds(MemoryJournal):
         return answer
 
     async def latest_made(self) -> Entry | None:
-        """See :meth:`Journal.latest_made`."""
         return self._latest_made

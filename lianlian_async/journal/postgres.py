@@ -1,9 +1,9 @@
 """The shared journal: one PostgreSQL database for many workers on many machines (extra ``postgres``, asyncio only).
 
-A lease stands in the row, and is over when its time is, whatever became of the worker that took it. No batch waits
-for a row that another transaction holds, maybe of a worker that is dead behind a half-open connection: what is
-locked is skipped, and waits apart. New rows are inserted in the same order by all workers, so that these never wait
-for each other in a circle. ``postgres_moments`` tells how the database's clock and the workers' go together.
+A lease is stored in its refund's row and ends by time, also when its worker has died. No batch waits for a row that
+another transaction has locked, as a dead worker behind a half-open connection may for long: locked rows are skipped,
+and their operations are retried in a task of their own. All workers insert new rows in the same order, which prevents
+deadlocks. ``postgres_moments`` relates the database's clock to the workers' clocks.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
-from typing import Any, Final, LiteralString, cast
+from typing import Any, Final, LiteralString
 
 import anyio
 import attrs
@@ -31,8 +30,8 @@ from lianlian_async.settings import check_type, is_number, positive_seconds
 
 from . import postgres_rows as sql
 from .base import Entry, Intent, JournalError, Owner, Standing, State
-from .group_commit import GroupCommitJournal
-from .operations import Begin, Look, Operation, Result, TakeBack, perform
+from .group_commit import GroupCommitJournal, Queued
+from .operations import Begin, Find, Operation, Result, TakeBack, perform
 from .postgres_moments import Reading
 from .postgres_rows import entry_of, owner_of, rows_of
 
@@ -46,58 +45,46 @@ _LONGEST_PAUSE: Final = 1.0
 
 
 class _BusyError(Exception):
-    """Another transaction, which goes on, is inserting one of these refunds."""
-
-
-@attrs.define(eq=False)
-class _Apart:
-    """Operations that wait because another transaction holds their refunds, and later their answers."""
-
-    operations: Sequence[Operation[Any]]
-    answers: Sequence[Result] = attrs.field(default=(), init=False)
-    done: anyio.Event = attrs.field(factory=anyio.Event, init=False)
-
-    async def answer(self, place: int) -> Result:
-        """Wait for one of the answers."""
-        await self.done.wait()
-        return self.answers[place]
+    """Another transaction is inserting one of these refunds."""
 
 
 @without_locals
 def connection_string(dsn: str, timeout: float) -> str:
-    """Return ``dsn`` so that a connection whose other end is gone is given up; what ``dsn`` says itself stays.
+    """Return ``dsn`` with keepalives and ``tcp_user_timeout``, so that a half-open connection ends; its own win.
 
     Raises ``ConfigurationError``.
     """
     try:
         given = conninfo_to_dict(dsn)
-    except ProgrammingError:  # whose text would show the password
+    except ProgrammingError:  # its text would show the password
         raise ConfigurationError("dsn: not a PostgreSQL connection string or URL") from None
     alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
     return make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | given))
 
 
 class PostgresJournal(GroupCommitJournal):
-    """A :class:`~lianlian_async.journal.Journal` in the PostgreSQL database that ``dsn`` names.
+    """A :class:`~lianlian_async.journal.Journal` in the PostgreSQL database ``dsn``, shared by many workers.
 
-    Its tables live in ``schema``, which is made if it is not there, those of its inbox, if it ever has one, in
-    ``…_inbox``; several journals in one database take several schemas. Two workers never hold one refund at the
-    same time. Clocks of workers need not agree, and may be set: the database's clock and the boot clocks count.
+    Its tables are in ``schema``, which is created if it is missing; those of its inbox, if it has one, in ``…_inbox``.
+    Several journals in one database need several schemas. Workers' wall clocks need not agree and may be set: only the
+    database's clock and the boot clocks count.
 
-    *What holds over crashes:* what a call was told is on disk, also where the database's ``synchronous_commit`` is
-    off. Workers may die at any moment: their leases end, and whoever comes next asks the gateway first.
+    *After a crash:* a call returns only after its commit is on disk, also if the database has ``synchronous_commit``
+    off. Workers may die at any moment: their leases end, and the next worker asks the gateway first.
 
-    *What holds over failover and restore:* a standby or a backup may lack the last commits. Where the database is
-    another incarnation than before, the grace of what was begun earlier (``RetryPolicy.not_found_grace``) starts again,
-    and a refund that is not on record is asked about before it is sent: each one for ``not_found_grace`` seconds, and
-    later each one whose ``dt_refund`` is older than that. What the gateway answered is written again if its row is
-    lost. What remains: a request that is on its way during the failover, under a lease that was lost, may arrive
-    after another worker was told "no such record". Synchronous replication prevents that. Stop all workers before
-    you restore a backup.
+    *After a failover or a restore:* a standby or a backup may lack the last commits. When the journal sees another
+    incarnation of the database, ``not_found_grace`` (see ``RetryPolicy``) starts again for all earlier refunds, and
+    new refunds are asked about before they are sent: for ``not_found_grace`` seconds every one, later those whose
+    ``dt_refund`` is older than that. The gateway's answers are written again if their rows are lost. One risk remains:
+    a request that is under way during the failover, on a lease that was lost, may arrive after another worker was told
+    "no such record". Synchronous replication prevents it. Stop all workers before you restore a backup.
 
-    ``timeout`` is how many seconds the database may take for one transaction, connecting included. Set
-    ``not_found_grace`` as in the ``RetryPolicy`` of the workers; 0 asks about nothing that is new. ``clock`` is the
-    session's.
+    Args:
+        dsn: a connection string or URL of libpq.
+        schema: the tables' schema.
+        timeout: seconds for one transaction, connecting included.
+        not_found_grace: seconds, as in the workers' ``RetryPolicy``; 0 never asks about new refunds.
+        clock: the session's clock.
     """
 
     @without_locals
@@ -122,22 +109,19 @@ class PostgresJournal(GroupCommitJournal):
         self._timeout = timeout
         self._grace = not_found_grace
         self._clock = clock
-        self._apart: dict[_Apart, BackgroundTask] = {}
-        # A transaction that is idle for half of the timeout is a dead worker's; whoever waits for it goes on then.
+        self._retries = set[BackgroundTask]()
+        # A transaction that is idle for half of the timeout belongs to a dead worker.
         self._options = {"timeout": f"{timeout * 1000:.0f}ms", "idle": f"{max(1000, timeout * 500):.0f}ms"}
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """See :meth:`Journal.begin`."""
         if now.timeline != self._clock().timeline:
             raise ConfigurationError("PostgresJournal: give it the clock of its session, PostgresJournal(…, clock=…)")
         return await super().begin(intent, now)
 
     def pending(self) -> AsyncIterator[Entry]:
-        """See :meth:`Journal.pending`. Entries that begin later are left out."""
         return self._walk(sql.PENDING)
 
     def entries(self) -> AsyncIterator[Entry]:
-        """See :meth:`Journal.entries`."""
         return self._walk(sql.ENTRIES)
 
     async def _walk(self, page_of: LiteralString) -> AsyncGenerator[Entry]:
@@ -149,17 +133,15 @@ class PostgresJournal(GroupCommitJournal):
             place = page[-1]["id"]
 
     async def latest_made(self) -> Entry | None:
-        """See :meth:`Journal.latest_made`."""
         return next((entry_of(row, self._reading) for row in await self._fetch(sql.LATEST_MADE)), None)
 
     async def counts(self) -> Mapping[State, int]:
-        """See :meth:`Journal.counts`."""
         return dict.fromkeys(State, 0) | {State(row["state"]): row["count"] for row in await self._fetch(sql.COUNT)}
 
-    # ── open and closed ──────────────────────────────────────────────────────────────────────────
+    # ── opening and closing ────────────────────────────────────────────────────────────────────────
 
     def _beside(self) -> PostgresJournal:
-        """The inbox: nothing is sent for its entries, so that it never asks first."""
+        # Nothing is sent for the entries of an inbox, so it never has to ask first.
         return PostgresJournal(
             self._dsn.reveal(),
             schema=f"{self._schema}_inbox",
@@ -172,29 +154,27 @@ class PostgresJournal(GroupCommitJournal):
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            raise ConfigurationError(
-                "PostgresJournal runs on asyncio only: psycopg knows no other event loop"
-            ) from None
-        # Not through the pool: that would wait and try again, and never tell what is wrong.
+            raise ConfigurationError("PostgresJournal runs on asyncio only, as psycopg does") from None
+        # Not from the pool, which would retry without raising the error.
         with self._errors():
             async with await AsyncConnection.connect(self._dsn.reveal(), row_factory=dict_row) as connection:
                 await self._prepare(connection)
         self._pool = AsyncConnectionPool(
-            self._dsn.reveal,  # the function: the pool, too, holds no password
+            self._dsn.reveal,  # the function, so that the pool holds no password
             connection_class=AsyncConnection[DictRow],
             open=False,
             min_size=1,
             max_size=4,
-            configure=_read_what_is_committed,
+            configure=_set_isolation,
             check=AsyncConnectionPool.check_connection,
-            # Connection poolers in between may not keep prepared statements apart.
+            # A connection pooler in between may mix up prepared statements.
             kwargs={"autocommit": True, "prepare_threshold": None, "row_factory": dict_row},
         )
         await self._pool.open()
 
     async def _prepare(self, connection: AsyncConnection[DictRow]) -> None:
-        """Make the tables if they are not there; one worker at a time."""
-        await _read_what_is_committed(connection)
+        """Create the tables if they are missing; one worker at a time."""
+        await _set_isolation(connection)
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"journal {self._schema}"])
         found = await connection.execute(sql.FIND_VERSION, [self._schema])
         if not found.rowcount:
@@ -215,7 +195,6 @@ class PostgresJournal(GroupCommitJournal):
         owner.confirm(owner_of(row), self._name)
 
     async def begin_acting(self) -> None:
-        """See :meth:`Journal.begin_acting`."""
         [row] = await self._fetch(sql.READ_VERSION)
         if not row["is_acting"]:
             async with self._connected() as connection, connection.transaction():
@@ -224,60 +203,67 @@ class PostgresJournal(GroupCommitJournal):
                     await connection.execute(self._sql(statement))
 
     async def _close(self) -> None:
-        while self._apart:
-            await next(iter(self._apart)).done.wait()
+        while self._retries:
+            await next(iter(self._retries)).join()
         await self._pool.close()
 
     # ── batches ──────────────────────────────────────────────────────────────────────────────────
 
-    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Result]:
-        looks = [operation for operation in operations if isinstance(operation, Look)]
-        writes = [operation for operation in operations if not isinstance(operation, Look)]
-        answers = dict[int, Result]()
-        if looks:
-            rows = await self._select(sql.FIND, [look.no_refund for look in looks])
-            found = {row["no_refund"]: entry_of(row, self._reading) for row in rows}
-            answers |= zip(map(id, looks), perform(looks, found), strict=True)
+    async def _write(self, batch: Sequence[Queued]) -> None:
+        finds = [queued for queued in batch if isinstance(queued.operation, Find)]
+        if finds:
+            operations = [queued.operation for queued in finds]
+            rows = await self._select(sql.FIND, [operation.no_refund for operation in operations])
+            entries = {row["no_refund"]: entry_of(row, self._reading) for row in rows}
+            for queued, result in zip(finds, perform(operations, entries), strict=True):
+                queued.result = result
+        writes = [queued for queued in batch if not isinstance(queued.operation, Find)]
         if writes:
-            done = await self._carry_out(writes, anyio.current_time() + self._timeout)
-            answers |= zip(map(id, writes), done, strict=True)
-        return [answers[id(operation)] for operation in operations]
+            await self._carry_out(writes, anyio.current_time() + self._timeout)
 
-    async def _carry_out(
-        self, operations: Sequence[Operation[Any]], until: float, pause: float = 0.0
-    ) -> Sequence[Result]:
-        """Do all in one transaction; try apart what another one holds, until a moment (event loop's clock)."""
-        answers = dict[int, Result | None]()
+    async def _carry_out(self, batch: Sequence[Queued], until: float, pause: float = 0.0) -> None:
+        """Carry out ``batch`` in one transaction; retry locked refunds later, until ``until`` (event loop's clock)."""
         try:
-            answers |= zip(map(id, operations), await self._transact(operations), strict=True)
-            parts = [[one for one in operations if answers[id(one)] is None]]
-        except _BusyError:  # nobody tells which refund it is, so the halves go on without each other
-            numbers = sorted({operation.no_refund for operation in operations})
+            results = await self._transact([queued.operation for queued in batch])
+            for queued, result in zip(batch, results, strict=True):
+                queued.result = result
+            parts = [[queued for queued in batch if queued.result is None]]
+        except _BusyError:  # it does not say which refund, so each half is retried without the other
+            numbers = sorted({queued.operation.no_refund for queued in batch})
             middle = numbers[len(numbers) // 2]
-            parts = [[one for one in operations if (one.no_refund < middle) is is_first] for is_first in (True, False)]
-        pause = min(max(2 * pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+            parts = [
+                [queued for queued in batch if (queued.operation.no_refund < middle) is is_first]
+                for is_first in (True, False)
+            ]
         for part in filter(None, parts):
-            apart = _Apart(part)
-            self._apart[apart] = BackgroundTask(partial(self._try_again, apart, until, pause))
-            answers |= {id(one): Result(None, None, partial(apart.answer, place)) for place, one in enumerate(part)}
-        return cast("list[Result]", [answers[id(operation)] for operation in operations])  # each has one by now
+            self._retry(part, until, min(max(2 * pause, _SHORTEST_PAUSE), _LONGEST_PAUSE))
 
-    async def _try_again(self, apart: _Apart, until: float, pause: float) -> None:
-        reason = f"journal {self._name}: another transaction has held this refund's row for {self._timeout} s"
-        apart.answers = _failed(apart.operations, reason)
-        try:
+    def _retry(self, batch: Sequence[Queued], until: float, pause: float) -> None:
+        done = anyio.Event()
+        for queued in batch:
+            queued.done = done
+
+        async def retry() -> None:
             await anyio.sleep(pause)
-            if anyio.current_time() < until:
-                apart.answers = await self._carry_out(apart.operations, until, pause)
-                # Its TakeBack came while the transaction was open, and did not see the row.
-                gone = [one for one in apart.operations if isinstance(one, Begin) and one.is_taken_back]
-                if gone:
-                    await self._carry_out([TakeBack(one) for one in gone], until, pause)
-        except JournalError as error:
-            apart.answers = _failed(apart.operations, str(error))
-        finally:
-            del self._apart[apart]
-            apart.done.set()
+            if anyio.current_time() >= until:
+                raise JournalError(
+                    f"journal {self._name}: another transaction has held this refund's row for {self._timeout} s"
+                )
+            await self._carry_out(batch, until, pause)
+            # A TakeBack that came while the transaction was open did not see the new row.
+            begins = (queued.operation for queued in batch if isinstance(queued.operation, Begin))
+            if late := [Queued(TakeBack(begin), done) for begin in begins if begin.is_taken_back]:
+                await self._carry_out(late, until, pause)
+
+        def end(error: BaseException | None) -> None:
+            self._retries.discard(task)
+            if error is not None:
+                for queued in batch:
+                    queued.fail(error)
+            done.set()
+
+        task = BackgroundTask(retry, end)
+        self._retries.add(task)
 
     async def _transact(self, operations: Sequence[Operation[Any]]) -> Sequence[Result | None]:
         async with self._connected() as connection:
@@ -298,17 +284,18 @@ class PostgresJournal(GroupCommitJournal):
     async def _perform(
         self, connection: AsyncConnection[DictRow], reading: Reading, operations: Sequence[Operation[Any]]
     ) -> Sequence[Result | None]:
+        """Return the results; None for a refund whose row is locked by another transaction."""
         numbers = list({operation.no_refund for operation in operations})
         found = await (await connection.execute(self._sql(sql.LOCK), [numbers])).fetchall()
         rows = {row["no_refund"]: row for row in found if row["no_refund"] is not None}
-        reading = attrs.evolve(reading, after=self._clock())  # whatever is in a row happened before
+        reading = attrs.evolve(reading, after=self._clock())  # later than every moment in a row
         before = {number: entry_of(row, reading) for number, row in rows.items()}
         for operation in operations:
             if isinstance(operation, Begin):
                 operation.postpone(reading.after.boot)
                 operation.ask_first = reading.may_have_lost(operation.intent.fields, self._grace)
         after = before.copy()
-        answers = perform(operations, after, is_acting=found[0]["is_acting"])
+        results = perform(operations, after, is_acting=found[0]["is_acting"])
         new = [entry for number, entry in after.items() if number not in rows]
         skipped = {entry.no_refund for entry in new}
         if new:
@@ -322,8 +309,8 @@ class PostgresJournal(GroupCommitJournal):
         if changed:
             await connection.execute(self._sql(sql.UPDATE), [rows_of(changed, rows, reading)])
         return [
-            None if operation.no_refund in skipped else answer
-            for operation, answer in zip(operations, answers, strict=True)
+            None if operation.no_refund in skipped else result
+            for operation, result in zip(operations, results, strict=True)
         ]
 
     async def _fetch(self, statement: LiteralString, *parameters: Any) -> list[dict[str, Any]]:
@@ -337,7 +324,7 @@ class PostgresJournal(GroupCommitJournal):
     def _sql(self, statement: LiteralString) -> Composed:
         return SQL(statement).format(schema=Identifier(self._schema))
 
-    # ── what can go wrong ────────────────────────────────────────────────────────────────────────
+    # ── errors ────────────────────────────────────────────────────────────────────────────────────
 
     @asynccontextmanager
     async def _connected(self) -> AsyncGenerator[AsyncConnection[DictRow]]:
@@ -356,11 +343,6 @@ class PostgresJournal(GroupCommitJournal):
             raise JournalError(f"journal {self._name}: {reason}") from error
 
 
-def _failed(operations: Sequence[Operation[Any]], reason: str) -> Sequence[Result]:
-    """An error for each: one that is raised in many tasks would grow with each."""
-    return [Result(None, JournalError(reason)) for _ in operations]
-
-
-async def _read_what_is_committed(connection: AsyncConnection[Any]) -> None:
-    """Whatever the database's default is: who has waited for another has to see what that one wrote."""
+async def _set_isolation(connection: AsyncConnection[Any]) -> None:
+    """Set READ COMMITTED: a transaction that waited for another one has to see its rows."""
     await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)

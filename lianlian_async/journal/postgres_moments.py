@@ -1,16 +1,16 @@
-"""Moments in a PostgreSQL journal: the database's clock writes and judges them, each worker counts by its boot clock.
+"""Moments in a PostgreSQL journal: written and judged by the database's clock, converted to workers' boot clocks.
 
-Each transaction begins with a :class:`Reading`: the database's clock, and the worker's own before and after. It
-leads from one to the other, both ways, and errs on the late side: nothing is older than it is, no lease is shorter.
+Each transaction begins with a :class:`Reading` of the database's clock, and of the worker's clocks before and after.
+It converts moments both ways and errs on the late side: no moment appears too old, and no lease too short.
 
-A stored moment is a JSON object. ``at``: the database's clock. ``era``: where that clock can be compared. ``ahead``:
-seconds by which the moment lay in the future when it was written (a lease does). ``boot``, ``timeline``: the writer's
-boot clock, which measures exactly for workers of the same boot. ``gateway``: the gateway's clock, if it was known.
+A stored moment is a JSON object. ``at``: the database's clock. ``era``: the era in which that clock is comparable.
+``ahead``: seconds by which the moment was in the future when written (as the end of a lease). ``boot``, ``timeline``:
+the writer's boot clock, exact for workers of the same boot. ``gateway``: the gateway's clock, if known.
 
-An *era* ends when the database is another incarnation than before (a restart, a failover, a restore), or when a
-worker's boot clock proves that the database's clock was set. In a new era, a moment of an earlier one counts from the
-era's beginning. ``pg_postmaster_start_time()`` names the incarnation: a standby or a restored copy has its own, any
-role may call it, and no managed service withholds it.
+A new *era* begins with another incarnation of the database (a restart, a failover, a restore), and when a worker's
+boot clock proves that the database's clock was set. Moments of an earlier era count from the beginning of the new one.
+``pg_postmaster_start_time()`` identifies the incarnation: a standby or a restored copy has its own, and every role
+and managed service allows it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lianlian_async.clock import Moment
 __all__ = ["Reading"]
 
 _DRIFT: Final = 0.001
-"""How much faster or slower a clock may run than another: more than quartz does, and than NTP corrects."""
+"""The largest relative drift between two clocks; quartz and NTP's corrections stay below it."""
 _SLACK: Final = 2.0
-"""Seconds by which the database's clock may also be off before that counts as set."""
+"""Seconds of further difference before the database's clock counts as set."""
 
 
 @attrs.frozen(kw_only=True)
 class Reading:
-    """One look at the database's clock, and at this worker's clocks before and after it."""
+    """One reading of the database's clock, and of this worker's clocks before and after it."""
 
     before: Moment
     database: datetime
@@ -42,12 +42,12 @@ class Reading:
     after: Moment
     era: int
     began: datetime
-    """When the era began, by the database's clock."""
+    """The beginning of the era, by the database's clock."""
     is_same_incarnation: bool
     """Whether the era's incarnation of the database is the one that answered."""
 
     def continues(self, earlier: Reading) -> bool:
-        """Whether this is still the era that is on record, as far as this worker can tell."""
+        """Return whether the recorded era continues, as far as this worker can tell."""
         if not self.is_same_incarnation or self.era != earlier.era:
             return self.is_same_incarnation
         passed = (self.database - earlier.database).total_seconds()
@@ -56,14 +56,14 @@ class Reading:
         return least - slack <= passed <= most + slack
 
     def may_have_lost(self, fields: Mapping[str, str], grace: float) -> bool:
-        """Whether the journal may have lost that this refund was sent: another era began after its ``dt_refund``."""
+        """Return whether the row of this refund may be lost: another era began after its ``dt_refund``."""
         if self.era == 1 or not grace:
             return False
         since = self.began + timedelta(seconds=grace)
         return self.database < since or fields.get("dt_refund", "") < wire.format_timestamp(since)
 
     def stored(self, moment: Moment | None, recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """``moment`` to be stored; one of another timeline was read from ``recorded``, which stays."""
+        """Return the stored form of ``moment``. One of another timeline was read from ``recorded``, which is kept."""
         if moment is None:
             return None
         if moment.timeline != self.after.timeline:
@@ -79,10 +79,10 @@ class Reading:
         }
 
     def moment(self, stored: Mapping[str, Any] | None) -> Moment | None:
-        """A stored moment, on this worker's clocks.
+        """Return a stored moment on this worker's clocks.
 
-        One of another boot also has to be that old by the gateway's clock, where that is known: no worker can
-        prove that the database's clock was set while none was at work.
+        A moment of another boot has to be as old by the gateway's clock, too, where that is known: while no worker
+        runs, none can prove that the database's clock was set.
         """
         if stored is None:
             return None

@@ -1,8 +1,8 @@
-"""What stands in the tables of a PostgreSQL journal, and the statements that read and write it.
+"""Tables and statements of a PostgreSQL journal, and the conversion between rows and entries.
 
-``refunds`` has a row for each refund, whose moments ``postgres_moments`` explains. ``eras`` tells since when the
-database is the incarnation that it is. ``version`` has one row: the schema's version, the journal's id, whose refunds
-it holds, and whether acting on final refunds has begun.
+``refunds`` has a row for each refund; ``postgres_moments`` explains its moments. ``eras`` has a row for each era.
+``version`` has one row: the schema's version, the journal's id, its owner, and whether acting on final refunds has
+begun.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ SELECT 4 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, N
     false AS is_acting;
 """
 BIND: Final = "UPDATE {schema}.version SET oid_partner = %s, apply_url = %s WHERE oid_partner IS NULL"
-# The table lock waits for every transaction that may have read the row before, and LOCK reads the row only after that.
+# The table lock waits for every transaction that may have read the row before; later ones read the new value.
 BEGIN_ACTING: Final[tuple[LiteralString, ...]] = (
     "LOCK TABLE {schema}.refunds IN EXCLUSIVE MODE",
     "UPDATE {schema}.version SET is_acting = true",
 )
 
-# In every transaction, as a pooler between may give each to another connection. What is committed has to be durable,
-# and a worker that dies in the middle must not hold its rows for long.
+# In every transaction, as a pooler may give each one another connection. A commit has to be durable, and a worker that
+# dies in a transaction must not lock its rows for long.
 BEGIN: Final = """
 SELECT
     set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
@@ -63,14 +63,14 @@ FROM {schema}.eras ORDER BY id DESC LIMIT 1
 """
 NEW_ERA: Final = "INSERT INTO {schema}.eras (id) VALUES (%s) ON CONFLICT DO NOTHING"
 WAIT_BRIEFLY: Final = "SELECT set_config('lock_timeout', '100ms', true)"
-"""For another worker that inserts the same refund: longer than its transaction takes, if it is alive."""
+"""For another worker that inserts the same refund: longer than the transaction of a live worker."""
 
 FIND: Final = "SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s)"
 LOCK: Final = """
 WITH locked AS (SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s) FOR UPDATE SKIP LOCKED)
 SELECT is_acting, locked.* FROM {schema}.version LEFT JOIN locked ON true
 """
-"""At least one row: without a refund if none is on record, or all are locked."""
+"""At least one row; without a refund if none is on record or all are locked."""
 INSERT: Final = """
 INSERT INTO {schema}.refunds
     (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until)
@@ -99,12 +99,12 @@ COUNT: Final = "SELECT state, count(*) FROM {schema}.refunds GROUP BY state"
 
 
 def owner_of(row: Mapping[str, Any]) -> Owner | None:
-    """Whose refunds the journal holds, by its row in ``version``."""
+    """Return the journal's owner from its row in ``version``."""
     return None if row["oid_partner"] is None else Owner(row["oid_partner"], row["apply_url"])
 
 
 def entry_of(row: Mapping[str, Any], reading: Reading) -> Entry:
-    """The refund in ``row``, its moments on this worker's clocks."""
+    """Return the entry in ``row``, with its moments on this worker's clocks."""
     return Entry(
         no_refund=row["no_refund"],
         digest=row["digest"],
@@ -119,7 +119,7 @@ def entry_of(row: Mapping[str, Any], reading: Reading) -> Entry:
 
 
 def rows_of(entries: Iterable[Entry], recorded: Mapping[str, Mapping[str, Any]], reading: Reading) -> str:
-    """Return ``entries`` as one JSON array, for one statement; ``recorded``: the rows as they were, by number."""
+    """Return ``entries`` as one JSON array; ``recorded`` holds the stored rows by number."""
     rows = []
     for entry in entries:
         earlier = recorded.get(entry.no_refund, {})

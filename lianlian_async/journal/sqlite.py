@@ -1,6 +1,6 @@
 """The embedded journal: one SQLite file, one process, many tasks; standard library only.
 
-The event loop never touches SQLite: each batch of writes is one transaction, and one ``fsync``, in a thread.
+SQLite runs in a thread: each batch of operations is one transaction and one ``fsync``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import anyio
 from lianlian_async.background import complete, run_in_thread
 
 from .base import Entry, Owner, State
-from .group_commit import GroupCommitJournal
-from .operations import Operation, Result
+from .group_commit import GroupCommitJournal, Queued
 from .sqlite_file import JournalFile
 
 __all__ = ["SqliteJournal", "SqliteReader"]
@@ -27,27 +26,23 @@ T = TypeVar("T")
 _PAGE: Final = 500
 
 
-class _Looking:
-    """What can be asked of an open file without writing to it."""
+class _Reading:
+    """Reads an open journal file."""
 
     _file: JournalFile
     _thread: anyio.CapacityLimiter
 
     def pending(self) -> AsyncIterator[Entry]:
-        """See :meth:`Journal.pending`. Entries that begin later are left out."""
         return self._walk(pending=True)
 
     def entries(self) -> AsyncIterator[Entry]:
-        """See :meth:`Journal.entries`."""
         return self._walk(pending=False)
 
     async def latest_made(self) -> Entry | None:
-        """See :meth:`Journal.latest_made`."""
         self._check_open()
         return await self._in_thread(self._file.latest_made)
 
     async def counts(self) -> Mapping[State, int]:
-        """See :meth:`Journal.counts`."""
         self._check_open()
         return await self._in_thread(self._file.counts)
 
@@ -55,7 +50,7 @@ class _Looking:
         self._check_open()
         last, until = 0, self._file.last_place
         while page := await self._in_thread(partial(self._file.page, last, until, _PAGE, pending=pending)):
-            for last, entry in page:  # noqa: B007 - the next page begins there
+            for last, entry in page:  # noqa: B007 - the next page begins after it
                 yield entry
             self._check_open()
 
@@ -74,8 +69,8 @@ class _Looking:
         return await run_in_thread(function, *arguments, limiter=self._thread)
 
 
-class SqliteReader(_Looking):
-    """Looks into the journal ``path``, also while another process is at work with it; it changes nothing."""
+class SqliteReader(_Reading):
+    """Reads the journal file ``path``, also while another process has it open. Changes nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.path.realpath(path)
@@ -91,19 +86,18 @@ class SqliteReader(_Looking):
         await complete(self._close)
 
     async def find_all(self, numbers: Sequence[str]) -> list[Entry]:
-        """The entries of those refunds that are on record."""
+        """Return the entries of those refunds that are on record."""
         return await self._in_thread(self._file.find_all, numbers)
 
 
-class SqliteJournal(_Looking, GroupCommitJournal):
-    """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is made if it is not there.
+class SqliteJournal(_Reading, GroupCommitJournal):
+    """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is created if it is missing.
 
-    It belongs to one process at a time; a second one that opens it is refused. When that process has ended, in
-    whatever way, the next one finds what it left open as UNRESOLVED. Beside the file lie, while it is open,
-    ``…-wal`` and ``…-shm`` (SQLite's own: they are part of it) and for ever ``…-owner``, which tells who has it open;
-    its inbox, if it ever had one, is the file ``…-inbox``. Several processes of one service share a
-    :class:`~.postgres.PostgresJournal`; several files do not know of each other's refunds. Keep it on a local disk:
-    network file systems do not lock as it needs.
+    One process at a time may open it; a second one gets a ``JournalError``. After that process has ended, or was
+    killed, the next one finds its open refunds as UNRESOLVED. While the journal is open, its files ``…-wal`` and
+    ``…-shm`` belong to it; ``…-owner`` names the process that has it open, and ``…-inbox`` is its inbox. Several
+    processes of one service share a :class:`~.postgres.PostgresJournal`: with several files, one does not know the
+    refunds of the other. Use a local disk: network file systems lack reliable locks.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -127,14 +121,10 @@ class SqliteJournal(_Looking, GroupCommitJournal):
         await self._in_thread(self._file.bind, owner)
 
     async def begin_acting(self) -> None:
-        """See :meth:`Journal.begin_acting`."""
         self._opened()
         await self._in_thread(self._file.begin_acting)
 
-    async def find(self, no_refund: str) -> Entry | None:
-        """See :meth:`Journal.find`. Of most numbers that are not on record, that is known at once."""
-        self._opened()
-        return None if self._file.is_new(no_refund) else await super().find(no_refund)
-
-    async def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[Result]:
-        return await self._in_thread(self._file.write, operations)
+    async def _write(self, batch: Sequence[Queued]) -> None:
+        results = await self._in_thread(self._file.write, [queued.operation for queued in batch])
+        for queued, result in zip(batch, results, strict=True):
+            queued.result = result

@@ -1,10 +1,6 @@
-"""The SQLite file of a journal: its schema, its owner, and whole batches in single statements. It blocks.
+"""The SQLite file of a journal: its schema, its owner, and one transaction for each batch. All calls block.
 
-Many rows go into one statement, and come out as one JSON text: ``sqlite3`` releases and re-acquires the GIL
-for every row, and a busy event loop would make each of a thousand rows wait.
-
-Nobody else writes to the file: what is leased is known without reading it again, and so is, of most new numbers,
-that they are not on record.
+No other process writes to the file, so leased entries are known without reading them again.
 """
 
 from __future__ import annotations
@@ -13,8 +9,8 @@ import errno
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -22,24 +18,21 @@ from typing import Any, Final
 
 from . import sqlite_schema as sql
 from .base import Ending, Entry, JournalError, Owner, State
-from .bloom_filter import BloomFilter
 from .file_lock import FileLock, FileLocked
 from .operations import Operation, Result, perform
 
 __all__ = ["JournalFile"]
 
 _ROWS: Final = 64
-"""In one statement. There is one for each number of rows up to that: SQLite keeps them compiled."""
-_SLICE: Final = 1000
-"""How many numbers are learned at a time: more would keep the event loop waiting for the interpreter."""
+"""Rows in one statement. SQLite caches the prepared statement of each number of rows up to that."""
 
 _ADVICE: Final = {
-    sqlite3.SQLITE_BUSY: "another program has locked it; end that one",
-    sqlite3.SQLITE_CANTOPEN: "its folder must exist, and must let files be created",
+    sqlite3.SQLITE_BUSY: "another program has locked it; end that program",
+    sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable",
     sqlite3.SQLITE_CORRUPT: "keep the file, and restore it from a backup; refunds begun since then may have been made",
-    sqlite3.SQLITE_FULL: "make room on the disk; the journal goes on once there is some",
-    sqlite3.SQLITE_IOERR: "the disk does not do what it is asked to",
-    sqlite3.SQLITE_NOTADB: "it is no journal, and was left as it is; name another file",
+    sqlite3.SQLITE_FULL: "free some disk space; the journal then continues",
+    sqlite3.SQLITE_IOERR: "check the disk",
+    sqlite3.SQLITE_NOTADB: "it is not a journal, and was not changed; name another file",
     sqlite3.SQLITE_READONLY: "the file and its folder must be writable",
 }
 _ERRNO: Final = {
@@ -51,15 +44,15 @@ _ERRNO: Final = {
 
 
 class _DamagedRowError(Exception):
-    """A row is not what was written."""
+    """A row cannot be read."""
 
 
 class JournalFile:
-    """An open journal file, owned by this process. Threads may share it: they take turns.
+    """An open journal file, owned by this process. Threads may share it.
 
-    A file beside it, ``…-owner``, is locked as long as the journal is open (see :mod:`.file_lock`), and says by whom.
-    The journal itself is not locked, so that others can read it meanwhile: who comes ``only_to_look`` locks nothing,
-    makes nothing and writes nothing.
+    The file ``…-owner`` beside it is locked while the journal is open, and names its process (see :mod:`.file_lock`).
+    The journal itself is not locked: other processes may read it. ``only_to_look`` locks, creates and
+    writes nothing.
     """
 
     def __init__(self, path: str, *, only_to_look: bool = False) -> None:
@@ -68,9 +61,6 @@ class JournalFile:
         self._turn = Lock()
         self._leased: dict[str, tuple[int, Entry]] = {}
         """Leased entries by no_refund: (rowid, entry as stored)."""
-        self._numbers = BloomFilter()
-        self._learned = 0
-        """Up to which place ``_numbers`` knows what was on record at the opening."""
         with self._errors(), ExitStack() as opened:
             if only_to_look:
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode="rw")))
@@ -83,14 +73,11 @@ class JournalFile:
                 self._connection.executescript(sql.CHANGES)
                 self._files = {path: path.stat() for path in (self._path, owner_path, log_path)}
             self._last_place: int = self._value(sql.LAST_PLACE)
-            self._to_learn = self._last_place
-            if not only_to_look:
-                self._learn()
-                self._is_acting = bool(self._value(sql.IS_ACTING))
+            self._is_acting = bool(self._value(sql.IS_ACTING))
             self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
-        """Make sure that it is a journal of ours, or make it one."""
+        """Create the tables in an empty file, or check that it is a journal."""
         is_new = not self._value("SELECT count(*) FROM sqlite_master")
         if not is_new:
             self._check_kind()
@@ -103,7 +90,7 @@ class JournalFile:
 
     def _check_kind(self) -> None:
         if self._value("PRAGMA application_id") != sql.APPLICATION_ID:
-            raise JournalError(f"journal {self._path}: an SQLite file, but no journal; name another file")
+            raise JournalError(f"journal {self._path}: an SQLite file, but not a journal; name another file")
         if (version := self._value("PRAGMA user_version")) != sql.SCHEMA_VERSION:
             raise JournalError(
                 f"journal {self._path}: schema version {version}, but this release needs {sql.SCHEMA_VERSION}; "
@@ -111,44 +98,38 @@ class JournalFile:
             )
 
     def owner(self) -> tuple[str, Owner | None]:
-        """The journal's id, and whose refunds it holds; None: nobody's yet."""
+        """Return the journal's id and its owner; None: no owner yet."""
         with self._errors():
-            number, oid_partner, apply_url = json.loads(self._value(sql.OWNER))
-        return number, None if oid_partner is None else Owner(oid_partner, apply_url)
+            journal_id, oid_partner, apply_url = json.loads(self._value(sql.OWNER))
+        return journal_id, None if oid_partner is None else Owner(oid_partner, apply_url)
 
     def bind(self, owner: Owner) -> None:
-        """Write down whose refunds it holds; see :meth:`.base.Journal.bind`."""
+        """See :meth:`.base.Journal.bind`."""
         with self._turn, self._errors():
             if owner.confirm(self.owner()[1], str(self._path)) != self.owner()[1]:
-                statement = "UPDATE journal SET oid_partner = ?, apply_url = ?"
-                self._connection.execute(statement, (owner.oid_partner, owner.apply_url))
+                self._connection.execute(sql.BIND, (owner.oid_partner, owner.apply_url))
 
     def begin_acting(self) -> None:
         """See :meth:`.base.Journal.begin_acting`."""
         with self._turn, self._errors():
             if not self._is_acting:
-                self._connection.execute("UPDATE journal SET is_acting = 1")
+                self._connection.execute(sql.BEGIN_ACTING)
                 self._is_acting = True
 
     def close(self) -> None:
-        """Close it, and let others own it."""
+        """Close it and release its lock."""
         with self._turn, self._errors():
             self._opened.close()
 
-    # ── what is asked ────────────────────────────────────────────────────────────────────────────
-
-    def is_new(self, no_refund: str) -> bool:
-        """Whether it is certainly not on record. Does not block."""
-        return self._learned >= self._to_learn and not self._numbers.may_hold(no_refund)
+    # ── entries ──────────────────────────────────────────────────────────────────────────────────
 
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
-        """Do all in one transaction: when this returns, it is on the disk; when it raises, nothing of it counts."""
+        """Carry out all ``operations`` in one transaction: durable on return, and without any effect if it raises."""
         with self._turn, self._errors():
-            self._learn()
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
             after = before.copy()
-            answers = perform(operations, after, is_acting=self._is_acting)
+            results = perform(operations, after, is_acting=self._is_acting)
             changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
             places = self._save(changed, known)
             for place, entry in zip(places, changed, strict=True):
@@ -157,60 +138,46 @@ class JournalFile:
                 else:
                     self._leased[entry.no_refund] = place, entry
             self._check_in_place()
-        return answers
+        return results
 
-    def _known(self, numbers: Iterable[str]) -> dict[str, tuple[int, Entry]]:
-        """Those of ``numbers`` that are on record, with their places."""
-        known, unread = {}, []
-        for no_refund in numbers:
-            if leased := self._leased.get(no_refund):
-                known[no_refund] = leased
-            elif not self.is_new(no_refund):
-                unread.append(no_refund)
-        if unread:
-            known |= {entry.no_refund: (place, entry) for place, entry in self._read(_json(unread)).items()}
+    def _known(self, numbers: set[str]) -> dict[str, tuple[int, Entry]]:
+        """Return those of ``numbers`` that are on record: (rowid, entry)."""
+        known = {no_refund: self._leased[no_refund] for no_refund in numbers & self._leased.keys()}
+        if unread := numbers - known.keys():
+            known |= {entry.no_refund: (place, entry) for place, entry in self._read(_json(list(unread))).items()}
         return known
-
-    def _learn(self) -> None:
-        """Some more of the numbers that were on record at the opening: all at once would delay the first answer."""
-        if self._learned < self._to_learn:
-            until = self._learned + _SLICE
-            self._numbers.add(json.loads(self._value(sql.ENTRIES, self._learned, until, _SLICE)))
-            self._learned = until
 
     @property
     def last_place(self) -> int:
-        """Where the youngest entry stands."""
+        """The rowid of the youngest entry."""
         return self._last_place
 
     def page(self, after: int, until: int, limit: int, *, pending: bool) -> list[tuple[int, Entry]]:
-        """The oldest entries, all or those whose end is open, with their places: behind ``after``, to ``until``."""
+        """Return up to ``limit`` entries, oldest first, with their rowids: greater than ``after``, up to ``until``."""
         with self._turn, self._errors():
             numbers = self._value(sql.PENDING if pending else sql.ENTRIES, after, until, limit)
             return sorted(self._read(numbers).items())
 
     def find_all(self, numbers: Sequence[str]) -> list[Entry]:
-        """The entries of those refunds that are on record."""
+        """Return the entries of those refunds that are on record."""
         with self._turn, self._errors():
             return list(self._read(_json(numbers)).values())
 
     def latest_made(self) -> Entry | None:
-        """The youngest entry that is known as made."""
+        """See :meth:`.base.Journal.latest_made`."""
         with self._turn, self._errors():
             return next(iter(self._read(self._value(sql.LATEST_MADE)).values()), None)
 
     def counts(self) -> dict[State, int]:
-        """How many entries stand in each state."""
+        """See :meth:`.base.Journal.counts`."""
         with self._turn, self._errors():
             found = json.loads(self._value(sql.COUNT))
-        # All others are counted in the index, and most are done: going through those would take seconds.
+        # The index counts all others. Most are DONE: counting their rows would take seconds.
         found[State.DONE] = found.pop("all") - sum(found.values())
         return {state: found.get(state, 0) for state in State}
 
-    # ── rows ─────────────────────────────────────────────────────────────────────────────────────
-
     def _read(self, numbers: str) -> dict[int, Entry]:
-        """The entries of the refunds that a JSON array names, by their place in the file."""
+        """Return the entries of the refunds in a JSON array of numbers, by rowid."""
         rows = json.loads(self._value(sql.READ, numbers))
         try:
             return {row[0]: self._entry(row[1:]) for row in rows}
@@ -233,34 +200,29 @@ class JournalFile:
         )
 
     def _save(self, changed: Sequence[Entry], known: Mapping[str, tuple[int, Entry]]) -> list[int]:
-        """Write ``changed`` down; their places."""
+        """Write ``changed`` in one transaction and return their rowids."""
         places, rows = [], list[tuple[Any, ...]]()
         for entry in changed:
-            place, earlier = known.get(entry.no_refund, (None, None))
-            sent_at = None if entry.sent_at is None else sql.microseconds(entry.sent_at)
-            record = None if entry.ending is None else _json(entry.ending.record)
-            begun: tuple[str | None, ...] = (None, None, None, None)
-            if earlier is None or entry.sent_at is not None is earlier.sent_at:
-                begun = entry.no_refund, entry.digest, _json(entry.fields), entry.body.decode()
-            if place is None:
+            if entry.no_refund in known:
+                place, _ = known[entry.no_refund]
+            else:
                 place = self._last_place = self._last_place + 1
-                self._numbers.add((entry.no_refund,))
+            sent_at = evidence = None
+            if entry.sent_at is not None:
+                sent_at, evidence = (
+                    sql.microseconds(entry.sent_at),
+                    _json(sql.evidence_of(entry.sent_at, entry.refused)),
+                )
+            record = None if entry.ending is None else _json(entry.ending.record)
+            begun = entry.no_refund, entry.digest, _json(entry.fields), entry.state, sent_at, entry.body.decode()
             places.append(place)
-            evidence = None if entry.sent_at is None or record else _json(sql.evidence_of(entry.sent_at, entry.refused))
-            rows.append((place, entry.state, sent_at, record, evidence, *begun))
-        rows.sort()  # by their places: pages that are filled in order stay full
-        if len(rows) <= _ROWS:
-            self._insert(rows)
-        else:
-            with self._transaction():
-                for first in range(0, len(rows), _ROWS):
-                    self._insert(rows[first : first + _ROWS])
+            rows.append((place, *begun, evidence, record))
+        rows.sort()  # by rowid: pages that are filled in order stay full
+        with self._transaction() if len(rows) > _ROWS else nullcontext():
+            for some in (rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)):
+                statement = sql.CHANGE + ", ".join([sql.ROW] * len(some))
+                self._connection.execute(statement, tuple(chain.from_iterable(some)))
         return places
-
-    def _insert(self, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Insert all rows or none, in one statement, which releases the GIL only a few times."""
-        if rows:
-            self._connection.execute(sql.CHANGE + ", ".join([sql.ROW] * len(rows)), tuple(chain.from_iterable(rows)))
 
     def _value(self, statement: str, *parameters: Any) -> Any:
         row = self._connection.execute(statement, parameters).fetchone()
@@ -268,7 +230,7 @@ class JournalFile:
             raise _DamagedRowError("a row is missing")
         return row[0]
 
-    # ── what can go wrong ────────────────────────────────────────────────────────────────────────
+    # ── errors ───────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -281,7 +243,7 @@ class JournalFile:
             raise
 
     def _check_in_place(self) -> None:
-        """SQLite goes on writing to a file that was removed; nobody would ever read it again."""
+        """Raise if a file was removed or replaced: SQLite would go on writing to the file without a name."""
         for path, opened in self._files.items():
             try:
                 is_there = os.path.samestat(path.stat(), opened)
@@ -290,7 +252,7 @@ class JournalFile:
             if not is_there:
                 raise JournalError(
                     f"journal {self._path}: {path} was removed or replaced while it was open; end this process, and "
-                    "put the file back if you can: refunds that stood there may have been made"
+                    "put the file back if you can: refunds recorded in it may have been made"
                 )
 
     @contextmanager
@@ -307,8 +269,8 @@ class JournalFile:
         except (sqlite3.Error, OSError, UnicodeError, _DamagedRowError) as error:
             is_damage = isinstance(error, UnicodeError | _DamagedRowError)
             code = _ERRNO.get(getattr(error, "errno", 0), sqlite3.SQLITE_CORRUPT if is_damage else sqlite3.SQLITE_IOERR)
-            code = getattr(error, "sqlite_errorcode", code) & 0xFF  # without the extension
-            advice = _ADVICE.get(code, "nothing of this was recorded")
+            code = getattr(error, "sqlite_errorcode", code) & 0xFF  # the primary result code
+            advice = _ADVICE.get(code, "nothing of this batch was recorded")
             raise JournalError(f"journal {self._path}: {error}; {advice}") from error
 
 
@@ -320,4 +282,4 @@ def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connectio
 
 
 _json: Final = json.JSONEncoder(default=dict, ensure_ascii=False, separators=(",", ":")).encode
-"""JSON text, of any mapping too."""
+"""JSON text; mappings of any kind become objects."""

@@ -1,9 +1,12 @@
-"""The schema of a journal file and its statements, and how a moment is stored.
+"""Schema and statements of a journal file, and the stored form of a moment.
 
-``refunds`` holds what is written once and hardly changes, a body lives in ``bodies`` only while its refund is
-unresolved, how it ended is added to ``endings``. So rows never grow, and pages stay full. ``sent_at`` is in
-microseconds since 1970 (UTC); beside the body, ``evidence`` holds the same moment on the other clocks, and the
-refusal in which every attempt so far ended. ``journal`` has one row: the journal's id, and whose refunds it holds.
+``refunds`` holds what rarely changes. A signed body is in ``bodies`` only while its refund is unresolved, with its
+``evidence``: ``sent_at`` on the other clocks, and the refusal in which every attempt so far ended. The ending is added
+to ``endings``. So rows never grow, and pages stay full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal``
+has one row: the journal's id, its owner, and whether acting on final refunds has begun.
+
+Many rows are written by one statement, and read as one JSON text: ``sqlite3`` releases and re-acquires the GIL for
+every row, and each time a busy event loop may keep it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
 SCHEMA_VERSION: Final = 5
 
 CHECKPOINT_PAGES: Final = 4000
-"""How long the log grows (16 MB) before it is worked into the file: bodies mostly come and go within that."""
+"""Length of the WAL (16 MB) at a checkpoint: most bodies are written and deleted before that."""
 
 SCHEMA: Final = f"""
 BEGIN IMMEDIATE;
@@ -67,28 +70,22 @@ SELECT json_group_array(no_refund) FROM (
 )"""
 OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
 IS_ACTING: Final = "SELECT is_acting FROM journal"
+BIND: Final = "UPDATE journal SET oid_partner = ?, apply_url = ?"
+BEGIN_ACTING: Final = "UPDATE journal SET is_acting = 1"
 
-# A row that is inserted into this view is a refund as it stands from now on: one statement does all that this takes.
-# ``no_refund`` and what comes with it is there only if the refund begins, ``record`` only if it has ended.
+# A row inserted into this view replaces all that the file holds of its refund.
 CHANGES: Final = """
 CREATE TEMP VIEW changes AS SELECT * FROM refunds JOIN bodies USING (id) JOIN endings USING (id);
-CREATE TEMP TRIGGER begun INSTEAD OF INSERT ON changes WHEN new.no_refund IS NOT NULL BEGIN
-    INSERT INTO refunds (id, no_refund, digest, fields, state, sent_at)
-    VALUES (new.id, new.no_refund, new.digest, new.fields, new.state, new.sent_at)
+CREATE TEMP TRIGGER change INSTEAD OF INSERT ON changes BEGIN
+    INSERT INTO refunds VALUES (new.id, new.no_refund, new.digest, new.fields, new.state, new.sent_at)
     ON CONFLICT (id) DO UPDATE
     SET digest = excluded.digest, fields = excluded.fields, state = excluded.state, sent_at = excluded.sent_at;
-    INSERT OR REPLACE INTO bodies (id, body, evidence) SELECT new.id, new.body, new.evidence WHERE new.record IS NULL;
-END;
-CREATE TEMP TRIGGER moved INSTEAD OF INSERT ON changes WHEN new.no_refund IS NULL BEGIN
-    UPDATE refunds SET state = new.state, sent_at = new.sent_at WHERE id = new.id;
-    UPDATE bodies SET evidence = new.evidence WHERE id = new.id;
-END;
-CREATE TEMP TRIGGER ended INSTEAD OF INSERT ON changes WHEN new.record IS NOT NULL BEGIN
-    INSERT OR REPLACE INTO endings (id, record) VALUES (new.id, new.record);
-    DELETE FROM bodies WHERE id = new.id;
+    INSERT OR REPLACE INTO bodies SELECT new.id, new.body, new.evidence WHERE new.record IS NULL;
+    INSERT OR REPLACE INTO endings SELECT new.id, new.record WHERE new.record IS NOT NULL;
+    DELETE FROM bodies WHERE id = new.id AND new.record IS NOT NULL;
 END;
 """
-CHANGE: Final = "INSERT INTO changes (id, state, sent_at, record, evidence, no_refund, digest, fields, body) VALUES "
+CHANGE: Final = "INSERT INTO changes (id, no_refund, digest, fields, state, sent_at, body, evidence, record) VALUES "
 ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -101,17 +98,17 @@ def microseconds(moment: Moment) -> int:
 
 
 def evidence_of(sent_at: Moment, refused: Mapping[str, str] | None) -> dict[str, Any]:
-    """What stands beside a body; see :func:`moment_of`."""
-    told: dict[str, Any] = {"boot": sent_at.boot, "timeline": sent_at.timeline}
+    """Return the column ``evidence`` of ``bodies``; see :func:`moment_of`."""
+    evidence: dict[str, Any] = {"boot": sent_at.boot, "timeline": sent_at.timeline}
     if sent_at.gateway is not None:
-        told["gateway"] = sent_at.gateway.isoformat()
+        evidence["gateway"] = sent_at.gateway.isoformat()
     if refused is not None:
-        told["refused"] = refused
-    return told
+        evidence["refused"] = refused
+    return evidence
 
 
 def moment_of(sent_at: int, evidence: Mapping[str, Any]) -> Moment:
-    """The moment ``sent_at`` on all clocks; of a refund that is resolved only the wall clock's is kept."""
+    """Return the moment ``sent_at`` on all clocks. Of a resolved refund, only the wall clock's time is kept."""
     gateway = evidence.get("gateway")
     return Moment(
         _EPOCH + sent_at * _MICROSECOND,

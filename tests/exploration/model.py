@@ -17,7 +17,7 @@ from lianlian_async.errors import JournalError
 from lianlian_async.exchange import Finding
 from lianlian_async.flight import Flights
 from lianlian_async.journal import Entry, Standing
-from lianlian_async.journal.operations import Begin, Finish, Look, Operation, Release, Resend
+from lianlian_async.journal.operations import Begin, Find, Finish, Operation, Release, Resend
 from lianlian_async.resolution import Case, Step
 
 from . import parts
@@ -266,7 +266,7 @@ class Model:
     def _is_taken(self, world: World, number: int, worker: Worker) -> bool:
         """Whether the journal still knows of a send once the lease was released, as ``Recording.keep`` looks."""
         _, after = self._do(world, number, worker, Release(worker.entry, None))
-        found, _ = self._do(after, number, worker, Look("R-1"))
+        found, _ = self._do(after, number, worker, Find("R-1"))
         return found is not None and (found.sent_at is not None or found.ending is not None)
 
     def _take_in(self, world: World, number: int, worker: Worker, finding: Finding) -> Worker:

@@ -184,9 +184,6 @@ class SimulatedFile:
         if self._disk.locked_by is self._loop:
             self._disk.locked_by = None
 
-    def is_new(self, no_refund: str) -> bool:
-        return no_refund not in self._disk.committed
-
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
         disk = self._disk
         disk.check("fails")
