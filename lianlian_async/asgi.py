@@ -1,4 +1,4 @@
-"""The messages of ASGI 3, as far as an application needs them that takes small requests and answers them whole."""
+"""The messages of ASGI 3 for applications with small requests and whole responses."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeAlias
 
-__all__ = ["Message", "Receive", "Send", "headers", "lifespan", "read", "respond", "start"]
-
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
 async def lifespan(receive: Receive, send: Send, context: AbstractAsyncContextManager[object]) -> None:
-    """Follow a server from start to end, inside of ``context``; the server is told if that cannot be had."""
+    """Hold ``context`` open from the server's startup to its shutdown; report a failure of either to the server."""
     phase = "startup"
     try:
         await receive()
@@ -29,7 +27,7 @@ async def lifespan(receive: Receive, send: Send, context: AbstractAsyncContextMa
 
 
 def headers(scope: Mapping[str, Any]) -> dict[str, str]:
-    """The headers by their names in lower case; those that came several times in one, as RFC 9110 §5.3 has it."""
+    """Return the headers with lower-case names; repeated ones are joined (RFC 9110 §5.3)."""
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")
@@ -38,7 +36,7 @@ def headers(scope: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def read(receive: Receive, limit: int) -> bytes:
-    """Return the body as far as it came, or the beginning of a longer one: more than ``limit`` bytes."""
+    """Return the received body; reading stops once it has more than ``limit`` bytes."""
     body, more = bytearray(), True
     while more and len(body) <= limit:
         message = await receive()
@@ -48,15 +46,10 @@ async def read(receive: Receive, limit: int) -> bytes:
 
 
 async def start(send: Send, status: int, headers: Mapping[str, str], length: int) -> None:
-    """Send the head of a response whose body has ``length`` bytes."""
-    fields = {**headers, "content-length": str(length)}
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(name.encode(), value.encode()) for name, value in fields.items()],
-        }
-    )
+    """Send the head of a response with a body of ``length`` bytes."""
+    fields = [(name.encode(), value.encode()) for name, value in headers.items()]
+    fields.append((b"content-length", b"%d" % length))
+    await send({"type": "http.response.start", "status": status, "headers": fields})
 
 
 async def respond(send: Send, status: int, headers: Mapping[str, str], body: bytes) -> None:

@@ -1,7 +1,8 @@
-"""Work that outlives its caller: a task behind an object, and calls that are completed although they are cancelled."""
+"""Work that outlives its caller: background tasks, calls that end although they are cancelled, and who cancelled."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -9,26 +10,44 @@ from contextvars import copy_context
 from typing import Any, TypeVar
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from .errors import LianLianError
-from .event_loop import asyncio_loop
-
-__all__ = ["BackgroundTask", "complete", "run_in_thread"]
 
 T = TypeVar("T")
 
 
+def asyncio_loop() -> Any | None:
+    """Return the running event loop if it is asyncio's (or uvloop's), None on trio."""
+    loop: Any = anyio.lowlevel.current_token().native_token
+    return loop if hasattr(loop, "create_task") else None  # no isinstance: programs on trio do not import asyncio
+
+
+def is_cancelled() -> bool:
+    """Return whether this task was cancelled: by a scope around it, or by asyncio's ``Task.cancel``."""
+    if anyio.current_effective_deadline() == -math.inf:
+        return True
+    if asyncio_loop() is None:
+        return False
+    from asyncio import current_task
+
+    task = current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return whether ``error`` is a failure: an ``Exception``, or a cancellation that nobody requested."""
+    return isinstance(error, Exception) or (isinstance(error, anyio.get_cancelled_exc_class()) and not is_cancelled())
+
+
 class BackgroundTask:
-    """Runs ``function`` in a task of its own, on asyncio or trio, from now on until it ends or is cancelled.
+    """Runs ``function`` in a task until it ends or is cancelled, on asyncio or trio, without a task group.
 
-    anyio has only task groups, whose scope is a block of code; an iterator that its consumer may drop at any
-    point has no such block.
-
-    ``on_end`` is called once, however the task ends, to release whoever waits for it: with what ``function`` raised, or
-    with None if it returned or was cancelled by this object. The end of the event loop or asyncio's ``Task.cancel``,
-    even of a task that has not begun, gives it a ``LianLianError`` that says so. asyncio itself raises
-    ``KeyboardInterrupt`` and ``SystemExit`` out of its event loop; everything else is ``on_end``'s to report.
+    ``on_end`` is called once, however the task ends, to release its waiters: with the exception that ``function``
+    raised, or with None if it returned or this object cancelled it. If the event loop or asyncio's
+    ``Task.cancel`` ends it, even before it began, with a ``LianLianError``. asyncio itself raises ``KeyboardInterrupt``
+    and ``SystemExit`` out of its event loop; ``on_end`` reports every other exception.
     """
 
     def __init__(
@@ -42,7 +61,7 @@ class BackgroundTask:
         if loop is not None:
             self._call_soon = loop.call_soon_threadsafe
             self._task = loop.create_task(self._run())  # asyncio itself holds tasks only weakly
-            # Not at the end of the task's own code: a loop that ends may cancel a task before that has begun.
+            # Not in the task's own code: an event loop that ends may cancel a task before it begins.
             self._task.add_done_callback(self._end_task)
         else:
             import trio
@@ -60,7 +79,7 @@ class BackgroundTask:
         except anyio.get_cancelled_exc_class():
             self._end(_cancelled())
             raise
-        except BaseException as error:  # noqa: BLE001 - trio takes an exception of a system task for a bug of its own
+        except BaseException as error:  # noqa: BLE001 - trio takes an exception of a system task for its own bug
             self._end(error)
         else:
             self._end(None)
@@ -75,36 +94,34 @@ class BackgroundTask:
             self._ended.set()
 
     def cancel_soon(self) -> None:
-        """Cancel it from anywhere: another thread, a finalizer, after the event loop is gone."""
-        with suppress(RuntimeError):  # the loop is closed (trio.RunFinishedError is one too), and the task with it
+        """Cancel the task from anywhere: another thread, a finalizer, after the end of the event loop."""
+        with suppress(RuntimeError):  # the loop is closed (trio.RunFinishedError is one too), and the task ended
             self._call_soon(self._scope.cancel)
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has ended, in whatever way."""
+        """Whether the task has ended."""
         return self._ended.is_set()
 
     async def join(self) -> None:
-        """Wait until it has ended by itself."""
+        """Wait until the task ends."""
         await self._ended.wait()
 
     async def aclose(self) -> None:
-        """Cancel it and wait until it has ended."""
+        """Cancel the task and wait until it has ended."""
         if not self.has_ended:
             self._scope.cancel()
             await complete(self._ended.wait)
 
 
 def _cancelled() -> LianLianError:
-    return LianLianError(
-        "its task was cancelled from outside: by the end of the event loop, or by asyncio's Task.cancel"
-    )
+    return LianLianError("the task was cancelled from outside: by the end of the event loop or asyncio's Task.cancel")
 
 
 async def complete(call: Callable[[], Awaitable[object]]) -> None:
-    """Await ``call()`` to its end, then raise the cancellation that came meanwhile, if any did.
+    """Await ``call()`` to its end, then raise the cancellation that arrived meanwhile, if any.
 
-    A shield does not stop asyncio's ``Task.cancel``, so an interrupted ``call()`` is made again: it must be idempotent.
+    ``call()`` must be idempotent: a shield does not stop asyncio's ``Task.cancel``, so an interrupted call is repeated.
     """
     cancellation: BaseException | None = None
     while True:
@@ -125,10 +142,10 @@ async def run_in_thread(
     limiter: anyio.CapacityLimiter,
     undo: Callable[[T], object] = lambda _: None,
 ) -> T:
-    """Run ``function`` in a thread, and never leave it behind there.
+    """Run ``function`` in a thread; do not return before it has ended, even if cancelled.
 
-    A caller that is cancelled waits until ``function`` has ended; its result is then given to ``undo``, in a thread,
-    before the cancellation is raised. A function that has not begun is not run at all.
+    After a cancellation, ``undo`` gets the result, in a thread, before the cancellation is raised. A function that has
+    not begun is not run.
     """
     unbegun, ended, results = [function], threading.Event(), list[T]()
 
@@ -148,10 +165,10 @@ async def run_in_thread(
         await anyio.to_thread.run_sync(work, limiter=limiter)
     except BaseException:
         try:
-            unbegun.pop()  # called off: the thread that still comes for it finds nothing
+            unbegun.pop()  # not begun: the thread that comes for it later finds nothing
         except IndexError:
             if results or not ended.is_set():
-                # With a limiter of its own: this wait must not queue behind other threads.
+                # With its own limiter: this wait must not queue behind other threads.
                 await complete(lambda: anyio.to_thread.run_sync(clean_up, limiter=anyio.CapacityLimiter(1)))
         raise
     return results.pop()

@@ -1,9 +1,9 @@
-"""Moments and the time between them: the one place that reads the wall clock, the boot clock and the boot id.
+"""Moments and the time between them: the only module that reads the wall clock, the boot clock and the boot id.
 
-Elapsed time is a safety argument here: "no such record" is believed only some time after the last send, and a
-lease ends only when its time is over. The wall clock can step, so within one boot of one machine the boot clock
-measures, which nobody sets and which counts suspension. Across boots the smaller of two differences counts: the wall
-clock's, and that of the gateway's ``Date`` headers.
+Elapsed time is a safety argument: "no such record" is believed only some time after the last send, and a lease ends
+only after its time. The wall clock can step, so within one boot of one machine the boot clock measures: nobody sets it,
+and it counts suspension. Across boots, elapsed time is the smaller of two differences: the wall clock's, and that of
+the gateway's ``Date`` headers.
 """
 
 from __future__ import annotations
@@ -18,46 +18,43 @@ from uuid import uuid4
 
 import attrs
 
-__all__ = ["Clock", "Moment", "SessionClock", "elapsed", "latest", "system_clock"]
-
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 DATE_SLACK: Final = 15.0
-"""Seconds by which a ``Date`` header may be off: its resolution, and the longest exchange that it may belong to."""
-
+"""Seconds by which a ``Date`` header may be late: its resolution, and the longest exchange whose header is used."""
 _DATE_RESOLUTION: Final = 1.0
 
 
 @attrs.frozen
 class Moment:
-    """One moment, as one process read it."""
+    """One moment, as one process read its clocks."""
 
     wall: datetime
-    """The wall clock (UTC): for people, and across boots."""
+    """The wall clock (UTC), for people and across boots."""
     boot: float
     """Seconds of the boot clock; comparable only within one ``timeline``."""
     timeline: str
-    """Names the boot and the time namespace in which ``boot`` was read."""
+    """The boot and the time namespace in which ``boot`` was read."""
     gateway: datetime | None = None
-    """The gateway's clock (UTC), as far as its ``Date`` headers told it."""
+    """The gateway's clock (UTC), from its ``Date`` headers; None: not known."""
 
     def after(self, seconds: float) -> Moment:
-        """Return the moment so many seconds later."""
+        """Return the moment ``seconds`` later."""
         span = timedelta(seconds=seconds)
         gateway = None if self.gateway is None else self.gateway + span
         return Moment(self.wall + span, self.boot + seconds, self.timeline, gateway)
 
     def dated(self, now: Moment) -> Moment:
-        """Return this moment with the gateway's time, where ``now`` knows it and this moment does not."""
+        """Return this moment with the gateway's time, if only ``now`` knows it."""
         if self.gateway is not None or now.gateway is None or self.timeline != now.timeline:
             return self
         return attrs.evolve(self, gateway=now.gateway - timedelta(seconds=now.boot - self.boot))
 
 
 def elapsed(since: Moment, now: Moment) -> float | None:
-    """Return the seconds from ``since`` to ``now`` that certainly passed; None where no clock can tell.
+    """Return the seconds that certainly passed from ``since`` to ``now``; None if no clock can tell.
 
-    None also where ``since`` lies in the future of another boot: a clock was set, so the count has to start again.
+    None also if ``since`` is in the future and of another boot: a clock was set, so the count must start again.
     """
     if since.timeline == now.timeline:
         return now.boot - since.boot
@@ -69,7 +66,7 @@ def elapsed(since: Moment, now: Moment) -> float | None:
 
 
 def latest(one: Moment, other: Moment, now: Moment) -> Moment:
-    """Return the later of two moments, which may be of different boots; ``now`` where no clock can tell which."""
+    """Return the later of two moments, also of different boots; ``now`` if no clock can tell."""
     since_one, since_other = elapsed(one, now), elapsed(other, now)
     if since_one is None or since_other is None:
         return now
@@ -77,17 +74,17 @@ def latest(one: Moment, other: Moment, now: Moment) -> Moment:
 
 
 Clock = Callable[[], Moment]
-"""Reads all clocks at once."""
+"""A function that reads all clocks."""
 
 
 class SessionClock:
-    """A clock that also knows what time it is at the gateway, from the ``Date`` header of its last answer."""
+    """A clock that also knows the gateway's time, from the ``Date`` header of its last answer."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._date = ""
         self._ahead: timedelta | None = None
-        """The gateway's clock less the boot clock's seconds, as a span since 1970."""
+        """The gateway's clock as a span since 1970, less the boot clock's seconds."""
 
     def __call__(self) -> Moment:
         """Read all clocks."""
@@ -98,12 +95,12 @@ class SessionClock:
         return Moment(now.wall, now.boot, now.timeline, gateway)  # evolve takes three times as long
 
     def heard(self, date: str, began: float) -> None:
-        """Take over the ``Date`` header of an answer; one that cannot be read teaches nothing.
+        """Read the ``Date`` header of an answer; ignore it if it is unreadable, or after a long exchange.
 
-        ``began``: the boot clock's seconds when the exchange began. After a long one, as after a suspension, nobody
-        knows how old the header is: it teaches nothing either.
+        ``began``: the boot clock's seconds at the beginning of the exchange. After a long one, such as after a
+        suspension, the age of the header is unknown.
         """
-        if date == self._date:  # read already: it changes once a second
+        if date == self._date:  # it changes once a second
             return
         heard_at = self._clock().boot
         if heard_at - began > DATE_SLACK - _DATE_RESOLUTION:
@@ -111,13 +108,13 @@ class SessionClock:
         self._date = date
         try:
             told = parsedate_to_datetime(date)
-        except (ArithmeticError, LookupError, TypeError, ValueError):  # what the parser raises for odd texts
+        except (ArithmeticError, LookupError, TypeError, ValueError):  # what the parser raises
             return
         self._ahead = told.replace(tzinfo=told.tzinfo or UTC) - _EPOCH - timedelta(seconds=heard_at)
 
 
 def boot_clock() -> Callable[[], float]:
-    """Return the clock that counts suspension: CLOCK_BOOTTIME of Linux, CLOCK_MONOTONIC of macOS, Windows' ticks."""
+    """Return a clock that counts suspension: CLOCK_BOOTTIME (Linux), CLOCK_MONOTONIC (macOS), or Windows' ticks."""
     for name in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"):
         if hasattr(time, name):
             number: int = getattr(time, name)
@@ -130,7 +127,7 @@ _TIME_NAMESPACE: Final = Path("/proc/self/ns/time")
 
 
 def read_timeline() -> str:
-    """Return the boot id and the time namespace (Linux); elsewhere an id of this process, which counts as a boot."""
+    """Return boot id and time namespace (Linux); elsewhere an id of this process, so each process counts as a boot."""
     try:
         return f"{_BOOT_ID.read_text('ascii').strip()} {_TIME_NAMESPACE.readlink()}"
     except OSError:

@@ -1,18 +1,13 @@
-"""``ret_code`` → meaning, class and advice: the one table of the codes that a refund can meet.
+"""The table of return codes that a refund can meet: ``ret_code`` → meaning, class and advice.
 
-Source: LianLian's page of return codes; the gateway's own Chinese ``ret_msg`` is passed on beside it.
-About 90 more codes exist for cards, SMS and instalments. A code that is not listed here is *uncertain*:
-it proves nothing, so the refund is asked about.
+Source: LianLian's page of return codes. About 90 more codes exist for cards, SMS and instalments; a code that is not
+in the table is *uncertain*: it proves nothing, so the library queries the refund.
 """
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final
-
-import attrs
-
-__all__ = ["CODES", "CodeClass", "ReturnCode", "explain"]
+from typing import Final, NamedTuple
 
 
 class CodeClass(Enum):
@@ -26,120 +21,108 @@ class CodeClass(Enum):
     UNCERTAIN = "uncertain"
 
 
-@attrs.frozen
-class ReturnCode:
-    """One row of the table.
-
-    ``transient``: the gateway may answer otherwise a moment later. ``is_configuration``: the merchant's set-up is the
-    cause. ``may_pass``: the cause may pass, and the same ``no_refund`` may be sent again then. ``stops_batch``: every
-    further refund would be rejected too.
-    """
+class ReturnCode(NamedTuple):
+    """One row of the table."""
 
     ret_code: str
     meaning: str
     kind: CodeClass
     advice: str
-    transient: bool = False
     is_configuration: bool = False
+    """The merchant's configuration is the cause."""
     may_pass: bool = False
+    """The cause may pass; the same ``no_refund`` may be sent again then."""
     stops_batch: bool = False
+    """Every further refund would be rejected too."""
 
 
-_MEND = "mend the merchant's set-up before sending more"
-_FINAL = "correct the request; this one will not be made"
-_ASK = "ask about the refund before anything else"
-
-
-def _rejected(code: str, meaning: str, advice: str = _FINAL) -> ReturnCode:
+def _rejected(
+    code: str, meaning: str, advice: str = "correct the request; the gateway will not make this refund"
+) -> ReturnCode:
     return ReturnCode(code, meaning, CodeClass.REJECTED, advice)
 
 
-def _ours(code: str, meaning: str, advice: str = _MEND) -> ReturnCode:
+def _configuration(
+    code: str, meaning: str, advice: str = "correct the merchant's configuration before sending more"
+) -> ReturnCode:
     return ReturnCode(code, meaning, CodeClass.REJECTED, advice, is_configuration=True, stops_batch=True)
 
 
-def _not_now(code: str, meaning: str, cure: str, *, stops_batch: bool = False) -> ReturnCode:
-    advice = f"{cure}, then send the same refund again"
-    return ReturnCode(code, meaning, CodeClass.REJECTED, advice, may_pass=True, stops_batch=stops_batch)
+def _limit_exceeded(code: str) -> ReturnCode:
+    advice = "wait until the limit allows it, or ask LianLian to raise it, then send the same refund again"
+    return ReturnCode(code, "amount or count limit exceeded", CodeClass.REJECTED, advice, may_pass=True)
 
 
-def _over_the_limit(code: str) -> ReturnCode:
-    return _not_now(code, "amount or count limit exceeded", "wait until the limit has room, or have it raised")
+def _balance_too_low(code: str) -> ReturnCode:
+    advice = "top up the merchant balance, then send the same refund again"
+    return ReturnCode(code, "merchant balance too low", CodeClass.REJECTED, advice, may_pass=True, stops_batch=True)
 
 
-def _no_money(code: str) -> ReturnCode:
-    return _not_now(code, "merchant balance too low", "top up the merchant balance", stops_batch=True)
-
-
-def _busy(code: str, meaning: str) -> ReturnCode:
-    return ReturnCode(code, meaning, CodeClass.UNCERTAIN, _ASK, transient=True)
-
-
-def _unclear(code: str, meaning: str) -> ReturnCode:
-    return ReturnCode(code, meaning, CodeClass.UNCERTAIN, _ASK)
+def _uncertain(code: str, meaning: str) -> ReturnCode:
+    return ReturnCode(code, meaning, CodeClass.UNCERTAIN, "query the refund before anything else")
 
 
 def _exists(code: str, meaning: str, kind: CodeClass) -> ReturnCode:
-    return ReturnCode(code, meaning, kind, "ask: a record may exist under this number")
+    return ReturnCode(code, meaning, kind, "query it: a refund with this number may exist")
 
 
 CODES: Final[dict[str, ReturnCode]] = {
     row.ret_code: row
     for row in (
-        ReturnCode("0000", "handled", CodeClass.SUCCESS, "read sta_refund for the state"),
-        _ours("1001", "our signature is wrong", "check the private key against the public key in the dashboard"),
+        ReturnCode("0000", "handled", CodeClass.SUCCESS, "sta_refund tells the status"),
+        _configuration(
+            "1001", "our signature is wrong", "check the private key against the public key in the dashboard"
+        ),
         _exists("1002", "duplicate order or refund number", CodeClass.DUPLICATE),
         _exists("1003", "already being processed", CodeClass.IN_PROGRESS),
         _rejected("1004", "a parameter is invalid", "ret_msg names the parameter"),
-        _busy("1007", "gateway network busy"),
-        _ours("1008", "our IP address is not allowed", "have this machine's outgoing address registered at LianLian"),
-        _ours("1009", "service suspended for this merchant"),
+        _uncertain("1007", "gateway network busy"),
+        _configuration("1008", "our IP address is not allowed", "register this machine's outgoing address at LianLian"),
+        _configuration("1009", "service suspended for this merchant"),
         _rejected("1012", "request body unreadable"),
-        _over_the_limit("1014"),
-        _over_the_limit("1016"),
-        _over_the_limit("1019"),
+        _limit_exceeded("1014"),
+        _limit_exceeded("1016"),
+        _limit_exceeded("1019"),
         _exists("2005", "already being processed", CodeClass.IN_PROGRESS),
         _rejected("2006", "original transaction closed"),
         _exists("2008", "already being processed", CodeClass.IN_PROGRESS),
-        _ours("3001", "unknown merchant number", "check oid_partner and the endpoint"),
+        _configuration("3001", "unknown merchant number", "check oid_partner and the endpoint"),
         _rejected("3005", "query spans more than 3 months", "ask LianLian's support about older refunds"),
-        _ours("3010", "merchant lacks the permission", "have refunds enabled at LianLian"),
+        _configuration("3010", "merchant lacks the permission", "ask LianLian to enable refunds"),
         _exists("4002", "suspected repetition", CodeClass.DUPLICATE),
         _rejected("5002", "original transaction not found"),
         _rejected("5003", "refund amount does not fit the original"),
-        _ours("5004", "merchant status abnormal", "ask LianLian's support"),
-        _busy("5005", "refund failed, try again"),
-        _no_money("5006"),
+        _configuration("5004", "merchant status abnormal", "ask LianLian's support"),
+        _uncertain("5005", "refund failed, try again"),
+        _balance_too_low("5006"),
         _rejected("5007", "refunds together exceed the order", "compare the order's refunds"),
         _rejected("5008", "original transaction did not succeed"),
-        _ours("5504", "merchant lacks the permission", "have refunds enabled at LianLian"),
-        _unclear("8006", "currency exchange failed"),
-        _busy("8117", "gateway's idempotency check failed"),
-        ReturnCode(
-            "8901", "no such record", CodeClass.NOT_FOUND, "shortly after applying this proves nothing; ask again later"
-        ),
-        _busy("9000", "bank maintenance or day cut"),
+        _configuration("5504", "merchant lacks the permission", "ask LianLian to enable refunds"),
+        _uncertain("8006", "currency exchange failed"),
+        _uncertain("8117", "gateway's idempotency check failed"),
+        ReturnCode("8901", "no such record", CodeClass.NOT_FOUND, "proves nothing shortly after applying; query later"),
+        _uncertain("9000", "bank maintenance or day cut"),
         _rejected("9002", "request body unreadable"),
-        _unclear("9091", "creating oid_paybill failed"),
+        _uncertain("9091", "creating oid_paybill failed"),
         _rejected("9092", "payment number and order number do not match"),
         _rejected("9093", "original transaction not found"),
-        _no_money("9104"),
+        _balance_too_low("9104"),
         _rejected("9901", "request body unreadable (an older page: risk level too high)"),
-        _busy("9902", "interface error"),
-        _busy("9903", "invalid, try later"),
+        _uncertain("9902", "interface error"),
+        _uncertain("9903", "invalid, try later"),
         _rejected("9910", "risk level too high"),
-        _over_the_limit("9911"),
-        _unclear("9920", "refund failed"),
-        _busy("9921", "refund query failed"),
-        _busy("9970", "bank maintenance or day cut"),
+        _limit_exceeded("9911"),
+        _uncertain("9920", "refund failed"),
+        _uncertain("9921", "refund query failed"),
+        _uncertain("9970", "bank maintenance or day cut"),
         _exists("9983", "duplicate order or refund number", CodeClass.DUPLICATE),
-        _busy("9990", "bank error, try later"),
-        _unclear("9991", "bank error, contact support"),
-        _busy("9999", "system error"),
+        _uncertain("9990", "bank error, try later"),
+        _uncertain("9991", "bank error, contact support"),
+        _uncertain("9999", "system error"),
     )
 }
 
 
 def explain(ret_code: str) -> ReturnCode:
-    """The row of ``ret_code``; an unlisted code is kept as it is and *uncertain*."""
-    return CODES.get(ret_code) or _unclear(ret_code, "a code this library does not know")
+    """Return the row of ``ret_code``; a code that is not in the table is *uncertain*."""
+    return CODES.get(ret_code) or _uncertain(ret_code, "a code that this library does not know")

@@ -1,25 +1,25 @@
-"""Everything this library raises about a refund, drawn as one tree; plain values only.
+"""Every error that this library raises about a refund, as one tree.
 
 LianLianError
 ├── ConfigurationError      a key or setting is unusable (also a ValueError)
 ├── InvalidRequest          a field breaks the gateway's rules (also a ValueError)
 ├── RefundNotSent           certainly never reached the gateway: safe to send again
-├── RefundRejected          apply only: the gateway said no; ``may_pass`` tells whether only for now
+├── RefundRejected          apply only: the gateway refused; ``may_pass`` tells whether only for now
 ├── RefundNotFound          query only: the gateway has no such record
-├── QueryRejected           query only: the query was refused; says nothing about the refund
-├── RefundOutcomeUnknown    the refund may have been made; carries all that is needed to ask again
+├── QueryRejected           query only: the gateway refused the query; says nothing about the refund
+├── RefundOutcomeUnknown    the refund may have been made; carries everything needed to query again
 ├── GatewayUnavailable      query only: no usable answer in time
-├── RefundNotFinal          waiting only: made, and its state could still change at the deadline
-├── RefundConflict          the same no_refund stands for other content
-├── SignatureInvalid        an answer or notification is not proved to be LianLian's
-├── AnswerMismatch          validly signed, but not the answer to our query
+├── RefundNotFinal          waiting only: made, but its status can still change
+├── RefundConflict          the same no_refund belongs to a refund with other content
+├── SignatureInvalid        nothing proves that an answer or notification comes from LianLian
+├── AnswerMismatch          validly signed, but the answer to another query
 ├── MalformedMessage        not the protocol: not JSON, not an object of strings, too big …
-├── JournalError            the journal cannot do its work; nothing is sent that it does not hold
-└── BatchStopped            refund_many stopped at what every further refund would meet: a rejection, a wrong key
+├── JournalError            the journal failed; nothing is sent that it does not hold
+└── BatchStopped            refund_many stopped: every further refund would fail for the same cause
 
-Every error survives pickling, so that batch workers can hand it over. None ever holds key material.
-Using a session wrongly (closed, from another event loop) is a bug in the program, not news about a
-refund: that is a plain ``RuntimeError``.
+Every error survives pickling, so that worker processes can hand it over. None holds key material.
+Wrong use of a session (closed, from another event loop) is a bug in the program, not news about a refund: it raises
+``RuntimeError``.
 """
 
 from __future__ import annotations
@@ -28,25 +28,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-__all__ = [
-    "AnswerMismatch",
-    "BatchStopped",
-    "ConfigurationError",
-    "GatewayUnavailable",
-    "InvalidRequest",
-    "JournalError",
-    "LianLianError",
-    "MalformedMessage",
-    "Problem",
-    "QueryRejected",
-    "RefundConflict",
-    "RefundNotFinal",
-    "RefundNotFound",
-    "RefundNotSent",
-    "RefundOutcomeUnknown",
-    "RefundRejected",
-    "SignatureInvalid",
-]
+from .codes import explain
 
 
 def _revive(cls: type[LianLianError], args: tuple[Any, ...], state: dict[str, Any]) -> LianLianError:
@@ -56,13 +38,13 @@ def _revive(cls: type[LianLianError], args: tuple[Any, ...], state: dict[str, An
     return error
 
 
-def spoken(ret_msg: str) -> str:
-    """``ret_msg`` as far as it may stand in a message or a log: its documented 100 characters, in one line."""
-    return "".join(character if character.isprintable() else "?" for character in ret_msg[:100])
+def printable(text: str) -> str:
+    """Return the gateway's ``text`` in one line of at most 100 characters, for a message or a log."""
+    return "".join(character if character.isprintable() else "?" for character in text[:100])
 
 
 class LianLianError(Exception):
-    """The root: ``except LianLianError`` catches whatever this library says about a refund."""
+    """The root of the tree: ``except LianLianError`` catches every error about a refund."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (type(self), self.args, self.__dict__.copy())
@@ -73,7 +55,7 @@ class ConfigurationError(LianLianError, ValueError):
 
 
 class Problem(NamedTuple):
-    """One broken rule: the wire name of the field, the rule in words, the value as given (shortened)."""
+    """One broken rule: the wire name of the field, the rule, and the given value (shortened)."""
 
     field: str
     rule: str
@@ -84,10 +66,7 @@ class Problem(NamedTuple):
 
 
 class InvalidRequest(LianLianError, ValueError):
-    """A request breaks the gateway's field rules; nothing was sent.
-
-    ``problems`` holds every broken rule of the request, not just the first.
-    """
+    """A request breaks the gateway's field rules; nothing was sent. ``problems`` holds every broken rule."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -95,9 +74,9 @@ class InvalidRequest(LianLianError, ValueError):
 
 
 class RefundNotSent(LianLianError):
-    """No attempt reached the gateway (refused, DNS, TLS, connect timeout): safe to send again.
+    """No attempt reached the gateway (refused, DNS, TLS, connect timeout): it is safe to send the refund again.
 
-    ``attempts`` counts the connections tried; ``last_error`` says what the last one met.
+    ``attempts`` counts the attempts to connect; ``last_error`` tells why the last one failed.
     """
 
     def __init__(self, no_refund: str, *, attempts: int, last_error: str) -> None:
@@ -109,55 +88,42 @@ class RefundNotSent(LianLianError):
         )
 
 
-class _SaidNo(LianLianError):
-    """What an answered refusal carries: the gateway's code and words, and ours."""
+class _Refusal(LianLianError):
+    """What both refusals carry: the gateway's code and text, and the row of :mod:`lianlian_async.codes`."""
 
     subject = "request"
 
-    def __init__(
-        self,
-        ret_code: str,
-        ret_msg: str,
-        *,
-        meaning: str,
-        advice: str,
-        is_configuration: bool,
-        verified: bool,
-        no_refund: str | None,
-        may_pass: bool = False,
-        stops_batch: bool = False,
-    ) -> None:
+    def __init__(self, ret_code: str, ret_msg: str, *, verified: bool, no_refund: str | None) -> None:
+        row = explain(ret_code)
         self.ret_code = ret_code
         self.ret_msg = ret_msg
-        self.meaning = meaning
-        self.advice = advice
-        self.is_configuration = is_configuration
         self.verified = verified
         self.no_refund = no_refund
-        self.may_pass = may_pass
-        self.stops_batch = stops_batch
+        self.meaning = row.meaning
+        self.advice = row.advice
+        self.is_configuration = row.is_configuration
+        self.may_pass = row.may_pass
+        self.stops_batch = row.stops_batch
         about = self.subject if no_refund is None else f"{self.subject} {no_refund}"
-        super().__init__(f"{about}: {spoken(ret_code)} {spoken(ret_msg)} ({meaning}); {advice}")
+        super().__init__(f"{about}: {printable(ret_code)} {printable(ret_msg)} ({row.meaning}); {row.advice}")
 
 
-class RefundRejected(_SaidNo):
+class RefundRejected(_Refusal):
     """The gateway refused the refund, and no earlier attempt may have arrived.
 
-    ``ret_code`` and ``ret_msg`` (Chinese) are the gateway's own; ``meaning`` and ``advice`` are ours
-    (see :mod:`lianlian_async.codes`). ``is_configuration`` is True where the cure lies in the
-    merchant's set-up (1001, 1008, 3001 …). ``may_pass`` is True where the cause may pass (balance too low,
-    limit exceeded) and the *same* ``no_refund`` may be sent again then. ``stops_batch`` is True where every
-    further refund would be rejected too: the set-up, or the balance.
-    ``verified`` tells whether the answer bore a valid signature; error answers often bear none.
+    ``ret_code`` and ``ret_msg`` (Chinese) come from the gateway, ``meaning`` and ``advice`` from this library.
+    ``is_configuration``: the merchant's configuration is the cause (1001, 1008, 3001 …). ``may_pass``: the cause may
+    pass (balance too low, limit exceeded); send the *same* ``no_refund`` again then. ``stops_batch``: every further
+    refund would be rejected too. ``verified``: the answer had a valid signature; error answers often have none.
     """
 
     subject = "refund rejected"
 
 
-class QueryRejected(_SaidNo):
-    """The query itself was refused (3005, 1004 …): this says nothing about the refund.
+class QueryRejected(_Refusal):
+    """The gateway refused the query (3005, 1004 …): this says nothing about the refund.
 
-    The attributes are those of :class:`RefundRejected`.
+    Attributes as of :class:`RefundRejected`.
     """
 
     subject = "query rejected"
@@ -166,8 +132,8 @@ class QueryRejected(_SaidNo):
 class RefundNotFound(LianLianError):
     """The gateway has no record of the refund (8901) *at this moment*.
 
-    Shortly after an attempt that may have arrived this proves nothing yet: LianLian recommends
-    asking 15 minutes after applying. ``verified`` as on :class:`RefundRejected`.
+    This proves nothing shortly after an attempt that may have arrived: LianLian recommends to query no sooner than 15
+    minutes after applying. ``verified`` as on :class:`RefundRejected`.
     """
 
     def __init__(
@@ -178,28 +144,27 @@ class RefundNotFound(LianLianError):
         self.ret_code = ret_code
         self.ret_msg = ret_msg
         self.verified = verified
-        super().__init__(f"no record of refund {no_refund or oid_refundno}: {spoken(ret_code)} {spoken(ret_msg)}")
+        super().__init__(f"no record of refund {no_refund or oid_refundno}: {printable(ret_code)} {printable(ret_msg)}")
 
 
 class RefundOutcomeUnknown(LianLianError):
-    """The refund may have been made, and the gateway could not be made to tell in time.
+    """The refund may have been made, and no query gave certainty in time.
 
-    Do not send it again under another ``no_refund``. Ask again at ``ask_again_at`` (aware datetime):
-    ``await session.resolve(error)`` does it, and sends the same bytes again only when the gateway's
-    "no such record" may be believed.
+    Do not send it again under another ``no_refund``. From ``ask_again_at`` (aware datetime) on, call
+    ``await session.resolve(error)``: it queries, and sends the same bytes again only once the gateway's "no such
+    record" can be believed.
 
-    ``attempts`` counts the sends, ``queries`` the queries, ``sent_at`` is the last moment at which
-    an attempt may have arrived (``moment``: the same on every clock), ``last_error`` is the last failure in words,
-    ``reason`` the same without details that differ from refund to refund, to count by.
-    ``refused`` is the :class:`RefundRejected` in which every attempt so far ended, None where one may have worked.
-    ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the exact signed bytes, ``oid_partner`` the
-    merchant that signed them.
+    ``attempts`` counts the sends, ``queries`` the queries. ``sent_at`` is when the last attempt was made that may have
+    arrived (``moment``: the same on every clock). ``last_error`` is the last failure; ``reason`` is the same without
+    the details of one refund, for counting. ``refused`` is the :class:`RefundRejected` in which every attempt so far
+    ended; None: one may have worked. ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the signed
+    bytes, ``oid_partner`` the merchant that signed them.
     """
 
     def __init__(
         self,
         *,
-        request: Any,
+        request: Any,  # RefundRequest and Moment, from modules above this one
         oid_partner: str,
         body: bytes,
         attempts: int,
@@ -210,7 +175,6 @@ class RefundOutcomeUnknown(LianLianError):
         refused: RefundRejected | None = None,
         reason: str | None = None,
     ) -> None:
-        # `request` and `moment` are values of other modules, none of which is below this one: hence Any.
         self.request = request
         self.no_refund: str = request.no_refund
         self.dt_refund: datetime = request.dt_refund
@@ -230,14 +194,14 @@ class RefundOutcomeUnknown(LianLianError):
         )
 
     def query(self) -> Any:
-        """The :class:`~lianlian_async.RefundQuery` that asks about this refund."""
+        """Return the :class:`~lianlian_async.RefundQuery` about this refund."""
         return self.request.query()
 
 
 class GatewayUnavailable(LianLianError):
     """A query got no usable answer within its attempts and its deadline.
 
-    ``ret_code`` is the gateway's code where it answered at all (busy, maintenance …), else None.
+    ``ret_code`` is the code that the gateway answered (busy, maintenance …); None: it did not answer.
     """
 
     def __init__(self, message: str, *, attempts: int, last_error: str, ret_code: str | None) -> None:
@@ -248,26 +212,25 @@ class GatewayUnavailable(LianLianError):
 
 
 class RefundNotFinal(LianLianError):
-    """The refund was made, but ``sta_refund`` was neither success nor failed when the deadline came.
+    """The refund was made, but ``sta_refund`` was neither success nor failed at the deadline.
 
-    ``refund`` is the gateway's last word on it, ``last_error`` what the last query met (None: that word).
-    Wait for it again, or leave it to its notification and to ``session.resume()``.
+    ``refund`` is the last known :class:`~lianlian_async.Refund`, ``last_error`` the error of the last query (None: it
+    worked). Wait for the refund again, or leave it to its notification and to ``session.resume()``.
     """
 
     def __init__(self, refund: Any, *, last_error: str | None) -> None:
-        # `refund` is a value of models, a floor above this one: hence Any.
         self.refund = refund
         self.last_error = last_error
-        because = "" if last_error is None else f"; the last query met: {last_error}"
+        because = "" if last_error is None else f"; the last query failed: {last_error}"
         super().__init__(f"refund {refund.no_refund} is not final yet: sta_refund is {refund.sta_refund}{because}")
 
 
 class RefundConflict(LianLianError):
-    """The same ``no_refund`` stands for other content: at the gateway, or in the journal. Nothing more is sent.
+    """The same ``no_refund`` belongs to a refund with other content, at the gateway or in the journal.
 
-    ``field`` is the wire name that differs, ``ours`` and ``theirs`` the two values. ``record`` holds the fields of
-    the gateway's signed record, where the gateway told it; None where the number was used for another request of
-    ours. A person has to decide: the gateway may have made one of the two refunds, or both.
+    A person has to decide: the gateway may have made one of the two refunds, or both. Nothing more is sent.
+    ``field`` is the wire name that differs, ``ours`` and ``theirs`` are the two values. ``record`` holds the fields of
+    the gateway's signed record; None: the number was used for another request of this merchant.
     """
 
     def __init__(
@@ -285,13 +248,13 @@ class RefundConflict(LianLianError):
 
 
 class SignatureInvalid(LianLianError):
-    """A message does not bear a valid signature of any known gateway key."""
+    """A message has no valid signature of any known gateway key."""
 
 
 class AnswerMismatch(LianLianError):
     """An answer is validly signed but belongs to another query.
 
-    ``field`` is the wire name, ``asked`` what we sent, ``answered`` what came (None: absent).
+    ``field`` is the wire name, ``asked`` the value that was sent, ``answered`` the value received (None: absent).
     """
 
     def __init__(self, field: str, *, asked: str, answered: str | None) -> None:
@@ -306,16 +269,13 @@ class MalformedMessage(LianLianError):
 
 
 class JournalError(LianLianError):
-    """The journal cannot be used: not written, not read, held by another process, of an unknown version.
+    """The journal cannot be read or written; another process holds it; its version is unknown.
 
     Nothing is sent that the journal does not hold. The message names the journal and the cure.
-
-    ``said`` tells what became of the refund where the journal failed *after* a send: the
-    :class:`~lianlian_async.Refund` that was made, or the error that the call would have raised. None: the call sent
-    nothing. Call ``apply_refund`` again with the same request once the journal works.
-
-    ``holder`` says which process has the journal open, and since when, where that is why it cannot be opened: it can be
-    once that process has ended. None: that is not the reason.
+    ``said`` is what the gateway said if the journal failed *after* a send: the :class:`~lianlian_async.Refund` that was
+    made, or the error that the call would have raised. None: nothing was sent. Call ``apply_refund`` again with the
+    same request once the journal works.
+    ``holder`` names the process that holds the journal, and since when; None: this is not the cause.
     """
 
     said: Any = None
@@ -323,12 +283,11 @@ class JournalError(LianLianError):
 
 
 class BatchStopped(LianLianError):
-    """A batch or worker stopped, for a cause that lies with the merchant and that every further refund would meet.
+    """A batch or worker stopped, because every further refund would fail for the same cause.
 
-    ``cause`` is the :class:`RefundRejected` with its code and advice (also as ``rejection``), or a
-    :class:`SignatureInvalid` (``rejection`` is None then): answers in a row did not verify, so that a key is wrong.
-    Every refund that was begun has had its outcome yielded; no other was sent. ``keep_going=True`` carries on after a
-    rejection.
+    ``cause`` is the :class:`RefundRejected` (also ``rejection``), or a :class:`SignatureInvalid` (``rejection`` is
+    None then): several answers in a row did not verify, so a key is wrong. The outcome of every refund that was begun
+    was yielded; no other was sent. ``keep_going=True`` continues after a rejection.
     """
 
     def __init__(self, cause: RefundRejected | SignatureInvalid) -> None:

@@ -1,14 +1,14 @@
-"""One exchange with the gateway as values: what goes out, what comes back, and what is known afterwards.
+"""One exchange with the gateway as values: the request, the response, and what is known afterwards.
 
-Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport says which in a
-:data:`Delivery`; the protocol reads it into a :class:`Reply`; middleware and resolution decide by the reply.
+Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport tells which in a :data:`Delivery`; the
+protocol reads it into a :class:`Reply`; middleware and resolution decide by the reply.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum, StrEnum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import attrs
 
@@ -16,29 +16,27 @@ from .errors import LianLianError
 from .models import Refund
 from .retry import Deadline, RetryPolicy
 
-__all__ = ["Call", "Delivery", "Exchange", "Finding", "HttpResponse", "NoResponse", "Reply", "SendCount"]
-
 
 class Call(StrEnum):
-    """Which of the gateway's two calls."""
+    """The two calls of the gateway."""
 
     APPLY = "apply"
     QUERY = "query"
 
 
-@attrs.define
 class SendCount:
-    """What one attempt has left behind so far, for whoever has to end it early or to doubt its reply.
+    """Counts the sends of one attempt that may have worked.
 
-    A caller's layer may send several times in one attempt, one after the other or side by side: hence a count.
+    A caller's middleware may send several times in one attempt, one after the other or at the same time.
     """
 
-    open_sends: int = 0
-    """Sends that may have worked: all but those that were certainly not sent, and those that were refused."""
+    def __init__(self) -> None:
+        self.open_sends = 0
+        """All sends but those that certainly were not sent, and those that were refused."""
 
     @property
     def may_have_worked(self) -> bool:
-        """Whether the gateway may have carried the request out."""
+        """Whether the gateway may have carried out the request."""
         return self.open_sends > 0
 
 
@@ -53,23 +51,22 @@ class Exchange:
     call: Call
     url: str
     body: bytes = attrs.field(repr=False)
-    """The signed JSON, sent as it is."""
+    """The signed JSON."""
     asked: Mapping[str, str]
     """The wire fields of the request, without the signature."""
     deadline: Deadline
-    """The whole call's."""
+    """The deadline of the whole call."""
     policy: RetryPolicy
     lease_holds: Callable[[], bool] = attrs.field(default=_no_lease, eq=False, repr=False)
-    """Asked once more right before bytes leave: waiting, connecting or a suspension may have outlasted the lease."""
+    """Called right before bytes leave: waiting, connecting or a suspension may have outlasted the lease."""
     attempt: int = 1
-    """Counts the attempts of this exchange, from 1."""
+    """The number of this attempt, from 1."""
     seconds: float = 0.0
     """How long this attempt may take."""
-    send_count: SendCount = attrs.field(factory=SendCount, repr=False)
+    send_count: SendCount = attrs.field(factory=SendCount, eq=False, repr=False)
 
 
-@attrs.frozen
-class HttpResponse:
+class HttpResponse(NamedTuple):
     """The server answered: status, headers (lower-case names) and the body as received."""
 
     status: int
@@ -77,9 +74,8 @@ class HttpResponse:
     body: bytes
 
 
-@attrs.frozen
-class NoResponse:
-    """No answer: ``reason`` in words, and whether the request may have arrived all the same."""
+class NoResponse(NamedTuple):
+    """No answer: the reason, and whether the request may have arrived."""
 
     reason: str
     may_have_arrived: bool
@@ -90,12 +86,12 @@ Delivery: TypeAlias = HttpResponse | NoResponse
 
 
 class Finding(Enum):
-    """What one exchange has taught us about the refund."""
+    """What one exchange tells about the refund."""
 
     NOT_SENT = "certainly never reached the gateway"
     FOUND = "the gateway's own signed record of this refund"
     REJECTED = "the gateway refused this request, for good"
-    EXISTS = "the gateway says it has, or is working on, this refund already"
+    EXISTS = "the gateway says that it has this refund, or is working on it"
     CONFLICT = "the gateway's own signed record of another refund under this number"
     NOT_FOUND = "the gateway has no such record at this moment"
     UNCERTAIN = "nothing can be concluded"
@@ -103,20 +99,20 @@ class Finding(Enum):
 
 @attrs.frozen(kw_only=True)
 class Reply:
-    """What is known after an exchange: a ``refund`` if :attr:`Finding.FOUND`, else the ``error`` that says why not.
+    """What is known after an exchange: a ``refund`` if :attr:`Finding.FOUND`, else the ``error`` that tells why not.
 
-    Raises ``ValueError`` for anything else: a reply may come from a caller's middleware, and money hangs on it.
+    Raises ``ValueError`` for any other combination: a reply may come from a caller's middleware.
     """
 
     finding: Finding
     refund: Refund | None = None
     error: LianLianError | None = None
     verified: bool = False
-    """Whether the answer bore a valid signature of the gateway's."""
+    """Whether the answer had a valid signature of the gateway."""
     retry_after: float | None = None
-    """Seconds, as the server asked for."""
+    """Seconds that the server asked to wait."""
     attempts: int = 1
-    """How many attempts it took."""
+    """How many attempts were made."""
 
     def __attrs_post_init__(self) -> None:
         if (self.finding is Finding.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):

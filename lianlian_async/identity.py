@@ -1,7 +1,7 @@
-"""Whether a record is about the refund that was asked for: the one comparison that every path uses.
+"""Compare a record with the refund that was asked for; every path uses this one comparison.
 
-A refund is identified by ``no_refund``, ``dt_refund`` and ``money_refund`` together. A gateway may replay its first
-answer to a number that was used again: then all is signed well, and no money moves for the second refund.
+``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. A gateway may answer a reused number with
+its first, validly signed answer: then no money moves for the second refund.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from typing import Final
 from . import wire
 from .errors import AnswerMismatch, RefundConflict
 
-__all__ = ["check_identity", "has_whole_identity", "request_conflict"]
-
 _NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
-"""Another one means that the record answers another query."""
+"""If one differs, the record answers another query."""
 _CONTENT: Final[dict[str, Callable[[str], object]]] = {
     "dt_refund": wire.parse_timestamp,
     "money_refund": wire.parse_decimal,
 }
-"""Another one under our number, by value, means that the number stands for another refund."""
+"""If one differs by value, our number belongs to another refund."""
 
 
 def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
-    """Compare wire fields; what either side leaves out (or leaves empty) cannot disagree.
+    """Compare wire fields; a field that is absent or empty on either side is not compared.
 
-    Raises ``AnswerMismatch`` for another refund's or merchant's record, and ``RefundConflict`` where our number
-    stands for another ``dt_refund`` or amount.
+    Raises ``AnswerMismatch`` for the record of another refund or merchant, and ``RefundConflict`` if our number belongs
+    to a refund with another ``dt_refund`` or amount.
     """
     for name in _NUMBERS:
         asked, told = ours.get(name), record.get(name)
@@ -39,7 +37,7 @@ def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
             continue
         try:
             is_same = read(told) == read(asked)
-        except ValueError:  # no amount and no time at all: this tells of no other refund
+        except ValueError:  # unreadable, so it proves no other refund
             raise AnswerMismatch(name, asked=asked, answered=told) from None
         if not is_same:
             number = ours.get("no_refund") or record.get("no_refund") or ours.get("oid_refundno", "")
@@ -47,7 +45,7 @@ def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
 
 
 def has_whole_identity(record: Mapping[str, str]) -> bool:
-    """Whether a record that passed :func:`check_identity` also carries all three fields."""
+    """Return whether a record that passed :func:`check_identity` also carries all three fields."""
     return all(record.get(name) for name in ("no_refund", *_CONTENT))
 
 

@@ -1,4 +1,4 @@
-"""The life of a session: opened once, used in one event loop, closed after the calls that are running."""
+"""The life of a session: opened once, used in one event loop, closed after the running calls."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from enum import Enum
 
 import anyio
 import anyio.lowlevel
-
-__all__ = ["Lifecycle"]
 
 
 class _State(Enum):
@@ -21,9 +19,9 @@ class _State(Enum):
 
 
 class Lifecycle:
-    """What state ``name`` is in, and how many calls use it: ``slots`` of them run at the same time.
+    """The state of the object ``name``, and its running calls: at most ``slots`` at a time.
 
-    A use before, after, twice or from another event loop raises ``RuntimeError``: that is a bug in the program.
+    Use before opening, after closing, or from another event loop raises ``RuntimeError``: a bug in the program.
     """
 
     def __init__(self, name: str, slots: int) -> None:
@@ -37,7 +35,7 @@ class Lifecycle:
 
     @contextmanager
     def opening(self) -> Generator[None]:
-        """Be open once the block has ended, or closed for good if it raises."""
+        """Open after the block; if it raises, close for good."""
         if self._state is not _State.NEW:
             message = f"this {self._name} is {self._state.value} already: make a new one for each `async with`"
             raise RuntimeError(message)
@@ -53,7 +51,7 @@ class Lifecycle:
         self._state = _State.OPEN
 
     async def close(self) -> None:
-        """Refuse further calls, and wait for those that run; closed then, or at once if this wait is cancelled."""
+        """Refuse further calls and wait for the running ones; if this wait is cancelled, close at once."""
         self._state = _State.CLOSING
         try:
             while self._running:
@@ -64,7 +62,7 @@ class Lifecycle:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Count one call, for which closing waits."""
+        """Count one call; :meth:`close` waits for it."""
         self._check_open()
         if anyio.lowlevel.current_token() != self._event_loop:
             raise RuntimeError(f"this {self._name} belongs to another event loop: open one in each loop")
@@ -78,7 +76,7 @@ class Lifecycle:
 
     @asynccontextmanager
     async def slot(self) -> AsyncGenerator[None]:
-        """Take a slot, in order; refused if it was closed while the caller waited."""
+        """Take a slot, in order of arrival; raise ``RuntimeError`` if closed meanwhile."""
         async with self._slots:
             self._check_open()
             yield

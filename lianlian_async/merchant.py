@@ -1,4 +1,4 @@
-"""Who we are at LianLian: merchant number, keys and endpoints; from code, environment or TOML, secrets masked."""
+"""The merchant: number, keys and endpoints, from code, environment or TOML. Secrets are masked."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ from .secret import Secret, init_without_locals, without_locals
 from .settings import check_type
 from .signing import SigningKey, VerifyingKey
 
-__all__ = ["Endpoints", "Keys", "Merchant"]
-
 _PublicKeys: TypeAlias = "tuple[KeyMaterial | VerifyingKey, ...]"
 
 
 def _shown(value: object) -> str:
-    """A wrong setting as a message may show it: not where it may be a key that went into the wrong setting."""
+    """Return a wrong value for a message, unless it may be a key in the wrong setting."""
     if not isinstance(value, str):
         return f"of type {type(value).__name__}"
     is_secret = len(value) > 128 or is_key_text(value) or "@" in value  # a URL may hold a password
@@ -40,16 +38,14 @@ def _is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_endpoint(value: str, name: str, *, allow_http: bool = False) -> None:
+def _check_endpoint(value: str, name: str) -> None:
     try:
         text_rules.url(value)
     except ValueError as error:
         raise ConfigurationError(f"{name}: {error} (is {_shown(value)})") from None
     parts = urlsplit(value)
-    if parts.scheme == "http" and not allow_http and not _is_this_machine(parts.hostname or ""):
-        raise ConfigurationError(
-            f"{name}: must be https; plain http is taken only for this machine itself (is {_shown(value)})"
-        )
+    if parts.scheme == "http" and not _is_this_machine(parts.hostname or ""):
+        raise ConfigurationError(f"{name}: must be https; http is allowed only for this machine (is {_shown(value)})")
 
 
 @init_without_locals
@@ -57,23 +53,21 @@ def _check_endpoint(value: str, name: str, *, allow_http: bool = False) -> None:
 class Endpoints:
     """The two URLs of the gateway (defaults: LianLian's API pages, cross-border product).
 
-    The domestic product applies at ``https://traderapi.lianlianpay.com/refund.htm``. ``allow_http`` lets plain
-    http go beyond this machine, for a TLS-terminating proxy of your own.
+    The domestic product applies at ``https://traderapi.lianlianpay.com/refund.htm``. Plain http is allowed only for
+    this machine.
     """
 
     apply: str = "https://traderapi.lianlianpay.com/exchangerefund.htm"
     query: str = "https://queryapi.lianlianpay.com/refundquery.htm"
-    allow_http: bool = attrs.field(default=False, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        check_type("Endpoints.allow_http", self.allow_http, bool)
-        _check_endpoint(self.apply, "Endpoints.apply", allow_http=self.allow_http)
-        _check_endpoint(self.query, "Endpoints.query", allow_http=self.allow_http)
+        _check_endpoint(self.apply, "Endpoints.apply")
+        _check_endpoint(self.query, "Endpoints.query")
 
 
 @attrs.frozen
 class Keys:
-    """A merchant's keys, read and checked."""
+    """The loaded keys of a merchant."""
 
     private: SigningKey
     gateway: tuple[VerifyingKey, ...]
@@ -98,13 +92,11 @@ def _hidden_keys(
 @init_without_locals
 @attrs.frozen(kw_only=True)
 class Merchant:
-    """A merchant's identity and keys. Neither its repr nor ``attrs.asdict`` shows key material.
+    """A merchant's identity and keys. Neither the repr nor ``attrs.asdict`` shows key material.
 
-    Keys are given as PEM, DER, bare base64 (str or bytes), as a path, or loaded already; text and files are
-    read once, at the first :meth:`load_keys`, which a session calls in a thread when it opens. During a key
-    rotation give both of the gateway's keys.
-
-    Raises :class:`~lianlian_async.ConfigurationError` that names the setting.
+    A key is PEM, DER or bare base64 (str or bytes), a path, or a loaded key. Text and files are read once, by the first
+    :meth:`load_keys`; a session calls it in a thread when it opens. During a key rotation, give both keys of the
+    gateway. Raises :class:`~lianlian_async.ConfigurationError` with the name of the setting.
     """
 
     oid_partner: str
@@ -113,9 +105,9 @@ class Merchant:
     gateway_public_keys: Secret[_PublicKeys] = attrs.field(repr=False, converter=_hidden_keys)
     endpoints: Endpoints = attrs.field(factory=Endpoints)
     notify_url: str | None = None
-    """The default for requests that name none."""
+    """The default for requests without their own."""
     private_key_password: Secret[str | bytes | None] = attrs.field(default=None, repr=False, converter=_hidden_password)
-    """Opens an encrypted ``private_key``."""
+    """The password of an encrypted ``private_key``."""
     _names: Mapping[str, str] = attrs.field(factory=dict, alias="names", repr=False, eq=False)
     _loaded: list[Keys] = attrs.field(factory=list, init=False, repr=False, eq=False)
     _loading: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False, eq=False)
@@ -128,7 +120,7 @@ class Merchant:
             )
         check_type("endpoints", self.endpoints, Endpoints)
         if not self.gateway_public_keys.reveal():
-            raise ConfigurationError(f"{self._name('gateway_public_keys')}: at least one of LianLian's keys is needed")
+            raise ConfigurationError(f"{self._name('gateway_public_keys')}: at least one key of LianLian is needed")
         try:
             if self.notify_url is not None:
                 text_rules.notify_url(self.notify_url)
@@ -136,14 +128,14 @@ class Merchant:
             raise ConfigurationError(f"{self._name('notify_url')}: {error} (is {_shown(self.notify_url)})") from None
 
     def _name(self, setting: str) -> str:
-        """How the user calls a setting: by its own name, or by its environment variable."""
+        """Return the user's name of a setting: its own, or its environment variable."""
         return self._names.get(setting, setting)
 
     @without_locals
     def load_keys(self) -> Keys:
-        """The keys, read and checked on the first call. Takes up to a tenth of a second: not on an event loop.
+        """Return the keys, read by the first call. Takes up to a tenth of a second: not on an event loop.
 
-        Raises :class:`~lianlian_async.ConfigurationError` that names the key.
+        Raises :class:`~lianlian_async.ConfigurationError` with the name of the key.
         """
         with self._loading:
             if not self._loaded:
@@ -161,22 +153,22 @@ class Merchant:
         )
         if private.fingerprint in (key.fingerprint for key in gateway):
             raise ConfigurationError(
-                f"{public_name}: holds the merchant's own public key; LianLian's public key is needed here"
+                f"{public_name}: contains the merchant's own public key; LianLian's public key is needed here"
             )
         return Keys(private, gateway)
 
     def __reduce__(self) -> str:
-        raise TypeError("a Merchant holds secrets and is not pickled: load it where it is used")
+        raise TypeError("a Merchant holds secrets and cannot be pickled: load it where it is used")
 
     @classmethod
     @without_locals
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Merchant:
-        """The merchant that the environment (``os.environ``) describes.
+        """Return the merchant that the environment (default: ``os.environ``) describes.
 
-        ``LIANLIAN_OID_PARTNER``, ``LIANLIAN_PRIVATE_KEY`` and ``LIANLIAN_GATEWAY_PUBLIC_KEYS`` (path or key text;
-        several separated by commas) are required; ``LIANLIAN_APPLY_URL``, ``LIANLIAN_QUERY_URL``,
+        ``LIANLIAN_OID_PARTNER``, ``LIANLIAN_PRIVATE_KEY`` and ``LIANLIAN_GATEWAY_PUBLIC_KEYS`` (path or key text,
+        separated by commas) are required; ``LIANLIAN_APPLY_URL``, ``LIANLIAN_QUERY_URL``,
         ``LIANLIAN_NOTIFY_URL`` and ``LIANLIAN_PRIVATE_KEY_PASSWORD`` are optional.
-        Raises :class:`~lianlian_async.ConfigurationError` that names the variable.
+        Raises :class:`~lianlian_async.ConfigurationError` with the name of the variable.
         """
         variables = os.environ if environ is None else environ
         given = {name: text for name, variable in _VARIABLES.items() if (text := variables.get(variable, ""))}
@@ -188,13 +180,13 @@ class Merchant:
     @classmethod
     @without_locals
     def from_toml(cls, path: str | os.PathLike[str]) -> Merchant:
-        """The merchant that a TOML file describes, at its top level or in a table ``[lianlian]``.
+        """Return the merchant that a TOML file describes, at its top level or in a table ``[lianlian]``.
 
         Keys: ``oid_partner``, ``private_key``, ``gateway_public_keys`` (text or list), and optionally
         ``apply_url``, ``query_url``, ``notify_url``, ``private_key_password``. Paths are relative to the file.
-        Raises :class:`~lianlian_async.ConfigurationError` that names file and setting.
+        Raises :class:`~lianlian_async.ConfigurationError` with the names of file and setting.
         """
-        import tomllib  # only who has such a file pays for the parser
+        import tomllib  # rarely needed
 
         if not isinstance(path, str | os.PathLike):
             raise ConfigurationError(f"path: must be str or a path, not {type(path).__name__}")
@@ -208,7 +200,7 @@ class Merchant:
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             problem = f"line {line}: is not UTF-8; save the file as UTF-8"
-        except ValueError as error:  # a path that cannot be one, or the parser's error, which may quote the file
+        except ValueError as error:  # the path is unusable, or not TOML: the parser's error may quote the file
             problem = "not a usable path" if text is None else _toml_problem(text, str(error))
         if document is None:
             raise ConfigurationError(f"{file}: {problem}")
@@ -222,7 +214,7 @@ class Merchant:
 
     @classmethod
     def _from_settings(cls, given: Mapping[str, Any], names: Mapping[str, str], folder: Path | None) -> Merchant:
-        """``names`` tells how the user calls each setting; relative key paths start at ``folder``."""
+        """Relative key paths start at ``folder``; ``names`` are the user's names of the settings."""
         missing = [names[name] for name in _REQUIRED if not given.get(name)]
         if missing:
             raise ConfigurationError("missing: " + ", ".join(missing))
@@ -253,7 +245,7 @@ class Merchant:
 
 
 def _toml_problem(text: str, message: str) -> str:
-    """Return where and probably why ``text`` is no TOML; nothing of it is shown, since any line may hold a secret."""
+    """Return where and why ``text`` is not TOML, without quoting it, since any line may hold a secret."""
     lines = text.split("\n")
     at = re.search(r"at line (\d+)", message)
     unbalanced = (number for number, line in enumerate(lines, 1) if line.count('"') % 2 or line.count("'") % 2)
@@ -264,8 +256,8 @@ def _toml_problem(text: str, message: str) -> str:
     if "overwrite" in message:
         return f"{place}: is set twice"
     if "\\" in line:
-        return f"{place}: a backslash in double quotes is an escape: put a path into single quotes"
-    return f"{place}: is not TOML; text needs plain quotes on both sides, three of them around several lines"
+        return f"{place}: a backslash in double quotes is an escape: write a path in single quotes"
+    return f"{place}: is not TOML; put plain quotes around text, three on each side of several lines"
 
 
 _DEFAULT: Final = Endpoints()

@@ -1,4 +1,4 @@
-"""What became of one request, and what traffic it caused, as values: for batches, which raise for no single refund."""
+"""The result of one request in a batch, and why a refund is unknown, as values."""
 
 from __future__ import annotations
 
@@ -21,46 +21,43 @@ from .errors import (
 )
 from .models import Refund, RefundRequest
 
-__all__ = ["Outcome", "Traffic", "unknown_reason"]
-
-
 _TIMED_OUT: Final = re.compile(r"no answer within|the deadline is over|\w*Timeout")
 
 
 @attrs.define
 class Traffic:
-    """How much traffic one refund has caused so far."""
+    """How many requests one refund has caused so far."""
 
     attempts: int = 0
-    """Sends, those that certainly did not arrive included."""
+    """Sends, including those that certainly did not arrive."""
     queries: int = 0
     """Queries."""
 
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """One request and what became of it: a ``refund`` or an ``error``, never both, never neither.
+    """One request with its ``refund`` or its ``error``: exactly one of them is set.
 
-    Where a batch asked once more about what was unknown, the figures are those of both calls together.
+    If a batch resolved an unknown refund later, the figures are those of both calls together.
     """
 
     request: RefundRequest
-    """What was given, also where it is no request: ``error`` is ``InvalidRequest`` then."""
+    """The given object; if it is no ``RefundRequest``, ``error`` is ``InvalidRequest``."""
     refund: Refund | None
     error: LianLianError | None
     attempts: int
-    """Sends; 0 where the journal knew the answer."""
+    """Sends; 0 if the journal knew the result."""
     queries: int
     """Queries."""
     seconds: float
-    """From the beginning of the call, its wait for a connection slot included, to its end."""
+    """The duration of the call, including its wait for a connection slot."""
 
 
 def unknown_reason(apply_error: LianLianError | None, query_error: LianLianError | None) -> str:
-    """Return why a refund is unknown, in few words without details, so that refunds can be counted by it.
+    """Return why a refund is unknown, without details of one refund, so that refunds can be counted by it.
 
-    Whatever the query met counts; where that was only "no such record", also what the apply call met before. A wrong
-    signature counts before all else, as every further answer would have one.
+    The error of the query counts; after "no such record" also the error of the apply call. A wrong signature counts
+    first, since every further answer would have one.
     """
     if isinstance(apply_error, SignatureInvalid):
         return _reason(apply_error)
@@ -85,12 +82,8 @@ def _reason(error: LianLianError) -> str:
         case GatewayUnavailable(ret_code=str(code)):
             return f"{code} {explain(code).meaning}"
         case GatewayUnavailable() | RefundNotSent():
-            return _lost(error.last_error)
+            if _TIMED_OUT.match(error.last_error):
+                return "no answer in time"
+            kind = error.last_error.partition(":")[0]
+            return f"connection lost ({kind})" if kind.isidentifier() else kind
     return str(error)
-
-
-def _lost(reason: str) -> str:
-    if _TIMED_OUT.match(reason):
-        return "no answer in time"
-    kind = reason.partition(":")[0]
-    return f"connection lost ({kind})" if kind.isidentifier() else kind

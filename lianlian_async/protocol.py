@@ -1,15 +1,12 @@
-"""The gateway's messages without any input or output: request → signed bytes, delivery → reply, notification → refund.
+"""The gateway's messages without I/O: request → signed bytes, delivery → reply, notification → refund.
 
-Reading an answer is total: whatever came back becomes a :class:`~lianlian_async.exchange.Reply`, nothing is raised.
+Reading an answer never raises: everything that came back becomes a :class:`~lianlian_async.exchange.Reply`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
-from typing import Final, TypeVar
-
-import attrs
+from typing import Final, NamedTuple
 
 from . import wire
 from .codes import CodeClass, ReturnCode, explain
@@ -26,7 +23,7 @@ from .errors import (
     RefundNotSent,
     RefundRejected,
     SignatureInvalid,
-    spoken,
+    printable,
 )
 from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply
 from .identity import check_identity
@@ -34,14 +31,9 @@ from .merchant import Merchant
 from .models import DOCUMENTED, Refund, RefundQuery, RefundRequest
 from .signing import SigningKey, VerifyingKey, signature_source
 
-__all__ = ["Protocol", "lost", "rejection"]
 
-Rejection = TypeVar("Rejection", RefundRejected, QueryRejected)
-
-
-@attrs.frozen
-class Protocol:
-    """LianLian's refund protocol as one merchant speaks it. :meth:`seal` and :meth:`read` cost an RSA operation."""
+class Protocol(NamedTuple):
+    """LianLian's refund protocol for one merchant. :meth:`seal` and :meth:`read` cost one RSA operation each."""
 
     merchant: Merchant
     private_key: SigningKey
@@ -50,7 +42,7 @@ class Protocol:
     # ── out ──────────────────────────────────────────────────────────────────────────────────────
 
     def apply_fields(self, request: RefundRequest) -> dict[str, str]:
-        """The fields of an apply call; raises ``InvalidRequest`` if nobody names a ``notify_url``."""
+        """Return the fields of an apply call. Raises ``InvalidRequest`` if there is no ``notify_url``."""
         fields = {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **request.to_dict()}
         notify_url = request.notify_url or self.merchant.notify_url
         if notify_url is None:
@@ -59,15 +51,15 @@ class Protocol:
         return fields
 
     def query_fields(self, query: RefundQuery) -> dict[str, str]:
-        """The fields of a query call."""
+        """Return the fields of a query call."""
         return {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **query.to_dict()}
 
     def seal(self, fields: Mapping[str, str]) -> bytes:
-        """``fields`` and their signature as the JSON that is sent."""
+        """Return ``fields`` and their signature as the JSON that is sent."""
         return wire.encode({**fields, "sign": self.private_key.sign(signature_source(fields))})
 
     def signed_fields(self, body: bytes) -> dict[str, str]:
-        """The fields that :meth:`seal` made ``body`` of."""
+        """Return the fields from which :meth:`seal` made ``body``."""
         fields = wire.decode(body)
         del fields["sign"]
         return fields
@@ -75,15 +67,12 @@ class Protocol:
     # ── in ───────────────────────────────────────────────────────────────────────────────────────
 
     def verify(self, fields: Mapping[str, str]) -> bool:
-        """Whether one of the gateway's keys signed ``fields``."""
+        """Return whether one of the gateway's keys signed ``fields``."""
         source, signature = signature_source(fields), fields.get("sign", "")
-        for key in self.gateway_keys:  # noqa: SIM110 - any() would take as long as reading the JSON
-            if key.verify(source, signature):
-                return True
-        return False
+        return any(key.verify(source, signature) for key in self.gateway_keys)
 
     def read(self, exchange: Exchange, delivery: Delivery) -> Reply:
-        """What ``delivery`` teaches about the refund that ``exchange`` asked for."""
+        """Return what ``delivery`` tells about the refund of ``exchange``."""
         if isinstance(delivery, NoResponse):
             return lost(exchange, delivery)
         retry_after, verified = _retry_after(delivery.headers), False
@@ -101,22 +90,23 @@ class Protocol:
             trader = exchange.asked.get("trader_refund")
             refund = Refund.from_dict(fields, asked_dt_refund=asked, asked_trader_refund=trader)
             return Reply(finding=Finding.FOUND, refund=refund, verified=True)
-        return _refused(exchange, fields, row, verified=verified, retry_after=retry_after)
+        finding, refusal = _refused(exchange, fields, row, verified=verified)
+        return Reply(finding=finding, error=refusal, retry_after=retry_after, verified=verified)
 
     def read_notification(self, body: bytes) -> Refund:
-        """The refund that a notification tells of: proved to be the gateway's word, and about this merchant.
+        """Return the refund of a notification that the gateway signed for this merchant.
 
-        It has a ``no_refund`` or an ``oid_refundno``; all else may be missing. Raises ``MalformedMessage``,
-        ``SignatureInvalid`` or, for another merchant's, ``AnswerMismatch``.
+        It has a ``no_refund`` or an ``oid_refundno``; every other field may be missing. Raises ``MalformedMessage``,
+        ``SignatureInvalid``, or ``AnswerMismatch`` for another merchant's notification.
         """
         fields = wire.decode(body)
         if not self.verify(fields):
-            raise self._unproved(fields, "notification")
+            raise self._not_verified(fields, "notification")
         if fields.get("oid_partner") != self.merchant.oid_partner:
             raise AnswerMismatch("oid_partner", asked=self.merchant.oid_partner, answered=fields.get("oid_partner"))
         refund = Refund.from_dict(fields)
         if refund.ret_code not in (None, "0000"):
-            raise MalformedMessage(f"tells of no refund: ret_code is {refund.ret_code}")
+            raise MalformedMessage(f"not a refund notification: ret_code is {refund.ret_code}")
         if refund.no_refund is None and refund.oid_refundno is None:
             raise MalformedMessage("has neither no_refund nor oid_refundno")
         for name in ("dt_refund", "money_refund"):
@@ -125,17 +115,17 @@ class Protocol:
         return refund
 
     def _verified(self, fields: Mapping[str, str]) -> bool:
-        """True: signed by the gateway; False: an error answer without signature. Raises for all else."""
+        """Return True if the gateway signed ``fields``, False for an error answer without signature; else raise."""
         if fields.get("sign"):
             if not self.verify(fields):
-                raise self._unproved(fields, f"answer {fields['ret_code']}")
+                raise self._not_verified(fields, f"answer {fields['ret_code']}")
             return True
         if fields["ret_code"] == "0000":
             raise SignatureInvalid("answer 0000 without signature")
         return False
 
-    def _unproved(self, fields: Mapping[str, str], subject: str) -> SignatureInvalid:
-        """Return the error for a wrong signature. LianLian leaves a few fields of other answers unsigned: say if so."""
+    def _not_verified(self, fields: Mapping[str, str], subject: str) -> SignatureInvalid:
+        """Return the error for a wrong signature; it tells if only undocumented fields are not signed."""
         signed = {name: text for name, text in fields.items() if name in DOCUMENTED}
         cause = ""
         if signed != fields and self.verify(signed):
@@ -146,7 +136,7 @@ class Protocol:
         return SignatureInvalid(f"{subject}: signature of no known gateway key{cause}")
 
 
-# What an answer code's class teaches: an apply call may have made the refund that it denies …
+# What the class of a code means. An apply call may have made the refund that its answer denies;
 _APPLY = {
     CodeClass.REJECTED: Finding.REJECTED,
     CodeClass.DUPLICATE: Finding.EXISTS,
@@ -154,7 +144,7 @@ _APPLY = {
     CodeClass.NOT_FOUND: Finding.UNCERTAIN,
     CodeClass.UNCERTAIN: Finding.UNCERTAIN,
 }
-# … while a query changes nothing.
+# a query changes nothing.
 _QUERY = {
     CodeClass.REJECTED: Finding.REJECTED,
     CodeClass.DUPLICATE: Finding.UNCERTAIN,
@@ -165,7 +155,7 @@ _QUERY = {
 
 
 def lost(exchange: Exchange, delivery: NoResponse) -> Reply:
-    """The reply where there is no answer."""
+    """Return the reply for an exchange without an answer."""
     error: LianLianError
     if exchange.call is Call.APPLY and not delivery.may_have_arrived:
         error = RefundNotSent(exchange.asked["no_refund"], attempts=exchange.attempt, last_error=delivery.reason)
@@ -176,12 +166,12 @@ def lost(exchange: Exchange, delivery: NoResponse) -> Reply:
 
 
 def _message(answer: HttpResponse) -> dict[str, str]:
-    """The fields of an answer that is the protocol's at all."""
+    """Return the fields of an answer; raise ``MalformedMessage`` if it is not the protocol."""
     if answer.status != 200:
         raise MalformedMessage(f"HTTP status {answer.status}")
     encoding = answer.headers.get("content-encoding", "identity")
     if encoding.lower() not in ("", "identity") and not _is_charset(encoding):
-        raise MalformedMessage(f"compressed ({encoding[:32]}) though identity was asked for")
+        raise MalformedMessage(f"compressed ({encoding[:32]}), although the request asked for identity")
     fields = wire.decode(answer.body)
     if not fields.get("ret_code"):
         raise MalformedMessage("no ret_code")
@@ -189,7 +179,7 @@ def _message(answer: HttpResponse) -> dict[str, str]:
 
 
 def _is_charset(name: str) -> bool:
-    """Whether ``name`` is a character set: clients of LianLian's send ``Content-Encoding: UTF-8``, uncompressed."""
+    """Return whether ``name`` is a character set: LianLian's own clients send ``Content-Encoding: UTF-8``."""
     try:
         "".encode(name)
     except (LookupError, ValueError):
@@ -201,7 +191,7 @@ _NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
 
 
 def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> None:
-    """Refuse the answer to another query. An error answer need not repeat what was asked, a success must."""
+    """Raise for the answer to another query. A success must repeat what was asked; an error answer need not."""
     asked = exchange.asked
     if not success:
         check_identity(asked, {name: fields.get(name, "") for name in _NUMBERS})
@@ -217,45 +207,20 @@ def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> N
 
 
 def _refused(
-    exchange: Exchange, fields: Mapping[str, str], row: ReturnCode, *, verified: bool, retry_after: float | None
-) -> Reply:
+    exchange: Exchange, fields: Mapping[str, str], row: ReturnCode, *, verified: bool
+) -> tuple[Finding, LianLianError]:
+    """Return what an answer other than 0000 means."""
     finding = (_APPLY if exchange.call is Call.APPLY else _QUERY)[row.kind]
-    ret_code, ret_msg = fields["ret_code"], fields.get("ret_msg", "")
-    error: LianLianError
-    number = exchange.asked.get("no_refund")
-    if finding in (Finding.REJECTED, Finding.EXISTS) and exchange.call is Call.APPLY:
-        error = rejection(RefundRejected, ret_code, ret_msg, verified=verified, no_refund=number)
-    elif finding is Finding.REJECTED:
-        error = rejection(QueryRejected, ret_code, ret_msg, verified=verified, no_refund=number)
-    elif finding is Finding.NOT_FOUND:
-        error = RefundNotFound(
-            no_refund=number,
-            oid_refundno=exchange.asked.get("oid_refundno"),
-            ret_code=ret_code,
-            ret_msg=ret_msg,
-            verified=verified,
+    ret_code, ret_msg, no_refund = fields["ret_code"], fields.get("ret_msg", ""), exchange.asked.get("no_refund")
+    if finding in (Finding.REJECTED, Finding.EXISTS):
+        refusal = RefundRejected if exchange.call is Call.APPLY else QueryRejected
+        return finding, refusal(ret_code, ret_msg, verified=verified, no_refund=no_refund)
+    if finding is Finding.NOT_FOUND:
+        number = exchange.asked.get("oid_refundno")
+        return finding, RefundNotFound(
+            no_refund=no_refund, oid_refundno=number, ret_code=ret_code, ret_msg=ret_msg, verified=verified
         )
-    else:
-        error = _unavailable(exchange, f"{spoken(ret_code)} {spoken(ret_msg)} ({row.meaning})", ret_code)
-    return Reply(finding=finding, error=error, retry_after=retry_after, verified=verified)
-
-
-def rejection(
-    kind: type[Rejection], ret_code: str, ret_msg: str, *, verified: bool, no_refund: str | None
-) -> Rejection:
-    """The refusal that a code stands for, with our explanation of it."""
-    row = explain(ret_code)
-    return kind(
-        ret_code,
-        ret_msg,
-        meaning=row.meaning,
-        advice=row.advice,
-        is_configuration=row.is_configuration,
-        may_pass=row.may_pass,
-        stops_batch=row.stops_batch,
-        verified=verified,
-        no_refund=no_refund,
-    )
+    return finding, _unavailable(exchange, f"{printable(ret_code)} {printable(ret_msg)} ({row.meaning})", ret_code)
 
 
 def _unavailable(exchange: Exchange, reason: str, ret_code: str | None = None) -> GatewayUnavailable:
@@ -265,14 +230,6 @@ def _unavailable(exchange: Exchange, reason: str, ret_code: str | None = None) -
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, in either of its forms (RFC 9110 §10.2.3); None if unusable."""
+    """Return the seconds of a Retry-After header; None for its other form, a date (RFC 9110 §10.2.3)."""
     value = headers.get("retry-after", "").strip()
-    if not value:
-        return None
-    if value.isascii() and value.isdigit():
-        return float(value[:9])
-    try:
-        pause = parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("date", ""))
-    except (ArithmeticError, LookupError, TypeError, ValueError):  # what the parser raises for odd texts
-        return None
-    return max(0.0, pause.total_seconds())
+    return float(value[:9]) if value.isascii() and value.isdigit() else None

@@ -20,7 +20,6 @@ from .errors import JournalError, LianLianError, RefundConflict, RefundNotSent, 
 from .identity import check_identity
 from .journal import Ending, Entry, Intent, Journal, Standing, State
 from .models import Refund, RefundRequest
-from .protocol import rejection
 from .resolution import matching
 from .signing import signature_source
 
@@ -52,7 +51,7 @@ def _refusal_record(error: RefundRejected) -> dict[str, str]:
 def refusal(no_refund: str, record: Mapping[str, str]) -> RefundRejected:
     """The ``RefundRejected`` that the journal keeps as ``record``."""
     verified = record["verified"] == "yes"
-    return rejection(RefundRejected, record["ret_code"], record["ret_msg"], verified=verified, no_refund=no_refund)
+    return RefundRejected(record["ret_code"], record["ret_msg"], verified=verified, no_refund=no_refund)
 
 
 def answer(entry: Entry) -> Refund:

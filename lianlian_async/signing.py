@@ -1,9 +1,8 @@
-"""RSA signatures as the gateway makes and checks them, and the keys that make and check them.
+"""RSA keys and signatures, and the text that is signed.
 
-The scheme is fixed by the protocol: MD5withRSA, that is RSASSA-PKCS1-v1_5 over MD5, in one line of base64.
-MD5 is weak against collisions; nothing but this protocol should use it. This is the only importer of
-pycryptodome, and of cryptography (OpenSSL) with the extra ``fast``. Nothing here may run on an event loop
-unmeasured: a 2048-bit signature costs up to milliseconds.
+The protocol fixes the scheme: MD5withRSA, that is RSASSA-PKCS1-v1_5 over MD5, in one line of base64. MD5 is weak
+against collisions: use it for nothing but this protocol. Only this module imports pycryptodome, and cryptography
+(OpenSSL, extra ``fast``). A 2048-bit signature takes up to milliseconds: do not call this module on an event loop.
 """
 
 from __future__ import annotations
@@ -22,30 +21,28 @@ from .errors import ConfigurationError
 from .key_files import PRIVATE_KEY_GIVEN, KeyMaterial, diagnose, read_keys
 from .secret import without_locals
 
-__all__ = ["BACKEND", "KeyMaterial", "SigningKey", "VerifyingKey", "signature_source"]
-
 BACKEND = os.environ.get("LIANLIAN_SIGNING_BACKEND") or ("openssl" if find_spec("cryptography") else "pycryptodome")
-"""What computes the signatures: ``pycryptodome``, or ``openssl`` with the extra ``fast``, four to five times faster.
+"""The signing backend: ``pycryptodome``, or ``openssl`` (extra ``fast``), four to five times faster.
 
-OpenSSL is taken where it is installed; the environment variable ``LIANLIAN_SIGNING_BACKEND`` can choose. If nobody
-chose, and OpenSSL refuses MD5 or a key (FIPS mode), pycryptodome takes its place.
+The default is OpenSSL if it is installed; the environment variable ``LIANLIAN_SIGNING_BACKEND`` overrides it. Without
+this variable, pycryptodome replaces an OpenSSL that refuses MD5 or a key (FIPS mode).
 """
 
 _SMALLEST_KEY_BITS: Final = 1024  # the pages name 1024, 2048 and 4096
 
 
 def signature_source(fields: Mapping[str, str | None]) -> bytes:
-    """What is signed: every field but ``sign`` and empty ones, as ``key=value``, sorted by key, joined by ``&``.
+    """Return the signed text: fields except ``sign`` and empty ones, as ``key=value`` sorted by key, joined by ``&``.
 
-    The fields are taken as sent or received: nothing is URL-encoded, unknown fields count too, and so do
-    ``ret_code`` and ``ret_msg`` of an answer (LianLian's signature page; proved by genuine signatures).
+    Fields are used as sent or received, without URL encoding; unknown fields, and ``ret_code`` and ``ret_msg`` of an
+    answer, are included (LianLian's signature page; proved by genuine signatures).
     """
-    # Plain ascending order. LianLian's own Java code ignores case, but every known key is lower case.
+    # LianLian's own Java code sorts without regard to case, but every known key is lower case.
     return "&".join([f"{key}={value}" for key, value in sorted(fields.items()) if value and key != "sign"]).encode()
 
 
 class _Scheme(Protocol):
-    """One key's signatures, as bytes."""
+    """Signs and verifies with one key; signatures are bytes."""
 
     def sign(self, source: bytes) -> bytes: ...
 
@@ -53,7 +50,7 @@ class _Scheme(Protocol):
 
 
 class _PyCryptodome:
-    """The scheme in Python and a little C: always there."""
+    """The backend that is always installed."""
 
     def __init__(self, rsa: RSA.RsaKey) -> None:
         self._scheme = pkcs1_15.new(rsa)
@@ -70,7 +67,7 @@ class _PyCryptodome:
 
 
 class _OpenSsl:
-    """The scheme in OpenSSL, by way of the package cryptography."""
+    """The backend OpenSSL, through the package cryptography."""
 
     def __init__(self, rsa: RSA.RsaKey) -> None:
         from cryptography.exceptions import InvalidSignature
@@ -78,7 +75,7 @@ class _OpenSsl:
         from cryptography.hazmat.primitives.asymmetric import padding
 
         encoded = rsa.export_key("DER", pkcs=8)
-        key: Any  # RSA by construction; the package's own types also allow for other kinds
+        key: Any  # RSA; the package's types also allow other kinds
         if rsa.has_private():
             key = serialization.load_der_private_key(encoded, None)
             self._sign = key.sign
@@ -124,7 +121,7 @@ def _scheme(rsa: RSA.RsaKey) -> _Scheme:
 
 
 class _Key:
-    """What both halves share. The repr shows size and fingerprint, and nothing else."""
+    """The common part of both halves. The repr shows only size and fingerprint."""
 
     __slots__ = ("_rsa", "_scheme", "bits", "fingerprint")
 
@@ -132,10 +129,10 @@ class _Key:
         self._rsa = rsa
         self._scheme = _scheme(rsa)
         self.bits: int = rsa.size_in_bits()
-        """The size of the modulus."""
+        """Bits of the modulus."""
         spki = rsa.public_key().export_key("DER")
         self.fingerprint: str = "SHA256:" + SHA256.new(spki).hexdigest()
-        """SHA-256 of the public half (SubjectPublicKeyInfo): the same for both halves of a pair."""
+        """SHA-256 of the public half (SubjectPublicKeyInfo), the same for both halves."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} RSA {self.bits} {self.fingerprint}>"
@@ -151,10 +148,10 @@ class SigningKey(_Key):
     def load(
         cls, material: KeyMaterial, password: str | bytes | None = None, *, name: str = "private key"
     ) -> SigningKey:
-        """The key in ``material`` (PEM, DER, bare base64 or a path); ``password`` opens an encrypted one.
+        """Return the key in ``material`` (PEM, DER, bare base64 or a path); ``password`` decrypts it.
 
-        Reads a file and takes milliseconds: call it before the event loop runs, or in a thread.
-        Raises :class:`ConfigurationError`, which speaks of the key as ``name``.
+        Reads a file and takes milliseconds: call it before the event loop runs, or in a thread. Raises
+        :class:`ConfigurationError`, whose message calls the key ``name``.
         """
         rsa = _load(material, password, name, private=True)
         if not rsa.has_private():
@@ -163,52 +160,47 @@ class SigningKey(_Key):
 
     @classmethod
     def generate(cls, bits: int = 2048) -> SigningKey:
-        """A fresh key of ``bits`` (1024, 2048 or 4096). Takes a second or more: not on an event loop."""
+        """Return a new key of ``bits`` (1024, 2048 or 4096). Takes a second or more: not on an event loop."""
         if bits not in (1024, 2048, 4096):
-            raise ConfigurationError(f"bits: the gateway takes keys of 1024, 2048 or 4096 bits, not {bits}")
+            raise ConfigurationError(f"bits: the gateway accepts keys of 1024, 2048 or 4096 bits, not {bits}")
         return cls(RSA.generate(bits))
 
     def sign(self, source: bytes) -> str:
-        """The signature of ``source`` in one line of base64. Deterministic: same source, same signature."""
+        """Return the signature of ``source`` in one line of base64; the same source gives the same signature."""
         return b64encode(self._scheme.sign(source)).decode()
 
     def public_key(self) -> VerifyingKey:
-        """The other half, which LianLian's dashboard asks for."""
+        """Return the public half, which LianLian's dashboard asks for."""
         return VerifyingKey(self._rsa.public_key())
 
     def to_pem(self, password: str | None = None) -> str:
-        """The private key as PKCS#8 PEM, encrypted if a ``password`` is given. Write it to mode 0600 only."""
-        if password is None:
-            return self._rsa.export_key("PEM", pkcs=8).decode() + "\n"
-        if not password:
+        """Return the private key as PKCS#8 PEM, encrypted if a ``password`` is given. Write it only to mode 0600."""
+        if password == "":
             raise ConfigurationError("password: must not be empty")
-        return (
-            self._rsa.export_key(
-                "PEM", passphrase=_encoded(password), pkcs=8, protection="PBKDF2WithHMAC-SHA512AndAES256-CBC"
-            ).decode()
-            + "\n"
-        )
+        protection = None if password is None else "PBKDF2WithHMAC-SHA512AndAES256-CBC"
+        pem = self._rsa.export_key("PEM", passphrase=_encoded(password), pkcs=8, protection=protection)
+        return pem.decode() + "\n"
 
     def __reduce__(self) -> str:
-        raise TypeError("a private key is not pickled: load it where it is used")
+        raise TypeError("a private key cannot be pickled: load it where it is used")
 
 
 class VerifyingKey(_Key):
-    """A public key: LianLian's, to verify answers; or the merchant's, to hand to LianLian."""
+    """A public key: LianLian's, to verify answers, or the merchant's, to upload at LianLian."""
 
     __slots__ = ()
 
     @classmethod
     @without_locals
     def load(cls, material: KeyMaterial, *, name: str = "public key") -> VerifyingKey:
-        """The key in ``material`` (PEM, DER, bare base64 or a path). Errors as :meth:`SigningKey.load`."""
+        """Return the key in ``material`` (PEM, DER, bare base64 or a path). Errors as of :meth:`SigningKey.load`."""
         rsa = _load(material, None, name, private=False)
         if rsa.has_private():
             raise ConfigurationError(f"{name}: {PRIVATE_KEY_GIVEN}")
         return cls(rsa)
 
     def verify(self, source: bytes, signature: str) -> bool:
-        """Whether ``signature`` (base64) is this key's over ``source``. False for anything unreadable."""
+        """Return whether ``signature`` (base64) is this key's signature of ``source``; False if unreadable."""
         try:
             received = b64decode(signature, validate=True)
         except ValueError:  # not base64, or not ASCII
@@ -216,18 +208,18 @@ class VerifyingKey(_Key):
         return self._scheme.verify(source, received)
 
     def to_base64(self) -> str:
-        """Bare base64 (X.509 SubjectPublicKeyInfo) in one line: the form LianLian's dashboard takes."""
+        """Return bare base64 (X.509 SubjectPublicKeyInfo) in one line, as LianLian's dashboard expects it."""
         return b64encode(self._rsa.export_key("DER")).decode()
 
     def to_pem(self) -> str:
-        """The key as PEM (X.509 SubjectPublicKeyInfo)."""
+        """Return the key as PEM (X.509 SubjectPublicKeyInfo)."""
         return self._rsa.export_key("PEM").decode() + "\n"
 
     def __reduce__(self) -> tuple[object, ...]:
         return VerifyingKey.load, (self._rsa.export_key("DER"),)
 
 
-# ── loading: no message below may show any part of the material ──────────────────────────────────
+# ── loading: no message shows any part of the material ───────────────────────────────────────────
 
 
 def _load(material: KeyMaterial, password: str | bytes | None, name: str, *, private: bool) -> RSA.RsaKey:
@@ -235,40 +227,29 @@ def _load(material: KeyMaterial, password: str | bytes | None, name: str, *, pri
         raise ConfigurationError(f"{name}: its password must be str or bytes, not {type(password).__name__}")
     found = {}
     for encoded in read_keys(material, name, private=private):
-        # Older pycryptodomes refuse a password that a key does not need: hence the second try without.
+        # Older releases of pycryptodome refuse a password that a key does not need: try again without it.
         rsa = _imported(encoded, _encoded(password)) or _imported(encoded, None)
         if rsa is None:
-            opened = _opened_algorithm(encoded, _encoded(password))
-            why = diagnose(encoded, private=private, has_password=password is not None, opened=opened)
+            why = diagnose(encoded, private=private, has_password=password is not None)
             raise ConfigurationError(f"{name}: {why}")
         found[rsa.n, rsa.e] = rsa
     if len(found) > 1:
-        raise ConfigurationError(f"{name}: {len(found)} different keys are there; keep the one that is meant")
+        raise ConfigurationError(f"{name}: contains {len(found)} different keys; keep only the right one")
     [rsa] = found.values()
     if rsa.size_in_bits() < _SMALLEST_KEY_BITS:
-        raise ConfigurationError(f"{name}: {rsa.size_in_bits()} bits are too few; LianLian takes 1024, 2048 or 4096")
+        raise ConfigurationError(f"{name}: {rsa.size_in_bits()} bits are too few; LianLian accepts 1024, 2048 or 4096")
     return rsa
 
 
 def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
-    """Return the key, or None: a foreign error must not become the context of ours, since it may quote the key."""
+    """Return the key, or None. A foreign error must not become the context of ours: it may quote the key."""
     try:
-        rsa = RSA.import_key(encoded, passphrase=password)  # checks too that the key's numbers belong together
+        rsa = RSA.import_key(encoded, passphrase=password)  # also checks that the numbers of the key fit together
     except (ValueError, IndexError, TypeError, ZeroDivisionError):
         return None
-    return rsa if rsa.e % 2 else None  # only OpenSSL notices that a damaged key's exponent is even, and raises
-
-
-def _opened_algorithm(encoded: bytes, password: bytes | None) -> str | None:
-    """Return the object identifier of what an encrypted PKCS#8 key holds; None if the password does not open it."""
-    from Crypto.IO import PKCS8  # takes milliseconds, and few keys need it
-
-    try:
-        return PKCS8.unwrap(encoded, password)[0] if password else None
-    except (ValueError, IndexError, TypeError):
-        return None
+    return rsa if rsa.e % 2 else None  # damaged; only OpenSSL would notice, and raise
 
 
 def _encoded(password: str | bytes | None) -> bytes | None:
-    """Return a password in UTF-8, as OpenSSL takes it from a terminal (pycryptodome alone would take Latin-1)."""
+    """Return a password in UTF-8, as OpenSSL reads it from a terminal (pycryptodome alone uses Latin-1)."""
     return password.encode(errors="surrogateescape") if isinstance(password, str) else password

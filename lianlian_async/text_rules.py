@@ -1,7 +1,7 @@
 """Rules for the texts of a request: identifiers and URLs.
 
-Each function returns the text that it was given, or raises ``ValueError`` whose text is the broken rule; the caller
-knows the field and says it.
+Each function returns the given text, or raises ``ValueError`` with the broken rule as its text; the caller adds the
+name of the field.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import unicodedata
 from typing import Final
 from urllib.parse import urlsplit
 
-__all__ = ["existing", "new_number", "notify_url", "url"]
-
 # Default_Ignorable_Code_Point, which unicodedata lacks: DerivedCoreProperties.txt of Unicode 15.0 (the same in 16.0).
 _DEFAULT_IGNORABLE: Final = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-# Beside them: categories Cc, Zl, Zp and Cs.
-_UNSEEN: Final = re.compile(f"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_DEFAULT_IGNORABLE}]")
-# RFC 3986 §3.2.2, and DNS labels: HTTP clients fail on other hosts only when they send.
+# Also the categories Cc, Zl, Zp and Cs.
+_INVISIBLE: Final = re.compile(f"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_DEFAULT_IGNORABLE}]")
+# RFC 3986 §3.2.2, and DNS labels: HTTP clients would refuse other hosts only at the first send.
 _HOST: Final = re.compile(
     r"(?:^|@)(?:\[[0-9A-F:.]+(?:%\w+)?\]|[A-Z0-9_](?:[A-Z0-9_-]{0,62})(?:\.[A-Z0-9_-]{1,63})*\.?)(?::[0-9]*)?$",
     re.IGNORECASE,
@@ -28,7 +26,7 @@ _HOST: Final = re.compile(
 
 
 def existing(value: object, longest: int) -> str:
-    """Check the name of something that exists: an order, a payment, an older refund."""
+    """Check the identifier of something that exists: an order, a payment, an earlier refund."""
     if not isinstance(value, str):
         raise ValueError("must be a string")
     if not value:
@@ -36,20 +34,18 @@ def existing(value: object, longest: int) -> str:
     if len(value) > longest:
         raise ValueError(f"must have at most {longest} characters, has {len(value)}")
     if value != value.strip():
-        raise ValueError("must not begin or end with a blank: a program that trims it would change the identity")
-    if found := _UNSEEN.search(value):
-        raise ValueError(f"must hold no control, line separator or invisible character, holds {_named(found[0])}")
+        raise ValueError("must not begin or end with a space: a program that trims it would change the identity")
+    if found := _INVISIBLE.search(value):
+        raise ValueError(f"must not contain a control, line separator or invisible character, has {_named(found[0])}")
     return value
 
 
 def new_number(value: object, longest: int) -> str:
-    """Check the number of a new refund: nobody can mistake it for another number, and no normalization changes it."""
+    """Check the number of a new refund: it looks like no other number, and no Unicode normalization changes it."""
     text = existing(value, longest)
-    if text.isascii() and " " not in text:
-        return text  # what most numbers are
     for character in text:
         if not ("!" <= character <= "~" or character.isalpha() or character.isdecimal()):
-            raise ValueError(f"must hold letters, decimal digits and visible ASCII only, holds {_named(character)}")
+            raise ValueError(f"must contain only letters, decimal digits and visible ASCII, has {_named(character)}")
     if not unicodedata.is_normalized("NFKC", text):
         raise ValueError(f"must be NFKC-normal, such as {unicodedata.normalize('NFKC', text)!r}")
     return text
@@ -60,7 +56,7 @@ def _named(character: str) -> str:
 
 
 def notify_url(value: object) -> str:
-    """Check a URL as :func:`url` does; it has at most 128 characters."""
+    """Check an absolute http or https URL of at most 128 characters."""
     return url(existing(value, 128))
 
 
@@ -68,7 +64,7 @@ def url(value: object) -> str:
     """Check an absolute http or https URL."""
     text = existing(value, 2000)
     if not text.isascii() or " " in text:
-        raise ValueError("must be ASCII without blanks (percent-encode the rest)")
+        raise ValueError("must be ASCII without spaces (percent-encode other characters)")
     try:
         parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and parts.port != 0 and _HOST.search(parts.netloc) is not None

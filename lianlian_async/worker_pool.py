@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
+from .background import is_failure
 from .errors import LianLianError
-from .event_loop import is_failure
 from .settings import check_integer
 
 __all__ = ["Handover", "checked", "iterate", "run_workers"]

@@ -191,8 +191,8 @@ def test_identifiers_keep_to_the_rules(make, field, longest):
     for text, rule in (
         ("x" * (longest + 1), f"at most {longest} characters, has {longest + 1}"),
         ("", "must not be empty"),
-        (" x", "begin or end with a blank"),
-        ("x\u3000", "begin or end with a blank"),
+        (" x", "begin or end with a space"),
+        ("x\u3000", "begin or end with a space"),
         ("a\nb", "control"),
         ("a\x00b", "control"),
         ("a\x85b", "control"),
@@ -231,15 +231,15 @@ def test_an_order_that_exists_stays_refundable(text):
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("R 1", "holds U+0020 SPACE"),
-        ("R\u00a01", "holds U+00A0 NO-BREAK SPACE"),
-        ("R\u28001", "holds U+2800 BRAILLE PATTERN BLANK"),
-        ("re\u0301", "holds U+0301 COMBINING ACUTE ACCENT"),
-        ("R（1）", "holds U+FF08 FULLWIDTH LEFT PARENTHESIS"),
+        ("R 1", "has U+0020 SPACE"),
+        ("R\u00a01", "has U+00A0 NO-BREAK SPACE"),
+        ("R\u28001", "has U+2800 BRAILLE PATTERN BLANK"),
+        ("re\u0301", "has U+0301 COMBINING ACUTE ACCENT"),
+        ("R（1）", "has U+FF08 FULLWIDTH LEFT PARENTHESIS"),
         ("Ｒ１", "NFKC-normal, such as 'R1'"),
         ("ﬁ", "NFKC-normal, such as 'fi'"),
         ("\u1112\u1161\u11ab", "NFKC-normal, such as '한'"),
-        ("²", "holds U+00B2 SUPERSCRIPT TWO"),
+        ("²", "has U+00B2 SUPERSCRIPT TWO"),
     ],
 )
 def test_a_new_number_is_one_that_nobody_can_write_differently(text, rule):
@@ -302,7 +302,7 @@ def test_a_usable_notify_url_is_taken_as_it_is(url):
     [
         ("https://shop.example/" + "x" * 108, "at most 128 characters"),
         ("https://shop.example/退款", "must be ASCII"),
-        ("https://shop.example/a b", "must be ASCII without blanks"),
+        ("https://shop.example/a b", "must be ASCII without spaces"),
         ("shop.example/refund", "absolute http or https"),
         ("//shop.example/refund", "absolute http or https"),
         ("ftp://shop.example/refund", "absolute http or https"),
@@ -312,7 +312,7 @@ def test_a_usable_notify_url_is_taken_as_it_is(url):
         ("https://shop.example:65536/", "absolute http or https"),
         ("https://shop.example:port/", "absolute http or https"),
         ("https://[::1/", "absolute http or https"),
-        ("https://shop.example/\n", "begin or end with a blank"),
+        ("https://shop.example/\n", "begin or end with a space"),
         ("https://shop\t.example/", "control"),
         ("", "must not be empty"),
         (b"https://shop.example", "must be a string"),

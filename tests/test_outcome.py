@@ -14,7 +14,6 @@ from lianlian_async.errors import (
     SignatureInvalid,
 )
 from lianlian_async.outcome import unknown_reason
-from lianlian_async.protocol import rejection
 
 
 def lost(reason, ret_code=None):
@@ -22,7 +21,7 @@ def lost(reason, ret_code=None):
 
 
 def rejected(kind, code):
-    return rejection(kind, code, "不行", verified=True, no_refund="R-1")
+    return kind(code, "不行", verified=True, no_refund="R-1")
 
 
 NOT_FOUND = RefundNotFound(no_refund="R-1", oid_refundno=None, ret_code="8901", ret_msg="无记录", verified=True)

@@ -103,7 +103,7 @@ def test_a_request_s_own_notify_url_comes_before_the_merchant_s():
 
 def test_a_notify_url_is_required_of_somebody():
     """Where neither request nor merchant names a notify_url, the error says so before anything is signed."""
-    protocol = attrs.evolve(PROTOCOL, merchant=attrs.evolve(PROTOCOL.merchant, notify_url=None))
+    protocol = PROTOCOL._replace(merchant=attrs.evolve(PROTOCOL.merchant, notify_url=None))
     with pytest.raises(InvalidRequest) as caught:
         protocol.apply_fields(refund_request())
     assert [problem.field for problem in caught.value.problems] == ["notify_url"]
@@ -286,7 +286,7 @@ def test_an_unsigned_field_makes_an_answer_worthless_and_is_named(asking, unsign
 
 def test_both_keys_of_a_rotation_are_known():
     """While the gateway changes its key, answers signed by either are believed, and by no third."""
-    rotating = attrs.evolve(PROTOCOL, gateway_keys=(STRANGER.public, GATEWAY.public))
+    rotating = PROTOCOL._replace(gateway_keys=(STRANGER.public, GATEWAY.public))
     fields = {name: text for name, text in made(APPLY.asked).items() if name not in ("sign", "sign_type")}
     for key, known in (
         (GATEWAY.private, Finding.FOUND),
@@ -466,8 +466,6 @@ def test_what_was_lost_otherwise_is_an_unavailable_gateway(asking, may_have_arri
 
 # ── Retry-After ──────────────────────────────────────────────────────────────────────────────────
 
-DATE = "Mon, 05 Jan 2026 08:00:00 GMT"
-
 
 @pytest.mark.parametrize(
     ("headers", "seconds"),
@@ -481,40 +479,18 @@ DATE = "Mon, 05 Jan 2026 08:00:00 GMT"
         ({"retry-after": "1.5"}, None),
         ({"retry-after": "٣"}, None),
         ({"retry-after": "soon"}, None),
-        ({"retry-after": "Mon, 05 Jan 2026 08:01:30 GMT", "date": DATE}, 90.0),
-        ({"retry-after": "Mon, 05 Jan 2026 07:00:00 GMT", "date": DATE}, 0.0),
         ({"retry-after": "Mon, 05 Jan 2026 08:01:30 GMT"}, None),
-        ({"retry-after": "Mon, 05 Jan 2026 08:01:30 GMT", "date": "today"}, None),
-        ({"retry-after": "Mon, 05 Jan 2026 08:01:30", "date": DATE}, None),
-        ({"retry-after": "Mon, 05 Jan 2026 08:01:30 +" + "9" * 30, "date": DATE}, None),
-        ({"retry-after": "Mon, 99 Jan 2026 08:01:30 GMT", "date": DATE}, None),
     ],
 )
 @both_calls
-def test_retry_after_is_read_in_both_forms(asking, headers, seconds):
-    """Seconds, or a date beside the server's own Date; anything else is as good as absent."""
+def test_retry_after_is_read_in_seconds(asking, headers, seconds):
+    """Anything but whole seconds is ignored."""
     for reply in (
         read(asking, b"busy", status=503, headers=headers),
         read(asking, {"ret_code": "9999"}, headers=headers),
     ):
         assert reply.finding is Finding.UNCERTAIN
         assert reply.retry_after == seconds
-
-
-dates = st.one_of(
-    st.text(max_size=40),
-    st.from_regex(
-        r"(Mon, )?[0-9]{1,3} (Jan|Feb|Foo) [0-9]{1,6} [0-9:.]{1,9} ([+-][0-9]{1,25}|GMT|EST)?", fullmatch=True
-    ),
-)
-
-
-@settings(max_examples=300)
-@given(retry_after=dates, date=dates)
-def test_no_retry_after_is_too_odd_to_be_read(retry_after, date):
-    """Whatever stands in Retry-After and Date, a pause of at least 0 seconds or none comes out."""
-    reply = read(APPLY, b"", status=503, headers={"retry-after": retry_after, "date": date})
-    assert reply.retry_after is None or reply.retry_after >= 0
 
 
 # ── totality ─────────────────────────────────────────────────────────────────────────────────────

@@ -43,18 +43,17 @@ def test_pauses_are_drawn_evenly_below_a_doubling_ceiling():
 
 
 @given(policies, st.integers(0, 100), chances, st.floats(0, 1e9))
-def test_the_servers_wish_is_honoured_up_to_a_cap(policy, retries, random, retry_after):
-    """A pause is at least what Retry-After asked for, or the cap on it."""
+def test_retry_after_is_honoured_up_to_a_minute(policy, retries, random, retry_after):
+    """A pause is at least as long as Retry-After, or a minute."""
     pause = policy.pause(retries, random, retry_after)
-    assert pause >= min(retry_after, policy.retry_after_maximum)
-    assert pause <= max(policy.maximum, policy.retry_after_maximum)
+    assert min(retry_after, 60.0) <= pause <= max(policy.maximum, 60.0)
 
 
-def test_a_nonsensical_wish_changes_nothing():
-    """A Retry-After that is negative, no number, or missing is as good as none."""
+def test_unusable_retry_after_is_ignored():
+    """A Retry-After that is negative, NaN or missing changes nothing."""
     policy = RetryPolicy()
-    for wish in (None, 0.0, -5.0, math.nan):
-        assert policy.pause(1, 0.5, wish) == policy.pause(1, 0.5)
+    for retry_after in (None, 0.0, -5.0, math.nan):
+        assert policy.pause(1, 0.5, retry_after) == policy.pause(1, 0.5)
     assert policy.pause(1, 0.5, math.inf) == 60.0
 
 
@@ -79,34 +78,31 @@ def test_a_nonsensical_wish_changes_nothing():
         ({"multiplier": math.nan}, "multiplier"),
         ({"not_found_grace": -1}, "not_found_grace"),
         ({"not_found_grace": math.nan}, "not_found_grace"),
-        ({"retry_after_maximum": -1}, "retry_after_maximum"),
     ],
 )
-def test_a_senseless_policy_is_refused(settings, rule):
-    """A policy that could not be kept is refused when it is made, and the setting is named."""
+def test_unusable_policy_is_refused(settings, rule):
+    """A policy with an unusable value is refused when it is made; the message names the setting."""
     with pytest.raises(ConfigurationError, match=f"RetryPolicy: {rule}"):
         RetryPolicy(**settings)
 
 
 def test_the_edges_of_the_rules_are_allowed():
-    """One attempt, an even pause, no grace and no Retry-After are decisions, not mistakes."""
-    policy = RetryPolicy(
-        attempts=1, initial=2, maximum=2, multiplier=1, not_found_grace=0, retry_after_maximum=0, budget=RetryBudget()
-    )
-    assert policy.pause(5, 0.5, 30.0) == 1.0
+    """One attempt, an even pause and no grace are accepted."""
+    policy = RetryPolicy(attempts=1, initial=2, maximum=2, multiplier=1, not_found_grace=0, budget=RetryBudget())
+    assert policy.pause(5, 0.5) == 1.0
     assert RetryPolicy(multiplier=1000).pause(10_000, 0.5) == 4.0
     assert taken(TokenBucket(RetryBudget(capacity=1, per_second=0)), 0.0) == 1
 
 
 def test_the_defaults_are_the_documented_ones():
-    """Four sends, 15 minutes of grace, a minute of Retry-After, bursts of 500 retries and 50 a second."""
+    """Four sends, 15 minutes of grace, bursts of 500 retries and 50 a second."""
     policy = RetryPolicy()
-    assert (policy.attempts, policy.not_found_grace, policy.retry_after_maximum) == (4, 900.0, 60.0)
+    assert (policy.attempts, policy.not_found_grace) == (4, 900.0)
     assert (policy.budget.capacity, policy.budget.per_second) == (500.0, 50.0)
 
 
-def test_all_senseless_settings_are_named_together():
-    """Who made three mistakes reads of three."""
+def test_all_unusable_settings_are_named_together():
+    """One message names all of them."""
     with pytest.raises(ConfigurationError) as caught:
         RetryPolicy(attempts=0, multiplier=0, not_found_grace=-1)
     assert str(caught.value).count("; ") == 2

@@ -316,9 +316,9 @@ async def test_requests_are_counted_whatever_becomes_of_them():
 async def test_a_ready_made_merchant_is_known_to_the_gateway(domestic, path):
     """Its keys sign what the gateway accepts and verify what it answers, at endpoints below the base URL."""
     gateway = sandbox()
-    merchant = gateway.merchant("http://sandbox.invalid:8080", domestic=domestic, notify_url="https://shop.example/n")
-    assert merchant.endpoints.apply == "http://sandbox.invalid:8080" + path
-    assert merchant.endpoints.query == "http://sandbox.invalid:8080/refundquery.htm"
+    merchant = gateway.merchant("https://sandbox.invalid:8080", domestic=domestic, notify_url="https://shop.example/n")
+    assert merchant.endpoints.apply == "https://sandbox.invalid:8080" + path
+    assert merchant.endpoints.query == "https://sandbox.invalid:8080/refundquery.htm"
     assert merchant.notify_url == "https://shop.example/n"
     keys = merchant.load_keys()
     client = Client(gateway, key=keys.private, oid_partner=merchant.oid_partner)

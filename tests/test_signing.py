@@ -290,8 +290,8 @@ def test_an_encrypted_key_opens_with_its_password(form, password, tmp_path):
     ("password", "reason"),
     [
         (None, "needs its password"),
-        ("wrong", "does not open it"),
-        ("", "does not open it"),
+        ("wrong", "does not open the key"),
+        ("", "does not open the key"),
         ("\udcff", "does not open"),
     ],
 )
@@ -490,7 +490,7 @@ def test_a_key_that_is_too_short_is_refused():
     n, e, d = p * q, 65537, pow(65537, -1, math.lcm(p - 1, q - 1))
     private_key = der(0, n, e, d, p, q, d % (p - 1), d % (q - 1), pow(q, -1, p))
     for load in (lambda: SigningKey.load(private_key), lambda: VerifyingKey.load(der(n, e))):
-        with pytest.raises(ConfigurationError, match=r"512 bits are too few; LianLian takes 1024, 2048 or 4096"):
+        with pytest.raises(ConfigurationError, match=r"512 bits are too few; LianLian accepts 1024, 2048 or 4096"):
             load()
 
 
@@ -524,8 +524,8 @@ def test_the_error_says_where_a_key_is_broken():
         (b"", "private key: is empty"),
         (b"\xef\xbb\xbf \n", "private key: is empty"),
         (b"\xff\xfe", "private key: is empty"),
-        (b"\xff\xff", "is no PEM, DER or bare base64 key"),
-        ("ssh-dss", "a text of 7 characters is no PEM, DER or base64 key"),
+        (b"\xff\xff", "is not a PEM, DER or bare base64 key"),
+        ("ssh-dss", "a text of 7 characters is not a PEM, DER or base64 key"),
     ):
         with pytest.raises(ConfigurationError, match=reason) as caught:
             SigningKey.load(material)
@@ -536,9 +536,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     """A missing file, a directory and an unknown home say so, with the path where that is safe to show."""
     missing = tmp_path / "missing.pem"
     for material, reason in (
-        (missing, r"missing\.pem'.*no readable file"),
-        (str(missing), r"missing\.pem'.*no readable file"),
-        (tmp_path, "no readable file"),
+        (missing, r"missing\.pem'.*not a readable file"),
+        (str(missing), r"missing\.pem'.*not a readable file"),
+        (tmp_path, "not a readable file"),
         ("~no-such-user/shop.pem", r"shop\.pem'.*not a usable path"),
         ("shop\0.pem", r"pem'.*not a usable path"),
         ("", "a text of 0 characters"),
@@ -551,14 +551,14 @@ def test_a_file_that_is_no_key_is_refused(tmp_path):
     """A readable file without a key in it is no key."""
     file = tmp_path / "notes.txt"
     file.write_text("remember the milk")
-    with pytest.raises(ConfigurationError, match="merchant: is no PEM, DER or bare base64 key"):
+    with pytest.raises(ConfigurationError, match="merchant: is not a PEM, DER or bare base64 key"):
         SigningKey.load(file, name="merchant")
 
 
 def test_key_text_that_was_taken_for_a_path_is_not_shown():
     """Who wraps the key itself into a Path does not find it in the error."""
     for content in (bare(PRIVATE_DER), PRIVATE_PEM):
-        with pytest.raises(ConfigurationError, match="key text that was taken for a path") as caught:
+        with pytest.raises(ConfigurationError, match="key text given as a path") as caught:
             SigningKey.load(Path(content.decode()))
         assert_shows_nothing(caught.value, body_of(content))
 
@@ -593,7 +593,7 @@ def test_a_key_shows_its_size_and_fingerprint_only(caplog):
 def test_a_private_key_is_neither_pickled_nor_copied():
     """A private key stays where it was loaded."""
     for duplicate in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match="a private key is not pickled"):
+        with pytest.raises(TypeError, match="a private key cannot be pickled"):
             duplicate(PAIR.private)
 
 

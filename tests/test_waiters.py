@@ -118,7 +118,7 @@ async def test_at_the_deadline_the_last_trouble_is_told():
     async with session(gateway) as opened:
         refund = await opened.apply_refund(refund_request())
         gateway.script(Fault.BUSY, call="query", ret_code="8901", times=100)
-        with pytest.raises(RefundNotFinal, match="the last query met: no record of refund R-1") as caught:
+        with pytest.raises(RefundNotFinal, match="the last query failed: no record of refund R-1") as caught:
             await opened.wait_refund(refund, deadline=5)
     assert caught.value.refund is refund
 

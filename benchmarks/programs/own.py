@@ -69,7 +69,6 @@ def _own(job: frame.Job) -> dict[str, float]:
     spent = dict.fromkeys(("validate_ms", "seal_ms", "read_ms", "resolve_ms"), 0.0)
     for start in range(0, job.refunds, _BATCH):
         numbers = range(start, start + _BATCH)
-        # Another second for each refund, because formatted moments are cached.
         moments = [paid + timedelta(seconds=number) for number in numbers]
         answers = [
             HttpResponse(200, headers, stamps.answer(f"R-{number}", dt_refund=wire.format_timestamp(moment)))

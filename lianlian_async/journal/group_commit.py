@@ -19,9 +19,8 @@ import anyio
 import anyio.lowlevel
 import attrs
 
-from lianlian_async.background import BackgroundTask, complete
+from lianlian_async.background import BackgroundTask, complete, is_failure
 from lianlian_async.clock import Moment
-from lianlian_async.event_loop import is_failure
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing
 from .operations import Acted, Begin, Find, Finish, Operation, Release, Resend, Result, TakeBack

@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 
 import attrs
 
-from lianlian_async.errors import ConfigurationError, spoken
+from lianlian_async.errors import ConfigurationError, printable
 
 __all__ = ["AllowList"]
 
@@ -56,7 +56,7 @@ class AllowList:
             try:
                 address = _address(text.strip())
             except ValueError:
-                return False, repr(spoken(text.strip()))
+                return False, repr(printable(text.strip()))
             judged = str(address)
             if not any(address in network for network in self.trusted_proxies):
                 return any(address in network for network in self.allow_from), judged

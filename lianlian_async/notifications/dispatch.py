@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import anyio
 
-from lianlian_async.event_loop import is_failure
+from lianlian_async.background import is_failure
 from lianlian_async.journal import Standing
 from lianlian_async.models import Refund
 

@@ -12,9 +12,9 @@ from typing import Any, Final
 import anyio
 import attrs
 
+from lianlian_async.background import is_failure
 from lianlian_async.clock import Clock
 from lianlian_async.errors import InvalidRequest, LianLianError, RefundConflict
-from lianlian_async.event_loop import is_failure
 from lianlian_async.journal import Ending, Entry, Intent, Journal, Standing, State
 from lianlian_async.models import Refund, RefundRequest
 from lianlian_async.recording import answer, learn, take

@@ -355,7 +355,7 @@ class SandboxGateway:
             "oid_partner": self.oid_partner,
             "private_key": self.merchant_key,
             "gateway_public_keys": self.gateway_key.public_key(),
-            "endpoints": Endpoints(base_url + apply_path, base_url + "/refundquery.htm", allow_http=True),
+            "endpoints": Endpoints(base_url + apply_path, base_url + "/refundquery.htm"),
             "notify_url": "https://merchant.invalid/lianlian/refund",
         }
         return Merchant(**settings | overrides)

@@ -10,8 +10,8 @@ from typing import Final, Literal, TypeAlias
 import anyio.to_thread
 import httpx
 
+from lianlian_async.background import asyncio_loop
 from lianlian_async.errors import ConfigurationError
-from lianlian_async.event_loop import asyncio_loop
 
 from .environment import has_proxies, proxy_for, trusting_context
 from .pool import KEEPALIVE_SECONDS, PoolTransport

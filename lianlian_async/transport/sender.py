@@ -10,8 +10,8 @@ from typing import Any, Final, cast
 import anyio
 import httpx
 
+from lianlian_async.background import is_failure
 from lianlian_async.errors import ConfigurationError
-from lianlian_async.event_loop import is_failure
 from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 

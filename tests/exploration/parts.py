@@ -20,7 +20,6 @@ from lianlian_async.journal.operations import Operation
 from lianlian_async.journal.postgres_moments import Reading
 from lianlian_async.journal.postgres_rows import entry_of, rows_of
 from lianlian_async.models import RefundRequest
-from lianlian_async.protocol import rejection
 from lianlian_async.resolution import Case
 from lianlian_async.retry import Deadline, RetryPolicy
 
@@ -124,7 +123,7 @@ def case(grace: int, sent_at: Moment | None, now: Moment, lease_holds: bool) -> 
     )
 
 
-_REJECTION = rejection(RefundRejected, "5006", "no money", verified=True, no_refund="R-1")
+_REJECTION = RefundRejected("5006", "no money", verified=True, no_refund="R-1")
 _SILENCE = LianLianError("no answer")
 
 

@@ -46,13 +46,7 @@ EVERY_FAULT = dict.fromkeys(Fault, 0.05)
 LATE = 5.0
 """Seconds: longer than a call and a new process take, so that who does not wait for the grace sends twice."""
 
-IMPATIENT = RetryPolicy(
-    initial=0.01,
-    maximum=0.1,
-    not_found_grace=5.5,
-    retry_after_maximum=0.1,
-    budget=RetryBudget(capacity=1e9),
-)
+IMPATIENT = RetryPolicy(initial=0.01, maximum=0.1, not_found_grace=5.5, budget=RetryBudget(capacity=1e9))
 
 
 def requests(count: int) -> Iterator[RefundRequest]:
