@@ -33,6 +33,7 @@ def refund_many(
     journal: Journal | None = None,
     keep_going: bool = False,
     wait_unknown: bool = False,
+    query_first: bool = False,
 ) -> Outcomes:
     """Have many refunds made, and yield one :class:`~lianlian_async.Outcome` for each request, as they end.
 
@@ -58,6 +59,7 @@ def refund_many(
             batch all the same.
         wait_unknown: keep what stays unknown until all others are done, wait for each one's ``ask_again_at``
             and ask once more; only these are held in memory.
+        query_first: query before a refund is sent that is new in the journal, as ``RefundSession(query_first=True)``.
 
     Raises:
         BatchStopped: at the end of the iteration, where a rejection's ``stops_batch`` stopped it, or answers about four
@@ -78,6 +80,7 @@ def refund_many(
         journal=journal,
         keep_going=keep_going,
         wait_unknown=wait_unknown,
+        query_first=query_first,
     )
     return Outcomes(run)
 
@@ -135,6 +138,7 @@ class _Run:
         journal: Journal | None,
         keep_going: bool,
         wait_unknown: bool,
+        query_first: bool,
     ) -> None:
         self._session = session
         self._requests = requests
@@ -142,6 +146,7 @@ class _Run:
         self._journal = journal
         self._keep_going = keep_going
         self._wait_unknown = wait_unknown
+        self._query_first = query_first
         self._admission = Admission(session.signatures)
         self._unknown: list[tuple[RefundOutcomeUnknown, Outcome]] = []
         self._intake = anyio.CancelScope()
@@ -196,7 +201,7 @@ class _Run:
 
     async def _refund(self, request: RefundRequest) -> None:
         try:
-            outcome = await self._session.outcome_of(request, journal=self._journal)
+            outcome = await self._session.outcome_of(request, journal=self._journal, query_first=self._query_first)
         finally:
             if (failure := self._admission.watch.failure()) is not None:
                 self._stop(BatchStopped(failure))

@@ -128,6 +128,11 @@ class RefundSession:
         return self._max_connections
 
     @property
+    def journal(self) -> Journal | None:
+        """The session's journal."""
+        return self._journal
+
+    @property
     def clock(self) -> Clock:
         """The session's clock."""
         return self._clock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Final
 
 import anyio
@@ -59,14 +60,16 @@ class SignatureWatch:
 
 @attrs.define
 class Admission:
-    """Lets few refunds of one batch or worker be under way until one answer has verified."""
+    """Lets few refunds of one batch or worker be under way until one answer has verified, and ``limit`` then."""
 
     watch: SignatureWatch
-    _under_way: int = 0
+    limit: float = inf
+    """How many may be under way afterwards."""
+    _under_way: int = attrs.field(default=0, init=False)
 
     async def enter(self) -> None:
         """Wait until another refund may begin."""
-        while self._under_way >= _UNPROVED and not self.watch.has_verified:
+        while self._under_way >= (self.limit if self.watch.has_verified else min(self.limit, _UNPROVED)):
             if self.watch.changed.is_set():
                 self.watch.changed = anyio.Event()
             await self.watch.changed.wait()

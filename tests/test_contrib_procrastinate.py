@@ -1,9 +1,13 @@
 """Refunds as procrastinate jobs on a real PostgreSQL (asyncio only, as procrastinate and psycopg are)."""
 
 import asyncio
+import os
+import signal
+import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 
 import anyio
 import attrs
@@ -11,17 +15,27 @@ import psycopg
 import pytest
 from procrastinate.exceptions import ConnectorException
 
-from lianlian_async import BatchStopped, ConfigurationError, Endpoints, RefundRequest, RefundSession, RetryPolicy
+from lianlian_async import (
+    BatchStopped,
+    ConfigurationError,
+    Endpoints,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRequest,
+    RefundSession,
+    RetryPolicy,
+)
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.clock import system_clock
 from lianlian_async.contrib.procrastinate import RefundQueue
+from lianlian_async.contrib.slices import follow_up
 from lianlian_async.journal import State
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 from lianlian_async.transport import asgi_transport
+from tests.support import ROOT
 
 pytestmark = pytest.mark.anyio
-
-WAITS_FOR_ANOTHER = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 @pytest.fixture
@@ -52,8 +66,41 @@ def requests(count):
 
 
 async def jobs_of(queue):
-    jobs = await queue.app.job_manager.list_jobs_async(task="lianlian:refund")
+    jobs = await queue.app.job_manager.list_jobs_async(task="lianlian:refunds")
     return sorted(jobs, key=lambda job: job.id)
+
+
+class Gate:
+    """A middleware that holds up all refunds until it is opened."""
+
+    def __init__(self):
+        self.begun = 0
+        self.opened = asyncio.Event()
+
+    async def __call__(self, exchange, call_next):
+        self.begun += 1
+        await self.opened.wait()
+        return await call_next(exchange)
+
+
+async def until(holds):
+    """Wait for what other tasks are about to do."""
+    with anyio.fail_after(60):
+        while not holds():  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.01)
+
+
+async def until_counted(queue, **numbers):
+    """Wait until the queue counts these numbers."""
+    with anyio.fail_after(60):
+        while not numbers.items() <= dict(await queue.counts()).items():  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.01)
+
+
+def deaf(gateway):
+    """The merchant, with a query address at which nobody answers."""
+    merchant = gateway.merchant()
+    return attrs.evolve(merchant, endpoints=attrs.evolve(merchant.endpoints, query="https://sandbox.invalid/lost"))
 
 
 async def hurry(queue):
@@ -73,30 +120,131 @@ async def test_a_fleet_makes_every_refund_once(dsn, journal):
     assert (await journal.counts())[State.ACCEPTED] == 30
 
 
-async def test_what_waits_in_the_queue_waits_there_once(dsn):
-    """Enqueuing the same refunds again, also by two producers at once, adds only what is new."""
-    async with RefundQueue(dsn) as queue, RefundQueue(dsn) as other:
-        assert await queue.enqueue(requests(3)) == 3
-        added = await asyncio.gather(queue.enqueue(requests(700)), other.enqueue(requests(700)))
-        assert sum(added) == 697
-        assert len(await jobs_of(queue)) == 700
+async def test_refunds_that_are_enqueued_twice_are_made_once(dsn, journal):
+    """Slices that repeat or overlap are harmless: the journal knows their refunds."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
+    async with RefundQueue(dsn, slice_size=7) as queue, gateway.session(journal=journal) as session:
+        assert await queue.enqueue(requests(10)) == 10
+        assert await queue.enqueue(requests(15)) == 15
+        assert (await queue.counts())["waiting"] == 25
+        await queue.work(session, wait=False)
+        assert not await jobs_of(queue)
+    assert [gateway.times_made(f"R-{number}") for number in range(15)] == [1] * 15
 
 
-async def test_a_producer_that_comes_in_between_is_noticed(dsn):
-    """A refund that another producer enqueues between our look and our insertion is enqueued once."""
-    async with RefundQueue(dsn) as queue, await psycopg.AsyncConnection.connect(dsn) as other:
-        (request,) = requests(1)
-        number = f"lianlian {request.no_refund}"
-        job = queue._task.configure(lock=number, queueing_lock=number).make_new_job(fields=request.to_dict())
-        await queue.app.job_manager.defer_job_async(job, connection=other)  # not committed yet: nobody sees it
-        async with asyncio.TaskGroup() as group:
-            added = group.create_task(queue.enqueue(requests(2)))
-            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as watcher:
-                while not await (await watcher.execute(WAITS_FOR_ANOTHER)).fetchone():  # noqa: ASYNC110 - no event tells
-                    await asyncio.sleep(0.01)
-            await other.commit()
-        assert added.result() == 1
-        assert len(await jobs_of(queue)) == 2
+async def test_a_job_carries_a_slice(dsn):
+    """Refunds of an async iterable are cut into slices, and counted one by one."""
+
+    async def stream():
+        for request in requests(25):
+            yield request
+
+    async with RefundQueue(dsn, slice_size=2) as queue:
+        assert await queue.enqueue(stream()) == 25
+        slices = [[row["no_refund"] for row in job.task_kwargs["refunds"]] for job in await jobs_of(queue)]
+        assert (await queue.counts())["waiting"] == 25
+    assert slices == [[f"R-{number}" for number in range(25)[start : start + 2]] for start in range(0, 25, 2)]
+
+
+async def test_a_worker_takes_no_more_than_it_can_begin(dsn, journal):
+    """While its refunds wait for the gateway, other workers find the other slices in the queue."""
+    gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()
+    async with (
+        RefundQueue(dsn, slice_size=2) as queue,
+        gateway.session(journal=journal, middleware=[gate]) as session,
+        asyncio.TaskGroup() as group,
+    ):
+        await queue.enqueue(requests(20))
+        work = group.create_task(queue.work(session, concurrency=3, wait=False))
+        await until(lambda: gate.begun == 3)
+        async with RefundQueue(dsn) as other:
+            await until_counted(other, at_work=6, waiting=14)
+        gate.opened.set()
+        await work
+        assert not await jobs_of(queue)
+    assert len(gateway.refunds) == 20
+
+
+async def test_few_refunds_of_all_slices_together_begin_until_an_answer_has_verified(dsn, journal):
+    """However many slices a worker runs, at most four refunds are under way before it trusts the gateway's key."""
+    gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()
+    async with (
+        RefundQueue(dsn, slice_size=1) as queue,
+        gateway.session(journal=journal, middleware=[gate]) as session,
+        asyncio.TaskGroup() as group,
+    ):
+        await queue.enqueue(requests(10))
+        work = group.create_task(queue.work(session, concurrency=10, wait=False))
+        await until_counted(queue, at_work=10)
+        await until(lambda: gate.begun == 4)
+        assert gate.begun == 4
+        gate.opened.set()
+        await work
+    assert len(gateway.refunds) == 10
+
+
+async def test_what_is_unknown_does_not_hold_up_its_slice(dsn, journal):
+    """The others are made and not repeated; a job of its own holds the unknown one, before refunds never begun."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE, no_refund="R-3")
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=0.5) as session:
+        await queue.enqueue(requests(20))
+        await queue.work(session, wait=False)
+        (job,) = await jobs_of(queue)
+        assert await queue.counts() == {"waiting": 0, "later": 1, "at_work": 0, "failed": 0, "workers": 0}
+    assert [row["no_refund"] for row in job.task_kwargs["refunds"]] == ["R-3"]
+    assert (job.priority, job.task_kwargs["tries"]) == (1, 1)
+    assert len(gateway.refunds) == gateway.requests["apply"] - 1 == 19
+
+
+DIES_BEFORE_ITS_SLICE_ENDS = """
+import asyncio, os, signal, sys
+from procrastinate.manager import JobManager
+from lianlian_async import Merchant, RefundSession
+from lianlian_async.contrib.procrastinate import RefundQueue
+from lianlian_async.journal.postgres import PostgresJournal
+
+finish_job = JobManager.finish_job
+
+async def die(self, job, **how):
+    if job.task_name == "lianlian:refunds":
+        os.kill(os.getpid(), signal.SIGKILL)
+    await finish_job(self, job, **how)
+
+async def work(dsn):
+    JobManager.finish_job = die
+    async with (
+        PostgresJournal(dsn) as journal,
+        RefundSession(Merchant.from_env(), journal=journal, deadline=1.0) as session,
+        RefundQueue(dsn, rescue_after=1.0) as queue,
+    ):
+        await queue.work(session, wait=False)
+
+asyncio.run(work(sys.argv[1]))
+"""
+
+
+async def test_a_process_that_dies_between_the_follow_up_job_and_the_end_of_its_slice_loses_nothing(dsn, journal):
+    """Both jobs are there then: the next worker runs them, and every refund is made once."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
+    gateway.script(Fault.RESET, call="apply", when=When.AFTER, no_refund="R-3")
+    with serving(gateway) as url:
+        async with RefundQueue(dsn, rescue_after=1.0) as queue:
+            await queue.enqueue(requests(20))
+            env = os.environ | environment(gateway, url) | {"LIANLIAN_QUERY_URL": "http://127.0.0.1:9/nobody"}
+            command = [sys.executable, "-c", DIES_BEFORE_ITS_SLICE_ENDS, dsn]
+            died = await anyio.run_process(command, env=env, cwd=ROOT, check=False, stderr=None)
+            assert died.returncode == -signal.SIGKILL
+            whole, unknown = await jobs_of(queue)
+            assert (whole.status, len(whole.task_kwargs["refunds"])) == ("doing", 20)
+            assert (unknown.status, len(unknown.task_kwargs["refunds"])) == ("todo", 1)
+            await hurry(queue)
+            await forget_workers(queue)
+            async with RefundSession(gateway.merchant(url), journal=journal) as session:
+                await queue.work(session, wait=False)
+            assert not await jobs_of(queue)
+    assert [gateway.times_made(f"R-{number}") for number in range(20)] == [1] * 20
+    assert (await journal.counts())[State.ACCEPTED] == 20
 
 
 async def test_an_unknown_refund_comes_again_when_asking_can_decide(dsn, journal):
@@ -148,12 +296,12 @@ async def test_an_unknown_refund_is_found_by_the_next_worker(dsn, journal):
     """A worker that takes the job again asks first, and finds what the first attempt did."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.RESET, call="apply", when=When.AFTER)
-    merchant = gateway.merchant()
-    deaf = attrs.evolve(merchant, endpoints=attrs.evolve(merchant.endpoints, query="https://sandbox.invalid/lost"))
     policy = RetryPolicy(initial=0.01, maximum=0.01, not_found_grace=0)
     async with RefundQueue(dsn) as queue:
         await queue.enqueue(requests(1))
-        unanswered = RefundSession(deaf, transport=asgi_transport(gateway), journal=journal, deadline=0.2, retry=policy)
+        unanswered = RefundSession(
+            deaf(gateway), transport=asgi_transport(gateway), journal=journal, deadline=0.2, retry=policy
+        )
         async with unanswered:
             await queue.work(unanswered, wait=False)
         assert (await journal.find("R-0")).state is State.UNRESOLVED
@@ -169,23 +317,121 @@ async def test_what_was_not_sent_is_sent_later(dsn, journal, merchant):
     """While nothing listens at the gateway's address, the job waits for another try."""
     nowhere = Endpoints("http://127.0.0.1:9/apply", "http://127.0.0.1:9/query")
     session = RefundSession(attrs.evolve(merchant, endpoints=nowhere), journal=journal, retry=RetryPolicy(attempts=1))
+    before = datetime.now(UTC)
     async with RefundQueue(dsn) as queue, session:
         await queue.enqueue(requests(1))
         await queue.work(session, wait=False)
         (job,) = await jobs_of(queue)
-    assert (job.status, job.attempts) == ("todo", 1)
+    assert (job.status, job.task_kwargs["tries"]) == ("todo", 1)
+    assert before + timedelta(seconds=1) <= job.scheduled_at <= datetime.now(UTC) + timedelta(seconds=1)
 
 
 async def test_a_rejection_of_ours_to_mend_stops_the_worker(dsn, journal):
-    """An unknown merchant number ends the work with BatchStopped, and the refund goes back into the queue."""
+    """An unknown merchant number ends the work with BatchStopped; what was not sent goes back into the queue."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
-    gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE)
-    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
-        await queue.enqueue(requests(1))
+    gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, times=1000)
+    async with RefundQueue(dsn, slice_size=30) as queue, gateway.session(journal=journal) as session:
+        await queue.enqueue(requests(100))
         with pytest.raises(BatchStopped, match="3001"):
+            await queue.work(session, concurrency=2)
+        begun = gateway.requests["apply"]
+        assert await queue.counts() == {
+            "waiting": 100 - begun,
+            "later": begun,
+            "at_work": 0,
+            "failed": 0,
+            "workers": 0,
+        }
+        assert begun <= 4
+        assert {job.task_kwargs.get("tries") for job in await jobs_of(queue) if job.scheduled_at is None} <= {None}
+
+
+async def test_an_unexpected_error_stops_the_worker(dsn, journal):
+    """It is raised, and no refund is lost."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue:
+        await queue.enqueue(requests(10))
+        async with gateway.session(journal=journal) as closed:
+            pass
+        with pytest.raises(RuntimeError, match="closed"):
+            await queue.work(closed)
+        assert (await queue.counts())["waiting"] == 10
+        async with gateway.session(journal=journal) as session:
+            await queue.work(session, wait=False)
+        assert not await jobs_of(queue)
+    assert [gateway.times_made(f"R-{number}") for number in range(10)] == [1] * 10
+
+
+async def test_a_refund_that_the_journal_cannot_take_is_tried_again_later(dsn):
+    """Another transaction holds its row: its slice is put back, and the worker goes on."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with (
+        PostgresJournal(dsn, timeout=1.0) as journal,
+        RefundQueue(dsn, slice_size=5) as queue,
+        gateway.session(journal=journal) as session,
+        await psycopg.AsyncConnection.connect(dsn) as other,
+    ):
+        await other.execute(
+            "INSERT INTO lianlian.refunds (no_refund, digest, fields, body, state) VALUES ('R-0', '', '{}', '', '')"
+        )
+        await queue.enqueue(requests(10))
+        await queue.work(session, concurrency=1, wait=False)
+        assert await queue.counts() == {"waiting": 0, "later": 5, "at_work": 0, "failed": 0, "workers": 0}
+        await other.rollback()
+        await hurry(queue)
+        await queue.work(session, wait=False)
+        assert not await jobs_of(queue)
+    assert len(gateway.refunds) == 10
+
+
+async def test_a_slice_whose_rest_cannot_be_put_back_stops_the_worker(dsn, journal):
+    """The database's error is raised, and the whole slice is run again."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway.script(Fault.BUSY, ret_code="1014", when=When.BEFORE)
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await queue.enqueue(requests(3))
+        await queue.app.connector.execute_query_async("ALTER TABLE procrastinate_jobs ADD CHECK (priority <> 1)")
+        with pytest.raises(ConnectorException):
             await queue.work(session)
         (job,) = await jobs_of(queue)
-    assert job.status == "todo"
+    assert (job.status, job.attempts, len(job.task_kwargs["refunds"])) == ("todo", 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "number", "cause"),
+    [
+        ({"no_refund": "R-X", "dt_refund": "20261122101500", "no_order": "O-1"}, "R-X", "money_refund: is required"),
+        ({"no_refund": "R-X", "money_refund": 1}, "R-X", "must be objects of strings"),
+        (["R-X"], None, "must be objects of strings"),
+    ],
+)
+async def test_a_row_that_cannot_be_read_fails_alone(dsn, journal, row, number, cause):
+    """The others of its slice are made; its cause is kept, and running it again keeps it once."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        slice_ = [request.to_dict() for request in requests(5)]
+        await queue._put([follow_up([*slice_[:2], row, *slice_[2:]], tries=0)])
+        await queue.work(session, wait=False)
+        (failure,) = await queue.failures()
+        assert failure["no_refund"] == number
+        assert cause in failure["cause"]
+        assert (await queue.counts())["failed"] == 1
+        (job,) = await jobs_of(queue)
+        await queue.app.job_manager.retry_job(job)
+        await queue.work(session, wait=False)
+        assert await queue.failures() == [failure]
+    assert len(gateway.refunds) == 5
+
+
+async def test_a_job_without_refunds_fails(dsn, journal):
+    """A job that another program put into the queue does not stop the worker."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await queue.app.configure_task("lianlian:refunds", queue="lianlian").defer_async(refund="R-0", tries="many")
+        await queue.enqueue(requests(1))
+        await queue.work(session, wait=False)
+        assert [failure["no_refund"] for failure in await queue.failures()] == [None]
+    assert len(gateway.refunds) == 1
 
 
 @pytest.mark.parametrize(("ret_code", "stops"), [("5006", True), ("1014", False)])
@@ -249,12 +495,33 @@ async def test_cancelling_the_work_ends_it(dsn, journal):
         assert scope.cancelled_caught
 
 
+async def test_a_worker_that_is_cancelled_finishes_what_it_has_begun(dsn, journal):
+    """The refunds under way are made, and the others go back into the queue, as new as they were."""
+    gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, middleware=[gate]) as session:
+        await queue.enqueue(requests(20))
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(queue.work, session, concurrency=3))
+            await until(lambda: gate.begun == 3)
+            group.cancel_scope.cancel()
+            gate.opened.set()
+        assert await queue.counts() == {"waiting": 17, "later": 0, "at_work": 0, "failed": 0, "workers": 0}
+        (job,) = await jobs_of(queue)
+    assert [row["no_refund"] for row in job.task_kwargs["refunds"]] == [f"R-{number}" for number in range(3, 20)]
+    assert (len(gateway.refunds), job.task_kwargs["tries"]) == (3, 0)
+
+
 async def leave_jobs(queue, count):
-    """Have a worker take so many jobs, and give no sign of life for two minutes."""
+    """Have a worker take so many jobs of one refund, and give no sign of life for two minutes."""
     await queue.enqueue(requests(count))
     dead = await queue.app.job_manager.register_worker()
     for _ in range(count):
         assert await queue.app.job_manager.fetch_job(queues=["lianlian"], worker_id=dead) is not None
+    await forget_workers(queue)
+
+
+async def forget_workers(queue):
+    """Have no worker give a sign of life for two minutes."""
     silence = "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '2 minutes'"
     await queue.app.connector.execute_query_async(silence)
 
@@ -269,21 +536,65 @@ async def test_the_jobs_of_a_dead_worker_are_run_by_another(dsn, journal):
     assert gateway.times_made("R-0") == 1
 
 
-async def test_workers_that_rescue_the_same_jobs_do_not_disturb_each_other(dsn):
+async def test_workers_that_rescue_the_same_jobs_do_not_disturb_each_other(dsn, journal):
     """Of two workers that find the same jobs left behind, each job is rescued by one, and neither fails."""
-    async with RefundQueue(dsn) as queue, RefundQueue(dsn) as other:
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with (
+        RefundQueue(dsn, slice_size=1) as queue,
+        RefundQueue(dsn) as other,
+        gateway.session(journal=journal) as session,
+    ):
         await leave_jobs(queue, 30)
-        await asyncio.gather(queue._rescue(0), other._rescue(0))
-        assert [job.status for job in await jobs_of(queue)] == ["todo"] * 30
+        await asyncio.gather(queue.work(session, wait=False), other.work(session, wait=False))
+        assert not await jobs_of(queue)
+    assert [gateway.times_made(f"R-{number}") for number in range(30)] == [1] * 30
 
 
-async def test_a_database_that_fails_during_a_rescue_is_heard_of(dsn):
-    """Any other error of the database is raised."""
-    async with RefundQueue(dsn) as queue:
+async def test_a_database_that_fails_during_a_rescue_is_heard_of(dsn, journal):
+    """The error is raised."""
+    async with RefundQueue(dsn) as queue, SandboxGateway().session(journal=journal) as session:
         await leave_jobs(queue, 1)
         await queue.app.connector.execute_query_async("DROP TABLE procrastinate_events CASCADE")
         with pytest.raises(ConnectorException):
-            await queue._rescue(0)
+            await queue.work(session)
+
+
+async def leave_unknown(gateway, journal, request):
+    """Have a refund made whose answer is lost, and nothing in the queue."""
+    gateway.script(Fault.RESET, call="apply", when=When.AFTER)
+    async with RefundSession(
+        deaf(gateway), transport=asgi_transport(gateway), journal=journal, deadline=0.2
+    ) as session:
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(request)
+
+
+async def test_an_open_refund_that_no_job_holds_is_queued_again(dsn, journal):
+    """A worker that starts looks into the journal, and asks the gateway about what others have left."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
+    lost, never_sent = requests(2)
+    await leave_unknown(gateway, journal, lost)
+    nowhere = RefundSession(gateway.merchant(), journal=journal, retry=RetryPolicy(attempts=1), deadline=1.0)
+    async with nowhere:
+        with pytest.raises(RefundNotSent):
+            await nowhere.apply_refund(never_sent)
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await queue.work(session, wait=False)
+        assert not await jobs_of(queue)
+    assert [entry.state async for entry in journal.entries()] == [State.ACCEPTED, State.UNRESOLVED]
+    assert (gateway.times_made("R-0"), gateway.times_made("R-1")) == (1, 0)
+
+
+async def test_an_open_refund_that_a_job_holds_is_not_queued_again(dsn, journal):
+    """A refund that waits for its ask_again_at waits in one job, and so does one that needs a person."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    for request in requests(2):
+        await leave_unknown(gateway, journal, request)
+    async with RefundQueue(dsn, slice_size=1) as queue, gateway.session(journal=journal) as session:
+        waits, failed = (request.to_dict() for request in requests(2))
+        await queue._put([follow_up([waits], tries=1, seconds=900.0), follow_up([failed], tries=1, cause="a person")])
+        await queue.work(session, wait=False)
+        assert [job.status for job in await jobs_of(queue)] == ["todo", "failed"]
 
 
 @pytest.mark.parametrize("seconds", [0, 0.5, -1, float("nan"), "60"])
@@ -293,11 +604,22 @@ def test_a_worker_is_not_taken_for_dead_between_two_signs_of_life(seconds):
         RefundQueue("dbname=refunds", rescue_after=seconds)
 
 
-async def test_jobs_need_the_session_of_work(dsn):
-    """A refund job that another worker program runs says where the session comes from."""
+async def test_jobs_need_the_session_of_work(dsn, caplog):
+    """A refund job that another worker program runs says where the session comes from, and stays in the queue."""
+    caplog.set_level("INFO", "procrastinate")
     async with RefundQueue(dsn) as queue:
-        with pytest.raises(RuntimeError, match=r"RefundQueue\.work"):
-            await queue._refund(None, {})
+        await queue.enqueue(requests(1))
+        await queue.app.run_worker_async(wait=False)
+        (job,) = await jobs_of(queue)
+    assert (job.status, job.attempts) == ("todo", 1)
+    assert "refund jobs run in RefundQueue.work, which brings the session" in caplog.text
+
+
+async def test_work_needs_a_journal_that_workers_share(dsn):
+    """A session without a journal, or with one in a file, is refused."""
+    async with RefundQueue(dsn) as queue, SandboxGateway().session() as session:
+        with pytest.raises(ConfigurationError, match="the session needs a PostgresJournal"):
+            await queue.work(session)
 
 
 async def test_a_worker_that_hangs_in_a_transaction_does_not_keep_the_queue(dsn):

@@ -121,6 +121,10 @@ class PostgresJournal(GroupCommitJournal):
     def pending(self) -> AsyncIterator[Entry]:
         return self._walk(sql.PENDING)
 
+    def unresolved(self) -> AsyncIterator[Entry]:
+        """Every entry that is UNRESOLVED, oldest first; in bounded memory."""
+        return self._walk(sql.UNRESOLVED)
+
     def entries(self) -> AsyncIterator[Entry]:
         return self._walk(sql.ENTRIES)
 

@@ -90,6 +90,9 @@ PENDING: Final = """
 SELECT * FROM {schema}.refunds WHERE state IN ('unresolved', 'accepted', 'final') AND id > %s AND id <= %s
 ORDER BY id LIMIT %s
 """
+UNRESOLVED: Final = (
+    "SELECT * FROM {schema}.refunds WHERE state = 'unresolved' AND id > %s AND id <= %s ORDER BY id LIMIT %s"
+)
 ENTRIES: Final = "SELECT * FROM {schema}.refunds WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
 LATEST_MADE: Final = (
     "SELECT * FROM {schema}.refunds WHERE state IN ('accepted', 'final', 'done') ORDER BY id DESC LIMIT 1"

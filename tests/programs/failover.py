@@ -137,7 +137,7 @@ def _left(dsn: str) -> int:
     with psycopg.connect(dsn) as connection:
         [(count,)] = connection.execute(
             "SELECT count(*) FROM procrastinate_jobs"
-            " WHERE task_name = 'lianlian:refund' AND coalesce(scheduled_at < now(), true)"
+            " WHERE task_name = 'lianlian:refunds' AND coalesce(scheduled_at < now(), true)"
         )
     return count
 

@@ -1,0 +1,202 @@
+"""Slices of a refund queue: one procrastinate job carries many refunds, and a worker runs them with ``refund_many``.
+
+The journal makes this safe: a slice that overlaps another one, is repeated or is rescued sends no refund twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any, Final
+
+from procrastinate.jobs import Job
+from procrastinate.manager import JobManager
+from procrastinate.worker import Worker
+
+from lianlian_async.batch import refund_many
+from lianlian_async.errors import (
+    InvalidRequest,
+    JournalError,
+    LianLianError,
+    Problem,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRejected,
+)
+from lianlian_async.models import RefundRequest
+from lianlian_async.session import RefundSession
+from lianlian_async.signature_watch import Admission
+
+__all__ = ["TASK", "SliceFetcher", "SliceWorker", "follow_up"]
+
+logger = logging.getLogger("lianlian_async")
+
+TASK: Final = "lianlian:refunds"
+_REJECTED_PAUSE: Final = 900.0
+"""Seconds until a refund that was rejected, but may be sent again, is due."""
+_LONGEST_PAUSE: Final = 300.0
+"""Seconds; the pause doubles with each try that did not reach the gateway or the journal."""
+
+
+def follow_up(refunds: list[Any], tries: int, seconds: float = 0.0, cause: str | None = None) -> dict[str, Any]:
+    """Return a job that is due in so many seconds, or, with a ``cause``, a failed one for a person to look at.
+
+    It has a higher priority than slices that were never begun (0).
+    """
+    args = {"refunds": refunds, "tries": tries} | ({"cause": cause} if cause else {})
+    return {"priority": 1, "status": "failed" if cause else "todo", "seconds": seconds, "args": args}
+
+
+class SliceWorker(Worker):
+    """A procrastinate worker whose slices share one session, and its limit of refunds at the same time."""
+
+    def __init__(self, session: RefundSession, *, concurrency: int, **options: Any) -> None:
+        super().__init__(concurrency=concurrency, **options)
+        self.session = session
+        self.admission = Admission(session.signatures, concurrency)
+        self.failure: Exception | None = None
+        """Why the worker stops by itself."""
+        self.is_stopping = False
+        self.needs_more = asyncio.Event()
+        """Set while fewer than ``concurrency`` refunds wait here; the others are left for other workers."""
+        self._waiting = 0
+        self.add_waiting(0)
+
+    def stop(self) -> None:
+        """Begin no further refund, and end when those that were begun have ended."""
+        self.is_stopping = True
+        self.needs_more.set()
+        super().stop()  # type: ignore[no-untyped-call]
+
+    def fail(self, error: Exception) -> None:
+        """Stop because of ``error``."""
+        self.failure = self.failure or error
+        self.stop()
+
+    def add_waiting(self, number: int) -> None:
+        """Count refunds that were fetched, or with a negative ``number``, that wait no more."""
+        self._waiting += number
+        if self._waiting < self.concurrency or self.is_stopping:
+            self.needs_more.set()
+        else:
+            self.needs_more.clear()
+
+    async def run_slice(self, job: Job) -> list[dict[str, Any]]:
+        """Run the refunds in ``job``; return the follow-up jobs of those that are not finished."""
+        return await _Slice(self, job).run()
+
+
+class SliceFetcher(JobManager):
+    """Fetches a job only when its worker needs more refunds, and none when that is stopping."""
+
+    def __init__(self, worker: SliceWorker) -> None:
+        super().__init__(worker.app.connector)
+        self._worker = worker
+
+    async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> Job | None:
+        """Return the job that comes next, or None."""
+        await self._worker.needs_more.wait()
+        job = None if self._worker.is_stopping else await super().fetch_job(queues=queues, worker_id=worker_id)
+        if job is not None and job.task_name == TASK:
+            self._worker.add_waiting(len(_rows(job)))
+        return job
+
+
+class _Slice:
+    """The refunds of one job, as far as they are not finished."""
+
+    def __init__(self, worker: SliceWorker, job: Job) -> None:
+        self._worker = worker
+        tries = job.task_kwargs.get("tries")
+        self._tries = tries if isinstance(tries, int) else 0
+        # What was begun before may have been sent, whatever the journal has lost of it.
+        self._query_first = self._tries > 0 or job.attempts > 0
+        self._pause = min(2.0 ** min(self._tries, 9), _LONGEST_PAUSE)
+        self._unread = _rows(job)[::-1]
+        self._under_way = dict[int, RefundRequest]()
+        self._failed: list[dict[str, Any]] = []
+        self._again = dict[int, dict[str, Any]]()
+        """Follow-up jobs, by the second in which they are due."""
+
+    async def run(self) -> list[dict[str, Any]]:
+        worker, pause = self._worker, 0.0
+        outcomes = refund_many(
+            worker.session, self._requests(), concurrency=worker.concurrency, query_first=self._query_first
+        )
+        try:
+            async with outcomes:
+                async for outcome in outcomes:
+                    del self._under_way[id(outcome.request)]
+                    worker.admission.leave()
+                    if outcome.error is not None:
+                        self._keep(outcome.request, outcome.error)
+        except JournalError as error:
+            logger.warning("%d refunds are queued again: %s", len(self._unread), error)
+            pause = self._pause
+        except Exception as error:  # noqa: BLE001 - `work` raises it; it would stop every other slice, too
+            worker.fail(error)
+        finally:
+            for _ in self._under_way:
+                worker.admission.leave()
+            worker.add_waiting(-len(self._unread))
+        for request in self._under_way.values():
+            self._retry(request, 0.0)
+        rest = [follow_up(self._unread[::-1], self._tries, pause)] if self._unread else []
+        return [*self._failed, *self._again.values(), *rest]
+
+    async def _requests(self) -> AsyncGenerator[RefundRequest]:
+        """Each refund that can be read, when it may begin."""
+        worker = self._worker
+        while self._unread:
+            await worker.admission.enter()
+            if worker.is_stopping:
+                worker.admission.leave()
+                return
+            row = self._unread.pop()
+            worker.add_waiting(-1)
+            try:
+                request = _read(row)
+            except InvalidRequest as error:
+                worker.admission.leave()
+                self._fail(row, error)
+            else:
+                self._under_way[id(request)] = request
+                yield request
+
+    def _keep(self, request: RefundRequest, error: LianLianError) -> None:
+        """Keep a refund that was not made, unless its rejection is its end."""
+        match error:
+            case RefundOutcomeUnknown():
+                self._retry(request, (error.ask_again_at - self._worker.session.clock().wall).total_seconds())
+            case RefundNotSent() | JournalError():
+                self._retry(request, self._pause)
+            case RefundRejected():
+                logger.warning("%s", error)
+                if error.stops_batch:
+                    self._worker.stop()
+                if error.stops_batch or error.may_pass:
+                    self._retry(request, _REJECTED_PAUSE)
+            case _:
+                self._fail(request.to_dict(), error)
+
+    def _retry(self, request: RefundRequest, seconds: float) -> None:
+        job = self._again.setdefault(int(seconds), follow_up([], self._tries + 1, seconds))
+        job["args"]["refunds"].append(request.to_dict())
+        job["seconds"] = max(job["seconds"], seconds)
+
+    def _fail(self, row: Any, error: LianLianError) -> None:
+        logger.error("a refund needs a person: %s", error)
+        self._failed.append(follow_up([row], self._tries + 1, cause=str(error)))
+
+
+def _rows(job: Job) -> list[Any]:
+    """Return the refunds in ``job`` as they were stored; nothing about their form is certain."""
+    refunds = job.task_kwargs.get("refunds")
+    return refunds if isinstance(refunds, list) else [refunds]
+
+
+def _read(row: Any) -> RefundRequest:
+    if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
+        raise InvalidRequest([Problem("refunds", "must be objects of strings", type(row).__name__)])
+    return RefundRequest.from_record(row)
