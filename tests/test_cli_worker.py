@@ -49,14 +49,14 @@ def queued(env):
     return run("journal", "show", "--json", env=env).json["queue"]
 
 
-def test_a_batch_is_put_into_the_queue_once(producer, file):
-    """Enqueuing needs no merchant, sends nothing, and adds only what does not wait there yet."""
+def test_a_batch_is_put_into_the_queue(producer, file):
+    """Enqueuing needs no merchant and sends nothing; the queue counts refunds, however often they were added."""
     first = run("batch", file, "--queue", "--yes", "--json", env=producer)
     assert first.exit_code == 0
     assert (first.json["outcome"], first.json["refunds"], first.json["added"]) == ("in the queue", 30, 30)
     again = run("batch", file, "--yes", "--queue", env=producer)
-    assert "│ added   │ 0 " in again.stdout
-    assert queued(producer) == {"waiting": 30, "later": 0, "at_work": 0, "failed": 0, "workers": 0}
+    assert "│ added   │ 30 " in again.stdout
+    assert queued(producer) == {"waiting": 60, "later": 0, "at_work": 0, "failed": 0, "workers": 0}
     assert not file.with_name("refunds.csv.journal").exists()
 
 
@@ -165,7 +165,12 @@ def test_what_fails_for_good_is_one_line(env, file):
         run("batch", file, "--queue", "--yes", env=env)
         ended = run("worker", "--until-empty", env=env)
     assert "│ failed  │ 1 " in ended.stdout
-    assert "refund R-1 exists with another money_refund: ours 2.00, recorded 1.00" in ended.stderr
+    cause = "refund R-1 exists with another money_refund: ours 2.00, recorded 1.00"
+    assert cause in ended.stderr
+    assert "│ R-1 " in ended.stdout
+    [failure] = run("journal", "show", "--json", env=env).json["failures"]
+    assert failure["no_refund"] == "R-1"
+    assert failure["cause"].startswith(cause)
 
 
 def test_a_worker_that_is_interrupted_at_its_beginning_exits_130(env):

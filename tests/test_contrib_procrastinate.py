@@ -14,6 +14,7 @@ import attrs
 import psycopg
 import pytest
 from procrastinate.exceptions import ConnectorException
+from psycopg.rows import dict_row
 
 from lianlian_async import (
     BatchStopped,
@@ -110,7 +111,7 @@ async def hurry(queue):
 
 async def test_a_fleet_makes_every_refund_once(dsn, journal):
     """Two workers empty one queue: each refund is made once and stands in the shared journal."""
-    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway = SandboxGateway(default_order=Decimal("1000.00"), settle_after=3600)
     async with RefundQueue(dsn) as queue, RefundQueue(dsn) as other:
         assert await queue.enqueue(requests(30)) == 30
         async with gateway.session(journal=journal) as session, gateway.session(journal=journal) as another:
@@ -187,7 +188,7 @@ async def test_what_is_unknown_does_not_hold_up_its_slice(dsn, journal):
     """The others are made and not repeated; a job of its own holds the unknown one, before refunds never begun."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE, no_refund="R-3")
-    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=0.5) as session:
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=2.0) as session:
         await queue.enqueue(requests(20))
         await queue.work(session, wait=False)
         (job,) = await jobs_of(queue)
@@ -215,7 +216,7 @@ async def work(dsn):
     JobManager.finish_job = die
     async with (
         PostgresJournal(dsn) as journal,
-        RefundSession(Merchant.from_env(), journal=journal, deadline=1.0) as session,
+        RefundSession(Merchant.from_env(), journal=journal, deadline=4.0) as session,
         RefundQueue(dsn, rescue_after=1.0) as queue,
     ):
         await queue.work(session, wait=False)
@@ -226,7 +227,7 @@ asyncio.run(work(sys.argv[1]))
 
 async def test_a_process_that_dies_between_the_follow_up_job_and_the_end_of_its_slice_loses_nothing(dsn, journal):
     """Both jobs are there then: the next worker runs them, and every refund is made once."""
-    gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
+    gateway = SandboxGateway(default_order=Decimal("1000.00"), settle_after=3600, repeated=Repeated.AGAIN)
     gateway.script(Fault.RESET, call="apply", when=When.AFTER, no_refund="R-3")
     with serving(gateway) as url:
         async with RefundQueue(dsn, rescue_after=1.0) as queue:
@@ -247,12 +248,76 @@ async def test_a_process_that_dies_between_the_follow_up_job_and_the_end_of_its_
     assert (await journal.counts())[State.ACCEPTED] == 20
 
 
+@pytest.mark.parametrize("commits", [True, False])
+async def test_refunds_are_queued_in_the_callers_transaction_or_not_at_all(dsn, commits):
+    """The order is marked and its refund is queued, both or neither, whatever factories the connection has."""
+    connection = await psycopg.AsyncConnection.connect(dsn, row_factory=dict_row, cursor_factory=psycopg.AsyncRawCursor)
+    async with RefundQueue(dsn, slice_size=2) as queue, connection:
+        await connection.execute("CREATE TABLE orders (state text)")
+        await connection.commit()
+        assert await queue.enqueue(requests(3), connection=connection) == 3  # its first statement
+        await connection.execute("INSERT INTO orders VALUES ('refunding')")
+        assert (await queue.counts())["waiting"] == 0
+        await (connection.commit() if commits else connection.rollback())
+        marked = await (await connection.execute("SELECT * FROM orders")).fetchall()
+        assert (len(marked), (await queue.counts())["waiting"]) == ((1, 3) if commits else (0, 0))
+
+
+async def test_a_failure_while_enqueuing_leaves_the_callers_transaction_as_it_was(dsn):
+    """The savepoint takes all of the refunds back, and the transaction goes on."""
+
+    def broken():
+        yield from requests(45)
+        raise ZeroDivisionError
+
+    async with (
+        RefundQueue(dsn, slice_size=2) as queue,
+        await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection,
+    ):
+        async with connection.transaction():
+            await connection.execute("CREATE TABLE orders (state text)")
+            with pytest.raises(ZeroDivisionError):
+                await queue.enqueue(broken(), connection=connection)
+        assert (await connection.execute("SELECT * FROM orders")).rowcount == 0
+        assert await jobs_of(queue) == []
+
+
+async def test_a_connection_to_another_database_is_refused(dsn, postgres_dsn):
+    """So are one to another schema, one without a transaction, and one that is not asynchronous."""
+    (request,) = requests(1)
+    async with (
+        RefundQueue(dsn) as queue,
+        await psycopg.AsyncConnection.connect(postgres_dsn) as elsewhere,
+        await psycopg.AsyncConnection.connect(dsn, options="-c search_path=other") as other_schema,
+        await psycopg.AsyncConnection.connect(dsn, autocommit=True) as idle,
+    ):
+        for connection in (elsewhere, other_schema):
+            with pytest.raises(ConfigurationError, match="leads to another database or schema than the queue's"):
+                await queue.enqueue([request], connection=connection)
+        with pytest.raises(ConfigurationError, match="has no open transaction"):
+            await queue.enqueue([request], connection=idle)
+        with psycopg.connect(dsn) as synchronous, pytest.raises(ConfigurationError, match="must be of type Async"):
+            await queue.enqueue([request], connection=synchronous)
+        assert await jobs_of(queue) == []
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_a_synchronous_connection_executes_the_statement(dsn, commits):
+    """Django's way: its cursor takes psycopg's parameters, and its transaction decides."""
+    async with RefundQueue(dsn, slice_size=2) as queue:
+        with psycopg.connect(dsn) as connection, connection.cursor() as cursor:
+            cursor.execute(*queue.statement(requests(3)))
+            (connection.commit if commits else connection.rollback)()
+        assert (await queue.counts())["waiting"] == (3 if commits else 0)
+        assert len(await jobs_of(queue)) == (2 if commits else 0)
+
+
 async def test_an_unknown_refund_comes_again_when_asking_can_decide(dsn, journal):
     """A refund that is left unknown is scheduled for its ask_again_at, and stays unresolved until then."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     before = datetime.now(UTC)
-    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=0.3) as session:
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=2.0) as session:
         await queue.enqueue(requests(1))
         await queue.work(session, wait=False)
         (job,) = await jobs_of(queue)
@@ -272,7 +337,7 @@ async def test_jobs_come_again_by_the_databases_clock(dsn, journal, step):
         return attrs.evolve(now, wall=now.wall + step)
 
     before = datetime.now(UTC)
-    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=0.3, clock=clock) as session:
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=2.0, clock=clock) as session:
         await queue.enqueue(requests(1))
         await queue.work(session, wait=False)
         (job,) = await jobs_of(queue)
@@ -294,13 +359,13 @@ async def test_a_job_that_was_begun_before_is_asked_about_first(dsn, journal):
 
 async def test_an_unknown_refund_is_found_by_the_next_worker(dsn, journal):
     """A worker that takes the job again asks first, and finds what the first attempt did."""
-    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway = SandboxGateway(default_order=Decimal("1000.00"), settle_after=3600)
     gateway.script(Fault.RESET, call="apply", when=When.AFTER)
     policy = RetryPolicy(initial=0.01, maximum=0.01, not_found_grace=0)
     async with RefundQueue(dsn) as queue:
         await queue.enqueue(requests(1))
         unanswered = RefundSession(
-            deaf(gateway), transport=asgi_transport(gateway), journal=journal, deadline=0.2, retry=policy
+            deaf(gateway), transport=asgi_transport(gateway), journal=journal, deadline=2.0, retry=policy
         )
         async with unanswered:
             await queue.work(unanswered, wait=False)
@@ -563,7 +628,7 @@ async def leave_unknown(gateway, journal, request):
     """Have a refund made whose answer is lost, and nothing in the queue."""
     gateway.script(Fault.RESET, call="apply", when=When.AFTER)
     async with RefundSession(
-        deaf(gateway), transport=asgi_transport(gateway), journal=journal, deadline=0.2
+        deaf(gateway), transport=asgi_transport(gateway), journal=journal, deadline=2.0
     ) as session:
         with pytest.raises(RefundOutcomeUnknown):
             await session.apply_refund(request)
@@ -571,7 +636,7 @@ async def leave_unknown(gateway, journal, request):
 
 async def test_an_open_refund_that_no_job_holds_is_queued_again(dsn, journal):
     """A worker that starts looks into the journal, and asks the gateway about what others have left."""
-    gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
+    gateway = SandboxGateway(default_order=Decimal("1000.00"), settle_after=3600, repeated=Repeated.AGAIN)
     lost, never_sent = requests(2)
     await leave_unknown(gateway, journal, lost)
     nowhere = RefundSession(gateway.merchant(), journal=journal, retry=RetryPolicy(attempts=1), deadline=1.0)

@@ -9,13 +9,16 @@ from decimal import Decimal
 from pathlib import Path
 
 import anyio
+import attrs
 import httpx
+import psycopg
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 import lianlian_async
 from lianlian_async import NotificationEndpoint, RefundRequest, RefundStatus, RetryPolicy, wire
 from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import signature_source
@@ -128,10 +131,15 @@ async def test_a_batch_is_run_again_without_sending_again(tmp_path, monkeypatch)
 async def test_a_fleet_takes_refunds_from_its_queue(database):
     """What was enqueued is made by a worker that shares the journal (asyncio only, as psycopg is)."""
     example, gateway = run_example("fleet"), SandboxGateway(default_order=Decimal("500.00"))
+    other = attrs.evolve(a_request(), no_refund="R-2")
     with serving(gateway) as base_url:
         await example["produce"](database, [a_request()])
+        async with RefundQueue(database) as queue, await psycopg.AsyncConnection.connect(database) as connection:
+            await connection.execute("CREATE TABLE orders AS SELECT 'O-1' AS number, 'paid' AS state")
+            await connection.commit()
+            await example["refund_order"](queue, connection, "O-1", other)
         await example["work"](database, gateway.merchant(base_url), wait=False)
-    assert gateway.times_made("R-1") == 1
+    assert (gateway.times_made("R-1"), gateway.times_made("R-2")) == (1, 1)
 
 
 def test_the_fastapi_service_makes_refunds_and_takes_notifications(tmp_path, monkeypatch, capsys):

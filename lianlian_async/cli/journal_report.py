@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime, timedelta
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from lianlian_async.retry import RetryPolicy
 from lianlian_async.worker_pool import iterate
 
 from .output import Output, table
-from .stores import is_dsn, make_reader, queue_counts
+from .stores import is_dsn, make_reader, read_queue
 
 __all__ = ["JournalReport", "read_journal", "show_journal"]
 
@@ -49,6 +49,8 @@ class JournalReport:
     states: Mapping[State, int]
     queue: Mapping[str, int] = attrs.field(factory=dict)
     """As ``RefundQueue.counts``; empty where there is no queue."""
+    failures: Sequence[Mapping[str, str | None]] = ()
+    """The oldest ``RefundQueue.failures``."""
     unknown: int = 0
     """Unsettled, and may have been made."""
     not_sent: int = 0
@@ -82,7 +84,7 @@ async def read_journal(place: str) -> JournalReport:
                 async for entry in entries:
                     found.add(entry)
     if is_dsn(place):
-        found.queue = await queue_counts(place)
+        found.queue, found.failures = await read_queue(place)
     return found
 
 
@@ -98,6 +100,7 @@ def show_journal(
         "not_sent": found.not_sent,
         "oldest_unknown": [one._asdict() for one in found.oldest],
         "queue": dict(found.queue),
+        **({"failures": list(found.failures)} if found.failures else {}),
         **({"reasons": dict(reasons)} if reasons else {}),
         **facts,
     }
@@ -113,6 +116,9 @@ def show_journal(
     if found.queue:
         queue = [(name.replace("_", " "), f"{number:,}") for name, number in found.queue.items()]
         shown.append(table("queue, all workers", ("refunds", "number"), queue))
+    if found.failures:
+        causes = [(one["no_refund"] or "?", one["cause"] or "see the log of the worker") for one in found.failures]
+        shown.append(table("failed: a person has to decide", ("no_refund", "cause"), causes))
     rest = {"certainly not sent yet": found.not_sent, **facts}
     shown += [f"{name.replace('_', ' ')}: {number:,}" for name, number in rest.items() if number or name in facts]
     output.show(document, *shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -40,7 +40,7 @@ __all__ = [
     "make_reader",
     "open_queue",
     "place_argument",
-    "queue_counts",
+    "read_queue",
 ]
 
 DSN: Final = "LIANLIAN_DSN"
@@ -124,14 +124,16 @@ async def open_queue(dsn: str) -> AsyncGenerator[RefundQueue]:
             yield queue
 
 
-async def queue_counts(dsn: str) -> Mapping[str, int]:
-    """How the queue at ``dsn`` is doing; nothing, if there is none."""
+async def read_queue(dsn: str) -> tuple[Mapping[str, int], Sequence[Mapping[str, str | None]]]:
+    """Return the counts and the oldest failures of the queue at ``dsn``; empty ones if there is no queue."""
     with _extra():
         from lianlian_async.contrib.procrastinate import RefundQueue
     queue = RefundQueue(dsn)
     with _queue_errors():
         async with queue.app.open_async():
-            return await queue.counts() if await queue.app.check_connection_async() else {}
+            if await queue.app.check_connection_async():
+                return await queue.counts(), await queue.failures()
+    return {}, ()
 
 
 @contextmanager

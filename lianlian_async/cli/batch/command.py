@@ -153,7 +153,7 @@ def _ask(yes: bool, file: str, checked: Checked, destination: str) -> None:
 
 
 async def _enqueue(dsn: str, checked: Checked) -> int:
-    """How many were not in the queue yet."""
+    """Put the refunds into the queue; return how many."""
     async with make_journal(dsn), open_queue(dsn) as queue:
         return await queue.enqueue(checked.requests())
 
