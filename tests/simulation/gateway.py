@@ -63,8 +63,13 @@ class Gateway:
     announce: Callable[[Booked], None] = lambda booked: None
     """Told of each refund that is made."""
     is_down: bool = False
+    is_blind: bool = attrs.field(init=False)
+    """Whether the query service knows no refund."""
     is_calm: bool = False
     """Whether all faults are over."""
+
+    def __attrs_post_init__(self) -> None:
+        self.is_blind = self.plan.blind
 
     def answer(self, call: str, body: bytes, left_at: float, fault: str | None) -> WireAnswer | None:
         """Take one request; None: no answer will ever come."""
@@ -142,7 +147,7 @@ class Gateway:
         if fault == "status_after":
             return self._status()
         known = [each for each in self.books.get(asked["no_refund"], ()) if each.visible_at <= self.world.now]
-        if not known or (self.plan.blind and not self.is_calm):
+        if not known or self.is_blind:
             return 200, {}, wire.encode({"ret_code": "8901", "ret_msg": "none"})
         return self.signed(self.record(known[0]), fault)
 

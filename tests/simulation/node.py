@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -17,6 +17,7 @@ from lianlian_async import (
     RetryPolicy,
     refund_many,
 )
+from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import BatchStopped, JournalError, LianLianError
 from lianlian_async.merchant import Endpoints
 from lianlian_async.models import Refund, RefundRequest
@@ -121,7 +122,7 @@ class Node:
         if self.is_running and self.loop.tasks:
             dice, kinds = self.run.world.random, dict[str, list[asyncio.Task[None]]]()
             for each in self.loop.tasks:  # of each kind with the same chance, however many there are of it
-                kinds.setdefault(getattr(each.get_coro(), "__qualname__", ""), []).append(each)
+                kinds.setdefault(_kind(each), []).append(each)
             task = dice.choice(dice.choice(list(kinds.values())))
             self.run.world.log(f"{self.loop.name}: {task.get_name()} is cancelled")
             task.cancel()
@@ -325,6 +326,15 @@ class Node:
             wait = (unknown.ask_again_at - self.machine.clock().wall).total_seconds()
             return min(max(0.0, wait), 3600.0) + dice.random()
         return dice.choice([1.0, 300.0, 1200.0]) * dice.random()
+
+
+def _kind(task: asyncio.Task[None]) -> str:
+    """Return what ``task`` runs; of a background task, what that runs."""
+    coroutine: Any = task.get_coro()
+    background = None if coroutine.cr_frame is None else coroutine.cr_frame.f_locals.get("self")
+    if not isinstance(background, BackgroundTask):
+        return str(coroutine.__qualname__)
+    return str(getattr(background._function, "__qualname__", "partial"))
 
 
 def merchant(private_key: object, gateway_key: object) -> Merchant:

@@ -143,7 +143,8 @@ class Acting:
             return False
         if number in run.oracle.lost_endings:
             return False
-        return number not in self.returned_at or run.store.kept(number) is not State.DONE
+        entry, kept = run.store.entry(number), run.store.kept(number)
+        return number not in self.returned_at or kept is not State.DONE or entry is None or entry.state is State.FINAL
 
     def _violate_unless_lost(self, number: str, what: str) -> None:
         if not any(event.kind == "failover" for event in self.run.plan.events):

@@ -132,6 +132,8 @@ class Plan:
     query_first: bool = False
     slow_threads: float = 1e-4
     """Seconds that a thread job takes at most."""
+    interleaved_threads: float = 0.0
+    """How many of 1 signatures take time, in which the event loops go on."""
     cancelled_threads: float = 0.0
     """How many of 1 tasks that wait for a thread are cancelled meanwhile."""
     real_rsa: bool = False
@@ -188,7 +190,8 @@ def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
         spread=spread,
         max_connections=dice.choice([2, 8, 20]),
         query_first=dice.random() < 0.1,
-        slow_threads=dice.choice([1e-4, 1e-4, 0.02, 0.5 if deadline >= 30 else 0.02]),
+        slow_threads=dice.choice([1e-4, 1e-4, 0.02, 0.5]),
+        interleaved_threads=dice.choice([0.0, 0.0, 0.2, 0.5]),
         cancelled_threads=dice.choice([0.0, 0.0, 0.002, 0.02]),
         real_rsa=dice.random() < 0.001,
         notifies=notifies,

@@ -65,6 +65,7 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
         "dated": True,
         "program": "service",
         "query_first": False,
+        "interleaved_threads": 0.0,
         "window": 1,
         "notifies": False,
         "inbox": False,

@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 from unittest import mock
@@ -21,6 +22,7 @@ from anyio._backends import _asyncio as anyio_asyncio
 
 from lianlian_async import rsa_worker
 
+from . import keys
 from .world import UNDEAD, NodeLoop, World
 
 
@@ -102,6 +104,16 @@ async def _wait_if_cancelled(_: object) -> None:
         await asyncio.get_running_loop().create_future()
 
 
+def _go_on(world: World) -> None:
+    """Let the world go on while a thread signs, as threads do."""
+    loop = world.thread_of
+    if loop is not None and world.random.random() < world.interleaved_threads:
+        world.thread_of, share = None, world.interleaved_threads
+        world.interleaved_threads = 0.0  # one deep
+        world.run(10_000, until=world.now + world.slow_threads * world.random.random())
+        world.thread_of, world.interleaved_threads = loop, share
+
+
 def _begin_generator(generator: Any) -> None:
     loop = asyncio._get_running_loop()
     if isinstance(loop, NodeLoop):
@@ -132,6 +144,7 @@ def simulated(world: World) -> Iterator[None]:
     try:
         with (
             mock.patch.object(anyio.to_thread, "run_sync", _run_sync),
+            mock.patch.object(keys, "while_signing", partial(_go_on, world)),
             mock.patch.object(anyio_asyncio, "set", _OrderedSet, create=True),
             mock.patch.object(anyio_asyncio.AsyncIOBackend, "checkpoint_if_cancelled", classmethod(_wait_if_cancelled)),
             mock.patch.object(rsa_worker, "perf_counter", lambda: next(readings) * stop_watch),  # noqa: PT008 - a new one each time

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
+import math
 import random
 from collections.abc import Callable, Coroutine
 from itertools import count
@@ -74,7 +75,7 @@ class World:
         self.thread_of: NodeLoop | None = None
         """The event loop for which a thread works at this moment."""
         self.is_over = False
-        self.slow_threads, self.cancelled_threads = 1e-4, 0.0
+        self.slow_threads, self.cancelled_threads, self.interleaved_threads = 1e-4, 0.0, 0.0
         """See :class:`.plan.Plan`."""
         self.problems: list[str] = []
         """What went wrong in callbacks, which nobody awaits."""
@@ -99,12 +100,15 @@ class World:
         if self.trace is not None:
             self.trace(f"{self.now:.6f} {text}")
 
-    def run(self, most_steps: int) -> str:
-        """Run until ``is_over``; why it ended: ``over``, ``deadlock`` (nothing is left to wait for) or ``steps``."""
+    def run(self, most_steps: int, until: float = math.inf) -> str:
+        """Run until ``is_over``; why it ended: ``over``, ``deadlock`` (nothing is left to wait for) or ``steps``.
+
+        ``over`` also when it is ``until`` then.
+        """
         ready, timers = self.ready, self._timers
         draw, window, last = self.random.random, self._window, self.steps + most_steps
         set_loop = asyncio._set_running_loop
-        while not self.is_over:
+        while not self.is_over and self.now < until:
             if timers and timers[0][0] <= self.now:
                 self._come_due()
                 continue
@@ -112,7 +116,7 @@ class World:
             if not number:
                 if not timers:
                     return "deadlock"
-                self.now = max(self.now, timers[0][0])
+                self.now = min(max(self.now, timers[0][0]), until)
                 continue
             step = ready.pop(int(draw() * (number if number < window else window)))  # noqa: FURB136 - faster than min()
             if step.is_cancelled:
