@@ -381,6 +381,11 @@ class Refund:
         """Whether ``sta_refund`` can no longer change."""
         return self.sta_refund is not None and self.sta_refund.is_final
 
+    @property
+    def evidence(self) -> str | None:
+        """The line of an unsigned statement that told of this refund; None: the gateway's own, signed record did."""
+        return None if "sign" in self.raw else self.extra.get("evidence")
+
     def query(self) -> RefundQuery:
         """The query about this refund's present state.
 

@@ -17,6 +17,7 @@ from test_cli_refunds import ANSWER, SAMPLE, types_in
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import Fault, SandboxGateway
 from lianlian_async.signing import SigningKey
+from tests.support.batches import refund, write_csv
 from tests.support.command import end, run, start, until
 
 APPLY = ("apply", "--no-refund", "R-1", "--dt-refund", "20130515094018", "--money-refund", "1.00", "--no-order", "O-1")
@@ -216,3 +217,27 @@ def test_probabilities_beyond_one_are_refused(tmp_path):
     ended = run("sandbox", "--fault", "reset=0.6", "--fault", "busy=0.6", "--env-file", tmp_path / "sandbox.env")
     assert ended.exit_code == 2
     assert "all of them together" in ended.stderr
+
+
+# ── its statement ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_at_the_end_it_states_what_it_has_made(tmp_path):
+    """In a folder the file gets LianLian's name, and what was still to settle is in it: it agrees with the journal."""
+    file, journal = write_csv(tmp_path / "refunds.csv", [refund(0), refund(1)]), tmp_path / "journal.sqlite"
+
+    def batch(env):
+        assert end(start("batch", file, "--journal", journal, "--yes", env=env), env).exit_code == 0
+
+    options = ("--notify", "--settle-after", "3600", "--statement", tmp_path)
+    assert sandbox_in_this_process(*options, env_file=tmp_path / "env", meanwhile=batch).exit_code == 0
+    [statement] = tmp_path.glob("JYMX_*.txt")
+    ended = run("reconcile", statement, "--journal", journal, "--json")
+    assert (ended.exit_code, ended.json["agrees"]) == (0, 2)
+
+
+def test_a_statement_that_cannot_be_written_is_told(tmp_path):
+    options = ("--notify", "--statement", tmp_path / "none" / "JYMX_M1_20261101.txt")
+    ended = sandbox_in_this_process(*options, env_file=tmp_path / "env")
+    assert ended.exit_code == 1
+    assert "JYMX_M1_20261101.txt: No such file or directory" in ended.stderr

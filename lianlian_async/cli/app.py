@@ -17,6 +17,7 @@ from .journal import journal
 from .keys import keygen
 from .notify import notify
 from .output import Output
+from .reconcile import reconcile
 from .refunds import apply, query
 from .sandbox.command import sandbox
 from .sandbox.demo import demo
@@ -75,5 +76,5 @@ def lianlian() -> None:
     """
 
 
-for command in (apply, query, batch, journal, worker, verify, keygen, sandbox, notify, demo):
+for command in (apply, query, batch, journal, reconcile, worker, verify, keygen, sandbox, notify, demo):
     lianlian.add_command(command)

@@ -35,6 +35,7 @@ __all__ = [
     "default_place",
     "dsn_argument",
     "is_dsn",
+    "journal_option",
     "make_folder",
     "make_journal",
     "make_reader",
@@ -91,6 +92,20 @@ def _check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -
 def place_argument(command: Command) -> Command:
     """The argument PLACE: a journal that is there already."""
     return click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], callback=_check_journal)(command)
+
+
+def journal_option(command: Command) -> Command:
+    """The option --journal for a journal that is there already."""
+    option = click.option(
+        "--journal",
+        "place",
+        metavar="PATH|DSN",
+        required=True,
+        callback=_check_journal,
+        envvar=[DSN, JOURNAL],
+        help="The journal to compare with.",
+    )
+    return option(command)
 
 
 def dsn_argument(command: Command) -> Command:

@@ -158,6 +158,9 @@ class Journal(Protocol):
     def id(self) -> str:
         """The random id that the journal got at its creation; only of an open journal."""
 
+    owner: Owner | None
+    """Whose refunds it holds, as far as this process knows; None: nobody's yet."""
+
     async def bind(self, oid_partner: str, apply_url: str) -> None:
         """Record the owner: merchant and apply endpoint.
 

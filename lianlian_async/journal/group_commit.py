@@ -150,7 +150,7 @@ class GroupCommitJournal(Journal):
         self._name = name
         self._group: _GroupCommit | None = None
         self._id = ""
-        self._owner: Owner | None = None
+        self.owner: Owner | None = None
         self._inbox: Journal | None = None
         self._inboxes = AsyncExitStack()
         self._inbox_turn = anyio.Lock()
@@ -220,9 +220,9 @@ class GroupCommitJournal(Journal):
     async def bind(self, oid_partner: str, apply_url: str) -> None:
         self._opened()
         owner = Owner(oid_partner, apply_url)
-        if owner != self._owner:
+        if owner != self.owner:
             await self._bind(owner)
-            self._owner = owner
+            self.owner = owner
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         group = self._opened()

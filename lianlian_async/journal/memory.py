@@ -26,7 +26,7 @@ class MemoryJournal(Journal):
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
-        self._owner: Owner | None = None
+        self.owner: Owner | None = None
         self._is_acting = False
         self._id = uuid4().hex
 
@@ -51,7 +51,7 @@ class MemoryJournal(Journal):
 
     async def bind(self, oid_partner: str, apply_url: str) -> None:
         owner = Owner(oid_partner, apply_url)
-        self._owner = owner.confirm(self._owner, repr(self))
+        self.owner = owner.confirm(self.owner, repr(self))
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         await anyio.lowlevel.checkpoint()

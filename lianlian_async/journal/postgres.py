@@ -189,7 +189,7 @@ class PostgresJournal(GroupCommitJournal):
                 f"journal {self._name}: schema version {version}, but this release needs {SCHEMA_VERSION}; "
                 "complete it with the release that created it"
             )
-        self._id, self._owner = row["id"], owner_of(row)
+        self._id, self.owner = row["id"], owner_of(row)
         self._reading = await self._read_clock(connection)
 
     async def _bind(self, owner: Owner) -> None:

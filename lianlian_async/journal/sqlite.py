@@ -109,7 +109,7 @@ class SqliteJournal(_Reading, GroupCommitJournal):
     async def _open(self) -> None:
         await self._open_file(self._name)
         try:
-            self._id, self._owner = await self._in_thread(self._file.owner)
+            self._id, self.owner = await self._in_thread(self._file.owner)
         except BaseException:
             await complete(self._close)
             raise

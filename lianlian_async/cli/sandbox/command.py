@@ -16,7 +16,9 @@ import click
 from lianlian_async import wire
 from lianlian_async.cli.output import Output, json_option, pass_output
 from lianlian_async.cli.secret_files import refuse_existing, write_new
+from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import Fault, Notifier, Repeated, SandboxGateway
+from lianlian_async.sandbox.statement import statement
 from lianlian_async.signing import SigningKey
 
 from .server import environment, serving
@@ -80,6 +82,12 @@ def _read_money(_ctx: click.Context, _option: click.Parameter, value: str) -> De
     flag_value="http://127.0.0.1:8000/lianlian/refund",
     help="Notify of final refunds as LianLian does; URL (else port 8000 here) is for requests that name none.",
 )
+@click.option(
+    "--statement",
+    "statement_file",
+    type=click.Path(path_type=Path),
+    help="Where to write, at the end, LianLian's statement of what has succeeded; in a folder it gets LianLian's name.",
+)
 @json_option
 @pass_output
 def sandbox(
@@ -92,6 +100,7 @@ def sandbox(
     keys: Path | None,
     repeated: str,
     notify: str | None,
+    statement_file: Path | None,
     **options: Any,
 ) -> None:
     """Serve a fake of LianLian's gateway, until SIGINT or SIGTERM. No money is anywhere near it.
@@ -107,6 +116,7 @@ def sandbox(
         app = Notifier(gateway, on_delivery=lambda delivery: output.note(str(delivery)))
         settings = {"notify_url": notify}
     with (
+        _statement_at_the_end(gateway, statement_file),
         _until_told_to_stop(),
         serving(app, host, port) as url,
         _written(env_file, environment(gateway, url, **settings)),
@@ -133,6 +143,18 @@ def _kept_keys(directory: Path | None) -> dict[str, Any]:
             write_new(path, SigningKey.generate().to_pem())
         keys[f"{name}_key"] = SigningKey.load(path, name=str(path))
     return keys
+
+
+@contextmanager
+def _statement_at_the_end(gateway: SandboxGateway, file: Path | None) -> Iterator[None]:
+    yield
+    if file is not None:
+        name = f"JYMX_{gateway.oid_partner}_{wire.format_timestamp(gateway.time_of_day())[:8]}.txt"
+        gateway.advance(86_400.0)  # what is under way arrives and settles
+        try:
+            (file / name if file.is_dir() else file).write_text(statement(gateway), "utf-8")
+        except OSError as error:
+            raise LianLianError(f"{file}: {error.strerror}") from error
 
 
 @contextmanager

@@ -1,0 +1,124 @@
+"""``lianlian reconcile``: LianLian's statements against a journal."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import aclosing
+from pathlib import Path
+from typing import Final
+
+import anyio
+import click
+
+from lianlian_async.errors import ConfigurationError, JournalError, LianLianError, QueryRejected, RefundNotFound
+from lianlian_async.journal import Entry
+from lianlian_async.merchant import Merchant
+from lianlian_async.models import Refund, RefundRequest
+from lianlian_async.reconcile import Reconciliation, StatementError, Verdict
+from lianlian_async.recording import learn
+from lianlian_async.session import RefundSession
+from lianlian_async.worker_pool import iterate, run_workers
+
+from .options import config_option, load_merchant
+from .output import Output, json_option, pass_output, table
+from .stores import journal_option, make_journal, make_reader
+
+__all__ = ["reconcile"]
+
+_DIFFERS: Final = 3
+_TOO_OLD: Final = "3005"
+
+
+@click.command
+@click.argument("statements", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@journal_option
+@click.option("--apply", "is_applied", is_flag=True, help="Record what the journal does not know to be made.")
+@config_option
+@json_option
+@pass_output
+def reconcile(output: Output, /, statements: list[Path], place: str, is_applied: bool, config: Path | None) -> None:
+    """Compare LianLian's statements, JYMX_<oid_partner>_<date>.txt, with a journal.
+
+    A JYMXSUM file beside a statement is its check sum. --apply asks the gateway about each refund that is in a
+    statement and unknown in the journal; if the gateway has no record any more, the statement is recorded as evidence.
+    Exit code 3 if not everything agrees.
+    """
+    found = Reconciliation()
+    try:
+        for path in statements:
+            _read(found, path)
+        anyio.run(_compare, found, place)
+    except (StatementError, UnicodeError) as error:
+        raise click.BadParameter(str(error), param_hint="STATEMENTS") from None
+    except sqlite3.Error as error:
+        raise LianLianError(f"temporary file: {error}; SQLITE_TMPDIR names a folder with more room") from error
+    for _, text in found.unreadable:
+        output.note(text)
+    document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
+    rows = [(_words(verdict), f"{found.counts[verdict]:,}", f"{found.yuan[verdict]:,.2f}") for verdict in Verdict]
+    output.show(
+        document | {"unreadable": [line for line, _ in found.unreadable]},
+        table("Statements and journal", ("", "refunds", "yuan"), rows),
+        *(f"{_words(verdict)}: {number}" for verdict, numbers in found.numbers.items() for number in numbers),
+    )
+    if is_applied:
+        anyio.run(_apply, found, load_merchant(config), place, output)
+    if not found.all_agree:
+        click.get_current_context().exit(_DIFFERS)
+
+
+def _words(verdict: Verdict) -> str:
+    return verdict.replace("_", " ")
+
+
+def _read(found: Reconciliation, path: Path) -> None:
+    if path.name.startswith("JYMXSUM_") and path.with_name(path.name.replace("SUM", "", 1)).exists():
+        return  # it is read with its statement
+    try:
+        with path.open(encoding="utf-8") as file:
+            for _ in file:
+                pass
+        encoding = "utf-8-sig"
+    except UnicodeDecodeError:
+        encoding = "gb18030"
+    summary = path.with_name(path.name.replace("JYMX_", "JYMXSUM_", 1))
+    with path.open(encoding=encoding) as file:
+        found.add_statement(path.name, file, summary.read_text(encoding) if summary.exists() else "")
+
+
+async def _compare(found: Reconciliation, place: str) -> None:
+    async with make_reader(place) as reader:
+        if reader.owner is not None and reader.owner.oid_partner != found.oid_partner:
+            theirs = f"merchant {reader.owner.oid_partner}, the statements to {found.oid_partner}"
+            raise ConfigurationError(f"the journal belongs to {theirs}")
+        async with aclosing(iterate(reader.entries())) as entries:
+            async for entry in entries:
+                found.compare(entry)
+    found.finish()
+
+
+async def _apply(found: Reconciliation, merchant: Merchant, place: str, output: Output) -> None:
+    """Ask about what a statement proves. Nothing is sent again, whatever the answer is."""
+    proved = frozenset(found.numbers[Verdict.UNKNOWN_PROVED])
+
+    async def told(entry: Entry) -> Refund:
+        try:
+            return await session.query_refund(RefundRequest.from_record(entry.fields).query())
+        except RefundNotFound:
+            pass
+        except QueryRejected as error:
+            if error.ret_code != _TOO_OLD:
+                raise
+        return Refund.from_dict(found.records(entry.no_refund)[0])
+
+    async def ask(entry: Entry) -> None:
+        if entry.no_refund in proved:
+            try:
+                await learn(journal, await told(entry))
+            except JournalError:
+                raise
+            except LianLianError as error:
+                output.note(str(error))
+
+    async with make_journal(place) as journal, RefundSession(merchant, journal=journal) as session:
+        await run_workers(journal.pending(), ask, workers=session.max_connections, intake=anyio.CancelScope())

@@ -1,0 +1,265 @@
+"""Compare LianLian's statements with a journal: what both hold, and what only one of them holds.
+
+Sans-IO: lines of text and journal entries go in, verdicts come out. The rows are kept in a temporary SQLite file, so
+that memory does not grow with the statements. All methods block.
+
+A statement is not signed, and no public sample of a refund row exists. So a row counts only if every column that is
+used has its documented form. Other rows are reported with line and column; no column is guessed.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from calendar import monthrange
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date, timedelta
+from decimal import Decimal
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from . import wire
+from .errors import AnswerMismatch, RefundConflict
+from .identity import check_identity
+from .journal import Entry, State
+from .models import RefundStatus
+
+__all__ = ["Reconciliation", "StatementError", "Verdict"]
+
+_NAME: Final = re.compile(r"JYMX_([A-Za-z0-9]{1,18})_([0-9]{4})([0-9]{2})([0-9]{2})?\.txt")
+_SUMMARY: Final = re.compile(r"(?:[^|]*\|){3}([0-9]*)\|(-?[0-9]+(?:\.[0-9]+)?)?(?:\|[^|]*){2}")
+"""7 columns, of which two tell how many refunds the statement holds, and their sum, which is negative."""
+_FORMS: Final = {
+    "status": (re.compile("[05]"), "0 or 5"),
+    "direction": (re.compile("[01]"), "0 or 1"),
+    "no_refund": (re.compile(r".{1,32}"), "1 to 32 characters"),
+    "oid_partner": (re.compile("[A-Za-z0-9]{1,18}"), "1 to 18 letters or digits"),
+    "dt_refund": (re.compile("[0-9]{8} ?[0-9]{2}:?[0-9]{2}:?[0-9]{2}"), "a time such as 20261101 10:20:30"),
+    "currency": (re.compile("CNY"), "CNY"),
+    "money_refund": (re.compile(r"-[0-9]{1,9}(\.[0-9]{1,9})?"), "a negative amount such as -88.5"),
+}
+"""How the columns that are used must look."""
+_STORED: Final = ("no_refund", "oid_partner", "dt_refund", "money_refund", "evidence")
+
+
+class StatementError(ValueError):
+    """A file is no statement, or does not go together with the other files."""
+
+
+class Verdict(StrEnum):
+    """What the comparison says about a refund."""
+
+    AGREES = "agrees"
+    AMOUNT_DIFFERS = "amount_differs"
+    NOT_IN_JOURNAL = "not_in_journal"
+    """In the statement. The journal lacks it with this merchant and ``dt_refund``, or says that it was not made."""
+    TWICE_IN_STATEMENT = "twice_in_statement"
+    MISSING_IN_STATEMENT = "missing_in_statement"
+    """Successful in the journal; the statements of its day and of the next day lack it."""
+    UNKNOWN_PROVED = "unknown_proved"
+    """In the statement; the journal does not know whether it was made."""
+    OUTSIDE_PERIOD = "outside_period"
+    """Successful in the journal; the statement of its day or of the next day was not given."""
+
+
+class _Layout(NamedTuple):
+    """Which column of a statement, counted from 0, holds which field, and how many columns there are at least."""
+
+    delimiter: str
+    width: int
+    columns: Mapping[str, int]
+
+    @classmethod
+    def of(cls, line: str, place: str) -> tuple[_Layout, bool]:
+        """Return the layout of a statement, and whether its first ``line``, at ``place``, is a header."""
+        cells = line.split(",")
+        if len(cells) >= _DOMESTIC.width:
+            return _DOMESTIC, not re.search("[0-9]", "".join(cells[:9]))
+        names = [name.strip() for name in line.split("|")]
+        columns = {}
+        for field, known in _HEADER.items():
+            name = next((name for name in known if name in names), None)
+            if name is None:
+                wanted = f"a row of {_DOMESTIC.width} columns nor a header with {' or '.join(known)}"
+                raise StatementError(f"{place}: neither {wanted}")
+            columns[field] = names.index(name)
+        if "money_refund" in names:
+            del columns["currency"]
+        return cls("|", len(names), columns), True
+
+    def read(self, line: str) -> tuple[str, str, str, str] | None:
+        """Return number, merchant, time and amount of a refund, else None. A ``ValueError`` names the column."""
+        cells = line.split(self.delimiter)
+        if len(cells) < self.width:
+            raise ValueError(f"column {len(cells)} is the last one, {self.width} are needed")
+        fields = dict[str, str]()
+        for field, column in self.columns.items():
+            if field == "no_refund" and fields["status"] == "0":
+                return None
+            text, (form, example) = cells[column].strip(), _FORMS[field]
+            if text.startswith('="') and text.endswith('"'):  # how Excel is told that it is text
+                text = text[2:-1]
+            if not form.fullmatch(text):
+                raise ValueError(f"column {column + 1} ({field}): {text!r} is not {example}")
+            fields[field] = text
+        time, money = fields["dt_refund"].replace(" ", "").replace(":", ""), fields["money_refund"].removeprefix("-")
+        return fields["no_refund"], fields["oid_partner"], time, money
+
+
+_DOMESTIC: Final = _Layout(
+    ",", 14, {"status": 8, "direction": 7, "no_refund": 0, "oid_partner": 1, "dt_refund": 2, "money_refund": 6}
+)
+"""A comma too many shifts ``direction``; only the last column, ``info_order``, may hold one."""
+_HEADER: Final = {
+    "status": ("transaction_status", "payment_status"),
+    "no_refund": ("no_refund",),  # no page says what else it may be called
+    "oid_partner": ("oid_partner",),
+    "dt_refund": ("dt_refund", "dt_order"),
+    "money_refund": ("money_refund", "money_order"),
+    "currency": ("currency_order", "money_refund"),
+}
+"""The columns of a cross-border statement."""
+
+
+class Reconciliation:
+    """One comparison: first all statements, then every entry of the journal, then :meth:`finish`."""
+
+    def __init__(self) -> None:
+        self.oid_partner = ""
+        """The merchant of the statements."""
+        self.counts: Counter[Verdict] = Counter()
+        self.yuan: dict[Verdict, Decimal] = dict.fromkeys(Verdict, Decimal(0))
+        self.numbers: dict[Verdict, list[str]] = {
+            verdict: [] for verdict in Verdict if verdict not in (Verdict.AGREES, Verdict.OUTSIDE_PERIOD)
+        }
+        """What does not agree: each ``no_refund``."""
+        self.unreadable: list[tuple[int, str]] = []
+        """Lines that do not count: the number of each one, and a text that names file, line and column."""
+        self._days: set[date] = set()
+        self._seen = bytearray()
+        """By the id of a row: whether it was compared."""
+        self._file = sqlite3.connect("", isolation_level=None)
+        self._file.executescript(
+            f"PRAGMA journal_mode = off; BEGIN;CREATE TABLE refunds (id INTEGER PRIMARY KEY, {', '.join(_STORED)})"
+        )
+
+    def add_statement(self, name: str, lines: Iterable[str], summary: str = "") -> None:
+        """Read the statement with the file name ``name``; ``summary`` is the content of its ``JYMXSUM`` file, if any.
+
+        Raises ``StatementError``; the comparison is of no use then.
+        """
+        partner, days = _period(name)
+        if self.oid_partner not in ("", partner):
+            raise StatementError(f"{name}: the other statements belong to merchant {self.oid_partner}")
+        if self._days.intersection(days):
+            raise StatementError(f"{name}: another statement covers the same day")
+        self.oid_partner = partner
+        self._days.update(days)
+        unreadable, sums = len(self.unreadable), [Decimal(0), Decimal(0)]
+        self._file.executemany("INSERT INTO refunds VALUES (NULL, ?, ?, ?, ?, ?)", self._rows(name, lines, sums))
+        if summary and len(self.unreadable) == unreadable:
+            told = _SUMMARY.fullmatch(summary.strip())
+            if told is None or [Decimal(text or 0) for text in told.groups()] != sums:
+                here = f"{sums[0]} refunds of {sums[1]} yuan"
+                raise StatementError(f"{name}: {here}, but its JYMXSUM says {summary!r}: fetch both again")
+
+    def _rows(self, name: str, lines: Iterable[str], sums: list[Decimal]) -> Iterator[tuple[str, ...]]:
+        layout = None
+        for number, line in enumerate(lines, 1):
+            place = f"{name}, line {number}"
+            if not line.strip():
+                continue
+            if layout is None:
+                layout, is_header = _Layout.of(line, place)
+                if is_header:
+                    continue
+            try:
+                row = layout.read(line)
+            except ValueError as error:
+                self.unreadable.append((number, f"{place}: {error}"))
+                continue
+            if row is not None:
+                sums[:] = sums[0] + 1, sums[1] - Decimal(row[3])
+                yield *row, place
+
+    def compare(self, entry: Entry) -> None:
+        """Compare an entry of the journal with what the statements say."""
+        records = self.records(entry.no_refund)
+        ours = {**entry.fields, "oid_partner": self.oid_partner}
+        verdicts = [_verdict(entry, ours, record) for record in records]
+        if verdicts:
+            self._count(verdicts[0], entry.no_refund, [record["money_refund"] for record in records])
+        if all(verdict is Verdict.NOT_IN_JOURNAL for verdict in verdicts) and (day := _statement_day(entry)):
+            is_covered = self._days.issuperset((day, day + timedelta(1)))
+            verdict = Verdict.MISSING_IN_STATEMENT if is_covered else Verdict.OUTSIDE_PERIOD
+            self._count(verdict, entry.no_refund, [entry.fields["money_refund"]])
+
+    def finish(self) -> None:
+        """Count the rows that no entry was compared with."""
+        self._prepare()
+        for row, no_refund in self._file.execute("SELECT id, no_refund FROM refunds"):
+            if not self._seen[row]:
+                amounts = [record["money_refund"] for record in self.records(no_refund)]
+                self._count(Verdict.NOT_IN_JOURNAL, no_refund, amounts)
+
+    @property
+    def all_agree(self) -> bool:
+        """Whether every line was read, and all refunds of the period agree."""
+        return not self.unreadable and not any(self.numbers.values())
+
+    def records(self, no_refund: str) -> list[dict[str, str]]:
+        """Return what the statements say about a refund: its fields, and as ``evidence`` the file and line."""
+        self._prepare()
+        found = self._file.execute("SELECT * FROM refunds WHERE no_refund = ?", [no_refund]).fetchall()
+        for row, *_ in found:
+            self._seen[row] = 1
+        return [{"sta_refund": "2", **dict(zip(_STORED, row[1:], strict=True))} for row in found]
+
+    def _prepare(self) -> None:
+        if not self._seen:
+            [(rows,)] = self._file.execute("SELECT count(*) FROM refunds")
+            self._seen = bytearray(rows + 1)
+            self._file.execute("CREATE INDEX numbers ON refunds (no_refund)")
+
+    def _count(self, verdict: Verdict, no_refund: str, amounts: Sequence[str]) -> None:
+        verdict = verdict if len(amounts) == 1 else Verdict.TWICE_IN_STATEMENT
+        self.counts[verdict] += 1
+        self.yuan[verdict] += sum(map(Decimal, amounts))
+        if verdict in self.numbers:
+            self.numbers[verdict].append(no_refund)
+
+
+def _period(name: str) -> tuple[str, list[date]]:
+    """Return the merchant and the days of a statement, which only its file name tells."""
+    found = _NAME.fullmatch(name)
+    try:
+        partner, year, month, day = found.groups() if found else ()
+        first = date(int(year), int(month), int(day or 1))
+    except ValueError:
+        raise StatementError(f"{name}: must be called JYMX_<oid_partner>_<YYYYMMDD or YYYYMM>.txt") from None
+    return partner, [first + timedelta(days) for days in range(1 if day else monthrange(first.year, first.month)[1])]
+
+
+def _verdict(entry: Entry, ours: Mapping[str, str], record: Mapping[str, str]) -> Verdict:
+    try:
+        check_identity(ours, record)
+    except AnswerMismatch:
+        return Verdict.NOT_IN_JOURNAL
+    except RefundConflict as error:
+        return Verdict.AMOUNT_DIFFERS if error.field == "money_refund" else Verdict.NOT_IN_JOURNAL
+    if entry.state is State.UNRESOLVED:
+        return Verdict.UNKNOWN_PROVED
+    is_made = entry.state is State.ACCEPTED or _statement_day(entry) is not None
+    return Verdict.AGREES if is_made else Verdict.NOT_IN_JOURNAL
+
+
+def _statement_day(entry: Entry) -> date | None:
+    """Return in which day's statement it has to be: ``settle_date``. None: not final, not made, or failed."""
+    record = entry.ending.record if entry.ending is not None else {}
+    if entry.state not in (State.FINAL, State.DONE) or record.get("sta_refund") == RefundStatus.FAILED:
+        return None
+    try:
+        return wire.parse_date(record.get("settle_date", ""))
+    except ValueError:
+        return wire.parse_date(entry.fields["dt_refund"][:8])

@@ -1,0 +1,43 @@
+"""LianLian's daily statement of domestic refunds, from the sandbox's books."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lianlian_async import wire
+from lianlian_async.models import RefundStatus
+
+from .gateway import SandboxGateway
+from .ledger import Record
+
+__all__ = ["statement"]
+
+
+def statement(gateway: SandboxGateway) -> str:
+    """Return a row for each refund of the gateway's merchant that has succeeded by now, in LianLian's 14 columns."""
+    return "".join(
+        ",".join(_row(gateway, record)) + "\n"
+        for record in gateway.refunds
+        if record.application.oid_partner == gateway.oid_partner
+        and record.status(gateway.now()) is RefundStatus.SUCCESS
+    )
+
+
+def _row(gateway: SandboxGateway, record: Record) -> Iterator[str]:
+    refund = record.application
+    settled = wire.format_timestamp(gateway.time_of_day(record.settles_at))
+    yield refund.no_refund
+    yield refund.oid_partner
+    yield _time(refund.dt_refund)
+    yield "101001"  # busi_partner: virtual goods
+    yield refund.no_order or refund.oid_paybill or ""
+    yield settled[:8]
+    yield f"-{refund.money_refund.normalize():f}"
+    yield "1"  # direction: sent
+    yield "5"  # status: refunded
+    yield _time(settled)
+    yield from ("0", "API渠道", "余额支付", "sandbox")
+
+
+def _time(digits: str) -> str:
+    return f"{digits[:8]} {digits[8:10]}:{digits[10:12]}:{digits[12:]}"

@@ -1,0 +1,250 @@
+"""``lianlian reconcile``: statements against a journal that a session has written, and what --apply makes of it."""
+
+from __future__ import annotations
+
+import resource
+from decimal import Decimal
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, RefundSession
+from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.journal import SqliteJournal, State
+from lianlian_async.models import Refund
+from lianlian_async.sandbox import Fault, SandboxGateway, When
+from lianlian_async.signing import SigningKey
+from tests.support.batches import refund
+from tests.support.command import run, until
+
+NOTHING = {
+    "agrees": 0,
+    "amount_differs": [],
+    "not_in_journal": [],
+    "twice_in_statement": [],
+    "missing_in_statement": [],
+    "unknown_proved": [],
+    "outside_period": 0,
+    "unreadable": [],
+}
+
+
+ROW = "{no_refund},{partner},20261122 02:00:00,101001,{no_order},20261122,-10,1,5,20261122 02:00:01,0,a,b,退款\n"
+
+
+@pytest.fixture
+def gateway():
+    """A sandbox in which a refund is final at once."""
+    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0)
+
+
+@pytest.fixture
+def env(gateway):
+    """The environment that leads to it, as long as it is served."""
+    with serving(gateway) as url:
+        yield environment(gateway, url)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """Where the journal is."""
+    return tmp_path / "journal.sqlite"
+
+
+@pytest.fixture
+def file(tmp_path, gateway):
+    """A statement of the refunds R-0 and R-1."""
+    path = tmp_path / f"JYMX_{gateway.oid_partner}_20261122.txt"
+    path.write_text(rows(gateway, 0, 1), "utf-8")
+    return path
+
+
+def rows(gateway, *numbers):
+    """What a statement says about refunds."""
+    return "".join(ROW.format(partner=gateway.oid_partner, **refund(number)) for number in numbers)
+
+
+def send(env, journal, gateway, *numbers, unknown=None, acting=False):
+    """Have refunds made. With ``unknown`` they are broken off, before or after the gateway has carried them out."""
+
+    async def apply():
+        async with SqliteJournal(journal) as opened, RefundSession(Merchant.from_env(env), journal=opened) as session:
+            if acting:
+                await opened.begin_acting()
+            requests = [RefundRequest.from_dict(refund(number)) for number in numbers]
+            async with anyio.create_task_group() as group:
+                for request in requests:
+                    group.start_soon(session.apply_refund, request)
+                if unknown is not None:
+                    sent = gateway.requests["apply"] + len(numbers)
+                    gateway.script(Fault.NO_ANSWER, when=unknown, times=len(numbers))
+                    await anyio.to_thread.run_sync(until, lambda: gateway.requests["apply"] >= sent)
+                    group.cancel_scope.cancel()
+
+    anyio.run(apply)
+
+
+def entries(journal, *numbers):
+    """What the journal holds of refunds."""
+
+    async def find():
+        async with SqliteJournal(journal) as opened:
+            return [await opened.find(f"R-{number}") for number in numbers]
+
+    return anyio.run(find)
+
+
+def states(journal, *numbers):
+    return [entry.state for entry in entries(journal, *numbers)]
+
+
+# ── comparing ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+def test_what_agrees_is_counted_and_ends_in_success(env, journal, gateway, file, encoding):
+    """In each encoding; a check sum beside the statement may be named with it."""
+    send(env, journal, gateway, 0, 1)
+    file.write_text(rows(gateway, 0, 1), encoding)
+    summary = file.with_name(file.name.replace("JYMX", "JYMXSUM"))
+    summary.write_text("2|0||2|-20.00|0|\n")
+    machine = run("reconcile", summary, file, "--journal", journal, "--json")
+    people = run("reconcile", file, "--journal", journal)
+    assert (machine.exit_code, people.exit_code) == (0, 0)
+    assert machine.json == NOTHING | {"agrees": 2}
+    assert "│ agrees               │ 2       │ 20.00 │" in people.stdout
+
+
+def test_what_does_not_agree_is_listed_and_tells_by_the_exit_code(env, journal, gateway, file):
+    send(env, journal, gateway, 0, 5)
+    send(env, journal, gateway, 1, unknown=When.AFTER)
+    file.write_text(rows(gateway, 0, 1, 2, 3, 3).replace("R-0,", "R-0,x", 1) + rows(gateway, 0))
+    machine = run("reconcile", file, "--journal", journal, "--json")
+    people = run("reconcile", file, "--journal", journal)
+    assert (machine.exit_code, people.exit_code) == (3, 3)
+    assert machine.json == NOTHING | {
+        "agrees": 1,
+        "unknown_proved": ["R-1"],
+        "not_in_journal": ["R-2"],
+        "twice_in_statement": ["R-3"],
+        "outside_period": 1,
+        "unreadable": [1],
+    }
+    assert f"{file.name}, line 1: column 2 (oid_partner): 'x201103171000000000' is not" in machine.stderr
+    assert {"unknown proved: R-1", "not in journal: R-2", "twice in statement: R-3"} <= set(people.stdout.splitlines())
+
+
+def test_what_is_no_statement_is_refused(env, journal, gateway, file):
+    send(env, journal, gateway, 0)
+    lonely = file.with_name(f"JYMXSUM_{gateway.oid_partner}_20261102.txt")
+    lonely.write_text("0|0||0||0|")
+    binary = file.with_name(f"JYMX_{gateway.oid_partner}_20261101.txt")
+    binary.write_bytes(b"\xff\xfe\xff")
+    for path, reason in ((lonely, "must be called JYMX_"), (binary, "can't decode byte 0xff")):
+        ended = run("reconcile", path, "--journal", journal)
+        assert ended.exit_code == 2
+        assert reason in ended.stderr.replace("\n", " ")
+    foreign = file.rename(file.with_name("JYMX_M2_20261122.txt"))
+    ended = run("reconcile", foreign, "--journal", journal)
+    assert ended.exit_code == 2
+    assert f"the journal belongs to merchant {gateway.oid_partner}, the statements to M2" in ended.stderr
+
+
+def test_a_full_disk_is_told(env, journal, gateway, file):
+    """The rows that do not fit into memory go into a temporary file."""
+    send(env, journal, gateway, 0)
+    file.write_text(rows(gateway, *range(30_000)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        ended = run("reconcile", file, "--journal", journal)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ended.exit_code == 1
+    assert "SQLITE_TMPDIR names a folder with more room" in ended.stderr
+
+
+# ── --apply ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_gateway_is_asked_first(env, journal, gateway, file):
+    """What it tells is recorded, and signed; nothing is sent again."""
+    send(env, journal, gateway, 0, unknown=When.AFTER)
+    send(env, journal, gateway, 1, 2, unknown=When.AFTER)
+    ended = run("reconcile", file, "--journal", journal, "--apply", "--json", env=env)
+    assert (ended.exit_code, ended.json["unknown_proved"]) == (3, ["R-0", "R-1"])
+    assert states(journal, 0, 1, 2) == [State.DONE, State.DONE, State.UNRESOLVED]
+    assert all("sign" in entry.ending.record for entry in entries(journal, 0, 1))
+    assert gateway.requests == {"apply": 3, "query": 2}
+    assert run("reconcile", file, "--journal", journal, "--apply", env=env).exit_code == 0
+
+
+@pytest.mark.parametrize("days", [0, 100], ids=["no such record", "too long ago"])
+def test_where_the_gateway_cannot_decide_the_statement_is_evidence(env, journal, gateway, file, days):
+    """The refund then says so, and whoever acts on refunds hears of it."""
+    send(env, journal, gateway, 0, unknown=When.AFTER if days else When.BEFORE, acting=True)
+    gateway.advance(days * 86_400.0)
+    assert run("reconcile", file, "--journal", journal, "--apply", env=env).exit_code == 3
+    assert states(journal, 0) == [State.FINAL]
+    heard = []
+
+    async def hear(refund):
+        heard.append(refund)
+
+    async def sweep():
+        async with (
+            SqliteJournal(journal) as opened,
+            RefundSession(Merchant.from_env(env), journal=opened) as session,
+            NotificationEndpoint(session.merchant, hear, journal=opened, session=session) as endpoint,
+        ):
+            await endpoint.sweep()
+            return await session.apply_refund(RefundRequest.from_dict(refund(0)))
+
+    found = anyio.run(sweep)
+    assert [one.evidence for one in (*heard, found)] == [f"{file.name}, line 1"] * 2
+    assert found.is_final
+    assert states(journal, 0) == [State.DONE]
+    assert gateway.requests["apply"] == 1
+
+
+def test_a_signed_record_needs_no_other_evidence():
+    assert Refund.from_dict({"sign": "x", "evidence": "of another kind"}).evidence is None
+
+
+def test_what_the_gateway_does_not_answer_stays_unknown(env, journal, gateway, file):
+    """A query that is refused for another reason says nothing about the refund."""
+    send(env, journal, gateway, 0, unknown=When.AFTER)
+    key = SigningKey.generate().to_pem()
+    ended = run("reconcile", file, "--journal", journal, "--apply", env=env | {"LIANLIAN_PRIVATE_KEY": key})
+    assert "1001" in ended.stderr
+    assert states(journal, 0) == [State.UNRESOLVED]
+
+
+def test_another_refund_of_that_number_is_a_conflict(env, journal, gateway, file):
+    """Where the gateway's record contradicts the statement, a person has to decide."""
+    send(env, journal, gateway, 0, unknown=When.BEFORE)
+
+    async def beside():
+        async with RefundSession(Merchant.from_env(env)) as session:
+            await session.apply_refund(RefundRequest.from_dict(refund(0, money_refund="10.01")))
+
+    anyio.run(beside)
+    ended = run("reconcile", file, "--journal", journal, "--apply", env=env)
+    assert "money_refund" in ended.stderr
+    assert states(journal, 0) == [State.CONFLICT]
+
+
+def test_a_journal_that_fails_ends_the_command(env, journal, gateway, file):
+    """Here it is removed while the gateway is asked."""
+    send(env, journal, gateway, 0, unknown=When.AFTER)
+
+    async def remove(scope, receive, reply):
+        journal.unlink(missing_ok=True)
+        await gateway(scope, receive, reply)
+
+    with serving(remove) as url:
+        changed = env | {"LIANLIAN_QUERY_URL": f"{url}/refundquery.htm"}
+        ended = run("reconcile", file, "--journal", journal, "--apply", env=changed)
+    assert ended.exit_code == 1
+    assert "was removed or replaced while it was open" in ended.stderr
