@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from calendar import monthrange
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
@@ -27,7 +26,7 @@ from .models import RefundStatus
 
 __all__ = ["Reconciliation", "StatementError", "Verdict"]
 
-_NAME: Final = re.compile(r"JYMX_([A-Za-z0-9]{1,18})_([0-9]{4})([0-9]{2})([0-9]{2})?\.txt")
+_NAME: Final = re.compile(r"JYMX_([A-Za-z0-9]{1,18})_([0-9]{6}(?:[0-9]{2})?)\.txt")
 _SUMMARY: Final = re.compile(r"(?:[^|]*\|){3}([0-9]*)\|(-?[0-9]+(?:\.[0-9]+)?)?(?:\|[^|]*){2}")
 """7 columns, of which two tell how many refunds the statement holds, and their sum, which is negative."""
 _FORMS: Final = {
@@ -77,13 +76,12 @@ class _Layout(NamedTuple):
         if len(cells) >= _DOMESTIC.width:
             return _DOMESTIC, not re.search("[0-9]", "".join(cells[:9]))
         names = [name.strip() for name in line.split("|")]
-        columns = {}
+        columns = dict[str, int]()
         for field, known in _HEADER.items():
-            name = next((name for name in known if name in names), None)
-            if name is None:
+            if not (found := [name for name in known if name in names]):
                 wanted = f"a row of {_DOMESTIC.width} columns nor a header with {' or '.join(known)}"
                 raise StatementError(f"{place}: neither {wanted}")
-            columns[field] = names.index(name)
+            columns[field] = names.index(found[0])
         if "money_refund" in names:
             del columns["currency"]
         return cls("|", len(names), columns), True
@@ -91,8 +89,8 @@ class _Layout(NamedTuple):
     def read(self, line: str) -> tuple[str, str, str, str] | None:
         """Return number, merchant, time and amount of a refund, else None. A ``ValueError`` names the column."""
         cells = line.split(self.delimiter)
-        if len(cells) < self.width:
-            raise ValueError(f"column {len(cells)} is the last one, {self.width} are needed")
+        if len(cells) < self.width or (len(cells) > self.width and self is not _DOMESTIC):
+            raise ValueError(f"column {len(cells)} is the last one, but {self.width} are needed")
         fields = dict[str, str]()
         for field, column in self.columns.items():
             if field == "no_refund" and fields["status"] == "0":
@@ -110,7 +108,7 @@ class _Layout(NamedTuple):
 _DOMESTIC: Final = _Layout(
     ",", 14, {"status": 8, "direction": 7, "no_refund": 0, "oid_partner": 1, "dt_refund": 2, "money_refund": 6}
 )
-"""A comma too many shifts ``direction``; only the last column, ``info_order``, may hold one."""
+"""``info_order``, the last column, may hold commas, and more may follow. A comma further left shifts ``direction``."""
 _HEADER: Final = {
     "status": ("transaction_status", "payment_status"),
     "no_refund": ("no_refund",),  # no page says what else it may be called
@@ -136,12 +134,12 @@ class Reconciliation:
         """What does not agree: each ``no_refund``."""
         self.unreadable: list[tuple[int, str]] = []
         """Lines that do not count: the number of each one, and a text that names file, line and column."""
-        self._days: set[date] = set()
+        self._periods: set[str] = set()
         self._seen = bytearray()
         """By the id of a row: whether it was compared."""
         self._file = sqlite3.connect("", isolation_level=None)
         self._file.executescript(
-            f"PRAGMA journal_mode = off; BEGIN;CREATE TABLE refunds (id INTEGER PRIMARY KEY, {', '.join(_STORED)})"
+            f"PRAGMA journal_mode = off; BEGIN; CREATE TABLE refunds (id INTEGER PRIMARY KEY, {', '.join(_STORED)})"
         )
 
     def add_statement(self, name: str, lines: Iterable[str], summary: str = "") -> None:
@@ -149,20 +147,21 @@ class Reconciliation:
 
         Raises ``StatementError``; the comparison is of no use then.
         """
-        partner, days = _period(name)
+        if (found := _NAME.fullmatch(name)) is None:  # nothing else tells which day it is about
+            raise StatementError(f"{name}: must be called JYMX_<oid_partner>_<YYYYMMDD or YYYYMM>.txt")
+        partner, period = found.groups()
         if self.oid_partner not in ("", partner):
             raise StatementError(f"{name}: the other statements belong to merchant {self.oid_partner}")
-        if self._days.intersection(days):
+        if any(period.startswith(other) or other.startswith(period) for other in self._periods):
             raise StatementError(f"{name}: another statement covers the same day")
         self.oid_partner = partner
-        self._days.update(days)
+        self._periods.add(period)
         unreadable, sums = len(self.unreadable), [Decimal(0), Decimal(0)]
         self._file.executemany("INSERT INTO refunds VALUES (NULL, ?, ?, ?, ?, ?)", self._rows(name, lines, sums))
         if summary and len(self.unreadable) == unreadable:
             told = _SUMMARY.fullmatch(summary.strip())
             if told is None or [Decimal(text or 0) for text in told.groups()] != sums:
-                here = f"{sums[0]} refunds of {sums[1]} yuan"
-                raise StatementError(f"{name}: {here}, but its JYMXSUM says {summary!r}: fetch both again")
+                raise StatementError(f"{name}: {sums[0]} refunds of {sums[1]} yuan, but its JYMXSUM says {summary!r}")
 
     def _rows(self, name: str, lines: Iterable[str], sums: list[Decimal]) -> Iterator[tuple[str, ...]]:
         layout = None
@@ -191,7 +190,8 @@ class Reconciliation:
         if verdicts:
             self._count(verdicts[0], entry.no_refund, [record["money_refund"] for record in records])
         if all(verdict is Verdict.NOT_IN_JOURNAL for verdict in verdicts) and (day := _statement_day(entry)):
-            is_covered = self._days.issuperset((day, day + timedelta(1)))
+            days = (f"{one:%Y%m%d}" for one in (day, day + timedelta(1)))
+            is_covered = all(self._periods.intersection((one, one[:6])) for one in days)
             verdict = Verdict.MISSING_IN_STATEMENT if is_covered else Verdict.OUTSIDE_PERIOD
             self._count(verdict, entry.no_refund, [entry.fields["money_refund"]])
 
@@ -202,11 +202,6 @@ class Reconciliation:
             if not self._seen[row]:
                 amounts = [record["money_refund"] for record in self.records(no_refund)]
                 self._count(Verdict.NOT_IN_JOURNAL, no_refund, amounts)
-
-    @property
-    def all_agree(self) -> bool:
-        """Whether every line was read, and all refunds of the period agree."""
-        return not self.unreadable and not any(self.numbers.values())
 
     def records(self, no_refund: str) -> list[dict[str, str]]:
         """Return what the statements say about a refund: its fields, and as ``evidence`` the file and line."""
@@ -230,23 +225,10 @@ class Reconciliation:
             self.numbers[verdict].append(no_refund)
 
 
-def _period(name: str) -> tuple[str, list[date]]:
-    """Return the merchant and the days of a statement, which only its file name tells."""
-    found = _NAME.fullmatch(name)
-    try:
-        partner, year, month, day = found.groups() if found else ()
-        first = date(int(year), int(month), int(day or 1))
-    except ValueError:
-        raise StatementError(f"{name}: must be called JYMX_<oid_partner>_<YYYYMMDD or YYYYMM>.txt") from None
-    return partner, [first + timedelta(days) for days in range(1 if day else monthrange(first.year, first.month)[1])]
-
-
 def _verdict(entry: Entry, ours: Mapping[str, str], record: Mapping[str, str]) -> Verdict:
     try:
         check_identity(ours, record)
-    except AnswerMismatch:
-        return Verdict.NOT_IN_JOURNAL
-    except RefundConflict as error:
+    except (AnswerMismatch, RefundConflict) as error:
         return Verdict.AMOUNT_DIFFERS if error.field == "money_refund" else Verdict.NOT_IN_JOURNAL
     if entry.state is State.UNRESOLVED:
         return Verdict.UNKNOWN_PROVED

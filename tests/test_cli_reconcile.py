@@ -148,7 +148,7 @@ def test_what_is_no_statement_is_refused(env, journal, gateway, file):
     foreign = file.rename(file.with_name("JYMX_M2_20261122.txt"))
     ended = run("reconcile", foreign, "--journal", journal)
     assert ended.exit_code == 2
-    assert f"the journal belongs to merchant {gateway.oid_partner}, the statements to M2" in ended.stderr
+    assert f"journal: belongs to merchant {gateway.oid_partner}, not M2" in ended.stderr
 
 
 def test_a_full_disk_is_told(env, journal, gateway, file):

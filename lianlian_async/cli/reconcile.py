@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 from contextlib import aclosing
 from pathlib import Path
-from typing import Final
 
 import anyio
 import click
@@ -21,17 +20,14 @@ from lianlian_async.worker_pool import iterate, run_workers
 
 from .options import config_option, load_merchant
 from .output import Output, json_option, pass_output, table
-from .stores import journal_option, make_journal, make_reader
+from .stores import DSN, JOURNAL, check_journal, make_journal, make_reader
 
 __all__ = ["reconcile"]
-
-_DIFFERS: Final = 3
-_TOO_OLD: Final = "3005"
 
 
 @click.command
 @click.argument("statements", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@journal_option
+@click.option("--journal", "place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], required=True, callback=check_journal)
 @click.option("--apply", "is_applied", is_flag=True, help="Record what the journal does not know to be made.")
 @config_option
 @json_option
@@ -55,20 +51,17 @@ def reconcile(output: Output, /, statements: list[Path], place: str, is_applied:
     for _, text in found.unreadable:
         output.note(text)
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
-    rows = [(_words(verdict), f"{found.counts[verdict]:,}", f"{found.yuan[verdict]:,.2f}") for verdict in Verdict]
+    words = {verdict: verdict.replace("_", " ") for verdict in Verdict}
+    rows = [(words[verdict], f"{found.counts[verdict]:,}", f"{found.yuan[verdict]:,.2f}") for verdict in Verdict]
     output.show(
         document | {"unreadable": [line for line, _ in found.unreadable]},
         table("Statements and journal", ("", "refunds", "yuan"), rows),
-        *(f"{_words(verdict)}: {number}" for verdict, numbers in found.numbers.items() for number in numbers),
+        *(f"{words[verdict]}: {number}" for verdict, numbers in found.numbers.items() for number in numbers),
     )
     if is_applied:
         anyio.run(_apply, found, load_merchant(config), place, output)
-    if not found.all_agree:
-        click.get_current_context().exit(_DIFFERS)
-
-
-def _words(verdict: Verdict) -> str:
-    return verdict.replace("_", " ")
+    if found.unreadable or any(found.numbers.values()):
+        click.get_current_context().exit(3)
 
 
 def _read(found: Reconciliation, path: Path) -> None:
@@ -89,8 +82,9 @@ def _read(found: Reconciliation, path: Path) -> None:
 async def _compare(found: Reconciliation, place: str) -> None:
     async with make_reader(place) as reader:
         if reader.owner is not None and reader.owner.oid_partner != found.oid_partner:
-            theirs = f"merchant {reader.owner.oid_partner}, the statements to {found.oid_partner}"
-            raise ConfigurationError(f"the journal belongs to {theirs}")
+            raise ConfigurationError(
+                f"journal: belongs to merchant {reader.owner.oid_partner}, not {found.oid_partner}"
+            )
         async with aclosing(iterate(reader.entries())) as entries:
             async for entry in entries:
                 found.compare(entry)
@@ -101,24 +95,21 @@ async def _apply(found: Reconciliation, merchant: Merchant, place: str, output: 
     """Ask about what a statement proves. Nothing is sent again, whatever the answer is."""
     proved = frozenset(found.numbers[Verdict.UNKNOWN_PROVED])
 
-    async def told(entry: Entry) -> Refund:
-        try:
-            return await session.query_refund(RefundRequest.from_record(entry.fields).query())
-        except RefundNotFound:
-            pass
-        except QueryRejected as error:
-            if error.ret_code != _TOO_OLD:
-                raise
-        return Refund.from_dict(found.records(entry.no_refund)[0])
-
     async def ask(entry: Entry) -> None:
-        if entry.no_refund in proved:
+        if entry.no_refund not in proved:
+            return
+        try:
             try:
-                await learn(journal, await told(entry))
-            except JournalError:
-                raise
-            except LianLianError as error:
-                output.note(str(error))
+                refund = await session.query_refund(RefundRequest.from_record(entry.fields).query())
+            except (RefundNotFound, QueryRejected) as error:
+                if isinstance(error, QueryRejected) and error.ret_code != "3005":  # older than three months
+                    raise
+                refund = Refund.from_dict(found.records(entry.no_refund)[0])
+            await learn(journal, refund)
+        except JournalError:
+            raise
+        except LianLianError as error:
+            output.note(str(error))
 
     async with make_journal(place) as journal, RefundSession(merchant, journal=journal) as session:
         await run_workers(journal.pending(), ask, workers=session.max_connections, intake=anyio.CancelScope())

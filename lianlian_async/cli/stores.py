@@ -31,11 +31,11 @@ __all__ = [
     "DSN",
     "JOURNAL",
     "Receipt",
+    "check_journal",
     "check_place",
     "default_place",
     "dsn_argument",
     "is_dsn",
-    "journal_option",
     "make_folder",
     "make_journal",
     "make_reader",
@@ -81,7 +81,8 @@ def _check_dsn(ctx: click.Context, parameter: click.Parameter, value: str) -> st
 
 
 @without_locals
-def _check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+def check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Refuse a file that does not exist, and what :func:`check_place` refuses."""
     check_place(ctx, parameter, value)
     if not (is_dsn(value) or Path(value).is_file()):
         # It is not repeated: what is no path may be a connection string of another kind, with a password.
@@ -91,21 +92,7 @@ def _check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -
 
 def place_argument(command: Command) -> Command:
     """The argument PLACE: a journal that is there already."""
-    return click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], callback=_check_journal)(command)
-
-
-def journal_option(command: Command) -> Command:
-    """The option --journal for a journal that is there already."""
-    option = click.option(
-        "--journal",
-        "place",
-        metavar="PATH|DSN",
-        required=True,
-        callback=_check_journal,
-        envvar=[DSN, JOURNAL],
-        help="The journal to compare with.",
-    )
-    return option(command)
+    return click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], callback=check_journal)(command)
 
 
 def dsn_argument(command: Command) -> Command:
