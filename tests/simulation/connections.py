@@ -105,11 +105,9 @@ class Connection:
             how(self._session)
             return []
 
-        await self._ask(end, can_lose_answer=True)
+        await self._ask(end)
 
-    async def _ask(
-        self, work: Callable[[], Generator[None, None, list[dict[str, Any]]]], *, can_lose_answer: bool = False
-    ) -> list[dict[str, Any]]:
+    async def _ask(self, work: Callable[[], Generator[None, None, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
         """Bring ``work`` to the server, and its answer back. Whoever stops waiting never uses the connection again."""
         if self.is_closed or getattr(self._loop, "is_dead", False):
             raise OperationalError("the connection is closed")
@@ -120,11 +118,10 @@ class Connection:
                 answered.set_result(answer)
 
         def answer(outcome: list[dict[str, Any]] | Error) -> None:
-            if can_lose_answer and database.is_in("loses_answers"):
-                self.close()
-                outcome = OperationalError("server closed the connection unexpectedly")
-            if database.is_in("hangs"):
+            if database.is_in("hangs") or database.dice.random() < database.flaky:
                 self._is_half_open = True
+            elif database.dice.random() < database.flaky:  # maybe after a commit
+                hear(OperationalError("server closed the connection unexpectedly"))
             else:
                 database.after(_delay(database), lambda: hear(outcome))
 

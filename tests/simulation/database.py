@@ -63,8 +63,10 @@ class Database:
     started: datetime = EPOCH
     """``pg_postmaster_start_time()``."""
     trouble: str = ""
-    """What is wrong until ``trouble_until``: ``refuses``, ``hangs``, ``slow`` or ``loses_answers``."""
+    """What is wrong until ``trouble_until``: ``refuses``, ``hangs`` or ``slow``."""
     trouble_until: float = -1.0
+    flaky: float = 0.0
+    """How many of 1 answers are lost with their connection, and as many with one that stays half-open."""
     committed: dict[Key, Row] = attrs.field(factory=dict)
     commits: list[tuple[float, dict[Key, tuple[Row | None, Row]]]] = attrs.field(factory=list)
     """When each transaction was committed, and its rows before and after."""
@@ -108,7 +110,10 @@ class Database:
                     self.committed.pop(key, None)
                 rows += [(key, after)] if key[1] == "refunds" else []
         dice = self.dice
-        self.offset, self.drift = dice.choice([0.0, 0.02, -0.5, 40.0, -900.0, 3600.0]), dice.choice([0.0, 1e-4, -1e-4])
+        self.offset, self.drift = (
+            dice.choice([0.02, -0.5, 40.0, -900.0, 1000.0, 3600.0]),
+            dice.choice([0.0, 1e-4, -1e-4]),
+        )
         self.restart()
         self.started -= timedelta(seconds=86_400 * dice.random())  # the replica ran already
         return [(after, self.committed.get(key)) for key, after in rows]

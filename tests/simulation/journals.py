@@ -263,18 +263,21 @@ class PostgresStore:
 
     world: World
     oracle: Oracle
+    flaky: float
     database: Database = attrs.field(init=False)
     last: dict[str, Entry] = attrs.field(factory=dict)
     """Each refund as it was committed last, also if that is lost."""
     taken_at: dict[str, float] = attrs.field(factory=dict)
     """When each refund's lease was taken."""
-    lost_leases: dict[tuple[str, str], float] = attrs.field(factory=dict)
-    """When those end that a failover lost: by refund and holder."""
+    lease_ends: dict[tuple[str, str], float] = attrs.field(factory=dict)
+    """When each lease ends: by refund and holder."""
+    lost_leases: set[tuple[str, str]] = attrs.field(factory=set)
+    """Those that a failover lost."""
     holders: dict[NodeLoop, PostgresJournal] = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
         dice = random.Random(self.world.random.random())
-        self.database = Database(lambda: self.world.now, self.world.after, dice, self._commit)
+        self.database = Database(lambda: self.world.now, self.world.after, dice, self._commit, flaky=self.flaky)
 
     def journal(self, loop: NodeLoop, clock: Clock) -> PostgresJournal:
         journal = PostgresJournal("postgresql://model/refunds", not_found_grace=GRACE, clock=clock)
@@ -294,7 +297,7 @@ class PostgresStore:
 
     def trouble(self, seconds: float) -> None:
         self.database.trouble_until = self.world.now + seconds
-        self.database.trouble = self.world.random.choice(["refuses", "hangs", "slow", "loses_answers"])
+        self.database.trouble = self.world.random.choice(["refuses", "hangs", "slow"])
 
     def happen(self, event: Event) -> None:
         """Let the database be another incarnation, or its clock be set."""
@@ -310,7 +313,7 @@ class PostgresStore:
     def check_lease(self, no_refund: str, loop: NodeLoop) -> None:
         """An apply call leaves a node, which must have the refund's lease as the database has it."""
         now, holder, entry = self.world.now, self.holders[loop]._holder, self.last.get(no_refund)
-        if now <= self.lost_leases.get((no_refund, holder), -1.0):
+        if (no_refund, holder) in self.lost_leases and now <= self.lease_ends[no_refund, holder] + CLOCKS_DIFFER:
             self.oracle.beyond_bounds.add(no_refund)  # "under a lease that was lost", PostgresJournal
         elif entry is not None and _call(entry) != holder and now > self.taken_at[no_refund] + CLOCKS_DIFFER:
             self.oracle.violate(f"{no_refund} left {loop.name}, which no longer has its lease")
@@ -321,6 +324,9 @@ class PostgresStore:
         self.last[entry.no_refund] = entry
         if earlier is None or earlier.holder != entry.holder:
             self.taken_at[entry.no_refund] = self.world.now
+            self.lost_leases.discard((entry.no_refund, _call(entry)))
+        if after["leased_until"] is not None:
+            self.lease_ends[entry.no_refund, _call(entry)] = self.world.now + after["leased_until"]["ahead"]
 
     def _lose(self, entry: Entry, left: Row | None) -> None:
         """A failover has lost this version of a refund; ``left`` is what it has instead."""
@@ -329,7 +335,7 @@ class PostgresStore:
             self.oracle.lost_endings.add(number)
         if entry.leased_until is None:
             return
-        self.lost_leases[number, _call(entry)] = now + 3600.0
+        self.lost_leases.add((number, _call(entry)))
         is_new_again = left is None or left["sent_at"] is None
         booked = self.oracle.gateway.books.get(number, ())
         if is_new_again and not any(each.visible_at <= now for each in booked):

@@ -83,7 +83,7 @@ class Run:
             "none": NoStore,
             "memory": lambda: MemoryStore(self.oracle),
             "sqlite": lambda: DiskStore(world, self.oracle, inbox=DiskStore(world, self.oracle)),
-            "postgres": lambda: PostgresStore(world, self.oracle),
+            "postgres": lambda: PostgresStore(world, self.oracle, plan.trouble * 0.02),
         }[plan.journal]()
         dice = self.dice
         machines = [self._machine(f"machine {number}") for number in range(plan.machines)]
@@ -190,6 +190,8 @@ class Run:
         self.world.log("all faults are over")
         self.gateway.is_calm = True
         self.gateway.is_down = False
+        if isinstance(self.store, PostgresStore):
+            self.store.database.flaky = 0.0
         self.world.slow_threads = min(self.world.slow_threads, 0.02)  # nobody is overloaded for ever
 
     def _see(self) -> None:
