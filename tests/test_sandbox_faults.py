@@ -37,7 +37,7 @@ async def post(client):
         (Fault.REDIRECT, 302, ("location", "https://elsewhere.invalid/")),
     ],
 )
-async def test_a_page_comes_instead_of_an_answer(fault, status, header, when, made):
+async def test_fault_returns_an_html_page(fault, status, header, when, made):
     """The status and an HTML page, whether or not the refund was carried out."""
     client = client_of()
     client.gateway.script(fault, when=when, delay=2.5)
@@ -52,7 +52,7 @@ async def test_a_page_comes_instead_of_an_answer(fault, status, header, when, ma
 @pytest.mark.parametrize(
     ("ret_code", "ret_msg"), [("1007", "网络链接繁忙"), ("5006", "商户账户余额不足"), ("7777", "交易失败")]
 )
-async def test_the_gateway_says_that_it_is_busy(ret_code, ret_msg, when, made):
+async def test_busy_fault_returns_its_ret_code(ret_code, ret_msg, when, made):
     """Any code can be scripted as a signed answer; those without words of their own get common ones."""
     client = client_of()
     client.gateway.script(Fault.BUSY, when=when, ret_code=ret_code)
@@ -62,7 +62,7 @@ async def test_the_gateway_says_that_it_is_busy(ret_code, ret_msg, when, made):
     assert client.gateway.times_made("R-1") == made
 
 
-async def test_busy_is_unsigned_where_errors_are():
+async def test_busy_is_unsigned_if_errors_are():
     """sign_errors holds for scripted codes too."""
     client = client_of(sign_errors=False)
     client.gateway.script(Fault.BUSY)
@@ -70,7 +70,7 @@ async def test_busy_is_unsigned_where_errors_are():
 
 
 @BOTH
-async def test_half_of_an_answer_is_no_json(when, made):
+async def test_broken_json_is_half_of_the_answer(when, made):
     """A broken answer is complete as HTTP and cut off as JSON."""
     client = client_of()
     client.gateway.script(Fault.BROKEN_JSON, when=when)
@@ -83,7 +83,7 @@ async def test_half_of_an_answer_is_no_json(when, made):
 
 @BOTH
 @pytest.mark.parametrize("fault", [Fault.WRONG_SIGNATURE, Fault.NO_SIGNATURE, Fault.ALTERED_FIELD])
-async def test_a_forgery_says_0000_and_is_not_signed(fault, when, made):
+async def test_forgery_is_0000_without_valid_signature(fault, when, made):
     """It claims this very refund, whether or not it was carried out, and its signature does not verify."""
     client = client_of()
     client.gateway.script(fault, when=when)
@@ -95,7 +95,7 @@ async def test_a_forgery_says_0000_and_is_not_signed(fault, when, made):
     assert client.gateway.times_made("R-1") == made
 
 
-async def test_a_wrong_signature_is_a_real_one_of_something_else():
+async def test_wrong_signature_belongs_to_another_message():
     """It is base64 of the right length: only the fields it covers are others."""
     client = client_of()
     client.gateway.script(Fault.WRONG_SIGNATURE)
@@ -143,7 +143,7 @@ async def test_a_compressed_answer_is_the_right_one_in_gzip():
 
 
 @pytest.mark.parametrize("fault", [Fault.OVERSIZED, Fault.COMPRESSED])
-async def test_a_readable_answer_never_lies(fault):
+async def test_validly_signed_answer_is_true(fault):
     """What is validly signed says 9999 where nothing was carried out."""
     client = client_of()
     client.gateway.script(fault, when=When.BEFORE)
@@ -174,7 +174,7 @@ async def test_a_delayed_answer_is_the_right_one(when, made):
     assert client.gateway.times_made("R-1") == 1
 
 
-async def test_faults_take_as_long_as_the_gateway_is_told():
+async def test_delay_option_applies_to_all_faults():
     """The gateway's own delay holds for what was scripted without one, and for what the dice bring."""
     client = client_of(delay=7.0, faults={Fault.TOO_MANY: 1.0})
     client.gateway.script(Fault.DELAY)
@@ -184,7 +184,7 @@ async def test_faults_take_as_long_as_the_gateway_is_told():
 
 
 @BOTH
-async def test_silence_lasts_until_the_client_gives_up(when, made):
+async def test_no_answer_lasts_until_the_client_disconnects(when, made):
     """No answer ever comes."""
     client = client_of()
     client.gateway.script(Fault.NO_ANSWER, when=when)
@@ -247,14 +247,14 @@ async def test_scripted_faults_strike_in_the_order_of_the_script():
     assert await codes_of(client, 5) == ["1007", "1007", "9902", "0000", "0000"]
 
 
-async def test_a_scripted_fault_lets_requests_pass_first():
+async def test_scripted_fault_skips_requests():
     """``skip`` requests that fit are left in peace before it strikes."""
     client = client_of()
     client.gateway.script(Fault.BUSY, skip=2)
     assert await codes_of(client, 4) == ["0000", "0000", "1007", "0000"]
 
 
-async def test_a_scripted_fault_strikes_only_what_it_is_meant_for():
+async def test_scripted_fault_occurs_at_matching_requests_only():
     """It waits for its own call and its own refund."""
     client = client_of()
     client.gateway.script(Fault.BUSY, call="query", no_refund="R-1")
@@ -265,7 +265,7 @@ async def test_a_scripted_fault_strikes_only_what_it_is_meant_for():
 
 
 @pytest.mark.parametrize("option", [{"times": 0}, {"skip": -1}])
-def test_a_script_must_be_possible(option):
+def test_invalid_script_is_refused(option):
     """A fault strikes at least once, and skips no negative number of requests."""
     with pytest.raises(ValueError, match=next(iter(option))):
         client_of().gateway.script(Fault.BUSY, **option)
@@ -283,14 +283,14 @@ async def storm(seed, requests=200):
     return met
 
 
-async def test_a_storm_is_the_same_for_the_same_seed():
+async def test_same_seed_gives_the_same_faults():
     """The same requests meet the same faults; another seed brings others."""
     first = await storm(1)
     assert await storm(1) == first
     assert await storm(2) != first
 
 
-async def test_a_storm_brings_all_of_its_faults():
+async def test_random_faults_include_every_fault():
     """Faults strike before and after the refund is carried out, and some requests are spared."""
     assert set(await storm(1)) == {
         ("0000", 1),
@@ -298,14 +298,14 @@ async def test_a_storm_brings_all_of_its_faults():
     }
 
 
-async def test_a_script_comes_before_the_dice_and_does_not_change_them():
+async def test_scripted_fault_does_not_change_random_faults():
     """After a scripted fault the storm goes on as if the request had met its own."""
     plain, scripted = [client_of(faults={Fault.BUSY: 0.5}, seed=4) for _ in range(2)]
     scripted.gateway.script(Fault.BUSY, ret_code="8117")
     assert (await codes_of(scripted, 30)) == ["8117", *(await codes_of(plain, 30))[1:]]
 
 
-async def test_a_storm_passes():
+async def test_random_faults_can_be_switched_off():
     """With its probabilities taken away every request is answered again."""
     client = client_of(faults={Fault.BUSY: 1.0})
     assert "0000" not in await codes_of(client, 5)
@@ -317,13 +317,13 @@ async def test_a_storm_passes():
 @pytest.mark.parametrize(
     "faults", [{Fault.BUSY: 1.1}, {Fault.BUSY: -0.1, Fault.RESET: 0.5}, {Fault.BUSY: 0.6, Fault.RESET: 0.5}]
 )
-def test_probabilities_must_be_possible(faults):
+def test_invalid_probabilities_are_refused(faults):
     """None is negative, and their sum is at most 1."""
     with pytest.raises(ConfigurationError, match="probability"):
         client_of(faults=faults)
 
 
-async def test_a_fault_strikes_a_request_that_would_be_refused_too():
+async def test_fault_occurs_at_refused_request_too():
     """The refusal is what gets lost: a client cannot tell it from a refund."""
     client = client_of()
     client.gateway.script(Fault.RESET)

@@ -49,7 +49,7 @@ async def test_the_cross_border_product_answers_as_the_apply_page_says():
     }
 
 
-async def test_the_domestic_product_tells_of_no_foreign_currency():
+async def test_domestic_answer_has_no_foreign_currency():
     """Nor does its apply answer have dt_refund; the query answer and the notification have."""
     client = Client(sandbox())
     applied, found = await client.apply(DOMESTIC), await client.query()
@@ -91,7 +91,7 @@ async def test_every_answer_has_the_date_of_the_gateways_clock():
     assert gateway.time_of_day() == datetime(2026, 1, 5, 8, 1, 30, tzinfo=UTC)
 
 
-async def test_a_query_tells_what_an_application_told():
+async def test_query_answer_agrees_with_apply_answer():
     """Right after applying, the question is answered with the very same fields."""
     client = Client(sandbox())
     assert await client.apply() == await client.query()
@@ -126,7 +126,7 @@ async def test_the_gateways_clock_follows_the_given_one():
         gateway.advance(-0.1)
 
 
-async def test_a_gateway_that_is_given_no_time_of_day_takes_the_present():
+async def test_default_time_of_day_is_now():
     """A settle date is today's date in China."""
     client = Client(SandboxGateway(default_order=Decimal("1000.00"), settle_after=0))
     zone = timezone(timedelta(hours=8))
@@ -135,7 +135,7 @@ async def test_a_gateway_that_is_given_no_time_of_day_takes_the_present():
     assert answer["settle_date"] in (f"{before:%Y%m%d}", f"{datetime.now(zone):%Y%m%d}")
 
 
-async def test_a_refund_that_fails_is_told_as_failed():
+async def test_failed_refund_is_reported_as_failed():
     """A refund marked to fail is accepted, then found failed without a settle date, and its money is back."""
     gateway = sandbox()
     gateway.fail("R-1")
@@ -176,7 +176,7 @@ async def test_the_refusal_of_a_refund_is_signed_and_repeats_it(sign_errors):
     }
 
 
-async def test_a_wrong_parameter_is_told_without_a_signature():
+async def test_invalid_parameter_answer_is_unsigned():
     """1004 holds code and words only, unless all errors are signed; then it repeats what there is to repeat."""
     assert (await Client(sandbox()).apply(no_refund="")).keys() == {"ret_code", "ret_msg"}
     client = Client(sandbox(sign_errors=True))
@@ -234,7 +234,7 @@ async def test_merchants_do_not_see_each_other(stranger_keys):
     assert (gateway.times_made("R-1"), gateway.times_made("R-1", oid_partner=other)) == (1, 1)
 
 
-async def test_a_replayed_answer_is_the_first_one_to_the_letter():
+async def test_replayed_answer_equals_the_first_one():
     """Under REPLAY the second application gets the state of the first, long after it changed."""
     gateway = sandbox(repeated=Repeated.REPLAY)
     client = Client(gateway)
@@ -254,7 +254,7 @@ async def test_money_may_move_twice():
     assert (gateway.money_moved("R-1"), gateway.times_made("R-1")) == (Decimal("400.02"), 2)
 
 
-async def test_a_gateway_may_carry_out_whatever_it_gets():
+async def test_gateway_can_carry_out_every_request():
     """Each request under AGAIN with large orders is a refund of its own, however often the same bytes come."""
     gateway = sandbox(repeated=Repeated.AGAIN, default_order=Decimal("100000000.00"))
     client = Client(gateway)
@@ -298,7 +298,7 @@ async def test_the_books_tell_what_was_made():
     assert (gateway.money_moved("R-3"), gateway.times_made("R-3")) == (Decimal(0), 0)
 
 
-async def test_requests_are_counted_whatever_becomes_of_them():
+async def test_requests_with_faults_are_counted():
     """Refused and unreadable requests count as well as those that are carried out."""
     gateway = sandbox()
     client = Client(gateway)
@@ -348,7 +348,7 @@ async def test_keys_may_be_given(merchant_keys, gateway_keys):
     assert gateway.gateway_key is gateway_keys.private
 
 
-def test_keys_have_a_size_that_lianlian_takes():
+def test_key_size_must_be_supported_by_lianlian():
     """Other sizes than 1024, 2048 and 4096 are refused."""
     with pytest.raises(ConfigurationError, match="1024, 2048 or 4096"):
         SandboxGateway(bits=512)
@@ -371,7 +371,7 @@ async def test_a_server_can_start_and_stop_it():
     assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
-async def test_a_client_that_goes_away_in_the_middle_of_its_request_moves_no_money():
+async def test_incomplete_request_moves_no_money():
     """Half a body is no request."""
     gateway = sandbox()
     whole = repr(Client(gateway).signed(APPLICATION)).replace("'", '"').encode()

@@ -76,7 +76,7 @@ def test_an_order_that_nobody_added_does_not_exist():
     assert refused(books.apply, application(no_order=None, oid_paybill="P-1"), 0.0) == "5002"
 
 
-def test_a_default_order_is_one_order_from_its_first_mention_on():
+def test_default_order_is_created_once():
     """An order that nobody added has the default amount once, not once per refund."""
     books = ledger(default_order=Decimal("100.00"))
     books.apply(application(oid_paybill="P-1"), 0.0)
@@ -127,7 +127,7 @@ def test_numbers_are_taken_once():
 
 
 @pytest.mark.parametrize("money", [Decimal(0), Decimal("1.005"), Decimal("NaN"), Decimal(100_000_001)])
-def test_an_order_is_worth_a_real_amount(money):
+def test_order_amount_must_be_valid(money):
     """What could not be paid is no order's amount, by default or not."""
     with pytest.raises(ValueError, match="must"):
         ledger().add_order(PARTNER, "O-1", money)
@@ -233,14 +233,14 @@ def test_a_refund_is_found_by_either_of_its_numbers():
         {"oid_partner": "201304121000001004"},
     ],
 )
-def test_no_record_fits_a_question_that_is_wrong_anywhere(changes):
+def test_query_with_a_wrong_field_finds_nothing(changes):
     """8901 where one of the numbers, the time or the merchant is not the record's."""
     books = ledger(default_order=Decimal("100.00"))
     books.apply(application(), 0.0)
     assert refused(books.query, question(**changes), 1.0) == "8901"
 
 
-def test_another_merchant_cannot_ask_by_the_gateways_number():
+def test_query_by_oid_refundno_is_limited_to_the_merchant():
     """8901 for a record of another merchant, its oid_refundno being right."""
     books = ledger(default_order=Decimal("100.00"))
     record = books.apply(application(), 0.0)
@@ -248,7 +248,7 @@ def test_another_merchant_cannot_ask_by_the_gateways_number():
     assert refused(books.query, asked, 1.0) == "8901"
 
 
-def test_a_refund_of_long_ago_cannot_be_asked_about():
+def test_query_after_three_months_is_refused():
     """3005 once more than three months have passed since the refund was received."""
     books = ledger(default_order=Decimal("100.00"))
     record = books.apply(application(), 1000.0)

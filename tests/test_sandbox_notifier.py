@@ -102,7 +102,7 @@ async def test_a_failed_refund_is_notified_too():
         (None, b""),
     ],
 )
-async def test_what_is_not_acknowledged_is_sent_every_two_minutes_thirty_times(answer):
+async def test_unacknowledged_notification_is_sent_thirty_times(answer):
     """Only HTTP 200 with ret_code 0000 within 5 seconds is an acknowledgement."""
     gateway, shop = sandbox(settle_after=0), Shop([answer])
     async with notifier(gateway, shop) as notifying, session(gateway) as opened:
@@ -123,7 +123,7 @@ async def test_it_stops_at_the_first_acknowledgement():
     assert shop.times == pytest.approx([0, 60, 120])
 
 
-async def test_a_shop_that_cannot_be_reached_is_one_that_does_not_answer():
+async def test_unreachable_service_counts_as_no_response():
     """No connection, no acknowledgement."""
 
     class Unreachable(httpx.AsyncBaseTransport):
@@ -139,7 +139,7 @@ async def test_a_shop_that_cannot_be_reached_is_one_that_does_not_answer():
     assert [(delivery.status, delivery.acknowledged) for delivery in notifying.deliveries] == [(None, False)] * 2
 
 
-async def test_time_is_the_gateways_own():
+async def test_notifier_uses_the_gateways_clock():
     """Putting the gateway's clock forward brings the final state and the next delivery."""
     gateway, shop = sandbox(settle_after=100), Shop([(500, b""), OK])
     async with notifier(gateway, shop), session(gateway) as opened:
@@ -152,7 +152,7 @@ async def test_time_is_the_gateways_own():
     assert anyio.current_time() < 1
 
 
-async def test_what_was_made_before_and_what_came_in_late_is_notified():
+async def test_earlier_and_late_refunds_are_notified():
     """Every refund in the books is notified of, however it came there."""
     gateway, shop = sandbox(settle_after=0), Shop()
     async with session(gateway, deadline=5) as opened:
@@ -178,7 +178,7 @@ async def test_leaving_ends_the_notifications():
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
-async def test_a_probability_that_is_none_is_refused(share):
+async def test_invalid_mischief_probability_is_refused(share):
     """Said at once."""
     with pytest.raises(ConfigurationError, match="mischief"):
         Notifier(sandbox(), mischief={Mischief.EARLY: share})
@@ -196,33 +196,33 @@ async def notified(*mischief, answers=None, **options):
     return shop, notifying.deliveries
 
 
-async def test_duplicated_means_once_more_at_once():
+async def test_duplicated_sends_once_more():
     """Though it was acknowledged."""
     shop, _ = await notified(Mischief.DUPLICATED)
     assert shop.times == pytest.approx([10, 10])
     assert shop.came[0][1] == shop.came[1][1]
 
 
-async def test_concurrent_means_several_at_a_time():
+async def test_concurrent_sends_three_at_once():
     """All of them are under way before any is answered."""
     shop, deliveries = await notified(Mischief.CONCURRENT, answers=[(None, b"")] * 3 + [OK])
     assert shop.times == pytest.approx([10] * 3 + [130] * 3)
     assert [delivery.at for delivery in deliveries] == pytest.approx([15] * 3 + [130] * 3)
 
 
-async def test_reordered_means_that_the_past_comes_last():
+async def test_reordered_sends_the_first_state_last():
     """The first state is notified behind the last one."""
     shop, _ = await notified(Mischief.REORDERED)
     assert shop.states == ["2", "0"]
 
 
-async def test_replayed_means_again_after_a_while():
+async def test_replayed_sends_again_later():
     """By somebody who kept it."""
     shop, _ = await notified(Mischief.REPLAYED)
     assert shop.times == pytest.approx([10, 130])
 
 
-async def test_tampered_means_forgeries_ahead():
+async def test_tampered_sends_forgeries_first():
     """Each delivery is preceded by one whose signature is not the gateway's over its content."""
     key = sandbox().gateway_key.public_key()
     shop, deliveries = await notified(Mischief.TAMPERED, answers=[(500, b"")])
@@ -232,7 +232,7 @@ async def test_tampered_means_forgeries_ahead():
     assert len({delivery.body for delivery in deliveries if delivery.forged}) == 6
 
 
-async def test_early_means_before_the_answer():
+async def test_early_sends_before_the_apply_response():
     """The notification of the final state overtakes the answer to the apply call."""
     gateway, shop = sandbox(settle_after=1000), Shop()
     notifying = notifier(gateway, shop, Mischief.EARLY)
@@ -245,7 +245,7 @@ async def test_early_means_before_the_answer():
         assert (await opened.query_refund(refund.query())).is_final
 
 
-async def test_the_same_dice_fall_the_same_way():
+async def test_same_seed_gives_the_same_mischief():
     """One seed and one sequence of refunds meet the same mischief."""
 
     async def bodies(seed):
@@ -261,7 +261,7 @@ async def test_the_same_dice_fall_the_same_way():
     assert await bodies(1) == await bodies(1) != await bodies(2)
 
 
-async def test_with_all_of_it_each_refund_is_acted_on_once():
+async def test_endpoint_acts_once_despite_all_mischief():
     """The endpoint acts once on each final refund, acknowledges no forgery, and misses nothing."""
     handler = Handler()
     gateway = sandbox(settle_after=5)
@@ -286,7 +286,7 @@ async def test_with_all_of_it_each_refund_is_acted_on_once():
 # ── as an application ────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_server_runs_it_for_its_lifetime():
+async def test_server_runs_the_notifier():
     """From startup to shutdown, the gateway's calls are served and notified of."""
     gateway, shop = sandbox(settle_after=5), Shop()
     app = notifier(gateway, shop)

@@ -47,7 +47,7 @@ def client():
         ({"oid_partner": "2" * 19}, "oid_partner"),
     ],
 )
-async def test_an_application_that_breaks_a_field_rule_is_told_which_field(client, changes, parameter):
+async def test_invalid_application_names_the_field(client, changes, parameter):
     """1004 names the parameter at fault, and nothing is carried out."""
     answer = await client.apply(**changes)
     assert (answer["ret_code"], answer["ret_msg"]) == ("1004", f"商户请求参数校验错误[{parameter}]")
@@ -90,14 +90,14 @@ async def test_an_application_within_the_rules_is_carried_out(client, changes):
         ({"no_refund": "", "oid_refundno": ""}, "no_refund"),
     ],
 )
-async def test_a_question_that_breaks_a_field_rule_is_told_which_field(client, changes, parameter):
+async def test_invalid_query_names_the_field(client, changes, parameter):
     """The query page's rules are kept like those of the apply page."""
     await client.apply()
     answer = await client.query(**changes)
     assert (answer["ret_code"], answer["ret_msg"]) == ("1004", f"商户请求参数校验错误[{parameter}]")
 
 
-async def test_the_largest_amount_is_taken():
+async def test_largest_amount_is_accepted():
     """One hundred million yuan is the most that a refund may be."""
     client = Client(SandboxGateway(default_order=Decimal(100_000_000)))
     assert (await client.apply(money_refund="100000000.00"))["ret_code"] == "0000"
@@ -121,7 +121,7 @@ async def test_a_request_without_signature_is_refused(client, path):
         {"sign": "签名"},
     ],
 )
-async def test_a_request_that_was_not_signed_like_this_is_refused(client, change):
+async def test_request_changed_after_signing_is_refused(client, change):
     """1001 whatever was changed after signing, unknown fields included."""
     answer = await client.ask(CROSS_BORDER, client.signed(APPLICATION) | change)
     assert answer["ret_code"] == "1001"
@@ -153,14 +153,14 @@ async def test_an_unknown_merchant_is_refused(client, stranger_keys):
         '{"no_refund": "退款"}'.encode("gb18030"),
     ],
 )
-async def test_a_body_that_is_no_flat_object_of_strings_is_refused(client, body):
+async def test_body_must_be_a_flat_object_of_strings(client, body):
     """9002 for whatever is not JSON in UTF-8 with string values only."""
     response = await client.send(CROSS_BORDER, content=body)
     assert response.json()["ret_code"] == "9002"
 
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/jsonp", "application/json;charset=gbk"])
-async def test_a_body_that_does_not_say_what_it_is_is_refused(client, content_type):
+async def test_content_type_must_be_json(client, content_type):
     """9002 without the content type that both pages ask for."""
     response = await client.send(CROSS_BORDER, json=client.signed(APPLICATION), content_type=content_type)
     assert response.json()["ret_code"] == "9002"
@@ -174,7 +174,7 @@ async def test_the_content_type_may_be_spelled_in_any_case(client):
 
 
 @pytest.mark.parametrize("content_type", ["application/json", 'application/json;charset="utf-8"'])
-async def test_a_request_is_taken_as_the_vendors_own_clients_send_it(client, content_type):
+async def test_requests_of_the_vendors_clients_are_accepted(client, content_type):
     """Without a charset, or with one in Content-Encoding, where it does not belong."""
     headers = {"content-type": content_type, "content-encoding": "UTF-8"}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=client.gateway), base_url="http://sandbox") as http:
@@ -182,7 +182,7 @@ async def test_a_request_is_taken_as_the_vendors_own_clients_send_it(client, con
     assert response.json()["ret_code"] == "0000"
 
 
-async def test_a_null_is_as_good_as_absent(client):
+async def test_null_counts_as_absent(client):
     """The signature leaves out nulls, so an optional field may be null."""
     fields = client.signed(APPLICATION) | {"oid_paybill": None}
     assert (await client.ask(CROSS_BORDER, fields))["ret_code"] == "0000"

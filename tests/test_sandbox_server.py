@@ -35,7 +35,7 @@ def client():
     assert not thread.is_alive()
 
 
-async def test_there_is_one_date(client):
+async def test_response_has_one_date_header(client):
     """The gateway's own: the server is told to add none."""
     response = await client.send(CROSS_BORDER, json=client.signed(APPLICATION))
     assert len(response.headers.get_list("date")) == 1
@@ -59,7 +59,7 @@ async def test_a_reset_is_a_broken_connection(client, when, made):
 
 
 @pytest.mark.parametrize("fault", [Fault.NO_ANSWER, Fault.LATE])
-async def test_silence_ends_when_the_client_goes_away(client, fault):
+async def test_no_answer_ends_when_the_client_disconnects(client, fault):
     """The server is free again once the client has given up: it stops at the end of this test."""
     client.gateway.script(fault)
     async with anyio.create_task_group() as tasks:
@@ -70,7 +70,7 @@ async def test_silence_ends_when_the_client_goes_away(client, fault):
     assert (await client.apply(no_refund="R-2"))["ret_code"] == "0000"
 
 
-async def test_a_body_that_is_too_big_is_refused_unread(client):
+async def test_too_large_body_is_refused_unread(client):
     """9002 for a body of several megabytes that comes in many pieces."""
     response = await client.send(CROSS_BORDER, content=b"{" + b" " * 4 * 1024 * 1024 + b"}")
     assert response.json()["ret_code"] == "9002"

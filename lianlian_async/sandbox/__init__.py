@@ -1,7 +1,7 @@
-"""A refund gateway to try everything against: stateful, strict, really signed, and as unreliable as you ask for.
+"""A fake refund gateway for tests: stateful, strict, with real signatures, and with faults on request.
 
-``SandboxGateway`` is an ASGI application: serve it with any ASGI server, or hand it to
-``httpx.ASGITransport`` and never open a socket. No money is anywhere near it.
+``SandboxGateway`` is an ASGI application: serve it with any ASGI server, or pass it to ``httpx.ASGITransport``
+without a socket. No real money is involved.
 """
 
 from __future__ import annotations

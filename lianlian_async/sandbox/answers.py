@@ -1,20 +1,18 @@
-"""What the sandbox says: answers in the fields of LianLian's pages, and the HTTP responses that carry them."""
+"""The sandbox's answers with the fields of LianLian's pages, and the HTTP responses around them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import ROUND_HALF_EVEN, Decimal
-from typing import Final
-
-import attrs
+from typing import Final, NamedTuple
 
 from lianlian_async import wire
 
-__all__ = ["MESSAGES", "SUCCESS", "UNSIGNED", "Refusal", "Response", "foreign_fields", "message", "page", "refusal"]
+__all__ = ["SUCCESS", "UNSIGNED", "Refusal", "Response", "foreign_fields", "message", "page", "refusal"]
 
 SUCCESS: Final = {"ret_code": "0000", "ret_msg": "交易成功"}
 
-MESSAGES: Final = {
+_MESSAGES: Final = {
     "1001": "商户请求签名错误",
     "1002": "第三方单号重复",
     "1004": "商户请求参数校验错误[{}]",
@@ -46,20 +44,19 @@ MESSAGES: Final = {
     "9983": "商户订单号重复",
     "9999": "系统错误",
 }
-"""``ret_msg`` of LianLian's page of return codes; ``{}`` stands for the parameter at fault."""
-
-UNSIGNED: Final = frozenset({"1004", "8901", "9002"})
-"""Error answers of these codes were seen without a signature; a refusal of a refund (9093) was seen with one."""
-
+"""``ret_msg`` by ``ret_code`` (LianLian's page of return codes); ``{}`` is the invalid parameter."""
 _ANY_OTHER: Final = "交易失败"
 
-# The sample answer of the apply page: 200.01 yuan are 30.03 abroad.
+UNSIGNED: Final = frozenset({"1004", "8901", "9002"})
+"""Genuine error answers with these codes had no signature; a genuine refusal of a refund (9093) had one."""
+
+# From the sample answer of the apply page: 200.01 yuan are 30.03 in the foreign currency.
 _RATE: Final = Decimal("6.66")
 _EXCHANGE: Final = {"rate_id": "1", "rate": str(_RATE), "exchange_bankcode": "01040000"}
 
 
 class Refusal(Exception):
-    """The gateway says no: ``ret_code``, and the ``parameter`` that ``ret_msg`` names. Never leaves the sandbox."""
+    """A refused request: ``ret_code``, and the ``parameter`` that ``ret_msg`` names. Never leaves the sandbox."""
 
     def __init__(self, ret_code: str, parameter: str = "") -> None:
         self.ret_code = ret_code
@@ -68,31 +65,30 @@ class Refusal(Exception):
 
 
 def refusal(ret_code: str, parameter: str = "") -> dict[str, str]:
-    """The answer that says no: nothing but the code and its words (apply page)."""
-    return {"ret_code": ret_code, "ret_msg": MESSAGES.get(ret_code, _ANY_OTHER).format(parameter)}
+    """Return the answer that refuses a request: code and message only (apply page)."""
+    return {"ret_code": ret_code, "ret_msg": _MESSAGES.get(ret_code, _ANY_OTHER).format(parameter)}
 
 
 def foreign_fields(money_refund: Decimal) -> dict[str, str]:
-    """What the cross-border product adds to an answer about ``money_refund`` yuan."""
+    """Return the fields that the cross-border product adds to an answer about ``money_refund`` yuan."""
     foreign = (money_refund / _RATE).quantize(Decimal("0.01"), ROUND_HALF_EVEN)
     return {"money_foreign_refund": wire.format_money(foreign), **_EXCHANGE}
 
 
-@attrs.frozen
-class Response:
-    """One HTTP response; header names in lower case."""
+class Response(NamedTuple):
+    """An HTTP response; header names in lower case."""
 
     status: int
-    body: bytes
     headers: Mapping[str, str]
+    body: bytes
 
 
 def message(fields: Mapping[str, str]) -> Response:
-    """The response that an answer comes in."""
-    return Response(200, wire.encode(fields), {"content-type": "application/json;charset=utf-8"})
+    """Return the response with an answer."""
+    return Response(200, {"content-type": "application/json;charset=utf-8"}, wire.encode(fields))
 
 
 def page(status: int, title: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An HTML page, as web servers and proxies speak of their own troubles."""
+    """Return an HTML page as web servers and proxies send it for their own errors."""
     html = f"<html><head><title>{status} {title}</title></head><body><h1>{status} {title}</h1></body></html>\n"
-    return Response(status, html.encode(), {"content-type": "text/html", **(headers or {})})
+    return Response(status, {"content-type": "text/html", **(headers or {})}, html.encode())

@@ -1,8 +1,7 @@
-"""The sandbox as an ASGI application: requests in, signed answers out, faults in between, and a look into the books.
+"""The sandbox as an ASGI application: requests in, signed answers out, faults in between.
 
-All work on a request is one step without an await, so applications that come at the same time cannot both be
-the first. That step includes two signatures of 1024 bits (about half a millisecond) on the event loop: a fake
-need not be faster than that, and threads would cost it its simplicity.
+A request is handled in one step without an await, so two applications at the same time cannot both be the first.
+The step includes two RSA operations with 1024 bits (about 0.5 ms) on the event loop, which a fake can afford.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from email.utils import format_datetime
+from random import Random
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -27,10 +27,9 @@ from lianlian_async.signing import SigningKey, VerifyingKey, signature_source
 from lianlian_async.transport import asgi_transport
 
 from . import answers, rules
-from .answers import Refusal
-from .faults import Call, Fault, FaultPlan, When, spoil
+from .answers import Refusal, Response
+from .faults import Call, Fault, FaultPlan, Scripted, Trouble, When, spoil
 from .ledger import Ledger, Order, Record, Repeated
-from .responding import break_off, respond
 
 __all__ = ["SandboxGateway"]
 
@@ -48,37 +47,35 @@ _ROUTES: Final = {
 
 
 @functools.cache
-def _made_up_key(_owner: str, bits: int) -> SigningKey:
-    """A key that every sandbox of this process shares: it guards nothing, and making one takes a moment."""
+def _generated_key(_owner: str, bits: int) -> SigningKey:
+    """Generate a key that every sandbox of this process shares, to save time."""
     return SigningKey.generate(bits)
 
 
 class SandboxGateway:
-    """A fake of LianLian's refund gateway, with one merchant known to it; an ASGI 3 application.
+    """A fake of LianLian's refund gateway that knows one merchant; an ASGI 3 application.
 
-    Its clock is ``clock`` plus whatever :meth:`advance` added, so tests need not wait for refunds to settle. Every
-    answer has a ``Date`` header by this clock: a server must not add its own (uvicorn: ``--no-date-header``).
+    Its clock is ``clock`` plus the seconds of :meth:`advance`, so tests do not wait for refunds to become final. Every
+    response has a ``Date`` header by this clock: the server must not add its own (uvicorn: ``--no-date-header``).
 
     Args:
-        oid_partner: The number of the merchant that is known from the start.
-        merchant_key: This merchant's private key; made up if not given.
-        gateway_key: The private key that answers are signed with; made up if not given.
-        bits: The size of keys that are made up. Making them takes a fraction of a second (seconds for 4096),
-            once per process.
-        repeated: What a second application under the same ``no_refund`` meets.
-        settle_after: Seconds from carrying a refund out to its final state; 0: the apply answer has it already.
-        default_order: What an order that nobody added is worth, in yuan; None: it does not exist (5002).
-        sign_errors: Whether answers other than 0000 are signed; None: all but 1004, 8901 and 9002, as the real gateway
-            was seen to do. A signed refusal of a refund repeats its number and amount; an unsigned answer holds code
-            and words only.
-        faults: How likely each fault is per request.
-        seed: Where the dice that throw them start.
-        delay: Seconds that faults take which are not scripted with another ``delay``.
-        clock: A steady clock, in seconds.
-        started_at: The time of day when the gateway was made (aware); now, if not given.
+        oid_partner: The merchant's number.
+        merchant_key: The merchant's private key; generated if not given.
+        gateway_key: The private key that signs answers; generated if not given.
+        bits: Size of generated keys. Generation takes a fraction of a second (seconds for 4096), once per process.
+        repeated: What a second application with the same ``no_refund`` does.
+        settle_after: Seconds until a refund is final; 0: the apply answer already has the final state.
+        default_order: Amount of an order that nobody added, in yuan; None: such an order does not exist (5002).
+        sign_errors: Whether answers other than 0000 are signed; None: all but 1004, 8901 and 9002, like genuine
+            answers. A signed refusal of a refund repeats its number and amount; an unsigned answer has only
+            ``ret_code`` and ``ret_msg``.
+        faults: Probability of each fault per request.
+        seed: Seed of the random faults.
+        delay: Seconds for faults that are not scripted with another ``delay``.
+        clock: A steady clock in seconds.
+        started_at: Time of day at which the gateway is created (aware); default: now.
 
-    Raises ``ValueError`` for options that cannot be; for probabilities and key sizes it is a
-    :class:`~lianlian_async.ConfigurationError`.
+    Raises ``ValueError`` for invalid options, ``ConfigurationError`` for probabilities and key sizes.
     """
 
     def __init__(
@@ -99,28 +96,28 @@ class SandboxGateway:
         started_at: datetime | None = None,
     ) -> None:
         self.oid_partner = oid_partner
-        self.merchant_key = merchant_key or _made_up_key("merchant", bits)
-        self.gateway_key = gateway_key or _made_up_key("gateway", bits)
+        self.merchant_key = merchant_key or _generated_key("merchant", bits)
+        self.gateway_key = gateway_key or _generated_key("gateway", bits)
         self.sign_errors = sign_errors
         self.requests: Counter[Call] = Counter()
-        """How many requests came in for each call, whatever became of them."""
+        """Number of requests for each call, including those with a fault."""
         self._merchants = {oid_partner: self.merchant_key.public_key()}
         self._ledger = Ledger(repeated=repeated, settle_after=settle_after, default_order=default_order)
-        self._plan = FaultPlan(faults or {}, seed=seed, delay=delay)
+        self._plan = FaultPlan(faults or {}, Random(seed), delay)  # noqa: S311 - the same seed gives the same faults
         self._late: list[tuple[float, _Route, Mapping[str, str]]] = []
         self._clock = clock
         self._advanced = 0.0
         self._started = clock()
         self._started_at = started_at or datetime.now(UTC)
         self.made = anyio.Event()
-        """Set, and replaced by another one, when refunds may have been carried out."""
+        """Set, and replaced by a new event, when refunds may have been carried out."""
         self.advanced = anyio.Event()
-        """Set, and replaced by another one, when the clock was put forward."""
+        """Set, and replaced by a new event, when the clock was advanced."""
 
-    # ── the stage: merchants, orders, time, faults ───────────────────────────────────────────────
+    # ── set-up: merchants, orders, time, faults ──────────────────────────────────────────────────
 
     def add_merchant(self, oid_partner: str, public_key: VerifyingKey) -> None:
-        """Let another merchant in, or an old one with a new key."""
+        """Add a merchant, or replace the key of a known one."""
         self._merchants[oid_partner] = public_key
 
     def add_order(
@@ -132,9 +129,9 @@ class SandboxGateway:
         oid_paybill: str | None = None,
         oid_partner: str | None = None,
     ) -> Order:
-        """Enter a paid order of ``money_order`` yuan; its payment number is made up where none is given.
+        """Add a paid order of ``money_order`` yuan; ``oid_paybill`` is generated if it is None.
 
-        Raises ``ValueError`` for an amount or a time that is none, and for a number that is taken.
+        Raises ``ValueError`` for an invalid amount or time, and for an existing number.
         """
         return self._ledger.add_order(
             oid_partner or self.oid_partner,
@@ -145,27 +142,27 @@ class SandboxGateway:
         )
 
     def fail(self, no_refund: str, *, oid_partner: str | None = None) -> None:
-        """Let a refund, made already or not yet, turn out as failed when it settles; its money comes back then.
+        """Let a refund, made already or later, fail when it becomes final; its money returns then.
 
-        Raises ``ValueError`` where it is final already.
+        Raises ``ValueError`` if it is final already.
         """
-        self._catch_up()
+        self._carry_out_late()
         self._ledger.fail(oid_partner or self.oid_partner, no_refund, self.now())
 
     def now(self) -> float:
-        """Seconds of the gateway's own clock."""
+        """Return the seconds of the gateway's clock."""
         return self._clock() + self._advanced
 
     def time_of_day(self, moment: float | None = None) -> datetime:
-        """Return the time of day (aware) at a moment of the gateway's clock; now, if not given."""
+        """Return the time of day (aware) at a moment of its clock; default: now."""
         return self._started_at + timedelta(seconds=(self.now() if moment is None else moment) - self._started)
 
     def advance(self, seconds: float) -> None:
-        """Put the gateway's clock forward; ``ValueError`` if that is backward."""
+        """Advance the gateway's clock; ``ValueError`` if ``seconds`` is negative."""
         if seconds < 0:
-            raise ValueError("the gateway's clock only goes forward")
+            raise ValueError("the gateway's clock can only go forward")
         self._advanced += seconds
-        for event in (self.advanced, self.made):  # what came in late may be carried out by now
+        for event in (self.advanced, self.made):  # late requests may be carried out by now
             event.set()
         self.advanced, self.made = anyio.Event(), anyio.Event()
 
@@ -181,47 +178,46 @@ class SandboxGateway:
         delay: float | None = None,
         ret_code: str = "1007",
     ) -> None:
-        """Let ``fault`` strike the next ``times`` requests that fit, once ``skip`` of them have passed.
+        """Let ``fault`` occur at the next ``times`` matching requests after the first ``skip``.
 
-        ``call`` and ``no_refund`` say which requests fit (None: all). Of several faults that fit one request,
-        the one that was scripted first strikes. ``delay`` in seconds; ``ret_code`` is for ``Fault.BUSY``.
-        Raises ``ValueError`` for a negative ``skip`` and for ``times`` below 1.
+        ``call`` and ``no_refund`` select the requests (None: all). If several faults match a request, the one that
+        was scripted first occurs. ``delay`` in seconds; ``ret_code`` is for ``Fault.BUSY``. Raises ``ValueError`` for
+        a negative ``skip`` and for ``times`` below 1.
         """
-        self._plan.script(
-            fault, call=call, when=when, no_refund=no_refund, skip=skip, times=times, delay=delay, ret_code=ret_code
-        )
+        trouble = Trouble(fault, when, self._plan.delay if delay is None else delay, ret_code)
+        self._plan.add(Scripted(trouble=trouble, call=call, no_refund=no_refund, skip=skip, times=times))
 
     @property
     def faults(self) -> Mapping[Fault, float]:
-        """How likely each fault is per request. Set it to let a storm rise, or to ``{}`` to let it pass."""
+        """Probability of each fault per request. It can be set at any time; ``{}`` ends all random faults."""
         return self._plan.probabilities
 
     @faults.setter
     def faults(self, probabilities: Mapping[Fault, float]) -> None:
         self._plan.probabilities = probabilities
 
-    # ── the books: what is true, whatever the answers said ───────────────────────────────────────
+    # ── the books: the truth, whatever the answers said ──────────────────────────────────────────
 
     def money_moved(self, no_refund: str, *, oid_partner: str | None = None) -> Decimal:
-        """Yuan that left the merchant under ``no_refund``: twice as much if it was made twice, 0 if it failed."""
+        """Return the yuan that left the merchant for ``no_refund``: double if it was made twice, 0 if it failed."""
         return sum((record.moved(self.now()) for record in self._made(no_refund, oid_partner)), Decimal(0))
 
     def times_made(self, no_refund: str, *, oid_partner: str | None = None) -> int:
-        """How many times ``no_refund`` was carried out, those that failed afterwards included."""
+        """Return how many times ``no_refund`` was carried out, including refunds that failed later."""
         return len(self._made(no_refund, oid_partner))
 
     @property
     def refunds(self) -> tuple[Record, ...]:
         """Every refund that was carried out, oldest first."""
-        self._catch_up()
+        self._carry_out_late()
         return tuple(self._ledger.records)
 
     def _made(self, no_refund: str, oid_partner: str | None) -> list[Record]:
-        self._catch_up()
+        self._carry_out_late()
         return self._ledger.made(oid_partner or self.oid_partner, no_refund)
 
-    def _catch_up(self) -> None:
-        """Carry out what came in late, if its time has come. Nobody is there any more to hear the answers."""
+    def _carry_out_late(self) -> None:
+        """Carry out requests with ``Fault.LATE`` that are due; nobody receives their answers."""
         due = sorted((item for item in self._late if item[0] <= self.now()), key=lambda item: item[0])
         for item in due:
             self._late.remove(item)
@@ -231,84 +227,84 @@ class SandboxGateway:
     # ── ASGI ─────────────────────────────────────────────────────────────────────────────────────
 
     async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send) -> None:
-        """Serve one connection as ASGI 3 has it: HTTP requests and the server's lifespan."""
+        """Serve one ASGI 3 connection: an HTTP request or the server's lifespan."""
         if scope["type"] == "lifespan":
             await asgi.lifespan(receive, send, nullcontext())
             return
-        send = self._dated(send)
         route = _ROUTES.get(scope["path"])
         if route is None:
-            await respond(send, answers.page(404, "Not Found"))
+            await self._respond(send, answers.page(404, "Not Found"))
         elif scope["method"] != "POST":
-            await respond(send, answers.page(405, "Method Not Allowed", {"allow": "POST"}))
+            await self._respond(send, answers.page(405, "Method Not Allowed", {"allow": "POST"}))
         else:
             body = await asgi.read(receive, wire.MAX_MESSAGE_BYTES)
             self.requests[route.call] += 1
             try:
                 fields = rules.read_body(asgi.headers(scope).get("content-type", ""), body)
             except Refusal as refusal:
-                await respond(send, answers.message(self._seal(answers.refusal(refusal.ret_code), {})))
+                await self._respond(send, answers.message(self._seal(answers.refusal(refusal.ret_code), {})))
             else:
                 await self._serve(route, fields, receive, send)
-
-    def _dated(self, send: asgi.Send) -> asgi.Send:
-        async def send_dated(message: asgi.Message) -> None:
-            if message["type"] == "http.response.start":
-                date = format_datetime(self.time_of_day().astimezone(UTC), usegmt=True)
-                message["headers"] = [*message["headers"], (b"date", date.encode())]
-            await send(message)
-
-        return send_dated
 
     async def _serve(self, route: _Route, fields: Mapping[str, str], receive: asgi.Receive, send: asgi.Send) -> None:
         trouble = self._plan.strike(route.call, fields.get("no_refund"))
         seal = functools.partial(self._seal, request=fields)
         if trouble is None:
-            await respond(send, answers.message(seal(self._carry_out(route, fields))))
+            await self._respond(send, answers.message(seal(self._carry_out(route, fields))))
             return
-        carried_out = trouble.when is When.AFTER
-        match trouble.fault:
-            case Fault.LATE:
-                self._late.append((self.now() + trouble.delay, route, fields))
-                await receive()  # the whole body is here: what comes next is that the client went away
-            case Fault.DELAY:
-                answer = self._carry_out(route, fields) if carried_out else None
-                await anyio.sleep(trouble.delay)
-                await respond(send, answers.message(seal(answer or self._carry_out(route, fields))))
-            case fault:
-                answer = self._carry_out(route, fields) if carried_out else answers.refusal("9999")
-                if fault is Fault.NO_ANSWER:
-                    await receive()
-                elif fault is Fault.RESET:
-                    await break_off(send, answers.message(seal(answer)))
-                else:
-                    await respond(send, spoil(trouble, answer, fields, seal))
+        if trouble.fault is Fault.LATE:
+            self._late.append((self.now() + trouble.delay, route, fields))
+            await receive()  # the body was read, so the next message is the client's disconnect
+            return
+        answer = self._carry_out(route, fields) if trouble.when is When.AFTER else None
+        if trouble.fault is Fault.DELAY:
+            await anyio.sleep(trouble.delay)
+            await self._respond(send, answers.message(seal(answer or self._carry_out(route, fields))))
+            return
+        answer = answer or answers.refusal("9999")
+        if trouble.fault is Fault.NO_ANSWER:
+            await receive()
+        elif trouble.fault is Fault.RESET:
+            await self._respond(send, answers.message(seal(answer)), breaks_off=True)
+        else:
+            await self._respond(send, spoil(trouble, answer, fields, seal))
+
+    async def _respond(self, send: asgi.Send, response: Response, *, breaks_off: bool = False) -> None:
+        """Send a response. If it breaks off, send half and raise: a server then closes the connection."""
+        date = format_datetime(self.time_of_day().astimezone(UTC), usegmt=True)
+        headers, body = {**response.headers, "date": date}, response.body
+        if not breaks_off:
+            await asgi.respond(send, response.status, headers, body)
+            return
+        await asgi.start(send, response.status, headers, len(body))
+        await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
+        raise ConnectionResetError("the sandbox broke the connection")
 
     # ── one request, without an await ────────────────────────────────────────────────────────────
 
     def _carry_out(self, route: _Route, fields: Mapping[str, str]) -> dict[str, str]:
-        self._catch_up()
+        self._carry_out_late()
         return self._handle(route, fields, self.now())
 
     def _handle(self, route: _Route, fields: Mapping[str, str], at: float) -> dict[str, str]:
-        """Do what a readable request asks for, as of ``at``; the answer, not yet signed."""
+        """Carry out a request at the moment ``at``; return the answer without its signature."""
         try:
             oid_partner = rules.authenticate(fields, self._merchants)
             if route.call == "query":
-                return self._tell(self._ledger.query(rules.read_question(oid_partner, fields), at), at)
+                return self._answer(self._ledger.query(rules.read_question(oid_partner, fields), at), at)
             application = rules.read_application(oid_partner, fields, domestic=route.domestic)
             record = self._ledger.apply(application, at)
             self.made.set()
             self.made = anyio.Event()
         except Refusal as refusal:
             return answers.refusal(refusal.ret_code, refusal.parameter)
-        answer = self._tell(record, record.received_at)
-        if route.domestic:  # a genuine domestic apply answer was seen without it
+        answer = self._answer(record, record.received_at)
+        if route.domestic:  # genuine domestic apply answers lack it
             del answer["dt_refund"]
         return answer
 
-    def _tell(self, record: Record, at: float) -> dict[str, str]:
-        """The 0000 answer about a refund as it stood at a moment, in the fields of its product."""
+    def _answer(self, record: Record, at: float) -> dict[str, str]:
+        """Return the 0000 answer with the state of a refund at a moment, with the fields of its product."""
         application, status = record.application, record.status(at)
         fields = {
             **answers.SUCCESS,
@@ -325,12 +321,12 @@ class SandboxGateway:
         return fields
 
     def notification(self, record: Record, at: float | None = None) -> bytes:
-        """The signed notification of how a refund stands at a moment of the gateway's clock; now, if not given."""
-        fields = self._tell(record, self.now() if at is None else at)
+        """Return the signed notification with the state of a refund at a moment of its clock; default: now."""
+        fields = self._answer(record, self.now() if at is None else at)
         return wire.encode(self._seal(fields, {"oid_partner": record.application.oid_partner}))
 
     def _seal(self, answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
-        """Return ``answer`` as it goes out: signed, or an error of code and words alone."""
+        """Return ``answer`` with its signature; unsigned errors have only code and message."""
         echo: dict[str, str] = {}
         if (ret_code := answer["ret_code"]) != "0000":
             signs = ret_code not in answers.UNSIGNED if self.sign_errors is None else self.sign_errors
@@ -346,9 +342,9 @@ class SandboxGateway:
     def merchant(
         self, base_url: str = "https://sandbox.invalid", *, domestic: bool = False, **overrides: Any
     ) -> Merchant:
-        """The merchant that this gateway knows from the start, with its endpoints at ``base_url``.
+        """Return the merchant that this gateway knows, with its endpoints at ``base_url``.
 
-        ``overrides`` are further or other arguments of :class:`~lianlian_async.Merchant`.
+        ``overrides`` replace arguments of :class:`~lianlian_async.Merchant`.
         """
         apply_path = "/refund.htm" if domestic else "/exchangerefund.htm"
         settings: dict[str, Any] = {
@@ -361,5 +357,5 @@ class SandboxGateway:
         return Merchant(**settings | overrides)
 
     def session(self, **options: Any) -> RefundSession:
-        """A session that talks to this gateway in process; ``options`` are those of ``RefundSession``."""
+        """Return a session that calls this gateway in process; ``options`` are those of ``RefundSession``."""
         return RefundSession(self.merchant(), transport=asgi_transport(self), **options)

@@ -1,7 +1,7 @@
-"""The sandbox's books: orders, the refunds made of them, and the state of each; pure, with time as an argument.
+"""The sandbox's books: orders, their refunds, and the state of each. No I/O and no clock: time is an argument.
 
-Moments are seconds of one steady clock. What the real gateway would refuse raises :class:`~.answers.Refusal`.
-Whatever is switched on, the refunds of one order that have not failed never exceed its amount.
+Moments are seconds of one steady clock. A request that the real gateway would refuse raises
+:class:`~.answers.Refusal`. With every setting, the refunds of an order that have not failed never exceed its amount.
 """
 
 from __future__ import annotations
@@ -21,49 +21,47 @@ from .answers import Refusal
 __all__ = ["Application", "Ledger", "Order", "Question", "Record", "Repeated"]
 
 _THREE_MONTHS: Final = 92 * 86_400.0
-"""Seconds: no three months are longer."""
+"""The greatest length of three months in seconds."""
 
 
 class Repeated(Enum):
-    """What a second application under a ``no_refund`` meets: no page tells, so a client must survive each of them."""
+    """What a second application with the same ``no_refund`` does. LianLian's pages do not say it."""
 
     REJECT = "reject"
-    """1002, duplicate number; nothing moves."""
+    """1002, duplicate number; no money moves."""
     REPLAY = "replay"
-    """The first answer once more, whatever the second application said; nothing moves."""
+    """The first answer again, whatever the second application says; no money moves."""
     AGAIN = "again"
-    """It is a refund like any other: the money moves twice, if the order is worth as much. With a ``default_order`` of
-    100,000,000.00 the gateway carries out every request that it gets, and ``times_made`` counts them."""
+    """A second refund, if the order's amount allows it. With a ``default_order`` of 100,000,000.00 the gateway carries
+    out every request, and ``times_made`` counts them."""
 
 
 @attrs.frozen(kw_only=True)
 class Application:
-    """A well-formed application for a refund; texts are those of the wire."""
+    """A well-formed apply request; texts are those of the wire."""
 
     oid_partner: str
     no_refund: str
     dt_refund: str
     money_refund: Decimal
     amount_as_sent: str
-    """What answers repeat: ``0.1`` is not made ``0.10``."""
+    """The amount that answers repeat: ``0.1`` does not become ``0.10``."""
     no_order: str | None
     dt_order: str | None
     oid_paybill: str | None
     notify_url: str
     domestic: bool
-    """Applied for at the domestic product's endpoint: answers tell of no foreign currency."""
+    """Sent to the domestic product's endpoint: answers have no foreign currency."""
 
 
 @attrs.frozen(kw_only=True)
 class Question:
-    """A well-formed question about a refund."""
+    """A well-formed query; an empty number was not given."""
 
     oid_partner: str
     dt_refund: str
     no_refund: str
-    """The merchant's number, empty if not given."""
     oid_refundno: str
-    """LianLian's number, empty if not given."""
 
 
 @attrs.define(kw_only=True)
@@ -72,14 +70,14 @@ class Record:
 
     application: Application
     oid_refundno: str
-    """LianLian's number of it."""
+    """LianLian's refund number."""
     received_at: float
     settles_at: float
     fails: bool
-    """Whether it will turn out as failed when it settles."""
+    """Whether its final state is failed."""
 
     def status(self, now: float) -> RefundStatus:
-        """``sta_refund`` at a moment: initialized for the first half of its way, processing for the second."""
+        """Return ``sta_refund``: initialized for the first half of the time to the final state, then processing."""
         if now >= self.settles_at:
             return RefundStatus.FAILED if self.fails else RefundStatus.SUCCESS
         if now >= (self.received_at + self.settles_at) / 2:
@@ -87,13 +85,13 @@ class Record:
         return RefundStatus.INITIALIZED
 
     def moved(self, now: float) -> Decimal:
-        """Yuan that left the merchant for it: all of it from the start, nothing once it failed."""
+        """Return the yuan that left the merchant: the whole amount from the start, 0 after it failed."""
         return Decimal(0) if self.status(now) is RefundStatus.FAILED else self.application.money_refund
 
 
 @attrs.define(kw_only=True)
 class Order:
-    """A paid order, and what was refunded of it."""
+    """A paid order and its refunds."""
 
     no_order: str | None
     dt_order: str | None
@@ -104,19 +102,19 @@ class Order:
     refunds: list[Record] = attrs.field(factory=list, init=False)
 
     def rest(self, now: float) -> Decimal:
-        """Yuan that can still be refunded."""
+        """Return the yuan that can still be refunded."""
         return self.money_order - sum((record.moved(now) for record in self.refunds), Decimal(0))
 
 
 @attrs.define(kw_only=True)
 class Ledger:
-    """All orders and refunds. No method awaits: a check and the booking that follows it are one step."""
+    """All orders and refunds. No method awaits, so a check and the booking after it are one step."""
 
     repeated: Repeated
     settle_after: float = attrs.field(validator=attrs.validators.ge(0))
-    """Seconds from carrying a refund out to its final state."""
+    """Seconds until a refund is final."""
     default_order: Decimal | None = attrs.field(converter=attrs.converters.optional(wire.parse_money))
-    """What an order that nobody added is worth, in yuan; None: it does not exist."""
+    """Amount of an order that nobody added, in yuan; None: such an order does not exist."""
     records: list[Record] = attrs.field(factory=list, init=False)
     """Every refund that was carried out, oldest first."""
     _orders: dict[tuple[str, str], Order] = attrs.field(factory=dict, init=False)  # by no_order
@@ -134,29 +132,26 @@ class Ledger:
         dt_order: str | None = None,
         oid_paybill: str | None = None,
     ) -> Order:
-        """Enter a paid order; LianLian's number of the payment is made up where none is given.
+        """Add a paid order; ``oid_paybill`` is generated if it is None.
 
-        Raises ``ValueError`` for an amount that is none, and for a number that is taken.
+        Raises ``ValueError`` for an invalid amount or an existing number.
         """
+        oid_paybill = oid_paybill or str(next(self._sequence))
         order = Order(
-            no_order=no_order,
-            dt_order=dt_order,
-            oid_paybill=oid_paybill or str(next(self._sequence)),
-            money_order=wire.parse_money(money_order),
+            no_order=no_order, dt_order=dt_order, oid_paybill=oid_paybill, money_order=wire.parse_money(money_order)
         )
-        payment = (oid_partner, order.oid_paybill)
-        if payment in self._payments:
-            raise ValueError(f"payment {order.oid_paybill} exists")
+        if (oid_partner, oid_paybill) in self._payments:
+            raise ValueError(f"payment {oid_paybill} exists")
         if no_order is not None:
             if (oid_partner, no_order) in self._orders:
                 raise ValueError(f"order {no_order} exists")
             self._orders[oid_partner, no_order] = order
-        self._payments[payment] = order
+        self._payments[oid_partner, oid_paybill] = order
         return order
 
     def apply(self, application: Application, now: float) -> Record:
-        """Carry a refund out. What is answered is the record as it was at its own ``received_at``."""
-        earlier = self._refunds.get((application.oid_partner, application.no_refund))
+        """Carry out a refund and return it; the answer shows its state at ``received_at``."""
+        earlier = self.made(application.oid_partner, application.no_refund)
         if earlier and self.repeated is Repeated.REJECT:
             raise Refusal("1002")
         if earlier and self.repeated is Repeated.REPLAY:
@@ -166,32 +161,6 @@ class Ledger:
             raise Refusal("5003")
         if application.money_refund > order.rest(now):
             raise Refusal("5007")
-        return self._book(order, application, now)
-
-    def _find_order(self, application: Application) -> Order:
-        named = []
-        if application.no_order is not None:
-            named.append(self._orders.get((application.oid_partner, application.no_order)))
-        if application.oid_paybill is not None:
-            named.append(self._payments.get((application.oid_partner, application.oid_paybill)))
-        order = named[0]
-        if any(other is not order for other in named):
-            raise Refusal("9092")
-        if order is None:
-            if self.default_order is None:
-                raise Refusal("5002")
-            return self.add_order(
-                application.oid_partner,
-                application.no_order,
-                self.default_order,
-                dt_order=application.dt_order,
-                oid_paybill=application.oid_paybill,
-            )
-        if None not in (application.dt_order, order.dt_order) and application.dt_order != order.dt_order:
-            raise Refusal("5002")
-        return order
-
-    def _book(self, order: Order, application: Application, now: float) -> Record:
         number = (application.oid_partner, application.no_refund)
         record = Record(
             application=application,
@@ -200,29 +169,44 @@ class Ledger:
             settles_at=now + self.settle_after,
             fails=number in self._failing,
         )
-        order.refunds.append(record)
-        self._refunds.setdefault(number, []).append(record)
-        self.records.append(record)
+        for records in (order.refunds, self._refunds.setdefault(number, []), self.records):
+            records.append(record)
         return record
+
+    def _find_order(self, application: Application) -> Order:
+        partner, no_order, oid_paybill = application.oid_partner, application.no_order, application.oid_paybill
+        named = []
+        if no_order is not None:
+            named.append(self._orders.get((partner, no_order)))
+        if oid_paybill is not None:
+            named.append(self._payments.get((partner, oid_paybill)))
+        order = named[0]
+        if any(other is not order for other in named):
+            raise Refusal("9092")
+        if order is None:
+            if self.default_order is None:
+                raise Refusal("5002")
+            return self.add_order(
+                partner, no_order, self.default_order, dt_order=application.dt_order, oid_paybill=oid_paybill
+            )
+        if None not in (application.dt_order, order.dt_order) and application.dt_order != order.dt_order:
+            raise Refusal("5002")
+        return order
 
     def query(self, question: Question, now: float) -> Record:
-        """The refund that is asked about: the last one, where a number was carried out again.
-
-        A question that names both numbers, or another ``dt_refund``, is only about a refund that has them all.
-        """
+        """Return the last refund that has all numbers and the ``dt_refund`` of a query."""
         known = self.made(question.oid_partner, question.no_refund) if question.no_refund else self.records
-        fitting = [record for record in known if _fits(record, question)]
-        if not fitting:
+        found = [record for record in known if _matches(record, question)]
+        if not found:
             raise Refusal("8901")
-        record = fitting[-1]
-        if now - record.received_at > _THREE_MONTHS:
+        if now - found[-1].received_at > _THREE_MONTHS:
             raise Refusal("3005")
-        return record
+        return found[-1]
 
     def fail(self, oid_partner: str, no_refund: str, now: float) -> None:
-        """Let a refund, made already or not yet, turn out as failed when it settles.
+        """Let a refund, made already or later, fail when it becomes final.
 
-        Raises ``ValueError`` where it is final: a final state never changes.
+        Raises ``ValueError`` if it is final: a final state never changes.
         """
         made = self.made(oid_partner, no_refund)
         if any(record.status(now).is_final for record in made):
@@ -232,11 +216,11 @@ class Ledger:
             record.fails = True
 
     def made(self, oid_partner: str, no_refund: str) -> list[Record]:
-        """Each time that a ``no_refund`` was carried out, oldest first."""
+        """Return the refunds that were carried out with a ``no_refund``, oldest first."""
         return self._refunds.get((oid_partner, no_refund), [])
 
 
-def _fits(record: Record, question: Question) -> bool:
+def _matches(record: Record, question: Question) -> bool:
     return (
         record.application.oid_partner == question.oid_partner
         and record.application.dt_refund == question.dt_refund

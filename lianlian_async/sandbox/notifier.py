@@ -1,7 +1,7 @@
-"""The sandbox tells merchants how their refunds ended: on LianLian's schedule, and with all that may go wrong.
+"""Notifications from the sandbox: sent on LianLian's schedule, and with everything that can go wrong.
 
-Each final refund is POSTed to its ``notify_url``, really signed, every 2 minutes and 30 times at most, until the
-answer is HTTP 200 with ``ret_code`` 0000 within 5 seconds (LianLian's notification page).
+Each final refund is POSTed to its ``notify_url``, signed, every 2 minutes and at most 30 times, until the response is
+HTTP 200 with ``ret_code`` 0000 within 5 seconds (LianLian's notification page).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from enum import Enum
 from random import Random
-from types import TracebackType
 from typing import Final, Self
 
 import anyio
@@ -21,7 +20,7 @@ from lianlian_async import asgi, wire
 from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import ConfigurationError, MalformedMessage
 from lianlian_async.exchange import HttpResponse
-from lianlian_async.signing import SigningKey, signature_source
+from lianlian_async.signing import signature_source
 from lianlian_async.transport import AsyncBaseTransport, AsyncClient, Transport
 
 from .gateway import SandboxGateway
@@ -30,65 +29,65 @@ from .ledger import Record
 __all__ = ["CONTENT_TYPE", "Delivery", "Mischief", "Notifier", "is_acknowledged", "post"]
 
 CONTENT_TYPE: Final = "text/json;charset=utf-8"
-PATIENCE: Final = 5.0
+_PATIENCE: Final = 5.0
 """Seconds."""
 
 
 class Mischief(Enum):
-    """What may happen to the notifications of one refund, besides what ought to."""
+    """What can go wrong with the notifications of a refund."""
 
     EARLY = "early"
-    """The bank is so quick that the final state is notified before the apply call is answered."""
+    """The refund is final at once, and its notification is sent before the apply response."""
     DUPLICATED = "duplicated"
-    """It is sent once more after it was acknowledged."""
+    """It is sent once more after the acknowledgement."""
     CONCURRENT = "concurrent"
-    """Each time it is sent three times at once."""
+    """Each delivery is three at the same time."""
     REORDERED = "reordered"
-    """A notification of the refund's first state comes behind that of its last one."""
+    """A notification of the first state follows that of the final state."""
     TAMPERED = "tampered"
-    """Forgeries go ahead: changed fields, a missing signature, another key's signature."""
+    """A forgery precedes each delivery: a changed field, no signature, or another key's signature."""
     REPLAYED = "replayed"
-    """Somebody who kept it sends it again, ``every`` seconds after it was acknowledged."""
+    """It is sent once more ``every`` seconds after the acknowledgement."""
 
 
 @attrs.frozen(kw_only=True)
 class Delivery:
-    """One POST, and what came of it."""
+    """One POST and its result."""
 
     no_refund: str
     at: float
-    """When it was answered, or given up, by the gateway's clock."""
+    """When the response came, or the wait for it ended, by the gateway's clock."""
     body: bytes = attrs.field(repr=False)
     forged: bool
     status: int | None
-    """HTTP status; None: no answer within 5 seconds."""
+    """HTTP status; None: no response in time."""
     acknowledged: bool
 
     def __str__(self) -> str:
-        what = "forgery" if self.forged else "notification"
-        answer = "no answer" if self.status is None else f"HTTP {self.status}"
-        return f"{what} of {self.no_refund}: {answer}, {'' if self.acknowledged else 'not '}acknowledged"
+        kind = "forgery" if self.forged else "notification"
+        response = "no response" if self.status is None else f"HTTP {self.status}"
+        return f"{kind} of {self.no_refund}: {response}, {'' if self.acknowledged else 'not '}acknowledged"
 
 
 class Notifier:
-    """Notifies of the refunds of ``gateway``, as long as ``async with`` it is in use; an ASGI application too.
+    """Sends notifications of the refunds of ``gateway`` inside ``async with``.
 
-    As one it serves the gateway, and notifies for the server's lifetime. Time is the gateway's own, so that
-    :meth:`SandboxGateway.advance` brings the next delivery near.
+    It is also an ASGI application that serves the gateway, and sends while the server runs. Its clock is the
+    gateway's, so :meth:`SandboxGateway.advance` brings the next delivery forward.
 
     Args:
-        gateway: whose refunds.
-        client: an ``httpx.AsyncClient`` to send with, not closed; or else
-        transport: an httpx transport for a client of its own.
-        every: seconds between two deliveries.
-        times: deliveries at most.
-        patience: seconds that the merchant has to answer.
-        mischief: how likely each :class:`Mischief` is per refund.
-        seed: where the dice that decide it start.
-        max_connections: deliveries at the same time.
-        on_delivery: called with each delivery when it is over.
+        gateway: The gateway.
+        client: An ``httpx.AsyncClient`` to send with; it is not closed.
+        transport: An httpx transport, if ``client`` is not given.
+        every: Seconds between two deliveries.
+        times: Number of deliveries at most.
+        patience: Seconds to wait for a response.
+        mischief: Probability of each :class:`Mischief` per refund.
+        seed: Seed of the random mischief.
+        max_connections: Deliveries at the same time.
+        on_delivery: Called with each :class:`Delivery` at its end.
 
-    Raises ``ConfigurationError`` for a probability that is none.
+    Raises ``ConfigurationError`` for a probability below 0 or above 1.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Notifier:
         transport: AsyncBaseTransport | None = None,
         every: float = 120.0,
         times: int = 30,
-        patience: float = PATIENCE,
+        patience: float = _PATIENCE,
         mischief: Mapping[Mischief, float] | None = None,
         seed: int = 0,
         max_connections: int = 64,
@@ -116,14 +115,14 @@ class Notifier:
         self._every = every
         self._times = times
         self._patience = patience
-        self._random = Random(seed)  # noqa: S311 -- dice that fall the same way again are the point
+        self._random = Random(seed)  # noqa: S311 - the same seed gives the same mischief
         self._max_connections = max_connections
         self._on_delivery = on_delivery
         self._begun = self._ended = 0
 
     @property
     def pending(self) -> int:
-        """How many refunds are still being notified of, those that are not final yet included."""
+        """The number of refunds whose notifications have not ended, including refunds that are not final."""
         return len(self._gateway.refunds) - self._ended
 
     async def __aenter__(self) -> Self:
@@ -134,69 +133,63 @@ class Notifier:
         await started.wait()
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self._background.aclose()
         await self._transport.aclose()
 
     async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send) -> None:
-        """Serve one connection to the gateway, or the server's lifespan."""
+        """Serve one ASGI connection to the gateway, or the server's lifespan."""
         if scope["type"] == "lifespan":
             await asgi.lifespan(receive, send, self)
             return
 
-        async def overtaken(message: asgi.Message) -> None:
+        async def send_after_early(message: asgi.Message) -> None:
             if message["type"] == "http.response.start":
-                for early in self._look():
+                for early in self._start_new():
                     await early.wait()
             await send(message)
 
-        await self._gateway(scope, receive, overtaken)
-
-    # ── which refunds ────────────────────────────────────────────────────────────────────────────
+        await self._gateway(scope, receive, send_after_early)
 
     async def _run(self, started: anyio.Event) -> None:
         async with anyio.create_task_group() as self._tasks:
             started.set()
             while True:
                 made = self._gateway.made
-                self._look()
+                self._start_new()
                 await made.wait()
 
-    def _look(self) -> list[anyio.Event]:
-        """Begin to notify of what is new; for each refund that is notified of early, an event when it was."""
+    def _start_new(self) -> list[anyio.Event]:
+        """Start the notifications of new refunds; return an event for each early one, set after its first delivery."""
         records = self._gateway.refunds[self._begun :]
         self._begun += len(records)
         early = []
         for record in records:
-            how = {each for each, share in self._mischief.items() if self._random.random() < share}
-            told = anyio.Event()
-            if Mischief.EARLY in how:
+            mischief = {each for each, share in self._mischief.items() if self._random.random() < share}
+            delivered = anyio.Event()
+            if Mischief.EARLY in mischief:
                 record.settles_at = self._gateway.now()
-                early.append(told)
-            self._tasks.start_soon(self._notify, record, how, told)
+                early.append(delivered)
+            self._tasks.start_soon(self._notify, record, mischief, delivered)
         return early
 
-    # ── one refund ───────────────────────────────────────────────────────────────────────────────
-
-    async def _notify(self, record: Record, how: set[Mischief], told: anyio.Event) -> None:
+    async def _notify(self, record: Record, mischief: set[Mischief], delivered: anyio.Event) -> None:
         await self._until(record.settles_at)
         body = self._gateway.notification(record)
         for _ in range(self._times):
             sent_at = self._gateway.now()
-            if Mischief.TAMPERED in how:
+            if Mischief.TAMPERED in mischief:
                 await self._send(record, self._random.choice(_FORGERIES)(body, self._gateway), forged=True)
-            acknowledged = await self._send(record, body, times=3 if Mischief.CONCURRENT in how else 1)
-            told.set()
+            acknowledged = await self._send(record, body, times=3 if Mischief.CONCURRENT in mischief else 1)
+            delivered.set()
             if acknowledged:
                 break
             await self._until(sent_at + self._every)
-        if Mischief.REORDERED in how:
+        if Mischief.REORDERED in mischief:
             await self._send(record, self._gateway.notification(record, at=-math.inf))
-        if Mischief.DUPLICATED in how:
+        if Mischief.DUPLICATED in mischief:
             await self._send(record, body)
-        if Mischief.REPLAYED in how:
+        if Mischief.REPLAYED in mischief:
             await self._until(self._gateway.now() + self._every)
             await self._send(record, body)
         self._ended += 1
@@ -207,19 +200,19 @@ class Notifier:
                 await self._gateway.advanced.wait()
 
     async def _send(self, record: Record, body: bytes, *, times: int = 1, forged: bool = False) -> bool:
-        """POST ``body``, ``times`` side by side; whether one of them was acknowledged."""
+        """POST ``body`` ``times`` times at once; return whether one was acknowledged."""
         deliveries: list[Delivery] = []
 
         async def send() -> None:
             async with self._slots:
-                answer = await post(self._transport, record.application.notify_url, body, self._patience)
+                response = await post(self._transport, record.application.notify_url, body, self._patience)
             delivery = Delivery(
                 no_refund=record.application.no_refund,
                 at=self._gateway.now(),
                 body=body,
                 forged=forged,
-                status=None if answer is None else answer.status,
-                acknowledged=is_acknowledged(answer),
+                status=None if response is None else response.status,
+                acknowledged=is_acknowledged(response),
             )
             deliveries.append(delivery)
             self._on_delivery(delivery)
@@ -231,8 +224,8 @@ class Notifier:
         return any(delivery.acknowledged for delivery in deliveries)
 
 
-async def post(transport: Transport, url: str, body: bytes, patience: float = PATIENCE) -> HttpResponse | None:
-    """What a merchant's server answers to a notification; None if it does not within ``patience`` seconds."""
+async def post(transport: Transport, url: str, body: bytes, patience: float = _PATIENCE) -> HttpResponse | None:
+    """POST a notification; return the response, or None if there is none within ``patience`` seconds."""
     with anyio.move_on_after(patience):
         delivery = await transport.post(url, body, patience)
         if isinstance(delivery, HttpResponse):
@@ -240,12 +233,12 @@ async def post(transport: Transport, url: str, body: bytes, patience: float = PA
     return None
 
 
-def is_acknowledged(answer: HttpResponse | None) -> bool:
-    """Whether a merchant's server has taken the notification."""
-    if answer is None or answer.status != 200:
+def is_acknowledged(response: HttpResponse | None) -> bool:
+    """Whether a response acknowledges a notification."""
+    if response is None or response.status != 200:
         return False
     try:
-        return wire.decode(answer.body).get("ret_code") == "0000"
+        return wire.decode(response.body).get("ret_code") == "0000"
     except MalformedMessage:
         return False
 
@@ -253,12 +246,12 @@ def is_acknowledged(answer: HttpResponse | None) -> bool:
 # ── forgeries ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _with(**changes: Callable[[str], str]) -> Callable[[bytes, SandboxGateway], bytes]:
-    """Some fields changed, under the signature of the others."""
+def _with(name: str, change: Callable[[str], str]) -> Callable[[bytes, SandboxGateway], bytes]:
+    """Return a forger that changes one field and keeps the signature."""
 
     def forge(body: bytes, _gateway: SandboxGateway) -> bytes:
         fields = wire.decode(body)
-        return wire.encode({**fields, **{name: change(fields[name]) for name, change in changes.items()}})
+        return wire.encode({**fields, name: change(fields[name])})
 
     return forge
 
@@ -269,15 +262,14 @@ def _unsigned(body: bytes, _gateway: SandboxGateway) -> bytes:
 
 def _signed_by_the_merchant(body: bytes, gateway: SandboxGateway) -> bytes:
     fields = wire.decode(body)
-    key: SigningKey = gateway.merchant_key
-    return wire.encode({**fields, "sign": key.sign(signature_source(fields))})
+    return wire.encode({**fields, "sign": gateway.merchant_key.sign(signature_source(fields))})
 
 
 _FORGERIES: Final = (
-    _with(sta_refund=lambda status: "3" if status == "2" else "2"),
-    _with(money_refund=lambda money: wire.format_money(Decimal(money) + 1)),
-    _with(no_refund=lambda number: f"{number}-2"),
-    _with(sign=str.swapcase),
+    _with("sta_refund", lambda status: "3" if status == "2" else "2"),
+    _with("money_refund", lambda money: wire.format_money(Decimal(money) + 1)),
+    _with("no_refund", lambda number: f"{number}-2"),
+    _with("sign", str.swapcase),
     _unsigned,
     _signed_by_the_merchant,
 )

@@ -1,7 +1,7 @@
-"""What LianLian's pages demand of a request: a readable body, a known merchant's signature, the form of each field.
+"""The rules of LianLian's pages for a request: a readable body, a merchant's signature, the form of each field.
 
-The rules are written down here a second time on purpose. A sandbox that took them from ``models`` would find
-every mistake of ``models`` right. All of it is pure; a broken rule raises :class:`~.answers.Refusal`.
+They repeat the rules of ``models`` on purpose: a sandbox that imported those would accept every mistake in them.
+A request that breaks a rule raises :class:`~.answers.Refusal`. No function here does I/O.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _CONTENT_TYPE: Final = re.compile(r'application/json(;charset="?utf-8"?)?')
 
 
 def read_body(content_type: str, body: bytes) -> dict[str, str]:
-    """The fields of a request: JSON in UTF-8, one flat object of strings (9002 otherwise).
+    """Read the fields of a request: a flat JSON object of strings in UTF-8, else 9002.
 
-    A null is as good as absent. A number is refused: both pages give every field the type String.
+    null counts as absent. A number is refused: both pages give every field the type String.
     """
     if not _CONTENT_TYPE.fullmatch(content_type.replace(" ", "").lower()):
         raise Refusal("9002")
@@ -36,29 +36,28 @@ def read_body(content_type: str, body: bytes) -> dict[str, str]:
         fields = wire.decode(body)
     except MalformedMessage:
         raise Refusal("9002") from None
-    as_sent = json.loads(body, parse_int=float)  # float: an int of too many digits would be an error
+    as_sent = json.loads(body, parse_int=float)  # int() would raise for too many digits
     if fields != {name: value for name, value in as_sent.items() if value is not None}:
         raise Refusal("9002")
     return fields
 
 
 def authenticate(fields: Mapping[str, str], keys: Mapping[str, VerifyingKey]) -> str:
-    """The merchant number of a request that this merchant signed: 3001 for a stranger, 1001 for a wrong signature."""
+    """Return the merchant number of a signed request: 3001 for an unknown merchant, 1001 for a wrong signature."""
     _check(fields, {"oid_partner": _at_most(18)})
     key = keys.get(fields["oid_partner"])
     if key is None:
         raise Refusal("3001")
     _check(fields, {"sign_type": lambda text: text == "RSA", "sign": bool})
-    # Fields that no page knows count too: whoever adds one has to sign it.
+    # The signature covers fields that are not documented, too.
     if not key.verify(signature_source(fields), fields["sign"]):
         raise Refusal("1001")
     return fields["oid_partner"]
 
 
 def read_application(oid_partner: str, fields: Mapping[str, str], *, domestic: bool) -> Application:
-    """The refund that is applied for; 1004 names the first parameter that breaks a rule of the apply page."""
-    _check(fields, _APPLY)
-    _check_optional(fields, _APPLY_OPTIONAL)
+    """Read an apply request; 1004 names the first parameter that breaks a rule of the apply page."""
+    _check(fields, _APPLY, _APPLY_OPTIONAL)
     if not fields.get("no_order") and not fields.get("oid_paybill"):
         raise Refusal("1004", "no_order")
     return Application(
@@ -76,16 +75,13 @@ def read_application(oid_partner: str, fields: Mapping[str, str], *, domestic: b
 
 
 def read_question(oid_partner: str, fields: Mapping[str, str]) -> Question:
-    """The refund that is asked about; 1004 names the first parameter that breaks a rule of the query page."""
-    _check(fields, _QUERY)
-    _check_optional(fields, _QUERY_OPTIONAL)
-    if not fields.get("no_refund") and not fields.get("oid_refundno"):
+    """Read a query; 1004 names the first parameter that breaks a rule of the query page."""
+    _check(fields, _QUERY, _QUERY_OPTIONAL)
+    no_refund, oid_refundno = fields.get("no_refund", ""), fields.get("oid_refundno", "")
+    if not (no_refund or oid_refundno):
         raise Refusal("1004", "no_refund")
     return Question(
-        oid_partner=oid_partner,
-        dt_refund=fields["dt_refund"],
-        no_refund=fields.get("no_refund", ""),
-        oid_refundno=fields.get("oid_refundno", ""),
+        oid_partner=oid_partner, dt_refund=fields["dt_refund"], no_refund=no_refund, oid_refundno=oid_refundno
     )
 
 
@@ -112,7 +108,7 @@ def _is_url(text: str) -> bool:
     return len(text) <= 128 and text.startswith(("http://", "https://"))
 
 
-_Rules = Mapping[str, Callable[[str], bool]]
+_Rules = dict[str, Callable[[str], bool]]
 
 _APPLY: Final[_Rules] = {
     "no_refund": _at_most(32),
@@ -134,13 +130,9 @@ _QUERY_OPTIONAL: Final[_Rules] = {
 }
 
 
-def _check(fields: Mapping[str, str], rules: _Rules) -> None:
-    for name, holds in rules.items():
+def _check(fields: Mapping[str, str], required: _Rules, optional: _Rules | None = None) -> None:
+    """Check the form of each field; an empty field counts as absent, as in the signature source."""
+    for name, holds in (required | (optional or {})).items():
         text = fields.get(name)
-        if not text or not holds(text):
+        if not holds(text) if text else name in required:
             raise Refusal("1004", name)
-
-
-def _check_optional(fields: Mapping[str, str], rules: _Rules) -> None:
-    # An empty field is as good as absent: the signature leaves both out.
-    _check(fields, {name: rule for name, rule in rules.items() if fields.get(name)})
