@@ -58,7 +58,7 @@ async def test_the_session_is_under_its_key(tmp_path):
     assert gateway.requests == {"apply": 1}
 
 
-async def test_a_part_of_an_application_finds_the_session_of_the_whole():
+async def test_subapplication_finds_the_session_of_its_parent():
     """A subapplication needs none of its own."""
     gateway = sandbox()
     whole, part = web.Application(), service()
@@ -91,7 +91,7 @@ async def test_a_closed_session_is_a_clear_error():
         await app[SESSION].apply_refund(refund_request())
 
 
-async def test_notifications_have_their_handler(handler):
+async def test_notifications_reach_the_endpoint(handler):
     """POST with any content type reaches the endpoint; its answer goes out as it is."""
     session = sandbox().session()
     endpoint = NotificationEndpoint(session.merchant, handler, session=session, allow_from=["127.0.0.0/8", "::1"])
@@ -121,7 +121,7 @@ async def test_the_address_comes_from_the_connection(handler, forwarded, status)
         assert answer.status == status
 
 
-async def test_a_body_without_bounds_is_cut_off_by_the_server(handler):
+async def test_endless_body_is_cut_off(handler):
     """The server itself reads no more than the application allows."""
     app = web.Application()
     app.router.add_post("/", notifications(NotificationEndpoint(sandbox().merchant(), handler)))

@@ -92,7 +92,7 @@ async def test_a_closed_session_is_a_clear_error():
         await session.apply_refund(refund_request())
 
 
-async def test_a_lifespan_of_ones_own_hands_over_the_session():
+async def test_custom_lifespan_provides_the_session():
     """What else it does is its own affair."""
     gateway = sandbox()
 
@@ -107,7 +107,7 @@ async def test_a_lifespan_of_ones_own_hands_over_the_session():
         assert (await http.post("/refunds/1")).json() == "0"
 
 
-async def test_notifications_have_their_route(handler):
+async def test_notifications_route_reaches_the_endpoint(handler):
     """POST to the exact path reaches the endpoint with any content type; the OpenAPI schema does not show it."""
     session = sandbox().session()
     endpoint = NotificationEndpoint(session.merchant, handler, session=session)

@@ -1,1 +1,1 @@
-"""One module for each framework that services are built with; each is imported only by who uses it."""
+"""Integrations: one module for each framework, which only its users import."""

@@ -1,4 +1,4 @@
-"""aiohttp: a session that lives as long as the application, under an application key, and a handler of notifications.
+"""aiohttp: the application's session under an application key, and a handler of notifications.
 
 A complete service::
 
@@ -42,9 +42,9 @@ SESSION: Final = web.AppKey("refund_session", RefundSession)
 
 
 def lifespan(*contexts: AbstractAsyncContextManager[Any]) -> Callable[[web.Application], AsyncGenerator[None]]:
-    """A cleanup context that opens ``contexts`` in their order: a journal, the session on it, an endpoint.
+    """Return a cleanup context that opens ``contexts`` in this order: a journal, its session, an endpoint.
 
-    The session among them is ``app[SESSION]``.
+    ``app[SESSION]`` is the session among them.
     """
 
     async def opened(app: web.Application) -> AsyncGenerator[None]:
@@ -59,7 +59,7 @@ def lifespan(*contexts: AbstractAsyncContextManager[Any]) -> Callable[[web.Appli
 
 
 def get_session(request: web.Request) -> RefundSession:
-    """The session of the application, or of the one that it is part of; ``RuntimeError`` if there is none."""
+    """Return the session of the application or its parent; ``RuntimeError`` if there is none."""
     session: RefundSession | None = request.config_dict.get(SESSION)
     if session is None:
         raise RuntimeError("no RefundSession is open: pass one to app.cleanup_ctx.append(lifespan(...))")
@@ -67,12 +67,12 @@ def get_session(request: web.Request) -> RefundSession:
 
 
 def notifications(endpoint: NotificationEndpoint) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """A handler of POST requests that are notifications for ``endpoint``."""
+    """Return a handler for POST requests that passes notifications to ``endpoint``."""
 
     async def handler(request: web.Request) -> web.Response:
         async def read(limit: int) -> bytes:
             body = bytearray()
-            # A body that ends early, or whose compression is broken, is malformed: the endpoint says so.
+            # The endpoint refuses a body that ends early or is badly compressed as malformed.
             with suppress(ConnectionError, web.RequestPayloadError):
                 while len(body) <= limit and (piece := await request.content.readany()):
                     body += piece

@@ -1,4 +1,4 @@
-"""FastAPI: a session that lives as long as the application, as a dependency, and the route of notifications.
+"""FastAPI: the application's session as a dependency, and the route of notifications.
 
 ::
 
@@ -33,10 +33,9 @@ __all__ = ["Session", "get_session", "lifespan", "notifications"]
 def lifespan(
     *contexts: AbstractAsyncContextManager[Any],
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]:
-    """A lifespan that opens ``contexts`` in their order: a journal, the session on it, an endpoint.
+    """Return a lifespan that opens ``contexts`` in this order: a journal, its session, an endpoint.
 
-    The session among them is what :data:`Session` stands for. A lifespan of your own yields the same by
-    ``yield {"refund_session": session}``.
+    :data:`Session` is the session among them. Your own lifespan can ``yield {"refund_session": session}`` instead.
     """
 
     @asynccontextmanager
@@ -49,7 +48,7 @@ def lifespan(
 
 
 def get_session(connection: HTTPConnection) -> RefundSession:
-    """The application's session; ``RuntimeError`` if its lifespan opened none."""
+    """Return the application's session; ``RuntimeError`` if its lifespan opened none."""
     session: RefundSession | None = getattr(connection.state, "refund_session", None)
     if session is None:
         raise RuntimeError(
@@ -59,9 +58,9 @@ def get_session(connection: HTTPConnection) -> RefundSession:
 
 
 Session = Annotated[RefundSession, Depends(get_session)]
-"""A parameter of this type is the application's session."""
+"""Type of a parameter that receives the application's session."""
 
 
 def notifications(endpoint: NotificationEndpoint, path: str) -> APIRouter:
-    """A router with ``endpoint`` at ``path``, outside of the OpenAPI schema: only LianLian calls it."""
+    """Return a router with ``endpoint`` at ``path``; it is not in the OpenAPI schema, since only LianLian calls it."""
     return APIRouter(routes=[Route(path, endpoint, include_in_schema=False)])
