@@ -79,19 +79,19 @@ def test_every_refund_of_a_file_is_made(env, gateway, file, journal):
     assert journal.exists()
 
 
-def test_the_same_command_again_sends_nothing(env, gateway, file, journal):
+def test_second_run_sends_nothing(env, gateway, file, journal):
     """A second run says what it found, answers from the journal, and has the same exit code."""
     run("batch", file, "--yes", env=env)
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 0
-    assert again.stderr == f"journal {journal}: 0 of these refunds are new, 10 resolved, 0 open\n"
+    assert again.stderr == f"journal {journal}: 0 new, 10 resolved, 0 open\n"
     assert again.json["outcomes"]["made"] == {"refunds": 10, "yuan": "100.00"}
     assert (again.json["attempts"], again.json["queries"], again.json["known_from_journal"]) == (0, 0, 10)
     assert again.json["found"] == {"new": 0, "resolved": 10, "open": 0}
     assert gateway.requests["apply"] == 10
 
 
-def test_stdin_and_a_journal_elsewhere(env, gateway, file, tmp_path):
+def test_batch_from_stdin(env, gateway, file, tmp_path):
     """What is piped in is made, on record in the journal that was named."""
     journal = tmp_path / "elsewhere"
     ended = run("batch", "-", "--yes", "--journal", journal, env=env, stdin=file.read_text())
@@ -100,14 +100,14 @@ def test_stdin_and_a_journal_elsewhere(env, gateway, file, tmp_path):
     assert books(gateway) == once(10)
 
 
-def test_what_is_known_is_not_paced(env, file):
+def test_rate_does_not_delay_refunds_in_the_journal(env, file):
     """--rate holds back what causes traffic: a file that is all in the journal is done at once."""
     assert run("batch", file, "--yes", "--rate", "1000", env=env).exit_code == 0
     again = run("batch", file, "--yes", "--rate", "0.001", "--json", env=env)
     assert again.json["known_from_journal"] == 10
 
 
-def test_a_terminal_shows_how_it_goes(env, file):
+def test_terminal_shows_progress_of_batch(env, file):
     """On a terminal there is a live line: the rate, what ended how, and what is to do."""
     ended = run("batch", file, "--yes", "--json", env=env | {"FORCE_COLOR": "1", "COLUMNS": "200"})
     assert "10 made  0 rejected  0 unknown  0 to do" in ended.stderr
@@ -115,7 +115,7 @@ def test_a_terminal_shows_how_it_goes(env, file):
 
 
 @pytest.mark.parametrize("name", ["results.jsonl", "results.CSV"])
-def test_results_have_one_line_for_each_refund(env, file, tmp_path, name):
+def test_out_has_one_line_for_each_refund(env, file, tmp_path, name):
     """--out holds what became of each refund, in Chinese too, also where the journal knew it."""
     out = tmp_path / name
     write_csv(file, [refund(1), refund(2, money_refund="1000.01"), refund(3)])
@@ -142,7 +142,7 @@ def test_some_rejected_exits_3(env, file):
     assert ended.exit_code == 3
     assert ended.json["outcome"] == "rejected"
     assert ended.json["outcomes"]["rejected"] == {"refunds": 2, "yuan": "3000.01"}
-    assert ended.json["refusals"] == [{"ret_code": "5003", "refunds": 2}]
+    assert ended.json["rejections"] == [{"ret_code": "5003", "refunds": 2}]
     again = run("batch", file, "--yes", env=env)
     assert "│ 5003     │ 2       │ refund amount does not fit the original │" in again.stdout
 
@@ -165,16 +165,16 @@ def test_some_unknown_exits_4(env, gateway, file, journal):
     ended = run("batch", file, "--yes", *SHORT, env=env)
     assert ended.exit_code == 4
     assert "│ unknown  │ 1 " in ended.stdout
-    assert "can be asked about again from 20" in ended.stderr
+    assert "unknown refunds can be resolved from 20" in ended.stderr
     gateway._plan._scripted.clear()
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 3
-    assert again.stderr == f"journal {journal}: 0 of these refunds are new, 2 resolved, 1 open\n"
+    assert again.stderr == f"journal {journal}: 0 new, 2 resolved, 1 open\n"
     assert (again.json["attempts"], again.json["queries"]) == (0, 1)
     assert books(gateway) == {"R-1": 1, "R-2": 1}
 
 
-def test_what_is_unknown_can_be_waited_for(env, gateway, file):
+def test_wait_unknown_resolves_unknown_refunds(env, gateway, file):
     """--wait-unknown asks again when that can decide, and nothing stays unknown."""
     gateway.script(Fault.LATE, call="apply", delay=3600.0)  # the gateway never hears of it
     ended = run("batch", file, "--yes", "--json", "--wait-unknown", *SHORT, env=env)
@@ -183,7 +183,7 @@ def test_what_is_unknown_can_be_waited_for(env, gateway, file):
     assert books(gateway) == once(10)
 
 
-def test_a_gateway_that_is_not_there_exits_1(gateway, file):
+def test_unreachable_gateway_exits_1(gateway, file):
     """Where nothing listens, all are certainly not sent: exit code 1, to be run again."""
     nowhere = environment(gateway, "http://127.0.0.1:9")
     ended = run("batch", file, "--yes", "--json", env=nowhere)
@@ -192,7 +192,7 @@ def test_a_gateway_that_is_not_there_exits_1(gateway, file):
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_our_own_fault_stops_the_batch(env, gateway, file, as_json):
+def test_rejected_configuration_stops_the_batch(env, gateway, file, as_json):
     """A rejection that would meet every refund ends the batch at once: exit code 3, and the cure is told."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, skip=2, times=1000)
     ended = run("batch", file, "--yes", "--concurrency", "1", *(["--json"] if as_json else []), env=env)
@@ -225,7 +225,7 @@ def test_a_wrong_gateway_key_stops_the_batch(env, gateway, tmp_path, stranger_ke
     assert books(gateway) == once(60)
 
 
-def test_it_goes_on_if_it_is_told_to(env, gateway, file):
+def test_keep_going_continues_after_rejected_configuration(env, gateway, file):
     """--keep-going sends the others all the same."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE)
     ended = run("batch", file, "--yes", "--json", "--keep-going", "--concurrency", "1", env=env)
@@ -233,7 +233,7 @@ def test_it_goes_on_if_it_is_told_to(env, gateway, file):
     assert ended.json["outcomes"]["made"]["refunds"] == 9
 
 
-def test_unknown_outweighs_a_batch_that_was_stopped(env, gateway, file):
+def test_stopped_batch_with_unknown_refund_exits_4(env, gateway, file):
     """What may have been made is the gravest, also where the batch was stopped."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, no_refund="R-1")
     gateway.script(Fault.NO_ANSWER, times=1000)
@@ -242,7 +242,7 @@ def test_unknown_outweighs_a_batch_that_was_stopped(env, gateway, file):
     assert ended.json["outcomes"]["unknown"]["refunds"] == 1
 
 
-def test_a_journal_that_is_in_use_exits_1(env, gateway, file):
+def test_journal_in_use_with_no_wait_exits_1(env, gateway, file):
     """Two runs at the same time: the second one is refused, and sends nothing."""
     gateway.script(Fault.NO_ANSWER)
     process = start("batch", file, "--yes", "--concurrency", "1", env=env)
@@ -255,7 +255,7 @@ def test_a_journal_that_is_in_use_exits_1(env, gateway, file):
     end(process, env)
 
 
-def test_a_journal_that_goes_away_ends_the_batch(gateway, file, journal):
+def test_removed_journal_ends_the_batch(gateway, file, journal):
     """When the journal can no longer be written, nothing more is sent; what was sent is unknown: exit code 4."""
 
     async def thief(scope, receive, send):
@@ -273,7 +273,7 @@ def test_a_journal_that_goes_away_ends_the_batch(gateway, file, journal):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
-def test_results_that_cannot_be_written_exit_1(env, gateway, file):
+def test_unwritable_out_exits_1(env, gateway, file):
     """A full disk under --out is told, and the journal knows all that was made."""
     ended = run("batch", file, "--yes", "--json", "--out", "/dev/full", env=env)
     assert ended.exit_code == 1
@@ -282,14 +282,14 @@ def test_results_that_cannot_be_written_exit_1(env, gateway, file):
     assert books(gateway) == once(10)
 
 
-def test_keys_that_cannot_be_used_exit_2(env, file):
+def test_invalid_keys_exit_2(env, file):
     """A wrong configuration sends nothing, and is told as anywhere."""
     ended = run("batch", file, "--yes", env=env | {"LIANLIAN_GATEWAY_PUBLIC_KEYS": "AAAA"})
     assert ended.exit_code == 2
     assert ended.stderr.startswith("configuration error: ")
 
 
-def test_an_interruption_before_anything_was_begun(gateway, file):
+def test_interruption_before_the_first_refund(gateway, file):
     """Ctrl-C at the very beginning ends with an honest summary: all is to do."""
     with interruption(loops=1):  # the first loop only looks into the journal
         ended = run("batch", file, "--yes", "--json", env=environment(gateway, "http://127.0.0.1:9"))
@@ -298,9 +298,9 @@ def test_an_interruption_before_anything_was_begun(gateway, file):
     assert ended.stderr.startswith("up to 0 more may have been made")
 
 
-def test_a_batch_that_is_not_complete_is_not_called_made():
+def test_incomplete_batch_is_not_made():
     """Exit code 0 is only for a batch of which every refund has ended."""
-    assert (Totals(0).ending(), Totals(1).ending()) == (MADE, NOT_SENT)
+    assert (Totals(0).exit_outcome(), Totals(1).exit_outcome()) == (MADE, NOT_SENT)
 
 
 # ── processes that die ───────────────────────────────────────────────────────────────────────────
@@ -314,7 +314,7 @@ def start_until_stuck(gateway, file, env, *, sent, stuck, when=When.AFTER):
     return process
 
 
-def test_a_second_interruption_does_not_disturb_the_end():
+def test_second_interruption_does_not_disturb_the_shutdown():
     """Within the event loop only the first Ctrl-C interrupts, so that what it ends can end in good order."""
     ended = []
 
@@ -333,7 +333,7 @@ def test_a_second_interruption_does_not_disturb_the_end():
     assert ended == ["in good order"]
 
 
-def test_a_batch_that_ends_before_all_is_told_is_an_error():
+def test_batch_with_missing_outcomes_is_an_error():
     """A normal end needs an outcome for each refund of the file."""
     Totals(0).check_complete()
     with pytest.raises(LianLianError, match="the batch ended with 247 refunds to do"):
@@ -341,7 +341,7 @@ def test_a_batch_that_ends_before_all_is_told_is_an_error():
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 3])
-def test_an_interrupted_batch_carries_on(env, gateway, file, numbers):
+def test_interrupted_batch_continues_in_the_next_run(env, gateway, file, numbers):
     """Ctrl-C and SIGTERM, also repeated, end it in good order with 130; the next run asks about what was under way."""
     process = start_until_stuck(gateway, file, env, sent=3, stuck=2)
     for number in numbers:
@@ -351,14 +351,14 @@ def test_an_interrupted_batch_carries_on(env, gateway, file, numbers):
     assert ended.exit_code == 130
     assert ended.json["outcome"] == "interrupted"
     assert ended.json["outcomes"]["made"]["refunds"] == 3
-    assert ended.stderr == "up to 2 more may have been made: run the same command again, it carries on\n"
+    assert ended.stderr == "up to 2 more may have been made: run the same command again to resolve them\n"
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.json["found"] == {"new": 5, "resolved": 3, "open": 2}
     assert (again.json["attempts"], again.json["queries"]) == (5, 2)
     assert books(gateway) == once(10)
 
 
-def test_a_batch_that_was_killed_makes_every_refund_once(env, gateway, tmp_path):
+def test_killed_batch_makes_every_refund_once(env, gateway, tmp_path):
     """SIGKILL at three moments, and run again each time: in the gateway's books every refund stands once."""
     file = refunds(tmp_path / "refunds.csv", 60)
     for sent, when in ((5, When.AFTER), (17, When.BEFORE), (11, When.AFTER)):
@@ -372,7 +372,7 @@ def test_a_batch_that_was_killed_makes_every_refund_once(env, gateway, tmp_path)
     assert books(gateway) == once(60)
 
 
-def test_a_batch_of_processes(tmp_path):
+def test_batch_and_sandbox_as_processes(tmp_path):
     """``lianlian sandbox`` and ``lianlian batch``, each a process of its own: a file in, a file of results out."""
     env_file, out = tmp_path / "sandbox.env", tmp_path / "results.jsonl"
     sandbox = start("sandbox", "--env-file", env_file)

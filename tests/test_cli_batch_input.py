@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import closing
 from decimal import Decimal
 
 import anyio
@@ -109,7 +110,7 @@ def test_an_empty_file_holds_nothing(nowhere, file):
         assert run("batch", file, "--dry-run", "--json", env=nowhere).json["refunds"] == 0
 
 
-def test_what_the_session_adds_by_itself_may_stand_in_the_file(nowhere, file, gateway):
+def test_signature_and_partner_columns_are_accepted(nowhere, file, gateway):
     """A signature is ignored and the merchant's number is compared: requests from a log can be sent again."""
     mine = {"oid_partner": gateway.oid_partner, "sign_type": "RSA", "sign": "x"}
     write_csv(file, [refund(1) | mine, refund(2) | mine | {"oid_partner": "201304121000001004"}])
@@ -119,7 +120,7 @@ def test_what_the_session_adds_by_itself_may_stand_in_the_file(nowhere, file, ga
     ]
 
 
-def test_columns_can_have_names_of_their_own(nowhere, tmp_path):
+def test_map_renames_columns(nowhere, tmp_path):
     """--map reads a field from another column, also if one has the field's own name; others can be ignored."""
     rows = [{"number": "R-1", "Yuan": "1.00", "no_order": "x" * 99, "order": "O-1", "customer": "王"}]
     options = ("--map", "no_refund=number", "--map", "money_refund=Yuan", "--map", "no_order=order")
@@ -127,20 +128,20 @@ def test_columns_can_have_names_of_their_own(nowhere, tmp_path):
     for file in (write_csv(tmp_path / "a.csv", rows), write_lines(tmp_path / "a.jsonl", rows)):
         ended = run("batch", file, *options, "--ignore-unknown", env=nowhere)
         assert ended.exit_code == 2
-        assert "no_order stands in more than one column" in ended.stderr
+        assert "more than one column holds no_order" in ended.stderr
         del rows[0]["no_order"]
         again = write_csv(file, rows) if file.suffix == ".csv" else write_lines(file, rows)
         assert run("batch", again, *options, "--ignore-unknown", env=nowhere).json["yuan"] == "1.00"
-        assert "column 'customer' is no field of a refund" in run("batch", again, *options, env=nowhere).stderr
+        assert "column 'customer' is not a refund field" in run("batch", again, *options, env=nowhere).stderr
         rows[0]["no_order"] = "x"
 
 
-def test_a_chinese_table_names_its_encoding(nowhere, file):
+def test_encoding_option_reads_gb18030(nowhere, file):
     """Bytes that are not UTF-8 are refused with their line, and read once their encoding is said."""
     write_csv(file, [refund(1, no_order="订单-1")], encoding="gb18030")
     ended = run("batch", file, "--dry-run", env=nowhere)
     assert ended.exit_code == 2
-    assert "line 2: is not utf-8: say --encoding, such as gb18030" in ended.stderr
+    assert "line 2: not utf-8; name its encoding: --encoding gb18030" in ended.stderr
     assert run("batch", file, "--dry-run", "--encoding", "gb18030", env=nowhere).exit_code == 0
 
 
@@ -162,26 +163,26 @@ def test_invalid_lines_are_listed_and_nothing_is_sent(env, gateway, file):
     assert not gateway.requests
 
 
-def test_line_numbers_are_those_of_an_editor(nowhere, file):
+def test_line_numbers_count_every_line_of_the_file(nowhere, file):
     """Blank lines and line breaks within quotes count."""
     header = "no_refund,dt_refund,money_refund,no_order,note\n"
     file.write_text(f'{header}R-1,20261122020000,1.00,O-1,"two\nlines"\n\nR-2,20261122020000,1.00,O-2\nR-3,x,1,O,\n')
     ended = run("batch", file, "--json", "--ignore-unknown", env=nowhere)
     assert [line for line, _ in problems(ended)] == [5, 6]
-    assert problems(ended)[0][1] == "has 4 cells, the header has 5"
+    assert problems(ended)[0][1] == "has 4 cells, but the header has 5"
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("no_refund,money_refund,money_refund\n", "line 1: money_refund stands in more than one column"),
-        ("no_refund,mony_refund\n", "line 1: column 'mony_refund' is no field of a refund"),
+        ("no_refund,money_refund,money_refund\n", "line 1: more than one column holds money_refund"),
+        ("no_refund,mony_refund\n", "line 1: column 'mony_refund' is not a refund field"),
         ('no_refund\nR-1\n"R-2\nR-3\n', "line 3: unexpected end of data"),
         ('no_refund\n"R"-1\n', "line 2: ',' expected after '\"'"),
-        ('[{"no_refund": "R-1"}]', "line 1: JSON Lines has one object on each line"),
+        ('[{"no_refund": "R-1"}]', "line 1: a JSON array; JSON Lines has one object on each line"),
     ],
 )
-def test_what_makes_all_lines_doubtful_is_refused_as_a_whole(nowhere, tmp_path, text, problem):
+def test_unreadable_file_is_refused_despite_skip_invalid(nowhere, tmp_path, text, problem):
     """A header that is not clear, or a quote without an end, is refused even with --skip-invalid."""
     file = tmp_path / ("a.json" if text.startswith("[") else "a.csv")
     file.write_text(text)
@@ -191,7 +192,7 @@ def test_what_makes_all_lines_doubtful_is_refused_as_a_whole(nowhere, tmp_path, 
 
 
 @pytest.mark.parametrize("line", ["no json", "[1]", '{"no_refund": ["R"]}', '{"no_refund": "R", "no_refund": "S"}'])
-def test_lines_of_json_stand_each_for_themselves(nowhere, tmp_path, line):
+def test_invalid_json_line_does_not_affect_other_lines(nowhere, tmp_path, line):
     """What is not a flat object is named by its line, and the others are read."""
     file = tmp_path / "a.jsonl"
     file.write_text(f"{json.dumps(refund(1))}\n{line}\n{json.dumps(refund(2) | {'mony': '1'})}\n")
@@ -200,17 +201,17 @@ def test_lines_of_json_stand_each_for_themselves(nowhere, tmp_path, line):
     assert ended.json["refunds"] == 1
 
 
-def test_a_number_stands_for_one_refund(env, gateway, file):
+def test_repeated_no_refund_must_have_the_same_content(env, gateway, file):
     """One number with two contents is refused on both lines; the same line again is named, and made once."""
     rows = [refund(1), refund(1, money_refund="10"), refund(2), refund(2, money_refund="9.00"), refund(2)]
     write_csv(file, [*rows, refund(3), refund(3, oid_paybill="20261122")])
     ended = run("batch", file, "--yes", "--json", env=env)
     assert problems(ended) == [
-        (5, "no_refund R-2 stands on line 4 with another money_refund"),
-        (4, "no_refund R-2 stands on line 5 with another money_refund"),
-        (6, "no_refund R-2 stands for several refunds, see line 4"),
-        (8, "no_refund R-3 stands on line 7 with another oid_paybill"),
-        (7, "no_refund R-3 stands on line 8 with another oid_paybill"),
+        (5, "no_refund R-2 has a different money_refund on line 4"),
+        (4, "no_refund R-2 has a different money_refund on line 5"),
+        (6, "no_refund R-2 is used for different refunds, see line 4"),
+        (8, "no_refund R-3 has a different oid_paybill on line 7"),
+        (7, "no_refund R-3 has a different oid_paybill on line 8"),
     ]
     assert ended.json["remarks"] == [{"line": 3, "remark": "repeats line 2: refund R-1 is made once"}]
     assert not gateway.requests
@@ -218,13 +219,13 @@ def test_a_number_stands_for_one_refund(env, gateway, file):
     assert [record.application.no_refund for record in gateway.refunds] == ["R-1"]
 
 
-def test_somebody_has_to_say_where_notifications_go(nowhere, file):
+def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
     """Without a notify_url in the row or of the merchant, the row is invalid."""
     del nowhere["LIANLIAN_NOTIFY_URL"]
     write_csv(file, [refund(1), refund(2, notify_url="https://shop.example/refund")])
     ended = run("batch", file, "--json", env=nowhere)
     assert [line for line, _ in problems(ended)] == [2]
-    assert problems(ended)[0][1].startswith("notify_url: is required, in the file or for the merchant")
+    assert problems(ended)[0][1].startswith("notify_url: required in the file or for the merchant")
 
 
 @pytest.mark.parametrize(
@@ -232,27 +233,27 @@ def test_somebody_has_to_say_where_notifications_go(nowhere, file):
     [
         (("--map", "mony=x"), "must be FIELD=COLUMN"),
         (("--map", "no_order"), "must be FIELD=COLUMN"),
-        (("--map", "no_order=a", "--map", "no_order=b"), "a field has one column"),
-        (("--map", "no_order=a", "--map", "oid_paybill=a"), "a field has one column"),
+        (("--map", "no_order=a", "--map", "no_order=b"), "map each field and each column only once"),
+        (("--map", "no_order=a", "--map", "oid_paybill=a"), "map each field and each column only once"),
         (("--map", "notify_url=hook"), "no such column: hook"),
         (("--encoding", "klingon"), "klingon"),
         (("--dt-refund", "yesterday"), "14 digits"),
         (("--max-total", "much"), "decimal number"),
-        (("--max-total", "9.99", "--yes"), "10.00 yuan in all is more than --max-total 9.99; nothing was sent"),
+        (("--max-total", "9.99", "--yes"), "sum 10.00 yuan exceeds --max-total 9.99; nothing was sent"),
         (("--rate", "0"), "--rate"),
-        ((), "there is no terminal to ask on: say --yes"),
+        ((), "no terminal to ask for confirmation: use --yes"),
         (("--queue", "elsewhere"), "must be a URL"),
-        (("--queue",), "must be a URL, postgresql://…, here or in LIANLIAN_DSN"),
+        (("--queue",), "must be a URL postgresql://…, here or in LIANLIAN_DSN"),
         (("--queue", "postgresql://[::1"), "not a PostgreSQL URL"),
-        (("--queue", "postgresql://db/", "--rate", "1", "--keep-going"), "--rate, --keep-going would do nothing"),
-        (("--queue", "postgresql://me:s3cret@db/"), "a password must not stand on the command line"),
-        (("--journal", "postgresql://db/?password=s3cret"), "a password must not stand on the command line"),
-        (("--journal", "mysql://me:s3cret@db/"), "must be a path, or a URL postgresql://…"),
+        (("--queue", "postgresql://db/", "--rate", "1", "--keep-going"), "cannot be used with --rate, --keep-going"),
+        (("--queue", "postgresql://me:s3cret@db/"), "other processes can read a password on the command line"),
+        (("--journal", "postgresql://db/?password=s3cret"), "other processes can read a password on the command line"),
+        (("--journal", "mysql://me:s3cret@db/"), "must be a path or a URL postgresql://…"),
         (("--out", "refunds.csv"), "is the input, its receipt or the journal"),
-        (("--out", "refunds.csv.journal"), "is the input, its receipt or the journal"),
+        (("--out", "refunds.csv.receipt"), "is the input, its receipt or the journal"),
     ],
 )
-def test_options_that_cannot_be(nowhere, file, monkeypatch, options, hint):
+def test_invalid_options_are_usage_errors(nowhere, file, monkeypatch, options, hint):
     """What makes no sense, or would be a danger, is a usage error; secrets are not repeated."""
     monkeypatch.chdir(file.parent)
     write_csv(file, [refund(1)])
@@ -262,7 +263,7 @@ def test_options_that_cannot_be(nowhere, file, monkeypatch, options, hint):
     assert "s3cret" not in ended.stderr
 
 
-def test_results_are_not_written_over_another_name_of_the_input(nowhere, file):
+def test_out_cannot_be_a_hard_link_to_the_input(nowhere, file):
     """A hard link to the input is the input."""
     write_csv(file, [refund(1)])
     file.with_name("results.csv").hardlink_to(file)
@@ -270,16 +271,16 @@ def test_results_are_not_written_over_another_name_of_the_input(nowhere, file):
     assert file.stat().st_size > 40
 
 
-def test_a_full_disk_is_told_while_checking():
+def test_full_disk_while_checking_is_an_error():
     """Where the temporary file cannot grow, nothing is sent, and the cure is named."""
-    with Checked(None, derive=False, dt_refund=None) as checked:
+    with closing(Checked(None, derive=False, dt_refund=None)) as checked:
         checked._file.execute("PRAGMA max_page_count = 5")
 
         def add_many():
             for number in range(10_000):
                 checked.add(Row(number, refund(number)))
 
-        with pytest.raises(LianLianError, match="temporary file: database or disk is full; SQLITE_TMPDIR names"):
+        with pytest.raises(LianLianError, match="temporary file: database or disk is full; set SQLITE_TMPDIR"):
             add_many()
 
 
@@ -294,7 +295,7 @@ def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
     first = run("batch", write_csv(file, rows), *options, env=env)
     assert first.exit_code == 0
     assert first.json["remarks"] == [
-        {"line": 3, "remark": "the same order and amount as line 2: taken for a refund of its own"}
+        {"line": 3, "remark": "same order and amount as line 2: counted as another refund"}
     ]
     again = run("batch", write_csv(file, [row | {"oid_paybill": "2"} for row in rows]), *options, env=env)
     assert again.json["outcomes"]["conflict"]["refunds"] == 3
@@ -306,7 +307,7 @@ def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
     }
 
 
-def test_another_time_in_the_next_run_is_refused(env, gateway, file):
+def test_derived_number_with_another_dt_refund_is_a_conflict(env, gateway, file):
     """--dt-refund plays no part in the number: another one is a conflict in the journal, not a second refund."""
     write_csv(file, [refund(1, no_refund=None, dt_refund=None)])
     for moment, exit_code in (("20261122020000", 0), ("20261123020000", 1)):
@@ -320,7 +321,7 @@ def test_derived_numbers_never_change():
 
 
 @pytest.mark.parametrize("missing", ["no_order", "money_refund"])
-def test_what_is_not_there_gives_no_number(nowhere, file, missing):
+def test_derive_needs_order_and_amount(nowhere, file, missing):
     """Without order or amount nothing can be derived, and the row is invalid; so is one without a time."""
     ended = run(
         "batch", write_csv(file, [refund(1, no_refund=None, **{missing: ""})]), "--derive", "--json", env=nowhere
@@ -347,7 +348,7 @@ def on_a_terminal(monkeypatch, typed, *arguments, env):
             os.close(ours)
 
 
-def test_a_terminal_is_asked(env, gateway, file, monkeypatch, capsys):
+def test_terminal_must_confirm_before_sending(env, gateway, file, monkeypatch, capsys):
     """Without --yes, the number, the sum and the gateway are shown, and only a yes sends."""
     write_csv(file, [refund(1), refund(2)])
     with pytest.raises(click.Abort):
@@ -360,9 +361,9 @@ def test_a_terminal_is_asked(env, gateway, file, monkeypatch, capsys):
 
 
 @pytest.mark.anyio
-async def test_what_was_checked_comes_out_in_its_order():
+async def test_checked_refunds_keep_their_order():
     """A thousand refunds come out as they went in."""
-    with Checked(None, derive=False, dt_refund=None) as checked:
+    with closing(Checked(None, derive=False, dt_refund=None)) as checked:
         for number in range(1001):
             checked.add(Row(number + 2, refund(number)))
         assert checked.yuan == 10 * checked.count
@@ -397,7 +398,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("column", ["no_refund", "no_order", "oid_paybill"])
 @pytest.mark.parametrize("value", DAMAGED)
-def test_a_damaged_identifier_is_refused_with_its_cure(nowhere, file, column, value):
+def test_damaged_identifier_is_refused(nowhere, file, column, value):
     """What a spreadsheet or a program wrote in place of an identifier is invalid, and how to avoid it is told."""
     ended = run("batch", write_csv(file, [refund(1, **{column: value})]), "--json", env=nowhere)
     [(line, problem)] = problems(ended)
@@ -410,7 +411,7 @@ def test_a_damaged_identifier_is_refused_with_its_cure(nowhere, file, column, va
 @pytest.mark.parametrize(
     "value", ["20261122", "R-1.0", "2026E-001", "12E5", "A#1", "O=1", "O'1", "NULLA", "Jan-R1", "1.5", "订单（2026）01"]
 )
-def test_an_identifier_that_only_resembles_damage_is_taken(nowhere, file, value):
+def test_identifier_similar_to_damage_is_accepted(nowhere, file, value):
     """Order numbers that exist stay refundable."""
     ended = run("batch", write_csv(file, [refund(1, no_order=value)]), "--dry-run", "--json", env=nowhere)
     assert (ended.exit_code, ended.json["remarks"]) == (0, [])
@@ -420,11 +421,11 @@ def test_damage_is_found_before_a_number_is_derived(nowhere, file):
     """--derive makes no number of a damaged order: two orders that became one text would be one."""
     row = refund(1, no_refund=None, no_order="2.02611E+17")
     [(_, problem)] = problems(run("batch", write_csv(file, [row]), "--derive", "--json", env=nowhere))
-    assert problem.startswith("no_order: is a number in scientific notation")
+    assert problem.startswith("no_order: number in scientific notation")
 
 
 @pytest.mark.parametrize("value", ["2026112200010000", "202611220001234000"])
-def test_a_number_that_looks_rounded_is_remarked(nowhere, file, value):
+def test_rounded_number_is_remarked(nowhere, file, value):
     """A spreadsheet keeps 15 digits: longer numbers that end in zeros are pointed out, and sent."""
     rows = [refund(1, no_order=value), refund(2, no_order=value[:-1] + "1"), refund(3, no_order="202611220001000")]
     ended = run("batch", write_csv(file, rows), "--dry-run", "--json", env=nowhere)
@@ -450,12 +451,12 @@ def test_utf_16_is_read(nowhere, tmp_path, encoding, name):
     assert run("batch", tmp_path / name, "--dry-run", "--json", *said, env=nowhere).json["refunds"] == 3000
 
 
-def test_utf_16_without_a_mark_is_suspected(nowhere, file):
+def test_utf_16_without_byte_order_mark_is_suggested(nowhere, file):
     """NUL bytes tell of UTF-16 that has no byte order mark."""
     file.write_bytes("no_refund\n".encode("utf-16-le"))
     ended = run("batch", file, "--dry-run", env=nowhere)
     assert ended.exit_code == 2
-    assert "line 1: holds NUL bytes: it may be UTF-16, say --encoding utf-16-le" in ended.stderr
+    assert "line 1: holds NUL bytes; if it is UTF-16, use --encoding utf-16-le" in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -463,13 +464,13 @@ def test_utf_16_without_a_mark_is_suspected(nowhere, file):
     [
         (
             b"PK\x03\x04\x14\0",
-            "is an Excel workbook (.xlsx) or another zip archive: open it and save it as CSV (UTF-8)",
+            "an Excel workbook (.xlsx) or another zip archive: open it and save it as CSV (UTF-8)",
         ),
-        (b"\xd0\xcf\x11\xe0\xa1\xb1", "is an old Excel workbook (.xls): open it and save it as CSV (UTF-8)"),
-        (b"\x1f\x8b\x08\0", "is compressed with gzip: decompress it first"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Excel workbook (.xls): open it and save it as CSV (UTF-8)"),
+        (b"\x1f\x8b\x08\0", "compressed with gzip: decompress it first"),
     ],
 )
-def test_a_file_that_is_no_text_is_called_what_it_is(nowhere, file, first, reason):
+def test_workbook_or_archive_is_named(nowhere, file, first, reason):
     """A workbook is recognized whatever it is called."""
     file.write_bytes(first + os.urandom(100))
     ended = run("batch", file, "--dry-run", env=nowhere)
@@ -478,7 +479,7 @@ def test_a_file_that_is_no_text_is_called_what_it_is(nowhere, file, first, reaso
 
 
 @pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
-def test_lines_may_end_as_on_any_system(nowhere, file, end):
+def test_every_kind_of_line_end_is_read(nowhere, file, end):
     """Carriage returns alone end lines, too, and line numbers count them."""
     lines = ("no_refund,dt_refund,money_refund,no_order", "R-1,20261122020000,1,O-1", "R-2,x,1,O-2")
     file.write_bytes("".join(line + end for line in lines).encode())
@@ -486,15 +487,15 @@ def test_lines_may_end_as_on_any_system(nowhere, file, end):
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_a_first_line_may_name_the_delimiter(nowhere, file, delimiter):
+def test_sep_line_names_the_delimiter(nowhere, file, delimiter):
     """``sep=;`` is Excel's own habit; it counts as a line."""
     write_csv(file, [refund(1, dt_refund="x")], delimiter=delimiter)
     file.write_bytes(f"sep={delimiter}\r\n".encode() + file.read_bytes())
     assert [line for line, _ in problems(run("batch", file, "--json", env=nowhere))] == [3]
 
 
-def test_a_wrong_encoding_is_found_on_its_line_far_down(nowhere, file):
+def test_wrong_encoding_names_its_line(nowhere, file):
     """The line is told also behind thousands of others."""
     rows = [refund(number) for number in range(5000)]
     write_csv(file, [*rows, refund("x", no_order="订单")], encoding="gb18030")
-    assert "line 5002: is not utf-8" in run("batch", file, "--dry-run", env=nowhere).stderr
+    assert "line 5002: not utf-8" in run("batch", file, "--dry-run", env=nowhere).stderr

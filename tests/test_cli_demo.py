@@ -30,7 +30,7 @@ def test_no_refund_is_made_twice_and_every_outcome_is_true():
     assert report["seconds"] > 0
 
 
-def test_people_get_tables_and_no_progress_where_there_is_no_terminal():
+def test_without_a_terminal_there_is_no_progress():
     """Without trouble all is made, the tables are on stdout, and stderr stays empty."""
     ended = run(*DEMO, "--faults", "0")
     assert ended.exit_code == 0
@@ -55,7 +55,7 @@ def check_interrupted(ended):
     assert ended.json["made_twice"] == 0
 
 
-def test_an_interrupted_demo_audits_what_was_begun():
+def test_interrupted_demo_shows_its_audit():
     """Ctrl-C shows what is known so far, checked against the books, and exits with 130."""
     process = start(*DEMO, "--refunds", "20000", "--concurrency", "2", "--json", env={"FORCE_COLOR": "1"})
     seen = ""
@@ -65,7 +65,7 @@ def test_an_interrupted_demo_audits_what_was_begun():
     check_interrupted(end(process))
 
 
-def test_an_interruption_before_anything_was_begun_is_audited_too():
+def test_demo_interrupted_at_its_start_shows_its_audit():
     """Nothing begun, nothing made: the books agree even then."""
     with interruption():
         ended = run(*DEMO, "--json")
@@ -76,7 +76,7 @@ def test_an_interruption_before_anything_was_begun_is_audited_too():
 # ── the gateway's process ────────────────────────────────────────────────────────────────────────
 
 
-def test_the_gateway_hands_over_its_books_at_the_end():
+def test_gateway_process_returns_its_books():
     """What was carried out, what moved and what was asked comes through the pipe, once the server has stopped."""
     ours, theirs = multiprocessing.Pipe()
     thread = threading.Thread(target=run_gateway, args=(theirs, {"default_order": Decimal("9.00")}))
@@ -92,7 +92,7 @@ def test_the_gateway_hands_over_its_books_at_the_end():
     thread.join()
 
 
-def test_the_gateway_ends_without_a_word_when_nobody_is_there_any_more():
+def test_gateway_process_ends_when_the_pipe_is_closed():
     """A client that went away leaves no server and no traceback behind."""
     ours, theirs = multiprocessing.Pipe()
     ours.close()
@@ -100,7 +100,7 @@ def test_the_gateway_ends_without_a_word_when_nobody_is_there_any_more():
     assert theirs.closed
 
 
-def test_leaving_the_block_ends_the_process():
+def test_gateway_process_ends_with_its_block():
     """The gateway's process does not outlive its block, whether or not its books were asked for."""
     before = multiprocessing.active_children()
     with gateway_process({}) as gateway:
@@ -133,7 +133,7 @@ def audit(ending, times, moved=None):
         (None, 0),
     ],
 )
-def test_what_the_books_confirm_is_no_disagreement(ending, times):
+def test_matching_books_are_no_disagreement(ending, times):
     """Made is once; unknown and interrupted are once or not at all; all else is not at all."""
     assert audit(ending, times).disagreements() == []
 
@@ -142,12 +142,12 @@ def test_what_the_books_confirm_is_no_disagreement(ending, times):
     ("ending", "times"),
     [(MADE, 0), (MADE, 2), (REJECTED, 1), (NOT_SENT, 1), (UNKNOWN, 2), (INTERRUPTED, 2), (FAILED, 1), (None, 1)],
 )
-def test_what_the_books_deny_is_a_disagreement(ending, times):
+def test_contradicting_books_are_a_disagreement(ending, times):
     """A refund that is lost, made twice, or made in spite of what was said is named."""
     assert audit(ending, times).disagreements() == ["R-1"]
 
 
-def test_other_money_is_a_disagreement():
+def test_other_amount_is_a_disagreement():
     """Made once is not enough: it has to be the amount that was asked for."""
     assert audit(MADE, 1, Decimal("2.49")).disagreements() == ["R-1"]
 
@@ -157,7 +157,7 @@ def test_the_audit_counts_what_was_made_twice():
     assert [audit(MADE, times).made_twice() for times in (0, 1, 2, 3)] == [0, 0, 1, 1]
 
 
-def test_every_usual_ending_is_counted_and_unknown_ones_are_listed():
+def test_audit_counts_outcomes_and_lists_unknown_refunds():
     """The counts name the usual endings even where there are none, and what the books hold of each."""
     assert audit(UNKNOWN, 1).counts() == [
         Count("made", 0, 0),

@@ -72,7 +72,7 @@ def left_open(env, gateway, file, journal):
 # ── show ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_journal_shows_how_things_stand(left_open):
+def test_show_counts_states_and_lists_unknown_refunds(left_open):
     """Counts for each state, and the refunds that may have been made, with the moment when asking decides."""
     people, machine = (run("journal", "show", left_open, *more) for more in ((), ("--json",)))
     assert people.exit_code == machine.exit_code == 0
@@ -94,7 +94,7 @@ def test_a_journal_shows_how_things_stand(left_open):
     assert (machine.json["unknown"], machine.json["not_sent"], machine.json["queue"]) == (1, 0, {})
 
 
-def test_of_many_the_oldest_are_shown(env, gateway, journal):
+def test_show_lists_the_oldest_unknown_refunds(env, gateway, journal):
     """Twenty that may have been made are listed, and how many there are in all."""
     leave_unknown(Merchant.from_env(env), journal, gateway, *range(22))
     shown = run("journal", "show", journal)
@@ -102,11 +102,11 @@ def test_of_many_the_oldest_are_shown(env, gateway, journal):
     assert shown.stdout.count("│ R-") == 20
 
 
-def test_what_was_never_sent_is_told_apart(gateway, file, journal):
+def test_show_counts_refunds_that_were_not_sent(gateway, file, journal):
     """Where nothing listened, nothing is unknown: the journal holds what is certainly not sent."""
     assert run("batch", file, "--yes", env=environment(gateway, "http://127.0.0.1:9")).exit_code == 1
     shown = run("journal", "show", journal)
-    assert "certainly not sent yet: 5\n" in shown.stdout
+    assert "certainly not sent: 5\n" in shown.stdout
     assert "may have been made" not in shown.stdout
 
 
@@ -124,7 +124,7 @@ def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):
 
 
 @pytest.mark.parametrize("command", [("show",), ("export", "--out", "x"), ("resume",)])
-def test_a_journal_that_is_not_there_is_not_made(tmp_path, command):
+def test_missing_journal_is_not_created(tmp_path, command):
     """A path that leads nowhere is a usage error."""
     ended = run("journal", *command, tmp_path / "journal")
     assert ended.exit_code == 2
@@ -132,7 +132,7 @@ def test_a_journal_that_is_not_there_is_not_made(tmp_path, command):
     assert not (tmp_path / "journal").exists()
 
 
-def test_another_file_is_no_journal(file):
+def test_other_file_is_not_a_journal(file):
     """A file that is no journal is left as it is."""
     before = file.read_bytes()
     ended = run("journal", "show", file)
@@ -158,7 +158,7 @@ def test_a_journal_is_exported(left_open, tmp_path, name):
     assert lines["R-0"]["sent_at"].startswith("20")
 
 
-def test_a_journal_is_not_written_over(left_open):
+def test_export_does_not_overwrite_the_journal(left_open):
     """--out is not the journal itself."""
     assert run("journal", "export", left_open, "--out", left_open).exit_code == 2
     assert run("journal", "show", left_open).exit_code == 0
@@ -167,7 +167,7 @@ def test_a_journal_is_not_written_over(left_open):
 # ── resume ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_open_is_asked_about(env, gateway, left_open):
+def test_resume_queries_open_refunds(env, gateway, left_open):
     """``resume`` finds the unknown one, then the final states; nothing is sent again."""
     first = run("journal", "resume", left_open, "--json", env=env)
     assert first.exit_code == 0
@@ -179,13 +179,13 @@ def test_what_is_open_is_asked_about(env, gateway, left_open):
     assert gateway.requests["apply"] == 5
 
 
-def test_what_stays_unknown_exits_4(env, gateway, left_open):
+def test_resume_with_unknown_refunds_exits_4(env, gateway, left_open):
     """As long as it is not known whether a refund was made, the exit code says so."""
     gateway.script(Fault.HTTP_500, call="query", times=1000)
     ended = run("journal", "resume", left_open, "--deadline", "0.5", env=env)
     assert ended.exit_code == 4
     assert "1 may have been made" in ended.stdout
-    assert "why outcomes were unknown" in ended.stdout
+    assert "unknown outcomes" in ended.stdout
 
 
 def test_an_interrupted_resume_exits_130(gateway, left_open):
@@ -216,7 +216,7 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
 
 
 @pytest.mark.parametrize("url", ["postgresql://me:s3cret@/x?host=/nowhere", "postgresql://me@/x?password=s3cret"])
-def test_a_password_never_stands_on_the_command_line(url):
+def test_password_on_the_command_line_is_refused(url):
     """A URL with a password is refused as an argument, and not repeated; from the environment it is used."""
     refused = run("journal", "show", url)
     assert refused.exit_code == 2
@@ -256,7 +256,7 @@ async def serve(journal, shop, work):
         await work(session, endpoint)
 
 
-def test_what_an_operator_resumes_while_the_service_is_down_is_acted_on(env, gateway, tmp_path, monkeypatch):
+def test_service_acts_on_refunds_that_an_operator_resumed(env, gateway, tmp_path, monkeypatch):
     """The journal says final, not done; the service acts once it is back, and the shop's database agrees."""
     path, shop = tmp_path / "service.journal", {f"R-{number}": [] for number in range(4)}
     for name, text in env.items():
@@ -282,7 +282,7 @@ def test_what_an_operator_resumes_while_the_service_is_down_is_acted_on(env, gat
     assert run("journal", "show", path, "--json").json["states"]["done"] == 4
 
 
-def test_the_journal_of_a_service_is_the_same(env, gateway, tmp_path):
+def test_command_reads_the_journal_of_a_service(env, gateway, tmp_path):
     """What a program of one's own has begun with SqliteJournal is shown by the command."""
     path = tmp_path / "service.journal"
 

@@ -11,7 +11,7 @@ from tests.support.command import run
 KEYGEN = ("keygen", "--bits", "1024")
 
 
-def test_a_pair_is_written_and_its_public_half_printed(tmp_path):
+def test_keygen_writes_the_pair_and_prints_the_public_key(tmp_path):
     """The private key is for its owner alone, and what is printed is what LianLian's dashboard takes."""
     ended = run(*KEYGEN, "--out", tmp_path)
     assert ended.exit_code == 0
@@ -24,7 +24,7 @@ def test_a_pair_is_written_and_its_public_half_printed(tmp_path):
     assert private.read_text()[100:160] not in ended.stdout + ended.stderr
 
 
-def test_a_pair_can_be_named_and_told_in_json(tmp_path):
+def test_keygen_out_names_the_private_key(tmp_path):
     """--out may name the private key's file; --json names both files, fingerprint and public key."""
     ended = run(*KEYGEN, "--out", tmp_path / "shop", "--json")
     key = SigningKey.load(tmp_path / "shop")
@@ -39,7 +39,7 @@ def test_a_pair_can_be_named_and_told_in_json(tmp_path):
 
 @pytest.mark.parametrize("taken", ["merchant.pem", "merchant.pub.pem"])
 @pytest.mark.parametrize("dangling", [False, True])
-def test_no_file_is_ever_overwritten(tmp_path, taken, dangling):
+def test_keygen_never_overwrites_a_file(tmp_path, taken, dangling):
     """If either file is there, be it a link to nowhere, nothing is written at all."""
     if dangling:
         (tmp_path / taken).symlink_to(tmp_path / "nowhere")
@@ -51,7 +51,7 @@ def test_no_file_is_ever_overwritten(tmp_path, taken, dangling):
     assert [path.name for path in tmp_path.iterdir()] == [taken]
 
 
-def test_a_directory_that_is_not_there_is_named(tmp_path):
+def test_keygen_names_a_missing_folder(tmp_path):
     """Where the file cannot be made, its path and the reason are told."""
     ended = run(*KEYGEN, "--out", tmp_path / "missing" / "key.pem")
     assert ended.exit_code == 2
@@ -67,7 +67,7 @@ def test_the_password_comes_from_the_environment(tmp_path):
         SigningKey.load(tmp_path / "merchant.pem")
 
 
-def test_the_password_can_be_typed_unseen(tmp_path):
+def test_password_prompt_shows_nothing(tmp_path):
     """The prompt asks twice, on stderr, and shows nothing of what is typed."""
     ended = run(*KEYGEN, "--out", tmp_path, "--password-prompt", stdin="correct horse\ncorrect horse\n")
     assert ended.exit_code == 0

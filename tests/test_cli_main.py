@@ -2,12 +2,15 @@
 
 import inspect
 import runpy
+import subprocess
 import sys
 
+import click
 import pytest
 
 from lianlian_async import __version__, errors
 from lianlian_async.cli import main
+from lianlian_async.cli.app import lianlian
 from lianlian_async.cli.exit_codes import EXIT_OUTCOMES, error_document, exit_outcome_of
 from lianlian_async.errors import LianLianError
 from lianlian_async.signing import BACKEND
@@ -15,7 +18,7 @@ from tests.support.command import end, run, start
 
 
 @pytest.mark.parametrize("sender", ["httpx", "aiohttp"])
-def test_the_version_names_what_signs_and_what_sends(sender):
+def test_version_names_signing_and_http_backend(sender):
     """--version tells the release, the signing backend and the HTTP stack."""
     shown = run("--version", env={"LIANLIAN_HTTP_BACKEND": sender}).stdout
     assert shown == f"lianlian-async {__version__} (signs with {BACKEND}, sends with {sender})\n"
@@ -29,14 +32,14 @@ def test_the_version_of_a_wrong_configuration_is_a_usage_error():
 
 
 @pytest.mark.parametrize("command", ["apply", "query", "batch", "worker", "verify", "keygen", "sandbox", "demo"])
-def test_every_command_explains_itself_and_can_speak_json(command):
+def test_every_command_has_help_and_json(command):
     """-h shows what a command does; each of them has --json."""
     ended = run(command, "-h")
     assert ended.exit_code == 0
     assert "--json" in ended.stdout
 
 
-def test_the_exit_codes_stand_in_the_help():
+def test_help_lists_the_exit_codes():
     """Who writes a script around it finds the codes by --help."""
     assert "4 outcome unknown" in " ".join(run("--help").stdout.split())
 
@@ -48,7 +51,7 @@ def test_the_module_is_the_command():
     assert ended.stdout.startswith("lianlian-async ")
 
 
-def test_the_module_runs_only_as_the_program(monkeypatch, capsys):
+def test_main_module_can_be_imported_without_running(monkeypatch, capsys):
     """A child process that imports the main module again does not run the command again."""
     monkeypatch.setattr(sys, "argv", ["lianlian", "--version"])
     runpy.run_module("lianlian_async", run_name="__mp_main__")
@@ -61,18 +64,19 @@ def test_the_module_runs_only_as_the_program(monkeypatch, capsys):
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """The command's modules are not imported yet."""
+    """Forget the command's modules, so that they are imported again."""
     for name in [name for name in sys.modules if name.startswith("lianlian_async.cli.")]:
         monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("package", ["click", "rich", "uvicorn"])
-def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys, package):
-    """Without the packages of its extra the command says what to install, and exits with 2."""
+def test_missing_package_of_the_extra_is_named(monkeypatch, capsys, package):
+    """A missing package of the extra ``cli`` gives one line with the command that installs it, and exit code 2."""
     for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", ["lianlian", "sandbox"])
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
@@ -80,11 +84,36 @@ def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys, package):
 
 
 @pytest.mark.usefixtures("fresh")
-def test_any_other_missing_module_is_a_bug_and_shown_as_one(monkeypatch):
-    """Only the extra's own packages are explained away."""
+def test_other_missing_module_is_raised(monkeypatch):
+    """A missing module that is not part of the extra is a bug, and its traceback is shown."""
     monkeypatch.setitem(sys.modules, "lianlian_async.session", None)
+    monkeypatch.setattr(sys, "argv", ["lianlian", "sandbox"])
     with pytest.raises(ModuleNotFoundError, match="session"):
         main()
+
+
+def test_help_imports_neither_rich_nor_a_command():
+    """``--help`` is fast: it imports click and the command group only."""
+    check = "import sys; from lianlian_async.cli.app import lianlian; lianlian(['--help'], standalone_mode=False); "
+    check += "print([name for name in sys.modules if name == 'rich' or name.startswith('lianlian_async.cli.')])"
+    shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[-1] == "['lianlian_async.cli.app']"
+
+
+def test_help_has_the_first_line_of_each_command():
+    """The list of commands shows the first line of each command's own help, and every command is in it."""
+    context = click.Context(lianlian)
+    commands = {name: lianlian.get_command(context, name) for name in lianlian.list_commands(context)}
+    shown = " ".join(run("--help").stdout.split())
+    for name, command in commands.items():
+        assert f" {name} {command.help.splitlines()[0]}" in shown
+    assert list(commands) == [command.name for command in commands.values()]
+
+
+def test_unknown_command_is_a_usage_error():
+    """A command that does not exist is named, with exit code 2."""
+    ended = run("refund")
+    assert (ended.exit_code, "No such command 'refund'" in ended.stderr) == (2, True)
 
 
 def every(cls):
@@ -93,14 +122,14 @@ def every(cls):
     return [found for found in tree if found.__module__ == errors.__name__ and not found.__name__.startswith("_")]
 
 
-def test_every_error_of_the_tree_has_an_ending():
+def test_every_error_has_an_exit_outcome():
     """No error of the public tree is left to chance, and all exit codes are the documented ones."""
     assert set(every(LianLianError)) == set(EXIT_OUTCOMES)
     assert {name for name, _ in inspect.getmembers(errors, inspect.isclass)} >= {cls.__name__ for cls in EXIT_OUTCOMES}
     assert {ending.exit_code for ending in EXIT_OUTCOMES.values()} == {1, 2, 3, 4, 5}
 
 
-def test_an_error_without_a_row_ends_as_its_parent():
+def test_unlisted_error_has_the_outcome_of_its_parent():
     """An error of a higher floor is at least an error."""
 
     class HigherError(LianLianError):

@@ -61,7 +61,7 @@ def test_a_notification_is_sent_and_acknowledged(service, env, key_file, handler
     assert refund.raw["dt_refund"] == "20130515094018"
 
 
-def test_what_the_service_refuses_is_shown(service, env, key_file):
+def test_refused_notification_is_shown(service, env, key_file):
     """A second final state is contradictory: exit 1, with the answer."""
     command = ("notify", "send", service, "--gateway-key", key_file, *SEND, "--json")
     assert run(*command, env=env).json["outcome"] == "acknowledged"
@@ -70,21 +70,21 @@ def test_what_the_service_refuses_is_shown(service, env, key_file):
     assert json.loads(ended.json["answer"])["ret_msg"] == "contradictory"
 
 
-def test_a_service_that_is_not_there_gives_no_answer(env, key_file):
+def test_unreachable_service_gives_no_response(env, key_file):
     """Nobody listens: exit 1."""
     url = f"http://127.0.0.1:{unused_port()}/"
     ended = run("notify", "send", url, "--gateway-key", key_file, *SEND, env=env)
-    assert (ended.exit_code, ended.stdout) == (1, "not acknowledged: no answer\n")
+    assert (ended.exit_code, ended.stdout) == (1, "not acknowledged: no response\n")
 
 
-def test_a_url_that_is_none_is_wrong_usage(env, key_file):
+def test_invalid_url_is_a_usage_error(env, key_file):
     """Said before anything is sent."""
     ended = run("notify", "send", "shop.example", "--gateway-key", key_file, *SEND, env=env)
     assert ended.exit_code == 2
     assert "must be an absolute http or https URL" in ended.stderr
 
 
-def test_a_key_that_is_none_is_a_configuration_error(env, tmp_path):
+def test_invalid_gateway_key_is_a_configuration_error(env, tmp_path):
     """The message names the option."""
     (tmp_path / "key").write_text("no key")
     ended = run("notify", "send", "http://127.0.0.1:9/", "--gateway-key", tmp_path / "key", *SEND, env=env)
@@ -106,7 +106,7 @@ def test_a_key_that_is_none_is_a_configuration_error(env, tmp_path):
         (b"{", 1, "malformed message"),
     ],
 )
-def test_a_body_is_read_as_a_service_reads_it(tmp_path, body, exit_code, word):
+def test_notify_verify_reads_a_body_like_a_service(tmp_path, body, exit_code, word):
     """What the endpoint would believe is shown as a refund; what it would not, as the reason."""
     (tmp_path / "body").write_bytes(body)
     keys = trusting().load_keys()
@@ -148,7 +148,7 @@ def test_the_sandbox_notifies_a_service(tmp_path, handler):
     assert "notification of R-1: HTTP 200, acknowledged" in ended.stderr
 
 
-def test_the_sandbox_notifies_a_service_on_port_8000_if_no_url_is_given(tmp_path):
+def test_sandbox_notifies_port_8000_by_default(tmp_path):
     """That is where a service under development mostly is."""
     found = []
     sandbox_in_this_process("--notify", env_file=tmp_path / "env", meanwhile=found.append)

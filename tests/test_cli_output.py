@@ -59,7 +59,7 @@ def test_a_batch_ends_with_its_own_exit_code_in_every_encoding(env, gateway, fil
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_refund_that_was_made_exits_0_in_every_encoding(env, encoding):
+def test_made_refund_exits_0_in_every_encoding(env, encoding):
     """The gateway's Chinese ret_msg is shown as far as the encoding has its characters."""
     options = (option for name, text in refund(1).items() for option in (f"--{name.replace('_', '-')}", text))
     process = start("apply", *options, env=env | ENCODINGS[encoding])
@@ -81,7 +81,7 @@ def test_help_and_usage_errors_survive_every_encoding(encoding, arguments):
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
 @pytest.mark.parametrize("both", [False, True])
-def test_a_closed_pipe_leaves_the_exit_code_alone(env, gateway, file, more, both):
+def test_closed_pipe_keeps_the_exit_code(env, gateway, file, more, both):
     """``| head`` that has ended, of stdout or of both streams, makes no traceback, and rejected is still 3."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -93,7 +93,7 @@ def test_a_closed_pipe_leaves_the_exit_code_alone(env, gateway, file, more, both
     assert gateway.times_made("R-1") == 1
 
 
-def test_a_stdout_that_is_closed_leaves_the_exit_code_alone(env, gateway, file):
+def test_closed_stdout_keeps_the_exit_code(env, gateway, file):
     """``>&-`` prints nothing."""
     shell = '"$0" -m lianlian_async batch "$1" --yes >&-'
     full = dict(os.environ) | env | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
@@ -111,7 +111,7 @@ def stdout_is(monkeypatch, path_or_descriptor):
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
-def test_a_pipe_that_is_closed_meanwhile(nowhere, file, monkeypatch, capsys, more):
+def test_pipe_closed_while_printing_keeps_the_exit_code(nowhere, file, monkeypatch, capsys, more):
     """In this process: what could not be printed is not printed at the exit either."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -121,7 +121,7 @@ def test_a_pipe_that_is_closed_meanwhile(nowhere, file, monkeypatch, capsys, mor
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
-def test_a_full_disk_under_stdout_is_told(nowhere, file, monkeypatch, capsys):
+def test_full_disk_under_stdout_is_noted(nowhere, file, monkeypatch, capsys):
     """The exit code tells the outcome, and stderr that the output is incomplete."""
     with stdout_is(monkeypatch, "/dev/full"):
         assert called("batch", file, "--dry-run", env=nowhere, monkeypatch=monkeypatch) == 0
@@ -144,7 +144,7 @@ def called(*arguments, env, monkeypatch):
     return caught.value.code
 
 
-def test_the_streams_of_a_program_without_any(monkeypatch):
+def test_program_without_standard_streams(monkeypatch):
     """Where the descriptors are closed, Python has no streams, and the command runs."""
     monkeypatch.setattr(sys, "stdout", None)
     assert called("--help", env={}, monkeypatch=monkeypatch) == 0

@@ -94,7 +94,7 @@ def test_every_field_of_the_sample_response_is_shown_with_its_type(env, sample, 
     assert "2 (success)" in ended.stdout
 
 
-def test_the_file_that_was_applied_asks_about_itself(env, sample):
+def test_query_accepts_the_file_of_apply(env, sample):
     """A query takes what it needs from the request, and needs no other file."""
     made = run("apply", sample, "--json", env=env).json["refund"]
     found = run("query", "-", "--json", "--oid-refundno", made["oid_refundno"], env=env, stdin=SAMPLE)
@@ -138,7 +138,7 @@ def test_a_refund_that_is_not_final_shows_what_is_absent(env, gateway):
     assert "0 (initialized)" in ended.stdout
 
 
-def test_undocumented_fields_are_shown_and_cannot_steer_the_terminal(gateway):
+def test_undocumented_fields_are_shown_with_escaped_characters(gateway):
     """A signed field that no page knows is shown, its control characters escaped."""
     answer = {
         "ret_code": "0000",
@@ -192,20 +192,20 @@ def test_a_missing_configuration_names_its_variables():
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"a": "1", "a": "2"}'])
-def test_a_file_that_is_no_message_is_a_usage_error(env, text):
+def test_invalid_message_file_is_a_usage_error(env, text):
     """What is not a flat JSON object of strings is refused as FILE."""
     ended = run("apply", "-", env=env, stdin=text)
     assert ended.exit_code == 2
     assert "FILE" in ended.stderr
 
 
-def test_a_byte_order_mark_is_no_harm(env):
+def test_byte_order_mark_is_ignored(env):
     """JSON that an editor began with a byte order mark is read all the same."""
     assert run("apply", "-", env=env, stdin="\ufeff" + SAMPLE).exit_code == 0
 
 
 @pytest.mark.parametrize("deadline", ["0", "-1", "soon"])
-def test_a_deadline_must_be_some_seconds(env, deadline):
+def test_deadline_must_be_positive(env, deadline):
     """A deadline that is none is a usage error."""
     assert run("query", *QUESTION, "--deadline", deadline, env=env).exit_code == 2
 
@@ -240,12 +240,12 @@ def test_a_refund_that_was_not_sent_exits_1(env):
     assert ended.stderr.startswith("not sent: ")
 
 
-def test_an_unknown_outcome_exits_4_and_tells_how_to_ask(env, gateway):
+def test_unknown_outcome_exits_4_and_shows_the_query_command(env, gateway):
     """After a lost answer, people get the command that asks, and programs all that is known."""
     gateway.script(Fault.TOO_MANY, times=2, delay=60.0)  # asking would come after the deadline
     people, machine = run("apply", *REFUND, env=env), run("apply", *REFUND, "--json", env=env)
     assert people.exit_code == machine.exit_code == 4
-    assert "ask with: lianlian query --no-refund R-1 --dt-refund 20130515094018" in people.stderr
+    assert "query it with: lianlian query --no-refund R-1 --dt-refund 20130515094018" in people.stderr
     error = machine.json["error"]
     assert error["query"] == {"no_refund": "R-1", "dt_refund": "20130515094018"}
     assert error["request"]["money_refund"] == "200.01"
@@ -261,13 +261,13 @@ def test_a_forged_answer_exits_5(env, gateway):
     assert ended.stderr.startswith("signature invalid: ")
 
 
-def test_a_refund_that_nobody_knows_exits_1(env):
+def test_query_of_unknown_number_exits_1(env):
     """No such record is an error of its own."""
     ended = run("query", *QUESTION, "--json", env=env)
     assert (ended.exit_code, ended.json["outcome"]) == (1, "not found")
 
 
-def test_an_interrupted_refund_exits_130_and_tells_how_to_ask(env, gateway):
+def test_interrupted_apply_exits_130_and_shows_the_query_command(env, gateway):
     """Ctrl-C while the answer is awaited ends at once, and says that the refund may have been made."""
     gateway.script(Fault.NO_ANSWER)
     process = start("apply", *REFUND, env=env)
@@ -275,12 +275,13 @@ def test_an_interrupted_refund_exits_130_and_tells_how_to_ask(env, gateway):
     process.send_signal(signal.SIGINT)
     ended = end(process, env)
     assert ended.exit_code == 130
-    assert "R-1 may have been made; ask with: lianlian query --no-refund R-1 --dt-refund 20130515094018" in ended.stdout
+    query = "lianlian query --no-refund R-1 --dt-refund 20130515094018"
+    assert f"R-1 may have been made; query it with: {query}" in ended.stdout
     assert ended.stderr.endswith("interrupted\n")
     assert gateway.times_made("R-1") == 1
 
 
-def test_an_interrupted_refund_is_told_to_programs_too(gateway):
+def test_interrupted_apply_prints_json(gateway):
     """With --json, the interruption is an object that holds the question to ask."""
     with interruption():
         ended = run("apply", *REFUND, "--json", env=environment(gateway, "http://127.0.0.1:9"))

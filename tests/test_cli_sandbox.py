@@ -62,7 +62,7 @@ def sandbox_in_this_process(*options, env_file, number=signal.SIGTERM, meanwhile
 # ── as a process of its own ──────────────────────────────────────────────────────────────────────
 
 
-def test_the_vendors_sample_goes_through_a_sandbox_that_was_just_started(served):
+def test_vendor_sample_works_with_a_new_sandbox(served):
     """Start it, read its file, apply with the page's own sample, and query: three processes and a socket."""
     _process, env_file = served
     env = read(env_file)
@@ -77,7 +77,7 @@ def test_the_vendors_sample_goes_through_a_sandbox_that_was_just_started(served)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
-def test_the_printed_line_prepares_a_shell(served):
+def test_printed_line_sets_the_environment_of_a_shell(served):
     """What is printed can be pasted into sh, whatever the file is called."""
     process, _env_file = served
     _, _, line = process.stdout.readline().partition("use it:")
@@ -97,7 +97,7 @@ def test_a_signal_ends_it_cleanly(served, number):
 
 
 @pytest.mark.parametrize("fault", [Fault.NO_ANSWER, Fault.RESET])
-def test_it_ends_quietly_whatever_is_under_way(fault, caplog):
+def test_sandbox_ends_without_traceback_during_a_request(fault, caplog):
     """Neither a request that waits nor a connection that the sandbox broke keeps it alive or fills its log."""
     gateway = SandboxGateway(default_order=Decimal("100.00"))
     gateway.script(fault, times=1000)
@@ -109,7 +109,7 @@ def test_it_ends_quietly_whatever_is_under_way(fault, caplog):
     assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
 
 
-def test_a_bug_of_the_application_is_not_hidden(caplog):
+def test_unexpected_error_in_the_server_is_logged(caplog):
     """An unexpected exception in the sandbox is logged with its traceback."""
 
     async def broken(_scope, _receive, _send):
@@ -123,7 +123,7 @@ def test_a_bug_of_the_application_is_not_hidden(caplog):
 # ── in this process ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_file_is_for_its_owner_alone_and_goes_with_the_sandbox(tmp_path):
+def test_env_file_is_private_and_removed_at_the_end(tmp_path):
     """The environment file holds a private key: mode 0600, never printed, and removed at the end."""
     env_file, seen = tmp_path / "sandbox.env", {}
 
@@ -141,7 +141,7 @@ def test_the_file_is_for_its_owner_alone_and_goes_with_the_sandbox(tmp_path):
     assert not env_file.exists()
 
 
-def test_a_file_that_is_there_is_not_touched(tmp_path):
+def test_existing_env_file_is_not_touched(tmp_path):
     """A second sandbox, or another file of that name, is no reason to overwrite it."""
     env_file = tmp_path / "sandbox.env"
     env_file.write_text("precious")
@@ -150,7 +150,7 @@ def test_a_file_that_is_there_is_not_touched(tmp_path):
     assert env_file.read_text() == "precious"
 
 
-def test_kept_keys_are_the_same_the_next_time(tmp_path):
+def test_keys_folder_keeps_the_keys(tmp_path):
     """--keys makes a directory with both keys once, and uses them again."""
     seen = []
     for _ in range(2):
@@ -161,7 +161,7 @@ def test_kept_keys_are_the_same_the_next_time(tmp_path):
     assert SigningKey.load(seen[0]["LIANLIAN_PRIVATE_KEY"]).fingerprint == SigningKey.load(key).fingerprint
 
 
-def test_it_is_as_it_is_asked_to_be(tmp_path):
+def test_sandbox_options_configure_the_gateway(tmp_path):
     """Merchant number, orders, duplicates and faults follow the options."""
     answers = []
 
@@ -186,7 +186,7 @@ def test_an_ipv6_address_is_written_in_brackets(tmp_path):
     assert ended.json["url"].startswith("http://[::1]:")
 
 
-def test_an_address_that_is_taken_is_named(tmp_path):
+def test_address_in_use_is_named(tmp_path):
     """Where the port cannot be had, it is said, and nothing is left behind."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -205,7 +205,7 @@ def test_an_address_that_is_taken_is_named(tmp_path):
         (("--repeated", "maybe"), "reject"),
     ],
 )
-def test_options_that_cannot_be_are_usage_errors(tmp_path, options, reason):
+def test_invalid_sandbox_options_are_usage_errors(tmp_path, options, reason):
     """A usage error names what would be right."""
     ended = run("sandbox", *options, "--env-file", tmp_path / "sandbox.env")
     assert ended.exit_code == 2

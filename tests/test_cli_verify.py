@@ -40,7 +40,7 @@ def signed(pair, fields, **changes):
 
 
 @pytest.mark.parametrize("left_out", [(), ("ret_code", "ret_msg")])
-def test_an_answer_or_notification_of_lianlians_is_valid(env, gateway_keys, left_out):
+def test_message_signed_by_lianlian_is_valid(env, gateway_keys, left_out):
     """A message of the gateway's names the key that signed it."""
     fields = {name: text for name, text in ANSWER.items() if name not in left_out}
     ended = verify(env, signed(gateway_keys, fields))
@@ -48,7 +48,7 @@ def test_an_answer_or_notification_of_lianlians_is_valid(env, gateway_keys, left
     assert ended.stdout.startswith(f"valid: signed with LianLian's key {gateway_keys.public.fingerprint}\n")
 
 
-def test_a_request_of_ours_is_valid(env, merchant_keys):
+def test_request_signed_by_the_merchant_is_valid(env, merchant_keys):
     """The merchant's own signature is right under a request, and JSON tells whose it is."""
     ended = verify(env, signed(merchant_keys, REQUEST), "--json")
     assert ended.exit_code == 0
@@ -57,14 +57,14 @@ def test_a_request_of_ours_is_valid(env, merchant_keys):
     assert ended.json["source"] == signature_source(REQUEST).decode()
 
 
-def test_an_answer_with_our_own_signature_is_invalid(env, merchant_keys):
+def test_response_signed_by_the_merchant_is_invalid(env, merchant_keys):
     """Only LianLian may say how a refund stands."""
     ended = verify(env, signed(merchant_keys, ANSWER))
     assert ended.exit_code == 5
-    assert "only LianLian may say this" in ended.stdout
+    assert "only LianLian can sign this message" in ended.stdout
 
 
-def test_an_invalid_message_shows_what_has_to_be_signed_and_which_keys_were_tried(env, gateway_keys, merchant_keys):
+def test_invalid_message_shows_source_and_tried_keys(env, gateway_keys, merchant_keys):
     """The source string and the fingerprints are shown; the signature is not."""
     fields = signed(gateway_keys, ANSWER, no_refund="R-2")
     ended = verify(env, fields, "--json")
@@ -92,8 +92,8 @@ def with_a_plus(pair):
 
 
 MISTAKES = {
-    "URL decoding lost them": lambda pair: (fields := with_a_plus(pair)) | {"sign": fields["sign"].replace("+", " ")},
-    "the line breaks in sign are taken out": lambda pair: (
+    "lost by URL decoding": lambda pair: (fields := with_a_plus(pair)) | {"sign": fields["sign"].replace("+", " ")},
+    "line breaks in sign are removed": lambda pair: (
         (fields := signed(pair, ANSWER)) | {"sign": fields["sign"][:76] + "\r\n" + fields["sign"][76:]}
     ),
     "if ret_msg is left out": lambda pair: signed(pair, ANSWER, ret_msg=""),
@@ -104,7 +104,7 @@ MISTAKES = {
     },
     "sign_type is left out": lambda pair: signed(pair, ANSWER, sign_type=""),
     "sign_type=RSA is added": lambda pair: signed(pair, {**ANSWER, "sign_type": ""}, sign_type="RSA"),
-    "blanks around names and values are trimmed": lambda pair: {
+    "blanks around names and values are removed": lambda pair: {
         **signed(pair, ANSWER),
         "no_refund": " R-1",
     },
@@ -123,7 +123,7 @@ MISTAKES = {
         **ANSWER,
         "sign": pair.private.sign("&".join(f"{name}={text}" for name, text in ANSWER.items()).encode()),
     },
-    "fields are sorted without regard to case": mixed_case,
+    "fields are sorted case-insensitively": mixed_case,
     "the text is encoded in GBK": lambda pair: {
         **ANSWER,
         "sign": pair.private.sign(signature_source(ANSWER).decode().encode("gbk")),
@@ -132,7 +132,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_usual_mistake_is_found_and_named(env, gateway_keys, mistake):
+def test_common_mistake_is_named(env, gateway_keys, mistake):
     """The command tells under which wrong reading a signature would fit, and calls it invalid all the same."""
     ended = verify(env, MISTAKES[mistake](gateway_keys))
     assert ended.exit_code == 5
@@ -143,26 +143,26 @@ def test_a_usual_mistake_is_found_and_named(env, gateway_keys, mistake):
 @pytest.mark.parametrize(
     ("sign", "reason"),
     [
-        ("", "the message bears no signature"),
+        ("", "the message has no signature"),
         ("no base64!", "sign is not base64"),
-        (b64encode(bytes(256)).decode(), "made by a key of 2048 bits, and none of the known keys has that size"),
+        (b64encode(bytes(256)).decode(), "made with a key of 2048 bits, and no known key has that size"),
     ],
 )
-def test_a_signature_that_cannot_be_one_is_told_apart(env, sign, reason):
+def test_malformed_signature_is_named(env, sign, reason):
     """Missing, unreadable and of another key's size are three different causes."""
     ended = verify(env, {**ANSWER, "sign": sign})
     assert ended.exit_code == 5
     assert reason in ended.stdout
 
 
-def test_a_message_cannot_steer_the_terminal(env, gateway_keys):
+def test_control_characters_of_a_message_are_escaped(env, gateway_keys):
     """Control characters in what is shown are escaped."""
     ended = verify(env, signed(gateway_keys, {**ANSWER, "news": "\x1b]0;title\x07"}))
     assert "\x1b" not in ended.stdout
     assert "\\x1b]0;title\\x07" in ended.stdout
 
 
-def test_the_genuine_messages_of_lianlians_are_valid(vectors):
+def test_genuine_messages_are_valid(vectors):
     """What the gateway and the vendor's test merchant really signed is found valid."""
     env = {
         "LIANLIAN_OID_PARTNER": "201408071000001541",

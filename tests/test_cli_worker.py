@@ -60,14 +60,14 @@ def test_a_batch_is_put_into_the_queue(producer, file):
     assert not file.with_name("refunds.csv.journal").exists()
 
 
-def test_the_queue_can_be_named_without_a_password(producer, file, database):
+def test_queue_option_takes_a_dsn_without_password(producer, file, database):
     """A URL on the command line, and the password in PGPASSWORD."""
     url = url_of(database, password=None)
     ended = run("batch", file, "--queue", url, "--yes", "--json", env={"PGPASSWORD": PASSWORD})
     assert ended.json["added"] == 30
 
 
-def test_what_is_put_into_the_queue_is_checked(producer, file):
+def test_queued_refunds_are_checked_first(producer, file):
     """An invalid line is found before anything is enqueued; a merchant's number cannot be compared here."""
     write_csv(file, [refund(1), refund(2, money_refund="0")])
     assert run("batch", file, "--queue", "--yes", env=producer).exit_code == 2
@@ -90,7 +90,7 @@ def test_a_worker_empties_the_queue(env, gateway, file):
     assert len(gateway.refunds) == 29
 
 
-def test_two_workers_share_a_queue_and_end_when_they_are_told_to(env, gateway, tmp_path):
+def test_two_workers_share_a_queue_and_end_at_sigterm(env, gateway, tmp_path):
     """Two processes make each refund once; SIGINT and SIGTERM end them in good order, with exit code 0."""
     file = refunds(tmp_path / "refunds.csv", 100)
     workers = [start("worker", "--concurrency", "5", "--json", env=env) for _ in range(2)]
@@ -115,7 +115,7 @@ def test_two_workers_share_a_queue_and_end_when_they_are_told_to(env, gateway, t
     assert [gateway.times_made(f"R-{number}") for number in range(100)] == [1] * 100
 
 
-def test_what_is_under_way_is_carried_through(env, gateway, file):
+def test_worker_finishes_refunds_in_flight(env, gateway, file):
     """A worker that is told to end waits for the answer to what it has sent."""
     refunds(file, 1)
     gateway.script(Fault.DELAY, delay=1.0)
@@ -128,7 +128,7 @@ def test_what_is_under_way_is_carried_through(env, gateway, file):
     assert (ended.json["states"]["done"], ended.json["queue"]["waiting"]) == (1, 0)
 
 
-def test_what_is_unknown_stays_in_the_queue_for_later(env, gateway, file):
+def test_unknown_refund_stays_in_the_queue(env, gateway, file):
     """A refund that may have been made waits until asking can decide; the journal shows it."""
     refunds(file, 1)
     gateway.script(Fault.NO_ANSWER)
@@ -148,7 +148,7 @@ def test_a_wrong_gateway_key_ends_the_worker(env, gateway, file, stranger_keys):
     assert "LIANLIAN_GATEWAY_PUBLIC_KEYS" in ended.stderr
 
 
-def test_our_own_fault_ends_the_worker(env, gateway, file):
+def test_rejected_configuration_ends_the_worker(env, gateway, file):
     """A rejection that would meet every refund ends it with 3, and nothing is lost."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, times=1000)
     run("batch", file, "--queue", "--yes", env=env)
@@ -158,7 +158,7 @@ def test_our_own_fault_ends_the_worker(env, gateway, file):
     assert sum(queued(env)[name] for name in ("waiting", "later", "at_work")) == 30
 
 
-def test_what_fails_for_good_is_one_line(env, file):
+def test_permanent_failure_is_shown_in_one_line(env, file):
     """A number that stands for other content is left for a person, named without a traceback."""
     for money in ("1.00", "2.00"):
         write_csv(file, [refund(1, money_refund=money)])
@@ -173,7 +173,7 @@ def test_what_fails_for_good_is_one_line(env, file):
     assert failure["cause"].startswith(cause)
 
 
-def test_a_worker_that_is_interrupted_at_its_beginning_exits_130(env):
+def test_worker_interrupted_at_its_start_exits_130(env):
     """Ctrl-C before the work has begun ends it as it ends any command."""
     with interruption():
         ended = run("worker", env=env)
@@ -195,7 +195,7 @@ def test_a_worker_needs_a_database(env, arguments, hint):
     assert hint in " ".join(ended.stderr.split())
 
 
-def test_a_database_that_is_not_there_exits_1(env):
+def test_unreachable_database_exits_1(env):
     """A server that does not answer is named in words, without its password."""
     ended = run("worker", env=env | {"LIANLIAN_DSN": f"postgresql://me:{PASSWORD}@/x?host=/nowhere"})
     assert ended.exit_code == 1
@@ -212,7 +212,7 @@ def test_a_missing_extra_is_named(producer, file, monkeypatch):
     assert "PostgreSQL needs procrastinate: pip install 'lianlian-async[postgres]'" in ended.stderr
 
 
-def test_a_database_that_goes_away_is_told(producer):
+def test_lost_database_is_an_error(producer):
     """What befalls the queue's database is an error in words, of this library."""
 
     async def lose():

@@ -1,4 +1,4 @@
-"""The command ``lianlian``, if its extra is installed; this file imports neither click nor anything that does."""
+"""The command ``lianlian`` (extra ``cli``). This module imports no package of the extra, so that it can name one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ def main() -> None:
     """Run the command and exit with its code; 2 if a package of the extra ``cli`` is missing."""
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal's encoding lacks must not end the command after the refund was made.
-        if isinstance(stream, TextIOWrapper):  # None where the descriptor is closed
+        if isinstance(stream, TextIOWrapper):  # None if the descriptor is closed
             stream.reconfigure(errors="backslashreplace")
     try:
         from .app import lianlian
+
+        lianlian(prog_name="lianlian")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA:
             raise
         print(f"lianlian needs {package}: pip install 'lianlian-async[cli]'", file=sys.stderr)
         sys.exit(2)
-    lianlian()

@@ -1,37 +1,60 @@
-"""The command group ``lianlian``: what it consists of, and the one place where an error becomes an exit code."""
+"""The command group ``lianlian``. A command's module is imported when the command runs: ``--help`` needs only click."""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import Any, Final, NamedTuple
 
 import click
 
-from lianlian_async import __version__
-from lianlian_async.errors import ConfigurationError, LianLianError
-from lianlian_async.signing import BACKEND
-from lianlian_async.transport import http_backend
 
-from .batch.command import batch
-from .exit_codes import INTERRUPTED, exit_outcome_of
-from .journal import journal
-from .keys import keygen
-from .notify import notify
-from .output import Output
-from .reconcile import reconcile
-from .refunds import apply, query
-from .sandbox.command import sandbox
-from .sandbox.demo import demo
-from .verify import verify
-from .worker import worker
+class _Command(NamedTuple):
+    module: str
+    help: str
+    """The first line of the command's own help."""
 
-__all__ = ["lianlian"]
+
+_COMMANDS: Final = {
+    "apply": _Command(".refunds", "Make one refund."),
+    "query": _Command(".refunds", "Query LianLian's record of one refund."),
+    "batch": _Command(".batch.command", "Make the refunds of a file, each one once."),
+    "journal": _Command(".journal", "Show, export or resume a journal."),
+    "reconcile": _Command(".reconcile", "Compare LianLian's statements with a journal."),
+    "worker": _Command(".worker", "Make the refunds of a queue."),
+    "verify": _Command(".verify", "Check the signature of a message."),
+    "keygen": _Command(".keys", "Generate a key pair for LianLian's dashboard."),
+    "notify": _Command(".notify", "Send a notification to a service, or read one."),
+    "sandbox": _Command(".sandbox.command", "Serve a fake of LianLian's gateway until SIGINT or SIGTERM."),
+    "demo": _Command(".sandbox.demo", "Make refunds at a faulty gateway, and audit its books."),
+}
 
 
 class _Program(click.Group):
-    """A group whose commands may raise what the library raises, and be interrupted."""
+    """Imports a command when it is used, and turns errors of the library into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """See ``click.Group``."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """See ``click.Group``."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(_COMMANDS[cmd_name].module, __package__), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help) for name, command in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; users see what went wrong and what to do, never a traceback."""
+        """Run the command; print an error of the library instead of a traceback."""
+        from lianlian_async.errors import LianLianError
+
+        from .exit_codes import INTERRUPTED, exit_outcome_of
+        from .output import Output
+
         output = ctx.ensure_object(Output)
         try:
             return super().invoke(ctx)
@@ -46,6 +69,11 @@ class _Program(click.Group):
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     if not wanted:
         return
+    from lianlian_async import __version__
+    from lianlian_async.errors import ConfigurationError
+    from lianlian_async.signing import BACKEND
+    from lianlian_async.transport import http_backend
+
     try:
         sender = http_backend()
     except ConfigurationError as error:
@@ -57,8 +85,8 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
 @click.group(
     cls=_Program,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-    epilog="Exit codes: 0 made or fine; 1 another error; 2 wrong usage, request or configuration, nothing was sent; "
-    "3 rejected or failed; 4 outcome unknown, ask again; 5 signature invalid; 130 interrupted.",
+    epilog="Exit codes: 0 made, or no error; 1 another error; 2 wrong usage, request or configuration, nothing was "
+    "sent; 3 rejected or failed; 4 outcome unknown, query it again; 5 invalid signature; 130 interrupted.",
 )
 @click.option(
     "--version",
@@ -66,15 +94,11 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     is_eager=True,
     expose_value=False,
     callback=_show_version,
-    help="Show the version and what signs and sends, and exit.",
+    help="Show the version, the signing backend and the HTTP backend, and exit.",
 )
 def lianlian() -> None:
     """LianLian Pay refunds: was this refund made? Never twice, never lost, never guessed.
 
-    Keys never stand on the command line: the merchant comes from the environment (LIANLIAN_OID_PARTNER,
+    Keys are never given on the command line: the merchant comes from the environment (LIANLIAN_OID_PARTNER,
     LIANLIAN_PRIVATE_KEY, LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config.
     """
-
-
-for command in (apply, query, batch, journal, reconcile, worker, verify, keygen, sandbox, notify, demo):
-    lianlian.add_command(command)

@@ -1,47 +1,16 @@
-"""How a command can end: one word and one exit code for each outcome, and an error's facts for JSON."""
+"""The outcomes of a command: a word and an exit code for each, and an error as JSON."""
 
 from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from lianlian_async.errors import (
-    AnswerMismatch,
-    BatchStopped,
-    ConfigurationError,
-    GatewayUnavailable,
-    InvalidRequest,
-    JournalError,
-    LianLianError,
-    MalformedMessage,
-    QueryRejected,
-    RefundConflict,
-    RefundNotFinal,
-    RefundNotFound,
-    RefundNotSent,
-    RefundOutcomeUnknown,
-    RefundRejected,
-    SignatureInvalid,
-)
+from lianlian_async import errors
+from lianlian_async.errors import BatchStopped, InvalidRequest, LianLianError, RefundOutcomeUnknown, SignatureInvalid
 from lianlian_async.models import Refund, RefundStatus
-
-__all__ = [
-    "EXIT_OUTCOMES",
-    "FAILED",
-    "INTERRUPTED",
-    "MADE",
-    "NOT_SENT",
-    "REJECTED",
-    "SIGNATURE_INVALID",
-    "UNKNOWN",
-    "ExitOutcome",
-    "error_document",
-    "exit_outcome_of",
-    "exit_outcome_of_refund",
-]
 
 
 class ExitOutcome(NamedTuple):
-    """What it is called, and the code to exit with."""
+    """The word for an outcome, and its exit code."""
 
     word: str
     exit_code: int
@@ -56,40 +25,40 @@ SIGNATURE_INVALID: Final = ExitOutcome("signature invalid", 5)
 INTERRUPTED: Final = ExitOutcome("interrupted", 130)
 
 EXIT_OUTCOMES: Final[dict[type[LianLianError], ExitOutcome]] = {
-    LianLianError: ExitOutcome("error", 1),
-    ConfigurationError: ExitOutcome("configuration error", 2),
-    InvalidRequest: ExitOutcome("invalid request", 2),
-    RefundNotSent: NOT_SENT,
-    RefundRejected: REJECTED,
-    RefundNotFound: ExitOutcome("not found", 1),
-    RefundNotFinal: ExitOutcome("not final", 1),
-    QueryRejected: ExitOutcome("query rejected", 1),
-    RefundOutcomeUnknown: UNKNOWN,
-    GatewayUnavailable: ExitOutcome("unavailable", 1),
-    RefundConflict: ExitOutcome("conflict", 1),
-    SignatureInvalid: SIGNATURE_INVALID,
-    AnswerMismatch: ExitOutcome("answer mismatch", 1),
-    MalformedMessage: ExitOutcome("malformed message", 1),
-    JournalError: ExitOutcome("journal error", 1),
-    BatchStopped: ExitOutcome("batch stopped", 3),
+    errors.LianLianError: ExitOutcome("error", 1),
+    errors.ConfigurationError: ExitOutcome("configuration error", 2),
+    errors.InvalidRequest: ExitOutcome("invalid request", 2),
+    errors.RefundNotSent: NOT_SENT,
+    errors.RefundRejected: REJECTED,
+    errors.RefundNotFound: ExitOutcome("not found", 1),
+    errors.RefundNotFinal: ExitOutcome("not final", 1),
+    errors.QueryRejected: ExitOutcome("query rejected", 1),
+    errors.RefundOutcomeUnknown: UNKNOWN,
+    errors.GatewayUnavailable: ExitOutcome("unavailable", 1),
+    errors.RefundConflict: ExitOutcome("conflict", 1),
+    errors.SignatureInvalid: SIGNATURE_INVALID,
+    errors.AnswerMismatch: ExitOutcome("answer mismatch", 1),
+    errors.MalformedMessage: ExitOutcome("malformed message", 1),
+    errors.JournalError: ExitOutcome("journal error", 1),
+    errors.BatchStopped: ExitOutcome("batch stopped", 3),
 }
 
 
 def exit_outcome_of(error: LianLianError) -> ExitOutcome:
-    """How a command ends on an error; a subclass without a row of its own has its parent's."""
-    ending = next(EXIT_OUTCOMES[cls] for cls in type(error).__mro__ if cls in EXIT_OUTCOMES)
+    """Return the outcome for an error; a subclass without an entry has that of its parent."""
+    outcome = next(EXIT_OUTCOMES[cls] for cls in type(error).__mro__ if cls in EXIT_OUTCOMES)
     if isinstance(error, BatchStopped) and isinstance(error.cause, SignatureInvalid):
-        return ending._replace(exit_code=SIGNATURE_INVALID.exit_code)
-    return ending
+        return outcome._replace(exit_code=SIGNATURE_INVALID.exit_code)
+    return outcome
 
 
 def exit_outcome_of_refund(refund: Refund) -> ExitOutcome:
-    """Made, as long as the gateway does not say that it failed."""
+    """Return MADE unless the gateway says that the refund failed."""
     return FAILED if refund.sta_refund is RefundStatus.FAILED else MADE
 
 
 def error_document(error: LianLianError) -> dict[str, Any]:
-    """An error as one JSON object: its outcome, and every plain fact that it carries."""
+    """Return an error as one JSON object: its outcome, and its attributes that are text, numbers or None."""
     facts: dict[str, Any] = {name: value for name, value in vars(error).items() if isinstance(value, str | int | None)}
     if isinstance(error, InvalidRequest):
         facts["problems"] = [problem._asdict() for problem in error.problems]

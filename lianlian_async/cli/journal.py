@@ -1,4 +1,4 @@
-"""``lianlian journal``: what stands in a journal, all of it in a file, and what became of what is open."""
+"""``lianlian journal``: show a journal, export it, resolve its open refunds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.recovery import Resumed
 from lianlian_async.worker_pool import iterate
 
-from .batch.results import line_writer
 from .exit_codes import UNKNOWN
 from .journal_report import read_journal, show_journal
 from .options import config_option, load_merchant, make_session, session_options
-from .output import Output, json_option, pass_output
+from .output import Output, json_option, line_writer, pass_output
 from .stores import is_dsn, make_journal, make_reader, place_argument
-
-__all__ = ["journal"]
 
 _REQUEST: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 _RECORD: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno", "settle_date")
@@ -33,9 +30,10 @@ _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
 
 @click.group
 def journal() -> None:
-    """JournalReport into a journal, export it, ask about what is open.
+    """Show, export or resume a journal.
 
-    A journal is the file that `lianlian batch` keeps, or a PostgreSQL database: postgresql://…, best in LIANLIAN_DSN.
+    A journal is the file that `lianlian batch` keeps, or a PostgreSQL database: postgresql://…, preferably in
+    LIANLIAN_DSN.
     """
 
 
@@ -44,7 +42,7 @@ def journal() -> None:
 @json_option
 @pass_output
 def show(output: Output, /, place: str) -> None:
-    """Count what stands in a journal, and list what is not resolved. Also while others are at work with it."""
+    """Count the refunds in a journal, and list the unknown ones. Works while another process holds it."""
     show_journal(output, anyio.run(read_journal, place))
 
 
@@ -54,12 +52,12 @@ def show(output: Output, /, place: str) -> None:
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    help="Where to write one line for each refund: CSV if it is called so, else JSON Lines.",
+    help="File with one line for each refund: CSV if its name ends in .csv, else JSON Lines.",
 )
 @json_option
 @pass_output
 def export(output: Output, /, place: str, out: Path) -> None:
-    """Write all refunds of a journal to a file, oldest first. Also while others are at work with it."""
+    """Write all refunds of a journal to a file, oldest first. Works while another process holds it."""
     if not is_dsn(place) and out.exists() and out.samefile(place):
         raise click.BadParameter("is the journal", param_hint="--out")
     number = anyio.run(_export, place, out)
@@ -73,12 +71,16 @@ def export(output: Output, /, place: str, out: Path) -> None:
 @json_option
 @pass_output
 def resume(output: Output, /, place: str, config: Path | None, **settings: Any) -> None:
-    """Ask about everything that is open, then show the journal.
+    """Resolve all open refunds, then show the journal.
 
-    What is unresolved is asked about as in a batch; of what was made, the final state is asked for. Exit code 4 if
-    it still is not known of some whether they were made.
+    Unresolved refunds are queried, and sent if that is safe; refunds that were made are queried for their final
+    state. Exit code 4 if some are still unknown.
     """
-    _show_resumed(output, place, *anyio.run(_resume, load_merchant(config), place, settings))
+    resumed, reasons = anyio.run(_resume, load_merchant(config), place, settings)
+    report = anyio.run(read_journal, place)
+    show_journal(output, report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
+    if report.unknown:
+        click.get_current_context().exit(UNKNOWN.exit_code)
 
 
 async def _resume(merchant: Merchant, place: str, settings: dict[str, Any]) -> tuple[Resumed, Mapping[str, int]]:
@@ -86,15 +88,7 @@ async def _resume(merchant: Merchant, place: str, settings: dict[str, Any]) -> t
         return await session.resume(), session.unknown_reasons
 
 
-def _show_resumed(output: Output, place: str, resumed: Resumed, reasons: Mapping[str, int]) -> None:
-    found = anyio.run(read_journal, place)
-    show_journal(output, found, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
-    if found.unknown:
-        click.get_current_context().exit(UNKNOWN.exit_code)
-
-
 async def _export(place: str, out: Path) -> int:
-    """Write them; how many there were."""
     number = 0
     async with make_reader(place) as reader:
         with line_writer(out, _EXPORTED) as write:

@@ -1,4 +1,4 @@
-"""``lianlian keygen``: a merchant's key pair, the private half for its owner alone."""
+"""``lianlian keygen``: generate a merchant's key pair."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from lianlian_async.signing import SigningKey
 from .output import Output, json_option, pass_output
 from .secret_files import refuse_existing, write_new
 
-__all__ = ["keygen"]
-
 
 @click.command
-@click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="The size of the key.")
+@click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="Size of the key.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path(), help="Where to: a directory, or the private key's file."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="File of the private key, or the folder for merchant.pem.",
 )
-@click.option("--password-env", metavar="NAME", help="Encrypt the private key; this variable holds the password.")
-@click.option("--password-prompt", is_flag=True, help="Encrypt the private key; ask for the password.")
+@click.option("--password-env", metavar="NAME", help="Encrypt the private key with the password in this variable.")
+@click.option("--password-prompt", is_flag=True, help="Ask for a password and encrypt the private key with it.")
 @json_option
 @pass_output
 @without_locals
 def keygen(output: Output, bits: str, out: Path, password_env: str | None, password_prompt: bool) -> None:
-    """Make a key pair for LianLian's dashboard.
+    """Generate a key pair for LianLian's dashboard.
 
-    The public key is printed as the dashboard wants it. The private key is written with mode 0600, the public key
-    beside it; neither replaces a file.
+    The public key is printed in the form that the dashboard takes. The private key is written with mode 0600, the
+    public key beside it; existing files are never replaced.
     """
     private = out / "merchant.pem" if out.is_dir() else out
     public = private.with_suffix(".pub" + private.suffix)

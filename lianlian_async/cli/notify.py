@@ -1,4 +1,4 @@
-"""``lianlian notify``: try by hand a service that receives notifications, and read what came to it."""
+"""``lianlian notify``: test a service that receives notifications, and read a notification."""
 
 from __future__ import annotations
 
@@ -17,18 +17,9 @@ from lianlian_async.sandbox.notifier import CONTENT_TYPE, is_acknowledged, post
 from lianlian_async.signing import SigningKey, signature_source
 from lianlian_async.transport import Transport
 
-from .options import config_option, file_argument, load_merchant
+from .options import config_option, file_argument, load_merchant, parsed
 from .output import Output, json_option, pass_output
 from .refunds import show_refund
-
-__all__ = ["notify"]
-
-
-def _read_url(_ctx: click.Context, _argument: click.Parameter, value: str) -> str:
-    try:
-        return text_rules.url(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 @click.group()
@@ -37,16 +28,16 @@ def notify() -> None:
 
 
 @notify.command()
-@click.argument("url", callback=_read_url)
+@click.argument("url", callback=parsed(text_rules.url))
 @click.option(
     "--gateway-key",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The private key that stands in for LianLian's: gateway.pem of `sandbox --keys`.",
+    help="Private key that replaces LianLian's: gateway.pem of `lianlian sandbox --keys`.",
 )
-@click.option("--no-refund", required=True, help="The merchant's own refund number.")
+@click.option("--no-refund", required=True, help="The merchant's refund number.")
 @click.option("--money-refund", required=True, help="Yuan, such as 200.01.")
-@click.option("--dt-refund", help="When the refund was ordered: yyyyMMddHHmmss, China Standard Time.")
+@click.option("--dt-refund", help="Time of the refund order: yyyyMMddHHmmss, China Standard Time.")
 @click.option("--oid-refundno", default="1000000000000001", help="LianLian's refund number.")
 @click.option(
     "--sta-refund",
@@ -58,15 +49,22 @@ def notify() -> None:
 @json_option
 @pass_output
 def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None, **fields: str | None) -> None:
-    """POST one signed notification to URL, as LianLian would, and tell whether it was acknowledged.
+    """POST one signed notification to URL as LianLian does, and show whether the service acknowledged it.
 
-    The service has to trust the gateway key's public half, and to be the merchant of the environment.
+    The service must trust the public key of --gateway-key, and be configured for the merchant of the environment.
     """
     key = SigningKey.load(gateway_key, name="--gateway-key")
-    told = {name: text for name, text in fields.items() if text is not None}
-    told |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
-    body = wire.encode({**told, "sign": key.sign(signature_source(told))})
-    _show(output, anyio.run(_post, url, body))
+    message = {name: text for name, text in fields.items() if text is not None}
+    message |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
+    body = wire.encode({**message, "sign": key.sign(signature_source(message))})
+    response = anyio.run(_post, url, body)
+    word = "acknowledged" if is_acknowledged(response) else "not acknowledged"
+    status, text = (None, "") if response is None else (response.status, response.body.decode(errors="replace"))
+    output.show(
+        {"outcome": word, "status": status, "answer": text},
+        f"{word}: " + ("no response" if response is None else f"HTTP {status} {text}"),
+    )
+    click.get_current_context().exit(0 if is_acknowledged(response) else 1)
 
 
 async def _post(url: str, body: bytes) -> HttpResponse | None:
@@ -77,28 +75,17 @@ async def _post(url: str, body: bytes) -> HttpResponse | None:
         await transport.aclose()
 
 
-def _show(output: Output, answer: HttpResponse | None) -> None:
-    """Print what the service said, and exit with 0 if it acknowledged."""
-    word = "acknowledged" if is_acknowledged(answer) else "not acknowledged"
-    status, text = (None, "") if answer is None else (answer.status, answer.body.decode(errors="replace"))
-    output.show(
-        {"outcome": word, "status": status, "answer": text},
-        f"{word}: " + ("no answer" if answer is None else f"HTTP {status} {text}"),
-    )
-    click.get_current_context().exit(0 if is_acknowledged(answer) else 1)
-
-
 @notify.command()
 @file_argument(required=True)
 @config_option
 @json_option
 @pass_output
 def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
-    """Read a notification as the endpoint of a service does, and show the refund that it tells of.
+    """Read a notification as the endpoint of a service does, and show its refund.
 
-    FILE holds the body as it was received (- is stdin).
+    FILE is the body as it was received (- is stdin).
     """
     merchant = load_merchant(config)
     keys = merchant.load_keys()
-    told = Protocol(merchant, keys.private, keys.gateway).read_notification(file.read())
-    show_refund(output, anyio.run(complete, told, None, None, 0.0))
+    notification = Protocol(merchant, keys.private, keys.gateway).read_notification(file.read())
+    show_refund(output, anyio.run(complete, notification, None, None, 0.0))

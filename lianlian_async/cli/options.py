@@ -1,4 +1,4 @@
-"""What several commands read: the merchant from the environment or a file, and a message in JSON."""
+"""Options and arguments that several commands share, and how their values are read."""
 
 from __future__ import annotations
 
@@ -15,93 +15,83 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.retry import RetryPolicy
 from lianlian_async.session import RefundSession
 
-__all__ = [
-    "SIGNATURE_FIELDS",
-    "Command",
-    "check_partner",
-    "config_option",
-    "file_argument",
-    "load_merchant",
-    "make_session",
-    "read_message",
-    "session_options",
-]
-
 Command = TypeVar("Command", bound=Callable[..., Any])
-"""What an option decorates."""
+"""The function that an option decorates."""
 
-# What the session adds by itself. LianLian's sample requests spell one of them with a trailing blank.
+# The session adds these fields itself. LianLian's sample requests spell one of them with a trailing blank.
 SIGNATURE_FIELDS: Final = ("sign_type", "sign_type ", "sign")
 
 config_option = click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The merchant's TOML file, instead of the LIANLIAN_ variables of the environment.",
+    help="TOML file with the merchant; by default the LIANLIAN_ environment variables.",
+)
+deadline_option = click.option(
+    "--deadline",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    help="Time limit for one refund.",
+)
+_concurrency_option = click.option(
+    "--concurrency", metavar="NUMBER", type=click.IntRange(1, 10_000), default=20, help="Refunds at the same time."
+)
+_not_found_grace_option = click.option(
+    "--not-found-grace",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=RetryPolicy().not_found_grace,
+    help="Time until the gateway's answer 'no such record' is believed; less is safe only if the gateway rejects a "
+    "second refund with the same no_refund.",
 )
 
 
+def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """Return a callback that makes ``ValueError`` and ``LookupError`` of ``parse`` usage errors."""
+
+    def callback(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except (ValueError, LookupError) as error:
+            raise click.BadParameter(str(error)) from None
+
+    return callback
+
+
 def load_merchant(config: Path | None) -> Merchant:
-    """The merchant of ``--config`` or of the environment; raises ``ConfigurationError``."""
+    """Load the merchant from the file of ``--config`` or the environment; raises ``ConfigurationError``."""
     return Merchant.from_env() if config is None else Merchant.from_toml(config)
 
 
 def session_options(command: Command) -> Command:
-    """The options that :func:`make_session` takes."""
-    grace = RetryPolicy().not_found_grace
-    for option in (
-        click.option(
-            "--not-found-grace",
-            type=click.FloatRange(min=0),
-            default=grace,
-            help="Seconds until the gateway's 'no such record' is believed; less only if you know that it refuses "
-            "a second refund under one number.",
-        ),
-        click.option(
-            "--deadline", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds for one refund."
-        ),
-        click.option("--concurrency", type=click.IntRange(1, 10_000), default=20, help="Refunds at the same time."),
-    ):
-        command = option(command)
-    return command
+    """Add the options that :func:`make_session` takes."""
+    return _concurrency_option(deadline_option(_not_found_grace_option(command)))
 
 
 def make_session(
-    merchant: Merchant,
-    *,
-    journal: Journal,
-    concurrency: int,
-    deadline: float,
-    not_found_grace: float,
-    query_first: bool = False,
+    merchant: Merchant, *, journal: Journal, concurrency: int, not_found_grace: float, **options: Any
 ) -> RefundSession:
-    """A session, to be opened, as :func:`session_options` say."""
+    """Create a session with the values of :func:`session_options`; ``options`` are those of ``RefundSession``."""
     policy = RetryPolicy(not_found_grace=not_found_grace)
-    return RefundSession(
-        merchant,
-        journal=journal,
-        max_connections=concurrency,
-        deadline=deadline,
-        retry=policy,
-        query_first=query_first,
-    )
+    return RefundSession(merchant, journal=journal, max_connections=concurrency, retry=policy, **options)
 
 
 def file_argument(*, required: bool) -> Callable[[Command], Command]:
-    """The argument FILE; ``-`` is stdin."""
+    """Add the argument FILE; ``-`` is stdin."""
     return click.argument("file", type=click.File("rb"), required=required)
 
 
 def read_message(file: BinaryIO) -> dict[str, str]:
-    """The fields of a JSON message; what is no message is a usage error."""
+    """Read the fields of a JSON message; raises a usage error."""
     try:
-        # One byte more than allowed tells that it is too long.
+        # One byte more than allowed shows that the message is too long.
         return wire.decode(file.read(wire.MAX_MESSAGE_BYTES + 1).removeprefix(b"\xef\xbb\xbf"))
     except MalformedMessage as error:
         raise click.BadParameter(str(error), param_hint="FILE") from None
 
 
 def check_partner(oid_partner: str, merchant: Merchant) -> None:
-    """Raise ``InvalidRequest`` if what names ``oid_partner`` speaks of another merchant."""
+    """Raise ``InvalidRequest`` if ``oid_partner`` is not the merchant's number."""
     if oid_partner != merchant.oid_partner:
         rule = f"must be the configured merchant's, {merchant.oid_partner}"
         raise InvalidRequest([Problem("oid_partner", rule, repr(oid_partner))])

@@ -1,7 +1,8 @@
-"""What the user sees: results on stdout, as tables or as one JSON object, and everything else on stderr."""
+"""Output of the command: results on stdout as tables or one JSON object, everything else on stderr."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -23,28 +25,26 @@ from lianlian_async.models import RefundQuery
 
 from .exit_codes import error_document, exit_outcome_of
 
-__all__ = ["Output", "json_option", "pass_output", "printable", "query_command", "table"]
-
 
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
-        """Raise, as Rich itself would exit with code 1, whatever the outcome was."""
+        """Raise instead of Rich's exit with code 1, which would hide the outcome."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def _console(*, stderr: bool = False) -> Console:
-    # Rich draws in ASCII only if it is given the stream and so its encoding. What came over the wire is never markup.
+    # With an explicit file Rich respects its encoding. Text from the wire must not be read as markup.
     file = sys.stderr if stderr else sys.stdout
     return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
 def _surviving(stream: TextIO) -> Iterator[None]:
-    """Go on where ``stream`` is a closed pipe or a full disk: the exit code still tells the outcome."""
+    """Continue if ``stream`` is a closed pipe or a full disk: the exit code still tells the outcome."""
     try:
         yield
     except OSError as error:
-        with Path(os.devnull).open("w") as nowhere:  # else what is buffered would fail again when the process exits
+        with Path(os.devnull).open("w") as nowhere:  # otherwise the buffered text fails again at exit
             os.dup2(nowhere.fileno(), stream.fileno())
         if not isinstance(error, BrokenPipeError):
             click.echo(f"{stream.name}: {error.strerror}; the output is incomplete", err=True)
@@ -52,15 +52,15 @@ def _surviving(stream: TextIO) -> Iterator[None]:
 
 @attrs.define
 class Output:
-    """Where a command's words go."""
+    """The output streams of a command."""
 
     as_json: bool = False
 
     def show(self, document: Mapping[str, Any], *renderings: RenderableType) -> None:
-        """The result: ``document`` in one line of JSON, or ``renderings`` (tables, lines of text) for people."""
+        """Print the result: ``document`` as one line of JSON, or ``renderings`` (tables, lines of text) for people."""
         with _surviving(sys.stdout):
             if self.as_json:
-                click.echo(json.dumps(document))  # plain ASCII: no terminal and no code page can spoil it
+                click.echo(json.dumps(document))  # plain ASCII, readable in every terminal encoding
                 return
             for rendering in renderings:
                 if isinstance(rendering, str):
@@ -69,12 +69,12 @@ class Output:
                     _console().print(rendering)
 
     def note(self, text: str) -> None:
-        """A remark on stderr."""
+        """Print a note on stderr."""
         with _surviving(sys.stderr):
             _console(stderr=True).print(printable(text), soft_wrap=True)
 
     def failure(self, error: LianLianError) -> None:
-        """What went wrong, and what can be done: JSON on stdout if that is asked for, else words on stderr."""
+        """Print an error and its cure: JSON on stdout with ``--json``, else text on stderr."""
         if self.as_json:
             self.show(error_document(error))
             return
@@ -86,17 +86,11 @@ class Output:
         else:
             self.note(f"{word}: {error}")
         if isinstance(error, RefundOutcomeUnknown):
-            self.note(f"ask with: {query_command(error.query())}")
+            self.note(f"query it with: {query_command(error.query())}")
 
     @contextmanager
-    def progress(self, description: str, total: int) -> Iterator[Callable[[], object]]:
-        """A progress bar on stderr, silent unless that is a terminal; call what it yields for each step."""
-        with self.live(description, total) as advance:
-            yield lambda: advance(description)
-
-    @contextmanager
-    def live(self, description: str, total: int) -> Iterator[Callable[[str], object]]:
-        """As :meth:`progress`; each step says how things stand, and how long the rest will take is shown."""
+    def progress(self, description: str, total: int) -> Iterator[Callable[[str], object]]:
+        """Show a progress bar on stderr if that is a terminal; call the yielded function with a text at each step."""
         console = _console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
@@ -121,15 +115,20 @@ pass_output = click.make_pass_decorator(Output, ensure=True)
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters escaped: a message must not steer the terminal."""
+    """Return ``text`` with control characters escaped, so that a message cannot control the terminal."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 
+def local_time(moment: datetime) -> str:
+    """Return a moment in the local time zone, with its offset."""
+    return moment.astimezone().isoformat(sep=" ", timespec="seconds")
+
+
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    """A small table; long values are folded, never cut."""
-    drawn = Table(title=title, title_justify="left")
+    """Return a table that folds long values; without column names it has no header."""
+    drawn = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
@@ -138,6 +137,21 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 
 
 def query_command(query: RefundQuery) -> str:
-    """The command line that asks about a refund."""
+    """Return the command line that queries a refund."""
     options = (f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in query.to_dict().items())
     return f"lianlian query {' '.join(options)}"
+
+
+@contextmanager
+def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
+    """Replace ``path`` by one line for each call: CSV if its name ends in .csv, else JSON Lines; in UTF-8."""
+    try:
+        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            if path.suffix.lower() == ".csv":
+                writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+                writer.writeheader()
+                yield writer.writerow
+            else:
+                yield lambda line: file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise LianLianError(f"{path}: {error.strerror}") from error

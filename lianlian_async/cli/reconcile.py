@@ -22,8 +22,6 @@ from .options import config_option, load_merchant
 from .output import Output, json_option, pass_output, table
 from .stores import DSN, JOURNAL, check_journal, make_journal, make_reader
 
-__all__ = ["reconcile"]
-
 
 @click.command
 @click.argument("statements", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -33,11 +31,11 @@ __all__ = ["reconcile"]
 @json_option
 @pass_output
 def reconcile(output: Output, /, statements: list[Path], place: str, is_applied: bool, config: Path | None) -> None:
-    """Compare LianLian's statements, JYMX_<oid_partner>_<date>.txt, with a journal.
+    """Compare LianLian's statements with a journal.
 
-    A JYMXSUM file beside a statement is its check sum. --apply asks the gateway about each refund that is in a
-    statement and unknown in the journal; if the gateway has no record any more, the statement is recorded as evidence.
-    Exit code 3 if not everything agrees.
+    A statement is a file JYMX_<oid_partner>_<date>.txt; a JYMXSUM file beside it is its check sum. --apply asks the
+    gateway about each refund that is in a statement and unknown in the journal; if the gateway has no record any more,
+    the statement is recorded as evidence. Exit code 3 if not everything agrees.
     """
     found = Reconciliation()
     try:
@@ -47,7 +45,7 @@ def reconcile(output: Output, /, statements: list[Path], place: str, is_applied:
     except (StatementError, UnicodeError) as error:
         raise click.BadParameter(str(error), param_hint="STATEMENTS") from None
     except sqlite3.Error as error:
-        raise LianLianError(f"temporary file: {error}; SQLITE_TMPDIR names a folder with more room") from error
+        raise LianLianError(f"temporary file: {error}; set SQLITE_TMPDIR to a folder with more space") from error
     for _, text in found.unreadable:
         output.note(text)
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}

@@ -1,4 +1,4 @@
-"""One refund from the command line: ``lianlian apply`` and ``lianlian query``."""
+"""``lianlian apply`` and ``lianlian query``: one refund from the command line."""
 
 from __future__ import annotations
 
@@ -21,31 +21,29 @@ from .options import (
     Command,
     check_partner,
     config_option,
+    deadline_option,
     file_argument,
     load_merchant,
     read_message,
 )
 from .output import Output, json_option, pass_output, query_command, table
 
-__all__ = ["apply", "query", "show_refund"]
-
 _ENVELOPE: Final = ("oid_partner", *SIGNATURE_FIELDS)
-
 _HELP: Final = {
-    "no_refund": "The merchant's own refund number.",
-    "dt_refund": "When the refund was ordered: yyyyMMddHHmmss, China Standard Time.",
+    "no_refund": "The merchant's refund number.",
+    "dt_refund": "Time of the refund order: yyyyMMddHHmmss, China Standard Time.",
     "money_refund": "Yuan, such as 200.01.",
     "no_order": "The merchant's order number.",
-    "dt_order": "The order's time: yyyyMMddHHmmss, China Standard Time.",
+    "dt_order": "Time of the order: yyyyMMddHHmmss, China Standard Time.",
     "oid_paybill": "LianLian's payment number.",
-    "notify_url": "Where LianLian posts the result.",
+    "notify_url": "URL to which LianLian posts the result.",
     "oid_refundno": "LianLian's refund number.",
-    "trader_refund": "The merchant that is refunded for, if it is another one.",
+    "trader_refund": "Number of the refunded merchant, if it is another one.",
 }
 
 
 def _field_options(cls: type[Any]) -> Callable[[Command], Command]:
-    """One option for each field of a request."""
+    """Add one option for each field of ``cls``."""
 
     def decorate(command: Command) -> Command:
         for field in reversed(attrs.fields(cls)):
@@ -55,26 +53,21 @@ def _field_options(cls: type[Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-_deadline_option = click.option(
-    "--deadline", type=click.FloatRange(min=0, min_open=True), default=30.0, help="Seconds until the answer is given."
-)
-
-
 @click.command
 @file_argument(required=False)
 @_field_options(RefundRequest)
-@_deadline_option
+@deadline_option
 @config_option
 @json_option
 @pass_output
 def apply(
     output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
 ) -> None:
-    """Have one refund made, once, and say what became of it.
+    """Make one refund.
 
-    FILE holds the request as JSON under LianLian's names (- is stdin); options override its fields. Its sign and
-    sign_type are ignored, its oid_partner has to be the merchant's. Repeating the command with the same request
-    is as safe as the gateway's own handling of no_refund: after `unknown`, query first.
+    FILE is the request as JSON with LianLian's field names (- is stdin); options override its fields. Its sign and
+    sign_type are ignored; its oid_partner must be the merchant's. No journal is used: if the outcome is unknown,
+    run `lianlian query` before you repeat this command.
     """
     merchant = load_merchant(config)
     message = _message(file, merchant)
@@ -91,7 +84,7 @@ def apply(
         query = request.query()
         output.show(
             {"outcome": INTERRUPTED.word, "query": query.to_dict()},
-            f"refund {request.no_refund} may have been made; ask with: {query_command(query)}",
+            f"refund {request.no_refund} may have been made; query it with: {query_command(query)}",
         )
         raise
 
@@ -99,16 +92,16 @@ def apply(
 @click.command
 @file_argument(required=False)
 @_field_options(RefundQuery)
-@_deadline_option
+@deadline_option
 @config_option
 @json_option
 @pass_output
 def query(
     output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
 ) -> None:
-    """Ask LianLian for its record of one refund.
+    """Query LianLian's record of one refund.
 
-    FILE holds any message about it as JSON (- is stdin): a query, but also the request that `apply` took. Options
+    FILE is a message about the refund as JSON (- is stdin): a query, or the request of `lianlian apply`. Options
     override its fields.
     """
     merchant = load_merchant(config)
@@ -128,23 +121,23 @@ def _given(options: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _message(file: BinaryIO | None, merchant: Merchant) -> dict[str, str]:
-    """What ``file`` says, if it speaks of this merchant at all."""
+    """Read ``file``; raises ``InvalidRequest`` if it belongs to another merchant."""
     message = {} if file is None else read_message(file)
     check_partner(message.get("oid_partner", merchant.oid_partner), merchant)
     return message
 
 
 def show_refund(output: Output, refund: Refund) -> None:
-    """Print the record, and exit with the code of its state."""
-    ending = exit_outcome_of_refund(refund)
-    documented = [field.name for field in attrs.fields(Refund) if field.eq]  # the others are about the message
-    rows = [(name, *_cells(getattr(refund, name))) for name in documented]
-    rows += [(name, text, "not as documented") for name, text in refund.extra.items()]
+    """Print a refund, and exit with the code of its state."""
+    outcome = exit_outcome_of_refund(refund)
+    fields = [field.name for field in attrs.fields(Refund) if field.eq]  # the others describe the message
+    rows = [(name, *_cells(getattr(refund, name))) for name in fields]
+    rows += [(name, text, "not documented") for name, text in refund.extra.items()]
     output.show(
-        {"outcome": ending.word, "refund": refund.to_dict()},
-        table(f"refund {refund.no_refund}: {ending.word}", ("field", "value", "type"), rows),
+        {"outcome": outcome.word, "refund": refund.to_dict()},
+        table(f"refund {refund.no_refund}: {outcome.word}", ("field", "value", "type"), rows),
     )
-    click.get_current_context().exit(ending.exit_code)
+    click.get_current_context().exit(outcome.exit_code)
 
 
 def _cells(value: object) -> tuple[str, str]:

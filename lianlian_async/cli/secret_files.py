@@ -1,4 +1,4 @@
-"""Files that hold secrets: made for their owner alone, and never written over another file."""
+"""Files that hold secrets: readable by their owner only, and never written over another file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from pathlib import Path
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import without_locals
 
-__all__ = ["refuse_existing", "write_new"]
-
 
 def refuse_existing(*paths: Path) -> None:
-    """Raise ``ConfigurationError`` if one of ``paths`` is there already."""
+    """Raise ``ConfigurationError`` if one of ``paths`` exists."""
     for path in paths:
         if path.exists() or path.is_symlink():
             raise ConfigurationError(f"{path}: exists already, and is not overwritten")
@@ -20,7 +18,7 @@ def refuse_existing(*paths: Path) -> None:
 
 @without_locals
 def write_new(path: Path, text: str, *, mode: int = 0o600) -> None:
-    """Write a file that did not exist, readable by its owner alone; raises ``ConfigurationError``."""
+    """Write a new file; raises ``ConfigurationError`` if it exists or cannot be written."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:

@@ -1,4 +1,4 @@
-"""SIGTERM, which services and containers are stopped with, means here what Ctrl-C means."""
+"""Handling of SIGINT and SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["one_interruption", "sigterm_interrupts"]
-
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """While the block runs, SIGTERM does what SIGINT does: an event loop then ends in good order."""
+    """Handle SIGTERM like SIGINT while the block runs, so that an event loop shuts down cleanly."""
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
@@ -23,9 +21,9 @@ def sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def one_interruption() -> Iterator[None]:
-    """While the block runs in an event loop, ignore every SIGINT after the first: the loop is ending in good order.
+    """Ignore every SIGINT after the first while the block runs in an event loop.
 
-    asyncio raises the second one wherever it meets the program, and what it breaks there nobody waits for any more.
+    asyncio raises the second one in whatever code runs at that moment, which breaks the clean shutdown.
     """
     first: Any = signal.getsignal(signal.SIGINT)
 

@@ -1,4 +1,4 @@
-"""Where journals and queues are: a file's path, or a PostgreSQL URL whose password never stands on a command line."""
+"""Journals and queues: where they are, how they are opened, and the receipt that names the journal of a file."""
 
 from __future__ import annotations
 
@@ -26,39 +26,31 @@ from .options import Command
 if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
 
-
-__all__ = [
-    "DSN",
-    "JOURNAL",
-    "Receipt",
-    "check_journal",
-    "check_place",
-    "default_place",
-    "dsn_argument",
-    "is_dsn",
-    "make_folder",
-    "make_journal",
-    "make_reader",
-    "open_queue",
-    "place_argument",
-    "read_queue",
-]
-
 DSN: Final = "LIANLIAN_DSN"
+JOURNAL: Final = "LIANLIAN_JOURNAL"
+
+
+# ── places: a file or a PostgreSQL URL ───────────────────────────────────────────────────────────
 
 
 def is_dsn(place: str) -> bool:
-    """Whether a place is a PostgreSQL database."""
+    """Whether a place is a PostgreSQL URL."""
     return place.startswith(("postgresql://", "postgres://"))
+
+
+def place_name(place: str) -> str:
+    """Return a place as people see it: a DSN may hold a password."""
+    return "in PostgreSQL" if is_dsn(place) else place
 
 
 @without_locals
 def check_place(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Refuse a password where every process of this machine can read it."""
-    if value is not None and "://" in value and not is_dsn(value):
-        raise click.BadParameter("must be a path, or a URL postgresql://…")
-    given = ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
-    if value is not None and given and is_dsn(value):
+    """Refuse a password on the command line, where every process of this machine can read it."""
+    if value is None or "://" not in value:
+        return value
+    if not is_dsn(value):
+        raise click.BadParameter("must be a path or a URL postgresql://…")
+    if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
         try:
             parts = urlsplit(value)
             has_password = parts.password is not None or "password" in parse_qs(parts.query)
@@ -66,8 +58,8 @@ def check_place(ctx: click.Context, parameter: click.Parameter, value: str | Non
             raise click.BadParameter("not a PostgreSQL URL") from None
         if has_password:
             raise click.BadParameter(
-                f"a password must not stand on the command line: put the URL into {DSN}, "
-                "or the password into PGPASSWORD or ~/.pgpass"
+                f"other processes can read a password on the command line: put the URL into {DSN}, or the password "
+                "into PGPASSWORD or ~/.pgpass"
             )
     return value
 
@@ -75,7 +67,7 @@ def check_place(ctx: click.Context, parameter: click.Parameter, value: str | Non
 @without_locals
 def _check_dsn(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     if not is_dsn(value):
-        raise click.BadParameter("must be a URL, postgresql://…")
+        raise click.BadParameter("must be a URL postgresql://…")
     check_place(ctx, parameter, value)
     return value
 
@@ -85,28 +77,31 @@ def check_journal(ctx: click.Context, parameter: click.Parameter, value: str) ->
     """Refuse a file that does not exist, and what :func:`check_place` refuses."""
     check_place(ctx, parameter, value)
     if not (is_dsn(value) or Path(value).is_file()):
-        # It is not repeated: what is no path may be a connection string of another kind, with a password.
+        # The value is not repeated: it may be a connection string in another form, with a password.
         raise click.BadParameter("no such journal; a database is postgresql://…")
     return value
 
 
 def place_argument(command: Command) -> Command:
-    """The argument PLACE: a journal that is there already."""
+    """Add the argument for the place of an existing journal."""
     return click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], callback=check_journal)(command)
 
 
 def dsn_argument(command: Command) -> Command:
-    """The argument DSN."""
+    """Add the argument DSN."""
     return click.argument("dsn", metavar="DSN", envvar=DSN, callback=_check_dsn)(command)
 
 
+# ── opening ──────────────────────────────────────────────────────────────────────────────────────
+
+
 def make_journal(place: str) -> Journal:
-    """The journal at ``place``, to be opened."""
+    """Create the journal object for ``place``; it is not opened yet."""
     return _postgres_journal(place) if is_dsn(place) else SqliteJournal(place)
 
 
 def make_reader(place: str) -> SqliteReader | Journal:
-    """As :func:`make_journal`, but only to look into it, whoever is at work with it."""
+    """Create an object that reads the journal at ``place``, even while another process holds it."""
     return _postgres_journal(place) if is_dsn(place) else SqliteReader(place)
 
 
@@ -118,7 +113,7 @@ def _postgres_journal(dsn: str) -> Journal:
 
 @asynccontextmanager
 async def open_queue(dsn: str) -> AsyncGenerator[RefundQueue]:
-    """The queue at ``dsn``, made if it is not there."""
+    """Open the queue at ``dsn``; its schema is created if it does not exist."""
     with _extra():
         from lianlian_async.contrib.procrastinate import RefundQueue
     with _queue_errors():
@@ -140,7 +135,7 @@ async def read_queue(dsn: str) -> tuple[Mapping[str, int], Sequence[Mapping[str,
 
 @contextmanager
 def _queue_errors() -> Iterator[None]:
-    """What befalls the queue's database is a ``JournalError``."""
+    """Turn errors of the queue's database into ``JournalError``."""
     from procrastinate.exceptions import ConnectorException
     from psycopg import Error
 
@@ -160,29 +155,32 @@ def _extra() -> Iterator[None]:
         raise ConfigurationError(f"PostgreSQL needs {package}: pip install 'lianlian-async[postgres]'") from None
 
 
-JOURNAL: Final = "LIANLIAN_JOURNAL"
+# ── the default journal ──────────────────────────────────────────────────────────────────────────
 
 _CONTAINER_FILES: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
 _HOME: Final = "HOME" if os.name == "posix" else "LOCALAPPDATA"
-_NAME_IT: Final = f"name the journal by --journal or {JOURNAL}: a file on a disk that lasts, or postgresql://…"
+_NAME_IT: Final = f"name the journal with --journal or {JOURNAL}: a file on a persistent disk, or postgresql://…"
 _LOST: Final = (
-    "if that journal is lost, say --accept-new-journal --query-first: each refund is asked about before it is sent"
+    "if that journal is lost, use --accept-new-journal --query-first: it queries each refund before sending it"
 )
 
 
 def default_place(merchant: Merchant) -> str:
-    """Return the path of the merchant's journal for its endpoint; raises a usage error where it would not last."""
+    """Return the path of the default journal: one for each merchant and apply endpoint, whatever the file is called.
+
+    Raises a usage error where the file would not persist.
+    """
     if os.environ.get("KUBERNETES_SERVICE_HOST") or any(path.exists() for path in _CONTAINER_FILES):
-        raise click.UsageError(f"this is a container, and its files are lost when it ends: {_NAME_IT}")
+        raise click.UsageError(f"a container loses its files when it ends: {_NAME_IT}")
     if not Path(os.environ.get(_HOME) or os.devnull).is_dir():
-        raise click.UsageError(f"{_HOME} names no folder that could hold a journal: {_NAME_IT}")
+        raise click.UsageError(f"{_HOME} is not a folder: {_NAME_IT}")
     endpoint = hashlib.sha256(merchant.endpoints.apply.encode()).hexdigest()[:8]
     folder = Path(click.get_app_dir("lianlian", roaming=False), "journals")
     return str(folder / f"{merchant.oid_partner}-{endpoint}.sqlite")
 
 
 def make_folder(place: str) -> None:
-    """Make the folder of a default journal, for this user alone; raises a usage error."""
+    """Create the folder of a default journal with mode 0700; raises a usage error."""
     try:
         Path(place).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -191,17 +189,17 @@ def make_folder(place: str) -> None:
 
 @attrs.frozen
 class Receipt:
-    """In which journal a file's refunds stand: a line of JSON in ``FILE.receipt`` for each merchant and endpoint."""
+    """The journal that a file was sent with: one JSON line in ``FILE.receipt`` for each merchant and endpoint."""
 
     journal: str
-    """The journal's id."""
+    """Id of the journal."""
     place: str
     oid_partner: str
     apply_url: str
     written_at: str = attrs.field(factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
 
     def check(self, path: Path, *, accept_new: bool) -> list[Receipt]:
-        """Return the receipts of other merchants and endpoints, to be kept.
+        """Return the receipts of other merchants and endpoints, which :meth:`write` keeps.
 
         Raises a usage error if the file was sent with another journal before, unless ``accept_new``.
         """
@@ -217,11 +215,11 @@ class Receipt:
         for other in ours:
             if other.journal != self.journal and not accept_new:
                 raise click.UsageError(
-                    f"{path}: on {other.written_at} this file was sent with the journal {other.place}. {self.place} is "
-                    f"another one, where the same refunds may count as never sent: name the first by --journal; {_LOST}"
+                    f"{path}: on {other.written_at} this file was sent with the journal {other.place}. The journal "
+                    f"{self.place} may not know its refunds: use --journal {other.place}; {_LOST}"
                 )
         return [one for one in known if one not in ours]
 
     def write(self, path: Path, others: Iterable[Receipt]) -> None:
-        """Replace the file."""
+        """Replace the file with this receipt and ``others``."""
         path.write_text("".join(json.dumps(attrs.asdict(one)) + "\n" for one in (*others, self)), "utf-8")

@@ -1,4 +1,4 @@
-"""``lianlian verify``: whether a message's signature is valid, and if not, the likely cause."""
+"""``lianlian verify``: check the signature of a message, and find the likely cause if it is invalid."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from .exit_codes import SIGNATURE_INVALID
 from .options import config_option, file_argument, load_merchant, read_message
 from .output import Output, json_option, pass_output
 
-__all__ = ["verify"]
-
 Fields: TypeAlias = Mapping[str, str]
 
 
 class _Key(NamedTuple):
-    """A key to try, and whose it is."""
-
     owner: str
     key: VerifyingKey
 
@@ -32,7 +28,7 @@ class _Key(NamedTuple):
         return f"{self.owner}'s key {self.key.fingerprint}"
 
 
-# ── the usual mistakes: what the signature fits if … ─────────────────────────────────────────────
+# ── common mistakes: the signature is valid if … ─────────────────────────────────────────────────
 
 
 def _without(*names: str) -> Callable[[Fields], Fields]:
@@ -43,12 +39,16 @@ def _join(pairs: Iterable[tuple[str, str]]) -> bytes:
     return "&".join(f"{name}={text}" for name, text in pairs if name != "sign").encode()
 
 
+def _not_empty(fields: Fields) -> list[tuple[str, str]]:
+    return [(name, text) for name, text in fields.items() if text]
+
+
 _OTHER_FIELDS: Final[dict[str, Callable[[Fields], Fields]]] = {
-    "the blanks in sign are + (URL decoding lost them)": lambda fields: {
+    "blanks in sign are replaced by + (lost by URL decoding)": lambda fields: {
         **fields,
         "sign": fields["sign"].replace(" ", "+"),
     },
-    "the line breaks in sign are taken out": lambda fields: {**fields, "sign": "".join(fields["sign"].splitlines())},
+    "line breaks in sign are removed": lambda fields: {**fields, "sign": "".join(fields["sign"].splitlines())},
     "ret_msg is left out": _without("ret_msg"),
     "ret_code and ret_msg are left out": _without("ret_code", "ret_msg"),
     "fields that LianLian does not document for refunds are left out": lambda fields: {
@@ -56,7 +56,7 @@ _OTHER_FIELDS: Final[dict[str, Callable[[Fields], Fields]]] = {
     },
     "sign_type is left out": _without("sign_type", "sign_type "),
     "sign_type=RSA is added": lambda fields: {**fields, "sign_type": "RSA"},
-    "blanks around names and values are trimmed": lambda fields: {
+    "blanks around names and values are removed": lambda fields: {
         name.strip(): text.strip() for name, text in fields.items()
     },
     "values are URL-decoded": lambda fields: {
@@ -65,9 +65,9 @@ _OTHER_FIELDS: Final[dict[str, Callable[[Fields], Fields]]] = {
 }
 _OTHER_SOURCES: Final[dict[str, Callable[[Fields], bytes]]] = {
     "empty values are signed too": lambda fields: _join(sorted(fields.items())),
-    "fields stay in the order of the message": lambda fields: _join(pair for pair in fields.items() if pair[1]),
-    "fields are sorted without regard to case": lambda fields: _join(
-        sorted((pair for pair in fields.items() if pair[1]), key=lambda pair: pair[0].lower())
+    "fields stay in the order of the message": lambda fields: _join(_not_empty(fields)),
+    "fields are sorted case-insensitively": lambda fields: _join(
+        sorted(_not_empty(fields), key=lambda pair: pair[0].lower())
     ),
     "the text is encoded in GBK": lambda fields: signature_source(fields).decode().encode("gbk", "replace"),
 }
@@ -78,11 +78,11 @@ def _signer(keys: Iterable[_Key], source: bytes, signature: str) -> _Key | None:
 
 
 def _cause(fields: Fields, keys: Sequence[_Key]) -> str:
-    """The likely reason why a signature is not what it should be."""
+    """Return the likely cause of an invalid signature."""
     if not fields.get("sign"):
-        return "the message bears no signature"
+        return "the message has no signature"
     if signer := _signer(keys, signature_source(fields), fields["sign"]):
-        return f"it is signed with {signer}, and only LianLian may say this"
+        return f"it is signed with {signer}, but only LianLian can sign this message"
     for condition, change in _OTHER_FIELDS.items():
         changed = change(fields)
         if signer := _signer(keys, signature_source(changed), changed["sign"]):
@@ -95,7 +95,7 @@ def _cause(fields: Fields, keys: Sequence[_Key]) -> str:
     except ValueError:
         return "sign is not base64"
     if bits not in {one.key.bits for one in keys}:
-        return f"it was made by a key of {bits} bits, and none of the known keys has that size"
+        return f"it was made with a key of {bits} bits, and no known key has that size"
     return "another key signed it, or a field was changed after signing"
 
 
@@ -108,16 +108,16 @@ def _cause(fields: Fields, keys: Sequence[_Key]) -> str:
 @json_option
 @pass_output
 def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
-    """Check whose signature a message bears.
+    """Check the signature of a message.
 
-    FILE holds an answer, a notification or a request of ours as JSON (- is stdin). An answer or notification has to
-    be signed with one of LianLian's keys, a request with the merchant's. If no key fits, the usual mistakes are
-    tried, and the one that explains it is named.
+    FILE is a response, a notification or a request as JSON (- is stdin). A response or notification must be signed
+    with one of LianLian's keys, a request with the merchant's. If no key fits, the command tries common mistakes and
+    names the one that explains the signature.
     """
     loaded = load_merchant(config).load_keys()
     fields = read_message(file)
     keys = [*(_Key("LianLian", key) for key in loaded.gateway), _Key("merchant", loaded.private.public_key())]
-    # Only LianLian can tell how a refund stands; under anything else the merchant's own signature is as good.
+    # Only LianLian can sign the state of a refund; the merchant can sign every other message.
     trusted = keys[:-1] if fields.keys() & {"ret_code", "sta_refund"} else keys
     source = signature_source(fields)
     signer = _signer(trusted, source, fields.get("sign", ""))
@@ -133,7 +133,7 @@ def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
         },
         f"{outcome}: {reason}",
         *(f"tried: {one}, {one.key.bits} bits" for one in trusted),
-        f"signed is, if all is well: {source.decode()}",
+        f"signature source: {source.decode()}",
     )
     if not signer:
         click.get_current_context().exit(SIGNATURE_INVALID.exit_code)

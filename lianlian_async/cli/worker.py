@@ -1,4 +1,4 @@
-"""``lianlian worker``: makes the refunds that wait in a queue, beside as many other workers as there are."""
+"""``lianlian worker``: make the refunds of a queue, together with any number of other workers."""
 
 from __future__ import annotations
 
@@ -19,32 +19,30 @@ from .output import Output, json_option, pass_output
 from .signals import sigterm_interrupts
 from .stores import dsn_argument, make_journal, open_queue
 
-__all__ = ["worker"]
-
 
 @click.command
 @dsn_argument
-@click.option("--until-empty", is_flag=True, help="End when nothing waits; what is for later stays in the queue.")
+@click.option("--until-empty", is_flag=True, help="End when no refund is due; refunds due later stay in the queue.")
 @session_options
 @config_option
 @json_option
 @pass_output
 def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, **settings: Any) -> None:
-    """Make the refunds that wait in a queue.
+    """Make the refunds of a queue.
 
-    `lianlian batch --queue` puts them there. This works until Ctrl-C or SIGTERM: what is under way then is carried
-    through; a second Ctrl-C breaks it off, and it is asked about by who comes next. Any number of workers, on any
-    number of machines, may share a database: no refund is made twice. DSN is postgresql://…, best in LIANLIAN_DSN.
+    `lianlian batch --queue` fills the queue. Ctrl-C or SIGTERM ends the worker after the refunds in flight; a second
+    Ctrl-C ends it at once, and another worker resolves these refunds. Any number of workers on any number of machines
+    can share a database. DSN is postgresql://…, preferably in LIANLIAN_DSN.
     """
     merchant = load_merchant(config)
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
-    with sigterm_interrupts(), _told(output):
+    with sigterm_interrupts(), _warnings_shown(output):
         reasons = anyio.run(_work, merchant, dsn, until_empty, settings)
     show_journal(output, anyio.run(read_journal, dsn), reasons)
 
 
 async def _work(merchant: Merchant, dsn: str, until_empty: bool, settings: dict[str, Any]) -> Mapping[str, int]:
-    """Empty the queue; why outcomes were unknown."""
+    """Make the refunds; return how often one became unknown, by reason."""
     async with (
         make_journal(dsn) as journal,
         make_session(merchant, journal=journal, **settings) as session,
@@ -54,13 +52,10 @@ async def _work(merchant: Merchant, dsn: str, until_empty: bool, settings: dict[
         return session.unknown_reasons
 
 
-# ── what the libraries have to say ───────────────────────────────────────────────────────────────
-
-
 @contextmanager
-def _told(output: Output) -> Iterator[None]:
-    """Warnings of this library and of procrastinate, as remarks in one line each."""
-    handler, root = _Remarks(output), logging.getLogger()
+def _warnings_shown(output: Output) -> Iterator[None]:
+    """Show warnings of this library and of procrastinate in one line each."""
+    handler, root = _Notes(output), logging.getLogger()
     root.addHandler(handler)
     try:
         yield
@@ -68,12 +63,12 @@ def _told(output: Output) -> Iterator[None]:
         root.removeHandler(handler)
 
 
-class _Remarks(logging.Handler):
+class _Notes(logging.Handler):
     def __init__(self, output: Output) -> None:
         super().__init__(logging.WARNING)
         self._output = output
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line, and the error in words: a traceback helps nobody who runs a worker."""
+        """Print one line with the error's message, without its traceback."""
         error = record.exc_info and record.exc_info[1]
         self._output.note(record.getMessage() + (f": {error}" if error else ""))

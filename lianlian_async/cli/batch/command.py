@@ -1,12 +1,11 @@
-"""``lianlian batch``: the refunds of a file, all checked before the first is sent; it may be killed and run again."""
+"""``lianlian batch``: make the refunds of a file. The command may be killed at any time and run again."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
-from decimal import Decimal
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,30 +14,34 @@ import attrs
 import click
 
 from lianlian_async.batch import refund_many
-from lianlian_async.cli.exit_codes import INTERRUPTED, UNKNOWN, ExitOutcome, exit_outcome_of
+from lianlian_async.cli.exit_codes import INTERRUPTED, UNKNOWN, exit_outcome_of
 from lianlian_async.cli.options import config_option, load_merchant, make_session, session_options
-from lianlian_async.cli.output import Output, json_option, pass_output
+from lianlian_async.cli.output import Output, json_option, line_writer, pass_output
 from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
-from lianlian_async.cli.stores import Receipt, default_place, is_dsn, make_folder, make_journal, open_queue
+from lianlian_async.cli.stores import (
+    Receipt,
+    default_place,
+    is_dsn,
+    make_folder,
+    make_journal,
+    open_queue,
+    place_name,
+)
 from lianlian_async.errors import JournalError, LianLianError
 from lianlian_async.journal import Journal
-from lianlian_async.journal.base import Owner
 from lianlian_async.merchant import Merchant
 from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
-from lianlian_async.session import RefundSession
 
-from .checked import Checked, Survey, survey
+from .checked import Checked, Known, look_up
 from .options import batch_options, refuse_for_queue
-from .results import RESULT, Totals, line_writer, result_of
+from .results import RESULT, Totals, result_of
 from .rows import Columns, read_rows
-from .summary import show_batch, show_checked, tell_findings
-
-__all__ = ["batch"]
+from .summary import show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
-_LOOK_AGAIN: Final = 1.0
-"""Seconds between two looks at a journal that another process has."""
+_JOURNAL_POLL: Final = 1.0
+"""Seconds between two attempts to open a journal that another process holds."""
 
 
 @click.command
@@ -50,66 +53,47 @@ _LOOK_AGAIN: Final = 1.0
 @pass_output
 @click.pass_context
 def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | None, **options: Any) -> None:
-    """Have the refunds of a file made, each once.
+    """Make the refunds of a file, each one once.
 
-    FILE is CSV with a header or JSON Lines (- is stdin), under LianLian's field names. All lines are checked before
-    anything is sent. After a crash or Ctrl-C, run the same command again: what was begun stands in the journal, and
-    is asked about first. Exit codes: 0 all made; 3 some rejected or failed; 4 some unknown; 130 interrupted.
+    FILE is CSV with a header line, or JSON Lines, with LianLian's field names (- is stdin). All lines are checked
+    before anything is sent. After a crash or Ctrl-C run the same command again: the journal knows what was sent.
+    Exit codes: 0 all made; 3 some rejected or failed; 4 some unknown; 130 interrupted.
     """
     queue, dry_run = options["queue"], options["dry_run"]
     if queue:
         refuse_for_queue(ctx)
     merchant = None if queue else load_merchant(config)
-    place = _find_journal(output, merchant, options) if merchant else None
+    place = _find_journal(output, file, merchant, options) if merchant else None
     if not (queue or dry_run):
         _refuse_to_overwrite(options["out"], file, place)
-    with Checked(merchant, derive=options["derive"], dt_refund=options["dt_refund"]) as checked:
+    with closing(Checked(merchant, derive=options["derive"], dt_refund=options["dt_refund"])) as checked:
         columns = Columns(options["renamed"], options["ignore_unknown"], has_partner=merchant is not None)
         with click.open_file(file, "rb") as stream:
             for row in read_rows(stream, file, columns, options["encoding"]):
                 checked.add(row)
-        tell_findings(output, checked)
+        for text in (*checked.problems.texts(), *checked.remarks.texts()):
+            output.note(text)
         if checked.problems.count and not options["skip_invalid"]:
             show_checked(output, checked, "invalid, nothing was sent")
             ctx.exit(2)
-        _refuse_more_than(options["max_total"], checked)
+        most = options["max_total"]
+        if most is not None and checked.yuan > most:
+            raise click.UsageError(f"sum {checked.yuan:,.2f} yuan exceeds --max-total {most:,.2f}; nothing was sent")
         if merchant is None or place is None:
-            _refund_elsewhere(output, file, checked, options)
+            _enqueue(output, file, checked, options)
         else:
-            owner = Owner(merchant.oid_partner, merchant.endpoints.apply)
-            known = anyio.run(survey, checked, owner, place, _older_journal(file, place))
-            run = _Run(output, merchant, checked, options, known, None if file == "-" else Path(f"{file}.receipt"))
-            run.check_receipt(known.journal_id or "")
+            run = _Batch(output, merchant, checked, options, place, anyio.run(look_up, checked, place))
+            receipt = None if file == "-" else Path(f"{file}.receipt")
+            run.check_receipt(receipt)
             if dry_run:
-                show_checked(output, checked, _VALID, known)
+                show_checked(output, checked, _VALID, run.known, journal=place_name(place))
             else:
-                _agree(run, file)
+                _confirm_batch(run, file)
                 ctx.exit(_send(run))
 
 
-def _refund_elsewhere(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> None:
-    """Put the refunds into the queue, or nowhere."""
-    if options["dry_run"]:
-        show_checked(output, checked, _VALID)
-    else:
-        _ask(options["yes"], file, checked, "into the queue")
-        added = anyio.run(_enqueue, options["queue"], checked)
-        show_checked(output, checked, "in the queue", added=added)
-
-
-def _agree(run: _Run, file: str) -> None:
-    """Say what the journal knows, ask whether to send, and make the folder of a default journal."""
-    known, options, merchant = run.known, run.options, run.merchant
-    if known.new < known.total or not options["yes"]:
-        for text in known.notes(query_first=options["query_first"]):
-            run.output.note(text)
-    _ask(options["yes"], file, run.checked, f"as merchant {merchant.oid_partner} at {merchant.endpoints.apply}")
-    if not options["journal"]:
-        make_folder(known.place)
-
-
-def _find_journal(output: Output, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
-    """Where the journal is. A dry run does without, where there is no place for one."""
+def _find_journal(output: Output, file: str, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
+    """Return the place of the journal; None for a dry run where no default journal is possible."""
     try:
         place: str = options["journal"] or default_place(merchant)
     except click.UsageError as error:
@@ -117,176 +101,176 @@ def _find_journal(output: Output, merchant: Merchant, options: Mapping[str, Any]
             raise
         output.note(error.message)
         return None
+    older = Path(f"{file}.journal")
+    if older.is_file() and older.resolve() != Path(place).resolve():
+        raise click.UsageError(
+            f"{older} may know refunds of this file: continue with --journal {older}, or move it away if every "
+            "refund in it is resolved"
+        )
     return place
 
 
-def _older_journal(file: str, place: str) -> str | None:
-    """The journal that earlier releases kept beside the file."""
-    older = f"{file}.journal"
-    return older if Path(older).is_file() and Path(older).resolve() != Path(place).resolve() else None
-
-
 def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None:
-    """Refuse to write results over something that is needed."""
     if out is not None:
-        places = (file, f"{file}.journal", f"{file}.receipt", place)
+        places = (file, f"{file}.receipt", place)
         needed = [Path(one).resolve() for one in places if one and file != "-" and not is_dsn(one)]
         if out.resolve() in needed or any(out.exists() and path.exists() and path.samefile(out) for path in needed):
             raise click.BadParameter("is the input, its receipt or the journal", param_hint="--out")
 
 
-def _refuse_more_than(most: Decimal | None, checked: Checked) -> None:
-    if most is not None and checked.yuan > most:
-        raise click.UsageError(
-            f"{checked.yuan:,.2f} yuan in all is more than --max-total {most:,.2f}; nothing was sent"
-        )
+def _enqueue(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> None:
+    """Put the refunds into the queue; a dry run only shows them."""
+    if options["dry_run"]:
+        show_checked(output, checked, _VALID)
+    else:
+        _confirm(options["yes"], file, checked, "into the queue")
+        added = anyio.run(_add_to_queue, options["queue"], checked)
+        show_checked(output, checked, "in the queue", added=added)
 
 
-def _ask(yes: bool, file: str, checked: Checked, destination: str) -> None:
-    """Go on only if that is wanted."""
+async def _add_to_queue(dsn: str, checked: Checked) -> int:
+    async with make_journal(dsn), open_queue(dsn) as queue:
+        return await queue.enqueue(checked.requests())
+
+
+def _confirm_batch(run: _Batch, file: str) -> None:
+    """Say what the journal knows, ask whether to send, and create the folder of a default journal."""
+    known, options, merchant = run.known, run.options, run.merchant
+    counts = known.counts()
+    if counts["new"] < known.total or not options["yes"]:
+        in_words = ", ".join(f"{number:,} {word}" for word, number in counts.items())
+        run.output.note(f"journal {place_name(run.place)}: {in_words}")
+        if known.journal_id is None and not options["query_first"]:
+            run.output.note(
+                "this journal is new, so every refund counts as never sent; if some may have been sent before, "
+                "use --query-first"
+            )
+    _confirm(options["yes"], file, run.checked, f"as merchant {merchant.oid_partner} at {merchant.endpoints.apply}")
+    if not options["journal"]:
+        make_folder(run.place)
+
+
+def _confirm(yes: bool, file: str, checked: Checked, destination: str) -> None:
     if yes or not checked.count:
         return
     if file == "-" or not sys.stdin.isatty():
-        raise click.UsageError("there is no terminal to ask on: say --yes, or --dry-run; nothing was sent")
+        raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
     question = f"Send {checked.count:,} refunds, {checked.yuan:,.2f} yuan, {destination}?"
     click.confirm(question, abort=True, err=True)
-
-
-async def _enqueue(dsn: str, checked: Checked) -> int:
-    """Put the refunds into the queue; return how many."""
-    async with make_journal(dsn), open_queue(dsn) as queue:
-        return await queue.enqueue(checked.requests())
 
 
 # ── sending ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _send(run: _Run) -> int:
-    """Have them made, and show what became of them; the exit code."""
-    # Whoever is interrupted is told below what may have been made: not one line for each.
+def _send(run: _Batch) -> int:
+    """Send the batch and show its results; return the exit code."""
+    # After an interruption the summary counts what may have been made: no warning for each refund.
     logging.getLogger("lianlian_async").addHandler(logging.NullHandler())
     try:
-        with sigterm_interrupts(), run.output.live("refunds", run.checked.count) as run.advance:
+        with sigterm_interrupts(), run.output.progress("refunds", run.checked.count) as run.advance:
             anyio.run(run.work)
     except KeyboardInterrupt:
-        under_way = run.begun - run.tally.ended
-        run.output.note(f"up to {under_way:,} more may have been made: run the same command again, it carries on")
-        return _show(run, INTERRUPTED)
-    return _show(run, exit_outcome_of(run.failure) if run.failure else run.tally.ending())
-
-
-def _show(run: _Run, ending: ExitOutcome) -> int:
-    """Show what became of a batch that ended in this way; the exit code."""
+        in_flight = run.begun - run.totals.ended
+        run.output.note(f"up to {in_flight:,} more may have been made: run the same command again to resolve them")
+        outcome = INTERRUPTED
+    else:
+        outcome = exit_outcome_of(run.failure) if run.failure else run.totals.exit_outcome()
     out = run.options["out"]
-    places = {"journal": run.known.name} | ({"results": str(out)} if out else {})
-    show_batch(run.output, run.checked, run.tally, run.known, ending=ending, failure=run.failure, places=places)
-    is_graver = run.failure is not None and run.tally.refunds[UNKNOWN]
-    return UNKNOWN.exit_code if is_graver else ending.exit_code
+    places = {"journal": place_name(run.place)} | ({"results": str(out)} if out else {})
+    show_batch(run.output, run.checked, run.totals, run.known, outcome=outcome, failure=run.failure, places=places)
+    is_unknown = run.failure is not None and run.totals.refunds[UNKNOWN]
+    return UNKNOWN.exit_code if is_unknown else outcome.exit_code
 
 
 @attrs.define
-class _Run:
-    """The sending of a batch, and how far it is."""
+class _Batch:
+    """A batch and its progress."""
 
     output: Output
     merchant: Merchant
     checked: Checked
     options: Mapping[str, Any]
-    known: Survey
-    receipt: Path | None
-    """Where the receipt lies; None: the batch comes from stdin."""
+    place: str
+    known: Known
     advance: Callable[[str], object] = attrs.field(default=str, init=False)
-    tally: Totals = attrs.field(init=False)
+    totals: Totals = attrs.field(init=False)
     begun: int = attrs.field(default=0, init=False)
     failure: LianLianError | None = attrs.field(default=None, init=False)
+    _write_receipt: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.tally = Totals(self.checked.count)
+        self.totals = Totals(self.checked.count)
 
-    def check_receipt(self, journal_id: str) -> Callable[[], None]:
-        """Refuse a journal that is not the one of the last run; what is returned writes the receipt."""
-        if self.receipt is None:
-            return lambda: None
-        path = self.receipt
-        place = self.known.name if is_dsn(self.known.place) else str(Path(self.known.place).absolute())
-        ours = Receipt(journal_id, place, self.merchant.oid_partner, self.merchant.endpoints.apply)
+    def check_receipt(self, path: Path | None) -> None:
+        """Refuse another journal than the one in the receipt at ``path``; None: the batch comes from stdin."""
+        if path is None:
+            return
+        place = place_name(self.place) if is_dsn(self.place) else str(Path(self.place).absolute())
+        endpoint = self.merchant.endpoints.apply
+        ours = Receipt(self.known.journal_id or "", place, self.merchant.oid_partner, endpoint)
         others = ours.check(path, accept_new=self.options["accept_new_journal"])
-        return lambda: ours.write(path, others)
+
+        def write(journal_id: str) -> None:
+            try:
+                attrs.evolve(ours, journal=journal_id).write(path, others)
+            except OSError as error:
+                self.output.note(f"{path}: {error.strerror}; there is no receipt beside the file")
+
+        self._write_receipt = write
 
     async def work(self) -> None:
-        """Have all made; what ended it before all were is its ``failure``, or is raised if nothing was begun."""
+        """Send all refunds; an error that stopped the batch becomes ``failure``, or is raised if nothing ended."""
         try:
             with one_interruption():
                 await self._work()
-            self.tally.check_complete()
+            self.totals.check_complete()
         except LianLianError as error:
-            if not self.tally.ended:
+            if not self.totals.ended:
                 raise
             self.failure = error
 
     async def _work(self) -> None:
-        """Send what the journal does not know, ask about what it holds as open, and write down all that is found."""
         options, out = self.options, self.options["out"]
         settings = {name: options[name] for name in ("concurrency", "deadline", "not_found_grace", "query_first")}
-        async with self._opened(self.known.place) as journal:
+        wishes = {name: options[name] for name in ("keep_going", "wait_unknown")}
+        async with self._opened_journal() as journal:
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
-            self._leave_receipt(journal.id)
+            self._write_receipt(journal.id)
             with line_writer(out, RESULT) if out else nullcontext(str) as write:
-                async with make_session(self.merchant, journal=journal, **settings) as session:
-                    if self.known.older is not None and self.known.in_older:
-                        async with self._opened(self.known.older) as older:
-                            await self._refund_all(session, older, self.checked.requests(older=True), write)
-                    await self._refund_all(session, journal, self.checked.requests(), write)
-
-    def _leave_receipt(self, journal_id: str) -> None:
-        write = self.check_receipt(journal_id)
-        try:
-            write()
-        except OSError as error:
-            self.output.note(f"no receipt beside the file: {self.receipt}: {error.strerror}")
+                async with (
+                    make_session(self.merchant, journal=journal, **settings) as session,
+                    refund_many(session, self._requests(journal), journal=journal, **wishes) as outcomes,
+                ):
+                    async for outcome in outcomes:
+                        self.totals.add(outcome)
+                        write(result_of(outcome))
+                        self.advance(self.totals.line())
 
     @asynccontextmanager
-    async def _opened(self, place: str) -> AsyncGenerator[Journal]:
-        """The journal at ``place``, as soon as nobody else is at work with it."""
-        is_told = False
+    async def _opened_journal(self) -> AsyncGenerator[Journal]:
+        """Open the journal as soon as no other process holds it."""
+        has_said = False
         async with AsyncExitStack() as stack:
             while True:
                 try:
-                    journal = await stack.enter_async_context(make_journal(place))
+                    journal = await stack.enter_async_context(make_journal(self.place))
                     break
                 except JournalError as error:
                     if error.holder is None or self.options["no_wait"]:
                         raise
-                    if not is_told:
+                    if not has_said:
                         self.output.note(f"waiting: {error}")
-                    is_told = True
-                await anyio.sleep(_LOOK_AGAIN)
+                    has_said = True
+                await anyio.sleep(_JOURNAL_POLL)
             yield journal
 
-    async def _refund_all(
-        self,
-        session: RefundSession,
-        journal: Journal,
-        requests: AsyncIterable[RefundRequest],
-        write: Callable[[Mapping[str, Any]], object],
-    ) -> None:
-        wishes = {name: self.options[name] for name in ("keep_going", "wait_unknown")}
-        paced = self._requests(journal, requests)
-        async with refund_many(session, paced, journal=journal, **wishes) as outcomes:
-            async for outcome in outcomes:
-                self.tally.add(outcome)
-                write(result_of(outcome))
-                self.advance(self.tally.line())
-
-    async def _requests(
-        self, journal: Journal, requests: AsyncIterable[RefundRequest]
-    ) -> AsyncGenerator[RefundRequest]:
-        """Yield the requests, no more than the given number a second; those that need no traffic are not counted."""
+    async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:
+        """Yield the refunds; those that need a request start at the given rate."""
         rate = self.options["rate"]
-        pace = RateLimit(rate) if rate else None
-        async for request in requests:
-            if pace is not None and not await _is_resolved(journal, request):
-                async with pace:
+        limit = RateLimit(rate) if rate else None
+        async for request in self.checked.requests():
+            if limit is not None and not await _is_resolved(journal, request):
+                async with limit:
                     pass
             self.begun += 1
             yield request

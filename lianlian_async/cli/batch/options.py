@@ -1,44 +1,34 @@
-"""What ``lianlian batch`` can be told, and how each option is read."""
+"""The options of ``lianlian batch``."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 from click.core import ParameterSource
 
 from lianlian_async import wire
-from lianlian_async.cli.options import Command
+from lianlian_async.cli.options import Command, parsed
 from lianlian_async.cli.stores import DSN, JOURNAL, check_place, is_dsn
 
 from .rows import FIELDS
 
-__all__ = ["batch_options", "refuse_for_queue"]
+_NOT_FOR_QUEUE: Final = (
+    *("journal", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
+    *("no_wait", "query_first", "accept_new_journal"),
+)
 
 
 def refuse_for_queue(ctx: click.Context) -> None:
-    """A usage error for options that mean nothing to who only enqueues."""
-    names = (
-        "journal",
-        "out",
-        "rate",
-        "keep_going",
-        "wait_unknown",
-        "concurrency",
-        "deadline",
-        "not_found_grace",
-        "no_wait",
-        "query_first",
-        "accept_new_journal",
-    )
-    given = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    """Raise a usage error for options that have no effect together with ``--queue``."""
+    given = [name for name in _NOT_FOR_QUEUE if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise click.UsageError(f"with --queue, nothing is sent here, and {options} would do nothing")
+        raise click.UsageError(f"--queue sends nothing itself, so it cannot be used with {options}")
 
 
 def _read_map(_ctx: click.Context, _option: click.Parameter, values: Iterable[str]) -> dict[str, str]:
@@ -48,7 +38,7 @@ def _read_map(_ctx: click.Context, _option: click.Parameter, values: Iterable[st
         if name not in FIELDS or not column:
             raise click.BadParameter(f"{value!r} must be FIELD=COLUMN, FIELD one of {', '.join(FIELDS)}")
         if name in renamed or column in renamed.values():
-            raise click.BadParameter(f"{value!r}: a field has one column, and a column one field")
+            raise click.BadParameter(f"{value!r}: map each field and each column only once")
         renamed[name] = column
     return renamed
 
@@ -57,18 +47,8 @@ def _read_queue(ctx: click.Context, option: click.Parameter, value: str | None) 
     check_place(ctx, option, value)
     dsn = os.environ.get(DSN, "") if value == "" else value
     if dsn is not None and not is_dsn(dsn):
-        raise click.BadParameter(f"must be a URL, postgresql://…, here or in {DSN}")
+        raise click.BadParameter(f"must be a URL postgresql://…, here or in {DSN}")
     return dsn
-
-
-def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    def callback(_ctx: click.Context, _option: click.Parameter, value: str | None) -> Any:
-        try:
-            return None if value is None else parse(value)
-        except (ValueError, LookupError) as error:
-            raise click.BadParameter(str(error)) from None
-
-    return callback
 
 
 def _timestamp(text: str) -> str:
@@ -81,75 +61,87 @@ def _encoding(name: str) -> str:
 
 
 _OPTIONS: Final = (
+    click.option("--dry-run", is_flag=True, help="Check all lines and send nothing."),
+    click.option("--yes", is_flag=True, help="Do not ask before sending."),
     click.option(
-        "--journal",
-        metavar="PATH|DSN",
-        envvar=JOURNAL,
-        show_envvar=True,
-        show_default="one for merchant and endpoint, in this user's application folder",
-        callback=check_place,
-        help="Journal that records every refund and its outcome. Do not delete it.",
+        "--max-total",
+        metavar="YUAN",
+        callback=parsed(wire.parse_decimal),
+        help="Send nothing if the sum of all refunds is greater.",
     ),
-    click.option("--no-wait", is_flag=True, help="Refuse to wait for another batch that is at work with the journal."),
-    click.option(
-        "--query-first",
-        is_flag=True,
-        help="Ask the gateway about each refund that is new in the journal before it is sent.",
-    ),
-    click.option(
-        "--accept-new-journal",
-        is_flag=True,
-        help="Send a file again although it was sent with another journal before (see FILE.receipt).",
-    ),
-    click.option(
-        "--out",
-        type=click.Path(dir_okay=False, path_type=Path),
-        help="Write one line for each refund to this file, replaced in every run: CSV by its name, else JSON Lines.",
-    ),
+    click.option("--skip-invalid", is_flag=True, help="Send the valid lines although others are invalid."),
     click.option(
         "--map",
         "renamed",
         metavar="FIELD=COLUMN",
         multiple=True,
         callback=_read_map,
-        help="Which column holds a field, if it is not called like it.",
+        help="Read a field from a column with another name.",
     ),
-    click.option("--ignore-unknown", is_flag=True, help="Let there be columns that are no fields."),
-    click.option("--encoding", default="utf-8", callback=_parsed(_encoding), help="Of a CSV file, such as gb18030."),
+    click.option("--ignore-unknown", is_flag=True, help="Ignore columns that are not refund fields."),
+    click.option(
+        "--encoding",
+        metavar="NAME",
+        default="utf-8",
+        callback=parsed(_encoding),
+        help="Text encoding of the file, such as gb18030.",
+    ),
     click.option(
         "--derive",
         is_flag=True,
-        help="Make a missing no_refund from the order's number, the amount, and how many rows above have the same "
-        "two: always the same number, so in another file it means the same refund.",
+        help="Make a missing no_refund from order, amount, and how many lines above have the same two. It is always "
+        "the same number, so a copy of the line in another file is the same refund.",
     ),
     click.option(
         "--dt-refund",
         metavar="YYYYMMDDHHMMSS",
-        callback=_parsed(_timestamp),
-        help="For rows without one. Say the same in every run: the journal refuses a number with another time.",
+        callback=parsed(_timestamp),
+        help="dt_refund of lines without one. Use the same value in every run: the journal refuses a no_refund with "
+        "another dt_refund.",
     ),
-    click.option("--skip-invalid", is_flag=True, help="If lines are invalid, send the others."),
     click.option(
-        "--max-total", metavar="YUAN", callback=_parsed(wire.parse_decimal), help="Send nothing if the sum is more."
+        "--out",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Write one result line for each refund to this file: CSV if its name ends in .csv, else JSON Lines. "
+        "Each run replaces the file.",
     ),
-    click.option("--dry-run", is_flag=True, help="Check all, send nothing."),
-    click.option("--yes", is_flag=True, help="Do not ask before sending."),
-    click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="How many refunds may begin each second."),
-    click.option("--keep-going", is_flag=True, help="Go on after a rejection that your configuration caused."),
     click.option(
-        "--wait-unknown", is_flag=True, help="At the end, wait until what is unknown can be asked about again."
+        "--journal",
+        metavar="PATH|DSN",
+        envvar=JOURNAL,
+        show_envvar=True,
+        show_default="one for each merchant and endpoint, in the user's application folder",
+        callback=check_place,
+        help="Journal that records every refund and its outcome. Do not delete it.",
     ),
+    click.option("--no-wait", is_flag=True, help="End with an error if another batch holds the journal."),
+    click.option(
+        "--query-first", is_flag=True, help="Query each refund that the journal does not know before sending it."
+    ),
+    click.option(
+        "--accept-new-journal",
+        is_flag=True,
+        help="Send a file although it was sent with another journal before (see FILE.receipt).",
+    ),
+    click.option(
+        "--rate",
+        metavar="NUMBER",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Refunds that may start each second.",
+    ),
+    click.option("--keep-going", is_flag=True, help="Continue after a rejection that your configuration caused."),
+    click.option("--wait-unknown", is_flag=True, help="At the end, wait until unknown refunds can be resolved."),
     click.option(
         "--queue",
         metavar="[DSN]",
         is_flag=False,
         flag_value="",
         callback=_read_queue,
-        help=f"Send nothing: put the refunds into the queue there (or at {DSN}), for `lianlian worker`.",
+        help=f"Send nothing: put the refunds into the queue at DSN (or at {DSN}) for `lianlian worker`.",
     ),
 )
 
 
 def batch_options(command: Command) -> Command:
-    """The options of ``lianlian batch`` that no other command has."""
+    """Add the options that only ``lianlian batch`` has."""
     return reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), command)

@@ -1,15 +1,10 @@
-"""What became of a batch: sums per outcome, and a file with one line for each refund."""
+"""The results of a batch: one line for each refund, and the totals."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, cast
 
@@ -29,30 +24,28 @@ from lianlian_async.cli.exit_codes import (
 from lianlian_async.errors import JournalError, LianLianError, RefundOutcomeUnknown, RefundRejected
 from lianlian_async.outcome import Outcome
 
-__all__ = ["RESULT", "Totals", "line_writer", "result_of"]
-
-_GRAVITY: Final = (UNKNOWN, REJECTED, FAILED)
+_PRECEDENCE: Final = (UNKNOWN, REJECTED, FAILED)
 """The first of these that occurred gives a batch its exit code."""
 _RECORDED: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno")
 RESULT: Final = ("no_refund", "outcome", *_RECORDED, "money_refund", "error", "attempts", "queries", "seconds")
-"""What a line of results holds."""
+"""The columns of a result line."""
 
 
-def _ending(outcome: Outcome) -> ExitOutcome:
+def _exit_outcome(outcome: Outcome) -> ExitOutcome:
     if outcome.refund is not None:
         return exit_outcome_of_refund(outcome.refund)
     if isinstance(outcome.error, JournalError) and outcome.error.said is not None:
-        return UNKNOWN  # it was sent, and what the gateway said is not on record
-    return exit_outcome_of(cast("LianLianError", outcome.error))  # there is always one of them
+        return UNKNOWN  # it was sent, but the journal could not record the answer
+    return exit_outcome_of(cast("LianLianError", outcome.error))  # an outcome has a refund or an error
 
 
 def result_of(outcome: Outcome) -> dict[str, Any]:
-    """The line of one refund."""
+    """Return the result line of one refund."""
     source = outcome.refund or outcome.error
     values = {
         **{name: getattr(source, name, None) for name in _RECORDED},
         "no_refund": outcome.request.no_refund,
-        "outcome": _ending(outcome).word,
+        "outcome": _exit_outcome(outcome).word,
         "money_refund": wire.format_money(outcome.request.money_refund),
         "error": None if outcome.error is None else str(outcome.error),
         "attempts": outcome.attempts,
@@ -62,93 +55,80 @@ def result_of(outcome: Outcome) -> dict[str, Any]:
     return {name: values[name] for name in RESULT}
 
 
-@contextmanager
-def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-    """Replace ``path`` with one line for each call: CSV if its name ends so, else JSON Lines; in UTF-8."""
-    try:
-        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            if path.suffix.lower() == ".csv":
-                table = csv.DictWriter(file, list(columns), lineterminator="\n")
-                table.writeheader()
-                yield table.writerow
-            else:
-                yield lambda line: file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise LianLianError(f"{path}: {error.strerror}") from error
-
-
 @attrs.define
 class Totals:
-    """How far a batch is."""
+    """The totals of a batch of ``total`` refunds so far."""
 
     total: int
-    """Refunds that there are."""
     refunds: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     yuan: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
-    refusals: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
-    """How often each ret_code came, with its meaning."""
+    rejections: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
+    """Rejected refunds by ``ret_code`` and its meaning."""
     reasons: Counter[str] = attrs.field(factory=Counter, init=False)
-    """Why refunds are unknown."""
+    """Unknown refunds by reason."""
     recorded: int = attrs.field(default=0, init=False)
-    """Refunds whose end the journal knew: no traffic."""
+    """Refunds whose outcome was in the journal: no request was sent."""
     attempts: int = attrs.field(default=0, init=False)
     queries: int = attrs.field(default=0, init=False)
     ask_again_at: datetime | None = attrs.field(default=None, init=False)
-    """When all that is unknown can be asked about again."""
+    """When a query can resolve every unknown refund."""
     _began: float = attrs.field(factory=perf_counter, init=False)
 
     def add(self, outcome: Outcome) -> None:
-        """One more refund has ended."""
-        ending, error = _ending(outcome), outcome.error
-        self.refunds[ending] += 1
-        self.yuan[ending] += cast("int", outcome.request.money_refund)  # a Counter adds whatever can be added
+        """Count one more refund."""
+        exit_outcome, error = _exit_outcome(outcome), outcome.error
+        self.refunds[exit_outcome] += 1
+        self.yuan[exit_outcome] += cast("int", outcome.request.money_refund)  # a Counter can sum Decimals
         self.attempts += outcome.attempts
         self.queries += outcome.queries
         self.recorded += not (outcome.attempts or outcome.queries) and (
             outcome.refund is not None or isinstance(error, RefundRejected)
         )
         if isinstance(error, RefundRejected):
-            self.refusals[error.ret_code, error.meaning] += 1
-        elif ending == UNKNOWN and isinstance(error, JournalError):
+            self.rejections[error.ret_code, error.meaning] += 1
+        elif exit_outcome == UNKNOWN and isinstance(error, JournalError):
             self.reasons["journal error after sending"] += 1
         elif isinstance(error, RefundOutcomeUnknown):
             self.reasons[error.reason] += 1
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
 
     def check_complete(self) -> None:
-        """Raise ``LianLianError`` if the batch has come to its end, and refunds are left that nobody has told of."""
-        if self.ended != self.total:
-            raise LianLianError(
-                f"the batch ended with {self.total - self.ended:,} refunds to do; run the same command again"
-            )
+        """Raise ``LianLianError`` if refunds have no outcome although the batch came to its end."""
+        if self.to_do:
+            raise LianLianError(f"the batch ended with {self.to_do:,} refunds to do; run the same command again")
 
     @property
     def ended(self) -> int:
-        """How many refunds have ended in one way or the other."""
+        """Refunds that have an outcome."""
         return self.refunds.total()
 
     @property
+    def to_do(self) -> int:
+        """Refunds that have no outcome yet."""
+        return self.total - self.ended
+
+    @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds since the start."""
         return perf_counter() - self._began
 
     @property
     def rate(self) -> float:
         """Refunds per second."""
-        return self.ended / max(self.seconds, 1e-9)  # clocks can be coarse
+        return self.ended / max(self.seconds, 1e-9)  # a coarse clock may show no progress
 
     def line(self) -> str:
-        """How things stand, for a terminal."""
-        words = [f"{self.refunds[ending]:,} {ending.word}" for ending in (MADE, REJECTED, UNKNOWN)]
-        return f"{self.rate:,.0f}/s  {'  '.join(words)}  {self.total - self.ended:,} to do"
+        """Return the progress as one line of text."""
+        words = [f"{self.refunds[each]:,} {each.word}" for each in (MADE, REJECTED, UNKNOWN)]
+        return f"{self.rate:,.0f}/s  {'  '.join(words)}  {self.to_do:,} to do"
 
     def outcomes(self) -> list[tuple[str, int, Decimal]]:
-        """Refunds and yuan for each outcome; the usual ones always."""
-        endings = dict.fromkeys((MADE, REJECTED, UNKNOWN, *self.refunds))
-        return [(ending.word, self.refunds[ending], Decimal(self.yuan[ending])) for ending in endings]
+        """Return word, refunds and yuan of each outcome that occurred; made, rejected and unknown always."""
+        each = dict.fromkeys((MADE, REJECTED, UNKNOWN, *self.refunds))
+        return [(outcome.word, self.refunds[outcome], Decimal(self.yuan[outcome])) for outcome in each]
 
-    def ending(self) -> ExitOutcome:
-        """How the whole is called: by the gravest of what occurred."""
-        complete = NOT_SENT if self.ended < self.total else MADE
-        other = next((ending for ending in self.refunds if ending != MADE), complete)
-        return next((ending for ending in _GRAVITY if self.refunds[ending]), other)
+    def exit_outcome(self) -> ExitOutcome:
+        """Return the outcome of the whole batch: the most severe one that occurred."""
+        complete = NOT_SENT if self.to_do else MADE
+        other = next((each for each in self.refunds if each != MADE), complete)
+        return next((each for each in _PRECEDENCE if self.refunds[each]), other)

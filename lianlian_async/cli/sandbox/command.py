@@ -1,4 +1,4 @@
-"""``lianlian sandbox``: the fake gateway on a socket, until it is told to stop."""
+"""``lianlian sandbox``: serve the fake gateway on a socket until a signal stops it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from lianlian_async import wire
+from lianlian_async.cli.options import parsed
 from lianlian_async.cli.output import Output, json_option, pass_output
 from lianlian_async.cli.secret_files import refuse_existing, write_new
 from lianlian_async.errors import LianLianError
@@ -23,12 +23,8 @@ from lianlian_async.signing import SigningKey
 
 from .server import environment, serving
 
-__all__ = ["sandbox"]
-
-
-_NAP: Final = 0.5
-"""Seconds: a signal that comes in the very moment before a sleep ends it only when the sleep is over."""
-
+_SLEEP: Final = 0.5
+"""Seconds. A signal that arrives just before a sleep ends the command after the sleep."""
 _FAULTS: Final = {fault.value.replace(" ", "-"): fault for fault in Fault}
 
 
@@ -45,48 +41,60 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
     return faults
 
 
-def _read_money(_ctx: click.Context, _option: click.Parameter, value: str) -> Decimal:
-    try:
-        return wire.parse_money(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
 @click.command
-@click.option("--host", default="127.0.0.1", help="The address to listen at.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="The port to listen at; 0 takes a free one.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on; 0 takes a free one.")
 @click.option(
     "--env-file",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("lianlian-sandbox.env"),
-    help="Where to write the LIANLIAN_ variables; it must not exist, and is removed at the end.",
+    help="File for the LIANLIAN_ variables; it must not exist, and is removed at the end.",
 )
-@click.option("--keys", type=click.Path(file_okay=False, path_type=Path), help="A directory to keep the keys in.")
+@click.option("--keys", type=click.Path(file_okay=False, path_type=Path), help="Folder that keeps the keys.")
 @click.option("--oid-partner", default="201103171000000000", help="The merchant's number.")
 @click.option(
     "--repeated",
     type=click.Choice([repeated.value for repeated in Repeated]),
     default=Repeated.REJECT.value,
-    help="What a second application under one no_refund meets.",
+    help="What a second apply request with the same no_refund does.",
 )
 @click.option(
-    "--fault", "faults", metavar="NAME=P", multiple=True, callback=_read_faults, help=f"One of {', '.join(_FAULTS)}."
+    "--fault",
+    "faults",
+    metavar="NAME=P",
+    multiple=True,
+    callback=_read_faults,
+    help=f"Probability of a fault for each request; NAME is one of {', '.join(_FAULTS)}.",
 )
-@click.option("--seed", type=int, default=0, help="Where the dice that throw the faults start.")
-@click.option("--settle-after", type=click.FloatRange(min=0), default=2.0, help="Seconds until a refund is final.")
-@click.option("--default-order", default="10000.00", callback=_read_money, help="What every order is worth, in yuan.")
+@click.option("--seed", type=int, default=0, help="Seed of the random faults.")
+@click.option(
+    "--settle-after",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=2.0,
+    help="Time until a refund is final.",
+)
+@click.option(
+    "--default-order",
+    metavar="YUAN",
+    default="10000.00",
+    callback=parsed(wire.parse_money),
+    help="Amount of each order.",
+)
 @click.option(
     "--notify",
     metavar="[URL]",
     is_flag=False,
     flag_value="http://127.0.0.1:8000/lianlian/refund",
-    help="Notify of final refunds as LianLian does; URL (else port 8000 here) is for requests that name none.",
+    help="Send notifications of final refunds as LianLian does; to URL (default: port 8000 of this machine) if a "
+    "request names no notify_url.",
 )
 @click.option(
     "--statement",
     "statement_file",
     type=click.Path(path_type=Path),
-    help="Where to write, at the end, LianLian's statement of what has succeeded; in a folder it gets LianLian's name.",
+    help="File for LianLian's statement of the successful refunds, written at the end; in a folder it gets LianLian's "
+    "name.",
 )
 @json_option
 @pass_output
@@ -103,10 +111,10 @@ def sandbox(
     statement_file: Path | None,
     **options: Any,
 ) -> None:
-    """Serve a fake of LianLian's gateway, until SIGINT or SIGTERM. No money is anywhere near it.
+    """Serve a fake of LianLian's gateway until SIGINT or SIGTERM.
 
-    A file with the LIANLIAN_ variables of a merchant that it knows makes it reachable for this command and for
-    every program that uses Merchant.from_env().
+    No real money is involved. The environment file configures a merchant of this gateway for the other `lianlian`
+    commands and for every program that uses Merchant.from_env().
     """
     refuse_existing(env_file)
     gateway = SandboxGateway(repeated=Repeated(repeated), **_kept_keys(keys), **options)
@@ -117,7 +125,7 @@ def sandbox(
         settings = {"notify_url": notify}
     with (
         _statement_at_the_end(gateway, statement_file),
-        _until_told_to_stop(),
+        _until_signal(),
         serving(app, host, port) as url,
         _written(env_file, environment(gateway, url, **settings)),
     ):
@@ -128,17 +136,17 @@ def sandbox(
             f"use it:  set -a; . {shlex.quote(str(path))}; set +a",
         )
         while True:
-            time.sleep(_NAP)
+            time.sleep(_SLEEP)
 
 
-def _kept_keys(directory: Path | None) -> dict[str, Any]:
-    """The keys in ``directory``, made there if they are missing; none at all leaves them to the gateway."""
-    if directory is None:
+def _kept_keys(folder: Path | None) -> dict[str, Any]:
+    """Load the keys in ``folder``, and generate missing ones; without a folder the gateway makes its own keys."""
+    if folder is None:
         return {}
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     keys = {}
     for name in ("merchant", "gateway"):
-        path = directory / f"{name}.pem"
+        path = folder / f"{name}.pem"
         if not path.exists():
             write_new(path, SigningKey.generate().to_pem())
         keys[f"{name}_key"] = SigningKey.load(path, name=str(path))
@@ -150,7 +158,7 @@ def _statement_at_the_end(gateway: SandboxGateway, file: Path | None) -> Iterato
     yield
     if file is not None:
         name = f"JYMX_{gateway.oid_partner}_{wire.format_timestamp(gateway.time_of_day())[:8]}.txt"
-        gateway.advance(86_400.0)  # what is under way arrives and settles
+        gateway.advance(86_400.0)  # late requests arrive, and refunds become final
         try:
             (file / name if file.is_dir() else file).write_text(statement(gateway), "utf-8")
         except OSError as error:
@@ -158,8 +166,8 @@ def _statement_at_the_end(gateway: SandboxGateway, file: Path | None) -> Iterato
 
 
 @contextmanager
-def _until_told_to_stop() -> Iterator[None]:
-    """SIGINT and SIGTERM, at whatever moment, end the block and nothing else."""
+def _until_signal() -> Iterator[None]:
+    """End the block, without an error, at SIGINT or SIGTERM."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with suppress(KeyboardInterrupt):
@@ -171,7 +179,7 @@ def _until_told_to_stop() -> Iterator[None]:
 
 @contextmanager
 def _written(env_file: Path, variables: Mapping[str, str]) -> Iterator[None]:
-    """The environment file, as long as it leads anywhere."""
+    """Keep the environment file while the block runs."""
     lines = (f"{name}={shlex.quote(text)}\n" for name, text in variables.items())
     write_new(env_file, "".join(lines))
     try:

@@ -1,10 +1,9 @@
-"""``lianlian demo``: some hundred refunds through a gateway in trouble, audited against the gateway's own books."""
+"""``lianlian demo``: make refunds at a faulty gateway, and compare the outcomes with the gateway's books."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from random import Random
@@ -25,33 +24,30 @@ from lianlian_async.sandbox import Fault, Repeated
 from lianlian_async.session import RefundSession
 
 from .audit import Audit
-from .process import Books, RemoteGateway, gateway_process
-
-__all__ = ["demo"]
+from .process import Books, gateway_process
 
 _DELAY: Final = 0.5
-"""Seconds: nothing that the sandbox received is carried out later than that."""
-
-# Hence "no such record" is the truth soon after an attempt; at LianLian's it takes the default, 15 minutes.
+"""Seconds; the sandbox carries out no request later than this."""
+# So "no such record" can be believed soon. With LianLian's gateway the default of 15 minutes is needed.
 _POLICY: Final = RetryPolicy(not_found_grace=3 * _DELAY)
 _DEADLINE: Final = 8.0
 _ORDER: Final = Decimal("100.00")
-"""What each order is worth; every 25th refund asks for more, and has to be rejected."""
+"""Amount of each order in yuan. Every 25th refund is larger, so that it is rejected."""
 
 
 @click.command
-@click.option("--refunds", type=click.IntRange(1, 100_000), default=300, help="How many refunds to have made.")
-@click.option("--seed", type=int, default=0, help="Where the dice start.")
-@click.option("--faults", type=click.FloatRange(0, 1), default=0.3, help="How likely a request meets trouble.")
-@click.option("--concurrency", type=click.IntRange(1, 1000), default=50, help="Connections.")
-@click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="The size of all keys.")
+@click.option("--refunds", type=click.IntRange(1, 100_000), default=300, help="Number of refunds.")
+@click.option("--seed", type=int, default=0, help="Seed of the random faults.")
+@click.option("--faults", type=click.FloatRange(0, 1), default=0.3, help="Probability of a fault for each request.")
+@click.option("--concurrency", type=click.IntRange(1, 1000), default=50, help="Number of connections.")
+@click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="Size of all keys.")
 @json_option
 @pass_output
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
-    """Refund at a gateway in trouble, and audit its books.
+    """Make refunds at a faulty gateway, and audit its books.
 
-    It loses, delays and forges answers, and runs in a process of its own on a loopback port, in its cruellest mood:
-    a refund that is sent twice is made twice. Exit code 0 if its books agree with every single outcome, else 1.
+    The gateway is a fake in another process: it loses, delays and forges responses, and it makes a refund twice if
+    the refund is sent twice. Exit code 0 if its books agree with every outcome, else 1.
     """
     options = {
         "bits": int(bits),
@@ -62,28 +58,19 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
         "seed": seed,
         "delay": _DELAY,
     }
-    run = _Run(_requests(refunds, Random(seed)))  # noqa: S311 - a demo's amounts
-    with (
-        gateway_process(options) as gateway,
-        _audited(output, run, gateway),
-        output.progress("refunds", refunds) as advance,
-    ):
-        anyio.run(run.refund_all, Merchant.from_env(gateway.environment), concurrency, advance)
-
-
-@contextmanager
-def _audited(output: Output, run: _Run, gateway: RemoteGateway) -> Iterator[None]:
-    """Audit the run when it ends, also when it is interrupted, and exit with 1 if the books disagree."""
-    try:
-        yield
-    finally:
-        exit_code = _show(output, run, gateway.close_books())
+    run = _Demo(_requests(refunds, Random(seed)))  # noqa: S311 - not for security
+    with gateway_process(options) as gateway:
+        try:
+            with output.progress("refunds", refunds) as advance:
+                anyio.run(run.refund_all, Merchant.from_env(gateway.environment), concurrency, advance)
+        finally:  # after Ctrl-C, too
+            exit_code = _show(output, run, gateway.close_books())
     click.get_current_context().exit(exit_code)
 
 
-def _show(output: Output, run: _Run, books: Books) -> int:
-    """Print the audit; 0 if the books agree, else 1."""
-    audit = Audit(run.requests, run.endings, books)
+def _show(output: Output, run: _Demo, books: Books) -> int:
+    """Print the audit; return 0 if the books agree, else 1."""
+    audit = Audit(run.requests, run.outcomes, books)
     counts, unknown, disagreements = audit.counts(), audit.unknown(), audit.disagreements()
     facts = {
         "made_twice": audit.made_twice(),
@@ -101,13 +88,11 @@ def _show(output: Output, run: _Run, books: Books) -> int:
         "unknown": unknown,
         "disagreements": disagreements,
     }
-    output.show(
-        document,
-        table("what became of the refunds", ("outcome", "refunds", "carried out, by the gateway's books"), counts),
-        table("left unknown", ("no_refund", "carried out, by the gateway's books"), unknown.items()),
-        table("how it went", ("measure", "value"), ((name.replace("_", " "), fact) for name, fact in facts.items())),
-        ": ".join((verdict, *disagreements)),
-    )
+    shown = [table("refunds", ("outcome", "refunds", "made, by the gateway's books"), counts)]
+    if unknown:
+        shown.append(table("unknown refunds", ("no_refund", "made, by the gateway's books"), unknown.items()))
+    measures = ((name.replace("_", " "), fact) for name, fact in facts.items())
+    output.show(document, *shown, table("run", ("measure", "value"), measures), ": ".join((verdict, *disagreements)))
     return 1 if disagreements else 0
 
 
@@ -124,21 +109,18 @@ def _requests(count: int, random: Random) -> list[RefundRequest]:
     ]
 
 
-# ── the run ──────────────────────────────────────────────────────────────────────────────────────
-
-
 @attrs.define
-class _Run:
-    """The refunds, and what the library said about each."""
+class _Demo:
+    """The refunds, and the library's outcome for each."""
 
     requests: Sequence[RefundRequest]
-    endings: dict[str, ExitOutcome] = attrs.field(factory=dict)
+    outcomes: dict[str, ExitOutcome] = attrs.field(factory=dict)
     seconds: float = 0.0
     worst_stall: float = 0.0
-    """Seconds that the event loop was late at worst."""
+    """The longest delay of the event loop in seconds."""
 
-    async def refund_all(self, merchant: Merchant, concurrency: int, advance: Callable[[], object]) -> None:
-        """A plain gather over all refunds."""
+    async def refund_all(self, merchant: Merchant, concurrency: int, advance: Callable[[str], object]) -> None:
+        """Make all refunds at the same time."""
         async with RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session:
             watch, began = asyncio.create_task(self._watch()), perf_counter()
             try:
@@ -147,14 +129,14 @@ class _Run:
                 self.seconds = perf_counter() - began
                 watch.cancel()
 
-    async def _refund(self, session: RefundSession, request: RefundRequest, advance: Callable[[], object]) -> None:
-        self.endings[request.no_refund] = INTERRUPTED
+    async def _refund(self, session: RefundSession, request: RefundRequest, advance: Callable[[str], object]) -> None:
+        self.outcomes[request.no_refund] = INTERRUPTED
         try:
-            ending = exit_outcome_of_refund(await session.apply_refund(request))
+            outcome = exit_outcome_of_refund(await session.apply_refund(request))
         except LianLianError as error:
-            ending = exit_outcome_of(error)
-        self.endings[request.no_refund] = ending
-        advance()
+            outcome = exit_outcome_of(error)
+        self.outcomes[request.no_refund] = outcome
+        advance("refunds")
 
     async def _watch(self) -> None:
         pause = 0.005

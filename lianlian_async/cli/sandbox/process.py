@@ -1,7 +1,6 @@
-"""A sandbox gateway in a process of its own, that hands over its books at the end.
+"""A sandbox gateway in another process, which returns its books at the end.
 
-A process, because the gateway's signing and serving must not disturb what is measured in the client's. Its books
-come through a pipe: nobody else can ask for them, and the gateway's port serves nothing but LianLian's pages.
+A process of its own keeps the gateway's work out of the client's measurements. The books come through a pipe.
 """
 
 from __future__ import annotations
@@ -21,30 +20,28 @@ from lianlian_async.sandbox import SandboxGateway
 
 from .server import environment, serving
 
-__all__ = ["Books", "RemoteGateway", "gateway_process", "run_gateway"]
-
 
 class Books(NamedTuple):
-    """What the gateway did, whatever its answers said."""
+    """What the gateway did, whatever its responses said."""
 
     times_made: Mapping[str, int]
-    """How many times each ``no_refund`` was carried out."""
+    """How many times each ``no_refund`` was made."""
     money_moved: Mapping[str, Decimal]
-    """Yuan that left the merchant under each ``no_refund``."""
+    """Yuan that left the merchant for each ``no_refund``."""
     requests: Mapping[str, int]
-    """How many requests came in for each call."""
+    """The number of requests for each call."""
 
 
 @attrs.frozen
 class RemoteGateway:
-    """The other process, as seen from here."""
+    """The client side of a gateway in another process."""
 
     environment: Mapping[str, str]
-    """The variables that lead to it."""
+    """The LIANLIAN_ variables that configure a merchant for this gateway."""
     _pipe: Connection
 
     def close_books(self) -> Books:
-        """Stop it, let everything arrive that is still under way, and hand over its books."""
+        """Stop the gateway, let it carry out delayed requests, and return its books."""
         self._pipe.send("close")
         books: Books = self._pipe.recv()
         return books
@@ -52,11 +49,11 @@ class RemoteGateway:
 
 @contextmanager
 def gateway_process(options: Mapping[str, Any]) -> Iterator[RemoteGateway]:
-    """A gateway made with ``options`` (arguments of ``SandboxGateway``), as long as the block runs."""
+    """Run ``SandboxGateway(**options)`` in another process while the block runs."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=run_gateway, args=(theirs, options), name="lianlian-sandbox")
-    # Ctrl-C reaches every process of the terminal. This one must live on to hand over its books.
+    # Ctrl-C reaches every process of the terminal, but the gateway must still return its books.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()
@@ -72,7 +69,7 @@ def gateway_process(options: Mapping[str, Any]) -> Iterator[RemoteGateway]:
 
 
 def run_gateway(pipe: Connection, options: Mapping[str, Any]) -> None:
-    """What the process does. It ends without a word when the other end of the pipe goes away."""
+    """Serve a gateway in this process until the other end of ``pipe`` asks for its books or closes."""
     with pipe, suppress(EOFError, BrokenPipeError):
         gateway = SandboxGateway(**options)
         with serving(gateway) as url:

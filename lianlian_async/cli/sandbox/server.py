@@ -1,4 +1,4 @@
-"""The sandbox on a real socket: a uvicorn server in a thread of its own, and the environment that leads to it."""
+"""Serve the sandbox on a socket with uvicorn in a thread, and make the environment of its merchant."""
 
 from __future__ import annotations
 
@@ -8,37 +8,33 @@ import threading
 from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.sandbox import Notifier, SandboxGateway
 
-__all__ = ["environment", "serving"]
-
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Whether a line of uvicorn's log tells of a bug: what the sandbox breaks on purpose or at its end is none."""
+    """Whether a line of uvicorn's log tells of a bug: the sandbox breaks connections on purpose and at its end."""
     return record.exc_info is not None and not isinstance(record.exc_info[1], ConnectionResetError | CancelledError)
 
 
 @contextmanager
 def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve ``gateway`` while the block runs, and notify of its refunds; its base URL. Port 0 takes a free one.
+    """Serve ``gateway`` while the block runs, and yield its base URL; port 0 takes a free port.
 
-    Raises ``ConfigurationError`` if the address cannot be had. Requests that still wait are cut off at the end.
+    At the end, requests without a response are cancelled. Raises ``ConfigurationError`` if the address cannot be used.
     """
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigurationError(f"{host} port {port}: {error.strerror}") from None
-    with listener:  # it takes connections from here on, even before the server runs
-        name = f"[{host}]" if ":" in host else host
-        lifespan: Literal["on", "off"] = "on" if isinstance(gateway, Notifier) else "off"
+    with listener:  # connections are accepted from here on, even before the server runs
         config = uvicorn.Config(
             gateway,
-            lifespan=lifespan,
+            lifespan="on" if isinstance(gateway, Notifier) else "off",
             ws="none",
             log_config=None,
             timeout_graceful_shutdown=1,
@@ -49,16 +45,16 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
         thread = threading.Thread(target=server.run, args=([listener],), name="lianlian-sandbox")
         thread.start()
         try:
-            yield f"http://{name}:{listener.getsockname()[1]}"
+            yield f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
 
 
 def environment(gateway: SandboxGateway, base_url: str, **overrides: Any) -> dict[str, str]:
-    """The variables that ``Merchant.from_env`` needs to call ``gateway`` at ``base_url``; keys in one line each.
+    """Return the variables with which ``Merchant.from_env`` reaches ``gateway`` at ``base_url``; keys in one line.
 
-    ``overrides`` are further or other arguments of ``Merchant``.
+    ``overrides`` replace arguments of ``Merchant``.
     """
     merchant = gateway.merchant(base_url, **overrides)
     return {
