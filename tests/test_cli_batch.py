@@ -1,4 +1,4 @@
-"""``lianlian batch``: refunds over a socket, to the last exit code, and again after whatever happened."""
+"""``lianlian batch``: refunds over a socket, every exit code, and runs after an interruption."""
 
 import signal
 import time
@@ -19,32 +19,32 @@ from tests.support.batches import read_csv, read_lines, refund, write_csv
 from tests.support.command import end, interruption, run, start, until
 
 SHORT = ("--deadline", "2", "--not-found-grace", "2.5")
-"""For refunds that get no answer: time enough for the others on a busy machine, and then for asking again."""
+"""Options for refunds without a response: long enough for the others on a busy machine."""
 
 
 @pytest.fixture(autouse=True)
 def journal(tmp_path, monkeypatch):
-    """Where all commands keep their journal."""
+    """The journal of all commands."""
     monkeypatch.setenv("LIANLIAN_JOURNAL", str(tmp_path / "journal.sqlite"))
     return tmp_path / "journal.sqlite"
 
 
 @pytest.fixture
 def gateway():
-    """A sandbox that makes a refund twice which is sent twice, and where every refund is final at once."""
+    """A sandbox that makes a refund again if it is sent again; every refund is final at once."""
     return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0, repeated=Repeated.AGAIN)
 
 
 @pytest.fixture
 def env(gateway):
-    """The environment that leads to it, as long as it is served."""
+    """The environment of the served gateway."""
     with serving(gateway) as url:
         yield environment(gateway, url)
 
 
 @pytest.fixture
 def file(tmp_path):
-    """A file of ten refunds, and nothing else in its folder."""
+    """A file of ten refunds, alone in its folder."""
     return refunds(tmp_path / "refunds.csv", 10)
 
 
@@ -53,7 +53,7 @@ def refunds(path, count):
 
 
 def books(gateway):
-    """How many times each refund was made."""
+    """Return how many times each refund was made."""
     return {
         record.application.no_refund: gateway.times_made(record.application.no_refund) for record in gateway.refunds
     }
@@ -67,7 +67,7 @@ def once(count):
 
 
 def test_every_refund_of_a_file_is_made(env, gateway, file, journal):
-    """All are made once; people get tables and exit code 0, and the journal lies where it was named."""
+    """All are made once; the output is tables, the exit code 0, and the journal exists."""
     ended = run("batch", file, "--yes", env=env)
     assert ended.exit_code == 0
     assert ended.stdout.startswith("10 of 10 refunds made")
@@ -80,7 +80,7 @@ def test_every_refund_of_a_file_is_made(env, gateway, file, journal):
 
 
 def test_second_run_sends_nothing(env, gateway, file, journal):
-    """A second run says what it found, answers from the journal, and has the same exit code."""
+    """A second run counts what the journal knows, takes the outcomes from it, and has the same exit code."""
     run("batch", file, "--yes", env=env)
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 0
@@ -92,7 +92,7 @@ def test_second_run_sends_nothing(env, gateway, file, journal):
 
 
 def test_batch_from_stdin(env, gateway, file, tmp_path):
-    """What is piped in is made, on record in the journal that was named."""
+    """Refunds from stdin are made and recorded in the journal of --journal."""
     journal = tmp_path / "elsewhere"
     ended = run("batch", "-", "--yes", "--journal", journal, env=env, stdin=file.read_text())
     assert ended.exit_code == 0
@@ -101,14 +101,14 @@ def test_batch_from_stdin(env, gateway, file, tmp_path):
 
 
 def test_rate_does_not_delay_refunds_in_the_journal(env, file):
-    """--rate holds back what causes traffic: a file that is all in the journal is done at once."""
+    """--rate delays requests only: a file whose refunds are all in the journal is done at once."""
     assert run("batch", file, "--yes", "--rate", "1000", env=env).exit_code == 0
     again = run("batch", file, "--yes", "--rate", "0.001", "--json", env=env)
     assert again.json["known_from_journal"] == 10
 
 
 def test_terminal_shows_progress_of_batch(env, file):
-    """On a terminal there is a live line: the rate, what ended how, and what is to do."""
+    """On a terminal a line shows the rate, the outcomes so far and the rest."""
     ended = run("batch", file, "--yes", "--json", env=env | {"FORCE_COLOR": "1", "COLUMNS": "200"})
     assert "10 made  0 rejected  0 unknown  0 to do" in ended.stderr
     assert ended.json["outcome"] == "made"
@@ -116,7 +116,7 @@ def test_terminal_shows_progress_of_batch(env, file):
 
 @pytest.mark.parametrize("name", ["results.jsonl", "results.CSV"])
 def test_out_has_one_line_for_each_refund(env, file, tmp_path, name):
-    """--out holds what became of each refund, in Chinese too, also where the journal knew it."""
+    """--out has the outcome of each refund, with Chinese text, even if it came from the journal."""
     out = tmp_path / name
     write_csv(file, [refund(1), refund(2, money_refund="1000.01"), refund(3)])
     for attempts in (1, 0):
@@ -136,7 +136,7 @@ def test_out_has_one_line_for_each_refund(env, file, tmp_path, name):
 
 
 def test_some_rejected_exits_3(env, file):
-    """Rejections are counted by code, with their yuan; those that failed at the bank count as not made."""
+    """Rejections are counted by code, with their yuan."""
     write_csv(file, [refund(1), refund(2, money_refund="1000.01"), refund(3, money_refund="2000")])
     ended = run("batch", file, "--yes", "--json", env=env)
     assert ended.exit_code == 3
@@ -148,7 +148,7 @@ def test_some_rejected_exits_3(env, file):
 
 
 def test_some_failed_exits_3(env, gateway, file):
-    """A refund that the bank did not accept is not made."""
+    """A refund that failed at the bank is not made."""
     gateway.fail("R-4")
     ended = run("batch", file, "--yes", "--json", env=env)
     assert (ended.exit_code, ended.json["outcome"]) == (3, "failed")
@@ -156,7 +156,7 @@ def test_some_failed_exits_3(env, gateway, file):
 
 
 def test_some_unknown_exits_4(env, gateway, file, journal):
-    """An unknown refund outweighs a rejected one, and the moment to run again is told; then it is found."""
+    """An unknown refund outweighs a rejected one; the output says when to run again, and that run finds the refund."""
     write_csv(file, [refund(2), refund(3, money_refund="1000.01")])
     run("batch", file, "--yes", env=env)
     write_csv(file, [refund(1), refund(2), refund(3, money_refund="1000.01")])
@@ -175,7 +175,7 @@ def test_some_unknown_exits_4(env, gateway, file, journal):
 
 
 def test_wait_unknown_resolves_unknown_refunds(env, gateway, file):
-    """--wait-unknown asks again when that can decide, and nothing stays unknown."""
+    """--wait-unknown queries again when that can resolve the refund."""
     gateway.script(Fault.LATE, call="apply", delay=3600.0)  # the gateway never hears of it
     ended = run("batch", file, "--yes", "--json", "--wait-unknown", *SHORT, env=env)
     assert (ended.exit_code, ended.json["outcome"]) == (0, "made")
@@ -184,7 +184,7 @@ def test_wait_unknown_resolves_unknown_refunds(env, gateway, file):
 
 
 def test_unreachable_gateway_exits_1(gateway, file):
-    """Where nothing listens, all are certainly not sent: exit code 1, to be run again."""
+    """If the connection is refused, all refunds are not sent: exit code 1."""
     nowhere = environment(gateway, "http://127.0.0.1:9")
     ended = run("batch", file, "--yes", "--json", env=nowhere)
     assert (ended.exit_code, ended.json["outcome"]) == (1, "not sent")
@@ -193,7 +193,7 @@ def test_unreachable_gateway_exits_1(gateway, file):
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_rejected_configuration_stops_the_batch(env, gateway, file, as_json):
-    """A rejection that would meet every refund ends the batch at once: exit code 3, and the cure is told."""
+    """A rejection that every refund would get stops the batch: exit code 3, with the cure."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, skip=2, times=1000)
     ended = run("batch", file, "--yes", "--concurrency", "1", *(["--json"] if as_json else []), env=env)
     assert ended.exit_code == 3
@@ -209,7 +209,7 @@ def test_rejected_configuration_stops_the_batch(env, gateway, file, as_json):
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_wrong_gateway_key_stops_the_batch(env, gateway, tmp_path, stranger_keys, as_json):
-    """Four of 60 refunds are made, and the screen names the key and why they are unknown: exit code 4."""
+    """Only four of 60 refunds are sent; the output names the key and the reason: exit code 4."""
     file = refunds(tmp_path / "refunds.csv", 60)
     wrong = env | {"LIANLIAN_GATEWAY_PUBLIC_KEYS": stranger_keys.public.to_base64()}
     ended = run("batch", file, "--yes", "--deadline", "1", *(["--json"] if as_json else []), env=wrong)
@@ -226,7 +226,7 @@ def test_a_wrong_gateway_key_stops_the_batch(env, gateway, tmp_path, stranger_ke
 
 
 def test_keep_going_continues_after_rejected_configuration(env, gateway, file):
-    """--keep-going sends the others all the same."""
+    """--keep-going sends the other refunds."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE)
     ended = run("batch", file, "--yes", "--json", "--keep-going", "--concurrency", "1", env=env)
     assert ended.exit_code == 3
@@ -234,7 +234,7 @@ def test_keep_going_continues_after_rejected_configuration(env, gateway, file):
 
 
 def test_stopped_batch_with_unknown_refund_exits_4(env, gateway, file):
-    """What may have been made is the gravest, also where the batch was stopped."""
+    """A stopped batch with an unknown refund exits with 4."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, no_refund="R-1")
     gateway.script(Fault.NO_ANSWER, times=1000)
     ended = run("batch", file, "--yes", "--json", "--concurrency", "1", *SHORT, env=env)
@@ -243,7 +243,7 @@ def test_stopped_batch_with_unknown_refund_exits_4(env, gateway, file):
 
 
 def test_journal_in_use_with_no_wait_exits_1(env, gateway, file):
-    """Two runs at the same time: the second one is refused, and sends nothing."""
+    """With --no-wait a second run at the same time is refused, and sends nothing."""
     gateway.script(Fault.NO_ANSWER)
     process = start("batch", file, "--yes", "--concurrency", "1", env=env)
     until(lambda: gateway.requests["apply"])
@@ -256,7 +256,7 @@ def test_journal_in_use_with_no_wait_exits_1(env, gateway, file):
 
 
 def test_removed_journal_ends_the_batch(gateway, file, journal):
-    """When the journal can no longer be written, nothing more is sent; what was sent is unknown: exit code 4."""
+    """If the journal cannot be written any more, nothing more is sent; refunds in flight are unknown: exit code 4."""
 
     async def thief(scope, receive, send):
         if gateway.requests["apply"] == 4:
@@ -274,7 +274,7 @@ def test_removed_journal_ends_the_batch(gateway, file, journal):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
 def test_unwritable_out_exits_1(env, gateway, file):
-    """A full disk under --out is told, and the journal knows all that was made."""
+    """A full disk under --out is an error; the journal knows all refunds that were made."""
     ended = run("batch", file, "--yes", "--json", "--out", "/dev/full", env=env)
     assert ended.exit_code == 1
     assert ended.json["error"]["message"] == "/dev/full: No space left on device"
@@ -283,14 +283,14 @@ def test_unwritable_out_exits_1(env, gateway, file):
 
 
 def test_invalid_keys_exit_2(env, file):
-    """A wrong configuration sends nothing, and is told as anywhere."""
+    """A wrong configuration is an error, and nothing is sent."""
     ended = run("batch", file, "--yes", env=env | {"LIANLIAN_GATEWAY_PUBLIC_KEYS": "AAAA"})
     assert ended.exit_code == 2
     assert ended.stderr.startswith("configuration error: ")
 
 
 def test_interruption_before_the_first_refund(gateway, file):
-    """Ctrl-C at the very beginning ends with an honest summary: all is to do."""
+    """Ctrl-C at the start ends with a summary in which all refunds are to do."""
     with interruption(loops=1):  # the first loop only looks into the journal
         ended = run("batch", file, "--yes", "--json", env=environment(gateway, "http://127.0.0.1:9"))
     assert ended.exit_code == 130
@@ -299,7 +299,7 @@ def test_interruption_before_the_first_refund(gateway, file):
 
 
 def test_incomplete_batch_is_not_made():
-    """Exit code 0 is only for a batch of which every refund has ended."""
+    """Exit code 0 needs an outcome for every refund."""
     assert (Totals(0).exit_outcome(), Totals(1).exit_outcome()) == (MADE, NOT_SENT)
 
 
@@ -307,7 +307,7 @@ def test_incomplete_batch_is_not_made():
 
 
 def start_until_stuck(gateway, file, env, *, sent, stuck, when=When.AFTER):
-    """A batch in a process of its own: ``sent`` requests are answered, and the ``stuck`` next ones never."""
+    """Start a batch as a process; ``sent`` requests get a response, and the next ``stuck`` ones never do."""
     gateway.script(Fault.NO_ANSWER, call="apply", skip=sent, times=stuck, when=when)
     process = start("batch", file, "--yes", "--json", "--concurrency", stuck, "--not-found-grace", "1", env=env)
     until(lambda: gateway.requests["apply"] == sent + stuck)
@@ -315,7 +315,7 @@ def start_until_stuck(gateway, file, env, *, sent, stuck, when=When.AFTER):
 
 
 def test_second_interruption_does_not_disturb_the_shutdown():
-    """Within the event loop only the first Ctrl-C interrupts, so that what it ends can end in good order."""
+    """In the event loop only the first Ctrl-C interrupts, so that the shutdown is clean."""
     ended = []
 
     async def main():
@@ -334,7 +334,7 @@ def test_second_interruption_does_not_disturb_the_shutdown():
 
 
 def test_batch_with_missing_outcomes_is_an_error():
-    """A normal end needs an outcome for each refund of the file."""
+    """A batch that ends without an outcome for each refund is an error."""
     Totals(0).check_complete()
     with pytest.raises(LianLianError, match="the batch ended with 247 refunds to do"):
         Totals(247).check_complete()
@@ -342,7 +342,7 @@ def test_batch_with_missing_outcomes_is_an_error():
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 3])
 def test_interrupted_batch_continues_in_the_next_run(env, gateway, file, numbers):
-    """Ctrl-C and SIGTERM, also repeated, end it in good order with 130; the next run asks about what was under way."""
+    """Ctrl-C and SIGTERM, even repeated, end the batch cleanly with 130; the next run queries refunds in flight."""
     process = start_until_stuck(gateway, file, env, sent=3, stuck=2)
     for number in numbers:
         process.send_signal(number)
@@ -359,7 +359,7 @@ def test_interrupted_batch_continues_in_the_next_run(env, gateway, file, numbers
 
 
 def test_killed_batch_makes_every_refund_once(env, gateway, tmp_path):
-    """SIGKILL at three moments, and run again each time: in the gateway's books every refund stands once."""
+    """After SIGKILL at three moments and a new run each time, every refund was made once."""
     file = refunds(tmp_path / "refunds.csv", 60)
     for sent, when in ((5, When.AFTER), (17, When.BEFORE), (11, When.AFTER)):
         process = start_until_stuck(gateway, file, env, sent=sent, stuck=4, when=when)
@@ -373,7 +373,7 @@ def test_killed_batch_makes_every_refund_once(env, gateway, tmp_path):
 
 
 def test_batch_and_sandbox_as_processes(tmp_path):
-    """``lianlian sandbox`` and ``lianlian batch``, each a process of its own: a file in, a file of results out."""
+    """``lianlian sandbox`` and ``lianlian batch`` as processes: a file in, a result file out."""
     env_file, out = tmp_path / "sandbox.env", tmp_path / "results.jsonl"
     sandbox = start("sandbox", "--env-file", env_file)
     try:

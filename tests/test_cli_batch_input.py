@@ -1,4 +1,4 @@
-"""What ``lianlian batch`` reads, and what it refuses before anything is sent."""
+"""The input of ``lianlian batch``, and the errors that it finds before anything is sent."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.support.command import run
 
 @pytest.fixture(autouse=True)
 def journal(tmp_path, monkeypatch):
-    """Where all commands keep their journal."""
+    """The journal of all commands."""
     monkeypatch.setenv("LIANLIAN_JOURNAL", str(tmp_path / "journal.sqlite"))
     return tmp_path / "journal.sqlite"
 
@@ -35,14 +35,14 @@ def gateway():
 
 @pytest.fixture
 def env(gateway):
-    """The environment that leads to it, as long as it is served."""
+    """The environment of the served gateway."""
     with serving(gateway) as url:
         yield environment(gateway, url)
 
 
 @pytest.fixture
 def nowhere(gateway):
-    """The environment of a merchant whose gateway nobody serves."""
+    """The environment of a gateway that is not served."""
     return environment(gateway, "http://127.0.0.1:9")
 
 
@@ -52,7 +52,7 @@ def file(tmp_path):
 
 
 def problems(ended):
-    """The lines that were found invalid, with what is wrong with them."""
+    """Return the invalid lines and their problems."""
     assert ended.exit_code == 2
     return [(problem["line"], problem["problem"]) for problem in ended.json["problems"]]
 
@@ -61,7 +61,7 @@ def problems(ended):
 
 
 def test_a_dry_run_counts_and_sends_nothing(nowhere, file, journal):
-    """--dry-run tells how many refunds and yuan there are, and leaves no journal behind."""
+    """--dry-run counts refunds and yuan, and creates no journal."""
     write_csv(file, [refund(1), refund(2, money_refund="0.5"), refund(3, money_refund="1200")])
     people, machine = (run("batch", file, "--dry-run", *more, env=nowhere) for more in ((), ("--json",)))
     assert people.exit_code == machine.exit_code == 0
@@ -83,7 +83,7 @@ def test_a_dry_run_counts_and_sends_nothing(nowhere, file, journal):
 @pytest.mark.parametrize("name", ["refunds.csv", "refunds.CSV", "refunds.tsv", "refunds", "refunds.txt"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_csv_is_known_by_its_name_or_its_first_line(nowhere, tmp_path, name, delimiter):
-    """A table is read whatever separates its cells, with a byte order mark, blank lines and quoted cells."""
+    """A table is read with each delimiter, a byte order mark, blank lines and quoted cells."""
     file = write_csv(tmp_path / name, [refund(1), refund(2)], delimiter=delimiter, quoting=1)
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes() + b"\r\n\r\n")
     assert run("batch", file, "--dry-run", "--json", env=nowhere).json["refunds"] == 2
@@ -91,27 +91,27 @@ def test_csv_is_known_by_its_name_or_its_first_line(nowhere, tmp_path, name, del
 
 @pytest.mark.parametrize("name", ["refunds.jsonl", "refunds.ndjson", "refunds.json", "refunds"])
 def test_json_lines_are_known_by_their_name_or_their_first_line(nowhere, tmp_path, name):
-    """Objects of strings and numbers are read, line by line; blank lines are none."""
+    """Objects of strings and numbers are read line by line; blank lines are skipped."""
     file = write_lines(tmp_path / name, [refund(1), refund(2) | {"money_refund": 20.01, "oid_paybill": None}])
     file.write_text("\n" + file.read_text() + "\n" if name != "refunds" else file.read_text())
     assert run("batch", file, "--dry-run", "--json", env=nowhere).json["yuan"] == "30.01"
 
 
 def test_stdin_is_read_by_its_first_line(nowhere):
-    """``-`` reads what is piped in."""
+    """``-`` reads stdin."""
     ended = run("batch", "-", "--dry-run", "--json", env=nowhere, stdin=json.dumps(refund(1)))
     assert ended.json["refunds"] == 1
 
 
 def test_an_empty_file_holds_nothing(nowhere, file):
-    """No line at all, or no line but the header, is no refund."""
+    """A file without lines, or with a header only, has no refunds."""
     for text in ("", "no_refund,dt_refund,money_refund,no_order\n"):
         file.write_text(text)
         assert run("batch", file, "--dry-run", "--json", env=nowhere).json["refunds"] == 0
 
 
 def test_signature_and_partner_columns_are_accepted(nowhere, file, gateway):
-    """A signature is ignored and the merchant's number is compared: requests from a log can be sent again."""
+    """Signature columns are ignored and the merchant's number is compared, so logged requests can be used."""
     mine = {"oid_partner": gateway.oid_partner, "sign_type": "RSA", "sign": "x"}
     write_csv(file, [refund(1) | mine, refund(2) | mine | {"oid_partner": "201304121000001004"}])
     ended = run("batch", file, "--json", env=nowhere)
@@ -121,7 +121,7 @@ def test_signature_and_partner_columns_are_accepted(nowhere, file, gateway):
 
 
 def test_map_renames_columns(nowhere, tmp_path):
-    """--map reads a field from another column, also if one has the field's own name; others can be ignored."""
+    """--map reads a field from another column; a second column for the field is an error."""
     rows = [{"number": "R-1", "Yuan": "1.00", "no_order": "x" * 99, "order": "O-1", "customer": "王"}]
     options = ("--map", "no_refund=number", "--map", "money_refund=Yuan", "--map", "no_order=order")
     options += ("--dt-refund", "20261122020000", "--dry-run", "--json")
@@ -137,7 +137,7 @@ def test_map_renames_columns(nowhere, tmp_path):
 
 
 def test_encoding_option_reads_gb18030(nowhere, file):
-    """Bytes that are not UTF-8 are refused with their line, and read once their encoding is said."""
+    """Bytes that are not UTF-8 are refused with their line, and read with --encoding."""
     write_csv(file, [refund(1, no_order="订单-1")], encoding="gb18030")
     ended = run("batch", file, "--dry-run", env=nowhere)
     assert ended.exit_code == 2
@@ -149,7 +149,7 @@ def test_encoding_option_reads_gb18030(nowhere, file):
 
 
 def test_invalid_lines_are_listed_and_nothing_is_sent(env, gateway, file):
-    """Each line that breaks a rule is named by its number; of many, the first fifty and how many more."""
+    """The first fifty invalid lines are listed by number, then the number of the others."""
     rows = [refund(1), *(refund(number, money_refund="0.001") for number in range(2, 62)), refund(62, no_order=None)]
     people, machine = (run("batch", write_csv(file, rows), "--yes", *more, env=env) for more in ((), ("--json",)))
     assert people.exit_code == 2
@@ -183,7 +183,7 @@ def test_line_numbers_count_every_line_of_the_file(nowhere, file):
     ],
 )
 def test_unreadable_file_is_refused_despite_skip_invalid(nowhere, tmp_path, text, problem):
-    """A header that is not clear, or a quote without an end, is refused even with --skip-invalid."""
+    """An unclear header or an open quote is refused even with --skip-invalid."""
     file = tmp_path / ("a.json" if text.startswith("[") else "a.csv")
     file.write_text(text)
     ended = run("batch", file, "--skip-invalid", "--yes", env=nowhere)
@@ -193,7 +193,7 @@ def test_unreadable_file_is_refused_despite_skip_invalid(nowhere, tmp_path, text
 
 @pytest.mark.parametrize("line", ["no json", "[1]", '{"no_refund": ["R"]}', '{"no_refund": "R", "no_refund": "S"}'])
 def test_invalid_json_line_does_not_affect_other_lines(nowhere, tmp_path, line):
-    """What is not a flat object is named by its line, and the others are read."""
+    """A line that is not a flat object is listed, and the other lines are read."""
     file = tmp_path / "a.jsonl"
     file.write_text(f"{json.dumps(refund(1))}\n{line}\n{json.dumps(refund(2) | {'mony': '1'})}\n")
     ended = run("batch", file, "--json", env=nowhere)
@@ -202,7 +202,7 @@ def test_invalid_json_line_does_not_affect_other_lines(nowhere, tmp_path, line):
 
 
 def test_repeated_no_refund_must_have_the_same_content(env, gateway, file):
-    """One number with two contents is refused on both lines; the same line again is named, and made once."""
+    """One number with two contents is invalid on both lines; a repeated line is noted and made once."""
     rows = [refund(1), refund(1, money_refund="10"), refund(2), refund(2, money_refund="9.00"), refund(2)]
     write_csv(file, [*rows, refund(3), refund(3, oid_paybill="20261122")])
     ended = run("batch", file, "--yes", "--json", env=env)
@@ -254,7 +254,7 @@ def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
     ],
 )
 def test_invalid_options_are_usage_errors(nowhere, file, monkeypatch, options, hint):
-    """What makes no sense, or would be a danger, is a usage error; secrets are not repeated."""
+    """Invalid or dangerous options are usage errors, without secrets in the message."""
     monkeypatch.chdir(file.parent)
     write_csv(file, [refund(1)])
     ended = run("batch", "refunds.csv", *options, env=nowhere)
@@ -272,7 +272,7 @@ def test_out_cannot_be_a_hard_link_to_the_input(nowhere, file):
 
 
 def test_full_disk_while_checking_is_an_error():
-    """Where the temporary file cannot grow, nothing is sent, and the cure is named."""
+    """If the temporary file cannot grow, the error names the cure."""
     with closing(Checked(None, derive=False, dt_refund=None)) as checked:
         checked._file.execute("PRAGMA max_page_count = 5")
 
@@ -288,7 +288,7 @@ def test_full_disk_while_checking_is_an_error():
 
 
 def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
-    """--derive gives each row the same number in every run, whatever else the row holds; two alike are two."""
+    """--derive gives a row the same number in every run; two equal rows are two refunds."""
     rows = [refund(number, no_refund=None, dt_refund=None, no_order="O-1") for number in range(3)]
     rows[2] |= {"money_refund": "7"}
     options = ("--derive", "--dt-refund", "20261122020000", "--yes", "--json")
@@ -308,7 +308,7 @@ def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
 
 
 def test_derived_number_with_another_dt_refund_is_a_conflict(env, gateway, file):
-    """--dt-refund plays no part in the number: another one is a conflict in the journal, not a second refund."""
+    """The derived number does not depend on --dt-refund: another value is a conflict, not a second refund."""
     write_csv(file, [refund(1, no_refund=None, dt_refund=None)])
     for moment, exit_code in (("20261122020000", 0), ("20261123020000", 1)):
         assert run("batch", file, "--derive", "--dt-refund", moment, "--yes", env=env).exit_code == exit_code
@@ -316,13 +316,13 @@ def test_derived_number_with_another_dt_refund_is_a_conflict(env, gateway, file)
 
 
 def test_derived_numbers_never_change():
-    """Releases to come have to derive the same numbers."""
+    """Later releases must derive the same numbers."""
     assert derived_number([["no_order", "O-1"]], "10.00", 1) == "LLE7F6C318491B69DDE5AB03AA0779C4"
 
 
 @pytest.mark.parametrize("missing", ["no_order", "money_refund"])
 def test_derive_needs_order_and_amount(nowhere, file, missing):
-    """Without order or amount nothing can be derived, and the row is invalid; so is one without a time."""
+    """A row without order, amount or time is invalid."""
     ended = run(
         "batch", write_csv(file, [refund(1, no_refund=None, **{missing: ""})]), "--derive", "--json", env=nowhere
     )
@@ -335,7 +335,7 @@ def test_derive_needs_order_and_amount(nowhere, file, missing):
 
 
 def on_a_terminal(monkeypatch, typed, *arguments, env):
-    """Run the command with a terminal as its stdin, where ``typed`` is typed; the exit code."""
+    """Run the command with a terminal as stdin on which ``typed`` is typed; return the exit code."""
     for name, text in env.items():
         monkeypatch.setenv(name, text)
     ours, theirs = os.openpty()
@@ -349,7 +349,7 @@ def on_a_terminal(monkeypatch, typed, *arguments, env):
 
 
 def test_terminal_must_confirm_before_sending(env, gateway, file, monkeypatch, capsys):
-    """Without --yes, the number, the sum and the gateway are shown, and only a yes sends."""
+    """Without --yes the prompt shows number, sum and gateway, and only the answer yes sends."""
     write_csv(file, [refund(1), refund(2)])
     with pytest.raises(click.Abort):
         on_a_terminal(monkeypatch, "\n", "batch", file, env=env)
@@ -399,7 +399,7 @@ DAMAGED = [
 @pytest.mark.parametrize("column", ["no_refund", "no_order", "oid_paybill"])
 @pytest.mark.parametrize("value", DAMAGED)
 def test_damaged_identifier_is_refused(nowhere, file, column, value):
-    """What a spreadsheet or a program wrote in place of an identifier is invalid, and how to avoid it is told."""
+    """A value that a spreadsheet or program wrote instead of an identifier is invalid, with the cure."""
     ended = run("batch", write_csv(file, [refund(1, **{column: value})]), "--json", env=nowhere)
     [(line, problem)] = problems(ended)
     assert line == 2
@@ -412,13 +412,13 @@ def test_damaged_identifier_is_refused(nowhere, file, column, value):
     "value", ["20261122", "R-1.0", "2026E-001", "12E5", "A#1", "O=1", "O'1", "NULLA", "Jan-R1", "1.5", "订单（2026）01"]
 )
 def test_identifier_similar_to_damage_is_accepted(nowhere, file, value):
-    """Order numbers that exist stay refundable."""
+    """Existing order numbers remain refundable."""
     ended = run("batch", write_csv(file, [refund(1, no_order=value)]), "--dry-run", "--json", env=nowhere)
     assert (ended.exit_code, ended.json["remarks"]) == (0, [])
 
 
 def test_damage_is_found_before_a_number_is_derived(nowhere, file):
-    """--derive makes no number of a damaged order: two orders that became one text would be one."""
+    """--derive refuses a damaged order number: two orders may have become the same text."""
     row = refund(1, no_refund=None, no_order="2.02611E+17")
     [(_, problem)] = problems(run("batch", write_csv(file, [row]), "--derive", "--json", env=nowhere))
     assert problem.startswith("no_order: number in scientific notation")
@@ -426,7 +426,7 @@ def test_damage_is_found_before_a_number_is_derived(nowhere, file):
 
 @pytest.mark.parametrize("value", ["2026112200010000", "202611220001234000"])
 def test_rounded_number_is_remarked(nowhere, file, value):
-    """A spreadsheet keeps 15 digits: longer numbers that end in zeros are pointed out, and sent."""
+    """Numbers with more than 15 digits that end in zeros are noted, and sent."""
     rows = [refund(1, no_order=value), refund(2, no_order=value[:-1] + "1"), refund(3, no_order="202611220001000")]
     ended = run("batch", write_csv(file, rows), "--dry-run", "--json", env=nowhere)
     expected = f"no_order {value} ends in zeros: a spreadsheet may have rounded it, compare it with its source"
@@ -434,7 +434,7 @@ def test_rounded_number_is_remarked(nowhere, file, value):
 
 
 def test_rows_of_delimiters_are_blank(nowhere, file):
-    """Rows that a spreadsheet exports without any value are skipped, whatever their number of cells."""
+    """Rows without values are skipped, whatever their number of cells."""
     file.write_text("no_refund,dt_refund,money_refund,no_order\n,,,\nR-1,20261122020000,1,O-1\n,,,,,,\n , ,,\n")
     assert run("batch", file, "--dry-run", "--json", env=nowhere).json["refunds"] == 1
 
@@ -442,7 +442,7 @@ def test_rows_of_delimiters_are_blank(nowhere, file):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("name", ["refunds.csv", "refunds.jsonl"])
 def test_utf_16_is_read(nowhere, tmp_path, encoding, name):
-    """Excel's Unicode text is known by its byte order mark; without one its encoding is named."""
+    """UTF-16 is recognized by its byte order mark, or named with --encoding."""
     rows = [refund(number, no_order=f"订单-{number}ਊ") for number in range(3000)]  # U+0A0A: its bytes are line feeds
     write = write_csv if name.endswith("csv") else write_lines
     text = write(tmp_path / name, rows).read_bytes().decode()
@@ -452,7 +452,7 @@ def test_utf_16_is_read(nowhere, tmp_path, encoding, name):
 
 
 def test_utf_16_without_byte_order_mark_is_suggested(nowhere, file):
-    """NUL bytes tell of UTF-16 that has no byte order mark."""
+    """NUL bytes suggest UTF-16 without a byte order mark."""
     file.write_bytes("no_refund\n".encode("utf-16-le"))
     ended = run("batch", file, "--dry-run", env=nowhere)
     assert ended.exit_code == 2
@@ -471,7 +471,7 @@ def test_utf_16_without_byte_order_mark_is_suggested(nowhere, file):
     ],
 )
 def test_workbook_or_archive_is_named(nowhere, file, first, reason):
-    """A workbook is recognized whatever it is called."""
+    """A workbook is recognized by its first bytes, whatever its name."""
     file.write_bytes(first + os.urandom(100))
     ended = run("batch", file, "--dry-run", env=nowhere)
     assert ended.exit_code == 2
@@ -480,7 +480,7 @@ def test_workbook_or_archive_is_named(nowhere, file, first, reason):
 
 @pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
 def test_every_kind_of_line_end_is_read(nowhere, file, end):
-    """Carriage returns alone end lines, too, and line numbers count them."""
+    """CR, LF and CRLF end lines and count for line numbers."""
     lines = ("no_refund,dt_refund,money_refund,no_order", "R-1,20261122020000,1,O-1", "R-2,x,1,O-2")
     file.write_bytes("".join(line + end for line in lines).encode())
     assert [line for line, _ in problems(run("batch", file, "--json", env=nowhere))] == [3]
@@ -488,14 +488,14 @@ def test_every_kind_of_line_end_is_read(nowhere, file, end):
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_sep_line_names_the_delimiter(nowhere, file, delimiter):
-    """``sep=;`` is Excel's own habit; it counts as a line."""
+    """The line ``sep=;``, which Excel writes, names the delimiter and counts as a line."""
     write_csv(file, [refund(1, dt_refund="x")], delimiter=delimiter)
     file.write_bytes(f"sep={delimiter}\r\n".encode() + file.read_bytes())
     assert [line for line, _ in problems(run("batch", file, "--json", env=nowhere))] == [3]
 
 
 def test_wrong_encoding_names_its_line(nowhere, file):
-    """The line is told also behind thousands of others."""
+    """The line number is right after thousands of lines."""
     rows = [refund(number) for number in range(5000)]
     write_csv(file, [*rows, refund("x", no_order="订单")], encoding="gb18030")
     assert "line 5002: not utf-8" in run("batch", file, "--dry-run", env=nowhere).stderr

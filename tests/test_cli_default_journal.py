@@ -1,4 +1,4 @@
-"""The journal of a batch that names none: one for merchant and endpoint, and a receipt beside each file."""
+"""The default journal of a batch, one for each merchant and endpoint, and the receipt beside each file."""
 
 import json
 import os
@@ -20,20 +20,20 @@ from tests.support.command import end, run, start, until
 
 @pytest.fixture
 def gateway():
-    """A sandbox that makes a refund twice which is sent twice, and where every refund is final at once."""
+    """A sandbox that makes a refund again if it is sent again; every refund is final at once."""
     return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0, repeated=Repeated.AGAIN)
 
 
 @pytest.fixture
 def env(gateway):
-    """The environment that leads to it, as long as it is served."""
+    """The environment of the served gateway."""
     with serving(gateway) as url:
         yield environment(gateway, url)
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The home of a user on a machine that is no container, wherever the tests run."""
+    """A home folder, and no sign of a container."""
     for name in ("LIANLIAN_JOURNAL", "XDG_CONFIG_HOME", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(stores, "_CONTAINER_FILES", ())
@@ -44,7 +44,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def file(tmp_path):
-    """A file of three refunds, in a folder of its own."""
+    """A file of three refunds, alone in its folder."""
     (tmp_path / "work").mkdir()
     return write_csv(tmp_path / "work" / "refunds.csv", [refund(number) for number in range(3)])
 
@@ -62,7 +62,7 @@ def journals(home):
 
 @pytest.mark.usefixtures("home")
 def test_a_copied_file_is_made_once(env, gateway, file):
-    """Renamed, copied to another folder or piped in: the refunds are the same, and nothing is sent again."""
+    """A renamed or copied file, or stdin, has the same refunds: nothing is sent again."""
     assert run("batch", file, "--yes", env=env).exit_code == 0
     copy = file.parent.parent / "copy of refunds.csv"
     shutil.copy(file, copy)
@@ -73,7 +73,7 @@ def test_a_copied_file_is_made_once(env, gateway, file):
 
 
 def test_each_endpoint_and_merchant_has_a_journal(env, gateway, home, file):
-    """What a rehearsal made does not count elsewhere; the folder is for this user alone."""
+    """Each endpoint has its own journal, in a folder with mode 0700."""
     assert run("batch", file, "--yes", env=env).exit_code == 0
     with serving(gateway) as url:
         assert run("batch", file, "--yes", env=environment(gateway, url)).exit_code == 0
@@ -87,7 +87,7 @@ def test_each_endpoint_and_merchant_has_a_journal(env, gateway, home, file):
 
 @pytest.mark.parametrize("variable", ["KUBERNETES_SERVICE_HOST", "HOME"])
 def test_default_journal_needs_a_persistent_folder(env, gateway, home, file, monkeypatch, variable):
-    """In a container, or without a home, the command says how to name it; a dry run does without."""
+    """In a container or without a home folder the journal must be named; a dry run needs none."""
     monkeypatch.setenv(variable, "/nowhere/at/all")
     ended = run("batch", file, "--yes", env=env)
     assert ended.exit_code == 2
@@ -108,7 +108,7 @@ def test_container_is_recognized_by_its_file(env, home, file, monkeypatch):
 
 
 def test_unwritable_home_is_a_usage_error(env, gateway, home, file):
-    """Where the folder cannot be made, nothing is sent."""
+    """If the folder cannot be created, nothing is sent."""
     (home / ".config").write_text("a file")
     ended = run("batch", file, "--yes", env=env)
     assert ended.exit_code == 2
@@ -120,7 +120,7 @@ def test_unwritable_home_is_a_usage_error(env, gateway, home, file):
 
 
 def test_receipt_names_the_journal(env, gateway, file, tmp_path):
-    """Beside the file stand the journal's id and place, the merchant, the endpoint and the time."""
+    """The receipt has the journal's id and place, the merchant, the endpoint and the time."""
     place = str(tmp_path / "first")
     assert run("batch", file, "--yes", "--journal", place, env=env).exit_code == 0
     receipt = json.loads(receipt_of(file).read_text())
@@ -132,7 +132,7 @@ def test_receipt_names_the_journal(env, gateway, file, tmp_path):
 
 
 def test_another_journal_is_refused(env, gateway, file, tmp_path):
-    """A rerun with a journal that does not know the refunds sends nothing, says why, and can be told to go on."""
+    """A run with another journal sends nothing, unless --accept-new-journal is given."""
     run("batch", file, "--yes", "--journal", tmp_path / "first", env=env)
     second = ("batch", file, "--journal", tmp_path / "second")
     for more in (["--yes"], ["--dry-run"]):
@@ -150,7 +150,7 @@ def test_another_journal_is_refused(env, gateway, file, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "no receipt\n", "{}\n", '{"journal": 1}\n', "[]\n", "\udcff"])
 def test_unreadable_receipt_is_refused(env, gateway, file, tmp_path, text):
-    """A damaged receipt may have named another journal; an empty one names none."""
+    """A damaged receipt is refused; an empty one names no journal."""
     receipt_of(file).write_bytes(text.encode(errors="surrogateescape"))
     command = ("batch", file, "--yes", "--journal", tmp_path / "journal")
     if text:
@@ -163,7 +163,7 @@ def test_unreadable_receipt_is_refused(env, gateway, file, tmp_path, text):
 
 
 def test_unwritable_receipt_is_noted(env, file, tmp_path):
-    """The refunds are made all the same: the journal knows them."""
+    """The refunds are made, and a note says that there is no receipt."""
     receipt_of(file).mkdir()
     ended = run("batch", file, "--yes", "--accept-new-journal", "--journal", tmp_path / "journal", env=env)
     assert ended.exit_code == 0
@@ -174,7 +174,7 @@ def test_unwritable_receipt_is_noted(env, file, tmp_path):
 
 
 def test_prompt_counts_refunds_in_the_journal(env, gateway, file, home, monkeypatch, capsys):
-    """A new journal recommends --query-first; later the prompt counts what is new, resolved and open."""
+    """The prompt recommends --query-first for a new journal, and counts new, resolved and open refunds."""
     assert on_a_terminal(monkeypatch, "y\n", "batch", file, env=env) == 0
     asked = capsys.readouterr().err
     assert "3 new, 0 resolved, 0 open" in asked
@@ -194,7 +194,7 @@ def test_prompt_counts_refunds_in_the_journal(env, gateway, file, home, monkeypa
 
 
 def test_postgresql_journal_is_counted(env, gateway, file, database):
-    """The counts come from there, and the receipt holds no DSN."""
+    """The counts come from PostgreSQL, and the receipt has no DSN."""
     dsn = {"LIANLIAN_JOURNAL": url_of(database)}
     assert run("batch", file, "--yes", env=env | dsn).exit_code == 0
     write_csv(file, [refund(number) for number in range(1, 5)])
@@ -218,7 +218,7 @@ def test_a_journal_beside_the_file_must_be_named(env, gateway, file):
 
 
 def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
-    """It says who holds the journal and since when, and goes on when that process has ended; or it refuses."""
+    """It says which process holds the journal since when, and continues when that one has ended; --no-wait refuses."""
     gateway.script(Fault.NO_ANSWER, call="apply")
     command = (
         "batch",
@@ -251,7 +251,7 @@ def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
 
 
 def test_waiting_batch_starts_when_the_journal_is_free(env, gateway, file, tmp_path):
-    """It says once who holds the journal, looks again and again, and then sends."""
+    """It says once which process holds the journal, waits, and then sends."""
     held = JournalFile(str(tmp_path / "journal"))
     timer = threading.Timer(6, held.close)
     timer.start()

@@ -1,4 +1,4 @@
-"""``lianlian demo``: refunds through trouble, and an audit that would tell on us."""
+"""``lianlian demo``: refunds at a faulty gateway, and the audit of its books."""
 
 import multiprocessing
 import re
@@ -18,7 +18,7 @@ DEMO = ("demo", "--refunds", "30", "--bits", "1024")
 
 
 def test_no_refund_is_made_twice_and_every_outcome_is_true():
-    """Thirty refunds, a third of the requests in trouble: the gateway's own books confirm every outcome."""
+    """The gateway's books confirm every outcome of thirty refunds with faults."""
     ended = run(*DEMO, "--seed", "3", "--json")
     assert ended.exit_code == 0
     report = ended.json
@@ -31,7 +31,7 @@ def test_no_refund_is_made_twice_and_every_outcome_is_true():
 
 
 def test_without_a_terminal_there_is_no_progress():
-    """Without trouble all is made, the tables are on stdout, and stderr stays empty."""
+    """Without faults all valid refunds are made; the tables are on stdout, and stderr is empty."""
     ended = run(*DEMO, "--faults", "0")
     assert ended.exit_code == 0
     assert "│ made     │ 29 " in ended.stdout
@@ -41,14 +41,14 @@ def test_without_a_terminal_there_is_no_progress():
 
 
 def test_a_terminal_shows_progress_on_stderr():
-    """On a terminal the progress is shown, and stdout still holds nothing but the result."""
+    """On a terminal the progress is on stderr, and stdout has only the result."""
     ended = run(*DEMO, "--faults", "0", "--json", env={"FORCE_COLOR": "1"})
     assert "refunds" in ended.stderr
     assert ended.json["refunds"] == 30
 
 
 def check_interrupted(ended):
-    """A demo that was interrupted has audited what was begun."""
+    """Check the audit of an interrupted demo."""
     assert ended.exit_code == 130
     assert ended.stderr.endswith("interrupted\n")
     assert ended.json["outcome"] == "the books agree"
@@ -56,7 +56,7 @@ def check_interrupted(ended):
 
 
 def test_interrupted_demo_shows_its_audit():
-    """Ctrl-C shows what is known so far, checked against the books, and exits with 130."""
+    """Ctrl-C shows the audit of the refunds so far, and exits with 130."""
     process = start(*DEMO, "--refunds", "20000", "--concurrency", "2", "--json", env={"FORCE_COLOR": "1"})
     seen = ""
     while not re.search(r"[1-9][0-9]*/20000", seen):  # the progress bar: it is under way
@@ -66,7 +66,7 @@ def test_interrupted_demo_shows_its_audit():
 
 
 def test_demo_interrupted_at_its_start_shows_its_audit():
-    """Nothing begun, nothing made: the books agree even then."""
+    """Without a refund the books agree, too."""
     with interruption():
         ended = run(*DEMO, "--json")
     check_interrupted(ended)
@@ -77,7 +77,7 @@ def test_demo_interrupted_at_its_start_shows_its_audit():
 
 
 def test_gateway_process_returns_its_books():
-    """What was carried out, what moved and what was asked comes through the pipe, once the server has stopped."""
+    """Refunds, money and requests come through the pipe after the server has stopped."""
     ours, theirs = multiprocessing.Pipe()
     thread = threading.Thread(target=run_gateway, args=(theirs, {"default_order": Decimal("9.00")}))
     thread.start()
@@ -93,7 +93,7 @@ def test_gateway_process_returns_its_books():
 
 
 def test_gateway_process_ends_when_the_pipe_is_closed():
-    """A client that went away leaves no server and no traceback behind."""
+    """A closed pipe ends the gateway without a traceback."""
     ours, theirs = multiprocessing.Pipe()
     ours.close()
     run_gateway(theirs, {})
@@ -101,7 +101,7 @@ def test_gateway_process_ends_when_the_pipe_is_closed():
 
 
 def test_gateway_process_ends_with_its_block():
-    """The gateway's process does not outlive its block, whether or not its books were asked for."""
+    """The process ends with its block, even if nobody read the books."""
     before = multiprocessing.active_children()
     with gateway_process({}) as gateway:
         assert gateway.environment["LIANLIAN_APPLY_URL"].startswith("http://127.0.0.1:")
@@ -113,7 +113,7 @@ def test_gateway_process_ends_with_its_block():
 
 
 def audit(ending, times, moved=None):
-    """The audit of one refund of 2.50 yuan, which the books hold ``times`` times."""
+    """Return the audit of one refund of 2.50 yuan, which was made ``times`` times."""
     request = RefundRequest(no_refund="R-1", dt_refund="20130515094018", money_refund=Decimal("2.50"), no_order="O-1")
     moved = times * request.money_refund if moved is None else moved
     books = Books({"R-1": times}, {"R-1": moved}, {}) if times else Books({}, {}, {})
@@ -134,7 +134,7 @@ def audit(ending, times, moved=None):
     ],
 )
 def test_matching_books_are_no_disagreement(ending, times):
-    """Made is once; unknown and interrupted are once or not at all; all else is not at all."""
+    """Made means once, unknown and interrupted at most once, and every other outcome never."""
     assert audit(ending, times).disagreements() == []
 
 
@@ -143,22 +143,22 @@ def test_matching_books_are_no_disagreement(ending, times):
     [(MADE, 0), (MADE, 2), (REJECTED, 1), (NOT_SENT, 1), (UNKNOWN, 2), (INTERRUPTED, 2), (FAILED, 1), (None, 1)],
 )
 def test_contradicting_books_are_a_disagreement(ending, times):
-    """A refund that is lost, made twice, or made in spite of what was said is named."""
+    """A refund that is lost, made twice, or made despite its outcome is listed."""
     assert audit(ending, times).disagreements() == ["R-1"]
 
 
 def test_other_amount_is_a_disagreement():
-    """Made once is not enough: it has to be the amount that was asked for."""
+    """The amount in the books must be the requested one."""
     assert audit(MADE, 1, Decimal("2.49")).disagreements() == ["R-1"]
 
 
 def test_the_audit_counts_what_was_made_twice():
-    """Twice is twice, whatever the client believes."""
+    """Refunds that were made more than once are counted."""
     assert [audit(MADE, times).made_twice() for times in (0, 1, 2, 3)] == [0, 0, 1, 1]
 
 
 def test_audit_counts_outcomes_and_lists_unknown_refunds():
-    """The counts name the usual endings even where there are none, and what the books hold of each."""
+    """The four usual outcomes are always counted, others if they occur."""
     assert audit(UNKNOWN, 1).counts() == [
         Count("made", 0, 0),
         Count("rejected", 0, 0),

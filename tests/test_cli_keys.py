@@ -1,4 +1,4 @@
-"""``lianlian keygen``: key files, who may read them, and what is printed."""
+"""``lianlian keygen``: key files, their permissions, and the output."""
 
 import stat
 
@@ -12,7 +12,7 @@ KEYGEN = ("keygen", "--bits", "1024")
 
 
 def test_keygen_writes_the_pair_and_prints_the_public_key(tmp_path):
-    """The private key is for its owner alone, and what is printed is what LianLian's dashboard takes."""
+    """The private key has mode 0600, and the output is the public key for LianLian's dashboard."""
     ended = run(*KEYGEN, "--out", tmp_path)
     assert ended.exit_code == 0
     private, public = tmp_path / "merchant.pem", tmp_path / "merchant.pub.pem"
@@ -25,7 +25,7 @@ def test_keygen_writes_the_pair_and_prints_the_public_key(tmp_path):
 
 
 def test_keygen_out_names_the_private_key(tmp_path):
-    """--out may name the private key's file; --json names both files, fingerprint and public key."""
+    """--out can name the private key's file; --json has both files, fingerprint and public key."""
     ended = run(*KEYGEN, "--out", tmp_path / "shop", "--json")
     key = SigningKey.load(tmp_path / "shop")
     assert ended.json == {
@@ -40,7 +40,7 @@ def test_keygen_out_names_the_private_key(tmp_path):
 @pytest.mark.parametrize("taken", ["merchant.pem", "merchant.pub.pem"])
 @pytest.mark.parametrize("dangling", [False, True])
 def test_keygen_never_overwrites_a_file(tmp_path, taken, dangling):
-    """If either file is there, be it a link to nowhere, nothing is written at all."""
+    """If one of the files exists, even as a dangling link, nothing is written."""
     if dangling:
         (tmp_path / taken).symlink_to(tmp_path / "nowhere")
     else:
@@ -52,14 +52,14 @@ def test_keygen_never_overwrites_a_file(tmp_path, taken, dangling):
 
 
 def test_keygen_names_a_missing_folder(tmp_path):
-    """Where the file cannot be made, its path and the reason are told."""
+    """The error names the path and the reason."""
     ended = run(*KEYGEN, "--out", tmp_path / "missing" / "key.pem")
     assert ended.exit_code == 2
     assert "key.pem: No such file or directory" in ended.stderr
 
 
 def test_the_password_comes_from_the_environment(tmp_path):
-    """The name of a variable stands on the command line, its value never."""
+    """The command line has the name of the variable, not the password."""
     ended = run(*KEYGEN, "--out", tmp_path, "--password-env", "PASSWORD", env={"PASSWORD": "correct horse"})
     assert ended.exit_code == 0
     assert SigningKey.load(tmp_path / "merchant.pem", "correct horse").bits == 1024
@@ -68,7 +68,7 @@ def test_the_password_comes_from_the_environment(tmp_path):
 
 
 def test_password_prompt_shows_nothing(tmp_path):
-    """The prompt asks twice, on stderr, and shows nothing of what is typed."""
+    """The prompt asks twice on stderr, and shows no typed character."""
     ended = run(*KEYGEN, "--out", tmp_path, "--password-prompt", stdin="correct horse\ncorrect horse\n")
     assert ended.exit_code == 0
     assert "correct horse" not in ended.stdout + ended.stderr
@@ -76,7 +76,7 @@ def test_password_prompt_shows_nothing(tmp_path):
 
 
 def test_an_empty_password_variable_is_refused(tmp_path):
-    """A variable that holds nothing would leave the key open: nothing is written."""
+    """An empty variable is an error, and nothing is written."""
     ended = run(*KEYGEN, "--out", tmp_path, "--password-env", "PASSWORD", env={"PASSWORD": ""})
     assert ended.exit_code == 2
     assert "PASSWORD is not set" in ended.stderr
@@ -84,5 +84,5 @@ def test_an_empty_password_variable_is_refused(tmp_path):
 
 
 def test_other_sizes_are_a_usage_error(tmp_path):
-    """The gateway knows keys of three sizes."""
+    """Only three key sizes are allowed."""
     assert run("keygen", "--bits", "3072", "--out", tmp_path).exit_code == 2

@@ -1,4 +1,4 @@
-"""``lianlian notify`` and ``lianlian sandbox --notify``: a service tried by hand."""
+"""``lianlian notify`` and ``lianlian sandbox --notify``: test a service by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def env(gateway):
 
 @pytest.fixture
 def key_file(gateway, tmp_path):
-    """The private key that stands in for LianLian's."""
+    """The private key that replaces LianLian's."""
     file = tmp_path / "gateway.pem"
     file.write_text(gateway.gateway_key.to_pem())
     return file
@@ -52,7 +52,7 @@ def service(env, handler):
 
 
 def test_a_notification_is_sent_and_acknowledged(service, env, key_file, handler):
-    """The service gets what the options say, really signed; its answer is shown."""
+    """The service gets the fields of the options with a valid signature; its response is shown."""
     ended = run("notify", "send", service, "--gateway-key", key_file, *SEND, "--dt-refund", "20130515094018", env=env)
     assert ended.exit_code == 0
     assert "acknowledged: HTTP 200" in ended.stdout
@@ -62,7 +62,7 @@ def test_a_notification_is_sent_and_acknowledged(service, env, key_file, handler
 
 
 def test_refused_notification_is_shown(service, env, key_file):
-    """A second final state is contradictory: exit 1, with the answer."""
+    """A contradictory second state is refused: exit code 1, with the response."""
     command = ("notify", "send", service, "--gateway-key", key_file, *SEND, "--json")
     assert run(*command, env=env).json["outcome"] == "acknowledged"
     ended = run(*command, "--sta-refund", "3", env=env)
@@ -71,14 +71,14 @@ def test_refused_notification_is_shown(service, env, key_file):
 
 
 def test_unreachable_service_gives_no_response(env, key_file):
-    """Nobody listens: exit 1."""
+    """A refused connection is no response: exit code 1."""
     url = f"http://127.0.0.1:{unused_port()}/"
     ended = run("notify", "send", url, "--gateway-key", key_file, *SEND, env=env)
     assert (ended.exit_code, ended.stdout) == (1, "not acknowledged: no response\n")
 
 
 def test_invalid_url_is_a_usage_error(env, key_file):
-    """Said before anything is sent."""
+    """The error comes before anything is sent."""
     ended = run("notify", "send", "shop.example", "--gateway-key", key_file, *SEND, env=env)
     assert ended.exit_code == 2
     assert "must be an absolute http or https URL" in ended.stderr
@@ -107,7 +107,7 @@ def test_invalid_gateway_key_is_a_configuration_error(env, tmp_path):
     ],
 )
 def test_notify_verify_reads_a_body_like_a_service(tmp_path, body, exit_code, word):
-    """What the endpoint would believe is shown as a refund; what it would not, as the reason."""
+    """A valid notification is shown as a refund, an invalid one as an error."""
     (tmp_path / "body").write_bytes(body)
     keys = trusting().load_keys()
     env = {
@@ -126,7 +126,7 @@ def test_notify_verify_reads_a_body_like_a_service(tmp_path, body, exit_code, wo
 
 
 def test_the_sandbox_notifies_a_service(tmp_path, handler):
-    """A refund that names no notify_url is notified to the one of the option, and what came of it is told."""
+    """A refund without notify_url is notified at the option's URL, and the result is printed."""
     endpoint = None
 
     async def shop(scope, receive, send):
@@ -149,7 +149,7 @@ def test_the_sandbox_notifies_a_service(tmp_path, handler):
 
 
 def test_sandbox_notifies_port_8000_by_default(tmp_path):
-    """That is where a service under development mostly is."""
+    """Without a URL the option means port 8000 of this machine."""
     found = []
     sandbox_in_this_process("--notify", env_file=tmp_path / "env", meanwhile=found.append)
     assert found[0]["LIANLIAN_NOTIFY_URL"] == "http://127.0.0.1:8000/lianlian/refund"

@@ -158,7 +158,7 @@ def test_undocumented_fields_are_shown_with_escaped_characters(gateway):
     assert ended.exit_code == 0
     assert "\x1b" not in ended.stdout
     assert "\\x1b[2J[bold]hello" in ended.stdout
-    assert types_in(ended.stdout)["news"] == types_in(ended.stdout)["rate"] == "not as documented"
+    assert types_in(ended.stdout)["news"] == types_in(ended.stdout)["rate"] == "not documented"
 
 
 # ── refused before anything is sent ──────────────────────────────────────────────────────────────

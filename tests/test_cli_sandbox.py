@@ -216,7 +216,7 @@ def test_probabilities_beyond_one_are_refused(tmp_path):
     """More trouble than requests is a configuration error."""
     ended = run("sandbox", "--fault", "reset=0.6", "--fault", "busy=0.6", "--env-file", tmp_path / "sandbox.env")
     assert ended.exit_code == 2
-    assert "all of them together" in ended.stderr
+    assert "their sum at most 1" in ended.stderr
 
 
 # ── its statement ────────────────────────────────────────────────────────────────────────────────

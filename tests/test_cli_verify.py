@@ -1,4 +1,4 @@
-"""``lianlian verify``: who signed a message, and why a signature does not fit."""
+"""``lianlian verify``: which key signed a message, and why a signature is invalid."""
 
 import json
 from base64 import b64encode
@@ -30,18 +30,18 @@ def env(merchant_keys, gateway_keys):
 
 
 def verify(env, fields, *options):
-    """What the command says about a message."""
+    """Run the command on a message."""
     return run("verify", "-", *options, env=env, stdin=json.dumps(fields, ensure_ascii=False))
 
 
 def signed(pair, fields, **changes):
-    """``fields`` with the signature that ``pair`` gives to ``fields`` and ``changes``."""
+    """Return ``fields`` with the signature of ``fields`` and ``changes``."""
     return {**fields, "sign": pair.private.sign(signature_source({**fields, **changes}))}
 
 
 @pytest.mark.parametrize("left_out", [(), ("ret_code", "ret_msg")])
 def test_message_signed_by_lianlian_is_valid(env, gateway_keys, left_out):
-    """A message of the gateway's names the key that signed it."""
+    """The output names LianLian's key that signed the message."""
     fields = {name: text for name, text in ANSWER.items() if name not in left_out}
     ended = verify(env, signed(gateway_keys, fields))
     assert ended.exit_code == 0
@@ -49,7 +49,7 @@ def test_message_signed_by_lianlian_is_valid(env, gateway_keys, left_out):
 
 
 def test_request_signed_by_the_merchant_is_valid(env, merchant_keys):
-    """The merchant's own signature is right under a request, and JSON tells whose it is."""
+    """The merchant can sign a request; JSON names the signer."""
     ended = verify(env, signed(merchant_keys, REQUEST), "--json")
     assert ended.exit_code == 0
     assert ended.json["outcome"] == "valid"
@@ -58,7 +58,7 @@ def test_request_signed_by_the_merchant_is_valid(env, merchant_keys):
 
 
 def test_response_signed_by_the_merchant_is_invalid(env, merchant_keys):
-    """Only LianLian may say how a refund stands."""
+    """Only LianLian can sign the state of a refund."""
     ended = verify(env, signed(merchant_keys, ANSWER))
     assert ended.exit_code == 5
     assert "only LianLian can sign this message" in ended.stdout
@@ -86,7 +86,7 @@ def mixed_case(pair):
 
 
 def with_a_plus(pair):
-    """A message whose signature has a + in it."""
+    """Return a message whose signature contains +."""
     candidates = (signed(pair, {**ANSWER, "no_refund": f"R-{number}"}) for number in range(100))
     return next(fields for fields in candidates if "+" in fields["sign"])
 
@@ -133,7 +133,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_common_mistake_is_named(env, gateway_keys, mistake):
-    """The command tells under which wrong reading a signature would fit, and calls it invalid all the same."""
+    """The command names the mistake that explains the signature, which remains invalid."""
     ended = verify(env, MISTAKES[mistake](gateway_keys))
     assert ended.exit_code == 5
     assert f"it fits LianLian's key {gateway_keys.public.fingerprint} only if" in ended.stdout
@@ -149,7 +149,7 @@ def test_common_mistake_is_named(env, gateway_keys, mistake):
     ],
 )
 def test_malformed_signature_is_named(env, sign, reason):
-    """Missing, unreadable and of another key's size are three different causes."""
+    """A missing, an unreadable and a too long signature have different causes."""
     ended = verify(env, {**ANSWER, "sign": sign})
     assert ended.exit_code == 5
     assert reason in ended.stdout
@@ -163,7 +163,7 @@ def test_control_characters_of_a_message_are_escaped(env, gateway_keys):
 
 
 def test_genuine_messages_are_valid(vectors):
-    """What the gateway and the vendor's test merchant really signed is found valid."""
+    """Messages signed by the genuine gateway and the vendor's test merchant are valid."""
     env = {
         "LIANLIAN_OID_PARTNER": "201408071000001541",
         "LIANLIAN_PRIVATE_KEY": vectors["keys"]["test_merchant_private"],

@@ -25,7 +25,7 @@ _MEANING: Final = {
     State.FINAL: "success or failed; on_refund has not returned yet",
     State.DONE: "success or failed",
     State.REJECTED: "rejected",
-    State.CONFLICT: "the number belongs to another refund: a person must decide",
+    State.CONFLICT: "belongs to another refund: a person must decide",
 }
 
 
