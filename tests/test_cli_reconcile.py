@@ -162,7 +162,7 @@ def test_a_full_disk_is_told(env, journal, gateway, file):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ended.exit_code == 1
-    assert "SQLITE_TMPDIR names a folder with more room" in ended.stderr
+    assert "set SQLITE_TMPDIR to a folder with more space" in ended.stderr
 
 
 # ── --apply ──────────────────────────────────────────────────────────────────────────────────────
