@@ -232,7 +232,7 @@ def test_a_database_that_cannot_be_reached_leaves_no_password_in_a_frame():
     assert caught.value.__cause__ is not None
 
 
-@pytest.mark.parametrize("check", [stores.check_place, stores._check_dsn, stores._check_journal])
+@pytest.mark.parametrize("check", [stores.check_place, stores._check_dsn, stores.check_journal])
 @pytest.mark.parametrize("dsn", [DSN, "postgresql://clerk:correct-horse@[::1/books", "mysql://correct-horse"])
 def test_a_password_on_the_command_line_is_in_no_frame_of_ours(check, dsn):
     """The command refuses it, and forgets it."""
