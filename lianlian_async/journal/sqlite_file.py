@@ -144,7 +144,9 @@ class JournalFile:
         """Return those of ``numbers`` that are on record: (rowid, entry)."""
         known = {no_refund: self._leased[no_refund] for no_refund in numbers & self._leased.keys()}
         if unread := numbers - known.keys():
-            known |= {entry.no_refund: (place, entry) for place, entry in self._read(_json(list(unread))).items()}
+            known |= {
+                entry.no_refund: (place, entry) for place, entry in self._read(sql.FIND, _json(list(unread))).items()
+            }
         return known
 
     @property
@@ -155,18 +157,17 @@ class JournalFile:
     def page(self, after: int, until: int, limit: int, *, pending: bool) -> list[tuple[int, Entry]]:
         """Return up to ``limit`` entries, oldest first, with their rowids: greater than ``after``, up to ``until``."""
         with self._turn, self._errors():
-            numbers = self._value(sql.PENDING if pending else sql.ENTRIES, after, until, limit)
-            return sorted(self._read(numbers).items())
+            return sorted(self._read(sql.PENDING if pending else sql.ENTRIES, after, until, limit).items())
 
     def find_all(self, numbers: Sequence[str]) -> list[Entry]:
         """Return the entries of those refunds that are on record."""
         with self._turn, self._errors():
-            return list(self._read(_json(numbers)).values())
+            return list(self._read(sql.FIND, _json(numbers)).values())
 
     def latest_made(self) -> Entry | None:
         """See :meth:`.base.Journal.latest_made`."""
         with self._turn, self._errors():
-            return next(iter(self._read(self._value(sql.LATEST_MADE)).values()), None)
+            return next(iter(self._read(sql.LATEST_MADE).values()), None)
 
     def counts(self) -> dict[State, int]:
         """See :meth:`.base.Journal.counts`."""
@@ -176,9 +177,9 @@ class JournalFile:
         found[State.DONE] = found.pop("all") - sum(found.values())
         return {state: found.get(state, 0) for state in State}
 
-    def _read(self, numbers: str) -> dict[int, Entry]:
-        """Return the entries of the refunds in a JSON array of numbers, by rowid."""
-        rows = json.loads(self._value(sql.READ, numbers))
+    def _read(self, condition: str, *parameters: Any) -> dict[int, Entry]:
+        """Return the entries for which a condition holds, by rowid."""
+        rows = json.loads(self._value(sql.READ + condition, *parameters))
         try:
             return {row[0]: self._entry(row[1:]) for row in rows}
         except (AttributeError, TypeError, ValueError) as error:

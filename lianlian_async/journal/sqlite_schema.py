@@ -48,25 +48,22 @@ SELECT json_group_array(
     json_array(id, no_refund, digest, json(fields), sent_at, body, json(evidence), state, json(record))
 )
 FROM refunds LEFT JOIN bodies USING (id) LEFT JOIN endings USING (id)
-WHERE no_refund IN (SELECT value FROM json_each(?))"""
-PENDING: Final = """
-SELECT json_group_array(no_refund) FROM (
-    SELECT no_refund FROM refunds
+WHERE """
+"""Completed by one of these conditions:"""
+FIND: Final = "no_refund IN (SELECT value FROM json_each(?))"
+PENDING: Final = """id IN (
+    SELECT id FROM refunds
     WHERE state IN ('unresolved', 'accepted', 'final') AND state <> 'done' AND id > ? AND id <= ? ORDER BY id LIMIT ?
 )"""
-ENTRIES: Final = """
-SELECT json_group_array(no_refund) FROM (
-    SELECT no_refund FROM refunds WHERE id > ? AND id <= ? ORDER BY id LIMIT ?
-)"""
+ENTRIES: Final = "id IN (SELECT id FROM refunds WHERE id > ? AND id <= ? ORDER BY id LIMIT ?)"
 COUNT: Final = """
 SELECT json_group_object(state, n) FROM (
     SELECT state, count(*) AS n FROM refunds WHERE state <> 'done' GROUP BY state
     UNION ALL SELECT 'all', count(*) FROM refunds
 )"""
 LAST_PLACE: Final = "SELECT coalesce(max(id), 0) FROM refunds"
-LATEST_MADE: Final = """
-SELECT json_group_array(no_refund) FROM (
-    SELECT no_refund FROM refunds WHERE state IN ('accepted', 'final', 'done') ORDER BY id DESC LIMIT 1
+LATEST_MADE: Final = """id = (
+    SELECT id FROM refunds WHERE state IN ('accepted', 'final', 'done') ORDER BY id DESC LIMIT 1
 )"""
 OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
 IS_ACTING: Final = "SELECT is_acting FROM journal"
