@@ -1,4 +1,4 @@
-"""``lianlian journal``: what stands in a journal, in a file and in PostgreSQL, and what becomes of what is open."""
+"""``lianlian journal``: show, export and resume a journal in a file and in PostgreSQL."""
 
 import sys
 from decimal import Decimal
@@ -23,27 +23,27 @@ def gateway():
 
 @pytest.fixture
 def env(gateway):
-    """The environment that leads to it, as long as it is served."""
+    """The environment of the served gateway."""
     with serving(gateway) as url:
         yield environment(gateway, url)
 
 
 @pytest.fixture
 def file(tmp_path):
-    """A file of five refunds, the last of which is too much."""
+    """A file of five refunds; the last one is too large."""
     rows = [refund(number) for number in range(4)]
     return write_csv(tmp_path / "refunds.csv", [*rows, refund(4, money_refund="1000.01")])
 
 
 @pytest.fixture(autouse=True)
 def journal(file, monkeypatch):
-    """Where all commands keep their journal."""
+    """The journal of all commands."""
     monkeypatch.setenv("LIANLIAN_JOURNAL", str(file.with_name("journal.sqlite")))
     return file.with_name("journal.sqlite")
 
 
 def leave_unknown(merchant, journal, gateway, *numbers):
-    """Begin refunds, and break them off when the gateway has them."""
+    """Begin refunds, and cancel them when the gateway has received them."""
 
     async def begin():
         gateway.script(Fault.NO_ANSWER, times=len(numbers))
@@ -73,7 +73,7 @@ def left_open(env, gateway, file, journal):
 
 
 def test_show_counts_states_and_lists_unknown_refunds(left_open):
-    """Counts for each state, and the refunds that may have been made, with the moment when asking decides."""
+    """The output has counts for each state, and the unknown refunds with the time when a query can resolve them."""
     people, machine = (run("journal", "show", left_open, *more) for more in ((), ("--json",)))
     assert people.exit_code == machine.exit_code == 0
     assert "│ unresolved │ 1 " in people.stdout
@@ -95,7 +95,7 @@ def test_show_counts_states_and_lists_unknown_refunds(left_open):
 
 
 def test_show_lists_the_oldest_unknown_refunds(env, gateway, journal):
-    """Twenty that may have been made are listed, and how many there are in all."""
+    """The twenty oldest unknown refunds are listed, with their total number."""
     leave_unknown(Merchant.from_env(env), journal, gateway, *range(22))
     shown = run("journal", "show", journal)
     assert "22 may have been made; the oldest 20" in shown.stdout
@@ -103,7 +103,7 @@ def test_show_lists_the_oldest_unknown_refunds(env, gateway, journal):
 
 
 def test_show_counts_refunds_that_were_not_sent(gateway, file, journal):
-    """Where nothing listened, nothing is unknown: the journal holds what is certainly not sent."""
+    """After refused connections nothing is unknown: the refunds count as not sent."""
     assert run("batch", file, "--yes", env=environment(gateway, "http://127.0.0.1:9")).exit_code == 1
     shown = run("journal", "show", journal)
     assert "certainly not sent: 5\n" in shown.stdout
@@ -111,7 +111,7 @@ def test_show_counts_refunds_that_were_not_sent(gateway, file, journal):
 
 
 def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):
-    """``show`` and ``export`` look beside the batch that is at work with the journal."""
+    """``show`` and ``export`` read the journal while a batch holds it."""
     gateway.script(Fault.NO_ANSWER, skip=2)
     process = start("batch", file, "--yes", "--concurrency", "1", env=env)
     until(lambda: gateway.requests["apply"] == 3)
@@ -125,7 +125,7 @@ def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):
 
 @pytest.mark.parametrize("command", [("show",), ("export", "--out", "x"), ("resume",)])
 def test_missing_journal_is_not_created(tmp_path, command):
-    """A path that leads nowhere is a usage error."""
+    """A missing file is a usage error."""
     ended = run("journal", *command, tmp_path / "journal")
     assert ended.exit_code == 2
     assert "no such journal" in ended.stderr
@@ -133,7 +133,7 @@ def test_missing_journal_is_not_created(tmp_path, command):
 
 
 def test_other_file_is_not_a_journal(file):
-    """A file that is no journal is left as it is."""
+    """A file that is not a journal is refused and not changed."""
     before = file.read_bytes()
     ended = run("journal", "show", file)
     assert ended.exit_code == 1
@@ -146,7 +146,7 @@ def test_other_file_is_not_a_journal(file):
 
 @pytest.mark.parametrize("name", ["all.csv", "all.jsonl"])
 def test_a_journal_is_exported(left_open, tmp_path, name):
-    """All refunds stand in the file, with what was asked for and what is known."""
+    """The file has all refunds with their fields and results."""
     out = tmp_path / name
     ended = run("journal", "export", left_open, "--out", out)
     assert (ended.exit_code, ended.stdout) == (0, f"5 refunds written to {out}\n")
@@ -168,7 +168,7 @@ def test_export_does_not_overwrite_the_journal(left_open):
 
 
 def test_resume_queries_open_refunds(env, gateway, left_open):
-    """``resume`` finds the unknown one, then the final states; nothing is sent again."""
+    """``resume`` resolves the unknown refund and finds the final states; nothing is sent again."""
     first = run("journal", "resume", left_open, "--json", env=env)
     assert first.exit_code == 0
     assert first.json["states"] == {"unresolved": 0, "accepted": 4, "final": 0, "done": 0, "rejected": 1, "conflict": 0}
@@ -180,7 +180,7 @@ def test_resume_queries_open_refunds(env, gateway, left_open):
 
 
 def test_resume_with_unknown_refunds_exits_4(env, gateway, left_open):
-    """As long as it is not known whether a refund was made, the exit code says so."""
+    """The exit code is 4 while a refund is unknown."""
     gateway.script(Fault.HTTP_500, call="query", times=1000)
     ended = run("journal", "resume", left_open, "--deadline", "0.5", env=env)
     assert ended.exit_code == 4
@@ -189,7 +189,7 @@ def test_resume_with_unknown_refunds_exits_4(env, gateway, left_open):
 
 
 def test_an_interrupted_resume_exits_130(gateway, left_open):
-    """Ctrl-C ends it as it ends any command."""
+    """Ctrl-C ends the command with 130."""
     with interruption():
         ended = run("journal", "resume", left_open, env=environment(gateway, "http://127.0.0.1:9"))
     assert (ended.exit_code, ended.stderr) == (130, "interrupted\n")
@@ -199,7 +199,7 @@ def test_an_interrupted_resume_exits_130(gateway, left_open):
 
 
 def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
-    """A journal in PostgreSQL, named by LIANLIAN_DSN or without a password, is one as any other."""
+    """A journal in PostgreSQL works like a file; its DSN comes from LIANLIAN_DSN or has no password."""
     private = env | {"LIANLIAN_DSN": url_of(database), "PGPASSWORD": PASSWORD}
     place = url_of(database, password=None)
     assert run("batch", file, "--yes", "--journal", place, env=private).exit_code == 3
@@ -217,7 +217,7 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
 
 @pytest.mark.parametrize("url", ["postgresql://me:s3cret@/x?host=/nowhere", "postgresql://me@/x?password=s3cret"])
 def test_password_on_the_command_line_is_refused(url):
-    """A URL with a password is refused as an argument, and not repeated; from the environment it is used."""
+    """A URL with a password is refused as an argument, without repeating it; from the environment it is used."""
     refused = run("journal", "show", url)
     assert refused.exit_code == 2
     used = run("journal", "show", env={"LIANLIAN_DSN": url})
@@ -228,7 +228,7 @@ def test_password_on_the_command_line_is_refused(url):
 
 @pytest.mark.parametrize("command", [("journal", "show"), ("batch", "--queue", "--yes")])
 def test_a_missing_extra_is_named(env, file, monkeypatch, command):
-    """Without psycopg, PostgreSQL is explained in one line."""
+    """Without psycopg the error says what to install, in one line."""
     for name in [name for name in sys.modules if name.startswith(("psycopg", "lianlian_async.journal.postgres"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "psycopg", None)
@@ -242,7 +242,7 @@ def test_a_missing_extra_is_named(env, file, monkeypatch, command):
 
 
 async def serve(journal, shop, work):
-    """A service whose handler writes into ``shop``, as long as ``work`` of its session and endpoint takes."""
+    """Run ``work`` in a service whose handler writes into ``shop``."""
 
     async def on_refund(refund):
         shop[refund.no_refund].append(refund.sta_refund)
@@ -257,7 +257,7 @@ async def serve(journal, shop, work):
 
 
 def test_service_acts_on_refunds_that_an_operator_resumed(env, gateway, tmp_path, monkeypatch):
-    """The journal says final, not done; the service acts once it is back, and the shop's database agrees."""
+    """The journal says final, not done; the service acts on the refund after its start."""
     path, shop = tmp_path / "service.journal", {f"R-{number}": [] for number in range(4)}
     for name, text in env.items():
         monkeypatch.setenv(name, text)
@@ -283,7 +283,7 @@ def test_service_acts_on_refunds_that_an_operator_resumed(env, gateway, tmp_path
 
 
 def test_command_reads_the_journal_of_a_service(env, gateway, tmp_path):
-    """What a program of one's own has begun with SqliteJournal is shown by the command."""
+    """The command shows refunds that a program has begun with SqliteJournal."""
     path = tmp_path / "service.journal"
 
     async def service():

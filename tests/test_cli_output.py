@@ -1,4 +1,4 @@
-"""What the command prints survives every stream: other encodings, closed pipes, full disks."""
+"""The command's output with other encodings, closed pipes and full disks."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def gateway():
 
 @pytest.fixture
 def env(gateway, tmp_path):
-    """The environment that leads to it, as long as it is served, and to a journal."""
+    """The environment of the served gateway and of a journal."""
     with serving(gateway) as url:
         yield environment(gateway, url) | {"LIANLIAN_JOURNAL": str(tmp_path / "journal.sqlite")}
 
@@ -41,7 +41,7 @@ def file(tmp_path):
 
 
 def start(*arguments, env, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
-    """The command as a process of its own, whose output is bytes."""
+    """Run the command as a process whose output is bytes."""
     full = {name: text for name, text in os.environ.items() if not name.startswith("LIANLIAN_")} | env
     full |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
     command = [sys.executable, "-m", "lianlian_async", *map(str, arguments)]
@@ -51,7 +51,7 @@ def start(*arguments, env, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("more", [(), ("--json",)])
 def test_a_batch_ends_with_its_own_exit_code_in_every_encoding(env, gateway, file, encoding, more):
-    """Rejected is 3 and nothing is a traceback, although Chinese texts have to be shown."""
+    """The exit code is 3 without a traceback, although Chinese text is shown."""
     process = start("batch", file, "--yes", *more, env=env | ENCODINGS[encoding])
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, b"Traceback" in stderr) == (3, False)
@@ -60,7 +60,7 @@ def test_a_batch_ends_with_its_own_exit_code_in_every_encoding(env, gateway, fil
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_made_refund_exits_0_in_every_encoding(env, encoding):
-    """The gateway's Chinese ret_msg is shown as far as the encoding has its characters."""
+    """The gateway's Chinese ret_msg is shown with the characters of the encoding."""
     options = (option for name, text in refund(1).items() for option in (f"--{name.replace('_', '-')}", text))
     process = start("apply", *options, env=env | ENCODINGS[encoding])
     stdout, stderr = process.communicate(timeout=60)
@@ -73,7 +73,7 @@ def test_made_refund_exits_0_in_every_encoding(env, encoding):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("arguments", [("--help",), ("batch", "--help"), ("batch", "没有.csv")])
 def test_help_and_usage_errors_survive_every_encoding(encoding, arguments):
-    """Help is 0 and a usage error is 2."""
+    """Help exits with 0, a usage error with 2."""
     process = start(*arguments, env=ENCODINGS[encoding])
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, b"Traceback" in stderr) == (0 if "--help" in arguments else 2, False)
@@ -82,7 +82,7 @@ def test_help_and_usage_errors_survive_every_encoding(encoding, arguments):
 @pytest.mark.parametrize("more", [(), ("--json",)])
 @pytest.mark.parametrize("both", [False, True])
 def test_closed_pipe_keeps_the_exit_code(env, gateway, file, more, both):
-    """``| head`` that has ended, of stdout or of both streams, makes no traceback, and rejected is still 3."""
+    """A closed pipe on stdout, or on both streams, causes no traceback; the exit code is still 3."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as pipe:
@@ -112,7 +112,7 @@ def stdout_is(monkeypatch, path_or_descriptor):
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
 def test_pipe_closed_while_printing_keeps_the_exit_code(nowhere, file, monkeypatch, capsys, more):
-    """In this process: what could not be printed is not printed at the exit either."""
+    """Text that could not be printed is not printed at exit either."""
     reader, writer = os.pipe()
     os.close(reader)
     with stdout_is(monkeypatch, writer):
@@ -130,12 +130,12 @@ def test_full_disk_under_stdout_is_noted(nowhere, file, monkeypatch, capsys):
 
 @pytest.fixture
 def nowhere(gateway, tmp_path):
-    """The environment of a merchant whose gateway nobody serves, and of a new journal."""
+    """The environment of a gateway that is not served, and of a new journal."""
     return environment(gateway, "http://127.0.0.1:9") | {"LIANLIAN_JOURNAL": str(tmp_path / "journal.sqlite")}
 
 
 def called(*arguments, env, monkeypatch):
-    """The exit code of the command in this process, on the streams that it has now."""
+    """Run the command in this process with its present streams; return the exit code."""
     for name, text in env.items():
         monkeypatch.setenv(name, text)
     monkeypatch.setattr(sys, "argv", ["lianlian", *map(str, arguments)])
@@ -145,6 +145,6 @@ def called(*arguments, env, monkeypatch):
 
 
 def test_program_without_standard_streams(monkeypatch):
-    """Where the descriptors are closed, Python has no streams, and the command runs."""
+    """With closed descriptors Python has no streams, and the command still runs."""
     monkeypatch.setattr(sys, "stdout", None)
     assert called("--help", env={}, monkeypatch=monkeypatch) == 0

@@ -41,7 +41,7 @@ def gateway():
 
 @pytest.fixture
 def env(gateway):
-    """The environment that leads to it, as long as it is served."""
+    """The environment of the served gateway."""
     with serving(gateway) as url:
         yield environment(gateway, url)
 

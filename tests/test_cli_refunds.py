@@ -1,4 +1,4 @@
-"""``lianlian apply`` and ``lianlian query`` over a socket, to the last exit code."""
+"""``lianlian apply`` and ``lianlian query`` over a socket, with every exit code."""
 
 import json
 import signal
@@ -52,7 +52,7 @@ def gateway():
 
 @pytest.fixture
 def env(gateway):
-    """The environment that leads to it, as long as it is served."""
+    """The environment of the served gateway."""
     with serving(gateway) as url:
         yield environment(gateway, url)
 
@@ -66,7 +66,7 @@ def sample(tmp_path):
 
 
 def types_in(table):
-    """The type that a printed table gives each field."""
+    """Return the type of each field in a printed table."""
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
     return {field: kind for field, _value, kind in rows}
 
@@ -75,7 +75,7 @@ def types_in(table):
 
 
 def test_the_sample_request_of_the_vendors_page_is_made(env, sample, gateway):
-    """The page's own sample, its stale signature and misspelt key included, is accepted and signed anew."""
+    """The page's sample is accepted and signed again, despite its old signature and misspelt key."""
     ended = run("apply", sample, "--json", env=env)
     assert ended.exit_code == 0
     assert ended.json["outcome"] == "made"
@@ -85,7 +85,7 @@ def test_the_sample_request_of_the_vendors_page_is_made(env, sample, gateway):
 
 @pytest.mark.parametrize("command", ["apply", "query"])
 def test_every_field_of_the_sample_response_is_shown_with_its_type(env, sample, command):
-    """People see each documented field, its value and its type."""
+    """The table has each documented field with value and type."""
     if command == "query":
         run("apply", sample, env=env)
     ended = run(command, sample, env=env)
@@ -95,7 +95,7 @@ def test_every_field_of_the_sample_response_is_shown_with_its_type(env, sample, 
 
 
 def test_query_accepts_the_file_of_apply(env, sample):
-    """A query takes what it needs from the request, and needs no other file."""
+    """A query takes its fields from the file of the request."""
     made = run("apply", sample, "--json", env=env).json["refund"]
     found = run("query", "-", "--json", "--oid-refundno", made["oid_refundno"], env=env, stdin=SAMPLE)
     assert found.exit_code == 0
@@ -109,7 +109,7 @@ def test_a_request_can_be_given_by_options_alone(env, gateway):
 
 
 def test_options_override_the_file_and_empty_fields_are_absent(env, gateway):
-    """What stands in the options counts; an empty field in the file is no field."""
+    """Options override fields of the file; an empty field counts as absent."""
     stdin = json.dumps({**json.loads(SAMPLE), "oid_paybill": "", "money_refund": "1.00"})
     ended = run("apply", "-", "--money-refund", "2.00", "--json", env=env, stdin=stdin)
     assert ended.json["refund"]["money_refund"] == "2.00"
@@ -139,7 +139,7 @@ def test_a_refund_that_is_not_final_shows_what_is_absent(env, gateway):
 
 
 def test_undocumented_fields_are_shown_with_escaped_characters(gateway):
-    """A signed field that no page knows is shown, its control characters escaped."""
+    """An undocumented signed field is shown with escaped control characters."""
     answer = {
         "ret_code": "0000",
         "oid_partner": gateway.oid_partner,
@@ -185,7 +185,7 @@ def test_all_broken_rules_are_listed_at_once(env, gateway):
 
 
 def test_a_missing_configuration_names_its_variables():
-    """Without a merchant, the variables that are missing are named."""
+    """Without a merchant the missing variables are named."""
     ended = run("query", *QUESTION)
     assert ended.exit_code == 2
     assert "LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY, LIANLIAN_GATEWAY_PUBLIC_KEYS" in ended.stderr
@@ -200,13 +200,13 @@ def test_invalid_message_file_is_a_usage_error(env, text):
 
 
 def test_byte_order_mark_is_ignored(env):
-    """JSON that an editor began with a byte order mark is read all the same."""
+    """JSON with a byte order mark is read."""
     assert run("apply", "-", env=env, stdin="\ufeff" + SAMPLE).exit_code == 0
 
 
 @pytest.mark.parametrize("deadline", ["0", "-1", "soon"])
 def test_deadline_must_be_positive(env, deadline):
-    """A deadline that is none is a usage error."""
+    """A deadline of 0 is a usage error."""
     assert run("query", *QUESTION, "--deadline", deadline, env=env).exit_code == 2
 
 
@@ -214,7 +214,7 @@ def test_deadline_must_be_positive(env, deadline):
 
 
 def test_a_rejected_refund_exits_3(env):
-    """The gateway's no comes with its code, its words and our advice."""
+    """A rejection is shown with its code, its message and the cure."""
     ended = run("apply", *REFUND, "--money-refund", "1000.01", env=env)
     assert ended.exit_code == 3
     assert ended.stderr.startswith("rejected: ")
@@ -226,14 +226,14 @@ def test_a_rejected_refund_exits_3(env):
 
 
 def test_a_failed_refund_exits_3(env, gateway):
-    """A refund that the bank did not accept is not made."""
+    """A refund that failed at the bank is not made."""
     gateway.fail("R-1")
     ended = run("apply", *REFUND, "--json", env=env)
     assert (ended.exit_code, ended.json["outcome"]) == (3, "failed")
 
 
 def test_a_refund_that_was_not_sent_exits_1(env):
-    """Where nothing listens, the refund was certainly not sent, and that is said."""
+    """After a refused connection the output says that the refund was not sent."""
     closed = {**env, "LIANLIAN_APPLY_URL": "http://127.0.0.1:9/exchangerefund.htm"}
     ended = run("apply", *REFUND, "--deadline", "1", env=closed)
     assert ended.exit_code == 1
@@ -241,7 +241,7 @@ def test_a_refund_that_was_not_sent_exits_1(env):
 
 
 def test_unknown_outcome_exits_4_and_shows_the_query_command(env, gateway):
-    """After a lost answer, people get the command that asks, and programs all that is known."""
+    """After a lost response the text has the query command, and JSON all facts."""
     gateway.script(Fault.TOO_MANY, times=2, delay=60.0)  # asking would come after the deadline
     people, machine = run("apply", *REFUND, env=env), run("apply", *REFUND, "--json", env=env)
     assert people.exit_code == machine.exit_code == 4
@@ -254,7 +254,7 @@ def test_unknown_outcome_exits_4_and_shows_the_query_command(env, gateway):
 
 
 def test_a_forged_answer_exits_5(env, gateway):
-    """An answer that LianLian did not sign is named as such."""
+    """An answer without LianLian's signature is an error."""
     gateway.script(Fault.WRONG_SIGNATURE, times=1000)
     ended = run("query", *QUESTION, env=env)
     assert ended.exit_code == 5
@@ -268,7 +268,7 @@ def test_query_of_unknown_number_exits_1(env):
 
 
 def test_interrupted_apply_exits_130_and_shows_the_query_command(env, gateway):
-    """Ctrl-C while the answer is awaited ends at once, and says that the refund may have been made."""
+    """Ctrl-C during the request ends the command at once, and says that the refund may have been made."""
     gateway.script(Fault.NO_ANSWER)
     process = start("apply", *REFUND, env=env)
     until(lambda: gateway.requests["apply"])
@@ -282,7 +282,7 @@ def test_interrupted_apply_exits_130_and_shows_the_query_command(env, gateway):
 
 
 def test_interrupted_apply_prints_json(gateway):
-    """With --json, the interruption is an object that holds the question to ask."""
+    """With --json the output has the query."""
     with interruption():
         ended = run("apply", *REFUND, "--json", env=environment(gateway, "http://127.0.0.1:9"))
     assert ended.exit_code == 130

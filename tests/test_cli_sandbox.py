@@ -1,4 +1,4 @@
-"""``lianlian sandbox``: a gateway on a real socket, the file that leads to it, and its end."""
+"""``lianlian sandbox``: a gateway on a real socket, its environment file, and its end."""
 
 import os
 import shlex
@@ -24,14 +24,14 @@ APPLY = ("apply", "--no-refund", "R-1", "--dt-refund", "20130515094018", "--mone
 
 
 def read(env_file):
-    """The variables of an environment file, as a POSIX shell reads them."""
+    """Return the variables of an environment file, as a POSIX shell reads them."""
     assignments = shlex.split(env_file.read_text("utf-8"), comments=True)
     return dict(assignment.split("=", 1) for assignment in assignments)
 
 
 @pytest.fixture
 def served(tmp_path):
-    """``lianlian sandbox`` as a process of its own: the process, and its environment file."""
+    """``lianlian sandbox`` as a process, and its environment file."""
     env_file = tmp_path / "the sandbox's.env"
     process = start("sandbox", "--settle-after", "0", "--env-file", env_file)
     ready = process.stdout.readline()
@@ -42,7 +42,7 @@ def served(tmp_path):
 
 
 def sandbox_in_this_process(*options, env_file, number=signal.SIGTERM, meanwhile=lambda _env: None):
-    """Run the command here until ``meanwhile`` is done with it, then stop it by a signal."""
+    """Run the command in this process, call ``meanwhile``, then stop the command with a signal."""
 
     def stop():
         until(lambda: env_file.exists() and env_file.read_text("utf-8").endswith("/lianlian/refund\n"))
@@ -63,7 +63,7 @@ def sandbox_in_this_process(*options, env_file, number=signal.SIGTERM, meanwhile
 
 
 def test_vendor_sample_works_with_a_new_sandbox(served):
-    """Start it, read its file, apply with the page's own sample, and query: three processes and a socket."""
+    """Start a sandbox, apply with the page's sample, and query: three processes and a socket."""
     _process, env_file = served
     env = read(env_file)
     sample = env_file.with_name("sample.json")
@@ -78,7 +78,7 @@ def test_vendor_sample_works_with_a_new_sandbox(served):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 def test_printed_line_sets_the_environment_of_a_shell(served):
-    """What is printed can be pasted into sh, whatever the file is called."""
+    """The printed line works in sh, whatever the name of the file."""
     process, _env_file = served
     _, _, line = process.stdout.readline().partition("use it:")
     script = f'{line}\nprintf %s "$LIANLIAN_OID_PARTNER"'
@@ -88,7 +88,7 @@ def test_printed_line_sets_the_environment_of_a_shell(served):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly(served, number):
-    """SIGINT and SIGTERM stop the server, remove the file that leads to it, and exit with 0."""
+    """SIGINT and SIGTERM stop the server, remove the environment file, and exit with 0."""
     process, env_file = served
     process.send_signal(number)
     ended = end(process)
@@ -98,7 +98,7 @@ def test_a_signal_ends_it_cleanly(served, number):
 
 @pytest.mark.parametrize("fault", [Fault.NO_ANSWER, Fault.RESET])
 def test_sandbox_ends_without_traceback_during_a_request(fault, caplog):
-    """Neither a request that waits nor a connection that the sandbox broke keeps it alive or fills its log."""
+    """A waiting request or a broken connection neither delays the end nor appears in the log."""
     gateway = SandboxGateway(default_order=Decimal("100.00"))
     gateway.script(fault, times=1000)
     with serving(gateway) as url:
@@ -142,7 +142,7 @@ def test_env_file_is_private_and_removed_at_the_end(tmp_path):
 
 
 def test_existing_env_file_is_not_touched(tmp_path):
-    """A second sandbox, or another file of that name, is no reason to overwrite it."""
+    """An existing file is never overwritten."""
     env_file = tmp_path / "sandbox.env"
     env_file.write_text("precious")
     ended = run("sandbox", "--env-file", env_file)
@@ -151,7 +151,7 @@ def test_existing_env_file_is_not_touched(tmp_path):
 
 
 def test_keys_folder_keeps_the_keys(tmp_path):
-    """--keys makes a directory with both keys once, and uses them again."""
+    """--keys creates a folder with both keys once, and uses them again."""
     seen = []
     for _ in range(2):
         sandbox_in_this_process("--keys", tmp_path / "keys", env_file=tmp_path / "sandbox.env", meanwhile=seen.append)
@@ -177,7 +177,7 @@ def test_sandbox_options_configure_the_gateway(tmp_path):
 
 
 def test_an_ipv6_address_is_written_in_brackets(tmp_path):
-    """A sandbox at ::1 has a URL that clients can read."""
+    """The URL of a sandbox at ::1 has brackets."""
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -187,7 +187,7 @@ def test_an_ipv6_address_is_written_in_brackets(tmp_path):
 
 
 def test_address_in_use_is_named(tmp_path):
-    """Where the port cannot be had, it is said, and nothing is left behind."""
+    """A port in use is an error, and no file remains."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = run("sandbox", "--port", port, "--env-file", tmp_path / "sandbox.env")
@@ -206,14 +206,14 @@ def test_address_in_use_is_named(tmp_path):
     ],
 )
 def test_invalid_sandbox_options_are_usage_errors(tmp_path, options, reason):
-    """A usage error names what would be right."""
+    """A usage error names the valid values."""
     ended = run("sandbox", *options, "--env-file", tmp_path / "sandbox.env")
     assert ended.exit_code == 2
     assert reason in " ".join(ended.stderr.split())
 
 
 def test_probabilities_beyond_one_are_refused(tmp_path):
-    """More trouble than requests is a configuration error."""
+    """Probabilities with a sum above 1 are a configuration error."""
     ended = run("sandbox", "--fault", "reset=0.6", "--fault", "busy=0.6", "--env-file", tmp_path / "sandbox.env")
     assert ended.exit_code == 2
     assert "their sum at most 1" in ended.stderr

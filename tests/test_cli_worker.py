@@ -24,14 +24,14 @@ def gateway():
 
 @pytest.fixture
 def env(gateway, database):
-    """The environment that leads to it, and to a database of the test's own."""
+    """The environment of the gateway and of the test's database."""
     with serving(gateway) as url:
         yield environment(gateway, url) | {"LIANLIAN_DSN": url_of(database), "PASSWORD": PASSWORD}
 
 
 @pytest.fixture
 def producer(env):
-    """The environment of a machine that knows the database, and no merchant."""
+    """An environment with the database, but without a merchant."""
     return {name: env[name] for name in ("LIANLIAN_DSN", "PASSWORD")}
 
 
@@ -45,7 +45,7 @@ def refunds(path, count):
 
 
 def queued(env):
-    """How the queue is doing."""
+    """Return the counts of the queue."""
     return run("journal", "show", "--json", env=env).json["queue"]
 
 
@@ -61,7 +61,7 @@ def test_a_batch_is_put_into_the_queue(producer, file):
 
 
 def test_queue_option_takes_a_dsn_without_password(producer, file, database):
-    """A URL on the command line, and the password in PGPASSWORD."""
+    """The URL is on the command line, and the password in PGPASSWORD."""
     url = url_of(database, password=None)
     ended = run("batch", file, "--queue", url, "--yes", "--json", env={"PGPASSWORD": PASSWORD})
     assert ended.json["added"] == 30
@@ -78,7 +78,7 @@ def test_queued_refunds_are_checked_first(producer, file):
 
 
 def test_a_worker_empties_the_queue(env, gateway, file):
-    """--until-empty makes what waits, shows how all stands, and ends."""
+    """--until-empty makes the waiting refunds, shows the journal, and ends."""
     write_csv(file, [*(refund(number) for number in range(29)), refund(29, money_refund="1000.01")])
     run("batch", file, "--queue", "--yes", env=env)
     ended = run("worker", "--until-empty", env=env)
@@ -91,7 +91,7 @@ def test_a_worker_empties_the_queue(env, gateway, file):
 
 
 def test_two_workers_share_a_queue_and_end_at_sigterm(env, gateway, tmp_path):
-    """Two processes make each refund once; SIGINT and SIGTERM end them in good order, with exit code 0."""
+    """Two processes make each refund once; SIGINT and SIGTERM end them cleanly, with exit code 0."""
     file = refunds(tmp_path / "refunds.csv", 100)
     workers = [start("worker", "--concurrency", "5", "--json", env=env) for _ in range(2)]
     try:
@@ -116,7 +116,7 @@ def test_two_workers_share_a_queue_and_end_at_sigterm(env, gateway, tmp_path):
 
 
 def test_worker_finishes_refunds_in_flight(env, gateway, file):
-    """A worker that is told to end waits for the answer to what it has sent."""
+    """A worker that gets SIGTERM waits for the responses to its requests."""
     refunds(file, 1)
     gateway.script(Fault.DELAY, delay=1.0)
     run("batch", file, "--queue", "--yes", env=env)
@@ -129,7 +129,7 @@ def test_worker_finishes_refunds_in_flight(env, gateway, file):
 
 
 def test_unknown_refund_stays_in_the_queue(env, gateway, file):
-    """A refund that may have been made waits until asking can decide; the journal shows it."""
+    """An unknown refund waits until a query can resolve it; the journal shows it."""
     refunds(file, 1)
     gateway.script(Fault.NO_ANSWER)
     gateway.script(Fault.HTTP_500, call="query", times=1000)
@@ -140,7 +140,7 @@ def test_unknown_refund_stays_in_the_queue(env, gateway, file):
 
 
 def test_a_wrong_gateway_key_ends_the_worker(env, gateway, file, stranger_keys):
-    """The error names the key, and the exit code is that of a wrong signature."""
+    """The error names the key, and the exit code is 5."""
     run("batch", file, "--queue", "--yes", env=env)
     wrong = env | {"LIANLIAN_GATEWAY_PUBLIC_KEYS": stranger_keys.public.to_base64()}
     ended = run("worker", "--until-empty", "--deadline", "1", env=wrong)
@@ -149,7 +149,7 @@ def test_a_wrong_gateway_key_ends_the_worker(env, gateway, file, stranger_keys):
 
 
 def test_rejected_configuration_ends_the_worker(env, gateway, file):
-    """A rejection that would meet every refund ends it with 3, and nothing is lost."""
+    """A rejection that every refund would get ends the worker with 3, and the refunds stay in the queue."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, times=1000)
     run("batch", file, "--queue", "--yes", env=env)
     ended = run("worker", "--until-empty", "--concurrency", "1", env=env)
@@ -159,7 +159,7 @@ def test_rejected_configuration_ends_the_worker(env, gateway, file):
 
 
 def test_permanent_failure_is_shown_in_one_line(env, file):
-    """A number that stands for other content is left for a person, named without a traceback."""
+    """A number with other content is a permanent failure, shown without a traceback."""
     for money in ("1.00", "2.00"):
         write_csv(file, [refund(1, money_refund=money)])
         run("batch", file, "--queue", "--yes", env=env)
@@ -174,7 +174,7 @@ def test_permanent_failure_is_shown_in_one_line(env, file):
 
 
 def test_worker_interrupted_at_its_start_exits_130(env):
-    """Ctrl-C before the work has begun ends it as it ends any command."""
+    """Ctrl-C before the work has begun ends the command with 130."""
     with interruption():
         ended = run("worker", env=env)
     assert (ended.exit_code, ended.stderr.splitlines()[-1]) == (130, "interrupted")
@@ -189,21 +189,21 @@ def test_worker_interrupted_at_its_start_exits_130(env):
     ],
 )
 def test_a_worker_needs_a_database(env, arguments, hint):
-    """Without a usable URL there is nothing to work on."""
+    """A missing or invalid URL is a usage error."""
     ended = run("worker", *arguments, env={**env, "LIANLIAN_DSN": ""})
     assert ended.exit_code == 2
     assert hint in " ".join(ended.stderr.split())
 
 
 def test_unreachable_database_exits_1(env):
-    """A server that does not answer is named in words, without its password."""
+    """An unreachable server is named without its password."""
     ended = run("worker", env=env | {"LIANLIAN_DSN": f"postgresql://me:{PASSWORD}@/x?host=/nowhere"})
     assert ended.exit_code == 1
     assert "journal error: journal lianlian in x at /nowhere: " in ended.stderr
 
 
 def test_a_missing_extra_is_named(producer, file, monkeypatch):
-    """Without procrastinate, the queue is explained in one line."""
+    """Without procrastinate the error says what to install, in one line."""
     for name in [name for name in sys.modules if name.startswith(("procrastinate", "lianlian_async.contrib.proc"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "procrastinate", None)
@@ -213,7 +213,7 @@ def test_a_missing_extra_is_named(producer, file, monkeypatch):
 
 
 def test_lost_database_is_an_error(producer):
-    """What befalls the queue's database is an error in words, of this library."""
+    """An error of the queue's database becomes a ``JournalError``."""
 
     async def lose():
         async with open_queue(producer["LIANLIAN_DSN"]) as queue:

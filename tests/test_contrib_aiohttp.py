@@ -46,7 +46,7 @@ def client(app):
 
 
 async def test_the_session_is_under_its_key(tmp_path):
-    """A handler gets the session that the application opened, over its journal."""
+    """A handler gets the application's session with its journal."""
     gateway, journal = sandbox(), SqliteJournal(tmp_path / "journal.sqlite")
     app = service(journal, gateway.session(journal=journal))
     async with client(app) as http:
@@ -59,7 +59,7 @@ async def test_the_session_is_under_its_key(tmp_path):
 
 
 async def test_subapplication_finds_the_session_of_its_parent():
-    """A subapplication needs none of its own."""
+    """A subapplication uses its parent's session."""
     gateway = sandbox()
     whole, part = web.Application(), service()
     whole.cleanup_ctx.append(lifespan(gateway.session()))
@@ -83,7 +83,7 @@ async def test_a_missing_session_is_a_clear_error():
 
 
 async def test_a_closed_session_is_a_clear_error():
-    """A background job that outlives the application is told so."""
+    """A background job that outlives the application gets an error."""
     app = service(sandbox().session())
     async with client(app):
         pass
@@ -92,7 +92,7 @@ async def test_a_closed_session_is_a_clear_error():
 
 
 async def test_notifications_reach_the_endpoint(handler):
-    """POST with any content type reaches the endpoint; its answer goes out as it is."""
+    """POST with any content type reaches the endpoint, whose response is sent unchanged."""
     session = sandbox().session()
     endpoint = NotificationEndpoint(session.merchant, handler, session=session, allow_from=["127.0.0.0/8", "::1"])
     app = service(session, endpoint)
@@ -110,7 +110,7 @@ async def test_notifications_reach_the_endpoint(handler):
 
 @pytest.mark.parametrize(("forwarded", "status"), [(["203.0.113.7"], 200), (["203.0.113.7", "198.51.100.7"], 403)])
 async def test_the_address_comes_from_the_connection(handler, forwarded, status):
-    """A trusted proxy tells whom it speaks for, in one header or in several."""
+    """A trusted proxy names the client's address, in one header or in several."""
     endpoint = NotificationEndpoint(
         sandbox().merchant(), handler, allow_from=["203.0.113.0/24"], trusted_proxies=["127.0.0.0/8", "::1"]
     )
@@ -122,7 +122,7 @@ async def test_the_address_comes_from_the_connection(handler, forwarded, status)
 
 
 async def test_endless_body_is_cut_off(handler):
-    """The server itself reads no more than the application allows."""
+    """The server reads no more than the application allows."""
     app = web.Application()
     app.router.add_post("/", notifications(NotificationEndpoint(sandbox().merchant(), handler)))
     async with client(app) as http, http.post("/", data=io.BytesIO(bytes(2**20 + 1))) as answer:

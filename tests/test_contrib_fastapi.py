@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 
 @asynccontextmanager
 async def served(app):
-    """A client of ``app``, whose lifespan runs as under a server that hands its state to every request."""
+    """A client of ``app`` with its lifespan and state, as under a server."""
     state = {}
 
     async def stateful(scope, receive, send):
@@ -51,7 +51,7 @@ def service(session, *others):
 
 
 async def test_the_session_is_a_dependency(tmp_path):
-    """A route asks for it by its type, and gets the one that the lifespan opened, over its journal."""
+    """A route gets the lifespan's session, with its journal, by the type of a parameter."""
     gateway, journal = sandbox(), SqliteJournal(tmp_path / "journal.sqlite")
     async with served(service(gateway.session(journal=journal), journal)) as http:
         assert (await http.post("/refunds/1")).json() == "0"
@@ -60,7 +60,7 @@ async def test_the_session_is_a_dependency(tmp_path):
 
 
 async def test_the_session_lives_as_long_as_the_application():
-    """It is open while requests are served, and closed after the last one."""
+    """The session is open while requests are served, and closed afterwards."""
     session = sandbox().session()
     async with served(service(session)):
         assert repr(session).endswith("open>")
@@ -68,7 +68,7 @@ async def test_the_session_lives_as_long_as_the_application():
 
 
 async def test_a_missing_session_is_a_clear_error():
-    """Without its lifespan, or with one that opens no session, a service says what to do."""
+    """Without a lifespan that opens a session, the error says what to do."""
     app = FastAPI(lifespan=lifespan())
 
     @app.get("/")
@@ -84,7 +84,7 @@ async def test_a_missing_session_is_a_clear_error():
 
 
 async def test_a_closed_session_is_a_clear_error():
-    """A background job that outlives the application is told so."""
+    """A background job that outlives the application gets an error."""
     session = sandbox().session()
     async with served(service(session)):
         pass
@@ -93,7 +93,7 @@ async def test_a_closed_session_is_a_clear_error():
 
 
 async def test_custom_lifespan_provides_the_session():
-    """What else it does is its own affair."""
+    """A custom lifespan can do other work, too."""
     gateway = sandbox()
 
     @asynccontextmanager
@@ -125,7 +125,7 @@ async def test_notifications_route_reaches_the_endpoint(handler):
 
 
 async def test_the_address_comes_from_the_server(handler):
-    """The allow-list sees who is connected."""
+    """The allow-list gets the address of the connection."""
     session = sandbox().session()
     app = FastAPI()
     for path, network in (("/in", "127.0.0.0/8"), ("/out", "203.0.113.0/24")):
@@ -138,7 +138,7 @@ async def test_the_address_comes_from_the_server(handler):
 
 @pytest.mark.virtual_time
 async def test_a_request_may_wait_for_the_notification(handler):
-    """The endpoint of a service tells the session of the same service."""
+    """The endpoint of a service wakes the session of the same service."""
     gateway = sandbox(settle_after=1000)
     session = gateway.session(clock=boot_clock)
     endpoint = NotificationEndpoint(session.merchant, handler, session=session, clock=boot_clock)

@@ -1,4 +1,4 @@
-"""Each fault of the sandbox spoils what it says it does, when it was asked to, and nothing else."""
+"""Each fault of the sandbox has its documented effect, when it was requested, and no other."""
 
 import json
 from decimal import Decimal
@@ -53,7 +53,7 @@ async def test_fault_returns_an_html_page(fault, status, header, when, made):
     ("ret_code", "ret_msg"), [("1007", "网络链接繁忙"), ("5006", "商户账户余额不足"), ("7777", "交易失败")]
 )
 async def test_busy_fault_returns_its_ret_code(ret_code, ret_msg, when, made):
-    """Any code can be scripted as a signed answer; those without words of their own get common ones."""
+    """Any code can be scripted as a signed answer; unknown codes get a common message."""
     client = client_of()
     client.gateway.script(Fault.BUSY, when=when, ret_code=ret_code)
     answer = await client.apply()
@@ -84,7 +84,7 @@ async def test_broken_json_is_half_of_the_answer(when, made):
 @BOTH
 @pytest.mark.parametrize("fault", [Fault.WRONG_SIGNATURE, Fault.NO_SIGNATURE, Fault.ALTERED_FIELD])
 async def test_forgery_is_0000_without_valid_signature(fault, when, made):
-    """It claims this very refund, whether or not it was carried out, and its signature does not verify."""
+    """The forgery claims this refund, carried out or not, and its signature is invalid."""
     client = client_of()
     client.gateway.script(fault, when=when)
     answer = await client.apply()
@@ -96,7 +96,7 @@ async def test_forgery_is_0000_without_valid_signature(fault, when, made):
 
 
 async def test_wrong_signature_belongs_to_another_message():
-    """It is base64 of the right length: only the fields it covers are others."""
+    """The signature has the right form, but belongs to other fields."""
     client = client_of()
     client.gateway.script(Fault.WRONG_SIGNATURE)
     answer = await client.apply()
@@ -105,7 +105,7 @@ async def test_wrong_signature_belongs_to_another_message():
 
 @pytest.mark.parametrize("asked", [QUESTION, {"dt_refund": QUESTION["dt_refund"], "oid_refundno": "1234567890123456"}])
 async def test_a_forgery_may_claim_a_refund_that_does_not_exist(asked):
-    """A question about nothing gets a claim with the numbers that were asked for."""
+    """A query without a record gets a forgery with the requested numbers."""
     client = client_of()
     client.gateway.script(Fault.NO_SIGNATURE, call="query")
     answer = await client.ask(QUERY, client.signed(asked))
@@ -115,7 +115,7 @@ async def test_a_forgery_may_claim_a_refund_that_does_not_exist(asked):
 
 @BOTH
 async def test_the_answer_of_another_refund_is_validly_signed(when, made):
-    """Only its numbers tell that it is another refund's."""
+    """Only its numbers show that it belongs to another refund."""
     client = client_of()
     client.gateway.script(Fault.OTHER_REFUND, when=when)
     answer = await client.apply()
@@ -125,7 +125,7 @@ async def test_the_answer_of_another_refund_is_validly_signed(when, made):
 
 
 async def test_an_oversized_answer_is_the_right_one_and_too_long():
-    """More than 1 MiB, validly signed for who reads it all."""
+    """The answer has more than 1 MiB and a valid signature."""
     client = client_of()
     client.gateway.script(Fault.OVERSIZED)
     response = await post(client)
@@ -134,7 +134,7 @@ async def test_an_oversized_answer_is_the_right_one_and_too_long():
 
 
 async def test_a_compressed_answer_is_the_right_one_in_gzip():
-    """It is gzip though identity was asked for, and validly signed for who unpacks it."""
+    """The answer is gzip with a valid signature, although the client asked for identity."""
     client = client_of()
     client.gateway.script(Fault.COMPRESSED)
     response = await post(client)
@@ -144,7 +144,7 @@ async def test_a_compressed_answer_is_the_right_one_in_gzip():
 
 @pytest.mark.parametrize("fault", [Fault.OVERSIZED, Fault.COMPRESSED])
 async def test_validly_signed_answer_is_true(fault):
-    """What is validly signed says 9999 where nothing was carried out."""
+    """A validly signed answer is 9999 if nothing was carried out."""
     client = client_of()
     client.gateway.script(fault, when=When.BEFORE)
     response = await post(client)
@@ -157,7 +157,7 @@ async def test_validly_signed_answer_is_true(fault):
 
 @BOTH
 async def test_a_delayed_answer_is_the_right_one(when, made):
-    """It comes after the delay; the refund is made before or after the wait."""
+    """The answer comes after the delay; the refund is made before or after it."""
     client, answers = client_of(), []
     client.gateway.script(Fault.DELAY, when=when, delay=3.0)
 
@@ -175,7 +175,7 @@ async def test_a_delayed_answer_is_the_right_one(when, made):
 
 
 async def test_delay_option_applies_to_all_faults():
-    """The gateway's own delay holds for what was scripted without one, and for what the dice bring."""
+    """The gateway's delay applies to scripted faults without one, and to random faults."""
     client = client_of(delay=7.0, faults={Fault.TOO_MANY: 1.0})
     client.gateway.script(Fault.DELAY)
     assert client.is_signed(await client.apply())
@@ -196,7 +196,7 @@ async def test_no_answer_lasts_until_the_client_disconnects(when, made):
 
 @BOTH
 async def test_the_connection_breaks(when, made):
-    """In process that is a ConnectionResetError out of the application."""
+    """In process the application raises ConnectionResetError."""
     client = client_of()
     client.gateway.script(Fault.RESET, when=when)
     with pytest.raises(ConnectionResetError):
@@ -240,7 +240,7 @@ async def codes_of(client, count, **changes):
 
 
 async def test_scripted_faults_strike_in_the_order_of_the_script():
-    """Each as many times as it was scripted for, then all is well."""
+    """Each fault occurs as often as scripted, then none."""
     client = client_of()
     client.gateway.script(Fault.BUSY, ret_code="1007", times=2)
     client.gateway.script(Fault.BUSY, ret_code="9902")
@@ -248,14 +248,14 @@ async def test_scripted_faults_strike_in_the_order_of_the_script():
 
 
 async def test_scripted_fault_skips_requests():
-    """``skip`` requests that fit are left in peace before it strikes."""
+    """``skip`` matching requests pass before the fault occurs."""
     client = client_of()
     client.gateway.script(Fault.BUSY, skip=2)
     assert await codes_of(client, 4) == ["0000", "0000", "1007", "0000"]
 
 
 async def test_scripted_fault_occurs_at_matching_requests_only():
-    """It waits for its own call and its own refund."""
+    """The fault waits for its call and refund."""
     client = client_of()
     client.gateway.script(Fault.BUSY, call="query", no_refund="R-1")
     assert (await client.apply())["ret_code"] == "0000"
@@ -266,13 +266,13 @@ async def test_scripted_fault_occurs_at_matching_requests_only():
 
 @pytest.mark.parametrize("option", [{"times": 0}, {"skip": -1}])
 def test_invalid_script_is_refused(option):
-    """A fault strikes at least once, and skips no negative number of requests."""
+    """``times`` below 1 and a negative ``skip`` are refused."""
     with pytest.raises(ValueError, match=next(iter(option))):
         client_of().gateway.script(Fault.BUSY, **option)
 
 
 async def storm(seed, requests=200):
-    """What each of many refunds met, and whether it was made."""
+    """Return the result of each of many refunds, and whether it was made."""
     shares = {Fault.BUSY: 0.3, Fault.HTTP_500: 0.3}
     client, met = client_of(faults=shares, seed=seed, repeated=Repeated.AGAIN), []
     for n in range(requests):
@@ -284,14 +284,14 @@ async def storm(seed, requests=200):
 
 
 async def test_same_seed_gives_the_same_faults():
-    """The same requests meet the same faults; another seed brings others."""
+    """The same seed gives the same faults, another seed others."""
     first = await storm(1)
     assert await storm(1) == first
     assert await storm(2) != first
 
 
 async def test_random_faults_include_every_fault():
-    """Faults strike before and after the refund is carried out, and some requests are spared."""
+    """Faults occur before and after the refund is carried out, and some requests have none."""
     assert set(await storm(1)) == {
         ("0000", 1),
         *((code, n) for code in ("1007", "9902", "9999", "500") for n in (0, 1)),
@@ -299,14 +299,14 @@ async def test_random_faults_include_every_fault():
 
 
 async def test_scripted_fault_does_not_change_random_faults():
-    """After a scripted fault the storm goes on as if the request had met its own."""
+    """A scripted fault does not change the random faults of later requests."""
     plain, scripted = [client_of(faults={Fault.BUSY: 0.5}, seed=4) for _ in range(2)]
     scripted.gateway.script(Fault.BUSY, ret_code="8117")
     assert (await codes_of(scripted, 30)) == ["8117", *(await codes_of(plain, 30))[1:]]
 
 
 async def test_random_faults_can_be_switched_off():
-    """With its probabilities taken away every request is answered again."""
+    """Without probabilities every request gets its answer."""
     client = client_of(faults={Fault.BUSY: 1.0})
     assert "0000" not in await codes_of(client, 5)
     client.gateway.faults = {}
@@ -324,7 +324,7 @@ def test_invalid_probabilities_are_refused(faults):
 
 
 async def test_fault_occurs_at_refused_request_too():
-    """The refusal is what gets lost: a client cannot tell it from a refund."""
+    """The lost answer can be a refusal: a client cannot tell it from a refund."""
     client = client_of()
     client.gateway.script(Fault.RESET)
     with pytest.raises(ConnectionResetError):

@@ -1,4 +1,4 @@
-"""The sandbox answers like the real gateway, keeps books that can be audited, and is a plain ASGI application."""
+"""The sandbox answers like the real gateway, keeps its books, and is an ASGI application."""
 
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
@@ -50,7 +50,7 @@ async def test_the_cross_border_product_answers_as_the_apply_page_says():
 
 
 async def test_domestic_answer_has_no_foreign_currency():
-    """Nor does its apply answer have dt_refund; the query answer and the notification have."""
+    """Its apply answer has no dt_refund either; the query answer and the notification have it."""
     client = Client(sandbox())
     applied, found = await client.apply(DOMESTIC), await client.query()
     notified = wire.decode(client.gateway.notification(client.gateway.refunds[0]))
@@ -72,7 +72,7 @@ async def test_an_amount_comes_back_as_it_was_sent(amount):
 
 
 async def test_every_answer_has_the_date_of_the_gateways_clock():
-    """Answers, refusals and pages alike, in process too; the clock is the one that can be put forward."""
+    """Answers, refusals and pages have a Date header by the gateway's clock, which can be advanced."""
     gateway = sandbox(started_at=datetime(2026, 1, 5, 16, 0, tzinfo=timezone(timedelta(hours=8))))
     client = Client(gateway)
     gateway.script(Fault.HTTP_500, skip=2)
@@ -92,13 +92,13 @@ async def test_every_answer_has_the_date_of_the_gateways_clock():
 
 
 async def test_query_answer_agrees_with_apply_answer():
-    """Right after applying, the question is answered with the very same fields."""
+    """Right after the apply call, the query answer has the same fields."""
     client = Client(sandbox())
     assert await client.apply() == await client.query()
 
 
 async def test_a_refund_settles_by_the_gateways_clock():
-    """As the clock is put forward, a query sees 0, 1, 2, and the settle date with the last, in UTC+8."""
+    """With the clock advanced, a query sees 0, 1 and 2, and with 2 the settle date in UTC+8."""
     gateway = sandbox(settle_after=7200.0, started_at=datetime(2026, 1, 1, 15, 0, tzinfo=UTC))
     client = Client(gateway)
     await client.apply()
@@ -111,7 +111,7 @@ async def test_a_refund_settles_by_the_gateways_clock():
 
 
 async def test_the_gateways_clock_follows_the_given_one():
-    """Time passes by the injected clock, and advance comes on top of it."""
+    """The gateway's time is the injected clock plus ``advance``."""
     seconds = [50.0]
     gateway = sandbox(clock=lambda: seconds[0], settle_after=10.0)
     client = Client(gateway)
@@ -136,7 +136,7 @@ async def test_default_time_of_day_is_now():
 
 
 async def test_failed_refund_is_reported_as_failed():
-    """A refund marked to fail is accepted, then found failed without a settle date, and its money is back."""
+    """A failing refund is accepted, then failed without a settle date, and its money returns."""
     gateway = sandbox()
     gateway.fail("R-1")
     client = Client(gateway)
@@ -150,7 +150,7 @@ async def test_failed_refund_is_reported_as_failed():
 
 
 async def test_a_refund_without_record_is_not_found():
-    """8901 with its words, and nothing of a refund; unsigned as the real one, or signed where that is asked for."""
+    """8901 with its message and no fields of a refund; unsigned, or signed with ``sign_errors``."""
     assert await Client(sandbox()).query() == {"ret_code": "8901", "ret_msg": "没有记录"}
     client = Client(sandbox(sign_errors=True))
     answer = await client.query()
@@ -161,7 +161,7 @@ async def test_a_refund_without_record_is_not_found():
 
 @pytest.mark.parametrize("sign_errors", [None, True])
 async def test_the_refusal_of_a_refund_is_signed_and_repeats_it(sign_errors):
-    """As a genuine one did; the amount as it was sent."""
+    """Like a genuine refusal; the amount is as it was sent."""
     client = Client(sandbox(default_order=None, sign_errors=sign_errors))
     answer = await client.apply(money_refund="0.1")
     assert client.is_signed(answer)
@@ -177,7 +177,7 @@ async def test_the_refusal_of_a_refund_is_signed_and_repeats_it(sign_errors):
 
 
 async def test_invalid_parameter_answer_is_unsigned():
-    """1004 holds code and words only, unless all errors are signed; then it repeats what there is to repeat."""
+    """1004 has code and message only; with ``sign_errors`` it is signed and repeats number and amount."""
     assert (await Client(sandbox()).apply(no_refund="")).keys() == {"ret_code", "ret_msg"}
     client = Client(sandbox(sign_errors=True))
     answer = await client.apply(no_refund="")
@@ -186,7 +186,7 @@ async def test_invalid_parameter_answer_is_unsigned():
 
 
 async def test_errors_may_come_unsigned():
-    """With sign_errors off an error is its code and words only; 0000 is signed all the same."""
+    """With ``sign_errors=False`` an error has code and message only; 0000 is still signed."""
     client = Client(sandbox(sign_errors=False))
     assert await client.query() == {"ret_code": "8901", "ret_msg": "没有记录"}
     assert await client.apply(money_refund="2000") == {"ret_code": "5003", "ret_msg": "退款金额错误"}
@@ -197,7 +197,7 @@ async def test_errors_may_come_unsigned():
 
 
 async def test_an_order_has_the_numbers_it_was_added_with():
-    """An added order is refunded by its number, its made-up payment number and its time, and by no other."""
+    """An added order is refunded by its number, its generated payment number and its time only."""
     gateway = sandbox(default_order=None)
     order = gateway.add_order("O-1", Decimal("400.02"), dt_order=PAID_AT)
     client = Client(gateway)
@@ -211,7 +211,7 @@ async def test_an_order_has_the_numbers_it_was_added_with():
 
 
 def test_an_order_needs_a_time_with_a_zone():
-    """A naive dt_order is refused: nobody could say which moment it is."""
+    """A naive dt_order is refused: its moment is ambiguous."""
     with pytest.raises(ValueError, match="naive"):
         sandbox().add_order("O-1", Decimal(1), dt_order=datetime(2026, 1, 1))  # noqa: DTZ001
 
@@ -235,7 +235,7 @@ async def test_merchants_do_not_see_each_other(stranger_keys):
 
 
 async def test_replayed_answer_equals_the_first_one():
-    """Under REPLAY the second application gets the state of the first, long after it changed."""
+    """Under REPLAY the second application gets the first answer, even after the state has changed."""
     gateway = sandbox(repeated=Repeated.REPLAY)
     client = Client(gateway)
     first = await client.apply()
@@ -246,7 +246,7 @@ async def test_replayed_answer_equals_the_first_one():
 
 
 async def test_money_may_move_twice():
-    """Under AGAIN the books tell of both times."""
+    """Under AGAIN the books have both refunds."""
     gateway = sandbox(repeated=Repeated.AGAIN)
     client = Client(gateway)
     first, second = await client.apply(), await client.apply()
@@ -255,7 +255,7 @@ async def test_money_may_move_twice():
 
 
 async def test_gateway_can_carry_out_every_request():
-    """Each request under AGAIN with large orders is a refund of its own, however often the same bytes come."""
+    """Under AGAIN with large orders each request is another refund, even with the same bytes."""
     gateway = sandbox(repeated=Repeated.AGAIN, default_order=Decimal("100000000.00"))
     client = Client(gateway)
     fields = client.signed(APPLICATION)
@@ -266,7 +266,7 @@ async def test_gateway_can_carry_out_every_request():
 
 
 async def test_applications_at_the_same_time_are_not_both_the_first():
-    """Of many that race under one number, exactly one is carried out."""
+    """Of many concurrent applications with one number, exactly one is carried out."""
     client, codes = Client(sandbox()), []
 
     async def apply():
@@ -283,7 +283,7 @@ async def test_applications_at_the_same_time_are_not_both_the_first():
 
 
 async def test_the_books_tell_what_was_made():
-    """Records come in order, each with what it was asked for and how it stands."""
+    """Records are in order, each with its application and state."""
     gateway = sandbox()
     client = Client(gateway)
     await client.apply()
@@ -299,7 +299,7 @@ async def test_the_books_tell_what_was_made():
 
 
 async def test_requests_with_faults_are_counted():
-    """Refused and unreadable requests count as well as those that are carried out."""
+    """Refused and unreadable requests are counted, too."""
     gateway = sandbox()
     client = Client(gateway)
     await client.apply()
@@ -314,7 +314,7 @@ async def test_requests_with_faults_are_counted():
 
 @pytest.mark.parametrize(("domestic", "path"), [(False, "/exchangerefund.htm"), (True, "/refund.htm")])
 async def test_a_ready_made_merchant_is_known_to_the_gateway(domestic, path):
-    """Its keys sign what the gateway accepts and verify what it answers, at endpoints below the base URL."""
+    """The merchant's keys fit the gateway, and its endpoints are below the base URL."""
     gateway = sandbox()
     merchant = gateway.merchant("https://sandbox.invalid:8080", domestic=domestic, notify_url="https://shop.example/n")
     assert merchant.endpoints.apply == "https://sandbox.invalid:8080" + path
@@ -327,7 +327,7 @@ async def test_a_ready_made_merchant_is_known_to_the_gateway(domestic, path):
 
 
 async def test_a_ready_made_session_talks_to_the_gateway():
-    """What the session believes of a refund is what the books say."""
+    """The session's refund agrees with the books."""
     gateway = sandbox()
     request = RefundRequest(no_refund="R-1", dt_refund=PAID_AT, money_refund=Decimal("200.01"), no_order="O-1")
     async with gateway.session() as session:
@@ -340,7 +340,7 @@ async def test_a_ready_made_session_talks_to_the_gateway():
 
 
 async def test_keys_may_be_given(merchant_keys, gateway_keys):
-    """A given pair is used on both sides instead of the made-up ones."""
+    """Given keys are used instead of generated ones."""
     gateway = sandbox(merchant_key=merchant_keys.private, gateway_key=gateway_keys.private, oid_partner="2013")
     answer = await Client(gateway, key=merchant_keys.private, oid_partner="2013").apply()
     assert answer["ret_code"] == "0000"
@@ -358,7 +358,7 @@ def test_key_size_must_be_supported_by_lianlian():
 
 
 async def test_a_server_can_start_and_stop_it():
-    """The lifespan protocol is answered event by event, then it returns."""
+    """The application answers each lifespan event, then returns."""
     events, sent = iter(["lifespan.startup", "lifespan.shutdown"]), []
 
     async def receive():
@@ -372,7 +372,7 @@ async def test_a_server_can_start_and_stop_it():
 
 
 async def test_incomplete_request_moves_no_money():
-    """Half a body is no request."""
+    """An incomplete body is not carried out."""
     gateway = sandbox()
     whole = repr(Client(gateway).signed(APPLICATION)).replace("'", '"').encode()
     scope = {

@@ -1,4 +1,4 @@
-"""The sandbox's books hold under whatever sequence of applications, failures and time."""
+"""The sandbox's books are right after any sequence of applications, failures and time."""
 
 from decimal import Decimal
 
@@ -43,7 +43,7 @@ def question(**changes):
 
 
 def refused(call, *args):
-    """The code of the refusal that a call ends in."""
+    """Return the code of the refusal that a call raises."""
     with pytest.raises(Refusal) as refusal:
         call(*args)
     return refusal.value.ret_code
@@ -53,7 +53,7 @@ def refused(call, *args):
 
 
 def test_an_order_is_refunded_in_parts_until_nothing_is_left():
-    """Partial refunds are taken up to the last fen of the order, and 5007 follows."""
+    """Partial refunds are accepted up to the order's amount, then 5007."""
     books = ledger()
     order = books.add_order(PARTNER, "O-1", Decimal("100.00"))
     books.apply(application(), 0.0)
@@ -63,14 +63,14 @@ def test_an_order_is_refunded_in_parts_until_nothing_is_left():
 
 
 def test_more_than_the_order_is_refused_by_itself():
-    """5003 for an amount that not even the whole order would cover."""
+    """5003 for an amount above the whole order."""
     books = ledger()
     books.add_order(PARTNER, "O-1", Decimal("59.99"))
     assert refused(books.apply, application(), 0.0) == "5003"
 
 
 def test_an_order_that_nobody_added_does_not_exist():
-    """5002 for a number that no order bears, whichever number it is."""
+    """5002 for an unknown order or payment number."""
     books = ledger()
     assert refused(books.apply, application(), 0.0) == "5002"
     assert refused(books.apply, application(no_order=None, oid_paybill="P-1"), 0.0) == "5002"
@@ -96,7 +96,7 @@ def test_an_order_is_found_by_either_of_its_numbers():
 
 @pytest.mark.parametrize(("no_order", "oid_paybill"), [("O-1", "P-2"), ("O-1", "P-9"), ("O-9", "P-1")])
 def test_numbers_of_different_orders_do_not_match(no_order, oid_paybill):
-    """9092 where order number and payment number are not of one and the same order."""
+    """9092 if order number and payment number belong to different orders."""
     books = ledger()
     books.add_order(PARTNER, "O-1", Decimal("100.00"), oid_paybill="P-1")
     books.add_order(PARTNER, "O-2", Decimal("100.00"), oid_paybill="P-2")
@@ -104,7 +104,7 @@ def test_numbers_of_different_orders_do_not_match(no_order, oid_paybill):
 
 
 def test_an_order_of_another_time_is_another_order():
-    """5002 where dt_order is not the order's own; either side may leave it out."""
+    """5002 if dt_order differs from the order's; both may leave it out."""
     books = ledger()
     books.add_order(PARTNER, "O-1", Decimal("180.00"), dt_order="20130515094013")
     assert refused(books.apply, application(dt_order="20130515094014"), 0.0) == "5002"
@@ -115,7 +115,7 @@ def test_an_order_of_another_time_is_another_order():
 
 
 def test_numbers_are_taken_once():
-    """A second order under a number of the first is an error of who adds it, and leaves no trace."""
+    """A second order with the same number is a ValueError, and changes nothing."""
     books = ledger()
     books.add_order(PARTNER, "O-1", Decimal("100.00"), oid_paybill="P-1")
     with pytest.raises(ValueError, match="order O-1 exists"):
@@ -128,7 +128,7 @@ def test_numbers_are_taken_once():
 
 @pytest.mark.parametrize("money", [Decimal(0), Decimal("1.005"), Decimal("NaN"), Decimal(100_000_001)])
 def test_order_amount_must_be_valid(money):
-    """What could not be paid is no order's amount, by default or not."""
+    """An invalid amount is refused for an order and for the default order."""
     with pytest.raises(ValueError, match="must"):
         ledger().add_order(PARTNER, "O-1", money)
     with pytest.raises(ValueError, match="must"):
@@ -151,7 +151,7 @@ def test_a_refund_settles_as_time_passes():
 
 
 def test_a_refund_may_be_settled_from_the_start():
-    """With settle_after 0 the state is final at the moment it is made."""
+    """With settle_after 0 the state is final at once."""
     record = ledger(default_order=Decimal("100.00"), settle_after=0.0).apply(application(), 5.0)
     assert record.status(5.0) is RefundStatus.SUCCESS
 
@@ -184,7 +184,7 @@ def test_a_final_state_never_changes():
 
 
 def test_a_repeated_number_is_rejected():
-    """1002 under REJECT, even where the rest of the order would do."""
+    """1002 under REJECT, even if the order's rest would suffice."""
     books = ledger(default_order=Decimal("200.00"))
     books.apply(application(), 0.0)
     assert refused(books.apply, application(), 1.0) == "1002"
@@ -200,7 +200,7 @@ def test_a_repeated_number_is_replayed():
 
 
 def test_a_repeated_number_is_carried_out_again():
-    """Under AGAIN the money moves twice, as far as the order has it; the last record is the one that is told of."""
+    """Under AGAIN the money moves twice if the order allows it; a query returns the last record."""
     books = ledger(default_order=Decimal("150.00"), repeated=Repeated.AGAIN)
     books.apply(application(), 0.0)
     second = books.apply(application(), 1.0)
@@ -234,14 +234,14 @@ def test_a_refund_is_found_by_either_of_its_numbers():
     ],
 )
 def test_query_with_a_wrong_field_finds_nothing(changes):
-    """8901 where one of the numbers, the time or the merchant is not the record's."""
+    """8901 if a number, the time or the merchant differs from the record."""
     books = ledger(default_order=Decimal("100.00"))
     books.apply(application(), 0.0)
     assert refused(books.query, question(**changes), 1.0) == "8901"
 
 
 def test_query_by_oid_refundno_is_limited_to_the_merchant():
-    """8901 for a record of another merchant, its oid_refundno being right."""
+    """8901 for a record of another merchant, despite the right oid_refundno."""
     books = ledger(default_order=Decimal("100.00"))
     record = books.apply(application(), 0.0)
     asked = question(oid_partner="201304121000001004", no_refund="", oid_refundno=record.oid_refundno)
@@ -263,7 +263,7 @@ NUMBERS = st.sampled_from(["R-1", "R-2", "R-3", "R-4"])
 
 
 class Books(RuleBasedStateMachine):
-    """A ledger under random use, beside what a client may conclude from its answers alone."""
+    """A ledger under random use, compared with a model of a client that sees only its answers."""
 
     @initialize(repeated=st.sampled_from(Repeated), settle_after=st.sampled_from([0.0, 2.0, 10.0]))
     def open(self, repeated, settle_after):

@@ -1,4 +1,4 @@
-"""The sandbox's notifications: signed, on schedule, and in all the ways that may go wrong."""
+"""The sandbox's notifications: signed, on schedule, and with each mischief."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OK = (200, b'{"ret_code":"0000","ret_msg":"ok"}')
 
 @attrs.define
 class Shop:
-    """A merchant's server: notes what comes, and when; ``answers`` in turn, the last one again and again."""
+    """A merchant's server that records requests and returns ``answers`` in turn, then the last one always."""
 
     answers: list = attrs.field(factory=lambda: [OK])
     came: list = attrs.field(factory=list)
@@ -53,7 +53,7 @@ def notifier(gateway, shop, *mischief, **options):
 
 
 def session(gateway, app=None, **options):
-    """A session with the gateway, reached by way of ``app``."""
+    """Open a session that calls the gateway through ``app``."""
     return RefundSession(gateway.merchant(), transport=asgi_transport(app or gateway), clock=boot_clock, **options)
 
 
@@ -81,7 +81,7 @@ async def test_a_final_refund_is_notified_once_it_is_acknowledged():
 
 
 async def test_a_failed_refund_is_notified_too():
-    """Of success and of failure."""
+    """A failed refund gets a notification, too."""
     gateway, shop = sandbox(settle_after=10), Shop()
     gateway.fail("R-1")
     async with notifier(gateway, shop), session(gateway) as opened:
@@ -115,7 +115,7 @@ async def test_unacknowledged_notification_is_sent_thirty_times(answer):
 
 
 async def test_it_stops_at_the_first_acknowledgement():
-    """A shop that was down for a while hears of it once when it is up."""
+    """A service that was down gets the notification after its start."""
     gateway, shop = sandbox(settle_after=0), Shop([(503, b""), (None, b""), OK])
     async with notifier(gateway, shop, every=60), session(gateway) as opened:
         await opened.apply_refund(refund_request())
@@ -124,7 +124,7 @@ async def test_it_stops_at_the_first_acknowledgement():
 
 
 async def test_unreachable_service_counts_as_no_response():
-    """No connection, no acknowledgement."""
+    """A failed connection is no acknowledgement."""
 
     class Unreachable(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request):
@@ -140,7 +140,7 @@ async def test_unreachable_service_counts_as_no_response():
 
 
 async def test_notifier_uses_the_gateways_clock():
-    """Putting the gateway's clock forward brings the final state and the next delivery."""
+    """Advancing the gateway's clock brings the final state and the next delivery."""
     gateway, shop = sandbox(settle_after=100), Shop([(500, b""), OK])
     async with notifier(gateway, shop), session(gateway) as opened:
         await opened.apply_refund(refund_request())
@@ -153,7 +153,7 @@ async def test_notifier_uses_the_gateways_clock():
 
 
 async def test_earlier_and_late_refunds_are_notified():
-    """Every refund in the books is notified of, however it came there."""
+    """Every refund in the books gets a notification."""
     gateway, shop = sandbox(settle_after=0), Shop()
     async with session(gateway, deadline=5) as opened:
         await opened.apply_refund(refund_request(1))
@@ -169,7 +169,7 @@ async def test_earlier_and_late_refunds_are_notified():
 
 
 async def test_leaving_ends_the_notifications():
-    """Nothing is sent behind the block, however much is pending."""
+    """Nothing is sent after the block."""
     gateway, shop = sandbox(settle_after=10), Shop()
     async with notifier(gateway, shop), session(gateway) as opened:
         await opened.apply_refund(refund_request())
@@ -179,7 +179,7 @@ async def test_leaving_ends_the_notifications():
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 async def test_invalid_mischief_probability_is_refused(share):
-    """Said at once."""
+    """The error comes at once."""
     with pytest.raises(ConfigurationError, match="mischief"):
         Notifier(sandbox(), mischief={Mischief.EARLY: share})
 
@@ -188,7 +188,7 @@ async def test_invalid_mischief_probability_is_refused(share):
 
 
 async def notified(*mischief, answers=None, **options):
-    """The shop and the deliveries after one refund with some mischief."""
+    """Return the service and the deliveries after one refund with some mischief."""
     gateway, shop = sandbox(settle_after=10), Shop(answers or [OK])
     async with notifier(gateway, shop, *mischief, **options) as notifying, session(gateway) as opened:
         await opened.apply_refund(refund_request())
@@ -197,27 +197,27 @@ async def notified(*mischief, answers=None, **options):
 
 
 async def test_duplicated_sends_once_more():
-    """Though it was acknowledged."""
+    """It is sent once more despite the acknowledgement."""
     shop, _ = await notified(Mischief.DUPLICATED)
     assert shop.times == pytest.approx([10, 10])
     assert shop.came[0][1] == shop.came[1][1]
 
 
 async def test_concurrent_sends_three_at_once():
-    """All of them are under way before any is answered."""
+    """All three are sent before the first response."""
     shop, deliveries = await notified(Mischief.CONCURRENT, answers=[(None, b"")] * 3 + [OK])
     assert shop.times == pytest.approx([10] * 3 + [130] * 3)
     assert [delivery.at for delivery in deliveries] == pytest.approx([15] * 3 + [130] * 3)
 
 
 async def test_reordered_sends_the_first_state_last():
-    """The first state is notified behind the last one."""
+    """The notification of the first state follows that of the last one."""
     shop, _ = await notified(Mischief.REORDERED)
     assert shop.states == ["2", "0"]
 
 
 async def test_replayed_sends_again_later():
-    """By somebody who kept it."""
+    """It is sent once more after the interval."""
     shop, _ = await notified(Mischief.REPLAYED)
     assert shop.times == pytest.approx([10, 130])
 
@@ -233,7 +233,7 @@ async def test_tampered_sends_forgeries_first():
 
 
 async def test_early_sends_before_the_apply_response():
-    """The notification of the final state overtakes the answer to the apply call."""
+    """The notification of the final state comes before the apply response."""
     gateway, shop = sandbox(settle_after=1000), Shop()
     notifying = notifier(gateway, shop, Mischief.EARLY)
     async with notifying, session(gateway, notifying) as opened:
@@ -246,7 +246,7 @@ async def test_early_sends_before_the_apply_response():
 
 
 async def test_same_seed_gives_the_same_mischief():
-    """One seed and one sequence of refunds meet the same mischief."""
+    """A seed and a sequence of refunds always give the same mischief."""
 
     async def bodies(seed):
         gateway, shop = sandbox(settle_after=0), Shop()
@@ -287,7 +287,7 @@ async def test_endpoint_acts_once_despite_all_mischief():
 
 
 async def test_server_runs_the_notifier():
-    """From startup to shutdown, the gateway's calls are served and notified of."""
+    """The server's lifespan starts and stops the notifier, and the gateway's calls are served."""
     gateway, shop = sandbox(settle_after=5), Shop()
     app = notifier(gateway, shop)
     started, stop, heard = anyio.Event(), anyio.Event(), []

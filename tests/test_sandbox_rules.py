@@ -1,4 +1,4 @@
-"""The sandbox refuses whatever the pages of the gateway do not allow, and says which rule it was."""
+"""The sandbox refuses requests that the gateway's pages do not allow, and names the rule."""
 
 import json
 from decimal import Decimal
@@ -48,7 +48,7 @@ def client():
     ],
 )
 async def test_invalid_application_names_the_field(client, changes, parameter):
-    """1004 names the parameter at fault, and nothing is carried out."""
+    """1004 names the invalid parameter, and nothing is carried out."""
     answer = await client.apply(**changes)
     assert (answer["ret_code"], answer["ret_msg"]) == ("1004", f"商户请求参数校验错误[{parameter}]")
     assert client.gateway.refunds == ()
@@ -72,7 +72,7 @@ async def test_invalid_application_names_the_field(client, changes, parameter):
     ],
 )
 async def test_an_application_within_the_rules_is_carried_out(client, changes):
-    """What lies on the allowed side of each rule is taken."""
+    """A value that just satisfies a rule is accepted."""
     answer = await client.apply(**changes)
     assert answer["ret_code"] == "0000"
     assert client.is_signed(answer)
@@ -91,14 +91,14 @@ async def test_an_application_within_the_rules_is_carried_out(client, changes):
     ],
 )
 async def test_invalid_query_names_the_field(client, changes, parameter):
-    """The query page's rules are kept like those of the apply page."""
+    """1004 names the invalid parameter of a query."""
     await client.apply()
     answer = await client.query(**changes)
     assert (answer["ret_code"], answer["ret_msg"]) == ("1004", f"商户请求参数校验错误[{parameter}]")
 
 
 async def test_largest_amount_is_accepted():
-    """One hundred million yuan is the most that a refund may be."""
+    """The largest refund is one hundred million yuan."""
     client = Client(SandboxGateway(default_order=Decimal(100_000_000)))
     assert (await client.apply(money_refund="100000000.00"))["ret_code"] == "0000"
 
@@ -122,20 +122,20 @@ async def test_a_request_without_signature_is_refused(client, path):
     ],
 )
 async def test_request_changed_after_signing_is_refused(client, change):
-    """1001 whatever was changed after signing, unknown fields included."""
+    """1001 for any change after signing, including unknown fields."""
     answer = await client.ask(CROSS_BORDER, client.signed(APPLICATION) | change)
     assert answer["ret_code"] == "1001"
     assert client.gateway.refunds == ()
 
 
 async def test_a_request_signed_by_another_key_is_refused(client, stranger_keys):
-    """1001 where the merchant number is known and the key is not its own."""
+    """1001 for a known merchant number with another key."""
     impostor = Client(client.gateway, key=stranger_keys.private)
     assert (await impostor.apply())["ret_code"] == "1001"
 
 
 async def test_an_unknown_merchant_is_refused(client, stranger_keys):
-    """3001 where nobody registered the merchant number."""
+    """3001 for an unknown merchant number."""
     stranger = Client(client.gateway, key=stranger_keys.private, oid_partner="201304121000001004")
     assert (await stranger.apply())["ret_code"] == "3001"
 
@@ -154,20 +154,20 @@ async def test_an_unknown_merchant_is_refused(client, stranger_keys):
     ],
 )
 async def test_body_must_be_a_flat_object_of_strings(client, body):
-    """9002 for whatever is not JSON in UTF-8 with string values only."""
+    """9002 for anything but JSON in UTF-8 with string values."""
     response = await client.send(CROSS_BORDER, content=body)
     assert response.json()["ret_code"] == "9002"
 
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/jsonp", "application/json;charset=gbk"])
 async def test_content_type_must_be_json(client, content_type):
-    """9002 without the content type that both pages ask for."""
+    """9002 for another content type than the pages require."""
     response = await client.send(CROSS_BORDER, json=client.signed(APPLICATION), content_type=content_type)
     assert response.json()["ret_code"] == "9002"
 
 
 async def test_the_content_type_may_be_spelled_in_any_case(client):
-    """Neither case nor a blank after the semicolon makes it another content type."""
+    """Case and a blank after the semicolon do not matter."""
     body = json.dumps(client.signed(APPLICATION))
     response = await client.send(CROSS_BORDER, content=body, content_type="Application/JSON; charset=UTF-8")
     assert response.json()["ret_code"] == "0000"
@@ -175,7 +175,7 @@ async def test_the_content_type_may_be_spelled_in_any_case(client):
 
 @pytest.mark.parametrize("content_type", ["application/json", 'application/json;charset="utf-8"'])
 async def test_requests_of_the_vendors_clients_are_accepted(client, content_type):
-    """Without a charset, or with one in Content-Encoding, where it does not belong."""
+    """A missing charset, or one in Content-Encoding, is accepted."""
     headers = {"content-type": content_type, "content-encoding": "UTF-8"}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=client.gateway), base_url="http://sandbox") as http:
         response = await http.post(CROSS_BORDER, json=client.signed(APPLICATION), headers=headers)

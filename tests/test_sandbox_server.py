@@ -1,4 +1,4 @@
-"""The sandbox behind a real HTTP server: what a socket shows of it."""
+"""The sandbox behind a real HTTP server."""
 
 import threading
 from decimal import Decimal
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def client():
-    """A client of a sandbox that uvicorn serves from a thread of its own."""
+    """A client of a sandbox that uvicorn serves in a thread."""
     gateway, ready = SandboxGateway(default_order=Decimal("1000.00")), threading.Event()
 
     class Server(uvicorn.Server):
@@ -36,13 +36,13 @@ def client():
 
 
 async def test_response_has_one_date_header(client):
-    """The gateway's own: the server is told to add none."""
+    """The response has the gateway's Date header only."""
     response = await client.send(CROSS_BORDER, json=client.signed(APPLICATION))
     assert len(response.headers.get_list("date")) == 1
 
 
 async def test_a_refund_is_made_and_found(client):
-    """Both calls work over a socket as they do in process."""
+    """Both calls work over a socket."""
     applied = await client.apply()
     assert client.is_signed(applied)
     assert (await client.query())["oid_refundno"] == applied["oid_refundno"]
@@ -50,7 +50,7 @@ async def test_a_refund_is_made_and_found(client):
 
 @pytest.mark.parametrize(("when", "made"), [(When.BEFORE, 0), (When.AFTER, 1)])
 async def test_a_reset_is_a_broken_connection(client, when, made):
-    """The client sees the connection end before the answer did."""
+    """The connection ends before the response is complete."""
     client.gateway.script(Fault.RESET, when=when)
     with pytest.raises(httpx.TransportError):
         await client.apply()
@@ -60,7 +60,7 @@ async def test_a_reset_is_a_broken_connection(client, when, made):
 
 @pytest.mark.parametrize("fault", [Fault.NO_ANSWER, Fault.LATE])
 async def test_no_answer_ends_when_the_client_disconnects(client, fault):
-    """The server is free again once the client has given up: it stops at the end of this test."""
+    """After the client's disconnect the server can stop."""
     client.gateway.script(fault)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(client.apply)
@@ -71,6 +71,6 @@ async def test_no_answer_ends_when_the_client_disconnects(client, fault):
 
 
 async def test_too_large_body_is_refused_unread(client):
-    """9002 for a body of several megabytes that comes in many pieces."""
+    """9002 for a body of several megabytes in many pieces."""
     response = await client.send(CROSS_BORDER, content=b"{" + b" " * 4 * 1024 * 1024 + b"}")
     assert response.json()["ret_code"] == "9002"
