@@ -1,4 +1,4 @@
-"""LianLian Pay refunds for asyncio and trio: *was this refund made?* Never twice, never lost, never guessed.
+"""LianLian Pay refunds for asyncio and trio: was this refund made? Never twice, never lost, never guessed.
 
 The ideas:
 
@@ -10,24 +10,26 @@ The ideas:
 6. Elapsed time is a safety argument: the boot clock measures it, and a lease is checked right before bytes leave.
 7. Every task that others wait for ends its waiters, however it dies.
 
-The rooms, from the ground up; a lower floor imports nothing from a higher one (import-linter checks it):
+The modules, from the lowest floor up; a floor imports nothing from a higher one (import-linter checks it):
 
-- ``errors``, ``codes``, ``wire``, ``text_rules``, ``identity``: the error tree, the return codes, texts and values, and
-  the one comparison of a record with a request. ``clock``: moments, and the time between them.
-- ``signing``, ``key_files``, ``secret``: the signature, key material, and how secrets stay out of errors.
-- ``models``, ``merchant``, ``retry``, ``exchange``, ``outcome``, ``protocol``: requests and refunds, who we are,
-  when to try again, one exchange as a value, and the gateway's messages without I/O.
-- ``transport``: the only importer of httpx and of aiohttp's client. ``middleware``: the layers around one exchange.
-- ``journal``: which refunds were begun and how each ended (memory, SQLite, PostgreSQL).
-- ``resolution``: the decision table, from the first send to certain knowledge. ``rsa_worker``: signatures in a thread.
-- ``gateway_client``, ``recording``, ``flight``, ``recovery``: an open client, one refund on record, one refund under
-  way, and everything that is open.
-- ``session``, ``batch``, ``notifications``: the public objects.
-- ``contrib``, ``sandbox``, ``cli``: integrations, a fake gateway, the command.
+- ``codes``, ``errors``: the return codes and the error tree. ``clock``: moments, and the time between them.
+  ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``: small helpers.
+- ``wire``, ``text_rules``, ``signing``, ``key_files``: values as text, rules for texts, signatures, key material.
+- ``identity``: the one comparison of a record with a request. ``models``, ``retry``, ``merchant``: requests and
+  refunds, when to retry, the merchant and its keys.
+- ``exchange``, ``outcome``, ``protocol``: one exchange as values, the result of a refund, the gateway's messages
+  without I/O. ``transport``: HTTP; the only importer of httpx and of aiohttp's client.
+- ``middleware``: the layers around one exchange. ``journal``: which refunds were begun and how each ended (memory,
+  SQLite, PostgreSQL).
+- ``resolution``: the decision table, from the first send to certain knowledge. ``rsa_worker``, ``signature_watch``,
+  ``worker_pool``: signatures in a thread, early notice of a wrong key, many items through few workers.
+- ``gateway_client``, ``recording``, ``flight``, ``waiters``, ``recovery``: an open connection, one recorded refund, one
+  refund in flight, waiting for a final status, all open refunds.
+- ``session``, ``batch``, ``notifications``: the public objects. ``contrib``, ``sandbox``, ``cli``: integrations, a fake
+  gateway, the command.
 
 Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
-``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through
-``protocol.Protocol.read``.
+``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through ``Protocol.read``.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""An open line to the gateway: the keys, the shared client and the middleware around them, for one event loop."""
+"""An open connection to the gateway: keys, HTTP client and middleware, for one event loop."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from .middleware import Attempt, Limit, Middleware, Retry, compose
 from .retry import LONGEST_ATTEMPT, Deadline, RetryBudget, RetryPolicy, TokenBucket
 from .rsa_worker import RsaWorker
 from .signature_watch import SignatureWatch
-from .transport import Transport
-
-__all__ = ["GatewayClient"]
+from .transport import HttpSender
 
 
 class GatewayClient:
-    """What exists only while a session is open. :meth:`open` it, ``send`` exchanges over it, close it."""
+    """Exists while a session is open. :meth:`open` it, ``send`` exchanges, close it."""
 
     def __init__(
         self,
         rsa: RsaWorker,
-        transport: Transport,
+        transport: HttpSender,
         *,
         budget: RetryBudget,
         limiter: AbstractAsyncContextManager[Any] | None,
@@ -34,42 +32,29 @@ class GatewayClient:
         clock: SessionClock,
     ) -> None:
         self.clock = clock
-        """Also knows the gateway's time."""
         self.protocol = rsa.protocol
         self.retries_left = TokenBucket(budget)
-        """What is left of the retry budget."""
         self.signatures = SignatureWatch()
-        """Whether the answers verify."""
-        permit = () if limiter is None else (Limit(limiter),)
-        self.send = compose((Retry(self.retries_left), *permit, Attempt(), *middleware), self._exchange)
+        limit = () if limiter is None else (Limit(limiter),)
+        self.send = compose((Retry(self.retries_left), *limit, Attempt(), *middleware), self._exchange)
         """The whole middleware chain."""
         self._transport = transport
         self._rsa = rsa
 
     @classmethod
-    async def open(
-        cls,
-        merchant: Merchant,
-        transport: Transport,
-        *,
-        budget: RetryBudget,
-        limiter: AbstractAsyncContextManager[Any] | None,
-        middleware: Sequence[Middleware],
-        warm_up: int,
-        clock: SessionClock,
-    ) -> GatewayClient:
-        """Load the keys, open ``warm_up`` connections, and compose the middleware.
+    async def open(cls, merchant: Merchant, transport: HttpSender, *, warm_up: int, **options: Any) -> GatewayClient:
+        """Load the keys and open ``warm_up`` connections; ``options`` are those of the class.
 
-        Takes ``transport`` over: if this fails, it is discarded.
+        Takes ``transport`` over: if this fails, it is closed.
         """
         try:
             rsa = await RsaWorker.open(merchant)
             await transport.warm_up(merchant.endpoints.apply, warm_up, LONGEST_ATTEMPT)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await transport.discard()
+                await transport.aclose()
             raise
-        return cls(rsa, transport, budget=budget, limiter=limiter, middleware=middleware, clock=clock)
+        return cls(rsa, transport, **options)
 
     async def seal(self, fields: Mapping[str, str]) -> bytes:
         """Sign, off the event loop."""
@@ -78,13 +63,13 @@ class GatewayClient:
     def exchange(
         self, call: Call, fields: Mapping[str, str], body: bytes, until: Deadline, policy: RetryPolicy
     ) -> Exchange:
-        """One request, ready to be sent."""
+        """Return one request, ready to be sent."""
         endpoints = self.protocol.merchant.endpoints
         url = endpoints.apply if call is Call.APPLY else endpoints.query
         return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy)
 
     async def _exchange(self, exchange: Exchange) -> Reply:
-        """The innermost layer: out over the wire, and what came back."""
+        """Send a request and read its response: the innermost layer."""
         exchange.send_count.open_sends += 1
         began = self.clock().boot
         delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)
@@ -97,6 +82,6 @@ class GatewayClient:
         return reply
 
     async def aclose(self) -> None:
-        """Close the client, if it is ours, once no signature is being made any more."""
+        """Close the HTTP client if it is ours, after the last signature."""
         await self._rsa.rest()
         await self._transport.aclose()

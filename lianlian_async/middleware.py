@@ -1,8 +1,8 @@
-"""Layers around one exchange: ``async def middleware(exchange, call_next) -> Reply``, and the stock ones.
+"""Layers around one exchange: ``async def middleware(exchange, call_next) -> Reply``, and the built-in ones.
 
-A session's middleware, from the outside in: :class:`Retry` → :class:`Limit` (the caller's ``limiter``) →
-:class:`Attempt` (time, and honesty about what happened) → the caller's own ``middleware``, first one
-outermost → the exchange itself. The caller's layers see every attempt, each query of a resolution too.
+A session's layers, from the outside in: :class:`Retry` → :class:`Limit` (the caller's ``limiter``) → :class:`Attempt`
+(time limit, and doubt about replies) → the caller's own ``middleware``, first one outermost → the exchange. The
+caller's layers see every attempt, including each query of a resolution.
 """
 
 from __future__ import annotations
@@ -21,21 +21,19 @@ from .protocol import lost
 from .retry import TokenBucket
 from .settings import is_number
 
-__all__ = ["Attempt", "Limit", "Middleware", "Next", "Observer", "RateLimit", "Retry", "compose"]
-
 Next: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
 """The rest of the chain."""
 
 
 class Middleware(Protocol):
-    """One layer. Call ``call_next(exchange)`` and return its reply, or look at either in passing."""
+    """One layer: calls ``call_next(exchange)`` and returns its reply."""
 
     async def __call__(self, exchange: Exchange, call_next: Next, /) -> Reply:
-        """Carry out ``exchange`` by way of ``call_next``."""
+        """Carry out ``exchange`` with ``call_next``."""
 
 
 def compose(layers: Sequence[Middleware], core: Next) -> Next:
-    """``core`` with ``layers`` around it, the first one outermost."""
+    """Return ``core`` with ``layers`` around it, the first one outermost."""
 
     def wrapped(layer: Middleware, call_next: Next) -> Next:
         async def call(exchange: Exchange) -> Reply:
@@ -49,9 +47,8 @@ def compose(layers: Sequence[Middleware], core: Next) -> Next:
 
 
 class Retry:
-    """Repeats an exchange that can be repeated without asking, with full-jitter pauses.
+    """Repeats an apply call that certainly was not sent and a query without usable answer, after a backoff with jitter.
 
-    That is an apply call that certainly was not sent, and a query that got no usable answer.
     It stops at the policy's ``attempts``, at the deadline, and when the session's retry budget is empty.
     """
 
@@ -59,7 +56,7 @@ class Retry:
         self._bucket = retries_left
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Repeat ``call_next`` as far as that is safe and worth it; the last reply counts all attempts."""
+        """Repeat ``call_next`` while that is safe; the last reply counts all attempts."""
         attempt = 1
         while True:
             reply = await call_next(exchange if attempt == 1 else attrs.evolve(exchange, attempt=attempt))
@@ -69,16 +66,15 @@ class Retry:
             if (
                 not repeatable
                 or attempt >= exchange.policy.attempts
-                or not await pause(exchange, self._bucket, attempt - 1, reply.retry_after)
+                or not await backoff(exchange, self._bucket, attempt - 1, reply.retry_after)
             ):
                 return reply if reply.attempts == attempt else attrs.evolve(reply, attempts=attempt)
             attempt += 1
 
 
-async def pause(exchange: Exchange, retries_left: TokenBucket, retries: int, retry_after: float | None) -> bool:
-    """Wait before the next attempt. False, at once: it would come after the deadline, or the budget is empty."""
-    # Jitter only spreads load; nothing secret hangs on it.
-    seconds = exchange.policy.pause(retries, random.random(), retry_after)  # noqa: S311
+async def backoff(exchange: Exchange, retries_left: TokenBucket, retries: int, retry_after: float | None) -> bool:
+    """Wait before the next attempt. Return False at once if it would be after the deadline or the budget is empty."""
+    seconds = exchange.policy.pause(retries, random.random(), retry_after)  # noqa: S311 - jitter is no secret
     now = anyio.current_time()
     if not exchange.deadline.attempt(now + seconds) or not retries_left.take(now):
         return False
@@ -89,15 +85,15 @@ async def pause(exchange: Exchange, retries_left: TokenBucket, retries: int, ret
 class Limit:
     """Holds the caller's limiter (any async context manager) around each attempt.
 
-    Waiting for it does not count against the call's deadline. A limiter that raises counts as *not sent* before
-    the attempt; after the attempt its reply stands all the same.
+    The wait for it does not count against the deadline. If the limiter raises before the attempt, the request was *not
+    sent*; if it raises after the attempt, the reply of the attempt is returned.
     """
 
     def __init__(self, limiter: AbstractAsyncContextManager[Any]) -> None:
         self._limiter = limiter
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Wait for the limiter, then go on."""
+        """Call ``call_next`` inside the limiter."""
         asked_at = anyio.current_time()
         entered, reply, raised = False, None, None
         try:
@@ -105,22 +101,21 @@ class Limit:
                 entered = True
                 exchange.deadline.extend(anyio.current_time() - asked_at)
                 reply = await call_next(exchange)
-        except Exception as error:  # noqa: BLE001 - a caller's limiter may raise anything, a reply must outlive it
+        except Exception as error:  # noqa: BLE001 - a limiter may raise anything; keep the reply
             raised = error
-        if reply is None:  # not let in; or a limiter that swallows a cancellation
+        if reply is None:  # the limiter raised at its entry, or suppressed a cancellation
             return lost(exchange, NoResponse(f"the limiter failed: {raised!r}", entered, raised))
         return reply
 
 
 class Attempt:
-    """Bounds one attempt in time, and tells what it left behind however it ended.
+    """Limits the time of one attempt, and never reports an exchange that may have worked as *not sent* or *rejected*.
 
-    Layers inside of this one are the caller's code: whatever they raise or return, and however they retry by
-    themselves, an exchange that may have worked never comes out of here as *not sent* or *rejected*.
+    The layers inside are the caller's code: they may raise or return anything, and retry by themselves.
     """
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Give ``call_next`` its share of the time left; always ends in a reply or in cancellation."""
+        """Call ``call_next`` with a share of the time left; end in a reply or in cancellation."""
         now = anyio.current_time()
         seconds = exchange.deadline.attempt(now)
         send_count = SendCount()
@@ -129,7 +124,7 @@ class Attempt:
         with anyio.move_on_after(seconds):
             try:
                 reply = await call_next(attrs.evolve(exchange, seconds=seconds, send_count=send_count))
-            except Exception as error:  # noqa: BLE001 - the refund's fate has to be told, whatever a layer raises
+            except Exception as error:  # noqa: BLE001 - a layer may raise anything; a reply is due
                 return _gave_up(exchange, send_count, f"a middleware raised {type(error).__name__}: {error}", error)
             doubt = _doubt(exchange, send_count, reply)
             return reply if doubt is None else _gave_up(exchange, send_count, doubt, None)
@@ -137,7 +132,7 @@ class Attempt:
 
 
 def _doubt(exchange: Exchange, send_count: SendCount, reply: object) -> str | None:
-    """Why what the caller's layers returned cannot be believed, if so."""
+    """Return why the reply of the caller's layers cannot be believed, or None."""
     if not isinstance(reply, Reply):
         return f"a middleware returned {type(reply).__name__}, not a Reply"
     if exchange.call is Call.APPLY and reply.finding is Finding.NOT_FOUND:
@@ -152,10 +147,9 @@ def _gave_up(exchange: Exchange, send_count: SendCount, reason: str, cause: Exce
 
 
 class RateLimit:
-    """An async context manager that lets ``per_second`` exchanges begin each second, evenly spaced.
+    """An async context manager that starts ``per_second`` exchanges each second, evenly spaced and in order.
 
-    ``burst`` of them may begin at once after a rest. Waiters are served in order. Pass it as ``limiter=`` to
-    sessions; one object may serve several sessions of one event loop.
+    After an idle time, ``burst`` of them may start at once. Pass it as ``limiter=`` to sessions of one event loop.
     """
 
     def __init__(self, per_second: float, *, burst: int = 1) -> None:
@@ -167,26 +161,26 @@ class RateLimit:
 
     async def __aenter__(self) -> None:
         now = anyio.current_time()
-        # A place in the queue is taken at once, so who came first begins first; a cancelled waiter's is lost.
+        # Take the place in the queue at once, so that waiters start in order; a cancelled waiter's place is lost.
         self._next = max(self._next + self._interval, now - self._slack)
         await anyio.sleep(max(0.0, self._next - now))
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Nothing to give back: the rate counts beginnings."""
+        """Nothing to release: the limiter counts starts."""
 
 
-@attrs.frozen
 class Observer:
     """Calls ``callback(exchange, reply, seconds)`` after every attempt: for logs, metrics and traces.
 
-    ``exchange`` and ``reply`` are frozen and hold no secret. An attempt that is cancelled, by its time limit or
-    from outside, is reported too: its reply is what is known at that moment.
+    ``exchange`` and ``reply`` are frozen and hold no secret. An attempt that is cancelled or runs out of time is
+    reported too, with the reply that is known at that moment.
     """
 
-    callback: Callable[[Exchange, Reply, float], object]
+    def __init__(self, callback: Callable[[Exchange, Reply, float], object]) -> None:
+        self.callback = callback
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Go on, then report."""
+        """Call ``call_next``, then report."""
         began = anyio.current_time()
         try:
             reply = await call_next(exchange)

@@ -1,7 +1,7 @@
 """The values of the refund gateway as frozen attrs classes, checked when they are made.
 
-Field names are LianLian's wire names; the types tell the rest. Rules are those of the apply and query pages.
-A value that exists is valid: all broken rules of one request are reported together, before anything is sent.
+Field names are LianLian's wire names. The rules are those of the apply and query pages. All broken rules of a request
+are reported together, before anything is sent.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import attrs
 from . import text_rules, wire
 from .errors import InvalidRequest, Problem
 
-__all__ = ["Refund", "RefundQuery", "RefundRequest", "RefundStatus", "expect"]
-
 T = TypeVar("T")
 
 
@@ -28,7 +26,7 @@ T = TypeVar("T")
 
 
 class _Broken(NamedTuple):
-    """Stands in a field until ``__attrs_post_init__`` reports it together with all other broken rules."""
+    """A field's value that breaks a rule, until ``__attrs_post_init__`` reports all of them together."""
 
     rule: str
     value: object
@@ -57,20 +55,16 @@ def _new_number(value: str) -> str:
     return _or_broken(text_rules.new_number, value, 32)
 
 
-def _optional(value: str | None, longest: int) -> str | None:
-    return None if value is None else _or_broken(text_rules.existing, value, longest)
-
-
 def _optional_string_32(value: str | None) -> str | None:
-    return _optional(value, 32)
+    return None if value is None else _or_broken(text_rules.existing, value, 32)
 
 
 def _optional_string_18(value: str | None) -> str | None:
-    return _optional(value, 18)
+    return None if value is None else _or_broken(text_rules.existing, value, 18)
 
 
 def _optional_string_16(value: str | None) -> str | None:
-    return _optional(value, 16)
+    return None if value is None else _or_broken(text_rules.existing, value, 16)
 
 
 def _optional_url(value: str | None) -> str | None:
@@ -82,16 +76,8 @@ def _names(cls: type[Any]) -> tuple[str, ...]:
     return tuple(field.name for field in attrs.fields(cls))
 
 
-def _values(instance: Any) -> list[tuple[str, Any]]:
-    return [(name, getattr(instance, name)) for name in _names(instance.__class__)]
-
-
-def _broken_fields(instance: Any) -> list[Problem]:
-    return [
-        Problem(name, value.rule, _shown(value.value))
-        for name, value in _values(instance)
-        if isinstance(value, _Broken)
-    ]
+def _values(instance: Any) -> dict[str, Any]:
+    return {name: getattr(instance, name) for name in _names(instance.__class__)}
 
 
 def _shown(value: object) -> str:
@@ -103,7 +89,7 @@ def _shown(value: object) -> str:
 
 
 def expect(value: object, kind: type, name: str) -> None:
-    """Raise :class:`~lianlian_async.InvalidRequest` about the argument ``name`` if ``value`` is no ``kind``."""
+    """Raise :class:`~lianlian_async.InvalidRequest` about the argument ``name`` unless ``value`` is a ``kind``."""
     if not isinstance(value, kind):
         rule = f"must be a {kind.__name__}"
         if isinstance(value, Mapping) and issubclass(kind, _Request):
@@ -112,15 +98,11 @@ def expect(value: object, kind: type, name: str) -> None:
 
 
 def _fields_by_name(cls: type[T]) -> type[T]:
-    """Decorate ``cls``: a missing, unknown or positional field is an ``InvalidRequest``, not a ``TypeError``."""
+    """Decorate ``cls``: a missing or unknown field raises ``InvalidRequest``, not ``TypeError``."""
     init = cls.__init__
 
     @wraps(init)
-    def checked(self: T, *args: object, **fields: Any) -> None:
-        if args:
-            raise InvalidRequest(
-                [Problem(cls.__name__, "takes its fields by name, no_refund=… first", _shown(args[0]))]
-            )
+    def checked(self: T, **fields: Any) -> None:
         init(self, **_given(cls, fields))
 
     cls.__init__ = checked  # type: ignore[assignment,method-assign]
@@ -128,11 +110,11 @@ def _fields_by_name(cls: type[T]) -> type[T]:
 
 
 def _given(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """``data`` as keyword arguments of ``cls``; unknown and missing fields are reported together."""
+    """Return ``data`` as keyword arguments of ``cls``; report unknown and missing fields together."""
     expect(data, Mapping, "data")
     known = {field.name: field for field in attrs.fields(cls)}
     problems = [
-        Problem(str(key), "is no field of " + cls.__name__, _shown(data[key])) for key in data if key not in known
+        Problem(str(key), f"is not a field of {cls.__name__}", _shown(data[key])) for key in data if key not in known
     ]
     problems += [
         Problem(name, "is required", "nothing")
@@ -155,13 +137,17 @@ def _wire_text(value: object) -> str:
 
 
 class _Request:
-    """What both requests share: their wire form, and the field of which they need one or the other."""
+    """The common part of both requests: their wire form, and the two fields of which one is required."""
 
     __slots__ = ()
     _either: ClassVar[tuple[str, str]]
 
     def __attrs_post_init__(self) -> None:
-        problems = _broken_fields(self)
+        problems = [
+            Problem(name, value.rule, _shown(value.value))
+            for name, value in _values(self).items()
+            if isinstance(value, _Broken)
+        ]
         one, other = self._either
         if getattr(self, one) is None and getattr(self, other) is None:
             problems.append(Problem(one, f"{one} or {other} is required", "neither"))
@@ -170,15 +156,15 @@ class _Request:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return what :meth:`to_dict` wrote, checked as if it were new; unknown keys are refused."""
+        """Return the request that :meth:`to_dict` wrote, with all checks; unknown keys are refused."""
         return cls(**_given(cls, data))
 
     @classmethod
     def from_record(cls, data: Mapping[str, Any]) -> Self:
-        """Return what :meth:`to_dict` wrote into a journal or a queue, when it was accepted.
+        """Return the request that :meth:`to_dict` wrote into a journal or a queue, without checking it again.
 
-        It is not judged again: a release that knows stricter rules still has to ask about older refunds. Raises
-        :class:`~lianlian_async.InvalidRequest` only where a field is missing, unknown, or no amount or time.
+        A release with stricter rules still has to query earlier refunds. Raises
+        :class:`~lianlian_async.InvalidRequest` only if a field is missing, unknown, or not an amount or time.
         """
         given = _given(cls, data)
         request: Any = cls.__new__(cls)
@@ -189,8 +175,8 @@ class _Request:
         return cast("Self", request)
 
     def to_dict(self) -> dict[str, str]:
-        """Return the fields in wire form (strings), absent ones left out: for JSON logs, queues and the gateway."""
-        return {name: _wire_text(value) for name, value in _values(self) if value is not None}
+        """Return the present fields in wire form (strings), for JSON logs, queues and the gateway."""
+        return {name: _wire_text(value) for name, value in _values(self).items() if value is not None}
 
 
 _PARSED: Final[dict[str, Callable[[Any], object]]] = {
@@ -198,7 +184,7 @@ _PARSED: Final[dict[str, Callable[[Any], object]]] = {
     "money_refund": _money,
     "dt_order": _optional_timestamp,
 }
-"""The fields that are no text."""
+"""The fields that are not text."""
 
 
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────
@@ -207,31 +193,29 @@ _PARSED: Final[dict[str, Callable[[Any], object]]] = {
 @_fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundRequest(_Request):
-    """One refund to be applied for (LianLian's *Apply API*).
+    """One refund (LianLian's *Apply API*).
 
-    The refund's identity is ``no_refund`` with its ``dt_refund`` and ``money_refund``: choose them once,
-    keep them, and repeat them unchanged for whatever happens to this refund.
-
-    Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
+    ``no_refund``, ``dt_refund`` and ``money_refund`` identify the refund: choose them once, store them, never change
+    them. Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
     """
 
     no_refund: str = attrs.field(converter=_new_number)
     """The merchant's own refund number, at most 32 characters: letters and decimal digits that are NFKC-normal, and
     visible ASCII (0x21 to 0x7E). It should differ from ``no_order``."""
     dt_refund: datetime = attrs.field(converter=_timestamp)
-    """When the refund was ordered: an aware datetime or 14 digits; kept in UTC+8, to the second."""
+    """When the refund was requested: an aware datetime or 14 digits; stored in UTC+8, to the second."""
     money_refund: Decimal = attrs.field(converter=_money)
-    """Yuan (CNY), 0.01 to 100,000,000.00, at most two decimals; floats are refused."""
+    """Yuan (CNY), 0.01 to 100,000,000.00, at most two decimals, not a float."""
     no_order: str | None = attrs.field(default=None, converter=_optional_string_32)
     """The merchant's order number; this or ``oid_paybill`` is required."""
     dt_order: datetime | None = attrs.field(default=None, converter=_optional_timestamp)
-    """The order's date and time; goes with ``no_order``."""
+    """The date and time of ``no_order``."""
     oid_paybill: str | None = attrs.field(default=None, converter=_optional_string_32)
     """LianLian's payment number; this or ``no_order`` is required."""
     notify_url: str | None = attrs.field(default=None, converter=_optional_url)
-    """Where LianLian POSTs the result, at most 128 characters; None takes the merchant's default."""
+    """Where LianLian POSTs the result, at most 128 characters; None: the merchant's default."""
     trader_refund: str | None = attrs.field(default=None, converter=_optional_string_18)
-    """The merchant that is refunded for, at most 18 characters; None: ``oid_partner`` itself."""
+    """The merchant for whom the refund is made, at most 18 characters; None: ``oid_partner``."""
 
     _either = ("no_order", "oid_paybill")
 
@@ -261,11 +245,11 @@ class RefundQuery(_Request):
     _either = ("no_refund", "oid_refundno")
 
 
-# ── the answer ───────────────────────────────────────────────────────────────────────────────────
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class RefundStatus(StrEnum):
-    """``sta_refund``. A value that LianLian adds later is kept: it compares equal to its text, is not final."""
+    """``sta_refund``. An unknown value is kept: it equals its text and is not final."""
 
     INITIALIZED = "0"
     PROCESSING = "1"
@@ -274,7 +258,7 @@ class RefundStatus(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether the state can no longer change: success (the bank accepted it) or failed."""
+        """Whether the status can no longer change: success (the bank accepted the refund) or failed."""
         return self in (RefundStatus.SUCCESS, RefundStatus.FAILED)
 
     @classmethod
@@ -287,7 +271,7 @@ class RefundStatus(StrEnum):
         return unknown
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return RefundStatus, (self.value,)  # the first Python 3.11s would look an unknown state up by its name
+        return RefundStatus, (self.value,)  # early releases of Python 3.11 look up an unknown status by its name
 
 
 def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
@@ -298,17 +282,17 @@ def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
 class Refund:
     """A refund as the gateway recorded it, from a verified answer or notification.
 
-    A field that the gateway left out, or left empty, is None. Success means that the bank accepted the
-    refund, not that the customer has the money yet.
+    A field that is absent or empty is None. Success means that the bank accepted the refund, not that the customer has
+    the money.
     """
 
     ret_code: str | None = None
     ret_msg: str | None = attrs.field(default=None, repr=False)
-    """The gateway's own words, in Chinese."""
+    """The gateway's text, in Chinese."""
     oid_partner: str | None = None
     no_refund: str | None = None
     dt_refund: datetime | None = None
-    """In UTC+8. The domestic product's answers leave it out."""
+    """In UTC+8; absent in answers of the domestic product."""
     money_refund: Decimal | None = None
     """Yuan (CNY)."""
     money_foreign_refund: Decimal | None = None
@@ -317,63 +301,44 @@ class Refund:
     rate: Decimal | None = None
     exchange_bankcode: str | None = None
     oid_refundno: str | None = None
-    """LianLian's own number of this refund."""
+    """LianLian's number of this refund."""
     sta_refund: RefundStatus | None = None
     settle_date: date | None = None
-    """When it was settled; there once the refund succeeded."""
+    """The settlement date, once the refund succeeded."""
     extra: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
-    """Fields this library does not know, and known ones whose text is not of the documented form."""
+    """Unknown fields, and known ones whose text does not have the documented form."""
     raw: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
-    """The mapping exactly as received, signature included."""
+    """The mapping as received, including the signature."""
     asked_dt_refund: datetime | None = attrs.field(default=None, repr=False, eq=False)
-    """The ``dt_refund`` that was asked for: an answer need not repeat it, a later query needs it."""
+    """The ``dt_refund`` of the request: an answer may omit it, and a later query needs it."""
     asked_trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)
-    """The ``trader_refund`` that was asked for, likewise."""
+    """The ``trader_refund`` of the request."""
 
     @classmethod
     def from_dict(
         cls, data: Mapping[str, str], *, asked_dt_refund: datetime | None = None, asked_trader_refund: str | None = None
     ) -> Refund:
-        """The refund that a received mapping tells of; :meth:`to_dict` gives that mapping back.
+        """Return the refund of a received mapping; :meth:`to_dict` returns the mapping.
 
-        A known field whose text is not of its documented form stays None and keeps its text in ``extra``:
-        one odd exchange rate must not hide that a refund was made.
+        A known field whose text does not have the documented form is None, and its text is in ``extra``: one odd
+        exchange rate must not hide that a refund was made.
         """
-        extra = {name: text for name, text in data.items() if name not in _KNOWN}
-
-        def read(name: str, parse: Callable[[str], T]) -> T | None:
-            text = data.get(name)
-            if not text:
-                return None
-            try:
-                return parse(text)
-            except ValueError:
-                extra[name] = text
-                return None
-
-        text = data.get
+        extra, values = dict[str, str](), dict[str, Any]()
+        for name, text in data.items():
+            if name not in _READERS:
+                if name not in ("sign", "sign_type"):  # verified already
+                    extra[name] = text
+            elif text:
+                try:
+                    values[name] = _READERS[name](text)
+                except ValueError:
+                    extra[name] = text
         return cls(
-            ret_code=text("ret_code") or None,
-            ret_msg=text("ret_msg") or None,
-            oid_partner=text("oid_partner") or None,
-            no_refund=text("no_refund") or None,
-            dt_refund=read("dt_refund", wire.parse_timestamp),
-            money_refund=read("money_refund", wire.parse_money),
-            money_foreign_refund=read("money_foreign_refund", wire.parse_decimal),
-            rate_id=text("rate_id") or None,
-            rate=read("rate", wire.parse_decimal),
-            exchange_bankcode=text("exchange_bankcode") or None,
-            oid_refundno=text("oid_refundno") or None,
-            sta_refund=read("sta_refund", RefundStatus),
-            settle_date=read("settle_date", wire.parse_date),
-            extra=extra,
-            raw=data,
-            asked_dt_refund=asked_dt_refund,
-            asked_trader_refund=asked_trader_refund,
+            **values, extra=extra, raw=data, asked_dt_refund=asked_dt_refund, asked_trader_refund=asked_trader_refund
         )
 
     def to_dict(self) -> dict[str, str]:
-        """The received mapping, for JSON logs and queues."""
+        """Return the received mapping, for JSON logs and queues."""
         return dict(self.raw)
 
     @property
@@ -387,10 +352,10 @@ class Refund:
         return None if "sign" in self.raw else self.extra.get("evidence")
 
     def query(self) -> RefundQuery:
-        """The query about this refund's present state.
+        """Return the query about this refund.
 
-        Raises :class:`~lianlian_async.InvalidRequest` where neither the answer nor the query that led
-        to it named a ``dt_refund``, which the Refund Status API requires.
+        Raises :class:`~lianlian_async.InvalidRequest` if neither the answer nor its request had the ``dt_refund`` that
+        the Refund Status API requires.
         """
         when = self.dt_refund or self.asked_dt_refund
         return RefundQuery.from_record(
@@ -403,7 +368,7 @@ class Refund:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A read-only view is not pickled: its content is, and becomes one again.
+        # A read-only view cannot be pickled: pickle its content.
         fields = {field.name: getattr(self, field.name) for field in attrs.fields(Refund)}
         return _revive_refund, (fields | {"extra": dict(self.extra), "raw": dict(self.raw)},)
 
@@ -412,8 +377,17 @@ def _revive_refund(fields: dict[str, Any]) -> Refund:
     return Refund(**fields)
 
 
-_KNOWN: Final = {"sign", "sign_type", *_names(Refund)} - {"extra", "raw", "asked_dt_refund", "asked_trader_refund"}
-"""The fields that have a place of their own; nobody needs a signature that was verified."""
+_READERS: Final[dict[str, Callable[[str], object]]] = {
+    **dict.fromkeys(("ret_code", "ret_msg", "oid_partner", "no_refund", "rate_id", "exchange_bankcode"), str),
+    "dt_refund": wire.parse_timestamp,
+    "money_refund": wire.parse_money,
+    "money_foreign_refund": wire.parse_decimal,
+    "rate": wire.parse_decimal,
+    "oid_refundno": str,
+    "sta_refund": RefundStatus,
+    "settle_date": wire.parse_date,
+}
+"""The fields of an answer."""
 
-DOCUMENTED: Final = _KNOWN.union(_names(RefundRequest), _names(RefundQuery))
-"""Every field that LianLian's pages name for refunds."""
+DOCUMENTED: Final = {"sign", "sign_type", *_READERS, *_names(RefundRequest), *_names(RefundQuery)}
+"""Every refund field on LianLian's pages."""

@@ -20,7 +20,7 @@ from .codes import CodeClass, explain
 from .errors import AnswerMismatch, LianLianError, RefundConflict, RefundOutcomeUnknown, RefundRejected
 from .exchange import Exchange, Finding, Reply
 from .identity import check_identity, has_whole_identity
-from .middleware import Next, pause
+from .middleware import Next, backoff
 from .models import Refund, RefundRequest
 from .outcome import Traffic, unknown_reason
 from .retry import TokenBucket
@@ -236,7 +236,7 @@ async def _apply(case: Case, send: Next) -> Refund | None:
 async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | None:
     """Query until there is a record, or None: certainly not made. Raises what is left unknown at the deadline."""
     query = await case.make_query()
-    if case.retry_after and not await pause(query, retries_left, 0, case.retry_after):
+    if case.retry_after and not await backoff(query, retries_left, 0, case.retry_after):
         raise case.unknown()
     queries, is_proved = 0, False
     while True:
@@ -259,7 +259,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
                 return None
             is_proved = True  # and once more: the query service may have been mended between the two answers
             continue
-        if not await pause(query, retries_left, queries, reply.retry_after):
+        if not await backoff(query, retries_left, queries, reply.retry_after):
             break
         queries += 1
     raise case.unknown()

@@ -28,7 +28,7 @@ from .recovery import Resumed, resume
 from .retry import Deadline, RetryPolicy
 from .settings import check_integer, check_journal, check_type, positive_seconds
 from .signature_watch import SignatureWatch
-from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, Transport, check_http
+from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, HttpSender, check_http
 from .waiters import Waiters
 
 __all__ = ["RefundSession"]
@@ -150,7 +150,7 @@ class RefundSession:
                 await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._gateway = await GatewayClient.open(
                 self.merchant,
-                await Transport.open(
+                await HttpSender.open(
                     self._client,
                     self._transport,
                     self._max_connections,

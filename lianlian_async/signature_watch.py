@@ -1,4 +1,4 @@
-"""Judge early whether the gateway's answers verify: with a wrong key, a whole batch would be made and left unknown."""
+"""Notice early that answers do not verify: with a wrong key, every refund of a batch would be made and stay unknown."""
 
 from __future__ import annotations
 
@@ -6,35 +6,32 @@ from math import inf
 from typing import Final
 
 import anyio
-import attrs
 
 from .errors import SignatureInvalid
 from .exchange import Exchange, Reply
 
-__all__ = ["Admission", "SignatureWatch"]
-
 _UNPROVED: Final = 4
-"""Refunds of a batch that are under way until one answer has verified."""
+"""The most refunds of a batch in flight until one answer has verified."""
 _FAILURES: Final = 4
-"""Refunds in a row whose answers do not verify: they stop a batch."""
+"""How many refunds in a row whose answers do not verify stop a batch."""
 
 
 class SignatureWatch:
-    """What the answers of one session have shown about the gateway's keys.
+    """What the answers of one session tell about the gateway's keys.
 
-    Several answers about one refund count once: a single odd refund, asked about again and again, stops no other.
+    Several answers about one refund count once, so a single odd refund stops no other.
     """
 
     def __init__(self) -> None:
         self.has_verified = False
-        """Whether one answer has."""
+        """Whether an answer has verified."""
         self.changed = anyio.Event()
-        """Replaced when it is set."""
+        """Replaced once it is set."""
         self._failed: dict[str, SignatureInvalid] = {}
         """The refunds whose answers did not verify, since the last answer that did."""
 
     def saw(self, exchange: Exchange, reply: Reply) -> None:
-        """Take in an answer. A refusal without signature says nothing about the keys."""
+        """Take in an answer. A refusal without signature tells nothing about the keys."""
         if reply.verified:
             self._failed.clear()
             if not self.has_verified:
@@ -47,7 +44,7 @@ class SignatureWatch:
                 del self._failed[next(iter(self._failed))]
 
     def failure(self) -> SignatureInvalid | None:
-        """Return why nothing more should be sent; None if nothing speaks against it."""
+        """Return the reason to send nothing more, or None."""
         if len(self._failed) < _FAILURES:
             return None
         *_, last = self._failed.values()
@@ -58,24 +55,23 @@ class SignatureWatch:
         )
 
 
-@attrs.define
 class Admission:
-    """Lets few refunds of one batch or worker be under way until one answer has verified, and ``limit`` then."""
+    """Limits the refunds of one batch or worker in flight: few until one answer has verified, then ``limit``."""
 
-    watch: SignatureWatch
-    limit: float = inf
-    """How many may be under way afterwards."""
-    _under_way: int = attrs.field(default=0, init=False)
+    def __init__(self, watch: SignatureWatch, limit: float = inf) -> None:
+        self.watch = watch
+        self._limit = limit
+        self._in_flight = 0
 
     async def enter(self) -> None:
         """Wait until another refund may begin."""
-        while self._under_way >= (self.limit if self.watch.has_verified else min(self.limit, _UNPROVED)):
+        while self._in_flight >= (self._limit if self.watch.has_verified else min(self._limit, _UNPROVED)):
             if self.watch.changed.is_set():
                 self.watch.changed = anyio.Event()
             await self.watch.changed.wait()
-        self._under_way += 1
+        self._in_flight += 1
 
     def leave(self) -> None:
-        """A refund has ended."""
-        self._under_way -= 1
+        """Note that a refund has ended."""
+        self._in_flight -= 1
         self.watch.changed.set()

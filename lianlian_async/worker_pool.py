@@ -1,4 +1,4 @@
-"""Any number of items in through a bounded number of workers, and what they find out again, in bounded memory."""
+"""Any number of items through a bounded number of workers, in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from .background import is_failure
 from .errors import LianLianError
 from .settings import check_integer
 
-__all__ = ["Handover", "checked", "iterate", "run_workers"]
-
 T = TypeVar("T")
 
 
 def checked(concurrency: int) -> int:
-    """``concurrency``, if it is one; else ``ConfigurationError``."""
+    """Return ``concurrency``; raise ``ConfigurationError`` unless it is an integer of at least 1."""
     return check_integer("concurrency", concurrency, least=1)
 
 
@@ -31,12 +29,12 @@ async def run_workers(
     workers: int,
     intake: anyio.CancelScope,
 ) -> None:
-    """Hand every item to ``handle``, at most ``workers`` at a time; an item is taken only when a worker is free.
+    """Call ``handle`` for every item, at most ``workers`` at a time; take an item only when a worker is free.
 
-    All items are taken in the calling task; an async generator of them is closed in any case. Whoever cancels
-    ``intake`` stops the taking: what was begun is carried through. So does the first exception, of either side,
-    which is raised then; a cancellation that nobody asked for is raised as ``LianLianError``. ``KeyboardInterrupt``
-    and ``SystemExit`` also cancel what was begun.
+    Items are taken in the calling task; an async generator is always closed. Cancelling ``intake``, or the first
+    exception of ``items`` or ``handle``, stops the intake; begun items are finished, then the exception is raised. A
+    cancellation that nobody requested is raised as ``LianLianError``. ``KeyboardInterrupt`` and ``SystemExit`` also
+    cancel the begun items.
     """
     free = anyio.Semaphore(workers, fast_acquire=True)
     failures: list[BaseException] = []
@@ -49,7 +47,7 @@ async def run_workers(
             cancelled = anyio.get_cancelled_exc_class()
             if isinstance(error, cancelled | GeneratorExit) and not is_failure(error):
                 raise
-            # A task group would take a cancellation that nobody asked for as its own, and end without a word.
+            # A task group would take a cancellation that nobody requested for its own, and end silently.
             failures.append(_stray(error) if isinstance(error, cancelled) else error)
             (group.cancel_scope if isinstance(error, KeyboardInterrupt | SystemExit) else intake).cancel()
 
@@ -79,24 +77,24 @@ async def run_workers(
                         group.start_soon(begin, item)
                         await free.acquire()
     finally:
-        # An event loop of asyncio that ends cancels tasks that have not begun, too: what was to run in them would
-        # complain that nobody awaited it.
+        # When asyncio's event loop ends, it also cancels tasks that have not begun; without this, Python would warn
+        # that their coroutines were never awaited.
         for coroutine in unbegun.values():
             coroutine.close()
     if failures:
         raise failures[0]
-    if handled < next(numbers):  # asyncio's Task.cancel of a single worker ends it, and the task group says nothing
-        raise LianLianError("a task was cancelled from outside: the item that it was given may not have been handled")
+    if handled < next(numbers):  # asyncio's Task.cancel ended a single worker; the task group ignores it
+        raise LianLianError("a task was cancelled from outside: its item may not have been handled")
 
 
 def _stray(cancellation: BaseException) -> LianLianError:
-    error = LianLianError("a task was cancelled from within, though nobody had asked it to end")
+    error = LianLianError("a task was cancelled although nobody requested it")
     error.__cause__ = cancellation
     return error
 
 
 async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
-    """``items``, of either kind, as an async generator; closing it closes an async generator of theirs."""
+    """Yield ``items`` of either kind; closing this closes ``items`` if it is an async generator."""
     if not isinstance(items, AsyncIterable):
         for item in items:
             yield item
@@ -113,17 +111,17 @@ async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
 async def _close(iterator: AsyncGenerator[object]) -> None:
     try:
         await iterator.aclose()
-    except BaseExceptionGroup as group:  # a task group inside of it wraps the very exception that closes it
+    except BaseExceptionGroup as group:  # a task group inside wraps the exception that closes it
         _, others = group.split(GeneratorExit)
         if others is not None:
             raise others from None
 
 
 class Handover(Generic[T]):
-    """Between many who find items and a consumer: whoever gives one goes on when it is taken.
+    """Hands items from many producers to a consumer; each producer waits until its item is taken.
 
-    An item is taken or it is still there, however its consumer was cancelled: with a memory object stream, one
-    is lost whose receiver asyncio's own ``Task.cancel`` meets between getting it and waking up.
+    No cancellation of the consumer loses an item. A memory object stream loses one if asyncio's ``Task.cancel`` meets
+    its receiver between the delivery and its waking up.
     """
 
     def __init__(self) -> None:
@@ -132,14 +130,14 @@ class Handover(Generic[T]):
         self._ended = False
 
     async def give(self, item: T) -> None:
-        """Offer ``item``, and wait until somebody has taken it."""
+        """Offer ``item`` and wait until it is taken."""
         taken = anyio.Event()
         self._given.append((item, taken))
         self._news.set()
         await taken.wait()
 
     async def take(self) -> T:
-        """The next item. ``EndOfStream`` when there will be no more."""
+        """Return the next item; raise ``EndOfStream`` after the last one."""
         while not self._given:
             if self._ended:
                 raise anyio.EndOfStream
@@ -151,7 +149,7 @@ class Handover(Generic[T]):
         return item
 
     def end(self) -> None:
-        """There are no more, and what nobody has taken is dropped."""
+        """End the stream and drop the items that were not taken."""
         self._ended = True
         self._given.clear()
         self._news.set()

@@ -37,8 +37,8 @@ class Watch:
             self.ended = True
 
 
-async def test_it_runs_by_itself_to_its_end():
-    """It needs nobody who waits for it; closing it afterwards changes nothing."""
+async def test_task_runs_to_its_end_without_a_waiter():
+    """Closing it afterwards changes nothing."""
     done = anyio.Event()
 
     async def function():
@@ -50,8 +50,8 @@ async def test_it_runs_by_itself_to_its_end():
     await background.aclose()
 
 
-async def test_closing_cancels_it_and_waits_until_it_has_ended():
-    """When ``aclose`` returns, its clean-up is done; that holds for a caller that is cancelled itself, too."""
+async def test_aclose_cancels_and_waits():
+    """When ``aclose`` returns, the clean-up is done, even if its caller is cancelled."""
     for cancelled in (False, True):
         watch = Watch()
         background = BackgroundTask(watch)
@@ -63,15 +63,15 @@ async def test_closing_cancels_it_and_waits_until_it_has_ended():
         assert watch.ended
 
 
-async def test_closed_before_it_began_it_ends_at_its_first_wait():
-    """Closing at once does not have to wait for ever."""
+async def test_closed_before_it_began():
+    """The task ends at its first wait."""
     watch = Watch()
     await BackgroundTask(watch).aclose()
     assert watch.ended
 
 
-async def test_another_thread_may_cancel_it():
-    """``cancel_soon`` wakes the event loop from outside."""
+async def test_cancel_from_another_thread():
+    """``cancel_soon`` wakes the event loop."""
     watch = Watch()
     background = BackgroundTask(watch)
     await watch.begun.wait()
@@ -83,8 +83,8 @@ async def test_another_thread_may_cancel_it():
     assert watch.ended
 
 
-async def test_it_sees_the_context_that_it_was_started_in():
-    """Context variables, a trace for instance, go with it."""
+async def test_context_variables_are_inherited():
+    """The task sees the context variables of its creator, for example a trace."""
     seen = []
 
     async def function():
@@ -98,8 +98,8 @@ async def test_it_sees_the_context_that_it_was_started_in():
     assert seen == ["the caller's"]
 
 
-async def test_garbage_collection_leaves_it_alone():
-    """Though asyncio holds its tasks only weakly, this one stays as long as its owner."""
+async def test_garbage_collection_does_not_end_the_task():
+    """The event loop of asyncio holds tasks only weakly; this one lives as long as its owner."""
     watch = Watch()
     background = BackgroundTask(watch)
     await watch.begun.wait()
@@ -108,8 +108,8 @@ async def test_garbage_collection_leaves_it_alone():
     await background.aclose()
 
 
-async def test_without_an_event_loop_there_is_no_task(anyio_backend_name):
-    """It is refused, and nothing is left behind, where no event loop runs."""
+async def test_without_an_event_loop(anyio_backend_name):
+    """Creation fails, and nothing is left behind."""
     errors = []
 
     def make():
@@ -125,8 +125,8 @@ async def test_without_an_event_loop_there_is_no_task(anyio_backend_name):
 
 
 @pytest.mark.parametrize("error", [None, LookupError("gone"), Abort("the end")], ids=repr)
-async def test_its_owner_is_told_how_it_ended(error):
-    """With what it raised, whatever kind of exception that is, or with None; before who waits for its end goes on."""
+async def test_on_end_gets_the_exception(error):
+    """``on_end`` gets the raised exception of any kind, or None, before waiters continue."""
     ends = []
 
     async def function():
@@ -138,16 +138,16 @@ async def test_its_owner_is_told_how_it_ended(error):
     assert ends == [error]
 
 
-async def test_closed_by_its_owner_it_has_not_failed():
-    """Cancelled through its own object, it ends in None."""
+async def test_on_end_gets_none_after_aclose():
+    """Cancellation by the owner is no failure."""
     ends = []
     await BackgroundTask(Watch(), ends.append).aclose()
     assert ends == [None]
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_at_the_end_of_the_event_loop_its_owner_is_told_that_it_was_cancelled(backend):
-    """The cancellation that the owner did not ask for is an error, as something was not completed."""
+def test_on_end_gets_an_error_at_the_end_of_the_loop(backend):
+    """A cancellation that the owner did not request is an error, since work is incomplete."""
     ends = []
 
     async def main():
@@ -165,8 +165,8 @@ def test_at_the_end_of_the_event_loop_its_owner_is_told_that_it_was_cancelled(ba
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_what_is_to_be_completed_is_called_again_until_it_ends(anyio_backend):
-    """``Task.cancel`` interrupts a call, which is then made again; the cancellation is raised at the end."""
+async def test_complete_repeats_an_interrupted_call(anyio_backend):
+    """``Task.cancel`` interrupts a call, which is then repeated; the cancellation is raised at the end."""
     calls, may_end, called = [], asyncio.Event(), asyncio.Event()
 
     async def call():
@@ -186,8 +186,8 @@ async def test_what_is_to_be_completed_is_called_again_until_it_ends(anyio_backe
     assert len(calls) == 4
 
 
-async def test_a_cancelled_scope_does_not_interrupt_what_is_to_be_completed():
-    """It is called once, and the scope's cancellation comes at the next wait."""
+async def test_complete_is_shielded_from_cancelled_scopes():
+    """The call is made once; the scope's cancellation arrives at the next wait."""
     calls = []
 
     async def call():
@@ -215,8 +215,8 @@ class ThreadWork:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("times", [1, 2])
-async def test_a_thread_is_waited_for_and_its_result_undone(anyio_backend, times):
-    """A caller that ``Task.cancel`` takes away, even twice, first sees the thread end, and what it made undone."""
+async def test_cancelled_caller_waits_for_the_thread_and_undoes_its_result(anyio_backend, times):
+    """Also if ``Task.cancel`` is called twice."""
     work = ThreadWork()
     task = asyncio.create_task(run_in_thread(work, limiter=anyio.CapacityLimiter(1), undo=work.undone.append))
     await anyio.to_thread.run_sync(work.begun.wait)
@@ -232,8 +232,8 @@ async def test_a_thread_is_waited_for_and_its_result_undone(anyio_backend, times
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_thread_work_that_has_not_begun_never_begins(anyio_backend):
-    """Cancelled while another has the thread, it is called off."""
+async def test_cancelled_work_that_has_not_begun_is_not_run(anyio_backend):
+    """It is cancelled while another call uses the thread."""
     limiter, work = anyio.CapacityLimiter(1), ThreadWork()
     async with limiter:
         task = asyncio.create_task(run_in_thread(work, limiter=limiter))
@@ -245,8 +245,8 @@ async def test_thread_work_that_has_not_begun_never_begins(anyio_backend):
     assert not work.begun.is_set()
 
 
-async def test_what_a_thread_raises_is_raised():
-    """An exception of the work is the caller's, and there is nothing to undo."""
+async def test_exception_of_a_thread_is_raised():
+    """There is nothing to undo."""
     undone = []
 
     def work():
@@ -258,8 +258,8 @@ async def test_what_a_thread_raises_is_raised():
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_an_event_loop_that_is_gone_has_taken_it_along(backend):
-    """At the end of the loop it is cancelled; to cancel it after that is no error."""
+def test_end_of_the_event_loop_cancels_the_task(backend):
+    """Cancelling it afterwards is no error."""
     watch = Watch()
 
     async def main():
@@ -272,8 +272,8 @@ def test_an_event_loop_that_is_gone_has_taken_it_along(backend):
     background.cancel_soon()
 
 
-def test_a_loop_that_ends_before_it_began_keeps_nobody_waiting():
-    """When its main task ends, asyncio cancels what is left, even a task that has not begun yet."""
+def test_loop_that_ends_before_the_task_began():
+    """When its main task ends, asyncio cancels every other task, even one that has not begun."""
     ends = []
 
     async def owner():

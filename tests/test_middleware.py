@@ -101,29 +101,29 @@ def retrying(gateway, budget=None):
     ],
     ids=lambda value: value.finding.name if isinstance(value, Reply) else str(value),
 )
-async def test_only_what_cannot_do_harm_is_repeated(call, reply, attempts):
-    """An apply call is repeated only if it was certainly not sent, a question whenever it got no usable answer."""
+async def test_only_safe_exchanges_are_repeated(call, reply, attempts):
+    """An apply call is repeated only if it certainly was not sent; a query if it got no usable answer."""
     gateway = Gateway(reply)
     last = await retrying(gateway)(exchange(call))
     assert last == attrs.evolve(reply, attempts=attempts)
     assert [seen.attempt for seen in gateway.seen] == list(range(1, attempts + 1))
 
 
-async def test_repeating_ends_with_the_first_reply_that_tells_more():
+async def test_maybe_sent_apply_call_is_not_repeated():
     """Once an apply call may have arrived it is not repeated, however often it was not sent before."""
     gateway = Gateway(NOT_SENT, NOT_SENT, UNCERTAIN, FOUND)
     assert await retrying(gateway)(exchange(attempts=9)) == attrs.evolve(UNCERTAIN, attempts=3)
 
 
 async def test_a_policy_of_one_attempt_repeats_nothing():
-    """attempts=1 means one."""
+    """attempts=1 allows no repetition."""
     gateway = Gateway(NOT_SENT)
     assert (await retrying(gateway)(exchange(attempts=1))).attempts == 1
     assert gateway.began == [0.0]
 
 
-async def test_pauses_are_drawn_below_a_ceiling_that_doubles():
-    """Full jitter: each pause lies between 0 and initial × multiplier ** n, and never above the maximum."""
+async def test_pauses_have_full_jitter():
+    """Each pause is between 0 and initial × multiplier ** n, and never above the maximum."""
     for _ in range(20):
         gateway = Gateway(NOT_SENT)
         await retrying(gateway)(exchange(seconds=1e6, attempts=8, initial=1.0, maximum=8.0))
@@ -134,7 +134,7 @@ async def test_pauses_are_drawn_below_a_ceiling_that_doubles():
 
 
 async def test_retry_after_is_waited_for():
-    """A pause is never shorter than what the server asked for."""
+    """A pause is never shorter than the server's Retry-After."""
     gateway = Gateway(attrs.evolve(UNCERTAIN, retry_after=7.0), FOUND)
     await retrying(gateway)(exchange(Call.QUERY))
     assert gateway.pauses == [pytest.approx(7.0)]
@@ -148,14 +148,14 @@ async def test_retry_after_is_honoured_up_to_a_minute():
 
 
 async def test_a_pause_that_outlasts_the_deadline_is_not_begun():
-    """Where the next attempt would come after the deadline, the call ends at once with what it knows."""
+    """If the next attempt would be after the deadline, the call ends at once."""
     gateway = Gateway(attrs.evolve(UNCERTAIN, retry_after=50.0))
     assert (await retrying(gateway)(exchange(Call.QUERY, seconds=30))).attempts == 1
     assert anyio.current_time() == 0.0
 
 
-async def test_an_empty_budget_ends_all_repeating():
-    """One session's calls share one budget: when it is spent, each ends after its first attempt."""
+async def test_empty_budget_allows_no_repetition():
+    """The calls of one session share one budget: when it is empty, each ends after its first attempt."""
     layer = Retry(TokenBucket(RetryBudget(capacity=5, per_second=0)))
     attempts = []
     for _ in range(4):
@@ -164,8 +164,8 @@ async def test_an_empty_budget_ends_all_repeating():
     assert attempts == [4, 3, 1, 1]
 
 
-async def test_a_budget_fills_up_again():
-    """After a rest there is budget again."""
+async def test_budget_refills():
+    """After some time there is budget again."""
     layer = Retry(TokenBucket(RetryBudget(capacity=2, per_second=0.1)))
     for rest, attempts in ((0, 3), (0, 1), (10, 2), (100, 3)):
         await anyio.sleep(rest)
@@ -177,8 +177,8 @@ async def test_a_budget_fills_up_again():
 
 
 @pytest.mark.parametrize(("left", "share"), [(30.0, 10.0), (20.0, 10.0), (12.0, 6.0), (1.0, 0.5), (0.02, 0.01)])
-async def test_one_attempt_takes_at_most_half_of_what_is_left(left, share):
-    """An attempt ends after half of the time left, and after 10 s at most, so that there is time to ask."""
+async def test_attempt_takes_at_most_half_of_the_time_left(left, share):
+    """An attempt ends after half of the time left, and after 10 s at most, so that time for a query remains."""
     gateway = Gateway(FOUND, takes=1e9)
     reply = await compose([Attempt()], gateway)(exchange(seconds=left))
     assert reply.finding is Finding.NOT_SENT  # this gateway never got as far as the wire
@@ -188,7 +188,7 @@ async def test_one_attempt_takes_at_most_half_of_what_is_left(left, share):
 
 @pytest.mark.parametrize("left", [0.019, 0.0, -5.0])
 async def test_no_attempt_begins_after_the_deadline(left):
-    """What is left is worth no attempt: nothing is sent."""
+    """With too little time left, nothing is sent."""
     gateway = Gateway(FOUND)
     reply = await compose([Attempt()], gateway)(exchange(seconds=left))
     assert reply.finding is Finding.NOT_SENT
@@ -206,8 +206,8 @@ async def test_repeating_never_overruns_the_deadline():
     assert len(gateway.began) > 4
 
 
-async def test_a_limiter_s_wait_does_not_count():
-    """Time spent waiting for the caller's limiter is added to the deadline."""
+async def test_wait_for_the_limiter_does_not_count():
+    """The wait for the caller's limiter is added to the deadline."""
     limiter = RateLimit(1 / 100)
     gateway = Gateway(FOUND)
     for number in range(3):
@@ -217,7 +217,7 @@ async def test_a_limiter_s_wait_does_not_count():
         assert gateway.seen[-1].deadline.left(anyio.current_time()) == pytest.approx(5)
 
 
-async def test_a_limiter_is_held_around_each_attempt_and_not_in_between():
+async def test_limiter_is_held_only_during_attempts():
     """A semaphore of one lets another call in while the first one pauses."""
     limiter = anyio.Semaphore(1)
     inside = []
@@ -251,8 +251,8 @@ class BrokenLimiter:
             raise self.leaving
 
 
-async def test_a_limiter_that_lets_nobody_in_sends_nothing():
-    """A limiter that raises on entering leaves the call unsent, with the limiter's error behind it."""
+async def test_limiter_that_raises_at_its_entry():
+    """The call is not sent, and the limiter's error is its cause."""
     cause = OSError("redis is down")
     gateway = Gateway(FOUND)
     reply = await compose([Limit(BrokenLimiter(entering=cause)), Attempt()], gateway)(exchange())
@@ -263,14 +263,14 @@ async def test_a_limiter_that_lets_nobody_in_sends_nothing():
 
 
 @pytest.mark.parametrize("reply", [FOUND, UNCERTAIN, REJECTED], ids=lambda reply: reply.finding.name)
-async def test_a_limiter_that_raises_afterwards_cannot_lose_a_reply(reply):
-    """What an attempt has taught outlives a limiter that raises on leaving."""
+async def test_limiter_that_raises_at_its_exit(reply):
+    """The reply of the attempt is returned."""
     layers = [Limit(BrokenLimiter(leaving=OSError("redis is down"))), Attempt()]
     assert await compose(layers, Gateway(reply))(exchange()) is reply
 
 
-async def test_a_limiter_that_swallows_a_cancellation_leaves_the_call_open():
-    """A limiter that suppresses what ends an attempt gives no reply: the call may have arrived."""
+async def test_limiter_that_suppresses_a_cancellation():
+    """There is no reply, so the call may have arrived."""
 
     class Swallowing(BrokenLimiter):
         async def __aexit__(self, *exc_info):
@@ -290,7 +290,7 @@ async def test_a_limiter_that_swallows_a_cancellation_leaves_the_call_open():
 
 
 async def test_the_first_layer_is_the_outermost():
-    """Layers are passed from the first to the last on the way out, and from the last to the first on the way back."""
+    """Layers run from the first to the last before the exchange, and in reverse after it."""
     path = []
 
     def layer(name):
@@ -306,8 +306,8 @@ async def test_the_first_layer_is_the_outermost():
     assert path == list("abcCBA")
 
 
-async def test_an_onion_without_layers_is_its_core():
-    """No layers, nothing in between."""
+async def test_no_layers():
+    """Without layers, the core is called directly."""
     gateway = Gateway(FOUND)
     assert compose([], gateway) is gateway
 
@@ -326,7 +326,7 @@ async def test_an_observer_sees_every_attempt_with_its_reply_and_time():
 
 
 async def test_an_observer_sees_an_attempt_that_runs_out_of_time():
-    """An attempt that its time limit ends is reported with what is known then, and how long it took."""
+    """An attempt that runs out of time is reported with its preliminary reply and its duration."""
     seen = []
 
     async def stuck(exchange):
@@ -349,8 +349,8 @@ async def applied(gateway, *middleware, **options):
         return await session.apply_refund(refund_request())
 
 
-async def test_a_layer_that_raises_before_it_passes_on_sends_nothing():
-    """A layer's exception before the send is RefundNotSent, after as many attempts as the policy has."""
+async def test_layer_that_raises_before_the_send():
+    """The call ends in RefundNotSent, after as many attempts as the policy allows."""
     gateway = sandbox()
     cause = ValueError("mine")
 
@@ -364,8 +364,8 @@ async def test_a_layer_that_raises_before_it_passes_on_sends_nothing():
     assert gateway.requests == {}
 
 
-async def test_a_layer_that_raises_after_the_send_loses_no_refund():
-    """A layer's exception after the send leaves it to the question, and the record is found."""
+async def test_layer_that_raises_after_the_send():
+    """The refund is queried, and found."""
     gateway = sandbox()
 
     async def raising(exchange, call_next):
@@ -380,7 +380,7 @@ async def test_a_layer_that_raises_after_the_send_loses_no_refund():
 
 
 async def test_a_layer_that_always_raises_after_the_send_leaves_the_refund_unknown():
-    """If no question gets through either, the refund is unknown, and sent once."""
+    """If no query succeeds either, the refund is unknown, and was sent once."""
     gateway = sandbox()
 
     async def raising(exchange, call_next):
@@ -394,8 +394,8 @@ async def test_a_layer_that_always_raises_after_the_send_leaves_the_refund_unkno
 
 
 @pytest.mark.parametrize("nonsense", [None, "FOUND", FOUND.refund, NOT_FOUND], ids=lambda value: type(value).__name__)
-async def test_a_layer_that_returns_nonsense_loses_no_refund(nonsense):
-    """What is no reply to an apply call teaches nothing; the question finds the refund."""
+async def test_layer_that_returns_no_reply(nonsense):
+    """The return value proves nothing; the query finds the refund."""
     gateway = sandbox()
 
     async def forgetful(exchange, call_next):
@@ -407,8 +407,8 @@ async def test_a_layer_that_returns_nonsense_loses_no_refund(nonsense):
 
 
 @pytest.mark.parametrize("lie", [NOT_SENT, REJECTED], ids=lambda reply: reply.finding.name)
-async def test_a_layer_cannot_talk_a_sent_refund_away(lie):
-    """A layer that calls a sent refund unsent or rejected is not believed; the question finds the refund."""
+async def test_layer_that_denies_a_send_is_not_believed(lie):
+    """A layer that calls a sent refund unsent or rejected is not believed; the query finds the refund."""
     gateway = sandbox()
 
     async def lying(exchange, call_next):
@@ -419,7 +419,7 @@ async def test_a_layer_cannot_talk_a_sent_refund_away(lie):
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
-async def test_a_layer_may_refuse_a_refund_by_itself():
+async def test_layer_may_answer_without_a_send():
     """A layer that answers for the gateway without sending anything is believed."""
     gateway = sandbox()
 
@@ -454,8 +454,8 @@ class Resending:
         return replies[-1]
 
 
-async def test_a_layer_s_second_send_that_is_refused_does_not_hide_the_first():
-    """The second 5007 of a layer that sends twice means that the first one worked: it is asked about, and found."""
+async def test_refused_second_send_does_not_hide_the_first():
+    """If the second of two sends is answered 5007, the first one may have worked: the refund is queried, and found."""
     gateway = sandbox(repeated=Repeated.AGAIN)
     gateway.script(Fault.HTTP_500, call="apply")
     refund = await applied(gateway, Resending())
@@ -482,8 +482,8 @@ class OnlyOneHost(httpx.AsyncBaseTransport):
 
 
 @pytest.mark.parametrize(("takes", "refuses_after"), [(1, 2), (2, 1)])
-async def test_a_layer_that_sends_side_by_side_cannot_make_a_refund_unsent(takes, refuses_after):
-    """Of two sends side by side one is refused: whichever ends last, the refund may have worked, and is asked about."""
+async def test_two_sends_at_the_same_time(takes, refuses_after):
+    """One of two sends is refused: whichever ends last, the refund may have worked, and is queried."""
     gateway = sandbox()
     gateway.script(Fault.HTTP_500, call="apply")
     transport = OnlyOneHost(gateway, takes=takes, refuses_after=refuses_after)
@@ -494,8 +494,8 @@ async def test_a_layer_that_sends_side_by_side_cannot_make_a_refund_unsent(takes
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
-async def test_the_layers_see_every_attempt_and_every_question():
-    """A caller's layer is passed by the apply call and by each question of its settlement."""
+async def test_layers_see_every_attempt_and_every_query():
+    """A caller's layer runs for the apply call and for each query of its resolution."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply")
     gateway.script(Fault.BUSY, call="query", times=2)
@@ -509,8 +509,8 @@ async def test_the_layers_see_every_attempt_and_every_question():
     assert calls == [Call.APPLY, Call.QUERY, Call.QUERY, Call.QUERY]
 
 
-async def test_a_layer_s_exception_ends_a_query_in_one_of_our_errors():
-    """query_refund raises GatewayUnavailable for what a layer raises, never the layer's own exception."""
+async def test_layer_that_raises_during_a_query():
+    """query_refund raises GatewayUnavailable, never the layer's own exception."""
     gateway = sandbox()
 
     async def raising(exchange, call_next):
@@ -534,8 +534,8 @@ async def test_a_layer_s_exception_ends_a_query_in_one_of_our_errors():
     ],
     ids=str,
 )
-async def test_a_reply_that_contradicts_itself_cannot_be_made(parts):
-    """FOUND has a refund and nothing else has one; all else has an error."""
+async def test_contradictory_reply_is_refused(parts):
+    """FOUND has a refund; every other finding has an error and no refund."""
     with pytest.raises(ValueError, match="FOUND with a refund"):
         Reply(**parts)
 
@@ -557,28 +557,28 @@ async def begun(limiter, count):
     return times
 
 
-async def test_a_rate_limit_spaces_beginnings_evenly():
-    """Without a burst, exchanges begin one interval apart."""
+async def test_rate_limit_spaces_starts_evenly():
+    """Without a burst, exchanges start one interval apart."""
     assert await begun(RateLimit(4), 5) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
 
 
-async def test_a_burst_begins_at_once_after_a_rest():
-    """``burst`` callers get through at once, the others spaced; after a rest the burst is there again."""
+async def test_burst_starts_at_once_after_an_idle_time():
+    """``burst`` callers start at once, the others spaced; after an idle time the next burst is possible."""
     limiter = RateLimit(2, burst=3)
     assert await begun(limiter, 5) == pytest.approx([0, 0, 0, 0.5, 1.0])
     await anyio.sleep(100)
     assert await begun(limiter, 4) == pytest.approx([101, 101, 101, 101.5])
 
 
-async def test_a_rest_saves_no_more_than_one_burst():
-    """However long nobody came, the next callers are spaced."""
+async def test_idle_time_saves_one_burst_at_most():
+    """However long nobody came, the callers after the burst are spaced."""
     limiter = RateLimit(1)
     await anyio.sleep(1000)
     assert await begun(limiter, 3) == pytest.approx([1000, 1001, 1002])
 
 
 async def test_a_rate_limit_serves_in_order():
-    """Who comes first begins first."""
+    """The first to come starts first."""
     limiter = RateLimit(1)
     order = []
 
@@ -594,7 +594,7 @@ async def test_a_rate_limit_serves_in_order():
 
 
 async def test_a_cancelled_waiter_does_not_speed_up_the_others():
-    """A place that was given up is lost: the rate is kept."""
+    """The place of a cancelled waiter is lost: the rate is kept."""
     limiter = RateLimit(1)
     times = []
 
@@ -615,14 +615,14 @@ async def test_a_cancelled_waiter_does_not_speed_up_the_others():
 
 
 @pytest.mark.parametrize(("per_second", "burst"), [(0, 1), (-1, 1), (math.nan, 1), (1, 0), ("4", 1), (1, True)])
-async def test_a_rate_that_is_none_is_refused(per_second, burst):
-    """A rate of nothing, and a burst of nobody, would let nobody through."""
+async def test_unusable_rate_is_refused(per_second, burst):
+    """A rate or burst that would let nobody start is refused."""
     with pytest.raises(ConfigurationError, match="RateLimit"):
         RateLimit(per_second, burst=burst)
 
 
-async def test_a_rate_limit_holds_for_every_attempt_of_a_session():
-    """As a session's limiter it spaces apply calls and queries alike, and no call loses time by it."""
+async def test_rate_limit_of_a_session():
+    """As a session's limiter it spaces apply calls and queries, and no call loses time."""
     gateway = sandbox()
     gateway.script(Fault.BUSY, call="apply", times=2)
     began = []

@@ -361,18 +361,17 @@ def test_missing_and_unknown_keys_are_named_together(cls):
     """A mapping that is not a request's wire form is refused with every wrong key."""
     found = problems_of(lambda: cls.from_dict({"no_refund": "R-1", "sign_type ": "RSA", 5: "x" * 500}))
     assert found["dt_refund"].rule == "is required"
-    assert found["sign_type "].rule == found["5"].rule == f"is no field of {cls.__name__}"
+    assert found["sign_type "].rule == found["5"].rule == f"is not a field of {cls.__name__}"
     assert len(found["5"].value) <= 80
 
 
 @pytest.mark.parametrize("cls", [RefundRequest, RefundQuery])
 def test_missing_and_unknown_fields_are_an_invalid_request(cls):
-    """In code, too, all of them are named together, and fields are given by name only."""
+    """All of them are named together, also for keyword arguments."""
     assert problems_of(cls)["dt_refund"].rule == "is required"
     found = problems_of(lambda: cls(no_refund="R-1", money="10.00"))
     assert found["dt_refund"].rule == "is required"
-    assert found["money"].rule == f"is no field of {cls.__name__}"
-    assert "by name" in problems_of(lambda: cls("R-1", "20261122020000"))[cls.__name__].rule
+    assert found["money"].rule == f"is not a field of {cls.__name__}"
 
 
 @pytest.mark.parametrize("data", ["R-1", None, 5, ["R-1"]])

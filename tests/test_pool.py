@@ -21,7 +21,7 @@ from lianlian_async import (
     RefundSession,
     RetryPolicy,
 )
-from lianlian_async.transport import PoolTransport, Transport
+from lianlian_async.transport import HttpSender, PoolTransport
 from tests.support.parties import Connection, Server, answering, refund_request, serving, trickling, unused_port
 
 pytestmark = pytest.mark.anyio
@@ -289,7 +289,7 @@ async def test_cancelled_requests_leak_neither_places_nor_connections(calls):
         ended += 1
 
     async with serving(trickling) as server, pool_of(8) as pool:
-        transport = await Transport.open(None, pool, 8)
+        transport = await HttpSender.open(None, pool, 8)
         async with anyio.create_task_group() as tasks:
             for number in range(calls):
                 tasks.start_soon(cancelled, number)
@@ -336,7 +336,7 @@ async def test_a_request_cancelled_at_any_step_leaks_nothing(anyio_backend_name,
     finished = False
     steps = 0
     async with serving(handler) as server, pool_of(1) as pool:
-        transport = await Transport.open(None, pool, 1)
+        transport = await HttpSender.open(None, pool, 1)
         while not finished:
             await (cancelled_after if how == "scope" else task_cancelled_after)(steps)
             await assert_all_free(pool, server, 1)
@@ -421,7 +421,7 @@ async def test_without_urls_any_proxy_of_the_environment_keeps_aiohttp_away(monk
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohttp")
     async with answering(b"by proxy") as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        transport = await Transport.open(None, None, 1)
+        transport = await HttpSender.open(None, None, 1)
         delivery = await transport.post("http://gateway.invalid/", b"{}", 5.0)
         await transport.aclose()
     assert delivery.body == b"by proxy"
@@ -430,7 +430,7 @@ async def test_without_urls_any_proxy_of_the_environment_keeps_aiohttp_away(monk
 async def test_an_unusable_proxy_that_was_not_checked_before_sends_nothing(monkeypatch):
     """A proxy that turns out to be unusable with the first request is *not sent*, and takes no place with it."""
     async with answering() as server, pool_of(1) as pool:
-        transport = await Transport.open(None, pool, 1)
+        transport = await HttpSender.open(None, pool, 1)
         monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
         delivery = await transport.post(server.url, b"{}", 5.0)
         assert not delivery.may_have_arrived
@@ -444,11 +444,11 @@ async def test_a_dead_proxy_is_named_without_its_password(monkeypatch, url):
     """Nobody listens at the proxy: the reason names it, not only the gateway."""
     proxy = f"127.0.0.1:{unused_port()}"
     monkeypatch.setenv("ALL_PROXY", f"http://user:sesame@{proxy}")
-    transport = await Transport.open(None, None, 1)
+    transport = await HttpSender.open(None, None, 1)
     delivery = await transport.post(url, b"{}", 5.0)
     await transport.aclose()
     assert not delivery.may_have_arrived
-    assert f"by way of the proxy {proxy}" in delivery.reason
+    assert f"through the proxy {proxy}" in delivery.reason
     assert "sesame" not in delivery.reason
 
 

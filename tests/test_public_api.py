@@ -235,7 +235,7 @@ def test_the_lower_floors_know_no_network_no_loop_no_clock_and_no_dice(module):
             "httpx",
             {
                 f"transport/{name}.py"
-                for name in ("aiohttp", "default_client", "environment", "pool", "reasons", "sender", "tracked_request")
+                for name in ("aiohttp", "connection", "own_transport", "pool", "sender", "tracked_request")
             },
         ),
         ("aiohttp", {"transport/aiohttp.py", "contrib/aiohttp.py"}),

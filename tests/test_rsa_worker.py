@@ -60,8 +60,8 @@ def message(number):
     return {"no_refund": f"R-{number}"}
 
 
-async def test_everyone_gets_their_own_signature(rsa, key, merchant_keys):
-    """Twenty callers at once get twenty different messages, each validly signed, none on the event loop."""
+async def test_each_caller_gets_its_own_signature(rsa, key, merchant_keys):
+    """Twenty callers at the same time get twenty valid signatures, none made on the event loop."""
     key.go_on.set()
     bodies = {}
 
@@ -97,9 +97,7 @@ class Slow(Watched):
 
 
 @pytest.mark.parametrize(("kind", "most"), [(Instant, MOST_PER_VISIT), (Slow, 1)], ids=["instant", "slow"])
-async def test_what_comes_while_the_thread_is_busy_is_signed_together_if_that_is_quick(
-    merchant, monkeypatch, kind, most
-):
+async def test_waiting_jobs_share_a_visit_if_that_is_quick(merchant, monkeypatch, kind, most):
     """A visit to the thread makes several signatures, or one if a signature is dear."""
     key = kind.of(keypairs.pair("merchant")) if kind is Slow else kind.load(keypairs.pair("merchant").private_pem)
     if kind is Slow:
@@ -124,8 +122,8 @@ async def test_what_comes_while_the_thread_is_busy_is_signed_together_if_that_is
     assert visits == 2 * MOST_PER_VISIT / most
 
 
-async def test_a_message_that_cannot_be_signed_is_its_own_askers_problem(rsa, key):
-    """An error in one message reaches the one who asked for it; the others of the same visit get their signature."""
+async def test_message_that_cannot_be_signed(rsa, key):
+    """Only its own caller gets the error; the others of the same visit get their signatures."""
     bodies, errors = {}, {}
 
     async def ask(name, fields):
@@ -146,8 +144,8 @@ async def test_a_message_that_cannot_be_signed_is_its_own_askers_problem(rsa, ke
     assert set(errors) == {"bad"}
 
 
-async def test_who_is_cancelled_in_the_queue_is_not_signed_for(rsa, key):
-    """A caller that gives up before the thread is free leaves nothing behind."""
+async def test_caller_cancelled_in_the_queue(rsa, key):
+    """A caller that is cancelled before the thread is free leaves no job behind."""
     async with anyio.create_task_group() as group:
         group.start_soon(rsa.seal, message(1))
         await anyio.wait_all_tasks_blocked()
@@ -158,8 +156,8 @@ async def test_who_is_cancelled_in_the_queue_is_not_signed_for(rsa, key):
     await rsa.rest()
 
 
-async def test_who_gives_up_while_leading_takes_nobody_along(merchant, key):
-    """Leaders that are cancelled before the thread is free have taken no one else's job with them."""
+async def test_leader_cancelled_before_the_visit(merchant, key):
+    """A leader that is cancelled before the thread is free takes no other job with it."""
     key.go_on.set()
     protocol = (await RsaWorker.open(attrs.evolve(merchant, private_key=key))).protocol
     rsa = RsaWorker(protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=4)
@@ -183,8 +181,8 @@ async def test_who_gives_up_while_leading_takes_nobody_along(merchant, key):
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_leader_s_task_that_is_cancelled_takes_nobody_along(rsa, key):
-    """A leader that Task.cancel frees while the thread is at its job leaves the others their own signatures."""
+async def test_leader_cancelled_during_the_visit(rsa, key):
+    """If Task.cancel ends a leader while the thread works, the others still get their own signatures."""
     bodies = {}
 
     async def ask(number):
@@ -215,8 +213,8 @@ class Gate:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_job_that_the_thread_is_at_for_a_cancelled_leader_is_waited_for(rsa, key):
-    """Its asker leads the next visit, finds the job taken, and still gets its own signature."""
+async def test_job_in_the_visit_of_a_cancelled_leader(rsa, key):
+    """Its caller leads the next visit, finds the job taken, and still gets its own signature."""
     rsa = RsaWorker(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=2)
     gate = key.go_on = Gate()
     bodies = {}
@@ -241,8 +239,8 @@ async def test_a_job_that_the_thread_is_at_for_a_cancelled_leader_is_waited_for(
 
 @settings(max_examples=20)
 @given(cancelled=st.sets(st.integers(0, 19)), early=st.booleans(), busy=st.booleans())
-async def test_nobodys_signature_is_lost_to_anothers_cancellation(merchant, cancelled, early, busy):
-    """Whoever is cancelled, in the queue, waiting for the thread or while leading a visit, all others get theirs."""
+async def test_cancellation_loses_no_other_signature(merchant, cancelled, early, busy):
+    """Callers are cancelled in the queue, waiting for the thread, or leading a visit; all others get theirs."""
     key = Watched.of(keypairs.pair("merchant"))
     rsa = await opened(merchant, key)
     rsa = RsaWorker(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=3)

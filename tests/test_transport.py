@@ -42,7 +42,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.exchange import HttpResponse, NoResponse
-from lianlian_async.transport import PoolTransport, Transport, http_backend
+from lianlian_async.transport import HttpSender, PoolTransport, http_backend
 from tests.support.parties import (
     Connection,
     answering,
@@ -64,7 +64,7 @@ ONCE = RetryPolicy(attempts=1)
 
 @contextlib.asynccontextmanager
 async def transport_over(*, client=None, transport=None, max_connections=4):
-    opened = await Transport.open(client, transport, max_connections)
+    opened = await HttpSender.open(client, transport, max_connections)
     try:
         yield opened
     finally:
@@ -131,8 +131,8 @@ every_foreign_exception = pytest.mark.parametrize(
 )
 
 
-def test_the_exceptions_that_are_tried_are_all_there():
-    """The trees that are walked hold what httpx documents, so that an empty walk could not pass for a proof."""
+def test_the_exception_trees_are_complete():
+    """The walked trees hold the exceptions that httpx documents, so the tests below cannot be empty."""
     assert {httpx.ReadTimeout, httpx.CookieConflict, httpx.StreamConsumed, httpx.InvalidURL} <= FOREIGN
     assert NEVER_SENT < FOREIGN
     assert len(FOREIGN) > 45
@@ -227,8 +227,8 @@ class UnclosableStream(httpx.AsyncByteStream):
 
 
 @every_foreign_exception
-async def test_a_foreign_exception_before_the_send_never_escapes(kind):
-    """Whatever a transport raises is *lost*; not sent is only what httpx raises before it writes."""
+async def test_exception_before_the_send(kind):
+    """Every exception of a transport becomes NoResponse; *not sent* only those that httpx raises before it writes."""
     error = instance(kind)
     async with transport_over(transport=Raising(error)) as transport:
         delivery = await transport.post(URL, b"{}", 5.0)
@@ -250,7 +250,7 @@ async def test_a_foreign_exception_before_the_send_never_escapes(kind):
 )
 @every_foreign_exception
 async def test_after_the_send_no_exception_means_not_sent(kind, sender):
-    """Once the body was taken for sending, nothing that is raised proves that it did not arrive."""
+    """Once the body was read for sending, no exception proves that it did not arrive."""
     async with transport_over(transport=sender(instance(kind))) as transport:
         delivery = await transport.post(URL, b"{}", 5.0)
     assert isinstance(delivery, NoResponse)
@@ -258,8 +258,8 @@ async def test_after_the_send_no_exception_means_not_sent(kind, sender):
 
 
 @pytest.mark.parametrize("sender", [RaisingAfterSending, RaisingFromItsClientsError])
-async def test_a_given_client_s_transport_is_watched_as_well(sender):
-    """Over a client from outside, too, a failure to connect is believed only as long as nobody took the body."""
+async def test_transport_of_a_given_client_is_tracked(sender):
+    """Over a caller's client, too, a failure to connect is believed only if nobody has read the body."""
     deliveries = []
     for transport in (Raising(httpx.ConnectError("refused")), sender(httpx.ConnectError("refused"))):
         async with httpx.AsyncClient(transport=transport) as client, transport_over(client=client) as opened:
@@ -268,8 +268,8 @@ async def test_a_given_client_s_transport_is_watched_as_well(sender):
 
 
 @pytest.mark.parametrize("kind", sorted(NEVER_SENT, key=lambda kind: kind.__name__))
-async def test_a_mocked_transport_s_word_is_believed(kind):
-    """A handler of httpx.MockTransport that looks at the request and fails to connect has sent nothing."""
+async def test_mocked_transport_is_believed(kind):
+    """A handler of httpx.MockTransport that reads the request and fails to connect has sent nothing."""
 
     def handler(request):
         assert request.content == b"{}"
@@ -304,8 +304,8 @@ BEFORE_SENDING = family(aiohttp.ClientConnectorError).union(
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("kind", AIOHTTPS_OWN)
-async def test_of_aiohttp_s_exceptions_only_those_before_the_send_mean_not_sent(monkeypatch, kind):
-    """Whatever aiohttp's client raises becomes *lost*; not sent is only what it raises before it writes."""
+async def test_exceptions_of_aiohttp(monkeypatch, kind):
+    """Every exception of aiohttp becomes NoResponse; *not sent* only those that it raises before it writes."""
 
     async def request(*_args, **_options):
         raise aiohttp_instance(kind)
@@ -321,9 +321,7 @@ async def test_of_aiohttp_s_exceptions_only_those_before_the_send_mean_not_sent(
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_an_adapter_that_calls_a_broken_connection_never_made_cannot_make_a_refund_twice(
-    merchant_keys, gateway_keys
-):
+async def test_adapter_that_misreports_a_broken_connection_makes_no_second_refund(merchant_keys, gateway_keys):
     """httpx-aiohttp raises ConnectTimeout where the server hung up after the request: that is *maybe sent*."""
     came = []
 
@@ -340,8 +338,8 @@ async def test_an_adapter_that_calls_a_broken_connection_never_made_cannot_make_
 
 @pytest.mark.parametrize("stream", [BrokenStream, UnclosableStream])
 @every_foreign_exception
-async def test_a_foreign_exception_from_the_response_never_escapes(kind, stream):
-    """Whatever a response raises while it is read or closed is *maybe sent*."""
+async def test_exception_of_the_response_is_maybe_sent(kind, stream):
+    """Every exception while a response is read or closed means *maybe sent*."""
 
     class Sent(Answering):
         async def handle_async_request(self, request):
@@ -367,7 +365,7 @@ class Retrying(httpx.AsyncBaseTransport):
 
 
 @pytest.mark.virtual_time
-async def test_a_transport_that_retries_by_itself_cannot_make_a_refund_twice():
+async def test_retrying_transport_makes_no_second_refund():
     """A retrying transport whose last error is a refused connection leaves a refund unknown, not unsent."""
     gateway = sandbox()
     client = httpx.AsyncClient(transport=Retrying(httpx.ASGITransport(app=gateway)))
@@ -378,8 +376,8 @@ async def test_a_transport_that_retries_by_itself_cannot_make_a_refund_twice():
 
 
 @pytest.mark.virtual_time
-async def test_a_client_s_hook_that_fails_to_connect_cannot_make_a_refund_twice():
-    """A response hook that raises ConnectError comes after the send: the refund is asked about, and found."""
+async def test_hook_that_fails_to_connect_makes_no_second_refund():
+    """A response hook that raises ConnectError runs after the send: the refund is queried, and found."""
     gateway = sandbox()
     troubles = [httpx.ConnectError("the log server is down")]
 
@@ -396,8 +394,8 @@ async def test_a_client_s_hook_that_fails_to_connect_cannot_make_a_refund_twice(
 
 
 @pytest.mark.virtual_time
-async def test_a_client_s_hook_may_read_the_answer_first():
-    """A response hook that reads the body, as hooks that log do, takes nothing away from the session."""
+async def test_hook_may_read_the_response_first():
+    """The session still gets a body that a response hook, such as a logging hook, has read."""
     gateway = sandbox()
     logged = []
 
@@ -413,8 +411,8 @@ async def test_a_client_s_hook_may_read_the_answer_first():
 
 @pytest.mark.usefixtures("http_stack")
 @pytest.mark.parametrize("url", ["ftp://gw.example/", "https://", "http://a:b:c/", "//gw.example/"])
-async def test_an_address_that_is_none_sends_nothing(url):
-    """An address that httpx cannot use is *not sent*."""
+async def test_unusable_url_is_not_sent(url):
+    """A URL that httpx cannot use is *not sent*."""
     async with transport_over() as transport:
         delivery = await transport.post(url, b"{}", 5.0)
     assert isinstance(delivery, NoResponse)
@@ -435,8 +433,8 @@ on_both_stacks = pytest.mark.usefixtures("http_stack")
 
 
 @on_both_stacks
-async def test_an_exchange_sends_the_body_as_it_is_and_brings_the_answer_as_it_came():
-    """The POST carries the page's content type and refuses compression; status, headers and body come back."""
+async def test_exchange_sends_the_body_and_returns_the_response_unchanged():
+    """The POST has the documented content type and refuses compression; status, headers and body come back."""
     async with answering(b'{"ret_code":"0000"}', headers="X-Trace: 7\r\n") as server, transport_over() as transport:
         delivery = await transport.post(f"{server.url}/exchangerefund.htm", b'{"no_refund":"R-1"}', 5.0)
     assert isinstance(delivery, HttpResponse)
@@ -454,8 +452,8 @@ async def test_an_exchange_sends_the_body_as_it_is_and_brings_the_answer_as_it_c
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own client", "given client"])
-async def test_connecting_gets_half_of_the_attempt_s_time(own):
-    """An attempt that cannot connect ends in time to be told apart: as not sent, before the attempt's time is over."""
+async def test_connect_timeout_is_half_of_the_attempt(own):
+    """An attempt that cannot connect ends as *not sent* before the attempt's time is over."""
     seen = []
 
     class Watching(httpx.AsyncBaseTransport):
@@ -483,8 +481,8 @@ async def test_a_refused_connection_is_not_sent(merchant_keys, gateway_keys):
 
 
 @on_both_stacks
-async def test_a_name_that_does_not_exist_is_not_sent():
-    """A host name that nobody knows is *not sent*."""
+async def test_unknown_host_is_not_sent():
+    """A host name that does not exist is *not sent*."""
     async with transport_over() as transport:
         delivery = await transport.post("https://gateway.invalid/", b"{}", 10.0)
     assert isinstance(delivery, NoResponse)
@@ -532,7 +530,7 @@ async def heartily(connection: Connection):
 
 
 @on_both_stacks
-async def test_a_certificate_that_nobody_vouches_for_is_not_sent(self_signed):
+async def test_untrusted_certificate_is_not_sent(self_signed):
     """TLS fails before the first byte of the request: *not sent*."""
     asked = []
 
@@ -548,8 +546,8 @@ async def test_a_certificate_that_nobody_vouches_for_is_not_sent(self_signed):
 
 
 @on_both_stacks
-async def test_a_certificate_that_the_environment_vouches_for_is_trusted(self_signed, monkeypatch):
-    """SSL_CERT_FILE names whom to trust, and one connection serves several exchanges."""
+async def test_ssl_cert_file_is_trusted(self_signed, monkeypatch):
+    """SSL_CERT_FILE names the trusted CA; one connection serves several exchanges."""
     context, file = self_signed
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
     async with serving(heartily, tls=context) as server, transport_over() as transport:
@@ -559,8 +557,8 @@ async def test_a_certificate_that_the_environment_vouches_for_is_trusted(self_si
     assert server.opened == 1
 
 
-async def test_a_client_of_the_user_s_brings_its_own_trust_and_stays_open(self_signed):
-    """A given client is used as it is, and left open when the session closes."""
+async def test_given_client_keeps_its_tls_settings_and_stays_open(self_signed):
+    """A given client is used as it is, and stays open when the session closes."""
     context, file = self_signed
     trusting = ssl.create_default_context(cafile=str(file))
     async with serving(heartily, tls=context) as server, httpx.AsyncClient(verify=trusting) as client:
@@ -572,8 +570,8 @@ async def test_a_client_of_the_user_s_brings_its_own_trust_and_stays_open(self_s
     assert server.opened == 1
 
 
-async def test_a_closed_client_sends_nothing(merchant):
-    """A given client that was closed already is *not sent*, at once and in words."""
+async def test_closed_client_is_not_sent(merchant):
+    """A given client that is closed already: *not sent*, at once, and the reason says so."""
     client = httpx.AsyncClient()
     await client.aclose()
     async with RefundSession(merchant, client=client, retry=ONCE) as session:
@@ -582,8 +580,8 @@ async def test_a_closed_client_sends_nothing(merchant):
 
 
 @on_both_stacks
-async def test_a_connection_closed_without_an_answer_may_have_arrived():
-    """The server read the request and hung up: *maybe sent*."""
+async def test_connection_closed_without_response_is_maybe_sent():
+    """The server read the request and closed the connection: *maybe sent*."""
 
     async def handler(connection: Connection):
         await connection.request()
@@ -595,8 +593,8 @@ async def test_a_connection_closed_without_an_answer_may_have_arrived():
 
 
 @on_both_stacks
-async def test_an_answer_that_is_cut_off_may_have_arrived():
-    """Less than the announced length is no answer."""
+async def test_truncated_response_is_maybe_sent():
+    """Less than the announced length is no response."""
 
     async def handler(connection: Connection):
         await connection.request()
@@ -609,8 +607,8 @@ async def test_an_answer_that_is_cut_off_may_have_arrived():
 
 
 @on_both_stacks
-async def test_what_is_not_http_may_have_arrived():
-    """A server that speaks something else has had our bytes all the same."""
+async def test_other_protocol_is_maybe_sent():
+    """A server that does not speak HTTP has received our bytes."""
 
     async def handler(connection: Connection):
         await connection.request()
@@ -623,8 +621,8 @@ async def test_what_is_not_http_may_have_arrived():
 
 
 @on_both_stacks
-async def test_an_answer_is_read_no_further_than_the_largest_message():
-    """Of an endless body little more than 1 MiB is read, and the connection is not used again."""
+async def test_endless_response_is_cut():
+    """Of an endless body little more than 1 MiB is read, and the connection is not reused."""
 
     async def handler(connection: Connection):
         while await connection.request() is not None:
@@ -639,8 +637,8 @@ async def test_an_answer_is_read_no_further_than_the_largest_message():
 
 
 @on_both_stacks
-async def test_a_compressed_answer_is_not_unpacked():
-    """What came compressed stays compressed: the protocol refuses it by its header."""
+async def test_compressed_response_is_not_decompressed():
+    """The protocol refuses it by its header."""
     packed = gzip.compress(b"{}")
     async with answering(packed, headers="content-encoding: gzip\r\n") as server, transport_over() as transport:
         delivery = await transport.post(server.url, b"{}", 5.0)
@@ -650,8 +648,8 @@ async def test_a_compressed_answer_is_not_unpacked():
 
 
 @on_both_stacks
-async def test_a_cookie_is_not_brought_back():
-    """What the gateway says to one request goes with no other one."""
+async def test_cookies_are_not_sent_back():
+    """No request carries data of an earlier response."""
     async with answering(headers="set-cookie: a=b\r\n") as server, transport_over() as transport:
         for _ in range(2):
             assert isinstance(await transport.post(server.url, b"{}", 5.0), HttpResponse)
@@ -661,8 +659,8 @@ async def test_a_cookie_is_not_brought_back():
 @on_both_stacks
 @pytest.mark.parametrize("given", [None, HttpxAiohttpTransport], ids=["own", "httpx-aiohttp"])
 @pytest.mark.parametrize("location", ["mailto:nobody@example.com", "javascript:x", "http:login", "//"])
-async def test_an_answer_with_an_address_that_is_none_was_an_answer(location, given, anyio_backend_name):
-    """What httpx raises for the Location of an answer says nothing against the arrival of the request."""
+async def test_response_with_unusable_location_is_maybe_sent(location, given, anyio_backend_name):
+    """An exception of httpx about a response's Location does not mean that the request was not sent."""
     if given is not None and anyio_backend_name == "trio":
         pytest.skip("aiohttp needs asyncio")
     async with (
@@ -675,8 +673,8 @@ async def test_an_answer_with_an_address_that_is_none_was_an_answer(location, gi
 
 
 @on_both_stacks
-async def test_what_came_unasked_is_no_answer_to_the_next_request():
-    """What comes on an idle connection is no answer: the next request goes over another one, or is not sent."""
+async def test_unexpected_bytes_are_not_the_next_response():
+    """After bytes on an idle connection, the next request uses another one, or is not sent."""
     idle, spoilt = anyio.Event(), anyio.Event()
 
     async def handler(connection: Connection):
@@ -699,8 +697,8 @@ async def test_what_came_unasked_is_no_answer_to_the_next_request():
 
 
 @on_both_stacks
-async def test_a_user_in_the_address_is_named_in_the_head():
-    """An endpoint behind Basic authentication is told who asks."""
+async def test_url_credentials_become_a_header():
+    """An endpoint behind Basic authentication gets the Authorization header."""
     async with answering() as server, transport_over() as transport:
         url = server.url.replace("http://", "http://shop:sesame@")
         assert isinstance(await transport.post(url, b"{}", 5.0), HttpResponse)
@@ -708,8 +706,8 @@ async def test_a_user_in_the_address_is_named_in_the_head():
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_closing_cancels_nobody_who_waits_for_a_connection(monkeypatch):
-    """A request that waits for a connection of aiohttp's while that is closed is *lost*, not cancelled."""
+async def test_close_during_a_wait_for_a_connection(monkeypatch):
+    """A request that waits for a connection of aiohttp at closing ends as NoResponse, not cancelled."""
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohttp")
     deliveries = []
     came = anyio.Event()
@@ -735,8 +733,8 @@ async def test_closing_cancels_nobody_who_waits_for_a_connection(monkeypatch):
 
 
 @on_both_stacks
-async def test_own_clients_follow_no_redirect():
-    """Signed fields stay where they were sent on each of our own stacks."""
+async def test_own_transports_follow_no_redirect():
+    """Our own transports never send signed fields to another URL."""
     elsewhere = {"status": "307 Temporary Redirect", "headers": "location: /elsewhere\r\n"}
     async with answering(**elsewhere) as server, transport_over() as transport:
         assert (await transport.post(server.url, b"{}", 5.0)).status == 307
@@ -745,7 +743,7 @@ async def test_own_clients_follow_no_redirect():
 
 @pytest.mark.parametrize("follows", [True, False])
 async def test_a_redirect_is_not_followed(follows):
-    """Signed fields go where the merchant said, and nowhere else, even over a client that follows redirects."""
+    """Signed fields are sent only to the merchant's URL, even over a client that follows redirects."""
     async with answering(status="307 Temporary Redirect", headers="location: /elsewhere\r\n") as server:
         async with httpx.AsyncClient(follow_redirects=follows) as client, transport_over(client=client) as transport:
             delivery = await transport.post(server.url, b"{}", 5.0)
@@ -756,8 +754,8 @@ async def test_a_redirect_is_not_followed(follows):
 
 @on_both_stacks
 @pytest.mark.virtual_time
-async def test_a_server_that_trickles_is_cut_off_after_the_attempt_s_time(merchant_keys, gateway_keys):
-    """A byte every second never ends the wait between bytes; the attempt's time does."""
+async def test_trickling_response_ends_with_the_attempt(merchant_keys, gateway_keys):
+    """A byte every second never ends the wait between bytes; the time of the attempt does."""
     began = []
 
     async def handler(connection: Connection):
@@ -778,7 +776,7 @@ async def test_a_server_that_trickles_is_cut_off_after_the_attempt_s_time(mercha
 
 @on_both_stacks
 async def test_a_whole_refund_over_a_socket(merchant_keys, gateway_keys):
-    """Apply over a real connection, and the signed answer becomes the refund."""
+    """Apply over a real connection; the signed answer becomes the refund."""
 
     async def handler(connection: Connection):
         while (request := await connection.request()) is not None:
@@ -792,8 +790,8 @@ async def test_a_whole_refund_over_a_socket(merchant_keys, gateway_keys):
 
 
 @on_both_stacks
-async def test_a_burst_waits_for_connections_and_is_served(merchant_keys, gateway_keys):
-    """Many more requests than connections are all answered, and no more connections are open than allowed."""
+async def test_burst_waits_for_connections(merchant_keys, gateway_keys):
+    """Many more requests than connections are all answered, over no more connections than allowed."""
     most = 0
 
     async def handler(connection: Connection):
@@ -819,8 +817,8 @@ async def test_a_burst_waits_for_connections_and_is_served(merchant_keys, gatewa
 
 
 @on_both_stacks
-async def test_cancelled_exchanges_take_no_connection_with_them():
-    """Requests cancelled while they wait, connect, send or read leave every connection to those that follow."""
+async def test_cancelled_exchanges_leak_no_connection():
+    """Requests that are cancelled while they wait, connect, send or read leave every connection to later ones."""
 
     async def cancelled(number):
         with anyio.move_on_after(0.0005 * (number % 12)):
@@ -836,8 +834,8 @@ async def test_cancelled_exchanges_take_no_connection_with_them():
 
 
 @on_both_stacks
-async def test_a_session_whose_keys_cannot_be_read_closes_its_own_client(merchant_keys, gateway_keys, tmp_path):
-    """What the session made for itself is closed, and no warning tells of an open connection."""
+async def test_failed_opening_closes_the_transport(merchant_keys, gateway_keys, tmp_path):
+    """The session closes what it made, and no warning tells of an open connection."""
     merchant = attrs.evolve(at(merchant_keys, gateway_keys, "http://127.0.0.1:1"), private_key=tmp_path / "none.pem")
     with pytest.raises(ConfigurationError):
         await RefundSession(merchant).__aenter__()
@@ -845,8 +843,8 @@ async def test_a_session_whose_keys_cannot_be_read_closes_its_own_client(merchan
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("raised_by", ["transport", "response"])
-async def test_a_cancellation_that_is_not_this_task_s_may_have_arrived(raised_by):
-    """A CancelledError that a layer below lets through ends no task silently: the request is *maybe sent*."""
+async def test_unrequested_cancellation_is_maybe_sent(raised_by):
+    """A CancelledError from a lower layer ends no task silently: the request is *maybe sent*."""
     error = asyncio.CancelledError()
     transport = RaisingAfterSending(error) if raised_by == "transport" else Answering(BrokenStream(error))
     async with transport_over(transport=transport) as opened:
@@ -858,8 +856,8 @@ async def test_a_cancellation_that_is_not_this_task_s_may_have_arrived(raised_by
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("how", ["scope", "task"])
-async def test_a_cancellation_of_this_task_passes(how):
-    """Cancelled by its scope or by ``Task.cancel``, a request ends as cancelled, and as nothing else."""
+async def test_requested_cancellation_is_raised(how):
+    """A request that is cancelled by its scope or by ``Task.cancel`` ends as cancelled."""
     ends = []
 
     class Hanging(httpx.AsyncBaseTransport):
@@ -897,7 +895,7 @@ async def test_a_cancellation_of_this_task_passes(how):
         ("SSL_CERT_DIR", None, "no such directory"),
     ],
 )
-async def test_ca_certificates_that_cannot_be_read_are_told_when_the_session_opens(
+async def test_unreadable_ca_certificates_are_reported_at_opening(
     monkeypatch, merchant, tmp_path, variable, content, told
 ):
     """The error names the variable, its path and the cure."""
@@ -910,8 +908,8 @@ async def test_ca_certificates_that_cannot_be_read_are_told_when_the_session_ope
         await RefundSession(merchant).__aenter__()
 
 
-async def test_a_missing_bundle_of_certifi_is_told_when_the_session_opens(monkeypatch, merchant, tmp_path):
-    """Where no variable is set, the error names certifi."""
+async def test_missing_certifi_bundle_is_reported_at_opening(monkeypatch, merchant, tmp_path):
+    """If no variable is set, the error names certifi."""
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     monkeypatch.delenv("SSL_CERT_DIR", raising=False)
     monkeypatch.setattr(certifi, "where", lambda: str(tmp_path / "cacert.pem"))
@@ -919,8 +917,8 @@ async def test_a_missing_bundle_of_certifi_is_told_when_the_session_opens(monkey
         await RefundSession(merchant).__aenter__()
 
 
-async def test_a_directory_of_ca_certificates_is_trusted(monkeypatch, merchant, tmp_path):
-    """SSL_CERT_DIR may name several directories, of which one is enough."""
+async def test_ssl_cert_dir_is_trusted(monkeypatch, merchant, tmp_path):
+    """SSL_CERT_DIR may name several directories; one that exists is enough."""
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     monkeypatch.setenv("SSL_CERT_DIR", f"{tmp_path / 'none'}{os.pathsep}{tmp_path}")
     async with RefundSession(merchant):
@@ -937,8 +935,8 @@ async def reason_of(url, seconds=5.0):
 
 @on_both_stacks
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
-async def test_a_server_that_wants_a_client_certificate_is_told_as_that(self_signed, monkeypatch, version):
-    """The alert of the server is in the reason. TLS 1.3 sends it after the handshake: the request may have arrived."""
+async def test_required_client_certificate_is_reported(self_signed, monkeypatch, version):
+    """The reason has the server's alert. TLS 1.3 sends it after the handshake: the request may have arrived."""
     _, file = self_signed
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=file)
@@ -963,13 +961,13 @@ async def test_a_server_that_wants_a_client_certificate_is_told_as_that(self_sig
             tasks.start_soon(anyio.to_thread.run_sync, refuse)
             reason, sent = await reason_of(f"https://shop:sesame@{host}/")
     assert f"TLS: {host} refused the handshake (" in reason
-    assert "it may want a client certificate" in reason
+    assert "it may require a client certificate" in reason
     assert sent is (version == "TLSv1_3")
 
 
 @on_both_stacks
-async def test_a_dropped_handshake_is_told_as_that():
-    """The server closes the connection in place of its hello: not sent, and the reason says what happened."""
+async def test_dropped_handshake_is_reported():
+    """The server closes the connection instead of its hello: not sent, and the reason says so."""
 
     async def handler(connection: Connection):
         await connection.stream.receive()
@@ -981,8 +979,8 @@ async def test_a_dropped_handshake_is_told_as_that():
 
 
 @on_both_stacks
-async def test_a_server_without_tls_is_told_as_that():
-    """An answer in plain HTTP is a failed handshake: not sent."""
+async def test_server_without_tls_is_reported():
+    """A response in plain HTTP is a failed handshake: not sent."""
 
     async def handler(connection: Connection):
         await connection.stream.receive()
@@ -996,8 +994,8 @@ async def test_a_server_without_tls_is_told_as_that():
 
 
 @on_both_stacks
-async def test_a_connection_that_takes_too_long_is_told_as_that():
-    """A server that never answers the handshake: the reason names the host and the seconds, and nothing else."""
+async def test_connect_timeout_is_reported():
+    """The server never answers the handshake: the reason names only the host and the seconds."""
 
     async def handler(connection: Connection):
         await anyio.sleep_forever()
@@ -1007,8 +1005,8 @@ async def test_a_connection_that_takes_too_long_is_told_as_that():
     assert told == (f"ConnectTimeout: no connection to 127.0.0.1:{server.port} within 0.1 s", False)
 
 
-async def test_words_about_the_insides_of_a_library_are_not_passed_on():
-    """What a broken connection is raised from says nothing to the reader of a log."""
+async def test_reason_has_no_library_internals():
+    """The cause of a broken connection inside a library tells the reader of a log nothing."""
     error = httpx.ReadError("")
     error.__cause__ = IndexError("pop from an empty deque")
     async with transport_over(transport=Raising(error)) as transport:
@@ -1027,8 +1025,8 @@ def holding_for(looks):
 
 @on_both_stacks
 @pytest.mark.parametrize("kept_alive", [False, True], ids=["new connection", "kept-alive connection"])
-async def test_a_lease_that_ends_while_a_request_is_prepared_keeps_it_from_being_sent(kept_alive):
-    """However late the lease ends before the last byte, the gateway gets no whole request, and it is *not sent*."""
+async def test_lease_that_ends_before_the_last_byte(kept_alive):
+    """However late the lease ends before the last byte, the gateway gets no whole request: *not sent*."""
     requests = []
 
     async def handler(connection: Connection):
@@ -1055,8 +1053,8 @@ async def test_a_lease_that_ends_while_a_request_is_prepared_keeps_it_from_being
 
 
 @on_both_stacks
-async def test_a_lease_that_ends_during_the_tls_handshake_lets_no_byte_out(self_signed, monkeypatch):
-    """The lease held when the request set out, and is over once the connection is there: the gateway reads nothing."""
+async def test_lease_that_ends_during_the_tls_handshake(self_signed, monkeypatch):
+    """The lease is over once the connection is open: the gateway reads nothing."""
     context, file = self_signed
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
     received, handshakes = [], []
@@ -1077,8 +1075,8 @@ async def test_a_lease_that_ends_during_the_tls_handshake_lets_no_byte_out(self_
 
 
 @pytest.mark.parametrize("looks", [0, 1])
-async def test_a_given_transport_is_not_called_once_the_lease_is_over(looks):
-    """A transport of the caller's is asked for nothing without a lease, and gets no body once that is over."""
+async def test_given_transport_without_a_lease(looks):
+    """A caller's transport is not called without a lease, and gets no body after its end."""
     taken = []
 
     class Taking(httpx.AsyncBaseTransport):
@@ -1123,7 +1121,7 @@ def read_to_the_end(connection):
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("size", [100_000, 1_000_000], ids=["in the kernel", "in asyncio's buffer, too"])
 @pytest.mark.parametrize("kept_alive", [False, True], ids=["new connection", "kept-alive connection"])
-async def test_a_request_that_is_given_up_is_not_sent_later(self_signed, monkeypatch, tls, size, kept_alive):
+async def test_given_up_request_is_not_sent_later(self_signed, monkeypatch, tls, size, kept_alive):
     """Its unsent bytes are dropped: a server that reads only afterwards sees a reset, and no whole request."""
     context, file = self_signed
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
@@ -1159,13 +1157,13 @@ async def test_a_request_that_is_given_up_is_not_sent_later(self_signed, monkeyp
 
 
 @pytest.mark.parametrize("stack", ["httpx", "aiohttp"])
-def test_a_request_of_a_killed_process_is_not_sent_later(stack):
-    """SIGKILL, too, drops what the kernel has not sent yet."""
+def test_request_of_a_killed_process_is_not_sent_later(stack):
+    """SIGKILL also drops the bytes that the kernel has not sent yet."""
     program = (
         "import anyio, sys\n"
-        "from lianlian_async.transport import Transport\n"
+        "from lianlian_async.transport import HttpSender\n"
         "async def main():\n"
-        "    transport = await Transport.open(None, None, 1)\n"
+        "    transport = await HttpSender.open(None, None, 1)\n"
         "    await transport.post(sys.argv[1], b' ' * 100_000, 60.0)\n"
         "anyio.run(main)\n"
     )
@@ -1182,8 +1180,8 @@ def test_a_request_of_a_killed_process_is_not_sent_later(stack):
 
 
 @on_both_stacks
-async def test_an_idle_connection_is_closed_normally():
-    """A connection that was used twice and is not needed any more ends without a reset."""
+async def test_idle_connection_is_closed_normally():
+    """A connection that was used twice ends without a reset."""
 
     async def handler(connection: Connection):
         for _ in range(2):
@@ -1206,8 +1204,8 @@ async def test_an_idle_connection_is_closed_normally():
 
 
 @on_both_stacks
-async def test_connections_that_were_opened_in_advance_are_used(merchant_keys, gateway_keys):
-    """A session that warms up has its connections when the first refunds come, and says nothing of a refund."""
+async def test_warm_up_opens_connections(merchant_keys, gateway_keys):
+    """The first refunds use the connections that the warm-up opened; the warm-up sends nothing about a refund."""
 
     async def handler(connection: Connection):
         while (request := await connection.request()) is not None:
@@ -1231,33 +1229,14 @@ async def test_connections_that_were_opened_in_advance_are_used(merchant_keys, g
 
 
 @on_both_stacks
-async def test_a_session_opens_though_nobody_answers_in_advance(merchant_keys, gateway_keys, caplog):
-    """What cannot be opened in advance is noted, and met again by the first refund."""
+async def test_session_opens_although_the_warm_up_fails(merchant_keys, gateway_keys, caplog):
+    """The failure is logged; the first refund meets it again."""
     caplog.set_level("INFO", "lianlian_async")
     merchant = at(merchant_keys, gateway_keys, f"http://127.0.0.1:{unused_port()}")
     async with RefundSession(merchant, warm_up=2, retry=ONCE) as session:
         assert "no connection opened in advance: ConnectError" in caplog.text
         with pytest.raises(RefundNotSent):
             await session.apply_refund(refund_request())
-
-
-async def test_a_session_whose_keys_cannot_be_read_leaves_a_given_transport_open(merchant_keys, gateway_keys, tmp_path):
-    """The caller may try again with the same transport; a session that opened closes it."""
-
-    class Closing(httpx.AsyncBaseTransport):
-        closed = False
-
-        async def aclose(self):
-            self.closed = True
-
-    transport = Closing()
-    merchant = attrs.evolve(at(merchant_keys, gateway_keys, "http://127.0.0.1:1"), private_key=tmp_path / "none.pem")
-    with pytest.raises(ConfigurationError):
-        await RefundSession(merchant, transport=transport).__aenter__()
-    assert not transport.closed
-    async with RefundSession(at(merchant_keys, gateway_keys, "http://127.0.0.1:1"), transport=transport):
-        assert not transport.closed
-    assert transport.closed
 
 
 # ── which stack ──────────────────────────────────────────────────────────────────────────────────
@@ -1275,24 +1254,21 @@ async def test_a_session_whose_keys_cannot_be_read_leaves_a_given_transport_open
     ],
 )
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_the_argument_then_the_environment_chooses_and_else_it_is_httpx(
-    monkeypatch, merchant_keys, gateway_keys, argument, variable, chosen
-):
+async def test_choice_of_the_backend(monkeypatch, merchant_keys, gateway_keys, argument, variable, chosen):
     """An aiohttp that is merely installed changes nothing: it has to be asked for."""
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", variable)
     async with (
         serving(honestly) as server,
         RefundSession(at(merchant_keys, gateway_keys, server.url), http_backend=argument) as session,
     ):
-        client = session._gateway._transport._client
         await session.apply_refund(refund_request())
-        assert isinstance(client._transport, PoolTransport) is (chosen == "httpx")
+        assert isinstance(session._gateway._transport._over, PoolTransport) is (chosen == "httpx")
     assert http_backend(argument) == chosen
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["content", "stream"])
 async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, monkeypatch, streamed):
-    """pytest-httpx and respx replace AsyncHTTPTransport.handle_async_request: nothing goes past them."""
+    """pytest-httpx and respx replace AsyncHTTPTransport.handle_async_request: every request reaches them."""
     mocked = []
 
     async def handle_async_request(self, request):
@@ -1318,33 +1294,33 @@ async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, mon
         ({"transport": httpx.HTTPTransport(verify=False)}, "transport: must be an httpx.AsyncBaseTransport object"),
         ({"http_backend": "aiohtpp"}, "http_backend: must be httpx or aiohttp, is 'aiohtpp'"),
         ({"http_backend": 1}, "http_backend: must be httpx or aiohttp, is 1"),
-        ({"client": httpx.AsyncClient(), "http_backend": "httpx"}, "client, transport and http_backend: give one"),
+        ({"client": httpx.AsyncClient(), "http_backend": "httpx"}, "client, transport and http_backend: give only one"),
     ],
 )
-def test_a_client_or_transport_of_another_kind_is_refused_when_the_session_is_made(merchant, given, told):
-    """The error names the argument and what it takes, long before the first refund."""
+def test_client_or_transport_of_another_type_is_refused(merchant, given, told):
+    """The error names the argument and its type, before the first refund."""
     with pytest.raises(ConfigurationError, match=re.escape(told)):
         RefundSession(merchant, **given)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_client_of_aiohttp_s_is_refused_when_the_session_is_made(merchant):
-    """Another library's client is named in the error, which comes before the first refund."""
+async def test_client_of_aiohttp_is_refused(merchant):
+    """The error names the other library's client, before the first refund."""
     async with aiohttp.ClientSession() as client:
         with pytest.raises(ConfigurationError, match=r"client: must be an httpx.AsyncClient object, is aiohttp\."):
             RefundSession(merchant, client=client)
 
 
 @pytest.mark.parametrize("installed", ["3.14", "3.14b1", "3.14.5", "4.0.0a1"])
-async def test_an_aiohttp_that_is_new_enough_is_taken(monkeypatch, installed):
-    """Every version from 3.14 on will do, however it is written."""
+async def test_recent_aiohttp_is_accepted(monkeypatch, installed):
+    """Every version from 3.14 on is accepted, however it is written."""
     monkeypatch.setattr(importlib.metadata, "version", lambda _name: installed)
     assert http_backend("aiohttp") == "aiohttp"
 
 
 @pytest.mark.parametrize("installed", [None, "3.9.5", "3.13.3"])
-async def test_without_aiohttp_or_with_an_old_one_it_cannot_be_asked_for(monkeypatch, installed):
-    """An aiohttp that reads headers without end counts as none; asking for it is an error."""
+async def test_missing_or_old_aiohttp_is_refused(monkeypatch, installed):
+    """An aiohttp without a limit on the size of headers is refused like a missing one."""
 
     def version(name):
         if installed is None:
@@ -1358,8 +1334,8 @@ async def test_without_aiohttp_or_with_an_old_one_it_cannot_be_asked_for(monkeyp
             http_backend(wanted)
 
 
-async def test_an_unknown_stack_is_told_when_the_session_is_made(monkeypatch, merchant):
-    """A misspelt LIANLIAN_HTTP_BACKEND is a ConfigurationError that lists the right ones."""
+async def test_unknown_backend_is_refused(monkeypatch, merchant):
+    """A misspelt LIANLIAN_HTTP_BACKEND is a ConfigurationError that lists the right values."""
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohtpp")
     with pytest.raises(ConfigurationError, match="LIANLIAN_HTTP_BACKEND: must be httpx or aiohttp, is 'aiohtpp'"):
         RefundSession(merchant)

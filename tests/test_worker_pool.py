@@ -57,7 +57,7 @@ async def run(items, handle, workers=3, intake=None):
 
 @pytest.mark.parametrize("kind", ["list", "generator", "async generator", "async iterator"])
 async def test_every_item_is_handled_once(kind):
-    """Whatever the items come from, each of them is handled, and handled once."""
+    """Items of every kind of source are handled exactly once."""
     numbers = BloomFilter(10)
     send, receive = anyio.create_memory_object_stream[int](10)
     with send:
@@ -83,8 +83,8 @@ async def test_every_item_is_handled_once(kind):
 
 
 @pytest.mark.parametrize("workers", [1, 3, 20])
-async def test_no_more_are_under_way_than_workers_and_none_is_taken_before_one_is_free(workers):
-    """Ten seconds' work for each worker: as many at a time as there are workers, and none waits in between."""
+async def test_items_in_flight_are_limited(workers):
+    """There are never more items in flight than workers, and an item is taken only when a worker is free."""
     numbers = BloomFilter(10 * workers)
     running = 0
 
@@ -102,7 +102,7 @@ async def test_no_more_are_under_way_than_workers_and_none_is_taken_before_one_i
 
 
 async def test_items_are_taken_in_the_calling_task():
-    """An async generator that holds scopes of its own is iterated by one task only, the caller's."""
+    """An async generator with its own scopes is iterated only by the caller's task."""
     numbers = BloomFilter(10)
 
     async def scoped():
@@ -116,8 +116,8 @@ async def test_items_are_taken_in_the_calling_task():
     assert numbers.closed
 
 
-async def test_an_async_generator_whose_tasks_fail_as_it_is_closed_is_heard_of():
-    """A task group wraps the exception that closes a generator: only what else it wraps is raised."""
+async def test_generator_whose_tasks_fail_while_it_is_closed():
+    """A task group wraps the exception that closes a generator: only the other exceptions are raised."""
 
     async def fails():
         try:
@@ -140,8 +140,8 @@ async def test_an_async_generator_whose_tasks_fail_as_it_is_closed_is_heard_of()
 
 
 @pytest.mark.parametrize("rests", [True, False], ids=["waits for an item", "waits for a worker"])
-async def test_a_cancelled_intake_takes_no_more_and_carries_through_what_was_begun(rests):
-    """Ended from outside: the items are closed, and those that were taken are handled to their end."""
+async def test_cancelled_intake_finishes_begun_items(rests):
+    """The items are closed, and those that were taken are handled to their end."""
     numbers = BloomFilter(rests_at=2 if rests else None)
     intake = anyio.CancelScope()
     handled = []
@@ -161,8 +161,8 @@ async def test_a_cancelled_intake_takes_no_more_and_carries_through_what_was_beg
 
 
 @pytest.mark.parametrize("has_begun", [True, False])
-async def test_a_worker_that_is_cancelled_alone_is_told(has_begun, anyio_backend_name):
-    """Its item was not handled to the end, so the flow must not end as if it were complete."""
+async def test_cancelled_worker_is_an_error(has_begun, anyio_backend_name):
+    """Its item was not handled, so run_workers must not end normally."""
     if anyio_backend_name != "asyncio":
         pytest.skip("only asyncio lets others cancel a single task")
     handled, before = [], asyncio.all_tasks()
@@ -186,8 +186,8 @@ async def test_a_worker_that_is_cancelled_alone_is_told(has_begun, anyio_backend
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["generator", "async generator"])
-async def test_an_exception_of_the_items_is_raised_after_what_was_begun(plain):
-    """The items fail: what was taken before is handled to its end, then the exception comes as it is."""
+async def test_exception_of_the_items(plain):
+    """Items that were taken are handled to their end, then the exception is raised unchanged."""
     numbers = BloomFilter(fails_at=2)
     handled = []
 
@@ -200,8 +200,8 @@ async def test_an_exception_of_the_items_is_raised_after_what_was_begun(plain):
     assert sorted(handled) == [0, 1]
 
 
-async def test_an_exception_of_the_work_ends_the_intake_and_disturbs_no_other():
-    """One item fails: the others that were begun are carried through, no more are taken, the first one is raised."""
+async def test_exception_of_the_handler():
+    """The other begun items are finished, no more are taken, and the first exception is raised."""
     numbers = BloomFilter()
     handled = []
 
@@ -218,8 +218,8 @@ async def test_an_exception_of_the_work_ends_the_intake_and_disturbs_no_other():
     assert numbers.closed
 
 
-async def test_cancelled_it_cancels_the_work_and_closes_the_items():
-    """A cancelled flow leaves nothing running and nothing open."""
+async def test_cancellation_leaves_nothing_running():
+    """A cancelled run_workers leaves nothing running and nothing open."""
     numbers = BloomFilter()
     cancelled = []
 
@@ -236,8 +236,8 @@ async def test_cancelled_it_cancels_the_work_and_closes_the_items():
 
 
 @pytest.mark.parametrize("where", ["work", "items"])
-async def test_a_cancellation_that_nobody_asked_for_is_a_failure(where):
-    """It ends the intake, the others are carried through, and it is raised as an error: never a normal end."""
+async def test_unrequested_cancellation_is_an_error(where):
+    """It ends the intake, begun items are finished, and it is raised as an error."""
     handled = []
 
     async def items():
@@ -252,15 +252,15 @@ async def test_a_cancellation_that_nobody_asked_for_is_a_failure(where):
             await stray_cancellation()
         handled.append(number)
 
-    with pytest.raises(LianLianError, match="cancelled from within") as caught:
+    with pytest.raises(LianLianError, match="cancelled although nobody requested it") as caught:
         await run(items(), handle)
     assert isinstance(caught.value.__cause__, anyio.get_cancelled_exc_class())
     assert sorted(handled) == ([1, 2] if where == "work" else [0, 1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("error", [Abort(), SystemExit(7), KeyboardInterrupt()], ids=repr)
-async def test_an_exception_that_is_to_end_the_program_is_raised_as_it_is(error):
-    """An exception of the caller's own waits for the others; those that end the process cancel them."""
+async def test_base_exceptions_are_raised_unchanged(error):
+    """KeyboardInterrupt and SystemExit also cancel the begun items."""
     handled = []
 
     async def handle(number):
@@ -277,8 +277,8 @@ async def test_an_exception_that_is_to_end_the_program_is_raised_as_it_is(error)
 
 
 @pytest.mark.parametrize("concurrency", [0, -1, 1.5, "4", None])
-async def test_a_concurrency_that_is_none_is_refused(concurrency):
-    """Nothing but a whole number from 1 is a concurrency."""
+async def test_unusable_concurrency_is_refused(concurrency):
+    """Only an integer of at least 1 is accepted."""
     with pytest.raises(ConfigurationError, match="concurrency"):
         checked(concurrency)
     assert checked(1) == 1
@@ -287,8 +287,8 @@ async def test_a_concurrency_that_is_none_is_refused(concurrency):
 # ── hand-off ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_who_gives_goes_on_when_the_item_is_taken():
-    """The giver waits for the taker, the taker for the giver, and items come in the order they were given."""
+async def test_producer_waits_until_its_item_is_taken():
+    """Producer and consumer wait for each other, and items keep their order."""
     handoff = Handover()
     went_on = []
 
@@ -311,8 +311,8 @@ async def test_who_gives_goes_on_when_the_item_is_taken():
     assert went_on == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
-async def test_no_item_is_lost_to_a_taker_that_is_cancelled():
-    """A taker that is cancelled at any moment has the item, or leaves it to the next one."""
+async def test_cancelled_consumer_loses_no_item():
+    """A consumer that is cancelled at any moment has the item, or leaves it to the next one."""
     handoff = Handover()
 
     async def give_all():
@@ -331,8 +331,8 @@ async def test_no_item_is_lost_to_a_taker_that_is_cancelled():
     assert taken == list(range(50))
 
 
-async def test_no_item_is_lost_to_asyncio_s_own_cancellation(anyio_backend_name):
-    """``Task.cancel`` in the very step of the loop in which an item is given leaves it to the next taker."""
+async def test_task_cancel_of_the_consumer_loses_no_item(anyio_backend_name):
+    """``Task.cancel`` in the very step of the loop in which an item is given leaves it to the next consumer."""
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has no such cancellation")
     handoff = Handover()
@@ -348,8 +348,8 @@ async def test_no_item_is_lost_to_asyncio_s_own_cancellation(anyio_backend_name)
         await giver
 
 
-async def test_after_the_end_there_is_nothing():
-    """Everyone who waits for an item learns of the end; an item that nobody took is gone, and its giver waits."""
+async def test_end_drops_items():
+    """Every waiting consumer learns of the end; an item that was not taken is dropped, and its producer waits."""
     handoff = Handover()
     ends = []
 

@@ -15,7 +15,7 @@ from lianlian_async.notifications.completion import complete
 from lianlian_async.protocol import Protocol
 from lianlian_async.sandbox.notifier import CONTENT_TYPE, is_acknowledged, post
 from lianlian_async.signing import SigningKey, signature_source
-from lianlian_async.transport import Transport
+from lianlian_async.transport import HttpSender
 
 from .options import config_option, file_argument, load_merchant, parsed
 from .output import Output, json_option, pass_output
@@ -68,7 +68,7 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
 
 
 async def _post(url: str, body: bytes) -> HttpResponse | None:
-    transport = await Transport.open(None, None, 1, CONTENT_TYPE)
+    transport = await HttpSender.open(None, None, 1, CONTENT_TYPE)
     try:
         return await post(transport, url, body)
     finally:

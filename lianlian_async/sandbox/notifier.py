@@ -21,7 +21,7 @@ from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import ConfigurationError, MalformedMessage
 from lianlian_async.exchange import HttpResponse
 from lianlian_async.signing import signature_source
-from lianlian_async.transport import AsyncBaseTransport, AsyncClient, Transport
+from lianlian_async.transport import AsyncBaseTransport, AsyncClient, HttpSender
 
 from .gateway import SandboxGateway
 from .ledger import Record
@@ -126,7 +126,7 @@ class Notifier:
         return len(self._gateway.refunds) - self._ended
 
     async def __aenter__(self) -> Self:
-        self._transport = await Transport.open(self._client, self._http_transport, self._max_connections, CONTENT_TYPE)
+        self._transport = await HttpSender.open(self._client, self._http_transport, self._max_connections, CONTENT_TYPE)
         self._slots = anyio.Semaphore(self._max_connections)
         started = anyio.Event()
         self._background = BackgroundTask(lambda: self._run(started))
@@ -224,7 +224,7 @@ class Notifier:
         return any(delivery.acknowledged for delivery in deliveries)
 
 
-async def post(transport: Transport, url: str, body: bytes, patience: float = _PATIENCE) -> HttpResponse | None:
+async def post(transport: HttpSender, url: str, body: bytes, patience: float = _PATIENCE) -> HttpResponse | None:
     """POST a notification; return the response, or None if there is none within ``patience`` seconds."""
     with anyio.move_on_after(patience):
         delivery = await transport.post(url, body, patience)

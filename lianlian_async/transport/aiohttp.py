@@ -1,7 +1,7 @@
 """An httpx transport over aiohttp's client: several times faster than httpx's own, on asyncio only (extra ``fast``).
 
-httpx-aiohttp would do the same, but reports a connection that broke after the request was sent as one that was
-never made: with refunds, the difference between asking and sending again.
+httpx-aiohttp is no alternative: it reports a connection that broke after the request as one that was never made, so a
+refund would be sent again without a query.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
 from yarl import URL
 
-from .socket_options import close_normally, reset_when_closed
+from .connection import close_normally, reset_when_closed
 from .tracked_request import Body, LeaseEndedError
-
-__all__ = ["AiohttpTransport"]
 
 
 class _SpoiltConnectionError(aiohttp.ClientConnectionError):
-    """On the connection lies what nobody asked for; nothing was written to it."""
+    """An idle connection received unexpected bytes; nothing was written to it."""
 
 
 _BEFORE_SENDING: Final = (
@@ -36,11 +34,11 @@ _BEFORE_SENDING: Final = (
     aiohttp.NonHttpUrlClientError,
     _SpoiltConnectionError,
 )
-"""Raised before a byte of the request is written; whatever else is raised, the request may have arrived."""
+"""Raised before a byte of the request is written. After any other exception the request may have arrived."""
 
 
 class _LeasedPayload(aiohttp.BytesPayload):
-    """A request's body that is written only while its lease holds; aiohttp writes the head together with it."""
+    """A body that is written, together with the head, only while the lease holds."""
 
     def __init__(self, body: Body) -> None:
         super().__init__(body.content)
@@ -52,22 +50,22 @@ class _LeasedPayload(aiohttp.BytesPayload):
 
 
 class _Request(aiohttp.ClientRequest):
-    """A request that is not sent where an answer lies already: it would be taken for the answer to this one."""
+    """A request that is not sent on a connection with unread bytes: they would be read as its response."""
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
         if conn.protocol is None or conn.protocol.should_close:
-            raise _SpoiltConnectionError("an idle connection bore something that nobody asked for")
+            raise _SpoiltConnectionError("an idle connection received unexpected bytes")
         sock = cast("asyncio.Transport", conn.transport).get_extra_info("socket")
         reset_when_closed(sock)
-        conn.add_callback(partial(close_normally, sock))  # called when the answer has been read
+        conn.add_callback(partial(close_normally, sock))  # called after the response has been read
         return await super().send(conn)
 
 
 class _Response(aiohttp.ClientResponse):
-    """A response whose connection is reset when it is closed before the answer has been read."""
+    """A response that resets its connection if it is closed before it has been read."""
 
     def close(self) -> None:
-        """Drop what neither asyncio nor the kernel has sent yet: aiohttp would have it sent first."""
+        """Drop the bytes that asyncio and the kernel have not sent yet; aiohttp would send them first."""
         transport = None if self.connection is None else self.connection.transport
         super().close()
         if transport is not None:
@@ -76,10 +74,10 @@ class _Response(aiohttp.ClientResponse):
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """At most ``max_connections`` requests at a time over an ``aiohttp.ClientSession``; others wait in order.
+    """At most ``max_connections`` requests at a time over an ``aiohttp.ClientSession``; further requests wait in order.
 
-    For one event loop of asyncio. HTTP/1.1 only; proxies and cookies are not used. ``keepalive_expiry`` is in seconds.
-    A request's time to connect counts from its arrival: waiting for one of the connections is part of it.
+    For one event loop of asyncio. HTTP/1.1 only, without proxies and cookies. ``keepalive_expiry`` in seconds. A
+    request's connect timeout includes its wait for a free connection.
     """
 
     def __init__(self, max_connections: int, *, ssl_context: ssl.SSLContext, keepalive_expiry: float) -> None:
@@ -87,10 +85,9 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         self._ssl_context = ssl_context
         self._keepalive_expiry = keepalive_expiry
         self._session: aiohttp.ClientSession | None = None
-        self._targets: dict[str, URL] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send ``request``, and come back with the head of its response."""
+        """Send ``request`` and return the head of its response."""
         session = self._session or self._open()
         if request.url.scheme not in ("http", "https") or not request.url.host:
             raise httpx.UnsupportedProtocol(f"no http or https URL: {request.url}")
@@ -100,7 +97,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         try:
             response = await session.request(
                 request.method,
-                self._target(request.url),
+                URL(str(request.url), encoded=True).with_user(None),  # the credentials are in the Authorization header
                 data=_LeasedPayload(stream) if isinstance(stream, Body) else content,
                 headers=[(name.decode("ascii"), value.decode("ascii")) for name, value in request.headers.raw],
                 timeout=aiohttp.ClientTimeout(connect=timeout.get("connect"), sock_read=timeout.get("read")),
@@ -115,7 +112,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             task = asyncio.current_task()
             if task is None or task.cancelling() or not session.closed:
                 raise
-            # Closing cancels what the connector waits for, in tasks that nobody has cancelled.
+            # Closing the session cancels the connector's waits, although nobody cancelled this task.
             raise httpx.ReadError("closed while the request was under way") from error
         return httpx.Response(
             response.status,
@@ -137,14 +134,6 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         )
         return self._session
 
-    def _target(self, url: httpx.URL) -> URL:
-        text = str(url)
-        target = self._targets.get(text)
-        if target is None:
-            # Who it is from stands in the headers by now: httpx has seen to that.
-            target = self._targets[text] = URL(text, encoded=True).with_user(None)
-        return target
-
     async def aclose(self) -> None:
         """Close all connections."""
         if self._session is not None:
@@ -152,7 +141,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
 
 class _ResponseStream(httpx.AsyncByteStream):
-    """A response's bytes; closing it gives the connection back, or away if there are bytes left."""
+    """The bytes of a response; closing it releases the connection, or resets it if bytes are left."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -161,7 +150,7 @@ class _ResponseStream(httpx.AsyncByteStream):
         try:
             while chunk := await self._response.content.readany():
                 yield chunk
-                # A stream that always has something to read never waits, and would never meet its cancellation.
+                # A stream that always has bytes never waits, and could not be cancelled.
                 await anyio.lowlevel.checkpoint_if_cancelled()
         except aiohttp.ClientError as error:
             raise _as_httpx(error) from error
@@ -171,7 +160,7 @@ class _ResponseStream(httpx.AsyncByteStream):
 
 
 def _as_httpx(error: aiohttp.ClientError) -> httpx.RequestError:
-    """What aiohttp raised as an exception of httpx's, as far as the difference between sent and not sent goes."""
+    """Return httpx's exception for aiohttp's; both tell alike whether the request was sent."""
     text = str(error) or type(error).__name__
     match error:
         case aiohttp.ConnectionTimeoutError():

@@ -1,7 +1,7 @@
-"""A connection pool of flat cost: single-connection httpx transports, the last one used is the first one taken.
+"""A connection pool of single-connection httpx transports; the connection used last is reused first.
 
-httpx's own pool looks at every connection and every waiting request for each request that comes and goes.
-Here each connection stands for itself, so a request costs the same whether 10 or 1,000 are under way.
+httpx's own pool examines every connection and every waiting request at the beginning and end of each request. Here a
+request costs the same whether 10 or 1,000 are under way.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, cast
 
 import anyio
-import attrs
 import httpx
 
-from .environment import proxy_for, trusting_context
-from .socket_options import close_normally, reset_when_closed
-
-__all__ = ["KEEPALIVE_SECONDS", "PoolTransport"]
+from .connection import close_normally, proxy_for, reset_when_closed, trusting_context
 
 KEEPALIVE_SECONDS: Final = 5.0
-"""How long an idle connection is kept: less than servers and load balancers keep theirs, so that a request
-never meets a connection that is being closed at the other end."""
+"""How long an idle connection is kept: shorter than servers and load balancers keep theirs, so that no request is sent
+on a connection that the other end is closing."""
 
 
-@attrs.define(eq=False)
 class _Connection:
-    """A connection of its own, and its socket once that is connected."""
+    """One connection, and its socket once it is connected."""
 
-    transport: httpx.AsyncHTTPTransport
-    proxy: httpx.Proxy | None
-    idle_since: float = 0.0
-    _socket: Any = None
+    def __init__(
+        self, transport: httpx.AsyncHTTPTransport, proxy: httpx.Proxy | None, stack: deque[_Connection]
+    ) -> None:
+        self.idle_since = 0.0
+        self.stack = stack
+        self._transport = transport
+        self._proxy = proxy
+        self._socket: Any = None
 
     async def send(self, request: httpx.Request) -> httpx.Response:
-        """Send ``request``; until its answer has been read, the connection is reset when it is closed."""
+        """Send ``request``; closing the connection resets it until the response has been read."""
         extensions = request.extensions
         trace = extensions.get("trace")
 
@@ -50,31 +49,31 @@ class _Connection:
             reset_when_closed(self._socket)
         request.extensions = {**extensions, "trace": watch}
         try:
-            return await self.transport.handle_async_request(request)
+            return await self._transport.handle_async_request(request)
         except httpx.TransportError as error:
-            if self.proxy is not None:
-                error.add_note(f"by way of the proxy {self.proxy.url.netloc.decode()}")
+            if self._proxy is not None:
+                error.add_note(f"through the proxy {self._proxy.url.netloc.decode()}")
             raise
         finally:
             request.extensions = extensions
 
     def answered(self) -> None:
-        """The answer has been read: nothing is under way any more."""
+        """Close normally from now on: the response has been read."""
         if self._socket is not None:
             close_normally(self._socket)
 
     async def aclose(self) -> None:
-        """Close the connection, whatever is cancelled."""
+        """Close the connection, even if the caller is cancelled."""
         with anyio.CancelScope(shield=True):
-            await self.transport.aclose()
+            await self._transport.aclose()
 
 
 class PoolTransport(httpx.AsyncBaseTransport):
-    """At most ``max_connections`` requests at a time, each on a connection of its own; others wait in order.
+    """At most ``max_connections`` requests at a time, each on its own connection; further requests wait in order.
 
-    All connections share ``ssl_context``; making the default one reads the CA bundle (tens of milliseconds).
-    Proxies are taken from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …) as a connection needs one;
-    ``ConfigurationError`` for one that cannot be used. HTTP/1.1 only.
+    All connections share ``ssl_context``; making the default one reads the CA bundle (tens of milliseconds). Each new
+    connection reads its proxy from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …) and raises ``ConfigurationError``
+    if it is unusable. HTTP/1.1 only. ``keepalive_expiry`` in seconds.
     """
 
     def __init__(
@@ -92,23 +91,23 @@ class PoolTransport(httpx.AsyncBaseTransport):
         self._closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send ``request`` on the connection to its origin that was used last, or on a new one."""
+        """Send ``request`` on the idle connection to its origin that was used last, or on a new one."""
         await self._acquire(request)
         origin = (request.url.scheme, request.url.host, request.url.port)
         stack = self._idle.setdefault(origin, deque())
         try:
-            connection = stack.pop() if stack else self._connect(request.url)
+            connection = stack.pop() if stack else self._connect(request.url, stack)
         except BaseException:
             self._slots.release()
             raise
         try:
             response = await connection.send(request)
         except BaseException:
-            # Nobody knows what is left on a connection that failed or was abandoned: it is not used again.
+            # Bytes may be left on a connection that failed or was given up: do not reuse it.
             await self.discard(connection)
             raise
         stream = cast("httpx.AsyncByteStream", response.stream)  # what AsyncHTTPTransport always gives
-        response.stream = _Released(stream, self, stack, connection)
+        response.stream = _ResponseStream(stream, self, connection)
         return response
 
     async def _acquire(self, request: httpx.Request) -> None:
@@ -118,45 +117,44 @@ class PoolTransport(httpx.AsyncBaseTransport):
             return
         raise httpx.PoolTimeout(f"no free connection within {seconds} s", request=request)
 
-    def _connect(self, url: httpx.URL) -> _Connection:
+    def _connect(self, url: httpx.URL, stack: deque[_Connection]) -> _Connection:
         proxy = proxy_for(url)
         transport = httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=self._limits, proxy=proxy)
-        return _Connection(transport, proxy)
+        return _Connection(transport, proxy, stack)
 
-    async def release(self, stack: deque[_Connection], connection: _Connection) -> None:
-        """Take a connection back for the next request to its origin."""
+    async def release(self, connection: _Connection) -> None:
+        """Keep a connection for the next request to its origin."""
         if self._closed:
             await self.discard(connection)
             return
         connection.idle_since = now = anyio.current_time()
-        stack.append(connection)
+        connection.stack.append(connection)
         self._slots.release()
         for each in tuple(self._idle.values()):
-            # At the bottom lie those that are used least. Others may take from the stack during each wait.
+            # The bottom of the stack is used least. Other requests may take from the stack during each wait.
             while each and now - each[0].idle_since > self._keepalive_expiry:
                 await each.popleft().aclose()
 
     async def discard(self, connection: _Connection) -> None:
-        """Close a connection for good, and give its place free."""
+        """Close a connection and free its slot."""
         self._slots.release()
         await connection.aclose()
 
     async def aclose(self) -> None:
-        """Close every idle connection; those in use close with their response."""
+        """Close every idle connection; a connection in use closes with its response."""
         self._closed = True
         for stack in self._idle.values():
             while stack:
                 await stack.pop().aclose()
 
 
-@attrs.define(eq=False)
-class _Released(httpx.AsyncByteStream):
-    """A response's bytes; closing them gives the connection back."""
+class _ResponseStream(httpx.AsyncByteStream):
+    """The bytes of a response; closing it releases the connection."""
 
-    _stream: httpx.AsyncByteStream
-    _pool: PoolTransport
-    _stack: deque[_Connection]
-    _connection: _Connection
+    def __init__(self, stream: httpx.AsyncByteStream, pool: PoolTransport, connection: _Connection) -> None:
+        self._stream = stream
+        self._pool = pool
+        self._connection = connection
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for chunk in self._stream:
@@ -169,4 +167,4 @@ class _Released(httpx.AsyncByteStream):
         except BaseException:
             await self._pool.discard(self._connection)
             raise
-        await self._pool.release(self._stack, self._connection)
+        await self._pool.release(self._connection)

@@ -1,10 +1,13 @@
-"""One HTTP exchange over the shared client; foreign exceptions become *lost*, with or without *may have arrived*."""
+"""One HTTP exchange over the shared client; a ``NoResponse`` tells whether the request may have been sent."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import ssl
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Final, cast
 
 import anyio
@@ -15,11 +18,8 @@ from lianlian_async.errors import ConfigurationError
 from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
-from .default_client import HttpBackend, own_client
-from .reasons import describe
-from .tracked_request import Body, LeaseEndedError, WatchedRequest
-
-__all__ = ["AsyncBaseTransport", "AsyncClient", "Transport", "asgi_transport"]
+from .own_transport import HttpBackend, own_transport
+from .tracked_request import Body, LeaseEndedError, TrackedRequest
 
 AsyncClient = httpx.AsyncClient
 AsyncBaseTransport = httpx.AsyncBaseTransport
@@ -27,15 +27,11 @@ AsyncBaseTransport = httpx.AsyncBaseTransport
 logger = logging.getLogger("lianlian_async")
 
 _JSON: Final = "application/json;charset=utf-8"
-_HEADERS: Final = {
-    "Accept": "application/json",
-    "Accept-Encoding": "identity",
-    "User-Agent": "lianlian-async",
-}
+_HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "lianlian-async"}
 
-# Raised before the first byte of a request is written. All else may have arrived: also LocalProtocolError,
-# which an HTTP/2 client raises for a stream that the server closed after it had the request, and InvalidURL,
-# which httpx raises for the address of a redirect.
+# Raised before the first byte of a request is written. After any other exception the request may have arrived: also
+# after LocalProtocolError, which an HTTP/2 client raises for a stream that the server closed after the request, and
+# InvalidURL, which httpx raises for the address of a redirect.
 _NEVER_SENT: Final = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
@@ -47,22 +43,24 @@ _NEVER_SENT: Final = (
 )
 
 
-@lru_cache(maxsize=512)  # two addresses, and bodies of about the same length
+@lru_cache(maxsize=512)  # 8 % of the CPU time of a refund; there are two URLs and few lengths
 def _head(url: str, content_type: str, length: int) -> tuple[httpx.URL, httpx.Headers]:
-    """Where a request of ours goes, and all of its headers."""
+    """Return the URL and the headers of our own client's request."""
     parsed = httpx.URL(url)
     headers = [(b"Host", parsed.netloc), (b"Content-Type", content_type.encode()), (b"Content-Length", b"%d" % length)]
+    if parsed.userinfo:
+        credentials = f"{parsed.username}:{parsed.password}".encode()
+        headers.append((b"Authorization", b"Basic " + b64encode(credentials)))
     return parsed, httpx.Headers([*headers, *((name.encode(), text.encode()) for name, text in _HEADERS.items())])
 
 
-class Transport:
-    """The shared ``httpx.AsyncClient``, closed with the session unless it was given from outside."""
+class HttpSender:
+    """Sends requests over the caller's client, or over a transport that is closed with it."""
 
-    def __init__(self, client: httpx.AsyncClient, *, owned: bool, lent: bool, content_type: str) -> None:
-        self._client = client
-        self._owned = owned
-        self._lent = lent
+    def __init__(self, over: httpx.AsyncClient | httpx.AsyncBaseTransport, content_type: str) -> None:
+        self._over = over
         self._content_type = content_type
+        self._is_closed = False
 
     @classmethod
     async def open(
@@ -74,72 +72,77 @@ class Transport:
         *,
         backend: HttpBackend | None = None,
         urls: Sequence[str] = (),
-    ) -> Transport:
-        """Over ``client`` if given, else over a client of our own, on ``transport`` if given.
+    ) -> HttpSender:
+        """Use ``client`` or ``transport`` if given, else our own transport.
 
-        The proxies that lead to ``urls`` are checked at once; others when a request needs them.
+        The proxies to ``urls`` are checked at once, other proxies at the first request.
         """
-        owned, lent = client is None, transport is not None
-        if client is None:
-            client = await own_client(transport, max_connections, backend, urls)
-        return cls(client, owned=owned, lent=lent, content_type=content_type)
+        return cls(client or transport or await own_transport(max_connections, backend, urls), content_type)
 
     async def post(
         self, url: str, body: bytes, seconds: float, lease_holds: Callable[[], bool] = lambda: True
     ) -> Delivery:
-        """POST ``body``, with at most half of ``seconds`` to connect.
+        """POST ``body``, with at most half of ``seconds`` to connect. Follow no redirect.
 
-        ``lease_holds`` is asked before anything is done, and again right before bytes leave, as far as the client
-        lets us: on our own stacks, and on every client that is built on httpcore.
-        Bound the whole call from outside: no time limit between two bytes ends an answer that trickles.
-        Reads little more than 1 MiB of the answer, as it came; follows no redirect.
+        ``lease_holds`` is called first, and again right before bytes leave if the client is ours or built on httpcore.
+        The caller bounds the whole call: no time limit between two bytes ends a response that trickles. Reads little
+        more than 1 MiB of the response, without decompressing it.
         """
-        if self._client.is_closed:
-            return NoResponse("the httpx client is closed", may_have_arrived=False)
+        if self._is_closed or (isinstance(self._over, httpx.AsyncClient) and self._over.is_closed):
+            return NoResponse("the HTTP client is closed", may_have_arrived=False)
         try:
             content = Body(body, lease_holds)
             content.check_lease()
             request = self._request(url, content, seconds)
-        except Exception as error:  # noqa: BLE001 - a given client may raise anything, but it has sent nothing yet
-            return NoResponse(describe(error, url, seconds / 2), may_have_arrived=False, cause=error)
+        except Exception as error:  # noqa: BLE001 - a caller's client may raise anything; nothing was sent yet
+            return NoResponse(_describe(error, url, seconds / 2), may_have_arrived=False, cause=error)
         answered = False
         try:
-            response = await self._client.send(request, stream=True, follow_redirects=False)
+            response = await self._send(request)
             answered = True
             try:
-                raw = response.headers.raw
-                headers = {name.lower().decode("latin-1"): text.decode("latin-1") for name, text in raw}
-                received = await _read(response, headers)
+                headers = {
+                    name.lower().decode("latin-1"): text.decode("latin-1") for name, text in response.headers.raw
+                }
+                received = await _read(response)
             finally:
                 await response.aclose()
-        except BaseException as error:  # a client or transport may raise anything, and none of it may pass
+        except BaseException as error:  # a client or transport may raise anything
             if not is_failure(error):
                 raise
             sent = answered or not isinstance(error, _NEVER_SENT) or request.may_have_been_sent(error)
-            return NoResponse(describe(error, url, seconds / 2), may_have_arrived=sent, cause=error)
+            return NoResponse(_describe(error, url, seconds / 2), may_have_arrived=sent, cause=error)
         return HttpResponse(response.status_code, headers, received)
 
-    def _request(self, url: str, body: Body, seconds: float) -> WatchedRequest:
-        if not self._owned:  # its own headers, cookies and base URL count, too
+    def _request(self, url: str, body: Body, seconds: float) -> TrackedRequest:
+        if isinstance(self._over, httpx.AsyncClient):  # it may add headers, cookies and a base URL
             headers = {"Content-Type": self._content_type, **_HEADERS}
             timeout = httpx.Timeout(seconds, connect=seconds / 2)
-            made = self._client.build_request("POST", url, content=body.content, headers=headers, timeout=timeout)
-            return WatchedRequest(made.url, made.headers, body, **made.extensions)
-        # Our own client has nothing to add, and looking for it costs more than all the rest of a request.
+            made = self._over.build_request("POST", url, content=body.content, headers=headers, timeout=timeout)
+            return TrackedRequest(made.url, made.headers, body, **made.extensions)
         target, head = _head(url, self._content_type, len(body.content))
-        return WatchedRequest(target, head, body, timeout={"connect": seconds / 2, "pool": seconds})
+        return TrackedRequest(target, head, body, timeout={"connect": seconds / 2, "pool": seconds})
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        if isinstance(self._over, httpx.AsyncClient):
+            return await self._over.send(request, stream=True, follow_redirects=False)
+        return await self._over.handle_async_request(request)
 
     async def warm_up(self, url: str, connections: int, seconds: float) -> None:
-        """Open that many connections to the server of ``url``, each by a HEAD request, within ``seconds``.
+        """Open ``connections`` to the server of ``url`` with HEAD requests, within ``seconds``.
 
-        What the server answers does not matter, and neither does a failure: who sends next will meet it again.
+        Responses are ignored; failures are only logged, since the next request will report them.
         """
 
         async def open_one() -> None:
+            timeout = httpx.Timeout(seconds).as_dict()
             try:
-                await self._client.head(url, headers=_HEADERS, follow_redirects=False, timeout=seconds)
+                response = await self._send(
+                    httpx.Request("HEAD", url, headers=_HEADERS, extensions={"timeout": timeout})
+                )
+                await response.aread()  # else the connection would not be kept
             except Exception as error:  # noqa: BLE001 - as in post
-                logger.info("no connection opened in advance: %s", describe(error, url, seconds))
+                logger.info("no connection opened in advance: %s", _describe(error, url, seconds))
 
         with anyio.move_on_after(seconds):
             async with anyio.create_task_group() as tasks:
@@ -147,38 +150,66 @@ class Transport:
                     tasks.start_soon(open_one)
 
     async def aclose(self) -> None:
-        """Close the client, if it is ours."""
-        if self._owned:
-            await self._client.aclose()
-
-    async def discard(self) -> None:
-        """Close only what :meth:`open` made: after an opening that failed, a given transport stays open."""
-        if not self._lent:
-            await self.aclose()
+        """Send nothing more, and close the transport; a caller's client stays open."""
+        self._is_closed = True
+        if isinstance(self._over, httpx.AsyncBaseTransport):
+            await self._over.aclose()
 
 
-async def _read(response: httpx.Response, headers: Mapping[str, str]) -> bytes:
-    if response.is_stream_consumed:  # by a hook of the given client, or by a transport that has it all at once
+async def _read(response: httpx.Response) -> bytes:
+    if response.is_stream_consumed:  # by a hook of the caller's client, or by a mocked transport
         return response.content
-    stream = cast("httpx.AsyncByteStream", response.stream)  # as it came, unpacked by nobody
-    if _is_short(headers):
-        return b"".join([chunk async for chunk in stream])
     received = bytearray()
     with anyio.CancelScope() as enough:
-        async for chunk in stream:
+        async for chunk in cast("httpx.AsyncByteStream", response.stream):
             received += chunk
             if len(received) > MAX_MESSAGE_BYTES:
-                enough.cancel()  # not break: trio wants every generator inside to be run to its end
+                enough.cancel()  # not break: on trio every inner generator must run to its end
     return bytes(received)
 
 
-def _is_short(headers: Mapping[str, str]) -> bool:
-    """Whether the headers bind the body to the size of a message: most do, and need no watching."""
-    length = headers.get("content-length", "")
-    bound = length.isdecimal() and len(length) < 9 and int(length) <= MAX_MESSAGE_BYTES
-    return bound and "transfer-encoding" not in headers  # which goes before
-
-
 def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
-    """A transport that calls an ASGI application in this process, such as the sandbox gateway."""
+    """Return a transport that calls an ASGI application in this process, such as the sandbox gateway."""
     return httpx.ASGITransport(app=app)
+
+
+# ── describing a failure ─────────────────────────────────────────────────────────────────────────
+
+
+def _describe(error: BaseException, url: str, connect_seconds: float) -> str:
+    """Return the type of ``error``, what happened with which host, and the notes of the error, such as a proxy."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{type(error).__name__}: {_cause(error, url, connect_seconds)}".rstrip(": ") + notes
+
+
+def _cause(error: BaseException, url: str, connect_seconds: float) -> str:
+    chain = list(islice(_chain(error), 20))
+    host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # without a password
+    if isinstance(error, httpx.ConnectTimeout):
+        return f"no connection to {host} within {connect_seconds:g} s"
+    # Not aiohttp's subclasses: they lack the attributes of the original.
+    tls = next((each for each in chain if isinstance(each, ssl.SSLError) and type(each).__module__ == "ssl"), None)
+    if isinstance(tls, ssl.SSLCertVerificationError):
+        why = getattr(tls, "verify_message", tls)
+        return f"TLS: the certificate of {host} is not trusted: {why} (CERTIFICATE_VERIFY_FAILED)"
+    if "_ALERT_" in str(tls):
+        return f"TLS: {host} refused the handshake ({tls}); it may require a client certificate"
+    if (
+        url.startswith("https:")
+        and isinstance(error, httpx.ConnectError)
+        and (isinstance(tls, ssl.SSLEOFError) or any(isinstance(each, ConnectionResetError) for each in chain))
+    ):
+        return f"the TLS handshake with {host} failed: the connection was closed or reset"
+    if tls is not None:
+        return f"the TLS handshake with {host} failed: {tls}"
+    if not isinstance(error, httpx.TransportError):
+        return next((str(each) for each in chain if str(each)), "")
+    # Errors further down tell internals of httpcore, anyio and trio, such as "pop from an empty deque".
+    told = next((str(each) for each in chain if isinstance(each, (httpx.TransportError, OSError)) and str(each)), "")
+    return told or f"the connection to {host} broke"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""A request of which one knows afterwards whether it may have been sent, whatever was raised."""
+"""A request that knows whether it may have been sent, whatever exception was raised."""
 
 from __future__ import annotations
 
@@ -7,34 +7,32 @@ from typing import Any
 
 import httpx
 
-__all__ = ["Body", "LeaseEndedError", "WatchedRequest"]
-
 
 class LeaseEndedError(Exception):
     """The lease ended before the request was sent; nothing was sent."""
 
 
 class Body(httpx.ByteStream):
-    """A request's body that knows whether anybody has begun to send it, and that is sent only while its lease holds.
+    """A request's body: it counts its sends, and is sent only while the lease holds.
 
-    A given client may have layers of its own, such as a transport that retries or a hook that calls another
-    server: what they raise after a first send looks as if nothing had been sent.
+    A caller's client may have its own layers, such as a transport that retries or a hook that calls another server:
+    after a first send, their exceptions look as if nothing had been sent.
     """
 
     def __init__(self, content: bytes, lease_holds: Callable[[], bool]) -> None:
         super().__init__(content)
         self.content = content
-        self.lease_holds = lease_holds
         self.sends = 0
-        """How often somebody took it to send it, and may have."""
+        """How often the body was read in order to send it."""
+        self._lease_holds = lease_holds
 
     def check_lease(self) -> None:
-        """Raise ``LeaseEndedError`` if another worker may hold the refund by now."""
-        if not self.lease_holds():
+        """Raise ``LeaseEndedError`` if another worker may hold the refund now."""
+        if not self._lease_holds():
             raise LeaseEndedError("the lease ended before the request was sent: another worker may hold this refund")
 
     async def trace(self, event: str, _info: Mapping[str, Any]) -> None:
-        """Check the lease before httpcore writes the head; it takes the body after that."""
+        """Check the lease before httpcore writes the head; httpcore reads the body afterwards."""
         if event.endswith(".send_request_headers.started"):
             self.check_lease()
 
@@ -47,12 +45,12 @@ class Body(httpx.ByteStream):
         return _AsyncIterator(iter(self))
 
     def was_not_sent(self) -> None:
-        """Who took it last has written no byte of it."""
+        """Take back the last send: no byte was written."""
         self.sends -= 1
 
 
 class _AsyncIterator(AsyncIterator[bytes]):
-    """Not a generator: one that is cancelled while it sends would be left to trio's garbage collector."""
+    """Not a generator: trio's garbage collector would have to finish one that is cancelled during a send."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -63,38 +61,37 @@ class _AsyncIterator(AsyncIterator[bytes]):
         raise StopAsyncIteration
 
 
-class WatchedRequest(httpx.Request):
-    """A POST request that is sent by iterating over its :class:`Body`; whoever takes its content is noticed, too.
+class TrackedRequest(httpx.Request):
+    """A POST request that notices when its :class:`Body` or its whole content is read.
 
-    Adapters of other HTTP clients take it as a whole, and so do layers that copy it or only look.
+    Adapters of other HTTP clients, and layers that copy or inspect a request, read the content as a whole.
     """
 
     def __init__(self, url: httpx.URL, headers: httpx.Headers, body: Body, **extensions: Any) -> None:
         super().__init__("POST", url, headers=headers, stream=body, extensions={**extensions, "trace": body.trace})
         self._body = body
-        self._taken = False
+        self._content_was_read = False
 
     @property
     def content(self) -> bytes:
-        """What a request's content always is; reading it is remembered."""
-        self._taken = True
+        """The body as bytes."""
+        self._content_was_read = True
         return self._body.content
 
     def read(self) -> bytes:
-        """The same."""
+        """Return the body as bytes."""
         return self.content
 
     async def aread(self) -> bytes:
-        """The same."""
+        """Return the body as bytes."""
         return self.content
 
-    def may_have_been_sent(self, error: Exception) -> bool:
-        """Whether it may have been, though ``error`` is of a kind that is raised before the first byte is written.
+    def may_have_been_sent(self, error: BaseException) -> bool:
+        """Return whether the request may have been sent, although ``error`` is of a kind that precedes the first byte.
 
-        Where a layer has taken the content, such an error is believed only if no other stands behind it: the layer may
-        have sent a copy before, or be wrong about its own client's errors, as httpx-aiohttp is, which calls a
-        connection that broke after the request one that was never made. Bare ones are raised by who only looks, such
-        as a mocked transport's handler.
+        If a layer read the content, such an error is believed only without a cause or context. With one, the layer may
+        have sent a copy before, or misreport its client's error, as httpx-aiohttp does for a connection that broke
+        after the request. A layer that only inspects, such as the handler of a mocked transport, raises without one.
         """
         chained = error.__cause__ is not None or error.__context__ is not None
-        return self._body.sends > 0 or (self._taken and chained)
+        return self._body.sends > 0 or (self._content_was_read and chained)

@@ -1,51 +1,64 @@
-"""What the environment says about our own connections: whom TLS trusts, and which proxy leads to a URL."""
+"""What our own connections need: TLS settings, the proxy to a URL, and socket options for given-up requests."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import socket
 import ssl
+import struct
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.request import getproxies, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import httpx
 
 from lianlian_async.errors import ConfigurationError
-
-__all__ = ["has_proxies", "proxy_for", "trusting_context"]
+from lianlian_async.retry import LONGEST_ATTEMPT
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
+_LINGER: Final = struct.Struct("hh" if os.name == "nt" else "ii")
+_CLOSE_NORMALLY: Final = (socket.SOL_SOCKET, socket.SO_LINGER, _LINGER.pack(0, 0))
+_RESET_WHEN_CLOSED: Final = (
+    (socket.SOL_SOCKET, socket.SO_LINGER, _LINGER.pack(1, 0)),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), int(1000 * LONGEST_ATTEMPT))
+        for name in ("TCP_USER_TIMEOUT",)  # milliseconds that sent bytes may stay unacknowledged
+        if hasattr(socket, name)  # Linux only
+    ),
+)
 
 
 def trusting_context() -> ssl.SSLContext:
     """Return a TLS context that trusts ``SSL_CERT_FILE``, ``SSL_CERT_DIR`` or certifi's CAs; reads files.
 
-    Raises ``ConfigurationError`` where these cannot be read.
+    Raises ``ConfigurationError`` if they cannot be read.
     """
     name = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), "")
     path = os.environ.get(name, "")
     try:
         if name == "SSL_CERT_DIR" and not any(Path(part).is_dir() for part in path.split(os.pathsep)):
-            raise NotADirectoryError("no such directory")  # OpenSSL would only trust nobody
+            raise NotADirectoryError("no such directory")  # OpenSSL would silently trust no CA
         return httpx.create_ssl_context()
     except OSError as error:  # ssl.SSLError is one
         source = f"{name}={path}" if name else "certifi's CA bundle"
         cure = f"let {name} name CA certificates in PEM, or unset it" if name else "reinstall the package certifi"
         reason = error.strerror or str(error)
-        raise ConfigurationError(f"{source}: no CA certificates can be read there ({reason}): {cure}") from error
+        raise ConfigurationError(f"{source}: cannot read CA certificates ({reason}): {cure}") from error
 
 
 def has_proxies() -> bool:
-    """Whether the environment names a proxy for any URL."""
+    """Return whether the environment names a proxy for any URL."""
     return any(getproxies().get(scheme) for scheme in ("http", "https", "all"))
 
 
 def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
-    """Return the proxy that leads to ``url``; None: it is reached directly.
+    """Return the proxy to ``url``; None: connect directly.
 
-    Reads ``HTTP_PROXY``, ``HTTPS_PROXY`` and ``ALL_PROXY`` as httpx does; ``NO_PROXY`` names hosts, domains,
-    ``host:port``, addresses and networks. Raises ``ConfigurationError`` if this proxy cannot be used.
+    Reads ``HTTP_PROXY``, ``HTTPS_PROXY`` and ``ALL_PROXY`` as httpx does; ``NO_PROXY`` may name hosts, domains,
+    ``host:port``, addresses and networks. Raises ``ConfigurationError`` if the proxy is unusable.
     """
     environment = getproxies()
     scheme = url.scheme if environment.get(url.scheme) else "all"
@@ -54,12 +67,12 @@ def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
         return None
     try:
         proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
-        httpx.AsyncHTTPTransport(verify=False, proxy=proxy)  # only to see whether it can be made
+        httpx.AsyncHTTPTransport(verify=False, proxy=proxy)  # raises if the proxy is unusable
     except (ImportError, ValueError, httpx.InvalidURL):
-        # The text of a proxy's URL may hold a password: it is not shown.
+        # The URL of a proxy may hold a password: do not show it.
         raise ConfigurationError(
             f"{scheme.upper()}_PROXY: must be the URL of an http, https or (with httpx[socks]) socks5 proxy; "
-            f"or name {url.host} in NO_PROXY to reach it directly"
+            f"or name {url.host} in NO_PROXY to connect directly"
         ) from None
     return proxy
 
@@ -75,3 +88,19 @@ def _is_in_network(host: str, network: str) -> bool:
         return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
     except ValueError:  # a name
         return False
+
+
+def reset_when_closed(sock: Any) -> None:
+    """Let every close of ``sock``, also the end of the process, reset the connection and drop all unsent bytes.
+
+    ``sock`` is a socket as asyncio, uvloop or trio show it; a closed one is ignored.
+    """
+    with contextlib.suppress(OSError):
+        for option in _RESET_WHEN_CLOSED:
+            sock.setsockopt(*option)
+
+
+def close_normally(sock: Any) -> None:
+    """Undo :func:`reset_when_closed` after the response."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(*_CLOSE_NORMALLY)

@@ -1,0 +1,85 @@
+"""The session's own HTTP transport: httpx, or aiohttp on request (extra ``fast``)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Final, Literal, TypeAlias
+
+import anyio.to_thread
+import httpx
+from httpx import AsyncBaseTransport, AsyncClient
+
+from lianlian_async.background import asyncio_loop
+from lianlian_async.errors import ConfigurationError
+
+from .connection import has_proxies, proxy_for, trusting_context
+from .pool import KEEPALIVE_SECONDS, PoolTransport
+
+HttpBackend: TypeAlias = Literal["httpx", "aiohttp"]
+
+_OLDEST_AIOHTTP: Final = (3, 14)  # the first that limits the size of a response's headers
+
+
+def http_backend(wanted: str | None = None) -> HttpBackend:
+    """Return the HTTP backend: ``wanted``, or else ``LIANLIAN_HTTP_BACKEND``, or else ``httpx``.
+
+    An installed aiohttp changes nothing: mocks and tracing of httpx would not see the requests. ``aiohttp`` (extra
+    ``fast``) takes a fraction of the CPU time; on trio, and behind a proxy, httpx replaces it.
+    """
+    name = "LIANLIAN_HTTP_BACKEND" if wanted is None else "http_backend"
+    match os.environ.get(name) or "httpx" if wanted is None else wanted:
+        case "httpx":
+            return "httpx"
+        case "aiohttp" if _has_aiohttp():
+            return "aiohttp"
+        case "aiohttp":
+            raise ConfigurationError(f"{name}: aiohttp needs pip install 'lianlian-async[fast]'")
+        case other:
+            raise ConfigurationError(f"{name}: must be httpx or aiohttp, is {other!r}")
+
+
+def check_http(client: object, transport: object, backend: str | None) -> None:
+    """Raise ``ConfigurationError`` unless at most one argument is given, of the right type."""
+    if [client, transport, backend].count(None) < 2:
+        raise ConfigurationError("client, transport and http_backend: give only one of them")
+    for name, given, kind in (
+        ("client", client, AsyncClient),
+        ("transport", transport, AsyncBaseTransport),
+    ):
+        if given is not None and not isinstance(given, kind):
+            what = given if isinstance(given, type) else type(given)
+            raise ConfigurationError(
+                f"{name}: must be an httpx.{kind.__name__} object, is {what.__module__}.{what.__qualname__}"
+            )
+    http_backend(backend)
+
+
+def _has_aiohttp() -> bool:
+    import importlib.metadata  # takes milliseconds, and few programs need it
+
+    try:
+        installed = importlib.metadata.version("aiohttp")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, re.findall("[0-9]+", installed)[:2])) >= _OLDEST_AIOHTTP
+
+
+async def own_transport(max_connections: int, backend: HttpBackend | None, urls: Sequence[str]) -> AsyncBaseTransport:
+    """Return our own transport to ``urls``; made in a thread, since it reads CA files.
+
+    Raises ``ConfigurationError`` if the environment makes it impossible.
+    """
+    on_asyncio = asyncio_loop() is not None
+
+    def make() -> AsyncBaseTransport:
+        chosen = http_backend(backend)
+        proxies = [proxy_for(httpx.URL(url)) for url in urls]
+        if chosen == "httpx" or not on_asyncio or (any(proxies) if urls else has_proxies()):
+            return PoolTransport(max_connections)
+        from .aiohttp import AiohttpTransport  # needs the extra
+
+        return AiohttpTransport(max_connections, ssl_context=trusting_context(), keepalive_expiry=KEEPALIVE_SECONDS)
+
+    return await anyio.to_thread.run_sync(make)
