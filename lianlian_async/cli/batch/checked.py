@@ -32,7 +32,7 @@ CREATE TABLE alike (content TEXT PRIMARY KEY, line INTEGER, times INTEGER);
 BEGIN;
 """
 _COUNT_ALIKE: Final = "INSERT INTO alike VALUES (?, ?, 1) ON CONFLICT (content) DO UPDATE SET times = times + 1"
-_READ_PAGE: Final = "SELECT line, fields FROM refunds WHERE line > ? AND is_clear ORDER BY line LIMIT ?"
+_READ_PAGE: Final = "SELECT line, no_refund, fields FROM refunds WHERE line > ? AND is_clear ORDER BY line LIMIT ?"
 
 
 @attrs.define
@@ -153,15 +153,15 @@ class Checked:
     async def requests(self) -> AsyncGenerator[RefundRequest]:
         """Yield the refunds; reads from disk in a thread."""
         async for page in self.pages():
-            for request in page:
-                yield request
+            for _, _, fields in page:
+                yield RefundRequest.from_record(json.loads(fields))
 
-    async def pages(self) -> AsyncGenerator[list[RefundRequest]]:
-        """Yield the refunds in lists of up to 500; reads from disk in a thread."""
+    async def pages(self) -> AsyncGenerator[list[tuple[int, str, str]]]:
+        """Yield line, ``no_refund`` and fields (JSON) of up to 500 refunds each; reads from disk in a thread."""
         line = 0
         while rows := await anyio.to_thread.run_sync(lambda after: self._do(_READ_PAGE, after, _PAGE).fetchall(), line):
             line = rows[-1][0]
-            yield [RefundRequest.from_record(json.loads(fields)) for _, fields in rows]
+            yield rows
 
     def _do(self, statement: str, *parameters: object) -> sqlite3.Cursor:
         try:
@@ -208,7 +208,7 @@ async def look_up(checked: Checked, place: str) -> Known:
         async with make_reader(place) as journal:
             known.journal_id = journal.id
             async for page in checked.pages():
-                for entry in await _find_all(journal, [request.no_refund for request in page]):
+                for entry in await _find_all(journal, [number for _, number, _ in page]):
                     known.resolved += entry.ending is not None
                     known.open += entry.ending is None and entry.sent_at is not None
     return known

@@ -102,7 +102,7 @@ def _find_journal(output: Output, file: str, merchant: Merchant, options: Mappin
         output.note(error.message)
         return None
     older = Path(f"{file}.journal")
-    if older.is_file() and older.resolve() != Path(place).resolve():
+    if file != "-" and older.is_file() and older.resolve() != Path(place).resolve():
         raise click.UsageError(
             f"{older} may know refunds of this file: continue with --journal {older}, or move it away if every "
             "refund in it is resolved"
