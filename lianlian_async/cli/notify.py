@@ -49,9 +49,9 @@ def notify() -> None:
 @json_option
 @pass_output
 def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None, **fields: str | None) -> None:
-    """POST one signed notification to URL as LianLian does, and show whether the service acknowledged it.
+    """POST one signed notification to URL.
 
-    The service must trust the public key of --gateway-key, and be configured for the merchant of the environment.
+    The output shows whether the service acknowledged it. The service must trust the public key of --gateway-key, and be configured for the merchant of the environment.
     """
     key = SigningKey.load(gateway_key, name="--gateway-key")
     message = {name: text for name, text in fields.items() if text is not None}
@@ -81,9 +81,9 @@ async def _post(url: str, body: bytes) -> HttpResponse | None:
 @json_option
 @pass_output
 def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
-    """Read a notification as the endpoint of a service does, and show its refund.
+    """Read a notification, and show its refund.
 
-    FILE is the body as it was received (- is stdin).
+    FILE is the body as it was received (- is stdin). It is read as the endpoint of a service reads it.
     """
     merchant = load_merchant(config)
     keys = merchant.load_keys()

@@ -25,7 +25,16 @@ from .stores import DSN, JOURNAL, check_journal, make_journal, make_reader
 
 @click.command
 @click.argument("statements", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--journal", "place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], required=True, callback=check_journal)
+@click.option(
+    "--journal",
+    "place",
+    metavar="PATH|DSN",
+    envvar=[DSN, JOURNAL],
+    show_envvar=True,
+    required=True,
+    callback=check_journal,
+    help="Journal to compare with.",
+)
 @click.option("--apply", "is_applied", is_flag=True, help="Record what the journal does not know to be made.")
 @config_option
 @json_option
