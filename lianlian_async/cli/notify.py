@@ -51,7 +51,8 @@ def notify() -> None:
 def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None, **fields: str | None) -> None:
     """POST one signed notification to URL.
 
-    The output shows whether the service acknowledged it. The service must trust the public key of --gateway-key, and be configured for the merchant of the environment.
+    The output shows whether the service acknowledged it. The service must trust the public key of --gateway-key, and be
+    configured for the merchant of the environment.
     """
     key = SigningKey.load(gateway_key, name="--gateway-key")
     message = {name: text for name, text in fields.items() if text is not None}
