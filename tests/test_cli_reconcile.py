@@ -12,10 +12,11 @@ import pytest
 from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, RefundSession
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal import SqliteJournal, State
+from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.models import Refund
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import SigningKey
-from tests.support.batches import refund
+from tests.support.batches import PASSWORD, refund, url_of
 from tests.support.command import run, until
 
 NOTHING = {
@@ -133,6 +134,25 @@ def test_what_does_not_agree_is_listed_and_tells_by_the_exit_code(env, journal, 
     }
     assert f"{file.name}, line 1: column 2 (oid_partner): 'x201103171000000000' is not" in machine.stderr
     assert {"unknown proved: R-1", "not in journal: R-2", "twice in statement: R-3"} <= set(people.stdout.splitlines())
+
+
+def test_a_journal_may_be_a_database(database, env, gateway, file):
+    """It is owned by the merchant of its sessions, too; the DSN comes from the environment."""
+    private = env | {"LIANLIAN_DSN": url_of(database), "PGPASSWORD": PASSWORD}
+    foreign = file.with_name("JYMX_M2_20261122.txt")
+    foreign.write_text("")
+
+    async def apply():
+        async with (
+            PostgresJournal(database) as opened,
+            RefundSession(Merchant.from_env(env), journal=opened) as session,
+        ):
+            await session.apply_refund(RefundRequest.from_dict(refund(0)))
+
+    anyio.run(apply)
+    ended = run("reconcile", file, "--json", env=private)
+    assert ended.json == NOTHING | {"agrees": 1, "not_in_journal": ["R-1"]}
+    assert run("reconcile", foreign, env=private).exit_code == 2
 
 
 def test_what_is_no_statement_is_refused(env, journal, gateway, file):
