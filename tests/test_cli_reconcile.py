@@ -157,7 +157,7 @@ def test_a_journal_may_be_a_database(database, env, gateway, file):
 
 def test_what_is_no_statement_is_refused(env, journal, gateway, file):
     send(env, journal, gateway, 0)
-    lonely = file.with_name(f"JYMXSUM_{gateway.oid_partner}_20261102.txt")
+    lonely = file.with_name(file.name.replace("JYMX", "JYMXSUM"))
     lonely.write_text("0|0||0||0|")
     binary = file.with_name(f"JYMX_{gateway.oid_partner}_20261101.txt")
     binary.write_bytes(b"\xff\xfe\xff")
@@ -165,6 +165,7 @@ def test_what_is_no_statement_is_refused(env, journal, gateway, file):
         ended = run("reconcile", path, "--journal", journal)
         assert ended.exit_code == 2
         assert reason in ended.stderr.replace("\n", " ")
+    lonely.unlink()
     foreign = file.rename(file.with_name("JYMX_M2_20261122.txt"))
     ended = run("reconcile", foreign, "--journal", journal)
     assert ended.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from .stores import DSN, JOURNAL, check_journal, make_journal, make_reader
 @config_option
 @json_option
 @pass_output
-def reconcile(output: Output, /, statements: list[Path], place: str, is_applied: bool, config: Path | None) -> None:
+def reconcile(output: Output, /, statements: Sequence[Path], place: str, is_applied: bool, config: Path | None) -> None:
     """Compare LianLian's statements with a journal.
 
     A statement is a file JYMX_<oid_partner>_<date>.txt; a JYMXSUM file beside it is its check sum. --apply asks the
@@ -49,12 +50,14 @@ def reconcile(output: Output, /, statements: list[Path], place: str, is_applied:
     found = Reconciliation()
     try:
         for path in statements:
-            _read(found, path)
+            _read(found, path, statements)
         anyio.run(_compare, found, place)
     except (StatementError, UnicodeError) as error:
         raise click.BadParameter(str(error), param_hint="STATEMENTS") from None
     except sqlite3.Error as error:
         raise LianLianError(f"temporary file: {error}; set SQLITE_TMPDIR to a folder with more space") from error
+    if is_applied:
+        anyio.run(_apply, found, load_merchant(config), place, output)
     for _, text in found.unreadable:
         output.note(text)
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
@@ -65,14 +68,12 @@ def reconcile(output: Output, /, statements: list[Path], place: str, is_applied:
         table("Statements and journal", ("", "refunds", "yuan"), rows),
         *(f"{words[verdict]}: {number}" for verdict, numbers in found.numbers.items() for number in numbers),
     )
-    if is_applied:
-        anyio.run(_apply, found, load_merchant(config), place, output)
     if found.unreadable or any(found.numbers.values()):
         click.get_current_context().exit(3)
 
 
-def _read(found: Reconciliation, path: Path) -> None:
-    if path.name.startswith("JYMXSUM_") and path.with_name(path.name.replace("SUM", "", 1)).exists():
+def _read(found: Reconciliation, path: Path, statements: Sequence[Path]) -> None:
+    if path.name.startswith("JYMXSUM_") and path.with_name(path.name.replace("SUM", "", 1)) in statements:
         return  # it is read with its statement
     try:
         with path.open(encoding="utf-8") as file:
