@@ -255,7 +255,8 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         if case.not_found_is_believed(asked_at):
             if reply.refund is not None and not case.is_refused:
                 break
-            if is_proved or case.sent_at is None or not await case.prove_queries():
+            is_new = case.sent_at is None and not case.ask_first
+            if is_proved or is_new or not await case.prove_queries():
                 return None
             is_proved = True  # and once more: the query service may have been mended between the two answers
             continue

@@ -236,6 +236,22 @@ async def test_a_wrong_query_address_refunds_nothing_twice(journal):
     assert gateway.times_made("R-1") == 1
 
 
+async def test_a_wrong_query_address_refunds_nothing_twice_that_the_journal_has_lost():
+    """What is queried before its first send needs the same proof as what is sent again."""
+    gateway = sandbox(repeated=Repeated.AGAIN)
+    gateway.add_order("O-1", 1000)
+    async with gateway.session(clock=boot_clock) as session:
+        await session.apply_refund(refund_request(1))
+    async with MemoryJournal() as journal:
+        async with gateway.session(journal=journal, clock=boot_clock) as session:
+            await session.apply_refund(refund_request(0))
+        options = {"journal": journal, "query_first": True, "clock": boot_clock}
+        async with RefundSession(gateway.merchant(), transport=NoQueries(gateway), **options) as session:
+            with pytest.raises(RefundOutcomeUnknown, match="does not know refund R-0"):
+                await session.apply_refund(refund_request(1))
+    assert gateway.times_made("R-1") == 1
+
+
 async def test_a_query_service_that_is_mended_meanwhile_is_asked_once_more():
     """Wrong at the first answer and right at the proof: the first "no such record" must not count."""
     gateway = sandbox(repeated=Repeated.AGAIN)
