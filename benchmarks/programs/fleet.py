@@ -1,7 +1,9 @@
 """A fleet: procrastinate workers, each a process of its own, on one queue and one journal in one PostgreSQL.
 
-The option is how many. They start, open all that they need, and then begin together; the clock runs until the last of
-them finds the queue empty. The environment's ``LIANLIAN_DSN`` names the server; each run has a database of its own.
+The option is the number of workers; or ``refund_many`` for one process that makes the same refunds without a queue; or
+``enqueue`` to fill the queue only. Workers start, open all that they need, and then begin together; the clock runs
+until the last of them finds the queue empty. The environment's ``LIANLIAN_DSN`` names the server; each run has a
+database of its own.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable
+from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from uuid import uuid4
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
 from benchmarks import workload
-from lianlian_async import RefundSession
+from lianlian_async import RefundSession, refund_many
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.journal import State
 from lianlian_async.journal.postgres import PostgresJournal
@@ -27,31 +31,53 @@ from lianlian_async.journal.postgres import PostgresJournal
 from . import frame
 
 WORKER = "worker"
+REFUND_MANY = "refund_many"
+ENQUEUE = "enqueue"
 
 
 def program(job: frame.Job) -> dict[str, float] | Awaitable[dict[str, float]]:
     server = os.environ["LIANLIAN_DSN"]
-    if job.option == WORKER:
+    if job.option.startswith(WORKER):
         return _work(job, server)
     dsn = _new_database(server)
-    asyncio.run(_fill(job, dsn))
-    command = [sys.executable, "-m", __spec__.name, json.dumps(asdict(replace(job, option=WORKER)))]
+    if job.option == ENQUEUE:
+        return _fill(job, dsn)
+    many = job.option == REFUND_MANY
+    asyncio.run(_fill(replace(job, refunds=0) if many else job, dsn))
+    part = replace(job, option=f"{WORKER} {REFUND_MANY}" if many else WORKER)
+    command = [sys.executable, "-m", __spec__.name, json.dumps(asdict(part))]
     environment = {**os.environ, "LIANLIAN_DSN": dsn}
     workers = [
         subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(int(job.option))
+        for _ in range(1 if many else int(job.option))
     ]
     for worker in workers:
         worker.stdout.readline()
-    began = frame.clocks()
+    began, database_began = frame.clocks(), _database_seconds(dsn)
     for worker in workers:
         print(file=worker.stdin, flush=True)
     told = [json.loads(worker.stdout.readline()) for worker in workers]
     result = frame.timed(job.refunds, began)
+    database = 1000 * (_database_seconds(dsn) - database_began) / job.refunds
     for worker in workers:
         worker.communicate()
     asyncio.run(_check(job, dsn))
-    return result | {"cpu_ms": sum(each["cpu_ms"] for each in told)}
+    return result | {"cpu_ms": sum(each["cpu_ms"] for each in told), "database_cpu_ms": database}
+
+
+def _database_seconds(dsn: str) -> float:
+    """CPU seconds of the server's processes, those that have ended included (Linux)."""
+    with psycopg.connect(dsn) as connection:
+        [(postmaster,)] = connection.execute("SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)")
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it may end meanwhile
+                _, parent, *numbers = stat.read_text().rpartition(")")[2].split()
+                if stat.parent.name == postmaster:
+                    ticks += sum(map(int, numbers[9:13]))
+                elif parent == postmaster:
+                    ticks += sum(map(int, numbers[9:11]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _new_database(dsn: str) -> str:
@@ -61,9 +87,12 @@ def _new_database(dsn: str) -> str:
     return make_conninfo(dsn, dbname=name)
 
 
-async def _fill(job: frame.Job, dsn: str) -> None:
+async def _fill(job: frame.Job, dsn: str) -> dict[str, float]:
+    requests = [workload.refund_request(index) for index in range(job.refunds)]
     async with RefundQueue(dsn) as queue, PostgresJournal(dsn):
-        await queue.enqueue(map(workload.refund_request, range(job.refunds)))
+        began = frame.clocks()
+        await queue.enqueue(requests)
+        return frame.timed(max(1, job.refunds), began)
 
 
 async def _check(job: frame.Job, dsn: str) -> None:
@@ -82,7 +111,12 @@ async def _work(job: frame.Job, dsn: str) -> dict[str, float]:
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         began = frame.clocks()
-        await queue.work(session, concurrency=job.in_flight, wait=False)
+        if job.option.endswith(REFUND_MANY):
+            async with refund_many(session, map(workload.refund_request, range(job.refunds))) as outcomes:
+                async for _ in outcomes:
+                    pass
+        else:
+            await queue.work(session, concurrency=job.in_flight, wait=False)
         return frame.timed(job.refunds, began)
 
 

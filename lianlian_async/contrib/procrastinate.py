@@ -34,7 +34,7 @@ from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_integer, check_type, is_number
 from lianlian_async.worker_pool import iterate
 
-from .slices import TASK, SliceFetcher, SliceWorker, follow_up
+from .slices import TASK, Slice, SliceFetcher, SliceWorker, follow_up
 
 __all__ = ["RefundQueue"]
 
@@ -98,19 +98,6 @@ async def _limit_idle_transactions(connection: AsyncConnection[Any]) -> None:
 
 class RefundQueue:
     """A queue of refunds in the PostgreSQL database ``dsn``, for any number of producers and workers.
-
-    ::
-
-        async with RefundQueue(dsn) as queue:
-            await queue.enqueue(requests)
-
-        # on each worker
-        async with (
-            PostgresJournal(dsn) as journal,
-            RefundSession(Merchant.from_env(), journal=journal) as session,
-            RefundQueue(dsn) as queue,
-        ):
-            await queue.work(session, concurrency=20)
 
     A job carries a slice of ``slice_size`` refunds. The journal, which all workers share, records the outcome of each
     refund. One that stays unknown is queued again for its ``ask_again_at``; one that needs a person, such as
@@ -191,14 +178,11 @@ class RefundQueue:
         """
         rows, size = [request.to_dict() for request in requests], self._slice_size
         slices = [{"refunds": rows[start : start + size]} for start in range(0, len(rows), size)]
-        return self._insertion([{"priority": 0, "status": "todo", "args": args} for args in slices])
-
-    def _insertion(self, jobs: list[dict[str, Any]]) -> tuple[LiteralString, dict[str, str]]:
+        jobs = [{"priority": 0, "status": "todo", "args": args} for args in slices]
         return _INSERT, self._names | {"jobs": json.dumps(jobs)}
 
     async def _put(self, jobs: list[dict[str, Any]]) -> None:
-        statement, parameters = self._insertion(jobs)
-        await self.app.connector.execute_query_async(statement, **parameters)
+        await self.app.connector.execute_query_async(_INSERT, **self._names, jobs=json.dumps(jobs))
 
     async def counts(self) -> Mapping[str, int]:
         """How many refunds are ``waiting``, to be looked at ``later``, ``at_work``, ``failed``; and the ``workers``.
@@ -244,19 +228,19 @@ class RefundQueue:
         if worker.failure is not None:
             raise worker.failure
 
-    def _working(self) -> SliceWorker:
-        if self._worker is None:
-            raise RuntimeError("refund jobs run in RefundQueue.work, which brings the session")
-        return self._worker
-
     async def _run_slice(self, context: JobContext, /, **_: Any) -> None:
         worker = self._working()
-        jobs = await worker.run_slice(context.job)
+        jobs = await Slice(worker, context.job).run()
         try:
             await self._put(jobs)  # committed before this job ends
         except Exception as error:
             worker.fail(error)  # a job that its worker cannot end is rescued when that is gone
             raise
+
+    def _working(self) -> SliceWorker:
+        if self._worker is None:
+            raise RuntimeError("refund jobs run in RefundQueue.work, which brings the session")
+        return self._worker
 
     async def _tend(self, timestamp: int) -> None:
         """Give the jobs of dead workers to others, and queue open refunds that no job holds."""

@@ -28,22 +28,17 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.session import RefundSession
 from lianlian_async.signature_watch import Admission
 
-__all__ = ["TASK", "SliceFetcher", "SliceWorker", "follow_up"]
+__all__ = ["TASK", "Slice", "SliceFetcher", "SliceWorker", "follow_up"]
 
 logger = logging.getLogger("lianlian_async")
 
 TASK: Final = "lianlian:refunds"
 _REJECTED_PAUSE: Final = 900.0
 """Seconds until a refund that was rejected, but may be sent again, is due."""
-_LONGEST_PAUSE: Final = 300.0
-"""Seconds; the pause doubles with each try that did not reach the gateway or the journal."""
 
 
 def follow_up(refunds: list[Any], tries: int, seconds: float = 0.0, cause: str | None = None) -> dict[str, Any]:
-    """Return a job that is due in so many seconds, or, with a ``cause``, a failed one for a person to look at.
-
-    It has a higher priority than slices that were never begun (0).
-    """
+    """Return a job that goes before new slices (priority 0), due in ``seconds``; with a ``cause``, a failed job."""
     args = {"refunds": refunds, "tries": tries} | ({"cause": cause} if cause else {})
     return {"priority": 1, "status": "failed" if cause else "todo", "seconds": seconds, "args": args}
 
@@ -77,14 +72,7 @@ class SliceWorker(Worker):
     def add_waiting(self, number: int) -> None:
         """Count refunds that were fetched, or with a negative ``number``, that wait no more."""
         self._waiting += number
-        if self._waiting < self.concurrency or self.is_stopping:
-            self.needs_more.set()
-        else:
-            self.needs_more.clear()
-
-    async def run_slice(self, job: Job) -> list[dict[str, Any]]:
-        """Run the refunds in ``job``; return the follow-up jobs of those that are not finished."""
-        return await _Slice(self, job).run()
+        (self.needs_more.set if self._waiting < self.concurrency or self.is_stopping else self.needs_more.clear)()
 
 
 class SliceFetcher(JobManager):
@@ -103,8 +91,8 @@ class SliceFetcher(JobManager):
         return job
 
 
-class _Slice:
-    """The refunds of one job, as far as they are not finished."""
+class Slice:
+    """The refunds of one job that are not finished."""
 
     def __init__(self, worker: SliceWorker, job: Job) -> None:
         self._worker = worker
@@ -112,7 +100,7 @@ class _Slice:
         self._tries = tries if isinstance(tries, int) else 0
         # What was begun before may have been sent, whatever the journal has lost of it.
         self._query_first = self._tries > 0 or job.attempts > 0
-        self._pause = min(2.0 ** min(self._tries, 9), _LONGEST_PAUSE)
+        self._pause = min(2.0 ** min(self._tries, 9), 300.0)  # after a failure of the network or the journal
         self._unread = _rows(job)[::-1]
         self._under_way = dict[int, RefundRequest]()
         self._failed: list[dict[str, Any]] = []
@@ -120,6 +108,7 @@ class _Slice:
         """Follow-up jobs, by the second in which they are due."""
 
     async def run(self) -> list[dict[str, Any]]:
+        """Run the refunds; return the follow-up jobs of those that are not finished."""
         worker, pause = self._worker, 0.0
         outcomes = refund_many(
             worker.session, self._requests(), concurrency=worker.concurrency, query_first=self._query_first

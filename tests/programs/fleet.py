@@ -2,8 +2,8 @@
 
 A sandbox on a socket, every fault at 5 % of the requests; a procrastinate queue and a journal in one real PostgreSQL;
 worker processes, of which a random one is killed (SIGKILL) at random moments and replaced, or suspended (SIGSTOP) until
-its leases are over and others have taken its refunds. In the end every refund has been made exactly once, or was
-rejected, and the shared journal and the gateway's books tell the same.
+its leases are over and others have taken its refunds; the database is killed once and started again. In the end every
+refund has been made exactly once, or was rejected, and the shared journal and the gateway's books tell the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from procrastinate.exceptions import ConnectorException
 
@@ -30,6 +32,8 @@ from lianlian_async.sandbox import Repeated, SandboxGateway
 from tests.programs.kill import IMPATIENT, LATE, requests, stormy_gateway
 from tests.support import ROOT, postgres, program
 
+CONCURRENCY = 4
+"""Few, so that a slow machine, too, carries out a refund within its deadline of 1 s."""
 RESCUE_SECONDS = 2.0
 SUSPENDED_SECONDS = 6.0
 """Longer than a lease (twice the deadline of 1 s) and the grace."""
@@ -45,16 +49,26 @@ async def work(dsn: str) -> None:
     ):
         # Faults may spoil four signatures in a row, and one that was suspended may have lost its connections.
         with suppress(BatchStopped, JournalError, ConnectorException):
-            await queue.work(session, wait=False)
+            await queue.work(session, concurrency=CONCURRENCY, wait=False)
 
 
-def kill_workers(dsn: str, *, refunds: int, kills: int, workers: int, seed: int, repeated: Repeated) -> dict[str, str]:
+def kill_workers(
+    dsn: str,
+    *,
+    refunds: int,
+    kills: int,
+    workers: int,
+    seed: int,
+    repeated: Repeated,
+    kill_database: Callable[[], object] = lambda: None,
+) -> dict[str, str]:
     """The whole programme; the refunds of which journal and books tell differently, or that were made twice."""
     dice = random.Random(seed)
     # How many refunds are left when a worker is killed: all along the way, but not after it.
     moments = sorted(dice.sample(range(refunds // 10, refunds + 1), kills))
     gateway = stormy_gateway(refunds, repeated=repeated, seed=seed)
     asyncio.run(_enqueue(dsn, refunds))
+    killed = False
     with serving(gateway) as base_url:
         command = [*program("fleet"), "--work", dsn]
         variables = os.environ | environment(gateway, base_url)
@@ -63,6 +77,9 @@ def kill_workers(dsn: str, *, refunds: int, kills: int, workers: int, seed: int,
         try:
             while left := asyncio.run(_open(dsn)):
                 time.sleep(dice.random() / 5)
+                if left <= refunds // 2 and not killed:
+                    killed = True
+                    kill_database()
                 if not moments:  # fair weather, so that the rest comes to an end
                     gateway.faults = {}
                 elif left <= moments[-1]:
@@ -93,17 +110,22 @@ def kill_workers(dsn: str, *, refunds: int, kills: int, workers: int, seed: int,
 
 
 async def _enqueue(dsn: str, refunds: int) -> None:
-    async with RefundQueue(dsn) as queue, PostgresJournal(dsn):
+    async with RefundQueue(dsn, slice_size=max(2, refunds // 40)) as queue, PostgresJournal(dsn):
         await queue.enqueue(requests(refunds))
 
 
 async def _open(dsn: str) -> int:
-    """How many jobs are left."""
+    """How many refunds are left in the queue; one that is in two slices counts twice."""
     async with RefundQueue(dsn) as queue:
-        counts = dict(await queue.counts())
-    if counts["failed"]:
-        raise RuntimeError(f"jobs failed for good: {counts}")
+        counts, failures = await queue.counts(), await queue.failures()
+    if failures:
+        raise RuntimeError(f"refunds failed: {failures}")
     return counts["waiting"] + counts["later"] + counts["at_work"]
+
+
+def _kill(server: postgres.Server) -> None:
+    server.kill()
+    server.start()
 
 
 async def _audit(dsn: str, gateway: SandboxGateway, refunds: int) -> dict[str, str]:
@@ -131,14 +153,15 @@ def main() -> int:
     wrong = 0
     for repeated in (Repeated.REJECT, Repeated.AGAIN):
         began = time.monotonic()
-        with postgres.server() as dsn:
+        with postgres.running() as server:
             contradictions = kill_workers(
-                dsn,
+                server.dsn,
                 refunds=options.refunds,
                 kills=options.kills,
                 workers=options.workers,
                 seed=options.seed,
                 repeated=repeated,
+                kill_database=partial(_kill, server),
             )
         verdict = contradictions or "journal and books agree"
         print(f"{repeated.value}, seed {options.seed}: {verdict}, {time.monotonic() - began:.0f} s", flush=True)
