@@ -40,10 +40,6 @@ class SendCount:
         return self.open_sends > 0
 
 
-def _no_lease() -> bool:
-    return True
-
-
 @attrs.frozen(kw_only=True)
 class Exchange:
     """One request on its way: the same signed bytes on every attempt."""
@@ -57,7 +53,7 @@ class Exchange:
     deadline: Deadline
     """The deadline of the whole call."""
     policy: RetryPolicy
-    lease_holds: Callable[[], bool] = attrs.field(default=_no_lease, eq=False, repr=False)
+    lease_holds: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
     """Called right before bytes leave: waiting, connecting or a suspension may have outlasted the lease."""
     attempt: int = 1
     """The number of this attempt, from 1."""

@@ -11,7 +11,7 @@ import os
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from Crypto.Hash import MD5, SHA256
 from Crypto.PublicKey import RSA
@@ -39,14 +39,6 @@ def signature_source(fields: Mapping[str, str | None]) -> bytes:
     """
     # LianLian's own Java code sorts without regard to case, but every known key is lower case.
     return "&".join([f"{key}={value}" for key, value in sorted(fields.items()) if value and key != "sign"]).encode()
-
-
-class _Scheme(Protocol):
-    """Signs and verifies with one key; signatures are bytes."""
-
-    def sign(self, source: bytes) -> bytes: ...
-
-    def verify(self, source: bytes, signature: bytes) -> bool: ...
 
 
 class _PyCryptodome:
@@ -101,7 +93,7 @@ class _OpenSsl:
         return True
 
 
-def _scheme(rsa: RSA.RsaKey) -> _Scheme:
+def _scheme(rsa: RSA.RsaKey) -> _PyCryptodome | _OpenSsl:
     match BACKEND:
         case "pycryptodome":
             return _PyCryptodome(rsa)

@@ -46,13 +46,13 @@ def test_a_private_key_signs_what_its_public_half_verifies(backend, bits):
 
 
 @pytest.mark.parametrize("signature", ["", "AAAA", "not base64", "é", "A" * 172, "=" * 172])
-def test_a_wrong_signature_is_false_and_nothing_else(backend, signature):
-    """Whatever stands in `sign`, verification answers."""
+def test_wrong_signature_is_false(backend, signature):
+    """Verification returns False for any value of `sign`."""
     assert VerifyingKey.load(keypairs.pair("gateway").public_pem).verify(b"source", signature) is False
 
 
 def test_another_source_is_refused(backend):
-    """A signature holds for its own source only."""
+    """A signature is valid only for its own source."""
     pair = keypairs.pair("gateway")
     signature = SigningKey.load(pair.private_pem).sign(b"source")
     assert not VerifyingKey.load(pair.public_pem).verify(b"Source", signature)
@@ -70,19 +70,19 @@ def backend_of_a_new_process(wanted: str) -> str:
 
 @pytest.mark.parametrize(("wanted", "chosen"), [("", "openssl"), *zip(BACKENDS, BACKENDS, strict=True)])
 def test_the_environment_chooses(wanted, chosen):
-    """OpenSSL is taken where it is installed, unless the environment wants otherwise."""
+    """OpenSSL is the default if it is installed; the environment variable overrides it."""
     assert backend_of_a_new_process(wanted) == chosen
 
 
 def test_an_unknown_backend_is_named(monkeypatch):
-    """A misspelt backend is named with its variable and the choices, when the first key is loaded."""
+    """The error names the variable and the choices when the first key is loaded."""
     monkeypatch.setattr(signing, "BACKEND", "opensssl")
     with pytest.raises(signing.ConfigurationError, match="LIANLIAN_SIGNING_BACKEND: must be pycryptodome or openssl"):
         VerifyingKey.load(keypairs.pair("gateway").public_pem)
 
 
-def test_without_the_extra_openssl_cannot_be_had(monkeypatch):
-    """Where cryptography is missing, asking for OpenSSL tells what to install."""
+def test_openssl_needs_the_extra(monkeypatch):
+    """Without cryptography, the error tells what to install."""
     monkeypatch.setattr(signing, "BACKEND", "openssl")
     monkeypatch.setattr(signing, "find_spec", lambda name: None)
     with pytest.raises(signing.ConfigurationError, match=r"lianlian-async\[fast\]"):
@@ -106,8 +106,8 @@ def signature_where_openssl_refuses(tmp_path, wanted: str) -> subprocess.Complet
     )
 
 
-def test_where_openssl_refuses_md5_pycryptodome_signs(tmp_path):
-    """On a machine in FIPS mode refunds are signed all the same, unless OpenSSL was asked for by name."""
+def test_pycryptodome_replaces_an_openssl_without_md5(tmp_path):
+    """In FIPS mode refunds are signed, unless the user chose OpenSSL."""
     expected = keypairs.pair("merchant").private.sign(b"x")
     assert signature_where_openssl_refuses(tmp_path, "").stdout.strip() == expected
     ended = signature_where_openssl_refuses(tmp_path, "openssl")
@@ -115,8 +115,8 @@ def test_where_openssl_refuses_md5_pycryptodome_signs(tmp_path):
 
 
 @pytest.mark.parametrize("half", ["private", "public"])
-def test_an_openssl_that_refuses_only_md5_is_found_out_when_the_key_is_loaded(monkeypatch, half):
-    """A key that OpenSSL loads, but refuses to use with this hash, falls back; or says so if OpenSSL was asked for."""
+def test_openssl_that_refuses_md5_is_noticed_at_loading(monkeypatch, half):
+    """Pycryptodome replaces it; if the user chose OpenSSL, loading raises an error."""
     pair = keypairs.pair("merchant")
     signature = pair.private.sign(b"x")
 

@@ -22,7 +22,7 @@ async def test_a_long_sleep_takes_no_real_time():
 
 
 async def test_sleepers_wake_in_order_at_their_times():
-    """Tasks that sleep side by side wake at their own times, in order."""
+    """Tasks that sleep at the same time wake at their own times, in order."""
     woken = []
 
     async def sleep(seconds):
@@ -36,7 +36,7 @@ async def test_sleepers_wake_in_order_at_their_times():
 
 
 async def test_a_timeout_fires_at_its_time():
-    """A wait that nothing ends is cancelled at its deadline exactly."""
+    """A wait without end is cancelled exactly at its deadline."""
     with anyio.move_on_after(12.5) as scope:
         await anyio.sleep_forever()
     assert scope.cancelled_caught
@@ -44,15 +44,15 @@ async def test_a_timeout_fires_at_its_time():
 
 
 async def test_time_stands_still_while_a_thread_works():
-    """A thread job, however long it takes, is never overtaken by a timeout however short."""
+    """No timeout, however short, overtakes a thread."""
     with anyio.fail_after(0.001):
         for _ in range(5):
             assert await anyio.to_thread.run_sync(real_work) == 32
     assert anyio.current_time() == 0.0
 
 
-async def test_time_stands_still_until_the_last_of_many_threads_is_back():
-    """Several thread jobs side by side, queued behind a narrow limiter, all end before time moves on."""
+async def test_time_stands_still_until_the_last_thread_ends():
+    """Several threads, queued behind a limiter, all end before time moves on."""
     ended = []
     limiter = anyio.CapacityLimiter(2)
 
@@ -69,8 +69,8 @@ async def test_time_stands_still_until_the_last_of_many_threads_is_back():
     assert anyio.current_time() == 60.001
 
 
-async def test_time_moves_again_after_a_thread_has_failed():
-    """An exception in a thread comes through, and time is not left standing still."""
+async def test_time_moves_after_a_thread_failed():
+    """The exception of a thread is raised, and time moves on."""
     with pytest.raises(ZeroDivisionError):
         await anyio.to_thread.run_sync(lambda: 1 // 0)
     await anyio.sleep(5)
@@ -78,7 +78,7 @@ async def test_time_moves_again_after_a_thread_has_failed():
 
 
 async def test_an_abandoned_thread_does_not_hold_the_time():
-    """Time moves on once nobody waits for a thread any more."""
+    """Time moves on when nobody waits for the thread."""
     with anyio.CancelScope() as scope:
         scope.cancel()
         await anyio.to_thread.run_sync(real_work, abandon_on_cancel=True)
@@ -87,7 +87,7 @@ async def test_an_abandoned_thread_does_not_hold_the_time():
 
 
 async def test_ready_input_is_handled_before_time_jumps():
-    """Bytes that lie ready on a socket are read before any timeout fires."""
+    """Bytes on a socket are read before any timeout fires."""
     left, right = socket.socketpair()
     with left, right:
         right.setblocking(False)
@@ -98,13 +98,13 @@ async def test_ready_input_is_handled_before_time_jumps():
     assert anyio.current_time() == 0.0
 
 
-async def test_a_name_lookup_is_not_overtaken_by_time():
-    """Looking up a host name, which the backends do in threads of their own, takes no virtual time."""
+async def test_name_lookup_takes_no_virtual_time():
+    """The backends look up host names in their own threads."""
     with anyio.fail_after(0.001):
         assert await anyio.getaddrinfo("localhost", 80)
     assert anyio.current_time() == 0.0
 
 
 async def test_every_test_begins_at_zero():
-    """No virtual time is left over from another test."""
+    """No virtual time is left from another test."""
     assert anyio.current_time() == 0.0

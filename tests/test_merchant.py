@@ -51,8 +51,8 @@ def write_toml(folder, **settings):
 # ── from code ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_keys_are_taken_in_every_form(tmp_path):
-    """Text, bytes, paths and loaded keys all lead to the same keys."""
+def test_all_forms_of_keys(tmp_path):
+    """Text, bytes, paths and loaded keys give the same keys."""
     (tmp_path / "ours.pem").write_text(OURS.private_pem)
     (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
     for private, public in (
@@ -92,7 +92,7 @@ def test_the_defaults_are_those_of_lianlians_pages():
 
 
 def test_keys_are_read_once(tmp_path):
-    """The files of keys are read at the first load only, not when the merchant is made."""
+    """Key files are read by the first load, not when the merchant is made."""
     file = tmp_path / "ours.pem"
     merchant = made(private_key=file)
     file.write_text(OURS.private_pem)
@@ -101,8 +101,8 @@ def test_keys_are_read_once(tmp_path):
     assert merchant.load_keys() is keys
 
 
-def test_keys_that_failed_to_load_are_tried_again(tmp_path):
-    """Once the file is mended, the same merchant loads it."""
+def test_failed_load_is_repeated(tmp_path):
+    """After the file is corrected, the same merchant loads it."""
     file = tmp_path / "ours.pem"
     merchant = made(private_key=file)
     assert message_of(merchant.load_keys).startswith("private_key: ")
@@ -111,7 +111,7 @@ def test_keys_that_failed_to_load_are_tried_again(tmp_path):
 
 
 def test_many_threads_load_the_same_keys():
-    """Threads that load at the same moment all get the one set of keys."""
+    """Threads that load at the same time get the same keys."""
     merchant = made()
     loaded = []
     start = threading.Barrier(8)
@@ -132,13 +132,13 @@ def test_many_threads_load_the_same_keys():
 @pytest.mark.parametrize(
     "number", ["", "1" * 19, "2011 0317", "退款", "２０１１", "٢٠١١", "2011-03", None, 201103171000000000, b"2011"]
 )
-def test_a_merchant_number_that_cannot_be_one_is_refused(number):
-    """A merchant number is one to 18 letters or digits, as a string."""
+def test_unusable_merchant_number_is_refused(number):
+    """A merchant number has 1 to 18 letters or digits, as a string."""
     assert "oid_partner: must be 1 to 18 letters or digits" in message_of(lambda: made(oid_partner=number))
 
 
-def test_a_merchant_number_is_shown_to_be_mended():
-    """A wrong number is shown as it is; one of another type by its type."""
+def test_error_shows_the_merchant_number():
+    """A wrong number is shown; for another type, only the type."""
     assert message_of(lambda: made(oid_partner="2011 03")).endswith("(is '2011 03')")
     assert message_of(lambda: made(oid_partner=2011)).endswith("(is of type int)")
 
@@ -146,7 +146,7 @@ def test_a_merchant_number_is_shown_to_be_mended():
 @pytest.mark.parametrize("setting", ["oid_partner", "notify_url"])
 @pytest.mark.parametrize("key", [OURS.private_pem, OURS.private.to_pem(), THEIRS.public.to_base64()])
 def test_a_key_in_the_wrong_setting_is_not_shown(setting, key):
-    """Who swaps two settings does not find the key in the error."""
+    """If two settings are swapped, the error does not show the key."""
     assert f"{len(key)} characters" in message_of(lambda: made(**{setting: key}))
     assert f"{len(key)} characters" in message_of(lambda: Endpoints(apply=key))
 
@@ -156,21 +156,21 @@ def test_a_key_in_the_wrong_setting_is_not_shown(setting, key):
     [("x" * 128, repr("x" * 128)), ("x" * 129, "129 characters"), ("MI" + "A" * 98, "100 characters")],
     ids=["short", "long", "part of a key"],
 )
-def test_a_wrong_setting_is_shown_if_it_can_be_no_key(value, shown):
-    """A wrong value is quoted to be mended, unless it is long or looks like a piece of a key."""
+def test_error_shows_a_value_that_is_no_key(value, shown):
+    """A wrong value is shown, unless it is long or looks like part of a key."""
     assert message_of(lambda: made(oid_partner=value)).endswith(f"(is {shown})")
 
 
 def test_at_least_one_gateway_key_is_needed():
-    """Without a key of LianLian's no answer could be believed."""
+    """Without a key of LianLian no answer could be believed."""
     assert message_of(lambda: made(gateway_public_keys=[])) == (
         "gateway_public_keys: at least one key of LianLian is needed"
     )
 
 
 @pytest.mark.parametrize("value", [None, 5, OURS.private], ids=["None", "int", "a SigningKey"])
-def test_what_is_no_key_at_all_is_refused(value):
-    """A value of another type in the place of a key is named when keys are loaded."""
+def test_other_types_of_keys_are_refused(value):
+    """The error names the setting when the keys are loaded."""
     kind = type(value).__name__
     assert message_of(made(gateway_public_keys=value).load_keys) == (
         f"gateway_public_keys[0]: must be str, bytes or a path, not {kind}"
@@ -178,7 +178,7 @@ def test_what_is_no_key_at_all_is_refused(value):
 
 
 def test_swapped_keys_are_refused():
-    """The private key is no gateway key, a public key no private one, and each error names its setting."""
+    """A private key in place of a gateway key, and the reverse, are refused; each error names its setting."""
     assert message_of(made(private_key=OURS.public_pem).load_keys).startswith("private_key: this is a public key")
     both = [THEIRS.public_pem, OURS.private_pem]
     assert message_of(made(gateway_public_keys=both).load_keys).startswith(
@@ -186,20 +186,20 @@ def test_swapped_keys_are_refused():
     )
 
 
-def test_our_own_public_key_is_not_the_gateways():
-    """With our own key among the gateway's, we would believe what we signed ourselves."""
+def test_own_public_key_is_refused_as_gateway_key():
+    """Otherwise our own signatures would be believed as the gateway's."""
     merchant = made(gateway_public_keys=[THEIRS.public, OURS.public])
     assert "gateway_public_keys: contains the merchant's own public key" in message_of(merchant.load_keys)
 
 
 @pytest.mark.parametrize("url", ["shop", "ftp://shop.example", "https://shop.example/" + "x" * 108, 5])
-def test_a_notify_url_that_could_not_be_called_is_refused(url):
-    """The default for requests keeps to the same rules as theirs."""
+def test_unusable_notify_url_is_refused(url):
+    """The default has the same rules as a request's."""
     assert message_of(lambda: made(notify_url=url)).startswith("notify_url: must ")
 
 
 def test_nothing_shows_the_secrets():
-    """Neither repr nor str of a merchant shows a key or the password; pickling and copying are refused."""
+    """Neither repr nor str shows a key or the password; pickling and copying are refused."""
     merchant = made(private_key=OURS.locked_pem("tr0ub4dor"), private_key_password="tr0ub4dor")
     for shown in (repr(merchant), str(merchant), repr(merchant.load_keys()), repr([merchant])):
         assert "tr0ub4dor" not in shown
@@ -212,7 +212,7 @@ def test_nothing_shows_the_secrets():
 
 
 def test_a_merchant_is_frozen_and_evolves():
-    """Settings do not change under a session; a changed merchant is another one and loads its own keys."""
+    """Settings do not change during a session; an evolved merchant loads its own keys."""
     merchant = made()
     with pytest.raises(AttributeError):
         merchant.oid_partner = "other"
@@ -238,20 +238,20 @@ def test_a_merchant_is_frozen_and_evolves():
         "https://" + "b" * 63 + "/",
     ],
 )
-def test_every_usual_host_is_taken(url):
-    """Names, addresses, ports and the encoded form of Chinese names."""
+def test_usable_hosts(url):
+    """Names, addresses, ports and the encoded form of Chinese names are accepted."""
     assert Endpoints(url, url).query == url
 
 
 @pytest.mark.parametrize("value", [{"apply": "https://host/"}, ("https://host/",), "https://host/", None])
 def test_endpoints_of_another_type_are_refused(value):
-    """A mapping, a pair or a URL is no Endpoints."""
+    """A mapping, a pair or a URL is refused."""
     words = f"endpoints: must be of type Endpoints, not {type(value).__name__}"
     assert message_of(lambda: made(endpoints=value)) == words
 
 
 def test_a_password_in_a_url_is_not_shown():
-    """A URL that is refused is quoted, unless it may hold a password."""
+    """The error shows a URL, unless it may hold a password."""
     url = "http://clerk:hunter2@gateway.example/"
     assert message_of(lambda: Endpoints(url)).endswith(f"(is {len(url)} characters)")
 
@@ -269,7 +269,7 @@ def test_a_password_in_a_url_is_not_shown():
         "HTTP://LOCALHOST",
     ],
 )
-def test_plain_http_is_taken_for_this_machine(url):
+def test_plain_http_is_allowed_for_this_machine(url):
     """A sandbox on this machine needs no TLS."""
     assert Endpoints(url, url).apply == url
 
@@ -320,7 +320,7 @@ def test_plain_http_to_other_machines_is_refused(url, setting):
     ],
 )
 def test_an_endpoint_is_an_absolute_url(url):
-    """What httpx could not call is refused when it is set, with the setting's name."""
+    """A URL that httpx cannot call is refused with the name of the setting."""
     assert message_of(lambda: Endpoints(apply=url)).startswith("Endpoints.apply: must ")
     assert message_of(lambda: Endpoints(query=url)).startswith("Endpoints.query: must ")
 
@@ -344,7 +344,7 @@ def test_the_environment_describes_a_merchant(monkeypatch):
 
 
 def test_every_variable_is_read(tmp_path):
-    """Paths, several keys, URLs and a password with blanks around it are all taken."""
+    """Paths, several keys, URLs, and a password with spaces around it are read."""
     (tmp_path / "ours.pem").write_text(OURS.locked_pem(" pass word "))
     (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
     merchant = Merchant.from_env(
@@ -368,8 +368,8 @@ def test_every_variable_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])
-def test_quotes_around_a_variable_are_taken_off(quote, tmp_path):
-    """Environment files of docker keep quotes; those around a password may be part of it."""
+def test_quotes_around_a_variable_are_removed(quote, tmp_path):
+    """Docker's environment files keep quotes; quotes around a password may be part of it."""
     (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
     environ = ENVIRONMENT | {
         "LIANLIAN_PRIVATE_KEY": OURS.locked_pem('"x"').replace("\n", "\\n"),
@@ -386,8 +386,8 @@ def test_quotes_around_a_variable_are_taken_off(quote, tmp_path):
     ]
 
 
-def test_a_variable_that_is_no_text_is_refused():
-    """A mapping of our own making may hold anything."""
+def test_variable_of_another_type_is_refused():
+    """A caller's mapping may hold any type."""
     assert message_of(lambda: Merchant.from_env(ENVIRONMENT | {"LIANLIAN_OID_PARTNER": 5})) == (
         "LIANLIAN_OID_PARTNER: must be text"
     )
@@ -396,7 +396,7 @@ def test_a_variable_that_is_no_text_is_refused():
 @pytest.mark.parametrize("variable", ENVIRONMENT)
 @pytest.mark.parametrize("text", [None, "", " \n"])
 def test_a_missing_variable_is_named(variable, text):
-    """A required variable that is absent or blank is named."""
+    """The error names a required variable that is absent or blank."""
     environ = {name: value for name, value in ENVIRONMENT.items() if name != variable}
     if text is not None:
         environ[variable] = text
@@ -404,7 +404,7 @@ def test_a_missing_variable_is_named(variable, text):
 
 
 def test_all_missing_variables_are_named_together():
-    """Who starts from nothing reads all that is needed."""
+    """One error names all of them."""
     assert message_of(lambda: Merchant.from_env({})) == "missing: " + ", ".join(ENVIRONMENT)
 
 
@@ -426,7 +426,7 @@ def test_all_missing_variables_are_named_together():
     ],
 )
 def test_an_unusable_variable_is_named(variable, text, rule):
-    """The error names the environment variable, not our own word for the setting."""
+    """The error names the environment variable, not the argument."""
     message = message_of(lambda: Merchant.from_env(ENVIRONMENT | {variable: text}).load_keys())
     assert message.startswith(variable + rule)
 
@@ -441,7 +441,7 @@ SETTINGS = {
 
 
 def test_a_toml_file_describes_a_merchant(tmp_path):
-    """All settings are read from the file's top level, keys as text."""
+    """All settings are read from the top level of the file, keys as text."""
     file = write_toml(
         tmp_path,
         **SETTINGS,
@@ -460,14 +460,14 @@ def test_a_toml_file_describes_a_merchant(tmp_path):
 
 
 def test_a_toml_table_may_hold_the_settings(tmp_path):
-    """In a file of several programs, the table [lianlian] is ours and the others are not looked at."""
+    """In a file of several programs, only the table [lianlian] is read."""
     file = write_toml(tmp_path, **SETTINGS)
     file.write_text("[other]\nunknown = 1\n[lianlian]\n" + file.read_text("utf-8"), "utf-8")
     assert Merchant.from_toml(file).oid_partner == NUMBER
 
 
 def test_paths_in_toml_start_at_the_file(tmp_path, monkeypatch):
-    """Relative paths start at the file's folder, absolute ones and those from home where they say."""
+    """Relative paths start at the file's folder; absolute ones, and those with ~, do not."""
     (tmp_path / "conf" / "keys").mkdir(parents=True)
     (tmp_path / "conf" / "keys" / "ours.pem").write_text(OURS.locked_pem("x"))
     (tmp_path / "theirs.pem").write_text(THEIRS.public_pem)
@@ -524,7 +524,7 @@ def test_missing_settings_are_named_together(tmp_path):
 
 
 def test_unknown_settings_are_named(tmp_path):
-    """A misspelt setting is an error, not silently left out."""
+    """A misspelt setting is an error."""
     file = write_toml(tmp_path, **SETTINGS, notify_ulr="https://shop.example", verify="true")
     assert message_of(lambda: Merchant.from_toml(file)) == f"{file}: unknown setting notify_ulr, verify"
 
@@ -550,8 +550,8 @@ BACKSLASH = "a backslash in double quotes is an escape: write a path in single q
         (b'\nnotify_url = "\xff"', "line 2: is not UTF-8; save the file as UTF-8"),
     ],
 )
-def test_a_file_that_is_no_toml_is_named_and_not_quoted(content, words, tmp_path):
-    """A damaged file is named with line, setting and likely cause; no line is shown, since any may hold a secret."""
+def test_damaged_toml_file_is_named_and_not_quoted(content, words, tmp_path):
+    """The error names line, setting and likely cause, and quotes no line, since any may hold a secret."""
     file = tmp_path / "lianlian.toml"
     file.write_bytes(content)
     message = message_of(lambda: Merchant.from_toml(file))
@@ -561,8 +561,8 @@ def test_a_file_that_is_no_toml_is_named_and_not_quoted(content, words, tmp_path
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_a_toml_file_is_read_as_windows_programs_write_it(tmp_path, encoding, newline):
-    """A byte order mark and CR LF are read, and a path with backslashes in single quotes, too."""
+def test_toml_file_of_windows_programs(tmp_path, encoding, newline):
+    """A byte order mark, CR LF, and a path with backslashes in single quotes are read."""
     file = write_toml(tmp_path, **SETTINGS, private_key_password="pässword")
     file.write_bytes(file.read_text("utf-8").replace("\n", newline).encode(encoding))
     merchant = Merchant.from_toml(file)
@@ -578,12 +578,12 @@ def test_a_toml_file_is_read_as_windows_programs_write_it(tmp_path, encoding, ne
         ("a\0b.toml", "a\0b.toml: not a usable"),
     ],
 )
-def test_what_is_no_path_is_refused(path, words):
-    """The error names the argument, or the path."""
+def test_unusable_path_is_refused(path, words):
+    """The error names the argument or the path."""
     assert message_of(lambda: Merchant.from_toml(path)).startswith(words)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_unreadable_file_is_named(tmp_path):
     """A missing file and a directory are named with the system's reason."""
     missing = tmp_path / "missing.toml"
     assert message_of(lambda: Merchant.from_toml(missing)) == f"{missing}: No such file or directory"

@@ -84,7 +84,7 @@ def problems_of(make):
 
 
 def test_a_request_has_its_wire_form():
-    """Every field is a string as LianLian's page wants it, in China Standard Time, absent ones left out."""
+    """Every field is a string as documented, in China Standard Time; absent fields are omitted."""
     request = RefundRequest(
         **MINIMAL,
         dt_order=datetime(2017, 8, 1, tzinfo=UTC),
@@ -104,8 +104,8 @@ def test_a_request_has_its_wire_form():
 
 
 @given(requests | queries)
-def test_a_request_survives_the_way_there_and_back(request):
-    """A request or query is the same after its wire form, after pickling, and after copying."""
+def test_request_round_trip(request):
+    """A request or query is equal after its wire form, pickling and copying."""
     assert type(request).from_dict(request.to_dict()) == request
     assert pickle.loads(pickle.dumps(request)) == request
     assert copy.deepcopy(request) == copy.copy(request) == request
@@ -114,7 +114,7 @@ def test_a_request_survives_the_way_there_and_back(request):
 
 @given(requests)
 def test_every_request_can_be_signed_and_sent(request):
-    """Whatever passes the rules can be encoded, and keeps to the field lengths of LianLian's page."""
+    """Every valid request can be encoded, within the documented field lengths."""
     fields = wire.decode(wire.encode(request.to_dict()))
     longest = {
         "no_refund": 32,
@@ -130,14 +130,14 @@ def test_every_request_can_be_signed_and_sent(request):
 
 
 @given(requests)
-def test_a_request_asks_about_itself(request):
-    """The query of a request carries the refund's own number, time and merchant."""
+def test_query_of_a_request(request):
+    """It has the refund's own number, time and merchant."""
     asked = {"no_refund": request.no_refund, "dt_refund": request.dt_refund, "trader_refund": request.trader_refund}
     assert request.query() == RefundQuery(**asked)
 
 
 def test_all_broken_rules_are_reported_together():
-    """Who broke five rules reads of five, with each field's wire name, rule and value."""
+    """One error has the wire name, rule and value of each."""
     found = problems_of(
         lambda: RefundRequest(
             no_refund="",
@@ -155,8 +155,8 @@ def test_all_broken_rules_are_reported_together():
     assert found["no_order"].rule == "no_order or oid_paybill is required"
 
 
-def test_the_original_is_named_by_order_or_payment():
-    """Either number will do, both are taken, and neither is refused."""
+def test_order_or_payment_number_is_required():
+    """One of them, or both, are accepted; neither is refused."""
     rest = {name: value for name, value in MINIMAL.items() if name != "no_order"}
     assert RefundRequest(**rest, oid_paybill="P-1").no_order is None
     assert RefundRequest(**MINIMAL, oid_paybill="P-1").to_dict().keys() > {"no_order", "oid_paybill"}
@@ -184,8 +184,8 @@ def the_query(**fields):
         (the_query, "trader_refund", 18),
     ],
 )
-def test_identifiers_keep_to_the_rules(make, field, longest):
-    """The longest text is taken; a longer, empty, trimmed-looking or unprintable one and other types are not."""
+def test_rules_of_identifiers(make, field, longest):
+    """Too long, empty and unprintable text, spaces at the ends, and other types are refused."""
     for text in ("x", "x" * longest, "退" * longest, "é", "!a&b=c~", "x\u0967", "ア"):
         assert getattr(make(**{field: text}), field) == text
     for text, rule in (
@@ -211,8 +211,8 @@ def test_identifiers_keep_to_the_rules(make, field, longest):
 
 
 @given(st.sampled_from(sorted(invisible)), st.sampled_from([(the_request, "no_refund"), (the_request, "no_order")]))
-def test_an_invisible_character_makes_no_second_number(character, place):
-    """`R1` and `R1` with anything in it that nobody sees would be two refunds."""
+def test_invisible_characters_are_refused(character, place):
+    """`R1` and `R1` with an invisible character would be two refunds."""
     make, field = place
     assert f"U+{ord(character):04X}" in problems_of(lambda: make(**{field: f"R{character}1"}))[field].rule
 
@@ -222,7 +222,7 @@ ORDERS = ["订单（2026）01", "ORD 1", "e\u0301", "①", "a\u00a0b", "R\u2800"
 
 @pytest.mark.parametrize("text", ORDERS)
 def test_an_order_that_exists_stays_refundable(text):
-    """What an order, a payment or an older refund is called is a fact; only a new refund's number is restricted."""
+    """The name of an order, a payment or an earlier refund is a fact; only new refund numbers are restricted."""
     assert the_request(no_order=text, oid_paybill=text).to_dict()["no_order"] == text
     assert the_query(no_refund=text).no_refund == text
     assert set(problems_of(lambda: the_request(no_refund=text))) == {"no_refund"}
@@ -242,14 +242,14 @@ def test_an_order_that_exists_stays_refundable(text):
         ("²", "has U+00B2 SUPERSCRIPT TWO"),
     ],
 )
-def test_a_new_number_is_one_that_nobody_can_write_differently(text, rule):
-    """Letters and digits in their normal form, and visible ASCII: what normalises or shows alike is one number."""
+def test_new_number_is_unambiguous(text, rule):
+    """Only normalized letters and digits, and visible ASCII, are accepted."""
     assert rule in problems_of(lambda: the_request(no_refund=text))["no_refund"].rule
 
 
 @pytest.mark.parametrize("number", ["R1\u200b", "R 1", "x" * 40, "re\u0301"])
-def test_what_was_accepted_before_is_not_judged_again(number):
-    """A journal's entry under an older release's number is read, asked about and written as it is."""
+def test_record_is_not_checked_again(number):
+    """A journal's entry with a number of an older release is read, queried and written unchanged."""
     written = {"no_refund": number, "dt_refund": "20170801225714", "money_refund": "200.01", "no_order": number}
     read = RefundRequest.from_record(written)
     assert read.to_dict() == written
@@ -263,12 +263,12 @@ def test_what_was_accepted_before_is_not_judged_again(number):
 
 @given(requests)
 def test_a_record_is_the_request_that_was_written(request):
-    """For what is valid today, both ways to read it give the same."""
+    """For valid content, from_record and from_dict are equal."""
     assert RefundRequest.from_record(request.to_dict()) == RefundRequest.from_dict(request.to_dict()) == request
 
 
 def test_a_damaged_record_is_refused():
-    """What cannot be a refund at all is no record of one."""
+    """A record without the fields of a refund is refused."""
     for damage, field in (
         ({"money_refund": "much"}, "money_refund"),
         ({"dt_refund": "today"}, "dt_refund"),
@@ -291,8 +291,8 @@ def test_a_damaged_record_is_refused():
         "https://shop.example/" + "x" * 107,
     ],
 )
-def test_a_usable_notify_url_is_taken_as_it_is(url):
-    """An absolute http or https URL of at most 128 characters is kept unchanged."""
+def test_usable_notify_url_is_unchanged(url):
+    """An absolute http or https URL of at most 128 characters is kept."""
     assert text_rules.notify_url(url) == text_rules.url(url) == url
     assert RefundRequest(**MINIMAL, notify_url=url).notify_url == url
 
@@ -318,13 +318,13 @@ def test_a_usable_notify_url_is_taken_as_it_is(url):
         (b"https://shop.example", "must be a string"),
     ],
 )
-def test_a_notify_url_that_could_not_be_called_is_refused(url, rule):
-    """What LianLian could not POST to is refused before the refund is sent."""
+def test_unusable_notify_url_is_refused(url, rule):
+    """A URL that LianLian could not call is refused before the refund is sent."""
     assert rule in problems_of(lambda: RefundRequest(**MINIMAL, notify_url=url))["notify_url"].rule
 
 
-def test_a_url_of_ours_may_be_longer():
-    """The 128 characters are the gateway's rule for notify_url only."""
+def test_other_urls_may_be_longer():
+    """The limit of 128 characters is only for notify_url."""
     assert text_rules.url("https://shop.example/" + "x" * 500)
     with pytest.raises(ValueError, match="at most 2000 characters"):
         text_rules.url("https://shop.example/" + "x" * 2000)
@@ -342,12 +342,12 @@ def test_a_url_of_ours_may_be_longer():
     ids=["80 characters", "81 characters", "long text", "number", "list"],
 )
 def test_a_problem_shows_its_value_shortened(value, shown):
-    """However big a wrong value is, the error stays readable."""
+    """However long a wrong value is, the error stays readable."""
     assert problems_of(lambda: RefundRequest(**MINIMAL | {"money_refund": value}))["money_refund"].value == shown
 
 
 def test_the_money_keeps_two_decimals_and_the_time_its_zone():
-    """A request holds the exact amount and the second in China Standard Time, whatever form they came in."""
+    """A request holds the exact amount, and the second in China Standard Time, in any input form."""
     tokyo = timezone(timedelta(hours=9))
     request = RefundRequest(**MINIMAL | {"money_refund": 5, "dt_refund": NOW.astimezone(tokyo)})
     assert str(request.money_refund) == "5.00"
@@ -358,7 +358,7 @@ def test_the_money_keeps_two_decimals_and_the_time_its_zone():
 
 @pytest.mark.parametrize("cls", [RefundRequest, RefundQuery])
 def test_missing_and_unknown_keys_are_named_together(cls):
-    """A mapping that is not a request's wire form is refused with every wrong key."""
+    """The error names every wrong key of the mapping."""
     found = problems_of(lambda: cls.from_dict({"no_refund": "R-1", "sign_type ": "RSA", 5: "x" * 500}))
     assert found["dt_refund"].rule == "is required"
     assert found["sign_type "].rule == found["5"].rule == f"is not a field of {cls.__name__}"
@@ -376,8 +376,8 @@ def test_missing_and_unknown_fields_are_an_invalid_request(cls):
 
 @pytest.mark.parametrize("data", ["R-1", None, 5, ["R-1"]])
 @pytest.mark.parametrize("read", [RefundRequest.from_dict, RefundQuery.from_dict, RefundRequest.from_record])
-def test_what_is_no_mapping_is_an_invalid_request(read, data):
-    """The error names what is wanted, and what came."""
+def test_other_types_are_an_invalid_request(read, data):
+    """The error names the expected and the given type."""
     problem = problems_of(lambda: read(data))["data"]
     assert problem.rule == "must be a Mapping"
     assert problem.value == f"{data!r} of type {type(data).__name__}"
@@ -385,13 +385,13 @@ def test_what_is_no_mapping_is_an_invalid_request(read, data):
 
 @pytest.mark.parametrize("name", ["no_refund", "dt_refund", "money_refund"])
 def test_the_identity_is_required(name):
-    """Without its number, time or amount, a refund is no refund."""
+    """Number, time and amount are required."""
     data = {key: value for key, value in MINIMAL.items() if key != name}
     assert set(problems_of(lambda: RefundRequest.from_dict(data))) == {name}
 
 
 def test_a_query_needs_a_number_and_reports_all_problems():
-    """A query names the refund by one of its numbers; every broken rule is reported."""
+    """A query needs one of the two numbers; every broken rule is reported."""
     assert RefundQuery(dt_refund=NOW, oid_refundno="2013051613121201").to_dict() == {
         "dt_refund": "20170801225714",
         "oid_refundno": "2013051613121201",
@@ -404,7 +404,7 @@ def test_a_query_needs_a_number_and_reports_all_problems():
     "value", [RefundRequest(**MINIMAL), RefundQuery(no_refund="R", dt_refund=NOW), Refund.from_dict(SAMPLE)]
 )
 def test_values_are_frozen(value):
-    """No field of a value changes, and none can be added."""
+    """No field can be changed or added."""
     for name in ("no_refund", "anything"):
         with pytest.raises(AttributeError):
             setattr(value, name, "other")
@@ -425,7 +425,7 @@ def test_values_are_frozen(value):
     ],
 )
 def test_the_documented_states(text, status, is_final):
-    """Each documented state is found by its text, is that text, and knows whether it is final."""
+    """Each documented status is found by its text, equals its text, and knows whether it is final."""
     assert RefundStatus(text) is status
     assert status == text == str(status)
     assert status.is_final is is_final
@@ -433,7 +433,7 @@ def test_the_documented_states(text, status, is_final):
 
 @given(st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text not in "0123"))
 def test_an_unknown_state_is_kept(text):
-    """A state that LianLian adds later is itself, equal to its text, not final, and survives pickling."""
+    """A new status of LianLian is kept, equals its text, is not final, and survives pickling."""
     status = RefundStatus(text)
     assert isinstance(status, RefundStatus)
     assert status == text == status.value == str(status)
@@ -448,14 +448,14 @@ def test_an_unknown_state_is_kept(text):
 
 
 def test_an_unknown_state_leaves_the_known_ones_alone():
-    """Four states are documented, however many unknown ones were met."""
+    """Unknown values add no member to the enumeration."""
     RefundStatus("9")
     assert [status.value for status in RefundStatus] == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("value", [2, None, b"2"])
 def test_a_state_is_text(value):
-    """What is no text is no state."""
+    """Other types are refused."""
     with pytest.raises(ValueError, match="not a valid RefundStatus"):
         RefundStatus(value)
 
@@ -464,7 +464,7 @@ def test_a_state_is_text(value):
 
 
 def test_every_documented_field_is_read():
-    """The sample answer of LianLian's page is read field by field into its types."""
+    """The documented sample answer is read into typed fields."""
     refund = Refund.from_dict(SAMPLE)
     assert refund.ret_code == "0000"
     assert refund.ret_msg == "交易成功"
@@ -485,7 +485,7 @@ def test_every_documented_field_is_read():
 
 
 def test_absent_and_empty_fields_are_none():
-    """What the gateway leaves out or empty is None, and a refund without a state is not final."""
+    """An absent or empty field is None, and a refund without status is not final."""
     refund = Refund.from_dict({"no_refund": "R-1", "settle_date": "", "sta_refund": "", "rate": ""})
     assert attrs.asdict(refund, filter=lambda field, value: field.eq and value is not None) == {"no_refund": "R-1"}
     assert refund.extra == {}
@@ -503,8 +503,8 @@ def test_absent_and_empty_fields_are_none():
         ("settle_date", "20130631"),
     ],
 )
-def test_an_odd_field_hides_nothing(name, text):
-    """A field that is not of its documented form is None and keeps its text; all others are read."""
+def test_malformed_field_hides_no_other(name, text):
+    """Its text is kept in ``extra``; all other fields are read."""
     refund = Refund.from_dict(SAMPLE | {name: text})
     assert getattr(refund, name) is None
     assert refund.extra == {name: text}
@@ -513,7 +513,7 @@ def test_an_odd_field_hides_nothing(name, text):
 
 
 def test_unknown_fields_are_kept():
-    """A field that LianLian adds later is in ``extra``, even an empty one; the signature is in ``raw`` only."""
+    """A new field of LianLian is in ``extra``, even an empty one; the signature is only in ``raw``."""
     refund = Refund.from_dict(SAMPLE | {"memo": "x", "blank": "", "sta_refund": "7"})
     assert refund.extra == {"memo": "x", "blank": ""}
     assert refund.sta_refund == "7"
@@ -528,7 +528,7 @@ def test_unknown_fields_are_kept():
     | st.dictionaries(st.text(), st.text())
 )
 def test_any_mapping_of_strings_is_a_refund_and_nothing_is_lost(data):
-    """No answer, however odd, raises; what came is given back, through JSON and pickling too."""
+    """No answer raises; the received mapping is returned, also after JSON and pickling."""
     refund = Refund.from_dict(data, asked_dt_refund=NOW)
     assert refund.to_dict() == data
     assert Refund.from_dict(refund.to_dict()) == refund
@@ -539,7 +539,7 @@ def test_any_mapping_of_strings_is_a_refund_and_nothing_is_lost(data):
 
 
 def test_a_refund_made_by_hand_survives_pickling():
-    """A refund that did not come over the wire, such as a test's, is the same after pickling."""
+    """A refund that was constructed in a test is equal after pickling."""
     refund = Refund(no_refund="R-1", sta_refund=RefundStatus("7"), money_refund=Decimal("1.00"), extra={"a": "b"})
     for twin in (pickle.loads(pickle.dumps(refund)), copy.deepcopy(refund), attrs.evolve(refund)):
         assert twin == refund
@@ -547,7 +547,7 @@ def test_a_refund_made_by_hand_survives_pickling():
 
 
 def test_the_received_mapping_is_read_only_and_a_copy():
-    """Neither the refund's mappings nor, through them, what was received can be changed."""
+    """Neither the refund's mappings nor the received one can be changed through the refund."""
     data = dict(SAMPLE, memo="x")
     refund = Refund.from_dict(data)
     data.clear()
@@ -559,26 +559,26 @@ def test_the_received_mapping_is_read_only_and_a_copy():
 
 
 def test_two_records_of_one_refund_are_equal_whatever_their_signature():
-    """Equality is about the refund, not about the message that told of it."""
+    """Equality compares the refund, not the message."""
     assert Refund.from_dict(SAMPLE) == Refund.from_dict(SAMPLE | {"sign": "other", "memo": "x"})
     assert Refund.from_dict(SAMPLE) != Refund.from_dict(SAMPLE | {"sta_refund": "3"})
 
 
 def test_a_refund_shows_no_signature():
-    """The repr tells of the refund, not of what proved it."""
+    """The repr shows the refund without its signature."""
     assert "ZPZU" not in repr(Refund.from_dict(SAMPLE))
     assert "2013051500001" in repr(Refund.from_dict(SAMPLE))
 
 
-def test_a_refund_asks_about_itself():
-    """The next question names the refund by its own number, or by LianLian's where that is all there is."""
+def test_query_of_a_refund():
+    """It has the merchant's number, or LianLian's if that is the only one."""
     assert Refund.from_dict(SAMPLE).query() == RefundQuery(no_refund="2013051500001", dt_refund="20130515094018")
     alone = Refund.from_dict({"oid_refundno": "2013051613121201", "dt_refund": "20130515094018"})
     assert alone.query() == RefundQuery(oid_refundno="2013051613121201", dt_refund="20130515094018")
 
 
-def test_a_refund_without_a_time_asks_with_the_one_that_was_asked():
-    """The domestic product's answers name no dt_refund; the question that led to them did."""
+def test_query_of_a_refund_without_dt_refund():
+    """Answers of the domestic product have no dt_refund; the query uses the request's."""
     data = {name: text for name, text in SAMPLE.items() if name != "dt_refund"}
     assert Refund.from_dict(data, asked_dt_refund=NOW).query().dt_refund == NOW
     assert Refund.from_dict(SAMPLE, asked_dt_refund=NOW).query().dt_refund != NOW

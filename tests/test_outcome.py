@@ -52,5 +52,5 @@ NOT_FOUND = RefundNotFound(no_refund="R-1", oid_refundno=None, ret_code="8901", 
     ],
 )
 def test_the_reason_has_no_details(apply_error, query_error, reason):
-    """Refunds that are unknown for one reason have one text; an error of another kind speaks for itself."""
+    """Refunds that are unknown for the same cause have the same reason; other errors are their own reason."""
     assert unknown_reason(apply_error, query_error) == (reason or str(apply_error))

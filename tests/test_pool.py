@@ -73,8 +73,8 @@ class Holding:
 # ── reuse ────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_one_connection_serves_one_request_after_the_other():
-    """A connection is used again as long as nobody needs a second one."""
+async def test_connection_is_reused():
+    """One connection serves requests one after the other."""
     async with answering() as server, pool_of(8) as pool:
         for _ in range(5):
             assert await fetch(pool, server.url) == b"{}"
@@ -83,7 +83,7 @@ async def test_one_connection_serves_one_request_after_the_other():
 
 
 async def test_the_connection_used_last_is_taken_first():
-    """Few connections do the work while traffic is low, so that the others may expire."""
+    """With little traffic few connections are used, so that the others expire."""
     handler = Holding()
     async with serving(handler) as server, pool_of(4) as pool:
         async with anyio.create_task_group() as tasks:
@@ -97,7 +97,7 @@ async def test_the_connection_used_last_is_taken_first():
 
 
 async def test_each_origin_has_its_own_connections():
-    """The apply and the query server never get each other's connection."""
+    """The apply server and the query server never share a connection."""
     async with answering(b"1") as one, answering(b"2") as two, pool_of(2) as pool:
         for _ in range(3):
             assert await fetch(pool, one.url) == b"1"
@@ -105,8 +105,8 @@ async def test_each_origin_has_its_own_connections():
     assert one.opened == two.opened == 1
 
 
-async def test_idle_connections_expire_and_are_closed():
-    """A connection that nobody used for longer than the keep-alive time is closed, that of another origin too."""
+async def test_idle_connections_expire():
+    """A connection that is idle for longer than the keep-alive time is closed, also one to another origin."""
     handler = Holding()
     async with serving(handler) as busy, answering() as other, pool_of(4, keepalive_expiry=0.0) as pool:
         await fetch(pool, other.url)
@@ -122,7 +122,7 @@ async def test_idle_connections_expire_and_are_closed():
 
 
 async def test_a_connection_that_the_server_closed_is_replaced():
-    """A server that hangs up between two requests costs nothing but a new connection."""
+    """If the server closes a connection between two requests, a new one is opened."""
 
     async def once(connection: Connection):
         await connection.request()
@@ -136,7 +136,7 @@ async def test_a_connection_that_the_server_closed_is_replaced():
 
 
 async def test_closing_the_pool_closes_its_idle_connections():
-    """Nothing stays open once the pool is closed."""
+    """Nothing stays open after the pool is closed."""
     handler = Holding()
     handler.go.set()
     async with serving(handler) as server:
@@ -147,8 +147,8 @@ async def test_closing_the_pool_closes_its_idle_connections():
     assert 1 <= server.opened <= 4
 
 
-async def test_a_connection_that_comes_back_after_the_close_is_closed():
-    """A request that outlives its pool is answered, and its connection is not kept."""
+async def test_connection_released_after_the_close_is_closed():
+    """A request that outlives its pool is answered, and its connection is closed."""
     handler = Holding()
     async with serving(handler) as server:
         async with anyio.create_task_group() as tasks, pool_of(1) as pool:
@@ -164,7 +164,7 @@ async def test_a_connection_that_comes_back_after_the_close_is_closed():
 
 
 async def test_no_more_than_max_connections_are_open():
-    """However many requests there are, each waits until one of the few connections is free."""
+    """However many requests there are, each waits for a free connection."""
     most = 0
 
     async def handler(connection: Connection):
@@ -179,8 +179,8 @@ async def test_no_more_than_max_connections_are_open():
     assert most == server.opened == 3
 
 
-async def test_who_waits_is_served_in_order():
-    """Waiters requests get the connection in the order in which they came."""
+async def test_waiting_requests_are_served_in_order():
+    """Waiting requests get the connection in the order of their arrival."""
     async with answering() as server, pool_of(1) as pool, anyio.create_task_group() as tasks:
         for number in range(8):
             tasks.start_soon(fetch, pool, f"{server.url}/{number}")
@@ -189,8 +189,8 @@ async def test_who_waits_is_served_in_order():
 
 
 @pytest.mark.virtual_time
-async def test_whoever_waits_too_long_gets_a_pool_timeout():
-    """A request that finds no free connection within its time raises PoolTimeout, and takes no place with it."""
+async def test_pool_timeout():
+    """A request that finds no free connection in time raises PoolTimeout and leaks no slot."""
     handler = Holding()
     async with serving(handler) as server, pool_of(1) as pool, anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: fetch(pool, server.url, read=100))
@@ -203,8 +203,8 @@ async def test_whoever_waits_too_long_gets_a_pool_timeout():
         assert await fetch(pool, server.url) == b"1"
 
 
-async def test_without_a_timeout_a_request_waits_as_long_as_it_takes():
-    """A request that names no pool timeout waits its turn."""
+async def test_without_a_pool_timeout():
+    """A request without pool timeout waits for its turn."""
     async with answering() as server, pool_of(1) as pool:
         response = await pool.handle_async_request(httpx.Request("POST", server.url, content=b"{}"))
         assert await response.aread() == b"{}"
@@ -233,8 +233,8 @@ async def assert_all_free(pool, server: Server, slots):
                 tasks.start_soon(meet)
 
 
-async def test_a_connection_that_failed_is_not_used_again():
-    """After a broken exchange the next request comes on a new connection."""
+async def test_failed_connection_is_not_reused():
+    """After a failed exchange the next request uses a new connection."""
     broken = True
 
     async def handler(connection: Connection):
@@ -252,8 +252,8 @@ async def test_a_connection_that_failed_is_not_used_again():
         await until(lambda: server.open == 1)
 
 
-async def test_a_refused_connection_gives_its_place_back():
-    """Failing to connect, again and again, takes no place with it."""
+async def test_refused_connection_frees_its_slot():
+    """Repeated failures to connect leak no slot."""
     async with answering() as server, pool_of(2) as pool:
         for _ in range(6):
             with pytest.raises(httpx.ConnectError):
@@ -261,8 +261,8 @@ async def test_a_refused_connection_gives_its_place_back():
         await assert_all_free(pool, server, 2)
 
 
-async def test_a_response_that_breaks_while_it_is_closed_gives_its_place_back():
-    """A response whose body breaks off frees its place and its connection."""
+async def test_response_that_fails_at_closing_frees_its_slot():
+    """A response whose body breaks off frees its slot and its connection."""
 
     async def handler(connection: Connection):
         while await connection.request() is not None:
@@ -278,8 +278,8 @@ async def test_a_response_that_breaks_while_it_is_closed_gives_its_place_back():
 
 
 @pytest.mark.parametrize("calls", [300])
-async def test_cancelled_requests_leak_neither_places_nor_connections(calls):
-    """Requests cancelled while they wait, connect, send or read leave every place free and every socket closed."""
+async def test_cancelled_requests_leak_nothing(calls):
+    """Requests cancelled while they wait, connect, send or read free every slot and close every socket."""
     ended = 0
 
     async def cancelled(number):
@@ -303,7 +303,7 @@ async def test_cancelled_requests_leak_neither_places_nor_connections(calls):
 @pytest.mark.parametrize("how", ["scope", "task"])
 @pytest.mark.parametrize("keeps", [True, False], ids=["keep-alive", "close"])
 async def test_a_request_cancelled_at_any_step_leaks_nothing(anyio_backend_name, how, keeps):
-    """Cancelled after one step of the event loop, or two, or three … a request leaves its place free each time."""
+    """A request that is cancelled after any number of steps of the event loop frees its slot."""
     if how == "task" and anyio_backend_name != "asyncio":
         pytest.skip("trio has no other cancellation than its scopes")
 
@@ -357,7 +357,7 @@ async def steps_of_the_loop(number):
 @pytest.mark.parametrize("form", ["http://127.0.0.1:{}", "127.0.0.1:{}"])
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 async def test_a_proxy_of_the_environment_is_used(monkeypatch, name, form):
-    """Requests go to the proxy that the environment names, with or without a scheme."""
+    """Requests go to the proxy of the environment, with or without a scheme."""
     async with answering(b"by proxy") as proxy:
         monkeypatch.setenv(name, form.format(proxy.port))
         async with pool_of(1) as pool:
@@ -367,7 +367,7 @@ async def test_a_proxy_of_the_environment_is_used(monkeypatch, name, form):
 
 @pytest.mark.parametrize("bypass", ["127.0.0.1", "*", "example.com, 127.0.0.1"])
 async def test_no_proxy_is_honoured(monkeypatch, bypass):
-    """Hosts that NO_PROXY names are reached directly, all others by the proxy."""
+    """Hosts in NO_PROXY are reached directly, all others through the proxy."""
     async with answering(b"by proxy") as proxy, answering(b"direct") as server:
         monkeypatch.setenv("ALL_PROXY", proxy.url)
         monkeypatch.setenv("NO_PROXY", bypass)
@@ -381,7 +381,7 @@ async def test_no_proxy_is_honoured(monkeypatch, bypass):
     "bypass", ["127.0.0.1:{port}", "127.0.0.0/8", "10.0.0.0/8, 127.0.0.0/24", "::1/128,127.0.0.1/32"]
 )
 async def test_no_proxy_names_ports_and_networks(monkeypatch, bypass):
-    """An entry of NO_PROXY with a port holds for that port only, one with a prefix length for the whole network."""
+    """An entry of NO_PROXY with a port is for that port only, one with a prefix length for the network."""
     async with answering(b"by proxy") as proxy, answering(b"direct") as server, answering(b"direct") as other:
         monkeypatch.setenv("ALL_PROXY", proxy.url)
         monkeypatch.setenv("NO_PROXY", bypass.format(port=server.port))
@@ -392,8 +392,8 @@ async def test_no_proxy_names_ports_and_networks(monkeypatch, bypass):
 
 @pytest.mark.parametrize("variables", [{"NO_PROXY": "127.0.0.1"}, {"HTTP_PROXY": ""}, {"HTTP_PROXY": "{proxy}"}])
 @pytest.mark.parametrize("backend", ["httpx", "aiohttp"])
-async def test_a_proxy_that_is_not_used_is_not_judged(monkeypatch, merchant_keys, gateway_keys, variables, backend):
-    """A ``socks://`` in ALL_PROXY blocks only where no other variable leads to the endpoints."""
+async def test_unused_proxy_is_not_checked(monkeypatch, merchant_keys, gateway_keys, variables, backend):
+    """A ``socks://`` in ALL_PROXY is refused only if no other variable is for the endpoints."""
     async with answering(b"{}") as server:
         monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
         for name, value in variables.items():
@@ -416,8 +416,8 @@ async def test_a_proxy_that_is_not_used_is_not_judged(monkeypatch, merchant_keys
     assert server.requests
 
 
-async def test_without_urls_any_proxy_of_the_environment_keeps_aiohttp_away(monkeypatch):
-    """A transport for URLs that are not known yet must be able to use a proxy."""
+async def test_without_urls_any_proxy_excludes_aiohttp(monkeypatch):
+    """A transport for unknown URLs must be able to use a proxy."""
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohttp")
     async with answering(b"by proxy") as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
@@ -427,8 +427,8 @@ async def test_without_urls_any_proxy_of_the_environment_keeps_aiohttp_away(monk
     assert delivery.body == b"by proxy"
 
 
-async def test_an_unusable_proxy_that_was_not_checked_before_sends_nothing(monkeypatch):
-    """A proxy that turns out to be unusable with the first request is *not sent*, and takes no place with it."""
+async def test_unchecked_unusable_proxy_is_not_sent(monkeypatch):
+    """A proxy that turns out to be unusable at the first request: *not sent*, and no slot leaks."""
     async with answering() as server, pool_of(1) as pool:
         transport = await HttpSender.open(None, pool, 1)
         monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
@@ -441,7 +441,7 @@ async def test_an_unusable_proxy_that_was_not_checked_before_sends_nothing(monke
 
 @pytest.mark.parametrize("url", ["http://gateway.invalid/", "https://gateway.invalid/"])
 async def test_a_dead_proxy_is_named_without_its_password(monkeypatch, url):
-    """Nobody listens at the proxy: the reason names it, not only the gateway."""
+    """Nobody listens at the proxy: the reason names it, too."""
     proxy = f"127.0.0.1:{unused_port()}"
     monkeypatch.setenv("ALL_PROXY", f"http://user:sesame@{proxy}")
     transport = await HttpSender.open(None, None, 1)
@@ -452,8 +452,8 @@ async def test_a_dead_proxy_is_named_without_its_password(monkeypatch, url):
     assert "sesame" not in delivery.reason
 
 
-async def test_a_proxy_that_refuses_to_connect_sends_nothing(monkeypatch, merchant):
-    """A proxy that refuses the tunnel never saw the refund: not sent, and the place is free again."""
+async def test_proxy_that_refuses_the_tunnel_is_not_sent(monkeypatch, merchant):
+    """The proxy never saw the refund: *not sent*, and the slot is free."""
     async with answering(status="403 Forbidden") as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         async with RefundSession(merchant, max_connections=1, retry=RetryPolicy(attempts=2, initial=0.001)) as session:
@@ -474,8 +474,8 @@ async def test_a_proxy_that_refuses_to_connect_sends_nothing(monkeypatch, mercha
         ),
     ],
 )
-async def test_a_proxy_that_cannot_be_used_is_told_when_the_session_opens(monkeypatch, merchant, proxy):
-    """An unusable proxy is a ConfigurationError that names the variable, and shows no password."""
+async def test_unusable_proxy_is_reported_at_opening(monkeypatch, merchant, proxy):
+    """The ConfigurationError names the variable and shows no password."""
     monkeypatch.setenv("HTTPS_PROXY", proxy)
     with pytest.raises(ConfigurationError, match="HTTPS_PROXY") as caught:
         await RefundSession(merchant).__aenter__()

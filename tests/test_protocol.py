@@ -81,8 +81,8 @@ def assert_uncertain(reply, error):
 # ── out ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_apply_call_carries_every_field_of_the_request_and_the_merchants():
-    """The apply call's fields are the page's, in wire form, with the merchant's number and default notify_url."""
+def test_fields_of_an_apply_call():
+    """They are the documented ones, in wire form, with the merchant's number and default notify_url."""
     assert APPLY.asked == {
         "oid_partner": OID_PARTNER,
         "sign_type": "RSA",
@@ -95,22 +95,22 @@ def test_an_apply_call_carries_every_field_of_the_request_and_the_merchants():
     }
 
 
-def test_a_request_s_own_notify_url_comes_before_the_merchant_s():
-    """What a request names for itself is what the gateway is told."""
+def test_notify_url_of_the_request_overrides_the_merchants():
+    """The gateway gets the request's own notify_url."""
     request = refund_request(notify_url="https://shop.example/other")
     assert PROTOCOL.apply_fields(request)["notify_url"] == "https://shop.example/other"
 
 
-def test_a_notify_url_is_required_of_somebody():
-    """Where neither request nor merchant names a notify_url, the error says so before anything is signed."""
+def test_notify_url_is_required():
+    """If neither request nor merchant has one, the error says so before anything is signed."""
     protocol = PROTOCOL._replace(merchant=attrs.evolve(PROTOCOL.merchant, notify_url=None))
     with pytest.raises(InvalidRequest) as caught:
         protocol.apply_fields(refund_request())
     assert [problem.field for problem in caught.value.problems] == ["notify_url"]
 
 
-def test_a_query_call_carries_what_it_asks_by():
-    """The query call's fields are the page's."""
+def test_fields_of_a_query_call():
+    """They are the documented ones."""
     asked = PROTOCOL.query_fields(RefundQuery(oid_refundno="2013051613121201", dt_refund=EPOCH))
     assert asked == {
         "oid_partner": OID_PARTNER,
@@ -121,8 +121,8 @@ def test_a_query_call_carries_what_it_asks_by():
 
 
 @both_calls
-def test_what_is_sent_is_signed_by_the_merchant_over_all_its_fields(asking):
-    """The sealed bytes are the fields and a signature over them that the merchant's public key verifies."""
+def test_merchant_signs_all_fields(asking):
+    """The sealed bytes are the fields and a signature that the merchant's public key verifies."""
     sent = wire.decode(PROTOCOL.seal(asking.asked))
     signature = sent.pop("sign")
     assert sent == asking.asked
@@ -133,8 +133,8 @@ def test_what_is_sent_is_signed_by_the_merchant_over_all_its_fields(asking):
 
 
 @both_calls
-def test_a_signed_answer_to_the_question_is_the_refund(asking):
-    """A 0000 answer that is validly signed and matches what was asked is FOUND, with every field typed."""
+def test_signed_matching_answer_is_the_refund(asking):
+    """A validly signed 0000 that matches the request is FOUND, with every field typed."""
     fields = made(asking.asked, extra_field="kept")
     reply = read(asking, fields)
     assert reply.finding is Finding.FOUND
@@ -145,16 +145,16 @@ def test_a_signed_answer_to_the_question_is_the_refund(asking):
     assert reply.refund.raw == fields
 
 
-def test_a_found_refund_can_be_asked_about_though_the_answer_has_no_dt_refund():
-    """The domestic product's answers leave dt_refund out: the question's own is remembered."""
+def test_refund_remembers_the_dt_refund_of_the_request():
+    """Answers of the domestic product have no dt_refund."""
     refund = read(APPLY, made(APPLY.asked, dt_refund=None)).refund
     assert refund.dt_refund is None
     assert refund.query() == refund_request().query()
 
 
 @pytest.mark.parametrize("text", ["10.00", "10.0", "10", "10.000"])
-def test_money_is_compared_as_an_amount(text):
-    """A lenient spelling of the same amount is the same amount."""
+def test_money_is_compared_by_value(text):
+    """Another spelling of the same amount is the same amount."""
     assert read(APPLY, made(APPLY.asked, money_refund=text)).finding is Finding.FOUND
 
 
@@ -171,7 +171,7 @@ def test_money_is_compared_as_an_amount(text):
     ],
 )
 @both_calls
-def test_a_signed_success_about_another_refund_is_no_answer(asking, field, text):
+def test_signed_success_about_another_refund_is_uncertain(asking, field, text):
     """A valid signature does not help an answer that names another merchant or refund, or none."""
     reply = read(asking, made(asking.asked, **{field: text}))
     assert_uncertain(reply, AnswerMismatch)
@@ -180,8 +180,8 @@ def test_a_signed_success_about_another_refund_is_no_answer(asking, field, text)
 
 
 @pytest.mark.parametrize("text", ["", "ten", None, "1E+1"])
-def test_a_signed_success_without_a_readable_amount_is_no_answer_to_an_apply_call(text):
-    """An apply call's success has to name the money that was applied for."""
+def test_signed_apply_success_needs_a_readable_amount(text):
+    """The success of an apply call must repeat the amount."""
     reply = read(APPLY, made(APPLY.asked, money_refund=text))
     assert_uncertain(reply, AnswerMismatch)
     assert reply.error.field == "money_refund"
@@ -190,7 +190,7 @@ def test_a_signed_success_without_a_readable_amount_is_no_answer_to_an_apply_cal
 
 @pytest.mark.parametrize("text", ["10.01", "11.00", "1.00", "10.001"])
 def test_a_signed_success_with_another_amount_is_a_conflict(text):
-    """The number stands for another refund: the error carries the gateway's record of it."""
+    """The number belongs to another refund: the error carries the gateway's record of it."""
     reply = read(APPLY, made(APPLY.asked, money_refund=text))
     assert (reply.finding, reply.refund) == (Finding.CONFLICT, None)
     assert (reply.error.field, reply.error.ours, reply.error.theirs) == ("money_refund", "10.00", text)
@@ -199,29 +199,29 @@ def test_a_signed_success_with_another_amount_is_a_conflict(text):
 
 @both_calls
 def test_a_signed_success_with_another_time_is_a_conflict(asking):
-    """A gateway that replays its first answer to a reused number has made nothing for the second refund."""
+    """A gateway that repeats its first answer to a reused number has not made the second refund."""
     reply = read(asking, made(asking.asked, dt_refund="20260105160001"))
     assert (reply.finding, reply.error.field) == (Finding.CONFLICT, "dt_refund")
 
 
 @both_calls
 @pytest.mark.parametrize("text", ["yesterday", "20260199000000"])
-def test_a_signed_success_with_an_unreadable_time_is_no_answer(asking, text):
-    """It tells neither of this refund nor of another one."""
+def test_signed_success_with_an_unreadable_time_is_uncertain(asking, text):
+    """It proves neither this refund nor another one."""
     reply = read(asking, made(asking.asked, dt_refund=text))
     assert_uncertain(reply, AnswerMismatch)
     assert reply.error.field == "dt_refund"
 
 
 @pytest.mark.parametrize("text", ["10.01", None])
-def test_a_query_is_not_about_money(text):
-    """A query does not say how much it is about, so that any amount answers it."""
+def test_query_accepts_any_amount(text):
+    """A query has no amount."""
     assert read(QUERY, made(QUERY.asked, money_refund=text)).finding is Finding.FOUND
 
 
 @pytest.mark.parametrize("trader", [None, "201304121000001004"])
-def test_a_later_question_names_the_merchant_that_was_refunded_for(trader):
-    """trader_refund goes into both calls, and into a question that is made of the answer."""
+def test_later_query_repeats_trader_refund(trader):
+    """trader_refund is in both calls, and in a query that is made from the answer."""
     request = refund_request(trader_refund=trader)
     apply, query = PROTOCOL.apply_fields(request), PROTOCOL.query_fields(request.query())
     assert apply.get("trader_refund") == query.get("trader_refund") == trader
@@ -229,16 +229,16 @@ def test_a_later_question_names_the_merchant_that_was_refunded_for(trader):
     assert read(asking, made(asking.asked)).refund.query() == request.query()
 
 
-def test_a_query_by_lianlians_number_is_answered_by_that_number():
-    """Asked by oid_refundno, the answer has to repeat it; the merchant's own number may be any."""
+def test_query_by_oid_refundno():
+    """The answer must repeat oid_refundno; the merchant's own number may be any."""
     asking = exchange(Call.QUERY, PROTOCOL.query_fields(RefundQuery(oid_refundno="2013051613121201", dt_refund=EPOCH)))
     assert read(asking, made(asking.asked)).finding is Finding.FOUND
     assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch)
     assert_uncertain(read(asking, made(asking.asked, oid_refundno=None)), AnswerMismatch)
 
 
-def test_a_query_by_both_numbers_is_answered_by_either_and_contradicted_by_either():
-    """Of two numbers that were asked by, one has to be repeated and none may differ."""
+def test_query_by_both_numbers():
+    """The answer must repeat one of them, and contradict neither."""
     query = RefundQuery(no_refund="R-1", oid_refundno="2013051613121201", dt_refund=EPOCH)
     asking = exchange(Call.QUERY, PROTOCOL.query_fields(query))
     assert read(asking, made(asking.asked, no_refund=None)).finding is Finding.FOUND
@@ -253,7 +253,7 @@ def test_a_query_by_both_numbers_is_answered_by_either_and_contradicted_by_eithe
 @both_calls
 @pytest.mark.parametrize("ret_code", sorted(CODES))
 def test_no_answer_with_a_wrong_signature_is_believed(asking, ret_code):
-    """Whatever its code, an answer signed by a stranger teaches nothing."""
+    """Whatever its code, an answer that another key signed proves nothing."""
     fields = {**made(asking.asked), "ret_code": ret_code}
     assert_uncertain(read(asking, sealed(fields, STRANGER.private)), SignatureInvalid)
 
@@ -261,7 +261,7 @@ def test_no_answer_with_a_wrong_signature_is_believed(asking, ret_code):
 @both_calls
 @pytest.mark.parametrize("signature", ["", None, "AAAA", "not base64!", "é"])
 def test_a_success_without_a_usable_signature_is_not_believed(asking, signature):
-    """A 0000 answer has to be signed."""
+    """A 0000 must be signed."""
     fields = {**made(asking.asked), "sign": signature}
     assert_uncertain(
         read(asking, as_json({name: text for name, text in fields.items() if text is not None})), SignatureInvalid
@@ -277,7 +277,7 @@ def test_a_success_without_a_usable_signature_is_not_believed(asking, signature)
         ({"rate": "1.0"}, "signature of no known gateway key"),
     ],
 )
-def test_an_unsigned_field_makes_an_answer_worthless_and_is_named(asking, unsigned, said):
+def test_unsigned_field_is_named_in_the_error(asking, unsigned, said):
     """LianLian leaves fields of other answers unsigned: the error says so, and the answer is not believed."""
     reply = read(asking, {**made(asking.asked), **unsigned})
     assert_uncertain(reply, SignatureInvalid)
@@ -285,7 +285,7 @@ def test_an_unsigned_field_makes_an_answer_worthless_and_is_named(asking, unsign
 
 
 def test_both_keys_of_a_rotation_are_known():
-    """While the gateway changes its key, answers signed by either are believed, and by no third."""
+    """During a rotation answers signed by either key are believed, and by no third."""
     rotating = PROTOCOL._replace(gateway_keys=(STRANGER.public, GATEWAY.public))
     fields = {name: text for name, text in made(APPLY.asked).items() if name not in ("sign", "sign_type")}
     for key, known in (
@@ -298,7 +298,7 @@ def test_both_keys_of_a_rotation_are_known():
 
 @both_calls
 def test_no_flipped_bit_of_a_success_is_believed(asking):
-    """A single flipped bit anywhere in a signed success makes it worthless, unless its fields are the same."""
+    """A single flipped bit in a signed success makes it uncertain, unless its fields are the same."""
     fields = made(asking.asked)
     body = as_json(fields)
     believed = 0
@@ -337,8 +337,8 @@ ERRORS = {
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 @both_calls
 @pytest.mark.parametrize("ret_code", [*sorted(set(CODES) - {"0000"}), "7777", "0", "00000"])
-def test_every_code_teaches_what_its_class_says(asking, ret_code, signed):
-    """Each error code, and each unknown one, teaches what the table says for its call, signed or not."""
+def test_every_code_leads_to_the_finding_of_its_class(asking, ret_code, signed):
+    """Each known and unknown error code has the finding of the table for its call, signed or not."""
     call = (Call.APPLY, Call.QUERY).index(asking.call)
     kind = CODES[ret_code].kind if ret_code in CODES else CodeClass.UNCERTAIN
     answer = {"ret_code": ret_code, "ret_msg": "原因"}
@@ -359,8 +359,8 @@ def test_every_code_teaches_what_its_class_says(asking, ret_code, signed):
         assert (reply.error.may_pass, reply.error.stops_batch) == (row.may_pass, row.stops_batch)
 
 
-def test_a_rejection_needs_no_words():
-    """An answer that is nothing but a code is still that code."""
+def test_rejection_without_ret_msg():
+    """An answer with only a code is read by its code."""
     reply = read(APPLY, {"ret_code": "5007"})
     assert reply.finding is Finding.REJECTED
     assert reply.error.ret_msg == ""
@@ -369,14 +369,14 @@ def test_a_rejection_needs_no_words():
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 @both_calls
 @pytest.mark.parametrize(("field", "text"), [("no_refund", "R-2"), ("oid_partner", "201304121000001004")])
-def test_a_refusal_of_another_refund_is_not_ours(asking, field, text, signed):
-    """An error answer that names another merchant or refund teaches nothing."""
+def test_refusal_of_another_refund_is_uncertain(asking, field, text, signed):
+    """An error answer that names another merchant or refund proves nothing."""
     answer = {"ret_code": "5007", "ret_msg": "", field: text}
     assert_uncertain(read(asking, sealed(answer) if signed else answer), AnswerMismatch)
 
 
-def test_an_empty_field_is_as_good_as_absent():
-    """An error answer whose identity fields are there but empty is no other refund's: the signature omits them too."""
+def test_empty_field_is_like_an_absent_one():
+    """An error answer with empty identity fields is not about another refund: the signature omits them, too."""
     answer = {"ret_code": "8901", "ret_msg": "没有记录", "no_refund": "", "oid_partner": ""}
     assert read(QUERY, sealed(answer)).finding is Finding.NOT_FOUND
 
@@ -387,7 +387,7 @@ def test_an_empty_field_is_as_good_as_absent():
 @both_calls
 @pytest.mark.parametrize("status", [100, 201, 204, 302, 400, 401, 404, 429, 500, 502, 503, 504])
 def test_only_status_200_is_an_answer(asking, status):
-    """A perfect answer under another HTTP status teaches nothing: a proxy may have put it there."""
+    """A valid answer under another HTTP status proves nothing: it may come from a proxy."""
     assert_uncertain(read(asking, made(asking.asked), status=status), MalformedMessage)
     assert_uncertain(read(asking, {"ret_code": "5007"}, status=status), MalformedMessage)
 
@@ -395,14 +395,14 @@ def test_only_status_200_is_an_answer(asking, status):
 @both_calls
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "deflate", "identity, gzip", "zip", "hex", "a\0b"])
 def test_a_compressed_body_is_refused(asking, encoding):
-    """Nobody asked for compression, and nobody unpacks it: a small body could be a large one."""
+    """Compression was not requested, and nothing is decompressed: a small body could become a large one."""
     body = gzip.compress(as_json(made(asking.asked)))
     assert_uncertain(read(asking, body, headers={"content-encoding": encoding}), MalformedMessage)
 
 
 @pytest.mark.parametrize("encoding", ["", "identity", "Identity", "UTF-8", "utf8", "GBK"])
 def test_identity_is_no_compression(encoding):
-    """A server may say that it did nothing to the body, or name the character set, as clients of LianLian's do."""
+    """A server may name identity or the character set, as LianLian's own clients do."""
     assert read(APPLY, made(APPLY.asked), headers={"content-encoding": encoding}).finding is Finding.FOUND
 
 
@@ -428,16 +428,16 @@ def test_identity_is_no_compression(encoding):
     ids=lambda body: body[:24].decode("latin-1"),
 )
 @both_calls
-def test_what_is_not_an_object_of_strings_with_a_code_is_malformed(asking, body):
-    """Anything but one flat JSON object of strings that has a ret_code teaches nothing."""
+def test_malformed_answers(asking, body):
+    """Anything but a flat JSON object of strings with a ret_code proves nothing."""
     assert_uncertain(read(asking, body), MalformedMessage)
 
 
 # ── in: no answer at all ─────────────────────────────────────────────────────────────────────────
 
 
-def test_what_was_lost_before_it_was_sent_is_not_sent():
-    """An apply call that never left is RefundNotSent, with the cause behind it."""
+def test_apply_call_that_was_not_sent():
+    """It is RefundNotSent, with its cause."""
     cause = OSError("refused")
     reply = PROTOCOL.read(attrs.evolve(APPLY, attempt=3), NoResponse("ConnectError: refused", False, cause))
     assert reply.finding is Finding.NOT_SENT
@@ -455,8 +455,8 @@ def test_what_was_lost_before_it_was_sent_is_not_sent():
         (QUERY, False, Finding.NOT_SENT),
     ],
 )
-def test_what_was_lost_otherwise_is_an_unavailable_gateway(asking, may_have_arrived, known):
-    """A call that may have arrived, and every question, ends in GatewayUnavailable."""
+def test_other_lost_calls(asking, may_have_arrived, known):
+    """An apply call that may have arrived, and every query, ends in GatewayUnavailable."""
     reply = PROTOCOL.read(asking, NoResponse("ReadTimeout", may_have_arrived))
     assert reply.finding is known
     assert type(reply.error) is GatewayUnavailable
@@ -533,15 +533,15 @@ headers_of_any_kind = st.dictionaries(
         ).map(lambda value: json.dumps(value).encode()),
     ),
 )
-def test_reading_is_total(asking, status, headers, body):
-    """Any status, headers and body make a reply; nothing that is unsigned makes a refund."""
+def test_reading_never_raises(asking, status, headers, body):
+    """Any status, headers and body give a reply; nothing unsigned gives a refund."""
     reply = PROTOCOL.read(asking, HttpResponse(status, headers, body))
     assert_lawful(asking, None, reply)
     assert reply.finding is not Finding.FOUND
 
 
-def test_no_byte_of_a_notification_can_be_changed():
-    """Whatever any one byte is changed to, what is believed is what was signed."""
+def test_changed_byte_of_a_notification():
+    """Whatever one byte is changed to, only the signed content is believed."""
     genuine = notification(ret_code="0000", ret_msg="交易成功", rate="", extra="\\ 退款")
     signed, believed = signature_source(wire.decode(genuine)), 0
     for place in range(len(genuine)):
@@ -569,8 +569,8 @@ alterations = st.lists(st.tuples(st.sampled_from(NAMES), texts | st.none()), max
     after=alterations,
     signer=st.sampled_from([GATEWAY.private, STRANGER.private]),
 )
-def test_an_answer_that_is_nearly_right_is_read_with_care(asking, before, after, signer):
-    """A signed answer with fields altered, added and removed, before or after it was signed, is never overrated."""
+def test_nearly_right_answers(asking, before, after, signer):
+    """A signed answer with fields changed, added and removed, before or after signing, is never overrated."""
 
     def altered(fields, changes):
         fields = {**fields, **dict(changes)}

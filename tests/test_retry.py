@@ -24,18 +24,18 @@ policies = st.builds(
 
 @given(policies, st.integers(0, 10_000), chances)
 def test_a_pause_is_within_its_bounds(policy, retries, random):
-    """However often was tried, a pause is neither negative nor longer than the maximum."""
+    """After any number of retries, a pause is between 0 and the maximum."""
     assert 0 <= policy.pause(retries, random) <= policy.maximum
 
 
 @given(policies, st.integers(0, 100), chances)
 def test_the_ceiling_grows_and_never_falls(policy, retries, random):
-    """With the same chance, a later pause is not shorter than an earlier one."""
+    """With the same random number, a later pause is not shorter than an earlier one."""
     assert policy.pause(retries + 1, random) >= policy.pause(retries, random)
 
 
-def test_pauses_are_drawn_evenly_below_a_doubling_ceiling():
-    """By default the ceilings are 0.5, 1, 2, 4 and then 8 seconds; the chance takes its share of them."""
+def test_pauses_are_a_share_of_the_ceiling():
+    """By default the ceilings are 0.5, 1, 2, 4 and then 8 seconds."""
     policy = RetryPolicy()
     assert [policy.pause(retries, 0.5) for retries in range(7)] == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
     assert policy.pause(3, 0.0) == 0.0
@@ -109,7 +109,7 @@ def test_all_unusable_settings_are_named_together():
 
 
 def test_policies_are_values():
-    """Equal settings are equal policies, and none can be changed under a running call."""
+    """Equal settings are equal policies, and a policy cannot be changed."""
     assert RetryPolicy(attempts=2) == RetryPolicy(attempts=2) != RetryPolicy()
     assert hash(RetryPolicy(attempts=2)) == hash(RetryPolicy(attempts=2))
     with pytest.raises(AttributeError):
@@ -125,13 +125,13 @@ def taken(retries_left, now, tries=10_000):
 
 
 def test_a_full_budget_allows_one_burst():
-    """A fresh budget gives exactly its capacity, whatever the clock shows."""
+    """A new budget allows exactly its capacity, whatever the clock shows."""
     for now in (-5.0, 0.0, 1e9):
         assert taken(TokenBucket(RetryBudget(capacity=7, per_second=1)), now) == 7
 
 
 def test_a_budget_refills_with_time():
-    """So many seconds later, so many retries are there again; never more than the capacity."""
+    """It refills per second, never above its capacity."""
     retries_left = TokenBucket(RetryBudget(capacity=10, per_second=2))
     assert taken(retries_left, 100.0) == 10
     assert taken(retries_left, 100.0) == 0
@@ -142,14 +142,14 @@ def test_a_budget_refills_with_time():
 
 
 def test_a_budget_that_does_not_refill_ends():
-    """With nothing per second the capacity is all there is."""
+    """With nothing per second, only the capacity can be spent."""
     retries_left = TokenBucket(RetryBudget(capacity=3, per_second=0))
     assert taken(retries_left, 0.0) == 3
     assert taken(retries_left, 1e9) == 0
 
 
-def test_budgets_of_two_sessions_are_apart():
-    """Each retries_left is spent by itself, though both follow the same budget."""
+def test_sessions_do_not_share_a_budget():
+    """Each session spends its own bucket, although both have the same budget."""
     budget = RetryBudget(capacity=1, per_second=0)
     first, second = TokenBucket(budget), TokenBucket(budget)
     assert first.take(0.0)
@@ -162,8 +162,8 @@ def test_budgets_of_two_sessions_are_apart():
     st.floats(0, 20),
     st.lists(st.floats(0, 5), max_size=200),
 )
-def test_no_more_is_given_than_the_budget_holds(capacity, per_second, pauses):
-    """Over any stretch of time, retries are at most the capacity and what flowed in since."""
+def test_budget_is_never_exceeded(capacity, per_second, pauses):
+    """Over any time, retries are at most the capacity and the refill."""
     retries_left = TokenBucket(RetryBudget(capacity=capacity, per_second=per_second))
     now, given_out = 0.0, 0
     for pause in pauses:
@@ -176,8 +176,8 @@ def test_no_more_is_given_than_the_budget_holds(capacity, per_second, pauses):
 @pytest.mark.parametrize(
     "settings", [{"capacity": 0}, {"capacity": math.nan}, {"per_second": -1}, {"per_second": "5"}, {"capacity": True}]
 )
-def test_a_senseless_budget_is_refused(settings):
-    """A budget without a single retry, or that drains by itself, is refused."""
+def test_unusable_budget_is_refused(settings):
+    """A budget without a single retry, or with a negative refill, is refused."""
     with pytest.raises(ConfigurationError, match="RetryBudget: capacity must be at least 1, per_second at least 0"):
         RetryBudget(**settings)
 
@@ -186,8 +186,8 @@ def test_a_senseless_budget_is_refused(settings):
 
 
 @given(st.floats(0, 1e9), st.floats(-1e6, 1e6))
-def test_an_attempt_leaves_time_to_ask(now, left):
-    """An attempt gets at most half of what is left and at most 10 s, and nothing when too little is left."""
+def test_attempt_leaves_time_for_a_query(now, left):
+    """An attempt gets at most half of the time left and at most 10 s, and nothing if too little is left."""
     deadline = Deadline(now + left)
     share = deadline.attempt(now)
     assert 0.0 <= share <= LONGEST_ATTEMPT == 10.0
@@ -199,13 +199,13 @@ def test_an_attempt_leaves_time_to_ask(now, left):
     ("left", "share"), [(30.0, 10.0), (20.0, 10.0), (10.0, 5.0), (0.02, 0.01), (0.019, 0.0), (0.0, 0.0), (-1.0, 0.0)]
 )
 def test_the_share_of_an_attempt(left, share):
-    """Half of what is left, capped at 10 s; below a hundredth of a second, none."""
+    """Half of the time left, at most 10 s; nothing below a hundredth of a second."""
     assert Deadline(left).attempt(0.0) == share
 
 
 @given(st.floats(1, 1e6), st.integers(1, 200))
 def test_attempts_that_each_use_their_share_never_reach_the_deadline(left, attempts):
-    """One attempt after the other, each to its limit, ends before the deadline."""
+    """Attempts that use all their time, one after the other, end before the deadline."""
     deadline, now = Deadline(left), 0.0
     for _ in range(attempts):
         now += deadline.attempt(now)
@@ -213,8 +213,8 @@ def test_attempts_that_each_use_their_share_never_reach_the_deadline(left, attem
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
-def test_waiting_for_a_permit_does_not_count(at, waited):
-    """A deadline that is extended by the time that passed leaves what it left before."""
+def test_extended_deadline(at, waited):
+    """A deadline that is extended by the passed time leaves the same time."""
     deadline = Deadline(float(at))
     deadline.extend(float(waited))
     assert deadline.left(float(waited)) == at

@@ -102,8 +102,8 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_way_of_loading_keys_leaves_them_in_an_error(way, tmp_path):
-    """Whatever is wrong with key, password or setting: frames, arguments and chain of the error hold neither."""
+def test_errors_of_loading_hold_no_secret(way, tmp_path):
+    """Frames, arguments and chain of the error hold neither key nor password."""
     with pytest.raises((ConfigurationError, TypeError)) as caught:
         WAYS[way](tmp_path)
     found = [
@@ -112,7 +112,7 @@ def test_no_way_of_loading_keys_leaves_them_in_an_error(way, tmp_path):
     assert found == []
 
 
-def test_the_lines_of_an_error_stay_readable():
+def test_traceback_keeps_its_lines():
     """The traceback still tells where in the package the error was raised."""
     with pytest.raises(ConfigurationError) as caught:
         SigningKey.load(LOCKED, "wrong")
@@ -120,7 +120,7 @@ def test_the_lines_of_an_error_stay_readable():
 
 
 def test_the_search_for_leaks_finds_them():
-    """A parser's frames hold the text it was given, and so do its error and whatever hangs on that."""
+    """A parser's frames and its error hold the given text, and the search finds it."""
     with pytest.raises(json.JSONDecodeError) as caught:
         json.loads(f'"{PASSWORD}')
     assert any("decode" in place for place in leaks(caught.value, PASSWORD))
@@ -133,8 +133,8 @@ def test_the_search_for_leaks_finds_them():
     assert not leaks(ValueError(merchant_like), "another")
 
 
-def test_frames_of_the_caller_are_left_alone():
-    """An error that the caller was handling when it loaded a key keeps the variables of its frames."""
+def test_frames_of_the_caller_keep_their_variables():
+    """An error that the caller was handling before keeps its local variables."""
 
     def failed():
         clue = "precious"
@@ -153,8 +153,8 @@ def test_frames_of_the_caller_are_left_alone():
     assert earlier.__traceback__.tb_next.tb_frame.f_locals == {"clue": "precious"}
 
 
-def test_a_context_that_was_not_wanted_is_gone():
-    """Raised ``from None``, an error drags along no other whose text could quote a secret; a cause stays."""
+def test_suppressed_context_is_removed():
+    """An error raised ``from None`` holds no other whose text may quote a secret; a cause is kept."""
 
     @without_locals
     def unwanted():
@@ -212,15 +212,15 @@ DSN = "postgresql://clerk:correct-horse@127.0.0.1:1/books"
 @pytest.mark.parametrize(
     "dsn", ["correct-horse", "postgresql://clerk:correct-horse@[::1/books", "password=correct-horse b"]
 )
-def test_a_dsn_that_is_none_is_in_no_frame(dsn):
-    """A connection string that cannot be read is neither in a frame nor in the chain of the error."""
+def test_unreadable_dsn_is_in_no_frame(dsn):
+    """It is neither in a frame nor in the chain of the error."""
     with pytest.raises(ConfigurationError) as caught:
         PostgresJournal(dsn)
     assert leaks(caught.value, "correct-horse") == []
 
 
-def test_a_database_that_cannot_be_reached_leaves_no_password_in_a_frame():
-    """Neither our frames nor those of the driver below hold the DSN."""
+def test_unreachable_database_leaves_no_password():
+    """Neither our frames nor the driver's hold the DSN."""
 
     async def main():
         async with PostgresJournal(DSN):
@@ -234,8 +234,8 @@ def test_a_database_that_cannot_be_reached_leaves_no_password_in_a_frame():
 
 @pytest.mark.parametrize("check", [stores.check_place, stores._check_dsn, stores.check_journal])
 @pytest.mark.parametrize("dsn", [DSN, "postgresql://clerk:correct-horse@[::1/books", "mysql://correct-horse"])
-def test_a_password_on_the_command_line_is_in_no_frame_of_ours(check, dsn):
-    """The command refuses it, and forgets it."""
+def test_password_on_the_command_line_is_in_no_frame(check, dsn):
+    """The command refuses it."""
     option = click.Option(["--dsn"])
     context = click.Context(click.Command("x"))
     context.set_parameter_source("dsn", click.core.ParameterSource.COMMANDLINE)
@@ -245,8 +245,8 @@ def test_a_password_on_the_command_line_is_in_no_frame_of_ours(check, dsn):
 
 
 @pytest.mark.parametrize("password", [PASSWORD, ""])
-def test_a_key_pair_that_cannot_be_written_leaves_no_password_in_a_frame(tmp_path, monkeypatch, password):
-    """The command holds the password and the private key when it finds that there is no such folder."""
+def test_unwritable_key_pair_leaves_no_password(tmp_path, monkeypatch, password):
+    """The command holds password and private key when it finds that the folder does not exist."""
     monkeypatch.setenv("SHOP_PASSWORD", password)
     arguments = ["--bits", "1024", "--out", str(tmp_path / "no" / "a.pem"), "--password-env", "SHOP_PASSWORD"]
     with pytest.raises(ConfigurationError) as caught:

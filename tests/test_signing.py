@@ -127,8 +127,8 @@ def body_of(content):
 # ── signatures ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_source_is_sorted_and_leaves_out_sign_and_the_empty():
-    """Every field with a value but ``sign`` counts, unknown ones, ret_code and ret_msg too, in plain order."""
+def test_signature_source():
+    """All fields with a value except ``sign`` are included, also unknown ones, ret_code and ret_msg, in plain order."""
     fields = {
         "sign_type": "RSA",
         "ret_msg": "交易成功",
@@ -144,8 +144,8 @@ def test_the_source_is_sorted_and_leaves_out_sign_and_the_empty():
     assert signature_source(fields) == expected.encode()
 
 
-def test_the_source_of_nothing_is_empty():
-    """A message without a signed field has an empty source."""
+def test_signature_source_without_fields():
+    """A message without signed fields has an empty source."""
     assert signature_source({}) == signature_source({"sign": "x", "a": "", "b": None}) == b""
 
 
@@ -171,7 +171,7 @@ def private_key(backend):
 
 @pytest.mark.parametrize("bits", [1024, 2048, 4096])
 def test_the_oracle_and_we_accept_each_others_signatures(bits, backend):
-    """For each size that LianLian takes, both implementations make the same signature and accept it."""
+    """For each key size of LianLian, both implementations make the same signature and accept it."""
     pair = keypairs.pair("merchant", bits)
     private_key, public_key = SigningKey.load(pair.private_pem), VerifyingKey.load(pair.public_pem)
     source = "no_refund=R-1&ret_msg=交易成功".encode()
@@ -185,8 +185,8 @@ def test_the_oracle_and_we_accept_each_others_signatures(bits, backend):
 
 @settings(max_examples=25)
 @given(st.binary())
-def test_every_signature_is_deterministic_and_the_oracles(private_key, source):
-    """Whatever is signed, the signature is the oracle's in one line of base64, and the same each time."""
+def test_signatures_are_deterministic(private_key, source):
+    """Every signature equals the oracle's, in one line of base64, each time."""
     theirs = PAIR.oracle.sign(source, padding.PKCS1v15(), hashes.MD5())
     assert private_key.sign(source) == private_key.sign(source) == base64.b64encode(theirs).decode()
 
@@ -194,7 +194,7 @@ def test_every_signature_is_deterministic_and_the_oracles(private_key, source):
 @settings(max_examples=50)
 @given(st.integers(0, 1023))
 def test_a_flipped_bit_makes_a_signature_invalid(private_key, bit):
-    """Any other signature than the right one is refused."""
+    """Every other signature is refused."""
     signature = bytearray(base64.b64decode(private_key.sign(b"a=b")))
     signature[bit // 8] ^= 1 << bit % 8
     assert not private_key.public_key().verify(b"a=b", base64.b64encode(signature).decode())
@@ -206,13 +206,13 @@ def test_a_flipped_bit_makes_a_signature_invalid(private_key, bit):
 @example("\ud800")
 @example("====")
 @example("A")
-def test_what_is_no_signature_is_invalid(private_key, text):
-    """Text that is no signature at all is simply not valid."""
+def test_unreadable_signature_is_invalid(private_key, text):
+    """Text that is not a signature is not valid, and raises nothing."""
     assert private_key.public_key().verify(b"a=b", text) is False
 
 
 def test_a_signature_is_one_line_of_base64_exactly(private_key):
-    """White space or other alphabets around the right digits are not taken."""
+    """White space and other alphabets are refused."""
     right = private_key.sign(b"a=b")
     assert private_key.public_key().verify(b"a=b", right)
     for text in (right + "\n", " " + right, right[:64] + "\n" + right[64:], right.rstrip("="), right + "AAAA"):
@@ -220,7 +220,7 @@ def test_a_signature_is_one_line_of_base64_exactly(private_key):
 
 
 def test_another_digest_or_padding_is_invalid(private_key):
-    """Only MD5 with PKCS#1 v1.5 is the protocol's."""
+    """The protocol uses only MD5 with PKCS#1 v1.5."""
     for signature in (
         PAIR.oracle.sign(b"a=b", padding.PKCS1v15(), hashes.SHA256()),
         PAIR.oracle.sign(b"a=b", padding.PSS(padding.MGF1(hashes.MD5()), 16), hashes.MD5()),
@@ -229,7 +229,7 @@ def test_another_digest_or_padding_is_invalid(private_key):
 
 
 def test_one_key_serves_many_threads(private_key):
-    """A key holds no state that two threads could spoil for each other."""
+    """Threads may share a key."""
     results = []
 
     def work(number):
@@ -245,7 +245,7 @@ def test_one_key_serves_many_threads(private_key):
 
 
 def test_both_backends_make_the_same_signatures(monkeypatch):
-    """Signatures do not depend on what computes them, and each backend accepts the other's."""
+    """Both backends make the same signatures and accept each other's."""
     signatures = {}
     keys = {}
     for backend in ("pycryptodome", "openssl"):
@@ -295,20 +295,20 @@ def test_an_encrypted_key_opens_with_its_password(form, password, tmp_path):
         ("\udcff", "does not open"),
     ],
 )
-def test_an_encrypted_key_says_what_is_wrong_with_the_password(form, password, reason):
-    """A missing password and a wrong one are told apart, and neither is shown."""
+def test_wrong_and_missing_passwords(form, password, reason):
+    """The errors for a missing and a wrong password differ, and show no password."""
     with pytest.raises(ConfigurationError, match=reason) as caught:
         SigningKey.load(LOCKED_FORMS[form], password)
     assert_shows_nothing(caught.value, body_of(LOCKED_FORMS[form]))
 
 
-def test_a_password_that_is_not_needed_is_no_error():
-    """A plain key is loaded, whatever password comes with it."""
+def test_unneeded_password_is_ignored():
+    """A key without encryption is loaded with any password."""
     assert SigningKey.load(PRIVATE_PEM, "unused").fingerprint == PAIR.private.fingerprint
 
 
-def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
-    """A path that begins with ~ starts in the user's home directory."""
+def test_path_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    """~ is the user's home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "shop.pem").write_bytes(PRIVATE_PEM)
@@ -316,7 +316,7 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
 
 
 def test_the_fingerprint_is_that_of_the_public_half():
-    """Both halves show SHA-256 over the SubjectPublicKeyInfo, as the oracle encodes it."""
+    """Both halves have SHA-256 of the SubjectPublicKeyInfo, as the oracle encodes it."""
     digest = hashes.Hash(hashes.SHA256())
     digest.update(PUBLIC_DER)
     expected = "SHA256:" + digest.finalize().hex()
@@ -340,8 +340,8 @@ def test_the_oracle_reads_the_keys_we_write():
         assert key.public_numbers() == numbers.public_numbers
 
 
-def test_the_forms_we_write_are_the_usual_ones():
-    """Text files end with a line break, and the dashboard's form is a single line."""
+def test_exported_forms():
+    """PEM files end with a line break, and the dashboard's form is a single line."""
     assert PAIR.private.to_pem().startswith("-----BEGIN PRIVATE KEY-----\n")
     assert PAIR.private.to_pem("x").startswith("-----BEGIN ENCRYPTED PRIVATE KEY-----\n")
     assert PAIR.public.to_pem().startswith("-----BEGIN PUBLIC KEY-----\n")
@@ -349,8 +349,8 @@ def test_the_forms_we_write_are_the_usual_ones():
     assert PAIR.public.to_base64() == bare(PUBLIC_DER).decode()
 
 
-def test_a_key_we_wrote_with_a_password_needs_it():
-    """The encrypted form opens with its password only."""
+def test_key_exported_with_a_password_needs_it():
+    """The encrypted form opens only with its password."""
     text = PAIR.private.to_pem(PASSWORD)
     assert SigningKey.load(text, PASSWORD).fingerprint == PAIR.private.fingerprint
     for password in (None, "wrong"):
@@ -358,19 +358,19 @@ def test_a_key_we_wrote_with_a_password_needs_it():
             SigningKey.load(text, password)
 
 
-def test_an_empty_password_protects_nothing_and_is_refused():
-    """A private key is never written under an empty password."""
+def test_empty_password_is_refused():
+    """A private key is never exported with an empty password."""
     with pytest.raises(ConfigurationError, match="password: must not be empty"):
         PAIR.private.to_pem("")
 
 
 def test_a_key_is_generated_with_2048_bits_by_default():
-    """Who names no size gets the middle one."""
+    """Without a size, the key has 2048 bits."""
     assert SigningKey.generate().bits == 2048
 
 
 def test_a_generated_key_signs():
-    """A fresh key has the size asked for, and its signatures verify with its own public half only."""
+    """A new key has the requested size, and its signatures verify only with its own public half."""
     key = SigningKey.generate(1024)
     assert key.bits == 1024
     assert key.public_key().verify(b"a=b", key.sign(b"a=b"))
@@ -378,8 +378,8 @@ def test_a_generated_key_signs():
 
 
 @pytest.mark.parametrize("bits", [0, 512, 1023, 1025, 2049, 3072, 4097, 8192])
-def test_only_sizes_that_lianlian_takes_are_generated(bits):
-    """Other sizes than 1024, 2048 and 4096 are refused."""
+def test_unsupported_sizes_are_not_generated(bits):
+    """Sizes other than 1024, 2048 and 4096 are refused."""
     with pytest.raises(ConfigurationError, match=f"1024, 2048 or 4096 bits, not {bits}"):
         SigningKey.generate(bits)
 
@@ -388,16 +388,16 @@ def test_only_sizes_that_lianlian_takes_are_generated(bits):
 
 
 @pytest.mark.parametrize("form", PUBLIC_FORMS)
-def test_a_public_key_is_not_taken_for_the_private_one(form):
-    """Who gives the public key where the private one belongs is told so."""
+def test_public_key_in_place_of_the_private_one(form):
+    """The error says so."""
     with pytest.raises(ConfigurationError, match="private key: this is a public key") as caught:
         SigningKey.load(PUBLIC_FORMS[form])
     assert_shows_nothing(caught.value, body_of(PUBLIC_FORMS[form]))
 
 
 @pytest.mark.parametrize("form", PRIVATE_FORMS)
-def test_a_private_key_is_not_taken_for_a_public_one(form):
-    """Who gives a private key where a public one belongs is told so, without showing it."""
+def test_private_key_in_place_of_a_public_one(form):
+    """The error says so, without showing the key."""
     with pytest.raises(ConfigurationError, match="public key: this is a private key") as caught:
         VerifyingKey.load(PRIVATE_FORMS[form])
     assert_shows_nothing(caught.value, body_of(PRIVATE_FORMS[form]))
@@ -408,8 +408,8 @@ ALL_FORMS = [*PRIVATE_FORMS.values(), *LOCKED_FORMS.values(), *PUBLIC_FORMS.valu
 
 @settings(max_examples=150)
 @given(st.sampled_from(ALL_FORMS), st.integers(0, 2000), st.booleans())
-def test_a_key_that_is_cut_off_is_refused_without_showing_it(content, length, as_text):
-    """Wherever a key is cut off, it is no key, and the error shows nothing of it."""
+def test_cut_off_key_is_refused(content, length, as_text):
+    """The error shows nothing of the key."""
     whole = content.rstrip(b"\n=") if content.isascii() else content  # padding and the last line break say nothing
     cut = whole[: length % len(whole)]
     material = cut.decode() if as_text and cut.isascii() else cut
@@ -421,8 +421,8 @@ def test_a_key_that_is_cut_off_is_refused_without_showing_it(content, length, as
 
 @settings(max_examples=150)
 @given(st.sampled_from(ALL_FORMS), st.integers(0, 2000), st.booleans())
-def test_a_key_without_its_beginning_shows_nothing(content, length, as_text):
-    """Whatever is left of a key, what cannot be read is refused without showing it."""
+def test_key_without_its_beginning_is_refused(content, length, as_text):
+    """The error shows nothing of the key."""
     cut = content[length % len(content) :]
     material = cut.decode() if as_text and cut.isascii() else cut
     try:
@@ -437,7 +437,7 @@ def test_a_key_without_its_beginning_shows_nothing(content, length, as_text):
     st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), min_size=1, max_size=3),
 )
 def test_a_damaged_key_is_refused_or_works(backend, content, damage):
-    """With bytes changed, a private key is refused unless it still signs; no other error comes out."""
+    """A private key with changed bytes is refused unless it still signs; no other error is raised."""
     damaged = bytearray(content)
     for at, byte in damage:
         damaged[at % len(damaged)] = byte
@@ -461,8 +461,8 @@ def der(*numbers):
     return value(0x30, b"".join(value(2, number.to_bytes(number.bit_length() // 8 + 1)) for number in numbers))
 
 
-def test_a_private_key_whose_numbers_do_not_fit_is_refused():
-    """A damaged private key is found out when it is loaded, not when the first refund is signed."""
+def test_inconsistent_private_key_is_refused():
+    """A damaged private key is refused when it is loaded, not at the first signature."""
     numbers = PAIR.oracle.private_numbers()
     n, e, d, p, q = numbers.public_numbers.n, numbers.public_numbers.e, numbers.d, numbers.p, numbers.q
     rest = (numbers.dmp1, numbers.dmq1, numbers.iqmp)
@@ -479,13 +479,13 @@ def test_a_private_key_whose_numbers_do_not_fit_is_refused():
 
 @pytest.mark.parametrize("exponent", [4, 65536])
 def test_a_public_key_with_an_even_exponent_is_refused(exponent, backend):
-    """No RSA key has one: whatever computes the signatures, such a key is damaged."""
+    """No RSA key has one: the key is damaged, with either backend."""
     with pytest.raises(ConfigurationError, match="not a readable RSA key"):
         VerifyingKey.load(der(PAIR.oracle.private_numbers().public_numbers.n, exponent))
 
 
 def test_a_key_that_is_too_short_is_refused():
-    """512 bits are too few, and the error says which sizes LianLian takes."""
+    """512 bits are too few; the error lists the accepted sizes."""
     p, q = 2**255 + 95, 2**256 - 189  # two primes
     n, e, d = p * q, 65537, pow(65537, -1, math.lcm(p - 1, q - 1))
     private_key = der(0, n, e, d, p, q, d % (p - 1), d % (q - 1), pow(q, -1, p))
@@ -497,15 +497,15 @@ def test_a_key_that_is_too_short_is_refused():
 @pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
 @pytest.mark.parametrize("encoding", [Encoding.PEM, Encoding.DER])
 def test_an_elliptic_curve_key_is_refused(form, encoding):
-    """LianLian's scheme is RSA; another kind of key is said to be none."""
+    """LianLian uses RSA; the error says that this is another kind."""
     content = ec.generate_private_key(ec.SECP256R1()).private_bytes(encoding, form, PLAIN)
     with pytest.raises(ConfigurationError, match=r"elliptic-curve|not a readable RSA key") as caught:
         SigningKey.load(content)
     assert_shows_nothing(caught.value, body_of(content))
 
 
-def test_the_error_says_where_a_key_is_broken():
-    """A cut, a damaged line, bytes too many and an empty file are told apart."""
+def test_errors_of_damaged_keys():
+    """A cut, a damaged line, extra bytes and an empty file have different errors."""
     lines = PRIVATE_PEM.decode().splitlines()
     for material, reason in (
         ("\n".join(lines[:-1]), "cut off: its END line is missing"),
@@ -532,8 +532,8 @@ def test_the_error_says_where_a_key_is_broken():
         assert_shows_nothing(caught.value, body_of(PRIVATE_PEM))
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    """A missing file, a directory and an unknown home say so, with the path where that is safe to show."""
+def test_unreadable_file_is_named(tmp_path):
+    """A missing file, a directory and an unknown home are reported, with the path if it is safe to show."""
     missing = tmp_path / "missing.pem"
     for material, reason in (
         (missing, r"missing\.pem'.*not a readable file"),
@@ -547,16 +547,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             SigningKey.load(material)
 
 
-def test_a_file_that_is_no_key_is_refused(tmp_path):
-    """A readable file without a key in it is no key."""
+def test_file_without_a_key_is_refused(tmp_path):
+    """A readable file without a key is not a key."""
     file = tmp_path / "notes.txt"
     file.write_text("remember the milk")
     with pytest.raises(ConfigurationError, match="merchant: is not a PEM, DER or bare base64 key"):
         SigningKey.load(file, name="merchant")
 
 
-def test_key_text_that_was_taken_for_a_path_is_not_shown():
-    """Who wraps the key itself into a Path does not find it in the error."""
+def test_key_text_given_as_a_path_is_not_shown():
+    """If a Path holds the key itself, the error does not show it."""
     for content in (bare(PRIVATE_DER), PRIVATE_PEM):
         with pytest.raises(ConfigurationError, match="key text given as a path") as caught:
             SigningKey.load(Path(content.decode()))
@@ -564,14 +564,14 @@ def test_key_text_that_was_taken_for_a_path_is_not_shown():
 
 
 @pytest.mark.parametrize("material", [None, 5, 1.5, ["a"], object()], ids=lambda value: type(value).__name__)
-def test_other_types_are_no_key(material):
-    """Only text, bytes and paths can hold a key, and the error names the type."""
+def test_other_types_are_refused(material):
+    """Only text, bytes and paths can hold a key; the error names the type."""
     with pytest.raises(ConfigurationError, match=f"must be str, bytes or a path, not {type(material).__name__}"):
         VerifyingKey.load(material)
 
 
-def test_text_is_told_from_paths():
-    """Whole and damaged keys are key text; names of files are not."""
+def test_is_key_text():
+    """Whole and damaged keys are key text; file names are not."""
     assert all(is_key_text(content.decode()) for content in ALL_FORMS if content.isascii())
     assert is_key_text("\ufeff" + bare(PRIVATE_DER).decode())
     assert not any(map(is_key_text, ("", "MIIB", "keys/MIIB.pem", "/run/secrets/lianlian", "C:\\keys\\shop.key")))
@@ -581,7 +581,7 @@ def test_text_is_told_from_paths():
 
 
 def test_a_key_shows_its_size_and_fingerprint_only(caplog):
-    """repr, str, format and a log record of a key are its kind, size and fingerprint."""
+    """repr, str, format and a log record show kind, size and fingerprint."""
     for key, kind in ((PAIR.private, "SigningKey"), (PAIR.public, "VerifyingKey")):
         expected = f"<{kind} RSA 1024 {PAIR.public.fingerprint}>"
         with caplog.at_level(logging.INFO):
@@ -591,20 +591,20 @@ def test_a_key_shows_its_size_and_fingerprint_only(caplog):
 
 
 def test_a_private_key_is_neither_pickled_nor_copied():
-    """A private key stays where it was loaded."""
+    """A private key stays in its process."""
     for duplicate in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="a private key cannot be pickled"):
             duplicate(PAIR.private)
 
 
 def test_a_public_key_survives_pickling():
-    """A public key may travel to another process, and verifies there."""
+    """A public key may be sent to another process."""
     for key in (pickle.loads(pickle.dumps(PAIR.public)), copy.deepcopy(PAIR.public), copy.copy(PAIR.public)):
         assert key.fingerprint == PAIR.public.fingerprint
         assert key.verify(b"a=b", PAIR.private.sign(b"a=b"))
 
 
-def test_the_oracle_can_say_no():
-    """The independent implementation refuses what is not a signature, so that its yes means something."""
+def test_oracle_refuses_wrong_signatures():
+    """So its acceptance proves something."""
     with pytest.raises(InvalidSignature):
         PAIR.oracle.public_key().verify(b"\0" * 128, b"a=b", padding.PKCS1v15(), hashes.MD5())

@@ -19,18 +19,18 @@ def public_key_of(vectors, vector):
 
 
 def test_the_source_is_the_one_that_was_signed(vector):
-    """The source string of a genuine message's fields is the documented one, byte for byte."""
+    """The source of a genuine message's fields is the documented one, byte for byte."""
     assert signature_source(vector["fields"]) == vector["source"].encode()
 
 
 def test_a_genuine_signature_verifies(vector, vectors):
-    """A signature that LianLian's own code made is valid over the source that ours builds."""
+    """A signature made by LianLian's own code is valid over our source."""
     fields = vector["fields"]
     assert public_key_of(vectors, vector).verify(signature_source(fields), fields["sign"])
 
 
 def test_the_oracle_agrees(vector, vectors):
-    """The independent implementation accepts the genuine signature over our source, under the key as we export it."""
+    """The independent implementation accepts the genuine signature over our source, with our exported key."""
     public = load_der_public_key(b64decode(public_key_of(vectors, vector).to_base64()))
     fields = vector["fields"]
     public.verify(
@@ -39,7 +39,7 @@ def test_the_oracle_agrees(vector, vectors):
 
 
 def test_the_merchant_request_is_reproduced_byte_for_byte(vectors):
-    """Our signature with the published test key is the published one, from the fields and from the source alike."""
+    """Our signature with the published test key equals the published one."""
     key = SigningKey.load(vectors["keys"]["test_merchant_private"])
     vector = next(vector for vector in vectors["vectors"] if vector["signed_by"] == "test_merchant_private")
     assert key.sign(signature_source(vector["fields"])) == vector["fields"]["sign"]
@@ -66,7 +66,7 @@ def test_any_change_breaks_the_signature(vector, vectors):
 
 
 def test_empty_and_null_fields_change_nothing(vector, vectors):
-    """Fields without a value are no part of what was signed."""
+    """Fields without a value are not signed."""
     fields = vector["fields"] | {"empty": "", "null": None}
     assert public_key_of(vectors, vector).verify(signature_source(fields), fields["sign"])
 

@@ -22,14 +22,14 @@ CST = wire.CHINA_STANDARD_TIME
 
 
 @given(st.dictionaries(texts, texts))
-def test_fields_survive_the_way_there_and_back(fields):
-    """Whatever strings are encoded are decoded again, in the same order."""
+def test_round_trip_of_fields(fields):
+    """Encoded strings are decoded again, in the same order."""
     assert list(wire.decode(wire.encode(fields)).items()) == list(fields.items())
 
 
 @given(st.dictionaries(texts, texts))
 def test_another_json_implementation_reads_the_same(fields):
-    """What we write is plain JSON, and escaped JSON of the same fields reads the same."""
+    """Our output is plain JSON; escaped JSON of the same fields reads the same."""
     assert json.loads(wire.encode(fields)) == fields
     assert wire.decode(json.dumps(fields, indent=1).encode()) == fields
 
@@ -40,13 +40,13 @@ def test_the_encoding_is_compact_utf8_in_the_order_given():
 
 
 def test_a_read_only_mapping_is_encoded():
-    """Any mapping will do, such as the read-only one that a refund keeps."""
+    """Every mapping is accepted, such as a refund's read-only one."""
     assert wire.encode(MappingProxyType({"a": "1"})) == b'{"a":"1"}'
 
 
 @given(st.binary() | texts_with_surrogates.map(lambda text: text.encode(errors="surrogatepass")))
 def test_any_bytes_are_a_message_or_malformed(body):
-    """No input leads to anything but a dict of strings or MalformedMessage."""
+    """Every input gives a dict of strings or MalformedMessage."""
     try:
         fields = wire.decode(body)
     except MalformedMessage:
@@ -83,12 +83,12 @@ def test_a_number_of_any_length_is_text():
     assert wire.decode(b'{"a":' + b"9" * 10_000 + b"}") == {"a": "9" * 10_000}
 
 
-def test_null_is_as_good_as_absent():
+def test_null_is_like_an_absent_field():
     """A field whose value is null is dropped."""
     assert wire.decode(b'{"a": null, "b": "", "c": "null"}') == {"b": "", "c": "null"}
 
 
-def test_white_space_around_is_json():
+def test_surrounding_white_space_is_accepted():
     """White space before and after the object is allowed."""
     assert wire.decode(b' \r\n\t{"a":"b"}\n') == {"a": "b"}
 
@@ -126,7 +126,7 @@ def test_white_space_around_is_json():
         pytest.param(b'{"a":' * 200_000, "nested too deeply", id="two hundred thousand objects"),
     ],
 )
-def test_what_is_not_the_protocol_is_malformed(body, reason):
+def test_malformed_messages(body, reason):
     """Anything but a flat object of strings with different keys is refused, and the reason said."""
     with pytest.raises(MalformedMessage, match=reason):
         wire.decode(body)
@@ -167,7 +167,7 @@ amounts = st.decimals(Decimal("0.01"), Decimal("100000000.00"), places=2)
 
 
 @given(amounts)
-def test_every_amount_survives_the_way_there_and_back(amount):
+def test_round_trip_of_amounts(amount):
     """From 0.01 to 100,000,000.00 every fen is kept, and the text is at most 12 characters long with two decimals."""
     text = wire.format_money(wire.parse_money(amount))
     assert wire.parse_money(text) == amount
@@ -277,7 +277,7 @@ def test_a_rate_keeps_every_digit(number):
 
 
 @pytest.mark.parametrize("text", ["", "abc", "1e5", "NaN", "Infinity", "1.", ".5", "+1", "1" * 31, "6.66\n", "６"])
-def test_what_is_no_plain_number_is_refused(text):
+def test_other_forms_of_numbers_are_refused(text):
     """Exponents, NaN, blanks and other digits are no decimal number."""
     with pytest.raises(ValueError, match="must be a decimal number"):
         wire.parse_decimal(text)
@@ -305,7 +305,7 @@ def test_a_timestamp_is_china_standard_time():
 
 
 @pytest.mark.parametrize("fold", [0, 1])
-def test_both_passes_of_a_repeated_hour_are_told_apart(fold):
+def test_repeated_hour_of_daylight_saving(fold):
     """In an hour that the clocks repeat, ``fold`` says which pass is meant."""
 
     class Falling(tzinfo):
@@ -349,13 +349,13 @@ def test_a_naive_datetime_shows_the_cure():
         (datetime.min.replace(tzinfo=UTC), "four digits"),
     ],
 )
-def test_what_is_no_moment_is_refused(value, rule):
+def test_unusable_moments_are_refused(value, rule):
     """Calendar nonsense, other types, and moments that 14 digits cannot tell are refused."""
     with pytest.raises(ValueError, match=rule):
         wire.parse_timestamp(value)
 
 
-def test_the_first_and_the_last_second_are_taken():
+def test_first_and_last_second():
     """The earliest and the latest moment that 14 digits can tell are read and written."""
     assert wire.format_timestamp(wire.parse_timestamp("10000101000000")) == "10000101000000"
     last = datetime.max.replace(tzinfo=CST)
@@ -369,7 +369,7 @@ def test_a_settlement_date_is_eight_digits(day):
 
 
 @pytest.mark.parametrize("text", ["", "2013062", "201306270", "20130631", "00000101", "2013-6-7", "２0130627"])
-def test_what_is_no_date_is_refused(text):
+def test_unusable_dates_are_refused(text):
     """A text that is no date of the calendar in eight digits is refused."""
     with pytest.raises(ValueError):
         wire.parse_date(text)
