@@ -215,7 +215,7 @@ class Reconciliation:
         if not self._seen:
             [(rows,)] = self._file.execute("SELECT count(*) FROM refunds")
             self._seen = bytearray(rows + 1)
-            self._file.execute("CREATE INDEX numbers ON refunds (no_refund)")
+            self._file.execute(f"CREATE INDEX numbers ON refunds ({', '.join(_STORED)})")
 
     def _count(self, verdict: Verdict, no_refund: str, amounts: Sequence[str]) -> None:
         verdict = verdict if len(amounts) == 1 else Verdict.TWICE_IN_STATEMENT
