@@ -65,6 +65,7 @@ def test_a_dry_run_counts_and_sends_nothing(nowhere, file, journal):
     write_csv(file, [refund(1), refund(2, money_refund="0.5"), refund(3, money_refund="1200")])
     people, machine = (run("batch", file, "--dry-run", *more, env=nowhere) for more in ((), ("--json",)))
     assert people.exit_code == machine.exit_code == 0
+    assert people.stderr.startswith("this journal is new, so every refund counts as never sent")
     assert "│ refunds  │ 3 " in people.stdout
     assert "│ yuan     │ 1,210.50 " in people.stdout
     assert machine.json == {

@@ -86,6 +86,7 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
             receipt = None if file == "-" else Path(f"{file}.receipt")
             run.check_receipt(receipt)
             if dry_run:
+                _note_new_journal(run)
                 show_checked(output, checked, _VALID, run.known, journal=place_name(place))
             else:
                 _confirm_batch(run, file)
@@ -140,14 +141,18 @@ def _confirm_batch(run: _Batch, file: str) -> None:
     if counts["new"] < known.total or not options["yes"]:
         in_words = ", ".join(f"{number:,} {word}" for word, number in counts.items())
         run.output.note(f"journal {place_name(run.place)}: {in_words}")
-        if known.journal_id is None and not options["query_first"]:
-            run.output.note(
-                "this journal is new, so every refund counts as never sent; if some may have been sent before, "
-                "use --query-first"
-            )
+        _note_new_journal(run)
     _confirm(options["yes"], file, run.checked, f"as merchant {merchant.oid_partner} at {merchant.endpoints.apply}")
     if not options["journal"]:
         make_folder(run.place)
+
+
+def _note_new_journal(run: _Batch) -> None:
+    if run.known.journal_id is None and not run.options["query_first"]:
+        run.output.note(
+            "this journal is new, so every refund counts as never sent; if some may have been sent before, "
+            "use --query-first"
+        )
 
 
 def _confirm(yes: bool, file: str, checked: Checked, destination: str) -> None:

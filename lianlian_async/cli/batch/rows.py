@@ -226,9 +226,10 @@ def damaged(fields: Mapping[str, str]) -> Iterator[Problem]:
     """Yield a problem for each identifier that a spreadsheet has changed."""
     for name in _IDENTIFIERS:
         text = fields.get(name, "").strip()
-        reason = next((reason for reason, pattern in _PATTERNS.items() if pattern.fullmatch(text)), None)
-        if reason is not None:
-            yield Problem(name, f"{reason}; {_CURE}", repr(text[:40]))
+        for reason, pattern in _PATTERNS.items():
+            if pattern.fullmatch(text):
+                yield Problem(name, f"{reason}; {_CURE}", repr(text[:40]))
+                break
 
 
 def rounded(fields: Mapping[str, str]) -> Iterator[str]:
