@@ -206,7 +206,7 @@ async def test_a_handler_that_is_cancelled_from_within_is_called_again(journal, 
         await deliver(endpoint, *range(1, 14))
         await until(lambda: len(handler.done) == 13, look_every=1)
         assert endpoint.counts == {"kept": 13, "failed": 1, "acted": 13}
-    assert "will be tried again" in caplog.text
+    assert "will be called again" in caplog.text
 
 
 @virtual
@@ -219,7 +219,7 @@ async def test_after_its_worker_has_ended_no_notification_is_acknowledged(journa
     handler.then = [aborts]
     async with inbox(journal, handler) as endpoint:
         await deliver(endpoint, 1)
-        await until(lambda: "no more notifications are taken" in caplog.text, look_every=1)
+        await until(lambda: "no more notifications are accepted" in caplog.text, look_every=1)
         assert not is_acknowledged(await endpoint.handle(notification(2), HEADERS))
     assert "Abort: the end" in caplog.text
     async with inbox(journal, handler) as endpoint:

@@ -78,7 +78,7 @@ async def test_what_the_handler_cannot_act_on_is_given_to_it_by_the_next_sweep(j
     assert endpoint.counts == {"failed": 2, "acted": 1}
     assert handler.numbers == ["R-1"]
     assert await states(journal, 1) == [State.DONE]
-    assert "it will be tried again" in caplog.text
+    assert "it will be called again" in caplog.text
 
 
 async def test_what_was_notified_in_vain_is_caught_up_with(journal, handler):

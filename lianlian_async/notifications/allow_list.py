@@ -1,4 +1,4 @@
-"""Which addresses notifications are taken from: an allow-list, and the proxies that may speak for others."""
+"""Allow-list of client addresses, and the proxies whose X-Forwarded-For is trusted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ADDRESS: Final = re.compile(r'("?)(?:\[([^]]+)](?::[0-9]+)?|([0-9.]+):[0-9]+|([
 
 @attrs.frozen
 class AllowList:
-    """The networks that are let in, and those of the proxies in front of us."""
+    """Allowed client networks, and the networks of trusted proxies."""
 
     allow_from: Networks
     trusted_proxies: Networks
@@ -31,20 +31,19 @@ class AllowList:
 
     @classmethod
     def read(cls, allow_from: Iterable[str], trusted_proxies: Iterable[str]) -> AllowList:
-        """From texts such as ``203.0.113.0/24`` or ``2001:db8::7``; ``ConfigurationError`` for one that is none.
+        """Parse networks such as ``203.0.113.0/24`` or ``2001:db8::7``; ``unix`` trusts every peer on a Unix socket.
 
-        ``unix`` among the proxies stands for every peer on a Unix socket.
+        Raises ``ConfigurationError``.
         """
         proxies = list(trusted_proxies)
         networks = _networks("trusted_proxies", (text for text in proxies if text != _UNIX))
         return cls(_networks("allow_from", allow_from), networks, _UNIX in proxies)
 
     def judge(self, peer: str | None, forwarded_for: str) -> tuple[bool, str]:
-        """Return whether the client may come in, and its address, for the log: the nearest that is no trusted proxy's.
+        """Return whether the client is allowed, and its address for the log: the last one that is not a trusted proxy.
 
-        ``peer`` is the address that is connected to us; None or empty: it has none, as on a Unix socket.
-        ``forwarded_for`` is the header X-Forwarded-For: each proxy appends the address that it was called from, so
-        whatever comes before an address that is not trusted may be forged.
+        ``peer`` is the address of the connection; None or empty on a Unix socket. ``forwarded_for`` is the header
+        X-Forwarded-For: each proxy appends its client's address, so all before an untrusted address may be forged.
         """
         hops = forwarded_for.split(",") if forwarded_for else []
         if peer:
@@ -76,7 +75,7 @@ def _address(text: str) -> IPv4Address | IPv6Address:
 
 
 def _plain(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """Servers that listen on both families show IPv4 clients as ``::ffff:203.0.113.7``."""
+    # Servers that listen on both families report IPv4 clients as ``::ffff:203.0.113.7``.
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address
 

@@ -1,4 +1,4 @@
-"""Ask for what a notification leaves out: LianLian's pages call no_refund, money_refund and sta_refund optional."""
+"""Query fields that a notification leaves out: no_refund, money_refund and sta_refund are optional in it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lianlian_async.session import RefundSession
 __all__ = ["IncompleteNotification", "check_state", "complete"]
 
 _NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
-# All that query_refund raises where it gets no record.
+# What query_refund raises without a record.
 _UNUSABLE: Final = (errors.AnswerMismatch, errors.MalformedMessage, errors.SignatureInvalid)
 _NO_RECORD: Final = (errors.GatewayUnavailable, errors.InvalidRequest, errors.QueryRejected, errors.RefundNotFound)
 
 
 class IncompleteNotification(LianLianError):
-    """A notification leaves out what acting on it needs, and it could not be asked for. Never leaves the endpoint."""
+    """A notification lacks a required field, and a query did not give it. Never leaves the endpoint."""
 
 
 async def complete(told: Refund, session: RefundSession | None, journal: Journal | None, seconds: float) -> Refund:
-    """Return ``told``, or the gateway's record of the refund where ``told`` lacks a field.
+    """Return ``told``, or the gateway's record of the refund if ``told`` lacks a field.
 
     The query needs ``session`` and a ``dt_refund``, from the notification or ``journal``; it takes up to ``seconds``.
-    Raises :class:`IncompleteNotification`, ``RefundConflict`` where the record contradicts the notification, and
+    Raises :class:`IncompleteNotification`, ``RefundConflict`` if the record contradicts the notification, and
     ``JournalError``.
     """
     missing = [name for name in _NEEDED if getattr(told, name) is None]
@@ -37,7 +37,7 @@ async def complete(told: Refund, session: RefundSession | None, journal: Journal
         return told
     what = f"no {' and no '.join(missing)}"
     if session is None:
-        raise IncompleteNotification(f"{what}; give the NotificationEndpoint a session, and it asks the gateway")
+        raise IncompleteNotification(f"{what}; give the NotificationEndpoint a session to query it with")
     entry = None if journal is None or told.no_refund is None else await journal.find(told.no_refund)
     if entry is not None:
         request = RefundRequest.from_record(entry.fields)
@@ -46,7 +46,7 @@ async def complete(told: Refund, session: RefundSession | None, journal: Journal
         found = await session.query_refund(told.query(), deadline=seconds)
         check_identity(told.raw, found.raw)
     except (*_NO_RECORD, *_UNUSABLE) as error:
-        raise IncompleteNotification(f"{what}; asking the gateway failed: {error}") from error
+        raise IncompleteNotification(f"{what}; the query failed: {error}") from error
     for name in _NEEDED:
         if getattr(found, name) is None:
             raise IncompleteNotification(f"{what}, and the gateway's record has no {name}")
@@ -57,7 +57,7 @@ async def complete(told: Refund, session: RefundSession | None, journal: Journal
 
 
 def check_state(told: Refund, found: Refund) -> None:
-    """Raise ``RefundConflict`` if a notification told another state than the gateway's record has."""
+    """Raise ``RefundConflict`` if the states of a notification and of the gateway's record differ."""
     if told.sta_refund not in (None, found.sta_refund):
         ours, theirs = str(told.sta_refund), str(found.sta_refund)
         raise RefundConflict(str(found.no_refund), field="sta_refund", ours=ours, theirs=theirs)

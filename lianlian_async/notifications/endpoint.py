@@ -1,18 +1,17 @@
-"""Notifications: raw bytes in, an acknowledgement out, and a handler that is called once for each final refund.
+"""Notifications: raw bytes in, an acknowledgement out, and one handler call for each final refund.
 
-*Inline*, the default: the handler runs, then the notification is acknowledged. If the handler fails or takes too
-long, it is not, and LianLian's next delivery (2 minutes later, 30 at most) calls the handler again.
+*Inline*, the default: the handler runs, then the notification is acknowledged. If the handler fails or takes too long,
+it is not acknowledged, and LianLian's next delivery (2 minutes later, at most 30 in all) calls the handler again.
 
-*Inbox* (``inbox=True``): the notification is written to the journal and acknowledged; the handler runs behind it,
-again after growing pauses until it succeeds, over restarts too.
+*Inbox* (``inbox=True``): the notification is recorded in the journal and acknowledged. The handler runs in the
+background, again with growing backoff until it succeeds, also after a restart.
 
-In both modes the handler is called again only if it has not returned, or if the process or the journal died
-between its return and the line in the journal that says so. A journal that several processes share makes that
-hold for all of them; without a journal it holds for one process and the refunds that it remembers.
+Both call the handler again only if it has not returned, or if the process or the journal died before its return was
+recorded. With a journal that holds for all processes that share it; without one, for the latest 10,000 refunds of this
+process.
 
-From the first time that an endpoint opens with a journal on, whatever that journal learns to be final is acted on, also
-where no notification told it: a process that asked, or an operator's command. Until the handler has returned, it is
-FINAL there.
+Once an endpoint has opened with a journal, every refund that the journal learns to be final is FINAL until the handler
+has returned, also if no notification came: a query or an operator's command counts as well.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
-from functools import partial
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
@@ -41,17 +39,17 @@ from lianlian_async.errors import (
 from lianlian_async.journal import Journal, Standing
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund
+from lianlian_async.recording import learn
 from lianlian_async.recovery import Resumed
 from lianlian_async.rsa_worker import RsaWorker
 from lianlian_async.session import RefundSession
-from lianlian_async.settings import check_integer, check_journal, check_type, positive_seconds
+from lianlian_async.settings import check_journal, check_type, positive_seconds
 from lianlian_async.worker_pool import checked
 
 from .allow_list import AllowList
+from .book import Book, MemoryBook
 from .completion import IncompleteNotification, check_state, complete
-from .dispatch import Book, act_on
 from .inbox import Inbox
-from .memory_book import MemoryBook
 from .responses import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 
 __all__ = ["Ack", "NotificationEndpoint", "Verdict"]
@@ -75,17 +73,10 @@ _REFUSED: Final[Mapping[type[LianLianError], Verdict]] = {
 
 
 class _Ready(NamedTuple):
-    """What exists from the first notification on."""
+    """What the first notification needs."""
 
     rsa: RsaWorker
     book: Inbox | MemoryBook
-
-
-class _Worker(NamedTuple):
-    """What exists behind an inbox as long as the endpoint is open."""
-
-    inbox: Inbox
-    task: BackgroundTask
 
 
 class NotificationEndpoint:
@@ -96,34 +87,32 @@ class NotificationEndpoint:
         endpoint = NotificationEndpoint(merchant, on_refund, journal=journal)
         ack = await endpoint.handle(body, headers)      # or serve it: the object is an ASGI application
 
-    ``async with endpoint`` loads the keys before the first notification comes, opens a journal that is not open yet
-    (and closes it again), and runs the inbox; the lifespan of an ASGI server does it too. In *inline* mode with an open
-    journal, or with none, it may be left out.
+    ``async with endpoint`` loads the keys before the first notification comes, opens a journal that is not open (and
+    closes it again), and runs the inbox; so does the lifespan of an ASGI server. In *inline* mode with an open journal,
+    or with none, it is optional.
 
     Args:
-        merchant: who we are; what others are notified of is refused.
-        on_refund: a coroutine function, called with the ``Refund`` whose ``sta_refund`` is final. It should commit
-            its work before it returns, and bear to be called again if it did not return.
-        journal: best the session's own. What it knows about a refund must match, and it learns the
-            final state. One handler for a journal: it is called once for all processes. Without a journal, the last
-            ``remember`` refunds of this process are known.
-        session: told of final states, so that ``wait_refund`` returns at once; asks for what a notification leaves out;
-            needed by ``confirm``.
-        confirm: ask the gateway before the handler runs, since a notification bears neither time nor nonce.
-        inbox: acknowledge first, act behind it; needs a journal.
-        body_seconds: how long a request's body may take to arrive where the endpoint itself reads it; then 408.
-        handler_seconds: what confirming and ``on_refund`` may take together. LianLian waits 5 seconds for an answer;
-            an inbox's handlers may take longer.
-        allow_from: networks that notifications are taken from; empty: all. LianLian's published lists differ by
-            page and age, so there is no default.
-        trusted_proxies: networks whose X-Forwarded-For is believed; ``"unix"`` for your proxy on a Unix socket, if the
+        merchant: who we are; notifications for other merchants are refused.
+        on_refund: a coroutine function, called with a ``Refund`` whose ``sta_refund`` is final. It should commit its
+            work before it returns, and must tolerate a second call if it did not return.
+        journal: preferably the session's. Notifications must agree with it, and it records the final state. Use one
+            handler for each journal: all processes together call it once.
+        session: wakes ``wait_refund`` in this session; asks for fields that a notification leaves out; needed by
+            ``confirm``.
+        confirm: query the gateway before the handler runs, as notifications carry neither a time nor a nonce.
+        inbox: acknowledge first and act in the background; needs a journal.
+        body_seconds: time limit for a request body that the endpoint itself reads; then 408.
+        handler_seconds: time limit for confirming and ``on_refund`` together. LianLian waits 5 seconds for an answer;
+            with ``inbox`` it may be longer.
+        allow_from: networks that may send notifications; empty: all. LianLian's published lists differ by page and
+            age, so there is no default.
+        trusted_proxies: networks whose X-Forwarded-For is trusted; ``"unix"`` for a proxy on a Unix socket, if the
             server listens on nothing else.
-        path: the only path that is served as an ASGI application; None: every path.
-        concurrency: handlers that run at the same time behind an inbox.
-        remember: see ``journal``.
+        path: the only path that the ASGI application serves; None: every path.
+        concurrency: handlers that run at the same time for an inbox and in :meth:`sweep`.
         clock: reads the wall clock and the boot clock, for leases in the journal.
 
-    Raises ``ConfigurationError`` for settings that do not go together.
+    Raises ``ConfigurationError`` for settings that contradict each other.
     """
 
     def __init__(
@@ -141,24 +130,21 @@ class NotificationEndpoint:
         trusted_proxies: Iterable[str] = (),
         path: str | None = None,
         concurrency: int = 8,
-        remember: int = 10_000,
         clock: Clock = system_clock,
     ) -> None:
         check_type("merchant", merchant, Merchant)
         check_type("on_refund", on_refund, Callable)  # type: ignore[arg-type]
         check_journal(journal)
         check_type("session", session, RefundSession | None)
-        check_integer("remember", remember, least=0)
         if confirm and session is None:
             raise ConfigurationError("confirm: needs a session to ask with")
         if inbox and journal is None:
-            raise ConfigurationError("inbox: needs a journal to keep notifications in")
+            raise ConfigurationError("inbox: needs a journal to record notifications in")
         for name, seconds in (("body_seconds", body_seconds), ("handler_seconds", handler_seconds)):
             positive_seconds(name, seconds)
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
-        """Deliveries by their :class:`Verdict`; behind an inbox and in a sweep, calls of the handler as *acted* and
-        *failed*."""
+        """Deliveries by their :class:`Verdict`; for an inbox and in a sweep, handler calls as *acted* and *failed*."""
         self._on_refund = on_refund
         self._journal = journal
         self._session = session
@@ -169,13 +155,13 @@ class NotificationEndpoint:
         self._allow_list = AllowList.read(allow_from, trusted_proxies)
         self._path = path
         self._concurrency = checked(concurrency)
-        self._recent = MemoryBook(remember, handler_seconds)
+        self._recent = MemoryBook(act=self._act, seconds=handler_seconds)
         self._clock = clock
         self._ready: _Ready | None = None
         self._turn = anyio.Lock()
-        self._worker: _Worker | None = None
+        self._worker: BackgroundTask | None = None
         self._resources: AsyncExitStack | None = None
-        """What ``async with`` opened."""
+        """Everything that ``async with`` opened."""
 
     def __repr__(self) -> str:
         return f"<NotificationEndpoint {self.merchant.oid_partner}>"
@@ -192,45 +178,53 @@ class NotificationEndpoint:
             self._resources = resources.pop_all()
         if self._is_inbox:
             inbox = cast("Inbox", ready.book)  # there is a journal
-            work = partial(inbox.work, self._concurrency, self._count_act)
-            self._worker = _Worker(inbox, BackgroundTask(work, inbox.end))
+            self._worker = BackgroundTask(inbox.work, inbox.end)
+            self._resources.push_async_callback(self._end_worker, self._worker, inbox)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._ready = None
-        worker, self._worker = self._worker, None
         resources, self._resources = self._resources, None
-        async with cast("AsyncExitStack", resources):  # it was entered
-            if worker is not None:
-                worker.inbox.stop()
-                try:
-                    await worker.task.join()
-                finally:
-                    await worker.task.aclose()
+        self._ready = self._worker = None
+        await cast("AsyncExitStack", resources).aclose()  # it was entered
+
+    async def _end_worker(self, worker: BackgroundTask, inbox: Inbox) -> None:
+        inbox.stop()
+        try:
+            await worker.join()
+        finally:
+            await worker.aclose()
 
     async def _open(self) -> _Ready:
         async with self._turn:
             if self._ready is None:
                 if self._journal is not None and not self._journal.is_open:
                     raise RuntimeError(f"{self._journal!r} is not open: {_HOW_TO_OPEN}")
-                book = self._recent if self._journal is None else await self._inbox_beside(self._journal)
+                book = self._recent if self._journal is None else await self._inbox_of(self._journal)
                 self._ready = _Ready(await RsaWorker.open(self.merchant), book)
             return self._ready
 
-    async def _inbox_beside(self, journal: Journal) -> Inbox:
+    async def _inbox_of(self, journal: Journal) -> Inbox:
         await journal.begin_acting()
-        return Inbox(await journal.inbox(), self._act, refunds=journal, seconds=self._seconds, clock=self._clock)
+        return Inbox(
+            journal=await journal.inbox(),
+            refunds=journal,
+            act=self._act,
+            count=self._count_act,
+            seconds=self._seconds,
+            workers=self._concurrency,
+            clock=self._clock,
+        )
 
     # ── one delivery ─────────────────────────────────────────────────────────────────────────────
 
     async def handle(self, body: bytes, headers: Headers, *, client: str | None = None) -> Ack:
-        """Act on the notification in ``body``, and return the answer to it.
+        """Act on the notification in ``body`` and return the response.
 
-        ``body`` is the raw bytes of the request's body, ``headers`` any mapping, or pairs. ``client`` is the address
-        that the request came from; with ``allow_from`` it is needed. Raises only cancellation, and ``TypeError`` for
-        arguments of another kind: a body that a framework has decoded already.
+        ``body`` is the raw bytes of the request's body, ``headers`` any mapping or pairs. ``client`` is the peer's
+        address, which ``allow_from`` needs. Raises only cancellation, and ``TypeError`` for other types, such as a
+        body that a framework has decoded.
         """
         if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
@@ -239,10 +233,10 @@ class NotificationEndpoint:
     async def handle_stream(
         self, read: Callable[[int], Awaitable[bytes]], headers: Headers, *, client: str | None = None
     ) -> Ack:
-        """Read a body that is still arriving, and :meth:`handle` it; answer 408 if it takes too long.
+        """Read a body within ``body_seconds`` and :meth:`handle` it; respond 408 if it takes longer.
 
-        ``read(limit)`` returns the body, or the beginning of a longer one: more than ``limit`` bytes. It is not called
-        for a client that is not on the allow-list. Raises what ``read`` raises, and cancellation.
+        ``read(limit)`` returns the body; of one longer than ``limit`` bytes, its first ``limit + 1`` bytes or more. It
+        is not called for a client outside ``allow_from``. Raises what ``read`` raises, and cancellation.
         """
         if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
@@ -255,7 +249,9 @@ class NotificationEndpoint:
 
     async def _handle(self, body: bytes) -> Ack:
         if not isinstance(body, bytes | bytearray):
-            raise TypeError(f"body: give the raw bytes of the body, not {type(body).__name__}; the endpoint decodes it")
+            raise TypeError(
+                f"body: give the raw bytes of the body, not {type(body).__name__}; the endpoint decodes them"
+            )
         try:
             verdict = await self._judge(body)
         except tuple(_REFUSED) as error:
@@ -264,7 +260,7 @@ class NotificationEndpoint:
             logger.log(level, "notification refused as %s: %s", verdict, error)
         except Exception:
             verdict = Verdict.FAILED
-            logger.exception("notification not taken")
+            logger.exception("notification not accepted")
         return self._answer(verdict)
 
     def _answer(self, verdict: Verdict) -> Ack:
@@ -285,51 +281,52 @@ class NotificationEndpoint:
             return Verdict.TOO_BIG
         rsa, book = self._ready or await self._open()
         told = await rsa.check(rsa.protocol.read_notification, body)
-        refund = await book.learn(await complete(told, self._session, self._journal, self._seconds))
+        refund = await complete(told, self._session, self._journal, self._seconds)
+        if self._journal is not None:
+            refund = await learn(self._journal, refund)
         if not refund.is_final:
             return Verdict.NOT_FINAL
-        return await (self._keep(refund) if self._is_inbox else self._act_once(book, refund))
+        return await (self._keep(refund, cast("Inbox", book)) if self._is_inbox else self._act_once(refund, book))
 
-    async def _keep(self, refund: Refund) -> Verdict:
+    async def _keep(self, refund: Refund, inbox: Inbox) -> Verdict:
         if self._worker is None:
             raise RuntimeError(f"the inbox is not open: {_HOW_TO_OPEN}")
-        standing = await self._worker.inbox.keep(refund)
-        self._tell(refund)
+        standing = await inbox.keep(refund)
+        self._notify_session(refund)
         return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
 
-    async def _act_once(self, book: Book[Any], refund: Refund) -> Verdict:
+    async def _act_once(self, refund: Refund, book: Book[Any]) -> Verdict:
         standing, held = await book.take(refund)
-        self._tell(refund)
+        self._notify_session(refund)
         if standing is Standing.FINISHED:
             return Verdict.DUPLICATE
         if standing is Standing.LEASED:
             return Verdict.BUSY
-        well = await act_on(refund, book, held, self._act, self._seconds)
-        return Verdict.ACTED if well else Verdict.FAILED
+        return Verdict.ACTED if await book.act_on(refund, held) else Verdict.FAILED
 
-    # ── what never came ──────────────────────────────────────────────────────────────────────────
+    # ── notifications that never came─────────────────────────────────────────────────────────────
 
     async def sweep(self, *, concurrency: int | None = None) -> Resumed:
-        """Find out about all that is open, as ``RefundSession.resume`` does, and act on what is final by now.
+        """Resolve all open refunds, as ``RefundSession.resume`` does, then act on all final ones.
 
-        LianLian gives up after 30 deliveries, within an hour. Run this when the service starts, and every quarter of an
-        hour or so: a refund whose notification never came is asked about; one that was found final by other means, or
-        that the handler failed to act on, is given to it. Each is acted on once, whoever tells of it first.
+        LianLian gives up after 30 deliveries, within an hour. Call this at the start of the service and about every 15
+        minutes: it asks about refunds whose notification never came, and calls the handler for refunds that became
+        final in another way or that it failed on. The handler acts on each refund once.
 
-        Returns what ``resume`` found; :attr:`counts` tells of the handler. ``concurrency`` is the session's
-        ``max_connections`` by default. Needs a journal, and a session on it. Raises ``ConfigurationError`` without
-        them, and ``JournalError``.
+        Returns the result of ``resume``; :attr:`counts` has the handler's. ``concurrency`` is the session's
+        ``max_connections`` by default. Raises ``ConfigurationError`` without a journal or a session, and
+        ``JournalError``.
         """
         if self._journal is None or self._session is None:
             raise ConfigurationError("sweep: needs a journal, and a session to ask with")
-        book = cast("Inbox", (await self._open()).book)  # there is a journal
+        inbox = cast("Inbox", (await self._open()).book)  # there is a journal
         resumed = await self._session.resume(concurrency=concurrency)
-        await book.keep_final(self._concurrency)
-        if not self._is_inbox:  # else they are being worked on all the time
-            await book.catch_up(self._concurrency, self._count_act)
+        await inbox.keep_final()
+        if not self._is_inbox:  # otherwise its worker acts on them
+            await inbox.catch_up()
         return resumed
 
-    def _tell(self, refund: Refund) -> None:
+    def _notify_session(self, refund: Refund) -> None:
         if self._session is not None:
             self._session.notified(refund)
 
@@ -338,26 +335,26 @@ class NotificationEndpoint:
             check_state(refund, await self._session.query_refund(refund.query()))
         await self._on_refund(refund)
 
-    def _count_act(self, well: bool) -> None:
-        self.counts[Verdict.ACTED if well else Verdict.FAILED] += 1
+    def _count_act(self, succeeded: bool) -> None:
+        self.counts[Verdict.ACTED if succeeded else Verdict.FAILED] += 1
 
     # ── ASGI ─────────────────────────────────────────────────────────────────────────────────────
 
     async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send) -> None:
-        """Serve one connection as ASGI 3 has it: HTTP requests and the server's lifespan."""
+        """Serve HTTP requests and the server's lifespan (ASGI 3)."""
         if scope["type"] == "lifespan":
             await asgi.lifespan(receive, send, self)
         elif scope["type"] == "http":
             ack = await self._serve(scope, receive)
             headers = dict(ack.headers)
             if ack.status != 200 and scope.get("http_version", "1.1").startswith("1"):
-                headers["connection"] = "close"  # a request that was not read to its end would keep it open
+                headers["connection"] = "close"  # the request may not have been read to its end
             await asgi.respond(send, ack.status, headers, ack.body)
         else:
             await send({"type": "websocket.close"})
 
     async def _serve(self, scope: Mapping[str, Any], receive: asgi.Receive) -> Ack:
-        # Where the endpoint is mounted in another application, the path begins with the place of the mount.
+        # If the endpoint is mounted in another application, the path begins with the mount point.
         if self._path is not None and scope["path"].removeprefix(scope.get("root_path", "")) != self._path:
             return NOT_HERE
         if scope["method"] != "POST":

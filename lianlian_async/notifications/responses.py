@@ -1,4 +1,4 @@
-"""What can become of a delivery of a notification, and the HTTP response that each gets."""
+"""Verdicts on deliveries of notifications, and the HTTP response to each."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ __all__ = ["ACKS", "NOT_HERE", "ONLY_POST", "Ack", "Verdict"]
 
 
 class Verdict(StrEnum):
-    """What became of one delivery; only what says so is acknowledged, LianLian sends all else again."""
+    """The result of one delivery. LianLian repeats deliveries that are not acknowledged."""
 
     ACTED = "acted"
     """Acknowledged: the handler returned."""
     KEPT = "kept"
-    """Acknowledged: it is in the inbox."""
+    """Acknowledged: recorded in the inbox."""
     DUPLICATE = "duplicate"
-    """Acknowledged: it was acted on, or is in the inbox, already."""
+    """Acknowledged: already acted on, or already in the inbox."""
     NOT_FINAL = "not final"
-    """Acknowledged: the refund's state can still change, there is nothing to act on."""
+    """Acknowledged: the refund's state can still change."""
     MALFORMED = "malformed"
     INCOMPLETE = "incomplete"
-    """Signed by LianLian, but without a field that acting on it needs, and that could not be asked for."""
+    """Signed by LianLian, but a required field is missing, and a query did not give it."""
     TOO_BIG = "too big"
     TOO_SLOW = "too slow"
     """The body did not arrive in time."""
     UNVERIFIED = "unverified"
     """Not signed by LianLian."""
     FOREIGN = "foreign"
-    """Another merchant's."""
+    """For another merchant."""
     CONTRADICTORY = "contradictory"
-    """Signed by LianLian, but not what was applied for, or not the final state that is on record: look at it."""
+    """Signed by LianLian, but it contradicts the request or the recorded final state: a person has to decide."""
     NOT_ADMITTED = "not admitted"
     """From an address that is not on the allow-list."""
     BUSY = "busy"
-    """Another delivery of it has been with the handler for too long."""
+    """The handler still runs for another delivery of it."""
     FAILED = "failed"
-    """The handler failed or took too long, the gateway did not confirm, or the journal could not be written."""
+    """The handler failed or took too long, the gateway did not confirm, or the journal failed."""
 
 
 @attrs.frozen

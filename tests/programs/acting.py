@@ -27,17 +27,17 @@ LINES = ["refunds Finish", "inbox Begin", *AFTER_THE_HANDLER]
 class Dying(SqliteJournal):
     """A journal whose process dies instead of writing ``line``."""
 
-    def __init__(self, path: str, line: str, book: str = "refunds") -> None:
+    def __init__(self, path: str, line: str, kind: str = "refunds") -> None:
         super().__init__(path)
-        self._gateway, self._book = line, book
+        self._line, self._kind = line, kind
 
     def _beside(self) -> Dying:
-        return Dying(f"{self._name}-inbox", self._gateway, "inbox")
+        return Dying(f"{self._name}-inbox", self._line, "inbox")
 
-    async def _write(self, operations):
-        if self._gateway in {f"{self._book} {type(operation).__name__}" for operation in operations}:
+    async def _write(self, batch):
+        if self._line in {f"{self._kind} {type(queued.operation).__name__}" for queued in batch}:
             os.kill(os.getpid(), signal.SIGKILL)
-        return await super()._write(operations)
+        await super()._write(batch)
 
 
 def read(shop: Path) -> list[str]:
