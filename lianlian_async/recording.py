@@ -1,7 +1,7 @@
-"""One refund on record: its intent before the first byte, its outcome after the last.
+"""Record one refund: its intent before the first byte is sent, and its outcome.
 
-With a journal ``apply_refund`` may be called again at any time, after any crash: what is resolved is answered
-from the record, what is unresolved is asked about first, and what is new is sent.
+With a journal ``apply_refund`` may be called again at any time, after any crash: a resolved refund is answered from
+the record, an unresolved one is asked about first, and a new one is sent.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _LONGEST_LOOK: Final = 1.0
 
 
 def digest(fields: Mapping[str, str]) -> str:
-    """SHA-256 of what may never change under one number: the request without where its notification goes."""
+    """Return the SHA-256 of what must not change under one number: the request without its notify_url."""
     content = {name: text for name, text in fields.items() if name not in _NO_CONTENT}
     return hashlib.sha256(signature_source(content)).hexdigest()
 
 
 def ending(refund: Refund) -> Ending:
-    """What the journal keeps of a refund."""
+    """Return the ending that the journal records for a refund."""
     return Ending(state=State.DONE if refund.is_final else State.ACCEPTED, record=refund.to_dict())
 
 
@@ -49,13 +49,13 @@ def _refusal_record(error: RefundRejected) -> dict[str, str]:
 
 
 def refusal(no_refund: str, record: Mapping[str, str]) -> RefundRejected:
-    """The ``RefundRejected`` that the journal keeps as ``record``."""
+    """Return the ``RefundRejected`` that ``record`` describes."""
     verified = record["verified"] == "yes"
     return RefundRejected(record["ret_code"], record["ret_msg"], verified=verified, no_refund=no_refund)
 
 
 def answer(entry: Entry) -> Refund:
-    """What a resolved entry tells: the recorded refund, or the recorded refusal or conflict, raised again."""
+    """Return the recorded refund of a resolved entry, or raise the recorded rejection or conflict."""
     if entry.ending is None:
         raise LookupError(f"refund {entry.no_refund} is not resolved")
     record = entry.ending.record
@@ -68,7 +68,7 @@ def answer(entry: Entry) -> Refund:
 
 
 async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) -> tuple[Standing, Entry]:
-    """``journal.begin``, again and again while the refund is LEASED, up to ``deadline`` (event loop's clock)."""
+    """Call ``journal.begin`` until the refund is no longer LEASED, or until ``deadline`` (event loop's clock)."""
     seconds = _FIRST_LOOK
     while True:
         standing, entry = await journal.begin(intent, clock())
@@ -79,10 +79,10 @@ async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) 
 
 
 async def learn(journal: Journal, refund: Refund) -> Refund:
-    """Finish the entry of a refund of which the gateway told unasked; ``refund``, with its ``dt_refund`` if known.
+    """Record a state that the gateway reported; return ``refund``, with its ``dt_refund`` if known.
 
-    A refund that has no entry is returned as it is. Raises ``RefundConflict`` for one that is not what was applied
-    for, which then stays on record, and for a final state that is not the one on record.
+    A refund without an entry is returned as it is. Raises ``RefundConflict`` for a refund that differs from the
+    request, which is recorded, and for a final state that differs from the recorded one.
     """
     number = str(refund.no_refund)
     entry = await journal.find(number)
@@ -106,7 +106,7 @@ async def learn(journal: Journal, refund: Refund) -> Refund:
 
 @attrs.frozen(kw_only=True)
 class Recording:
-    """One refund's page in the journal."""
+    """One refund and its entry in the journal."""
 
     journal: Journal
     request: RefundRequest
@@ -120,17 +120,17 @@ class Recording:
         return digest(self.fields)
 
     async def look(self) -> Refund | None:
-        """The answer, if the refund is resolved: found without signing anything. Raises as :func:`answer`."""
+        """Return the recorded refund if it is resolved, without signing anything. Raises as :func:`answer`."""
         entry = await self.journal.find(self.request.no_refund)
         if entry is None or entry.ending is None or entry.digest != self.digest:
             return None
         return answer(entry)
 
     async def claim(self, body: bytes, lease: float, deadline: float) -> tuple[Standing, Entry]:
-        """Write the intent and take the refund's lease for so many seconds.
+        """Record the intent and take the refund's lease for ``lease`` seconds.
 
-        Waits up to ``deadline`` (event loop's clock) for whoever has it now. Never LEASED: raises
-        ``RefundOutcomeUnknown`` instead, and ``RefundConflict`` for other content.
+        Waits until ``deadline`` (event loop's clock) for another holder, then raises ``RefundOutcomeUnknown``. Raises
+        ``RefundConflict`` for other content.
         """
         number = self.request.no_refund
         intent = Intent(no_refund=number, digest=self.digest, fields=self.request.to_dict(), body=body, lease=lease)
@@ -156,10 +156,10 @@ class Recording:
     async def keep(
         self, entry: Entry, resolve: Callable[[], Awaitable[Refund]], unknown: Callable[[], RefundOutcomeUnknown]
     ) -> Refund:
-        """Run ``resolve`` for the claimed ``entry`` and write down how it ended, even under cancellation.
+        """Run ``resolve`` for the claimed ``entry`` and record its outcome, also under cancellation.
 
-        A ``JournalError`` that is raised after a send tells as ``said`` what became of the refund; ``unknown`` says
-        what is known before ``resolve`` has ended.
+        A ``JournalError`` after a send has the refund's outcome as ``said``; ``unknown`` returns the outcome until
+        ``resolve`` has ended.
         """
         try:
             refund = await resolve()
@@ -178,10 +178,10 @@ class Recording:
             await self._release(entry, error)
             raise
         except RefundConflict as error:
-            # What was raised without a record was found here, and not at the gateway.
+            # A conflict without a record was found here, not by the gateway.
             await self._finish(entry, Ending(state=State.CONFLICT, record=error.record or {}), error)
             raise
-        except BaseException as error:  # cancelled, a journal that failed, or a bug: an attempt may be under way
+        except BaseException as error:  # cancelled, a failed journal, or a bug: an attempt may be under way
             said = unknown()
             if isinstance(error, JournalError):
                 error.said = said
@@ -194,7 +194,7 @@ class Recording:
         return refund
 
     async def _is_taken(self, entry: Entry, said: RefundNotSent) -> bool:
-        """Whether another worker took the refund over once the lease of ``entry`` was over, and may have sent it."""
+        """Return whether another worker took the refund over after the lease of ``entry``, and may have sent it."""
         if entry.leased_until is None or self.clock().boot < entry.leased_until.boot:
             return False
         try:
@@ -213,7 +213,7 @@ class Recording:
             raise
 
     async def _release(self, entry: Entry, said: LianLianError) -> None:
-        """End the lease; only what is unknown may have been sent."""
+        """End the lease; only an unknown refund may have been sent."""
         unknown = said if isinstance(said, RefundOutcomeUnknown) else None
         refused = None if unknown is None or unknown.refused is None else _refusal_record(unknown.refused)
         try:

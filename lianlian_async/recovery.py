@@ -1,4 +1,4 @@
-"""All that a journal holds as open: asked about, one after the other, and resolved."""
+"""Resume: resolve all open refunds of a journal."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = logging.getLogger("lianlian_async")
 
 
 class Resumed(NamedTuple):
-    """What :meth:`RefundSession.resume` did."""
+    """The result of :meth:`RefundSession.resume`."""
 
     resolved: int
-    """Refunds whose end is known now."""
+    """Refunds whose outcome is now known."""
     still_open: int
-    """Refunds that have to be asked about again later."""
+    """Refunds to ask about again later."""
 
 
 async def resume(
@@ -38,9 +38,9 @@ async def resume(
     query: Callable[[RefundQuery], Awaitable[Refund]],
     workers: int,
 ) -> Resumed:
-    """Find out about every refund that ``journal`` holds as unresolved, or as accepted but not final.
+    """Resolve every refund in ``journal`` that is UNRESOLVED, and query every ACCEPTED one for its final state.
 
-    What was certainly never sent is left alone: only who asks for it again has it sent.
+    Refunds that were certainly never sent stay as they are, until they are applied for again.
     """
     run = _Resumption(journal=journal, resolve=resolve, query=query)
     await run_workers(journal.pending(), run.pursue, workers=checked(workers), intake=anyio.CancelScope())
@@ -58,11 +58,11 @@ class _Resumption:
     still_open: int = 0
 
     async def pursue(self, entry: Entry) -> None:
-        """Find out about one refund."""
+        """Resolve one refund."""
         if entry.ending is None and entry.sent_at is None:
-            return  # certainly never sent: whoever was told so may have refunded by other means
+            return  # certainly never sent: the caller was told so, and may have refunded in another way
         if entry.state is State.FINAL:
-            return  # its end is known: only a NotificationEndpoint can act on it
+            return  # only a NotificationEndpoint can act on it
         try:
             request = RefundRequest.from_record(entry.fields)
         except InvalidRequest as error:

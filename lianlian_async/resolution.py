@@ -1,6 +1,6 @@
-"""From the first send to certain knowledge: apply → ask → made, rejected, not sent or unknown.
+"""Resolve one refund: apply → ask → made, rejected, not sent or unknown.
 
-What decides is the table :data:`NEXT_STEP` and :meth:`Case.not_found_is_believed`; the rest only waits.
+The table :data:`NEXT_STEP` and :meth:`Case.not_found_is_believed` decide; all other code only waits.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ logger = logging.getLogger("lianlian_async")
 
 
 _LONGEST_WAIT: Final = 90 * 86_400.0
-"""Seconds: a query may not span over 3 months (3005), so that later than this nothing could be learned."""
+"""Seconds. After 3 months the gateway refuses the query (3005)."""
 
 
 class Step(Enum):
     """What to do after an apply call."""
 
-    RETURN = "answer with the record"
-    RAISE = "raise what is certain"
+    RETURN = "return the record"
+    RAISE = "raise the certain error"
     ASK = "query before anything else"
 
 
 NEXT_STEP: Final[dict[tuple[Finding, bool], Step]] = {
-    # (what this attempt taught, may an earlier one have arrived?)
+    # (finding of this attempt, may an earlier one have arrived?)
     (Finding.NOT_SENT, False): Step.RAISE,
     (Finding.NOT_SENT, True): Step.ASK,
     (Finding.FOUND, False): Step.RETURN,
@@ -57,47 +57,47 @@ NEXT_STEP: Final[dict[tuple[Finding, bool], Step]] = {
     (Finding.UNCERTAIN, False): Step.ASK,
     (Finding.UNCERTAIN, True): Step.ASK,
 }
-"""The decision table. ``Retry`` has already repeated what was not sent, as far as policy and deadline allow."""
+"""The decision table. ``Retry`` has already repeated sends that did not arrive, within policy and deadline."""
 
 
 @attrs.define(kw_only=True)
 class Case:
-    """One refund whose outcome is open, and what is known of it so far."""
+    """One refund whose outcome is open, with the evidence so far."""
 
     request: RefundRequest
     apply: Exchange
     make_query: Callable[[], Awaitable[Exchange]]
-    """Makes the query exchange when it is first needed: most refunds never need it, and it costs a signature."""
+    """Makes the query exchange at its first use: most refunds need none, and it costs a signature."""
     clock: Clock
     sent_at: Moment | None = None
-    """When an attempt may last have arrived; None: none may have."""
+    """The last moment at which an attempt may have arrived; None: certainly none has."""
     told_at: Moment | None = None
-    """The same as an earlier call told it, maybe on another machine, until the two can be compared."""
+    """The same from an earlier call, maybe on another machine, until the two can be compared."""
     refused: RefundRejected | None = None
     """The refusal in which every attempt so far ended; None: one may have worked, or none was made."""
     ask_first: bool = False
-    """Whether to query before the first send: an attempt may have been made that nobody remembers."""
+    """Whether to query before the first send: the journal may have lost an attempt."""
     before_resend: Callable[[], Awaitable[None]]
-    """Writes down, before the same bytes are sent again, that they may be."""
+    """Records that the same bytes may be sent again."""
     canary: Callable[[], Awaitable[LianLianError | bool]]
-    """Queries a refund that is known as made. True: it was found. False: there is none. An error: the query service's
-    "no such record" proves nothing."""
+    """Queries a refund that is known as made. True: it was found. False: no refund to query. An error: "no such record"
+    from this query service proves nothing."""
     traffic: Traffic = attrs.field(factory=Traffic)
     rejection: LianLianError | None = None
-    """A "no" to the last attempt, to be believed once an earlier attempt is known not to have worked."""
+    """The rejection of the last attempt; believed once no earlier attempt can have worked."""
     retry_after: float | None = None
     apply_error: LianLianError | None = None
     query_error: LianLianError | None = None
 
     def not_found_is_believed(self, asked_at: Moment) -> bool:
-        """Whether "no such record", asked for at ``asked_at``, proves that no attempt was carried out."""
+        """Return whether "no such record", asked for at ``asked_at``, proves that no attempt was carried out."""
         if self.sent_at is None:
             return True
         # The answer may be the first one with a Date; and only the time up to the query counts.
         asked_at = attrs.evolve(asked_at, gateway=None).dated(self.clock())
         self._compare(asked_at)
         seconds = elapsed(self.sent_at, asked_at)
-        if seconds is None:  # no clock can tell: it counts from this moment on, which stays on record
+        if seconds is None:  # no clock can tell: the grace starts now, and the journal keeps this moment
             self.sent_at = asked_at
             return False
         return seconds >= self.apply.policy.not_found_grace
@@ -107,10 +107,10 @@ class Case:
             self.sent_at, self.told_at = latest(self.sent_at, self.told_at, now), None
 
     def doubt(self, refund: Refund) -> LianLianError | None:
-        """Why a record of our number does not prove that this refund was made, if so.
+        """Return why a record does not prove that this refund was made; None if it does.
 
-        Where every attempt of ours was refused, or none was made, the number may be another refund's: then only a
-        record with the whole identity counts. Raises ``RefundConflict`` for a record of another refund.
+        If every attempt was refused, or there was none, the number may be another refund's: only a record with the
+        whole identity counts. Raises ``RefundConflict`` for a record of another refund.
         """
         try:
             matching(self.request, refund)
@@ -122,7 +122,7 @@ class Case:
         return LianLianError("the record found lacks dt_refund or money_refund: it may be another refund's")
 
     async def prove_queries(self) -> bool:
-        """Query a refund that is known as made; whether there is one. Raises what stays unknown if it is not found."""
+        """Query a refund that is known as made; return whether there is one. Raises the unknown outcome on failure."""
         proof = await self.canary()
         if isinstance(proof, LianLianError):
             self.query_error = proof
@@ -131,17 +131,17 @@ class Case:
 
     @property
     def is_refused(self) -> bool:
-        """Whether every attempt so far was refused, and not only because one is still being processed."""
+        """Whether every attempt so far was refused, other than as still being processed."""
         return self.refused is not None and explain(self.refused.ret_code).kind is not CodeClass.IN_PROGRESS
 
     def next_step(self, finding: Finding) -> Step:
-        """Decide by :data:`NEXT_STEP` what follows an apply attempt that taught ``finding``."""
-        if finding is not Finding.NOT_SENT and not self.apply.lease_holds():  # another worker may have sent it since
+        """Return the step after an apply attempt with this ``finding``."""
+        if finding is not Finding.NOT_SENT and not self.apply.lease_holds():  # another worker may have sent it
             self.sent_at, self.refused = self.clock(), None
         return NEXT_STEP[finding, self.sent_at is not None]
 
     def take_in(self, reply: Reply) -> None:
-        """Remember what an apply attempt that has to be asked about left behind."""
+        """Record an apply attempt that leads to a query."""
         self.rejection = reply.error if reply.finding is Finding.REJECTED else None
         if reply.finding in (Finding.EXISTS, Finding.UNCERTAIN):
             only_refused = self.sent_at is None or self.refused is not None
@@ -149,7 +149,7 @@ class Case:
             self.sent_at = self.clock()
 
     def unknown(self) -> RefundOutcomeUnknown:
-        """The honest end: all that is needed to ask again."""
+        """Return the unknown outcome, with all that is needed to ask again."""
         now = self.clock()
         self._compare(now)
         sent_at = (self.sent_at or now).dated(now)
@@ -174,12 +174,12 @@ class Case:
 
 
 async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
-    """Carry ``case`` to its end; ``send`` is the session's middleware chain, ``retries_left`` its retry budget.
+    """Resolve ``case``; ``send`` is the session's middleware chain, ``retries_left`` its retry budget.
 
     Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict`` or ``RefundOutcomeUnknown``.
     """
     try:
-        # What was left unknown is asked about first; a new refund is sent first.
+        # An unknown refund is asked about first, a new one is sent first.
         is_new = case.sent_at is None and not case.ask_first
         refund = await _apply(case, send) if is_new else None
         resends = case.apply.policy.attempts - 1
@@ -192,16 +192,16 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
                 resends -= 1
                 refund = await _apply(case, send)
     except anyio.get_cancelled_exc_class() as error:
-        if anyio.current_effective_deadline() > -math.inf:  # nobody cancelled this call: it came from below
+        if anyio.current_effective_deadline() > -math.inf:  # this call was not cancelled: a lower layer raised it
             case.query_error = LianLianError(f"interrupted by {type(error).__name__}")
             raise case.unknown() from error
-        logger.warning("refund %s: cancelled, it may have been made; ask before sending it again", _number(case))
+        logger.warning("refund %s: cancelled, it may have been made; query before sending it again", _number(case))
         raise
     return refund
 
 
 async def _check_not_found(case: Case) -> None:
-    """Before anything is concluded from "no such record": raise what it proves, or prepare to send again."""
+    """After "no such record" is believed: raise what it proves, or prepare to send again."""
     if case.sent_at is None:
         return
     if not case.apply.lease_holds():
@@ -215,7 +215,7 @@ async def _check_not_found(case: Case) -> None:
 
 
 async def _apply(case: Case, send: Next) -> Refund | None:
-    """One send (repeated only while certainly not sent). The record, or None: it has to be asked about."""
+    """Send once (``Retry`` repeats only sends that did not arrive). Return the record, or None: ask."""
     try:
         reply = await send(case.apply)
     except BaseException:  # it may be under way
@@ -234,7 +234,7 @@ async def _apply(case: Case, send: Next) -> Refund | None:
 
 
 async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | None:
-    """Query until there is a record, or None: certainly not made. Raises what is left unknown at the deadline."""
+    """Query until there is a record, or return None: certainly not made. Raises the unknown outcome at the deadline."""
     query = await case.make_query()
     if case.retry_after and not await backoff(query, retries_left, 0, case.retry_after):
         raise case.unknown()
@@ -250,7 +250,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
                 return reply.refund
         elif isinstance(reply.error, RefundConflict):
             raise reply.error
-        elif reply.finding is not Finding.NOT_FOUND:  # asked as long as it was worth it, or refused
+        elif reply.finding is not Finding.NOT_FOUND:  # the retries are used up, or the query was refused
             break
         if case.not_found_is_believed(asked_at):
             if reply.refund is not None and not case.is_refused:
@@ -258,7 +258,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
             is_new = case.sent_at is None and not case.ask_first
             if is_proved or is_new or not await case.prove_queries():
                 return None
-            is_proved = True  # and once more: the query service may have been mended between the two answers
+            is_proved = True  # query once more: the service may have been repaired between the two answers
             continue
         if not await backoff(query, retries_left, queries, reply.retry_after):
             break

@@ -1,4 +1,4 @@
-"""Wait until a refund is final: told by its notification or found by asking, whichever comes first."""
+"""Wait until a refund is final: by its notification or by queries, whichever comes first."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ __all__ = ["Waiter", "Waiters"]
 
 FIRST_PAUSE: Final = 2.0
 LONGEST_PAUSE: Final = 300.0
-"""Seconds. Every pause between two queries is twice as long as the one before: some twenty queries in an hour."""
+"""Seconds. Each pause between two queries is twice as long as the one before: about twenty queries in an hour."""
 
-_ASK_AGAIN: Final = (RefundNotFound, GatewayUnavailable, SignatureInvalid, AnswerMismatch, MalformedMessage)
-"""What a query may meet that another one need not."""
+_TRANSIENT: Final = (RefundNotFound, GatewayUnavailable, SignatureInvalid, AnswerMismatch, MalformedMessage)
+"""Errors of a query that the next query may not meet."""
 
 
 @attrs.define(eq=False)
 class Waiter:
-    """One who waits for the final state of a refund of ``money_refund`` yuan (None: of any amount)."""
+    """A call that waits for the final state of a refund of ``money_refund`` yuan (None: of any amount)."""
 
     money_refund: Decimal | None
     told: Refund | None = None
-    """The final state, once a notification told it."""
+    """The final state, once it was notified."""
     _asking: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
 
     def hear(self, refund: Refund) -> None:
-        """What a notification told: no more queries are needed."""
+        """Take the final state from a notification and stop the queries."""
         if self.money_refund in (None, refund.money_refund):
             self.told = refund
             self._asking.cancel()
@@ -49,7 +49,7 @@ class Waiter:
     async def until_final(
         self, refund: Refund, ask: Callable[[RefundQuery], Awaitable[Refund]], seconds: float
     ) -> Refund:
-        """The final state of ``refund``, which was made; ``RefundNotFinal`` if that takes more than ``seconds``."""
+        """Return the final state of ``refund``. Raises ``RefundNotFinal`` after ``seconds``."""
         if refund.is_final:
             return refund
         query = refund.query()
@@ -61,7 +61,7 @@ class Waiter:
                 pause = min(2 * pause, LONGEST_PAUSE)
                 try:
                     refund, error = await ask(query), None
-                except _ASK_AGAIN as problem:
+                except _TRANSIENT as problem:
                     error = problem
                 if refund.is_final:
                     return refund
@@ -71,14 +71,14 @@ class Waiter:
 
 
 class Waiters:
-    """All who wait in one session."""
+    """All waiting calls of one session."""
 
     def __init__(self) -> None:
         self._waiters: dict[str, list[Waiter]] = {}
 
     @contextmanager
     def listen(self, about: Refund | RefundRequest) -> Iterator[Waiter]:
-        """A waiter who hears, as long as the block runs, what is told about a refund."""
+        """Register a waiter for a refund's final state while the block runs."""
         number, waiter = str(about.no_refund), Waiter(about.money_refund)
         waiters = self._waiters.setdefault(number, [])
         waiters.append(waiter)
@@ -90,6 +90,6 @@ class Waiters:
                 del self._waiters[number]
 
     def tell(self, refund: Refund) -> None:
-        """Tell all who wait for ``refund`` that it is final."""
+        """Pass the final state to all calls that wait for it."""
         for waiter in self._waiters.get(str(refund.no_refund), ()):
             waiter.hear(refund)

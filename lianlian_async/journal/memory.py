@@ -1,4 +1,4 @@
-"""Journals in memory: one for tests and small jobs, and one for sessions without a journal."""
+"""Journals in memory: for tests and small jobs, and for sessions without a journal."""
 
 from __future__ import annotations
 
