@@ -261,6 +261,23 @@ def test_a_row_that_has_not_the_documented_form_is_reported_with_line_and_column
     assert not all_agree(found)
 
 
+@given(st.integers(0, len(row().partition(",5,")[0])), st.booleans())
+def test_a_comma_too_many_or_too_few_never_makes_another_refund(place, is_added):
+    """Left of the status, where the columns that are used are."""
+    line = row()
+    damaged = f"{line[:place]},{line[place:]}" if is_added else line[:place].replace(",", ";", 1) + line[place:]
+    found = compare(entry(), **{DAY: [row(), damaged]})
+    assert [number for number, _ in found.unreadable] == ([] if damaged == line else [2])
+    assert found.counts.keys() == ({"twice_in_statement"} if damaged == line else {"agrees"})
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
+def test_whatever_the_lines_hold_each_is_read_skipped_or_reported(lines):
+    found = compare(entry(), **{DAY: [row(), *lines]})
+    assert {number for number, _ in found.unreadable} <= set(range(2, len(lines) + 2))
+    assert outcome(found) == {"agrees": 1}
+
+
 @pytest.mark.parametrize(
     "name",
     ["statement.csv", f"JYMX_{PARTNER}_2026.txt", f"JYMX_{PARTNER}_2026110.txt", f"JYMXSUM_{PARTNER}_20261101.txt"],
