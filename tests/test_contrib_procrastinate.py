@@ -250,8 +250,10 @@ async def test_a_process_that_dies_between_the_follow_up_job_and_the_end_of_its_
 
 @pytest.mark.parametrize("commits", [True, False])
 async def test_refunds_are_queued_in_the_callers_transaction_or_not_at_all(dsn, commits):
-    """The order is marked and its refund is queued, both or neither, whatever factories the connection has."""
-    connection = await psycopg.AsyncConnection.connect(dsn, row_factory=dict_row, cursor_factory=psycopg.AsyncRawCursor)
+    """The order is marked and its refund is queued, both or neither, whatever factories and zone the connection has."""
+    connection = await psycopg.AsyncConnection.connect(
+        dsn, row_factory=dict_row, cursor_factory=psycopg.AsyncRawCursor, options="-c timezone=Asia/Shanghai"
+    )
     async with RefundQueue(dsn, slice_size=2) as queue, connection:
         await connection.execute("CREATE TABLE orders (state text)")
         await connection.commit()

@@ -83,8 +83,8 @@ WHERE queue_name = %(queue)s AND task_name = %(task)s AND refund = ANY(%(refunds
     AND (status IN ('doing', 'failed') OR status = 'todo' AND (priority > 0 OR attempts > 0))
 """
 _DATABASE: Final = """
-SELECT concat_ws(' ', pg_postmaster_start_time(), (SELECT oid FROM pg_database WHERE datname = current_database()),
-    to_regclass('procrastinate_jobs')::oid) AS id
+SELECT concat_ws(' ', extract(epoch FROM pg_postmaster_start_time()), to_regclass('procrastinate_jobs')::oid,
+    (SELECT oid FROM pg_database WHERE datname = current_database())) AS id
 """
 _TIMEOUT: Final = 10.0
 """Seconds after which a transaction that is idle, and a connection whose other end is gone, are given up."""
