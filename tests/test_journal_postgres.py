@@ -95,6 +95,20 @@ async def test_two_workers_never_hold_the_same_refund(workers):
     }
 
 
+async def test_acting_goes_on_where_a_failover_lost_that_it_began(make, administer):
+    """The process that acts records final refunds as FINAL, and begins again when it sweeps."""
+    async with make() as journal:
+        await journal.begin_acting()
+        await administer("UPDATE {schema}.version SET is_acting = false")
+        for number in ("R-1", "R-2"):
+            _, entry = await journal.begin(intent(number), now())
+            assert (await journal.finish(entry, MADE)).state is State.FINAL
+        await journal.begin_acting()
+        async with make() as other:
+            _, entry = await other.begin(intent("R-3"), now())
+            assert (await other.finish(entry, MADE)).state is State.FINAL
+
+
 async def test_a_dead_worker_loses_its_lease(workers):
     """What a worker held when it ended is LEASED until its time is over, then UNRESOLVED for another worker."""
     async with workers.make() as dead:

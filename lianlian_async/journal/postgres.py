@@ -109,6 +109,7 @@ class PostgresJournal(GroupCommitJournal):
         self._timeout = timeout
         self._grace = not_found_grace
         self._clock = clock
+        self._is_acting = False
         self._retries = set[BackgroundTask]()
         # A transaction that is idle for half of the timeout belongs to a dead worker.
         self._options = {"timeout": f"{timeout * 1000:.0f}ms", "idle": f"{max(1000, timeout * 500):.0f}ms"}
@@ -205,6 +206,7 @@ class PostgresJournal(GroupCommitJournal):
                 await self._read_clock(connection)
                 for statement in sql.BEGIN_ACTING:
                     await connection.execute(self._sql(statement))
+        self._is_acting = True  # also if a failover loses that commit
 
     async def _close(self) -> None:
         while self._retries:
@@ -299,7 +301,7 @@ class PostgresJournal(GroupCommitJournal):
                 operation.postpone(reading.after.boot)
                 operation.ask_first = reading.may_have_lost(operation.intent.fields, self._grace)
         after = before.copy()
-        results = perform(operations, after, is_acting=found[0]["is_acting"])
+        results = perform(operations, after, is_acting=self._is_acting or found[0]["is_acting"])
         new = [entry for number, entry in after.items() if number not in rows]
         skipped = {entry.no_refund for entry in new}
         if new:

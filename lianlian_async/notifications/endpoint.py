@@ -320,6 +320,7 @@ class NotificationEndpoint:
         if self._journal is None or self._session is None:
             raise ConfigurationError("sweep: needs a journal, and a session to ask with")
         inbox = cast("Inbox", (await self._open()).book)  # there is a journal
+        await self._journal.begin_acting()  # a failover of the database may have lost that
         resumed = await self._session.resume(concurrency=concurrency)
         await inbox.keep_final()
         if not self._is_inbox:  # otherwise its worker acts on them

@@ -238,6 +238,7 @@ class Run:
             self.left_unknown_in[request.no_refund] = loop
         else:
             self.unknown.pop(request.no_refund, None)
+            self.left_unknown_in.pop(request.no_refund, None)
         return self.oracle.tell(request, refund, error)
 
     def check_record(self, body: bytes, loop: NodeLoop) -> None:
