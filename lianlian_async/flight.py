@@ -1,7 +1,7 @@
-"""Flights: all calls of one session for one refund share one, which is on record and belongs to no caller.
+"""Flights: all calls of one session for the same refund at the same time share one flight.
 
-A caller that is cancelled, or whose deadline is over, leaves the flight to the others; the last one that leaves
-takes it down. So the same request, three times at once, is one refund.
+A flight belongs to no caller: one that is cancelled, or whose deadline is over, leaves it to the others, and the last
+one to leave cancels it. So the same request, three times at the same time, is one refund.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ LONGEST_LEASE: Final = 2 * 86_400.0
 """Seconds."""
 
 _CANARY_DAYS: Final = 80
-"""A canary is younger than that: a query may not span over 3 months (3005)."""
+"""A canary is younger than that, as the gateway refuses queries after 3 months (3005)."""
 
 
 @attrs.frozen(kw_only=True)
 class Order:
-    """What a call asks for."""
+    """The arguments of one call."""
 
     request: RefundRequest
     journal: Journal
     policy: RetryPolicy
     seconds: float
-    """The call's deadline, from the moment when its flight gets a connection slot."""
+    """The call's deadline, counted from the moment when its flight gets a connection slot."""
     earlier: RefundOutcomeUnknown | None = None
-    """What an earlier call left unknown."""
+    """The unknown outcome of an earlier call."""
     query_first: bool = False
 
 
@@ -65,14 +65,14 @@ class Flights:
         self._under_way: dict[str, Flight] = {}
 
     async def carry_out(self, order: Order, traffic: Traffic) -> Refund:
-        """Have ``order`` carried out, by a flight that is under way for this refund or by a new one.
+        """Join the flight of this refund, or start one; return its refund.
 
-        ``traffic`` counts what a new one sends. Raises what :meth:`RefundSession.apply_refund` does, and
-        ``RefundConflict`` for other content than the flight's.
+        ``traffic`` counts the requests of a new flight. Raises as :meth:`RefundSession.apply_refund`, and
+        ``RefundConflict`` for a request that differs from the flight's.
         """
         number = order.request.no_refund
         while (flight := self._under_way.get(number)) is not None and flight.is_left:
-            await flight.wait()
+            await flight.task.join()
             self._forget(number, flight)
         if flight is not None:
             flight.check_content(order.request)
@@ -83,15 +83,15 @@ class Flights:
         try:
             return await flight.join(order.seconds)
         finally:
-            self._forget(number, flight)  # whoever leaves last: the caller that began it may have left earlier
+            self._forget(number, flight)  # the caller that started it may have left earlier
             counted.attempts, counted.queries = flight.traffic.attempts, flight.traffic.queries
 
     def _forget(self, number: str, flight: Flight) -> None:
-        if flight.has_ended and self._under_way.get(number) is flight:
+        if flight.task.has_ended and self._under_way.get(number) is flight:
             del self._under_way[number]
 
     async def _fly(self, flight: Flight) -> Refund:
-        """Send and resolve; or resolve only, what an earlier call left unknown; on record."""
+        """Send and resolve, or only resolve the unknown outcome of an earlier call; in the journal."""
         order, line = flight.order, self._gateway
         async with self._slot():
             flight.take_off(anyio.current_time())
@@ -130,7 +130,7 @@ class Flights:
             return await recording.keep(entry, partial(resolve, case, line.send, line.retries_left), case.unknown)
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
-        """What a caller is told who leaves before the flight has ended."""
+        """Return the outcome for a caller that leaves before the flight has ended."""
         if flight.case is not None:
             return flight.case.unknown()
         now, order = self._clock(), flight.order
@@ -149,7 +149,7 @@ class Flights:
         return self._clock().boot < moment.boot
 
     async def _query_exchange(self, request: RefundRequest, apply: Exchange) -> Exchange:
-        # A resolution asks until its deadline, however often that is.
+        # The deadline bounds the queries, not their number.
         policy = attrs.evolve(apply.policy, attempts=1_000_000)
         fields = self._gateway.protocol.query_fields(request.query())
         return self._gateway.exchange(Call.QUERY, fields, await self._gateway.seal(fields), apply.deadline, policy)
@@ -178,7 +178,7 @@ class Flights:
 
 
 def _take_over(case: Case, earlier: RefundOutcomeUnknown) -> None:
-    """Let ``case`` know what an earlier call left, which this journal need not know."""
+    """Add the evidence of an earlier call, which may have used another journal."""
     if case.sent_at is None:
         case.sent_at, case.refused = earlier.moment, earlier.refused
     else:
@@ -189,14 +189,14 @@ def _take_over(case: Case, earlier: RefundOutcomeUnknown) -> None:
 @attrs.define(eq=False)
 class _Caller:
     seconds: float
-    """What it gives the refund, from the moment when the flight gets its connection slot."""
+    """Its deadline, counted from the moment when the flight gets its connection slot."""
     scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
     leaves_at: float = attrs.field(default=math.inf, init=False)
-    """Its deadline (event loop's clock)."""
+    """The same on the event loop's clock."""
 
 
 class Flight:
-    """One refund under way, in a task of its own."""
+    """One refund under way, in a background task."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class Flight:
     ) -> None:
         self.order = order
         self.until = Deadline(math.inf)
-        """The deadline of the caller that waits longest."""
+        """The latest deadline of all callers."""
         self.traffic = Traffic()
         self.case: Case | None = None
         self._fly = fly
@@ -214,45 +214,32 @@ class Flight:
         self._callers: list[_Caller] = []
         self._refund: Refund | None = None
         self._error: BaseException | None = None
-        self._is_left = False
         self._is_raised = False
-        self._task = BackgroundTask(self._run)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether no more will come of it."""
-        return self._task.has_ended
-
-    @property
-    def is_left(self) -> bool:
-        """Whether its last caller has left before it ended: it is being taken down."""
-        return self._is_left
-
-    async def wait(self) -> None:
-        """Wait until it has ended."""
-        await self._task.join()
+        self.is_left = False
+        """Whether its last caller has left before its end, which cancels it."""
+        self.task = BackgroundTask(self._run)
 
     def check_content(self, request: RefundRequest) -> None:
-        """Raise ``RefundConflict`` if ``request`` is another refund under the same number."""
+        """Raise ``RefundConflict`` if ``request`` differs from this flight's."""
         ours, theirs = request.to_dict(), self.order.request.to_dict()
         ours["notify_url"] = theirs["notify_url"] = ""
         if (conflict := request_conflict(request.no_refund, ours, theirs)) is not None:
             raise conflict
 
     def take_off(self, now: float) -> None:
-        """Let the callers' deadlines begin: the flight has its connection slot (event loop's clock)."""
+        """Start the callers' deadlines: the flight has its connection slot."""
         for caller in self._callers:
             caller.leaves_at = now + caller.seconds
         self._bound(max((caller.leaves_at for caller in self._callers), default=now))
 
     def _bound(self, until: float) -> None:
-        """Let the flight end ``until`` then, and the callers that do not wait so long at their own deadline."""
+        """Set the deadlines of the flight, and of the callers that leave earlier (event loop's clock)."""
         self.until.at = until
         for caller in self._callers:
             caller.scope.deadline = caller.leaves_at if caller.leaves_at < until else math.inf
 
     async def join(self, seconds: float) -> Refund:
-        """Wait for the end of the flight, as long as the caller's deadline allows. Raises an error of its own."""
+        """Wait for the end of the flight, up to the caller's deadline. Each caller gets its own exception."""
         caller = _Caller(seconds)
         self._callers.append(caller)
         if self.until.at < math.inf:
@@ -260,12 +247,12 @@ class Flight:
             self._bound(max(self.until.at, caller.leaves_at))
         try:
             with caller.scope:
-                await self._task.join()
+                await self.task.join()
         finally:
             self._callers.remove(caller)
             if not self._callers:
-                self._is_left = not self.has_ended
-                await self._task.aclose()
+                self.is_left = not self.task.has_ended
+                await self.task.aclose()
         if self._refund is not None:
             return self._refund
         raise self._own_error()
@@ -274,7 +261,7 @@ class Flight:
         error = self._error
         if error is None or isinstance(error, anyio.get_cancelled_exc_class()):
             return self._unknown(self)
-        if self._is_raised:  # in another task: one exception would grow with each
+        if self._is_raised:  # in another task: the traceback of a shared exception would grow
             error = copy.copy(error)
             error.__cause__ = self._error
         self._is_raised = True
@@ -283,5 +270,5 @@ class Flight:
     async def _run(self) -> None:
         try:
             self._refund = await self._fly(self)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the flight is awaited
+        except BaseException as error:  # noqa: BLE001 - raised in the callers
             self._error = error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import anyio
-import attrs
 
 from .errors import InvalidRequest, JournalError, LianLianError, RefundRejected
 from .journal import Entry, Journal, State
@@ -42,23 +42,25 @@ async def resume(
 
     Refunds that were certainly never sent stay as they are, until they are applied for again.
     """
-    run = _Resumption(journal=journal, resolve=resolve, query=query)
-    await run_workers(journal.pending(), run.pursue, workers=checked(workers), intake=anyio.CancelScope())
-    return Resumed(run.resolved, run.still_open)
+    count = Counter[bool]()
 
+    async def is_resolved(request: RefundRequest) -> bool:
+        outcome = await resolve(request)
+        if isinstance(outcome.error, JournalError):
+            raise outcome.error
+        return outcome.refund is not None or isinstance(outcome.error, RefundRejected)
 
-@attrs.define(kw_only=True)
-class _Resumption:
-    """One call of :func:`resume`."""
+    async def is_final(request: RefundRequest) -> bool:
+        try:
+            refund = await learn(journal, matching(request, await query(request.query())))
+        except JournalError:
+            raise
+        except LianLianError as error:
+            logger.info("refund %s is accepted, its final state is not known: %s", request.no_refund, error)
+            return False
+        return refund.is_final
 
-    journal: Journal
-    resolve: Callable[[RefundRequest], Awaitable[Outcome]]
-    query: Callable[[RefundQuery], Awaitable[Refund]]
-    resolved: int = 0
-    still_open: int = 0
-
-    async def pursue(self, entry: Entry) -> None:
-        """Resolve one refund."""
+    async def resume_one(entry: Entry) -> None:
         if entry.ending is None and entry.sent_at is None:
             return  # certainly never sent: the caller was told so, and may have refunded in another way
         if entry.state is State.FINAL:
@@ -67,25 +69,9 @@ class _Resumption:
             request = RefundRequest.from_record(entry.fields)
         except InvalidRequest as error:
             logger.error("refund %s: its entry cannot be read: %s", entry.no_refund, error)  # noqa: TRY400 - no bug of ours
-            self.still_open += 1
-            return
-        if await (self._is_resolved(request) if entry.ending is None else self._is_final(request)):
-            self.resolved += 1
+            count[False] += 1
         else:
-            self.still_open += 1
+            count[await (is_resolved(request) if entry.ending is None else is_final(request))] += 1
 
-    async def _is_resolved(self, request: RefundRequest) -> bool:
-        outcome = await self.resolve(request)
-        if isinstance(outcome.error, JournalError):
-            raise outcome.error
-        return outcome.refund is not None or isinstance(outcome.error, RefundRejected)
-
-    async def _is_final(self, request: RefundRequest) -> bool:
-        try:
-            refund = await learn(self.journal, matching(request, await self.query(request.query())))
-        except JournalError:
-            raise
-        except LianLianError as error:
-            logger.info("refund %s is accepted, its final state is not known: %s", request.no_refund, error)
-            return False
-        return refund.is_final
+    await run_workers(journal.pending(), resume_one, workers=checked(workers), intake=anyio.CancelScope())
+    return Resumed(resolved=count[True], still_open=count[False])

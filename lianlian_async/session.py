@@ -1,4 +1,4 @@
-"""The session: one shared client, one signing thread, and the coroutines ``apply_refund`` and ``query_refund``."""
+"""``RefundSession``: a merchant's connection to the refund gateway, and its calls."""
 
 from __future__ import annotations
 
@@ -48,33 +48,32 @@ class RefundSession:
 
     Args:
         merchant: who we are.
-        client: an ``httpx.AsyncClient`` to use and not to close; it must allow ``max_connections``.
+        client: an ``httpx.AsyncClient`` to use; the session does not close it. It must allow ``max_connections``.
         transport: an httpx transport for the session's own client; not together with ``client``.
-        http_backend: what the session's own client sends with, ``httpx`` or ``aiohttp``; by default what
-            ``LIANLIAN_HTTP_BACKEND`` says, or else ``httpx``.
+        http_backend: ``httpx`` or ``aiohttp``, for the session's own client; by default ``LIANLIAN_HTTP_BACKEND``, else
+            ``httpx``.
         retry: the default policy of every call.
         deadline: seconds for one whole call once it has its connection slot: signing, every attempt, every
             pause, every query. Waiting for the slot does not count, so ``asyncio.gather`` over thousands
             of calls simply works.
-        max_connections: calls that run at the same time; more wait in order, and cheaply.
-        warm_up: connections to open with the session, so that the first refunds need not wait for TCP and TLS: by one
-            HEAD request each to ``endpoints.apply``. Those that nobody uses are closed after some seconds.
-        middleware: the caller's own layers around every attempt, first one outermost
-            (see :mod:`lianlian_async.middleware`).
-        limiter: any async context manager, held around every attempt: a semaphore, or
+        max_connections: calls that run at the same time; further calls wait in order.
+        warm_up: connections to open with the session, by one HEAD request each to ``endpoints.apply``, so that the
+            first refunds need not wait for TCP and TLS. Unused ones are closed after some seconds.
+        middleware: your layers around every attempt, the outermost first (see :mod:`lianlian_async.middleware`).
+        limiter: any async context manager, entered around every attempt: a semaphore, or
             :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
-        journal: an open :class:`lianlian_async.journal.Journal`, not closed by the session. ``apply_refund`` is
-            then re-entrant: every refund is on record before its first byte is sent. It belongs to this merchant and
-            this apply endpoint from then on.
-        query_first: query before a refund is sent that is new here: after a journal was lost or restored.
+        journal: an open :class:`lianlian_async.journal.Journal`; the session does not close it. Every refund is
+            recorded before its first byte is sent, so ``apply_refund`` may be repeated after a crash. From then on the
+            journal belongs to this merchant and this apply endpoint.
+        query_first: query every refund that is new in the journal before it is sent: after a journal was lost or
+            restored.
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
 
-    Calls for one ``no_refund`` at the same time share one refund, and so do calls one after the other, as long as the
-    first one left it unknown: the second one asks first. Without a journal that ends with the session.
+    Calls for the same ``no_refund`` at the same time are one refund. After a call that left it unknown, the next call
+    queries first; without a journal only within the same session.
 
-    Closing waits for the calls that are running, which their deadlines bound; new ones, and those that still wait
-    for a slot, are refused: nothing of theirs was sent.
-    A session used before, after, twice, or from another event loop raises ``RuntimeError``.
+    Closing waits for running calls, up to their deadlines. New calls, and those that wait for a slot, raise: nothing of
+    them was sent. Use outside ``async with``, a second use, and use from another event loop raise ``RuntimeError``.
     """
 
     def __init__(
@@ -106,54 +105,39 @@ class RefundSession:
         self._http_backend = http_backend
         self._retry = retry
         self._deadline = _checked(deadline)
-        self._max_connections = max_connections
+        self.max_connections = max_connections
         self._warm_up = warm_up
         self._middleware = tuple(middleware)
         self._limiter = limiter
-        self._journal = journal
+        self.journal = journal
         self._open_refunds = OpenRefunds()
         self._query_first = query_first
-        self._clock = SessionClock(clock)
+        self.clock = SessionClock(clock)
         self._waiting = Waiters()
         self._life = Lifecycle("RefundSession", max_connections)
         self.unknown_reasons: Counter[str] = Counter()
-        """How often :meth:`outcome_of` left a refund unknown, by reason: for summaries."""
+        """Unknown outcomes of :meth:`outcome_of` by reason, for summaries."""
 
     def __repr__(self) -> str:
         return f"<RefundSession {self.merchant.oid_partner} {self._life}>"
 
     @property
-    def max_connections(self) -> int:
-        """How many calls run at the same time."""
-        return self._max_connections
-
-    @property
-    def journal(self) -> Journal | None:
-        """The session's journal."""
-        return self._journal
-
-    @property
-    def clock(self) -> Clock:
-        """The session's clock."""
-        return self._clock
-
-    @property
     def signatures(self) -> SignatureWatch:
-        """Whether the gateway's answers verify, for batches and workers: they stop early if not."""
+        """Whether the gateway's answers verify; batches and workers stop early if not."""
         return self._gateway.signatures
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────
 
     async def __aenter__(self) -> Self:
         with self._life.opening():
-            if self._journal is not None and self._journal.is_open:  # else at the first refund
-                await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
+            if self.journal is not None and self.journal.is_open:  # else at the first refund
+                await self.journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._gateway = await GatewayClient.open(
                 self.merchant,
                 await HttpSender.open(
                     self._client,
                     self._transport,
-                    self._max_connections,
+                    self.max_connections,
                     backend=self._http_backend,
                     urls=(self.merchant.endpoints.apply, self.merchant.endpoints.query),
                 ),
@@ -161,9 +145,9 @@ class RefundSession:
                 limiter=self._limiter,
                 middleware=self._middleware,
                 warm_up=self._warm_up,
-                clock=self._clock,
+                clock=self.clock,
             )
-            self._flights = Flights(self._gateway, self._clock, self._life.slot)
+            self._flights = Flights(self._gateway, self.clock, self._life.slot)
         return self
 
     async def __aexit__(
@@ -180,28 +164,28 @@ class RefundSession:
     async def apply_refund(
         self, request: RefundRequest, *, deadline: float | None = None, retry: RetryPolicy | None = None
     ) -> Refund:
-        """Have a refund made, once, and say what became of it (LianLian's *Apply API*).
+        """Make a refund once and return its outcome (LianLian's *Apply API*).
 
-        Returns the gateway's signed record of this refund, which need not be final: look at ``sta_refund``.
-        ``deadline`` (seconds) and ``retry`` override the session's.
+        Returns the gateway's signed record, which need not be final (``sta_refund``). ``deadline`` (seconds) and
+        ``retry`` override the session's.
 
         Raises:
             InvalidRequest: a field breaks the gateway's rules; nothing was sent.
-            RefundNotSent: certainly never reached the gateway; safe to send again.
-            RefundRejected: the gateway said no, for good.
-            RefundConflict: the number stands for another refund; a person has to decide.
+            RefundNotSent: it certainly never reached the gateway; safe to send again.
+            RefundRejected: the gateway rejected it.
+            RefundConflict: the number belongs to another refund; a person has to decide.
             RefundOutcomeUnknown: it may have been made; see :meth:`resolve`.
-            JournalError: the journal failed; its ``said`` tells what became of the refund if it was sent.
+            JournalError: the journal failed; ``said`` is the refund's outcome if it was sent.
         """
         return await self._apply(request, deadline=deadline, retry=retry)
 
     async def resolve(
         self, unknown: RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
     ) -> Refund:
-        """Find out what became of a refund that was left unknown, best at its ``ask_again_at``.
+        """Resolve a refund whose outcome is unknown, preferably at its ``ask_again_at``.
 
-        Asks first. The same bytes are sent again only when the gateway's "no such record" may be believed
-        (``RetryPolicy.not_found_grace``). Returns and raises what :meth:`apply_refund` does.
+        Queries first. Sends the same bytes again only after a credible "no such record"
+        (``RetryPolicy.not_found_grace``). Returns and raises as :meth:`apply_refund`.
         """
         expect(unknown, RefundOutcomeUnknown, "unknown")
         return await self._apply(unknown.request, deadline=deadline, retry=retry, earlier=unknown)
@@ -216,10 +200,10 @@ class RefundSession:
         earlier: RefundOutcomeUnknown | None = None,
         query_first: bool = False,
     ) -> Outcome:
-        """What :meth:`apply_refund` returns or raises about a refund, as a value, with what it took.
+        """Return the result of :meth:`apply_refund`, or with ``earlier`` of :meth:`resolve`, as a value.
 
-        With ``earlier``, what :meth:`resolve` does. ``journal`` and ``query_first`` override the session's. The
-        outcome of what is no ``RefundRequest`` has ``InvalidRequest`` as its error, and as its request what was given.
+        ``journal`` and ``query_first`` override the session's. An item that is not a ``RefundRequest`` gives an outcome
+        with ``InvalidRequest`` as its error and the item as its request. Raises only ``ConfigurationError``.
         """
         began = anyio.current_time()
         traffic = Traffic()
@@ -253,14 +237,14 @@ class RefundSession:
     async def query_refund(
         self, query: RefundQuery, *, deadline: float | None = None, retry: RetryPolicy | None = None
     ) -> Refund:
-        """Ask for the gateway's record of a refund (LianLian's *Refund Status API*).
+        """Query the gateway's record of a refund (LianLian's *Refund Status API*).
 
         Returns the signed record. ``deadline`` (seconds) and ``retry`` override the session's.
 
         Raises:
             RefundNotFound: the gateway has no such record at this moment.
             QueryRejected: the query was refused, which says nothing about the refund.
-            SignatureInvalid, AnswerMismatch, MalformedMessage: the last answer was not usable.
+            SignatureInvalid, AnswerMismatch, MalformedMessage: the last answer is unusable.
             GatewayUnavailable: no usable answer in time.
         """
         expect(query, RefundQuery, "query")
@@ -278,9 +262,9 @@ class RefundSession:
     async def wait_refund(self, refund: Refund, *, deadline: float = 3600.0) -> Refund:
         """Wait until a refund that was made is final: success or failed.
 
-        Its notification tells, where a ``NotificationEndpoint`` was given this session; until then the gateway is
-        asked, first after 2 seconds, then after pauses that double up to 5 minutes. ``deadline`` is in seconds;
-        LianLian notifies for an hour. It may take that long: no connection slot is held meanwhile.
+        A notification ends the wait if a ``NotificationEndpoint`` has this session. Until then the gateway is queried,
+        first after 2 seconds, then with pauses that double up to 5 minutes. ``deadline`` is in seconds; LianLian
+        notifies for an hour. The wait holds no connection slot.
 
         Raises:
             RefundNotFinal: not final at the deadline.
@@ -294,11 +278,10 @@ class RefundSession:
     async def apply_and_wait(
         self, request: RefundRequest, *, deadline: float = 3600.0, retry: RetryPolicy | None = None
     ) -> Refund:
-        """Have a refund made, and wait until it is final: :meth:`apply_refund`, then :meth:`wait_refund`.
+        """Make a refund and wait until it is final: :meth:`apply_refund`, then :meth:`wait_refund`.
 
-        A notification that comes before the answer counts, also in place of an answer that never comes.
-        ``deadline`` (seconds) bounds the wait; until the refund is made, the session's own deadline does.
-        Raises what these two raise.
+        A notification counts also before the answer, or without one. ``deadline`` (seconds) bounds the wait; the
+        session's deadline bounds the call before it. Raises as both.
         """
         seconds = _checked(deadline)
         expect(request, RefundRequest, "request")
@@ -312,24 +295,23 @@ class RefundSession:
             return await waiter.until_final(refund, self._learn, seconds)
 
     def notified(self, refund: Refund) -> None:
-        """Tell who waits in this session that a refund is final. A ``NotificationEndpoint`` does it."""
+        """End the waits for a refund that is final. Called by ``NotificationEndpoint``."""
         self._waiting.tell(refund)
 
     async def _learn(self, query: RefundQuery) -> Refund:
         refund = await self.query_refund(query)
-        return refund if self._journal is None else await learn(self._journal, refund)
+        return refund if self.journal is None else await learn(self.journal, refund)
 
     async def resume(self, *, concurrency: int | None = None) -> Resumed:
-        """Find out about every refund that the session's journal holds as open; how many are known now.
+        """Resolve every open refund of the session's journal, and query accepted ones for their final state.
 
-        Unsettled ones are asked about first, as :meth:`apply_refund` does; accepted ones are queried for their final
-        state. Run it when the service starts, and now and then; or ``NotificationEndpoint.sweep``, which calls it.
+        Call it at the start of the service and regularly, or call ``NotificationEndpoint.sweep``, which does it.
         ``concurrency`` is ``max_connections`` by default. Raises ``JournalError``.
         """
-        if self._journal is None:
+        if self.journal is None:
             raise ConfigurationError("resume: this session has no journal")
-        workers = self._max_connections if concurrency is None else concurrency
-        return await resume(self._journal, resolve=self.outcome_of, query=self.query_refund, workers=workers)
+        workers = self.max_connections if concurrency is None else concurrency
+        return await resume(self.journal, resolve=self.outcome_of, query=self.query_refund, workers=workers)
 
     # ── one refund ───────────────────────────────────────────────────────────────────────────────
 
@@ -344,7 +326,6 @@ class RefundSession:
         query_first: bool = False,
         traffic: Traffic | None = None,
     ) -> Refund:
-        """Send and resolve; or resolve only, what an ``earlier`` call left unknown."""
         expect(request, RefundRequest, "request")
         if earlier is not None:
             expect(earlier, RefundOutcomeUnknown, "earlier")
@@ -353,7 +334,7 @@ class RefundSession:
                 f"refund {earlier.no_refund} belongs to merchant {earlier.oid_partner}, "
                 f"this session to {self.merchant.oid_partner}"
             )
-        journal = journal or self._journal
+        journal = journal or self.journal
         seconds, policy = self._given(deadline, retry)
         if journal is not None and seconds > LONGEST_DEADLINE:
             raise ConfigurationError(f"deadline: must be at most {LONGEST_DEADLINE:g} seconds with a journal")
@@ -369,7 +350,7 @@ class RefundSession:
             return await self._flights.carry_out(order, traffic or Traffic())
 
     def _given(self, deadline: float | None, retry: RetryPolicy | None) -> tuple[float, RetryPolicy]:
-        """A call's deadline in seconds, and its policy."""
+        """Return a call's deadline in seconds, and its policy."""
         if retry is not None:
             check_type("retry", retry, RetryPolicy)
         return self._deadline if deadline is None else _checked(deadline), self._retry if retry is None else retry
@@ -380,7 +361,7 @@ def _checked(deadline: float) -> float:
 
 
 def _raised(reply: Reply) -> LianLianError:
-    """The error in which a query ends."""
+    """Return the error of a failed query."""
     if isinstance(reply.error, GatewayUnavailable):
         reply.error.attempts = reply.attempts
     return cast("LianLianError", reply.error)  # a reply without a refund has one

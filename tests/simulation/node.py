@@ -216,7 +216,7 @@ class Node:
         tasks += [loop.create_task(self._call(session, number), name=f"caller {number}") for number in left]
         if plan.program in ("batch", "both"):
             tasks.append(loop.create_task(self._batch(session), name="batch"))
-        if session._journal is not None:
+        if session.journal is not None:
             tasks.append(loop.create_task(self._resume(session), name="resumer"))
         if self.service is not None:
             tasks.append(loop.create_task(self.service.sweep(), name="sweeper"))

@@ -162,7 +162,7 @@ class Service:
         self._endpoint = NotificationEndpoint(
             self._run.merchant,
             self._on_refund,
-            journal=session._journal,
+            journal=session.journal,
             session=session,
             inbox=self._run.plan.inbox,
             handler_seconds=HANDLER_SECONDS,
