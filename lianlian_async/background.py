@@ -1,4 +1,4 @@
-"""Work that outlives its caller: background tasks, calls that end although they are cancelled, and who cancelled."""
+"""Background tasks, calls that finish although they are cancelled, and checks whether a cancellation was requested."""
 
 from __future__ import annotations
 

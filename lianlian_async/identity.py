@@ -12,7 +12,7 @@ from typing import Final
 from . import wire
 from .errors import AnswerMismatch, RefundConflict
 
-_NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
+NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
 """If one differs, the record answers another query."""
 _CONTENT: Final[dict[str, Callable[[str], object]]] = {
     "dt_refund": wire.parse_timestamp,
@@ -27,7 +27,7 @@ def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
     Raises ``AnswerMismatch`` for the record of another refund or merchant, and ``RefundConflict`` if our number belongs
     to a refund with another ``dt_refund`` or amount.
     """
-    for name in _NUMBERS:
+    for name in NUMBERS:
         asked, told = ours.get(name), record.get(name)
         if asked and told and asked != told:
             raise AnswerMismatch(name, asked=asked, answered=told)

@@ -6,7 +6,7 @@ Reading an answer never raises: everything that came back becomes a :class:`~lia
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from . import wire
 from .codes import CodeClass, ReturnCode, explain
@@ -26,7 +26,7 @@ from .errors import (
     printable,
 )
 from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply
-from .identity import check_identity
+from .identity import NUMBERS, check_identity
 from .merchant import Merchant
 from .models import DOCUMENTED, Refund, RefundQuery, RefundRequest
 from .signing import SigningKey, VerifyingKey, signature_source
@@ -187,14 +187,11 @@ def _is_charset(name: str) -> bool:
     return True
 
 
-_NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
-
-
 def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> None:
     """Raise for the answer to another query. A success must repeat what was asked; an error answer need not."""
     asked = exchange.asked
     if not success:
-        check_identity(asked, {name: fields.get(name, "") for name in _NUMBERS})
+        check_identity(asked, {name: fields.get(name, "") for name in NUMBERS})
         return
     check_identity(asked, fields)
     names = [name for name in ("no_refund", "oid_refundno") if name in asked]
