@@ -76,7 +76,10 @@ def resume(output: Output, /, place: str, config: Path | None, **settings: Any) 
     Unresolved refunds are queried, and sent if that is safe; refunds that were made are queried for their final
     state. Exit code 4 if some are still unknown.
     """
-    resumed, reasons = anyio.run(_resume, load_merchant(config), place, settings)
+    _show_resumed(output, place, *anyio.run(_resume, load_merchant(config), place, settings))
+
+
+def _show_resumed(output: Output, place: str, resumed: Resumed, reasons: Mapping[str, int]) -> None:
     report = anyio.run(read_journal, place)
     show_journal(output, report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
     if report.unknown:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from random import Random
@@ -24,7 +25,7 @@ from lianlian_async.sandbox import Fault, Repeated
 from lianlian_async.session import RefundSession
 
 from .audit import Audit
-from .process import Books, gateway_process
+from .process import Books, RemoteGateway, gateway_process
 
 _DELAY: Final = 0.5
 """Seconds; the sandbox carries out no request later than this."""
@@ -59,12 +60,21 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
         "delay": _DELAY,
     }
     run = _Demo(_requests(refunds, Random(seed)))  # noqa: S311 - not for security
-    with gateway_process(options) as gateway:
-        try:
-            with output.progress("refunds", refunds) as advance:
-                anyio.run(run.refund_all, Merchant.from_env(gateway.environment), concurrency, advance)
-        finally:  # after Ctrl-C, too
-            exit_code = _show(output, run, gateway.close_books())
+    with (
+        gateway_process(options) as gateway,
+        _audited(output, run, gateway),
+        output.progress("refunds", refunds) as advance,
+    ):
+        anyio.run(run.refund_all, Merchant.from_env(gateway.environment), concurrency, advance)
+
+
+@contextmanager
+def _audited(output: Output, run: _Demo, gateway: RemoteGateway) -> Iterator[None]:
+    """Audit the run when the block ends or is interrupted; exit with 1 if the books disagree."""
+    try:
+        yield
+    finally:
+        exit_code = _show(output, run, gateway.close_books())
     click.get_current_context().exit(exit_code)
 
 
@@ -89,8 +99,8 @@ def _show(output: Output, run: _Demo, books: Books) -> int:
         "disagreements": disagreements,
     }
     shown = [table("refunds", ("outcome", "refunds", "made, by the gateway's books"), counts)]
-    if unknown:
-        shown.append(table("unknown refunds", ("no_refund", "made, by the gateway's books"), unknown.items()))
+    columns = ("no_refund", "made, by the gateway's books")
+    shown += [table("unknown refunds", columns, unknown.items())] if unknown else []
     measures = ((name.replace("_", " "), fact) for name, fact in facts.items())
     output.show(document, *shown, table("run", ("measure", "value"), measures), ": ".join((verdict, *disagreements)))
     return 1 if disagreements else 0
