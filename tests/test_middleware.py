@@ -1,4 +1,4 @@
-"""The compose around one exchange: who repeats what and when, within which time, and what is believed of whom."""
+"""The layers around one exchange: repetition, time limits, limiters, observers, and the caller's own layers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def exchange(call=Call.APPLY, *, seconds=30.0, **policy):
 
 
 class Gateway:
-    """The far end of an compose: gives ``replies`` in order, the last one for ever, each after ``takes`` seconds."""
+    """The core of the layers: returns ``replies`` in order, the last one for ever, each after ``takes`` seconds."""
 
     def __init__(self, *replies, takes=0.0):
         self.replies = list(replies)
@@ -82,7 +82,7 @@ def retrying(gateway, budget=None):
     return compose([Retry(TokenBucket(budget or RetryBudget()))], gateway)
 
 
-# ── what is repeated ─────────────────────────────────────────────────────────────────────────────
+# ── repetition ───────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

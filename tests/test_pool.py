@@ -1,4 +1,4 @@
-"""The connection pool: the connection used last is taken first, nothing leaks, and whoever waits is served in order."""
+"""The connection pool: the connection used last is taken first, nothing leaks, and requests wait in order."""
 
 from __future__ import annotations
 

@@ -319,7 +319,7 @@ def test_no_flipped_bit_of_a_success_is_believed(asking):
 # ── in: every code ───────────────────────────────────────────────────────────────────────────────
 
 TAUGHT = {
-    # class: what an apply call learns, what a question learns
+    # class: the finding of an apply call, the finding of a query
     CodeClass.REJECTED: (Finding.REJECTED, Finding.REJECTED),
     CodeClass.DUPLICATE: (Finding.EXISTS, Finding.UNCERTAIN),
     CodeClass.IN_PROGRESS: (Finding.EXISTS, Finding.UNCERTAIN),
@@ -381,7 +381,7 @@ def test_empty_field_is_like_an_absent_one():
     assert read(QUERY, sealed(answer)).finding is Finding.NOT_FOUND
 
 
-# ── in: what is not the protocol ─────────────────────────────────────────────────────────────────
+# ── in: malformed answers ────────────────────────────────────────────────────────────────────────
 
 
 @both_calls

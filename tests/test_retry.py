@@ -1,4 +1,4 @@
-"""Pauses, budgets and deadlines: pure values, so that time and chance are the test's own."""
+"""Pauses, budgets and deadlines: pure values; the tests choose time and randomness."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Signatures are made in a thread, several in one visit, whatever becomes of those who asked for them."""
+"""Signatures are made in a thread, several in one visit, also when callers are cancelled."""
 
 import asyncio
 import threading

@@ -491,7 +491,7 @@ async def test_unknown_host_is_not_sent():
 
 @pytest.fixture(scope="module")
 def self_signed(tmp_path_factory):
-    """A server's TLS context with a certificate that only its own file vouches for, and that file."""
+    """Return a server's TLS context with a self-signed certificate, and the file of that certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     now = dt.datetime.now(dt.UTC)

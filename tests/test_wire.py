@@ -74,7 +74,7 @@ def test_any_json_object_is_encodable_strings_or_malformed(message, ascii_only):
 
 @pytest.mark.parametrize("number", ["200.01", "200.10", "1", "-0", "1e2", "1E-400", "123456789012345678901234567890"])
 def test_a_number_keeps_its_literal_text(number):
-    """A number is read as the text that stands there, since that is what was signed."""
+    """A number is read as its literal text, since that text was signed."""
     assert wire.decode(f'{{"money_refund": {number}}}'.encode()) == {"money_refund": number}
 
 
@@ -148,7 +148,7 @@ def test_the_size_limit_is_one_mebibyte():
 
 @pytest.mark.parametrize("body", [b'{"k": ["secret value"]}', b'{"k": "secret value", "k": 1}', b'{"k": "secret value'])
 def test_a_malformed_message_shows_no_values(body):
-    """The error tells what is wrong, not what the message said."""
+    """The error does not quote the message."""
     with pytest.raises(MalformedMessage) as caught:
         wire.decode(body)
     assert "secret" not in str(caught.value)
@@ -356,7 +356,7 @@ def test_unusable_moments_are_refused(value, rule):
 
 
 def test_first_and_last_second():
-    """The earliest and the latest moment that 14 digits can tell are read and written."""
+    """The earliest and the latest moment with 14 digits are read and written."""
     assert wire.format_timestamp(wire.parse_timestamp("10000101000000")) == "10000101000000"
     last = datetime.max.replace(tzinfo=CST)
     assert wire.format_timestamp(wire.parse_timestamp(last)) == "99991231235959"
