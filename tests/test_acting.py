@@ -59,7 +59,7 @@ LEARNERS = [by_resume, by_waiting, by_asking_again]
 @virtual
 @inline_and_inbox
 @pytest.mark.parametrize("learn", LEARNERS, ids=lambda learn: learn.__name__)
-async def test_what_is_learned_while_no_endpoint_is_open_is_acted_on_later(journal, handler, learn, with_inbox):
+async def test_a_final_state_learned_without_an_open_endpoint_is_acted_on_later(journal, handler, learn, with_inbox):
     """The next sweep calls the handler, once; later sweeps and notifications do not."""
     gateway = sandbox(settle_after=60)
     if learn is by_asking_again:
@@ -99,7 +99,7 @@ async def test_without_an_endpoint_nothing_is_marked(journal, learn):
 
 
 @virtual
-async def test_what_was_final_before_the_first_endpoint_is_left_alone(journal, handler):
+async def test_refunds_final_before_the_first_endpoint_are_not_acted_on(journal, handler):
     """A service that gets notifications only now does not act on its past, unless it is notified of it."""
     gateway = sandbox(settle_after=0)
     async with gateway.session(clock=boot_clock, journal=journal) as session:
@@ -148,7 +148,7 @@ async def test_an_inbox_acts_at_its_start_on_what_was_learned_meanwhile(journal,
 @pytest.mark.parametrize("line", acting.LINES)
 @pytest.mark.parametrize("mode", acting.MODES)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_process_that_dies_between_two_lines_loses_no_refund(tmp_path, anyio_backend, mode, line):
+async def test_a_process_that_dies_between_two_writes_loses_no_refund(tmp_path, anyio_backend, mode, line):
     """The handler is called by the next process; again only if its return was not yet on record."""
     shop, path = tmp_path / "shop", tmp_path / "journal.sqlite"
     command = [*program("acting"), mode, line, path, shop]

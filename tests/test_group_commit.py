@@ -21,7 +21,7 @@ def path(tmp_path):
     return tmp_path / "journal.sqlite"
 
 
-async def test_what_many_tasks_ask_for_is_written_together(path):
+async def test_operations_of_many_tasks_share_transactions(path):
     """A thousand tasks that begin and finish at the same time share a few transactions."""
     commits = []
 
@@ -38,7 +38,7 @@ async def test_what_many_tasks_ask_for_is_written_together(path):
     assert commits.count("COMMIT") < 20
 
 
-async def test_what_cannot_be_done_fails_alone(path):
+async def test_a_failed_operation_disturbs_no_other(path):
     """An operation that raises, even by a bug of its caller, disturbs none of those in its transaction."""
     found = []
 
@@ -57,7 +57,7 @@ async def test_what_cannot_be_done_fails_alone(path):
     assert found == [Standing.NEW] * 3
 
 
-async def test_closing_waits_for_what_was_asked(path):
+async def test_closing_waits_for_queued_operations(path):
     """Whatever was asked before the end of the ``async with`` is recorded and answered."""
     asked, answers = [], []
 
@@ -73,7 +73,7 @@ async def test_closing_waits_for_what_was_asked(path):
     assert answers == [Standing.NEW] * 20
 
 
-async def test_cancelled_tasks_take_nobodys_answers(path):
+async def test_cancelled_tasks_disturb_no_other_results(path):
     """With every other task cancelled at a random moment, the rest get their own answers, and no hold is left over."""
     chance = random.Random(1)
     scopes, answers = [anyio.CancelScope() for _ in range(500)], []
@@ -151,7 +151,7 @@ async def test_asyncio_cancel_is_survived_too(path):
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("is_writing", [False, True])
-async def test_once_its_task_is_cancelled_everyone_gets_a_journal_error(anyio_backend, path, is_writing):
+async def test_after_its_task_is_cancelled_every_caller_gets_a_journal_error(anyio_backend, path, is_writing):
     """Who waits for the journal and who asks it later is told; what was on record is there when it opens again."""
     async with SqliteJournal(path) as journal:
         await journal.begin(intent("R-1"), now())

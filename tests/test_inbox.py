@@ -71,7 +71,7 @@ async def test_a_handler_is_bounded_in_time(journal, handler, caplog):
 
 
 @virtual
-async def test_only_so_many_handlers_run_at_a_time(journal):
+async def test_concurrency_bounds_the_running_handlers(journal):
     """``concurrency`` of them."""
     running, most = 0, 0
 
@@ -115,7 +115,7 @@ async def test_closing_that_is_cancelled_cancels_the_handlers(journal, handler):
 
 
 @virtual
-async def test_what_a_dead_worker_was_at_is_taken_over_in_time(journal, handler):
+async def test_the_lease_of_a_dead_worker_is_taken_over(journal, handler):
     """Its lease ends, and another worker acts, with no delivery needed."""
     async with inbox(journal, fails, clock=boot_clock) as failing:
         await deliver(failing, 1, 2)
@@ -152,7 +152,7 @@ async def test_an_inbox_that_cannot_be_read_is_read_again(handler, caplog, tmp_p
 
 
 @virtual
-async def test_a_journal_that_is_closed_first_is_told_of(handler, caplog, tmp_path):
+async def test_closing_the_journal_before_the_endpoint_is_an_error(handler, caplog, tmp_path):
     """Closing in the wrong order is logged, and the endpoint ends all the same."""
     async with SqliteJournal(tmp_path / "journal.sqlite") as journal:
         endpoint = await inbox(journal, handler, clock=boot_clock).__aenter__()
@@ -181,7 +181,7 @@ async def test_with_confirm_the_handler_waits_for_the_gateway(journal, handler):
 # ── opening and closing ──────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_inbox_that_is_not_open_takes_nothing(handler, caplog):
+async def test_a_closed_inbox_accepts_nothing(handler, caplog):
     """What nobody would act on is not acknowledged: the log tells to use `async with`."""
     async with MemoryJournal() as journal:
         endpoint = inbox(journal, handler)

@@ -41,7 +41,7 @@ async def begin(journal, no_refund="R-1", **changed):
     return await journal.begin(intent(no_refund, **changed), now())
 
 
-# ── intend ───────────────────────────────────────────────────────────────────────────────────────
+# ── begin ────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_refund_that_is_not_known_is_new(kind):
@@ -107,7 +107,7 @@ async def test_a_refund_released_as_not_sent_is_new_again(kind):
         assert (await begin(journal))[0] is Standing.LEASED
 
 
-async def test_a_refund_released_as_unknown_is_unsettled(kind):
+async def test_a_refund_released_as_unknown_is_unresolved(kind):
     """After ``release(…, sent_at)`` the next call gets UNRESOLVED with that moment, and the bytes that were sent."""
     async with kind.make() as journal:
         _, entry = await begin(journal, body=b"first")
@@ -458,7 +458,7 @@ async def test_a_journal_in_memory_says_how_much_it_holds():
 
 
 async def test_an_intend_that_is_cancelled_is_taken_back(kind):
-    """Cancelled at whatever moment, an ``intend`` leaves the refund as it was: NEW, or UNRESOLVED since then."""
+    """Cancelled at whatever moment, a ``begin`` leaves the refund as it was: NEW, or UNRESOLVED since then."""
     async with kind.make() as journal:
         sent_at = now(-3600)
         for moment in range(8):

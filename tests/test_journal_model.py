@@ -134,7 +134,7 @@ async def test_every_journal_is_its_model(make_kind, steps):
                     await journal.release(entry, now() if may_have_arrived else None)
                     model.release(entry.no_refund, call, may_have_arrived)
                 case ("begin", no_refund, money, is_over):
-                    await _intend(journal, model, given_out, no_refund, money, f"{number}".encode(), is_over)
+                    await _begin(journal, model, given_out, no_refund, money, f"{number}".encode(), is_over)
                 case ("finish", no_refund, ending):
                     assert (await journal.finish(held(no_refund), ending)).ending == model.finish(no_refund, ending)
             await _compare(journal, model)
@@ -142,7 +142,7 @@ async def test_every_journal_is_its_model(make_kind, steps):
         await journal.__aexit__(None, None, None)
 
 
-async def _intend(journal, model, given_out, no_refund, money, body, is_over):
+async def _begin(journal, model, given_out, no_refund, money, body, is_over):
     expected = model.begin(no_refund, money, body, is_over)
     wanted = intent(no_refund, money=money, body=body, lease=0.0 if is_over else 3600.0)
     if expected == "conflict":

@@ -80,7 +80,7 @@ def workers(request, schema):
 
 
 async def test_two_workers_never_hold_the_same_refund(workers):
-    """Of two workers that intend the same refunds in opposite order, for each refund one gets NEW, the other LEASED."""
+    """Of two workers that begin the same refunds in opposite order, for each refund one gets NEW, the other LEASED."""
     found = {}
 
     async def one(journal, number):
@@ -215,7 +215,7 @@ VALUES ({number}, 'digest of 200.01', '{{}}', '', 'unresolved')
 
 
 @pytest.mark.parametrize(("held", "is_known"), [(LOCKED, True), (CHANGED, True), (INSERTED, False)])
-async def test_what_another_transaction_holds_waits_alone(make, elsewhere, held, is_known):
+async def test_a_locked_refund_does_not_delay_the_others(make, elsewhere, held, is_known):
     """All others of the same batch are answered meanwhile; it is answered once the other transaction has ended."""
     answered = []
 
@@ -238,7 +238,7 @@ async def test_what_another_transaction_holds_waits_alone(make, elsewhere, held,
         assert dict(answered)["R-5"] is Standing.NEW
 
 
-async def test_what_is_held_for_longer_than_the_timeout_fails_alone(make, elsewhere):
+async def test_a_refund_locked_for_longer_than_the_timeout_fails_alone(make, elsewhere):
     """Then there is a ``JournalError`` for it that says why, and nothing of it is on record."""
     async with make(timeout=0.4) as journal, elsewhere(INSERTED, "R-1"):
         with pytest.raises(JournalError, match=r"another transaction has held this refund's row for 0\.4 s"):
@@ -294,7 +294,7 @@ async def test_a_begin_that_is_cancelled_while_it_is_inserted_is_taken_back(make
         assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
-async def test_closing_waits_for_what_waits(make, elsewhere):
+async def test_closing_waits_for_operations_on_locked_refunds(make, elsewhere):
     """An ending that is reported while another transaction holds the row is on record when the journal is closed."""
     async with make() as journal:
         _, entry = await journal.begin(intent(), now())
@@ -306,7 +306,7 @@ async def test_closing_waits_for_what_waits(make, elsewhere):
         assert (await journal.find("R-1")).ending == MADE
 
 
-async def test_what_waits_fails_with_the_database(make, elsewhere, administer):
+async def test_operations_on_locked_refunds_fail_with_the_database(make, elsewhere, administer):
     """If the database goes away meanwhile, whoever waits gets ``JournalError``, too."""
     async with make(timeout=0.5) as journal:
         _, entry = await journal.begin(intent(), now())
@@ -329,7 +329,7 @@ FAIL_OVER = "UPDATE {schema}.eras SET postmaster_start_time = '2020-01-01'"
 """What a copy of the journal looks like to another server."""
 
 
-async def test_after_a_failover_what_is_new_is_asked_about_first(make, administer):
+async def test_after_a_failover_new_refunds_are_asked_about_first(make, administer):
     """For the grace, and later whatever is dated before; not in the inbox, for which nothing is sent."""
     async with make() as journal:
         inbox = await journal.inbox()
@@ -364,7 +364,7 @@ async def test_after_a_failover_the_grace_and_the_leases_start_again(workers):
         assert now().boot >= begun.boot + 0.5
 
 
-async def test_what_was_lost_is_written_again(make, administer):
+async def test_lost_rows_are_written_again(make, administer):
     """A settle, a release and a resend of a refund whose row is gone write it; a release without a send, too."""
     async with make() as journal:
         begun = [(await journal.begin(intent(f"R-{number}"), now()))[1] for number in range(3)]
@@ -482,7 +482,7 @@ async def test_a_database_that_is_not_there_is_named_without_the_password(tmp_pa
 
 
 @pytest.mark.parametrize("dsn", ["s3cret", "postgresql://clerk:s3cret@[::1/books", "password=s3cret books"])
-async def test_a_dsn_that_is_none_is_not_repeated(dsn):
+async def test_an_invalid_dsn_is_not_shown(dsn):
     """A connection string that cannot be read raises ``ConfigurationError``, in which none of it is shown."""
     with pytest.raises(ConfigurationError, match="dsn: not a PostgreSQL connection string") as caught:
         PostgresJournal(dsn)
@@ -501,7 +501,7 @@ async def test_a_dsn_that_is_none_is_not_repeated(dsn):
         ({"not_found_grace": -1}, "not_found_grace: must be a number of at least 0, is -1"),
     ],
 )
-async def test_settings_that_cannot_be_are_refused(settings, words):
+async def test_invalid_settings_are_refused(settings, words):
     """The error names the setting, what is wanted, and what came."""
     with pytest.raises(ConfigurationError, match=words):
         PostgresJournal(**{"dsn": "postgresql://clerk@/books"} | settings)

@@ -64,7 +64,7 @@ def program(path, then):
 # ── its owner ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_a_killed_process_left_open_is_unsettled(path):
+async def test_open_refunds_of_a_killed_process_are_unresolved(path):
     """After SIGKILL all is there: what was resolved is resolved, what was begun is UNRESOLVED, though still held."""
     assert (await anyio.run_process(program(path, _DIE), check=False)).returncode == -signal.SIGKILL
     async with SqliteJournal(path) as journal:

@@ -119,7 +119,7 @@ async def test_a_state_that_can_change_is_acknowledged_and_not_acted_on(endpoint
         (notification() + b" " * (64 * 1024), "too big", 413),
     ],
 )
-async def test_what_is_not_proved_is_refused(endpoint, handler, caplog, body, verdict, status):
+async def test_an_unproved_notification_is_refused(endpoint, handler, caplog, body, verdict, status):
     """Malformed, unsigned, forged and foreign bodies are counted and logged, never acknowledged, never acted on."""
     ack = await endpoint.handle(body, HEADERS)
     assert not is_acknowledged(ack)
@@ -134,13 +134,13 @@ async def test_what_is_not_proved_is_refused(endpoint, handler, caplog, body, ve
     "changes",
     [{"dt_refund": None}, {"dt_refund": ""}, {"settle_date": "soon"}, {"rate": "?"}, {"unheard_of": "field"}],
 )
-async def test_what_is_not_needed_may_be_missing_or_odd(endpoint, handler, changes):
+async def test_optional_fields_may_be_missing_or_unusual(endpoint, handler, changes):
     """A refund whose rate or settlement date cannot be read was made all the same."""
     assert is_acknowledged(await endpoint.handle(notification(**changes), HEADERS))
     assert handler.numbers == ["R-1"]
 
 
-async def test_a_body_as_big_as_is_allowed_is_read(endpoint):
+async def test_a_body_of_the_maximum_size_is_read(endpoint):
     """64 KiB, blanks included."""
     assert is_acknowledged(await endpoint.handle(notification().ljust(64 * 1024), HEADERS))
 
@@ -246,7 +246,7 @@ async def test_duplicates_at_the_same_time_are_acted_on_once(handler):
 
 
 @virtual
-async def test_a_duplicate_waits_no_longer_than_lianlian(handler):
+async def test_a_duplicate_waits_no_longer_than_handler_seconds(handler):
     """While the handler is still at it after that time, a duplicate is sent away to come again."""
     handler.then = [lambda: anyio.sleep(10)]
     async with MemoryJournal() as journal:
@@ -262,7 +262,7 @@ async def test_a_duplicate_waits_no_longer_than_lianlian(handler):
 
 
 @virtual
-async def test_without_a_journal_a_duplicate_waits_no_longer_either(handler):
+async def test_without_a_journal_a_duplicate_waits_no_longer_than_handler_seconds(handler):
     """A handler that cannot be cancelled keeps its refund, and its duplicates are sent away until it returns."""
 
     async def stubborn():
@@ -333,7 +333,7 @@ async def test_a_handler_that_is_too_slow_is_cancelled(handler, caplog):
 
 
 @virtual
-async def test_all_that_a_handler_waits_for_counts(handler):
+async def test_all_waits_of_a_handler_count_against_its_time_limit(handler):
     """However short its waits are, together they may take handler_seconds."""
     waits = []
 
@@ -348,7 +348,7 @@ async def test_all_that_a_handler_waits_for_counts(handler):
     assert (anyio.current_time(), len(waits)) == (3.5, 3)
 
 
-async def test_a_handler_that_waits_for_nothing_needs_no_time(handler):
+async def test_a_handler_that_never_waits_meets_any_time_limit(handler):
     """It is done before any clock could tell."""
     endpoint = NotificationEndpoint(trusting(), handler, handler_seconds=1e-9)
     assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
@@ -452,7 +452,7 @@ async def test_the_journal_learns_that_a_refund_was_accepted(journal, handler):
     assert handler.numbers == ["R-1"]
 
 
-async def test_a_late_word_of_an_earlier_state_changes_nothing(journal, handler):
+async def test_a_late_notification_of_an_earlier_state_changes_nothing(journal, handler):
     """Notifications that overtake each other are all acknowledged, and the state never moves back."""
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     await begin(journal)
@@ -485,7 +485,7 @@ async def test_a_refund_that_the_journal_does_not_know_is_acted_on(journal, hand
         ),
     ],
 )
-async def test_what_contradicts_the_journal_is_never_acted_on(journal, handler, recorded, changes):
+async def test_a_notification_that_contradicts_the_journal_is_never_acted_on(journal, handler, recorded, changes):
     """Another amount or time than was applied for, another final state than is on record, life after a rejection."""
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     await begin(journal)
@@ -530,7 +530,7 @@ async def test_a_worker_that_died_loses_its_lease(handler):
     assert handler.numbers == ["R-1"]
 
 
-async def test_nothing_is_acknowledged_that_the_journal_cannot_hold(handler, caplog, tmp_path):
+async def test_without_a_working_journal_nothing_is_acknowledged(handler, caplog, tmp_path):
     """A journal that is not open, or that fails, is answered for with 500; LianLian sends again."""
     journal = SqliteJournal(tmp_path / "journal.sqlite")
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
@@ -664,7 +664,7 @@ async def test_the_gateway_is_asked_before_the_handler_runs(handler):
 
 
 @virtual
-async def test_a_journal_helps_to_ask_about_what_lacks_its_time(handler):
+async def test_the_journal_supplies_a_missing_dt_refund_for_the_query(handler):
     """The domestic product leaves dt_refund out, which a question needs: the journal has it."""
     gateway = sandbox(settle_after=0)
     async with MemoryJournal() as journal, gateway.session(clock=boot_clock, journal=journal) as session:
@@ -684,7 +684,7 @@ LEFT_OUT = [("sta_refund",), ("money_refund",), ("no_refund",), ("sta_refund", "
 
 @virtual
 @pytest.mark.parametrize("names", LEFT_OUT, ids="+".join)
-async def test_what_a_notification_leaves_out_is_asked_for(handler, names):
+async def test_missing_fields_of_a_notification_are_queried(handler, names):
     """Every field but the refund's number is optional on LianLian's page: the gateway's record has the rest."""
     gateway = sandbox(settle_after=0)
     async with gateway.session(clock=boot_clock) as session:
@@ -699,7 +699,7 @@ async def test_what_a_notification_leaves_out_is_asked_for(handler, names):
 
 
 @virtual
-async def test_the_journal_knows_the_time_that_the_question_needs(handler, caplog):
+async def test_the_journal_supplies_dt_refund_for_missing_fields(handler, caplog):
     """Without any dt_refund nothing can be asked: the notification comes again, and the log says what is missing."""
     gateway = sandbox(settle_after=0)
     body = notification(sta_refund=None, dt_refund=None, oid_refundno=None)
@@ -716,7 +716,7 @@ async def test_the_journal_knows_the_time_that_the_question_needs(handler, caplo
 
 
 @virtual
-async def test_an_incomplete_notification_of_what_is_not_final_comes_again(handler):
+async def test_an_incomplete_notification_is_not_acknowledged_before_the_refund_is_final(handler):
     """It may have told of a final state that the gateway's query service does not know yet."""
     gateway = sandbox(settle_after=60)
     async with gateway.session(clock=boot_clock) as session:
@@ -856,7 +856,7 @@ async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, t
         ({"allow_from": ["unix"]}, "allow_from: "),
     ],
 )
-async def test_settings_that_cannot_be_are_refused(handler, settings, message):
+async def test_contradictory_settings_are_refused(handler, settings, message):
     """What is wrong is said when the endpoint is made."""
     with pytest.raises(ConfigurationError, match=message):
         NotificationEndpoint(**{"merchant": trusting(), "on_refund": handler} | settings)
@@ -915,7 +915,7 @@ PROXIES = ["10.0.0.0/8", "::1"]
         ("10.1.2.3", "unknown", False),
     ],
 )
-async def test_the_allow_list_lets_in_whom_it_names(handler, caplog, client, forwarded, admitted):
+async def test_the_allow_list_admits_its_networks(handler, caplog, client, forwarded, admitted):
     """The nearest address that is no trusted proxy's decides; all others are turned away unread."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
     headers = HEADERS if forwarded is None else {**HEADERS, "X-Forwarded-For": forwarded}
@@ -1104,7 +1104,7 @@ async def test_the_time_limit_of_the_body_is_an_option_and_no_limit_of_the_handl
     assert (server.status, anyio.current_time()) == (408, pytest.approx(4))
 
 
-async def test_a_refusal_over_http_2_names_no_connection(endpoint):
+async def test_a_refusal_over_http_2_has_no_connection_header(endpoint):
     """Header fields about the connection are forbidden there (RFC 9113 §8.2.2)."""
     server = Server(pieces(b"{"))
     await endpoint(post(http_version="2"), server.receive, server.send)
@@ -1157,7 +1157,7 @@ async def test_the_lifespan_opens_and_closes_the_endpoint(endpoint):
         assert server.heard == [{"type": "lifespan.startup.complete"}, {"type": "lifespan.shutdown.complete"}]
 
 
-async def test_a_start_that_fails_is_told_to_the_server(handler, tmp_path):
+async def test_a_failed_start_is_reported_to_the_server(handler, tmp_path):
     """A server that only sees an exception would take requests all the same."""
     endpoint = NotificationEndpoint(trusting(gateway_public_keys=tmp_path / "missing.pem"), handler)
     server = Server(LIFESPAN.copy())
@@ -1168,7 +1168,7 @@ async def test_a_start_that_fails_is_told_to_the_server(handler, tmp_path):
     assert "gateway_public_keys" in failed["message"]
 
 
-async def test_an_end_that_fails_is_told_to_the_server(endpoint):
+async def test_a_failed_shutdown_is_reported_to_the_server(endpoint):
     """A server that is cut off in its shutdown hears that it was no regular one."""
 
     class Cut(Server):
@@ -1194,7 +1194,7 @@ async def test_it_is_mounted_in_starlette(handler):
     assert handler.numbers == ["R-1"]
 
 
-async def test_an_answer_of_the_gateway_is_as_good_as_a_notification(endpoint, handler):
+async def test_a_queried_record_is_handled_like_a_notification(endpoint, handler):
     """A captured 0000 answer, posted by whoever has it, says nothing that is not true."""
     assert is_acknowledged(await endpoint.handle(as_json(made(asked(), sta_refund="2")), HEADERS))
     assert handler.numbers == ["R-1"]

@@ -292,7 +292,7 @@ async def test_a_number_that_the_gateway_has_for_another_refund_is_kept_as_a_con
 # ── unresolved ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_unsettled_refund_is_asked_about_first(new_journal):
+async def test_an_unresolved_refund_is_asked_about_first(new_journal):
     """Left unknown and made in the meantime: the next process asks, and finds it."""
     gateway = sandbox()
     gateway.script(Fault.LATE, delay=40)
@@ -310,7 +310,7 @@ async def test_an_unsettled_refund_is_asked_about_first(new_journal):
     assert gateway.requests == {"query": 1}
 
 
-async def test_an_unsettled_refund_is_sent_again_with_the_body_on_record(new_journal):
+async def test_an_unresolved_refund_is_sent_again_with_the_body_on_record(new_journal):
     """Once its absence is believed, what goes out is byte for byte what went out before, whatever is signed today."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
@@ -374,7 +374,7 @@ async def test_absence_is_not_believed_before_the_grace_has_passed_since_the_las
 # ── cancelled ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_cancelled_while_it_is_sent_it_is_unsettled_as_of_that_moment(new_journal):
+async def test_a_refund_that_is_cancelled_while_it_is_sent_is_unresolved_from_then_on(new_journal):
     """It may arrive until the very end: the time of sending on record is that of the cancellation."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
@@ -660,7 +660,7 @@ async def test_a_journal_that_fails_afterwards_is_heard_of_and_the_next_run_find
 
 
 async def test_resuming_asks_about_everything_that_is_open(new_journal):
-    """Unsettled ones are resolved, accepted ones become final, and what is still open is counted."""
+    """Unresolved refunds are resolved, accepted ones become final, and open ones are counted."""
     gateway = sandbox(settle_after=100)
     gateway.script(Fault.NO_ANSWER, no_refund="R-2", when=When.AFTER)
     gateway.script(Fault.NO_ANSWER, no_refund="R-3", when=When.BEFORE)

@@ -32,7 +32,7 @@ async def states(journal, *numbers):
 
 
 @pytest.mark.parametrize("with_inbox", [False, True], ids=["inline", "inbox"])
-async def test_what_was_never_notified_is_acted_on_once(journal, handler, with_inbox):
+async def test_a_refund_without_notification_is_acted_on_once(journal, handler, with_inbox):
     """A sweep hands a refund to the handler once it is final; later sweeps and a late notification do not."""
     gateway = sandbox(settle_after=60)
     async with shop(gateway, journal, handler, inbox=with_inbox) as (session, endpoint):
@@ -50,7 +50,7 @@ async def test_what_was_never_notified_is_acted_on_once(journal, handler, with_i
     assert endpoint.counts["duplicate"] == 1
 
 
-async def test_what_was_left_unknown_and_is_final_by_now_is_acted_on(journal, handler):
+async def test_an_unknown_refund_that_is_final_by_now_is_acted_on(journal, handler):
     """A refund whose answer was lost is found, final, by the sweep: nobody else would tell the handler."""
     gateway = sandbox(settle_after=60)
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
@@ -63,7 +63,7 @@ async def test_what_was_left_unknown_and_is_final_by_now_is_acted_on(journal, ha
     assert gateway.times_made("R-1") == 1
 
 
-async def test_what_the_handler_cannot_act_on_is_given_to_it_by_the_next_sweep(journal, handler, caplog):
+async def test_the_next_sweep_repeats_a_failed_handler(journal, handler, caplog):
     """Each sweep calls a handler that failed once more; until it returns, the refund is FINAL on record."""
     gateway = sandbox(settle_after=60)
     handler.then = [fails, fails]
@@ -81,7 +81,7 @@ async def test_what_the_handler_cannot_act_on_is_given_to_it_by_the_next_sweep(j
     assert "it will be called again" in caplog.text
 
 
-async def test_what_was_notified_in_vain_is_caught_up_with(journal, handler):
+async def test_a_sweep_acts_on_notifications_that_failed(journal, handler):
     """LianLian gave up after thirty deliveries to a handler that failed; the sweep does not."""
     gateway = sandbox()
     handler.then = [fails] * 31
@@ -98,7 +98,7 @@ async def test_what_was_notified_in_vain_is_caught_up_with(journal, handler):
     assert endpoint.counts == {"failed": 31, "acted": 1}
 
 
-async def test_what_is_with_the_handler_is_left_to_it(journal, handler):
+async def test_a_sweep_skips_refunds_with_a_running_handler(journal, handler):
     """A sweep beside a delivery that is being acted on does not call the handler a second time."""
     handler.then = [lambda: anyio.sleep(3)]
     async with shop(sandbox(), journal, handler) as (_, endpoint), anyio.create_task_group() as tasks:
@@ -110,7 +110,7 @@ async def test_what_is_with_the_handler_is_left_to_it(journal, handler):
     assert len(handler.begun) == 1
 
 
-async def test_another_end_than_the_notified_one_is_for_a_person(journal, handler, caplog):
+async def test_a_final_state_that_contradicts_the_notified_one_is_not_acted_on(journal, handler, caplog):
     """What was acted on as failed, and succeeded by the gateway's books, is not acted on again, and stays FINAL."""
     gateway = sandbox(settle_after=60)
     async with shop(gateway, journal, handler) as (session, endpoint):
@@ -152,7 +152,7 @@ class Brief(httpx.AsyncBaseTransport):
         return httpx.Response(200, content=as_json(made(asked, **record)))
 
 
-async def test_what_the_gateway_leaves_out_is_known_from_the_request(journal, handler):
+async def test_the_request_supplies_what_the_answer_leaves_out(journal, handler):
     """An answer that repeats no amount is acted on like the notification that does, and that one is a duplicate."""
     gateway, books = sandbox(), Brief()
     async with (
@@ -170,7 +170,7 @@ async def test_what_the_gateway_leaves_out_is_known_from_the_request(journal, ha
 
 
 @pytest.mark.parametrize("missing", ["journal", "session"])
-async def test_there_must_be_somebody_to_ask_and_something_to_ask_about(handler, missing):
+async def test_a_sweep_needs_a_journal_and_a_session(handler, missing):
     """Without a journal or without a session there is nothing to sweep."""
     async with sandbox().session(clock=boot_clock) as session:
         settings = {"journal": MemoryJournal(), "session": session}

@@ -16,7 +16,7 @@ from tests.support.interruptions import Abort, stray_cancellation
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
-class BloomFilter:
+class Numbers:
     """Counts from 0; knows how many were taken, by which tasks, and whether it was closed."""
 
     def __init__(self, count=10**9, *, fails_at=None, rests_at=None):
@@ -58,7 +58,7 @@ async def run(items, handle, workers=3, intake=None):
 @pytest.mark.parametrize("kind", ["list", "generator", "async generator", "async iterator"])
 async def test_every_item_is_handled_once(kind):
     """Items of every kind of source are handled exactly once."""
-    numbers = BloomFilter(10)
+    numbers = Numbers(10)
     send, receive = anyio.create_memory_object_stream[int](10)
     with send:
         for number in range(10):
@@ -85,7 +85,7 @@ async def test_every_item_is_handled_once(kind):
 @pytest.mark.parametrize("workers", [1, 3, 20])
 async def test_items_in_flight_are_limited(workers):
     """There are never more items in flight than workers, and an item is taken only when a worker is free."""
-    numbers = BloomFilter(10 * workers)
+    numbers = Numbers(10 * workers)
     running = 0
 
     async def handle(number):
@@ -103,7 +103,7 @@ async def test_items_in_flight_are_limited(workers):
 
 async def test_items_are_taken_in_the_calling_task():
     """An async generator with its own scopes is iterated only by the caller's task."""
-    numbers = BloomFilter(10)
+    numbers = Numbers(10)
 
     async def scoped():
         with anyio.CancelScope():
@@ -142,7 +142,7 @@ async def test_generator_whose_tasks_fail_while_it_is_closed():
 @pytest.mark.parametrize("rests", [True, False], ids=["waits for an item", "waits for a worker"])
 async def test_cancelled_intake_finishes_begun_items(rests):
     """The items are closed, and those that were taken are handled to their end."""
-    numbers = BloomFilter(rests_at=2 if rests else None)
+    numbers = Numbers(rests_at=2 if rests else None)
     intake = anyio.CancelScope()
     handled = []
 
@@ -188,7 +188,7 @@ async def test_cancelled_worker_is_an_error(has_begun, anyio_backend_name):
 @pytest.mark.parametrize("plain", [True, False], ids=["generator", "async generator"])
 async def test_exception_of_the_items(plain):
     """Items that were taken are handled to their end, then the exception is raised unchanged."""
-    numbers = BloomFilter(fails_at=2)
+    numbers = Numbers(fails_at=2)
     handled = []
 
     async def handle(number):
@@ -202,7 +202,7 @@ async def test_exception_of_the_items(plain):
 
 async def test_exception_of_the_handler():
     """The other begun items are finished, no more are taken, and the first exception is raised."""
-    numbers = BloomFilter()
+    numbers = Numbers()
     handled = []
 
     async def handle(number):
@@ -220,7 +220,7 @@ async def test_exception_of_the_handler():
 
 async def test_cancellation_leaves_nothing_running():
     """A cancelled run_workers leaves nothing running and nothing open."""
-    numbers = BloomFilter()
+    numbers = Numbers()
     cancelled = []
 
     async def handle(number):
@@ -270,7 +270,7 @@ async def test_base_exceptions_are_raised_unchanged(error):
         handled.append(number)
 
     with pytest.raises(type(error)) as caught:
-        await run(BloomFilter()(), handle)
+        await run(Numbers()(), handle)
     assert caught.value is error
     assert handled == ([1, 2] if isinstance(error, Abort) else [])
     assert anyio.current_time() == (3 if isinstance(error, Abort) else 1)

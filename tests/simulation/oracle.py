@@ -46,7 +46,7 @@ class Oracle:
     final: dict[str, str] = attrs.field(factory=dict)
     """The last ``sta_refund`` of those that are final."""
     foreign: set[str] = attrs.field(factory=set)
-    """BloomFilter that another refund has at the gateway."""
+    """Numbers that other refunds have at the gateway."""
     beyond_bounds: set[str] = attrs.field(factory=set)
     """Refunds that may be made twice: a bound that the documentation states was passed."""
     lost_endings: set[str] = attrs.field(factory=set)
