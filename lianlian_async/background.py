@@ -7,7 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
@@ -22,6 +22,16 @@ def asyncio_loop() -> Any | None:
     """Return the running event loop if it is asyncio's (or uvloop's), None on trio."""
     loop: Any = anyio.lowlevel.current_token().native_token
     return loop if hasattr(loop, "create_task") else None  # no isinstance: programs on trio do not import asyncio
+
+
+def call_soon_threadsafe() -> Callable[[Callable[[], object]], object]:
+    """Return the function with which other threads schedule a callback on the running event loop."""
+    loop = asyncio_loop()
+    if loop is not None:
+        return cast("Callable[[Callable[[], object]], object]", loop.call_soon_threadsafe)
+    import trio
+
+    return trio.lowlevel.current_trio_token().run_sync_soon
 
 
 def is_cancelled() -> bool:
@@ -57,16 +67,15 @@ class BackgroundTask:
         self._on_end = on_end
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
+        self._call_soon = call_soon_threadsafe()
         loop = asyncio_loop()
         if loop is not None:
-            self._call_soon = loop.call_soon_threadsafe
             self._task = loop.create_task(self._run())  # asyncio itself holds tasks only weakly
             # Not in the task's own code: an event loop that ends may cancel a task before it begins.
             self._task.add_done_callback(self._end_task)
         else:
             import trio
 
-            self._call_soon = trio.lowlevel.current_trio_token().run_sync_soon
             trio.lowlevel.spawn_system_task(self._run_in_trio, context=copy_context())
 
     async def _run(self) -> None:

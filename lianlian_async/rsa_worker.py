@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from time import perf_counter
 from typing import Any, Final, TypeVar, cast
 
 import anyio
 import anyio.to_thread
 
+from .background import call_soon_threadsafe
 from .merchant import Merchant
 from .protocol import Protocol
 
@@ -20,11 +22,10 @@ T = TypeVar("T")
 INLINE_VERIFY_SECONDS: Final = 0.0005
 """A signature is checked on the event loop if that took less time when the keys were loaded, else in the thread."""
 
-# One visit to the thread may make several signatures: without this, a refund takes 16 % more CPU time.
-VISIT_SECONDS: Final = 0.001
-"""How long the signatures of one visit may take."""
-MOST_PER_VISIT: Final = 3
-"""The most signatures in one visit: all its waiters continue at once, and delay other users of the event loop."""
+LONGEST_VISIT: Final = 0.005
+"""Seconds after which a visit to the thread starts no further signature: its leader waits for the whole visit."""
+DELIVER_AFTER: Final = 0.001
+"""Seconds of signatures that wake the event loop together. All their waiters continue at once, and delay others."""
 
 
 class _Job:
@@ -34,67 +35,86 @@ class _Job:
         self.fields = fields
         self.body: bytes | None = None
         self.error: Exception | None = None
+        self.leads = False
+        self.turn = anyio.Event()
+        """Set when the job is done, or when its caller has to lead the next visit."""
 
 
 class RsaWorker:
     """The loaded keys of a merchant; one RSA operation at a time runs in the thread."""
 
-    def __init__(
-        self, protocol: Protocol, turn: anyio.CapacityLimiter, *, verify_inline: bool, jobs_per_visit: int
-    ) -> None:
+    def __init__(self, protocol: Protocol, turn: anyio.CapacityLimiter, *, verify_inline: bool) -> None:
         self.protocol = protocol
         self._turn = turn
         self._verify_inline = verify_inline
-        self._jobs_per_visit = jobs_per_visit
         self._jobs: deque[_Job] = deque()
-        self._leading = anyio.Lock(fast_acquire=True)
+        self._is_led = False
+        self._call_soon = call_soon_threadsafe()
 
     @classmethod
     async def open(cls, merchant: Merchant) -> RsaWorker:
-        """Load the keys in the thread, and measure how long signing and verifying take."""
+        """Load the keys in the thread, and measure how long verifying takes."""
         turn = anyio.CapacityLimiter(1)  # more threads would compete with the event loop for the GIL
         keys = await anyio.to_thread.run_sync(merchant.load_keys, limiter=turn)
         protocol = Protocol(merchant, keys.private, keys.gateway)
-        signing, checking = await anyio.to_thread.run_sync(_costs, protocol, limiter=turn)
-        return cls(
-            protocol,
-            turn,
-            verify_inline=checking < INLINE_VERIFY_SECONDS,
-            jobs_per_visit=max(1, min(int(VISIT_SECONDS / signing), MOST_PER_VISIT)),
-        )
+        seconds = await anyio.to_thread.run_sync(_verify_seconds, protocol, limiter=turn)
+        return cls(protocol, turn, verify_inline=seconds < INLINE_VERIFY_SECONDS)
 
     async def seal(self, fields: Mapping[str, str]) -> bytes:
         """Sign in the thread; once for each request, so that every attempt sends the same bytes.
 
-        Jobs that arrive while the thread is busy share the next visit. The first waiter leads the visit; another one
-        may find that an earlier visit has done its job.
+        The first caller leads a visit to the thread, which signs for every caller that waits. Then the next one leads.
         """
         job = _Job(fields)
         self._jobs.append(job)
         try:
-            async with self._leading:
-                # Repeats only if the thread still works on this job for a leader that asyncio's Task.cancel ended.
-                while job.body is None and job.error is None:
-                    await anyio.to_thread.run_sync(self._sign, limiter=self._turn)
-        except BaseException:
+            if self._is_led:
+                await job.turn.wait()
+            else:
+                self._is_led = job.leads = True
+            # Repeats only if the thread still works on this job for a leader that asyncio's Task.cancel ended.
+            while job.body is None and job.error is None:
+                await anyio.to_thread.run_sync(self._visit, limiter=self._turn)
+        finally:
             with suppress(ValueError):  # the thread has taken the job
                 self._jobs.remove(job)
-            raise
+            if job.leads:
+                self._pass_on()
         if job.error is not None:
             raise job.error
         return cast("bytes", job.body)
 
-    def _sign(self) -> None:
-        # The thread takes the job, not the leader: a leader that is cancelled while it waits would lose the job.
-        for _ in range(self._jobs_per_visit):
+    def _pass_on(self) -> None:
+        """Let the next waiting caller lead."""
+        try:
+            job = self._jobs[0]
+        except IndexError:
+            self._is_led = False
+        else:
+            job.leads = True
+            job.turn.set()
+
+    def _visit(self) -> None:
+        # The thread takes the jobs, not the leader: a leader that is cancelled while it waits would lose them.
+        done: list[_Job] = []
+        began = delivered = perf_counter()
+        for _ in range(len(self._jobs)):
             try:
                 job = self._jobs.popleft()
-            except IndexError:
-                return
+            except IndexError:  # its caller was cancelled meanwhile
+                break
             try:
                 job.body = self.protocol.seal(job.fields)
             except Exception as error:  # noqa: BLE001 - raised in seal
                 job.error = error
+            done.append(job)
+            now = perf_counter()
+            if now > delivered + DELIVER_AFTER:
+                self._call_soon(partial(_wake, done))
+                done, delivered = [], now
+            if now > began + LONGEST_VISIT:
+                break
+        self._call_soon(partial(_wake, done))
 
     async def check(self, read: Callable[..., T], *arguments: Any) -> T:
         """Call ``read(*arguments)``, which checks one signature, here or in the thread."""
@@ -108,15 +128,20 @@ class RsaWorker:
             pass
 
 
-def _costs(protocol: Protocol) -> tuple[float, float]:
-    """Return the seconds to make and to check a signature with these keys, each the best of three."""
+def _wake(jobs: Iterable[_Job]) -> None:
+    for job in jobs:
+        job.turn.set()
+
+
+def _verify_seconds(protocol: Protocol) -> float:
+    """Return the seconds to check a signature with these keys, the best of three."""
     longest = max(key.bits for key in protocol.gateway_keys)
     # Of full length: a shorter signature is refused without an RSA operation.
     fields = {"sign": b64encode(b"\x55" * ((longest + 7) // 8)).decode()}
 
-    def seconds(function: Callable[[Mapping[str, str]], object]) -> float:
+    def seconds() -> float:
         began = perf_counter()
-        function(fields)
+        protocol.verify(fields)
         return perf_counter() - began
 
-    return min(seconds(protocol.seal) for _ in range(3)), min(seconds(protocol.verify) for _ in range(3))
+    return min(seconds() for _ in range(3))

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lianlian_async.rsa_worker import MOST_PER_VISIT, VISIT_SECONDS, RsaWorker
+from lianlian_async import rsa_worker
+from lianlian_async.rsa_worker import LONGEST_VISIT, RsaWorker
 from lianlian_async.signing import SigningKey
 from tests.support import keypairs
 
@@ -56,6 +57,11 @@ async def opened(merchant, key):
     return thread
 
 
+async def waits_in_thread(rsa, busy):
+    """Keep the thread from its next visit until ``busy`` is set."""
+    await anyio.to_thread.run_sync(busy.wait, limiter=rsa._turn)
+
+
 def message(number):
     return {"no_refund": f"R-{number}"}
 
@@ -90,15 +96,15 @@ class Slow(Watched):
     __slots__ = ()
 
     def sign(self, source):
-        until = time.perf_counter() + 2 * VISIT_SECONDS
+        until = time.perf_counter() + 2 * LONGEST_VISIT
         while time.perf_counter() < until:
             signature = super().sign(source)
         return signature
 
 
-@pytest.mark.parametrize(("kind", "most"), [(Instant, MOST_PER_VISIT), (Slow, 1)], ids=["instant", "slow"])
-async def test_waiting_jobs_share_a_visit_if_that_is_quick(merchant, monkeypatch, kind, most):
-    """A visit to the thread makes several signatures, or one if a signature is dear."""
+@pytest.mark.parametrize(("kind", "expected"), [(Instant, 1), (Slow, 6)], ids=["instant", "slow"])
+async def test_waiting_jobs_share_a_visit_if_that_is_quick(merchant, monkeypatch, kind, expected):
+    """A visit to the thread signs for all callers that wait, or for one if a signature takes long."""
     key = kind.of(keypairs.pair("merchant")) if kind is Slow else kind.load(keypairs.pair("merchant").private_pem)
     if kind is Slow:
         key.go_on.set()
@@ -115,11 +121,37 @@ async def test_waiting_jobs_share_a_visit_if_that_is_quick(merchant, monkeypatch
 
     monkeypatch.setattr(anyio.to_thread, "run_sync", counted)
     async with anyio.create_task_group() as group:
-        for number in range(2 * MOST_PER_VISIT):
+        for number in range(6):
             group.start_soon(rsa.seal, message(number))
         await anyio.wait_all_tasks_blocked()
         all_wait.set()
-    assert visits == 2 * MOST_PER_VISIT / most
+    assert visits == expected
+
+
+async def test_a_signature_is_delivered_before_its_visit_ends(rsa, key, monkeypatch):
+    """A caller continues while the thread still signs for the others of the same visit."""
+    monkeypatch.setattr(rsa_worker, "DELIVER_AFTER", 0.0)
+    monkeypatch.setattr(rsa_worker, "LONGEST_VISIT", 60.0)
+    gate = key.go_on = Gate()
+    busy, bodies = threading.Event(), {}
+
+    async def ask(number):
+        bodies[number] = await rsa.seal(message(number))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(waits_in_thread, rsa, busy)
+        for number in range(3):
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(ask, number)
+        await anyio.wait_all_tasks_blocked()
+        busy.set()
+        gate.release(2)
+        for _ in range(3):  # the third signature has begun
+            assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)
+        await anyio.wait_all_tasks_blocked()
+        assert set(bodies) == {1}  # the leader waits for its visit
+        gate.release(4)
+    assert bodies == {number: rsa.protocol.seal(message(number)) for number in range(3)}
 
 
 async def test_message_that_cannot_be_signed(rsa, key):
@@ -160,7 +192,7 @@ async def test_leader_cancelled_before_the_visit(merchant, key):
     """A leader that is cancelled before the thread is free takes no other job with it."""
     key.go_on.set()
     protocol = (await RsaWorker.open(attrs.evolve(merchant, private_key=key))).protocol
-    rsa = RsaWorker(protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=4)
+    rsa = RsaWorker(protocol, anyio.CapacityLimiter(1), verify_inline=False)
     free, scopes, bodies = threading.Event(), {}, {}
 
     async def ask(number):
@@ -214,27 +246,51 @@ class Gate:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_job_in_the_visit_of_a_cancelled_leader(rsa, key):
-    """Its caller leads the next visit, finds the job taken, and still gets its own signature."""
-    rsa = RsaWorker(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=2)
+    """Its caller leads the next visit, may find the job taken, and gets its own signature."""
     gate = key.go_on = Gate()
-    bodies = {}
+    busy, bodies = threading.Event(), {}
 
     async def ask(number):
         bodies[number] = await rsa.seal(message(number))
 
     async with asyncio.TaskGroup() as group:
+        group.create_task(waits_in_thread(rsa, busy))
+        await anyio.wait_all_tasks_blocked()
         leader = group.create_task(ask(0))
         await anyio.wait_all_tasks_blocked()
         group.create_task(ask(1))
         await anyio.wait_all_tasks_blocked()
+        busy.set()
         gate.release()
         for _ in range(2):  # the leader's own signature, and the other one in the same visit
             assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)
         leader.cancel()
         await anyio.wait_all_tasks_blocked()
-        gate.release()
-    gate.release(2)
+        gate.release(2)
     assert bodies == {1: rsa.protocol.seal(message(1))}
+
+
+async def test_caller_cancelled_during_the_visit(rsa, key):
+    """The thread finds its job gone, and ends the visit."""
+    gate = key.go_on = Gate()
+    busy, scope, bodies = threading.Event(), anyio.CancelScope(), {}
+
+    async def ask(number):
+        with scope if number else anyio.CancelScope():
+            bodies[number] = await rsa.seal(message(number))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(waits_in_thread, rsa, busy)
+        await anyio.wait_all_tasks_blocked()
+        for number in range(2):
+            group.start_soon(ask, number)
+            await anyio.wait_all_tasks_blocked()
+        busy.set()
+        assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)
+        scope.cancel()
+        await anyio.wait_all_tasks_blocked()
+        gate.release(2)
+    assert bodies == {0: rsa.protocol.seal(message(0))}
 
 
 @settings(max_examples=20)
@@ -243,7 +299,7 @@ async def test_cancellation_loses_no_other_signature(merchant, cancelled, early,
     """Callers are cancelled in the queue, waiting for the thread, or leading a visit; all others get theirs."""
     key = Watched.of(keypairs.pair("merchant"))
     rsa = await opened(merchant, key)
-    rsa = RsaWorker(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False, jobs_per_visit=3)
+    rsa = RsaWorker(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False)
     scopes, bodies = {}, {}
 
     async def ask(number):
