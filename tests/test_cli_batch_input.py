@@ -208,11 +208,11 @@ def test_repeated_no_refund_must_have_the_same_content(env, gateway, file):
     write_csv(file, [*rows, refund(3), refund(3, oid_paybill="20261122")])
     ended = run("batch", file, "--yes", "--json", env=env)
     assert problems(ended) == [
-        (5, "no_refund R-2 has a different money_refund on line 4"),
         (4, "no_refund R-2 has a different money_refund on line 5"),
+        (5, "no_refund R-2 has a different money_refund on line 4"),
         (6, "no_refund R-2 is used for different refunds, see line 4"),
-        (8, "no_refund R-3 has a different oid_paybill on line 7"),
         (7, "no_refund R-3 has a different oid_paybill on line 8"),
+        (8, "no_refund R-3 has a different oid_paybill on line 7"),
     ]
     assert ended.json["remarks"] == [{"line": 3, "remark": "repeats line 2: refund R-1 is made once"}]
     assert not gateway.requests
@@ -369,7 +369,7 @@ async def test_checked_refunds_keep_their_order():
             checked.add(Row(number + 2, refund(number)))
         assert checked.yuan == 10 * checked.count
         with anyio.fail_after(60):
-            assert [request.no_refund async for request in checked.requests()] == [f"R-{n}" for n in range(1001)]
+            assert [line.request.no_refund async for line in checked.lines()] == [f"R-{n}" for n in range(1001)]
 
 
 # ── what spreadsheets do ─────────────────────────────────────────────────────────────────────────

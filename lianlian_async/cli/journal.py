@@ -104,10 +104,9 @@ async def _export(place: str, out: Path) -> int:
 
 def _line(entry: Entry) -> dict[str, Any]:
     record = entry.ending.record if entry.ending else {}
-    values: dict[str, Any] = {
+    return {
         **{name: record.get(name) for name in _RECORD},
         **entry.fields,
         "state": str(entry.state),
         "sent_at": entry.sent_at and entry.sent_at.wall.isoformat(),
     }
-    return {name: values.get(name) for name in _EXPORTED}

@@ -6,13 +6,14 @@ import csv
 import errno
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, Final, NoReturn, TextIO
 
 import attrs
 import click
@@ -24,6 +25,9 @@ from lianlian_async.errors import InvalidRequest, LianLianError, RefundOutcomeUn
 from lianlian_async.models import RefundQuery
 
 from .exit_codes import error_document, exit_outcome_of
+
+_FORMULA: Final = tuple("=+-@\t\r＝＋－＠")
+_NEGATIVE: Final = re.compile(r"-[0-9]+([.,][0-9]+)*")
 
 
 class _Console(Console):
@@ -144,14 +148,29 @@ def query_command(query: RefundQuery) -> str:
 
 @contextmanager
 def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-    """Replace ``path`` by one line for each call: CSV if its name ends in .csv, else JSON Lines; in UTF-8."""
+    """Replace ``path`` by one line for each call: CSV if its name ends in .csv, else JSON Lines.
+
+    A value that is not in ``columns`` is left out. CSV starts with a byte order mark, so that Excel reads UTF-8, and
+    no cell is a formula to a spreadsheet: https://owasp.org/www-community/attacks/CSV_Injection
+    """
+    names = list(columns)
+    is_csv = path.suffix.lower() == ".csv"
+    encoding = "utf-8-sig" if is_csv else "utf-8"
     try:
-        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            if path.suffix.lower() == ".csv":
-                writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-                writer.writeheader()
-                yield writer.writerow
+        with path.open("w", encoding=encoding, errors="backslashreplace", newline="") as file:
+            if is_csv:
+                writer = csv.writer(file)
+                writer.writerow(map(_no_formula, names))
+                yield lambda line: writer.writerow([_no_formula(line.get(name)) for name in names])
             else:
-                yield lambda line: file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                yield lambda line: file.write(
+                    json.dumps({name: line.get(name) for name in names}, ensure_ascii=False) + "\n"
+                )
     except OSError as error:
         raise LianLianError(f"{path}: {error.strerror}") from error
+
+
+def _no_formula(value: object) -> object:
+    """Return a cell that no spreadsheet runs as a formula: an apostrophe marks text."""
+    is_formula = isinstance(value, str) and value.startswith(_FORMULA) and not _NEGATIVE.fullmatch(value)
+    return f"'{value}" if is_formula else value

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -27,12 +27,26 @@ from .rows import Row, damaged, rounded
 _PAGE: Final = 500
 _SCHEMA: Final = """
 PRAGMA journal_mode = off;
-CREATE TABLE refunds (line INTEGER PRIMARY KEY, no_refund TEXT UNIQUE, fields TEXT, is_clear INTEGER DEFAULT 1);
+CREATE TABLE refunds (line INTEGER PRIMARY KEY, no_refund TEXT UNIQUE, fields TEXT, cells TEXT, problem TEXT);
 CREATE TABLE alike (content TEXT PRIMARY KEY, line INTEGER, times INTEGER);
 BEGIN;
 """
 _COUNT_ALIKE: Final = "INSERT INTO alike VALUES (?, ?, 1) ON CONFLICT (content) DO UPDATE SET times = times + 1"
-_READ_PAGE: Final = "SELECT line, no_refund, fields FROM refunds WHERE line > ? AND is_clear ORDER BY line LIMIT ?"
+_READ_PAGE: Final = (
+    "SELECT line, no_refund, fields, cells FROM refunds WHERE line > ? AND problem IS NULL ORDER BY line LIMIT ?"
+)
+
+
+class Line(NamedTuple):
+    """A refund of the file: its line, the request, and the line's own cells by column."""
+
+    line: int
+    request: RefundRequest
+    cells: Mapping[str, str]
+
+
+def _line_of(number: int, _no_refund: str, fields: str, cells: str) -> Line:
+    return Line(number, RefundRequest.from_record(json.loads(fields)), json.loads(cells))
 
 
 @attrs.define
@@ -82,15 +96,14 @@ class Checked:
 
     def add(self, row: Row) -> None:
         """Check one row and store it, or note its problem."""
-        if row.problem is not None:
-            self.problems.add(row.line, row.problem)
-            return
+        cells = json.dumps(dict(row.cells))
         try:
-            request = self._request(row)
+            problem = row.problem or self._add(row.line, self._request(row), cells)
         except InvalidRequest as error:
-            self.problems.add(row.line, str(error))
-        else:
-            self._add(row.line, request)
+            problem = str(error)
+        if problem:
+            self.problems.add(row.line, problem)
+            self._do("INSERT OR IGNORE INTO refunds VALUES (?, NULL, NULL, ?, ?)", row.line, cells, problem)
 
     def _request(self, row: Row) -> RefundRequest:
         fields = dict(row.fields)
@@ -125,43 +138,59 @@ class Checked:
             self.remarks.add(line, f"same order and amount as line {first}: counted as another refund")
         return {"no_refund": derived_number(order, money, times)}
 
-    def _add(self, line: int, request: RefundRequest) -> None:
+    def _add(self, line: int, request: RefundRequest, cells: str) -> str | None:
+        """Store a request, or return its problem."""
         number, fields = request.no_refund, json.dumps(request.to_dict())
-        if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, 1)", line, number, fields).rowcount:
+        if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, ?, NULL)", line, number, fields, cells).rowcount:
             self._count(1, request)
             for remark in rounded(request.to_dict()):
                 self.remarks.add(line, remark)
-            return
-        found = self._do("SELECT line, fields, is_clear FROM refunds WHERE no_refund = ?", number)
-        first, known, is_clear = found.fetchone()
-        if not is_clear:
-            self.problems.add(line, f"no_refund {number} is used for different refunds, see line {first}")
-        elif fields == known:
+            return None
+        first, known, problem = self._do(
+            "SELECT line, fields, problem FROM refunds WHERE no_refund = ?", number
+        ).fetchone()
+        if problem:
+            return f"no_refund {number} is used for different refunds, see line {first}"
+        if fields == known:
             self.remarks.add(line, f"repeats line {first}: refund {number} is made once")
-        else:  # nothing in the file tells which of the two lines is right
-            earlier = RefundRequest.from_record(json.loads(known))
-            field = _difference(request.to_dict(), earlier.to_dict())
-            self.problems.add(line, f"no_refund {number} has a different {field} on line {first}")
-            self.problems.add(first, f"no_refund {number} has a different {field} on line {line}")
-            self._do("UPDATE refunds SET is_clear = 0 WHERE line = ?", first)
-            self._count(-1, earlier)
+            return None
+        # Nothing in the file tells which of the two lines is right.
+        earlier = RefundRequest.from_record(json.loads(known))
+        field = _difference(request.to_dict(), earlier.to_dict())
+        problem = f"no_refund {number} has a different {field} on line {line}"
+        self.problems.add(first, problem)
+        self._do("UPDATE refunds SET problem = ? WHERE line = ?", problem, first)
+        self._count(-1, earlier)
+        return f"no_refund {number} has a different {field} on line {first}"
 
     def _count(self, step: int, request: RefundRequest) -> None:
         self.count += step
         self.yuan += step * request.money_refund
 
-    async def requests(self) -> AsyncGenerator[RefundRequest]:
+    async def lines(self) -> AsyncGenerator[Line]:
         """Yield the refunds; reads from disk in a thread."""
         async for page in self.pages():
-            for _, _, fields in page:
-                yield RefundRequest.from_record(json.loads(fields))
+            for row in page:
+                yield _line_of(*row)
 
-    async def pages(self) -> AsyncGenerator[list[tuple[int, str, str]]]:
-        """Yield line, ``no_refund`` and fields (JSON) of up to 500 refunds each; reads from disk in a thread."""
+    async def pages(self) -> AsyncGenerator[list[tuple[int, str, str, str]]]:
+        """Yield up to 500 refunds each (line, ``no_refund``, fields and cells); reads from disk in a thread."""
         line = 0
         while rows := await anyio.to_thread.run_sync(lambda after: self._do(_READ_PAGE, after, _PAGE).fetchall(), line):
             line = rows[-1][0]
             yield rows
+
+    def lines_after(self, line: int) -> Iterator[Line]:
+        """Yield the refunds after a line; reads from disk in this thread."""
+        for row in self._do(_READ_PAGE, line, -1):
+            yield _line_of(*row)
+
+    def invalid_lines(self) -> Iterator[tuple[int, Mapping[str, str], str]]:
+        """Yield line, cells and problem of each line that cannot be sent; reads from disk in this thread."""
+        for line, cells, problem in self._do(
+            "SELECT line, cells, problem FROM refunds WHERE problem IS NOT NULL ORDER BY line"
+        ):
+            yield line, json.loads(cells), problem
 
     def _do(self, statement: str, *parameters: object) -> sqlite3.Cursor:
         try:
@@ -208,7 +237,7 @@ async def look_up(checked: Checked, place: str) -> Known:
         async with make_reader(place) as journal:
             known.journal_id = journal.id
             async for page in checked.pages():
-                for entry in await _find_all(journal, [number for _, number, _ in page]):
+                for entry in await _find_all(journal, [number for _, number, _, _ in page]):
                     known.resolved += entry.ending is not None
                     known.open += entry.ending is None and entry.sent_at is not None
     return known

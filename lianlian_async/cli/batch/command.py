@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,9 +33,9 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
 
-from .checked import Checked, Known, look_up
+from .checked import Checked, Known, Line, look_up
 from .options import batch_options, refuse_for_queue
-from .results import RESULT, Totals, result_of
+from .results import Totals, interrupted_result, invalid_result, result_columns, result_of
 from .rows import Columns, read_rows
 from .summary import show_batch, show_checked
 
@@ -82,7 +82,8 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
         if merchant is None or place is None:
             _enqueue(output, file, checked, options)
         else:
-            run = _Batch(output, merchant, checked, options, place, anyio.run(look_up, checked, place))
+            known = anyio.run(look_up, checked, place)
+            run = _Batch(output, merchant, checked, options, place, known, columns.seen)
             receipt = None if file == "-" else Path(f"{file}.receipt")
             run.check_receipt(receipt)
             if dry_run:
@@ -131,7 +132,7 @@ def _enqueue(output: Output, file: str, checked: Checked, options: Mapping[str, 
 
 async def _add_to_queue(dsn: str, checked: Checked) -> int:
     async with make_journal(dsn), open_queue(dsn) as queue:
-        return await queue.enqueue(checked.requests())
+        return await queue.enqueue(line.request async for line in checked.lines())
 
 
 def _confirm_batch(run: _Batch, file: str) -> None:
@@ -175,8 +176,9 @@ def _send(run: _Batch) -> int:
         with sigterm_interrupts(), run.output.progress("refunds", run.checked.count) as run.advance:
             anyio.run(run.work)
     except KeyboardInterrupt:
-        in_flight = run.begun - run.totals.ended
-        run.output.note(f"up to {in_flight:,} more may have been made: run the same command again to resolve them")
+        run.output.note(
+            f"up to {len(run.in_flight):,} more may have been made: run the same command again to resolve them"
+        )
         outcome = INTERRUPTED
     else:
         outcome = exit_outcome_of(run.failure) if run.failure else run.totals.exit_outcome()
@@ -197,9 +199,14 @@ class _Batch:
     options: Mapping[str, Any]
     place: str
     known: Known
+    columns: Iterable[str]
+    """The columns of the file."""
     advance: Callable[[str], object] = attrs.field(default=str, init=False)
     totals: Totals = attrs.field(init=False)
-    begun: int = attrs.field(default=0, init=False)
+    in_flight: dict[str, Line] = attrs.field(factory=dict, init=False)
+    """Refunds that were begun and have no outcome yet, by ``no_refund``."""
+    _last_begun: int = attrs.field(default=0, init=False)
+    """The line of the last refund that was begun."""
     failure: LianLianError | None = attrs.field(default=None, init=False)
     _write_receipt: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
 
@@ -235,21 +242,39 @@ class _Batch:
             self.failure = error
 
     async def _work(self) -> None:
-        options, out = self.options, self.options["out"]
+        options = self.options
         settings = {name: options[name] for name in ("concurrency", "deadline", "not_found_grace", "query_first")}
         wishes = {name: options[name] for name in ("keep_going", "wait_unknown")}
         async with self._opened_journal() as journal:
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._write_receipt(journal.id)
-            with line_writer(out, RESULT) if out else nullcontext(str) as write:
+            with self._result_writer() as write:
                 async with (
                     make_session(self.merchant, journal=journal, **settings) as session,
                     refund_many(session, self._requests(journal), journal=journal, **wishes) as outcomes,
                 ):
                     async for outcome in outcomes:
-                        self.totals.add(outcome)
-                        write(result_of(outcome))
+                        line = self.in_flight.pop(outcome.request.no_refund)
+                        self.totals.add(line, outcome)
+                        write(result_of(line, outcome))
                         self.advance(self.totals.line())
+
+    @contextmanager
+    def _result_writer(self) -> Iterator[Callable[[Mapping[str, Any]], object]]:
+        """Open ``--out``; at the end, write the lines without an outcome, too."""
+        if self.options["out"] is None:
+            yield str
+            return
+        with line_writer(self.options["out"], result_columns(self.columns)) as write:
+            for line in self.checked.invalid_lines():
+                write(invalid_result(*line))
+            try:
+                yield write
+            finally:
+                for begun in self.in_flight.values():
+                    write(interrupted_result(begun, was_begun=True))
+                for other in self.checked.lines_after(self._last_begun):
+                    write(interrupted_result(other, was_begun=False))
 
     @asynccontextmanager
     async def _opened_journal(self) -> AsyncGenerator[Journal]:
@@ -273,12 +298,12 @@ class _Batch:
         """Yield the refunds; those that need a request start at the given rate."""
         rate = self.options["rate"]
         limit = RateLimit(rate) if rate else None
-        async for request in self.checked.requests():
-            if limit is not None and not await _is_resolved(journal, request):
+        async for line in self.checked.lines():
+            if limit is not None and not await _is_resolved(journal, line.request):
                 async with limit:
                     pass
-            self.begun += 1
-            yield request
+            self.in_flight[line.request.no_refund], self._last_begun = line, line.line
+            yield line.request
 
 
 async def _is_resolved(journal: Journal, request: RefundRequest) -> bool:

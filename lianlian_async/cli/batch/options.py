@@ -102,8 +102,8 @@ _OPTIONS: Final = (
     click.option(
         "--out",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Write one result line for each refund to this file: CSV if its name ends in .csv, else JSON Lines. "
-        "Each run replaces the file.",
+        help="Write each line of the file and its outcome to this file: CSV for a spreadsheet if its name ends in "
+        ".csv, else JSON Lines. Each run replaces it.",
     ),
     click.option(
         "--journal",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from datetime import datetime
+from collections.abc import Iterable, Mapping
+from datetime import date, datetime
 from decimal import Decimal
 from time import perf_counter
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import attrs
 
-from lianlian_async import wire
 from lianlian_async.cli.exit_codes import (
     FAILED,
     MADE,
@@ -21,14 +21,31 @@ from lianlian_async.cli.exit_codes import (
     exit_outcome_of,
     exit_outcome_of_refund,
 )
-from lianlian_async.errors import JournalError, LianLianError, RefundOutcomeUnknown, RefundRejected
+from lianlian_async.cli.output import local_time
+from lianlian_async.codes import explain
+from lianlian_async.errors import (
+    JournalError,
+    LianLianError,
+    RefundConflict,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    RefundRejected,
+)
+from lianlian_async.models import RefundStatus
 from lianlian_async.outcome import Outcome
+
+from .checked import Line
 
 _PRECEDENCE: Final = (UNKNOWN, REJECTED, FAILED)
 """The first of these that occurred gives a batch its exit code."""
-_RECORDED: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno")
-RESULT: Final = ("no_refund", "outcome", *_RECORDED, "money_refund", "error", "attempts", "queries", "seconds")
-"""The columns of a result line."""
+_IDENTITY: Final = ("no_refund", "dt_refund", "money_refund")
+_RECORDED: Final = ("ret_code", "ret_msg", "oid_refundno", "sta_refund", "settle_date")
+_OURS: Final = (
+    *("outcome", "what_to_do", "meaning", *_RECORDED, "ask_again_at"),
+    *("error", "attempts", "queries", "seconds"),
+)
+_RUN_AGAIN: Final = "run the same command again"
+_KEPT: Final = 20
 
 
 def _exit_outcome(outcome: Outcome) -> ExitOutcome:
@@ -39,20 +56,99 @@ def _exit_outcome(outcome: Outcome) -> ExitOutcome:
     return exit_outcome_of(cast("LianLianError", outcome.error))  # an outcome has a refund or an error
 
 
-def result_of(outcome: Outcome) -> dict[str, Any]:
+class Reason(NamedTuple):
+    """Why refunds were not made, and what to do about it."""
+
+    outcome: ExitOutcome
+    reason: str
+    advice: str
+    ret_code: str | None = None
+
+
+def _reason_of(outcome: Outcome) -> Reason:
+    word = _exit_outcome(outcome)
+    match outcome.error:
+        case None:
+            return Reason(
+                word,
+                f"made, but failed at the bank (sta_refund {RefundStatus.FAILED})",
+                "ask LianLian for the cause; to try again, use a new no_refund",
+            )
+        case RefundRejected() as error:
+            return Reason(word, f"{error.ret_code} {error.meaning}", error.advice, error.ret_code)
+        case RefundOutcomeUnknown() as error:
+            return Reason(word, error.reason, f"{_RUN_AGAIN} later; do not use a new no_refund")
+        case JournalError() if word is UNKNOWN:
+            return Reason(word, "journal error after sending", f"repair the journal, then {_RUN_AGAIN}")
+        case RefundNotSent() as error:
+            return Reason(word, error.last_error, _RUN_AGAIN)
+        case RefundConflict() as error:
+            reason = f"the no_refund belongs to a refund with another {error.field}"
+            return Reason(word, reason, "do not refund again before a person has decided")
+    return Reason(word, str(outcome.error), _RUN_AGAIN)
+
+
+def result_columns(file_columns: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns of ``--out``: line number, the file's own columns, identity and results."""
+    return tuple(dict.fromkeys(("line", *file_columns, *_IDENTITY, *_OURS)))
+
+
+def result_of(line: Line, outcome: Outcome) -> dict[str, Any]:
     """Return the result line of one refund."""
-    source = outcome.refund or outcome.error
-    values = {
-        **{name: getattr(source, name, None) for name in _RECORDED},
-        "no_refund": outcome.request.no_refund,
+    source: Any = outcome.refund or outcome.error
+    recorded = {name: getattr(source, name, None) for name in _RECORDED}
+    for name, value in recorded.items():
+        if isinstance(value, date):
+            recorded[name] = f"{value:%Y%m%d}"
+    code, moment = recorded["ret_code"], getattr(source, "ask_again_at", None)
+    return _result(line) | {
+        **recorded,
         "outcome": _exit_outcome(outcome).word,
-        "money_refund": wire.format_money(outcome.request.money_refund),
+        "what_to_do": None if _exit_outcome(outcome) is MADE else _reason_of(outcome).advice,
+        "meaning": code and explain(code).meaning,
+        "ask_again_at": moment and local_time(moment),
         "error": None if outcome.error is None else str(outcome.error),
         "attempts": outcome.attempts,
         "queries": outcome.queries,
         "seconds": round(outcome.seconds, 3),
     }
-    return {name: values[name] for name in RESULT}
+
+
+def interrupted_result(line: Line, *, was_begun: bool) -> dict[str, Any]:
+    """Return the result line of a refund without an outcome."""
+    word, advice = (UNKNOWN.word, "; do not use a new no_refund") if was_begun else ("to do", "")
+    return _result(line) | {"outcome": word, "what_to_do": _RUN_AGAIN + advice}
+
+
+def invalid_result(line: int, cells: Mapping[str, str], problem: str) -> dict[str, Any]:
+    """Return the result line of a line that cannot be sent."""
+    return {"line": line, **cells, "outcome": "invalid", "what_to_do": f"correct the line, then {_RUN_AGAIN}"} | {
+        "error": problem
+    }
+
+
+def _result(line: Line) -> dict[str, Any]:
+    # The file's own text, but what the command filled in.
+    own = {column: text for column, text in line.cells.items() if text and column not in _OURS}
+    return line.request.to_dict() | own | {"line": line.line}
+
+
+@attrs.define
+class NotMade:
+    """The refunds that were not made for one reason: all are counted, the first 20 are kept."""
+
+    refunds: int = 0
+    lines: list[tuple[int, str, str, Decimal]] = attrs.field(factory=list)
+    """Line, ``no_refund``, order or payment, and yuan."""
+
+    def add(self, line: Line) -> None:
+        """Count a refund."""
+        self.refunds += 1
+        if len(self.lines) < _KEPT:
+            request = line.request
+            order = cast("str", request.no_order or request.oid_paybill)  # one of the two is required
+            self.lines.append((line.line, request.no_refund, order, request.money_refund))
+            self.lines.sort()
 
 
 @attrs.define
@@ -62,10 +158,7 @@ class Totals:
     total: int
     refunds: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     yuan: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
-    rejections: Counter[tuple[str, str]] = attrs.field(factory=Counter, init=False)
-    """Rejected refunds by ``ret_code`` and its meaning."""
-    reasons: Counter[str] = attrs.field(factory=Counter, init=False)
-    """Unknown refunds by reason."""
+    not_made: dict[Reason, NotMade] = attrs.field(factory=dict, init=False)
     recorded: int = attrs.field(default=0, init=False)
     """Refunds whose outcome was in the journal: no request was sent."""
     attempts: int = attrs.field(default=0, init=False)
@@ -74,7 +167,7 @@ class Totals:
     """When a query can resolve every unknown refund."""
     _began: float = attrs.field(factory=perf_counter, init=False)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, line: Line, outcome: Outcome) -> None:
         """Count one more refund."""
         exit_outcome, error = _exit_outcome(outcome), outcome.error
         self.refunds[exit_outcome] += 1
@@ -84,13 +177,10 @@ class Totals:
         self.recorded += not (outcome.attempts or outcome.queries) and (
             outcome.refund is not None or isinstance(error, RefundRejected)
         )
-        if isinstance(error, RefundRejected):
-            self.rejections[error.ret_code, error.meaning] += 1
-        elif exit_outcome == UNKNOWN and isinstance(error, JournalError):
-            self.reasons["journal error after sending"] += 1
-        elif isinstance(error, RefundOutcomeUnknown):
-            self.reasons[error.reason] += 1
+        if isinstance(error, RefundOutcomeUnknown):
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
+        if exit_outcome is not MADE:
+            self.not_made.setdefault(_reason_of(outcome), NotMade()).add(line)
 
     def check_complete(self) -> None:
         """Raise ``LianLianError`` if refunds have no outcome although the batch came to its end."""

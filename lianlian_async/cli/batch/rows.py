@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Final, NamedTuple
 
 import attrs
@@ -26,11 +27,13 @@ FIELDS: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 
 
 class Row(NamedTuple):
-    """One line of the file: its fields that are not empty, or the problem that makes it unreadable."""
+    """One line of the file: its fields that are not empty, or the problem that makes it unreadable, and its cells."""
 
     line: int
     fields: Mapping[str, str]
     problem: str | None = None
+    cells: Mapping[str, str] = MappingProxyType({})
+    """The text of each column of the file."""
 
 
 @attrs.define
@@ -42,14 +45,12 @@ class Columns:
     ignore_unknown: bool
     has_partner: bool
     """Whether a column ``oid_partner`` is read."""
-    _unseen: set[str] = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._unseen = set(self.renamed.values())
+    seen: dict[str, None] = attrs.field(factory=dict, init=False)
+    """The columns of the file so far, in their order."""
 
     def of(self, columns: Sequence[str]) -> dict[str, str]:
         """Return the field of each column that is read. Raises ``ValueError`` for an unknown or ambiguous column."""
-        self._unseen.difference_update(columns)
+        self.seen.update(dict.fromkeys(columns))
         names = {column: name for name, column in self.renamed.items()}
         read: dict[str, str] = {}
         for column in columns:
@@ -66,8 +67,8 @@ class Columns:
 
     def check_all_seen(self) -> None:
         """Raise a usage error if ``--map`` names a column that the file does not have."""
-        if self._unseen:
-            raise click.BadParameter(f"no such column: {', '.join(sorted(self._unseen))}", param_hint="--map")
+        if unseen := self.renamed.values() - self.seen.keys():
+            raise click.BadParameter(f"no such column: {', '.join(sorted(unseen))}", param_hint="--map")
 
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────
@@ -98,7 +99,7 @@ def _json_rows(lines: Iterable[str], columns: Columns) -> Iterator[Row]:
         if line.strip():
             try:
                 cells = wire.decode(line.encode())
-                yield Row(number, _fields(cells, columns.of(list(cells))))
+                yield Row(number, _fields(cells, columns.of(list(cells))), cells=cells)
             except (MalformedMessage, ValueError) as error:
                 yield Row(number, {}, str(error))
 
@@ -112,10 +113,11 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
     except ValueError as error:
         raise _unreadable(f"line {line}: {error}") from None
     for line, cells in table:
+        by_column = dict(zip(header, cells, strict=False))
         if len(cells) == len(header):
-            yield Row(line, _fields(dict(zip(header, cells, strict=True)), names))
+            yield Row(line, _fields(by_column, names), cells=by_column)
         else:
-            yield Row(line, {}, f"has {len(cells)} cells, but the header has {len(header)}")
+            yield Row(line, {}, f"has {len(cells)} cells, but the header has {len(header)}", by_column)
 
 
 def _cells(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:

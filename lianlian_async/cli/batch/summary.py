@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
-from lianlian_async.cli.exit_codes import MADE, ExitOutcome, error_document
-from lianlian_async.cli.output import Output, local_time, table
+from rich.console import RenderableType
+from rich.text import Text
+
+from lianlian_async.cli.exit_codes import MADE, UNKNOWN, ExitOutcome, error_document
+from lianlian_async.cli.output import Output, local_time, printable, table
 from lianlian_async.errors import LianLianError
 
 from .checked import Checked, Known
-from .results import Totals
+from .results import NotMade, Reason, Totals
 
 
 def show_checked(
@@ -39,6 +43,7 @@ def show_batch(
 ) -> None:
     """Show the results of a batch; ``places``: where journal and results are."""
     outcomes = totals.outcomes()
+    not_made = sorted(totals.not_made.items(), key=lambda pair: -pair[1].refunds)
     to_do_yuan = checked.yuan - sum(yuan for _, _, yuan in outcomes)
     facts = {
         "seconds": round(totals.seconds, 1),
@@ -50,8 +55,7 @@ def show_batch(
     document = _document(outcome.word, checked) | {
         "outcomes": {word: {"refunds": number, "yuan": f"{yuan:.2f}"} for word, number, yuan in outcomes},
         "to_do": {"refunds": totals.to_do, "yuan": f"{to_do_yuan:.2f}"},
-        "rejections": [{"ret_code": code, "refunds": number} for (code, _), number in totals.rejections.most_common()],
-        "unknown": [{"reason": reason, "refunds": number} for reason, number in totals.reasons.most_common()],
+        "not_made": [_not_made_document(reason, refunds) for reason, refunds in not_made],
         "found": known.counts(),
         **facts,
         **places,
@@ -61,20 +65,43 @@ def show_batch(
     rows = [(word, f"{number:,}", f"{yuan:,.2f}") for word, number, yuan in outcomes]
     rows += [("to do", f"{totals.to_do:,}", f"{to_do_yuan:,.2f}")] if totals.to_do else []
     title = f"{totals.refunds[MADE]:,} of {totals.total:,} refunds made"
-    shown = [table(title, ("outcome", "refunds", "yuan"), rows)]
-    if totals.rejections:
-        rejections = [(code, f"{number:,}", meaning) for (code, meaning), number in totals.rejections.most_common()]
-        shown.append(table("rejections", ("ret_code", "refunds", "meaning"), rejections))
-    if totals.reasons:
-        reasons = [(reason, f"{number:,}") for reason, number in totals.reasons.most_common()]
-        shown.append(table("unknown outcomes", ("reason", "refunds"), reasons))
     measures = [(name.replace("_", " "), fact) for name, fact in (facts | dict(places)).items()]
-    output.show(document, *shown, table("run", ("measure", "value"), measures))
+    output.show(
+        document,
+        table(title, ("outcome", "refunds", "yuan"), rows),
+        table("run", ("measure", "value"), measures),
+        *chain.from_iterable(_not_made(reason, refunds, places.get("results")) for reason, refunds in not_made),
+    )
     if failure and not output.as_json:
         output.failure(failure)
     if totals.ask_again_at:
         moment = local_time(totals.ask_again_at)
         output.note(f"unknown refunds can be resolved from {moment}: run the same command again then")
+
+
+def _not_made(reason: Reason, refunds: NotMade, results: str | None) -> Iterator[RenderableType]:
+    """Yield the reason, a table of the refunds that were not made for it, and what to do."""
+    title = f"{refunds.refunds:,} {reason.outcome.word}: {reason.reason}"
+    lines = [(line, number, order, f"{yuan:,.2f}") for line, number, order, yuan in refunds.lines]
+    style = "yellow" if reason.outcome is UNKNOWN else "red"
+    yield ""
+    yield Text(printable(title), style)
+    yield table("", ("line", "no_refund", "order", "yuan"), lines)
+    if more := refunds.refunds - len(lines):
+        yield f"… and {more:,} more: {results or 'use --out to list all'}"
+    yield f"what to do: {reason.advice}"
+
+
+def _not_made_document(reason: Reason, refunds: NotMade) -> dict[str, Any]:
+    names = ("line", "no_refund", "order", "yuan")
+    return {
+        "outcome": reason.outcome.word,
+        "ret_code": reason.ret_code,
+        "reason": reason.reason,
+        "what_to_do": reason.advice,
+        "refunds": refunds.refunds,
+        "lines": [dict(zip(names, (*line[:3], f"{line[3]:.2f}"), strict=True)) for line in refunds.lines],
+    }
 
 
 def _document(outcome: str, checked: Checked) -> dict[str, Any]:
