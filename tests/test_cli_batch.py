@@ -87,10 +87,10 @@ def test_second_run_sends_nothing(env, gateway, file, journal):
     run("batch", file, "--yes", env=env)
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 0
-    assert again.stderr == f"journal {journal}: 0 new, 10 resolved, 0 open\n"
+    assert again.stderr == f"journal {journal}: 0 new, 10 made, 0 open\n"
     assert again.json["outcomes"]["made"] == {"refunds": 10, "yuan": "100.00"}
     assert (again.json["attempts"], again.json["queries"], again.json["known_from_journal"]) == (0, 0, 10)
-    assert again.json["found"] == {"new": 0, "resolved": 10, "open": 0}
+    assert again.json["found"] == {"new": 0, "made": 10, "open": 0}
     assert gateway.requests["apply"] == 10
 
 
@@ -201,10 +201,11 @@ def test_out_has_the_lines_that_were_not_sent(env, gateway, file, tmp_path):
     process.send_signal(signal.SIGINT)
     assert end(process, env).exit_code == 130
     lines = results(out)
-    assert [line["outcome"] for _, line in sorted(lines.items())] == [
-        *(["made"] * 3 + ["unknown"] * 2 + ["invalid"] * 3 + ["to do"] * 5)
-    ]
-    assert lines[5]["what_to_do"] == "run the same command again; do not use a new no_refund"
+    outcomes = [line["outcome"] for _, line in sorted(lines.items())]
+    assert sorted(outcomes[:5]) == ["made"] * 3 + ["unknown"] * 2
+    assert outcomes[5:] == ["invalid"] * 3 + ["to do"] * 5
+    unknown = next(line for line in lines.values() if line["outcome"] == "unknown")
+    assert unknown["what_to_do"] == "run the same command again; do not use a new no_refund"
     assert lines[7]["error"].startswith("money_refund: must be")
     assert lines[7]["no_refund"] == "R-X"
     assert lines[8]["error"] == "no_refund R-Y has a different no_order on line 9"
@@ -304,7 +305,7 @@ def test_some_unknown_exits_4(env, gateway, file, journal):
     gateway._plan._scripted.clear()
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 3
-    assert again.stderr == f"journal {journal}: 0 new, 2 resolved, 1 open\n"
+    assert again.stderr == f"journal {journal}: 0 new, 1 made, 1 open, 1 rejected\n"
     assert (again.json["attempts"], again.json["queries"]) == (0, 1)
     assert books(gateway) == {"R-1": 1, "R-2": 1}
 
@@ -324,6 +325,7 @@ def test_unreachable_gateway_exits_1(gateway, file):
     ended = run("batch", file, "--yes", "--json", env=nowhere)
     assert (ended.exit_code, ended.json["outcome"]) == (1, "not sent")
     assert ended.json["outcomes"]["not sent"]["refunds"] == 10
+    assert run("batch", file, "--dry-run", "--json", env=nowhere).json["found"]["new"] == 10
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -494,7 +496,7 @@ def test_interrupted_batch_continues_in_the_next_run(env, gateway, file, numbers
     assert ended.json["outcomes"]["made"]["refunds"] == 3
     assert ended.stderr == "up to 2 more may have been made: run the same command again to resolve them\n"
     again = run("batch", file, "--yes", "--json", env=env)
-    assert again.json["found"] == {"new": 5, "resolved": 3, "open": 2}
+    assert again.json["found"] == {"new": 5, "made": 3, "open": 2}
     assert (again.json["attempts"], again.json["queries"]) == (5, 2)
     assert books(gateway) == once(10)
 

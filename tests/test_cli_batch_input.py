@@ -66,8 +66,11 @@ def test_a_dry_run_counts_and_sends_nothing(nowhere, file, journal):
     people, machine = (run("batch", file, "--dry-run", *more, env=nowhere) for more in ((), ("--json",)))
     assert people.exit_code == machine.exit_code == 0
     assert people.stderr.startswith("this journal is new, so every refund counts as never sent")
-    assert "│ refunds  │ 3 " in people.stdout
-    assert "│ yuan     │ 1,210.50 " in people.stdout
+    assert "│ refunds                     │ 3 " in people.stdout
+    assert "│ yuan                        │ 1,210.50 " in people.stdout
+    assert "│ yuan of new refunds         │ 1,210.50 " in people.stdout
+    assert "│ largest refund              │ 1,200.00 yuan (line 4) " in people.stdout
+    assert "│ orders with several refunds │ 0 " in people.stdout
     assert machine.json == {
         "outcome": "valid, nothing was sent",
         "refunds": 3,
@@ -76,7 +79,8 @@ def test_a_dry_run_counts_and_sends_nothing(nowhere, file, journal):
         "problems": [],
         "remarks": [],
         "journal": str(journal),
-        "found": {"new": 3, "resolved": 0, "open": 0},
+        "found": {"new": 3, "made": 0, "open": 0},
+        "new_yuan": "1210.50",
     }
     assert [path.name for path in file.parent.iterdir()] == ["refunds.csv"]
 
@@ -158,7 +162,7 @@ def test_invalid_lines_are_listed_and_nothing_is_sent(env, gateway, file):
     assert "\nline 52: " in people.stderr
     assert "\nline 53: " not in people.stderr
     assert people.stderr.endswith("… and 11 more\n")
-    assert "│ invalid lines │ 61 " in people.stdout
+    assert "│ invalid lines               │ 61 " in people.stdout
     assert (machine.json["outcome"], machine.json["invalid"]) == ("invalid, nothing was sent", 61)
     assert len(problems(machine)) == 50
     assert not gateway.requests
@@ -241,6 +245,11 @@ def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
         (("--dt-refund", "yesterday"), "14 digits"),
         (("--max-total", "much"), "decimal number"),
         (("--max-total", "9.99", "--yes"), "sum 10.00 yuan exceeds --max-total 9.99; nothing was sent"),
+        (("--max-refund", "9.99", "--yes"), "line 2: 10.00 yuan exceeds --max-refund 9.99; nothing was sent"),
+        (("--date-format", "YYYY/MM"), "must have YYYY, MM, DD"),
+        (("--date-format", "YYYY/MM/DD/MM"), "must have YYYY, MM, DD"),
+        (("--money-format", "9,999.00"), "must be the number 1,234.56 in the form of the file"),
+        (("--money-format", "1.234.56"), "must be the number 1,234.56 in the form of the file"),
         (("--rate", "0"), "--rate"),
         ((), "no terminal to ask for confirmation: use --yes"),
         (("--queue", "elsewhere"), "must be a URL"),
@@ -349,16 +358,38 @@ def on_a_terminal(monkeypatch, typed, *arguments, env):
             os.close(ours)
 
 
-def test_terminal_must_confirm_before_sending(env, gateway, file, monkeypatch, capsys):
-    """Without --yes the prompt shows number, sum and gateway, and only the answer yes sends."""
-    write_csv(file, [refund(1), refund(2)])
+def test_terminal_must_confirm_before_sending(env, gateway, file, journal, monkeypatch, capsys):
+    """Without --yes the prompt shows file, gateway and what is new, and only the answer yes sends."""
+    write_csv(file, [refund(1), refund(2, money_refund="1000.01")])
+    run("batch", file, "--yes", env=env)
+    gateway.requests.clear()
+    write_csv(file, [refund(1), refund(2, money_refund="1000.01"), refund(3, no_order="O-1"), refund(4)])
     with pytest.raises(click.Abort):
-        on_a_terminal(monkeypatch, "\n", "batch", file, env=env)
-    asked = capsys.readouterr().err
-    assert f"Send 2 refunds, 20.00 yuan, as merchant {gateway.oid_partner} at {env['LIANLIAN_APPLY_URL']}?" in asked
+        on_a_terminal(monkeypatch, "\n", "batch", file, env=env | {"COLUMNS": "200"})
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:3]]
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("│")
+    ]
+    assert rows == [
+        ["file", str(file)],
+        ["merchant", gateway.oid_partner],
+        ["endpoint", env["LIANLIAN_APPLY_URL"]],
+        ["journal", str(journal)],
+        ["refunds", "4"],
+        ["yuan", "1,030.01"],
+        ["new", "2"],
+        ["made", "1"],
+        ["open", "0"],
+        ["rejected", "1"],
+        ["yuan of new refunds", "20.00"],
+        ["largest refund", "1,000.01 yuan (line 3)"],
+        ["orders with several refunds", "1"],
+    ]
     assert not gateway.requests
-    assert on_a_terminal(monkeypatch, "y\n", "batch", file, env=env) == 0
-    assert len(gateway.refunds) == 2
+    assert on_a_terminal(monkeypatch, "y\n", "batch", file, env=env) == 3
+    assert "Send 2 new refunds, 20.00 yuan? [y/N]" in capsys.readouterr().err
+    assert len(gateway.refunds) == 3
 
 
 @pytest.mark.anyio
@@ -367,9 +398,126 @@ async def test_checked_refunds_keep_their_order():
     with closing(Checked(None, derive=False, dt_refund=None)) as checked:
         for number in range(1001):
             checked.add(Row(number + 2, refund(number)))
-        assert checked.yuan == 10 * checked.count
+        assert checked.totals()[:2] == (1001, 10010)
         with anyio.fail_after(60):
             assert [line.request.no_refund async for line in checked.lines()] == [f"R-{n}" for n in range(1001)]
+
+
+# ── declared forms ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "read"),
+    [
+        ("YYYY/MM/DD hh:mm", "2026/11/01 10:20", "20261101102000"),
+        ("YYYY/MM/DD hh:mm", "2026/1/2 9:05", "20260102090500"),
+        ("YYYY/MM/DD hh:mm", "２０２６／１１／０１　１０：２０", "20261101102000"),
+        ("YYYY/MM/DD hh:mm", "20261101102003", "20261101102003"),
+        ("DD.MM.YYYY", "01.02.2026", "20260201000000"),
+        ("YYYY年MM月DD日", "2026年11月1日", "20261101000000"),
+        ("YYYYMMDD hh:mm:ss", "20261101 9:05:07", "20261101090507"),
+    ],
+)
+def test_date_format_is_declared(nowhere, tmp_path, form, text, read):
+    """--date-format reads dates and times in China Standard Time; 14 digits are always read."""
+    file = write_lines(tmp_path / "refunds.jsonl", [refund(1, dt_refund=text, dt_order=text)])
+    same = write_lines(tmp_path / "same.jsonl", [refund(1, dt_refund=read, dt_order=read)])
+    both = file.read_text() + same.read_text()
+    ended = run("batch", "-", "--dry-run", "--json", "--date-format", form, env=nowhere, stdin=both)
+    assert ended.json["remarks"] == [{"line": 2, "remark": "repeats line 1: refund R-1 is made once"}]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "yuan"),
+    [
+        ("¥1,234.56", "1,234.50", "1234.50"),
+        ("¥1,234.56", "¥88.00", "88.00"),
+        ("¥1,234.56", "￥ １，２３４", "1234.00"),
+        ("￥1,234.56", "¥0.5", "0.50"),
+        ("1.234,56 €", "1.234", "1234.00"),
+        ("1.234,56 €", "1.234,5 €", "1234.50"),
+        ("1 234.56", "1\u00a0234.50", "1234.50"),
+        ("1234.56", "８８．００", "88.00"),
+        ("1,234元", "12,345元", "12345.00"),
+    ],
+)
+def test_money_format_is_declared(nowhere, file, form, text, yuan):
+    """--money-format reads separators, the sign of the currency and full-width digits."""
+    write_csv(file, [refund(1, money_refund=text)])
+    ended = run("batch", file, "--dry-run", "--json", "--money-format", form, env=nowhere)
+    assert ended.json["yuan"] == yuan
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        (("--date-format", "YYYY/MM/DD hh:mm"), {"dt_refund": "2026-11-01 10:20"}),
+        (("--date-format", "YYYY/MM/DD"), {"dt_refund": "2026/11/01 10:20"}),
+        (("--date-format", "YYYYMMDD hh:mm"), {"dt_refund": "2026111 10:20"}),
+        (("--money-format", "¥1,234.56"), {"money_refund": "1.234"}),
+        (("--money-format", "¥1,234.56"), {"money_refund": "1,23.50"}),
+        (("--money-format", "¥1,234.56"), {"money_refund": "$1.50"}),
+        (("--money-format", "¥1,234.56"), {"money_refund": "-1.50"}),
+        (("--money-format", "1,234"), {"money_refund": "12.00"}),
+    ],
+)
+def test_other_form_than_declared_is_refused(nowhere, file, options, changes):
+    """A value in another form is invalid, and the problem names the declared form."""
+    write_csv(file, [refund(1, **changes)])
+    [(_, problem)] = problems(run("batch", file, "--json", *options, env=nowhere))
+    [(name, text)] = changes.items()
+    assert problem == f"{name}: does not have the form of {options[0]} {options[1]!r} (got {text!r})"
+
+
+def test_day_of_a_declared_form_must_be_in_the_calendar(nowhere, file):
+    """A date that does not exist is invalid."""
+    write_csv(file, [refund(1, dt_refund="2026/11/31 10:20")])
+    [(_, problem)] = problems(run("batch", file, "--json", "--date-format", "YYYY/MM/DD hh:mm", env=nowhere))
+    assert problem.startswith("dt_refund: is not a date and time of the calendar")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "forms"),
+    [
+        ("dt_refund", "2026/11/01 10:20", "'YYYY/MM/DD hh:mm'"),
+        ("dt_refund", "2026年11月1日 9时5分", "'YYYY年MM月DD日 hh时mm分'"),
+        ("dt_refund", "01/02/2026", "'DD/MM/YYYY' or 'MM/DD/YYYY'"),
+        ("dt_order", "20261101", "'YYYYMMDD'"),
+        ("dt_refund", "26/11/01", None),
+        ("dt_refund", "yesterday", None),
+        ("money_refund", "1,234.50", "'1,234.56'"),
+        ("money_refund", "¥88.00", "'¥1,234.56'"),
+        ("money_refund", "８８．００", "'1,234.56'"),
+        ("money_refund", "1,234,567", "'1,234.56'"),
+        ("money_refund", "88,5 €", "'1.234,56 €'"),
+        ("money_refund", "1.234", "'1,234.56' or '1.234,56'"),
+        ("money_refund", "1,234", "'1,234.56' or '1.234,56'"),
+        ("money_refund", "1.230", "'1,234.56' or '1.234,56'"),
+        ("money_refund", "1234.567", None),
+        ("money_refund", "0.001", None),
+        ("money_refund", "-88.00", None),
+        ("money_refund", "much", None),
+    ],
+)
+def test_undeclared_form_is_refused_with_its_option(nowhere, file, name, text, forms):
+    """Nothing is guessed: the problem names the option that would declare the form, with each form it may have."""
+    write_csv(file, [refund(1, **{name: text})])
+    [(_, problem)] = problems(run("batch", file, "--json", env=nowhere))
+    assert problem.startswith(f"{name}: ")
+    option = "--money-format" if name == "money_refund" else "--date-format"
+    assert problem.endswith(f"declare its form with {option} {forms} (got {text!r})" if forms else f"(got {text!r})")
+    assert ("declare its form" in problem) == bool(forms)
+
+
+def test_dry_run_needs_no_keys(file):
+    """--dry-run checks a file without a merchant, and says what it cannot check."""
+    write_csv(file, [refund(1) | {"oid_partner": "201103171000000000"}])
+    ended = run("batch", file, "--dry-run")
+    assert ended.exit_code == 0
+    assert "no merchant (missing: LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY" in ended.stderr
+    assert "oid_partner, notify_url and the journal are not checked" in ended.stderr
+    assert "│ yuan                        │ 10.00 " in ended.stdout
+    assert run("batch", file, "--yes").exit_code == 2
 
 
 # ── what spreadsheets do ─────────────────────────────────────────────────────────────────────────

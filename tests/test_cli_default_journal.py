@@ -7,6 +7,7 @@ import threading
 from decimal import Decimal
 from pathlib import Path
 
+import click
 import pytest
 from test_cli_batch_input import on_a_terminal
 
@@ -68,7 +69,7 @@ def test_a_copied_file_is_made_once(env, gateway, file):
     shutil.copy(file, copy)
     for again in (run("batch", copy, "--yes", env=env), run("batch", "-", "--yes", env=env, stdin=copy.read_text())):
         assert again.exit_code == 0
-        assert "0 new, 3 resolved, 0 open" in again.stderr
+        assert "0 new, 3 made, 0 open" in again.stderr
     assert gateway.requests == {"apply": 3}
 
 
@@ -174,10 +175,10 @@ def test_unwritable_receipt_is_noted(env, file, tmp_path):
 
 
 def test_prompt_counts_refunds_in_the_journal(env, gateway, file, home, monkeypatch, capsys):
-    """The prompt recommends --query-first for a new journal, and counts new, resolved and open refunds."""
+    """The prompt recommends --query-first for a new journal, and counts new, made and open refunds."""
     assert on_a_terminal(monkeypatch, "y\n", "batch", file, env=env) == 0
     asked = capsys.readouterr().err
-    assert "3 new, 0 resolved, 0 open" in asked
+    assert "Send 3 new refunds, 30.00 yuan?" in asked
     assert "this journal is new, so every refund counts as never sent" in asked
     assert "--query-first" in asked
     gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-3")
@@ -186,11 +187,14 @@ def test_prompt_counts_refunds_in_the_journal(env, gateway, file, home, monkeypa
     assert run("batch", file, "--yes", "--deadline", "1", env=env).exit_code == 4
     write_csv(file, [refund(number) for number in range(6)])
     dry = run("batch", file, "--dry-run", "--json", env=env)
-    assert dry.json["found"] == {"new": 2, "resolved": 3, "open": 1}
+    assert dry.json["found"] == {"new": 2, "made": 3, "open": 1}
     assert dry.json["journal"] == str(next(home.rglob("*.sqlite")))
     assert dry.stderr == ""
     people = run("batch", file, "--dry-run", env=env)
-    assert "│ open     │ 1 " in people.stdout
+    assert "│ open                        │ 1 " in people.stdout
+    with pytest.raises(click.Abort):
+        on_a_terminal(monkeypatch, "n\n", "batch", file, env=env)
+    assert "Send 2 new refunds, 20.00 yuan, and resolve 1 open ones?" in capsys.readouterr().err
 
 
 def test_postgresql_journal_is_counted(env, gateway, file, database):
@@ -199,7 +203,7 @@ def test_postgresql_journal_is_counted(env, gateway, file, database):
     assert run("batch", file, "--yes", env=env | dsn).exit_code == 0
     write_csv(file, [refund(number) for number in range(1, 5)])
     dry = run("batch", file, "--dry-run", "--json", env=env | dsn)
-    assert dry.json["found"] == {"new": 2, "resolved": 2, "open": 0}
+    assert dry.json["found"] == {"new": 2, "made": 2, "open": 0}
     assert "postgresql://" not in receipt_of(file).read_text()
     assert gateway.requests == {"apply": 3}
 

@@ -54,8 +54,9 @@ def test_a_batch_is_put_into_the_queue(producer, file):
     first = run("batch", file, "--queue", "--yes", "--json", env=producer)
     assert first.exit_code == 0
     assert (first.json["outcome"], first.json["refunds"], first.json["added"]) == ("in the queue", 30, 30)
+    assert "no terminal to ask for confirmation" in run("batch", file, "--queue", env=producer).stderr
     again = run("batch", file, "--yes", "--queue", env=producer)
-    assert "│ added   │ 30 " in again.stdout
+    assert "│ added                       │ 30 " in again.stdout
     assert queued(producer) == {"waiting": 60, "later": 0, "at_work": 0, "failed": 0, "workers": 0}
     assert not file.with_name("refunds.csv.journal").exists()
 

@@ -77,6 +77,11 @@ class Output:
         with _surviving(sys.stderr):
             _console(stderr=True).print(printable(text), soft_wrap=True)
 
+    def confirm(self, rows: Iterable[tuple[str, str]], question: str) -> None:
+        """Ask a question about facts on stderr; raises ``click.Abort`` unless the answer is yes."""
+        _console(stderr=True).print(table("", ("", ""), rows))
+        click.confirm(question, abort=True, err=True)
+
     def failure(self, error: LianLianError) -> None:
         """Print an error and its cure: JSON on stdout with ``--json``, else text on stderr."""
         if self.as_json:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Final, NamedTuple
 
@@ -17,11 +18,12 @@ from lianlian_async import wire
 from lianlian_async.cli.options import check_partner
 from lianlian_async.cli.stores import is_dsn, make_reader
 from lianlian_async.errors import InvalidRequest, LianLianError, Problem
-from lianlian_async.journal import Entry, Journal, SqliteReader
+from lianlian_async.journal import Entry, Journal, SqliteReader, State
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
 from lianlian_async.worker_pool import run_workers
 
+from .formats import plain_date, plain_money
 from .rows import Row, damaged, rounded
 
 _PAGE: Final = 500
@@ -35,6 +37,29 @@ _COUNT_ALIKE: Final = "INSERT INTO alike VALUES (?, ?, 1) ON CONFLICT (content) 
 _READ_PAGE: Final = (
     "SELECT line, no_refund, fields, cells FROM refunds WHERE line > ? AND problem IS NULL ORDER BY line LIMIT ?"
 )
+
+
+_TOTALS: Final = """
+WITH clear AS (
+    SELECT line, coalesce(json_extract(fields, '$.no_order'), json_extract(fields, '$.oid_paybill')) AS ordered,
+           CAST(replace(json_extract(fields, '$.money_refund'), '.', '') AS INTEGER) AS fen
+    FROM refunds WHERE problem IS NULL
+)
+SELECT count(*), coalesce(sum(fen), 0), coalesce((SELECT line FROM clear ORDER BY fen DESC LIMIT 1), 0),
+       coalesce(max(fen), 0), (SELECT count(*) FROM (SELECT 1 FROM clear GROUP BY ordered HAVING count(*) > 1))
+FROM clear
+"""
+
+
+class FileTotals(NamedTuple):
+    """The totals of the refunds of a file."""
+
+    refunds: int
+    yuan: Decimal
+    largest_line: int
+    largest_yuan: Decimal
+    orders_with_several: int
+    """Orders with more than one refund."""
 
 
 class Line(NamedTuple):
@@ -76,15 +101,26 @@ class Checked:
     confirmed are the ones that are sent, even if somebody changes the file meanwhile.
     """
 
-    def __init__(self, merchant: Merchant | None, *, derive: bool, dt_refund: str | None) -> None:
-        """``derive`` makes a missing ``no_refund``; ``dt_refund`` is the value for rows without one."""
+    def __init__(
+        self,
+        merchant: Merchant | None,
+        *,
+        derive: bool,
+        dt_refund: str | None,
+        read_date: Callable[[str], str] | None = None,
+        read_money: Callable[[str], str] | None = None,
+    ) -> None:
+        """``derive`` makes a missing ``no_refund``; ``dt_refund`` is the value for rows without one.
+
+        ``read_date`` and ``read_money`` return the wire form of text in a declared form; None: no form was declared.
+        """
+        read_date = read_date or plain_date
         self._merchant = merchant
+        self._readers = {"dt_refund": read_date, "dt_order": read_date, "money_refund": read_money or plain_money}
         self._derive = derive
         self._dt_refund = dt_refund
         self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._file.executescript(_SCHEMA)
-        self.count = 0
-        self.yuan = Decimal(0)
         self.problems = Findings()
         """Lines that cannot be sent."""
         self.remarks = Findings()
@@ -110,7 +146,13 @@ class Checked:
         partner = fields.pop("oid_partner", None)
         if self._dt_refund is not None:
             fields.setdefault("dt_refund", self._dt_refund)
-        if problems := list(damaged(fields)):
+        problems = list(damaged(fields))
+        for name in [name for name in self._readers if name in fields]:
+            try:
+                fields[name] = self._readers[name](text := fields[name])
+            except ValueError as error:
+                problems.append(Problem(name, str(error), repr(text[:40])))
+        if problems:
             raise InvalidRequest(problems)
         if self._derive and "no_refund" not in fields:
             fields |= self._number(row.line, fields)
@@ -142,7 +184,6 @@ class Checked:
         """Store a request, or return its problem."""
         number, fields = request.no_refund, json.dumps(request.to_dict())
         if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, ?, NULL)", line, number, fields, cells).rowcount:
-            self._count(1, request)
             for remark in rounded(request.to_dict()):
                 self.remarks.add(line, remark)
             return None
@@ -160,12 +201,12 @@ class Checked:
         problem = f"no_refund {number} has a different {field} on line {line}"
         self.problems.add(first, problem)
         self._do("UPDATE refunds SET problem = ? WHERE line = ?", problem, first)
-        self._count(-1, earlier)
         return f"no_refund {number} has a different {field} on line {first}"
 
-    def _count(self, step: int, request: RefundRequest) -> None:
-        self.count += step
-        self.yuan += step * request.money_refund
+    def totals(self) -> FileTotals:
+        """Return the totals of the refunds that passed."""
+        count, fen, line, largest, orders = self._do(_TOTALS).fetchone()
+        return FileTotals(count, Decimal(fen) / 100, line, Decimal(largest) / 100, orders)
 
     async def lines(self) -> AsyncGenerator[Line]:
         """Yield the refunds; reads from disk in a thread."""
@@ -217,29 +258,28 @@ def derived_number(order: object, money: str, times: int) -> str:
 
 @attrs.define
 class Known:
-    """How many refunds of a batch the journal knows."""
+    """What the journal knows about the refunds of a batch."""
 
-    total: int
+    found: Counter[str]
+    """Refunds that are new (never sent, as far as the journal knows), made, open or, if there are any, rejected …"""
+    new_yuan: Decimal
     journal_id: str | None = None
     """None: the journal does not exist yet."""
-    resolved: int = 0
-    open: int = 0
-
-    def counts(self) -> dict[str, int]:
-        """Return the counts for tables and JSON; ``new``: never sent, as far as the journal knows."""
-        return {"new": self.total - self.resolved - self.open, "resolved": self.resolved, "open": self.open}
 
 
-async def look_up(checked: Checked, place: str) -> Known:
+async def look_up(checked: Checked, totals: FileTotals, place: str) -> Known:
     """Look up all refunds in the journal at ``place``, in bounded memory."""
-    known = Known(checked.count)
+    known = Known(Counter(new=totals.refunds, made=0, open=0), totals.yuan)
     if is_dsn(place) or await anyio.Path(place).exists():
         async with make_reader(place) as journal:
             known.journal_id = journal.id
             async for page in checked.pages():
                 for entry in await _find_all(journal, [number for _, number, _, _ in page]):
-                    known.resolved += entry.ending is not None
-                    known.open += entry.ending is None and entry.sent_at is not None
+                    if entry.ending is not None or entry.sent_at is not None:
+                        open_or_made = "made" if entry.state.is_made else "open"
+                        word = str(entry.state) if entry.state in (State.REJECTED, State.CONFLICT) else open_or_made
+                        known.found.update({word: 1, "new": -1})
+                        known.new_yuan -= Decimal(entry.fields["money_refund"])
     return known
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,17 +28,17 @@ from lianlian_async.cli.stores import (
     open_queue,
     place_name,
 )
-from lianlian_async.errors import JournalError, LianLianError
+from lianlian_async.errors import ConfigurationError, JournalError, LianLianError
 from lianlian_async.journal import Journal
 from lianlian_async.merchant import Merchant
 from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
 
-from .checked import Checked, Known, Line, look_up
+from .checked import Checked, FileTotals, Known, Line, look_up
 from .options import batch_options, refuse_for_queue
 from .results import Totals, interrupted_result, invalid_result, result_columns, result_of
 from .rows import Columns, read_rows
-from .summary import show_batch, show_checked
+from .summary import file_rows, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
 _JOURNAL_POLL: Final = 1.0
@@ -62,12 +63,13 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
     queue, dry_run = options["queue"], options["dry_run"]
     if queue:
         refuse_for_queue(ctx)
-    merchant = None if queue else load_merchant(config)
+    merchant = None if queue else _load_merchant(output, config, dry_run)
     place = _find_journal(output, file, merchant, options) if merchant else None
     if not (queue or dry_run):
         _refuse_to_overwrite(options["out"], file, place)
-    with closing(Checked(merchant, derive=options["derive"], dt_refund=options["dt_refund"])) as checked:
-        columns = Columns(options["renamed"], options["ignore_unknown"], has_partner=merchant is not None)
+    reading = {name: options[name] for name in ("derive", "dt_refund", "read_date", "read_money")}
+    with closing(Checked(merchant, **reading)) as checked:
+        columns = Columns(options["renamed"], options["ignore_unknown"], has_partner=not queue)
         with click.open_file(file, "rb") as stream:
             for row in read_rows(stream, file, columns, options["encoding"]):
                 checked.add(row)
@@ -76,14 +78,13 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
         if checked.problems.count and not options["skip_invalid"]:
             show_checked(output, checked, "invalid, nothing was sent")
             ctx.exit(2)
-        most = options["max_total"]
-        if most is not None and checked.yuan > most:
-            raise click.UsageError(f"sum {checked.yuan:,.2f} yuan exceeds --max-total {most:,.2f}; nothing was sent")
+        totals = checked.totals()
+        _refuse_too_much(totals, options["max_total"], options["max_refund"])
         if merchant is None or place is None:
-            _enqueue(output, file, checked, options)
+            _enqueue(output, file, checked, totals, options)
         else:
-            known = anyio.run(look_up, checked, place)
-            run = _Batch(output, merchant, checked, options, place, known, columns.seen)
+            known = anyio.run(look_up, checked, totals, place)
+            run = _Batch(output, merchant, checked, totals, options, place, known, columns.seen)
             receipt = None if file == "-" else Path(f"{file}.receipt")
             run.check_receipt(receipt)
             if dry_run:
@@ -92,6 +93,27 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
             else:
                 _confirm_batch(run, file)
                 ctx.exit(_send(run))
+
+
+def _load_merchant(output: Output, config: Path | None, dry_run: bool) -> Merchant | None:
+    """Load the merchant; a dry run does without one."""
+    try:
+        return load_merchant(config)
+    except ConfigurationError as error:
+        if not dry_run:
+            raise
+        output.note(f"no merchant ({error}): oid_partner, notify_url and the journal are not checked")
+        return None
+
+
+def _refuse_too_much(totals: FileTotals, max_total: Decimal | None, max_refund: Decimal | None) -> None:
+    if max_total is not None and totals.yuan > max_total:
+        problem = f"sum {totals.yuan:,.2f} yuan exceeds --max-total {max_total:,.2f}"
+    elif max_refund is not None and totals.largest_yuan > max_refund:
+        problem = f"line {totals.largest_line}: {totals.largest_yuan:,.2f} yuan exceeds --max-refund {max_refund:,.2f}"
+    else:
+        return
+    raise click.UsageError(f"{problem}; nothing was sent")
 
 
 def _find_journal(output: Output, file: str, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
@@ -120,12 +142,14 @@ def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None
             raise click.BadParameter("is the input, its receipt or the journal", param_hint="--out")
 
 
-def _enqueue(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> None:
+def _enqueue(output: Output, file: str, checked: Checked, totals: FileTotals, options: Mapping[str, Any]) -> None:
     """Put the refunds into the queue; a dry run only shows them."""
     if options["dry_run"]:
         show_checked(output, checked, _VALID)
     else:
-        _confirm(options["yes"], file, checked, "into the queue")
+        question = f"Put {totals.refunds:,} refunds, {totals.yuan:,.2f} yuan, into the queue?"
+        if totals.refunds and not options["yes"]:
+            _confirm(output, file, file_rows(checked, totals, None), question)
         added = anyio.run(_add_to_queue, options["queue"], checked)
         show_checked(output, checked, "in the queue", added=added)
 
@@ -137,13 +161,17 @@ async def _add_to_queue(dsn: str, checked: Checked) -> int:
 
 def _confirm_batch(run: _Batch, file: str) -> None:
     """Say what the journal knows, ask whether to send, and create the folder of a default journal."""
-    known, options, merchant = run.known, run.options, run.merchant
-    counts = known.counts()
-    if counts["new"] < known.total or not options["yes"]:
-        in_words = ", ".join(f"{number:,} {word}" for word, number in counts.items())
-        run.output.note(f"journal {place_name(run.place)}: {in_words}")
+    known, options, merchant, journal = run.known, run.options, run.merchant, place_name(run.place)
+    if options["yes"] and known.found["new"] < run.in_file.refunds:
+        in_words = ", ".join(f"{number:,} {word}" for word, number in known.found.items())
+        run.output.note(f"journal {journal}: {in_words}")
+    if run.in_file.refunds and not options["yes"]:
         _note_new_journal(run)
-    _confirm(options["yes"], file, run.checked, f"as merchant {merchant.oid_partner} at {merchant.endpoints.apply}")
+        rows = [("merchant", merchant.oid_partner), ("endpoint", merchant.endpoints.apply), ("journal", journal)]
+        rows += file_rows(run.checked, run.in_file, known)
+        resolved = f", and resolve {known.found['open']:,} open ones" if known.found["open"] else ""
+        question = f"Send {known.found['new']:,} new refunds, {known.new_yuan:,.2f} yuan{resolved}?"
+        _confirm(run.output, file, rows, question)
     if not options["journal"]:
         make_folder(run.place)
 
@@ -156,13 +184,10 @@ def _note_new_journal(run: _Batch) -> None:
         )
 
 
-def _confirm(yes: bool, file: str, checked: Checked, destination: str) -> None:
-    if yes or not checked.count:
-        return
+def _confirm(output: Output, file: str, rows: Iterable[tuple[str, str]], question: str) -> None:
     if file == "-" or not sys.stdin.isatty():
         raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
-    question = f"Send {checked.count:,} refunds, {checked.yuan:,.2f} yuan, {destination}?"
-    click.confirm(question, abort=True, err=True)
+    output.confirm([("file", file), *rows], question)
 
 
 # ── sending ──────────────────────────────────────────────────────────────────────────────────────
@@ -173,7 +198,7 @@ def _send(run: _Batch) -> int:
     # After an interruption the summary counts what may have been made: no warning for each refund.
     logging.getLogger("lianlian_async").addHandler(logging.NullHandler())
     try:
-        with sigterm_interrupts(), run.output.progress("refunds", run.checked.count) as run.advance:
+        with sigterm_interrupts(), run.output.progress("refunds", run.in_file.refunds) as run.advance:
             anyio.run(run.work)
     except KeyboardInterrupt:
         run.output.note(
@@ -196,6 +221,7 @@ class _Batch:
     output: Output
     merchant: Merchant
     checked: Checked
+    in_file: FileTotals
     options: Mapping[str, Any]
     place: str
     known: Known
@@ -211,7 +237,7 @@ class _Batch:
     _write_receipt: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.totals = Totals(self.checked.count)
+        self.totals = Totals(self.in_file.refunds)
 
     def check_receipt(self, path: Path | None) -> None:
         """Refuse another journal than the one in the receipt at ``path``; None: the batch comes from stdin."""

@@ -15,6 +15,7 @@ from lianlian_async import wire
 from lianlian_async.cli.options import Command, parsed
 from lianlian_async.cli.stores import DSN, JOURNAL, check_place, is_dsn
 
+from .formats import date_reader, money_reader
 from .rows import FIELDS
 
 _NOT_FOR_QUEUE: Final = (
@@ -69,6 +70,12 @@ _OPTIONS: Final = (
         callback=parsed(wire.parse_decimal),
         help="Send nothing if the sum of all refunds is greater.",
     ),
+    click.option(
+        "--max-refund",
+        metavar="YUAN",
+        callback=parsed(wire.parse_decimal),
+        help="Send nothing if a refund is greater.",
+    ),
     click.option("--skip-invalid", is_flag=True, help="Send the valid lines although others are invalid."),
     click.option(
         "--map",
@@ -77,6 +84,20 @@ _OPTIONS: Final = (
         multiple=True,
         callback=_read_map,
         help="Read a field from a column with another name.",
+    ),
+    click.option(
+        "--date-format",
+        "read_date",
+        metavar="FORMAT",
+        callback=parsed(date_reader),
+        help="Form of the dates in the file, such as 'YYYY/MM/DD hh:mm', in China Standard Time.",
+    ),
+    click.option(
+        "--money-format",
+        "read_money",
+        metavar="FORMAT",
+        callback=parsed(money_reader),
+        help="Form of the amounts in the file: the number 1,234.56, such as '¥1,234.56'.",
     ),
     click.option("--ignore-unknown", is_flag=True, help="Ignore columns that are not refund fields."),
     click.option(

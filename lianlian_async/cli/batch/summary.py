@@ -13,20 +13,32 @@ from lianlian_async.cli.exit_codes import MADE, UNKNOWN, ExitOutcome, error_docu
 from lianlian_async.cli.output import Output, local_time, printable, table
 from lianlian_async.errors import LianLianError
 
-from .checked import Checked, Known
+from .checked import Checked, FileTotals, Known
 from .results import NotMade, Reason, Totals
+
+
+def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list[tuple[str, str]]:
+    """Return the content of a file and what the journal knows about it, as rows of a table."""
+    rows = [("refunds", f"{totals.refunds:,}"), ("yuan", f"{totals.yuan:,.2f}")]
+    rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
+    if known is not None:
+        rows += [(word, f"{refunds:,}") for word, refunds in known.found.items()]
+        rows += [("yuan of new refunds", f"{known.new_yuan:,.2f}")]
+    if totals.refunds:
+        rows += [("largest refund", f"{totals.largest_yuan:,.2f} yuan (line {totals.largest_line})")]
+        rows += [("orders with several refunds", f"{totals.orders_with_several:,}")]
+    return rows
 
 
 def show_checked(
     output: Output, checked: Checked, outcome: str, known: Known | None = None, **facts: int | str
 ) -> None:
     """Show the content of a file of which nothing is sent, and what the journal knows about it."""
-    document = _document(outcome, checked) | facts
-    rows = [("refunds", f"{checked.count:,}"), ("yuan", f"{checked.yuan:,.2f}")]
-    rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
+    totals = checked.totals()
+    document = _document(outcome, checked, totals) | facts
     if known is not None:
-        document["found"] = known.counts()
-        rows += [(name, f"{count:,}") for name, count in known.counts().items()]
+        document |= {"found": known.found, "new_yuan": f"{known.new_yuan:.2f}"}
+    rows = file_rows(checked, totals, known)
     rows += [(name, f"{fact:,}" if isinstance(fact, int) else fact) for name, fact in facts.items()]
     output.show(document, table(outcome, ("", ""), rows))
 
@@ -44,7 +56,8 @@ def show_batch(
     """Show the results of a batch; ``places``: where journal and results are."""
     outcomes = totals.outcomes()
     not_made = sorted(totals.not_made.items(), key=lambda pair: -pair[1].refunds)
-    to_do_yuan = checked.yuan - sum(yuan for _, _, yuan in outcomes)
+    in_file = checked.totals()
+    to_do_yuan = in_file.yuan - sum(yuan for _, _, yuan in outcomes)
     facts = {
         "seconds": round(totals.seconds, 1),
         "refunds_per_second": round(totals.rate, 1),
@@ -52,11 +65,11 @@ def show_batch(
         "queries": totals.queries,
         "known_from_journal": totals.recorded,
     }
-    document = _document(outcome.word, checked) | {
+    document = _document(outcome.word, checked, in_file) | {
         "outcomes": {word: {"refunds": number, "yuan": f"{yuan:.2f}"} for word, number, yuan in outcomes},
         "to_do": {"refunds": totals.to_do, "yuan": f"{to_do_yuan:.2f}"},
         "not_made": [_not_made_document(reason, refunds) for reason, refunds in not_made],
-        "found": known.counts(),
+        "found": known.found,
         **facts,
         **places,
         "ask_again_at": totals.ask_again_at and totals.ask_again_at.isoformat(),
@@ -104,11 +117,11 @@ def _not_made_document(reason: Reason, refunds: NotMade) -> dict[str, Any]:
     }
 
 
-def _document(outcome: str, checked: Checked) -> dict[str, Any]:
+def _document(outcome: str, checked: Checked, totals: FileTotals) -> dict[str, Any]:
     return {
         "outcome": outcome,
-        "refunds": checked.count,
-        "yuan": f"{checked.yuan:.2f}",
+        "refunds": totals.refunds,
+        "yuan": f"{totals.yuan:.2f}",
         "invalid": checked.problems.count,
         "problems": [{"line": line, "problem": text} for line, text in checked.problems.lines],
         "remarks": [{"line": line, "remark": text} for line, text in checked.remarks.lines],

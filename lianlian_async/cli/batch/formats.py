@@ -1,0 +1,129 @@
+"""The forms of dates and amounts in a file. A form is declared, never guessed; a problem names the option for it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from itertools import chain
+from typing import Final
+
+from lianlian_async import wire
+
+_DATE_PARTS: Final = ("YYYY", "MM", "DD", "hh", "mm", "ss")
+_DATE_PART: Final = re.compile("|".join(_DATE_PARTS))
+_YEAR_LAST: Final = ("YYYY", "hh", "mm", "ss")
+_MONEY_FORM: Final = re.compile(r"(\D*)1(\D?)234(?:(\D)56)?(\D*)")
+_AMBIGUOUS: Final = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
+"""An amount with a decimal point, or with dots between thousands."""
+
+
+def _normal(text: str) -> str:
+    """Return ``text`` with full-width digits, signs and blanks as ASCII."""
+    return unicodedata.normalize("NFKC", text).strip()
+
+
+def date_reader(form: str) -> Callable[[str], str]:
+    """Return a function from text in a form such as ``YYYY/MM/DD hh:mm`` to ``yyyyMMddHHmmss``, which is read, too.
+
+    A part has one or two digits, but two beside another part. Raises ``ValueError`` for an unclear form.
+    """
+    parts = _DATE_PART.findall(form)
+    if len(set(parts)) < len(parts) or not {"YYYY", "MM", "DD"} <= set(parts):
+        raise ValueError("must have YYYY, MM, DD, and perhaps hh, mm, ss, once each, such as 'YYYY/MM/DD hh:mm'")
+
+    def digits(part: re.Match[str]) -> str:
+        beside = part.string[: part.start()][-1:] + part.string[part.end() :][:1]
+        length = "4" if part[0] == "YYYY" else "2" if set(beside) & set("YMDhms") else "1,2"
+        return f"(?P<{part[0]}>[0-9]{{{length}}})"
+
+    pattern = re.compile(_DATE_PART.sub(digits, re.escape(_normal(form))))
+
+    def read(text: str) -> str:
+        if match := pattern.fullmatch(_normal(text)):
+            return "".join(match.groupdict().get(part, "").rjust(2, "0") for part in _DATE_PARTS)
+        if re.fullmatch("[0-9]{14}", text):
+            return text
+        raise ValueError(f"does not have the form of --date-format {form!r}")
+
+    return read
+
+
+def money_reader(form: str) -> Callable[[str], str]:
+    """Return a function from an amount in a form such as ``¥1,234.56`` to its wire form.
+
+    Separators between thousands, the sign of the currency and decimals may be missing in an amount. Raises
+    ``ValueError`` for an unclear form.
+    """
+    match = _MONEY_FORM.fullmatch(_normal(form))
+    if match is None or match[2] == match[3]:
+        raise ValueError("must be the number 1,234.56 in the form of the file, such as '¥1,234.56' or '1.234,56'")
+    before, group, point, after = (re.escape((part or "").strip()) for part in match.groups())
+    group = re.escape(match[2])  # it may be a blank
+    thousands = rf"[1-9][0-9]{{0,2}}(?:{group}[0-9]{{3}})+|" if group else ""
+    decimals = rf"(?:{point}([0-9]{{1,2}}))?" if point else "()"
+    pattern = re.compile(rf"(?:{before})?\s*({thousands}[0-9]+){decimals}\s*(?:{after})?")
+
+    def read(text: str) -> str:
+        if amount := pattern.fullmatch(_normal(text)):
+            return f"{re.sub('[^0-9]', '', amount[1])}.{amount[2] or '':0<2}"
+        raise ValueError(f"does not have the form of --money-format {form!r}")
+
+    return read
+
+
+def plain_date(text: str) -> str:
+    """Return ``text`` if it has the wire form; else raise ``ValueError`` with the option for its form."""
+    try:
+        wire.parse_timestamp(text)
+    except ValueError as error:
+        raise _undeclared("--date-format", _date_forms(_normal(text)), error) from None
+    return text
+
+
+def plain_money(text: str) -> str:
+    """Return ``text`` if it has the wire form; else raise ``ValueError`` with the option for its form."""
+    try:
+        wire.parse_money(text)
+        if _AMBIGUOUS.fullmatch(text):
+            raise ValueError("is ambiguous")
+    except ValueError as error:
+        raise _undeclared("--money-format", _money_forms(_normal(text)), error) from None
+    return text
+
+
+def _undeclared(option: str, forms: list[str], problem: ValueError) -> ValueError:
+    """Return the error for text that may have one of ``forms``; without any, ``problem``."""
+    return ValueError(f"declare its form with {option} {' or '.join(map(repr, forms))}") if forms else problem
+
+
+def _date_forms(text: str) -> list[str]:
+    """Return the forms that ``text`` may have."""
+    numbers = re.findall("[0-9]+", text)
+    if re.fullmatch("[0-9]{8}|[0-9]{12}", text):
+        return ["YYYYMMDDhhmm"[: len(text)]]
+    if not 3 <= len(numbers) <= 6 or 4 not in (len(numbers[0]), len(numbers[2])):
+        return []
+    orders = [_DATE_PARTS] if len(numbers[0]) == 4 else [("DD", "MM", *_YEAR_LAST), ("MM", "DD", *_YEAR_LAST)]
+    between = re.split("[0-9]+", text)
+    return ["".join(chain.from_iterable(zip(between[:-1], order, strict=False))) + between[-1] for order in orders]
+
+
+def _money_forms(text: str) -> list[str]:
+    """Return the forms that ``text`` may have; none for a negative amount."""
+    match = re.fullmatch(r"([^0-9-]*)([0-9](?:[0-9.,' ]*[0-9])?)([^0-9]*)", text)
+    if match is None:
+        return []
+    marks = re.sub("[0-9]", "", match[2])
+    last = marks[-1:] or "."
+    other = "," if last == "." else "."
+    has_thousands = re.fullmatch(r"[1-9][0-9]{0,2}(?:[.,' ][0-9]{3})+", match[2]) and len(set(marks)) == 1
+    if has_thousands and len(marks) == 1:
+        numbers = ["1,234.56", "1.234,56"]
+    elif has_thousands:
+        numbers = [f"1{last}234{other}56"]
+    elif marks and not re.search("[^0-9][0-9]{1,2}$", match[2]):
+        return []
+    else:
+        numbers = [f"1{marks[0] if len(marks) > 1 else other}234{last}56"]
+    return [f"{match[1]}{number}{match[3]}" for number in numbers]
