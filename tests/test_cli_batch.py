@@ -387,7 +387,7 @@ def test_journal_in_use_with_no_wait_exits_1(env, gateway, file):
     until(lambda: gateway.requests["apply"])
     ended = run("batch", file, "--yes", "--no-wait", env=env)
     assert ended.exit_code == 1
-    assert "holds it; wait until that process has ended" in ended.stderr
+    assert "has it open; wait until that process has ended" in ended.stderr
     assert gateway.requests["apply"] == 1
     process.kill()
     end(process, env)

@@ -316,7 +316,7 @@ async def test_a_session_that_left_too_much_unknown_begins_nothing_more(monkeypa
         for number in (1, 2):
             with anyio.move_on_after(1):
                 await session.apply_refund(refund_request(number))
-        with pytest.raises(JournalError, match="has left 2 refunds unknown") as caught:
+        with pytest.raises(JournalError, match="2 refunds of this session are unknown") as caught:
             await session.apply_refund(refund_request(3))
         assert caught.value.said is None
         assert gateway.requests == {"apply": 2}

@@ -221,5 +221,5 @@ async def test_a_begin_that_is_taken_back_first_records_nothing():
     """A begin that was retried may be applied after its take-back."""
     begin = Begin(intent(), now())
     assert TakeBack(begin).apply(None) == (None, None)
-    with pytest.raises(JournalError, match="the call that would have begun it was cancelled"):
+    with pytest.raises(JournalError, match="not begun, because its call was cancelled"):
         begin.apply(None)

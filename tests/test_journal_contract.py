@@ -241,10 +241,10 @@ async def test_a_lease_that_somebody_else_took_lets_nothing_be_sent_again(kind):
     async with kind.make() as journal:
         _, late = await begin(journal, lease=OVER)
         await begin(journal)
-        with pytest.raises(JournalError, match="has taken the lease"):
+        with pytest.raises(JournalError, match="has taken its lease"):
             await journal.resend(late)
         await journal.finish(held("R-1"), MADE)
-        with pytest.raises(JournalError, match="has taken the lease"):
+        with pytest.raises(JournalError, match="has taken its lease"):
             await journal.resend(late)
 
 
@@ -260,7 +260,7 @@ async def test_a_journal_belongs_to_its_first_merchant_and_endpoint(kind):
     async with kind.make() as journal:
         assert journal.id == number
         for other in (("201304121000001004", "https://other.invalid/"), ("2", "https://sandbox.invalid/refund.htm")):
-            with pytest.raises(ConfigurationError, match="use one journal for each"):
+            with pytest.raises(ConfigurationError, match="use another journal for this session"):
                 await journal.bind(*other)
         await journal.bind("201304121000001004", "https://sandbox.invalid/refund.htm")
 

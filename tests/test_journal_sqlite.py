@@ -300,8 +300,8 @@ async def test_a_reopened_journal_tells_recorded_refunds_from_new_ones(path):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda path: path.write_bytes(b"money " * 1000), "it is not a journal, and was not changed"),
-        (lambda path: _sqlite(path, "CREATE TABLE other (x)"), "an SQLite file, but not a journal"),
+        (lambda path: path.write_bytes(b"money " * 1000), "the file is not a journal, and was not changed"),
+        (lambda path: _sqlite(path, "CREATE TABLE other (x)"), "this SQLite file is not a journal"),
         (lambda path: path.mkdir(), "its folder must exist and be writable"),
     ],
     ids=["text", "other database", "folder"],
@@ -343,7 +343,7 @@ async def test_a_corrupted_file_is_said_to_be(path, damaged):
     with path.open("r+b") as file:
         file.seek((page - 1) * 4096)
         file.write(b"\xff" * 4096)
-    with pytest.raises(JournalError, match="malformed; keep the file, and restore it"):
+    with pytest.raises(JournalError, match="malformed; keep the damaged file and restore a backup"):
         async with SqliteJournal(path) as journal:
             await journal.begin(intent(), now())
 

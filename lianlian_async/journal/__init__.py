@@ -1,6 +1,6 @@
 """Journals: durable records of every refund and its outcome.
 
-SQLite is imported at its first use, and ``postgres`` only by its users, as both imports take long.
+Both imports are slow: SQLite is imported at its first use, and you import ``journal.postgres`` yourself if you need it.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
 """The journal protocol: a durable record of every refund that was begun, and of its outcome.
 
-A refund is recorded before its first byte is sent. After any crash the journal tells which refunds to ask about. A
-recorded ending is never lost or overwritten. The states of one call::
+A refund is recorded before its first byte is sent. After any crash the journal lists the refunds to query. A recorded
+outcome never changes, except from ACCEPTED to FINAL or DONE, and from FINAL to DONE. The states of one call::
 
-    begin ──► NEW ──────────────► send ──► finish (made, rejected, conflict)
-         ├───► ASK_FIRST ► ask ──► send ──► finish
-         ├───► UNRESOLVED ► ask ──► (resend, send) ──► finish
-         │         ▲                 └──────► release (unknown: may have arrived; or certainly not sent)
-         │         └───────────────────────────┘
-         ├───► FINISHED: the recorded ending, no traffic
+    begin ──► NEW ────────────────► send ──► finish (made, rejected, conflict)
+         ├───► ASK_FIRST ► query ──► send ──► finish
+         ├───► UNRESOLVED ► query ──► (resend, send) ──► finish
+         │         ▲                   └──────► release (unknown: may have arrived; or certainly not sent)
+         │         └─────────────────────────────┘
+         ├───► FINISHED: return the recorded outcome, send nothing
          └───► LEASED: another call or worker has the lease; wait for it
 
-Cancellation never leaves a refund in between: a ``finish`` or ``release`` is recorded even if its caller is cancelled
-meanwhile, and the ``begin`` of a cancelled caller is taken back.
+Cancellation is safe. ``finish`` and ``release`` are recorded even if the caller is cancelled meanwhile; a ``begin``
+whose caller is cancelled is rolled back.
 
-A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`): a rehearsal on the sandbox must never
-answer for production.
+A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`), so that a refund made in the sandbox is
+never taken for a production refund.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ __all__ = ["Ending", "Entry", "Intent", "Journal", "JournalError", "Owner", "Sta
 
 
 class State(StrEnum):
-    """The state of a refund in the journal. It changes only from earlier members to later ones."""
+    """The state of a refund in the journal.
+
+    It changes only from UNRESOLVED to any other state, from ACCEPTED to FINAL or DONE, and from FINAL to DONE.
+    """
 
     UNRESOLVED = "unresolved"
-    """Begun; not known whether it was made."""
+    """The refund was begun; whether it was made is not known."""
     ACCEPTED = "accepted"
     """Made, but ``sta_refund`` can still change."""
     FINAL = "final"
@@ -45,13 +48,13 @@ class State(StrEnum):
     DONE = "done"
     """Made and final; nothing is left to do."""
     REJECTED = "rejected"
-    """Rejected by the gateway for good."""
+    """The gateway rejected it permanently."""
     CONFLICT = "conflict"
-    """The gateway reported another refund under this number: a person has to decide, nothing is sent or asked."""
+    """The gateway reported another refund under this number: nothing is sent or queried until a person decides."""
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is an ending."""
+        """Whether the outcome is known."""
         return self is not State.UNRESOLVED
 
     @property
@@ -65,7 +68,7 @@ class Standing(StrEnum):
 
     NEW = "new"
     ASK_FIRST = "ask first"
-    """Not on record, but the journal may have lost its last commits: query before sending."""
+    """The journal has no entry, but it may have lost its last commits: query before sending."""
     UNRESOLVED = "unresolved"
     FINISHED = "finished"
     LEASED = "leased"
@@ -82,25 +85,25 @@ class Owner:
         """Return this owner if ``recorded`` is the same or None; else raise ``ConfigurationError``."""
         if recorded not in (None, self):
             raise ConfigurationError(
-                f"journal {journal} belongs to merchant {recorded.oid_partner} at {recorded.apply_url}, "
-                f"this session to {self.oid_partner} at {self.apply_url}: use one journal for each"
+                f"journal {journal} belongs to merchant {recorded.oid_partner} at {recorded.apply_url}, this session "
+                f"to {self.oid_partner} at {self.apply_url}: use another journal for this session"
             )
         return self
 
 
 @attrs.frozen(kw_only=True)
 class Intent:
-    """A refund about to be sent."""
+    """A refund that its caller is about to send."""
 
     no_refund: str
     digest: str
-    """SHA-256 (hex) of the content that must not change under one number."""
+    """SHA-256 (hex) of the fields that must not change for one ``no_refund``."""
     fields: Mapping[str, str]
     """The request in wire form (``RefundRequest.to_dict``)."""
     body: bytes
     """The exact signed bytes to send."""
     lease: float
-    """Seconds from now in which only this caller may send."""
+    """Length of the lease in seconds: until it ends, only this caller may send."""
 
 
 @attrs.frozen(kw_only=True)
@@ -119,15 +122,15 @@ class Entry:
     digest: str
     fields: Mapping[str, str]
     body: bytes
-    """The signed bytes to send, or to send again; empty once there is an ending."""
+    """The signed bytes to send, or to send again; empty once the outcome is known."""
     sent_at: Moment | None
-    """The last moment at which an attempt may have arrived (the end of the lease, while its holder may send);
-    None: certainly no attempt has arrived."""
+    """Upper bound for the time at which the gateway may have received an attempt. While the lease holder may send, this
+    is the end of the lease. None: the gateway received nothing."""
     refused: Mapping[str, str] | None = None
-    """The refusal (``ret_code``, ``ret_msg``, ``verified``) in which every attempt so far ended; None: one may have
-    worked, or there was none."""
+    """The gateway's rejection (``ret_code``, ``ret_msg``, ``verified``), set only if every attempt so far was rejected.
+    None: there was no attempt, or an attempt may have succeeded."""
     ending: Ending | None = None
-    """None while it is unresolved."""
+    """The outcome; None while the refund is unresolved."""
     holder: str | None = attrs.field(default=None, repr=False)
     """Identifies the call that has the lease."""
     leased_until: Moment | None = attrs.field(default=None, repr=False)
@@ -152,14 +155,14 @@ class Journal(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be used now."""
+        """Whether the journal is open."""
 
     @property
     def id(self) -> str:
-        """The random id that the journal got at its creation; only of an open journal."""
+        """The random id that the journal got at its creation. Can be read only while the journal is open."""
 
     owner: Owner | None
-    """Whose refunds it holds, as far as this process knows; None: nobody's yet."""
+    """The owner, as this process last read it. None: the journal is not bound yet."""
 
     async def bind(self, oid_partner: str, apply_url: str) -> None:
         """Record the owner: merchant and apply endpoint.
@@ -170,57 +173,56 @@ class Journal(Protocol):
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         """Record ``intent`` durably and take the refund's lease, before anything is sent.
 
-        NEW: not on record, or certainly not sent; send it. ASK_FIRST: as NEW, but query first. UNRESOLVED: begun
-        earlier; query first, and send only the entry's own body, after :meth:`resend`. FINISHED: use the entry's
-        ending. LEASED: another call has the lease; the entry is as stored.
-        The entry's ``sent_at`` is the last moment at which an earlier attempt may have arrived: None if NEW or
-        ASK_FIRST, never later than ``now`` if UNRESOLVED.
+        NEW: the journal has no entry, or the refund was certainly not sent; send it. ASK_FIRST: as NEW, but query
+        first. UNRESOLVED: an earlier call began the refund; query first, and send only the entry's own body, after
+        :meth:`resend`. FINISHED: use the entry's ending. LEASED: another call has the lease; the entry is as stored.
+        The entry's ``sent_at`` is None if NEW or ASK_FIRST, and never later than ``now`` if UNRESOLVED.
 
         After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
-        Raises ``RefundConflict`` if the number is recorded with another digest.
+        Raises ``RefundConflict`` if the journal has the number with another digest.
         """
 
     async def resend(self, entry: Entry) -> None:
         """Record that ``entry``, as returned by :meth:`begin`, may be sent again until its lease ends.
 
-        Raises :class:`JournalError` if another call has taken the lease.
+        Raises :class:`JournalError` if another call has taken the lease or resolved the refund.
         """
 
     async def finish(self, entry: Entry, ending: Ending) -> Entry:
-        """Record the ending of ``entry``, end its lease, and return the entry as stored.
+        """Record the outcome of ``entry``, end its lease, and return the entry as stored.
 
-        The first ending wins; only ACCEPTED may become FINAL or DONE later. Recording the same ending again changes
-        nothing. An entry that the journal has lost is written again. Once acting has begun, DONE is recorded as FINAL.
+        The first outcome wins; only ACCEPTED may become FINAL or DONE later. Idempotent. An entry that the journal has
+        lost is written again. After :meth:`begin_acting`, a DONE ending is recorded as FINAL until :meth:`acted`.
         """
 
     async def begin_acting(self) -> None:
-        """Record every refund that becomes final from now on as FINAL until :meth:`acted`; in all processes, for good.
+        """Switch the journal permanently, for all processes: record a final refund as FINAL until :meth:`acted`.
 
-        Refunds that are DONE stay DONE. Without this call the journal never has FINAL refunds.
+        Acting is calling ``on_refund``. Refunds that are DONE stay DONE. Without this call no refund is ever FINAL.
         """
 
     async def acted(self, no_refund: str) -> None:
-        """Record that ``on_refund`` has returned: FINAL becomes DONE; nothing else changes."""
+        """Record that ``on_refund`` has returned: FINAL becomes DONE; every other state stays as it is."""
 
     async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
-        """End the lease of ``entry``, as returned by :meth:`begin`, without an ending.
+        """End the lease of ``entry``, as returned by :meth:`begin`, and leave the refund unresolved.
 
-        ``sent_at`` is the last moment at which an attempt, of this or of an earlier call, may have arrived; None:
-        certainly none has, so the next :meth:`begin` returns NEW. ``refused``: see :class:`Entry`. Does nothing if
-        another call has taken the lease or resolved the refund.
+        ``sent_at`` and ``refused`` (see :class:`Entry`) cover the attempts of this call and of earlier ones. If
+        ``sent_at`` is None, the next :meth:`begin` returns NEW. Does nothing if another call has taken the lease or
+        resolved the refund.
         """
 
     async def latest_made(self) -> Entry | None:
-        """Return the youngest entry that is known as made, to test the query service with."""
+        """Return the newest entry whose refund was made. Callers query it to check that the query service works."""
 
     def pending(self) -> AsyncIterator[Entry]:
         """Yield every UNRESOLVED, ACCEPTED or FINAL entry, oldest first, in bounded memory.
 
-        Durable journals leave out entries that begin later.
+        Leaves out entries that are added during the iteration.
         """
 
     def entries(self) -> AsyncIterator[Entry]:
-        """Yield every entry, oldest first, in bounded memory, without those that begin later."""
+        """Yield every entry as :meth:`pending` does, whatever its state."""
 
     async def find(self, no_refund: str) -> Entry | None:
         """Return the entry of one refund."""
@@ -229,7 +231,8 @@ class Journal(Protocol):
         """Return the number of refunds in each state."""
 
     async def inbox(self) -> Journal:
-        """Return the journal of notified final states. The first call opens it; it closes with this journal.
+        """Return the inbox: a second journal, of final states that arrived by notification.
 
-        Its entries are UNRESOLVED until the handler has acted on them, then DONE.
+        The first call opens it; it closes with this journal. Its entries are UNRESOLVED until ``on_refund`` has
+        returned for them, then DONE.
         """

@@ -1,7 +1,7 @@
-"""The lock that makes one process the owner of a journal file, and names that process to others.
+"""The lock that lets only one process use a journal file. The lock file names that process.
 
-It is a ``flock``, as POSIX record locks (SQLite's) end when the process closes any handle to the file. On Windows it is
-SQLite's exclusive lock on another file.
+It is a ``flock``, because POSIX record locks (which SQLite uses) end when the process closes any handle to the file. On
+Windows it is SQLite's exclusive lock on another file.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ except ImportError:
 
 
 class FileLocked(Exception):
-    """Another process has the lock; the text names it, and says since when."""
+    """Another process has the lock. The message names that process and the time when it took the lock."""
 
 
 class FileLock:
-    """The lock on ``path``, which is created if it is missing; held until :meth:`close` or the end of the process.
+    """The lock on ``path``, from construction until :meth:`close` or the end of the process.
 
-    While it is held, the file names its process. Raises ``FileLocked``, or ``OSError`` if the file cannot be opened.
+    The file is created if it is missing, and names the process while that has the lock. Raises ``FileLocked``, or
+    ``OSError`` if the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,8 +58,8 @@ class FileLock:
             self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Release it. Does nothing in a forked child, which does not hold it."""
-        with suppress(ValueError):  # closed already
+        """Release the lock. Does nothing in a forked child, where the file is closed already."""
+        with suppress(ValueError):  # the file is closed
             self._file.truncate(0)
         _OPEN.discard(self._file)
         self._opened.close()
@@ -73,7 +74,8 @@ def _lock_beside(path: Path, opened: ExitStack) -> None:
 
 def _this_process() -> str:
     program = Path(sys.argv[0])
-    # ``python -m`` runs __main__.py of a package. Arguments are left out: they may contain secrets.
+    # ``python -m`` runs a package's __main__.py, so take the package's name. Arguments may contain secrets: leave them
+    # out.
     name = program.parent.name if program.name == "__main__.py" else program.name
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()} ({name or 'python'}), since {now}"

@@ -1,4 +1,4 @@
-"""Journals in memory: for tests and small jobs, and for sessions without a journal."""
+"""Journals in memory, for tests, small jobs, and sessions without a journal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MemoryJournal(Journal):
 
     @property
     def is_open(self) -> bool:
-        return True  # it works without `async with`, too
+        return True  # it also works without `async with`
 
     @property
     def id(self) -> str:
@@ -106,14 +106,14 @@ class MemoryJournal(Journal):
 
 
 MOST_OPEN: Final = 100_000
-"""Refunds that one session may leave open without a journal; they take about 100 MB."""
+"""Maximum number of open refunds of one session without a journal; they take about 100 MB."""
 
 
 class OpenRefunds(MemoryJournal):
-    """The open refunds of a session without a journal, so that a second call for an unknown one asks first.
+    """The open refunds of a session without a journal, so that a second call for an unknown refund queries first.
 
-    No open refund is dropped: with ``MOST_OPEN`` of them the session begins no new refund. Of the made refunds only the
-    latest is kept.
+    No open refund is dropped: at ``MOST_OPEN`` open refunds the session begins no new one. Of the refunds that were
+    made, only the latest is kept.
     """
 
     _latest_made: Entry | None = None
@@ -121,8 +121,8 @@ class OpenRefunds(MemoryJournal):
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         if len(self._entries) >= MOST_OPEN and intent.no_refund not in self._entries:
             raise JournalError(
-                f"this session has left {MOST_OPEN:,} refunds unknown and cannot remember more: "
-                "resolve those first, or use a journal"
+                f"{MOST_OPEN:,} refunds of this session are unknown, and it cannot remember more: "
+                "resolve them first, or use a journal"
             )
         return await super().begin(intent, now)
 

@@ -1,7 +1,7 @@
-"""Operations on one journal entry: begin, resend, finish, acted, release, take back, find.
+"""Operations on one journal entry: begin, resend, finish, acted, release, take back (roll back a begin), find.
 
-Pure, and the same for every journal. An operation receives the stored entry of its refund, or None. It returns its
-value and the entry to store: the same object if nothing changes.
+They are pure functions, and the same for every journal. An operation receives the stored entry of its refund, or None.
+It returns its value and the entry to store: the same object if nothing changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Operation(Protocol[T_co]):
-    """One step of one refund's entry."""
+    """An operation on the journal entry of one refund."""
 
     @property
     def no_refund(self) -> str:
@@ -44,7 +44,7 @@ class Result(NamedTuple):
 def perform(
     operations: Iterable[Operation[Any]], entries: dict[str, Entry], *, is_acting: bool = False
 ) -> list[Result]:
-    """Apply ``operations`` in order to ``entries`` (in place). One that fails changes nothing and disturbs no other.
+    """Apply ``operations`` in order to ``entries`` (in place). An operation that fails changes nothing.
 
     ``is_acting``: whether the journal records final refunds as FINAL until ``on_refund`` has returned.
     """
@@ -70,13 +70,13 @@ class Begin:
     intent: Intent
     now: Moment
     holder: str = attrs.field(factory=lambda: uuid4().hex)
-    """Identifies this call among those of all processes."""
+    """Identifies this call among the calls of all processes."""
     ask_first: bool = attrs.field(default=False, kw_only=True)
     """Whether the journal may have lost its last commits."""
     found: Entry | None = attrs.field(default=None, init=False)
     """The entry that the caller received with the lease."""
     is_taken_back: bool = attrs.field(default=False, init=False)
-    """Whether the caller is gone: the operation then records nothing."""
+    """Whether the caller was cancelled: the operation then records nothing."""
 
     @property
     def no_refund(self) -> str:
@@ -84,14 +84,17 @@ class Begin:
         return self.intent.no_refund
 
     def postpone(self, boot: float) -> None:
-        """Judge by a later reading of the boot clock. The end of the lease does not move."""
+        """Move ``now`` forward to the boot-clock reading ``boot``, and shorten the lease by the same time.
+
+        So the lease ends when it did before.
+        """
         seconds = boot - self.now.boot
         self.now, self.intent = self.now.after(seconds), attrs.evolve(self.intent, lease=self.intent.lease - seconds)
 
     def apply(self, entry: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
-        """Return what was found. The caller has the lease if that is NEW, ASK_FIRST or UNRESOLVED."""
+        """Return the standing and the entry. The caller has the lease after NEW, ASK_FIRST or UNRESOLVED."""
         if self.is_taken_back:
-            raise JournalError(f"refund {self.no_refund}: the call that would have begun it was cancelled")
+            raise JournalError(f"refund {self.no_refund}: not begun, because its call was cancelled")
         if entry is None:
             return self._new()
         if entry.digest != self.intent.digest:
@@ -101,21 +104,22 @@ class Begin:
         if entry.ending is not None:
             return (Standing.FINISHED, entry), entry
         if entry.sent_at is None:
-            # Nothing of the earlier call was sent, so this call's bytes, maybe signed with another key, replace it.
+            # The earlier call sent nothing, so this call's body, maybe signed with another key, replaces its body.
             return self._new()
         if entry.holder is not None and entry.leased_until is not None and _is_ahead(entry.leased_until, self.now):
             return (Standing.LEASED, entry), entry
         return self._unresolved(entry, entry.sent_at)
 
     def _new(self) -> tuple[tuple[Standing, Entry], Entry]:
-        """Store an entry that counts as sent until the lease ends, as the caller may die at any moment."""
+        """Store the end of the lease as ``sent_at``: the caller may send until then, and crash without a record."""
         leased_until = self.now.after(self.intent.lease)
         self.found = self._entry(self.intent, sent_at=None, refused=None, leased_until=leased_until)
         stored = self._entry(self.intent, sent_at=leased_until, refused=None, leased_until=leased_until)
         return (Standing.ASK_FIRST if self.ask_first else Standing.NEW, self.found), stored
 
     def _unresolved(self, entry: Entry, sent_at: Moment) -> tuple[tuple[Standing, Entry], Entry]:
-        # The lease is over: nobody sends after now. Where no clock can tell the time since ``sent_at``, it is now.
+        # The lease is over: no earlier call sends after now. If no clock can measure the time since ``sent_at``, use
+        # ``now``, the latest possible time.
         if _is_ahead(sent_at, self.now) or not _is_comparable(sent_at, self.now):
             sent_at = self.now
         leased_until = self.now.after(self.intent.lease)
@@ -144,7 +148,10 @@ def _is_ahead(moment: Moment, now: Moment) -> bool:
 
 
 def _is_comparable(moment: Moment, now: Moment) -> bool:
-    """Return whether some clock can tell the time since ``moment``, once the gateway's clock is known."""
+    """Return whether the time since ``moment`` can be measured.
+
+    By the boot clock if both are on one timeline, or later by the gateway's clock if ``moment`` has its time.
+    """
     return moment.timeline == now.timeline or moment.gateway is not None
 
 
@@ -166,7 +173,9 @@ class Resend(_OnLease):
     def apply(self, entry: Entry | None) -> tuple[None, Entry]:
         """Store that the entry may be sent until its lease ends."""
         if entry is not None and (entry.holder != self.leased.holder or entry.ending is not None):
-            raise JournalError(f"refund {self.no_refund}: another call or worker has taken the lease; ask again later")
+            raise JournalError(
+                f"refund {self.no_refund}: another call or worker has taken its lease or resolved it; query it later"
+            )
         return None, attrs.evolve(self.leased, sent_at=self.leased.leased_until, refused=None)
 
 
@@ -179,7 +188,7 @@ class Finish(_OnLease):
     """See :func:`perform`."""
 
     def apply(self, entry: Entry | None) -> tuple[Entry, Entry]:
-        """Return the entry with its first ending, or with the final one that replaces ACCEPTED."""
+        """Return the entry with its first outcome, or with the final outcome that replaces ACCEPTED."""
         entry = entry or self.leased  # a failover may have lost the row
         ending = self.ending
         if self.is_acting and ending.state is State.DONE:
@@ -217,7 +226,7 @@ class Release(_OnLease):
     refused: Mapping[str, str] | None = None
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """Store the entry without its lease; also one that a failover lost, if it may have been sent."""
+        """Store the entry without its lease. An entry that a failover lost is stored again if it may have been sent."""
         if entry is None and self.sent_at is not None:
             entry = self.leased
         if entry is None or entry.holder is None or entry.holder != self.leased.holder:
@@ -227,7 +236,7 @@ class Release(_OnLease):
 
 @attrs.frozen
 class TakeBack:
-    """Undo a :class:`Begin` whose caller was cancelled, and so sends nothing."""
+    """Roll back a :class:`Begin` whose caller was cancelled before it sent anything."""
 
     begin: Begin
 
@@ -237,7 +246,7 @@ class TakeBack:
         return self.begin.no_refund
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """End the lease; a :class:`Begin` that is still waiting will record nothing."""
+        """End the lease. If the :class:`Begin` is still in the queue, it will record nothing."""
         found, self.begin.is_taken_back = self.begin.found, True
         return (None, entry) if found is None else Release(found, found.sent_at, found.refused).apply(entry)
 

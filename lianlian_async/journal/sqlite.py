@@ -1,6 +1,6 @@
-"""The embedded journal: one SQLite file, one process, many tasks; standard library only.
+"""The embedded journal: one SQLite file, used by the tasks of one process; it needs only the standard library.
 
-SQLite runs in a thread: each batch of operations is one transaction and one ``fsync``.
+SQLite runs in a thread. Each batch of operations is one transaction with one ``fsync``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Reading:
         self._check_open()
         last, until = 0, self._file.last_place
         while page := await self._in_thread(partial(self._file.page, last, until, _PAGE, pending=pending)):
-            for last, entry in page:  # noqa: B007 - the next page begins after it
+            for last, entry in page:  # noqa: B007 - the next page begins after ``last``
                 yield entry
             self._check_open()
 
@@ -70,7 +70,7 @@ class _Reading:
 
 
 class SqliteReader(_Reading):
-    """Reads the journal file ``path``, also while another process has it open. Changes nothing."""
+    """Reads the journal file ``path``, even while another process has it open. Changes nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.path.realpath(path)
@@ -86,18 +86,19 @@ class SqliteReader(_Reading):
         await complete(self._close)
 
     async def find_all(self, numbers: Sequence[str]) -> list[Entry]:
-        """Return the entries of those refunds that are on record."""
+        """Return the entries of ``numbers``; a number without an entry is left out."""
         return await self._in_thread(self._file.find_all, numbers)
 
 
 class SqliteJournal(_Reading, GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is created if it is missing.
 
-    One process at a time may open it; a second one gets a ``JournalError``. After that process has ended, or was
-    killed, the next one finds its open refunds as UNRESOLVED. While the journal is open, its files ``…-wal`` and
-    ``…-shm`` belong to it; ``…-owner`` names the process that has it open, and ``…-inbox`` is its inbox. Several
-    processes of one service share a :class:`~.postgres.PostgresJournal`: with several files, one does not know the
-    refunds of the other. Use a local disk: network file systems lack reliable locks.
+    Only one process at a time may open it; a second process gets a ``JournalError``. After that process has ended, or
+    was killed, the next process finds its open refunds as UNRESOLVED. While the journal is open, the files ``…-wal``
+    and ``…-shm`` are part of it. The file ``…-owner`` names the process that has the journal open, and ``…-inbox`` is
+    its inbox. If several processes run one service, let them share a :class:`~.postgres.PostgresJournal`: with a file
+    for each process, no process knows the refunds of the others. Use a local disk: network file systems lack reliable
+    locks.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,6 @@
 """The SQLite file of a journal: its schema, its owner, and one transaction for each batch. All calls block.
 
-No other process writes to the file, so leased entries are known without reading them again.
+No other process writes to the file, so leased entries are kept in memory and not read again.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .operations import Operation, Result, perform
 __all__ = ["JournalFile"]
 
 _ROWS: Final = 64
-"""Rows in one statement. SQLite caches the prepared statement of each number of rows up to that."""
+"""Maximum rows in one statement. ``sqlite3`` caches one prepared statement for each number of rows up to this."""
 
 _ADVICE: Final = {
-    sqlite3.SQLITE_BUSY: "another program has locked it; end that program",
+    sqlite3.SQLITE_BUSY: "another program has locked the file; end that program",
     sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable",
-    sqlite3.SQLITE_CORRUPT: "keep the file, and restore it from a backup; refunds begun since then may have been made",
+    sqlite3.SQLITE_CORRUPT: "keep the damaged file and restore a backup; refunds begun after it may have been made",
     sqlite3.SQLITE_FULL: "free some disk space; the journal then continues",
     sqlite3.SQLITE_IOERR: "check the disk",
-    sqlite3.SQLITE_NOTADB: "it is not a journal, and was not changed; name another file",
+    sqlite3.SQLITE_NOTADB: "the file is not a journal, and was not changed; name another file",
     sqlite3.SQLITE_READONLY: "the file and its folder must be writable",
 }
 _ERRNO: Final = {
@@ -48,11 +48,10 @@ class _DamagedRowError(Exception):
 
 
 class JournalFile:
-    """An open journal file, owned by this process. Threads may share it.
+    """An open journal file, which only this process writes. Threads may share the object.
 
-    The file ``…-owner`` beside it is locked while the journal is open, and names its process (see :mod:`.file_lock`).
-    The journal itself is not locked: other processes may read it. ``only_to_look`` locks, creates and
-    writes nothing.
+    The file ``…-owner`` is locked while the journal is open, and names this process (see :mod:`.file_lock`). The
+    journal itself is not locked, so other processes may read it. ``only_to_look`` opens it read-only, without the lock.
     """
 
     def __init__(self, path: str, *, only_to_look: bool = False) -> None:
@@ -90,7 +89,7 @@ class JournalFile:
 
     def _check_kind(self) -> None:
         if self._value("PRAGMA application_id") != sql.APPLICATION_ID:
-            raise JournalError(f"journal {self._path}: an SQLite file, but not a journal; name another file")
+            raise JournalError(f"journal {self._path}: this SQLite file is not a journal; name another file")
         if (version := self._value("PRAGMA user_version")) != sql.SCHEMA_VERSION:
             raise JournalError(
                 f"journal {self._path}: schema version {version}, but this release needs {sql.SCHEMA_VERSION}; "
@@ -98,7 +97,7 @@ class JournalFile:
             )
 
     def owner(self) -> tuple[str, Owner | None]:
-        """Return the journal's id and its owner; None: no owner yet."""
+        """Return the journal's id and its owner; None: the journal is not bound yet."""
         with self._errors():
             journal_id, oid_partner, apply_url = json.loads(self._value(sql.OWNER))
         return journal_id, None if oid_partner is None else Owner(oid_partner, apply_url)
@@ -117,14 +116,14 @@ class JournalFile:
                 self._is_acting = True
 
     def close(self) -> None:
-        """Close it and release its lock."""
+        """Close the file and release its lock."""
         with self._turn, self._errors():
             self._opened.close()
 
     # ── entries ──────────────────────────────────────────────────────────────────────────────────
 
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
-        """Carry out all ``operations`` in one transaction: durable on return, and without any effect if it raises."""
+        """Carry out all ``operations`` in one transaction. It is durable on return; on an error it changes nothing."""
         with self._turn, self._errors():
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
@@ -141,7 +140,7 @@ class JournalFile:
         return results
 
     def _known(self, numbers: set[str]) -> dict[str, tuple[int, Entry]]:
-        """Return those of ``numbers`` that are on record: (rowid, entry)."""
+        """Return (rowid, entry) by number; a number without an entry is left out."""
         known = {no_refund: self._leased[no_refund] for no_refund in numbers & self._leased.keys()}
         if unread := numbers - known.keys():
             known |= {
@@ -151,16 +150,16 @@ class JournalFile:
 
     @property
     def last_place(self) -> int:
-        """The rowid of the youngest entry."""
+        """The rowid of the newest entry."""
         return self._last_place
 
     def page(self, after: int, until: int, limit: int, *, pending: bool) -> list[tuple[int, Entry]]:
-        """Return up to ``limit`` entries, oldest first, with their rowids: greater than ``after``, up to ``until``."""
+        """Return up to ``limit`` pairs (rowid, entry), oldest first, with ``after`` < rowid <= ``until``."""
         with self._turn, self._errors():
             return sorted(self._read(sql.PENDING if pending else sql.ENTRIES, after, until, limit).items())
 
     def find_all(self, numbers: Sequence[str]) -> list[Entry]:
-        """Return the entries of those refunds that are on record."""
+        """Return the entries of ``numbers``; a number without an entry is left out."""
         with self._turn, self._errors():
             return list(self._read(sql.FIND, _json(numbers)).values())
 
@@ -173,12 +172,12 @@ class JournalFile:
         """See :meth:`.base.Journal.counts`."""
         with self._turn, self._errors():
             found = json.loads(self._value(sql.COUNT))
-        # The index counts all others. Most are DONE: counting their rows would take seconds.
+        # The index counts the other states. Most refunds are DONE: counting their rows would take seconds.
         found[State.DONE] = found.pop("all") - sum(found.values())
         return {state: found.get(state, 0) for state in State}
 
     def _read(self, condition: str, *parameters: Any) -> dict[int, Entry]:
-        """Return the entries for which a condition holds, by rowid."""
+        """Return the entries that match ``condition``, by rowid."""
         rows = json.loads(self._value(sql.READ + condition, *parameters))
         try:
             return {row[0]: self._entry(row[1:]) for row in rows}
@@ -218,7 +217,7 @@ class JournalFile:
             begun = entry.no_refund, entry.digest, _json(entry.fields), entry.state, sent_at, entry.body.decode()
             places.append(place)
             rows.append((place, *begun, evidence, record))
-        rows.sort()  # by rowid: pages that are filled in order stay full
+        rows.sort()  # by rowid: SQLite fills pages completely if rows are inserted in order
         with self._transaction() if len(rows) > _ROWS else nullcontext():
             for some in (rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)):
                 statement = sql.CHANGE + ", ".join([sql.ROW] * len(some))
@@ -244,7 +243,7 @@ class JournalFile:
             raise
 
     def _check_in_place(self) -> None:
-        """Raise if a file was removed or replaced: SQLite would go on writing to the file without a name."""
+        """Raise if a file was removed or replaced: SQLite would go on writing to the unlinked file."""
         for path, opened in self._files.items():
             try:
                 is_there = os.path.samestat(path.stat(), opened)
@@ -262,8 +261,8 @@ class JournalFile:
             yield
         except FileLocked as locked:
             error = JournalError(
-                f"journal {self._path}: {locked} holds it; wait until that process has ended. Several processes of one "
-                "service share a PostgresJournal"
+                f"journal {self._path}: {locked} has it open; wait until that process has ended. If several processes "
+                "run one service, use a PostgresJournal"
             )
             error.holder = str(locked)
             raise error from None
@@ -271,7 +270,7 @@ class JournalFile:
             is_damage = isinstance(error, UnicodeError | _DamagedRowError)
             code = _ERRNO.get(getattr(error, "errno", 0), sqlite3.SQLITE_CORRUPT if is_damage else sqlite3.SQLITE_IOERR)
             code = getattr(error, "sqlite_errorcode", code) & 0xFF  # the primary result code
-            advice = _ADVICE.get(code, "nothing of this batch was recorded")
+            advice = _ADVICE.get(code, "no operation of this batch was recorded")
             raise JournalError(f"journal {self._path}: {error}; {advice}") from error
 
 

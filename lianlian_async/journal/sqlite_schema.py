@@ -1,12 +1,12 @@
 """Schema and statements of a journal file, and the stored form of a moment.
 
-``refunds`` holds what rarely changes. A signed body is in ``bodies`` only while its refund is unresolved, with its
-``evidence``: ``sent_at`` on the other clocks, and the refusal in which every attempt so far ended. The ending is added
-to ``endings``. So rows never grow, and pages stay full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal``
-has one row: the journal's id, its owner, and whether acting on final refunds has begun.
+``refunds`` contains the columns that rarely change. ``bodies`` contains a refund's signed body while it is unresolved,
+with its ``evidence``: the readings of the other clocks at ``sent_at``, and the rejection if every attempt so far was
+rejected. ``endings`` contains the outcomes. So rows never grow, and pages stay full. ``sent_at`` is in microseconds
+since 1970 (UTC). ``journal`` has one row: the journal's id, its owner, and whether ``Journal.begin_acting`` was called.
 
-Many rows are written by one statement, and read as one JSON text: ``sqlite3`` releases and re-acquires the GIL for
-every row, and each time a busy event loop may keep it.
+One statement writes many rows, and a read returns all rows as one JSON text: ``sqlite3`` releases and re-acquires the
+GIL for every row, and a busy event loop may keep the GIL each time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
 SCHEMA_VERSION: Final = 5
 
 CHECKPOINT_PAGES: Final = 4000
-"""Length of the WAL (16 MB) at a checkpoint: most bodies are written and deleted before that."""
+"""Pages in the WAL (16 MB) that trigger a checkpoint: most bodies are written and deleted between two checkpoints."""
 
 SCHEMA: Final = f"""
 BEGIN IMMEDIATE;
@@ -70,7 +70,7 @@ IS_ACTING: Final = "SELECT is_acting FROM journal"
 BIND: Final = "UPDATE journal SET oid_partner = ?, apply_url = ?"
 BEGIN_ACTING: Final = "UPDATE journal SET is_acting = 1"
 
-# A row inserted into this view replaces all that the file holds of its refund.
+# Inserting a row into this view replaces all rows of its refund.
 CHANGES: Final = """
 CREATE TEMP VIEW changes AS SELECT * FROM refunds JOIN bodies USING (id) JOIN endings USING (id);
 CREATE TEMP TRIGGER change INSTEAD OF INSERT ON changes BEGIN
@@ -105,7 +105,7 @@ def evidence_of(sent_at: Moment, refused: Mapping[str, str] | None) -> dict[str,
 
 
 def moment_of(sent_at: int, evidence: Mapping[str, Any]) -> Moment:
-    """Return the moment ``sent_at`` on all clocks. Of a resolved refund, only the wall clock's time is kept."""
+    """Return the moment ``sent_at`` on all clocks. A resolved refund has only the wall clock's time."""
     gateway = evidence.get("gateway")
     return Moment(
         _EPOCH + sent_at * _MICROSECOND,
