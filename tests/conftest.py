@@ -1,4 +1,4 @@
-"""What all tests share: both backends, virtual time, one set of keys, the genuine signatures."""
+"""Fixtures for all tests: asyncio and trio, virtual time, keys, databases, LianLian's genuine signatures."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.support.clock import virtual_backend
 
 settings.register_profile(
     "lianlian",
-    deadline=None,  # no test depends on how fast the machine is
-    database=None,  # nor on an earlier run
+    deadline=None,  # no test depends on the machine's speed
+    database=None,  # no test depends on an earlier run
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -33,16 +33,16 @@ _VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "signatu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    kills = parser.getgroup("kill", "the batch that is killed (tests/programs/kill.py)")
-    kills.addoption("--refunds", type=int, default=100, help="how many refunds it is of; 20000 for the whole thing")
-    kills.addoption("--kills", type=int, default=2, help="how often it is killed; 20 for the whole thing")
-    kills.addoption("--seed", type=int, default=0, help="where the dice of its faults and kills start")
-    services = parser.getgroup("services", "the services that are notified (tests/programs/services.py)")
-    services.addoption("--notified", type=int, default=24, help="of how many refunds; 2000 for the whole thing")
+    kills = parser.getgroup("kill", "the killed batch (tests/programs/kill.py)")
+    kills.addoption("--refunds", type=int, default=100, help="number of refunds in the batch; full size: 20000")
+    kills.addoption("--kills", type=int, default=2, help="number of kills; full size: 20")
+    kills.addoption("--seed", type=int, default=0, help="seed of the random faults and kills")
+    services = parser.getgroup("services", "the notified services (tests/programs/services.py)")
+    services.addoption("--notified", type=int, default=24, help="number of refunds; full size: 2000")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell starts a command in its background with SIGINT ignored, and our child processes would inherit that.
+    # A shell starts background commands with SIGINT ignored, and our child processes would inherit this.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see tests/support/clock.py)")
@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each test marked ``anyio`` runs on both backends; marked ``virtual_time`` too, in virtual time."""
+    """Run each ``anyio`` test on asyncio and on trio; with the mark ``virtual_time`` in virtual time."""
     if request.node.get_closest_marker("virtual_time") is None:
         yield request.param, {}
         return
@@ -60,7 +60,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[st
 
 @pytest.fixture(autouse=True)
 def _no_proxy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests' servers are on this machine, whatever proxy its environment names."""
+    """Remove proxy variables: the tests' servers are on this machine."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
 
@@ -73,26 +73,26 @@ def merchant_keys() -> keypairs.Pair:
 
 @pytest.fixture(scope="session")
 def gateway_keys() -> keypairs.Pair:
-    """The gateway's key pair, as far as the tests play the gateway."""
+    """The key pair of the gateways in tests."""
     return keypairs.pair("gateway")
 
 
 @pytest.fixture(scope="session")
 def stranger_keys() -> keypairs.Pair:
-    """A key pair that nobody here trusts."""
+    """A key pair that no merchant or gateway in tests trusts."""
     return keypairs.pair("stranger")
 
 
 @pytest.fixture(scope="session")
 def postgres_dsn() -> Iterator[str]:
-    """A PostgreSQL server of this test process, where every test names a schema of its own."""
+    """The DSN of this test process's PostgreSQL server; every test uses its own schema."""
     with postgres.server() as dsn:
         yield dsn
 
 
 @pytest.fixture
 def database(postgres_dsn: str) -> str:
-    """The DSN of a database of the test's own, for what brings its own tables."""
+    """The DSN of an empty database for one test, for code that creates its own tables."""
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(postgres_dsn, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
@@ -101,13 +101,13 @@ def database(postgres_dsn: str) -> str:
 
 @pytest.fixture
 def handler() -> notices.Handler:
-    """The handler of a service that is notified."""
+    """A handler for notified refunds."""
     return notices.Handler()
 
 
 @pytest.fixture(params=["memory", "sqlite"])
 async def journal(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Journal]:
-    """An open journal that virtual time can wait for."""
+    """An open journal that works in virtual time."""
     made = MemoryJournal() if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
     async with made as opened:
         yield opened
@@ -115,7 +115,7 @@ async def journal(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 @pytest.fixture
 def merchant(merchant_keys: keypairs.Pair, gateway_keys: keypairs.Pair) -> Merchant:
-    """A merchant that holds its own private key and trusts ``gateway_keys``."""
+    """A merchant with ``merchant_keys`` that trusts ``gateway_keys``."""
     return Merchant(
         oid_partner="201103171000000000",
         private_key=merchant_keys.private,
@@ -124,19 +124,19 @@ def merchant(merchant_keys: keypairs.Pair, gateway_keys: keypairs.Pair) -> Merch
     )
 
 
-_ABSENT = "the genuine signatures (shared/vectors/signatures.json) do not lie beside this checkout"
+_ABSENT = "shared/vectors/signatures.json (genuine signatures) is not beside this checkout"
 
 
 @pytest.fixture(scope="session")
 def vectors() -> dict[str, Any]:
-    """LianLian's genuine signatures, which lie beside the checkout and are copied nowhere."""
+    """LianLian's genuine signatures; the file is beside the checkout and not part of it."""
     if not _VECTORS.is_file():
         pytest.skip(_ABSENT)
     return json.loads(_VECTORS.read_text("utf-8"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``vector`` runs once for each genuine signature that the file holds."""
+    """Run a test with the argument ``vector`` once for each genuine signature in the file."""
     if "vector" in metafunc.fixturenames:
         held = json.loads(_VECTORS.read_text("utf-8"))["vectors"] if _VECTORS.is_file() else []
         absent = [pytest.param({}, marks=pytest.mark.skip(reason=_ABSENT), id="absent")]

@@ -1,4 +1,4 @@
-"""``python -m tests.exploration [--size small|full]``: the table of scenarios, of the frontier and of the faults."""
+"""``python -m tests.exploration [--size small|full]``: print the results for scenarios, bounds and injected faults."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SAFE_IN_FULL = {
     "PostgreSQL, crash, refusal": attrs.evolve(_TWO, journal="postgres", crashes=1, refusals=1),
     "PostgreSQL, two sends each": attrs.evolve(_TWO, journal="postgres", attempts=2),
 }
-"""Too many states for every run."""
+"""Scenarios with too many states for the small size."""
 
 
 def frontier(size: str) -> Iterator[tuple[str, Bounds, bool]]:
@@ -63,7 +63,7 @@ def frontier(size: str) -> Iterator[tuple[str, Bounds, bool]]:
 
 
 def main() -> int:
-    """Print the table; 1 if a search found what it must not find, or not what it must."""
+    """Print the table; return 1 if a search gave an unexpected result."""
     parser = argparse.ArgumentParser(prog="python -m tests.exploration")
     parser.add_argument("--size", choices=("small", "full"), default="small")
     size = parser.parse_args().size

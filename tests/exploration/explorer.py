@@ -1,4 +1,4 @@
-"""Breadth-first search over all states of a model, with the shortest trace to a state that must not be reached."""
+"""Breadth-first search over all states of a model, with the shortest trace to a forbidden state."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .model import Bounds, Model, World, first
 
 @attrs.frozen(kw_only=True)
 class Result:
-    """What one search found."""
+    """The result of one search."""
 
     states: int
     transitions: int
     seconds: float
     twice: tuple[str, ...] | None
-    """The shortest way to a refund that was made twice; None: there is none."""
+    """The shortest trace to a refund that is made twice; None if there is none."""
     denied: tuple[str, ...] | None
-    """The shortest way to a caller that is told that nothing was made, though it was."""
+    """The shortest trace to a caller that is told "not made" about a refund that was made; None if there is none."""
 
 
 def explore(bounds: Bounds, *, until_twice: bool = False) -> Result:
-    """Visit every state that ``bounds`` allow; ``until_twice`` ends at the first refund that was made twice."""
-    parts.heard.cache_clear()  # a fault may have been put back since
+    """Visit every state within ``bounds``; ``until_twice``: stop at the first refund that is made twice."""
+    parts.heard.cache_clear()  # an injected fault may have changed the results
     model, began = Model(bounds), time.perf_counter()
     start = first(bounds)
     came_from: dict[World, tuple[World, str] | None] = {start: None}
@@ -67,7 +67,7 @@ def explore(bounds: Bounds, *, until_twice: bool = False) -> Result:
 
 
 def is_over(world: World) -> bool:
-    """Whether no further refund can be made, and nobody can be told any more that none was."""
+    """Whether no later step can make a refund or tell a caller "not made"."""
     sent = world.made + sum(request.made_at is None for request in world.requests)
     left = sum(worker.left for worker in world.workers)
     if not sent:

@@ -1,4 +1,4 @@
-"""Faults that are put back by hand: each has to be found, or is known not to lead to a second refund."""
+"""Faults injected into the library: the exploration must find each one that can lead to a second refund."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def _dated_at_the_answer(moment: Moment, now: Moment) -> Moment:
 
 @attrs.frozen(kw_only=True)
 class Fault:
-    """A fault, the scenario in which it shows, and how it is put back."""
+    """A fault, the scenario that reveals it, and the patch that injects it."""
 
     bounds: Bounds
     patch: partial[AbstractContextManager[object]]
     is_small: bool = True
-    """Whether it is found in a few seconds."""
+    """Whether the search takes only a few seconds."""
     is_unsafe: bool = True
-    """Whether it can lead to a second refund, or to one that is denied, in the model."""
+    """Whether the model can make a second refund, or tell a caller "not made" about a refund that was made."""
 
 
 FAULTS: Mapping[str, Fault] = {
@@ -86,16 +86,16 @@ FAULTS: Mapping[str, Fault] = {
         bounds=attrs.evolve(_PAIR, workers=1, attempts=3, journal="file", crashes=1),
         patch=partial(patch.object, operations.Resend, "apply", lambda self, entry: (None, entry)),
     ),
-    "the lease is not looked at before the bytes": Fault(
+    "the lease is not checked before the bytes leave": Fault(
         bounds=_PAIR, patch=partial(patch.object, flight.Flights, "_is_before", lambda self, moment: True)
     ),
-    "the lease is not looked at before it is said what is certain": Fault(
+    "the lease is not checked before an outcome is called certain": Fault(
         bounds=attrs.evolve(_PAIR, refusals=1), patch=partial(patch.object, Case, "next_step", _no_lease_in_next_step)
     ),
     "_is_ahead is dropped": Fault(
         bounds=_PAIR,
         patch=partial(patch.object, operations, "_is_ahead", lambda moment, now: False),
-        is_unsafe=False,  # a lease that is taken too early still counts as sent at its end
+        is_unsafe=False,  # an entry whose lease is taken too early still counts as sent at the lease's end
     ),
     "_is_comparable is dropped": Fault(
         is_small=False,

@@ -1,8 +1,8 @@
-"""The states of one refund between its workers, its journal and the gateway, and every step that can follow.
+"""The states of one refund, its workers, its journal and the gateway, and all possible steps from each state.
 
-Time is counted in ticks of ``TICK`` seconds. A worker may do nothing for any number of ticks in any phase: that is
-suspension, a slow scheduler and a slow journal at once. Only the pause between the last look at the lease and the
-bytes is bounded (``Bounds.stop``), as are the delays of the gateway.
+Time is counted in ticks of ``TICK`` seconds. A worker may pause for any number of ticks in any phase: this models
+suspension, a slow scheduler and a slow journal. Only the pause between the last check of the lease and the sending
+is bounded (``Bounds.stop``), and so are the delays of the gateway.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ class Bounds:
     """``none`` (the session's own memory), ``memory``, ``file`` (one process at a time) or ``postgres``."""
     workers: int = 1
     attempts: int = 2
-    """Sends of each worker, over all its runs."""
+    """Maximum sends of each worker, over all its runs."""
     grace: int = 3
     lease: int = 2
     arrival: int = 1
-    """A request arrives at most so long after its bytes left."""
+    """Maximum time from sending a request to its arrival."""
     visibility: int = 1
-    """A refund is visible to queries at most so long after it was made."""
+    """Maximum time from making a refund to its visibility in queries."""
     stop: int = 0
-    """A process may stand still for so long between the check of its lease and the bytes."""
+    """Maximum pause of a process between the check of its lease and the sending."""
     crashes: int = 0
     reboots: int = 0
     clock_steps: int = 0
-    """How often a wall clock is set, by more than a grace and a lease together."""
+    """Number of steps of a wall clock, each longer than grace and lease together."""
     has_dates: bool = False
-    """Whether answers carry a ``Date`` header; each may be read late."""
+    """Whether answers have a ``Date`` header; each may be read late."""
     refusals: int = 0
     horizon: int = 9
 
 
 class Worker(NamedTuple):
-    """One worker: its machine's clocks, and how far its call has come."""
+    """One worker: the clocks of its machine, and the progress of its call."""
 
     phase: str = "idle"
     boot: int = 0
     wall: int = 0
     """Ticks by which the wall clock is ahead."""
     ahead: Any = None
-    """What the session clock knows of the gateway's."""
+    """The session clock's knowledge of the gateway's clock."""
     left: int = 0
-    """Sends that it may still make."""
+    """Sends left."""
     entry: Entry | None = None
     sent_at: Moment | None = None
     is_rejected: bool = False
     since: int = 0
-    """The tick at which its exchange began."""
+    """The tick at which the exchange began."""
     asked_at: Moment | None = None
     date: int = 0
-    """The tick at which the gateway wrote the answer that is on its way."""
+    """The tick at which the gateway wrote the answer that is in transit."""
 
 
 class Request(NamedTuple):
@@ -84,10 +84,10 @@ class World(NamedTuple):
 
     now: int
     row: Any
-    """What the journal holds: an ``Entry``; with PostgreSQL the row's JSON text."""
+    """The journal's entry: an ``Entry``; with PostgreSQL the JSON text of the row."""
     workers: tuple[Worker, ...]
     requests: tuple[Request, ...] = ()
-    """On their way, or made and not visible yet."""
+    """Requests in transit, and requests whose refund is made but not visible yet."""
     made: int = 0
     is_visible: bool = False
     crashes: int = 0
@@ -95,7 +95,7 @@ class World(NamedTuple):
     clock_steps: int = 0
     refusals: int = 0
     is_denied: bool = False
-    """Whether a caller was told, or the journal says, that nothing was sent or made, though it was."""
+    """Whether a caller was told, or the journal says, "not sent" or "not made" about a refund that was."""
 
     @property
     def is_twice(self) -> bool:
@@ -107,7 +107,7 @@ Steps = Iterator[tuple[str, World]]
 
 
 def first(bounds: Bounds) -> World:
-    """Return the state in which nothing was begun."""
+    """Return the initial state."""
     return World(
         now=0,
         row=None,
@@ -120,7 +120,7 @@ def first(bounds: Bounds) -> World:
 
 
 def in_order(requests: list[Request]) -> tuple[Request, ...]:
-    """Return ``requests`` in one order, so that equal states compare equal."""
+    """Return ``requests`` sorted, so that equal states compare equal."""
     return tuple(sorted(requests, key=repr))
 
 
@@ -131,7 +131,7 @@ class Model:
         self.bounds = bounds
 
     def steps(self, world: World) -> Steps:
-        """Yield every step that can be taken, with its name and the state after it."""
+        """Yield every possible step: its name and the state after it."""
         yield from self._time(world)
         yield from self._gateway(world)
         for number, worker in enumerate(world.workers):
@@ -163,7 +163,7 @@ class Model:
             rest = list(world.requests)
             rest.remove(request)
             if request.made_at is None:
-                # Once one refund can be seen, it does not matter when another one will be.
+                # If a refund is visible already, the visibility of another one makes no difference.
                 made = [] if world.is_visible else [request._replace(made_at=world.now)]
                 yield (
                     f"gateway makes the refund of worker {request.worker}",
@@ -175,7 +175,7 @@ class Model:
                 yield "gateway shows the refund", world._replace(requests=flying, is_visible=True)
 
     def _dates(self, world: World, number: int, worker: Worker) -> Steps:
-        """A Date of another refund's answer is read, maybe long after it was written."""
+        """Read a Date header from another refund's answer, possibly long after it was written."""
         if worker.ahead is not None or worker.phase not in ("idle", "waiting", "ask"):
             return
         for date in range(world.now + 1):
@@ -218,7 +218,7 @@ class Model:
         yield f"begins, {standing}", self._with(after, number, call)
 
     def _ready(self, world: World, number: int, worker: Worker) -> Steps:
-        """Before the bytes leave the lease is looked at once more."""
+        """Check the lease once more before sending."""
         not_sent = self._no(world, number, worker, Finding.NOT_SENT)
         case = self._case(worker, self._clock(world, number, worker))
         if worker.left and case.apply.lease_holds():
@@ -255,7 +255,7 @@ class Model:
         yield "reads the refusal", self._no(world, number, worker, Finding.REJECTED)
 
     def _no(self, world: World, number: int, worker: Worker, finding: Finding) -> World:
-        """What follows an attempt that was not sent, or refused."""
+        """Return the state after an attempt that was not sent or was rejected."""
         case = self._case(worker, self._clock(world, number, worker))
         if case.next_step(finding) is Step.RAISE:
             if finding is Finding.NOT_SENT and not case.apply.lease_holds() and self._is_taken(world, number, worker):
@@ -264,7 +264,7 @@ class Model:
         return self._with(world, number, self._take_in(world, number, worker, finding))
 
     def _is_taken(self, world: World, number: int, worker: Worker) -> bool:
-        """Whether the journal still knows of a send once the lease was released, as ``Recording.keep`` looks."""
+        """Whether the journal shows a send after this worker released the lease (as in ``Recording.keep``)."""
         _, after = self._do(world, number, worker, Release(worker.entry, None))
         found, _ = self._do(after, number, worker, Find("R-1"))
         return found is not None and (found.sent_at is not None or found.ending is not None)
@@ -282,7 +282,7 @@ class Model:
         asked = worker._replace(phase="asked", asked_at=asked_at, since=world.now)
         if self.bounds.has_dates:
             yield "queries", self._with(world, number, asked)
-        else:  # an answer that comes later teaches no more than one that comes at once and is asked for again
+        else:  # a later answer adds nothing to an immediate answer and another query
             yield from self._asked(world, number, asked)
         yield "gives up", self._leave(world, number, worker)
 
@@ -340,7 +340,7 @@ class Model:
         return self._with(after, number, self._ended(worker))
 
     def _done(self, world: World, number: int, worker: Worker) -> Steps:
-        """Its caller knows the end and calls no more."""
+        """Do nothing: the caller knows the outcome and does not call again."""
         yield from ()
 
     def _ended(self, worker: Worker, phase: str = "idle") -> Worker:
@@ -371,7 +371,7 @@ class Model:
         if self.bounds.journal != "postgres":
             answer, entry = operation.apply(world.row)
             if self.bounds.journal == "none" and (entry.ending is not None or entry.sent_at is None):
-                entry = None  # as OpenRefunds forgets it
+                entry = None  # OpenRefunds forgets these entries, too
             return answer, world._replace(row=entry)
         reading = parts.reading(world.now, self._clock(world, number, worker))
         answer, row = parts.in_database(operation, world.row, reading)

@@ -30,11 +30,11 @@ _WALL = datetime(2026, 1, 1, tzinfo=UTC)
 _GATEWAY = datetime(2026, 3, 1, tzinfo=UTC)
 _DATABASE = datetime(2026, 5, 1, tzinfo=UTC)
 _BOOTS = (3000.0, 100.0, 9000.0, 500.0)
-"""Where the boot clocks of the machines' boots begin: a later boot may show more or less than an earlier one."""
+"""The boot clock's first value in each boot: a later boot may begin with a higher or a lower value."""
 
 
 class Constant(dict):
-    """A mapping that can be hashed, because nobody changes it."""
+    """A hashable mapping; it is never changed."""
 
     def __hash__(self) -> int:
         return len(self)
@@ -69,7 +69,7 @@ def raw(now: int, wall: int, machine: int, boot: int) -> Moment:
 
 @cache
 def moment(now: int, wall: int, machine: int, boot: int, ahead: timedelta | None) -> Moment:
-    """Return the same, read through a session's clock."""
+    """Return the moment that a session's clock reads from these clocks."""
     clock = SessionClock(lambda: raw(now, wall, machine, boot))
     clock._ahead = ahead
     return clock()
@@ -77,7 +77,7 @@ def moment(now: int, wall: int, machine: int, boot: int, ahead: timedelta | None
 
 @cache
 def heard(now: Moment, date: int, took: float, ahead: timedelta | None = None) -> timedelta | None:
-    """Return what a session's clock knows after an exchange of ``took`` seconds, answered at the tick ``date``."""
+    """Return a session clock's ``_ahead`` after an exchange of ``took`` seconds, answered at the tick ``date``."""
     clock = SessionClock(lambda: now)
     clock._ahead = ahead
     clock.heard(format_datetime(_GATEWAY + timedelta(seconds=date * TICK), usegmt=True), now.boot - took)
@@ -85,7 +85,7 @@ def heard(now: Moment, date: int, took: float, ahead: timedelta | None = None) -
 
 
 class SessionStub(SimpleNamespace):
-    """As much of a session as knows the time."""
+    """The part of a session that the functions under test use: its clock."""
 
     def __init__(self, now: Moment) -> None:
         super().__init__(_clock=lambda: now)
@@ -128,7 +128,7 @@ _SILENCE = LianLianError("no answer")
 
 
 def reply(finding: Finding) -> Reply:
-    """Return the reply to an apply attempt that has to be asked about."""
+    """Return the reply to an apply attempt that needs a query."""
     return Reply(finding=finding, error=_REJECTION if finding is Finding.REJECTED else _SILENCE)
 
 
@@ -136,13 +136,13 @@ def reply(finding: Finding) -> Reply:
 
 
 def reading(now: int, worker: Moment) -> Reading:
-    """Return a look at the database's clock that took no time."""
+    """Return a reading of the database's clock that took no time."""
     database = _DATABASE + timedelta(seconds=now * TICK)
     return Reading(before=worker, database=database, after=worker, era=1, began=_DATABASE, is_same_incarnation=True)
 
 
 def in_database(operation: Operation[Any], row: str | None, reading: Reading) -> tuple[Any, str | None]:
-    """Return the operation's answer and the row after it, as ``PostgresJournal`` carries it out."""
+    """Carry out an operation as ``PostgresJournal`` does; return its answer and the row after it."""
     recorded = {} if row is None else {"R-1": json.loads(row)}
     before = None if row is None else attrs.evolve(entry_of(recorded["R-1"], reading), fields=_FIELDS)
     answer, entry = operation.apply(before)

@@ -1,6 +1,6 @@
-"""A second opinion: Spin checks refund.pml on both sides of the bound. ``python -m tests.exploration.spin`` prints it.
+"""Check refund.pml with Spin on both sides of the bound: ``python -m tests.exploration.spin`` prints the results.
 
-Needs Spin (Debian: ``spin``) and a C compiler. Time and sends are unbounded there, but there is one clock for all.
+Needs Spin (Debian: ``spin``) and a C compiler. Time and sends are unbounded in this model, but it has only one clock.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Scenario(NamedTuple):
         return self.n + self.v + after_lease >= self.grace
 
     def check(self) -> tuple[bool, str]:
-        """Let Spin visit every state, up to the first second refund. Whether there is one, and the figures."""
+        """Visit every state up to the first second refund; return whether there is one, and the figures to print."""
         workers, crash = JOURNALS[self.journal]
         values = f"WORKERS={workers} CRASH={crash} N={self.n} V={self.v} GRACE={self.grace} LEASE={self.lease}"
         defines = [f"-D{name}" for name in f"{values} STOP={self.stop} {self.fault}".split()]
@@ -47,12 +47,12 @@ class Scenario(NamedTuple):
             for command in (
                 ["spin", *defines, "-a", str(Path(__file__).with_name("refund.pml"))],
                 ["cc", "-w", "-DSAFETY", "-o", "pan", "pan.c"],
-                ["./pan", "-b", "-m100000", "-w20"],  # -b: a search that is cut off at this depth is an error
+                ["./pan", "-b", "-m100000", "-w20"],  # -b: reaching this depth is an error
             ):
                 report = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
         is_twice = "assertion violated (made<=1)" in report
         found = re.search(r"depth reached (\d+), errors: (\d+)\s+(\d+) states, stored", report)
-        if found is None or int(found[2]) != is_twice:  # a deadlock, or a search that was cut off
+        if found is None or int(found[2]) != is_twice:  # a deadlock, or the depth limit
             raise RuntimeError(report)
         return is_twice, f"{int(found[3]):>9,} {int(found[1]):>7,} {time.perf_counter() - began:7.1f}"
 
@@ -63,13 +63,13 @@ FAULTS = (
     Scenario("one process", 1, 0, 2, fault="NOT_FOUND_BELIEVED"),
     Scenario("file, crashes", 1, 0, 2, fault="NO_MARK"),
 )
-"""Each below the bound, in the journal in which it shows."""
+"""Faults below the bound, each in a scenario that reveals it."""
 
 
 def frontier() -> Iterator[Scenario]:
-    """Yield the greatest lateness of the gateway that is safe, and the least that is not, in each scenario."""
+    """Yield for each scenario the longest safe delay of the gateway, and the shortest unsafe one."""
     for journal, grace, lease, stop in product(JOURNALS, (1, 2, 3), (1, 3), (0, 2, 3)):
-        if journal == "one process" and stop:  # its own clock counts from after the send
+        if journal == "one process" and stop:  # the worker's own clock counts from after the send
             continue
         first = grace - max(0, stop - 1)
         for late in range(max(0, first - 1), max(0, first) + 1):
@@ -77,7 +77,7 @@ def frontier() -> Iterator[Scenario]:
 
 
 def main() -> int:
-    """Print the table; 1 where Spin disagrees with the README."""
+    """Print the table; return 1 if Spin disagrees with the README."""
     is_wrong = False
     print(f"{'journal':<16} N V grace lease stop fault{'':<18} {'states':>9} {'depth':>7} seconds")
     for one in (*frontier(), *FAULTS):

@@ -1,1 +1,1 @@
-"""Test programs that kill, suspend and fail over real processes. Each takes its size by option."""
+"""Test programs that kill, suspend and fail over real processes. Options set their size."""

@@ -1,7 +1,7 @@
-"""A service that dies right before a line of its journal: ``python -m tests.programs.acting MODE LINE JOURNAL SHOP``.
+"""A service that is killed before a journal write: ``python -m tests.programs.acting MODE LINE JOURNAL SHOP``.
 
-It is notified of one refund that is on record. Right before the transaction with the given line, which nobody has
-waited for yet, it is killed (SIGKILL). Its handler appends the refund's number to the file SHOP.
+The service receives a notification of one refund in its journal. It kills itself (SIGKILL) right before the
+transaction that writes the given line. Its handler appends the refund's number to the file SHOP.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MODES = ["inline", "inbox"]
 
 AFTER_THE_HANDLER = ["inbox Finish", "refunds Acted"]
 LINES = ["refunds Finish", "inbox Begin", *AFTER_THE_HANDLER]
-"""In which journal, and which operation: all that is written about a notified refund, in this order."""
+"""All writes for a notified refund in this order: the journal (refunds or inbox) and the operation."""
 
 
 class Dying(SqliteJournal):
-    """A journal whose process dies instead of writing ``line``."""
+    """A journal that kills its process instead of writing ``line``."""
 
     def __init__(self, path: str, line: str, kind: str = "refunds") -> None:
         super().__init__(path)
@@ -41,7 +41,7 @@ class Dying(SqliteJournal):
 
 
 def read(shop: Path) -> list[str]:
-    """Which refunds were handled."""
+    """Return the numbers of the refunds that were handled."""
     return shop.read_text().split() if shop.exists() else []
 
 

@@ -1,9 +1,9 @@
-"""Sets clocks between the attempts at one refund: ``python -m tests.programs.clocks``.
+"""Set clocks between the attempts at one refund: ``python -m tests.programs.clocks``.
 
-The gateway carries out whatever it gets. It gives up on the first apply call, which arrives 890 seconds later or
-never, and knows no such record until then: a client that believes that before its grace of 900 seconds is over makes
-the refund twice. Between the first attempt and the second, 10 seconds later, a clock is set. Then comes one attempt
-every 10 minutes, until the refund is made or a day is over. In the end it has been made once.
+The gateway carries out every request. The first apply call gets no answer and arrives 890 seconds later or never;
+until then the gateway answers "no such record". A client that believes this answer before its grace of 900 seconds
+has passed makes the refund twice. A clock is set between the first attempt and the second one 10 seconds later. Then
+there is one attempt every 10 minutes, until the refund is made or a day has passed. The refund must be made once.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ A_DAY = 1 + 144
 """Attempts."""
 
 POLICY = RetryPolicy(initial=0.001, maximum=0.001, budget=RetryBudget(capacity=1, per_second=0))
-"""The default grace; two queries, and the call ends."""
+"""The default grace; a call ends after two queries."""
 
 
 class Life(StrEnum):
-    """In what life the second attempt happens."""
+    """The process or worker of the second attempt."""
 
     SAME_PROCESS = "same process"
     NEW_PROCESS = "new process"
@@ -53,12 +53,12 @@ class Life(StrEnum):
     BACK = "copied unknown, back again"
     SUSPENDED = "suspended past its lease"
     DATABASE = "the database's clock steps"
-    DATABASE_UNSEEN = "the same while no worker runs"
+    DATABASE_UNSEEN = "database's clock, no worker runs"
 
 
 @attrs.frozen(kw_only=True)
 class Scene:
-    """What is tried out."""
+    """The conditions of one run."""
 
     life: Life
     step: str
@@ -70,7 +70,7 @@ class Scene:
 
     @property
     def is_possible(self) -> bool:
-        """A lease needs a journal, and only PostgreSQL has a clock of its own."""
+        """Whether the journal fits: a lease needs a journal, and only PostgreSQL has its own clock."""
         if self.life in (Life.DATABASE, Life.DATABASE_UNSEEN):
             return self.journal == "postgres"
         return self.life is not Life.SUSPENDED or (self.journal != "no journal" and self.fate == "late")
@@ -78,7 +78,7 @@ class Scene:
 
 @attrs.frozen
 class Result:
-    """What came of it."""
+    """The result of a scene."""
 
     made: int
     attempts: int
@@ -87,7 +87,7 @@ class Result:
 
 @attrs.define(kw_only=True)
 class Stage:
-    """A scene being played."""
+    """A running scene."""
 
     scene: Scene
     world: World
@@ -95,15 +95,15 @@ class Stage:
     base_url: str
     folder: Path
     wall: Callable[[int], float] | None = None
-    """By how many seconds the wall clock is ahead at each attempt, if not as the scene says."""
+    """The seconds by which the wall clock is ahead at each attempt; overrides the scene's step."""
     most: int = A_DAY
-    """Attempts."""
+    """Maximum number of attempts."""
     unknown: bytes = b""
-    """What the last attempt left (pickled)."""
+    """The pickled error of the last attempt."""
 
     @asynccontextmanager
     async def worker(self, machine: Machine, *, place: str = "one", shared: Journal | None = None, **options: object):
-        """A session on ``machine``, with the journal at ``place`` or one that another session has open."""
+        """Open a session on ``machine`` with the journal at ``place``, or with ``shared``, an open journal."""
         async with AsyncExitStack() as stack:
             journal = shared
             if self.scene.journal == "postgres":
@@ -129,7 +129,7 @@ class Stage:
             )
 
     async def attempt(self, session: RefundSession, *, copied: bool = False) -> Refund | None:
-        """One call for the refund; from what the last one left, if ``copied``."""
+        """Make one call for the refund; ``copied``: resolve the pickled error of the last call."""
         try:
             if copied:
                 return await session.resolve(pickle.loads(self.unknown))
@@ -139,14 +139,14 @@ class Stage:
             return None
 
     async def lose(self, session: RefundSession) -> None:
-        """An attempt that never arrives, long ago."""
+        """Make an attempt that never arrives, then let 1000 seconds pass."""
         late, self.front.late = self.front.late, None
         await self.attempt(session)
         self.front.late, self.front.gives_up = late, True
         self.world.advance(1000)
 
     async def attempts(self) -> AsyncGenerator[Refund | None]:
-        """One attempt after the other, each in the life that the scene says."""
+        """Make one attempt after the other, each in the scene's process or worker, and yield the refunds."""
         scene, here, there = self.scene, Machine(self.world, "here"), Machine(self.world, "there")
         without, is_copied = scene.journal == "no journal", scene.life in (Life.ELSEWHERE, Life.BACK)
         step = STEPS[scene.step]
@@ -176,7 +176,7 @@ class Stage:
                 yield await self.attempt(session, copied=without and scene.life is Life.TWO_WORKERS)
 
     async def suspended(self) -> AsyncGenerator[Refund | None]:
-        """A worker is suspended right before its bytes leave; another one makes the refund meanwhile."""
+        """Suspend a worker right before it sends, let another one make the refund, and yield the refunds."""
         here, there = Machine(self.world, "here"), Machine(self.world, "there")
         refunds: list[Refund | None] = []
 
@@ -201,7 +201,7 @@ class Stage:
                 yield refund
 
     async def play(self) -> Result:
-        """Play it to its end."""
+        """Run the scene to its end."""
         number, refund = 0, None
         async with aclosing(self.suspended() if self.scene.life is Life.SUSPENDED else self.attempts()) as attempts:
             async for refund in attempts:
@@ -214,7 +214,7 @@ class Stage:
 
 
 def scenes(**fixed: object) -> Iterator[Scene]:
-    """All that can be, with ``fixed`` as it says."""
+    """Yield all possible scenes with the values of ``fixed``."""
     for life, step, journal, backend, fate in product(Life, STEPS, JOURNALS, BACKENDS, FATES):
         scene = Scene(life=life, step=step, journal=journal, backend=backend, fate=fate)
         if scene.is_possible and all(getattr(scene, name) == value for name, value in fixed.items()):
@@ -222,7 +222,7 @@ def scenes(**fixed: object) -> Iterator[Scene]:
 
 
 def play(chosen: list[Scene], dsn: str, **options: object) -> dict[Scene, Result]:
-    """Play each scene, over a real socket."""
+    """Run each scene over a real socket."""
     results, street = {}, Street()
     with serving(street) as base_url, tempfile.TemporaryDirectory() as folder:
         for number, scene in enumerate(chosen):
@@ -240,7 +240,7 @@ def play(chosen: list[Scene], dsn: str, **options: object) -> dict[Scene, Result
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("life", "step", "journal", "backend", "fate"):
-        parser.add_argument(f"--{name}", help="only this one")
+        parser.add_argument(f"--{name}", help=f"run only scenes with this {name}")
     fixed = {name: value for name, value in vars(parser.parse_args()).items() if value}
     with postgres.server() as dsn:
         results = play(list(scenes(**fixed)), dsn)

@@ -1,9 +1,9 @@
-"""Lets a journal's database lose its last commits: ``python -m tests.programs.failover --refunds 125``.
+"""Let a journal's database lose its last commits: ``python -m tests.programs.failover --refunds 125``.
 
-A gateway that carries out every request, so that a second one under a number moves the money a second time. The
-database is copied or its commits are delayed, refunds are made, it is killed (SIGKILL), and what is left takes over.
-Then the same refunds are asked for again: by the same batch in the process that goes on, by it in a new process, and
-by the workers of a queue. In the end no refund has been made twice.
+The gateway carries out every request, so a second request for a refund moves the money twice. The database is copied
+or its commits are delayed, refunds are made, the database is killed (SIGKILL), and the copy or the restarted server
+takes over. Then the same refunds are requested again: by the same batch in the same process, by the batch in a new
+process, and by the workers of a queue. No refund may be made twice.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def requests(count: int):
 
 
 def a_gateway(delay: float = 0.0) -> SandboxGateway:
-    """It makes whatever it is asked to make."""
+    """Return a gateway that carries out every request."""
     return SandboxGateway(default_order=Decimal("100000.00"), repeated=Repeated.AGAIN, delay=delay)
 
 
 def made_twice(gateway: SandboxGateway, refunds: int) -> int:
-    """How many refunds were made more than once."""
+    """Return how many refunds were made more than once."""
     return sum(gateway.times_made(request.no_refund) > 1 for request in requests(refunds))
 
 
 def loses_the_last_commits(server: postgres.Server) -> Callable[[], None]:
-    """Copy the database; what is returned kills it and lets the copy take over."""
+    """Copy the database; return a function that kills it and starts the copy in its place."""
     server.back_up()
 
     def fail_over() -> None:
@@ -59,7 +59,7 @@ def loses_the_last_commits(server: postgres.Server) -> Callable[[], None]:
 
 
 def commits_late(server: postgres.Server) -> Callable[[], None]:
-    """Let the database answer before a commit is on disk; what is returned kills it and starts it again."""
+    """Let the database answer before a commit is on disk; return a function that kills and restarts it."""
     with psycopg.connect(server.dsn, autocommit=True) as connection:
         for setting in ("synchronous_commit = off", "wal_writer_delay = '10s'"):
             connection.execute(f"ALTER SYSTEM SET {setting}")
@@ -73,7 +73,7 @@ def commits_late(server: postgres.Server) -> Callable[[], None]:
 
 
 async def run_batch(dsn: str, gateway: SandboxGateway, refunds: int, then: Callable[[], None] | None = None) -> None:
-    """Have the refunds made; call ``then`` and, with the same journal and session, have them made again."""
+    """Make the refunds; call ``then``, and make them again with the same journal and session."""
     async with PostgresJournal(dsn) as journal, gateway.session(journal=journal, max_connections=50) as session:
         await _all_made(session, refunds)
         if then is not None:
@@ -89,10 +89,10 @@ async def _all_made(session: RefundSession, refunds: int) -> None:
 
 
 def batch(refunds: int, prepare: Callable[[postgres.Server], Callable[[], None]], *, same_process: bool) -> int:
-    """A batch, run again after the loss. Returns how many refunds were made twice."""
+    """Run a batch, lose commits, and run it again; return how many refunds were made twice."""
     gateway = a_gateway()
     with postgres.running() as server:
-        asyncio.run(run_batch(server.dsn, gateway, 1))  # the journal is there before it is copied
+        asyncio.run(run_batch(server.dsn, gateway, 1))  # the copy needs an existing journal
         lose = prepare(server)
         if same_process:
             asyncio.run(run_batch(server.dsn, gateway, refunds, lose))
@@ -104,7 +104,7 @@ def batch(refunds: int, prepare: Callable[[postgres.Server], Callable[[], None]]
 
 
 def queue(refunds: int) -> int:
-    """Workers of a queue that lose the last commits on the way, and go on. How many refunds were made twice."""
+    """Let the database of running workers lose commits; return how many refunds were made twice."""
     gateway = a_gateway(delay=0.05)
     with postgres.running() as server, serving(gateway) as base_url:
         asyncio.run(_enqueue(server.dsn, refunds))
@@ -143,7 +143,7 @@ def _left(dsn: str) -> int:
 
 
 async def work(dsn: str) -> None:
-    """One worker, until there is nothing left to do or the database is gone."""
+    """Run one worker until the queue is empty or the database is down."""
     logging.disable(logging.CRITICAL)  # the failover makes noise
     async with (
         PostgresJournal(dsn) as journal,

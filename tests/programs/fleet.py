@@ -1,9 +1,9 @@
-"""Kills the workers of a fleet: ``python -m tests.programs.fleet --refunds 2000 --kills 20 --workers 3 --seed 1``.
+"""Kill the workers of a fleet: ``python -m tests.programs.fleet --refunds 2000 --kills 20 --workers 3 --seed 1``.
 
-A sandbox on a socket, every fault at 5 % of the requests; a procrastinate queue and a journal in one real PostgreSQL;
-worker processes, of which a random one is killed (SIGKILL) at random moments and replaced, or suspended (SIGSTOP) until
-its leases are over and others have taken its refunds; the database is killed once and started again. In the end every
-refund has been made exactly once, or was rejected, and the shared journal and the gateway's books tell the same.
+The sandbox on a socket injects every fault into 5 % of the requests. One real PostgreSQL holds a procrastinate queue
+and a journal. At random moments a random worker process is killed (SIGKILL) and replaced, or suspended (SIGSTOP) until
+its leases have expired and others have taken its refunds. The database is killed once and restarted. In the end every
+refund must have been made exactly once or rejected, and the journal must agree with the gateway's books.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from tests.programs.kill import IMPATIENT, LATE, requests, stormy_gateway
 from tests.support import ROOT, postgres, program
 
 CONCURRENCY = 4
-"""Few, so that a slow machine, too, carries out a refund within its deadline of 1 s."""
+"""Low, so that even a slow machine completes a refund within its deadline of 1 s."""
 RESCUE_SECONDS = 2.0
 SUSPENDED_SECONDS = 6.0
 """Longer than a lease (twice the deadline of 1 s) and the grace."""
 
 
 async def work(dsn: str) -> None:
-    """One worker, until it is killed or there is nothing left to do."""
-    logging.disable(logging.WARNING)  # it would tell of every rejection, and of every job that was rescued
+    """Run one worker until the queue is empty."""
+    logging.disable(logging.WARNING)  # every rejection and every rescued job would be logged
     async with (
         PostgresJournal(dsn) as journal,
         RefundSession(Merchant.from_env(), journal=journal, retry=IMPATIENT, deadline=1.0) as session,
         RefundQueue(dsn, rescue_after=RESCUE_SECONDS) as queue,
     ):
-        # Faults may spoil four signatures in a row, and one that was suspended may have lost its connections.
+        # Four invalid signatures in a row stop the worker, and a suspension may break its connections.
         with suppress(BatchStopped, JournalError, ConnectorException):
             await queue.work(session, concurrency=CONCURRENCY, wait=False)
 
@@ -62,9 +62,9 @@ def kill_workers(
     repeated: Repeated,
     kill_database: Callable[[], object] = lambda: None,
 ) -> dict[str, str]:
-    """The whole programme; the refunds of which journal and books tell differently, or that were made twice."""
+    """Run everything; return the refunds for which the journal disagrees with the books, or that were made twice."""
     dice = random.Random(seed)
-    # How many refunds are left when a worker is killed: all along the way, but not after it.
+    # A worker is killed when these numbers of refunds are left: spread over the whole run.
     moments = sorted(dice.sample(range(refunds // 10, refunds + 1), kills))
     gateway = stormy_gateway(refunds, repeated=repeated, seed=seed)
     asyncio.run(_enqueue(dsn, refunds))
@@ -80,7 +80,7 @@ def kill_workers(
                 if left <= refunds // 2 and not killed:
                     killed = True
                     kill_database()
-                if not moments:  # fair weather, so that the rest comes to an end
+                if not moments:  # without faults the rest can finish
                     gateway.faults = {}
                 elif left <= moments[-1]:
                     moments.pop()
@@ -100,12 +100,12 @@ def kill_workers(
             for worker, until in suspended.items():
                 time.sleep(max(0.0, until - time.monotonic()))
                 worker.send_signal(signal.SIGCONT)
-                worker.wait(60)  # it goes on with what it was at, and finds nothing left
+                worker.wait(60)  # it continues its work, and finds an empty queue
         finally:
             for worker in (*fleet, *suspended):
                 worker.kill()
                 worker.wait()
-    gateway.advance(LATE)  # nothing is still on its way
+    gateway.advance(LATE)  # delayed requests arrive
     return asyncio.run(_audit(dsn, gateway, refunds))
 
 
@@ -115,7 +115,7 @@ async def _enqueue(dsn: str, refunds: int) -> None:
 
 
 async def _open(dsn: str) -> int:
-    """How many refunds are left in the queue; one that is in two slices counts twice."""
+    """Return how many refunds are left in the queue; a refund in two slices counts twice."""
     async with RefundQueue(dsn) as queue:
         counts, failures = await queue.counts(), await queue.failures()
     if failures:

@@ -1,10 +1,10 @@
-"""Kills a batch again and again: ``python -m tests.programs.kill --refunds 20000 --kills 20 --seed 1``.
+"""Kill a batch repeatedly: ``python -m tests.programs.kill --refunds 20000 --kills 20 --seed 1``.
 
-A sandbox on a socket, every fault at 5 % of the requests; a process that works a batch off over an SQLite journal,
-killed (SIGKILL) at random moments, and run again each time until nothing is left unknown. In the end every refund
-has been made exactly once, or was rejected, and the journal and the gateway's books tell the same. Orders are worth
-any number of refunds, so that a second one is never hidden; one of the gateways carries out every request it gets,
-and what comes in late does so later than a process takes to start again.
+The sandbox on a socket injects every fault into 5 % of the requests. A process runs a batch with an SQLite journal; it
+is killed (SIGKILL) at random moments and run again until no refund is unknown. In the end every refund must have been
+made exactly once or rejected, and the journal must agree with the gateway's books. Orders are large enough for any
+number of refunds, so a second refund is never hidden. One of the gateways carries out every request, and late
+requests arrive after a new process has started.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ from tests.support.parties import refund_request
 EVERY_FAULT = dict.fromkeys(Fault, 0.05)
 
 LATE = 5.0
-"""Seconds: longer than a call and a new process take, so that who does not wait for the grace sends twice."""
+"""Seconds: longer than a call and the start of a process, so a client that ignores the grace sends twice."""
 
 IMPATIENT = RetryPolicy(initial=0.01, maximum=0.1, not_found_grace=5.5, budget=RetryBudget(capacity=1e9))
 
 
 def requests(count: int) -> Iterator[RefundRequest]:
-    """The batch: one in ten asks for more than its order is worth."""
+    """Yield the batch; every tenth refund is greater than its order."""
     for number in range(1, count + 1):
         yield refund_request(number, money_refund=Decimal("10.00" if number % 10 else "10.01"))
 
 
 def stormy_gateway(refunds: int, *, repeated: Repeated, seed: int) -> SandboxGateway:
-    """The sandbox that the batch is sent to: orders are worth any number of refunds, but for one in ten."""
+    """Return the sandbox for the batch: every tenth order has 10.00 yuan, the others have the default amount."""
     gateway = SandboxGateway(
         default_order=Decimal("100000000.00"), repeated=repeated, faults=EVERY_FAULT, seed=seed, delay=LATE
     )
@@ -70,7 +70,7 @@ def stormy_gateway(refunds: int, *, repeated: Repeated, seed: int) -> SandboxGat
 
 
 async def work(journal_path: Path, count: int) -> None:
-    """Run the batch once; print how many of its refunds stayed unknown."""
+    """Run the batch once; print how many of its refunds are unknown."""
     unknown = 0
     async with (
         SqliteJournal(journal_path) as journal,
@@ -81,35 +81,35 @@ async def work(journal_path: Path, count: int) -> None:
         try:
             async for outcome in refund_many(session, requests(count)):
                 unknown += isinstance(outcome.error, RefundOutcomeUnknown)
-        except BatchStopped:  # in this weather four answers in a row may be forged: run it again
+        except BatchStopped:  # four forged answers in a row stop the batch: run it again
             unknown = count
     print(unknown)
 
 
-# ── who kills it ─────────────────────────────────────────────────────────────────────────────────
+# ── the process that kills it ────────────────────────────────────────────────────────────────────
 
 
 @attrs.frozen
 class Report:
-    """What came of it."""
+    """The result of all runs."""
 
     refunds: int
     kills: int
     runs: int
     requests: dict[str, int]
     states: dict[str, int]
-    """How the refunds stand in the journal."""
+    """The number of refunds in each state of the journal."""
     contradictions: dict[str, str]
-    """Refunds of which the journal and the gateway's books tell differently, or that were made twice."""
+    """Refunds for which the journal disagrees with the gateway's books, or that were made twice."""
     seconds: float
 
 
 def kill_and_run_again(folder: Path, *, refunds: int, kills: int, seed: int, repeated: Repeated) -> Report:
-    """The whole programme, its journal in ``folder``."""
+    """Run everything with the journal in ``folder``."""
     began = time.monotonic()
     dice = random.Random(seed)
     gateway = stormy_gateway(refunds, repeated=repeated, seed=seed)
-    # In this weather a refund takes about ten requests: after four for each the batch is far from through.
+    # With these faults a refund takes about ten requests, so all kills happen in the first half of the batch.
     moments = sorted(dice.sample(range(4 * refunds), kills))
     journal_path = folder / "journal.sqlite"
     command = [*program("kill"), "--work", str(journal_path), "--refunds", str(refunds)]
@@ -117,7 +117,7 @@ def kill_and_run_again(folder: Path, *, refunds: int, kills: int, seed: int, rep
     with serving(gateway) as base_url:
         variables = os.environ | environment(gateway, base_url)
         while moments or unknown:
-            if runs > kills:  # one run came through the storm; the rest has to come to an end in fair weather
+            if runs > kills:  # one run had faults but no kill; without faults the rest can finish
                 gateway.faults = {}
             runs += 1
             with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as process:
@@ -129,7 +129,7 @@ def kill_and_run_again(folder: Path, *, refunds: int, kills: int, seed: int, rep
             if not answer and process.returncode != -9:
                 raise RuntimeError(f"the batch ended with {process.returncode}")
             unknown = int(answer or refunds)
-    gateway.advance(LATE)  # nothing is still on its way
+    gateway.advance(LATE)  # delayed requests arrive
     states, contradictions = anyio.run(_audit, journal_path, gateway, refunds)
     return Report(
         refunds, kills, runs, dict(gateway.requests), states, contradictions, round(time.monotonic() - began, 1)
@@ -137,13 +137,13 @@ def kill_and_run_again(folder: Path, *, refunds: int, kills: int, seed: int, rep
 
 
 def _wait_for(gateway: SandboxGateway, requests: int, process: subprocess.Popen[str]) -> None:
-    """Until the gateway has had so many requests, or the batch was quicker than that."""
+    """Wait until the gateway has received ``requests`` requests, or the process has ended."""
     while gateway.requests.total() <= requests and process.poll() is None:
         time.sleep(0.001)
 
 
 async def _audit(journal_path: Path, gateway: SandboxGateway, refunds: int) -> tuple[dict[str, int], dict[str, str]]:
-    """How the refunds stand, and where the journal contradicts the books."""
+    """Return the number of refunds in each state, and the refunds for which the journal contradicts the books."""
     states: Counter[str] = Counter()
     contradictions = {}
     numbers = {request.no_refund for request in requests(refunds)}

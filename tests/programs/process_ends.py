@@ -1,8 +1,8 @@
-"""A process that ends in the middle of its work: ``python -m tests.programs.process_ends WAY JOURNAL``.
+"""End a process during its work: ``python -m tests.programs.process_ends WAY JOURNAL``.
 
-One task holds a journal (a path that ends in .sqlite, or the DSN of a database), a batch whose gateway never answers,
-and an inbox whose handler does not return. Once all of these are at work, the process prints ``at work`` and ends in
-the given way.
+One task has an open journal (a path that ends in .sqlite, or the DSN of a database), a batch whose gateway never
+answers, and an inbox whose handler does not return. When all of these are working, the process prints ``at work`` and
+ends in the given way.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tests.support import notices
 from tests.support.interruptions import Abort
 from tests.support.parties import refund_request, sandbox
 
-REFUNDS = 4  # as many as a batch sends before an answer has verified
+REFUNDS = 4  # a batch sends this number before the first verified answer
 
 
 class Work:
-    """The task that holds everything, and what is raised in its handler and its middleware."""
+    """The task with the open journal, batch and inbox; its handler and middleware raise ``error``."""
 
     def __init__(self, place: str) -> None:
         self._place = place
@@ -60,7 +60,7 @@ class Work:
                 print(outcome.request.no_refund, type(outcome.error).__name__, flush=True)
 
     async def _around(self, exchange, forward):
-        """Let one attempt end as it is told to."""
+        """Raise ``error`` in the attempt of R-1 when ``in_middleware`` is set."""
         self._one_more()
         if exchange.asked["no_refund"] != "R-1":
             return await forward(exchange)
@@ -97,7 +97,7 @@ async def main(way: str, place: str) -> None:
             asyncio.get_running_loop().stop()
             await asyncio.sleep(3600)
         case "SIGINT" | "SIGINT twice" | "SIGTERM":
-            await asyncio.sleep(3600)  # the parent sends them
+            await asyncio.sleep(3600)  # the parent process sends the signal
         case "abort in the handler" | "exit in the handler":
             if way.startswith("exit"):
                 work.error = SystemExit(7)

@@ -1,12 +1,12 @@
-"""Notifies two services of many refunds and kills a worker.
+"""Notify two services of many refunds, and kill a worker.
 
 Run ``python -m tests.programs.services --refunds 2000 --seed 1``.
 
-A FastAPI service under uvicorn, then one on aiohttp's runner: two worker processes each, behind a load balancer, that
-share one ``PostgresJournal``. The sandbox's notifications come duplicated, side by side, out of order, early,
-again, and among forgeries; one worker is killed (SIGKILL) midway. In the end each final refund has been handled,
-in the state that the gateway's books say, and is marked so on record, no forgery was acknowledged, and only what the
-killed worker had begun was handled by another one again.
+The services are FastAPI under uvicorn, then aiohttp's runner. Each has two worker processes behind a load balancer,
+which share one ``PostgresJournal``. The sandbox's notifications are duplicated, concurrent, out of order, early,
+replayed, and mixed with forgeries; one worker is killed (SIGKILL) midway. In the end each final refund must have been
+handled with the state in the gateway's books and marked in the journal, no forgery may be acknowledged, and only
+refunds that the killed worker had begun may be handled twice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tests.support.parties import refund_request
 SERVICES = ("fastapi", "aiohttp")
 
 BASE_URL = "http://127.0.0.1:9"
-"""Of the gateway, for all sessions on the journal; those of the workers never call it."""
+"""The gateway's base URL, equal for all sessions of the journal. The sessions of the workers send nothing to it."""
 
 ALL_MISCHIEF = dict.fromkeys(Mischief, 0.3)
 
@@ -57,7 +57,7 @@ CREATE TABLE handled (no_refund text NOT NULL, sta_refund text NOT NULL, worker 
 
 
 async def work(service: str, name: str, listener: socket.socket, dsn: str) -> None:
-    """Serve the route of the notifications on ``listener``, until told to stop."""
+    """Serve the route of the notifications on ``listener`` until a signal arrives."""
     async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as shop:
 
         async def on_refund(refund: Refund) -> None:
@@ -98,29 +98,29 @@ async def _aiohttp(listener: socket.socket, endpoint: NotificationEndpoint, *con
     await runner.cleanup()
 
 
-# ── who notifies and kills ───────────────────────────────────────────────────────────────────────
+# ── the process that notifies and kills ──────────────────────────────────────────────────────────
 
 
 @attrs.frozen
 class Report:
-    """What came of it."""
+    """The result for one service."""
 
     service: str
     refunds: int
     deliveries: int
     forgeries: int
     handled: int
-    """Refunds that a handler returned for."""
+    """Refunds that were handled."""
     handled_by_the_killed: int
     again: int
-    """Refunds that the killed worker had begun and another one handled, too."""
+    """Refunds that were handled more than once."""
     problems: dict[str, str]
-    """What must not be."""
+    """Violations by ``no_refund``; must be empty."""
     seconds: float
 
 
 class LoadBalancer(httpx.AsyncBaseTransport):
-    """Gives requests to the workers in turn, and to the next one if a worker cannot be reached."""
+    """Sends requests to the workers in turn, and to the next one if a worker cannot be reached."""
 
     def __init__(self, ports: Iterable[int]) -> None:
         self._ports = cycle(ports)
@@ -140,7 +140,7 @@ class LoadBalancer(httpx.AsyncBaseTransport):
 
 @contextmanager
 def _workers(service: str, gateway: SandboxGateway, dsn: str) -> Iterator[dict[int, subprocess.Popen]]:
-    """Two workers by their ports."""
+    """Run two workers, and yield them by port."""
     variables = os.environ | environment(gateway, BASE_URL)
     workers = {}
     try:
@@ -159,7 +159,7 @@ def _workers(service: str, gateway: SandboxGateway, dsn: str) -> Iterator[dict[i
 
 
 async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) -> Report:
-    """The whole programme for one service; ``dsn`` is a database of its own."""
+    """Run everything for one service; ``dsn`` names an empty database."""
     began = time.monotonic()
     gateway = SandboxGateway(default_order=Decimal("10.00"), settle_after=0.5)
     dice = random.Random(seed)
@@ -192,7 +192,7 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
                 async for outcome in refund_many(session, requests):
                     assert outcome.refund is not None, outcome.error
                 await until(lambda: not notifier.pending)
-                # What the killed worker had done, but not marked, needs no handler any more.
+                # Mark the refunds that the killed worker handled but did not mark; no handler may be called.
                 endpoint = NotificationEndpoint(merchant, too_late, journal=journal, session=session)
                 await endpoint.sweep()
             ends = first.poll(), second.poll()
@@ -200,7 +200,7 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
         begun = set(await (await shop.execute("SELECT no_refund, worker FROM begun")).fetchall())
         left = [entry.no_refund async for entry in journal.pending()]
         left += [entry.no_refund async for entry in (await journal.inbox()).pending()]
-    problems = _problems(gateway, notifier, rows, begun) | dict.fromkeys(left, "left on record as to be acted on")
+    problems = _problems(gateway, notifier, rows, begun) | dict.fromkeys(left, "still pending in the journal")
     problems |= {str(refund.no_refund): "left to the sweep" for refund in late}
     if ends != (-signal.SIGKILL, None):
         problems["workers"] = f"ended with {ends}"
@@ -219,7 +219,7 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
 
 
 async def _kill_midway(shop: psycopg.AsyncConnection, worker: subprocess.Popen, after: int) -> None:
-    """Kill ``worker`` once ``after`` refunds are handled, some of them by it."""
+    """Kill ``worker`` when ``after`` refunds are handled, some of them by this worker."""
     count = "SELECT count(*), count(*) FILTER (WHERE worker = 'first') FROM handled"
     while True:
         row = await (await shop.execute(count)).fetchone()

@@ -2,9 +2,8 @@
 
 Read ``world`` first (the scheduler and its event loops), then ``node`` (what runs on them), ``network`` and
 ``gateway`` (what they talk to), ``journals`` (PostgreSQL: ``database``, and ``connections`` to it), ``oracle``
-(the invariants), ``plan`` (what a seed decides) and ``run``.
+(the invariants), ``plan`` (the parameters that a seed determines) and ``run``.
 
-None of simloom, simloop and seedloop is used: all three need Python 3.12, refuse real threads, which
-``anyio.to_thread`` starts without asking the event loop, and have one event loop for all, so that no node can be
-suspended or killed alone.
+simloom, simloop and seedloop are not used: all three need Python 3.12, reject the real threads that
+``anyio.to_thread`` starts, and run everything on one event loop, so a single node cannot be suspended or killed.
 """

@@ -18,7 +18,7 @@ from .shrink import shrink
 
 
 def main() -> int:
-    """Run the seeds, or one; 1 if an invariant did not hold."""
+    """Run one seed or all of them; return 1 if an invariant was violated."""
     options = _options()
     journals = tuple(options.journal.split(","))
     if options.seed is not None:
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _collect_rarely() -> None:
-    """Have the garbage collector run between two runs only: a run's garbage is large."""
+    """Run the garbage collector only between two runs: one run leaves much garbage."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -63,7 +63,7 @@ def _carry_out(seed: int, refunds: int, journals: tuple[str, ...]) -> Result:
 
 
 def _replay(plan: Plan, *, trace: bool, smaller: bool) -> int:
-    """Run ``plan`` once; with ``smaller``, shrink it first and print what happened without the event loops' steps."""
+    """Run ``plan`` once and print its trace; ``smaller``: shrink it first and omit the steps of the event loops."""
     if smaller:
         plan = shrink(plan)
     lines: list[str] = []
@@ -83,16 +83,16 @@ _STEP = re.compile(r"[0-9.]+ node [0-9.]+: (?!.* is cancelled|the batch|resume:)
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tests.simulation")
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--refunds", type=int, default=30, help="in each run")
+    parser.add_argument("--refunds", type=int, default=30, help="number of refunds in each run")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--seed", help="this one only")
-    parser.add_argument("--trace", action="store_true", help="print each step of it")
-    parser.add_argument("--shrink", action="store_true", help="make it as small as it can be first")
-    parser.add_argument("--no-shrink", action="store_true", help="do not do so for the first seed that fails")
-    parser.add_argument("--journal", default="none,memory,sqlite,postgres", help="the kinds of journals")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--most", type=int, default=5, help="violations after which to stop")
-    parser.add_argument("--seconds", type=float, default=0, help="seconds after which to stop")
+    parser.add_argument("--seed", help="run only this seed")
+    parser.add_argument("--trace", action="store_true", help="print each step of --seed")
+    parser.add_argument("--shrink", action="store_true", help="shrink the plan of --seed before running it")
+    parser.add_argument("--no-shrink", action="store_true", help="do not shrink the first seed that fails")
+    parser.add_argument("--journal", default="none,memory,sqlite,postgres", help="kinds of journals to choose from")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
+    parser.add_argument("--most", type=int, default=5, help="stop after this number of violations")
+    parser.add_argument("--seconds", type=float, default=0, help="stop after this number of seconds; 0: no limit")
     return parser.parse_args()
 
 

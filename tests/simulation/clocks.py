@@ -1,4 +1,4 @@
-"""Machines and their clocks: a boot clock that nobody sets, and a wall clock that is set, steps and drifts."""
+"""Machines and their clocks: a monotonic boot clock, and a wall clock that is set, steps and drifts."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ EPOCH: Final = datetime(2026, 1, 5, 8, 0, tzinfo=UTC)
 
 @attrs.define(eq=False)
 class Machine:
-    """One machine. Its clocks count on while it is suspended; only its nodes' event loops stand still."""
+    """One machine. Its clocks run while it is suspended; only the event loops of its nodes stop."""
 
     world: World
     name: str
     offset: float = 0.0
-    """Seconds that its wall clock is ahead of the true time."""
+    """Seconds by which the wall clock is ahead of the true time."""
     drift: float = 0.0
-    """Seconds that its wall clock gains in one second."""
+    """Seconds that the wall clock gains in one second."""
     boots: int = 1
     booted_at: float = 0.0
     _read_at: tuple[float, float, int] | None = None
     _reading: Moment = attrs.field(init=False)
 
     def boot(self) -> None:
-        """Start it again: another boot id, and a boot clock from 0."""
+        """Reboot: the boot id changes, and the boot clock starts at 0."""
         self.boots += 1
         self.booted_at = self.world.now
 
     def slew(self, rate: float) -> None:
-        """Have its wall clock gain so many seconds in one from now on, as NTP corrects it."""
+        """Let the wall clock gain this number of seconds in each second from now on, as when NTP slews it."""
         self.offset += self.world.now * (self.drift - rate)
         self.drift = rate
 
     def clock(self) -> Moment:
-        """Read all its clocks."""
+        """Read all clocks of the machine."""
         now = self.world.now
         key = now, self.offset, self.boots
-        if key != self._read_at:  # it is read several times in one step
+        if key != self._read_at:  # several reads within one step
             self._read_at = key
             wall = EPOCH + timedelta(seconds=now * (1 + self.drift) + self.offset)
             self._reading = Moment(wall, now - self.booted_at, f"{self.name} boot {self.boots}")

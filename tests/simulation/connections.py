@@ -1,4 +1,4 @@
-"""psycopg's connections and its pool, over the model of PostgreSQL: the network between a node and its database."""
+"""psycopg's connection and pool for the model of PostgreSQL: the network between a node and its database."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lianlian_async.journal import postgres
 from .database import Database, Session
 
 WAIT = 0.01
-"""Seconds until a statement looks again whether a lock is free."""
+"""Seconds between two attempts of a statement to take a lock."""
 
 
 @attrs.frozen
@@ -36,7 +36,7 @@ class Cursor:
 
 
 class Connection:
-    """What ``psycopg.AsyncConnection`` is."""
+    """The replacement of ``psycopg.AsyncConnection``."""
 
     database: ClassVar[Database]
 
@@ -108,7 +108,7 @@ class Connection:
         await self._ask(end)
 
     async def _ask(self, work: Callable[[], Generator[None, None, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
-        """Bring ``work`` to the server, and its answer back. Whoever stops waiting never uses the connection again."""
+        """Do ``work`` at the server and return its answer. A cancelled call closes the connection."""
         if self.is_closed or getattr(self._loop, "is_dead", False):
             raise OperationalError("the connection is closed")
         database, answered = self.database, self._loop.create_future()
@@ -120,7 +120,7 @@ class Connection:
         def answer(outcome: list[dict[str, Any]] | Error) -> None:
             if database.is_in("hangs") or database.dice.random() < database.flaky:
                 self._is_half_open = True
-            elif database.dice.random() < database.flaky:  # maybe after a commit
+            elif database.dice.random() < database.flaky:  # possibly after a commit
                 hear(OperationalError("server closed the connection unexpectedly"))
             else:
                 database.after(_delay(database), lambda: hear(outcome))
@@ -148,7 +148,7 @@ class Connection:
         return outcome
 
     def _send(self, event: Callable[[], None]) -> None:
-        """Have ``event`` happen at the server, after all that was sent before, unless nothing arrives there."""
+        """Call ``event`` at the server after all earlier messages; never on a half-open connection."""
         database = self.database
 
         def arrive() -> None:
@@ -161,7 +161,7 @@ class Connection:
         database.after(self._arrives_at - now, arrive)
 
     def close(self) -> None:
-        """Tell the server, unless it was a whole machine that died: then only its time limit ends the transaction."""
+        """Close the connection. If the machine died, the server gets no message: the idle timeout rolls back."""
         if self.is_closed:
             return
         self.is_closed = True
@@ -178,7 +178,7 @@ class Connection:
 
 
 class Pool:
-    """What ``psycopg_pool.AsyncConnectionPool`` is."""
+    """The replacement of ``psycopg_pool.AsyncConnectionPool``."""
 
     def __init__(self, dsn: object, *, connection_class: type[Connection], max_size: int, **options: Any) -> None:
         self._class = connection_class
@@ -220,14 +220,14 @@ class Pool:
 
 
 def _delay(database: Database) -> float:
-    """Seconds for one way."""
+    """Return the seconds from one side to the other."""
     slow = 4.0 if database.is_in("slow") else 0.001
     return slow * database.dice.random()
 
 
 @contextmanager
 def modelled(database: Database) -> Generator[None]:
-    """Have ``PostgresJournal`` connect to ``database``, whatever its DSN says."""
+    """Make ``PostgresJournal`` connect to ``database`` for every DSN."""
     connection = type("Connection", (Connection,), {"database": database})
     with mock.patch.multiple(postgres, AsyncConnection=connection, AsyncConnectionPool=Pool):
         yield

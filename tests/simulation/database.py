@@ -1,7 +1,7 @@
-"""A model of PostgreSQL, as far as the statements of ``postgres_rows`` go: rows, locks, one clock, failover.
+"""A model of PostgreSQL for the statements of ``postgres_rows`` only: rows, locks, one clock, failover.
 
-It runs on any event loop, so that the journal contract tests hold it against the real one; in a simulation on the
-world's. A transaction sees what is committed when each of its statements begins (READ COMMITTED), and what it wrote.
+It runs on any event loop, so the journal contract tests compare it with the real server. Transactions are READ
+COMMITTED: each statement sees the rows committed before it began, and the transaction's own changes.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from lianlian_async.journal import postgres_rows as sql
 from .clocks import EPOCH
 
 Key = tuple[str, str, Any]
-"""Schema, table, and the row's key in it."""
+"""Schema, table and primary key of a row."""
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
 LOCK_TIMEOUT: Final = 0.1
-"""Seconds, as ``WAIT_BRIEFLY`` sets it."""
+"""Seconds, as in the statement ``WAIT_BRIEFLY``."""
 _OPEN: Final = ("unresolved", "accepted", "final")
 _MADE: Final = ("accepted", "final", "done")
 
 
 @attrs.define(eq=False)
 class Session:
-    """What the server keeps of one connection."""
+    """The server's state of one connection."""
 
     incarnation: int
     number: int
     last_active: float
     idle_timeout: float = 3600.0
-    """Seconds that its transaction may be idle."""
+    """Seconds after which the server terminates the connection if its transaction is idle."""
     is_in_transaction: bool = False
     is_terminated: bool = False
     changes: dict[Key, Row] = attrs.field(factory=dict)
@@ -48,56 +48,56 @@ class Session:
 
 @attrs.define(eq=False)
 class Database:
-    """What all connections share. ``after`` makes a call so many seconds later."""
+    """The server, which all connections share. ``after(seconds, call)`` schedules a call."""
 
     time: Callable[[], float]
     after: Callable[[float, Callable[[], None]], object]
     dice: random.Random
     on_commit: Callable[[Row | None, Row], None] = lambda before, after: None
-    """Told of each refund's row that is committed: as it was, and as it is."""
+    """Called for each committed row of a refund, with the row before and after."""
     offset: float = 0.0
-    """Seconds that the database's clock is ahead of the true time."""
+    """Seconds by which the database's clock is ahead of the true time."""
     drift: float = 0.0
     incarnation: int = 1
-    """Counts the servers that were the primary."""
+    """The number of starts of a database server so far."""
     started: datetime = EPOCH
     """``pg_postmaster_start_time()``."""
     trouble: str = ""
-    """What is wrong until ``trouble_until``: ``refuses``, ``hangs`` or ``slow``."""
+    """The fault that lasts until ``trouble_until``: ``refuses``, ``hangs`` or ``slow``."""
     trouble_until: float = -1.0
     flaky: float = 0.0
-    """How many of 1 answers are lost with their connection, and as many with one that stays half-open."""
+    """Probability that an answer and its connection are lost; also that the connection becomes half-open."""
     committed: dict[Key, Row] = attrs.field(factory=dict)
     commits: list[tuple[float, dict[Key, tuple[Row | None, Row]]]] = attrs.field(factory=list)
-    """When each transaction was committed, and its rows before and after."""
+    """The time of each commit, and its rows before and after."""
     locks: dict[Key, Session] = attrs.field(factory=dict)
     _numbers: count[int] = attrs.field(factory=lambda: count(1))
 
     def clock(self) -> datetime:
-        """The database's clock."""
+        """Return the time of the database's clock."""
         return EPOCH + timedelta(seconds=self.time() * (1 + self.drift) + self.offset)
 
     def is_in(self, trouble: str) -> bool:
-        """Whether it is in this kind of trouble now."""
+        """Whether the database has this fault now."""
         return self.trouble == trouble and self.time() < self.trouble_until
 
     def connect(self) -> Session:
-        """Take a new connection."""
+        """Accept a new connection."""
         return Session(self.incarnation, next(self._numbers), self.time())
 
     # ── another incarnation ──────────────────────────────────────────────────────────────────────
 
     def restart(self) -> None:
-        """Start again: all connections break, what was not committed is gone."""
+        """Restart: all connections break, and open transactions are rolled back."""
         self.incarnation += 1
         self.started = self.clock()
         self.locks.clear()
 
     def fail_over(self, lag: float) -> list[tuple[Row, Row | None]]:
-        """Let a replica on another machine take over, which lacks the commits of the last ``lag`` seconds.
+        """Fail over to a replica on another machine, which lacks the commits of the last ``lag`` seconds.
 
-        Returns the refunds' rows that are lost, each with what is left of it. That the tables were made is never
-        lost: the replica of a journal is set up after the journal.
+        Returns the lost rows of refunds, each with the row that remains. The tables themselves are never lost: a
+        replica of a journal is set up after the journal.
         """
         lost = [one for one in self.commits if one[0] > self.time() - lag]
         del self.commits[len(self.commits) - len(lost) :]
@@ -115,7 +115,7 @@ class Database:
             dice.choice([0.0, 1e-4, -1e-4]),
         )
         self.restart()
-        self.started -= timedelta(seconds=86_400 * dice.random())  # the replica ran already
+        self.started -= timedelta(seconds=86_400 * dice.random())  # the replica was already running
         return [(after, self.committed.get(key)) for key, after in rows]
 
     # ── transactions ─────────────────────────────────────────────────────────────────────────────
@@ -123,7 +123,7 @@ class Database:
     def execute(
         self, session: Session, statement: str, schema: str, parameters: Any
     ) -> Generator[None, None, list[dict[str, Any]]]:
-        """Carry a statement out; each ``yield`` is a moment in which it waits for another transaction."""
+        """Execute a statement; each ``yield`` is a wait for another transaction's lock."""
         self.check(session)
         rows = STATEMENTS[statement](self, session, schema, *parameters)
         if isinstance(rows, Generator):
@@ -133,7 +133,7 @@ class Database:
         return [dict(row) for row in rows]
 
     def check(self, session: Session) -> None:
-        """Raise if the server has ended this connection, as it does where a transaction is idle for too long."""
+        """Raise if the server has terminated this connection, for example because its transaction was idle."""
         now = self.time()
         has_locks = session.is_in_transaction and now - session.last_active > session.idle_timeout
         session.is_terminated |= has_locks or session.incarnation != self.incarnation
@@ -143,7 +143,7 @@ class Database:
         session.last_active = now
 
     def commit(self, session: Session) -> None:
-        """Make its changes those of all."""
+        """Commit the session's changes."""
         changes = {key: (self.committed.get(key), row) for key, row in session.changes.items()}
         if changes:
             self.commits.append((self.time(), changes))
@@ -154,14 +154,14 @@ class Database:
                 self.on_commit(before, after)
 
     def roll_back(self, session: Session) -> None:
-        """End its transaction: what it wrote is gone, what it held is free."""
+        """Roll back the session's transaction and free its locks."""
         session.changes = {}
         session.is_in_transaction = False
         for key in [key for key, holder in self.locks.items() if holder is session]:
             del self.locks[key]
 
     def _is_held(self, key: Key, session: Session) -> bool:
-        """Whether another transaction, which goes on, has this lock."""
+        """Whether another open transaction has this lock."""
         holder = self.locks.get(key)
         if holder is None or holder is session:
             return False
@@ -175,7 +175,7 @@ class Database:
         return session.changes.get(key) or self.committed.get(key)
 
     def refunds(self, schema: str, *, states: Iterable[str] | None = None) -> list[Row]:
-        """The rows that are committed, oldest first."""
+        """Return the committed rows, oldest first."""
         rows = [row for key, row in self.committed.items() if key[0] == schema and key[1] == "refunds"]
         return sorted((r for r in rows if states is None or r["state"] in states), key=lambda row: row["id"])
 
@@ -297,4 +297,4 @@ STATEMENTS: Final[Mapping[str, Callable[..., Rows | Generator[None, None, Rows]]
     sql.LAST: lambda database, session, schema: [{"id": max([row["id"] for row in database.refunds(schema)] or [0])}],
     sql.COUNT: Database._count,
 }
-"""What each statement of the journal does; an unknown one is a ``KeyError``."""
+"""The implementation of each statement of the journal; an unknown statement is a ``KeyError``."""

@@ -1,6 +1,6 @@
-"""The gateway: it carries out whatever it gets, and its books are the truth. Each delivered apply call is a refund.
+"""The gateway: it makes a refund for each apply call that it receives. Its books are the truth.
 
-It keeps one promise: what left a node is on its books within ``GRACE - MARGIN`` seconds, or never.
+It guarantees one bound: a request that left a node is on the books within ``GRACE - MARGIN`` seconds, or never.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .world import World
 
 @lru_cache(100)
 def date(second: int) -> str:
-    """The ``Date`` header of an answer that is sent then."""
+    """Return the ``Date`` header of an answer sent at ``second``."""
     return format_datetime(EPOCH + timedelta(seconds=second), usegmt=True)
 
 
@@ -42,16 +42,16 @@ class Booked:
     fields: Mapping[str, str]
     made_at: float
     visible_at: float
-    """From when on the query service knows it."""
+    """The time from which the query service knows the refund."""
     oid_refundno: str
     final: str
-    """Its last ``sta_refund``."""
+    """The final ``sta_refund``."""
     final_at: float
 
 
 @attrs.define(eq=False)
 class Gateway:
-    """The apply service and the query service, and what is on their books."""
+    """The apply service, the query service, and their books."""
 
     world: World
     plan: Plan
@@ -59,20 +59,20 @@ class Gateway:
     oracle: Oracle
     books: dict[str, list[Booked]] = attrs.field(factory=dict)
     refused: set[str] = attrs.field(factory=set)
-    """The numbers that it refuses for good."""
+    """The ``no_refund`` values that are rejected permanently."""
     announce: Callable[[Booked], None] = lambda booked: None
-    """Told of each refund that is made."""
+    """Called with each refund that is made."""
     is_down: bool = False
     is_blind: bool = attrs.field(init=False)
-    """Whether the query service knows no refund."""
+    """Whether the query service answers "no such record" to everything."""
     is_calm: bool = False
-    """Whether all faults are over."""
+    """Whether all faults have ended."""
 
     def __attrs_post_init__(self) -> None:
         self.is_blind = self.plan.blind
 
     def answer(self, call: str, body: bytes, left_at: float, fault: str | None) -> WireAnswer | None:
-        """Take one request; None: no answer will ever come."""
+        """Handle one request and return the answer; None: there is never an answer."""
         asked = json.loads(body)
         if fault == "status_before":
             return self._status()
@@ -114,7 +114,7 @@ class Gateway:
         return self.signed(self.record(made), fault)
 
     def make(self, asked: Mapping[str, str], left_at: float, *, late: bool = False) -> Booked:
-        """Make a refund: money moves."""
+        """Make a refund: the money moves."""
         now, dice = self.world.now, self.world.random
         latest = max(now, left_at + GRACE - MARGIN)
         visible_at = now + (latest - now) * dice.random() if late else now
@@ -132,7 +132,7 @@ class Gateway:
         return self.signed({"ret_code": code, "ret_msg": "refused", **echo}, None)
 
     def record(self, booked: Booked) -> dict[str, str]:
-        """What the gateway tells of a refund now."""
+        """Return the fields of a refund in its current state."""
         age = self.world.now - booked.made_at
         status = booked.final if self.world.now >= booked.final_at else ("0" if age < 60 else "1")
         names = ("oid_partner", "no_refund", "dt_refund", "money_refund")
@@ -152,7 +152,7 @@ class Gateway:
         return self.signed(self.record(known[0]), fault)
 
     def signed(self, fields: Mapping[str, str], fault: str | None) -> WireAnswer:
-        """An answer, or a notification, with these fields."""
+        """Return a signed answer or notification with these fields."""
         told = {**fields, "oid_partner": fields.get("oid_partner", "201103171000000000"), "sign_type": "RSA"}
         if fault == "no_signature":
             return 200, {}, wire.encode(fields)
@@ -161,5 +161,5 @@ class Gateway:
         return 200, {}, wire.encode(told)
 
     def facts(self) -> dict[str, Any]:
-        """How often each number was made."""
+        """Return how many times each ``no_refund`` was made."""
         return {number: len(booked) for number, booked in self.books.items()}

@@ -1,4 +1,4 @@
-"""The journals of a simulation: none, in memory that outlives nodes, SQLite at its file, PostgreSQL as a model."""
+"""The journals of a simulation: none, memory that outlives nodes, SQLite with a simulated file, modelled PostgreSQL."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from .world import NodeLoop, World
 
 
 class Store(Protocol):
-    """Where the journals of all nodes keep what is committed."""
+    """The committed data of the journals of all nodes."""
 
     def journal(self, loop: NodeLoop, clock: Clock) -> Journal | None:
-        """A journal for one life of a node; None: it has none."""
+        """Return a journal for one life of a node, or None for a session without a journal."""
 
     def entry(self, no_refund: str) -> Entry | None:
-        """What is on record, durably."""
+        """Return the committed entry of a refund."""
 
     def entries(self) -> Mapping[str, Entry]:
-        """All that is on record."""
+        """Return all committed entries."""
 
     def kept(self, no_refund: str) -> State | None:
-        """What is on record in the inbox."""
+        """Return the committed state of a refund in the inbox."""
 
     def trouble(self, seconds: float) -> None:
-        """Have it fail, or be slow, for so long."""
+        """Make the journal fail or be slow for ``seconds``."""
 
 
 class NoStore:
-    """For sessions without a journal."""
+    """The store of sessions without a journal."""
 
     def journal(self, loop: NodeLoop, clock: Clock) -> None:
         return None
@@ -61,7 +61,7 @@ class NoStore:
 
 
 class _NodesMemoryJournal(MemoryJournal):
-    """One node's hand on the memory that all nodes share; a dead node's hand is off."""
+    """One node's access to the memory that all nodes share; it ends with the node."""
 
     def __init__(self, store: MemoryStore, loop: NodeLoop, *, is_inbox: bool = False) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class MemoryStore:
 
 @attrs.define(eq=False)
 class DiskStore:
-    """A disk with one journal file: it may fail, be full or slow, but loses nothing that was committed."""
+    """A disk with one journal file: it may fail, be full or slow, but it never loses a commit."""
 
     world: World
     oracle: Oracle
@@ -119,7 +119,7 @@ class DiskStore:
     trouble_kind: str = ""
     is_acting: bool = False
     inbox: DiskStore | None = None
-    """The inbox's file; None: this is one."""
+    """The store of the inbox's file; None in that store itself."""
 
     def journal(self, loop: NodeLoop, clock: Clock) -> SqliteJournal:
         return SqliteJournal("/simulated/journal")
@@ -140,17 +140,17 @@ class DiskStore:
             self.inbox.trouble_until, self.inbox.trouble_kind = self.trouble_until, self.trouble_kind
 
     def file_class(self) -> type[SimulatedFile]:
-        """Return what takes the place of ``JournalFile``."""
+        """Return the replacement of ``JournalFile``."""
         return type("JournalFile", (SimulatedFile,), {"_disk": self})
 
     def check(self, kind: str) -> None:
-        """Raise if the disk is in this kind of trouble now."""
+        """Raise if the disk has this fault now."""
         if self.world.now < self.trouble_until and self.trouble_kind == kind:
             raise JournalError(f"the disk {kind}")
 
 
 class SimulatedFile:
-    """What ``JournalFile`` is, over a :class:`DiskStore`. The inbox has a file of its own."""
+    """The replacement of ``JournalFile`` for a :class:`DiskStore`. The inbox has a file of its own."""
 
     _disk: DiskStore
 
@@ -241,7 +241,7 @@ def _state(entry: Entry | None) -> State | None:
 
 
 def _as_stored(entry: Entry) -> Entry:
-    """What a file gives back: no lease, and of what is resolved only the wall clock's moment."""
+    """Return an entry as a file returns it: without a lease; if resolved, with only the wall time of ``sent_at``."""
     sent_at = entry.sent_at
     if sent_at is not None and entry.ending is not None:
         sent_at = Moment(sent_at.wall, 0.0, "")
@@ -250,7 +250,7 @@ def _as_stored(entry: Entry) -> Entry:
 
 
 class _AsWritten:
-    """Reads moments as their writer read its clocks."""
+    """Reads stored moments without conversion between clocks."""
 
     @staticmethod
     def moment(stored: Row | None) -> Moment | None:
@@ -259,20 +259,20 @@ class _AsWritten:
 
 @attrs.define(eq=False)
 class PostgresStore:
-    """The model of PostgreSQL, and which refunds and leases its failovers have lost."""
+    """The model of PostgreSQL, and the refunds and leases that its failovers have lost."""
 
     world: World
     oracle: Oracle
     flaky: float
     database: Database = attrs.field(init=False)
     last: dict[str, Entry] = attrs.field(factory=dict)
-    """Each refund as it was committed last, also if that is lost."""
+    """The entry of each refund at its last commit, even if a failover lost that commit."""
     taken_at: dict[str, float] = attrs.field(factory=dict)
-    """When each refund's lease was taken."""
+    """The time at which each refund's lease was taken."""
     lease_ends: dict[tuple[str, str], float] = attrs.field(factory=dict)
-    """When each lease ends: by refund and holder."""
+    """The end of each lease by refund and holder."""
     lost_leases: set[tuple[str, str]] = attrs.field(factory=set)
-    """Those that a failover lost."""
+    """The leases that a failover lost."""
     holders: dict[NodeLoop, PostgresJournal] = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
@@ -300,7 +300,7 @@ class PostgresStore:
         self.database.trouble = self.world.random.choice(["refuses", "hangs", "slow"])
 
     def happen(self, event: Event) -> None:
-        """Let the database be another incarnation, or its clock be set."""
+        """Restart the database, fail it over, or set its clock."""
         match event.kind:
             case "database_restart":
                 self.database.restart()
@@ -311,7 +311,7 @@ class PostgresStore:
                     self._lose(_entry(row), left)
 
     def check_lease(self, no_refund: str, loop: NodeLoop) -> None:
-        """An apply call leaves a node, which must have the refund's lease as the database has it."""
+        """Check that the node which sends an apply call has the refund's lease in the database."""
         now, holder, entry = self.world.now, self.holders[loop]._holder, self.last.get(no_refund)
         if (no_refund, holder) in self.lost_leases and now <= self.lease_ends[no_refund, holder] + CLOCKS_DIFFER:
             self.oracle.beyond_bounds.add(no_refund)  # "under a lease that was lost", PostgresJournal
@@ -329,7 +329,7 @@ class PostgresStore:
             self.lease_ends[entry.no_refund, _call(entry)] = self.world.now + after["leased_until"]["ahead"]
 
     def _lose(self, entry: Entry, left: Row | None) -> None:
-        """A failover has lost this version of a refund; ``left`` is what it has instead."""
+        """Note that a failover lost ``entry``; ``left`` is the row that remains."""
         number, now = entry.no_refund, self.world.now
         if entry.ending is not None and (left is None or left["record"] is None):
             self.oracle.lost_endings.add(number)
@@ -343,7 +343,7 @@ class PostgresStore:
 
 
 CLOCKS_DIFFER = 1.0
-"""Seconds by which two clocks' drift may let leases overlap; no harm, as the grace is longer."""
+"""Seconds by which two leases may overlap because clocks drift; harmless, because the grace is longer."""
 
 
 def _entry(row: Row) -> Entry:
@@ -351,5 +351,5 @@ def _entry(row: Row) -> Entry:
 
 
 def _call(entry: Entry) -> str:
-    """Return which journal of which process has the lease, or nothing."""
+    """Return the id of the journal object that has the lease; empty if there is no lease."""
     return (entry.holder or "").partition("-")[0]

@@ -1,4 +1,4 @@
-"""Signatures by a stub at the key objects: real RSA would be most of what a simulation computes."""
+"""Keys with stub signatures: real RSA would take most of a simulation's time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lianlian_async.signing import SigningKey, VerifyingKey
 
 
 def while_signing() -> None:
-    """Called whenever a signature is being made, to be patched: event loops go on while a thread signs."""
+    """Do nothing: a simulation patches this hook, which is called during each signature, to run event loops."""
 
 
 class _StubVerifyingKey(VerifyingKey):
@@ -47,7 +47,7 @@ def _signature(source: bytes, fingerprint: bytes) -> str:
 
 @lru_cache
 def signing_key(owner: str, *, real: bool) -> SigningKey:
-    """The key of ``owner``: the same one at each call of a process; a stub, or one that computes."""
+    """Return the key of ``owner``, one for each process: a stub, or real RSA if ``real``."""
     if real:
         return SigningKey.generate(1024)
     return _StubSigningKey(signing_key(owner, real=True)._rsa)

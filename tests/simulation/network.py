@@ -19,12 +19,12 @@ _AGAIN = "again"
 
 
 class FromBelowError(BaseException):
-    """What no library expects from the one below."""
+    """An exception of a kind that the package does not expect from its transport."""
 
 
 @attrs.define(eq=False)
 class Network:
-    """All nodes' way to the gateway."""
+    """The network between all nodes and the gateway."""
 
     world: World
     plan: Plan
@@ -33,14 +33,14 @@ class Network:
     last_answers: list[WireAnswer] = attrs.field(factory=list)
 
     def fault(self) -> str | None:
-        """What the next exchange meets."""
+        """Draw the fault of the next exchange."""
         dice, plan = self.world.random, self.plan
         if self.gateway.is_calm or not plan.faults or dice.random() >= plan.trouble:
             return None
         return dice.choice(plan.faults)
 
     def carry(self, call: str, body: bytes, fault: str | None, hear: Callable[[WireAnswer | Exception], None]) -> None:
-        """Bytes have left a node: bring them to the gateway, and its answer back."""
+        """Deliver a request that left a node to the gateway, and its answer to the node."""
         dice, world, left_at = self.world.random, self.world, self.world.now
         if fault == "request_lost":
             if dice.random() < 0.5:
@@ -68,7 +68,7 @@ class Network:
         if gateway.is_down:
             world.after(0.01, lambda: hear(httpx.ReadError("connection reset")))
             return
-        if call == "apply" and fault != _AGAIN:  # the network repeats it, not the node
+        if call == "apply" and fault != _AGAIN:  # the network duplicates the request, not the node
             self.oracle.arrived(body)
         answer = gateway.answer(call, body, left_at, fault if fault in _GATEWAY else None)
         if answer is None or fault == "answer_lost":
@@ -86,7 +86,7 @@ class Network:
                 headers,
                 dice.choice([b"", content[:-9], b"{}", b"[1]", b'{"ret_code": 1}', b"\xff" + content]),
             )
-        elif _number(content):  # one that names no refund at all would fit every question
+        elif _number(content):  # an answer without a no_refund would fit every query
             self.last_answers = [*self.last_answers[-4:], answer]
         delay = 0.01 + 0.05 * dice.random() if fault != "answer_late" else 3600 * 4 * dice.random() ** 3
         told = answer
@@ -96,7 +96,7 @@ class Network:
 
 
 class NodeTransport(httpx.AsyncBaseTransport):
-    """One node's transport: tells the package of the same moments as httpcore does."""
+    """One node's transport, with the trace events of httpcore."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class NodeTransport(httpx.AsyncBaseTransport):
         self._stop = stop
         self._kill = kill
         self.out = 0
-        """How many requests are under way."""
+        """The number of requests in flight."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         self.out += 1
@@ -129,7 +129,7 @@ class NodeTransport(httpx.AsyncBaseTransport):
         if fault == "connect_hangs":
             await asyncio.sleep(request.extensions["timeout"]["connect"])
             raise httpx.ConnectTimeout("")
-        if fault == "stopped":  # at the worst moment: the connection is there, and nothing has been sent
+        if fault == "stopped":  # the worst moment: the connection is open, and nothing has been sent
             seconds = dice.choice([1.0, 60.0, 950.0, 2000.0, 7200.0])
             stands_still = dice.random() < 0.7
             network.world.after(0.0, lambda: self._stop(seconds, stands_still))

@@ -1,4 +1,4 @@
-"""Nodes: services, batches and resumers of the real package, each life of a node on an event loop of its own."""
+"""Nodes: services, batches and resumers of the real package. Each life of a node has its own event loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 ENDS_WITHIN = 120.0
-"""Seconds (of its loop) that a program may take to end once it is told to."""
+"""Seconds (of its loop) within which a program must end after it was told to."""
 
 
 @attrs.define(eq=False)
@@ -43,20 +43,20 @@ class Node:
     index: int
     machine: Machine
     numbers: list[str]
-    """The refunds that are its work."""
+    """The refunds that this node makes."""
     lives: int = 0
     loop: NodeLoop = attrs.field(init=False)
     is_running: bool = False
     is_done: bool = False
-    """Whether its last life ended with nothing left to do."""
+    """Whether the last life ended with nothing left to do."""
     stopped: float = 0.0
-    """Seconds for which its process was stopped."""
+    """Seconds for which the process was stopped or suspended."""
     service: Service | None = None
-    """What takes its notifications."""
+    """The service that receives the node's notifications."""
     calls: dict[int, tuple[str, float]] = attrs.field(factory=dict)
-    """The calls that are under way: refund, and when the call began (its loop's clock)."""
+    """The running calls: refund, and start of the call (by the loop's clock)."""
     _was_open: bool = False
-    """Whether this life came as far as to have an open session."""
+    """Whether this life opened its session."""
     _main: asyncio.Task[None] = attrs.field(init=False)
     _tasks: list[asyncio.Task[None]] = attrs.field(factory=list)
 
@@ -73,17 +73,17 @@ class Node:
         self.service = None
         self.loop = NodeLoop(self.run.world, f"node {self.index}.{self.lives}")
         self.loop.on_interrupt = self.interrupt
-        asyncio._set_running_loop(self.loop)  # so that the first task finds it, as in asyncio.run
+        asyncio._set_running_loop(self.loop)  # the first task needs a running loop, as in asyncio.run
         self._main = self.loop.create_task(self._live(), name="main")
         self.run.world.leave_loop()
         self._main.add_done_callback(self._end)
 
     def stop(self, seconds: float) -> None:
-        """Stop its process for so long: its clocks count on."""
+        """Stop the process for ``seconds``; the clocks keep running."""
         self._suspend(seconds, self.lives, clock_stood_still=False)
 
     def suspend(self, seconds: float) -> None:
-        """Suspend its machine for so long: its event loop's clock stands still."""
+        """Suspend the machine for ``seconds``; the event loop's clock stops."""
         self._suspend(seconds, self.lives, clock_stood_still=True)
 
     def _suspend(self, seconds: float, life: int, *, clock_stood_still: bool) -> None:
@@ -94,7 +94,7 @@ class Node:
         self.run.world.after(seconds, lambda: loop.wake(clock_stood_still=clock_stood_still))
 
     def kill(self, seconds: float, life: int | None = None) -> None:
-        """End its life (this one) at once, and begin another one so many seconds later."""
+        """End the current life (only if it is ``life``) at once, and begin another one after ``seconds``."""
         if not self.is_running or life not in (None, self.lives):
             return
         self.run.world.log(f"{self.loop.name} is killed")
@@ -106,29 +106,29 @@ class Node:
         self.run.world.after(seconds, self.start)
 
     def interrupt(self) -> None:
-        """End its life as SIGINT does: the main task is cancelled."""
+        """End the current life like SIGINT: cancel the main task."""
         if self.is_running:
             self.run.ends += 1
             self._main.cancel()
 
     def interrupt_all(self) -> None:
-        """End its life as a second SIGINT does: every task is cancelled."""
+        """End the current life like a second SIGINT: cancel every task."""
         if self.is_running:
             for task in list(self.loop.tasks):
                 task.cancel()
 
     def cancel_any(self) -> None:
-        """Cancel one task, whosever it is."""
+        """Cancel one random task of this node."""
         if self.is_running and self.loop.tasks:
             dice, kinds = self.run.world.random, dict[str, list[asyncio.Task[None]]]()
-            for each in self.loop.tasks:  # of each kind with the same chance, however many there are of it
+            for each in self.loop.tasks:  # each kind of task has the same probability
                 kinds.setdefault(_kind(each), []).append(each)
             task = dice.choice(dice.choice(list(kinds.values())))
             self.run.world.log(f"{self.loop.name}: {task.get_name()} is cancelled")
             task.cancel()
 
     def _end(self, main: asyncio.Task[None]) -> None:
-        """The main task is done: end the loop as ``asyncio.run`` does."""
+        """End the loop after the main task, as ``asyncio.run`` does."""
         error = None if main.cancelled() else main.exception()
         expected = (LianLianError, FromBelowError, asyncio.CancelledError, BaseExceptionGroup)
         if error is not None and not isinstance(error, expected):
@@ -200,7 +200,7 @@ class Node:
         return [number for number in self.numbers if not self.run.is_known(number)]
 
     def has_work(self) -> bool:
-        """Whether there is anything left to do."""
+        """Whether refunds are left to do."""
         return bool(self._open() or self.run.acting.unacted(self.numbers))
 
     async def _work(self, session: RefundSession) -> None:
@@ -211,7 +211,7 @@ class Node:
                 if not run.is_known(number) or run.dice.random() < 0.1:
                     names = [f"caller {number}.{caller}" for caller in range(plan.callers)]
                     tasks += [loop.create_task(self._call(session, number), name=name) for name in names]
-        # A batch has no way to take what an earlier life left unknown.
+        # A batch cannot resolve the unknown refunds of an earlier life.
         left = [number for number in run.unknown if plan.program == "batch" and not self._is_remembered(number)]
         tasks += [loop.create_task(self._call(session, number), name=f"caller {number}") for number in left]
         if plan.program in ("batch", "both"):
@@ -244,7 +244,7 @@ class Node:
             await asyncio.sleep(self._pause(run.unknown.get(number)))
 
     async def _told(self, request: RefundRequest, call: Callable[[], Awaitable[Refund]]) -> str:
-        """Make one call, and tell the oracle what it says."""
+        """Make one call, and report its outcome to the oracle."""
         run, number = self.run, request.no_refund
         key, began, stopped = next(run.keys), self.loop.time(), self.stopped
         self.calls[key] = number, began
@@ -293,7 +293,7 @@ class Node:
             await asyncio.sleep(self._pause(None))
 
     def _begin_each(self, numbers: list[str], begun: dict[str, int]) -> Iterator[RefundRequest]:
-        """The requests of ``numbers`` that may still be called for, each noted as a call when it is taken."""
+        """Yield the requests of ``numbers`` that may still be made, and register each as a running call."""
         for number in numbers:
             if self.run.may_begin(number) and self._is_remembered(number):
                 begun[number] = next(self.run.keys)
@@ -301,7 +301,7 @@ class Node:
                 yield self.run.requests[number]
 
     def _is_remembered(self, number: str) -> bool:
-        """Whether a refund that was left unknown may be applied for: by who has a journal, or has left it unknown."""
+        """Whether an unknown refund may be applied for: with a journal, or by the session that left it unknown."""
         return self.run.plan.journal != "none" or self.run.left_unknown_in.get(number, self.loop) is self.loop
 
     async def _resume(self, session: RefundSession) -> None:
@@ -315,12 +315,12 @@ class Node:
                 self.reopen(error)
 
     def reopen(self, error: LianLianError) -> None:
-        """End this life if its journal records nothing more: the next one opens it again, as the error advises."""
+        """End this life if its journal must be opened again, as ``error`` says; the next life does."""
         if isinstance(error, JournalError) and "open it again" in str(error):
             self._main.cancel()
 
     def _pause(self, unknown: RefundOutcomeUnknown | None) -> float:
-        """Seconds until it asks again: when it was told to, or whenever it likes."""
+        """Return the seconds until the next call: until ``ask_again_at``, or random."""
         dice = self.run.dice
         if unknown is not None and dice.random() < 0.8:
             wait = (unknown.ask_again_at - self.machine.clock().wall).total_seconds()
@@ -329,7 +329,7 @@ class Node:
 
 
 def _kind(task: asyncio.Task[None]) -> str:
-    """Return what ``task`` runs; of a background task, what that runs."""
+    """Return the name of the function that ``task`` runs, also inside a background task."""
     coroutine: Any = task.get_coro()
     background = None if coroutine.cr_frame is None else coroutine.cr_frame.f_locals.get("self")
     if not isinstance(background, BackgroundTask):
@@ -338,7 +338,7 @@ def _kind(task: asyncio.Task[None]) -> str:
 
 
 def merchant(private_key: object, gateway_key: object) -> Merchant:
-    """Whose refunds they are."""
+    """Return the merchant of all refunds."""
     return Merchant(
         oid_partner="201103171000000000",
         private_key=private_key,

@@ -1,4 +1,4 @@
-"""Notifications: what the gateway sends unasked, the endpoint of a node that takes it, and what its handler meets."""
+"""Notifications: the gateway sends them, a node's endpoint receives them and calls its handler; all of it may fail."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from .run import Run
 
 RESEND: Final = 120.0
-"""Seconds after which a notification that was not acknowledged is sent again."""
+"""Seconds after which an unacknowledged notification is sent again."""
 MOST_DELIVERIES: Final = 31
 ANSWER_WITHIN: Final = 5.0
 HANDLER_SECONDS: Final = 4.0
 LONGEST_GAP: Final = 10.0
-"""Seconds (of virtual time) from taking a refund to the call of its handler, where nothing is stopped."""
+"""Maximum of virtual seconds between claiming a refund and calling its handler, except while the process is stopped."""
 
 
 @attrs.define(eq=False)
 class Delivery:
-    """One notification on its way."""
+    """One notification in transit."""
 
     booked: Booked
     body: bytes
@@ -43,23 +43,23 @@ class Delivery:
 
 @attrs.define(eq=False)
 class Acting:
-    """Who was told of what, and whether each refund that was made and is final was acted on; the gateway's side too."""
+    """The gateway's side of notifications, and the checks that each final refund is handled correctly (*acted on*)."""
 
     run: Run
     returned_at: dict[str, float] = attrs.field(factory=dict)
-    """When a handler returned last for each refund."""
+    """The time at which a handler last returned for each refund."""
     running: dict[str, tuple[NodeLoop, float]] = attrs.field(factory=dict)
-    """The handlers that are running: on which loop, and for how long its process had been stopped by then."""
+    """The running handlers: their loop, and the total stop time of its process when they began."""
 
     # ── the gateway's side ───────────────────────────────────────────────────────────────────────
 
     def meets(self, kind: str) -> bool:
-        """Whether this kind of trouble comes now."""
+        """Whether this fault occurs now."""
         run = self.run
         return kind in run.plan.notices and not run.gateway.is_calm and run.world.random.random() < 0.3
 
     def announce(self, booked: Booked) -> None:
-        """Have notifications of ``booked`` come once it is final: often before the apply call is answered."""
+        """Send notifications of ``booked`` when it is final: often before the apply call is answered."""
         if not self.run.plan.notifies or self.meets("never"):
             return
         dice = self.run.world.random
@@ -82,7 +82,7 @@ class Acting:
     def _notification(self, booked: Booked, fault: str | None) -> Delivery:
         gateway = self.run.gateway
         fields = gateway.record(booked)
-        if fault is None and self.meets("short"):  # what is missing has to be asked for
+        if fault is None and self.meets("short"):  # the endpoint must query a missing field
             del fields[self.run.world.random.choice(["sta_refund", "money_refund"])]
         return Delivery(booked, gateway.signed(fields, fault)[2], is_forged=fault is not None)
 
@@ -94,7 +94,7 @@ class Acting:
     # ── the invariants ───────────────────────────────────────────────────────────────────────────
 
     def answered(self, delivery: Delivery, status: int, sent_at: float) -> None:
-        """A notification got its answer."""
+        """Check the response to a notification."""
         run, number = self.run, delivery.booked.fields["no_refund"]
         run.world.log(f"notification of {number} is answered {status}")
         if status != 200:
@@ -103,12 +103,12 @@ class Acting:
             run.oracle.violate(f"{number}: a forged notification was acknowledged")
         kept = run.store.kept(number)
         if kept is None or (not run.plan.inbox and kept is not State.DONE):
-            self._violate_unless_lost(number, f"{number}: acknowledged, and in the inbox it is {kept}")
+            self._violate_unless_lost(number, f"{number}: acknowledged; but its state in the inbox is {kept}")
         if run.world.now <= sent_at + ANSWER_WITHIN and not self.meets("answer_lost"):
             delivery.is_acknowledged = True
 
     def begins(self, refund: Refund, node: Node) -> None:
-        """A handler is called."""
+        """Check the call of a handler."""
         run, number = self.run, str(refund.no_refund)
         run.world.log(f"{node.loop.name}: the handler is told of {number}: {refund.sta_refund}")
         booked = [each for each in run.gateway.books.get(number, ()) if each.final_at <= run.world.now]
@@ -117,24 +117,24 @@ class Acting:
             run.oracle.violate(f"{number}: the handler was told {told}, which is not on the books")
         is_long_ago = self.returned_at.get(number, run.world.now) < run.world.now - LONGEST_GAP - node.stopped
         if is_long_ago and run.store.kept(number) is State.DONE:
-            run.oracle.violate(f"{number}: the handler was called again after its return was on record")
+            run.oracle.violate(f"{number}: the handler was called again after the journal recorded its return")
         loop, stopped = self.running.get(number, (node.loop, -1.0))
         other = next((each for each in run.nodes if each.is_running and each.loop is loop), None)
         if other is not None and other.stopped == stopped and run.plan.journal != "postgres":
-            run.oracle.violate(f"{number}: two handlers are at it, of {loop.name} and of {node.loop.name}")
+            run.oracle.violate(f"{number}: two handlers run concurrently, on {loop.name} and {node.loop.name}")
         self.running[number] = node.loop, node.stopped
 
     def returns(self, number: str) -> None:
-        """A handler returns: it has done its work."""
+        """Note that a handler returned without an error."""
         self.returned_at[number] = self.run.world.now
 
     def ends(self, number: str, loop: NodeLoop) -> None:
-        """A handler has ended, however."""
+        """Note that a handler ended, with or without an error."""
         if self.running.get(number, (None, 0.0))[0] is loop:
             del self.running[number]
 
     def unacted(self, numbers: Sequence[str]) -> list[str]:
-        """Those of ``numbers`` that were made, and still have to be acted on."""
+        """Return those of ``numbers`` that were made and still need a handler's call."""
         return [number for number in numbers if self._is_due(number)] if self.run.plan.notifies else []
 
     def _is_due(self, number: str) -> bool:
@@ -152,7 +152,7 @@ class Acting:
 
 
 class Service:
-    """The endpoint of one life of a node, on its session and its journal, and the web server before it."""
+    """The endpoint of one life of a node with its session and journal, and the web server in front of it."""
 
     def __init__(self, node: Node, session: RefundSession) -> None:
         self._node = node
@@ -186,7 +186,7 @@ class Service:
             await self._endpoint.__aexit__(*error)
 
     def begin(self, delivery: Delivery, sent_at: float) -> None:
-        """Take a connection with a notification, as long as the server runs."""
+        """Accept a connection with a notification while the server runs."""
         if self._is_open:
             task = self._loop.create_task(self._serve(delivery, sent_at), name="notification")
             self._tasks[task] = None
@@ -212,7 +212,7 @@ class Service:
             if acting.meets("cancelled_itself"):
                 raise asyncio.CancelledError
             if acting.meets("base_exception"):
-                self._run.world.after(60 * dice.random(), self._restart)  # an inbox has to be opened again
+                self._run.world.after(60 * dice.random(), self._restart)  # the inbox must be opened again
                 raise FromBelowError
             if acting.meets("killed"):
                 self._run.world.after(0.01 * dice.random(), lambda: self._node.kill(60.0, self._life))
@@ -228,7 +228,7 @@ class Service:
             self._node.interrupt()
 
     async def sweep(self) -> None:
-        """Sweep now and then, as long as there is anything to do."""
+        """Sweep at random intervals while work is left."""
         dice = self._run.dice
         while self._node.has_work():
             await asyncio.sleep(dice.choice([5.0, 900.0, 2000.0]) * dice.random())

@@ -28,12 +28,12 @@ _LATER = {
 
 
 class ViolationError(BaseException):
-    """An invariant does not hold."""
+    """An invariant was violated."""
 
 
 @attrs.define(eq=False)
 class Oracle:
-    """What was promised, by whom, about which refund."""
+    """The outcomes that callers were told, and the checks of all events against the gateway's books."""
 
     stop: Callable[[], None]
     """Ends the run."""
@@ -42,22 +42,22 @@ class Oracle:
     gateway: Gateway = attrs.field(init=False)
     violations: list[str] = attrs.field(factory=list)
     told: dict[str, str] = attrs.field(factory=dict)
-    """How each refund ended, as a caller was told: ``made``, ``rejected`` or ``conflict``."""
+    """The outcome of each refund that a caller was told: ``made``, ``rejected`` or ``conflict``."""
     final: dict[str, str] = attrs.field(factory=dict)
-    """The last ``sta_refund`` of those that are final."""
+    """The ``sta_refund`` of each refund that is final."""
     foreign: set[str] = attrs.field(factory=set)
-    """Numbers that other refunds have at the gateway."""
+    """``no_refund`` values that belong to other refunds at the gateway."""
     beyond_bounds: set[str] = attrs.field(factory=set)
-    """Refunds that may be made twice: a bound that the documentation states was passed."""
+    """Refunds that may be made twice, because a documented bound was exceeded."""
     lost_endings: set[str] = attrs.field(factory=set)
-    """Refunds that a failover has made open again."""
+    """Refunds whose recorded outcome a failover lost."""
     is_blind: bool = False
-    """Whether the query service knows nothing: only where the journal knows a made refund, this can be noticed."""
+    """Whether the query service knows nothing. The package notices it only if the journal knows a made refund."""
     canary_since: float = math.inf
-    """When the journal first knew a made refund, or the query service every refund."""
+    """The time since which the package can rely on "no such record"."""
 
     def violate(self, what: str) -> None:
-        """Note that an invariant does not hold, and end the run."""
+        """Record a violated invariant, and end the run."""
         self.violations.append(what)
         self.log(f"VIOLATION: {what}")
         self.stop()
@@ -65,24 +65,24 @@ class Oracle:
     # ── at the gateway ───────────────────────────────────────────────────────────────────────────
 
     def arrived(self, body: bytes) -> None:
-        """An apply call has reached the gateway."""
+        """Check an apply call that reached the gateway."""
         number = json.loads(body)["no_refund"]
         if self.told.get(number) == "rejected" and number not in self.gateway.refused:
-            self.violate(f"{number} was sent after it was told as rejected")
+            self.violate(f"{number} was sent after a caller was told: rejected")
 
     def made(self, number: str, left_at: float) -> None:
-        """The gateway has made a refund, for a request that left a node at ``left_at``."""
+        """Check a refund that the gateway made for a request that left a node at ``left_at``."""
         times = len(self.gateway.books[number])
         is_excused = number in self.beyond_bounds or (self.is_blind and left_at < self.canary_since + 60)
         if times > 1 and not is_excused:
             self.violate(f"{number} was made {times} times")
         if self.told.get(number) in ("rejected", "conflict"):
-            self.violate(f"{number} was made after it was told as {self.told[number]}")
+            self.violate(f"{number} was made after a caller was told: {self.told[number]}")
 
     # ── at the journal ───────────────────────────────────────────────────────────────────────────
 
     def recorded(self, before: Entry | None, after: Entry) -> None:
-        """The journal has written an entry down."""
+        """Check an entry that the journal committed."""
         number = after.no_refund
         if after.state.is_made:
             self.canary_since = min(self.canary_since, self.time())
@@ -96,32 +96,32 @@ class Oracle:
             and after.ending
             and before.ending.record != after.ending.record
         ):
-            self.violate(f"{number}: the record of its ending changed")
+            self.violate(f"{number}: its recorded outcome changed")
         if before.sent_at is not None and after.digest != before.digest:
-            self.violate(f"{number}: its content changed on record")
+            self.violate(f"{number}: its recorded content changed")
 
     def leaves(self, body: bytes, entry: Entry | None) -> None:
-        """An apply call leaves a node that has a journal; ``entry`` is what is on record."""
+        """Check an apply call that leaves a node with a journal; ``entry`` is the committed entry."""
         number = json.loads(body)["no_refund"]
         if entry is None or entry.ending is not None or entry.sent_at is None:
             self.violate(
-                f"{number} was sent, but on record it is {entry and entry.state}, sent at {entry and entry.sent_at}"
+                f"{number} was sent; but its entry is {entry and entry.state}, sent at {entry and entry.sent_at}"
             )
         elif entry.body != body:
-            self.violate(f"{number} was sent with other bytes than those on record")
+            self.violate(f"{number}: the bytes sent differ from the recorded bytes")
 
     # ── at a caller ──────────────────────────────────────────────────────────────────────────────
 
     def tell(self, request: RefundRequest, refund: Refund | None, error: BaseException | None) -> str:
-        """A caller was told something; whether it is ``made``, ``rejected``, ``conflict`` or still ``open``."""
+        """Check the outcome that a caller was told; return ``made``, ``rejected``, ``conflict`` or ``open``."""
         number = request.no_refund
         booked = self.gateway.books.get(number, [])
         self.log(f"told {number}: {refund and refund.sta_refund} {type(error).__name__ if error else ''}")
         if refund is not None:
             ours = [each for each in booked if _is(each.fields, request)]
             if not ours:
-                self.violate(f"{number} was told as made, and no such refund is on the books")
-            is_one = len(booked) == 1  # where a bound was passed, each has a state of its own
+                self.violate(f"{number}: a caller was told: made; but the books have no such refund")
+            is_one = len(booked) == 1  # beyond a bound there may be two refunds with different states
             if (
                 refund.is_final
                 and is_one
@@ -131,42 +131,42 @@ class Oracle:
             return self._end(number, "made")
         if isinstance(error, errors.RefundConflict):
             if number not in self.foreign:
-                self.violate(f"{number} was told as a conflict: {error}")
+                self.violate(f"{number}: a caller was told: conflict; but no other refund has this number: {error}")
             return self._end(number, "conflict")
         if isinstance(error, errors.RefundRejected):
             if error.may_pass or error.is_configuration:
                 return "open"
             if [each for each in booked if _is(each.fields, request)]:
-                self.violate(f"{number} was told as rejected, and it is on the books")
+                self.violate(f"{number}: a caller was told: rejected; but the refund is on the books")
             return self._end(number, "rejected")
         if not isinstance(error, (errors.RefundOutcomeUnknown, errors.RefundNotSent, errors.JournalError)):
             self.violate(f"{number} ended in {error!r}")
         return "open"
 
     def _end(self, number: str, how: str) -> str:
-        is_told_again = how == "conflict" and number in self.lost_endings  # either: this refund was not made
+        is_told_again = how == "conflict" and number in self.lost_endings  # in both cases the refund was not made
         if self.told.setdefault(number, how) != how and not is_told_again:
-            self.violate(f"{number} was told as {how} after it was told as {self.told[number]}")
+            self.violate(f"{number}: a caller was told: {how}; but another was told: {self.told[number]}")
         return how
 
     # ── at the end ───────────────────────────────────────────────────────────────────────────────
 
     def check_books(self, requests: Mapping[str, RefundRequest], *, forgiven: set[str]) -> None:
-        """Everything is over: all that was asked for is known, and as the books say."""
+        """Check at the end of the run that all requested refunds are known, and agree with the books."""
         for number, request in requests.items():
             made = [each for each in self.gateway.books.get(number, ()) if _is(each.fields, request)]
             told = self.told.get(number)
             if told is None and number not in forgiven:
-                self.violate(f"{number} was never known")
+                self.violate(f"{number}: no caller was told an outcome")
             elif told is not None and (told == "made") != bool(made):
-                self.violate(f"{number} was told as {told}, the books have it {len(made)} times")
+                self.violate(f"{number}: a caller was told: {told}; the books have it {len(made)} times")
 
     def check_journal(self, entries: Mapping[str, Entry]) -> None:
-        """Everything is over: whatever was told is on record, unless a failover lost that."""
+        """Check at the end of the run that every told outcome is in the journal, unless a failover lost it."""
         for number, how in self.told.items():
             entry = entries.get(number)
             if number not in self.lost_endings and (entry is None or entry.ending is None):
-                self.violate(f"{number} was told as {how}, and its ending is not on record")
+                self.violate(f"{number}: a caller was told: {how}; but the journal has no outcome")
 
 
 @lru_cache(1000)

@@ -1,4 +1,4 @@
-"""What a seed decides: how many of what, which faults there are, who ends when. A plan can be made smaller."""
+"""The plan of a run, determined by a seed: sizes, faults and events. A plan can be shrunk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GRACE: Final = 900.0
 """Seconds: ``RetryPolicy.not_found_grace`` of all nodes."""
 
 MARGIN: Final = 20.0
-"""Seconds by which the gateway keeps below the grace: what left is on its books then at the latest, or never."""
+"""Seconds: a request is on the gateway's books at most ``GRACE - MARGIN`` seconds after it left a node, or never."""
 
 NETWORK: Final = (
     "refused",
@@ -29,7 +29,7 @@ NETWORK: Final = (
     "stopped",
     "killed",
 )
-"""Faults of one exchange on its way."""
+"""Faults of the network in one exchange."""
 
 GATEWAY: Final = (
     "status_before",
@@ -42,10 +42,10 @@ GATEWAY: Final = (
     "late_books",
     "may_pass",
 )
-"""Faults of one exchange at the gateway."""
+"""Faults of the gateway in one exchange."""
 
 TWICE_DELIVERED: Final = "request_twice"
-"""Only where the gateway deduplicates: no client could help otherwise."""
+"""Only if the gateway deduplicates: otherwise no client could prevent the second refund."""
 
 NOTICES: Final = (
     "never",
@@ -63,7 +63,7 @@ NOTICES: Final = (
     "killed",
     "disk",
 )
-"""What notifications meet, and the handlers that they are given to."""
+"""Faults of notifications and of their handlers."""
 
 ENDS: Final = (
     "kill",
@@ -77,15 +77,15 @@ ENDS: Final = (
     "outage",
     "disk",
 )
-"""What happens to a node, its machine, the gateway or the journal."""
+"""Events at a node, its machine, the gateway or the journal."""
 
 DATABASE: Final = ("database_restart", "failover", "failover", "database_step", "wall_slew")
-"""What happens besides where there is a database, and each node has a machine of its own."""
+"""More events with a database, where each node has a machine of its own."""
 
 
 @attrs.frozen
 class Event:
-    """Something that happens to a node or to the world at one moment."""
+    """An event at a node or in the world, at one moment."""
 
     at: float
     kind: str
@@ -106,54 +106,54 @@ class Plan:
     journal: str
     """``none``, ``memory``, ``sqlite`` or ``postgres``."""
     program: str
-    """What nodes do: ``service``, ``batch`` or ``both``."""
+    """The program of the nodes: ``service``, ``batch`` or ``both``."""
     callers: int
-    """How many callers each refund has at the same time in a service."""
+    """The number of concurrent callers of each refund in a service."""
     window: int
     """See :class:`.world.World`."""
     trouble: float
-    """How many of 1 exchanges meet a fault."""
+    """Probability of a fault in an exchange."""
     faults: tuple[str, ...]
     events: tuple[Event, ...]
     deduplicates: str
-    """What the gateway does with a number that it knows: ``no`` (makes it again), ``code`` or ``replay``."""
+    """The gateway's reaction to a known ``no_refund``: ``no`` (makes it again), ``code`` or ``replay``."""
     rejects: float
-    """How many of 1 refunds the gateway refuses for good."""
+    """Probability that the gateway rejects a refund permanently."""
     reused: float = 0.0
-    """How many of 1 numbers another refund has at the gateway: made before, with another ``dt_refund``."""
+    """Probability that the gateway already has another refund (other ``dt_refund``) with a ``no_refund``."""
     dated: bool = True
-    """Whether the gateway's answers have a ``Date``."""
+    """Whether the gateway's answers have a ``Date`` header."""
     blind: bool = False
-    """Whether the query service knows no refund at all: a wrong address."""
+    """Whether the query service knows no refund, as behind a wrong URL."""
     deadline: float = 30.0
     spread: float = 60.0
-    """Seconds over which refunds are asked for."""
+    """Seconds over which callers request the refunds."""
     max_connections: int = 8
     query_first: bool = False
     slow_threads: float = 1e-4
-    """Seconds that a thread job takes at most."""
+    """Maximum duration of a thread job in seconds."""
     interleaved_threads: float = 0.0
-    """How many of 1 signatures take time, in which the event loops go on."""
+    """Probability that event loops run during a signature in a thread."""
     cancelled_threads: float = 0.0
-    """How many of 1 tasks that wait for a thread are cancelled meanwhile."""
+    """Probability that a task is cancelled while it waits for a thread."""
     real_rsa: bool = False
     notifies: bool = False
-    """Whether the gateway notifies, and nodes act on refunds."""
+    """Whether the gateway sends notifications, and nodes call ``on_refund``."""
     inbox: bool = False
-    """Whether their endpoints acknowledge first."""
+    """Whether the endpoints acknowledge before they call ``on_refund`` (inbox)."""
     notices: tuple[str, ...] = ()
     machines: int = 1
 
 
 def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
-    """The plan that ``seed`` stands for."""
+    """Return the plan of ``seed``."""
     dice = random.Random(f"plan {seed}")
     journal = dice.choice(journals)
     deduplicates = dice.choice(["no", "no", "code", "replay"])
     kinds = [*NETWORK, *GATEWAY, *([TWICE_DELIVERED] if deduplicates != "no" else [])]
     share = dice.choice([0.15, 0.5])
     faults = tuple(kind for kind in kinds if dice.random() < share)
-    if dice.random() < 0.5:  # what makes "no such record" wrong, which is the hardest to live with
+    if dice.random() < 0.5:  # the faults that make "no such record" wrong: the most dangerous ones
         faults = (*faults, "request_late", "late_books", "code_after")
     spread = dice.choice([1.0, 30.0, 300.0, 1500.0])
     nodes = 1 if journal == "none" else dice.choice([1, 2, 3])
@@ -161,15 +161,15 @@ def draw(seed: int | str, refunds: int, journals: tuple[str, ...]) -> Plan:
     kinds = [kind for kind in ENDS if dice.random() < 0.6] or ["kill"]
     dated = dice.random() < (0.5 if journal == "postgres" else 0.85)
     if journal == "postgres":
-        # Where the gateway sends no Date, a clock that is set while no worker proves it is beyond the bounds.
+        # Without Date headers, a clock step that no running worker observes is beyond the documented bounds.
         kinds += [kind for kind in DATABASE if dice.random() < 0.6 and (dated or kind != "database_step")]
         faults = (*faults, *dice.choice([(), ("killed", "request_late"), ("killed", "stopped")]))
     events = [_event(dice, kinds, nodes, spread) for _ in range(number)]
     deadline = dice.choice([3.0, 3.0, 10.0, 30.0, 300.0])
     if journal == "postgres":
-        deadline = min(deadline, 60.0)  # whoever waits for another's lease asks the database each second
+        deadline = min(deadline, 60.0)  # a worker that waits for a lease polls the database each second
         events += [_event(dice, ["failover", "disk"], nodes, spread) for _ in range(dice.choice([0, 1, 2, 4]))]
-    acts = random.Random(f"acting {seed}")  # so that all else is drawn as without it
+    acts = random.Random(f"acting {seed}")  # a separate generator: it does not change the other random choices
     notifies = journal != "none" and acts.random() < 0.4
     return Plan(
         seed=str(seed),

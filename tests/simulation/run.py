@@ -1,4 +1,4 @@
-"""One run: a plan's world from its beginning to the end of all that was asked for."""
+"""One run: the world of a plan from the start until all requested refunds are known."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from .threads import simulated
 from .world import NodeLoop, World
 
 SETTLED_WITHIN: Final = 2 * 86_400.0
-"""Seconds after the last fault in which everything has to be known."""
+"""Seconds after the last fault within which all refunds must be known."""
 
 MOST_STEPS: Final = 60_000
-"""Steps for each refund, on average: a run that needs more goes round in circles."""
+"""Average number of steps for each refund; a run that needs more is in an endless loop."""
 
 
 @attrs.frozen
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     plan: Plan
     violations: list[str]
@@ -54,7 +54,7 @@ class Result:
 
 
 class Run:
-    """The state of one run, and what its parts ask of each other."""
+    """The state of one run, which connects its parts."""
 
     def __init__(self, plan: Plan, trace: Callable[[str], None] | None = None) -> None:
         self.plan = plan
@@ -71,11 +71,11 @@ class Run:
         self.merchant: Merchant = merchant(signing_key("merchant", real=plan.real_rsa), gateway_key.public_key())
         self.requests = {f"R{number}": _request(f"R{number}") for number in range(plan.refunds)}
         self.unknown: dict[str, RefundOutcomeUnknown] = {}
-        """What callers keep of refunds that were left unknown."""
+        """The last error of each refund that is unknown."""
         self.left_unknown_in: dict[str, NodeLoop] = {}
-        """In which life of a node."""
+        """The event loop (the life of a node) whose session left each refund unknown."""
         self.forgiven: set[str] = set()
-        """Refunds whose only memory was a session that ended: nobody may call for them again."""
+        """Refunds known only to a session that ended: nobody may request them again."""
         self.keys = count()
         self.ends = 0
         self.longest_call = 600.0 + plan.deadline * (2 + 2 * plan.refunds * plan.callers / plan.max_connections)
@@ -96,7 +96,7 @@ class Run:
                 self.oracle.foreign.add(number)
 
     def _share(self, index: int) -> list[str]:
-        if self.plan.journal == "sqlite":  # one process at a time: whoever has the file does all the work
+        if self.plan.journal == "sqlite":  # one process at a time: the process with the file does all the work
             return list(self.requests)
         nodes = self.plan.nodes
         return [n for place, n in enumerate(self.requests) if place % nodes == index or self.dice.random() < 0.3]
@@ -111,7 +111,7 @@ class Run:
         self.world.is_over = True
 
     def carry_out(self) -> Result:
-        """Run it to its end."""
+        """Run to the end, and return the result."""
         world, plan = self.world, self.plan
         with ExitStack() as stack:
             stack.enter_context(simulated(world))
@@ -192,10 +192,10 @@ class Run:
         self.gateway.is_down = False
         if isinstance(self.store, PostgresStore):
             self.store.database.flaky = 0.0
-        self.world.slow_threads = min(self.world.slow_threads, 0.02)  # nobody is overloaded for ever
+        self.world.slow_threads = min(self.world.slow_threads, 0.02)  # overload ends, too
 
     def _see(self) -> None:
-        """The query service knows all refunds from now on; or its address is corrected, which takes new processes."""
+        """Let the query service know all refunds from now on, in half of the runs with restarted nodes."""
         self.gateway.is_blind = False
         self.oracle.canary_since = min(self.oracle.canary_since, self.world.now)
         for node in self.nodes if self.world.random.random() < 0.5 else ():
@@ -219,20 +219,20 @@ class Run:
         return f"{[n for n in self.requests if not self.is_known(n)]}, not acted on {unacted}, calls {calls}"
 
     def is_known(self, number: str) -> bool:
-        """Whether nobody has to ask for it any more."""
+        """Whether nobody needs to request this refund again."""
         return number in self.oracle.told or number in self.forgiven
 
     def may_begin(self, number: str) -> bool:
-        """Whether it may be called for: without a journal, not once a session has answered, or has lost it."""
+        """Whether a caller may request a refund; without a journal not after its outcome was told or lost."""
         return self.plan.journal != "none" or not self.is_known(number)
 
     def lost_call(self, number: str) -> None:
-        """A call ended with nothing told. Without a journal nobody knows then whether it was made."""
+        """Note a call that ended without an outcome. Without a journal the outcome is lost."""
         if self.plan.journal == "none" and number not in self.oracle.told:
             self.forgiven.add(number)
 
     def told(self, request: RefundRequest, refund: Refund | None, error: BaseException | None, loop: NodeLoop) -> str:
-        """A caller was told something."""
+        """Note the outcome that a caller was told; see :meth:`Oracle.tell`."""
         if isinstance(error, RefundOutcomeUnknown):
             self.unknown[request.no_refund] = error
             self.left_unknown_in[request.no_refund] = loop
@@ -242,7 +242,7 @@ class Run:
         return self.oracle.tell(request, refund, error)
 
     def check_record(self, body: bytes, loop: NodeLoop) -> None:
-        """An apply call is leaving a node."""
+        """Check the journal when an apply call leaves a node."""
         number = json.loads(body)["no_refund"]
         if isinstance(self.store, PostgresStore):
             self.store.check_lease(number, loop)

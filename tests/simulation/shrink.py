@@ -1,4 +1,4 @@
-"""From a plan that fails to a small one that fails, too: fewer refunds, nodes, callers, events and faults."""
+"""Shrink a plan that fails to a smaller one that also fails: fewer refunds, nodes, callers, events and faults."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .run import Run
 
 MOST_RUNS: Final = 400
 TRIES: Final = 4
-"""Seeds that each smaller plan is tried with: what is left out changes what chance does to the rest."""
+"""Number of seeds tried for each smaller plan, because every change also changes the later random choices."""
 
 
 def shrink(plan: Plan, most_runs: int = MOST_RUNS) -> Plan:
-    """Return a plan as small as was found in ``most_runs`` runs. It fails if ``plan`` does."""
+    """Return the smallest failing plan found in ``most_runs`` runs; ``plan`` must fail."""
     runs = 0
     is_smaller = True
     while is_smaller and runs < most_runs:
@@ -42,7 +42,7 @@ def _failing(plan: Plan) -> tuple[Plan | None, int]:
 
 
 def _smaller(plan: Plan) -> Iterator[Plan]:
-    """Plans that are smaller in one respect, the greatest steps first."""
+    """Yield plans that are smaller in one respect, the largest reduction first."""
     for refunds in (1, plan.refunds // 4, plan.refunds // 2, plan.refunds - 1):
         if 0 < refunds < plan.refunds:
             yield attrs.evolve(plan, refunds=refunds)

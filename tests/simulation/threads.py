@@ -1,4 +1,4 @@
-"""What the package takes from outside of its event loop, made part of the simulation while a run lasts."""
+"""Simulated replacements of threads, random values, garbage collection and stop watches during a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .world import UNDEAD, NodeLoop, World
 
 
 class _OrderedSet(dict[Any, None]):
-    """A set that is iterated in the order of insertion: anyio's sets of tasks would follow memory addresses."""
+    """A set with the order of insertion; the order of anyio's sets of tasks would depend on memory addresses."""
 
     def add(self, item: Any) -> None:
         self[item] = None
@@ -45,7 +45,7 @@ async def _run_sync(
     abandon_on_cancel: bool = False,
     limiter: anyio.CapacityLimiter | None = None,
 ) -> Any:
-    """What ``anyio.to_thread.run_sync`` does, with a step of the world's in place of the thread."""
+    """Replace ``anyio.to_thread.run_sync``: a step of the world instead of a thread."""
     await anyio.lowlevel.checkpoint()
     if limiter is None:
         return await _thread(function, arguments)
@@ -92,7 +92,7 @@ def _thread(function: Callable[..., Any], arguments: tuple[Any, ...]) -> asyncio
 
 
 async def _wait_if_cancelled(_: object) -> None:
-    """What anyio's ``checkpoint_if_cancelled`` does, but waiting for the delivery instead of looking at each turn."""
+    """Replace anyio's ``checkpoint_if_cancelled``: wait for the cancellation instead of polling in each iteration."""
     task = asyncio.current_task()
     state = anyio_asyncio._task_states.get(task) if task is not None else None
     scope = state.cancel_scope if state is not None else None
@@ -105,7 +105,7 @@ async def _wait_if_cancelled(_: object) -> None:
 
 
 def _go_on(world: World) -> None:
-    """Let the world go on while a thread signs, as threads do."""
+    """Let event loops run while a thread signs, as with real threads."""
     loop = world.thread_of
     if loop is not None and world.random.random() < world.interleaved_threads:
         world.thread_of, share = None, world.interleaved_threads
@@ -121,26 +121,26 @@ def _begin_generator(generator: Any) -> None:
 
 
 def _drop_generator(generator: Any) -> None:
-    """An async generator that nobody iterates any more: its loop closes it, unless it is dead."""
+    """Close an abandoned async generator on its loop, unless the loop is dead."""
     loop = asyncio._get_running_loop()
     if isinstance(loop, NodeLoop) and not loop.is_dead:
         loop.create_task(generator.aclose())
     else:
-        UNDEAD.append(generator)  # or what it awaits would be closed without its event loop
+        UNDEAD.append(generator)  # the garbage collector would close the awaited coroutine without an event loop
 
 
 @contextmanager
 def simulated(world: World) -> Iterator[None]:
-    """Take threads, chance, the garbage collector and stop watches into ``world``'s hand."""
+    """Let ``world`` control threads, random values, the garbage collector and stop watches while the block runs."""
     stop_watch = world.random.choice([1e-5, 2e-4, 1e-3])
-    """Seconds that a signature seems to take: it decides where it is checked, and how many go together."""
+    """Apparent seconds for one signature: they decide whether a thread signs, and how many signatures share a visit."""
     readings = count()
     state, hooks, was_enabled = random.getstate(), sys.get_asyncgen_hooks(), gc.isenabled()
     random.seed(world.random.random())
     sys.set_asyncgen_hooks(firstiter=_begin_generator, finalizer=_drop_generator)
     logging.disable(logging.CRITICAL)
     gc.disable()
-    sniffio.thread_local.name = "asyncio"  # who asks finds it at once
+    sniffio.thread_local.name = "asyncio"  # sniffio does not need to detect the library
     try:
         with (
             mock.patch.object(anyio.to_thread, "run_sync", _run_sync),

@@ -1,8 +1,8 @@
-"""One seeded scheduler for many event loops: virtual time, the next step drawn from the seed, threads as steps.
+"""One seeded scheduler for many event loops: virtual time, a random next step, threads as steps.
 
-Each node has an event loop of its own, so that it can be suspended (its loop's time stands still) and killed (none of
-its steps ever runs again) alone. Every step takes ``TICK`` seconds of virtual time, so that a deadline can come due
-between any two of them; when no step is ready, time jumps to the next timer.
+Each node has its own event loop, so a single node can be suspended (its loop's time stops) or killed (none of its
+steps runs again). Every step takes ``TICK`` seconds of virtual time, so a deadline can expire between any two steps;
+when no step is ready, time jumps to the next timer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DELIVER = anyio_asyncio.CancelScope._deliver_cancellation
 
 
 class Step:
-    """A callback that is to run on one event loop; also asyncio's handle of it."""
+    """A scheduled callback of one event loop; also its asyncio handle."""
 
     __slots__ = ("arguments", "callback", "context", "is_cancelled", "loop", "time")
 
@@ -56,13 +56,13 @@ class Step:
 
 
 class _Nowhere:
-    """Where the steps of a dead node go."""
+    """Discards the steps of a dead node."""
 
     def append(self, step: Step) -> None: ...
 
 
 class World:
-    """The scheduler. The next step is drawn from the ``window`` oldest ready ones; 1 is asyncio's own order."""
+    """The scheduler. The next step is a random one of the ``window`` oldest ready ones; 1 is asyncio's order."""
 
     def __init__(self, seed: int | str, *, window: int = 1_000_000, trace: Callable[[str], None] | None = None) -> None:
         self.random = random.Random(seed)
@@ -73,26 +73,26 @@ class World:
         self.loop: NodeLoop | None = None
         """The event loop whose step ran last."""
         self.thread_of: NodeLoop | None = None
-        """The event loop for which a thread works at this moment."""
+        """The event loop for which a thread is working now."""
         self.is_over = False
         self.slow_threads, self.cancelled_threads, self.interleaved_threads = 1e-4, 0.0, 0.0
         """See :class:`.plan.Plan`."""
         self.problems: list[str] = []
-        """What went wrong in callbacks, which nobody awaits."""
+        """Exceptions of callbacks, which nobody awaits."""
         self._timers: list[tuple[float, int, Step | None, Callable[[], None] | None]] = []
         self._numbers = count()
         self._window = window
 
     def at(self, time: float, event: Callable[[], None]) -> None:
-        """Have ``event`` happen in the world, outside of every event loop."""
+        """Call ``event`` outside of every event loop, at the next step."""
         heapq.heappush(self._timers, (max(time, self.now), next(self._numbers), None, event))
 
     def after(self, seconds: float, event: Callable[[], None]) -> None:
-        """Have ``event`` happen so many seconds from now."""
+        """Call ``event`` after ``seconds``."""
         self.at(self.now + seconds, event)
 
     def add_timer(self, step: Step) -> None:
-        """Have ``step`` ready when its loop's clock says so."""
+        """Make ``step`` ready at its time by its loop's clock."""
         heapq.heappush(self._timers, (step.time + step.loop.behind, next(self._numbers), step, None))
 
     def log(self, text: str) -> None:
@@ -101,9 +101,9 @@ class World:
             self.trace(f"{self.now:.6f} {text}")
 
     def run(self, most_steps: int, until: float = math.inf) -> str:
-        """Run until ``is_over``; why it ended: ``over``, ``deadlock`` (nothing is left to wait for) or ``steps``.
+        """Run until ``is_over`` or the time ``until``, and return why the run ended.
 
-        ``over`` also when it is ``until`` then.
+        The reason is ``over``, ``deadlock`` (no step and no timer is left) or ``steps`` (too many).
         """
         ready, timers = self.ready, self._timers
         draw, window, last = self.random.random, self._window, self.steps + most_steps
@@ -127,7 +127,7 @@ class World:
                 return "steps"
             if self.trace is not None:
                 self.log(f"{step.loop.name}: {step}")
-            if step.loop is not self.loop:  # it asks the kernel for the process's number each time
+            if step.loop is not self.loop:  # it makes a system call each time
                 self.loop = step.loop
                 set_loop(step.loop)
             try:
@@ -139,7 +139,7 @@ class World:
         return "over"
 
     def leave_loop(self) -> None:
-        """No event loop is running any more, as asyncio sees it."""
+        """Unset asyncio's running event loop."""
         self.loop = None
         asyncio._set_running_loop(None)
 
@@ -161,20 +161,20 @@ class NodeLoop(asyncio.AbstractEventLoop):
         self.world = world
         self.name = name
         self.behind = 0.0
-        """Seconds that this loop's clock is behind the world's: while its machine is suspended, it stands still."""
+        """Seconds by which this loop's clock is behind the world's; it stops while the machine is suspended."""
         self.queue: Any = world.ready
-        """Where its steps wait: with everybody's; or, while it is suspended, alone."""
+        """The queue of ready steps: the world's, or a separate one while the loop is suspended."""
         self.delayed: list[Step] = []
         self.is_suspended = False
         self.is_dead = False
         self.tasks: dict[asyncio.Task[Any], None] = {}
-        """All that are not done, in the order in which they began."""
+        """All tasks that are not done, oldest first."""
         self.generators = WeakSet[Any]()
-        """The async generators that have begun."""
+        """The async generators that have started."""
         self.threads = 0
-        """How many thread jobs are out."""
+        """The number of running thread jobs."""
         self.slow_disk = 0.0
-        """Seconds that its threads need in addition."""
+        """Extra seconds for each thread job."""
         self.on_interrupt: Callable[[], None] = lambda: None
         self._suspended_at = 0.0
         self._task_numbers = count(1)
@@ -201,7 +201,7 @@ class NodeLoop(asyncio.AbstractEventLoop):
 
     def call_soon(self, callback: Any, *arguments: Any, context: Any = None) -> Any:
         if callback.__class__ is MethodType and callback.__func__ is _DELIVER:
-            # anyio repeats this at every turn of the loop until the cancelled task has ended. Time has to pass.
+            # anyio repeats this call in each iteration until the cancelled task ends; virtual time must pass.
             return self.call_later(1e-4 * 2000 ** self.world.random.random(), callback, *arguments, context=context)
         step = Step(self, callback, arguments, context or contextvars.copy_context())
         self.queue.append(step)
@@ -240,13 +240,13 @@ class NodeLoop(asyncio.AbstractEventLoop):
     # ── what the world does to it ────────────────────────────────────────────────────────────────
 
     def suspend(self) -> None:
-        """Let nothing run, and its clock stand still, until :meth:`wake`."""
+        """Stop all steps and the clock until :meth:`wake`."""
         self.is_suspended, self._suspended_at = True, self.world.now
         self.queue = [step for step in self.world.ready if step.loop is self]
         self.world.ready[:] = [step for step in self.world.ready if step.loop is not self]
 
     def wake(self, *, clock_stood_still: bool) -> None:
-        """Go on. The clock of a machine stood still; that of a process that was only stopped did not."""
+        """Continue. ``clock_stood_still``: the machine was suspended; otherwise only the process was stopped."""
         if self.is_dead or not self.is_suspended:
             return
         if clock_stood_still:
@@ -259,7 +259,7 @@ class NodeLoop(asyncio.AbstractEventLoop):
         self.delayed = []
 
     def kill(self) -> None:
-        """Let nothing of it ever run again. What its coroutines would do while they are closed, nobody sees."""
+        """Never run a step of this loop again. Exceptions from closing its coroutines are ignored."""
         self.is_dead = True
         self.world.leave_loop()
         self.queue = _Nowhere()
@@ -268,12 +268,12 @@ class NodeLoop(asyncio.AbstractEventLoop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             _drop(task.get_coro())
         self.tasks.clear()
-        # To close what awaits an async generator does not end that, before Python 3.13.
+        # Before Python 3.13, closing a coroutine does not close the async generator that it awaits.
         UNDEAD.extend(generator for generator in self.generators if generator.ag_await is not None)
 
 
 UNDEAD: Final[list[Any]] = []
-"""Coroutines and async generators that would not be closed: the garbage collector would complain about them."""
+"""Coroutines and async generators that could not be closed; this reference keeps the garbage collector silent."""
 
 
 def _drop(coroutine: Any) -> None:
