@@ -35,37 +35,36 @@ def refund_many(
     wait_unknown: bool = False,
     query_first: bool = False,
 ) -> Outcomes:
-    """Make many refunds and yield one :class:`~lianlian_async.Outcome` for each request, as they end.
+    """Make many refunds and yield one :class:`~lianlian_async.Outcome` for each request, as soon as it is known.
 
     ::
 
         async for outcome in refund_many(session, requests, journal=journal):
             ...
 
-    Requests are taken only as fast as outcomes are: memory depends on ``concurrency``, not on the number of requests.
-    An error of one refund never disturbs another. An item that is not a ``RefundRequest`` gives an outcome with
-    ``InvalidRequest`` as its error and the item as its request; nothing is sent for it.
-    Leaving the loop early, or cancellation in it, ends the batch: no further request is taken, and refunds under way
-    stay unresolved in the journal. If you keep the iterator in a variable, call ``aclose``, or use ``async with``.
+    Backpressure: requests are read only as fast as you read outcomes, so memory depends on ``concurrency``, not on the
+    number of requests. An error of one refund does not affect the others. An item that is not a ``RefundRequest``
+    gives an outcome with ``InvalidRequest`` as its error and the item as its request; nothing is sent for it.
+    Leaving the loop early, or cancellation in it, ends the batch: no further request is read, and running refunds stay
+    unresolved in the journal. If you keep the iterator in a variable, call ``aclose``, or use ``async with``.
 
     Args:
         session: an open session.
-        requests: any iterable or async iterable, iterated in a background task. Its exception ends the batch after the
+        requests: any iterable or async iterable, iterated in a background task. If it raises, the batch ends after the
             running refunds. An async generator is closed at the end of the batch.
-        concurrency: refunds at the same time; by default the session's ``max_connections``.
+        concurrency: maximum number of concurrent refunds; by default the session's ``max_connections``.
         journal: an open journal; by default the session's.
         query_first: query every refund that is new in the journal before it is sent.
-        keep_going: continue after a rejection that every further refund would meet, too. Answers that do not verify
-            stop the batch all the same.
-        wait_unknown: hold unknown outcomes until all other refunds have ended, wait for each one's ``ask_again_at``,
-            and ask once more. Only these outcomes are kept in memory.
+        keep_going: continue after a rejection that every further refund would get, too. Answers that do not verify
+            still stop the batch.
+        wait_unknown: keep unknown outcomes in memory until all other refunds have ended, then query each of them once
+            more at its ``ask_again_at``.
 
     Raises at the end of the iteration:
         BatchStopped: a rejection with ``stops_batch``, or answers about four refunds in a row without a valid
-            signature. Until one answer has verified, at most four refunds are under way.
+            signature. Until one answer has verified, at most four refunds run concurrently.
         JournalError: the journal failed; nothing more was sent.
-        LianLianError: the batch or one of its tasks was cancelled from outside or within. Refunds that were under way
-            may have been made.
+        LianLianError: the batch or one of its tasks was cancelled. Refunds that were running may have been made.
         BaseException: any other exception of your own middleware.
     """
     check_type("session", session, RefundSession)
@@ -86,13 +85,13 @@ def refund_many(
 
 
 class Outcomes(AsyncIterator[Outcome]):
-    """The iterator that ``refund_many`` returns. Dropping it ends the batch; ``aclose`` waits for the end.
+    """The iterator that ``refund_many`` returns. Deleting it ends the batch; ``aclose`` also waits for the end.
 
-    Waiting for an outcome may be cancelled, for example by a timeout: no outcome is lost, and the batch goes on.
+    You may cancel the wait for an outcome, for example by a timeout: no outcome is lost, and the batch continues.
     """
 
     def __init__(self, run: _Run) -> None:
-        # The tasks refer to the run, never to this object, so that dropping it calls __del__ at once.
+        # The tasks refer to the run, never to this object, so that deleting this object calls __del__ at once.
         self._run = run
         self._background: BackgroundTask | None = None
         self._closed = False
@@ -101,7 +100,7 @@ class Outcomes(AsyncIterator[Outcome]):
         return self
 
     def __anext__(self) -> Awaitable[Outcome]:
-        # Not a coroutine: the traceback of a cancellation would keep its frame, and the frame this object.
+        # Not a coroutine: the traceback of a cancellation would keep its frame, and with it this object, alive.
         if self._background is None and not self._closed:
             self._background = BackgroundTask(self._run.work, self._run.end)
         return self._run.next()
@@ -153,14 +152,14 @@ class _Run:
         raise failure or StopAsyncIteration
 
     async def work(self) -> None:
-        """Carry out all requests, then ask once more about unknown ones."""
+        """Make all refunds, then query the unknown ones once more."""
         await self._drain(self._admitted(), self._refund)
         await self._drain(self._due(), self._resolve)
         for _, outcome in self._unknown:  # the batch has stopped
             await self.found.give(outcome)
 
     def end(self, error: BaseException | None) -> None:
-        """Release the consumer: :meth:`work` has ended; ``error``: its failure."""
+        """Release the consumer after :meth:`work` has ended; ``error``: the failure of :meth:`work`."""
         self._failure = self._failure or error
         self.found.end()
 
@@ -180,7 +179,7 @@ class _Run:
         self._intake.cancel()
 
     async def _admitted(self) -> AsyncGenerator[RefundRequest]:
-        """Yield the requests, each only when its refund may begin."""
+        """Yield each request when its refund may start."""
         async with aclosing(iterate(self.requests)) as source:
             while True:
                 await self.admission.enter()
@@ -196,7 +195,7 @@ class _Run:
         finally:
             if (failure := self.admission.watch.failure()) is not None:
                 self._stop(BatchStopped(failure))
-            self.admission.leave()  # after the stop, or another refund would begin
+            self.admission.leave()  # only after the stop: otherwise another refund would start
         if self.wait_unknown and isinstance(outcome.error, RefundOutcomeUnknown):
             self._unknown.append((outcome.error, outcome))
         else:

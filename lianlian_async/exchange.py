@@ -1,7 +1,7 @@
-"""One exchange with the gateway as values: the request, the response, and what is known afterwards.
+"""One exchange with the gateway as values: the request, the response, and the conclusion about the refund.
 
-Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport tells which in a :data:`Delivery`; the
-protocol reads it into a :class:`Reply`; middleware and resolution decide by the reply.
+Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport returns this result as a :data:`Delivery`;
+the protocol converts it to a :class:`Reply`; middleware and resolution decide by the reply.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Call(StrEnum):
 
 
 class SendCount:
-    """Counts the sends of one attempt that may have worked.
+    """Counts the sends of one attempt that may have succeeded.
 
-    A caller's middleware may send several times in one attempt, one after the other or at the same time.
+    A user's middleware may send several times in one attempt, also concurrently.
     """
 
     def __init__(self) -> None:
         self.open_sends = 0
-        """All sends but those that certainly were not sent, and those that were refused."""
+        """Sends that may have arrived and were not rejected."""
 
     @property
     def may_have_worked(self) -> bool:
@@ -42,7 +42,7 @@ class SendCount:
 
 @attrs.frozen(kw_only=True)
 class Exchange:
-    """One request on its way: the same signed bytes on every attempt."""
+    """One request to the gateway: every attempt sends the same signed bytes."""
 
     call: Call
     url: str
@@ -54,16 +54,16 @@ class Exchange:
     """The deadline of the whole call."""
     policy: RetryPolicy
     lease_holds: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
-    """Called right before bytes leave: waiting, connecting or a suspension may have outlasted the lease."""
+    """Called right before bytes are sent: the lease may have ended during a wait, a connect or a suspension."""
     attempt: int = 1
     """The number of this attempt, from 1."""
     seconds: float = 0.0
-    """How long this attempt may take."""
+    """Timeout of this attempt."""
     send_count: SendCount = attrs.field(factory=SendCount, eq=False, repr=False)
 
 
 class HttpResponse(NamedTuple):
-    """The server answered: status, headers (lower-case names) and the body as received."""
+    """The server's answer: status, headers (lower-case names) and the body as received."""
 
     status: int
     headers: Mapping[str, str]
@@ -71,7 +71,7 @@ class HttpResponse(NamedTuple):
 
 
 class NoResponse(NamedTuple):
-    """No answer: the reason, and whether the request may have arrived."""
+    """No answer: the reason, and whether the gateway may have received the request."""
 
     reason: str
     may_have_arrived: bool
@@ -82,11 +82,11 @@ Delivery: TypeAlias = HttpResponse | NoResponse
 
 
 class Finding(Enum):
-    """What one exchange tells about the refund."""
+    """The conclusion about the refund from one exchange."""
 
-    NOT_SENT = "certainly never reached the gateway"
+    NOT_SENT = "the request certainly never reached the gateway"
     FOUND = "the gateway's own signed record of this refund"
-    REJECTED = "the gateway refused this request, for good"
+    REJECTED = "the gateway rejected this request permanently"
     EXISTS = "the gateway says that it has this refund, or is working on it"
     CONFLICT = "the gateway's own signed record of another refund under this number"
     NOT_FOUND = "the gateway has no such record at this moment"
@@ -95,9 +95,9 @@ class Finding(Enum):
 
 @attrs.frozen(kw_only=True)
 class Reply:
-    """What is known after an exchange: a ``refund`` if :attr:`Finding.FOUND`, else the ``error`` that tells why not.
+    """The result of an exchange: a ``refund`` if :attr:`Finding.FOUND`, else the ``error`` that explains the finding.
 
-    Raises ``ValueError`` for any other combination: a reply may come from a caller's middleware.
+    Raises ``ValueError`` for any other combination: a reply may come from a user's middleware.
     """
 
     finding: Finding
@@ -108,8 +108,8 @@ class Reply:
     retry_after: float | None = None
     """Seconds that the server asked to wait."""
     attempts: int = 1
-    """How many attempts were made."""
+    """The number of attempts."""
 
     def __attrs_post_init__(self) -> None:
         if (self.finding is Finding.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):
-            raise ValueError("a Reply is FOUND with a refund, or anything else with an error")
+            raise ValueError("Reply: set refund if the finding is FOUND; else set error, and no refund")

@@ -1,7 +1,7 @@
-"""Flights: all calls of one session for the same refund at the same time share one flight.
+"""Flights: concurrent calls of one session for the same refund share one flight, which makes the refund once.
 
-A flight belongs to no caller: one that is cancelled, or whose deadline is over, leaves it to the others, and the last
-one to leave cancels it. So the same request, three times at the same time, is one refund.
+A flight belongs to no caller. A caller leaves it when it is cancelled or at its deadline; the others stay, and the last
+caller to leave cancels the flight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ LONGEST_LEASE: Final = 2 * 86_400.0
 """Seconds."""
 
 _CANARY_DAYS: Final = 80
-"""A canary is younger than that, as the gateway refuses queries after 3 months (3005)."""
+"""Maximum age of the canary: a refund that was made, queried to check the query service. The gateway rejects queries
+after 3 months (3005)."""
 
 
 @attrs.frozen(kw_only=True)
@@ -68,7 +69,7 @@ class Flights:
         """Join the flight of this refund, or start one; return its refund.
 
         ``traffic`` counts the requests of a new flight. Raises as :meth:`RefundSession.apply_refund`, and
-        ``RefundConflict`` for a request that differs from the flight's.
+        ``RefundConflict`` if the request differs from the request of the flight.
         """
         number = order.request.no_refund
         while (flight := self._under_way.get(number)) is not None and flight.is_left:
@@ -91,7 +92,7 @@ class Flights:
             del self._under_way[number]
 
     async def _fly(self, flight: Flight) -> Refund:
-        """Send and resolve, or only resolve the unknown outcome of an earlier call; in the journal."""
+        """Send and resolve a refund, or only resolve the unknown outcome of an earlier call, and record it."""
         order, line = flight.order, self._gateway
         async with self._slot():
             flight.take_off(anyio.current_time())
@@ -130,7 +131,7 @@ class Flights:
             return await recording.keep(entry, partial(resolve, case, line.send, line.retries_left), case.unknown)
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
-        """Return the outcome for a caller that leaves before the flight has ended."""
+        """Return the unknown outcome for a caller that leaves before the end of the flight."""
         if flight.case is not None:
             return flight.case.unknown()
         now, order = self._clock(), flight.order
@@ -167,8 +168,8 @@ class Flights:
             return False
         if reply.refund is None:
             return LianLianError(
-                f"the query service does not know refund {entry.no_refund}, which was made ({reply.error}): "
-                "its answers about others prove nothing; check the query URL"
+                f"the query service does not know refund {entry.no_refund}, which was made ({reply.error}), so its "
+                "answers about other refunds prove nothing; check the query URL"
             )
         try:
             matching(known, reply.refund)
@@ -189,10 +190,10 @@ def _take_over(case: Case, earlier: RefundOutcomeUnknown) -> None:
 @attrs.define(eq=False)
 class _Caller:
     seconds: float
-    """Its deadline, counted from the moment when the flight gets its connection slot."""
+    """The caller's deadline, counted from the moment when the flight gets its connection slot."""
     scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
     leaves_at: float = attrs.field(default=math.inf, init=False)
-    """The same on the event loop's clock."""
+    """The deadline on the event loop's clock."""
 
 
 class Flight:
@@ -216,7 +217,7 @@ class Flight:
         self._error: BaseException | None = None
         self._is_raised = False
         self.is_left = False
-        """Whether its last caller has left before its end, which cancels it."""
+        """Whether the last caller has left before the end of the flight, which cancels the flight."""
         self.task = BackgroundTask(self._run)
 
     def check_content(self, request: RefundRequest) -> None:
@@ -227,13 +228,13 @@ class Flight:
             raise conflict
 
     def take_off(self, now: float) -> None:
-        """Start the callers' deadlines: the flight has its connection slot."""
+        """Start the callers' deadlines, because the flight has got its connection slot."""
         for caller in self._callers:
             caller.leaves_at = now + caller.seconds
         self._bound(max((caller.leaves_at for caller in self._callers), default=now))
 
     def _bound(self, until: float) -> None:
-        """Set the deadlines of the flight, and of the callers that leave earlier (event loop's clock)."""
+        """Set the deadline of the flight and of each caller that leaves before it (event loop's clock)."""
         self.until.at = until
         for caller in self._callers:
             caller.scope.deadline = caller.leaves_at if caller.leaves_at < until else math.inf
@@ -261,7 +262,7 @@ class Flight:
         error = self._error
         if error is None or isinstance(error, anyio.get_cancelled_exc_class()):
             return self._unknown(self)
-        if self._is_raised:  # in another task: the traceback of a shared exception would grow
+        if self._is_raised:  # in another task: with each raise the traceback of a shared exception would grow
             error = copy.copy(error)
             error.__cause__ = self._error
         self._is_raised = True

@@ -1,4 +1,4 @@
-"""The result of one request in a batch, and why a refund is unknown, as values."""
+"""The result of one refund call as a value, and the reason why a refund is unknown."""
 
 from __future__ import annotations
 
@@ -26,38 +26,36 @@ _TIMED_OUT: Final = re.compile(r"no answer within|the deadline is over|\w*Timeou
 
 @attrs.define
 class Traffic:
-    """How many requests one refund has caused so far."""
+    """The number of HTTP requests that one refund has needed so far."""
 
     attempts: int = 0
-    """Sends, including those that certainly did not arrive."""
+    """Apply requests, including those that certainly did not arrive."""
     queries: int = 0
-    """Queries."""
 
 
 @attrs.frozen(kw_only=True)
 class Outcome:
     """One request with its ``refund`` or its ``error``: exactly one of them is set.
 
-    If a batch resolved an unknown refund later, the figures are those of both calls together.
+    If a batch resolved an unknown refund later, the numbers are the sums over both calls.
     """
 
     request: RefundRequest
-    """The given object; if it is no ``RefundRequest``, ``error`` is ``InvalidRequest``."""
+    """The given object. If it is not a ``RefundRequest``, ``error`` is ``InvalidRequest``."""
     refund: Refund | None
     error: LianLianError | None
     attempts: int
-    """Sends; 0 if the journal knew the result."""
+    """Apply requests; 0 if the journal had the outcome."""
     queries: int
-    """Queries."""
     seconds: float
     """The duration of the call, including its wait for a connection slot."""
 
 
 def unknown_reason(apply_error: LianLianError | None, query_error: LianLianError | None) -> str:
-    """Return why a refund is unknown, without details of one refund, so that refunds can be counted by it.
+    """Return the reason why a refund is unknown, without details of that refund, so that reasons can be counted.
 
-    The error of the query counts; after "no such record" also the error of the apply call. A wrong signature counts
-    first, since every further answer would have one.
+    It is the error of the query; after "no such record" also the error of the apply call. A wrong signature on the
+    apply answer takes precedence, since it concerns every refund.
     """
     if isinstance(apply_error, SignatureInvalid):
         return _reason(apply_error)

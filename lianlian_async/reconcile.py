@@ -1,7 +1,7 @@
-"""Compare LianLian's statements with a journal: what both hold, and what only one of them holds.
+"""Compare LianLian's statements with a journal: find the refunds that only one of them has, or that differ.
 
-Sans-IO: lines of text and journal entries go in, verdicts come out. The rows are kept in a temporary SQLite file, so
-that memory does not grow with the statements. All methods block.
+The input is lines of text and journal entries, the output is a verdict for each refund. The rows are kept in a
+temporary SQLite file, so that memory does not grow with the statements. All methods block.
 
 A statement is not signed, and no public sample of a refund row exists. So a row counts only if every column that is
 used has its documented form. Other rows are reported with line and column; no column is guessed.
@@ -28,7 +28,7 @@ __all__ = ["Reconciliation", "StatementError", "Verdict"]
 
 _NAME: Final = re.compile(r"JYMX_([A-Za-z0-9]{1,18})_([0-9]{6}(?:[0-9]{2})?)\.txt")
 _SUMMARY: Final = re.compile(r"(?:[^|]*\|){3}([0-9]*)\|(-?[0-9]+(?:\.[0-9]+)?)?(?:\|[^|]*){2}")
-"""7 columns, of which two tell how many refunds the statement holds, and their sum, which is negative."""
+"""7 columns. Column 4 is the number of refunds in the statement, column 5 their sum, which is negative."""
 _FORMS: Final = {
     "status": (re.compile("[05]"), "0 or 5"),
     "direction": (re.compile("[01]"), "0 or 1"),
@@ -38,21 +38,21 @@ _FORMS: Final = {
     "currency": (re.compile("CNY"), "CNY"),
     "money_refund": (re.compile(r"-[0-9]{1,9}(\.[0-9]{1,9})?"), "a negative amount such as -88.5"),
 }
-"""How the columns that are used must look."""
+"""The documented forms of the columns that are used."""
 _STORED: Final = ("no_refund", "oid_partner", "dt_refund", "money_refund", "evidence")
 
 
 class StatementError(ValueError):
-    """A file is no statement, or does not go together with the other files."""
+    """A file is not a statement, or does not match the other files."""
 
 
 class Verdict(StrEnum):
-    """What the comparison says about a refund."""
+    """The result of the comparison for one refund."""
 
     AGREES = "agrees"
     AMOUNT_DIFFERS = "amount_differs"
     NOT_IN_JOURNAL = "not_in_journal"
-    """In the statement. The journal lacks it with this merchant and ``dt_refund``, or says that it was not made."""
+    """In the statement; the journal has no such refund of this merchant and ``dt_refund``, or has it as not made."""
     TWICE_IN_STATEMENT = "twice_in_statement"
     MISSING_IN_STATEMENT = "missing_in_statement"
     """Successful in the journal; the statements of its day and of the next day lack it."""
@@ -63,7 +63,7 @@ class Verdict(StrEnum):
 
 
 class _Layout(NamedTuple):
-    """Which column of a statement, counted from 0, holds which field, and how many columns there are at least."""
+    """The columns of a statement: the index of each field (from 0), and the minimum number of columns."""
 
     delimiter: str
     width: int
@@ -71,7 +71,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, line: str, place: str) -> tuple[_Layout, bool]:
-        """Return the layout of a statement, and whether its first ``line``, at ``place``, is a header."""
+        """Return the layout of a statement, and whether its first ``line`` is a header; ``place`` names the line."""
         cells = line.split(",")
         if len(cells) >= _DOMESTIC.width:
             return _DOMESTIC, not re.search("[0-9]", "".join(cells[:9]))
@@ -87,7 +87,7 @@ class _Layout(NamedTuple):
         return cls("|", len(names), columns), True
 
     def read(self, line: str) -> tuple[str, str, str, str] | None:
-        """Return number, merchant, time and amount of a refund, else None. A ``ValueError`` names the column."""
+        """Return number, merchant, time and amount of a refund, else None. The ``ValueError`` names the bad column."""
         cells = line.split(self.delimiter)
         if len(cells) < self.width or (len(cells) > self.width and self is not _DOMESTIC):
             raise ValueError(f"column {len(cells)} is the last one, but {self.width} are needed")
@@ -96,7 +96,7 @@ class _Layout(NamedTuple):
             if field == "no_refund" and fields["status"] == "0":
                 return None
             text, (form, example) = cells[column].strip(), _FORMS[field]
-            if text.startswith('="') and text.endswith('"'):  # how Excel is told that it is text
+            if text.startswith('="') and text.endswith('"'):  # this form tells Excel that the cell is text
                 text = text[2:-1]
             if not form.fullmatch(text):
                 raise ValueError(f"column {column + 1} ({field}): {text!r} is not {example}")
@@ -108,10 +108,10 @@ class _Layout(NamedTuple):
 _DOMESTIC: Final = _Layout(
     ",", 14, {"status": 8, "direction": 7, "no_refund": 0, "oid_partner": 1, "dt_refund": 2, "money_refund": 6}
 )
-"""``info_order``, the last column, may hold commas, and more may follow. A comma further left shifts ``direction``."""
+"""The last column, ``info_order``, may contain commas. A comma in an earlier column makes ``direction`` invalid."""
 _HEADER: Final = {
     "status": ("transaction_status", "payment_status"),
-    "no_refund": ("no_refund",),  # no page says what else it may be called
+    "no_refund": ("no_refund",),  # no page documents another name
     "oid_partner": ("oid_partner",),
     "dt_refund": ("dt_refund", "dt_order"),
     "money_refund": ("money_refund", "money_order"),
@@ -121,7 +121,7 @@ _HEADER: Final = {
 
 
 class Reconciliation:
-    """One comparison: first all statements, then every entry of the journal, then :meth:`finish`."""
+    """One comparison: add all statements, compare every entry of the journal, then call :meth:`finish`."""
 
     def __init__(self) -> None:
         self.oid_partner = ""
@@ -131,12 +131,12 @@ class Reconciliation:
         self.numbers: dict[Verdict, list[str]] = {
             verdict: [] for verdict in Verdict if verdict not in (Verdict.AGREES, Verdict.OUTSIDE_PERIOD)
         }
-        """What does not agree: each ``no_refund``."""
+        """Each ``no_refund`` whose verdict needs attention, by verdict."""
         self.unreadable: list[tuple[int, str]] = []
-        """Lines that do not count: the number of each one, and a text that names file, line and column."""
+        """Rows that do not count: (line number, message with file, line and column)."""
         self._periods: set[str] = set()
         self._seen = bytearray()
-        """By the id of a row: whether it was compared."""
+        """Whether a row was compared, by row id."""
         self._file = sqlite3.connect("", isolation_level=None)
         self._file.executescript(
             f"PRAGMA journal_mode = off; BEGIN; CREATE TABLE refunds (id INTEGER PRIMARY KEY, {', '.join(_STORED)})"
@@ -145,9 +145,9 @@ class Reconciliation:
     def add_statement(self, name: str, lines: Iterable[str], summary: str = "") -> None:
         """Read the statement with the file name ``name``; ``summary`` is the content of its ``JYMXSUM`` file, if any.
 
-        Raises ``StatementError``; the comparison is of no use then.
+        Raises ``StatementError``: this comparison cannot be used further.
         """
-        if (found := _NAME.fullmatch(name)) is None:  # nothing else tells which day it is about
+        if (found := _NAME.fullmatch(name)) is None:  # only the file name contains the day
             raise StatementError(f"{name}: must be called JYMX_<oid_partner>_<YYYYMMDD or YYYYMM>.txt")
         partner, period = found.groups()
         if self.oid_partner not in ("", partner):
@@ -183,7 +183,7 @@ class Reconciliation:
                 yield *row, place
 
     def compare(self, entry: Entry) -> None:
-        """Compare an entry of the journal with what the statements say."""
+        """Compare a journal entry with the rows of the statements."""
         records = self.records(entry.no_refund)
         ours = {**entry.fields, "oid_partner": self.oid_partner}
         verdicts = [_verdict(entry, ours, record) for record in records]
@@ -196,7 +196,7 @@ class Reconciliation:
             self._count(verdict, entry.no_refund, [entry.fields["money_refund"]])
 
     def finish(self) -> None:
-        """Count the rows that no entry was compared with."""
+        """Count the rows that have no entry in the journal."""
         self._prepare()
         for row, no_refund in self._file.execute("SELECT id, no_refund FROM refunds"):
             if not self._seen[row]:
@@ -204,7 +204,7 @@ class Reconciliation:
                 self._count(Verdict.NOT_IN_JOURNAL, no_refund, amounts)
 
     def records(self, no_refund: str) -> list[dict[str, str]]:
-        """Return what the statements say about a refund: its fields, and as ``evidence`` the file and line."""
+        """Return the rows of the statements about a refund: their fields, and file and line as ``evidence``."""
         self._prepare()
         found = self._file.execute("SELECT * FROM refunds WHERE no_refund = ?", [no_refund]).fetchall()
         for row, *_ in found:
@@ -237,7 +237,7 @@ def _verdict(entry: Entry, ours: Mapping[str, str], record: Mapping[str, str]) -
 
 
 def _statement_day(entry: Entry) -> date | None:
-    """Return in which day's statement it has to be: ``settle_date``. None: not final, not made, or failed."""
+    """Return the day of the statement that must contain the refund; None if it is not final, not made, or failed."""
     record = entry.ending.record if entry.ending is not None else {}
     if entry.state not in (State.FINAL, State.DONE) or record.get("sta_refund") == RefundStatus.FAILED:
         return None

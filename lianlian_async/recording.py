@@ -1,7 +1,7 @@
 """Record one refund: its intent before the first byte is sent, and its outcome.
 
-With a journal ``apply_refund`` may be called again at any time, after any crash: a resolved refund is answered from
-the record, an unresolved one is asked about first, and a new one is sent.
+With a journal ``apply_refund`` may be called again at any time, after any crash: for a resolved refund it returns the
+recorded outcome, an unresolved refund is queried first, and a new refund is sent.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _LONGEST_LOOK: Final = 1.0
 
 
 def digest(fields: Mapping[str, str]) -> str:
-    """Return the SHA-256 of what must not change under one number: the request without its notify_url."""
+    """Return the SHA-256 of the fields that must not change for one ``no_refund``: all but ``notify_url``."""
     content = {name: text for name, text in fields.items() if name not in _NO_CONTENT}
     return hashlib.sha256(signature_source(content)).hexdigest()
 
 
 def ending(refund: Refund) -> Ending:
-    """Return the ending that the journal records for a refund."""
+    """Return the ``Ending`` that the journal records for a refund that was made."""
     return Ending(state=State.DONE if refund.is_final else State.ACCEPTED, record=refund.to_dict())
 
 
@@ -62,13 +62,13 @@ def answer(entry: Entry) -> Refund:
     if entry.ending.state is State.REJECTED:
         raise refusal(entry.no_refund, record)
     if entry.ending.state is State.CONFLICT:
-        check_identity(entry.fields, record)  # raises the conflict that is on record
+        check_identity(entry.fields, record)  # raises the recorded conflict
     request = RefundRequest.from_record(entry.fields)
     return Refund.from_dict(record, asked_dt_refund=request.dt_refund, asked_trader_refund=request.trader_refund)
 
 
 async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) -> tuple[Standing, Entry]:
-    """Call ``journal.begin`` until the refund is no longer LEASED, or until ``deadline`` (event loop's clock)."""
+    """Call ``journal.begin`` until the refund is not LEASED, or until ``deadline`` (event loop's clock)."""
     seconds = _FIRST_LOOK
     while True:
         standing, entry = await journal.begin(intent, clock())
@@ -81,8 +81,8 @@ async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) 
 async def learn(journal: Journal, refund: Refund) -> Refund:
     """Record a state that the gateway reported; return ``refund``, with its ``dt_refund`` if known.
 
-    A refund without an entry is returned as it is. Raises ``RefundConflict`` for a refund that differs from the
-    request, which is recorded, and for a final state that differs from the recorded one.
+    A refund without an entry is returned unchanged. Raises ``RefundConflict`` if ``refund`` differs from the request
+    (the journal records this conflict) or if its final state differs from the recorded one.
     """
     number = str(refund.no_refund)
     entry = await journal.find(number)
@@ -94,7 +94,7 @@ async def learn(journal: Journal, refund: Refund) -> Refund:
     except RefundConflict:
         await journal.finish(entry, Ending(state=State.CONFLICT, record=refund.to_dict()))
         raise
-    recorded = cast("Ending", (await journal.finish(entry, ending(refund))).ending)  # what is resolved has one
+    recorded = cast("Ending", (await journal.finish(entry, ending(refund))).ending)  # set by finish
     if recorded.state is State.CONFLICT:
         check_identity(entry.fields, recorded.record)
     status = recorded.record.get("sta_refund")
@@ -129,8 +129,8 @@ class Recording:
     async def claim(self, body: bytes, lease: float, deadline: float) -> tuple[Standing, Entry]:
         """Record the intent and take the refund's lease for ``lease`` seconds.
 
-        Waits until ``deadline`` (event loop's clock) for another holder, then raises ``RefundOutcomeUnknown``. Raises
-        ``RefundConflict`` for other content.
+        If another call has the lease, waits until ``deadline`` (event loop's clock), then raises
+        ``RefundOutcomeUnknown``. Raises ``RefundConflict`` if the recorded request differs.
         """
         number = self.request.no_refund
         intent = Intent(no_refund=number, digest=self.digest, fields=self.request.to_dict(), body=body, lease=lease)
@@ -158,8 +158,8 @@ class Recording:
     ) -> Refund:
         """Run ``resolve`` for the claimed ``entry`` and record its outcome, also under cancellation.
 
-        A ``JournalError`` after a send has the refund's outcome as ``said``; ``unknown`` returns the outcome until
-        ``resolve`` has ended.
+        ``unknown`` returns the outcome if ``resolve`` ends without one. A ``JournalError`` after a send has the
+        refund's outcome as ``said``.
         """
         try:
             refund = await resolve()
@@ -178,10 +178,10 @@ class Recording:
             await self._release(entry, error)
             raise
         except RefundConflict as error:
-            # A conflict without a record was found here, not by the gateway.
+            # A conflict without a record was found by this library, not by the gateway.
             await self._finish(entry, Ending(state=State.CONFLICT, record=error.record or {}), error)
             raise
-        except BaseException as error:  # cancelled, a failed journal, or a bug: an attempt may be under way
+        except BaseException as error:  # cancellation, a failed journal, or a bug: an attempt may be under way
             said = unknown()
             if isinstance(error, JournalError):
                 error.said = said
@@ -194,7 +194,7 @@ class Recording:
         return refund
 
     async def _is_taken(self, entry: Entry, said: RefundNotSent) -> bool:
-        """Return whether another worker took the refund over after the lease of ``entry``, and may have sent it."""
+        """Return whether the lease of ``entry`` has ended and another worker may have sent the refund since."""
         if entry.leased_until is None or self.clock().boot < entry.leased_until.boot:
             return False
         try:
@@ -213,7 +213,7 @@ class Recording:
             raise
 
     async def _release(self, entry: Entry, said: LianLianError) -> None:
-        """End the lease; only an unknown refund may have been sent."""
+        """End the lease. The refund may have been made only if ``said`` is ``RefundOutcomeUnknown``."""
         unknown = said if isinstance(said, RefundOutcomeUnknown) else None
         refused = None if unknown is None or unknown.refused is None else _refusal_record(unknown.refused)
         try:

@@ -28,7 +28,7 @@ class Resumed(NamedTuple):
     resolved: int
     """Refunds whose outcome is now known."""
     still_open: int
-    """Refunds to ask about again later."""
+    """Refunds to query again later."""
 
 
 async def resume(
@@ -40,7 +40,7 @@ async def resume(
 ) -> Resumed:
     """Resolve every refund in ``journal`` that is UNRESOLVED, and query every ACCEPTED one for its final state.
 
-    Refunds that were certainly never sent stay as they are, until they are applied for again.
+    Refunds that were certainly never sent stay as they are until the next ``apply_refund`` for them.
     """
     count = Counter[bool]()
 
@@ -56,19 +56,19 @@ async def resume(
         except JournalError:
             raise
         except LianLianError as error:
-            logger.info("refund %s is accepted, its final state is not known: %s", request.no_refund, error)
+            logger.info("refund %s is accepted, but its final state is not known: %s", request.no_refund, error)
             return False
         return refund.is_final
 
     async def resume_one(entry: Entry) -> None:
         if entry.ending is None and entry.sent_at is None:
-            return  # certainly never sent: the caller was told so, and may have refunded in another way
+            return  # certainly never sent: the caller knows it, and may have refunded in another way
         if entry.state is State.FINAL:
-            return  # only a NotificationEndpoint can act on it
+            return  # only a NotificationEndpoint calls on_refund
         try:
             request = RefundRequest.from_record(entry.fields)
         except InvalidRequest as error:
-            logger.error("refund %s: its entry cannot be read: %s", entry.no_refund, error)  # noqa: TRY400 - no bug of ours
+            logger.error("refund %s: its journal entry cannot be read: %s", entry.no_refund, error)  # noqa: TRY400 - not our bug
             count[False] += 1
         else:
             count[await (is_resolved(request) if entry.ending is None else is_final(request))] += 1

@@ -1,4 +1,4 @@
-"""Resolve one refund: apply → ask → made, rejected, not sent or unknown.
+"""Resolve one refund: apply, query, and return or raise its outcome: made, rejected, not sent or unknown.
 
 The table :data:`NEXT_STEP` and :meth:`Case.not_found_is_believed` decide; all other code only waits.
 """
@@ -31,7 +31,7 @@ logger = logging.getLogger("lianlian_async")
 
 
 _LONGEST_WAIT: Final = 90 * 86_400.0
-"""Seconds. After 3 months the gateway refuses the query (3005)."""
+"""Seconds. After 3 months the gateway rejects a query (3005)."""
 
 
 class Step(Enum):
@@ -57,7 +57,7 @@ NEXT_STEP: Final[dict[tuple[Finding, bool], Step]] = {
     (Finding.UNCERTAIN, False): Step.ASK,
     (Finding.UNCERTAIN, True): Step.ASK,
 }
-"""The decision table. ``Retry`` has already repeated sends that did not arrive, within policy and deadline."""
+"""The decision table. Before it, ``Retry`` has repeated sends that did not arrive, within policy and deadline."""
 
 
 @attrs.define(kw_only=True)
@@ -67,37 +67,37 @@ class Case:
     request: RefundRequest
     apply: Exchange
     make_query: Callable[[], Awaitable[Exchange]]
-    """Makes the query exchange at its first use: most refunds need none, and it costs a signature."""
+    """Creates the query exchange only when it is needed: most refunds need none, and it costs a signature."""
     clock: Clock
     sent_at: Moment | None = None
-    """The last moment at which an attempt may have arrived; None: certainly none has."""
+    """Upper bound for the time at which the gateway may have received an attempt. None: it received nothing."""
     told_at: Moment | None = None
-    """The same from an earlier call, maybe on another machine, until the two can be compared."""
+    """``sent_at`` of an earlier call, maybe on another machine. None once it was compared with ``sent_at``."""
     refused: RefundRejected | None = None
-    """The refusal in which every attempt so far ended; None: one may have worked, or none was made."""
+    """The rejection, if every attempt so far was rejected. None: no attempt, or an attempt may have succeeded."""
     ask_first: bool = False
     """Whether to query before the first send: the journal may have lost an attempt."""
     before_resend: Callable[[], Awaitable[None]]
-    """Records that the same bytes may be sent again."""
+    """Records in the journal that the same bytes may be sent again."""
     canary: Callable[[], Awaitable[LianLianError | bool]]
-    """Queries a refund that is known as made. True: it was found. False: no refund to query. An error: "no such record"
-    from this query service proves nothing."""
+    """Queries a refund that was made, to check the query service. True: it was found. False: there is no refund to
+    query. An error: "no such record" from this query service proves nothing."""
     traffic: Traffic = attrs.field(factory=Traffic)
     rejection: LianLianError | None = None
-    """The rejection of the last attempt; believed once no earlier attempt can have worked."""
+    """The rejection of the last attempt; it is believed once no earlier attempt can have succeeded."""
     retry_after: float | None = None
     apply_error: LianLianError | None = None
     query_error: LianLianError | None = None
 
     def not_found_is_believed(self, asked_at: Moment) -> bool:
-        """Return whether "no such record", asked for at ``asked_at``, proves that no attempt was carried out."""
+        """Return whether "no such record", queried at ``asked_at``, proves that no attempt was carried out."""
         if self.sent_at is None:
             return True
-        # The answer may be the first one with a Date; and only the time up to the query counts.
+        # Only the time up to the query counts. Its answer may be the first one with a Date header.
         asked_at = attrs.evolve(asked_at, gateway=None).dated(self.clock())
         self._compare(asked_at)
         seconds = elapsed(self.sent_at, asked_at)
-        if seconds is None:  # no clock can tell: the grace starts now, and the journal keeps this moment
+        if seconds is None:  # no clock can measure it: the grace starts now, and the journal keeps this moment
             self.sent_at = asked_at
             return False
         return seconds >= self.apply.policy.not_found_grace
@@ -107,10 +107,10 @@ class Case:
             self.sent_at, self.told_at = latest(self.sent_at, self.told_at, now), None
 
     def doubt(self, refund: Refund) -> LianLianError | None:
-        """Return why a record does not prove that this refund was made; None if it does.
+        """Return why a record does not prove that this refund was made; None: it proves it.
 
-        If every attempt was refused, or there was none, the number may be another refund's: only a record with the
-        whole identity counts. Raises ``RefundConflict`` for a record of another refund.
+        If every attempt was rejected, or there was none, the number may belong to another refund: only a record with
+        the whole identity counts. Raises ``RefundConflict`` for a record of another refund.
         """
         try:
             matching(self.request, refund)
@@ -119,10 +119,10 @@ class Case:
         may_have_worked = self.sent_at is not None and self.refused is None
         if may_have_worked or has_whole_identity(refund.raw):
             return None
-        return LianLianError("the record found lacks dt_refund or money_refund: it may be another refund's")
+        return LianLianError("the record found lacks dt_refund or money_refund: it may belong to another refund")
 
     async def prove_queries(self) -> bool:
-        """Query a refund that is known as made; return whether there is one. Raises the unknown outcome on failure."""
+        """Query a refund that was made; return whether there is one. Raises ``RefundOutcomeUnknown`` on failure."""
         proof = await self.canary()
         if isinstance(proof, LianLianError):
             self.query_error = proof
@@ -131,7 +131,7 @@ class Case:
 
     @property
     def is_refused(self) -> bool:
-        """Whether every attempt so far was refused, other than as still being processed."""
+        """Whether every attempt so far was rejected. A code of the class *in progress* is no rejection."""
         return self.refused is not None and explain(self.refused.ret_code).kind is not CodeClass.IN_PROGRESS
 
     def next_step(self, finding: Finding) -> Step:
@@ -149,7 +149,7 @@ class Case:
             self.sent_at = self.clock()
 
     def unknown(self) -> RefundOutcomeUnknown:
-        """Return the unknown outcome, with all that is needed to ask again."""
+        """Return the unknown outcome, with the data that :meth:`RefundSession.resolve` needs."""
         now = self.clock()
         self._compare(now)
         sent_at = (self.sent_at or now).dated(now)
@@ -179,7 +179,7 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
     Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict`` or ``RefundOutcomeUnknown``.
     """
     try:
-        # An unknown refund is asked about first, a new one is sent first.
+        # Query an unknown refund first; send a new one first.
         is_new = case.sent_at is None and not case.ask_first
         refund = await _apply(case, send) if is_new else None
         resends = case.apply.policy.attempts - 1
@@ -195,17 +195,17 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
         if anyio.current_effective_deadline() > -math.inf:  # this call was not cancelled: a lower layer raised it
             case.query_error = LianLianError(f"interrupted by {type(error).__name__}")
             raise case.unknown() from error
-        logger.warning("refund %s: cancelled, it may have been made; query before sending it again", _number(case))
+        logger.warning("refund %s: cancelled, but it may have been made; query before sending it again", _number(case))
         raise
     return refund
 
 
 async def _check_not_found(case: Case) -> None:
-    """After "no such record" is believed: raise what it proves, or prepare to send again."""
+    """After "no such record" is believed: raise the outcome that it proves, or prepare to send again."""
     if case.sent_at is None:
         return
     if not case.apply.lease_holds():
-        case.query_error = LianLianError("the lease is over: another worker may have sent this refund")
+        case.query_error = LianLianError("the lease has ended: another worker may have sent this refund")
         raise case.unknown()
     if case.rejection is not None:
         raise case.rejection
@@ -215,10 +215,10 @@ async def _check_not_found(case: Case) -> None:
 
 
 async def _apply(case: Case, send: Next) -> Refund | None:
-    """Send once (``Retry`` repeats only sends that did not arrive). Return the record, or None: ask."""
+    """Send once (``Retry`` repeats only sends that did not arrive). Return the record, or None: query next."""
     try:
         reply = await send(case.apply)
-    except BaseException:  # it may be under way
+    except BaseException:  # the request may be under way
         case.sent_at, case.refused = case.clock(), None
         raise
     case.traffic.attempts += reply.attempts
@@ -229,12 +229,12 @@ async def _apply(case: Case, send: Next) -> Refund | None:
     if step is Step.RAISE and reply.error is not None:
         raise reply.error
     case.take_in(reply)
-    logger.info("refund %s: %s; asking", _number(case), reply.error)
+    logger.info("refund %s: %s; querying", _number(case), reply.error)
     return None
 
 
 async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | None:
-    """Query until there is a record, or return None: certainly not made. Raises the unknown outcome at the deadline."""
+    """Query until there is a record; None: certainly not made. Raises ``RefundOutcomeUnknown`` at the deadline."""
     query = await case.make_query()
     if case.retry_after and not await backoff(query, retries_left, 0, case.retry_after):
         raise case.unknown()
@@ -250,7 +250,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
                 return reply.refund
         elif isinstance(reply.error, RefundConflict):
             raise reply.error
-        elif reply.finding is not Finding.NOT_FOUND:  # the retries are used up, or the query was refused
+        elif reply.finding is not Finding.NOT_FOUND:  # the retries are used up, or the query was rejected
             break
         if case.not_found_is_believed(asked_at):
             if reply.refund is not None and not case.is_refused:
@@ -267,7 +267,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
 
 
 def matching(request: RefundRequest, found: Refund) -> Refund:
-    """Return ``found``; raise ``RefundConflict`` if it is a record of another refund under our number."""
+    """Return ``found``. Raises ``RefundConflict`` if it is a record of another refund under our number."""
     check_identity(request.to_dict(), found.raw)
     return found
 

@@ -1,4 +1,4 @@
-"""When to retry and how long to wait before: pure values, with time and randomness as arguments."""
+"""Retry policy and deadlines: when to retry, and the backoff. Pure: time and randomness are arguments."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SHORTEST_ATTEMPT: Final = 0.01
 """Seconds: with less time left, no further attempt is made."""
 
 LONGEST_RETRY_AFTER: Final = 60.0
-"""Seconds: a longer Retry-After of the server is cut to this."""
+"""Seconds: the upper bound of a server's Retry-After."""
 
 
 @attrs.frozen(kw_only=True)
 class RetryBudget:
-    """How many retries one session may make: bursts of ``capacity``, then ``per_second``.
+    """The retries that one session may make: bursts of ``capacity``, refilled at ``per_second``.
 
-    It protects a gateway in trouble from the retries of a thousand calls. If the budget is empty, a call ends without
+    It protects an overloaded gateway from the retries of a thousand calls. If the budget is empty, a call ends without
     a further retry.
     """
 
@@ -39,7 +39,7 @@ class RetryBudget:
 
 
 class TokenBucket:
-    """What is left of a :class:`RetryBudget`."""
+    """The retries left in a :class:`RetryBudget`."""
 
     def __init__(self, budget: RetryBudget) -> None:
         self._budget = budget
@@ -47,7 +47,7 @@ class TokenBucket:
         self._at = math.inf  # before the first take, no time passes
 
     def take(self, now: float) -> bool:
-        """Spend one retry at ``now`` (seconds of a steady clock); False: none is left."""
+        """Take one retry at ``now`` (seconds of a monotonic clock). Return False if none is left."""
         refilled = self._tokens + self._budget.per_second * max(0.0, now - self._at)
         self._tokens = min(self._budget.capacity, refilled)
         self._at = now
@@ -59,7 +59,7 @@ class TokenBucket:
 
 @attrs.frozen
 class RetryPolicy:
-    """How a call retries.
+    """The retry policy of a call.
 
     Each pause is random, from 0 to ``initial`` × ``multiplier`` ** n seconds (full jitter), at most ``maximum``.
     ``attempts`` limits the sends of one call that certainly did not arrive, and the queries of one ``query_refund``; a
@@ -67,15 +67,15 @@ class RetryPolicy:
     """
 
     attempts: int = 4
-    """The most sends (≥ 1) in one call."""
+    """Maximum number of sends in one call (≥ 1)."""
     initial: float = 0.5
     """Seconds: the upper bound of the first pause."""
     maximum: float = 8.0
     """Seconds: the upper bound of every pause; only a server's Retry-After may be longer (at most 60 s)."""
     multiplier: float = 2.0
-    """How much the upper bound grows with each retry."""
+    """The factor by which the upper bound grows with each retry."""
     budget: RetryBudget = RetryBudget()
-    """The retries of all calls of one session together."""
+    """Shared by all calls of one session."""
     not_found_grace: float = 900.0
     """Seconds after the last attempt that may have arrived, until "no such record" is believed.
 
@@ -101,31 +101,31 @@ class RetryPolicy:
     def pause(self, retries: int, random: float, retry_after: float | None = None) -> float:
         """Return the seconds to wait before the next attempt.
 
-        ``retries``: how many were made (0 before the first). ``random``: in [0, 1). ``retry_after``: seconds that the
-        server asked for.
+        ``retries``: the number of retries so far. ``random``: in [0, 1). ``retry_after``: seconds that the server asked
+        for.
         """
         ceiling = min(self.maximum, self.initial * self.multiplier ** min(retries, 64))
         return max(random * ceiling, min(retry_after or 0.0, LONGEST_RETRY_AFTER))
 
 
 class Deadline:
-    """When a call must end: ``at``, on the same steady clock as ``now``."""
+    """The time ``at`` when a call must end, on the same monotonic clock as ``now``."""
 
     def __init__(self, at: float) -> None:
         self.at = at
 
     def left(self, now: float) -> float:
-        """Return the seconds left (negative: over)."""
+        """Return the seconds left; negative after the deadline."""
         return self.at - now
 
     def attempt(self, now: float) -> float:
-        """Return the seconds that the next attempt may take: half of the time left, so that time for a query remains.
+        """Return the timeout of the next attempt: half of the time left, so that time for a query remains.
 
-        0.0: too little is left for another attempt.
+        0.0: the time left is too short for another attempt.
         """
         share = min(self.left(now) / 2, LONGEST_ATTEMPT)
         return share if share >= SHORTEST_ATTEMPT else 0.0
 
     def extend(self, seconds: float) -> None:
-        """Move the deadline: waiting for the caller's own limiter does not count."""
+        """Move the deadline by ``seconds``: waiting for the user's own limiter does not count."""
         self.at += seconds

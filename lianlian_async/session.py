@@ -49,31 +49,31 @@ class RefundSession:
     Args:
         merchant: who we are.
         client: an ``httpx.AsyncClient`` to use; the session does not close it. It must allow ``max_connections``.
-        transport: an httpx transport for the session's own client; not together with ``client``.
+        transport: an httpx transport for the session's own client; excludes ``client``.
         http_backend: ``httpx`` or ``aiohttp``, for the session's own client; by default ``LIANLIAN_HTTP_BACKEND``, else
             ``httpx``.
         retry: the default policy of every call.
         deadline: seconds for one whole call once it has its connection slot: signing, every attempt, every
-            pause, every query. Waiting for the slot does not count, so ``asyncio.gather`` over thousands
-            of calls simply works.
-        max_connections: calls that run at the same time; further calls wait in order.
+            pause, every query. Waiting for the slot does not count, so you may start thousands of calls with
+            ``asyncio.gather``.
+        max_connections: maximum number of concurrent calls; further calls wait in order.
         warm_up: connections to open with the session, by one HEAD request each to ``endpoints.apply``, so that the
-            first refunds need not wait for TCP and TLS. Unused ones are closed after some seconds.
-        middleware: your layers around every attempt, the outermost first (see :mod:`lianlian_async.middleware`).
+            first refunds need not wait for TCP and TLS. Unused connections are closed after some seconds.
+        middleware: your layers around every attempt, outermost first (see :mod:`lianlian_async.middleware`).
         limiter: any async context manager, entered around every attempt: a semaphore, or
             :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
         journal: an open :class:`lianlian_async.journal.Journal`; the session does not close it. Every refund is
             recorded before its first byte is sent, so ``apply_refund`` may be repeated after a crash. From then on the
             journal belongs to this merchant and this apply endpoint.
-        query_first: query every refund that is new in the journal before it is sent: after a journal was lost or
-            restored.
+        query_first: query every refund that is new in the journal before it is sent. Use it after a journal was lost
+            or restored.
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
 
-    Calls for the same ``no_refund`` at the same time are one refund. After a call that left it unknown, the next call
-    queries first; without a journal only within the same session.
+    Concurrent calls for the same ``no_refund`` make one refund. If a call left the refund unknown, the next call
+    queries first; without a journal, only within the same session.
 
-    Closing waits for running calls, up to their deadlines. New calls, and those that wait for a slot, raise: nothing of
-    them was sent. Use outside ``async with``, a second use, and use from another event loop raise ``RuntimeError``.
+    Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, raise; they have
+    sent nothing. Use outside ``async with``, a second use, and use from another event loop raise ``RuntimeError``.
     """
 
     def __init__(
@@ -116,21 +116,21 @@ class RefundSession:
         self._waiting = Waiters()
         self._life = Lifecycle("RefundSession", max_connections)
         self.unknown_reasons: Counter[str] = Counter()
-        """Unknown outcomes of :meth:`outcome_of` by reason, for summaries."""
+        """Number of unknown outcomes of :meth:`outcome_of`, by reason."""
 
     def __repr__(self) -> str:
         return f"<RefundSession {self.merchant.oid_partner} {self._life}>"
 
     @property
     def signatures(self) -> SignatureWatch:
-        """Whether the gateway's answers verify; batches and workers stop early if not."""
+        """Counts whether the gateway's answers verify. Batches and workers stop early if they do not."""
         return self._gateway.signatures
 
     # ── opening and closing ──────────────────────────────────────────────────────────────────────
 
     async def __aenter__(self) -> Self:
         with self._life.opening():
-            if self.journal is not None and self.journal.is_open:  # else at the first refund
+            if self.journal is not None and self.journal.is_open:  # else bind it at the first refund
                 await self.journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._gateway = await GatewayClient.open(
                 self.merchant,
@@ -171,10 +171,10 @@ class RefundSession:
 
         Raises:
             InvalidRequest: a field breaks the gateway's rules; nothing was sent.
-            RefundNotSent: it certainly never reached the gateway; safe to send again.
+            RefundNotSent: the refund certainly never reached the gateway; it is safe to send it again.
             RefundRejected: the gateway rejected it.
             RefundConflict: the number belongs to another refund; a person has to decide.
-            RefundOutcomeUnknown: it may have been made; see :meth:`resolve`.
+            RefundOutcomeUnknown: the refund may have been made; see :meth:`resolve`.
             JournalError: the journal failed; ``said`` is the refund's outcome if it was sent.
         """
         return await self._apply(request, deadline=deadline, retry=retry)
@@ -219,7 +219,7 @@ class RefundSession:
                 query_first=query_first,
                 traffic=traffic,
             )
-        except ConfigurationError:  # it would meet every refund
+        except ConfigurationError:  # every further refund would raise it, too
             raise
         except LianLianError as problem:
             error = problem
@@ -243,9 +243,9 @@ class RefundSession:
 
         Raises:
             RefundNotFound: the gateway has no such record at this moment.
-            QueryRejected: the query was refused, which says nothing about the refund.
-            SignatureInvalid, AnswerMismatch, MalformedMessage: the last answer is unusable.
-            GatewayUnavailable: no usable answer in time.
+            QueryRejected: the gateway rejected the query, which says nothing about the refund.
+            SignatureInvalid, AnswerMismatch, MalformedMessage: the last answer cannot be used.
+            GatewayUnavailable: the gateway gave no usable answer in time.
         """
         expect(query, RefundQuery, "query")
         seconds, policy = self._given(deadline, retry)
@@ -267,8 +267,8 @@ class RefundSession:
         notifies for an hour. The wait holds no connection slot.
 
         Raises:
-            RefundNotFinal: not final at the deadline.
-            QueryRejected: the query was refused, which says nothing about the refund.
+            RefundNotFinal: the refund is not final at the deadline.
+            QueryRejected: the gateway rejected the query, which says nothing about the refund.
             RefundConflict: the final state contradicts the session's journal.
         """
         expect(refund, Refund, "refund")
@@ -280,8 +280,8 @@ class RefundSession:
     ) -> Refund:
         """Make a refund and wait until it is final: :meth:`apply_refund`, then :meth:`wait_refund`.
 
-        A notification counts also before the answer, or without one. ``deadline`` (seconds) bounds the wait; the
-        session's deadline bounds the call before it. Raises as both.
+        A notification also counts if it arrives before the answer, or if no answer arrives. ``deadline`` (seconds)
+        bounds the wait; the session's deadline bounds the call before it. Raises the errors of both.
         """
         seconds = _checked(deadline)
         expect(request, RefundRequest, "request")
@@ -305,7 +305,7 @@ class RefundSession:
     async def resume(self, *, concurrency: int | None = None) -> Resumed:
         """Resolve every open refund of the session's journal, and query accepted ones for their final state.
 
-        Call it at the start of the service and regularly, or call ``NotificationEndpoint.sweep``, which does it.
+        Call it when the service starts and regularly, or call ``NotificationEndpoint.sweep``, which includes it.
         ``concurrency`` is ``max_connections`` by default. Raises ``JournalError``.
         """
         if self.journal is None:
@@ -332,7 +332,7 @@ class RefundSession:
         if earlier is not None and earlier.oid_partner != self.merchant.oid_partner:
             raise ConfigurationError(
                 f"refund {earlier.no_refund} belongs to merchant {earlier.oid_partner}, "
-                f"this session to {self.merchant.oid_partner}"
+                f"this session to {self.merchant.oid_partner}: resolve it in a session of its own merchant"
             )
         journal = journal or self.journal
         seconds, policy = self._given(deadline, retry)

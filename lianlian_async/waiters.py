@@ -25,23 +25,23 @@ __all__ = ["Waiter", "Waiters"]
 
 FIRST_PAUSE: Final = 2.0
 LONGEST_PAUSE: Final = 300.0
-"""Seconds. Each pause between two queries is twice as long as the one before: about twenty queries in an hour."""
+"""Seconds. Each pause between two queries is twice as long as the pause before: about twenty queries in an hour."""
 
 _TRANSIENT: Final = (RefundNotFound, GatewayUnavailable, SignatureInvalid, AnswerMismatch, MalformedMessage)
-"""Errors of a query that the next query may not meet."""
+"""Errors of a query that may be gone at the next query."""
 
 
 @attrs.define(eq=False)
 class Waiter:
-    """A call that waits for the final state of a refund of ``money_refund`` yuan (None: of any amount)."""
+    """A call that waits for the final state of a refund of ``money_refund`` yuan (None: any amount)."""
 
     money_refund: Decimal | None
     told: Refund | None = None
-    """The final state, once it was notified."""
+    """The final state from a notification."""
     _asking: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
 
     def hear(self, refund: Refund) -> None:
-        """Take the final state from a notification and stop the queries."""
+        """Accept the final state from a notification, and stop the queries."""
         if self.money_refund in (None, refund.money_refund):
             self.told = refund
             self._asking.cancel()
@@ -71,14 +71,14 @@ class Waiter:
 
 
 class Waiters:
-    """All waiting calls of one session."""
+    """The calls of one session that wait for a final state."""
 
     def __init__(self) -> None:
         self._waiters: dict[str, list[Waiter]] = {}
 
     @contextmanager
     def listen(self, about: Refund | RefundRequest) -> Iterator[Waiter]:
-        """Register a waiter for a refund's final state while the block runs."""
+        """Register a waiter for a refund's final state during the ``with`` block."""
         number, waiter = str(about.no_refund), Waiter(about.money_refund)
         waiters = self._waiters.setdefault(number, [])
         waiters.append(waiter)

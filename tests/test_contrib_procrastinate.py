@@ -294,7 +294,7 @@ async def test_a_connection_to_another_database_is_refused(dsn, postgres_dsn):
         await psycopg.AsyncConnection.connect(dsn, autocommit=True) as idle,
     ):
         for connection in (elsewhere, other_schema):
-            with pytest.raises(ConfigurationError, match="leads to another database or schema than the queue's"):
+            with pytest.raises(ConfigurationError, match="leads to another database or schema than the queue"):
                 await queue.enqueue([request], connection=connection)
         with pytest.raises(ConfigurationError, match="has no open transaction"):
             await queue.enqueue([request], connection=idle)
@@ -581,7 +581,7 @@ async def test_a_worker_that_is_cancelled_finishes_what_it_has_begun(dsn, journa
 
 
 async def leave_jobs(queue, count):
-    """Have a worker take so many jobs of one refund, and give no sign of life for two minutes."""
+    """Let a worker fetch ``jobs`` jobs of one refund each, and send no heartbeat for two minutes."""
     await queue.enqueue(requests(count))
     dead = await queue.app.job_manager.register_worker()
     for _ in range(count):
@@ -590,7 +590,7 @@ async def leave_jobs(queue, count):
 
 
 async def forget_workers(queue):
-    """Have no worker give a sign of life for two minutes."""
+    """Set every worker's last heartbeat to two minutes ago."""
     silence = "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '2 minutes'"
     await queue.app.connector.execute_query_async(silence)
 
@@ -655,7 +655,7 @@ async def test_an_open_refund_that_no_job_holds_is_queued_again(dsn, journal):
 
 
 async def test_an_open_refund_that_a_job_holds_is_not_queued_again(dsn, journal):
-    """A refund that waits for its ask_again_at waits in one job, and so does one that needs a person."""
+    """A refund that waits for its ask_again_at is in one job only; so is a refund that needs a person."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     for request in requests(2):
         await leave_unknown(gateway, journal, request)
@@ -681,7 +681,7 @@ async def test_jobs_need_the_session_of_work(dsn, caplog):
         await queue.app.run_worker_async(wait=False)
         (job,) = await jobs_of(queue)
     assert (job.status, job.attempts) == ("todo", 1)
-    assert "refund jobs run in RefundQueue.work, which brings the session" in caplog.text
+    assert "no session for this refund job: start the worker with RefundQueue.work" in caplog.text
 
 
 async def test_work_needs_a_journal_that_workers_share(dsn):

@@ -720,7 +720,7 @@ async def test_an_entry_that_cannot_be_read_ends_no_resumption(new_journal, capl
         with anyio.move_on_after(5):
             await session.apply_refund(refund_request())
         assert await session.resume() == Resumed(resolved=1, still_open=1)
-    assert "refund R-0: its entry cannot be read" in caplog.text
+    assert "refund R-0: its journal entry cannot be read" in caplog.text
 
 
 async def test_resuming_settles_rejections_too(new_journal):
@@ -755,7 +755,7 @@ async def test_resuming_counts_an_accepted_refund_that_cannot_be_asked_about_as_
         gateway.script(Fault.NO_ANSWER, call="query", times=100)
         assert await session.resume() == Resumed(resolved=0, still_open=1)
         assert (await journal.find("R-1")).state is State.ACCEPTED
-    assert "refund R-1 is accepted, its final state is not known" in caplog.text
+    assert "refund R-1 is accepted, but its final state is not known" in caplog.text
 
 
 async def test_resuming_asks_no_more_at_a_time_than_it_may(new_journal):

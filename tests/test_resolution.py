@@ -580,7 +580,7 @@ async def test_what_is_asked_about_is_logged(caplog):
     gateway.script(Fault.HTTP_500, call="apply")
     with caplog.at_level(logging.INFO, "lianlian_async"):
         await apply(gateway)
-    assert [record.getMessage() for record in caplog.records] == ["refund R-1: HTTP status 500; asking"]
+    assert [record.getMessage() for record in caplog.records] == ["refund R-1: HTTP status 500; querying"]
 
 
 @pytest.mark.parametrize("wrong", [-7200, 0, 7200], ids=["slow", "right", "fast"])
@@ -645,7 +645,7 @@ async def test_after_a_lease_nothing_is_concluded_from_absence():
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     session, _ = session_over(gateway, retry=TRUSTING, journal=SlowProof())
     async with session:
-        with pytest.raises(RefundOutcomeUnknown, match="lease is over"):
+        with pytest.raises(RefundOutcomeUnknown, match="lease has ended"):
             await session.apply_refund(refund_request())
     assert gateway.requests["apply"] == 1
 

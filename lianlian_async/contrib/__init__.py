@@ -1,1 +1,1 @@
-"""Integrations: one module for each framework, which only its users import."""
+"""Integrations: one module for each framework. Import the one that you use."""

@@ -1,4 +1,4 @@
-"""aiohttp: the application's session under an application key, and a handler of notifications.
+"""aiohttp: store the session under an application key, and handle notifications.
 
 A complete service::
 
@@ -44,7 +44,7 @@ SESSION: Final = web.AppKey("refund_session", RefundSession)
 def lifespan(*contexts: AbstractAsyncContextManager[Any]) -> Callable[[web.Application], AsyncGenerator[None]]:
     """Return a cleanup context that opens ``contexts`` in this order: a journal, its session, an endpoint.
 
-    ``app[SESSION]`` is the session among them.
+    If one of them is a session, ``app[SESSION]`` is that session.
     """
 
     async def opened(app: web.Application) -> AsyncGenerator[None]:
@@ -59,7 +59,7 @@ def lifespan(*contexts: AbstractAsyncContextManager[Any]) -> Callable[[web.Appli
 
 
 def get_session(request: web.Request) -> RefundSession:
-    """Return the session of the application or its parent; ``RuntimeError`` if there is none."""
+    """Return the session of the application or its parent. Raises ``RuntimeError`` if there is none."""
     session: RefundSession | None = request.config_dict.get(SESSION)
     if session is None:
         raise RuntimeError("no RefundSession is open: pass one to app.cleanup_ctx.append(lifespan(...))")
@@ -72,7 +72,7 @@ def notifications(endpoint: NotificationEndpoint) -> Callable[[web.Request], Awa
     async def handler(request: web.Request) -> web.Response:
         async def read(limit: int) -> bytes:
             body = bytearray()
-            # The endpoint refuses a body that ends early or is badly compressed as malformed.
+            # If the body ends early or its compression is broken, the endpoint reports it as malformed.
             with suppress(ConnectionError, web.RequestPayloadError):
                 while len(body) <= limit and (piece := await request.content.readany()):
                     body += piece

@@ -1,4 +1,4 @@
-"""FastAPI: the application's session as a dependency, and the route of notifications.
+"""FastAPI: the application's session as a dependency, and a route for notifications.
 
 ::
 
@@ -48,11 +48,11 @@ def lifespan(
 
 
 def get_session(connection: HTTPConnection) -> RefundSession:
-    """Return the application's session; ``RuntimeError`` if its lifespan opened none."""
+    """Return the application's session. Raises ``RuntimeError`` if the lifespan opened none."""
     session: RefundSession | None = getattr(connection.state, "refund_session", None)
     if session is None:
         raise RuntimeError(
-            "no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)), and run the lifespan"
+            "no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)), and let the server run the lifespan"
         )
     return session
 
@@ -62,5 +62,5 @@ Session = Annotated[RefundSession, Depends(get_session)]
 
 
 def notifications(endpoint: NotificationEndpoint, path: str) -> APIRouter:
-    """Return a router with ``endpoint`` at ``path``; it is not in the OpenAPI schema, since only LianLian calls it."""
+    """Return a router with ``endpoint`` at ``path``, left out of the OpenAPI schema, as only LianLian calls it."""
     return APIRouter(routes=[Route(path, endpoint, include_in_schema=False)])

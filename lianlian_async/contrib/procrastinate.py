@@ -1,12 +1,12 @@
-"""Refunds as jobs of procrastinate, on PostgreSQL: from one process to a fleet (extra ``postgres``, asyncio only).
+"""A queue of refunds for one or many worker processes: procrastinate jobs in PostgreSQL (extra ``postgres``, asyncio).
 
-To queue a refund in the transaction that marks its order, pass the connection of that transaction::
+To queue a refund in the transaction that updates its order, pass the connection of that transaction::
 
     # SQLAlchemy (postgresql+psycopg), with an AsyncSession
     raw = await (await session.connection()).get_raw_connection()
     await queue.enqueue([request], connection=raw.driver_connection)
 
-    # Django, in transaction.atomic(): its connection is a synchronous one
+    # Django, in transaction.atomic(), where the connection is synchronous
     with connection.cursor() as cursor:
         cursor.execute(*queue.statement([request]))
 """
@@ -43,8 +43,8 @@ T = TypeVar("T")
 logger = logging.getLogger("lianlian_async")
 
 _SLICES: Final = 10
-"""How many slices one statement inserts."""
-# One statement, which can be part of anyone's transaction. The database's clock says when a job is due.
+"""Slices that one statement inserts."""
+# A single statement, so that it can run in the caller's transaction. Jobs become due by the database's clock.
 _INSERT: Final = """
 INSERT INTO procrastinate_jobs (queue_name, task_name, priority, args, status, scheduled_at)
 SELECT %(queue)s, %(task)s, priority, args, status, clock_timestamp() + seconds * interval '1 second'
@@ -76,7 +76,7 @@ WHERE status = 'doing' AND queue_name = %(queue)s AND NOT EXISTS (
     WHERE worker.id = job.worker_id AND last_heartbeat >= now() - %(seconds)s * interval '1 s'
 ) RETURNING id
 """
-# Not in slices that no worker has begun: those may wait for long.
+# Find the refunds that a job already covers. Ignore slices that no worker has started: they may wait for a long time.
 _HELD: Final = """
 SELECT refund FROM procrastinate_jobs, jsonb_path_query(args, '$.refunds[*]') AS refund
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND refund = ANY(%(refunds)s)
@@ -87,11 +87,11 @@ SELECT concat_ws(' ', extract(epoch FROM pg_postmaster_start_time()), to_regclas
     (SELECT oid FROM pg_database WHERE datname = current_database())) AS id
 """
 _TIMEOUT: Final = 10.0
-"""Seconds after which a transaction that is idle, and a connection whose other end is gone, are given up."""
+"""Timeout in seconds for idle transactions and half-open connections."""
 
 
 async def _limit_idle_transactions(connection: AsyncConnection[Any]) -> None:
-    """A worker that hangs within a transaction must not keep the others from the rows that it has locked."""
+    """End the transaction of a worker that hangs, as its row locks block the other workers."""
     await connection.execute(f"SET idle_in_transaction_session_timeout = '{_TIMEOUT:.0f}s'")
     await connection.commit()
 
@@ -99,15 +99,15 @@ async def _limit_idle_transactions(connection: AsyncConnection[Any]) -> None:
 class RefundQueue:
     """A queue of refunds in the PostgreSQL database ``dsn``, for any number of producers and workers.
 
-    A job carries a slice of ``slice_size`` refunds. The journal, which all workers share, records the outcome of each
-    refund. One that stays unknown is queued again for its ``ask_again_at``; one that needs a person, such as
-    a ``RefundConflict`` or a row that cannot be read, becomes a failed job (:meth:`failures`).
+    A job contains a slice: up to ``slice_size`` refunds. All workers share one journal, which records the outcome of
+    each refund. A refund that stays unknown is queued again for its ``ask_again_at``. A refund that needs a person
+    (``RefundConflict``, or a row that cannot be read) becomes a failed job (:meth:`failures`).
     """
 
     def __init__(self, dsn: str, *, queue: str = "lianlian", rescue_after: float = 60.0, slice_size: int = 200) -> None:
-        """``rescue_after``: seconds without a sign of life after which a worker's jobs are given to others; at least 1.
+        """``rescue_after``: seconds without a heartbeat after which other workers take over a worker's jobs.
 
-        Raises ``ConfigurationError``: a worker that lives would be taken for dead, even by itself, between two signs.
+        Raises ``ConfigurationError`` if it is less than 1: a live worker would count as dead between two heartbeats.
         """
         if not is_number(rescue_after) or rescue_after < 1:
             raise ConfigurationError(f"rescue_after: must be at least 1 second, is {rescue_after!r}")
@@ -138,11 +138,12 @@ class RefundQueue:
         *,
         connection: AsyncConnection[Any] | None = None,
     ) -> int:
-        """Put refunds into the queue, in bulk, and return how many. Doing it again is harmless: the journal knows them.
+        """Insert refunds into the queue in bulk, and return their number.
 
-        With ``connection``, a psycopg connection to the queue's database, they are all inserted in its open
-        transaction, in a savepoint, and workers see them when the caller commits. Raises ``ConfigurationError`` if it
-        leads to another database, or has no open transaction.
+        Idempotent: the journal prevents a second refund for the same ``no_refund``. With ``connection``, a psycopg
+        connection to the queue's database, all are inserted in its open transaction, in a savepoint; workers see them
+        after the caller's commit. Raises ``ConfigurationError`` if ``connection`` has no open transaction or leads to
+        another database.
         """
         if connection is not None:
             await self._check(connection)
@@ -155,7 +156,7 @@ class RefundQueue:
                 statement, parameters = self.statement(chunk)
                 if connection is None:
                     await self.app.connector.execute_query_async(statement, **parameters)
-                else:  # whatever factories the caller has set
+                else:  # do not use the caller's cursor_factory and row_factory
                     await AsyncCursor(connection, row_factory=tuple_row).execute(statement, parameters)
                 number += len(chunk)
         return number
@@ -166,15 +167,16 @@ class RefundQueue:
         ours = await self.app.connector.execute_query_one_async(_DATABASE)
         if await theirs.fetchone() != (ours["id"],):
             raise ConfigurationError(
-                "connection: leads to another database or schema than the queue's; pass a connection to the queue's own"
+                "connection: leads to another database or schema than the queue; connect to the queue's own database"
             )
         if connection.info.transaction_status == TransactionStatus.IDLE:
             raise ConfigurationError("connection: has no open transaction; enqueue in `async with conn.transaction()`")
 
     def statement(self, requests: Iterable[RefundRequest]) -> tuple[LiteralString, dict[str, str]]:
-        """Return the SQL statement that puts ``requests`` into the queue, and its parameters in psycopg's form.
+        """Return the SQL statement that inserts ``requests`` into the queue, and its parameters in psycopg's form.
 
-        For connections that :meth:`enqueue` cannot use; it does not check whether they lead to the queue's database.
+        Use it for connections that :meth:`enqueue` does not accept. Nothing checks that they lead to the queue's
+        database.
         """
         rows, size = [request.to_dict() for request in requests], self._slice_size
         slices = [{"refunds": rows[start : start + size]} for start in range(0, len(rows), size)]
@@ -185,10 +187,11 @@ class RefundQueue:
         await self.app.connector.execute_query_async(_INSERT, **self._names, jobs=json.dumps(jobs))
 
     async def counts(self) -> Mapping[str, int]:
-        """How many refunds are ``waiting``, to be looked at ``later``, ``at_work``, ``failed``; and the ``workers``.
+        """Return the number of refunds by job status, and the number of live ``workers``.
 
-        All refunds of a slice that a worker holds are ``at_work``. What is done stands in the journal only. Workers are
-        all that have given a sign of life lately.
+        ``waiting``: due now; ``later``: scheduled; ``at_work``: in a slice that a worker has fetched; ``failed``.
+        Finished refunds are not counted here: only the journal has them. ``workers`` counts the workers with a
+        heartbeat in the last ``rescue_after`` seconds.
         """
         return await self.app.connector.execute_query_one_async(_COUNT, **self._names, seconds=self._rescue_after)
 
@@ -197,11 +200,12 @@ class RefundQueue:
         return await self.app.connector.execute_query_all_async(_FAILURES, **self._names, limit=limit)
 
     async def work(self, session: RefundSession, *, concurrency: int = 20, wait: bool = True) -> None:
-        """Finish refunds with ``session``, which needs a ``PostgresJournal``; until cancelled, or done if not ``wait``.
+        """Process queued refunds with ``session`` (it needs a ``PostgresJournal``) until cancelled.
 
-        ``concurrency`` bounds the refunds at the same time. Cancelled, or stopped by SIGINT or SIGTERM, it finishes
-        what it has begun and puts the rest back. Raises :class:`BatchStopped` on a rejection that stops a batch, or
-        where the gateway's answers do not verify; the refunds go back into the queue.
+        With ``wait=False``, return when the queue is empty. ``concurrency``: maximum number of refunds processed
+        concurrently. After a cancellation, SIGINT or SIGTERM, the running refunds finish and the others go back into
+        the queue. They also go back before :class:`BatchStopped` is raised: a rejection stops the batch, or the
+        gateway's answers do not verify.
         """
         if not isinstance(session.journal, PostgresJournal):
             raise ConfigurationError("work: the session needs a PostgresJournal, which all workers share")
@@ -222,7 +226,7 @@ class RefundQueue:
             await asyncio.shield(running)
         except asyncio.CancelledError:
             worker.stop()
-            with anyio.CancelScope(shield=True):  # a cancelled scope would cancel again and again
+            with anyio.CancelScope(shield=True):  # without it, a cancelled scope would cancel this wait again and again
                 await running
             raise
         if worker.failure is not None:
@@ -234,26 +238,29 @@ class RefundQueue:
         try:
             await self._put(jobs)  # committed before this job ends
         except Exception as error:
-            worker.fail(error)  # a job that its worker cannot end is rescued when that is gone
+            worker.fail(error)  # the job stays `doing`; another worker rescues it after this one has stopped
             raise
 
     def _working(self) -> SliceWorker:
         if self._worker is None:
-            raise RuntimeError("refund jobs run in RefundQueue.work, which brings the session")
+            raise RuntimeError(
+                "no session for this refund job: start the worker with RefundQueue.work(session), "
+                "not with procrastinate's own command"
+            )
         return self._worker
 
     async def _tend(self, timestamp: int) -> None:
-        """Give the jobs of dead workers to others, and queue open refunds that no job holds."""
+        """Queue the jobs of dead workers again, and the open refunds that no job covers."""
         session, queue, connector = self._working().session, self._names["queue"], self.app.connector
         for job in await connector.execute_query_all_async(_RESCUE, queue=queue, seconds=self._rescue_after):
-            logger.warning("job %s was left by a dead worker, it is run again", job["id"])
+            logger.warning("job %s is queued again: its worker is dead", job["id"])
         async with aclosing(_chunks(_open_refunds(session), self._slice_size)) as chunks:
             async for refunds in chunks:
                 found = await connector.execute_query_all_async(_HELD, **self._names, refunds=refunds)
                 held = [row["refund"] for row in found]
                 if free := [refund for refund in refunds if refund not in held]:
                     await self._put([follow_up(free, tries=1)])
-                    logger.warning("%d open refunds that no job held are queued again", len(free))
+                    logger.warning("%d open refunds are queued again: no job covered them", len(free))
 
 
 async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]:
@@ -268,7 +275,7 @@ async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]
 
 
 async def _open_refunds(session: RefundSession) -> AsyncGenerator[dict[str, str]]:
-    """The refunds that may have been made, and on which no lease is held. What was never sent stays as it is."""
+    """Yield the refunds that may have been made and have no lease. Refunds that were never sent are not included."""
     async for entry in cast("PostgresJournal", session.journal).unresolved():
         if entry.sent_at is not None and entry.sent_at.boot <= session.clock().boot:
             yield dict(entry.fields)

@@ -1,6 +1,6 @@
-"""Slices of a refund queue: one procrastinate job carries many refunds, and a worker runs them with ``refund_many``.
+"""Slices of a refund queue: one procrastinate job contains many refunds, and a worker runs them with ``refund_many``.
 
-The journal makes this safe: a slice that overlaps another one, is repeated or is rescued sends no refund twice.
+The journal prevents a second refund if a slice overlaps another slice, is repeated, or is rescued.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ logger = logging.getLogger("lianlian_async")
 
 TASK: Final = "lianlian:refunds"
 _REJECTED_PAUSE: Final = 900.0
-"""Seconds until a refund that was rejected, but may be sent again, is due."""
+"""Seconds until a refund is due again after a rejection that may pass."""
 
 
 def follow_up(refunds: list[Any], tries: int, seconds: float = 0.0, cause: str | None = None) -> dict[str, Any]:
-    """Return a job that goes before new slices (priority 0), due in ``seconds``; with a ``cause``, a failed job."""
+    """Return a job that is due in ``seconds`` and runs before new slices; with a ``cause``, a failed job."""
     args = {"refunds": refunds, "tries": tries} | ({"cause": cause} if cause else {})
     return {"priority": 1, "status": "failed" if cause else "todo", "seconds": seconds, "args": args}
 
 
 class SliceWorker(Worker):
-    """A procrastinate worker whose slices share one session, and its limit of refunds at the same time."""
+    """A procrastinate worker whose slices share one session and one limit of concurrent refunds."""
 
     def __init__(self, session: RefundSession, *, concurrency: int, **options: Any) -> None:
         super().__init__(concurrency=concurrency, **options)
         self.session = session
         self.admission = Admission(session.signatures, concurrency)
         self.failure: Exception | None = None
-        """Why the worker stops by itself."""
+        """The error that stopped the worker."""
         self.is_stopping = False
         self.needs_more = asyncio.Event()
-        """Set while fewer than ``concurrency`` refunds wait here; the others are left for other workers."""
+        """Set while fewer than ``concurrency`` fetched refunds wait here: further ones are left to other workers."""
         self._waiting = 0
         self.add_waiting(0)
 
     def stop(self) -> None:
-        """Begin no further refund, and end when those that were begun have ended."""
+        """Start no further refund, and end after the running refunds have finished."""
         self.is_stopping = True
         self.needs_more.set()
         super().stop()  # type: ignore[no-untyped-call]
@@ -70,20 +70,20 @@ class SliceWorker(Worker):
         self.stop()
 
     def add_waiting(self, number: int) -> None:
-        """Count refunds that were fetched, or with a negative ``number``, that wait no more."""
+        """Add ``number`` fetched refunds to the waiting ones; a negative ``number`` removes them."""
         self._waiting += number
         (self.needs_more.set if self._waiting < self.concurrency or self.is_stopping else self.needs_more.clear)()
 
 
 class SliceFetcher(JobManager):
-    """Fetches a job only when its worker needs more refunds, and none when that is stopping."""
+    """Fetches a job only when its worker needs more refunds, and no job after the worker was stopped."""
 
     def __init__(self, worker: SliceWorker) -> None:
         super().__init__(worker.app.connector)
         self._worker = worker
 
     async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> Job | None:
-        """Return the job that comes next, or None."""
+        """Return the next job, or None."""
         await self._worker.needs_more.wait()
         job = None if self._worker.is_stopping else await super().fetch_job(queues=queues, worker_id=worker_id)
         if job is not None and job.task_name == TASK:
@@ -92,20 +92,20 @@ class SliceFetcher(JobManager):
 
 
 class Slice:
-    """The refunds of one job that are not finished."""
+    """The unfinished refunds of one job."""
 
     def __init__(self, worker: SliceWorker, job: Job) -> None:
         self._worker = worker
         tries = job.task_kwargs.get("tries")
         self._tries = tries if isinstance(tries, int) else 0
-        # What was begun before may have been sent, whatever the journal has lost of it.
+        # An earlier run may have sent these refunds, even if the journal has lost them.
         self._query_first = self._tries > 0 or job.attempts > 0
         self._pause = min(2.0 ** min(self._tries, 9), 300.0)  # after a failure of the network or the journal
         self._unread = _rows(job)[::-1]
         self._under_way = dict[int, RefundRequest]()
         self._failed: list[dict[str, Any]] = []
         self._again = dict[int, dict[str, Any]]()
-        """Follow-up jobs, by the second in which they are due."""
+        """Follow-up jobs by the second in which they are due."""
 
     async def run(self) -> list[dict[str, Any]]:
         """Run the refunds; return the follow-up jobs of those that are not finished."""
@@ -123,7 +123,7 @@ class Slice:
         except JournalError as error:
             logger.warning("%d refunds are queued again: %s", len(self._unread), error)
             pause = self._pause
-        except Exception as error:  # noqa: BLE001 - `work` raises it; it would stop every other slice, too
+        except Exception as error:  # noqa: BLE001 - every other slice would meet it, too; `work` raises it
             worker.fail(error)
         finally:
             for _ in self._under_way:
@@ -135,7 +135,7 @@ class Slice:
         return [*self._failed, *self._again.values(), *rest]
 
     async def _requests(self) -> AsyncGenerator[RefundRequest]:
-        """Each refund that can be read, when it may begin."""
+        """Yield each readable refund when it may start."""
         worker = self._worker
         while self._unread:
             await worker.admission.enter()
@@ -154,7 +154,7 @@ class Slice:
                 yield request
 
     def _keep(self, request: RefundRequest, error: LianLianError) -> None:
-        """Keep a refund that was not made, unless its rejection is its end."""
+        """Create the follow-up for a refund that was not made; a permanent rejection needs none."""
         match error:
             case RefundOutcomeUnknown():
                 self._retry(request, (error.ask_again_at - self._worker.session.clock().wall).total_seconds())
@@ -175,12 +175,12 @@ class Slice:
         job["seconds"] = max(job["seconds"], seconds)
 
     def _fail(self, row: Any, error: LianLianError) -> None:
-        logger.error("a refund needs a person: %s", error)
+        logger.error("a person has to decide about a refund: %s", error)
         self._failed.append(follow_up([row], self._tries + 1, cause=str(error)))
 
 
 def _rows(job: Job) -> list[Any]:
-    """Return the refunds in ``job`` as they were stored; nothing about their form is certain."""
+    """Return the refunds in ``job`` as stored; they may have any form."""
     refunds = job.task_kwargs.get("refunds")
     return refunds if isinstance(refunds, list) else [refunds]
 
