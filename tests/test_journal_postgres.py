@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
@@ -21,7 +22,7 @@ from lianlian_async.errors import JournalError
 from lianlian_async.journal import Standing, State
 from lianlian_async.journal import postgres_rows as sql
 from lianlian_async.journal.postgres import PostgresJournal
-from tests.support import journals
+from tests.support import journals, postgres
 from tests.support.journals import MADE, REJECTED, intent, now
 
 pytestmark = pytest.mark.anyio
@@ -93,6 +94,31 @@ async def test_two_workers_never_hold_the_same_refund(workers):
     assert {number: sorted(standings) for number, standings in found.items()} == {
         number: [Standing.LEASED, Standing.NEW] for number in range(1000)
     }
+
+
+@pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="pgbouncer is not installed")
+async def test_two_workers_share_refunds_through_pgbouncer(postgres_dsn, schema):
+    """In transaction mode, where each transaction may get another of two connections, every verb works."""
+    found = []
+
+    async def one(journal, number):
+        standing, entry = await journal.begin(intent(f"R-{number}"), now())
+        found.append(standing)
+        if standing is Standing.NEW:
+            await journal.finish(entry, MADE)
+        assert await journal.find(f"R-{number}") is not None
+
+    with postgres.pooler(postgres_dsn) as dsn:
+        workers = [PostgresJournal(dsn, schema=schema) for _ in range(2)]
+        async with workers[0], workers[1]:
+            await workers[0].begin_acting()
+            async with anyio.create_task_group() as group:
+                for number in range(500):
+                    group.start_soon(one, workers[0], number)
+                    group.start_soon(one, workers[1], 499 - number)
+            assert found.count(Standing.NEW) == 500
+            assert (await workers[1].counts())[State.FINAL] == 500
+            assert len([entry async for entry in workers[1].pending()]) == 500
 
 
 async def test_acting_goes_on_where_a_failover_lost_that_it_began(make, administer):
@@ -253,11 +279,11 @@ async def test_a_dead_workers_transaction_is_ended_by_the_database(make):
         _, entry = await journal.begin(intent(), now())
         await journal.release(entry, None)
         async with dead._pool.connection() as connection:
-            with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):  # noqa: PT012 - it dies in between
-                async with connection.transaction():
-                    await dead._read_clock(connection)
-                    await connection.execute(dead._sql("SELECT FROM {schema}.refunds FOR UPDATE"))
-                    assert (await journal.begin(intent(), now()))[0] is Standing.NEW
+            lock = "SELECT FROM {schema}.refunds FOR UPDATE", ()
+            await dead._send(connection, (sql.BEGIN, ()), dead._clock_query, lock)
+            assert (await journal.begin(intent(), now()))[0] is Standing.NEW
+            with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
+                await dead._send(connection, (sql.COMMIT, ()))
 
 
 async def test_a_begin_that_is_cancelled_while_it_waits_is_taken_back(make, elsewhere):
@@ -440,7 +466,7 @@ async def test_another_version_is_refused_with_advice(make, administer):
 
 
 async def test_a_lost_connection_is_replaced(make, administer):
-    """When the server ends its connections, the journal goes on with new ones."""
+    """When the server ends an idle connection, no caller gets an error."""
     async with make() as journal:
         _, entry = await journal.begin(intent(), now())
         async with journal._pool.connection() as connection:
@@ -448,6 +474,17 @@ async def test_a_lost_connection_is_replaced(make, administer):
         await administer(f"SELECT pg_terminate_backend({process}, 60000)")
         assert (await journal.begin(intent(), now()))[0] is Standing.LEASED
         assert (await journal.finish(entry, MADE)).ending == MADE
+
+
+async def test_a_statement_that_ends_every_connection_fails(make, monkeypatch):
+    """After as many new connections as the pool has, ``JournalError`` names the reason; the next call works."""
+    async with make() as journal:
+        with monkeypatch.context() as patch:
+            ending = "SELECT pg_terminate_backend(pg_backend_pid(), 0) FROM {schema}.version WHERE '' <> ANY(%s)"
+            patch.setattr(sql, "FIND", ending)
+            with pytest.raises(JournalError, match="terminating connection"):
+                await journal.find("R-1")
+        assert await journal.find("R-1") is None
 
 
 async def test_a_database_that_does_not_answer_fails_in_time(make, administer):

@@ -4,6 +4,10 @@ A lease is stored in its refund's row and ends by time, also when its worker has
 another transaction has locked, as a dead worker behind a half-open connection may for long: locked rows are skipped,
 and their operations are retried in a task of their own. All workers insert new rows in the same order, which prevents
 deadlocks. ``postgres_moments`` relates the database's clock to the workers' clocks.
+
+A transaction takes two round trips: one reads the clock and locks the rows, one writes them and commits. Each sends all
+of its statements in one message, with the parameters in their text (a simple query). That costs less CPU time than a
+pipeline, and it needs no prepared statements, which a pooler such as pgbouncer may mix up.
 """
 
 from __future__ import annotations
@@ -15,10 +19,10 @@ from typing import Any, Final, LiteralString
 
 import anyio
 import attrs
-from psycopg import AsyncConnection, Error, IsolationLevel, ProgrammingError
+from psycopg import AsyncClientCursor, AsyncConnection, Error, IsolationLevel, OperationalError, ProgrammingError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import LockNotAvailable
-from psycopg.rows import DictRow, dict_row
+from psycopg.rows import dict_row
 from psycopg.sql import SQL, Composed, Identifier
 from psycopg_pool import AsyncConnectionPool
 
@@ -39,7 +43,12 @@ __all__ = ["PostgresJournal", "connection_string"]
 
 SCHEMA_VERSION: Final = 4
 
+Row = dict[str, Any]
+Statement = tuple[LiteralString, Sequence[Any]]
+"""SQL text, and a parameter for each ``%s`` in it."""
+
 _PAGE: Final = 500
+_CONNECTIONS: Final = 4
 _SHORTEST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 1.0
 
@@ -112,7 +121,7 @@ class PostgresJournal(GroupCommitJournal):
         self._is_acting = False
         self._retries = set[BackgroundTask]()
         # A transaction that is idle for half of the timeout belongs to a dead worker.
-        self._options = {"timeout": f"{timeout * 1000:.0f}ms", "idle": f"{max(1000, timeout * 500):.0f}ms"}
+        self._clock_query: Statement = sql.READ_CLOCK, (f"{timeout * 1000:.0f}ms", f"{max(1000, timeout * 500):.0f}ms")
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         if now.timeline != self._clock().timeline:
@@ -166,20 +175,17 @@ class PostgresJournal(GroupCommitJournal):
                 await self._prepare(connection)
         self._pool = AsyncConnectionPool(
             self._dsn.reveal,  # the function, so that the pool holds no password
-            connection_class=AsyncConnection[DictRow],
+            connection_class=AsyncConnection[Row],
             open=False,
             min_size=1,
-            max_size=4,
-            configure=_set_isolation,
-            check=AsyncConnectionPool.check_connection,
-            # A connection pooler in between may mix up prepared statements.
-            kwargs={"autocommit": True, "prepare_threshold": None, "row_factory": dict_row},
+            max_size=_CONNECTIONS,
+            kwargs={"autocommit": True, "row_factory": dict_row, "cursor_factory": AsyncClientCursor},
         )
         await self._pool.open()
 
-    async def _prepare(self, connection: AsyncConnection[DictRow]) -> None:
+    async def _prepare(self, connection: AsyncConnection[Row]) -> None:
         """Create the tables if they are missing; one worker at a time."""
-        await _set_isolation(connection)
+        await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"journal {self._schema}"])
         found = await connection.execute(sql.FIND_VERSION, [self._schema])
         if not found.rowcount:
@@ -191,21 +197,22 @@ class PostgresJournal(GroupCommitJournal):
                 "complete it with the release that created it"
             )
         self._id, self.owner = row["id"], owner_of(row)
-        self._reading = await self._read_clock(connection)
+        statement, parameters = self._clock_query
+        before = self._clock()
+        answer = await connection.execute(self._sql(statement), parameters)
+        self._reading = self._read_clock(before, await answer.fetchall())
 
     async def _bind(self, owner: Owner) -> None:
-        async with self._connected() as connection:
-            await connection.execute(self._sql(sql.BIND), [owner.oid_partner, owner.apply_url])
-            [row] = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
-        owner.confirm(owner_of(row), self._name)
+        bind = sql.BIND, (owner.oid_partner, owner.apply_url)
+        async with self._sent(bind, (sql.READ_VERSION, ())) as (_, _, [_, [row]]):
+            owner.confirm(owner_of(row), self._name)
 
     async def begin_acting(self) -> None:
         [row] = await self._fetch(sql.READ_VERSION)
         if not row["is_acting"]:
-            async with self._connected() as connection, connection.transaction():
-                await self._read_clock(connection)
-                for statement in sql.BEGIN_ACTING:
-                    await connection.execute(self._sql(statement))
+            changes = [(statement, ()) for statement in (*sql.BEGIN_ACTING, sql.COMMIT)]
+            async with self._sent((sql.BEGIN, ()), self._clock_query, *changes):
+                pass
         self._is_acting = True  # also if a failover loses that commit
 
     async def _close(self) -> None:
@@ -216,24 +223,13 @@ class PostgresJournal(GroupCommitJournal):
     # ── batches ──────────────────────────────────────────────────────────────────────────────────
 
     async def _write(self, batch: Sequence[Queued]) -> None:
-        finds = [queued for queued in batch if isinstance(queued.operation, Find)]
-        if finds:
-            operations = [queued.operation for queued in finds]
-            rows = await self._select(sql.FIND, [operation.no_refund for operation in operations])
-            entries = {row["no_refund"]: entry_of(row, self._reading) for row in rows}
-            for queued, result in zip(finds, perform(operations, entries), strict=True):
-                queued.result = result
-        writes = [queued for queued in batch if not isinstance(queued.operation, Find)]
-        if writes:
-            await self._carry_out(writes, anyio.current_time() + self._timeout)
+        await self._carry_out(batch, anyio.current_time() + self._timeout)
 
     async def _carry_out(self, batch: Sequence[Queued], until: float, pause: float = 0.0) -> None:
         """Carry out ``batch`` in one transaction; retry locked refunds later, until ``until`` (event loop's clock)."""
+        parts = [batch]
         try:
-            results = await self._transact([queued.operation for queued in batch])
-            for queued, result in zip(batch, results, strict=True):
-                queued.result = result
-            parts = [[queued for queued in batch if queued.result is None]]
+            await self._transact(batch)
         except _BusyError:  # it does not say which refund, so each half is retried without the other
             numbers = sorted({queued.operation.no_refund for queued in batch})
             middle = numbers[len(numbers) // 2]
@@ -241,8 +237,9 @@ class PostgresJournal(GroupCommitJournal):
                 [queued for queued in batch if (queued.operation.no_refund < middle) is is_first]
                 for is_first in (True, False)
             ]
-        for part in filter(None, parts):
-            self._retry(part, until, min(max(2 * pause, _SHORTEST_PAUSE), _LONGEST_PAUSE))
+        for part in parts:
+            if left := [queued for queued in part if queued.result is None]:
+                self._retry(left, until, min(max(2 * pause, _SHORTEST_PAUSE), _LONGEST_PAUSE))
 
     def _retry(self, batch: Sequence[Queued], until: float, pause: float) -> None:
         done = anyio.Event()
@@ -271,30 +268,46 @@ class PostgresJournal(GroupCommitJournal):
         task = BackgroundTask(retry, end)
         self._retries.add(task)
 
-    async def _transact(self, operations: Sequence[Operation[Any]]) -> Sequence[Result | None]:
-        async with self._connected() as connection:
-            while True:
-                async with connection.transaction():
-                    reading = await self._read_clock(connection)
-                    if reading.continues(self._reading):
-                        self._reading = reading
-                        return await self._perform(connection, reading, operations)
-                await connection.execute(self._sql(sql.NEW_ERA), [reading.era + 1])
+    async def _transact(self, batch: Sequence[Queued]) -> None:
+        """Give each operation its result; none where another transaction has locked the refund's row."""
+        finds = [queued for queued in batch if isinstance(queued.operation, Find)]
+        writes = [queued for queued in batch if not isinstance(queued.operation, Find)]
+        look: list[Statement] = [(sql.FIND, [[queued.operation.no_refund for queued in finds]])] if finds else []
+        if not writes:
+            async with self._sent(*look) as (_, _, [rows]):
+                return self._answer(finds, rows)
+        lock: Statement = sql.LOCK, [list({queued.operation.no_refund for queued in writes})]
+        while True:
+            async with self._sent((sql.BEGIN, ()), self._clock_query, lock, *look) as (connection, before, answers):
+                _, clock, locked, *looked = answers
+                reading = self._read_clock(before, clock)
+                if reading.continues(self._reading):
+                    self._reading = reading
+                    for rows in looked:
+                        self._answer(finds, rows)
+                    results = await self._perform(connection, locked, [queued.operation for queued in writes])
+                    for queued, result in zip(writes, results, strict=True):
+                        queued.result = result
+                    return None
+                await self._send(connection, (sql.ROLLBACK, ()), (sql.NEW_ERA, [reading.era + 1]))
 
-    async def _read_clock(self, connection: AsyncConnection[DictRow]) -> Reading:
-        before = self._clock()
-        [row] = await (await connection.execute(self._sql(sql.BEGIN), self._options)).fetchall()
-        names = (field.name for field in attrs.fields(Reading) if field.name in row)
-        return Reading(before=before, after=self._clock(), **{name: row[name] for name in names})
+    def _answer(self, finds: Sequence[Queued], rows: Sequence[Row]) -> None:
+        entries = {row["no_refund"]: entry_of(row, self._reading) for row in rows}
+        for queued in finds:
+            queued.result = Result(entries.get(queued.operation.no_refund))
+
+    def _read_clock(self, before: Moment, answer: Sequence[Row]) -> Reading:
+        """Return the reading for the answer to ``READ_CLOCK``; ``before``: the clock before it was sent."""
+        names = {field.name for field in attrs.fields(Reading)}
+        [row] = answer
+        return Reading(before=before, after=self._clock(), **{name: row[name] for name in names & row.keys()})
 
     async def _perform(
-        self, connection: AsyncConnection[DictRow], reading: Reading, operations: Sequence[Operation[Any]]
+        self, connection: AsyncConnection[Row], found: Sequence[Row], operations: Sequence[Operation[Any]]
     ) -> Sequence[Result | None]:
         """Return the results; None for a refund whose row is locked by another transaction."""
-        numbers = list({operation.no_refund for operation in operations})
-        found = await (await connection.execute(self._sql(sql.LOCK), [numbers])).fetchall()
+        reading = self._reading
         rows = {row["no_refund"]: row for row in found if row["no_refund"] is not None}
-        reading = attrs.evolve(reading, after=self._clock())  # later than every moment in a row
         before = {number: entry_of(row, reading) for number, row in rows.items()}
         for operation in operations:
             if isinstance(operation, Begin):
@@ -302,30 +315,35 @@ class PostgresJournal(GroupCommitJournal):
                 operation.ask_first = reading.may_have_lost(operation.intent.fields, self._grace)
         after = before.copy()
         results = perform(operations, after, is_acting=self._is_acting or found[0]["is_acting"])
-        new = [entry for number, entry in after.items() if number not in rows]
-        skipped = {entry.no_refund for entry in new}
-        if new:
-            await connection.execute(sql.WAIT_BRIEFLY)
-            try:
-                inserted = await connection.execute(self._sql(sql.INSERT), [rows_of(new, rows, reading)])
-            except LockNotAvailable:
-                raise _BusyError from None
-            skipped -= {row["no_refund"] for row in await inserted.fetchall()}
         changed = [entry for number, entry in after.items() if number in rows and entry is not before[number]]
-        if changed:
-            await connection.execute(self._sql(sql.UPDATE), [rows_of(changed, rows, reading)])
+        new = [entry for number, entry in after.items() if number not in rows]
+        statements: list[Statement] = [(sql.UPDATE, [rows_of(changed, rows, reading)])] if changed else []
+        if new:
+            statements += [(sql.WAIT_BRIEFLY, ()), (sql.INSERT, [rows_of(new, rows, reading)])]
+        try:
+            *answers, _ = await self._send(connection, *statements, (sql.COMMIT, ()))
+        except LockNotAvailable:
+            raise _BusyError from None
+        skipped = {entry.no_refund for entry in new} - {row["no_refund"] for row in (answers[-1] if new else ())}
         return [
             None if operation.no_refund in skipped else result
             for operation, result in zip(operations, results, strict=True)
         ]
 
-    async def _fetch(self, statement: LiteralString, *parameters: Any) -> list[dict[str, Any]]:
+    async def _fetch(self, statement: LiteralString, *parameters: Any) -> list[Row]:
         self._opened()
-        return await self._select(statement, *parameters)
+        async with self._sent((statement, parameters)) as (_, _, [rows]):
+            return rows
 
-    async def _select(self, statement: LiteralString, *parameters: Any) -> list[dict[str, Any]]:
-        async with self._connected() as connection:
-            return await (await connection.execute(self._sql(statement), parameters)).fetchall()
+    async def _send(self, connection: AsyncConnection[Row], *statements: Statement) -> list[list[Row]]:
+        """Send ``statements`` in one message and return the rows of each."""
+        text = SQL(";").join([self._sql(statement) for statement, _ in statements])
+        cursor = await connection.execute(text, [value for _, parameters in statements for value in parameters])
+        answers = []
+        for _ in statements:
+            answers.append(await cursor.fetchall() if cursor.description else [])
+            cursor.nextset()
+        return answers
 
     def _sql(self, statement: LiteralString) -> Composed:
         return SQL(statement).format(schema=Identifier(self._schema))
@@ -333,10 +351,28 @@ class PostgresJournal(GroupCommitJournal):
     # ── errors ────────────────────────────────────────────────────────────────────────────────────
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncGenerator[AsyncConnection[DictRow]]:
+    async def _sent(
+        self, *statements: Statement
+    ) -> AsyncGenerator[tuple[AsyncConnection[Row], Moment, list[list[Row]]]]:
+        """Send ``statements``, which may be repeated, on a connection of the pool, as :meth:`_send` does.
+
+        Yields the connection, the clock before they were sent, and the rows of each. Connections that the server has
+        closed meanwhile are replaced. An exception within rolls back, as the pool does.
+        """
         with self._errors():
-            async with self._pool.connection() as connection:
-                yield connection
+            closed = 0
+            while True:
+                async with self._pool.connection() as connection:
+                    before = self._clock()
+                    try:
+                        answers = await self._send(connection, *statements)
+                    except OperationalError:
+                        if not connection.broken or closed == _CONNECTIONS:
+                            raise
+                        closed += 1
+                        continue
+                    yield connection, before, answers
+                    return
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -347,8 +383,3 @@ class PostgresJournal(GroupCommitJournal):
             reason = str(error).strip() or f"no answer within {self._timeout} s"
             drop_secrets(error)
             raise JournalError(f"journal {self._name}: {reason}") from error
-
-
-async def _set_isolation(connection: AsyncConnection[Any]) -> None:
-    """Set READ COMMITTED: a transaction that waited for another one has to see its rows."""
-    await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)

@@ -51,12 +51,16 @@ BEGIN_ACTING: Final[tuple[LiteralString, ...]] = (
 
 # In every transaction, as a pooler may give each one another connection. A commit has to be durable, and a worker that
 # dies in a transaction must not lock its rows for long.
-BEGIN: Final = """
+BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
+"""A transaction that waited for another one has to see its rows."""
+COMMIT: Final = "COMMIT"
+ROLLBACK: Final = "ROLLBACK"
+READ_CLOCK: Final = """
 SELECT
     set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
         THEN 'on' ELSE current_setting('synchronous_commit') END, true),
-    set_config('statement_timeout', %(timeout)s, true),
-    set_config('idle_in_transaction_session_timeout', %(idle)s, true),
+    set_config('statement_timeout', %s, true),
+    set_config('idle_in_transaction_session_timeout', %s, true),
     clock_timestamp() AS database, id AS era, began,
     postmaster_start_time = pg_postmaster_start_time() AS is_same_incarnation
 FROM {schema}.eras ORDER BY id DESC LIMIT 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, ClassVar, Self
 from unittest import mock
@@ -15,7 +15,7 @@ from psycopg.sql import SQL, Composed
 
 from lianlian_async.journal import postgres
 
-from .database import Database, Session
+from .database import Answers, Database, Session
 
 WAIT = 0.01
 """Seconds between two attempts of a statement to take a lock."""
@@ -23,16 +23,20 @@ WAIT = 0.01
 
 @attrs.frozen
 class Cursor:
-    """The rows of one answer."""
+    """The rows of each statement of a message."""
 
-    rows: list[dict[str, Any]]
+    answers: Answers
+    description: ClassVar[str] = "of the columns"
 
     @property
     def rowcount(self) -> int:
-        return len(self.rows)
+        return len(self.answers[0])
 
     async def fetchall(self) -> list[dict[str, Any]]:
-        return self.rows
+        return self.answers[0]
+
+    def nextset(self) -> None:
+        self.answers.pop(0)
 
 
 class Connection:
@@ -73,33 +77,30 @@ class Connection:
 
     async def set_isolation_level(self, level: object) -> None: ...
 
-    async def execute(self, statement: str | Composed, parameters: Any = ()) -> Cursor:
-        text, schema = statement if isinstance(statement, str) else "", ""
-        for part in statement if isinstance(statement, Composed) else ():
-            text += part.as_string() if isinstance(part, SQL) else "{schema}"
-            schema = schema if isinstance(part, SQL) else part._obj[0]  # type: ignore[attr-defined]
-        given = [parameters] if isinstance(parameters, dict) else parameters
-        self._session.is_in_transaction |= self._is_in_transaction
-        return Cursor(await self._ask(lambda: self.database.execute(self._session, text, schema, given)))
+    @property
+    def broken(self) -> bool:
+        return self.is_closed
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[None]:
-        self._is_in_transaction = True
-        try:
-            yield
-        except GeneratorExit:
-            raise
-        except BaseException:
+    async def execute(self, message: str | Composed, parameters: Sequence[Any] = ()) -> Cursor:
+        left, statements, schema = list(parameters), [], ""
+        texts = message if isinstance(message, Composed) and isinstance(next(iter(message)), Composed) else [message]
+        for text, name in map(_parsed, filter(lambda part: part != SQL(";"), texts)):
+            schema = name or schema
+            count = text.count("%s")
+            statements.append((text, left[:count]))
+            del left[:count]
+        assert not left
+        self._session.is_in_transaction |= self._is_in_transaction
+        return Cursor(await self._ask(lambda: self.database.execute(self._session, schema, statements)))
+
+    async def roll_back(self) -> None:
+        """Roll back, as the pool does after an exception."""
+        if not self.is_closed:
             with suppress(Error):
                 await self._end(self.database.roll_back)
-            raise
-        else:
-            await self._end(self.database.commit)
-        finally:
-            self._is_in_transaction = False
 
     async def _end(self, how: Callable[[Session], None]) -> None:
-        def end() -> Generator[None, None, list[dict[str, Any]]]:
+        def end() -> Generator[None, None, Answers]:
             yield from ()
             self.database.check(self._session)
             how(self._session)
@@ -107,17 +108,17 @@ class Connection:
 
         await self._ask(end)
 
-    async def _ask(self, work: Callable[[], Generator[None, None, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    async def _ask(self, work: Callable[[], Generator[None, None, Answers]]) -> Answers:
         """Do ``work`` at the server and return its answer. A cancelled call closes the connection."""
         if self.is_closed or getattr(self._loop, "is_dead", False):
             raise OperationalError("the connection is closed")
         database, answered = self.database, self._loop.create_future()
 
-        def hear(answer: list[dict[str, Any]] | Error) -> None:
+        def hear(answer: Answers | Error) -> None:
             if not answered.done():
                 answered.set_result(answer)
 
-        def answer(outcome: list[dict[str, Any]] | Error) -> None:
+        def answer(outcome: Answers | Error) -> None:
             if database.is_in("hangs") or database.dice.random() < database.flaky:
                 self._is_half_open = True
             elif database.dice.random() < database.flaky:  # possibly after a commit
@@ -125,7 +126,7 @@ class Connection:
             else:
                 database.after(_delay(database), lambda: hear(outcome))
 
-        def go_on(begun: Generator[None, None, list[dict[str, Any]]]) -> None:
+        def go_on(begun: Generator[None, None, Answers]) -> None:
             try:
                 next(begun)
             except StopIteration as end:
@@ -185,10 +186,6 @@ class Pool:
         self._free = anyio.Semaphore(max_size)
         self._idle: list[Connection] = []
 
-    @staticmethod
-    async def check_connection(connection: Connection) -> None:
-        await connection.execute("SELECT 1")
-
     async def open(self) -> None: ...
 
     async def close(self) -> None:
@@ -202,6 +199,9 @@ class Pool:
             connection = await self._get()
             try:
                 yield connection
+            except Exception:
+                await connection.roll_back()
+                raise
             finally:
                 if not connection.is_closed:
                     self._idle.append(connection)
@@ -209,14 +209,18 @@ class Pool:
     async def _get(self) -> Connection:
         while True:
             try:
-                if not self._idle:
-                    return await self._class.connect("", autocommit=True)
-                connection = self._idle.pop()
-                await self.check_connection(connection)
+                return self._idle.pop() if self._idle else await self._class.connect("", autocommit=True)
             except OperationalError:
                 await asyncio.sleep(1.0)
-            else:
-                return connection
+
+
+def _parsed(statement: str | Composed) -> tuple[str, str]:
+    """The text of one statement, and the schema that it names."""
+    text, schema = statement if isinstance(statement, str) else "", ""
+    for part in statement if isinstance(statement, Composed) else ():
+        text += part.as_string() if isinstance(part, SQL) else "{schema}"
+        schema = schema if isinstance(part, SQL) else part._obj[0]  # type: ignore[attr-defined]
+    return text, schema
 
 
 def _delay(database: Database) -> float:

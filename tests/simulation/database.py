@@ -25,6 +25,8 @@ Key = tuple[str, str, Any]
 """Schema, table and primary key of a row."""
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
+Answers = list[list[dict[str, Any]]]
+"""The rows of each statement of a message."""
 
 LOCK_TIMEOUT: Final = 0.1
 """Seconds, as in the statement ``WAIT_BRIEFLY``."""
@@ -121,16 +123,19 @@ class Database:
     # ── transactions ─────────────────────────────────────────────────────────────────────────────
 
     def execute(
-        self, session: Session, statement: str, schema: str, parameters: Any
-    ) -> Generator[None, None, list[dict[str, Any]]]:
-        """Execute a statement; each ``yield`` is a wait for another transaction's lock."""
+        self, session: Session, schema: str, statements: Sequence[tuple[str, Sequence[Any]]]
+    ) -> Generator[None, None, Answers]:
+        """Execute the statements of a message; each ``yield`` is a wait for another transaction's lock."""
         self.check(session)
-        rows = STATEMENTS[statement](self, session, schema, *parameters)
-        if isinstance(rows, Generator):
-            rows = yield from rows
+        answers = []
+        for statement, parameters in statements:
+            rows = STATEMENTS[statement](self, session, schema, *parameters)
+            if isinstance(rows, Generator):
+                rows = yield from rows
+            answers.append([dict(row) for row in rows])
         if not session.is_in_transaction:
             self.commit(session)
-        return [dict(row) for row in rows]
+        return answers
 
     def check(self, session: Session) -> None:
         """Raise if the server has terminated this connection, for example because its transaction was idle."""
@@ -204,8 +209,20 @@ class Database:
     def _read_version(self, session: Session, schema: str) -> Rows:
         return [self._row(session, (schema, "version", 0)) or {}]
 
-    def _begin(self, session: Session, schema: str, options: Mapping[str, str]) -> Rows:
-        session.idle_timeout = float(options["idle"].removesuffix("ms")) / 1000
+    def _begin(self, session: Session, schema: str) -> Rows:
+        session.is_in_transaction = True
+        return []
+
+    def _end(self, session: Session, schema: str) -> Rows:
+        session.is_in_transaction = False
+        return []
+
+    def _undo(self, session: Session, schema: str) -> Rows:
+        self.roll_back(session)
+        return []
+
+    def _read_clock(self, session: Session, schema: str, timeout: str, idle: str) -> Rows:
+        session.idle_timeout = float(idle.removesuffix("ms")) / 1000
         eras = takewhile(lambda number: self._row(session, (schema, "eras", number)), count(1))
         number = max(eras)
         era = self._row(session, (schema, "eras", number)) or {}
@@ -277,7 +294,6 @@ class Database:
 
 STATEMENTS: Final[Mapping[str, Callable[..., Rows | Generator[None, None, Rows]]]] = {
     "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))": Database._lock_advisory,
-    "SELECT 1": lambda database, session, schema: [{}],
     sql.FIND_VERSION: Database._find_version,
     sql.CREATE: Database._create,
     sql.READ_VERSION: Database._read_version,
@@ -285,6 +301,9 @@ STATEMENTS: Final[Mapping[str, Callable[..., Rows | Generator[None, None, Rows]]
     sql.BEGIN_ACTING[0]: Database._lock_table,
     sql.BEGIN_ACTING[1]: Database._act,
     sql.BEGIN: Database._begin,
+    sql.COMMIT: Database._end,
+    sql.ROLLBACK: Database._undo,
+    sql.READ_CLOCK: Database._read_clock,
     sql.NEW_ERA: Database._new_era,
     sql.WAIT_BRIEFLY: lambda database, session, schema: [{}],
     sql.FIND: Database._find,

@@ -28,6 +28,23 @@ kill -INT $!
 wait $!
 """
 
+_POOLER_KEEPER = """
+"$0" -q "$1" </dev/null &
+read -r _
+kill -INT $!
+wait $!
+"""
+_POOLER = """
+[databases]
+* = host={folder} user=postgres
+[pgbouncer]
+listen_addr =
+unix_socket_dir = {pooler}
+auth_type = any
+pool_mode = transaction
+default_pool_size = 2
+"""
+
 _INITDB = ("--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions")
 
 
@@ -50,14 +67,8 @@ class Server:
         """Start it on the data in that folder, and wait until it is up."""
         command = ["sh", "-c", _KEEPER, self._programs / "postgres", self._folder, data]
         self._keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, **self._account)
-        for _ in range(3000):
-            try:
-                psycopg.connect(self.dsn).close()
-            except psycopg.OperationalError:
-                time.sleep(0.02)
-            else:
-                return
-        raise RuntimeError(f"PostgreSQL does not start: {(self._folder / 'log').read_text()}")
+        if not _is_up(self.dsn):
+            raise RuntimeError(f"PostgreSQL does not start: {(self._folder / 'log').read_text()}")
 
     def stop(self) -> None:
         """Stop it in good order."""
@@ -77,6 +88,18 @@ class Server:
 
     def _run(self, program: str, *arguments: str | Path) -> None:
         subprocess.run([self._programs / program, *arguments], check=True, capture_output=True, **self._account)
+
+
+def _is_up(dsn: str) -> bool:
+    """Wait up to a minute until a server answers there."""
+    for _ in range(3000):
+        try:
+            psycopg.connect(dsn).close()
+        except psycopg.OperationalError:
+            time.sleep(0.02)
+        else:
+            return True
+    return False
 
 
 @contextmanager
@@ -100,3 +123,22 @@ def server() -> Iterator[str]:
     """The DSN of a server that is up as long as the context."""
     with running() as started:
         yield started.dsn
+
+
+@contextmanager
+def pooler(dsn: str) -> Iterator[str]:
+    """The DSN of a pgbouncer in transaction mode before that server, with fewer connections than it is asked for."""
+    account = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
+    with tempfile.TemporaryDirectory(prefix="lianlian-pgbouncer-", dir="/tmp") as folder:
+        settings = Path(folder, "pgbouncer.ini")
+        settings.write_text(_POOLER.format(folder=psycopg.conninfo.conninfo_to_dict(dsn)["host"], pooler=folder))
+        is_root = os.geteuid() == 0  # pgbouncer refuses to run as root
+        if is_root:
+            shutil.chown(folder, account["user"], account["group"])
+        command = ["sh", "-c", _POOLER_KEEPER, shutil.which("pgbouncer"), settings]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, **(account if is_root else {})) as keeper:
+            pooled = psycopg.conninfo.make_conninfo(dsn, host=folder, port=6432)
+            if not _is_up(pooled):
+                raise RuntimeError("pgbouncer does not start")
+            yield pooled
+            keeper.communicate()
