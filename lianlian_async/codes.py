@@ -1,7 +1,7 @@
-"""The table of return codes that a refund can meet: ``ret_code`` → meaning, class and advice.
+"""The return codes of refund calls and queries: ``ret_code`` → meaning, class and advice.
 
-Source: LianLian's page of return codes. About 90 more codes exist for cards, SMS and instalments; a code that is not
-in the table is *uncertain*: it proves nothing, so the library queries the refund.
+Source: LianLian's page of return codes. About 90 more codes exist for cards, SMS and instalments. A code that is not in
+the table is *uncertain*: it proves nothing, so the library queries the refund.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 
 class CodeClass(Enum):
-    """What a code says about the request that it answers."""
+    """What a code proves about the request that it answers."""
 
     SUCCESS = "success"
     REJECTED = "rejected"
@@ -31,7 +31,7 @@ class ReturnCode(NamedTuple):
     is_configuration: bool = False
     """The merchant's configuration is the cause."""
     may_pass: bool = False
-    """The cause may pass; the same ``no_refund`` may be sent again then."""
+    """The cause is temporary: the same ``no_refund`` can be sent again after it is gone."""
     stops_batch: bool = False
     """Every further refund would be rejected too."""
 
@@ -69,9 +69,9 @@ def _exists(code: str, meaning: str, kind: CodeClass) -> ReturnCode:
 CODES: Final[dict[str, ReturnCode]] = {
     row.ret_code: row
     for row in (
-        ReturnCode("0000", "handled", CodeClass.SUCCESS, "sta_refund tells the status"),
+        ReturnCode("0000", "handled", CodeClass.SUCCESS, "sta_refund is the status of the refund"),
         _configuration(
-            "1001", "our signature is wrong", "check the private key against the public key in the dashboard"
+            "1001", "our signature is wrong", "check that the public key in the dashboard belongs to the private key"
         ),
         _exists("1002", "duplicate order or refund number", CodeClass.DUPLICATE),
         _exists("1003", "already being processed", CodeClass.IN_PROGRESS),
@@ -89,19 +89,23 @@ CODES: Final[dict[str, ReturnCode]] = {
         _configuration("3001", "unknown merchant number", "check oid_partner and the endpoint"),
         _rejected("3005", "query spans more than 3 months", "ask LianLian's support about older refunds"),
         _configuration("3010", "merchant lacks the permission", "ask LianLian to enable refunds"),
-        _exists("4002", "suspected repetition", CodeClass.DUPLICATE),
+        _exists("4002", "suspected duplicate", CodeClass.DUPLICATE),
         _rejected("5002", "original transaction not found"),
         _rejected("5003", "refund amount does not fit the original"),
         _configuration("5004", "merchant status abnormal", "ask LianLian's support"),
         _uncertain("5005", "refund failed, try again"),
         _balance_too_low("5006"),
-        _rejected("5007", "refunds together exceed the order", "compare the order's refunds"),
+        _rejected(
+            "5007",
+            "refunds together exceed the order amount",
+            "check the earlier refunds of this order: with this one they exceed the order amount",
+        ),
         _rejected("5008", "original transaction did not succeed"),
         _configuration("5504", "merchant lacks the permission", "ask LianLian to enable refunds"),
         _uncertain("8006", "currency exchange failed"),
         _uncertain("8117", "gateway's idempotency check failed"),
         ReturnCode("8901", "no such record", CodeClass.NOT_FOUND, "proves nothing shortly after applying; query later"),
-        _uncertain("9000", "bank maintenance or day cut"),
+        _uncertain("9000", "bank maintenance or end-of-day cutover"),
         _rejected("9002", "request body unreadable"),
         _uncertain("9091", "creating oid_paybill failed"),
         _rejected("9092", "payment number and order number do not match"),
@@ -109,14 +113,14 @@ CODES: Final[dict[str, ReturnCode]] = {
         _balance_too_low("9104"),
         _rejected("9901", "request body unreadable (an older page: risk level too high)"),
         _uncertain("9902", "interface error"),
-        _uncertain("9903", "invalid, try later"),
+        _uncertain("9903", "invalid, try again later"),
         _rejected("9910", "risk level too high"),
         _limit_exceeded("9911"),
         _uncertain("9920", "refund failed"),
         _uncertain("9921", "refund query failed"),
-        _uncertain("9970", "bank maintenance or day cut"),
+        _uncertain("9970", "bank maintenance or end-of-day cutover"),
         _exists("9983", "duplicate order or refund number", CodeClass.DUPLICATE),
-        _uncertain("9990", "bank error, try later"),
+        _uncertain("9990", "bank error, try again later"),
         _uncertain("9991", "bank error, contact support"),
         _uncertain("9999", "system error"),
     )

@@ -4,22 +4,21 @@ LianLianError
 ├── ConfigurationError      a key or setting is unusable (also a ValueError)
 ├── InvalidRequest          a field breaks the gateway's rules (also a ValueError)
 ├── RefundNotSent           certainly never reached the gateway: safe to send again
-├── RefundRejected          apply only: the gateway refused; ``may_pass`` tells whether only for now
+├── RefundRejected          apply only: the gateway rejected it; ``may_pass``: the cause is temporary
 ├── RefundNotFound          query only: the gateway has no such record
-├── QueryRejected           query only: the gateway refused the query; says nothing about the refund
+├── QueryRejected           query only: the gateway rejected the query; proves nothing about the refund
 ├── RefundOutcomeUnknown    the refund may have been made; carries everything needed to query again
 ├── GatewayUnavailable      query only: no usable answer in time
 ├── RefundNotFinal          waiting only: made, but its status can still change
 ├── RefundConflict          the same no_refund belongs to a refund with other content
-├── SignatureInvalid        nothing proves that an answer or notification comes from LianLian
+├── SignatureInvalid        an answer or notification is not validly signed by LianLian
 ├── AnswerMismatch          validly signed, but the answer to another query
-├── MalformedMessage        not the protocol: not JSON, not an object of strings, too big …
-├── JournalError            the journal failed; nothing is sent that it does not hold
+├── MalformedMessage        violates the protocol: not JSON, not an object of strings, too big …
+├── JournalError            the journal failed; a refund that is not recorded is not sent
 └── BatchStopped            refund_many stopped: every further refund would fail for the same cause
 
-Every error survives pickling, so that worker processes can hand it over. None holds key material.
-Wrong use of a session (closed, from another event loop) is a bug in the program, not news about a refund: it raises
-``RuntimeError``.
+Every error can be pickled, so worker processes can pass it on. No error contains key material.
+Wrong use of a session (closed, or from another event loop) is a bug in the program: it raises ``RuntimeError``.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ def printable(text: str) -> str:
 
 
 class LianLianError(Exception):
-    """The root of the tree: ``except LianLianError`` catches every error about a refund."""
+    """The base class: ``except LianLianError`` catches every error of this library about a refund."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (type(self), self.args, self.__dict__.copy())
 
 
 class ConfigurationError(LianLianError, ValueError):
-    """A key or setting is unusable. The message names the setting and the cure, never key text."""
+    """A key or setting is unusable. The message states the setting and how to correct it, never key text."""
 
 
 class Problem(NamedTuple):
@@ -74,9 +73,9 @@ class InvalidRequest(LianLianError, ValueError):
 
 
 class RefundNotSent(LianLianError):
-    """No attempt reached the gateway (refused, DNS, TLS, connect timeout): it is safe to send the refund again.
+    """No attempt reached the gateway (connection refused, DNS, TLS, timeout): it is safe to send the refund again.
 
-    ``attempts`` counts the attempts to connect; ``last_error`` tells why the last one failed.
+    ``attempts`` is the number of attempts to connect; ``last_error`` is the cause of the last failure.
     """
 
     def __init__(self, no_refund: str, *, attempts: int, last_error: str) -> None:
@@ -89,7 +88,7 @@ class RefundNotSent(LianLianError):
 
 
 class _Refusal(LianLianError):
-    """What both refusals carry: the gateway's code and text, and the row of :mod:`lianlian_async.codes`."""
+    """The common part of both rejections: the gateway's code and text, and the row of :mod:`lianlian_async.codes`."""
 
     subject = "request"
 
@@ -109,21 +108,22 @@ class _Refusal(LianLianError):
 
 
 class RefundRejected(_Refusal):
-    """The gateway refused the refund, and no earlier attempt may have arrived.
+    """The gateway rejected the refund, and no earlier attempt can have made it.
 
     ``ret_code`` and ``ret_msg`` (Chinese) come from the gateway, ``meaning`` and ``advice`` from this library.
-    ``is_configuration``: the merchant's configuration is the cause (1001, 1008, 3001 …). ``may_pass``: the cause may
-    pass (balance too low, limit exceeded); send the *same* ``no_refund`` again then. ``stops_batch``: every further
-    refund would be rejected too. ``verified``: the answer had a valid signature; error answers often have none.
+    ``is_configuration``: the merchant's configuration is the cause (1001, 1008, 3001 …). ``may_pass``: the cause is
+    temporary (balance too low, limit exceeded); after it is gone, send the *same* ``no_refund`` again. ``stops_batch``:
+    every further refund would be rejected too. ``verified``: the answer had a valid signature; error answers often have
+    none.
     """
 
     subject = "refund rejected"
 
 
 class QueryRejected(_Refusal):
-    """The gateway refused the query (3005, 1004 …): this says nothing about the refund.
+    """The gateway rejected the query (3005, 1004 …); this proves nothing about the refund.
 
-    Attributes as of :class:`RefundRejected`.
+    It has the attributes of :class:`RefundRejected`.
     """
 
     subject = "query rejected"
@@ -132,8 +132,8 @@ class QueryRejected(_Refusal):
 class RefundNotFound(LianLianError):
     """The gateway has no record of the refund (8901) *at this moment*.
 
-    This proves nothing shortly after an attempt that may have arrived: LianLian recommends to query no sooner than 15
-    minutes after applying. ``verified`` as on :class:`RefundRejected`.
+    This proves nothing shortly after an attempt that may have arrived: LianLian recommends waiting 15 minutes between
+    an apply call and a query. ``verified``: see :class:`RefundRejected`.
     """
 
     def __init__(
@@ -148,17 +148,17 @@ class RefundNotFound(LianLianError):
 
 
 class RefundOutcomeUnknown(LianLianError):
-    """The refund may have been made, and no query gave certainty in time.
+    """The refund may have been made; its queries did not determine the outcome in time.
 
-    Do not send it again under another ``no_refund``. From ``ask_again_at`` (aware datetime) on, call
-    ``await session.resolve(error)``: it queries, and sends the same bytes again only once the gateway's "no such
-    record" can be believed.
+    Do not send it again under another ``no_refund``. At ``ask_again_at`` (aware datetime) or later, call
+    ``await session.resolve(error)``: it queries the refund. It sends the same bytes again only if the gateway reports
+    "no such record" so late after the last send that this is reliable.
 
-    ``attempts`` counts the sends, ``queries`` the queries. ``sent_at`` is when the last attempt was made that may have
-    arrived (``moment``: the same on every clock). ``last_error`` is the last failure; ``reason`` is the same without
-    the details of one refund, for counting. ``refused`` is the :class:`RefundRejected` in which every attempt so far
-    ended; None: one may have worked. ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the signed
-    bytes, ``oid_partner`` the merchant that signed them.
+    ``attempts`` is the number of sends, ``queries`` the number of queries. ``sent_at`` is the time of the last attempt
+    that may have arrived; ``moment`` is the same time by all clocks. ``last_error`` is the last failure; ``reason`` is
+    the same without the details of one refund, for grouping. ``refused`` is the :class:`RefundRejected` of the last
+    attempt if every attempt so far was rejected; None: an attempt may have made the refund. ``request`` is the
+    :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes, ``oid_partner`` the merchant that signed them.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class RefundOutcomeUnknown(LianLianError):
 class GatewayUnavailable(LianLianError):
     """A query got no usable answer within its attempts and its deadline.
 
-    ``ret_code`` is the code that the gateway answered (busy, maintenance …); None: it did not answer.
+    ``ret_code`` is the gateway's code (busy, maintenance …); None: the gateway did not answer.
     """
 
     def __init__(self, message: str, *, attempts: int, last_error: str, ret_code: str | None) -> None:
@@ -212,10 +212,11 @@ class GatewayUnavailable(LianLianError):
 
 
 class RefundNotFinal(LianLianError):
-    """The refund was made, but ``sta_refund`` was neither success nor failed at the deadline.
+    """The refund was made, but at the deadline ``sta_refund`` was neither success nor failed.
 
-    ``refund`` is the last known :class:`~lianlian_async.Refund`, ``last_error`` the error of the last query (None: it
-    worked). Wait for the refund again, or leave it to its notification and to ``session.resume()``.
+    ``refund`` is the last known :class:`~lianlian_async.Refund`, ``last_error`` the error of the last query (None: the
+    query succeeded). Wait for the refund again, or let its notification or ``session.resume()`` report the final
+    status.
     """
 
     def __init__(self, refund: Any, *, last_error: str | None) -> None:
@@ -228,9 +229,9 @@ class RefundNotFinal(LianLianError):
 class RefundConflict(LianLianError):
     """The same ``no_refund`` belongs to a refund with other content, at the gateway or in the journal.
 
-    A person has to decide: the gateway may have made one of the two refunds, or both. Nothing more is sent.
-    ``field`` is the wire name that differs, ``ours`` and ``theirs`` are the two values. ``record`` holds the fields of
-    the gateway's signed record; None: the number was used for another request of this merchant.
+    Check the refund by hand: the gateway may have made one of the two refunds, or both. The library sends nothing more
+    for it. ``field`` is the wire name of the field that differs; ``ours`` and ``theirs`` are its two values. ``record``
+    contains the fields of the gateway's signed record; None: this merchant used the number for another request.
     """
 
     def __init__(
@@ -248,7 +249,7 @@ class RefundConflict(LianLianError):
 
 
 class SignatureInvalid(LianLianError):
-    """A message has no valid signature of any known gateway key."""
+    """None of the configured gateway keys verifies the signature of a message, or the signature is missing."""
 
 
 class AnswerMismatch(LianLianError):
@@ -261,21 +262,21 @@ class AnswerMismatch(LianLianError):
         self.field = field
         self.asked = asked
         self.answered = answered
-        super().__init__(f"answer to another query: {field} is {answered!r}, asked for {asked!r}")
+        super().__init__(f"answer to another query: {field} is {answered!r}, not {asked!r}")
 
 
 class MalformedMessage(LianLianError):
-    """A message is not the protocol: not JSON, not an object of strings, duplicate keys, too big."""
+    """A message violates the protocol: not JSON, not an object of strings, duplicate keys, too big."""
 
 
 class JournalError(LianLianError):
-    """The journal cannot be read or written; another process holds it; its version is unknown.
+    """The journal cannot be read or written, is locked by another process, or has an unknown version.
 
-    Nothing is sent that the journal does not hold. The message names the journal and the cure.
-    ``said`` is what the gateway said if the journal failed *after* a send: the :class:`~lianlian_async.Refund` that was
-    made, or the error that the call would have raised. None: nothing was sent. Call ``apply_refund`` again with the
-    same request once the journal works.
-    ``holder`` names the process that holds the journal, and since when; None: this is not the cause.
+    A refund that the journal has not recorded is not sent. The message states the journal and how to repair it.
+    ``said`` is the gateway's answer if the journal failed *after* a send: the :class:`~lianlian_async.Refund` that was
+    made, or the error that the call would have raised. None: nothing was sent. When the journal works again, call
+    ``apply_refund`` with the same request.
+    ``holder`` is the process that has locked the journal, and the time of the lock; None: the cause is another one.
     """
 
     said: Any = None
@@ -285,9 +286,9 @@ class JournalError(LianLianError):
 class BatchStopped(LianLianError):
     """A batch or worker stopped, because every further refund would fail for the same cause.
 
-    ``cause`` is the :class:`RefundRejected` (also ``rejection``), or a :class:`SignatureInvalid` (``rejection`` is
-    None then): several answers in a row did not verify, so a key is wrong. The outcome of every refund that was begun
-    was yielded; no other was sent. ``keep_going=True`` continues after a rejection.
+    ``cause`` is a :class:`RefundRejected`, which is also ``rejection``; or a :class:`SignatureInvalid`, and
+    ``rejection`` is None: several answers in a row did not verify, so a key is probably wrong. The outcome of every
+    started refund was yielded; no other refund was sent. With ``keep_going=True`` a batch continues after a rejection.
     """
 
     def __init__(self, cause: RefundRejected | SignatureInvalid) -> None:

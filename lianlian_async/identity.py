@@ -1,7 +1,7 @@
-"""Compare a record with the refund that was asked for; every path uses this one comparison.
+"""Compare the gateway's record with the requested refund; all code paths use this one comparison.
 
-``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. A gateway may answer a reused number with
-its first, validly signed answer: then no money moves for the second refund.
+``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. If a number is reused, the gateway may
+repeat its first, validly signed answer, and no money moves for the second refund.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CONTENT: Final[dict[str, Callable[[str], object]]] = {
     "dt_refund": wire.parse_timestamp,
     "money_refund": wire.parse_decimal,
 }
-"""If one differs by value, our number belongs to another refund."""
+"""If one differs by value, the gateway uses our number for another refund."""
 
 
 def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
@@ -37,7 +37,7 @@ def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
             continue
         try:
             is_same = read(told) == read(asked)
-        except ValueError:  # unreadable, so it proves no other refund
+        except ValueError:  # an unreadable value does not prove that there is another refund
             raise AnswerMismatch(name, asked=asked, answered=told) from None
         if not is_same:
             number = ours.get("no_refund") or record.get("no_refund") or ours.get("oid_refundno", "")
@@ -45,12 +45,12 @@ def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
 
 
 def has_whole_identity(record: Mapping[str, str]) -> bool:
-    """Return whether a record that passed :func:`check_identity` also carries all three fields."""
+    """Return whether a record that passed :func:`check_identity` contains all three identifying fields."""
     return all(record.get(name) for name in ("no_refund", *_CONTENT))
 
 
 def request_conflict(no_refund: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> RefundConflict | None:
-    """Return a conflict that names the first field in which two requests under one number differ."""
+    """Return a conflict with the first field that differs between two requests with one number; None if equal."""
     field = next((name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name)), None)
     if field is None:
         return None

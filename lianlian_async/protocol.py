@@ -1,6 +1,6 @@
-"""The gateway's messages without I/O: request → signed bytes, delivery → reply, notification → refund.
+"""Protocol logic without I/O: sign requests, interpret HTTP responses, verify and read notifications.
 
-Reading an answer never raises: everything that came back becomes a :class:`~lianlian_async.exchange.Reply`.
+:meth:`Protocol.read` never raises: every result of an HTTP attempt becomes a :class:`~lianlian_async.exchange.Reply`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Protocol(NamedTuple):
     # ── out ──────────────────────────────────────────────────────────────────────────────────────
 
     def apply_fields(self, request: RefundRequest) -> dict[str, str]:
-        """Return the fields of an apply call. Raises ``InvalidRequest`` if there is no ``notify_url``."""
+        """Return the fields of an apply call. Raises ``InvalidRequest`` without a ``notify_url``."""
         fields = {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **request.to_dict()}
         notify_url = request.notify_url or self.merchant.notify_url
         if notify_url is None:
-            raise InvalidRequest([Problem("notify_url", "is required, on the request or on the Merchant", "neither")])
+            raise InvalidRequest([Problem("notify_url", "is required, in the request or in the Merchant", "neither")])
         fields["notify_url"] = notify_url
         return fields
 
@@ -55,7 +55,7 @@ class Protocol(NamedTuple):
         return {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **query.to_dict()}
 
     def seal(self, fields: Mapping[str, str]) -> bytes:
-        """Return ``fields`` and their signature as the JSON that is sent."""
+        """Sign ``fields`` and return them with the signature as JSON, ready to send."""
         return wire.encode({**fields, "sign": self.private_key.sign(signature_source(fields))})
 
     def signed_fields(self, body: bytes) -> dict[str, str]:
@@ -72,7 +72,7 @@ class Protocol(NamedTuple):
         return any(key.verify(source, signature) for key in self.gateway_keys)
 
     def read(self, exchange: Exchange, delivery: Delivery) -> Reply:
-        """Return what ``delivery`` tells about the refund of ``exchange``."""
+        """Interpret the result of one HTTP attempt and return a Reply for the refund that ``exchange`` asked for."""
         if isinstance(delivery, NoResponse):
             return lost(exchange, delivery)
         retry_after, verified = _retry_after(delivery.headers), False
@@ -115,7 +115,10 @@ class Protocol(NamedTuple):
         return refund
 
     def _verified(self, fields: Mapping[str, str]) -> bool:
-        """Return True if the gateway signed ``fields``, False for an error answer without signature; else raise."""
+        """Return True if the gateway signed ``fields``, and False for an error answer without a signature.
+
+        Raises ``SignatureInvalid`` otherwise.
+        """
         if fields.get("sign"):
             if not self.verify(fields):
                 raise self._not_verified(fields, f"answer {fields['ret_code']}")
@@ -125,18 +128,22 @@ class Protocol(NamedTuple):
         return False
 
     def _not_verified(self, fields: Mapping[str, str], subject: str) -> SignatureInvalid:
-        """Return the error for a wrong signature; it tells if only undocumented fields are not signed."""
+        """Return the error for an invalid signature.
+
+        If the signature is valid without the undocumented fields, the message names those fields.
+        """
         signed = {name: text for name, text in fields.items() if name in DOCUMENTED}
         cause = ""
         if signed != fields and self.verify(signed):
             others = ", ".join(sorted(repr(name[:32]) for name in fields.keys() - signed.keys())[:8])
             cause = (
-                f"; it is valid over the documented fields only, so {others} must be unsigned: tell LianLian's support"
+                f"; the signature is valid without the undocumented fields {others}. LianLian probably did not sign "
+                "them: report this to LianLian's support"
             )
-        return SignatureInvalid(f"{subject}: signature of no known gateway key{cause}")
+        return SignatureInvalid(f"{subject}: invalid signature: no configured gateway key verifies it{cause}")
 
 
-# What the class of a code means. An apply call may have made the refund that its answer denies;
+# After an apply call, NOT_FOUND stays UNCERTAIN: the call itself may have made the refund.
 _APPLY = {
     CodeClass.REJECTED: Finding.REJECTED,
     CodeClass.DUPLICATE: Finding.EXISTS,
@@ -144,7 +151,7 @@ _APPLY = {
     CodeClass.NOT_FOUND: Finding.UNCERTAIN,
     CodeClass.UNCERTAIN: Finding.UNCERTAIN,
 }
-# a query changes nothing.
+# A query has no side effect, so NOT_FOUND is reliable as the query's answer.
 _QUERY = {
     CodeClass.REJECTED: Finding.REJECTED,
     CodeClass.DUPLICATE: Finding.UNCERTAIN,
@@ -155,7 +162,7 @@ _QUERY = {
 
 
 def lost(exchange: Exchange, delivery: NoResponse) -> Reply:
-    """Return the reply for an exchange without an answer."""
+    """Return the reply for an exchange that got no answer."""
     error: LianLianError
     if exchange.call is Call.APPLY and not delivery.may_have_arrived:
         error = RefundNotSent(exchange.asked["no_refund"], attempts=exchange.attempt, last_error=delivery.reason)
@@ -166,7 +173,7 @@ def lost(exchange: Exchange, delivery: NoResponse) -> Reply:
 
 
 def _message(answer: HttpResponse) -> dict[str, str]:
-    """Return the fields of an answer; raise ``MalformedMessage`` if it is not the protocol."""
+    """Return the fields of an answer; raise ``MalformedMessage`` if it does not follow the protocol."""
     if answer.status != 200:
         raise MalformedMessage(f"HTTP status {answer.status}")
     encoding = answer.headers.get("content-encoding", "identity")
@@ -188,7 +195,10 @@ def _is_charset(name: str) -> bool:
 
 
 def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> None:
-    """Raise for the answer to another query. A success must repeat what was asked; an error answer need not."""
+    """Raise ``AnswerMismatch`` or ``RefundConflict`` if the answer belongs to another request.
+
+    A success must repeat the identifying fields of the request; an error answer may omit them.
+    """
     asked = exchange.asked
     if not success:
         check_identity(asked, {name: fields.get(name, "") for name in NUMBERS})
@@ -206,7 +216,7 @@ def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> N
 def _refused(
     exchange: Exchange, fields: Mapping[str, str], row: ReturnCode, *, verified: bool
 ) -> tuple[Finding, LianLianError]:
-    """Return what an answer other than 0000 means."""
+    """Return the finding and the error for an answer other than 0000."""
     finding = (_APPLY if exchange.call is Call.APPLY else _QUERY)[row.kind]
     ret_code, ret_msg, no_refund = fields["ret_code"], fields.get("ret_msg", ""), exchange.asked.get("no_refund")
     if finding in (Finding.REJECTED, Finding.EXISTS):

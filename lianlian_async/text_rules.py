@@ -1,7 +1,7 @@
-"""Rules for the texts of a request: identifiers and URLs.
+"""Validate the string fields of a request: identifiers and URLs.
 
-Each function returns the given text, or raises ``ValueError`` with the broken rule as its text; the caller adds the
-name of the field.
+Each function returns the given string, or raises ``ValueError`` with the broken rule as its message; the caller adds
+the name of the field.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _DEFAULT_IGNORABLE: Final = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-# Also the categories Cc, Zl, Zp and Cs.
+# This includes the Unicode categories Cc, Zl, Zp and Cs.
 _INVISIBLE: Final = re.compile(f"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_DEFAULT_IGNORABLE}]")
-# RFC 3986 §3.2.2, and DNS labels: HTTP clients would refuse other hosts only at the first send.
+# RFC 3986 §3.2.2, and DNS labels. HTTP clients reject other hosts, but not before the first send.
 _HOST: Final = re.compile(
     r"(?:^|@)(?:\[[0-9A-F:.]+(?:%\w+)?\]|[A-Z0-9_](?:[A-Z0-9_-]{0,62})(?:\.[A-Z0-9_-]{1,63})*\.?)(?::[0-9]*)?$",
     re.IGNORECASE,
@@ -26,7 +26,7 @@ _HOST: Final = re.compile(
 
 
 def existing(value: object, longest: int) -> str:
-    """Check the identifier of something that exists: an order, a payment, an earlier refund."""
+    """Check the identifier of an existing object: an order, a payment, an earlier refund."""
     if not isinstance(value, str):
         raise ValueError("must be a string")
     if not value:
@@ -34,14 +34,14 @@ def existing(value: object, longest: int) -> str:
     if len(value) > longest:
         raise ValueError(f"must have at most {longest} characters, has {len(value)}")
     if value != value.strip():
-        raise ValueError("must not begin or end with a space: a program that trims it would change the identity")
+        raise ValueError("must not begin or end with a space: a program that trims it would change the identifier")
     if found := _INVISIBLE.search(value):
         raise ValueError(f"must not contain a control, line separator or invisible character, has {_named(found[0])}")
     return value
 
 
 def new_number(value: object, longest: int) -> str:
-    """Check the number of a new refund: it looks like no other number, and no Unicode normalization changes it."""
+    """Check the number of a new refund: only visible characters, and unchanged by Unicode normalization."""
     text = existing(value, longest)
     for character in text:
         if not ("!" <= character <= "~" or character.isalpha() or character.isdecimal()):

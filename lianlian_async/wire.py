@@ -1,7 +1,7 @@
-"""The formats of the wire: strict JSON, and text ↔ Decimal, datetime (UTC+8) and date.
+"""Wire formats: strict JSON, and conversion between text and Decimal, datetime (UTC+8) and date.
 
-No other module knows how a value looks on the wire. Parsers raise ``ValueError`` with the broken rule as its text; the
-caller adds the name of the field.
+Only this module defines the wire format of a value. Parsers raise ``ValueError`` with the broken rule as its message;
+the caller adds the name of the field.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise MalformedMessage(f"{name} is not JSON")
+    raise MalformedMessage(f"{name} is not a JSON value")
 
 
-# A number keeps its literal text: the signature covers text, so 200.01 and "200.01" are the same field.
+# A number keeps its literal text, because the signature covers text: 200.01 and "200.01" are the same value.
 _DECODER: Final = json.JSONDecoder(
     object_pairs_hook=_refuse_duplicates, parse_int=str, parse_float=str, parse_constant=_refuse_constant
 )
@@ -50,9 +50,8 @@ _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 def decode(body: bytes) -> dict[str, str]:
     """Return the flat object of strings in ``body`` (UTF-8 JSON, at most 1 MiB).
 
-    A null is dropped, since the signature leaves it out like an absent field; a number keeps its literal text.
-    Anything else (true, lists, objects, duplicate keys, lone surrogates) raises
-    :class:`~lianlian_async.MalformedMessage`.
+    A null is dropped, because the signature omits it like an absent field. A number keeps its literal text. Anything
+    else (true, lists, objects, duplicate keys, lone surrogates) raises :class:`~lianlian_async.MalformedMessage`.
     """
     if len(body) > MAX_MESSAGE_BYTES:
         raise MalformedMessage(f"longer than {MAX_MESSAGE_BYTES} bytes")
@@ -86,9 +85,9 @@ def encode(fields: Mapping[str, str]) -> bytes:
 
 
 def parse_money(value: Decimal | int | str) -> Decimal:
-    """Return an amount in yuan, 0.01 to 100,000,000.00, with exactly two decimals; never rounded.
+    """Return an amount in yuan, 0.01 to 100,000,000.00, with exactly two decimals; the value is never rounded.
 
-    The value counts, not the form: ``0.1`` and ``0.100`` are 0.10. A third decimal must be zero.
+    ``0.1`` and ``0.100`` are read as 0.10. Any further decimal must be zero.
     """
     match value:
         case str() if _MONEY.fullmatch(value):
@@ -96,18 +95,18 @@ def parse_money(value: Decimal | int | str) -> Decimal:
         case str():
             raise ValueError("must be digits with at most 2 decimals, such as 200.01")
         case bool() | float():
-            raise ValueError("must be a Decimal, not a float or bool: floats cannot hold yuan and fen exactly")
+            raise ValueError("must be a Decimal, not a float or bool: a float cannot represent every amount exactly")
         case Decimal() | int():
             amount = Decimal(value)
             if not amount.is_finite():
                 raise ValueError("must be a finite number")
         case _:
-            raise ValueError("must be a Decimal")
+            raise ValueError("must be a Decimal, an int or a str")
     if not _SMALLEST <= amount <= _LARGEST:
         raise ValueError("must be between 0.01 and 100000000.00 yuan")
     with_two = Decimal(f"{amount:.2f}")  # independent of the precision of the caller's decimal context
     if with_two != amount:
-        raise ValueError("must have at most 2 decimals (it is never rounded)")
+        raise ValueError("must have at most 2 decimals (amounts are never rounded)")
     return with_two
 
 
@@ -127,7 +126,7 @@ def parse_decimal(text: str) -> Decimal:
 
 
 def parse_timestamp(value: datetime | str) -> datetime:
-    """Return a moment in China Standard Time, to the second, from an aware datetime or 14 digits."""
+    """Return a datetime in China Standard Time, to the second, from an aware datetime or 14 digits."""
     match value:
         case str() if len(value) == 14 and value.isascii() and value.isdigit():
             day = int(value[:4]), int(value[4:6]), int(value[6:8])
@@ -135,14 +134,14 @@ def parse_timestamp(value: datetime | str) -> datetime:
             try:
                 moment = datetime(*day, *time, tzinfo=CHINA_STANDARD_TIME)
             except ValueError:
-                raise ValueError("is not a date and time of the calendar (yyyyMMddHHmmss)") from None
+                raise ValueError("is not a valid date and time (yyyyMMddHHmmss)") from None
         case datetime() if value.utcoffset() is None:
-            raise ValueError("is a naive datetime; give its zone: datetime.now(timezone.utc) or value.astimezone()")
+            raise ValueError("is a naive datetime; use an aware one: datetime.now(timezone.utc) or value.astimezone()")
         case datetime():
             try:
                 moment = value.astimezone(CHINA_STANDARD_TIME).replace(microsecond=0)
             except OverflowError:
-                raise ValueError("is outside the calendar in China Standard Time") from None
+                raise ValueError("is out of range in China Standard Time (years 1000 to 9999)") from None
         case _:
             raise ValueError("must be an aware datetime or 14 digits yyyyMMddHHmmss (China Standard Time)")
     if moment.year < 1000:

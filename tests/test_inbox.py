@@ -145,7 +145,7 @@ async def test_an_inbox_that_cannot_be_read_is_read_again(handler, caplog, tmp_p
         async with inbox(journal, handler, clock=boot_clock) as endpoint:
             await anyio.sleep(60)
             assert not handler.begun
-            assert "cannot be acted on now" in caplog.text
+            assert "the handler cannot be called now" in caplog.text
             moved.rename(tmp_path / "journal.sqlite-inbox")
             await until(lambda: endpoint.counts["acted"], look_every=1)
     assert handler.numbers == ["R-1"]
@@ -189,7 +189,7 @@ async def test_a_closed_inbox_accepts_nothing(handler, caplog):
         assert "use the NotificationEndpoint in `async with`" in caplog.text
         async with endpoint:
             await deliver(endpoint, 1)
-            with pytest.raises(RuntimeError, match="in use already"):
+            with pytest.raises(RuntimeError, match="already open"):
                 await endpoint.__aenter__()
         assert (await endpoint.handle(notification(), HEADERS)).status == 500
     assert len(handler.begun) <= 1

@@ -407,7 +407,7 @@ async def test_unused_proxy_is_not_checked(monkeypatch, merchant_keys, gateway_k
         )
         session = RefundSession(merchant, retry=RetryPolicy(attempts=1), deadline=2.0, http_backend=backend)
         if variables == {"HTTP_PROXY": ""}:
-            with pytest.raises(ConfigurationError, match=r"ALL_PROXY: .* or name 127.0.0.1 in NO_PROXY"):
+            with pytest.raises(ConfigurationError, match=r"ALL_PROXY: .* or add 127.0.0.1 to NO_PROXY"):
                 await session.__aenter__()
             return
         async with session:

@@ -272,9 +272,9 @@ def test_a_success_without_a_usable_signature_is_not_believed(asking, signature)
 @pytest.mark.parametrize(
     ("unsigned", "said"),
     [
-        ({"bank_name": "x"}, "valid over the documented fields only, so 'bank_name' must be unsigned"),
-        ({"card_no": "6", "agreement_list": "[]"}, "so 'agreement_list', 'card_no' must be unsigned"),
-        ({"rate": "1.0"}, "signature of no known gateway key"),
+        ({"bank_name": "x"}, "valid without the undocumented fields 'bank_name'"),
+        ({"card_no": "6", "agreement_list": "[]"}, "without the undocumented fields 'agreement_list', 'card_no'"),
+        ({"rate": "1.0"}, "invalid signature: no configured gateway key verifies it"),
     ],
 )
 def test_unsigned_field_is_named_in_the_error(asking, unsigned, said):

@@ -121,7 +121,7 @@ async def test_a_final_state_that_contradicts_the_notified_one_is_not_acted_on(j
         await endpoint.sweep()
     assert [refund.sta_refund for refund in handler.done] == ["3"]
     assert await states(journal, 1) == [State.FINAL]
-    assert "refund R-1 is final, but cannot be acted on: " in caplog.text
+    assert "refund R-1 is final, but the handler cannot be called: " in caplog.text
 
 
 async def test_an_inbox_that_cannot_be_acted_on_does_not_end_the_sweep(journal, handler, caplog):
@@ -135,7 +135,7 @@ async def test_an_inbox_that_cannot_be_acted_on_does_not_end_the_sweep(journal, 
             await session.apply_refund(refund_request(number))
         await endpoint.sweep()
     assert handler.numbers == ["R-2"]
-    assert "its notification cannot be acted on now" in caplog.text
+    assert "the handler cannot be called now" in caplog.text
 
 
 class Brief(httpx.AsyncBaseTransport):
@@ -176,5 +176,5 @@ async def test_a_sweep_needs_a_journal_and_a_session(handler, missing):
         settings = {"journal": MemoryJournal(), "session": session}
         del settings[missing]
         endpoint = NotificationEndpoint(session.merchant, handler, **settings)
-        with pytest.raises(ConfigurationError, match="sweep: needs a journal, and a session"):
+        with pytest.raises(ConfigurationError, match="sweep requires journal=… and session=…"):
             await endpoint.sweep()

@@ -1011,7 +1011,7 @@ async def test_reason_has_no_library_internals():
     error.__cause__ = IndexError("pop from an empty deque")
     async with transport_over(transport=Raising(error)) as transport:
         delivery = await transport.post("http://127.0.0.1:1/", b"{}", 5.0)
-    assert delivery.reason == "ReadError: the connection to 127.0.0.1:1 broke"
+    assert delivery.reason == "ReadError: the connection to 127.0.0.1:1 was lost"
 
 
 # ── leases ───────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Notifications: raw bytes in, an acknowledgement out, and one handler call for each final refund."""
+"""Receive LianLian's notifications: verify, acknowledge, and call the handler once for each final refund."""
 
 from .endpoint import NotificationEndpoint
 from .responses import Ack, Verdict

@@ -1,4 +1,4 @@
-"""Allow-list of client addresses, and the proxies whose X-Forwarded-For is trusted."""
+"""Decide whether a client address is allowed; X-Forwarded-For counts only behind trusted proxies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AllowList:
     allow_from: Networks
     trusted_proxies: Networks
     trusts_unix: bool
-    """Whether a peer on a Unix socket is a trusted proxy."""
+    """Whether every peer on a Unix socket is a trusted proxy."""
 
     @classmethod
     def read(cls, allow_from: Iterable[str], trusted_proxies: Iterable[str]) -> AllowList:
@@ -40,10 +40,11 @@ class AllowList:
         return cls(_networks("allow_from", allow_from), networks, _UNIX in proxies)
 
     def judge(self, peer: str | None, forwarded_for: str) -> tuple[bool, str]:
-        """Return whether the client is allowed, and its address for the log: the last one that is not a trusted proxy.
+        """Return whether the client is allowed, and its address for the log.
 
         ``peer`` is the address of the connection; None or empty on a Unix socket. ``forwarded_for`` is the header
-        X-Forwarded-For: each proxy appends its client's address, so all before an untrusted address may be forged.
+        X-Forwarded-For: each proxy appends the address of its client. The client is the last address that is not a
+        trusted proxy; the addresses before it may be forged.
         """
         hops = forwarded_for.split(",") if forwarded_for else []
         if peer:

@@ -1,4 +1,7 @@
-"""Books of notified final states: who may act on one, the handler's time limit, and the book without a journal."""
+"""Books record which final refunds the handler has returned for, and let one caller at a time call the handler.
+
+To *act on* a refund means to call the handler for it. :class:`MemoryBook` is the book of an endpoint without a journal.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +27,24 @@ logger = logging.getLogger("lianlian_async")
 Held = TypeVar("Held")
 
 MOST_RECENT: Final = 10_000
-"""Refunds that a :class:`MemoryBook` remembers."""
+"""The number of refunds that a :class:`MemoryBook` remembers."""
 
 
 @attrs.define(eq=False, kw_only=True)
 class Book(Generic[Held]):
-    """Final states that were notified, and the handler ``act``."""
+    """The final refunds of an endpoint; ``act`` calls its handler."""
 
     act: Callable[[Refund], Awaitable[None]]
     seconds: float
-    """Time limit of the handler for one refund, and of waiting for another call of it."""
+    """Time limit of one handler call, and of the wait for another caller's handler call."""
 
     @abstractmethod
     async def take(self, refund: Refund) -> tuple[Standing, Held]:
-        """Take a final state, to act on it; wait for another holder.
+        """Take the lease on a final refund before acting on it; wait while another caller has the lease.
 
-        LEASED: another call still has it. FINISHED: the handler has returned. Otherwise :meth:`act_on` has to follow.
-        Raises ``RefundConflict`` if another final state or amount was notified before.
+        LEASED: another caller still has the lease. FINISHED: the handler has returned. After any other result, the
+        caller must call :meth:`act_on`. Raises ``RefundConflict`` if an earlier notification had another final state or
+        amount.
         """
 
     async def act_on(self, refund: Refund, held: Held) -> bool:
@@ -56,7 +60,7 @@ class Book(Generic[Held]):
         except BaseException as error:
             is_handled = is_failure(error)
             if is_handled:
-                logger.exception("refund %s: the handler failed, it will be called again", refund.no_refund)
+                logger.exception("refund %s: the handler failed; it will be called again", refund.no_refund)
             await self._release(held)
             if not is_handled:
                 raise
@@ -70,12 +74,12 @@ class Book(Generic[Held]):
 
     @abstractmethod
     async def _release(self, held: Held) -> None:
-        """Leave the refund to the next delivery."""
+        """Release the lease: the next delivery calls the handler again."""
 
 
 @attrs.define(eq=False)
 class _Notified:
-    """A final state that was notified."""
+    """A final refund from a notification."""
 
     no_refund: str | None
     sta_refund: RefundStatus | None
@@ -84,14 +88,14 @@ class _Notified:
     is_done: bool = False
     """Whether the handler has returned."""
     waiting: int = 0
-    """Calls that wait for the release."""
+    """Number of callers that wait for the release."""
     released: anyio.Event | None = None
-    """Exists while calls wait for the release."""
+    """Exists while callers wait for the release."""
 
 
 @attrs.define(eq=False, kw_only=True)
 class MemoryBook(Book[_Notified]):
-    """The latest refunds of this process, ``MOST_RECENT`` of them, and all that are held or waited for."""
+    """The latest ``MOST_RECENT`` refunds of this process; leased and awaited refunds are never removed."""
 
     _known: dict[str | None, _Notified] = attrs.field(factory=dict, init=False)
     """Least recently used first."""

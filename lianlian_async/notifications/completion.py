@@ -1,4 +1,4 @@
-"""Query fields that a notification leaves out: no_refund, money_refund and sta_refund are optional in it."""
+"""Query the fields that a notification omits; ``no_refund``, ``money_refund`` and ``sta_refund`` are optional in it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from lianlian_async.session import RefundSession
 __all__ = ["IncompleteNotification", "check_state", "complete"]
 
 _NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
-# What query_refund raises without a record.
+# query_refund raises these if it cannot return a record.
 _UNUSABLE: Final = (errors.AnswerMismatch, errors.MalformedMessage, errors.SignatureInvalid)
 _NO_RECORD: Final = (errors.GatewayUnavailable, errors.InvalidRequest, errors.QueryRejected, errors.RefundNotFound)
 
 
 class IncompleteNotification(LianLianError):
-    """A notification lacks a required field, and a query did not give it. Never leaves the endpoint."""
+    """A notification lacks a required field, and a query did not supply it. Handled inside the endpoint."""
 
 
 async def complete(told: Refund, session: RefundSession | None, journal: Journal | None, seconds: float) -> Refund:
     """Return ``told``, or the gateway's record of the refund if ``told`` lacks a field.
 
-    The query needs ``session`` and a ``dt_refund``, from the notification or ``journal``; it takes up to ``seconds``.
+    The query requires ``session``, and a ``dt_refund`` from the notification or ``journal``; its deadline is
+    ``seconds``.
     Raises :class:`IncompleteNotification`, ``RefundConflict`` if the record contradicts the notification, and
     ``JournalError``.
     """
@@ -37,7 +38,7 @@ async def complete(told: Refund, session: RefundSession | None, journal: Journal
         return told
     what = f"no {' and no '.join(missing)}"
     if session is None:
-        raise IncompleteNotification(f"{what}; give the NotificationEndpoint a session to query it with")
+        raise IncompleteNotification(f"{what}; pass session=… to the NotificationEndpoint so that it can query it")
     entry = None if journal is None or told.no_refund is None else await journal.find(told.no_refund)
     if entry is not None:
         request = RefundRequest.from_record(entry.fields)

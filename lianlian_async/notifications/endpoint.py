@@ -1,17 +1,19 @@
-"""Notifications: raw bytes in, an acknowledgement out, and one handler call for each final refund.
+"""Receive LianLian's notifications: verify, acknowledge, and call the handler once for each final refund.
 
 *Inline*, the default: the handler runs, then the notification is acknowledged. If the handler fails or takes too long,
-it is not acknowledged, and LianLian's next delivery (2 minutes later, at most 30 in all) calls the handler again.
+the notification is not acknowledged; LianLian delivers it again after 2 minutes (at most 30 times), and the handler is
+called again.
 
 *Inbox* (``inbox=True``): the notification is recorded in the journal and acknowledged. The handler runs in the
-background, again with growing backoff until it succeeds, also after a restart.
+background and is retried with exponential backoff until it succeeds, also after a restart.
 
-Both call the handler again only if it has not returned, or if the process or the journal died before its return was
-recorded. With a journal that holds for all processes that share it; without one, for the latest 10,000 refunds of this
-process.
+In both modes the handler is called again for a refund only if it did not return, or if the process or the journal
+failed before the return was recorded. With a journal, this guarantee covers all processes that share the journal.
+Without one, it covers the latest 10,000 refunds of this process.
 
-Once an endpoint has opened with a journal, every refund that the journal learns to be final is FINAL until the handler
-has returned, also if no notification came: a query or an operator's command counts as well.
+After an endpoint has opened a journal, the journal keeps each final refund in state FINAL until the handler has
+returned for it. This also applies to refunds that became final without a notification, by a query or an operator's
+command. To *act on* a refund means to call the handler for it.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ _REFUSED: Final[Mapping[type[LianLianError], Verdict]] = {
 
 
 class _Ready(NamedTuple):
-    """What the first notification needs."""
+    """Resources that must exist before the first notification is handled: the RSA worker and the book of refunds."""
 
     rsa: RsaWorker
     book: Inbox | MemoryBook
@@ -87,29 +89,31 @@ class NotificationEndpoint:
         endpoint = NotificationEndpoint(merchant, on_refund, journal=journal)
         ack = await endpoint.handle(body, headers)      # or serve it: the object is an ASGI application
 
-    ``async with endpoint`` loads the keys before the first notification comes, opens a journal that is not open (and
-    closes it again), and runs the inbox; so does the lifespan of an ASGI server. In *inline* mode with an open journal,
-    or with none, it is optional.
+    ``async with endpoint`` loads the keys before the first notification arrives, opens the journal if it is closed (and
+    closes it at the end), and runs the inbox. The lifespan of an ASGI server does the same. In *inline* mode,
+    ``async with`` is optional if the journal is already open or there is none.
 
     Args:
-        merchant: who we are; notifications for other merchants are refused.
-        on_refund: a coroutine function, called with a ``Refund`` whose ``sta_refund`` is final. It should commit its
-            work before it returns, and must tolerate a second call if it did not return.
-        journal: preferably the session's. Notifications must agree with it, and it records the final state. Use one
-            handler for each journal: all processes together call it once.
-        session: wakes ``wait_refund`` in this session; asks for fields that a notification leaves out; needed by
-            ``confirm``.
-        confirm: query the gateway before the handler runs, as notifications carry neither a time nor a nonce.
-        inbox: acknowledge first and act in the background; needs a journal.
-        body_seconds: time limit for a request body that the endpoint itself reads; then 408.
-        handler_seconds: time limit for confirming and ``on_refund`` together. LianLian waits 5 seconds for an answer;
-            with ``inbox`` it may be longer.
-        allow_from: networks that may send notifications; empty: all. LianLian's published lists differ by page and
-            age, so there is no default.
+        merchant: the merchant of this service; notifications for other merchants are refused.
+        on_refund: the handler, a coroutine function that is called with a ``Refund`` whose ``sta_refund`` is final. It
+            should commit its work before it returns. It must be idempotent: it is called again after an exception, a
+            timeout or a crash.
+        journal: preferably the session's journal. A notification that contradicts the journal is refused. The final
+            state is recorded in the journal. Use only one handler per journal: each refund's handler call happens once
+            across all processes.
+        session: the endpoint wakes ``wait_refund`` calls of this session. It queries the gateway through the session
+            for fields that a notification omits. ``confirm`` and :meth:`sweep` require it.
+        confirm: query the gateway before each handler call, because notifications contain neither a time nor a nonce.
+        inbox: acknowledge first and call the handler in the background; requires a journal.
+        body_seconds: time limit for reading a request body; after it, the response is 408.
+        handler_seconds: time limit for confirming and ``on_refund`` together. LianLian waits 5 seconds for a response;
+            with ``inbox``, the limit may be longer.
+        allow_from: networks that may send notifications; empty: all. There is no default, because LianLian's published
+            lists contradict each other.
         trusted_proxies: networks whose X-Forwarded-For is trusted; ``"unix"`` for a proxy on a Unix socket, if the
             server listens on nothing else.
         path: the only path that the ASGI application serves; None: every path.
-        concurrency: handlers that run at the same time for an inbox and in :meth:`sweep`.
+        concurrency: maximum number of concurrent handler calls of the inbox and of :meth:`sweep`.
         clock: reads the wall clock and the boot clock, for leases in the journal.
 
     Raises ``ConfigurationError`` for settings that contradict each other.
@@ -137,14 +141,15 @@ class NotificationEndpoint:
         check_journal(journal)
         check_type("session", session, RefundSession | None)
         if confirm and session is None:
-            raise ConfigurationError("confirm: needs a session to ask with")
+            raise ConfigurationError("confirm=True requires session=…: the endpoint queries the gateway through it")
         if inbox and journal is None:
-            raise ConfigurationError("inbox: needs a journal to record notifications in")
+            raise ConfigurationError("inbox=True requires journal=…: the endpoint records notifications in it")
         for name, seconds in (("body_seconds", body_seconds), ("handler_seconds", handler_seconds)):
             positive_seconds(name, seconds)
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
-        """Deliveries by their :class:`Verdict`; for an inbox and in a sweep, handler calls as *acted* and *failed*."""
+        """Number of notifications by :class:`Verdict`. The inbox and :meth:`sweep` also count their handler calls
+        here, as *acted* or *failed*."""
         self._on_refund = on_refund
         self._journal = journal
         self._session = session
@@ -170,7 +175,7 @@ class NotificationEndpoint:
 
     async def __aenter__(self) -> Self:
         if self._resources is not None:
-            raise RuntimeError("this NotificationEndpoint is in use already")
+            raise RuntimeError("this NotificationEndpoint is already open: enter it only once at a time")
         async with AsyncExitStack() as resources:
             if self._journal is not None and not self._journal.is_open:
                 await resources.enter_async_context(self._journal)
@@ -220,11 +225,11 @@ class NotificationEndpoint:
     # ── one delivery ─────────────────────────────────────────────────────────────────────────────
 
     async def handle(self, body: bytes, headers: Headers, *, client: str | None = None) -> Ack:
-        """Act on the notification in ``body`` and return the response.
+        """Handle the notification in ``body`` and return the response.
 
         ``body`` is the raw bytes of the request's body, ``headers`` any mapping or pairs. ``client`` is the peer's
-        address, which ``allow_from`` needs. Raises only cancellation, and ``TypeError`` for other types, such as a
-        body that a framework has decoded.
+        address; ``allow_from`` requires it. Raises only cancellation, and ``TypeError`` for an argument of a wrong
+        type, such as a body that a framework has decoded.
         """
         if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
@@ -235,8 +240,8 @@ class NotificationEndpoint:
     ) -> Ack:
         """Read a body within ``body_seconds`` and :meth:`handle` it; respond 408 if it takes longer.
 
-        ``read(limit)`` returns the body; of one longer than ``limit`` bytes, its first ``limit + 1`` bytes or more. It
-        is not called for a client outside ``allow_from``. Raises what ``read`` raises, and cancellation.
+        ``read(limit)`` returns the whole body, or at least its first ``limit + 1`` bytes if it is longer than
+        ``limit``. It is not called for a client outside ``allow_from``. Exceptions of ``read`` are not caught.
         """
         if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
@@ -250,7 +255,7 @@ class NotificationEndpoint:
     async def _handle(self, body: bytes) -> Ack:
         if not isinstance(body, bytes | bytearray):
             raise TypeError(
-                f"body: give the raw bytes of the body, not {type(body).__name__}; the endpoint decodes them"
+                f"body: must be the raw bytes of the request body, not {type(body).__name__}; the endpoint decodes them"
             )
         try:
             verdict = await self._judge(body)
@@ -260,7 +265,7 @@ class NotificationEndpoint:
             logger.log(level, "notification refused as %s: %s", verdict, error)
         except Exception:
             verdict = Verdict.FAILED
-            logger.exception("notification not accepted")
+            logger.exception("notification not acknowledged, LianLian will deliver it again")
         return self._answer(verdict)
 
     def _answer(self, verdict: Verdict) -> Ack:
@@ -304,26 +309,28 @@ class NotificationEndpoint:
             return Verdict.BUSY
         return Verdict.ACTED if await book.act_on(refund, held) else Verdict.FAILED
 
-    # ── notifications that never came─────────────────────────────────────────────────────────────
+    # ── notifications that never arrived ─────────────────────────────────────────────────────────
 
     async def sweep(self, *, concurrency: int | None = None) -> Resumed:
-        """Resolve all open refunds, as ``RefundSession.resume`` does, then act on all final ones.
+        """Resolve all open refunds, as ``RefundSession.resume`` does, then call the handler for all final refunds.
 
-        LianLian gives up after 30 deliveries, within an hour. Call this at the start of the service and about every 15
-        minutes: it asks about refunds whose notification never came, and calls the handler for refunds that became
-        final in another way or that it failed on. The handler acts on each refund once.
+        LianLian stops after 30 deliveries, within an hour. Call this at the start of the service and about every 15
+        minutes: it queries refunds whose notification never arrived. It calls the handler for refunds that became final
+        without a notification, and again for refunds whose handler call failed.
 
-        Returns the result of ``resume``; :attr:`counts` has the handler's. ``concurrency`` is the session's
-        ``max_connections`` by default. Raises ``ConfigurationError`` without a journal or a session, and
+        Returns the result of ``resume``; :attr:`counts` has the results of the handler calls. ``concurrency`` is the
+        session's ``max_connections`` by default. Raises ``ConfigurationError`` without a journal or a session, and
         ``JournalError``.
         """
         if self._journal is None or self._session is None:
-            raise ConfigurationError("sweep: needs a journal, and a session to ask with")
+            raise ConfigurationError(
+                "sweep requires journal=… and session=…: it queries the gateway through the session"
+            )
         inbox = cast("Inbox", (await self._open()).book)  # there is a journal
-        await self._journal.begin_acting()  # a failover of the database may have lost that
+        await self._journal.begin_acting()  # again: a failover of the database may have lost the first one
         resumed = await self._session.resume(concurrency=concurrency)
         await inbox.keep_final()
-        if not self._is_inbox:  # otherwise its worker acts on them
+        if not self._is_inbox:  # else the inbox's worker calls the handler
             await inbox.catch_up()
         return resumed
 
@@ -371,4 +378,4 @@ def _header(headers: Headers, name: str) -> str:
         pairs: Iterable[tuple[str, str]] = headers.items() if hasattr(headers, "items") else headers
         return ",".join([text for key, text in pairs if str.lower(key) == name])
     except (TypeError, ValueError):
-        raise TypeError("headers: give a mapping of texts, or pairs of texts") from None
+        raise TypeError("headers: must be a mapping of str to str, or (name, value) pairs of str") from None

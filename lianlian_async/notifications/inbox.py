@@ -1,4 +1,7 @@
-"""The inbox: notified final states, each given to the handler once, by one worker at a time."""
+"""The inbox: final refunds in a journal, for each of which one worker at a time calls the handler until it returns.
+
+To *act on* a refund means to call the handler for it.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +39,22 @@ _LONGEST_BACKOFF: Final = 300.0
 
 @attrs.frozen
 class _Backoff:
-    """A notification that the handler does not get at present."""
+    """A notification for which the handler is running, or is not called again before ``until``."""
 
     failures: int
     until: float = math.inf
-    """Event loop's clock; infinite while the handler runs."""
+    """By the event loop's clock; infinite while the handler runs."""
 
 
 @attrs.define(eq=False, kw_only=True)
 class Inbox(Book[Entry]):
-    """Final states in a journal of their own, on which all processes act together."""
+    """A separate journal of final refunds that all processes share; each refund is acted on in one of them."""
 
     journal: Journal
     refunds: Journal
     """The journal of the refunds themselves."""
     count: Callable[[bool], object]
-    """Called after each run of the handler on an entry of the inbox, with its success."""
+    """Called after each handler call for an entry of the inbox; the argument is True if the handler succeeded."""
     workers: int
     clock: Clock
     _backoffs: dict[str, _Backoff] = attrs.field(factory=dict, init=False)
@@ -62,16 +65,16 @@ class Inbox(Book[Entry]):
     # ── one notification ─────────────────────────────────────────────────────────────────────────
 
     async def take(self, refund: Refund) -> tuple[Standing, Entry]:
-        """See :meth:`Book.take`. Raises ``JournalError``, too."""
+        """See :meth:`Book.take`. Also raises ``JournalError``."""
         return await self._take(refund, 2 * self.seconds, anyio.current_time() + self.seconds)
 
     async def keep(self, refund: Refund) -> Standing:
-        """Record a final state durably, for :meth:`work`. Raises as :meth:`take`.
+        """Record a final refund durably, for :meth:`work`. Raises the same errors as :meth:`take`.
 
-        Raises ``RuntimeError`` after :meth:`work` has failed: without a worker, nothing may be acknowledged.
+        Raises ``RuntimeError`` after :meth:`work` has failed: without a worker, no notification may be acknowledged.
         """
         if self._failure is not None:
-            raise RuntimeError("the inbox's worker has ended: open the NotificationEndpoint again") from self._failure
+            raise RuntimeError("the inbox's worker has failed: open the NotificationEndpoint again") from self._failure
         standing, _ = await self._take(refund, _NO_LEASE, -math.inf)
         self._arrived.set()
         return standing
@@ -92,22 +95,22 @@ class Inbox(Book[Entry]):
     # ── all notifications ────────────────────────────────────────────────────────────────────────
 
     async def keep_final(self) -> None:
-        """Keep every refund that is FINAL in the journal of the refunds, whoever learned its state."""
+        """Copy every refund in state FINAL from the journal of the refunds into the inbox."""
 
         async def keep_one(entry: Entry) -> None:
             if entry.state is not State.FINAL:
                 return
             try:
                 money = RefundRequest.from_record(entry.fields).money_refund
-                # Unlike a notification, an answer may leave out the number and the amount.
+                # Unlike a notification, an answer may omit the number and the amount.
                 await self.keep(attrs.evolve(answer(entry), no_refund=entry.no_refund, money_refund=money))
             except (InvalidRequest, RefundConflict) as error:
-                logger.error("refund %s is final, but cannot be acted on: %s", entry.no_refund, error)  # noqa: TRY400 - no bug
+                logger.error("refund %s is final, but the handler cannot be called: %s", entry.no_refund, error)  # noqa: TRY400 - no bug
 
         await run_workers(self.refunds.pending(), keep_one, workers=self.workers, intake=anyio.CancelScope())
 
     async def work(self) -> None:
-        """Act on all entries of the inbox, now and later, until :meth:`stop`."""
+        """Act on all present and future entries of the inbox, until :meth:`stop`."""
 
         async def attempt(entry: Entry) -> None:
             backoff = self._backoffs[entry.no_refund]
@@ -125,7 +128,7 @@ class Inbox(Book[Entry]):
         await run_workers(self._due(), attempt, workers=self.workers, intake=self._intake)
 
     async def catch_up(self) -> None:
-        """Act once on all entries of the inbox, where no :meth:`work` runs."""
+        """Act once on every entry of the inbox; for an endpoint that does not run :meth:`work`."""
 
         async def attempt(entry: Entry) -> None:
             await self._attempt(entry)
@@ -137,13 +140,13 @@ class Inbox(Book[Entry]):
         self._intake.cancel()
 
     def end(self, error: BaseException | None) -> None:
-        """Note that the task of :meth:`work` has ended; ``error``: its failure."""
+        """Record that the task of :meth:`work` has ended; ``error`` is its failure, or None."""
         if error is not None:
             self._failure = error
-            logger.error("the inbox's worker has ended, no more notifications are accepted", exc_info=error)
+            logger.error("the inbox's worker has failed; no more notifications are accepted", exc_info=error)
 
     async def _attempt(self, entry: Entry) -> tuple[Standing, bool]:
-        """Act on ``entry``; return its standing and whether the handler has succeeded, now or earlier."""
+        """Act on ``entry``; return its standing, and whether this or an earlier handler call succeeded."""
         standing, succeeded = Standing.UNRESOLVED, False
         try:
             refund = await learn(self.refunds, Refund.from_dict(entry.fields))
@@ -154,12 +157,12 @@ class Inbox(Book[Entry]):
         except BaseException as error:
             if not is_failure(error):
                 raise
-            logger.exception("refund %s: its notification cannot be acted on now", entry.no_refund)
+            logger.exception("refund %s: the handler cannot be called now; it stays in the inbox", entry.no_refund)
         self.count(succeeded)
         return standing, succeeded
 
     async def _due(self) -> AsyncGenerator[Entry]:
-        """Yield every entry when it is due, without end."""
+        """Yield each entry whenever it is due, in an endless loop."""
         has_kept_final = False
         while True:
             self._arrived = anyio.Event()

@@ -1,4 +1,4 @@
-"""Verdicts on deliveries of notifications, and the HTTP response to each."""
+"""The verdict on each delivered notification, and its HTTP response."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["ACKS", "NOT_HERE", "ONLY_POST", "Ack", "Verdict"]
 
 
 class Verdict(StrEnum):
-    """The result of one delivery. LianLian repeats deliveries that are not acknowledged."""
+    """The result of one delivery. LianLian delivers a notification again until it is acknowledged."""
 
     ACTED = "acted"
     """Acknowledged: the handler returned."""
     KEPT = "kept"
     """Acknowledged: recorded in the inbox."""
     DUPLICATE = "duplicate"
-    """Acknowledged: already acted on, or already in the inbox."""
+    """Acknowledged: the handler has already returned for it, or it is already in the inbox."""
     NOT_FINAL = "not final"
     """Acknowledged: the refund's state can still change."""
     MALFORMED = "malformed"
     INCOMPLETE = "incomplete"
-    """Signed by LianLian, but a required field is missing, and a query did not give it."""
+    """Signed by LianLian, but a required field is missing, and a query did not supply it."""
     TOO_BIG = "too big"
     TOO_SLOW = "too slow"
     """The body did not arrive in time."""
@@ -35,11 +35,11 @@ class Verdict(StrEnum):
     FOREIGN = "foreign"
     """For another merchant."""
     CONTRADICTORY = "contradictory"
-    """Signed by LianLian, but it contradicts the request or the recorded final state: a person has to decide."""
+    """Signed by LianLian, but it contradicts the request or the recorded final state: check the refund by hand."""
     NOT_ADMITTED = "not admitted"
     """From an address that is not on the allow-list."""
     BUSY = "busy"
-    """The handler still runs for another delivery of it."""
+    """The handler is still running for another delivery of the same notification."""
     FAILED = "failed"
     """The handler failed or took too long, the gateway did not confirm, or the journal failed."""
 

@@ -1,12 +1,13 @@
-"""HTTP exchanges over a shared ``httpx.AsyncClient``; the only package that imports httpx.
+"""HTTP exchanges over an httpx client or transport; only this package imports httpx and aiohttp's client.
 
-The lease is checked right before bytes leave, and the connection of a given-up request is reset. What remains:
+The lease is checked right before the request is written to the socket. The connection of a cancelled or timed-out
+request is reset. Three risks remain:
 
-- A process that is stopped between this check and the write sends when it continues, even if the lease has ended. Only
-  a few instructions are between the two, and none of them waits.
-- The network may deliver bytes later that have left the machine; no reset calls them back.
-- A caller's client or transport that is not built on httpcore is checked only before it is called and when it reads the
-  body; it may not reset connections.
+- If the process is suspended between this check and the write, it sends when it resumes, even if the lease has ended.
+  Only a few instructions separate the two, and none of them waits.
+- The network may delay bytes that have left the machine; a reset cannot recall them.
+- For a caller's client or transport that is not built on httpcore, the lease is checked only before the call and when
+  the body is read. Such a client may not reset connections.
 """
 
 from .own_transport import HttpBackend, check_http, http_backend

@@ -1,7 +1,7 @@
 """An httpx transport over aiohttp's client: several times faster than httpx's own, on asyncio only (extra ``fast``).
 
-httpx-aiohttp is no alternative: it reports a connection that broke after the request as one that was never made, so a
-refund would be sent again without a query.
+httpx-aiohttp is unsuitable: if a connection breaks after the request was sent, it reports that no connection was made,
+so a refund would be sent again without a query.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .tracked_request import Body, LeaseEndedError
 
 
 class _SpoiltConnectionError(aiohttp.ClientConnectionError):
-    """An idle connection received unexpected bytes; nothing was written to it."""
+    """An idle connection received unexpected bytes; the request was not written to it."""
 
 
 _BEFORE_SENDING: Final = (
@@ -38,7 +38,7 @@ _BEFORE_SENDING: Final = (
 
 
 class _LeasedPayload(aiohttp.BytesPayload):
-    """A body that is written, together with the head, only while the lease holds."""
+    """A body that checks the lease before aiohttp writes the head and the body."""
 
     def __init__(self, body: Body) -> None:
         super().__init__(body.content)
@@ -50,7 +50,7 @@ class _LeasedPayload(aiohttp.BytesPayload):
 
 
 class _Request(aiohttp.ClientRequest):
-    """A request that is not sent on a connection with unread bytes: they would be read as its response."""
+    """A request that refuses a connection with unread bytes: aiohttp would read them as its response."""
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
         if conn.protocol is None or conn.protocol.should_close:
@@ -65,7 +65,7 @@ class _Response(aiohttp.ClientResponse):
     """A response that resets its connection if it is closed before it has been read."""
 
     def close(self) -> None:
-        """Drop the bytes that asyncio and the kernel have not sent yet; aiohttp would send them first."""
+        """Reset the connection and discard unsent bytes; aiohttp alone would still send them."""
         transport = None if self.connection is None else self.connection.transport
         super().close()
         if transport is not None:
@@ -74,9 +74,9 @@ class _Response(aiohttp.ClientResponse):
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """At most ``max_connections`` requests at a time over an ``aiohttp.ClientSession``; further requests wait in order.
+    """Sends at most ``max_connections`` concurrent requests over an ``aiohttp.ClientSession``; others wait in order.
 
-    For one event loop of asyncio. HTTP/1.1 only, without proxies and cookies. ``keepalive_expiry`` in seconds. A
+    For one asyncio event loop. HTTP/1.1 only, without proxies and cookies. ``keepalive_expiry`` is in seconds. A
     request's connect timeout includes its wait for a free connection.
     """
 
@@ -113,7 +113,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             if task is None or task.cancelling() or not session.closed:
                 raise
             # Closing the session cancels the connector's waits, although nobody cancelled this task.
-            raise httpx.ReadError("closed while the request was under way") from error
+            raise httpx.ReadError("the transport was closed during the request") from error
         return httpx.Response(
             response.status,
             headers=response.raw_headers,
@@ -141,7 +141,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
 
 class _ResponseStream(httpx.AsyncByteStream):
-    """The bytes of a response; closing it releases the connection, or resets it if bytes are left."""
+    """The bytes of a response. Closing it releases the connection, or resets the connection if bytes are unread."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -150,7 +150,7 @@ class _ResponseStream(httpx.AsyncByteStream):
         try:
             while chunk := await self._response.content.readany():
                 yield chunk
-                # A stream that always has bytes never waits, and could not be cancelled.
+                # readany does not wait while bytes are available, so it alone would never notice a cancellation.
                 await anyio.lowlevel.checkpoint_if_cancelled()
         except aiohttp.ClientError as error:
             raise _as_httpx(error) from error
@@ -160,7 +160,7 @@ class _ResponseStream(httpx.AsyncByteStream):
 
 
 def _as_httpx(error: aiohttp.ClientError) -> httpx.RequestError:
-    """Return httpx's exception for aiohttp's; both tell alike whether the request was sent."""
+    """Return the httpx exception that states the same as ``error`` about whether the request was sent."""
     text = str(error) or type(error).__name__
     match error:
         case aiohttp.ConnectionTimeoutError():

@@ -1,4 +1,4 @@
-"""What our own connections need: TLS settings, the proxy to a URL, and socket options for given-up requests."""
+"""TLS context, proxy lookup, and socket options that reset the connection of a cancelled request."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ _RESET_WHEN_CLOSED: Final = (
     (socket.SOL_SOCKET, socket.SO_LINGER, _LINGER.pack(1, 0)),
     *(
         (socket.IPPROTO_TCP, getattr(socket, name), int(1000 * LONGEST_ATTEMPT))
-        for name in ("TCP_USER_TIMEOUT",)  # milliseconds that sent bytes may stay unacknowledged
+        for name in ("TCP_USER_TIMEOUT",)  # in milliseconds, for sent bytes without acknowledgement
         if hasattr(socket, name)  # Linux only
     ),
 )
 
 
 def trusting_context() -> ssl.SSLContext:
-    """Return a TLS context that trusts ``SSL_CERT_FILE``, ``SSL_CERT_DIR`` or certifi's CAs; reads files.
+    """Return a TLS context that trusts ``SSL_CERT_FILE``, ``SSL_CERT_DIR`` or certifi's CAs.
 
-    Raises ``ConfigurationError`` if they cannot be read.
+    Reads the CA files. Raises ``ConfigurationError`` if they cannot be read.
     """
     name = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), "")
     path = os.environ.get(name, "")
     try:
         if name == "SSL_CERT_DIR" and not any(Path(part).is_dir() for part in path.split(os.pathsep)):
-            raise NotADirectoryError("no such directory")  # OpenSSL would silently trust no CA
+            raise NotADirectoryError("no such directory")  # OpenSSL would report nothing and trust no CA
         return httpx.create_ssl_context()
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # includes ssl.SSLError
         source = f"{name}={path}" if name else "certifi's CA bundle"
-        cure = f"let {name} name CA certificates in PEM, or unset it" if name else "reinstall the package certifi"
+        cure = "reinstall the package certifi"
+        if name:
+            cure = f"set {name} to a PEM file (or directory) of CA certificates, or unset it"
         reason = error.strerror or str(error)
         raise ConfigurationError(f"{source}: cannot read CA certificates ({reason}): {cure}") from error
 
@@ -55,9 +57,9 @@ def has_proxies() -> bool:
 
 
 def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
-    """Return the proxy to ``url``; None: connect directly.
+    """Return the proxy for ``url``, or None for a direct connection.
 
-    Reads ``HTTP_PROXY``, ``HTTPS_PROXY`` and ``ALL_PROXY`` as httpx does; ``NO_PROXY`` may name hosts, domains,
+    Reads ``HTTP_PROXY``, ``HTTPS_PROXY`` and ``ALL_PROXY`` as httpx does; ``NO_PROXY`` may contain hosts, domains,
     ``host:port``, addresses and networks. Raises ``ConfigurationError`` if the proxy is unusable.
     """
     environment = getproxies()
@@ -69,10 +71,10 @@ def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
         proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
         httpx.AsyncHTTPTransport(verify=False, proxy=proxy)  # raises if the proxy is unusable
     except (ImportError, ValueError, httpx.InvalidURL):
-        # The URL of a proxy may hold a password: do not show it.
+        # The URL of a proxy may contain a password: do not show it.
         raise ConfigurationError(
             f"{scheme.upper()}_PROXY: must be the URL of an http, https or (with httpx[socks]) socks5 proxy; "
-            f"or name {url.host} in NO_PROXY to connect directly"
+            f"or add {url.host} to NO_PROXY to connect directly"
         ) from None
     return proxy
 
@@ -86,14 +88,15 @@ def _is_direct(url: httpx.URL, environment: dict[str, str]) -> bool:
 def _is_in_network(host: str, network: str) -> bool:
     try:
         return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
-    except ValueError:  # a name
+    except ValueError:  # a host name
         return False
 
 
 def reset_when_closed(sock: Any) -> None:
-    """Let every close of ``sock``, also the end of the process, reset the connection and drop all unsent bytes.
+    """Set SO_LINGER to 0 seconds: when ``sock`` is closed, also at process exit, the kernel sends RST.
 
-    ``sock`` is a socket as asyncio, uvloop or trio show it; a closed one is ignored.
+    The kernel also discards unsent bytes. ``sock`` is a socket object of asyncio, uvloop or trio; a closed socket is
+    ignored.
     """
     with contextlib.suppress(OSError):
         for option in _RESET_WHEN_CLOSED:
@@ -101,6 +104,6 @@ def reset_when_closed(sock: Any) -> None:
 
 
 def close_normally(sock: Any) -> None:
-    """Undo :func:`reset_when_closed` after the response."""
+    """Undo :func:`reset_when_closed` after the response has been read."""
     with contextlib.suppress(OSError):
         sock.setsockopt(*_CLOSE_NORMALLY)

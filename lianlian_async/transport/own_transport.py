@@ -1,4 +1,4 @@
-"""The session's own HTTP transport: httpx, or aiohttp on request (extra ``fast``)."""
+"""The transport of a session whose caller passes neither client nor transport: httpx, or aiohttp (extra ``fast``)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .pool import KEEPALIVE_SECONDS, PoolTransport
 
 HttpBackend: TypeAlias = Literal["httpx", "aiohttp"]
 
-_OLDEST_AIOHTTP: Final = (3, 14)  # the first that limits the size of a response's headers
+_OLDEST_AIOHTTP: Final = (3, 14)  # the first release that limits the size of response headers
 
 
 def http_backend(wanted: str | None = None) -> HttpBackend:
     """Return the HTTP backend: ``wanted``, or else ``LIANLIAN_HTTP_BACKEND``, or else ``httpx``.
 
-    An installed aiohttp changes nothing: mocks and tracing of httpx would not see the requests. ``aiohttp`` (extra
-    ``fast``) takes a fraction of the CPU time; on trio, and behind a proxy, httpx replaces it.
+    aiohttp is never selected just because it is installed: httpx mocks and tracing would not see its requests.
+    ``aiohttp`` (extra ``fast``) uses a fraction of the CPU time. On trio, and behind a proxy, httpx is used instead.
     """
     name = "LIANLIAN_HTTP_BACKEND" if wanted is None else "http_backend"
     match os.environ.get(name) or "httpx" if wanted is None else wanted:
@@ -41,7 +41,7 @@ def http_backend(wanted: str | None = None) -> HttpBackend:
 
 
 def check_http(client: object, transport: object, backend: str | None) -> None:
-    """Raise ``ConfigurationError`` unless at most one argument is given, of the right type."""
+    """Raise ``ConfigurationError`` if more than one argument is given, or if one has the wrong type or value."""
     if [client, transport, backend].count(None) < 2:
         raise ConfigurationError("client, transport and http_backend: give only one of them")
     for name, given, kind in (
@@ -67,9 +67,9 @@ def _has_aiohttp() -> bool:
 
 
 async def own_transport(max_connections: int, backend: HttpBackend | None, urls: Sequence[str]) -> AsyncBaseTransport:
-    """Return our own transport to ``urls``; made in a thread, since it reads CA files.
+    """Return the library's own transport for ``urls``; created in a thread, because it reads CA files.
 
-    Raises ``ConfigurationError`` if the environment makes it impossible.
+    Raises ``ConfigurationError`` if an environment variable has an unusable value.
     """
     on_asyncio = asyncio_loop() is not None
 
@@ -78,7 +78,7 @@ async def own_transport(max_connections: int, backend: HttpBackend | None, urls:
         proxies = [proxy_for(httpx.URL(url)) for url in urls]
         if chosen == "httpx" or not on_asyncio or (any(proxies) if urls else has_proxies()):
             return PoolTransport(max_connections)
-        from .aiohttp import AiohttpTransport  # needs the extra
+        from .aiohttp import AiohttpTransport  # requires the extra
 
         return AiohttpTransport(max_connections, ssl_context=trusting_context(), keepalive_expiry=KEEPALIVE_SECONDS)
 

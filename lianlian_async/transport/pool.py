@@ -1,7 +1,7 @@
-"""A connection pool of single-connection httpx transports; the connection used last is reused first.
+"""A connection pool of single-connection httpx transports; the most recently used connection is reused first.
 
-httpx's own pool examines every connection and every waiting request at the beginning and end of each request. Here a
-request costs the same whether 10 or 1,000 are under way.
+httpx's own pool examines every connection and every waiting request at the beginning and end of each request. In this
+pool, the cost of a request does not depend on the number of concurrent requests.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import httpx
 from .connection import close_normally, proxy_for, reset_when_closed, trusting_context
 
 KEEPALIVE_SECONDS: Final = 5.0
-"""How long an idle connection is kept: shorter than servers and load balancers keep theirs, so that no request is sent
+"""How long an idle connection is kept. Servers and load balancers keep idle connections longer, so no request is sent
 on a connection that the other end is closing."""
 
 
 class _Connection:
-    """One connection, and its socket once it is connected."""
+    """One connection; its socket is known after the TCP connect."""
 
     def __init__(
         self, transport: httpx.AsyncHTTPTransport, proxy: httpx.Proxy | None, stack: deque[_Connection]
@@ -34,7 +34,7 @@ class _Connection:
         self._socket: Any = None
 
     async def send(self, request: httpx.Request) -> httpx.Response:
-        """Send ``request``; closing the connection resets it until the response has been read."""
+        """Send ``request``. If the connection is closed before the response has been read, it is reset (RST)."""
         extensions = request.extensions
         trace = extensions.get("trace")
 
@@ -58,7 +58,7 @@ class _Connection:
             request.extensions = extensions
 
     def answered(self) -> None:
-        """Close normally from now on: the response has been read."""
+        """Close normally from now on, because the response has been read."""
         if self._socket is not None:
             close_normally(self._socket)
 
@@ -69,11 +69,11 @@ class _Connection:
 
 
 class PoolTransport(httpx.AsyncBaseTransport):
-    """At most ``max_connections`` requests at a time, each on its own connection; further requests wait in order.
+    """Sends at most ``max_connections`` concurrent requests, each on its own connection; other requests wait in order.
 
-    All connections share ``ssl_context``; making the default one reads the CA bundle (tens of milliseconds). Each new
-    connection reads its proxy from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …) and raises ``ConfigurationError``
-    if it is unusable. HTTP/1.1 only. ``keepalive_expiry`` in seconds.
+    All connections share ``ssl_context``; creating the default context reads the CA bundle (tens of milliseconds). Each
+    new connection reads its proxy from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …) and raises
+    ``ConfigurationError`` if the proxy is unusable. HTTP/1.1 only. ``keepalive_expiry`` is in seconds.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
         self._closed = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send ``request`` on the idle connection to its origin that was used last, or on a new one."""
+        """Send ``request`` on the most recently used idle connection to its origin, or on a new connection."""
         await self._acquire(request)
         origin = (request.url.scheme, request.url.host, request.url.port)
         stack = self._idle.setdefault(origin, deque())
@@ -103,10 +103,10 @@ class PoolTransport(httpx.AsyncBaseTransport):
         try:
             response = await connection.send(request)
         except BaseException:
-            # Bytes may be left on a connection that failed or was given up: do not reuse it.
+            # A failed or cancelled request may leave unread bytes on its connection: do not reuse it.
             await self.discard(connection)
             raise
-        stream = cast("httpx.AsyncByteStream", response.stream)  # what AsyncHTTPTransport always gives
+        stream = cast("httpx.AsyncByteStream", response.stream)  # AsyncHTTPTransport always returns one
         response.stream = _ResponseStream(stream, self, connection)
         return response
 
@@ -131,7 +131,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
         connection.stack.append(connection)
         self._slots.release()
         for each in tuple(self._idle.values()):
-            # The bottom of the stack is used least. Other requests may take from the stack during each wait.
+            # The bottom of the stack is the least recently used connection. Other requests may pop during each await.
             while each and now - each[0].idle_since > self._keepalive_expiry:
                 await each.popleft().aclose()
 
@@ -141,7 +141,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
         await connection.aclose()
 
     async def aclose(self) -> None:
-        """Close every idle connection; a connection in use closes with its response."""
+        """Close every idle connection; a connection in use is closed together with its response."""
         self._closed = True
         for stack in self._idle.values():
             while stack:

@@ -1,4 +1,4 @@
-"""One HTTP exchange over the shared client; a ``NoResponse`` tells whether the request may have been sent."""
+"""Send one HTTP request and return its response, or a ``NoResponse`` that states whether it may have been sent."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ logger = logging.getLogger("lianlian_async")
 _JSON: Final = "application/json;charset=utf-8"
 _HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "lianlian-async"}
 
-# Raised before the first byte of a request is written. After any other exception the request may have arrived: also
-# after LocalProtocolError, which an HTTP/2 client raises for a stream that the server closed after the request, and
+# Raised before the first byte of a request is written. After any other exception the request may have arrived. This
+# includes LocalProtocolError, which an HTTP/2 client raises if the server closed the stream after the request, and
 # InvalidURL, which httpx raises for the address of a redirect.
 _NEVER_SENT: Final = (
     httpx.ConnectError,
@@ -43,9 +43,9 @@ _NEVER_SENT: Final = (
 )
 
 
-@lru_cache(maxsize=512)  # 8 % of the CPU time of a refund; there are two URLs and few lengths
+@lru_cache(maxsize=512)  # saves 8 % of the CPU time of a refund; there are two URLs and few lengths
 def _head(url: str, content_type: str, length: int) -> tuple[httpx.URL, httpx.Headers]:
-    """Return the URL and the headers of our own client's request."""
+    """Return the URL and the headers of a request that is sent without a caller's client."""
     parsed = httpx.URL(url)
     headers = [(b"Host", parsed.netloc), (b"Content-Type", content_type.encode()), (b"Content-Length", b"%d" % length)]
     if parsed.userinfo:
@@ -55,7 +55,7 @@ def _head(url: str, content_type: str, length: int) -> tuple[httpx.URL, httpx.He
 
 
 class HttpSender:
-    """Sends requests over the caller's client, or over a transport that is closed with it."""
+    """Sends requests over a caller's client, which stays open, or over a transport, which :meth:`aclose` closes."""
 
     def __init__(self, over: httpx.AsyncClient | httpx.AsyncBaseTransport, content_type: str) -> None:
         self._over = over
@@ -73,20 +73,20 @@ class HttpSender:
         backend: HttpBackend | None = None,
         urls: Sequence[str] = (),
     ) -> HttpSender:
-        """Use ``client`` or ``transport`` if given, else our own transport.
+        """Return a sender over ``client`` or ``transport`` if given, else over the library's own transport.
 
-        The proxies to ``urls`` are checked at once, other proxies at the first request.
+        The proxies for ``urls`` are checked now, other proxies at the first request.
         """
         return cls(client or transport or await own_transport(max_connections, backend, urls), content_type)
 
     async def post(
         self, url: str, body: bytes, seconds: float, lease_holds: Callable[[], bool] = lambda: True
     ) -> Delivery:
-        """POST ``body``, with at most half of ``seconds`` to connect. Follow no redirect.
+        """POST ``body``, with at most half of ``seconds`` to connect, and follow no redirect.
 
-        ``lease_holds`` is called first, and again right before bytes leave if the client is ours or built on httpcore.
-        The caller bounds the whole call: no time limit between two bytes ends a response that trickles. Reads little
-        more than 1 MiB of the response, without decompressing it.
+        ``lease_holds`` is called first. If the transport is the library's own or built on httpcore, it is called again
+        right before the request is written. The caller must limit the time of the whole call: a timeout between two
+        reads does not end a slow response. Reads little more than 1 MiB of the response, without decompressing it.
         """
         if self._is_closed or (isinstance(self._over, httpx.AsyncClient) and self._over.is_closed):
             return NoResponse("the HTTP client is closed", may_have_arrived=False)
@@ -129,9 +129,9 @@ class HttpSender:
         return await self._over.handle_async_request(request)
 
     async def warm_up(self, url: str, connections: int, seconds: float) -> None:
-        """Open ``connections`` to the server of ``url`` with HEAD requests, within ``seconds``.
+        """Open ``connections`` connections to the server of ``url`` with HEAD requests, within ``seconds``.
 
-        Responses are ignored; failures are only logged, since the next request will report them.
+        Responses are ignored; failures are only logged, because the next request reports them.
         """
 
         async def open_one() -> None:
@@ -140,7 +140,7 @@ class HttpSender:
                 response = await self._send(
                     httpx.Request("HEAD", url, headers=_HEADERS, extensions={"timeout": timeout})
                 )
-                await response.aread()  # else the connection would not be kept
+                await response.aread()  # keeps the connection for the next request
             except Exception as error:  # noqa: BLE001 - as in post
                 logger.info("no connection opened in advance: %s", _describe(error, url, seconds))
 
@@ -150,7 +150,7 @@ class HttpSender:
                     tasks.start_soon(open_one)
 
     async def aclose(self) -> None:
-        """Send nothing more, and close the transport; a caller's client stays open."""
+        """Refuse further requests, and close the transport; a caller's client stays open."""
         self._is_closed = True
         if isinstance(self._over, httpx.AsyncBaseTransport):
             await self._over.aclose()
@@ -164,7 +164,7 @@ async def _read(response: httpx.Response) -> bytes:
         async for chunk in cast("httpx.AsyncByteStream", response.stream):
             received += chunk
             if len(received) > MAX_MESSAGE_BYTES:
-                enough.cancel()  # not break: on trio every inner generator must run to its end
+                enough.cancel()  # not break: on trio every inner async generator must be exhausted
     return bytes(received)
 
 
@@ -177,7 +177,7 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 
 
 def _describe(error: BaseException, url: str, connect_seconds: float) -> str:
-    """Return the type of ``error``, what happened with which host, and the notes of the error, such as a proxy."""
+    """Return a message with the type of ``error``, its cause, the host, and the error's notes, such as the proxy."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{type(error).__name__}: {_cause(error, url, connect_seconds)}".rstrip(": ") + notes
 
@@ -187,7 +187,7 @@ def _cause(error: BaseException, url: str, connect_seconds: float) -> str:
     host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # without a password
     if isinstance(error, httpx.ConnectTimeout):
         return f"no connection to {host} within {connect_seconds:g} s"
-    # Not aiohttp's subclasses: they lack the attributes of the original.
+    # aiohttp's subclasses of SSLError lack the attributes of the original, so skip them.
     tls = next((each for each in chain if isinstance(each, ssl.SSLError) and type(each).__module__ == "ssl"), None)
     if isinstance(tls, ssl.SSLCertVerificationError):
         why = getattr(tls, "verify_message", tls)
@@ -204,9 +204,9 @@ def _cause(error: BaseException, url: str, connect_seconds: float) -> str:
         return f"the TLS handshake with {host} failed: {tls}"
     if not isinstance(error, httpx.TransportError):
         return next((str(each) for each in chain if str(each)), "")
-    # Errors further down tell internals of httpcore, anyio and trio, such as "pop from an empty deque".
+    # Other exceptions in the chain show internals of httpcore, anyio and trio, such as "pop from an empty deque".
     told = next((str(each) for each in chain if isinstance(each, (httpx.TransportError, OSError)) and str(each)), "")
-    return told or f"the connection to {host} broke"
+    return told or f"the connection to {host} was lost"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

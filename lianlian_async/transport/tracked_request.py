@@ -1,4 +1,4 @@
-"""A request that knows whether it may have been sent, whatever exception was raised."""
+"""An httpx request that records whether it may have been sent, independent of the exception that was raised."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ class LeaseEndedError(Exception):
 
 
 class Body(httpx.ByteStream):
-    """A request's body: it counts its sends, and is sent only while the lease holds.
+    """A request body that counts how often it was sent, and that cannot be sent after the lease has ended.
 
-    A caller's client may have its own layers, such as a transport that retries or a hook that calls another server:
-    after a first send, their exceptions look as if nothing had been sent.
+    A caller's client may have layers of its own, such as a transport that retries or a hook that calls another server.
+    After a first send, such a layer may raise an exception that claims that nothing was sent.
     """
 
     def __init__(self, content: bytes, lease_holds: Callable[[], bool]) -> None:
         super().__init__(content)
         self.content = content
         self.sends = 0
-        """How often the body was read in order to send it."""
+        """How often the body was read for sending."""
         self._lease_holds = lease_holds
 
     def check_lease(self) -> None:
-        """Raise ``LeaseEndedError`` if another worker may hold the refund now."""
+        """Raise ``LeaseEndedError`` if the lease has ended."""
         if not self._lease_holds():
-            raise LeaseEndedError("the lease ended before the request was sent: another worker may hold this refund")
+            raise LeaseEndedError("the lease ended before the request was sent: another worker may have taken it")
 
     async def trace(self, event: str, _info: Mapping[str, Any]) -> None:
         """Check the lease before httpcore writes the head; httpcore reads the body afterwards."""
@@ -45,12 +45,15 @@ class Body(httpx.ByteStream):
         return _AsyncIterator(iter(self))
 
     def was_not_sent(self) -> None:
-        """Take back the last send: no byte was written."""
+        """Decrement the number of sends: no byte of the last one was written."""
         self.sends -= 1
 
 
 class _AsyncIterator(AsyncIterator[bytes]):
-    """Not a generator: trio's garbage collector would have to finish one that is cancelled during a send."""
+    """An iterator that needs no cleanup.
+
+    A send that is cancelled would leave a generator to the garbage collector, and trio warns about that.
+    """
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -62,9 +65,9 @@ class _AsyncIterator(AsyncIterator[bytes]):
 
 
 class TrackedRequest(httpx.Request):
-    """A POST request that notices when its :class:`Body` or its whole content is read.
+    """A POST request that records when its :class:`Body` or its whole content is read.
 
-    Adapters of other HTTP clients, and layers that copy or inspect a request, read the content as a whole.
+    Adapters for other HTTP clients, and layers that copy or inspect a request, read the whole content.
     """
 
     def __init__(self, url: httpx.URL, headers: httpx.Headers, body: Body, **extensions: Any) -> None:
@@ -87,11 +90,12 @@ class TrackedRequest(httpx.Request):
         return self.content
 
     def may_have_been_sent(self, error: BaseException) -> bool:
-        """Return whether the request may have been sent, although ``error`` is of a kind that precedes the first byte.
+        """Return whether the request may have been sent, although the type of ``error`` says that it was not.
 
-        If a layer read the content, such an error is believed only without a cause or context. With one, the layer may
-        have sent a copy before, or misreport its client's error, as httpx-aiohttp does for a connection that broke
-        after the request. A layer that only inspects, such as the handler of a mocked transport, raises without one.
+        If a layer read the whole content, ``error`` is believed only if it has neither a cause nor a context. An error
+        with a cause may come from a layer that sent a copy before, or that misreports its client's error: httpx-aiohttp
+        does so if the connection breaks after the request. A layer that only inspects the content, such as the handler
+        of a mock transport, raises errors without a cause.
         """
         chained = error.__cause__ is not None or error.__context__ is not None
         return self._body.sends > 0 or (self._content_was_read and chained)
