@@ -3,28 +3,28 @@
 The ideas:
 
 1. ``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. They are chosen before the first send.
-2. A failed exchange was *not sent*, *maybe sent* or *answered*. Only the first may be repeated without a query.
-3. After *maybe sent* the library queries. If it still cannot know, it raises ``RefundOutcomeUnknown``.
-4. Decision modules do no I/O and use no clock and no randomness. Everything that waits is thin.
-5. The event loop never signs, and never touches a file or a database.
-6. Elapsed time is a safety argument: the boot clock measures it, and a lease is checked right before bytes leave.
-7. Every task that others wait for ends its waiters, however it dies.
+2. A failed exchange was *not sent*, *maybe sent* or *answered*. Only *not sent* may be repeated without a query.
+3. After *maybe sent* the library queries the refund. If the outcome stays unknown, it raises ``RefundOutcomeUnknown``.
+4. Decision modules do no I/O and use no clock and no randomness. Modules that wait contain little logic.
+5. Signing, file access and database access never run on the event loop.
+6. Safety depends on elapsed time: the boot clock measures it, and a lease is checked right before a request is written.
+7. A task that others wait for releases its waiters, however it ends.
 
-The modules, from the lowest floor up; a floor imports nothing from a higher one (import-linter checks it):
+The modules, from the lowest layer up; a layer imports nothing from a higher one (import-linter checks this):
 
-- ``codes``, ``errors``: the return codes and the error tree. ``clock``: moments, and the time between them.
+- ``codes``, ``errors``: the return codes and the error tree. ``clock``: timestamps, and the time between them.
   ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``: small helpers.
-- ``wire``, ``text_rules``, ``signing``, ``key_files``: values as text, rules for texts, signatures, key material.
-- ``identity``: the one comparison of a record with a request. ``models``, ``retry``, ``merchant``: requests and
-  refunds, when to retry, the merchant and its keys.
-- ``exchange``, ``outcome``, ``protocol``: one exchange as values, the result of a refund, the gateway's messages
-  without I/O. ``transport``: HTTP; the only importer of httpx and of aiohttp's client.
-- ``middleware``: the layers around one exchange. ``journal``: which refunds were begun and how each ended (memory,
-  SQLite, PostgreSQL).
-- ``resolution``: the decision table, from the first send to certain knowledge. ``rsa_worker``, ``signature_watch``,
-  ``worker_pool``: signatures in a thread, early notice of a wrong key, many items through few workers.
-- ``gateway_client``, ``recording``, ``flight``, ``waiters``, ``recovery``: an open connection, one recorded refund, one
-  refund in flight, waiting for a final status, all open refunds.
+- ``wire``, ``text_rules``, ``signing``, ``key_files``: wire formats, rules for strings, signatures, key material.
+- ``identity``: compares a record with a request. ``models``: requests and refunds. ``retry``: when to retry.
+  ``merchant``: the merchant and its keys.
+- ``exchange``, ``outcome``: value types of one exchange and of a refund's outcome. ``protocol``: the protocol without
+  I/O. ``transport``: HTTP; only this package imports httpx and aiohttp's client.
+- ``middleware``: the layers around one exchange. ``journal``: records every refund and its outcome (memory, SQLite,
+  PostgreSQL).
+- ``resolution``: the decision table that finds the outcome of a refund. ``rsa_worker``: signs in a thread.
+  ``signature_watch``: detects a wrong key early. ``worker_pool``: processes many items with few workers.
+- ``gateway_client``: sends exchanges for an open session. ``recording``: one recorded refund. ``flight``: one refund in
+  flight. ``waiters``: waits for a final status. ``recovery``: resolves all open refunds.
 - ``session``, ``batch``, ``notifications``: the public objects. ``contrib``, ``sandbox``, ``cli``: integrations, a fake
   gateway, the command.
 

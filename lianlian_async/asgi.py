@@ -1,4 +1,4 @@
-"""The messages of ASGI 3 for applications with small requests and whole responses."""
+"""Read requests and send responses by ASGI 3, for applications with small requests and unstreamed responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
 async def lifespan(receive: Receive, send: Send, context: AbstractAsyncContextManager[object]) -> None:
-    """Hold ``context`` open from the server's startup to its shutdown; report a failure of either to the server."""
+    """Enter ``context`` at the server's startup and leave it at shutdown; report failures to the server."""
     phase = "startup"
     try:
         await receive()
@@ -27,7 +27,7 @@ async def lifespan(receive: Receive, send: Send, context: AbstractAsyncContextMa
 
 
 def headers(scope: Mapping[str, Any]) -> dict[str, str]:
-    """Return the headers with lower-case names; repeated ones are joined (RFC 9110 §5.3)."""
+    """Return the headers with lower-case names; the values of a repeated header are joined (RFC 9110 §5.3)."""
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")

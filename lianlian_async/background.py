@@ -1,4 +1,4 @@
-"""Background tasks, calls that finish although they are cancelled, and checks whether a cancellation was requested."""
+"""Background tasks, calls that complete despite cancellation, and the check whether a cancellation was requested."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ def is_failure(error: BaseException) -> bool:
 class BackgroundTask:
     """Runs ``function`` in a task until it ends or is cancelled, on asyncio or trio, without a task group.
 
-    ``on_end`` is called once, however the task ends, to release its waiters: with the exception that ``function``
-    raised, or with None if it returned or this object cancelled it. If the event loop or asyncio's
-    ``Task.cancel`` ends it, even before it began, with a ``LianLianError``. asyncio itself raises ``KeyboardInterrupt``
-    and ``SystemExit`` out of its event loop; ``on_end`` reports every other exception.
+    ``on_end`` is called once, however the task ends, so that it can release the task's waiters. Its argument is the
+    exception that ``function`` raised; None if ``function`` returned or this object cancelled it; or a
+    ``LianLianError`` if the end of the event loop or asyncio's ``Task.cancel`` ended the task, even before its start.
+    ``KeyboardInterrupt`` and ``SystemExit`` also leave asyncio's event loop; ``on_end`` must report all other
+    exceptions.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class BackgroundTask:
         self._call_soon = call_soon_threadsafe()
         loop = asyncio_loop()
         if loop is not None:
-            self._task = loop.create_task(self._run())  # asyncio itself holds tasks only weakly
-            # Not in the task's own code: an event loop that ends may cancel a task before it begins.
+            self._task = loop.create_task(self._run())  # asyncio itself keeps only a weak reference to a task
+            # A callback, because the end of the event loop may cancel a task before its own code starts.
             self._task.add_done_callback(self._end_task)
         else:
             import trio
@@ -88,7 +89,7 @@ class BackgroundTask:
         except anyio.get_cancelled_exc_class():
             self._end(_cancelled())
             raise
-        except BaseException as error:  # noqa: BLE001 - trio takes an exception of a system task for its own bug
+        except BaseException as error:  # noqa: BLE001 - trio treats an exception in a system task as an internal error
             self._end(error)
         else:
             self._end(None)
@@ -103,8 +104,8 @@ class BackgroundTask:
             self._ended.set()
 
     def cancel_soon(self) -> None:
-        """Cancel the task from anywhere: another thread, a finalizer, after the end of the event loop."""
-        with suppress(RuntimeError):  # the loop is closed (trio.RunFinishedError is one too), and the task ended
+        """Cancel the task; callable from another thread, in a finalizer, and after the end of the event loop."""
+        with suppress(RuntimeError):  # also trio.RunFinishedError: the loop is closed, so the task has ended
             self._call_soon(self._scope.cancel)
 
     @property
@@ -128,7 +129,7 @@ def _cancelled() -> LianLianError:
 
 
 async def complete(call: Callable[[], Awaitable[object]]) -> None:
-    """Await ``call()`` to its end, then raise the cancellation that arrived meanwhile, if any.
+    """Await ``call()`` until it completes, then raise the cancellation that arrived during the call, if any.
 
     ``call()`` must be idempotent: a shield does not stop asyncio's ``Task.cancel``, so an interrupted call is repeated.
     """
@@ -153,8 +154,8 @@ async def run_in_thread(
 ) -> T:
     """Run ``function`` in a thread; do not return before it has ended, even if cancelled.
 
-    After a cancellation, ``undo`` gets the result, in a thread, before the cancellation is raised. A function that has
-    not begun is not run.
+    After a cancellation, ``undo`` is called with the result, in a thread, before the cancellation is raised. If
+    ``function`` has not started yet, a cancellation prevents its start.
     """
     unbegun, ended, results = [function], threading.Event(), list[T]()
 
@@ -174,10 +175,10 @@ async def run_in_thread(
         await anyio.to_thread.run_sync(work, limiter=limiter)
     except BaseException:
         try:
-            unbegun.pop()  # not begun: the thread that comes for it later finds nothing
+            unbegun.pop()  # not started: a thread that starts later finds no function
         except IndexError:
             if results or not ended.is_set():
-                # With its own limiter: this wait must not queue behind other threads.
+                # A limiter of its own, so that this wait does not queue behind other threads.
                 await complete(lambda: anyio.to_thread.run_sync(clean_up, limiter=anyio.CapacityLimiter(1)))
         raise
     return results.pop()

@@ -1,9 +1,9 @@
-"""Moments and the time between them: the only module that reads the wall clock, the boot clock and the boot id.
+"""Timestamps and elapsed time; only this module reads the wall clock, the boot clock and the boot id.
 
-Elapsed time is a safety argument: "no such record" is believed only some time after the last send, and a lease ends
-only after its time. The wall clock can step, so within one boot of one machine the boot clock measures: nobody sets it,
-and it counts suspension. Across boots, elapsed time is the smaller of two differences: the wall clock's, and that of
-the gateway's ``Date`` headers.
+Safety depends on elapsed time: "no such record" is reliable only some time after the last send, and a lease must not
+end early. The wall clock can be stepped. Therefore the boot clock measures elapsed time within one boot of one machine:
+nobody can set it, and it also counts while the machine is suspended. Across boots, elapsed time is the smaller of the
+wall clock's difference and the difference of the gateway's ``Date`` headers.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import attrs
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 DATE_SLACK: Final = 15.0
-"""Seconds by which a ``Date`` header may be late: its resolution, and the longest exchange whose header is used."""
+"""Seconds by which a ``Date`` header may be late: its resolution plus the longest exchange whose header is used."""
 _DATE_RESOLUTION: Final = 1.0
 
 
 @attrs.frozen
 class Moment:
-    """One moment, as one process read its clocks."""
+    """One moment: the readings of all clocks by one process."""
 
     wall: datetime
-    """The wall clock (UTC), for people and across boots."""
+    """The wall clock (UTC): for display, and for comparison across boots."""
     boot: float
     """Seconds of the boot clock; comparable only within one ``timeline``."""
     timeline: str
-    """The boot and the time namespace in which ``boot`` was read."""
+    """Identifies the boot and the time namespace in which ``boot`` was read."""
     gateway: datetime | None = None
     """The gateway's clock (UTC), from its ``Date`` headers; None: not known."""
 
@@ -45,16 +45,16 @@ class Moment:
         return Moment(self.wall + span, self.boot + seconds, self.timeline, gateway)
 
     def dated(self, now: Moment) -> Moment:
-        """Return this moment with the gateway's time, if only ``now`` knows it."""
+        """Return this moment with the gateway's time added, if ``now`` has a gateway time and this moment has none."""
         if self.gateway is not None or now.gateway is None or self.timeline != now.timeline:
             return self
         return attrs.evolve(self, gateway=now.gateway - timedelta(seconds=now.boot - self.boot))
 
 
 def elapsed(since: Moment, now: Moment) -> float | None:
-    """Return the seconds that certainly passed from ``since`` to ``now``; None if no clock can tell.
+    """Return the seconds that have certainly passed from ``since`` to ``now``; None if the clocks cannot prove any.
 
-    None also if ``since`` is in the future and of another boot: a clock was set, so the count must start again.
+    Also None if ``since`` is of another boot and in the future: a clock was set, so the count must start again.
     """
     if since.timeline == now.timeline:
         return now.boot - since.boot
@@ -66,7 +66,7 @@ def elapsed(since: Moment, now: Moment) -> float | None:
 
 
 def latest(one: Moment, other: Moment, now: Moment) -> Moment:
-    """Return the later of two moments, also of different boots; ``now`` if no clock can tell."""
+    """Return the later of two moments, also of different boots; return ``now`` if they cannot be compared."""
     since_one, since_other = elapsed(one, now), elapsed(other, now)
     if since_one is None or since_other is None:
         return now
@@ -78,13 +78,13 @@ Clock = Callable[[], Moment]
 
 
 class SessionClock:
-    """A clock that also knows the gateway's time, from the ``Date`` header of its last answer."""
+    """A clock that adds the gateway's time, from the ``Date`` header of the gateway's last answer."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._date = ""
         self._ahead: timedelta | None = None
-        """The gateway's clock as a span since 1970, less the boot clock's seconds."""
+        """The gateway's clock (time since 1970) minus the boot clock."""
 
     def __call__(self) -> Moment:
         """Read all clocks."""
@@ -92,13 +92,13 @@ class SessionClock:
         if self._ahead is None:
             return now
         gateway = _EPOCH + self._ahead + timedelta(seconds=now.boot)
-        return Moment(now.wall, now.boot, now.timeline, gateway)  # evolve takes three times as long
+        return Moment(now.wall, now.boot, now.timeline, gateway)  # attrs.evolve takes three times as long
 
     def heard(self, date: str, began: float) -> None:
-        """Read the ``Date`` header of an answer; ignore it if it is unreadable, or after a long exchange.
+        """Read the ``Date`` header of an answer; ignore it if it is unreadable, or if the exchange took too long.
 
-        ``began``: the boot clock's seconds at the beginning of the exchange. After a long one, such as after a
-        suspension, the age of the header is unknown.
+        ``began``: the boot clock's seconds at the start of the exchange. After a long exchange, for example one during
+        which the machine was suspended, the age of the header is unknown.
         """
         if date == self._date:  # it changes once a second
             return
@@ -114,7 +114,10 @@ class SessionClock:
 
 
 def boot_clock() -> Callable[[], float]:
-    """Return a clock that counts suspension: CLOCK_BOOTTIME (Linux), CLOCK_MONOTONIC (macOS), or Windows' ticks."""
+    """Return a clock that also counts while the machine is suspended.
+
+    It is CLOCK_BOOTTIME (Linux), CLOCK_MONOTONIC (macOS), or ``time.monotonic`` (Windows).
+    """
     for name in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"):
         if hasattr(time, name):
             number: int = getattr(time, name)
@@ -127,7 +130,7 @@ _TIME_NAMESPACE: Final = Path("/proc/self/ns/time")
 
 
 def read_timeline() -> str:
-    """Return boot id and time namespace (Linux); elsewhere an id of this process, so each process counts as a boot."""
+    """Return boot id and time namespace (Linux); elsewhere a unique id, so that each process counts as a boot."""
     try:
         return f"{_BOOT_ID.read_text('ascii').strip()} {_TIME_NAMESPACE.readlink()}"
     except OSError:

@@ -1,4 +1,4 @@
-"""An open connection to the gateway: keys, HTTP client and middleware, for one event loop."""
+"""The gateway client of an open session: keys, HTTP client and middleware, for one event loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .transport import HttpSender
 
 
 class GatewayClient:
-    """Exists while a session is open. :meth:`open` it, ``send`` exchanges, close it."""
+    """Sends exchanges while a session is open: call :meth:`open`, then ``send``, then :meth:`aclose`."""
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class GatewayClient:
 
     @classmethod
     async def open(cls, merchant: Merchant, transport: HttpSender, *, warm_up: int, **options: Any) -> GatewayClient:
-        """Load the keys and open ``warm_up`` connections; ``options`` are those of the class.
+        """Load the keys and open ``warm_up`` connections; ``options`` are arguments of the class.
 
-        Takes ``transport`` over: if this fails, it is closed.
+        The client owns ``transport``: if opening fails, ``transport`` is closed.
         """
         try:
             rsa = await RsaWorker.open(merchant)
@@ -57,19 +57,19 @@ class GatewayClient:
         return cls(rsa, transport, **options)
 
     async def seal(self, fields: Mapping[str, str]) -> bytes:
-        """Sign, off the event loop."""
+        """Sign ``fields`` in a thread, and return the JSON to send."""
         return await self._rsa.seal(fields)
 
     def exchange(
         self, call: Call, fields: Mapping[str, str], body: bytes, until: Deadline, policy: RetryPolicy
     ) -> Exchange:
-        """Return one request, ready to be sent."""
+        """Return an exchange that is ready to send."""
         endpoints = self.protocol.merchant.endpoints
         url = endpoints.apply if call is Call.APPLY else endpoints.query
         return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy)
 
     async def _exchange(self, exchange: Exchange) -> Reply:
-        """Send a request and read its response: the innermost layer."""
+        """Send a request and read its response. This is the innermost layer of the middleware chain."""
         exchange.send_count.open_sends += 1
         began = self.clock().boot
         delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)
@@ -82,6 +82,6 @@ class GatewayClient:
         return reply
 
     async def aclose(self) -> None:
-        """Close the HTTP client if it is ours, after the last signature."""
+        """Wait for the last signature, then close the HTTP transport; a caller's client stays open."""
         await self._rsa.rest()
         await self._transport.aclose()

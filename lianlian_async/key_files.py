@@ -1,6 +1,6 @@
-"""Key material as merchants hold it: find the key in a text or a file, or tell what the text or file is instead.
+"""Find the key in a string, bytes or a file, or report which other content it has.
 
-Nothing here decrypts or computes: ``signing`` gets DER or PEM that pycryptodome reads. No message shows any part of the
+This module does not decrypt keys: it returns DER or PEM that pycryptodome reads. No message shows any part of the key
 material.
 """
 
@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 from .errors import ConfigurationError
 
 KeyMaterial: TypeAlias = "str | bytes | os.PathLike[str]"
-"""A key as PEM, DER or bare base64 text (str or bytes), or the path of a file that holds one of them."""
+"""A key as PEM, DER or bare base64 (str or bytes), or the path of a file that contains one."""
 
 _BLOCK: Final = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----(.*?)(-----END \1-----|(?=-----BEGIN )|\Z)", re.DOTALL)
 _DEK_INFO: Final = re.compile(
@@ -27,7 +27,7 @@ _FILE_SUFFIX: Final = re.compile(r"[^\n]*\.[A-Za-z0-9]{1,8}")
 
 _ONLY_RSA: Final = "LianLian uses RSA only (a new key pair: openssl genrsa -out merchant.pem 2048)"
 _FROM_PFX: Final = (
-    "openssl pkcs12 -in FILE -nocerts -nodes -out merchant.pem takes out a private key, "
+    "openssl pkcs12 -in FILE -nocerts -nodes -out merchant.pem extracts a private key, "
     "openssl pkcs12 -in FILE -clcerts -nokeys -out gateway.pem a certificate"
 )
 _FROM_JKS: Final = (
@@ -38,23 +38,23 @@ _UNSUPPORTED_CIPHER: Final = (
     "openssl pkcs8 -topk8 -v2 aes-256-cbc -in OLD.pem -out NEW.pem "
     "(OpenSSL 3: add -provider legacy -provider default for RC2, RC4 and DES)"
 )
-PRIVATE_KEY_GIVEN: Final = "this is a private key; LianLian's public key is needed here (keep private keys out of it)"
+PRIVATE_KEY_GIVEN: Final = "this is a private key; use LianLian's public key here"
 
 _JKS: Final = b"\xfe\xed\xfe\xed"
-_OTHER_KINDS: Final = {  # object identifiers as DER writes them (oid-base.com)
+_OTHER_KINDS: Final = {  # object identifiers in DER (oid-base.com)
     b"\x2a\x86\x48\xce\x3d": f"an elliptic-curve key; {_ONLY_RSA}",
     b"\x2b\x81\x04\x00": f"an elliptic-curve key; {_ONLY_RSA}",
     b"\x06\x03\x2b\x65\x70": f"an Ed25519 key; {_ONLY_RSA}",
     b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02": (
-        "a PKCS#7 file: openssl pkcs7 -print_certs -in FILE -out gateway.pem takes out the certificates"
+        "a PKCS#7 file: openssl pkcs7 -print_certs -in FILE -out gateway.pem extracts the certificates"
     ),
     b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01": f"a PKCS#12 file (.p12, .pfx): {_FROM_PFX}",
 }
-# EncryptedPrivateKeyInfo (RFC 5208) under a scheme of PKCS#5 or PKCS#12.
+# EncryptedPrivateKeyInfo (RFC 5208) with an encryption scheme of PKCS#5 or PKCS#12.
 _ENCRYPTED: Final = re.compile(
     rb"\x30.{1,4}\x30.{1,4}\x06[\x09\x0a]\x2a\x86\x48\x86\xf7\x0d\x01(\x05|\x0c\x01)", re.DOTALL
 )
-# What pycryptodome decrypts: PBES1 with DES or RC2; PBES2 with 3DES, or AES in CBC or GCM mode.
+# The schemes that pycryptodome decrypts: PBES1 with DES or RC2; PBES2 with 3DES, or AES in CBC or GCM mode.
 _SUPPORTED: Final = re.compile(
     rb"\x2a\x86\x48\x86\xf7\x0d\x01\x05[\x03\x06\x0a\x0b]|\x2a\x86\x48\x86\xf7\x0d\x03\x07"
     rb"|\x60\x86\x48\x01\x65\x03\x04\x01[\x02\x06\x16\x1a\x2a\x2e]"
@@ -66,7 +66,7 @@ _SUPPORTED_PEM: Final = {"DES-CBC", "DES-EDE3-CBC", "AES-128-CBC", "AES-192-CBC"
 
 
 def unquoted(text: str) -> str:
-    """Return ``text`` without surrounding white space and one pair of quotes, which ``docker --env-file`` keeps."""
+    """Return ``text`` without surrounding white space and one pair of quotes (``docker --env-file`` keeps quotes)."""
     text = text.strip()
     inner = text[1:-1]
     return inner.strip() if len(text) > 1 and text[0] == text[-1] in "\"'" and text[0] not in inner else text
@@ -90,9 +90,10 @@ def is_key_text(text: str) -> bool:
 
 
 def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]:
-    """Return the private keys in ``material``, or else every key, as DER, or as PEM if DER cannot hold its encryption.
+    """Return the private keys in ``material``; if it contains none, return every key.
 
-    Raises :class:`ConfigurationError` about ``name``.
+    Each key is DER, or PEM if its encryption cannot be expressed in DER. Raises :class:`ConfigurationError` with
+    ``name`` as the name of the key.
     """
     content = material.encode(errors="replace") if isinstance(material, str) and is_key_text(material) else None
     content = _read(material, name) if content is None else content
@@ -105,7 +106,7 @@ def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]
 
 
 def _find(content: bytes, *, private: bool) -> list[bytes] | str:
-    """Return the keys, or why there are none."""
+    """Return the keys, or a message that states why there are none."""
     if content.startswith(_JKS):
         return f"this is a Java keystore (JKS): {_FROM_JKS}"
     text = _key_text(plain_text(content))
@@ -128,7 +129,7 @@ def _find(content: bytes, *, private: bool) -> list[bytes] | str:
 
 
 def _block(label: str, body: str) -> bytes | str:
-    """Return one PEM block as DER or as PEM with its line breaks restored; or why it holds no key."""
+    """Return one PEM block as DER, or as PEM with repaired line breaks; or a message that states what is wrong."""
     if headers := _DEK_INFO.fullmatch(body):
         cipher, vector, body = headers.groups()
         if cipher.upper() not in _SUPPORTED_PEM:
@@ -144,9 +145,9 @@ def _pem(label: str, headers: str, body: str) -> bytes:
 
 
 def _der(text: str) -> bytes | None:
-    """Return the DER in base64, even if it is cut off; None if ``text`` is something else.
+    """Decode base64 ``text`` to DER, even if it is truncated; return None if it is not base64 of DER.
 
-    Fewer than 64 digits may be the name of a file, so they must be a whole value.
+    Text of less than 64 digits may be a file name, so it must be a complete DER value.
     """
     packed = "".join(text.split())
     if not _BASE64.fullmatch(packed):
@@ -158,13 +159,13 @@ def _der(text: str) -> bytes | None:
 
 
 def _read(material: KeyMaterial, name: str) -> bytes:
-    """Return the given bytes, or those of the file."""
+    """Return ``material`` if it is bytes, else the content of the file."""
     match material:
         case bytes():
             return material
         case str():
             path = Path(unquoted(material))
-            # Key text has no dot, so only text with a file suffix is safe to show.
+            # Key text contains no dot, so only text with a file suffix is safe to show.
             is_path = _FILE_SUFFIX.fullmatch(unquoted(material))
             shown = repr(material) if is_path else f"a text of {len(material)} characters"
         case os.PathLike():
@@ -176,11 +177,11 @@ def _read(material: KeyMaterial, name: str) -> bytes:
         return path.expanduser().read_bytes()
     except OSError as error:
         reason = error.strerror
-    except (ValueError, RuntimeError):  # a character no path can hold, the home of an unknown user
+    except (ValueError, RuntimeError):  # an invalid character, or ~name for an unknown user
         reason = "not a usable path"
     if re.search(r"[\t\n\r\b\f]", str(path)):
         reason = "it contains a control character: write a path with backslashes in single quotes"
-    # Raised outside of the handler: the context would quote the "path", which may be a damaged key.
+    # Raised outside the except clause: the context would quote the "path", which may be a damaged key.
     raise ConfigurationError(f"{name}: {shown} is not a PEM, DER or base64 key, and not a readable file ({reason})")
 
 
@@ -188,19 +189,19 @@ def _read(material: KeyMaterial, name: str) -> bytes:
 
 
 def diagnose(encoded: bytes, *, private: bool, has_password: bool) -> str:
-    """Return why an encoding from :func:`read_keys` is not a readable RSA key."""
-    locked = "the key is encrypted and needs its password"
+    """Return a message that states why an encoding from :func:`read_keys` is not a readable RSA key."""
+    locked = "the key is encrypted: give its password"
     if has_password:
-        locked = "the password does not open the key, or the key is not an RSA key"
+        locked = "the password is wrong, or the key is not an RSA key"
     if encoded.startswith(b"-----BEGIN OPENSSH"):
         return f"cannot read this OpenSSH key. {_ONLY_RSA}; convert an RSA key: ssh-keygen -p -m PEM -f FILE"
     if encoded.startswith(b"-----BEGIN"):
         return locked
     announced = _announced_length(encoded)
     if announced > len(encoded):
-        return f"the key is cut off: {len(encoded)} of {announced} bytes are there"
+        return f"the key is cut off: it has {len(encoded)} of {announced} bytes"
     if announced < len(encoded) and encoded[1] != 0x80:  # the length of a PKCS#12 file may be indefinite
-        return f"the key is followed by {len(encoded) - announced} bytes that do not belong to it"
+        return f"{len(encoded) - announced} bytes after the key do not belong to it: remove them"
     if _ENCRYPTED.match(encoded):
         if not private:
             return PRIVATE_KEY_GIVEN
@@ -212,10 +213,10 @@ def diagnose(encoded: bytes, *, private: bool, has_password: bool) -> str:
 
 
 def _announced_length(der: bytes) -> int:
-    """Return the length of the outermost DER value, as its header tells it, header included."""
+    """Return the length of the outermost DER value according to its header, including the header."""
     if len(der) < 2:
         return 2
     if der[1] < 0x80:
         return 2 + der[1]
-    width = min(der[1] & 0x7F, 4)  # more is damage, and must not be shown
+    width = min(der[1] & 0x7F, 4)  # a larger width is damage; a message must not show so many bytes
     return 2 + width + int.from_bytes(der[2 : 2 + width])

@@ -1,4 +1,4 @@
-"""The life of a session: opened once, used in one event loop, closed after the running calls."""
+"""The states of a session: opened once, used in one event loop, closed after the running calls."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class _State(Enum):
 
 
 class Lifecycle:
-    """The state of the object ``name``, and its running calls: at most ``slots`` at a time.
+    """The state of the object ``name``, and its running calls; at most ``slots`` of them have a slot at a time.
 
-    Use before opening, after closing, or from another event loop raises ``RuntimeError``: a bug in the program.
+    Use before opening, after closing, or from another event loop raises ``RuntimeError``: it is a bug in the program.
     """
 
     def __init__(self, name: str, slots: int) -> None:
@@ -35,9 +35,9 @@ class Lifecycle:
 
     @contextmanager
     def opening(self) -> Generator[None]:
-        """Open after the block; if it raises, close for good."""
+        """Open after the block; if the block raises, close permanently."""
         if self._state is not _State.NEW:
-            message = f"this {self._name} is {self._state.value} already: make a new one for each `async with`"
+            message = f"this {self._name} is already {self._state.value}: create a new one for each `async with`"
             raise RuntimeError(message)
         self._state = _State.OPENING
         self._event_loop = anyio.lowlevel.current_token()
@@ -51,7 +51,7 @@ class Lifecycle:
         self._state = _State.OPEN
 
     async def close(self) -> None:
-        """Refuse further calls and wait for the running ones; if this wait is cancelled, close at once."""
+        """Refuse further calls and wait for the running calls; if this wait is cancelled, close at once."""
         self._state = _State.CLOSING
         try:
             while self._running:
@@ -65,7 +65,7 @@ class Lifecycle:
         """Count one call; :meth:`close` waits for it."""
         self._check_open()
         if anyio.lowlevel.current_token() != self._event_loop:
-            raise RuntimeError(f"this {self._name} belongs to another event loop: open one in each loop")
+            raise RuntimeError(f"this {self._name} belongs to another event loop: open a separate one in each loop")
         self._running += 1
         try:
             yield
@@ -76,7 +76,7 @@ class Lifecycle:
 
     @asynccontextmanager
     async def slot(self) -> AsyncGenerator[None]:
-        """Take a slot, in order of arrival; raise ``RuntimeError`` if closed meanwhile."""
+        """Wait for a slot, in order of arrival; raise ``RuntimeError`` if the object was closed during the wait."""
         async with self._slots:
             self._check_open()
             yield

@@ -1,4 +1,4 @@
-"""The merchant: number, keys and endpoints, from code, environment or TOML. Secrets are masked."""
+"""The merchant: number, keys and endpoints, from code, environment variables or a TOML file. Secrets are masked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PublicKeys: TypeAlias = "tuple[KeyMaterial | VerifyingKey, ...]"
 
 
 def _shown(value: object) -> str:
-    """Return a wrong value for a message, unless it may be a key in the wrong setting."""
+    """Return the text that shows a wrong value in a message, or only its length if it may be a secret."""
     if not isinstance(value, str):
         return f"of type {type(value).__name__}"
     is_secret = len(value) > 128 or is_key_text(value) or "@" in value  # a URL may hold a password
@@ -105,7 +105,7 @@ class Merchant:
     gateway_public_keys: Secret[_PublicKeys] = attrs.field(repr=False, converter=_hidden_keys)
     endpoints: Endpoints = attrs.field(factory=Endpoints)
     notify_url: str | None = None
-    """The default for requests without their own."""
+    """The default for requests without a ``notify_url``."""
     private_key_password: Secret[str | bytes | None] = attrs.field(default=None, repr=False, converter=_hidden_password)
     """The password of an encrypted ``private_key``."""
     _names: Mapping[str, str] = attrs.field(factory=dict, alias="names", repr=False, eq=False)
@@ -128,12 +128,12 @@ class Merchant:
             raise ConfigurationError(f"{self._name('notify_url')}: {error} (is {_shown(self.notify_url)})") from None
 
     def _name(self, setting: str) -> str:
-        """Return the user's name of a setting: its own, or its environment variable."""
+        """Return the name of a setting in the user's source: an argument, an environment variable or a TOML key."""
         return self._names.get(setting, setting)
 
     @without_locals
     def load_keys(self) -> Keys:
-        """Return the keys, read by the first call. Takes up to a tenth of a second: not on an event loop.
+        """Return the keys; the first call reads them, which takes up to 0.1 s: do not call it on an event loop.
 
         Raises :class:`~lianlian_async.ConfigurationError` with the name of the key.
         """
@@ -153,7 +153,7 @@ class Merchant:
         )
         if private.fingerprint in (key.fingerprint for key in gateway):
             raise ConfigurationError(
-                f"{public_name}: contains the merchant's own public key; LianLian's public key is needed here"
+                f"{public_name}: contains the merchant's own public key; use LianLian's public key here"
             )
         return Keys(private, gateway)
 
@@ -163,7 +163,7 @@ class Merchant:
     @classmethod
     @without_locals
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Merchant:
-        """Return the merchant that the environment (default: ``os.environ``) describes.
+        """Return the merchant from environment variables (default: ``os.environ``).
 
         ``LIANLIAN_OID_PARTNER``, ``LIANLIAN_PRIVATE_KEY`` and ``LIANLIAN_GATEWAY_PUBLIC_KEYS`` (path or key text,
         separated by commas) are required; ``LIANLIAN_APPLY_URL``, ``LIANLIAN_QUERY_URL``,
@@ -180,7 +180,7 @@ class Merchant:
     @classmethod
     @without_locals
     def from_toml(cls, path: str | os.PathLike[str]) -> Merchant:
-        """Return the merchant that a TOML file describes, at its top level or in a table ``[lianlian]``.
+        """Return the merchant from a TOML file: from its top level or its table ``[lianlian]``.
 
         Keys: ``oid_partner``, ``private_key``, ``gateway_public_keys`` (text or list), and optionally
         ``apply_url``, ``query_url``, ``notify_url``, ``private_key_password``. Paths are relative to the file.
@@ -200,7 +200,7 @@ class Merchant:
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             problem = f"line {line}: is not UTF-8; save the file as UTF-8"
-        except ValueError as error:  # the path is unusable, or not TOML: the parser's error may quote the file
+        except ValueError as error:  # an unusable path or invalid TOML; the parser's error may quote the file
             problem = "not a usable path" if text is None else _toml_problem(text, str(error))
         if document is None:
             raise ConfigurationError(f"{file}: {problem}")
@@ -214,7 +214,7 @@ class Merchant:
 
     @classmethod
     def _from_settings(cls, given: Mapping[str, Any], names: Mapping[str, str], folder: Path | None) -> Merchant:
-        """Relative key paths start at ``folder``; ``names`` are the user's names of the settings."""
+        """Return the merchant; key paths are relative to ``folder``, and messages use ``names`` for the settings."""
         missing = [names[name] for name in _REQUIRED if not given.get(name)]
         if missing:
             raise ConfigurationError("missing: " + ", ".join(missing))
@@ -223,7 +223,7 @@ class Merchant:
         texts = {name: [value] for name, value in given.items()} | {"gateway_public_keys": public_keys}
         for name, values in texts.items():
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-                raise ConfigurationError(f"{names[name]}: must be text")
+                raise ConfigurationError(f"{names[name]}: must be a string")
 
         def key(text: str) -> str:
             text = unquoted(text)
@@ -245,7 +245,7 @@ class Merchant:
 
 
 def _toml_problem(text: str, message: str) -> str:
-    """Return where and why ``text`` is not TOML, without quoting it, since any line may hold a secret."""
+    """Return where and why ``text`` is not TOML, without quoting it, because any line may contain a secret."""
     lines = text.split("\n")
     at = re.search(r"at line (\d+)", message)
     unbalanced = (number for number, line in enumerate(lines, 1) if line.count('"') % 2 or line.count("'") % 2)
@@ -257,7 +257,7 @@ def _toml_problem(text: str, message: str) -> str:
         return f"{place}: is set twice"
     if "\\" in line:
         return f"{place}: a backslash in double quotes is an escape: write a path in single quotes"
-    return f"{place}: is not TOML; put plain quotes around text, three on each side of several lines"
+    return f"{place}: is not TOML; put strings in straight quotes, or in three quotes if they have several lines"
 
 
 _DEFAULT: Final = Endpoints()

@@ -1,7 +1,7 @@
-"""Layers around one exchange: ``async def middleware(exchange, call_next) -> Reply``, and the built-in ones.
+"""Layers around one exchange: ``async def middleware(exchange, call_next) -> Reply``, and the built-in layers.
 
 A session's layers, from the outside in: :class:`Retry` → :class:`Limit` (the caller's ``limiter``) → :class:`Attempt`
-(time limit, and doubt about replies) → the caller's own ``middleware``, first one outermost → the exchange. The
+(time limit, and check of replies) → the caller's own ``middleware``, the first one outermost → the exchange. The
 caller's layers see every attempt, including each query of a resolution.
 """
 
@@ -26,7 +26,7 @@ Next: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
 
 
 class Middleware(Protocol):
-    """One layer: calls ``call_next(exchange)`` and returns its reply."""
+    """A layer: calls ``call_next(exchange)`` and returns its reply."""
 
     async def __call__(self, exchange: Exchange, call_next: Next, /) -> Reply:
         """Carry out ``exchange`` with ``call_next``."""
@@ -47,7 +47,7 @@ def compose(layers: Sequence[Middleware], core: Next) -> Next:
 
 
 class Retry:
-    """Repeats an apply call that certainly was not sent and a query without usable answer, after a backoff with jitter.
+    """Repeats apply calls that were certainly not sent, and queries without a usable answer, after a jittered backoff.
 
     It stops at the policy's ``attempts``, at the deadline, and when the session's retry budget is empty.
     """
@@ -56,7 +56,7 @@ class Retry:
         self._bucket = retries_left
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Repeat ``call_next`` while that is safe; the last reply counts all attempts."""
+        """Repeat ``call_next`` while a repetition is safe; ``attempts`` of the returned reply counts all attempts."""
         attempt = 1
         while True:
             reply = await call_next(exchange if attempt == 1 else attrs.evolve(exchange, attempt=attempt))
@@ -73,8 +73,11 @@ class Retry:
 
 
 async def backoff(exchange: Exchange, retries_left: TokenBucket, retries: int, retry_after: float | None) -> bool:
-    """Wait before the next attempt. Return False at once if it would be after the deadline or the budget is empty."""
-    seconds = exchange.policy.pause(retries, random.random(), retry_after)  # noqa: S311 - jitter is no secret
+    """Wait before the next attempt; return True.
+
+    Return False at once if the next attempt would start after the deadline, or if the retry budget is empty.
+    """
+    seconds = exchange.policy.pause(retries, random.random(), retry_after)  # noqa: S311 - jitter is not a secret
     now = anyio.current_time()
     if not exchange.deadline.attempt(now + seconds) or not retries_left.take(now):
         return False
@@ -83,10 +86,10 @@ async def backoff(exchange: Exchange, retries_left: TokenBucket, retries: int, r
 
 
 class Limit:
-    """Holds the caller's limiter (any async context manager) around each attempt.
+    """Runs each attempt inside the caller's limiter (any async context manager).
 
-    The wait for it does not count against the deadline. If the limiter raises before the attempt, the request was *not
-    sent*; if it raises after the attempt, the reply of the attempt is returned.
+    Waiting for the limiter does not count against the deadline. If the limiter raises before the attempt, the request
+    was *not sent*; if it raises after the attempt, the reply of the attempt is returned.
     """
 
     def __init__(self, limiter: AbstractAsyncContextManager[Any]) -> None:
@@ -111,11 +114,11 @@ class Limit:
 class Attempt:
     """Limits the time of one attempt, and never reports an exchange that may have worked as *not sent* or *rejected*.
 
-    The layers inside are the caller's code: they may raise or return anything, and retry by themselves.
+    The inner layers are the caller's code: they may raise or return anything, and may retry.
     """
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Call ``call_next`` with a share of the time left; end in a reply or in cancellation."""
+        """Call ``call_next`` with a share of the remaining time; return a reply, or raise cancellation."""
         now = anyio.current_time()
         seconds = exchange.deadline.attempt(now)
         send_count = SendCount()
@@ -124,7 +127,7 @@ class Attempt:
         with anyio.move_on_after(seconds):
             try:
                 reply = await call_next(attrs.evolve(exchange, seconds=seconds, send_count=send_count))
-            except Exception as error:  # noqa: BLE001 - a layer may raise anything; a reply is due
+            except Exception as error:  # noqa: BLE001 - a layer may raise anything
                 return _gave_up(exchange, send_count, f"a middleware raised {type(error).__name__}: {error}", error)
             doubt = _doubt(exchange, send_count, reply)
             return reply if doubt is None else _gave_up(exchange, send_count, doubt, None)
@@ -132,7 +135,7 @@ class Attempt:
 
 
 def _doubt(exchange: Exchange, send_count: SendCount, reply: object) -> str | None:
-    """Return why the reply of the caller's layers cannot be believed, or None."""
+    """Return why the reply of the caller's layers is not reliable, or None if it is."""
     if not isinstance(reply, Reply):
         return f"a middleware returned {type(reply).__name__}, not a Reply"
     if exchange.call is Call.APPLY and reply.finding is Finding.NOT_FOUND:
@@ -149,19 +152,19 @@ def _gave_up(exchange: Exchange, send_count: SendCount, reason: str, cause: Exce
 class RateLimit:
     """An async context manager that starts ``per_second`` exchanges each second, evenly spaced and in order.
 
-    After an idle time, ``burst`` of them may start at once. Pass it as ``limiter=`` to sessions of one event loop.
+    After an idle time, ``burst`` exchanges may start at once. Pass it as ``limiter=`` to sessions of one event loop.
     """
 
     def __init__(self, per_second: float, *, burst: int = 1) -> None:
         if not (is_number(per_second) and is_number(burst) and per_second > 0 and burst >= 1):
-            raise ConfigurationError("RateLimit: per_second must be more than 0, burst at least 1")
+            raise ConfigurationError("RateLimit: per_second must be greater than 0, burst at least 1")
         self._interval = 1 / per_second
         self._slack = (burst - 1) * self._interval
         self._next = float("-inf")
 
     async def __aenter__(self) -> None:
         now = anyio.current_time()
-        # Take the place in the queue at once, so that waiters start in order; a cancelled waiter's place is lost.
+        # Reserve the start time before waiting, so that waiters start in order; a cancelled waiter wastes its start.
         self._next = max(self._next + self._interval, now - self._slack)
         await anyio.sleep(max(0.0, self._next - now))
 
@@ -172,8 +175,8 @@ class RateLimit:
 class Observer:
     """Calls ``callback(exchange, reply, seconds)`` after every attempt: for logs, metrics and traces.
 
-    ``exchange`` and ``reply`` are frozen and hold no secret. An attempt that is cancelled or runs out of time is
-    reported too, with the reply that is known at that moment.
+    ``exchange`` and ``reply`` are frozen and contain no secret. An attempt that is cancelled or times out is reported
+    too, with a reply that states whether the request may have worked.
     """
 
     def __init__(self, callback: Callable[[Exchange, Reply, float], object]) -> None:

@@ -1,7 +1,7 @@
-"""The values of the refund gateway as frozen attrs classes, checked when they are made.
+"""Requests and refunds as frozen attrs classes, validated when they are created.
 
-Field names are LianLian's wire names. The rules are those of the apply and query pages. All broken rules of a request
-are reported together, before anything is sent.
+Field names are LianLian's wire names. The rules come from LianLian's apply and query pages. All broken rules of a
+request are reported together, before anything is sent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class _Broken(NamedTuple):
-    """A field's value that breaks a rule, until ``__attrs_post_init__`` reports all of them together."""
+    """Replaces an invalid value until ``__attrs_post_init__`` reports all invalid values together."""
 
     rule: str
     value: object
@@ -83,7 +83,7 @@ def _values(instance: Any) -> dict[str, Any]:
 def _shown(value: object) -> str:
     try:
         text = repr(value)
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # Python does not print integers of thousands of digits
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -137,7 +137,7 @@ def _wire_text(value: object) -> str:
 
 
 class _Request:
-    """The common part of both requests: their wire form, and the two fields of which one is required."""
+    """The common part of both requests: the wire form, and the check that one of the fields ``_either`` is given."""
 
     __slots__ = ()
     _either: ClassVar[tuple[str, str]]
@@ -156,15 +156,16 @@ class _Request:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the request that :meth:`to_dict` wrote, with all checks; unknown keys are refused."""
+        """Return the request that :meth:`to_dict` wrote, with all checks; unknown keys raise ``InvalidRequest``."""
         return cls(**_given(cls, data))
 
     @classmethod
     def from_record(cls, data: Mapping[str, Any]) -> Self:
         """Return the request that :meth:`to_dict` wrote into a journal or a queue, without checking it again.
 
-        A release with stricter rules still has to query earlier refunds. Raises
-        :class:`~lianlian_async.InvalidRequest` only if a field is missing, unknown, or not an amount or time.
+        A release with stricter rules must still be able to query earlier refunds. Raises
+        :class:`~lianlian_async.InvalidRequest` only if a field is missing or unknown, or if an amount or a time cannot
+        be parsed.
         """
         given = _given(cls, data)
         request: Any = cls.__new__(cls)
@@ -184,7 +185,7 @@ _PARSED: Final[dict[str, Callable[[Any], object]]] = {
     "money_refund": _money,
     "dt_order": _optional_timestamp,
 }
-"""The fields that are not text."""
+"""The parsers of the fields that are not strings."""
 
 
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────
@@ -195,13 +196,13 @@ _PARSED: Final[dict[str, Callable[[Any], object]]] = {
 class RefundRequest(_Request):
     """One refund (LianLian's *Apply API*).
 
-    ``no_refund``, ``dt_refund`` and ``money_refund`` identify the refund: choose them once, store them, never change
-    them. Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
+    ``no_refund``, ``dt_refund`` and ``money_refund`` identify the refund: choose them once, store them, and never
+    change them. Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
     """
 
     no_refund: str = attrs.field(converter=_new_number)
-    """The merchant's own refund number, at most 32 characters: letters and decimal digits that are NFKC-normal, and
-    visible ASCII (0x21 to 0x7E). It should differ from ``no_order``."""
+    """The merchant's own refund number: at most 32 letters, decimal digits and visible ASCII characters (0x21 to 0x7E),
+    NFKC-normal. It should differ from ``no_order``."""
     dt_refund: datetime = attrs.field(converter=_timestamp)
     """When the refund was requested: an aware datetime or 14 digits; stored in UTC+8, to the second."""
     money_refund: Decimal = attrs.field(converter=_money)
@@ -213,7 +214,7 @@ class RefundRequest(_Request):
     oid_paybill: str | None = attrs.field(default=None, converter=_optional_string_32)
     """LianLian's payment number; this or ``no_order`` is required."""
     notify_url: str | None = attrs.field(default=None, converter=_optional_url)
-    """Where LianLian POSTs the result, at most 128 characters; None: the merchant's default."""
+    """The URL to which LianLian POSTs the result, at most 128 characters; None: the merchant's default."""
     trader_refund: str | None = attrs.field(default=None, converter=_optional_string_18)
     """The merchant for whom the refund is made, at most 18 characters; None: ``oid_partner``."""
 
@@ -249,7 +250,7 @@ class RefundQuery(_Request):
 
 
 class RefundStatus(StrEnum):
-    """``sta_refund``. An unknown value is kept: it equals its text and is not final."""
+    """``sta_refund``. An unknown value is accepted: it equals its text and is not final."""
 
     INITIALIZED = "0"
     PROCESSING = "1"
@@ -280,10 +281,10 @@ def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
 
 @attrs.frozen(kw_only=True)
 class Refund:
-    """A refund as the gateway recorded it, from a verified answer or notification.
+    """The gateway's record of a refund, from a verified answer or notification.
 
-    A field that is absent or empty is None. Success means that the bank accepted the refund, not that the customer has
-    the money.
+    An absent or empty field is None. Success means that the bank accepted the refund, not that the customer has
+    received the money.
     """
 
     ret_code: str | None = None
@@ -292,7 +293,7 @@ class Refund:
     oid_partner: str | None = None
     no_refund: str | None = None
     dt_refund: datetime | None = None
-    """In UTC+8; absent in answers of the domestic product."""
+    """In UTC+8; None in answers of the domestic product."""
     money_refund: Decimal | None = None
     """Yuan (CNY)."""
     money_foreign_refund: Decimal | None = None
@@ -304,13 +305,13 @@ class Refund:
     """LianLian's number of this refund."""
     sta_refund: RefundStatus | None = None
     settle_date: date | None = None
-    """The settlement date, once the refund succeeded."""
+    """The settlement date; None before the refund has succeeded."""
     extra: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
-    """Unknown fields, and known ones whose text does not have the documented form."""
+    """Unknown fields, and known fields whose text does not have the documented form."""
     raw: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """The mapping as received, including the signature."""
     asked_dt_refund: datetime | None = attrs.field(default=None, repr=False, eq=False)
-    """The ``dt_refund`` of the request: an answer may omit it, and a later query needs it."""
+    """The ``dt_refund`` of the request: a later query requires it, but an answer may omit it."""
     asked_trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)
     """The ``trader_refund`` of the request."""
 
@@ -318,10 +319,10 @@ class Refund:
     def from_dict(
         cls, data: Mapping[str, str], *, asked_dt_refund: datetime | None = None, asked_trader_refund: str | None = None
     ) -> Refund:
-        """Return the refund of a received mapping; :meth:`to_dict` returns the mapping.
+        """Return the refund in a received mapping; :meth:`to_dict` returns this mapping.
 
-        A known field whose text does not have the documented form is None, and its text is in ``extra``: one odd
-        exchange rate must not hide that a refund was made.
+        If the text of a known field does not have the documented form, the field is None and its text is in ``extra``:
+        an unreadable exchange rate must not hide that a refund was made.
         """
         extra, values = dict[str, str](), dict[str, Any]()
         for name, text in data.items():
@@ -348,14 +349,17 @@ class Refund:
 
     @property
     def evidence(self) -> str | None:
-        """The line of an unsigned statement that told of this refund; None: the gateway's own, signed record did."""
+        """The line of the unsigned statement file from which this refund was read.
+
+        None if the refund comes from a signed answer or notification.
+        """
         return None if "sign" in self.raw else self.extra.get("evidence")
 
     def query(self) -> RefundQuery:
         """Return the query about this refund.
 
-        Raises :class:`~lianlian_async.InvalidRequest` if neither the answer nor its request had the ``dt_refund`` that
-        the Refund Status API requires.
+        Raises :class:`~lianlian_async.InvalidRequest` if neither the answer nor its request has a ``dt_refund``: the
+        Refund Status API requires it.
         """
         when = self.dt_refund or self.asked_dt_refund
         return RefundQuery.from_record(
@@ -387,7 +391,7 @@ _READERS: Final[dict[str, Callable[[str], object]]] = {
     "sta_refund": RefundStatus,
     "settle_date": wire.parse_date,
 }
-"""The fields of an answer."""
+"""The fields of an answer and their parsers."""
 
 DOCUMENTED: Final = {"sign", "sign_type", *_READERS, *_names(RefundRequest), *_names(RefundQuery)}
 """Every refund field on LianLian's pages."""

@@ -1,4 +1,4 @@
-"""RSA for one event loop: signatures are made in a thread, and checked on the loop only if that is quick."""
+"""RSA for one event loop: signs in a thread; verifies on the event loop if verification is fast, else in the thread."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .protocol import Protocol
 T = TypeVar("T")
 
 INLINE_VERIFY_SECONDS: Final = 0.0005
-"""A signature is checked on the event loop if that took less time when the keys were loaded, else in the thread."""
+"""A signature is verified on the event loop if a measurement at start-up took less time, else in the thread."""
 
 LONGEST_VISIT: Final = 0.005
-"""Seconds after which a visit to the thread starts no further signature: its leader waits for the whole visit."""
+"""Seconds after which a visit (one call in the thread) starts no further signature: its leader waits for its end."""
 DELIVER_AFTER: Final = 0.001
-"""Seconds of signatures that wake the event loop together. All their waiters continue at once, and delay others."""
+"""Seconds after which a visit wakes the callers whose signatures are ready. Waking too many together delays others."""
 
 
 class _Job:
@@ -37,7 +37,7 @@ class _Job:
         self.error: Exception | None = None
         self.leads = False
         self.turn = anyio.Event()
-        """Set when the job is done, or when its caller has to lead the next visit."""
+        """Set when the job is done, or when its caller must lead the next visit."""
 
 
 class RsaWorker:
@@ -53,7 +53,7 @@ class RsaWorker:
 
     @classmethod
     async def open(cls, merchant: Merchant) -> RsaWorker:
-        """Load the keys in the thread, and measure how long verifying takes."""
+        """Load the keys in the thread, and measure how long a verification takes."""
         turn = anyio.CapacityLimiter(1)  # more threads would compete with the event loop for the GIL
         keys = await anyio.to_thread.run_sync(merchant.load_keys, limiter=turn)
         protocol = Protocol(merchant, keys.private, keys.gateway)
@@ -61,9 +61,10 @@ class RsaWorker:
         return cls(protocol, turn, verify_inline=seconds < INLINE_VERIFY_SECONDS)
 
     async def seal(self, fields: Mapping[str, str]) -> bytes:
-        """Sign in the thread; once for each request, so that every attempt sends the same bytes.
+        """Sign ``fields`` in the thread. A request is signed once, so that every attempt sends the same bytes.
 
-        The first caller leads a visit to the thread, which signs for every caller that waits. Then the next one leads.
+        The first waiting caller leads: it starts a visit to the thread, which signs for all waiting callers. Afterwards
+        the next waiting caller leads.
         """
         job = _Job(fields)
         self._jobs.append(job)
@@ -72,7 +73,7 @@ class RsaWorker:
                 await job.turn.wait()
             else:
                 self._is_led = job.leads = True
-            # Repeats only if the thread still works on this job for a leader that asyncio's Task.cancel ended.
+            # Repeat if the thread is still signing this job in a visit whose leader asyncio's Task.cancel has ended.
             while job.body is None and job.error is None:
                 await anyio.to_thread.run_sync(self._visit, limiter=self._turn)
         finally:
@@ -95,13 +96,13 @@ class RsaWorker:
             job.turn.set()
 
     def _visit(self) -> None:
-        # The thread takes the jobs, not the leader: a leader that is cancelled while it waits would lose them.
+        # The thread takes the jobs from the queue: a leader that took them could be cancelled and lose them.
         done: list[_Job] = []
         began = delivered = perf_counter()
         for _ in range(len(self._jobs)):
             try:
                 job = self._jobs.popleft()
-            except IndexError:  # its caller was cancelled meanwhile
+            except IndexError:  # a caller was cancelled and removed its job
                 break
             try:
                 job.body = self.protocol.seal(job.fields)
@@ -117,7 +118,7 @@ class RsaWorker:
         self._call_soon(partial(_wake, done))
 
     async def check(self, read: Callable[..., T], *arguments: Any) -> T:
-        """Call ``read(*arguments)``, which checks one signature, here or in the thread."""
+        """Call ``read(*arguments)``, which verifies one signature, on the event loop or in the thread."""
         if self._verify_inline:
             return read(*arguments)
         return await anyio.to_thread.run_sync(read, *arguments, limiter=self._turn)
@@ -134,9 +135,9 @@ def _wake(jobs: Iterable[_Job]) -> None:
 
 
 def _verify_seconds(protocol: Protocol) -> float:
-    """Return the seconds to check a signature with these keys, the best of three."""
+    """Return the seconds that verifying a signature with these keys takes: the best of three measurements."""
     longest = max(key.bits for key in protocol.gateway_keys)
-    # Of full length: a shorter signature is refused without an RSA operation.
+    # Use the full length: a shorter signature would be rejected without an RSA operation.
     fields = {"sign": b64encode(b"\x55" * ((longest + 7) // 8)).decode()}
 
     def seconds() -> float:

@@ -1,7 +1,7 @@
-"""Keep secrets out of output: a holder that shows nothing, and errors whose frames hold no local variables.
+"""Keep secrets out of output: a container without a telling repr, and tracebacks without local variables.
 
-Error trackers copy the local variables of every frame of a traceback. Functions that get a key, passphrase or password
-as an argument are decorated with :func:`without_locals`.
+Error trackers copy the local variables of every frame of a traceback. Functions with a key, passphrase or password as
+an argument are decorated with :func:`without_locals`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def without_locals(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        outer = sys.exception()  # the caller handles it: leave its frames alone
+        outer = sys.exception()  # the exception that the caller is handling: do not change it
         try:
             return function(*args, **kwargs)
         except BaseException as error:
@@ -60,7 +60,7 @@ def without_locals(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def drop_secrets(error: BaseException | None) -> None:
-    """Remove what may hold a database password from a foreign ``error`` and its context."""
+    """Remove tracebacks and connections, which may contain a database password, from ``error`` and its context."""
     while error is not None:
         error.__traceback__ = None
         if "_pgconn" in vars(error):  # psycopg: the failed connection, password included
@@ -69,6 +69,6 @@ def drop_secrets(error: BaseException | None) -> None:
 
 
 def init_without_locals(cls: type[T]) -> type[T]:
-    """Apply :func:`without_locals` to the generated ``__init__`` of a class."""
+    """Decorate a class: apply :func:`without_locals` to its generated ``__init__``."""
     cls.__init__ = without_locals(cls.__init__)  # type: ignore[method-assign]
     return cls

@@ -1,4 +1,4 @@
-"""Checks of arguments that users give. Each raises ``ConfigurationError`` with the name of the argument."""
+"""Checks for arguments of the public API. Each raises ``ConfigurationError`` with the name of the argument."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def is_number(value: object) -> bool:
 
 
 def check_integer(name: str, value: object, *, least: int, most: int | None = None, bound: str = "") -> int:
-    """Return ``value`` if it is an integer from ``least`` to ``most``; messages call the latter ``bound``."""
+    """Return ``value`` if it is an integer from ``least`` to ``most``; ``bound`` is the text for ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         rule = f"of at least {least}" if most is None else f"from {least} to {bound}"
         raise ConfigurationError(f"{name}: must be an integer {rule}, is {value!r}")
@@ -21,21 +21,21 @@ def check_integer(name: str, value: object, *, least: int, most: int | None = No
 
 
 def positive_seconds(name: str, value: float) -> float:
-    """Return ``value`` if it is a number of seconds above 0."""
+    """Return ``value`` if it is a number of seconds greater than 0."""
     if not is_number(value) or not value > 0:
-        raise ConfigurationError(f"{name}: must be more than 0 and a number of seconds, is {value!r}")
+        raise ConfigurationError(f"{name}: must be a number of seconds greater than 0, is {value!r}")
     return value
 
 
 def check_type(name: str, value: object, kind: type | UnionType) -> None:
-    """Refuse ``value`` unless it is a ``kind``; the message shows only its type, since it may be a secret."""
+    """Check that ``value`` is a ``kind``; the message shows only its type, because it may be a secret."""
     if not isinstance(value, kind):
         wanted = kind.__name__ if isinstance(kind, type) else str(kind)
         raise ConfigurationError(f"{name}: must be of type {wanted}, not {type(value).__name__}")
 
 
 def check_journal(journal: object) -> None:
-    """Refuse anything but a journal or None, such as the path of a ``SqliteJournal``."""
+    """Check that ``journal`` is a journal or None, and not, for example, the path of a ``SqliteJournal``."""
     if journal is not None and not hasattr(journal, "is_open"):
         raise ConfigurationError(
             f"journal: must be a journal, such as SqliteJournal(path), not {type(journal).__name__}"

@@ -1,4 +1,4 @@
-"""Notice early that answers do not verify: with a wrong key, every refund of a batch would be made and stay unknown."""
+"""Stop a batch early if answers do not verify: with a wrong key, every refund would be made with unknown outcome."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from .errors import SignatureInvalid
 from .exchange import Exchange, Reply
 
 _UNPROVED: Final = 4
-"""The most refunds of a batch in flight until one answer has verified."""
+"""Maximum number of refunds in flight in a batch until one answer has verified."""
 _FAILURES: Final = 4
-"""How many refunds in a row whose answers do not verify stop a batch."""
+"""A batch stops after so many consecutive refunds whose answers do not verify."""
 
 
 class SignatureWatch:
-    """What the answers of one session tell about the gateway's keys.
+    """Records whether the answers of one session verify with the gateway's keys.
 
-    Several answers about one refund count once, so a single odd refund stops no other.
+    Several answers about one refund count once, so a single refund cannot stop a batch.
     """
 
     def __init__(self) -> None:
         self.has_verified = False
         """Whether an answer has verified."""
         self.changed = anyio.Event()
-        """Replaced once it is set."""
+        """Set when a refund may start or an answer has verified; a waiter replaces it by a new event."""
         self._failed: dict[str, SignatureInvalid] = {}
-        """The refunds whose answers did not verify, since the last answer that did."""
+        """The refunds whose answers did not verify since the last verified answer."""
 
     def saw(self, exchange: Exchange, reply: Reply) -> None:
-        """Take in an answer. A refusal without signature tells nothing about the keys."""
+        """Record an answer. An unsigned rejection proves nothing about the keys."""
         if reply.verified:
             self._failed.clear()
             if not self.has_verified:
@@ -44,19 +44,19 @@ class SignatureWatch:
                 del self._failed[next(iter(self._failed))]
 
     def failure(self) -> SignatureInvalid | None:
-        """Return the reason to send nothing more, or None."""
+        """Return the error that must stop the batch, or None."""
         if len(self._failed) < _FAILURES:
             return None
         *_, last = self._failed.values()
         return SignatureInvalid(
             f"the answers about {_FAILURES} refunds in a row have no valid signature (the last one: {last}); these "
             "refunds may have been made. Check the gateway's public key (gateway_public_keys, "
-            "LIANLIAN_GATEWAY_PUBLIC_KEYS) and the endpoints, then run it again with the same journal"
+            "LIANLIAN_GATEWAY_PUBLIC_KEYS) and the endpoints, then run the batch again with the same journal"
         )
 
 
 class Admission:
-    """Limits the refunds of one batch or worker in flight: few until one answer has verified, then ``limit``."""
+    """Limits the refunds in flight of one batch or worker: a few until one answer has verified, then ``limit``."""
 
     def __init__(self, watch: SignatureWatch, limit: float = inf) -> None:
         self.watch = watch
@@ -72,6 +72,6 @@ class Admission:
         self._in_flight += 1
 
     def leave(self) -> None:
-        """Note that a refund has ended."""
+        """Record that a refund has ended."""
         self._in_flight -= 1
         self.watch.changed.set()

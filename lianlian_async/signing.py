@@ -1,8 +1,8 @@
 """RSA keys and signatures, and the text that is signed.
 
-The protocol fixes the scheme: MD5withRSA, that is RSASSA-PKCS1-v1_5 over MD5, in one line of base64. MD5 is weak
-against collisions: use it for nothing but this protocol. Only this module imports pycryptodome, and cryptography
-(OpenSSL, extra ``fast``). A 2048-bit signature takes up to milliseconds: do not call this module on an event loop.
+The protocol prescribes MD5withRSA: RSASSA-PKCS1-v1_5 with MD5, encoded as one line of base64. MD5 is not collision
+resistant: use it only for this protocol. Only this module imports pycryptodome and cryptography (OpenSSL, extra
+``fast``). A 2048-bit signature can take milliseconds: do not call this module on an event loop.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .secret import without_locals
 BACKEND = os.environ.get("LIANLIAN_SIGNING_BACKEND") or ("openssl" if find_spec("cryptography") else "pycryptodome")
 """The signing backend: ``pycryptodome``, or ``openssl`` (extra ``fast``), four to five times faster.
 
-The default is OpenSSL if it is installed; the environment variable ``LIANLIAN_SIGNING_BACKEND`` overrides it. Without
-this variable, pycryptodome replaces an OpenSSL that refuses MD5 or a key (FIPS mode).
+The default is OpenSSL if ``cryptography`` is installed; the environment variable ``LIANLIAN_SIGNING_BACKEND`` overrides
+it. Without this variable, pycryptodome is used if OpenSSL refuses MD5 or a key (FIPS mode).
 """
 
 _SMALLEST_KEY_BITS: Final = 1024  # the pages name 1024, 2048 and 4096
 
 
 def signature_source(fields: Mapping[str, str | None]) -> bytes:
-    """Return the signed text: fields except ``sign`` and empty ones, as ``key=value`` sorted by key, joined by ``&``.
+    """Return the text to sign: ``key=value`` for each field, sorted by key, joined by ``&``.
 
-    Fields are used as sent or received, without URL encoding; unknown fields, and ``ret_code`` and ``ret_msg`` of an
-    answer, are included (LianLian's signature page; proved by genuine signatures).
+    ``sign`` and empty fields are omitted. Values are not URL-encoded. Unknown fields, and ``ret_code`` and ``ret_msg``
+    of an answer, are included (LianLian's signature page; verified with genuine signatures).
     """
-    # LianLian's own Java code sorts without regard to case, but every known key is lower case.
+    # LianLian's own Java code sorts case-insensitively, but every known key is lower case.
     return "&".join([f"{key}={value}" for key, value in sorted(fields.items()) if value and key != "sign"]).encode()
 
 
@@ -77,7 +77,7 @@ class _OpenSsl:
         self._verify = key.verify
         self._how = (padding.PKCS1v15(), hashes.MD5())
         self._invalid = InvalidSignature
-        # In FIPS mode OpenSSL refuses MD5 only when it is used.
+        # In FIPS mode OpenSSL refuses MD5 at the first use: use it now.
         self.verify(b"", b"")
         if rsa.has_private():
             self.sign(b"")
@@ -100,7 +100,7 @@ def _scheme(rsa: RSA.RsaKey) -> _PyCryptodome | _OpenSsl:
         case "openssl" if find_spec("cryptography"):
             try:
                 return _OpenSsl(rsa)
-            except Exception as error:  # how OpenSSL refuses depends on its version and configuration
+            except Exception as error:  # the exception type depends on OpenSSL's version and configuration
                 if os.environ.get("LIANLIAN_SIGNING_BACKEND"):
                     raise ConfigurationError(
                         "LIANLIAN_SIGNING_BACKEND: OpenSSL refuses MD5 or this key (FIPS mode?): set it to pycryptodome"
@@ -113,7 +113,7 @@ def _scheme(rsa: RSA.RsaKey) -> _PyCryptodome | _OpenSsl:
 
 
 class _Key:
-    """The common part of both halves. The repr shows only size and fingerprint."""
+    """The common part of private and public keys. The repr shows only size and fingerprint."""
 
     __slots__ = ("_rsa", "_scheme", "bits", "fingerprint")
 
@@ -124,7 +124,7 @@ class _Key:
         """Bits of the modulus."""
         spki = rsa.public_key().export_key("DER")
         self.fingerprint: str = "SHA256:" + SHA256.new(spki).hexdigest()
-        """SHA-256 of the public half (SubjectPublicKeyInfo), the same for both halves."""
+        """SHA-256 of the public key (SubjectPublicKeyInfo); a private key has the fingerprint of its public key."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} RSA {self.bits} {self.fingerprint}>"
@@ -142,12 +142,12 @@ class SigningKey(_Key):
     ) -> SigningKey:
         """Return the key in ``material`` (PEM, DER, bare base64 or a path); ``password`` decrypts it.
 
-        Reads a file and takes milliseconds: call it before the event loop runs, or in a thread. Raises
-        :class:`ConfigurationError`, whose message calls the key ``name``.
+        May read a file and takes milliseconds: call it before the event loop runs, or in a thread. Raises
+        :class:`ConfigurationError` with ``name`` as the name of the key.
         """
         rsa = _load(material, password, name, private=True)
         if not rsa.has_private():
-            raise ConfigurationError(f"{name}: this is a public key; the merchant's private key is needed here")
+            raise ConfigurationError(f"{name}: this is a public key; use the merchant's private key here")
         return cls(rsa)
 
     @classmethod
@@ -158,15 +158,15 @@ class SigningKey(_Key):
         return cls(RSA.generate(bits))
 
     def sign(self, source: bytes) -> str:
-        """Return the signature of ``source`` in one line of base64; the same source gives the same signature."""
+        """Return the signature of ``source`` in one line of base64; it is deterministic."""
         return b64encode(self._scheme.sign(source)).decode()
 
     def public_key(self) -> VerifyingKey:
-        """Return the public half, which LianLian's dashboard asks for."""
+        """Return the public key, to be uploaded in LianLian's dashboard."""
         return VerifyingKey(self._rsa.public_key())
 
     def to_pem(self, password: str | None = None) -> str:
-        """Return the private key as PKCS#8 PEM, encrypted if a ``password`` is given. Write it only to mode 0600."""
+        """Return the private key as PKCS#8 PEM, encrypted if a ``password`` is given. Store it with file mode 0600."""
         if password == "":
             raise ConfigurationError("password: must not be empty")
         protection = None if password is None else "PBKDF2WithHMAC-SHA512AndAES256-CBC"
@@ -178,21 +178,21 @@ class SigningKey(_Key):
 
 
 class VerifyingKey(_Key):
-    """A public key: LianLian's, to verify answers, or the merchant's, to upload at LianLian."""
+    """A public key: LianLian's key, which verifies answers, or the merchant's key, which LianLian's dashboard needs."""
 
     __slots__ = ()
 
     @classmethod
     @without_locals
     def load(cls, material: KeyMaterial, *, name: str = "public key") -> VerifyingKey:
-        """Return the key in ``material`` (PEM, DER, bare base64 or a path). Errors as of :meth:`SigningKey.load`."""
+        """Return the key in ``material`` (PEM, DER, bare base64 or a path). Errors: see :meth:`SigningKey.load`."""
         rsa = _load(material, None, name, private=False)
         if rsa.has_private():
             raise ConfigurationError(f"{name}: {PRIVATE_KEY_GIVEN}")
         return cls(rsa)
 
     def verify(self, source: bytes, signature: str) -> bool:
-        """Return whether ``signature`` (base64) is this key's signature of ``source``; False if unreadable."""
+        """Return whether ``signature`` is this key's signature of ``source``; False if it is not base64."""
         try:
             received = b64decode(signature, validate=True)
         except ValueError:  # not base64, or not ASCII
@@ -200,7 +200,7 @@ class VerifyingKey(_Key):
         return self._scheme.verify(source, received)
 
     def to_base64(self) -> str:
-        """Return bare base64 (X.509 SubjectPublicKeyInfo) in one line, as LianLian's dashboard expects it."""
+        """Return the key as one line of base64 (X.509 SubjectPublicKeyInfo), as LianLian's dashboard expects it."""
         return b64encode(self._rsa.export_key("DER")).decode()
 
     def to_pem(self) -> str:
@@ -226,7 +226,7 @@ def _load(material: KeyMaterial, password: str | bytes | None, name: str, *, pri
             raise ConfigurationError(f"{name}: {why}")
         found[rsa.n, rsa.e] = rsa
     if len(found) > 1:
-        raise ConfigurationError(f"{name}: contains {len(found)} different keys; keep only the right one")
+        raise ConfigurationError(f"{name}: contains {len(found)} different keys; keep only the one that you use")
     [rsa] = found.values()
     if rsa.size_in_bits() < _SMALLEST_KEY_BITS:
         raise ConfigurationError(f"{name}: {rsa.size_in_bits()} bits are too few; LianLian accepts 1024, 2048 or 4096")
@@ -234,14 +234,14 @@ def _load(material: KeyMaterial, password: str | bytes | None, name: str, *, pri
 
 
 def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
-    """Return the key, or None. A foreign error must not become the context of ours: it may quote the key."""
+    """Return the key, or None. pycryptodome's error must not become the context of ours: it may quote the key."""
     try:
-        rsa = RSA.import_key(encoded, passphrase=password)  # also checks that the numbers of the key fit together
+        rsa = RSA.import_key(encoded, passphrase=password)  # also checks that the key's numbers are consistent
     except (ValueError, IndexError, TypeError, ZeroDivisionError):
         return None
-    return rsa if rsa.e % 2 else None  # damaged; only OpenSSL would notice, and raise
+    return rsa if rsa.e % 2 else None  # an even exponent is damage; pycryptodome accepts it, OpenSSL raises
 
 
 def _encoded(password: str | bytes | None) -> bytes | None:
-    """Return a password in UTF-8, as OpenSSL reads it from a terminal (pycryptodome alone uses Latin-1)."""
+    """Return a password encoded as UTF-8, as OpenSSL reads it from a terminal (pycryptodome's default is Latin-1)."""
     return password.encode(errors="surrogateescape") if isinstance(password, str) else password

@@ -1,4 +1,4 @@
-"""Any number of items through a bounded number of workers, in bounded memory."""
+"""Process any number of items with a bounded number of workers, in bounded memory."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ async def run_workers(
     workers: int,
     intake: anyio.CancelScope,
 ) -> None:
-    """Call ``handle`` for every item, at most ``workers`` at a time; take an item only when a worker is free.
+    """Call ``handle`` for every item, with at most ``workers`` concurrent calls.
 
-    Items are taken in the calling task; an async generator is always closed. Cancelling ``intake``, or the first
-    exception of ``items`` or ``handle``, stops the intake; begun items are finished, then the exception is raised. A
-    cancellation that nobody requested is raised as ``LianLianError``. ``KeyboardInterrupt`` and ``SystemExit`` also
-    cancel the begun items.
+    The calling task takes an item only when a worker is free; an async generator is always closed. The first exception
+    of ``items`` or ``handle``, or a cancellation of ``intake``, stops the intake. Started items are finished, then the
+    exception is raised. A cancellation that nobody requested is raised as ``LianLianError``. ``KeyboardInterrupt`` and
+    ``SystemExit`` also cancel the started items.
     """
     free = anyio.Semaphore(workers, fast_acquire=True)
     failures: list[BaseException] = []
@@ -47,7 +47,7 @@ async def run_workers(
             cancelled = anyio.get_cancelled_exc_class()
             if isinstance(error, cancelled | GeneratorExit) and not is_failure(error):
                 raise
-            # A task group would take a cancellation that nobody requested for its own, and end silently.
+            # A task group treats a cancellation that nobody requested as its own, and would end silently.
             failures.append(_stray(error) if isinstance(error, cancelled) else error)
             (group.cancel_scope if isinstance(error, KeyboardInterrupt | SystemExit) else intake).cancel()
 
@@ -77,8 +77,8 @@ async def run_workers(
                         group.start_soon(begin, item)
                         await free.acquire()
     finally:
-        # When asyncio's event loop ends, it also cancels tasks that have not begun; without this, Python would warn
-        # that their coroutines were never awaited.
+        # At its end, asyncio's event loop also cancels tasks that have not started. Close their coroutines, or Python
+        # warns that they were never awaited.
         for coroutine in unbegun.values():
             coroutine.close()
     if failures:
@@ -94,7 +94,7 @@ def _stray(cancellation: BaseException) -> LianLianError:
 
 
 async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
-    """Yield ``items`` of either kind; closing this closes ``items`` if it is an async generator."""
+    """Yield the items of any iterable; closing this generator closes ``items`` if it is an async generator."""
     if not isinstance(items, AsyncIterable):
         for item in items:
             yield item
@@ -111,17 +111,17 @@ async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
 async def _close(iterator: AsyncGenerator[object]) -> None:
     try:
         await iterator.aclose()
-    except BaseExceptionGroup as group:  # a task group inside wraps the exception that closes it
+    except BaseExceptionGroup as group:  # a task group in the generator wraps GeneratorExit in a group
         _, others = group.split(GeneratorExit)
         if others is not None:
             raise others from None
 
 
 class Handover(Generic[T]):
-    """Hands items from many producers to a consumer; each producer waits until its item is taken.
+    """Hands items from many producers to one consumer; each producer waits until its item is taken.
 
-    No cancellation of the consumer loses an item. A memory object stream loses one if asyncio's ``Task.cancel`` meets
-    its receiver between the delivery and its waking up.
+    A cancellation of the consumer never loses an item. anyio's memory object stream loses an item if asyncio's
+    ``Task.cancel`` cancels the receiver after the delivery but before it resumes.
     """
 
     def __init__(self) -> None:

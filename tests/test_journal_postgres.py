@@ -532,8 +532,8 @@ async def test_an_invalid_dsn_is_not_shown(dsn):
     [
         ({"dsn": None}, "dsn: must be of type str, not NoneType"),
         ({"schema": 5}, "schema: must be of type str, not int"),
-        ({"timeout": "10"}, "timeout: must be more than 0 and a number of seconds, is '10'"),
-        ({"timeout": 0}, "timeout: must be more than 0"),
+        ({"timeout": "10"}, "timeout: must be a number of seconds greater than 0, is '10'"),
+        ({"timeout": 0}, "timeout: must be a number of seconds greater than 0"),
         ({"not_found_grace": "900"}, "not_found_grace: must be a number of at least 0, is '900'"),
         ({"not_found_grace": -1}, "not_found_grace: must be a number of at least 0, is -1"),
     ],

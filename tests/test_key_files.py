@@ -130,7 +130,7 @@ def test_several_blocks_have_to_hold_one_key():
     """A certificate and its own public key are one key; two different keys are refused."""
     text = PAIR.public_pem + CERTIFICATE + CERTIFICATE
     assert VerifyingKey.load(text).fingerprint == PAIR.public.fingerprint
-    assert "contains 2 different keys; keep only the right one" in reason(
+    assert "contains 2 different keys; keep only the one that you use" in reason(
         CERTIFICATE + STRANGER.public_pem, load=VerifyingKey.load
     )
     assert "contains 2 different keys" in reason(PAIR.private_pem + STRANGER.private_pem)
@@ -246,7 +246,7 @@ def test_unsupported_cipher_is_not_called_a_wrong_password(key, password):
 @pytest.mark.parametrize("password", [None, PASSWORD])
 def test_supported_cipher_needs_the_right_password(password):
     """For a key that is encrypted with AES, the message is about the password."""
-    words = "the key is encrypted and needs its password" if password is None else "the password does not open the key"
+    words = "the key is encrypted: give its password" if password is None else "the password is wrong"
     for key in (pbes2("2.16.840.1.101.3.4.1.42"), TRADITIONAL.replace("\n", " ")):
         assert words in reason(key, password and "wrong")
 
@@ -254,8 +254,8 @@ def test_supported_cipher_needs_the_right_password(password):
 def test_encrypted_key_of_another_kind():
     """The message about the password does not claim that it is wrong."""
     key = ED.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, LOCKED)
-    assert "the password does not open the key, or the key is not an RSA key" in reason(key, PASSWORD)
-    assert "needs its password" in reason(key)
+    assert "the password is wrong, or the key is not an RSA key" in reason(key, PASSWORD)
+    assert "give its password" in reason(key)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_an_encrypted_private_key_opens_with_the_password():
     keys = made(private_key=locked, private_key_password="pässword").load_keys()
     assert keys.private.fingerprint == OURS.private.fingerprint
     assert message_of(made(private_key=locked, private_key_password="secret").load_keys) == (
-        "private_key: the password does not open the key, or the key is not an RSA key"
+        "private_key: the password is wrong, or the key is not an RSA key"
     )
 
 
@@ -389,7 +389,7 @@ def test_quotes_around_a_variable_are_removed(quote, tmp_path):
 def test_variable_of_another_type_is_refused():
     """A caller's mapping may hold any type."""
     assert message_of(lambda: Merchant.from_env(ENVIRONMENT | {"LIANLIAN_OID_PARTNER": 5})) == (
-        "LIANLIAN_OID_PARTNER: must be text"
+        "LIANLIAN_OID_PARTNER: must be a string"
     )
 
 
@@ -494,18 +494,18 @@ def test_paths_in_toml_start_at_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"oid_partner": 201103171000000000}, "oid_partner: must be text"),
+        ({"oid_partner": 201103171000000000}, "oid_partner: must be a string"),
         ({"oid_partner": "2011 03"}, "oid_partner: must be 1 to 18 letters or digits"),
-        ({"private_key": ["a"]}, "private_key: must be text"),
+        ({"private_key": ["a"]}, "private_key: must be a string"),
         ({"private_key": "missing.pem"}, "private_key: '"),
         ({"private_key": OURS.private_pem[:300]}, "private_key: the PEM text is cut off"),
-        ({"private_key_password": 5}, "private_key_password: must be text"),
-        ({"gateway_public_keys": 5}, "gateway_public_keys: must be text"),
-        ({"gateway_public_keys": ["a", 5]}, "gateway_public_keys: must be text"),
+        ({"private_key_password": 5}, "private_key_password: must be a string"),
+        ({"gateway_public_keys": 5}, "gateway_public_keys: must be a string"),
+        ({"gateway_public_keys": ["a", 5]}, "gateway_public_keys: must be a string"),
         ({"gateway_public_keys": [" "]}, "gateway_public_keys: at least one"),
         ({"gateway_public_keys": OURS.public_pem}, "gateway_public_keys: contains the merchant's own"),
         ({"apply_url": ""}, "apply_url: must not be empty"),
-        ({"apply_url": 5}, "apply_url: must be text"),
+        ({"apply_url": 5}, "apply_url: must be a string"),
         ({"query_url": "http://example.com/"}, "query_url: must be https"),
         ({"notify_url": "shop"}, "notify_url: must be an absolute"),
     ],
@@ -529,7 +529,7 @@ def test_unknown_settings_are_named(tmp_path):
     assert message_of(lambda: Merchant.from_toml(file)) == f"{file}: unknown setting notify_ulr, verify"
 
 
-QUOTES = "is not TOML; put plain quotes around text, three on each side of several lines"
+QUOTES = "is not TOML; put strings in straight quotes, or in three quotes if they have several lines"
 BACKSLASH = "a backslash in double quotes is an escape: write a path in single quotes"
 
 

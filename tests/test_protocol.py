@@ -278,10 +278,11 @@ def test_a_success_without_a_usable_signature_is_not_believed(asking, signature)
     ],
 )
 def test_unsigned_field_is_named_in_the_error(asking, unsigned, said):
-    """LianLian leaves fields of other answers unsigned: the error says so, and the answer is not believed."""
+    """If only undocumented fields are not signed, the error names them, and the answer is not believed."""
     reply = read(asking, {**made(asking.asked), **unsigned})
     assert_uncertain(reply, SignatureInvalid)
-    assert str(reply.error).endswith((said, f"{said}: tell LianLian's support"))
+    advice = "LianLian probably did not sign them: report this to LianLian's support"
+    assert str(reply.error).endswith((said, f"{said}. {advice}"))
 
 
 def test_both_keys_of_a_rotation_are_known():

@@ -285,7 +285,7 @@ async def test_a_closed_session_says_so():
     async with gateway.session() as session:
         assert repr(session) == "<RefundSession 201103171000000000 open>"
     await assert_refuses(session, "closed")
-    with pytest.raises(RuntimeError, match="closed already: make a new one"):
+    with pytest.raises(RuntimeError, match="already closed: create a new one"):
         await session.__aenter__()
     assert gateway.requests == {}
 
@@ -293,7 +293,7 @@ async def test_a_closed_session_says_so():
 async def test_a_session_is_entered_once():
     """Two ``async with`` blocks at once would close each other's session."""
     async with sandbox().session() as session:
-        with pytest.raises(RuntimeError, match="open already: make a new one"):
+        with pytest.raises(RuntimeError, match="already open: create a new one"):
             await session.__aenter__()
         assert (await session.apply_refund(refund_request())).no_refund == "R-1"
 
