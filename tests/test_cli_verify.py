@@ -61,7 +61,7 @@ def test_response_signed_by_the_merchant_is_invalid(env, merchant_keys):
     """Only LianLian can sign the state of a refund."""
     ended = verify(env, signed(merchant_keys, ANSWER))
     assert ended.exit_code == 5
-    assert "only LianLian can sign this message" in ended.stdout
+    assert "must be signed by LianLian" in ended.stdout
 
 
 def test_invalid_message_shows_source_and_tried_keys(env, gateway_keys, merchant_keys):

@@ -118,9 +118,9 @@ def test_numbers_are_taken_once():
     """A second order with the same number is a ValueError, and changes nothing."""
     books = ledger()
     books.add_order(PARTNER, "O-1", Decimal("100.00"), oid_paybill="P-1")
-    with pytest.raises(ValueError, match="order O-1 exists"):
+    with pytest.raises(ValueError, match="order O-1 exists already"):
         books.add_order(PARTNER, "O-1", Decimal("1.00"), oid_paybill="P-2")
-    with pytest.raises(ValueError, match="payment P-1 exists"):
+    with pytest.raises(ValueError, match="payment P-1 exists already"):
         books.add_order(PARTNER, "O-2", Decimal("1.00"), oid_paybill="P-1")
     assert refused(books.apply, application(no_order=None, oid_paybill="P-2"), 0.0) == "5002"
     assert refused(books.apply, application(no_order="O-2"), 0.0) == "5002"
@@ -172,10 +172,10 @@ def test_a_failed_refund_gives_its_money_back(marked_at):
 
 
 def test_a_final_state_never_changes():
-    """A refund that is final already cannot be made to fail."""
+    """A refund that is already final cannot be made to fail."""
     books = ledger(default_order=Decimal("100.00"))
     record = books.apply(application(), 0.0)
-    with pytest.raises(ValueError, match="R-1 is final already"):
+    with pytest.raises(ValueError, match="R-1 is already final"):
         books.fail(PARTNER, "R-1", 2.0)
     assert record.status(3.0) is RefundStatus.SUCCESS
 
@@ -297,7 +297,7 @@ class Books(RuleBasedStateMachine):
     @rule(no_refund=NUMBERS)
     def fail(self, no_refund):
         if any(record.status(self.now).is_final for record in self.books.made(PARTNER, no_refund)):
-            with pytest.raises(ValueError, match="final already"):
+            with pytest.raises(ValueError, match="already final"):
                 self.books.fail(PARTNER, no_refund, self.now)
         else:
             self.books.fail(PARTNER, no_refund, self.now)

@@ -1,4 +1,4 @@
-"""The command ``lianlian`` (extra ``cli``). This module imports no package of the extra, so that it can name one."""
+"""The command ``lianlian`` (extra ``cli``). This module imports without the extra, to name a missing package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EXTRA: Final = ("click", "rich", "uvicorn")
 def main() -> None:
     """Run the command and exit with its code; 2 if a package of the extra ``cli`` is missing."""
     for stream in (sys.stdout, sys.stderr):
-        # A character that the terminal's encoding lacks must not end the command after the refund was made.
+        # A character missing in the terminal's encoding must not raise an error after a refund was made.
         if isinstance(stream, TextIOWrapper):  # None if the descriptor is closed
             stream.reconfigure(errors="backslashreplace")
     try:

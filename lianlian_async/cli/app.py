@@ -30,7 +30,7 @@ _COMMANDS: Final = {
 
 
 class _Program(click.Group):
-    """Imports a command when it is used, and turns errors of the library into exit codes."""
+    """Imports a command when it is used, and converts errors of the library to exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """See ``click.Group``."""
@@ -49,7 +49,7 @@ class _Program(click.Group):
             formatter.write_dl([(name, command.help) for name, command in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; print an error of the library instead of a traceback."""
+        """Run the command; print the library's errors without a traceback."""
         from lianlian_async.errors import LianLianError
 
         from .exit_codes import INTERRUPTED, exit_outcome_of
@@ -85,8 +85,8 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
 @click.group(
     cls=_Program,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-    epilog="Exit codes: 0 made, or no error; 1 another error; 2 wrong usage, request or configuration, nothing was "
-    "sent; 3 rejected or failed; 4 outcome unknown, query it again; 5 invalid signature; 130 interrupted.",
+    epilog="Exit codes: 0 made, or no error; 1 another error; 2 wrong usage, request or configuration (nothing was "
+    "sent); 3 rejected or failed; 4 outcome unknown (query it again); 5 invalid signature; 130 interrupted.",
 )
 @click.option(
     "--version",
@@ -99,6 +99,6 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
 def lianlian() -> None:
     """LianLian Pay refunds: was this refund made? Never twice, never lost, never guessed.
 
-    Keys are never given on the command line: the merchant comes from the environment (LIANLIAN_OID_PARTNER,
-    LIANLIAN_PRIVATE_KEY, LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config.
+    The merchant and its keys come from the environment (LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY,
+    LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config, never from the command line.
     """

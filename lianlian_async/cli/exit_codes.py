@@ -1,4 +1,4 @@
-"""The outcomes of a command: a word and an exit code for each, and an error as JSON."""
+"""The outcomes of a command with a word and an exit code for each, and errors as JSON."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EXIT_OUTCOMES: Final[dict[type[LianLianError], ExitOutcome]] = {
 
 
 def exit_outcome_of(error: LianLianError) -> ExitOutcome:
-    """Return the outcome for an error; a subclass without an entry has that of its parent."""
+    """Return the outcome for an error; a class without an entry has its parent's outcome."""
     outcome = next(EXIT_OUTCOMES[cls] for cls in type(error).__mro__ if cls in EXIT_OUTCOMES)
     if isinstance(error, BatchStopped) and isinstance(error.cause, SignatureInvalid):
         return outcome._replace(exit_code=SIGNATURE_INVALID.exit_code)
@@ -53,12 +53,12 @@ def exit_outcome_of(error: LianLianError) -> ExitOutcome:
 
 
 def exit_outcome_of_refund(refund: Refund) -> ExitOutcome:
-    """Return MADE unless the gateway says that the refund failed."""
+    """Return FAILED if the refund's final state is failed, else MADE."""
     return FAILED if refund.sta_refund is RefundStatus.FAILED else MADE
 
 
 def error_document(error: LianLianError) -> dict[str, Any]:
-    """Return an error as one JSON object: its outcome, and its attributes that are text, numbers or None."""
+    """Return an error as one JSON object: its outcome, type, message and attributes (str, int or None)."""
     facts: dict[str, Any] = {name: value for name, value in vars(error).items() if isinstance(value, str | int | None)}
     if isinstance(error, InvalidRequest):
         facts["problems"] = [problem._asdict() for problem in error.problems]

@@ -32,8 +32,8 @@ _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
 def journal() -> None:
     """Show, export or resume a journal.
 
-    A journal is the file that `lianlian batch` keeps, or a PostgreSQL database: postgresql://…, preferably in
-    LIANLIAN_DSN.
+    A journal records refunds and their outcomes: an SQLite file, as `lianlian batch` makes it, or a PostgreSQL
+    database (postgresql://…, preferably in LIANLIAN_DSN).
     """
 
 
@@ -42,7 +42,10 @@ def journal() -> None:
 @json_option
 @pass_output
 def show(output: Output, /, place: str) -> None:
-    """Count the refunds in a journal, and list the unknown ones. Works while another process holds it."""
+    """Count the refunds in a journal, and list the unknown ones.
+
+    Other processes may use the journal meanwhile.
+    """
     show_journal(output, anyio.run(read_journal, place))
 
 
@@ -57,9 +60,12 @@ def show(output: Output, /, place: str) -> None:
 @json_option
 @pass_output
 def export(output: Output, /, place: str, out: Path) -> None:
-    """Write all refunds of a journal to a file, oldest first. Works while another process holds it."""
+    """Write all refunds of a journal to a file, oldest first.
+
+    Other processes may use the journal meanwhile.
+    """
     if not is_dsn(place) and out.exists() and out.samefile(place):
-        raise click.BadParameter("is the journal", param_hint="--out")
+        raise click.BadParameter("must not be the journal", param_hint="--out")
     number = anyio.run(_export, place, out)
     output.show({"refunds": number, "out": str(out)}, f"{number:,} refunds written to {out}")
 
@@ -73,8 +79,8 @@ def export(output: Output, /, place: str, out: Path) -> None:
 def resume(output: Output, /, place: str, config: Path | None, **settings: Any) -> None:
     """Resolve all open refunds, then show the journal.
 
-    Unresolved refunds are queried, and sent if that is safe; refunds that were made are queried for their final
-    state. Exit code 4 if some are still unknown.
+    Unresolved refunds are queried, and sent if no earlier request can still arrive; refunds that were made are
+    queried for their final state. Exit code 4 if some are still unknown.
     """
     _show_resumed(output, place, *anyio.run(_resume, load_merchant(config), place, settings))
 

@@ -20,9 +20,9 @@ from .stores import is_dsn, make_reader, place_name, read_queue
 
 _LISTED: Final = 20
 _MEANING: Final = {
-    State.UNRESOLVED: "begun; not known whether it was made",
-    State.ACCEPTED: "made; final state not known",
-    State.FINAL: "success or failed; on_refund has not returned yet",
+    State.UNRESOLVED: "begun; unknown whether it was made",
+    State.ACCEPTED: "made; final state unknown",
+    State.FINAL: "success or failed; on_refund has not returned",
     State.DONE: "success or failed",
     State.REJECTED: "rejected",
     State.CONFLICT: "belongs to another refund: a person must decide",
@@ -36,7 +36,7 @@ class UnknownRefund(NamedTuple):
     money_refund: str
     sent_at: str
     ask_again_at: str
-    """When the answer "no such record" can be believed, with the default grace."""
+    """The time from which the answer "no such record" can be believed, with the default grace."""
 
 
 @attrs.define
@@ -48,11 +48,11 @@ class JournalReport:
     queue: Mapping[str, int] = attrs.field(factory=dict)
     """See ``RefundQueue.counts``; empty if there is no queue."""
     failures: Sequence[Mapping[str, str | None]] = ()
-    """The oldest ``RefundQueue.failures``."""
+    """The oldest failures, from ``RefundQueue.failures``."""
     unknown: int = 0
     """Unresolved refunds that may have been made."""
     not_sent: int = 0
-    """Unresolved refunds that were certainly not made: no request arrived."""
+    """Unresolved refunds that were certainly not made, because no request arrived."""
     oldest: list[UnknownRefund] = attrs.field(factory=list)
 
     def add(self, entry: Entry) -> None:
@@ -85,7 +85,7 @@ async def read_journal(place: str) -> JournalReport:
 def show_journal(
     output: Output, report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int
 ) -> None:
-    """Print the report; ``reasons``: how often a refund became unknown, by reason; ``facts``: more numbers."""
+    """Print the report; ``reasons``: number of unknown outcomes by reason; ``facts``: more numbers."""
     name = place_name(report.place)
     document = {
         "journal": name,

@@ -21,9 +21,11 @@ from .secret_files import refuse_existing, write_new
     "--out",
     type=click.Path(path_type=Path),
     default=Path(),
-    help="File of the private key, or the folder for merchant.pem.",
+    help="File for the private key, or a folder for merchant.pem.",
 )
-@click.option("--password-env", metavar="NAME", help="Encrypt the private key with the password in this variable.")
+@click.option(
+    "--password-env", metavar="NAME", help="Encrypt the private key with the password in this environment variable."
+)
 @click.option("--password-prompt", is_flag=True, help="Ask for a password and encrypt the private key with it.")
 @json_option
 @pass_output
@@ -31,8 +33,8 @@ from .secret_files import refuse_existing, write_new
 def keygen(output: Output, bits: str, out: Path, password_env: str | None, password_prompt: bool) -> None:
     """Generate a key pair for LianLian's dashboard.
 
-    The public key is printed in the form that the dashboard takes. The private key is written with mode 0600, the
-    public key beside it; existing files are never replaced.
+    The public key is printed in the form that the dashboard accepts. The private key is written with mode 0600, and
+    the public key beside it. Existing files are never replaced.
     """
     private = out / "merchant.pem" if out.is_dir() else out
     public = private.with_suffix(".pub" + private.suffix)

@@ -1,4 +1,4 @@
-"""``lianlian notify``: test a service that receives notifications, and read a notification."""
+"""``lianlian notify``: send a notification to a service to test it, and read a notification."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def notify() -> None:
     "--gateway-key",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Private key that replaces LianLian's: gateway.pem of `lianlian sandbox --keys`.",
+    help="Private key that signs instead of LianLian's: gateway.pem of `lianlian sandbox --keys`.",
 )
 @click.option("--no-refund", required=True, help="The merchant's refund number.")
 @click.option("--money-refund", required=True, help="Yuan, such as 200.01.")
@@ -51,8 +51,8 @@ def notify() -> None:
 def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None, **fields: str | None) -> None:
     """POST one signed notification to URL.
 
-    The output shows whether the service acknowledged it. The service must trust the public key of --gateway-key, and be
-    configured for the merchant of the environment.
+    The output shows whether the service acknowledged it. The service must be configured for the same merchant as this
+    command, and trust the public key of --gateway-key.
     """
     key = SigningKey.load(gateway_key, name="--gateway-key")
     message = {name: text for name, text in fields.items() if text is not None}
@@ -85,9 +85,9 @@ async def _post(url: str, body: bytes) -> HttpResponse | None:
 @json_option
 @pass_output
 def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
-    """Read a notification, and show its refund.
+    """Verify a notification, and show its refund.
 
-    FILE is the body as it was received (- is stdin). It is read as the endpoint of a service reads it.
+    FILE is the body as received (- is stdin). It is verified exactly as in a service's endpoint.
     """
     merchant = load_merchant(config)
     keys = merchant.load_keys()

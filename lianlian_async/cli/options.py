@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share, and how their values are read."""
+"""Options and arguments of several commands, and the functions that read their values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lianlian_async.retry import RetryPolicy
 from lianlian_async.session import RefundSession
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-"""The function that an option decorates."""
+"""A command's function, which options decorate."""
 
 # The session adds these fields itself. LianLian's sample requests spell one of them with a trailing blank.
 SIGNATURE_FIELDS: Final = ("sign_type", "sign_type ", "sign")
@@ -31,10 +31,10 @@ deadline_option = click.option(
     metavar="SECONDS",
     type=click.FloatRange(min=0, min_open=True),
     default=30.0,
-    help="Time limit for one refund.",
+    help="Time limit for each refund.",
 )
 _concurrency_option = click.option(
-    "--concurrency", metavar="NUMBER", type=click.IntRange(1, 10_000), default=20, help="Refunds at the same time."
+    "--concurrency", metavar="NUMBER", type=click.IntRange(1, 10_000), default=20, help="Number of concurrent refunds."
 )
 _not_found_grace_option = click.option(
     "--not-found-grace",
@@ -47,7 +47,7 @@ _not_found_grace_option = click.option(
 
 
 def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    """Return a callback that makes ``ValueError`` and ``LookupError`` of ``parse`` usage errors."""
+    """Return a callback that converts ``ValueError`` and ``LookupError`` of ``parse`` to usage errors."""
 
     def callback(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
         try:
@@ -59,19 +59,19 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
 
 
 def load_merchant(config: Path | None) -> Merchant:
-    """Load the merchant from the file of ``--config`` or the environment; raises ``ConfigurationError``."""
+    """Load the merchant from ``config`` or the environment; raises ``ConfigurationError``."""
     return Merchant.from_env() if config is None else Merchant.from_toml(config)
 
 
 def session_options(command: Command) -> Command:
-    """Add the options that :func:`make_session` takes."""
+    """Add the options for :func:`make_session`."""
     return _concurrency_option(deadline_option(_not_found_grace_option(command)))
 
 
 def make_session(
     merchant: Merchant, *, journal: Journal, concurrency: int, not_found_grace: float, **options: Any
 ) -> RefundSession:
-    """Create a session with the values of :func:`session_options`; ``options`` are those of ``RefundSession``."""
+    """Create a session with the values of :func:`session_options`, and with ``options`` of ``RefundSession``."""
     policy = RetryPolicy(not_found_grace=not_found_grace)
     return RefundSession(merchant, journal=journal, max_connections=concurrency, retry=policy, **options)
 
@@ -84,7 +84,7 @@ def file_argument(*, required: bool) -> Callable[[Command], Command]:
 def read_message(file: BinaryIO) -> dict[str, str]:
     """Read the fields of a JSON message; raises a usage error."""
     try:
-        # One byte more than allowed shows that the message is too long.
+        # Read one byte more than allowed, to detect a message that is too long.
         return wire.decode(file.read(wire.MAX_MESSAGE_BYTES + 1).removeprefix(b"\xef\xbb\xbf"))
     except MalformedMessage as error:
         raise click.BadParameter(str(error), param_hint="FILE") from None

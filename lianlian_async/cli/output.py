@@ -32,19 +32,19 @@ _NEGATIVE: Final = re.compile(r"-[0-9]+([.,][0-9]+)*")
 
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
-        """Raise instead of Rich's exit with code 1, which would hide the outcome."""
+        """Raise ``BrokenPipeError``: Rich would exit with code 1, which hides the outcome."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def _console(*, stderr: bool = False) -> Console:
-    # With an explicit file Rich respects its encoding. Text from the wire must not be read as markup.
+    # With an explicit file Rich respects its encoding. Text from the wire must not be interpreted as markup.
     file = sys.stderr if stderr else sys.stdout
     return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
 def _surviving(stream: TextIO) -> Iterator[None]:
-    """Continue if ``stream`` is a closed pipe or a full disk: the exit code still tells the outcome."""
+    """Continue if ``stream`` is a closed pipe or on a full disk, so that the exit code still shows the outcome."""
     try:
         yield
     except OSError as error:
@@ -61,7 +61,7 @@ class Output:
     as_json: bool = False
 
     def show(self, document: Mapping[str, Any], *renderings: RenderableType) -> None:
-        """Print the result: ``document`` as one line of JSON, or ``renderings`` (tables, lines of text) for people."""
+        """Print the result: with ``--json`` ``document`` in one line, else ``renderings`` (tables, lines of text)."""
         with _surviving(sys.stdout):
             if self.as_json:
                 click.echo(json.dumps(document))  # plain ASCII, readable in every terminal encoding
@@ -83,7 +83,7 @@ class Output:
         click.confirm(question, abort=True, err=True)
 
     def failure(self, error: LianLianError) -> None:
-        """Print an error and its cure: JSON on stdout with ``--json``, else text on stderr."""
+        """Print an error and advice: JSON on stdout with ``--json``, else text on stderr."""
         if self.as_json:
             self.show(error_document(error))
             return
@@ -99,7 +99,7 @@ class Output:
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Callable[[str], object]]:
-        """Show a progress bar on stderr if that is a terminal; call the yielded function with a text at each step."""
+        """Show a progress bar if stderr is a terminal; call the yielded function with a text at each step."""
         console = _console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
@@ -124,19 +124,19 @@ pass_output = click.make_pass_decorator(Output, ensure=True)
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with control characters escaped, so that a message cannot control the terminal."""
+    """Escape the control characters of ``text``, so that a message cannot control the terminal."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 
 def local_time(moment: datetime) -> str:
-    """Return a moment in the local time zone, with its offset."""
+    """Format a moment in the local time zone, with its UTC offset."""
     return moment.astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    """Return a table that folds long values; without column names it has no header."""
+    """Return a table with wrapped long values; without column names it has no header."""
     drawn = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
         drawn.add_column(column, overflow="fold")
@@ -153,10 +153,10 @@ def query_command(query: RefundQuery) -> str:
 
 @contextmanager
 def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-    """Replace ``path`` by one line for each call: CSV if its name ends in .csv, else JSON Lines.
+    """Replace ``path``, and write one line for each call: CSV if its name ends in .csv, else JSON Lines.
 
-    A value that is not in ``columns`` is left out. CSV starts with a byte order mark, so that Excel reads UTF-8, and
-    no cell is a formula to a spreadsheet: https://owasp.org/www-community/attacks/CSV_Injection
+    Values not in ``columns`` are omitted. CSV starts with a byte order mark, so that Excel reads UTF-8. Cells that a
+    spreadsheet would run as formulas are escaped: https://owasp.org/www-community/attacks/CSV_Injection
     """
     names = list(columns)
     is_csv = path.suffix.lower() == ".csv"
@@ -176,6 +176,6 @@ def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mappin
 
 
 def _no_formula(value: object) -> object:
-    """Return a cell that no spreadsheet runs as a formula: an apostrophe marks text."""
+    """Escape a cell that a spreadsheet would run as a formula: a leading apostrophe marks text."""
     is_formula = isinstance(value, str) and value.startswith(_FORMULA) and not _NEGATIVE.fullmatch(value)
     return f"'{value}" if is_formula else value

@@ -1,4 +1,4 @@
-"""``lianlian reconcile``: LianLian's statements against a journal."""
+"""``lianlian reconcile``: compare LianLian's statements with a journal."""
 
 from __future__ import annotations
 
@@ -36,16 +36,21 @@ from .stores import DSN, JOURNAL, check_journal, make_journal, make_reader
     callback=check_journal,
     help="Journal to compare with.",
 )
-@click.option("--apply", "is_applied", is_flag=True, help="Record what the journal does not know to be made.")
+@click.option(
+    "--apply",
+    "is_applied",
+    is_flag=True,
+    help="Query refunds that only the statements show as made, and record them in the journal.",
+)
 @config_option
 @json_option
 @pass_output
 def reconcile(output: Output, /, statements: Sequence[Path], place: str, is_applied: bool, config: Path | None) -> None:
     """Compare LianLian's statements with a journal.
 
-    A statement is a file JYMX_<oid_partner>_<date>.txt; a JYMXSUM file beside it is its check sum. --apply asks the
-    gateway about each refund that is in a statement and unknown in the journal; if the gateway has no record any more,
-    the statement is recorded as evidence. Exit code 3 if not everything agrees.
+    A statement is a file JYMX_<oid_partner>_<date>.txt; if a JYMXSUM file is beside it, its totals must agree. --apply
+    queries each refund that is in a statement and unknown in the journal; if the gateway no longer has a record, the
+    statement is recorded as evidence. Exit code 3 if there are differences.
     """
     found = Reconciliation()
     try:
@@ -75,7 +80,7 @@ def reconcile(output: Output, /, statements: Sequence[Path], place: str, is_appl
 
 def _read(found: Reconciliation, path: Path, statements: Sequence[Path]) -> None:
     if path.name.startswith("JYMXSUM_") and path.with_name(path.name.replace("SUM", "", 1)) in statements:
-        return  # it is read with its statement
+        return  # read together with its statement
     try:
         with path.open(encoding="utf-8") as file:
             for _ in file:
@@ -101,7 +106,7 @@ async def _compare(found: Reconciliation, place: str) -> None:
 
 
 async def _apply(found: Reconciliation, merchant: Merchant, place: str, output: Output) -> None:
-    """Ask about what a statement proves. Nothing is sent again, whatever the answer is."""
+    """Query the refunds that a statement proves. Nothing is sent again, whatever the answer is."""
     proved = frozenset(found.numbers[Verdict.UNKNOWN_PROVED])
 
     async def ask(entry: Entry) -> None:

@@ -38,7 +38,7 @@ _HELP: Final = {
     "oid_paybill": "LianLian's payment number.",
     "notify_url": "URL to which LianLian posts the result.",
     "oid_refundno": "LianLian's refund number.",
-    "trader_refund": "Number of the refunded merchant, if it is another one.",
+    "trader_refund": "Number of the refunded merchant if it is a different one.",
 }
 
 
@@ -65,9 +65,9 @@ def apply(
 ) -> None:
     """Make one refund.
 
-    FILE is the request as JSON with LianLian's field names (- is stdin); options override its fields. Its sign and
-    sign_type are ignored; its oid_partner must be the merchant's. No journal is used: if the outcome is unknown,
-    run `lianlian query` before you repeat this command.
+    FILE is the request as JSON with LianLian's field names (- is stdin); options override its fields. The fields sign
+    and sign_type are ignored, and oid_partner must be the configured merchant's. This command has no journal: if the
+    outcome is unknown, run `lianlian query` before you repeat the command.
     """
     merchant = load_merchant(config)
     message = _message(file, merchant)
@@ -101,8 +101,7 @@ def query(
 ) -> None:
     """Query LianLian's record of one refund.
 
-    FILE is a message about the refund as JSON (- is stdin): a query, or the request of `lianlian apply`. Options
-    override its fields.
+    FILE is a query, or the request of `lianlian apply`, as JSON (- is stdin); options override its fields.
     """
     merchant = load_merchant(config)
     message = _message(file, merchant)
@@ -130,7 +129,7 @@ def _message(file: BinaryIO | None, merchant: Merchant) -> dict[str, str]:
 def show_refund(output: Output, refund: Refund) -> None:
     """Print a refund, and exit with the code of its state."""
     outcome = exit_outcome_of_refund(refund)
-    fields = [field.name for field in attrs.fields(Refund) if field.eq]  # the others describe the message
+    fields = [field.name for field in attrs.fields(Refund) if field.eq]  # the other fields describe the message
     rows = [(name, *_cells(getattr(refund, name))) for name in fields]
     rows += [(name, text, "not documented") for name, text in refund.extra.items()]
     output.show(

@@ -1,4 +1,4 @@
-"""Files that hold secrets: readable by their owner only, and never written over another file."""
+"""Files with secrets: readable by their owner only; an existing file is never overwritten."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def refuse_existing(*paths: Path) -> None:
     """Raise ``ConfigurationError`` if one of ``paths`` exists."""
     for path in paths:
         if path.exists() or path.is_symlink():
-            raise ConfigurationError(f"{path}: exists already, and is not overwritten")
+            raise ConfigurationError(f"{path}: exists already; remove it or choose another name")
 
 
 @without_locals

@@ -1,4 +1,4 @@
-"""Journals and queues: where they are, how they are opened, and the receipt that names the journal of a file."""
+"""Places of journals and queues, functions that open them, and the receipt that records a file's journal."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def is_dsn(place: str) -> bool:
 
 
 def place_name(place: str) -> str:
-    """Return a place as people see it: a DSN may hold a password."""
+    """Return a place for display, without the password of a DSN."""
     return "in PostgreSQL" if is_dsn(place) else place
 
 
 @without_locals
 def check_place(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Refuse a password on the command line, where every process of this machine can read it."""
+    """Refuse a password on the command line, where other processes of this machine can read it."""
     if value is None or "://" not in value:
         return value
     if not is_dsn(value):
@@ -74,16 +74,16 @@ def _check_dsn(ctx: click.Context, parameter: click.Parameter, value: str) -> st
 
 @without_locals
 def check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Refuse a file that does not exist, and what :func:`check_place` refuses."""
+    """Refuse a file that does not exist, in addition to :func:`check_place`."""
     check_place(ctx, parameter, value)
     if not (is_dsn(value) or Path(value).is_file()):
-        # The value is not repeated: it may be a connection string in another form, with a password.
-        raise click.BadParameter("no such journal; a database is postgresql://…")
+        # The message omits the value: it may be a connection string in another form, with a password.
+        raise click.BadParameter("no such journal; for a database use postgresql://…")
     return value
 
 
 def place_argument(command: Command) -> Command:
-    """Add the argument for the place of an existing journal."""
+    """Add the argument PATH|DSN: the place of an existing journal."""
     return click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], callback=check_journal)(command)
 
 
@@ -96,12 +96,12 @@ def dsn_argument(command: Command) -> Command:
 
 
 def make_journal(place: str) -> Journal:
-    """Create the journal object for ``place``; it is not opened yet."""
+    """Create the unopened journal object for ``place``."""
     return _postgres_journal(place) if is_dsn(place) else SqliteJournal(place)
 
 
 def make_reader(place: str) -> SqliteReader | Journal:
-    """Create an object that reads the journal at ``place``, even while another process holds it."""
+    """Create an object that reads the journal at ``place``, even while another process has it open."""
     return _postgres_journal(place) if is_dsn(place) else SqliteReader(place)
 
 
@@ -113,7 +113,7 @@ def _postgres_journal(dsn: str) -> Journal:
 
 @asynccontextmanager
 async def open_queue(dsn: str) -> AsyncGenerator[RefundQueue]:
-    """Open the queue at ``dsn``; its schema is created if it does not exist."""
+    """Open the queue at ``dsn``; create its schema if it does not exist."""
     with _extra():
         from lianlian_async.contrib.procrastinate import RefundQueue
     with _queue_errors():
@@ -122,7 +122,7 @@ async def open_queue(dsn: str) -> AsyncGenerator[RefundQueue]:
 
 
 async def read_queue(dsn: str) -> tuple[Mapping[str, int], Sequence[Mapping[str, str | None]]]:
-    """Return the counts and the oldest failures of the queue at ``dsn``; empty ones if there is no queue."""
+    """Return the counts and the oldest failures of the queue at ``dsn``; both are empty if there is no queue."""
     with _extra():
         from lianlian_async.contrib.procrastinate import RefundQueue
     queue = RefundQueue(dsn)
@@ -135,7 +135,7 @@ async def read_queue(dsn: str) -> tuple[Mapping[str, int], Sequence[Mapping[str,
 
 @contextmanager
 def _queue_errors() -> Iterator[None]:
-    """Turn errors of the queue's database into ``JournalError``."""
+    """Convert errors of the queue's database to ``JournalError``."""
     from procrastinate.exceptions import ConnectorException
     from psycopg import Error
 
@@ -166,9 +166,9 @@ _LOST: Final = (
 
 
 def default_place(merchant: Merchant) -> str:
-    """Return the path of the default journal: one for each merchant and apply endpoint, whatever the file is called.
+    """Return the path of the default journal: one for each merchant and apply endpoint.
 
-    Raises a usage error where the file would not persist.
+    Raises a usage error if the file would not persist.
     """
     if os.environ.get("KUBERNETES_SERVICE_HOST") or any(path.exists() for path in _CONTAINER_FILES):
         raise click.UsageError(f"a container loses its files when it ends: {_NAME_IT}")
@@ -189,7 +189,7 @@ def make_folder(place: str) -> None:
 
 @attrs.frozen
 class Receipt:
-    """The journal that a file was sent with: one JSON line in ``FILE.receipt`` for each merchant and endpoint."""
+    """The journal used for a file: one JSON line in ``FILE.receipt`` for each merchant and endpoint."""
 
     journal: str
     """Id of the journal."""

@@ -82,7 +82,7 @@ def _cause(fields: Fields, keys: Sequence[_Key]) -> str:
     if not fields.get("sign"):
         return "the message has no signature"
     if signer := _signer(keys, signature_source(fields), fields["sign"]):
-        return f"it is signed with {signer}, but only LianLian can sign this message"
+        return f"it is signed with {signer}, but this message must be signed by LianLian"
     for condition, change in _OTHER_FIELDS.items():
         changed = change(fields)
         if signer := _signer(keys, signature_source(changed), changed["sign"]):
@@ -111,13 +111,13 @@ def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
     """Check the signature of a message.
 
     FILE is a response, a notification or a request as JSON (- is stdin). A response or notification must be signed
-    with one of LianLian's keys, a request with the merchant's. If no key fits, the command tries common mistakes and
-    names the one that explains the signature.
+    with one of LianLian's keys, a request with the merchant's key. If no key fits, the command tries common mistakes
+    and names the mistake that explains the signature.
     """
     loaded = load_merchant(config).load_keys()
     fields = read_message(file)
     keys = [*(_Key("LianLian", key) for key in loaded.gateway), _Key("merchant", loaded.private.public_key())]
-    # Only LianLian can sign the state of a refund; the merchant can sign every other message.
+    # Only LianLian may sign the state of a refund; the merchant may sign every other message.
     trusted = keys[:-1] if fields.keys() & {"ret_code", "sta_refund"} else keys
     source = signature_source(fields)
     signer = _signer(trusted, source, fields.get("sign", ""))

@@ -1,4 +1,4 @@
-"""``lianlian worker``: make the refunds of a queue, together with any number of other workers."""
+"""``lianlian worker``: make the refunds of a queue; any number of workers can share it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .stores import dsn_argument, make_journal, open_queue
 
 @click.command
 @dsn_argument
-@click.option("--until-empty", is_flag=True, help="End when no refund is due; refunds due later stay in the queue.")
+@click.option("--until-empty", is_flag=True, help="End when no refund is due now; refunds due later stay in the queue.")
 @session_options
 @config_option
 @json_option
@@ -30,9 +30,9 @@ from .stores import dsn_argument, make_journal, open_queue
 def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, **settings: Any) -> None:
     """Make the refunds of a queue.
 
-    `lianlian batch --queue` fills the queue. Ctrl-C or SIGTERM ends the worker after the refunds in flight; a second
-    Ctrl-C ends it at once, and another worker resolves these refunds. Any number of workers on any number of machines
-    can share a database. DSN is postgresql://…, preferably in LIANLIAN_DSN.
+    `lianlian batch --queue` fills the queue. Any number of workers on any number of machines can share it. Ctrl-C or
+    SIGTERM ends the worker after the refunds in flight; a second Ctrl-C ends it at once, and another worker resolves
+    these refunds. DSN is postgresql://…, preferably in LIANLIAN_DSN.
     """
     merchant = load_merchant(config)
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
@@ -42,7 +42,7 @@ def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, 
 
 
 async def _work(merchant: Merchant, dsn: str, until_empty: bool, settings: dict[str, Any]) -> Mapping[str, int]:
-    """Make the refunds; return how often one became unknown, by reason."""
+    """Make the refunds; return the number of unknown outcomes by reason."""
     async with (
         make_journal(dsn) as journal,
         make_session(merchant, journal=journal, **settings) as session,
@@ -54,7 +54,7 @@ async def _work(merchant: Merchant, dsn: str, until_empty: bool, settings: dict[
 
 @contextmanager
 def _warnings_shown(output: Output) -> Iterator[None]:
-    """Show warnings of this library and of procrastinate in one line each."""
+    """Show each warning of this library and of procrastinate in one line."""
     handler, root = _Notes(output), logging.getLogger()
     root.addHandler(handler)
     try:
@@ -69,6 +69,6 @@ class _Notes(logging.Handler):
         self._output = output
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one line with the error's message, without its traceback."""
+        """Print a record and its error's message in one line, without a traceback."""
         error = record.exc_info and record.exc_info[1]
         self._output.note(record.getMessage() + (f": {error}" if error else ""))

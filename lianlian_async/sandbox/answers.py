@@ -1,4 +1,4 @@
-"""The sandbox's answers with the fields of LianLian's pages, and the HTTP responses around them."""
+"""The sandbox's answers with the fields that LianLian documents, and the HTTP responses that contain them."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ _MESSAGES: Final = {
 _ANY_OTHER: Final = "交易失败"
 
 UNSIGNED: Final = frozenset({"1004", "8901", "9002"})
-"""Genuine error answers with these codes had no signature; a genuine refusal of a refund (9093) had one."""
+"""Genuine error answers with these codes had no signature; a genuine rejection of a refund (9093) had one."""
 
-# From the sample answer of the apply page: 200.01 yuan are 30.03 in the foreign currency.
+# The rate of the sample answer on the apply page: 200.01 yuan are 30.03 in the foreign currency.
 _RATE: Final = Decimal("6.66")
 _EXCHANGE: Final = {"rate_id": "1", "rate": str(_RATE), "exchange_bankcode": "01040000"}
 
 
 class Refusal(Exception):
-    """A refused request: ``ret_code``, and the ``parameter`` that ``ret_msg`` names. Never leaves the sandbox."""
+    """A rejected request: ``ret_code``, and the ``parameter`` named in ``ret_msg``. Never leaves the sandbox."""
 
     def __init__(self, ret_code: str, parameter: str = "") -> None:
         self.ret_code = ret_code
@@ -65,7 +65,7 @@ class Refusal(Exception):
 
 
 def refusal(ret_code: str, parameter: str = "") -> dict[str, str]:
-    """Return the answer that refuses a request: code and message only (apply page)."""
+    """Return the answer to a rejected request: code and message only (apply page)."""
     return {"ret_code": ret_code, "ret_msg": _MESSAGES.get(ret_code, _ANY_OTHER).format(parameter)}
 
 
@@ -84,11 +84,11 @@ class Response(NamedTuple):
 
 
 def message(fields: Mapping[str, str]) -> Response:
-    """Return the response with an answer."""
+    """Return the HTTP response for an answer."""
     return Response(200, {"content-type": "application/json;charset=utf-8"}, wire.encode(fields))
 
 
 def page(status: int, title: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return an HTML page as web servers and proxies send it for their own errors."""
+    """Return an HTML error page like those of web servers and proxies."""
     html = f"<html><head><title>{status} {title}</title></head><body><h1>{status} {title}</h1></body></html>\n"
     return Response(status, {"content-type": "text/html", **(headers or {})}, html.encode())

@@ -1,4 +1,4 @@
-"""Faults between a client and the sandbox: when each one occurs, and how it changes a response."""
+"""Faults between a client and the sandbox: when a fault occurs, and how it changes a response."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class When(Enum):
     """Whether a request is carried out when a fault occurs."""
 
     BEFORE = "before"
-    """It is not carried out; the answer that the fault changes is 9999."""
+    """The request is not carried out; the fault changes an answer 9999."""
     AFTER = "after"
-    """It is carried out, then the fault changes its answer."""
+    """The request is carried out; the fault changes its answer."""
 
 
 class Fault(Enum):
     """The faults. ``delay`` is an option of a scripted fault, or of the whole gateway."""
 
     DELAY = "delay"
-    """The right answer after ``delay`` seconds; the request is carried out before or after the delay."""
+    """The correct answer after ``delay`` seconds; the request is carried out before or after the delay."""
     NO_ANSWER = "no answer"
     """No response until the client disconnects."""
     LATE = "late"
-    """No response, and the request is carried out ``delay`` seconds later by the gateway's clock: until then a query
-    finds nothing. ``when`` has no effect."""
+    """No response. The request is carried out ``delay`` seconds later by the gateway's clock; until then a query finds
+    nothing. ``when`` has no effect."""
     RESET = "reset"
     """The connection breaks in the middle of the response."""
     HTTP_500 = "http 500"
@@ -60,13 +60,13 @@ class Fault(Enum):
     NO_SIGNATURE = "no signature"
     """A forged 0000 without a signature."""
     ALTERED_FIELD = "altered field"
-    """A forged 0000 with one yuan more than was signed."""
+    """A forged 0000 with an amount one yuan above the signed amount."""
     OTHER_REFUND = "other refund"
     """The validly signed 0000 of another refund."""
     OVERSIZED = "oversized"
-    """The right answer, followed by more than a megabyte of blanks."""
+    """The correct answer, followed by more than a megabyte of blanks."""
     COMPRESSED = "compressed"
-    """The right answer in gzip, which the client did not ask for."""
+    """The correct answer in gzip, which the client did not accept."""
 
 
 # ── which fault occurs ───────────────────────────────────────────────────────────────────────────
@@ -106,7 +106,7 @@ def _check_probabilities(_plan: object, _field: object, probabilities: Mapping[F
 
 @attrs.define
 class FaultPlan:
-    """Decides which fault occurs: scripted faults first, in their order, then random ones.
+    """Decides which fault occurs: a scripted fault if one matches (oldest first), else a random one.
 
     Every request draws the same number of random values, so a seed and a sequence of requests always give the
     same faults.
@@ -162,9 +162,9 @@ def spoil(
     request: Mapping[str, str],
     seal: Callable[[Mapping[str, str]], dict[str, str]],
 ) -> Response:
-    """Return the response to ``request`` that replaces ``answer``; ``seal`` signs an answer as the gateway does.
+    """Return the response that replaces ``answer`` to ``request``; ``seal`` signs an answer as the gateway does.
 
-    Faults of the connection are not handled here, but by the gateway.
+    The gateway itself handles faults of the connection.
     """
     claim = _claim(answer, request)
     match trouble.fault:

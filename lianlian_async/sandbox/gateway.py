@@ -1,7 +1,7 @@
-"""The sandbox as an ASGI application: requests in, signed answers out, faults in between.
+"""The sandbox as an ASGI application: it receives requests, injects faults and sends signed answers.
 
-A request is handled in one step without an await, so two applications at the same time cannot both be the first.
-The step includes two RSA operations with 1024 bits (about 0.5 ms) on the event loop, which a fake can afford.
+A request is handled without an await, so two concurrent applications cannot both be the first one. This blocks the
+event loop for two RSA operations (about 0.5 ms with 1024 bits), which is acceptable in a fake.
 """
 
 from __future__ import annotations
@@ -48,32 +48,32 @@ _ROUTES: Final = {
 
 @functools.cache
 def _generated_key(_owner: str, bits: int) -> SigningKey:
-    """Generate a key that every sandbox of this process shares, to save time."""
+    """Generate a key once; all sandboxes of this process share it to save time."""
     return SigningKey.generate(bits)
 
 
 class SandboxGateway:
     """A fake of LianLian's refund gateway that knows one merchant; an ASGI 3 application.
 
-    Its clock is ``clock`` plus the seconds of :meth:`advance`, so tests do not wait for refunds to become final. Every
-    response has a ``Date`` header by this clock: the server must not add its own (uvicorn: ``--no-date-header``).
+    Its clock is ``clock`` plus the seconds of :meth:`advance`, so tests need not wait until refunds are final. Every
+    response has a ``Date`` header by this clock; the server must not add its own (uvicorn: ``--no-date-header``).
 
     Args:
         oid_partner: The merchant's number.
         merchant_key: The merchant's private key; generated if not given.
         gateway_key: The private key that signs answers; generated if not given.
         bits: Size of generated keys. Generation takes a fraction of a second (seconds for 4096), once per process.
-        repeated: What a second application with the same ``no_refund`` does.
+        repeated: The effect of a second application with the same ``no_refund``.
         settle_after: Seconds until a refund is final; 0: the apply answer already has the final state.
-        default_order: Amount of an order that nobody added, in yuan; None: such an order does not exist (5002).
+        default_order: Amount in yuan of each order that was not added; None: such an order does not exist (5002).
         sign_errors: Whether answers other than 0000 are signed; None: all but 1004, 8901 and 9002, like genuine
-            answers. A signed refusal of a refund repeats its number and amount; an unsigned answer has only
+            answers. A signed rejection of a refund repeats its number and amount; an unsigned answer has only
             ``ret_code`` and ``ret_msg``.
         faults: Probability of each fault per request.
         seed: Seed of the random faults.
-        delay: Seconds for faults that are not scripted with another ``delay``.
+        delay: Seconds of delay for random faults, and for scripted faults without a ``delay``.
         clock: A steady clock in seconds.
-        started_at: Time of day at which the gateway is created (aware); default: now.
+        started_at: Date and time of the gateway's creation (aware); default: now.
 
     Raises ``ValueError`` for invalid options, ``ConfigurationError`` for probabilities and key sizes.
     """
@@ -110,9 +110,9 @@ class SandboxGateway:
         self._started = clock()
         self._started_at = started_at or datetime.now(UTC)
         self.made = anyio.Event()
-        """Set, and replaced by a new event, when refunds may have been carried out."""
+        """Set when refunds may have been carried out, and then replaced by a new event."""
         self.advanced = anyio.Event()
-        """Set, and replaced by a new event, when the clock was advanced."""
+        """Set when the clock was advanced, and then replaced by a new event."""
 
     # ── set-up: merchants, orders, time, faults ──────────────────────────────────────────────────
 
@@ -142,27 +142,27 @@ class SandboxGateway:
         )
 
     def fail(self, no_refund: str, *, oid_partner: str | None = None) -> None:
-        """Let a refund, made already or later, fail when it becomes final; its money returns then.
+        """Let an existing or future refund fail when it becomes final, and return its money.
 
-        Raises ``ValueError`` if it is final already.
+        Raises ``ValueError`` if the refund is already final.
         """
         self._carry_out_late()
         self._ledger.fail(oid_partner or self.oid_partner, no_refund, self.now())
 
     def now(self) -> float:
-        """Return the seconds of the gateway's clock."""
+        """Return the time of the gateway's clock in seconds."""
         return self._clock() + self._advanced
 
     def time_of_day(self, moment: float | None = None) -> datetime:
-        """Return the time of day (aware) at a moment of its clock; default: now."""
+        """Return the date and time (aware) at ``moment`` of the gateway's clock; default: now."""
         return self._started_at + timedelta(seconds=(self.now() if moment is None else moment) - self._started)
 
     def advance(self, seconds: float) -> None:
-        """Advance the gateway's clock; ``ValueError`` if ``seconds`` is negative."""
+        """Advance the gateway's clock; raises ``ValueError`` if ``seconds`` is negative."""
         if seconds < 0:
-            raise ValueError("the gateway's clock can only go forward")
+            raise ValueError("seconds must not be negative: the gateway's clock only runs forward")
         self._advanced += seconds
-        for event in (self.advanced, self.made):  # late requests may be carried out by now
+        for event in (self.advanced, self.made):  # late requests may be due now
             event.set()
         self.advanced, self.made = anyio.Event(), anyio.Event()
 
@@ -178,7 +178,7 @@ class SandboxGateway:
         delay: float | None = None,
         ret_code: str = "1007",
     ) -> None:
-        """Let ``fault`` occur at the next ``times`` matching requests after the first ``skip``.
+        """Inject ``fault`` into the next ``times`` matching requests after the first ``skip`` ones.
 
         ``call`` and ``no_refund`` select the requests (None: all). If several faults match a request, the one that
         was scripted first occurs. ``delay`` in seconds; ``ret_code`` is for ``Fault.BUSY``. Raises ``ValueError`` for
@@ -189,7 +189,7 @@ class SandboxGateway:
 
     @property
     def faults(self) -> Mapping[Fault, float]:
-        """Probability of each fault per request. It can be set at any time; ``{}`` ends all random faults."""
+        """Probability of each fault per request. Can be set at any time; ``{}`` ends all random faults."""
         return self._plan.probabilities
 
     @faults.setter
@@ -199,11 +199,11 @@ class SandboxGateway:
     # ── the books: the truth, whatever the answers said ──────────────────────────────────────────
 
     def money_moved(self, no_refund: str, *, oid_partner: str | None = None) -> Decimal:
-        """Return the yuan that left the merchant for ``no_refund``: double if it was made twice, 0 if it failed."""
+        """Return the yuan that the merchant paid for ``no_refund``: doubled if it was made twice, 0 if it failed."""
         return sum((record.moved(self.now()) for record in self._made(no_refund, oid_partner)), Decimal(0))
 
     def times_made(self, no_refund: str, *, oid_partner: str | None = None) -> int:
-        """Return how many times ``no_refund`` was carried out, including refunds that failed later."""
+        """Return how many times ``no_refund`` was made, including refunds that failed later."""
         return len(self._made(no_refund, oid_partner))
 
     @property
@@ -270,7 +270,7 @@ class SandboxGateway:
             await self._respond(send, spoil(trouble, answer, fields, seal))
 
     async def _respond(self, send: asgi.Send, response: Response, *, breaks_off: bool = False) -> None:
-        """Send a response. If it breaks off, send half and raise: a server then closes the connection."""
+        """Send a response. For a broken connection, send half of it and raise, so that the server disconnects."""
         date = format_datetime(self.time_of_day().astimezone(UTC), usegmt=True)
         headers, body = {**response.headers, "date": date}, response.body
         if not breaks_off:
@@ -287,7 +287,7 @@ class SandboxGateway:
         return self._handle(route, fields, self.now())
 
     def _handle(self, route: _Route, fields: Mapping[str, str], at: float) -> dict[str, str]:
-        """Carry out a request at the moment ``at``; return the answer without its signature."""
+        """Carry out a request at the moment ``at``; return the unsigned answer."""
         try:
             oid_partner = rules.authenticate(fields, self._merchants)
             if route.call == "query":
@@ -299,12 +299,12 @@ class SandboxGateway:
         except Refusal as refusal:
             return answers.refusal(refusal.ret_code, refusal.parameter)
         answer = self._answer(record, record.received_at)
-        if route.domestic:  # genuine domestic apply answers lack it
+        if route.domestic:  # genuine domestic apply answers lack this field
             del answer["dt_refund"]
         return answer
 
     def _answer(self, record: Record, at: float) -> dict[str, str]:
-        """Return the 0000 answer with the state of a refund at a moment, with the fields of its product."""
+        """Return the 0000 answer with the state of a refund at ``moment`` and the fields of its product."""
         application, status = record.application, record.status(at)
         fields = {
             **answers.SUCCESS,
@@ -321,12 +321,12 @@ class SandboxGateway:
         return fields
 
     def notification(self, record: Record, at: float | None = None) -> bytes:
-        """Return the signed notification with the state of a refund at a moment of its clock; default: now."""
+        """Return the signed notification with a refund's state at a moment of the gateway's clock; default: now."""
         fields = self._answer(record, self.now() if at is None else at)
         return wire.encode(self._seal(fields, {"oid_partner": record.application.oid_partner}))
 
     def _seal(self, answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
-        """Return ``answer`` with its signature; unsigned errors have only code and message."""
+        """Sign ``answer``; unsigned errors have only code and message."""
         echo: dict[str, str] = {}
         if (ret_code := answer["ret_code"]) != "0000":
             signs = ret_code not in answers.UNSIGNED if self.sign_errors is None else self.sign_errors
@@ -342,7 +342,7 @@ class SandboxGateway:
     def merchant(
         self, base_url: str = "https://sandbox.invalid", *, domestic: bool = False, **overrides: Any
     ) -> Merchant:
-        """Return the merchant that this gateway knows, with its endpoints at ``base_url``.
+        """Return the merchant of this gateway, with endpoints at ``base_url``.
 
         ``overrides`` replace arguments of :class:`~lianlian_async.Merchant`.
         """

@@ -1,7 +1,7 @@
-"""The sandbox's books: orders, their refunds, and the state of each. No I/O and no clock: time is an argument.
+"""The sandbox's books: orders, refunds and their states. No I/O and no clock: time is an argument.
 
-Moments are seconds of one steady clock. A request that the real gateway would refuse raises
-:class:`~.answers.Refusal`. With every setting, the refunds of an order that have not failed never exceed its amount.
+Moments are seconds of one steady clock. A request that the real gateway would reject raises
+:class:`~.answers.Refusal`. The sum of an order's refunds, except failed ones, never exceeds the order's amount.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from .answers import Refusal
 __all__ = ["Application", "Ledger", "Order", "Question", "Record", "Repeated"]
 
 _THREE_MONTHS: Final = 92 * 86_400.0
-"""The greatest length of three months in seconds."""
+"""Maximum length of three months in seconds."""
 
 
 class Repeated(Enum):
-    """What a second application with the same ``no_refund`` does. LianLian's pages do not say it."""
+    """The effect of a second application with the same ``no_refund``, which LianLian does not document."""
 
     REJECT = "reject"
-    """1002, duplicate number; no money moves."""
+    """1002 (duplicate number); no money moves."""
     REPLAY = "replay"
-    """The first answer again, whatever the second application says; no money moves."""
+    """The first answer again, even if the second application differs; no money moves."""
     AGAIN = "again"
-    """A second refund, if the order's amount allows it. With a ``default_order`` of 100,000,000.00 the gateway carries
-    out every request, and ``times_made`` counts them."""
+    """A second refund if the order's amount allows it. With a ``default_order`` of 100,000,000.00 the gateway makes a
+    refund for every request, and ``times_made`` counts them."""
 
 
 @attrs.frozen(kw_only=True)
 class Application:
-    """A well-formed apply request; texts are those of the wire."""
+    """A well-formed apply request; strings are unchanged from the wire."""
 
     oid_partner: str
     no_refund: str
     dt_refund: str
     money_refund: Decimal
     amount_as_sent: str
-    """The amount that answers repeat: ``0.1`` does not become ``0.10``."""
+    """The amount as answers repeat it: ``0.1`` does not become ``0.10``."""
     no_order: str | None
     dt_order: str | None
     oid_paybill: str | None
     notify_url: str
     domestic: bool
-    """Sent to the domestic product's endpoint: answers have no foreign currency."""
+    """Whether it was sent to the endpoint of the domestic product, whose answers have no foreign currency."""
 
 
 @attrs.frozen(kw_only=True)
 class Question:
-    """A well-formed query; an empty number was not given."""
+    """A well-formed query; an empty number means that the query has none."""
 
     oid_partner: str
     dt_refund: str
@@ -74,10 +74,10 @@ class Record:
     received_at: float
     settles_at: float
     fails: bool
-    """Whether its final state is failed."""
+    """Whether the final state is failed."""
 
     def status(self, now: float) -> RefundStatus:
-        """Return ``sta_refund``: initialized for the first half of the time to the final state, then processing."""
+        """Return ``sta_refund`` at a moment: initialized for half of ``settle_after``, then processing, then final."""
         if now >= self.settles_at:
             return RefundStatus.FAILED if self.fails else RefundStatus.SUCCESS
         if now >= (self.received_at + self.settles_at) / 2:
@@ -85,7 +85,7 @@ class Record:
         return RefundStatus.INITIALIZED
 
     def moved(self, now: float) -> Decimal:
-        """Return the yuan that left the merchant: the whole amount from the start, 0 after it failed."""
+        """Return the yuan that the merchant has paid at a moment: the whole amount, or 0 after the refund failed."""
         return Decimal(0) if self.status(now) is RefundStatus.FAILED else self.application.money_refund
 
 
@@ -98,7 +98,7 @@ class Order:
     oid_paybill: str
     """LianLian's payment number."""
     money_order: Decimal
-    """Yuan that the customer paid."""
+    """The customer's payment in yuan."""
     refunds: list[Record] = attrs.field(factory=list, init=False)
 
     def rest(self, now: float) -> Decimal:
@@ -108,13 +108,13 @@ class Order:
 
 @attrs.define(kw_only=True)
 class Ledger:
-    """All orders and refunds. No method awaits, so a check and the booking after it are one step."""
+    """All orders and refunds. No method awaits, so a check and the following booking are atomic."""
 
     repeated: Repeated
     settle_after: float = attrs.field(validator=attrs.validators.ge(0))
     """Seconds until a refund is final."""
     default_order: Decimal | None = attrs.field(converter=attrs.converters.optional(wire.parse_money))
-    """Amount of an order that nobody added, in yuan; None: such an order does not exist."""
+    """Amount in yuan of each order that was not added; None: such an order does not exist."""
     records: list[Record] = attrs.field(factory=list, init=False)
     """Every refund that was carried out, oldest first."""
     _orders: dict[tuple[str, str], Order] = attrs.field(factory=dict, init=False)  # by no_order
@@ -141,16 +141,16 @@ class Ledger:
             no_order=no_order, dt_order=dt_order, oid_paybill=oid_paybill, money_order=wire.parse_money(money_order)
         )
         if (oid_partner, oid_paybill) in self._payments:
-            raise ValueError(f"payment {oid_paybill} exists")
+            raise ValueError(f"payment {oid_paybill} exists already")
         if no_order is not None:
             if (oid_partner, no_order) in self._orders:
-                raise ValueError(f"order {no_order} exists")
+                raise ValueError(f"order {no_order} exists already")
             self._orders[oid_partner, no_order] = order
         self._payments[oid_partner, oid_paybill] = order
         return order
 
     def apply(self, application: Application, now: float) -> Record:
-        """Carry out a refund and return it; the answer shows its state at ``received_at``."""
+        """Make a refund and return it; the answer shows its state at ``received_at``."""
         earlier = self.made(application.oid_partner, application.no_refund)
         if earlier and self.repeated is Repeated.REJECT:
             raise Refusal("1002")
@@ -194,7 +194,7 @@ class Ledger:
         return order
 
     def query(self, question: Question, now: float) -> Record:
-        """Return the last refund that has all numbers and the ``dt_refund`` of a query."""
+        """Return the newest refund with all numbers and the ``dt_refund`` of a query."""
         known = self.made(question.oid_partner, question.no_refund) if question.no_refund else self.records
         found = [record for record in known if _matches(record, question)]
         if not found:
@@ -204,19 +204,19 @@ class Ledger:
         return found[-1]
 
     def fail(self, oid_partner: str, no_refund: str, now: float) -> None:
-        """Let a refund, made already or later, fail when it becomes final.
+        """Let an existing or future refund fail when it becomes final.
 
-        Raises ``ValueError`` if it is final: a final state never changes.
+        Raises ``ValueError`` if the refund is already final: a final state never changes.
         """
         made = self.made(oid_partner, no_refund)
         if any(record.status(now).is_final for record in made):
-            raise ValueError(f"refund {no_refund} is final already")
+            raise ValueError(f"refund {no_refund} is already final")
         self._failing.add((oid_partner, no_refund))
         for record in made:
             record.fails = True
 
     def made(self, oid_partner: str, no_refund: str) -> list[Record]:
-        """Return the refunds that were carried out with a ``no_refund``, oldest first."""
+        """Return the refunds that were made with a ``no_refund``, oldest first."""
         return self._refunds.get((oid_partner, no_refund), [])
 
 

@@ -1,4 +1,4 @@
-"""Notifications from the sandbox: sent on LianLian's schedule, and with everything that can go wrong.
+"""Notifications from the sandbox: sent on LianLian's schedule, with faults (*mischief*) on request.
 
 Each final refund is POSTed to its ``notify_url``, signed, every 2 minutes and at most 30 times, until the response is
 HTTP 200 with ``ret_code`` 0000 within 5 seconds (LianLian's notification page).
@@ -34,20 +34,20 @@ _PATIENCE: Final = 5.0
 
 
 class Mischief(Enum):
-    """What can go wrong with the notifications of a refund."""
+    """Faults of a refund's notifications."""
 
     EARLY = "early"
     """The refund is final at once, and its notification is sent before the apply response."""
     DUPLICATED = "duplicated"
-    """It is sent once more after the acknowledgement."""
+    """The notification is sent once more after the acknowledgement."""
     CONCURRENT = "concurrent"
-    """Each delivery is three at the same time."""
+    """Each delivery is sent three times concurrently."""
     REORDERED = "reordered"
-    """A notification of the first state follows that of the final state."""
+    """A notification of the first state follows the notification of the final state."""
     TAMPERED = "tampered"
     """A forgery precedes each delivery: a changed field, no signature, or another key's signature."""
     REPLAYED = "replayed"
-    """It is sent once more ``every`` seconds after the acknowledgement."""
+    """The notification is sent once more ``every`` seconds after the acknowledgement."""
 
 
 @attrs.frozen(kw_only=True)
@@ -56,11 +56,11 @@ class Delivery:
 
     no_refund: str
     at: float
-    """When the response came, or the wait for it ended, by the gateway's clock."""
+    """The end of the delivery by the gateway's clock: a response, an error, or the end of ``patience``."""
     body: bytes = attrs.field(repr=False)
     forged: bool
     status: int | None
-    """HTTP status; None: no response in time."""
+    """HTTP status; None: no response, or too late."""
     acknowledged: bool
 
     def __str__(self) -> str:
@@ -70,22 +70,22 @@ class Delivery:
 
 
 class Notifier:
-    """Sends notifications of the refunds of ``gateway`` inside ``async with``.
+    """Sends notifications of all refunds of ``gateway`` inside ``async with``.
 
-    It is also an ASGI application that serves the gateway, and sends while the server runs. Its clock is the
-    gateway's, so :meth:`SandboxGateway.advance` brings the next delivery forward.
+    The notifier is also an ASGI application: it serves the gateway, and sends while the server runs. It uses the
+    gateway's clock, so :meth:`SandboxGateway.advance` also advances to the next delivery.
 
     Args:
         gateway: The gateway.
         client: An ``httpx.AsyncClient`` to send with; it is not closed.
         transport: An httpx transport, if ``client`` is not given.
         every: Seconds between two deliveries.
-        times: Number of deliveries at most.
+        times: Maximum number of deliveries of one notification.
         patience: Seconds to wait for a response.
         mischief: Probability of each :class:`Mischief` per refund.
         seed: Seed of the random mischief.
-        max_connections: Deliveries at the same time.
-        on_delivery: Called with each :class:`Delivery` at its end.
+        max_connections: Maximum number of concurrent deliveries.
+        on_delivery: Called with each :class:`Delivery` when it has ended.
 
     Raises ``ConfigurationError`` for a probability below 0 or above 1.
     """
@@ -122,7 +122,7 @@ class Notifier:
 
     @property
     def pending(self) -> int:
-        """The number of refunds whose notifications have not ended, including refunds that are not final."""
+        """The number of refunds with notifications still to send, including refunds that are not final."""
         return len(self._gateway.refunds) - self._ended
 
     async def __aenter__(self) -> Self:
@@ -160,7 +160,7 @@ class Notifier:
                 await made.wait()
 
     def _start_new(self) -> list[anyio.Event]:
-        """Start the notifications of new refunds; return an event for each early one, set after its first delivery."""
+        """Start the notifications of new refunds; return an event for each early one, set by its first delivery."""
         records = self._gateway.refunds[self._begun :]
         self._begun += len(records)
         early = []
@@ -200,7 +200,7 @@ class Notifier:
                 await self._gateway.advanced.wait()
 
     async def _send(self, record: Record, body: bytes, *, times: int = 1, forged: bool = False) -> bool:
-        """POST ``body`` ``times`` times at once; return whether one was acknowledged."""
+        """POST ``body`` ``times`` times concurrently; return whether one was acknowledged."""
         deliveries: list[Delivery] = []
 
         async def send() -> None:

@@ -1,6 +1,6 @@
-"""The rules of LianLian's pages for a request: a readable body, a merchant's signature, the form of each field.
+"""LianLian's documented rules for a request: a readable body, a merchant's signature, the form of each field.
 
-They repeat the rules of ``models`` on purpose: a sandbox that imported those would accept every mistake in them.
+The rules of ``models`` are repeated here on purpose: a sandbox that imported them would not detect their mistakes.
 A request that breaks a rule raises :class:`~.answers.Refusal`. No function here does I/O.
 """
 
@@ -26,9 +26,9 @@ _CONTENT_TYPE: Final = re.compile(r'application/json(;charset="?utf-8"?)?')
 
 
 def read_body(content_type: str, body: bytes) -> dict[str, str]:
-    """Read the fields of a request: a flat JSON object of strings in UTF-8, else 9002.
+    """Read the fields of a request, which must be a flat JSON object of strings in UTF-8, else 9002.
 
-    null counts as absent. A number is refused: both pages give every field the type String.
+    null counts as absent. A number is rejected, because both pages give every field the type String.
     """
     if not _CONTENT_TYPE.fullmatch(content_type.replace(" ", "").lower()):
         raise Refusal("9002")
@@ -36,7 +36,7 @@ def read_body(content_type: str, body: bytes) -> dict[str, str]:
         fields = wire.decode(body)
     except MalformedMessage:
         raise Refusal("9002") from None
-    as_sent = json.loads(body, parse_int=float)  # int() would raise for too many digits
+    as_sent = json.loads(body, parse_int=float)  # int() raises for too many digits
     if fields != {name: value for name, value in as_sent.items() if value is not None}:
         raise Refusal("9002")
     return fields
@@ -49,7 +49,7 @@ def authenticate(fields: Mapping[str, str], keys: Mapping[str, VerifyingKey]) ->
     if key is None:
         raise Refusal("3001")
     _check(fields, {"sign_type": lambda text: text == "RSA", "sign": bool})
-    # The signature covers fields that are not documented, too.
+    # The signature also covers undocumented fields.
     if not key.verify(signature_source(fields), fields["sign"]):
         raise Refusal("1001")
     return fields["oid_partner"]

@@ -14,7 +14,7 @@ __all__ = ["statement"]
 
 
 def statement(gateway: SandboxGateway) -> str:
-    """Return a row for each refund of the gateway's merchant that has succeeded by now, in LianLian's 14 columns."""
+    """Return a row in LianLian's 14 columns for each successful refund of the gateway's merchant."""
     return "".join(
         ",".join(_row(gateway, record)) + "\n"
         for record in gateway.refunds
