@@ -137,7 +137,7 @@ def test_other_file_is_not_a_journal(file):
     before = file.read_bytes()
     ended = run("journal", "show", file)
     assert ended.exit_code == 1
-    assert "it is not a journal" in ended.stderr
+    assert "the file is not a journal" in ended.stderr
     assert file.read_bytes() == before
 
 
