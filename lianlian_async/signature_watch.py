@@ -61,17 +61,17 @@ class Admission:
     def __init__(self, watch: SignatureWatch, limit: float = inf) -> None:
         self.watch = watch
         self._limit = limit
-        self._in_flight = 0
+        self.in_flight = 0
 
     async def enter(self) -> None:
         """Wait until another refund may begin."""
-        while self._in_flight >= (self._limit if self.watch.has_verified else min(self._limit, _UNPROVED)):
+        while self.in_flight >= (self._limit if self.watch.has_verified else min(self._limit, _UNPROVED)):
             if self.watch.changed.is_set():
                 self.watch.changed = anyio.Event()
             await self.watch.changed.wait()
-        self._in_flight += 1
+        self.in_flight += 1
 
     def leave(self) -> None:
         """Record that a refund has ended."""
-        self._in_flight -= 1
+        self.in_flight -= 1
         self.watch.changed.set()

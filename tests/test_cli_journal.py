@@ -1,5 +1,6 @@
 """``lianlian journal``: show, export and resume a journal in a file and in PostgreSQL."""
 
+import signal
 import sys
 from decimal import Decimal
 
@@ -108,6 +109,46 @@ def test_show_counts_refunds_that_were_not_sent(gateway, file, journal):
     shown = run("journal", "show", journal)
     assert "certainly not sent: 5\n" in shown.stdout
     assert "may have been made" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "terminal", "look"),
+    [
+        ((), {}, "4 finished  1 unresolved"),
+        (("--json",), {}, '{"journal": '),
+        ((), {"FORCE_COLOR": "1", "TERM": "xterm"}, "│ accepted   │ 3 "),
+        ((), {"FORCE_COLOR": "1", "TERM": "dumb"}, "4 finished  1 unresolved"),
+    ],
+)
+def test_watch_shows_the_journal_until_ctrl_c(left_open, more, terminal, look):
+    """On a terminal it redraws the tables, else it prints a line each time; Ctrl-C is its normal end."""
+    with interruption(loops=2):
+        ended = run("journal", "show", left_open, "--watch", "0.1", *more, env=terminal)
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert ended.stdout.count(look) >= 2
+    assert ("\x1b[?25h" in ended.stdout) is look.startswith("│")  # the cursor is visible again
+
+
+@pytest.mark.parametrize("color", [{}, {"NO_COLOR": "1"}])
+def test_watch_obeys_no_color(left_open, color):
+    """With NO_COLOR it redraws without colours."""
+    with interruption(loops=1):
+        ended = run("journal", "show", left_open, "--watch", env={"FORCE_COLOR": "1", "TERM": "xterm-256color"} | color)
+    assert "\x1b[?25l" in ended.stdout
+    assert "\x1b[3m" in ended.stdout
+    assert ("\x1b[3" in ended.stdout.replace("\x1b[3m", "")) is not color
+
+
+def test_closed_pipe_ends_watch(left_open):
+    """``lianlian journal show --watch | head -1`` ends; so does SIGTERM."""
+    with start("journal", "show", left_open, "--watch", "0.1") as process:
+        assert process.stdout.readline().endswith("4 finished  1 unresolved\n")
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, "")
+    with start("journal", "show", left_open, "--watch") as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert (process.wait(60), process.stderr.read()) == (0, "")
 
 
 def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):

@@ -1,5 +1,6 @@
 """``lianlian batch --queue`` and ``lianlian worker``: from one process to a fleet, on a real PostgreSQL."""
 
+import re
 import signal
 import sys
 from decimal import Decimal
@@ -129,6 +130,46 @@ def test_worker_finishes_refunds_in_flight(env, gateway, file):
     assert (ended.json["states"]["done"], ended.json["queue"]["waiting"]) == (1, 0)
 
 
+def test_show_reports_rate_time_left_and_workers(env, gateway, tmp_path):
+    """While a worker runs, the journal shows how fast, until when, and since when the oldest refund waits."""
+    gateway.script(Fault.DELAY, delay=0.1, times=1000)
+    run("batch", refunds(tmp_path / "refunds.csv", 1000), "--queue", "--yes", env=env)
+    assert run("journal", "show", "--json", env=env).json["eta_seconds"] is None
+    process, shown = start("worker", "--concurrency", "4", env=env), {}
+    try:
+        until(lambda: shown.update(run("journal", "show", "--json", env=env).json) or shown["refunds_per_second"])
+        people = run("journal", "show", env=env).stdout
+        process.send_signal(signal.SIGTERM)
+        end(process, env)
+    finally:
+        process.kill()
+    assert shown["eta_seconds"] == sum(map(shown["queue"].get, ("waiting", "at_work"))) / shown["refunds_per_second"]
+    assert shown["oldest_waiting_seconds"] > 0
+    [worker] = shown["workers"]
+    assert (worker["slices"], worker["heartbeat_seconds"] < 60) == (1, True)
+    assert re.search(r"finished per second │ +[1-9].*\n.*time left +│ 0:.*\n.*oldest waits for +│ 0:", people)
+    assert "last heartbeat before" in people
+
+
+def test_sigterm_puts_back_what_was_not_begun(env, gateway, tmp_path):
+    """The worker finishes the refunds in flight; the rest of its slice waits for other workers."""
+    gateway.script(Fault.DELAY, delay=0.5, times=1000)
+    run("batch", refunds(tmp_path / "refunds.csv", 150), "--queue", "--yes", env=env)
+    process = start("worker", "--concurrency", "3", "--json", env=env)
+    try:
+        until(lambda: gateway.requests["apply"])
+        process.send_signal(signal.SIGTERM)
+        ended = end(process, env)
+    finally:
+        process.kill()
+    made = len(gateway.refunds)
+    assert (ended.exit_code, ended.json["states"]["done"], ended.json["states"]["unresolved"]) == (0, made, 0)
+    assert 0 < made < 150
+    assert ended.json["queue"] == {"waiting": 150 - made, "later": 0, "at_work": 0, "failed": 0, "workers": 0}
+    run("worker", "--until-empty", "--concurrency", "150", env=env)
+    assert [gateway.times_made(f"R-{number}") for number in range(150)] == [1] * 150
+
+
 def test_unknown_refund_stays_in_the_queue(env, gateway, file):
     """An unknown refund waits until a query can resolve it; the journal shows it."""
     refunds(file, 1)
@@ -138,6 +179,8 @@ def test_unknown_refund_stays_in_the_queue(env, gateway, file):
     ended = run("worker", "--until-empty", "--deadline", "2", "--json", env=env)
     assert (ended.json["queue"]["later"], ended.json["unknown"]) == (1, 1)
     assert list(ended.json["reasons"].values()) == [1]
+    assert ended.json["queued_again"] == {f"unknown: {reason}": 1 for reason in ended.json["reasons"]}
+    assert f"│ unknown: {next(iter(ended.json['reasons']))} " in run("journal", "show", env=env).stdout
 
 
 def test_a_wrong_gateway_key_ends_the_worker(env, gateway, file, stranger_keys):

@@ -589,6 +589,19 @@ async def leave_jobs(queue, count):
     await forget_workers(queue)
 
 
+async def test_activity_tells_of_a_dead_worker_and_of_what_waits(dsn):
+    """A worker without heartbeat is listed with its slices; refunds that are due later do not count as waiting."""
+    async with RefundQueue(dsn, slice_size=1) as queue:
+        await leave_jobs(queue, 2)
+        await queue._put([follow_up([{}, {}], tries=1, seconds=900.0, cause="unknown: timeout")])
+        activity = await queue.activity()
+        assert (activity["oldest_waiting_seconds"], activity["queued_again"]) == (None, {"unknown: timeout": 2})
+        [worker] = activity["workers"]
+        assert (worker["slices"], 120 <= worker["heartbeat_seconds"] < 180) == (2, True)
+        await hurry(queue)
+        assert (await queue.activity())["oldest_waiting_seconds"] >= 0
+
+
 async def forget_workers(queue):
     """Set every worker's last heartbeat to two minutes ago."""
     silence = "UPDATE procrastinate_workers SET last_heartbeat = now() - interval '2 minutes'"
@@ -661,7 +674,9 @@ async def test_an_open_refund_that_a_job_holds_is_not_queued_again(dsn, journal)
         await leave_unknown(gateway, journal, request)
     async with RefundQueue(dsn, slice_size=1) as queue, gateway.session(journal=journal) as session:
         waits, failed = (request.to_dict() for request in requests(2))
-        await queue._put([follow_up([waits], tries=1, seconds=900.0), follow_up([failed], tries=1, cause="a person")])
+        await queue._put(
+            [follow_up([waits], tries=1, seconds=900.0), follow_up([failed], tries=1, cause="a person", failed=True)]
+        )
         await queue.work(session, wait=False)
         assert [job.status for job in await jobs_of(queue)] == ["todo", "failed"]
 

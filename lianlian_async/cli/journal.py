@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,11 +19,13 @@ from lianlian_async.recovery import Resumed
 from lianlian_async.worker_pool import iterate
 
 from .exit_codes import UNKNOWN
-from .journal_report import read_journal, show_journal
+from .journal_report import journal_line, journal_views, read_journal
 from .options import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, line_writer, pass_output
+from .signals import sigterm_interrupts
 from .stores import is_dsn, make_journal, make_reader, place_argument
 
+_SECOND_LOOK: Final = 1.0
 _REQUEST: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 _RECORD: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno", "settle_date")
 _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
@@ -39,14 +42,37 @@ def journal() -> None:
 
 @journal.command
 @place_argument
+@click.option(
+    "--watch",
+    metavar="[SECONDS]",
+    is_flag=False,
+    flag_value=2.0,
+    type=click.FloatRange(min=0.1),
+    help="Redraw every 2 or SECONDS seconds until Ctrl-C; if stdout is not a terminal, print one line each time.",
+)
 @json_option
 @pass_output
-def show(output: Output, /, place: str) -> None:
+def show(output: Output, /, place: str, watch: float | None) -> None:
     """Count the refunds in a journal, and list the unknown ones.
 
-    Other processes may use the journal meanwhile.
+    Other processes may use the journal meanwhile. In PostgreSQL, show the queue and its workers, too. The time left
+    assumes the current rate and no further refunds; refunds that are due later do not count.
     """
-    show_journal(output, anyio.run(read_journal, place))
+    report = None
+    if watch is not None:
+        with suppress(KeyboardInterrupt), sigterm_interrupts(), output.screen() as draw:
+            while True:
+                report = anyio.run(read_journal, place, report)
+                document, shown = journal_views(report)
+                draw(document, journal_line(report), shown)
+                time.sleep(watch)
+        return
+    report = anyio.run(read_journal, place)
+    if report.queue.get("at_work"):  # the rate needs a second look
+        time.sleep(_SECOND_LOOK)
+        report = anyio.run(read_journal, place, report)
+    document, shown = journal_views(report)
+    output.show(document, *shown)
 
 
 @journal.command
@@ -87,7 +113,8 @@ def resume(output: Output, /, place: str, config: Path | None, **settings: Any) 
 
 def _show_resumed(output: Output, place: str, resumed: Resumed, reasons: Mapping[str, int]) -> None:
     report = anyio.run(read_journal, place)
-    show_journal(output, report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
+    document, shown = journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
+    output.show(document, *shown)
     if report.unknown:
         click.get_current_context().exit(UNKNOWN.exit_code)
 

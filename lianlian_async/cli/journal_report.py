@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from math import ceil
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import attrs
 from rich.console import RenderableType
@@ -15,7 +17,7 @@ from lianlian_async.journal import Entry, State
 from lianlian_async.retry import RetryPolicy
 from lianlian_async.worker_pool import iterate
 
-from .output import Output, local_time, table
+from .output import local_time, table
 from .stores import is_dsn, make_reader, place_name, read_queue
 
 _LISTED: Final = 20
@@ -45,15 +47,31 @@ class JournalReport:
 
     place: str
     states: Mapping[State, int]
-    queue: Mapping[str, int] = attrs.field(factory=dict)
+    queue: dict[str, int] = attrs.field(factory=dict)
     """See ``RefundQueue.counts``; empty if there is no queue."""
     failures: Sequence[Mapping[str, str | None]] = ()
     """The oldest failures, from ``RefundQueue.failures``."""
+    activity: Mapping[str, Any] = attrs.field(factory=dict)
+    """See ``RefundQueue.activity``."""
+    rate: float | None = None
+    """Refunds finished per second; None if it is not known."""
+    read_at: float = attrs.field(factory=time.monotonic)
     unknown: int = 0
     """Unresolved refunds that may have been made."""
     not_sent: int = 0
     """Unresolved refunds that were certainly not made, because no request arrived."""
     oldest: list[UnknownRefund] = attrs.field(factory=list)
+
+    @property
+    def finished(self) -> int:
+        """Refunds that have an ending."""
+        return sum(number for state, number in self.states.items() if state.is_finished)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds until the refunds that are due are finished, if no more are queued; None if it is not known."""
+        left = sum(self.queue.get(name, 0) for name in ("waiting", "at_work"))
+        return left / self.rate if left and self.rate else None
 
     def add(self, entry: Entry) -> None:
         """Count one pending entry."""
@@ -69,8 +87,8 @@ class JournalReport:
             self.oldest.append(UnknownRefund(entry.no_refund, entry.fields["money_refund"], *moments))
 
 
-async def read_journal(place: str) -> JournalReport:
-    """Read the state of the journal at ``place``."""
+async def read_journal(place: str, earlier: JournalReport | None = None) -> JournalReport:
+    """Read the state of the journal at ``place``, and the rate since an ``earlier`` report."""
     async with make_reader(place) as reader:
         report = JournalReport(place, await reader.counts())
         if report.states[State.UNRESOLVED]:
@@ -78,41 +96,77 @@ async def read_journal(place: str) -> JournalReport:
                 async for entry in entries:
                     report.add(entry)
     if is_dsn(place):
-        report.queue, report.failures = await read_queue(place)
+        report.queue, report.failures, report.activity = await read_queue(place)
+    if earlier is not None and report.read_at > earlier.read_at:
+        report.rate = (report.finished - earlier.finished) / (report.read_at - earlier.read_at)
     return report
 
 
-def show_journal(
-    output: Output, report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int
-) -> None:
-    """Print the report; ``reasons``: number of unknown outcomes by reason; ``facts``: more numbers."""
-    name = place_name(report.place)
+def journal_views(
+    report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int
+) -> tuple[dict[str, Any], list[RenderableType]]:
+    """Return the report for programs, and for people.
+
+    ``reasons``: how often a refund became unknown, by reason; ``facts``: more numbers.
+    """
+    name, failures = place_name(report.place), report.failures
     document = {
         "journal": name,
         "states": {str(state): number for state, number in report.states.items()},
         "unknown": report.unknown,
         "not_sent": report.not_sent,
         "oldest_unknown": [one._asdict() for one in report.oldest],
-        "queue": dict(report.queue),
-        **({"failures": list(report.failures)} if report.failures else {}),
+        "queue": report.queue,
+        **({"refunds_per_second": report.rate, "eta_seconds": report.eta} if report.queue else {}),
+        **report.activity,
+        **({"failures": list(failures)} if failures else {}),
         **({"reasons": dict(reasons)} if reasons else {}),
         **facts,
     }
     states = [(state, f"{report.states[state]:,}", meaning) for state, meaning in _MEANING.items()]
     shown: list[RenderableType] = [table(f"journal {name}", ("state", "refunds", "meaning"), states)]
+    if report.queue:
+        shown += _queue_tables(report)
     if report.unknown:
         title = f"{report.unknown:,} may have been made"
         title += f"; the oldest {_LISTED}" if report.unknown > _LISTED else ""
         shown.append(table(title, ("no_refund", "yuan", "last sent at", "resolvable from"), report.oldest))
     if reasons:
-        rows = [(reason, f"{number:,}") for reason, number in reasons.items()]
-        shown.append(table("unknown outcomes", ("reason", "times"), rows))
-    if report.queue:
-        queue = [(name.replace("_", " "), f"{number:,}") for name, number in report.queue.items()]
-        shown.append(table("queue", ("refunds", "number"), queue))
-    if report.failures:
-        causes = [(one["no_refund"] or "?", one["cause"] or "see the log of the worker") for one in report.failures]
+        shown.append(table("unknown outcomes", ("reason", "times"), _by_number(reasons)))
+    if failures:
+        causes = [(one["no_refund"] or "?", one["cause"] or "see the log of the worker") for one in failures]
         shown.append(table("failed: a person must decide", ("no_refund", "cause"), causes))
     rest = {"certainly not sent": report.not_sent, **facts}
     shown += [f"{name.replace('_', ' ')}: {number:,}" for name, number in rest.items() if number or name in facts]
-    output.show(document, *shown)
+    return document, shown
+
+
+def _queue_tables(report: JournalReport) -> Iterator[RenderableType]:
+    activity = report.activity
+    rows = [(name.replace("_", " "), f"{number:,}") for name, number in report.queue.items()]
+    rows += [("finished per second", f"{report.rate:,.1f}")] if report.rate is not None else []
+    periods = {"time left": report.eta, "oldest waits for": activity["oldest_waiting_seconds"]}
+    rows += [(name, _duration(seconds)) for name, seconds in periods.items() if seconds is not None]
+    yield table("queue", ("refunds", "number"), rows)
+    if again := activity["queued_again"]:
+        yield table("queued again", ("reason", "refunds"), _by_number(again))
+    if workers := activity["workers"]:
+        cells = [(one["id"], _duration(one["heartbeat_seconds"]), one["slices"]) for one in workers]
+        yield table("workers", ("worker", "last heartbeat before", "slices"), cells)
+
+
+def journal_line(report: JournalReport) -> str:
+    """Return the report as one line of text."""
+    numbers = {"finished": report.finished, "unresolved": report.states[State.UNRESOLVED], **report.queue}
+    words = [f"{number:,} {name.replace('_', ' ')}" for name, number in numbers.items()]
+    words += [f"{report.rate:,.1f}/s"] if report.rate is not None else []
+    words += [f"time left {_duration(report.eta)}"] if report.eta is not None else []
+    return f"{local_time(datetime.now(UTC))}  {'  '.join(words)}"
+
+
+def _by_number(reasons: Mapping[str, int]) -> list[tuple[str, str]]:
+    return [(reason, f"{number:,}") for reason, number in sorted(reasons.items(), key=lambda pair: -pair[1])]
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=ceil(seconds)))

@@ -17,7 +17,8 @@ from typing import Any, Final, NoReturn, TextIO
 
 import attrs
 import click
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -72,6 +73,19 @@ class Output:
                 else:
                     _console().print(rendering)
 
+    @contextmanager
+    def screen(self) -> Iterator[Callable[[Mapping[str, Any], str, Iterable[RenderableType]], object]]:
+        """Yield a function: it redraws renderings on a terminal, else prints a line, or a document with ``--json``."""
+        console = _console()
+        with _surviving(sys.stdout):  # a closed pipe ends the block
+            if self.as_json:
+                yield lambda document, _line, _renderings: click.echo(json.dumps(document))
+            elif not _can_redraw(console):
+                yield lambda _document, line, _renderings: console.print(line, soft_wrap=True)
+            else:
+                with Live(console=console, auto_refresh=False) as live:
+                    yield lambda _document, _line, renderings: live.update(Group(*renderings), refresh=True)
+
     def note(self, text: str) -> None:
         """Print a note on stderr."""
         with _surviving(sys.stderr):
@@ -111,6 +125,10 @@ class Output:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(description, total=total)
             yield lambda description: progress.update(task, advance=1, description=description)
+
+
+def _can_redraw(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _set_json(ctx: click.Context, _option: click.Parameter, value: bool) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequenc
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import attrs
@@ -116,25 +116,25 @@ async def open_queue(dsn: str) -> AsyncGenerator[RefundQueue]:
     """Open the queue at ``dsn``; create its schema if it does not exist."""
     with _extra():
         from lianlian_async.contrib.procrastinate import RefundQueue
-    with _queue_errors():
+    with queue_errors():
         async with RefundQueue(dsn) as queue:
             yield queue
 
 
-async def read_queue(dsn: str) -> tuple[Mapping[str, int], Sequence[Mapping[str, str | None]]]:
-    """Return the counts and the oldest failures of the queue at ``dsn``; both are empty if there is no queue."""
+async def read_queue(dsn: str) -> tuple[dict[str, int], Sequence[Mapping[str, str | None]], Mapping[str, Any]]:
+    """Return counts, oldest failures and activity of the queue at ``dsn``; empty ones if there is no queue."""
     with _extra():
         from lianlian_async.contrib.procrastinate import RefundQueue
     queue = RefundQueue(dsn)
-    with _queue_errors():
+    with queue_errors():
         async with queue.app.open_async():
             if await queue.app.check_connection_async():
-                return await queue.counts(), await queue.failures()
-    return {}, ()
+                return dict(await queue.counts()), await queue.failures(), await queue.activity()
+    return {}, (), {}
 
 
 @contextmanager
-def _queue_errors() -> Iterator[None]:
+def queue_errors() -> Iterator[None]:
     """Convert errors of the queue's database to ``JournalError``."""
     from procrastinate.exceptions import ConnectorException
     from psycopg import Error

@@ -13,7 +13,7 @@ import click
 
 from lianlian_async.merchant import Merchant
 
-from .journal_report import read_journal, show_journal
+from .journal_report import journal_views, read_journal
 from .options import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, pass_output
 from .signals import sigterm_interrupts
@@ -38,7 +38,8 @@ def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, 
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
     with sigterm_interrupts(), _warnings_shown(output):
         reasons = anyio.run(_work, merchant, dsn, until_empty, settings)
-    show_journal(output, anyio.run(read_journal, dsn), reasons)
+    document, shown = journal_views(anyio.run(read_journal, dsn), reasons)
+    output.show(document, *shown)
 
 
 async def _work(merchant: Merchant, dsn: str, until_empty: bool, settings: dict[str, Any]) -> Mapping[str, int]:

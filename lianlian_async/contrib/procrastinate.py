@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from types import TracebackType
 from typing import Any, Final, LiteralString, Self, TypeVar, cast
@@ -30,6 +30,7 @@ from psycopg.rows import tuple_row
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.journal.postgres import PostgresJournal, connection_string
 from lianlian_async.models import RefundRequest
+from lianlian_async.outcome import Outcome
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_integer, check_type, is_number
 from lianlian_async.worker_pool import iterate
@@ -63,6 +64,22 @@ FROM (
         CASE jsonb_typeof(args->'refunds') WHEN 'array' THEN jsonb_array_length(args->'refunds') ELSE 1 END AS refunds
     FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s
 ) AS job
+"""
+# A job's first event tells when it was queued. Only follow-up jobs, of priority 1, have a cause.
+_ACTIVITY: Final = """
+WITH job AS (SELECT * FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s)
+SELECT
+    (SELECT extract(epoch FROM now() - greatest(scheduled_at, queued_at))::float
+    FROM job, LATERAL (SELECT min(at) AS queued_at FROM procrastinate_events WHERE job_id = job.id) AS event
+    WHERE status = 'todo' AND coalesce(scheduled_at <= now(), true) ORDER BY id LIMIT 1) AS oldest_waiting_seconds,
+    (SELECT coalesce(jsonb_object_agg(cause, refunds), '{}') FROM (
+        SELECT args->>'cause' AS cause, sum(jsonb_array_length(args->'refunds')) AS refunds FROM job
+        WHERE priority > 0 AND status IN ('todo', 'doing') AND args ? 'cause' GROUP BY 1
+    ) AS again) AS queued_again,
+    (SELECT coalesce(jsonb_agg(jsonb_build_object(
+        'id', id, 'heartbeat_seconds', round(extract(epoch FROM now() - last_heartbeat)),
+        'slices', (SELECT count(*) FROM job WHERE worker_id = worker.id AND status = 'doing')
+    ) ORDER BY id), '[]') FROM procrastinate_workers AS worker) AS workers
 """
 _FAILURES: Final = """
 SELECT args->'refunds'->0->>'no_refund' AS no_refund, args->>'cause' AS cause FROM procrastinate_jobs
@@ -199,13 +216,34 @@ class RefundQueue:
         """Return the oldest refunds that need a person: ``no_refund`` (None if it cannot be read) and ``cause``."""
         return await self.app.connector.execute_query_all_async(_FAILURES, **self._names, limit=limit)
 
-    async def work(self, session: RefundSession, *, concurrency: int = 20, wait: bool = True) -> None:
+    async def activity(self) -> Mapping[str, Any]:
+        """Return what shows whether the queue moves.
+
+        ``oldest_waiting_seconds``: how long the oldest refund that is due has waited, or None; ``queued_again``:
+        refunds that were begun and are queued again, by cause; ``workers``: all of this database, each with ``id``,
+        ``heartbeat_seconds`` since its last heartbeat, and the ``slices`` that it holds.
+        """
+        return await self.app.connector.execute_query_one_async(_ACTIVITY, **self._names)
+
+    @property
+    def in_flight(self) -> int:
+        """Refunds that :meth:`work` has begun and not finished."""
+        return self._worker.admission.in_flight if self._worker else 0
+
+    async def work(
+        self,
+        session: RefundSession,
+        *,
+        concurrency: int = 20,
+        wait: bool = True,
+        on_outcome: Callable[[Outcome], object] = lambda _: None,
+    ) -> None:
         """Process queued refunds with ``session`` (it needs a ``PostgresJournal``) until cancelled.
 
         With ``wait=False``, return when the queue is empty. ``concurrency``: maximum number of refunds processed
-        concurrently. After a cancellation, SIGINT or SIGTERM, the running refunds finish and the others go back into
-        the queue. They also go back before :class:`BatchStopped` is raised: a rejection stops the batch, or the
-        gateway's answers do not verify.
+        concurrently; ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running
+        refunds finish and the others go back into the queue. They also go back before :class:`BatchStopped` is raised:
+        a rejection stops the batch, or the gateway's answers do not verify.
         """
         if not isinstance(session.journal, PostgresJournal):
             raise ConfigurationError("work: the session needs a PostgresJournal, which all workers share")
@@ -215,6 +253,7 @@ class RefundQueue:
             queues=[self._names["queue"]],
             concurrency=check_integer("concurrency", concurrency, least=1),
             wait=wait,
+            on_outcome=on_outcome,
             delete_jobs="successful",
             update_heartbeat_interval=self._rescue_after / 6,
             stalled_worker_timeout=self._rescue_after,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, Final
 
 from procrastinate.jobs import Job
@@ -25,6 +25,7 @@ from lianlian_async.errors import (
     RefundRejected,
 )
 from lianlian_async.models import RefundRequest
+from lianlian_async.outcome import Outcome
 from lianlian_async.session import RefundSession
 from lianlian_async.signature_watch import Admission
 
@@ -37,18 +38,23 @@ _REJECTED_PAUSE: Final = 900.0
 """Seconds until a refund is due again after a rejection that may pass."""
 
 
-def follow_up(refunds: list[Any], tries: int, seconds: float = 0.0, cause: str | None = None) -> dict[str, Any]:
-    """Return a job that is due in ``seconds`` and runs before new slices; with a ``cause``, a failed job."""
+def follow_up(
+    refunds: list[Any], tries: int, seconds: float = 0.0, cause: str | None = None, *, failed: bool = False
+) -> dict[str, Any]:
+    """Return a job that goes before new slices (priority 0), due in ``seconds``; ``cause``: why it exists."""
     args = {"refunds": refunds, "tries": tries} | ({"cause": cause} if cause else {})
-    return {"priority": 1, "status": "failed" if cause else "todo", "seconds": seconds, "args": args}
+    return {"priority": 1, "status": "failed" if failed else "todo", "seconds": seconds, "args": args}
 
 
 class SliceWorker(Worker):
     """A procrastinate worker whose slices share one session and one limit of concurrent refunds."""
 
-    def __init__(self, session: RefundSession, *, concurrency: int, **options: Any) -> None:
+    def __init__(
+        self, session: RefundSession, *, concurrency: int, on_outcome: Callable[[Outcome], object], **options: Any
+    ) -> None:
         super().__init__(concurrency=concurrency, **options)
         self.session = session
+        self.on_outcome = on_outcome
         self.admission = Admission(session.signatures, concurrency)
         self.failure: Exception | None = None
         """The error that stopped the worker."""
@@ -104,8 +110,9 @@ class Slice:
         self._unread = _rows(job)[::-1]
         self._under_way = dict[int, RefundRequest]()
         self._failed: list[dict[str, Any]] = []
-        self._again = dict[int, dict[str, Any]]()
-        """Follow-up jobs by the second in which they are due."""
+        self._cause: Any = job.task_kwargs.get("cause")
+        self._again = dict[tuple[int, str], dict[str, Any]]()
+        """Follow-up jobs, by the second in which they are due and by cause."""
 
     async def run(self) -> list[dict[str, Any]]:
         """Run the refunds; return the follow-up jobs of those that are not finished."""
@@ -118,6 +125,7 @@ class Slice:
                 async for outcome in outcomes:
                     del self._under_way[id(outcome.request)]
                     worker.admission.leave()
+                    worker.on_outcome(outcome)
                     if outcome.error is not None:
                         self._keep(outcome.request, outcome.error)
         except JournalError as error:
@@ -130,8 +138,8 @@ class Slice:
                 worker.admission.leave()
             worker.add_waiting(-len(self._unread))
         for request in self._under_way.values():
-            self._retry(request, 0.0)
-        rest = [follow_up(self._unread[::-1], self._tries, pause)] if self._unread else []
+            self._retry(request, 0.0, "interrupted")
+        rest = [follow_up(self._unread[::-1], self._tries, pause, self._cause)] if self._unread else []
         return [*self._failed, *self._again.values(), *rest]
 
     async def _requests(self) -> AsyncGenerator[RefundRequest]:
@@ -157,26 +165,29 @@ class Slice:
         """Create the follow-up for a refund that was not made; a permanent rejection needs none."""
         match error:
             case RefundOutcomeUnknown():
-                self._retry(request, (error.ask_again_at - self._worker.session.clock().wall).total_seconds())
-            case RefundNotSent() | JournalError():
-                self._retry(request, self._pause)
+                seconds = (error.ask_again_at - self._worker.session.clock().wall).total_seconds()
+                self._retry(request, seconds, f"unknown: {error.reason}")
+            case RefundNotSent():
+                self._retry(request, self._pause, f"not sent: {error.last_error}")
+            case JournalError():
+                self._retry(request, self._pause, "journal error")
             case RefundRejected():
                 logger.warning("%s", error)
                 if error.stops_batch:
                     self._worker.stop()
                 if error.stops_batch or error.may_pass:
-                    self._retry(request, _REJECTED_PAUSE)
+                    self._retry(request, _REJECTED_PAUSE, f"rejected: {error.ret_code} {error.meaning}")
             case _:
                 self._fail(request.to_dict(), error)
 
-    def _retry(self, request: RefundRequest, seconds: float) -> None:
-        job = self._again.setdefault(int(seconds), follow_up([], self._tries + 1, seconds))
+    def _retry(self, request: RefundRequest, seconds: float, cause: str) -> None:
+        job = self._again.setdefault((int(seconds), cause), follow_up([], self._tries + 1, seconds, cause))
         job["args"]["refunds"].append(request.to_dict())
         job["seconds"] = max(job["seconds"], seconds)
 
     def _fail(self, row: Any, error: LianLianError) -> None:
         logger.error("a person has to decide about a refund: %s", error)
-        self._failed.append(follow_up([row], self._tries + 1, cause=str(error)))
+        self._failed.append(follow_up([row], self._tries + 1, cause=str(error), failed=True))
 
 
 def _rows(job: Job) -> list[Any]:
