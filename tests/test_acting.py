@@ -1,4 +1,4 @@
-"""Whoever learns that a refund is final, ``on_refund`` is called for it: by any learner, and after any crash."""
+"""``on_refund`` is called for each final refund, however the final state became known, and after any crash."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ LEARNERS = [by_resume, by_waiting, by_asking_again]
 @inline_and_inbox
 @pytest.mark.parametrize("learn", LEARNERS, ids=lambda learn: learn.__name__)
 async def test_a_final_state_learned_without_an_open_endpoint_is_acted_on_later(journal, handler, learn, with_inbox):
-    """The next sweep calls the handler, once; later sweeps and notifications do not."""
+    """The next sweep calls the handler; later sweeps and notifications do not."""
     gateway = sandbox(settle_after=60)
     if learn is by_asking_again:
         gateway.script(Fault.NO_ANSWER, when=When.AFTER)
@@ -89,7 +89,7 @@ async def test_a_final_state_learned_without_an_open_endpoint_is_acted_on_later(
 @virtual
 @pytest.mark.parametrize("learn", LEARNERS, ids=lambda learn: learn.__name__)
 async def test_without_an_endpoint_nothing_is_marked(journal, learn):
-    """Where acting never began, no refund waits for it."""
+    """Without an endpoint, final refunds are DONE, not FINAL."""
     gateway = sandbox(settle_after=60)
     if learn is by_asking_again:
         gateway.script(Fault.NO_ANSWER, when=When.AFTER)
@@ -100,7 +100,7 @@ async def test_without_an_endpoint_nothing_is_marked(journal, learn):
 
 @virtual
 async def test_refunds_final_before_the_first_endpoint_are_not_acted_on(journal, handler):
-    """A service that gets notifications only now does not act on its past, unless it is notified of it."""
+    """The handler is called for refunds of the time before the first endpoint only if they are notified."""
     gateway = sandbox(settle_after=0)
     async with gateway.session(clock=boot_clock, journal=journal) as session:
         await session.apply_refund(refund_request())
@@ -115,7 +115,7 @@ async def test_refunds_final_before_the_first_endpoint_are_not_acted_on(journal,
 
 @virtual
 async def test_a_rejected_refund_is_not_acted_on(journal, handler):
-    """It was never made; whoever applied for it was told so."""
+    """A rejected refund was not made, so the handler is not called."""
     async with sandbox().session(clock=boot_clock, journal=journal) as session:
         settings = {"journal": journal, "session": session, "clock": boot_clock}
         async with NotificationEndpoint(session.merchant, handler, **settings) as endpoint:
@@ -128,7 +128,7 @@ async def test_a_rejected_refund_is_not_acted_on(journal, handler):
 
 @virtual
 async def test_an_inbox_acts_at_its_start_on_what_was_learned_meanwhile(journal, handler):
-    """It needs no sweep, and no session to ask with."""
+    """At its start, an inbox acts on such refunds without a sweep and without a session."""
     handler.then = [fails]
     async with inbox(journal, handler, clock=boot_clock):
         pass
@@ -149,7 +149,7 @@ async def test_an_inbox_acts_at_its_start_on_what_was_learned_meanwhile(journal,
 @pytest.mark.parametrize("mode", acting.MODES)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_process_that_dies_between_two_writes_loses_no_refund(tmp_path, anyio_backend, mode, line):
-    """The handler is called by the next process; again only if its return was not yet on record."""
+    """The next process calls the handler; it is called again only if its return was not recorded."""
     shop, path = tmp_path / "shop", tmp_path / "journal.sqlite"
     command = [*program("acting"), mode, line, path, shop]
     assert (await anyio.run_process(command, cwd=ROOT, check=False, stderr=None)).returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""The inbox in virtual time: pauses, bounds, what other workers leave behind, and its end."""
+"""The inbox in virtual time: backoff, limits, entries of dead workers, and closing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ virtual = pytest.mark.virtual_time
 
 @virtual
 async def test_a_handler_that_fails_is_called_again_after_growing_pauses(journal):
-    """After 1, 2, 4 … seconds, at most 5 minutes, until it returns; the log tells of each failure."""
+    """The backoff is 1, 2, 4 … seconds, at most 5 minutes, until the handler returns; each failure is logged."""
     times = []
 
     async def on_refund(_refund):
@@ -40,7 +40,7 @@ async def test_a_handler_that_fails_is_called_again_after_growing_pauses(journal
 
 @virtual
 async def test_a_failing_refund_holds_up_no_other(journal, handler):
-    """Others are acted on while one rests, and while handlers hang in all but one place."""
+    """Other refunds are acted on during its backoff, and while handlers hang in all workers but one."""
 
     async def on_refund(refund):
         if refund.no_refund == "R-1":
@@ -72,7 +72,7 @@ async def test_a_handler_is_bounded_in_time(journal, handler, caplog):
 
 @virtual
 async def test_concurrency_bounds_the_running_handlers(journal):
-    """``concurrency`` of them."""
+    """At most ``concurrency`` handlers run at the same time."""
     running, most = 0, 0
 
     async def on_refund(_refund):
@@ -90,7 +90,7 @@ async def test_concurrency_bounds_the_running_handlers(journal):
 
 @virtual
 async def test_closing_lets_the_running_handlers_end(journal, handler):
-    """What is begun is carried through, what is not stays in the inbox."""
+    """Running handlers finish; other entries stay in the inbox."""
     handler.then = [lambda: anyio.sleep(3)]
     async with inbox(journal, handler, clock=boot_clock, concurrency=1) as endpoint:
         await deliver(endpoint, 1, 2)
@@ -101,7 +101,7 @@ async def test_closing_lets_the_running_handlers_end(journal, handler):
 
 @virtual
 async def test_closing_that_is_cancelled_cancels_the_handlers(journal, handler):
-    """Who has no time to wait leaves the refund to the next process."""
+    """If closing is cancelled, running handlers are cancelled; the next process acts on their refunds."""
     handler.then = [anyio.sleep_forever]
     with anyio.move_on_after(5) as scope:
         async with inbox(journal, handler, clock=boot_clock, handler_seconds=60.0) as endpoint:
@@ -116,7 +116,7 @@ async def test_closing_that_is_cancelled_cancels_the_handlers(journal, handler):
 
 @virtual
 async def test_the_lease_of_a_dead_worker_is_taken_over(journal, handler):
-    """Its lease ends, and another worker acts, with no delivery needed."""
+    """When the lease ends, another worker acts on the refund without a new delivery."""
     async with inbox(journal, fails, clock=boot_clock) as failing:
         await deliver(failing, 1, 2)
         await until(lambda: failing.counts["failed"] == 2, look_every=1)
@@ -136,7 +136,7 @@ async def test_the_lease_of_a_dead_worker_is_taken_over(journal, handler):
 
 @virtual
 async def test_an_inbox_that_cannot_be_read_is_read_again(handler, caplog, tmp_path):
-    """The worker outlives the troubles of its journal."""
+    """After a failure of the journal, the worker reads it again."""
     async with SqliteJournal(tmp_path / "journal.sqlite") as journal:
         async with inbox(journal, fails, clock=boot_clock) as failing:
             await deliver(failing, 1)
@@ -164,7 +164,7 @@ async def test_closing_the_journal_before_the_endpoint_is_an_error(handler, capl
 
 @virtual
 async def test_with_confirm_the_handler_waits_for_the_gateway(journal, handler):
-    """Behind an inbox too, only what the gateway says as well is acted on."""
+    """With an inbox, too, the handler is called only if the gateway reports the same state."""
     gateway = sandbox(settle_after=60)
     async with gateway.session(clock=boot_clock, journal=journal) as session:
         await session.apply_refund(refund_request())
@@ -182,7 +182,7 @@ async def test_with_confirm_the_handler_waits_for_the_gateway(journal, handler):
 
 
 async def test_a_closed_inbox_accepts_nothing(handler, caplog):
-    """What nobody would act on is not acknowledged: the log tells to use `async with`."""
+    """Without a worker no notification is acknowledged: the log says to use `async with`."""
     async with MemoryJournal() as journal:
         endpoint = inbox(journal, handler)
         assert (await endpoint.handle(notification(), HEADERS)).status == 500
@@ -200,7 +200,7 @@ async def test_a_closed_inbox_accepts_nothing(handler, caplog):
 
 @virtual
 async def test_a_handler_that_is_cancelled_from_within_is_called_again(journal, handler, caplog):
-    """A cancellation that nobody asked for is a failure like any other: every notification is acted on."""
+    """A cancellation that nobody requested is treated as a failure: the handler is called again."""
     handler.then = [stray_cancellation]
     async with inbox(journal, handler) as endpoint:
         await deliver(endpoint, *range(1, 14))
@@ -211,7 +211,7 @@ async def test_a_handler_that_is_cancelled_from_within_is_called_again(journal, 
 
 @virtual
 async def test_after_its_worker_has_ended_no_notification_is_acknowledged(journal, handler, caplog):
-    """What a handler raises that is no ``Exception`` ends the worker; the rest is acted on when it opens again."""
+    """A BaseException of a handler ends the worker; the other entries are acted on after the next opening."""
 
     async def aborts():
         raise Abort("the end")

@@ -1,4 +1,4 @@
-"""Acting once, on every kind of journal: duplicates, several workers, failures and restarts, inline and inbox."""
+"""One handler call per refund, on every journal: duplicates, several workers, failures, restarts, inline and inbox."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def handler():
 
 
 async def test_a_notification_is_acknowledged_before_the_handler_runs(kind, handler):
-    """The acknowledgement says that it is in the journal, and the handler runs behind it."""
+    """The notification is acknowledged after it is recorded; the handler runs in the background."""
     go = anyio.Event()
     handler.then = [go.wait]
     async with kind.make() as journal, inbox(journal, handler) as endpoint:
@@ -70,7 +70,7 @@ async def test_a_notification_is_acknowledged_before_the_handler_runs(kind, hand
 
 
 async def test_what_was_acknowledged_survives_a_restart(kind, handler):
-    """A handler that never returned is called again by the process that comes after."""
+    """If a handler did not return before a crash, the next process calls it again."""
     async with kind.make() as journal, inbox(journal, fails) as endpoint:
         await deliver(endpoint, 1, 2)
         await until(lambda: endpoint.counts["failed"] == 2)
@@ -84,7 +84,7 @@ async def test_what_was_acknowledged_survives_a_restart(kind, handler):
 
 
 async def test_several_workers_share_an_inbox(kind, handler):
-    """Whichever worker a notification comes to, and however often, it is acted on once between them."""
+    """Workers that share an inbox call the handler once in total, however many deliveries each of them gets."""
     async with kind.make() as journal, AsyncExitStack() as stack:
         workers = [await stack.enter_async_context(inbox(journal, handler)) for _ in range(3)]
         async with anyio.create_task_group() as tasks:
@@ -98,7 +98,7 @@ async def test_several_workers_share_an_inbox(kind, handler):
 
 
 async def test_inline_delivery_is_acted_on_once_by_all_workers(kind, handler):
-    """Without an inbox too, endpoints that share a journal act once between them."""
+    """Without an inbox, too, endpoints that share a journal call the handler once in total."""
     async with kind.make() as journal:
         workers = [NotificationEndpoint(trusting(), handler, journal=journal) for _ in range(2)]
         async with anyio.create_task_group() as tasks:
@@ -110,7 +110,7 @@ async def test_inline_delivery_is_acted_on_once_by_all_workers(kind, handler):
 
 
 async def test_a_handler_that_failed_inline_is_called_again_after_a_restart(kind, handler):
-    """The journal does not take a failure for work that is done."""
+    """A failed handler call is not recorded as done."""
     async with kind.make() as journal:
         assert (await NotificationEndpoint(trusting(), fails, journal=journal).handle(notification(), {})).status == 500
     async with kind.make() as journal:
@@ -119,7 +119,7 @@ async def test_a_handler_that_failed_inline_is_called_again_after_a_restart(kind
 
 
 async def test_the_refunds_themselves_learn_their_final_state(kind, handler):
-    """The journal's own entry is resolved when the notification is taken, and the handler gets its dt_refund."""
+    """A notification resolves the refund's journal entry, and the handler gets the dt_refund of the entry."""
     async with kind.make() as journal:
         request = await begin(journal)
         async with inbox(journal, handler) as endpoint:
@@ -131,7 +131,7 @@ async def test_the_refunds_themselves_learn_their_final_state(kind, handler):
 
 
 async def test_an_inbox_acts_at_its_start_on_what_others_learned(kind, handler):
-    """A final state that no notification told is acted on once, and marked so."""
+    """A refund that became final without a notification is acted on once, and recorded as done."""
     async with kind.make() as journal, inbox(journal, handler):
         pass
     async with kind.make() as journal:
@@ -147,7 +147,7 @@ async def test_an_inbox_acts_at_its_start_on_what_others_learned(kind, handler):
 
 @pytest.mark.parametrize("changes", [{"sta_refund": "3"}, {"money_refund": "11.00"}])
 async def test_a_contradiction_is_not_kept(kind, handler, changes):
-    """A second final state never comes into the inbox, whether the first was acted on or not."""
+    """A second, contradicting final state is not recorded, whether the first was acted on or not."""
     async with kind.make() as journal, inbox(journal, handler) as endpoint:
         for _ in range(2):
             await deliver(endpoint, 1)

@@ -1,4 +1,4 @@
-"""The notification endpoint: what it believes, what it acknowledges, when it calls the handler, and as an ASGI app."""
+"""The notification endpoint: verification, acknowledgement, handler calls, and the ASGI application."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def endpoint(handler):
 
 @pytest.mark.parametrize("status", [RefundStatus.SUCCESS, RefundStatus.FAILED])
 async def test_a_final_state_is_acted_on_and_acknowledged(endpoint, handler, status):
-    """The handler is called with the refund that was notified, then LianLian is told that it was heard."""
+    """The handler is called with the notified refund, then the notification is acknowledged."""
     body = notification(sta_refund=status, settle_date=None)
     assert is_acknowledged(await endpoint.handle(body, HEADERS))
     [refund] = handler.done
@@ -84,7 +84,7 @@ async def test_the_acknowledgement_is_the_documented_one(endpoint):
 
 @pytest.mark.parametrize("status", ["0", "1", "7"])
 async def test_a_state_that_can_change_is_acknowledged_and_not_acted_on(endpoint, handler, status):
-    """There is nothing to act on yet."""
+    """While the state is not final, the handler is not called."""
     assert is_acknowledged(await endpoint.handle(notification(sta_refund=status), HEADERS))
     assert not handler.begun
     assert endpoint.counts == {"not final": 1}
@@ -120,7 +120,7 @@ async def test_a_state_that_can_change_is_acknowledged_and_not_acted_on(endpoint
     ],
 )
 async def test_an_unproved_notification_is_refused(endpoint, handler, caplog, body, verdict, status):
-    """Malformed, unsigned, forged and foreign bodies are counted and logged, never acknowledged, never acted on."""
+    """Malformed, unsigned, forged and foreign bodies are counted and logged, but not acknowledged or acted on."""
     ack = await endpoint.handle(body, HEADERS)
     assert not is_acknowledged(ack)
     assert (ack.status, wire.decode(ack.body)) == (status, {"ret_code": "9999", "ret_msg": verdict})
@@ -135,13 +135,13 @@ async def test_an_unproved_notification_is_refused(endpoint, handler, caplog, bo
     [{"dt_refund": None}, {"dt_refund": ""}, {"settle_date": "soon"}, {"rate": "?"}, {"unheard_of": "field"}],
 )
 async def test_optional_fields_may_be_missing_or_unusual(endpoint, handler, changes):
-    """A refund whose rate or settlement date cannot be read was made all the same."""
+    """An unreadable rate or settlement date does not stop the handler call."""
     assert is_acknowledged(await endpoint.handle(notification(**changes), HEADERS))
     assert handler.numbers == ["R-1"]
 
 
 async def test_a_body_of_the_maximum_size_is_read(endpoint):
-    """64 KiB, blanks included."""
+    """A body of 64 KiB, white space included, is accepted."""
     assert is_acknowledged(await endpoint.handle(notification().ljust(64 * 1024), HEADERS))
 
 
@@ -160,7 +160,7 @@ GENUINE = notification(ret_code="0000", ret_msg="交易成功", rate="", extra="
 
 
 def signed_content(body):
-    """What a body's signature covers."""
+    """Return the fields that the signature of a body covers."""
     return signature_source(wire.decode(body))
 
 
@@ -175,7 +175,7 @@ async def answer_is_honest(body):
 
 @pytest.mark.parametrize("flip", [0x01, 0x20, 0x80])
 async def test_no_changed_byte_is_acknowledged(flip):
-    """At every place of a signed notification, a changed byte is refused unless the signed content is the same."""
+    """A notification with one changed byte is refused, unless its signed content is the same."""
     for place in range(len(GENUINE)):
         await answer_is_honest(GENUINE[:place] + bytes([GENUINE[place] ^ flip]) + GENUINE[place + 1 :])
 
@@ -183,7 +183,7 @@ async def test_no_changed_byte_is_acknowledged(flip):
 @given(place=st.integers(0, len(GENUINE)), cut=st.integers(0, 2), put=st.binary(max_size=2))
 @example(place=len(GENUINE), cut=0, put=b" ")
 async def test_no_edited_notification_is_acknowledged(place, cut, put):
-    """Wherever bytes are cut out and others put in, the answer is honest."""
+    """A notification with bytes replaced is acknowledged only if its signed content is the same."""
     await answer_is_honest(GENUINE[:place] + put + GENUINE[place + cut :])
 
 
@@ -196,7 +196,7 @@ json_values = st.recursive(
 
 @given(body=st.binary() | json_values.map(lambda value: repr(value).encode(errors="replace")))
 async def test_nothing_that_is_not_signed_is_acknowledged(body):
-    """Arbitrary bytes and arbitrary JSON are answered, and never with 0000."""
+    """Arbitrary bytes and arbitrary JSON get a response, but never an acknowledgement."""
     assert not is_acknowledged(await NotificationEndpoint(trusting(), fails).handle(body, {}))
 
 
@@ -206,7 +206,7 @@ values = st.sampled_from([*asked().values(), "10.00", "2", "3", "0000"]) | texts
 
 @given(fields=st.dictionaries(names, values), headers=st.dictionaries(texts, texts))
 async def test_whatever_lianlian_signs_is_answered(fields, headers):
-    """Any flat object with a valid signature is answered; acted on are those that tell of a final refund of ours."""
+    """Any signed flat object gets a response; the handler is called only for final refunds of this merchant."""
     handler = Handler()
     ack = await NotificationEndpoint(trusting(), handler).handle(as_json(sealed(fields)), headers)
     if is_acknowledged(ack):
@@ -220,7 +220,7 @@ async def test_whatever_lianlian_signs_is_answered(fields, headers):
 
 
 async def test_a_duplicate_is_acknowledged_and_not_acted_on(endpoint, handler):
-    """The same notification, also with other words in it, is acted on once and acknowledged each time."""
+    """A repeated notification, even with another ret_msg, is acted on once and acknowledged each time."""
     for body in [notification(), notification(), notification(ret_msg="other words", money_refund="10.0")]:
         assert is_acknowledged(await endpoint.handle(body, HEADERS))
     assert handler.numbers == ["R-1"]
@@ -229,7 +229,7 @@ async def test_a_duplicate_is_acknowledged_and_not_acted_on(endpoint, handler):
 
 @virtual
 async def test_duplicates_at_the_same_time_are_acted_on_once(handler):
-    """Duplicates that come while the handler runs wait for it, and are acknowledged when it has returned."""
+    """Duplicates that arrive while the handler runs wait, and are acknowledged after the handler has returned."""
     handler.then = [lambda: anyio.sleep(3)]
     endpoint = NotificationEndpoint(trusting(), handler, clock=boot_clock)
 
@@ -247,7 +247,7 @@ async def test_duplicates_at_the_same_time_are_acted_on_once(handler):
 
 @virtual
 async def test_a_duplicate_waits_no_longer_than_handler_seconds(handler):
-    """While the handler is still at it after that time, a duplicate is sent away to come again."""
+    """If the handler is still running after that time, a duplicate gets 503, so LianLian delivers it again."""
     handler.then = [lambda: anyio.sleep(10)]
     async with MemoryJournal() as journal:
         endpoint = NotificationEndpoint(trusting(), handler, journal=journal, handler_seconds=11.0, clock=boot_clock)
@@ -263,7 +263,7 @@ async def test_a_duplicate_waits_no_longer_than_handler_seconds(handler):
 
 @virtual
 async def test_without_a_journal_a_duplicate_waits_no_longer_than_handler_seconds(handler):
-    """A handler that cannot be cancelled keeps its refund, and its duplicates are sent away until it returns."""
+    """While a handler that cannot be cancelled runs, duplicates get 503."""
 
     async def stubborn():
         with anyio.CancelScope(shield=True):
@@ -301,7 +301,7 @@ async def test_a_duplicate_that_waits_takes_over_from_a_handler_that_fails(handl
 
 
 async def test_an_endpoint_that_is_opened_again_remembers(endpoint, handler):
-    """What was acted on before a restart within the process is not acted on after it."""
+    """After the endpoint is closed and opened again, it does not repeat earlier handler calls."""
     for _ in range(2):
         async with endpoint:
             assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
@@ -309,7 +309,7 @@ async def test_an_endpoint_that_is_opened_again_remembers(endpoint, handler):
 
 
 async def test_a_handler_that_failed_is_called_again_by_the_next_delivery(endpoint, handler, caplog):
-    """Without an acknowledgement LianLian sends again; the log has the handler's traceback."""
+    """Without an acknowledgement LianLian delivers again; the log has the handler's traceback."""
     handler.then = [fails]
     ack = await endpoint.handle(notification(), HEADERS)
     assert (ack.status, handler.done) == (500, [])
@@ -322,7 +322,7 @@ async def test_a_handler_that_failed_is_called_again_by_the_next_delivery(endpoi
 
 @virtual
 async def test_a_handler_that_is_too_slow_is_cancelled(handler, caplog):
-    """After handler_seconds there is no time left to acknowledge: the next delivery calls it again."""
+    """After handler_seconds the handler is cancelled; the next delivery calls it again."""
     handler.then = [anyio.sleep_forever]
     endpoint = NotificationEndpoint(trusting(), handler, clock=boot_clock)
     assert (await endpoint.handle(notification(), HEADERS)).status == 500
@@ -334,7 +334,7 @@ async def test_a_handler_that_is_too_slow_is_cancelled(handler, caplog):
 
 @virtual
 async def test_all_waits_of_a_handler_count_against_its_time_limit(handler):
-    """However short its waits are, together they may take handler_seconds."""
+    """Many short waits together are limited to handler_seconds."""
     waits = []
 
     async def often():
@@ -349,13 +349,13 @@ async def test_all_waits_of_a_handler_count_against_its_time_limit(handler):
 
 
 async def test_a_handler_that_never_waits_meets_any_time_limit(handler):
-    """It is done before any clock could tell."""
+    """A handler without an await succeeds even under the smallest time limit."""
     endpoint = NotificationEndpoint(trusting(), handler, handler_seconds=1e-9)
     assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
 
 
 async def test_a_delivery_that_is_cancelled_leaves_the_refund_to_the_next(endpoint, handler):
-    """A server that drops the request at its end takes nothing along."""
+    """If the server cancels a request at its shutdown, the next delivery calls the handler."""
     handler.then = [anyio.sleep_forever]
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(endpoint.handle, notification(), HEADERS)
@@ -368,7 +368,7 @@ async def test_a_delivery_that_is_cancelled_leaves_the_refund_to_the_next(endpoi
 
 @pytest.mark.parametrize("changes", [{"sta_refund": "3"}, {"money_refund": "11.00"}])
 async def test_another_final_state_or_amount_is_contradictory(endpoint, handler, caplog, changes):
-    """What contradicts an earlier notification is never acted on nor acknowledged, and is logged as an error."""
+    """A contradiction of an earlier notification is neither acted on nor acknowledged; it is logged as an error."""
     await endpoint.handle(notification(), HEADERS)
     ack = await endpoint.handle(notification(**changes), HEADERS)
     assert (ack.status, wire.decode(ack.body)["ret_code"]) == (409, "9999")
@@ -380,7 +380,7 @@ async def test_another_final_state_or_amount_is_contradictory(endpoint, handler,
 
 
 async def test_no_secret_and_no_signature_is_logged(endpoint, handler, caplog):
-    """The log tells which refund and why, and nothing that could be used."""
+    """The log has the refund's number and the reason, but no secret and no signature."""
     handler.then = [fails]
     bodies = [notification(), notification(), notification(sta_refund="3"), notification(oid_partner="2011")]
     for body in bodies:
@@ -391,7 +391,7 @@ async def test_no_secret_and_no_signature_is_logged(endpoint, handler, caplog):
 
 
 async def test_without_a_journal_the_latest_refunds_are_remembered(handler, monkeypatch):
-    """Memory is bounded: the refund notified longest ago is forgotten first, one with the handler never is."""
+    """Memory is bounded: the least recently notified refund is removed first, except while its handler runs."""
     monkeypatch.setattr(book, "MOST_RECENT", 2)
     endpoint = NotificationEndpoint(trusting(), handler)
 
@@ -413,7 +413,7 @@ async def test_without_a_journal_the_latest_refunds_are_remembered(handler, monk
 
 
 async def test_no_refund_is_forgotten_while_the_handler_runs(handler, monkeypatch):
-    """The handler runs once for each of three refunds at the same time, though only one is remembered."""
+    """With room for one refund, three concurrent handler calls still happen once each."""
     monkeypatch.setattr(book, "MOST_RECENT", 1)
     endpoint = NotificationEndpoint(trusting(), handler)
     go = anyio.Event()
@@ -431,7 +431,7 @@ async def test_no_refund_is_forgotten_while_the_handler_runs(handler, monkeypatc
 
 
 async def test_the_journal_learns_the_final_state(journal, handler):
-    """A refund whose outcome was unknown is known by its notification, and its dt_refund to the handler."""
+    """A notification resolves an unknown refund in the journal; the handler gets the journal's dt_refund."""
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     request = await begin(journal)
     body = notification(dt_refund=None)
@@ -442,7 +442,7 @@ async def test_the_journal_learns_the_final_state(journal, handler):
 
 
 async def test_the_journal_learns_that_a_refund_was_accepted(journal, handler):
-    """A state that can change is recorded, and the final one that follows it too."""
+    """A state that is not final is recorded, and so is the final state after it."""
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     await begin(journal)
     assert is_acknowledged(await endpoint.handle(notification(sta_refund="1"), HEADERS))
@@ -453,7 +453,7 @@ async def test_the_journal_learns_that_a_refund_was_accepted(journal, handler):
 
 
 async def test_a_late_notification_of_an_earlier_state_changes_nothing(journal, handler):
-    """Notifications that overtake each other are all acknowledged, and the state never moves back."""
+    """Notifications in the wrong order are all acknowledged, and the recorded state stays final."""
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     await begin(journal)
     for status in ("2", "1", "0"):
@@ -464,7 +464,7 @@ async def test_a_late_notification_of_an_earlier_state_changes_nothing(journal, 
 
 
 async def test_a_refund_that_the_journal_does_not_know_is_acted_on(journal, handler):
-    """The merchant may have applied for it elsewhere; it does not come into the journal of what was sent from here."""
+    """The merchant may have sent it from another system; it is not added to the journal."""
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
     assert handler.numbers == ["R-1"]
@@ -486,7 +486,7 @@ async def test_a_refund_that_the_journal_does_not_know_is_acted_on(journal, hand
     ],
 )
 async def test_a_notification_that_contradicts_the_journal_is_never_acted_on(journal, handler, recorded, changes):
-    """Another amount or time than was applied for, another final state than is on record, life after a rejection."""
+    """Another amount or time than requested, another final state than recorded, or a state after a rejection."""
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     await begin(journal)
     if recorded is not None:
@@ -500,7 +500,7 @@ async def test_a_notification_that_contradicts_the_journal_is_never_acted_on(jou
 
 
 async def test_a_second_worker_acts_on_nothing_twice(journal, handler):
-    """Endpoints that share a journal act once between them, whichever gets the duplicates."""
+    """Endpoints that share a journal call the handler once in total, whichever endpoint gets the duplicates."""
     workers = [NotificationEndpoint(trusting(), handler, journal=journal) for _ in range(3)]
     async with anyio.create_task_group() as tasks:
         for number in range(4):
@@ -512,7 +512,7 @@ async def test_a_second_worker_acts_on_nothing_twice(journal, handler):
 
 
 async def test_a_worker_that_died_loses_its_lease(handler):
-    """What a dead worker was at is busy until its lease ends; then the next delivery is acted on."""
+    """A refund that a dead worker had leased is BUSY until the lease ends; then the next delivery is acted on."""
     now = [journals.now()]
     async with MemoryJournal() as journal:
         endpoint = NotificationEndpoint(trusting(), fails, journal=journal, clock=lambda: now[0])
@@ -531,7 +531,7 @@ async def test_a_worker_that_died_loses_its_lease(handler):
 
 
 async def test_without_a_working_journal_nothing_is_acknowledged(handler, caplog, tmp_path):
-    """A journal that is not open, or that fails, is answered for with 500; LianLian sends again."""
+    """If the journal is closed or fails, the response is 500, and LianLian delivers again."""
     journal = SqliteJournal(tmp_path / "journal.sqlite")
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     assert (await endpoint.handle(notification(), HEADERS)).status == 500
@@ -546,7 +546,7 @@ async def test_without_a_working_journal_nothing_is_acknowledged(handler, caplog
 
 
 async def test_the_endpoint_opens_a_journal_that_is_not_open(handler, tmp_path):
-    """And closes it again; one that its user opened stays open."""
+    """The endpoint also closes that journal; a journal that its user opened stays open."""
     journal = SqliteJournal(tmp_path / "journal.sqlite")
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
     for number in (1, 2):
@@ -565,7 +565,7 @@ async def test_the_endpoint_opens_a_journal_that_is_not_open(handler, tmp_path):
 
 
 async def test_an_inbox_is_worked_off_before_the_endpoint_closes_its_journal(handler, tmp_path):
-    """A handler that is running may end, and its line is written."""
+    """A running handler finishes, and its return is recorded before the journal is closed."""
     journal = SqliteJournal(tmp_path / "journal.sqlite")
     release = anyio.Event()
     handler.then.append(release.wait)
@@ -579,7 +579,7 @@ async def test_an_inbox_is_worked_off_before_the_endpoint_closes_its_journal(han
 
 
 async def test_a_start_that_fails_closes_the_journal_again(handler, tmp_path):
-    """A key that cannot be read leaves no file locked, and the endpoint may be started again."""
+    """If a key cannot be read, the journal is unlocked, and the endpoint can be started again."""
     key = tmp_path / "gateway.pem"
     journal = SqliteJournal(tmp_path / "journal.sqlite")
     endpoint = NotificationEndpoint(trusting(gateway_public_keys=key), handler, journal=journal)
@@ -593,7 +593,7 @@ async def test_a_start_that_fails_closes_the_journal_again(handler, tmp_path):
 
 @pytest.mark.parametrize("is_inbox", [False, True])
 async def test_an_endpoint_whose_journal_is_not_open_says_how_to_open_it(handler, caplog, tmp_path, is_inbox):
-    """A server that runs no lifespan answers 500, and the log names both cures."""
+    """Under a server that runs no lifespan, the response is 500, and the log says how to open the journal."""
     journal = SqliteJournal(tmp_path / "journal.sqlite")
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal, inbox=is_inbox)
     assert (await endpoint.handle(notification(), HEADERS)).status == 500
@@ -607,7 +607,7 @@ async def test_an_endpoint_whose_journal_is_not_open_says_how_to_open_it(handler
 
 @pytest.mark.parametrize("body", [notification().decode(), wire.decode(notification()), None])
 async def test_a_body_that_is_not_bytes_is_a_clear_error(endpoint, handler, body):
-    """It is no delivery, so it is not answered: the program is wrong."""
+    """A wrong type is a bug in the program, so it raises TypeError."""
     with pytest.raises(TypeError, match=f"body: must be the raw bytes of the request body, not {type(body).__name__}"):
         await endpoint.handle(body, HEADERS)
     assert not endpoint.counts
@@ -627,7 +627,7 @@ async def test_a_body_that_is_not_bytes_is_a_clear_error(endpoint, handler, body
     ids=["dict", "pairs", "httpx", "aiohttp", "starlette", "http.server"],
 )
 async def test_headers_may_be_of_any_framework(handler, kind):
-    """A mapping or pairs, in any case."""
+    """Headers may be a mapping or pairs, with names in upper or lower case."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
     headers = kind([("content-type", "text/json"), ("x-ForwardeD-for", "203.0.113.7")])
     assert is_acknowledged(await endpoint.handle(notification(), headers, client="10.1.2.3"))
@@ -635,7 +635,7 @@ async def test_headers_may_be_of_any_framework(handler, kind):
 
 @pytest.mark.parametrize("headers", [None, "x-forwarded-for: 203.0.113.7", 7, [(b"x-forwarded-for", b"203.0.113.7")]])
 async def test_headers_of_another_kind_are_a_clear_error(handler, headers):
-    """Where they decide: with an allow-list."""
+    """With an allow-list, headers of a wrong type raise TypeError."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
     with pytest.raises(TypeError, match=r"headers: must be a mapping of str to str, or \(name, value\) pairs of str"):
         await endpoint.handle(notification(), headers, client="10.1.2.3")
@@ -646,7 +646,7 @@ async def test_headers_of_another_kind_are_a_clear_error(handler, headers):
 
 @virtual
 async def test_the_gateway_is_asked_before_the_handler_runs(handler):
-    """With confirm, only what the gateway says too is acted on; what it does not say yet is sent again."""
+    """With confirm, the handler is called only if the gateway reports the same state; else LianLian delivers again."""
     gateway = sandbox(settle_after=60)
     async with gateway.session(clock=boot_clock) as session:
         endpoint = NotificationEndpoint(session.merchant, handler, session=session, confirm=True, clock=boot_clock)
@@ -665,7 +665,7 @@ async def test_the_gateway_is_asked_before_the_handler_runs(handler):
 
 @virtual
 async def test_the_journal_supplies_a_missing_dt_refund_for_the_query(handler):
-    """The domestic product leaves dt_refund out, which a question needs: the journal has it."""
+    """The domestic product omits dt_refund, which a query requires: it is read from the journal."""
     gateway = sandbox(settle_after=0)
     async with MemoryJournal() as journal, gateway.session(clock=boot_clock, journal=journal) as session:
         await session.apply_refund(refund_request())
@@ -685,7 +685,7 @@ LEFT_OUT = [("sta_refund",), ("money_refund",), ("no_refund",), ("sta_refund", "
 @virtual
 @pytest.mark.parametrize("names", LEFT_OUT, ids="+".join)
 async def test_missing_fields_of_a_notification_are_queried(handler, names):
-    """Every field but the refund's number is optional on LianLian's page: the gateway's record has the rest."""
+    """On LianLian's page every field except the refund's number is optional: a query supplies the missing fields."""
     gateway = sandbox(settle_after=0)
     async with gateway.session(clock=boot_clock) as session:
         made_refund = await session.apply_refund(refund_request())
@@ -700,7 +700,7 @@ async def test_missing_fields_of_a_notification_are_queried(handler, names):
 
 @virtual
 async def test_the_journal_supplies_dt_refund_for_missing_fields(handler, caplog):
-    """Without any dt_refund nothing can be asked: the notification comes again, and the log says what is missing."""
+    """Without a dt_refund no query is possible: the notification is not acknowledged, and the log names the field."""
     gateway = sandbox(settle_after=0)
     body = notification(sta_refund=None, dt_refund=None, oid_refundno=None)
     async with MemoryJournal() as journal, gateway.session(clock=boot_clock, journal=journal) as session:
@@ -717,7 +717,7 @@ async def test_the_journal_supplies_dt_refund_for_missing_fields(handler, caplog
 
 @virtual
 async def test_an_incomplete_notification_is_not_acknowledged_before_the_refund_is_final(handler):
-    """It may have told of a final state that the gateway's query service does not know yet."""
+    """The notification may report a final state that the gateway's query service does not know yet."""
     gateway = sandbox(settle_after=60)
     async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request())
@@ -730,7 +730,7 @@ async def test_an_incomplete_notification_is_not_acknowledged_before_the_refund_
 
 
 async def answered(handler, body, record):
-    """What becomes of a notification while the gateway answers each query with ``record``."""
+    """Return the response to a notification if the gateway answers each query with ``record``."""
 
     async def answer(_):
         return httpx.Response(200, content=as_json(record), headers={"Content-Type": "application/json"})
@@ -744,7 +744,7 @@ async def answered(handler, body, record):
 
 
 async def test_a_record_that_lacks_the_field_too_does_not_help(handler):
-    """What nobody tells is not guessed."""
+    """If the record lacks the field too, the notification is not acknowledged."""
     ended = await answered(handler, notification(money_refund=None), made(asked(), sta_refund="2", money_refund=None))
     assert ended == (503, {"incomplete": 1})
 
@@ -758,21 +758,21 @@ async def test_a_record_that_lacks_the_field_too_does_not_help(handler):
     ],
 )
 async def test_a_record_that_contradicts_the_notification_is_for_a_person(handler, record):
-    """What the notification does tell has to agree with the record that completes it."""
+    """The fields in the notification must agree with the gateway's record that completes it."""
     left_out = "money_refund" if record == {"sta_refund": "3"} else "sta_refund"
     ended = await answered(handler, notification(**{left_out: None}), made(asked(), **record))
     assert ended == (409, {"contradictory": 1})
 
 
 async def test_a_forged_record_is_not_taken_for_a_forged_notification(handler):
-    """The notification is LianLian's; only the answer that should complete it is not."""
+    """An invalid signature of the query's answer makes the notification INCOMPLETE, not UNVERIFIED."""
     record = made(asked(), key=keypairs.pair("stranger").private, sta_refund="2")
     assert await answered(handler, notification(sta_refund=None), record) == (503, {"incomplete": 1})
 
 
 @pytest.mark.parametrize("text", ["10", "10.0", "10.000"])
 async def test_an_amount_is_notified_by_its_value(endpoint, handler, text):
-    """However many decimals it is written with."""
+    """The number of decimals in an amount makes no difference."""
     assert is_acknowledged(await endpoint.handle(notification(money_refund=text), HEADERS))
     assert [refund.money_refund for refund in handler.done] == [Decimal("10.00")]
 
@@ -789,7 +789,7 @@ async def test_a_notification_with_an_unsigned_field_is_not_believed_and_says_so
 
 
 class SeenVerifyingKey(VerifyingKey):
-    """Notes in which thread it verifies."""
+    """A key that records in which thread it verifies."""
 
     threads: list[int]
 
@@ -800,7 +800,7 @@ class SeenVerifyingKey(VerifyingKey):
 
 @pytest.mark.parametrize(("seconds", "inline"), [(0.0, False), (1e9, True)])
 async def test_verification_is_done_on_the_loop_only_where_it_is_cheap(monkeypatch, handler, seconds, inline):
-    """Where checking a signature is dear, the thread does it."""
+    """If verifying a signature is slow, it is done in the thread."""
     monkeypatch.setattr(rsa_worker, "INLINE_VERIFY_SECONDS", seconds)
     monkeypatch.setattr(SeenVerifyingKey, "threads", [], raising=False)
     key = SeenVerifyingKey.load(keypairs.pair("gateway").public_pem)
@@ -812,7 +812,7 @@ async def test_verification_is_done_on_the_loop_only_where_it_is_cheap(monkeypat
 
 
 async def test_keys_are_loaded_once(handler, tmp_path):
-    """Many first notifications at once load the keys once, and a key file may go away after that."""
+    """Concurrent first notifications load the keys once; the key file may be deleted afterwards."""
     file = tmp_path / "gateway.pem"
     file.write_text(keypairs.pair("gateway").public_pem)
     endpoint = NotificationEndpoint(trusting(gateway_public_keys=file), handler)
@@ -825,7 +825,7 @@ async def test_keys_are_loaded_once(handler, tmp_path):
 
 
 async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, tmp_path):
-    """`async with` raises what is wrong; without it each delivery is answered with 500."""
+    """`async with` raises the error; without `async with`, each delivery gets 500."""
     endpoint = NotificationEndpoint(trusting(gateway_public_keys=tmp_path / "missing.pem"), handler)
     assert (await endpoint.handle(notification(), HEADERS)).status == 500
     with pytest.raises(ConfigurationError, match="gateway_public_keys"):
@@ -857,13 +857,13 @@ async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, t
     ],
 )
 async def test_contradictory_settings_are_refused(handler, settings, message):
-    """What is wrong is said when the endpoint is made."""
+    """Unusable or contradictory arguments are refused when the endpoint is created."""
     with pytest.raises(ConfigurationError, match=message):
         NotificationEndpoint(**{"merchant": trusting(), "on_refund": handler} | settings)
 
 
 async def test_the_repr_names_the_merchant(endpoint):
-    """And nothing else."""
+    """The repr contains only the merchant number."""
     assert repr(endpoint) == f"<NotificationEndpoint {OID_PARTNER}>"
 
 
@@ -916,7 +916,7 @@ PROXIES = ["10.0.0.0/8", "::1"]
     ],
 )
 async def test_the_allow_list_admits_its_networks(handler, caplog, client, forwarded, admitted):
-    """The nearest address that is no trusted proxy's decides; all others are turned away unread."""
+    """The nearest address that is not a trusted proxy decides; bodies of other clients are not read."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
     headers = HEADERS if forwarded is None else {**HEADERS, "X-Forwarded-For": forwarded}
     ack = await endpoint.handle(notification(), headers, client=client)
@@ -937,7 +937,7 @@ async def test_the_allow_list_admits_its_networks(handler, caplog, client, forwa
     ],
 )
 async def test_the_log_names_the_address_that_was_judged(handler, caplog, client, forwarded, judged):
-    """Not that of the proxy that spoke for it."""
+    """The log has the client's address, not the proxy's address."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
     headers = {**HEADERS, "X-Forwarded-For": forwarded}
     assert (await endpoint.handle(notification(), headers, client=client)).status == 403
@@ -957,7 +957,7 @@ async def test_the_log_names_the_address_that_was_judged(handler, caplog, client
     ],
 )
 async def test_a_proxy_on_a_unix_socket_is_believed_if_it_is_declared(handler, client, proxies, forwarded, status):
-    """It has no address: whoever may open the socket could say what they like."""
+    """A peer on a Unix socket has no address, so X-Forwarded-For is trusted only if ``unix`` is declared."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=proxies)
     headers = {**HEADERS, "X-Forwarded-For": forwarded}
     assert (await endpoint.handle(notification(), headers, client=client)).status == status
@@ -972,13 +972,13 @@ async def test_a_proxy_on_a_unix_socket_is_believed_if_it_is_declared(handler, c
     ],
 )
 async def test_an_ipv4_network_may_be_written_as_ipv6(handler, network, client, status):
-    """As servers that listen on both families write it."""
+    """Servers that listen on both families report IPv4 clients in this form."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=[network])
     assert (await endpoint.handle(notification(), HEADERS, client=client)).status == status
 
 
 async def test_proxies_alone_let_nobody_in(handler):
-    """Trusting the proxies is no allow-list."""
+    """A request that passed only trusted proxies is not allowed."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=["10.1.0.0/16"], trusted_proxies=["10.0.0.0/8"])
     assert (await endpoint.handle(notification(), HEADERS, client="10.1.2.3")).status == 403
 
@@ -988,7 +988,7 @@ async def test_proxies_alone_let_nobody_in(handler):
 
 @attrs.define
 class Server:
-    """A server's side of a bare ASGI call: what it says, in turn, and what it heard."""
+    """The server's side of an ASGI call: the messages that it delivers, in order, and the messages that it received."""
 
     says: list
     heard: list = attrs.field(factory=list)
@@ -1013,7 +1013,7 @@ def pieces(*bodies):
 
 
 async def test_the_object_is_an_asgi_application(endpoint, handler):
-    """A body in pieces is put together, and the acknowledgement goes out with its length."""
+    """A body in several messages is joined, and the acknowledgement has a Content-Length."""
     body = notification()
     server = Server(pieces(body[:100], b"", body[100:]))
     await endpoint(post(), server.receive, server.send)
@@ -1025,7 +1025,7 @@ async def test_the_object_is_an_asgi_application(endpoint, handler):
 
 
 async def test_a_client_that_goes_away_leaves_nothing_behind(endpoint, handler):
-    """Half a notification is malformed, whoever hears the answer."""
+    """If the client disconnects in its body, the notification is malformed."""
     server = Server([*pieces(notification()[:100])[:1], {"type": "http.disconnect"}])
     await endpoint(post(), server.receive, server.send)
     assert server.status == 400
@@ -1046,7 +1046,7 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(endpoint, handler):
     ],
 )
 async def test_only_post_to_the_exact_path_is_served(handler, changes, status):
-    """405 names the method that is allowed; neither counts as a delivery, nor waits for a body that may be slow."""
+    """The responses are 404 and 405 (with Allow); neither is counted, and neither waits for a body."""
     endpoint = NotificationEndpoint(trusting(), handler, path="/refund")
     server = Server(pieces(notification()))
     await endpoint(post(**changes), server.receive, server.send)
@@ -1058,14 +1058,14 @@ async def test_only_post_to_the_exact_path_is_served(handler, changes, status):
 
 
 async def test_without_a_path_every_path_is_served(endpoint):
-    """Routing is then somebody else's."""
+    """Without ``path``, the surrounding application does the routing."""
     server = Server(pieces(notification()))
     await endpoint(post(path="/any/where"), server.receive, server.send)
     assert server.status == 200
 
 
 async def test_an_endless_body_is_read_no_further_than_is_needed(endpoint):
-    """413 for more than 64 KiB, as soon as they are there; the connection ends with the answer."""
+    """The response is 413 as soon as more than 64 KiB have arrived; then the connection is closed."""
     says = itertools.repeat({"type": "http.request", "body": b" " * 40_000, "more_body": True})
     server = Server([next(says) for _ in range(9)])
     await endpoint(post(), server.receive, server.send)
@@ -1076,7 +1076,7 @@ async def test_an_endless_body_is_read_no_further_than_is_needed(endpoint):
 @virtual
 @pytest.mark.parametrize(("seconds", "status"), [(4.9, 200), (5.1, 408)])
 async def test_the_whole_body_has_a_time_limit(endpoint, handler, seconds, status):
-    """Bytes that trickle in do not extend it: 408 after 5 seconds, and the connection ends with the answer."""
+    """A slow body does not extend the limit: 408 after 5 seconds, then the connection is closed."""
 
     class Trickling(Server):
         async def receive(self):
@@ -1094,7 +1094,7 @@ async def test_the_whole_body_has_a_time_limit(endpoint, handler, seconds, statu
 
 @virtual
 async def test_the_time_limit_of_the_body_is_an_option_and_no_limit_of_the_handler():
-    """A handler that is slow within its own limit is not cut off by that of the body."""
+    """The time limit of the body does not cancel a slow handler."""
     handler = Handler([partial(anyio.sleep, 3)])
     endpoint = NotificationEndpoint(trusting(), handler, body_seconds=1)
     server = Server(pieces(notification()))
@@ -1113,7 +1113,7 @@ async def test_a_refusal_over_http_2_has_no_connection_header(endpoint):
 
 
 async def test_the_body_of_a_stranger_is_not_read(handler):
-    """The allow-list decides first."""
+    """The allow-list is checked before the body is read."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK)
     server = Server(pieces(notification()))
     await endpoint(post(client=("198.51.100.7", 1)), server.receive, server.send)
@@ -1132,7 +1132,7 @@ async def test_the_body_of_a_stranger_is_not_read(handler):
     ],
 )
 async def test_the_allow_list_reads_the_address_from_the_server(handler, client, headers, status):
-    """The scope tells who is connected; several X-Forwarded-For headers are one list."""
+    """The client's address comes from the ASGI scope; several X-Forwarded-For headers form one list."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
     server = Server(pieces(notification()))
     await endpoint(post(client=client, headers=headers), server.receive, server.send)
@@ -1140,7 +1140,7 @@ async def test_the_allow_list_reads_the_address_from_the_server(handler, client,
 
 
 async def test_a_websocket_is_declined(endpoint):
-    """LianLian does not speak it, so who does is refused without fuss."""
+    """A websocket is closed without an error."""
     server = Server([{"type": "websocket.connect"}])
     await endpoint({"type": "websocket", "path": "/refund"}, server.receive, server.send)
     assert server.heard == [{"type": "websocket.close"}]
@@ -1150,7 +1150,7 @@ LIFESPAN = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
 
 
 async def test_the_lifespan_opens_and_closes_the_endpoint(endpoint):
-    """Keys are loaded before the server takes requests; it may be started again after its end."""
+    """Keys are loaded before the server accepts requests; the endpoint can be started again after its end."""
     for _ in range(2):
         server = Server(LIFESPAN.copy())
         await endpoint({"type": "lifespan"}, server.receive, server.send)
@@ -1158,7 +1158,7 @@ async def test_the_lifespan_opens_and_closes_the_endpoint(endpoint):
 
 
 async def test_a_failed_start_is_reported_to_the_server(handler, tmp_path):
-    """A server that only sees an exception would take requests all the same."""
+    """A failed start is sent to the server: after a mere exception, a server would accept requests."""
     endpoint = NotificationEndpoint(trusting(gateway_public_keys=tmp_path / "missing.pem"), handler)
     server = Server(LIFESPAN.copy())
     with pytest.raises(ConfigurationError):
@@ -1169,7 +1169,7 @@ async def test_a_failed_start_is_reported_to_the_server(handler, tmp_path):
 
 
 async def test_a_failed_shutdown_is_reported_to_the_server(endpoint):
-    """A server that is cut off in its shutdown hears that it was no regular one."""
+    """A shutdown that is interrupted is reported to the server as failed."""
 
     class Cut(Server):
         async def receive(self):
@@ -1185,7 +1185,7 @@ async def test_a_failed_shutdown_is_reported_to_the_server(endpoint):
 
 
 async def test_it_is_mounted_in_starlette(handler):
-    """Under a Mount the endpoint's own path begins where the mount ends."""
+    """Under a Mount, ``path`` is relative to the mount point."""
     endpoint = NotificationEndpoint(trusting(), handler, path="/refund")
     app = Starlette(routes=[Mount("/lianlian", endpoint)])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://shop.example") as http:
@@ -1195,6 +1195,6 @@ async def test_it_is_mounted_in_starlette(handler):
 
 
 async def test_a_queried_record_is_handled_like_a_notification(endpoint, handler):
-    """A captured 0000 answer, posted by whoever has it, says nothing that is not true."""
+    """A captured 0000 answer that someone posts to the endpoint is true, so it is accepted."""
     assert is_acknowledged(await endpoint.handle(as_json(made(asked(), sta_refund="2")), HEADERS))
     assert handler.numbers == ["R-1"]

@@ -34,10 +34,10 @@ class Service:
 
     port: int
     connections: object
-    """Callable; what is open."""
+    """Returns the open connections."""
 
     async def ask(self, *pieces: bytes) -> bytes:
-        """Send these bytes and read until the server has closed; this side never closes first."""
+        """Send these bytes, then read until the server closes the connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             for piece in pieces:
@@ -48,7 +48,7 @@ class Service:
             writer.close()
 
     async def leave(self, *pieces: bytes) -> None:
-        """Send these bytes and go away."""
+        """Send these bytes and close the connection."""
         _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.writelines(pieces)
         await writer.drain()
@@ -101,7 +101,7 @@ async def in_aiohttp(endpoint):
 
 @asynccontextmanager
 async def on_unix_socket(endpoint, path):
-    """Both servers on a Unix socket each; what connects to them."""
+    """Run both servers, each on a Unix socket; yield the paths of the sockets."""
     app = web.Application()
     app.router.add_post("/refund", contrib_aiohttp.notifications(endpoint))
     runner = web.AppRunner(app)
@@ -134,7 +134,7 @@ CHUNKED = "Transfer-Encoding: chunked"
 
 @every_server
 async def test_slow_and_endless_bodies_leave_no_connection_open(served):
-    """Each is answered and closed although its client holds on; who is honest is served meanwhile."""
+    """Such clients get a response and are disconnected; correct clients are served at the same time."""
     handler = Handler()
     endpoint = NotificationEndpoint(trusting(), handler, body_seconds=0.2)
     body = notification()
@@ -154,7 +154,7 @@ async def test_slow_and_endless_bodies_leave_no_connection_open(served):
 
 @every_server
 async def test_a_client_that_never_stops_sending_is_cut_off(served):
-    """The connection ends although bytes keep coming."""
+    """The server closes the connection while the client is still sending."""
     async with served(NotificationEndpoint(trusting(), Handler())) as service:
         _, writer = await asyncio.open_connection("127.0.0.1", service.port)
 
@@ -185,7 +185,7 @@ async def test_a_client_that_never_stops_sending_is_cut_off(served):
     ],
 )
 async def test_odd_requests_are_answered(served, request_of, expected, caplog):
-    """Without a traceback, and without a connection that stays."""
+    """Malformed requests cause no traceback, and their connections are closed."""
     endpoint = NotificationEndpoint(trusting(), Handler(), body_seconds=0.2)
     raw = request_of(notification()).replace(b"\r\nHost", b"\r\nConnection: close\r\nHost", 1)
     async with served(endpoint) as service:
@@ -196,7 +196,7 @@ async def test_odd_requests_are_answered(served, request_of, expected, caplog):
 
 @every_server
 async def test_a_client_that_goes_away_half_way_leaves_no_traceback(served, caplog):
-    """In the middle of its body, or while the handler runs, which then ends in peace."""
+    """The client disconnects in its body, or while the handler runs; the handler still finishes."""
     caplog.set_level(logging.WARNING)
     release = asyncio.Event()
     handler = Handler([release.wait])
@@ -214,7 +214,7 @@ async def test_a_client_that_goes_away_half_way_leaves_no_traceback(served, capl
 
 @pytest.mark.parametrize(("proxies", "expected"), [(["127.0.0.1", "::1"], 403), (["unix"], 200)])
 async def test_a_proxy_on_a_unix_socket_is_trusted_only_if_it_is_declared(tmp_path, proxies, expected):
-    """Both servers show it as a peer without an address."""
+    """Both servers report a peer on a Unix socket without an address."""
     endpoint = NotificationEndpoint(trusting(), Handler(), allow_from=["203.0.113.0/24"], trusted_proxies=proxies)
     request = whole(notification(), "X-Forwarded-For: 203.0.113.7:4711", "Connection: close")
     async with on_unix_socket(endpoint, tmp_path) as paths:
@@ -227,7 +227,7 @@ async def test_a_proxy_on_a_unix_socket_is_trusted_only_if_it_is_declared(tmp_pa
 
 @pytest.mark.parametrize("is_inbox", [False, True])
 async def test_served_alone_with_its_lifespan_the_endpoint_opens_its_journal(tmp_path, is_inbox):
-    """As the only application of a server, with a journal that nobody else opens."""
+    """The endpoint is the server's only application, and opens the journal itself."""
     handler, journal = Handler(), SqliteJournal(tmp_path / "journal.sqlite")
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal, inbox=is_inbox)
     for expected in ({"acted": 1}, {"duplicate": 1}):
@@ -241,7 +241,7 @@ async def test_served_alone_with_its_lifespan_the_endpoint_opens_its_journal(tmp
 
 
 async def test_served_alone_without_a_lifespan_the_endpoint_says_how(tmp_path, caplog):
-    """Nothing is acknowledged, and the log tells the cure."""
+    """Notifications are not acknowledged, and the log says how to open the endpoint."""
     endpoint = NotificationEndpoint(trusting(), Handler(), journal=SqliteJournal(tmp_path / "journal.sqlite"))
     async with by_uvicorn(endpoint, lifespan="off") as service:
         assert status(await service.ask(whole(notification(), "Connection: close"))) == 500
@@ -250,7 +250,7 @@ async def test_served_alone_without_a_lifespan_the_endpoint_says_how(tmp_path, c
 
 @pytest.mark.parametrize("lifespan", ["on", "auto"])
 async def test_a_journal_that_cannot_be_opened_ends_the_server(tmp_path, caplog, lifespan, monkeypatch):
-    """A server that started all the same would refuse every notification."""
+    """If the journal cannot be opened, the server must not start: it would refuse every notification."""
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "filters", [])  # a sandbox that was served has left one
     journal = SqliteJournal(tmp_path / "missing" / "journal.sqlite")
     endpoint = NotificationEndpoint(trusting(), Handler(), journal=journal)

@@ -1,4 +1,4 @@
-"""The sweep: final states that were never notified, or never acted on, are acted on once all the same."""
+"""The sweep calls the handler once for refunds without a notification, and for refunds whose handler call failed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 @contextlib.asynccontextmanager
 async def shop(gateway, journal, handler, **options):
-    """A session and an endpoint of the same shop."""
+    """A session and an endpoint that share a journal."""
     async with gateway.session(clock=boot_clock, journal=journal) as session:
         settings = {"journal": journal, "session": session, "clock": boot_clock, **options}
         async with NotificationEndpoint(session.merchant, handler, **settings) as endpoint:
@@ -33,7 +33,7 @@ async def states(journal, *numbers):
 
 @pytest.mark.parametrize("with_inbox", [False, True], ids=["inline", "inbox"])
 async def test_a_refund_without_notification_is_acted_on_once(journal, handler, with_inbox):
-    """A sweep hands a refund to the handler once it is final; later sweeps and a late notification do not."""
+    """A sweep calls the handler when the refund is final; later sweeps and a late notification do not."""
     gateway = sandbox(settle_after=60)
     async with shop(gateway, journal, handler, inbox=with_inbox) as (session, endpoint):
         await session.apply_refund(refund_request())
@@ -51,7 +51,7 @@ async def test_a_refund_without_notification_is_acted_on_once(journal, handler, 
 
 
 async def test_an_unknown_refund_that_is_final_by_now_is_acted_on(journal, handler):
-    """A refund whose answer was lost is found, final, by the sweep: nobody else would tell the handler."""
+    """The sweep queries a refund whose answer was lost, finds it final, and calls the handler."""
     gateway = sandbox(settle_after=60)
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
     async with shop(gateway, journal, handler) as (session, endpoint):
@@ -64,7 +64,7 @@ async def test_an_unknown_refund_that_is_final_by_now_is_acted_on(journal, handl
 
 
 async def test_the_next_sweep_repeats_a_failed_handler(journal, handler, caplog):
-    """Each sweep calls a handler that failed once more; until it returns, the refund is FINAL on record."""
+    """Each sweep repeats a failed handler call; until the handler returns, the refund stays FINAL in the journal."""
     gateway = sandbox(settle_after=60)
     handler.then = [fails, fails]
     async with shop(gateway, journal, handler) as (session, endpoint):
@@ -82,7 +82,7 @@ async def test_the_next_sweep_repeats_a_failed_handler(journal, handler, caplog)
 
 
 async def test_a_sweep_acts_on_notifications_that_failed(journal, handler):
-    """LianLian gave up after thirty deliveries to a handler that failed; the sweep does not."""
+    """After LianLian's last delivery to a failing handler, the sweep calls the handler again."""
     gateway = sandbox()
     handler.then = [fails] * 31
     async with shop(gateway, journal, handler) as (session, endpoint):
@@ -99,7 +99,7 @@ async def test_a_sweep_acts_on_notifications_that_failed(journal, handler):
 
 
 async def test_a_sweep_skips_refunds_with_a_running_handler(journal, handler):
-    """A sweep beside a delivery that is being acted on does not call the handler a second time."""
+    """A sweep does not call the handler while a delivery of the same refund is being acted on."""
     handler.then = [lambda: anyio.sleep(3)]
     async with shop(sandbox(), journal, handler) as (_, endpoint), anyio.create_task_group() as tasks:
         tasks.start_soon(endpoint.handle, notification(), HEADERS)
@@ -111,7 +111,7 @@ async def test_a_sweep_skips_refunds_with_a_running_handler(journal, handler):
 
 
 async def test_a_final_state_that_contradicts_the_notified_one_is_not_acted_on(journal, handler, caplog):
-    """What was acted on as failed, and succeeded by the gateway's books, is not acted on again, and stays FINAL."""
+    """A refund that was notified as failed, but is recorded as successful, is not acted on again; it stays FINAL."""
     gateway = sandbox(settle_after=60)
     async with shop(gateway, journal, handler) as (session, endpoint):
         too_early = notification(sta_refund="3", settle_date=None)
@@ -125,7 +125,7 @@ async def test_a_final_state_that_contradicts_the_notified_one_is_not_acted_on(j
 
 
 async def test_an_inbox_that_cannot_be_acted_on_does_not_end_the_sweep(journal, handler, caplog):
-    """A kept state that contradicts what is on record by now is logged, and the others are acted on."""
+    """An inbox entry that contradicts the journal is logged, and the other entries are acted on."""
     gateway = sandbox()
     handler.then = [fails, fails]
     async with shop(gateway, journal, handler) as (session, endpoint):
@@ -139,7 +139,7 @@ async def test_an_inbox_that_cannot_be_acted_on_does_not_end_the_sweep(journal, 
 
 
 class Brief(httpx.AsyncBaseTransport):
-    """A gateway whose records name the refund and its state, and nothing else."""
+    """A gateway whose records contain only the refund's number and its state."""
 
     def __init__(self):
         self.state = "0"
@@ -153,7 +153,7 @@ class Brief(httpx.AsyncBaseTransport):
 
 
 async def test_the_request_supplies_what_the_answer_leaves_out(journal, handler):
-    """An answer that repeats no amount is acted on like the notification that does, and that one is a duplicate."""
+    """An answer without an amount is acted on; the later notification with the amount is a duplicate."""
     gateway, books = sandbox(), Brief()
     async with (
         RefundSession(gateway.merchant(), transport=books, journal=journal, clock=boot_clock) as session,
@@ -171,7 +171,7 @@ async def test_the_request_supplies_what_the_answer_leaves_out(journal, handler)
 
 @pytest.mark.parametrize("missing", ["journal", "session"])
 async def test_a_sweep_needs_a_journal_and_a_session(handler, missing):
-    """Without a journal or without a session there is nothing to sweep."""
+    """Without a journal or without a session, a sweep raises ConfigurationError."""
     async with sandbox().session(clock=boot_clock) as session:
         settings = {"journal": MemoryJournal(), "session": session}
         del settings[missing]

@@ -1,11 +1,11 @@
-"""Virtual time for asyncio and trio: an hour's sleep takes no real time, and no thread is overtaken by it.
+"""Virtual time for asyncio and trio: a sleep takes no real time, and time does not advance while a thread works.
 
-Time moves only when nothing else can: no task is runnable, no I/O is ready and no thread is at work for a task.
+Time advances only when no task is runnable, no I/O is ready and no thread works for a task.
 Then it jumps to the next timer. Threads that are started through ``anyio.to_thread.run_sync`` (as an attribute
-of its module) or by a backend's own name lookup are counted, and time stands still while one of them is out.
+of its module) or by a backend's own name lookup are counted, and time stands still while one of them is running.
 
-What it does not cover: peers in another process or another loop (their answers may come after a jump), and a
-thread job that itself waits for virtual time to pass (it waits for ever). ``anyio.wait_all_tasks_blocked`` may
+Not covered: peers in another process or another event loop (their answers may arrive after a jump), and a
+thread job that waits for virtual time to pass (it waits forever). ``anyio.wait_all_tasks_blocked`` may
 move asyncio's time by tenths of a second: it polls.
 """
 
@@ -25,7 +25,7 @@ import trio.testing
 
 
 class _ThreadJobs:
-    """How many thread jobs are out; tells ``on_change`` when the first one leaves and the last one returns."""
+    """Counts running thread jobs; calls ``on_change`` when the first job starts and when the last job ends."""
 
     def __init__(self, on_change: Callable[[bool], None] = lambda _: None) -> None:
         self.out = 0
@@ -44,7 +44,7 @@ class _ThreadJobs:
                 self._on_change(False)
 
     def counted(self, run_sync: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        """``run_sync`` itself, and its calls are counted."""
+        """Return ``run_sync`` with its calls counted."""
 
         async def counting_run_sync(*args: Any, **options: Any) -> Any:
             with self.one_more():
@@ -54,7 +54,7 @@ class _ThreadJobs:
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Where asyncio would wait for a timer to come due, time jumps there instead."""
+    """A selector that advances virtual time to the next timer instead of waiting for it."""
 
     def __init__(self, jobs: _ThreadJobs) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
 
 
 def virtual_backend(name: str, patch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
-    """The anyio backend ``name`` with its options for virtual time, which begins at 0.0."""
+    """Return the anyio backend ``name`` and its options for virtual time, which starts at 0.0."""
     if name == "asyncio":
         jobs = _ThreadJobs()
         options: dict[str, Any] = {"loop_factory": lambda: _VirtualEventLoop(jobs)}

@@ -1,4 +1,4 @@
-"""Runs the command ``lianlian``, in this process or as one of its own, and never lets a secret pass."""
+"""Run the command ``lianlian`` in this process or in a new one, and check that its output contains no secret."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support import ROOT
 
 @attrs.frozen
 class Ended:
-    """A command that has come to its end."""
+    """The result of a finished command."""
 
     exit_code: int
     stdout: str
@@ -30,12 +30,12 @@ class Ended:
 
     @property
     def json(self) -> Any:
-        """The one JSON object that it printed."""
+        """The JSON object that the command printed."""
         return json.loads(self.stdout)
 
 
 def _environment(env: Mapping[str, str]) -> dict[str, str | None]:
-    """``env``, the journal of the test, and nothing of a merchant that the tests' own environment may know."""
+    """Return ``env`` and the test's journal, without any merchant variables of the developer's environment."""
     return {
         name: None for name in os.environ if name.startswith("LIANLIAN_") and not name.endswith(("BACKEND", "JOURNAL"))
     } | dict(env)
@@ -50,7 +50,7 @@ def _checked(ended: Ended, env: Mapping[str, str]) -> Ended:
 
 
 def run(*arguments: object, env: Mapping[str, str] | None = None, stdin: str | None = None) -> Ended:
-    """``lianlian`` with ``arguments``, in this process and in the environment ``env``."""
+    """Run ``lianlian`` with ``arguments`` in this process and the environment ``env``."""
     env = env or {}
     result = CliRunner().invoke(
         lianlian, [str(argument) for argument in arguments], env=_environment(env), input=stdin, catch_exceptions=False
@@ -59,7 +59,7 @@ def run(*arguments: object, env: Mapping[str, str] | None = None, stdin: str | N
 
 
 def start(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """``python -m lianlian_async`` with ``arguments``, as a process of its own."""
+    """Start ``python -m lianlian_async`` with ``arguments`` in a new process."""
     full = {**os.environ, **_environment(env or {}), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
     return subprocess.Popen(
         [sys.executable, "-m", "lianlian_async", *map(str, arguments)],
@@ -73,13 +73,13 @@ def start(*arguments: object, env: Mapping[str, str] | None = None) -> subproces
 
 
 def end(process: subprocess.Popen[str], env: Mapping[str, str] | None = None) -> Ended:
-    """Wait until ``process`` has ended by itself."""
+    """Wait until ``process`` has ended, and return its result."""
     stdout, stderr = process.communicate(timeout=60)
     return _checked(Ended(process.returncode, stdout, stderr), env or {})
 
 
 def until(holds: Callable[[], object]) -> None:
-    """Wait for what another thread or process is about to do."""
+    """Wait until ``holds()`` is true; another thread or process makes it so."""
     began = time.monotonic()
     while not holds():
         assert time.monotonic() - began < 60, "it did not happen"
@@ -88,9 +88,9 @@ def until(holds: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def interruption(*, loops: int = 0) -> Iterator[None]:
-    """Ctrl-C in this process, at the moment when the first event loop after ``loops`` is about to be made.
+    """Simulate Ctrl-C in this process when the event loop after the first ``loops`` is being created.
 
-    Later moments are for processes of their own: coverage.py loses its way, on Python 3.11, in whatever runs
+    Test later interruptions in a new process: on Python 3.11, coverage.py does not record code that runs
     after a coroutine was cancelled.
     """
     new_event_loop, left = asyncio.events.new_event_loop, iter(range(loops))

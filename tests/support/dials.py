@@ -1,7 +1,7 @@
-"""A world whose clocks are dials: true time, each machine's wall clock and boot clock, the gateway's, the database's.
+"""Simulated clocks that a test sets: true time, each machine's wall and boot clock, the gateway's and the database's.
 
-The event loop's clock is none of them: it runs on by itself, and stands almost still while the dials are turned. So
-a machine that was suspended for an hour, and a wall clock that stepped, take no time. The gateway is a real sandbox
+The event loop's clock is not simulated. Setting a simulated clock takes almost no time by the event loop's clock, so
+a suspension of an hour or a step of a wall clock takes no real time. The gateway is a real sandbox
 behind a proxy of its own; it carries out every apply call that reaches it.
 """
 
@@ -21,11 +21,11 @@ from tests.support.parties import EPOCH, sandbox
 
 
 class World:
-    """True time, and the clock of a database if ``dsn`` names one."""
+    """True time, and the clock of the database ``dsn`` if it is given."""
 
     def __init__(self, name: str, dsn: str | None = None) -> None:
         self.now = 0.0
-        """Seconds of true time: the gateway's clock goes by it."""
+        """True time in seconds; the gateway's clock shows it."""
         self._database_step = 0.0
         self.name = name
         self._server = dsn
@@ -44,12 +44,12 @@ class World:
             connection.execute(statement)
 
     def set_database(self, step: float) -> None:
-        """Set the database's clock to be so many seconds ahead."""
+        """Set the database's clock ``step`` seconds ahead of true time."""
         self._database_step = step
         self.advance(0)
 
     def advance(self, seconds: float) -> None:
-        """Let true time pass: every clock moves, also that of a machine that is suspended."""
+        """Advance true time and every clock, also the boot clock of a suspended machine."""
         self.now += seconds
         if self._server is not None:
             at = EPOCH + timedelta(seconds=self.now + self._database_step)
@@ -57,7 +57,7 @@ class World:
 
 
 class Machine:
-    """A computer: its wall clock can be set, its boot clock begins at each boot."""
+    """A computer whose wall clock can be set and whose boot clock starts at each boot."""
 
     def __init__(self, world: World, name: str) -> None:
         self._world = world
@@ -65,10 +65,10 @@ class Machine:
         self._boots = 0
         self._booted_at = world.now
         self.step = 0.0
-        """Seconds by which the wall clock is ahead."""
+        """Seconds by which the wall clock is ahead of true time."""
 
     def boot(self) -> None:
-        """Start it again."""
+        """Reboot the machine."""
         self._boots += 1
         self._booted_at = self._world.now
 
@@ -79,7 +79,7 @@ class Machine:
 
 
 class Front:
-    """The gateway behind a proxy that answers the first apply call with 502, and without a ``Date`` header.
+    """A proxy before the gateway; it answers the first apply call with 502, without a ``Date`` header.
 
     That call reaches the gateway ``late`` seconds afterwards, or never (None). ``dates``: whether the gateway's own
     answers have a ``Date`` header.
@@ -93,7 +93,7 @@ class Front:
             started_at=EPOCH,
         )
         self.late = late
-        """Seconds; None: never."""
+        """Delay of that call in seconds; None: it never arrives."""
         self._dates = dates
         self.gives_up = True
         """Whether the next apply call is answered with 502."""
@@ -114,7 +114,7 @@ class Front:
         await asgi.respond(send, 502, {"content-type": "text/html"}, b"<html>Bad Gateway</html>")
 
     async def _pass_on(self, scope: asgi.Message, body: bytes) -> None:
-        """Give it to the gateway, which has it carried out later, and go away."""
+        """Forward the call to the gateway later, without waiting for the response."""
         messages: list[dict[str, Any]] = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
 
         async def receive() -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Front:
 
 
 class Street:
-    """Many gateways on one socket, each under its own first part of the path; an ASGI application."""
+    """An ASGI application with many gateways on one socket; the first path segment selects the gateway."""
 
     def __init__(self) -> None:
         self.houses: dict[str, Front] = {}

@@ -1,4 +1,4 @@
-"""What code of a user's own may raise in place of an ``Exception``."""
+"""Exceptions of a user's code that are not subclasses of ``Exception``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import anyio.lowlevel
 
 
 class Abort(BaseException):
-    """Nothing that an ``except Exception`` catches."""
+    """A BaseException, which ``except Exception`` does not catch."""
 
 
 async def stray_cancellation() -> None:
-    """Raise the cancellation of a scope that has ended, as code does that waits for what others have cancelled."""
+    """Raise the cancellation of a scope that has ended, as code does that awaits a cancelled task of others."""
     error: BaseException | None = None
     with anyio.CancelScope() as scope:
         scope.cancel()

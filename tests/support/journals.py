@@ -1,4 +1,4 @@
-"""What the tests of all journals share: how each is made, and refunds to put in."""
+"""Helpers for the tests of all journals: create each kind of journal, and entries for it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ REJECTED = Ending(state=State.REJECTED, record={"ret_code": "5003"})
 
 
 def now(seconds=0.0):
-    """This moment, or one so many seconds later."""
+    """Return the current moment plus ``seconds``."""
     return system_clock().after(seconds)
 
 
 def intent(no_refund="R-1", *, lease=3600.0, money="200.01", body=b'{"sign":"1"}', **changed):
-    """A refund whose content is its number and its amount."""
+    """Return the intent of a refund whose digest depends on its amount."""
     fields = {"no_refund": no_refund, "money_refund": money, "no_order": "订单-1"}
     return Intent(
         **{"no_refund": no_refund, "digest": f"digest of {money}", "fields": fields, "body": body}
@@ -37,22 +37,22 @@ def intent(no_refund="R-1", *, lease=3600.0, money="200.01", body=b'{"sign":"1"}
 
 
 def held(no_refund="R-1", **changed):
-    """The entry of :func:`intent` as a caller holds it that knows no more than its number."""
+    """Return the entry of :func:`intent` for a caller that knows only the refund's number."""
     begun = intent(no_refund, **changed)
     return Entry(no_refund=no_refund, digest=begun.digest, fields=begun.fields, body=begun.body, sent_at=now())
 
 
 @attrs.frozen
 class Kind:
-    """One kind of journal, and one place where it keeps its refunds."""
+    """One kind of journal and one storage location."""
 
     make: Callable[[], Journal]
-    """A journal at that place."""
+    """Create a journal object for that location."""
     tolerance: float
-    """Seconds by which a moment may be off that goes in and comes out again."""
+    """Maximum difference in seconds between a stored moment and the same moment after reading."""
 
     def is_same(self, one: Moment | None, other: Moment | None) -> bool:
-        """Whether both are one moment; of a refund that is resolved only the wall clock's need be kept."""
+        """Return whether both are the same moment; for a resolved refund only the wall clock is compared."""
         if one is None or other is None:
             return one is other
         if not one.timeline or not other.timeline:
@@ -75,7 +75,7 @@ def postgres(dsn):
 
 
 def model(request):
-    """The simulation's model of PostgreSQL on the test's own event loop: all journals connect to it."""
+    """Return the simulation's model of PostgreSQL on the test's event loop; all journals connect to it."""
     database = Database(time.monotonic, lambda *when: asyncio.get_running_loop().call_later(*when), random.Random(0))
     patch = modelled(database)
     patch.__enter__()
@@ -84,7 +84,7 @@ def model(request):
 
 
 def kind(name, request):
-    """The kind called ``name``, at a place of the test's own."""
+    """Return the kind ``name`` with a new location for this test."""
     match name:
         case "memory":
             return memory()

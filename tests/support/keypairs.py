@@ -1,4 +1,4 @@
-"""The RSA keys of the tests: made once per process, by ``cryptography``, which is quick at it and not ours."""
+"""RSA keys of the tests, generated once per process by ``cryptography``: fast, and independent of our code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lianlian_async.signing import SigningKey, VerifyingKey
 
 @attrs.frozen(repr=False)
 class Pair:
-    """One key pair, as ours and as the oracle's."""
+    """One key pair, as our classes and as the oracle's class."""
 
     oracle: rsa.RSAPrivateKey
     private: SigningKey
@@ -46,7 +46,7 @@ class Pair:
 
 @lru_cache
 def pair(owner: str, bits: int = 1024) -> Pair:
-    """The key pair of ``owner`` ("merchant", "gateway", "stranger" …): the same one at each call of a process."""
+    """Return the key pair of ``owner`` ("merchant", "gateway", "stranger" …); it is cached in the process."""
     oracle = rsa.generate_private_key(65537, bits)
     der = oracle.private_bytes(
         serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -1,4 +1,4 @@
-"""Looks for a secret in all that a tool could copy from an error: its chain, and the local variables of every frame."""
+"""Search for a secret in everything that an error tracker copies: exception chains and local variables of frames."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TESTS = str(Path(__file__).parents[1])
 
 
 def leaks(error: BaseException, secret: str | bytes, *, of: str = "") -> list[str]:
-    """Where ``secret`` is found; frames of the tests are left out, and those whose file does not contain ``of``."""
+    """Return the places of ``secret``; frames of the tests, and of files whose path lacks ``of``, are skipped."""
     found = []
     for one in _chain(error, set()):
         if _holds(one.args, secret, 2) or _holds(vars(one), secret, 2):
@@ -42,7 +42,7 @@ def _locals(traceback: TracebackType | None, of: str) -> Iterator[tuple[str, str
 
 
 def _holds(value: object, secret: str | bytes, depth: int) -> bool:
-    """Whether ``secret`` is in the repr of ``value``, or in what it holds, ``depth`` levels down."""
+    """Return whether ``secret`` is in the repr of ``value`` or of its contents, down to ``depth`` levels."""
     text, raw = (secret, secret.encode()) if isinstance(secret, str) else (repr(secret)[2:-1], secret)
     if raw in value if isinstance(value, bytes) else text in repr(value):
         return True

@@ -1,4 +1,4 @@
-"""What the tests of notifications share: signed bodies as LianLian sends them, and handlers of all tempers."""
+"""Helpers for the tests of notifications: signed bodies as LianLian sends them, and handlers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ ACKNOWLEDGED = b'{"ret_code":"0000","ret_msg":"ok"}'
 
 
 def asked(number: int | str = 1) -> dict[str, str]:
-    """The identity of the refund R-``number`` of ``parties.refund_request``, as the gateway knows it."""
+    """Return the identifying wire fields of the refund R-``number`` of ``parties.refund_request``."""
     return {"oid_partner": OID_PARTNER, "no_refund": f"R-{number}", "dt_refund": wire.format_timestamp(EPOCH)}
 
 
 def notification(number: int | str = 1, key: SigningKey | None = None, **changes: str | None) -> bytes:
-    """A signed notification that R-``number`` succeeded, or of what ``changes`` say (None leaves a field out)."""
+    """Return a signed notification that R-``number`` succeeded, with ``changes`` (None omits a field)."""
     changes = {"ret_code": None, "ret_msg": None, "sta_refund": "2", "settle_date": "20260106", **changes}
     return as_json(made(asked(number), key=key, **changes))
 
 
 def is_acknowledged(ack) -> bool:
-    """Whether LianLian would take this for an acknowledgement."""
+    """Return whether LianLian would accept ``ack`` as an acknowledgement."""
     if b"0000" not in ack.body:
         assert ack.status != 200
         return False
@@ -41,7 +41,7 @@ def is_acknowledged(ack) -> bool:
 
 @attrs.define
 class Handler:
-    """Remembers the refunds that it was called with; ``then`` is what it does about each of them, in turn."""
+    """A handler that records its refunds; each call awaits and removes the first function in ``then``."""
 
     then: list[Callable[[], Awaitable[object]]] = attrs.field(factory=list)
     begun: list[Refund] = attrs.field(factory=list)
@@ -55,17 +55,17 @@ class Handler:
 
     @property
     def numbers(self) -> list[str | None]:
-        """Which refunds were acted on, to the end."""
+        """The numbers of the refunds for which the handler has returned."""
         return [refund.no_refund for refund in self.done]
 
 
 async def fails() -> None:
-    """What a handler does whose database is down."""
+    """Raise an error, as a handler does whose database is down."""
     raise ConnectionError("the shop's database is down")
 
 
 def trusting(**options: Any) -> Merchant:
-    """A merchant with the tests' keys."""
+    """Return a merchant with the tests' keys."""
     settings = {
         "oid_partner": OID_PARTNER,
         "private_key": keypairs.pair("merchant").private,
@@ -75,18 +75,18 @@ def trusting(**options: Any) -> Merchant:
 
 
 def inbox(journal: Journal, handler: Callable[[Refund], Awaitable[object]], **options: Any) -> NotificationEndpoint:
-    """An endpoint that acknowledges first and acts behind it."""
+    """Return an endpoint in inbox mode: it acknowledges first and calls the handler in the background."""
     return NotificationEndpoint(trusting(), handler, journal=journal, inbox=True, **options)
 
 
 async def deliver(endpoint: NotificationEndpoint, *numbers: int) -> None:
-    """Notify that these refunds succeeded, one after the other; each is acknowledged."""
+    """Deliver notifications that these refunds succeeded, one by one; check that each is acknowledged."""
     for number in numbers:
         assert is_acknowledged(await endpoint.handle(notification(number), HEADERS))
 
 
 async def begin(journal: Journal, number: int = 1, **changes: Any) -> RefundRequest:
-    """Put R-``number`` of ``parties.refund_request`` on record, as an apply call does."""
+    """Record R-``number`` of ``parties.refund_request`` in the journal, as an apply call does."""
     request = refund_request(number, **changes)
     fields = request.to_dict()
     intent = journals.intent(request.no_refund, digest=digest(fields), fields=fields)
@@ -95,6 +95,6 @@ async def begin(journal: Journal, number: int = 1, **changes: Any) -> RefundRequ
 
 
 async def until(condition: Callable[[], object], *, look_every: float = 0.01) -> None:
-    """Wait, without a limit of its own, until ``condition`` holds."""
+    """Wait, without a timeout, until ``condition`` holds."""
     while not condition():  # noqa: ASYNC110 - what it waits for happens in the library
         await anyio.sleep(look_every)

@@ -1,6 +1,6 @@
-"""The foreign parties of the core's tests: requests to carry out, a sandbox on virtual time, HTTP servers on sockets.
+"""The external parties of the core tests: refund requests, a sandbox on virtual time, HTTP servers on sockets.
 
-Nothing here stands in for a part of the library: these are the people and machines that it deals with.
+No object in this module replaces a part of the library.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from lianlian_async.signing import SigningKey, signature_source
 from tests.support import keypairs
 
 EPOCH = datetime(2026, 1, 5, 8, 0, tzinfo=UTC)
-"""When virtual time begins."""
+"""The wall-clock time at the start of virtual time."""
 
 OID_PARTNER = "201103171000000000"
 
 
 def wall_clock() -> datetime:
-    """The time of day that goes with the event loop's virtual time."""
+    """Return the wall-clock time for the event loop's virtual time."""
     return EPOCH + timedelta(seconds=anyio.current_time())
 
 
 def boot_clock() -> Moment:
-    """All clocks of a machine that was started when virtual time began."""
+    """Return the clocks of a machine that was booted at the start of virtual time."""
     return Moment(wall_clock(), anyio.current_time(), "this boot")
 
 
 def refund_request(number: int | str = 1, **overrides: Any) -> RefundRequest:
-    """A refund of 10.00 yuan under R-``number``, of an order of its own."""
+    """Return a request for a refund of 10.00 yuan with the number R-``number`` and a separate order."""
     fields = {
         "no_refund": f"R-{number}",
         "dt_refund": EPOCH,
@@ -51,7 +51,7 @@ def refund_request(number: int | str = 1, **overrides: Any) -> RefundRequest:
 
 
 def sandbox(**options: Any) -> SandboxGateway:
-    """A sandbox on the event loop's clock, with the tests' keys; each order is worth 10.00 yuan unless added."""
+    """Return a sandbox with the tests' keys on the event loop's clock; other orders are worth 10.00 yuan each."""
     settings: dict[str, Any] = {
         "oid_partner": OID_PARTNER,
         "merchant_key": keypairs.pair("merchant").private,
@@ -65,14 +65,14 @@ def sandbox(**options: Any) -> SandboxGateway:
 
 
 def sealed(fields: Mapping[str, str], key: SigningKey | None = None) -> dict[str, str]:
-    """``fields`` signed as the gateway signs its answers, or by another ``key``."""
+    """Return ``fields`` with a signature of the gateway, or of another ``key``."""
     key = key or keypairs.pair("gateway").private
     unsigned = {**fields, "sign_type": "RSA"}
     return {**unsigned, "sign": key.sign(signature_source(unsigned))}
 
 
 def made(asked: Mapping[str, str], key: SigningKey | None = None, **changes: str | None) -> dict[str, str]:
-    """The signed 0000 answer that tells of the refund that was asked for; None leaves a field out."""
+    """Return the signed 0000 answer for the requested refund; None omits a field."""
     fields: dict[str, str | None] = {
         "ret_code": "0000",
         "ret_msg": "交易成功",
@@ -92,14 +92,14 @@ def made(asked: Mapping[str, str], key: SigningKey | None = None, **changes: str
 
 @attrs.define(eq=False)
 class Connection:
-    """One connection at a :class:`Server`: its number, and the stream to read from and write to."""
+    """One connection of a :class:`Server`: its number and its byte stream."""
 
     number: int
     stream: anyio.abc.ByteStream
     unread: bytes = b""
 
     async def request(self) -> tuple[bytes, bytes] | None:
-        """The next request's head and body; None once the client is gone."""
+        """Return the next request's head and body; None after the client has closed the connection."""
         with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
             while b"\r\n\r\n" not in self.unread:
                 self.unread += await self.stream.receive()
@@ -114,7 +114,7 @@ class Connection:
         return None
 
     async def respond(self, body: bytes, status: str = "200 OK", headers: str = "") -> None:
-        """Send one whole response."""
+        """Send one complete response."""
         head = f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\n{headers}\r\n"
         await self.stream.send(head.encode() + body)
 
@@ -124,7 +124,7 @@ Handler = Callable[[Connection], Awaitable[None]]
 
 @attrs.define(eq=False)
 class Server:
-    """Counts what comes in on a loopback port; ``handler`` has each connection to itself."""
+    """Counts connections on a loopback port; ``handler`` is called for each connection."""
 
     handler: Handler
     port: int = 0
@@ -150,7 +150,7 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serving(handler: Handler, *, tls: Any = None) -> AsyncIterator[Server]:
-    """A server on a loopback port while the block runs."""
+    """Serve on a loopback port while the block runs."""
     from anyio.streams.tls import TLSListener
 
     server = Server(handler)
@@ -167,7 +167,7 @@ async def serving(handler: Handler, *, tls: Any = None) -> AsyncIterator[Server]
 
 @contextlib.asynccontextmanager
 async def answering(body: bytes = b"{}", status: str = "200 OK", headers: str = "") -> AsyncIterator[Server]:
-    """A server that answers every request in the same way and keeps connections alive."""
+    """Serve the same response to every request, and keep connections alive."""
 
     async def handler(connection: Connection) -> None:
         while (request := await connection.request()) is not None:
@@ -179,7 +179,7 @@ async def answering(body: bytes = b"{}", status: str = "200 OK", headers: str = 
 
 
 async def trickling(connection: Connection) -> None:
-    """HttpResponse each request with ``{ }``, a byte every millisecond."""
+    """Respond to each request with ``{ }``, sent slowly: one byte every millisecond."""
     while await connection.request() is not None:
         await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n")
         for byte in (b"{", b" ", b"}"):
@@ -188,7 +188,7 @@ async def trickling(connection: Connection) -> None:
 
 
 def unused_port() -> int:
-    """A loopback port that nobody listens on."""
+    """Return a loopback port on which no server listens."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port: int = reserved.getsockname()[1]
@@ -196,5 +196,5 @@ def unused_port() -> int:
 
 
 def as_json(fields: Mapping[str, str]) -> bytes:
-    """``fields`` as the gateway sends them."""
+    """Return ``fields`` as JSON bytes, as the gateway sends them."""
     return wire.encode(fields)

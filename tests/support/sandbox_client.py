@@ -1,4 +1,4 @@
-"""A merchant's side of the sandbox's wire, written by hand: nothing here is shared with the session."""
+"""A separate client for the sandbox's HTTP interface; it shares no code with the session."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ QUESTION = {"no_refund": "R-1", "dt_refund": "20130515094018"}
 
 @attrs.frozen
 class Client:
-    """Sends signed requests; ``key`` and ``oid_partner`` are the gateway's own merchant unless given."""
+    """Sends signed requests; by default ``key`` and ``oid_partner`` are those of the gateway's merchant."""
 
     gateway: SandboxGateway
     key: SigningKey | None = None
     oid_partner: str | None = None
     base_url: str | None = None
-    """A real server's; None: the gateway is called in process."""
+    """The URL of a real server; None: the gateway is called in this process."""
 
     def signed(self, fields: Mapping[str, str | None], **changes: str | None) -> dict[str, str]:
-        """``fields`` with ``changes`` (None takes one out), named and signed as the merchant's."""
+        """Return ``fields`` with ``changes`` (None removes a field) and the merchant's number and signature."""
         named: dict[str, str | None] = {
             "oid_partner": self.oid_partner or self.gateway.oid_partner,
             "sign_type": "RSA",
@@ -49,27 +49,27 @@ class Client:
         return {"sign": (self.key or self.gateway.merchant_key).sign(signature_source(present)), **present}
 
     async def send(self, path: str, *, method: str = "POST", content_type: str = JSON, **body: Any) -> httpx.Response:
-        """One HTTP exchange, whatever comes of it."""
+        """Send one HTTP request and return its response, whatever the status."""
         transport = None if self.base_url else httpx.ASGITransport(app=self.gateway)
         base_url = self.base_url or "https://sandbox.invalid"
         async with httpx.AsyncClient(transport=transport, base_url=base_url, timeout=60, trust_env=False) as http:
             return await http.request(method, path, headers={"content-type": content_type}, **body)
 
     async def ask(self, path: str, fields: Mapping[str, str]) -> dict[str, str]:
-        """The fields of the answer to fields that are sent as they are."""
+        """Send ``fields`` unchanged, and return the fields of the answer."""
         response = await self.send(path, json=fields)
         assert response.status_code == 200
         assert response.headers["content-type"] == JSON
         return response.json()
 
     async def apply(self, path: str = CROSS_BORDER, **changes: str | None) -> dict[str, str]:
-        """The answer to the sample application, changed."""
+        """Send the sample apply call with changes, and return its answer."""
         return await self.ask(path, self.signed(APPLICATION, **changes))
 
     async def query(self, **changes: str | None) -> dict[str, str]:
-        """The answer to the sample question, changed."""
+        """Send the sample query with changes, and return its answer."""
         return await self.ask(QUERY, self.signed(QUESTION, **changes))
 
     def is_signed(self, answer: Mapping[str, str]) -> bool:
-        """Whether an answer bears the gateway's signature."""
+        """Return whether an answer has a valid signature of the gateway."""
         return self.gateway.gateway_key.public_key().verify(signature_source(answer), answer.get("sign", ""))

@@ -1,11 +1,11 @@
-"""What Hypothesis draws in more than one module of tests."""
+"""Hypothesis strategies that several test modules share."""
 
 from datetime import datetime, timedelta, timezone
 
 from hypothesis import strategies as st
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
-"""Everything that UTF-8 can carry."""
+"""All text that UTF-8 can encode."""
 
 zones = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes))) | st.timezones()
 
