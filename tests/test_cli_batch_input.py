@@ -133,7 +133,7 @@ def test_map_renames_columns(nowhere, tmp_path):
     for file in (write_csv(tmp_path / "a.csv", rows), write_lines(tmp_path / "a.jsonl", rows)):
         ended = run("batch", file, *options, "--ignore-unknown", env=nowhere)
         assert ended.exit_code == 2
-        assert "more than one column holds no_order" in ended.stderr
+        assert "more than one column for no_order" in ended.stderr
         del rows[0]["no_order"]
         again = write_csv(file, rows) if file.suffix == ".csv" else write_lines(file, rows)
         assert run("batch", again, *options, "--ignore-unknown", env=nowhere).json["yuan"] == "1.00"
@@ -146,7 +146,7 @@ def test_encoding_option_reads_gb18030(nowhere, file):
     write_csv(file, [refund(1, no_order="订单-1")], encoding="gb18030")
     ended = run("batch", file, "--dry-run", env=nowhere)
     assert ended.exit_code == 2
-    assert "line 2: not utf-8; name its encoding: --encoding gb18030" in ended.stderr
+    assert "line 2: not utf-8; give the file's encoding, such as --encoding gb18030" in ended.stderr
     assert run("batch", file, "--dry-run", "--encoding", "gb18030", env=nowhere).exit_code == 0
 
 
@@ -180,11 +180,11 @@ def test_line_numbers_count_every_line_of_the_file(nowhere, file):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("no_refund,money_refund,money_refund\n", "line 1: more than one column holds money_refund"),
+        ("no_refund,money_refund,money_refund\n", "line 1: more than one column for money_refund"),
         ("no_refund,mony_refund\n", "line 1: column 'mony_refund' is not a refund field"),
         ('no_refund\nR-1\n"R-2\nR-3\n', "line 3: unexpected end of data"),
         ('no_refund\n"R"-1\n', "line 2: ',' expected after '\"'"),
-        ('[{"no_refund": "R-1"}]', "line 1: a JSON array; JSON Lines has one object on each line"),
+        ('[{"no_refund": "R-1"}]', "line 1: a JSON array; convert it to JSON Lines, with one object on each line"),
     ],
 )
 def test_unreadable_file_is_refused_despite_skip_invalid(nowhere, tmp_path, text, problem):
@@ -259,8 +259,8 @@ def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
         (("--queue", "postgresql://me:s3cret@db/"), "other processes can read a password on the command line"),
         (("--journal", "postgresql://db/?password=s3cret"), "other processes can read a password on the command line"),
         (("--journal", "mysql://me:s3cret@db/"), "must be a path or a URL postgresql://…"),
-        (("--out", "refunds.csv"), "is the input, its receipt or the journal"),
-        (("--out", "refunds.csv.receipt"), "is the input, its receipt or the journal"),
+        (("--out", "refunds.csv"), "must not be the input, its receipt or the journal"),
+        (("--out", "refunds.csv.receipt"), "must not be the input, its receipt or the journal"),
     ],
 )
 def test_invalid_options_are_usage_errors(nowhere, file, monkeypatch, options, hint):
@@ -304,9 +304,9 @@ def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
     options = ("--derive", "--dt-refund", "20261122020000", "--yes", "--json")
     first = run("batch", write_csv(file, rows), *options, env=env)
     assert first.exit_code == 0
-    assert first.json["remarks"] == [
-        {"line": 3, "remark": "same order and amount as line 2: counted as another refund"}
-    ]
+    [remark] = first.json["remarks"]
+    assert remark["line"] == 3
+    assert remark["remark"].startswith("same order and amount as line 2: this line is a second, separate refund")
     again = run("batch", write_csv(file, [row | {"oid_paybill": "2"} for row in rows]), *options, env=env)
     assert again.json["outcomes"]["conflict"]["refunds"] == 3
     assert again.exit_code == 1
@@ -578,7 +578,7 @@ def test_rounded_number_is_remarked(nowhere, file, value):
     """Numbers with more than 15 digits that end in zeros are noted, and sent."""
     rows = [refund(1, no_order=value), refund(2, no_order=value[:-1] + "1"), refund(3, no_order="202611220001000")]
     ended = run("batch", write_csv(file, rows), "--dry-run", "--json", env=nowhere)
-    expected = f"no_order {value} ends in zeros: a spreadsheet may have rounded it, compare it with its source"
+    expected = f"no_order {value} ends in zeros: a spreadsheet may have rounded it; compare it with its source"
     assert ended.json["remarks"] == [{"line": 2, "remark": expected}]
 
 
@@ -605,7 +605,7 @@ def test_utf_16_without_byte_order_mark_is_suggested(nowhere, file):
     file.write_bytes("no_refund\n".encode("utf-16-le"))
     ended = run("batch", file, "--dry-run", env=nowhere)
     assert ended.exit_code == 2
-    assert "line 1: holds NUL bytes; if it is UTF-16, use --encoding utf-16-le" in ended.stderr
+    assert "line 1: contains NUL bytes; if the file is UTF-16, use --encoding utf-16-le" in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class Findings:
             self.lines.append((line, text))
 
     def texts(self) -> list[str]:
-        """Return one line of text for each note that was kept, and the number of the others."""
+        """Return one line of text for each kept note, and the number of the others."""
         more = [f"… and {self.count - self.kept} more"] if self.count > self.kept else []
         return [*(f"line {line}: {text}" for line, text in self.lines), *more]
 
@@ -97,8 +97,8 @@ class Findings:
 class Checked:
     """The refunds that passed, in the order of the file.
 
-    They are stored in a temporary SQLite file, which no other process can open: the refunds that were checked and
-    confirmed are the ones that are sent, even if somebody changes the file meanwhile.
+    They are stored in a temporary SQLite file, which no other process can open. Only the refunds that were checked and
+    confirmed are sent, even if somebody edits the input file meanwhile.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class Checked:
         read_date: Callable[[str], str] | None = None,
         read_money: Callable[[str], str] | None = None,
     ) -> None:
-        """``derive`` makes a missing ``no_refund``; ``dt_refund`` is the value for rows without one.
+        """``derive``: compute ``no_refund`` for rows that have none; ``dt_refund``: the value for rows without one.
 
-        ``read_date`` and ``read_money`` return the wire form of text in a declared form; None: no form was declared.
+        ``read_date`` and ``read_money`` convert text from the declared form to the wire form; None: no declared form.
         """
         read_date = read_date or plain_date
         self._merchant = merchant
@@ -177,7 +177,8 @@ class Checked:
         self._do(_COUNT_ALIKE, alike, line)
         first, times = self._do("SELECT line, times FROM alike WHERE content = ?", alike).fetchone()
         if times > 1:
-            self.remarks.add(line, f"same order and amount as line {first}: counted as another refund")
+            same = f"same order and amount as line {first}"
+            self.remarks.add(line, f"{same}: this line is a second, separate refund; remove it if it is a duplicate")
         return {"no_refund": derived_number(order, money, times)}
 
     def _add(self, line: int, request: RefundRequest, cells: str) -> str | None:
@@ -195,7 +196,7 @@ class Checked:
         if fields == known:
             self.remarks.add(line, f"repeats line {first}: refund {number} is made once")
             return None
-        # Nothing in the file tells which of the two lines is right.
+        # The file does not show which of the two lines is correct.
         earlier = RefundRequest.from_record(json.loads(known))
         field = _difference(request.to_dict(), earlier.to_dict())
         problem = f"no_refund {number} has a different {field} on line {line}"
@@ -245,9 +246,9 @@ def _difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
 
 
 def derived_number(order: object, money: str, times: int) -> str:
-    """Return the ``no_refund`` for the ``times``-th refund of ``money`` yuan for one order: always the same.
+    """Derive a deterministic ``no_refund`` from the order, the amount and ``times`` (1 for the first such refund).
 
-    It depends on nothing else: a later run with more columns or another ``dt_refund`` must not make a second refund.
+    It depends on nothing else, so a later run with more columns or another ``dt_refund`` makes no second refund.
     """
     content = json.dumps([order, money, times])
     return "LL" + hashlib.sha256(content.encode()).hexdigest()[:30].upper()
@@ -261,7 +262,7 @@ class Known:
     """What the journal knows about the refunds of a batch."""
 
     found: Counter[str]
-    """Refunds that are new (never sent, as far as the journal knows), made, open or, if there are any, rejected …"""
+    """Number of refunds by state: new (no send in the journal), made, open; rejected and conflict if there are any."""
     new_yuan: Decimal
     journal_id: str | None = None
     """None: the journal does not exist yet."""
@@ -292,6 +293,6 @@ async def _find_all(journal: SqliteReader | Journal, numbers: Sequence[str]) -> 
         if (entry := await journal.find(number)) is not None:
             entries.append(entry)
 
-    # The journal groups calls at the same time into a few database queries.
+    # The journal batches concurrent calls into a few database queries.
     await run_workers(numbers, find, workers=_PAGE, intake=anyio.CancelScope())
     return entries

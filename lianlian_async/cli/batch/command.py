@@ -1,4 +1,4 @@
-"""``lianlian batch``: make the refunds of a file. The command may be killed at any time and run again."""
+"""``lianlian batch``: make the refunds of a file. The command can be killed at any time and run again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from .summary import file_rows, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
 _JOURNAL_POLL: Final = 1.0
-"""Seconds between two attempts to open a journal that another process holds."""
+"""Seconds between two attempts to open a journal that another process has open."""
 
 
 @click.command
@@ -57,7 +57,7 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
     """Make the refunds of a file, each one once.
 
     FILE is CSV with a header line, or JSON Lines, with LianLian's field names (- is stdin). All lines are checked
-    before anything is sent. After a crash or Ctrl-C run the same command again: the journal knows what was sent.
+    before anything is sent. After a crash or Ctrl-C, run the same command again: the journal shows what was sent.
     Exit codes: 0 all made; 3 some rejected or failed; 4 some unknown; 130 interrupted.
     """
     queue, dry_run = options["queue"], options["dry_run"]
@@ -96,7 +96,7 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
 
 
 def _load_merchant(output: Output, config: Path | None, dry_run: bool) -> Merchant | None:
-    """Load the merchant; a dry run does without one."""
+    """Load the merchant; None for a dry run without a valid configuration."""
     try:
         return load_merchant(config)
     except ConfigurationError as error:
@@ -117,7 +117,7 @@ def _refuse_too_much(totals: FileTotals, max_total: Decimal | None, max_refund: 
 
 
 def _find_journal(output: Output, file: str, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
-    """Return the place of the journal; None for a dry run where no default journal is possible."""
+    """Return the place of the journal; None for a dry run if no default journal is possible."""
     try:
         place: str = options["journal"] or default_place(merchant)
     except click.UsageError as error:
@@ -139,7 +139,7 @@ def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None
         places = (file, f"{file}.receipt", place)
         needed = [Path(one).resolve() for one in places if one and file != "-" and not is_dsn(one)]
         if out.resolve() in needed or any(out.exists() and path.exists() and path.samefile(out) for path in needed):
-            raise click.BadParameter("is the input, its receipt or the journal", param_hint="--out")
+            raise click.BadParameter("must not be the input, its receipt or the journal", param_hint="--out")
 
 
 def _enqueue(output: Output, file: str, checked: Checked, totals: FileTotals, options: Mapping[str, Any]) -> None:
@@ -160,7 +160,7 @@ async def _add_to_queue(dsn: str, checked: Checked) -> int:
 
 
 def _confirm_batch(run: _Batch, file: str) -> None:
-    """Say what the journal knows, ask whether to send, and create the folder of a default journal."""
+    """Show what the journal knows, ask for confirmation, and create the folder of a default journal."""
     known, options, merchant, journal = run.known, run.options, run.merchant, place_name(run.place)
     if options["yes"] and known.found["new"] < run.in_file.refunds:
         in_words = ", ".join(f"{number:,} {word}" for word, number in known.found.items())
@@ -195,7 +195,7 @@ def _confirm(output: Output, file: str, rows: Iterable[tuple[str, str]], questio
 
 def _send(run: _Batch) -> int:
     """Send the batch and show its results; return the exit code."""
-    # After an interruption the summary counts what may have been made: no warning for each refund.
+    # After an interruption the summary counts the refunds that may have been made; warnings would repeat it.
     logging.getLogger("lianlian_async").addHandler(logging.NullHandler())
     try:
         with sigterm_interrupts(), run.output.progress("refunds", run.in_file.refunds) as run.advance:
@@ -240,7 +240,7 @@ class _Batch:
         self.totals = Totals(self.in_file.refunds)
 
     def check_receipt(self, path: Path | None) -> None:
-        """Refuse another journal than the one in the receipt at ``path``; None: the batch comes from stdin."""
+        """Refuse a journal that differs from the receipt at ``path``; None: the batch comes from stdin."""
         if path is None:
             return
         place = place_name(self.place) if is_dsn(self.place) else str(Path(self.place).absolute())
@@ -257,7 +257,7 @@ class _Batch:
         self._write_receipt = write
 
     async def work(self) -> None:
-        """Send all refunds; an error that stopped the batch becomes ``failure``, or is raised if nothing ended."""
+        """Send all refunds; store an error that stops the batch in ``failure``, or raise it if there is no outcome."""
         try:
             with one_interruption():
                 await self._work()
@@ -287,7 +287,7 @@ class _Batch:
 
     @contextmanager
     def _result_writer(self) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-        """Open ``--out``; at the end, write the lines without an outcome, too."""
+        """Open ``--out``; at the end, also write the lines without an outcome."""
         if self.options["out"] is None:
             yield str
             return
@@ -304,7 +304,7 @@ class _Batch:
 
     @asynccontextmanager
     async def _opened_journal(self) -> AsyncGenerator[Journal]:
-        """Open the journal as soon as no other process holds it."""
+        """Open the journal as soon as no other process has it open."""
         has_said = False
         async with AsyncExitStack() as stack:
             while True:

@@ -25,11 +25,11 @@ _NOT_FOR_QUEUE: Final = (
 
 
 def refuse_for_queue(ctx: click.Context) -> None:
-    """Raise a usage error for options that have no effect together with ``--queue``."""
+    """Raise a usage error for options that have no effect with ``--queue``."""
     given = [name for name in _NOT_FOR_QUEUE if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise click.UsageError(f"--queue sends nothing itself, so it cannot be used with {options}")
+        raise click.UsageError(f"--queue sends nothing, so it cannot be combined with {options}")
 
 
 def _read_map(_ctx: click.Context, _option: click.Parameter, values: Iterable[str]) -> dict[str, str]:
@@ -63,7 +63,7 @@ def _encoding(name: str) -> str:
 
 _OPTIONS: Final = (
     click.option("--dry-run", is_flag=True, help="Check all lines and send nothing."),
-    click.option("--yes", is_flag=True, help="Do not ask before sending."),
+    click.option("--yes", is_flag=True, help="Send without asking for confirmation."),
     click.option(
         "--max-total",
         metavar="YUAN",
@@ -76,7 +76,7 @@ _OPTIONS: Final = (
         callback=parsed(wire.parse_decimal),
         help="Send nothing if a refund is greater.",
     ),
-    click.option("--skip-invalid", is_flag=True, help="Send the valid lines although others are invalid."),
+    click.option("--skip-invalid", is_flag=True, help="Send the valid lines even if other lines are invalid."),
     click.option(
         "--map",
         "renamed",
@@ -110,14 +110,14 @@ _OPTIONS: Final = (
     click.option(
         "--derive",
         is_flag=True,
-        help="Make a missing no_refund from order, amount, and how many lines above have the same two. It is always "
-        "the same number, so a copy of the line in another file is the same refund.",
+        help="Compute a missing no_refund from order, amount, and the number of lines above with the same order and "
+        "amount. The result is deterministic: a copy of the line in another file is the same refund.",
     ),
     click.option(
         "--dt-refund",
         metavar="YYYYMMDDHHMMSS",
         callback=parsed(_timestamp),
-        help="dt_refund of lines without one. Use the same value in every run: the journal refuses a no_refund with "
+        help="dt_refund of lines that have none. Use the same value in every run: the journal refuses a no_refund with "
         "another dt_refund.",
     ),
     click.option(
@@ -135,20 +135,20 @@ _OPTIONS: Final = (
         callback=check_place,
         help="Journal that records every refund and its outcome. Do not delete it.",
     ),
-    click.option("--no-wait", is_flag=True, help="End with an error if another batch holds the journal."),
     click.option(
-        "--query-first", is_flag=True, help="Query each refund that the journal does not know before sending it."
+        "--no-wait", is_flag=True, help="End with an error if another process has the journal open, instead of waiting."
     ),
+    click.option("--query-first", is_flag=True, help="Query each refund that is not in the journal before sending it."),
     click.option(
         "--accept-new-journal",
         is_flag=True,
-        help="Send a file although it was sent with another journal before (see FILE.receipt).",
+        help="Send a file even if it was sent with another journal before (see FILE.receipt).",
     ),
     click.option(
         "--rate",
         metavar="NUMBER",
         type=click.FloatRange(min=0, min_open=True),
-        help="Refunds that may start each second.",
+        help="Maximum number of refunds to start each second.",
     ),
     click.option("--keep-going", is_flag=True, help="Continue after a rejection that your configuration caused."),
     click.option("--wait-unknown", is_flag=True, help="At the end, wait until unknown refunds can be resolved."),

@@ -37,7 +37,7 @@ from lianlian_async.outcome import Outcome
 from .checked import Line
 
 _PRECEDENCE: Final = (UNKNOWN, REJECTED, FAILED)
-"""The first of these that occurred gives a batch its exit code."""
+"""The batch has the exit code of the first of these outcomes that occurred."""
 _IDENTITY: Final = ("no_refund", "dt_refund", "money_refund")
 _RECORDED: Final = ("ret_code", "ret_msg", "oid_refundno", "sta_refund", "settle_date")
 _OURS: Final = (
@@ -52,12 +52,12 @@ def _exit_outcome(outcome: Outcome) -> ExitOutcome:
     if outcome.refund is not None:
         return exit_outcome_of_refund(outcome.refund)
     if isinstance(outcome.error, JournalError) and outcome.error.said is not None:
-        return UNKNOWN  # it was sent, but the journal could not record the answer
+        return UNKNOWN  # sent, but the journal could not record the answer
     return exit_outcome_of(cast("LianLianError", outcome.error))  # an outcome has a refund or an error
 
 
 class Reason(NamedTuple):
-    """Why refunds were not made, and what to do about it."""
+    """The reason why refunds were not made, and what to do about it."""
 
     outcome: ExitOutcome
     reason: str
@@ -128,14 +128,14 @@ def invalid_result(line: int, cells: Mapping[str, str], problem: str) -> dict[st
 
 
 def _result(line: Line) -> dict[str, Any]:
-    # The file's own text, but what the command filled in.
+    # The file's text; the request's fields only where the file has none.
     own = {column: text for column, text in line.cells.items() if text and column not in _OURS}
     return line.request.to_dict() | own | {"line": line.line}
 
 
 @attrs.define
 class NotMade:
-    """The refunds that were not made for one reason: all are counted, the first 20 are kept."""
+    """The refunds that were not made for one reason: all are counted, and the first 20 are kept."""
 
     refunds: int = 0
     lines: list[tuple[int, str, str, Decimal]] = attrs.field(factory=list)
@@ -164,7 +164,7 @@ class Totals:
     attempts: int = attrs.field(default=0, init=False)
     queries: int = attrs.field(default=0, init=False)
     ask_again_at: datetime | None = attrs.field(default=None, init=False)
-    """When a query can resolve every unknown refund."""
+    """The time from which a query can resolve every unknown refund."""
     _began: float = attrs.field(factory=perf_counter, init=False)
 
     def add(self, line: Line, outcome: Outcome) -> None:
@@ -183,7 +183,7 @@ class Totals:
             self.not_made.setdefault(_reason_of(outcome), NotMade()).add(line)
 
     def check_complete(self) -> None:
-        """Raise ``LianLianError`` if refunds have no outcome although the batch came to its end."""
+        """Raise ``LianLianError`` if refunds have no outcome at the regular end of a batch."""
         if self.to_do:
             raise LianLianError(f"the batch ended with {self.to_do:,} refunds to do; run the same command again")
 

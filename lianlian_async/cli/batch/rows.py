@@ -27,7 +27,7 @@ FIELDS: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 
 
 class Row(NamedTuple):
-    """One line of the file: its fields that are not empty, or the problem that makes it unreadable, and its cells."""
+    """One line of the file: its nonempty fields, or the problem that makes it unreadable, and its cells."""
 
     line: int
     fields: Mapping[str, str]
@@ -46,10 +46,10 @@ class Columns:
     has_partner: bool
     """Whether a column ``oid_partner`` is read."""
     seen: dict[str, None] = attrs.field(factory=dict, init=False)
-    """The columns of the file so far, in their order."""
+    """The columns of the file so far, in the file's order."""
 
     def of(self, columns: Sequence[str]) -> dict[str, str]:
-        """Return the field of each column that is read. Raises ``ValueError`` for an unknown or ambiguous column."""
+        """Return the field of each column to read. Raises ``ValueError`` for an unknown or ambiguous column."""
         self.seen.update(dict.fromkeys(columns))
         names = {column: name for name, column in self.renamed.items()}
         read: dict[str, str] = {}
@@ -61,7 +61,7 @@ class Columns:
             if not is_known:
                 raise ValueError(f"column {column!r} is not a refund field: use --map or --ignore-unknown")
             if name in read.values():
-                raise ValueError(f"more than one column holds {name}")
+                raise ValueError(f"more than one column for {name}: rename or remove one")
             read[column] = name
         return read
 
@@ -79,16 +79,16 @@ _SEPARATOR: Final = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)
 
 
 def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> Iterator[Row]:
-    """Yield the rows of ``file``, whose name is ``name``; blank lines are skipped.
+    """Yield the rows of ``file``; skip blank lines. ``name`` is the file's name.
 
-    A line that is wrong becomes a row with a problem. Raises a usage error where no further line can be trusted:
-    bytes of another encoding, a quote that is never closed, an unclear header.
+    An invalid line becomes a row with a problem. Raises a usage error if no further line can be trusted: bytes in
+    another encoding, a quote that is never closed, an unclear header.
     """
     lines = _text_lines(file, encoding)
     first = next(lines, "")
     is_json = _SUFFIXES.get(PurePath(name).suffix.lower(), first.lstrip().startswith("{"))
     if is_json and first.lstrip().startswith("["):
-        raise _unreadable("line 1: a JSON array; JSON Lines has one object on each line")
+        raise _unreadable("line 1: a JSON array; convert it to JSON Lines, with one object on each line")
     lines = chain([first], lines)
     yield from _json_rows(lines, columns) if is_json else _csv_rows(lines, columns)
     columns.check_all_seen()
@@ -123,8 +123,8 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
 def _cells(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield the first line number and the cells of each row that is not blank.
 
-    The delimiter is named by a first line such as ``sep=;`` (written by Excel), or else the most frequent one in
-    the header.
+    The first line may name the delimiter, such as ``sep=;`` (written by Excel); otherwise it is the most frequent
+    candidate in the header.
     """
     first, skipped = next(lines), 0
     if named := _SEPARATOR.fullmatch(first):
@@ -157,7 +157,7 @@ _LINE_END: Final = re.compile(r"\r\n|\r|\n")
 
 
 class _Replayed(io.RawIOBase):
-    """A stream that returns bytes again which were read from it: stdin cannot seek."""
+    """A stream that can return its first bytes again, because stdin cannot seek."""
 
     def __init__(self, first: bytes, rest: IO[bytes]) -> None:
         self._first = first
@@ -175,9 +175,9 @@ class _Replayed(io.RawIOBase):
 
 
 def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
-    """Yield the lines of ``file`` with their ends (LF, CRLF or CR). A byte order mark overrides ``encoding``.
+    """Yield the lines of ``file`` with their line ends (LF, CRLF or CR). A byte order mark overrides ``encoding``.
 
-    Raises a usage error for bytes of another encoding, workbooks and compressed files.
+    Raises a usage error for bytes in another encoding, workbooks and compressed files.
     """
     first = file.read(4)
     for magic, reason in _NOT_TEXT.items():
@@ -191,13 +191,15 @@ def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
         for line in io.TextIOWrapper(io.BufferedReader(_Replayed(first, file)), encoding, newline=""):
             number += 1
             if "\0" in line:
-                raise _unreadable(f"line {number}: holds NUL bytes; if it is UTF-16, use --encoding utf-16-le")
+                raise _unreadable(f"line {number}: contains NUL bytes; if the file is UTF-16, use --encoding utf-16-le")
             yield line
     except UnicodeDecodeError as error:
-        # The lines before the failed chunk were yielded; count those within it that are before the bad bytes.
+        # Earlier chunks were yielded already; count the lines of this chunk before the invalid bytes.
         before = error.object[: error.start].decode(encoding, "replace")
         line_number = number + 1 + len(_LINE_END.findall(before))
-        raise _unreadable(f"line {line_number}: not {encoding}; name its encoding: --encoding gb18030") from None
+        raise _unreadable(
+            f"line {line_number}: not {encoding}; give the file's encoding, such as --encoding gb18030"
+        ) from None
 
 
 def _unreadable(reason: str) -> click.BadParameter:
@@ -221,7 +223,7 @@ _DAMAGE: Final = {
 }
 _PATTERNS: Final = {reason: re.compile(pattern, re.IGNORECASE | re.DOTALL) for reason, pattern in _DAMAGE.items()}
 _ROUNDED: Final = re.compile(r"[1-9]\d{14}0+", re.ASCII)
-"""A spreadsheet keeps 15 digits of a number."""
+"""The number of digits that a spreadsheet keeps of a number."""
 
 
 def damaged(fields: Mapping[str, str]) -> Iterator[Problem]:
@@ -238,4 +240,4 @@ def rounded(fields: Mapping[str, str]) -> Iterator[str]:
     """Yield a remark for each identifier that a spreadsheet may have rounded."""
     for name in _IDENTIFIERS:
         if _ROUNDED.fullmatch(text := fields.get(name, "")):
-            yield f"{name} {text} ends in zeros: a spreadsheet may have rounded it, compare it with its source"
+            yield f"{name} {text} ends in zeros: a spreadsheet may have rounded it; compare it with its source"

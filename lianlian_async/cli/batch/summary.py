@@ -1,4 +1,4 @@
-"""The screens of ``lianlian batch``: tables for people, one JSON object for programs."""
+"""The output of ``lianlian batch``: tables for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list
 def show_checked(
     output: Output, checked: Checked, outcome: str, known: Known | None = None, **facts: int | str
 ) -> None:
-    """Show the content of a file of which nothing is sent, and what the journal knows about it."""
+    """Show the content of a file that is not sent, and what the journal knows about it."""
     totals = checked.totals()
     document = _document(outcome, checked, totals) | facts
     if known is not None:
@@ -53,7 +53,7 @@ def show_batch(
     failure: LianLianError | None,
     places: Mapping[str, str],
 ) -> None:
-    """Show the results of a batch; ``places``: where journal and results are."""
+    """Show the results of a batch; ``places``: paths of the journal and of the results."""
     outcomes = totals.outcomes()
     not_made = sorted(totals.not_made.items(), key=lambda pair: -pair[1].refunds)
     in_file = checked.totals()
@@ -89,11 +89,11 @@ def show_batch(
         output.failure(failure)
     if totals.ask_again_at:
         moment = local_time(totals.ask_again_at)
-        output.note(f"unknown refunds can be resolved from {moment}: run the same command again then")
+        output.note(f"unknown refunds can be resolved from {moment} on: run the same command again after that")
 
 
 def _not_made(reason: Reason, refunds: NotMade, results: str | None) -> Iterator[RenderableType]:
-    """Yield the reason, a table of the refunds that were not made for it, and what to do."""
+    """Yield a reason, a table of the refunds that were not made for this reason, and what to do."""
     title = f"{refunds.refunds:,} {reason.outcome.word}: {reason.reason}"
     lines = [(line, number, order, f"{yuan:,.2f}") for line, number, order, yuan in refunds.lines]
     style = "yellow" if reason.outcome is UNKNOWN else "red"

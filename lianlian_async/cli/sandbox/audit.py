@@ -14,7 +14,7 @@ from lianlian_async.models import RefundRequest
 from .process import Books
 
 _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
-"""How many times the books may hold a refund with this outcome; with any other outcome: not at all."""
+"""How many times the gateway may have made a refund with this outcome; with any other outcome: never."""
 
 
 class Count(NamedTuple):
@@ -27,7 +27,7 @@ class Count(NamedTuple):
 
 @attrs.frozen
 class Audit:
-    """The outcome of each ``no_refund`` that was begun, and the gateway's ``books``."""
+    """The outcome of each ``no_refund`` that was begun, compared with the gateway's ``books``."""
 
     requests: Sequence[RefundRequest]
     outcomes: Mapping[str, ExitOutcome]

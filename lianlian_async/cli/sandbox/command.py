@@ -24,7 +24,7 @@ from lianlian_async.signing import SigningKey
 from .server import environment, serving
 
 _SLEEP: Final = 0.5
-"""Seconds. A signal that arrives just before a sleep ends the command after the sleep."""
+"""Seconds. A signal that arrives right before a sleep ends the command only after the sleep."""
 _FAULTS: Final = {fault.value.replace(" ", "-"): fault for fault in Fault}
 
 
@@ -48,15 +48,19 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
     "--env-file",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("lianlian-sandbox.env"),
-    help="File for the LIANLIAN_ variables; it must not exist, and is removed at the end.",
+    help="File for the LIANLIAN_ variables; it must not exist, and it is removed at the end.",
 )
-@click.option("--keys", type=click.Path(file_okay=False, path_type=Path), help="Folder that keeps the keys.")
+@click.option(
+    "--keys",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the keys, which are generated once and used again.",
+)
 @click.option("--oid-partner", default="201103171000000000", help="The merchant's number.")
 @click.option(
     "--repeated",
     type=click.Choice([repeated.value for repeated in Repeated]),
     default=Repeated.REJECT.value,
-    help="What a second apply request with the same no_refund does.",
+    help="Effect of a second apply request with the same no_refund.",
 )
 @click.option(
     "--fault",

@@ -28,8 +28,8 @@ from .audit import Audit
 from .process import Books, RemoteGateway, gateway_process
 
 _DELAY: Final = 0.5
-"""Seconds; the sandbox carries out no request later than this."""
-# So "no such record" can be believed soon. With LianLian's gateway the default of 15 minutes is needed.
+"""Maximum delay of the sandbox in seconds: no request is carried out later."""
+# This short grace is safe with the sandbox only. LianLian's gateway needs the default of 15 minutes.
 _POLICY: Final = RetryPolicy(not_found_grace=3 * _DELAY)
 _DEADLINE: Final = 8.0
 _ORDER: Final = Decimal("100.00")
@@ -47,8 +47,8 @@ _ORDER: Final = Decimal("100.00")
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
     """Make refunds at a faulty gateway, and audit its books.
 
-    The gateway is a fake in another process: it loses, delays and forges responses, and it makes a refund twice if
-    the refund is sent twice. Exit code 0 if its books agree with every outcome, else 1.
+    The gateway is a fake in another process: it loses, delays and forges responses, and makes a refund twice if the
+    client sends it twice. Exit code 0 if its books agree with every outcome, else 1.
     """
     options = {
         "bits": int(bits),
@@ -70,7 +70,7 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
 
 @contextmanager
 def _audited(output: Output, run: _Demo, gateway: RemoteGateway) -> Iterator[None]:
-    """Audit the run when the block ends or is interrupted; exit with 1 if the books disagree."""
+    """Audit the run when the block ends or is interrupted; exit with code 1 if the books disagree."""
     try:
         yield
     finally:
@@ -130,7 +130,7 @@ class _Demo:
     """The longest delay of the event loop in seconds."""
 
     async def refund_all(self, merchant: Merchant, concurrency: int, advance: Callable[[str], object]) -> None:
-        """Make all refunds at the same time."""
+        """Make all refunds concurrently."""
         async with RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session:
             watch, began = asyncio.create_task(self._watch()), perf_counter()
             try:

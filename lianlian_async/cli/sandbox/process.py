@@ -1,6 +1,6 @@
-"""A sandbox gateway in another process, which returns its books at the end.
+"""A sandbox gateway in another process that returns its books at the end.
 
-A process of its own keeps the gateway's work out of the client's measurements. The books come through a pipe.
+In another process the gateway's work does not disturb the client's measurements. The books come through a pipe.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .server import environment, serving
 
 
 class Books(NamedTuple):
-    """What the gateway did, whatever its responses said."""
+    """The gateway's true record of all refunds, independent of its responses."""
 
     times_made: Mapping[str, int]
     """How many times each ``no_refund`` was made."""
     money_moved: Mapping[str, Decimal]
-    """Yuan that left the merchant for each ``no_refund``."""
+    """Yuan that the merchant paid for each ``no_refund``."""
     requests: Mapping[str, int]
     """The number of requests for each call."""
 

@@ -17,13 +17,13 @@ from lianlian_async.sandbox import Notifier, SandboxGateway
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Whether a line of uvicorn's log tells of a bug: the sandbox breaks connections on purpose and at its end."""
+    """Whether a log record of uvicorn shows a bug, and not a connection that the sandbox broke intentionally."""
     return record.exc_info is not None and not isinstance(record.exc_info[1], ConnectionResetError | CancelledError)
 
 
 @contextmanager
 def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve ``gateway`` while the block runs, and yield its base URL; port 0 takes a free port.
+    """Serve ``gateway`` while the block runs, and yield its base URL; port 0 means any free port.
 
     At the end, requests without a response are cancelled. Raises ``ConfigurationError`` if the address cannot be used.
     """
@@ -52,7 +52,7 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
 
 
 def environment(gateway: SandboxGateway, base_url: str, **overrides: Any) -> dict[str, str]:
-    """Return the variables with which ``Merchant.from_env`` reaches ``gateway`` at ``base_url``; keys in one line.
+    """Return environment variables for ``Merchant.from_env`` to use ``gateway`` at ``base_url``; each key in one line.
 
     ``overrides`` replace arguments of ``Merchant``.
     """
