@@ -70,7 +70,7 @@ def once(count):
 
 
 def test_every_refund_of_a_file_is_made(env, gateway, file, journal):
-    """All are made once; the output is tables, the exit code 0, and the journal exists."""
+    """Every refund is made once; the output is tables, the exit code 0, and the journal exists."""
     ended = run("batch", file, "--yes", env=env)
     assert ended.exit_code == 0
     assert ended.stdout.startswith("10 of 10 refunds made")
@@ -156,8 +156,8 @@ def test_out_has_the_columns_of_the_file_and_the_outcomes(env, file, tmp_path, n
         assert "5003" in rejected["error"]
 
 
-def test_out_has_what_the_command_filled_in(env, file, tmp_path):
-    """A number that --derive made and a time from --dt-refund are in the result lines, as they were sent."""
+def test_out_has_the_fields_that_the_command_filled_in(env, file, tmp_path):
+    """The result lines have the number from --derive and the time from --dt-refund, as they were sent."""
     write_csv(file, [refund(1, no_refund="", dt_refund=None)])
     out = tmp_path / "results.csv"
     options = ("--derive", "--dt-refund", "20261122020000", "--yes", "--out", out)
@@ -238,7 +238,7 @@ def test_refunds_that_were_not_made_are_listed_by_reason(env, gateway, file):
 
 
 def test_out_of_a_stopped_batch_has_all_lines(env, gateway, file, tmp_path):
-    """If the batch stops, --out has the invalid lines and those that are to do."""
+    """If the batch stops, --out has the invalid lines and the lines still to do."""
     write_csv(file, [refund(1), refund(2, money_refund="-1"), refund(3)])
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE)
     options = ("--yes", "--skip-invalid", "--concurrency", "1", "--out", tmp_path / "results.csv")
@@ -248,8 +248,8 @@ def test_out_of_a_stopped_batch_has_all_lines(env, gateway, file, tmp_path):
     assert lines[3]["what_to_do"] == "correct the line, then run the same command again"
 
 
-def test_any_other_error_is_a_reason():
-    """A refund that the journal refused is listed with the journal's error."""
+def test_other_errors_are_listed_as_reasons():
+    """A refund that the journal rejected is listed with the journal's error."""
     totals, request = Totals(1), RefundRequest.from_dict(refund(1))
     error = JournalError("journal refunds.sqlite: disk full")
     outcome = Outcome(request=request, refund=None, error=error, attempts=0, queries=0, seconds=0.0)
@@ -312,7 +312,7 @@ def test_some_unknown_exits_4(env, gateway, file, journal):
 
 def test_wait_unknown_resolves_unknown_refunds(env, gateway, file):
     """--wait-unknown queries again when that can resolve the refund."""
-    gateway.script(Fault.LATE, call="apply", delay=3600.0)  # the gateway never hears of it
+    gateway.script(Fault.LATE, call="apply", delay=3600.0)  # the request never arrives at the gateway
     ended = run("batch", file, "--yes", "--json", "--wait-unknown", *SHORT, env=env)
     assert (ended.exit_code, ended.json["outcome"]) == (0, "made")
     assert ended.json["attempts"] >= 11
@@ -330,7 +330,7 @@ def test_unreachable_gateway_exits_1(gateway, file):
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_rejected_configuration_stops_the_batch(env, gateway, file, as_json):
-    """A rejection that every refund would get stops the batch: exit code 3, with the cure."""
+    """A rejection that applies to every refund stops the batch: exit code 3, with advice."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, skip=2, times=1000)
     ended = run("batch", file, "--yes", "--concurrency", "1", *(["--json"] if as_json else []), env=env)
     assert ended.exit_code == 3
@@ -381,7 +381,7 @@ def test_stopped_batch_with_unknown_refund_exits_4(env, gateway, file):
 
 
 def test_journal_in_use_with_no_wait_exits_1(env, gateway, file):
-    """With --no-wait a second run at the same time is refused, and sends nothing."""
+    """With --no-wait a concurrent second run ends with an error, and sends nothing."""
     gateway.script(Fault.NO_ANSWER)
     process = start("batch", file, "--yes", "--concurrency", "1", env=env)
     until(lambda: gateway.requests["apply"])
@@ -394,7 +394,7 @@ def test_journal_in_use_with_no_wait_exits_1(env, gateway, file):
 
 
 def test_removed_journal_ends_the_batch(gateway, file, journal):
-    """If the journal cannot be written any more, nothing more is sent; refunds in flight are unknown: exit code 4."""
+    """If the journal can no longer be written, nothing more is sent; refunds in flight are unknown: exit code 4."""
 
     async def thief(scope, receive, send):
         if gateway.requests["apply"] == 4:
@@ -432,7 +432,7 @@ def test_invalid_keys_exit_2(env, file):
 
 def test_interruption_before_the_first_refund(gateway, file):
     """Ctrl-C at the start ends with a summary in which all refunds are to do."""
-    with interruption(loops=1):  # the first loop only looks into the journal
+    with interruption(loops=1):  # the first event loop only reads the journal
         ended = run("batch", file, "--yes", "--json", env=environment(gateway, "http://127.0.0.1:9"))
     assert ended.exit_code == 130
     assert (ended.json["outcome"], ended.json["to_do"]["refunds"]) == ("interrupted", 10)
@@ -489,7 +489,7 @@ def test_interrupted_batch_continues_in_the_next_run(env, gateway, file, numbers
     process = start_until_stuck(gateway, file, env, sent=3, stuck=2)
     for number in numbers:
         process.send_signal(number)
-        time.sleep(0.0005)  # else the kernel merges two signals into one
+        time.sleep(0.0005)  # otherwise the kernel merges two signals into one
     ended = end(process, env)
     assert ended.exit_code == 130
     assert ended.json["outcome"] == "interrupted"

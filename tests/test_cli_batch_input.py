@@ -394,7 +394,7 @@ def test_terminal_must_confirm_before_sending(env, gateway, file, journal, monke
 
 @pytest.mark.anyio
 async def test_checked_refunds_keep_their_order():
-    """A thousand refunds come out as they went in."""
+    """A thousand refunds are read back in the order in which they were added."""
     with closing(Checked(None, derive=False, dt_refund=None)) as checked:
         for number in range(1001):
             checked.add(Row(number + 2, refund(number)))
@@ -548,7 +548,7 @@ DAMAGED = [
 @pytest.mark.parametrize("column", ["no_refund", "no_order", "oid_paybill"])
 @pytest.mark.parametrize("value", DAMAGED)
 def test_damaged_identifier_is_refused(nowhere, file, column, value):
-    """A value that a spreadsheet or program wrote instead of an identifier is invalid, with the cure."""
+    """A value that a spreadsheet or program wrote instead of an identifier is invalid; the message has advice."""
     ended = run("batch", write_csv(file, [refund(1, **{column: value})]), "--json", env=nowhere)
     [(line, problem)] = problems(ended)
     assert line == 2

@@ -222,7 +222,7 @@ def test_a_journal_beside_the_file_must_be_named(env, gateway, file):
 
 
 def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
-    """It says which process holds the journal since when, and continues when that one has ended; --no-wait refuses."""
+    """It shows which process has the journal open since when, and continues when it ends; --no-wait is an error."""
     gateway.script(Fault.NO_ANSWER, call="apply")
     command = (
         "batch",
@@ -255,7 +255,7 @@ def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
 
 
 def test_waiting_batch_starts_when_the_journal_is_free(env, gateway, file, tmp_path):
-    """It says once which process holds the journal, waits, and then sends."""
+    """It shows once which process has the journal open, waits, and then sends."""
     held = JournalFile(str(tmp_path / "journal"))
     timer = threading.Timer(6, held.close)
     timer.start()

@@ -44,7 +44,7 @@ def journal(file, monkeypatch):
 
 
 def leave_unknown(merchant, journal, gateway, *numbers):
-    """Begin refunds, and cancel them when the gateway has received them."""
+    """Begin refunds, and cancel the calls when the gateway has received the requests."""
 
     async def begin():
         gateway.script(Fault.NO_ANSWER, times=len(numbers))
@@ -63,7 +63,7 @@ def leave_unknown(merchant, journal, gateway, *numbers):
 
 @pytest.fixture
 def left_open(env, gateway, file, journal):
-    """A journal in which R-0 may have been made, three more were, but are not final, and one was rejected."""
+    """A journal: R-0 may have been made, three refunds were made but are not final, and one was rejected."""
     leave_unknown(Merchant.from_env(env), journal, gateway, 0)
     write_csv(file, [refund(1), refund(2), refund(3), refund(4, money_refund="1000.01")])
     assert run("batch", file, "--yes", env=env).exit_code == 3
@@ -187,7 +187,7 @@ def test_other_file_is_not_a_journal(file):
 
 @pytest.mark.parametrize("name", ["all.csv", "all.jsonl"])
 def test_a_journal_is_exported(left_open, tmp_path, name):
-    """The file has all refunds with their fields and results."""
+    """The exported file has all refunds with their fields and results."""
     out = tmp_path / name
     ended = run("journal", "export", left_open, "--out", out)
     assert (ended.exit_code, ended.stdout) == (0, f"5 refunds written to {out}\n")
@@ -200,7 +200,7 @@ def test_a_journal_is_exported(left_open, tmp_path, name):
 
 
 def test_export_does_not_overwrite_the_journal(left_open):
-    """--out is not the journal itself."""
+    """--out must not be the journal itself."""
     assert run("journal", "export", left_open, "--out", left_open).exit_code == 2
     assert run("journal", "show", left_open).exit_code == 0
 
@@ -298,7 +298,7 @@ async def serve(journal, shop, work):
 
 
 def test_service_acts_on_refunds_that_an_operator_resumed(env, gateway, tmp_path, monkeypatch):
-    """The journal says final, not done; the service acts on the refund after its start."""
+    """The entry is final, not done; the service calls on_refund for it after its start."""
     path, shop = tmp_path / "service.journal", {f"R-{number}": [] for number in range(4)}
     for name, text in env.items():
         monkeypatch.setenv(name, text)

@@ -1,4 +1,4 @@
-"""The command as such: its name, its extra, its exit codes."""
+"""The command group ``lianlian``: its name, its extra, its help, its exit codes."""
 
 import inspect
 import runpy
@@ -19,13 +19,13 @@ from tests.support.command import end, run, start
 
 @pytest.mark.parametrize("sender", ["httpx", "aiohttp"])
 def test_version_names_signing_and_http_backend(sender):
-    """--version tells the release, the signing backend and the HTTP stack."""
+    """--version shows the release, the signing backend and the HTTP backend."""
     shown = run("--version", env={"LIANLIAN_HTTP_BACKEND": sender}).stdout
     assert shown == f"lianlian-async {__version__} (signs with {BACKEND}, sends with {sender})\n"
 
 
 def test_the_version_of_a_wrong_configuration_is_a_usage_error():
-    """--version says what is wrong with a backend that does not exist, and exits with 2."""
+    """--version names a backend that does not exist, and exits with 2."""
     ended = run("--version", env={"LIANLIAN_HTTP_BACKEND": "carrier pigeon"})
     assert ended.exit_code == 2
     assert "LIANLIAN_HTTP_BACKEND: must be httpx or aiohttp" in ended.stderr
@@ -33,19 +33,19 @@ def test_the_version_of_a_wrong_configuration_is_a_usage_error():
 
 @pytest.mark.parametrize("command", ["apply", "query", "batch", "worker", "verify", "keygen", "sandbox", "demo"])
 def test_every_command_has_help_and_json(command):
-    """-h shows what a command does; each of them has --json."""
+    """-h shows what a command does, and every command has --json."""
     ended = run(command, "-h")
     assert ended.exit_code == 0
     assert "--json" in ended.stdout
 
 
 def test_help_lists_the_exit_codes():
-    """Who writes a script around it finds the codes by --help."""
+    """--help lists the exit codes for scripts."""
     assert "4 outcome unknown" in " ".join(run("--help").stdout.split())
 
 
 def test_the_module_is_the_command():
-    """``python -m lianlian_async`` runs it."""
+    """``python -m lianlian_async`` runs the command."""
     ended = end(start("--version"))
     assert (ended.exit_code, ended.stderr) == (0, "")
     assert ended.stdout.startswith("lianlian-async ")
@@ -117,20 +117,20 @@ def test_unknown_command_is_a_usage_error():
 
 
 def every(cls):
-    """``cls`` and all of its public subclasses in the error tree."""
+    """Return ``cls`` and all of its public subclasses."""
     tree = [cls, *(found for child in cls.__subclasses__() for found in every(child))]
     return [found for found in tree if found.__module__ == errors.__name__ and not found.__name__.startswith("_")]
 
 
 def test_every_error_has_an_exit_outcome():
-    """No error of the public tree is left to chance, and all exit codes are the documented ones."""
+    """Every public error has its own entry, and every exit code is documented."""
     assert set(every(LianLianError)) == set(EXIT_OUTCOMES)
     assert {name for name, _ in inspect.getmembers(errors, inspect.isclass)} >= {cls.__name__ for cls in EXIT_OUTCOMES}
     assert {ending.exit_code for ending in EXIT_OUTCOMES.values()} == {1, 2, 3, 4, 5}
 
 
 def test_unlisted_error_has_the_outcome_of_its_parent():
-    """An error of a higher floor is at least an error."""
+    """An error class without an entry has the exit outcome of its parent."""
 
     class HigherError(LianLianError):
         pass

@@ -67,7 +67,7 @@ def test_made_refund_exits_0_in_every_encoding(env, encoding):
     assert (process.returncode, stderr) == (0, b"")
     expected = "交易成功".encode("gbk") if encoding == "gbk" else b"\\u4ea4"
     assert expected in stdout
-    assert b"+---" in stdout  # a table that is drawn in ASCII
+    assert b"+---" in stdout  # a table drawn in ASCII
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -122,7 +122,7 @@ def test_pipe_closed_while_printing_keeps_the_exit_code(nowhere, file, monkeypat
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
 def test_full_disk_under_stdout_is_noted(nowhere, file, monkeypatch, capsys):
-    """The exit code tells the outcome, and stderr that the output is incomplete."""
+    """The exit code shows the outcome, and stderr says that the output is incomplete."""
     with stdout_is(monkeypatch, "/dev/full"):
         assert called("batch", file, "--dry-run", env=nowhere, monkeypatch=monkeypatch) == 0
     assert capsys.readouterr().err.endswith("/dev/full: No space left on device; the output is incomplete\n")
@@ -135,7 +135,7 @@ def nowhere(gateway, tmp_path):
 
 
 def called(*arguments, env, monkeypatch):
-    """Run the command in this process with its present streams; return the exit code."""
+    """Run the command in this process with its current streams; return the exit code."""
     for name, text in env.items():
         monkeypatch.setenv(name, text)
     monkeypatch.setattr(sys, "argv", ["lianlian", *map(str, arguments)])

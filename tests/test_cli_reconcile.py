@@ -1,4 +1,4 @@
-"""``lianlian reconcile``: statements against a journal that a session has written, and what --apply makes of it."""
+"""``lianlian reconcile``: compare statements with a session's journal, and update the journal with --apply."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def env(gateway):
 
 @pytest.fixture
 def journal(tmp_path):
-    """Where the journal is."""
+    """The path of the journal."""
     return tmp_path / "journal.sqlite"
 
 
@@ -62,12 +62,12 @@ def file(tmp_path, gateway):
 
 
 def rows(gateway, *numbers):
-    """What a statement says about refunds."""
+    """Return the statement's rows for refunds."""
     return "".join(ROW.format(partner=gateway.oid_partner, **refund(number)) for number in numbers)
 
 
 def send(env, journal, gateway, *numbers, unknown=None, acting=False):
-    """Have refunds made. With ``unknown`` they are broken off, before or after the gateway has carried them out."""
+    """Make refunds; ``unknown``: cancel the calls before or after the gateway carries out the requests."""
 
     async def apply():
         async with SqliteJournal(journal) as opened, RefundSession(Merchant.from_env(env), journal=opened) as session:
@@ -87,7 +87,7 @@ def send(env, journal, gateway, *numbers, unknown=None, acting=False):
 
 
 def entries(journal, *numbers):
-    """What the journal holds of refunds."""
+    """Return the journal's entries."""
 
     async def find():
         async with SqliteJournal(journal) as opened:
@@ -104,8 +104,8 @@ def states(journal, *numbers):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
-def test_what_agrees_is_counted_and_ends_in_success(env, journal, gateway, file, encoding):
-    """In each encoding; a check sum beside the statement may be named with it."""
+def test_agreeing_refunds_are_counted_and_exit_0(env, journal, gateway, file, encoding):
+    """The statement is read in each encoding; its JYMXSUM file may be an argument, too."""
     send(env, journal, gateway, 0, 1)
     file.write_text(rows(gateway, 0, 1), encoding)
     summary = file.with_name(file.name.replace("JYMX", "JYMXSUM"))
@@ -117,7 +117,7 @@ def test_what_agrees_is_counted_and_ends_in_success(env, journal, gateway, file,
     assert "│ agrees               │ 2       │ 20.00 │" in people.stdout
 
 
-def test_what_does_not_agree_is_listed_and_tells_by_the_exit_code(env, journal, gateway, file):
+def test_differences_are_listed_and_exit_3(env, journal, gateway, file):
     send(env, journal, gateway, 0, 5)
     send(env, journal, gateway, 1, unknown=When.AFTER)
     file.write_text(rows(gateway, 0, 1, 2, 3, 3).replace("R-0,", "R-0,x", 1) + rows(gateway, 0))
@@ -137,7 +137,7 @@ def test_what_does_not_agree_is_listed_and_tells_by_the_exit_code(env, journal, 
 
 
 def test_a_journal_may_be_a_database(database, env, gateway, file):
-    """It is owned by the merchant of its sessions, too; the DSN comes from the environment."""
+    """A PostgreSQL journal also has the merchant of its sessions; the DSN comes from the environment."""
     private = env | {"LIANLIAN_DSN": url_of(database), "PGPASSWORD": PASSWORD}
     foreign = file.with_name("JYMX_M2_20261122.txt")
     foreign.write_text("")
@@ -155,7 +155,7 @@ def test_a_journal_may_be_a_database(database, env, gateway, file):
     assert run("reconcile", foreign, env=private).exit_code == 2
 
 
-def test_what_is_no_statement_is_refused(env, journal, gateway, file):
+def test_file_that_is_not_a_statement_is_refused(env, journal, gateway, file):
     send(env, journal, gateway, 0)
     lonely = file.with_name(file.name.replace("JYMX", "JYMXSUM"))
     lonely.write_text("0|0||0||0|")
@@ -172,8 +172,8 @@ def test_what_is_no_statement_is_refused(env, journal, gateway, file):
     assert f"journal: belongs to merchant {gateway.oid_partner}, not M2" in ended.stderr
 
 
-def test_a_full_disk_is_told(env, journal, gateway, file):
-    """The rows that do not fit into memory go into a temporary file."""
+def test_full_disk_is_an_error(env, journal, gateway, file):
+    """An error of the temporary file, which holds the rows, names the cure."""
     send(env, journal, gateway, 0)
     file.write_text(rows(gateway, *range(30_000)))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -190,7 +190,7 @@ def test_a_full_disk_is_told(env, journal, gateway, file):
 
 
 def test_the_gateway_is_asked_first(env, journal, gateway, file):
-    """What it tells is recorded, and signed; nothing is sent again."""
+    """The gateway's signed record is stored in the journal; nothing is sent again."""
     send(env, journal, gateway, 0, unknown=When.AFTER)
     send(env, journal, gateway, 1, 2, unknown=When.AFTER)
     ended = run("reconcile", file, "--journal", journal, "--apply", "--json", env=env)
@@ -202,8 +202,8 @@ def test_the_gateway_is_asked_first(env, journal, gateway, file):
 
 
 @pytest.mark.parametrize("days", [0, 100], ids=["no such record", "too long ago"])
-def test_where_the_gateway_cannot_decide_the_statement_is_evidence(env, journal, gateway, file, days):
-    """The refund then says so, and whoever acts on refunds hears of it."""
+def test_statement_is_evidence_if_the_gateway_has_no_record(env, journal, gateway, file, days):
+    """``Refund.evidence`` is the statement, and ``on_refund`` is called for the refund."""
     send(env, journal, gateway, 0, unknown=When.AFTER if days else When.BEFORE, acting=True)
     gateway.advance(days * 86_400.0)
     assert run("reconcile", file, "--journal", journal, "--apply", env=env).exit_code == 3
@@ -233,8 +233,8 @@ def test_a_signed_record_needs_no_other_evidence():
     assert Refund.from_dict({"sign": "x", "evidence": "of another kind"}).evidence is None
 
 
-def test_what_the_gateway_does_not_answer_stays_unknown(env, journal, gateway, file):
-    """A query that is refused for another reason says nothing about the refund."""
+def test_refund_without_an_answer_stays_unknown(env, journal, gateway, file):
+    """A query that is rejected for another reason leaves the refund unknown."""
     send(env, journal, gateway, 0, unknown=When.AFTER)
     key = SigningKey.generate().to_pem()
     ended = run("reconcile", file, "--journal", journal, "--apply", env=env | {"LIANLIAN_PRIVATE_KEY": key})
@@ -243,7 +243,7 @@ def test_what_the_gateway_does_not_answer_stays_unknown(env, journal, gateway, f
 
 
 def test_another_refund_of_that_number_is_a_conflict(env, journal, gateway, file):
-    """Where the gateway's record contradicts the statement, a person has to decide."""
+    """If the gateway's record contradicts the statement, the refund is a conflict for a person to decide."""
     send(env, journal, gateway, 0, unknown=When.BEFORE)
 
     async def beside():
@@ -257,7 +257,7 @@ def test_another_refund_of_that_number_is_a_conflict(env, journal, gateway, file
 
 
 def test_a_journal_that_fails_ends_the_command(env, journal, gateway, file):
-    """Here it is removed while the gateway is asked."""
+    """If the journal is removed during a query, the command ends with an error."""
     send(env, journal, gateway, 0, unknown=When.AFTER)
 
     async def remove(scope, receive, reply):

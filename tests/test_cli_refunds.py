@@ -11,7 +11,7 @@ from lianlian_async.sandbox import Fault, SandboxGateway
 from lianlian_async.signing import signature_source
 from tests.support.command import end, interruption, run, start, until
 
-# The sample request of LianLian's apply page, as it stands there.
+# The sample request of LianLian's apply page, unchanged.
 SAMPLE = """{
 "oid_partner":"201103171000000000",
 "dt_refund":"20130515094018",
@@ -24,7 +24,7 @@ SAMPLE = """{
 "sign_type ":"RSA",
 "sign":"ZPZULntRpJwFmGNIVKwjLEF2Tze7bqs60rxQ22CqT5J1UlvGo575QK9z/+p+7E9cOoRoWzqR6xHZ6WVv3dloyGKDR0btvrdqPgUAoeaX/YOWzTh00vwcQ+HBtXE+vPTfAqjCTxiiSJEOY7ATCF1q7iP3sfQxhS0nDUug1LP3OLk="
 }"""
-# The fields of its sample response, and the type that each of them has here.
+# The fields of the page's sample response, and their types in this library.
 ANSWER = {
     "ret_code": "str",
     "ret_msg": "str",
@@ -165,7 +165,7 @@ def test_undocumented_fields_are_shown_with_escaped_characters(gateway):
 
 
 def test_a_request_of_another_merchant_is_refused(env, gateway):
-    """A file that names another oid_partner than the configured one is not sent."""
+    """A file with an oid_partner that differs from the configured one is not sent."""
     ended = run("apply", "-", env=env, stdin=SAMPLE.replace("201103171000000000", "201304121000001004"))
     assert ended.exit_code == 2
     assert "oid_partner: must be the configured merchant's, 201103171000000000" in ended.stderr
@@ -193,7 +193,7 @@ def test_a_missing_configuration_names_its_variables():
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"a": "1", "a": "2"}'])
 def test_invalid_message_file_is_a_usage_error(env, text):
-    """What is not a flat JSON object of strings is refused as FILE."""
+    """FILE must be a flat JSON object of strings."""
     ended = run("apply", "-", env=env, stdin=text)
     assert ended.exit_code == 2
     assert "FILE" in ended.stderr
@@ -214,7 +214,7 @@ def test_deadline_must_be_positive(env, deadline):
 
 
 def test_a_rejected_refund_exits_3(env):
-    """A rejection is shown with its code, its message and the cure."""
+    """A rejection is shown with its code, its message and advice."""
     ended = run("apply", *REFUND, "--money-refund", "1000.01", env=env)
     assert ended.exit_code == 3
     assert ended.stderr.startswith("rejected: ")
@@ -242,7 +242,7 @@ def test_a_refund_that_was_not_sent_exits_1(env):
 
 def test_unknown_outcome_exits_4_and_shows_the_query_command(env, gateway):
     """After a lost response the text has the query command, and JSON all facts."""
-    gateway.script(Fault.TOO_MANY, times=2, delay=60.0)  # asking would come after the deadline
+    gateway.script(Fault.TOO_MANY, times=2, delay=60.0)  # a query would start after the deadline
     people, machine = run("apply", *REFUND, env=env), run("apply", *REFUND, "--json", env=env)
     assert people.exit_code == machine.exit_code == 4
     assert "query it with: lianlian query --no-refund R-1 --dt-refund 20130515094018" in people.stderr
@@ -262,7 +262,7 @@ def test_a_forged_answer_exits_5(env, gateway):
 
 
 def test_query_of_unknown_number_exits_1(env):
-    """No such record is an error of its own."""
+    """The answer "no such record" has its own error."""
     ended = run("query", *QUESTION, "--json", env=env)
     assert (ended.exit_code, ended.json["outcome"]) == (1, "not found")
 

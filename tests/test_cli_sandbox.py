@@ -87,7 +87,7 @@ def test_printed_line_sets_the_environment_of_a_shell(served):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_cleanly(served, number):
+def test_signal_ends_the_sandbox_cleanly(served, number):
     """SIGINT and SIGTERM stop the server, remove the environment file, and exit with 0."""
     process, env_file = served
     process.send_signal(number)
@@ -166,7 +166,7 @@ def test_sandbox_options_configure_the_gateway(tmp_path):
     answers = []
 
     def refund(env):
-        # In processes of their own: this one's main thread is busy being the sandbox.
+        # In other processes: the main thread of this process runs the sandbox.
         answers.extend(end(start(*APPLY, "--json", env=env), env).json for _ in range(2))
 
     options = ("--oid-partner", "P1", "--default-order", "2.00", "--repeated", "again", "--fault", "delay=0.0")
@@ -222,8 +222,8 @@ def test_probabilities_beyond_one_are_refused(tmp_path):
 # ── its statement ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_at_the_end_it_states_what_it_has_made(tmp_path):
-    """In a folder the file gets LianLian's name, and what was still to settle is in it: it agrees with the journal."""
+def test_sandbox_writes_a_statement_at_its_end(tmp_path):
+    """In a folder the file gets LianLian's name; it includes refunds not final before, and agrees with the journal."""
     file, journal = write_csv(tmp_path / "refunds.csv", [refund(0), refund(1)]), tmp_path / "journal.sqlite"
 
     def batch(env):
@@ -236,7 +236,7 @@ def test_at_the_end_it_states_what_it_has_made(tmp_path):
     assert (ended.exit_code, ended.json["agrees"]) == (0, 2)
 
 
-def test_a_statement_that_cannot_be_written_is_told(tmp_path):
+def test_unwritable_statement_is_an_error(tmp_path):
     options = ("--notify", "--statement", tmp_path / "none" / "JYMX_M1_20261101.txt")
     ended = sandbox_in_this_process(*options, env_file=tmp_path / "env")
     assert ended.exit_code == 1

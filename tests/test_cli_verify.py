@@ -156,7 +156,7 @@ def test_malformed_signature_is_named(env, sign, reason):
 
 
 def test_control_characters_of_a_message_are_escaped(env, gateway_keys):
-    """Control characters in what is shown are escaped."""
+    """Control characters of a message are escaped in the output."""
     ended = verify(env, signed(gateway_keys, {**ANSWER, "news": "\x1b]0;title\x07"}))
     assert "\x1b" not in ended.stdout
     assert "\\x1b]0;title\\x07" in ended.stdout

@@ -70,7 +70,7 @@ def test_queue_option_takes_a_dsn_without_password(producer, file, database):
 
 
 def test_queued_refunds_are_checked_first(producer, file):
-    """An invalid line is found before anything is enqueued; a merchant's number cannot be compared here."""
+    """An invalid line is found before anything is enqueued; oid_partner is not compared without a merchant."""
     write_csv(file, [refund(1), refund(2, money_refund="0")])
     assert run("batch", file, "--queue", "--yes", env=producer).exit_code == 2
     write_csv(file, [refund(1) | {"oid_partner": "201103171000000000"}])
@@ -193,7 +193,7 @@ def test_a_wrong_gateway_key_ends_the_worker(env, gateway, file, stranger_keys):
 
 
 def test_rejected_configuration_ends_the_worker(env, gateway, file):
-    """A rejection that every refund would get ends the worker with 3, and the refunds stay in the queue."""
+    """A rejection that applies to every refund ends the worker with 3, and the refunds stay in the queue."""
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, times=1000)
     run("batch", file, "--queue", "--yes", env=env)
     ended = run("worker", "--until-empty", "--concurrency", "1", env=env)

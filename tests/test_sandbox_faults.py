@@ -1,4 +1,4 @@
-"""Each fault of the sandbox has its documented effect, when it was requested, and no other."""
+"""Each fault of the sandbox occurs only on request, and has its documented effect only."""
 
 import json
 from decimal import Decimal
@@ -63,7 +63,7 @@ async def test_busy_fault_returns_its_ret_code(ret_code, ret_msg, when, made):
 
 
 async def test_busy_is_unsigned_if_errors_are():
-    """sign_errors holds for scripted codes too."""
+    """sign_errors applies to scripted codes, too."""
     client = client_of(sign_errors=False)
     client.gateway.script(Fault.BUSY)
     assert (await client.apply()).keys() == {"ret_code", "ret_msg"}
@@ -205,7 +205,7 @@ async def test_the_connection_breaks(when, made):
 
 
 async def test_a_late_request_is_carried_out_after_a_query_found_nothing():
-    """8901 now, the refund later: why "no such record" is not to be believed at once."""
+    """8901 now, the refund later: the answer "no such record" must not be believed at once."""
     client = client_of()
     client.gateway.script(Fault.LATE, delay=60.0)
     with anyio.move_on_after(1):
@@ -324,7 +324,7 @@ def test_invalid_probabilities_are_refused(faults):
 
 
 async def test_fault_occurs_at_refused_request_too():
-    """The lost answer can be a refusal: a client cannot tell it from a refund."""
+    """The lost answer can be a rejection: a client cannot distinguish it from a refund."""
     client = client_of()
     client.gateway.script(Fault.RESET)
     with pytest.raises(ConnectionResetError):

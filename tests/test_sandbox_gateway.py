@@ -50,7 +50,7 @@ async def test_the_cross_border_product_answers_as_the_apply_page_says():
 
 
 async def test_domestic_answer_has_no_foreign_currency():
-    """Its apply answer has no dt_refund either; the query answer and the notification have it."""
+    """A domestic apply answer has no dt_refund either; the query answer and the notification have it."""
     client = Client(sandbox())
     applied, found = await client.apply(DOMESTIC), await client.query()
     notified = wire.decode(client.gateway.notification(client.gateway.refunds[0]))
@@ -160,8 +160,8 @@ async def test_a_refund_without_record_is_not_found():
 
 
 @pytest.mark.parametrize("sign_errors", [None, True])
-async def test_the_refusal_of_a_refund_is_signed_and_repeats_it(sign_errors):
-    """Like a genuine refusal; the amount is as it was sent."""
+async def test_rejected_refund_answer_is_signed_and_repeats_the_refund(sign_errors):
+    """The rejection is signed and has the amount as it was sent, like a genuine one."""
     client = Client(sandbox(default_order=None, sign_errors=sign_errors))
     answer = await client.apply(money_refund="0.1")
     assert client.is_signed(answer)
@@ -265,7 +265,7 @@ async def test_gateway_can_carry_out_every_request():
     assert gateway.money_moved("R-1") == 10 * Decimal("200.01")
 
 
-async def test_applications_at_the_same_time_are_not_both_the_first():
+async def test_concurrent_applications_are_carried_out_once():
     """Of many concurrent applications with one number, exactly one is carried out."""
     client, codes = Client(sandbox()), []
 
@@ -282,7 +282,7 @@ async def test_applications_at_the_same_time_are_not_both_the_first():
 # ── audit ────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_books_tell_what_was_made():
+async def test_the_books_have_every_refund():
     """Records are in order, each with its application and state."""
     gateway = sandbox()
     client = Client(gateway)
@@ -357,7 +357,7 @@ def test_key_size_must_be_supported_by_lianlian():
 # ── ASGI ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_server_can_start_and_stop_it():
+async def test_server_lifespan_is_answered():
     """The application answers each lifespan event, then returns."""
     events, sent = iter(["lifespan.startup", "lifespan.shutdown"]), []
 

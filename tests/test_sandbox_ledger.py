@@ -43,7 +43,7 @@ def question(**changes):
 
 
 def refused(call, *args):
-    """Return the code of the refusal that a call raises."""
+    """Return the code of the rejection that a call raises."""
     with pytest.raises(Refusal) as refusal:
         call(*args)
     return refusal.value.ret_code
@@ -62,7 +62,7 @@ def test_an_order_is_refunded_in_parts_until_nothing_is_left():
     assert order.rest(0.0) == 0
 
 
-def test_more_than_the_order_is_refused_by_itself():
+def test_refund_above_the_order_is_rejected():
     """5003 for an amount above the whole order."""
     books = ledger()
     books.add_order(PARTNER, "O-1", Decimal("59.99"))
@@ -158,7 +158,7 @@ def test_a_refund_may_be_settled_from_the_start():
 
 @pytest.mark.parametrize("marked_at", [None, 1.0])
 def test_a_failed_refund_gives_its_money_back(marked_at):
-    """The order can be refunded again once a refund has failed, not while it still may succeed."""
+    """The order can be refunded again after a refund has failed, not while it may still succeed."""
     books = ledger()
     order = books.add_order(PARTNER, "O-1", Decimal("100.00"))
     if marked_at is None:
@@ -184,7 +184,7 @@ def test_a_final_state_never_changes():
 
 
 def test_a_repeated_number_is_rejected():
-    """1002 under REJECT, even if the order's rest would suffice."""
+    """1002 under REJECT, even if the order's remaining amount is sufficient."""
     books = ledger(default_order=Decimal("200.00"))
     books.apply(application(), 0.0)
     assert refused(books.apply, application(), 1.0) == "1002"
@@ -249,7 +249,7 @@ def test_query_by_oid_refundno_is_limited_to_the_merchant():
 
 
 def test_query_after_three_months_is_refused():
-    """3005 once more than three months have passed since the refund was received."""
+    """3005 if more than three months have passed since the refund was received."""
     books = ledger(default_order=Decimal("100.00"))
     record = books.apply(application(), 1000.0)
     assert books.query(question(), 1000.0 + 92 * 86_400) is record

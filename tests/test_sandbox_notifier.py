@@ -114,7 +114,7 @@ async def test_unacknowledged_notification_is_sent_thirty_times(answer):
     assert not any(delivery.acknowledged for delivery in notifying.deliveries)
 
 
-async def test_it_stops_at_the_first_acknowledgement():
+async def test_notifications_stop_at_the_first_acknowledgement():
     """A service that was down gets the notification after its start."""
     gateway, shop = sandbox(settle_after=0), Shop([(503, b""), (None, b""), OK])
     async with notifier(gateway, shop, every=60), session(gateway) as opened:
@@ -179,7 +179,7 @@ async def test_leaving_ends_the_notifications():
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 async def test_invalid_mischief_probability_is_refused(share):
-    """The error comes at once."""
+    """The constructor raises the error."""
     with pytest.raises(ConfigurationError, match="mischief"):
         Notifier(sandbox(), mischief={Mischief.EARLY: share})
 
@@ -197,7 +197,7 @@ async def notified(*mischief, answers=None, **options):
 
 
 async def test_duplicated_sends_once_more():
-    """It is sent once more despite the acknowledgement."""
+    """The notification is sent once more despite the acknowledgement."""
     shop, _ = await notified(Mischief.DUPLICATED)
     assert shop.times == pytest.approx([10, 10])
     assert shop.came[0][1] == shop.came[1][1]
@@ -217,7 +217,7 @@ async def test_reordered_sends_the_first_state_last():
 
 
 async def test_replayed_sends_again_later():
-    """It is sent once more after the interval."""
+    """The notification is sent once more after the interval."""
     shop, _ = await notified(Mischief.REPLAYED)
     assert shop.times == pytest.approx([10, 130])
 

@@ -161,7 +161,7 @@ async def test_body_must_be_a_flat_object_of_strings(client, body):
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/jsonp", "application/json;charset=gbk"])
 async def test_content_type_must_be_json(client, content_type):
-    """9002 for another content type than the pages require."""
+    """9002 for a content type that the pages do not allow."""
     response = await client.send(CROSS_BORDER, json=client.signed(APPLICATION), content_type=content_type)
     assert response.json()["ret_code"] == "9002"
 
@@ -189,7 +189,7 @@ async def test_null_counts_as_absent(client):
 
 
 async def test_only_the_three_calls_exist(client):
-    """404 for any other path, 405 for any other method than POST."""
+    """404 for any other path, 405 for any method except POST."""
     assert (await client.send("/payrefund.htm", content_type=JSON)).status_code == 404
     response = await client.send(CROSS_BORDER, method="GET")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
