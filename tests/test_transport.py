@@ -524,7 +524,7 @@ async def honestly(connection: Connection):
 
 
 async def heartily(connection: Connection):
-    """HttpResponse each request with an empty object."""
+    """Answer each request with an empty object."""
     while await connection.request() is not None:
         await connection.respond(b"{}")
 

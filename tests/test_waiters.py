@@ -1,4 +1,4 @@
-"""Waiters for a final state: by notification or by asking, whichever comes first, and politely."""
+"""Waiting for a final state: a notification or a query ends it, and queries pause between attempts."""
 
 from __future__ import annotations
 
