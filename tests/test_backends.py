@@ -19,14 +19,14 @@ BACKENDS = ("pycryptodome", "openssl")
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """Keys made from here on compute with this backend."""
+    """Select the signing backend for all keys that are created in this test."""
     monkeypatch.setattr(signing, "BACKEND", request.param)
     return request.param
 
 
 @given(source=st.binary(max_size=300))
 def test_both_backends_make_the_same_signature(source):
-    """A signature does not tell which backend made it, and each verifies it."""
+    """Both backends make the same signature, and each verifies it."""
     pair, signatures = keypairs.pair("merchant"), set()
     for name in BACKENDS:
         with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ def test_an_unknown_backend_is_named(monkeypatch):
 
 
 def test_openssl_needs_the_extra(monkeypatch):
-    """Without cryptography, the error tells what to install."""
+    """Without cryptography, the error says what to install."""
     monkeypatch.setattr(signing, "BACKEND", "openssl")
     monkeypatch.setattr(signing, "find_spec", lambda name: None)
     with pytest.raises(signing.ConfigurationError, match=r"lianlian-async\[fast\]"):
@@ -90,7 +90,7 @@ def test_openssl_needs_the_extra(monkeypatch):
 
 
 def signature_where_openssl_refuses(tmp_path, wanted: str) -> subprocess.CompletedProcess[str]:
-    """Have a new process sign, whose OpenSSL allows only FIPS-approved algorithms and has none of these."""
+    """Sign in a new process whose OpenSSL is in FIPS mode and so refuses MD5."""
     configuration = tmp_path / "openssl.cnf"
     configuration.write_text(
         "openssl_conf = init\n[init]\nalg_section = algorithms\n[algorithms]\ndefault_properties = fips=yes\n"

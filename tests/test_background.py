@@ -1,4 +1,4 @@
-"""A task behind an object: it runs until it ends or is cancelled, from wherever that comes."""
+"""Background tasks: they run until they end or are cancelled, by their owner, a thread or the event loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ place = ContextVar("place", default="nowhere")
 
 
 class Watch:
-    """A function that waits for ever, and the marks that it left."""
+    """A function that waits forever, and flags for its start, its clean-up and its end."""
 
     def __init__(self):
         self.begun = anyio.Event()
@@ -71,7 +71,7 @@ async def test_closed_before_it_began():
 
 
 async def test_cancel_from_another_thread():
-    """``cancel_soon`` wakes the event loop."""
+    """``cancel_soon`` works in another thread and wakes the event loop."""
     watch = Watch()
     background = BackgroundTask(watch)
     await watch.begun.wait()
@@ -201,7 +201,7 @@ async def test_complete_is_shielded_from_cancelled_scopes():
 
 
 class ThreadWork:
-    """Blocks a thread until it may end; knows what was undone."""
+    """Blocks a thread until the test releases it, and records the undone results."""
 
     def __init__(self):
         self.begun, self.may_end = threading.Event(), threading.Event()

@@ -472,7 +472,7 @@ def test_other_form_than_declared_is_refused(nowhere, file, options, changes):
     assert problem == f"{name}: does not have the form of {options[0]} {options[1]!r} (got {text!r})"
 
 
-def test_day_of_a_declared_form_must_be_in_the_calendar(nowhere, file):
+def test_day_of_a_declared_form_must_exist(nowhere, file):
     """A date that does not exist is invalid."""
     write_csv(file, [refund(1, dt_refund="2026/11/31 10:20")])
     [(_, problem)] = problems(run("batch", file, "--json", "--date-format", "YYYY/MM/DD hh:mm", env=nowhere))

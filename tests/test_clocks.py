@@ -22,7 +22,7 @@ CALM = {"life": Life.NEW_BOOT, "step": "+600 s", "journal": "sqlite", "backend":
     ids=lambda chosen: " ".join(chosen.values()),
 )
 def test_a_clock_that_is_set_makes_no_refund_twice(chosen, postgres_dsn):
-    """Whatever life the second attempt has: in the end the refund is made once, and known."""
+    """In every scenario, the refund is made exactly once, and its outcome becomes known."""
     scenes = list(clocks.scenes(**chosen))
     results = clocks.play(scenes, postgres_dsn)
     assert {scene: (result.made, result.refund is not None) for scene, result in results.items()} == dict.fromkeys(
@@ -37,13 +37,13 @@ def test_a_clock_that_is_set_makes_no_refund_twice(chosen, postgres_dsn):
 )
 @pytest.mark.parametrize("fate", clocks.FATES)
 def test_processes_on_fresh_boots_settle_within_a_day(fate, wall, postgres_dsn):
-    """One every 10 minutes, each on a boot of its own, whose wall clock may be off by hours."""
+    """A process starts every 10 minutes after a new boot with a wall clock that may be wrong by hours."""
     [result] = clocks.play([Scene(**CALM, fate=fate)], postgres_dsn, wall=wall).values()
     assert (result.made, result.refund is not None) == (1, True)
 
 
 @pytest.mark.parametrize(("fate", "made"), [("late", 1), ("lost", 0)])
 def test_without_dates_a_new_boot_never_sends_again(fate, made, postgres_dsn):
-    """Across boots no clock tells the time since the last send: what has arrived is found, the rest stays unknown."""
+    """Without Date headers, elapsed time is unknown after a boot: arrived refunds are found, others stay unknown."""
     [result] = clocks.play([Scene(**CALM, fate=fate, dates=False)], postgres_dsn, most=12).values()
     assert (result.made, result.refund is not None) == (made, bool(made))

@@ -67,7 +67,7 @@ def kind(error):
 
 
 def told(error):
-    """Return everything that an error holds, inner errors included, as comparable values."""
+    """Return all attributes of an error, inner errors included, as comparable values."""
     if not isinstance(error, Exception):
         return error
     return type(error), str(error), error.args, {name: told(value) for name, value in vars(error).items()}
@@ -178,7 +178,7 @@ def test_unknown_outcome_carries_all_that_a_later_query_needs():
 
 
 def test_the_other_attributes():
-    """Everything that a program may decide by is an attribute, not only part of the message."""
+    """Each fact in a message is also an attribute, so programs need not parse messages."""
     not_sent, absent, busy, conflict, mismatch = (EXAMPLES[at] for at in (3, 6, 8, 9, 11))
     assert (not_sent.no_refund, not_sent.attempts, not_sent.last_error) == ("R-1", 3, "connection refused")
     assert (absent.no_refund, absent.oid_refundno, absent.ret_code) == (None, "2013051613121201", "8901")
@@ -194,7 +194,7 @@ def test_the_other_attributes():
 
 
 def test_problems_are_kept_in_order():
-    """All broken rules are kept, in order, whatever iterable they came in."""
+    """All broken rules are kept in order, from any iterable."""
     problems = [Problem("a", "rule", "1"), Problem("b", "rule", "2")]
     assert InvalidRequest(iter(problems)).problems == tuple(problems)
     assert [problem.field for problem in InvalidRequest(problems).problems] == ["a", "b"]

@@ -49,7 +49,7 @@ def reason(material, password=None, load=SigningKey.load):
 
 
 def value(tag, *contents):
-    """One value in DER; contents that are numbers are an object identifier's arcs."""
+    """Return one DER value; numbers as contents are the arcs of an object identifier."""
     content = b"".join(contents)
     length = len(content).to_bytes(2)
     return bytes([tag]) + (bytes([len(content)]) if len(content) < 128 else b"\x82" + length) + content
@@ -112,14 +112,14 @@ def test_a_pem_without_any_line_break_is_read():
 
 @pytest.mark.parametrize("before", ["", "subject=CN = LianLian\n\n", "Bag Attributes\n    localKeyID: 01\n"])
 def test_a_private_key_behind_a_certificate_is_read(before):
-    """If a private key is needed, the file may also hold a certificate, before or after it."""
+    """A file with a private key may also contain a certificate before or after it."""
     for key, password in ((PAIR.private_pem, None), (PAIR.locked_pem(PASSWORD), PASSWORD), (TRADITIONAL, PASSWORD)):
         for text in (before + CERTIFICATE + before + key, before + key + before + CERTIFICATE):
             assert SigningKey.load(text, password).fingerprint == PAIR.private.fingerprint
 
 
 def test_file_with_a_private_key_is_refused_as_public_key():
-    """Also if a certificate is first, or the key is encrypted: the file is not LianLian's."""
+    """The file is refused even if a certificate comes first or the key is encrypted."""
     for key in (PAIR.private_pem, PAIR.locked_pem(PASSWORD), TRADITIONAL):
         assert "this is a private key" in reason(CERTIFICATE + key, load=VerifyingKey.load)
     encrypted = base64.b64decode("".join(PAIR.locked_pem(PASSWORD).splitlines()[1:-1]))
@@ -160,12 +160,12 @@ EC, ED = ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey.gene
 
 
 def both(key, form=PrivateFormat.PKCS8):
-    """A private key as PEM and as DER."""
+    """Return a private key as PEM and as DER."""
     return [key.private_bytes(encoding, form, PLAIN) for encoding in (Encoding.PEM, Encoding.DER)]
 
 
 def halves(key):
-    """A public key as PEM, DER, text and bare base64."""
+    """Return a public key as PEM, DER, text and bare base64."""
     pem, der = (
         key.public_key().public_bytes(encoding, PublicFormat.SubjectPublicKeyInfo)
         for encoding in (Encoding.PEM, Encoding.DER)
@@ -252,7 +252,7 @@ def test_supported_cipher_needs_the_right_password(password):
 
 
 def test_encrypted_key_of_another_kind():
-    """The message about the password does not claim that it is wrong."""
+    """If the encrypted key may be of another kind, the message does not claim that the password is wrong."""
     key = ED.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, LOCKED)
     assert "the password is wrong, or the key is not an RSA key" in reason(key, PASSWORD)
     assert "give its password" in reason(key)

@@ -31,7 +31,7 @@ def made(**changed):
 
 
 def message_of(make):
-    """The words of the ConfigurationError, after a look that nothing about it shows a key."""
+    """Return the message of the ConfigurationError; check that the error shows no key text."""
     with pytest.raises(ConfigurationError) as caught:
         make()
     shown = "".join(traceback.format_exception(caught.value)) + repr(caught.value.__context__)
@@ -42,7 +42,7 @@ def message_of(make):
 
 
 def write_toml(folder, **settings):
-    """A TOML file of these settings; JSON's strings and lists are TOML's too."""
+    """Write a TOML file with these settings; JSON strings and lists are valid TOML."""
     file = folder / "lianlian.toml"
     file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()), "utf-8")
     return file
@@ -162,7 +162,7 @@ def test_error_shows_a_value_that_is_no_key(value, shown):
 
 
 def test_at_least_one_gateway_key_is_needed():
-    """Without a key of LianLian no answer could be believed."""
+    """Without a key of LianLian no answer can be verified."""
     assert message_of(lambda: made(gateway_public_keys=[])) == (
         "gateway_public_keys: at least one key of LianLian is needed"
     )
@@ -194,7 +194,7 @@ def test_own_public_key_is_refused_as_gateway_key():
 
 @pytest.mark.parametrize("url", ["shop", "ftp://shop.example", "https://shop.example/" + "x" * 108, 5])
 def test_unusable_notify_url_is_refused(url):
-    """The default has the same rules as a request's."""
+    """The default notify_url has the same rules as the notify_url of a request."""
     assert message_of(lambda: made(notify_url=url)).startswith("notify_url: must ")
 
 

@@ -46,7 +46,7 @@ NOT_FOUND = Reply(
 
 
 def exchange(call=Call.APPLY, *, seconds=30.0, **policy):
-    """An exchange that begins now and has ``seconds``."""
+    """Return an exchange whose deadline is ``seconds`` from now."""
     return Exchange(
         call=call,
         url="https://gw.example/",
@@ -58,7 +58,7 @@ def exchange(call=Call.APPLY, *, seconds=30.0, **policy):
 
 
 class Gateway:
-    """The core of the layers: returns ``replies`` in order, the last one for ever, each after ``takes`` seconds."""
+    """The innermost call: returns ``replies`` in order and repeats the last one; each takes ``takes`` seconds."""
 
     def __init__(self, *replies, takes=0.0):
         self.replies = list(replies)
@@ -165,7 +165,7 @@ async def test_empty_budget_allows_no_repetition():
 
 
 async def test_budget_refills():
-    """After some time there is budget again."""
+    """The retry budget refills over time."""
     layer = Retry(TokenBucket(RetryBudget(capacity=2, per_second=0.1)))
     for rest, attempts in ((0, 3), (0, 1), (10, 2), (100, 3)):
         await anyio.sleep(rest)
@@ -197,7 +197,7 @@ async def test_no_attempt_begins_after_the_deadline(left):
 
 
 async def test_repeating_never_overruns_the_deadline():
-    """However slow a gateway is, the last attempt begins before the deadline and ends by it."""
+    """With a gateway of any speed, the last attempt starts and ends before the deadline."""
     gateway = Gateway(UNCERTAIN, takes=3.0)
     layers = [Retry(TokenBucket(RetryBudget())), Attempt()]
     await compose(layers, gateway)(exchange(Call.QUERY, attempts=1000))
@@ -344,7 +344,7 @@ SESSION = {"clock": boot_clock, "retry": RetryPolicy(attempts=3)}
 
 
 async def applied(gateway, *middleware, **options):
-    """What ``apply_refund`` answers or raises over these layers."""
+    """Return the result or the error of ``apply_refund`` with these layers."""
     async with gateway.session(middleware=middleware, **SESSION | options) as session:
         return await session.apply_refund(refund_request())
 
@@ -408,7 +408,7 @@ async def test_layer_that_returns_no_reply(nonsense):
 
 @pytest.mark.parametrize("lie", [NOT_SENT, REJECTED], ids=lambda reply: reply.finding.name)
 async def test_layer_that_denies_a_send_is_not_believed(lie):
-    """A layer that calls a sent refund unsent or rejected is not believed; the query finds the refund."""
+    """If a layer reports a sent refund as not sent or rejected, it is not believed; the query finds the refund."""
     gateway = sandbox()
 
     async def lying(exchange, call_next):
@@ -465,7 +465,7 @@ async def test_refused_second_send_does_not_hide_the_first():
 
 
 class OnlyOneHost(httpx.AsyncBaseTransport):
-    """A transport that reaches the sandbox, and refuses every other host, each in its own time."""
+    """A transport that reaches the sandbox, and cannot connect to any other host; delays are configurable."""
 
     def __init__(self, gateway, *, takes, refuses_after):
         self.inner = httpx.ASGITransport(app=gateway)
@@ -483,7 +483,7 @@ class OnlyOneHost(httpx.AsyncBaseTransport):
 
 @pytest.mark.parametrize(("takes", "refuses_after"), [(1, 2), (2, 1)])
 async def test_two_sends_at_the_same_time(takes, refuses_after):
-    """One of two sends is refused: whichever ends last, the refund may have worked, and is queried."""
+    """If one of two concurrent sends is rejected, in any order, the refund may have worked, and is queried."""
     gateway = sandbox()
     gateway.script(Fault.HTTP_500, call="apply")
     transport = OnlyOneHost(gateway, takes=takes, refuses_after=refuses_after)
@@ -544,7 +544,7 @@ async def test_contradictory_reply_is_refused(parts):
 
 
 async def begun(limiter, count):
-    """When ``count`` callers that come at once get through."""
+    """Return the start times of ``count`` callers that arrive at the same time."""
     times = []
 
     async def caller():
@@ -571,14 +571,14 @@ async def test_burst_starts_at_once_after_an_idle_time():
 
 
 async def test_idle_time_saves_one_burst_at_most():
-    """However long nobody came, the callers after the burst are spaced."""
+    """After any idle time, the callers after the burst are spaced."""
     limiter = RateLimit(1)
     await anyio.sleep(1000)
     assert await begun(limiter, 3) == pytest.approx([1000, 1001, 1002])
 
 
 async def test_a_rate_limit_serves_in_order():
-    """The first to come starts first."""
+    """Callers start in the order of their arrival."""
     limiter = RateLimit(1)
     order = []
 
@@ -594,7 +594,7 @@ async def test_a_rate_limit_serves_in_order():
 
 
 async def test_a_cancelled_waiter_does_not_speed_up_the_others():
-    """The place of a cancelled waiter is lost: the rate is kept."""
+    """The start of a cancelled waiter is wasted, so the rate is never exceeded."""
     limiter = RateLimit(1)
     times = []
 
@@ -616,7 +616,7 @@ async def test_a_cancelled_waiter_does_not_speed_up_the_others():
 
 @pytest.mark.parametrize(("per_second", "burst"), [(0, 1), (-1, 1), (math.nan, 1), (1, 0), ("4", 1), (1, True)])
 async def test_unusable_rate_is_refused(per_second, burst):
-    """A rate or burst that would let nobody start is refused."""
+    """A rate or burst with which no caller could start is refused."""
     with pytest.raises(ConfigurationError, match="RateLimit"):
         RateLimit(per_second, burst=burst)
 

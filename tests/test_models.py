@@ -1,4 +1,4 @@
-"""Requests, queries and refunds: what breaks a rule is never made, and nothing that came is lost."""
+"""Requests, queries and refunds: invalid requests are refused, and no received field is lost."""
 
 import copy
 import pickle
@@ -48,12 +48,12 @@ numbers = numbers.filter(
         and unicodedata.is_normalized("NFKC", text)
     )
 )
-"""What a new refund may be called."""
+"""Valid numbers of new refunds."""
 identifiers = st.text(
     st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"], exclude_characters=invisible), min_size=1
 )
 identifiers = identifiers.filter(lambda text: text == text.strip())
-"""What an order may be called that exists."""
+"""Valid numbers of existing orders."""
 urls = st.from_regex(r"https?://[a-z]{1,20}\.example(:[1-9][0-9]{0,3})?(/[!-~]{0,30})?", fullmatch=True)
 requests = st.fixed_dictionaries(
     {
@@ -131,13 +131,13 @@ def test_every_request_can_be_signed_and_sent(request):
 
 @given(requests)
 def test_query_of_a_request(request):
-    """It has the refund's own number, time and merchant."""
+    """The query has the refund's number, dt_refund and trader_refund."""
     asked = {"no_refund": request.no_refund, "dt_refund": request.dt_refund, "trader_refund": request.trader_refund}
     assert request.query() == RefundQuery(**asked)
 
 
 def test_all_broken_rules_are_reported_together():
-    """One error has the wire name, rule and value of each."""
+    """One error contains the wire name, the rule and the value of each broken rule."""
     found = problems_of(
         lambda: RefundRequest(
             no_refund="",
@@ -156,7 +156,7 @@ def test_all_broken_rules_are_reported_together():
 
 
 def test_order_or_payment_number_is_required():
-    """One of them, or both, are accepted; neither is refused."""
+    """One or both of the numbers are accepted; a request without any is refused."""
     rest = {name: value for name, value in MINIMAL.items() if name != "no_order"}
     assert RefundRequest(**rest, oid_paybill="P-1").no_order is None
     assert RefundRequest(**MINIMAL, oid_paybill="P-1").to_dict().keys() > {"no_order", "oid_paybill"}
@@ -222,7 +222,7 @@ ORDERS = ["订单（2026）01", "ORD 1", "e\u0301", "①", "a\u00a0b", "R\u2800"
 
 @pytest.mark.parametrize("text", ORDERS)
 def test_an_order_that_exists_stays_refundable(text):
-    """The name of an order, a payment or an earlier refund is a fact; only new refund numbers are restricted."""
+    """Numbers of existing orders, payments and refunds cannot be changed, so only new refund numbers are restricted."""
     assert the_request(no_order=text, oid_paybill=text).to_dict()["no_order"] == text
     assert the_query(no_refund=text).no_refund == text
     assert set(problems_of(lambda: the_request(no_refund=text))) == {"no_refund"}
@@ -342,7 +342,7 @@ def test_other_urls_may_be_longer():
     ids=["80 characters", "81 characters", "long text", "number", "list"],
 )
 def test_a_problem_shows_its_value_shortened(value, shown):
-    """However long a wrong value is, the error stays readable."""
+    """An error shows at most 80 characters of a wrong value."""
     assert problems_of(lambda: RefundRequest(**MINIMAL | {"money_refund": value}))["money_refund"].value == shown
 
 
@@ -367,7 +367,7 @@ def test_missing_and_unknown_keys_are_named_together(cls):
 
 @pytest.mark.parametrize("cls", [RefundRequest, RefundQuery])
 def test_missing_and_unknown_fields_are_an_invalid_request(cls):
-    """All of them are named together, also for keyword arguments."""
+    """One error names all missing and unknown fields, also for keyword arguments."""
     assert problems_of(cls)["dt_refund"].rule == "is required"
     found = problems_of(lambda: cls(no_refund="R-1", money="10.00"))
     assert found["dt_refund"].rule == "is required"
@@ -571,7 +571,7 @@ def test_a_refund_shows_no_signature():
 
 
 def test_query_of_a_refund():
-    """It has the merchant's number, or LianLian's if that is the only one."""
+    """The query has the merchant's number, or LianLian's number if there is no other."""
     assert Refund.from_dict(SAMPLE).query() == RefundQuery(no_refund="2013051500001", dt_refund="20130515094018")
     alone = Refund.from_dict({"oid_refundno": "2013051613121201", "dt_refund": "20130515094018"})
     assert alone.query() == RefundQuery(oid_refundno="2013051613121201", dt_refund="20130515094018")

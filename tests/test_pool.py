@@ -1,4 +1,4 @@
-"""The connection pool: the connection used last is taken first, nothing leaks, and requests wait in order."""
+"""The connection pool: the most recently used connection is reused first, nothing leaks, and requests wait in order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def pool_of(max_connections, **options):
 
 
 async def fetch(pool, url, /, **timeouts):
-    """One whole request over ``pool``."""
+    """Send one request over ``pool``, and return the body of its response."""
     timeout = {"connect": 5.0, "read": 5.0, "write": 5.0, "pool": 5.0, **timeouts}
     request = httpx.Request("POST", url, content=b"{}", extensions={"timeout": timeout})
     response = await pool.handle_async_request(request)
@@ -57,7 +57,7 @@ async def until(condition):
 
 
 class Holding:
-    """A server's handler that answers only once it is told to: with the number of the connection."""
+    """A server's handler that waits for permission, then responds with the number of the connection."""
 
     def __init__(self):
         self.waiting = []
@@ -83,7 +83,7 @@ async def test_connection_is_reused():
 
 
 async def test_the_connection_used_last_is_taken_first():
-    """With little traffic few connections are used, so that the others expire."""
+    """With little traffic, few connections are used, so the other connections expire."""
     handler = Holding()
     async with serving(handler) as server, pool_of(4) as pool:
         async with anyio.create_task_group() as tasks:
@@ -148,7 +148,7 @@ async def test_closing_the_pool_closes_its_idle_connections():
 
 
 async def test_connection_released_after_the_close_is_closed():
-    """A request that outlives its pool is answered, and its connection is closed."""
+    """A request that ends after the pool was closed gets its response, and its connection is closed."""
     handler = Holding()
     async with serving(handler) as server:
         async with anyio.create_task_group() as tasks, pool_of(1) as pool:
@@ -164,7 +164,7 @@ async def test_connection_released_after_the_close_is_closed():
 
 
 async def test_no_more_than_max_connections_are_open():
-    """However many requests there are, each waits for a free connection."""
+    """Requests beyond max_connections wait for a free connection."""
     most = 0
 
     async def handler(connection: Connection):
@@ -215,7 +215,7 @@ async def test_without_a_pool_timeout():
 
 
 async def assert_all_free(pool, server: Server, slots):
-    """All of the pool's places are free: that many requests run at the same time, and none waits."""
+    """Check that all slots of the pool are free: as many requests run at the same time without waiting."""
     barrier = 0
 
     async def meet():

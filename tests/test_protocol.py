@@ -1,4 +1,4 @@
-"""The sans-IO protocol: what goes out, and that reading whatever comes back is total, strict and never gullible."""
+"""The sans-IO protocol: outgoing fields and signatures; strict reading of any HTTP response without an exception."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def assert_uncertain(reply, error):
 
 
 def test_fields_of_an_apply_call():
-    """They are the documented ones, in wire form, with the merchant's number and default notify_url."""
+    """An apply call has the documented fields in wire form, with the merchant's number and default notify_url."""
     assert APPLY.asked == {
         "oid_partner": OID_PARTNER,
         "sign_type": "RSA",
@@ -102,7 +102,7 @@ def test_notify_url_of_the_request_overrides_the_merchants():
 
 
 def test_notify_url_is_required():
-    """If neither request nor merchant has one, the error says so before anything is signed."""
+    """If neither request nor merchant has a notify_url, InvalidRequest is raised before anything is signed."""
     protocol = PROTOCOL._replace(merchant=attrs.evolve(PROTOCOL.merchant, notify_url=None))
     with pytest.raises(InvalidRequest) as caught:
         protocol.apply_fields(refund_request())
@@ -110,7 +110,7 @@ def test_notify_url_is_required():
 
 
 def test_fields_of_a_query_call():
-    """They are the documented ones."""
+    """A query call has the documented fields."""
     asked = PROTOCOL.query_fields(RefundQuery(oid_refundno="2013051613121201", dt_refund=EPOCH))
     assert asked == {
         "oid_partner": OID_PARTNER,
@@ -154,7 +154,7 @@ def test_refund_remembers_the_dt_refund_of_the_request():
 
 @pytest.mark.parametrize("text", ["10.00", "10.0", "10", "10.000"])
 def test_money_is_compared_by_value(text):
-    """Another spelling of the same amount is the same amount."""
+    """10.0 and 10.00 are the same amount."""
     assert read(APPLY, made(APPLY.asked, money_refund=text)).finding is Finding.FOUND
 
 
@@ -172,7 +172,7 @@ def test_money_is_compared_by_value(text):
 )
 @both_calls
 def test_signed_success_about_another_refund_is_uncertain(asking, field, text):
-    """A valid signature does not help an answer that names another merchant or refund, or none."""
+    """A signed answer with another merchant or refund, or without any, is UNCERTAIN."""
     reply = read(asking, made(asking.asked, **{field: text}))
     assert_uncertain(reply, AnswerMismatch)
     assert reply.error.field == field
@@ -190,7 +190,7 @@ def test_signed_apply_success_needs_a_readable_amount(text):
 
 @pytest.mark.parametrize("text", ["10.01", "11.00", "1.00", "10.001"])
 def test_a_signed_success_with_another_amount_is_a_conflict(text):
-    """The number belongs to another refund: the error carries the gateway's record of it."""
+    """The gateway uses the number for another refund: the error contains the gateway's record."""
     reply = read(APPLY, made(APPLY.asked, money_refund=text))
     assert (reply.finding, reply.refund) == (Finding.CONFLICT, None)
     assert (reply.error.field, reply.error.ours, reply.error.theirs) == ("money_refund", "10.00", text)
@@ -207,7 +207,7 @@ def test_a_signed_success_with_another_time_is_a_conflict(asking):
 @both_calls
 @pytest.mark.parametrize("text", ["yesterday", "20260199000000"])
 def test_signed_success_with_an_unreadable_time_is_uncertain(asking, text):
-    """It proves neither this refund nor another one."""
+    """An unreadable dt_refund proves neither this refund nor another one."""
     reply = read(asking, made(asking.asked, dt_refund=text))
     assert_uncertain(reply, AnswerMismatch)
     assert reply.error.field == "dt_refund"
@@ -215,7 +215,7 @@ def test_signed_success_with_an_unreadable_time_is_uncertain(asking, text):
 
 @pytest.mark.parametrize("text", ["10.01", None])
 def test_query_accepts_any_amount(text):
-    """A query has no amount."""
+    """A query has no amount, so the answer may have any amount."""
     assert read(QUERY, made(QUERY.asked, money_refund=text)).finding is Finding.FOUND
 
 
@@ -230,7 +230,7 @@ def test_later_query_repeats_trader_refund(trader):
 
 
 def test_query_by_oid_refundno():
-    """The answer must repeat oid_refundno; the merchant's own number may be any."""
+    """The answer must repeat oid_refundno; it may have any no_refund."""
     asking = exchange(Call.QUERY, PROTOCOL.query_fields(RefundQuery(oid_refundno="2013051613121201", dt_refund=EPOCH)))
     assert read(asking, made(asking.asked)).finding is Finding.FOUND
     assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch)
@@ -238,7 +238,7 @@ def test_query_by_oid_refundno():
 
 
 def test_query_by_both_numbers():
-    """The answer must repeat one of them, and contradict neither."""
+    """The answer must repeat one of the two numbers, and contradict neither."""
     query = RefundQuery(no_refund="R-1", oid_refundno="2013051613121201", dt_refund=EPOCH)
     asking = exchange(Call.QUERY, PROTOCOL.query_fields(query))
     assert read(asking, made(asking.asked, no_refund=None)).finding is Finding.FOUND
@@ -253,7 +253,7 @@ def test_query_by_both_numbers():
 @both_calls
 @pytest.mark.parametrize("ret_code", sorted(CODES))
 def test_no_answer_with_a_wrong_signature_is_believed(asking, ret_code):
-    """Whatever its code, an answer that another key signed proves nothing."""
+    """An answer with a signature of another key proves nothing, whatever its code."""
     fields = {**made(asking.asked), "ret_code": ret_code}
     assert_uncertain(read(asking, sealed(fields, STRANGER.private)), SignatureInvalid)
 
@@ -286,7 +286,7 @@ def test_unsigned_field_is_named_in_the_error(asking, unsigned, said):
 
 
 def test_both_keys_of_a_rotation_are_known():
-    """During a rotation answers signed by either key are believed, and by no third."""
+    """During a rotation, answers with a signature of either key are believed, and of no other key."""
     rotating = PROTOCOL._replace(gateway_keys=(STRANGER.public, GATEWAY.public))
     fields = {name: text for name, text in made(APPLY.asked).items() if name not in ("sign", "sign_type")}
     for key, known in (
@@ -438,7 +438,7 @@ def test_malformed_answers(asking, body):
 
 
 def test_apply_call_that_was_not_sent():
-    """It is RefundNotSent, with its cause."""
+    """An apply call that was not sent is RefundNotSent, with its cause."""
     cause = OSError("refused")
     reply = PROTOCOL.read(attrs.evolve(APPLY, attempt=3), NoResponse("ConnectError: refused", False, cause))
     assert reply.finding is Finding.NOT_SENT
@@ -498,7 +498,7 @@ def test_retry_after_is_read_in_seconds(asking, headers, seconds):
 
 
 def assert_lawful(asking, fields, reply):
-    """``reply`` is one of the few things it may be, and FOUND only where that is proved."""
+    """Check that ``reply`` is consistent, and FOUND only with a valid signature and the right identity."""
     assert isinstance(reply, Reply)
     if reply.finding is not Finding.FOUND:
         assert isinstance(reply.error, LianLianError)
@@ -542,7 +542,7 @@ def test_reading_never_raises(asking, status, headers, body):
 
 
 def test_changed_byte_of_a_notification():
-    """Whatever one byte is changed to, only the signed content is believed."""
+    """A notification with one changed byte is refused, unless its signed content is the same."""
     genuine = notification(ret_code="0000", ret_msg="交易成功", rate="", extra="\\ 退款")
     signed, believed = signature_source(wire.decode(genuine)), 0
     for place in range(len(genuine)):
@@ -571,7 +571,7 @@ alterations = st.lists(st.tuples(st.sampled_from(NAMES), texts | st.none()), max
     signer=st.sampled_from([GATEWAY.private, STRANGER.private]),
 )
 def test_nearly_right_answers(asking, before, after, signer):
-    """A signed answer with fields changed, added and removed, before or after signing, is never overrated."""
+    """A signed answer with fields changed, added or removed, before or after signing, is FOUND only if it is proved."""
 
     def altered(fields, changes):
         fields = {**fields, **dict(changes)}

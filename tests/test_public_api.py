@@ -1,4 +1,4 @@
-"""The public face: the names and signatures that other programs are written against, and what importing them costs."""
+"""The public API: its names and signatures, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def keywords(function):
-    """The parameters of ``function`` with their defaults, but for self; ``...`` stands for none."""
+    """Return the parameters of ``function`` with their defaults, without self; ``...`` means no default."""
     return {
         name: ... if parameter.default is parameter.empty else parameter.default
         for name, parameter in inspect.signature(function).parameters.items()
@@ -34,7 +34,7 @@ def keywords(function):
 
 
 def test_the_face_is_explicit_sorted_and_complete():
-    """``__all__`` is sorted, every name in it exists, and every public class or function of the face is in it."""
+    """``__all__`` is sorted, every name in it exists, and it contains every public class and function."""
     assert dir(lianlian_async) == sorted(set(lianlian_async.__all__))
     assert all(getattr(lianlian_async, name) is not None for name in lianlian_async.__all__)
     offered = {
@@ -44,7 +44,7 @@ def test_the_face_is_explicit_sorted_and_complete():
 
 
 def test_unknown_name_is_an_attribute_error():
-    """A name that the package does not have is reported as Python does it."""
+    """An unknown name raises AttributeError with Python's own message."""
     with pytest.raises(AttributeError, match="module 'lianlian_async' has no attribute 'RefundSesion'"):
         _ = lianlian_async.RefundSesion
 
@@ -65,13 +65,13 @@ def test_importing_the_package_alone_is_quick():
     ],
 )
 def test_the_design_s_names_are_there(name):
-    """What the design promises can be imported from the package itself."""
+    """All names of the design can be imported from the package itself."""
     assert name in lianlian_async.__all__
     assert getattr(lianlian_async, name).__doc__
 
 
 def test_the_whole_error_tree_is_on_the_face():
-    """Every error that may reach a caller is importable from the package, and is a LianLianError that says when."""
+    """Every public error is importable from the package, is a LianLianError, and has a docstring."""
     tree = {
         name
         for name, value in vars(errors).items()
@@ -89,7 +89,7 @@ def test_the_whole_error_tree_is_on_the_face():
 
 
 def test_the_version_is_the_installed_one():
-    """``__version__`` is what pip knows."""
+    """``__version__`` equals the version of the installed distribution."""
     assert lianlian_async.__version__ == version("lianlian-async")
 
 
@@ -118,7 +118,7 @@ def test_the_session_takes_what_the_design_says():
 
 
 def test_the_merchant_takes_what_the_design_says():
-    """Merchant's settings and its two other sources."""
+    """Merchant has the documented settings and the constructors from_env and from_toml."""
     options = keywords(lianlian_async.Merchant)
     assert list(options)[:3] == ["oid_partner", "private_key", "gateway_public_keys"]
     assert options["notify_url"] is None
@@ -135,7 +135,7 @@ def test_the_endpoints_are_those_of_lianlians_pages():
 
 
 def test_the_retry_policy_is_the_design_s():
-    """Four attempts, half a second to eight, doubled, and a quarter of an hour until absence is believed."""
+    """Four attempts, backoff from 0.5 to 8 seconds with multiplier 2, and 15 minutes until NOT_FOUND is believed."""
     options = keywords(lianlian_async.RetryPolicy)
     expected = {
         "attempts": 4,
@@ -149,7 +149,7 @@ def test_the_retry_policy_is_the_design_s():
 
 
 def test_the_keys_have_the_design_s_verbs():
-    """Signing keys sign, verifying keys verify, and both are loaded from whatever holds a key."""
+    """Signing keys sign, verifying keys verify, and both are loaded by ``load``."""
     assert keywords(lianlian_async.SigningKey.load)["password"] is None
     assert keywords(lianlian_async.SigningKey.generate) == {"bits": 2048}
     assert list(keywords(lianlian_async.SigningKey.sign)) == ["source"]
@@ -158,14 +158,14 @@ def test_the_keys_have_the_design_s_verbs():
 
 
 def test_refund_many_takes_what_the_design_says():
-    """A session, requests, and how many at a time under which journal."""
+    """refund_many takes a session, requests, a concurrency and a journal."""
     options = keywords(lianlian_async.refund_many)
     assert list(options)[:2] == ["session", "requests"]
     assert (options["concurrency"], options["journal"]) == (None, None)
 
 
 def test_the_notification_endpoint_takes_what_the_design_says():
-    """A merchant and a handler, with or without a journal; bytes and headers in, status, headers and bytes out."""
+    """It takes a merchant and a handler; ``handle`` takes bytes and headers, and returns status, headers and body."""
     options = keywords(lianlian_async.NotificationEndpoint)
     assert list(options)[:2] == ["merchant", "on_refund"]
     assert (options["journal"], options["session"], options["confirm"], options["inbox"]) == (None, None, False, False)
@@ -174,7 +174,7 @@ def test_the_notification_endpoint_takes_what_the_design_says():
 
 @pytest.mark.parametrize("layer", [Retry, Limit, Attempt, Observer])
 def test_the_stock_layers_are_middleware(layer):
-    """Each stock layer is called as the Middleware protocol says: an exchange, and what comes next."""
+    """Each built-in layer implements the Middleware protocol: it is called with an exchange and ``call_next``."""
     assert inspect.iscoroutinefunction(layer.__call__)
     assert list(keywords(layer.__call__)) == list(keywords(Middleware.__call__)) == ["exchange", "call_next"]
     assert hasattr(RateLimit, "__aenter__")
@@ -189,7 +189,7 @@ EXTRAS = {
 
 
 def modules_after(statement):
-    """The top-level modules of a fresh process that has run ``statement``, and all of the package's own."""
+    """Return the modules that a new process has imported after ``statement``: top-level ones, and ours in full."""
     probe = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     modules = json.loads(done.stdout)
@@ -208,7 +208,7 @@ def test_importing_the_package_imports_no_extra():
 
 
 def imported(file):
-    """The top-level names of everything that a module imports, anywhere in it, for type checkers too."""
+    """Return the top-level names of all imports in a module, including imports for type checkers."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -223,7 +223,7 @@ LOWER = ["errors", "codes", "wire", "signing", "models", "merchant", "retry", "e
 
 @pytest.mark.parametrize("module", LOWER)
 def test_the_lower_floors_know_no_network_no_loop_no_clock_and_no_dice(module):
-    """What decides is pure: time and randomness are its arguments, and it waits for nothing."""
+    """Decision modules are pure: time and randomness are arguments, and they never wait."""
     forbidden = {"httpx", "httpcore", "anyio", "asyncio", "trio", "sniffio", "time", "random", "secrets", "socket"}
     assert not imported(PACKAGE / f"{module}.py") & forbidden
 
@@ -253,7 +253,7 @@ def test_each_dependency_has_one_home(library, homes):
 
 
 def test_the_typing_test_uses_every_name_of_the_face():
-    """What the type checkers are shown is the whole face."""
+    """The typing test uses every public name."""
     used = {
         alias.name
         for node in ast.walk(ast.parse((HERE / "typing_public_api.py").read_text("utf-8")))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Watched(SigningKey):
-    """A real key that notes in which thread it signs, and can be held up there."""
+    """A real key that records in which thread it signs, and that can be blocked there."""
 
     __slots__ = ("go_on", "threads")
 
@@ -49,7 +49,7 @@ async def rsa(merchant, key):
 
 
 async def opened(merchant, key):
-    """A thread that has measured ``key``, which from now on waits to be let go on."""
+    """Return an RsaWorker for ``key``; from now on ``key`` blocks until the test releases it."""
     key.go_on.set()
     thread = await RsaWorker.open(attrs.evolve(merchant, private_key=key))
     key.go_on.clear()
@@ -82,7 +82,7 @@ async def test_each_caller_gets_its_own_signature(rsa, key, merchant_keys):
 
 
 class Instant(SigningKey):
-    """A key whose signatures cost nothing, and are none."""
+    """A key that signs instantly with invalid signatures."""
 
     __slots__ = ()
 
@@ -91,7 +91,7 @@ class Instant(SigningKey):
 
 
 class Slow(Watched):
-    """A real key that takes more time than a visit may."""
+    """A real key that takes longer than LONGEST_VISIT."""
 
     __slots__ = ()
 
@@ -233,7 +233,7 @@ async def test_leader_cancelled_during_the_visit(rsa, key):
 
 
 class Gate:
-    """Lets one signature pass for each ``release``, and tells by ``started`` that one has begun."""
+    """Allows one signature for each ``release``; ``started`` is released when a signature begins."""
 
     def __init__(self):
         self.passes, self.started = threading.Semaphore(0), threading.Semaphore(0)
@@ -246,7 +246,7 @@ class Gate:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_job_in_the_visit_of_a_cancelled_leader(rsa, key):
-    """Its caller leads the next visit, may find the job taken, and gets its own signature."""
+    """The caller of such a job leads the next visit, may find the job taken, and still gets its own signature."""
     gate = key.go_on = Gate()
     busy, bodies = threading.Event(), {}
 

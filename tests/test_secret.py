@@ -1,4 +1,4 @@
-"""No key, passphrase or password is in a frame, an argument or the chain of an error that leaves the package."""
+"""Errors of the package contain no key, passphrase or password: in no frame, argument or chained error."""
 
 import json
 import traceback
@@ -28,12 +28,12 @@ NUMBER = "201103171000000000"
 
 
 def body(pem):
-    """A piece of a key's text, which every copy of the key holds, whatever became of its line breaks."""
+    """Return a part of a key's text that occurs in every copy of the key, also with other line breaks."""
     return pem.splitlines()[3]
 
 
 def damaged(pem):
-    """The key without its second line."""
+    """Return the key without its second line."""
     lines = pem.splitlines(keepends=True)
     return "".join([*lines[:2], *lines[3:]])
 
@@ -154,7 +154,7 @@ def test_frames_of_the_caller_keep_their_variables():
 
 
 def test_suppressed_context_is_removed():
-    """An error raised ``from None`` holds no other whose text may quote a secret; a cause is kept."""
+    """An error raised ``from None`` has no context, whose text may quote a secret; an explicit cause is kept."""
 
     @without_locals
     def unwanted():
@@ -213,14 +213,14 @@ DSN = "postgresql://clerk:correct-horse@127.0.0.1:1/books"
     "dsn", ["correct-horse", "postgresql://clerk:correct-horse@[::1/books", "password=correct-horse b"]
 )
 def test_unreadable_dsn_is_in_no_frame(dsn):
-    """It is neither in a frame nor in the chain of the error."""
+    """An unreadable DSN is neither in a frame nor in the chain of the error."""
     with pytest.raises(ConfigurationError) as caught:
         PostgresJournal(dsn)
     assert leaks(caught.value, "correct-horse") == []
 
 
 def test_unreachable_database_leaves_no_password():
-    """Neither our frames nor the driver's hold the DSN."""
+    """The DSN is neither in our frames nor in the driver's frames."""
 
     async def main():
         async with PostgresJournal(DSN):
@@ -235,7 +235,7 @@ def test_unreachable_database_leaves_no_password():
 @pytest.mark.parametrize("check", [stores.check_place, stores._check_dsn, stores.check_journal])
 @pytest.mark.parametrize("dsn", [DSN, "postgresql://clerk:correct-horse@[::1/books", "mysql://correct-horse"])
 def test_password_on_the_command_line_is_in_no_frame(check, dsn):
-    """The command refuses it."""
+    """The command refuses a password as an argument, and no frame contains it."""
     option = click.Option(["--dsn"])
     context = click.Context(click.Command("x"))
     context.set_parameter_source("dsn", click.core.ParameterSource.COMMANDLINE)
@@ -246,7 +246,7 @@ def test_password_on_the_command_line_is_in_no_frame(check, dsn):
 
 @pytest.mark.parametrize("password", [PASSWORD, ""])
 def test_unwritable_key_pair_leaves_no_password(tmp_path, monkeypatch, password):
-    """The command holds password and private key when it finds that the folder does not exist."""
+    """The command fails after it has generated the key, because the folder does not exist."""
     monkeypatch.setenv("SHOP_PASSWORD", password)
     arguments = ["--bits", "1024", "--out", str(tmp_path / "no" / "a.pem"), "--password-env", "SHOP_PASSWORD"]
     with pytest.raises(ConfigurationError) as caught:

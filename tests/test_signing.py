@@ -1,4 +1,4 @@
-"""Signatures and keys: checked against ``cryptography``; no key text in anything that is shown."""
+"""Signatures and keys: compared with ``cryptography``; no output contains key text."""
 
 import base64
 import copy
@@ -91,7 +91,7 @@ PUBLIC_FORMS = {
 
 
 def dressings(content, folder):
-    """Every way in which a user may hand ``content`` over."""
+    """Return every form in which a user may pass the key ``content``."""
     file = folder / "lianlian.key"
     file.write_bytes(content)
     yield content
@@ -107,7 +107,7 @@ def dressings(content, folder):
 
 
 def assert_shows_nothing(error, *secrets):
-    """Neither the error nor anything that hangs on it contains eight characters of key text in a row."""
+    """Check that neither the error nor its chain contains eight consecutive characters of key text."""
     seen = [error]
     while seen[-1].__cause__ or seen[-1].__context__:
         seen.append(seen[-1].__cause__ or seen[-1].__context__)
@@ -119,7 +119,7 @@ def assert_shows_nothing(error, *secrets):
 
 
 def body_of(content):
-    """The secret text of a key: PEM's armour is none."""
+    """Return the secret text of a key, without the PEM header and footer."""
     text = content if content.isascii() else bare(content)
     return "".join(line for line in text.decode().splitlines() if "-----" not in line and ":" not in line)
 
@@ -159,7 +159,7 @@ def test_the_order_of_fields_does_not_matter(fields, random):
 
 @pytest.fixture(params=["pycryptodome", "openssl"])
 def backend(request, monkeypatch):
-    """What computes signatures; the keys that are loaded from now on use it."""
+    """Select the signing backend for all keys that are loaded in this test."""
     monkeypatch.setattr(signing, "BACKEND", request.param)
     return request.param
 
@@ -280,7 +280,7 @@ def test_a_public_key_is_loaded_in_every_form(form, tmp_path):
 @pytest.mark.parametrize("form", LOCKED_FORMS)
 @pytest.mark.parametrize("password", [PASSWORD, PASSWORD.encode()], ids=["str", "bytes"])
 def test_an_encrypted_key_opens_with_its_password(form, password, tmp_path):
-    """A password of any script opens the key as OpenSSL would: it is UTF-8."""
+    """A password is encoded as UTF-8, as by OpenSSL."""
     for material in dressings(LOCKED_FORMS[form], tmp_path):
         assert SigningKey.load(material, password).fingerprint == PAIR.private.fingerprint
 
@@ -389,7 +389,7 @@ def test_unsupported_sizes_are_not_generated(bits):
 
 @pytest.mark.parametrize("form", PUBLIC_FORMS)
 def test_public_key_in_place_of_the_private_one(form):
-    """The error says so."""
+    """The error says that this is a public key."""
     with pytest.raises(ConfigurationError, match="private key: this is a public key") as caught:
         SigningKey.load(PUBLIC_FORMS[form])
     assert_shows_nothing(caught.value, body_of(PUBLIC_FORMS[form]))
@@ -397,7 +397,7 @@ def test_public_key_in_place_of_the_private_one(form):
 
 @pytest.mark.parametrize("form", PRIVATE_FORMS)
 def test_private_key_in_place_of_a_public_one(form):
-    """The error says so, without showing the key."""
+    """The error says that this is a private key, and does not show it."""
     with pytest.raises(ConfigurationError, match="public key: this is a private key") as caught:
         VerifyingKey.load(PRIVATE_FORMS[form])
     assert_shows_nothing(caught.value, body_of(PRIVATE_FORMS[form]))
@@ -497,7 +497,7 @@ def test_a_key_that_is_too_short_is_refused():
 @pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
 @pytest.mark.parametrize("encoding", [Encoding.PEM, Encoding.DER])
 def test_an_elliptic_curve_key_is_refused(form, encoding):
-    """LianLian uses RSA; the error says that this is another kind."""
+    """LianLian uses RSA only; the error names the other kind of key."""
     content = ec.generate_private_key(ec.SECP256R1()).private_bytes(encoding, form, PLAIN)
     with pytest.raises(ConfigurationError, match=r"elliptic-curve|not a readable RSA key") as caught:
         SigningKey.load(content)
@@ -605,6 +605,6 @@ def test_a_public_key_survives_pickling():
 
 
 def test_oracle_refuses_wrong_signatures():
-    """So its acceptance proves something."""
+    """The oracle refuses wrong signatures, so its acceptance is evidence."""
     with pytest.raises(InvalidSignature):
         PAIR.oracle.public_key().verify(b"\0" * 128, b"a=b", padding.PKCS1v15(), hashes.MD5())

@@ -1,6 +1,6 @@
-"""One exchange over the wire: foreign exceptions become *not sent* or *maybe sent*, and nothing else comes out.
+"""One HTTP exchange: every exception of an HTTP library becomes *not sent* or *maybe sent*.
 
-What goes over sockets runs on both HTTP stacks; on trio, where aiohttp cannot be, both are httpx's.
+Tests over sockets run on both HTTP stacks; on trio, which aiohttp does not support, both stacks are httpx.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ async def wait_until(condition):
 
 
 def at(merchant_keys, gateway_keys, url):
-    """The tests' merchant with its endpoints at ``url``."""
+    """Return the tests' merchant with its endpoints at ``url``."""
     return Merchant(
         oid_partner="201103171000000000",
         private_key=merchant_keys.private,
@@ -93,7 +93,7 @@ def at(merchant_keys, gateway_keys, url):
 
 
 def family(root):
-    """``root`` and every class below it."""
+    """Return ``root`` and all its subclasses."""
     return {root}.union(*(family(child) for child in root.__subclasses__()))
 
 
@@ -132,14 +132,14 @@ every_foreign_exception = pytest.mark.parametrize(
 
 
 def test_the_exception_trees_are_complete():
-    """The walked trees hold the exceptions that httpx documents, so the tests below cannot be empty."""
+    """The collected subclasses include the documented exceptions, so the tests below are not empty."""
     assert {httpx.ReadTimeout, httpx.CookieConflict, httpx.StreamConsumed, httpx.InvalidURL} <= FOREIGN
     assert NEVER_SENT < FOREIGN
     assert len(FOREIGN) > 45
 
 
 class Raising(httpx.AsyncBaseTransport):
-    """Raises before it looks at the request."""
+    """Raises before it reads the request."""
 
     def __init__(self, error):
         self.error = error
@@ -149,7 +149,7 @@ class Raising(httpx.AsyncBaseTransport):
 
 
 class RaisingAfterSending(Raising):
-    """Raises once it has taken the request's body."""
+    """Raises after it has read the request's body."""
 
     async def handle_async_request(self, request):
         assert [chunk async for chunk in request.stream] == [b"{}"]
@@ -157,7 +157,7 @@ class RaisingAfterSending(Raising):
 
 
 class RaisingAfterSendingPlainly(Raising):
-    """Raises once it has taken the request's body without awaiting, as adapters of other clients do."""
+    """Raises after it has read the request's body synchronously, as adapters for other clients do."""
 
     async def handle_async_request(self, request):
         assert list(request.stream) == [b"{}"]
@@ -165,7 +165,7 @@ class RaisingAfterSendingPlainly(Raising):
 
 
 class SendingACopyTwice(Raising):
-    """Sends a copy of the request, and another one when the first has failed, as layers that retry do."""
+    """Sends a copy of the request, and a second copy after a failure, as retrying layers do."""
 
     async def handle_async_request(self, request):
         copy = httpx.Request(request.method, request.url, content=await request.aread())
@@ -177,7 +177,7 @@ class SendingACopyTwice(Raising):
 
 
 class RaisingFromItsClientsError(Raising):
-    """Takes the request as a whole and raises, from what another HTTP client said, as adapters of such clients do."""
+    """Reads the whole request and raises an error from another client's error, as adapters for other clients do."""
 
     async def handle_async_request(self, request):
         assert request.content == b"{}"
@@ -185,7 +185,7 @@ class RaisingFromItsClientsError(Raising):
 
 
 class RaisingFromItsClientsErrorAfterReading(Raising):
-    """The same, having read the request."""
+    """The same, after reading the request."""
 
     async def handle_async_request(self, request):
         assert await request.aread() == request.read() == b"{}"
@@ -228,7 +228,7 @@ class UnclosableStream(httpx.AsyncByteStream):
 
 @every_foreign_exception
 async def test_exception_before_the_send(kind):
-    """Every exception of a transport becomes NoResponse; *not sent* only those that httpx raises before it writes."""
+    """Every exception of a transport becomes NoResponse; only those that httpx raises before writing are *not sent*."""
     error = instance(kind)
     async with transport_over(transport=Raising(error)) as transport:
         delivery = await transport.post(URL, b"{}", 5.0)
@@ -259,7 +259,7 @@ async def test_after_the_send_no_exception_means_not_sent(kind, sender):
 
 @pytest.mark.parametrize("sender", [RaisingAfterSending, RaisingFromItsClientsError])
 async def test_transport_of_a_given_client_is_tracked(sender):
-    """Over a caller's client, too, a failure to connect is believed only if nobody has read the body."""
+    """With a caller's client, too, a failure to connect is believed only if the body was not read."""
     deliveries = []
     for transport in (Raising(httpx.ConnectError("refused")), sender(httpx.ConnectError("refused"))):
         async with httpx.AsyncClient(transport=transport) as client, transport_over(client=client) as opened:
@@ -305,7 +305,7 @@ BEFORE_SENDING = family(aiohttp.ClientConnectorError).union(
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("kind", AIOHTTPS_OWN)
 async def test_exceptions_of_aiohttp(monkeypatch, kind):
-    """Every exception of aiohttp becomes NoResponse; *not sent* only those that it raises before it writes."""
+    """Every exception of aiohttp becomes NoResponse; only those that it raises before it writes are *not sent*."""
 
     async def request(*_args, **_options):
         raise aiohttp_instance(kind)
@@ -322,7 +322,7 @@ async def test_exceptions_of_aiohttp(monkeypatch, kind):
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_adapter_that_misreports_a_broken_connection_makes_no_second_refund(merchant_keys, gateway_keys):
-    """httpx-aiohttp raises ConnectTimeout where the server hung up after the request: that is *maybe sent*."""
+    """If the server disconnects after the request, httpx-aiohttp raises ConnectTimeout: this is *maybe sent*."""
     came = []
 
     async def handler(connection: Connection):
@@ -353,7 +353,7 @@ async def test_exception_of_the_response_is_maybe_sent(kind, stream):
 
 
 class Retrying(httpx.AsyncBaseTransport):
-    """A transport as some people install it: it sends again by itself, and the second time nobody listens."""
+    """A transport that retries by itself; its second attempt cannot connect."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -395,7 +395,7 @@ async def test_hook_that_fails_to_connect_makes_no_second_refund():
 
 @pytest.mark.virtual_time
 async def test_hook_may_read_the_response_first():
-    """The session still gets a body that a response hook, such as a logging hook, has read."""
+    """If a response hook, such as a logging hook, reads the body, the session still gets it."""
     gateway = sandbox()
     logged = []
 
@@ -424,7 +424,7 @@ async def test_unusable_url_is_not_sent(url):
 
 @pytest.fixture(params=["httpx", "aiohttp"])
 def http_stack(request, monkeypatch):
-    """Which HTTP stack a session's own client is on."""
+    """Selects the HTTP stack of a session's own transport."""
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", request.param)
     return request.param
 
@@ -453,7 +453,7 @@ async def test_exchange_sends_the_body_and_returns_the_response_unchanged():
 
 @pytest.mark.parametrize("own", [True, False], ids=["own client", "given client"])
 async def test_connect_timeout_is_half_of_the_attempt(own):
-    """An attempt that cannot connect ends as *not sent* before the attempt's time is over."""
+    """An attempt that cannot connect ends as *not sent* after half of its time."""
     seen = []
 
     class Watching(httpx.AsyncBaseTransport):
@@ -471,7 +471,7 @@ async def test_connect_timeout_is_half_of_the_attempt(own):
 
 @on_both_stacks
 async def test_a_refused_connection_is_not_sent(merchant_keys, gateway_keys):
-    """Nobody listens: every attempt is *not sent*, and the refund is safe to send again."""
+    """If the connection is refused, every attempt is *not sent*, and the refund is safe to send again."""
     merchant = at(merchant_keys, gateway_keys, f"http://127.0.0.1:{unused_port()}")
     async with RefundSession(merchant, retry=RetryPolicy(attempts=2, initial=0.001)) as session:
         with pytest.raises(RefundNotSent) as caught:
@@ -518,7 +518,7 @@ def self_signed(tmp_path_factory):
 
 
 async def honestly(connection: Connection):
-    """Make each refund that is asked for."""
+    """Answer each apply call as if the refund was made."""
     while (request := await connection.request()) is not None:
         await connection.respond(as_json(made(wire.decode(request[1]))))
 
@@ -571,7 +571,7 @@ async def test_given_client_keeps_its_tls_settings_and_stays_open(self_signed):
 
 
 async def test_closed_client_is_not_sent(merchant):
-    """A given client that is closed already: *not sent*, at once, and the reason says so."""
+    """With a closed client, a request is *not sent*, and the reason says that the client is closed."""
     client = httpx.AsyncClient()
     await client.aclose()
     async with RefundSession(merchant, client=client, retry=ONCE) as session:
@@ -594,7 +594,7 @@ async def test_connection_closed_without_response_is_maybe_sent():
 
 @on_both_stacks
 async def test_truncated_response_is_maybe_sent():
-    """Less than the announced length is no response."""
+    """A response that is shorter than its Content-Length is *maybe sent*."""
 
     async def handler(connection: Connection):
         await connection.request()
@@ -608,7 +608,7 @@ async def test_truncated_response_is_maybe_sent():
 
 @on_both_stacks
 async def test_other_protocol_is_maybe_sent():
-    """A server that does not speak HTTP has received our bytes."""
+    """A server that does not speak HTTP may have read the request."""
 
     async def handler(connection: Connection):
         await connection.request()
@@ -622,7 +622,7 @@ async def test_other_protocol_is_maybe_sent():
 
 @on_both_stacks
 async def test_endless_response_is_cut():
-    """Of an endless body little more than 1 MiB is read, and the connection is not reused."""
+    """Little more than 1 MiB of an endless body is read, and the connection is not reused."""
 
     async def handler(connection: Connection):
         while await connection.request() is not None:
@@ -638,7 +638,7 @@ async def test_endless_response_is_cut():
 
 @on_both_stacks
 async def test_compressed_response_is_not_decompressed():
-    """The protocol refuses it by its header."""
+    """A compressed body is returned unchanged; the protocol module refuses it by its header."""
     packed = gzip.compress(b"{}")
     async with answering(packed, headers="content-encoding: gzip\r\n") as server, transport_over() as transport:
         delivery = await transport.post(server.url, b"{}", 5.0)
@@ -755,7 +755,7 @@ async def test_a_redirect_is_not_followed(follows):
 @on_both_stacks
 @pytest.mark.virtual_time
 async def test_trickling_response_ends_with_the_attempt(merchant_keys, gateway_keys):
-    """A byte every second never ends the wait between bytes; the time of the attempt does."""
+    """A response that sends a byte every second is ended by the time limit of the attempt."""
     began = []
 
     async def handler(connection: Connection):
@@ -791,7 +791,7 @@ async def test_a_whole_refund_over_a_socket(merchant_keys, gateway_keys):
 
 @on_both_stacks
 async def test_burst_waits_for_connections(merchant_keys, gateway_keys):
-    """Many more requests than connections are all answered, over no more connections than allowed."""
+    """More requests than connections all get a response, over at most the allowed number of connections."""
     most = 0
 
     async def handler(connection: Connection):
@@ -835,7 +835,7 @@ async def test_cancelled_exchanges_leak_no_connection():
 
 @on_both_stacks
 async def test_failed_opening_closes_the_transport(merchant_keys, gateway_keys, tmp_path):
-    """The session closes what it made, and no warning tells of an open connection."""
+    """If opening fails, the session closes its transport, and no ResourceWarning is raised."""
     merchant = attrs.evolve(at(merchant_keys, gateway_keys, "http://127.0.0.1:1"), private_key=tmp_path / "none.pem")
     with pytest.raises(ConfigurationError):
         await RefundSession(merchant).__aenter__()
@@ -844,7 +844,7 @@ async def test_failed_opening_closes_the_transport(merchant_keys, gateway_keys, 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("raised_by", ["transport", "response"])
 async def test_unrequested_cancellation_is_maybe_sent(raised_by):
-    """A CancelledError from a lower layer ends no task silently: the request is *maybe sent*."""
+    """A CancelledError that nobody requested does not end the task silently: the request is *maybe sent*."""
     error = asyncio.CancelledError()
     transport = RaisingAfterSending(error) if raised_by == "transport" else Answering(BrokenStream(error))
     async with transport_over(transport=transport) as opened:
@@ -926,7 +926,7 @@ async def test_ssl_cert_dir_is_trusted(monkeypatch, merchant, tmp_path):
 
 
 async def reason_of(url, seconds=5.0):
-    """Why a POST to ``url`` gets no answer, and whether it may have arrived."""
+    """Return why a POST to ``url`` gets no response, and whether it may have arrived."""
     async with transport_over() as transport:
         delivery = await transport.post(url, b"{}", seconds)
     assert isinstance(delivery, NoResponse)
@@ -995,7 +995,7 @@ async def test_server_without_tls_is_reported():
 
 @on_both_stacks
 async def test_connect_timeout_is_reported():
-    """The server never answers the handshake: the reason names only the host and the seconds."""
+    """If the server never answers the handshake, the reason contains only the host and the seconds."""
 
     async def handler(connection: Connection):
         await anyio.sleep_forever()
@@ -1006,7 +1006,7 @@ async def test_connect_timeout_is_reported():
 
 
 async def test_reason_has_no_library_internals():
-    """The cause of a broken connection inside a library tells the reader of a log nothing."""
+    """The reason of a lost connection does not show internal errors of HTTP libraries."""
     error = httpx.ReadError("")
     error.__cause__ = IndexError("pop from an empty deque")
     async with transport_over(transport=Raising(error)) as transport:
@@ -1018,7 +1018,7 @@ async def test_reason_has_no_library_internals():
 
 
 def holding_for(looks):
-    """A lease that holds the first ``looks`` times that somebody asks, and then no more."""
+    """Return a lease check that returns True ``looks`` times, then False."""
     answers = iter([True] * looks)
     return lambda: next(answers, False)
 
@@ -1026,7 +1026,7 @@ def holding_for(looks):
 @on_both_stacks
 @pytest.mark.parametrize("kept_alive", [False, True], ids=["new connection", "kept-alive connection"])
 async def test_lease_that_ends_before_the_last_byte(kept_alive):
-    """However late the lease ends before the last byte, the gateway gets no whole request: *not sent*."""
+    """If the lease ends at any time before the last byte, the gateway gets no complete request: *not sent*."""
     requests = []
 
     async def handler(connection: Connection):
@@ -1054,7 +1054,7 @@ async def test_lease_that_ends_before_the_last_byte(kept_alive):
 
 @on_both_stacks
 async def test_lease_that_ends_during_the_tls_handshake(self_signed, monkeypatch):
-    """The lease is over once the connection is open: the gateway reads nothing."""
+    """If the lease ends during the handshake, the gateway receives no byte of the request."""
     context, file = self_signed
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
     received, handshakes = [], []
@@ -1076,7 +1076,7 @@ async def test_lease_that_ends_during_the_tls_handshake(self_signed, monkeypatch
 
 @pytest.mark.parametrize("looks", [0, 1])
 async def test_given_transport_without_a_lease(looks):
-    """A caller's transport is not called without a lease, and gets no body after its end."""
+    """Without a lease, a caller's transport is not called; after the lease has ended, it cannot read the body."""
     taken = []
 
     class Taking(httpx.AsyncBaseTransport):
@@ -1096,7 +1096,7 @@ async def test_given_transport_without_a_lease(looks):
 
 @contextlib.contextmanager
 def slow_reader():
-    """A listening socket of a server that takes in only a few kilobytes until it reads."""
+    """A listening socket with a small receive buffer: a few kilobytes until the server reads."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         listener.bind(("127.0.0.1", 0))
@@ -1106,7 +1106,7 @@ def slow_reader():
 
 
 def read_to_the_end(connection):
-    """What TCP still brings, and whether it then ended by a reset."""
+    """Return the bytes that still arrive, and whether the connection was reset."""
     received = bytearray()
     connection = socket.socket(fileno=connection.detach())
     connection.settimeout(30)
@@ -1122,7 +1122,7 @@ def read_to_the_end(connection):
 @pytest.mark.parametrize("size", [100_000, 1_000_000], ids=["in the kernel", "in asyncio's buffer, too"])
 @pytest.mark.parametrize("kept_alive", [False, True], ids=["new connection", "kept-alive connection"])
 async def test_given_up_request_is_not_sent_later(self_signed, monkeypatch, tls, size, kept_alive):
-    """Its unsent bytes are dropped: a server that reads only afterwards sees a reset, and no whole request."""
+    """Unsent bytes of a cancelled request are discarded: the server sees a reset and no complete request."""
     context, file = self_signed
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
 
@@ -1158,7 +1158,7 @@ async def test_given_up_request_is_not_sent_later(self_signed, monkeypatch, tls,
 
 @pytest.mark.parametrize("stack", ["httpx", "aiohttp"])
 def test_request_of_a_killed_process_is_not_sent_later(stack):
-    """SIGKILL also drops the bytes that the kernel has not sent yet."""
+    """After SIGKILL, the kernel also discards unsent bytes."""
     program = (
         "import anyio, sys\n"
         "from lianlian_async.transport import HttpSender\n"
@@ -1181,7 +1181,7 @@ def test_request_of_a_killed_process_is_not_sent_later(stack):
 
 @on_both_stacks
 async def test_idle_connection_is_closed_normally():
-    """A connection that was used twice ends without a reset."""
+    """An idle connection that was used twice is closed without a reset."""
 
     async def handler(connection: Connection):
         for _ in range(2):
@@ -1230,7 +1230,7 @@ async def test_warm_up_opens_connections(merchant_keys, gateway_keys):
 
 @on_both_stacks
 async def test_session_opens_although_the_warm_up_fails(merchant_keys, gateway_keys, caplog):
-    """The failure is logged; the first refund meets it again."""
+    """The failure is logged, and the session opens; the first refund reports the failure again."""
     caplog.set_level("INFO", "lianlian_async")
     merchant = at(merchant_keys, gateway_keys, f"http://127.0.0.1:{unused_port()}")
     async with RefundSession(merchant, warm_up=2, retry=ONCE) as session:
@@ -1255,7 +1255,7 @@ async def test_session_opens_although_the_warm_up_fails(merchant_keys, gateway_k
 )
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_choice_of_the_backend(monkeypatch, merchant_keys, gateway_keys, argument, variable, chosen):
-    """An aiohttp that is merely installed changes nothing: it has to be asked for."""
+    """The backend aiohttp is never selected just because it is installed."""
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", variable)
     async with (
         serving(honestly) as server,

@@ -1,4 +1,4 @@
-"""LianLian's genuine signatures: what we build and verify is what the gateway builds and verifies."""
+"""LianLian's genuine signatures: our source strings and signatures equal the gateway's."""
 
 from base64 import b64decode
 
@@ -11,7 +11,7 @@ from lianlian_async.signing import SigningKey, VerifyingKey, signature_source
 
 
 def public_key_of(vectors, vector):
-    """The key that signed ``vector``: a public one, or the public half of the published test merchant's."""
+    """Return the public key for ``vector``: LianLian's, or that of the published test merchant."""
     material = vectors["keys"][vector["signed_by"]]
     if vector["signed_by"].endswith("private"):
         return SigningKey.load(material).public_key()
@@ -19,7 +19,7 @@ def public_key_of(vectors, vector):
 
 
 def test_the_source_is_the_one_that_was_signed(vector):
-    """The source of a genuine message's fields is the documented one, byte for byte."""
+    """The signature source of a genuine message equals the documented one, byte for byte."""
     assert signature_source(vector["fields"]) == vector["source"].encode()
 
 

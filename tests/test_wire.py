@@ -1,4 +1,4 @@
-"""The formats of the wire: strict JSON, exact money, moments in China Standard Time."""
+"""Wire formats: strict JSON, exact amounts, timestamps in China Standard Time."""
 
 import json
 import string
@@ -29,7 +29,7 @@ def test_round_trip_of_fields(fields):
 
 @given(st.dictionaries(texts, texts))
 def test_another_json_implementation_reads_the_same(fields):
-    """Our output is plain JSON; escaped JSON of the same fields reads the same."""
+    """Another implementation decodes our JSON; we decode its escaped JSON of the same fields."""
     assert json.loads(wire.encode(fields)) == fields
     assert wire.decode(json.dumps(fields, indent=1).encode()) == fields
 
@@ -74,7 +74,7 @@ def test_any_json_object_is_encodable_strings_or_malformed(message, ascii_only):
 
 @pytest.mark.parametrize("number", ["200.01", "200.10", "1", "-0", "1e2", "1E-400", "123456789012345678901234567890"])
 def test_a_number_keeps_its_literal_text(number):
-    """A number is read as its literal text, since that text was signed."""
+    """A number is read as its literal text, because the signature covers that text."""
     assert wire.decode(f'{{"money_refund": {number}}}'.encode()) == {"money_refund": number}
 
 
@@ -127,13 +127,13 @@ def test_surrounding_white_space_is_accepted():
     ],
 )
 def test_malformed_messages(body, reason):
-    """Anything but a flat object of strings with different keys is refused, and the reason said."""
+    """Anything but a flat object of strings with unique keys is refused, and the error states the reason."""
     with pytest.raises(MalformedMessage, match=reason):
         wire.decode(body)
 
 
 def test_a_pair_of_surrogates_is_one_character():
-    """An escaped character beyond the basic plane is read as what it is."""
+    """An escaped surrogate pair is read as one character."""
     assert wire.decode(b'{"\\ud83d\\ude00":"\\ud83d\\ude00"}') == {"😀": "😀"}
 
 
@@ -155,7 +155,7 @@ def test_a_malformed_message_shows_no_values(body):
 
 
 def test_a_long_key_is_shortened():
-    """An error quotes a key's beginning only."""
+    """An error quotes only the beginning of a key."""
     with pytest.raises(MalformedMessage) as caught:
         wire.decode(json.dumps({"k" * 5000: True}).encode())
     assert len(str(caught.value)) < 100
@@ -254,14 +254,14 @@ def test_amounts_are_written_with_two_decimals(value, text):
     ],
 )
 def test_an_amount_that_breaks_a_rule_is_refused(value, rule):
-    """Nothing is rounded, guessed or let through beyond the range."""
+    """Amounts that need rounding, have a wrong form or are out of range are refused."""
     with pytest.raises(ValueError, match=rule):
         wire.parse_money(value)
 
 
 @given(st.decimals(allow_nan=True, allow_infinity=True) | st.integers() | st.floats() | st.text())
 def test_any_value_is_an_exact_amount_or_refused(value):
-    """Whatever is given, it is either taken exactly or refused with ValueError."""
+    """Any value is either converted exactly or refused with ValueError."""
     try:
         amount = wire.parse_money(value)
     except ValueError:
@@ -278,7 +278,7 @@ def test_a_rate_keeps_every_digit(number):
 
 @pytest.mark.parametrize("text", ["", "abc", "1e5", "NaN", "Infinity", "1.", ".5", "+1", "1" * 31, "6.66\n", "６"])
 def test_other_forms_of_numbers_are_refused(text):
-    """Exponents, NaN, blanks and other digits are no decimal number."""
+    """Exponents, NaN, white space and non-ASCII digits are refused."""
     with pytest.raises(ValueError, match="must be a decimal number"):
         wire.parse_decimal(text)
 
@@ -288,7 +288,7 @@ def test_other_forms_of_numbers_are_refused(text):
 
 @given(moments)
 def test_a_moment_in_any_zone_is_the_same_moment(moment):
-    """Half-hour zones, daylight saving and folds change nothing about which second is meant."""
+    """Half-hour zones, daylight saving and ``fold`` are converted to the same second."""
     parsed = wire.parse_timestamp(moment)
     assert parsed.timestamp() == moment.replace(microsecond=0).timestamp()
     assert parsed.utcoffset() == timedelta(hours=8)
@@ -309,7 +309,7 @@ def test_repeated_hour_of_daylight_saving(fold):
     """In an hour that the clocks repeat, ``fold`` says which pass is meant."""
 
     class Falling(tzinfo):
-        """Between 01:00 and 02:00 the second pass is an hour later."""
+        """A zone whose clocks go back at 02:00: with ``fold`` 1, a time from 01:00 to 02:00 is an hour later."""
 
         def utcoffset(self, moment):
             return timedelta(hours=1 - (moment.fold if moment else 0))
@@ -350,7 +350,7 @@ def test_a_naive_datetime_shows_the_cure():
     ],
 )
 def test_unusable_moments_are_refused(value, rule):
-    """Calendar nonsense, other types, and moments that 14 digits cannot tell are refused."""
+    """Invalid dates, other types, and years that 14 digits cannot represent are refused."""
     with pytest.raises(ValueError, match=rule):
         wire.parse_timestamp(value)
 

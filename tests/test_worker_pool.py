@@ -1,4 +1,4 @@
-"""The flow under a batch: how many items are under way, when they are taken, and how it ends."""
+"""The worker pool: the number of items in flight, when items are taken, and how it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
 class Numbers:
-    """Counts from 0; knows how many were taken, by which tasks, and whether it was closed."""
+    """Yields numbers from 0; records how many were taken, by which tasks, and whether it was closed."""
 
     def __init__(self, count=10**9, *, fails_at=None, rests_at=None):
         self.count = count
@@ -332,7 +332,7 @@ async def test_cancelled_consumer_loses_no_item():
 
 
 async def test_task_cancel_of_the_consumer_loses_no_item(anyio_backend_name):
-    """``Task.cancel`` in the very step of the loop in which an item is given leaves it to the next consumer."""
+    """If ``Task.cancel`` happens in the same step of the event loop as ``give``, the next consumer gets the item."""
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has no such cancellation")
     handoff = Handover()
