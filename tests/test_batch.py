@@ -1,4 +1,4 @@
-"""Batches: one outcome for each request, bounded and unhurried, and an early end that loses nothing."""
+"""Batches: one outcome for each request, bounded memory and concurrency, and an early end that loses no refund."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SLOW = {"faults": {Fault.DELAY: 1.0}, "delay": 1.0}
 
 
 class Source:
-    """``count`` requests; knows how many were taken, and whether it was closed."""
+    """Yields ``count`` requests; records how many were read, and whether it was closed."""
 
     def __init__(self, count=10**9, *, then=None):
         self.count = count
@@ -55,7 +55,7 @@ class Source:
             raise self.then
 
     async def unhurried(self):
-        """The same, and after the last one it waits for ever unless there is something to raise."""
+        """Like ``__iter__``; after the last request it raises the given exception, or waits for ever."""
         try:
             for number in range(1, self.count + 1):
                 self.taken += 1
@@ -68,7 +68,7 @@ class Source:
 
 
 class Road(httpx.AsyncBaseTransport):
-    """The way to the sandbox: counts who is on it at the same time, and is closed to the numbers in ``closed``."""
+    """A transport to the sandbox that counts concurrent requests, and refuses connections for numbers in ``closed``."""
 
     def __init__(self, gateway, *, closed=()):
         self.inner = httpx.ASGITransport(app=gateway)
@@ -97,18 +97,18 @@ def numbers(outcomes):
 
 
 async def collect(batch, outcomes):
-    """Put what ``batch`` yields into ``outcomes``, all of it that comes before an exception."""
+    """Append the outcomes of ``batch`` to ``outcomes``, also those before an exception."""
     async for outcome in batch:
         outcomes.append(outcome)
 
 
 def distrust(gateway, key):
-    """Let the gateway know the merchant by another key: every request is our configuration's fault from now on."""
+    """Give the gateway another key for the merchant: from now on it rejects every request for the configuration."""
     gateway.add_merchant(OID_PARTNER, key.public)
 
 
 async def entries_of(journal, source):
-    """What the journal holds about the requests that ``source`` gave away, by number."""
+    """Return the journal's entries for the requests that ``source`` yielded, by number."""
     entries = {number: await journal.find(f"R-{number}") for number in range(1, source.taken + 1)}
     return {number: entry for number, entry in entries.items() if entry is not None}
 
@@ -117,8 +117,8 @@ async def entries_of(journal, source):
 
 
 @pytest.mark.parametrize("kind", ["list", "generator", "async generator", "async iterator"])
-async def test_any_kind_of_requests_will_do(kind):
-    """Each request has one outcome, whatever the requests come from."""
+async def test_requests_may_be_any_iterable(kind):
+    """Each request has one outcome."""
     gateway = sandbox()
     source = Source(30, then=LookupError("the end"))
     send, receive = anyio.create_memory_object_stream(30)
@@ -143,15 +143,15 @@ async def test_any_kind_of_requests_will_do(kind):
 
 
 async def test_an_empty_batch_has_no_outcome():
-    """No requests, no outcomes, no traffic."""
+    """No requests: no outcomes and no traffic."""
     gateway = sandbox()
     async with session_with(gateway) as session:
         assert [outcome async for outcome in refund_many(session, [])] == []
     assert not gateway.requests
 
 
-async def test_whatever_becomes_of_one_refund_disturbs_no_other():
-    """Rejected, unknown, not sent, in conflict, invalid: each is its own request's outcome, and the rest is made."""
+async def test_an_error_of_one_refund_does_not_affect_the_others():
+    """Rejected, unknown, not sent, conflict, invalid: each is the outcome of its request; the others are made."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, no_refund="R-3", when=When.BEFORE)
     journal = MemoryJournal()
@@ -178,8 +178,8 @@ async def test_whatever_becomes_of_one_refund_disturbs_no_other():
     assert [gateway.times_made(f"R-{number}") for number in range(1, 9)] == [1, 0, 0, 0, 0, 1, 1, 1]
 
 
-async def test_a_request_that_breaks_a_rule_is_an_outcome_too():
-    """What is refused before anything is sent does not stop the others."""
+async def test_an_invalid_request_has_an_outcome():
+    """A request that is refused before it is sent does not stop the others."""
     gateway = sandbox()
     async with RefundSession(
         gateway.merchant(notify_url=None), transport=httpx.ASGITransport(app=gateway), clock=boot_clock
@@ -193,7 +193,7 @@ async def test_a_request_that_breaks_a_rule_is_an_outcome_too():
 
 
 async def test_the_same_request_twice_is_made_once():
-    """With a journal, a batch that names a refund twice has it made once, and both outcomes tell of it."""
+    """With a journal, a refund that is twice in a batch is made once, and both outcomes have it."""
     gateway = sandbox(**SLOW)
     async with session_with(gateway, journal=MemoryJournal()) as session:
         outcomes = [outcome async for outcome in refund_many(session, [refund_request(1), refund_request(1)])]
@@ -203,7 +203,7 @@ async def test_the_same_request_twice_is_made_once():
 
 
 async def test_two_batches_share_a_session():
-    """Side by side on one session and journal, two batches of the same requests make each refund once."""
+    """Two concurrent batches of the same requests on one session and journal make each refund once."""
     gateway = sandbox(**SLOW)
     told = [[], []]
 
@@ -218,8 +218,8 @@ async def test_two_batches_share_a_session():
     assert gateway.requests["apply"] == 20
 
 
-async def test_a_batch_has_its_own_journal_if_it_is_given_one():
-    """The batch's journal comes before the session's."""
+async def test_the_journal_of_a_batch_overrides_the_sessions():
+    """``journal=`` of the batch is used."""
     gateway, session_s, batch_s = sandbox(), MemoryJournal(), MemoryJournal()
     async with session_with(gateway, journal=session_s) as session:
         outcomes = [outcome async for outcome in refund_many(session, [refund_request()], journal=batch_s)]
@@ -228,8 +228,8 @@ async def test_a_batch_has_its_own_journal_if_it_is_given_one():
     assert (await batch_s.find("R-1")).state is State.ACCEPTED
 
 
-async def test_a_second_run_finds_the_first_one_s_answers():
-    """Run again over its journal, a finished batch sends and asks nothing."""
+async def test_a_second_run_returns_the_recorded_outcomes():
+    """A finished batch that runs again with its journal sends and queries nothing."""
     gateway, journal = sandbox(), MemoryJournal()
     async with session_with(gateway, journal=journal) as session:
         first = [outcome async for outcome in refund_many(session, Source(10), concurrency=1)]
@@ -243,10 +243,10 @@ async def test_a_second_run_finds_the_first_one_s_answers():
 
 
 @pytest.mark.parametrize(("concurrency", "bound", "seconds"), [(1, 1, 30), (3, 3, 10), (None, 5, 7)])
-async def test_the_gateway_never_meets_more_than_the_concurrency(concurrency, bound, seconds):
-    """So many refunds are under way at a time, always, and by default as many as the session has connections.
+async def test_a_batch_respects_its_concurrency(concurrency, bound, seconds):
+    """At most ``concurrency`` refunds run concurrently, by default as many as the session has connections.
 
-    Until the first second is over and an answer has verified, they are 4.
+    Until an answer has verified, in the first second, at most 4 run.
     """
     gateway = sandbox(**SLOW)
     road = Road(gateway)
@@ -258,15 +258,15 @@ async def test_the_gateway_never_meets_more_than_the_concurrency(concurrency, bo
 
 
 @pytest.mark.parametrize("concurrency", [0, -1])
-async def test_a_concurrency_that_is_none_is_refused_at_once(concurrency):
-    """Nothing has to be iterated to learn of a wrong setting."""
+async def test_an_invalid_concurrency_is_refused_at_once(concurrency):
+    """The call raises before any iteration."""
     async with session_with(sandbox()) as session:
         with pytest.raises(ConfigurationError, match="concurrency"):
             refund_many(session, [], concurrency=concurrency)
 
 
-async def test_nothing_happens_before_the_first_outcome_is_asked_for():
-    """A batch that nobody iterates takes no request, and complains of nothing."""
+async def test_a_batch_starts_at_its_first_iteration():
+    """A batch that is not iterated reads no request, and does not warn."""
     gateway, source = sandbox(), Source()
     async with session_with(gateway) as session:
         refund_many(session, source)
@@ -274,8 +274,8 @@ async def test_nothing_happens_before_the_first_outcome_is_asked_for():
     assert source.taken == 0
 
 
-async def test_requests_are_taken_only_as_fast_as_outcomes_are():
-    """An hour between two outcomes: never are more requests taken than were told, and one for each worker."""
+async def test_requests_are_read_only_as_fast_as_outcomes():
+    """With an hour between two outcomes, at most one more request per worker is read than outcomes."""
     gateway, source = sandbox(), Source(20)
     told = 0
     async with session_with(gateway) as session:
@@ -287,7 +287,7 @@ async def test_requests_are_taken_only_as_fast_as_outcomes_are():
 
 
 async def test_a_timeout_for_an_outcome_loses_none():
-    """Who waits for a moment only, again and again, gets every outcome all the same."""
+    """A consumer that often times out still gets every outcome."""
     gateway = sandbox(**SLOW)
     outcomes, timeouts = [], 0
     async with session_with(gateway) as session, refund_many(session, Source(10), concurrency=2) as batch:
@@ -361,8 +361,8 @@ ways_out = pytest.mark.parametrize(
 
 @ways_out
 @pytest.mark.parametrize("kind", ["plain", "async"])
-async def test_an_early_end_takes_no_further_request_and_loses_none(leave, kind):
-    """However the loop is left, what was begun stands in the journal, and nothing more is sent or asked."""
+async def test_an_early_end_reads_no_further_request_and_loses_none(leave, kind):
+    """However the loop ends, begun refunds are in the journal, and nothing more is sent or queried."""
     gateway, journal, source, outcomes = sandbox(**SLOW), MemoryJournal(), Source(), []
     async with session_with(gateway, journal=journal) as session:
         await leave(session, source if kind == "plain" else source.unhurried(), outcomes)
@@ -382,7 +382,7 @@ async def test_an_early_end_takes_no_further_request_and_loses_none(leave, kind)
 
 @ways_out
 async def test_after_an_early_end_a_second_run_completes_the_batch(leave):
-    """Run again over the same journal, every refund of the batch is made once and has its outcome."""
+    """A second run with the same journal makes every refund once and yields its outcome."""
     gateway, journal, outcomes = sandbox(**SLOW), MemoryJournal(), []
     async with session_with(gateway, journal=journal, retry=RetryPolicy(not_found_grace=0.0)) as session:
         await leave(session, Source(20), outcomes)
@@ -392,8 +392,8 @@ async def test_after_an_early_end_a_second_run_completes_the_batch(leave):
     assert [gateway.times_made(f"R-{number}") for number in range(1, 21)] == [1] * 20
 
 
-async def test_closing_a_batch_waits_until_nothing_is_under_way():
-    """When ``aclose`` returns, no request is on its way any more, and the journal knows since when."""
+async def test_closing_a_batch_waits_for_its_requests():
+    """After ``aclose`` no request is under way, and the journal has the time of the last send."""
     gateway, journal, source = sandbox(**SLOW), MemoryJournal(), Source()
     road = Road(gateway)
     async with RefundSession(gateway.merchant(), transport=road, clock=boot_clock, journal=journal) as session:
@@ -409,7 +409,7 @@ async def test_closing_a_batch_waits_until_nothing_is_under_way():
 
 
 async def test_a_native_cancellation_ends_a_batch_before_the_session_closes(anyio_backend_name):
-    """After asyncio's own ``Task.cancel``, by the time the session is closed, what was under way is on record."""
+    """After ``Task.cancel`` of asyncio, running refunds are recorded before the session is closed."""
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has no such cancellation")
     gateway, journal, source = sandbox(**SLOW), MemoryJournal(), Source()
@@ -430,8 +430,8 @@ async def test_a_native_cancellation_ends_a_batch_before_the_session_closes(anyi
     assert (await journal.find("R-5")).sent_at.boot == 1.5
 
 
-async def test_a_batch_that_is_closed_before_it_began_never_begins():
-    """Closed first and iterated then, it is empty: no request is taken, nothing is sent."""
+async def test_a_batch_that_is_closed_first_is_empty():
+    """If it is iterated after ``aclose``, no request is read and nothing is sent."""
     gateway, source = sandbox(), Source()
     async with session_with(gateway) as session:
         batch = refund_many(session, source)
@@ -441,8 +441,8 @@ async def test_a_batch_that_is_closed_before_it_began_never_begins():
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_batch_that_outlives_its_event_loop_is_dropped_in_silence(backend):
-    """Kept beyond the loop it ran on, the iterator goes without a warning or an error."""
+def test_a_batch_that_outlives_its_event_loop_does_not_warn(backend):
+    """Deleting the iterator after the end of its loop causes no warning and no error."""
     source = Source()
 
     async def main():
@@ -463,8 +463,8 @@ def test_a_batch_that_outlives_its_event_loop_is_dropped_in_silence(backend):
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
 @pytest.mark.parametrize("count", [0, 1, 5])
-async def test_an_exception_of_the_requests_comes_after_what_was_begun(kind, count):
-    """The requests fail: those before have their outcomes, then the exception is raised, once, as it is."""
+async def test_an_exception_of_the_requests_is_raised_after_the_outcomes(kind, count):
+    """The requests before it have their outcomes; then the exception is raised once, unchanged."""
     gateway = sandbox(**SLOW)
     failure = LookupError("line 7 of the file")
     source = Source(count, then=failure)
@@ -481,8 +481,8 @@ async def test_an_exception_of_the_requests_comes_after_what_was_begun(kind, cou
 
 
 @pytest.mark.parametrize("count", [6, 10**9], ids=["waits for a request", "waits for a worker"])
-async def test_requests_may_come_out_of_a_scope_of_their_own(count):
-    """An async generator that reads inside of its own scopes and tasks is iterated, and closed, in one task."""
+async def test_requests_may_use_cancel_scopes_of_their_own(count):
+    """An async generator with its own scopes and tasks is iterated and closed in one task."""
     gateway, source = sandbox(**SLOW), Source(count)
 
     async def scoped():
@@ -500,8 +500,8 @@ async def test_requests_may_come_out_of_a_scope_of_their_own(count):
     assert source.closed
 
 
-async def test_what_goes_wrong_in_a_scope_of_the_requests_is_heard_of():
-    """Tasks of the requests' own that fail when they are closed: their exceptions are raised, as a group."""
+async def test_exceptions_of_the_requests_own_tasks_are_raised():
+    """Tasks of the requests that fail when they are closed: their exceptions are raised as a group."""
     gateway = sandbox()
 
     async def fails():
@@ -527,8 +527,8 @@ async def test_what_goes_wrong_in_a_scope_of_the_requests_is_heard_of():
 
 
 @pytest.mark.parametrize("item", ["R-2", {"no_refund": "R-2"}, None])
-async def test_what_is_no_request_has_an_outcome_too(item):
-    """Something else among the requests: its outcome is InvalidRequest, and the other refunds are made."""
+async def test_an_item_that_is_no_request_has_an_outcome(item):
+    """The outcome has ``InvalidRequest``, and the other refunds are made."""
     gateway = sandbox(**SLOW)
     outcomes = []
     async with session_with(gateway) as session:
@@ -541,8 +541,8 @@ async def test_what_is_no_request_has_an_outcome_too(item):
 
 
 @pytest.mark.parametrize("requests", [refund_request(1), "R-1", {"no_refund": "R-1"}, None, 5])
-async def test_what_holds_no_requests_is_refused_at_once(requests):
-    """A single request, text, a mapping or nothing in the place of an iterable of requests sends nothing."""
+async def test_an_argument_that_is_no_iterable_of_requests_is_refused_at_once(requests):
+    """A single request, a string, a mapping or None raises, and nothing is sent."""
     gateway = sandbox()
     async with session_with(gateway) as session:
         with pytest.raises(InvalidRequest, match="requests: must be an iterable of RefundRequest"):
@@ -558,8 +558,8 @@ async def test_what_holds_no_requests_is_refused_at_once(requests):
 
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
-async def test_a_rejection_that_is_ours_to_mend_stops_the_batch(kind, stranger_keys):
-    """A wrong key: what was begun has its outcome, nothing more is taken or waited for, and the reason is raised."""
+async def test_a_rejection_by_configuration_stops_the_batch(kind, stranger_keys):
+    """A wrong key: running refunds have their outcomes, no further request is read, and the reason is raised."""
     gateway, outcomes = sandbox(), []
     distrust(gateway, stranger_keys)
     source = Source(10_000 if kind == "plain" else 2)
@@ -574,7 +574,7 @@ async def test_a_rejection_that_is_ours_to_mend_stops_the_batch(kind, stranger_k
 
 @pytest.mark.parametrize("ret_code", ["5006", "9104"])
 async def test_an_empty_balance_stops_the_batch_and_the_same_refunds_are_made_after_the_top_up(ret_code):
-    """Nothing more is sent until the balance is topped up; then the same numbers are, each once."""
+    """Nothing more is sent until the balance is topped up; then the same numbers are sent, each once."""
     gateway, outcomes = sandbox(), []
     gateway.script(Fault.BUSY, ret_code=ret_code, when=When.BEFORE, call="apply")
     async with session_with(gateway) as session:
@@ -589,7 +589,7 @@ async def test_an_empty_balance_stops_the_batch_and_the_same_refunds_are_made_af
 
 
 async def test_a_limit_of_one_refund_does_not_stop_the_batch():
-    """Another refund may be within the limit."""
+    """Other refunds may be within the limit."""
     gateway, outcomes = sandbox(), []
     gateway.script(Fault.BUSY, ret_code="1016", when=When.BEFORE, call="apply")
     async with session_with(gateway) as session:
@@ -598,8 +598,8 @@ async def test_a_limit_of_one_refund_does_not_stop_the_batch():
     assert outcomes[0].error.may_pass
 
 
-async def test_what_is_under_way_when_the_batch_stops_is_carried_through(stranger_keys):
-    """Refunds that the gateway is still at are awaited and told."""
+async def test_running_refunds_finish_when_the_batch_stops(stranger_keys):
+    """Refunds that the gateway is processing get their outcomes."""
     gateway, outcomes = sandbox(), []
     gateway.script(Fault.DELAY, no_refund="R-1", delay=5)
     async with session_with(gateway) as session:
@@ -614,8 +614,8 @@ async def test_what_is_under_way_when_the_batch_stops_is_carried_through(strange
     assert anyio.current_time() == 5
 
 
-async def test_keep_going_carries_on_through_rejections_that_are_ours_to_mend(stranger_keys):
-    """With ``keep_going`` such a rejection is an outcome like any other."""
+async def test_keep_going_continues_after_rejections_by_configuration(stranger_keys):
+    """With ``keep_going`` such a rejection is an ordinary outcome."""
     gateway = sandbox()
     distrust(gateway, stranger_keys)
     async with session_with(gateway) as session:
@@ -624,8 +624,8 @@ async def test_keep_going_carries_on_through_rejections_that_are_ours_to_mend(st
     assert {outcome.error.ret_code for outcome in outcomes} == {"1001"}
 
 
-async def test_a_rejection_that_is_the_request_s_own_fault_stops_nothing():
-    """An order that does not exist concerns one refund only."""
+async def test_a_rejection_of_one_request_does_not_stop_the_batch():
+    """A missing order concerns one refund only."""
     gateway = sandbox(default_order=None)
     gateway.add_order("O-7", Decimal("10.00"))
     async with session_with(gateway) as session:
@@ -635,7 +635,7 @@ async def test_a_rejection_that_is_the_request_s_own_fault_stops_nothing():
 
 
 class FullDisk(MemoryJournal):
-    """Takes in so many refunds, and no more."""
+    """A journal that fails after a number of refunds."""
 
     def __init__(self, room):
         super().__init__()
@@ -649,7 +649,7 @@ class FullDisk(MemoryJournal):
 
 
 async def test_a_journal_that_cannot_write_stops_the_batch():
-    """Nothing is sent that the journal does not hold; what was begun is told, then the journal's error is raised."""
+    """No refund is sent without a record; begun refunds have their outcomes, then the journal's error is raised."""
     gateway, journal, source, outcomes = sandbox(**SLOW), FullDisk(5), Source(100), []
     async with session_with(gateway, journal=journal) as session:
         with pytest.raises(JournalError, match="full"):
@@ -659,8 +659,8 @@ async def test_a_journal_that_cannot_write_stops_the_batch():
     assert sum(outcome.refund is not None for outcome in outcomes) == 5
 
 
-async def test_a_session_that_is_closed_says_so():
-    """A batch on a closed session sends nothing, and raises what the session would."""
+async def test_a_batch_on_a_closed_session_raises():
+    """It sends nothing, and raises the error of the session."""
     gateway = sandbox()
     async with session_with(gateway) as session:
         pass
@@ -675,8 +675,8 @@ async def test_a_session_that_is_closed_says_so():
 # ── what stays unknown ───────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_is_unknown_waits_for_its_moment():
-    """Asked again at ``ask_again_at``, after all others: found, or sent again and made; told once, with all it took."""
+async def test_wait_unknown_queries_again_at_ask_again_at():
+    """After all other refunds: found, or sent again and made; one outcome with the sums of both calls."""
     gateway = sandbox()
     gateway.script(Fault.LATE, no_refund="R-2", delay=100)
     gateway.script(Fault.NO_ANSWER, no_refund="R-3", when=When.BEFORE)
@@ -692,8 +692,8 @@ async def test_what_is_unknown_waits_for_its_moment():
     assert [gateway.times_made(f"R-{number}") for number in range(1, 7)] == [1] * 6
 
 
-async def test_what_is_unknown_is_told_as_it_is_by_default():
-    """Without ``wait_unknown`` an unknown refund is an outcome when its deadline is over."""
+async def test_by_default_an_unknown_refund_is_an_outcome():
+    """Without ``wait_unknown`` it is yielded at its deadline."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
     async with session_with(gateway) as session:
@@ -702,8 +702,8 @@ async def test_what_is_unknown_is_told_as_it_is_by_default():
     assert anyio.current_time() < 60
 
 
-async def test_what_is_unknown_is_asked_once_more_even_if_its_moment_has_passed():
-    """One at a time: the queries about the first one last until after the second one's moment."""
+async def test_an_unknown_refund_is_queried_even_after_its_ask_again_at():
+    """With one worker, the queries for the first refund last beyond the ``ask_again_at`` of the second."""
     gateway = sandbox()
     for number in (1, 2):
         gateway.script(Fault.RESET, call="apply", no_refund=f"R-{number}")
@@ -715,8 +715,8 @@ async def test_what_is_unknown_is_asked_once_more_even_if_its_moment_has_passed(
     assert [gateway.times_made("R-1"), gateway.times_made("R-2")] == [1, 1]
 
 
-async def test_a_batch_that_stops_does_not_wait_for_what_is_unknown(stranger_keys):
-    """What stayed unknown before the stop is told at once, as it is."""
+async def test_a_batch_that_stops_does_not_wait_for_unknown_refunds(stranger_keys):
+    """Refunds that were unknown before the stop are yielded at once."""
     gateway, outcomes = sandbox(), []
     gateway.script(Fault.NO_ANSWER, no_refund="R-1", when=When.BEFORE)
     async with session_with(gateway) as session:
@@ -733,8 +733,8 @@ async def test_a_batch_that_stops_does_not_wait_for_what_is_unknown(stranger_key
     assert anyio.current_time() < 100
 
 
-async def test_a_batch_that_stops_while_it_asks_again_tells_the_rest_as_it_is():
-    """Sent again after the grace and refused for our configuration: those whose moment is hours away are told now."""
+async def test_a_batch_that_stops_while_it_resolves_yields_the_rest_as_unknown():
+    """A resend is rejected for the configuration: refunds whose ``ask_again_at`` is hours away are yielded now."""
     gateway, outcomes = sandbox(), []
     gateway.script(Fault.NO_ANSWER, no_refund="R-1", when=When.BEFORE)
     gateway.script(Fault.BUSY, no_refund="R-1", when=When.BEFORE, call="apply", ret_code="1001")
@@ -747,8 +747,8 @@ async def test_a_batch_that_stops_while_it_asks_again_tells_the_rest_as_it_is():
     assert 900 < anyio.current_time() < 1000
 
 
-async def test_a_session_that_closes_before_the_last_questions_takes_no_outcome_along():
-    """What is unknown is told as it is when it can't be asked again, and then what was wrong is raised."""
+async def test_a_session_that_closes_before_the_last_queries_loses_no_outcome():
+    """Unknown refunds that cannot be queried again are yielded as unknown, then the error is raised."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
     async with session_with(gateway) as session:
@@ -765,7 +765,7 @@ async def test_a_session_that_closes_before_the_last_questions_takes_no_outcome_
 
 
 async def ended(outcomes):
-    """The numbers of what was yielded, and the error in which the iteration ended."""
+    """Return the numbers of the yielded outcomes, and the error that ended the iteration."""
     told, error = [], None
     try:
         await collect(outcomes, told)
@@ -774,8 +774,8 @@ async def ended(outcomes):
     return [outcome.request.no_refund for outcome in told], error
 
 
-async def test_an_exception_of_the_callers_own_kind_ends_the_iteration():
-    """What a middleware raises that is no ``Exception`` comes after the outcomes of all that was begun."""
+async def test_a_base_exception_of_a_middleware_ends_the_iteration():
+    """It is raised after the outcomes of all begun refunds."""
 
     async def middleware(exchange, forward):
         if exchange.asked["no_refund"] == "R-3":
@@ -788,8 +788,8 @@ async def test_an_exception_of_the_callers_own_kind_ends_the_iteration():
     assert sorted(numbers) == ["R-1", "R-2", "R-4", "R-5"]
 
 
-async def test_requests_that_are_cancelled_from_within_end_the_iteration_in_an_error():
-    """A source of requests that raises a cancellation nobody asked for is no end of requests."""
+async def test_requests_that_raise_a_cancellation_end_the_iteration_with_an_error():
+    """A stray cancellation from the requests does not count as their end."""
 
     async def source():
         for number in range(1, 4):
@@ -803,7 +803,7 @@ async def test_requests_that_are_cancelled_from_within_end_the_iteration_in_an_e
     assert "cancelled although nobody requested it" in str(error)
 
 
-async def test_an_exit_out_of_a_layer_ends_the_batch(anyio_backend_name):
+async def test_system_exit_in_a_middleware_ends_the_batch(anyio_backend_name):
     """``SystemExit`` does not wait for other refunds; on asyncio it also ends the event loop."""
     if anyio_backend_name == "asyncio":
         pytest.skip("asyncio raises it out of the event loop: see test_process_ends")
@@ -820,8 +820,8 @@ async def test_an_exit_out_of_a_layer_ends_the_batch(anyio_backend_name):
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_batch_whose_task_is_cancelled_ends_in_an_error(anyio_backend):
-    """``Task.cancel`` on every task but the consumer's is not the end of the batch."""
+async def test_a_batch_whose_task_is_cancelled_ends_with_an_error(anyio_backend):
+    """``Task.cancel`` on every task except the consumer's does not count as the end of the batch."""
     async with sandbox(faults={Fault.NO_ANSWER: 1.0}).session() as session:
         outcomes = refund_many(session, Source(30))
         consumer = asyncio.create_task(ended(outcomes))
@@ -837,14 +837,14 @@ async def test_a_batch_whose_task_is_cancelled_ends_in_an_error(anyio_backend):
 
 
 def distrusting(gateway, stranger_keys, **options):
-    """A session that knows the gateway by a wrong key."""
+    """A session with a wrong key of the gateway."""
     merchant = gateway.merchant(gateway_public_keys=stranger_keys.public)
     return RefundSession(merchant, transport=httpx.ASGITransport(app=gateway), clock=boot_clock, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"wait_unknown": True}, {"keep_going": True}, {"concurrency": 1}])
 async def test_a_wrong_gateway_key_stops_a_batch_early(stranger_keys, options):
-    """Four of 60 refunds are made and told as unknown, and the error names the key."""
+    """Four of 60 refunds are made and yielded as unknown, and the error names the key."""
     gateway, source, outcomes = sandbox(), Source(60), []
     async with distrusting(gateway, stranger_keys) as session:
         with pytest.raises(BatchStopped, match="gateway_public_keys") as caught:
@@ -857,7 +857,7 @@ async def test_a_wrong_gateway_key_stops_a_batch_early(stranger_keys, options):
 
 
 async def test_a_gateway_that_signs_nothing_stops_a_batch_early():
-    """0000 without a signature is no proof."""
+    """0000 without a signature proves nothing."""
     gateway, outcomes = sandbox(faults={Fault.NO_SIGNATURE: 1.0}), []
     async with session_with(gateway) as session:
         with pytest.raises(BatchStopped, match="without signature"):
@@ -865,8 +865,8 @@ async def test_a_gateway_that_signs_nothing_stops_a_batch_early():
     assert len(outcomes) == 4
 
 
-async def test_a_key_rotation_in_the_middle_stops_a_batch(stranger_keys):
-    """Answers that verified before do not help: four refunds in a row stop it."""
+async def test_a_key_rotation_during_a_batch_stops_it(stranger_keys):
+    """Four refunds in a row stop it, although earlier answers verified."""
     gateway, outcomes = sandbox(), []
     async with session_with(gateway, max_connections=2) as session:
         batch = refund_many(session, Source(60))
@@ -879,8 +879,8 @@ async def test_a_key_rotation_in_the_middle_stops_a_batch(stranger_keys):
     assert len(outcomes) < 30
 
 
-async def test_refusals_without_signature_say_nothing_about_the_key():
-    """A gateway that rejects all, unsigned, is not taken for one with another key; few refunds are under way."""
+async def test_rejections_without_signature_say_nothing_about_the_key():
+    """Only unsigned rejections do not stop the batch, but few refunds run concurrently."""
     gateway = sandbox(sign_errors=False, default_order=None, **SLOW)
     road = Road(gateway)
     async with RefundSession(gateway.merchant(), transport=road, clock=boot_clock) as session:
@@ -889,8 +889,8 @@ async def test_refusals_without_signature_say_nothing_about_the_key():
     assert (len(outcomes), road.most) == (30, 4)
 
 
-async def test_one_odd_refund_does_not_stop_the_others():
-    """A refund whose every answer is forged is unknown; the others are made, one after the other."""
+async def test_one_refund_with_forged_answers_does_not_stop_the_others():
+    """It is unknown; the others are made, one after the other."""
     gateway = sandbox()
     gateway.script(Fault.WRONG_SIGNATURE, no_refund="R-1", times=1000)
     async with session_with(gateway) as session:
@@ -899,7 +899,7 @@ async def test_one_odd_refund_does_not_stop_the_others():
 
 
 async def test_failures_count_only_in_a_row():
-    """Every other answer that verifies starts the count again."""
+    """Every answer that verifies resets the count."""
     gateway = sandbox()
     for number in range(1, 20, 2):
         gateway.script(Fault.WRONG_SIGNATURE, no_refund=f"R-{number}", times=1000)
@@ -909,7 +909,7 @@ async def test_failures_count_only_in_a_row():
 
 
 async def test_a_query_by_the_gateways_number_counts_too(stranger_keys):
-    """The watch names what was asked for, whichever number that is, and keeps the last four."""
+    """The watch records the number of the query, of either kind, and keeps the last four."""
     gateway = sandbox(sign_errors=True)
     async with distrusting(gateway, stranger_keys) as session:
         for number in range(6):
@@ -919,7 +919,7 @@ async def test_a_query_by_the_gateways_number_counts_too(stranger_keys):
 
 
 async def test_a_journal_of_another_merchant_ends_the_batch_before_anything_is_sent():
-    """Every refund would meet it: the iteration raises the error instead of repeating it for each."""
+    """Every refund would raise this error, so the iteration raises it once."""
     gateway, journal = sandbox(), MemoryJournal()
     await journal.bind("201304121000001004", "https://production.invalid/refund.htm")
     async with session_with(gateway) as session:

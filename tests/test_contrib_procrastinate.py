@@ -72,7 +72,7 @@ async def jobs_of(queue):
 
 
 class Gate:
-    """A middleware that holds up all refunds until it is opened."""
+    """A middleware that blocks all refunds until it is opened."""
 
     def __init__(self):
         self.begun = 0
@@ -85,32 +85,32 @@ class Gate:
 
 
 async def until(holds):
-    """Wait for what other tasks are about to do."""
+    """Let other tasks run until they wait."""
     with anyio.fail_after(60):
         while not holds():  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0.01)
 
 
 async def until_counted(queue, **numbers):
-    """Wait until the queue counts these numbers."""
+    """Wait until the queue's counts have these values."""
     with anyio.fail_after(60):
         while not numbers.items() <= dict(await queue.counts()).items():  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0.01)
 
 
 def deaf(gateway):
-    """The merchant, with a query address at which nobody answers."""
+    """The merchant, with a query address without a server."""
     merchant = gateway.merchant()
     return attrs.evolve(merchant, endpoints=attrs.evolve(merchant.endpoints, query="https://sandbox.invalid/lost"))
 
 
 async def hurry(queue):
-    """Let all jobs that wait for a later moment be run now."""
+    """Make all scheduled jobs due now."""
     await queue.app.connector.execute_query_async("UPDATE procrastinate_jobs SET scheduled_at = NULL")
 
 
 async def test_a_fleet_makes_every_refund_once(dsn, journal):
-    """Two workers empty one queue: each refund is made once and stands in the shared journal."""
+    """Two workers empty one queue: each refund is made once and recorded in the shared journal."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"), settle_after=3600)
     async with RefundQueue(dsn) as queue, RefundQueue(dsn) as other:
         assert await queue.enqueue(requests(30)) == 30
@@ -121,8 +121,8 @@ async def test_a_fleet_makes_every_refund_once(dsn, journal):
     assert (await journal.counts())[State.ACCEPTED] == 30
 
 
-async def test_refunds_that_are_enqueued_twice_are_made_once(dsn, journal):
-    """Slices that repeat or overlap are harmless: the journal knows their refunds."""
+async def test_enqueue_is_idempotent(dsn, journal):
+    """Slices that repeat or overlap make each refund once: the journal has the refunds."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
     async with RefundQueue(dsn, slice_size=7) as queue, gateway.session(journal=journal) as session:
         assert await queue.enqueue(requests(10)) == 10
@@ -133,8 +133,8 @@ async def test_refunds_that_are_enqueued_twice_are_made_once(dsn, journal):
     assert [gateway.times_made(f"R-{number}") for number in range(15)] == [1] * 15
 
 
-async def test_a_job_carries_a_slice(dsn):
-    """Refunds of an async iterable are cut into slices, and counted one by one."""
+async def test_a_job_contains_a_slice(dsn):
+    """Refunds of an async iterable are split into slices, and counted one by one."""
 
     async def stream():
         for request in requests(25):
@@ -147,7 +147,7 @@ async def test_a_job_carries_a_slice(dsn):
     assert slices == [[f"R-{number}" for number in range(25)[start : start + 2]] for start in range(0, 25, 2)]
 
 
-async def test_a_worker_takes_no_more_than_it_can_begin(dsn, journal):
+async def test_a_worker_fetches_no_more_slices_than_it_needs(dsn, journal):
     """While its refunds wait for the gateway, other workers find the other slices in the queue."""
     gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()
     async with (
@@ -166,8 +166,8 @@ async def test_a_worker_takes_no_more_than_it_can_begin(dsn, journal):
     assert len(gateway.refunds) == 20
 
 
-async def test_few_refunds_of_all_slices_together_begin_until_an_answer_has_verified(dsn, journal):
-    """However many slices a worker runs, at most four refunds are under way before it trusts the gateway's key."""
+async def test_at_most_four_refunds_run_until_an_answer_has_verified(dsn, journal):
+    """The limit applies to all slices of a worker together, until it trusts the gateway's key."""
     gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()
     async with (
         RefundQueue(dsn, slice_size=1) as queue,
@@ -184,8 +184,8 @@ async def test_few_refunds_of_all_slices_together_begin_until_an_answer_has_veri
     assert len(gateway.refunds) == 10
 
 
-async def test_what_is_unknown_does_not_hold_up_its_slice(dsn, journal):
-    """The others are made and not repeated; a job of its own holds the unknown one, before refunds never begun."""
+async def test_an_unknown_refund_does_not_delay_its_slice(dsn, journal):
+    """The others are made and not repeated; the unknown one gets its own job, which runs before new refunds."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE, no_refund="R-3")
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal, deadline=2.0) as session:
@@ -226,7 +226,7 @@ asyncio.run(work(sys.argv[1]))
 
 
 async def test_a_process_that_dies_between_the_follow_up_job_and_the_end_of_its_slice_loses_nothing(dsn, journal):
-    """Both jobs are there then: the next worker runs them, and every refund is made once."""
+    """Both jobs exist then: the next worker runs them, and every refund is made once."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"), settle_after=3600, repeated=Repeated.AGAIN)
     gateway.script(Fault.RESET, call="apply", when=When.AFTER, no_refund="R-3")
     with serving(gateway) as url:
@@ -249,8 +249,8 @@ async def test_a_process_that_dies_between_the_follow_up_job_and_the_end_of_its_
 
 
 @pytest.mark.parametrize("commits", [True, False])
-async def test_refunds_are_queued_in_the_callers_transaction_or_not_at_all(dsn, commits):
-    """The order is marked and its refund is queued, both or neither, whatever factories and zone the connection has."""
+async def test_enqueue_takes_part_in_the_callers_transaction(dsn, commits):
+    """The order is updated and its refund is queued, or neither, with any factories and time zone of the connection."""
     connection = await psycopg.AsyncConnection.connect(
         dsn, row_factory=dict_row, cursor_factory=psycopg.AsyncRawCursor, options="-c timezone=Asia/Shanghai"
     )
@@ -265,8 +265,8 @@ async def test_refunds_are_queued_in_the_callers_transaction_or_not_at_all(dsn, 
         assert (len(marked), (await queue.counts())["waiting"]) == ((1, 3) if commits else (0, 0))
 
 
-async def test_a_failure_while_enqueuing_leaves_the_callers_transaction_as_it_was(dsn):
-    """The savepoint takes all of the refunds back, and the transaction goes on."""
+async def test_an_error_in_enqueue_rolls_back_to_its_savepoint(dsn):
+    """No refund is queued, and the caller's transaction continues."""
 
     def broken():
         yield from requests(45)
@@ -284,8 +284,8 @@ async def test_a_failure_while_enqueuing_leaves_the_callers_transaction_as_it_wa
         assert await jobs_of(queue) == []
 
 
-async def test_a_connection_to_another_database_is_refused(dsn, postgres_dsn):
-    """So are one to another schema, one without a transaction, and one that is not asynchronous."""
+async def test_an_unsuitable_connection_is_refused(dsn, postgres_dsn):
+    """It leads to another database or schema, has no open transaction, or is not asynchronous."""
     (request,) = requests(1)
     async with (
         RefundQueue(dsn) as queue,
@@ -305,7 +305,7 @@ async def test_a_connection_to_another_database_is_refused(dsn, postgres_dsn):
 
 @pytest.mark.parametrize("commits", [True, False])
 async def test_a_synchronous_connection_executes_the_statement(dsn, commits):
-    """Django's way: its cursor takes psycopg's parameters, and its transaction decides."""
+    """As in Django: its cursor accepts psycopg's parameters, and its transaction decides."""
     async with RefundQueue(dsn, slice_size=2) as queue:
         with psycopg.connect(dsn) as connection, connection.cursor() as cursor:
             cursor.execute(*queue.statement(requests(3)))
@@ -314,8 +314,8 @@ async def test_a_synchronous_connection_executes_the_statement(dsn, commits):
         assert len(await jobs_of(queue)) == (2 if commits else 0)
 
 
-async def test_an_unknown_refund_comes_again_when_asking_can_decide(dsn, journal):
-    """A refund that is left unknown is scheduled for its ask_again_at, and stays unresolved until then."""
+async def test_an_unknown_refund_is_scheduled_for_its_ask_again_at(dsn, journal):
+    """It stays unresolved until then."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     before = datetime.now(UTC)
@@ -329,8 +329,8 @@ async def test_an_unknown_refund_comes_again_when_asking_can_decide(dsn, journal
 
 
 @pytest.mark.parametrize("step", [timedelta(days=1), timedelta(hours=-2)])
-async def test_jobs_come_again_by_the_databases_clock(dsn, journal, step):
-    """A worker whose wall clock is wrong schedules a job as any other does: due when its seconds have passed."""
+async def test_jobs_are_scheduled_by_the_databases_clock(dsn, journal, step):
+    """A worker with a wrong wall clock schedules a job like the others: it is due after the same seconds."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
 
@@ -346,8 +346,8 @@ async def test_jobs_come_again_by_the_databases_clock(dsn, journal, step):
     assert before + timedelta(seconds=899) <= job.scheduled_at <= datetime.now(UTC) + timedelta(seconds=901)
 
 
-async def test_a_job_that_was_begun_before_is_asked_about_first(dsn, journal):
-    """Also where the journal has lost it: the gateway would carry it out again."""
+async def test_the_refunds_of_a_repeated_job_are_queried_first(dsn, journal):
+    """Even if the journal has lost them: otherwise this gateway would make them again."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
     async with RefundQueue(dsn, rescue_after=5.0) as queue, gateway.session(journal=journal) as session:
         await queue.enqueue(requests(1))
@@ -360,7 +360,7 @@ async def test_a_job_that_was_begun_before_is_asked_about_first(dsn, journal):
 
 
 async def test_an_unknown_refund_is_found_by_the_next_worker(dsn, journal):
-    """A worker that takes the job again asks first, and finds what the first attempt did."""
+    """A worker that fetches the job again queries first, and finds the refund of the first attempt."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"), settle_after=3600)
     gateway.script(Fault.RESET, call="apply", when=When.AFTER)
     policy = RetryPolicy(initial=0.01, maximum=0.01, not_found_grace=0)
@@ -380,8 +380,8 @@ async def test_an_unknown_refund_is_found_by_the_next_worker(dsn, journal):
     assert (gateway.requests["apply"], gateway.times_made("R-0")) == (1, 1)
 
 
-async def test_what_was_not_sent_is_sent_later(dsn, journal, merchant):
-    """While nothing listens at the gateway's address, the job waits for another try."""
+async def test_a_refund_that_was_not_sent_is_sent_later(dsn, journal, merchant):
+    """While no server listens at the gateway's address, the job waits for another try."""
     nowhere = Endpoints("http://127.0.0.1:9/apply", "http://127.0.0.1:9/query")
     session = RefundSession(attrs.evolve(merchant, endpoints=nowhere), journal=journal, retry=RetryPolicy(attempts=1))
     before = datetime.now(UTC)
@@ -393,8 +393,8 @@ async def test_what_was_not_sent_is_sent_later(dsn, journal, merchant):
     assert before + timedelta(seconds=1) <= job.scheduled_at <= datetime.now(UTC) + timedelta(seconds=1)
 
 
-async def test_a_rejection_of_ours_to_mend_stops_the_worker(dsn, journal):
-    """An unknown merchant number ends the work with BatchStopped; what was not sent goes back into the queue."""
+async def test_a_rejection_by_configuration_stops_the_worker(dsn, journal):
+    """An unknown merchant number raises ``BatchStopped``; refunds that were not sent go back into the queue."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, times=1000)
     async with RefundQueue(dsn, slice_size=30) as queue, gateway.session(journal=journal) as session:
@@ -414,7 +414,7 @@ async def test_a_rejection_of_ours_to_mend_stops_the_worker(dsn, journal):
 
 
 async def test_an_unexpected_error_stops_the_worker(dsn, journal):
-    """It is raised, and no refund is lost."""
+    """The error is raised, and no refund is lost."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     async with RefundQueue(dsn) as queue:
         await queue.enqueue(requests(10))
@@ -429,8 +429,8 @@ async def test_an_unexpected_error_stops_the_worker(dsn, journal):
     assert [gateway.times_made(f"R-{number}") for number in range(10)] == [1] * 10
 
 
-async def test_a_refund_that_the_journal_cannot_take_is_tried_again_later(dsn):
-    """Another transaction holds its row: its slice is put back, and the worker goes on."""
+async def test_a_refund_that_the_journal_cannot_record_is_tried_again_later(dsn):
+    """Another transaction has locked its row: its slice is queued again, and the worker continues."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     async with (
         PostgresJournal(dsn, timeout=1.0) as journal,
@@ -453,8 +453,8 @@ async def test_a_refund_that_the_journal_cannot_take_is_tried_again_later(dsn):
     assert len(gateway.refunds) == 10
 
 
-async def test_a_slice_whose_rest_cannot_be_put_back_stops_the_worker(dsn, journal):
-    """The database's error is raised, and the whole slice is run again."""
+async def test_a_slice_whose_rest_cannot_be_queued_again_stops_the_worker(dsn, journal):
+    """The database's error is raised, and the whole slice runs again."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.BUSY, ret_code="1014", when=When.BEFORE)
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
@@ -474,8 +474,8 @@ async def test_a_slice_whose_rest_cannot_be_put_back_stops_the_worker(dsn, journ
         (["R-X"], None, "must be objects of strings"),
     ],
 )
-async def test_a_row_that_cannot_be_read_fails_alone(dsn, journal, row, number, cause):
-    """The others of its slice are made; its cause is kept, and running it again keeps it once."""
+async def test_an_unreadable_row_fails_alone(dsn, journal, row, number, cause):
+    """The others of its slice are made; its cause is stored, also only once if the job runs again."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
         slice_ = [request.to_dict() for request in requests(5)]
@@ -493,7 +493,7 @@ async def test_a_row_that_cannot_be_read_fails_alone(dsn, journal, row, number, 
 
 
 async def test_a_job_without_refunds_fails(dsn, journal):
-    """A job that another program put into the queue does not stop the worker."""
+    """A job that another program inserted into the queue does not stop the worker."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
         await queue.app.configure_task("lianlian:refunds", queue="lianlian").defer_async(refund="R-0", tries="many")
@@ -504,8 +504,8 @@ async def test_a_job_without_refunds_fails(dsn, journal):
 
 
 @pytest.mark.parametrize(("ret_code", "stops"), [("5006", True), ("1014", False)])
-async def test_a_refund_that_may_be_made_later_goes_back_into_the_queue(dsn, journal, ret_code, stops):
-    """An empty balance ends the work, a limit does not; either way the refund is kept for another try."""
+async def test_a_refund_whose_rejection_may_pass_is_queued_again(dsn, journal, ret_code, stops):
+    """An empty balance stops the worker, a limit does not; in both cases the refund is queued for another try."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     gateway.script(Fault.BUSY, ret_code=ret_code, when=When.BEFORE)
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
@@ -517,7 +517,7 @@ async def test_a_refund_that_may_be_made_later_goes_back_into_the_queue(dsn, jou
 
 
 async def test_a_wrong_gateway_key_stops_the_worker(dsn, journal, stranger_keys):
-    """Four refunds are made before BatchStopped names the key; all go back into the queue, and are found with it."""
+    """Four refunds are made before ``BatchStopped`` names the key; all go back into the queue, and are found later."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     wrong = gateway.merchant(gateway_public_keys=stranger_keys.public)
     async with RefundQueue(dsn) as queue:
@@ -534,8 +534,8 @@ async def test_a_wrong_gateway_key_stops_the_worker(dsn, journal, stranger_keys)
     assert all(gateway.times_made(f"R-{number}") == 1 for number in range(30))
 
 
-async def test_a_refund_that_is_refused_for_good_is_done(dsn, journal):
-    """A rejection is an ending: it stands in the journal, and the job is gone."""
+async def test_a_permanently_rejected_refund_is_finished(dsn, journal):
+    """The journal has the rejection, and the job is deleted."""
     async with RefundQueue(dsn) as queue, SandboxGateway().session(journal=journal) as session:
         await queue.enqueue(requests(1))
         await queue.work(session, wait=False)
@@ -543,8 +543,8 @@ async def test_a_refund_that_is_refused_for_good_is_done(dsn, journal):
     assert (await journal.find("R-0")).state is State.REJECTED
 
 
-async def test_a_conflict_is_left_for_a_person(dsn, journal):
-    """A number that stands for other content fails its job for good, and nothing is sent."""
+async def test_a_conflict_becomes_a_failed_job(dsn, journal):
+    """A number with other recorded content fails its job, and nothing is sent."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
         request = next(requests(1))
@@ -556,7 +556,7 @@ async def test_a_conflict_is_left_for_a_person(dsn, journal):
     assert gateway.money_moved("R-0") == Decimal("1.00")
 
 
-async def test_cancelling_the_work_ends_it(dsn, journal):
+async def test_cancellation_ends_an_idle_worker(dsn, journal):
     """A worker that waits for jobs ends when it is cancelled."""
     async with RefundQueue(dsn) as queue, SandboxGateway().session(journal=journal) as session:
         with anyio.move_on_after(0.5) as scope:
@@ -564,8 +564,8 @@ async def test_cancelling_the_work_ends_it(dsn, journal):
         assert scope.cancelled_caught
 
 
-async def test_a_worker_that_is_cancelled_finishes_what_it_has_begun(dsn, journal):
-    """The refunds under way are made, and the others go back into the queue, as new as they were."""
+async def test_a_cancelled_worker_finishes_its_running_refunds(dsn, journal):
+    """The running refunds are made, and the others are queued again as new refunds."""
     gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal, middleware=[gate]) as session:
         await queue.enqueue(requests(20))
@@ -608,8 +608,8 @@ async def forget_workers(queue):
     await queue.app.connector.execute_query_async(silence)
 
 
-async def test_the_jobs_of_a_dead_worker_are_run_by_another(dsn, journal):
-    """A job that a worker took and never finished goes back into the queue, and is made once."""
+async def test_another_worker_runs_the_jobs_of_a_dead_worker(dsn, journal):
+    """A job that a worker fetched and never finished is queued again, and its refunds are made once."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
         await leave_jobs(queue, 1)
@@ -618,8 +618,8 @@ async def test_the_jobs_of_a_dead_worker_are_run_by_another(dsn, journal):
     assert gateway.times_made("R-0") == 1
 
 
-async def test_workers_that_rescue_the_same_jobs_do_not_disturb_each_other(dsn, journal):
-    """Of two workers that find the same jobs left behind, each job is rescued by one, and neither fails."""
+async def test_two_workers_rescue_each_job_once(dsn, journal):
+    """Of two workers that find the same abandoned jobs, one rescues each job, and neither fails."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     async with (
         RefundQueue(dsn, slice_size=1) as queue,
@@ -632,8 +632,8 @@ async def test_workers_that_rescue_the_same_jobs_do_not_disturb_each_other(dsn, 
     assert [gateway.times_made(f"R-{number}") for number in range(30)] == [1] * 30
 
 
-async def test_a_database_that_fails_during_a_rescue_is_heard_of(dsn, journal):
-    """The error is raised."""
+async def test_a_database_error_during_a_rescue_is_raised(dsn, journal):
+    """The worker ends with the error of the database."""
     async with RefundQueue(dsn) as queue, SandboxGateway().session(journal=journal) as session:
         await leave_jobs(queue, 1)
         await queue.app.connector.execute_query_async("DROP TABLE procrastinate_events CASCADE")
@@ -642,7 +642,7 @@ async def test_a_database_that_fails_during_a_rescue_is_heard_of(dsn, journal):
 
 
 async def leave_unknown(gateway, journal, request):
-    """Have a refund made whose answer is lost, and nothing in the queue."""
+    """Make a refund whose answer is lost, with an empty queue."""
     gateway.script(Fault.RESET, call="apply", when=When.AFTER)
     async with RefundSession(
         deaf(gateway), transport=asgi_transport(gateway), journal=journal, deadline=2.0
@@ -651,8 +651,8 @@ async def leave_unknown(gateway, journal, request):
             await session.apply_refund(request)
 
 
-async def test_an_open_refund_that_no_job_holds_is_queued_again(dsn, journal):
-    """A worker that starts looks into the journal, and asks the gateway about what others have left."""
+async def test_an_open_refund_without_a_job_is_queued_again(dsn, journal):
+    """A worker that starts reads the journal, and queries the refunds that other workers left open."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"), settle_after=3600, repeated=Repeated.AGAIN)
     lost, never_sent = requests(2)
     await leave_unknown(gateway, journal, lost)
@@ -667,7 +667,7 @@ async def test_an_open_refund_that_no_job_holds_is_queued_again(dsn, journal):
     assert (gateway.times_made("R-0"), gateway.times_made("R-1")) == (1, 0)
 
 
-async def test_an_open_refund_that_a_job_holds_is_not_queued_again(dsn, journal):
+async def test_an_open_refund_with_a_job_is_not_queued_again(dsn, journal):
     """A refund that waits for its ask_again_at is in one job only; so is a refund that needs a person."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     for request in requests(2):
@@ -682,14 +682,14 @@ async def test_an_open_refund_that_a_job_holds_is_not_queued_again(dsn, journal)
 
 
 @pytest.mark.parametrize("seconds", [0, 0.5, -1, float("nan"), "60"])
-def test_a_worker_is_not_taken_for_dead_between_two_signs_of_life(seconds):
-    """A time that is too short is refused: each worker would take itself for dead."""
+def test_a_rescue_after_below_a_second_is_refused(seconds):
+    """Otherwise a live worker would count as dead between two heartbeats."""
     with pytest.raises(ConfigurationError, match="rescue_after: must be at least 1 second"):
         RefundQueue("dbname=refunds", rescue_after=seconds)
 
 
-async def test_jobs_need_the_session_of_work(dsn, caplog):
-    """A refund job that another worker program runs says where the session comes from, and stays in the queue."""
+async def test_refund_jobs_need_the_session_of_work(dsn, caplog):
+    """In another worker program the job raises an error with the cure, and stays in the queue."""
     caplog.set_level("INFO", "procrastinate")
     async with RefundQueue(dsn) as queue:
         await queue.enqueue(requests(1))
@@ -699,22 +699,22 @@ async def test_jobs_need_the_session_of_work(dsn, caplog):
     assert "no session for this refund job: start the worker with RefundQueue.work" in caplog.text
 
 
-async def test_work_needs_a_journal_that_workers_share(dsn):
-    """A session without a journal, or with one in a file, is refused."""
+async def test_work_needs_a_postgres_journal(dsn):
+    """A session without a journal, or with a file journal, is refused."""
     async with RefundQueue(dsn) as queue, SandboxGateway().session() as session:
         with pytest.raises(ConfigurationError, match="the session needs a PostgresJournal"):
             await queue.work(session)
 
 
-async def test_a_worker_that_hangs_in_a_transaction_does_not_keep_the_queue(dsn):
-    """The database ends a transaction of the queue that is idle for 10 seconds, and so lets go of its rows."""
+async def test_a_worker_that_hangs_in_a_transaction_does_not_block_the_queue(dsn):
+    """The database ends a transaction of the queue that is idle for 10 seconds, which unlocks its rows."""
     async with RefundQueue(dsn) as queue, queue.app.connector.pool.connection() as connection:
         cursor = await connection.execute("SHOW idle_in_transaction_session_timeout")
         assert await cursor.fetchone() == ("10s",)
 
 
-async def test_a_queue_does_not_repeat_a_dsn_that_is_none():
-    """A connection string that cannot be read raises ``ConfigurationError``, in which none of it is shown."""
+async def test_an_invalid_dsn_of_a_queue_is_not_shown():
+    """An invalid connection string raises ``ConfigurationError``, which shows no part of it."""
     with pytest.raises(ConfigurationError, match="dsn: not a PostgreSQL connection string") as caught:
         RefundQueue("password=s3cret books")
     assert "s3cret" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What proves a refund, and what does not: reused numbers, refusals, and a query service that knows nothing."""
+"""Which evidence proves a refund: reused numbers, rejections, and a query service without records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IN_PROGRESS = ("1003", "2005", "2008")
 
 
 class Gateway(httpx.AsyncBaseTransport):
-    """Answers each apply call with one ``code``, and each query with ``record`` (None: it knows of none)."""
+    """Answers each apply call with ``code``, and each query with ``record`` (None: no such record)."""
 
     def __init__(self, code, record=None, *, then=None):
         self.codes = [code]
@@ -58,7 +58,7 @@ class Gateway(httpx.AsyncBaseTransport):
 
 @pytest.fixture(params=["no journal", "memory", "sqlite"])
 def new_journal(request, tmp_path):
-    """The journal of each process, one after the other; None: the session remembers."""
+    """Creates the journals of successive processes; None: one session without a journal."""
     if request.param == "no journal":
         return None
     shared = MemoryJournal()
@@ -66,7 +66,7 @@ def new_journal(request, tmp_path):
 
 
 async def attempts(gateway, new_journal, *pauses, request=None, **options):
-    """What each of several calls for one refund comes to, so many seconds apart; each by a process of its own.
+    """Return the outcomes of several calls for one refund, with these pauses in seconds, each in a new process.
 
     Without a journal a later process is handed the ``RefundOutcomeUnknown`` of the one before.
     """
@@ -90,7 +90,7 @@ async def attempts(gateway, new_journal, *pauses, request=None, **options):
 
 
 async def test_a_gateway_that_replays_its_first_answer_made_no_second_refund():
-    """The same number and amount on another day: well signed, and not our refund."""
+    """The answer for the same number and amount on another day is signed, but proves another refund."""
     gateway = sandbox(repeated=Repeated.REPLAY)
     reused = refund_request(dt_refund=EPOCH + timedelta(days=1))
     async with gateway.session(clock=boot_clock) as session:
@@ -105,8 +105,8 @@ async def test_a_gateway_that_replays_its_first_answer_made_no_second_refund():
 @pytest.mark.parametrize(
     ("told", "field"), [({"dt_refund": "20260106160000"}, "dt_refund"), ({"money_refund": "9.00"}, None)]
 )
-async def test_query_refund_compares_what_its_question_named(told, field):
-    """A query names a time and no amount."""
+async def test_query_refund_compares_the_fields_of_the_query(told, field):
+    """A query contains a time and no amount."""
     query = RefundQuery(no_refund="R-1", dt_refund=EPOCH)
     async with RefundSession(sandbox().merchant(), transport=Gateway("0000", told), clock=boot_clock) as session:
         if field is None:
@@ -118,8 +118,8 @@ async def test_query_refund_compares_what_its_question_named(told, field):
 
 
 @pytest.mark.parametrize("code", DUPLICATE)
-async def test_a_number_that_is_an_orders_ends_as_rejected(code, new_journal):
-    """Duplicate for ever, and no record for ever: after the grace the refund is known not to be made."""
+async def test_a_duplicate_number_without_a_record_ends_as_rejected(code, new_journal):
+    """Always "duplicate" and never a record: after the grace the refund is certainly not made."""
     gateway = Gateway(code)
     results = await attempts(gateway, new_journal, 600, 600)
     assert [type(outcome.error) for outcome in results] == [RefundOutcomeUnknown] * 2 + [RefundRejected]
@@ -129,8 +129,8 @@ async def test_a_number_that_is_an_orders_ends_as_rejected(code, new_journal):
 
 @pytest.mark.parametrize("code", [*DUPLICATE, *IN_PROGRESS])
 @pytest.mark.parametrize("missing", ["dt_refund", "money_refund"])
-async def test_a_refused_number_is_not_proved_by_half_a_record(code, missing, new_journal):
-    """A record without the time or the amount may be another refund's: not at the first call, nor at a later one."""
+async def test_a_rejected_number_is_not_proved_by_half_a_record(code, missing, new_journal):
+    """A record without time or amount may belong to another refund, at the first call and at later calls."""
     gateway = Gateway(code, {missing: None})
     results = await attempts(gateway, new_journal, 60)
     assert [type(outcome.error) for outcome in results] == [RefundOutcomeUnknown] * 2
@@ -143,14 +143,14 @@ async def test_a_refused_number_is_not_proved_by_half_a_record(code, missing, ne
 
 @pytest.mark.parametrize("code", DUPLICATE)
 async def test_half_a_record_is_no_record_after_the_grace(code, new_journal):
-    """The number is not ours, so that the refund ends as rejected."""
+    """The number belongs to another refund, so this refund ends as rejected."""
     results = await attempts(Gateway(code, {"dt_refund": None}), new_journal, 1000)
     assert type(results[1].error) is RefundRejected
 
 
 @pytest.mark.parametrize("code", IN_PROGRESS)
 async def test_half_a_record_of_a_refund_in_progress_stays_unknown(code, new_journal):
-    """It may be ours: nothing is sent again, and a person can look."""
+    """The record may be ours: nothing is sent again, and a person has to decide."""
     gateway = Gateway(code, {"dt_refund": None})
     results = await attempts(gateway, new_journal, 1000)
     assert type(results[1].error) is RefundOutcomeUnknown
@@ -158,22 +158,22 @@ async def test_half_a_record_of_a_refund_in_progress_stays_unknown(code, new_jou
 
 
 @pytest.mark.parametrize("code", IN_PROGRESS)
-async def test_what_was_in_progress_and_has_no_record_after_the_grace_is_sent_again(code, new_journal):
+async def test_a_refund_in_progress_without_a_record_is_sent_again_after_the_grace(code, new_journal):
     gateway = Gateway(code, then="0000")
     results = await attempts(gateway, new_journal, 1000)
     assert results[1].refund.no_refund == "R-1"
     assert gateway.applied == 2
 
 
-async def test_half_a_record_proves_a_refund_whose_attempt_may_have_worked(new_journal):
-    """The attempt was not refused: the record that stands under its number is its own."""
+async def test_half_a_record_proves_a_refund_whose_attempt_may_have_succeeded(new_journal):
+    """The attempt was not rejected, so the record under its number is its own."""
     gateway = Gateway("9999", {"dt_refund": None})
     [outcome] = await attempts(gateway, new_journal)
     assert outcome.refund.no_refund == "R-1"
 
 
-async def test_a_refusal_after_an_uncertain_attempt_does_not_count_as_refused(new_journal):
-    """Sent again after the grace and refused as a duplicate: the first attempt may have worked after all."""
+async def test_a_rejection_after_an_uncertain_attempt_does_not_count(new_journal):
+    """The refund is sent again after the grace and rejected as a duplicate: the first attempt may have succeeded."""
     gateway = Gateway("9999", then="1002")
     results = await attempts(gateway, new_journal, 1000)
     assert type(results[1].error) is RefundOutcomeUnknown
@@ -188,7 +188,7 @@ async def test_a_refusal_after_an_uncertain_attempt_does_not_count_as_refused(ne
 
 @pytest.mark.parametrize("code", ["5006", "9104", "1014", "1016", "1019", "9911"])
 async def test_a_rejection_that_may_pass_is_not_final(code, new_journal):
-    """After the top-up the same number is sent again, and made."""
+    """After the balance is topped up, the same number is sent again and made."""
     gateway = Gateway(code, then="0000")
     rejected, again = await attempts(gateway, new_journal, 1)
     assert (type(rejected.error), rejected.error.may_pass) == (RefundRejected, True)
@@ -200,7 +200,7 @@ async def test_a_rejection_that_may_pass_is_not_final(code, new_journal):
 
 
 class NoQueries(httpx.AsyncBaseTransport):
-    """The way to a sandbox whose query service is another one, which knows nothing: a wrong query address."""
+    """A transport to a sandbox with a wrong query address: another query service, without records."""
 
     def __init__(self, gateway):
         self.inner = httpx.ASGITransport(app=gateway)
@@ -213,8 +213,8 @@ class NoQueries(httpx.AsyncBaseTransport):
 
 
 @pytest.mark.parametrize("journal", [True, False], ids=["journal", "no journal"])
-async def test_a_wrong_query_address_refunds_nothing_twice(journal):
-    """Its "no such record" about a refund that was made proves that it proves nothing."""
+async def test_a_wrong_query_address_causes_no_second_refund(journal):
+    """The answer "no such record" about a refund that was made shows that the service proves nothing."""
     gateway = sandbox(repeated=Repeated.AGAIN)
     gateway.add_order("O-1", 1000)
     options = {"journal": MemoryJournal()} if journal else {}
@@ -236,8 +236,8 @@ async def test_a_wrong_query_address_refunds_nothing_twice(journal):
     assert gateway.times_made("R-1") == 1
 
 
-async def test_a_wrong_query_address_refunds_nothing_twice_that_the_journal_has_lost():
-    """What is queried before its first send needs the same proof as what is sent again."""
+async def test_a_wrong_query_address_causes_no_second_refund_of_a_lost_entry():
+    """A refund that is queried before its first send needs the same check of the query service as a resend."""
     gateway = sandbox(repeated=Repeated.AGAIN)
     gateway.add_order("O-1", 1000)
     async with gateway.session(clock=boot_clock) as session:
@@ -252,8 +252,8 @@ async def test_a_wrong_query_address_refunds_nothing_twice_that_the_journal_has_
     assert gateway.times_made("R-1") == 1
 
 
-async def test_a_query_service_that_is_mended_meanwhile_is_asked_once_more():
-    """Wrong at the first answer and right at the proof: the first "no such record" must not count."""
+async def test_a_query_service_that_was_repaired_is_queried_once_more():
+    """Wrong at the first answer and right at the check: the first "no such record" must not count."""
     gateway = sandbox(repeated=Repeated.AGAIN)
     gateway.add_order("O-1", 1000)
 
@@ -277,7 +277,7 @@ async def test_a_query_service_that_is_mended_meanwhile_is_asked_once_more():
 
 
 async def test_a_wrong_query_address_proves_no_rejection():
-    """Refused after an uncertain attempt, a refund counts as rejected only if its absence is proved."""
+    """A rejection after an uncertain attempt counts only if "no such record" is proved."""
     gateway = sandbox(repeated=Repeated.REJECT)
     async with RefundSession(
         gateway.merchant(), transport=NoQueries(gateway), clock=boot_clock, retry=RetryPolicy(not_found_grace=0.0)
@@ -290,7 +290,7 @@ async def test_a_wrong_query_address_proves_no_rejection():
 
 
 class Answered(httpx.AsyncBaseTransport):
-    """The way to a sandbox; queries about R-0 get the answer that ``answer`` makes of their fields."""
+    """A transport to a sandbox; ``answer`` creates the answers to queries about R-0 from their fields."""
 
     def __init__(self, gateway, answer):
         self.inner = httpx.ASGITransport(app=gateway)
@@ -326,8 +326,8 @@ def same_refund(fields):
         (81, another_refund, False, True),
     ],
 )
-async def test_what_a_refund_that_is_known_as_made_proves(days, answer, is_asked, is_believed):
-    """Before anything is concluded from "no such record", the query service has to find a refund that was made."""
+async def test_the_canary_checks_the_query_service(days, answer, is_asked, is_believed):
+    """The answer "no such record" is believed only if the query service finds a refund that was made."""
     gateway = sandbox(repeated=Repeated.AGAIN)
     wires = Answered(gateway, answer)
     settings = {"transport": wires, "clock": boot_clock, "retry": RetryPolicy(not_found_grace=0.0)}
@@ -344,7 +344,7 @@ async def test_what_a_refund_that_is_known_as_made_proves(days, answer, is_asked
 
 
 class Failing(MemoryJournal):
-    """Cannot do what ``verbs`` name."""
+    """A journal whose methods ``verbs`` fail."""
 
     verbs: frozenset[str] = frozenset()
 
@@ -374,7 +374,7 @@ class Failing(MemoryJournal):
         ("resend", Fault.NO_ANSWER, 10, "RefundOutcomeUnknown"),
     ],
 )
-async def test_a_journal_that_fails_after_a_send_tells_what_the_gateway_said(verb, fault, order, said):
+async def test_a_journal_error_after_a_send_has_the_outcome(verb, fault, order, said):
     gateway, journal = sandbox(default_order=Decimal(order)), Failing()
     if fault is not None:
         gateway.script(fault, call="apply", when=When.BEFORE)
@@ -389,7 +389,7 @@ async def test_a_journal_that_fails_after_a_send_tells_what_the_gateway_said(ver
 
 
 async def test_a_cancelled_call_whose_journal_fails_is_cancelled_and_logged(caplog):
-    """The cancellation is what its caller waits for; the log names the refund."""
+    """The caller gets the cancellation; the log names the refund."""
     gateway, journal = sandbox(), Failing()
     gateway.script(Fault.NO_ANSWER, call="apply")
     journal.verbs = frozenset({"release"})
@@ -400,7 +400,7 @@ async def test_a_cancelled_call_whose_journal_fails_is_cancelled_and_logged(capl
     assert "refund R-1 may have been made: journal: the disk is full" in caplog.text
 
 
-async def test_a_journal_that_fails_before_a_send_says_that_nothing_was_sent():
+async def test_a_journal_error_before_a_send_has_no_outcome():
     gateway, journal = sandbox(), Failing()
     journal.begin = _full
     async with gateway.session(journal=journal, clock=boot_clock) as session:
@@ -417,8 +417,8 @@ async def _full(*_):
 # ── a conflict that the gateway told ─────────────────────────────────────────────────────────────
 
 
-async def test_a_conflict_that_was_notified_stays_on_record(new_journal):
-    """Later calls raise it from the record, and nothing more is sent or asked."""
+async def test_a_notified_conflict_stays_recorded(new_journal):
+    """Later calls raise the recorded conflict, and send and query nothing."""
     if new_journal is None:
         pytest.skip("a session's own memory keeps nothing that is resolved")
     gateway = Gateway("9999", {"money_refund": "9.00"})

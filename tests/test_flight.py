@@ -1,4 +1,4 @@
-"""All calls of one session for one refund share one flight, which belongs to no caller."""
+"""Concurrent calls of one session for one refund share one flight, which belongs to no caller."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 @pytest.fixture(params=["no journal", "journal"])
 def options(request):
-    """Of a session: calls share a flight, journal or not."""
+    """Options of a session: with and without a journal."""
     journal = {} if request.param == "no journal" else {"journal": MemoryJournal()}
     return {"clock": boot_clock, **journal}
 
 
 def carries_out_everything(**settings):
-    """A sandbox that makes a refund of every apply call."""
+    """A sandbox that does not deduplicate: every apply call makes a refund."""
     gateway = sandbox(repeated=Repeated.AGAIN, **settings)
     gateway.add_order("O-1", 1000)
     return gateway
 
 
 async def gather(*calls):
-    """What each call returns or raises, in order."""
+    """Return the result or the exception of each call, in order."""
     results = [None] * len(calls)
 
     async def one(place, call):
@@ -55,7 +55,7 @@ async def gather(*calls):
     return results
 
 
-async def test_the_same_request_three_times_at_once_is_one_refund(options):
+async def test_three_concurrent_calls_make_one_refund(options):
     gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=1)
     async with gateway.session(**options) as session:
         refunds = await gather(*[lambda: session.apply_refund(refund_request())] * 3)
@@ -64,7 +64,7 @@ async def test_the_same_request_three_times_at_once_is_one_refund(options):
     assert gateway.requests == {"apply": 1}
 
 
-async def test_a_request_left_unknown_is_asked_about_by_the_next_call(options):
+async def test_an_unknown_refund_is_queried_by_the_next_call(options):
     gateway = carries_out_everything()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
     gateway.script(Fault.RESET, call="query", times=4)
@@ -78,8 +78,8 @@ async def test_a_request_left_unknown_is_asked_about_by_the_next_call(options):
     assert gateway.times_made("R-1") == 1
 
 
-async def test_calls_in_flight_hold_one_slot(options):
-    """Those who join a flight hold no connection slot: another refund goes on beside twenty of them."""
+async def test_a_flight_takes_one_connection_slot(options):
+    """Callers that join a flight take no connection slot: another refund runs beside twenty of them."""
     gateway = sandbox(faults={Fault.DELAY: 1.0}, delay=5)
     async with gateway.session(max_connections=2, **options) as session:
         await gather(
@@ -89,7 +89,7 @@ async def test_calls_in_flight_hold_one_slot(options):
 
 
 @pytest.mark.parametrize("leaver", [0, 1], ids=["first", "second"])
-async def test_a_caller_that_is_cancelled_leaves_the_flight_to_the_others(leaver, options):
+async def test_a_cancelled_caller_does_not_end_the_flight(leaver, options):
     gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=5)
     refunds = []
 
@@ -110,8 +110,8 @@ async def test_a_caller_that_is_cancelled_leaves_the_flight_to_the_others(leaver
     assert gateway.requests == {"apply": 1}
 
 
-async def test_the_last_caller_that_leaves_takes_the_flight_down(options):
-    """Cancellation propagates at once, and what may have been sent is asked about by the next call."""
+async def test_the_last_caller_that_leaves_cancels_the_flight(options):
+    """The cancellation is immediate, and the next call queries what may have been sent."""
     gateway = carries_out_everything()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
 
@@ -128,8 +128,8 @@ async def test_the_last_caller_that_leaves_takes_the_flight_down(options):
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
-async def test_a_call_that_meets_a_flight_being_taken_down_starts_its_own():
-    """The second call waits until the first one's journal has written, and then asks."""
+async def test_a_call_during_the_cancellation_of_a_flight_starts_its_own():
+    """The second call waits until the journal of the first has written, and then queries."""
     journal = SlowToRelease()
     gateway = carries_out_everything()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
@@ -156,7 +156,7 @@ class SlowToRelease(MemoryJournal):
 @pytest.mark.parametrize("order", [[3, 20], [20, 3]], ids=["short one first", "long one first"])
 @pytest.mark.parametrize("apart", [0, 1], ids=["at once", "one later"])
 async def test_each_caller_has_its_own_deadline(order, apart, options):
-    """The short one is told that the outcome is unknown; the flight goes on for the long one."""
+    """The caller with the short deadline gets an unknown outcome; the flight continues for the other."""
     gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=8)
     ends = {}
 
@@ -178,7 +178,7 @@ async def test_each_caller_has_its_own_deadline(order, apart, options):
 
 
 async def test_deadlines_count_from_the_connection_slot(options):
-    """Callers that wait for a slot together do not use up their deadlines."""
+    """Waiting for a slot together does not use up the callers' deadlines."""
     gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=4)
     async with gateway.session(max_connections=1, deadline=10, **options) as session:
         results = await gather(
@@ -188,8 +188,8 @@ async def test_deadlines_count_from_the_connection_slot(options):
     assert [refund.no_refund for refund in results] == ["R-0", "R-1", "R-2", "R-3", "R-4", "R-4"]
 
 
-async def test_each_caller_gets_an_exception_of_its_own(options):
-    """One exception that is raised in many tasks would grow with each."""
+async def test_each_caller_gets_its_own_exception(options):
+    """The traceback of one exception raised in many tasks would grow with each of them."""
     gateway = sandbox(default_order=None, faults={Fault.DELAY: 1.0}, delay=1)
     async with gateway.session(**options) as session:
         errors = await gather(*[lambda: session.apply_refund(refund_request())] * 3)
@@ -200,7 +200,7 @@ async def test_each_caller_gets_an_exception_of_its_own(options):
 
 
 async def test_other_content_under_the_number_of_a_flight_is_a_conflict(options):
-    """Where its notification goes is no content."""
+    """Another ``notify_url`` is no conflict."""
     gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=1)
     async with gateway.session(**options) as session:
         refund, conflict, same = await gather(
@@ -225,8 +225,8 @@ async def test_other_content_under_a_number_left_unknown_is_a_conflict(options):
     assert gateway.requests["apply"] == 1
 
 
-async def test_a_caller_that_leaves_while_the_flight_waits_for_its_turn_can_resolve_later():
-    """Nothing is known of it yet: asking about it later works as for any other."""
+async def test_a_caller_that_leaves_before_the_send_can_resolve_later():
+    """The flight has not sent yet; its unknown outcome can be resolved like any other."""
     gateway, journal = carries_out_everything(), Stuck()
     unknown = []
 
@@ -250,8 +250,8 @@ class Stuck(MemoryJournal):
         return await super().begin(intent, now)
 
 
-async def test_a_loop_that_cancels_all_its_tasks_leaves_no_caller_waiting(options, anyio_backend_name):
-    """Asyncio's "cancel all tasks" meets the flight, too: its caller is told, and the next call starts anew."""
+async def test_cancelling_all_tasks_of_a_loop_leaves_no_caller_waiting(options, anyio_backend_name):
+    """Asyncio may cancel the flight's task, too: its caller gets an unknown outcome, the next call a new flight."""
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has no such cancellation")
     gateway = carries_out_everything()
@@ -275,8 +275,8 @@ async def test_a_loop_that_cancels_all_its_tasks_leaves_no_caller_waiting(option
 
 
 @pytest.mark.parametrize("stray", [asyncio.CancelledError, SystemExit])
-async def test_what_ends_an_attempt_from_below_is_told(stray, options, anyio_backend_name):
-    """A stray cancellation leaves the refund unknown; what is to end the program is raised as it is."""
+async def test_an_exception_from_below_ends_the_flight(stray, options, anyio_backend_name):
+    """A stray cancellation leaves the refund unknown; ``SystemExit`` and ``KeyboardInterrupt`` are raised unchanged."""
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has no stray cancellation")
     gateway = carries_out_everything()
@@ -297,8 +297,8 @@ async def test_what_ends_an_attempt_from_below_is_told(stray, options, anyio_bac
 # ── what a session without a journal remembers ───────────────────────────────────────────────────
 
 
-async def test_a_session_remembers_nothing_that_is_resolved():
-    """A refund that was made, refused or never sent costs no memory; a later call is a call of its own."""
+async def test_a_session_forgets_resolved_refunds():
+    """A refund that was made, rejected or never sent takes no memory; a later call is a new call."""
     gateway = sandbox(settle_after=0)
     gateway.add_order("O-2", 1)
     async with gateway.session(clock=boot_clock) as session:
@@ -307,8 +307,8 @@ async def test_a_session_remembers_nothing_that_is_resolved():
         assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
 
 
-async def test_a_session_that_left_too_much_unknown_begins_nothing_more(monkeypatch):
-    """Nothing that is open is dropped: what is unknown can still be asked about, and settles."""
+async def test_a_session_with_too_many_unknown_refunds_begins_no_new_one(monkeypatch):
+    """No open refund is dropped: the unknown ones can still be queried and resolved."""
     monkeypatch.setattr(memory, "MOST_OPEN", 2)
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER, times=2)
@@ -327,7 +327,7 @@ async def test_a_session_that_left_too_much_unknown_begins_nothing_more(monkeypa
 
 @pytest.mark.parametrize("deadline", [float("inf"), 1e12, 86_401])
 async def test_a_deadline_is_a_day_at_most_with_a_journal(deadline):
-    """Its lease would last for ever otherwise; without a journal any deadline will do."""
+    """A longer deadline would need too long a lease; without a journal any deadline is accepted."""
     gateway = sandbox()
     async with gateway.session(clock=boot_clock) as session:
         assert (await session.apply_refund(refund_request(), deadline=deadline)).no_refund == "R-1"
@@ -340,8 +340,8 @@ async def test_a_deadline_is_a_day_at_most_with_a_journal(deadline):
 # ── asking first ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_session_that_queries_first_finds_what_was_made_before():
-    """A journal that was lost or copied does not know it; the gateway does."""
+async def test_query_first_finds_a_refund_that_the_journal_lost():
+    """A lost or copied journal does not have the refund, but the gateway has it."""
     gateway = carries_out_everything()
     async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request())
@@ -355,7 +355,7 @@ async def test_a_session_that_queries_first_finds_what_was_made_before():
     assert gateway.times_made("R-1") == 1
 
 
-async def test_a_query_first_that_gets_no_answer_sends_nothing():
+async def test_query_first_sends_nothing_without_an_answer():
     gateway = carries_out_everything()
     gateway.script(Fault.RESET, call="query", times=100)
     async with gateway.session(query_first=True, clock=boot_clock) as session:
@@ -364,8 +364,8 @@ async def test_a_query_first_that_gets_no_answer_sends_nothing():
     assert "apply" not in gateway.requests
 
 
-async def test_what_was_certainly_not_sent_is_not_sent_twice_by_two_callers(options):
-    """Both callers are told that nothing arrived."""
+async def test_two_callers_of_a_refund_that_was_not_sent_both_get_not_sent(options):
+    """Both callers get ``RefundNotSent``, and no call sends again."""
     gateway = sandbox()
 
     async def closed(exchange, call_next):
@@ -378,8 +378,8 @@ async def test_what_was_certainly_not_sent_is_not_sent_twice_by_two_callers(opti
     assert [type(error) for error in errors] == [RefundNotSent] * 2
 
 
-async def test_a_flight_ends_for_everyone_when_it_ends(options):
-    """The caller that began it has left before: those who come after its end get no old answer, but ask again."""
+async def test_a_call_after_the_end_of_a_flight_starts_a_new_one(options):
+    """The caller that started the flight has left before: later calls do not get the old result, but query."""
     gateway = carries_out_everything()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
     gateway.script(Fault.NO_ANSWER, call="query", times=20)

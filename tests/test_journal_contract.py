@@ -1,4 +1,4 @@
-"""What every journal does alike: the promises of ``journal.base``."""
+"""The contract of ``journal.base``, tested on every journal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.journals import ACCEPTED, MADE, REJECTED, held, intent, now
 pytestmark = pytest.mark.anyio
 
 OVER = 0.0
-"""Seconds of a lease that is over as soon as it begins: its holder died."""
+"""A negative lease: it has ended when it begins, as if its holder had died."""
 
 _EVERYWHERE = [(name, backend) for name in ("memory", "sqlite") for backend in ("asyncio", "trio")]
 
@@ -44,8 +44,8 @@ async def begin(journal, no_refund="R-1", **changed):
 # ── begin ────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_refund_that_is_not_known_is_new(kind):
-    """Intending a refund for the first time says NEW, with all that was intended and no moment of sending."""
+async def test_an_unknown_number_is_new(kind):
+    """The first ``begin`` of a refund returns NEW, the given content, and no ``sent_at``."""
     async with kind.make() as journal:
         wanted = intent(body=b'{"sign":"\xe4\xb8\xad"}')
         standing, entry = await journal.begin(wanted, now())
@@ -54,8 +54,8 @@ async def test_a_refund_that_is_not_known_is_new(kind):
         assert (entry.body, entry.sent_at, entry.ending, entry.state) == (wanted.body, None, None, State.UNRESOLVED)
 
 
-async def test_a_refund_that_somebody_is_at_is_held(kind):
-    """A second call gets LEASED until the lease is over; what is on record says that anything may be sent till then."""
+async def test_a_second_call_gets_leased(kind):
+    """A second call gets LEASED until the end of the lease; the entry's ``sent_at`` is the end of the lease."""
     async with kind.make() as journal:
         at = now()
         await journal.begin(intent(body=b"first", lease=60), at)
@@ -67,8 +67,8 @@ async def test_a_refund_that_somebody_is_at_is_held(kind):
         assert kind.is_same(found.sent_at, at.after(60))
 
 
-async def test_a_lease_that_is_over_leaves_the_refund_to_the_next(kind):
-    """Whoever comes after the lease's end gets UNRESOLVED, the first call's bytes, and a moment not after now."""
+async def test_after_the_lease_the_next_call_gets_unresolved(kind):
+    """After the lease the next call gets UNRESOLVED, the body of the first call, and a ``sent_at`` up to now."""
     async with kind.make() as journal:
         await begin(journal, body=b"first", lease=OVER)
         at = now()
@@ -79,8 +79,8 @@ async def test_a_lease_that_is_over_leaves_the_refund_to_the_next(kind):
 
 
 @pytest.mark.parametrize("tasks", [2, 1200])
-async def test_of_many_calls_one_is_told_new(kind, tasks):
-    """However many tasks begin the same refunds at once, each is NEW to one of them and LEASED to all others."""
+async def test_only_one_of_many_concurrent_calls_gets_new(kind, tasks):
+    """If many tasks begin the same refunds concurrently, one task gets NEW for each refund; the others get LEASED."""
     found = []
 
     async def one(number):
@@ -96,7 +96,7 @@ async def test_of_many_calls_one_is_told_new(kind, tasks):
 
 
 async def test_a_refund_released_as_not_sent_is_new_again(kind):
-    """After ``release(…, None)`` the next call gets NEW, and its own bytes are what stands from then on."""
+    """After ``release(…, None)`` the next call gets NEW, and its own body is recorded."""
     async with kind.make() as journal:
         _, entry = await begin(journal, body=b"first")
         await journal.release(entry, None)
@@ -108,7 +108,7 @@ async def test_a_refund_released_as_not_sent_is_new_again(kind):
 
 
 async def test_a_refund_released_as_unknown_is_unresolved(kind):
-    """After ``release(…, sent_at)`` the next call gets UNRESOLVED with that moment, and the bytes that were sent."""
+    """After ``release(…, sent_at)`` the next call gets UNRESOLVED with that ``sent_at``, and the body that was sent."""
     async with kind.make() as journal:
         _, entry = await begin(journal, body=b"first")
         sent_at = now(-3600)
@@ -118,8 +118,8 @@ async def test_a_refund_released_as_unknown_is_unresolved(kind):
         assert kind.is_same(entry.sent_at, sent_at)
 
 
-async def test_a_refund_may_begin_again_and_end_at_the_same_moment(kind):
-    """An ending that comes just when a refund begins again counts as any other, also when the journal is reopened."""
+async def test_a_refund_can_begin_again_and_finish_concurrently(kind):
+    """A ``finish`` concurrent with another ``begin`` is recorded, also after the journal is reopened."""
     async with kind.make() as journal:
         await journal.release((await begin(journal))[1], None)
         async with anyio.create_task_group() as group:
@@ -134,7 +134,7 @@ async def test_a_refund_may_begin_again_and_end_at_the_same_moment(kind):
 
 
 async def test_a_late_release_changes_nothing(kind):
-    """A late release does not touch the lease of whoever came next."""
+    """A late release does not end the lease of the next call."""
     async with kind.make() as journal:
         _, late = await begin(journal, lease=OVER)
         _, entry = await begin(journal)
@@ -145,8 +145,8 @@ async def test_a_late_release_changes_nothing(kind):
         assert (await begin(journal))[0] is Standing.UNRESOLVED
 
 
-async def test_a_settled_refund_is_not_released(kind):
-    """Neither the holder nor anybody else can take an ending back by releasing."""
+async def test_release_changes_no_resolved_refund(kind):
+    """Neither the lease holder nor another call can remove a recorded outcome with ``release``."""
     async with kind.make() as journal:
         _, entry = await begin(journal)
         resolved = await journal.finish(held("R-1"), MADE)
@@ -161,8 +161,8 @@ async def test_a_settled_refund_is_not_released(kind):
 
 
 @pytest.mark.parametrize("ending", [MADE, ACCEPTED, REJECTED], ids=lambda ending: ending.state)
-async def test_a_settled_refund_is_answered_from_the_record(kind, ending):
-    """Once resolved, every call gets FINISHED with the ending, and the bytes are gone: nothing is sent any more."""
+async def test_a_resolved_refund_gets_finished(kind, ending):
+    """After the outcome is recorded, every ``begin`` returns FINISHED with that ending and an empty body."""
     async with kind.make() as journal:
         await begin(journal)
         resolved = await journal.finish(held("R-1"), ending)
@@ -176,7 +176,7 @@ async def test_a_settled_refund_is_answered_from_the_record(kind, ending):
 @pytest.mark.parametrize("first", [MADE, ACCEPTED, REJECTED], ids=lambda ending: ending.state)
 @pytest.mark.parametrize("then", [MADE, ACCEPTED, REJECTED], ids=lambda ending: ending.state)
 async def test_the_first_ending_wins(kind, first, then):
-    """A second ending changes nothing, whoever reports it, but that what was accepted becomes final."""
+    """A second ending changes nothing, except that an ACCEPTED refund becomes final."""
     async with kind.make() as journal:
         await begin(journal)
         await journal.finish(held("R-1"), first)
@@ -186,8 +186,8 @@ async def test_the_first_ending_wins(kind, first, then):
         assert (await journal.find("R-1")).ending == stands
 
 
-async def test_an_ending_counts_whoever_brings_it(kind):
-    """A call that outlived its lease still settles the refund, and the next holder's own ending comes second."""
+async def test_an_ending_after_the_lease_is_recorded(kind):
+    """A call whose lease has ended still records its outcome; the ending of the next lease holder comes second."""
     async with kind.make() as journal:
         await begin(journal, lease=OVER)
         await begin(journal)
@@ -196,7 +196,7 @@ async def test_an_ending_counts_whoever_brings_it(kind):
 
 
 async def test_a_refund_that_was_never_sent_may_be_resolved(kind):
-    """An ending that comes from elsewhere is recorded for a refund that was released as not sent, too."""
+    """An ending is recorded also for a refund that was released as not sent."""
     async with kind.make() as journal:
         _, entry = await begin(journal)
         await journal.release(entry, None)
@@ -205,7 +205,7 @@ async def test_a_refund_that_was_never_sent_may_be_resolved(kind):
 
 
 async def test_an_entry_that_the_journal_lost_is_written_again(kind):
-    """A journal that lost its last commits still takes in what the gateway said, and what may have been sent."""
+    """A journal that lost its last commits still records the gateway's answers and what may have been sent."""
     lost = held("R-8")
     async with kind.make() as journal:
         assert (await journal.finish(held("R-9"), MADE)).ending == MADE
@@ -220,8 +220,8 @@ async def test_an_entry_that_the_journal_lost_is_written_again(kind):
 # ── resend ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_is_sent_again_counts_as_sent_until_its_lease_ends(kind):
-    """From ``resend`` on the refund may be sent once more: a holder that dies leaves that on record."""
+async def test_a_resend_sets_sent_at_to_the_end_of_the_lease(kind):
+    """If the lease holder dies after ``resend``, the entry shows that the refund may have been sent again."""
     refused = {"ret_code": "1002", "ret_msg": "", "verified": "yes"}
     async with kind.make() as journal:
         _, entry = await begin(journal, body=b"first")
@@ -236,8 +236,8 @@ async def test_what_is_sent_again_counts_as_sent_until_its_lease_ends(kind):
         assert (await begin(journal))[0] is Standing.LEASED
 
 
-async def test_a_lease_that_somebody_else_took_lets_nothing_be_sent_again(kind):
-    """Whoever lost the lease, or the refund's outcome, to another call is told so before a byte is sent."""
+async def test_resend_fails_after_the_lease_was_taken_or_the_refund_resolved(kind):
+    """``resend`` raises if another call has taken the lease or resolved the refund."""
     async with kind.make() as journal:
         _, late = await begin(journal, lease=OVER)
         await begin(journal)
@@ -252,7 +252,7 @@ async def test_a_lease_that_somebody_else_took_lets_nothing_be_sent_again(kind):
 
 
 async def test_a_journal_belongs_to_its_first_merchant_and_endpoint(kind):
-    """Its owner is written down once; another merchant or endpoint is refused, also after it was opened again."""
+    """The owner is recorded once; another merchant or endpoint is refused, also after the journal is reopened."""
     async with kind.make() as journal:
         number = journal.id
         await journal.bind("201304121000001004", "https://sandbox.invalid/refund.htm")
@@ -265,8 +265,8 @@ async def test_a_journal_belongs_to_its_first_merchant_and_endpoint(kind):
         await journal.bind("201304121000001004", "https://sandbox.invalid/refund.htm")
 
 
-async def test_the_latest_made_refund_is_known(kind):
-    """It serves as proof that the query service knows our refunds: made, final or not, and the youngest."""
+async def test_latest_made_returns_the_newest_made_refund(kind):
+    """``latest_made`` returns the newest refund that was made, final or not."""
     async with kind.make() as journal:
         assert await journal.latest_made() is None
         for number, ending in enumerate((MADE, ACCEPTED, REJECTED, None)):
@@ -277,7 +277,7 @@ async def test_the_latest_made_refund_is_known(kind):
 
 
 async def test_unresolved_is_no_ending(kind):
-    """An ending that says UNRESOLVED cannot even be made."""
+    """An ``Ending`` with the state UNRESOLVED cannot be created."""
     with pytest.raises(ValueError, match="state"):
         Ending(state=State.UNRESOLVED, record={})
 
@@ -294,7 +294,7 @@ async def test_unresolved_is_no_ending(kind):
     ],
 )
 async def test_other_content_under_the_same_number_is_a_conflict(kind, changed, field, ours, theirs):
-    """``RefundConflict`` names the first field that differs and both values; the record stays as it was."""
+    """``RefundConflict`` names the first field that differs and both values; the entry does not change."""
     async with kind.make() as journal:
         _, entry = await begin(journal)
         for prepare in (journal.find("R-1"), journal.release(entry, None), journal.finish(held("R-1"), MADE)):
@@ -310,8 +310,8 @@ async def test_other_content_under_the_same_number_is_a_conflict(kind, changed, 
 # ── acting ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_becomes_final_is_marked_until_it_was_acted_on(kind):
-    """From ``begin_acting`` on, over restarts too: new refunds, accepted ones, and those that the journal had lost."""
+async def test_a_final_refund_is_final_until_acted(kind):
+    """After ``begin_acting``, also after a restart: new refunds, accepted refunds, and those that the journal lost."""
     async with kind.make() as journal:
         await begin(journal, "R-1")
         await begin(journal, "R-2")
@@ -332,8 +332,8 @@ async def test_what_becomes_final_is_marked_until_it_was_acted_on(kind):
             assert (await journal.counts())[State.FINAL] == 2
 
 
-async def test_what_was_final_before_acting_began_is_left_alone(kind):
-    """It counts as acted on, in whatever way that was."""
+async def test_begin_acting_leaves_done_refunds_done(kind):
+    """A refund that was DONE before ``begin_acting`` stays DONE."""
     async with kind.make() as journal:
         await begin(journal)
         await journal.finish(held("R-1"), MADE)
@@ -343,8 +343,8 @@ async def test_what_was_final_before_acting_began_is_left_alone(kind):
 
 
 @pytest.mark.parametrize("ending", [None, ACCEPTED, REJECTED], ids=["unresolved", "accepted", "rejected"])
-async def test_only_what_is_final_can_have_been_acted_on(kind, ending):
-    """For any other refund, and for one that is not on record, ``acted`` changes nothing."""
+async def test_acted_changes_only_final_refunds(kind, ending):
+    """For any other refund, and for one without an entry, ``acted`` changes nothing."""
     async with kind.make() as journal:
         await journal.begin_acting()
         await begin(journal)
@@ -356,8 +356,8 @@ async def test_only_what_is_final_can_have_been_acted_on(kind, ending):
         assert await journal.find("R-2") is None
 
 
-async def test_several_processes_mark_what_becomes_final(kind):
-    """A journal that was open before acting began in another process marks refunds as well."""
+async def test_begin_acting_switches_all_processes(kind):
+    """A journal that was open before another process called ``begin_acting`` also records FINAL."""
     async with kind.make() as journal:
         inbox = await journal.inbox()
         async with contextlib.AsyncExitStack() as others:
@@ -372,8 +372,8 @@ async def test_several_processes_mark_what_becomes_final(kind):
 # ── looking ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_pending_tells_what_is_open_oldest_first(kind):
-    """``pending`` gives the unresolved and the accepted, in the order in which they were begun."""
+async def test_pending_yields_open_refunds_oldest_first(kind):
+    """``pending`` yields the unresolved and the accepted refunds in the order of their first ``begin``."""
     async with kind.make() as journal:
         for number, ending in enumerate((None, MADE, ACCEPTED, REJECTED, None)):
             await begin(journal, f"R-{number}")
@@ -386,8 +386,8 @@ async def test_pending_tells_what_is_open_oldest_first(kind):
         ]
 
 
-async def test_pending_goes_through_any_number(kind):
-    """``pending`` gives each of 1,200 refunds once, though they finish meanwhile, and ends though others begin."""
+async def test_pending_yields_each_of_many_refunds_once(kind):
+    """``pending`` yields each of 1,200 refunds once while they finish, and ends although other refunds begin."""
     async with kind.make() as journal:
         async with anyio.create_task_group() as group:
             for number in range(1200):
@@ -401,8 +401,8 @@ async def test_pending_goes_through_any_number(kind):
         assert sorted(seen) == sorted(f"R-{number}" for number in range(1200))
 
 
-async def test_entries_goes_through_all_oldest_first(kind):
-    """``entries`` gives each of 600 refunds with its ending, whatever its state, and ends though others begin."""
+async def test_entries_yields_all_refunds_oldest_first(kind):
+    """``entries`` yields each of 600 refunds in any state, with its ending, and ends although other refunds begin."""
     async with kind.make() as journal:
         for number, ending in enumerate((None, MADE, ACCEPTED, REJECTED)):
             await begin(journal, f"R-{number}")
@@ -419,8 +419,8 @@ async def test_entries_goes_through_all_oldest_first(kind):
         assert sorted(entry.no_refund for entry in seen) == sorted(f"R-{number}" for number in range(600))
 
 
-async def test_counts(kind):
-    """``counts`` has every state, with how many refunds stand in it."""
+async def test_counts_has_every_state(kind):
+    """``counts`` returns the number of refunds in every state, including 0."""
     async with kind.make() as journal:
         assert await journal.counts() == dict.fromkeys(State, 0)
         for number, ending in enumerate((None, MADE, ACCEPTED, MADE, REJECTED, MADE, MADE)):
@@ -431,8 +431,8 @@ async def test_counts(kind):
         assert await journal.find("R-9") is None
 
 
-async def test_all_is_there_when_it_is_opened_again(kind):
-    """What was resolved or let go of stands in the journal after it was closed and opened again."""
+async def test_a_reopened_journal_has_all_entries(kind):
+    """Resolved and released refunds are in the journal after it is closed and reopened."""
     async with kind.make() as journal:
         await begin(journal, "R-1")
         resolved = await journal.finish(held("R-1"), MADE)
@@ -447,8 +447,8 @@ async def test_all_is_there_when_it_is_opened_again(kind):
         assert [entry.no_refund async for entry in journal.pending()] == ["R-2", "R-3"]
 
 
-async def test_a_journal_in_memory_says_how_much_it_holds():
-    """Its ``repr`` tells what would be lost."""
+async def test_repr_of_a_memory_journal_shows_its_size():
+    """The ``repr`` shows the number of refunds."""
     journal = MemoryJournal()
     await begin(journal)
     assert repr(journal) == "<MemoryJournal 1 refunds>"
@@ -457,8 +457,8 @@ async def test_a_journal_in_memory_says_how_much_it_holds():
 # ── cancellation ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_intend_that_is_cancelled_is_taken_back(kind):
-    """Cancelled at whatever moment, a ``begin`` leaves the refund as it was: NEW, or UNRESOLVED since then."""
+async def test_a_cancelled_begin_is_rolled_back(kind):
+    """A ``begin`` that is cancelled at any point leaves the refund as it was: NEW or UNRESOLVED."""
     async with kind.make() as journal:
         sent_at = now(-3600)
         for moment in range(8):
@@ -474,8 +474,8 @@ async def test_an_intend_that_is_cancelled_is_taken_back(kind):
             assert kind.is_same(entry.sent_at, sent_at)
 
 
-async def test_what_is_known_is_recorded_though_its_reporter_is_cancelled(kind):
-    """A ``settle`` or ``release`` that was called is carried out, at whatever moment its caller is cancelled."""
+async def test_finish_and_release_are_recorded_despite_cancellation(kind):
+    """``finish`` and ``release`` are recorded, at whatever point their caller is cancelled."""
     async with kind.make() as journal:
         for moment in range(8):
             await begin(journal, f"made-{moment}")
@@ -488,7 +488,7 @@ async def test_what_is_known_is_recorded_though_its_reporter_is_cancelled(kind):
 
 
 async def _cancelled_after(moments, function, *arguments):
-    """Call it, and cancel it once the event loop has gone round so many times; one that returns is undone."""
+    """Call it and cancel it after that many checkpoints. If it returns before, undo it."""
     result = None
 
     async def call():
@@ -509,7 +509,7 @@ async def _cancelled_after(moments, function, *arguments):
 
 
 async def test_the_inbox_is_a_journal_of_its_own(kind):
-    """What stands in the inbox is not among the refunds, nor they in it, though their numbers be the same."""
+    """The inbox and its journal are separate, even for the same refund numbers."""
     async with kind.make() as journal:
         inbox = await journal.inbox()
         await begin(inbox)
@@ -519,7 +519,7 @@ async def test_the_inbox_is_a_journal_of_its_own(kind):
 
 
 async def test_there_is_one_inbox(kind):
-    """All who ask for the inbox, also at the same time, get the same one."""
+    """All calls of ``inbox``, also concurrent ones, return the same journal."""
     async with kind.make() as journal:
         found = []
 
@@ -534,7 +534,7 @@ async def test_there_is_one_inbox(kind):
 
 
 async def test_the_inbox_opens_and_closes_with_its_journal(kind):
-    """What the inbox held is there when its journal is opened again."""
+    """The entries of the inbox are there after its journal is reopened."""
     async with kind.make() as journal:
         await begin(await journal.inbox(), lease=OVER)
     async with kind.make() as journal:

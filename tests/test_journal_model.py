@@ -1,4 +1,4 @@
-"""Any sequence of calls, on every journal, against a model simple enough to be seen to be right."""
+"""Random sequences of calls on every journal, compared with a simple model."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ _steps = st.lists(
 
 @attrs.define
 class Page:
-    """What the model remembers of one refund."""
+    """The model's state of one refund."""
 
     money: str
     body: bytes
     held_by: int | None = None
     is_over: bool = False
-    """Whether the lease was over as soon as it began."""
+    """Whether the lease had ended when it began."""
     may_have_arrived: bool = False
     ending: object = None
 
 
 @attrs.define
 class Model:
-    """The promises of ``journal.base``, in terms of which call did what."""
+    """The contract of ``journal.base`` as a simple state machine."""
 
     forgets_holds: bool
-    """Whether opening it again means that all other holders are gone."""
+    """Whether reopening the journal ends all leases."""
     pages: dict[str, Page] = attrs.field(factory=dict)
     calls: int = 0
     is_acting: bool = False
@@ -110,8 +110,8 @@ def anyio_backend(request):
 
 @settings(max_examples=60)
 @given(steps=_steps)
-async def test_every_journal_is_its_model(make_kind, steps):
-    """Whatever is called in whatever order, standings, bytes, endings, what is open and the counts are the model's."""
+async def test_every_journal_behaves_like_the_model(make_kind, steps):
+    """After any sequence of calls, standings, bodies, endings, open refunds and counts equal those of the model."""
     kind = make_kind()
     model = Model(forgets_holds=isinstance(kind.make(), journals.SqliteJournal))
     journal = await kind.make().__aenter__()

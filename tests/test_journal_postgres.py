@@ -1,4 +1,4 @@
-"""The PostgreSQL journal: workers that share it, workers that die, and a database that is not there."""
+"""The PostgreSQL journal: concurrent workers, dead workers, failovers, and an unreachable database."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def schema():
 
 @pytest.fixture
 def make(postgres_dsn, schema):
-    """Journals of as many workers as wanted, all on the same refunds."""
+    """Creates journals, one for each worker, on the same tables."""
     return lambda **options: PostgresJournal(postgres_dsn, schema=schema, **options)
 
 
 @pytest.fixture
 def administer(postgres_dsn, schema):
-    """Does something to the database behind the journal's back."""
+    """Executes a statement on the database on a separate connection."""
 
     async def execute(statement):
         async with await psycopg.AsyncConnection.connect(postgres_dsn, autocommit=True) as connection:
@@ -57,11 +57,11 @@ def administer(postgres_dsn, schema):
 
 @attrs.frozen
 class Workers:
-    """Journals of as many workers as wanted, on a real server or on the simulation's model of it."""
+    """Creates journals, one for each worker, on a real server or on the simulation's model of it."""
 
     make: Callable[..., PostgresJournal]
     fail_over: Callable[[], Awaitable[None]]
-    """Has another incarnation of the database take over."""
+    """Simulates a failover to another incarnation of the database."""
 
 
 @pytest.fixture(params=["postgres", "model"])
@@ -80,8 +80,8 @@ def workers(request, schema):
 # ── many workers ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_two_workers_never_hold_the_same_refund(workers):
-    """Of two workers that begin the same refunds in opposite order, for each refund one gets NEW, the other LEASED."""
+async def test_two_workers_never_lease_the_same_refund(workers):
+    """Two workers begin the same refunds in opposite order: for each refund one gets NEW, the other LEASED."""
     found = {}
 
     async def one(journal, number):
@@ -98,7 +98,7 @@ async def test_two_workers_never_hold_the_same_refund(workers):
 
 @pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="pgbouncer is not installed")
 async def test_two_workers_share_refunds_through_pgbouncer(postgres_dsn, schema):
-    """In transaction mode, where each transaction may get another of two connections, every verb works."""
+    """Every method works in transaction mode, where each transaction may run on another of two connections."""
     found = []
 
     async def one(journal, number):
@@ -121,8 +121,8 @@ async def test_two_workers_share_refunds_through_pgbouncer(postgres_dsn, schema)
             assert len([entry async for entry in workers[1].pending()]) == 500
 
 
-async def test_acting_goes_on_where_a_failover_lost_that_it_began(make, administer):
-    """The process that acts records final refunds as FINAL, and begins again when it sweeps."""
+async def test_acting_continues_after_a_failover_lost_its_begin(make, administer):
+    """The process that acts still records final refunds as FINAL, and its next sweep calls ``begin_acting`` again."""
     async with make() as journal:
         await journal.begin_acting()
         await administer("UPDATE {schema}.version SET is_acting = false")
@@ -136,7 +136,7 @@ async def test_acting_goes_on_where_a_failover_lost_that_it_began(make, administ
 
 
 async def test_a_dead_worker_loses_its_lease(workers):
-    """What a worker held when it ended is LEASED until its time is over, then UNRESOLVED for another worker."""
+    """The refund of a dead worker is LEASED until the end of its lease, then UNRESOLVED for another worker."""
     async with workers.make() as dead:
         await dead.begin(intent("R-1", lease=0.2), now())
         await dead.begin(intent("R-2"), now())
@@ -150,8 +150,8 @@ async def test_a_dead_worker_loses_its_lease(workers):
         assert (await heir.begin(intent("R-2"), now()))[0] is Standing.LEASED
 
 
-async def test_a_worker_that_lost_its_lease_reports_in_vain_but_for_an_ending(workers):
-    """Its release does nothing to the heir's hold; its ending, being first, counts."""
+async def test_after_its_lease_a_worker_can_only_finish(workers):
+    """A release after the lease does not end the next worker's lease; an ending is recorded if it is the first."""
     async with workers.make() as late, workers.make() as heir:
         _, lost = await late.begin(intent(lease=0), now())
         _, held = await heir.begin(intent(), now())
@@ -163,8 +163,8 @@ async def test_a_worker_that_lost_its_lease_reports_in_vain_but_for_an_ending(wo
         assert (await late.begin(intent(), now()))[0] is Standing.FINISHED
 
 
-async def test_many_workers_may_make_the_tables_at_once(make, postgres_dsn):
-    """Ten workers that open a journal which is not there yet all find it, and another schema is another journal."""
+async def test_many_workers_may_create_the_tables_concurrently(make, postgres_dsn):
+    """Ten workers open a journal without tables, and all can use it; another schema is another journal."""
     async with AsyncExitStack() as stack:
         workers = [make() for _ in range(10)]
         async with anyio.create_task_group() as group:
@@ -176,8 +176,8 @@ async def test_many_workers_may_make_the_tables_at_once(make, postgres_dsn):
             assert (await other.counts())[State.UNRESOLVED] == 0
 
 
-async def test_a_worker_that_may_not_make_tables_uses_those_that_are_there(make, administer, postgres_dsn, schema):
-    """Once the tables are made, the rights to read and write them are enough."""
+async def test_a_worker_without_the_right_to_create_tables_uses_existing_ones(make, administer, postgres_dsn, schema):
+    """After the tables are created, the rights to read and write them suffice."""
     async with make():
         pass
     role = f"worker {uuid4().hex}"
@@ -193,8 +193,8 @@ async def test_a_worker_that_may_not_make_tables_uses_those_that_are_there(make,
             pass
 
 
-async def test_a_database_may_isolate_more_than_is_needed(make, administer, postgres_dsn, schema):
-    """Workers whose role has another isolation level by default share refunds as all others do."""
+async def test_a_role_may_have_a_stricter_isolation_level(make, administer, postgres_dsn, schema):
+    """A worker whose role has another default isolation level shares refunds like the others."""
     role = f"strict {uuid4().hex}"
     await administer(
         f'CREATE ROLE "{role}" LOGIN SUPERUSER; ALTER ROLE "{role}" SET default_transaction_isolation = serializable'
@@ -218,7 +218,7 @@ async def test_a_database_may_isolate_more_than_is_needed(make, administer, post
 
 @pytest.fixture
 def elsewhere(postgres_dsn, schema):
-    """Another transaction, which does something and stays open as long as the context."""
+    """Another transaction, which executes a statement and stays open during the context."""
 
     @asynccontextmanager
     async def transaction(statement, number):
@@ -242,7 +242,7 @@ VALUES ({number}, 'digest of 200.01', '{{}}', '', 'unresolved')
 
 @pytest.mark.parametrize(("held", "is_known"), [(LOCKED, True), (CHANGED, True), (INSERTED, False)])
 async def test_a_locked_refund_does_not_delay_the_others(make, elsewhere, held, is_known):
-    """All others of the same batch are answered meanwhile; it is answered once the other transaction has ended."""
+    """The other refunds of the batch get their results at once; the locked one gets it after the other transaction."""
     answered = []
 
     async def begin(journal, number):
@@ -265,7 +265,7 @@ async def test_a_locked_refund_does_not_delay_the_others(make, elsewhere, held, 
 
 
 async def test_a_refund_locked_for_longer_than_the_timeout_fails_alone(make, elsewhere):
-    """Then there is a ``JournalError`` for it that says why, and nothing of it is on record."""
+    """Its caller gets a ``JournalError`` with the reason, and nothing is recorded for it."""
     async with make(timeout=0.4) as journal, elsewhere(INSERTED, "R-1"):
         with pytest.raises(JournalError, match=r"another transaction has held this refund's row for 0\.4 s"):
             await journal.begin(intent(), now())
@@ -274,7 +274,7 @@ async def test_a_refund_locked_for_longer_than_the_timeout_fails_alone(make, els
 
 
 async def test_a_dead_workers_transaction_is_ended_by_the_database(make):
-    """A worker that dies within a transaction, and whose connection stays open, does not hold its rows for long."""
+    """The rows of a worker that dies in a transaction are unlocked soon, even if its connection stays open."""
     async with make() as journal, make(timeout=1.0) as dead:
         _, entry = await journal.begin(intent(), now())
         await journal.release(entry, None)
@@ -286,8 +286,8 @@ async def test_a_dead_workers_transaction_is_ended_by_the_database(make):
                 await dead._send(connection, (sql.COMMIT, ()))
 
 
-async def test_a_begin_that_is_cancelled_while_it_waits_is_taken_back(make, elsewhere):
-    """Once the other transaction has ended, it does nothing any more."""
+async def test_a_begin_that_is_cancelled_while_it_waits_is_rolled_back(make, elsewhere):
+    """A ``begin`` that was cancelled records nothing after the other transaction has ended."""
     async with make() as journal, elsewhere(INSERTED, "R-1"):
         with anyio.move_on_after(0.3) as scope:
             await journal.begin(intent(), now())
@@ -298,8 +298,8 @@ async def test_a_begin_that_is_cancelled_while_it_waits_is_taken_back(make, else
         assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
-async def test_a_begin_that_is_cancelled_while_it_is_inserted_is_taken_back(make, elsewhere, postgres_dsn, monkeypatch):
-    """Also if it is cancelled, and its journal looks elsewhere, while its row waits for the other transaction."""
+async def test_a_begin_that_is_cancelled_during_its_insert_is_rolled_back(make, elsewhere, postgres_dsn, monkeypatch):
+    """It is rolled back even if the rollback runs while its row waits for the other transaction."""
     waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INSERT%'"
     async with (
         make() as journal,
@@ -321,7 +321,7 @@ async def test_a_begin_that_is_cancelled_while_it_is_inserted_is_taken_back(make
 
 
 async def test_closing_waits_for_operations_on_locked_refunds(make, elsewhere):
-    """An ending that is reported while another transaction holds the row is on record when the journal is closed."""
+    """An ending for a row that another transaction has locked is recorded before the journal is closed."""
     async with make() as journal:
         _, entry = await journal.begin(intent(), now())
         async with elsewhere(LOCKED, "R-1"), anyio.create_task_group() as group:
@@ -333,7 +333,7 @@ async def test_closing_waits_for_operations_on_locked_refunds(make, elsewhere):
 
 
 async def test_operations_on_locked_refunds_fail_with_the_database(make, elsewhere, administer):
-    """If the database goes away meanwhile, whoever waits gets ``JournalError``, too."""
+    """If the database fails while callers wait for a locked row, they get ``JournalError``."""
     async with make(timeout=0.5) as journal:
         _, entry = await journal.begin(intent(), now())
 
@@ -352,11 +352,11 @@ async def test_operations_on_locked_refunds_fail_with_the_database(make, elsewhe
 
 
 FAIL_OVER = "UPDATE {schema}.eras SET postmaster_start_time = '2020-01-01'"
-"""What a copy of the journal looks like to another server."""
+"""Makes the journal look like a copy on another server."""
 
 
-async def test_after_a_failover_new_refunds_are_asked_about_first(make, administer):
-    """For the grace, and later whatever is dated before; not in the inbox, for which nothing is sent."""
+async def test_after_a_failover_new_refunds_are_queried_first(make, administer):
+    """During the grace all, later those with an earlier ``dt_refund``. Not in the inbox, which sends nothing."""
     async with make() as journal:
         inbox = await journal.inbox()
         assert (await journal.begin(intent("R-1"), now()))[0] is Standing.NEW
@@ -374,7 +374,7 @@ async def test_after_a_failover_new_refunds_are_asked_about_first(make, administ
 
 
 async def test_after_a_failover_the_grace_and_the_leases_start_again(workers):
-    """What may have been sent an hour ago counts as sent until then, and a lease lasts for all of its time again."""
+    """A refund sent an hour ago counts as sent at the failover, and a lease gets its full length again."""
     async with workers.make() as journal:
         _, entry = await journal.begin(intent("R-1"), now())
         await journal.release(entry, now(-3600))
@@ -391,7 +391,7 @@ async def test_after_a_failover_the_grace_and_the_leases_start_again(workers):
 
 
 async def test_lost_rows_are_written_again(make, administer):
-    """A settle, a release and a resend of a refund whose row is gone write it; a release without a send, too."""
+    """``finish``, ``resend``, and ``release`` of a refund that may have been sent write its lost row again."""
     async with make() as journal:
         begun = [(await journal.begin(intent(f"R-{number}"), now()))[1] for number in range(3)]
         await administer("DELETE FROM {schema}.refunds")
@@ -406,7 +406,7 @@ async def test_lost_rows_are_written_again(make, administer):
 
 
 class Machine:
-    """The clocks of a machine of its own: another boot, and a wall clock that is set."""
+    """The clocks of another machine: another boot, and a wall clock that can be set."""
 
     def __init__(self, timeline, boot=0.0):
         self._timeline, self.boot, self.wall = timeline, boot, 0.0
@@ -417,8 +417,8 @@ class Machine:
 
 
 @pytest.mark.parametrize("step", [-7200, 600, 901, 86_400])
-async def test_a_workers_wall_clock_is_never_believed(workers, step):
-    """A lease lasts, and a moment keeps its age, though the wall clock of one or the other worker is set meanwhile."""
+async def test_workers_wall_clocks_do_not_count(workers, step):
+    """Leases and the age of moments do not change if a worker's wall clock is set."""
     one, other = Machine("one", 1e6), Machine("other", -1e4)
     async with workers.make(clock=one) as first, workers.make(clock=other) as second:
         await first.begin(intent("R-1", lease=60), one())
@@ -432,8 +432,8 @@ async def test_a_workers_wall_clock_is_never_believed(workers, step):
         assert 9.9 < other().boot - entry.sent_at.boot < 15
 
 
-async def test_a_jump_of_the_databases_clock_that_a_worker_proves_starts_the_count_again(workers):
-    """The worker's boot clock says that far less time has passed than the database's: that is an era's end, for all."""
+async def test_a_jump_of_the_databases_clock_starts_a_new_era(workers):
+    """The worker's boot clock shows less elapsed time than the database's clock, so a new era begins for all."""
     steady, young = Machine("steady"), Machine("young")
     async with workers.make(clock=steady) as witness, workers.make(clock=young) as other:
         _, entry = await witness.begin(intent("R-1"), steady())
@@ -446,7 +446,7 @@ async def test_a_jump_of_the_databases_clock_that_a_worker_proves_starts_the_cou
 
 
 async def test_a_journal_needs_the_clock_of_its_session(workers):
-    """A moment of another boot clock raises ``ConfigurationError``: leases would be of any length."""
+    """A moment of another boot clock raises ``ConfigurationError``: leases could have any length."""
     async with workers.make() as journal:
         with pytest.raises(ConfigurationError, match="give it the clock of its session"):
             await journal.begin(intent(), Machine("elsewhere")())
@@ -456,7 +456,7 @@ async def test_a_journal_needs_the_clock_of_its_session(workers):
 
 
 async def test_another_version_is_refused_with_advice(make, administer):
-    """Tables of a version that is not ours raise, say which, and what to do."""
+    """Tables of another schema version raise an error with that version and a cure."""
     async with make():
         pass
     await administer("UPDATE {schema}.version SET version = 1")
@@ -466,7 +466,7 @@ async def test_another_version_is_refused_with_advice(make, administer):
 
 
 async def test_a_lost_connection_is_replaced(make, administer):
-    """When the server ends an idle connection, no caller gets an error."""
+    """If the server ends an idle connection, no caller gets an error."""
     async with make() as journal:
         _, entry = await journal.begin(intent(), now())
         async with journal._pool.connection() as connection:
@@ -477,7 +477,7 @@ async def test_a_lost_connection_is_replaced(make, administer):
 
 
 async def test_a_statement_that_ends_every_connection_fails(make, monkeypatch):
-    """After as many new connections as the pool has, ``JournalError`` names the reason; the next call works."""
+    """It is repeated on as many new connections as the pool has; then ``JournalError`` names the reason."""
     async with make() as journal:
         with monkeypatch.context() as patch:
             ending = "SELECT pg_terminate_backend(pg_backend_pid(), 0) FROM {schema}.version WHERE '' <> ANY(%s)"
@@ -487,8 +487,8 @@ async def test_a_statement_that_ends_every_connection_fails(make, monkeypatch):
         assert await journal.find("R-1") is None
 
 
-async def test_a_database_that_does_not_answer_fails_in_time(make, administer):
-    """Where a transaction takes longer than ``timeout``, everyone in it gets ``JournalError``; then it goes on."""
+async def test_a_transaction_that_exceeds_the_timeout_fails(make, administer):
+    """All its callers get ``JournalError``; the next transaction succeeds."""
     blocking, blocked = anyio.Event(), anyio.Event()
 
     async def block():
@@ -509,8 +509,8 @@ async def test_a_database_that_does_not_answer_fails_in_time(make, administer):
         assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
-async def test_a_database_that_is_not_there_is_named_without_the_password(tmp_path):
-    """A database that cannot be reached raises ``JournalError``: which it was, and why, and no password."""
+async def test_the_error_for_an_unreachable_database_has_no_password(tmp_path):
+    """``JournalError`` names the database and the reason, without the password."""
     journal = PostgresJournal(f"postgresql://clerk:s3cret@/books?host={tmp_path}")
     with pytest.raises(JournalError, match=f"journal lianlian in books at {tmp_path}: .*No such file") as caught:
         async with journal:
@@ -520,7 +520,7 @@ async def test_a_database_that_is_not_there_is_named_without_the_password(tmp_pa
 
 @pytest.mark.parametrize("dsn", ["s3cret", "postgresql://clerk:s3cret@[::1/books", "password=s3cret books"])
 async def test_an_invalid_dsn_is_not_shown(dsn):
-    """A connection string that cannot be read raises ``ConfigurationError``, in which none of it is shown."""
+    """An invalid connection string raises ``ConfigurationError``, which shows no part of it."""
     with pytest.raises(ConfigurationError, match="dsn: not a PostgreSQL connection string") as caught:
         PostgresJournal(dsn)
     assert "s3cret" not in str(caught.value)
@@ -539,13 +539,13 @@ async def test_an_invalid_dsn_is_not_shown(dsn):
     ],
 )
 async def test_invalid_settings_are_refused(settings, words):
-    """The error names the setting, what is wanted, and what came."""
+    """The error names the setting, the accepted values and the given value."""
     with pytest.raises(ConfigurationError, match=words):
         PostgresJournal(**{"dsn": "postgresql://clerk@/books"} | settings)
 
 
 async def test_a_forked_child_is_refused(make, monkeypatch):
-    """Seen from any other process, an open journal raises in every verb."""
+    """In another process every method of an open journal raises."""
     async with make() as journal:
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(os, "getpid", lambda: -1)
@@ -557,7 +557,7 @@ async def test_a_forked_child_is_refused(make, monkeypatch):
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_trio_is_refused(make):
-    """On trio, which psycopg does not know, opening it raises ``ConfigurationError``."""
+    """On trio, which psycopg does not support, opening raises ``ConfigurationError``."""
     with pytest.raises(ConfigurationError, match="asyncio only"):
         async with make():
             pass

@@ -1,4 +1,4 @@
-"""Looking into an SQLite journal beside the process that is at work with it."""
+"""Reading an SQLite journal while another process uses it."""
 
 import sqlite3
 
@@ -16,8 +16,8 @@ def path(tmp_path):
     return tmp_path / "100% journal?.sqlite"
 
 
-async def test_a_journal_can_be_looked_into_while_it_is_in_use(path):
-    """A reader sees what its owner has begun and resolved, and does not keep the owner from going on."""
+async def test_a_journal_can_be_read_while_it_is_in_use(path):
+    """A reader sees the begun and resolved refunds, and does not block the writer."""
     async with SqliteJournal(path) as journal, SqliteReader(path) as before:
         await journal.begin(intent("R-1"), now())
         await journal.finish(held("R-1"), MADE)
@@ -30,8 +30,8 @@ async def test_a_journal_can_be_looked_into_while_it_is_in_use(path):
         assert [entry async for entry in before.entries()] == []
 
 
-async def test_a_look_changes_nothing(path):
-    """A journal that was looked into after its owner's end has the bytes that it had, and no owner."""
+async def test_reading_changes_nothing(path):
+    """Reading a closed journal changes no byte of it, and takes no lock."""
     async with SqliteJournal(path) as journal:
         await journal.begin(intent("R-1"), now())
     before = path.read_bytes()
@@ -44,8 +44,8 @@ async def test_a_look_changes_nothing(path):
         assert await journal.find("R-1") is not None
 
 
-async def test_looking_makes_no_journal(path):
-    """Where no journal is, or another file, a look says so and leaves nothing behind."""
+async def test_reading_creates_no_journal(path):
+    """If the file is missing or not a journal, the reader raises and creates nothing."""
     with pytest.raises(JournalError, match="unable to open"):
         async with SqliteReader(path):
             pass

@@ -1,4 +1,4 @@
-"""The SQLite journal: its file, its owner, and what may befall them."""
+"""The SQLite journal: its file, its lock, forks, damage and full disks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def path(tmp_path):
 
 
 def program(path, then):
-    """Another process that begins R-0, R-1 and R-2, settles R-1, and then does ``then``."""
+    """Another process that begins R-0, R-1 and R-2, finishes R-1, and then does ``then``."""
     return [sys.executable, "-c", _PROGRAM.format(root=str(ROOT), path=str(path), then=then)]
 
 
@@ -65,7 +65,7 @@ def program(path, then):
 
 
 async def test_open_refunds_of_a_killed_process_are_unresolved(path):
-    """After SIGKILL all is there: what was resolved is resolved, what was begun is UNRESOLVED, though still held."""
+    """After SIGKILL, resolved refunds are resolved, and begun ones are UNRESOLVED, even during their lease."""
     assert (await anyio.run_process(program(path, _DIE), check=False)).returncode == -signal.SIGKILL
     async with SqliteJournal(path) as journal:
         at = now()
@@ -75,11 +75,11 @@ async def test_open_refunds_of_a_killed_process_are_unresolved(path):
         assert [entry.no_refund async for entry in journal.pending()] == ["R-0", "R-2"]
 
 
-async def test_a_second_process_is_refused_until_the_first_is_gone(path):
-    """Whoever opens a journal that another process has open is told so; once that one is killed, it opens."""
+async def test_a_second_process_is_refused_until_the_first_ends(path):
+    """Opening a journal that another process has open raises; after that process is killed, it opens."""
     async with await anyio.open_process(program(path, _STAY)) as other:
         assert (await other.stdout.receive()).startswith(b"open")
-        with pytest.raises(JournalError, match=r"journal\.sqlite: .* holds it; .*PostgresJournal") as caught:
+        with pytest.raises(JournalError, match=r"journal\.sqlite: .* has it open; .*PostgresJournal") as caught:
             async with SqliteJournal(path):
                 pass
         assert "another file" not in str(caught.value)
@@ -92,7 +92,7 @@ async def test_a_second_process_is_refused_until_the_first_is_gone(path):
 
 
 async def test_a_second_journal_of_the_same_process_is_refused(path):
-    """The same file is not opened twice, under whatever name; and what refused the second leaves the first whole."""
+    """The same file cannot be opened twice, also by another name; the first journal keeps working."""
     link = path.with_name("link")
     async with SqliteJournal(path) as journal:
         link.symlink_to(path)
@@ -106,7 +106,7 @@ async def test_a_second_journal_of_the_same_process_is_refused(path):
 
 
 async def test_a_forked_child_is_refused_and_does_no_harm(path):
-    """In a forked child every verb raises; and that its end closes the file takes nothing away from the parent."""
+    """In a forked child every method raises; the end of the child does not end the parent's lock."""
     then = """
         child = os.fork()
         if not child:
@@ -131,17 +131,17 @@ async def test_a_forked_child_is_refused_and_does_no_harm(path):
 
 
 @pytest.mark.parametrize("suffix", ["-owner", "", "-wal"])
-async def test_another_handle_that_is_closed_leaves_the_lock(path, suffix):
-    """Whatever in the same process opens and closes the files, the journal stays refused to others."""
+async def test_closing_another_handle_keeps_the_lock(path, suffix):
+    """If the same process opens and closes the files, other processes are still refused."""
     async with SqliteJournal(path):
         await anyio.Path(f"{path}{suffix}").read_bytes()
         opened = await anyio.run_process(program(path, "print('open')"), check=False)
     assert opened.returncode == 1
-    assert b"holds it" in opened.stderr
+    assert b"has it open" in opened.stderr
 
 
 def test_a_forked_child_does_not_keep_the_lock_of_its_parent(path):
-    """Once the parent is killed the journal is free, whatever becomes of the child."""
+    """After the parent is killed, the journal can be opened, although the child still runs."""
     then = """
         child = os.fork()
         if not child:
@@ -173,7 +173,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_parent(path):
     ],
 )
 async def test_the_owner_file_names_the_program_and_none_of_its_arguments(path, arguments, name, monkeypatch):
-    """It is for others to read while the journal is open, and is empty afterwards."""
+    """The file contains the name while the journal is open, and is empty afterwards."""
     monkeypatch.setattr(sys, "argv", arguments)
     owner = anyio.Path(f"{path}-owner")
     async with SqliteJournal(path):
@@ -181,17 +181,17 @@ async def test_the_owner_file_names_the_program_and_none_of_its_arguments(path, 
     assert await owner.read_bytes() == b""
 
 
-async def test_an_owner_that_has_not_told_its_name_is_another_process(path):
-    """Between its lock and its line a holder is nameless."""
+async def test_an_owner_without_a_name_is_reported_as_another_process(path):
+    """A process that has just taken the lock has not written its name yet."""
     async with SqliteJournal(path):
         await anyio.Path(f"{path}-owner").write_bytes(b"")
-        with pytest.raises(JournalError, match="another process holds it"):
+        with pytest.raises(JournalError, match="another process has it open"):
             async with SqliteJournal(path):
                 pass
 
 
-def test_without_flock_sqlite_locks_a_file_beside(path, monkeypatch):
-    """As on Windows: a second owner is refused and told who the first is, until that one has closed it."""
+def test_without_flock_sqlite_locks_another_file(path, monkeypatch):
+    """As on Windows: a second process is refused, and the error names the first, until that closes the journal."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
     elsewhere = runpy.run_path(file_lock.__file__)
     lock = elsewhere["FileLock"](path)
@@ -203,7 +203,7 @@ def test_without_flock_sqlite_locks_a_file_beside(path, monkeypatch):
 
 
 async def test_a_child_process_leaves_the_journal_to_its_parent(path, monkeypatch):
-    """Seen from any other process, an open journal raises, and closing it does nothing."""
+    """In another process an open journal raises, and closing it does nothing."""
     async with SqliteJournal(path) as journal:
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(os, "getpid", lambda: -1)
@@ -213,8 +213,8 @@ async def test_a_child_process_leaves_the_journal_to_its_parent(path, monkeypatc
         await journal.begin(intent(), now())
 
 
-async def test_a_journal_that_is_not_open_is_a_bug(path):
-    """Before and after its ``async with`` a journal raises ``RuntimeError``, in the middle of ``pending`` too."""
+async def test_using_a_closed_journal_raises(path):
+    """Before and after ``async with`` every method raises ``RuntimeError``, also during ``pending``."""
     journal = SqliteJournal(path)
     with pytest.raises(RuntimeError, match="not open"):
         await journal.find("R-1")
@@ -235,7 +235,7 @@ async def test_a_journal_that_is_not_open_is_a_bug(path):
 
 
 async def test_a_lease_ends_by_the_boot_clock(path):
-    """Within one boot nothing else counts: a wall clock that steps neither ends a lease nor makes it longer."""
+    """Within one boot a step of the wall clock neither ends nor extends a lease."""
     async with SqliteJournal(path) as journal:
         at = now()
         await journal.begin(intent(lease=60), at)
@@ -248,8 +248,8 @@ async def test_a_lease_ends_by_the_boot_clock(path):
 
 
 @pytest.mark.parametrize("gateway", [None, EARLIER])
-async def test_after_a_boot_a_send_counts_from_then_unless_the_gateways_time_is_known(path, gateway):
-    """Without that no clock will ever tell how long ago it was, so the count starts again, on record."""
+async def test_after_a_boot_sent_at_is_now_unless_the_gateways_time_is_known(path, gateway):
+    """Without the gateway's time no clock can measure the age of the send, so the entry counts it from now."""
     sent_at = Moment(EARLIER, 5.0, "an earlier boot", gateway)
     async with SqliteJournal(path) as journal:
         _, entry = await journal.begin(intent(), sent_at)
@@ -262,15 +262,15 @@ async def test_after_a_boot_a_send_counts_from_then_unless_the_gateways_time_is_
             assert (standing, entry.sent_at) == (Standing.UNRESOLVED, expected)
 
 
-async def test_what_is_recorded_survives_a_power_failure(path):
-    """Every commit is synced: with ``synchronous = normal`` the log's last ones may be lost."""
+async def test_commits_survive_a_power_failure(path):
+    """Every commit is synced: with ``synchronous = normal`` the last commits in the WAL could be lost."""
     async with SqliteJournal(path) as journal:
         full = 2
         assert journal._file._connection.execute("PRAGMA synchronous").fetchone() == (full,)
 
 
-async def test_a_file_is_left_behind_that_anybody_can_read(path):
-    """Closed, the journal is one file and an empty owner file; the fields and records in it are plain JSON."""
+async def test_a_closed_journal_is_one_readable_file(path):
+    """A closed journal is one file and an empty owner file; fields and records are plain JSON."""
     async with SqliteJournal(path) as journal:
         await journal.begin(intent(), now())
         await journal.finish(held("R-1"), MADE)
@@ -285,7 +285,7 @@ async def test_a_file_is_left_behind_that_anybody_can_read(path):
 
 
 async def test_a_reopened_journal_tells_recorded_refunds_from_new_ones(path):
-    """Right after the opening, every refund on record is found, and none is begun twice."""
+    """After opening, every recorded refund is found, and none begins twice."""
     async with SqliteJournal(path) as journal, anyio.create_task_group() as group:
         for number in range(3000):
             group.start_soon(journal.begin, intent(f"R-{number}"), now())
@@ -306,8 +306,8 @@ async def test_a_reopened_journal_tells_recorded_refunds_from_new_ones(path):
     ],
     ids=["text", "other database", "folder"],
 )
-async def test_what_is_no_journal_is_refused_and_left_alone(path, prepare, message):
-    """A file that is anything else is named, refused, and not changed by a byte."""
+async def test_another_file_is_refused_and_not_changed(path, prepare, message):
+    """The error names a file that is not a journal, and no byte of the file changes."""
     prepare(path)
     before = path.is_file() and path.read_bytes()
     with pytest.raises(JournalError, match=message) as caught:
@@ -318,14 +318,14 @@ async def test_what_is_no_journal_is_refused_and_left_alone(path, prepare, messa
 
 
 async def test_a_missing_folder_is_refused(path):
-    """A journal in a folder that does not exist raises ``JournalError``."""
+    """A path in a missing folder raises ``JournalError``."""
     with pytest.raises(JournalError, match="its folder must exist"):
         async with SqliteJournal(path / "journal"):
             pass
 
 
 async def test_another_version_is_refused_with_advice(path):
-    """A journal of a version that is not ours raises, says which, and what to do."""
+    """Another schema version raises an error with that version and a cure."""
     async with SqliteJournal(path):
         pass
     _sqlite(path, "PRAGMA user_version = 1")
@@ -335,8 +335,8 @@ async def test_another_version_is_refused_with_advice(path):
 
 
 @pytest.mark.parametrize("damaged", ["refunds", "sqlite_autoindex_refunds_1"])
-async def test_a_corrupted_file_is_said_to_be(path, damaged):
-    """Damage in the file raises ``JournalError`` with advice as soon as something meets it."""
+async def test_reading_a_corrupted_file_raises_with_advice(path, damaged):
+    """The first operation that reads the damaged part raises ``JournalError`` with advice."""
     async with SqliteJournal(path) as journal:
         await journal.begin(intent(), now())
     [[page]] = _sqlite(path, f"SELECT rootpage FROM sqlite_master WHERE name = '{damaged}'")
@@ -350,8 +350,8 @@ async def test_a_corrupted_file_is_said_to_be(path, damaged):
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-owner"])
 @pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
-async def test_a_file_that_is_gone_is_noticed(path, suffix, replaced):
-    """When the file, its log or its owner file is removed or replaced, nothing more is said to be recorded."""
+async def test_a_removed_or_replaced_file_is_noticed(path, suffix, replaced):
+    """If the file, its WAL or its owner file is removed or replaced, every later operation fails."""
     gone = Path(f"{path}{suffix}")
     async with SqliteJournal(path) as journal:
         await journal.begin(intent("R-1"), now())
@@ -364,8 +364,8 @@ async def test_a_file_that_is_gone_is_noticed(path, suffix, replaced):
                 await verb
 
 
-async def test_a_full_disk_fails_whole_and_passes(path):
-    """With no room left everyone waiting gets ``JournalError`` and nothing is recorded; with room again it goes on."""
+async def test_a_full_disk_fails_the_whole_batch(path):
+    """All callers get ``JournalError`` and nothing is recorded; the journal continues after space is freed."""
     async with SqliteJournal(path) as journal:
         for number in range(10):
             await journal.begin(intent(f"R-{number}"), now())
@@ -391,8 +391,8 @@ async def test_a_full_disk_fails_whole_and_passes(path):
         assert (await journal.begin(intent("R-1"), now()))[0] is Standing.LEASED
 
 
-async def test_a_disk_that_fails_is_named(path, monkeypatch):
-    """An error of the operating system, too, comes as ``JournalError`` with the file's name."""
+async def test_an_io_error_names_the_file(path, monkeypatch):
+    """An error of the operating system becomes ``JournalError`` with the file's name."""
     async with SqliteJournal(path) as journal:
         with monkeypatch.context() as broken:
 
@@ -424,7 +424,7 @@ def _sqlite(path, statement):
     ],
 )
 async def test_a_damaged_journal_is_a_journal_error(path, damage):
-    """Whatever was damaged, the error names the file; nothing of Python's or SQLite's own comes through."""
+    """Any damage raises ``JournalError`` with the file's name, and no other exception."""
     async with SqliteJournal(path) as journal:
         for number in (1, 2):
             await journal.begin(intent(f"R-{number}"), now())
@@ -443,7 +443,7 @@ async def test_a_damaged_journal_is_a_journal_error(path, damage):
 
 
 async def test_noise_in_the_file_is_a_journal_error_or_harmless(path):
-    """Wherever bytes of the schema's page are damaged, opening it raises nothing but ``JournalError``."""
+    """Random bytes in the schema's page raise nothing but ``JournalError``."""
     async with SqliteJournal(path) as journal:
         await journal.begin(intent(), now())
     content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""A session over a journal: every refund is on record before its first byte, and its end as soon as it is known."""
+"""A session with a journal: every refund is recorded before its first byte is sent, and its outcome at once."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ TRUSTING = RetryPolicy(not_found_grace=0.0)
 
 @pytest.fixture(params=["memory", "sqlite"])
 def new_journal(request, tmp_path):
-    """Makes journals that remember the same refunds, one after the other: what each process opens."""
+    """Creates journals with the same entries, one for each of several successive processes."""
     memory = MemoryJournal()
     return lambda: memory if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
 
 
 @contextlib.asynccontextmanager
 async def shop(gateway, new_journal, **options):
-    """One process of a merchant's: a session over an open journal."""
+    """One process of a merchant: a session with an open journal."""
     async with new_journal() as journal, gateway.session(journal=journal, clock=boot_clock, **options) as session:
         yield session, journal
 
 
 class Wires(httpx.AsyncBaseTransport):
-    """The way to the sandbox: keeps every body that was applied with, and is closed while ``closed`` says so."""
+    """A transport to the sandbox that records every apply body, and refuses connections while ``closed`` is true."""
 
     def __init__(self, gateway):
         self.inner = httpx.ASGITransport(app=gateway)
@@ -78,13 +78,13 @@ def over(wires, gateway, journal, **options):
 
 
 async def standing(new_journal, no_refund="R-1"):
-    """The entry as the next process finds it."""
+    """Return the entry as the next process reads it."""
     async with new_journal() as journal:
         return await journal.find(no_refund)
 
 
 class SeenKey(SigningKey):
-    """A merchant's key that remembers what it signed, but for the nothing that a session measures it with."""
+    """A merchant's key that records what it signed, except the empty message with which a session measures it."""
 
     signed: ClassVar[list[bytes]] = []
 
@@ -96,7 +96,7 @@ class SeenKey(SigningKey):
 
 @pytest.fixture
 def merchant_key(monkeypatch):
-    """The merchant's key; it has signed nothing yet."""
+    """The merchant's key, with an empty record."""
     monkeypatch.setattr(SeenKey, "signed", [])
     return SeenKey.load(keypairs.pair("merchant").private_pem)
 
@@ -104,8 +104,8 @@ def merchant_key(monkeypatch):
 # ── made ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_new_refund_is_on_record_before_its_first_byte(new_journal):
-    """When the gateway gets to see it, the journal holds it as one that may have been sent; then its end."""
+async def test_a_new_refund_is_recorded_before_its_first_byte(new_journal):
+    """When the gateway gets the request, the journal has the refund as maybe sent; afterwards it has the outcome."""
     gateway, seen = sandbox(settle_after=0), []
 
     async def look(exchange, call_next):
@@ -125,8 +125,8 @@ async def test_a_new_refund_is_on_record_before_its_first_byte(new_journal):
 
 
 @pytest.mark.parametrize(("settle_after", "state"), [(0, State.DONE), (60, State.ACCEPTED)])
-async def test_a_refund_that_is_settled_is_answered_from_the_record(settle_after, state, new_journal, merchant_key):
-    """Asked for again, by another process too: the same refund, no request, no signature."""
+async def test_a_resolved_refund_is_returned_from_the_journal(settle_after, state, new_journal, merchant_key):
+    """A later call, also in another process, returns the same refund without a request or a signature."""
     gateway = sandbox(settle_after=settle_after, merchant_key=merchant_key)
     async with shop(gateway, new_journal) as (session, _):
         refund = await session.apply_refund(refund_request())
@@ -141,8 +141,8 @@ async def test_a_refund_that_is_settled_is_answered_from_the_record(settle_after
     assert len(merchant_key.signed) == 1
 
 
-async def test_a_refund_that_failed_later_is_done(new_journal):
-    """Made and failed is an end, too: it is the gateway's record, not an error."""
+async def test_a_failed_refund_is_done(new_journal):
+    """A refund that was made and failed later is final, and no error."""
     gateway = sandbox(settle_after=0)
     gateway.fail("R-1")
     async with shop(gateway, new_journal) as (session, _):
@@ -156,7 +156,7 @@ async def test_a_refund_that_failed_later_is_done(new_journal):
 
 @pytest.mark.parametrize("signs", [True, False], ids=["signed", "unsigned"])
 async def test_a_rejection_is_recorded_and_raised_again(signs, new_journal, merchant_key):
-    """For good is for good: the same error in every respect, no request, no signature."""
+    """A later call raises an equal error, without a request or a signature."""
     gateway = sandbox(default_order=None, sign_errors=signs, merchant_key=merchant_key)
     async with shop(gateway, new_journal) as (session, _):
         with pytest.raises(RefundRejected) as first:
@@ -173,8 +173,8 @@ async def test_a_rejection_is_recorded_and_raised_again(signs, new_journal, merc
     assert len(merchant_key.signed) == 1
 
 
-async def test_a_rejection_that_is_ours_to_mend_is_sent_again_after_the_cure(new_journal, stranger_keys):
-    """Refused for our configuration, a refund is as good as new: signed again, with what is right by then."""
+async def test_a_rejection_by_configuration_is_sent_again_after_the_fix(new_journal, stranger_keys):
+    """A refund that was rejected for the configuration is signed and sent again with the corrected configuration."""
     gateway = sandbox()
     ours = gateway.merchant_key.public_key()
     gateway.add_merchant(OID_PARTNER, stranger_keys.public)
@@ -190,8 +190,8 @@ async def test_a_rejection_that_is_ours_to_mend_is_sent_again_after_the_cure(new
     assert gateway.requests == {"apply": 2}
 
 
-async def test_what_was_certainly_not_sent_is_new_again(new_journal):
-    """A road that is closed leaves nothing to ask about: next time it is simply sent."""
+async def test_a_refund_that_was_certainly_not_sent_is_new_again(new_journal):
+    """After a refused connection the next call sends without a query."""
     gateway = sandbox()
     wires = Wires(gateway)
     wires.closed = True
@@ -219,7 +219,7 @@ async def test_what_was_certainly_not_sent_is_new_again(new_journal):
 )
 @pytest.mark.parametrize("resolved", [True, False], ids=["resolved", "unresolved"])
 async def test_other_content_under_the_same_number_is_a_conflict(field, change, resolved, new_journal):
-    """Nothing is sent or asked, and what is on record stays as it is."""
+    """Nothing is sent or queried, and the entry does not change."""
     gateway = sandbox()
     gateway.script(Fault.DELAY if resolved else Fault.NO_ANSWER, when=When.BEFORE)
     async with shop(gateway, new_journal) as (session, journal):
@@ -235,8 +235,8 @@ async def test_other_content_under_the_same_number_is_a_conflict(field, change, 
 
 
 @pytest.mark.parametrize("resolved", [True, False], ids=["resolved", "unresolved"])
-async def test_another_place_for_the_notification_is_no_other_content(resolved, new_journal):
-    """Where notifications go may change between two calls for one refund: the first body stands."""
+async def test_another_notify_url_is_no_conflict(resolved, new_journal):
+    """``notify_url`` may change between two calls for one refund; the first body is kept."""
     gateway = sandbox()
     gateway.script(Fault.DELAY if resolved else Fault.NO_ANSWER, when=When.BEFORE)
     wires = Wires(gateway)
@@ -253,7 +253,7 @@ async def test_another_place_for_the_notification_is_no_other_content(resolved, 
     ids=["merchant", "endpoint"],
 )
 async def test_a_journal_refuses_another_merchant_and_another_endpoint(other, new_journal):
-    """What a rehearsal on the sandbox made must never answer for production."""
+    """A refund made in the sandbox must never be taken for a production refund."""
     gateway = sandbox()
     async with shop(gateway, new_journal) as (session, _):
         await session.apply_refund(refund_request())
@@ -268,8 +268,8 @@ async def test_a_journal_refuses_another_merchant_and_another_endpoint(other, ne
 
 
 @pytest.mark.parametrize("repeated", [Repeated.REPLAY, Repeated.REJECT])
-async def test_a_number_that_the_gateway_has_for_another_refund_is_kept_as_a_conflict(repeated, new_journal):
-    """Made without a journal, for other money: the conflict is raised each time, and nothing is sent or asked."""
+async def test_a_number_of_another_refund_is_recorded_as_a_conflict(repeated, new_journal):
+    """The number was used without a journal for another amount: every call raises the conflict and sends nothing."""
     gateway = sandbox(repeated=repeated)
     async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request(money_refund=Decimal("9.00")))
@@ -292,8 +292,8 @@ async def test_a_number_that_the_gateway_has_for_another_refund_is_kept_as_a_con
 # ── unresolved ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_unresolved_refund_is_asked_about_first(new_journal):
-    """Left unknown and made in the meantime: the next process asks, and finds it."""
+async def test_an_unresolved_refund_is_queried_first(new_journal):
+    """The refund was left unknown and then made: the next process queries it and finds it."""
     gateway = sandbox()
     gateway.script(Fault.LATE, delay=40)
     async with shop(gateway, new_journal) as (session, _):
@@ -310,8 +310,8 @@ async def test_an_unresolved_refund_is_asked_about_first(new_journal):
     assert gateway.requests == {"query": 1}
 
 
-async def test_an_unresolved_refund_is_sent_again_with_the_body_on_record(new_journal):
-    """Once its absence is believed, what goes out is byte for byte what went out before, whatever is signed today."""
+async def test_an_unresolved_refund_is_sent_again_with_the_recorded_body(new_journal):
+    """Once "no such record" is believed, exactly the recorded bytes are sent again."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
     wires = Wires(gateway)
@@ -326,7 +326,7 @@ async def test_an_unresolved_refund_is_sent_again_with_the_body_on_record(new_jo
 
 
 async def test_the_grace_counts_from_the_last_send(new_journal):
-    """Sent again and lost again, a refund is not sent a third time by the age of the first."""
+    """A refund that was sent again and lost again is not sent a third time before the grace since the second send."""
     gateway = sandbox(repeated=Repeated.AGAIN, default_order=Decimal(1000))
     gateway.script(Fault.BAD_GATEWAY, call="apply", when=When.BEFORE)
     gateway.script(Fault.LATE, call="apply", delay=800)
@@ -338,8 +338,8 @@ async def test_the_grace_counts_from_the_last_send(new_journal):
     assert (gateway.requests["apply"], gateway.times_made("R-1")) == (2, 1)
 
 
-async def test_a_refund_is_on_record_as_sent_before_it_is_sent_again(new_journal):
-    """Whoever finds it after a crash at this moment has to wait for the grace from there on."""
+async def test_a_resend_is_recorded_before_its_first_byte(new_journal):
+    """After a crash at this moment, the grace counts from the resend."""
     gateway, seen = sandbox(), []
     gateway.script(Fault.BAD_GATEWAY, call="apply", when=When.BEFORE)
 
@@ -356,8 +356,8 @@ async def test_a_refund_is_on_record_as_sent_before_it_is_sent_again(new_journal
     assert all(sent_at > at for at, sent_at in seen)
 
 
-async def test_absence_is_not_believed_before_the_grace_has_passed_since_the_last_process_sent(new_journal):
-    """The wait counts from what the journal knows: asked too early, the refund stays unknown, and is not sent."""
+async def test_the_grace_counts_from_the_send_of_an_earlier_process(new_journal):
+    """A query before the end of the grace leaves the refund unknown, and nothing is sent."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
     wires = Wires(gateway)
@@ -374,8 +374,8 @@ async def test_absence_is_not_believed_before_the_grace_has_passed_since_the_las
 # ── cancelled ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_refund_that_is_cancelled_while_it_is_sent_is_unresolved_from_then_on(new_journal):
-    """It may arrive until the very end: the time of sending on record is that of the cancellation."""
+async def test_a_refund_cancelled_during_its_send_counts_as_sent_at_the_cancellation(new_journal):
+    """The request may arrive until the cancellation, so the entry has that time as ``sent_at``."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
     async with shop(gateway, new_journal) as (session, journal):
@@ -388,7 +388,7 @@ async def test_a_refund_that_is_cancelled_while_it_is_sent_is_unresolved_from_th
 
 
 async def test_asyncio_s_own_cancellation_is_a_cancellation(new_journal, anyio_backend_name):
-    """``Task.cancel`` while it is sent leaves the refund unresolved as of that moment."""
+    """``Task.cancel`` during the send leaves the refund unresolved; the time of the cancellation is ``sent_at``."""
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has no such cancellation")
     gateway = sandbox()
@@ -403,8 +403,8 @@ async def test_asyncio_s_own_cancellation_is_a_cancellation(new_journal, anyio_b
     assert (entry.state, entry.sent_at.boot, entry.holder) == (State.UNRESOLVED, 3.0, None)
 
 
-async def test_what_is_known_is_written_even_if_the_caller_is_cancelled_by_then(new_journal):
-    """The answer is here when the cancellation comes: the journal learns it all the same."""
+async def test_an_outcome_is_recorded_despite_cancellation(new_journal):
+    """If the answer has arrived before the cancellation, the journal records the outcome."""
     gateway = sandbox(settle_after=0)
     with anyio.CancelScope() as scope:
 
@@ -419,7 +419,7 @@ async def test_what_is_known_is_written_even_if_the_caller_is_cancelled_by_then(
 
 
 class Slow(MemoryJournal):
-    """Takes a second to write anything down, and never heard of cancellation."""
+    """A journal that needs a second for each write, even if the caller is cancelled."""
 
     async def begin(self, intent, now):
         await anyio.sleep(1)
@@ -440,7 +440,7 @@ class Slow(MemoryJournal):
     ids=["answered", "not answered"],
 )
 async def test_a_cancelled_call_ends_when_its_journal_has_written(fault, state):
-    """The cancellation waits for the journal, and for nothing else."""
+    """The cancellation waits only for the journal."""
     gateway, journal = sandbox(), Slow()
     gateway.script(fault, delay=0.5)
     async with gateway.session(journal=journal, clock=boot_clock) as session:
@@ -451,8 +451,8 @@ async def test_a_cancelled_call_ends_when_its_journal_has_written(fault, state):
     assert anyio.current_time() <= 3
 
 
-async def test_cancelled_while_it_is_written_down_it_was_not_sent():
-    """A refund whose intent was cancelled needs not be asked about: it is sent when it is asked for again."""
+async def test_a_refund_cancelled_during_begin_was_not_sent():
+    """If the call is cancelled during ``begin``, the next call sends the refund without a query."""
     gateway, journal = sandbox(), Slow()
     async with gateway.session(journal=journal, clock=boot_clock) as session:
         with anyio.move_on_after(0.5):
@@ -467,13 +467,13 @@ async def test_cancelled_while_it_is_written_down_it_was_not_sent():
 
 @contextlib.asynccontextmanager
 async def two_shops(gateway, new_journal):
-    """Two sessions on one journal, as two parts of one service have them."""
+    """Two sessions on one journal, as in two parts of one service."""
     async with shop(gateway, new_journal) as (session, journal), over(Wires(gateway), gateway, journal) as other:
         yield session, other, journal
 
 
 async def test_two_sessions_on_one_journal_send_a_refund_once(new_journal):
-    """One sends, the others wait for its lease, and all have the refund."""
+    """One session sends, the other calls wait for its lease, and all return the refund."""
     gateway, refunds = sandbox(faults={Fault.DELAY: 1.0}, delay=3), []
 
     async def apply(session):
@@ -488,7 +488,7 @@ async def test_two_sessions_on_one_journal_send_a_refund_once(new_journal):
 
 
 class Counting(MemoryJournal):
-    """Knows how often it was told of an intent."""
+    """Counts the calls of ``begin``."""
 
     intents = 0
 
@@ -498,8 +498,8 @@ class Counting(MemoryJournal):
 
 
 @pytest.mark.parametrize(("seconds", "most"), [(0.1, 5), (8, 15)])
-async def test_a_call_that_waits_for_a_lease_looks_soon_and_then_seldom(seconds, most):
-    """A short wait ends shortly after the other call; a long one costs the journal a look each second."""
+async def test_a_call_that_waits_for_a_lease_polls_with_growing_pauses(seconds, most):
+    """A short wait ends soon after the other call; a long wait polls the journal once per second."""
     gateway, journal = sandbox(faults={Fault.DELAY: 1.0}, delay=seconds), Counting()
     async with two_shops(gateway, lambda: journal) as (one, other, _), anyio.create_task_group() as tasks:
         for session in (one, other):
@@ -508,8 +508,8 @@ async def test_a_call_that_waits_for_a_lease_looks_soon_and_then_seldom(seconds,
     assert anyio.current_time() <= seconds + min(seconds, 1.0)
 
 
-async def test_a_call_that_waits_for_a_lease_takes_over_what_was_left_unknown(new_journal):
-    """The first call is cancelled: the second one asks, and finds what the first one sent."""
+async def test_a_call_that_waits_for_a_lease_takes_over_an_unknown_refund(new_journal):
+    """The first call is cancelled: the second call queries, and finds the refund of the first."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
     async with two_shops(gateway, new_journal) as (one, other, _), anyio.create_task_group() as tasks:
@@ -526,7 +526,7 @@ async def test_a_call_that_waits_for_a_lease_takes_over_what_was_left_unknown(ne
 
 
 async def test_a_refund_that_is_leased_until_the_deadline_is_unknown(new_journal):
-    """Another worker has it for longer than the call can wait: unknown, to be asked about when the lease ends."""
+    """Another worker has the lease beyond the deadline: unknown, and ``ask_again_at`` is the end of the lease."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
     async with two_shops(gateway, new_journal) as (one, other, journal), anyio.create_task_group() as tasks:
@@ -545,8 +545,8 @@ async def test_a_refund_that_is_leased_until_the_deadline_is_unknown(new_journal
     assert gateway.requests["apply"] == 1
 
 
-async def test_after_a_lease_that_is_over_nothing_is_sent(new_journal):
-    """Whoever waited so long for a permit that another worker may be at the refund by now leaves it alone."""
+async def test_after_its_lease_a_call_sends_nothing(new_journal):
+    """A call that waits for a limiter until its lease has ended does not send: another worker may have sent."""
     gateway = sandbox()
     hours = RateLimit(1 / 3600)
     async with shop(gateway, new_journal, limiter=hours) as (session, _):
@@ -556,8 +556,8 @@ async def test_after_a_lease_that_is_over_nothing_is_sent(new_journal):
     assert gateway.requests == {"apply": 1}
 
 
-async def test_what_another_worker_took_over_is_not_told_as_not_sent(new_journal):
-    """It sent nothing itself, but after its lease another worker made the refund."""
+async def test_a_refund_that_another_worker_took_over_is_not_reported_as_not_sent(new_journal):
+    """The call sent nothing, but after its lease another worker made the refund."""
     gateway = sandbox()
     async with (
         shop(gateway, new_journal, limiter=RateLimit(1 / 3600)) as (session, journal),
@@ -581,7 +581,7 @@ async def test_what_another_worker_took_over_is_not_told_as_not_sent(new_journal
 
 
 class Failing(MemoryJournal):
-    """Cannot do what ``verbs`` name."""
+    """A journal whose methods ``verbs`` fail."""
 
     def __init__(self, *verbs):
         super().__init__()
@@ -614,8 +614,8 @@ class Failing(MemoryJournal):
 
 
 @pytest.mark.parametrize("verb", ["find", "begin"])
-async def test_a_journal_that_cannot_write_lets_nothing_be_sent(verb):
-    """What is not on record is not sent."""
+async def test_nothing_is_sent_if_the_journal_cannot_write(verb):
+    """A refund that cannot be recorded is not sent."""
     gateway = sandbox()
     async with gateway.session(journal=Failing(verb), clock=boot_clock) as session:
         with pytest.raises(JournalError, match="full"):
@@ -623,8 +623,8 @@ async def test_a_journal_that_cannot_write_lets_nothing_be_sent(verb):
     assert not gateway.requests
 
 
-async def test_a_journal_that_was_removed_lets_nothing_be_sent(tmp_path):
-    """Writing to a file that nobody will ever read again does not count as being on record."""
+async def test_nothing_is_sent_if_the_journal_was_removed(tmp_path):
+    """A write to an unlinked file does not count as recorded."""
     gateway, path = sandbox(), tmp_path / "journal.sqlite"
     async with SqliteJournal(path) as journal, gateway.session(journal=journal, clock=boot_clock) as session:
         path.unlink()
@@ -636,8 +636,8 @@ async def test_a_journal_that_was_removed_lets_nothing_be_sent(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "verb"), [(Fault.DELAY, "finish"), (Fault.NO_ANSWER, "release")], ids=["finish", "release"]
 )
-async def test_a_journal_that_fails_afterwards_is_heard_of_and_the_next_run_finds_the_refund(fault, verb):
-    """The end cannot be written: that is raised, the refund stays unresolved, and is asked about when it can be."""
+async def test_if_the_outcome_cannot_be_recorded_the_next_run_finds_the_refund(fault, verb):
+    """The error is raised, the refund stays unresolved, and the next run queries it."""
     gateway, journal = sandbox(), Failing(verb)
     gateway.script(fault, when=When.AFTER)
     gateway.script(Fault.RESET, call="query", times=100)
@@ -659,8 +659,8 @@ async def test_a_journal_that_fails_afterwards_is_heard_of_and_the_next_run_find
 # ── resume ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_resuming_asks_about_everything_that_is_open(new_journal):
-    """Unresolved refunds are resolved, accepted ones become final, and open ones are counted."""
+async def test_resume_queries_all_open_refunds(new_journal):
+    """Unresolved refunds are resolved, accepted ones become final, and those still open are counted."""
     gateway = sandbox(settle_after=100)
     gateway.script(Fault.NO_ANSWER, no_refund="R-2", when=When.AFTER)
     gateway.script(Fault.NO_ANSWER, no_refund="R-3", when=When.BEFORE)
@@ -694,7 +694,7 @@ async def test_resuming_asks_about_everything_that_is_open(new_journal):
 
 
 async def test_an_entry_of_an_older_release_is_resumed_like_the_others(new_journal):
-    """A number that no new refund may have was accepted once: it is asked about, and ends no resumption."""
+    """An entry whose number a new refund may not have is queried like the others."""
     gateway = sandbox(settle_after=0)
     old = RefundRequest.from_record(refund_request(1).to_dict() | {"no_refund": "R-1\u200b"})
     requests = [old, refund_request(2)]
@@ -709,8 +709,8 @@ async def test_an_entry_of_an_older_release_is_resumed_like_the_others(new_journ
     assert [gateway.times_made(request.no_refund) for request in requests] == [1, 1]
 
 
-async def test_an_entry_that_cannot_be_read_ends_no_resumption(new_journal, caplog):
-    """It stays open, the log names it, and the others are resolved."""
+async def test_resume_skips_an_unreadable_entry(new_journal, caplog):
+    """It stays open, the log names it, and the other refunds are resolved."""
     gateway = sandbox(settle_after=0)
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
     damaged = intent("R-0", money="much")
@@ -723,8 +723,8 @@ async def test_an_entry_that_cannot_be_read_ends_no_resumption(new_journal, capl
     assert "refund R-0: its journal entry cannot be read" in caplog.text
 
 
-async def test_resuming_settles_rejections_too(new_journal):
-    """Refused when it is sent again, a refund has an end like any other."""
+async def test_resume_counts_rejections_as_resolved(new_journal):
+    """A refund that is rejected when it is sent again is resolved."""
     gateway = sandbox(default_order=None)
     gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
     async with shop(gateway, new_journal) as (session, _):
@@ -734,8 +734,8 @@ async def test_resuming_settles_rejections_too(new_journal):
     assert (await standing(new_journal)).state is State.REJECTED
 
 
-async def test_resuming_leaves_alone_what_was_certainly_not_sent(new_journal):
-    """Whoever was told "not sent" may have refunded by other means: only who asks for it again has it sent."""
+async def test_resume_does_not_send_refunds_that_were_not_sent(new_journal):
+    """Their caller knows it, and may have refunded in another way; only ``apply_refund`` sends them."""
     gateway = sandbox()
     wires = Wires(gateway)
     wires.closed = True
@@ -746,8 +746,8 @@ async def test_resuming_leaves_alone_what_was_certainly_not_sent(new_journal):
     assert not gateway.requests
 
 
-async def test_resuming_counts_an_accepted_refund_that_cannot_be_asked_about_as_open(new_journal, caplog):
-    """A gateway that does not answer leaves it as it was, and the log says so."""
+async def test_resume_counts_an_accepted_refund_as_open_if_its_query_fails(new_journal, caplog):
+    """The entry does not change if the gateway does not answer, and the log reports it."""
     caplog.set_level("INFO", "lianlian_async")
     gateway = sandbox(settle_after=0.0001)
     async with shop(gateway, new_journal) as (session, journal):
@@ -758,8 +758,8 @@ async def test_resuming_counts_an_accepted_refund_that_cannot_be_asked_about_as_
     assert "refund R-1 is accepted, but its final state is not known" in caplog.text
 
 
-async def test_resuming_asks_no_more_at_a_time_than_it_may(new_journal):
-    """``concurrency`` bounds what is under way."""
+async def test_resume_respects_its_concurrency(new_journal):
+    """``concurrency`` limits the concurrent refunds."""
     gateway = sandbox(settle_after=1)
     async with shop(gateway, new_journal) as (session, _):
         for number in range(10):
@@ -771,15 +771,15 @@ async def test_resuming_asks_no_more_at_a_time_than_it_may(new_journal):
     assert 5 <= anyio.current_time() - began < 6  # a journal lets its batches gather meanwhile
 
 
-async def test_resuming_with_a_concurrency_that_is_none_is_refused(new_journal):
-    """Nobody at work would mean nothing found."""
+async def test_resume_refuses_an_invalid_concurrency(new_journal):
+    """With no worker, no refund would be resolved."""
     async with shop(sandbox(), new_journal) as (session, _):
         with pytest.raises(ConfigurationError, match="concurrency"):
             await session.resume(concurrency=0)
 
 
-async def test_resuming_without_a_journal_is_refused():
-    """There is nothing to resume from."""
+async def test_resume_without_a_journal_is_refused():
+    """``ConfigurationError``: the session has no journal."""
     async with sandbox().session() as session:
         with pytest.raises(ConfigurationError, match="journal"):
             await session.resume()
@@ -797,8 +797,8 @@ async def test_resuming_without_a_journal_is_refused():
     ],
     ids=lambda value: value if isinstance(value, str) else {Fault.DELAY: "accepted"}.get(value, "unresolved"),
 )
-async def test_resuming_raises_what_the_journal_raises(fault, verb):
-    """A journal that fails is heard of as such, whatever is open."""
+async def test_resume_raises_the_errors_of_the_journal(fault, verb):
+    """A failure of the journal is raised, whatever refunds are open."""
     gateway, journal = sandbox(settle_after=0.0001), Failing()
     gateway.script(fault, delay=0, when=When.AFTER)
     async with gateway.session(journal=journal, clock=boot_clock) as session:
@@ -812,8 +812,8 @@ async def test_resuming_raises_what_the_journal_raises(fault, verb):
 # ── what the gateway tells unasked ───────────────────────────────────────────────────────────────
 
 
-async def test_news_does_not_undo_a_conflict(new_journal):
-    """Once another refund was told of under the number, a record that agrees raises the conflict on record again."""
+async def test_learn_does_not_undo_a_conflict(new_journal):
+    """After a conflict was recorded, a record that agrees raises the recorded conflict again."""
     gateway = sandbox(settle_after=0)
     async with shop(gateway, new_journal) as (_, journal):
         async with gateway.session(clock=boot_clock) as other:
@@ -828,8 +828,8 @@ async def test_news_does_not_undo_a_conflict(new_journal):
         assert (await journal.find("R-1")).state is State.CONFLICT
 
 
-async def test_what_the_gateway_tells_of_a_refund_settles_it(new_journal):
-    """News of a refund that is open: its end is on record, and its own ``dt_refund`` stands."""
+async def test_learn_resolves_an_open_refund(new_journal):
+    """The reported state is recorded, and the refund keeps its own ``dt_refund``."""
     gateway = sandbox(settle_after=0)
     gateway.script(Fault.NO_ANSWER, when=When.AFTER)
     async with shop(gateway, new_journal) as (session, journal):
@@ -841,8 +841,8 @@ async def test_what_the_gateway_tells_of_a_refund_settles_it(new_journal):
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
-async def test_news_of_a_refund_that_is_not_on_record_is_passed_on(new_journal):
-    """Made without this journal, a refund is no business of its."""
+async def test_learn_returns_a_refund_without_an_entry_unchanged(new_journal):
+    """The refund was made without this journal."""
     gateway = sandbox()
     async with gateway.session(clock=boot_clock) as session, new_journal() as journal:
         refund = await session.apply_refund(refund_request())
@@ -851,8 +851,8 @@ async def test_news_of_a_refund_that_is_not_on_record_is_passed_on(new_journal):
 
 
 @pytest.mark.parametrize(("rejected", "theirs"), [(True, "rejected 5002"), (False, "2")])
-async def test_news_that_contradicts_the_record_is_a_conflict(rejected, theirs, new_journal):
-    """The first end stays on record; who tells another one is contradicted."""
+async def test_learn_raises_a_conflict_for_another_final_state(rejected, theirs, new_journal):
+    """The first outcome stays recorded."""
     gateway = sandbox(default_order=None, settle_after=0)
     other = sandbox(settle_after=0)
     other.fail("R-1")
@@ -871,8 +871,8 @@ async def test_news_that_contradicts_the_record_is_a_conflict(rejected, theirs, 
 # ── the record itself ────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_entry_that_is_not_settled_has_no_answer(new_journal):
-    """Nothing is made up for a refund whose end is not known."""
+async def test_an_unresolved_entry_has_no_answer(new_journal):
+    """``answer`` raises for an entry without an outcome."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, when=When.BEFORE)
     async with shop(gateway, new_journal) as (session, journal):
@@ -883,7 +883,7 @@ async def test_an_entry_that_is_not_settled_has_no_answer(new_journal):
 
 
 class Overtaken(MemoryJournal):
-    """Between the first look for a refund and its answer, another session has the same refund made."""
+    """A journal in which another session makes the refund between the first ``find`` and its result."""
 
     def __init__(self, gateway):
         super().__init__()
@@ -899,8 +899,8 @@ class Overtaken(MemoryJournal):
         return found
 
 
-async def test_a_refund_that_is_settled_between_look_and_intent_is_not_sent():
-    """Another call came to the end while this one signed: its answer is the answer."""
+async def test_a_refund_that_is_resolved_between_look_and_begin_is_not_sent():
+    """Another call resolved it while this call signed: this call returns that outcome."""
     gateway = sandbox()
     journal = Overtaken(gateway)
     async with gateway.session(journal=journal, clock=boot_clock) as session:
@@ -908,8 +908,8 @@ async def test_a_refund_that_is_settled_between_look_and_intent_is_not_sent():
     assert gateway.requests == {"apply": 1}
 
 
-async def test_a_journal_that_fails_after_a_lease_tells_that_this_call_sent_nothing():
-    """Whether another worker took the refund over cannot be read, and the error says what is known."""
+async def test_a_journal_error_after_the_lease_says_that_this_call_sent_nothing():
+    """The journal cannot be read, so nobody knows if another worker sent it; ``said`` is this call's own outcome."""
     gateway, journal = sandbox(), Failing()
     limited = gateway.session(journal=journal, clock=boot_clock, limiter=RateLimit(1 / 3600))
     async with limited as session, anyio.create_task_group() as group:

@@ -1,4 +1,4 @@
-"""From the first send to certain knowledge: the decision table, and each of its rows on a real gateway."""
+"""The resolution of a refund: the decision table, and each of its rows on the sandbox gateway."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TRUSTING = RetryPolicy(not_found_grace=0.0)
 
 
 class Road(httpx.AsyncBaseTransport):
-    """The way to the sandbox: keeps what went by, and is closed to the apply calls numbered in ``closed``."""
+    """A transport to the sandbox that records requests, and refuses the apply calls numbered in ``closed``."""
 
     def __init__(self, gateway, *, closed=()):
         self.inner = httpx.ASGITransport(app=gateway)
@@ -60,20 +60,20 @@ class Road(httpx.AsyncBaseTransport):
 
 
 def session_over(gateway, *, closed=(), **options):
-    """A session with the sandbox, and the road between them."""
+    """A session with the sandbox, and the transport between them."""
     road = Road(gateway, closed=closed)
     return RefundSession(gateway.merchant(), transport=road, clock=boot_clock, **options), road
 
 
 async def apply(gateway, request=None, **options):
-    """What one apply call returns or raises."""
+    """Return the result or the exception of one apply call."""
     session, _ = session_over(gateway, **options)
     async with session:
         return await session.apply_refund(request or refund_request())
 
 
 async def left_unknown(gateway, request=None, **options):
-    """The error of an apply call whose outcome is unknown."""
+    """Return the error of an apply call whose outcome is unknown."""
     with pytest.raises(RefundOutcomeUnknown) as caught:
         await apply(gateway, request, **options)
     return caught.value
@@ -82,8 +82,8 @@ async def left_unknown(gateway, request=None, **options):
 # ── the table ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_table_is_the_design_s():
-    """What came back × may an earlier attempt have arrived: literally the table of the design."""
+def test_the_decision_table():
+    """The step for each finding, and for whether an earlier attempt may have arrived."""
     returned, certain, ask = Step.RETURN, Step.RAISE, Step.ASK
     assert {
         # what came back: (no earlier attempt may have arrived, one may have)
@@ -101,15 +101,15 @@ def test_the_table_is_the_design_s():
 
 
 async def test_not_sent_is_sent_again():
-    """What was certainly not sent is repeated, and ends in the refund."""
+    """A request that was certainly not sent is repeated until the refund is made."""
     gateway = sandbox()
     refund = await apply(gateway, closed=(1, 2, 3))
     assert refund.no_refund == "R-1"
     assert gateway.requests == {"apply": 1}
 
 
-async def test_not_sent_to_the_end_is_refund_not_sent():
-    """When every attempt of the policy was not sent, the refund is safe to send again."""
+async def test_if_no_attempt_is_sent_the_error_is_refund_not_sent():
+    """The refund is safe to send again."""
     gateway = sandbox()
     with pytest.raises(RefundNotSent, match="road closed") as caught:
         await apply(gateway, closed=range(1, 99))
@@ -117,8 +117,8 @@ async def test_not_sent_to_the_end_is_refund_not_sent():
     assert gateway.requests == {}
 
 
-async def test_a_signed_success_is_the_refund():
-    """One request, one record, nothing asked."""
+async def test_a_signed_success_is_returned():
+    """One request, one record, no query."""
     gateway = sandbox()
     refund = await apply(gateway)
     assert (refund.no_refund, refund.money_refund) == ("R-1", Decimal("10.00"))
@@ -127,7 +127,7 @@ async def test_a_signed_success_is_the_refund():
 
 @pytest.mark.parametrize("signs", [True, False], ids=["signed", "unsigned"])
 async def test_a_first_rejection_is_believed(signs):
-    """The gateway's no to a refund that never came before is final, signed or not."""
+    """A rejection of the first attempt is final, signed or not."""
     gateway = sandbox(default_order=None, sign_errors=signs)
     with pytest.raises(RefundRejected) as caught:
         await apply(gateway)
@@ -137,15 +137,15 @@ async def test_a_first_rejection_is_believed(signs):
 
 
 async def test_a_rejection_after_attempts_that_were_not_sent_is_believed():
-    """Attempts that certainly never arrived do not make a rejection doubtful."""
+    """Attempts that certainly never arrived do not make a rejection uncertain."""
     gateway = sandbox(default_order=None)
     with pytest.raises(RefundRejected):
         await apply(gateway, closed=(1, 2))
     assert gateway.requests == {"apply": 1}
 
 
-async def test_a_duplicate_is_answered_with_the_record_that_exists():
-    """A second call for the same refund finds the first one's record and moves no money."""
+async def test_a_duplicate_returns_the_existing_record():
+    """A second call for the same refund finds the record of the first, and makes no refund."""
     gateway = sandbox(repeated=Repeated.REJECT)
     first = await apply(gateway)
     second = await apply(gateway)
@@ -155,8 +155,8 @@ async def test_a_duplicate_is_answered_with_the_record_that_exists():
 
 
 @pytest.mark.parametrize("ret_code", ["1003", "2005", "2008", "4002", "9983"])
-async def test_in_progress_is_answered_with_the_record_that_exists(ret_code):
-    """Codes that say "already here" lead to the question, and to the record."""
+async def test_in_progress_returns_the_existing_record(ret_code):
+    """Codes that mean "already here" lead to a query, which finds the record."""
     gateway = sandbox()
     gateway.script(Fault.BUSY, call="apply", ret_code=ret_code)
     refund = await apply(gateway)
@@ -165,8 +165,8 @@ async def test_in_progress_is_answered_with_the_record_that_exists(ret_code):
 
 
 @pytest.mark.parametrize("fault", sorted(set(Fault) - {Fault.DELAY, Fault.LATE}, key=lambda fault: fault.name))
-async def test_whatever_is_uncertain_is_asked_about(fault):
-    """Carried out and badly answered: the refund is found by asking, sent once, made once."""
+async def test_an_uncertain_answer_leads_to_a_query(fault):
+    """The refund was made, but its answer is unusable: it is sent once, and found by a query."""
     gateway = sandbox()
     gateway.script(fault, call="apply")
     refund = await apply(gateway)
@@ -176,8 +176,8 @@ async def test_whatever_is_uncertain_is_asked_about(fault):
 
 
 @pytest.mark.parametrize("ret_code", ["9999", "8006", "9920", "8901", "7777"])
-async def test_a_code_that_proves_nothing_is_asked_about(ret_code):
-    """Busy, unclear and unknown codes prove nothing: the record is asked for, and found."""
+async def test_a_code_that_proves_nothing_leads_to_a_query(ret_code):
+    """Busy, unclear and unknown codes prove nothing: a query finds the record."""
     gateway = sandbox()
     gateway.script(Fault.BUSY, call="apply", ret_code=ret_code)
     assert (await apply(gateway)).no_refund == "R-1"
@@ -187,8 +187,8 @@ async def test_a_code_that_proves_nothing_is_asked_about(ret_code):
 # ── each row: an earlier attempt may have arrived ────────────────────────────────────────────────
 
 
-async def test_not_sent_after_a_maybe_is_asked_about():
-    """A refused connection does not make unsent what may have been sent before."""
+async def test_not_sent_after_maybe_sent_leads_to_a_query():
+    """A refused connection does not change that an earlier attempt may have arrived."""
     gateway = sandbox()
     gateway.script(Fault.LATE, call="apply", delay=11)  # carried out after it was asked about in vain
     patient = RetryPolicy(not_found_grace=0.0, attempts=50, maximum=0.5)
@@ -201,8 +201,8 @@ async def test_not_sent_after_a_maybe_is_asked_about():
     assert gateway.times_made("R-1") == 1
 
 
-async def test_a_success_after_a_maybe_is_the_refund():
-    """Sent again after a believed absence, the answer is the refund."""
+async def test_a_success_after_maybe_sent_is_returned():
+    """The resend after a believed "no such record" returns the refund."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     session, road = session_over(gateway, retry=TRUSTING)
@@ -215,8 +215,8 @@ async def test_a_success_after_a_maybe_is_the_refund():
 
 
 @pytest.mark.parametrize("repeated", [Repeated.AGAIN, Repeated.REJECT, Repeated.REPLAY])
-async def test_a_no_after_a_maybe_may_mean_that_the_first_attempt_worked(repeated):
-    """The order is used up, or the number taken, because the first attempt came late: the record is found."""
+async def test_a_rejection_after_maybe_sent_may_mean_that_the_first_attempt_succeeded(repeated):
+    """The first attempt arrived late and used up the order or the number: a query finds the record."""
     gateway = sandbox(repeated=repeated)
     gateway.script(Fault.LATE, call="apply", delay=11)
     gateway.script(Fault.DELAY, call="apply", delay=2, when=When.BEFORE)
@@ -230,8 +230,8 @@ async def test_a_no_after_a_maybe_may_mean_that_the_first_attempt_worked(repeate
     assert gateway.requests["query"] == (1 if repeated is Repeated.REPLAY else 2)
 
 
-async def test_a_no_after_a_maybe_is_believed_once_the_first_attempt_is_known_not_to_have_worked():
-    """A rejection stands as soon as the absence of any record is believed."""
+async def test_a_rejection_after_maybe_sent_is_believed_after_no_such_record():
+    """The rejection is raised as soon as "no such record" is believed."""
     gateway = sandbox(default_order=None)
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     with pytest.raises(RefundRejected) as caught:
@@ -240,8 +240,8 @@ async def test_a_no_after_a_maybe_is_believed_once_the_first_attempt_is_known_no
     assert gateway.requests == {"apply": 2, "query": 2}
 
 
-async def test_uncertain_after_a_maybe_is_asked_about():
-    """A second answer that proves nothing is asked about like the first."""
+async def test_uncertain_after_maybe_sent_leads_to_a_query():
+    """A second uncertain answer leads to a query like the first."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     gateway.script(Fault.HTTP_500, call="apply", when=When.AFTER)
@@ -249,8 +249,8 @@ async def test_uncertain_after_a_maybe_is_asked_about():
     assert gateway.requests == {"apply": 2, "query": 2}
 
 
-async def test_no_more_is_sent_than_the_policy_s_attempts():
-    """Where absence is believed each time, sending ends with the policy's attempts, and the outcome is unknown."""
+async def test_the_policys_attempts_limit_the_sends():
+    """If "no such record" is believed each time, the policy's attempts end the sends, and the outcome is unknown."""
     gateway = sandbox()
     gateway.script(Fault.HTTP_500, call="apply", when=When.BEFORE, times=99)
     unknown = await left_unknown(gateway, retry=RetryPolicy(attempts=3, not_found_grace=0.0))
@@ -261,8 +261,8 @@ async def test_no_more_is_sent_than_the_policy_s_attempts():
 # ── unknown, and when to ask again ───────────────────────────────────────────────────────────────
 
 
-async def test_absence_is_not_believed_within_the_grace():
-    """By default "no such record" proves nothing for 15 minutes: nothing is sent again, the outcome is unknown."""
+async def test_no_such_record_is_not_believed_within_the_grace():
+    """By default it proves nothing for 15 minutes: nothing is sent again, and the outcome is unknown."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     unknown = await left_unknown(gateway)
@@ -281,8 +281,8 @@ async def test_absence_is_not_believed_within_the_grace():
 
 
 @pytest.mark.parametrize("ret_code", ["1002", "1003", "2005", "2008", "4002", "9983"])
-async def test_a_number_that_exists_without_a_record_is_unknown(ret_code):
-    """Who is told "already here" and finds no record sends nothing again within the grace."""
+async def test_a_duplicate_without_a_record_is_unknown(ret_code):
+    """After "already here" and "no such record", nothing is sent again within the grace."""
     gateway = sandbox()
     gateway.script(Fault.BUSY, call="apply", when=When.BEFORE, ret_code=ret_code)
     unknown = await left_unknown(gateway)
@@ -291,8 +291,8 @@ async def test_a_number_that_exists_without_a_record_is_unknown(ret_code):
     assert unknown.ask_again_at == EPOCH + timedelta(seconds=900)
 
 
-async def test_absence_is_as_old_as_its_question():
-    """A "no such record" that was asked for within the grace proves nothing, however late it is answered."""
+async def test_the_grace_is_compared_with_the_time_of_the_query():
+    """A "no such record" queried within the grace proves nothing, however late its answer arrives."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     unknown = await left_unknown(gateway)
@@ -306,8 +306,8 @@ async def test_absence_is_as_old_as_its_question():
     assert gateway.times_made("R-1") == 1
 
 
-async def test_a_gateway_that_answers_no_question_leaves_the_outcome_unknown():
-    """Asked until the deadline without a usable answer, the refund is unknown although it was made."""
+async def test_a_gateway_that_answers_no_query_leaves_the_outcome_unknown():
+    """Without a usable answer until the deadline, the refund is unknown although it was made."""
     gateway = sandbox()
     gateway.script(Fault.RESET, call="apply")
     gateway.script(Fault.NO_ANSWER, call="query", times=99)
@@ -318,8 +318,8 @@ async def test_a_gateway_that_answers_no_question_leaves_the_outcome_unknown():
     assert isinstance(unknown.__cause__, GatewayUnavailable)
 
 
-async def test_a_question_that_is_refused_leaves_the_outcome_unknown_at_once():
-    """A refused question says nothing about the refund, and asking it again would not help."""
+async def test_a_rejected_query_leaves_the_outcome_unknown_at_once():
+    """A rejected query says nothing about the refund, and repeating it would not help."""
     gateway = sandbox()
     gateway.script(Fault.RESET, call="apply")
     gateway.script(Fault.BUSY, call="query", ret_code="3010", times=99)
@@ -328,8 +328,8 @@ async def test_a_question_that_is_refused_leaves_the_outcome_unknown_at_once():
     assert isinstance(unknown.__cause__, QueryRejected)
 
 
-async def test_a_busy_gateway_is_asked_when_it_said():
-    """After a 429 the first question waits for as long as Retry-After asks."""
+async def test_the_first_query_respects_retry_after():
+    """After a 429 the first query waits as long as Retry-After says."""
     gateway = sandbox()
     gateway.script(Fault.TOO_MANY, call="apply", delay=12)
     refund = await apply(gateway)
@@ -337,8 +337,8 @@ async def test_a_busy_gateway_is_asked_when_it_said():
     assert anyio.current_time() >= 12
 
 
-async def test_a_gateway_that_wants_to_be_left_alone_beyond_the_deadline_is():
-    """Where Retry-After goes beyond the deadline, the outcome is unknown at once; ask_again_at respects it."""
+async def test_a_retry_after_beyond_the_deadline_sends_no_query():
+    """The outcome is unknown at once, and ``ask_again_at`` respects Retry-After."""
     gateway = sandbox()
     gateway.script(Fault.TOO_MANY, call="apply", delay=2000)
     unknown = await left_unknown(gateway)
@@ -347,8 +347,8 @@ async def test_a_gateway_that_wants_to_be_left_alone_beyond_the_deadline_is():
     assert unknown.ask_again_at == EPOCH + timedelta(seconds=2000)
 
 
-async def test_an_empty_retry_budget_ends_the_asking():
-    """Without budget a record that is not there yet is asked for once."""
+async def test_an_empty_retry_budget_ends_the_queries():
+    """Without budget, a record that does not exist yet is queried once."""
     gateway = sandbox()
     gateway.script(Fault.HTTP_500, call="apply", when=When.BEFORE)
     policy = RetryPolicy(budget=RetryBudget(capacity=1, per_second=0))
@@ -357,8 +357,8 @@ async def test_an_empty_retry_budget_ends_the_asking():
 
 
 @pytest.mark.parametrize("delay", [0, 3_000_000_000])
-async def test_there_is_always_a_moment_to_ask_again(delay):
-    """An infinite grace, or a server that wants peace for a century, still gives an unknown with a usable moment."""
+async def test_ask_again_at_is_always_a_valid_time(delay):
+    """Even with an infinite grace, or a Retry-After of a century."""
     gateway = sandbox()
     gateway.script(Fault.TOO_MANY, call="apply", delay=delay)
     gateway.script(Fault.NO_ANSWER, call="query", times=99)
@@ -367,7 +367,7 @@ async def test_there_is_always_a_moment_to_ask_again(delay):
 
 
 async def test_an_infinite_grace_never_sends_again():
-    """Who never wants to believe in absence says so, and nothing is ever sent twice."""
+    """With an infinite grace "no such record" is never believed, and nothing is sent twice."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     policy = RetryPolicy(not_found_grace=math.inf)
@@ -383,8 +383,8 @@ async def test_an_infinite_grace_never_sends_again():
 # ── settle ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_settling_before_the_grace_asks_and_sends_nothing():
-    """An unknown refund is asked about, and stays unknown with the same moment to ask again."""
+async def test_resolve_within_the_grace_queries_and_sends_nothing():
+    """The refund is queried, and stays unknown with the same ``ask_again_at``."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     session, road = session_over(gateway)
@@ -400,8 +400,8 @@ async def test_settling_before_the_grace_asks_and_sends_nothing():
     assert second.value.queries > 3
 
 
-async def test_settling_finds_what_was_made_in_the_meantime():
-    """A record that appeared later settles the refund without sending."""
+async def test_resolve_finds_a_refund_that_was_made_in_the_meantime():
+    """A record that appeared later resolves the refund without a send."""
     gateway = sandbox()
     gateway.script(Fault.LATE, call="apply", delay=40)
     session, road = session_over(gateway)
@@ -414,8 +414,8 @@ async def test_settling_finds_what_was_made_in_the_meantime():
     assert len(road.applied) == gateway.times_made("R-1") == 1
 
 
-async def test_settling_after_the_grace_sends_the_same_bytes_again():
-    """At ask_again_at absence is believed: the same bytes are sent once more, and the refund is made once."""
+async def test_resolve_after_the_grace_sends_the_same_bytes_again():
+    """At ``ask_again_at`` "no such record" is believed: the same bytes are sent again, and the refund is made once."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     session, road = session_over(gateway)
@@ -429,8 +429,8 @@ async def test_settling_after_the_grace_sends_the_same_bytes_again():
     assert gateway.times_made("R-1") == 1
 
 
-async def test_a_pickled_unknown_settles_in_another_session():
-    """Handed over to another process and session, an unknown refund is resolved there with the same bytes."""
+async def test_a_pickled_unknown_is_resolved_in_another_session():
+    """In another process and session, an unknown refund is resolved with the same bytes."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     handed_over = pickle.dumps(await left_unknown(gateway))
@@ -443,8 +443,8 @@ async def test_a_pickled_unknown_settles_in_another_session():
     assert gateway.times_made("R-1") == 1
 
 
-async def test_three_months_later_nothing_can_be_learned():
-    """A gateway that no longer answers about an old refund leaves it unknown; nothing is sent again."""
+async def test_after_three_months_an_unknown_refund_stays_unknown():
+    """The gateway rejects queries for an old refund; nothing is sent again."""
     gateway = sandbox()
     gateway.script(Fault.RESET, call="apply")
     gateway.script(Fault.RESET, call="query", times=2)
@@ -457,8 +457,8 @@ async def test_three_months_later_nothing_can_be_learned():
     assert not road.times
 
 
-async def test_another_merchant_s_refund_is_not_settled_here():
-    """A session refuses a refund of another merchant, before anything is asked."""
+async def test_a_refund_of_another_merchant_is_not_resolved():
+    """The session raises before any query."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     unknown = await left_unknown(gateway)
@@ -469,8 +469,8 @@ async def test_another_merchant_s_refund_is_not_settled_here():
     assert not gateway.requests
 
 
-async def test_a_settled_rejection_is_raised_as_such():
-    """Sent again after the grace and refused, the refund is rejected once its absence is believed again."""
+async def test_resolve_raises_a_rejection():
+    """The resend after the grace is rejected: the error is raised once "no such record" is believed again."""
     gateway = sandbox(default_order=None)
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     unknown = await left_unknown(gateway)
@@ -485,8 +485,8 @@ async def test_a_settled_rejection_is_raised_as_such():
 
 
 @pytest.mark.parametrize("repeated", [Repeated.REJECT, Repeated.REPLAY])
-async def test_the_same_number_for_other_money_is_a_conflict(repeated):
-    """A number that stands for another amount is reported with both amounts; nothing more is sent."""
+async def test_the_same_number_for_another_amount_is_a_conflict(repeated):
+    """The error has both amounts; nothing more is sent."""
     gateway = sandbox(repeated=repeated)
     await apply(gateway)
     with pytest.raises(RefundConflict) as caught:
@@ -497,7 +497,7 @@ async def test_the_same_number_for_other_money_is_a_conflict(repeated):
 
 
 class Books(httpx.AsyncBaseTransport):
-    """A gateway that is busy for every apply call, and answers queries with one record of its own choice."""
+    """A gateway that answers apply calls with "busy", and all queries with one given record."""
 
     def __init__(self, **record):
         self.record = record
@@ -517,7 +517,7 @@ class Books(httpx.AsyncBaseTransport):
     ],
 )
 async def test_a_record_that_contradicts_the_request_is_a_conflict(field, ours, theirs):
-    """A record under our number with another time or amount is not our refund."""
+    """A record under our number with another time or amount is another refund."""
     gateway = sandbox()
     async with RefundSession(gateway.merchant(), transport=Books(**{field: theirs}), clock=boot_clock) as session:
         with pytest.raises(RefundConflict) as caught:
@@ -526,7 +526,7 @@ async def test_a_record_that_contradicts_the_request_is_a_conflict(field, ours, 
 
 
 async def test_a_record_with_an_unreadable_amount_proves_nothing():
-    """It tells neither of this refund nor of another one."""
+    """It proves neither this refund nor another one."""
     gateway = sandbox()
     async with RefundSession(gateway.merchant(), transport=Books(money_refund="?"), clock=boot_clock) as session:
         with pytest.raises(RefundOutcomeUnknown, match="money_refund is '\\?'"):
@@ -535,8 +535,8 @@ async def test_a_record_with_an_unreadable_amount_proves_nothing():
 
 @pytest.mark.parametrize("field", ["dt_refund", "money_refund"])
 @pytest.mark.parametrize("text", [None, ""])
-async def test_what_a_record_leaves_out_contradicts_nothing(field, text):
-    """The query page makes time and amount optional: a record without them is our refund all the same."""
+async def test_a_record_without_time_or_amount_is_no_conflict(field, text):
+    """The query page makes both optional: such a record still counts as our refund."""
     gateway = sandbox()
     async with RefundSession(gateway.merchant(), transport=Books(**{field: text}), clock=boot_clock) as session:
         refund = await session.apply_refund(refund_request())
@@ -544,8 +544,8 @@ async def test_what_a_record_leaves_out_contradicts_nothing(field, text):
     assert refund.query() == refund_request().query()
 
 
-async def test_a_record_of_another_number_is_no_record_of_ours():
-    """A gateway that keeps answering about another refund leaves ours unknown."""
+async def test_a_record_of_another_number_proves_nothing():
+    """A gateway that always answers about another refund leaves ours unknown."""
     gateway = sandbox()
     async with RefundSession(gateway.merchant(), transport=Books(no_refund="R-2"), clock=boot_clock) as session:
         with pytest.raises(RefundOutcomeUnknown) as caught:
@@ -556,8 +556,8 @@ async def test_a_record_of_another_number_is_no_record_of_ours():
 # ── cancellation and the log ─────────────────────────────────────────────────────────────────────
 
 
-async def test_cancellation_is_passed_on_at_once_and_logged(caplog):
-    """A cancelled call sends and asks nothing more; the log names the refund that has to be asked about."""
+async def test_cancellation_propagates_at_once_and_is_logged(caplog):
+    """A cancelled call sends and queries nothing more; the log names the refund to query."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", times=9)
     gateway.script(Fault.NO_ANSWER, call="query", times=9)
@@ -574,8 +574,8 @@ async def test_cancellation_is_passed_on_at_once_and_logged(caplog):
     assert "may have been made" in record.getMessage()
 
 
-async def test_what_is_asked_about_is_logged(caplog):
-    """The log tells which refund is asked about, and why."""
+async def test_a_query_after_an_uncertain_answer_is_logged(caplog):
+    """The log names the refund that is queried, and the reason."""
     gateway = sandbox()
     gateway.script(Fault.HTTP_500, call="apply")
     with caplog.at_level(logging.INFO, "lianlian_async"):
@@ -585,10 +585,10 @@ async def test_what_is_asked_about_is_logged(caplog):
 
 @pytest.mark.parametrize("wrong", [-7200, 0, 7200], ids=["slow", "right", "fast"])
 @pytest.mark.parametrize("dated", [True, False], ids=["Date", "no Date"])
-async def test_processes_on_fresh_boots_settle_within_a_day(wrong, dated, tmp_path):
-    """One minute in ten, each on a new boot whose wall clock is wrong in its own way.
+async def test_processes_on_new_boots_resolve_within_a_day(wrong, dated, tmp_path):
+    """A process runs one minute in ten, each time on a new boot, whose wall clock is wrong in another way.
 
-    The refund is sent again once the grace is over by both clocks; without ``Date`` headers it stays unknown.
+    The refund is sent again after the grace has passed by both clocks; without ``Date`` headers it stays unknown.
     """
     gateway = sandbox(repeated=Repeated.AGAIN)
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
@@ -620,7 +620,7 @@ async def test_processes_on_fresh_boots_settle_within_a_day(wrong, dated, tmp_pa
 
 
 class Undated(Road):
-    """A gateway behind a proxy that takes the ``Date`` header away."""
+    """A gateway behind a proxy that removes the ``Date`` header."""
 
     async def handle_async_request(self, request):
         response = await super().handle_async_request(request)
@@ -632,15 +632,15 @@ class Undated(Road):
 
 
 class SlowProof(MemoryJournal):
-    """Takes longer than any lease to name a refund that was made."""
+    """A journal whose ``latest_made`` takes longer than any lease."""
 
     async def latest_made(self):
         await anyio.sleep(86_400)
         return await super().latest_made()
 
 
-async def test_after_a_lease_nothing_is_concluded_from_absence():
-    """Another worker may have sent the refund while this one looked for a proof: unknown, and nothing is sent."""
+async def test_after_the_lease_no_such_record_proves_nothing():
+    """Another worker may have sent the refund during the check of the query service: unknown, and nothing is sent."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     session, _ = session_over(gateway, retry=TRUSTING, journal=SlowProof())
@@ -651,8 +651,8 @@ async def test_after_a_lease_nothing_is_concluded_from_absence():
 
 
 @pytest.mark.parametrize("lease_holds", [True, False])
-def test_a_refusal_that_is_read_after_the_lease_proves_nothing(lease_holds):
-    """Another worker may have sent the same refund since: it is asked about, as one that may have been made."""
+def test_a_rejection_that_is_read_after_the_lease_proves_nothing(lease_holds):
+    """Another worker may have sent the same refund since, so it is queried."""
     now = system_clock()
     exchange = Exchange(
         call=Call.APPLY,
@@ -668,8 +668,8 @@ def test_a_refusal_that_is_read_after_the_lease_proves_nothing(lease_holds):
     assert case.sent_at is (None if lease_holds else now)
 
 
-def test_a_query_is_dated_by_the_gateways_clock_when_it_was_asked():
-    """Time between the answer and its judgement, such as a suspension, makes no absence older."""
+def test_the_grace_ends_at_the_time_of_the_query_by_the_gateways_clock():
+    """Time between the answer and its evaluation, such as a suspension, does not count."""
     noon = datetime(2026, 1, 2, 12, tzinfo=UTC)
     sent_at = Moment(noon, 50.0, "earlier boot", noon)
     asked_at = Moment(noon + timedelta(days=1), 100.0, "this boot")  # a wall clock that was set

@@ -1,4 +1,4 @@
-"""The session: thousands of calls at once, opening and closing, what runs in which thread, and what it refuses."""
+"""The session: thousands of concurrent calls, opening and closing, threads, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.anyio
 virtual = pytest.mark.virtual_time
 
 CALLS = int(os.environ.get("LIANLIAN_TEST_CALLS", "300"))
-"""How many calls run side by side; 5000 shows what the issue asks for, and takes its time."""
+"""Number of concurrent calls; 5000 is a slow, complete test."""
 
 
 def question(number=1):
@@ -66,8 +66,8 @@ def question(number=1):
 
 
 @virtual
-async def test_any_number_of_calls_side_by_side_simply_works():
-    """Thousands of calls on one session all succeed, though each waits for its slot far beyond its deadline."""
+async def test_thousands_of_concurrent_calls_succeed():
+    """All calls on one session succeed, although they wait for their slots far beyond their deadlines."""
     gateway = sandbox(delay=1.0)
     gateway.script(Fault.DELAY, times=CALLS)
     refunds = []
@@ -98,8 +98,8 @@ async def test_any_number_of_calls_side_by_side_simply_works():
     assert anyio.current_time() == pytest.approx(CALLS / 5)
 
 
-async def test_over_sockets_the_session_opens_no_more_connections_than_it_may():
-    """As many connections as calls that run at the same time, each used again and again."""
+async def test_the_session_opens_at_most_max_connections():
+    """It opens as many connections as calls run concurrently, and reuses them."""
     all_here = anyio.Event()
 
     async def handler(connection: Connection):
@@ -121,7 +121,7 @@ async def test_over_sockets_the_session_opens_no_more_connections_than_it_may():
 
 @virtual
 async def test_cancelled_calls_leave_all_slots_free():
-    """Calls cancelled while they wait or run take no slot with them."""
+    """Calls that are cancelled while they wait or run release their slots."""
     gateway = sandbox()
     gateway.faults = {Fault.NO_ANSWER: 1.0}
     async with gateway.session(max_connections=3, clock=boot_clock) as session:
@@ -146,7 +146,7 @@ async def test_cancelled_calls_leave_all_slots_free():
     ("session_wide", "own", "ends"), [(30, None, 30), (12, None, 12), (30, 4, 4), (2, 9, 9)], ids=str
 )
 async def test_a_call_ends_by_its_deadline(session_wide, own, ends):
-    """However silent the gateway, a call ends by the session's deadline, or by its own."""
+    """If the gateway does not answer, a call ends by its own deadline or by the session's."""
     gateway = sandbox()
     gateway.faults = {Fault.NO_ANSWER: 1.0}
     async with gateway.session(deadline=session_wide, clock=boot_clock) as session:
@@ -160,7 +160,7 @@ async def test_a_call_ends_by_its_deadline(session_wide, own, ends):
 
 
 @virtual
-async def test_a_call_s_own_policy_comes_before_the_session_s():
+async def test_the_policy_of_a_call_overrides_the_sessions():
     """``retry=`` of a call overrides the session's."""
     gateway = sandbox()
     gateway.script(Fault.BUSY, call="query", times=99)
@@ -172,8 +172,8 @@ async def test_a_call_s_own_policy_comes_before_the_session_s():
 
 
 @pytest.mark.parametrize("given", [None, "R-1", {"no_refund": "R-1"}, question(), RefundRequest], ids=type)
-async def test_what_is_no_request_is_refused_before_anything_is_sent(given):
-    """The error names what is wanted and what came; nothing is sent, and nothing is recorded."""
+async def test_another_type_is_refused_before_anything_is_sent(given):
+    """The error names the expected and the given type; nothing is sent or recorded."""
     gateway = sandbox()
     async with MemoryJournal() as journal, gateway.session(journal=journal) as session:
         with pytest.raises(InvalidRequest, match="request: must be a RefundRequest") as caught:
@@ -207,14 +207,14 @@ async def test_what_is_no_request_is_refused_before_anything_is_sent(given):
     ],
 )
 def test_settings_of_another_type_are_refused(merchant, settings, words):
-    """The error names the argument, what is wanted, and what came."""
+    """The error names the argument, the expected type, and the given type."""
     with pytest.raises(ConfigurationError, match=re.escape(words)):
         RefundSession(**{"merchant": merchant} | settings)
 
 
 @pytest.mark.parametrize("deadline", [0, -1, float("nan"), "30", True, [30], Decimal(30)])
-async def test_a_deadline_that_is_none_is_refused(merchant, deadline):
-    """A deadline has to lie in the future."""
+async def test_an_invalid_deadline_is_refused(merchant, deadline):
+    """A deadline must be a positive number of seconds."""
     with pytest.raises(ConfigurationError, match="deadline"):
         RefundSession(merchant, deadline=deadline)
     gateway = sandbox()
@@ -225,21 +225,21 @@ async def test_a_deadline_that_is_none_is_refused(merchant, deadline):
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.5, "20", True, None])
-async def test_a_number_of_connections_that_is_none_is_refused(merchant, number):
-    """At least one connection, and a whole number of them."""
+async def test_an_invalid_max_connections_is_refused(merchant, number):
+    """It must be an integer of at least 1."""
     with pytest.raises(ConfigurationError, match="max_connections"):
         RefundSession(merchant, max_connections=number)
 
 
 @pytest.mark.parametrize("number", [-1, 21, 1.0, None, True])
-def test_no_more_connections_are_opened_in_advance_than_there_may_be(merchant, number):
-    """warm_up is a whole number from 0 to max_connections."""
+def test_warm_up_is_at_most_max_connections(merchant, number):
+    """It must be an integer from 0 to ``max_connections``."""
     with pytest.raises(ConfigurationError, match="warm_up"):
         RefundSession(merchant, warm_up=number)
 
 
-async def test_a_client_and_a_transport_are_one_too_many(merchant):
-    """A client has its transport already."""
+async def test_a_client_excludes_a_transport(merchant):
+    """A client already has its transport."""
     async with httpx.AsyncClient() as client:
         with pytest.raises(ConfigurationError, match="client, transport and http_backend"):
             RefundSession(merchant, client=client, transport=asgi_transport(sandbox()))
@@ -249,7 +249,7 @@ async def test_a_client_and_a_transport_are_one_too_many(merchant):
 
 
 async def uses(session):
-    """Each way to use a session."""
+    """The calls of a session."""
     unknown = RefundOutcomeUnknown(
         request=refund_request(),
         oid_partner=session.merchant.oid_partner,
@@ -272,15 +272,15 @@ async def assert_refuses(session, match):
             await use
 
 
-async def test_a_session_that_is_not_open_says_so():
-    """Before ``async with`` nothing works, and the message shows the cure."""
+async def test_a_session_that_is_not_open_raises():
+    """Before ``async with`` every call raises, and the message shows the cure."""
     session = sandbox().session()
     await assert_refuses(session, "not open: use it in `async with`")
     assert repr(session) == "<RefundSession 201103171000000000 new>"
 
 
-async def test_a_closed_session_says_so():
-    """After the block nothing works, and the session cannot be opened again."""
+async def test_a_closed_session_raises():
+    """After the block every call raises, and the session cannot be opened again."""
     gateway = sandbox()
     async with gateway.session() as session:
         assert repr(session) == "<RefundSession 201103171000000000 open>"
@@ -290,8 +290,8 @@ async def test_a_closed_session_says_so():
     assert gateway.requests == {}
 
 
-async def test_a_session_is_entered_once():
-    """Two ``async with`` blocks at once would close each other's session."""
+async def test_a_session_cannot_be_entered_twice():
+    """The end of one of two ``async with`` blocks would close the session of the other."""
     async with sandbox().session() as session:
         with pytest.raises(RuntimeError, match="already open: create a new one"):
             await session.__aenter__()
@@ -300,7 +300,7 @@ async def test_a_session_is_entered_once():
 
 @pytest.mark.parametrize("other", ["asyncio", "trio"])
 async def test_a_session_belongs_to_its_event_loop(other):
-    """Used from another loop, in another thread, it refuses at once."""
+    """In another event loop, in another thread, it raises at once."""
     gateway = sandbox()
     async with gateway.session() as session:
         await anyio.to_thread.run_sync(lambda: anyio.run(assert_refuses, session, "another event loop", backend=other))
@@ -308,8 +308,8 @@ async def test_a_session_belongs_to_its_event_loop(other):
 
 
 @virtual
-async def test_closing_waits_for_the_calls_that_run():
-    """The block ends when the last running call has ended; new calls, and those that wait for a slot, are refused."""
+async def test_closing_waits_for_running_calls():
+    """The block ends after the last running call; new calls, and calls that wait for a slot, raise."""
     gateway = sandbox()
     gateway.script(Fault.DELAY, call="apply", delay=5, times=9)
     refunds, queued = [], []
@@ -338,8 +338,8 @@ async def test_closing_waits_for_the_calls_that_run():
 
 
 @virtual
-async def test_closing_under_cancellation_does_not_wait_and_lies_to_nobody():
-    """A cancelled close leaves at once; a call that still runs ends as unknown, since it can ask nobody any more."""
+async def test_closing_under_cancellation_does_not_wait():
+    """A cancelled close returns at once; a running call ends as unknown, since it cannot query any more."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply")
     unknown = []
@@ -360,8 +360,8 @@ async def test_closing_under_cancellation_does_not_wait_and_lies_to_nobody():
 
 
 @virtual
-async def test_an_exception_in_the_block_closes_the_session_too():
-    """Whatever ends the block, the session is closed and the exception comes through."""
+async def test_an_exception_in_the_block_closes_the_session():
+    """The session is closed, and the exception propagates."""
     gateway = sandbox()
     with pytest.raises(KeyError):
         async with gateway.session() as session:
@@ -369,8 +369,8 @@ async def test_an_exception_in_the_block_closes_the_session_too():
     await assert_refuses(session, "closed")
 
 
-async def test_a_session_s_own_client_is_closed_with_it():
-    """The transport that a session was given for its own client is closed at the end."""
+async def test_a_session_closes_its_own_client():
+    """The session closes the transport that it got for its own client."""
     closed = []
 
     class Closing(httpx.ASGITransport):
@@ -385,7 +385,7 @@ async def test_a_session_s_own_client_is_closed_with_it():
 
 
 async def test_a_cancelled_opening_leaves_nothing_behind():
-    """Cancelled while it loads its keys, a session is closed, and nothing of it is left to warn about."""
+    """If it is cancelled while it loads its keys, the session is closed, and no resource warns."""
     with anyio.CancelScope() as scope:
         scope.cancel()
         session = sandbox().session()
@@ -394,8 +394,8 @@ async def test_a_cancelled_opening_leaves_nothing_behind():
     gc.collect()
 
 
-async def test_settings_are_wrong_when_the_session_opens_not_later(merchant, stranger_keys):
-    """A key that cannot be used is told on entering the block, by the setting's name; the session is then closed."""
+async def test_an_unusable_key_raises_when_the_session_opens(merchant, stranger_keys):
+    """The error names the setting; the session is then closed."""
     gateway = sandbox()
     for wrong in (
         {"private_key": "/no/such/key.pem"},
@@ -413,7 +413,7 @@ async def test_settings_are_wrong_when_the_session_opens_not_later(merchant, str
 
 
 class SeenSigningKey(SigningKey):
-    """A merchant's key that remembers in which threads it signed."""
+    """A merchant's key that records the threads in which it signed."""
 
     __slots__ = ()
     threads: ClassVar[list[int]] = []
@@ -424,7 +424,7 @@ class SeenSigningKey(SigningKey):
 
 
 class SeenVerifyingKey(VerifyingKey):
-    """A gateway's key that remembers in which threads it verified."""
+    """A gateway's key that records the threads in which it verified."""
 
     __slots__ = ()
     threads: ClassVar[list[int]] = []
@@ -438,7 +438,7 @@ class SeenVerifyingKey(VerifyingKey):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """A sandbox, and its merchant whose keys remember their threads."""
+    """A sandbox, and a merchant whose keys record their threads."""
     monkeypatch.setattr(SeenSigningKey, "threads", [])
     monkeypatch.setattr(SeenVerifyingKey, "threads", [])
     monkeypatch.setattr(SeenVerifyingKey, "lengths", [])
@@ -455,7 +455,7 @@ def seen(monkeypatch):
 
 
 async def test_the_event_loop_never_signs(seen):
-    """Every signature, for apply calls and for queries, is made in one thread at a time that is not the loop's."""
+    """All signatures, for apply calls and queries, are made in one other thread at a time."""
     gateway, merchant = seen()
     gateway.script(Fault.HTTP_500, call="apply", times=5)
     async with (
@@ -470,8 +470,8 @@ async def test_the_event_loop_never_signs(seen):
 
 
 @pytest.mark.parametrize(("seconds", "inline"), [(0.0, False), (1e9, True)])
-async def test_answers_are_verified_on_the_loop_only_where_that_is_cheap(monkeypatch, seen, seconds, inline):
-    """What verification costs is measured when the session opens; where it is dear the thread does it."""
+async def test_answers_are_verified_on_the_loop_only_if_that_is_fast(monkeypatch, seen, seconds, inline):
+    """The session measures a verification when it opens; a slow one runs in a thread."""
     monkeypatch.setattr(rsa_worker, "INLINE_VERIFY_SECONDS", seconds)
     gateway, merchant = seen()
     async with RefundSession(merchant, transport=asgi_transport(gateway)) as session:
@@ -483,8 +483,8 @@ async def test_answers_are_verified_on_the_loop_only_where_that_is_cheap(monkeyp
     assert {thread == threading.get_ident() for thread in SeenVerifyingKey.threads} == {inline}
 
 
-async def test_the_cost_of_verifying_is_measured_on_signatures_of_full_length(seen):
-    """What is measured when the session opens is the whole computation: a shorter signature would cost nothing."""
+async def test_verifying_is_measured_on_signatures_of_full_length(seen):
+    """The measurement runs the whole computation: a shorter signature would be rejected at once."""
     gateway, merchant = seen()
     async with RefundSession(merchant, transport=asgi_transport(gateway)):
         assert SeenVerifyingKey.lengths
@@ -492,7 +492,7 @@ async def test_the_cost_of_verifying_is_measured_on_signatures_of_full_length(se
 
 
 async def test_keys_are_loaded_in_a_thread(tmp_path):
-    """Key files are read when the session opens, not on the event loop."""
+    """Key files are read in a thread when the session opens, not on the event loop."""
     file = tmp_path / "merchant.pem"
     file.write_text(keypairs.pair("merchant").private_pem)
     threads = []
@@ -512,7 +512,7 @@ async def test_keys_are_loaded_in_a_thread(tmp_path):
 
 
 async def test_keys_of_4096_bits_work():
-    """The largest key that the gateway takes signs apply calls and queries."""
+    """The largest key that the gateway accepts signs apply calls and queries."""
     theirs, ours = keypairs.pair("gateway", 2048).private, keypairs.pair("merchant", 4096).private
     gateway = sandbox(merchant_key=ours, gateway_key=theirs)
     async with gateway.session() as session:
@@ -524,8 +524,8 @@ async def test_keys_of_4096_bits_work():
 
 
 @virtual
-async def test_a_query_answers_with_the_record_as_it_stands():
-    """query_refund gives the state of the moment, with the settlement date once it succeeded."""
+async def test_a_query_returns_the_current_record():
+    """``query_refund`` returns the current state, with the settlement date after success."""
     gateway = sandbox(settle_after=10)
     async with gateway.session(clock=boot_clock) as session:
         applied = await session.apply_refund(refund_request())
@@ -561,8 +561,8 @@ async def test_a_query_answers_with_the_record_as_it_stands():
         (Fault.OTHER_REFUND, AnswerMismatch, 4),
     ],
 )
-async def test_a_query_that_gets_no_usable_answer_says_why(fault, error, attempts):
-    """A question is asked as often as the policy allows; the error is that of the last answer."""
+async def test_a_query_without_a_usable_answer_raises_the_last_error(fault, error, attempts):
+    """A query is repeated as often as the policy allows."""
     gateway = sandbox()
     gateway.script(fault, call="query", times=99)
     async with gateway.session(clock=boot_clock) as session:
@@ -573,8 +573,8 @@ async def test_a_query_that_gets_no_usable_answer_says_why(fault, error, attempt
 
 
 @virtual
-async def test_a_query_for_what_does_not_exist_is_not_found_at_once():
-    """No such record is an answer: it is not asked for again."""
+async def test_a_query_for_an_unknown_number_is_not_found_at_once():
+    """The answer "no such record" is no failure, so the query is not repeated."""
     gateway = sandbox()
     async with gateway.session(clock=boot_clock) as session:
         with pytest.raises(RefundNotFound) as caught:
@@ -584,8 +584,8 @@ async def test_a_query_for_what_does_not_exist_is_not_found_at_once():
 
 
 @virtual
-async def test_a_refused_query_says_nothing_about_the_refund():
-    """A question that the gateway refuses ends in QueryRejected, never in a rejected refund."""
+async def test_a_rejected_query_says_nothing_about_the_refund():
+    """A query that the gateway rejects raises ``QueryRejected``, never ``RefundRejected``."""
     gateway = sandbox()
     async with gateway.session(clock=boot_clock) as session:
         await session.apply_refund(refund_request())
@@ -596,8 +596,8 @@ async def test_a_refused_query_says_nothing_about_the_refund():
 
 
 @virtual
-async def test_an_outcome_tells_what_a_call_would_have_raised():
-    """outcome_of gives refund or error as a value, with what it took; only misuse is still raised."""
+async def test_outcome_of_returns_the_error_as_a_value():
+    """``outcome_of`` returns the refund or the error with its numbers; only misuse raises."""
     gateway = sandbox()
     gateway.add_order("O-poor", Decimal("1.00"))
     gateway.script(Fault.HTTP_500, call="apply", no_refund="R-2", when=When.AFTER)
@@ -626,8 +626,8 @@ async def test_an_outcome_tells_what_a_call_would_have_raised():
 
 
 @virtual
-async def test_with_a_journal_a_refund_that_was_made_is_answered_from_the_record():
-    """The second call for a refund causes no traffic, in any session, and answers the same record."""
+async def test_with_a_journal_a_made_refund_is_returned_without_traffic():
+    """The second call for a refund, in any session, sends nothing and returns the same record."""
     gateway, journal = sandbox(), MemoryJournal()
     async with gateway.session(journal=journal, clock=boot_clock) as session:
         first = await session.apply_refund(refund_request())
@@ -642,8 +642,8 @@ async def test_with_a_journal_a_refund_that_was_made_is_answered_from_the_record
 
 
 @virtual
-async def test_with_a_journal_a_cancelled_refund_is_asked_about_before_anything_is_sent():
-    """A call whose predecessor was cancelled in mid-flight asks first, and finds what that one made."""
+async def test_with_a_journal_a_cancelled_refund_is_queried_first():
+    """After a call was cancelled during its send, the next call queries, and finds the refund."""
     gateway, journal = sandbox(), MemoryJournal()
     gateway.script(Fault.NO_ANSWER, call="apply")
     async with gateway.session(journal=journal, clock=boot_clock) as session:
@@ -656,8 +656,8 @@ async def test_with_a_journal_a_cancelled_refund_is_asked_about_before_anything_
 
 @virtual
 @pytest.mark.parametrize("second_journal", [True, False], ids=["journal", "no journal"])
-async def test_with_a_journal_an_unknown_refund_is_settled_with_the_bytes_on_record(second_journal):
-    """After the grace the bytes on record are sent again, once, and the record is made."""
+async def test_with_a_journal_resolve_sends_the_recorded_bytes(second_journal):
+    """After the grace the recorded bytes are sent once more, and the refund is made."""
     gateway, journal = sandbox(), MemoryJournal()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     sent = []
@@ -681,8 +681,8 @@ async def test_with_a_journal_an_unknown_refund_is_settled_with_the_bytes_on_rec
 
 
 @virtual
-async def test_what_is_settled_later_needs_nothing_but_its_own_bytes():
-    """A refund that was left unknown is resolved though the merchant has lost its default notify_url since."""
+async def test_resolve_needs_no_default_notify_url():
+    """An unknown refund is resolved with its own bytes, although the merchant has no default notify_url any more."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     async with gateway.session(clock=boot_clock) as session:
@@ -697,7 +697,7 @@ async def test_what_is_settled_later_needs_nothing_but_its_own_bytes():
 
 @virtual
 async def test_with_a_journal_two_calls_for_one_refund_send_it_once():
-    """Of calls side by side one sends; the others wait for it, and answer with what it learned."""
+    """One of the concurrent calls sends; the others wait for it and return its outcome."""
     gateway, journal = sandbox(), MemoryJournal()
     gateway.script(Fault.DELAY, call="apply", delay=3)
     refunds = []
@@ -718,8 +718,8 @@ async def test_with_a_journal_two_calls_for_one_refund_send_it_once():
 
 
 @virtual
-async def test_with_a_journal_what_is_open_is_resumed():
-    """Resume asks about what was left unresolved and what is not final, and tells how many are known."""
+async def test_with_a_journal_open_refunds_are_resumed():
+    """``resume`` queries unresolved and accepted refunds, and returns the number of resolved ones."""
     gateway, journal = sandbox(settle_after=60), MemoryJournal()
     gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-2")
     async with gateway.session(journal=journal, clock=boot_clock) as session:
@@ -733,8 +733,8 @@ async def test_with_a_journal_what_is_open_is_resumed():
     assert gateway.requests["apply"] == 2
 
 
-async def test_without_a_journal_nothing_can_be_resumed():
-    """A session without a journal says so."""
+async def test_resume_without_a_journal_raises():
+    """``ConfigurationError``: the session has no journal."""
     async with sandbox().session() as session:
         with pytest.raises(ConfigurationError, match="no journal"):
             await session.resume()
@@ -743,8 +743,8 @@ async def test_without_a_journal_nothing_can_be_resumed():
 # ── settings and secrets ─────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_request_that_nobody_gave_a_notify_url_is_refused_before_it_is_signed():
-    """An incomplete request sends nothing."""
+async def test_a_request_without_a_notify_url_is_refused():
+    """Nothing is signed or sent."""
     gateway = sandbox()
     merchant = gateway.merchant(notify_url=None)
     async with RefundSession(merchant, transport=asgi_transport(gateway)) as session:
@@ -755,15 +755,15 @@ async def test_a_request_that_nobody_gave_a_notify_url_is_refused_before_it_is_s
 
 
 @virtual
-async def test_a_session_tells_the_time_that_it_was_given():
-    """``clock`` reads a session's clocks; without one they are this machine's."""
+async def test_a_session_reads_its_own_clock():
+    """``clock`` replaces the clocks of this machine."""
     assert sandbox().session(clock=boot_clock).clock() == boot_clock()
     assert sandbox().session().clock().timeline == system_clock().timeline
 
 
 @virtual
 async def test_no_log_repr_or_error_shows_a_key(caplog):
-    """Whatever is logged, shown or raised while refunds go wrong, no part of a private key is in it."""
+    """No log record, ``repr`` or error shows a part of a private key when refunds fail."""
     pair = keypairs.pair("merchant")
     secrets = [line for line in pair.private_pem.splitlines() if len(line) > 40]
     assert len(secrets) > 5
@@ -794,8 +794,8 @@ def _show(shown):
 
 
 @virtual
-async def test_merchants_do_not_share_anything():
-    """Two sessions side by side, each with its own merchant and gateway, keep to their own."""
+async def test_sessions_of_two_merchants_are_independent():
+    """Each of two concurrent sessions uses its own merchant and gateway."""
     gateways = [sandbox(oid_partner="201103171000000000"), sandbox(oid_partner="201304121000001004")]
     async with gateways[0].session(clock=boot_clock) as one, gateways[1].session(clock=boot_clock) as two:
         await one.apply_refund(refund_request())
@@ -804,14 +804,14 @@ async def test_merchants_do_not_share_anything():
     assert [gateway.requests for gateway in gateways] == [{"apply": 1}, {"query": 1}]
 
 
-async def test_without_any_gateway_a_session_still_opens_and_closes(merchant):
-    """Opening needs no network: the first call is the first connection."""
+async def test_a_session_opens_without_a_gateway(merchant):
+    """Opening needs no network: the first call opens the first connection."""
     async with RefundSession(merchant) as session:
         assert isinstance(session, RefundSession)
 
 
-async def test_a_wrong_merchant_number_or_signature_is_ours_to_mend():
-    """The gateway's 3001 and 1001 are rejections that say so."""
+async def test_a_wrong_merchant_number_or_signature_is_a_configuration_error():
+    """The gateway's 3001 and 1001 are rejections with ``is_configuration``."""
     gateway = sandbox()
     for wrong, ret_code in (
         ({"oid_partner": "201304121000001004"}, "3001"),
@@ -829,7 +829,7 @@ async def test_a_wrong_merchant_number_or_signature_is_ours_to_mend():
 
 @virtual
 async def test_a_native_cancellation_is_a_cancellation(anyio_backend_name):
-    """On asyncio, ``asyncio.timeout`` and ``Task.cancel`` end a call like any cancel scope; the session goes on."""
+    """On asyncio, ``asyncio.timeout`` and ``Task.cancel`` end a call like any cancel scope; the session works on."""
     if anyio_backend_name != "asyncio":
         pytest.skip("trio has no other cancellation than its scopes")
     import asyncio
@@ -850,7 +850,7 @@ async def test_a_native_cancellation_is_a_cancellation(anyio_backend_name):
 
 
 async def test_not_sent_counts_every_attempt():
-    """The error of an unreachable gateway counts the attempts of its call."""
+    """The error for an unreachable gateway has the number of attempts of its call."""
     merchant = sandbox().merchant(endpoints=Endpoints("http://127.0.0.1:9/a", "http://127.0.0.1:9/q"))
 
     class Unreachable(httpx.AsyncBaseTransport):
