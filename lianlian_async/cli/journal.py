@@ -68,7 +68,7 @@ def show(output: Output, /, place: str, watch: float | None) -> None:
                 time.sleep(watch)
         return
     report = anyio.run(read_journal, place)
-    if report.queue.get("at_work"):  # the rate needs a second look
+    if report.queue.get("at_work"):  # the rate is computed from two reports
         time.sleep(_SECOND_LOOK)
         report = anyio.run(read_journal, place, report)
     document, shown = journal_views(report)

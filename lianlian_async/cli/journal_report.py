@@ -54,7 +54,7 @@ class JournalReport:
     activity: Mapping[str, Any] = attrs.field(factory=dict)
     """See ``RefundQueue.activity``."""
     rate: float | None = None
-    """Refunds finished per second; None if it is not known."""
+    """Refunds finished per second; None if unknown."""
     read_at: float = attrs.field(factory=time.monotonic)
     unknown: int = 0
     """Unresolved refunds that may have been made."""
@@ -64,12 +64,12 @@ class JournalReport:
 
     @property
     def finished(self) -> int:
-        """Refunds that have an ending."""
+        """The number of refunds with an outcome."""
         return sum(number for state, number in self.states.items() if state.is_finished)
 
     @property
     def eta(self) -> float | None:
-        """Seconds until the refunds that are due are finished, if no more are queued; None if it is not known."""
+        """Seconds until all due refunds are finished, if no more are queued; None if unknown."""
         left = sum(self.queue.get(name, 0) for name in ("waiting", "at_work"))
         return left / self.rate if left and self.rate else None
 
@@ -107,7 +107,7 @@ def journal_views(
 ) -> tuple[dict[str, Any], list[RenderableType]]:
     """Return the report for programs, and for people.
 
-    ``reasons``: how often a refund became unknown, by reason; ``facts``: more numbers.
+    ``reasons``: number of unknown outcomes by reason; ``facts``: more numbers.
     """
     name, failures = place_name(report.place), report.failures
     document = {

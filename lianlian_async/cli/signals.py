@@ -23,7 +23,7 @@ def sigterm_interrupts() -> Iterator[None]:
 def one_interruption() -> Iterator[None]:
     """Ignore every SIGINT after the first while the block runs in an event loop.
 
-    asyncio raises the second one in whatever code runs at that moment, which breaks the clean shutdown.
+    asyncio raises KeyboardInterrupt for the second SIGINT in the code that runs then, which breaks a clean shutdown.
     """
     first: Any = signal.getsignal(signal.SIGINT)
 

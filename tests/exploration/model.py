@@ -246,13 +246,13 @@ class Model:
                 rest = list(world.requests)
                 rest.remove(mine)
                 refused = world._replace(requests=tuple(rest), refusals=world.refusals - 1)
-                yield "is refused", self._with(refused, number, worker._replace(phase="refused"))
+                yield "is rejected", self._with(refused, number, worker._replace(phase="refused"))
         elif world.made:
             yield "is told that it was made", self._made(world, number, worker)
         yield "gets no answer", self._with(world, number, self._take_in(world, number, worker, Finding.UNCERTAIN))
 
     def _refused(self, world: World, number: int, worker: Worker) -> Steps:
-        yield "reads the refusal", self._no(world, number, worker, Finding.REJECTED)
+        yield "reads the rejection", self._no(world, number, worker, Finding.REJECTED)
 
     def _no(self, world: World, number: int, worker: Worker, finding: Finding) -> World:
         """Return the state after an attempt that was not sent or was rejected."""
@@ -313,7 +313,7 @@ class Model:
         if not case.apply.lease_holds():
             return
         if worker.is_rejected:
-            yield "tells the refusal", self._told_not_made(world, number, worker)
+            yield "reports the rejection", self._told_not_made(world, number, worker)
         elif worker.left:
             try:
                 _, after = self._do(world, number, worker, Resend(worker.entry))

@@ -24,9 +24,10 @@ def _normal(text: str) -> str:
 
 
 def date_reader(form: str) -> Callable[[str], str]:
-    """Return a function from text in a form such as ``YYYY/MM/DD hh:mm`` to ``yyyyMMddHHmmss``, which is read, too.
+    """Return a function that converts text in a form such as ``YYYY/MM/DD hh:mm`` to ``yyyyMMddHHmmss``.
 
-    A part has one or two digits, but two beside another part. Raises ``ValueError`` for an unclear form.
+    The function also accepts ``yyyyMMddHHmmss``. A part may have one digit unless another part is next to it. Raises
+    ``ValueError`` for an unclear form.
     """
     parts = _DATE_PART.findall(form)
     if len(set(parts)) < len(parts) or not {"YYYY", "MM", "DD"} <= set(parts):
@@ -50,16 +51,16 @@ def date_reader(form: str) -> Callable[[str], str]:
 
 
 def money_reader(form: str) -> Callable[[str], str]:
-    """Return a function from an amount in a form such as ``¥1,234.56`` to its wire form.
+    """Return a function that converts an amount in a form such as ``¥1,234.56`` to its wire form.
 
-    Separators between thousands, the sign of the currency and decimals may be missing in an amount. Raises
-    ``ValueError`` for an unclear form.
+    Thousands separators, the currency sign and decimals are optional in an amount. Raises ``ValueError`` for an
+    unclear form.
     """
     match = _MONEY_FORM.fullmatch(_normal(form))
     if match is None or match[2] == match[3]:
         raise ValueError("must be the number 1,234.56 in the form of the file, such as '¥1,234.56' or '1.234,56'")
     before, group, point, after = (re.escape((part or "").strip()) for part in match.groups())
-    group = re.escape(match[2])  # it may be a blank
+    group = re.escape(match[2])  # the separator may be a blank
     thousands = rf"[1-9][0-9]{{0,2}}(?:{group}[0-9]{{3}})+|" if group else ""
     decimals = rf"(?:{point}([0-9]{{1,2}}))?" if point else "()"
     pattern = re.compile(rf"(?:{before})?\s*({thousands}[0-9]+){decimals}\s*(?:{after})?")
@@ -93,7 +94,7 @@ def plain_money(text: str) -> str:
 
 
 def _undeclared(option: str, forms: list[str], problem: ValueError) -> ValueError:
-    """Return the error for text that may have one of ``forms``; without any, ``problem``."""
+    """Return the error for text that may have one of ``forms``, or ``problem`` if there are none."""
     return ValueError(f"declare its form with {option} {' or '.join(map(repr, forms))}") if forms else problem
 
 

@@ -74,7 +74,7 @@ _OPTIONS: Final = (
         "--max-refund",
         metavar="YUAN",
         callback=parsed(wire.parse_decimal),
-        help="Send nothing if a refund is greater.",
+        help="Send nothing if any refund is greater.",
     ),
     click.option("--skip-invalid", is_flag=True, help="Send the valid lines even if other lines are invalid."),
     click.option(
@@ -97,7 +97,7 @@ _OPTIONS: Final = (
         "read_money",
         metavar="FORMAT",
         callback=parsed(money_reader),
-        help="Form of the amounts in the file: the number 1,234.56, such as '¥1,234.56'.",
+        help="Form of the amounts in the file, as the number 1,234.56 in this form, such as '¥1,234.56'.",
     ),
     click.option("--ignore-unknown", is_flag=True, help="Ignore columns that are not refund fields."),
     click.option(
