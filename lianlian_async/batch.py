@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeVar
@@ -105,6 +114,11 @@ class Outcomes(AsyncIterator[Outcome]):
             self._background = BackgroundTask(self._run.work, self._run.end)
         return self._run.next()
 
+    @property
+    def held(self) -> Sequence[tuple[RefundOutcomeUnknown, Outcome]]:
+        """The unknown outcomes that ``wait_unknown`` holds now; the list changes while the batch goes on."""
+        return self._run.unknown
+
     async def aclose(self) -> None:
         """End the batch: cancel its refunds and wait until they have ended."""
         self._closed = True
@@ -138,7 +152,7 @@ class _Run:
     query_first: bool
     admission: Admission
     found: Handover[Outcome] = attrs.field(factory=Handover, init=False)
-    _unknown: list[tuple[RefundOutcomeUnknown, Outcome]] = attrs.field(factory=list, init=False)
+    unknown: list[tuple[RefundOutcomeUnknown, Outcome]] = attrs.field(factory=list, init=False)
     _intake: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
     _failure: BaseException | None = attrs.field(default=None, init=False)
     """Raised at the end of the iteration, after all outcomes."""
@@ -155,7 +169,7 @@ class _Run:
         """Make all refunds, then query the unknown ones once more."""
         await self._drain(self._admitted(), self._refund)
         await self._drain(self._due(), self._resolve)
-        for _, outcome in self._unknown:  # the batch has stopped
+        for _, outcome in self.unknown:  # the batch has stopped
             await self.found.give(outcome)
 
     def end(self, error: BaseException | None) -> None:
@@ -197,17 +211,17 @@ class _Run:
                 self._stop(BatchStopped(failure))
             self.admission.leave()  # only after the stop: otherwise another refund would start
         if self.wait_unknown and isinstance(outcome.error, RefundOutcomeUnknown):
-            self._unknown.append((outcome.error, outcome))
+            self.unknown.append((outcome.error, outcome))
         else:
             await self._tell(outcome)
 
     async def _due(self) -> AsyncGenerator[tuple[RefundOutcomeUnknown, Outcome]]:
         """Yield the unknown refunds, each at its ``ask_again_at``."""
-        self._unknown.sort(key=lambda pair: pair[0].ask_again_at, reverse=True)
-        while self._unknown:
-            unknown, _ = self._unknown[-1]
+        self.unknown.sort(key=lambda pair: pair[0].ask_again_at, reverse=True)
+        while self.unknown:
+            unknown, _ = self.unknown[-1]
             await anyio.sleep(max(0.0, (unknown.ask_again_at - self.session.clock().wall).total_seconds()))
-            yield self._unknown.pop()
+            yield self.unknown.pop()
 
     async def _resolve(self, pair: tuple[RefundOutcomeUnknown, Outcome]) -> None:
         unknown, earlier = pair

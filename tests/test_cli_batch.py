@@ -1,7 +1,9 @@
 """``lianlian batch``: refunds over a socket, every exit code, and runs after an interruption."""
 
+import re
 import signal
 import time
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from tests.support.command import end, interruption, run, start, until
 
 SHORT = ("--deadline", "2", "--not-found-grace", "2.5")
 """Options for refunds without a response: long enough for the others on a busy machine."""
+LONG = ("--deadline", "2", "--not-found-grace", "6")
+"""The same, and the wait for unknown refunds lasts several looks at the batch."""
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +115,27 @@ def test_rate_does_not_delay_refunds_in_the_journal(env, file):
 
 
 def test_terminal_shows_progress_of_batch(env, file):
-    """On a terminal a line shows the rate, the outcomes so far and the rest."""
-    ended = run("batch", file, "--yes", "--json", env=env | {"FORCE_COLOR": "1", "COLUMNS": "200"})
-    assert "10 made  0 rejected  0 unknown  0 to do" in ended.stderr
+    """On a terminal of 80 columns two lines show a bar, rate and ETA, the outcomes so far and the rest."""
+    ended = run("batch", file, "--yes", "--json", env=env | {"FORCE_COLOR": "1", "COLUMNS": "80"})
+    assert re.search(r"10 of 10  \d+/s  ETA 0:00:00", ended.stderr)
+    assert "\n10 made  0 rejected  0 unknown  0 to do" in ended.stderr
     assert ended.json["outcome"] == "made"
+
+
+def test_colour_is_for_what_needs_a_person(env, gateway, file):
+    """Rejected and failed refunds are red, unknown ones yellow; NO_COLOR shows the same words without colour."""
+    write_csv(file, [refund(1), refund(2, money_refund="1000.01"), refund(3), refund(4)])
+    gateway.fail("R-3")
+    gateway.script(Fault.NO_ANSWER, call="apply", no_refund="R-4")
+    gateway.script(Fault.HTTP_500, call="query", times=1000)
+    terminal = env | {"FORCE_COLOR": "1"}
+    ended = run("batch", file, "--yes", *SHORT, env=terminal)
+    coloured = "1 made  \x1b[31m1 rejected\x1b[0m  \x1b[33m1 unknown\x1b[0m  \x1b[31m1 failed\x1b[0m  0 to do"
+    assert coloured in ended.stderr
+    assert "\x1b[31m1 rejected: 5003 refund amount does not fit the original" in ended.stdout
+    again = run("batch", file, "--yes", *SHORT, env=terminal | {"NO_COLOR": "1"})
+    assert "1 made  1 rejected  1 unknown  1 failed  0 to do" in again.stderr
+    assert "\x1b[3" not in again.stderr.replace("\x1b[?", "")
 
 
 # ── the result file ──────────────────────────────────────────────────────────────────────────────
@@ -310,11 +331,16 @@ def test_some_unknown_exits_4(env, gateway, file, journal):
     assert books(gateway) == {"R-1": 1, "R-2": 1}
 
 
-def test_wait_unknown_resolves_unknown_refunds(env, gateway, file):
-    """--wait-unknown queries again when that can resolve the refund."""
+@pytest.mark.parametrize("terminal", [{}, {"FORCE_COLOR": "1"}])
+def test_wait_unknown_resolves_unknown_refunds(env, gateway, file, terminal):
+    """--wait-unknown queries again when that can resolve the refund, and says when that is, in local time."""
     gateway.script(Fault.LATE, call="apply", delay=3600.0)  # the request never arrives at the gateway
-    ended = run("batch", file, "--yes", "--json", "--wait-unknown", *SHORT, env=env)
+    ended = run("batch", file, "--yes", "--json", "--wait-unknown", *LONG, env=env | terminal)
     assert (ended.exit_code, ended.json["outcome"]) == (0, "made")
+    zone = datetime.now().astimezone().strftime("%z")
+    [said] = re.findall(r"waiting until (20\S+ \S+) to resolve 1 unknown refunds", ended.stderr)
+    assert datetime.fromisoformat(said).strftime("%z") == zone
+    assert ("9 made  0 rejected  \x1b[33m1 unknown\x1b[0m  0 to do" in ended.stderr) == bool(terminal)
     assert ended.json["attempts"] >= 11
     assert books(gateway) == once(10)
 

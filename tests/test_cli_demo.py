@@ -59,7 +59,7 @@ def test_interrupted_demo_shows_its_audit():
     """Ctrl-C shows the audit of the refunds so far, and exits with 130."""
     process = start(*DEMO, "--refunds", "20000", "--concurrency", "2", "--json", env={"FORCE_COLOR": "1"})
     seen = ""
-    while not re.search(r"[1-9][0-9]*/20000", seen):  # the progress bar: it is under way
+    while not re.search(r"[1-9][0-9,]* of 20,000", seen):  # the progress bar: it is under way
         seen += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     check_interrupted(end(process))

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO
 
@@ -19,8 +19,9 @@ import attrs
 import click
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Table
+from rich.text import Text
 
 from lianlian_async.errors import InvalidRequest, LianLianError, RefundOutcomeUnknown
 from lianlian_async.models import RefundQuery
@@ -43,6 +44,26 @@ def _console(*, stderr: bool = False) -> Console:
     return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
+class _Pace(ProgressColumn):
+    """How many of how many, the rate of the last 30 seconds, and the time that remains."""
+
+    def render(self, task: Task) -> Text:
+        left = "-" if task.time_remaining is None else timedelta(seconds=int(task.time_remaining))
+        return Text(f"{task.completed:,.0f} of {task.total:,.0f}  {task.speed or 0:,.0f}/s  ETA {left}")
+
+
+class _Progress(Progress):
+    """A bar with a line of status below it. Red and yellow are left to what needs a person."""
+
+    def __init__(self, status: Callable[[], RenderableType], **options: Any) -> None:
+        self._status = status
+        super().__init__(BarColumn(20, complete_style="green", pulse_style="green"), _Pace(), **options)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield self._status()
+
+
 @contextmanager
 def _surviving(stream: TextIO) -> Iterator[None]:
     """Continue if ``stream`` is a closed pipe or on a full disk, so that the exit code still shows the outcome."""
@@ -60,6 +81,8 @@ class Output:
     """The output streams of a command."""
 
     as_json: bool = False
+    _live: Console | None = attrs.field(default=None, init=False)
+    """The console that shows a progress bar now."""
 
     def show(self, document: Mapping[str, Any], *renderings: RenderableType) -> None:
         """Print the result: with ``--json`` ``document`` in one line, else ``renderings`` (tables, lines of text)."""
@@ -89,7 +112,8 @@ class Output:
     def note(self, text: str) -> None:
         """Print a note on stderr."""
         with _surviving(sys.stderr):
-            _console(stderr=True).print(printable(text), soft_wrap=True)
+            console = self._live or _console(stderr=True)
+            console.print(printable(text), soft_wrap=not console.is_terminal)
 
     def confirm(self, rows: Iterable[tuple[str, str]], question: str) -> None:
         """Ask a question about facts on stderr; raises ``click.Abort`` unless the answer is yes."""
@@ -112,19 +136,19 @@ class Output:
             self.note(f"query it with: {query_command(error.query())}")
 
     @contextmanager
-    def progress(self, description: str, total: int) -> Iterator[Callable[[str], object]]:
-        """Show a progress bar if stderr is a terminal; call the yielded function with a text at each step."""
+    def progress(self, total: int, status: Callable[[], RenderableType]) -> Iterator[Callable[[], object]]:
+        """Show a bar, and ``status`` below it, on stderr if that is a terminal; call the yielded function at each step.
+
+        Notes appear above the bar.
+        """
         console = _console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(description, total=total)
-            yield lambda description: progress.update(task, advance=1, description=description)
+        with _Progress(status, console=console, transient=True, disable=not _can_redraw(console)) as progress:
+            task = progress.add_task("", total=total)
+            self._live = console
+            try:
+                yield lambda: progress.advance(task)
+            finally:
+                self._live = None
 
 
 def _can_redraw(console: Console) -> bool:

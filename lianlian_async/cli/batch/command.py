@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any, Final
 import anyio
 import attrs
 import click
+from rich.text import Text
 
 from lianlian_async.batch import refund_many
 from lianlian_async.cli.exit_codes import INTERRUPTED, UNKNOWN, exit_outcome_of
 from lianlian_async.cli.options import config_option, load_merchant, make_session, session_options
-from lianlian_async.cli.output import Output, json_option, line_writer, pass_output
+from lianlian_async.cli.output import Output, json_option, line_writer, local_time, pass_output
 from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
 from lianlian_async.cli.stores import (
     Receipt,
@@ -28,11 +29,12 @@ from lianlian_async.cli.stores import (
     open_queue,
     place_name,
 )
-from lianlian_async.errors import ConfigurationError, JournalError, LianLianError
+from lianlian_async.errors import ConfigurationError, JournalError, LianLianError, RefundOutcomeUnknown
 from lianlian_async.journal import Journal
 from lianlian_async.merchant import Merchant
 from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
+from lianlian_async.outcome import Outcome
 
 from .checked import Checked, FileTotals, Known, Line, look_up
 from .options import batch_options, refuse_for_queue
@@ -41,8 +43,11 @@ from .rows import Columns, read_rows
 from .summary import file_rows, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
-_JOURNAL_POLL: Final = 1.0
-"""Seconds between two attempts to open a journal that another process has open."""
+_POLL: Final = 1.0
+"""Seconds between two attempts to open a journal that another process has open, or between two looks at a batch."""
+
+_END: Final = object()
+"""Instead of another outcome: the batch has ended."""
 
 
 @click.command
@@ -198,7 +203,7 @@ def _send(run: _Batch) -> int:
     # After an interruption the summary counts the refunds that may have been made; warnings would repeat it.
     logging.getLogger("lianlian_async").addHandler(logging.NullHandler())
     try:
-        with sigterm_interrupts(), run.output.progress("refunds", run.in_file.refunds) as run.advance:
+        with sigterm_interrupts(), run.output.progress(run.in_file.refunds, run.status) as run.advance:
             anyio.run(run.work)
     except KeyboardInterrupt:
         run.output.note(
@@ -227,10 +232,13 @@ class _Batch:
     known: Known
     columns: Iterable[str]
     """The columns of the file."""
-    advance: Callable[[str], object] = attrs.field(default=str, init=False)
+    advance: Callable[[], object] = attrs.field(default=str, init=False)
     totals: Totals = attrs.field(init=False)
     in_flight: dict[str, Line] = attrs.field(factory=dict, init=False)
     """Refunds that were begun and have no outcome yet, by ``no_refund``."""
+    _held: Sequence[tuple[RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
+    """Unknown refunds that ``--wait-unknown`` resolves at the end."""
+    _is_waiting: bool = attrs.field(default=False, init=False)
     _last_begun: int = attrs.field(default=0, init=False)
     """The line of the last refund that was begun."""
     failure: LianLianError | None = attrs.field(default=None, init=False)
@@ -279,11 +287,31 @@ class _Batch:
                     make_session(self.merchant, journal=journal, **settings) as session,
                     refund_many(session, self._requests(journal), journal=journal, **wishes) as outcomes,
                 ):
-                    async for outcome in outcomes:
+                    self._held = outcomes.held
+                    while True:
+                        outcome: Any = None
+                        with anyio.move_on_after(_POLL):  # no outcome is lost
+                            outcome = await anext(outcomes, _END)
+                        if outcome is _END:
+                            break
+                        if outcome is None:
+                            self._note_waiting()
+                            continue
                         line = self.in_flight.pop(outcome.request.no_refund)
                         self.totals.add(line, outcome)
                         write(result_of(line, outcome))
-                        self.advance(self.totals.line())
+                        self.advance()
+
+    def status(self) -> Text:
+        """Return the progress as one line."""
+        return self.totals.status(len(self._held))
+
+    def _note_waiting(self) -> None:
+        """Say once until when the batch waits, if only unknown refunds remain."""
+        if not self._is_waiting and 0 < len(self._held) == self.totals.to_do:
+            self._is_waiting = True
+            last = local_time(max(unknown.ask_again_at for unknown, _ in self._held))
+            self.output.note(f"waiting until {last} to resolve {len(self._held):,} unknown refunds")
 
     @contextmanager
     def _result_writer(self) -> Iterator[Callable[[Mapping[str, Any]], object]]:
@@ -317,7 +345,7 @@ class _Batch:
                     if not has_said:
                         self.output.note(f"waiting: {error}")
                     has_said = True
-                await anyio.sleep(_JOURNAL_POLL)
+                await anyio.sleep(_POLL)
             yield journal
 
     async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, Final, NamedTuple, cast
 
 import attrs
+from rich.text import Text
 
 from lianlian_async.cli.exit_codes import (
     FAILED,
@@ -46,6 +47,8 @@ _OURS: Final = (
 )
 _RUN_AGAIN: Final = "run the same command again"
 _KEPT: Final = 20
+STYLES: Final = {MADE: "", UNKNOWN: "yellow"}
+"""Colours of outcomes; any other needs a person: red."""
 
 
 def _exit_outcome(outcome: Outcome) -> ExitOutcome:
@@ -207,10 +210,14 @@ class Totals:
         """Refunds per second."""
         return self.ended / max(self.seconds, 1e-9)  # a coarse clock may show no progress
 
-    def line(self) -> str:
-        """Return the progress as one line of text."""
-        words = [f"{self.refunds[each]:,} {each.word}" for each in (MADE, REJECTED, UNKNOWN)]
-        return f"{self.rate:,.0f}/s  {'  '.join(words)}  {self.to_do:,} to do"
+    def status(self, held: int) -> Text:
+        """Return the progress as one line; ``held``: unknown refunds that will be resolved at the end."""
+        counts = self.refunds + Counter({UNKNOWN: held})
+        text = Text("  ").join(
+            Text(f"{counts[each]:,} {each.word}", STYLES.get(each, "red") if counts[each] else "")
+            for each in dict.fromkeys((MADE, REJECTED, UNKNOWN, *counts))
+        )
+        return text.append(f"  {self.to_do - held:,} to do")
 
     def outcomes(self) -> list[tuple[str, int, Decimal]]:
         """Return word, refunds and yuan of each outcome that occurred; made, rejected and unknown always."""

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from lianlian_async.cli.exit_codes import MADE, UNKNOWN, ExitOutcome, error_document
+from lianlian_async.cli.exit_codes import MADE, ExitOutcome, error_document
 from lianlian_async.cli.output import Output, local_time, printable, table
 from lianlian_async.errors import LianLianError
 
 from .checked import Checked, FileTotals, Known
-from .results import NotMade, Reason, Totals
+from .results import STYLES, NotMade, Reason, Totals
 
 
 def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list[tuple[str, str]]:
@@ -96,9 +96,8 @@ def _not_made(reason: Reason, refunds: NotMade, results: str | None) -> Iterator
     """Yield a reason, a table of the refunds that were not made for this reason, and what to do."""
     title = f"{refunds.refunds:,} {reason.outcome.word}: {reason.reason}"
     lines = [(line, number, order, f"{yuan:,.2f}") for line, number, order, yuan in refunds.lines]
-    style = "yellow" if reason.outcome is UNKNOWN else "red"
     yield ""
-    yield Text(printable(title), style)
+    yield Text(printable(title), STYLES.get(reason.outcome, "red"))
     yield table("", ("line", "no_refund", "order", "yuan"), lines)
     if more := refunds.refunds - len(lines):
         yield f"… and {more:,} more: {results or 'use --out to list all'}"

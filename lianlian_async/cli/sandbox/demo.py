@@ -63,7 +63,7 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
     with (
         gateway_process(options) as gateway,
         _audited(output, run, gateway),
-        output.progress("refunds", refunds) as advance,
+        output.progress(refunds, lambda: "refunds") as advance,
     ):
         anyio.run(run.refund_all, Merchant.from_env(gateway.environment), concurrency, advance)
 
@@ -129,7 +129,7 @@ class _Demo:
     worst_stall: float = 0.0
     """The longest delay of the event loop in seconds."""
 
-    async def refund_all(self, merchant: Merchant, concurrency: int, advance: Callable[[str], object]) -> None:
+    async def refund_all(self, merchant: Merchant, concurrency: int, advance: Callable[[], object]) -> None:
         """Make all refunds concurrently."""
         async with RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session:
             watch, began = asyncio.create_task(self._watch()), perf_counter()
@@ -139,14 +139,14 @@ class _Demo:
                 self.seconds = perf_counter() - began
                 watch.cancel()
 
-    async def _refund(self, session: RefundSession, request: RefundRequest, advance: Callable[[str], object]) -> None:
+    async def _refund(self, session: RefundSession, request: RefundRequest, advance: Callable[[], object]) -> None:
         self.outcomes[request.no_refund] = INTERRUPTED
         try:
             outcome = exit_outcome_of_refund(await session.apply_refund(request))
         except LianLianError as error:
             outcome = exit_outcome_of(error)
         self.outcomes[request.no_refund] = outcome
-        advance("refunds")
+        advance()
 
     async def _watch(self) -> None:
         pause = 0.005
