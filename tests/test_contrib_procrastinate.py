@@ -715,6 +715,6 @@ async def test_a_worker_that_hangs_in_a_transaction_does_not_block_the_queue(dsn
 
 async def test_an_invalid_dsn_of_a_queue_is_not_shown():
     """An invalid connection string raises ``ConfigurationError``, which shows no part of it."""
-    with pytest.raises(ConfigurationError, match="dsn: not a PostgreSQL connection string") as caught:
+    with pytest.raises(ConfigurationError, match="dsn: must be a PostgreSQL connection string") as caught:
         RefundQueue("password=s3cret books")
     assert "s3cret" not in str(caught.value)

@@ -164,7 +164,7 @@ async def test_after_its_task_is_cancelled_every_caller_gets_a_journal_error(any
         journal._group._background._task.cancel()
         for error in await asking:
             assert isinstance(error, JournalError)
-            assert "nothing more is recorded" in str(error)
+            assert "it records nothing more" in str(error)
         for verb in (journal.finish(held("R-1"), MADE), journal.begin(intent("R-3"), now())):
             with pytest.raises(JournalError, match="open it again"):
                 await verb

@@ -267,7 +267,7 @@ async def test_a_locked_refund_does_not_delay_the_others(make, elsewhere, held, 
 async def test_a_refund_locked_for_longer_than_the_timeout_fails_alone(make, elsewhere):
     """Its caller gets a ``JournalError`` with the reason, and nothing is recorded for it."""
     async with make(timeout=0.4) as journal, elsewhere(INSERTED, "R-1"):
-        with pytest.raises(JournalError, match=r"another transaction has held this refund's row for 0\.4 s"):
+        with pytest.raises(JournalError, match=r"another transaction has locked this refund's row for 0\.4 s"):
             await journal.begin(intent(), now())
         assert (await journal.begin(intent("R-2"), now()))[0] is Standing.NEW
         assert await journal.find("R-1") is None
@@ -448,7 +448,7 @@ async def test_a_jump_of_the_databases_clock_starts_a_new_era(workers):
 async def test_a_journal_needs_the_clock_of_its_session(workers):
     """A moment of another boot clock raises ``ConfigurationError``: leases could have any length."""
     async with workers.make() as journal:
-        with pytest.raises(ConfigurationError, match="give it the clock of its session"):
+        with pytest.raises(ConfigurationError, match="must be the clock of the session"):
             await journal.begin(intent(), Machine("elsewhere")())
 
 
@@ -521,7 +521,7 @@ async def test_the_error_for_an_unreachable_database_has_no_password(tmp_path):
 @pytest.mark.parametrize("dsn", ["s3cret", "postgresql://clerk:s3cret@[::1/books", "password=s3cret books"])
 async def test_an_invalid_dsn_is_not_shown(dsn):
     """An invalid connection string raises ``ConfigurationError``, which shows no part of it."""
-    with pytest.raises(ConfigurationError, match="dsn: not a PostgreSQL connection string") as caught:
+    with pytest.raises(ConfigurationError, match="dsn: must be a PostgreSQL connection string") as caught:
         PostgresJournal(dsn)
     assert "s3cret" not in str(caught.value)
     assert caught.value.__context__ is None
@@ -550,7 +550,7 @@ async def test_a_forked_child_is_refused(make, monkeypatch):
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(os, "getpid", lambda: -1)
             for verb in (journal.find("R-1"), journal.counts(), anext(journal.pending())):
-                with pytest.raises(JournalError, match="open journals after forking"):
+                with pytest.raises(JournalError, match="open the journal after the fork"):
                     await verb
         assert await journal.find("R-1") is None
 

@@ -207,7 +207,7 @@ async def test_a_child_process_leaves_the_journal_to_its_parent(path, monkeypatc
     async with SqliteJournal(path) as journal:
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(os, "getpid", lambda: -1)
-            with pytest.raises(JournalError, match="open journals after forking"):
+            with pytest.raises(JournalError, match="open the journal after the fork"):
                 await journal.find("R-1")
             await journal.__aexit__(None, None, None)
         await journal.begin(intent(), now())

@@ -1,6 +1,6 @@
 """Group commit: operations that arrive while one transaction is written share the next transaction.
 
-A background task writes one batch at a time, so cancelling a caller disturbs no other caller.
+A background task writes one batch at a time, so the cancellation of one caller does not affect the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["GroupCommitJournal", "Queued"]
 T = TypeVar("T")
 
 MAX_BATCH: Final = 500
-"""Operations in one transaction. While one batch is written, the callers of the batch before queue the next."""
+"""Maximum number of operations in one transaction."""
 
 
 @attrs.define(eq=False)
@@ -39,20 +39,21 @@ class Queued:
 
     operation: Operation[Any]
     done: anyio.Event
-    """Set when there may be a result; shared by a batch. A journal that needs longer replaces it."""
+    """Set when ``result`` may be set; shared by a batch. A journal replaces it to give the result later."""
     result: Result | None = attrs.field(default=None, init=False)
 
     def fail(self, error: BaseException) -> None:
         """Raise a ``JournalError`` in the caller, unless there is a result."""
-        # One for each caller, as a traceback grows with each raise.
+        # A new exception for each caller: the traceback of a shared one would grow with each raise.
         self.result = self.result or Result(None, _failure(error))
 
 
 class _GroupCommit:
-    """Passes batches of operations to ``write``, which gives each a result; ``name`` is the journal's.
+    """Passes batches of operations to ``write``, which gives each a result; ``name`` is the name of the journal.
 
-    If ``write`` fails, nothing of its batch is recorded, and each of its callers gets a ``JournalError``. Once the
-    background task has failed or was cancelled, as by the end of the event loop, every caller gets one.
+    If ``write`` fails, nothing of its batch is recorded, and each of its callers gets a ``JournalError``. If the
+    background task fails or is cancelled, for example by the end of the event loop, every caller gets a
+    ``JournalError``.
     """
 
     def __init__(self, name: str, write: Callable[[Sequence[Queued]], Awaitable[None]]) -> None:
@@ -66,7 +67,7 @@ class _GroupCommit:
         self._background = BackgroundTask(self._run, self._end)
 
     async def stop(self) -> None:
-        """Write what is queued, then end; also if the caller is cancelled meanwhile."""
+        """Write all queued operations, then end, even if the caller is cancelled meanwhile."""
         self._stopping = True
         self._arrived.set()
         await complete(self._background.join)
@@ -74,7 +75,7 @@ class _GroupCommit:
     async def do(self, operation: Operation[T], *, if_cancelled: Operation[None] | None = None) -> T:
         """Record ``operation`` durably and return its result.
 
-        It is recorded even if the caller is cancelled meanwhile; ``if_cancelled`` is then recorded after it.
+        It is recorded even if the caller is cancelled meanwhile; then ``if_cancelled`` is recorded after it.
         """
         queued = self._put(operation)
         try:
@@ -121,10 +122,10 @@ class _GroupCommit:
         done.set()
 
     def _end(self, error: BaseException | None) -> None:
-        """Release every caller: the background task has ended."""
+        """Release every caller after the end of the background task."""
         if error is not None:
             self._failure = JournalError(
-                f"journal {self._name}: nothing more is recorded, open it again; it was closed by {error!r}"
+                f"journal {self._name}: closed by {error!r}, it records nothing more; open it again"
             )
             self._failure.__cause__ = error
             for batch in (self._writing, *self._batches):
@@ -144,7 +145,7 @@ def _failure(error: BaseException) -> JournalError:
 
 
 class GroupCommitJournal(Journal):
-    """What the durable journals share: they open once, in one process, and record their verbs by group commit."""
+    """Base of the durable journals: each is opened once, in one process, and records operations by group commit."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -164,7 +165,7 @@ class GroupCommitJournal(Journal):
 
     async def __aenter__(self) -> Self:
         if self._group is not None:
-            raise RuntimeError(f"journal {self._name} is open already")
+            raise RuntimeError(f"journal {self._name} is already open: open each journal object once")
         self._process = os.getpid()
         self._holder, self._calls = uuid4().hex, count(1)
         await self._open()
@@ -174,7 +175,7 @@ class GroupCommitJournal(Journal):
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if os.getpid() == self._process:  # a forked child leaves everything to its parent
+        if os.getpid() == self._process:  # in a forked child, do nothing: the journal belongs to the parent
             group, self._group = self._opened(), None
             self._inbox = None
             with anyio.CancelScope(shield=True):
@@ -189,11 +190,11 @@ class GroupCommitJournal(Journal):
 
     @abstractmethod
     async def _close(self) -> None:
-        """Close it. Idempotent: a call that was cancelled is repeated."""
+        """Close the journal. Must be idempotent: a cancelled call is repeated."""
 
     @abstractmethod
     def _beside(self) -> Journal:
-        """Return the journal for this one's inbox, not open yet."""
+        """Return the journal of this journal's inbox, not open yet."""
 
     @abstractmethod
     async def _bind(self, owner: Owner) -> None: ...
@@ -207,8 +208,8 @@ class GroupCommitJournal(Journal):
             raise RuntimeError(f"journal {self._name} is not open: use it in `async with`")
         if os.getpid() != self._process:
             raise JournalError(
-                f"journal {self._name} belongs to process {self._process}, which this one was forked from; "
-                "open journals after forking, one in each process"
+                f"journal {self._name} belongs to process {self._process}, the parent of this forked process; "
+                "open the journal after the fork, in each process"
             )
         return self._group
 

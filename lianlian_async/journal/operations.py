@@ -1,6 +1,6 @@
 """Operations on one journal entry: begin, resend, finish, acted, release, take back (roll back a begin), find.
 
-They are pure functions, and the same for every journal. An operation receives the stored entry of its refund, or None.
+They do no I/O, and are the same for every journal. An operation receives the stored entry of its refund, or None.
 It returns its value and the entry to store: the same object if nothing changes.
 """
 

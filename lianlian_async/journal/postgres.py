@@ -1,13 +1,13 @@
 """The shared journal: one PostgreSQL database for many workers on many machines (extra ``postgres``, asyncio only).
 
-A lease is stored in its refund's row and ends by time, also when its worker has died. No batch waits for a row that
-another transaction has locked, as a dead worker behind a half-open connection may for long: locked rows are skipped,
-and their operations are retried in a task of their own. All workers insert new rows in the same order, which prevents
-deadlocks. ``postgres_moments`` relates the database's clock to the workers' clocks.
+A lease is stored in its refund's row and ends at its time, even if its worker has died. A batch never waits for a row
+that another transaction has locked, because a dead worker behind a half-open connection may lock rows for a long time:
+the batch skips locked rows, and a separate task retries their operations. All workers insert new rows in the same
+order, which prevents deadlocks. ``postgres_moments`` relates the database's clock to the workers' clocks.
 
-A transaction takes two round trips: one reads the clock and locks the rows, one writes them and commits. Each sends all
-of its statements in one message, with the parameters in their text (a simple query). That costs less CPU time than a
-pipeline, and it needs no prepared statements, which a pooler such as pgbouncer may mix up.
+A transaction takes two round trips: the first reads the clock and locks the rows, the second writes them and commits.
+Each sends all its statements in one message, with the parameters in the text (a simple query). This takes less CPU time
+than a pipeline, and needs no prepared statements, which a pooler such as pgbouncer may mix up.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ _LONGEST_PAUSE: Final = 1.0
 
 
 class _BusyError(Exception):
-    """Another transaction is inserting one of these refunds."""
+    """Another transaction is inserting a refund of this batch."""
 
 
 @without_locals
 def connection_string(dsn: str, timeout: float) -> str:
-    """Return ``dsn`` with keepalives and ``tcp_user_timeout``, so that a half-open connection ends; its own win.
+    """Return ``dsn`` with keepalives and ``tcp_user_timeout``, which end half-open connections, unless it sets them.
 
     Raises ``ConfigurationError``.
     """
     try:
         given = conninfo_to_dict(dsn)
-    except ProgrammingError:  # its text would show the password
-        raise ConfigurationError("dsn: not a PostgreSQL connection string or URL") from None
+    except ProgrammingError:  # its message would show the password
+        raise ConfigurationError("dsn: must be a PostgreSQL connection string or URL") from None
     alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
     return make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | given))
 
@@ -74,25 +74,25 @@ def connection_string(dsn: str, timeout: float) -> str:
 class PostgresJournal(GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the PostgreSQL database ``dsn``, shared by many workers.
 
-    Its tables are in ``schema``, which is created if it is missing; those of its inbox, if it has one, in ``…_inbox``.
-    Several journals in one database need several schemas. Workers' wall clocks need not agree and may be set: only the
-    database's clock and the boot clocks count.
+    Its tables are in ``schema``, which is created if it is missing; the tables of its inbox are in ``…_inbox``. Each
+    journal in a database needs its own schema. Workers' wall clocks may differ, and may be set: only the database's
+    clock and the boot clocks count.
 
-    *After a crash:* a call returns only after its commit is on disk, also if the database has ``synchronous_commit``
-    off. Workers may die at any moment: their leases end, and the next worker asks the gateway first.
+    *After a crash:* a call returns only after its commit is on disk, even if the database has ``synchronous_commit``
+    off. Workers may die at any moment: their leases end, and the next worker queries the gateway first.
 
     *After a failover or a restore:* a standby or a backup may lack the last commits. When the journal sees another
-    incarnation of the database, ``not_found_grace`` (see ``RetryPolicy``) starts again for all earlier refunds, and
-    new refunds are asked about before they are sent: for ``not_found_grace`` seconds every one, later those whose
-    ``dt_refund`` is older than that. The gateway's answers are written again if their rows are lost. One risk remains:
-    a request that is under way during the failover, on a lease that was lost, may arrive after another worker was told
-    "no such record". Synchronous replication prevents it. Stop all workers before you restore a backup.
+    incarnation of the database (one start of the server), ``not_found_grace`` (see ``RetryPolicy``) starts again for
+    all earlier refunds, and new refunds are queried before they are sent: all of them for ``not_found_grace`` seconds,
+    later those with an earlier ``dt_refund``. The gateway's answers are written again if their rows are lost. One risk
+    remains: a request that is under way during the failover, and whose lease was lost, may arrive after another worker
+    has got "no such record". Synchronous replication prevents it. Stop all workers before you restore a backup.
 
     Args:
         dsn: a connection string or URL of libpq.
-        schema: the tables' schema.
-        timeout: seconds for one transaction, connecting included.
-        not_found_grace: seconds, as in the workers' ``RetryPolicy``; 0 never asks about new refunds.
+        schema: the schema of the tables.
+        timeout: seconds for one transaction, including the connect.
+        not_found_grace: seconds, as in the workers' ``RetryPolicy``; with 0, new refunds are never queried first.
         clock: the session's clock.
     """
 
@@ -125,14 +125,14 @@ class PostgresJournal(GroupCommitJournal):
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         if now.timeline != self._clock().timeline:
-            raise ConfigurationError("PostgresJournal: give it the clock of its session, PostgresJournal(…, clock=…)")
+            raise ConfigurationError("clock: must be the clock of the session; pass PostgresJournal(…, clock=…)")
         return await super().begin(intent, now)
 
     def pending(self) -> AsyncIterator[Entry]:
         return self._walk(sql.PENDING)
 
     def unresolved(self) -> AsyncIterator[Entry]:
-        """Every entry that is UNRESOLVED, oldest first; in bounded memory."""
+        """Yield every UNRESOLVED entry, oldest first, in bounded memory."""
         return self._walk(sql.UNRESOLVED)
 
     def entries(self) -> AsyncIterator[Entry]:
@@ -155,7 +155,7 @@ class PostgresJournal(GroupCommitJournal):
     # ── opening and closing ────────────────────────────────────────────────────────────────────────
 
     def _beside(self) -> PostgresJournal:
-        # Nothing is sent for the entries of an inbox, so it never has to ask first.
+        # An inbox sends nothing, so it never has to query first.
         return PostgresJournal(
             self._dsn.reveal(),
             schema=f"{self._schema}_inbox",
@@ -169,12 +169,12 @@ class PostgresJournal(GroupCommitJournal):
             asyncio.get_running_loop()
         except RuntimeError:
             raise ConfigurationError("PostgresJournal runs on asyncio only, as psycopg does") from None
-        # Not from the pool, which would retry without raising the error.
+        # Connect without the pool, which would retry instead of raising the error.
         with self._errors():
             async with await AsyncConnection.connect(self._dsn.reveal(), row_factory=dict_row) as connection:
                 await self._prepare(connection)
         self._pool = AsyncConnectionPool(
-            self._dsn.reveal,  # the function, so that the pool holds no password
+            self._dsn.reveal,  # the function, so that the pool does not store the password
             connection_class=AsyncConnection[Row],
             open=False,
             min_size=1,
@@ -184,7 +184,7 @@ class PostgresJournal(GroupCommitJournal):
         await self._pool.open()
 
     async def _prepare(self, connection: AsyncConnection[Row]) -> None:
-        """Create the tables if they are missing; one worker at a time."""
+        """Create the tables if they are missing. An advisory lock lets one worker at a time do so."""
         await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"journal {self._schema}"])
         found = await connection.execute(sql.FIND_VERSION, [self._schema])
@@ -226,11 +226,11 @@ class PostgresJournal(GroupCommitJournal):
         await self._carry_out(batch, anyio.current_time() + self._timeout)
 
     async def _carry_out(self, batch: Sequence[Queued], until: float, pause: float = 0.0) -> None:
-        """Carry out ``batch`` in one transaction; retry locked refunds later, until ``until`` (event loop's clock)."""
+        """Carry out ``batch`` in one transaction. Retry locked refunds later, up to ``until`` (event loop's clock)."""
         parts = [batch]
         try:
             await self._transact(batch)
-        except _BusyError:  # it does not say which refund, so each half is retried without the other
+        except _BusyError:  # the error does not name the refund: retry each half separately
             numbers = sorted({queued.operation.no_refund for queued in batch})
             middle = numbers[len(numbers) // 2]
             parts = [
@@ -250,10 +250,11 @@ class PostgresJournal(GroupCommitJournal):
             await anyio.sleep(pause)
             if anyio.current_time() >= until:
                 raise JournalError(
-                    f"journal {self._name}: another transaction has held this refund's row for {self._timeout} s"
+                    f"journal {self._name}: another transaction has locked this refund's row for {self._timeout} s; "
+                    "end that transaction"
                 )
             await self._carry_out(batch, until, pause)
-            # A TakeBack that came while the transaction was open did not see the new row.
+            # A TakeBack that ran while this transaction was open did not see the new row.
             begins = (queued.operation for queued in batch if isinstance(queued.operation, Begin))
             if late := [Queued(TakeBack(begin), done) for begin in begins if begin.is_taken_back]:
                 await self._carry_out(late, until, pause)
@@ -269,7 +270,7 @@ class PostgresJournal(GroupCommitJournal):
         self._retries.add(task)
 
     async def _transact(self, batch: Sequence[Queued]) -> None:
-        """Give each operation its result; none where another transaction has locked the refund's row."""
+        """Give each operation its result, except those whose row another transaction has locked."""
         finds = [queued for queued in batch if isinstance(queued.operation, Find)]
         writes = [queued for queued in batch if not isinstance(queued.operation, Find)]
         look: list[Statement] = [(sql.FIND, [[queued.operation.no_refund for queued in finds]])] if finds else []
@@ -297,7 +298,7 @@ class PostgresJournal(GroupCommitJournal):
             queued.result = Result(entries.get(queued.operation.no_refund))
 
     def _read_clock(self, before: Moment, answer: Sequence[Row]) -> Reading:
-        """Return the reading for the answer to ``READ_CLOCK``; ``before``: the clock before it was sent."""
+        """Return the reading from the result of ``READ_CLOCK``; ``before``: the clock before the query was sent."""
         names = {field.name for field in attrs.fields(Reading)}
         [row] = answer
         return Reading(before=before, after=self._clock(), **{name: row[name] for name in names & row.keys()})
@@ -354,10 +355,10 @@ class PostgresJournal(GroupCommitJournal):
     async def _sent(
         self, *statements: Statement
     ) -> AsyncGenerator[tuple[AsyncConnection[Row], Moment, list[list[Row]]]]:
-        """Send ``statements``, which may be repeated, on a connection of the pool, as :meth:`_send` does.
+        """Send ``statements`` as :meth:`_send` does, on a connection of the pool.
 
-        Yields the connection, the clock before they were sent, and the rows of each. Connections that the server has
-        closed meanwhile are replaced. An exception within rolls back, as the pool does.
+        Yields the connection, the clock before the send, and the rows of each statement. If the server has closed the
+        connection, they are repeated on another one, so they must be idempotent. An exception in the block rolls back.
         """
         with self._errors():
             closed = 0

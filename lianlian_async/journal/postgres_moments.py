@@ -1,16 +1,16 @@
-"""Moments in a PostgreSQL journal: written and judged by the database's clock, converted to workers' boot clocks.
+"""Moments in a PostgreSQL journal: stored by the database's clock, and converted to the workers' boot clocks.
 
 Each transaction begins with a :class:`Reading` of the database's clock, and of the worker's clocks before and after.
-It converts moments both ways and errs on the late side: no moment appears too old, and no lease too short.
+It converts moments in both directions. Its errors are safe: no moment appears too old, and no lease too short.
 
-A stored moment is a JSON object. ``at``: the database's clock. ``era``: the era in which that clock is comparable.
+A stored moment is a JSON object. ``at``: the database's clock. ``era``: the period in which that clock is comparable.
 ``ahead``: seconds by which the moment was in the future when written (as the end of a lease). ``boot``, ``timeline``:
 the writer's boot clock, exact for workers of the same boot. ``gateway``: the gateway's clock, if known.
 
-A new *era* begins with another incarnation of the database (a restart, a failover, a restore), and when a worker's
-boot clock proves that the database's clock was set. Moments of an earlier era count from the beginning of the new one.
-``pg_postmaster_start_time()`` identifies the incarnation: a standby or a restored copy has its own, and every role
-and managed service allows it.
+An *incarnation* of the database is one start of the database server, identified by ``pg_postmaster_start_time()``: a
+standby or a restored copy has another one, and every role and managed service may call it. A new *era* begins with
+another incarnation (a restart, a failover, a restore), and when a worker's boot clock proves that the database's clock
+was set. Moments of an earlier era count from the beginning of the new era.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from lianlian_async.clock import Moment
 __all__ = ["Reading"]
 
 _DRIFT: Final = 0.001
-"""The largest relative drift between two clocks; quartz and NTP's corrections stay below it."""
+"""Upper bound for the relative drift between two clocks; quartz and the corrections of NTP stay below it."""
 _SLACK: Final = 2.0
-"""Seconds of further difference before the database's clock counts as set."""
+"""Seconds: if two clocks differ by more than this and the drift, the database's clock was set."""
 
 
 @attrs.frozen(kw_only=True)
@@ -44,10 +44,10 @@ class Reading:
     began: datetime
     """The beginning of the era, by the database's clock."""
     is_same_incarnation: bool
-    """Whether the era's incarnation of the database is the one that answered."""
+    """Whether the era belongs to the incarnation of the database that answered."""
 
     def continues(self, earlier: Reading) -> bool:
-        """Return whether the recorded era continues, as far as this worker can tell."""
+        """Return whether the recorded era continues, by this worker's clocks."""
         if not self.is_same_incarnation or self.era != earlier.era:
             return self.is_same_incarnation
         passed = (self.database - earlier.database).total_seconds()
@@ -56,14 +56,14 @@ class Reading:
         return least - slack <= passed <= most + slack
 
     def may_have_lost(self, fields: Mapping[str, str], grace: float) -> bool:
-        """Return whether the row of this refund may be lost: another era began after its ``dt_refund``."""
+        """Return whether the row of this refund may be lost, because another era began after its ``dt_refund``."""
         if self.era == 1 or not grace:
             return False
         since = self.began + timedelta(seconds=grace)
         return self.database < since or fields.get("dt_refund", "") < wire.format_timestamp(since)
 
     def stored(self, moment: Moment | None, recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """Return the stored form of ``moment``. One of another timeline was read from ``recorded``, which is kept."""
+        """Return the stored form of ``moment``. A moment of another timeline came from ``recorded``: keep that."""
         if moment is None:
             return None
         if moment.timeline != self.after.timeline:
@@ -79,10 +79,10 @@ class Reading:
         }
 
     def moment(self, stored: Mapping[str, Any] | None) -> Moment | None:
-        """Return a stored moment on this worker's clocks.
+        """Return a stored moment, converted to this worker's clocks.
 
-        A moment of another boot has to be as old by the gateway's clock, too, where that is known: while no worker
-        runs, none can prove that the database's clock was set.
+        If the gateway's time of a moment of another boot is known, its age counts by the gateway's clock, too: while no
+        worker runs, no worker can prove that the database's clock was set.
         """
         if stored is None:
             return None

@@ -1,8 +1,8 @@
 """Tables and statements of a PostgreSQL journal, and the conversion between rows and entries.
 
-``refunds`` has a row for each refund; ``postgres_moments`` explains its moments. ``eras`` has a row for each era.
-``version`` has one row: the schema's version, the journal's id, its owner, and whether acting on final refunds has
-begun.
+``refunds`` has a row for each refund. ``eras`` has a row for each era, a period in which the database's clock can be
+compared, such as one start of the database server; ``postgres_moments`` explains it. ``version`` has one row: the
+schema's version, the journal's id, its owner, and whether ``Journal.begin_acting`` was called.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ BEGIN_ACTING: Final[tuple[LiteralString, ...]] = (
     "UPDATE {schema}.version SET is_acting = true",
 )
 
-# In every transaction, as a pooler may give each one another connection. A commit has to be durable, and a worker that
-# dies in a transaction must not lock its rows for long.
 BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
-"""A transaction that waited for another one has to see its rows."""
+"""At this level, a transaction that waited for another one sees the rows of that one."""
 COMMIT: Final = "COMMIT"
 ROLLBACK: Final = "ROLLBACK"
+# Run first in every transaction: behind a pooler, each transaction may use a different connection, so session settings
+# do not last. Commits must be durable, and a worker that dies in a transaction must not lock its rows for long.
 READ_CLOCK: Final = """
 SELECT
     set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
@@ -67,14 +67,15 @@ FROM {schema}.eras ORDER BY id DESC LIMIT 1
 """
 NEW_ERA: Final = "INSERT INTO {schema}.eras (id) VALUES (%s) ON CONFLICT DO NOTHING"
 WAIT_BRIEFLY: Final = "SELECT set_config('lock_timeout', '100ms', true)"
-"""For another worker that inserts the same refund: longer than the transaction of a live worker."""
+"""Limits the wait for another worker that is inserting the same refund. 100 ms is longer than a live worker's
+transaction."""
 
 FIND: Final = "SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s)"
 LOCK: Final = """
 WITH locked AS (SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s) FOR UPDATE SKIP LOCKED)
 SELECT is_acting, locked.* FROM {schema}.version LEFT JOIN locked ON true
 """
-"""At least one row; without a refund if none is on record or all are locked."""
+"""Returns at least one row. Its refund columns are NULL if no refund is recorded or other workers have locked all."""
 INSERT: Final = """
 INSERT INTO {schema}.refunds
     (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until)
@@ -111,7 +112,7 @@ def owner_of(row: Mapping[str, Any]) -> Owner | None:
 
 
 def entry_of(row: Mapping[str, Any], reading: Reading) -> Entry:
-    """Return the entry in ``row``, with its moments on this worker's clocks."""
+    """Return the entry in ``row``, with its moments converted to this worker's clocks."""
     return Entry(
         no_refund=row["no_refund"],
         digest=row["digest"],
@@ -126,7 +127,7 @@ def entry_of(row: Mapping[str, Any], reading: Reading) -> Entry:
 
 
 def rows_of(entries: Iterable[Entry], recorded: Mapping[str, Mapping[str, Any]], reading: Reading) -> str:
-    """Return ``entries`` as one JSON array; ``recorded`` holds the stored rows by number."""
+    """Return ``entries`` as one JSON array; ``recorded``: the stored rows by number."""
     rows = []
     for entry in entries:
         earlier = recorded.get(entry.no_refund, {})
