@@ -57,7 +57,7 @@ class BackgroundTask:
     ``on_end`` is called once, however the task ends, so that it can release the task's waiters. Its argument is the
     exception that ``function`` raised; None if ``function`` returned or this object cancelled it; or a
     ``LianLianError`` if the end of the event loop or asyncio's ``Task.cancel`` ended the task, even before its start.
-    ``KeyboardInterrupt`` and ``SystemExit`` also leave asyncio's event loop; ``on_end`` must report all other
+    asyncio also raises ``KeyboardInterrupt`` and ``SystemExit`` out of its event loop; ``on_end`` must report all other
     exceptions.
     """
 

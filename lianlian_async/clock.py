@@ -52,7 +52,7 @@ class Moment:
 
 
 def elapsed(since: Moment, now: Moment) -> float | None:
-    """Return the seconds that have certainly passed from ``since`` to ``now``; None if the clocks cannot prove any.
+    """Return the seconds that have certainly passed from ``since`` to ``now``; None if it is unknown.
 
     Also None if ``since`` is of another boot and in the future: a clock was set, so the count must start again.
     """
@@ -108,7 +108,7 @@ class SessionClock:
         self._date = date
         try:
             told = parsedate_to_datetime(date)
-        except (ArithmeticError, LookupError, TypeError, ValueError):  # what the parser raises
+        except (ArithmeticError, LookupError, TypeError, ValueError):  # all exceptions of the parser
             return
         self._ahead = told.replace(tzinfo=told.tzinfo or UTC) - _EPOCH - timedelta(seconds=heard_at)
 

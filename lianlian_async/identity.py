@@ -13,12 +13,12 @@ from . import wire
 from .errors import AnswerMismatch, RefundConflict
 
 NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
-"""If one differs, the record answers another query."""
+"""If one of these fields differs, the record belongs to another query."""
 _CONTENT: Final[dict[str, Callable[[str], object]]] = {
     "dt_refund": wire.parse_timestamp,
     "money_refund": wire.parse_decimal,
 }
-"""If one differs by value, the gateway uses our number for another refund."""
+"""If one of these fields differs by value, the gateway uses our number for another refund."""
 
 
 def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:

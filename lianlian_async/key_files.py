@@ -147,7 +147,7 @@ def _pem(label: str, headers: str, body: str) -> bytes:
 def _der(text: str) -> bytes | None:
     """Decode base64 ``text`` to DER, even if it is truncated; return None if it is not base64 of DER.
 
-    Text of less than 64 digits may be a file name, so it must be a complete DER value.
+    Text with fewer than 64 digits may be a file name, so it must be a complete DER value.
     """
     packed = "".join(text.split())
     if not _BASE64.fullmatch(packed):

@@ -141,7 +141,7 @@ def _doubt(exchange: Exchange, send_count: SendCount, reply: object) -> str | No
     if exchange.call is Call.APPLY and reply.finding is Finding.NOT_FOUND:
         return "a middleware answered an apply call with NOT_FOUND"
     if reply.finding in (Finding.NOT_SENT, Finding.REJECTED) and send_count.may_have_worked:
-        return f"a middleware answered {reply.finding.name}, but what it sent may have worked"
+        return f"a middleware answered {reply.finding.name}, but its request may have worked"
     return None
 
 

@@ -23,7 +23,7 @@ INLINE_VERIFY_SECONDS: Final = 0.0005
 """A signature is verified on the event loop if a measurement at start-up took less time, else in the thread."""
 
 LONGEST_VISIT: Final = 0.005
-"""Seconds after which a visit (one call in the thread) starts no further signature: its leader waits for its end."""
+"""Seconds after which a visit (one call in the thread) starts no further signature: its caller waits for the end."""
 DELIVER_AFTER: Final = 0.001
 """Seconds after which a visit wakes the callers whose signatures are ready. Waking too many together delays others."""
 

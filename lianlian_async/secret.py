@@ -1,4 +1,4 @@
-"""Keep secrets out of output: a container without a telling repr, and tracebacks without local variables.
+"""Keep secrets out of output: a container that does not show its value, and tracebacks without local variables.
 
 Error trackers copy the local variables of every frame of a traceback. Functions with a key, passphrase or password as
 an argument are decorated with :func:`without_locals`.

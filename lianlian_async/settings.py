@@ -13,7 +13,7 @@ def is_number(value: object) -> bool:
 
 
 def check_integer(name: str, value: object, *, least: int, most: int | None = None, bound: str = "") -> int:
-    """Return ``value`` if it is an integer from ``least`` to ``most``; ``bound`` is the text for ``most``."""
+    """Return ``value`` if it is an integer from ``least`` to ``most``; messages show ``bound`` for ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         rule = f"of at least {least}" if most is None else f"from {least} to {bound}"
         raise ConfigurationError(f"{name}: must be an integer {rule}, is {value!r}")

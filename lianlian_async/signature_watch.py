@@ -1,4 +1,4 @@
-"""Stop a batch early if answers do not verify: with a wrong key, every refund would be made with unknown outcome."""
+"""Stop a batch early if answers do not verify: with a wrong key, every refund would be made with an unknown outcome."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .exchange import Exchange, Reply
 _UNPROVED: Final = 4
 """Maximum number of refunds in flight in a batch until one answer has verified."""
 _FAILURES: Final = 4
-"""A batch stops after so many consecutive refunds whose answers do not verify."""
+"""Number of consecutive refunds with answers that do not verify, after which a batch stops."""
 
 
 class SignatureWatch:
@@ -26,7 +26,7 @@ class SignatureWatch:
         self.has_verified = False
         """Whether an answer has verified."""
         self.changed = anyio.Event()
-        """Set when a refund may start or an answer has verified; a waiter replaces it by a new event."""
+        """Set when a refund may start or an answer has verified; a waiter replaces it with a new event."""
         self._failed: dict[str, SignatureInvalid] = {}
         """The refunds whose answers did not verify since the last verified answer."""
 

@@ -47,7 +47,7 @@ def new_number(value: object, longest: int) -> str:
         if not ("!" <= character <= "~" or character.isalpha() or character.isdecimal()):
             raise ValueError(f"must contain only letters, decimal digits and visible ASCII, has {_named(character)}")
     if not unicodedata.is_normalized("NFKC", text):
-        raise ValueError(f"must be NFKC-normal, such as {unicodedata.normalize('NFKC', text)!r}")
+        raise ValueError(f"must be NFKC-normal: write {unicodedata.normalize('NFKC', text)!r} instead")
     return text
 
 

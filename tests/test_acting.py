@@ -88,7 +88,7 @@ async def test_a_final_state_learned_without_an_open_endpoint_is_acted_on_later(
 
 @virtual
 @pytest.mark.parametrize("learn", LEARNERS, ids=lambda learn: learn.__name__)
-async def test_without_an_endpoint_nothing_is_marked(journal, learn):
+async def test_without_an_endpoint_no_refund_is_marked_final(journal, learn):
     """Without an endpoint, final refunds are DONE, not FINAL."""
     gateway = sandbox(settle_after=60)
     if learn is by_asking_again:
@@ -127,7 +127,7 @@ async def test_a_rejected_refund_is_not_acted_on(journal, handler):
 
 
 @virtual
-async def test_an_inbox_acts_at_its_start_on_what_was_learned_meanwhile(journal, handler):
+async def test_inbox_acts_at_its_start_on_refunds_that_became_final_before(journal, handler):
     """At its start, an inbox acts on such refunds without a sweep and without a session."""
     handler.then = [fails]
     async with inbox(journal, handler, clock=boot_clock):

@@ -60,7 +60,7 @@ async def test_a_failing_refund_holds_up_no_other(journal, handler):
 
 
 @virtual
-async def test_a_handler_is_bounded_in_time(journal, handler, caplog):
+async def test_handler_has_a_time_limit(journal, handler, caplog):
     """After handler_seconds it is cancelled and called again later."""
     handler.then = [anyio.sleep_forever]
     async with inbox(journal, handler, handler_seconds=60.0, clock=boot_clock) as endpoint:

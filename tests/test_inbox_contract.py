@@ -130,7 +130,7 @@ async def test_the_refunds_themselves_learn_their_final_state(kind, handler):
     assert handler.done[0].query() == request.query()
 
 
-async def test_an_inbox_acts_at_its_start_on_what_others_learned(kind, handler):
+async def test_inbox_acts_at_its_start_on_refunds_that_are_already_final(kind, handler):
     """A refund that became final without a notification is acted on once, and recorded as done."""
     async with kind.make() as journal, inbox(journal, handler):
         pass
@@ -146,7 +146,7 @@ async def test_an_inbox_acts_at_its_start_on_what_others_learned(kind, handler):
 
 
 @pytest.mark.parametrize("changes", [{"sta_refund": "3"}, {"money_refund": "11.00"}])
-async def test_a_contradiction_is_not_kept(kind, handler, changes):
+async def test_contradiction_is_not_recorded(kind, handler, changes):
     """A second, contradicting final state is not recorded, whether the first was acted on or not."""
     async with kind.make() as journal, inbox(journal, handler) as endpoint:
         for _ in range(2):

@@ -236,9 +236,9 @@ def test_an_order_that_exists_stays_refundable(text):
         ("R\u28001", "has U+2800 BRAILLE PATTERN BLANK"),
         ("re\u0301", "has U+0301 COMBINING ACUTE ACCENT"),
         ("R（1）", "has U+FF08 FULLWIDTH LEFT PARENTHESIS"),
-        ("Ｒ１", "NFKC-normal, such as 'R1'"),
-        ("ﬁ", "NFKC-normal, such as 'fi'"),
-        ("\u1112\u1161\u11ab", "NFKC-normal, such as '한'"),
+        ("Ｒ１", "NFKC-normal: write 'R1'"),
+        ("ﬁ", "NFKC-normal: write 'fi'"),
+        ("\u1112\u1161\u11ab", "NFKC-normal: write '한'"),
         ("²", "has U+00B2 SUPERSCRIPT TWO"),
     ],
 )

@@ -119,7 +119,7 @@ async def test_a_state_that_can_change_is_acknowledged_and_not_acted_on(endpoint
         (notification() + b" " * (64 * 1024), "too big", 413),
     ],
 )
-async def test_an_unproved_notification_is_refused(endpoint, handler, caplog, body, verdict, status):
+async def test_untrusted_notification_is_refused(endpoint, handler, caplog, body, verdict, status):
     """Malformed, unsigned, forged and foreign bodies are counted and logged, but not acknowledged or acted on."""
     ack = await endpoint.handle(body, HEADERS)
     assert not is_acknowledged(ack)
@@ -195,7 +195,7 @@ json_values = st.recursive(
 
 
 @given(body=st.binary() | json_values.map(lambda value: repr(value).encode(errors="replace")))
-async def test_nothing_that_is_not_signed_is_acknowledged(body):
+async def test_unsigned_bodies_are_never_acknowledged(body):
     """Arbitrary bytes and arbitrary JSON get a response, but never an acknowledgement."""
     assert not is_acknowledged(await NotificationEndpoint(trusting(), fails).handle(body, {}))
 
@@ -205,7 +205,7 @@ values = st.sampled_from([*asked().values(), "10.00", "2", "3", "0000"]) | texts
 
 
 @given(fields=st.dictionaries(names, values), headers=st.dictionaries(texts, texts))
-async def test_whatever_lianlian_signs_is_answered(fields, headers):
+async def test_any_signed_object_gets_a_response(fields, headers):
     """Any signed flat object gets a response; the handler is called only for final refunds of this merchant."""
     handler = Handler()
     ack = await NotificationEndpoint(trusting(), handler).handle(as_json(sealed(fields)), headers)
@@ -757,7 +757,7 @@ async def test_a_record_that_lacks_the_field_too_does_not_help(handler):
         {"sta_refund": "3"},
     ],
 )
-async def test_a_record_that_contradicts_the_notification_is_for_a_person(handler, record):
+async def test_record_that_contradicts_the_notification_is_refused(handler, record):
     """The fields in the notification must agree with the gateway's record that completes it."""
     left_out = "money_refund" if record == {"sta_refund": "3"} else "sta_refund"
     ended = await answered(handler, notification(**{left_out: None}), made(asked(), **record))
@@ -771,7 +771,7 @@ async def test_a_forged_record_is_not_taken_for_a_forged_notification(handler):
 
 
 @pytest.mark.parametrize("text", ["10", "10.0", "10.000"])
-async def test_an_amount_is_notified_by_its_value(endpoint, handler, text):
+async def test_amounts_are_compared_by_value(endpoint, handler, text):
     """The number of decimals in an amount makes no difference."""
     assert is_acknowledged(await endpoint.handle(notification(money_refund=text), HEADERS))
     assert [refund.money_refund for refund in handler.done] == [Decimal("10.00")]
@@ -799,7 +799,7 @@ class SeenVerifyingKey(VerifyingKey):
 
 
 @pytest.mark.parametrize(("seconds", "inline"), [(0.0, False), (1e9, True)])
-async def test_verification_is_done_on_the_loop_only_where_it_is_cheap(monkeypatch, handler, seconds, inline):
+async def test_verification_runs_on_the_event_loop_only_if_it_is_fast(monkeypatch, handler, seconds, inline):
     """If verifying a signature is slow, it is done in the thread."""
     monkeypatch.setattr(rsa_worker, "INLINE_VERIFY_SECONDS", seconds)
     monkeypatch.setattr(SeenVerifyingKey, "threads", [], raising=False)
@@ -824,7 +824,7 @@ async def test_keys_are_loaded_once(handler, tmp_path):
     assert len(handler.done) == 4
 
 
-async def test_a_key_that_cannot_be_read_fails_the_start_not_the_wire(handler, tmp_path):
+async def test_unreadable_key_fails_the_start(handler, tmp_path):
     """`async with` raises the error; without `async with`, each delivery gets 500."""
     endpoint = NotificationEndpoint(trusting(gateway_public_keys=tmp_path / "missing.pem"), handler)
     assert (await endpoint.handle(notification(), HEADERS)).status == 500
@@ -956,7 +956,7 @@ async def test_the_log_names_the_address_that_was_judged(handler, caplog, client
         (["unix"], "", 403),
     ],
 )
-async def test_a_proxy_on_a_unix_socket_is_believed_if_it_is_declared(handler, client, proxies, forwarded, status):
+async def test_proxy_on_a_unix_socket_is_trusted_if_it_is_declared(handler, client, proxies, forwarded, status):
     """A peer on a Unix socket has no address, so X-Forwarded-For is trusted only if ``unix`` is declared."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=proxies)
     headers = {**HEADERS, "X-Forwarded-For": forwarded}
@@ -977,7 +977,7 @@ async def test_an_ipv4_network_may_be_written_as_ipv6(handler, network, client, 
     assert (await endpoint.handle(notification(), HEADERS, client=client)).status == status
 
 
-async def test_proxies_alone_let_nobody_in(handler):
+async def test_request_that_passed_only_trusted_proxies_is_refused(handler):
     """A request that passed only trusted proxies is not allowed."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=["10.1.0.0/16"], trusted_proxies=["10.0.0.0/8"])
     assert (await endpoint.handle(notification(), HEADERS, client="10.1.2.3")).status == 403
@@ -1024,7 +1024,7 @@ async def test_the_object_is_an_asgi_application(endpoint, handler):
     assert handler.numbers == ["R-1"]
 
 
-async def test_a_client_that_goes_away_leaves_nothing_behind(endpoint, handler):
+async def test_disconnect_in_the_body_is_malformed(endpoint, handler):
     """If the client disconnects in its body, the notification is malformed."""
     server = Server([*pieces(notification()[:100])[:1], {"type": "http.disconnect"}])
     await endpoint(post(), server.receive, server.send)
@@ -1112,7 +1112,7 @@ async def test_a_refusal_over_http_2_has_no_connection_header(endpoint):
     assert b"connection" not in dict(server.heard[0]["headers"])
 
 
-async def test_the_body_of_a_stranger_is_not_read(handler):
+async def test_body_of_a_disallowed_client_is_not_read(handler):
     """The allow-list is checked before the body is read."""
     endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK)
     server = Server(pieces(notification()))
@@ -1184,7 +1184,7 @@ async def test_a_failed_shutdown_is_reported_to_the_server(endpoint):
     assert [message["type"] for message in server.heard] == ["lifespan.startup.complete", "lifespan.shutdown.failed"]
 
 
-async def test_it_is_mounted_in_starlette(handler):
+async def test_endpoint_mounted_in_starlette(handler):
     """Under a Mount, ``path`` is relative to the mount point."""
     endpoint = NotificationEndpoint(trusting(), handler, path="/refund")
     app = Starlette(routes=[Mount("/lianlian", endpoint)])

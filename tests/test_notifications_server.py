@@ -195,7 +195,7 @@ async def test_odd_requests_are_answered(served, request_of, expected, caplog):
 
 
 @every_server
-async def test_a_client_that_goes_away_half_way_leaves_no_traceback(served, caplog):
+async def test_disconnect_in_the_body_leaves_no_traceback(served, caplog):
     """The client disconnects in its body, or while the handler runs; the handler still finishes."""
     caplog.set_level(logging.WARNING)
     release = asyncio.Event()

@@ -33,7 +33,7 @@ def keywords(function):
 # ── names ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_face_is_explicit_sorted_and_complete():
+def test_public_names_are_explicit_sorted_and_complete():
     """``__all__`` is sorted, every name in it exists, and it contains every public class and function."""
     assert dir(lianlian_async) == sorted(set(lianlian_async.__all__))
     assert all(getattr(lianlian_async, name) is not None for name in lianlian_async.__all__)
@@ -64,13 +64,13 @@ def test_importing_the_package_alone_is_quick():
         *("refund_many", "NotificationEndpoint", "Outcome", "LianLianError"),
     ],
 )
-def test_the_design_s_names_are_there(name):
+def test_names_of_the_design_are_importable(name):
     """All names of the design can be imported from the package itself."""
     assert name in lianlian_async.__all__
     assert getattr(lianlian_async, name).__doc__
 
 
-def test_the_whole_error_tree_is_on_the_face():
+def test_every_error_is_public():
     """Every public error is importable from the package, is a LianLianError, and has a docstring."""
     tree = {
         name
@@ -96,7 +96,7 @@ def test_the_version_is_the_installed_one():
 # ── signatures ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_session_takes_what_the_design_says():
+def test_options_of_the_session():
     """RefundSession's options, their defaults, and those of its calls."""
     options = keywords(lianlian_async.RefundSession)
     assert next(iter(options)) == "merchant"
@@ -117,7 +117,7 @@ def test_the_session_takes_what_the_design_says():
         assert keywords(method) == {first: ..., "deadline": None, "retry": None}
 
 
-def test_the_merchant_takes_what_the_design_says():
+def test_settings_of_the_merchant():
     """Merchant has the documented settings and the constructors from_env and from_toml."""
     options = keywords(lianlian_async.Merchant)
     assert list(options)[:3] == ["oid_partner", "private_key", "gateway_public_keys"]
@@ -134,7 +134,7 @@ def test_the_endpoints_are_those_of_lianlians_pages():
     assert endpoints.query == "https://queryapi.lianlianpay.com/refundquery.htm"
 
 
-def test_the_retry_policy_is_the_design_s():
+def test_defaults_of_the_retry_policy():
     """Four attempts, backoff from 0.5 to 8 seconds with multiplier 2, and 15 minutes until NOT_FOUND is believed."""
     options = keywords(lianlian_async.RetryPolicy)
     expected = {
@@ -148,7 +148,7 @@ def test_the_retry_policy_is_the_design_s():
     assert {name: options[name] for name in expected} == expected
 
 
-def test_the_keys_have_the_design_s_verbs():
+def test_methods_of_the_keys():
     """Signing keys sign, verifying keys verify, and both are loaded by ``load``."""
     assert keywords(lianlian_async.SigningKey.load)["password"] is None
     assert keywords(lianlian_async.SigningKey.generate) == {"bits": 2048}
@@ -157,14 +157,14 @@ def test_the_keys_have_the_design_s_verbs():
     assert list(keywords(signature_source)) == ["fields"]
 
 
-def test_refund_many_takes_what_the_design_says():
+def test_options_of_refund_many():
     """refund_many takes a session, requests, a concurrency and a journal."""
     options = keywords(lianlian_async.refund_many)
     assert list(options)[:2] == ["session", "requests"]
     assert (options["concurrency"], options["journal"]) == (None, None)
 
 
-def test_the_notification_endpoint_takes_what_the_design_says():
+def test_options_of_the_notification_endpoint():
     """It takes a merchant and a handler; ``handle`` takes bytes and headers, and returns status, headers and body."""
     options = keywords(lianlian_async.NotificationEndpoint)
     assert list(options)[:2] == ["merchant", "on_refund"]
@@ -173,7 +173,7 @@ def test_the_notification_endpoint_takes_what_the_design_says():
 
 
 @pytest.mark.parametrize("layer", [Retry, Limit, Attempt, Observer])
-def test_the_stock_layers_are_middleware(layer):
+def test_built_in_layers_are_middleware(layer):
     """Each built-in layer implements the Middleware protocol: it is called with an exchange and ``call_next``."""
     assert inspect.iscoroutinefunction(layer.__call__)
     assert list(keywords(layer.__call__)) == list(keywords(Middleware.__call__)) == ["exchange", "call_next"]
@@ -222,7 +222,7 @@ LOWER = ["errors", "codes", "wire", "signing", "models", "merchant", "retry", "e
 
 
 @pytest.mark.parametrize("module", LOWER)
-def test_the_lower_floors_know_no_network_no_loop_no_clock_and_no_dice(module):
+def test_decision_modules_do_no_io_and_use_no_clock_or_randomness(module):
     """Decision modules are pure: time and randomness are arguments, and they never wait."""
     forbidden = {"httpx", "httpcore", "anyio", "asyncio", "trio", "sniffio", "time", "random", "secrets", "socket"}
     assert not imported(PACKAGE / f"{module}.py") & forbidden
@@ -242,7 +242,7 @@ def test_the_lower_floors_know_no_network_no_loop_no_clock_and_no_dice(module):
         ("Crypto", {"signing.py"}),
     ],
 )
-def test_each_dependency_has_one_home(library, homes):
+def test_each_dependency_is_imported_by_one_package(library, homes):
     """Only the transport knows HTTP clients, and only signing knows pycryptodome."""
     users = {
         file.relative_to(PACKAGE).as_posix()
@@ -252,7 +252,7 @@ def test_each_dependency_has_one_home(library, homes):
     assert users == homes
 
 
-def test_the_typing_test_uses_every_name_of_the_face():
+def test_typing_test_uses_every_public_name():
     """The typing test uses every public name."""
     used = {
         alias.name

@@ -17,7 +17,7 @@ Networks: TypeAlias = tuple[IPv4Network | IPv6Network, ...]
 
 _UNIX: Final = "unix"
 _ADDRESS: Final = re.compile(r'("?)(?:\[([^]]+)](?::[0-9]+)?|([0-9.]+):[0-9]+|([^"]+))\1')
-"""An address as proxies write it: bare, with a port, in brackets, quoted (RFC 7239 §6)."""
+"""The forms of an address in X-Forwarded-For: bare, with a port, in brackets, or quoted (RFC 7239 §6)."""
 
 
 @attrs.frozen

@@ -1,4 +1,4 @@
-"""Books record which final refunds the handler has returned for, and let one caller at a time call the handler.
+"""A book records final refunds and completed handler calls; one caller at a time may call the handler for a refund.
 
 To *act on* a refund means to call the handler for it. :class:`MemoryBook` is the book of an endpoint without a journal.
 """
@@ -98,7 +98,7 @@ class MemoryBook(Book[_Notified]):
     """The latest ``MOST_RECENT`` refunds of this process; leased and awaited refunds are never removed."""
 
     _known: dict[str | None, _Notified] = attrs.field(factory=dict, init=False)
-    """Least recently used first."""
+    """Ordered from the least to the most recently used."""
 
     async def take(self, refund: Refund) -> tuple[Standing, _Notified]:
         """See :meth:`Book.take`."""

@@ -108,8 +108,8 @@ class NotificationEndpoint:
         body_seconds: time limit for reading a request body; after it, the response is 408.
         handler_seconds: time limit for confirming and ``on_refund`` together. LianLian waits 5 seconds for a response;
             with ``inbox``, the limit may be longer.
-        allow_from: networks that may send notifications; empty: all. There is no default, because LianLian's published
-            lists contradict each other.
+        allow_from: networks that may send notifications; empty: all. There is no default, because the lists on
+            LianLian's pages differ.
         trusted_proxies: networks whose X-Forwarded-For is trusted; ``"unix"`` for a proxy on a Unix socket, if the
             server listens on nothing else.
         path: the only path that the ASGI application serves; None: every path.

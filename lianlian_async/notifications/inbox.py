@@ -1,4 +1,4 @@
-"""The inbox: final refunds in a journal, for each of which one worker at a time calls the handler until it returns.
+"""The inbox: a journal of final refunds. One worker at a time calls the handler for a refund, until it succeeds.
 
 To *act on* a refund means to call the handler for it.
 """
@@ -48,7 +48,7 @@ class _Backoff:
 
 @attrs.define(eq=False, kw_only=True)
 class Inbox(Book[Entry]):
-    """A separate journal of final refunds that all processes share; each refund is acted on in one of them."""
+    """A separate journal of final refunds that all processes share; one process at a time acts on each refund."""
 
     journal: Journal
     refunds: Journal

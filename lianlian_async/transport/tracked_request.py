@@ -15,7 +15,7 @@ class LeaseEndedError(Exception):
 class Body(httpx.ByteStream):
     """A request body that counts how often it was sent, and that cannot be sent after the lease has ended.
 
-    A caller's client may have layers of its own, such as a transport that retries or a hook that calls another server.
+    A caller's client may have additional layers, such as a transport that retries or a hook that calls another server.
     After a first send, such a layer may raise an exception that claims that nothing was sent.
     """
 
