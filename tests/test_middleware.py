@@ -536,7 +536,7 @@ async def test_layer_that_raises_during_a_query():
 )
 async def test_contradictory_reply_is_refused(parts):
     """FOUND has a refund; every other finding has an error and no refund."""
-    with pytest.raises(ValueError, match="FOUND with a refund"):
+    with pytest.raises(ValueError, match="set refund if the finding is FOUND"):
         Reply(**parts)
 
 
