@@ -116,7 +116,7 @@ class Outcomes(AsyncIterator[Outcome]):
 
     @property
     def held(self) -> Sequence[tuple[RefundOutcomeUnknown, Outcome]]:
-        """The unknown outcomes that ``wait_unknown`` holds now; the list changes while the batch goes on."""
+        """The unknown outcomes that ``wait_unknown`` keeps now. The list changes while the batch runs."""
         return self._run.unknown
 
     async def aclose(self) -> None:

@@ -303,7 +303,7 @@ async def test_a_timeout_for_an_outcome_loses_none():
     assert timeouts > 10
 
 
-# ── the early end ────────────────────────────────────────────────────────────────────────────────
+# ── an early end ─────────────────────────────────────────────────────────────────────────────────
 
 
 async def leave_by_break(session, source, outcomes):
@@ -672,7 +672,7 @@ async def test_a_batch_on_a_closed_session_raises():
     assert not gateway.requests
 
 
-# ── what stays unknown ───────────────────────────────────────────────────────────────────────────
+# ── unknown refunds ──────────────────────────────────────────────────────────────────────────────
 
 
 async def test_wait_unknown_queries_again_at_ask_again_at():
@@ -761,7 +761,7 @@ async def test_a_session_that_closes_before_the_last_queries_loses_no_outcome():
         await anext(batch)
 
 
-# ── what must not pass for a normal end ──────────────────────────────────────────────────────────
+# ── ends that are errors ─────────────────────────────────────────────────────────────────────────
 
 
 async def ended(outcomes):

@@ -180,7 +180,7 @@ async def test_a_rejection_after_an_uncertain_attempt_does_not_count(new_journal
     assert results[1].error.refused is None
     gateway.record = {"dt_refund": None}
     [outcome] = await attempts(gateway, None, request=refund_request())
-    assert outcome.error.refused.ret_code == "1002"  # a session that knows nothing of the first attempt
+    assert outcome.error.refused.ret_code == "1002"  # a session without the first attempt
 
 
 # ── rejections that may pass ─────────────────────────────────────────────────────────────────────
@@ -196,7 +196,7 @@ async def test_a_rejection_that_may_pass_is_not_final(code, new_journal):
     assert gateway.applied == 2
 
 
-# ── a query service that knows nothing ───────────────────────────────────────────────────────────
+# ── a query service without records ──────────────────────────────────────────────────────────────
 
 
 class NoQueries(httpx.AsyncBaseTransport):
@@ -322,7 +322,7 @@ def same_refund(fields):
     [
         (1, same_refund, True, True),
         (1, another_refund, True, False),
-        (1, too_old, True, True),  # then there is none that could prove anything
+        (1, too_old, True, True),  # then no refund can check the query service
         (81, another_refund, False, True),
     ],
 )
@@ -340,7 +340,7 @@ async def test_the_canary_checks_the_query_service(days, answer, is_asked, is_be
     assert gateway.times_made("R-1") == int(is_believed)
 
 
-# ── a journal that fails after the gateway has spoken ────────────────────────────────────────────
+# ── a journal that fails after an answer ─────────────────────────────────────────────────────────
 
 
 class Failing(MemoryJournal):
@@ -414,7 +414,7 @@ async def _full(*_):
     raise JournalError("journal: the disk is full")
 
 
-# ── a conflict that the gateway told ─────────────────────────────────────────────────────────────
+# ── a conflict from a notification ───────────────────────────────────────────────────────────────
 
 
 async def test_a_notified_conflict_stays_recorded(new_journal):

@@ -294,7 +294,7 @@ async def test_an_exception_from_below_ends_the_flight(stray, options, anyio_bac
     assert gateway.times_made("R-1") == 1
 
 
-# ── what a session without a journal remembers ───────────────────────────────────────────────────
+# ── a session without a journal ──────────────────────────────────────────────────────────────────
 
 
 async def test_a_session_forgets_resolved_refunds():
@@ -337,7 +337,7 @@ async def test_a_deadline_is_a_day_at_most_with_a_journal(deadline):
         assert (await session.apply_refund(refund_request(2), deadline=86_400)).no_refund == "R-2"
 
 
-# ── asking first ─────────────────────────────────────────────────────────────────────────────────
+# ── query first ──────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_query_first_finds_a_refund_that_the_journal_lost():

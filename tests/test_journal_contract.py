@@ -157,7 +157,7 @@ async def test_release_changes_no_resolved_refund(kind):
         assert await journal.find("R-2") is None
 
 
-# ── settle ───────────────────────────────────────────────────────────────────────────────────────
+# ── finish ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("ending", [MADE, ACCEPTED, REJECTED], ids=lambda ending: ending.state)
@@ -248,7 +248,7 @@ async def test_resend_fails_after_the_lease_was_taken_or_the_refund_resolved(kin
             await journal.resend(late)
 
 
-# ── owner, and proof ─────────────────────────────────────────────────────────────────────────────
+# ── owner and latest_made ────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_journal_belongs_to_its_first_merchant_and_endpoint(kind):
@@ -366,10 +366,10 @@ async def test_begin_acting_switches_all_processes(kind):
             await begin(other)
             await journal.begin_acting()
             assert (await other.finish(held("R-1"), MADE)).state is State.FINAL
-        assert (await inbox.finish(held("R-1"), MADE)).state is State.DONE  # its own lines are nobody's to act on
+        assert (await inbox.finish(held("R-1"), MADE)).state is State.DONE  # acting applies only to the journal itself
 
 
-# ── looking ──────────────────────────────────────────────────────────────────────────────────────
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_pending_yields_open_refunds_oldest_first(kind):

@@ -213,7 +213,7 @@ async def test_a_role_may_have_a_stricter_isolation_level(make, administer, post
     assert sorted(found) == [Standing.LEASED] * 1000 + [Standing.NEW] * 1000
 
 
-# ── what another transaction holds ───────────────────────────────────────────────────────────────
+# ── locks of another transaction ─────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ async def test_a_locked_refund_does_not_delay_the_others(make, elsewhere, held, 
                 await anyio.sleep(0.01)
             assert {standing for _, standing in answered} == {Standing.NEW}
             assert "R-5" not in dict(answered)
-            assert (await journal.find("R-5") is not None) is is_known  # a look does not wait
+            assert (await journal.find("R-5") is not None) is is_known  # find does not wait
         assert dict(answered)["R-5"] is Standing.NEW
 
 
@@ -438,7 +438,7 @@ async def test_a_jump_of_the_databases_clock_starts_a_new_era(workers):
     async with workers.make(clock=steady) as witness, workers.make(clock=young) as other:
         _, entry = await witness.begin(intent("R-1"), steady())
         await witness.release(entry, steady())
-        steady.boot -= 86_400  # a day by the database's clock
+        steady.boot -= 86_400  # a day passes by the database's clock
         assert (await witness.begin(intent("R-2"), steady()))[0] is Standing.ASK_FIRST
         _, entry = await other.begin(intent("R-1"), young())
         assert young().boot - entry.sent_at.boot < 15
@@ -452,7 +452,7 @@ async def test_a_journal_needs_the_clock_of_its_session(workers):
             await journal.begin(intent(), Machine("elsewhere")())
 
 
-# ── what may befall it ───────────────────────────────────────────────────────────────────────────
+# ── failures ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_another_version_is_refused_with_advice(make, administer):

@@ -61,7 +61,7 @@ def program(path, then):
     return [sys.executable, "-c", _PROGRAM.format(root=str(ROOT), path=str(path), then=then)]
 
 
-# ── its owner ────────────────────────────────────────────────────────────────────────────────────
+# ── the lock ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_open_refunds_of_a_killed_process_are_unresolved(path):
@@ -115,7 +115,7 @@ async def test_a_forked_child_is_refused_and_does_no_harm(path):
                     verb.send(None)
                 except Exception as error:
                     print(type(error).__name__, "forked" in str(error), flush=True)
-            journal._file._opened.close()  # what the interpreter's end does to what is left open
+            journal._file._opened.close()  # the end of the interpreter closes open files like this
             os._exit(0)
         os.waitpid(child, 0)
         for number in range(3, 500):
@@ -231,7 +231,7 @@ async def test_using_a_closed_journal_raises(path):
     assert repr(journal) == f"<SqliteJournal {path}>"
 
 
-# ── its file ─────────────────────────────────────────────────────────────────────────────────────
+# ── the file ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_lease_ends_by_the_boot_clock(path):

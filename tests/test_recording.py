@@ -768,7 +768,7 @@ async def test_resume_respects_its_concurrency(new_journal):
         gateway.faults = {Fault.DELAY: 1.0}
         began = anyio.current_time()
         assert await session.resume(concurrency=2) == Resumed(resolved=10, still_open=0)
-    assert 5 <= anyio.current_time() - began < 6  # a journal lets its batches gather meanwhile
+    assert 5 <= anyio.current_time() - began < 6  # the journal waits to fill its batches
 
 
 async def test_resume_refuses_an_invalid_concurrency(new_journal):
@@ -809,7 +809,7 @@ async def test_resume_raises_the_errors_of_the_journal(fault, verb):
             await session.resume()
 
 
-# ── what the gateway tells unasked ───────────────────────────────────────────────────────────────
+# ── learn ────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_learn_does_not_undo_a_conflict(new_journal):
@@ -868,7 +868,7 @@ async def test_learn_raises_a_conflict_for_another_final_state(rejected, theirs,
     assert (caught.value.field, caught.value.ours, caught.value.theirs) == ("sta_refund", "3", theirs)
 
 
-# ── the record itself ────────────────────────────────────────────────────────────────────────────
+# ── the entry ────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_an_unresolved_entry_has_no_answer(new_journal):

@@ -86,7 +86,7 @@ def test_the_decision_table():
     """The step for each finding, and for whether an earlier attempt may have arrived."""
     returned, certain, ask = Step.RETURN, Step.RAISE, Step.ASK
     assert {
-        # what came back: (no earlier attempt may have arrived, one may have)
+        # finding: (step if no earlier attempt may have arrived, step if one may have)
         Finding.NOT_SENT: (certain, ask),
         Finding.FOUND: (returned, returned),
         Finding.REJECTED: (certain, ask),
@@ -190,7 +190,7 @@ async def test_a_code_that_proves_nothing_leads_to_a_query(ret_code):
 async def test_not_sent_after_maybe_sent_leads_to_a_query():
     """A refused connection does not change that an earlier attempt may have arrived."""
     gateway = sandbox()
-    gateway.script(Fault.LATE, call="apply", delay=11)  # carried out after it was asked about in vain
+    gateway.script(Fault.LATE, call="apply", delay=11)  # carried out after the first queries found no record
     patient = RetryPolicy(not_found_grace=0.0, attempts=50, maximum=0.5)
     session, road = session_over(gateway, closed=range(2, 99), retry=patient)
     async with session:
@@ -226,7 +226,7 @@ async def test_a_rejection_after_maybe_sent_may_mean_that_the_first_attempt_succ
     assert refund.no_refund == "R-1"
     assert len(road.applied) == 2
     assert gateway.times_made("R-1") == 1
-    # 5007 and 1002 are asked about once more; a replay is the refund's own answer.
+    # 5007 and 1002 lead to one more query; a replay is the refund's own answer.
     assert gateway.requests["query"] == (1 if repeated is Repeated.REPLAY else 2)
 
 
@@ -380,7 +380,7 @@ async def test_an_infinite_grace_never_sends_again():
     assert not road.times
 
 
-# ── settle ───────────────────────────────────────────────────────────────────────────────────────
+# ── resolve ──────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_resolve_within_the_grace_queries_and_sends_nothing():

@@ -62,7 +62,7 @@ def question(number=1):
     return refund_request(number).query()
 
 
-# ── many calls at once ───────────────────────────────────────────────────────────────────────────
+# ── concurrent calls ─────────────────────────────────────────────────────────────────────────────
 
 
 @virtual
@@ -520,7 +520,7 @@ async def test_keys_of_4096_bits_work():
         assert (await session.query_refund(question())).no_refund == "R-1"
 
 
-# ── what the calls answer ────────────────────────────────────────────────────────────────────────
+# ── results of the calls ─────────────────────────────────────────────────────────────────────────
 
 
 @virtual

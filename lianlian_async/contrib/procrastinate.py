@@ -65,7 +65,7 @@ FROM (
     FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s
 ) AS job
 """
-# A job's first event tells when it was queued. Only follow-up jobs, of priority 1, have a cause.
+# The time of a job's first event is when it was queued. Only follow-up jobs (priority 1) have a cause.
 _ACTIVITY: Final = """
 WITH job AS (SELECT * FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s)
 SELECT
@@ -192,8 +192,7 @@ class RefundQueue:
     def statement(self, requests: Iterable[RefundRequest]) -> tuple[LiteralString, dict[str, str]]:
         """Return the SQL statement that inserts ``requests`` into the queue, and its parameters in psycopg's form.
 
-        Use it for connections that :meth:`enqueue` does not accept. Nothing checks that they lead to the queue's
-        database.
+        For connections that :meth:`enqueue` does not accept. It does not check that they lead to the same database.
         """
         rows, size = [request.to_dict() for request in requests], self._slice_size
         slices = [{"refunds": rows[start : start + size]} for start in range(0, len(rows), size)]
@@ -217,17 +216,17 @@ class RefundQueue:
         return await self.app.connector.execute_query_all_async(_FAILURES, **self._names, limit=limit)
 
     async def activity(self) -> Mapping[str, Any]:
-        """Return what shows whether the queue moves.
+        """Return numbers that show whether the queue moves.
 
-        ``oldest_waiting_seconds``: how long the oldest refund that is due has waited, or None; ``queued_again``:
-        refunds that were begun and are queued again, by cause; ``workers``: all of this database, each with ``id``,
-        ``heartbeat_seconds`` since its last heartbeat, and the ``slices`` that it holds.
+        ``oldest_waiting_seconds``: the waiting time of the oldest refund that is due, or None. ``queued_again``: the
+        number of refunds that were begun and queued again, by cause. ``workers``: all workers of this database, each
+        with its ``id``, ``heartbeat_seconds`` since its last heartbeat, and its number of running ``slices``.
         """
         return await self.app.connector.execute_query_one_async(_ACTIVITY, **self._names)
 
     @property
     def in_flight(self) -> int:
-        """Refunds that :meth:`work` has begun and not finished."""
+        """The number of refunds that :meth:`work` has begun and not finished."""
         return self._worker.admission.in_flight if self._worker else 0
 
     async def work(
