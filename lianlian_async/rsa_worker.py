@@ -34,7 +34,7 @@ class _Job:
     def __init__(self, fields: Mapping[str, str]) -> None:
         self.fields = fields
         self.body: bytes | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.leads = False
         self.turn = anyio.Event()
         """Set when the job is done, or when its caller must lead the next visit."""
@@ -106,7 +106,7 @@ class RsaWorker:
                 break
             try:
                 job.body = self.protocol.seal(job.fields)
-            except Exception as error:  # noqa: BLE001 - raised in seal
+            except BaseException as error:  # noqa: BLE001 - raised in seal
                 job.error = error
             done.append(job)
             now = perf_counter()

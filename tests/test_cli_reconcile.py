@@ -201,11 +201,19 @@ def test_the_gateway_is_asked_first(env, journal, gateway, file):
     assert run("reconcile", file, "--journal", journal, "--apply", env=env).exit_code == 0
 
 
-@pytest.mark.parametrize("days", [0, 100], ids=["no such record", "too long ago"])
-def test_statement_is_evidence_if_the_gateway_has_no_record(env, journal, gateway, file, days):
-    """``Refund.evidence`` is the statement, and ``on_refund`` is called for the refund."""
-    send(env, journal, gateway, 0, unknown=When.AFTER if days else When.BEFORE, acting=True)
-    gateway.advance(days * 86_400.0)
+def test_a_statement_does_not_overrule_the_gateway(env, journal, gateway, file):
+    """A refund that the gateway does not know stays unknown, whatever an unsigned file says."""
+    send(env, journal, gateway, 0, unknown=When.BEFORE)
+    ended = run("reconcile", file, "--journal", journal, "--apply", env=env)
+    assert ended.exit_code == 3
+    assert "R-0: in a statement, but LianLian has no such record" in ended.stderr
+    assert states(journal, 0) == [State.UNRESOLVED]
+
+
+def test_where_the_gateway_cannot_decide_the_statement_is_evidence(env, journal, gateway, file):
+    """After three months the statement decides: the refund says so, and ``on_refund`` is called."""
+    send(env, journal, gateway, 0, unknown=When.AFTER, acting=True)
+    gateway.advance(100 * 86_400.0)
     assert run("reconcile", file, "--journal", journal, "--apply", env=env).exit_code == 3
     assert states(journal, 0) == [State.FINAL]
     heard = []

@@ -245,29 +245,78 @@ class Gate:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_job_in_the_visit_of_a_cancelled_leader(rsa, key):
-    """The caller of such a job leads the next visit, may find the job taken, and still gets its own signature."""
+async def test_job_in_the_visit_of_a_cancelled_leader(rsa, key, monkeypatch):
+    """Its caller leads the next visit, finds the job taken, and still gets its own signature."""
     gate = key.go_on = Gate()
-    busy, bodies = threading.Event(), {}
+    first, second, visited, bodies = threading.Event(), threading.Event(), threading.Event(), {}
+    visit = rsa._visit
+
+    def noted_visit():
+        visit()
+        visited.set()
 
     async def ask(number):
         bodies[number] = await rsa.seal(message(number))
 
+    monkeypatch.setattr(rsa_worker, "LONGEST_VISIT", 60.0)
+    monkeypatch.setattr(rsa, "_visit", noted_visit)
     async with asyncio.TaskGroup() as group:
-        group.create_task(waits_in_thread(rsa, busy))
+        group.create_task(waits_in_thread(rsa, first))
         await anyio.wait_all_tasks_blocked()
         leader = group.create_task(ask(0))
         await anyio.wait_all_tasks_blocked()
         group.create_task(ask(1))
+        group.create_task(waits_in_thread(rsa, second))
         await anyio.wait_all_tasks_blocked()
-        busy.set()
+        first.set()
+        assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)
+        leader.cancel()  # the other caller leads now, and waits for the thread
+        await anyio.wait_all_tasks_blocked()
         gate.release()
-        for _ in range(2):  # the leader's own signature, and the other one in the same visit
-            assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)
-        leader.cancel()
-        await anyio.wait_all_tasks_blocked()
+        assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)  # its job, in the first visit
+        second.set()
+        assert await anyio.to_thread.run_sync(visited.wait, 30)  # its own visit found nothing
         gate.release(2)
     assert bodies == {1: rsa.protocol.seal(message(1))}
+
+
+class Panic(BaseException):
+    """What cryptography raises for a panic in its Rust code."""
+
+
+class Panicking(Watched):
+    """A real key whose backend panics at one message."""
+
+    __slots__ = ()
+
+    def sign(self, source):
+        if source == b"no_refund=R-1":
+            raise Panic
+        return super().sign(source)
+
+
+async def test_panic_in_one_signature(merchant):
+    """Its caller gets it; the callers before and after it in the same visit get their signatures."""
+    key = Panicking.of(keypairs.pair("merchant"))
+    rsa = await opened(merchant, key)
+    key.go_on.set()
+    busy, bodies, errors = threading.Event(), {}, []
+
+    async def ask(number):
+        try:
+            bodies[number] = await rsa.seal(message(number))
+        except Panic as error:
+            errors.append(error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(waits_in_thread, rsa, busy)
+        for number in range(3):
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(ask, number)
+        await anyio.wait_all_tasks_blocked()
+        busy.set()
+    assert bodies == {number: rsa.protocol.seal(message(number)) for number in (0, 2)}
+    assert len(errors) == 1
 
 
 async def test_caller_cancelled_during_the_visit(rsa, key):

@@ -115,13 +115,15 @@ async def _apply(found: Reconciliation, merchant: Merchant, place: str, output: 
         try:
             try:
                 refund = await session.query_refund(RefundRequest.from_record(entry.fields).query())
-            except (RefundNotFound, QueryRejected) as error:
-                if isinstance(error, QueryRejected) and error.ret_code != "3005":  # older than three months
+            except QueryRejected as error:
+                if error.ret_code != "3005":  # older than three months: the gateway no longer answers
                     raise
                 refund = Refund.from_dict(found.records(entry.no_refund)[0])
             await learn(journal, refund)
         except JournalError:
             raise
+        except RefundNotFound:
+            output.note(f"{entry.no_refund}: in a statement, but LianLian has no such record: ask LianLian's support")
         except LianLianError as error:
             output.note(str(error))
 
