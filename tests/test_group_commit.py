@@ -1,4 +1,4 @@
-"""Group commit: many tasks share transactions, and none of them, cancelled or wrong, disturbs another."""
+"""Group commit: many tasks share transactions, and an error or cancellation of one does not affect the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def path(tmp_path):
 
 
 async def test_operations_of_many_tasks_share_transactions(path):
-    """A thousand tasks that begin and finish at the same time share a few transactions."""
+    """A thousand tasks that begin and finish concurrently share a few transactions."""
     commits = []
 
     async def one(journal, number):
@@ -38,8 +38,8 @@ async def test_operations_of_many_tasks_share_transactions(path):
     assert commits.count("COMMIT") < 20
 
 
-async def test_a_failed_operation_disturbs_no_other(path):
-    """An operation that raises, even by a bug of its caller, disturbs none of those in its transaction."""
+async def test_a_failed_operation_does_not_affect_the_others(path):
+    """An operation that raises, even by a bug of its caller, does not affect the others in its transaction."""
     found = []
 
     async def one(number):
@@ -58,7 +58,7 @@ async def test_a_failed_operation_disturbs_no_other(path):
 
 
 async def test_closing_waits_for_queued_operations(path):
-    """Whatever was asked before the end of the ``async with`` is recorded and answered."""
+    """Every operation that was queued before the end of the ``async with`` is recorded and gets its result."""
     asked, answers = [], []
 
     async def one(number):
@@ -73,8 +73,8 @@ async def test_closing_waits_for_queued_operations(path):
     assert answers == [Standing.NEW] * 20
 
 
-async def test_cancelled_tasks_disturb_no_other_results(path):
-    """With every other task cancelled at a random moment, the rest get their own answers, and no hold is left over."""
+async def test_cancelled_tasks_do_not_affect_other_results(path):
+    """Half of the tasks are cancelled at random moments: the others get their own results, and no lease remains."""
     chance = random.Random(1)
     scopes, answers = [anyio.CancelScope() for _ in range(500)], []
 
@@ -102,8 +102,8 @@ async def test_cancelled_tasks_disturb_no_other_results(path):
             assert standing is (Standing.FINISHED if number in finished else Standing.NEW)
 
 
-async def test_cancellation_around_the_journal_loses_nothing(path):
-    """Where the whole ``async with`` is cancelled, what was asked of the journal is still recorded, and it closes."""
+async def test_cancelling_the_async_with_loses_nothing(path):
+    """If the whole ``async with`` is cancelled, queued operations are still recorded, and the journal closes."""
     with anyio.CancelScope() as scope:
         async with SqliteJournal(path) as journal:
             await journal.begin(intent(), now())
@@ -114,8 +114,8 @@ async def test_cancellation_around_the_journal_loses_nothing(path):
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_asyncio_cancel_is_survived_too(path):
-    """``Task.cancel``, which no shield stops, ends its own task's call, and none other's; not even when closing."""
+async def test_task_cancel_ends_only_its_own_call(path):
+    """``Task.cancel``, which no shield stops, ends only the call of its own task, also during the close."""
 
     async def work(journal, number):
         standing, _ = await journal.begin(intent(f"R-{number}"), now())
@@ -152,7 +152,7 @@ async def test_asyncio_cancel_is_survived_too(path):
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("is_writing", [False, True])
 async def test_after_its_task_is_cancelled_every_caller_gets_a_journal_error(anyio_backend, path, is_writing):
-    """Who waits for the journal and who asks it later is told; what was on record is there when it opens again."""
+    """Waiting and later callers get a ``JournalError``; after reopening, the recorded entries are there."""
     async with SqliteJournal(path) as journal:
         await journal.begin(intent("R-1"), now())
         asking = asyncio.gather(
@@ -173,8 +173,8 @@ async def test_after_its_task_is_cancelled_every_caller_gets_a_journal_error(any
         assert await journal.find("R-3") is None
 
 
-def test_when_all_tasks_are_cancelled_those_that_hold_the_journal_end(path):
-    """The usual end of a program: every task ends, and the file is free."""
+def test_when_all_tasks_are_cancelled_the_journal_closes(path):
+    """As at the end of a program: every task ends, and the file is unlocked."""
 
     async def hold(opened):
         async with SqliteJournal(path) as journal:
@@ -199,8 +199,8 @@ def test_when_all_tasks_are_cancelled_those_that_hold_the_journal_end(path):
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("cancelled_after", range(12))
-async def test_task_cancel_at_any_step_leaves_the_file_free(anyio_backend, path, cancelled_after):
-    """Opening, holding and closing are undone or completed, wherever ``Task.cancel`` meets them."""
+async def test_task_cancel_at_any_step_leaves_the_file_unlocked(anyio_backend, path, cancelled_after):
+    """Opening and closing are undone or completed, wherever ``Task.cancel`` interrupts them."""
 
     async def hold():
         async with SqliteJournal(path) as journal:
@@ -217,8 +217,8 @@ async def test_task_cancel_at_any_step_leaves_the_file_free(anyio_backend, path,
         await journal.find("R-1")
 
 
-async def test_a_begin_that_is_taken_back_first_records_nothing():
-    """A begin that was retried may be applied after its take-back."""
+async def test_a_begin_after_its_rollback_records_nothing():
+    """A begin that is retried may be applied after its ``TakeBack``."""
     begin = Begin(intent(), now())
     assert TakeBack(begin).apply(None) == (None, None)
     with pytest.raises(JournalError, match="not begun, because its call was cancelled"):

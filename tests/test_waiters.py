@@ -41,8 +41,8 @@ async def notify_after(seconds, endpoint, **changes):
 # ── asking ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_without_notifications_the_gateway_is_asked_after_growing_pauses():
-    """The first question comes after 2 seconds, each pause is twice as long, and none is longer than 5 minutes."""
+async def test_without_notifications_the_pauses_between_queries_grow():
+    """The first query comes after 2 seconds; each pause is twice as long, up to 5 minutes."""
     gateway = sandbox(settle_after=2000)
     asked = []
 
@@ -57,8 +57,8 @@ async def test_without_notifications_the_gateway_is_asked_after_growing_pauses()
     assert pauses == pytest.approx([2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 300, 300], abs=0.1)
 
 
-async def test_a_failed_refund_is_final_too():
-    """Failed is an answer like success, not an error."""
+async def test_a_failed_refund_is_final():
+    """``wait_refund`` returns a failed refund; it raises no error."""
     gateway = sandbox(settle_after=60)
     gateway.fail("R-1")
     async with session(gateway) as opened:
@@ -66,8 +66,8 @@ async def test_a_failed_refund_is_final_too():
     assert refund.sta_refund is RefundStatus.FAILED
 
 
-async def test_what_is_final_is_not_asked_about():
-    """There is nothing to wait for."""
+async def test_a_final_refund_is_not_queried():
+    """``wait_refund`` returns at once."""
     gateway = sandbox(settle_after=0)
     async with session(gateway) as opened:
         refund = await opened.apply_refund(refund_request())
@@ -77,8 +77,8 @@ async def test_what_is_final_is_not_asked_about():
     assert anyio.current_time() == 0
 
 
-async def test_a_question_that_fails_is_asked_again():
-    """Trouble on the way is no reason to stop waiting."""
+async def test_a_failed_query_is_repeated():
+    """A connection error does not end the wait."""
     gateway = sandbox(settle_after=60)
     async with session(gateway) as opened:
         refund = await opened.apply_refund(refund_request())
@@ -88,8 +88,8 @@ async def test_a_question_that_fails_is_asked_again():
         assert (await opened.wait_refund(refund, deadline=3600)).is_final
 
 
-async def test_a_question_that_is_refused_ends_the_wait():
-    """It would be refused again."""
+async def test_a_rejected_query_ends_the_wait():
+    """The gateway would reject the next query, too."""
     gateway = sandbox(settle_after=60)
     async with session(gateway) as opened:
         refund = await opened.apply_refund(refund_request())
@@ -99,8 +99,8 @@ async def test_a_question_that_is_refused_ends_the_wait():
     assert gateway.requests["query"] == 1
 
 
-async def test_at_the_deadline_the_last_word_is_handed_over():
-    """The error carries the record as the gateway gave it last."""
+async def test_the_error_at_the_deadline_has_the_last_record():
+    """``RefundNotFinal`` has the record of the last query."""
     gateway = sandbox(settle_after=100)
     async with session(gateway) as opened:
         refund = await opened.apply_refund(refund_request())
@@ -112,8 +112,8 @@ async def test_at_the_deadline_the_last_word_is_handed_over():
     assert caught.value.__cause__ is None
 
 
-async def test_at_the_deadline_the_last_trouble_is_told():
-    """Where the last query met something, the error says what."""
+async def test_the_error_at_the_deadline_names_the_last_error():
+    """``RefundNotFinal`` names the error of the last query."""
     gateway = sandbox(settle_after=100)
     async with session(gateway) as opened:
         refund = await opened.apply_refund(refund_request())
@@ -124,8 +124,8 @@ async def test_at_the_deadline_the_last_trouble_is_told():
 
 
 @pytest.mark.parametrize("deadline", [0, -1, float("nan")])
-async def test_a_deadline_that_is_none_is_refused_before_anything_is_sent(deadline):
-    """Both calls say so at once."""
+async def test_an_invalid_deadline_is_refused_before_anything_is_sent(deadline):
+    """Both calls raise at once."""
     gateway = sandbox(settle_after=0)
     async with session(gateway) as opened:
         refund = await opened.apply_refund(refund_request())
@@ -137,7 +137,7 @@ async def test_a_deadline_that_is_none_is_refused_before_anything_is_sent(deadli
 
 
 async def test_waiting_takes_no_connection_slot():
-    """Any number may wait while others are made."""
+    """Any number of calls may wait while other refunds are made."""
     gateway = sandbox(settle_after=60)
     async with session(gateway, max_connections=1) as opened, anyio.create_task_group() as tasks:
         for number in range(20):
@@ -146,8 +146,8 @@ async def test_waiting_takes_no_connection_slot():
         assert len(gateway.refunds) == 20
 
 
-async def test_a_session_that_is_closed_ends_the_wait():
-    """The next question finds out, with the error that every call on a closed session has."""
+async def test_closing_the_session_ends_the_wait():
+    """The next query raises the error that every call on a closed session raises."""
     gateway = sandbox(settle_after=60)
     async with session(gateway) as opened:
         refund = await opened.apply_refund(refund_request())
@@ -160,7 +160,7 @@ async def test_a_session_that_is_closed_ends_the_wait():
 
 @pytest.mark.parametrize("status", [RefundStatus.SUCCESS, RefundStatus.FAILED])
 async def test_a_notification_ends_the_wait_at_once(status):
-    """Whoever waits hears what was notified, without a further question."""
+    """The call returns the notified state without a further query."""
     gateway = sandbox(settle_after=1000)
     async with session(gateway) as opened, anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: notify_after(3, endpoint_of(opened), sta_refund=status))
@@ -170,8 +170,8 @@ async def test_a_notification_ends_the_wait_at_once(status):
     assert gateway.requests["query"] == 1
 
 
-async def test_all_who_wait_for_a_refund_are_told_and_no_other():
-    """Two hear of theirs, a third one goes on waiting for another."""
+async def test_a_notification_ends_all_waits_for_its_refund():
+    """Two calls get the state of their refund; a third call keeps waiting for another refund."""
     gateway = sandbox(settle_after=100)
     ended = []
 
@@ -188,8 +188,8 @@ async def test_all_who_wait_for_a_refund_are_told_and_no_other():
     assert ended[2][1] > 100
 
 
-async def test_a_question_under_way_does_not_delay_what_was_told():
-    """A gateway that hangs is not waited for when the notification has come."""
+async def test_a_running_query_does_not_delay_a_notification():
+    """A gateway that does not answer is not waited for after the notification."""
     gateway = sandbox(settle_after=1000)
     async with session(gateway) as opened, anyio.create_task_group() as tasks:
         refund = await opened.apply_refund(refund_request())
@@ -199,7 +199,7 @@ async def test_a_question_under_way_does_not_delay_what_was_told():
         assert anyio.current_time() == pytest.approx(3)
 
 
-async def test_a_state_that_can_change_is_nothing_to_hear():
+async def test_a_notification_that_is_not_final_does_not_end_the_wait():
     """Only a final state ends the wait."""
     gateway = sandbox(settle_after=10)
     async with session(gateway) as opened, anyio.create_task_group() as tasks:
@@ -208,8 +208,8 @@ async def test_a_state_that_can_change_is_nothing_to_hear():
         assert anyio.current_time() > 10
 
 
-async def test_a_notification_of_another_amount_is_not_believed():
-    """The number alone does not make it the refund that was made."""
+async def test_a_notification_of_another_amount_is_ignored():
+    """An equal number does not prove that it is the same refund."""
     gateway = sandbox(settle_after=10)
     async with session(gateway) as opened, anyio.create_task_group() as tasks:
         tasks.start_soon(lambda: notify_after(1, endpoint_of(opened), money_refund="11.00", sta_refund="3"))
@@ -218,7 +218,7 @@ async def test_a_notification_of_another_amount_is_not_believed():
 
 
 async def test_a_notification_may_come_before_the_answer():
-    """What is notified while the apply call is under way is not lost."""
+    """A notification that arrives during the apply call is not lost."""
     gateway = sandbox(settle_after=1000, delay=5)
     gateway.script(Fault.DELAY, call="apply")
     async with session(gateway) as opened, anyio.create_task_group() as tasks:
@@ -228,7 +228,7 @@ async def test_a_notification_may_come_before_the_answer():
     assert gateway.requests == {"apply": 1}
 
 
-async def test_a_notification_stands_in_for_an_answer_that_never_comes():
+async def test_a_notification_replaces_a_lost_answer():
     """A refund whose outcome would be unknown is known by its notification."""
     gateway = sandbox(settle_after=1000)
     gateway.faults = {Fault.RESET: 1.0}
@@ -238,8 +238,8 @@ async def test_a_notification_stands_in_for_an_answer_that_never_comes():
     assert refund.sta_refund is RefundStatus.SUCCESS
 
 
-async def test_without_either_the_outcome_is_unknown():
-    """Nobody can tell, and that is what is said."""
+async def test_without_answer_and_notification_the_outcome_is_unknown():
+    """``apply_and_wait`` raises ``RefundOutcomeUnknown``."""
     gateway = sandbox(settle_after=1000)
     gateway.script(Fault.RESET, when=When.AFTER, times=1000)
     async with session(gateway) as opened:
@@ -250,16 +250,16 @@ async def test_without_either_the_outcome_is_unknown():
 # ── with a journal ───────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_journal_learns_what_was_found():
-    """A final state that was asked for is on record, as one that was notified is."""
+async def test_a_final_state_from_a_query_is_recorded():
+    """The journal records it like a notified state."""
     gateway = sandbox(settle_after=10)
     async with MemoryJournal() as journal, session(gateway, journal=journal) as opened:
         await opened.apply_and_wait(refund_request())
         assert (await journal.find("R-1")).state is State.DONE
 
 
-async def test_what_contradicts_the_journal_is_raised():
-    """A person has to look at a refund of which the gateway has told two final states."""
+async def test_a_state_that_contradicts_the_journal_is_raised():
+    """A person has to decide about a refund with two different final states."""
     gateway = sandbox(settle_after=10)
     async with MemoryJournal() as journal, session(gateway, journal=journal) as opened:
         refund = await opened.apply_refund(refund_request())
