@@ -6,6 +6,7 @@ import argparse
 import gc
 import os
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -26,7 +27,9 @@ def main() -> int:
     began = time.perf_counter()
     figures, told, failed = Counter[str](), Counter[str](), 0
     seeds = range(options.first, options.first + options.seeds)
+    stopped: list[int] = []
     with Pool(options.jobs, _collect_rarely) as pool:
+        signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))  # print the figures so far
         for result in pool.imap(partial(_carry_out, refunds=options.refunds, journals=journals), seeds, chunksize=4):
             plan = result.plan
             figures.update(refunds=plan.refunds, ends=result.ends, steps=result.steps, hours=int(result.seconds / 3600))
@@ -38,7 +41,7 @@ def main() -> int:
                     _replay(plan, trace=False, smaller=True)
                 if failed >= options.most:
                     break
-            if options.seconds and time.perf_counter() - began > options.seconds:
+            if stopped or (options.seconds and time.perf_counter() - began > options.seconds):
                 break
     seconds = time.perf_counter() - began
     print(
