@@ -1,17 +1,17 @@
 """One and two workers on one PostgreSQL.
 
 One worker that takes its refunds from a queue, ÷ one process that makes the same refunds with ``refund_many`` on the
-same kind of journal, 64 in flight, against a gateway that answers after 50 ms; two workers, ÷ one, 8 in flight in each.
-A slice of 200 refunds costs five transactions, and each refund its own part of the journal's. With few in flight a
-worker mostly waits for the gateway, and two make nearly twice as many. What limits a fleet is processors: here workers,
-PostgreSQL and the gateway share two.
+same kind of journal, 64 in flight, against a gateway that answers after 50 ms; that process, ÷ one on an
+``SqliteJournal``; two workers, ÷ one, 8 in flight in each. A slice of 200 refunds costs five transactions, and each
+refund its own part of the journal's. With few in flight a worker mostly waits for the gateway, and two make nearly
+twice as many. What limits a fleet is processors: here workers, PostgreSQL and the gateway share two.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.programs.fleet import ENQUEUE, REFUND_MANY
+from benchmarks.programs.fleet import ENQUEUE, REFUND_MANY, SQLITE
 from benchmarks.programs.frame import Job
 from benchmarks.report import Report
 from benchmarks.runner import Bench, Program
@@ -25,6 +25,7 @@ RUNS = {
     (FEW, "2"): "two workers",
     (MANY, "1"): "one worker",
     (MANY, REFUND_MANY): REFUND_MANY,
+    (MANY, SQLITE): "refund_many on an SqliteJournal",
 }
 
 
@@ -57,6 +58,18 @@ def run(bench: Bench, report: Report) -> None:
                 runs.ratio((MANY, "1"), (MANY, REFUND_MANY), "rate"),
                 "≥",
                 0.8,
+            ),
+            (
+                "refund_many, PostgresJournal ÷ SqliteJournal, refunds/s",
+                runs.ratio((MANY, REFUND_MANY), (MANY, SQLITE), "rate"),
+                "≥",
+                0.9,
+            ),
+            (
+                "refund_many, PostgresJournal ÷ SqliteJournal, CPU of the worker per refund",
+                runs.ratio((MANY, REFUND_MANY), (MANY, SQLITE), "cpu_ms"),
+                "≤",
+                1.25,
             ),
             ("two workers ÷ one, refunds/s, 8 in flight in each", runs.ratio((FEW, "2"), (FEW, "1"), "rate"), "≥", 1.8),
             ("refunds enqueued in a second", queue.of(ENQUEUE, "rate"), "≥", 20_000),

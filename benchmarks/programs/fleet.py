@@ -1,9 +1,9 @@
 """A fleet: procrastinate workers, each a process of its own, on one queue and one journal in one PostgreSQL.
 
-The option is the number of workers; or ``refund_many`` for one process that makes the same refunds without a queue; or
-``enqueue`` to fill the queue only. Workers start, open all that they need, and then begin together; the clock runs
-until the last of them finds the queue empty. The environment's ``LIANLIAN_DSN`` names the server; each run has a
-database of its own.
+The option is the number of workers; or ``refund_many`` for one process that makes the same refunds without a queue;
+``sqlite`` for the same on an ``SqliteJournal``; or ``enqueue`` to fill the queue only. Workers start, open all that
+they need, and then begin together; the clock runs until the last of them finds the queue empty. The environment's
+``LIANLIAN_DSN`` names the server; each run has a database of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import psycopg
@@ -25,13 +26,14 @@ from psycopg.conninfo import make_conninfo
 from benchmarks import workload
 from lianlian_async import RefundSession, refund_many
 from lianlian_async.contrib.procrastinate import RefundQueue
-from lianlian_async.journal import State
+from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.journal.postgres import PostgresJournal
 
 from . import frame
 
 WORKER = "worker"
 REFUND_MANY = "refund_many"
+SQLITE = "sqlite"
 ENQUEUE = "enqueue"
 
 
@@ -39,6 +41,8 @@ def program(job: frame.Job) -> dict[str, float] | Awaitable[dict[str, float]]:
     server = os.environ["LIANLIAN_DSN"]
     if job.option.startswith(WORKER):
         return _work(job, server)
+    if job.option == SQLITE:
+        return _on_sqlite(job)
     dsn = _new_database(server)
     if job.option == ENQUEUE:
         return _fill(job, dsn)
@@ -112,12 +116,28 @@ async def _work(job: frame.Job, dsn: str) -> dict[str, float]:
         await asyncio.to_thread(sys.stdin.readline)
         began = frame.clocks()
         if job.option.endswith(REFUND_MANY):
-            async with refund_many(session, map(workload.refund_request, range(job.refunds))) as outcomes:
-                async for _ in outcomes:
-                    pass
+            await _refund_many(job, session)
         else:
             await queue.work(session, concurrency=job.in_flight, wait=False)
         return frame.timed(job.refunds, began)
+
+
+async def _on_sqlite(job: frame.Job) -> dict[str, float]:
+    merchant = workload.merchant(job.keys, job.url)
+    with TemporaryDirectory() as folder:
+        async with (
+            SqliteJournal(Path(folder, "journal")) as journal,
+            RefundSession(merchant, max_connections=job.in_flight, journal=journal) as session,
+        ):
+            began = frame.clocks()
+            await _refund_many(job, session)
+            return frame.timed(job.refunds, began) | {"database_cpu_ms": 0.0}
+
+
+async def _refund_many(job: frame.Job, session: RefundSession) -> None:
+    async with refund_many(session, map(workload.refund_request, range(job.refunds))) as outcomes:
+        async for _ in outcomes:
+            pass
 
 
 if __name__ == "__main__":
