@@ -1,17 +1,25 @@
 """``lianlian batch --queue`` and ``lianlian worker``: from one process to a fleet, on a real PostgreSQL."""
 
+import os
 import re
 import signal
 import sys
 from decimal import Decimal
+from functools import partial
 
 import anyio
 import psycopg
 import pytest
 
+from lianlian_async import RefundRequest
+from lianlian_async.cli.batch.results import Totals
+from lianlian_async.cli.output import Output
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.cli.stores import open_queue
+from lianlian_async.cli.worker import Progress
+from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.errors import JournalError
+from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from tests.support.batches import PASSWORD, refund, url_of, write_csv
 from tests.support.command import end, interruption, run, start, until
@@ -168,6 +176,104 @@ def test_sigterm_puts_back_what_was_not_begun(env, gateway, tmp_path):
     assert ended.json["queue"] == {"waiting": 150 - made, "later": 0, "at_work": 0, "failed": 0, "workers": 0}
     run("worker", "--until-empty", "--concurrency", "150", env=env)
     assert [gateway.times_made(f"R-{number}") for number in range(150)] == [1] * 150
+
+
+def test_worker_prints_a_line_at_each_interval(env, gateway, file):
+    """Without a terminal a line tells what was made and what is left, at the start and at each interval."""
+    run("batch", file, "--queue", "--yes", env=env)
+    process = start("worker", "--interval", "0.1", env=env)
+    try:
+        lines = [process.stderr.readline() for _ in range(2)]
+        assert lines[1] == "0 of 30  0/s  ETA -  0 made  0 rejected  0 unknown  30 to do\n"
+        until(lambda: process.stderr.readline().endswith("  30 made  0 rejected  0 unknown  0 to do\n"))
+        process.send_signal(signal.SIGTERM)
+        assert end(process, env).exit_code == 0
+    finally:
+        process.kill()
+
+
+def test_worker_shows_a_bar_on_a_terminal(env, file):
+    """The bar is removed at the end; the notes stay."""
+    run("batch", file, "--queue", "--yes", env=env)
+    ended = run("worker", "--until-empty", env=env | {"FORCE_COLOR": "1", "TERM": "xterm"})
+    assert ended.exit_code == 0
+    assert "━━━" in ended.stderr
+    assert " of 30 " in ended.stderr
+    assert "30 made" in ended.stderr
+    assert ended.stderr.rpartition("\x1b[?25h")[2].replace("\x1b[1A", "").replace("\x1b[2K", "").strip() == ""
+
+
+def test_health_file_exists_while_the_worker_runs(env, file, tmp_path):
+    """It is removed at the end. A file with content is refused, and kept; so is one that cannot be created."""
+    path = tmp_path / "health"
+    process = start("worker", "--health-file", path, env=env)
+    try:
+        until(path.exists)
+        process.send_signal(signal.SIGTERM)
+        assert end(process, env).exit_code in (0, 130)
+    finally:
+        process.kill()
+    assert run("worker", "--until-empty", "--health-file", path, env=env).exit_code == 0
+    assert not path.exists()
+    content = file.read_bytes()
+    for wrong, problem in ((file, "the file is not empty"), (path / "x", "No such file or directory")):
+        ended = run("worker", "--health-file", wrong, env=env)
+        assert ended.exit_code == 2
+        assert problem in " ".join(ended.stderr.replace("│", "").split())
+    assert file.read_bytes() == content
+
+
+def test_health_file_is_touched_while_refunds_end_or_none_is_in_flight(gateway, database, tmp_path, capsys):
+    """It is not touched while refunds hang, nor while the database does not answer; that is noted."""
+    path, reports = tmp_path / "health", []
+    begun, answered = anyio.Event(), anyio.Event()
+
+    async def hold(exchange, call_next):
+        begun.set()
+        await answered.wait()
+        return await call_next(exchange)
+
+    async def reported():
+        count = len(reports)
+        while len(reports) < count + 2:  # noqa: ASYNC110 - no event tells
+            await anyio.sleep(0.01)
+
+    async def touched():
+        os.utime(path, (0, 0))
+        while not path.stat().st_mtime:  # noqa: ASYNC110 - no event tells
+            await anyio.sleep(0.01)
+
+    async def work():
+        with anyio.fail_after(60):
+            async with (
+                PostgresJournal(database) as journal,
+                RefundQueue(database) as queue,
+                gateway.session(journal=journal, middleware=[hold]) as session,
+                anyio.create_task_group() as group,
+            ):
+                progress = Progress(Output(), lambda *total: reports.extend(total), Totals(0), path, 0.05)
+                group.start_soon(partial(queue.work, session, on_outcome=progress.add))
+                group.start_soon(progress.report, queue)
+                await touched()
+                await queue.enqueue([RefundRequest.from_dict(refund(1))])
+                await begun.wait()
+                await reported()
+                os.utime(path, (0, 0))
+                await reported()
+                assert path.stat().st_mtime == 0
+                answered.set()
+                await touched()
+                await queue.app.connector.execute_query_async("ALTER TABLE procrastinate_workers RENAME TO hidden")
+                while "no progress report: queue: relation" not in capsys.readouterr().err:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+                os.utime(path, (0, 0))
+                await queue.app.connector.execute_query_async("ALTER TABLE hidden RENAME TO procrastinate_workers")
+                await touched()
+                group.cancel_scope.cancel()
+
+    path.touch()
+    anyio.run(work)
+    assert len(gateway.refunds) == 1
 
 
 def test_unknown_refund_stays_in_the_queue(env, gateway, file):

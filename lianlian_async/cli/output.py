@@ -136,17 +136,26 @@ class Output:
             self.note(f"query it with: {query_command(error.query())}")
 
     @contextmanager
-    def progress(self, total: int, status: Callable[[], RenderableType]) -> Iterator[Callable[[], object]]:
+    def progress(self, total: int, status: Callable[[], RenderableType]) -> Iterator[Callable[..., object]]:
         """Show a bar, and ``status`` below it, on stderr if that is a terminal; call the yielded function at each step.
 
-        Notes appear above the bar.
+        Notes appear above the bar. Called with a new total, the function makes no step; elsewhere it prints a line.
         """
         console = _console(stderr=True)
         with _Progress(status, console=console, transient=True, disable=not _can_redraw(console)) as progress:
-            task = progress.add_task("", total=total)
+            progress.add_task("", total=total)
+            [task] = progress.tasks
+
+            def step(total: int | None = None) -> None:
+                progress.update(task.id, advance=total is None)
+                if total is not None:
+                    task.total, task.finished_time = total, None  # update(total=) would forget the speed
+                    if progress.disable:
+                        self.note(f"{_Pace().render(task)}  {status()}")
+
             self._live = console
             try:
-                yield lambda: progress.advance(task)
+                yield step
             finally:
                 self._live = None
 

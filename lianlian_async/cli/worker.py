@@ -3,31 +3,72 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
+import attrs
 import click
 
+from lianlian_async.background import BackgroundTask
+from lianlian_async.errors import JournalError
 from lianlian_async.merchant import Merchant
+from lianlian_async.outcome import Outcome
 
+from .batch.checked import Line
+from .batch.results import Totals
 from .journal_report import journal_views, read_journal
 from .options import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, pass_output
 from .signals import sigterm_interrupts
-from .stores import dsn_argument, make_journal, open_queue
+from .stores import dsn_argument, make_journal, open_queue, queue_errors
+
+if TYPE_CHECKING:
+    from lianlian_async.contrib.procrastinate import RefundQueue
+
+
+def _health_file(ctx: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Create an empty file, and remove it when the command ends."""
+    if path is not None:
+        try:
+            with path.open("a") as file:
+                if file.tell():
+                    raise click.BadParameter("the file is not empty, and the worker would remove it")
+        except OSError as error:
+            raise click.BadParameter(f"{path}: {error.strerror}") from None
+        ctx.call_on_close(lambda: path.unlink(missing_ok=True))
+    return path
 
 
 @click.command
 @dsn_argument
 @click.option("--until-empty", is_flag=True, help="End when no refund is due now; refunds due later stay in the queue.")
+@click.option(
+    "--health-file",
+    metavar="PATH",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_health_file,
+    help="File for a health check, removed at the end. It is touched at every progress report if the database answers "
+    "and refunds have ended or none is in flight. A worker hangs if it is older than --deadline plus 30 seconds.",
+)
+@click.option("--interval", type=click.FloatRange(0.1, 20), default=10.0, help="Seconds between progress reports.")
 @session_options
 @config_option
 @json_option
 @pass_output
-def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, **settings: Any) -> None:
+def worker(
+    output: Output,
+    /,
+    *,
+    dsn: str,
+    until_empty: bool,
+    health_file: Path | None,
+    interval: float,
+    config: Path | None,
+    **settings: Any,
+) -> None:
     """Make the refunds of a queue.
 
     `lianlian batch --queue` fills the queue. Any number of workers on any number of machines can share it. Ctrl-C or
@@ -36,20 +77,58 @@ def worker(output: Output, /, dsn: str, until_empty: bool, config: Path | None, 
     """
     merchant = load_merchant(config)
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
-    with sigterm_interrupts(), _warnings_shown(output):
-        reasons = anyio.run(_work, merchant, dsn, until_empty, settings)
+    totals = Totals(0)
+    with sigterm_interrupts(), output.progress(0, lambda: totals.status(0)) as step, _warnings_shown(output):
+        progress = Progress(output, step, totals, health_file, interval)
+        reasons = anyio.run(_work, merchant, dsn, until_empty, progress, settings)
     document, shown = journal_views(anyio.run(read_journal, dsn), reasons)
     output.show(document, *shown)
 
 
-async def _work(merchant: Merchant, dsn: str, until_empty: bool, settings: dict[str, Any]) -> Mapping[str, int]:
+@attrs.frozen
+class Progress:
+    """Shows what this worker has done and what is left, and touches its health file."""
+
+    output: Output
+    step: Callable[..., object]
+    totals: Totals
+    health_file: Path | None
+    interval: float
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one more outcome."""
+        self.totals.add(Line(0, outcome.request, {}), outcome)
+        self.step()
+
+    async def report(self, queue: RefundQueue) -> None:
+        """Report at intervals until cancelled."""
+        totals, before = self.totals, -1
+        while True:
+            try:
+                with queue_errors():
+                    counts = await queue.counts()
+                totals.total = totals.ended + counts["waiting"] + counts["at_work"]
+                self.step(totals.ended + totals.to_do // max(counts["workers"], 1))  # this worker's share
+                if self.health_file and (totals.ended > before or not queue.in_flight):
+                    await anyio.Path(self.health_file).touch()
+                before = totals.ended
+            except (JournalError, OSError) as error:
+                self.output.note(f"no progress report: {error}")
+            await anyio.sleep(self.interval)
+
+
+async def _work(
+    merchant: Merchant, dsn: str, until_empty: bool, progress: Progress, settings: dict[str, Any]
+) -> Mapping[str, int]:
     """Make the refunds; return the number of unknown outcomes by reason."""
     async with (
         make_journal(dsn) as journal,
         make_session(merchant, journal=journal, **settings) as session,
         open_queue(dsn) as queue,
+        aclosing(BackgroundTask(lambda: progress.report(queue))),
     ):
-        await queue.work(session, concurrency=settings["concurrency"], wait=not until_empty)
+        options = {"concurrency": settings["concurrency"], "wait": not until_empty, "on_outcome": progress.add}
+        await queue.work(session, **options)
         return session.unknown_reasons
 
 
