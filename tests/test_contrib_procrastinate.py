@@ -20,6 +20,7 @@ from lianlian_async import (
     BatchStopped,
     ConfigurationError,
     Endpoints,
+    InvalidRequest,
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundRequest,
@@ -346,7 +347,8 @@ async def test_jobs_are_scheduled_by_the_databases_clock(dsn, journal, step):
     assert before + timedelta(seconds=899) <= job.scheduled_at <= datetime.now(UTC) + timedelta(seconds=901)
 
 
-async def test_the_refunds_of_a_repeated_job_are_queried_first(dsn, journal):
+@pytest.mark.parametrize("begun", ["attempts = 1", """args = args || '{"tries": 1}'"""])
+async def test_the_refunds_of_a_repeated_job_are_queried_first(dsn, journal, begun):
     """Even if the journal has lost them: otherwise this gateway would make them again."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
     async with RefundQueue(dsn, rescue_after=5.0) as queue, gateway.session(journal=journal) as session:
@@ -354,9 +356,29 @@ async def test_the_refunds_of_a_repeated_job_are_queried_first(dsn, journal):
         async with gateway.session() as dead:
             await dead.apply_refund(*requests(1))
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as administrator:
-            await administrator.execute("UPDATE procrastinate_jobs SET attempts = 1")
+            await administrator.execute(f"UPDATE procrastinate_jobs SET {begun}")
         await queue.work(session, wait=False)
     assert (gateway.requests["query"], gateway.times_made("R-0")) == (1, 1)
+
+
+async def test_the_rest_of_a_rescued_slice_is_queried_first_after_another_stop(dsn, journal):
+    """A worker made the refunds and died, and the journal lost them; the next worker stops early, too."""
+    gateway, gate = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN), Gate()
+    async with RefundQueue(dsn) as queue:
+        async with gateway.session() as dead:
+            for request in requests(10):
+                await dead.apply_refund(request)
+        await leave_jobs(queue, 10)
+        async with gateway.session(journal=journal, middleware=[gate]) as session:
+            async with anyio.create_task_group() as group:
+                group.start_soon(partial(queue.work, session, concurrency=3))
+                await until(lambda: gate.begun == 3)
+                group.cancel_scope.cancel()
+                gate.opened.set()
+            assert (await queue.counts())["waiting"] == 7
+            await queue.work(session, wait=False)
+        assert not await jobs_of(queue)
+    assert [gateway.times_made(f"R-{number}") for number in range(10)] == [1] * 10
 
 
 async def test_an_unknown_refund_is_found_by_the_next_worker(dsn, journal):
@@ -411,6 +433,34 @@ async def test_a_rejection_by_configuration_stops_the_worker(dsn, journal):
         }
         assert begun <= 4
         assert {job.task_kwargs.get("tries") for job in await jobs_of(queue) if job.scheduled_at is None} <= {None}
+
+
+async def test_waiting_slices_end_when_the_worker_stops(dsn, journal):
+    """More slices than may begin before an answer has verified: each gives its place to the next one."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway.script(Fault.BUSY, ret_code="3001", when=When.BEFORE, times=1000)
+    async with RefundQueue(dsn, slice_size=1) as queue, gateway.session(journal=journal) as session:
+        await queue.enqueue(requests(20))
+        with anyio.fail_after(60), pytest.raises(BatchStopped, match="3001"):
+            await queue.work(session, concurrency=20)
+        assert {job.status for job in await jobs_of(queue)} == {"todo"}
+
+
+async def test_a_missing_notify_url_stops_the_worker(dsn, journal):
+    """The merchant's configuration is wrong, not the refunds: they go back, and a worker with the URL makes them."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    incomplete = attrs.evolve(gateway.merchant(), notify_url=None)
+    async with RefundQueue(dsn) as queue:
+        await queue.enqueue(attrs.evolve(request, notify_url=None) for request in requests(30))
+        async with RefundSession(incomplete, transport=asgi_transport(gateway), journal=journal) as session:
+            with pytest.raises(InvalidRequest, match="notify_url: is required, in the request or in the Merchant"):
+                await queue.work(session, wait=False)
+        assert ((await queue.counts())["waiting"], gateway.requests["apply"]) == (30, 0)
+        merchant = attrs.evolve(incomplete, notify_url="https://shop.example/lianlian/refund")
+        async with RefundSession(merchant, transport=asgi_transport(gateway), journal=journal) as session:
+            await queue.work(session, wait=False)
+        assert not await jobs_of(queue)
+    assert len(gateway.refunds) == 30
 
 
 async def test_an_unexpected_error_stops_the_worker(dsn, journal):
@@ -490,6 +540,33 @@ async def test_an_unreadable_row_fails_alone(dsn, journal, row, number, cause):
         await queue.work(session, wait=False)
         assert await queue.failures() == [failure]
     assert len(gateway.refunds) == 5
+
+
+async def test_unreadable_rows_release_their_places(dsn, journal):
+    """More of them than ``concurrency`` do not hold up the refund after them."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await queue._put([follow_up([*["R-X"] * 5, *(request.to_dict() for request in requests(1))], tries=0)])
+        with anyio.fail_after(60):
+            await queue.work(session, concurrency=2, wait=False)
+        assert len(await queue.failures()) == 5
+    assert len(gateway.refunds) == 1
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "null", '"R-0"'])
+async def test_a_job_whose_arguments_are_not_an_object_fails(dsn, journal, arguments):
+    """It fails alone, and the worker goes on."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await queue._put([follow_up([], tries=0)])
+        await queue.app.connector.execute_query_async(
+            "UPDATE procrastinate_jobs SET args = %(arguments)s::jsonb", arguments=arguments
+        )
+        await queue.enqueue(requests(1))
+        await queue.work(session, wait=False)
+        assert [failure["no_refund"] for failure in await queue.failures()] == [None]
+        assert [job.status for job in await jobs_of(queue)] == ["failed"]
+    assert len(gateway.refunds) == 1
 
 
 async def test_a_job_without_refunds_fails(dsn, journal):
@@ -580,12 +657,29 @@ async def test_a_cancelled_worker_finishes_its_running_refunds(dsn, journal):
     assert (len(gateway.refunds), job.task_kwargs["tries"]) == (3, 0)
 
 
+async def test_a_second_cancellation_ends_the_worker_at_once(dsn, journal):
+    """The running refunds are cancelled; the slice goes back as begun, so that the next worker queries them first."""
+    gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, middleware=[gate]) as session:
+        await queue.enqueue(requests(20))
+        work = asyncio.create_task(queue.work(session, concurrency=3))
+        await until(lambda: gate.begun == 3)
+        work.cancel()
+        await until(lambda: queue._worker.is_stopping)
+        work.cancel()
+        with anyio.fail_after(60), pytest.raises(asyncio.CancelledError):
+            await work
+        (job,) = await jobs_of(queue)
+    assert (job.status, job.attempts, len(job.task_kwargs["refunds"])) == ("todo", 1, 20)
+    assert len(gateway.refunds) == 0
+
+
 async def leave_jobs(queue, count):
-    """Let a worker fetch ``jobs`` jobs of one refund each, and send no heartbeat for two minutes."""
+    """Let a worker fetch all jobs of ``count`` refunds, and send no heartbeat for two minutes."""
     await queue.enqueue(requests(count))
     dead = await queue.app.job_manager.register_worker()
-    for _ in range(count):
-        assert await queue.app.job_manager.fetch_job(queues=["lianlian"], worker_id=dead) is not None
+    while await queue.app.job_manager.fetch_job(queues=["lianlian"], worker_id=dead) is not None:
+        pass
     await forget_workers(queue)
 
 
@@ -609,13 +703,34 @@ async def forget_workers(queue):
 
 
 async def test_another_worker_runs_the_jobs_of_a_dead_worker(dsn, journal):
-    """A job that a worker fetched and never finished is queued again, and its refunds are made once."""
-    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    """A job that a worker fetched and never finished is queued again, and its refunds are queried first."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        async with gateway.session() as dead:
+            await dead.apply_refund(*requests(1))
         await leave_jobs(queue, 1)
         await queue.work(session, wait=False)
         assert await jobs_of(queue) == []
     assert gateway.times_made("R-0") == 1
+
+
+@pytest.mark.parametrize("statuses", [("doing", "doing"), ("doing", "todo")])
+async def test_periodic_jobs_of_dead_workers_do_not_stop_a_worker(dsn, journal, statuses):
+    """Their queueing lock allows only one waiting job, so the dead ones are not queued again."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        for status in statuses:
+            job = await queue.app.configure_task(
+                "lianlian:tend", queue="lianlian", queueing_lock="tend lianlian"
+            ).defer_async(timestamp=1)
+            await queue.app.connector.execute_query_async(
+                f"UPDATE procrastinate_jobs SET status = '{status}' WHERE id = {job}"
+            )
+        await queue.enqueue(requests(3))
+        await queue.work(session, wait=False)
+        tends = await queue.app.job_manager.list_jobs_async(task="lianlian:tend")
+        assert {job.status for job in tends} == {"failed"}
+    assert len(gateway.refunds) == 3
 
 
 async def test_two_workers_rescue_each_job_once(dsn, journal):
@@ -677,8 +792,10 @@ async def test_an_open_refund_with_a_job_is_not_queued_again(dsn, journal):
         await queue._put(
             [follow_up([waits], tries=1, seconds=900.0), follow_up([failed], tries=1, cause="a person", failed=True)]
         )
+        before = dict(gateway.requests)
         await queue.work(session, wait=False)
         assert [job.status for job in await jobs_of(queue)] == ["todo", "failed"]
+    assert gateway.requests == before
 
 
 @pytest.mark.parametrize("seconds", [0, 0.5, -1, float("nan"), "60"])

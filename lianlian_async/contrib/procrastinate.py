@@ -17,7 +17,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Final, LiteralString, Self, TypeVar, cast
 
@@ -85,13 +85,15 @@ _FAILURES: Final = """
 SELECT args->'refunds'->0->>'no_refund' AS no_refund, args->>'cause' AS cause FROM procrastinate_jobs
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' ORDER BY id LIMIT %(limit)s
 """
+# A job with a queueing lock would collide with its successor, which replaces it.
 _RESCUE: Final = """
 UPDATE procrastinate_jobs AS job
-SET status = 'todo', attempts = attempts + 1, scheduled_at = NULL, abort_requested = false
+SET status = CASE WHEN queueing_lock IS NULL THEN 'todo' ELSE 'failed' END::procrastinate_job_status,
+    attempts = attempts + 1, scheduled_at = NULL, abort_requested = false
 WHERE status = 'doing' AND queue_name = %(queue)s AND NOT EXISTS (
     SELECT FROM procrastinate_workers AS worker
     WHERE worker.id = job.worker_id AND last_heartbeat >= now() - %(seconds)s * interval '1 s'
-) RETURNING id
+) RETURNING id, status
 """
 # Find the refunds that a job already covers. Ignore slices that no worker has started: they may wait for a long time.
 _HELD: Final = """
@@ -241,8 +243,9 @@ class RefundQueue:
 
         With ``wait=False``, return when the queue is empty. ``concurrency``: maximum number of refunds processed
         concurrently; ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running
-        refunds finish and the others go back into the queue. They also go back before :class:`BatchStopped` is raised:
-        a rejection stops the batch, or the gateway's answers do not verify.
+        refunds finish and the others go back into the queue; a second one also cancels the running refunds. The others
+        also go back before :class:`BatchStopped` (a rejection stops the batch, or answers do not verify) or
+        :class:`InvalidRequest` (no ``notify_url``).
         """
         if not isinstance(session.journal, PostgresJournal):
             raise ConfigurationError("work: the session needs a PostgresJournal, which all workers share")
@@ -263,9 +266,11 @@ class RefundQueue:
         try:
             await asyncio.shield(running)
         except asyncio.CancelledError:
-            worker.stop()
             with anyio.CancelScope(shield=True):  # without it, a cancelled scope would cancel this wait again and again
-                await running
+                while not running.done():
+                    worker.interrupt()
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.shield(running)
             raise
         if worker.failure is not None:
             raise worker.failure
@@ -291,7 +296,7 @@ class RefundQueue:
         """Queue the jobs of dead workers again, and the open refunds that no job covers."""
         session, queue, connector = self._working().session, self._names["queue"], self.app.connector
         for job in await connector.execute_query_all_async(_RESCUE, queue=queue, seconds=self._rescue_after):
-            logger.warning("job %s is queued again: its worker is dead", job["id"])
+            logger.warning("job %s is set to %s: its worker is dead", job["id"], job["status"])
         async with aclosing(_chunks(_open_refunds(session), self._slice_size)) as chunks:
             async for refunds in chunks:
                 found = await connector.execute_query_all_async(_HELD, **self._names, refunds=refunds)

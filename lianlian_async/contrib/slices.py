@@ -70,6 +70,12 @@ class SliceWorker(Worker):
         self.needs_more.set()
         super().stop()  # type: ignore[no-untyped-call]
 
+    def interrupt(self) -> None:
+        """Stop; if already stopping, cancel the running slices: procrastinate queues them again."""
+        for job in self._running_jobs if self.is_stopping else ():
+            job.cancel()
+        self.stop()
+
     def fail(self, error: Exception) -> None:
         """Stop because of ``error``."""
         self.failure = self.failure or error
@@ -92,6 +98,9 @@ class SliceFetcher(JobManager):
         """Return the next job, or None."""
         await self._worker.needs_more.wait()
         job = None if self._worker.is_stopping else await super().fetch_job(queues=queues, worker_id=worker_id)
+        arguments: Any = job and job.task_kwargs
+        if job is not None and not isinstance(arguments, dict):  # procrastinate and `_rows` need an object
+            job = job.evolve(task_kwargs={"refunds": [arguments]})
         if job is not None and job.task_name == TASK:
             self._worker.add_waiting(len(_rows(job)))
         return job
@@ -103,9 +112,8 @@ class Slice:
     def __init__(self, worker: SliceWorker, job: Job) -> None:
         self._worker = worker
         tries = job.task_kwargs.get("tries")
-        self._tries = tries if isinstance(tries, int) else 0
-        # An earlier run may have sent these refunds, even if the journal has lost them.
-        self._query_first = self._tries > 0 or job.attempts > 0
+        # An earlier run may have sent these refunds, even if the journal has lost them: tries > 0 queries them first.
+        self._tries = max(tries if isinstance(tries, int) else 0, min(job.attempts, 1))
         self._pause = min(2.0 ** min(self._tries, 9), 300.0)  # after a failure of the network or the journal
         self._unread = _rows(job)[::-1]
         self._under_way = dict[int, RefundRequest]()
@@ -118,7 +126,7 @@ class Slice:
         """Run the refunds; return the follow-up jobs of those that are not finished."""
         worker, pause = self._worker, 0.0
         outcomes = refund_many(
-            worker.session, self._requests(), concurrency=worker.concurrency, query_first=self._query_first
+            worker.session, self._requests(), concurrency=worker.concurrency, query_first=self._tries > 0
         )
         try:
             async with outcomes:
@@ -177,6 +185,9 @@ class Slice:
                     self._worker.stop()
                 if error.stops_batch or error.may_pass:
                     self._retry(request, _REJECTED_PAUSE, f"rejected: {error.ret_code} {error.meaning}")
+            case InvalidRequest():  # the row was readable: the merchant's configuration has no notify_url
+                self._retry(request, 0.0, str(error))
+                self._worker.fail(error)
             case _:
                 self._fail(request.to_dict(), error)
 
