@@ -54,7 +54,8 @@ class Moment:
 def elapsed(since: Moment, now: Moment) -> float | None:
     """Return the seconds that have certainly passed from ``since`` to ``now``; None if it is unknown.
 
-    Also None if ``since`` is of another boot and in the future: a clock was set, so the count must start again.
+    Also None if ``since`` was read in another boot and is in the future: a clock was set, so the time must be measured
+    again from now.
     """
     if since.timeline == now.timeline:
         return now.boot - since.boot

@@ -52,7 +52,7 @@ class Verdict(StrEnum):
     AGREES = "agrees"
     AMOUNT_DIFFERS = "amount_differs"
     NOT_IN_JOURNAL = "not_in_journal"
-    """In the statement; the journal has no such refund of this merchant and ``dt_refund``, or has it as not made."""
+    """In the statement; the journal has no refund with this number, merchant and ``dt_refund``, or it was not made."""
     TWICE_IN_STATEMENT = "twice_in_statement"
     MISSING_IN_STATEMENT = "missing_in_statement"
     """Successful in the journal; the statements of its day and of the next day lack it."""
@@ -90,7 +90,7 @@ class _Layout(NamedTuple):
         """Return number, merchant, time and amount of a refund, else None. The ``ValueError`` names the bad column."""
         cells = line.split(self.delimiter)
         if len(cells) < self.width or (len(cells) > self.width and self is not _DOMESTIC):
-            raise ValueError(f"column {len(cells)} is the last one, but {self.width} are needed")
+            raise ValueError(f"the row has {len(cells)} columns, but needs {self.width}")
         fields = dict[str, str]()
         for field, column in self.columns.items():
             if field == "no_refund" and fields["status"] == "0":
@@ -161,7 +161,7 @@ class Reconciliation:
         if summary and len(self.unreadable) == unreadable:
             told = _SUMMARY.fullmatch(summary.strip())
             if told is None or [Decimal(text or 0) for text in told.groups()] != sums:
-                raise StatementError(f"{name}: {sums[0]} refunds of {sums[1]} yuan, but its JYMXSUM says {summary!r}")
+                raise StatementError(f"{name}: {sums[0]} refunds, sum {sums[1]} yuan, but its JYMXSUM says {summary!r}")
 
     def _rows(self, name: str, lines: Iterable[str], sums: list[Decimal]) -> Iterator[tuple[str, ...]]:
         layout = None

@@ -462,7 +462,7 @@ def test_interruption_before_the_first_refund(gateway, file):
         ended = run("batch", file, "--yes", "--json", env=environment(gateway, "http://127.0.0.1:9"))
     assert ended.exit_code == 130
     assert (ended.json["outcome"], ended.json["to_do"]["refunds"]) == ("interrupted", 10)
-    assert ended.stderr.startswith("up to 0 more may have been made")
+    assert ended.stderr.startswith("up to 0 refunds without an outcome may have been made")
 
 
 def test_incomplete_batch_is_not_made():
@@ -520,7 +520,10 @@ def test_interrupted_batch_continues_in_the_next_run(env, gateway, file, numbers
     assert ended.exit_code == 130
     assert ended.json["outcome"] == "interrupted"
     assert ended.json["outcomes"]["made"]["refunds"] == 3
-    assert ended.stderr == "up to 2 more may have been made: run the same command again to resolve them\n"
+    assert (
+        ended.stderr
+        == "up to 2 refunds without an outcome may have been made: run the same command again to resolve them\n"
+    )
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.json["found"] == {"new": 5, "made": 3, "open": 2}
     assert (again.json["attempts"], again.json["queries"]) == (5, 2)

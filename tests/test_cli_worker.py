@@ -156,7 +156,7 @@ def test_show_reports_rate_time_left_and_workers(env, gateway, tmp_path):
     [worker] = shown["workers"]
     assert (worker["slices"], worker["heartbeat_seconds"] < 60) == (1, True)
     assert re.search(r"finished per second │ +[1-9].*\n.*time left +│ 0:.*\n.*oldest waits for +│ 0:", people)
-    assert "last heartbeat before" in people
+    assert "since last heartbeat" in people
 
 
 def test_sigterm_puts_back_what_was_not_begun(env, gateway, tmp_path):

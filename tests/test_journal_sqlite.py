@@ -99,7 +99,7 @@ async def test_a_second_journal_of_the_same_process_is_refused(path):
         with pytest.raises(JournalError, match=f"process {os.getpid()} on"):
             async with SqliteJournal(link):
                 pass
-        with pytest.raises(RuntimeError, match="open already"):
+        with pytest.raises(RuntimeError, match="already open"):
             async with journal:
                 pass
         await journal.begin(intent(), now())
@@ -343,7 +343,7 @@ async def test_reading_a_corrupted_file_raises_with_advice(path, damaged):
     with path.open("r+b") as file:
         file.seek((page - 1) * 4096)
         file.write(b"\xff" * 4096)
-    with pytest.raises(JournalError, match="malformed; keep the damaged file and restore a backup"):
+    with pytest.raises(JournalError, match="malformed; restore a backup, keep the damaged file"):
         async with SqliteJournal(path) as journal:
             await journal.begin(intent(), now())
 

@@ -214,7 +214,7 @@ def test_another_currency_and_another_number_of_columns_cannot_be_read():
     found = compare(**{DAY: [*crossborder(currency_order="USD"), *crossborder(info_order="a|b")[1:]]})
     assert found.unreadable == [
         (2, f"{DAY}, line 2: column 7 (currency): 'USD' is not CNY"),
-        (3, f"{DAY}, line 3: column 20 is the last one, but 19 are needed"),
+        (3, f"{DAY}, line 3: the row has 20 columns, but needs 19"),
     ]
 
 
@@ -248,7 +248,7 @@ def test_a_file_in_which_a_column_cannot_be_found_is_no_statement(header, missin
         ({"amount": "88.5"}, r"column 7 \(money_refund\): '88.5' is not a negative amount such as -88.5"),
         ({"amount": "-1e3"}, r"column 7 \(money_refund\): '-1e3' is not a negative amount such as -88.5"),
         ({"status": "3"}, r"column 9 \(status\): '3' is not 0 or 5"),
-        ({"rest": "0"}, "column 11 is the last one, but 14 are needed"),
+        ({"rest": "0"}, "the row has 11 columns, but needs 14"),
     ],
 )
 def test_a_row_that_has_not_the_documented_form_is_reported_with_line_and_column(changes, reason):
@@ -311,7 +311,7 @@ def test_the_check_sum_may_confirm_a_statement(summary):
 @pytest.mark.parametrize("summary", ["1|0||2|-88.50|0|", "1|0||1|-88.51|0|", "1|0||1|-88.50|0", "1|0||one|-88.50|0|"])
 def test_a_statement_that_its_check_sum_contradicts_is_refused(summary):
     found = Reconciliation()
-    with pytest.raises(StatementError, match=r"1 refunds of -88.5 yuan, but its JYMXSUM says '1\|0"):
+    with pytest.raises(StatementError, match=r"1 refunds, sum -88.5 yuan, but its JYMXSUM says '1\|0"):
         found.add_statement(DAY, [row()], summary)
 
 

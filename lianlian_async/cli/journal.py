@@ -35,7 +35,7 @@ _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
 def journal() -> None:
     """Show, export or resume a journal.
 
-    A journal records refunds and their outcomes: an SQLite file, as `lianlian batch` makes it, or a PostgreSQL
+    A journal records refunds and their outcomes. It is an SQLite file, created by `lianlian batch`, or a PostgreSQL
     database (postgresql://…, preferably in LIANLIAN_DSN).
     """
 
@@ -48,7 +48,7 @@ def journal() -> None:
     is_flag=False,
     flag_value=2.0,
     type=click.FloatRange(min=0.1),
-    help="Redraw every 2 or SECONDS seconds until Ctrl-C; if stdout is not a terminal, print one line each time.",
+    help="Redraw every SECONDS (2 if omitted) until Ctrl-C; if stdout is not a terminal, print one line each time.",
 )
 @json_option
 @pass_output

@@ -27,7 +27,7 @@ _MEANING: Final = {
     State.FINAL: "success or failed; on_refund has not returned",
     State.DONE: "success or failed",
     State.REJECTED: "rejected",
-    State.CONFLICT: "belongs to another refund: a person must decide",
+    State.CONFLICT: "its no_refund belongs to another refund: a person must decide",
 }
 
 
@@ -152,7 +152,7 @@ def _queue_tables(report: JournalReport) -> Iterator[RenderableType]:
         yield table("queued again", ("reason", "refunds"), _by_number(again))
     if workers := activity["workers"]:
         cells = [(one["id"], _duration(one["heartbeat_seconds"]), one["slices"]) for one in workers]
-        yield table("workers", ("worker", "last heartbeat before", "slices"), cells)
+        yield table("workers", ("worker", "since last heartbeat", "slices"), cells)
 
 
 def journal_line(report: JournalReport) -> str:

@@ -35,7 +35,8 @@ def lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]:
     """Return a lifespan that opens ``contexts`` in this order: a journal, its session, an endpoint.
 
-    :data:`Session` is the session among them. Your own lifespan can ``yield {"refund_session": session}`` instead.
+    A parameter of type :data:`Session` receives the ``RefundSession`` among them. Your own lifespan can
+    ``yield {"refund_session": session}`` instead.
     """
 
     @asynccontextmanager

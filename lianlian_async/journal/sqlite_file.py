@@ -29,7 +29,7 @@ _ROWS: Final = 64
 _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: "another program has locked the file; end that program",
     sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable",
-    sqlite3.SQLITE_CORRUPT: "keep the damaged file and restore a backup; refunds begun after it may have been made",
+    sqlite3.SQLITE_CORRUPT: "restore a backup, keep the damaged file; refunds newer than the backup may have been made",
     sqlite3.SQLITE_FULL: "free some disk space; the journal then continues",
     sqlite3.SQLITE_IOERR: "check the disk",
     sqlite3.SQLITE_NOTADB: "the file is not a journal, and was not changed; name another file",
@@ -172,7 +172,7 @@ class JournalFile:
         """See :meth:`.base.Journal.counts`."""
         with self._turn, self._errors():
             found = json.loads(self._value(sql.COUNT))
-        # The index counts the other states. Most refunds are DONE: counting their rows would take seconds.
+        # The partial index covers all states except DONE. Most refunds are DONE: counting their rows takes seconds.
         found[State.DONE] = found.pop("all") - sum(found.values())
         return {state: found.get(state, 0) for state in State}
 

@@ -1,9 +1,10 @@
 """Schema and statements of a journal file, and the stored form of a moment.
 
-``refunds`` contains the columns that rarely change. ``bodies`` contains a refund's signed body while it is unresolved,
-with its ``evidence``: the readings of the other clocks at ``sent_at``, and the rejection if every attempt so far was
-rejected. ``endings`` contains the outcomes. So rows never grow, and pages stay full. ``sent_at`` is in microseconds
-since 1970 (UTC). ``journal`` has one row: the journal's id, its owner, and whether ``Journal.begin_acting`` was called.
+``refunds`` contains the columns that rarely change. ``bodies`` contains a refund's signed body while the refund is
+unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock at ``sent_at``, and the
+rejection if every attempt so far was rejected. ``endings`` contains the outcomes. So rows never grow, and pages stay
+full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the journal's id, its owner, and whether
+``Journal.begin_acting`` was called.
 
 One statement writes many rows, and a read returns all rows as one JSON text: ``sqlite3`` releases and re-acquires the
 GIL for every row, and a busy event loop may keep the GIL each time.
@@ -49,7 +50,7 @@ SELECT json_group_array(
 )
 FROM refunds LEFT JOIN bodies USING (id) LEFT JOIN endings USING (id)
 WHERE """
-"""Completed by one of these conditions:"""
+"""Append one condition: ``FIND``, ``PENDING``, ``ENTRIES`` or ``LATEST_MADE``."""
 FIND: Final = "no_refund IN (SELECT value FROM json_each(?))"
 PENDING: Final = """id IN (
     SELECT id FROM refunds

@@ -47,7 +47,7 @@ _POLL: Final = 1.0
 """Seconds between two attempts to open a journal that another process has open, or between two looks at a batch."""
 
 _END: Final = object()
-"""Instead of another outcome: the batch has ended."""
+"""Sentinel that ``anext`` returns when the batch has ended."""
 
 
 @click.command
@@ -207,7 +207,8 @@ def _send(run: _Batch) -> int:
             anyio.run(run.work)
     except KeyboardInterrupt:
         run.output.note(
-            f"up to {len(run.in_flight):,} more may have been made: run the same command again to resolve them"
+            f"up to {len(run.in_flight):,} refunds without an outcome may have been made: "
+            "run the same command again to resolve them"
         )
         outcome = INTERRUPTED
     else:
@@ -265,7 +266,10 @@ class _Batch:
         self._write_receipt = write
 
     async def work(self) -> None:
-        """Send all refunds; store an error that stops the batch in ``failure``, or raise it if there is no outcome."""
+        """Send all refunds.
+
+        If an error stops the batch, store it in ``failure``, or raise it if no refund has an outcome yet.
+        """
         try:
             with one_interruption():
                 await self._work()
@@ -307,7 +311,7 @@ class _Batch:
         return self.totals.status(len(self._held))
 
     def _note_waiting(self) -> None:
-        """Say once until when the batch waits, if only unknown refunds remain."""
+        """If only unknown refunds remain, print once the time at which the wait ends."""
         if not self._is_waiting and 0 < len(self._held) == self.totals.to_do:
             self._is_waiting = True
             last = local_time(max(unknown.ask_again_at for unknown, _ in self._held))

@@ -38,7 +38,7 @@ from lianlian_async.outcome import Outcome
 from .checked import Line
 
 _PRECEDENCE: Final = (UNKNOWN, REJECTED, FAILED)
-"""The batch has the exit code of the first of these outcomes that occurred."""
+"""The batch gets the exit code of the first outcome in this list that any refund has (most severe first)."""
 _IDENTITY: Final = ("no_refund", "dt_refund", "money_refund")
 _RECORDED: Final = ("ret_code", "ret_msg", "oid_refundno", "sta_refund", "settle_date")
 _OURS: Final = (
@@ -48,7 +48,7 @@ _OURS: Final = (
 _RUN_AGAIN: Final = "run the same command again"
 _KEPT: Final = 20
 STYLES: Final = {MADE: "", UNKNOWN: "yellow"}
-"""Colours of outcomes; any other needs a person: red."""
+"""Colours by outcome; all other outcomes are red, because a person must act."""
 
 
 def _exit_outcome(outcome: Outcome) -> ExitOutcome:
@@ -131,7 +131,7 @@ def invalid_result(line: int, cells: Mapping[str, str], problem: str) -> dict[st
 
 
 def _result(line: Line) -> dict[str, Any]:
-    # The file's text; the request's fields only where the file has none.
+    # Use the file's text. Use the request's field only if the file has no text for it.
     own = {column: text for column, text in line.cells.items() if text and column not in _OURS}
     return line.request.to_dict() | own | {"line": line.line}
 

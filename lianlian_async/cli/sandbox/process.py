@@ -29,7 +29,7 @@ class Books(NamedTuple):
     money_moved: Mapping[str, Decimal]
     """Yuan that the merchant paid for each ``no_refund``."""
     requests: Mapping[str, int]
-    """The number of requests for each call."""
+    """Number of requests by gateway call: ``apply`` and ``query``."""
 
 
 @attrs.frozen

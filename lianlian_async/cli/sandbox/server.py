@@ -1,4 +1,4 @@
-"""Serve the sandbox on a socket with uvicorn in a thread, and make the environment of its merchant."""
+"""Serve the sandbox on a socket with uvicorn in a thread, and return the environment variables of its merchant."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
 
 
 def environment(gateway: SandboxGateway, base_url: str, **overrides: Any) -> dict[str, str]:
-    """Return environment variables for ``Merchant.from_env`` to use ``gateway`` at ``base_url``; each key in one line.
+    """Return environment variables for ``Merchant.from_env`` to use ``gateway`` at ``base_url``.
 
-    ``overrides`` replace arguments of ``Merchant``.
+    Each RSA key is Base64 on one line. ``overrides`` replace arguments of ``Merchant``.
     """
     merchant = gateway.merchant(base_url, **overrides)
     return {
