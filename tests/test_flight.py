@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from lianlian_async import (
@@ -17,6 +19,7 @@ from lianlian_async import (
     RetryBudget,
     RetryPolicy,
 )
+from lianlian_async.flight import Flight
 from lianlian_async.journal import MemoryJournal, memory
 from lianlian_async.sandbox import Fault, Repeated, When
 from tests.support.parties import boot_clock, refund_request, sandbox
@@ -391,3 +394,17 @@ async def test_a_call_after_the_end_of_a_flight_starts_a_new_one(options):
         assert [type(each) for each in (short, long)] == [RefundOutcomeUnknown] * 2
         assert (await session.apply_refund(refund_request(), deadline=600)).no_refund == "R-1"
     assert gateway.times_made("R-1") == 1
+
+
+async def test_finished_flight_leaves_no_reference_cycle():
+    """Reference counting frees it: a garbage collection of many flights would stall the event loop."""
+    async with sandbox().session() as session:
+        await session.apply_refund(refund_request(money_refund="0.01"))
+        gc.collect()
+        gc.disable()
+        try:
+            await session.apply_refund(refund_request(no_refund="R-2", money_refund="0.01"))
+            await anyio.lowlevel.checkpoint()
+            assert [each for each in gc.get_objects() if isinstance(each, Flight)] == []
+        finally:
+            gc.enable()
