@@ -65,7 +65,7 @@ def bars(title: str, unit: str, rows: Mapping[str, Spread], ours: Sequence[str] 
         ]
     bottom = top + len(rows) * step + 14
     scale = ", logarithmic scale" if is_log else ""
-    parts.append(_text(left, bottom, f"{unit}{scale}; the thin line spans all rounds", "soft"))
+    parts.append(_text(8, bottom, f"{unit}{scale}; the thin line spans all rounds", "soft"))
     return _document(bottom + 12, title, parts)
 
 
