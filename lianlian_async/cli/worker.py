@@ -29,17 +29,24 @@ if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
 
 
-def _health_file(ctx: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Create an empty file, and remove it when the command ends."""
-    if path is not None:
-        try:
-            with path.open("a") as file:
-                if file.tell():
-                    raise click.BadParameter("the file is not empty, and the worker would remove it")
-        except OSError as error:
-            raise click.BadParameter(f"{path}: {error.strerror}") from None
-        ctx.call_on_close(lambda: path.unlink(missing_ok=True))
-    return path
+@contextmanager
+def _health_file(path: Path | None) -> Iterator[None]:
+    """Create an empty file, and remove it at the end. Enter it after SIGTERM is handled, or SIGTERM leaves the file."""
+    if path is None:
+        yield
+        return
+    try:
+        with path.open("a") as file:
+            if file.tell():
+                raise click.BadParameter(
+                    "the file is not empty, and the worker would remove it", param_hint="--health-file"
+                )
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error.strerror}", param_hint="--health-file") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @click.command
@@ -49,7 +56,6 @@ def _health_file(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     "--health-file",
     metavar="PATH",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=_health_file,
     help="File for a health check, removed at the end. It is touched at every progress report if the database answers "
     "and refunds have ended or none is in flight. A worker hangs if it is older than --deadline plus 30 seconds.",
 )
@@ -78,7 +84,12 @@ def worker(
     merchant = load_merchant(config)
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
     totals = Totals(0)
-    with sigterm_interrupts(), output.progress(0, lambda: totals.status(0)) as step, _warnings_shown(output):
+    with (
+        sigterm_interrupts(),
+        _health_file(health_file),
+        output.progress(0, lambda: totals.status(0)) as step,
+        _warnings_shown(output),
+    ):
         progress = Progress(output, step, totals, health_file, interval)
         reasons = anyio.run(_work, merchant, dsn, until_empty, progress, settings)
     document, shown = journal_views(anyio.run(read_journal, dsn), reasons)
