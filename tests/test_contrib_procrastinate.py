@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
@@ -835,3 +836,19 @@ async def test_an_invalid_dsn_of_a_queue_is_not_shown():
     with pytest.raises(ConfigurationError, match="dsn: must be a PostgreSQL connection string") as caught:
         RefundQueue("password=s3cret books")
     assert "s3cret" not in str(caught.value)
+
+
+async def test_cancelled_opening_leaves_no_task():
+    """The pool is closed, so its tasks end with their connections: else they keep the event loop from ending."""
+    before = asyncio.all_tasks()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        dsn = f"postgresql://u@127.0.0.1:{listener.getsockname()[1]}/d"
+        opening = asyncio.create_task(RefundQueue(dsn).__aenter__())
+        connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+        with connection:  # that never answers
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+    _, running = await asyncio.wait(asyncio.all_tasks() - before, timeout=30)
+    assert running == set()

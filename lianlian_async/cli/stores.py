@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +16,7 @@ import attrs
 import click
 from click.core import ParameterSource
 
+from lianlian_async.background import complete
 from lianlian_async.errors import ConfigurationError, JournalError
 from lianlian_async.journal import Journal, SqliteJournal, SqliteReader
 from lianlian_async.merchant import Merchant
@@ -127,7 +128,9 @@ async def read_queue(dsn: str) -> tuple[dict[str, int], Sequence[Mapping[str, st
         from lianlian_async.contrib.procrastinate import RefundQueue
     queue = RefundQueue(dsn)
     with queue_errors():
-        async with queue.app.open_async():
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(complete, queue.app.close_async)  # also if opening is cancelled
+            await queue.app.open_async()
             if await queue.app.check_connection_async():
                 return dict(await queue.counts()), await queue.failures(), await queue.activity()
     return {}, (), {}

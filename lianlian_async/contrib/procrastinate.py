@@ -27,6 +27,7 @@ from psycopg import AsyncConnection, AsyncCursor
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
+from lianlian_async.background import complete
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.journal.postgres import PostgresJournal, connection_string
 from lianlian_async.models import RefundRequest
@@ -141,9 +142,13 @@ class RefundQueue:
         self.app.periodic(cron="* * * * *", periodic_id=queue)(tend)
 
     async def __aenter__(self) -> Self:
-        await self.app.open_async()
-        if not await self.app.check_connection_async():
-            await self.app.schema_manager.apply_schema_async()
+        try:
+            await self.app.open_async()
+            if not await self.app.check_connection_async():
+                await self.app.schema_manager.apply_schema_async()
+        except BaseException:  # the tasks of a pool that stays open do not end when the event loop does
+            await complete(self.app.close_async)
+            raise
         return self
 
     async def __aexit__(
