@@ -8,6 +8,7 @@ resistant: use it only for this protocol. Only this module imports pycryptodome 
 from __future__ import annotations
 
 import os
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -29,6 +30,16 @@ it. Without this variable, pycryptodome is used if OpenSSL refuses MD5 or a key 
 """
 
 _SMALLEST_KEY_BITS: Final = 1024  # the pages name 1024, 2048 and 4096
+
+_PKCS1: Final = re.compile(rb"\x00\x01\xff{8,}\x00(.+)", re.DOTALL)
+_DIGEST_INFO: Final = {  # RFC 8017 §9.2, note 1: the bytes before the digest, by the hash's name in hashlib
+    "md5": bytes.fromhex("3020300c06082a864886f70d020505000410"),
+    "sha1": bytes.fromhex("3021300906052b0e03021a05000414"),
+    "sha224": bytes.fromhex("302d300d06096086480165030402040500041c"),
+    "sha256": bytes.fromhex("3031300d060960864801650304020105000420"),
+    "sha384": bytes.fromhex("3041300d060960864801650304020205000430"),
+    "sha512": bytes.fromhex("3051300d060960864801650304020305000440"),
+}
 
 
 def signature_source(fields: Mapping[str, str | None]) -> bytes:
@@ -198,6 +209,19 @@ class VerifyingKey(_Key):
         except ValueError:  # not base64, or not ASCII
             return False
         return self._scheme.verify(source, received)
+
+    def signed_digest(self, signature: str) -> tuple[str, bytes] | None:
+        """Return the hash (its name in hashlib) and the digest that were signed; None if another key signed.
+
+        For diagnosis only. Raises ``ValueError`` if ``signature`` is not base64.
+        """
+        number = int.from_bytes(b64decode(signature, validate=True))
+        content = pow(number, self._rsa.e, self._rsa.n).to_bytes((self.bits + 7) // 8)
+        if found := _PKCS1.fullmatch(content):
+            for name, prefix in _DIGEST_INFO.items():
+                if found[1].startswith(prefix):
+                    return name, found[1].removeprefix(prefix)
+        return None
 
     def to_base64(self) -> str:
         """Return the key as one line of base64 (X.509 SubjectPublicKeyInfo), as LianLian's dashboard expects it."""

@@ -2,8 +2,12 @@
 
 import json
 from base64 import b64encode
+from hashlib import md5
+from urllib.parse import quote
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding
 
 from lianlian_async.signing import signature_source
 from tests.support.command import run
@@ -61,7 +65,7 @@ def test_response_signed_by_the_merchant_is_invalid(env, merchant_keys):
     """Only LianLian can sign the state of a refund."""
     ended = verify(env, signed(merchant_keys, ANSWER))
     assert ended.exit_code == 5
-    assert "must be signed by LianLian" in ended.stdout
+    assert "signed it, but LianLian must sign this message\n" in ended.stdout
 
 
 def test_invalid_message_shows_source_and_tried_keys(env, gateway_keys, merchant_keys):
@@ -70,7 +74,9 @@ def test_invalid_message_shows_source_and_tried_keys(env, gateway_keys, merchant
     ended = verify(env, fields, "--json")
     assert ended.exit_code == 5
     assert ended.json["outcome"] == "signature invalid"
-    assert ended.json["reason"] == "another key signed it, or a field was changed after signing"
+    digest = md5(signature_source({**ANSWER, "no_refund": "R-2"})).hexdigest()
+    key = f"right key (LianLian's key {gateway_keys.public.fingerprint})"
+    assert ended.json["reason"] == f"{key}, other text: the MD5 of the signed text is {digest}"
     assert ended.json["signed_by"] is None
     assert ended.json["tried"] == [{"owner": "LianLian", "fingerprint": gateway_keys.public.fingerprint}]
     assert ended.json["source"] == signature_source(ANSWER).decode()
@@ -92,15 +98,17 @@ def with_a_plus(pair):
 
 
 MISTAKES = {
-    "lost by URL decoding": lambda pair: (fields := with_a_plus(pair)) | {"sign": fields["sign"].replace("+", " ")},
-    "line breaks in sign are removed": lambda pair: (
+    "replace its blanks by +": lambda pair: (fields := with_a_plus(pair)) | {"sign": fields["sign"].replace("+", " ")},
+    "remove its line breaks": lambda pair: (
         (fields := signed(pair, ANSWER)) | {"sign": fields["sign"][:76] + "\r\n" + fields["sign"][76:]}
     ),
-    "if ret_msg is left out": lambda pair: signed(pair, ANSWER, ret_msg=""),
-    "ret_code and ret_msg are left out": lambda pair: signed(pair, ANSWER, ret_msg="", ret_code=""),
+    "other text: it fits if ret_msg is left out": lambda pair: signed(pair, ANSWER, ret_msg=""),
+    "if ret_code and ret_msg are left out": lambda pair: signed(pair, ANSWER, ret_msg="", ret_code=""),
     "fields that LianLian does not document for refunds are left out": lambda pair: {
         **signed(pair, ANSWER),
         "bank_name": "x",
+        "card_no": "y",
+        "agreement_list": "z",
     },
     "sign_type is left out": lambda pair: signed(pair, ANSWER, sign_type=""),
     "sign_type=RSA is added": lambda pair: signed(pair, {**ANSWER, "sign_type": ""}, sign_type="RSA"),
@@ -111,6 +119,9 @@ MISTAKES = {
     "values are URL-decoded": lambda pair: {
         **signed(pair, ANSWER, notify_url="http://shop.example/?a=b"),
         "notify_url": "http%3A%2F%2Fshop.example%2F%3Fa%3Db",
+    },
+    "values are URL-encoded": lambda pair: {
+        **signed(pair, ANSWER, ret_msg=quote(ANSWER["ret_msg"])),
     },
     "empty values are signed too": lambda pair: {
         **ANSWER,
@@ -124,9 +135,13 @@ MISTAKES = {
         "sign": pair.private.sign("&".join(f"{name}={text}" for name, text in ANSWER.items()).encode()),
     },
     "fields are sorted case-insensitively": mixed_case,
-    "the text is encoded in GBK": lambda pair: {
+    "if the text is encoded in GBK": lambda pair: {
         **ANSWER,
         "sign": pair.private.sign(signature_source(ANSWER).decode().encode("gbk")),
+    },
+    "if sign_type is left out and the text is encoded in GBK": lambda pair: {
+        **ANSWER,
+        "sign": pair.private.sign(signature_source({**ANSWER, "sign_type": ""}).decode().encode("gbk")),
     },
 }
 
@@ -136,8 +151,41 @@ def test_common_mistake_is_named(env, gateway_keys, mistake):
     """The command names the mistake that explains the signature, which remains invalid."""
     ended = verify(env, MISTAKES[mistake](gateway_keys))
     assert ended.exit_code == 5
-    assert f"it fits LianLian's key {gateway_keys.public.fingerprint} only if" in ended.stdout
+    assert f"right key (LianLian's key {gateway_keys.public.fingerprint}), " in ended.stdout
     assert mistake in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    [
+        (hashes.SHA1(), "SHA-1"),
+        (hashes.SHA224(), "SHA-224"),
+        (hashes.SHA256(), "SHA-256"),
+        (hashes.SHA384(), "SHA-384"),
+        (hashes.SHA512(), "SHA-512"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_hash_is_named(env, merchant_keys, algorithm, name):
+    """A signature with another hash is invalid; it is recognized even if the text is different, too."""
+    for text, problem in ((REQUEST, ""), ({**REQUEST, "sign_type": ""}, ", other text: it fits if sign_type is left")):
+        signature = merchant_keys.oracle.sign(signature_source(text), padding.PKCS1v15(), algorithm)
+        ended = verify(env, {**REQUEST, "sign": b64encode(signature).decode()}, "--json")
+        assert ended.exit_code == 5
+        key = f"right key (merchant's key {merchant_keys.public.fingerprint})"
+        assert ended.json["reason"].startswith(f"{key}, but {name} instead of MD5{problem}")
+
+
+def test_hash_that_is_not_known_counts_as_another_key(env, merchant_keys):
+    signature = merchant_keys.oracle.sign(signature_source(REQUEST), padding.PKCS1v15(), hashes.SHA3_256())
+    ended = verify(env, {**REQUEST, "sign": b64encode(signature).decode()}, "--json")
+    assert ended.json["reason"] == "another key or method signed it"
+
+
+def test_other_key_is_named(env, stranger_keys):
+    """A signature of a key that is not configured is recognized as such, not as a changed text."""
+    ended = verify(env, signed(stranger_keys, ANSWER), "--json")
+    assert (ended.exit_code, ended.json["reason"]) == (5, "another key or method signed it")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +193,7 @@ def test_common_mistake_is_named(env, gateway_keys, mistake):
     [
         ("", "the message has no signature"),
         ("no base64!", "sign is not base64"),
-        (b64encode(bytes(256)).decode(), "made with a key of 2048 bits, and no known key has that size"),
+        (b64encode(bytes(256)).decode(), "another key signed it: it has 2048 bits, and no known key has that size"),
     ],
 )
 def test_malformed_signature_is_named(env, sign, reason):
@@ -170,3 +218,18 @@ def test_genuine_messages_are_valid(vectors):
         "LIANLIAN_GATEWAY_PUBLIC_KEYS": vectors["keys"]["gateway_public"],
     }
     assert [verify(env, vector["fields"]).exit_code for vector in vectors["vectors"]] == [0] * len(vectors["vectors"])
+
+
+def test_genuine_message_with_a_change_has_the_right_key_and_another_text(vectors, vector):
+    """The digest that the genuine gateway signed is recovered from its signature."""
+    env = {
+        "LIANLIAN_OID_PARTNER": "201408071000001541",
+        "LIANLIAN_PRIVATE_KEY": vectors["keys"]["test_merchant_private"],
+        "LIANLIAN_GATEWAY_PUBLIC_KEYS": vectors["keys"]["gateway_public"],
+    }
+    digest = md5(vector["source"].encode()).hexdigest()
+    changed = verify(env, vector["fields"] | {"oid_partner": "1"}, "--json").json["reason"]
+    assert changed.startswith("right key (")
+    assert changed.endswith(f", other text: the MD5 of the signed text is {digest}")
+    added = verify(env, vector["fields"] | {"added_by_a_proxy": "1"}, "--json").json["reason"]
+    assert added.endswith(", other text: it fits if added_by_a_proxy is left out")

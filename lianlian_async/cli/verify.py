@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from base64 import b64decode
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, combinations, islice, product
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, TypeAlias
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import click
 
@@ -28,75 +30,73 @@ class _Key(NamedTuple):
         return f"{self.owner}'s key {self.key.fingerprint}"
 
 
-# ── common mistakes: the signature is valid if … ─────────────────────────────────────────────────
+# ── the cause of an invalid signature ────────────────────────────────────────────────────────────
 
-
-def _without(*names: str) -> Callable[[Fields], Fields]:
-    return lambda fields: {name: text for name, text in fields.items() if name not in names}
-
-
-def _join(pairs: Iterable[tuple[str, str]]) -> bytes:
-    return "&".join(f"{name}={text}" for name, text in pairs if name != "sign").encode()
-
-
-def _not_empty(fields: Fields) -> list[tuple[str, str]]:
-    return [(name, text) for name, text in fields.items() if text]
-
-
-_OTHER_FIELDS: Final[dict[str, Callable[[Fields], Fields]]] = {
-    "blanks in sign are replaced by + (lost by URL decoding)": lambda fields: {
-        **fields,
-        "sign": fields["sign"].replace(" ", "+"),
-    },
-    "line breaks in sign are removed": lambda fields: {**fields, "sign": "".join(fields["sign"].splitlines())},
-    "ret_msg is left out": _without("ret_msg"),
-    "ret_code and ret_msg are left out": _without("ret_code", "ret_msg"),
-    "fields that LianLian does not document for refunds are left out": lambda fields: {
-        name: text for name, text in fields.items() if name in DOCUMENTED
-    },
-    "sign_type is left out": _without("sign_type", "sign_type "),
-    "sign_type=RSA is added": lambda fields: {**fields, "sign_type": "RSA"},
-    "blanks around names and values are removed": lambda fields: {
-        name.strip(): text.strip() for name, text in fields.items()
-    },
-    "values are URL-decoded": lambda fields: {
-        name: text if name == "sign" else unquote(text) for name, text in fields.items()
-    },
+_MOST_FIELDS: Final = 30
+"""Fields that are left out one by one and in pairs: a longer message would take too long."""
+_ORDERS: Final[dict[str, Callable[[Iterable[tuple[str, str]]], Iterable[tuple[str, str]]]]] = {
+    "": sorted,
+    "fields stay in the order of the message": lambda pairs: pairs,
+    "fields are sorted case-insensitively": lambda pairs: sorted(pairs, key=lambda pair: pair[0].lower()),
 }
-_OTHER_SOURCES: Final[dict[str, Callable[[Fields], bytes]]] = {
-    "empty values are signed too": lambda fields: _join(sorted(fields.items())),
-    "fields stay in the order of the message": lambda fields: _join(_not_empty(fields)),
-    "fields are sorted case-insensitively": lambda fields: _join(
-        sorted(_not_empty(fields), key=lambda pair: pair[0].lower())
-    ),
-    "the text is encoded in GBK": lambda fields: signature_source(fields).decode().encode("gbk", "replace"),
-}
+_ENCODINGS: Final = {"": "utf-8", "the text is encoded in GBK": "gb18030"}
 
 
-def _signer(keys: Iterable[_Key], source: bytes, signature: str) -> _Key | None:
-    return next((one for one in keys if one.key.verify(source, signature)), None)
+def _other_fields(fields: Fields) -> Iterator[tuple[str, Fields]]:
+    """Yield ``fields`` and common changes of them, each with its condition."""
+    yield "", fields
+    for names in chain.from_iterable(combinations(islice(fields, _MOST_FIELDS), number) for number in (1, 2)):
+        left_out = {name: text for name, text in fields.items() if name not in names}
+        yield f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} left out", left_out
+    documented = {name: text for name, text in fields.items() if name in DOCUMENTED}
+    yield "fields that LianLian does not document for refunds are left out", documented
+    yield "sign_type=RSA is added", {**fields, "sign_type": "RSA"}
+    stripped = {name.strip(): text.strip() for name, text in fields.items()}
+    yield "blanks around names and values are removed", stripped
+    yield "values are URL-decoded", {name: unquote(text) for name, text in fields.items()}
+    yield "values are URL-encoded", {name: quote(text, safe="") for name, text in fields.items()}
 
 
-def _cause(fields: Fields, keys: Sequence[_Key]) -> str:
+def _other_texts(fields: Fields) -> Iterator[tuple[list[str], bytes]]:
+    """Yield the texts that may have been signed by mistake, each with its conditions."""
+    for (change, changed), (order, arrange), is_empty_signed, (coding, encoding) in product(
+        _other_fields(fields), _ORDERS.items(), (False, True), _ENCODINGS.items()
+    ):
+        pairs = arrange((name, text) for name, text in changed.items() if text or is_empty_signed)
+        conditions = (change, order, "empty values are signed too" if is_empty_signed else "", coding)
+        text = "&".join(f"{name}={text}" for name, text in pairs)
+        yield [condition for condition in conditions if condition], text.encode(encoding)
+
+
+def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str:
     """Return the likely cause of an invalid signature."""
-    if not fields.get("sign"):
+    sign = fields.get("sign", "")
+    if not sign:
         return "the message has no signature"
-    if signer := _signer(keys, signature_source(fields), fields["sign"]):
-        return f"it is signed with {signer}, but this message must be signed by LianLian"
-    for condition, change in _OTHER_FIELDS.items():
-        changed = change(fields)
-        if signer := _signer(keys, signature_source(changed), changed["sign"]):
-            return f"it fits {signer} only if {condition}"
-    for condition, source in _OTHER_SOURCES.items():
-        if signer := _signer(keys, source(fields), fields["sign"]):
-            return f"it fits {signer} only if {condition}"
+    repaired = "".join(sign.splitlines()).replace(" ", "+")
     try:
-        bits = 8 * len(b64decode(fields["sign"], validate=True))
+        bits = 8 * len(b64decode(repaired, validate=True))
     except ValueError:
         return "sign is not base64"
-    if bits not in {one.key.bits for one in keys}:
-        return f"it was made with a key of {bits} bits, and no known key has that size"
-    return "another key signed it, or a field was changed after signing"
+    signed = ((one, found) for one in keys if (found := one.key.signed_digest(repaired)))
+    signer, (hash_name, digest) = next(signed, (None, ("", b"")))
+    if signer is None:
+        if bits in {one.key.bits for one in keys}:
+            return "another key or method signed it"
+        return f"another key signed it: it has {bits} bits, and no known key has that size"
+    unsigned = {name: text for name, text in fields.items() if name != "sign"}
+    hashed = ((name, hashlib.new(hash_name, text, usedforsecurity=False)) for name, text in _other_texts(unsigned))
+    found = [conditions for conditions, tried in hashed if tried.digest() == digest]
+    shown_hash = hash_name.upper().replace("SHA", "SHA-")
+    whose = f"right key ({signer})" if signer in trusted else f"{signer} signed it, but LianLian must sign this message"
+    problems = [] if hash_name == "md5" else [f"but {shown_hash} instead of MD5"]
+    if not found:
+        problems.append(f"other text: the {shown_hash} of the signed text is {digest.hex()}")
+    elif conditions := " and ".join(min(found, key=len)):
+        problems.append(f"other text: it fits if {conditions}")
+    if sign != repaired:
+        problems.append("sign is damaged: replace its blanks by + and remove its line breaks")
+    return ", ".join([whose, *problems])
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────
@@ -111,8 +111,8 @@ def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
     """Check the signature of a message.
 
     FILE is a response, a notification or a request as JSON (- is stdin). A response or notification must be signed
-    with one of LianLian's keys, a request with the merchant's key. If no key fits, the command tries common mistakes
-    and names the mistake that explains the signature.
+    with one of LianLian's keys, a request with the merchant's key. If the signature is invalid, the command recovers
+    from it which key, hash and text were used: another key, the right key with another hash, or another text.
     """
     loaded = load_merchant(config).load_keys()
     fields = read_message(file)
@@ -120,9 +120,9 @@ def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
     # Only LianLian may sign the state of a refund; the merchant may sign every other message.
     trusted = keys[:-1] if fields.keys() & {"ret_code", "sta_refund"} else keys
     source = signature_source(fields)
-    signer = _signer(trusted, source, fields.get("sign", ""))
+    signer = next((one for one in trusted if one.key.verify(source, fields.get("sign", ""))), None)
     outcome = "valid" if signer else SIGNATURE_INVALID.word
-    reason = f"signed with {signer}" if signer else _cause(fields, keys)
+    reason = f"signed with {signer}" if signer else _cause(fields, keys, trusted)
     output.show(
         {
             "outcome": outcome,
