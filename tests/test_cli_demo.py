@@ -1,17 +1,14 @@
 """``lianlian demo``: refunds at a faulty gateway, and the audit of its books."""
 
-import multiprocessing
 import re
 import signal
-import threading
 from decimal import Decimal
 
 import pytest
 
 from lianlian_async import RefundRequest
 from lianlian_async.cli.exit_codes import FAILED, INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN
-from lianlian_async.cli.sandbox.audit import Audit, Count
-from lianlian_async.cli.sandbox.process import Books, RemoteGateway, gateway_process, run_gateway
+from lianlian_async.cli.sandbox.demo import audit
 from tests.support.command import end, interruption, run, start
 
 DEMO = ("demo", "--refunds", "30", "--bits", "1024")
@@ -73,55 +70,17 @@ def test_demo_interrupted_at_its_start_shows_its_audit():
     assert (ended.json["attempts"], ended.json["outcomes"]["made"]) == (0, 0)
 
 
-# ── the gateway's process ────────────────────────────────────────────────────────────────────────
-
-
-def test_gateway_process_returns_its_books():
-    """Refunds, money and requests come through the pipe after the server has stopped."""
-    ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=run_gateway, args=(theirs, {"default_order": Decimal("9.00")}))
-    thread.start()
-    with ours:
-        environment = ours.recv()
-        refund = ("--dt-refund", "20130515094018", "--money-refund", "1.00", "--no-order", "O-1")
-        assert run("apply", "--no-refund", "R-1", *refund, env=environment).exit_code == 0
-        assert run("apply", "--no-refund", "R-2", *refund, "--money-refund", "9.01", env=environment).exit_code == 3
-        assert RemoteGateway(environment, ours).close_books() == Books(
-            times_made={"R-1": 1}, money_moved={"R-1": Decimal("1.00")}, requests={"apply": 2}
-        )
-    thread.join()
-
-
-def test_gateway_process_ends_when_the_pipe_is_closed():
-    """A closed pipe ends the gateway without a traceback."""
-    ours, theirs = multiprocessing.Pipe()
-    ours.close()
-    run_gateway(theirs, {})
-    assert theirs.closed
-
-
-def test_gateway_process_ends_with_its_block():
-    """The process ends with its block, even if nobody read the books."""
-    before = multiprocessing.active_children()
-    with gateway_process({}) as gateway:
-        assert gateway.environment["LIANLIAN_APPLY_URL"].startswith("http://127.0.0.1:")
-        assert len(multiprocessing.active_children()) == len(before) + 1
-    assert multiprocessing.active_children() == before
-
-
 # ── the audit ────────────────────────────────────────────────────────────────────────────────────
 
 
-def audit(ending, times, moved=None):
-    """Return the audit of one refund of 2.50 yuan, which was made ``times`` times."""
+def audited(outcome, times, moved="2.50"):
+    """Return the audit of one refund of 2.50 yuan, for which the gateway paid ``moved`` ``times`` times."""
     request = RefundRequest(no_refund="R-1", dt_refund="20130515094018", money_refund=Decimal("2.50"), no_order="O-1")
-    moved = times * request.money_refund if moved is None else moved
-    books = Books({"R-1": times}, {"R-1": moved}, {}) if times else Books({}, {}, {})
-    return Audit([request], {} if ending is None else {"R-1": ending}, books)
+    return audit([request], {} if outcome is None else {"R-1": outcome}, {"R-1": times * [Decimal(moved)]})
 
 
 @pytest.mark.parametrize(
-    ("ending", "times"),
+    ("outcome", "times"),
     [
         (MADE, 1),
         (REJECTED, 0),
@@ -133,38 +92,35 @@ def audit(ending, times, moved=None):
         (None, 0),
     ],
 )
-def test_matching_books_are_no_disagreement(ending, times):
+def test_matching_books_are_no_disagreement(outcome, times):
     """Made means once, unknown and interrupted at most once, and every other outcome never."""
-    assert audit(ending, times).disagreements() == []
+    assert audited(outcome, times).disagreements == []
 
 
 @pytest.mark.parametrize(
-    ("ending", "times"),
+    ("outcome", "times"),
     [(MADE, 0), (MADE, 2), (REJECTED, 1), (NOT_SENT, 1), (UNKNOWN, 2), (INTERRUPTED, 2), (FAILED, 1), (None, 1)],
 )
-def test_contradicting_books_are_a_disagreement(ending, times):
+def test_contradicting_books_are_a_disagreement(outcome, times):
     """A refund that is lost, made twice, or made despite its outcome is listed."""
-    assert audit(ending, times).disagreements() == ["R-1"]
+    assert audited(outcome, times).disagreements == ["R-1"]
 
 
 def test_other_amount_is_a_disagreement():
     """The amount in the books must be the requested one."""
-    assert audit(MADE, 1, Decimal("2.49")).disagreements() == ["R-1"]
+    assert audited(MADE, 1, "2.49").disagreements == ["R-1"]
 
 
 def test_the_audit_counts_what_was_made_twice():
     """Refunds that were made more than once are counted."""
-    assert [audit(MADE, times).made_twice() for times in (0, 1, 2, 3)] == [0, 0, 1, 1]
+    assert [audited(MADE, times).made_twice for times in (0, 1, 2, 3)] == [0, 0, 1, 1]
 
 
 def test_audit_counts_outcomes_and_lists_unknown_refunds():
     """The four usual outcomes are always counted, others if they occur."""
-    assert audit(UNKNOWN, 1).counts() == [
-        Count("made", 0, 0),
-        Count("rejected", 0, 0),
-        Count("not sent", 0, 0),
-        Count("unknown", 1, 1),
-    ]
-    assert audit(UNKNOWN, 1).unknown() == {"R-1": 1}
-    assert audit(INTERRUPTED, 0).counts()[-1] == Count("interrupted", 1, 0)
-    assert audit(INTERRUPTED, 0).unknown() == {}
+    found = audited(UNKNOWN, 1)
+    assert found.outcomes == [("made", 0, 0), ("rejected", 0, 0), ("not sent", 0, 0), ("unknown", 1, 1)]
+    assert found.unknown == {"R-1": 1}
+    found = audited(INTERRUPTED, 0)
+    assert found.outcomes[-1] == ("interrupted", 1, 0)
+    assert found.unknown == {}

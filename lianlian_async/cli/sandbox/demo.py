@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from random import Random
 from time import perf_counter
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
-import attrs
 import click
 
-from lianlian_async.cli.exit_codes import INTERRUPTED, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
+from lianlian_async.cli.exit_codes import (
+    INTERRUPTED,
+    MADE,
+    NOT_SENT,
+    REJECTED,
+    UNKNOWN,
+    ExitOutcome,
+    exit_outcome_of,
+    exit_outcome_of_refund,
+)
 from lianlian_async.cli.output import Output, json_option, pass_output, table
 from lianlian_async.errors import LianLianError
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
 from lianlian_async.retry import RetryPolicy
-from lianlian_async.sandbox import Fault, Repeated
+from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
+from lianlian_async.sandbox.faults import Call
 from lianlian_async.session import RefundSession
+from lianlian_async.worker_pool import run_workers
 
-from .audit import Audit
-from .process import Books, RemoteGateway, gateway_process
+from .server import serving
 
 _DELAY: Final = 0.5
 """Maximum delay of the sandbox in seconds: no request is carried out later."""
@@ -34,6 +43,8 @@ _POLICY: Final = RetryPolicy(not_found_grace=3 * _DELAY)
 _DEADLINE: Final = 8.0
 _ORDER: Final = Decimal("100.00")
 """Amount of each order in yuan. Every 25th refund is larger, so that it is rejected."""
+_TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
+"""How many times the gateway may have made a refund with this outcome; with any other outcome: never."""
 
 
 @click.command
@@ -47,63 +58,26 @@ _ORDER: Final = Decimal("100.00")
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
     """Make refunds at a faulty gateway, and audit its books.
 
-    The gateway is a fake in another process: it loses, delays and forges responses, and makes a refund twice if the
-    client sends it twice. Exit code 0 if its books agree with every outcome, else 1.
+    The gateway is a fake: it loses, delays and forges responses, and makes a refund twice if the client sends it
+    twice. Exit code 0 if its books agree with every outcome, else 1.
     """
-    options = {
-        "bits": int(bits),
-        "repeated": Repeated.AGAIN,
-        "settle_after": 0.0,
-        "default_order": _ORDER,
-        "faults": dict.fromkeys(Fault, faults / len(Fault)),
-        "seed": seed,
-        "delay": _DELAY,
-    }
-    run = _Demo(_requests(refunds, Random(seed)))  # noqa: S311 - not for security
+    gateway = SandboxGateway(
+        bits=int(bits),
+        repeated=Repeated.AGAIN,
+        settle_after=0.0,
+        default_order=_ORDER,
+        faults=dict.fromkeys(Fault, faults / len(Fault)),
+        seed=seed,
+        delay=_DELAY,
+    )
+    requests = _requests(refunds, Random(seed))  # noqa: S311 - not for security
+    outcomes = dict[str, ExitOutcome]()
     with (
-        gateway_process(options) as gateway,
-        _audited(output, run, gateway),
+        _audited(output, gateway, requests, outcomes),
+        serving(gateway) as url,
         output.progress(refunds, lambda: "refunds") as advance,
     ):
-        anyio.run(run.refund_all, Merchant.from_env(gateway.environment), concurrency, advance)
-
-
-@contextmanager
-def _audited(output: Output, run: _Demo, gateway: RemoteGateway) -> Iterator[None]:
-    """Audit the run when the block ends or is interrupted; exit with code 1 if the books disagree."""
-    try:
-        yield
-    finally:
-        exit_code = _show(output, run, gateway.close_books())
-    click.get_current_context().exit(exit_code)
-
-
-def _show(output: Output, run: _Demo, books: Books) -> int:
-    """Print the audit; return 0 if the books agree, else 1."""
-    audit = Audit(run.requests, run.outcomes, books)
-    counts, unknown, disagreements = audit.counts(), audit.unknown(), audit.disagreements()
-    facts = {
-        "made_twice": audit.made_twice(),
-        "attempts": books.requests.get("apply", 0),
-        "queries": books.requests.get("query", 0),
-        "worst_stall_ms": round(run.worst_stall * 1000, 1),
-        "seconds": round(run.seconds, 1),
-    }
-    verdict = "the books disagree" if disagreements else "the books agree"
-    document = {
-        "outcome": verdict,
-        "refunds": len(run.requests),
-        "outcomes": {count.word: count.refunds for count in counts},
-        **facts,
-        "unknown": unknown,
-        "disagreements": disagreements,
-    }
-    shown = [table("refunds", ("outcome", "refunds", "made, by the gateway's books"), counts)]
-    columns = ("no_refund", "made, by the gateway's books")
-    shown += [table("unknown refunds", columns, unknown.items())] if unknown else []
-    measures = ((name.replace("_", " "), fact) for name, fact in facts.items())
-    output.show(document, *shown, table("run", ("measure", "value"), measures), ": ".join((verdict, *disagreements)))
-    return 1 if disagreements else 0
+        anyio.run(_refund_all, gateway.merchant(url), requests, outcomes, concurrency, advance)
 
 
 def _requests(count: int, random: Random) -> list[RefundRequest]:
@@ -119,38 +93,101 @@ def _requests(count: int, random: Random) -> list[RefundRequest]:
     ]
 
 
-@attrs.define
-class _Demo:
-    """The refunds, and the library's outcome for each."""
+async def _refund_all(
+    merchant: Merchant,
+    requests: Sequence[RefundRequest],
+    outcomes: dict[str, ExitOutcome],
+    concurrency: int,
+    advance: Callable[[], object],
+) -> None:
+    """Make all refunds, and store the outcome of each one that was begun."""
+    async with RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session:
 
-    requests: Sequence[RefundRequest]
-    outcomes: dict[str, ExitOutcome] = attrs.field(factory=dict)
-    seconds: float = 0.0
-    worst_stall: float = 0.0
-    """The longest delay of the event loop in seconds."""
-
-    async def refund_all(self, merchant: Merchant, concurrency: int, advance: Callable[[], object]) -> None:
-        """Make all refunds concurrently."""
-        async with RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session:
-            watch, began = asyncio.create_task(self._watch()), perf_counter()
+        async def make(request: RefundRequest) -> None:
+            outcomes[request.no_refund] = INTERRUPTED
             try:
-                await asyncio.gather(*(self._refund(session, request, advance) for request in self.requests))
-            finally:
-                self.seconds = perf_counter() - began
-                watch.cancel()
+                outcome = exit_outcome_of_refund(await session.apply_refund(request))
+            except LianLianError as error:
+                outcome = exit_outcome_of(error)
+            outcomes[request.no_refund] = outcome
+            advance()
 
-    async def _refund(self, session: RefundSession, request: RefundRequest, advance: Callable[[], object]) -> None:
-        self.outcomes[request.no_refund] = INTERRUPTED
-        try:
-            outcome = exit_outcome_of_refund(await session.apply_refund(request))
-        except LianLianError as error:
-            outcome = exit_outcome_of(error)
-        self.outcomes[request.no_refund] = outcome
-        advance()
+        await run_workers(requests, make, workers=concurrency, intake=anyio.CancelScope())
 
-    async def _watch(self) -> None:
-        pause = 0.005
-        while True:
-            began = perf_counter()
-            await asyncio.sleep(pause)
-            self.worst_stall = max(self.worst_stall, perf_counter() - began - pause)
+
+class Audit(NamedTuple):
+    """The comparison of all outcomes with the gateway's books."""
+
+    outcomes: list[tuple[str, int, int]]
+    """Word, number of refunds, and how many times the gateway made them."""
+    made_twice: int
+    """Refunds that were made more than once."""
+    unknown: dict[str, int]
+    """How many times each unknown refund was made."""
+    disagreements: list[str]
+    """Refunds whose outcome or amount differs from the books."""
+
+
+def audit(
+    requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome], books: Mapping[str, Sequence[Decimal]]
+) -> Audit:
+    """Compare the outcome of each refund that was begun with ``books``: the amounts that the gateway paid for it."""
+    refunds, times_made = Counter(dict.fromkeys((MADE, REJECTED, NOT_SENT, UNKNOWN), 0)), Counter[ExitOutcome]()
+    unknown, disagreements = dict[str, int](), list[str]()
+    for request in requests:
+        paid = books.get(request.no_refund, ())
+        outcome = outcomes.get(request.no_refund)
+        if outcome is not None:
+            refunds[outcome] += 1
+            times_made[outcome] += len(paid)
+        if outcome == UNKNOWN:
+            unknown[request.no_refund] = len(paid)
+        allowed = (0,) if outcome is None else _TIMES_MADE.get(outcome, (0,))
+        if len(paid) not in allowed or any(yuan != request.money_refund for yuan in paid):
+            disagreements.append(request.no_refund)
+    counts = [(outcome.word, number, times_made[outcome]) for outcome, number in refunds.items()]
+    return Audit(counts, sum(len(paid) > 1 for paid in books.values()), unknown, disagreements)
+
+
+@contextmanager
+def _audited(
+    output: Output,
+    gateway: SandboxGateway,
+    requests: Sequence[RefundRequest],
+    outcomes: Mapping[str, ExitOutcome],
+) -> Iterator[None]:
+    """Print the audit when the block ends or is interrupted; exit with code 1 if the books disagree."""
+    began = perf_counter()
+    try:
+        yield
+    finally:
+        gateway.advance(86_400.0)  # delayed requests are carried out
+        books = dict[str, list[Decimal]]()
+        for record in gateway.refunds:
+            books.setdefault(record.application.no_refund, []).append(record.application.money_refund)
+        found = audit(requests, outcomes, books)
+        _show(output, found, gateway.requests, len(requests), perf_counter() - began)
+    click.get_current_context().exit(1 if found.disagreements else 0)
+
+
+def _show(output: Output, found: Audit, sent: Mapping[Call, int], refunds: int, seconds: float) -> None:
+    facts = {
+        "refunds": refunds,
+        "made_twice": found.made_twice,
+        "attempts": sent["apply"],
+        "queries": sent["query"],
+        "seconds": round(seconds, 1),
+    }
+    verdict = "the books disagree" if found.disagreements else "the books agree"
+    document = {
+        "outcome": verdict,
+        **facts,
+        "outcomes": {word: number for word, number, _ in found.outcomes},
+        "unknown": found.unknown,
+        "disagreements": found.disagreements,
+    }
+    made = "made, by the gateway's books"
+    shown = [table("refunds", ("outcome", "refunds", made), found.outcomes)]
+    shown += [table("unknown refunds", ("no_refund", made), found.unknown.items())] if found.unknown else []
+    shown += [table("run", ("measure", "value"), ((name.replace("_", " "), fact) for name, fact in facts.items()))]
+    output.show(document, *shown, ": ".join((verdict, *found.disagreements)))
