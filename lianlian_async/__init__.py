@@ -13,7 +13,7 @@ The ideas:
 The modules, from the lowest layer up; a layer imports nothing from a higher one (import-linter checks this):
 
 - ``codes``, ``errors``: the return codes and the error tree. ``clock``: timestamps, and the time between them.
-  ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``: small helpers.
+  ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``, ``version``: small helpers.
 - ``wire``, ``text_rules``, ``signing``, ``key_files``: wire formats, rules for strings, signatures, key material.
 - ``identity``: compares a record with a request. ``models``: requests and refunds. ``retry``: when to retry.
   ``merchant``: the merchant and its keys.
@@ -53,6 +53,7 @@ from .errors import (
     RefundRejected,
     SignatureInvalid,
 )
+from .version import __version__
 
 if typing.TYPE_CHECKING:
     from .batch import refund_many
@@ -63,8 +64,6 @@ if typing.TYPE_CHECKING:
     from .retry import RetryBudget, RetryPolicy
     from .session import RefundSession
     from .signing import SigningKey, VerifyingKey
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AnswerMismatch",

@@ -17,7 +17,8 @@ LianLianError
 ├── JournalError            the journal failed; a refund that is not recorded is not sent
 └── BatchStopped            refund_many stopped: every further refund would fail for the same cause
 
-Every error can be pickled, so worker processes can pass it on. No error contains key material.
+Every error can be pickled, so worker processes can pass it on. No error contains key material. ``last_exchange`` tells
+LianLian's support about which HTTP exchange it is; None: the error comes from no exchange.
 Wrong use of a session (closed, or from another event loop) is a bug in the program: it raises ``RuntimeError``.
 """
 
@@ -42,8 +43,28 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text[:100])
 
 
+class LastExchange(NamedTuple):
+    """An HTTP exchange with the gateway, to quote in a support ticket. It contains no secret."""
+
+    at: datetime
+    """The wall-clock time at which it began (UTC)."""
+    seconds: float
+    """Its duration."""
+    status: int | None
+    """The HTTP status; None: no response."""
+    headers: Mapping[str, str]
+    """The response headers by which the gateway's operators can find the request; names in lower case."""
+
+    def __str__(self) -> str:
+        status = "no response" if self.status is None else f"HTTP {self.status}"
+        quoted = "".join(f"; {name}: {value}" for name, value in self.headers.items())
+        return f"{status} after {self.seconds:.3f} s, sent at {self.at.isoformat(timespec='milliseconds')}{quoted}"
+
+
 class LianLianError(Exception):
     """The base class: ``except LianLianError`` catches every error of this library about a refund."""
+
+    last_exchange: LastExchange | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (type(self), self.args, self.__dict__.copy())
@@ -222,6 +243,7 @@ class RefundNotFinal(LianLianError):
     def __init__(self, refund: Any, *, last_error: str | None) -> None:
         self.refund = refund
         self.last_error = last_error
+        self.last_exchange = refund.last_exchange
         because = "" if last_error is None else f"; the last query failed: {last_error}"
         super().__init__(f"refund {refund.no_refund} is not final yet: sta_refund is {refund.sta_refund}{because}")
 
@@ -293,5 +315,6 @@ class BatchStopped(LianLianError):
 
     def __init__(self, cause: RefundRejected | SignatureInvalid) -> None:
         self.cause = cause
+        self.last_exchange = cause.last_exchange
         self.rejection = cause if isinstance(cause, RefundRejected) else None
         super().__init__(f"batch stopped: {cause}")

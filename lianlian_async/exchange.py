@@ -7,12 +7,13 @@ the protocol converts it to a :class:`Reply`; middleware and resolution decide b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from enum import Enum, StrEnum
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import attrs
 
-from .errors import LianLianError
+from .errors import LastExchange, LianLianError, printable
 from .models import Refund
 from .retry import Deadline, RetryPolicy
 
@@ -33,6 +34,7 @@ class SendCount:
     def __init__(self) -> None:
         self.open_sends = 0
         """Sends that may have arrived and were not rejected."""
+        self.last_exchange: LastExchange | None = None
 
     @property
     def may_have_worked(self) -> bool:
@@ -80,6 +82,20 @@ class NoResponse(NamedTuple):
 
 Delivery: TypeAlias = HttpResponse | NoResponse
 
+_QUOTED: Final = (
+    *("date", "via", "request-id", "x-request-id", "x-trace-id", "x-correlation-id", "eagleeye-traceid", "eagleid"),
+    *("eo-log-uuid", "x-nws-log-uuid", "cf-ray", "x-amz-cf-id", "x-amzn-requestid", "x-amzn-trace-id"),
+)
+"""Headers by which servers, proxies and CDNs identify a request. LianLian documents none of its own."""
+
+
+def last_exchange(delivery: Delivery | None, at: datetime, seconds: float) -> LastExchange:
+    """Return the summary of an exchange for support tickets; ``delivery`` None: the attempt was cancelled."""
+    if not isinstance(delivery, HttpResponse):
+        return LastExchange(at, seconds, None, {})
+    quoted = {name: printable(delivery.headers[name]) for name in _QUOTED if name in delivery.headers}
+    return LastExchange(at, seconds, delivery.status, quoted)
+
 
 class Finding(Enum):
     """The conclusion about the refund from one exchange."""
@@ -113,3 +129,9 @@ class Reply:
     def __attrs_post_init__(self) -> None:
         if (self.finding is Finding.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):
             raise ValueError("Reply: set refund if the finding is FOUND; else set error, and no refund")
+
+    @property
+    def last_exchange(self) -> LastExchange | None:
+        """The HTTP exchange; None if nothing was sent."""
+        said = self.refund or self.error
+        return None if said is None else said.last_exchange

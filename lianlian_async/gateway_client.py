@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, cast
 
 import anyio
 
 from .clock import SessionClock
-from .exchange import Call, Exchange, Finding, HttpResponse, Reply
+from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, Reply, last_exchange
 from .merchant import Merchant
 from .middleware import Attempt, Limit, Middleware, Retry, compose
 from .retry import LONGEST_ATTEMPT, Deadline, RetryBudget, RetryPolicy, TokenBucket
@@ -71,11 +71,17 @@ class GatewayClient:
     async def _exchange(self, exchange: Exchange) -> Reply:
         """Send a request and read its response. This is the innermost layer of the middleware chain."""
         exchange.send_count.open_sends += 1
-        began = self.clock().boot
-        delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)
+        began, delivery = self.clock(), cast("Delivery | None", None)
+        try:
+            delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)
+        finally:  # also if the attempt's timeout cancels it
+            summary = last_exchange(delivery, began.wall, self.clock().boot - began.boot)
+            exchange.send_count.last_exchange = summary
         if isinstance(delivery, HttpResponse):
-            self.clock.heard(delivery.headers.get("date", ""), began)
+            self.clock.heard(delivery.headers.get("date", ""), began.boot)
         reply = await self._rsa.check(self.protocol.read, exchange, delivery)
+        if reply.error is not None:
+            reply.error.last_exchange = summary
         self.signatures.saw(exchange, reply)
         if reply.finding in (Finding.NOT_SENT, Finding.REJECTED):
             exchange.send_count.open_sends -= 1

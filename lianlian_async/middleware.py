@@ -10,12 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import anyio
 import attrs
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, LianLianError
 from .exchange import Call, Exchange, Finding, NoResponse, Reply, SendCount
 from .protocol import lost
 from .retry import TokenBucket
@@ -119,34 +119,35 @@ class Attempt:
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
         """Call ``call_next`` with a share of the remaining time; return a reply, or raise cancellation."""
-        now = anyio.current_time()
-        seconds = exchange.deadline.attempt(now)
-        send_count = SendCount()
+        seconds = exchange.deadline.attempt(anyio.current_time())
+        exchange = attrs.evolve(exchange, seconds=seconds, send_count=SendCount())
         if not seconds:
-            return _gave_up(exchange, send_count, "the deadline is over", None)
+            return _gave_up(exchange, "the deadline is over", None)
         with anyio.move_on_after(seconds):
             try:
-                reply = await call_next(attrs.evolve(exchange, seconds=seconds, send_count=send_count))
+                reply = await call_next(exchange)
             except Exception as error:  # noqa: BLE001 - a layer may raise anything
-                return _gave_up(exchange, send_count, f"a middleware raised {type(error).__name__}: {error}", error)
-            doubt = _doubt(exchange, send_count, reply)
-            return reply if doubt is None else _gave_up(exchange, send_count, doubt, None)
-        return _gave_up(exchange, send_count, f"no answer within {seconds:.1f} s", None)
+                return _gave_up(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
+            doubt = _doubt(exchange, reply)
+            return reply if doubt is None else _gave_up(exchange, doubt, None)
+        return _gave_up(exchange, f"no answer within {seconds:.1f} s", None)
 
 
-def _doubt(exchange: Exchange, send_count: SendCount, reply: object) -> str | None:
+def _doubt(exchange: Exchange, reply: object) -> str | None:
     """Return why the reply of the caller's layers is not reliable, or None if it is."""
     if not isinstance(reply, Reply):
         return f"a middleware returned {type(reply).__name__}, not a Reply"
     if exchange.call is Call.APPLY and reply.finding is Finding.NOT_FOUND:
         return "a middleware answered an apply call with NOT_FOUND"
-    if reply.finding in (Finding.NOT_SENT, Finding.REJECTED) and send_count.may_have_worked:
+    if reply.finding in (Finding.NOT_SENT, Finding.REJECTED) and exchange.send_count.may_have_worked:
         return f"a middleware answered {reply.finding.name}, but its request may have worked"
     return None
 
 
-def _gave_up(exchange: Exchange, send_count: SendCount, reason: str, cause: Exception | None) -> Reply:
-    return lost(exchange, NoResponse(reason, send_count.may_have_worked, cause))
+def _gave_up(exchange: Exchange, reason: str, cause: Exception | None) -> Reply:
+    reply = lost(exchange, NoResponse(reason, exchange.send_count.may_have_worked, cause))
+    cast("LianLianError", reply.error).last_exchange = exchange.send_count.last_exchange
+    return reply
 
 
 class RateLimit:
@@ -188,7 +189,7 @@ class Observer:
         try:
             reply = await call_next(exchange)
         except anyio.get_cancelled_exc_class():
-            self._report(exchange, _gave_up(exchange, exchange.send_count, "cancelled, or out of time", None), began)
+            self._report(exchange, _gave_up(exchange, "cancelled, or out of time", None), began)
             raise
         self._report(exchange, reply, began)
         return reply

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar, cast
 import attrs
 
 from . import text_rules, wire
-from .errors import InvalidRequest, Problem
+from .errors import InvalidRequest, LastExchange, Problem
 
 T = TypeVar("T")
 
@@ -314,12 +314,12 @@ class Refund:
     """The ``dt_refund`` of the request: a later query requires it, but an answer may omit it."""
     asked_trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)
     """The ``trader_refund`` of the request."""
+    last_exchange: LastExchange | None = attrs.field(default=None, repr=False, eq=False)
+    """The HTTP exchange of the answer, for support tickets; None: the refund comes from a journal or a notification."""
 
     @classmethod
-    def from_dict(
-        cls, data: Mapping[str, str], *, asked_dt_refund: datetime | None = None, asked_trader_refund: str | None = None
-    ) -> Refund:
-        """Return the refund in a received mapping; :meth:`to_dict` returns this mapping.
+    def from_dict(cls, data: Mapping[str, str], **known: Any) -> Refund:
+        """Return the refund in a received mapping; :meth:`to_dict` returns this mapping. ``known``: further attributes.
 
         If the text of a known field does not have the documented form, the field is None and its text is in ``extra``:
         an unreadable exchange rate must not hide that a refund was made.
@@ -334,9 +334,7 @@ class Refund:
                     values[name] = _READERS[name](text)
                 except ValueError:
                     extra[name] = text
-        return cls(
-            **values, extra=extra, raw=data, asked_dt_refund=asked_dt_refund, asked_trader_refund=asked_trader_refund
-        )
+        return cls(**values, extra=extra, raw=data, **known)
 
     def to_dict(self) -> dict[str, str]:
         """Return the received mapping, for JSON logs and queues."""

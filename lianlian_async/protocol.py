@@ -86,9 +86,12 @@ class Protocol(NamedTuple):
         except LianLianError as error:
             return Reply(finding=Finding.UNCERTAIN, error=error, retry_after=retry_after, verified=verified)
         if row.kind is CodeClass.SUCCESS:
-            asked = wire.parse_timestamp(exchange.asked["dt_refund"])
-            trader = exchange.asked.get("trader_refund")
-            refund = Refund.from_dict(fields, asked_dt_refund=asked, asked_trader_refund=trader)
+            refund = Refund.from_dict(
+                fields,
+                asked_dt_refund=wire.parse_timestamp(exchange.asked["dt_refund"]),
+                asked_trader_refund=exchange.asked.get("trader_refund"),
+                last_exchange=exchange.send_count.last_exchange,
+            )
             return Reply(finding=Finding.FOUND, refund=refund, verified=True)
         finding, refusal = _refused(exchange, fields, row, verified=verified)
         return Reply(finding=finding, error=refusal, retry_after=retry_after, verified=verified)

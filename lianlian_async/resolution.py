@@ -17,7 +17,7 @@ import attrs
 
 from .clock import Clock, Moment, elapsed, latest
 from .codes import CodeClass, explain
-from .errors import AnswerMismatch, LianLianError, RefundConflict, RefundOutcomeUnknown, RefundRejected
+from .errors import AnswerMismatch, LastExchange, LianLianError, RefundConflict, RefundOutcomeUnknown, RefundRejected
 from .exchange import Exchange, Finding, Reply
 from .identity import check_identity, has_whole_identity
 from .middleware import Next, backoff
@@ -86,6 +86,7 @@ class Case:
     rejection: LianLianError | None = None
     """The rejection of the last attempt; it is believed once no earlier attempt can have succeeded."""
     retry_after: float | None = None
+    last_exchange: LastExchange | None = None
     apply_error: LianLianError | None = None
     query_error: LianLianError | None = None
 
@@ -170,6 +171,7 @@ class Case:
             reason=unknown_reason(self.apply_error, self.query_error),
         )
         error.__cause__ = self.query_error or self.apply_error
+        error.last_exchange = self.last_exchange
         return error
 
 
@@ -191,6 +193,9 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
                     raise case.unknown()
                 resends -= 1
                 refund = await _apply(case, send)
+    except RefundConflict as conflict:
+        conflict.last_exchange = case.last_exchange
+        raise
     except anyio.get_cancelled_exc_class() as error:
         if anyio.current_effective_deadline() > -math.inf:  # this call was not cancelled: a lower layer raised it
             case.query_error = LianLianError(f"interrupted by {type(error).__name__}")
@@ -222,7 +227,7 @@ async def _apply(case: Case, send: Next) -> Refund | None:
         case.sent_at, case.refused = case.clock(), None
         raise
     case.traffic.attempts += reply.attempts
-    case.apply_error, case.retry_after = reply.error, reply.retry_after
+    case.apply_error, case.retry_after, case.last_exchange = reply.error, reply.retry_after, reply.last_exchange
     step = case.next_step(reply.finding)
     if step is Step.RETURN:
         return reply.refund
@@ -243,7 +248,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         asked_at = case.clock()
         reply = await send(query)
         case.traffic.queries += reply.attempts
-        case.query_error, case.retry_after = reply.error, reply.retry_after
+        case.query_error, case.retry_after, case.last_exchange = reply.error, reply.retry_after, reply.last_exchange
         if reply.refund is not None:
             case.query_error = case.doubt(reply.refund)
             if case.query_error is None:

@@ -53,7 +53,7 @@ def test_importing_the_package_alone_is_quick():
     """``import lianlian_async`` imports no dependency: each public name imports what it needs at its first use."""
     loaded, own = modules_after("import lianlian_async")
     assert not loaded & {"httpx", "anyio", "attrs", "Crypto"}
-    assert own == {"lianlian_async.codes", "lianlian_async.errors"}
+    assert own == {"lianlian_async.codes", "lianlian_async.errors", "lianlian_async.version"}
 
 
 @pytest.mark.parametrize(
