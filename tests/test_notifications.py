@@ -31,7 +31,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, State
-from lianlian_async.notifications import book
+from lianlian_async.notifications import inbox as inboxes
 from lianlian_async.signing import signature_source
 from tests.support import journals, keypairs
 from tests.support.notices import (
@@ -392,7 +392,7 @@ async def test_no_secret_and_no_signature_is_logged(endpoint, handler, caplog):
 
 async def test_without_a_journal_the_latest_refunds_are_remembered(handler, monkeypatch):
     """Memory is bounded: the least recently notified refund is removed first, except while its handler runs."""
-    monkeypatch.setattr(book, "MOST_RECENT", 2)
+    monkeypatch.setattr(inboxes, "MOST_RECENT", 2)
     endpoint = NotificationEndpoint(trusting(), handler)
 
     async def deliver(*numbers):
@@ -414,7 +414,7 @@ async def test_without_a_journal_the_latest_refunds_are_remembered(handler, monk
 
 async def test_no_refund_is_forgotten_while_the_handler_runs(handler, monkeypatch):
     """With room for one refund, three concurrent handler calls still happen once each."""
-    monkeypatch.setattr(book, "MOST_RECENT", 1)
+    monkeypatch.setattr(inboxes, "MOST_RECENT", 1)
     endpoint = NotificationEndpoint(trusting(), handler)
     go = anyio.Event()
     handler.then = [go.wait] * 3

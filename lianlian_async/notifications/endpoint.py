@@ -38,7 +38,7 @@ from lianlian_async.errors import (
     RefundConflict,
     SignatureInvalid,
 )
-from lianlian_async.journal import Journal, Standing
+from lianlian_async.journal import Journal, MemoryJournal, Standing
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund
 from lianlian_async.recording import learn
@@ -49,9 +49,8 @@ from lianlian_async.settings import check_journal, check_type, positive_seconds
 from lianlian_async.worker_pool import checked
 
 from .allow_list import AllowList
-from .book import Book, MemoryBook
 from .completion import IncompleteNotification, check_state, complete
-from .inbox import Inbox
+from .inbox import Inbox, RecentRefunds
 from .responses import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 
 __all__ = ["Ack", "NotificationEndpoint", "Verdict"]
@@ -75,10 +74,10 @@ _REFUSED: Final[Mapping[type[LianLianError], Verdict]] = {
 
 
 class _Ready(NamedTuple):
-    """Resources that must exist before the first notification is handled: the RSA worker and the book of refunds."""
+    """Resources that must exist before the first notification is handled."""
 
     rsa: RsaWorker
-    book: Inbox | MemoryBook
+    inbox: Inbox
 
 
 class NotificationEndpoint:
@@ -160,7 +159,7 @@ class NotificationEndpoint:
         self._allow_list = AllowList.read(allow_from, trusted_proxies)
         self._path = path
         self._concurrency = checked(concurrency)
-        self._recent = MemoryBook(act=self._act, seconds=handler_seconds)
+        self._recent = RecentRefunds()
         self._clock = clock
         self._ready: _Ready | None = None
         self._turn = anyio.Lock()
@@ -182,9 +181,8 @@ class NotificationEndpoint:
             ready = await self._open()
             self._resources = resources.pop_all()
         if self._is_inbox:
-            inbox = cast("Inbox", ready.book)  # there is a journal
-            self._worker = BackgroundTask(inbox.work, inbox.end)
-            self._resources.push_async_callback(self._end_worker, self._worker, inbox)
+            self._worker = BackgroundTask(ready.inbox.work, ready.inbox.end)
+            self._resources.push_async_callback(self._end_worker, self._worker, ready.inbox)
         return self
 
     async def __aexit__(
@@ -206,15 +204,16 @@ class NotificationEndpoint:
             if self._ready is None:
                 if self._journal is not None and not self._journal.is_open:
                     raise RuntimeError(f"{self._journal!r} is not open: {_HOW_TO_OPEN}")
-                book = self._recent if self._journal is None else await self._inbox_of(self._journal)
-                self._ready = _Ready(await RsaWorker.open(self.merchant), book)
+                inbox = await self._open_inbox()
+                self._ready = _Ready(await RsaWorker.open(self.merchant), inbox)
             return self._ready
 
-    async def _inbox_of(self, journal: Journal) -> Inbox:
-        await journal.begin_acting()
+    async def _open_inbox(self) -> Inbox:
+        if self._journal is not None:
+            await self._journal.begin_acting()
         return Inbox(
-            journal=await journal.inbox(),
-            refunds=journal,
+            journal=self._recent if self._journal is None else await self._journal.inbox(),
+            refunds=MemoryJournal() if self._journal is None else self._journal,
             act=self._act,
             count=self._count_act,
             seconds=self._seconds,
@@ -284,14 +283,14 @@ class NotificationEndpoint:
         if len(body) > MAX_NOTIFICATION_BYTES:
             logger.warning("notification refused: longer than %d bytes", MAX_NOTIFICATION_BYTES)
             return Verdict.TOO_BIG
-        rsa, book = self._ready or await self._open()
+        rsa, inbox = self._ready or await self._open()
         told = await rsa.check(rsa.protocol.read_notification, body)
         refund = await complete(told, self._session, self._journal, self._seconds)
         if self._journal is not None:
             refund = await learn(self._journal, refund)
         if not refund.is_final:
             return Verdict.NOT_FINAL
-        return await (self._keep(refund, cast("Inbox", book)) if self._is_inbox else self._act_once(refund, book))
+        return await (self._keep(refund, inbox) if self._is_inbox else self._act_once(refund, inbox))
 
     async def _keep(self, refund: Refund, inbox: Inbox) -> Verdict:
         if self._worker is None:
@@ -300,14 +299,14 @@ class NotificationEndpoint:
         self._notify_session(refund)
         return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
 
-    async def _act_once(self, refund: Refund, book: Book[Any]) -> Verdict:
-        standing, held = await book.take(refund)
+    async def _act_once(self, refund: Refund, inbox: Inbox) -> Verdict:
+        standing, held = await inbox.take(refund)
         self._notify_session(refund)
         if standing is Standing.FINISHED:
             return Verdict.DUPLICATE
         if standing is Standing.LEASED:
             return Verdict.BUSY
-        return Verdict.ACTED if await book.act_on(refund, held) else Verdict.FAILED
+        return Verdict.ACTED if await inbox.act_on(refund, held) else Verdict.FAILED
 
     # ── notifications that never arrived ─────────────────────────────────────────────────────────
 
@@ -326,7 +325,7 @@ class NotificationEndpoint:
             raise ConfigurationError(
                 "sweep requires journal=… and session=…: it queries the gateway through the session"
             )
-        inbox = cast("Inbox", (await self._open()).book)  # there is a journal
+        inbox = (await self._open()).inbox
         await self._journal.begin_acting()  # again: a failover of the database may have lost the first one
         resumed = await self._session.resume(concurrency=concurrency)
         await inbox.keep_final()

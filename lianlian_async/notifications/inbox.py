@@ -1,6 +1,7 @@
-"""The inbox: a journal of final refunds. One worker at a time calls the handler for a refund, until it succeeds.
+"""The inbox: a journal of final refunds. One caller at a time calls the handler for a refund, until it succeeds.
 
-To *act on* a refund means to call the handler for it.
+To *act on* a refund means to call the handler for it. :class:`RecentRefunds` is the inbox of an endpoint that has no
+journal.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Final
+from typing import Final, TypeVar
 
 import anyio
 import attrs
@@ -18,14 +19,15 @@ import attrs
 from lianlian_async.background import is_failure
 from lianlian_async.clock import Clock
 from lianlian_async.errors import InvalidRequest, RefundConflict
-from lianlian_async.journal import Ending, Entry, Intent, Journal, Standing, State
+from lianlian_async.journal import Ending, Entry, Intent, Journal, MemoryJournal, Standing, State
+from lianlian_async.journal.operations import Operation
 from lianlian_async.models import Refund, RefundRequest
 from lianlian_async.recording import answer, learn, take
 from lianlian_async.worker_pool import iterate, run_workers
 
-from .book import Book
+__all__ = ["Inbox", "RecentRefunds"]
 
-__all__ = ["Inbox"]
+T = TypeVar("T")
 
 logger = logging.getLogger("lianlian_async")
 
@@ -35,6 +37,24 @@ _SCAN_EVERY: Final = 30.0
 """Seconds between two scans for entries that other workers left behind."""
 _LONGEST_BACKOFF: Final = 300.0
 """Seconds. The first backoff after a failure takes one second, each further one twice as long."""
+
+
+MOST_RECENT: Final = 10_000
+"""The number of refunds that :class:`RecentRefunds` remembers."""
+
+
+class RecentRefunds(MemoryJournal):
+    """The latest ``MOST_RECENT`` refunds of this process; a refund on which the handler runs is never removed."""
+
+    def _do(self, operation: Operation[T]) -> T:
+        answer = super()._do(operation)
+        self._entries[operation.no_refund] = self._entries.pop(operation.no_refund)  # the latest is the last one
+        while len(self._entries) > MOST_RECENT:
+            idle = (number for number, entry in self._entries.items() if entry.leased_until is None)
+            if (oldest := next(idle, None)) is None:
+                break
+            del self._entries[oldest]
+        return answer
 
 
 @attrs.frozen
@@ -47,12 +67,16 @@ class _Backoff:
 
 
 @attrs.define(eq=False, kw_only=True)
-class Inbox(Book[Entry]):
+class Inbox:
     """A separate journal of final refunds that all processes share; one process at a time acts on each refund."""
 
     journal: Journal
     refunds: Journal
     """The journal of the refunds themselves."""
+    act: Callable[[Refund], Awaitable[None]]
+    """Calls the handler."""
+    seconds: float
+    """Time limit of one handler call, and of the wait for another caller's handler call."""
     count: Callable[[bool], object]
     """Called after each handler call for an entry of the inbox; the argument is True if the handler succeeded."""
     workers: int
@@ -65,7 +89,12 @@ class Inbox(Book[Entry]):
     # ── one notification ─────────────────────────────────────────────────────────────────────────
 
     async def take(self, refund: Refund) -> tuple[Standing, Entry]:
-        """See :meth:`Book.take`. Also raises ``JournalError``."""
+        """Take the lease on a final refund before acting on it; wait while another caller has the lease.
+
+        LEASED: another caller still has the lease. FINISHED: the handler has returned. After any other result, the
+        caller must call :meth:`act_on`. Raises ``JournalError``, and ``RefundConflict`` if an earlier notification had
+        another final state or amount.
+        """
         return await self._take(refund, 2 * self.seconds, anyio.current_time() + self.seconds)
 
     async def keep(self, refund: Refund) -> Standing:
@@ -81,16 +110,31 @@ class Inbox(Book[Entry]):
 
     async def _take(self, refund: Refund, lease: float, deadline: float) -> tuple[Standing, Entry]:
         standing, entry = await take(self.journal, _intent(refund, lease), self.clock, deadline)
-        if standing is Standing.FINISHED:  # a process may have died between the two writes of _finish
+        if standing is Standing.FINISHED:  # a process may have died between the two writes of act_on
             await self.refunds.acted(entry.no_refund)
         return standing, entry
 
-    async def _finish(self, held: Entry, refund: Refund) -> None:
+    async def act_on(self, refund: Refund, held: Entry) -> bool:
+        """Run the handler for a refund that :meth:`take` took, and record or log the result.
+
+        Returns whether the handler succeeded. Raises cancellation and ``JournalError``.
+        """
+        try:
+            with anyio.move_on_after(self.seconds) as scope:
+                await self.act(refund)
+            if scope.cancelled_caught:
+                raise TimeoutError(f"the handler took more than {self.seconds:g} s")
+        except BaseException as error:
+            is_handled = is_failure(error)
+            if is_handled:
+                logger.exception("refund %s: the handler failed; it will be called again", refund.no_refund)
+            await self.journal.release(held, self.clock())  # the next delivery calls the handler again
+            if not is_handled:
+                raise
+            return False
         await self.journal.finish(held, Ending(state=State.DONE, record={"sta_refund": str(refund.sta_refund)}))
         await self.refunds.acted(held.no_refund)
-
-    async def _release(self, held: Entry) -> None:
-        await self.journal.release(held, self.clock())
+        return True
 
     # ── all notifications ────────────────────────────────────────────────────────────────────────
 

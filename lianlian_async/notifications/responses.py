@@ -58,22 +58,22 @@ def _response(status: int, text: str, ret_code: str = "9999", **headers: str) ->
     return Ack(status, headers, wire.encode({"ret_code": ret_code, "ret_msg": text}))
 
 
-_ACKNOWLEDGED: Final = _response(200, "ok", "0000")
+_ACKNOWLEDGED: Final = (Verdict.ACTED, Verdict.KEPT, Verdict.DUPLICATE, Verdict.NOT_FINAL)
+_STATUS: Final = {
+    Verdict.MALFORMED: 400,
+    Verdict.INCOMPLETE: 503,
+    Verdict.TOO_BIG: 413,
+    Verdict.TOO_SLOW: 408,
+    Verdict.UNVERIFIED: 403,
+    Verdict.FOREIGN: 403,
+    Verdict.CONTRADICTORY: 409,
+    Verdict.NOT_ADMITTED: 403,
+    Verdict.BUSY: 503,
+    Verdict.FAILED: 500,
+}
 ACKS: Final[Mapping[Verdict, Ack]] = {
-    Verdict.ACTED: _ACKNOWLEDGED,
-    Verdict.KEPT: _ACKNOWLEDGED,
-    Verdict.DUPLICATE: _ACKNOWLEDGED,
-    Verdict.NOT_FINAL: _ACKNOWLEDGED,
-    Verdict.MALFORMED: _response(400, Verdict.MALFORMED),
-    Verdict.INCOMPLETE: _response(503, Verdict.INCOMPLETE),
-    Verdict.TOO_BIG: _response(413, Verdict.TOO_BIG),
-    Verdict.TOO_SLOW: _response(408, Verdict.TOO_SLOW),
-    Verdict.UNVERIFIED: _response(403, Verdict.UNVERIFIED),
-    Verdict.FOREIGN: _response(403, Verdict.FOREIGN),
-    Verdict.CONTRADICTORY: _response(409, Verdict.CONTRADICTORY),
-    Verdict.NOT_ADMITTED: _response(403, Verdict.NOT_ADMITTED),
-    Verdict.BUSY: _response(503, Verdict.BUSY),
-    Verdict.FAILED: _response(500, Verdict.FAILED),
+    **dict.fromkeys(_ACKNOWLEDGED, _response(200, "ok", "0000")),
+    **{verdict: _response(status, verdict) for verdict, status in _STATUS.items()},
 }
 NOT_HERE: Final = _response(404, "not found")
 ONLY_POST: Final = _response(405, "method not allowed", allow="POST")
