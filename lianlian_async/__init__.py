@@ -58,7 +58,7 @@ from .version import __version__
 if typing.TYPE_CHECKING:
     from .batch import refund_many
     from .merchant import Endpoints, Merchant
-    from .models import Refund, RefundQuery, RefundRequest, RefundStatus
+    from .models import Refund, RefundQuery, RefundRecord, RefundRequest, RefundStatus
     from .notifications import NotificationEndpoint
     from .outcome import Outcome
     from .retry import RetryBudget, RetryPolicy
@@ -86,6 +86,7 @@ __all__ = [
     "RefundNotSent",
     "RefundOutcomeUnknown",
     "RefundQuery",
+    "RefundRecord",
     "RefundRejected",
     "RefundRequest",
     "RefundSession",
@@ -106,6 +107,7 @@ _LAZY = {
     "Outcome": "outcome",
     "Refund": "models",
     "RefundQuery": "models",
+    "RefundRecord": "models",
     "RefundRequest": "models",
     "RefundSession": "session",
     "RefundStatus": "models",

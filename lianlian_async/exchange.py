@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, TypeAlias
 import attrs
 
 from .errors import LastExchange, LianLianError, printable
-from .models import Refund
+from .models import RefundRecord
 from .retry import Deadline, RetryPolicy
 
 
@@ -117,7 +117,7 @@ class Reply:
     """
 
     finding: Finding
-    refund: Refund | None = None
+    refund: RefundRecord | None = None
     error: LianLianError | None = None
     verified: bool = False
     """Whether the answer had a valid signature of the gateway."""

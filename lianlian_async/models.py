@@ -20,6 +20,7 @@ from . import text_rules, wire
 from .errors import InvalidRequest, LastExchange, Problem
 
 T = TypeVar("T")
+Record = TypeVar("Record", bound="RefundRecord")
 
 
 # ── field rules ──────────────────────────────────────────────────────────────────────────────────
@@ -280,11 +281,11 @@ def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
 
 
 @attrs.frozen(kw_only=True)
-class Refund:
+class RefundRecord:
     """The gateway's record of a refund, from a verified answer or notification.
 
-    An absent or empty field is None. Success means that the bank accepted the refund, not that the customer has
-    received the money.
+    A field that the record lacks has the request's value, or None if no request is known. ``raw`` shows the record as
+    received. Success means that the bank accepted the refund, not that the customer has received the money.
     """
 
     ret_code: str | None = None
@@ -293,7 +294,7 @@ class Refund:
     oid_partner: str | None = None
     no_refund: str | None = None
     dt_refund: datetime | None = None
-    """In UTC+8; None in answers of the domestic product."""
+    """In UTC+8; None only if neither the record nor the request is known to have it."""
     money_refund: Decimal | None = None
     """Yuan (CNY)."""
     money_foreign_refund: Decimal | None = None
@@ -306,35 +307,48 @@ class Refund:
     sta_refund: RefundStatus | None = None
     settle_date: date | None = None
     """The settlement date; None before the refund has succeeded."""
+    trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)
     extra: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """Unknown fields, and known fields whose text does not have the documented form."""
     raw: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """The mapping as received, including the signature."""
-    asked_dt_refund: datetime | None = attrs.field(default=None, repr=False, eq=False)
-    """The ``dt_refund`` of the request: a later query requires it, but an answer may omit it."""
-    asked_trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)
-    """The ``trader_refund`` of the request."""
     last_exchange: LastExchange | None = attrs.field(default=None, repr=False, eq=False)
     """The HTTP exchange of the answer, for support tickets; None: the refund comes from a journal or a notification."""
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, str], **known: Any) -> Refund:
-        """Return the refund in a received mapping; :meth:`to_dict` returns this mapping. ``known``: further attributes.
+    def from_dict(
+        cls,
+        data: Mapping[str, str],
+        asked: Mapping[str, str] = MappingProxyType({}),
+        *,
+        last_exchange: LastExchange | None = None,
+    ) -> Self:
+        """Return the record in a received mapping; :meth:`to_dict` returns this mapping.
+
+        The wire fields ``asked`` of its request supply what it lacks; it must have been compared with them. The result
+        is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known; ``Refund.from_dict`` raises
+        :class:`~lianlian_async.InvalidRequest` if they are not.
 
         If the text of a known field does not have the documented form, the field is None and its text is in ``extra``:
         an unreadable exchange rate must not hide that a refund was made.
         """
-        extra, values = dict[str, str](), dict[str, Any]()
-        for name, text in data.items():
-            if name not in _READERS:
-                if name not in ("sign", "sign_type"):  # verified already
-                    extra[name] = text
-            elif text:
+        ours = ("sign", "sign_type", *_READERS)  # the signature has been verified
+        extra, values = {name: text for name, text in data.items() if name not in ours}, dict[str, Any]()
+        for name, read in _READERS.items():
+            if text := data.get(name) or asked.get(name):
                 try:
-                    values[name] = _READERS[name](text)
+                    values[name] = read(text)
                 except ValueError:
                     extra[name] = text
-        return cls(**values, extra=extra, raw=data, **known)
+        missing = {"no_refund", "money_refund"} - values.keys()
+        if missing and issubclass(cls, Refund):
+            raise InvalidRequest(Problem(name, "is required", "nothing") for name in sorted(missing))
+        kind = RefundRecord if missing else Refund
+        return cast("Self", kind(**values, extra=extra, raw=data, last_exchange=last_exchange))
+
+    def completed(self, asked: Mapping[str, str]) -> RefundRecord:
+        """Return this record with what its request supplies: the wire fields ``asked``, which were compared."""
+        return RefundRecord.from_dict(self.raw, asked, last_exchange=self.last_exchange)
 
     def to_dict(self) -> dict[str, str]:
         """Return the received mapping, for JSON logs and queues."""
@@ -353,39 +367,48 @@ class Refund:
         """
         return None if "sign" in self.raw else self.extra.get("evidence")
 
+    def identity(self) -> dict[str, str]:
+        """Return the wire fields that identify the refund, as far as they are known."""
+        names = (*_names(RefundQuery), "money_refund")
+        return {name: _wire_text(getattr(self, name)) for name in names if getattr(self, name) is not None}
+
     def query(self) -> RefundQuery:
         """Return the query about this refund.
 
-        Raises :class:`~lianlian_async.InvalidRequest` if neither the answer nor its request has a ``dt_refund``: the
-        Refund Status API requires it.
+        Raises :class:`~lianlian_async.InvalidRequest` if ``dt_refund`` is unknown: the Refund Status API requires it.
         """
-        when = self.dt_refund or self.asked_dt_refund
-        return RefundQuery.from_record(
-            {
-                **({} if self.no_refund is None else {"no_refund": self.no_refund}),
-                **({} if self.no_refund or not self.oid_refundno else {"oid_refundno": self.oid_refundno}),
-                **({} if when is None else {"dt_refund": when}),
-                "trader_refund": self.asked_trader_refund,
-            }
-        )
+        known = self.identity()
+        known.pop("money_refund", None)
+        if "no_refund" in known:
+            known.pop("oid_refundno", None)
+        return RefundQuery.from_record(known)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A read-only view cannot be pickled: pickle its content.
-        fields = {field.name: getattr(self, field.name) for field in attrs.fields(Refund)}
-        return _revive_refund, (fields | {"extra": dict(self.extra), "raw": dict(self.raw)},)
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+        return _revive_record, (type(self), fields | {"extra": dict(self.extra), "raw": dict(self.raw)})
 
 
-def _revive_refund(fields: dict[str, Any]) -> Refund:
-    return Refund(**fields)
+@attrs.frozen(kw_only=True)
+class Refund(RefundRecord):
+    """A record whose refund number and amount are known. Every refund that was applied for has a ``dt_refund``, too."""
+
+    no_refund: str
+    money_refund: Decimal
+    """Yuan (CNY)."""
+
+
+def _revive_record(cls: type[RefundRecord], fields: dict[str, Any]) -> RefundRecord:
+    return cls(**fields)
 
 
 _READERS: Final[dict[str, Callable[[str], object]]] = {
-    **dict.fromkeys(("ret_code", "ret_msg", "oid_partner", "no_refund", "rate_id", "exchange_bankcode"), str),
+    **dict.fromkeys(("ret_code", "ret_msg", "oid_partner", "no_refund", "rate_id"), str),
     "dt_refund": wire.parse_timestamp,
     "money_refund": wire.parse_money,
     "money_foreign_refund": wire.parse_decimal,
     "rate": wire.parse_decimal,
-    "oid_refundno": str,
+    **dict.fromkeys(("exchange_bankcode", "oid_refundno", "trader_refund"), str),
     "sta_refund": RefundStatus,
     "settle_date": wire.parse_date,
 }

@@ -28,7 +28,7 @@ from .errors import (
 from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply
 from .identity import NUMBERS, check_identity
 from .merchant import Merchant
-from .models import DOCUMENTED, Refund, RefundQuery, RefundRequest
+from .models import DOCUMENTED, RefundQuery, RefundRecord, RefundRequest
 from .signing import SigningKey, VerifyingKey, signature_source
 
 
@@ -86,17 +86,12 @@ class Protocol(NamedTuple):
         except LianLianError as error:
             return Reply(finding=Finding.UNCERTAIN, error=error, retry_after=retry_after, verified=verified)
         if row.kind is CodeClass.SUCCESS:
-            refund = Refund.from_dict(
-                fields,
-                asked_dt_refund=wire.parse_timestamp(exchange.asked["dt_refund"]),
-                asked_trader_refund=exchange.asked.get("trader_refund"),
-                last_exchange=exchange.send_count.last_exchange,
-            )
+            refund = RefundRecord.from_dict(fields, exchange.asked, last_exchange=exchange.send_count.last_exchange)
             return Reply(finding=Finding.FOUND, refund=refund, verified=True)
         finding, refusal = _refused(exchange, fields, row, verified=verified)
         return Reply(finding=finding, error=refusal, retry_after=retry_after, verified=verified)
 
-    def read_notification(self, body: bytes) -> Refund:
+    def read_notification(self, body: bytes) -> RefundRecord:
         """Return the refund of a notification that the gateway signed for this merchant.
 
         It has a ``no_refund`` or an ``oid_refundno``; every other field may be missing. Raises ``MalformedMessage``,
@@ -107,7 +102,7 @@ class Protocol(NamedTuple):
             raise self._not_verified(fields, "notification")
         if fields.get("oid_partner") != self.merchant.oid_partner:
             raise AnswerMismatch("oid_partner", asked=self.merchant.oid_partner, answered=fields.get("oid_partner"))
-        refund = Refund.from_dict(fields)
+        refund = RefundRecord.from_dict(fields)
         if refund.ret_code not in (None, "0000"):
             raise MalformedMessage(f"not a refund notification: ret_code is {refund.ret_code}")
         if refund.no_refund is None and refund.oid_refundno is None:

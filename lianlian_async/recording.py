@@ -19,7 +19,7 @@ from .clock import Clock
 from .errors import JournalError, LianLianError, RefundConflict, RefundNotSent, RefundOutcomeUnknown, RefundRejected
 from .identity import check_identity
 from .journal import Ending, Entry, Intent, Journal, Standing, State
-from .models import Refund, RefundRequest
+from .models import Record, Refund, RefundRecord, RefundRequest
 from .resolution import matching
 from .signing import signature_source
 
@@ -38,7 +38,7 @@ def digest(fields: Mapping[str, str]) -> str:
     return hashlib.sha256(signature_source(content)).hexdigest()
 
 
-def ending(refund: Refund) -> Ending:
+def ending(refund: RefundRecord) -> Ending:
     """Return the ``Ending`` that the journal records for a refund that was made."""
     return Ending(state=State.DONE if refund.is_final else State.ACCEPTED, record=refund.to_dict())
 
@@ -63,8 +63,7 @@ def answer(entry: Entry) -> Refund:
         raise refusal(entry.no_refund, record)
     if entry.ending.state is State.CONFLICT:
         check_identity(entry.fields, record)  # raises the recorded conflict
-    request = RefundRequest.from_record(entry.fields)
-    return Refund.from_dict(record, asked_dt_refund=request.dt_refund, asked_trader_refund=request.trader_refund)
+    return Refund.from_dict(record, entry.fields)
 
 
 async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) -> tuple[Standing, Entry]:
@@ -78,8 +77,8 @@ async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) 
         seconds = min(2 * seconds, _LONGEST_LOOK)
 
 
-async def learn(journal: Journal, refund: Refund) -> Refund:
-    """Record a state that the gateway reported; return ``refund``, with its ``dt_refund`` if known.
+async def learn(journal: Journal, refund: Record) -> Record:
+    """Record a state that the gateway reported; return ``refund``, completed from its request if that is on record.
 
     A refund without an entry is returned unchanged. Raises ``RefundConflict`` if ``refund`` differs from the request
     (the journal records this conflict) or if its final state differs from the recorded one.
@@ -88,9 +87,8 @@ async def learn(journal: Journal, refund: Refund) -> Refund:
     entry = await journal.find(number)
     if entry is None:
         return refund
-    request = RefundRequest.from_record(entry.fields)
     try:
-        matching(request, refund)
+        matching(RefundRequest.from_record(entry.fields), refund)
     except RefundConflict:
         await journal.finish(entry, Ending(state=State.CONFLICT, record=refund.to_dict()))
         raise
@@ -101,7 +99,7 @@ async def learn(journal: Journal, refund: Refund) -> Refund:
     if recorded.state is State.REJECTED or (refund.is_final and status != refund.sta_refund):
         theirs = f"rejected {recorded.record['ret_code']}" if recorded.state is State.REJECTED else str(status)
         raise RefundConflict(number, field="sta_refund", ours=str(refund.sta_refund), theirs=theirs)
-    return attrs.evolve(refund, asked_dt_refund=request.dt_refund, asked_trader_refund=request.trader_refund)
+    return cast("Record", refund.completed(entry.fields))
 
 
 @attrs.frozen(kw_only=True)

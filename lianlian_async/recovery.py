@@ -11,7 +11,7 @@ import anyio
 
 from .errors import InvalidRequest, JournalError, LianLianError, RefundRejected
 from .journal import Entry, Journal, State
-from .models import Refund, RefundQuery, RefundRequest
+from .models import RefundQuery, RefundRecord, RefundRequest
 from .outcome import Outcome
 from .recording import learn
 from .resolution import matching
@@ -35,7 +35,7 @@ async def resume(
     journal: Journal,
     *,
     resolve: Callable[[RefundRequest], Awaitable[Outcome]],
-    query: Callable[[RefundQuery], Awaitable[Refund]],
+    query: Callable[[RefundQuery], Awaitable[RefundRecord]],
     workers: int,
 ) -> Resumed:
     """Resolve every refund in ``journal`` that is UNRESOLVED, and query every ACCEPTED one for its final state.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from enum import Enum
-from typing import Final
+from typing import Final, cast
 
 import anyio
 import attrs
@@ -21,7 +21,7 @@ from .errors import AnswerMismatch, LastExchange, LianLianError, RefundConflict,
 from .exchange import Exchange, Finding, Reply
 from .identity import check_identity, has_whole_identity
 from .middleware import Next, backoff
-from .models import Refund, RefundRequest
+from .models import Refund, RefundRecord, RefundRequest
 from .outcome import Traffic, unknown_reason
 from .retry import TokenBucket
 
@@ -107,7 +107,7 @@ class Case:
         if self.sent_at is not None and self.told_at is not None:
             self.sent_at, self.told_at = latest(self.sent_at, self.told_at, now), None
 
-    def doubt(self, refund: Refund) -> LianLianError | None:
+    def doubt(self, refund: RefundRecord) -> LianLianError | None:
         """Return why a record does not prove that this refund was made; None: it proves it.
 
         If every attempt was rejected, or there was none, the number may belong to another refund: only a record with
@@ -230,7 +230,7 @@ async def _apply(case: Case, send: Next) -> Refund | None:
     case.apply_error, case.retry_after, case.last_exchange = reply.error, reply.retry_after, reply.last_exchange
     step = case.next_step(reply.finding)
     if step is Step.RETURN:
-        return reply.refund
+        return cast("Refund", reply.refund)  # the request supplies what the answer lacks
     if step is Step.RAISE and reply.error is not None:
         raise reply.error
     case.take_in(reply)
@@ -252,7 +252,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         if reply.refund is not None:
             case.query_error = case.doubt(reply.refund)
             if case.query_error is None:
-                return reply.refund
+                return matching(case.request, reply.refund)
         elif isinstance(reply.error, RefundConflict):
             raise reply.error
         elif reply.finding is not Finding.NOT_FOUND:  # the retries are used up, or the query was rejected
@@ -271,10 +271,11 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
     raise case.unknown()
 
 
-def matching(request: RefundRequest, found: Refund) -> Refund:
-    """Return ``found``. Raises ``RefundConflict`` if it is a record of another refund under our number."""
-    check_identity(request.to_dict(), found.raw)
-    return found
+def matching(request: RefundRequest, found: RefundRecord) -> Refund:
+    """Return ``found``, completed. Raises ``RefundConflict`` if it records another refund under our number."""
+    fields = request.to_dict()
+    check_identity(fields, found.raw)
+    return cast("Refund", found.completed(fields))  # the request has number and amount
 
 
 def _number(case: Case) -> str:

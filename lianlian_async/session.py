@@ -21,7 +21,7 @@ from .journal import Journal, OpenRefunds
 from .lifecycle import Lifecycle
 from .merchant import Merchant
 from .middleware import Middleware
-from .models import Refund, RefundQuery, RefundRequest, expect
+from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest, expect
 from .outcome import Outcome, Traffic
 from .recording import learn
 from .recovery import Resumed, resume
@@ -236,10 +236,11 @@ class RefundSession:
 
     async def query_refund(
         self, query: RefundQuery, *, deadline: float | None = None, retry: RetryPolicy | None = None
-    ) -> Refund:
+    ) -> RefundRecord:
         """Query the gateway's record of a refund (LianLian's *Refund Status API*).
 
-        Returns the signed record. ``deadline`` (seconds) and ``retry`` override the session's.
+        Returns the signed record: a ``Refund`` if its number and amount are known. ``deadline`` (seconds) and ``retry``
+        override the session's.
 
         Raises:
             RefundNotFound: the gateway has no such record at this moment.
@@ -259,7 +260,7 @@ class RefundSession:
             return reply.refund
         raise _raised(reply)
 
-    async def wait_refund(self, refund: Refund, *, deadline: float = 3600.0) -> Refund:
+    async def wait_refund(self, refund: Record, *, deadline: float = 3600.0) -> Record:
         """Wait until a refund that was made is final: success or failed.
 
         A notification ends the wait if a ``NotificationEndpoint`` has this session. Until then the gateway is queried,
@@ -269,9 +270,9 @@ class RefundSession:
         Raises:
             RefundNotFinal: the refund is not final at the deadline.
             QueryRejected: the gateway rejected the query, which says nothing about the refund.
-            RefundConflict: the final state contradicts the session's journal.
+            RefundConflict: a record differs from ``refund`` or contradicts the session's journal.
         """
-        expect(refund, Refund, "refund")
+        expect(refund, RefundRecord, "refund")
         with self._waiting.listen(refund) as waiter:
             return await waiter.until_final(refund, self._learn, _checked(deadline))
 
@@ -298,7 +299,7 @@ class RefundSession:
         """End the waits for a refund that is final. Called by ``NotificationEndpoint``."""
         self._waiting.tell(refund)
 
-    async def _learn(self, query: RefundQuery) -> Refund:
+    async def _learn(self, query: RefundQuery) -> RefundRecord:
         refund = await self.query_refund(query)
         return refund if self.journal is None else await learn(self.journal, refund)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
-from typing import Final
+from typing import Final, cast
 
 import anyio
 import attrs
@@ -19,7 +19,8 @@ from .errors import (
     RefundNotFound,
     SignatureInvalid,
 )
-from .models import Refund, RefundQuery, RefundRequest
+from .identity import check_identity
+from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest
 
 __all__ = ["Waiter", "Waiters"]
 
@@ -47,12 +48,12 @@ class Waiter:
             self._asking.cancel()
 
     async def until_final(
-        self, refund: Refund, ask: Callable[[RefundQuery], Awaitable[Refund]], seconds: float
-    ) -> Refund:
+        self, refund: Record, ask: Callable[[RefundQuery], Awaitable[RefundRecord]], seconds: float
+    ) -> Record:
         """Return the final state of ``refund``. Raises ``RefundNotFinal`` after ``seconds``."""
         if refund.is_final:
             return refund
-        query = refund.query()
+        query, known = refund.query(), refund.identity()
         error: LianLianError | None = None
         pause = FIRST_PAUSE
         with anyio.move_on_after(seconds), self._asking:
@@ -60,13 +61,15 @@ class Waiter:
                 await anyio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 try:
-                    refund, error = await ask(query), None
+                    found = await ask(query)
+                    check_identity(known, found.raw)
+                    refund, error = cast("Record", found.completed(known)), None
                 except _TRANSIENT as problem:
                     error = problem
                 if refund.is_final:
                     return refund
         if self.told is not None:
-            return self.told
+            return cast("Record", self.told)
         raise RefundNotFinal(refund, last_error=None if error is None else str(error)) from error
 
 
@@ -77,7 +80,7 @@ class Waiters:
         self._waiters: dict[str, list[Waiter]] = {}
 
     @contextmanager
-    def listen(self, about: Refund | RefundRequest) -> Iterator[Waiter]:
+    def listen(self, about: RefundRecord | RefundRequest) -> Iterator[Waiter]:
         """Register a waiter for a refund's final state during the ``with`` block."""
         number, waiter = str(about.no_refund), Waiter(about.money_refund)
         waiters = self._waiters.setdefault(number, [])

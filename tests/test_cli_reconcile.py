@@ -13,7 +13,7 @@ from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, Refund
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.journal.postgres import PostgresJournal
-from lianlian_async.models import Refund
+from lianlian_async.models import RefundRecord
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import SigningKey
 from tests.support.batches import PASSWORD, refund, url_of
@@ -238,7 +238,7 @@ def test_where_the_gateway_cannot_decide_the_statement_is_evidence(env, journal,
 
 
 def test_a_signed_record_needs_no_other_evidence():
-    assert Refund.from_dict({"sign": "x", "evidence": "of another kind"}).evidence is None
+    assert RefundRecord.from_dict({"sign": "x", "evidence": "of another kind"}).evidence is None
 
 
 def test_refund_without_an_answer_stays_unknown(env, journal, gateway, file):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
 import anyio
 import attrs
@@ -33,7 +34,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 ERROR = GatewayUnavailable("busy", attempts=1, last_error="busy", ret_code=None)
 NOT_SENT = Reply(finding=Finding.NOT_SENT, error=RefundNotSent("R-1", attempts=1, last_error="refused"))
 UNCERTAIN = Reply(finding=Finding.UNCERTAIN, error=ERROR)
-FOUND = Reply(finding=Finding.FOUND, refund=Refund(no_refund="R-1"))
+FOUND = Reply(finding=Finding.FOUND, refund=Refund(no_refund="R-1", money_refund=Decimal("1.00")))
 EXISTS = Reply(finding=Finding.EXISTS, error=ERROR)
 REJECTED = Reply(
     finding=Finding.REJECTED,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lianlian_async import text_rules, wire
 from lianlian_async.errors import InvalidRequest
-from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStatus
+from lianlian_async.models import Refund, RefundQuery, RefundRecord, RefundRequest, RefundStatus
 from tests.support.strategies import invisible, moments
 
 NOW = datetime(2017, 8, 1, 14, 57, 14, tzinfo=UTC)
@@ -256,7 +256,7 @@ def test_record_is_not_checked_again(number):
     assert (read.dt_refund, read.money_refund) == (NOW, Decimal("200.01"))
     assert read.query().to_dict() == {"no_refund": number, "dt_refund": "20170801225714"}
     assert RefundQuery.from_record(read.query().to_dict()) == read.query()
-    assert Refund.from_dict({"no_refund": number}, asked_dt_refund=NOW).query() == read.query()
+    assert Refund.from_dict({"no_refund": number}, written).query() == read.query()
     with pytest.raises(InvalidRequest):
         RefundRequest.from_dict(written)
 
@@ -486,7 +486,7 @@ def test_every_documented_field_is_read():
 
 def test_absent_and_empty_fields_are_none():
     """An absent or empty field is None, and a refund without status is not final."""
-    refund = Refund.from_dict({"no_refund": "R-1", "settle_date": "", "sta_refund": "", "rate": ""})
+    refund = RefundRecord.from_dict({"no_refund": "R-1", "settle_date": "", "sta_refund": "", "rate": ""})
     assert attrs.asdict(refund, filter=lambda field, value: field.eq and value is not None) == {"no_refund": "R-1"}
     assert refund.extra == {}
     assert not refund.is_final
@@ -505,7 +505,7 @@ def test_absent_and_empty_fields_are_none():
 )
 def test_malformed_field_hides_no_other(name, text):
     """Its text is kept in ``extra``; all other fields are read."""
-    refund = Refund.from_dict(SAMPLE | {name: text})
+    refund = RefundRecord.from_dict(SAMPLE | {name: text})
     assert getattr(refund, name) is None
     assert refund.extra == {name: text}
     assert refund.sta_refund is RefundStatus.SUCCESS
@@ -522,20 +522,19 @@ def test_unknown_fields_are_kept():
 
 
 @given(
-    st.dictionaries(
-        st.sampled_from([*SAMPLE, "extra", "raw", "asked_dt_refund", "asked_trader_refund", "memo"]), st.text()
-    )
+    st.dictionaries(st.sampled_from([*SAMPLE, "extra", "raw", "trader_refund", "memo"]), st.text())
     | st.dictionaries(st.text(), st.text())
 )
 def test_any_mapping_of_strings_is_a_refund_and_nothing_is_lost(data):
     """No answer raises; the received mapping is returned, also after JSON and pickling."""
-    refund = Refund.from_dict(data, asked_dt_refund=NOW)
+    refund = RefundRecord.from_dict(data)
+    assert isinstance(refund, Refund) is (refund.no_refund is not None and refund.money_refund is not None)
     assert refund.to_dict() == data
-    assert Refund.from_dict(refund.to_dict()) == refund
+    assert RefundRecord.from_dict(refund.to_dict()) == refund
     for twin in (pickle.loads(pickle.dumps(refund)), copy.deepcopy(refund), copy.copy(refund)):
         assert twin == refund
         assert hash(twin) == hash(refund)
-        assert (twin.extra, twin.raw, twin.asked_dt_refund) == (refund.extra, data, NOW)
+        assert (twin.extra, twin.raw, twin.trader_refund) == (refund.extra, data, refund.trader_refund)
 
 
 def test_a_refund_made_by_hand_survives_pickling():
@@ -553,7 +552,7 @@ def test_the_received_mapping_is_read_only_and_a_copy():
     data.clear()
     refund.to_dict().clear()
     assert refund.raw["no_refund"] == SAMPLE["no_refund"]
-    for twin in (refund, pickle.loads(pickle.dumps(refund)), Refund(raw={"a": "b"}, extra={"a": "b"})):
+    for twin in (refund, pickle.loads(pickle.dumps(refund)), RefundRecord(raw={"a": "b"}, extra={"a": "b"})):
         assert isinstance(twin.raw, MappingProxyType)
         assert isinstance(twin.extra, MappingProxyType)
 
@@ -573,14 +572,33 @@ def test_a_refund_shows_no_signature():
 def test_query_of_a_refund():
     """The query has the merchant's number, or LianLian's number if there is no other."""
     assert Refund.from_dict(SAMPLE).query() == RefundQuery(no_refund="2013051500001", dt_refund="20130515094018")
-    alone = Refund.from_dict({"oid_refundno": "2013051613121201", "dt_refund": "20130515094018"})
+    alone = RefundRecord.from_dict({"oid_refundno": "2013051613121201", "dt_refund": "20130515094018"})
     assert alone.query() == RefundQuery(oid_refundno="2013051613121201", dt_refund="20130515094018")
+
+
+def test_the_request_supplies_what_a_record_lacks():
+    """``raw`` shows the record as received, and its own values come first."""
+    data = {"ret_code": "0000", "dt_refund": "", "money_refund": "200.010"}
+    asked = {**MINIMAL, "money_refund": "200.01", "dt_refund": "20170801225714", "trader_refund": "T"}
+    refund = Refund.from_dict(data, asked)
+    assert (refund.no_refund, refund.dt_refund, refund.trader_refund) == (MINIMAL["no_refund"], NOW, "T")
+    assert (refund.to_dict(), refund.ret_code, refund.extra) == (data, "0000", {})
+    assert refund.identity() == {name: text for name, text in asked.items() if name != "no_order"}
+    assert Refund.from_dict(SAMPLE, asked).no_refund == SAMPLE["no_refund"]
+
+
+def test_a_refund_has_number_and_amount():
+    """A record without them is not a Refund."""
+    assert type(RefundRecord.from_dict(SAMPLE)) is Refund
+    assert type(RefundRecord.from_dict({"no_refund": "R-1"})) is RefundRecord
+    assert set(problems_of(lambda: Refund.from_dict({"money_refund": "x"}))) == {"no_refund", "money_refund"}
 
 
 def test_query_of_a_refund_without_dt_refund():
     """Answers of the domestic product have no dt_refund; the query uses the request's."""
     data = {name: text for name, text in SAMPLE.items() if name != "dt_refund"}
-    assert Refund.from_dict(data, asked_dt_refund=NOW).query().dt_refund == NOW
-    assert Refund.from_dict(SAMPLE, asked_dt_refund=NOW).query().dt_refund != NOW
+    asked = {"dt_refund": "20170801225714"}
+    assert Refund.from_dict(data, asked).query().dt_refund == NOW
+    assert Refund.from_dict(SAMPLE, asked).query().dt_refund != NOW
     assert set(problems_of(Refund.from_dict(data).query)) == {"dt_refund"}
-    assert set(problems_of(Refund.from_dict({}, asked_dt_refund=NOW).query)) == {"no_refund"}
+    assert set(problems_of(RefundRecord.from_dict({}, asked).query)) == {"no_refund"}

@@ -145,10 +145,10 @@ def test_signed_matching_answer_is_the_refund(asking):
     assert reply.refund.raw == fields
 
 
-def test_refund_remembers_the_dt_refund_of_the_request():
-    """Answers of the domestic product have no dt_refund."""
+def test_the_request_supplies_the_dt_refund_that_an_answer_lacks():
+    """Answers of the domestic product have no dt_refund; ``raw`` shows the answer."""
     refund = read(APPLY, made(APPLY.asked, dt_refund=None)).refund
-    assert refund.dt_refund is None
+    assert (refund.dt_refund, "dt_refund" in refund.raw) == (refund_request().dt_refund, False)
     assert refund.query() == refund_request().query()
 
 

@@ -6,6 +6,7 @@ import itertools
 from decimal import Decimal
 
 import anyio
+import attrs
 import pytest
 
 from lianlian_async import (
@@ -86,6 +87,14 @@ async def test_a_failed_query_is_repeated():
             gateway.script(fault, call="query", times=4)
         gateway.script(Fault.BUSY, call="query", ret_code="8901")
         assert (await opened.wait_refund(refund, deadline=3600)).is_final
+
+
+async def test_a_record_of_another_amount_ends_the_wait():
+    """Each record is compared with the refund that is waited for, also without a journal."""
+    async with session(sandbox(settle_after=60)) as opened:
+        refund = attrs.evolve(await opened.apply_refund(refund_request()), money_refund=Decimal("9.00"))
+        with pytest.raises(RefundConflict, match=r"another money_refund: ours 9\.00"):
+            await opened.wait_refund(refund)
 
 
 async def test_a_rejected_query_ends_the_wait():

@@ -32,6 +32,7 @@ from lianlian_async import (
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundQuery,
+    RefundRecord,
     RefundRejected,
     RefundRequest,
     RefundSession,
@@ -98,12 +99,18 @@ def values(now: datetime) -> RefundRequest:
     return request
 
 
-def records(refund: Refund) -> None:
+def records(refund: Refund, record: RefundRecord) -> None:
     """Every documented field of an answer, with its type."""
+    assert_type(record.no_refund, str | None)
+    assert_type(record.money_refund, Decimal | None)
+    if isinstance(record, Refund):
+        assert_type(record.money_refund, Decimal)
+    assert_type(RefundRecord.from_dict({}), RefundRecord)
+    assert_type(Refund.from_dict(refund.raw, asked={"no_refund": "R-1"}), Refund)
     assert_type(refund.ret_code, str | None)
-    assert_type(refund.no_refund, str | None)
+    assert_type(refund.no_refund, str)
     assert_type(refund.dt_refund, datetime | None)
-    assert_type(refund.money_refund, Decimal | None)
+    assert_type(refund.money_refund, Decimal)
     assert_type(refund.money_foreign_refund, Decimal | None)
     assert_type(refund.rate, Decimal | None)
     assert_type(refund.oid_refundno, str | None)
@@ -152,9 +159,13 @@ async def sessions(now: datetime) -> None:
             assert_type(unknown.attempts, int)
             assert_type(unknown.body, bytes)
             assert_type(await session.resolve(unknown, deadline=10), Refund)
-        refund = await session.query_refund(request.query())
-        assert_type(refund, Refund)
+        record = await session.query_refund(request.query())
+        assert_type(record, RefundRecord)
+        assert_type(await session.wait_refund(record, deadline=60), RefundRecord)
+        refund = await session.apply_refund(request)
         assert_type(await session.wait_refund(refund, deadline=60), Refund)
+        ledger: dict[str, Decimal] = {refund.no_refund: refund.money_refund}
+        assert_type(ledger, dict[str, Decimal])
         assert_type(await session.apply_and_wait(request, deadline=60, retry=policy), Refund)
         async for outcome in refund_many(session, [request], concurrency=4):
             assert_type(outcome, Outcome)
@@ -168,6 +179,7 @@ async def notifications(merchant: Merchant, session: RefundSession, body: bytes)
     """An endpoint, with a handler whose result is of no interest."""
 
     async def on_refund(refund: Refund) -> int:
+        assert_type(refund.money_refund, Decimal)
         return len(refund.raw)
 
     async with NotificationEndpoint(merchant, on_refund, journal=None, session=session, inbox=False) as endpoint:

@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from lianlian_async import errors
 from lianlian_async.errors import BatchStopped, InvalidRequest, LianLianError, RefundOutcomeUnknown, SignatureInvalid
-from lianlian_async.models import Refund, RefundStatus
+from lianlian_async.models import RefundRecord, RefundStatus
 
 
 class ExitOutcome(NamedTuple):
@@ -52,7 +52,7 @@ def exit_outcome_of(error: LianLianError) -> ExitOutcome:
     return outcome
 
 
-def exit_outcome_of_refund(refund: Refund) -> ExitOutcome:
+def exit_outcome_of_refund(refund: RefundRecord) -> ExitOutcome:
     """Return FAILED if the refund's final state is failed, else MADE."""
     return FAILED if refund.sta_refund is RefundStatus.FAILED else MADE
 

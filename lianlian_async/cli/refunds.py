@@ -12,7 +12,7 @@ import attrs
 import click
 
 from lianlian_async.merchant import Merchant
-from lianlian_async.models import Refund, RefundQuery, RefundRequest, RefundStatus
+from lianlian_async.models import Refund, RefundQuery, RefundRecord, RefundRequest, RefundStatus
 from lianlian_async.session import RefundSession
 
 from .exit_codes import INTERRUPTED, exit_outcome_of_refund
@@ -108,7 +108,7 @@ def query(
     known = {name: text for name in options if (text := message.get(name))}
     query = RefundQuery.from_dict(known | _given(options))
 
-    async def call() -> Refund:
+    async def call() -> RefundRecord:
         async with RefundSession(merchant, deadline=deadline) as session:
             return await session.query_refund(query)
 
@@ -126,10 +126,10 @@ def _message(file: BinaryIO | None, merchant: Merchant) -> dict[str, str]:
     return message
 
 
-def show_refund(output: Output, refund: Refund) -> None:
+def show_refund(output: Output, refund: RefundRecord) -> None:
     """Print a refund, and exit with the code of its state."""
     outcome = exit_outcome_of_refund(refund)
-    fields = [field.name for field in attrs.fields(Refund) if field.eq]  # the other fields describe the message
+    fields = [field.name for field in attrs.fields(RefundRecord) if field.eq]  # the other fields describe the message
     rows = [(name, *_cells(getattr(refund, name))) for name in fields]
     rows += [(name, text, "not documented") for name, text in refund.extra.items()]
     output.show(
