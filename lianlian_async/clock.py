@@ -107,11 +107,17 @@ class SessionClock:
         if heard_at - began > DATE_SLACK - _DATE_RESOLUTION:
             return
         self._date = date
-        try:
-            told = parsedate_to_datetime(date)
-        except (ArithmeticError, LookupError, TypeError, ValueError):  # all exceptions of the parser
-            return
-        self._ahead = told.replace(tzinfo=told.tzinfo or UTC) - _EPOCH - timedelta(seconds=heard_at)
+        if (told := parse_http_date(date)) is not None:
+            self._ahead = told - _EPOCH - timedelta(seconds=heard_at)
+
+
+def parse_http_date(text: str) -> datetime | None:
+    """Return the moment of a ``Date`` header; None if it is unreadable."""
+    try:
+        told = parsedate_to_datetime(text)
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # all exceptions of the parser
+        return None
+    return told.replace(tzinfo=told.tzinfo or UTC)
 
 
 def boot_clock() -> Callable[[], float]:

@@ -21,6 +21,7 @@ _COMMANDS: Final = {
     "journal": _Command(".journal", "Show, export or resume a journal."),
     "reconcile": _Command(".reconcile", "Compare LianLian's statements with a journal."),
     "worker": _Command(".worker", "Make the refunds of a queue."),
+    "doctor": _Command(".doctor", "Find what is wrong with keys, connection, clock and journal."),
     "verify": _Command(".verify", "Check the signature of a message."),
     "keygen": _Command(".keys", "Generate a key pair for LianLian's dashboard."),
     "notify": _Command(".notify", "Send a notification to a service, or read one."),

@@ -78,8 +78,8 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
         bits = 8 * len(b64decode(repaired, validate=True))
     except ValueError:
         return "sign is not base64"
-    signed = ((one, found) for one in keys if (found := one.key.signed_digest(repaired)))
-    signer, (hash_name, digest) = next(signed, (None, ("", b"")))
+    recovered = ((one, one.key.signed_digest(repaired)) for one in keys)
+    signer, (hash_name, digest) = next(((one, signed) for one, signed in recovered if signed), (None, ("", b"")))
     if signer is None:
         if bits in {one.key.bits for one in keys}:
             return "another key or method signed it"
@@ -92,8 +92,8 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
     problems = [] if hash_name == "md5" else [f"but {shown_hash} instead of MD5"]
     if not found:
         problems.append(f"other text: the {shown_hash} of the signed text is {digest.hex()}")
-    elif conditions := " and ".join(min(found, key=len)):
-        problems.append(f"other text: it fits if {conditions}")
+    elif fewest := min(found, key=len):
+        problems.append(f"other text: it fits if {' and '.join(fewest)}")
     if sign != repaired:
         problems.append("sign is damaged: replace its blanks by + and remove its line breaks")
     return ", ".join([whose, *problems])

@@ -85,6 +85,10 @@ class SqliteReader(_Reading):
     ) -> None:
         await complete(self._close)
 
+    async def find(self, no_refund: str) -> Entry | None:
+        """Return the entry of one refund."""
+        return next(iter(await self.find_all([no_refund])), None)
+
     async def find_all(self, numbers: Sequence[str]) -> list[Entry]:
         """Return the entries of ``numbers``; a number without an entry is left out."""
         return await self._in_thread(self._file.find_all, numbers)

@@ -12,6 +12,7 @@ request is reset. Three risks remain:
 
 from .own_transport import HttpBackend, check_http, http_backend
 from .pool import PoolTransport
+from .probe import probe_server
 from .sender import AsyncBaseTransport, AsyncClient, HttpSender, asgi_transport
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "asgi_transport",
     "check_http",
     "http_backend",
+    "probe_server",
 ]

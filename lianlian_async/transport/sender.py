@@ -100,7 +100,7 @@ class HttpSender:
             content.check_lease()
             request = self._request(url, content, seconds)
         except Exception as error:  # noqa: BLE001 - a caller's client may raise anything; nothing was sent yet
-            return NoResponse(_describe(error, url, seconds / 2), may_have_arrived=False, cause=error)
+            return NoResponse(describe(error, url, seconds / 2), may_have_arrived=False, cause=error)
         answered = False
         try:
             response = await self._send(request)
@@ -116,7 +116,7 @@ class HttpSender:
             if not is_failure(error):
                 raise
             sent = answered or not isinstance(error, _NEVER_SENT) or request.may_have_been_sent(error)
-            return NoResponse(_describe(error, url, seconds / 2), may_have_arrived=sent, cause=error)
+            return NoResponse(describe(error, url, seconds / 2), may_have_arrived=sent, cause=error)
         return HttpResponse(response.status_code, headers, received)
 
     def _request(self, url: str, body: Body, seconds: float) -> TrackedRequest:
@@ -147,7 +147,7 @@ class HttpSender:
                 )
                 await response.aread()  # keeps the connection for the next request
             except Exception as error:  # noqa: BLE001 - as in post
-                logger.info("no connection opened in advance: %s", _describe(error, url, seconds))
+                logger.info("no connection opened in advance: %s", describe(error, url, seconds))
 
         with anyio.move_on_after(seconds):
             async with anyio.create_task_group() as tasks:
@@ -181,7 +181,7 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 # ── describing a failure ─────────────────────────────────────────────────────────────────────────
 
 
-def _describe(error: BaseException, url: str, connect_seconds: float) -> str:
+def describe(error: BaseException, url: str, connect_seconds: float) -> str:
     """Return a message with the type of ``error``, its cause, the host, and the error's notes, such as the proxy."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{type(error).__name__}: {_cause(error, url, connect_seconds)}".rstrip(": ") + notes

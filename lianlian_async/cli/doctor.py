@@ -1,0 +1,254 @@
+"""``lianlian doctor``: check keys, connection, clock and journal, and name the cure of each problem."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+import anyio
+import click
+
+from lianlian_async import __version__, wire
+from lianlian_async.clock import system_clock
+from lianlian_async.errors import ConfigurationError, LianLianError, QueryRejected, RefundNotFound
+from lianlian_async.journal import Owner
+from lianlian_async.merchant import Keys, Merchant
+from lianlian_async.models import RefundQuery, RefundRequest
+from lianlian_async.retry import RetryPolicy
+from lianlian_async.secret import without_locals
+from lianlian_async.session import RefundSession
+from lianlian_async.signing import BACKEND, SigningKey, VerifyingKey, signature_source
+from lianlian_async.transport import http_backend, probe_server
+
+from .options import config_option, load_merchant, parsed
+from .output import Output, json_option, pass_output, printable, table
+from .stores import DSN, JOURNAL, check_place, default_place, is_dsn, make_reader, place_name
+
+_PACKAGES: Final = ("httpx", "anyio", "pycryptodome", "cryptography", "aiohttp", "psycopg", "procrastinate")
+_STYLES: Final = {"ok": "", "warning": "yellow", "failure": "red"}
+_THEIR_KEY: Final = "LianLian's key"
+_SETTING: Final = "correct this setting (LIANLIAN_ variables, or the file of --config)"
+_JOURNAL: Final = f"name the journal with --journal or {JOURNAL}"
+_WAIT: Final = 15.0
+
+
+class _Check(NamedTuple):
+    """The result of one check, and the cure if the state is not ok."""
+
+    name: str
+    text: str
+    state: str = "ok"
+    cure: str = ""
+
+
+def _warning(name: str, text: str, cure: str) -> _Check:
+    return _Check(name, text, "warning", cure)
+
+
+def _failure(name: str, problem: LianLianError | str, cure: str) -> _Check:
+    """Return a failure. If ``problem`` ends with its own cure (``…; cure``), that one is shown instead of ``cure``."""
+    text, _, own = str(problem).rpartition("; ")
+    return _Check(name, text or own, "failure", own if text else cure)
+
+
+@click.command
+@click.option(
+    "--journal",
+    "place",
+    metavar="PATH|DSN",
+    envvar=[DSN, JOURNAL],
+    show_envvar=True,
+    show_default="that of `lianlian batch`",
+    callback=check_place,
+    help="Journal to check.",
+)
+@click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default the last one made.")
+@click.option(
+    "--dt-refund",
+    metavar="YYYYMMDDHHMMSS",
+    callback=parsed(wire.parse_timestamp),
+    help="dt_refund of a --refund that is not in the journal.",
+)
+@click.option("--offline", is_flag=True, help="Do not connect to the gateway.")
+@config_option
+@json_option
+@pass_output
+def doctor(output: Output, /, *, config: Path | None, **options: Any) -> None:
+    """Find what is wrong with keys, connection, clock and journal.
+
+    Sends no refund. LianLian is asked about a refund that was made: its signed answer proves its public key. Exit
+    codes: 0 no failure; 1 a failure.
+    """
+    checks, public_key = [*_installation()], None
+    try:
+        merchant = load_merchant(config)
+    except ConfigurationError as error:
+        checks.append(_failure("merchant", error, _SETTING))
+    else:
+        checks.append(_Check("merchant", merchant.oid_partner))
+        try:
+            keys = merchant.load_keys()
+        except ConfigurationError as error:
+            is_swapped = _are_swapped(merchant)
+            problem = "private key and LianLian's public key are swapped; exchange the two settings"
+            checks.append(_failure("keys", problem if is_swapped else error, _SETTING))
+        else:
+            checks += _keys(keys)
+            public_key = keys.private.public_key().to_base64()
+        checks += anyio.run(_look_around, merchant, options)
+    state = max((check.state for check in checks), key=list(_STYLES).index)
+    drawn = table("", ("", "check", ""), ())
+    for check in checks:
+        text = "\n→ ".join(printable(part) for part in (check.text, check.cure) if part)
+        drawn.add_row(check.state, check.name, text, style=_STYLES[check.state])
+    upload = ("public half of your private key, for LianLian's dashboard:", public_key) if public_key else ()
+    document = {"outcome": state, "checks": [check._asdict() for check in checks], "public_key_base64": public_key}
+    output.show(document, drawn, *upload)
+    click.get_current_context().exit(int(state == "failure"))
+
+
+def _installation() -> Iterator[_Check]:
+    versions = [f"lianlian-async {__version__}", f"Python {platform.python_version()}"]
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
+    yield _Check("versions", ", ".join(versions))
+    try:
+        yield _Check("backends", f"signs with {BACKEND}, sends with {http_backend()}")
+    except ConfigurationError as error:
+        yield _failure("backends", error, "correct this variable")
+
+
+@without_locals
+def _are_swapped(merchant: Merchant) -> bool:
+    private, [public, *_] = merchant.private_key.reveal(), merchant.gateway_public_keys.reveal()
+    try:
+        VerifyingKey.load(private)  # type: ignore[arg-type]  # the command loads keys from text and files only
+        SigningKey.load(public, merchant.private_key_password.reveal())  # type: ignore[arg-type]
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _keys(keys: Keys) -> Iterator[_Check]:
+    text = f"{keys.private.bits} bits, {keys.private.fingerprint}"
+    if keys.private.bits in (2048, 4096):
+        yield _Check("private key", text)
+    else:
+        weak = "1024 bits are weak" if keys.private.bits == 1024 else "LianLian accepts 1024, 2048 or 4096 bits"
+        cure = "make a pair with `lianlian keygen`, and put its public key into LianLian's dashboard"
+        yield _warning("private key", f"{text}: {weak}", cure)
+    for key in keys.gateway:
+        yield _Check(_THEIR_KEY, f"{key.bits} bits, {key.fingerprint}")
+
+
+async def _look_around(merchant: Merchant, options: dict[str, Any]) -> list[_Check]:
+    """Check the connections, the journal, and LianLian's key."""
+    checks, endpoints, no_refund = list[_Check](), merchant.endpoints, options["no_refund"]
+    origins = {urlsplit(url)[:2]: url for url in (endpoints.apply, endpoints.query)}
+    if not options["offline"]:
+        for url in origins.values():
+            checks += [check async for check in _connection(url)]
+    is_complete = no_refund and options["dt_refund"]
+    query = RefundQuery(no_refund=no_refund, dt_refund=options["dt_refund"]) if is_complete else None
+    try:
+        place = options["place"] or default_place(merchant)
+        checks += [] if is_dsn(place) else _file(Path(place))
+        async with make_reader(place) as reader:
+            entry = await (reader.find(no_refund) if no_refund else reader.latest_made())
+            refunds, name = sum((await reader.counts()).values()), place_name(place)
+            Owner(merchant.oid_partner, endpoints.apply).confirm(reader.owner, name)
+            belongs = "to this merchant" if reader.owner else "to no merchant yet"
+            checks.append(_Check("journal", f"{name}: {refunds:,} refunds, belongs {belongs}"))
+            query = RefundRequest.from_record(entry.fields).query() if entry else query
+    except FileNotFoundError:
+        checks.append(_warning("journal", f"{place} does not exist; `lianlian batch` creates it", _JOURNAL))
+    except click.UsageError as error:
+        checks.append(_warning("journal", error.message, _JOURNAL))
+    except (LianLianError, OSError) as error:
+        checks.append(_failure("journal", str(error), f"check the database, or {_JOURNAL}"))
+    if query is not None:
+        proof = [] if options["offline"] else [check async for check in _proof(merchant, query)]
+        return [*checks, *proof]
+    unknown = f"the journal does not know {no_refund}" if no_refund else "no refund is known as made"
+    cure = "give its --dt-refund, too" if no_refund else "run this again after the first refund, or use --refund"
+    return [*checks, _warning(_THEIR_KEY, f"not provable yet: {unknown}", cure)]
+
+
+async def _connection(url: str) -> AsyncIterator[_Check]:
+    host = urlsplit(url).netloc.rpartition("@")[2]
+    try:
+        proxy, ahead, issuer, expires_at = await probe_server(url)
+    except LianLianError as error:
+        cure = "check the URL, DNS, the firewall and HTTPS_PROXY"
+        if "certificate" in str(error):
+            cure = "check this machine's date; behind a proxy that decrypts TLS, set SSL_CERT_FILE to the proxy's CA"
+        yield _failure("connection", f"{host}: {error}", cure)
+        return
+    yield _Check("connection", f"{host}, {'no proxy' if proxy is None else f'through the proxy {proxy}'}")
+    days = (expires_at - system_clock().wall).days if expires_at else None
+    if days is None:
+        yield _Check("TLS", "none: plain http, allowed for this machine only")
+    elif days < 14:
+        text = f"certificate of {issuer} expires in {days} days"
+        yield _warning("TLS", text, "ask LianLian's support when it is renewed")
+    else:
+        yield _Check("TLS", f"trusted certificate of {issuer}, expires in {days} days")
+    if ahead is None:
+        cure = "find the proxy that removes it: after a reboot, the library needs it to measure time"
+        yield _warning("clock", "unknown: the answer has no Date header", cure)
+    elif abs(ahead) > 10:
+        text = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's clock"
+        yield _failure("clock", text, "set this machine's clock by NTP (timedatectl set-ntp true)")
+    else:
+        yield _Check("clock", "agrees with the server's clock")
+
+
+def _file(path: Path) -> Iterator[_Check]:
+    about = path.stat()
+    user = getattr(os, "geteuid", lambda: about.st_uid)()
+    if about.st_uid != user:
+        text = f"{path} belongs to user {about.st_uid}, but this command runs as user {user}"
+        yield _warning("journal", text, "run every command as the user that owns the journal")
+    if not about.st_mode & 0o200:
+        yield _failure("journal", f"{path} is read-only", f"chmod u+w {path}")
+    if about.st_mode & 0o022:
+        yield _warning("journal", f"other users can change {path}", f"chmod go-w {path}")
+    yield _disk(shutil.disk_usage(path.parent).free)
+
+
+def _disk(free: int) -> _Check:
+    text = f"{free / (1 << 30):,.1f} GiB free for the journal"
+    if free < 1 << 30:
+        return _failure("disk", text, "free some space; without it the library sends nothing")
+    return _Check("disk", text)
+
+
+async def _proof(merchant: Merchant, query: RefundQuery) -> AsyncIterator[_Check]:
+    """Query a refund: the signature of the answer proves LianLian's key."""
+    try:
+        async with RefundSession(merchant, deadline=_WAIT, retry=RetryPolicy(attempts=1)) as session:
+            refund = await session.query_refund(query)
+    except (QueryRejected, RefundNotFound) as error:
+        if error.verified:
+            yield _Check(_THEIR_KEY, f"proved: it signed the answer {error.ret_code}")
+        else:
+            text = f"not provable yet: the answer {error.ret_code} is not signed"
+            yield _warning(_THEIR_KEY, text, "correct the line below, or use --refund with another refund")
+        check = _failure("query", error, "check LIANLIAN_QUERY_URL: LianLian must know this refund")
+        is_old = error.ret_code == "3005"
+        yield _warning("query", check.text, "use --refund with a newer refund") if is_old else check
+    except LianLianError as error:
+        cure = "compare LianLian's public key and the endpoints with LianLian's dashboard and pages"
+        yield _failure(_THEIR_KEY, error, cure)
+    else:
+        signed = signature_source(refund.raw), refund.raw["sign"]
+        [key, *_] = (key for key in merchant.load_keys().gateway if key.verify(*signed))
+        yield _Check(_THEIR_KEY, f"proved: {key.fingerprint} signed the record of {refund.no_refund}")

@@ -1,0 +1,60 @@
+"""Connect to a server without a refund or a query: learn its proxy, its certificate and its clock."""
+
+from __future__ import annotations
+
+import ssl
+from datetime import UTC, datetime
+from itertools import chain
+from typing import Final, NamedTuple
+
+import anyio
+import anyio.to_thread
+import httpx
+
+from lianlian_async.clock import parse_http_date, system_clock
+from lianlian_async.errors import GatewayUnavailable
+
+from .connection import proxy_for
+from .pool import PoolTransport
+from .sender import describe
+
+_WAIT: Final = 10.0
+
+
+class Probe(NamedTuple):
+    """What a new connection to a server showed."""
+
+    proxy: str | None
+    """The URL of the proxy, without its password; None: a direct connection."""
+    ahead: float | None
+    """Seconds by which this machine's wall clock is ahead of the server's; None: no ``Date`` header."""
+    issuer: str
+    """The organization that issued the server's certificate, which is trusted."""
+    expires_at: datetime | None
+    """The end of the certificate's validity; None: no TLS."""
+
+
+async def probe_server(url: str) -> Probe:
+    """Send a HEAD request to ``url`` over a new connection of :class:`PoolTransport`, within 10 seconds.
+
+    Raises ``GatewayUnavailable``, or ``ConfigurationError`` if the proxy or the CA certificates are unusable.
+    """
+    proxy = proxy_for(httpx.URL(url))
+    request = httpx.Request("HEAD", url, extensions={"timeout": httpx.Timeout(_WAIT).as_dict()})
+    async with await anyio.to_thread.run_sync(PoolTransport, 1) as transport:  # in a thread: reads the CA files
+        try:
+            with anyio.fail_after(_WAIT):
+                response = await transport.handle_async_request(request)
+                tls = response.extensions["network_stream"].get_extra_info("ssl_object")
+                certificate = None if tls is None else tls.getpeercert()
+                await response.aread()
+        except (httpx.TransportError, TimeoutError) as error:
+            reason = describe(error, url, _WAIT)
+            raise GatewayUnavailable(reason, attempts=1, last_error=reason, ret_code=None) from error
+    date, issuer, expires_at = parse_http_date(response.headers.get("date", "")), "", None
+    if certificate is not None:
+        names = dict(chain.from_iterable(certificate["issuer"]))
+        issuer = names.get("organizationName") or names.get("commonName", "")
+        expires_at = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
+    ahead = None if date is None else (system_clock().wall - date).total_seconds()
+    return Probe(None if proxy is None else str(proxy.url), ahead, issuer, expires_at)
