@@ -1,9 +1,10 @@
 """A fleet: procrastinate workers, each a process of its own, on one queue and one journal in one PostgreSQL.
 
 The option is the number of workers; or ``refund_many`` for one process that makes the same refunds without a queue;
-``sqlite`` for the same on an ``SqliteJournal``; or ``enqueue`` to fill the queue only. Workers start, open all that
-they need, and then begin together; the clock runs until the last of them finds the queue empty. The environment's
-``LIANLIAN_DSN`` names the server; each run has a database of its own.
+``sqlite`` for the same on an ``SqliteJournal``; ``enqueue`` to fill the queue only; or ``first`` to fill it, and to
+measure the time from the start of a worker to its first refund. Workers start, open all that they need, and then begin
+together; the clock runs until the last of them finds the queue empty. The environment's ``LIANLIAN_DSN`` names the
+server; each run has a database of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ WORKER = "worker"
 REFUND_MANY = "refund_many"
 SQLITE = "sqlite"
 ENQUEUE = "enqueue"
+FIRST = "first"
 
 
 def program(job: frame.Job) -> dict[str, float] | Awaitable[dict[str, float]]:
@@ -46,27 +48,52 @@ def program(job: frame.Job) -> dict[str, float] | Awaitable[dict[str, float]]:
     dsn = _new_database(server)
     if job.option == ENQUEUE:
         return _fill(job, dsn)
+    if job.option == FIRST:
+        return _first(job, dsn)
     many = job.option == REFUND_MANY
     asyncio.run(_fill(replace(job, refunds=0) if many else job, dsn))
-    part = replace(job, option=f"{WORKER} {REFUND_MANY}" if many else WORKER)
-    command = [sys.executable, "-m", __spec__.name, json.dumps(asdict(part))]
-    environment = {**os.environ, "LIANLIAN_DSN": dsn}
-    workers = [
-        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(1 if many else int(job.option))
-    ]
+    option = f"{WORKER} {REFUND_MANY}" if many else WORKER
+    workers = [_start(replace(job, option=option), dsn) for _ in range(1 if many else int(job.option))]
     for worker in workers:
         worker.stdout.readline()
-    began, database_began = frame.clocks(), _database_seconds(dsn)
+    began, database_began, written_before = frame.clocks(), _database_seconds(dsn), _written_bytes(dsn)
     for worker in workers:
         print(file=worker.stdin, flush=True)
     told = [json.loads(worker.stdout.readline()) for worker in workers]
     result = frame.timed(job.refunds, began)
     database = 1000 * (_database_seconds(dsn) - database_began) / job.refunds
+    written = (_written_bytes(dsn) - written_before) / job.refunds
     for worker in workers:
         worker.communicate()
     asyncio.run(_check(job, dsn))
-    return result | {"cpu_ms": sum(each["cpu_ms"] for each in told), "database_cpu_ms": database}
+    cpu = sum(each["cpu_ms"] for each in told)
+    return result | {"cpu_ms": cpu, "database_cpu_ms": database, "wal_bytes": written}
+
+
+def _start(job: frame.Job, dsn: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", __spec__.name, json.dumps(asdict(job))]
+    environment = {**os.environ, "LIANLIAN_DSN": dsn}
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _first(job: frame.Job, dsn: str) -> dict[str, float]:
+    """Return the seconds from the start of a worker until its first refund is made."""
+    asyncio.run(_fill(job, dsn))
+    began = frame.clocks()
+    with _start(replace(job, option=f"{WORKER} {FIRST}"), dsn) as worker:
+        print(file=worker.stdin, flush=True)
+        for line in worker.stdout:
+            if line.strip() == FIRST:
+                result = frame.timed(1, began)
+                worker.kill()
+        return result
+
+
+def _written_bytes(dsn: str) -> int:
+    """How much the server has written to its write-ahead log since it began."""
+    with psycopg.connect(dsn) as connection:
+        [(written,)] = connection.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")
+    return int(written)
 
 
 def _database_seconds(dsn: str) -> float:
@@ -117,6 +144,8 @@ async def _work(job: frame.Job, dsn: str) -> dict[str, float]:
         began = frame.clocks()
         if job.option.endswith(REFUND_MANY):
             await _refund_many(job, session)
+        elif job.option.endswith(FIRST):
+            await queue.work(session, concurrency=job.in_flight, on_outcome=lambda _: print(FIRST, flush=True))
         else:
             await queue.work(session, concurrency=job.in_flight, wait=False)
         return frame.timed(job.refunds, began)
@@ -131,7 +160,7 @@ async def _on_sqlite(job: frame.Job) -> dict[str, float]:
         ):
             began = frame.clocks()
             await _refund_many(job, session)
-            return frame.timed(job.refunds, began) | {"database_cpu_ms": 0.0}
+            return frame.timed(job.refunds, began) | {"database_cpu_ms": 0.0, "wal_bytes": 0.0}
 
 
 async def _refund_many(job: frame.Job, session: RefundSession) -> None:

@@ -2,8 +2,8 @@
 
 The sandbox on a socket injects every fault into 5 % of the requests. One real PostgreSQL holds a procrastinate queue
 and a journal. At random moments a random worker process is killed (SIGKILL) and replaced, or suspended (SIGSTOP) until
-its leases have expired and others have taken its refunds. The database is killed once and restarted. In the end every
-refund must have been made exactly once or rejected, and the journal must agree with the gateway's books.
+its leases have expired and others have taken its refunds. The database is killed at even distances and restarted. In
+the end every refund must have been made exactly once or rejected, and the journal must agree with the gateway's books.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def kill_workers(
     workers: int,
     seed: int,
     repeated: Repeated,
+    database_kills: int = 0,
     kill_database: Callable[[], object] = lambda: None,
 ) -> dict[str, str]:
     """Run everything; return the refunds for which the journal disagrees with the books, or that were made twice."""
@@ -68,7 +69,7 @@ def kill_workers(
     moments = sorted(dice.sample(range(refunds // 10, refunds + 1), kills))
     gateway = stormy_gateway(refunds, repeated=repeated, seed=seed)
     asyncio.run(_enqueue(dsn, refunds))
-    killed = False
+    database_moments = [refunds * (number + 1) // (database_kills + 1) for number in range(database_kills)]
     with serving(gateway) as base_url:
         command = [*program("fleet"), "--work", dsn]
         variables = os.environ | environment(gateway, base_url)
@@ -77,8 +78,8 @@ def kill_workers(
         try:
             while left := asyncio.run(_open(dsn)):
                 time.sleep(dice.random() / 5)
-                if left <= refunds // 2 and not killed:
-                    killed = True
+                if database_moments and left <= database_moments[-1]:
+                    database_moments.pop()
                     kill_database()
                 if not moments:  # without faults the rest can finish
                     gateway.faults = {}
@@ -144,6 +145,7 @@ def main() -> int:
     parser.add_argument("--refunds", type=int, default=2_000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--database-kills", type=int, default=2)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,6 +163,7 @@ def main() -> int:
                 workers=options.workers,
                 seed=options.seed,
                 repeated=repeated,
+                database_kills=options.database_kills,
                 kill_database=partial(_kill, server),
             )
         verdict = contradictions or "journal and books agree"
