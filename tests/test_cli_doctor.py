@@ -197,7 +197,7 @@ def serving_tls(gateway, folder, *, days, organization="Test CA"):
             3,
             "Test CA",
             "warning",
-            "certificate of Test CA expires in 3 days",
+            "trusted certificate of Test CA, expires in 3 days",
             "ask LianLian's support when it is renewed",
         ),
     ],

@@ -176,6 +176,51 @@ def test_sandbox_options_configure_the_gateway(tmp_path):
     assert first["oid_refundno"] != second["oid_refundno"]
 
 
+def test_orders_of_a_batch_file_exist(tmp_path):
+    """Each order of the file has the sum of its refunds; no other order exists; damaged lines are noted."""
+    file = tmp_path / "refunds.csv"
+    file.write_text(
+        "退款单号,订单号,支付单号,退款时间,金额\n"
+        'R-1,O-1,P-1,2026/11/01 10:20,"¥1,200.00"\n'
+        "R-2,O-1,,2026/11/01 10:21,¥34.50\n"
+        "R-3,,P-1,2026/11/01 10:22,0.06\n"
+        "R-4,,P-4,2026/11/01 10:23,5.00\n"
+        "R-5,O-5,,yesterday,5.00\n",
+        "gb18030",
+    )
+    columns = (
+        "no_refund=退款单号",
+        "no_order=订单号",
+        "oid_paybill=支付单号",
+        "dt_refund=退款时间",
+        "money_refund=金额",
+    )
+    reading = ("--encoding", "gb18030", "--date-format", "YYYY/MM/DD hh:mm", "--money-format", "¥1,234.56")
+    reading += tuple(word for column in columns for word in ("--map", column))
+    ended = []
+
+    def send(env):
+        batch = ("batch", file, *reading, "--journal", tmp_path / "journal", "--yes", "--skip-invalid", "--json")
+        beyond = ("apply", "--no-refund", "X", "--dt-refund", "20261101102000", "--money-refund", "0.01", "--json")
+        commands = (batch, (*beyond, "--no-order", "O-1"), (*beyond, "--no-order", "O-5"))
+        ended.extend(end(start(*command, env=env), env) for command in commands)
+
+    served = sandbox_in_this_process("--orders", file, *reading, env_file=tmp_path / "sandbox.env", meanwhile=send)
+    made, too_much, other = ended
+    assert made.json["outcomes"]["made"] == {"refunds": 4, "yuan": "1239.56"}
+    assert [each.json["error"]["ret_code"] for each in (too_much, other)] == ["5007", "5002"]
+    assert "line 6: dt_refund: does not have the form of --date-format" in served.stderr
+
+
+def test_order_that_cannot_exist_is_a_usage_error(tmp_path):
+    """The refunds of an order together exceed LianLian's largest amount."""
+    rows = [refund(number, no_order="O-1", money_refund="60000000.00") for number in (1, 2)]
+    file = write_csv(tmp_path / "refunds.csv", rows)
+    ended = run("sandbox", "--orders", file, "--env-file", tmp_path / "sandbox.env")
+    assert ended.exit_code == 2
+    assert "must be between 0.01 and 100000000.00 yuan" in ended.stderr
+
+
 def test_an_ipv6_address_is_written_in_brackets(tmp_path):
     """The URL of a sandbox at ::1 has brackets."""
     try:

@@ -138,13 +138,11 @@ def _are_swapped(merchant: Merchant) -> bool:
 
 
 def _keys(keys: Keys) -> Iterator[_Check]:
-    text = f"{keys.private.bits} bits, {keys.private.fingerprint}"
-    if keys.private.bits in (2048, 4096):
-        yield _Check("private key", text)
-    else:
-        weak = "1024 bits are weak" if keys.private.bits == 1024 else "LianLian accepts 1024, 2048 or 4096 bits"
-        cure = "make a pair with `lianlian keygen`, and put its public key into LianLian's dashboard"
-        yield _warning("private key", f"{text}: {weak}", cure)
+    bits, text = keys.private.bits, f"{keys.private.bits} bits, {keys.private.fingerprint}"
+    weak = "1024 bits are weak" if bits == 1024 else "LianLian accepts 1024, 2048 or 4096 bits"
+    cure = "make a pair with `lianlian keygen`, and put its public key into LianLian's dashboard"
+    is_good = bits in (2048, 4096)
+    yield _Check("private key", text) if is_good else _warning("private key", f"{text}: {weak}", cure)
     for key in keys.gateway:
         yield _Check(_THEIR_KEY, f"{key.bits} bits, {key.fingerprint}")
 
@@ -196,11 +194,9 @@ async def _connection(url: str) -> AsyncIterator[_Check]:
     days = (expires_at - system_clock().wall).days if expires_at else None
     if days is None:
         yield _Check("TLS", "none: plain http, allowed for this machine only")
-    elif days < 14:
-        text = f"certificate of {issuer} expires in {days} days"
-        yield _warning("TLS", text, "ask LianLian's support when it is renewed")
     else:
-        yield _Check("TLS", f"trusted certificate of {issuer}, expires in {days} days")
+        tls = _Check("TLS", f"trusted certificate of {issuer}, expires in {days} days")
+        yield tls if days >= 14 else _warning(*tls[:2], "ask LianLian's support when it is renewed")
     if ahead is None:
         cure = "find the proxy that removes it: after a reboot, the library needs it to measure time"
         yield _warning("clock", "unknown: the answer has no Date header", cure)
@@ -221,14 +217,9 @@ def _file(path: Path) -> Iterator[_Check]:
         yield _failure("journal", f"{path} is read-only", f"chmod u+w {path}")
     if about.st_mode & 0o022:
         yield _warning("journal", f"other users can change {path}", f"chmod go-w {path}")
-    yield _disk(shutil.disk_usage(path.parent).free)
-
-
-def _disk(free: int) -> _Check:
-    text = f"{free / (1 << 30):,.1f} GiB free for the journal"
-    if free < 1 << 30:
-        return _failure("disk", text, "free some space; without it the library sends nothing")
-    return _Check("disk", text)
+    free = shutil.disk_usage(path.parent).free
+    disk = _Check("disk", f"{free / (1 << 30):,.1f} GiB free for the journal")
+    yield disk if free > 1 << 30 else _failure(*disk[:2], "free some space; without it the library sends nothing")
 
 
 async def _proof(merchant: Merchant, query: RefundQuery) -> AsyncIterator[_Check]:

@@ -122,7 +122,7 @@ class SandboxGateway:
 
     def add_order(
         self,
-        no_order: str,
+        no_order: str | None,
         money_order: Decimal,
         *,
         dt_order: datetime | str | None = None,

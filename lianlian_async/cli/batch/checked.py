@@ -7,12 +7,14 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from decimal import Decimal
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import anyio
 import anyio.to_thread
 import attrs
+import click
 
 from lianlian_async import wire
 from lianlian_async.cli.options import check_partner
@@ -24,7 +26,7 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.worker_pool import run_workers
 
 from .formats import plain_date, plain_money
-from .rows import Row, damaged, rounded
+from .rows import Columns, Row, damaged, read_rows, rounded
 
 _PAGE: Final = 500
 _SCHEMA: Final = """
@@ -239,6 +241,22 @@ class Checked:
             return self._file.execute(statement, parameters)
         except sqlite3.Error as error:
             raise LianLianError(f"temporary file: {error}; set SQLITE_TMPDIR to a folder with more space") from error
+
+
+@contextmanager
+def checked_file(
+    file: str, merchant: Merchant | None, options: Mapping[str, Any], note: Callable[[str], object], **columns: bool
+) -> Iterator[tuple[Checked, Columns]]:
+    """Check all lines of ``file`` with the options of :func:`.options.reading_options`; note what a person must see."""
+    reading = {name: options[name] for name in ("derive", "dt_refund", "read_date", "read_money")}
+    seen = Columns(options["renamed"], options["ignore_unknown"], **columns)
+    with closing(Checked(merchant, **reading)) as checked:
+        with click.open_file(file, "rb") as stream:
+            for row in read_rows(stream, file, seen, options["encoding"]):
+                checked.add(row)
+        for text in (*checked.problems.texts(), *checked.remarks.texts()):
+            note(text)
+        yield checked, seen
 
 
 def _difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:

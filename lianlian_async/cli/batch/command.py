@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
@@ -36,10 +36,9 @@ from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
 
-from .checked import Checked, FileTotals, Known, Line, look_up
+from .checked import Checked, FileTotals, Known, Line, checked_file, look_up
 from .options import batch_options, refuse_for_queue
 from .results import Totals, interrupted_result, invalid_result, result_columns, result_of
-from .rows import Columns, read_rows
 from .summary import file_rows, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
@@ -72,14 +71,7 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
     place = _find_journal(output, file, merchant, options) if merchant else None
     if not (queue or dry_run):
         _refuse_to_overwrite(options["out"], file, place)
-    reading = {name: options[name] for name in ("derive", "dt_refund", "read_date", "read_money")}
-    with closing(Checked(merchant, **reading)) as checked:
-        columns = Columns(options["renamed"], options["ignore_unknown"], has_partner=not queue)
-        with click.open_file(file, "rb") as stream:
-            for row in read_rows(stream, file, columns, options["encoding"]):
-                checked.add(row)
-        for text in (*checked.problems.texts(), *checked.remarks.texts()):
-            output.note(text)
+    with checked_file(file, merchant, options, output.note, has_partner=not queue) as (checked, columns):
         if checked.problems.count and not options["skip_invalid"]:
             show_checked(output, checked, "invalid, nothing was sent")
             ctx.exit(2)

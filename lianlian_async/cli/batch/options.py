@@ -61,22 +61,7 @@ def _encoding(name: str) -> str:
     return name
 
 
-_OPTIONS: Final = (
-    click.option("--dry-run", is_flag=True, help="Check all lines and send nothing."),
-    click.option("--yes", is_flag=True, help="Send without asking for confirmation."),
-    click.option(
-        "--max-total",
-        metavar="YUAN",
-        callback=parsed(wire.parse_decimal),
-        help="Send nothing if the sum of all refunds is greater.",
-    ),
-    click.option(
-        "--max-refund",
-        metavar="YUAN",
-        callback=parsed(wire.parse_decimal),
-        help="Send nothing if any refund is greater.",
-    ),
-    click.option("--skip-invalid", is_flag=True, help="Send the valid lines even if other lines are invalid."),
+_READING_OPTIONS: Final = (
     click.option(
         "--map",
         "renamed",
@@ -120,6 +105,24 @@ _OPTIONS: Final = (
         help="dt_refund of lines that have none. Use the same value in every run: the journal refuses a no_refund with "
         "another dt_refund.",
     ),
+)
+_OPTIONS: Final = (
+    click.option("--dry-run", is_flag=True, help="Check all lines and send nothing."),
+    click.option("--yes", is_flag=True, help="Send without asking for confirmation."),
+    click.option(
+        "--max-total",
+        metavar="YUAN",
+        callback=parsed(wire.parse_decimal),
+        help="Send nothing if the sum of all refunds is greater.",
+    ),
+    click.option(
+        "--max-refund",
+        metavar="YUAN",
+        callback=parsed(wire.parse_decimal),
+        help="Send nothing if any refund is greater.",
+    ),
+    click.option("--skip-invalid", is_flag=True, help="Send the valid lines even if other lines are invalid."),
+    *_READING_OPTIONS,
     click.option(
         "--out",
         type=click.Path(dir_okay=False, path_type=Path),
@@ -161,6 +164,11 @@ _OPTIONS: Final = (
         help=f"Send nothing: put the refunds into the queue at DSN (or at {DSN}) for `lianlian worker`.",
     ),
 )
+
+
+def reading_options(command: Command) -> Command:
+    """Add the options for :func:`.checked.checked_file`."""
+    return reduce(lambda decorated, option: option(decorated), reversed(_READING_OPTIONS), command)
 
 
 def batch_options(command: Command) -> Command:

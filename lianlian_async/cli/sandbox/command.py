@@ -13,6 +13,8 @@ from typing import Any, Final
 import click
 
 from lianlian_async import wire
+from lianlian_async.cli.batch.checked import checked_file
+from lianlian_async.cli.batch.options import reading_options
 from lianlian_async.cli.options import parsed
 from lianlian_async.cli.output import Output, json_option, pass_output
 from lianlian_async.cli.secret_files import refuse_existing, write_new
@@ -86,6 +88,14 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
     help="Amount of each order.",
 )
 @click.option(
+    "--orders",
+    "order_file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False),
+    help="File for `lianlian batch`: only its orders exist, each with the sum of its refunds as its amount.",
+)
+@reading_options
+@click.option(
     "--notify",
     metavar="[URL]",
     is_flag=False,
@@ -113,6 +123,7 @@ def sandbox(
     repeated: str,
     notify: str | None,
     statement_file: Path | None,
+    order_file: str | None,
     **options: Any,
 ) -> None:
     """Serve a fake of LianLian's gateway until SIGINT or SIGTERM.
@@ -121,17 +132,19 @@ def sandbox(
     commands and for every program that uses Merchant.from_env().
     """
     refuse_existing(env_file)
-    gateway = SandboxGateway(repeated=Repeated(repeated), **_kept_keys(keys), **options)
+    settings = {name: options[name] for name in ("oid_partner", "faults", "seed", "settle_after")}
+    default = None if order_file else options["default_order"]
+    gateway = SandboxGateway(repeated=Repeated(repeated), default_order=default, **_kept_keys(keys), **settings)
+    if order_file:
+        _add_orders(gateway, order_file, options, output)
     app: SandboxGateway | Notifier = gateway
-    settings = {}
     if notify is not None:
         app = Notifier(gateway, on_delivery=lambda delivery: output.note(str(delivery)))
-        settings = {"notify_url": notify}
     with (
         _statement_at_the_end(gateway, statement_file),
         _until_signal(),
         serving(app, host, port) as url,
-        _written(env_file, environment(gateway, url, **settings)),
+        _written(env_file, environment(gateway, url, **{"notify_url": notify} if notify else {})),
     ):
         path = env_file.absolute()
         output.show(
@@ -141,6 +154,25 @@ def sandbox(
         )
         while True:
             time.sleep(_SLEEP)
+
+
+def _add_orders(gateway: SandboxGateway, file: str, options: Mapping[str, Any], output: Output) -> None:
+    """Add the orders of a batch's file, each with the sum of its refunds as its amount."""
+    orders = dict[tuple[str, str], dict[str, Any]]()
+    with checked_file(file, None, options, output.note, has_partner=True) as (checked, _):
+        for _, request, _ in checked.lines_after(0):
+            known = request.to_dict()
+            numbers = [(name, known[name]) for name in ("no_order", "oid_paybill") if name in known]
+            new: dict[str, Any] = {"no_order": None, "money_order": 0}
+            order = next((orders[number] for number in numbers if number in orders), new)
+            order |= {name: known[name] for name in ("no_order", "oid_paybill", "dt_order") if name in known}
+            order["money_order"] += request.money_refund
+            orders |= dict.fromkeys(numbers, order)
+    for order in {id(order): order for order in orders.values()}.values():
+        try:
+            gateway.add_order(**order)
+        except ValueError as error:
+            raise click.BadParameter(f"{order}: {error}", param_hint="--orders") from None
 
 
 def _kept_keys(folder: Path | None) -> dict[str, Any]:
