@@ -23,6 +23,7 @@ from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import signature_source
 from tests.support import ROOT, keypairs
+from tests.support.batches import read_csv, refund, write_csv
 from tests.support.readme import EXAMPLES, README, RECIPES, TRANSLATION, run_example, served
 
 
@@ -186,6 +187,30 @@ async def test_the_sweep_hands_over_what_was_never_notified():
             await run_example("sweep")["sweep_for_ever"](endpoint, lambda *told: logged.append(told[1:]))
     assert handled == ["R-1"]
     assert logged == [(0, 1), (1, 0), (0, 0)]
+
+
+def test_the_rehearsal_ends_with_an_agreeing_statement(tmp_path):
+    """The commands, run by a shell, make the refunds of the file, and the statement agrees with the journal."""
+    write_csv(tmp_path / "refunds.csv", [refund(number) for number in range(5)])
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "lianlian"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W error -m lianlian_async "$@"\n')
+    command.chmod(0o755)
+    [script] = re.findall(r"<!-- rehearsal -->\n```sh\n(.*?)```", README, re.DOTALL)
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    env = {name: text for name, text in os.environ.items() if not name.startswith("LIANLIAN_")}
+    ran = subprocess.run(
+        ["/bin/sh", "-euc", f"trap 'kill $! 2>/dev/null || :' EXIT\n{script}"],
+        cwd=tmp_path,
+        env=env | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (ran.returncode, "Traceback" in ran.stderr) == (0, False)
+    assert [row["outcome"] for row in read_csv(tmp_path / "results.csv")] == ["made"] * 5
+    assert re.search(r"│ agrees +│ 5 +│ 50\.00 │", ran.stdout)
+    assert re.search(r"│ not in journal +│ 0 ", ran.stdout)
 
 
 def test_every_example_is_run():
