@@ -45,14 +45,12 @@ async def read(receive: Receive, limit: int) -> bytes:
     return bytes(body)
 
 
-async def start(send: Send, status: int, headers: Mapping[str, str], length: int) -> None:
-    """Send the head of a response with a body of ``length`` bytes."""
+async def respond(
+    send: Send, status: int, headers: Mapping[str, str], body: bytes, *, breaks_off: bool = False
+) -> None:
+    """Send a response; ``breaks_off``: without the second half of its body."""
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
-    fields.append((b"content-length", b"%d" % length))
+    fields.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": status, "headers": fields})
-
-
-async def respond(send: Send, status: int, headers: Mapping[str, str], body: bytes) -> None:
-    """Send a response."""
-    await start(send, status, headers, len(body))
-    await send({"type": "http.response.body", "body": body})
+    part = body[: len(body) // 2] if breaks_off else body
+    await send({"type": "http.response.body", "body": part, "more_body": breaks_off})

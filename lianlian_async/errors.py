@@ -44,16 +44,16 @@ def printable(text: str) -> str:
 
 
 class LastExchange(NamedTuple):
-    """An HTTP exchange with the gateway, to quote in a support ticket. It contains no secret."""
+    """An HTTP exchange with the gateway, to quote in a support ticket. It contains no secret.
+
+    It began at ``at`` (wall clock, UTC). ``status`` None: no response. ``headers`` (names in lower case) are those that
+    identify the request at the gateway.
+    """
 
     at: datetime
-    """The wall-clock time at which it began (UTC)."""
     seconds: float
-    """Its duration."""
     status: int | None
-    """The HTTP status; None: no response."""
     headers: Mapping[str, str]
-    """The response headers by which the gateway's operators can find the request; names in lower case."""
 
     def __str__(self) -> str:
         status = "no response" if self.status is None else f"HTTP {self.status}"

@@ -37,8 +37,7 @@ class Lifecycle:
     def opening(self) -> Generator[None]:
         """Open after the block; if the block raises, close permanently."""
         if self._state is not _State.NEW:
-            message = f"this {self._name} is already {self._state.value}: create a new one for each `async with`"
-            raise RuntimeError(message)
+            raise self._misused(f"is already {self._state.value}: create a new one for each `async with`")
         self._state = _State.OPENING
         self._event_loop = anyio.lowlevel.current_token()
         self._slots = anyio.Semaphore(self._most, fast_acquire=True)
@@ -65,7 +64,7 @@ class Lifecycle:
         """Count one call; :meth:`close` waits for it."""
         self._check_open()
         if anyio.lowlevel.current_token() != self._event_loop:
-            raise RuntimeError(f"this {self._name} belongs to another event loop: open a separate one in each loop")
+            raise self._misused("belongs to another event loop: open a separate one in each loop")
         self._running += 1
         try:
             yield
@@ -83,4 +82,10 @@ class Lifecycle:
 
     def _check_open(self) -> None:
         if self._state is not _State.OPEN:
-            raise RuntimeError(f"this {self._name} is {self._state.value}")
+            raise self._misused(f"is {self._state.value}")
+
+    def _misused(self, problem: str) -> RuntimeError:
+        hint = ""
+        if self._state is not _State.NEW and anyio.lowlevel.current_token() != self._event_loop:
+            hint = "; synchronous code keeps one loop in a thread: see the blocking portal in lianlian_async.contrib"
+        return RuntimeError(f"this {self._name} {problem}{hint}")

@@ -1,3 +1,4 @@
-"""The release; sent as User-Agent with every request."""
+"""The release."""
 
 __version__ = "0.1.0"
+USER_AGENT = f"lianlian-async/{__version__}"

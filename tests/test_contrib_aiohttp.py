@@ -1,17 +1,20 @@
-"""The aiohttp adapter: the session under its key, its life, and the handler of the notifications."""
+"""The aiohttp adapter: the lifespan, responses to errors, and the handler of the notifications."""
 
 from __future__ import annotations
 
 import io
+import socket
 
+import anyio
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from lianlian_async import NotificationEndpoint
-from lianlian_async.contrib.aiohttp import SESSION, get_session, lifespan, notifications
+from lianlian_async.contrib.aiohttp import apply_shielded, lifespan, notifications, refund_errors
 from lianlian_async.journal import SqliteJournal
-from tests.support.notices import HEADERS, Handler, notification
+from lianlian_async.sandbox import Fault
+from tests.support.notices import HEADERS, Handler, notification, until
 from tests.support.parties import refund_request, sandbox
 
 pytestmark = pytest.mark.anyio
@@ -28,15 +31,15 @@ def handler():
     return Handler()
 
 
-def service(*contexts):
+def service(session, *contexts):
     """A service that makes refunds."""
 
     async def make_refund(request):
-        refund = await get_session(request).apply_refund(refund_request(request.match_info["number"]))
+        refund = await apply_shielded(session, refund_request(request.match_info["number"]))
         return web.json_response(refund.sta_refund)
 
-    app = web.Application()
-    app.cleanup_ctx.append(lifespan(*contexts))
+    app = web.Application(middlewares=[refund_errors])
+    app.cleanup_ctx.append(lifespan(*contexts, session))
     app.router.add_post("/refunds/{number}", make_refund)
     return app
 
@@ -45,50 +48,53 @@ def client(app):
     return TestClient(TestServer(app))
 
 
-async def test_the_session_is_under_its_key(tmp_path):
-    """A handler gets the application's session with its journal."""
+async def test_the_session_lives_as_long_as_the_application(tmp_path):
+    """The journal and its session are open while requests are served, and closed afterwards."""
     gateway, journal = sandbox(), SqliteJournal(tmp_path / "journal.sqlite")
-    app = service(journal, gateway.session(journal=journal))
-    async with client(app) as http:
+    session = gateway.session(journal=journal)
+    async with client(service(session, journal)) as http:
         for _ in range(2):
             async with http.post("/refunds/1") as answer:
                 assert await answer.json() == "0"
-        assert repr(app[SESSION]).endswith("open>")
-    assert repr(app[SESSION]).endswith("closed>")
+    assert repr(session).endswith("closed>")
     assert gateway.requests == {"apply": 1}
 
 
-async def test_subapplication_finds_the_session_of_its_parent():
-    """A subapplication uses its parent's session."""
+async def test_an_error_is_an_honest_response():
+    """A rejected refund has the status and the body of the shared function; other errors stay aiohttp's."""
+    async with client(service(sandbox(default_order=None).session())) as http:
+        async with http.post("/refunds/1") as answer:
+            body = await answer.json()
+            assert (answer.status, body["error"], body["ret_code"]) == (422, "RefundRejected", "5002")
+        async with http.post("/nowhere") as answer:
+            assert answer.status == 404
+
+
+async def test_an_unknown_refund_says_when_to_repeat_the_request():
+    """The response has the status 202 and Retry-After."""
     gateway = sandbox()
-    whole, part = web.Application(), service()
-    whole.cleanup_ctx.append(lifespan(gateway.session()))
-    whole.add_subapp("/part", part)
-    async with client(whole) as http, http.post("/part/refunds/1") as answer:
-        assert await answer.json() == "0"
+    gateway.script(Fault.HTTP_500, times=99)
+    async with client(service(gateway.session(deadline=0.1))) as http, http.post("/refunds/1") as answer:
+        assert (answer.status, (await answer.json())["no_refund"]) == (202, "R-1")
+        assert 0 < int(answer.headers["Retry-After"]) <= 900
 
 
-async def test_a_missing_session_is_a_clear_error():
-    """The error says what to do."""
-
-    async def ask(request):
-        with pytest.raises(RuntimeError, match=r"no RefundSession is open: pass one to app.cleanup_ctx.append\(life"):
-            get_session(request)
-        return web.Response(text="as told")
-
-    app = web.Application()
-    app.router.add_get("/", ask)
-    async with client(app) as http, http.get("/") as answer:
-        assert await answer.text() == "as told"
-
-
-async def test_a_closed_session_is_a_clear_error():
-    """A background job that outlives the application gets an error."""
-    app = service(sandbox().session())
-    async with client(app):
-        pass
-    with pytest.raises(RuntimeError, match="this RefundSession is closed"):
-        await app[SESSION].apply_refund(refund_request())
+async def test_a_refund_outlives_its_client(caplog):
+    """The server cancels the handler of a client that disconnects; the refund is made, and its outcome is logged."""
+    gateway = sandbox()
+    gateway.script(Fault.DELAY, delay=0.2)
+    runner = web.AppRunner(service(gateway.session()), handler_cancellation=True)
+    await runner.setup()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await web.SockSite(runner, listener).start()
+        async with await anyio.connect_tcp(*listener.getsockname()) as stream:
+            await stream.send(b"POST /refunds/1 HTTP/1.1\r\nHost: shop\r\nContent-Length: 0\r\n\r\n")
+            await until(lambda: gateway.times_made("R-1"))
+        await until(lambda: caplog.messages)
+        await runner.cleanup()
+    (message,) = caplog.messages
+    assert message.startswith("the caller of a refund was cancelled; its outcome: Refund(")
+    assert gateway.times_made("R-1") == 1
 
 
 async def test_notifications_reach_the_endpoint(handler):

@@ -9,9 +9,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from lianlian_async import NotificationEndpoint
-from lianlian_async.contrib.fastapi import Session, lifespan, notifications
+from lianlian_async import LianLianError, NotificationEndpoint
+from lianlian_async.contrib.fastapi import Session, lifespan, notifications, refund_error
 from lianlian_async.journal import SqliteJournal
+from lianlian_async.sandbox import Fault
 from tests.support.notices import HEADERS, Handler, notification
 from tests.support.parties import boot_clock, refund_request, sandbox
 
@@ -105,6 +106,22 @@ async def test_custom_lifespan_provides_the_session():
     app.router.lifespan_context = own
     async with served(app) as http:
         assert (await http.post("/refunds/1")).json() == "0"
+
+
+async def test_an_error_is_an_honest_response():
+    """The exception handler responds with the status, headers and body of the shared function."""
+    gateway = sandbox()
+    gateway.script(Fault.HTTP_500, times=99)
+    app = service(gateway.session(deadline=0.1))
+    app.add_exception_handler(LianLianError, refund_error)
+    async with served(app) as http:
+        answer = await http.post("/refunds/1")
+    assert (answer.status_code, answer.json()["error"], answer.json()["no_refund"]) == (
+        202,
+        "RefundOutcomeUnknown",
+        "R-1",
+    )
+    assert 0 <= int(answer.headers["retry-after"]) <= 900
 
 
 async def test_notifications_route_reaches_the_endpoint(handler):

@@ -150,6 +150,8 @@ def test_the_fastapi_service_makes_refunds_and_takes_notifications(tmp_path, mon
         in_a_folder_and_environment(gateway, base_url, tmp_path, monkeypatch)
         with served(run_example("fastapi")["app"]) as url, httpx.Client(base_url=url) as client:
             assert client.post("/refunds", json=a_request().to_dict()).json() == "0"
+            invalid = client.post("/refunds", json=a_request().to_dict() | {"money_refund": "2.001"})
+            assert (invalid.status_code, invalid.json()["problems"][0]["field"]) == (422, "money_refund")
             answer = client.post("/lianlian/refund", content=notification(gateway))
     assert answer.json() == {"ret_code": "0000", "ret_msg": "ok"}
     assert capsys.readouterr().out == "R-1 is final: 2\n"
@@ -162,7 +164,9 @@ async def test_the_aiohttp_service_makes_refunds_and_takes_notifications(tmp_pat
     gateway = SandboxGateway(default_order=Decimal("500.00"))
     with serving(gateway) as base_url:
         in_a_folder_and_environment(gateway, base_url, tmp_path, monkeypatch)
-        async with TestClient(TestServer(run_example("aiohttp")["app"])) as client:
+        service = run_example("fastapi")
+        parts = {name: service[name] for name in ("journal", "session", "endpoint")}
+        async with TestClient(TestServer(run_example("aiohttp", **parts)["app"])) as client:
             async with client.post("/refunds", json=a_request().to_dict()) as answer:
                 assert await answer.json() == "0"
             async with client.post("/lianlian/refund", data=notification(gateway)) as answer:
@@ -216,7 +220,9 @@ def test_the_rehearsal_ends_with_an_agreeing_statement(tmp_path):
 def test_every_example_is_run():
     """No Python in the README goes without a name, and so without a test here."""
     assert len(re.findall("```python", README)) == len(EXAMPLES)
-    source = Path(__file__).read_text("utf-8")
+    source = "".join(
+        Path(__file__).with_name(name).read_text("utf-8") for name in ("test_readme.py", "test_recipes.py")
+    )
     assert [name for name in EXAMPLES | RECIPES if f'"{name}"' not in source] == []
 
 

@@ -1,51 +1,22 @@
-"""FastAPI: the application's session as a dependency, and a route for notifications.
+"""FastAPI: the application's session as a dependency, responses to errors, and a route for notifications.
 
-::
-
-    journal = SqliteJournal("refunds.sqlite")
-    session = RefundSession(merchant, journal=journal)
-    endpoint = NotificationEndpoint(merchant, on_refund, journal=journal, session=session)
-
-    app = FastAPI(lifespan=lifespan(journal, session, endpoint))
-    app.include_router(notifications(endpoint, "/lianlian/refund"))
-
-    @app.post("/refunds")
-    async def make_refund(order: Order, session: Session) -> str | None:
-        return (await session.apply_refund(order.refund())).sta_refund
+The README shows a complete service.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, Depends
 from starlette.requests import HTTPConnection
 from starlette.routing import Route
 
 from lianlian_async.notifications import NotificationEndpoint
 from lianlian_async.session import RefundSession
 
-__all__ = ["Session", "get_session", "lifespan", "notifications"]
+from .web import apply_shielded, lifespan, refund_error
 
-
-def lifespan(
-    *contexts: AbstractAsyncContextManager[Any],
-) -> Callable[[FastAPI], AbstractAsyncContextManager[dict[str, Any]]]:
-    """Return a lifespan that opens ``contexts`` in this order: a journal, its session, an endpoint.
-
-    A parameter of type :data:`Session` receives the ``RefundSession`` among them. Your own lifespan can
-    ``yield {"refund_session": session}`` instead.
-    """
-
-    @asynccontextmanager
-    async def opened(_app: FastAPI) -> AsyncGenerator[dict[str, Any]]:
-        async with AsyncExitStack() as stack:
-            entered = [await stack.enter_async_context(context) for context in contexts]
-            yield {"refund_session": next((each for each in entered if isinstance(each, RefundSession)), None)}
-
-    return opened
+__all__ = ["Session", "apply_shielded", "get_session", "lifespan", "notifications", "refund_error"]
 
 
 def get_session(connection: HTTPConnection) -> RefundSession:

@@ -272,13 +272,10 @@ class SandboxGateway:
     async def _respond(self, send: asgi.Send, response: Response, *, breaks_off: bool = False) -> None:
         """Send a response. For a broken connection, send half of it and raise, so that the server disconnects."""
         date = format_datetime(self.time_of_day().astimezone(UTC), usegmt=True)
-        headers, body = {**response.headers, "date": date}, response.body
-        if not breaks_off:
-            await asgi.respond(send, response.status, headers, body)
-            return
-        await asgi.start(send, response.status, headers, len(body))
-        await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
-        raise ConnectionResetError("the sandbox broke the connection")
+        headers = {**response.headers, "date": date}
+        await asgi.respond(send, response.status, headers, response.body, breaks_off=breaks_off)
+        if breaks_off:
+            raise ConnectionResetError("the sandbox broke the connection")
 
     # ── one request, without an await ────────────────────────────────────────────────────────────
 

@@ -16,7 +16,7 @@ import httpx
 from lianlian_async.background import is_failure
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
-from lianlian_async.version import __version__
+from lianlian_async.version import USER_AGENT
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
 from .own_transport import HttpBackend, own_transport
@@ -28,11 +28,7 @@ AsyncBaseTransport = httpx.AsyncBaseTransport
 logger = logging.getLogger("lianlian_async")
 
 _JSON: Final = "application/json;charset=utf-8"
-_HEADERS: Final = {
-    "Accept": "application/json",
-    "Accept-Encoding": "identity",
-    "User-Agent": f"lianlian-async/{__version__}",
-}
+_HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
 
 # Raised before the first byte of a request is written. After any other exception the request may have arrived. This
 # includes LocalProtocolError, which an HTTP/2 client raises if the server closed the stream after the request, and

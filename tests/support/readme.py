@@ -6,11 +6,13 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import uvicorn
 
-from lianlian_async.contrib import aiohttp
+from lianlian_async import contrib
+from lianlian_async.contrib import aiohttp, web
 from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -19,19 +21,28 @@ TRANSLATION = (ROOT / "README.zh-CN.md").read_text("utf-8")
 _EXAMPLE = re.compile(r"<!-- example: ([\w-]+) -->\n```python\n(.*?)```", re.DOTALL)
 
 
-def _of_docstring(text: str | None) -> str:
-    """Return the code block behind ``::`` at the end of a docstring."""
-    return textwrap.dedent((text or "").partition("::\n")[2])
+_BLOCK = re.compile(r"::\n((?:\n|    .*\n)+)")
+
+
+def _of_docstring(module: ModuleType) -> list[str]:
+    """Return the code blocks behind ``::`` in the docstring of a module."""
+    return [textwrap.dedent(block) for block in _BLOCK.findall(module.__doc__ or "")]
 
 
 EXAMPLES = dict(_EXAMPLE.findall(README))
-RECIPES = {"aiohttp": _of_docstring(aiohttp.__doc__)}
+RECIPES = dict(
+    zip(
+        ("aiohttp", "starlette", "django", "synchronous"),
+        (*_of_docstring(aiohttp), *_of_docstring(web), *_of_docstring(contrib)),
+        strict=True,
+    )
+)
 """Recipes in docstrings to which the README links."""
 
 
-def run_example(name: str) -> dict[str, Any]:
-    """Execute an example, and return the names that it defined."""
-    namespace: dict[str, Any] = {"__name__": "readme"}
+def run_example(name: str, **names: Any) -> dict[str, Any]:
+    """Execute an example, which may use ``names``, and return the names that it defined."""
+    namespace: dict[str, Any] = {"__name__": "readme", **names}
     exec(compile((EXAMPLES | RECIPES)[name], f"example {name}", "exec"), namespace)
     return namespace
 

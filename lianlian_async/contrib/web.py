@@ -1,0 +1,165 @@
+"""For every web framework: HTTP responses to errors, refunds that no disconnect cancels, recipes.
+
+In the recipes ``journal``, ``session`` and ``endpoint`` are those of the README's FastAPI service. Starlette::
+
+    from starlette import applications, responses, routing
+    from lianlian_async import LianLianError, RefundRequest
+    from lianlian_async.contrib.web import apply_shielded, lifespan, refund_error
+
+    async def make_refund(request):
+        refund = await apply_shielded(session, RefundRequest.from_dict(await request.json()))
+        return responses.JSONResponse(refund.sta_refund)
+
+    app = applications.Starlette(
+        routes=[routing.Route("/refunds", make_refund, methods=["POST"]), routing.Route("/lianlian/refund", endpoint)],
+        lifespan=lifespan(journal, session, endpoint),
+        exception_handlers={LianLianError: refund_error},
+    )
+
+Django: an async view, and the ``application`` of ``asgi.py``, because Django ignores the server's lifespan::
+
+    import json
+    from django.core.asgi import get_asgi_application
+    from django.http import JsonResponse
+    from lianlian_async import LianLianError, RefundRequest, asgi
+    from lianlian_async.contrib.web import apply_shielded, lifespan, respond
+
+    async def make_refund(request):
+        try:
+            refund = await apply_shielded(session, RefundRequest.from_dict(json.loads(request.body)))
+        except LianLianError as error:
+            status, headers, body = respond(error)
+            return JsonResponse(body, status=status, headers=headers)
+        return JsonResponse({"sta_refund": refund.sta_refund})
+
+    django = get_asgi_application()
+
+    async def application(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await asgi.lifespan(receive, send, lifespan(journal, session, endpoint)(django))
+        else:
+            await (endpoint if scope["path"] == "/lianlian/refund" else django)(scope, receive, send)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from datetime import datetime
+from functools import partial
+from typing import Any, Final, cast
+
+import anyio
+import anyio.lowlevel
+
+from lianlian_async import errors
+from lianlian_async.background import BackgroundTask, complete
+from lianlian_async.clock import system_clock
+from lianlian_async.errors import LianLianError
+from lianlian_async.models import Refund, RefundRequest
+from lianlian_async.session import RefundSession
+
+__all__ = ["apply_shielded", "error_response", "lifespan", "refund_error", "respond"]
+
+logger = logging.getLogger("lianlian_async")
+_log: Final = partial(logger.warning, "the caller of a refund was cancelled; its outcome: %s")
+
+_RESPONSES: Final = (
+    (errors.InvalidRequest, 422, "a field is invalid; nothing was sent"),
+    (errors.RefundConflict, 409, "no_refund belongs to a refund with other content; a person has to decide"),
+    (errors.RefundRejected, 422, "LianLian rejected the refund"),
+    (errors.QueryRejected, 422, "LianLian rejected the query; this proves nothing about the refund"),
+    (errors.RefundNotFound, 404, "LianLian has no record of the refund at this moment"),
+    (errors.RefundOutcomeUnknown, 202, "the refund may have been made; repeat the same request at ask_again_at"),
+    (errors.RefundNotFinal, 202, "the refund was made, but it is not final yet"),
+    (errors.RefundNotSent, 503, "the refund was not sent; it is safe to repeat the same request"),
+    (errors.GatewayUnavailable, 503, "LianLian gave no usable answer to the query; repeat it later"),
+    (errors.SignatureInvalid | errors.AnswerMismatch | errors.MalformedMessage, 502, "LianLian's answer is unusable"),
+    (errors.JournalError, 503, "the refund could not be recorded, so it was not sent; repeat the same request later"),
+    (LianLianError, 500, "the service has an internal problem"),
+)
+_SHOWN: Final = ("no_refund", "sta_refund", "field", "ret_code", "ret_msg", "meaning")
+
+
+def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """Return HTTP status, headers and JSON body: what a client may know about its refund, nothing about the service.
+
+    A rejection has status 402 if it may pass (balance, limit), 500 if the merchant's configuration is its cause, else
+    422. If another error caused ``error``, or the journal failed after a send, the response is about that outcome.
+    """
+    said = getattr(error, "said", None) or getattr(error, "cause", None)  # of JournalError, BatchStopped
+    if isinstance(said, LianLianError):
+        return error_response(said, now)
+    _, status, detail = next(row for row in _RESPONSES if isinstance(error, row[0]))
+    headers, body = dict[str, str](), dict[str, Any]()
+    match error:
+        case errors.InvalidRequest():
+            body["problems"] = [{"field": problem.field, "rule": problem.rule} for problem in error.problems]
+        case errors.RefundRejected() | errors.QueryRejected():
+            status = 500 if error.is_configuration else 402 if error.may_pass else status
+        case errors.RefundOutcomeUnknown():
+            headers["Retry-After"] = str(max(0, math.ceil((error.ask_again_at - now).total_seconds())))
+            body["ask_again_at"] = error.ask_again_at.isoformat()
+        case errors.JournalError(said=Refund()):
+            status, detail = 202, "the refund was made, but could not be recorded; repeat the same request later"
+    about = getattr(error, "refund", said) or error
+    body |= {name: getattr(about, name) for name in _SHOWN if getattr(about, name, None) is not None}
+    return status, headers, {"error": type(error).__name__, "detail": detail, **body}
+
+
+def respond(error: Exception) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """Return :func:`error_response` for a ``LianLianError`` now; log each error of the service or the gateway (5xx)."""
+    response = error_response(cast("LianLianError", error), system_clock().wall)
+    if response[0] >= 500:
+        logger.error("HTTP status %d: %s: %s", response[0], type(error).__name__, error)
+    return response
+
+
+async def refund_error(_request: object, error: Exception) -> Any:
+    """Respond to an error: the exception handler of FastAPI and Starlette for ``LianLianError``."""
+    from starlette.responses import JSONResponse
+
+    status, headers, body = respond(error)
+    return JSONResponse(body, status, headers)
+
+
+async def apply_shielded(
+    session: RefundSession, request: RefundRequest, on_outcome: Callable[[Refund | BaseException], object] = _log
+) -> Refund:
+    """Return ``session.apply_refund(request)``; a cancellation ends this call only after the refund.
+
+    A server may cancel a handler whose client disconnects. Then ``on_outcome``, which must not block, gets the refund
+    or the error; by default it is logged. With a journal a repeated request gets it, too; without one, store it.
+    """
+    results = list[Any]()  # the refund and None, or the error
+
+    async def run() -> None:
+        results.append(await session.apply_refund(request))
+
+    task = BackgroundTask(run, results.append)  # asyncio's Task.cancel ignores a shield, but not this task
+    try:
+        await complete(task.join)
+        await anyio.lowlevel.checkpoint_if_cancelled()
+    except anyio.get_cancelled_exc_class():
+        on_outcome(results[0])
+        raise
+    if isinstance(results[0], Refund):
+        return results[0]
+    raise results[0]
+
+
+def lifespan(*contexts: AbstractAsyncContextManager[Any]) -> Callable[[object], AbstractAsyncContextManager[Any]]:
+    """Return a lifespan that opens ``contexts`` in this order: a journal, its session, an endpoint.
+
+    FastAPI and Starlette take it as ``lifespan=``, aiohttp in ``cleanup_ctx``. It yields ``refund_session``.
+    """
+
+    @asynccontextmanager
+    async def opened(_app: object) -> AsyncGenerator[dict[str, Any]]:
+        async with AsyncExitStack() as stack:
+            entered = [await stack.enter_async_context(context) for context in contexts]
+            yield {"refund_session": next((each for each in entered if isinstance(each, RefundSession)), None)}
+
+    return opened
