@@ -48,8 +48,8 @@ class RefundSession:
 
     Args:
         merchant: who we are.
-        client: an ``httpx.AsyncClient`` to use; the session does not close it. It must allow ``max_connections``.
-        transport: an httpx transport for the session's own client; excludes ``client``.
+        client: an ``AsyncClient`` of httpx or httpx2; the session does not close it. It must allow ``max_connections``.
+        transport: a transport of httpx or httpx2 for the session's own client; excludes ``client``.
         http_backend: ``httpx`` or ``aiohttp``, for the session's own client; by default ``LIANLIAN_HTTP_BACKEND``, else
             ``httpx``.
         retry: the default policy of every call.

@@ -10,6 +10,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+if os.environ.get("LIANLIAN_TEST_HTTP") == "httpx2":
+    import httpx2
+
+    httpx2.alias_httpx()  # every import of httpx, here and in the package, is now httpx2
+
 import psycopg
 import psycopg.conninfo
 import pytest

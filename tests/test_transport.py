@@ -24,6 +24,7 @@ import attrs
 import certifi
 import httpcore
 import httpx
+import httpx2
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -42,6 +43,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.exchange import HttpResponse, NoResponse
+from lianlian_async.sandbox import Fault, When
 from lianlian_async.transport import HttpSender, PoolTransport, http_backend
 from tests.support.parties import (
     Connection,
@@ -908,6 +910,7 @@ async def test_unreadable_ca_certificates_are_reported_at_opening(
         await RefundSession(merchant).__aenter__()
 
 
+@pytest.mark.skipif(httpx is httpx2, reason="httpx2 reads the operating system's CA certificates, not certifi's")
 async def test_missing_certifi_bundle_is_reported_at_opening(monkeypatch, merchant, tmp_path):
     """If no variable is set, the error names certifi."""
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
@@ -1239,6 +1242,44 @@ async def test_session_opens_although_the_warm_up_fails(merchant_keys, gateway_k
             await session.apply_refund(refund_request())
 
 
+# ── httpx2 (LIANLIAN_TEST_HTTP=httpx2 runs every test on it) ─────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["client", "transport"])
+async def test_clients_and_transports_of_httpx2_work(kind):
+    """A refund whose answer is lost is made once, and queried."""
+    gateway = sandbox()
+    gateway.script(Fault.RESET, call="apply", when=When.AFTER)
+    transport = httpx2.ASGITransport(app=gateway)
+    async with httpx2.AsyncClient(transport=transport) as client:
+        given = {kind: {"client": client, "transport": transport}[kind]}
+        async with RefundSession(gateway.merchant(), **given, clock=boot_clock) as session:
+            refund = await session.apply_refund(refund_request())
+    assert (refund.no_refund, gateway.times_made("R-1"), gateway.requests) == ("R-1", 1, {"apply": 1, "query": 1})
+
+
+async def test_httpx2_over_a_socket():
+    """The request arrives whole; a refused connection and an ended lease are *not sent*."""
+    received = []
+
+    async def noting(connection):
+        while (request := await connection.request()) is not None:
+            received.append(request)
+            await connection.respond(b"{}")
+
+    async with serving(noting) as server, httpx2.AsyncClient() as client, transport_over(client=client) as sender:
+        answer = await sender.post(server.url, b'{"a":"b"}', 5.0)
+        ended = await sender.post(server.url, b"{}", 5.0, iter([True, False, False]).__next__)
+        refused = await sender.post(f"http://127.0.0.1:{unused_port()}/", b"{}", 5.0)
+        await sender.warm_up(server.url, 1, 5.0)
+    assert (answer.status, answer.body, received[0][1]) == (200, b"{}", b'{"a":"b"}')
+    assert b"user-agent: lianlian-async/" in received[0][0].lower()
+    assert [head.split()[0] for head, _ in received] == [b"POST", b"HEAD"]
+    assert isinstance(refused.cause, httpx2.ConnectError)
+    for delivery, name in ((refused, "ConnectError"), (ended, "LeaseEndedError")):
+        assert (delivery.may_have_arrived, delivery.reason.partition(":")[0]) == (False, name)
+
+
 # ── which stack ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1287,11 +1328,22 @@ async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, mon
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"client": httpx.Client()}, "client: must be an httpx.AsyncClient object, is httpx.Client"),
-        ({"client": httpx.AsyncClient}, "client: must be an httpx.AsyncClient object, is httpx.AsyncClient"),
-        ({"client": "httpx"}, "client: must be an httpx.AsyncClient object, is builtins.str"),
-        ({"client": httpx.AsyncHTTPTransport(verify=False)}, "client: must be an httpx.AsyncClient object"),
-        ({"transport": httpx.HTTPTransport(verify=False)}, "transport: must be an httpx.AsyncBaseTransport object"),
+        (
+            {"client": httpx.Client()},
+            f"client: must be an httpx.AsyncClient or httpx2.AsyncClient object, is {httpx.__name__}.Client",
+        ),
+        ({"client": httpx.AsyncClient}, f"httpx2.AsyncClient object, is {httpx.__name__}.AsyncClient"),
+        ({"client": "httpx"}, "httpx2.AsyncClient object, is builtins.str"),
+        ({"client": httpx.AsyncHTTPTransport(verify=False)}, "client: must be an httpx.AsyncClient"),
+        (
+            {"transport": httpx.HTTPTransport(verify=False)},
+            "transport: must be an httpx.AsyncBaseTransport or httpx2.AsyncBaseTransport object",
+        ),
+        (
+            {"client": httpx2.Client()},
+            "client: must be an httpx.AsyncClient or httpx2.AsyncClient object, is httpx2.Client",
+        ),
+        ({"transport": httpx2.AsyncClient()}, "transport: must be an httpx.AsyncBaseTransport"),
         ({"http_backend": "aiohtpp"}, "http_backend: must be httpx or aiohttp, is 'aiohtpp'"),
         ({"http_backend": 1}, "http_backend: must be httpx or aiohttp, is 1"),
         ({"client": httpx.AsyncClient(), "http_backend": "httpx"}, "client, transport and http_backend: give only one"),
@@ -1307,7 +1359,7 @@ def test_client_or_transport_of_another_type_is_refused(merchant, given, told):
 async def test_client_of_aiohttp_is_refused(merchant):
     """The error names the other library's client, before the first refund."""
     async with aiohttp.ClientSession() as client:
-        with pytest.raises(ConfigurationError, match=r"client: must be an httpx.AsyncClient object, is aiohttp\."):
+        with pytest.raises(ConfigurationError, match=r"httpx2.AsyncClient object, is aiohttp\."):
             RefundSession(merchant, client=client)
 
 

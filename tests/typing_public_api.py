@@ -10,6 +10,7 @@ from typing import assert_type
 
 import anyio
 import httpx
+import httpx2
 
 from lianlian_async import (
     AnswerMismatch,
@@ -173,6 +174,8 @@ async def sessions(now: datetime) -> None:
             assert_type(outcome.error, LianLianError | None)
     async with RefundSession(merchants(now), limiter=anyio.Semaphore(4)), RefundSession(merchants(now)):
         pass
+    RefundSession(merchants(now), client=httpx2.AsyncClient())
+    RefundSession(merchants(now), transport=httpx2.AsyncHTTPTransport())
 
 
 async def notifications(merchant: Merchant, session: RefundSession, body: bytes) -> None:

@@ -21,7 +21,7 @@ from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import ConfigurationError, MalformedMessage
 from lianlian_async.exchange import HttpResponse
 from lianlian_async.signing import signature_source
-from lianlian_async.transport import AsyncBaseTransport, AsyncClient, HttpSender
+from lianlian_async.transport import AsyncBaseTransport, AsyncClient, HttpSender, check_http
 
 from .gateway import SandboxGateway
 from .ledger import Record
@@ -77,8 +77,8 @@ class Notifier:
 
     Args:
         gateway: The gateway.
-        client: An ``httpx.AsyncClient`` to send with; it is not closed.
-        transport: An httpx transport, if ``client`` is not given.
+        client: An ``AsyncClient`` of httpx or httpx2 to send with; it is not closed.
+        transport: A transport of httpx or httpx2, if ``client`` is not given.
         every: Seconds between two deliveries.
         times: Maximum number of deliveries of one notification.
         patience: Seconds to wait for a response.
@@ -104,6 +104,7 @@ class Notifier:
         max_connections: int = 64,
         on_delivery: Callable[[Delivery], object] = lambda _: None,
     ) -> None:
+        check_http(client, transport, None)
         self._mischief = dict(mischief or {})
         if any(not 0 <= share <= 1 for share in self._mischief.values()):
             raise ConfigurationError("mischief: each probability must be from 0 to 1")

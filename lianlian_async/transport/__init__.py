@@ -1,4 +1,4 @@
-"""HTTP exchanges over an httpx client or transport; only this package imports httpx and aiohttp's client.
+"""HTTP exchanges over a client or transport of httpx or httpx2; only this package imports them and aiohttp's client.
 
 The lease is checked right before the request is written to the socket. The connection of a cancelled or timed-out
 request is reset. Three risks remain:
@@ -10,10 +10,10 @@ request is reset. Three risks remain:
   the body is read. Such a client may not reset connections.
 """
 
-from .own_transport import HttpBackend, check_http, http_backend
+from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, check_http, http_backend
 from .pool import PoolTransport
 from .probe import probe_server
-from .sender import AsyncBaseTransport, AsyncClient, HttpSender, asgi_transport
+from .sender import HttpSender, asgi_transport
 
 __all__ = [
     "AsyncBaseTransport",

@@ -1,15 +1,15 @@
-"""The transport of a session whose caller passes neither client nor transport: httpx, or aiohttp (extra ``fast``)."""
+"""The check of a caller's client or transport (httpx or httpx2), and the library's own: httpx or aiohttp (``fast``)."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import anyio.to_thread
 import httpx
-from httpx import AsyncBaseTransport, AsyncClient
 
 from lianlian_async.background import asyncio_loop
 from lianlian_async.errors import ConfigurationError
@@ -17,6 +17,11 @@ from lianlian_async.errors import ConfigurationError
 from .connection import has_proxies, proxy_for, trusting_context
 from .pool import KEEPALIVE_SECONDS, PoolTransport
 
+if TYPE_CHECKING:
+    import httpx2
+
+AsyncClient: TypeAlias = "httpx.AsyncClient | httpx2.AsyncClient"
+AsyncBaseTransport: TypeAlias = "httpx.AsyncBaseTransport | httpx2.AsyncBaseTransport"
 HttpBackend: TypeAlias = Literal["httpx", "aiohttp"]
 
 _OLDEST_AIOHTTP: Final = (3, 14)  # the first release that limits the size of response headers
@@ -44,16 +49,22 @@ def check_http(client: object, transport: object, backend: str | None) -> None:
     """Raise ``ConfigurationError`` if more than one argument is given, or if one has the wrong type or value."""
     if [client, transport, backend].count(None) < 2:
         raise ConfigurationError("client, transport and http_backend: give only one of them")
-    for name, given, kind in (
-        ("client", client, AsyncClient),
-        ("transport", transport, AsyncBaseTransport),
-    ):
-        if given is not None and not isinstance(given, kind):
+    for name, given, kind in (("client", client, "AsyncClient"), ("transport", transport, "AsyncBaseTransport")):
+        if given is not None and library_of(given, kind) is None:
             what = given if isinstance(given, type) else type(given)
             raise ConfigurationError(
-                f"{name}: must be an httpx.{kind.__name__} object, is {what.__module__}.{what.__qualname__}"
+                f"{name}: must be an httpx.{kind} or httpx2.{kind} object, is {what.__module__}.{what.__qualname__}"
             )
     http_backend(backend)
+
+
+def library_of(given: object, *kinds: str) -> Any:
+    """Return the module httpx or httpx2 if ``given`` is one of its ``kinds``, by default a client or a transport."""
+    for library in (httpx, sys.modules.get("httpx2")):  # an object of httpx2 exists only if it is imported
+        for kind in kinds or ("AsyncClient", "AsyncBaseTransport"):
+            if library is not None and isinstance(given, getattr(library, kind)):
+                return library
+    return None
 
 
 def _has_aiohttp() -> bool:

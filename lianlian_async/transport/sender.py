@@ -19,11 +19,8 @@ from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
 from lianlian_async.version import USER_AGENT
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
-from .own_transport import HttpBackend, own_transport
-from .tracked_request import Body, LeaseEndedError, TrackedRequest
-
-AsyncClient = httpx.AsyncClient
-AsyncBaseTransport = httpx.AsyncBaseTransport
+from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, library_of, own_transport
+from .tracked_request import Body, LeaseEndedError, TrackedRequest, request_classes
 
 logger = logging.getLogger("lianlian_async")
 
@@ -33,41 +30,39 @@ _HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity", 
 # Raised before the first byte of a request is written. After any other exception the request may have arrived. This
 # includes LocalProtocolError, which an HTTP/2 client raises if the server closed the stream after the request, and
 # InvalidURL, which httpx raises for the address of a redirect.
-_NEVER_SENT: Final = (
-    httpx.ConnectError,
-    httpx.ConnectTimeout,
-    httpx.PoolTimeout,
-    httpx.ProxyError,
-    httpx.UnsupportedProtocol,
-    ConfigurationError,
-    LeaseEndedError,
-)
+_NEVER_SENT: Final = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol")
 
 
 @lru_cache(maxsize=512)  # saves 8 % of the CPU time of a refund; there are two URLs and few lengths
-def _head(url: str, content_type: str, length: int) -> tuple[httpx.URL, httpx.Headers]:
+def _head(library: Any, url: str, content_type: str, length: int) -> tuple[httpx.URL, httpx.Headers]:
     """Return the URL and the headers of a request that is sent without a caller's client."""
-    parsed = httpx.URL(url)
+    parsed = library.URL(url)
     headers = [(b"Host", parsed.netloc), (b"Content-Type", content_type.encode()), (b"Content-Length", b"%d" % length)]
     if parsed.userinfo:
         credentials = f"{parsed.username}:{parsed.password}".encode()
         headers.append((b"Authorization", b"Basic " + b64encode(credentials)))
-    return parsed, httpx.Headers([*headers, *((name.encode(), text.encode()) for name, text in _HEADERS.items())])
+    headers += [(name.encode(), text.encode()) for name, text in _HEADERS.items()]
+    return parsed, library.Headers(headers)
 
 
 class HttpSender:
     """Sends requests over a caller's client, which stays open, or over a transport, which :meth:`aclose` closes."""
 
-    def __init__(self, over: httpx.AsyncClient | httpx.AsyncBaseTransport, content_type: str) -> None:
-        self._over = over
+    def __init__(self, over: AsyncClient | AsyncBaseTransport, content_type: str) -> None:
+        self._over: Any = over
+        self._library: Any = library_of(over)
+        self._is_client = isinstance(over, self._library.AsyncClient)
+        self._request_class, self._body_class = request_classes(self._library)
+        foreign = (getattr(self._library, name) for name in _NEVER_SENT)
+        self._never_sent = (*foreign, ConfigurationError, LeaseEndedError)
         self._content_type = content_type
         self._is_closed = False
 
     @classmethod
     async def open(
         cls,
-        client: httpx.AsyncClient | None,
-        transport: httpx.AsyncBaseTransport | None,
+        client: AsyncClient | None,
+        transport: AsyncBaseTransport | None,
         max_connections: int,
         content_type: str = _JSON,
         *,
@@ -89,14 +84,14 @@ class HttpSender:
         right before the request is written. The caller must limit the time of the whole call: a timeout between two
         reads does not end a slow response. Reads little more than 1 MiB of the response, without decompressing it.
         """
-        if self._is_closed or (isinstance(self._over, httpx.AsyncClient) and self._over.is_closed):
+        if self._is_closed or (self._is_client and self._over.is_closed):
             return NoResponse("the HTTP client is closed", may_have_arrived=False)
         try:
-            content = Body(body, lease_holds)
+            content = self._body_class(body, lease_holds)
             content.check_lease()
             request = self._request(url, content, seconds)
         except Exception as error:  # noqa: BLE001 - a caller's client may raise anything; nothing was sent yet
-            return NoResponse(describe(error, url, seconds / 2), may_have_arrived=False, cause=error)
+            return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=False, cause=error)
         answered = False
         try:
             response = await self._send(request)
@@ -111,23 +106,25 @@ class HttpSender:
         except BaseException as error:  # a client or transport may raise anything
             if not is_failure(error):
                 raise
-            sent = answered or not isinstance(error, _NEVER_SENT) or request.may_have_been_sent(error)
-            return NoResponse(describe(error, url, seconds / 2), may_have_arrived=sent, cause=error)
+            sent = answered or not isinstance(error, self._never_sent) or request.may_have_been_sent(error)
+            return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=sent, cause=error)
         return HttpResponse(response.status_code, headers, received)
 
     def _request(self, url: str, body: Body, seconds: float) -> TrackedRequest:
-        if isinstance(self._over, httpx.AsyncClient):  # it may add headers, cookies and a base URL
+        if self._is_client:  # it may add headers, cookies and a base URL
             headers = {"Content-Type": self._content_type, **_HEADERS}
-            timeout = httpx.Timeout(seconds, connect=seconds / 2)
+            timeout = self._library.Timeout(seconds, connect=seconds / 2)
             made = self._over.build_request("POST", url, content=body.content, headers=headers, timeout=timeout)
-            return TrackedRequest(made.url, made.headers, body, **made.extensions)
-        target, head = _head(url, self._content_type, len(body.content))
-        return TrackedRequest(target, head, body, timeout={"connect": seconds / 2, "pool": seconds})
+            return self._request_class(made.url, made.headers, body, **made.extensions)
+        target, head = _head(self._library, url, self._content_type, len(body.content))
+        return self._request_class(target, head, body, timeout={"connect": seconds / 2, "pool": seconds})
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
-        if isinstance(self._over, httpx.AsyncClient):
-            return await self._over.send(request, stream=True, follow_redirects=False)
-        return await self._over.handle_async_request(request)
+        if self._is_client:
+            response = await self._over.send(request, stream=True, follow_redirects=False)
+        else:
+            response = await self._over.handle_async_request(request)
+        return cast("httpx.Response", response)  # or httpx2's, which has the same attributes
 
     async def warm_up(self, url: str, connections: int, seconds: float) -> None:
         """Open ``connections`` connections to the server of ``url`` with HEAD requests, within ``seconds``.
@@ -136,14 +133,14 @@ class HttpSender:
         """
 
         async def open_one() -> None:
-            timeout = httpx.Timeout(seconds).as_dict()
+            timeout = self._library.Timeout(seconds).as_dict()
             try:
                 response = await self._send(
-                    httpx.Request("HEAD", url, headers=_HEADERS, extensions={"timeout": timeout})
+                    self._library.Request("HEAD", url, headers=_HEADERS, extensions={"timeout": timeout})
                 )
                 await response.aread()  # keeps the connection for the next request
             except Exception as error:  # noqa: BLE001 - as in post
-                logger.info("no connection opened in advance: %s", describe(error, url, seconds))
+                logger.info("no connection opened in advance: %s", describe(error, url, seconds, self._library))
 
         with anyio.move_on_after(seconds):
             async with anyio.create_task_group() as tasks:
@@ -153,7 +150,7 @@ class HttpSender:
     async def aclose(self) -> None:
         """Refuse further requests, and close the transport; a caller's client stays open."""
         self._is_closed = True
-        if isinstance(self._over, httpx.AsyncBaseTransport):
+        if not self._is_client:
             await self._over.aclose()
 
 
@@ -177,16 +174,16 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 # ── describing a failure ─────────────────────────────────────────────────────────────────────────
 
 
-def describe(error: BaseException, url: str, connect_seconds: float) -> str:
+def describe(error: BaseException, url: str, connect_seconds: float, library: Any = httpx) -> str:
     """Return a message with the type of ``error``, its cause, the host, and the error's notes, such as the proxy."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return f"{type(error).__name__}: {_cause(error, url, connect_seconds)}".rstrip(": ") + notes
+    return f"{type(error).__name__}: {_cause(error, url, connect_seconds, library)}".rstrip(": ") + notes
 
 
-def _cause(error: BaseException, url: str, connect_seconds: float) -> str:
+def _cause(error: BaseException, url: str, connect_seconds: float, library: Any) -> str:
     chain = list(islice(_chain(error), 20))
     host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # without a password
-    if isinstance(error, httpx.ConnectTimeout):
+    if isinstance(error, library.ConnectTimeout):
         return f"no connection to {host} within {connect_seconds:g} s"
     # aiohttp's subclasses of SSLError lack the attributes of the original, so skip them.
     tls = next((each for each in chain if isinstance(each, ssl.SSLError) and type(each).__module__ == "ssl"), None)
@@ -197,16 +194,16 @@ def _cause(error: BaseException, url: str, connect_seconds: float) -> str:
         return f"TLS: {host} refused the handshake ({tls}); it may require a client certificate"
     if (
         url.startswith("https:")
-        and isinstance(error, httpx.ConnectError)
+        and isinstance(error, library.ConnectError)
         and (isinstance(tls, ssl.SSLEOFError) or any(isinstance(each, ConnectionResetError) for each in chain))
     ):
         return f"the TLS handshake with {host} failed: the connection was closed or reset"
     if tls is not None:
         return f"the TLS handshake with {host} failed: {tls}"
-    if not isinstance(error, httpx.TransportError):
+    if not isinstance(error, library.TransportError):
         return next((str(each) for each in chain if str(each)), "")
     # Other exceptions in the chain show internals of httpcore, anyio and trio, such as "pop from an empty deque".
-    told = next((str(each) for each in chain if isinstance(each, (httpx.TransportError, OSError)) and str(each)), "")
+    told = next((str(each) for each in chain if isinstance(each, (library.TransportError, OSError)) and str(each)), "")
     return told or f"the connection to {host} was lost"
 
 

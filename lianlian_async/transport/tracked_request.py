@@ -1,18 +1,22 @@
-"""An httpx request that records whether it may have been sent, independent of the exception that was raised."""
+"""A request of httpx or httpx2 that records whether it may have been sent, independent of the exception raised."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import httpx
+if TYPE_CHECKING:
+    from httpx import URL, ByteStream, Headers, Request
+else:  # request_classes adds the base class of httpx or httpx2
+    ByteStream = Request = object
 
 
 class LeaseEndedError(Exception):
     """The lease ended before the request was sent; nothing was sent."""
 
 
-class Body(httpx.ByteStream):
+class Body(ByteStream):
     """A request body that counts how often it was sent, and that cannot be sent after the lease has ended.
 
     A caller's client may have additional layers, such as a transport that retries or a hook that calls another server.
@@ -64,13 +68,13 @@ class _AsyncIterator(AsyncIterator[bytes]):
         raise StopAsyncIteration
 
 
-class TrackedRequest(httpx.Request):
+class TrackedRequest(Request):
     """A POST request that records when its :class:`Body` or its whole content is read.
 
     Adapters for other HTTP clients, and layers that copy or inspect a request, read the whole content.
     """
 
-    def __init__(self, url: httpx.URL, headers: httpx.Headers, body: Body, **extensions: Any) -> None:
+    def __init__(self, url: URL, headers: Headers, body: Body, **extensions: Any) -> None:
         super().__init__("POST", url, headers=headers, stream=body, extensions={**extensions, "trace": body.trace})
         self._body = body
         self._content_was_read = False
@@ -99,3 +103,12 @@ class TrackedRequest(httpx.Request):
         """
         chained = error.__cause__ is not None or error.__context__ is not None
         return self._body.sends > 0 or (self._content_was_read and chained)
+
+
+@cache
+def request_classes(library: Any) -> tuple[type[TrackedRequest], type[Body]]:
+    """Return both classes for ``library``, the module httpx or httpx2."""
+    return (
+        type("TrackedRequest", (TrackedRequest, library.Request), {}),
+        type("Body", (Body, library.ByteStream), {}),
+    )
