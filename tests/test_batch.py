@@ -30,7 +30,7 @@ from lianlian_async import (
 from lianlian_async.journal import MemoryJournal, State
 from lianlian_async.sandbox import Fault, When
 from tests.support.interruptions import Abort, stray_cancellation
-from tests.support.parties import EPOCH, OID_PARTNER, boot_clock, refund_request, sandbox
+from tests.support.parties import EPOCH, boot_clock, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -104,7 +104,7 @@ async def collect(batch, outcomes):
 
 def distrust(gateway, key):
     """Give the gateway another key for the merchant: from now on it rejects every request for the configuration."""
-    gateway.add_merchant(OID_PARTNER, key.public)
+    gateway.merchant_key = key.private
 
 
 async def entries_of(journal, source):

@@ -176,15 +176,15 @@ async def test_a_rejection_is_recorded_and_raised_again(signs, new_journal, merc
 async def test_a_rejection_by_configuration_is_sent_again_after_the_fix(new_journal, stranger_keys):
     """A refund that was rejected for the configuration is signed and sent again with the corrected configuration."""
     gateway = sandbox()
-    ours = gateway.merchant_key.public_key()
-    gateway.add_merchant(OID_PARTNER, stranger_keys.public)
+    ours = gateway.merchant_key
     async with shop(gateway, new_journal) as (session, _):
+        gateway.merchant_key = stranger_keys.private
         with pytest.raises(RefundRejected) as caught:
             await session.apply_refund(refund_request())
     assert caught.value.is_configuration
     entry = await standing(new_journal)
     assert (entry.state, entry.sent_at) == (State.UNRESOLVED, None)
-    gateway.add_merchant(OID_PARTNER, ours)
+    gateway.merchant_key = ours
     async with shop(gateway, new_journal) as (session, _):
         assert (await session.apply_refund(refund_request())).no_refund == "R-1"
     assert gateway.requests == {"apply": 2}

@@ -216,24 +216,6 @@ def test_an_order_needs_a_time_with_a_zone():
         sandbox().add_order("O-1", Decimal(1), dt_order=datetime(2026, 1, 1))  # noqa: DTZ001
 
 
-async def test_merchants_do_not_see_each_other(stranger_keys):
-    """The same numbers of two merchants are two refunds of two orders, in the answers and in the books."""
-    gateway = sandbox(default_order=None)
-    other = "201304121000001004"
-    gateway.add_merchant(other, stranger_keys.public)
-    gateway.add_order("O-1", Decimal("200.01"))
-    gateway.add_order("O-1", Decimal("300.00"), oid_partner=other)
-    ours, theirs = Client(gateway), Client(gateway, key=stranger_keys.private, oid_partner=other)
-    gateway.fail("R-1", oid_partner=other)
-    assert (await ours.apply())["oid_partner"] == gateway.oid_partner
-    assert (await theirs.query())["ret_code"] == "8901"
-    assert (await theirs.apply(money_refund="300.00"))["oid_partner"] == other
-    gateway.advance(2.0)
-    assert ((await ours.query())["sta_refund"], (await theirs.query())["sta_refund"]) == ("2", "3")
-    assert (gateway.money_moved("R-1"), gateway.money_moved("R-1", oid_partner=other)) == (Decimal("200.01"), 0)
-    assert (gateway.times_made("R-1"), gateway.times_made("R-1", oid_partner=other)) == (1, 1)
-
-
 async def test_replayed_answer_equals_the_first_one():
     """Under REPLAY the second application gets the first answer, even after the state has changed."""
     gateway = sandbox(repeated=Repeated.REPLAY)

@@ -12,8 +12,6 @@ from lianlian_async.sandbox import Repeated
 from lianlian_async.sandbox.answers import Refusal
 from lianlian_async.sandbox.ledger import Application, Ledger, Question
 
-PARTNER = "201103171000000000"
-
 
 def ledger(*, repeated=Repeated.REJECT, settle_after=2.0, default_order=None):
     return Ledger(repeated=repeated, settle_after=settle_after, default_order=default_order)
@@ -22,7 +20,6 @@ def ledger(*, repeated=Repeated.REJECT, settle_after=2.0, default_order=None):
 def application(**changes):
     return Application(
         **{
-            "oid_partner": PARTNER,
             "no_refund": "R-1",
             "dt_refund": "20130515094018",
             "money_refund": Decimal("60.00"),
@@ -38,7 +35,7 @@ def application(**changes):
 
 
 def question(**changes):
-    asked = {"oid_partner": PARTNER, "dt_refund": "20130515094018", "no_refund": "R-1", "oid_refundno": ""}
+    asked = {"dt_refund": "20130515094018", "no_refund": "R-1", "oid_refundno": ""}
     return Question(**asked | changes)
 
 
@@ -55,7 +52,7 @@ def refused(call, *args):
 def test_an_order_is_refunded_in_parts_until_nothing_is_left():
     """Partial refunds are accepted up to the order's amount, then 5007."""
     books = ledger()
-    order = books.add_order(PARTNER, "O-1", Decimal("100.00"))
+    order = books.add_order("O-1", Decimal("100.00"))
     books.apply(application(), 0.0)
     assert refused(books.apply, application(no_refund="R-2", money_refund=Decimal("40.01")), 0.0) == "5007"
     books.apply(application(no_refund="R-2", money_refund=Decimal("40.00")), 0.0)
@@ -65,7 +62,7 @@ def test_an_order_is_refunded_in_parts_until_nothing_is_left():
 def test_refund_above_the_order_is_rejected():
     """5003 for an amount above the whole order."""
     books = ledger()
-    books.add_order(PARTNER, "O-1", Decimal("59.99"))
+    books.add_order("O-1", Decimal("59.99"))
     assert refused(books.apply, application(), 0.0) == "5003"
 
 
@@ -87,7 +84,7 @@ def test_default_order_is_created_once():
 def test_an_order_is_found_by_either_of_its_numbers():
     """The order number, the payment number, and both of them together mean the same order."""
     books = ledger()
-    order = books.add_order(PARTNER, "O-1", Decimal("180.00"), oid_paybill="P-1")
+    order = books.add_order("O-1", Decimal("180.00"), oid_paybill="P-1")
     books.apply(application(), 0.0)
     books.apply(application(no_refund="R-2", no_order=None, oid_paybill="P-1"), 0.0)
     books.apply(application(no_refund="R-3", oid_paybill="P-1"), 0.0)
@@ -98,30 +95,30 @@ def test_an_order_is_found_by_either_of_its_numbers():
 def test_numbers_of_different_orders_do_not_match(no_order, oid_paybill):
     """9092 if order number and payment number belong to different orders."""
     books = ledger()
-    books.add_order(PARTNER, "O-1", Decimal("100.00"), oid_paybill="P-1")
-    books.add_order(PARTNER, "O-2", Decimal("100.00"), oid_paybill="P-2")
+    books.add_order("O-1", Decimal("100.00"), oid_paybill="P-1")
+    books.add_order("O-2", Decimal("100.00"), oid_paybill="P-2")
     assert refused(books.apply, application(no_order=no_order, oid_paybill=oid_paybill), 0.0) == "9092"
 
 
 def test_an_order_of_another_time_is_another_order():
     """5002 if dt_order differs from the order's; both may leave it out."""
     books = ledger()
-    books.add_order(PARTNER, "O-1", Decimal("180.00"), dt_order="20130515094013")
+    books.add_order("O-1", Decimal("180.00"), dt_order="20130515094013")
     assert refused(books.apply, application(dt_order="20130515094014"), 0.0) == "5002"
     books.apply(application(dt_order="20130515094013"), 0.0)
     books.apply(application(no_refund="R-2"), 0.0)
-    books.add_order(PARTNER, "O-2", Decimal("180.00"))
+    books.add_order("O-2", Decimal("180.00"))
     books.apply(application(no_refund="R-3", no_order="O-2", dt_order="20130515094014"), 0.0)
 
 
 def test_numbers_are_taken_once():
     """A second order with the same number is a ValueError, and changes nothing."""
     books = ledger()
-    books.add_order(PARTNER, "O-1", Decimal("100.00"), oid_paybill="P-1")
+    books.add_order("O-1", Decimal("100.00"), oid_paybill="P-1")
     with pytest.raises(ValueError, match="order O-1 exists already"):
-        books.add_order(PARTNER, "O-1", Decimal("1.00"), oid_paybill="P-2")
+        books.add_order("O-1", Decimal("1.00"), oid_paybill="P-2")
     with pytest.raises(ValueError, match="payment P-1 exists already"):
-        books.add_order(PARTNER, "O-2", Decimal("1.00"), oid_paybill="P-1")
+        books.add_order("O-2", Decimal("1.00"), oid_paybill="P-1")
     assert refused(books.apply, application(no_order=None, oid_paybill="P-2"), 0.0) == "5002"
     assert refused(books.apply, application(no_order="O-2"), 0.0) == "5002"
 
@@ -130,7 +127,7 @@ def test_numbers_are_taken_once():
 def test_order_amount_must_be_valid(money):
     """An invalid amount is refused for an order and for the default order."""
     with pytest.raises(ValueError, match="must"):
-        ledger().add_order(PARTNER, "O-1", money)
+        ledger().add_order("O-1", money)
     with pytest.raises(ValueError, match="must"):
         ledger(default_order=money)
 
@@ -160,12 +157,12 @@ def test_a_refund_may_be_settled_from_the_start():
 def test_a_failed_refund_gives_its_money_back(marked_at):
     """The order can be refunded again after a refund has failed, not while it may still succeed."""
     books = ledger()
-    order = books.add_order(PARTNER, "O-1", Decimal("100.00"))
+    order = books.add_order("O-1", Decimal("100.00"))
     if marked_at is None:
-        books.fail(PARTNER, "R-1", 0.0)
+        books.fail("R-1", 0.0)
     record = books.apply(application(), 0.0)
     if marked_at is not None:
-        books.fail(PARTNER, "R-1", marked_at)
+        books.fail("R-1", marked_at)
     assert (order.rest(1.9), record.moved(1.9)) == (Decimal("40.00"), Decimal("60.00"))
     assert record.status(2.0) is RefundStatus.FAILED
     assert (order.rest(2.0), record.moved(2.0)) == (Decimal("100.00"), Decimal(0))
@@ -176,7 +173,7 @@ def test_a_final_state_never_changes():
     books = ledger(default_order=Decimal("100.00"))
     record = books.apply(application(), 0.0)
     with pytest.raises(ValueError, match="R-1 is already final"):
-        books.fail(PARTNER, "R-1", 2.0)
+        books.fail("R-1", 2.0)
     assert record.status(3.0) is RefundStatus.SUCCESS
 
 
@@ -205,7 +202,7 @@ def test_a_repeated_number_is_carried_out_again():
     books.apply(application(), 0.0)
     second = books.apply(application(), 1.0)
     assert refused(books.apply, application(), 2.0) == "5007"
-    assert len(books.made(PARTNER, "R-1")) == 2
+    assert len(books.made("R-1")) == 2
     assert books.query(question(), 2.0) is second
 
 
@@ -230,22 +227,13 @@ def test_a_refund_is_found_by_either_of_its_numbers():
         {"no_refund": "", "oid_refundno": "9999999999999999"},
         {"oid_refundno": "9999999999999999"},
         {"dt_refund": "20130515094019"},
-        {"oid_partner": "201304121000001004"},
     ],
 )
 def test_query_with_a_wrong_field_finds_nothing(changes):
-    """8901 if a number, the time or the merchant differs from the record."""
+    """8901 if a number or the time differs from the record."""
     books = ledger(default_order=Decimal("100.00"))
     books.apply(application(), 0.0)
     assert refused(books.query, question(**changes), 1.0) == "8901"
-
-
-def test_query_by_oid_refundno_is_limited_to_the_merchant():
-    """8901 for a record of another merchant, despite the right oid_refundno."""
-    books = ledger(default_order=Decimal("100.00"))
-    record = books.apply(application(), 0.0)
-    asked = question(oid_partner="201304121000001004", no_refund="", oid_refundno=record.oid_refundno)
-    assert refused(books.query, asked, 1.0) == "8901"
 
 
 def test_query_after_three_months_is_refused():
@@ -269,14 +257,14 @@ class Books(RuleBasedStateMachine):
     def open(self, repeated, settle_after):
         self.repeated = repeated
         self.books = ledger(repeated=repeated, settle_after=settle_after)
-        self.orders = {no: self.books.add_order(PARTNER, no, money) for no, money in ORDERS.items()}
+        self.orders = {no: self.books.add_order(no, money) for no, money in ORDERS.items()}
         self.now = 0.0
         self.seen = {}
 
     @rule(no_refund=NUMBERS, no_order=st.sampled_from(list(ORDERS)), fen=st.integers(1, 120))
     def apply(self, no_refund, no_order, fen):
         money, order = Decimal(fen) / 100, self.orders[no_order]
-        rest, known, made = order.rest(self.now), self.books.made(PARTNER, no_refund)[:], self.books.records[:]
+        rest, known, made = order.rest(self.now), self.books.made(no_refund)[:], self.books.records[:]
         applied = application(no_refund=no_refund, no_order=no_order, money_refund=money)
         if known and self.repeated is Repeated.REJECT:
             assert refused(self.books.apply, applied, self.now) == "1002"
@@ -296,11 +284,11 @@ class Books(RuleBasedStateMachine):
 
     @rule(no_refund=NUMBERS)
     def fail(self, no_refund):
-        if any(record.status(self.now).is_final for record in self.books.made(PARTNER, no_refund)):
+        if any(record.status(self.now).is_final for record in self.books.made(no_refund)):
             with pytest.raises(ValueError, match="already final"):
-                self.books.fail(PARTNER, no_refund, self.now)
+                self.books.fail(no_refund, self.now)
         else:
-            self.books.fail(PARTNER, no_refund, self.now)
+            self.books.fail(no_refund, self.now)
 
     @invariant()
     def no_order_is_refunded_beyond_its_amount(self):

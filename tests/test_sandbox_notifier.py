@@ -223,13 +223,12 @@ async def test_replayed_sends_again_later():
 
 
 async def test_tampered_sends_forgeries_first():
-    """Each delivery is preceded by one whose signature is not the gateway's over its content."""
+    """Each delivery is preceded by one with another amount, which the gateway did not sign."""
     key = sandbox().gateway_key.public_key()
     shop, deliveries = await notified(Mischief.TAMPERED, answers=[(500, b"")])
     genuine = [key.verify(signature_source(fields), fields.get("sign", "")) for _, fields in shop.came]
     assert genuine == [False, True] * 30
     assert [delivery.forged for delivery in deliveries] == [True, False] * 30
-    assert len({delivery.body for delivery in deliveries if delivery.forged}) == 6
 
 
 async def test_early_sends_before_the_apply_response():

@@ -23,7 +23,7 @@ from lianlian_async import asgi, wire
 from lianlian_async.merchant import Endpoints, Merchant
 from lianlian_async.models import RefundStatus
 from lianlian_async.session import RefundSession
-from lianlian_async.signing import SigningKey, VerifyingKey, signature_source
+from lianlian_async.signing import SigningKey, signature_source
 from lianlian_async.transport import asgi_transport
 
 from . import answers, rules
@@ -101,7 +101,6 @@ class SandboxGateway:
         self.sign_errors = sign_errors
         self.requests: Counter[Call] = Counter()
         """Number of requests for each call, including those with a fault."""
-        self._merchants = {oid_partner: self.merchant_key.public_key()}
         self._ledger = Ledger(repeated=repeated, settle_after=settle_after, default_order=default_order)
         self._plan = FaultPlan(faults or {}, Random(seed), delay)  # noqa: S311 - the same seed gives the same faults
         self._late: list[tuple[float, _Route, Mapping[str, str]]] = []
@@ -114,11 +113,7 @@ class SandboxGateway:
         self.advanced = anyio.Event()
         """Set when the clock was advanced, and then replaced by a new event."""
 
-    # ── set-up: merchants, orders, time, faults ──────────────────────────────────────────────────
-
-    def add_merchant(self, oid_partner: str, public_key: VerifyingKey) -> None:
-        """Add a merchant, or replace the key of a known one."""
-        self._merchants[oid_partner] = public_key
+    # ── set-up: orders, time, faults ─────────────────────────────────────────────────────────────
 
     def add_order(
         self,
@@ -127,27 +122,25 @@ class SandboxGateway:
         *,
         dt_order: datetime | str | None = None,
         oid_paybill: str | None = None,
-        oid_partner: str | None = None,
     ) -> Order:
         """Add a paid order of ``money_order`` yuan; ``oid_paybill`` is generated if it is None.
 
         Raises ``ValueError`` for an invalid amount or time, and for an existing number.
         """
         return self._ledger.add_order(
-            oid_partner or self.oid_partner,
             no_order,
             money_order,
             dt_order=None if dt_order is None else wire.format_timestamp(wire.parse_timestamp(dt_order)),
             oid_paybill=oid_paybill,
         )
 
-    def fail(self, no_refund: str, *, oid_partner: str | None = None) -> None:
+    def fail(self, no_refund: str) -> None:
         """Let an existing or future refund fail when it becomes final, and return its money.
 
         Raises ``ValueError`` if the refund is already final.
         """
         self._carry_out_late()
-        self._ledger.fail(oid_partner or self.oid_partner, no_refund, self.now())
+        self._ledger.fail(no_refund, self.now())
 
     def now(self) -> float:
         """Return the time of the gateway's clock in seconds."""
@@ -198,13 +191,13 @@ class SandboxGateway:
 
     # ── the books: the truth, whatever the answers said ──────────────────────────────────────────
 
-    def money_moved(self, no_refund: str, *, oid_partner: str | None = None) -> Decimal:
+    def money_moved(self, no_refund: str) -> Decimal:
         """Return the yuan that the merchant paid for ``no_refund``: doubled if it was made twice, 0 if it failed."""
-        return sum((record.moved(self.now()) for record in self._made(no_refund, oid_partner)), Decimal(0))
+        return sum((record.moved(self.now()) for record in self._made(no_refund)), Decimal(0))
 
-    def times_made(self, no_refund: str, *, oid_partner: str | None = None) -> int:
+    def times_made(self, no_refund: str) -> int:
         """Return how many times ``no_refund`` was made, including refunds that failed later."""
-        return len(self._made(no_refund, oid_partner))
+        return len(self._made(no_refund))
 
     @property
     def refunds(self) -> tuple[Record, ...]:
@@ -212,9 +205,9 @@ class SandboxGateway:
         self._carry_out_late()
         return tuple(self._ledger.records)
 
-    def _made(self, no_refund: str, oid_partner: str | None) -> list[Record]:
+    def _made(self, no_refund: str) -> list[Record]:
         self._carry_out_late()
-        return self._ledger.made(oid_partner or self.oid_partner, no_refund)
+        return self._ledger.made(no_refund)
 
     def _carry_out_late(self) -> None:
         """Carry out requests with ``Fault.LATE`` that are due; nobody receives their answers."""
@@ -286,10 +279,10 @@ class SandboxGateway:
     def _handle(self, route: _Route, fields: Mapping[str, str], at: float) -> dict[str, str]:
         """Carry out a request at the moment ``at``; return the unsigned answer."""
         try:
-            oid_partner = rules.authenticate(fields, self._merchants)
+            rules.authenticate(fields, self.oid_partner, self.merchant_key.public_key())
             if route.call == "query":
-                return self._answer(self._ledger.query(rules.read_question(oid_partner, fields), at), at)
-            application = rules.read_application(oid_partner, fields, domestic=route.domestic)
+                return self._answer(self._ledger.query(rules.read_question(fields), at), at)
+            application = rules.read_application(fields, domestic=route.domestic)
             record = self._ledger.apply(application, at)
             self.made.set()
             self.made = anyio.Event()
@@ -320,7 +313,7 @@ class SandboxGateway:
     def notification(self, record: Record, at: float | None = None) -> bytes:
         """Return the signed notification with a refund's state at a moment of the gateway's clock; default: now."""
         fields = self._answer(record, self.now() if at is None else at)
-        return wire.encode(self._seal(fields, {"oid_partner": record.application.oid_partner}))
+        return wire.encode(self._seal(fields, {"oid_partner": self.oid_partner}))
 
     def _seal(self, answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
         """Sign ``answer``; unsigned errors have only code and message."""

@@ -40,7 +40,6 @@ class Repeated(Enum):
 class Application:
     """A well-formed apply request; strings are unchanged from the wire."""
 
-    oid_partner: str
     no_refund: str
     dt_refund: str
     money_refund: Decimal
@@ -58,7 +57,6 @@ class Application:
 class Question:
     """A well-formed query; an empty number means that the query has none."""
 
-    oid_partner: str
     dt_refund: str
     no_refund: str
     oid_refundno: str
@@ -108,7 +106,7 @@ class Order:
 
 @attrs.define(kw_only=True)
 class Ledger:
-    """All orders and refunds. No method awaits, so a check and the following booking are atomic."""
+    """All orders and refunds of one merchant. No method awaits, so a check and the following booking are atomic."""
 
     repeated: Repeated
     settle_after: float = attrs.field(validator=attrs.validators.ge(0))
@@ -117,20 +115,14 @@ class Ledger:
     """Amount in yuan of each order that was not added; None: such an order does not exist."""
     records: list[Record] = attrs.field(factory=list, init=False)
     """Every refund that was carried out, oldest first."""
-    _orders: dict[tuple[str, str], Order] = attrs.field(factory=dict, init=False)  # by no_order
-    _payments: dict[tuple[str, str], Order] = attrs.field(factory=dict, init=False)  # by oid_paybill
-    _refunds: dict[tuple[str, str], list[Record]] = attrs.field(factory=dict, init=False)  # by no_refund
-    _failing: set[tuple[str, str]] = attrs.field(factory=set, init=False)  # no_refund
+    _orders: dict[str, Order] = attrs.field(factory=dict, init=False)  # by no_order
+    _payments: dict[str, Order] = attrs.field(factory=dict, init=False)  # by oid_paybill
+    _refunds: dict[str, list[Record]] = attrs.field(factory=dict, init=False)  # by no_refund
+    _failing: set[str] = attrs.field(factory=set, init=False)  # no_refund
     _sequence: count[int] = attrs.field(factory=lambda: count(1_000_000_000_000_001), init=False)
 
     def add_order(
-        self,
-        oid_partner: str,
-        no_order: str | None,
-        money_order: Decimal,
-        *,
-        dt_order: str | None = None,
-        oid_paybill: str | None = None,
+        self, no_order: str | None, money_order: Decimal, *, dt_order: str | None = None, oid_paybill: str | None = None
     ) -> Order:
         """Add a paid order; ``oid_paybill`` is generated if it is None.
 
@@ -140,18 +132,18 @@ class Ledger:
         order = Order(
             no_order=no_order, dt_order=dt_order, oid_paybill=oid_paybill, money_order=wire.parse_money(money_order)
         )
-        if (oid_partner, oid_paybill) in self._payments:
+        if oid_paybill in self._payments:
             raise ValueError(f"payment {oid_paybill} exists already")
         if no_order is not None:
-            if (oid_partner, no_order) in self._orders:
+            if no_order in self._orders:
                 raise ValueError(f"order {no_order} exists already")
-            self._orders[oid_partner, no_order] = order
-        self._payments[oid_partner, oid_paybill] = order
+            self._orders[no_order] = order
+        self._payments[oid_paybill] = order
         return order
 
     def apply(self, application: Application, now: float) -> Record:
         """Make a refund and return it; the answer shows its state at ``received_at``."""
-        earlier = self.made(application.oid_partner, application.no_refund)
+        earlier = self.made(application.no_refund)
         if earlier and self.repeated is Repeated.REJECT:
             raise Refusal("1002")
         if earlier and self.repeated is Repeated.REPLAY:
@@ -161,7 +153,7 @@ class Ledger:
             raise Refusal("5003")
         if application.money_refund > order.rest(now):
             raise Refusal("5007")
-        number = (application.oid_partner, application.no_refund)
+        number = application.no_refund
         record = Record(
             application=application,
             oid_refundno=str(next(self._sequence)),
@@ -174,55 +166,46 @@ class Ledger:
         return record
 
     def _find_order(self, application: Application) -> Order:
-        partner, no_order, oid_paybill = application.oid_partner, application.no_order, application.oid_paybill
-        named = []
-        if no_order is not None:
-            named.append(self._orders.get((partner, no_order)))
-        if oid_paybill is not None:
-            named.append(self._payments.get((partner, oid_paybill)))
+        no_order, oid_paybill = application.no_order, application.oid_paybill
+        named = [] if no_order is None else [self._orders.get(no_order)]
+        named += [] if oid_paybill is None else [self._payments.get(oid_paybill)]
         order = named[0]
         if any(other is not order for other in named):
             raise Refusal("9092")
         if order is None:
             if self.default_order is None:
                 raise Refusal("5002")
-            return self.add_order(
-                partner, no_order, self.default_order, dt_order=application.dt_order, oid_paybill=oid_paybill
-            )
+            return self.add_order(no_order, self.default_order, dt_order=application.dt_order, oid_paybill=oid_paybill)
         if None not in (application.dt_order, order.dt_order) and application.dt_order != order.dt_order:
             raise Refusal("5002")
         return order
 
     def query(self, question: Question, now: float) -> Record:
         """Return the newest refund with all numbers and the ``dt_refund`` of a query."""
-        known = self.made(question.oid_partner, question.no_refund) if question.no_refund else self.records
-        found = [record for record in known if _matches(record, question)]
+        known = self.made(question.no_refund) if question.no_refund else self.records
+        found = [
+            record
+            for record in known
+            if record.application.dt_refund == question.dt_refund and question.oid_refundno in ("", record.oid_refundno)
+        ]
         if not found:
             raise Refusal("8901")
         if now - found[-1].received_at > _THREE_MONTHS:
             raise Refusal("3005")
         return found[-1]
 
-    def fail(self, oid_partner: str, no_refund: str, now: float) -> None:
+    def fail(self, no_refund: str, now: float) -> None:
         """Let an existing or future refund fail when it becomes final.
 
         Raises ``ValueError`` if the refund is already final: a final state never changes.
         """
-        made = self.made(oid_partner, no_refund)
+        made = self.made(no_refund)
         if any(record.status(now).is_final for record in made):
             raise ValueError(f"refund {no_refund} is already final")
-        self._failing.add((oid_partner, no_refund))
+        self._failing.add(no_refund)
         for record in made:
             record.fails = True
 
-    def made(self, oid_partner: str, no_refund: str) -> list[Record]:
+    def made(self, no_refund: str) -> list[Record]:
         """Return the refunds that were made with a ``no_refund``, oldest first."""
-        return self._refunds.get((oid_partner, no_refund), [])
-
-
-def _matches(record: Record, question: Question) -> bool:
-    return (
-        record.application.oid_partner == question.oid_partner
-        and record.application.dt_refund == question.dt_refund
-        and question.oid_refundno in ("", record.oid_refundno)
-    )
+        return self._refunds.get(no_refund, [])

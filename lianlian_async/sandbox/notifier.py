@@ -20,7 +20,6 @@ from lianlian_async import asgi, wire
 from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import ConfigurationError, MalformedMessage
 from lianlian_async.exchange import HttpResponse
-from lianlian_async.signing import signature_source
 from lianlian_async.transport import AsyncBaseTransport, AsyncClient, HttpSender, check_http
 
 from .gateway import SandboxGateway
@@ -45,7 +44,7 @@ class Mischief(Enum):
     REORDERED = "reordered"
     """A notification of the first state follows the notification of the final state."""
     TAMPERED = "tampered"
-    """A forgery precedes each delivery: a changed field, no signature, or another key's signature."""
+    """A forgery precedes each delivery: another amount with the signature of the true one."""
     REPLAYED = "replayed"
     """The notification is sent once more ``every`` seconds after the acknowledgement."""
 
@@ -180,7 +179,7 @@ class Notifier:
         for _ in range(self._times):
             sent_at = self._gateway.now()
             if Mischief.TAMPERED in mischief:
-                await self._send(record, self._random.choice(_FORGERIES)(body, self._gateway), forged=True)
+                await self._send(record, _forgery(body), forged=True)
             acknowledged = await self._send(record, body, times=3 if Mischief.CONCURRENT in mischief else 1)
             delivered.set()
             if acknowledged:
@@ -244,33 +243,6 @@ def is_acknowledged(response: HttpResponse | None) -> bool:
         return False
 
 
-# ── forgeries ────────────────────────────────────────────────────────────────────────────────────
-
-
-def _with(name: str, change: Callable[[str], str]) -> Callable[[bytes, SandboxGateway], bytes]:
-    """Return a forger that changes one field and keeps the signature."""
-
-    def forge(body: bytes, _gateway: SandboxGateway) -> bytes:
-        fields = wire.decode(body)
-        return wire.encode({**fields, name: change(fields[name])})
-
-    return forge
-
-
-def _unsigned(body: bytes, _gateway: SandboxGateway) -> bytes:
-    return wire.encode({name: text for name, text in wire.decode(body).items() if name != "sign"})
-
-
-def _signed_by_the_merchant(body: bytes, gateway: SandboxGateway) -> bytes:
+def _forgery(body: bytes) -> bytes:
     fields = wire.decode(body)
-    return wire.encode({**fields, "sign": gateway.merchant_key.sign(signature_source(fields))})
-
-
-_FORGERIES: Final = (
-    _with("sta_refund", lambda status: "3" if status == "2" else "2"),
-    _with("money_refund", lambda money: wire.format_money(Decimal(money) + 1)),
-    _with("no_refund", lambda number: f"{number}-2"),
-    _with("sign", str.swapcase),
-    _unsigned,
-    _signed_by_the_merchant,
-)
+    return wire.encode({**fields, "money_refund": wire.format_money(Decimal(fields["money_refund"]) + 1)})

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Final
+from typing import Any, Final
 
 from lianlian_async import wire
 from lianlian_async.errors import MalformedMessage
@@ -42,47 +42,39 @@ def read_body(content_type: str, body: bytes) -> dict[str, str]:
     return fields
 
 
-def authenticate(fields: Mapping[str, str], keys: Mapping[str, VerifyingKey]) -> str:
-    """Return the merchant number of a signed request: 3001 for an unknown merchant, 1001 for a wrong signature."""
+def authenticate(fields: Mapping[str, str], oid_partner: str, key: VerifyingKey) -> None:
+    """Check a request's merchant and signature: 3001 for an unknown merchant, 1001 for a wrong signature."""
     _check(fields, {"oid_partner": _at_most(18)})
-    key = keys.get(fields["oid_partner"])
-    if key is None:
+    if fields["oid_partner"] != oid_partner:
         raise Refusal("3001")
     _check(fields, {"sign_type": lambda text: text == "RSA", "sign": bool})
     # The signature also covers undocumented fields.
     if not key.verify(signature_source(fields), fields["sign"]):
         raise Refusal("1001")
-    return fields["oid_partner"]
 
 
-def read_application(oid_partner: str, fields: Mapping[str, str], *, domestic: bool) -> Application:
+def read_application(fields: Mapping[str, str], *, domestic: bool) -> Application:
     """Read an apply request; 1004 names the first parameter that breaks a rule of the apply page."""
     _check(fields, _APPLY, _APPLY_OPTIONAL)
     if not fields.get("no_order") and not fields.get("oid_paybill"):
         raise Refusal("1004", "no_order")
+    names = ("no_refund", "dt_refund", "notify_url", "no_order", "dt_order", "oid_paybill")
+    known: dict[str, Any] = {name: fields.get(name) or None for name in names}
     return Application(
-        oid_partner=oid_partner,
-        no_refund=fields["no_refund"],
-        dt_refund=fields["dt_refund"],
+        **known,
         money_refund=Decimal(fields["money_refund"]),
         amount_as_sent=fields["money_refund"],
-        no_order=fields.get("no_order") or None,
-        dt_order=fields.get("dt_order") or None,
-        oid_paybill=fields.get("oid_paybill") or None,
-        notify_url=fields["notify_url"],
         domestic=domestic,
     )
 
 
-def read_question(oid_partner: str, fields: Mapping[str, str]) -> Question:
+def read_question(fields: Mapping[str, str]) -> Question:
     """Read a query; 1004 names the first parameter that breaks a rule of the query page."""
     _check(fields, _QUERY, _QUERY_OPTIONAL)
     no_refund, oid_refundno = fields.get("no_refund", ""), fields.get("oid_refundno", "")
     if not (no_refund or oid_refundno):
         raise Refusal("1004", "no_refund")
-    return Question(
-        oid_partner=oid_partner, dt_refund=fields["dt_refund"], no_refund=no_refund, oid_refundno=oid_refundno
-    )
+    return Question(dt_refund=fields["dt_refund"], no_refund=no_refund, oid_refundno=oid_refundno)
 
 
 # ── the form of each field ───────────────────────────────────────────────────────────────────────

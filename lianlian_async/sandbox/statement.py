@@ -18,8 +18,7 @@ def statement(gateway: SandboxGateway) -> str:
     return "".join(
         ",".join(_row(gateway, record)) + "\n"
         for record in gateway.refunds
-        if record.application.oid_partner == gateway.oid_partner
-        and record.status(gateway.now()) is RefundStatus.SUCCESS
+        if record.status(gateway.now()) is RefundStatus.SUCCESS
     )
 
 
@@ -27,7 +26,7 @@ def _row(gateway: SandboxGateway, record: Record) -> Iterator[str]:
     refund = record.application
     settled = wire.format_timestamp(gateway.time_of_day(record.settles_at))
     yield refund.no_refund
-    yield refund.oid_partner
+    yield gateway.oid_partner
     yield _time(refund.dt_refund)
     yield "101001"  # busi_partner: virtual goods
     yield refund.no_order or refund.oid_paybill or ""
