@@ -480,36 +480,28 @@ def test_day_of_a_declared_form_must_exist(nowhere, file):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "forms"),
+    ("name", "text"),
     [
-        ("dt_refund", "2026/11/01 10:20", "'YYYY/MM/DD hh:mm'"),
-        ("dt_refund", "2026年11月1日 9时5分", "'YYYY年MM月DD日 hh时mm分'"),
-        ("dt_refund", "01/02/2026", "'DD/MM/YYYY' or 'MM/DD/YYYY'"),
-        ("dt_order", "20261101", "'YYYYMMDD'"),
-        ("dt_refund", "26/11/01", None),
-        ("dt_refund", "yesterday", None),
-        ("money_refund", "1,234.50", "'1,234.56'"),
-        ("money_refund", "¥88.00", "'¥1,234.56'"),
-        ("money_refund", "８８．００", "'1,234.56'"),
-        ("money_refund", "1,234,567", "'1,234.56'"),
-        ("money_refund", "88,5 €", "'1.234,56 €'"),
-        ("money_refund", "1.234", "'1,234.56' or '1.234,56'"),
-        ("money_refund", "1,234", "'1,234.56' or '1.234,56'"),
-        ("money_refund", "1.230", "'1,234.56' or '1.234,56'"),
-        ("money_refund", "1234.567", None),
-        ("money_refund", "0.001", None),
-        ("money_refund", "-88.00", None),
-        ("money_refund", "much", None),
+        ("dt_refund", "2026/11/01 10:20"),
+        ("dt_refund", "01/02/2026"),
+        ("dt_order", "20261101"),
+        ("dt_refund", "yesterday"),
+        ("money_refund", "1,234.50"),
+        ("money_refund", "¥88.00"),
+        ("money_refund", "８８．００"),
+        ("money_refund", "1.234"),
+        ("money_refund", "1.230"),
+        ("money_refund", "0.001"),
+        ("money_refund", "-88.00"),
     ],
 )
-def test_undeclared_form_is_refused_with_its_option(nowhere, file, name, text, forms):
-    """Nothing is guessed: the problem names the option that would declare the form, with each form it may have."""
+def test_undeclared_form_is_refused_with_its_option(nowhere, file, name, text):
+    """Nothing is guessed: the problem names the option that declares a form."""
     write_csv(file, [refund(1, **{name: text})])
     [(_, problem)] = problems(run("batch", file, "--json", env=nowhere))
     assert problem.startswith(f"{name}: ")
-    option = "--money-format" if name == "money_refund" else "--date-format"
-    assert problem.endswith(f"declare its form with {option} {forms} (got {text!r})" if forms else f"(got {text!r})")
-    assert ("declare its form" in problem) == bool(forms)
+    option = "--money-format '¥1,234.56'" if name == "money_refund" else "--date-format 'YYYY/MM/DD hh:mm'"
+    assert f"; declare another form, such as {option}" in problem
 
 
 def test_dry_run_needs_no_keys(file):

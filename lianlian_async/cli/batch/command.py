@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ import attrs
 import click
 from rich.text import Text
 
+from lianlian_async.background import BackgroundTask
 from lianlian_async.batch import refund_many
 from lianlian_async.cli.exit_codes import INTERRUPTED, UNKNOWN, exit_outcome_of
 from lianlian_async.cli.options import config_option, load_merchant, make_session, session_options
@@ -44,9 +45,6 @@ from .summary import file_rows, show_batch, show_checked
 _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
 """Seconds between two attempts to open a journal that another process has open, or between two looks at a batch."""
-
-_END: Final = object()
-"""Sentinel that ``anext`` returns when the batch has ended."""
 
 
 @click.command
@@ -84,8 +82,12 @@ def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | No
             run = _Batch(output, merchant, checked, totals, options, place, known, columns.seen)
             receipt = None if file == "-" else Path(f"{file}.receipt")
             run.check_receipt(receipt)
+            if known.journal_id is None and not (options["yes"] or options["query_first"]):
+                output.note(
+                    "this journal is new, so every refund counts as never sent; if some may have been sent before, "
+                    "use --query-first"
+                )
             if dry_run:
-                _note_new_journal(run)
                 show_checked(output, checked, _VALID, run.known, journal=place_name(place))
             else:
                 _confirm_batch(run, file)
@@ -163,7 +165,6 @@ def _confirm_batch(run: _Batch, file: str) -> None:
         in_words = ", ".join(f"{number:,} {word}" for word, number in known.found.items())
         run.output.note(f"journal {journal}: {in_words}")
     if run.in_file.refunds and not options["yes"]:
-        _note_new_journal(run)
         rows = [("merchant", merchant.oid_partner), ("endpoint", merchant.endpoints.apply), ("journal", journal)]
         rows += file_rows(run.checked, run.in_file, known)
         resolved = f", and resolve {known.found['open']:,} open ones" if known.found["open"] else ""
@@ -171,14 +172,6 @@ def _confirm_batch(run: _Batch, file: str) -> None:
         _confirm(run.output, file, rows, question)
     if not options["journal"]:
         make_folder(run.place)
-
-
-def _note_new_journal(run: _Batch) -> None:
-    if run.known.journal_id is None and not run.options["query_first"]:
-        run.output.note(
-            "this journal is new, so every refund counts as never sent; if some may have been sent before, "
-            "use --query-first"
-        )
 
 
 def _confirm(output: Output, file: str, rows: Iterable[tuple[str, str]], question: str) -> None:
@@ -231,7 +224,6 @@ class _Batch:
     """Refunds that were begun and have no outcome yet, by ``no_refund``."""
     _held: Sequence[tuple[RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
     """Unknown refunds that ``--wait-unknown`` resolves at the end."""
-    _is_waiting: bool = attrs.field(default=False, init=False)
     _last_begun: int = attrs.field(default=0, init=False)
     """The line of the last refund that was begun."""
     failure: LianLianError | None = attrs.field(default=None, init=False)
@@ -275,24 +267,18 @@ class _Batch:
         options = self.options
         settings = {name: options[name] for name in ("concurrency", "deadline", "not_found_grace", "query_first")}
         wishes = {name: options[name] for name in ("keep_going", "wait_unknown")}
-        async with self._opened_journal() as journal:
+        async with AsyncExitStack() as stack:
+            journal = await self._open_journal(stack)
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._write_receipt(journal.id)
             with self._result_writer() as write:
                 async with (
                     make_session(self.merchant, journal=journal, **settings) as session,
                     refund_many(session, self._requests(journal), journal=journal, **wishes) as outcomes,
+                    aclosing(BackgroundTask(self._note_waiting)),
                 ):
                     self._held = outcomes.held
-                    while True:
-                        outcome: Any = None
-                        with anyio.move_on_after(_POLL):  # no outcome is lost
-                            outcome = await anext(outcomes, _END)
-                        if outcome is _END:
-                            break
-                        if outcome is None:
-                            self._note_waiting()
-                            continue
+                    async for outcome in outcomes:
                         line = self.in_flight.pop(outcome.request.no_refund)
                         self.totals.add(line, outcome)
                         write(result_of(line, outcome))
@@ -302,12 +288,12 @@ class _Batch:
         """Return the progress as one line."""
         return self.totals.status(len(self._held))
 
-    def _note_waiting(self) -> None:
-        """If only unknown refunds remain, print once the time at which the wait ends."""
-        if not self._is_waiting and 0 < len(self._held) == self.totals.to_do:
-            self._is_waiting = True
-            last = local_time(max(unknown.ask_again_at for unknown, _ in self._held))
-            self.output.note(f"waiting until {last} to resolve {len(self._held):,} unknown refunds")
+    async def _note_waiting(self) -> None:
+        """Print the time at which the wait ends, as soon as only unknown refunds remain."""
+        while not 0 < len(self._held) == self.totals.to_do:  # noqa: ASYNC110 - a held refund sets no event
+            await anyio.sleep(_POLL)
+        last = local_time(max(unknown.ask_again_at for unknown, _ in self._held))
+        self.output.note(f"waiting until {last} to resolve {len(self._held):,} unknown refunds")
 
     @contextmanager
     def _result_writer(self) -> Iterator[Callable[[Mapping[str, Any]], object]]:
@@ -326,36 +312,29 @@ class _Batch:
                 for other in self.checked.lines_after(self._last_begun):
                     write(interrupted_result(other, was_begun=False))
 
-    @asynccontextmanager
-    async def _opened_journal(self) -> AsyncGenerator[Journal]:
+    async def _open_journal(self, stack: AsyncExitStack) -> Journal:
         """Open the journal as soon as no other process has it open."""
         has_said = False
-        async with AsyncExitStack() as stack:
-            while True:
-                try:
-                    journal = await stack.enter_async_context(make_journal(self.place))
-                    break
-                except JournalError as error:
-                    if error.holder is None or self.options["no_wait"]:
-                        raise
-                    if not has_said:
-                        self.output.note(f"waiting: {error}")
-                    has_said = True
-                await anyio.sleep(_POLL)
-            yield journal
+        while True:
+            try:
+                return await stack.enter_async_context(make_journal(self.place))
+            except JournalError as error:
+                if error.holder is None or self.options["no_wait"]:
+                    raise
+                if not has_said:
+                    self.output.note(f"waiting: {error}")
+                has_said = True
+            await anyio.sleep(_POLL)
 
     async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:
         """Yield the refunds; those that need a request start at the given rate."""
         rate = self.options["rate"]
         limit = RateLimit(rate) if rate else None
         async for line in self.checked.lines():
-            if limit is not None and not await _is_resolved(journal, line.request):
-                async with limit:
-                    pass
+            if limit is not None:
+                entry = await journal.find(line.request.no_refund)
+                if entry is None or not entry.state.is_finished:
+                    async with limit:
+                        pass
             self.in_flight[line.request.no_refund], self._last_begun = line, line.line
             yield line.request
-
-
-async def _is_resolved(journal: Journal, request: RefundRequest) -> bool:
-    entry = await journal.find(request.no_refund)
-    return entry is not None and entry.state.is_finished

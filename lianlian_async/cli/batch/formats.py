@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from itertools import chain
 from typing import Final
 
 from lianlian_async import wire
 
 _DATE_PARTS: Final = ("YYYY", "MM", "DD", "hh", "mm", "ss")
 _DATE_PART: Final = re.compile("|".join(_DATE_PARTS))
-_YEAR_LAST: Final = ("YYYY", "hh", "mm", "ss")
 _MONEY_FORM: Final = re.compile(r"(\D*)1(\D?)234(?:(\D)56)?(\D*)")
 _AMBIGUOUS: Final = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
 """An amount with a decimal point, or with dots between thousands."""
@@ -75,56 +73,23 @@ def money_reader(form: str) -> Callable[[str], str]:
 
 def plain_date(text: str) -> str:
     """Return ``text`` if it has the wire form; else raise ``ValueError`` with the option for its form."""
-    try:
-        wire.parse_timestamp(text)
-    except ValueError as error:
-        raise _undeclared("--date-format", _date_forms(_normal(text)), error) from None
-    return text
+    return _plain(text, wire.parse_timestamp, "--date-format 'YYYY/MM/DD hh:mm'")
 
 
 def plain_money(text: str) -> str:
     """Return ``text`` if it has the wire form; else raise ``ValueError`` with the option for its form."""
-    try:
-        wire.parse_money(text)
+
+    def parse(text: str) -> object:
         if _AMBIGUOUS.fullmatch(text):
             raise ValueError("is ambiguous")
+        return wire.parse_money(text)
+
+    return _plain(text, parse, "--money-format '¥1,234.56' or '1.234,56'")
+
+
+def _plain(text: str, parse: Callable[[str], object], option: str) -> str:
+    try:
+        parse(text)
     except ValueError as error:
-        raise _undeclared("--money-format", _money_forms(_normal(text)), error) from None
+        raise ValueError(f"{error}; declare another form, such as {option}") from None
     return text
-
-
-def _undeclared(option: str, forms: list[str], problem: ValueError) -> ValueError:
-    """Return the error for text that may have one of ``forms``, or ``problem`` if there are none."""
-    return ValueError(f"declare its form with {option} {' or '.join(map(repr, forms))}") if forms else problem
-
-
-def _date_forms(text: str) -> list[str]:
-    """Return the forms that ``text`` may have."""
-    numbers = re.findall("[0-9]+", text)
-    if re.fullmatch("[0-9]{8}|[0-9]{12}", text):
-        return ["YYYYMMDDhhmm"[: len(text)]]
-    if not 3 <= len(numbers) <= 6 or 4 not in (len(numbers[0]), len(numbers[2])):
-        return []
-    orders = [_DATE_PARTS] if len(numbers[0]) == 4 else [("DD", "MM", *_YEAR_LAST), ("MM", "DD", *_YEAR_LAST)]
-    between = re.split("[0-9]+", text)
-    return ["".join(chain.from_iterable(zip(between[:-1], order, strict=False))) + between[-1] for order in orders]
-
-
-def _money_forms(text: str) -> list[str]:
-    """Return the forms that ``text`` may have; none for a negative amount."""
-    match = re.fullmatch(r"([^0-9-]*)([0-9](?:[0-9.,' ]*[0-9])?)([^0-9]*)", text)
-    if match is None:
-        return []
-    marks = re.sub("[0-9]", "", match[2])
-    last = marks[-1:] or "."
-    other = "," if last == "." else "."
-    has_thousands = re.fullmatch(r"[1-9][0-9]{0,2}(?:[.,' ][0-9]{3})+", match[2]) and len(set(marks)) == 1
-    if has_thousands and len(marks) == 1:
-        numbers = ["1,234.56", "1.234,56"]
-    elif has_thousands:
-        numbers = [f"1{last}234{other}56"]
-    elif marks and not re.search("[^0-9][0-9]{1,2}$", match[2]):
-        return []
-    else:
-        numbers = [f"1{marks[0] if len(marks) > 1 else other}234{last}56"]
-    return [f"{match[1]}{number}{match[3]}" for number in numbers]

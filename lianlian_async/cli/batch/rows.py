@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import PurePath
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Final, NamedTuple
+from typing import IO, Final, NamedTuple, cast
 
 import attrs
 import click
@@ -19,9 +19,6 @@ from lianlian_async import wire
 from lianlian_async.cli.options import SIGNATURE_FIELDS
 from lianlian_async.errors import MalformedMessage, Problem
 from lianlian_async.models import RefundRequest
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 FIELDS: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 
@@ -152,26 +149,8 @@ _NOT_TEXT: Final = {
     b"\xd0\xcf\x11\xe0": "an old Excel workbook (.xls): open it and save it as CSV (UTF-8)",
     b"\x1f\x8b": "compressed with gzip: decompress it first",
 }
-_BOMS: Final = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_BOMS: Final = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _LINE_END: Final = re.compile(r"\r\n|\r|\n")
-
-
-class _Replayed(io.RawIOBase):
-    """A stream that can return its first bytes again, because stdin cannot seek."""
-
-    def __init__(self, first: bytes, rest: IO[bytes]) -> None:
-        self._first = first
-        self._rest = rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        view = memoryview(buffer)
-        data = self._first or self._rest.read(len(view))
-        self._first = b""
-        view[: len(data)] = data
-        return len(data)
 
 
 def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
@@ -179,20 +158,21 @@ def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
 
     Raises a usage error for bytes in another encoding, workbooks and compressed files.
     """
-    first = file.read(4)
+    stream = io.BufferedReader(cast("io.RawIOBase", file))
+    first = stream.peek(4)
     for magic, reason in _NOT_TEXT.items():
         if first.startswith(magic):
             raise _unreadable(reason)
-    for bom, name in _BOMS.items():
-        if first.startswith(bom):
-            first, encoding = first.removeprefix(bom), name
+    encoding = next((name for bom, name in _BOMS.items() if first.startswith(bom)), encoding)
     number = 0
     try:
-        for line in io.TextIOWrapper(io.BufferedReader(_Replayed(first, file)), encoding, newline=""):
-            number += 1
-            if "\0" in line:
-                raise _unreadable(f"line {number}: contains NUL bytes; if the file is UTF-16, use --encoding utf-16-le")
-            yield line
+        with io.TextIOWrapper(stream, encoding, newline="") as text:
+            for number, line in enumerate(text, 1):
+                if "\0" in line:
+                    raise _unreadable(
+                        f"line {number}: contains NUL bytes; if the file is UTF-16, use --encoding utf-16-le"
+                    )
+                yield line
     except UnicodeDecodeError as error:
         # Earlier chunks were yielded already; count the lines of this chunk before the invalid bytes.
         before = error.object[: error.start].decode(encoding, "replace")
