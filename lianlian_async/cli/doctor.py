@@ -29,7 +29,7 @@ from lianlian_async.transport import http_backend, probe_server
 
 from .options import config_option, load_merchant, parsed
 from .output import Output, json_option, pass_output, printable, table
-from .stores import DSN, JOURNAL, check_place, default_place, is_dsn, make_reader, place_name
+from .stores import DSN, JOURNAL, Place, default_place, is_dsn, make_reader, place_name
 
 _PACKAGES: Final = ("httpx", "anyio", "pycryptodome", "cryptography", "aiohttp", "psycopg", "procrastinate")
 _STYLES: Final = {"ok": "", "warning": "yellow", "failure": "red"}
@@ -66,7 +66,7 @@ def _failure(name: str, problem: LianLianError | str, cure: str) -> _Check:
     envvar=[DSN, JOURNAL],
     show_envvar=True,
     show_default="that of `lianlian batch`",
-    callback=check_place,
+    type=Place(),
     help="Journal to check.",
 )
 @click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default the last one made.")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 import click
 
-from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import without_locals
 from lianlian_async.signing import SigningKey
 
 from .output import Output, json_option, pass_output
 from .secret_files import refuse_existing, write_new
+
+_PASSWORD: Final = "LIANLIAN_PRIVATE_KEY_PASSWORD"  # noqa: S105 - the name of a variable
 
 
 @click.command
@@ -24,13 +26,12 @@ from .secret_files import refuse_existing, write_new
     help="File for the private key, or a folder for merchant.pem.",
 )
 @click.option(
-    "--password-env", metavar="NAME", help="Encrypt the private key with the password in this environment variable."
+    "--encrypt", is_flag=True, help=f"Encrypt the private key with the password in {_PASSWORD}, or ask for one."
 )
-@click.option("--password-prompt", is_flag=True, help="Ask for a password and encrypt the private key with it.")
 @json_option
 @pass_output
 @without_locals
-def keygen(output: Output, bits: str, out: Path, password_env: str | None, password_prompt: bool) -> None:
+def keygen(output: Output, bits: str, out: Path, encrypt: bool) -> None:
     """Generate a key pair for LianLian's dashboard.
 
     The public key is printed in the form that the dashboard accepts. The private key is written with mode 0600, and
@@ -39,7 +40,11 @@ def keygen(output: Output, bits: str, out: Path, password_env: str | None, passw
     private = out / "merchant.pem" if out.is_dir() else out
     public = private.with_suffix(".pub" + private.suffix)
     refuse_existing(private, public)
-    password = _password(password_env, prompt=password_prompt)
+    password: str | None = None
+    if encrypt:
+        password = os.environ.get(_PASSWORD) or click.prompt(
+            "Password", hide_input=True, confirmation_prompt=True, err=True
+        )
     key = SigningKey.generate(int(bits))
     write_new(private, key.to_pem(password))
     write_new(public, key.public_key().to_pem(), mode=0o644)
@@ -49,15 +54,3 @@ def keygen(output: Output, bits: str, out: Path, password_env: str | None, passw
         for name, text in names.items():
             output.note(f"{name}: {text}")
     output.show({**names, "public_key_base64": base64}, base64)
-
-
-def _password(variable: str | None, *, prompt: bool) -> str | None:
-    if variable is not None:
-        password = os.environ.get(variable)
-        if not password:
-            raise ConfigurationError(f"--password-env: the variable {variable} is not set")
-        return password
-    if prompt:
-        entered: str = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
-        return entered
-    return None

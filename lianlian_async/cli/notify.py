@@ -58,17 +58,15 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
     message = {name: text for name, text in fields.items() if text is not None}
     message |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
     body = wire.encode({**message, "sign": key.sign(signature_source(message))})
-    _show(output, anyio.run(_post, url, body))
-
-
-def _show(output: Output, response: HttpResponse | None) -> None:
-    word = "acknowledged" if is_acknowledged(response) else "not acknowledged"
+    response = anyio.run(_post, url, body)
+    acknowledged = is_acknowledged(response)
+    word = "acknowledged" if acknowledged else "not acknowledged"
     status, text = (None, "") if response is None else (response.status, response.body.decode(errors="replace"))
     output.show(
         {"outcome": word, "status": status, "answer": text},
         f"{word}: " + ("no response" if response is None else f"HTTP {status} {text}"),
     )
-    click.get_current_context().exit(0 if is_acknowledged(response) else 1)
+    click.get_current_context().exit(0 if acknowledged else 1)
 
 
 async def _post(url: str, body: bytes) -> HttpResponse | None:

@@ -21,7 +21,7 @@ from lianlian_async.worker_pool import iterate, run_workers
 
 from .options import config_option, load_merchant
 from .output import Output, json_option, pass_output, table
-from .stores import DSN, JOURNAL, check_journal, make_journal, make_reader
+from .stores import DSN, JOURNAL, Place, make_journal, make_reader
 
 
 @click.command
@@ -33,7 +33,7 @@ from .stores import DSN, JOURNAL, check_journal, make_journal, make_reader
     envvar=[DSN, JOURNAL],
     show_envvar=True,
     required=True,
-    callback=check_journal,
+    type=Place(exists=True),
     help="Journal to compare with.",
 )
 @click.option(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
+from functools import reduce
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -12,7 +13,7 @@ import attrs
 import click
 
 from lianlian_async.merchant import Merchant
-from lianlian_async.models import Refund, RefundQuery, RefundRecord, RefundRequest, RefundStatus
+from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest, RefundStatus
 from lianlian_async.session import RefundSession
 
 from .exit_codes import INTERRUPTED, exit_outcome_of_refund
@@ -42,24 +43,16 @@ _HELP: Final = {
 }
 
 
-def _field_options(cls: type[Any]) -> Callable[[Command], Command]:
-    """Add one option for each field of ``cls``."""
-
-    def decorate(command: Command) -> Command:
-        for field in reversed(attrs.fields(cls)):
-            command = click.option(f"--{field.name.replace('_', '-')}", help=_HELP[field.name])(command)
-        return command
-
-    return decorate
+def _options(cls: type[Any]) -> Callable[[Command], Command]:
+    """Add the options of a command about one refund: one for each field of ``cls``, and the common ones."""
+    fields = [click.option(f"--{field.name.replace('_', '-')}", help=_HELP[field.name]) for field in attrs.fields(cls)]
+    common: tuple[Callable[[Any], Any], ...] = (deadline_option, config_option, json_option, pass_output)
+    options = (file_argument(required=False), *fields, *common)
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
 @click.command
-@file_argument(required=False)
-@_field_options(RefundRequest)
-@deadline_option
-@config_option
-@json_option
-@pass_output
+@_options(RefundRequest)
 def apply(
     output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
 ) -> None:
@@ -69,17 +62,11 @@ def apply(
     and sign_type are ignored, and oid_partner must be the configured merchant's. This command has no journal: if the
     outcome is unknown, run `lianlian query` before you repeat the command.
     """
-    merchant = load_merchant(config)
-    message = _message(file, merchant)
+    merchant, message = _read(file, config)
     known = {name: text for name, text in message.items() if text and name not in _ENVELOPE}
     request = RefundRequest.from_dict(known | _given(options))
-
-    async def call() -> Refund:
-        async with RefundSession(merchant, deadline=deadline) as session:
-            return await session.apply_refund(request)
-
     try:
-        show_refund(output, anyio.run(call))
+        _show_answer(output, merchant, deadline, lambda session: session.apply_refund(request))
     except KeyboardInterrupt:
         query = request.query()
         output.show(
@@ -90,12 +77,7 @@ def apply(
 
 
 @click.command
-@file_argument(required=False)
-@_field_options(RefundQuery)
-@deadline_option
-@config_option
-@json_option
-@pass_output
+@_options(RefundQuery)
 def query(
     output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
 ) -> None:
@@ -103,27 +85,32 @@ def query(
 
     FILE is a query, or the request of `lianlian apply`, as JSON (- is stdin); options override its fields.
     """
-    merchant = load_merchant(config)
-    message = _message(file, merchant)
+    merchant, message = _read(file, config)
     known = {name: text for name in options if (text := message.get(name))}
     query = RefundQuery.from_dict(known | _given(options))
-
-    async def call() -> RefundRecord:
-        async with RefundSession(merchant, deadline=deadline) as session:
-            return await session.query_refund(query)
-
-    show_refund(output, anyio.run(call))
+    _show_answer(output, merchant, deadline, lambda session: session.query_refund(query))
 
 
 def _given(options: Mapping[str, str | None]) -> dict[str, str]:
     return {name: text for name, text in options.items() if text is not None}
 
 
-def _message(file: BinaryIO | None, merchant: Merchant) -> dict[str, str]:
-    """Read ``file``; raises ``InvalidRequest`` if it belongs to another merchant."""
+def _read(file: BinaryIO | None, config: Path | None) -> tuple[Merchant, dict[str, str]]:
+    """Load the merchant, and read ``file``; raises ``InvalidRequest`` if it belongs to another merchant."""
+    merchant = load_merchant(config)
     message = {} if file is None else read_message(file)
     check_partner(message.get("oid_partner", merchant.oid_partner), merchant)
-    return message
+    return merchant, message
+
+
+def _show_answer(
+    output: Output, merchant: Merchant, deadline: float, ask: Callable[[RefundSession], Awaitable[RefundRecord]]
+) -> None:
+    async def call() -> RefundRecord:
+        async with RefundSession(merchant, deadline=deadline) as session:
+            return await ask(session)
+
+    show_refund(output, anyio.run(call))
 
 
 def show_refund(output: Output, refund: RefundRecord) -> None:

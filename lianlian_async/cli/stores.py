@@ -22,8 +22,6 @@ from lianlian_async.journal import Journal, SqliteJournal, SqliteReader
 from lianlian_async.merchant import Merchant
 from lianlian_async.secret import drop_secrets, without_locals
 
-from .options import Command
-
 if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
 
@@ -44,53 +42,47 @@ def place_name(place: str) -> str:
     return "in PostgreSQL" if is_dsn(place) else place
 
 
-@without_locals
-def check_place(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Refuse a password on the command line, where other processes of this machine can read it."""
-    if value is None or "://" not in value:
-        return value
-    if not is_dsn(value):
-        raise click.BadParameter("must be a path or a URL postgresql://…")
-    if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
-        try:
-            parts = urlsplit(value)
-            has_password = parts.password is not None or "password" in parse_qs(parts.query)
-        except ValueError:
-            raise click.BadParameter("not a PostgreSQL URL") from None
-        if has_password:
-            raise click.BadParameter(
-                f"other processes can read a password on the command line: put the URL into {DSN}, or the password "
-                "into PGPASSWORD or ~/.pgpass"
-            )
-    return value
+class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """The place of a journal: a path, or a PostgreSQL URL without a password.
+
+    Other processes of this machine can read a password on the command line. ``exists``: refuse a path without a file;
+    ``only_dsn``: refuse every path, and replace an empty place by the URL in ``LIANLIAN_DSN``.
+    """
+
+    name = "place"
+
+    def __init__(self, *, exists: bool = False, only_dsn: bool = False) -> None:
+        self._exists = exists
+        self._only_dsn = only_dsn
+
+    @without_locals
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return ``value``; no message contains it, as it may be a connection string with a password."""
+        place = value or (os.environ.get(DSN, "") if self._only_dsn else "")
+        if not is_dsn(place):
+            if self._only_dsn or "://" in place:
+                wanted = f"URL postgresql://…, here or in {DSN}" if self._only_dsn else "path or a URL postgresql://…"
+                self.fail(f"must be a {wanted}")
+            if self._exists and not Path(place).is_file():
+                self.fail("no such journal; for a database use postgresql://…")
+        elif value and ctx and ctx.get_parameter_source(str(param and param.name)) is ParameterSource.COMMANDLINE:
+            try:
+                parts = urlsplit(place)
+                has_password = parts.password is not None or "password" in parse_qs(parts.query)
+            except ValueError:
+                raise click.BadParameter("not a PostgreSQL URL") from None
+            if has_password:
+                self.fail(
+                    f"other processes can read a password on the command line: put the URL into {DSN}, or the password "
+                    "into PGPASSWORD or ~/.pgpass"
+                )
+        return place
 
 
-@without_locals
-def _check_dsn(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    if not is_dsn(value):
-        raise click.BadParameter("must be a URL postgresql://…")
-    check_place(ctx, parameter, value)
-    return value
-
-
-@without_locals
-def check_journal(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Refuse a file that does not exist, in addition to :func:`check_place`."""
-    check_place(ctx, parameter, value)
-    if not (is_dsn(value) or Path(value).is_file()):
-        # The message omits the value: it may be a connection string in another form, with a password.
-        raise click.BadParameter("no such journal; for a database use postgresql://…")
-    return value
-
-
-def place_argument(command: Command) -> Command:
-    """Add the argument PATH|DSN: the place of an existing journal."""
-    return click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], callback=check_journal)(command)
-
-
-def dsn_argument(command: Command) -> Command:
-    """Add the argument DSN."""
-    return click.argument("dsn", metavar="DSN", envvar=DSN, callback=_check_dsn)(command)
+place_argument: Final = click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], type=Place(exists=True))
+"""The argument PATH|DSN: the place of an existing journal."""
+dsn_argument: Final = click.argument("dsn", metavar="DSN", envvar=DSN, type=Place(only_dsn=True))
+"""The argument DSN: the place of a queue."""
 
 
 # ── opening ──────────────────────────────────────────────────────────────────────────────────────

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
@@ -13,7 +12,7 @@ from click.core import ParameterSource
 
 from lianlian_async import wire
 from lianlian_async.cli.options import Command, parsed
-from lianlian_async.cli.stores import DSN, JOURNAL, check_place, is_dsn
+from lianlian_async.cli.stores import DSN, JOURNAL, Place
 
 from .formats import date_reader, money_reader
 from .rows import FIELDS
@@ -42,14 +41,6 @@ def _read_map(_ctx: click.Context, _option: click.Parameter, values: Iterable[st
             raise click.BadParameter(f"{value!r}: map each field and each column only once")
         renamed[name] = column
     return renamed
-
-
-def _read_queue(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    check_place(ctx, option, value)
-    dsn = os.environ.get(DSN, "") if value == "" else value
-    if dsn is not None and not is_dsn(dsn):
-        raise click.BadParameter(f"must be a URL postgresql://…, here or in {DSN}")
-    return dsn
 
 
 def _timestamp(text: str) -> str:
@@ -135,7 +126,7 @@ _OPTIONS: Final = (
         envvar=JOURNAL,
         show_envvar=True,
         show_default="one for each merchant and endpoint, in the user's application folder",
-        callback=check_place,
+        type=Place(),
         help="Journal that records every refund and its outcome. Do not delete it.",
     ),
     click.option(
@@ -160,7 +151,7 @@ _OPTIONS: Final = (
         metavar="[DSN]",
         is_flag=False,
         flag_value="",
-        callback=_read_queue,
+        type=Place(only_dsn=True),
         help=f"Send nothing: put the refunds into the queue at DSN (or at {DSN}) for `lianlian worker`.",
     ),
 )
