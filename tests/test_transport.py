@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
 import gzip
 import importlib.metadata
-import ipaddress
 import os
 import re
 import socket
@@ -26,10 +24,6 @@ import httpcore
 import httpx
 import httpx2
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from httpx_aiohttp import AiohttpTransport as HttpxAiohttpTransport
 
 from lianlian_async import (
@@ -45,6 +39,8 @@ from lianlian_async import (
 from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.sandbox import Fault, When
 from lianlian_async.transport import HttpSender, PoolTransport, http_backend
+from tests.support import certificates
+from tests.support.bad_network import STRAY
 from tests.support.parties import (
     Connection,
     answering,
@@ -494,29 +490,7 @@ async def test_unknown_host_is_not_sent():
 @pytest.fixture(scope="module")
 def self_signed(tmp_path_factory):
     """Return a server's TLS context with a self-signed certificate, and the file of that certificate."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = dt.datetime.now(dt.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    file = tmp_path_factory.mktemp("tls") / "server.pem"
-    file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + certificate.public_bytes(serialization.Encoding.PEM)
-    )
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(file)
-    return context, file
+    return certificates.self_signed(tmp_path_factory.mktemp("tls"))
 
 
 async def honestly(connection: Connection):
@@ -579,33 +553,6 @@ async def test_closed_client_is_not_sent(merchant):
     async with RefundSession(merchant, client=client, retry=ONCE) as session:
         with pytest.raises(RefundNotSent, match="closed"):
             await session.apply_refund(refund_request())
-
-
-@on_both_stacks
-async def test_connection_closed_without_response_is_maybe_sent():
-    """The server read the request and closed the connection: *maybe sent*."""
-
-    async def handler(connection: Connection):
-        await connection.request()
-
-    async with serving(handler) as server, transport_over() as transport:
-        delivery = await transport.post(server.url, b"{}", 5.0)
-    assert isinstance(delivery, NoResponse)
-    assert delivery.may_have_arrived
-
-
-@on_both_stacks
-async def test_truncated_response_is_maybe_sent():
-    """A response that is shorter than its Content-Length is *maybe sent*."""
-
-    async def handler(connection: Connection):
-        await connection.request()
-        await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{")
-
-    async with serving(handler) as server, transport_over() as transport:
-        delivery = await transport.post(server.url, b"{}", 5.0)
-    assert isinstance(delivery, NoResponse)
-    assert delivery.may_have_arrived
 
 
 @on_both_stacks
@@ -696,6 +643,26 @@ async def test_unexpected_bytes_are_not_the_next_response():
         second = await transport.post(server.url, b"2", 5.0)
         assert second.body == b"2" if isinstance(second, HttpResponse) else not second.may_have_arrived
         assert (await transport.post(server.url, b"3", 5.0)).body == b"3"
+
+
+@on_both_stacks
+@pytest.mark.parametrize("own", [True, False], ids=["own client", "given client"])
+async def test_second_response_in_the_same_segment(own):
+    """A response that no request asked for does not answer the next request, which uses a new connection."""
+
+    async def handler(connection: Connection):
+        while (request := await connection.request()) is not None:
+            await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n" + request[1] + STRAY)
+
+    client = None if own else httpx.AsyncClient()
+    async with (
+        serving(handler) as server,
+        client or contextlib.nullcontext(),
+        transport_over(client=client) as transport,
+    ):
+        for number in (b"1", b"2", b"3"):
+            assert (await transport.post(server.url, number, 5.0)).body == number
+    assert server.opened == 3
 
 
 @on_both_stacks

@@ -19,6 +19,7 @@ from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
 from lianlian_async.version import USER_AGENT
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
+from .connection import discard_if_bytes_follow
 from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, library_of, own_transport
 from .tracked_request import Body, LeaseEndedError, TrackedRequest, request_classes
 
@@ -101,6 +102,7 @@ class HttpSender:
                     name.lower().decode("latin-1"): text.decode("latin-1") for name, text in response.headers.raw
                 }
                 received = await _read(response)
+                discard_if_bytes_follow(response)
             finally:
                 await response.aclose()
         except BaseException as error:  # a client or transport may raise anything
