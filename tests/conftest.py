@@ -44,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     kills.addoption("--seed", type=int, default=0, help="seed of the random faults and kills")
     services = parser.getgroup("services", "the notified services (tests/programs/services.py)")
     services.addoption("--notified", type=int, default=24, help="number of refunds; full size: 2000")
+    sockets = parser.getgroup("sockets", "the disturbed sockets (tests/programs/proxy.py)")
+    sockets.addoption("--scenes", type=int, default=25, help="number of scenes of each call; full size: all")
 
 
 def pytest_configure(config: pytest.Config) -> None:
