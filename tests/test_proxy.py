@@ -16,6 +16,7 @@ from tests.programs import proxy
         ("httpx on trio", True),
         ("aiohttp", True),
         ("httpx client", False),
+        ("httpx2 client", True),
         *product(proxy.SERVERS, [False]),
     ],
 )

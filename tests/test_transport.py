@@ -646,15 +646,15 @@ async def test_unexpected_bytes_are_not_the_next_response():
 
 
 @on_both_stacks
-@pytest.mark.parametrize("own", [True, False], ids=["own client", "given client"])
-async def test_second_response_in_the_same_segment(own):
+@pytest.mark.parametrize("given", [None, httpx.AsyncClient, httpx2.AsyncClient], ids=["own", "httpx", "httpx2"])
+async def test_second_response_in_the_same_segment(given):
     """A response that no request asked for does not answer the next request, which uses a new connection."""
 
     async def handler(connection: Connection):
         while (request := await connection.request()) is not None:
             await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n" + request[1] + STRAY)
 
-    client = None if own else httpx.AsyncClient()
+    client = given and given()
     async with (
         serving(handler) as server,
         client or contextlib.nullcontext(),
