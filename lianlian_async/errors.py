@@ -187,9 +187,9 @@ class RefundOutcomeUnknown(LianLianError):
         *,
         request: Any,  # RefundRequest and Moment, from modules above this one
         oid_partner: str,
-        body: bytes,
-        attempts: int,
-        queries: int,
+        body: bytes = b"",
+        attempts: int = 0,
+        queries: int = 0,
         moment: Any,
         ask_again_at: datetime,
         last_error: str,

@@ -129,9 +129,3 @@ class Reply:
     def __attrs_post_init__(self) -> None:
         if (self.finding is Finding.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):
             raise ValueError("Reply: set refund if the finding is FOUND; else set error, and no refund")
-
-    @property
-    def last_exchange(self) -> LastExchange | None:
-        """The HTTP exchange; None if nothing was sent."""
-        said = self.refund or self.error
-        return None if said is None else said.last_exchange

@@ -138,9 +138,6 @@ class Flights:
         return RefundOutcomeUnknown(
             request=order.request,
             oid_partner=self._gateway.protocol.merchant.oid_partner,
-            body=b"",
-            attempts=0,
-            queries=0,
             moment=now,
             ask_again_at=now.wall + timedelta(seconds=order.policy.not_found_grace),
             last_error="the call ended before the gateway answered",

@@ -144,8 +144,6 @@ class Recording:
             request=self.request,
             oid_partner=self.fields["oid_partner"],
             body=entry.body,
-            attempts=0,
-            queries=0,
             moment=leased_until,
             ask_again_at=now.wall + timedelta(seconds=max(0.0, leased_until.boot - now.boot)),
             last_error="another call or worker holds the lease on this refund",

@@ -17,7 +17,7 @@ import attrs
 
 from .clock import Clock, Moment, elapsed, latest
 from .codes import CodeClass, explain
-from .errors import AnswerMismatch, LastExchange, LianLianError, RefundConflict, RefundOutcomeUnknown, RefundRejected
+from .errors import AnswerMismatch, LianLianError, RefundConflict, RefundOutcomeUnknown, RefundRejected
 from .exchange import Exchange, Finding, Reply
 from .identity import check_identity, has_whole_identity
 from .middleware import Next, backoff
@@ -86,7 +86,6 @@ class Case:
     rejection: LianLianError | None = None
     """The rejection of the last attempt; it is believed once no earlier attempt can have succeeded."""
     retry_after: float | None = None
-    last_exchange: LastExchange | None = None
     apply_error: LianLianError | None = None
     query_error: LianLianError | None = None
 
@@ -171,7 +170,8 @@ class Case:
             reason=unknown_reason(self.apply_error, self.query_error),
         )
         error.__cause__ = self.query_error or self.apply_error
-        error.last_exchange = self.last_exchange
+        exchanges = (each.last_exchange for each in (self.query_error, self.apply_error) if each is not None)
+        error.last_exchange = next(filter(None, exchanges), None)
         return error
 
 
@@ -193,9 +193,6 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
                     raise case.unknown()
                 resends -= 1
                 refund = await _apply(case, send)
-    except RefundConflict as conflict:
-        conflict.last_exchange = case.last_exchange
-        raise
     except anyio.get_cancelled_exc_class() as error:
         if anyio.current_effective_deadline() > -math.inf:  # this call was not cancelled: a lower layer raised it
             case.query_error = LianLianError(f"interrupted by {type(error).__name__}")
@@ -227,7 +224,7 @@ async def _apply(case: Case, send: Next) -> Refund | None:
         case.sent_at, case.refused = case.clock(), None
         raise
     case.traffic.attempts += reply.attempts
-    case.apply_error, case.retry_after, case.last_exchange = reply.error, reply.retry_after, reply.last_exchange
+    case.apply_error, case.retry_after = reply.error, reply.retry_after
     step = case.next_step(reply.finding)
     if step is Step.RETURN:
         return cast("Refund", reply.refund)  # the request supplies what the answer lacks
@@ -248,7 +245,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         asked_at = case.clock()
         reply = await send(query)
         case.traffic.queries += reply.attempts
-        case.query_error, case.retry_after, case.last_exchange = reply.error, reply.retry_after, reply.last_exchange
+        case.query_error, case.retry_after = reply.error, reply.retry_after
         if reply.refund is not None:
             case.query_error = case.doubt(reply.refund)
             if case.query_error is None:
@@ -274,7 +271,11 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
 def matching(request: RefundRequest, found: RefundRecord) -> Refund:
     """Return ``found``, completed. Raises ``RefundConflict`` if it records another refund under our number."""
     fields = request.to_dict()
-    check_identity(fields, found.raw)
+    try:
+        check_identity(fields, found.raw)
+    except LianLianError as error:
+        error.last_exchange = found.last_exchange
+        raise
     return cast("Refund", found.completed(fields))  # the request has number and amount
 
 

@@ -58,7 +58,9 @@ EXAMPLES = [
     MalformedMessage("not JSON"),
     JournalError("refunds.db: held by another process"),
     BatchStopped(RefundRejected("1008", "IP不允许", verified=False, no_refund="R-1")),
-    RefundNotFinal(Refund(no_refund="R-1", sta_refund=RefundStatus.PROCESSING), last_error=None),
+    RefundNotFinal(
+        Refund(no_refund="R-1", money_refund=Decimal("1.00"), sta_refund=RefundStatus.PROCESSING), last_error=None
+    ),
 ]
 
 

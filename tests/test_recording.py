@@ -156,7 +156,7 @@ async def test_a_failed_refund_is_done(new_journal):
 
 @pytest.mark.parametrize("signs", [True, False], ids=["signed", "unsigned"])
 async def test_a_rejection_is_recorded_and_raised_again(signs, new_journal, merchant_key):
-    """A later call raises an equal error, without a request or a signature."""
+    """A later call raises an equal error, without a request or a signature, and so without an exchange."""
     gateway = sandbox(default_order=None, sign_errors=signs, merchant_key=merchant_key)
     async with shop(gateway, new_journal) as (session, _):
         with pytest.raises(RefundRejected) as first:
@@ -166,7 +166,9 @@ async def test_a_rejection_is_recorded_and_raised_again(signs, new_journal, merc
         with pytest.raises(RefundRejected) as again:
             await session.apply_refund(refund_request())
         assert (await journal.find("R-1")).state is State.REJECTED
-    assert vars(again.value) == vars(first.value)
+    assert first.value.last_exchange.status == 200
+    assert again.value.last_exchange is None
+    assert vars(again.value) | {"last_exchange": first.value.last_exchange} == vars(first.value)
     assert str(again.value) == str(first.value)
     assert again.value.verified is signs
     assert gateway.requests == {"apply": 1}

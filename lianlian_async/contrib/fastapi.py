@@ -23,9 +23,7 @@ def get_session(connection: HTTPConnection) -> RefundSession:
     """Return the application's session. Raises ``RuntimeError`` if the lifespan opened none."""
     session: RefundSession | None = getattr(connection.state, "refund_session", None)
     if session is None:
-        raise RuntimeError(
-            "no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)), and let the server run the lifespan"
-        )
+        raise RuntimeError("no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)), run by the server")
     return session
 
 

@@ -151,10 +151,7 @@ async def apply_shielded(
 
 
 def lifespan(*contexts: AbstractAsyncContextManager[Any]) -> Callable[[object], AbstractAsyncContextManager[Any]]:
-    """Return a lifespan that opens ``contexts`` in this order: a journal, its session, an endpoint.
-
-    FastAPI and Starlette take it as ``lifespan=``, aiohttp in ``cleanup_ctx``. It yields ``refund_session``.
-    """
+    """Return a lifespan that opens a journal, its session, an endpoint, in this order; aiohttp: in ``cleanup_ctx``."""
 
     @asynccontextmanager
     async def opened(_app: object) -> AsyncGenerator[dict[str, Any]]:
