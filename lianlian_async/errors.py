@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from .codes import explain
@@ -217,6 +218,17 @@ class RefundOutcomeUnknown(LianLianError):
     def query(self) -> Any:
         """Return the :class:`~lianlian_async.RefundQuery` about this refund."""
         return self.request.query()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that ``session.resolve`` needs, for JSON: a ``version``, strings, numbers and objects of them."""
+        form: dict[str, Any] = import_module(".unknown_form", __package__).to_dict(self)
+        return form
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RefundOutcomeUnknown:
+        """Return the error that :meth:`to_dict` wrote. Raises ``InvalidRequest`` with every wrong or missing field."""
+        error: RefundOutcomeUnknown = import_module(".unknown_form", __package__).from_dict(data)  # a higher layer
+        return error
 
 
 class GatewayUnavailable(LianLianError):

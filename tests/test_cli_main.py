@@ -31,12 +31,53 @@ def test_the_version_of_a_wrong_configuration_is_a_usage_error():
     assert "LIANLIAN_HTTP_BACKEND: must be httpx or aiohttp" in ended.stderr
 
 
-@pytest.mark.parametrize("command", ["apply", "query", "batch", "worker", "verify", "keygen", "sandbox", "demo"])
+@pytest.mark.parametrize(
+    "command", ["apply", "query", "batch", "worker", "verify", "keygen", "sandbox", "demo", "help"]
+)
 def test_every_command_has_help_and_json(command):
     """-h shows what a command does, and every command has --json."""
     ended = run(command, "-h")
     assert ended.exit_code == 0
     assert "--json" in ended.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--version", "--json"), ("--json", "--version")])
+def test_version_as_json(arguments):
+    """--json may stand before or after --version."""
+    shown = run(*arguments, env={"LIANLIAN_HTTP_BACKEND": "httpx"}).json
+    assert shown == {"version": __version__, "signs_with": BACKEND, "sends_with": "httpx"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("apply", "--json", "--nope"), "No such option '--nope'"),
+        (("--json", "nope"), "No such command 'nope'"),
+        (("--nope", "--json"), "No such option '--nope'"),
+        (("help", "nope", "--json"), "'nope' is not one of 'unknown', 'journal', 'processes'"),
+    ],
+)
+def test_usage_errors_as_json(arguments, message):
+    """With --json a usage error is one JSON object on stdout, and the exit code is 2."""
+    ended = run(*arguments)
+    assert (ended.exit_code, ended.stderr, ended.json["outcome"]) == (2, "", "usage error")
+    assert message in ended.json["error"]["message"]
+
+
+@pytest.mark.parametrize("topic", ["unknown", "journal", "processes"])
+def test_help_explains_a_topic(topic):
+    """``help TOPIC`` explains one concept, ``help`` all of them, also as JSON before or after the command."""
+    text = run("help", topic).stdout
+    assert text.startswith(f"{topic}\n\n")
+    assert text in run("help").stdout
+    assert run("--json", "help", topic).json == run("help", topic, "--json").json
+    assert run("help", topic, "--json").json[topic].splitlines() == text.splitlines()[2:]
+
+
+def test_completion_lists_commands():
+    """The completion that the README describes works."""
+    completing = {"_LIANLIAN_COMPLETE": "bash_complete", "COMP_WORDS": "lianlian qu", "COMP_CWORD": "1"}
+    assert end(start(env=completing)).stdout == "plain,query\n"
 
 
 def test_help_lists_the_exit_codes():

@@ -1,5 +1,6 @@
 """The command's output with other encodings, closed pipes and full disks."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -148,3 +149,21 @@ def test_program_without_standard_streams(monkeypatch):
     """With closed descriptors Python has no streams, and the command still runs."""
     monkeypatch.setattr(sys, "stdout", None)
     assert called("--help", env={}, monkeypatch=monkeypatch) == 0
+
+
+@pytest.mark.parametrize("no_color", ["1", ""])
+def test_no_color_prints_no_escape_byte(no_color):
+    """On a terminal, NO_COLOR suppresses colours, bold text and cursor movements; an empty variable does nothing."""
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "NO_COLOR": no_color}
+    command = [sys.executable, "-m", "lianlian_async", "demo", "--refunds", "5", "--bits", "1024"]
+    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux reports EIO when the other side is closed
+            while chunk := os.read(ours, 65536):
+                shown += chunk
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"made" in shown
+    assert (b"\x1b" in shown) is not bool(no_color)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 import click
+
+from . import AS_JSON
 
 
 class _Command(NamedTuple):
     module: str
     help: str
     """The first line of the command's own help."""
+    name: str = ""
+    """The name in the module, if it is not the command's."""
 
 
 _COMMANDS: Final = {
@@ -27,6 +34,7 @@ _COMMANDS: Final = {
     "notify": _Command(".notify", "Send a notification to a service, or read one."),
     "sandbox": _Command(".sandbox.command", "Serve a fake of LianLian's gateway until SIGINT or SIGTERM."),
     "demo": _Command(".sandbox.demo", "Make refunds at a faulty gateway, and audit its books."),
+    "help": _Command(".topics", "Explain a concept: unknown, journal or processes.", "help_topic"),
 }
 
 
@@ -41,13 +49,20 @@ class _Program(click.Group):
         """See ``click.Group``."""
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(import_module(_COMMANDS[cmd_name].module, __package__), cmd_name)
+        found = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(found.module, __package__), found.name or cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.help) for name, command in _COMMANDS.items()])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See ``click.Command``. A usage error is known before ``--json`` has been parsed, so look for it first."""
+        ctx.meta[AS_JSON] = "--json" in args
+        with _usage_errors(ctx):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; print the library's errors without a traceback."""
@@ -58,13 +73,27 @@ class _Program(click.Group):
 
         output = ctx.ensure_object(Output)
         try:
-            return super().invoke(ctx)
+            with _usage_errors(ctx):
+                return super().invoke(ctx)
         except LianLianError as error:
             output.failure(error)
             ctx.exit(exit_outcome_of(error).exit_code)
         except KeyboardInterrupt:
             output.note(INTERRUPTED.word)
             ctx.exit(INTERRUPTED.exit_code)
+
+
+@contextmanager
+def _usage_errors(ctx: click.Context) -> Iterator[None]:
+    """Print a usage error as JSON if the command line contains ``--json``; else click prints it as text."""
+    try:
+        yield
+    except click.UsageError as error:
+        if not ctx.meta[AS_JSON]:
+            raise
+        problem = {"type": type(error).__name__, "message": error.format_message()}
+        click.echo(json.dumps({"outcome": "usage error", "error": problem}))
+        ctx.exit(error.exit_code)
 
 
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -79,7 +108,9 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
         sender = http_backend()
     except ConfigurationError as error:
         raise click.UsageError(str(error)) from None
-    click.echo(f"lianlian-async {__version__} (signs with {BACKEND}, sends with {sender})")
+    facts = {"version": __version__, "signs_with": BACKEND, "sends_with": sender}
+    text = f"lianlian-async {__version__} (signs with {BACKEND}, sends with {sender})"
+    click.echo(json.dumps(facts) if ctx.meta[AS_JSON] else text)
     ctx.exit()
 
 
@@ -97,6 +128,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     callback=_show_version,
     help="Show the version, the signing backend and the HTTP backend, and exit.",
 )
+@click.option("--json", is_flag=True, expose_value=False, help="Print one JSON object on stdout.")
 def lianlian() -> None:
     """LianLian Pay refunds: was this refund made? Never twice, never lost, never guessed.
 

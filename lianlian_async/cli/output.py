@@ -26,6 +26,7 @@ from rich.text import Text
 from lianlian_async.errors import InvalidRequest, LianLianError, RefundOutcomeUnknown
 from lianlian_async.models import RefundQuery
 
+from . import AS_JSON
 from .exit_codes import error_document, exit_outcome_of
 
 _FORMULA: Final = tuple("=+-@\t\r＝＋－＠")
@@ -39,9 +40,11 @@ class _Console(Console):
 
 
 def _console(*, stderr: bool = False) -> Console:
-    # With an explicit file Rich respects its encoding. Text from the wire must not be interpreted as markup.
+    # With an explicit file Rich respects its encoding. Text from the wire must not be interpreted as markup. With
+    # NO_COLOR Rich alone would still move the cursor and print bold text.
     file = sys.stderr if stderr else sys.stdout
-    return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
+    is_terminal = False if os.environ.get("NO_COLOR") else None  # None: look at the file
+    return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False, force_terminal=is_terminal)
 
 
 class _Pace(ProgressColumn):
@@ -165,7 +168,7 @@ def _can_redraw(console: Console) -> bool:
 
 
 def _set_json(ctx: click.Context, _option: click.Parameter, value: bool) -> None:
-    ctx.ensure_object(Output).as_json = value
+    ctx.ensure_object(Output).as_json = value or ctx.meta.get(AS_JSON, False)  # also before the command
 
 
 json_option = click.option(

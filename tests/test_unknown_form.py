@@ -1,0 +1,83 @@
+"""``RefundOutcomeUnknown.to_dict`` and ``from_dict``: an unknown refund stored as JSON, outside Python."""
+
+import json
+
+import anyio
+import pytest
+
+from lianlian_async import InvalidRequest, RefundOutcomeUnknown
+from lianlian_async.sandbox import Fault, When
+from tests.support.parties import boot_clock, refund_request, sandbox
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+REFUSED = {"ret_code": "5006", "ret_msg": "余额不足", "verified": True, "no_refund": "R-1"}
+WRONG = {
+    "version": (2, "version: must be 1"),
+    "body": ('{"no_refund":"R-2"}', "body: must be the signed form of the request"),
+    "oid_partner": ("201103171000000001", "body: must be the signed form of the request"),
+    "attempts": (True, "attempts: must be of type int"),
+    "ask_again_at": ("2026-01-05T08:00:00", "ask_again_at: must have a UTC offset"),
+    "moment": ({"wall": 5, "boot": "x", "more": 1}, "moment.more: is not a known field"),
+    "refused": ([], "refused: must be an object"),
+    "request": ({"no_refund": "R-1"}, "money_refund: is required"),
+    "more": (1, "more: is not a known field"),
+}
+
+
+async def stored_unknown(gateway):
+    """Return the JSON of a refund whose request was lost, while "no such record" is not yet believed."""
+    gateway.script(Fault.RESET, call="apply", when=When.BEFORE)
+    async with gateway.session(clock=boot_clock, deadline=5) as session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request())
+    stored = json.dumps(caught.value.to_dict())
+    read = RefundOutcomeUnknown.from_dict(json.loads(stored))
+    assert vars(read) == {name: value for name, value in vars(caught.value).items() if name != "last_exchange"}
+    assert str(read) == str(caught.value)
+    return stored
+
+
+async def test_an_unknown_refund_is_resolved_from_its_json():
+    """The stored form has all that ``resolve`` needs: after the grace it sends the same bytes again."""
+    gateway = sandbox()
+    stored = await stored_unknown(gateway)
+    await anyio.sleep(900)
+    async with gateway.session(clock=boot_clock) as session:
+        refund = await session.resolve(RefundOutcomeUnknown.from_dict(json.loads(stored)))
+    assert (refund.no_refund, gateway.times_made("R-1")) == ("R-1", 1)
+
+
+@pytest.mark.parametrize("changes", [{"refused": REFUSED}, {"body": ""}], ids=["refused", "no body"])
+async def test_what_may_be_absent_is_kept(changes):
+    """A rejection, and an error without signed bytes, are equal after reading."""
+    form = json.loads(await stored_unknown(sandbox())) | changes
+    form["moment"] |= {"gateway": None, "boot": 5}
+    assert RefundOutcomeUnknown.from_dict(form).to_dict() == form
+
+
+@pytest.mark.parametrize("name", WRONG)
+async def test_a_wrong_form_is_refused(name):
+    """The error names the field; a missing field is named, too."""
+    form = json.loads(await stored_unknown(sandbox()))
+    value, told = WRONG[name]
+    with pytest.raises(InvalidRequest) as caught:
+        RefundOutcomeUnknown.from_dict(form | {name: value})
+    assert told in str(caught.value)
+    form.pop(name, form.pop("reason"))
+    with pytest.raises(InvalidRequest, match=r"is required|must be 1"):
+        RefundOutcomeUnknown.from_dict(form)
+
+
+@pytest.mark.parametrize("form", [None, [], "{}", {}])
+def test_another_type_is_refused(form):
+    """Only an object with a known version is read."""
+    with pytest.raises(InvalidRequest, match="version: must be 1"):
+        RefundOutcomeUnknown.from_dict(form)
+
+
+async def test_a_body_that_is_not_json_is_refused():
+    """It cannot be the signed form of the request."""
+    form = json.loads(await stored_unknown(sandbox()))
+    with pytest.raises(InvalidRequest, match="body: must be the signed form"):
+        RefundOutcomeUnknown.from_dict(form | {"body": "garbage"})
