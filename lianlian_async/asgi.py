@@ -45,12 +45,9 @@ async def read(receive: Receive, limit: int) -> bytes:
     return bytes(body)
 
 
-async def respond(
-    send: Send, status: int, headers: Mapping[str, str], body: bytes, *, breaks_off: bool = False
-) -> None:
-    """Send a response; ``breaks_off``: without the second half of its body."""
+async def respond(send: Send, status: int, headers: Mapping[str, str], body: bytes, *, cut: bool = False) -> None:
+    """Send a response; ``cut``: without the second half of its body."""
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
     fields.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": status, "headers": fields})
-    part = body[: len(body) // 2] if breaks_off else body
-    await send({"type": "http.response.body", "body": part, "more_body": breaks_off})
+    await send({"type": "http.response.body", "body": body[: len(body) // 2] if cut else body, "more_body": cut})

@@ -47,8 +47,7 @@ def printable(text: str) -> str:
 class LastExchange(NamedTuple):
     """An HTTP exchange with the gateway, to quote in a support ticket. It contains no secret.
 
-    It began at ``at`` (wall clock, UTC). ``status`` None: no response. ``headers`` (names in lower case) are those that
-    identify the request at the gateway.
+    It began at ``at`` (wall clock, UTC). ``status`` None: no response. ``headers``: those that identify the request.
     """
 
     at: datetime

@@ -91,10 +91,8 @@ _QUOTED: Final = (
 
 def last_exchange(delivery: Delivery | None, at: datetime, seconds: float) -> LastExchange:
     """Return the summary of an exchange for support tickets; ``delivery`` None: the attempt was cancelled."""
-    if not isinstance(delivery, HttpResponse):
-        return LastExchange(at, seconds, None, {})
-    quoted = {name: printable(delivery.headers[name]) for name in _QUOTED if name in delivery.headers}
-    return LastExchange(at, seconds, delivery.status, quoted)
+    status, headers = (delivery.status, delivery.headers) if isinstance(delivery, HttpResponse) else (None, {})
+    return LastExchange(at, seconds, status, {name: printable(headers[name]) for name in _QUOTED if name in headers})
 
 
 class Finding(Enum):

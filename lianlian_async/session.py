@@ -9,8 +9,6 @@ from types import TracebackType
 from typing import Any, Final, Self, cast
 
 import anyio
-import anyio.lowlevel
-import anyio.to_thread
 
 from .clock import Clock, SessionClock, system_clock
 from .errors import ConfigurationError, GatewayUnavailable, LianLianError, RefundOutcomeUnknown

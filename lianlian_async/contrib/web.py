@@ -69,15 +69,13 @@ _log: Final = partial(logger.warning, "the caller of a refund was cancelled; its
 _RESPONSES: Final = (
     (errors.InvalidRequest, 422, "a field is invalid; nothing was sent"),
     (errors.RefundConflict, 409, "no_refund belongs to a refund with other content; a person has to decide"),
-    (errors.RefundRejected, 422, "LianLian rejected the refund"),
-    (errors.QueryRejected, 422, "LianLian rejected the query; this proves nothing about the refund"),
+    (errors.RefundRejected | errors.QueryRejected, 422, "LianLian rejected the request"),
     (errors.RefundNotFound, 404, "LianLian has no record of the refund at this moment"),
     (errors.RefundOutcomeUnknown, 202, "the refund may have been made; repeat the same request at ask_again_at"),
     (errors.RefundNotFinal, 202, "the refund was made, but it is not final yet"),
-    (errors.RefundNotSent, 503, "the refund was not sent; it is safe to repeat the same request"),
+    (errors.RefundNotSent | errors.JournalError, 503, "the refund was not sent; it is safe to repeat the same request"),
     (errors.GatewayUnavailable, 503, "LianLian gave no usable answer to the query; repeat it later"),
     (errors.SignatureInvalid | errors.AnswerMismatch | errors.MalformedMessage, 502, "LianLian's answer is unusable"),
-    (errors.JournalError, 503, "the refund could not be recorded, so it was not sent; repeat the same request later"),
     (LianLianError, 500, "the service has an internal problem"),
 )
 _SHOWN: Final = ("no_refund", "sta_refund", "field", "ret_code", "ret_msg", "meaning")

@@ -265,8 +265,7 @@ class SandboxGateway:
     async def _respond(self, send: asgi.Send, response: Response, *, breaks_off: bool = False) -> None:
         """Send a response. For a broken connection, send half of it and raise, so that the server disconnects."""
         date = format_datetime(self.time_of_day().astimezone(UTC), usegmt=True)
-        headers = {**response.headers, "date": date}
-        await asgi.respond(send, response.status, headers, response.body, breaks_off=breaks_off)
+        await asgi.respond(send, response.status, {**response.headers, "date": date}, response.body, cut=breaks_off)
         if breaks_off:
             raise ConnectionResetError("the sandbox broke the connection")
 
