@@ -6,6 +6,7 @@ from decimal import Decimal
 import anyio
 import pytest
 
+from lianlian_async import wire
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 from tests.support.sandbox_client import APPLICATION, CROSS_BORDER, QUERY, QUESTION, Client
@@ -125,11 +126,11 @@ async def test_the_answer_of_another_refund_is_validly_signed(when, made):
 
 
 async def test_an_oversized_answer_is_the_right_one_and_too_long():
-    """The answer has more than 1 MiB and a valid signature."""
+    """The answer has more than 64 KiB and a valid signature."""
     client = client_of()
     client.gateway.script(Fault.OVERSIZED)
     response = await post(client)
-    assert len(response.content) > 1024 * 1024
+    assert len(response.content) > wire.MAX_MESSAGE_BYTES
     assert client.is_signed(response.json())
 
 

@@ -122,8 +122,8 @@ def test_surrounding_white_space_is_accepted():
         (b'{"\\udfff":"a"}', "lone surrogate"),
         (b'{"a":"\\udc00\\ud800"}', "lone surrogate"),
         (b'{"a":"\\ud83d","b":"\\ude00"}', "lone surrogate"),
-        pytest.param(b"[" * 500_000, "nested too deeply", id="half a million lists"),
-        pytest.param(b'{"a":' * 200_000, "nested too deeply", id="two hundred thousand objects"),
+        pytest.param(b"[" * 60_000, "nested too deeply", id="sixty thousand lists"),
+        pytest.param(b'{"a":' * 12_000, "nested too deeply", id="twelve thousand objects"),
     ],
 )
 def test_malformed_messages(body, reason):
@@ -137,12 +137,12 @@ def test_a_pair_of_surrogates_is_one_character():
     assert wire.decode(b'{"\\ud83d\\ude00":"\\ud83d\\ude00"}') == {"😀": "😀"}
 
 
-def test_the_size_limit_is_one_mebibyte():
-    """A message of exactly 1 MiB is read, one byte more is not."""
+def test_the_size_limit_is_64_kibibytes():
+    """A message of exactly 64 KiB is read, one byte more is not."""
     overhead = len(wire.encode({"a": ""}))
     text = "x" * (wire.MAX_MESSAGE_BYTES - overhead)
     assert wire.decode(wire.encode({"a": text})) == {"a": text}
-    with pytest.raises(MalformedMessage, match="longer than 1048576 bytes"):
+    with pytest.raises(MalformedMessage, match="longer than 65536 bytes"):
         wire.decode(wire.encode({"a": text + "x"}))
 
 

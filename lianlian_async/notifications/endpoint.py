@@ -46,6 +46,7 @@ from lianlian_async.recovery import Resumed
 from lianlian_async.rsa_worker import RsaWorker
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_journal, check_type, positive_seconds
+from lianlian_async.wire import MAX_MESSAGE_BYTES
 from lianlian_async.worker_pool import checked
 
 from .allow_list import AllowList
@@ -59,7 +60,6 @@ logger = logging.getLogger("lianlian_async")
 
 Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
 
-MAX_NOTIFICATION_BYTES: Final = 64 * 1024
 _HOW_TO_OPEN: Final = (
     "use the NotificationEndpoint in `async with`, or have the server run its lifespan (uvicorn: --lifespan on)"
 )
@@ -245,7 +245,7 @@ class NotificationEndpoint:
         if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
         with anyio.move_on_after(self._body_seconds) as scope:
-            body = await read(MAX_NOTIFICATION_BYTES)
+            body = await read(MAX_MESSAGE_BYTES)
         if scope.cancelled_caught:
             logger.warning("notification refused: its body did not arrive within %g s", self._body_seconds)
             return self._answer(Verdict.TOO_SLOW)
@@ -280,8 +280,8 @@ class NotificationEndpoint:
         return is_admitted
 
     async def _judge(self, body: bytes) -> Verdict:
-        if len(body) > MAX_NOTIFICATION_BYTES:
-            logger.warning("notification refused: longer than %d bytes", MAX_NOTIFICATION_BYTES)
+        if len(body) > MAX_MESSAGE_BYTES:
+            logger.warning("notification refused: longer than %d bytes", MAX_MESSAGE_BYTES)
             return Verdict.TOO_BIG
         rsa, inbox = self._ready or await self._open()
         told = await rsa.check(rsa.protocol.read_notification, body)

@@ -64,7 +64,7 @@ class Fault(Enum):
     OTHER_REFUND = "other refund"
     """The validly signed 0000 of another refund."""
     OVERSIZED = "oversized"
-    """The correct answer, followed by more than a megabyte of blanks."""
+    """The correct answer, followed by 64 KiB of blanks."""
     COMPRESSED = "compressed"
     """The correct answer in gzip, which the client did not accept."""
 

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Final, cast
 
 import anyio
+import anyio.lowlevel
 import httpx
 
 from lianlian_async.background import is_failure
@@ -83,7 +84,7 @@ class HttpSender:
 
         ``lease_holds`` is called first. If the transport is the library's own or built on httpcore, it is called again
         right before the request is written. The caller must limit the time of the whole call: a timeout between two
-        reads does not end a slow response. Reads little more than 1 MiB of the response, without decompressing it.
+        reads does not end a slow response. Reads little more than 64 KiB of the response, without decompressing it.
         """
         if self._is_closed or (self._is_client and self._over.is_closed):
             return NoResponse("the HTTP client is closed", may_have_arrived=False)
@@ -162,6 +163,10 @@ async def _read(response: httpx.Response) -> bytes:
     received = bytearray()
     with anyio.CancelScope() as enough:
         async for chunk in cast("httpx.AsyncByteStream", response.stream):
+            if (
+                received
+            ):  # thousands of tiny chunks may come in one segment: let other tasks run, and end at the deadline
+                await anyio.lowlevel.checkpoint()
             received += chunk
             if len(received) > MAX_MESSAGE_BYTES:
                 enough.cancel()  # not break: on trio every inner async generator must be exhausted
