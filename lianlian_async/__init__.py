@@ -25,8 +25,8 @@ The modules, from the lowest layer up; a layer imports nothing from a higher one
   ``signature_watch``: detects a wrong key early. ``worker_pool``: processes many items with few workers.
 - ``gateway_client``: sends exchanges for an open session. ``recording``: one recorded refund. ``flight``: one refund in
   flight. ``waiters``: waits for a final status. ``recovery``: resolves all open refunds.
-- ``session``, ``batch``, ``notifications``: the public objects. ``contrib``, ``sandbox``, ``cli``: integrations, a fake
-  gateway, the command.
+- ``session``, ``batch``, ``notifications``: the public objects. ``contrib``, ``sandbox``, ``testing``, ``cli``:
+  integrations, a fake gateway, a pytest plugin, the command.
 
 Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
 ``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through ``Protocol.read``.

@@ -74,6 +74,12 @@ class ConfigurationError(LianLianError, ValueError):
     """A key or setting is unusable. The message states the setting and how to correct it, never key text."""
 
 
+def misconfigured(error: LianLianError | None) -> ConfigurationError | None:
+    """Return the ``ConfigurationError`` that caused ``error``, as a new object: every further send would fail, too."""
+    cause = None if error is None else error.__cause__
+    return ConfigurationError(*cause.args) if isinstance(cause, ConfigurationError) else None
+
+
 class Problem(NamedTuple):
     """One broken rule: the wire name of the field, the rule, and the given value (shortened)."""
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import anyio
 import attrs
 
-from .errors import ConfigurationError, LianLianError
+from .errors import ConfigurationError, LianLianError, misconfigured
 from .exchange import Call, Exchange, Finding, NoResponse, Reply, SendCount
 from .protocol import lost
 from .retry import TokenBucket
@@ -60,7 +60,7 @@ class Retry:
         attempt = 1
         while True:
             reply = await call_next(exchange if attempt == 1 else attrs.evolve(exchange, attempt=attempt))
-            repeatable = reply.finding is Finding.NOT_SENT or (
+            repeatable = (reply.finding is Finding.NOT_SENT and misconfigured(reply.error) is None) or (
                 exchange.call is Call.QUERY and reply.finding is Finding.UNCERTAIN
             )
             if (

@@ -11,7 +11,14 @@ from typing import Any, Final, Self, cast
 import anyio
 
 from .clock import Clock, SessionClock, system_clock
-from .errors import ConfigurationError, GatewayUnavailable, LianLianError, RefundOutcomeUnknown
+from .errors import (
+    ConfigurationError,
+    GatewayUnavailable,
+    LianLianError,
+    RefundNotSent,
+    RefundOutcomeUnknown,
+    misconfigured,
+)
 from .exchange import Call, Reply
 from .flight import Flights, Order
 from .gateway_client import GatewayClient
@@ -170,6 +177,7 @@ class RefundSession:
         Raises:
             InvalidRequest: a field breaks the gateway's rules; nothing was sent.
             RefundNotSent: the refund certainly never reached the gateway; it is safe to send it again.
+            ConfigurationError: a setting, such as a proxy, prevents every send; nothing was sent.
             RefundRejected: the gateway rejected it.
             RefundConflict: the number belongs to another refund; a person has to decide.
             RefundOutcomeUnknown: the refund may have been made; see :meth:`resolve`.
@@ -345,8 +353,11 @@ class RefundSession:
             earlier=earlier,
             query_first=query_first or self._query_first,
         )
-        with self._life.in_use():
-            return await self._flights.carry_out(order, traffic or Traffic())
+        try:
+            with self._life.in_use():
+                return await self._flights.carry_out(order, traffic or Traffic())
+        except RefundNotSent as error:
+            raise misconfigured(error) or error from error.__cause__
 
     def _given(self, deadline: float | None, retry: RetryPolicy | None) -> tuple[float, RetryPolicy]:
         """Return a call's deadline in seconds, and its policy."""
@@ -363,4 +374,4 @@ def _raised(reply: Reply) -> LianLianError:
     """Return the error of a failed query."""
     if isinstance(reply.error, GatewayUnavailable):
         reply.error.attempts = reply.attempts
-    return cast("LianLianError", reply.error)  # a reply without a refund has one
+    return misconfigured(reply.error) or cast("LianLianError", reply.error)  # a reply without a refund has one

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from types import UnionType
+from typing import Final
 
 from .errors import ConfigurationError
+
+LOOPBACK_ONLY: Final = "LIANLIAN_LOOPBACK_ONLY"
+"""The environment variable that limits connections to loopback; our pytest plugin sets it, also for child processes."""
 
 
 def is_number(value: object) -> bool:

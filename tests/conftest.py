@@ -22,8 +22,10 @@ from hypothesis import HealthCheck, settings
 
 from lianlian_async.journal import Journal, MemoryJournal, SqliteJournal
 from lianlian_async.merchant import Merchant
+from lianlian_async.testing.virtual_time import VirtualTime
 from tests.support import keypairs, notices, postgres
-from tests.support.clock import virtual_backend
+
+pytest_plugins = ["lianlian_async.testing.plugin"]
 
 settings.register_profile(
     "lianlian",
@@ -52,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell starts background commands with SIGINT ignored, and our child processes would inherit this.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see tests/support/clock.py)")
+    config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see lianlian_async.testing)")
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -62,7 +64,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[st
         yield request.param, {}
         return
     with pytest.MonkeyPatch.context() as patch:
-        yield virtual_backend(request.param, patch)
+        yield VirtualTime(patch).backend(request.param)
 
 
 @pytest.fixture(autouse=True)

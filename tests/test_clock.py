@@ -1,5 +1,6 @@
 """Virtual time itself: it jumps over waits, and never over work."""
 
+import asyncio
 import hashlib
 import socket
 
@@ -102,6 +103,14 @@ async def test_name_lookup_takes_no_virtual_time():
     """The backends look up host names in their own threads."""
     with anyio.fail_after(0.001):
         assert await anyio.getaddrinfo("localhost", 80)
+    assert anyio.current_time() == 0.0
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_time_stands_still_for_a_thread_of_asyncio():
+    """``asyncio.to_thread`` uses another pool than anyio."""
+    with anyio.fail_after(0.001):
+        assert await asyncio.to_thread(real_work) == 32
     assert anyio.current_time() == 0.0
 
 

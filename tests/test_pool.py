@@ -416,6 +416,7 @@ async def test_unused_proxy_is_not_checked(monkeypatch, merchant_keys, gateway_k
     assert server.requests
 
 
+@pytest.mark.lianlian_allow_network  # through a proxy on this machine
 async def test_without_urls_any_proxy_excludes_aiohttp(monkeypatch):
     """A transport for unknown URLs must be able to use a proxy."""
     monkeypatch.setenv("LIANLIAN_HTTP_BACKEND", "aiohttp")
@@ -440,6 +441,7 @@ async def test_unchecked_unusable_proxy_is_not_sent(monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["http://gateway.invalid/", "https://gateway.invalid/"])
+@pytest.mark.lianlian_allow_network  # through a proxy on this machine
 async def test_a_dead_proxy_is_named_without_its_password(monkeypatch, url):
     """Nobody listens at the proxy: the reason names it, too."""
     proxy = f"127.0.0.1:{unused_port()}"
@@ -452,6 +454,7 @@ async def test_a_dead_proxy_is_named_without_its_password(monkeypatch, url):
     assert "sesame" not in delivery.reason
 
 
+@pytest.mark.lianlian_allow_network  # through a proxy on this machine
 async def test_proxy_that_refuses_the_tunnel_is_not_sent(monkeypatch, merchant):
     """The proxy never saw the refund: *not sent*, and the slot is free."""
     async with answering(status="403 Forbidden") as proxy:

@@ -89,9 +89,9 @@ async def test_a_session_takes_every_setting_it_shows(merchant):
 
 
 @pytest.mark.anyio
-async def test_the_sandbox_example_is_a_test_that_passes():
+async def test_the_sandbox_example_is_a_test_that_passes(lianlian_gateway, lianlian_session):
     """The README's own test of a reset connection passes."""
-    await run_example("sandbox")["test_a_reset_connection_is_asked_about"]()
+    await run_example("sandbox")["test_a_reset_connection_is_asked_about"](lianlian_gateway, lianlian_session)
 
 
 def in_a_folder_and_environment(gateway, base_url, tmp_path, monkeypatch):

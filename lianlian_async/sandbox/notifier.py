@@ -25,10 +25,10 @@ from lianlian_async.transport import AsyncBaseTransport, AsyncClient, HttpSender
 from .gateway import SandboxGateway
 from .ledger import Record
 
-__all__ = ["CONTENT_TYPE", "Delivery", "Mischief", "Notifier", "is_acknowledged", "post"]
+__all__ = ["CONTENT_TYPE", "PATIENCE", "Delivery", "Mischief", "Notifier", "is_acknowledged", "post"]
 
 CONTENT_TYPE: Final = "text/json;charset=utf-8"
-_PATIENCE: Final = 5.0
+PATIENCE: Final = 5.0
 """Seconds."""
 
 
@@ -97,7 +97,7 @@ class Notifier:
         transport: AsyncBaseTransport | None = None,
         every: float = 120.0,
         times: int = 30,
-        patience: float = _PATIENCE,
+        patience: float = PATIENCE,
         mischief: Mapping[Mischief, float] | None = None,
         seed: int = 0,
         max_connections: int = 64,
@@ -224,7 +224,7 @@ class Notifier:
         return any(delivery.acknowledged for delivery in deliveries)
 
 
-async def post(transport: HttpSender, url: str, body: bytes, patience: float = _PATIENCE) -> HttpResponse | None:
+async def post(transport: HttpSender, url: str, body: bytes, patience: float = PATIENCE) -> HttpResponse | None:
     """POST a notification; return the response, or None if there is none within ``patience`` seconds."""
     with anyio.move_on_after(patience):
         delivery = await transport.post(url, body, patience)

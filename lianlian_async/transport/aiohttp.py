@@ -10,7 +10,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import aiohttp
 import anyio.lowlevel
@@ -19,7 +19,9 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
 from yarl import URL
 
-from .connection import close_normally, reset_when_closed
+from lianlian_async.errors import ConfigurationError
+
+from .connection import check_loopback, close_normally, reset_when_closed
 from .tracked_request import Body, LeaseEndedError
 
 
@@ -47,6 +49,14 @@ class _LeasedPayload(aiohttp.BytesPayload):
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
         self._body.check_lease()
         await super().write_with_length(writer, content_length)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """A connector that opens no connection that :func:`check_loopback` refuses."""
+
+    async def connect(self, req: aiohttp.ClientRequest, *args: Any, **options: Any) -> Connection:
+        check_loopback(str(req.url.host))
+        return await super().connect(req, *args, **options)
 
 
 class _Request(aiohttp.ClientRequest):
@@ -108,6 +118,10 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             if isinstance(stream, Body) and (reason is not None or isinstance(error, _BEFORE_SENDING)):
                 stream.was_not_sent()
             raise reason or _as_httpx(error) from error
+        except ConfigurationError:  # from the connector
+            if isinstance(stream, Body):
+                stream.was_not_sent()
+            raise
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling() or not session.closed:
@@ -122,7 +136,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         )
 
     def _open(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(
+        connector = _Connector(
             limit=self._max_connections, ssl=self._ssl_context, keepalive_timeout=self._keepalive_expiry
         )
         self._session = aiohttp.ClientSession(

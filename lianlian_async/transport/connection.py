@@ -1,4 +1,4 @@
-"""TLS context, proxy lookup, and socket options that reset the connection of a cancelled request."""
+"""TLS context, proxies, the guard of tests, and socket options that reset the connection of a cancelled request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.request import getproxies, proxy_bypass_environment  # type: ignore[attr-defined]
@@ -16,8 +17,11 @@ import httpx
 
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.retry import LONGEST_ATTEMPT
+from lianlian_async.settings import LOOPBACK_ONLY
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
+_LOOPBACK: Final = ("127.0.0.0/8", "::1")
 
 _LINGER: Final = struct.Struct("hh" if os.name == "nt" else "ii")
 _CLOSE_NORMALLY: Final = (socket.SOL_SOCKET, socket.SO_LINGER, _LINGER.pack(0, 0))
@@ -90,6 +94,29 @@ def _is_in_network(host: str, network: str) -> bool:
         return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
     except ValueError:  # a host name
         return False
+
+
+def check_loopback(*hosts: str) -> None:
+    """Raise ``ConfigurationError`` if a host is not loopback while a test has set ``LIANLIAN_LOOPBACK_ONLY``.
+
+    Call it right before a connection is opened. Host names are not looked up: only ``localhost`` is loopback.
+    """
+    if not os.environ.get(LOOPBACK_ONLY):
+        return
+    for host in hosts:
+        if host != "localhost" and not any(_is_in_network(host, network) for network in _LOOPBACK):
+            raise ConfigurationError(
+                f"this is a test, so no connection to {host} was opened and nothing was sent: use the fixture "
+                "lianlian_session or a mocked transport. If the test needs the network, mark it with "
+                "pytest.mark.lianlian_allow_network, or set lianlian_allow_network = true in pytest's configuration "
+                f"({LOOPBACK_ONLY} is set)"
+            )
+
+
+async def trace_loopback(url: httpx.URL, event: str, info: Mapping[str, Any]) -> None:
+    """Check the host of ``url`` and its proxy when httpcore traces that it opens a connection."""
+    if event.endswith(".connect_tcp.started"):
+        check_loopback(url.host, info["host"])
 
 
 def reset_when_closed(sock: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from typing import Final, NamedTuple
 
@@ -14,7 +15,7 @@ import httpx
 from lianlian_async.clock import parse_http_date, system_clock
 from lianlian_async.errors import GatewayUnavailable
 
-from .connection import proxy_for
+from .connection import proxy_for, trace_loopback
 from .pool import PoolTransport
 from .sender import describe
 
@@ -40,7 +41,8 @@ async def probe_server(url: str) -> Probe:
     Raises ``GatewayUnavailable``, or ``ConfigurationError`` if the proxy or the CA certificates are unusable.
     """
     proxy = proxy_for(httpx.URL(url))
-    request = httpx.Request("HEAD", url, extensions={"timeout": httpx.Timeout(_WAIT).as_dict()})
+    trace = partial(trace_loopback, httpx.URL(url))
+    request = httpx.Request("HEAD", url, extensions={"timeout": httpx.Timeout(_WAIT).as_dict(), "trace": trace})
     async with await anyio.to_thread.run_sync(PoolTransport, 1) as transport:  # in a thread: reads the CA files
         try:
             with anyio.fail_after(_WAIT):

@@ -6,7 +6,7 @@ import logging
 import ssl
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Final, cast
 
@@ -20,7 +20,7 @@ from lianlian_async.exchange import Delivery, HttpResponse, NoResponse
 from lianlian_async.version import USER_AGENT
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
-from .connection import discard_if_bytes_follow
+from .connection import discard_if_bytes_follow, trace_loopback
 from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, library_of, own_transport
 from .tracked_request import Body, LeaseEndedError, TrackedRequest, request_classes
 
@@ -137,10 +137,10 @@ class HttpSender:
 
         async def open_one() -> None:
             timeout = self._library.Timeout(seconds).as_dict()
+            extensions = {"timeout": timeout, "trace": partial(trace_loopback, self._library.URL(url))}
+            request = self._library.Request("HEAD", url, headers=_HEADERS, extensions=extensions)
             try:
-                response = await self._send(
-                    self._library.Request("HEAD", url, headers=_HEADERS, extensions={"timeout": timeout})
-                )
+                response = await self._send(request)
                 await response.aread()  # keeps the connection for the next request
             except Exception as error:  # noqa: BLE001 - as in post
                 logger.info("no connection opened in advance: %s", describe(error, url, seconds, self._library))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from httpx import URL, ByteStream, Headers, Request
 else:  # request_classes adds the base class of httpx or httpx2
     ByteStream = Request = object
+
+from .connection import trace_loopback
 
 
 class LeaseEndedError(Exception):
@@ -35,10 +37,12 @@ class Body(ByteStream):
         if not self._lease_holds():
             raise LeaseEndedError("the lease ended before the request was sent: another worker may have taken it")
 
-    async def trace(self, event: str, _info: Mapping[str, Any]) -> None:
-        """Check the lease before httpcore writes the head; httpcore reads the body afterwards."""
+    async def trace(self, url: URL, event: str, info: Mapping[str, Any]) -> None:
+        """Check the host before httpcore connects, and the lease before it writes the head; the body is read later."""
         if event.endswith(".send_request_headers.started"):
             self.check_lease()
+        else:
+            await trace_loopback(url, event, info)
 
     def __iter__(self) -> Iterator[bytes]:
         self.check_lease()
@@ -75,7 +79,8 @@ class TrackedRequest(Request):
     """
 
     def __init__(self, url: URL, headers: Headers, body: Body, **extensions: Any) -> None:
-        super().__init__("POST", url, headers=headers, stream=body, extensions={**extensions, "trace": body.trace})
+        extensions["trace"] = partial(body.trace, url)  # not a method of this object: a cycle would delay its release
+        super().__init__("POST", url, headers=headers, stream=body, extensions=extensions)
         self._body = body
         self._content_was_read = False
 

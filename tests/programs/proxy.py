@@ -50,6 +50,7 @@ from lianlian_async import (
 from lianlian_async.cli.sandbox.server import serving
 from lianlian_async.sandbox import Repeated, SandboxGateway
 from lianlian_async.sandbox.notifier import CONTENT_TYPE, is_acknowledged, post
+from lianlian_async.testing.virtual_time import VirtualTime
 from lianlian_async.transport import HttpSender
 from tests.support import keypairs
 from tests.support.bad_network import (
@@ -65,7 +66,6 @@ from tests.support.bad_network import (
     to_port,
 )
 from tests.support.certificates import self_signed
-from tests.support.clock import virtual_backend
 from tests.support.notices import notification
 from tests.support.parties import OID_PARTNER, boot_clock, refund_request, sandbox
 
@@ -330,9 +330,8 @@ def run(stack: str, *, tls: bool = False, most: int | None = None, seed: int = 0
     if stack in SERVERS:
         return anyio.run(lambda: notices(stack, most=most, seed=seed))
     with pytest.MonkeyPatch.context() as patch:
-        backend, options = virtual_backend("trio" if stack == "httpx on trio" else "asyncio", patch)
         play = partial(refunds, stack, tls=tls, most=most, seed=seed)
-        return anyio.run(play, backend=backend, backend_options=options)
+        return VirtualTime(patch).run(play, backend="trio" if stack == "httpx on trio" else "asyncio")
 
 
 def main() -> int:

@@ -1,0 +1,116 @@
+"""Fixtures, virtual time and a guard for the tests of your program; pytest loads them by itself.
+
+- ``lianlian_gateway``: a :class:`~lianlian_async.sandbox.SandboxGateway` in which every order has 1000.00 yuan;
+  ``lianlian_merchant``: its merchant.
+- ``lianlian_session``: a session that calls it in this process. The test opens it with ``async with``, so it works with
+  anyio's plugin (on asyncio and trio), with pytest-asyncio in strict and auto mode, and without a plugin.
+- ``lianlian_virtual_time``: the test's :class:`~lianlian_async.testing.virtual_time.VirtualTime`, in which a wait of
+  15 minutes takes no time. The gateway and the session use it, too.
+
+To change one, define a fixture of the same name in your ``conftest.py``. :func:`notify` sends a notification::
+
+    import pytest
+    from datetime import datetime, timezone
+    from lianlian_async import NotificationEndpoint, RefundRequest
+    from lianlian_async.testing import notify
+
+    REQUEST = RefundRequest(no_refund="R-1", dt_refund=datetime.now(timezone.utc), money_refund="200.01",
+                            no_order="O-1", notify_url="https://shop.example/lianlian/refund")
+
+    @pytest.mark.anyio      # or pytest.mark.asyncio; no mark in an automatic mode
+    async def test_the_refund_is_handled(lianlian_gateway, lianlian_session):
+        handled = []
+
+        async def on_refund(refund):
+            handled.append(refund.no_refund)
+
+        async with lianlian_session as session:
+            await session.apply_refund(REQUEST)
+        app = NotificationEndpoint(lianlian_session.merchant, on_refund)
+        assert (await notify(app, lianlian_gateway, "R-1")).status == 200
+        assert handled == ["R-1"]
+
+Virtual time needs an event loop of its own: run the test's function with it. With anyio's plugin you can instead define
+the fixture ``anyio_backend``, which returns ``lianlian_virtual_time.backend("asyncio")``::
+
+    from lianlian_async.sandbox import Fault, When
+
+    def test_a_lost_refund_is_sent_again_after_the_grace(lianlian_gateway, lianlian_session, lianlian_virtual_time):
+        async def refund():
+            async with lianlian_session as session:
+                return await session.apply_refund(REQUEST, deadline=3600)
+
+        lianlian_gateway.script(Fault.BAD_GATEWAY, call="apply", when=When.BEFORE)
+        assert lianlian_virtual_time.run(refund).no_refund == "R-1"
+        assert lianlian_virtual_time.now() >= 900
+
+**The guard.** While pytest runs, a session raises ``ConfigurationError`` before it connects to a host other than
+``localhost`` or a loopback address, also in child processes. Nothing is sent. Host names are not looked up. To allow
+real connections, mark a test with ``pytest.mark.lianlian_allow_network``, or set ``lianlian_allow_network = true`` in
+pytest's configuration. The guard works where a connection is opened: mocked transports pass. It covers both backends,
+and your own ``client=`` or ``transport=`` if httpcore opens its connections (httpx's own transports, with or without a
+proxy). It cannot see the connections of other transports, such as httpx-aiohttp's, and of your journal's database.
+
+**Mocks of httpx** work with the default backend. The answers must be signed, so let the sandbox make them. With
+pytest-httpx::
+
+    import httpx
+    from lianlian_async import RefundSession
+
+    @pytest.mark.anyio
+    async def test_with_pytest_httpx(httpx_mock, lianlian_gateway, lianlian_merchant):
+        httpx_mock.add_exception(httpx.ConnectError("no route to host"))
+        httpx_mock.add_callback(httpx.ASGITransport(lianlian_gateway).handle_async_request)
+        async with RefundSession(lianlian_merchant) as session:
+            assert (await session.apply_refund(REQUEST)).money_refund == lianlian_gateway.money_moved("R-1")
+
+With respx::
+
+    @pytest.mark.anyio
+    async def test_with_respx(respx_mock, lianlian_gateway, lianlian_merchant):
+        gateway = httpx.ASGITransport(lianlian_gateway)
+        respx_mock.post(host="sandbox.invalid").mock(side_effect=gateway.handle_async_request)
+        async with RefundSession(lianlian_merchant) as session:
+            assert (await session.apply_refund(REQUEST)).money_refund == lianlian_gateway.money_moved("R-1")
+"""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lianlian_async.exchange import HttpResponse
+    from lianlian_async.sandbox import SandboxGateway
+
+__all__ = ["notify"]
+
+
+async def notify(app: Any, gateway: SandboxGateway, no_refund: str) -> HttpResponse:
+    """Send the notification of the latest refund ``no_refund``, which is final then; return the response.
+
+    ``app`` is an ASGI application, such as a ``NotificationEndpoint``, which receives it at the path of the refund's
+    ``notify_url``; or the URL of a server on this machine. Advances the gateway's clock until the refund is final.
+    Raises ``LookupError`` if ``gateway`` did not make the refund, ``RuntimeError`` if there is no
+    response, and ``TimeoutError`` after 5 seconds.
+    """
+    import anyio
+
+    from lianlian_async.exchange import NoResponse
+    from lianlian_async.sandbox.notifier import CONTENT_TYPE, PATIENCE
+    from lianlian_async.transport import HttpSender, asgi_transport
+
+    made = [record for record in gateway.refunds if record.application.no_refund == no_refund]
+    if not made:
+        raise LookupError(f"the gateway has made no refund {no_refund}")
+    record = made[-1]
+    gateway.advance(max(0.0, record.settles_at - gateway.now()))
+    transport, url = None, app
+    if not isinstance(app, str):
+        transport, url = asgi_transport(app), record.application.notify_url
+    async with aclosing(await HttpSender.open(None, transport, 1, CONTENT_TYPE)) as sender:
+        with anyio.fail_after(PATIENCE):
+            delivery = await sender.post(url, gateway.notification(record), PATIENCE)
+    if isinstance(delivery, NoResponse):
+        raise RuntimeError(f"no response to the notification of {no_refund}: {delivery.reason}") from delivery.cause
+    return delivery
