@@ -44,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     kills.addoption("--refunds", type=int, default=100, help="number of refunds in the batch; full size: 20000")
     kills.addoption("--kills", type=int, default=2, help="number of kills; full size: 20")
     kills.addoption("--seed", type=int, default=0, help="seed of the random faults and kills")
+    operator = parser.getgroup("operator", "the operator's day (tests/programs/operator_day.py)")
+    operator.addoption("--lines", type=int, default=150, help="number of lines of the file; full size: 3000")
     services = parser.getgroup("services", "the notified services (tests/programs/services.py)")
     services.addoption("--notified", type=int, default=24, help="number of refunds; full size: 2000")
     sockets = parser.getgroup("sockets", "the disturbed sockets (tests/programs/proxy.py)")
