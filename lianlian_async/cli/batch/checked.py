@@ -185,9 +185,10 @@ class Checked:
 
     def _add(self, line: int, request: RefundRequest, cells: str) -> str | None:
         """Store a request, or return its problem."""
-        number, fields = request.no_refund, json.dumps(request.to_dict())
+        number, record = request.no_refund, request.to_dict()
+        fields = json.dumps(record)
         if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, ?, NULL)", line, number, fields, cells).rowcount:
-            for remark in rounded(request.to_dict()):
+            for remark in rounded(record):
                 self.remarks.add(line, remark)
             return None
         first, known, problem = self._do(
@@ -200,7 +201,7 @@ class Checked:
             return None
         # The file does not show which of the two lines is correct.
         earlier = RefundRequest.from_record(json.loads(known))
-        field = _difference(request.to_dict(), earlier.to_dict())
+        field = _difference(record, earlier.to_dict())
         problem = f"no_refund {number} has a different {field} on line {line}"
         self.problems.add(first, problem)
         self._do("UPDATE refunds SET problem = ? WHERE line = ?", problem, first)

@@ -40,7 +40,8 @@ def date_reader(form: str) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if match := pattern.fullmatch(_normal(text)):
-            return "".join(match.groupdict().get(part, "").rjust(2, "0") for part in _DATE_PARTS)
+            found = match.groupdict("")
+            return "".join(found.get(part, "").rjust(2, "0") for part in _DATE_PARTS)
         if re.fullmatch("[0-9]{14}", text):
             return text
         raise ValueError(f"does not have the form of --date-format {form!r}")

@@ -202,6 +202,7 @@ _DAMAGE: Final = {
     "placeholder for an empty cell": r"null|\(null\)|\\n|nil|none|-?nan|<na>|nat|n/?a|undefined",
 }
 _PATTERNS: Final = {reason: re.compile(pattern, re.IGNORECASE | re.DOTALL) for reason, pattern in _DAMAGE.items()}
+_ANY: Final = re.compile("|".join(f"(?:{pattern})" for pattern in _DAMAGE.values()), re.IGNORECASE | re.DOTALL)
 _ROUNDED: Final = re.compile(r"[1-9]\d{14}0+", re.ASCII)
 """The number of digits that a spreadsheet keeps of a number."""
 
@@ -210,10 +211,9 @@ def damaged(fields: Mapping[str, str]) -> Iterator[Problem]:
     """Yield a problem for each identifier that a spreadsheet has changed."""
     for name in _IDENTIFIERS:
         text = fields.get(name, "").strip()
-        for reason, pattern in _PATTERNS.items():
-            if pattern.fullmatch(text):
-                yield Problem(name, f"{reason}; {_CURE}", repr(text[:40]))
-                break
+        if _ANY.fullmatch(text):
+            reason = next(reason for reason, pattern in _PATTERNS.items() if pattern.fullmatch(text))
+            yield Problem(name, f"{reason}; {_CURE}", repr(text[:40]))
 
 
 def rounded(fields: Mapping[str, str]) -> Iterator[str]:
