@@ -95,7 +95,7 @@ class Output:
                 return
             for rendering in renderings:
                 if isinstance(rendering, str):
-                    _console().print(printable(rendering), soft_wrap=True)
+                    click.echo(printable(rendering))  # much faster than Rich, for a million lines
                 else:
                     _console().print(rendering)
 

@@ -68,12 +68,13 @@ def reconcile(output: Output, /, statements: Sequence[Path], place: str, is_appl
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
     words = {verdict: verdict.replace("_", " ") for verdict in Verdict}
     rows = [(words[verdict], f"{found.counts[verdict]:,}", f"{found.yuan[verdict]:,.2f}") for verdict in Verdict]
-    shown = () if output.as_json else tuple(found.numbers)
     output.show(
         document | {"unreadable": [line for line, _ in found.unreadable]},
         table("Statements and journal", ("", "refunds", "yuan"), rows),
-        *(f"{words[verdict]}: {number}" for verdict in shown for number in found.numbers[verdict]),
     )
+    for verdict in () if output.as_json else found.numbers:
+        for number in found.numbers[verdict]:
+            output.show({}, f"{words[verdict]}: {number}")
     if found.unreadable or any(found.numbers.values()):
         click.get_current_context().exit(3)
 
