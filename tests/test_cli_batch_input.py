@@ -221,7 +221,7 @@ def test_repeated_no_refund_must_have_the_same_content(env, gateway, file):
     assert ended.json["remarks"] == [{"line": 3, "remark": "repeats line 2: refund R-1 is made once"}]
     assert not gateway.requests
     assert run("batch", file, "--yes", "--skip-invalid", env=env).exit_code == 0
-    assert [record.application.no_refund for record in gateway.refunds] == ["R-1"]
+    assert [record.no_refund for record in gateway.refunds] == ["R-1"]
 
 
 def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
@@ -313,7 +313,7 @@ def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
     again = run("batch", write_csv(file, [row | {"oid_paybill": "2"} for row in rows]), *options, env=env)
     assert again.json["outcomes"]["conflict"]["refunds"] == 3
     assert again.exit_code == 1
-    assert {record.application.no_refund for record in gateway.refunds} == {
+    assert {record.no_refund for record in gateway.refunds} == {
         derived_number([["no_order", "O-1"]], "10.00", 1),
         derived_number([["no_order", "O-1"]], "10.00", 2),
         derived_number([["no_order", "O-1"]], "7.00", 1),

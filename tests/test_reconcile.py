@@ -355,7 +355,7 @@ def test_whatever_the_sandbox_has_made_agrees_with_its_statement(asked):
     found.finish()
     assert found.counts == Counter({"agrees": len(gateway.refunds)})
     assert all_agree(found)
-    assert found.yuan[Verdict.AGREES] == sum(record.application.money_refund for record in gateway.refunds)
+    assert found.yuan[Verdict.AGREES] == sum(record.money_refund for record in gateway.refunds)
 
 
 def test_the_sandbox_states_only_what_has_succeeded():

@@ -272,7 +272,7 @@ async def test_the_books_have_every_refund():
     gateway.advance(2.0)
     await client.apply(no_refund="R-2", money_refund="1.00")
     now = gateway.now()
-    told = [(r.application.no_refund, r.application.money_refund, r.status(now)) for r in gateway.refunds]
+    told = [(r.no_refund, r.money_refund, r.status(now)) for r in gateway.refunds]
     assert told == [
         ("R-1", Decimal("200.01"), RefundStatus.SUCCESS),
         ("R-2", Decimal("1.00"), RefundStatus.INITIALIZED),

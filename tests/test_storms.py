@@ -117,7 +117,7 @@ def check(storm, outcomes, gateway, entries):
             assert (made, state, outcome.error) == (1, State.DONE, None)
         else:
             assert (made, state, type(outcome.error)) == (0, State.REJECTED, RefundRejected)
-    assert {record.application.no_refund for record in gateway.refunds} <= set(entries)
+    assert {record.no_refund for record in gateway.refunds} <= set(entries)
 
 
 @pytest.fixture(autouse=True)

@@ -280,9 +280,10 @@ class SandboxGateway:
         try:
             rules.authenticate(fields, self.oid_partner, self.merchant_key.public_key())
             if route.call == "query":
-                return self._answer(self._ledger.query(rules.read_question(fields), at), at)
-            application = rules.read_application(fields, domestic=route.domestic)
-            record = self._ledger.apply(application, at)
+                rules.check_query(fields)
+                return self._answer(self._ledger.query(fields, at), at)
+            rules.check_application(fields)
+            record = self._ledger.apply(fields, at, domestic=route.domestic)
             self.made.set()
             self.made = anyio.Event()
         except Refusal as refusal:
@@ -294,17 +295,17 @@ class SandboxGateway:
 
     def _answer(self, record: Record, at: float) -> dict[str, str]:
         """Return the 0000 answer with the state of a refund at ``moment`` and the fields of its product."""
-        application, status = record.application, record.status(at)
+        status = record.status(at)
         fields = {
             **answers.SUCCESS,
-            "no_refund": application.no_refund,
-            "dt_refund": application.dt_refund,
-            "money_refund": application.amount_as_sent,
+            "no_refund": record.no_refund,
+            "dt_refund": record.dt_refund,
+            "money_refund": record.amount_as_sent,
             "oid_refundno": record.oid_refundno,
             "sta_refund": status.value,
         }
-        if not application.domestic:
-            fields |= answers.foreign_fields(application.money_refund)
+        if not record.domestic:
+            fields |= answers.foreign_fields(record.money_refund)
         if status is RefundStatus.SUCCESS:
             fields["settle_date"] = wire.format_timestamp(self.time_of_day(record.settles_at))[:8]
         return fields

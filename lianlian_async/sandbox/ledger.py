@@ -6,10 +6,11 @@ Moments are seconds of one steady clock. A request that the real gateway would r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 from enum import Enum
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
@@ -18,10 +19,11 @@ from lianlian_async.models import RefundStatus
 
 from .answers import Refusal
 
-__all__ = ["Application", "Ledger", "Order", "Question", "Record", "Repeated"]
+__all__ = ["Ledger", "Order", "Record", "Repeated"]
 
 _THREE_MONTHS: Final = 92 * 86_400.0
 """Maximum length of three months in seconds."""
+_COPIED: Final = ("no_refund", "dt_refund", "no_order", "dt_order", "oid_paybill", "notify_url")
 
 
 class Repeated(Enum):
@@ -36,9 +38,9 @@ class Repeated(Enum):
     refund for every request, and ``times_made`` counts them."""
 
 
-@attrs.frozen(kw_only=True)
-class Application:
-    """A well-formed apply request; strings are unchanged from the wire."""
+@attrs.define(kw_only=True)
+class Record:
+    """One refund that was carried out; strings are unchanged from the wire."""
 
     no_refund: str
     dt_refund: str
@@ -51,22 +53,6 @@ class Application:
     notify_url: str
     domestic: bool
     """Whether it was sent to the endpoint of the domestic product, whose answers have no foreign currency."""
-
-
-@attrs.frozen(kw_only=True)
-class Question:
-    """A well-formed query; an empty number means that the query has none."""
-
-    dt_refund: str
-    no_refund: str
-    oid_refundno: str
-
-
-@attrs.define(kw_only=True)
-class Record:
-    """One refund that was carried out."""
-
-    application: Application
     oid_refundno: str
     """LianLian's refund number."""
     received_at: float
@@ -84,7 +70,7 @@ class Record:
 
     def moved(self, now: float) -> Decimal:
         """Return the yuan that the merchant has paid at a moment: the whole amount, or 0 after the refund failed."""
-        return Decimal(0) if self.status(now) is RefundStatus.FAILED else self.application.money_refund
+        return Decimal(0) if self.status(now) is RefundStatus.FAILED else self.money_refund
 
 
 @attrs.define(kw_only=True)
@@ -141,32 +127,35 @@ class Ledger:
         self._payments[oid_paybill] = order
         return order
 
-    def apply(self, application: Application, now: float) -> Record:
-        """Make a refund and return it; the answer shows its state at ``received_at``."""
-        earlier = self.made(application.no_refund)
+    def apply(self, fields: Mapping[str, str], now: float, *, domestic: bool = False) -> Record:
+        """Make the refund of a well-formed request and return it; the answer shows its state at ``received_at``."""
+        earlier = self.made(fields["no_refund"])
         if earlier and self.repeated is Repeated.REJECT:
             raise Refusal("1002")
         if earlier and self.repeated is Repeated.REPLAY:
             return earlier[0]
-        order = self._find_order(application)
-        if application.money_refund > order.money_order:
-            raise Refusal("5003")
-        if application.money_refund > order.rest(now):
-            raise Refusal("5007")
-        number = application.no_refund
+        copied: dict[str, Any] = {name: fields.get(name) or None for name in _COPIED}
         record = Record(
-            application=application,
+            **copied,
+            money_refund=Decimal(fields["money_refund"]),
+            amount_as_sent=fields["money_refund"],
+            domestic=domestic,
             oid_refundno=str(next(self._sequence)),
             received_at=now,
             settles_at=now + self.settle_after,
-            fails=number in self._failing,
+            fails=fields["no_refund"] in self._failing,
         )
-        for records in (order.refunds, self._refunds.setdefault(number, []), self.records):
+        order = self._find_order(record)
+        if record.money_refund > order.money_order:
+            raise Refusal("5003")
+        if record.money_refund > order.rest(now):
+            raise Refusal("5007")
+        for records in (order.refunds, self._refunds.setdefault(record.no_refund, []), self.records):
             records.append(record)
         return record
 
-    def _find_order(self, application: Application) -> Order:
-        no_order, oid_paybill = application.no_order, application.oid_paybill
+    def _find_order(self, record: Record) -> Order:
+        no_order, oid_paybill = record.no_order, record.oid_paybill
         named = [] if no_order is None else [self._orders.get(no_order)]
         named += [] if oid_paybill is None else [self._payments.get(oid_paybill)]
         order = named[0]
@@ -175,18 +164,19 @@ class Ledger:
         if order is None:
             if self.default_order is None:
                 raise Refusal("5002")
-            return self.add_order(no_order, self.default_order, dt_order=application.dt_order, oid_paybill=oid_paybill)
-        if None not in (application.dt_order, order.dt_order) and application.dt_order != order.dt_order:
+            return self.add_order(no_order, self.default_order, dt_order=record.dt_order, oid_paybill=oid_paybill)
+        if None not in (record.dt_order, order.dt_order) and record.dt_order != order.dt_order:
             raise Refusal("5002")
         return order
 
-    def query(self, question: Question, now: float) -> Record:
+    def query(self, fields: Mapping[str, str], now: float) -> Record:
         """Return the newest refund with all numbers and the ``dt_refund`` of a query."""
-        known = self.made(question.no_refund) if question.no_refund else self.records
+        no_refund, oid_refundno = fields.get("no_refund"), fields.get("oid_refundno")
+        known = self.made(no_refund) if no_refund else self.records
         found = [
             record
             for record in known
-            if record.application.dt_refund == question.dt_refund and question.oid_refundno in ("", record.oid_refundno)
+            if record.dt_refund == fields["dt_refund"] and (not oid_refundno or oid_refundno == record.oid_refundno)
         ]
         if not found:
             raise Refusal("8901")

@@ -205,9 +205,9 @@ class Notifier:
 
         async def send() -> None:
             async with self._slots:
-                response = await post(self._transport, record.application.notify_url, body, self._patience)
+                response = await post(self._transport, record.notify_url, body, self._patience)
             delivery = Delivery(
-                no_refund=record.application.no_refund,
+                no_refund=record.no_refund,
                 at=self._gateway.now(),
                 body=body,
                 forged=forged,

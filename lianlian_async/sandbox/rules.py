@@ -10,16 +10,15 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Any, Final
+from typing import Final
 
 from lianlian_async import wire
 from lianlian_async.errors import MalformedMessage
 from lianlian_async.signing import VerifyingKey, signature_source
 
 from .answers import Refusal
-from .ledger import Application, Question
 
-__all__ = ["authenticate", "read_application", "read_body", "read_question"]
+__all__ = ["authenticate", "check_application", "check_query", "read_body"]
 
 _MONEY: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,2}0*)?")
 _CONTENT_TYPE: Final = re.compile(r'application/json(;charset="?utf-8"?)?')
@@ -53,28 +52,18 @@ def authenticate(fields: Mapping[str, str], oid_partner: str, key: VerifyingKey)
         raise Refusal("1001")
 
 
-def read_application(fields: Mapping[str, str], *, domestic: bool) -> Application:
-    """Read an apply request; 1004 names the first parameter that breaks a rule of the apply page."""
+def check_application(fields: Mapping[str, str]) -> None:
+    """Check an apply request; 1004 names the first parameter that breaks a rule of the apply page."""
     _check(fields, _APPLY, _APPLY_OPTIONAL)
     if not fields.get("no_order") and not fields.get("oid_paybill"):
         raise Refusal("1004", "no_order")
-    names = ("no_refund", "dt_refund", "notify_url", "no_order", "dt_order", "oid_paybill")
-    known: dict[str, Any] = {name: fields.get(name) or None for name in names}
-    return Application(
-        **known,
-        money_refund=Decimal(fields["money_refund"]),
-        amount_as_sent=fields["money_refund"],
-        domestic=domestic,
-    )
 
 
-def read_question(fields: Mapping[str, str]) -> Question:
-    """Read a query; 1004 names the first parameter that breaks a rule of the query page."""
+def check_query(fields: Mapping[str, str]) -> None:
+    """Check a query; 1004 names the first parameter that breaks a rule of the query page."""
     _check(fields, _QUERY, _QUERY_OPTIONAL)
-    no_refund, oid_refundno = fields.get("no_refund", ""), fields.get("oid_refundno", "")
-    if not (no_refund or oid_refundno):
+    if not fields.get("no_refund") and not fields.get("oid_refundno"):
         raise Refusal("1004", "no_refund")
-    return Question(dt_refund=fields["dt_refund"], no_refund=no_refund, oid_refundno=oid_refundno)
 
 
 # ── the form of each field ───────────────────────────────────────────────────────────────────────

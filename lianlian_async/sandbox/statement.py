@@ -16,15 +16,14 @@ __all__ = ["statement"]
 def statement(gateway: SandboxGateway) -> str:
     """Return a row in LianLian's 14 columns for each successful refund of the gateway's merchant."""
     return "".join(
-        ",".join(_row(gateway, record)) + "\n"
-        for record in gateway.refunds
-        if record.status(gateway.now()) is RefundStatus.SUCCESS
+        ",".join(_row(gateway, refund)) + "\n"
+        for refund in gateway.refunds
+        if refund.status(gateway.now()) is RefundStatus.SUCCESS
     )
 
 
-def _row(gateway: SandboxGateway, record: Record) -> Iterator[str]:
-    refund = record.application
-    settled = wire.format_timestamp(gateway.time_of_day(record.settles_at))
+def _row(gateway: SandboxGateway, refund: Record) -> Iterator[str]:
+    settled = wire.format_timestamp(gateway.time_of_day(refund.settles_at))
     yield refund.no_refund
     yield gateway.oid_partner
     yield _time(refund.dt_refund)

@@ -148,7 +148,7 @@ async def _audit(journal_path: Path, gateway: SandboxGateway, refunds: int) -> t
     contradictions = {}
     numbers = {request.no_refund for request in requests(refunds)}
     async with SqliteJournal(journal_path) as journal:
-        for number in numbers | {record.application.no_refund for record in gateway.refunds}:
+        for number in numbers | {record.no_refund for record in gateway.refunds}:
             entry = await journal.find(number)
             state = "missing" if entry is None else entry.state
             states[state] += 1

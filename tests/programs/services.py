@@ -236,7 +236,7 @@ def _problems(gateway: SandboxGateway, notifier: Notifier, rows, begun) -> dict[
     for number, status, worker in rows:
         told.setdefault(number, []).append((status, worker))
     for record in gateway.refunds:
-        number = record.application.no_refund
+        number = record.no_refund
         handled = told.pop(number, [])
         if not handled:
             problems[number] = "missed"

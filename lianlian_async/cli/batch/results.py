@@ -47,8 +47,11 @@ _OURS: Final = (
 )
 _RUN_AGAIN: Final = "run the same command again"
 _KEPT: Final = 20
-STYLES: Final = {MADE: "", UNKNOWN: "yellow"}
-"""Colours by outcome; all other outcomes are red, because a person must act."""
+
+
+def style(outcome: ExitOutcome) -> str:
+    """Return the colour of an outcome: red if a person must act."""
+    return {MADE: "", UNKNOWN: "yellow"}.get(outcome, "red")
 
 
 def _exit_outcome(outcome: Outcome) -> ExitOutcome:
@@ -136,22 +139,13 @@ def _result(line: Line) -> dict[str, Any]:
     return line.request.to_dict() | own | {"line": line.line}
 
 
-@attrs.define
-class NotMade:
-    """The refunds that were not made for one reason: all are counted, and the first 20 are kept."""
+class NotMade(NamedTuple):
+    """A refund that was not made; ``order`` is the number of its order or payment."""
 
-    refunds: int = 0
-    lines: list[tuple[int, str, str, Decimal]] = attrs.field(factory=list)
-    """Line, ``no_refund``, order or payment, and yuan."""
-
-    def add(self, line: Line) -> None:
-        """Count a refund."""
-        self.refunds += 1
-        if len(self.lines) < _KEPT:
-            request = line.request
-            order = cast("str", request.no_order or request.oid_paybill)  # one of the two is required
-            self.lines.append((line.line, request.no_refund, order, request.money_refund))
-            self.lines.sort()
+    line: int
+    no_refund: str
+    order: str
+    yuan: str
 
 
 @attrs.define
@@ -161,7 +155,10 @@ class Totals:
     total: int
     refunds: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     yuan: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
-    not_made: dict[Reason, NotMade] = attrs.field(factory=dict, init=False)
+    reasons: Counter[Reason] = attrs.field(factory=Counter, init=False)
+    """The number of refunds that were not made, by reason."""
+    not_made: dict[Reason, list[NotMade]] = attrs.field(factory=dict, init=False)
+    """The first 20 refunds by reason."""
     recorded: int = attrs.field(default=0, init=False)
     """Refunds whose outcome was in the journal: no request was sent."""
     attempts: int = attrs.field(default=0, init=False)
@@ -183,7 +180,13 @@ class Totals:
         if isinstance(error, RefundOutcomeUnknown):
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
         if exit_outcome is not MADE:
-            self.not_made.setdefault(_reason_of(outcome), NotMade()).add(line)
+            request, reason = line.request, _reason_of(outcome)
+            self.reasons[reason] += 1
+            order = cast("str", request.no_order or request.oid_paybill)  # one of the two is required
+            lines = self.not_made.setdefault(reason, [])
+            lines.append(NotMade(line.line, request.no_refund, order, f"{request.money_refund:.2f}"))
+            lines.sort()
+            del lines[_KEPT:]
 
     def check_complete(self) -> None:
         """Raise ``LianLianError`` if refunds have no outcome at the regular end of a batch."""
@@ -200,21 +203,17 @@ class Totals:
         """Refunds that have no outcome yet."""
         return self.total - self.ended
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return perf_counter() - self._began
-
-    @property
-    def rate(self) -> float:
-        """Refunds per second."""
-        return self.ended / max(self.seconds, 1e-9)  # a coarse clock may show no progress
+    def speed(self) -> dict[str, float]:
+        """Return the seconds since the start, and the refunds per second."""
+        seconds = perf_counter() - self._began
+        rate = self.ended / max(seconds, 1e-9)  # a coarse clock may show no progress
+        return {"seconds": round(seconds, 1), "refunds_per_second": round(rate, 1)}
 
     def status(self, held: int) -> Text:
         """Return the progress as one line; ``held``: unknown refunds that will be resolved at the end."""
         counts = self.refunds + Counter({UNKNOWN: held})
         text = Text("  ").join(
-            Text(f"{counts[each]:,} {each.word}", STYLES.get(each, "red") if counts[each] else "")
+            Text(f"{counts[each]:,} {each.word}", style(each) if counts[each] else "")
             for each in dict.fromkeys((MADE, REJECTED, UNKNOWN, *counts))
         )
         return text.append(f"  {self.to_do - held:,} to do")

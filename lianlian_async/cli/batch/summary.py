@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ from lianlian_async.cli.output import Output, local_time, printable, table
 from lianlian_async.errors import LianLianError
 
 from .checked import Checked, FileTotals, Known
-from .results import STYLES, NotMade, Reason, Totals
+from .results import NotMade, Reason, Totals, style
 
 
 def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list[tuple[str, str]]:
@@ -55,12 +55,11 @@ def show_batch(
 ) -> None:
     """Show the results of a batch; ``places``: paths of the journal and of the results."""
     outcomes = totals.outcomes()
-    not_made = sorted(totals.not_made.items(), key=lambda pair: -pair[1].refunds)
+    reasons = totals.reasons.most_common()
     in_file = checked.totals()
     to_do_yuan = in_file.yuan - sum(yuan for _, _, yuan in outcomes)
     facts = {
-        "seconds": round(totals.seconds, 1),
-        "refunds_per_second": round(totals.rate, 1),
+        **totals.speed(),
         "attempts": totals.attempts,
         "queries": totals.queries,
         "known_from_journal": totals.recorded,
@@ -68,7 +67,17 @@ def show_batch(
     document = _document(outcome.word, checked, in_file) | {
         "outcomes": {word: {"refunds": number, "yuan": f"{yuan:.2f}"} for word, number, yuan in outcomes},
         "to_do": {"refunds": totals.to_do, "yuan": f"{to_do_yuan:.2f}"},
-        "not_made": [_not_made_document(reason, refunds) for reason, refunds in not_made],
+        "not_made": [
+            {
+                "outcome": reason.outcome.word,
+                "ret_code": reason.ret_code,
+                "reason": reason.reason,
+                "what_to_do": reason.advice,
+                "refunds": refunds,
+                "lines": [line._asdict() for line in totals.not_made[reason]],
+            }
+            for reason, refunds in reasons
+        ],
         "found": known.found,
         **facts,
         **places,
@@ -83,7 +92,9 @@ def show_batch(
         document,
         table(title, ("outcome", "refunds", "yuan"), rows),
         table("run", ("measure", "value"), measures),
-        *chain.from_iterable(_not_made(reason, refunds, places.get("results")) for reason, refunds in not_made),
+        *chain.from_iterable(
+            _not_made(reason, refunds, totals.not_made[reason], places.get("results")) for reason, refunds in reasons
+        ),
     )
     if failure and not output.as_json:
         output.failure(failure)
@@ -92,28 +103,14 @@ def show_batch(
         output.note(f"unknown refunds can be resolved from {moment} on: run the same command again after that")
 
 
-def _not_made(reason: Reason, refunds: NotMade, results: str | None) -> Iterator[RenderableType]:
+def _not_made(reason: Reason, refunds: int, lines: Sequence[NotMade], results: str | None) -> Iterator[RenderableType]:
     """Yield a reason, a table of the refunds that were not made for this reason, and what to do."""
-    title = f"{refunds.refunds:,} {reason.outcome.word}: {reason.reason}"
-    lines = [(line, number, order, f"{yuan:,.2f}") for line, number, order, yuan in refunds.lines]
     yield ""
-    yield Text(printable(title), STYLES.get(reason.outcome, "red"))
-    yield table("", ("line", "no_refund", "order", "yuan"), lines)
-    if more := refunds.refunds - len(lines):
+    yield Text(printable(f"{refunds:,} {reason.outcome.word}: {reason.reason}"), style(reason.outcome))
+    yield table("", NotMade._fields, lines)
+    if more := refunds - len(lines):
         yield f"… and {more:,} more: {results or 'use --out to list all'}"
     yield f"what to do: {reason.advice}"
-
-
-def _not_made_document(reason: Reason, refunds: NotMade) -> dict[str, Any]:
-    names = ("line", "no_refund", "order", "yuan")
-    return {
-        "outcome": reason.outcome.word,
-        "ret_code": reason.ret_code,
-        "reason": reason.reason,
-        "what_to_do": reason.advice,
-        "refunds": refunds.refunds,
-        "lines": [dict(zip(names, (*line[:3], f"{line[3]:.2f}"), strict=True)) for line in refunds.lines],
-    }
 
 
 def _document(outcome: str, checked: Checked, totals: FileTotals) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def _audited(
         gateway.advance(86_400.0)  # delayed requests are carried out
         books = dict[str, list[Decimal]]()
         for record in gateway.refunds:
-            books.setdefault(record.application.no_refund, []).append(record.application.money_refund)
+            books.setdefault(record.no_refund, []).append(record.money_refund)
         found = audit(requests, outcomes, books)
         _show(output, found, gateway.requests, len(requests), perf_counter() - began)
     click.get_current_context().exit(1 if found.disagreements else 0)
