@@ -19,6 +19,8 @@ from lianlian_async.sandbox import SandboxGateway
 from tests.support.batches import refund, write_csv, write_lines
 from tests.support.command import run
 
+OPTIONS = {"derive": False, "dt_refund": None, "read_date": None, "read_money": None}
+
 
 @pytest.fixture(autouse=True)
 def journal(tmp_path, monkeypatch):
@@ -286,7 +288,7 @@ def test_out_cannot_be_a_hard_link_to_the_input(nowhere, file):
 
 def test_full_disk_while_checking_is_an_error():
     """If the temporary file cannot grow, the error names the cure."""
-    with closing(Checked(None, derive=False, dt_refund=None)) as checked:
+    with closing(Checked(None, OPTIONS)) as checked:
         checked._file.execute("PRAGMA max_page_count = 5")
 
         def add_many():
@@ -398,7 +400,7 @@ def test_terminal_must_confirm_before_sending(env, gateway, file, journal, monke
 @pytest.mark.anyio
 async def test_checked_refunds_keep_their_order():
     """A thousand refunds are read back in the order in which they were added."""
-    with closing(Checked(None, derive=False, dt_refund=None)) as checked:
+    with closing(Checked(None, OPTIONS)) as checked:
         for number in range(1001):
             checked.add(Row(number + 2, refund(number)))
         assert checked.totals()[:2] == (1001, 10010)

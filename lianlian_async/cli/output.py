@@ -118,9 +118,11 @@ class Output:
             console = self._live or _console(stderr=True)
             console.print(printable(text), soft_wrap=not console.is_terminal)
 
-    def confirm(self, rows: Iterable[tuple[str, str]], question: str) -> None:
-        """Ask a question about facts on stderr; raises ``click.Abort`` unless the answer is yes."""
-        _console(stderr=True).print(table("", ("", ""), rows))
+    def confirm(self, file: str, rows: Iterable[tuple[str, str]], question: str) -> None:
+        """Ask a question about ``file`` on stderr; raises ``click.Abort`` unless the answer is yes."""
+        if file == "-" or not sys.stdin.isatty():
+            raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
+        _console(stderr=True).print(table("", ("", ""), [("file", file), *rows]))
         click.confirm(question, abort=True, err=True)
 
     def failure(self, error: LianLianError) -> None:

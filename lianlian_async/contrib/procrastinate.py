@@ -164,10 +164,9 @@ class RefundQueue:
     ) -> int:
         """Insert refunds into the queue in bulk, and return their number.
 
-        Idempotent: the journal prevents a second refund for the same ``no_refund``. With ``connection``, a psycopg
-        connection to the queue's database, all are inserted in its open transaction, in a savepoint; workers see them
-        after the caller's commit. Raises ``ConfigurationError`` if ``connection`` has no open transaction or leads to
-        another database.
+        Idempotent: the journal prevents a second refund for the same ``no_refund``. With ``connection`` (psycopg), all
+        are inserted in its open transaction, in a savepoint. Raises ``ConfigurationError`` if it has none, or leads to
+        another database than the queue's.
         """
         if connection is not None:
             await self._check(connection)
@@ -213,8 +212,7 @@ class RefundQueue:
         """Return the number of refunds by job status, and the number of live ``workers``.
 
         ``waiting``: due now; ``later``: scheduled; ``at_work``: in a slice that a worker has fetched; ``failed``.
-        Finished refunds are not counted here: only the journal has them. ``workers`` counts the workers with a
-        heartbeat in the last ``rescue_after`` seconds.
+        Finished refunds are in the journal only. A live worker had a heartbeat in the last ``rescue_after`` seconds.
         """
         return await self.app.connector.execute_query_one_async(_COUNT, **self._names, seconds=self._rescue_after)
 
@@ -225,9 +223,9 @@ class RefundQueue:
     async def activity(self) -> Mapping[str, Any]:
         """Return numbers that show whether the queue moves.
 
-        ``oldest_waiting_seconds``: the waiting time of the oldest refund that is due, or None. ``queued_again``: the
-        number of refunds that were begun and queued again, by cause. ``workers``: all workers of this database, each
-        with its ``id``, ``heartbeat_seconds`` since its last heartbeat, and its number of running ``slices``.
+        ``oldest_waiting_seconds``: of the refunds that are due, or None. ``queued_again``: the refunds that were begun
+        and queued again, by cause. ``workers``: each with ``id``, ``heartbeat_seconds`` since its last heartbeat, and
+        number of running ``slices``.
         """
         return await self.app.connector.execute_query_one_async(_ACTIVITY, **self._names)
 
@@ -246,11 +244,10 @@ class RefundQueue:
     ) -> None:
         """Process queued refunds with ``session`` (it needs a ``PostgresJournal``) until cancelled.
 
-        With ``wait=False``, return when the queue is empty. ``concurrency``: maximum number of refunds processed
-        concurrently; ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running
-        refunds finish and the others go back into the queue; a second one also cancels the running refunds. The others
-        also go back before :class:`BatchStopped` (a rejection stops the batch, or answers do not verify) or
-        :class:`InvalidRequest` (no ``notify_url``).
+        With ``wait=False``, return when the queue is empty. ``concurrency``: maximum number of refunds in flight;
+        ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running refunds finish
+        and the others go back into the queue; a second one also cancels the running ones. The others also go back
+        before :class:`BatchStopped` (see ``refund_many``) or :class:`InvalidRequest` (no ``notify_url``) is raised.
         """
         if not isinstance(session.journal, PostgresJournal):
             raise ConfigurationError("work: the session needs a PostgresJournal, which all workers share")

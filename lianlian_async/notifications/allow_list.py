@@ -65,24 +65,14 @@ class AllowList:
 
 def _networks(name: str, texts: Iterable[str]) -> Networks:
     try:
-        return tuple(_plain_network(ip_network(text)) for text in texts)
+        return tuple(ip_network(text) for text in texts)
     except ValueError as error:
         raise ConfigurationError(f"{name}: {error}") from None
 
 
 def _address(text: str) -> IPv4Address | IPv6Address:
     match = _ADDRESS.fullmatch(text)
-    return _plain(ip_address(match[2] or match[3] or match[4] if match else text))
-
-
-def _plain(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
+    address = ip_address(match[2] or match[3] or match[4] if match else text)
     # Servers that listen on both families report IPv4 clients as ``::ffff:203.0.113.7``.
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address
-
-
-def _plain_network(network: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
-    start = _plain(network.network_address)
-    if isinstance(start, IPv6Address) or network.prefixlen < 96:
-        return network
-    return IPv4Network((start, network.prefixlen - 96))

@@ -1,19 +1,15 @@
 """Receive LianLian's notifications: verify, acknowledge, and call the handler once for each final refund.
 
 *Inline*, the default: the handler runs, then the notification is acknowledged. If the handler fails or takes too long,
-the notification is not acknowledged; LianLian delivers it again after 2 minutes (at most 30 times), and the handler is
-called again.
+LianLian delivers the notification again after 2 minutes (at most 30 times), and the handler is called again.
 
 *Inbox* (``inbox=True``): the notification is recorded in the journal and acknowledged. The handler runs in the
 background and is retried with exponential backoff until it succeeds, also after a restart.
 
-In both modes the handler is called again for a refund only if it did not return, or if the process or the journal
-failed before the return was recorded. With a journal, this guarantee covers all processes that share the journal.
-Without one, it covers the latest 10,000 refunds of this process.
-
-After an endpoint has opened a journal, the journal keeps each final refund in state FINAL until the handler has
-returned for it. This also applies to refunds that became final without a notification, by a query or an operator's
-command. To *act on* a refund means to call the handler for it.
+In both modes the handler is called again only if it did not return, or if the process or the journal failed before the
+return was recorded. This covers all processes that share the journal; without a journal, the latest 10,000 refunds of
+this process. After an endpoint has opened a journal, the journal keeps each final refund in state FINAL until the
+handler has returned for it, even if it became final without a notification.
 """
 
 from __future__ import annotations
@@ -88,20 +84,19 @@ class NotificationEndpoint:
         endpoint = NotificationEndpoint(merchant, on_refund, journal=journal)
         ack = await endpoint.handle(body, headers)      # or serve it: the object is an ASGI application
 
-    ``async with endpoint`` loads the keys before the first notification arrives, opens the journal if it is closed (and
-    closes it at the end), and runs the inbox. The lifespan of an ASGI server does the same. In *inline* mode,
-    ``async with`` is optional if the journal is already open or there is none.
+    ``async with endpoint`` loads the keys, opens the journal if it is closed (and closes it at the end), and runs the
+    inbox. The lifespan of an ASGI server does the same. In *inline* mode, ``async with`` is optional if the journal is
+    already open or there is none.
 
     Args:
         merchant: the merchant of this service; notifications for other merchants are refused.
         on_refund: the handler, a coroutine function that is called with a ``Refund`` whose ``sta_refund`` is final. It
             should commit its work before it returns. It must be idempotent: it is called again after an exception, a
             timeout or a crash.
-        journal: preferably the session's journal. A notification that contradicts the journal is refused. The final
-            state is recorded in the journal. Use only one handler per journal: each refund's handler call happens once
-            across all processes.
-        session: the endpoint wakes ``wait_refund`` calls of this session. It queries the gateway through the session
-            for fields that a notification omits. ``confirm`` and :meth:`sweep` require it.
+        journal: preferably the session's journal. It records the final state; a notification that contradicts it is
+            refused. Use only one handler per journal: each refund's handler call happens once across all processes.
+        session: its ``wait_refund`` calls are woken, and fields that a notification omits are queried through it.
+            ``confirm`` and :meth:`sweep` require it.
         confirm: query the gateway before each handler call, because notifications contain neither a time nor a nonce.
         inbox: acknowledge first and call the handler in the background; requires a journal.
         body_seconds: time limit for reading a request body; after it, the response is 408.

@@ -94,10 +94,6 @@ class Scripted:
     skip: int = attrs.field(validator=attrs.validators.ge(0))
     times: int = attrs.field(validator=attrs.validators.ge(1))
 
-    def matches(self, call: Call, no_refund: str | None) -> bool:
-        """Whether a request matches."""
-        return self.call in (None, call) and self.no_refund in (None, no_refund)
-
 
 def _check_probabilities(_plan: object, _field: object, probabilities: Mapping[Fault, float]) -> None:
     if min(probabilities.values(), default=0) < 0 or sum(probabilities.values()) > 1 + 1e-9:  # rounding of the sum
@@ -116,25 +112,22 @@ class FaultPlan:
     random: Random
     delay: float
     """Seconds."""
-    _scripted: list[Scripted] = attrs.field(factory=list, init=False)
-
-    def add(self, scripted: Scripted) -> None:
-        """Add a scripted fault."""
-        self._scripted.append(scripted)
+    scripted: list[Scripted] = attrs.field(factory=list, init=False)
 
     def strike(self, call: Call, no_refund: str | None) -> Trouble | None:
         """Return the fault for the next request, if any."""
         drawn = self._draw()
-        for scripted in self._scripted:
-            if scripted.matches(call, no_refund):
-                if scripted.skip:
-                    scripted.skip -= 1
-                    continue
-                if scripted.times == 1:
-                    self._scripted.remove(scripted)
-                else:
-                    scripted.times -= 1
-                return scripted.trouble
+        for scripted in self.scripted:
+            if scripted.call not in (None, call) or scripted.no_refund not in (None, no_refund):
+                continue
+            if scripted.skip:
+                scripted.skip -= 1
+                continue
+            if scripted.times == 1:
+                self.scripted.remove(scripted)
+            else:
+                scripted.times -= 1
+            return scripted.trouble
         return drawn
 
     def _draw(self) -> Trouble | None:

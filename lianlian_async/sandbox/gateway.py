@@ -60,9 +60,9 @@ class SandboxGateway:
 
     Args:
         oid_partner: The merchant's number.
-        merchant_key: The merchant's private key; generated if not given.
-        gateway_key: The private key that signs answers; generated if not given.
-        bits: Size of generated keys. Generation takes a fraction of a second (seconds for 4096), once per process.
+        merchant_key: The merchant's private key; generated with ``bits`` if not given.
+        gateway_key: The private key that signs answers; generated with ``bits`` if not given.
+        bits: Size of generated keys.
         repeated: The effect of a second application with the same ``no_refund``.
         settle_after: Seconds until a refund is final; 0: the apply answer already has the final state.
         default_order: Amount in yuan of each order that was not added; None: such an order does not exist (5002).
@@ -178,7 +178,7 @@ class SandboxGateway:
         a negative ``skip`` and for ``times`` below 1.
         """
         trouble = Trouble(fault, when, self._plan.delay if delay is None else delay, ret_code)
-        self._plan.add(Scripted(trouble=trouble, call=call, no_refund=no_refund, skip=skip, times=times))
+        self._plan.scripted.append(Scripted(trouble=trouble, call=call, no_refund=no_refund, skip=skip, times=times))
 
     @property
     def faults(self) -> Mapping[Fault, float]:

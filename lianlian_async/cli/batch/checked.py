@@ -103,24 +103,13 @@ class Checked:
     confirmed are sent, even if somebody edits the input file meanwhile.
     """
 
-    def __init__(
-        self,
-        merchant: Merchant | None,
-        *,
-        derive: bool,
-        dt_refund: str | None,
-        read_date: Callable[[str], str] | None = None,
-        read_money: Callable[[str], str] | None = None,
-    ) -> None:
-        """``derive``: compute ``no_refund`` for rows that have none; ``dt_refund``: the value for rows without one.
-
-        ``read_date`` and ``read_money`` convert text from the declared form to the wire form; None: no declared form.
-        """
-        read_date = read_date or plain_date
+    def __init__(self, merchant: Merchant | None, options: Mapping[str, Any]) -> None:
+        """``options``: see :func:`.options.reading_options`; without a merchant, its number is not checked."""
+        read_date, read_money = options["read_date"] or plain_date, options["read_money"] or plain_money
         self._merchant = merchant
-        self._readers = {"dt_refund": read_date, "dt_order": read_date, "money_refund": read_money or plain_money}
-        self._derive = derive
-        self._dt_refund = dt_refund
+        self._readers = {"dt_refund": read_date, "dt_order": read_date, "money_refund": read_money}
+        self._derive: bool = options["derive"]
+        self._dt_refund: str | None = options["dt_refund"]
         self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._file.executescript(_SCHEMA)
         self.problems = Findings()
@@ -201,7 +190,8 @@ class Checked:
             return None
         # The file does not show which of the two lines is correct.
         earlier = RefundRequest.from_record(json.loads(known))
-        field = _difference(record, earlier.to_dict())
+        theirs = earlier.to_dict()
+        field = next(name for name in (*record, *theirs) if record.get(name) != theirs.get(name))
         problem = f"no_refund {number} has a different {field} on line {line}"
         self.problems.add(first, problem)
         self._do("UPDATE refunds SET problem = ? WHERE line = ?", problem, first)
@@ -249,19 +239,14 @@ def checked_file(
     file: str, merchant: Merchant | None, options: Mapping[str, Any], note: Callable[[str], object], **columns: bool
 ) -> Iterator[tuple[Checked, Columns]]:
     """Check all lines of ``file`` with the options of :func:`.options.reading_options`; note what a person must see."""
-    reading = {name: options[name] for name in ("derive", "dt_refund", "read_date", "read_money")}
     seen = Columns(options["renamed"], options["ignore_unknown"], **columns)
-    with closing(Checked(merchant, **reading)) as checked:
+    with closing(Checked(merchant, options)) as checked:
         with click.open_file(file, "rb") as stream:
             for row in read_rows(stream, file, seen, options["encoding"]):
                 checked.add(row)
         for text in (*checked.problems.texts(), *checked.remarks.texts()):
             note(text)
         yield checked, seen
-
-
-def _difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
-    return next(name for name in (*one, *other) if one.get(name) != other.get(name))
 
 
 def derived_number(order: object, money: str, times: int) -> str:

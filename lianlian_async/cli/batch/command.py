@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from decimal import Decimal
@@ -148,7 +147,7 @@ def _enqueue(output: Output, file: str, checked: Checked, totals: FileTotals, op
     else:
         question = f"Put {totals.refunds:,} refunds, {totals.yuan:,.2f} yuan, into the queue?"
         if totals.refunds and not options["yes"]:
-            _confirm(output, file, file_rows(checked, totals, None), question)
+            output.confirm(file, file_rows(checked, totals, None), question)
         added = anyio.run(_add_to_queue, options["queue"], checked)
         show_checked(output, checked, "in the queue", added=added)
 
@@ -169,15 +168,9 @@ def _confirm_batch(run: _Batch, file: str) -> None:
         rows += file_rows(run.checked, run.in_file, known)
         resolved = f", and resolve {known.found['open']:,} open ones" if known.found["open"] else ""
         question = f"Send {known.found['new']:,} new refunds, {known.new_yuan:,.2f} yuan{resolved}?"
-        _confirm(run.output, file, rows, question)
+        run.output.confirm(file, rows, question)
     if not options["journal"]:
         make_folder(run.place)
-
-
-def _confirm(output: Output, file: str, rows: Iterable[tuple[str, str]], question: str) -> None:
-    if file == "-" or not sys.stdin.isatty():
-        raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
-    output.confirm([("file", file), *rows], question)
 
 
 # ── sending ──────────────────────────────────────────────────────────────────────────────────────

@@ -145,7 +145,7 @@ class NotMade(NamedTuple):
     line: int
     no_refund: str
     order: str
-    yuan: str
+    yuan: Decimal
 
 
 @attrs.define
@@ -184,7 +184,7 @@ class Totals:
             self.reasons[reason] += 1
             order = cast("str", request.no_order or request.oid_paybill)  # one of the two is required
             lines = self.not_made.setdefault(reason, [])
-            lines.append(NotMade(line.line, request.no_refund, order, f"{request.money_refund:.2f}"))
+            lines.append(NotMade(line.line, request.no_refund, order, request.money_refund))
             lines.sort()
             del lines[_KEPT:]
 

@@ -62,11 +62,6 @@ class Columns:
             read[column] = name
         return read
 
-    def check_all_seen(self) -> None:
-        """Raise a usage error if ``--map`` names a column that the file does not have."""
-        if unseen := self.renamed.values() - self.seen.keys():
-            raise click.BadParameter(f"no such column: {', '.join(sorted(unseen))}", param_hint="--map")
-
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -88,7 +83,8 @@ def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> It
         raise _unreadable("line 1: a JSON array; convert it to JSON Lines, with one object on each line")
     lines = chain([first], lines)
     yield from _json_rows(lines, columns) if is_json else _csv_rows(lines, columns)
-    columns.check_all_seen()
+    if unseen := columns.renamed.values() - columns.seen.keys():
+        raise click.BadParameter(f"no such column: {', '.join(sorted(unseen))}", param_hint="--map")
 
 
 def _json_rows(lines: Iterable[str], columns: Columns) -> Iterator[Row]:

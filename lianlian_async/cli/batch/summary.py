@@ -74,7 +74,7 @@ def show_batch(
                 "reason": reason.reason,
                 "what_to_do": reason.advice,
                 "refunds": refunds,
-                "lines": [line._asdict() for line in totals.not_made[reason]],
+                "lines": [line._asdict() | {"yuan": f"{line.yuan:.2f}"} for line in totals.not_made[reason]],
             }
             for reason, refunds in reasons
         ],
@@ -107,7 +107,7 @@ def _not_made(reason: Reason, refunds: int, lines: Sequence[NotMade], results: s
     """Yield a reason, a table of the refunds that were not made for this reason, and what to do."""
     yield ""
     yield Text(printable(f"{refunds:,} {reason.outcome.word}: {reason.reason}"), style(reason.outcome))
-    yield table("", NotMade._fields, lines)
+    yield table("", NotMade._fields, [(*line[:3], f"{line.yuan:,.2f}") for line in lines])
     if more := refunds - len(lines):
         yield f"… and {more:,} more: {results or 'use --out to list all'}"
     yield f"what to do: {reason.advice}"
