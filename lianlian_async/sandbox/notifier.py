@@ -20,7 +20,7 @@ from lianlian_async import asgi, wire
 from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import ConfigurationError, MalformedMessage
 from lianlian_async.exchange import HttpResponse
-from lianlian_async.transport import AsyncBaseTransport, AsyncClient, HttpSender, check_http
+from lianlian_async.transport import AsyncBaseTransport, HttpSender, check_http
 
 from .gateway import SandboxGateway
 from .ledger import Record
@@ -30,6 +30,8 @@ __all__ = ["CONTENT_TYPE", "PATIENCE", "Delivery", "Mischief", "Notifier", "is_a
 CONTENT_TYPE: Final = "text/json;charset=utf-8"
 PATIENCE: Final = 5.0
 """Seconds."""
+_CONNECTIONS: Final = 64
+"""Maximum number of concurrent deliveries."""
 
 
 class Mischief(Enum):
@@ -55,7 +57,7 @@ class Delivery:
 
     no_refund: str
     at: float
-    """The end of the delivery by the gateway's clock: a response, an error, or the end of ``patience``."""
+    """The end of the delivery by the gateway's clock: a response, an error, or the end of the wait."""
     body: bytes = attrs.field(repr=False)
     forged: bool
     status: int | None
@@ -76,14 +78,11 @@ class Notifier:
 
     Args:
         gateway: The gateway.
-        client: An ``AsyncClient`` of httpx or httpx2 to send with; it is not closed.
-        transport: A transport of httpx or httpx2, if ``client`` is not given.
+        transport: A transport of httpx or httpx2 to send with; default: the network.
         every: Seconds between two deliveries.
         times: Maximum number of deliveries of one notification.
-        patience: Seconds to wait for a response.
         mischief: Probability of each :class:`Mischief` per refund.
         seed: Seed of the random mischief.
-        max_connections: Maximum number of concurrent deliveries.
         on_delivery: Called with each :class:`Delivery` when it has ended.
 
     Raises ``ConfigurationError`` for a probability below 0 or above 1.
@@ -93,30 +92,24 @@ class Notifier:
         self,
         gateway: SandboxGateway,
         *,
-        client: AsyncClient | None = None,
         transport: AsyncBaseTransport | None = None,
         every: float = 120.0,
         times: int = 30,
-        patience: float = PATIENCE,
         mischief: Mapping[Mischief, float] | None = None,
         seed: int = 0,
-        max_connections: int = 64,
         on_delivery: Callable[[Delivery], object] = lambda _: None,
     ) -> None:
-        check_http(client, transport, None)
+        check_http(None, transport, None)
         self._mischief = dict(mischief or {})
         if any(not 0 <= share <= 1 for share in self._mischief.values()):
             raise ConfigurationError("mischief: each probability must be from 0 to 1")
         self.deliveries: list[Delivery] = []
         """Every delivery so far, oldest first."""
         self._gateway = gateway
-        self._client = client
         self._http_transport = transport
         self._every = every
         self._times = times
-        self._patience = patience
         self._random = Random(seed)  # noqa: S311 - the same seed gives the same mischief
-        self._max_connections = max_connections
         self._on_delivery = on_delivery
         self._begun = self._ended = 0
 
@@ -126,8 +119,8 @@ class Notifier:
         return len(self._gateway.refunds) - self._ended
 
     async def __aenter__(self) -> Self:
-        self._transport = await HttpSender.open(self._client, self._http_transport, self._max_connections, CONTENT_TYPE)
-        self._slots = anyio.Semaphore(self._max_connections)
+        self._transport = await HttpSender.open(None, self._http_transport, _CONNECTIONS, CONTENT_TYPE)
+        self._slots = anyio.Semaphore(_CONNECTIONS)
         started = anyio.Event()
         self._background = BackgroundTask(lambda: self._run(started))
         await started.wait()
@@ -205,7 +198,7 @@ class Notifier:
 
         async def send() -> None:
             async with self._slots:
-                response = await post(self._transport, record.notify_url, body, self._patience)
+                response = await post(self._transport, record.notify_url, body)
             delivery = Delivery(
                 no_refund=record.no_refund,
                 at=self._gateway.now(),

@@ -181,7 +181,6 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
                 times=300,
                 mischief=ALL_MISCHIEF,
                 seed=seed,
-                max_connections=32,
             )
             merchant = gateway.merchant(BASE_URL)
             session = RefundSession(merchant, transport=asgi_transport(notifier), journal=journal)
