@@ -62,9 +62,6 @@ _SUPPORTED: Final = re.compile(
 _SUPPORTED_PEM: Final = {"DES-CBC", "DES-EDE3-CBC", "AES-128-CBC", "AES-192-CBC", "AES-256-CBC", "ID-AES256-GCM"}
 
 
-# ── finding the key ──────────────────────────────────────────────────────────────────────────────
-
-
 def unquoted(text: str) -> str:
     """Return ``text`` without surrounding white space and one pair of quotes (``docker --env-file`` keeps quotes)."""
     text = text.strip()
@@ -183,9 +180,6 @@ def _read(material: KeyMaterial, name: str) -> bytes:
         reason = "it contains a control character: write a path with backslashes in single quotes"
     # Raised outside the except clause: the context would quote the "path", which may be a damaged key.
     raise ConfigurationError(f"{name}: {shown} is not a PEM, DER or base64 key, and not a readable file ({reason})")
-
-
-# ── diagnosis ────────────────────────────────────────────────────────────────────────────────────
 
 
 def diagnose(encoded: bytes, *, private: bool, has_password: bool) -> str:

@@ -321,7 +321,7 @@ def test_some_unknown_exits_4(env, gateway, file, journal):
     assert ended.exit_code == 4
     assert "│ unknown  │ 1 " in ended.stdout
     assert "unknown refunds can be resolved from 20" in ended.stderr
-    gateway._plan._scripted.clear()
+    gateway._plan.scripted.clear()
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 3
     assert again.stderr == f"journal {journal}: 0 new, 1 made, 1 open, 1 rejected\n"

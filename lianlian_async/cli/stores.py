@@ -29,9 +29,6 @@ DSN: Final = "LIANLIAN_DSN"
 JOURNAL: Final = "LIANLIAN_JOURNAL"
 
 
-# ── places: a file or a PostgreSQL URL ───────────────────────────────────────────────────────────
-
-
 def is_dsn(place: str) -> bool:
     """Whether a place is a PostgreSQL URL."""
     return place.startswith(("postgresql://", "postgres://"))
@@ -83,9 +80,6 @@ place_argument: Final = click.argument("place", metavar="PATH|DSN", envvar=[DSN,
 """The argument PATH|DSN: the place of an existing journal."""
 dsn_argument: Final = click.argument("dsn", metavar="DSN", envvar=DSN, type=Place(only_dsn=True))
 """The argument DSN: the place of a queue."""
-
-
-# ── opening ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def make_journal(place: str) -> Journal:
@@ -149,8 +143,6 @@ def _extra() -> Iterator[None]:
         package = str(error.name).partition(".")[0]
         raise ConfigurationError(f"PostgreSQL needs {package}: pip install 'lianlian-async[postgres]'") from None
 
-
-# ── the default journal ──────────────────────────────────────────────────────────────────────────
 
 _CONTAINER_FILES: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
 _HOME: Final = "HOME" if os.name == "posix" else "LOCALAPPDATA"

@@ -86,8 +86,6 @@ class Inbox:
     _intake: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
     _failure: BaseException | None = attrs.field(default=None, init=False)
 
-    # ── one notification ─────────────────────────────────────────────────────────────────────────
-
     async def take(self, refund: Refund) -> tuple[Standing, Entry]:
         """Take the lease on a final refund before acting on it; wait while another caller has the lease.
 
@@ -135,8 +133,6 @@ class Inbox:
         await self.journal.finish(held, Ending(state=State.DONE, record={"sta_refund": str(refund.sta_refund)}))
         await self.refunds.acted(held.no_refund)
         return True
-
-    # ── all notifications ────────────────────────────────────────────────────────────────────────
 
     async def keep_final(self) -> None:
         """Copy every refund in state FINAL from the journal of the refunds into the inbox."""

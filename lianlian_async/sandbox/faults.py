@@ -69,8 +69,6 @@ class Fault(Enum):
     """The correct answer in gzip, which the client did not accept."""
 
 
-# ── which fault occurs ───────────────────────────────────────────────────────────────────────────
-
 _BUSY_CODES: Final = ("1007", "9902", "9999")
 
 
@@ -138,8 +136,6 @@ class FaultPlan:
             point -= share
         return None
 
-
-# ── how a fault changes a response ───────────────────────────────────────────────────────────────
 
 _PAGES: Final[Mapping[Fault, tuple[Any, ...]]] = {
     Fault.HTTP_500: (500, "Internal Server Error"),

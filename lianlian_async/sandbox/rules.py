@@ -66,9 +66,6 @@ def check_query(fields: Mapping[str, str]) -> None:
         raise Refusal("1004", "no_refund")
 
 
-# ── the form of each field ───────────────────────────────────────────────────────────────────────
-
-
 def _at_most(length: int) -> Callable[[str], bool]:
     return lambda text: len(text) <= length
 

@@ -258,9 +258,6 @@ def derived_number(order: object, money: str, times: int) -> str:
     return "LL" + hashlib.sha256(content.encode()).hexdigest()[:30].upper()
 
 
-# ── the journal ──────────────────────────────────────────────────────────────────────────────────
-
-
 @attrs.define
 class Known:
     """What the journal knows about the refunds of a batch."""

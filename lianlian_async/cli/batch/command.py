@@ -173,9 +173,6 @@ def _confirm_batch(run: _Batch, file: str) -> None:
         make_folder(run.place)
 
 
-# ── sending ──────────────────────────────────────────────────────────────────────────────────────
-
-
 def _send(run: _Batch) -> int:
     """Send the batch and show its results; return the exit code."""
     # After an interruption the summary counts the refunds that may have been made; warnings would repeat it.
