@@ -100,14 +100,14 @@ async def notify(app: Any, gateway: SandboxGateway, no_refund: str) -> HttpRespo
     from lianlian_async.sandbox.notifier import CONTENT_TYPE, PATIENCE
     from lianlian_async.transport import HttpSender, asgi_transport
 
-    made = [record for record in gateway.refunds if record.application.no_refund == no_refund]
+    made = [record for record in gateway.refunds if record.no_refund == no_refund]
     if not made:
         raise LookupError(f"the gateway has made no refund {no_refund}")
     record = made[-1]
     gateway.advance(max(0.0, record.settles_at - gateway.now()))
     transport, url = None, app
     if not isinstance(app, str):
-        transport, url = asgi_transport(app), record.application.notify_url
+        transport, url = asgi_transport(app), record.notify_url
     async with aclosing(await HttpSender.open(None, transport, 1, CONTENT_TYPE)) as sender:
         with anyio.fail_after(PATIENCE):
             delivery = await sender.post(url, gateway.notification(record), PATIENCE)
