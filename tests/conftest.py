@@ -50,6 +50,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     services.addoption("--notified", type=int, default=24, help="number of refunds; full size: 2000")
     sockets = parser.getgroup("sockets", "the disturbed sockets (tests/programs/proxy.py)")
     sockets.addoption("--scenes", type=int, default=25, help="number of scenes of each call; full size: all")
+    soaks = parser.getgroup("soak", "the soak (tests/programs/soak.py)")
+    soaks.addoption("--minutes", type=float, default=0.02, help="length of the soak; full size: 60")
+    soaks.addoption("--deadline", type=float, default=0.4, help="seconds for each refund under attack; full size: 5")
 
 
 def pytest_configure(config: pytest.Config) -> None:

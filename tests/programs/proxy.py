@@ -242,7 +242,7 @@ async def refunds(stack: str, *, tls: bool, most: int | None, seed: int) -> Repo
 
 
 @contextlib.asynccontextmanager
-async def _shop(server: str, endpoint: NotificationEndpoint) -> AsyncIterator[int]:
+async def shop(server: str, endpoint: NotificationEndpoint) -> AsyncIterator[int]:
     """Serve ``endpoint``, and yield its port."""
     if server == "uvicorn server":
         with serving(endpoint) as url:  # an ASGI application
@@ -292,7 +292,7 @@ async def notices(server: str, *, most: int | None, seed: int, lanes: int = 16) 
         if not acknowledged or handled[name] != 1:
             problems[f"{scene} ({name})"] = f"acknowledged: {acknowledged}, handled {handled[name]} times"
 
-    async with _shop(server, NotificationEndpoint(merchant, on_refund)) as port:
+    async with shop(server, NotificationEndpoint(merchant, on_refund)) as port:
         played = [Proxy(to_port(port)) for _ in range(lanes)]
         async with proxies(*played), contextlib.AsyncExitStack() as stack:
             senders = []
