@@ -96,9 +96,8 @@ def doctor(output: Output, /, *, config: Path | None, **options: Any) -> None:
         try:
             keys = merchant.load_keys()
         except ConfigurationError as error:
-            is_swapped = _are_swapped(merchant)
-            problem = "private key and LianLian's public key are swapped; exchange the two settings"
-            checks.append(_failure("keys", problem if is_swapped else error, _SETTING))
+            swapped = "private key and LianLian's public key are swapped; exchange the two settings"
+            checks.append(_failure("keys", swapped if _are_swapped(merchant) else error, _SETTING))
         else:
             checks += _keys(keys)
             public_key = keys.private.public_key().to_base64()
@@ -139,10 +138,9 @@ def _are_swapped(merchant: Merchant) -> bool:
 
 def _keys(keys: Keys) -> Iterator[_Check]:
     bits, text = keys.private.bits, f"{keys.private.bits} bits, {keys.private.fingerprint}"
-    weak = "1024 bits are weak" if bits == 1024 else "LianLian accepts 1024, 2048 or 4096 bits"
+    weak = {1024: "1024 bits are weak", 2048: "", 4096: ""}.get(bits, "LianLian accepts 1024, 2048 or 4096 bits")
     cure = "make a pair with `lianlian keygen`, and put its public key into LianLian's dashboard"
-    is_good = bits in (2048, 4096)
-    yield _Check("private key", text) if is_good else _warning("private key", f"{text}: {weak}", cure)
+    yield _warning("private key", f"{text}: {weak}", cure) if weak else _Check("private key", text)
     for key in keys.gateway:
         yield _Check(_THEIR_KEY, f"{key.bits} bits, {key.fingerprint}")
 

@@ -6,7 +6,7 @@ import ssl
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import Final
 
 import anyio
 import anyio.to_thread
@@ -22,22 +22,11 @@ from .sender import describe
 _WAIT: Final = 10.0
 
 
-class Probe(NamedTuple):
-    """What a new connection to a server showed."""
-
-    proxy: str | None
-    """The URL of the proxy, without its password; None: a direct connection."""
-    ahead: float | None
-    """Seconds by which this machine's wall clock is ahead of the server's; None: no ``Date`` header."""
-    issuer: str
-    """The organization that issued the server's certificate, which is trusted."""
-    expires_at: datetime | None
-    """The end of the certificate's validity; None: no TLS."""
-
-
-async def probe_server(url: str) -> Probe:
+async def probe_server(url: str) -> tuple[str | None, float | None, str, datetime | None]:
     """Send a HEAD request to ``url`` over a new connection of :class:`PoolTransport`, within 10 seconds.
 
+    Return the URL of the proxy without its password (None: direct), the seconds by which this machine's wall clock is
+    ahead of the server's (None: no ``Date`` header), and issuer and end of the server's certificate (None: no TLS).
     Raises ``GatewayUnavailable``, or ``ConfigurationError`` if the proxy or the CA certificates are unusable.
     """
     proxy = proxy_for(httpx.URL(url))
@@ -59,4 +48,4 @@ async def probe_server(url: str) -> Probe:
         issuer = names.get("organizationName") or names.get("commonName", "")
         expires_at = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
     ahead = None if date is None else (system_clock().wall - date).total_seconds()
-    return Probe(None if proxy is None else str(proxy.url), ahead, issuer, expires_at)
+    return None if proxy is None else str(proxy.url), ahead, issuer, expires_at
