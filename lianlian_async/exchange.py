@@ -14,6 +14,7 @@ from typing import Final, NamedTuple, TypeAlias
 import attrs
 
 from .errors import LastExchange, LianLianError, printable
+from .logs import NOBODY, Listeners
 from .models import RefundRecord
 from .retry import Deadline, RetryPolicy
 
@@ -26,7 +27,7 @@ class Call(StrEnum):
 
 
 class SendCount:
-    """Counts the sends of one attempt that may have succeeded.
+    """Counts the sends of one attempt that may have succeeded, and keeps the HTTP status of the last answer.
 
     A user's middleware may send several times in one attempt, also concurrently.
     """
@@ -58,10 +59,13 @@ class Exchange:
     lease_holds: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
     """Called right before bytes are sent: the lease may have ended during a wait, a connect or a suspension."""
     attempt: int = 1
-    """The number of this attempt, from 1."""
+    """The number of this attempt within the call, from 1; queries count separately."""
     seconds: float = 0.0
     """Timeout of this attempt."""
     send_count: SendCount = attrs.field(factory=SendCount, eq=False, repr=False)
+    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    """Additional request headers."""
+    listeners: Listeners = attrs.field(default=NOBODY, eq=False, repr=False)
 
 
 class HttpResponse(NamedTuple):

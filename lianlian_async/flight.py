@@ -20,10 +20,12 @@ import attrs
 from .background import BackgroundTask
 from .clock import Clock, Moment
 from .errors import LianLianError, QueryRejected, RefundOutcomeUnknown
+from .events import Paused
 from .exchange import Call, Exchange
 from .gateway_client import GatewayClient
 from .identity import request_conflict
 from .journal import Journal, OpenRefunds, Standing
+from .logs import NOBODY
 from .models import Refund, RefundRequest
 from .outcome import Traffic
 from .recording import Recording, answer, refusal
@@ -58,7 +60,7 @@ class Flights:
     """The flights of one open session."""
 
     def __init__(
-        self, line: GatewayClient, clock: Clock, slot: Callable[[], AbstractAsyncContextManager[None]]
+        self, line: GatewayClient, clock: Clock, slot: Callable[..., AbstractAsyncContextManager[None]]
     ) -> None:
         self._gateway = line
         self._clock = clock
@@ -94,7 +96,8 @@ class Flights:
     async def _fly(self, flight: Flight) -> Refund:
         """Send and resolve a refund, or only resolve the unknown outcome of an earlier call, and record it."""
         order, line = flight.order, self._gateway
-        async with self._slot():
+        number, listeners = order.request.no_refund, line.listeners
+        async with self._slot(partial(listeners.span, Paused, no_refund=number, cause="slot", seconds=None)):
             flight.take_off(anyio.current_time())
             await order.journal.bind(line.protocol.merchant.oid_partner, line.protocol.merchant.endpoints.apply)
             earlier = order.earlier
@@ -108,7 +111,8 @@ class Flights:
             if body is None:
                 body = await line.seal(fields)
             lease = min(2 * flight.until.left(anyio.current_time()), LONGEST_LEASE)
-            standing, entry = await recording.claim(body, lease, flight.until.at)
+            listeners = NOBODY if isinstance(order.journal, OpenRefunds) else listeners
+            standing, entry = await recording.claim(body, lease, flight.until.at, listeners)
             if standing is Standing.FINISHED:
                 return answer(entry)
             apply = line.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)

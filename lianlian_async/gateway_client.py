@@ -10,6 +10,7 @@ import anyio
 
 from .clock import SessionClock
 from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, Reply, last_exchange
+from .logs import Listeners
 from .merchant import Merchant
 from .middleware import Attempt, Limit, Middleware, Retry, compose
 from .retry import LONGEST_ATTEMPT, Deadline, RetryBudget, RetryPolicy, TokenBucket
@@ -30,8 +31,11 @@ class GatewayClient:
         limiter: AbstractAsyncContextManager[Any] | None,
         middleware: Sequence[Middleware],
         clock: SessionClock,
+        listeners: Listeners,
     ) -> None:
         self.clock = clock
+        self.listeners = listeners
+        listeners.backend = transport.backend
         self.protocol = rsa.protocol
         self.retries_left = TokenBucket(budget)
         self.signatures = SignatureWatch()
@@ -65,15 +69,17 @@ class GatewayClient:
     ) -> Exchange:
         """Return an exchange that is ready to send."""
         endpoints = self.protocol.merchant.endpoints
-        url = endpoints.apply if call is Call.APPLY else endpoints.query
-        return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy)
+        url, told = endpoints.apply if call is Call.APPLY else endpoints.query, self.listeners
+        return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy, listeners=told)
 
     async def _exchange(self, exchange: Exchange) -> Reply:
         """Send a request and read its response. This is the innermost layer of the middleware chain."""
         exchange.send_count.open_sends += 1
         began, delivery = self.clock(), cast("Delivery | None", None)
         try:
-            delivery = await self._transport.post(exchange.url, exchange.body, exchange.seconds, exchange.lease_holds)
+            delivery = await self._transport.post(
+                exchange.url, exchange.body, exchange.seconds, exchange.lease_holds, exchange.headers
+            )
         finally:  # also if the attempt's timeout cancels it
             summary = last_exchange(delivery, began.wall, self.clock().boot - began.boot)
             exchange.send_count.last_exchange = summary

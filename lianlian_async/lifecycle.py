@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from enum import Enum
 
 import anyio
@@ -74,11 +74,15 @@ class Lifecycle:
                 self._idle.set()
 
     @asynccontextmanager
-    async def slot(self) -> AsyncGenerator[None]:
-        """Wait for a slot, in order of arrival; raise ``RuntimeError`` if the object was closed during the wait."""
-        async with self._slots:
+    async def slot(self, wait: Callable[[], AbstractContextManager[None]]) -> AsyncGenerator[None]:
+        """Wait for a slot inside ``wait()``, in order of arrival; raise ``RuntimeError`` if closed during the wait."""
+        with nullcontext() if self._slots.value else wait():
+            await self._slots.acquire()
+        try:
             self._check_open()
             yield
+        finally:
+            self._slots.release()
 
     def _check_open(self) -> None:
         if self._state is not _State.OPEN:

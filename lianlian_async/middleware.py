@@ -8,6 +8,7 @@ caller's layers see every attempt, including each query of a resolution.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeAlias, cast
@@ -16,6 +17,7 @@ import anyio
 import attrs
 
 from .errors import ConfigurationError, LianLianError, misconfigured
+from .events import AttemptBegan, AttemptEnded, Paused
 from .exchange import Call, Exchange, Finding, NoResponse, Reply, SendCount
 from .protocol import lost
 from .retry import TokenBucket
@@ -59,7 +61,7 @@ class Retry:
         """Repeat ``call_next`` while a repetition is safe; ``attempts`` of the returned reply counts all attempts."""
         attempt = 1
         while True:
-            reply = await call_next(exchange if attempt == 1 else attrs.evolve(exchange, attempt=attempt))
+            reply = await call_next(exchange)
             repeatable = (reply.finding is Finding.NOT_SENT and misconfigured(reply.error) is None) or (
                 exchange.call is Call.QUERY and reply.finding is Finding.UNCERTAIN
             )
@@ -70,6 +72,7 @@ class Retry:
             ):
                 return reply if reply.attempts == attempt else attrs.evolve(reply, attempts=attempt)
             attempt += 1
+            exchange = attrs.evolve(exchange, attempt=exchange.attempt + 1)
 
 
 async def backoff(exchange: Exchange, retries_left: TokenBucket, retries: int, retry_after: float | None) -> bool:
@@ -81,7 +84,9 @@ async def backoff(exchange: Exchange, retries_left: TokenBucket, retries: int, r
     now = anyio.current_time()
     if not exchange.deadline.attempt(now + seconds) or not retries_left.take(now):
         return False
-    await anyio.sleep(seconds)
+    number = exchange.asked.get("no_refund")
+    with exchange.listeners.span(Paused, no_refund=number, cause="backoff", seconds=seconds):
+        await anyio.sleep(seconds)
     return True
 
 
@@ -120,9 +125,14 @@ class Attempt:
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
         """Call ``call_next`` with a share of the remaining time; return a reply, or raise cancellation."""
         seconds = exchange.deadline.attempt(anyio.current_time())
-        exchange = attrs.evolve(exchange, seconds=seconds, send_count=SendCount())
+        exchange = attrs.evolve(exchange, seconds=seconds, send_count=SendCount(), headers={**exchange.headers})
         if not seconds:
             return _gave_up(exchange, "the deadline is over", None)
+        attempt = self._attempt(exchange, call_next)
+        return await (_observed(exchange, attempt) if exchange.listeners.want() else attempt)
+
+    async def _attempt(self, exchange: Exchange, call_next: Next) -> Reply:
+        seconds = exchange.seconds
         with anyio.move_on_after(seconds):
             try:
                 reply = await call_next(exchange)
@@ -131,6 +141,24 @@ class Attempt:
             doubt = _doubt(exchange, reply)
             return reply if doubt is None else _gave_up(exchange, doubt, None)
         return _gave_up(exchange, f"no answer within {seconds:.1f} s", None)
+
+
+async def _observed(exchange: Exchange, attempt: Awaitable[Reply]) -> Reply:
+    """Await ``attempt`` between its two events; the second one is also reported if it is cancelled."""
+    same = {"no_refund": exchange.asked.get("no_refund"), "request": str(exchange.call), "attempt": exchange.attempt}
+    url = re.sub("//[^/]*@", "//", exchange.url.partition("?")[0])
+    began, reply = exchange.listeners.timer(), None
+    with exchange.listeners.span(AttemptBegan, **same, url=url, headers=exchange.headers):
+        try:
+            reply = await attempt
+        finally:
+            told = reply or _gave_up(exchange, "cancelled", None)
+            seconds, last = exchange.listeners.timer() - began, exchange.send_count.last_exchange
+            status = None if last is None else last.status
+            code = getattr(told.refund or told.error, "ret_code", None)
+            fields = {"finding": told.finding.name, "ret_code": code, "http_status": status, "seconds": seconds}
+            exchange.listeners.tell(AttemptEnded, **same, **fields)
+    return reply
 
 
 def _doubt(exchange: Exchange, reply: object) -> str | None:
@@ -171,28 +199,3 @@ class RateLimit:
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Nothing to release: the limiter counts starts."""
-
-
-class Observer:
-    """Calls ``callback(exchange, reply, seconds)`` after every attempt: for logs, metrics and traces.
-
-    ``exchange`` and ``reply`` are frozen and contain no secret. An attempt that is cancelled or times out is reported
-    too, with a reply that states whether the request may have worked.
-    """
-
-    def __init__(self, callback: Callable[[Exchange, Reply, float], object]) -> None:
-        self.callback = callback
-
-    async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Call ``call_next``, then report."""
-        began = anyio.current_time()
-        try:
-            reply = await call_next(exchange)
-        except anyio.get_cancelled_exc_class():
-            self._report(exchange, _gave_up(exchange, "cancelled, or out of time", None), began)
-            raise
-        self._report(exchange, reply, began)
-        return reply
-
-    def _report(self, exchange: Exchange, reply: Reply, began: float) -> None:
-        self.callback(exchange, reply, anyio.current_time() - began)

@@ -17,8 +17,10 @@ import attrs
 
 from .clock import Clock
 from .errors import JournalError, LianLianError, RefundConflict, RefundNotSent, RefundOutcomeUnknown, RefundRejected
+from .events import Leased, Paused
 from .identity import check_identity
 from .journal import Ending, Entry, Intent, Journal, Standing, State
+from .logs import NOBODY, Listeners
 from .models import Record, Refund, RefundRecord, RefundRequest
 from .resolution import matching
 from .signing import signature_source
@@ -66,14 +68,19 @@ def answer(entry: Entry) -> Refund:
     return Refund.from_dict(record, entry.fields)
 
 
-async def take(journal: Journal, intent: Intent, clock: Clock, deadline: float) -> tuple[Standing, Entry]:
+async def take(
+    journal: Journal, intent: Intent, clock: Clock, deadline: float, listeners: Listeners = NOBODY
+) -> tuple[Standing, Entry]:
     """Call ``journal.begin`` until the refund is not LEASED, or until ``deadline`` (event loop's clock)."""
-    seconds = _FIRST_LOOK
+    seconds, number = _FIRST_LOOK, intent.no_refund
     while True:
+        began = listeners.timer()
         standing, entry = await journal.begin(intent, clock())
+        listeners.tell(Leased, no_refund=number, standing=standing, seconds=listeners.timer() - began)
         if standing is not Standing.LEASED or anyio.current_time() + seconds > deadline:
             return standing, entry
-        await anyio.sleep(seconds)
+        with listeners.span(Paused, no_refund=number, cause="lease", seconds=seconds):
+            await anyio.sleep(seconds)
         seconds = min(2 * seconds, _LONGEST_LOOK)
 
 
@@ -124,7 +131,9 @@ class Recording:
             return None
         return answer(entry)
 
-    async def claim(self, body: bytes, lease: float, deadline: float) -> tuple[Standing, Entry]:
+    async def claim(
+        self, body: bytes, lease: float, deadline: float, listeners: Listeners = NOBODY
+    ) -> tuple[Standing, Entry]:
         """Record the intent and take the refund's lease for ``lease`` seconds.
 
         If another call has the lease, waits until ``deadline`` (event loop's clock), then raises
@@ -132,7 +141,7 @@ class Recording:
         """
         number = self.request.no_refund
         intent = Intent(no_refund=number, digest=self.digest, fields=self.request.to_dict(), body=body, lease=lease)
-        standing, entry = await take(self.journal, intent, self.clock, deadline)
+        standing, entry = await take(self.journal, intent, self.clock, deadline, listeners)
         if standing is Standing.LEASED:
             raise self._leased(entry)
         return standing, entry

@@ -219,7 +219,8 @@ async def _check_not_found(case: Case) -> None:
 async def _apply(case: Case, send: Next) -> Refund | None:
     """Send once (``Retry`` repeats only sends that did not arrive). Return the record, or None: query next."""
     try:
-        reply = await send(case.apply)
+        sent = case.traffic.attempts
+        reply = await send(attrs.evolve(case.apply, attempt=sent + 1) if sent else case.apply)
     except BaseException:  # the request may be under way
         case.sent_at, case.refused = case.clock(), None
         raise
@@ -231,7 +232,6 @@ async def _apply(case: Case, send: Next) -> Refund | None:
     if step is Step.RAISE and reply.error is not None:
         raise reply.error
     case.take_in(reply)
-    logger.info("refund %s: %s; querying", _number(case), reply.error)
     return None
 
 
@@ -243,7 +243,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
     queries, is_proved = 0, False
     while True:
         asked_at = case.clock()
-        reply = await send(query)
+        reply = await send(attrs.evolve(query, attempt=case.traffic.queries + 1))
         case.traffic.queries += reply.attempts
         case.query_error, case.retry_after = reply.error, reply.retry_after
         if reply.refund is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
 import anyio
+import attrs
 
 from .clock import Clock, SessionClock, system_clock
 from .errors import (
@@ -19,11 +23,13 @@ from .errors import (
     RefundOutcomeUnknown,
     misconfigured,
 )
+from .events import CallBegan, CallEnded, Listener, Paused
 from .exchange import Call, Reply
 from .flight import Flights, Order
 from .gateway_client import GatewayClient
 from .journal import Journal, OpenRefunds
 from .lifecycle import Lifecycle
+from .logs import Listeners, set_up_from_environment
 from .merchant import Merchant
 from .middleware import Middleware
 from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest, expect
@@ -72,6 +78,7 @@ class RefundSession:
             journal belongs to this merchant and this apply endpoint.
         query_first: query every refund that is new in the journal before it is sent. Use it after a journal was lost
             or restored.
+        listeners: functions that are called with each event of :mod:`lianlian_async.events`, for metrics and traces.
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
 
     Concurrent calls for the same ``no_refund`` make one refund. If a call left the refund unknown, the next call
@@ -96,6 +103,7 @@ class RefundSession:
         limiter: AbstractAsyncContextManager[Any] | None = None,
         journal: Journal | None = None,
         query_first: bool = False,
+        listeners: Sequence[Listener] = (),
         clock: Clock = system_clock,
     ) -> None:
         check_http(client, transport, http_backend)
@@ -118,6 +126,8 @@ class RefundSession:
         self._open_refunds = OpenRefunds()
         self._query_first = query_first
         self.clock = SessionClock(clock)
+        set_up_from_environment()
+        self.listeners = Listeners(listeners, timer=perf_counter, is_logged=True)
         self._waiting = Waiters()
         self._life = Lifecycle("RefundSession", max_connections)
         self.unknown_reasons: Counter[str] = Counter()
@@ -151,6 +161,7 @@ class RefundSession:
                 middleware=self._middleware,
                 warm_up=self._warm_up,
                 clock=self.clock,
+                listeners=self.listeners,
             )
             self._flights = Flights(self._gateway, self.clock, self._life.slot)
         return self
@@ -256,12 +267,19 @@ class RefundSession:
         """
         expect(query, RefundQuery, "query")
         seconds, policy = self._given(deadline, retry)
+        traffic = Traffic()
         with self._life.in_use():
-            async with self._life.slot():
-                until = Deadline(anyio.current_time() + seconds)
-                fields = self._gateway.protocol.query_fields(query)
-                exchange = self._gateway.exchange(Call.QUERY, fields, await self._gateway.seal(fields), until, policy)
-                reply = await self._gateway.send(exchange)
+            call = self._query(query, seconds, policy, traffic)
+            return await self._observed("query_refund", query.no_refund, call, traffic)
+
+    async def _query(self, query: RefundQuery, seconds: float, policy: RetryPolicy, traffic: Traffic) -> RefundRecord:
+        wait = partial(self.listeners.span, Paused, no_refund=query.no_refund, cause="slot", seconds=None)
+        async with self._life.slot(wait):
+            until = Deadline(anyio.current_time() + seconds)
+            fields = self._gateway.protocol.query_fields(query)
+            exchange = self._gateway.exchange(Call.QUERY, fields, await self._gateway.seal(fields), until, policy)
+            reply = await self._gateway.send(exchange)
+        traffic.queries = reply.attempts
         if reply.refund is not None:
             return reply.refund
         raise _raised(reply)
@@ -353,11 +371,32 @@ class RefundSession:
             earlier=earlier,
             query_first=query_first or self._query_first,
         )
+        name, traffic = "apply_refund" if earlier is None else "resolve", traffic or Traffic()
         try:
             with self._life.in_use():
-                return await self._flights.carry_out(order, traffic or Traffic())
+                return await self._observed(name, request.no_refund, self._flights.carry_out(order, traffic), traffic)
         except RefundNotSent as error:
             raise misconfigured(error) or error from error.__cause__
+
+    async def _observed(self, name: str, number: str | None, call: Awaitable[Record], traffic: Traffic) -> Record:
+        """Await ``call`` between its two events."""
+        began = self.listeners.timer()
+
+        def tell(outcome: str, told: RefundRecord | BaseException, error: str | None = None) -> None:
+            fields = {field: getattr(told, field, None) for field in ("ret_code", "sta_refund", "reason")}
+            seconds = self.listeners.timer() - began
+            fields |= {"no_refund": number, "call": name, "seconds": seconds, **attrs.asdict(traffic)}
+            self.listeners.tell(CallEnded, outcome=outcome, error=error, **fields)
+
+        with self.listeners.span(CallBegan, no_refund=number, call=name):
+            try:
+                refund = await call
+            except BaseException as error:
+                tell(type(error).__name__ if isinstance(error, Exception) else "cancelled", error, str(error) or None)
+                raise
+            if self.listeners.want(logging.INFO):
+                tell("found" if name == "query_refund" else "made", refund)
+            return refund
 
     def _given(self, deadline: float | None, retry: RetryPolicy | None) -> tuple[float, RetryPolicy]:
         """Return a call's deadline in seconds, and its policy."""

@@ -23,7 +23,7 @@ from lianlian_async import (
     RetryPolicy,
 )
 from lianlian_async.exchange import Call, Exchange, Finding, Reply
-from lianlian_async.middleware import Attempt, Limit, Observer, RateLimit, Retry, compose
+from lianlian_async.middleware import Attempt, Limit, RateLimit, Retry, compose
 from lianlian_async.models import Refund
 from lianlian_async.retry import Deadline, TokenBucket
 from lianlian_async.sandbox import Fault, Repeated
@@ -311,34 +311,6 @@ async def test_no_layers():
     """Without layers, the core is called directly."""
     gateway = Gateway(FOUND)
     assert compose([], gateway) is gateway
-
-
-async def test_an_observer_sees_every_attempt_with_its_reply_and_time():
-    """The callback gets the exchange, the reply and the seconds of each attempt."""
-    seen = []
-
-    def callback(exchange, reply, seconds):
-        seen.append((exchange.attempt, reply.finding, seconds))
-
-    gateway = Gateway(UNCERTAIN, UNCERTAIN, FOUND, takes=2.0)
-    await compose([Retry(TokenBucket(RetryBudget())), Attempt(), Observer(callback)], gateway)(exchange(Call.QUERY))
-    two = pytest.approx(2.0)
-    assert seen == [(1, Finding.UNCERTAIN, two), (2, Finding.UNCERTAIN, two), (3, Finding.FOUND, two)]
-
-
-async def test_an_observer_sees_an_attempt_that_runs_out_of_time():
-    """An attempt that runs out of time is reported with its preliminary reply and its duration."""
-    seen = []
-
-    async def stuck(exchange):
-        exchange.send_count.open_sends += 1
-        await anyio.sleep_forever()
-
-    def callback(exchange, reply, seconds):
-        seen.append((reply.finding, str(reply.error), seconds))
-
-    await compose([Attempt(), Observer(callback)], stuck)(exchange(seconds=8.0))
-    assert seen == [(Finding.UNCERTAIN, "apply: cancelled, or out of time", pytest.approx(4.0))]
 
 
 SESSION = {"clock": boot_clock, "retry": RetryPolicy(attempts=3)}

@@ -14,7 +14,7 @@ import pytest
 
 import lianlian_async
 from lianlian_async import errors
-from lianlian_async.middleware import Attempt, Limit, Middleware, Observer, RateLimit, Retry
+from lianlian_async.middleware import Attempt, Limit, Middleware, RateLimit, Retry
 from lianlian_async.signing import signature_source
 
 PACKAGE = Path(lianlian_async.__file__).parent
@@ -172,7 +172,7 @@ def test_options_of_the_notification_endpoint():
     assert list(keywords(lianlian_async.NotificationEndpoint.handle))[:2] == ["body", "headers"]
 
 
-@pytest.mark.parametrize("layer", [Retry, Limit, Attempt, Observer])
+@pytest.mark.parametrize("layer", [Retry, Limit, Attempt])
 def test_built_in_layers_are_middleware(layer):
     """Each built-in layer implements the Middleware protocol: it is called with an exchange and ``call_next``."""
     assert inspect.iscoroutinefunction(layer.__call__)

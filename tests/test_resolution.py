@@ -574,15 +574,6 @@ async def test_cancellation_propagates_at_once_and_is_logged(caplog):
     assert "may have been made" in record.getMessage()
 
 
-async def test_a_query_after_an_uncertain_answer_is_logged(caplog):
-    """The log names the refund that is queried, and the reason."""
-    gateway = sandbox()
-    gateway.script(Fault.HTTP_500, call="apply")
-    with caplog.at_level(logging.INFO, "lianlian_async"):
-        await apply(gateway)
-    assert [record.getMessage() for record in caplog.records] == ["refund R-1: HTTP status 500; querying"]
-
-
 @pytest.mark.parametrize("wrong", [-7200, 0, 7200], ids=["slow", "right", "fast"])
 @pytest.mark.parametrize("dated", [True, False], ids=["Date", "no Date"])
 async def test_processes_on_new_boots_resolve_within_a_day(wrong, dated, tmp_path):

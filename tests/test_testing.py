@@ -13,9 +13,8 @@ import httpx2
 import pytest
 
 from lianlian_async import ConfigurationError, RefundSession, RefundStatus, testing, wire
-from lianlian_async.exchange import Finding
+from lianlian_async.events import AttemptEnded
 from lianlian_async.journal import MemoryJournal
-from lianlian_async.middleware import Observer
 from lianlian_async.sandbox import SandboxGateway
 from lianlian_async.settings import LOOPBACK_ONLY
 from lianlian_async.testing import notify, plugin
@@ -162,9 +161,13 @@ async def test_guard_refuses_a_connection_before_anything_is_sent(over):
         if "client" in options:
             await stack.enter_async_context(options["client"])
         journal = await stack.enter_async_context(MemoryJournal())
-        observer = Observer(lambda _exchange, reply, _seconds: replies.append(reply.finding))
+
+        def listener(event):
+            if isinstance(event, AttemptEnded):
+                replies.append(event.finding)
+
         merchant = SandboxGateway().merchant("https://gateway.example")
-        session = RefundSession(merchant, journal=journal, warm_up=1, middleware=[observer], **options)
+        session = RefundSession(merchant, journal=journal, warm_up=1, listeners=[listener], **options)
         async with session:
             with pytest.raises(ConfigurationError, match=r"this is a test, so no connection to gateway\.example"):
                 await session.apply_refund(refund_request())
@@ -172,7 +175,7 @@ async def test_guard_refuses_a_connection_before_anything_is_sent(over):
                 await session.query_refund(refund_request().query())
         assert (await journal.find("R-1")).sent_at is None
         assert proxy.opened == 0
-    assert replies == [Finding.NOT_SENT] * 2
+    assert replies == ["NOT_SENT"] * 2
 
 
 def test_child_process_inherits_the_guard():

@@ -45,8 +45,9 @@ from lianlian_async import (
     VerifyingKey,
     refund_many,
 )
+from lianlian_async.events import CallEnded, Event
 from lianlian_async.exchange import Exchange, Reply
-from lianlian_async.middleware import Middleware, Next, Observer, RateLimit
+from lianlian_async.middleware import Middleware, Next, RateLimit
 from lianlian_async.signing import signature_source
 
 
@@ -130,8 +131,10 @@ async def careful(exchange: Exchange, call_next: Next) -> Reply:
     return await call_next(exchange)
 
 
-def callback(exchange: Exchange, reply: Reply, seconds: float) -> None:
-    """What an observer calls."""
+def listener(event: Event) -> None:
+    """A caller's own listener."""
+    if isinstance(event, CallEnded):
+        assert_type(event.outcome, str)
 
 
 async def sessions(now: datetime) -> None:
@@ -148,7 +151,8 @@ async def sessions(now: datetime) -> None:
         retry=policy,
         deadline=30,
         max_connections=20,
-        middleware=[layer, Observer(callback)],
+        middleware=[layer],
+        listeners=[listener],
         limiter=RateLimit(20, burst=5),
         journal=None,
     ) as session:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
@@ -34,7 +35,9 @@ from lianlian_async.errors import (
     RefundConflict,
     SignatureInvalid,
 )
+from lianlian_async.events import ActedOn, Listener, Notified
 from lianlian_async.journal import Journal, MemoryJournal, Standing
+from lianlian_async.logs import Listeners
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund
 from lianlian_async.recording import learn
@@ -108,6 +111,7 @@ class NotificationEndpoint:
             server listens on nothing else.
         path: the only path that the ASGI application serves; None: every path.
         concurrency: maximum number of concurrent handler calls of the inbox and of :meth:`sweep`.
+        listeners: see ``RefundSession``; by default the session's listeners.
         clock: reads the wall clock and the boot clock, for leases in the journal.
 
     Raises ``ConfigurationError`` for settings that contradict each other.
@@ -128,6 +132,7 @@ class NotificationEndpoint:
         trusted_proxies: Iterable[str] = (),
         path: str | None = None,
         concurrency: int = 8,
+        listeners: Sequence[Listener] = (),
         clock: Clock = system_clock,
     ) -> None:
         check_type("merchant", merchant, Merchant)
@@ -156,6 +161,8 @@ class NotificationEndpoint:
         self._concurrency = checked(concurrency)
         self._recent = RecentRefunds()
         self._clock = clock
+        own = Listeners(listeners, timer=perf_counter, is_logged=True)
+        self._listeners = own if listeners or session is None else session.listeners
         self._ready: _Ready | None = None
         self._turn = anyio.Lock()
         self._worker: BackgroundTask | None = None
@@ -251,8 +258,9 @@ class NotificationEndpoint:
             raise TypeError(
                 f"body: must be the raw bytes of the request body, not {type(body).__name__}; the endpoint decodes them"
             )
+        began, about = self._listeners.timer(), list[str | None]()
         try:
-            verdict = await self._judge(body)
+            verdict = await self._judge(body, about)
         except tuple(_REFUSED) as error:
             verdict = _REFUSED[type(error)]
             level = logging.ERROR if verdict is Verdict.CONTRADICTORY else logging.WARNING
@@ -260,10 +268,11 @@ class NotificationEndpoint:
         except Exception:
             verdict = Verdict.FAILED
             logger.exception("notification not acknowledged, LianLian will deliver it again")
-        return self._answer(verdict)
+        return self._answer(verdict, self._listeners.timer() - began, *about)
 
-    def _answer(self, verdict: Verdict) -> Ack:
+    def _answer(self, verdict: Verdict, seconds: float = 0.0, no_refund: str | None = None) -> Ack:
         self.counts[verdict] += 1
+        self._listeners.tell(Notified, no_refund=no_refund, verdict=str(verdict), seconds=seconds)
         return ACKS[verdict]
 
     def _admits(self, headers: Headers, client: str | None) -> bool:
@@ -274,12 +283,14 @@ class NotificationEndpoint:
             logger.warning("notification refused: %s is not on the allow-list", address)
         return is_admitted
 
-    async def _judge(self, body: bytes) -> Verdict:
+    async def _judge(self, body: bytes, about: list[str | None]) -> Verdict:
+        """Return the verdict; append the ``no_refund`` to ``about`` once the signature has verified."""
         if len(body) > MAX_MESSAGE_BYTES:
             logger.warning("notification refused: longer than %d bytes", MAX_MESSAGE_BYTES)
             return Verdict.TOO_BIG
         rsa, inbox = self._ready or await self._open()
         told = await rsa.check(rsa.protocol.read_notification, body)
+        about.append(told.no_refund)
         refund = await complete(told, self._session, self._journal, self._seconds)
         if self._journal is not None:
             refund = await learn(self._journal, refund)
@@ -333,9 +344,15 @@ class NotificationEndpoint:
             self._session.notified(refund)
 
     async def _act(self, refund: Refund) -> None:
-        if self._confirm and self._session is not None:
-            check_state(refund, await self._session.query_refund(refund.query()))
-        await self._on_refund(refund)
+        began, succeeded = self._listeners.timer(), False
+        try:
+            if self._confirm and self._session is not None:
+                check_state(refund, await self._session.query_refund(refund.query()))
+            await self._on_refund(refund)
+            succeeded = True
+        finally:
+            seconds = self._listeners.timer() - began
+            self._listeners.tell(ActedOn, no_refund=refund.no_refund, succeeded=succeeded, seconds=seconds)
 
     def _count_act(self, succeeded: bool) -> None:
         self.counts[Verdict.ACTED if succeeded else Verdict.FAILED] += 1

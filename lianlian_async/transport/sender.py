@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Final, cast
@@ -59,6 +59,7 @@ class HttpSender:
         self._never_sent = (*foreign, ConfigurationError, LeaseEndedError)
         self._content_type = content_type
         self._is_closed = False
+        self.backend: str = "aiohttp" if type(over).__name__ == "AiohttpTransport" else self._library.__name__
 
     @classmethod
     async def open(
@@ -78,9 +79,14 @@ class HttpSender:
         return cls(client or transport or await own_transport(max_connections, backend, urls), content_type)
 
     async def post(
-        self, url: str, body: bytes, seconds: float, lease_holds: Callable[[], bool] = lambda: True
+        self,
+        url: str,
+        body: bytes,
+        seconds: float,
+        lease_holds: Callable[[], bool] = lambda: True,
+        added: Mapping[str, str] | None = None,
     ) -> Delivery:
-        """POST ``body``, with at most half of ``seconds`` to connect, and follow no redirect.
+        """POST ``body`` with the headers ``added``, with at most half of ``seconds`` to connect; follow no redirect.
 
         ``lease_holds`` is called first. If the transport is the library's own or built on httpcore, it is called again
         right before the request is written. The caller must limit the time of the whole call: a timeout between two
@@ -92,6 +98,8 @@ class HttpSender:
             content = self._body_class(body, lease_holds)
             content.check_lease()
             request = self._request(url, content, seconds)
+            if added:
+                request.headers.update(added)
         except Exception as error:  # noqa: BLE001 - a caller's client may raise anything; nothing was sent yet
             return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=False, cause=error)
         answered = False

@@ -11,8 +11,8 @@ from typing import Any
 
 import uvicorn
 
-from lianlian_async import contrib
-from lianlian_async.contrib import aiohttp, web
+from lianlian_async import contrib, logs
+from lianlian_async.contrib import aiohttp, opentelemetry, web
 from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -32,8 +32,14 @@ def _of_docstring(module: ModuleType) -> list[str]:
 EXAMPLES = dict(_EXAMPLE.findall(README))
 RECIPES = dict(
     zip(
-        ("aiohttp", "starlette", "django", "synchronous"),
-        (*_of_docstring(aiohttp), *_of_docstring(web), *_of_docstring(contrib)),
+        ("aiohttp", "starlette", "django", "synchronous", "logs", "opentelemetry"),
+        (
+            *_of_docstring(aiohttp),
+            *_of_docstring(web),
+            *_of_docstring(contrib),
+            *_of_docstring(logs),
+            *_of_docstring(opentelemetry),
+        ),
         strict=True,
     )
 )

@@ -1,0 +1,118 @@
+"""The events that a session and a notification endpoint report to their ``listeners``, as frozen values.
+
+A listener is a function that is called with each event, on the event loop: it must not block, and must not be async.
+If it returns a context manager, this is entered until the call, request or pause ends that the event began, and left
+after the event about the end; for all other events it is left at once. It runs in the task that sends.
+
+A listener never affects a refund: its first exception is logged, and so is the first event for which it takes more than
+10 ms. No event contains a key, a signature or a message body. If several calls share a refund, each reports its own
+``CallBegan`` and ``CallEnded``; only the first one reports the other events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Event:
+    """The fields of every event. ``seconds`` of an event is a duration.
+
+    ``no_refund`` is None for a query by ``oid_refundno`` and for an unreadable notification. ``backend`` is the HTTP
+    library that sends: ``httpx``, ``httpx2`` or ``aiohttp``; empty for an endpoint without a session.
+    """
+
+    no_refund: str | None
+    backend: str
+
+
+Listener: TypeAlias = Callable[[Event], object]
+
+
+@attrs.frozen(kw_only=True)
+class CallBegan(Event):
+    """A call of the session began: ``apply_refund`` (also in a batch), ``resolve`` or ``query_refund``."""
+
+    call: str
+
+
+@attrs.frozen(kw_only=True)
+class Paused(Event):
+    """A call waits as ``backoff``, for the ``lease`` of another caller, or for a ``slot`` (``seconds`` is None)."""
+
+    cause: str
+    seconds: float | None
+
+
+@attrs.frozen(kw_only=True)
+class Leased(Event):
+    """The journal recorded the begin of a refund, by a commit of ``seconds``. Not reported without a journal.
+
+    ``standing`` is what the journal knew: ``new``, ``unresolved`` … or ``leased``: another caller has the lease.
+    """
+
+    standing: str
+    seconds: float
+
+
+@attrs.frozen(kw_only=True)
+class AttemptBegan(Event):
+    """A ``request`` is about to be sent: ``apply``, or a ``query`` about this refund or a known one (the canary).
+
+    ``attempt`` counts the requests of a call from 1, apply requests and queries separately. ``url`` contains no user,
+    password and query string. A listener may add request headers, such as ``traceparent``, to ``headers``.
+    """
+
+    request: str
+    attempt: int
+    url: str
+    headers: dict[str, str] = attrs.field(repr=False)
+
+
+@attrs.frozen(kw_only=True)
+class AttemptEnded(Event):
+    """A request was answered, failed, or was cancelled; ``finding`` is the name of a ``Finding``."""
+
+    request: str
+    attempt: int
+    seconds: float
+    finding: str
+    ret_code: str | None
+    http_status: int | None
+
+
+@attrs.frozen(kw_only=True)
+class CallEnded(Event):
+    """A call ended. ``outcome`` is ``made`` (a query: ``found``), ``cancelled``, or the type of the error it raised.
+
+    ``error`` is the text of this error, ``reason`` why the outcome is unknown, without details of the refund.
+    """
+
+    call: str
+    outcome: str
+    seconds: float
+    attempts: int
+    queries: int
+    ret_code: str | None
+    sta_refund: str | None
+    reason: str | None
+    error: str | None
+
+
+@attrs.frozen(kw_only=True)
+class Notified(Event):
+    """A ``NotificationEndpoint`` answered a notification; ``verdict`` is its ``Verdict``."""
+
+    verdict: str
+    seconds: float
+
+
+@attrs.frozen(kw_only=True)
+class ActedOn(Event):
+    """A ``NotificationEndpoint`` called ``on_refund``, after the query of ``confirm=True``."""
+
+    succeeded: bool
+    seconds: float
