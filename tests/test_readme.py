@@ -218,11 +218,9 @@ def test_the_rehearsal_ends_with_an_agreeing_statement(tmp_path):
 
 
 def test_every_example_is_run():
-    """No Python in the README goes without a name, and so without a test here."""
+    """No Python in the README goes without a name, and so without a test."""
     assert len(re.findall("```python", README)) == len(EXAMPLES)
-    source = "".join(
-        Path(__file__).with_name(name).read_text("utf-8") for name in ("test_readme.py", "test_recipes.py")
-    )
+    source = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     assert [name for name in EXAMPLES | RECIPES if f'"{name}"' not in source] == []
 
 
