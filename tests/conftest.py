@@ -46,6 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     kills.addoption("--seed", type=int, default=0, help="seed of the random faults and kills")
     operator = parser.getgroup("operator", "the operator's day (tests/programs/operator_day.py)")
     operator.addoption("--lines", type=int, default=150, help="number of lines of the file; full size: 3000")
+    power = parser.getgroup("power", "the power losses (tests/programs/power_loss.py)")
+    power.addoption("--power-losses", type=int, default=60, help="number of power losses; full size: 5000")
     services = parser.getgroup("services", "the notified services (tests/programs/services.py)")
     services.addoption("--notified", type=int, default=24, help="number of refunds; full size: 2000")
     sockets = parser.getgroup("sockets", "the disturbed sockets (tests/programs/proxy.py)")

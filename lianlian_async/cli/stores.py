@@ -167,11 +167,23 @@ def default_place(merchant: Merchant) -> str:
 
 
 def make_folder(place: str) -> None:
-    """Create the folder of a default journal with mode 0700; raises a usage error."""
+    """Create the folder of a default journal with mode 0700, durably; raises a usage error."""
+    folder = Path(place).parent
     try:
-        Path(place).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in missing if os.name == "posix" else ():  # Windows cannot open a folder
+            _sync(each.parent)  # SQLite syncs the names in its own folder only
     except OSError as error:
         raise click.UsageError(f"{place}: {error.strerror}; {_NAME_IT}") from None
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @attrs.frozen
