@@ -84,8 +84,7 @@ class Listeners:
         with ExitStack() as entered:
             for each in self._listeners:
                 self._call(each, self._enter, each, event, entered)
-            if self._is_logged:
-                _log(event)
+            _log(event)
             yield
 
     def _enter(self, listener: Listener, event: Event, entered: ExitStack) -> None:

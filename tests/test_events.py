@@ -512,6 +512,19 @@ def test_the_environment_shows_the_log(wanted, expected):
     assert [line.partition("lianlian_async: ")[2].split()[0] for line in ran.stderr.splitlines()] == expected
 
 
+def test_sessions_share_the_handler_of_the_environment(monkeypatch, merchant):
+    """A second session does not write each line twice."""
+    logger = logging.getLogger("lianlian_async")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setenv("LIANLIAN_LOG", "info")
+    try:
+        for _ in range(2):
+            RefundSession(merchant)
+        assert (logger.level, len(logger.handlers)) == (logging.INFO, 1)
+    finally:
+        logger.setLevel(logging.NOTSET)
+
+
 def test_an_unknown_log_level_is_refused(monkeypatch, merchant):
     """The error names the variable and its values."""
     monkeypatch.setenv("LIANLIAN_LOG", "all")

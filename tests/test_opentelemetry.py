@@ -23,6 +23,7 @@ from lianlian_async import NotificationEndpoint, RefundRejected, RefundSession, 
 from lianlian_async.cli.sandbox.server import serving
 from lianlian_async.contrib import opentelemetry
 from lianlian_async.contrib.opentelemetry import OpenTelemetry
+from lianlian_async.events import Event
 from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, SandboxGateway
 from tests.support.notices import HEADERS, Handler, notification
@@ -237,6 +238,12 @@ async def test_two_telemetries_do_not_share_spans(telemetry):
         ]
     other.tracers.shutdown()
     other.meters.shutdown()
+
+
+async def test_an_event_of_a_later_release_is_ignored(telemetry):
+    """An unknown event begins no span and changes no metric."""
+    assert telemetry.listener(Event(no_refund=None, backend="httpx")) is None
+    assert telemetry.spans == ()
 
 
 @pytest.mark.virtual_time
