@@ -141,10 +141,19 @@ class RefundRejected(_Refusal):
     ``is_configuration``: the merchant's configuration is the cause (1001, 1008, 3001 …). ``may_pass``: the cause is
     temporary (balance too low, limit exceeded); after it is gone, send the *same* ``no_refund`` again. ``stops_batch``:
     every further refund would be rejected too. ``verified``: the answer had a valid signature; error answers often have
-    none.
+    none. ``evidence``: a person decided that the refund was not made, and why; ``ret_code`` is then ``decided``.
     """
 
     subject = "refund rejected"
+
+    def __init__(
+        self, ret_code: str, ret_msg: str, *, verified: bool, no_refund: str | None, evidence: str | None = None
+    ) -> None:
+        super().__init__(ret_code, ret_msg, verified=verified, no_refund=no_refund)
+        self.evidence = evidence
+        if evidence is not None:
+            self.meaning, self.advice = "not made", "to refund the order, use another no_refund"
+            self.args = (f"refund {no_refund} was not made: {evidence}; {self.advice}",)
 
 
 class QueryRejected(_Refusal):

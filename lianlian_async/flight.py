@@ -126,13 +126,14 @@ class Flights:
                 sent_at=entry.sent_at,
                 refused=None if entry.refused is None else refusal(entry.no_refund, entry.refused),
                 ask_first=standing is Standing.ASK_FIRST or order.query_first,
-                before_resend=partial(order.journal.resend, entry),
+                before_resend=lambda: order.journal.resend(entry, case.history),
                 canary=partial(self._canary, order.journal, apply),
                 traffic=flight.traffic,
+                history=entry.history,
             )
             if earlier is not None:
                 _take_over(case, earlier)
-            return await recording.keep(entry, partial(resolve, case, line.send, line.retries_left), case.unknown)
+            return await recording.keep(entry, partial(resolve, case, line.send, line.retries_left), case)
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
         """Return the unknown outcome for a caller that leaves before the end of the flight."""

@@ -361,7 +361,7 @@ class RefundRecord:
 
     @property
     def evidence(self) -> str | None:
-        """The line of the unsigned statement file from which this refund was read.
+        """The line of the unsigned statement file from which this refund was read, or a person's decision.
 
         None if the refund comes from a signed answer or notification.
         """

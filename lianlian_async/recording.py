@@ -15,17 +15,18 @@ from typing import Final, cast
 import anyio
 import attrs
 
-from .clock import Clock
+from .clock import Clock, Moment
 from .errors import JournalError, LianLianError, RefundConflict, RefundNotSent, RefundOutcomeUnknown, RefundRejected
 from .events import Leased, Paused
 from .identity import check_identity
 from .journal import Ending, Entry, Intent, Journal, Standing, State
+from .journal.base import added
 from .logs import NOBODY, Listeners
-from .models import Record, Refund, RefundRecord, RefundRequest
-from .resolution import matching
+from .models import Record, Refund, RefundRecord, RefundRequest, RefundStatus
+from .resolution import Case, matching
 from .signing import signature_source
 
-__all__ = ["Recording", "answer", "digest", "ending", "learn", "refusal", "take"]
+__all__ = ["Recording", "answer", "decision", "digest", "ending", "learn", "refusal", "take"]
 
 logger = logging.getLogger("lianlian_async")
 
@@ -53,7 +54,17 @@ def _refusal_record(error: RefundRejected) -> dict[str, str]:
 def refusal(no_refund: str, record: Mapping[str, str]) -> RefundRejected:
     """Return the ``RefundRejected`` that ``record`` describes."""
     verified = record["verified"] == "yes"
-    return RefundRejected(record["ret_code"], record["ret_msg"], verified=verified, no_refund=no_refund)
+    code, text, evidence = record["ret_code"], record["ret_msg"], record.get("evidence")
+    return RefundRejected(code, text, verified=verified, no_refund=no_refund, evidence=evidence)
+
+
+def decision(is_made: bool, evidence: str, who: str, now: Moment) -> Ending:
+    """Return the ``Ending`` for :meth:`.journal.Journal.decide`: success, or a rejection that is final."""
+    text = f"decided by hand by {who} at {now.wall.isoformat(sep=' ', timespec='seconds')}: {evidence}"
+    if is_made:
+        return Ending(state=State.DONE, record={"sta_refund": RefundStatus.SUCCESS, "evidence": text})
+    refused = {"ret_code": "decided", "ret_msg": "", "verified": "no"}
+    return Ending(state=State.REJECTED, record=refused | {"evidence": text})
 
 
 def answer(entry: Entry) -> Refund:
@@ -84,9 +95,10 @@ async def take(
         seconds = min(2 * seconds, _LONGEST_LOOK)
 
 
-async def learn(journal: Journal, refund: Record) -> Record:
+async def learn(journal: Journal, refund: Record, now: Moment, source: str = "query") -> Record:
     """Record a state that the gateway reported; return ``refund``, completed from its request if that is on record.
 
+    ``source``: *query*, *notification* or *statement*; the journal keeps it as a fact if the state is new.
     A refund without an entry is returned unchanged. Raises ``RefundConflict`` if ``refund`` differs from the request
     (the journal records this conflict) or if its final state differs from the recorded one.
     """
@@ -94,17 +106,19 @@ async def learn(journal: Journal, refund: Record) -> Record:
     entry = await journal.find(number)
     if entry is None:
         return refund
+    history = added(entry.history, now, source, f"sta_refund {refund.sta_refund or '-'}")
     try:
         matching(RefundRequest.from_record(entry.fields), refund)
     except RefundConflict:
-        await journal.finish(entry, Ending(state=State.CONFLICT, record=refund.to_dict()))
+        await journal.finish(entry, Ending(state=State.CONFLICT, record=refund.to_dict()), history)
         raise
-    recorded = cast("Ending", (await journal.finish(entry, ending(refund))).ending)  # set by finish
+    recorded = cast("Ending", (await journal.finish(entry, ending(refund), history)).ending)  # set by finish
     if recorded.state is State.CONFLICT:
         check_identity(entry.fields, recorded.record)
     status = recorded.record.get("sta_refund")
     if recorded.state is State.REJECTED or (refund.is_final and status != refund.sta_refund):
         theirs = f"rejected {recorded.record['ret_code']}" if recorded.state is State.REJECTED else str(status)
+        theirs = recorded.record.get("evidence", theirs)
         raise RefundConflict(number, field="sta_refund", ours=str(refund.sta_refund), theirs=theirs)
     return cast("Record", refund.completed(entry.fields))
 
@@ -158,44 +172,41 @@ class Recording:
             last_error="another call or worker holds the lease on this refund",
         )
 
-    async def keep(
-        self, entry: Entry, resolve: Callable[[], Awaitable[Refund]], unknown: Callable[[], RefundOutcomeUnknown]
-    ) -> Refund:
-        """Run ``resolve`` for the claimed ``entry`` and record its outcome, also under cancellation.
+    async def keep(self, entry: Entry, resolve: Callable[[], Awaitable[Refund]], case: Case) -> Refund:
+        """Run ``resolve`` for the claimed ``entry`` and its ``case``, and record the outcome, also under cancellation.
 
-        ``unknown`` returns the outcome if ``resolve`` ends without one. A ``JournalError`` after a send has the
-        refund's outcome as ``said``.
+        A ``JournalError`` after a send has the refund's outcome as ``said``.
         """
         try:
             refund = await resolve()
         except RefundRejected as error:
             if error.is_configuration or error.may_pass:  # the same refund may be sent again
-                await self._release(entry, error)
+                await self._release(entry, case, error)
             else:
-                await self._finish(entry, Ending(state=State.REJECTED, record=_refusal_record(error)), error)
+                await self._finish(entry, case, Ending(state=State.REJECTED, record=_refusal_record(error)), error)
             raise
         except RefundNotSent as error:
-            await self._release(entry, error)
+            await self._release(entry, case, error)
             if await self._is_taken(entry, error):
-                raise unknown() from error
+                raise case.unknown() from error
             raise
         except RefundOutcomeUnknown as error:
-            await self._release(entry, error)
+            await self._release(entry, case, error)
             raise
         except RefundConflict as error:
             # A conflict without a record was found by this library, not by the gateway.
-            await self._finish(entry, Ending(state=State.CONFLICT, record=error.record or {}), error)
+            await self._finish(entry, case, Ending(state=State.CONFLICT, record=error.record or {}), error)
             raise
         except BaseException as error:  # cancellation, a failed journal, or a bug: an attempt may be under way
-            said = unknown()
+            said = case.unknown()
             if isinstance(error, JournalError):
                 error.said = said
             try:
-                await self._release(entry, said)
+                await self._release(entry, case, said)
             except JournalError as problem:
                 logger.warning("refund %s may have been made: %s", entry.no_refund, problem)
             raise
-        await self._finish(entry, ending(refund), refund)
+        await self._finish(entry, case, ending(refund), refund)
         return refund
 
     async def _is_taken(self, entry: Entry, said: RefundNotSent) -> bool:
@@ -209,21 +220,22 @@ class Recording:
             raise
         return found is not None and (found.sent_at is not None or found.ending is not None)
 
-    async def _finish(self, entry: Entry, how: Ending, said: Refund | LianLianError) -> None:
+    async def _finish(self, entry: Entry, case: Case, how: Ending, said: Refund | LianLianError) -> None:
         try:
             with anyio.CancelScope(shield=True):
-                await self.journal.finish(entry, how)
+                await self.journal.finish(entry, how, case.history)
         except JournalError as error:
             error.said = said
             raise
 
-    async def _release(self, entry: Entry, said: LianLianError) -> None:
+    async def _release(self, entry: Entry, case: Case, said: LianLianError) -> None:
         """End the lease. The refund may have been made only if ``said`` is ``RefundOutcomeUnknown``."""
         unknown = said if isinstance(said, RefundOutcomeUnknown) else None
         refused = None if unknown is None or unknown.refused is None else _refusal_record(unknown.refused)
         try:
             with anyio.CancelScope(shield=True):
-                await self.journal.release(entry, None if unknown is None else unknown.moment, refused)
+                moment = None if unknown is None else unknown.moment
+                await self.journal.release(entry, moment, refused, case.history)
         except JournalError as error:
             error.said = said
             raise

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import anyio
 
+from .clock import Clock
 from .errors import InvalidRequest, JournalError, LianLianError, RefundRejected
 from .journal import Entry, Journal, State
 from .models import RefundQuery, RefundRecord, RefundRequest
@@ -37,6 +38,7 @@ async def resume(
     resolve: Callable[[RefundRequest], Awaitable[Outcome]],
     query: Callable[[RefundQuery], Awaitable[RefundRecord]],
     workers: int,
+    clock: Clock,
 ) -> Resumed:
     """Resolve every refund in ``journal`` that is UNRESOLVED, and query every ACCEPTED one for its final state.
 
@@ -52,7 +54,7 @@ async def resume(
 
     async def is_final(request: RefundRequest) -> bool:
         try:
-            refund = await learn(journal, matching(request, await query(request.query())))
+            refund = await learn(journal, matching(request, await query(request.query())), clock())
         except JournalError:
             raise
         except LianLianError as error:

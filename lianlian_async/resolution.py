@@ -18,8 +18,9 @@ import attrs
 from .clock import Clock, Moment, elapsed, latest
 from .codes import CodeClass, explain
 from .errors import AnswerMismatch, LianLianError, RefundConflict, RefundOutcomeUnknown, RefundRejected
-from .exchange import Exchange, Finding, Reply
+from .exchange import Call, Exchange, Finding, Reply
 from .identity import check_identity, has_whole_identity
+from .journal.base import added
 from .middleware import Next, backoff
 from .models import Refund, RefundRecord, RefundRequest
 from .outcome import Traffic, unknown_reason
@@ -83,11 +84,17 @@ class Case:
     """Queries a refund that was made, to check the query service. True: it was found. False: there is no refund to
     query. An error: "no such record" from this query service proves nothing."""
     traffic: Traffic = attrs.field(factory=Traffic)
+    history: str = ""
+    """The facts about this refund, for the journal."""
     rejection: LianLianError | None = None
     """The rejection of the last attempt; it is believed once no earlier attempt can have succeeded."""
     retry_after: float | None = None
     apply_error: LianLianError | None = None
     query_error: LianLianError | None = None
+
+    def add_fact(self, what: str, result: str = "") -> None:
+        """Remember a fact for the journal, which records it with the outcome."""
+        self.history = added(self.history, self.clock(), what, result)
 
     def not_found_is_believed(self, asked_at: Moment) -> bool:
         """Return whether "no such record", queried at ``asked_at``, proves that no attempt was carried out."""
@@ -213,6 +220,7 @@ async def _check_not_found(case: Case) -> None:
         raise case.rejection
     if case.refused is not None and case.is_refused:
         raise case.refused
+    case.add_fact("resend")
     await case.before_resend()
 
 
@@ -223,8 +231,10 @@ async def _apply(case: Case, send: Next) -> Refund | None:
         reply = await send(attrs.evolve(case.apply, attempt=sent + 1) if sent else case.apply)
     except BaseException:  # the request may be under way
         case.sent_at, case.refused = case.clock(), None
+        case.add_fact(Call.APPLY, "interrupted")
         raise
     case.traffic.attempts += reply.attempts
+    case.add_fact(Call.APPLY, _result(reply))
     case.apply_error, case.retry_after = reply.error, reply.retry_after
     step = case.next_step(reply.finding)
     if step is Step.RETURN:
@@ -245,6 +255,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         asked_at = case.clock()
         reply = await send(attrs.evolve(query, attempt=case.traffic.queries + 1))
         case.traffic.queries += reply.attempts
+        case.add_fact(Call.QUERY, _result(reply))
         case.query_error, case.retry_after = reply.error, reply.retry_after
         if reply.refund is not None:
             case.query_error = case.doubt(reply.refund)
@@ -277,6 +288,16 @@ def matching(request: RefundRequest, found: RefundRecord) -> Refund:
         error.last_exchange = found.last_exchange
         raise
     return cast("Refund", found.completed(fields))  # the request has number and amount
+
+
+def _result(reply: Reply) -> str:
+    """Return a reply as the result of a ``Fact``."""
+    if reply.refund is not None:
+        return f"sta_refund {reply.refund.sta_refund or '-'}"
+    if isinstance(reply.error, RefundConflict):
+        return "another refund"
+    result: str = getattr(reply.error, "ret_code", None) or unknown_reason(reply.error, None)
+    return f"not sent: {result}" if reply.finding is Finding.NOT_SENT else result
 
 
 def _number(case: Case) -> str:

@@ -325,7 +325,7 @@ class RefundSession:
 
     async def _learn(self, query: RefundQuery) -> RefundRecord:
         refund = await self.query_refund(query)
-        return refund if self.journal is None else await learn(self.journal, refund)
+        return refund if self.journal is None else await learn(self.journal, refund, self.clock())
 
     async def resume(self, *, concurrency: int | None = None) -> Resumed:
         """Resolve every open refund of the session's journal, and query accepted ones for their final state.
@@ -336,7 +336,9 @@ class RefundSession:
         if self.journal is None:
             raise ConfigurationError("resume: this session has no journal")
         workers = self.max_connections if concurrency is None else concurrency
-        return await resume(self.journal, resolve=self.outcome_of, query=self.query_refund, workers=workers)
+        return await resume(
+            self.journal, resolve=self.outcome_of, query=self.query_refund, workers=workers, clock=self.clock
+        )
 
     # ── one refund ───────────────────────────────────────────────────────────────────────────────
 

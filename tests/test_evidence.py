@@ -348,17 +348,17 @@ class Failing(MemoryJournal):
 
     verbs: frozenset[str] = frozenset()
 
-    async def resend(self, entry):
+    async def resend(self, *told):
         self._check("resend")
-        await super().resend(entry)
+        await super().resend(*told)
 
-    async def finish(self, entry, ending):
+    async def finish(self, *told):
         self._check("finish")
-        return await super().finish(entry, ending)
+        return await super().finish(*told)
 
-    async def release(self, entry, sent_at, refused=None):
+    async def release(self, *told):
         self._check("release")
-        await super().release(entry, sent_at, refused)
+        await super().release(*told)
 
     def _check(self, verb):
         if verb in self.verbs:

@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from lianlian_async import NotificationEndpoint, Refund
+from lianlian_async.clock import system_clock
 from lianlian_async.journal import State
 from lianlian_async.recording import learn
 from tests.support import journals
@@ -136,7 +137,7 @@ async def test_inbox_acts_at_its_start_on_refunds_that_are_already_final(kind, h
         pass
     async with kind.make() as journal:
         await begin(journal)
-        await learn(journal, Refund.from_dict(made(asked(), sta_refund="2")))
+        await learn(journal, Refund.from_dict(made(asked(), sta_refund="2")), system_clock())
         assert (await journal.find("R-1")).state is State.FINAL
         async with inbox(journal, handler) as endpoint:
             await until(lambda: endpoint.counts["acted"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import anyio
 import attrs
@@ -11,6 +12,7 @@ import pytest
 from lianlian_async import ConfigurationError, RefundConflict
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, Standing, State
+from lianlian_async.journal.base import added, facts
 from tests.support import journals
 from tests.support.journals import ACCEPTED, MADE, REJECTED, held, intent, now
 
@@ -327,7 +329,7 @@ async def test_a_final_refund_is_final_until_acted(kind):
         assert (await journal.latest_made()).no_refund == "R-3"
         assert (await begin(journal, "R-1"))[1].ending.record == MADE.record
         for _ in range(2):
-            await journal.acted("R-1")
+            await journal.acted("R-1", now())
             assert (await journal.find("R-1")).ending == MADE
             assert (await journal.counts())[State.FINAL] == 2
 
@@ -351,7 +353,7 @@ async def test_acted_changes_only_final_refunds(kind, ending):
         if ending is not None:
             await journal.finish(held("R-1"), ending)
         for number in ("R-1", "R-2"):
-            await journal.acted(number)
+            await journal.acted(number, now())
         assert (await journal.find("R-1")).ending == ending
         assert await journal.find("R-2") is None
 
@@ -539,3 +541,129 @@ async def test_the_inbox_opens_and_closes_with_its_journal(kind):
         await begin(await journal.inbox(), lease=OVER)
     async with kind.make() as journal:
         assert [entry.no_refund async for entry in (await journal.inbox()).pending()] == ["R-1"]
+
+
+# ── history ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def told(entry):
+    """Return the events of an entry's history."""
+    return [(fact.what, fact.result, fact.times) for fact in facts(entry.history)]
+
+
+async def test_history_has_each_step_of_a_refund(kind):
+    """Every call adds its facts to those of earlier calls, and the history survives a restart."""
+    async with kind.make() as journal:
+        await journal.begin_acting()
+        _, entry = await begin(journal, lease=OVER)
+        await journal.resend(entry, added(entry.history, now(), "resend"))
+        await journal.release(entry, now(), history=added(entry.history, now(), "query", "no answer in time"))
+        _, entry = await begin(journal)
+        await journal.finish(entry, ACCEPTED, added(entry.history, now(), "apply", "sta_refund 1"))
+        await journal.finish(entry, MADE, added((await journal.find("R-1")).history, now(), "notification"))
+        await journal.acted("R-1", now(60))
+    async with kind.make() as journal:
+        entry = await journal.find("R-1")
+        assert [what for what, _, _ in told(entry)] == [
+            *("begun", "resend", "query", "lease", "apply", "notification", "acted")
+        ]
+        assert told(entry)[2] == ("query", "no answer in time", 1)
+        first, *_, last = facts(entry.history)
+        assert 60 <= last.at - first.at <= 120
+
+
+async def test_history_is_bounded(kind):
+    """Equal events in a row count as one; of many others, the first three and the latest six stay."""
+    async with kind.make() as journal:
+        _, entry = await begin(journal)
+        history = entry.history
+        for number in (1, 1, 1, *range(2, 12)):
+            history = added(history, now(), "query", f"{number}\n" + 50 * "x")
+        await journal.release(entry, now(), history=history)
+        found = told(await journal.find("R-1"))
+        assert [(result[:2].strip(), times) for _, result, times in found] == [
+            ("", 1), ("1", 3), ("2", 1), *((str(number), 1) for number in range(6, 12)),
+        ]  # fmt: skip
+        assert max(len(result) for _, result, _ in found) <= 32
+        assert len((await journal.find("R-1")).history) < 500
+
+
+async def test_history_keeps_the_facts_of_concurrent_calls(kind):
+    """A call that did not see the latest facts adds its own to them."""
+    async with kind.make() as journal:
+        _, late = await begin(journal, lease=OVER)
+        _, entry = await begin(journal)
+        await journal.finish(late, MADE, added(late.history, now(), "apply", "sta_refund 2"))
+        assert told(await journal.find("R-1")) == [("begun", "", 1), ("lease", "", 1), ("apply", "sta_refund 2", 1)]
+        assert (await journal.finish(entry, MADE, added("", now(), "query"))).ending == MADE
+        assert len(told(await journal.find("R-1"))) == 3
+
+
+# ── decisions ────────────────────────────────────────────────────────────────────────────────────
+
+BY_HAND = Ending(state=State.DONE, record={"sta_refund": "2", "evidence": "a bank statement"})
+NOT_MADE = Ending(state=State.REJECTED, record={"ret_code": "decided", "verified": "no", "evidence": "a letter"})
+CONFLICT = Ending(state=State.CONFLICT, record={"ret_code": "0000", "money_refund": "9.00"})
+UNSIGNED = Ending(state=State.REJECTED, record={"ret_code": "5007", "verified": "no"})
+SIGNED = Ending(state=State.REJECTED, record={"ret_code": "5007", "verified": "yes"})
+
+
+@pytest.mark.parametrize("decided", [BY_HAND, NOT_MADE], ids=["made", "not made"])
+@pytest.mark.parametrize(
+    "ending", [None, ACCEPTED, CONFLICT, UNSIGNED], ids=["unresolved", "accepted", "conflict", "5007"]
+)
+async def test_a_decision_is_final(kind, ending, decided):
+    """A decision becomes the outcome, keeps the earlier record, and no later outcome replaces it."""
+    async with kind.make() as journal:
+        _, entry = await begin(journal)
+        await (journal.release(entry, now()) if ending is None else journal.finish(entry, ending))
+        if ending is UNSIGNED and decided is NOT_MADE:
+            with pytest.raises(JournalError, match="R-1: it is rejected already; nothing was changed"):
+                await journal.decide("R-1", decided, now())
+            return
+        stored = await journal.decide("R-1", decided, now())
+        assert (stored.state, stored.body, told(stored)[-1][0]) == (decided.state, b"", "decided")
+    async with kind.make() as journal:
+        assert (await journal.find("R-1")).ending == stored.ending
+        record = dict(stored.ending.record)
+        assert ("recorded" in record) is (ending is not None)
+        assert ending is None or json.loads(record.pop("recorded")) == ending.record
+        assert record == decided.record
+        assert (await begin(journal))[0] is Standing.FINISHED
+        assert (await journal.finish(held("R-1"), MADE)).ending == stored.ending
+        assert await journal.latest_made() is None
+        for other in (BY_HAND, NOT_MADE):
+            with pytest.raises(JournalError, match="nothing was changed"):
+                await journal.decide("R-1", other, now())
+
+
+async def test_a_decision_that_it_was_made_waits_for_the_handler(kind):
+    """After ``begin_acting``, a refund that was decided as made is FINAL until ``acted``."""
+    async with kind.make() as journal:
+        await journal.begin_acting()
+        await journal.release((await begin(journal))[1], now())
+        assert (await journal.decide("R-1", BY_HAND, now())).state is State.FINAL
+        await journal.acted("R-1", now())
+        assert (await journal.find("R-1")).state is State.DONE
+
+
+@pytest.mark.parametrize("ending", [MADE, SIGNED], ids=["made", "rejected"])
+async def test_a_signed_final_outcome_cannot_be_decided(kind, ending):
+    """A decision never replaces an outcome that the gateway has signed, nor a final one."""
+    async with kind.make() as journal:
+        await journal.finish((await begin(journal))[1], ending)
+        for decided in (BY_HAND, NOT_MADE):
+            with pytest.raises(JournalError, match=r"R-1: .* already.*nothing was changed"):
+                await journal.decide("R-1", decided, now())
+        assert (await journal.find("R-1")).ending == ending
+
+
+async def test_a_leased_refund_cannot_be_decided(kind):
+    """While a call has the lease, a decision is refused; so is one for a number without an entry."""
+    async with kind.make() as journal:
+        await begin(journal)
+        with pytest.raises(JournalError, match="R-1: another call or worker has its lease and may be sending it"):
+            await journal.decide("R-1", BY_HAND, now())
+        with pytest.raises(JournalError, match="refund R-2: it is not in this journal"):
+            await journal.decide("R-2", BY_HAND, now())
+        assert (await journal.find("R-1")).ending is None

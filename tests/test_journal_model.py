@@ -127,7 +127,7 @@ async def test_every_journal_behaves_like_the_model(make_kind, steps):
                     await journal.begin_acting()
                     model.is_acting = True
                 case ("acted", no_refund):
-                    await journal.acted(no_refund)
+                    await journal.acted(no_refund, now())
                     model.acted(no_refund)
                 case ("release", which, may_have_arrived) if which < len(given_out):
                     call, entry = given_out[-1 - which]

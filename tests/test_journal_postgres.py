@@ -460,7 +460,7 @@ async def test_another_version_is_refused_with_advice(make, administer):
     async with make():
         pass
     await administer("UPDATE {schema}.version SET version = 1")
-    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 4; complete it"):
+    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 5; complete it"):
         async with make():
             pass
 

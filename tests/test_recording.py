@@ -427,13 +427,13 @@ class Slow(MemoryJournal):
         await anyio.sleep(1)
         return await super().begin(intent, now)
 
-    async def finish(self, entry, ending):
+    async def finish(self, *told):
         await anyio.sleep(1)
-        return await super().finish(entry, ending)
+        return await super().finish(*told)
 
-    async def release(self, entry, sent_at, refused=None):
+    async def release(self, *told):
         await anyio.sleep(1)
-        await super().release(entry, sent_at, refused)
+        await super().release(*told)
 
 
 @pytest.mark.parametrize(
@@ -601,13 +601,13 @@ class Failing(MemoryJournal):
         self._check("begin")
         return await super().begin(intent, now)
 
-    async def finish(self, entry, ending):
+    async def finish(self, *told):
         self._check("finish")
-        return await super().finish(entry, ending)
+        return await super().finish(*told)
 
-    async def release(self, entry, sent_at, refused=None):
+    async def release(self, *told):
         self._check("release")
-        await super().release(entry, sent_at, refused)
+        await super().release(*told)
 
     async def pending(self):
         self._check("pending")
@@ -825,7 +825,7 @@ async def test_learn_does_not_undo_a_conflict(new_journal):
         await journal.begin(intent("R-1", digest=digest(fields), fields=fields), boot_clock())
         for told in (contradiction, news):
             with pytest.raises(RefundConflict) as caught:
-                await learn(journal, told)
+                await learn(journal, told, boot_clock())
             assert caught.value.theirs == "9.00"
         assert (await journal.find("R-1")).state is State.CONFLICT
 
@@ -838,7 +838,7 @@ async def test_learn_resolves_an_open_refund(new_journal):
         with anyio.move_on_after(1):
             await session.apply_refund(refund_request())
         news = await session.query_refund(refund_request().query())
-        assert await learn(journal, news) == await learn(journal, news) == news
+        assert await learn(journal, news, boot_clock()) == await learn(journal, news, boot_clock()) == news
         assert answer(await journal.find("R-1")) == await session.apply_refund(refund_request()) == news
     assert gateway.requests == {"apply": 1, "query": 1}
 
@@ -848,7 +848,7 @@ async def test_learn_returns_a_refund_without_an_entry_unchanged(new_journal):
     gateway = sandbox()
     async with gateway.session(clock=boot_clock) as session, new_journal() as journal:
         refund = await session.apply_refund(refund_request())
-        assert await learn(journal, refund) is refund
+        assert await learn(journal, refund, boot_clock()) is refund
         assert await journal.find("R-1") is None
 
 
@@ -865,7 +865,7 @@ async def test_learn_raises_a_conflict_for_another_final_state(rejected, theirs,
         news = await elsewhere.apply_refund(refund_request())
         before = await journal.find("R-1")
         with pytest.raises(RefundConflict) as caught:
-            await learn(journal, news)
+            await learn(journal, news, boot_clock())
         assert await journal.find("R-1") == before
     assert (caught.value.field, caught.value.ours, caught.value.theirs) == ("sta_refund", "3", theirs)
 

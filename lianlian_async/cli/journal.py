@@ -1,10 +1,12 @@
-"""``lianlian journal``: show a journal, export it, resolve its open refunds."""
+"""``lianlian journal``: show a journal, export it, resolve or decide its open refunds, back it up, restore it."""
 
 from __future__ import annotations
 
+import getpass
+import os
 import time
 from collections.abc import Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing, closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,28 +14,34 @@ import anyio
 import attrs
 import click
 
+from lianlian_async.clock import system_clock
 from lianlian_async.journal import Entry
+from lianlian_async.journal.sqlite_file import JournalFile
+from lianlian_async.journal.sqlite_file import restore as restore_file
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
+from lianlian_async.recording import decision
 from lianlian_async.recovery import Resumed
 from lianlian_async.worker_pool import iterate
 
 from .exit_codes import UNKNOWN
+from .explain import show_entry
 from .journal_report import journal_line, journal_views, read_journal
 from .options import config_option, load_merchant, make_session, session_options
 from .output import Output, json_option, line_writer, pass_output
 from .signals import sigterm_interrupts
-from .stores import is_dsn, make_journal, make_reader, place_argument
+from .stores import is_dsn, journal_option, make_journal, make_reader, place_argument
 
+_LONGEST_EVIDENCE: Final = 200
 _SECOND_LOOK: Final = 1.0
 _REQUEST: Final = tuple(field.name for field in attrs.fields(RefundRequest))
-_RECORD: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno", "settle_date")
+_RECORD: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno", "settle_date", "evidence")
 _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
 
 
 @click.group
 def journal() -> None:
-    """Show, export or resume a journal.
+    """Show, export, resume, decide, back up or restore a journal.
 
     A journal records refunds and their outcomes. It is an SQLite file, created by `lianlian batch`, or a PostgreSQL
     database (postgresql://…, preferably in LIANLIAN_DSN).
@@ -109,6 +117,78 @@ def resume(output: Output, /, place: str, config: Path | None, **settings: Any) 
     queried for their final state. Exit code 4 if some are still unknown.
     """
     _show_resumed(output, place, *anyio.run(_resume, load_merchant(config), place, settings))
+
+
+@journal.command
+@click.argument("no_refund")
+@click.argument("outcome", type=click.Choice(["made", "not-made"]))
+@click.option("--evidence", required=True, help="Why, in one line: a bank statement, LianLian's answer by mail …")
+@journal_option()
+@json_option
+@pass_output
+def decide(output: Output, /, no_refund: str, outcome: str, evidence: str, place: str) -> None:
+    """Record by hand whether a refund was made, for example when LianLian no longer answers.
+
+    The decision is final; a refund that was not made is never sent again. Refused if LianLian has signed a final
+    outcome, or while a call may be sending the refund.
+    """
+    if not evidence.strip() or not evidence.isprintable() or len(evidence) > _LONGEST_EVIDENCE:
+        raise click.BadParameter(f"must be one line of 1 to {_LONGEST_EVIDENCE} characters", param_hint="--evidence")
+    now = system_clock()
+    ending = decision(outcome == "made", evidence, _user(), now)
+
+    async def record() -> Entry:
+        async with make_journal(place) as opened:
+            return await opened.decide(no_refund, ending, now)
+
+    show_entry(output, anyio.run(record), now)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"user {os.getuid()}"
+
+
+@journal.command
+@click.argument("file", type=click.Path(path_type=Path))
+@journal_option()
+@json_option
+@pass_output
+def backup(output: Output, /, file: Path, place: str) -> None:
+    """Copy a journal file to FILE, which must not exist, while other processes use the journal.
+
+    FILE appears when the copy is complete. The inbox is not copied: after a restore, on_refund is called again.
+    """
+    _check_is_file(place)
+    if file.exists():
+        raise click.BadParameter("exists already", param_hint="FILE")
+    with closing(JournalFile(place, only_to_look=True)) as opened:
+        opened.backup(file)
+    output.show({"backup": str(file)}, f"journal {place} copied to {file}")
+
+
+@journal.command
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@journal_option(exists=False)
+@json_option
+@pass_output
+def restore(output: Output, /, file: Path, place: str) -> None:
+    """Create a journal from FILE, a backup, and record in it that it was restored.
+
+    Refunds that the backup may lack are queried before they are sent, and unresolved refunds count as sent just now.
+    """
+    _check_is_file(place)
+    restore_file(file, Path(place), system_clock())
+    output.show({"journal": place}, f"journal {place} is restored; run `lianlian journal resume`")
+
+
+def _check_is_file(place: str) -> None:
+    if is_dsn(place):
+        raise click.UsageError(
+            "for PostgreSQL use pg_dump; after pg_restore, restart the server: the journal notices it"
+        )
 
 
 def _show_resumed(output: Output, place: str, resumed: Resumed, reasons: Mapping[str, int]) -> None:

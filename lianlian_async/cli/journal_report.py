@@ -21,7 +21,7 @@ from .output import local_time, table
 from .stores import is_dsn, make_reader, place_name, read_queue
 
 _LISTED: Final = 20
-_MEANING: Final = {
+MEANING: Final = {
     State.UNRESOLVED: "begun; unknown whether it was made",
     State.ACCEPTED: "made; final state unknown",
     State.FINAL: "success or failed; on_refund has not returned",
@@ -123,7 +123,7 @@ def journal_views(
         **({"reasons": dict(reasons)} if reasons else {}),
         **facts,
     }
-    states = [(state, f"{report.states[state]:,}", meaning) for state, meaning in _MEANING.items()]
+    states = [(state, f"{report.states[state]:,}", meaning) for state, meaning in MEANING.items()]
     shown: list[RenderableType] = [table(f"journal {name}", ("state", "refunds", "meaning"), states)]
     if report.queue:
         shown += _queue_tables(report)

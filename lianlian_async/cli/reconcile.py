@@ -21,21 +21,12 @@ from lianlian_async.worker_pool import iterate, run_workers
 
 from .options import config_option, load_merchant
 from .output import Output, json_option, pass_output, table
-from .stores import DSN, JOURNAL, Place, make_journal, make_reader
+from .stores import journal_option, make_journal, make_reader
 
 
 @click.command
 @click.argument("statements", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--journal",
-    "place",
-    metavar="PATH|DSN",
-    envvar=[DSN, JOURNAL],
-    show_envvar=True,
-    required=True,
-    type=Place(exists=True),
-    help="Journal to compare with.",
-)
+@journal_option()
 @click.option(
     "--apply",
     "is_applied",
@@ -120,7 +111,7 @@ async def _apply(found: Reconciliation, merchant: Merchant, place: str, output: 
                 if error.ret_code != "3005":  # older than three months: the gateway no longer answers
                     raise
                 refund = Refund.from_dict(found.records(entry.no_refund)[0])
-            await learn(journal, refund)
+            await learn(journal, refund, session.clock(), "query" if refund.evidence is None else "statement")
         except JournalError:
             raise
         except RefundNotFound:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +24,8 @@ from lianlian_async.secret import drop_secrets, without_locals
 
 if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
+
+    from .options import Command
 
 DSN: Final = "LIANLIAN_DSN"
 JOURNAL: Final = "LIANLIAN_JOURNAL"
@@ -80,6 +82,12 @@ place_argument: Final = click.argument("place", metavar="PATH|DSN", envvar=[DSN,
 """The argument PATH|DSN: the place of an existing journal."""
 dsn_argument: Final = click.argument("dsn", metavar="DSN", envvar=DSN, type=Place(only_dsn=True))
 """The argument DSN: the place of a queue."""
+
+
+def journal_option(*, exists: bool = True) -> Callable[[Command], Command]:
+    """Return a decorator that adds the option --journal: the place of a journal."""
+    option: dict[str, Any] = {"metavar": "PATH|DSN", "envvar": [DSN, JOURNAL], "show_envvar": True, "required": True}
+    return click.option("--journal", "place", type=Place(exists=exists), help="The journal.", **option)
 
 
 def make_journal(place: str) -> Journal:

@@ -23,14 +23,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from enum import StrEnum
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
 import attrs
 
 from lianlian_async.clock import Moment
 from lianlian_async.errors import ConfigurationError, JournalError
 
-__all__ = ["Ending", "Entry", "Intent", "Journal", "JournalError", "Owner", "Standing", "State"]
+__all__ = ["Ending", "Entry", "Fact", "Intent", "Journal", "JournalError", "Owner", "Standing", "State"]
+
+T = TypeVar("T")
+
+MOST_FACTS: Final = 9
+"""The first three and the latest six facts of a refund stay."""
 
 
 class State(StrEnum):
@@ -74,6 +79,56 @@ class Standing(StrEnum):
     LEASED = "leased"
 
 
+class Fact(NamedTuple):
+    """``times`` equal events of one refund; people read them, no decision depends on them."""
+
+    at: int
+    """The last time, in seconds since 1970 by the wall clock."""
+    times: int
+    what: str
+    """*begun*, *lease*, *apply*, *resend*, *query*, *notification*, *statement*, *acted* or *decided*."""
+    result: str
+    """A ``ret_code``, ``sta_refund``, or why there is none."""
+
+
+def facts(history: str) -> list[Fact]:
+    """Return the facts of an :attr:`Entry.history`."""
+    rows = (line.split(" ", 3) for line in history.splitlines())
+    return [Fact(int(at), int(times), what, result) for at, times, what, result in rows]
+
+
+def added(history: str, now: Moment, what: str, result: str = "") -> str:
+    """Return ``history`` with one more fact; ``result`` is shortened to 32 characters."""
+    event = f"{what} {' '.join(result[:32].split())}\n"
+    lines = history.splitlines(keepends=True)
+    times = 1
+    if lines and lines[-1].endswith(f" {event}"):
+        times += int(lines.pop().split(" ", 2)[1])
+    return _bounded([*lines, f"{now.wall.timestamp():.0f} {times} {event}"])
+
+
+def joined(stored: str, told: str) -> str:
+    """Return ``stored`` with those facts of ``told`` that it lacks."""
+    if told.startswith(stored):
+        return told
+    known = stored.splitlines(keepends=True)
+    return _bounded([*known, *(line for line in told.splitlines(keepends=True) if line not in known)])
+
+
+def _bounded(lines: list[str]) -> str:
+    return "".join(lines if len(lines) <= MOST_FACTS else (*lines[:3], *lines[-6:]))
+
+
+def upgrade_steps(journal: str, version: int, newest: int, steps: Mapping[int, T]) -> list[T]:
+    """Return the ``steps`` from schema ``version`` to ``newest``; raises :class:`JournalError` if one is missing."""
+    if version > newest or not steps.keys() >= set(range(version, newest)):
+        raise JournalError(
+            f"journal {journal}: schema version {version}, but this release needs {newest}; "
+            "complete it with the release that created it"
+        )
+    return [steps[number] for number in range(version, newest)]
+
+
 @attrs.frozen
 class Owner:
     """The merchant and the apply endpoint that a journal belongs to."""
@@ -108,7 +163,10 @@ class Intent:
 
 @attrs.frozen(kw_only=True)
 class Ending:
-    """A known outcome: ``state`` and its evidence (``Refund.to_dict()``, or the rejection's fields)."""
+    """A known outcome: ``state`` and its evidence (``Refund.to_dict()``, or the rejection's fields).
+
+    A ``record`` with ``evidence`` but without a signature is a statement's row or a person's decision.
+    """
 
     state: State = attrs.field(validator=attrs.validators.not_(attrs.validators.in_([State.UNRESOLVED])))
     record: Mapping[str, str]
@@ -135,11 +193,18 @@ class Entry:
     """Identifies the call that has the lease."""
     leased_until: Moment | None = attrs.field(default=None, repr=False)
     """The end of the lease."""
+    history: str = attrs.field(default="", repr=False)
+    """The facts about the refund, one in each line; see :func:`facts`."""
 
     @property
     def state(self) -> State:
         """The refund's state."""
         return State.UNRESOLVED if self.ending is None else self.ending.state
+
+    @property
+    def is_canary(self) -> bool:
+        """Whether the gateway itself has said that the refund was made, so that it must find it."""
+        return self.ending is not None and self.state.is_made and "evidence" not in self.ending.record
 
 
 class Journal(Protocol):
@@ -182,13 +247,14 @@ class Journal(Protocol):
         Raises ``RefundConflict`` if the journal has the number with another digest.
         """
 
-    async def resend(self, entry: Entry) -> None:
+    async def resend(self, entry: Entry, history: str = "") -> None:
         """Record that ``entry``, as returned by :meth:`begin`, may be sent again until its lease ends.
 
+        ``history``, here and below: its history with the facts of this call.
         Raises :class:`JournalError` if another call has taken the lease or resolved the refund.
         """
 
-    async def finish(self, entry: Entry, ending: Ending) -> Entry:
+    async def finish(self, entry: Entry, ending: Ending, history: str = "") -> Entry:
         """Record the outcome of ``entry``, end its lease, and return the entry as stored.
 
         The first outcome wins; only ACCEPTED may become FINAL or DONE later. Idempotent. An entry that the journal has
@@ -201,10 +267,12 @@ class Journal(Protocol):
         Acting is calling ``on_refund``. Refunds that are DONE stay DONE. Without this call no refund is ever FINAL.
         """
 
-    async def acted(self, no_refund: str) -> None:
+    async def acted(self, no_refund: str, now: Moment) -> None:
         """Record that ``on_refund`` has returned: FINAL becomes DONE; every other state stays as it is."""
 
-    async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
+    async def release(
+        self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None, history: str = ""
+    ) -> None:
         """End the lease of ``entry``, as returned by :meth:`begin`, and leave the refund unresolved.
 
         ``sent_at`` and ``refused`` (see :class:`Entry`) cover the attempts of this call and of earlier ones. If
@@ -212,8 +280,14 @@ class Journal(Protocol):
         resolved the refund.
         """
 
+    async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
+        """Record the outcome that a person has decided, DONE or REJECTED, as :meth:`finish` does.
+
+        Raises :class:`JournalError` if there is no entry, if a call has the lease, or if it is final or signed.
+        """
+
     async def latest_made(self) -> Entry | None:
-        """Return the newest entry whose refund was made. Callers query it to check that the query service works."""
+        """Return the newest entry that :attr:`~Entry.is_canary`, to check with a query that the query service works."""
 
     def pending(self) -> AsyncIterator[Entry]:
         """Yield every UNRESOLVED, ACCEPTED or FINAL entry, oldest first, in bounded memory.

@@ -23,7 +23,7 @@ from lianlian_async.background import BackgroundTask, complete, is_failure
 from lianlian_async.clock import Moment
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing
-from .operations import Acted, Begin, Find, Finish, Operation, Release, Resend, Result, TakeBack
+from .operations import Acted, Begin, Decide, Find, Finish, Operation, Release, Resend, Result, TakeBack
 
 __all__ = ["GroupCommitJournal", "Queued"]
 
@@ -230,17 +230,22 @@ class GroupCommitJournal(Journal):
         begin = Begin(intent, now, f"{self._holder}-{next(self._calls)}")
         return await group.do(begin, if_cancelled=TakeBack(begin))
 
-    async def resend(self, entry: Entry) -> None:
-        await self._opened().do(Resend(entry))
+    async def resend(self, entry: Entry, history: str = "") -> None:
+        await self._opened().do(Resend(entry, history))
 
-    async def finish(self, entry: Entry, ending: Ending) -> Entry:
-        return await self._opened().do(Finish(entry, ending))
+    async def finish(self, entry: Entry, ending: Ending, history: str = "") -> Entry:
+        return await self._opened().do(Finish(entry, ending, history))
 
-    async def acted(self, no_refund: str) -> None:
-        await self._opened().do(Acted(no_refund))
+    async def acted(self, no_refund: str, now: Moment) -> None:
+        await self._opened().do(Acted(no_refund, now))
 
-    async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
-        await self._opened().do(Release(entry, sent_at, refused))
+    async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
+        return await self._opened().do(Decide(no_refund, ending, now))
+
+    async def release(
+        self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None, history: str = ""
+    ) -> None:
+        await self._opened().do(Release(entry, sent_at, refused, history))
 
     async def find(self, no_refund: str) -> Entry | None:
         return await self._opened().do(Find(no_refund))

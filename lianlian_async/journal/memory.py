@@ -14,7 +14,7 @@ import anyio.lowlevel
 from lianlian_async.clock import Moment
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing, State
-from .operations import Acted, Begin, Finish, Operation, Release, Resend
+from .operations import Acted, Begin, Decide, Finish, Operation, Release, Resend
 
 __all__ = ["MemoryJournal", "OpenRefunds"]
 
@@ -57,23 +57,28 @@ class MemoryJournal(Journal):
         await anyio.lowlevel.checkpoint()
         return self._do(Begin(intent, now))
 
-    async def resend(self, entry: Entry) -> None:
-        self._do(Resend(entry))
+    async def resend(self, entry: Entry, history: str = "") -> None:
+        self._do(Resend(entry, history))
 
-    async def finish(self, entry: Entry, ending: Ending) -> Entry:
-        return self._do(Finish(entry, ending, is_acting=self._is_acting))
+    async def finish(self, entry: Entry, ending: Ending, history: str = "") -> Entry:
+        return self._do(Finish(entry, ending, history, is_acting=self._is_acting))
 
     async def begin_acting(self) -> None:
         self._is_acting = True
 
-    async def acted(self, no_refund: str) -> None:
-        self._do(Acted(no_refund))
+    async def acted(self, no_refund: str, now: Moment) -> None:
+        self._do(Acted(no_refund, now))
 
-    async def release(self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None) -> None:
-        self._do(Release(entry, sent_at, refused))
+    async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
+        return self._do(Decide(no_refund, ending, now, is_acting=self._is_acting))
+
+    async def release(
+        self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None, history: str = ""
+    ) -> None:
+        self._do(Release(entry, sent_at, refused, history))
 
     async def latest_made(self) -> Entry | None:
-        return next((entry for entry in reversed(self._entries.values()) if entry.state.is_made), None)
+        return next((entry for entry in reversed(self._entries.values()) if entry.is_canary), None)
 
     async def pending(self) -> AsyncIterator[Entry]:
         for no_refund in list(self._entries):
@@ -129,7 +134,7 @@ class OpenRefunds(MemoryJournal):
     def _do(self, operation: Operation[T]) -> T:
         answer = super()._do(operation)
         entry = self._entries[operation.no_refund]
-        if entry.state.is_made:
+        if entry.is_canary:
             self._latest_made = entry
         if entry.ending is not None or entry.sent_at is None:
             del self._entries[operation.no_refund]

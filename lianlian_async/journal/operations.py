@@ -1,4 +1,4 @@
-"""Operations on one journal entry: begin, resend, finish, acted, release, take back (roll back a begin), find.
+"""Operations on one journal entry: begin, resend, finish, acted, decide, release, take back (a begin), find.
 
 They do no I/O, and are the same for every journal. An operation receives the stored entry of its refund, or None.
 It returns its value and the entry to store: the same object if nothing changes.
@@ -6,19 +6,20 @@ It returns its value and the entry to store: the same object if nothing changes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 import attrs
 
+from lianlian_async import wire
 from lianlian_async.clock import Moment
 from lianlian_async.errors import RefundConflict
 from lianlian_async.identity import request_conflict
 
-from .base import Ending, Entry, Intent, JournalError, Standing, State
-
-__all__ = ["Acted", "Begin", "Find", "Finish", "Operation", "Release", "Resend", "Result", "TakeBack", "perform"]
+from .base import Ending, Entry, Intent, JournalError, Standing, State, added, joined
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -50,7 +51,7 @@ def perform(
     """
     results = []
     for operation in operations:
-        if isinstance(operation, Finish):
+        if isinstance(operation, (Finish, Decide)):
             operation.is_acting = is_acting
         try:
             value, entry = operation.apply(entries.get(operation.no_refund))
@@ -96,7 +97,7 @@ class Begin:
         if self.is_taken_back:
             raise JournalError(f"refund {self.no_refund}: not begun, because its call was cancelled")
         if entry is None:
-            return self._new()
+            return self._new(added("", self.now, "begun"))
         if entry.digest != self.intent.digest:
             raise request_conflict(self.no_refund, self.intent.fields, entry.fields) or RefundConflict(
                 self.no_refund, field="digest", ours=self.intent.digest, theirs=entry.digest
@@ -105,16 +106,16 @@ class Begin:
             return (Standing.FINISHED, entry), entry
         if entry.sent_at is None:
             # The earlier call sent nothing, so this call's body, maybe signed with another key, replaces its body.
-            return self._new()
-        if entry.holder is not None and entry.leased_until is not None and _is_ahead(entry.leased_until, self.now):
+            return self._new(added(entry.history, self.now, "lease"))
+        if _is_leased(entry, self.now):
             return (Standing.LEASED, entry), entry
         return self._unresolved(entry, entry.sent_at)
 
-    def _new(self) -> tuple[tuple[Standing, Entry], Entry]:
+    def _new(self, history: str) -> tuple[tuple[Standing, Entry], Entry]:
         """Store the end of the lease as ``sent_at``: the caller may send until then, and crash without a record."""
         leased_until = self.now.after(self.intent.lease)
-        self.found = self._entry(self.intent, sent_at=None, refused=None, leased_until=leased_until)
-        stored = self._entry(self.intent, sent_at=leased_until, refused=None, leased_until=leased_until)
+        self.found = self._entry(self.intent, None, None, leased_until, history)
+        stored = self._entry(self.intent, leased_until, None, leased_until, history)
         return (Standing.ASK_FIRST if self.ask_first else Standing.NEW, self.found), stored
 
     def _unresolved(self, entry: Entry, sent_at: Moment) -> tuple[tuple[Standing, Entry], Entry]:
@@ -122,12 +123,17 @@ class Begin:
         # ``now``, the latest possible time.
         if _is_ahead(sent_at, self.now) or not _is_comparable(sent_at, self.now):
             sent_at = self.now
-        leased_until = self.now.after(self.intent.lease)
-        self.found = self._entry(entry, sent_at=sent_at, refused=entry.refused, leased_until=leased_until)
+        history = added(entry.history, self.now, "lease")
+        self.found = self._entry(entry, sent_at, entry.refused, self.now.after(self.intent.lease), history)
         return (Standing.UNRESOLVED, self.found), self.found
 
     def _entry(
-        self, begun: Intent | Entry, *, sent_at: Moment | None, refused: Mapping[str, str] | None, leased_until: Moment
+        self,
+        begun: Intent | Entry,
+        sent_at: Moment | None,
+        refused: Mapping[str, str] | None,
+        leased_until: Moment,
+        history: str,
     ) -> Entry:
         # Not attrs.evolve, which takes three times as long.
         return Entry(
@@ -139,7 +145,17 @@ class Begin:
             refused=refused,
             holder=self.holder,
             leased_until=leased_until,
+            history=history,
         )
+
+
+def _is_leased(entry: Entry, now: Moment) -> bool:
+    return entry.holder is not None and entry.leased_until is not None and _is_ahead(entry.leased_until, now)
+
+
+def may_be_lost(fields: Mapping[str, str], now: datetime, since: datetime) -> bool:
+    """Return whether a journal that is complete only ``since`` some time may have lost the refund with ``fields``."""
+    return now < since or fields.get("dt_refund", "") < wire.format_timestamp(since)
 
 
 def _is_ahead(moment: Moment, now: Moment) -> bool:
@@ -170,13 +186,16 @@ class _OnLease:
 class Resend(_OnLease):
     """``Journal.resend``."""
 
+    history: str
+
     def apply(self, entry: Entry | None) -> tuple[None, Entry]:
         """Store that the entry may be sent until its lease ends."""
         if entry is not None and (entry.holder != self.leased.holder or entry.ending is not None):
             raise JournalError(
                 f"refund {self.no_refund}: another call or worker has taken its lease or resolved it; query it later"
             )
-        return None, attrs.evolve(self.leased, sent_at=self.leased.leased_until, refused=None)
+        history = joined(entry.history if entry else "", self.history)
+        return None, attrs.evolve(self.leased, sent_at=self.leased.leased_until, refused=None, history=history)
 
 
 @attrs.define
@@ -184,24 +203,63 @@ class Finish(_OnLease):
     """``Journal.finish``."""
 
     ending: Ending
+    history: str
     is_acting: bool = attrs.field(default=False, kw_only=True)
     """See :func:`perform`."""
 
     def apply(self, entry: Entry | None) -> tuple[Entry, Entry]:
         """Return the entry with its first outcome, or with the final outcome that replaces ACCEPTED."""
         entry = entry or self.leased  # a failover may have lost the row
-        ending = self.ending
-        if self.is_acting and ending.state is State.DONE:
-            ending = Ending(state=State.FINAL, record=ending.record)
-        if entry.ending is None or (entry.state is State.ACCEPTED and ending.state in (State.FINAL, State.DONE)):
-            entry = Entry(
-                no_refund=entry.no_refund,
-                digest=entry.digest,
-                fields=entry.fields,
-                body=b"",
-                sent_at=entry.sent_at,
-                ending=ending,
-            )
+        if entry.ending is None or (entry.state is State.ACCEPTED and self.ending.state in (State.FINAL, State.DONE)):
+            entry = _ended(entry, self.ending, joined(entry.history, self.history), is_acting=self.is_acting)
+        return entry, entry
+
+
+def _ended(entry: Entry, ending: Ending, history: str, *, is_acting: bool) -> Entry:
+    if is_acting and ending.state is State.DONE:
+        ending = Ending(state=State.FINAL, record=ending.record)
+    return Entry(
+        no_refund=entry.no_refund,
+        digest=entry.digest,
+        fields=entry.fields,
+        body=b"",
+        sent_at=entry.sent_at,
+        ending=ending,
+        history=history,
+    )
+
+
+@attrs.define
+class Decide:
+    """``Journal.decide``."""
+
+    no_refund: str
+    ending: Ending
+    now: Moment
+    is_acting: bool = attrs.field(default=False, kw_only=True)
+    """See :func:`perform`."""
+
+    def apply(self, entry: Entry | None) -> tuple[Entry, Entry]:
+        """Return the entry with the decision. An earlier record is kept in it, as JSON, as ``recorded``."""
+        refusal = None
+        if entry is None:
+            refusal = "it is not in this journal"
+        elif _is_leased(entry, self.now):
+            refusal = "another call or worker has its lease and may be sending it: decide when that call has ended"
+        elif entry.state in (State.FINAL, State.DONE):
+            refusal = "its outcome is final already"
+        elif entry.state is State.REJECTED and self.ending.state is State.REJECTED:
+            refusal = "it is rejected already"
+        elif entry.ending and (entry.ending.record.get("verified") == "yes" or "evidence" in entry.ending.record):
+            refusal = "its outcome is signed by the gateway, or decided already"
+        if refusal is not None or entry is None:
+            raise JournalError(f"refund {self.no_refund}: {refusal}; nothing was changed")
+        record = dict(self.ending.record)
+        if entry.ending is not None:
+            record["recorded"] = json.dumps(dict(entry.ending.record), ensure_ascii=False)
+        ending = Ending(state=self.ending.state, record=record)
+        history = added(entry.history, self.now, "decided")
+        entry = _ended(entry, ending, history, is_acting=self.is_acting)
         return entry, entry
 
 
@@ -210,11 +268,13 @@ class Acted:
     """``Journal.acted``."""
 
     no_refund: str
+    now: Moment
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
         """Store a FINAL entry as DONE."""
         if entry is not None and entry.ending is not None and entry.state is State.FINAL:
-            entry = attrs.evolve(entry, ending=attrs.evolve(entry.ending, state=State.DONE))
+            history = added(entry.history, self.now, "acted")
+            entry = attrs.evolve(entry, ending=attrs.evolve(entry.ending, state=State.DONE), history=history)
         return None, entry
 
 
@@ -224,6 +284,7 @@ class Release(_OnLease):
 
     sent_at: Moment | None
     refused: Mapping[str, str] | None = None
+    history: str = ""
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
         """Store the entry without its lease. An entry that a failover lost is stored again if it may have been sent."""
@@ -231,7 +292,10 @@ class Release(_OnLease):
             entry = self.leased
         if entry is None or entry.holder is None or entry.holder != self.leased.holder:
             return None, entry
-        return None, attrs.evolve(entry, sent_at=self.sent_at, refused=self.refused, holder=None, leased_until=None)
+        history = joined(entry.history, self.history)
+        return None, attrs.evolve(
+            entry, sent_at=self.sent_at, refused=self.refused, holder=None, leased_until=None, history=history
+        )
 
 
 @attrs.frozen

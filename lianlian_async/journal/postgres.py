@@ -33,7 +33,7 @@ from lianlian_async.secret import Secret, drop_secrets, without_locals
 from lianlian_async.settings import check_type, is_number, positive_seconds
 
 from . import postgres_rows as sql
-from .base import Entry, Intent, JournalError, Owner, Standing, State
+from .base import Entry, Intent, JournalError, Owner, Standing, State, upgrade_steps
 from .group_commit import GroupCommitJournal, Queued
 from .operations import Begin, Find, Operation, Result, TakeBack, perform
 from .postgres_moments import Reading
@@ -41,7 +41,7 @@ from .postgres_rows import entry_of, owner_of, rows_of
 
 __all__ = ["PostgresJournal", "connection_string"]
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 
 Row = dict[str, Any]
 Statement = tuple[LiteralString, Sequence[Any]]
@@ -184,18 +184,16 @@ class PostgresJournal(GroupCommitJournal):
         await self._pool.open()
 
     async def _prepare(self, connection: AsyncConnection[Row]) -> None:
-        """Create the tables if they are missing. An advisory lock lets one worker at a time do so."""
+        """Create or upgrade the tables. An advisory lock lets one worker at a time do so."""
         await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"journal {self._schema}"])
         found = await connection.execute(sql.FIND_VERSION, [self._schema])
         if not found.rowcount:
             await connection.execute(self._sql(sql.CREATE))
         [row] = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
-        if (version := row["version"]) != SCHEMA_VERSION:
-            raise JournalError(
-                f"journal {self._name}: schema version {version}, but this release needs {SCHEMA_VERSION}; "
-                "complete it with the release that created it"
-            )
+        for step in upgrade_steps(self._name, row["version"], SCHEMA_VERSION, sql.UPGRADES):
+            await connection.execute(self._sql(step))
+            await connection.execute(self._sql(sql.UPGRADED), [SCHEMA_VERSION])
         self._id, self.owner = row["id"], owner_of(row)
         statement, parameters = self._clock_query
         before = self._clock()

@@ -21,8 +21,9 @@ from typing import Any, Final
 
 import attrs
 
-from lianlian_async import wire
 from lianlian_async.clock import Moment
+
+from .operations import may_be_lost
 
 __all__ = ["Reading"]
 
@@ -59,8 +60,7 @@ class Reading:
         """Return whether the row of this refund may be lost, because another era began after its ``dt_refund``."""
         if self.era == 1 or not grace:
             return False
-        since = self.began + timedelta(seconds=grace)
-        return self.database < since or fields.get("dt_refund", "") < wire.format_timestamp(since)
+        return may_be_lost(fields, self.database, self.began + timedelta(seconds=grace))
 
     def stored(self, moment: Moment | None, recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """Return the stored form of ``moment``. A moment of another timeline came from ``recorded``: keep that."""

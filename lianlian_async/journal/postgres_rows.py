@@ -29,7 +29,8 @@ CREATE TABLE {schema}.refunds (
     sent_at json,
     refused json,
     holder text,
-    leased_until json
+    leased_until json,
+    history text NOT NULL
 );
 CREATE INDEX pending ON {schema}.refunds (id) WHERE state IN ('unresolved', 'accepted', 'final');
 CREATE TABLE {schema}.eras (
@@ -39,9 +40,12 @@ CREATE TABLE {schema}.eras (
 );
 INSERT INTO {schema}.eras (id) VALUES (1);
 CREATE TABLE {schema}.version AS
-SELECT 4 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
+SELECT 5 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
     false AS is_acting;
 """
+UPGRADES: Final[dict[int, LiteralString]] = {}
+"""Statements that upgrade the tables from each released version of the schema to the next one."""
+UPGRADED: Final = "UPDATE {schema}.version SET version = %s"
 BIND: Final = "UPDATE {schema}.version SET oid_partner = %s, apply_url = %s WHERE oid_partner IS NULL"
 # The table lock waits for every transaction that may have read the row before; later ones read the new value.
 BEGIN_ACTING: Final[tuple[LiteralString, ...]] = (
@@ -78,8 +82,8 @@ SELECT is_acting, locked.* FROM {schema}.version LEFT JOIN locked ON true
 """Returns at least one row. Its refund columns are NULL if no refund is recorded or other workers have locked all."""
 INSERT: Final = """
 INSERT INTO {schema}.refunds
-    (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until)
-SELECT no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until
+    (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history)
+SELECT no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history
 FROM json_populate_recordset(NULL::{schema}.refunds, %s) AS new
 WHERE NOT EXISTS (SELECT FROM {schema}.refunds AS old WHERE old.no_refund = new.no_refund)
 ORDER BY no_refund ON CONFLICT (no_refund) DO NOTHING RETURNING no_refund
@@ -87,7 +91,7 @@ ORDER BY no_refund ON CONFLICT (no_refund) DO NOTHING RETURNING no_refund
 UPDATE: Final = """
 UPDATE {schema}.refunds AS refund
 SET fields = new.fields, body = new.body, state = new.state, record = new.record, sent_at = new.sent_at,
-    refused = new.refused, holder = new.holder, leased_until = new.leased_until
+    refused = new.refused, holder = new.holder, leased_until = new.leased_until, history = new.history
 FROM json_populate_recordset(NULL::{schema}.refunds, %s) AS new
 WHERE refund.no_refund = new.no_refund
 """
@@ -99,9 +103,10 @@ UNRESOLVED: Final = (
     "SELECT * FROM {schema}.refunds WHERE state = 'unresolved' AND id > %s AND id <= %s ORDER BY id LIMIT %s"
 )
 ENTRIES: Final = "SELECT * FROM {schema}.refunds WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
-LATEST_MADE: Final = (
-    "SELECT * FROM {schema}.refunds WHERE state IN ('accepted', 'final', 'done') ORDER BY id DESC LIMIT 1"
-)
+LATEST_MADE: Final = """
+SELECT * FROM {schema}.refunds WHERE state IN ('accepted', 'final', 'done') AND record ->> 'evidence' IS NULL
+ORDER BY id DESC LIMIT 1
+"""
 LAST: Final = "SELECT coalesce(max(id), 0) AS id FROM {schema}.refunds"
 COUNT: Final = "SELECT state, count(*) FROM {schema}.refunds GROUP BY state"
 
@@ -123,6 +128,7 @@ def entry_of(row: Mapping[str, Any], reading: Reading) -> Entry:
         ending=row["record"] and Ending(state=State(row["state"]), record=row["record"]),
         holder=row["holder"],
         leased_until=reading.moment(row["leased_until"]),
+        history=row["history"],
     )
 
 
@@ -143,6 +149,7 @@ def rows_of(entries: Iterable[Entry], recorded: Mapping[str, Mapping[str, Any]],
                 "refused": entry.refused and dict(entry.refused),
                 "holder": entry.holder,
                 "leased_until": reading.stored(entry.leased_until, earlier.get("leased_until")),
+                "history": entry.history,
             }
         )
     return json.dumps(rows)

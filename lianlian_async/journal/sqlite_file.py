@@ -8,23 +8,30 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Final
 
-from . import sqlite_schema as sql
-from .base import Ending, Entry, JournalError, Owner, State
-from .file_lock import FileLock, FileLocked
-from .operations import Operation, Result, perform
+from lianlian_async.clock import Moment
+from lianlian_async.retry import RetryPolicy
 
-__all__ = ["JournalFile"]
+from . import sqlite_schema as sql
+from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
+from .file_lock import FileLock, FileLocked
+from .operations import Begin, Operation, Result, may_be_lost, perform
+
+__all__ = ["JournalFile", "restore"]
 
 _ROWS: Final = 64
 """Maximum rows in one statement. ``sqlite3`` caches one prepared statement for each number of rows up to this."""
+
+_GRACE: Final = RetryPolicy().not_found_grace
 
 _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: "another program has locked the file; end that program",
@@ -64,37 +71,42 @@ class JournalFile:
             if only_to_look:
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode="rw")))
                 self._connection.execute("PRAGMA query_only = on")
-                self._check_kind()
+                if self._upgrades():
+                    raise JournalError(
+                        f"journal {self._path}: an older release created it; `lianlian journal resume` upgrades it"
+                    )
             else:
                 opened.enter_context(closing(FileLock(owner_path)))
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
                 self._connection.executescript(sql.CHANGES)
-                self._files = {path: path.stat() for path in (self._path, owner_path, log_path)}
-            self._last_place: int = self._value(sql.LAST_PLACE)
+            self._last_place: int = self._value(sql.LAST_PLACE)  # the first read creates the WAL
+            paths = () if only_to_look else (self._path, owner_path, log_path)
+            self._files = {path: path.stat() for path in paths}
             self._is_acting = bool(self._value(sql.IS_ACTING))
+            restored_at = self._value(sql.RESTORED_AT)
+            self._complete_since = restored_at and sql.moment_of(restored_at, {}).after(_GRACE).wall
             self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
-        """Create the tables in an empty file, or check that it is a journal."""
+        """Create the tables in an empty file; upgrade those of an older release in one transaction."""
         is_new = not self._value("SELECT count(*) FROM sqlite_master")
-        if not is_new:
-            self._check_kind()
+        upgrades = [] if is_new else self._upgrades()
         self._connection.execute("PRAGMA temp_store = memory")
         self._connection.execute("PRAGMA journal_mode = wal")
         self._connection.execute("PRAGMA synchronous = full")
         self._connection.execute(f"PRAGMA wal_autocheckpoint = {sql.CHECKPOINT_PAGES}")
         if is_new:
             self._connection.executescript(sql.SCHEMA)
+        if upgrades:
+            self._connection.executescript(
+                f"BEGIN IMMEDIATE; {';'.join(upgrades)}; PRAGMA user_version = {sql.SCHEMA_VERSION}; COMMIT"
+            )
 
-    def _check_kind(self) -> None:
+    def _upgrades(self) -> list[str]:
         if self._value("PRAGMA application_id") != sql.APPLICATION_ID:
             raise JournalError(f"journal {self._path}: this SQLite file is not a journal; name another file")
-        if (version := self._value("PRAGMA user_version")) != sql.SCHEMA_VERSION:
-            raise JournalError(
-                f"journal {self._path}: schema version {version}, but this release needs {sql.SCHEMA_VERSION}; "
-                "complete it with the release that created it"
-            )
+        return upgrade_steps(str(self._path), self._value("PRAGMA user_version"), sql.SCHEMA_VERSION, sql.UPGRADES)
 
     def owner(self) -> tuple[str, Owner | None]:
         """Return the journal's id and its owner; None: the journal is not bound yet."""
@@ -120,6 +132,30 @@ class JournalFile:
         with self._turn, self._errors():
             self._opened.close()
 
+    # ── backups ──────────────────────────────────────────────────────────────────────────────────
+
+    def backup(self, target: Path) -> None:
+        """Copy the journal to ``target``, which appears when the copy is complete. Other processes may write."""
+        with self._turn, self._errors(), TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as folder:
+            copy = Path(folder, target.name)
+            with closing(_connect(copy, timeout=0.0)) as connection:
+                self._connection.backup(connection)
+            copy.replace(target)
+
+    def mark_restored(self, now: Moment) -> None:
+        """Record that this file is a restored backup: later commits are lost.
+
+        From now on, refunds that the backup may lack are queried before they are sent, and every unresolved refund may
+        have been sent until ``now``.
+        """
+        with self._turn, self._errors():
+            if (problem := self._value("PRAGMA quick_check")) != "ok":
+                raise _DamagedRowError(problem)
+            with self._transaction():
+                values = {"now": sql.microseconds(now), "evidence": _json(sql.evidence_of(now, None))}
+                for statement in sql.MARK_RESTORED:
+                    self._connection.execute(statement, values)
+
     # ── entries ──────────────────────────────────────────────────────────────────────────────────
 
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
@@ -127,6 +163,10 @@ class JournalFile:
         with self._turn, self._errors():
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
+            if self._complete_since is not None:
+                for begin in operations:
+                    if isinstance(begin, Begin):
+                        begin.ask_first = may_be_lost(begin.intent.fields, begin.now.wall, self._complete_since)
             after = before.copy()
             results = perform(operations, after, is_acting=self._is_acting)
             changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
@@ -185,7 +225,7 @@ class JournalFile:
             raise _DamagedRowError(f"a row cannot be read: {error}") from error
 
     def _entry(self, row: Sequence[Any]) -> Entry:
-        no_refund, digest, fields, sent_at, body, evidence, state, record = row
+        no_refund, digest, fields, sent_at, body, evidence, state, record, history = row
         leased = self._leased[no_refund][1] if no_refund in self._leased else None
         return Entry(
             no_refund=no_refund,
@@ -197,6 +237,7 @@ class JournalFile:
             ending=None if record is None else Ending(state=State(state), record=record),
             holder=None if leased is None else leased.holder,
             leased_until=None if leased is None else leased.leased_until,
+            history=history,
         )
 
     def _save(self, changed: Sequence[Entry], known: Mapping[str, tuple[int, Entry]]) -> list[int]:
@@ -216,7 +257,7 @@ class JournalFile:
             record = None if entry.ending is None else _json(entry.ending.record)
             begun = entry.no_refund, entry.digest, _json(entry.fields), entry.state, sent_at, entry.body.decode()
             places.append(place)
-            rows.append((place, *begun, evidence, record))
+            rows.append((place, *begun, evidence, record, entry.history))
         rows.sort()  # by rowid: SQLite fills pages completely if rows are inserted in order
         with self._transaction() if len(rows) > _ROWS else nullcontext():
             for some in (rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)):
@@ -272,6 +313,25 @@ class JournalFile:
             code = getattr(error, "sqlite_errorcode", code) & 0xFF  # the primary result code
             advice = _ADVICE.get(code, "no operation of this batch was recorded")
             raise JournalError(f"journal {self._path}: {error}; {advice}") from error
+
+
+def restore(backup: Path, place: Path, now: Moment) -> None:
+    """Create the journal file ``place`` from a ``backup``, marked as restored. Raises ``JournalError``."""
+    try:
+        with (
+            closing(FileLock(Path(f"{place}-owner"))),
+            TemporaryDirectory(prefix="restored-", dir=place.parent) as folder,
+        ):
+            if place.exists():
+                raise JournalError(f"journal {place} exists: stop its process, and move the file away; keep it")
+            copy = shutil.copy(backup, folder)
+            with closing(JournalFile(copy)) as file:
+                file.mark_restored(now)
+            Path(copy).replace(place)
+    except FileLocked as locked:
+        raise JournalError(f"journal {place}: {locked} has it open; wait until that process has ended") from None
+    except OSError as error:
+        raise JournalError(f"journal {place}: {error}") from error
 
 
 def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connection:

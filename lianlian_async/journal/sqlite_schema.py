@@ -3,8 +3,8 @@
 ``refunds`` contains the columns that rarely change. ``bodies`` contains a refund's signed body while the refund is
 unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock at ``sent_at``, and the
 rejection if every attempt so far was rejected. ``endings`` contains the outcomes. So rows never grow, and pages stay
-full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the journal's id, its owner, and whether
-``Journal.begin_acting`` was called.
+full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the journal's id, its owner, whether
+``Journal.begin_acting`` was called, and when the file was restored from a backup.
 
 One statement writes many rows, and a read returns all rows as one JSON text: ``sqlite3`` releases and re-acquires the
 GIL for every row, and a busy event loop may keep the GIL each time.
@@ -19,7 +19,7 @@ from typing import Any, Final
 from lianlian_async.clock import Moment
 
 APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 
 CHECKPOINT_PAGES: Final = 4000
 """Pages in the WAL (16 MB) that trigger a checkpoint: most bodies are written and deleted between two checkpoints."""
@@ -34,19 +34,25 @@ CREATE TABLE refunds (
     state TEXT NOT NULL,
     sent_at INTEGER
 );
-CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL, evidence TEXT);
-CREATE TABLE endings (id INTEGER PRIMARY KEY, record TEXT NOT NULL);
+CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL, evidence TEXT, history TEXT NOT NULL);
+CREATE TABLE endings (id INTEGER PRIMARY KEY, record TEXT NOT NULL, history TEXT NOT NULL);
 CREATE INDEX not_done ON refunds (id, state) WHERE state <> 'done';
-CREATE TABLE journal (id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT, is_acting INTEGER NOT NULL);
-INSERT INTO journal SELECT lower(hex(randomblob(16))), NULL, NULL, 0;
+CREATE TABLE journal (
+    id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT, is_acting INTEGER NOT NULL, restored_at INTEGER
+);
+INSERT INTO journal SELECT lower(hex(randomblob(16))), NULL, NULL, 0, NULL;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
 
+UPGRADES: Final[dict[int, str]] = {}
+"""Statements that upgrade a file from each released version of the schema to the next one."""
+
 READ: Final = """
 SELECT json_group_array(
-    json_array(id, no_refund, digest, json(fields), sent_at, body, json(evidence), state, json(record))
+    json_array(id, no_refund, digest, json(fields), sent_at, body, json(evidence), state, json(record),
+        coalesce(bodies.history, endings.history))
 )
 FROM refunds LEFT JOIN bodies USING (id) LEFT JOIN endings USING (id)
 WHERE """
@@ -64,10 +70,17 @@ SELECT json_group_object(state, n) FROM (
 )"""
 LAST_PLACE: Final = "SELECT coalesce(max(id), 0) FROM refunds"
 LATEST_MADE: Final = """id = (
-    SELECT id FROM refunds WHERE state IN ('accepted', 'final', 'done') ORDER BY id DESC LIMIT 1
+    SELECT id FROM refunds JOIN endings USING (id)
+    WHERE state IN ('accepted', 'final', 'done') AND json_extract(record, '$.evidence') IS NULL ORDER BY id DESC LIMIT 1
 )"""
 OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
 IS_ACTING: Final = "SELECT is_acting FROM journal"
+RESTORED_AT: Final = "SELECT restored_at FROM journal"
+MARK_RESTORED: Final = (
+    "UPDATE journal SET restored_at = :now",
+    "UPDATE refunds SET sent_at = :now WHERE state = 'unresolved'",
+    "UPDATE bodies SET evidence = :evidence",
+)
 BIND: Final = "UPDATE journal SET oid_partner = ?, apply_url = ?"
 BEGIN_ACTING: Final = "UPDATE journal SET is_acting = 1"
 
@@ -75,16 +88,19 @@ BEGIN_ACTING: Final = "UPDATE journal SET is_acting = 1"
 CHANGES: Final = """
 CREATE TEMP VIEW changes AS SELECT * FROM refunds JOIN bodies USING (id) JOIN endings USING (id);
 CREATE TEMP TRIGGER change INSTEAD OF INSERT ON changes BEGIN
-    INSERT INTO refunds VALUES (new.id, new.no_refund, new.digest, new.fields, new.state, new.sent_at)
+    INSERT INTO refunds (id, no_refund, digest, fields, state, sent_at)
+    VALUES (new.id, new.no_refund, new.digest, new.fields, new.state, new.sent_at)
     ON CONFLICT (id) DO UPDATE
     SET digest = excluded.digest, fields = excluded.fields, state = excluded.state, sent_at = excluded.sent_at;
-    INSERT OR REPLACE INTO bodies SELECT new.id, new.body, new.evidence WHERE new.record IS NULL;
-    INSERT OR REPLACE INTO endings SELECT new.id, new.record WHERE new.record IS NOT NULL;
+    INSERT OR REPLACE INTO bodies SELECT new.id, new.body, new.evidence, new.history WHERE new.record IS NULL;
+    INSERT OR REPLACE INTO endings SELECT new.id, new.record, new.history WHERE new.record IS NOT NULL;
     DELETE FROM bodies WHERE id = new.id AND new.record IS NOT NULL;
 END;
 """
-CHANGE: Final = "INSERT INTO changes (id, no_refund, digest, fields, state, sent_at, body, evidence, record) VALUES "
-ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+CHANGE: Final = (
+    "INSERT INTO changes (id, no_refund, digest, fields, state, sent_at, body, evidence, record, history) VALUES "
+)
+ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)

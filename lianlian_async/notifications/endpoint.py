@@ -293,7 +293,7 @@ class NotificationEndpoint:
         about.append(told.no_refund)
         refund = await complete(told, self._session, self._journal, self._seconds)
         if self._journal is not None:
-            refund = await learn(self._journal, refund)
+            refund = await learn(self._journal, refund, self._clock(), "notification")
         if not refund.is_final:
             return Verdict.NOT_FINAL
         return await (self._keep(refund, inbox) if self._is_inbox else self._act_once(refund, inbox))
@@ -346,7 +346,8 @@ class NotificationEndpoint:
     async def _act(self, refund: Refund) -> None:
         began, succeeded = self._listeners.timer(), False
         try:
-            if self._confirm and self._session is not None:
+            # The gateway may not know a refund of a statement or a decision.
+            if self._confirm and self._session is not None and refund.evidence is None:
                 check_state(refund, await self._session.query_refund(refund.query()))
             await self._on_refund(refund)
             succeeded = True

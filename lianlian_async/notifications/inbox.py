@@ -109,7 +109,7 @@ class Inbox:
     async def _take(self, refund: Refund, lease: float, deadline: float) -> tuple[Standing, Entry]:
         standing, entry = await take(self.journal, _intent(refund, lease), self.clock, deadline)
         if standing is Standing.FINISHED:  # a process may have died between the two writes of act_on
-            await self.refunds.acted(entry.no_refund)
+            await self.refunds.acted(entry.no_refund, self.clock())
         return standing, entry
 
     async def act_on(self, refund: Refund, held: Entry) -> bool:
@@ -131,7 +131,7 @@ class Inbox:
                 raise
             return False
         await self.journal.finish(held, Ending(state=State.DONE, record={"sta_refund": str(refund.sta_refund)}))
-        await self.refunds.acted(held.no_refund)
+        await self.refunds.acted(held.no_refund, self.clock())
         return True
 
     async def keep_final(self) -> None:
@@ -189,7 +189,7 @@ class Inbox:
         """Act on ``entry``; return its standing, and whether this or an earlier handler call succeeded."""
         standing, succeeded = Standing.UNRESOLVED, False
         try:
-            refund = await learn(self.refunds, Refund.from_dict(entry.fields))
+            refund = await learn(self.refunds, Refund.from_dict(entry.fields), self.clock(), "notification")
             standing, leased = await self._take(refund, 2 * self.seconds, -math.inf)
             if standing in (Standing.LEASED, Standing.FINISHED):
                 return standing, standing is Standing.FINISHED

@@ -197,7 +197,7 @@ class Database:
 
     def _create(self, session: Session, schema: str) -> Rows:
         owner = {"oid_partner": None, "apply_url": None}
-        session.changes[schema, "version", 0] = {"version": 4, "id": f"journal {schema}", **owner, "is_acting": False}
+        session.changes[schema, "version", 0] = {"version": 5, "id": f"journal {schema}", **owner, "is_acting": False}
         return self._new_era(session, schema, 1)
 
     def _new_era(self, session: Session, schema: str, number: int) -> Rows:
@@ -287,6 +287,9 @@ class Database:
     def _page(self, schema: str, place: int, newest: int, limit: int, states: Iterable[str] | None = None) -> Rows:
         return [row for row in self.refunds(schema, states=states) if place < row["id"] <= newest][:limit]
 
+    def _latest_made(self, schema: str) -> Rows:
+        return [row for row in self.refunds(schema, states=_MADE) if "evidence" not in row["record"]][-1:]
+
     def _count(self, session: Session, schema: str) -> Rows:
         states = [row["state"] for row in self.refunds(schema)]
         return [{"state": state, "count": states.count(state)} for state in sorted(set(states))]
@@ -312,7 +315,7 @@ STATEMENTS: Final[Mapping[str, Callable[..., Rows | Generator[None, None, Rows]]
     sql.UPDATE: Database._update,
     sql.PENDING: lambda database, session, schema, *page: database._page(schema, *page, states=_OPEN),
     sql.ENTRIES: lambda database, session, schema, *page: database._page(schema, *page),
-    sql.LATEST_MADE: lambda database, session, schema: database.refunds(schema, states=_MADE)[-1:],
+    sql.LATEST_MADE: lambda database, session, schema: database._latest_made(schema),
     sql.LAST: lambda database, session, schema: [{"id": max([row["id"] for row in database.refunds(schema)] or [0])}],
     sql.COUNT: Database._count,
 }

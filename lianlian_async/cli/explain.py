@@ -1,0 +1,105 @@
+"""``lianlian explain``: everything that a journal knows about one refund."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import anyio
+import click
+
+from lianlian_async.clock import Moment, system_clock
+from lianlian_async.codes import CODES
+from lianlian_async.errors import LianLianError
+from lianlian_async.journal import Entry, State
+from lianlian_async.journal.base import MOST_FACTS, facts
+from lianlian_async.models import RefundRequest
+from lianlian_async.recording import answer
+from lianlian_async.retry import RetryPolicy
+
+from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
+from .journal_report import MEANING
+from .output import Output, json_option, local_time, pass_output, table
+from .stores import journal_option, make_reader, place_name
+
+_EVENTS: Final = {"lease": "lease taken", "resend": "to be sent again", "acted": "on_refund returned"}
+"""The events that are not shown as the journal has them."""
+_TOLD: Final = ("oid_refundno", "sta_refund", "settle_date", "evidence")
+_QUERY_DAYS: Final = 90
+"""LianLian rejects queries about older refunds (3005)."""
+
+
+@click.command
+@click.argument("no_refund")
+@journal_option()
+@json_option
+@pass_output
+def explain(output: Output, /, no_refund: str, place: str) -> None:
+    """Show everything that a journal knows about one refund.
+
+    Each attempt and query with its answer, what is known now, and when a query decides. The exit code is the outcome's.
+    """
+    if (entry := anyio.run(_find, place, no_refund)) is None:
+        raise LianLianError(f"refund {no_refund} is not in the journal {place_name(place)}")
+    click.get_current_context().exit(show_entry(output, entry, system_clock()).exit_code)
+
+
+async def _find(place: str, no_refund: str) -> Entry | None:
+    async with make_reader(place) as reader:
+        return await reader.find(no_refund)
+
+
+def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
+    """Print what the journal knows about a refund; return its outcome."""
+    request = RefundRequest.from_record(entry.fields)
+    outcome, meaning, asks_at = _conclusion(entry, request, now)
+    record = {} if entry.ending is None else dict(entry.ending.record)
+    history = [
+        fact._asdict() | {"at": local_time(datetime.fromtimestamp(fact.at, UTC))} for fact in facts(entry.history)
+    ]
+    document = {
+        "outcome": outcome.word,
+        "no_refund": entry.no_refund,
+        "state": entry.state,
+        "meaning": meaning,
+        "ask_again_at": asks_at and local_time(asks_at),
+        "request": dict(entry.fields),
+        "record": record,
+        "history": history,
+    }
+    cells = {"state": entry.state, **entry.fields, **{name: record.get(name) for name in _TOLD}}
+    cells["dt_refund"] = local_time(request.dt_refund)
+    title = "history" + (f": the first and the latest {MOST_FACTS} events" if len(history) == MOST_FACTS else "")
+    events = table(title, ("time", "event", "result"), map(_row, history))
+    events.columns[0].no_wrap = True
+    rows = [(name, text) for name, text in cells.items() if text and name != "no_refund"]
+    output.show(document, table(f"refund {entry.no_refund}: {outcome.word}", ("", ""), rows), events, meaning)
+    return outcome
+
+
+def _row(fact: dict[str, Any]) -> tuple[str, str, str]:
+    result, times = fact["result"], fact["times"]
+    text = f"{result} {CODES[result].meaning}" if result in CODES else result
+    return fact["at"], _EVENTS.get(fact["what"], fact["what"]), text if times == 1 else f"{text} ({times} times)"
+
+
+def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[ExitOutcome, str, datetime | None]:
+    """Return the outcome, what it means, and the time from which "no such record" is believed."""
+    if entry.ending is not None:
+        try:
+            refund = answer(entry)
+        except LianLianError as error:
+            return exit_outcome_of(error), str(error), None
+        outcome = exit_outcome_of_refund(refund)
+        acting = "; on_refund has not returned" if entry.state is State.FINAL else ""
+        return outcome, f"final: {outcome.word}{acting}" if refund.is_final else MEANING[entry.state], None
+    if entry.sent_at is None:
+        return NOT_SENT, "it was certainly not sent: the same request can be sent", None
+    unknown = "it may have been made: do not refund it under another no_refund"
+    if now.wall - request.dt_refund > timedelta(days=_QUERY_DAYS):
+        decide = f"lianlian journal decide {entry.no_refund} made|not-made --evidence TEXT"
+        return UNKNOWN, f"{unknown}. LianLian no longer answers queries about it; record its outcome: {decide}", None
+    asks_at = entry.sent_at.wall + timedelta(seconds=RetryPolicy().not_found_grace)
+    sending = f"; a call may send it until {local_time(entry.sent_at.wall)}" if entry.sent_at.wall > now.wall else ""
+    resume = f"`lianlian journal resume` queries it; from {local_time(asks_at)} on"
+    return UNKNOWN, f"{unknown}{sending}. {resume}, it sends it again if LianLian has no record", asks_at

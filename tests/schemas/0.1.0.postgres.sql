@@ -1,0 +1,33 @@
+-- A PostgresJournal of release 0.1.0, in schema "released". Do not change this file: users have such journals.
+CREATE SCHEMA IF NOT EXISTS released;
+CREATE TABLE released.refunds (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    no_refund text NOT NULL UNIQUE,
+    digest text NOT NULL,
+    fields json NOT NULL,
+    body text NOT NULL,
+    state text NOT NULL,
+    record json,
+    sent_at json,
+    refused json,
+    holder text,
+    leased_until json,
+    history text NOT NULL
+);
+CREATE INDEX pending ON released.refunds (id) WHERE state IN ('unresolved', 'accepted', 'final');
+CREATE TABLE released.eras (
+    id bigint PRIMARY KEY,
+    began timestamptz NOT NULL DEFAULT clock_timestamp(),
+    postmaster_start_time timestamptz NOT NULL DEFAULT pg_postmaster_start_time()
+);
+INSERT INTO released.eras VALUES (1, '2026-11-26T08:00:00+00:00', '2026-11-26T07:00:00+00:00');
+CREATE TABLE released.version (version integer, id text, oid_partner text, apply_url text, is_acting boolean);
+INSERT INTO released.version VALUES (5, 'b12e4765-894f-453b-bd47-1a660430f5e4', '201103171000000000', 'https://example.com/apply', true);
+INSERT INTO released.refunds (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history)
+SELECT no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history FROM json_populate_record(NULL::released.refunds, '{"no_refund": "R-unknown", "digest": "ed849d72c684b8448e6eb28516309c23c02f34e50bcfa8f9a6482d1835acaf48", "fields": {"no_refund": "R-unknown", "dt_refund": "20261126160000", "money_refund": "10.00", "no_order": "O-1"}, "body": "{\"no_refund\":\"R-unknown\"}", "state": "unresolved", "record": null, "sent_at": {"at": "2026-11-26T08:00:00+00:00", "era": 1, "ahead": 0.0, "boot": 100.0, "timeline": "boot 1", "gateway": null}, "refused": {"ret_code": "1002", "ret_msg": "x", "verified": "no"}, "holder": null, "leased_until": null, "history": "1795680000 1 begun "}');
+INSERT INTO released.refunds (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history)
+SELECT no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history FROM json_populate_record(NULL::released.refunds, '{"no_refund": "R-accepted", "digest": "c96ae806898e8519440386062fdbb95402c0e0073d935bf3fdba2e2cc55a023d", "fields": {"no_refund": "R-accepted", "dt_refund": "20261126160000", "money_refund": "10.00", "no_order": "O-1"}, "body": "", "state": "accepted", "record": {"ret_code": "0000", "sta_refund": "0"}, "sent_at": {"at": "2026-11-26T08:00:00+00:00", "era": 1, "ahead": 59.75508519899813, "boot": 100.0, "timeline": "boot 1", "gateway": null}, "refused": null, "holder": null, "leased_until": null, "history": "1795680000 1 begun "}');
+INSERT INTO released.refunds (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history)
+SELECT no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history FROM json_populate_record(NULL::released.refunds, '{"no_refund": "R-made", "digest": "b448ccc198eab7060e725b0c36d88157ef01f8d143be83165271aae5e70f5126", "fields": {"no_refund": "R-made", "dt_refund": "20261126160000", "money_refund": "10.00", "no_order": "O-1"}, "body": "", "state": "final", "record": {"ret_code": "0000", "sta_refund": "2"}, "sent_at": {"at": "2026-11-26T08:00:00+00:00", "era": 1, "ahead": 59.74419553899861, "boot": 100.0, "timeline": "boot 1", "gateway": null}, "refused": null, "holder": null, "leased_until": null, "history": "1795680000 1 begun "}');
+INSERT INTO released.refunds (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history)
+SELECT no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history FROM json_populate_record(NULL::released.refunds, '{"no_refund": "R-rejected", "digest": "89a5cd0458aa40eccc4331bc2d73e1dcefca096fa1066f068310817626aa60ca", "fields": {"no_refund": "R-rejected", "dt_refund": "20261126160000", "money_refund": "10.00", "no_order": "O-1"}, "body": "", "state": "rejected", "record": {"ret_code": "5003", "ret_msg": "退款金额错误", "verified": "no"}, "sent_at": {"at": "2026-11-26T08:00:00+00:00", "era": 1, "ahead": 59.735693460999755, "boot": 100.0, "timeline": "boot 1", "gateway": null}, "refused": null, "holder": null, "leased_until": null, "history": "1795680000 1 begun "}');
