@@ -296,9 +296,8 @@ async def attacks(stack: str, port: int, deadline: float) -> list[Attacked]:
     for number, name in [(0, "warm-up"), *enumerate(ATTACKS)]:
         merchant = gateway.merchant(f"http://127.0.0.1:{port}/{number}")
         async with RefundSession(merchant, http_backend=stack, retry=ONCE, deadline=deadline) as session:
-            if not before:
-                gc.collect()
-                before = status("VmRSS")
+            gc.collect()
+            before = before or status("VmRSS")
             reset_peak()
             outcome = await session.outcome_of(refund_request(number))
             peak = round((status("VmHWM") - before) / 1024, 1)
@@ -312,9 +311,13 @@ async def attacks(stack: str, port: int, deadline: float) -> list[Attacked]:
 def attack_all(deadline: float) -> list[Attacked]:
     """Run every attack on every HTTP stack."""
     results = []
-    with other_process("--attack") as (_, port):
-        for stack in STACKS:
-            results += anyio.run(attacks, stack, port, deadline)
+    gc.freeze()  # the collections between the attacks need not visit the objects of the whole test run
+    try:
+        with other_process("--attack") as (_, port):
+            for stack in STACKS:
+                results += anyio.run(attacks, stack, port, deadline)
+    finally:
+        gc.unfreeze()
     return results
 
 
