@@ -1006,7 +1006,7 @@ async def test_the_object_is_an_asgi_application(endpoint, handler):
     start, rest = server.heard
     assert (start["type"], start["status"]) == ("http.response.start", 200)
     assert dict(start["headers"]) == {b"content-type": b"application/json;charset=utf-8", b"content-length": b"34"}
-    assert rest == {"type": "http.response.body", "body": b'{"ret_code":"0000","ret_msg":"ok"}'}
+    assert rest == {"type": "http.response.body", "body": b'{"ret_code":"0000","ret_msg":"ok"}', "more_body": False}
     assert handler.numbers == ["R-1"]
 
 
