@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
 
@@ -12,24 +12,37 @@ from .errors import InvalidRequest, MalformedMessage, Problem, RefundOutcomeUnkn
 from .models import RefundRequest
 
 _VERSION: Final = 1
+_UNKNOWN: Final = {
+    **dict.fromkeys(("oid_partner", "body", "last_error", "reason"), str),
+    **dict.fromkeys(("version", "attempts", "queries"), int),
+    "request": RefundRequest,
+    "moment": Moment,
+    "ask_again_at": datetime,
+    "refused": RefundRejected,
+}
+_PARTS: Final[dict[type, dict[str, type]]] = {
+    Moment: {"wall": datetime, "boot": float, "timeline": str, "gateway": datetime},
+    RefundRejected: {"ret_code": str, "ret_msg": str, "verified": bool, "no_refund": str},
+}
+_MAY_BE_NONE: Final = ("gateway", "refused")
 
 
 def to_dict(unknown: RefundOutcomeUnknown) -> dict[str, Any]:
     """Return ``unknown`` in its JSON form."""
-    moment, refused = unknown.moment, unknown.refused
-    return {
-        "version": _VERSION,
-        "request": unknown.request.to_dict(),
-        "oid_partner": unknown.oid_partner,
-        "body": unknown.body.decode(),
-        "attempts": unknown.attempts,
-        "queries": unknown.queries,
-        "moment": {name: _json(getattr(moment, name)) for name in _MOMENT},
-        "ask_again_at": _json(unknown.ask_again_at),
-        "last_error": unknown.last_error,
-        "refused": None if refused is None else {name: getattr(refused, name) for name in _REFUSED},
-        "reason": unknown.reason,
-    }
+    return {"version": _VERSION} | {name: _json(getattr(unknown, name)) for name in _UNKNOWN if name != "version"}
+
+
+def _json(value: Any) -> Any:
+    match value:
+        case datetime():
+            return value.isoformat()
+        case bytes():
+            return value.decode()
+        case RefundRequest():
+            return value.to_dict()
+        case Moment() | RefundRejected():
+            return {name: _json(getattr(value, name)) for name in _PARTS[type(value)]}
+    return value
 
 
 def from_dict(data: Mapping[str, Any]) -> RefundOutcomeUnknown:
@@ -39,6 +52,7 @@ def from_dict(data: Mapping[str, Any]) -> RefundOutcomeUnknown:
         raise InvalidRequest([Problem("version", f"must be {_VERSION}", repr(version))])
     fields = _read(data, _UNKNOWN)
     del fields["version"]
+    fields["body"] = fields["body"].encode()
     unknown = RefundOutcomeUnknown(**fields)
     if unknown.body and not _signs(unknown.body, unknown.request.to_dict() | {"oid_partner": unknown.oid_partner}):
         raise InvalidRequest([Problem("body", "must be the signed form of the request", "another message")])
@@ -52,67 +66,39 @@ def _signs(body: bytes, fields: Mapping[str, str]) -> bool:
         return False
 
 
-def _json(value: object) -> object:
-    return value.isoformat() if isinstance(value, datetime) else value
-
-
-def _read(data: Any, parsers: Mapping[str, Callable[[Any], object]], where: str = "") -> dict[str, Any]:
-    """Parse an object with exactly the keys of ``parsers``."""
+def _read(data: Any, kinds: Mapping[str, type], where: str = "") -> dict[str, Any]:
+    """Parse an object with exactly the keys of ``kinds``."""
     if not isinstance(data, Mapping):
         raise InvalidRequest([Problem(where.rstrip("."), "must be an object", type(data).__name__)])
-    problems = [Problem(f"{where}{name}", "is not a known field", "it") for name in data if name not in parsers]
+    problems = [Problem(f"{where}{name}", "is not a known field", "it") for name in data if name not in kinds]
     values = dict[str, Any]()
-    for name, parse in parsers.items():
+    for name, kind in kinds.items():
         try:
-            values[name] = parse(data[name])
+            values[name] = _parse(name, data[name], kind)
         except KeyError:
             problems.append(Problem(f"{where}{name}", "is required", "nothing"))
         except InvalidRequest as error:
             problems += error.problems
-        except (AttributeError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             problems.append(Problem(f"{where}{name}", str(error), type(data[name]).__name__))
     if problems:
         raise InvalidRequest(problems)
     return values
 
 
-def _a(kind: type) -> Callable[[Any], Any]:
-    def parse(value: Any) -> Any:
-        if type(value) is not kind:
-            raise TypeError(f"must be of type {kind.__name__}")
-        return value
-
-    return parse
-
-
-def _time(value: str) -> datetime:
-    moment = datetime.fromisoformat(value)
-    if moment.tzinfo is None:
-        raise ValueError("must have a UTC offset")
-    return moment
-
-
-def _or_none(parse: Callable[[Any], object]) -> Callable[[Any], object]:
-    return lambda value: None if value is None else parse(value)
-
-
-_MOMENT: Final[dict[str, Callable[[Any], object]]] = {
-    "wall": _time,
-    "boot": lambda value: float(_a(int if type(value) is int else float)(value)),
-    "timeline": _a(str),
-    "gateway": _or_none(_time),
-}
-_REFUSED: Final = {"ret_code": _a(str), "ret_msg": _a(str), "verified": _a(bool), "no_refund": _a(str)}
-_UNKNOWN: Final[dict[str, Callable[[Any], object]]] = {
-    "version": _a(int),
-    "request": RefundRequest.from_record,
-    "oid_partner": _a(str),
-    "body": lambda value: _a(str)(value).encode(),
-    "attempts": _a(int),
-    "queries": _a(int),
-    "moment": lambda value: Moment(**_read(value, _MOMENT, "moment.")),
-    "ask_again_at": _time,
-    "last_error": _a(str),
-    "refused": _or_none(lambda value: RefundRejected(**_read(value, _REFUSED, "refused."))),
-    "reason": _a(str),
-}
+def _parse(name: str, value: Any, kind: type) -> Any:
+    if value is None and name in _MAY_BE_NONE:
+        return None
+    if kind is RefundRequest:
+        return RefundRequest.from_record(value)
+    if kind in _PARTS:
+        return kind(**_read(value, _PARTS[kind], f"{name}."))
+    if kind is float and type(value) is int:  # another language may write 5.0 as 5
+        return float(value)
+    if kind is datetime:
+        value = datetime.fromisoformat(value)
+        if value.tzinfo is None:
+            raise ValueError("must have a UTC offset")
+    if type(value) is not kind:
+        raise TypeError(f"must be of type {kind.__name__}")
+    return value

@@ -52,7 +52,7 @@ async def test_an_unknown_refund_is_resolved_from_its_json():
 async def test_what_may_be_absent_is_kept(changes):
     """A rejection, and an error without signed bytes, are equal after reading."""
     form = json.loads(await stored_unknown(sandbox())) | changes
-    form["moment"] |= {"gateway": None, "boot": 5}
+    form["moment"] |= {"gateway": None, "boot": 5}  # another language may drop .0
     assert RefundOutcomeUnknown.from_dict(form).to_dict() == form
 
 
