@@ -183,8 +183,7 @@ def test_worker_prints_a_line_at_each_interval(env, gateway, file):
     run("batch", file, "--queue", "--yes", env=env)
     process = start("worker", "--interval", "0.1", env=env)
     try:
-        lines = [process.stderr.readline() for _ in range(2)]
-        assert lines[1] == "0 of 30  0/s  ETA -  0 made  0 rejected  0 unknown  30 to do\n"
+        until(lambda: process.stderr.readline() == "0 of 30  0/s  ETA -  0 made  0 rejected  0 unknown  30 to do\n")
         until(lambda: process.stderr.readline().endswith("  30 made  0 rejected  0 unknown  0 to do\n"))
         process.send_signal(signal.SIGTERM)
         assert end(process, env).exit_code == 0

@@ -36,7 +36,7 @@ from lianlian_async.journal import State
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 from lianlian_async.transport import asgi_transport
-from tests.support import ROOT
+from tests.support import ROOT, postgres
 
 pytestmark = pytest.mark.anyio
 
@@ -201,7 +201,7 @@ async def test_an_unknown_refund_does_not_delay_its_slice(dsn, journal):
 
 
 DIES_BEFORE_ITS_SLICE_ENDS = """
-import asyncio, os, signal, sys
+import asyncio, os, signal
 from procrastinate.manager import JobManager
 from lianlian_async import Merchant, RefundSession
 from lianlian_async.contrib.procrastinate import RefundQueue
@@ -223,7 +223,7 @@ async def work(dsn):
     ):
         await queue.work(session, wait=False)
 
-asyncio.run(work(sys.argv[1]))
+asyncio.run(work(os.environ["TESTS_DSN"]))
 """
 
 
@@ -235,7 +235,8 @@ async def test_a_process_that_dies_between_the_follow_up_job_and_the_end_of_its_
         async with RefundQueue(dsn, rescue_after=1.0) as queue:
             await queue.enqueue(requests(6))
             env = os.environ | environment(gateway, url) | {"LIANLIAN_QUERY_URL": "http://127.0.0.1:9/nobody"}
-            command = [sys.executable, "-c", DIES_BEFORE_ITS_SLICE_ENDS, dsn]
+            env |= {postgres.DSN: dsn}
+            command = [sys.executable, "-c", DIES_BEFORE_ITS_SLICE_ENDS]
             died = await anyio.run_process(command, env=env, cwd=ROOT, check=False, stderr=None)
             assert died.returncode == -signal.SIGKILL
             whole, *unknown = await jobs_of(queue)

@@ -455,6 +455,14 @@ async def test_a_journal_needs_the_clock_of_its_session(workers):
 # ── failures ─────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_a_server_that_may_lose_commits_is_named_at_opening(make, caplog):
+    """The tests' server runs without fsync, for speed: one warning names the setting, and no other."""
+    async with make():
+        pass
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "its server runs with fsync = off: a power failure can lose refunds on record" in message
+
+
 async def test_another_version_is_refused_with_advice(make, administer):
     """Tables of another schema version raise an error with that version and a cure."""
     async with make():

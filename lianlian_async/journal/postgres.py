@@ -13,6 +13,7 @@ than a pipeline, and needs no prepared statements, which a pooler such as pgboun
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, LiteralString
@@ -41,12 +42,17 @@ from .postgres_rows import entry_of, owner_of, rows_of
 
 __all__ = ["PostgresJournal", "connection_string"]
 
+logger = logging.getLogger("lianlian_async")
+
 SCHEMA_VERSION: Final = 5
 
 Row = dict[str, Any]
 Statement = tuple[LiteralString, Sequence[Any]]
 """SQL text, and a parameter for each ``%s`` in it."""
 
+_UNSAFE: Final = (
+    "its server runs with %s = off: a power failure can lose refunds on record or damage the database; switch it on"
+)
 _PAGE: Final = 500
 _CONNECTIONS: Final = 4
 _SHORTEST_PAUSE: Final = 0.02
@@ -79,7 +85,8 @@ class PostgresJournal(GroupCommitJournal):
     clock and the boot clocks count.
 
     *After a crash:* a call returns only after its commit is on disk, even if the database has ``synchronous_commit``
-    off. Workers may die at any moment: their leases end, and the next worker queries the gateway first.
+    off; opening warns of ``fsync`` or ``full_page_writes`` off. Workers may die at any moment: their leases end, and
+    the next worker queries the gateway first.
 
     *After a failover or a restore:* a standby or a backup may lack the last commits. When the journal sees another
     incarnation of the database (one start of the server), ``not_found_grace`` (see ``RetryPolicy``) starts again for
@@ -195,6 +202,8 @@ class PostgresJournal(GroupCommitJournal):
             await connection.execute(self._sql(step))
             await connection.execute(self._sql(sql.UPGRADED), [SCHEMA_VERSION])
         self._id, self.owner = row["id"], owner_of(row)
+        for row in await (await connection.execute(sql.FIND_UNSAFE)).fetchall():
+            logger.warning("journal %s: %s", self._name, _UNSAFE % row["name"])
         statement, parameters = self._clock_query
         before = self._clock()
         answer = await connection.execute(self._sql(statement), parameters)

@@ -15,6 +15,7 @@ from .base import Ending, Entry, Owner, State
 from .postgres_moments import Reading
 
 FIND_VERSION: Final = "SELECT FROM pg_tables WHERE schemaname = %s AND tablename = 'version'"
+FIND_UNSAFE: Final = "SELECT name FROM pg_settings WHERE name IN ('fsync', 'full_page_writes') AND setting = 'off'"
 READ_VERSION: Final = "SELECT * FROM {schema}.version"
 CREATE: Final = """
 CREATE SCHEMA IF NOT EXISTS {schema};

@@ -22,14 +22,18 @@ from decimal import Decimal
 import psycopg
 from procrastinate.exceptions import ConnectorException
 
-from lianlian_async import LianLianError, Merchant, RefundSession
+from lianlian_async import LianLianError, Merchant, RefundRequest, RefundSession
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Repeated, SandboxGateway
 from tests.programs import fleet
 from tests.support import ROOT, postgres, program
+from tests.support.notices import until
 from tests.support.parties import refund_request
+
+KILLS = 3
+"""Kills of the server that commits."""
 
 
 def requests(count: int):
@@ -64,12 +68,7 @@ def commits_late(server: postgres.Server) -> Callable[[], None]:
         for setting in ("synchronous_commit = off", "wal_writer_delay = '10s'"):
             connection.execute(f"ALTER SYSTEM SET {setting}")
         connection.execute("SELECT pg_reload_conf()")
-
-    def crash() -> None:
-        server.kill()
-        server.start()
-
-    return crash
+    return server.crash
 
 
 async def run_batch(dsn: str, gateway: SandboxGateway, refunds: int, then: Callable[[], None] | None = None) -> None:
@@ -108,8 +107,8 @@ def queue(refunds: int) -> int:
     gateway = a_gateway(delay=0.05)
     with postgres.running() as server, serving(gateway) as base_url:
         asyncio.run(_enqueue(server.dsn, refunds))
-        command = [*program("failover"), "--work", server.dsn]
-        variables = os.environ | environment(gateway, base_url)
+        command = [*program("failover"), "--work"]
+        variables = os.environ | environment(gateway, base_url) | {postgres.DSN: server.dsn}
         fail_over = loses_the_last_commits(server)
         workers = [subprocess.Popen(command, cwd=ROOT, env=variables) for _ in range(2)]
         try:
@@ -126,6 +125,51 @@ def queue(refunds: int) -> int:
                 worker.kill()
                 worker.wait()
     return made_twice(gateway, refunds)
+
+
+def killed_during_commits(refunds: int) -> int:
+    """Kill the server while it commits; return how many refunds it lost, or were made twice."""
+    gateway = a_gateway()
+    with postgres.running() as server:
+        told = asyncio.run(_make_and_kill(server, gateway, refunds))
+        lost = asyncio.run(_lost(server.dsn, gateway, told))
+    return lost + made_twice(gateway, refunds)
+
+
+async def _make_and_kill(server: postgres.Server, gateway: SandboxGateway, refunds: int) -> set[str]:
+    """Apply for each refund once; return those whose outcome the caller was told."""
+    told, begun, left, is_up = set[str](), list[RefundRequest](), iter(requests(refunds)), asyncio.Event()
+    is_up.set()
+
+    async def make(session: RefundSession) -> None:
+        for request in left:
+            await is_up.wait()
+            begun.append(request)
+            outcome = await session.outcome_of(request)
+            if outcome.error is None:
+                told.add(request.no_refund)
+
+    async with (
+        PostgresJournal(server.dsn) as journal,
+        gateway.session(journal=journal) as session,
+        asyncio.TaskGroup() as tasks,
+    ):
+        for _ in range(4):
+            tasks.create_task(make(session))
+        for share in range(1, KILLS + 1):
+            await until(lambda share=share: len(begun) >= refunds * share // (KILLS + 1))
+            is_up.clear()
+            await asyncio.to_thread(server.crash)
+            is_up.set()
+    return told
+
+
+async def _lost(dsn: str, gateway: SandboxGateway, told: set[str]) -> int:
+    """Return how many refunds were made, but are not on record, or whose outcome was told, but is not on record."""
+    made = {record.no_refund for record in gateway.refunds}
+    async with PostgresJournal(dsn) as journal:
+        known = {entry.no_refund: entry.ending async for entry in journal.entries()}
+    return len(made - known.keys()) + sum(known.get(number) is None for number in told)
 
 
 async def _enqueue(dsn: str, refunds: int) -> None:
@@ -157,6 +201,7 @@ SCENARIOS: dict[str, Callable[[int], int]] = {
     "batch, copy takes over, same process": lambda refunds: batch(refunds, loses_the_last_commits, same_process=True),
     "batch, copy takes over, new process": lambda refunds: batch(refunds, loses_the_last_commits, same_process=False),
     "batch, synchronous_commit = off": lambda refunds: batch(refunds, commits_late, same_process=False),
+    "batch, killed during commits": killed_during_commits,
     "queue, copy takes over": queue,
 }
 
@@ -164,16 +209,16 @@ SCENARIOS: dict[str, Callable[[int], int]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--refunds", type=int, default=125)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         with suppress(LianLianError, ConnectorException):
-            asyncio.run(work(options.work))
+            asyncio.run(work(os.environ[postgres.DSN]))
         return 0
     twice = 0
     for name, scenario in SCENARIOS.items():
         count = scenario(options.refunds)
-        print(f"{name}: made twice {count} of {options.refunds}", flush=True)
+        print(f"{name}: made twice or lost {count} of {options.refunds}", flush=True)
         twice += count
     return 1 if twice else 0
 

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 
 from procrastinate.exceptions import ConnectorException
 
@@ -71,8 +70,8 @@ def kill_workers(
     asyncio.run(_enqueue(dsn, refunds))
     database_moments = [refunds * (number + 1) // (database_kills + 1) for number in range(database_kills)]
     with serving(gateway) as base_url:
-        command = [*program("fleet"), "--work", dsn]
-        variables = os.environ | environment(gateway, base_url)
+        command = [*program("fleet"), "--work"]
+        variables = os.environ | environment(gateway, base_url) | {postgres.DSN: dsn}
         fleet = [subprocess.Popen(command, cwd=ROOT, env=variables) for _ in range(workers)]
         suspended: dict[subprocess.Popen[bytes], float] = {}
         try:
@@ -124,11 +123,6 @@ async def _open(dsn: str) -> int:
     return counts["waiting"] + counts["later"] + counts["at_work"]
 
 
-def _kill(server: postgres.Server) -> None:
-    server.kill()
-    server.start()
-
-
 async def _audit(dsn: str, gateway: SandboxGateway, refunds: int) -> dict[str, str]:
     contradictions = {}
     async with PostgresJournal(dsn) as journal:
@@ -147,10 +141,10 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--database-kills", type=int, default=2)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        asyncio.run(work(options.work))
+        asyncio.run(work(os.environ[postgres.DSN]))
         return 0
     wrong = 0
     for repeated in (Repeated.REJECT, Repeated.AGAIN):
@@ -164,7 +158,7 @@ def main() -> int:
                 seed=options.seed,
                 repeated=repeated,
                 database_kills=options.database_kills,
-                kill_database=partial(_kill, server),
+                kill_database=server.crash,
             )
         verdict = contradictions or "journal and books agree"
         print(f"{repeated.value}, seed {options.seed}: {verdict}, {time.monotonic() - began:.0f} s", flush=True)

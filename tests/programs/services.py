@@ -141,12 +141,12 @@ class LoadBalancer(httpx.AsyncBaseTransport):
 @contextmanager
 def _workers(service: str, gateway: SandboxGateway, dsn: str) -> Iterator[dict[int, subprocess.Popen]]:
     """Run two workers, and yield them by port."""
-    variables = os.environ | environment(gateway, BASE_URL)
+    variables = os.environ | environment(gateway, BASE_URL) | {postgres.DSN: dsn}
     workers = {}
     try:
         for name in ("first", "second"):
             with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
-                command = [*program("services"), "--work", service, "--name", name, "--dsn", dsn]
+                command = [*program("services"), "--work", service, "--name", name]
                 command += ["--listener", str(listener.fileno())]
                 process = subprocess.Popen(command, cwd=ROOT, env=variables, pass_fds=[listener.fileno()])
                 workers[listener.getsockname()[1]] = process
@@ -254,11 +254,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--refunds", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    for name in ("--work", "--name", "--listener", "--dsn"):
+    for name in ("--work", "--name", "--listener"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        anyio.run(work, options.work, options.name, socket.socket(fileno=int(options.listener)), options.dsn)
+        listener = socket.socket(fileno=int(options.listener))
+        anyio.run(work, options.work, options.name, listener, os.environ[postgres.DSN])
         return 0
     problems = 0
     with postgres.server() as dsn, psycopg.connect(dsn, autocommit=True) as connection:

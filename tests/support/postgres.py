@@ -14,12 +14,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psycopg
+
+DSN: Final = "TESTS_DSN"
+"""The environment variable of a program's worker processes: other users can read a command's arguments."""
 
 # The server's parent process reads from a pipe that only we hold open: the pipe is closed even after a SIGKILL.
 _KEEPER = """
@@ -94,10 +97,18 @@ class Server:
         self._run("pg_basebackup", "-d", self.dsn, "-D", copy, "-X", "stream", "-c", "fast", "--no-sync")
 
     def kill(self, data: str = "data") -> None:
-        """Kill the server; data that it has not written yet is lost."""
+        """Kill the server with all its processes; data that it has not written yet is lost."""
         process, *_ = (self._folder / data / "postmaster.pid").read_text().split("\n")
-        os.kill(int(process), signal.SIGKILL)
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        for each in (process, *children):
+            with suppress(ProcessLookupError):  # the process of a connection that was closed
+                os.kill(int(each), signal.SIGKILL)
         self.stop()
+
+    def crash(self) -> None:
+        """Kill the server, and start it again."""
+        self.kill()
+        self.start()
 
     def _run(self, program: str, *arguments: str | Path) -> None:
         subprocess.run([self._programs / program, *arguments], check=True, capture_output=True, **self._account)
