@@ -48,6 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     operator.addoption("--lines", type=int, default=150, help="number of lines of the file; full size: 3000")
     power = parser.getgroup("power", "the power losses (tests/programs/power_loss.py)")
     power.addoption("--power-losses", type=int, default=60, help="number of power losses; full size: 5000")
+    searches = parser.getgroup("secrets", "the search for secrets (tests/programs/secrets.py)")
+    searches.addoption("--rounds", type=int, default=1, help="number of runs through every fault; full size: 20")
     services = parser.getgroup("services", "the notified services (tests/programs/services.py)")
     services.addoption("--notified", type=int, default=24, help="number of refunds; full size: 2000")
     sockets = parser.getgroup("sockets", "the disturbed sockets (tests/programs/proxy.py)")
