@@ -18,7 +18,10 @@ REFUNDS = 10
 def recording(tmp_path_factory, pytestconfig) -> Recording:
     """The recorded steps of a batch."""
     strace = shutil.which("strace")
-    if strace is None or subprocess.run([strace, "-o", "/dev/null", "true"], capture_output=True).returncode:
+    if (
+        strace is None
+        or subprocess.run([strace, "-f", "--seccomp-bpf", "-o", "/dev/null", "true"], capture_output=True).returncode
+    ):
         pytest.skip("strace is not installed, or may not trace processes")
     folder = tmp_path_factory.mktemp("power")
     return power_loss.record(folder, refunds=REFUNDS, seed=pytestconfig.getoption("seed"))
