@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from contextlib import closing
 
 import attrs
 import pytest
 
+from lianlian_async.journal.operations import Begin
+from lianlian_async.journal.sqlite_file import JournalFile, restore
 from tests.programs import power_loss
 from tests.programs.power_loss import Recording, Request, Sync, Told
+from tests.support.journals import intent, now
 
 REFUNDS = 10
 
@@ -62,3 +67,20 @@ async def test_the_search_finds_a_missing_sync(recording, name):
 def test_the_check_of_the_order_finds_a_missing_sync(recording, name):
     """Without the syncs of the WAL or of a folder, requests leave too early."""
     assert power_loss.sent_too_early(without_syncs(recording, name).steps)
+
+
+def test_the_names_of_a_backup_and_of_a_restored_journal_are_synced(tmp_path, monkeypatch):
+    """Each file has its name when its folder is synced: else a power loss could remove a journal that was restored."""
+    journal, backup, restored = (tmp_path / name for name in ("journal", "backup", "restored"))
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor):
+        synced.append(set(os.listdir(descriptor)))  # noqa: PTH208 - pathlib takes no descriptor
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", noted)
+    with closing(JournalFile(str(journal))) as file:
+        file.write([Begin(intent("R-1"), now())])
+        file.backup(backup)
+    restore(backup, restored, now())
+    assert [backup.name in synced[0], restored.name in synced[-1]] == [True, True]

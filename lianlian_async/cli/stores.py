@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from lianlian_async.background import complete
 from lianlian_async.errors import ConfigurationError, JournalError
 from lianlian_async.journal import Journal, SqliteJournal, SqliteReader
+from lianlian_async.journal.sqlite_file import sync_folders
 from lianlian_async.merchant import Merchant
 from lianlian_async.secret import drop_secrets, without_locals
 
@@ -180,18 +181,9 @@ def make_folder(place: str) -> None:
     try:
         missing = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for each in missing if os.name == "posix" else ():  # Windows cannot open a folder
-            _sync(each.parent)  # SQLite syncs the names in its own folder only
+        sync_folders(*(each.parent for each in missing))  # SQLite syncs the names in its own folder only
     except OSError as error:
         raise click.UsageError(f"{place}: {error.strerror}; {_NAME_IT}") from None
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @attrs.frozen

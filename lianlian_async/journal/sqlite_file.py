@@ -26,7 +26,7 @@ from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
 from .file_lock import FileLock, FileLocked
 from .operations import Begin, Operation, Result, may_be_lost, perform
 
-__all__ = ["JournalFile", "restore"]
+__all__ = ["JournalFile", "restore", "sync_folders"]
 
 _ROWS: Final = 64
 """Maximum rows in one statement. ``sqlite3`` caches one prepared statement for each number of rows up to this."""
@@ -141,6 +141,7 @@ class JournalFile:
             with closing(_connect(copy, timeout=0.0)) as connection:
                 self._connection.backup(connection)
             copy.replace(target)
+            sync_folders(target.parent)
 
     def mark_restored(self, now: Moment) -> None:
         """Record that this file is a restored backup: later commits are lost.
@@ -328,10 +329,21 @@ def restore(backup: Path, place: Path, now: Moment) -> None:
             with closing(JournalFile(copy)) as file:
                 file.mark_restored(now)
             Path(copy).replace(place)
+            sync_folders(place.parent)
     except FileLocked as locked:
         raise JournalError(f"journal {place}: {locked} has it open; wait until that process has ended") from None
     except OSError as error:
         raise JournalError(f"journal {place}: {error}") from error
+
+
+def sync_folders(*folders: Path) -> None:
+    """Write the names in ``folders`` to disk, so that a power loss does not undo them. Windows cannot open a folder."""
+    for folder in folders if os.name == "posix" else ():
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connection:
