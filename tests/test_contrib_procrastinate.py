@@ -492,7 +492,8 @@ async def test_a_refund_that_the_journal_cannot_record_is_tried_again_later(dsn)
         await psycopg.AsyncConnection.connect(dsn) as other,
     ):
         await other.execute(
-            "INSERT INTO lianlian.refunds (no_refund, digest, fields, body, state) VALUES ('R-0', '', '{}', '', '')"
+            "INSERT INTO lianlian.refunds (no_refund, digest, fields, body, state, history)"
+            " VALUES ('R-0', '', '{}', '', '', '[]')"
         )
         await queue.enqueue(requests(10))
         await queue.work(session, concurrency=1, wait=False)
@@ -768,6 +769,7 @@ async def leave_unknown(gateway, journal, request):
             await session.apply_refund(request)
 
 
+@pytest.mark.lianlian_allow_network  # to a host that no DNS server knows
 async def test_an_open_refund_without_a_job_is_queued_again(dsn, journal):
     """A worker that starts reads the journal, and queries the refunds that other workers left open."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"), settle_after=3600, repeated=Repeated.AGAIN)
