@@ -56,6 +56,7 @@ from lianlian_async.contrib.web import error_response
 from lianlian_async.journal import Journal, SqliteJournal
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
+from lianlian_async.transport import http_backend
 from tests.support import command, keypairs, postgres
 from tests.support.batches import refund, url_of, write_csv
 from tests.support.notices import HEADERS, notification
@@ -67,7 +68,7 @@ LIBRARIES: Final = ("lianlian_async", "httpx", "httpcore", "aiohttp", "asyncio",
 """Loggers, all set to DEBUG."""
 KEY: Final = keypairs.pair("merchant")
 LOCKED: Final = KEY.locked_pem(PASSPHRASE)
-POLICY: Final = RetryPolicy(initial=0.01, maximum=0.1, budget=RetryBudget(capacity=1e9))
+POLICY: Final = RetryPolicy(initial=0.1, maximum=0.4, budget=RetryBudget(capacity=1e9))
 DEADLINE: Final = 0.5
 QUERY: Final = ("query", "--no-refund", "R-1", "--dt-refund", "20261122020000")
 WINDOW: Final = 24
@@ -396,14 +397,14 @@ def wanted() -> dict[str, set[str]]:
 
 
 def run(dsn: str, folder: Path, *, rounds: int) -> Report:
-    """Do everything with the empty database ``dsn``, and search it."""
-    evidence = Evidence()
+    """Do everything with the empty database ``dsn``, and search it; rounds alternate journal and backend."""
+    evidence, backends = Evidence(), sorted(("httpx", "aiohttp"), key=lambda name: name != http_backend())
     dsn = url_of(dsn, password=DSN_PASSWORD)
     with everything_logged(evidence):
         for number in range(rounds):
-            journal = SqliteJournal(folder / f"{number}.sqlite")
-            asyncio.run(fault_run(evidence, journal, "httpx", f"h{number}"))
-            asyncio.run(fault_run(evidence, PostgresJournal(dsn, schema=f"round{number}"), "aiohttp", f"a{number}"))
+            is_file = bool(number % 2)
+            journal = SqliteJournal(folder / f"{number}") if is_file else PostgresJournal(dsn, schema=f"round{number}")
+            asyncio.run(fault_run(evidence, journal, backends[is_file], str(number)))
         asyncio.run(wrong_settings(evidence))
         commands(evidence, dsn, folder)
         stored(evidence, dsn, folder)
