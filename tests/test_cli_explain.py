@@ -465,7 +465,27 @@ def test_restore_refuses_other_files(journal, tmp_path):
     assert ended.exit_code == 1
     assert "restore a backup" in ended.stderr
     assert not journal.exists()
+    other.write_bytes(b"")
+    ended = run("journal", "restore", other)
+    assert (ended.exit_code, "is empty" in ended.stderr, journal.exists()) == (1, True, False)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("name", ["journal.sqlite", "journal.backup"])
+def test_restore_refuses_a_wal(name, journal, tmp_path):
+    """A killed process leaves a WAL; SQLite would replay it into the restored file, or the backup lacks its commits."""
+    begin(journal)
+    backup = tmp_path / "journal.backup"
+    assert run("journal", "backup", backup).exit_code == 0
+    journal.unlink()
+    (tmp_path / f"{name}-wal").touch()
+    ended = run("journal", "restore", backup)
+    assert (ended.exit_code, "away; keep both" in ended.stderr, "its WAL is missing" in ended.stderr) == (
+        1,
+        name == "journal.sqlite",
+        name == "journal.backup",
+    )
+    assert not journal.exists()
 
 
 def test_restore_names_a_missing_folder_and_a_process(journal, tmp_path):

@@ -323,8 +323,15 @@ def restore(backup: Path, place: Path, now: Moment) -> None:
             closing(FileLock(Path(f"{place}-owner"))),
             TemporaryDirectory(prefix="restored-", dir=place.parent) as folder,
         ):
-            if place.exists():
-                raise JournalError(f"journal {place} exists: stop its process, and move the file away; keep it")
+            wal = Path(f"{place}-wal")  # SQLite would replay it into the restored file
+            if place.exists() or wal.exists():
+                raise JournalError(
+                    f"journal {place} exists: stop its process, and move {place} and {wal} away; keep both"
+                )
+            if not backup.stat().st_size or Path(f"{backup}-wal").exists():
+                raise JournalError(
+                    f"{backup} is empty, or not a backup by `lianlian journal backup`: its WAL is missing"
+                )
             copy = shutil.copy(backup, folder)
             with closing(JournalFile(copy)) as file:
                 file.mark_restored(now)
