@@ -405,7 +405,7 @@ def _revive_record(cls: type[RefundRecord], fields: dict[str, Any]) -> RefundRec
 _READERS: Final[dict[str, Callable[[str], object]]] = {
     **dict.fromkeys(("ret_code", "ret_msg", "oid_partner", "no_refund", "rate_id"), str),
     "dt_refund": wire.parse_timestamp,
-    "money_refund": wire.parse_money,
+    "money_refund": lambda text: wire.parse_money(wire.parse_decimal(text)),  # 0000000088.00 equals 88.00, too
     "money_foreign_refund": wire.parse_decimal,
     "rate": wire.parse_decimal,
     **dict.fromkeys(("exchange_bankcode", "oid_refundno", "trader_refund"), str),

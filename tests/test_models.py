@@ -587,6 +587,12 @@ def test_the_request_supplies_what_a_record_lacks():
     assert Refund.from_dict(SAMPLE, asked).no_refund == SAMPLE["no_refund"]
 
 
+def test_an_amount_that_equals_the_request_s_is_read():
+    """``check_identity`` compares by value, so every amount that it accepts must be readable."""
+    refund = RefundRecord.from_dict(SAMPLE | {"money_refund": "0000000088.0000"})
+    assert (refund.money_refund, refund.extra) == (Decimal("88.00"), {})
+
+
 def test_a_refund_has_number_and_amount():
     """A record without them is not a Refund."""
     assert type(RefundRecord.from_dict(SAMPLE)) is Refund
