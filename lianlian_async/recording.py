@@ -75,7 +75,8 @@ def answer(entry: Entry) -> Refund:
     if entry.ending.state is State.REJECTED:
         raise refusal(entry.no_refund, record)
     if entry.ending.state is State.CONFLICT:
-        check_identity(entry.fields, record)  # raises the recorded conflict
+        check_identity(entry.fields, record)  # raises the recorded conflict, unless its record was not kept
+        raise RefundConflict(entry.no_refund, field="content", ours="its request", theirs="unknown")
     return Refund.from_dict(record, entry.fields)
 
 
@@ -112,15 +113,20 @@ async def learn(journal: Journal, refund: Record, now: Moment, source: str = "qu
     except RefundConflict:
         await journal.finish(entry, Ending(state=State.CONFLICT, record=refund.to_dict()), history)
         raise
-    recorded = cast("Ending", (await journal.finish(entry, ending(refund), history)).ending)  # set by finish
+    _check_agrees(refund, await journal.finish(entry, ending(refund), history))
+    return cast("Record", refund.completed(entry.fields))
+
+
+def _check_agrees(refund: RefundRecord, stored: Entry) -> None:
+    """Raise ``RefundConflict`` if the outcome in ``stored`` contradicts ``refund``, which the gateway has signed."""
+    recorded = cast("Ending", stored.ending)  # set by Journal.finish
     if recorded.state is State.CONFLICT:
-        check_identity(entry.fields, recorded.record)
+        answer(stored)
     status = recorded.record.get("sta_refund")
     if recorded.state is State.REJECTED or (refund.is_final and status != refund.sta_refund):
         theirs = f"rejected {recorded.record['ret_code']}" if recorded.state is State.REJECTED else str(status)
         theirs = recorded.record.get("evidence", theirs)
-        raise RefundConflict(number, field="sta_refund", ours=str(refund.sta_refund), theirs=theirs)
-    return cast("Record", refund.completed(entry.fields))
+        raise RefundConflict(stored.no_refund, field="sta_refund", ours=str(refund.sta_refund), theirs=theirs)
 
 
 @attrs.frozen(kw_only=True)
@@ -206,7 +212,7 @@ class Recording:
             except JournalError as problem:
                 logger.warning("refund %s may have been made: %s", entry.no_refund, problem)
             raise
-        await self._finish(entry, case, ending(refund), refund)
+        _check_agrees(refund, await self._finish(entry, case, ending(refund), refund))
         return refund
 
     async def _is_taken(self, entry: Entry, said: RefundNotSent) -> bool:
@@ -220,13 +226,14 @@ class Recording:
             raise
         return found is not None and (found.sent_at is not None or found.ending is not None)
 
-    async def _finish(self, entry: Entry, case: Case, how: Ending, said: Refund | LianLianError) -> None:
+    async def _finish(self, entry: Entry, case: Case, how: Ending, said: Refund | LianLianError) -> Entry:
         try:
             with anyio.CancelScope(shield=True):
-                await self.journal.finish(entry, how, case.history)
+                stored = await self.journal.finish(entry, how, case.history)
         except JournalError as error:
             error.said = said
             raise
+        return stored
 
     async def _release(self, entry: Entry, case: Case, said: LianLianError) -> None:
         """End the lease. The refund may have been made only if ``said`` is ``RefundOutcomeUnknown``."""

@@ -26,11 +26,12 @@ from lianlian_async import (
     RefundStatus,
     RetryPolicy,
     SigningKey,
+    wire,
 )
-from lianlian_async.exchange import Call
+from lianlian_async.exchange import Call, Finding, Reply
 from lianlian_async.journal import MemoryJournal, SqliteJournal, State
 from lianlian_async.middleware import RateLimit
-from lianlian_async.recording import answer, digest, learn
+from lianlian_async.recording import answer, decision, digest, learn
 from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, Repeated, When
 from tests.support import keypairs
@@ -577,6 +578,42 @@ async def test_a_refund_that_another_worker_took_over_is_not_reported_as_not_sen
         with pytest.raises(RefundOutcomeUnknown, match="another worker"):
             await session.apply_refund(refund_request(2))
     assert gateway.times_made("R-2") == 1
+
+
+async def test_an_answer_after_a_decision_that_the_refund_was_not_made_is_a_conflict(new_journal):
+    """A person decides after the lease of a suspended worker, whose request is answered later: it reports both."""
+    gateway = sandbox(settle_after=0)
+
+    async def decided(exchange, call_next):
+        reply = await call_next(exchange)
+        now = boot_clock().after(1e6)
+        await journal.decide("R-1", decision(is_made=False, evidence="mail", who="Li", now=now), now)
+        return reply
+
+    async with shop(gateway, new_journal, middleware=[decided]) as (session, journal):
+        with pytest.raises(RefundConflict, match="ours 2, recorded decided by hand by Li") as caught:
+            await session.apply_refund(refund_request())
+        assert (await journal.find("R-1")).state is State.REJECTED
+    assert (caught.value.field, gateway.times_made("R-1")) == ("sta_refund", 1)
+
+
+async def test_a_conflict_without_a_record_stays_a_conflict(new_journal):
+    """The journal must not return a refund that the gateway never recorded."""
+    conflict = RefundConflict("R-1", field="no_order", ours="O-1", theirs="O-2")
+
+    async def conflicting(exchange, call_next):
+        await call_next(exchange)
+        return Reply(finding=Finding.CONFLICT, error=conflict)
+
+    gateway = sandbox(settle_after=0)
+    async with shop(gateway, new_journal, middleware=[conflicting]) as (session, journal):
+        for _ in range(2):
+            with pytest.raises(RefundConflict, match="before a person has decided"):
+                await session.apply_refund(refund_request())
+        record = gateway.notification(gateway.refunds[0])
+        with pytest.raises(RefundConflict, match="before a person has decided"):
+            await learn(journal, Refund.from_dict(wire.decode(record)), boot_clock())
+    assert gateway.requests == {"apply": 1}
 
 
 # ── a journal that fails ─────────────────────────────────────────────────────────────────────────
