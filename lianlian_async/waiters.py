@@ -13,6 +13,7 @@ import attrs
 from .errors import (
     AnswerMismatch,
     GatewayUnavailable,
+    JournalError,
     LianLianError,
     MalformedMessage,
     RefundNotFinal,
@@ -66,6 +67,9 @@ class Waiter:
                     refund, error = cast("Record", found.completed(known)), None
                 except _TRANSIENT as problem:
                     error = problem
+                except JournalError as problem:
+                    problem.said = refund
+                    raise
                 if refund.is_final:
                     return refund
         if self.told is not None:

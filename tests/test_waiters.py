@@ -11,6 +11,7 @@ import pytest
 
 from lianlian_async import (
     ConfigurationError,
+    JournalError,
     NotificationEndpoint,
     QueryRejected,
     RefundConflict,
@@ -265,6 +266,22 @@ async def test_a_final_state_from_a_query_is_recorded():
     async with MemoryJournal() as journal, session(gateway, journal=journal) as opened:
         await opened.apply_and_wait(refund_request())
         assert (await journal.find("R-1")).state is State.DONE
+
+
+async def test_a_journal_that_fails_during_the_wait_says_that_the_refund_was_made():
+    """A caller must not take the failure for a refund that was not sent."""
+    gateway = sandbox(settle_after=1)
+
+    class Full(MemoryJournal):
+        async def find(self, no_refund):
+            if gateway.requests["query"]:
+                raise JournalError("the disk is full")
+            return await super().find(no_refund)
+
+    async with Full() as journal, session(gateway, journal=journal) as opened:
+        with pytest.raises(JournalError) as caught:
+            await opened.apply_and_wait(refund_request())
+    assert caught.value.said.sta_refund is RefundStatus.INITIALIZED
 
 
 async def test_a_state_that_contradicts_the_journal_is_raised():
