@@ -10,6 +10,7 @@ from . import wire
 from .clock import Moment
 from .errors import InvalidRequest, MalformedMessage, Problem, RefundOutcomeUnknown, RefundRejected
 from .models import RefundRequest
+from .settings import is_number
 
 _VERSION: Final = 1
 _UNKNOWN: Final = {
@@ -52,7 +53,7 @@ def from_dict(data: Mapping[str, Any]) -> RefundOutcomeUnknown:
         raise InvalidRequest([Problem("version", f"must be {_VERSION}", repr(version))])
     fields = _read(data, _UNKNOWN)
     del fields["version"]
-    fields["body"] = fields["body"].encode()
+    fields["body"] = fields["body"].encode(errors="surrogatepass")  # then it is no message
     unknown = RefundOutcomeUnknown(**fields)
     if unknown.body and not _signs(unknown.body, unknown.request.to_dict() | {"oid_partner": unknown.oid_partner}):
         raise InvalidRequest([Problem("body", "must be the signed form of the request", "another message")])
@@ -79,7 +80,7 @@ def _read(data: Any, kinds: Mapping[str, type], where: str = "") -> dict[str, An
             problems.append(Problem(f"{where}{name}", "is required", "nothing"))
         except InvalidRequest as error:
             problems += error.problems
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             problems.append(Problem(f"{where}{name}", str(error), type(data[name]).__name__))
     if problems:
         raise InvalidRequest(problems)
@@ -93,12 +94,12 @@ def _parse(name: str, value: Any, kind: type) -> Any:
         return RefundRequest.from_record(value)
     if kind in _PARTS:
         return kind(**_read(value, _PARTS[kind], f"{name}."))
-    if kind is float and type(value) is int:  # another language may write 5.0 as 5
+    if kind is float and is_number(value):  # another language may write 5.0 as 5
         return float(value)
     if kind is datetime:
         value = datetime.fromisoformat(value)
         if value.tzinfo is None:
             raise ValueError("must have a UTC offset")
-    if type(value) is not kind:
+    if kind is float or type(value) is not kind:
         raise TypeError(f"must be of type {kind.__name__}")
     return value

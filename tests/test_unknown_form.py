@@ -1,6 +1,7 @@
 """``RefundOutcomeUnknown.to_dict`` and ``from_dict``: an unknown refund stored as JSON, outside Python."""
 
 import json
+import math
 
 import anyio
 import pytest
@@ -76,8 +77,18 @@ def test_another_type_is_refused(form):
         RefundOutcomeUnknown.from_dict(form)
 
 
-async def test_a_body_that_is_not_json_is_refused():
+@pytest.mark.parametrize("boot", [math.nan, 10**400], ids=["NaN", "too large"])
+async def test_a_boot_time_is_a_finite_number(boot):
+    """Python's JSON has NaN, and integers of any size."""
+    form = json.loads(await stored_unknown(sandbox()))
+    form["moment"]["boot"] = boot
+    with pytest.raises(InvalidRequest, match=r"moment\.boot|boot"):
+        RefundOutcomeUnknown.from_dict(form)
+
+
+@pytest.mark.parametrize("body", ["garbage", "\ud800"])
+async def test_a_body_that_is_not_json_is_refused(body):
     """It cannot be the signed form of the request."""
     form = json.loads(await stored_unknown(sandbox()))
     with pytest.raises(InvalidRequest, match="body: must be the signed form"):
-        RefundOutcomeUnknown.from_dict(form | {"body": "garbage"})
+        RefundOutcomeUnknown.from_dict(form | {"body": body})
