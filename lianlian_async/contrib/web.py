@@ -69,11 +69,11 @@ _log: Final = partial(logger.warning, "the caller of a refund was cancelled; its
 _RESPONSES: Final = (
     (errors.InvalidRequest, 422, "a field is invalid; nothing was sent"),
     (errors.RefundConflict, 409, "no_refund belongs to a refund with other content; a person has to decide"),
-    (errors.RefundRejected | errors.QueryRejected, 422, "LianLian rejected the request"),
+    (errors.RefundRejected | errors.QueryRejected, 422, "the request was rejected"),
     (errors.RefundNotFound, 404, "LianLian has no record of the refund at this moment"),
     (errors.RefundOutcomeUnknown, 202, "the refund may have been made; repeat the same request at ask_again_at"),
     (errors.RefundNotFinal, 202, "the refund was made, but it is not final yet"),
-    (errors.RefundNotSent | errors.JournalError, 503, "the refund was not sent; it is safe to repeat the same request"),
+    (errors.RefundNotSent | errors.JournalError, 503, "this request sent nothing; it is safe to repeat it"),
     (errors.GatewayUnavailable, 503, "LianLian gave no usable answer to the query; repeat it later"),
     (errors.SignatureInvalid | errors.AnswerMismatch | errors.MalformedMessage, 502, "LianLian's answer is unusable"),
     (LianLianError, 500, "the service has an internal problem"),
