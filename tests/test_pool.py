@@ -471,6 +471,7 @@ async def test_proxy_that_refuses_the_tunnel_is_not_sent(monkeypatch, merchant):
     [
         "ftp://user:sesame@proxy.example",
         "http://user:sesame@[::",
+        "http://user:sesame@127.0.0.1:99999",
         pytest.param(
             "socks5://user:sesame@proxy.example",
             marks=pytest.mark.skipif(find_spec("socksio") is not None, reason="httpx[socks] is installed"),

@@ -74,7 +74,8 @@ def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
     try:
         proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
         httpx.AsyncHTTPTransport(verify=False, proxy=proxy)  # raises if the proxy is unusable
-    except (ImportError, ValueError, httpx.InvalidURL):
+        (proxy.url.port or 0).to_bytes(2, "big")  # the operating system has ports up to 65535
+    except (ImportError, ValueError, OverflowError, httpx.InvalidURL):
         # The URL of a proxy may contain a password: do not show it.
         raise ConfigurationError(
             f"{scheme.upper()}_PROXY: must be the URL of an http, https or (with httpx[socks]) socks5 proxy; "
