@@ -377,10 +377,12 @@ def test_a_journal_is_backed_up_while_it_is_in_use(journal, env, gateway):
     target = journal.with_name("journal.backup")
     ended = run("journal", "backup", target)
     again = run("journal", "backup", target)
+    lost = run("journal", "backup", target / "more")
     process.kill()
     end(process, env)
     assert (ended.exit_code, ended.stdout) == (0, f"journal {journal} copied to {target}\n")
     assert (again.exit_code, "exists already" in again.stderr) == (2, True)
+    assert (lost.exit_code, "its folder does not exist" in lost.stderr) == (2, True)
     shown = run("journal", "show", target, "--json").json
     assert (shown["states"]["accepted"], shown["states"]["unresolved"]) == (2, 1)
     assert {path.name for path in target.parent.iterdir() if path.name.startswith("journal.backup")} == {target.name}
@@ -494,7 +496,7 @@ def test_restore_names_a_missing_folder_and_a_process(journal, tmp_path):
     backup = tmp_path / "journal.backup"
     assert run("journal", "backup", backup).exit_code == 0
     ended = run("journal", "restore", backup, "--journal", tmp_path / "no" / "journal")
-    assert (ended.exit_code, "No such file" in ended.stderr) == (1, True)
+    assert (ended.exit_code, f"No such file or directory: {tmp_path}/no/journal-owner\n" in ended.stderr) == (1, True)
 
     async def restore(opened):
         return run_in_thread("journal", "restore", backup)

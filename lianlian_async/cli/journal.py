@@ -162,8 +162,8 @@ def backup(output: Output, /, file: Path, place: str) -> None:
     FILE appears when the copy is complete. The inbox is not copied: after a restore, on_refund is called again.
     """
     _check_is_file(place)
-    if file.exists():
-        raise click.BadParameter("exists already", param_hint="FILE")
+    if file.exists() or not file.parent.is_dir():
+        raise click.BadParameter("exists already" if file.exists() else "its folder does not exist", param_hint="FILE")
     with closing(JournalFile(place, only_to_look=True)) as opened:
         opened.backup(file)
     output.show({"backup": str(file)}, f"journal {place} copied to {file}")

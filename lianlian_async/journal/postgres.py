@@ -388,6 +388,6 @@ class PostgresJournal(GroupCommitJournal):
             with anyio.fail_after(self._timeout):
                 yield
         except (Error, OSError) as error:
-            reason = str(error).strip() or f"no answer within {self._timeout} s"
+            reason = " ".join(str(error).split()) or f"no answer within {self._timeout} s"
             drop_secrets(error)
             raise JournalError(f"journal {self._name}: {reason}") from error

@@ -340,7 +340,7 @@ def restore(backup: Path, place: Path, now: Moment) -> None:
     except FileLocked as locked:
         raise JournalError(f"journal {place}: {locked} has it open; wait until that process has ended") from None
     except OSError as error:
-        raise JournalError(f"journal {place}: {error}") from error
+        raise JournalError(f"journal {place}: {error.strerror or error}: {error.filename}") from error
 
 
 def sync_folders(*folders: Path) -> None:
