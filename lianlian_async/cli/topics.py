@@ -16,9 +16,9 @@ At `ask_again_at` run `lianlian query`, or `lianlian batch` on the same file and
 "No such record" is believed 15 minutes after the last attempt; only then is the refund sent again.""",
     "journal": """\
 A journal records each refund before it is sent, and its outcome. After a crash, the same command continues from it.
-One process: a file (FILE.journal). Several processes or machines: PostgreSQL, with its DSN in LIANLIAN_DSN.
+One process: a file in your application folder, or --journal PATH. Several: PostgreSQL, with its DSN in LIANLIAN_DSN.
 `lianlian journal show` lists what is open, `journal resume` resolves it. Never delete a journal with open refunds.
-A journal belongs to one merchant and one apply URL. If it was lost or restored, old refunds are new to it.""",
+A journal belongs to one merchant and one apply URL. If it was lost, use `lianlian batch --query-first`.""",
     "processes": """\
 One process: `lianlian batch FILE` with its journal file, which only one process can open at a time.
 Many: `lianlian batch --queue FILE` fills a queue in PostgreSQL, and any number of `lianlian worker` empty it.

@@ -283,7 +283,7 @@ class Journal(Protocol):
     async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
         """Record the outcome that a person has decided, DONE or REJECTED, as :meth:`finish` does.
 
-        Raises :class:`JournalError` if there is no entry, if a call has the lease, or if it is final or signed.
+        Raises :class:`JournalError` without an entry, under a lease, after a final outcome and a signed rejection.
         """
 
     async def latest_made(self) -> Entry | None:

@@ -171,9 +171,7 @@ async def _read(response: httpx.Response) -> bytes:
     received = bytearray()
     with anyio.CancelScope() as enough:
         async for chunk in cast("httpx.AsyncByteStream", response.stream):
-            if (
-                received
-            ):  # thousands of tiny chunks may come in one segment: let other tasks run, and end at the deadline
+            if received:  # one segment may have thousands of tiny chunks: let other tasks run, end at the deadline
                 await anyio.lowlevel.checkpoint()
             received += chunk
             if len(received) > MAX_MESSAGE_BYTES:
