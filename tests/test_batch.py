@@ -561,9 +561,9 @@ async def test_an_argument_that_is_no_iterable_of_requests_is_refused_at_once(re
 async def test_a_rejection_by_configuration_stops_the_batch(kind, stranger_keys):
     """A wrong key: running refunds have their outcomes, no further request is read, and the reason is raised."""
     gateway, outcomes = sandbox(), []
-    distrust(gateway, stranger_keys)
     source = Source(10_000 if kind == "plain" else 2)
     async with session_with(gateway) as session:
+        distrust(gateway, stranger_keys)
         requests = source if kind == "plain" else source.unhurried()
         with pytest.raises(BatchStopped, match="1001") as caught:
             await collect(refund_many(session, requests, concurrency=3), outcomes)
@@ -617,8 +617,8 @@ async def test_running_refunds_finish_when_the_batch_stops(stranger_keys):
 async def test_keep_going_continues_after_rejections_by_configuration(stranger_keys):
     """With ``keep_going`` such a rejection is an ordinary outcome."""
     gateway = sandbox()
-    distrust(gateway, stranger_keys)
     async with session_with(gateway) as session:
+        distrust(gateway, stranger_keys)
         outcomes = [outcome async for outcome in refund_many(session, Source(10), keep_going=True)]
     assert numbers(outcomes) == list(range(1, 11))
     assert {outcome.error.ret_code for outcome in outcomes} == {"1001"}
