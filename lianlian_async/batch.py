@@ -13,7 +13,6 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing
-from types import TracebackType
 from typing import Self, TypeVar
 
 import anyio
@@ -28,8 +27,6 @@ from .session import RefundSession
 from .settings import check_journal, check_type
 from .signature_watch import Admission
 from .worker_pool import Handover, checked, iterate, run_workers
-
-__all__ = ["Outcomes", "refund_many"]
 
 T = TypeVar("T")
 
@@ -129,9 +126,7 @@ class Outcomes(AsyncIterator[Outcome]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
     def __del__(self) -> None:

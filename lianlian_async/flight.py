@@ -32,8 +32,6 @@ from .recording import Recording, answer, refusal
 from .resolution import Case, matching, resolve
 from .retry import Deadline, RetryPolicy
 
-__all__ = ["Flight", "Flights", "Order"]
-
 LONGEST_LEASE: Final = 2 * 86_400.0
 """Seconds."""
 
@@ -73,13 +71,12 @@ class Flights:
         ``traffic`` counts the requests of a new flight. Raises as :meth:`RefundSession.apply_refund`, and
         ``RefundConflict`` if the request differs from the request of the flight.
         """
-        number = order.request.no_refund
+        number, counted = order.request.no_refund, Traffic()
         while (flight := self._under_way.get(number)) is not None and flight.is_left:
             await flight.task.join()
             self._forget(number, flight)
         if flight is not None:
             flight.check_content(order.request)
-            counted = Traffic()
         else:
             flight, counted = Flight(order, self._fly, self._unknown), traffic
             self._under_way[number] = flight

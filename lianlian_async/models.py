@@ -23,9 +23,6 @@ T = TypeVar("T")
 Record = TypeVar("Record", bound="RefundRecord")
 
 
-# ── field rules ──────────────────────────────────────────────────────────────────────────────────
-
-
 class _Broken(NamedTuple):
     """Replaces an invalid value until ``__attrs_post_init__`` reports all invalid values together."""
 
@@ -189,9 +186,6 @@ _PARSED: Final[dict[str, Callable[[Any], object]]] = {
 """The parsers of the fields that are not strings."""
 
 
-# ── requests ─────────────────────────────────────────────────────────────────────────────────────
-
-
 @_fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundRequest(_Request):
@@ -245,9 +239,6 @@ class RefundQuery(_Request):
     """The ``trader_refund`` of the refund, if it has one."""
 
     _either = ("no_refund", "oid_refundno")
-
-
-# ── answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class RefundStatus(StrEnum):

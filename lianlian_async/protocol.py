@@ -39,8 +39,6 @@ class Protocol(NamedTuple):
     private_key: SigningKey
     gateway_keys: tuple[VerifyingKey, ...]
 
-    # ── out ──────────────────────────────────────────────────────────────────────────────────────
-
     def apply_fields(self, request: RefundRequest) -> dict[str, str]:
         """Return the fields of an apply call. Raises ``InvalidRequest`` without a ``notify_url``."""
         fields = {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **request.to_dict()}
@@ -63,8 +61,6 @@ class Protocol(NamedTuple):
         fields = wire.decode(body)
         del fields["sign"]
         return fields
-
-    # ── in ───────────────────────────────────────────────────────────────────────────────────────
 
     def verify(self, fields: Mapping[str, str]) -> bool:
         """Return whether one of the gateway's keys signed ``fields``."""

@@ -24,8 +24,6 @@ from .identity import check_identity
 from .journal import Entry, State
 from .models import RefundStatus
 
-__all__ = ["Reconciliation", "StatementError", "Verdict"]
-
 _NAME: Final = re.compile(r"JYMX_([A-Za-z0-9]{1,18})_([0-9]{6}(?:[0-9]{2})?)\.txt")
 _SUMMARY: Final = re.compile(r"(?:[^|]*\|){3}([0-9]*)\|(-?[0-9]+(?:\.[0-9]+)?)?(?:\|[^|]*){2}")
 """7 columns. Column 4 is the number of refunds in the statement, column 5 their sum, which is negative."""

@@ -26,8 +26,6 @@ from .models import Record, Refund, RefundRecord, RefundRequest, RefundStatus
 from .resolution import Case, matching
 from .signing import signature_source
 
-__all__ = ["Recording", "answer", "decision", "digest", "ending", "learn", "refusal", "take"]
-
 logger = logging.getLogger("lianlian_async")
 
 _NO_CONTENT: Final = ("sign_type", "notify_url")

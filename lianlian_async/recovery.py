@@ -18,8 +18,6 @@ from .recording import learn
 from .resolution import matching
 from .worker_pool import checked, run_workers
 
-__all__ = ["Resumed", "resume"]
-
 logger = logging.getLogger("lianlian_async")
 
 

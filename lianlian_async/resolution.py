@@ -26,8 +26,6 @@ from .models import Refund, RefundRecord, RefundRequest
 from .outcome import Traffic, unknown_reason
 from .retry import TokenBucket
 
-__all__ = ["NEXT_STEP", "Case", "Step", "matching", "resolve"]
-
 logger = logging.getLogger("lianlian_async")
 
 
@@ -187,6 +185,7 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
 
     Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict`` or ``RefundOutcomeUnknown``.
     """
+    number = case.request.no_refund
     try:
         # Query an unknown refund first; send a new one first.
         is_new = case.sent_at is None and not case.ask_first
@@ -204,7 +203,7 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
         if anyio.current_effective_deadline() > -math.inf:  # this call was not cancelled: a lower layer raised it
             case.query_error = LianLianError(f"interrupted by {type(error).__name__}")
             raise case.unknown() from error
-        logger.warning("refund %s: cancelled, but it may have been made; query before sending it again", _number(case))
+        logger.warning("refund %s: cancelled, but it may have been made; query before sending it again", number)
         raise
     return refund
 
@@ -298,7 +297,3 @@ def _result(reply: Reply) -> str:
         return "another refund"
     result: str = getattr(reply.error, "ret_code", None) or unknown_reason(reply.error, None)
     return f"not sent: {result}" if reply.finding is Finding.NOT_SENT else result
-
-
-def _number(case: Case) -> str:
-    return case.request.no_refund

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from time import perf_counter
-from types import TracebackType
 from typing import Any, Final, Self, cast
 
 import anyio
@@ -24,7 +23,7 @@ from .errors import (
     misconfigured,
 )
 from .events import CallBegan, CallEnded, Listener, Paused
-from .exchange import Call, Reply
+from .exchange import Call
 from .flight import Flights, Order
 from .gateway_client import GatewayClient
 from .journal import Journal, OpenRefunds
@@ -41,9 +40,6 @@ from .settings import check_integer, check_journal, check_type, positive_seconds
 from .signature_watch import SignatureWatch
 from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, HttpSender, check_http
 from .waiters import Waiters
-
-__all__ = ["RefundSession"]
-
 
 LONGEST_DEADLINE: Final = 86_400.0
 """Seconds that one call may take with a journal, which keeps its lease for twice as long."""
@@ -141,8 +137,6 @@ class RefundSession:
         """Counts whether the gateway's answers verify. Batches and workers stop early if they do not."""
         return self._gateway.signatures
 
-    # ── opening and closing ──────────────────────────────────────────────────────────────────────
-
     async def __aenter__(self) -> Self:
         with self._life.opening():
             if self.journal is not None and self.journal.is_open:  # else bind it at the first refund
@@ -166,16 +160,12 @@ class RefundSession:
             self._flights = Flights(self._gateway, self.clock, self._life.slot)
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         try:
             await self._life.close()
         finally:
             with anyio.CancelScope(shield=True):
                 await self._gateway.aclose()
-
-    # ── the calls ────────────────────────────────────────────────────────────────────────────────
 
     async def apply_refund(
         self, request: RefundRequest, *, deadline: float | None = None, retry: RetryPolicy | None = None
@@ -224,8 +214,7 @@ class RefundSession:
         """
         began = anyio.current_time()
         traffic = Traffic()
-        refund: Refund | None = None
-        error: LianLianError | None = None
+        refund = error = None
         try:
             refund = await self._apply(
                 request,
@@ -282,7 +271,9 @@ class RefundSession:
         traffic.queries = reply.attempts
         if reply.refund is not None:
             return reply.refund
-        raise _raised(reply)
+        if isinstance(reply.error, GatewayUnavailable):
+            reply.error.attempts = reply.attempts
+        raise misconfigured(reply.error) or cast("LianLianError", reply.error)  # a reply without a refund has one
 
     async def wait_refund(self, refund: Record, *, deadline: float = 3600.0) -> Record:
         """Wait until a refund that was made is final: success or failed.
@@ -339,8 +330,6 @@ class RefundSession:
         return await resume(
             self.journal, resolve=self.outcome_of, query=self.query_refund, workers=workers, clock=self.clock
         )
-
-    # ── one refund ───────────────────────────────────────────────────────────────────────────────
 
     async def _apply(
         self,
@@ -409,10 +398,3 @@ class RefundSession:
 
 def _checked(deadline: float) -> float:
     return positive_seconds("deadline", deadline)
-
-
-def _raised(reply: Reply) -> LianLianError:
-    """Return the error of a failed query."""
-    if isinstance(reply.error, GatewayUnavailable):
-        reply.error.attempts = reply.attempts
-    return misconfigured(reply.error) or cast("LianLianError", reply.error)  # a reply without a refund has one

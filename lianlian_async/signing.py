@@ -233,9 +233,7 @@ class VerifyingKey(_Key):
         return VerifyingKey.load, (self._rsa.export_key("DER"),)
 
 
-# ── loading: no message shows any part of the material ───────────────────────────────────────────
-
-
+# No message about a key shows any part of its material.
 def _load(material: KeyMaterial, password: str | bytes | None, name: str, *, private: bool) -> RSA.RsaKey:
     if not isinstance(password, str | bytes | None):
         raise ConfigurationError(f"{name}: its password must be str or bytes, not {type(password).__name__}")

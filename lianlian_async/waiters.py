@@ -23,8 +23,6 @@ from .errors import (
 from .identity import check_identity
 from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest
 
-__all__ = ["Waiter", "Waiters"]
-
 FIRST_PAUSE: Final = 2.0
 LONGEST_PAUSE: Final = 300.0
 """Seconds. Each pause between two queries is twice as long as the pause before: about twenty queries in an hour."""

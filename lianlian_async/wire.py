@@ -27,9 +27,6 @@ _LARGEST: Final = Decimal("100000000.00")
 _SMALLEST: Final = Decimal("0.01")
 
 
-# ── JSON ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
@@ -82,9 +79,6 @@ def encode(fields: Mapping[str, str]) -> bytes:
     return _ENCODER.encode(dict(fields)).encode()
 
 
-# ── money ────────────────────────────────────────────────────────────────────────────────────────
-
-
 def parse_money(value: Decimal | int | str) -> Decimal:
     """Return an amount in yuan, 0.01 to 100,000,000.00, with exactly two decimals; the value is never rounded.
 
@@ -121,9 +115,6 @@ def parse_decimal(text: str) -> Decimal:
     if not _DECIMAL.fullmatch(text):
         raise ValueError("must be a decimal number")
     return Decimal(text)
-
-
-# ── time ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parse_timestamp(value: datetime | str) -> datetime:

@@ -18,8 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-__all__ = ["FileLock", "FileLocked"]
-
 _LONGEST_HOLDER: Final = 500
 _OPEN: Final = set[FileIO]()
 

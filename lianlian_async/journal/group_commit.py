@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from itertools import count
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 from uuid import uuid4
 
@@ -24,8 +23,6 @@ from lianlian_async.clock import Moment
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing
 from .operations import Acted, Begin, Decide, Find, Finish, Operation, Release, Resend, Result, TakeBack
-
-__all__ = ["GroupCommitJournal", "Queued"]
 
 T = TypeVar("T")
 
@@ -172,9 +169,7 @@ class GroupCommitJournal(Journal):
         self._group = _GroupCommit(self._name, self._write)
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         if os.getpid() == self._process:  # in a forked child, do nothing: the journal belongs to the parent
             group, self._group = self._opened(), None
             self._inbox = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
-from types import TracebackType
 from typing import Final, Self, TypeVar
 from uuid import uuid4
 
@@ -15,8 +14,6 @@ from lianlian_async.clock import Moment
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing, State
 from .operations import Acted, Begin, Decide, Finish, Operation, Release, Resend
-
-__all__ = ["MemoryJournal", "OpenRefunds"]
 
 T = TypeVar("T")
 
@@ -44,9 +41,7 @@ class MemoryJournal(Journal):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         pass
 
     async def bind(self, oid_partner: str, apply_url: str) -> None:

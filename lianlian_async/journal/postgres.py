@@ -40,8 +40,6 @@ from .operations import Begin, Find, Operation, Result, TakeBack, perform
 from .postgres_moments import Reading
 from .postgres_rows import entry_of, owner_of, rows_of
 
-__all__ = ["PostgresJournal", "connection_string"]
-
 logger = logging.getLogger("lianlian_async")
 
 SCHEMA_VERSION: Final = 5
@@ -159,8 +157,6 @@ class PostgresJournal(GroupCommitJournal):
     async def counts(self) -> Mapping[State, int]:
         return dict.fromkeys(State, 0) | {State(row["state"]): row["count"] for row in await self._fetch(sql.COUNT)}
 
-    # ── opening and closing ────────────────────────────────────────────────────────────────────────
-
     def _beside(self) -> PostgresJournal:
         # An inbox sends nothing, so it never has to query first.
         return PostgresJournal(
@@ -226,8 +222,6 @@ class PostgresJournal(GroupCommitJournal):
         while self._retries:
             await next(iter(self._retries)).join()
         await self._pool.close()
-
-    # ── batches ──────────────────────────────────────────────────────────────────────────────────
 
     async def _write(self, batch: Sequence[Queued]) -> None:
         await self._carry_out(batch, anyio.current_time() + self._timeout)
@@ -355,8 +349,6 @@ class PostgresJournal(GroupCommitJournal):
 
     def _sql(self, statement: LiteralString) -> Composed:
         return SQL(statement).format(schema=Identifier(self._schema))
-
-    # ── errors ────────────────────────────────────────────────────────────────────────────────────
 
     @asynccontextmanager
     async def _sent(

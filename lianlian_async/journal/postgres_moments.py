@@ -25,8 +25,6 @@ from lianlian_async.clock import Moment
 
 from .operations import may_be_lost
 
-__all__ = ["Reading"]
-
 _DRIFT: Final = 0.001
 """Upper bound for the relative drift between two clocks; quartz and the corrections of NTP stay below it."""
 _SLACK: Final = 2.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import anyio
@@ -18,8 +17,6 @@ from lianlian_async.background import complete, run_in_thread
 from .base import Entry, Owner, State
 from .group_commit import GroupCommitJournal, Queued
 from .sqlite_file import JournalFile
-
-__all__ = ["SqliteJournal", "SqliteReader"]
 
 T = TypeVar("T")
 
@@ -80,9 +77,7 @@ class SqliteReader(_Reading):
         self.id, self.owner = await self._in_thread(self._file.owner)
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await complete(self._close)
 
     async def find(self, no_refund: str) -> Entry | None:

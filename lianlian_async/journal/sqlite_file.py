@@ -12,6 +12,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +26,6 @@ from . import sqlite_schema as sql
 from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
 from .file_lock import FileLock, FileLocked
 from .operations import Begin, Operation, Result, may_be_lost, perform
-
-__all__ = ["JournalFile", "restore", "sync_folders"]
 
 _ROWS: Final = 64
 """Maximum rows in one statement. ``sqlite3`` caches one prepared statement for each number of rows up to this."""
@@ -64,7 +63,7 @@ class JournalFile:
     def __init__(self, path: str, *, only_to_look: bool = False) -> None:
         self._path = Path(path)
         owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
-        self._turn = Lock()
+        self._turn, self._errors = Lock(), partial(_errors, self._path)
         self._leased: dict[str, tuple[int, Entry]] = {}
         """Leased entries by no_refund: (rowid, entry as stored)."""
         with self._errors(), ExitStack() as opened:
@@ -80,7 +79,8 @@ class JournalFile:
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
                 self._connection.executescript(sql.CHANGES)
-            self._last_place: int = self._value(sql.LAST_PLACE)  # the first read creates the WAL
+            self.last_place: int = self._value(sql.LAST_PLACE)  # the first read creates the WAL
+            """The rowid of the newest entry."""
             paths = () if only_to_look else (self._path, owner_path, log_path)
             self._files = {path: path.stat() for path in paths}
             self._is_acting = bool(self._value(sql.IS_ACTING))
@@ -132,8 +132,6 @@ class JournalFile:
         with self._turn, self._errors():
             self._opened.close()
 
-    # ── backups ──────────────────────────────────────────────────────────────────────────────────
-
     def backup(self, target: Path) -> None:
         """Copy the journal to ``target``, which appears when the copy is complete. Other processes may write."""
         with self._turn, self._errors(), TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as folder:
@@ -156,8 +154,6 @@ class JournalFile:
                 values = {"now": sql.microseconds(now), "evidence": _json(sql.evidence_of(now, None))}
                 for statement in sql.MARK_RESTORED:
                     self._connection.execute(statement, values)
-
-    # ── entries ──────────────────────────────────────────────────────────────────────────────────
 
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
         """Carry out all ``operations`` in one transaction. It is durable on return; on an error it changes nothing."""
@@ -184,15 +180,9 @@ class JournalFile:
         """Return (rowid, entry) by number; a number without an entry is left out."""
         known = {no_refund: self._leased[no_refund] for no_refund in numbers & self._leased.keys()}
         if unread := numbers - known.keys():
-            known |= {
-                entry.no_refund: (place, entry) for place, entry in self._read(sql.FIND, _json(list(unread))).items()
-            }
+            found = self._read(sql.FIND, _json(list(unread)))
+            known |= {entry.no_refund: (place, entry) for place, entry in found.items()}
         return known
-
-    @property
-    def last_place(self) -> int:
-        """The rowid of the newest entry."""
-        return self._last_place
 
     def page(self, after: int, until: int, limit: int, *, pending: bool) -> list[tuple[int, Entry]]:
         """Return up to ``limit`` pairs (rowid, entry), oldest first, with ``after`` < rowid <= ``until``."""
@@ -248,13 +238,11 @@ class JournalFile:
             if entry.no_refund in known:
                 place, _ = known[entry.no_refund]
             else:
-                place = self._last_place = self._last_place + 1
+                place = self.last_place = self.last_place + 1
             sent_at = evidence = None
             if entry.sent_at is not None:
-                sent_at, evidence = (
-                    sql.microseconds(entry.sent_at),
-                    _json(sql.evidence_of(entry.sent_at, entry.refused)),
-                )
+                sent_at = sql.microseconds(entry.sent_at)
+                evidence = _json(sql.evidence_of(entry.sent_at, entry.refused))
             record = None if entry.ending is None else _json(entry.ending.record)
             begun = entry.no_refund, entry.digest, _json(entry.fields), entry.state, sent_at, entry.body.decode()
             places.append(place)
@@ -271,8 +259,6 @@ class JournalFile:
         if row is None:
             raise _DamagedRowError("a row is missing")
         return row[0]
-
-    # ── errors ───────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -297,50 +283,43 @@ class JournalFile:
                     "put the file back if you can: refunds recorded in it may have been made"
                 )
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except FileLocked as locked:
-            error = JournalError(
-                f"journal {self._path}: {locked} has it open; wait until that process has ended. If several processes "
-                "run one service, use a PostgresJournal"
-            )
-            error.holder = str(locked)
-            raise error from None
-        except (sqlite3.Error, OSError, UnicodeError, _DamagedRowError) as error:
-            is_damage = isinstance(error, UnicodeError | _DamagedRowError)
-            code = _ERRNO.get(getattr(error, "errno", 0), sqlite3.SQLITE_CORRUPT if is_damage else sqlite3.SQLITE_IOERR)
-            code = getattr(error, "sqlite_errorcode", code) & 0xFF  # the primary result code
-            advice = _ADVICE.get(code, "no operation of this batch was recorded")
-            raise JournalError(f"journal {self._path}: {error}; {advice}") from error
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileLocked as locked:
+        error = JournalError(
+            f"journal {path}: {locked} has it open; wait until that process has ended. If several processes run one "
+            "service, use a PostgresJournal"
+        )
+        error.holder = str(locked)
+        raise error from None
+    except (sqlite3.Error, OSError, UnicodeError, _DamagedRowError) as error:
+        is_damage = isinstance(error, UnicodeError | _DamagedRowError)
+        code = _ERRNO.get(getattr(error, "errno", 0), sqlite3.SQLITE_CORRUPT if is_damage else sqlite3.SQLITE_IOERR)
+        code = getattr(error, "sqlite_errorcode", code) & 0xFF  # the primary result code
+        advice = _ADVICE.get(code, "no operation of this batch was recorded")
+        raise JournalError(f"journal {path}: {error}; {advice}") from error
 
 
 def restore(backup: Path, place: Path, now: Moment) -> None:
     """Create the journal file ``place`` from a ``backup``, marked as restored. Raises ``JournalError``."""
-    try:
-        with (
-            closing(FileLock(Path(f"{place}-owner"))),
-            TemporaryDirectory(prefix="restored-", dir=place.parent) as folder,
-        ):
-            wal = Path(f"{place}-wal")  # SQLite would replay it into the restored file
-            if place.exists() or wal.exists():
-                raise JournalError(
-                    f"journal {place} exists: stop its process, and move {place} and {wal} away; keep both"
-                )
-            if not backup.stat().st_size or Path(f"{backup}-wal").exists():
-                raise JournalError(
-                    f"{backup} is empty, or not a backup by `lianlian journal backup`: its WAL is missing"
-                )
-            copy = shutil.copy(backup, folder)
-            with closing(JournalFile(copy)) as file:
-                file.mark_restored(now)
-            Path(copy).replace(place)
-            sync_folders(place.parent)
-    except FileLocked as locked:
-        raise JournalError(f"journal {place}: {locked} has it open; wait until that process has ended") from None
-    except OSError as error:
-        raise JournalError(f"journal {place}: {error.strerror or error}: {error.filename}") from error
+    with (
+        _errors(place),
+        closing(FileLock(Path(f"{place}-owner"))),
+        TemporaryDirectory(prefix="restored-", dir=place.parent) as folder,
+    ):
+        wal = Path(f"{place}-wal")  # SQLite would replay it into the restored file
+        if place.exists() or wal.exists():
+            raise JournalError(f"journal {place} exists: stop its process, and move {place} and {wal} away; keep both")
+        if not backup.stat().st_size or Path(f"{backup}-wal").exists():
+            raise JournalError(f"{backup} is empty, or not a backup by `lianlian journal backup`: its WAL is missing")
+        copy = shutil.copy(backup, folder)
+        with closing(JournalFile(copy)) as file:
+            file.mark_restored(now)
+        Path(copy).replace(place)
+        sync_folders(place.parent)
 
 
 def sync_folders(*folders: Path) -> None:

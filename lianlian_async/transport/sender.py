@@ -184,9 +184,6 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
     return httpx.ASGITransport(app=app)
 
 
-# ── describing a failure ─────────────────────────────────────────────────────────────────────────
-
-
 def describe(error: BaseException, url: str, connect_seconds: float, library: Any = httpx) -> str:
     """Return a message with the type of ``error``, its cause, the host, and the error's notes, such as the proxy."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
