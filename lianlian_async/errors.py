@@ -24,19 +24,13 @@ Wrong use of a session (closed, or from another event loop) is a bug in the prog
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from .codes import explain
-
-
-def _revive(cls: type[LianLianError], args: tuple[Any, ...], state: dict[str, Any]) -> LianLianError:
-    error = cls.__new__(cls, *args)
-    error.args = args
-    error.__dict__.update(state)
-    return error
 
 
 def printable(text: str) -> str:
@@ -67,7 +61,8 @@ class LianLianError(Exception):
     last_exchange: LastExchange | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (type(self), self.args, self.__dict__.copy())
+        newobj = copyreg.__newobj__  # type: ignore[attr-defined] - the standard function, which typeshed lacks
+        return newobj, (type(self), *self.args), self.__dict__.copy()
 
 
 class ConfigurationError(LianLianError, ValueError):

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar, cast
 
 import attrs
+from attrs.converters import optional
 
 from . import text_rules, wire
 from .errors import InvalidRequest, LastExchange, Problem
@@ -45,28 +46,24 @@ def _timestamp(value: datetime | str) -> datetime:
     return _or_broken(wire.parse_timestamp, value)
 
 
-def _optional_timestamp(value: datetime | str | None) -> datetime | None:
-    return None if value is None else _timestamp(value)
-
-
 def _new_number(value: str) -> str:
     return _or_broken(text_rules.new_number, value, 32)
 
 
-def _optional_string_32(value: str | None) -> str | None:
-    return None if value is None else _or_broken(text_rules.existing, value, 32)
+def _string_32(value: str) -> str:
+    return _or_broken(text_rules.existing, value, 32)
 
 
-def _optional_string_18(value: str | None) -> str | None:
-    return None if value is None else _or_broken(text_rules.existing, value, 18)
+def _string_18(value: str) -> str:
+    return _or_broken(text_rules.existing, value, 18)
 
 
-def _optional_string_16(value: str | None) -> str | None:
-    return None if value is None else _or_broken(text_rules.existing, value, 16)
+def _string_16(value: str) -> str:
+    return _or_broken(text_rules.existing, value, 16)
 
 
-def _optional_url(value: str | None) -> str | None:
-    return None if value is None else _or_broken(text_rules.notify_url, value)
+def _url(value: str) -> str:
+    return _or_broken(text_rules.notify_url, value)
 
 
 @cache
@@ -181,7 +178,7 @@ class _Request:
 _PARSED: Final[dict[str, Callable[[Any], object]]] = {
     "dt_refund": _timestamp,
     "money_refund": _money,
-    "dt_order": _optional_timestamp,
+    "dt_order": optional(_timestamp),
 }
 """The parsers of the fields that are not strings."""
 
@@ -202,15 +199,15 @@ class RefundRequest(_Request):
     """When the refund was requested: an aware datetime or 14 digits; stored in UTC+8, to the second."""
     money_refund: Decimal = attrs.field(converter=_money)
     """Yuan (CNY), 0.01 to 100,000,000.00, at most two decimals, not a float."""
-    no_order: str | None = attrs.field(default=None, converter=_optional_string_32)
+    no_order: str | None = attrs.field(default=None, converter=optional(_string_32))
     """The merchant's order number; this or ``oid_paybill`` is required."""
-    dt_order: datetime | None = attrs.field(default=None, converter=_optional_timestamp)
+    dt_order: datetime | None = attrs.field(default=None, converter=optional(_timestamp))
     """The date and time of ``no_order``."""
-    oid_paybill: str | None = attrs.field(default=None, converter=_optional_string_32)
+    oid_paybill: str | None = attrs.field(default=None, converter=optional(_string_32))
     """LianLian's payment number; this or ``no_order`` is required."""
-    notify_url: str | None = attrs.field(default=None, converter=_optional_url)
+    notify_url: str | None = attrs.field(default=None, converter=optional(_url))
     """The URL to which LianLian POSTs the result, at most 128 characters; None: the merchant's default."""
-    trader_refund: str | None = attrs.field(default=None, converter=_optional_string_18)
+    trader_refund: str | None = attrs.field(default=None, converter=optional(_string_18))
     """The merchant for whom the refund is made, at most 18 characters; None: ``oid_partner``."""
 
     _either = ("no_order", "oid_paybill")
@@ -229,13 +226,13 @@ class RefundQuery(_Request):
     Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
     """
 
-    no_refund: str | None = attrs.field(default=None, converter=_optional_string_32)
+    no_refund: str | None = attrs.field(default=None, converter=optional(_string_32))
     """The merchant's refund number."""
     dt_refund: datetime = attrs.field(converter=_timestamp)
     """The refund's own ``dt_refund``: an aware datetime or 14 digits."""
-    oid_refundno: str | None = attrs.field(default=None, converter=_optional_string_16)
+    oid_refundno: str | None = attrs.field(default=None, converter=optional(_string_16))
     """LianLian's refund number, at most 16 characters."""
-    trader_refund: str | None = attrs.field(default=None, converter=_optional_string_18)
+    trader_refund: str | None = attrs.field(default=None, converter=optional(_string_18))
     """The ``trader_refund`` of the refund, if it has one."""
 
     _either = ("no_refund", "oid_refundno")
@@ -377,7 +374,7 @@ class RefundRecord:
     def __reduce__(self) -> tuple[Any, ...]:
         # A read-only view cannot be pickled: pickle its content.
         fields = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
-        return _revive_record, (type(self), fields | {"extra": dict(self.extra), "raw": dict(self.raw)})
+        return partial(type(self), **fields | {"extra": dict(self.extra), "raw": dict(self.raw)}), ()
 
 
 @attrs.frozen(kw_only=True)
@@ -387,10 +384,6 @@ class Refund(RefundRecord):
     no_refund: str
     money_refund: Decimal
     """Yuan (CNY)."""
-
-
-def _revive_record(cls: type[RefundRecord], fields: dict[str, Any]) -> RefundRecord:
-    return cls(**fields)
 
 
 _READERS: Final[dict[str, Callable[[str], object]]] = {

@@ -137,22 +137,14 @@ class Protocol(NamedTuple):
         return SignatureInvalid(f"{subject}: invalid signature: no configured gateway key verifies it{cause}")
 
 
-# After an apply call, NOT_FOUND stays UNCERTAIN: the call itself may have made the refund.
+# A class that is missing here is UNCERTAIN. After an apply call this includes NOT_FOUND: the call itself may have made
+# the refund. A query has no side effect, so NOT_FOUND is reliable as its answer.
 _APPLY = {
     CodeClass.REJECTED: Finding.REJECTED,
     CodeClass.DUPLICATE: Finding.EXISTS,
     CodeClass.IN_PROGRESS: Finding.EXISTS,
-    CodeClass.NOT_FOUND: Finding.UNCERTAIN,
-    CodeClass.UNCERTAIN: Finding.UNCERTAIN,
 }
-# A query has no side effect, so NOT_FOUND is reliable as the query's answer.
-_QUERY = {
-    CodeClass.REJECTED: Finding.REJECTED,
-    CodeClass.DUPLICATE: Finding.UNCERTAIN,
-    CodeClass.IN_PROGRESS: Finding.UNCERTAIN,
-    CodeClass.NOT_FOUND: Finding.NOT_FOUND,
-    CodeClass.UNCERTAIN: Finding.UNCERTAIN,
-}
+_QUERY = {CodeClass.REJECTED: Finding.REJECTED, CodeClass.NOT_FOUND: Finding.NOT_FOUND}
 
 
 def lost(exchange: Exchange, delivery: NoResponse) -> Reply:
@@ -211,7 +203,7 @@ def _refused(
     exchange: Exchange, fields: Mapping[str, str], row: ReturnCode, *, verified: bool
 ) -> tuple[Finding, LianLianError]:
     """Return the finding and the error for an answer other than 0000."""
-    finding = (_APPLY if exchange.call is Call.APPLY else _QUERY)[row.kind]
+    finding = (_APPLY if exchange.call is Call.APPLY else _QUERY).get(row.kind, Finding.UNCERTAIN)
     ret_code, ret_msg, no_refund = fields["ret_code"], fields.get("ret_msg", ""), exchange.asked.get("no_refund")
     if finding in (Finding.REJECTED, Finding.EXISTS):
         refusal = RefundRejected if exchange.call is Call.APPLY else QueryRejected

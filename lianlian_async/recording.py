@@ -136,11 +136,7 @@ class Recording:
     fields: Mapping[str, str]
     """The wire fields that are signed."""
     clock: Clock
-    digest: str = attrs.field(init=False)
-
-    @digest.default
-    def _digest(self) -> str:
-        return digest(self.fields)
+    digest: str = attrs.field(init=False, default=attrs.Factory(lambda self: digest(self.fields), takes_self=True))
 
     async def look(self) -> Refund | None:
         """Return the recorded refund if it is resolved, without signing anything. Raises as :func:`answer`."""

@@ -109,15 +109,9 @@ class RefundSession:
         check_integer("max_connections", max_connections, least=1)
         check_integer("warm_up", warm_up, least=0, most=max_connections, bound="max_connections")
         self.merchant = merchant
-        self._client = client
-        self._transport = transport
-        self._http_backend = http_backend
         self._retry = retry
         self._deadline = _checked(deadline)
         self.max_connections = max_connections
-        self._warm_up = warm_up
-        self._middleware = tuple(middleware)
-        self._limiter = limiter
         self.journal = journal
         self._open_refunds = OpenRefunds()
         self._query_first = query_first
@@ -128,6 +122,20 @@ class RefundSession:
         self._life = Lifecycle("RefundSession", max_connections)
         self.unknown_reasons: Counter[str] = Counter()
         """Number of unknown outcomes of :meth:`outcome_of`, by reason."""
+        urls = merchant.endpoints.apply, merchant.endpoints.query
+        self._open_sender = partial(
+            HttpSender.open, client, transport, max_connections, backend=http_backend, urls=urls
+        )
+        self._open_gateway = partial(
+            GatewayClient.open,
+            merchant,
+            budget=retry.budget,
+            limiter=limiter,
+            middleware=tuple(middleware),
+            warm_up=warm_up,
+            clock=self.clock,
+            listeners=self.listeners,
+        )
 
     def __repr__(self) -> str:
         return f"<RefundSession {self.merchant.oid_partner} {self._life}>"
@@ -141,22 +149,7 @@ class RefundSession:
         with self._life.opening():
             if self.journal is not None and self.journal.is_open:  # else bind it at the first refund
                 await self.journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
-            self._gateway = await GatewayClient.open(
-                self.merchant,
-                await HttpSender.open(
-                    self._client,
-                    self._transport,
-                    self.max_connections,
-                    backend=self._http_backend,
-                    urls=(self.merchant.endpoints.apply, self.merchant.endpoints.query),
-                ),
-                budget=self._retry.budget,
-                limiter=self._limiter,
-                middleware=self._middleware,
-                warm_up=self._warm_up,
-                clock=self.clock,
-                listeners=self.listeners,
-            )
+            self._gateway = await self._open_gateway(await self._open_sender())
             self._flights = Flights(self._gateway, self.clock, self._life.slot)
         return self
 
