@@ -61,7 +61,7 @@ class LianLianError(Exception):
     last_exchange: LastExchange | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        newobj = copyreg.__newobj__  # type: ignore[attr-defined] - the standard function, which typeshed lacks
+        newobj = copyreg.__newobj__  # type: ignore[attr-defined]  # typeshed lacks it
         return newobj, (type(self), *self.args), self.__dict__.copy()
 
 
