@@ -202,6 +202,8 @@ class Merchant:
             problem = f"line {line}: is not UTF-8; save the file as UTF-8"
         except ValueError as error:  # an unusable path or invalid TOML; the parser's error may quote the file
             problem = "not a usable path" if text is None else _toml_problem(text, str(error))
+        except RecursionError:
+            problem = "is not TOML: it is nested too deeply"
         if document is None:
             raise ConfigurationError(f"{file}: {problem}")
         table = document.get("lianlian", document)

@@ -536,6 +536,7 @@ BACKSLASH = "a backslash in double quotes is an escape: write a path in single q
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (f"a = {'[' * 2000}".encode(), "is not TOML: it is nested too deeply"),
         (b"lianlian = 5", "lianlian must be a table"),
         (b'# keys\nprivate_key = "' + OURS.private_pem.encode() + b'"', f"line 2 (private_key): {QUOTES}"),
         (b"private_key = " + OURS.private_pem.encode(), f"line 1 (private_key): {QUOTES}"),
