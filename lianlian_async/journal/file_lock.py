@@ -42,7 +42,7 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         with ExitStack() as opened:
-            self._file = opened.enter_context(FileIO(path, "a+"))
+            self._file = opened.enter_context(FileIO(str(path), "a+"))
             try:
                 if fcntl is not None:
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
