@@ -134,6 +134,7 @@ def test_watch_redraws_on_a_terminal(left_open):
     terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     with interruption(loops=1):
         drawn = run("journal", "show", left_open, "--watch", env=terminal).stdout
+    with interruption(loops=1):
         plain = run("journal", "show", left_open, "--watch", env=terminal | {"NO_COLOR": "1"}).stdout
     assert "\x1b[?25l" in drawn
     assert "\x1b" not in plain
