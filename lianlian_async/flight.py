@@ -262,8 +262,9 @@ class Flight:
         if error is None or isinstance(error, anyio.get_cancelled_exc_class()):
             return self._unknown(self)
         if self._is_raised:  # in another task: with each raise the traceback of a shared exception would grow
+            cause = error.__cause__ or error
             error = copy.copy(error)
-            error.__cause__ = self._error
+            error.__cause__ = cause
         self._is_raised = True
         return error
 

@@ -7,6 +7,7 @@ import gc
 
 import anyio
 import anyio.lowlevel
+import httpx
 import pytest
 
 from lianlian_async import (
@@ -16,6 +17,7 @@ from lianlian_async import (
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundRejected,
+    RefundSession,
     RetryBudget,
     RetryPolicy,
 )
@@ -89,6 +91,18 @@ async def test_a_flight_takes_one_connection_slot(options):
             *[lambda: session.apply_refund(refund_request(1))] * 20, lambda: session.apply_refund(refund_request(2))
         )
         assert anyio.current_time() == pytest.approx(5, abs=0.1)
+
+
+async def test_each_caller_learns_that_a_setting_prevents_the_send(options):
+    """Also a caller that joined the flight: a batch stops at this error."""
+
+    class Refusing(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request):
+            raise ConfigurationError("HTTPS_PROXY: unusable")
+
+    async with RefundSession(sandbox().merchant(), transport=Refusing(), **options) as session:
+        outcomes = await gather(*[lambda: session.apply_refund(refund_request())] * 3)
+    assert [type(each) for each in outcomes] == [ConfigurationError] * 3
 
 
 @pytest.mark.parametrize("leaver", [0, 1], ids=["first", "second"])
