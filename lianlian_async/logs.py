@@ -98,12 +98,14 @@ class Listeners:
         began = self.timer()
         try:
             function(*arguments)
-        except Exception as error:  # noqa: BLE001 - a listener may raise anything
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - a plain function is never cancelled, whatever it raises
             self._warn_once(listener, "listener %s failed; its further failures are not logged", error)
         if self.timer() - began > SLOW:
             self._warn_once(listener, "listener %s blocked the event loop for more than 10 ms")
 
-    def _warn_once(self, listener: Listener, message: str, error: Exception | None = None) -> None:
+    def _warn_once(self, listener: Listener, message: str, error: BaseException | None = None) -> None:
         if (id(listener), message) not in self._reported:
             self._reported.add((id(listener), message))
             logger.warning(message, getattr(listener, "__qualname__", type(listener).__qualname__), exc_info=error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from lianlian_async import (
 )
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal import MemoryJournal
+from lianlian_async.logs import Listeners
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 from tests.support.notices import HEADERS, Handler, notification
 from tests.support.parties import OID_PARTNER, boot_clock, refund_request, sandbox, unused_port
@@ -326,36 +328,49 @@ async def test_a_listener_cannot_suppress_the_error_of_a_refund():
 class Failing:
     """A context manager that raises at its entry, at its exit, or nowhere."""
 
-    def __init__(self, where):
+    def __init__(self, where, error):
         self.where = where
+        self.error = error
 
     def __enter__(self):
         if self.where == "enter":
-            raise ValueError("mine")
+            raise self.error
 
     def __exit__(self, *error):
         if self.where == "exit":
-            raise ValueError("mine")
+            raise self.error
 
 
 @pytest.mark.virtual_time
+@pytest.mark.parametrize("error", [ValueError("mine"), asyncio.CancelledError("mine")], ids=repr)
 @pytest.mark.parametrize("where", ["call", "enter", "exit"])
-async def test_a_failing_listener_is_logged_once_and_affects_nothing(where, caplog):
+async def test_a_failing_listener_is_logged_once_and_affects_nothing(where, error, caplog):
     """The refund is made, the other listener hears everything, and the log has one traceback."""
     gateway, healthy = sandbox(), Recorder()
 
     def failing(event):
         if where == "call":
-            raise ValueError("mine")
-        return Failing(where)
+            raise error
+        return Failing(where, error)
 
     async with gateway.session(listeners=[failing, healthy]) as session:
         assert (await session.apply_refund(refund_request())).no_refund == "R-1"
     assert healthy.words == ["apply_refund", "apply 1 FOUND", "made"]
     (record,) = [record for record in caplog.records if "failed" in record.getMessage()]
     assert "failing failed" in record.getMessage()
-    assert "ValueError: mine" in logging.Formatter().format(record)
+    assert "Error: mine" in logging.Formatter().format(record)
     assert "sign" not in logging.Formatter().format(record)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_listener_can_end_the_program(error):
+    """These two are no failures."""
+
+    def ending(_event):
+        raise error
+
+    with pytest.raises(error):
+        Listeners([ending]).tell(events.Notified, no_refund="R-1", verdict="malformed", seconds=0.0)
 
 
 @pytest.mark.virtual_time
