@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     kills.addoption("--kills", type=int, default=2, help="number of kills; full size: 20")
     kills.addoption("--seed", type=int, default=0, help="seed of the random faults and kills")
     fuzzes = parser.getgroup("fuzz", "the fuzzed parsers (tests/programs/fuzz.py)")
-    fuzzes.addoption("--inputs", type=int, default=250, help="number of inputs of each parser; full size: 10000000")
+    fuzzes.addoption("--inputs", type=int, default=100, help="number of inputs of each parser; full size: 10000000")
     operator = parser.getgroup("operator", "the operator's day (tests/programs/operator_day.py)")
     operator.addoption("--lines", type=int, default=150, help="number of lines of the file; full size: 3000")
     power = parser.getgroup("power", "the power losses (tests/programs/power_loss.py)")
