@@ -98,6 +98,7 @@ async def test_each_caller_learns_that_a_setting_prevents_the_send(options):
 
     class Refusing(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request):
+            await anyio.sleep(1)  # until the others have joined
             raise ConfigurationError("HTTPS_PROXY: unusable")
 
     async with RefundSession(sandbox().merchant(), transport=Refusing(), **options) as session:
