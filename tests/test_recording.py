@@ -18,6 +18,7 @@ from lianlian_async import (
     JournalError,
     Refund,
     RefundConflict,
+    RefundNotFound,
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundRejected,
@@ -30,6 +31,7 @@ from lianlian_async import (
 )
 from lianlian_async.exchange import Call, Finding, Reply
 from lianlian_async.journal import MemoryJournal, SqliteJournal, State
+from lianlian_async.journal.sqlite_file import JournalFile, restore
 from lianlian_async.middleware import RateLimit
 from lianlian_async.recording import answer, decision, digest, learn
 from lianlian_async.recovery import Resumed
@@ -614,6 +616,33 @@ async def test_a_conflict_without_a_record_stays_a_conflict(new_journal):
         with pytest.raises(RefundConflict, match="before a person has decided"):
             await learn(journal, Refund.from_dict(wire.decode(record)), boot_clock())
     assert gateway.requests == {"apply": 1}
+
+
+async def test_after_a_restore_no_such_record_is_not_believed_at_once(tmp_path):
+    """The lost journal may have sent the refund just before, and LianLian may not find a new refund for 15 minutes."""
+    gateway, place, backup = sandbox(repeated=Repeated.AGAIN), tmp_path / "journal", tmp_path / "backup"
+
+    async def lagging(exchange, call_next):
+        if exchange.call is Call.APPLY or exchange.asked["no_refund"] == "R-1" or anyio.current_time() > began + 600:
+            return await call_next(exchange)
+        error = RefundNotFound(no_refund="R-2", oid_refundno=None, ret_code="8901", ret_msg="", verified=False)
+        return Reply(finding=Finding.NOT_FOUND, error=error)
+
+    began = anyio.current_time()
+    async with shop(gateway, lambda: SqliteJournal(place)) as (session, _):
+        await session.apply_refund(refund_request(1))
+        with contextlib.closing(JournalFile(str(place), only_to_look=True)) as file:
+            file.backup(backup)
+        await session.apply_refund(refund_request(2))
+    place.unlink()
+    await anyio.sleep(60)
+    restore(backup, place, boot_clock())
+    async with shop(gateway, lambda: SqliteJournal(place), middleware=[lagging]) as (session, _):
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(refund_request(2))
+        await anyio.sleep(900)
+        assert (await session.apply_refund(refund_request(2))).no_refund == "R-2"
+    assert gateway.times_made("R-2") == 1
 
 
 # ── a journal that fails ─────────────────────────────────────────────────────────────────────────

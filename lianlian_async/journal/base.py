@@ -241,7 +241,8 @@ class Journal(Protocol):
         NEW: the journal has no entry, or the refund was certainly not sent; send it. ASK_FIRST: as NEW, but query
         first. UNRESOLVED: an earlier call began the refund; query first, and send only the entry's own body, after
         :meth:`resend`. FINISHED: use the entry's ending. LEASED: another call has the lease; the entry is as stored.
-        The entry's ``sent_at`` is None if NEW or ASK_FIRST, and never later than ``now`` if UNRESOLVED.
+        The entry's ``sent_at`` is None if NEW, and never later than ``now`` if UNRESOLVED. If ASK_FIRST, it is ``now``
+        if a restored backup may lack a request of the last minutes, else None.
 
         After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if the journal has the number with another digest.

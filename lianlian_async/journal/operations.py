@@ -74,6 +74,8 @@ class Begin:
     """Identifies this call among the calls of all processes."""
     ask_first: bool = attrs.field(default=False, kw_only=True)
     """Whether the journal may have lost its last commits."""
+    may_be_sent: bool = attrs.field(default=False, kw_only=True)
+    """Whether a lost commit may have sent the refund so recently that "no such record" is not believed yet."""
     found: Entry | None = attrs.field(default=None, init=False)
     """The entry that the caller received with the lease."""
     is_taken_back: bool = attrs.field(default=False, init=False)
@@ -114,7 +116,8 @@ class Begin:
     def _new(self, history: str) -> tuple[tuple[Standing, Entry], Entry]:
         """Store the end of the lease as ``sent_at``: the caller may send until then, and crash without a record."""
         leased_until = self.now.after(self.intent.lease)
-        self.found = self._entry(self.intent, None, None, leased_until, history)
+        sent_at = self.now if self.may_be_sent else None
+        self.found = self._entry(self.intent, sent_at, None, leased_until, history)
         stored = self._entry(self.intent, leased_until, None, leased_until, history)
         return (Standing.ASK_FIRST if self.ask_first else Standing.NEW, self.found), stored
 

@@ -85,7 +85,7 @@ class JournalFile:
             self._files = {path: path.stat() for path in paths}
             self._is_acting = bool(self._value(sql.IS_ACTING))
             restored_at = self._value(sql.RESTORED_AT)
-            self._complete_since = restored_at and sql.moment_of(restored_at, {}).after(_GRACE).wall
+            self._restored_at = restored_at and sql.moment_of(restored_at, {})
             self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
@@ -160,10 +160,12 @@ class JournalFile:
         with self._turn, self._errors():
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
-            if self._complete_since is not None:
+            if (restored_at := self._restored_at) is not None:
                 for begin in operations:
                     if isinstance(begin, Begin):
-                        begin.ask_first = may_be_lost(begin.intent.fields, begin.now.wall, self._complete_since)
+                        fields, now, since = begin.intent.fields, begin.now.wall, restored_at.after(_GRACE).wall
+                        begin.ask_first = may_be_lost(fields, now, since)
+                        begin.may_be_sent = now < since and may_be_lost(fields, since, restored_at.wall)
             after = before.copy()
             results = perform(operations, after, is_acting=self._is_acting)
             changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
