@@ -44,6 +44,8 @@ from .waiters import Waiters
 LONGEST_DEADLINE: Final = 86_400.0
 """Seconds that one call may take with a journal, which keeps its lease for twice as long."""
 
+_checked: Final = partial(positive_seconds, "deadline")
+
 
 class RefundSession:
     """A merchant's connection to the refund gateway, for one event loop (asyncio or trio).
@@ -387,7 +389,3 @@ class RefundSession:
         if retry is not None:
             check_type("retry", retry, RetryPolicy)
         return self._deadline if deadline is None else _checked(deadline), self._retry if retry is None else retry
-
-
-def _checked(deadline: float) -> float:
-    return positive_seconds("deadline", deadline)
