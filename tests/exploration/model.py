@@ -316,7 +316,7 @@ class Model:
             yield "reports the rejection", self._told_not_made(world, number, worker)
         elif worker.left:
             try:
-                _, after = self._do(world, number, worker, Resend(worker.entry))
+                _, after = self._do(world, number, worker, Resend(worker.entry, ""))
             except JournalError:
                 yield "has lost its lease", self._leave(world, number, worker)
             else:
@@ -325,7 +325,7 @@ class Model:
     # ── how a call ends ──────────────────────────────────────────────────────────────────────────
 
     def _made(self, world: World, number: int, worker: Worker) -> World:
-        _, after = self._do(world, number, worker, Finish(worker.entry, parts.MADE))
+        _, after = self._do(world, number, worker, Finish(worker.entry, parts.MADE, ""))
         return self._with(after, number, self._ended(worker, "done"))
 
     def _told_not_made(self, world: World, number: int, worker: Worker) -> World:
