@@ -24,7 +24,7 @@ def checked(concurrency: int) -> int:
 
 async def run_workers(
     items: Iterable[T] | AsyncIterable[T],
-    handle: Callable[[T], Awaitable[None]],
+    handle: Callable[[T], Awaitable[object]],
     *,
     workers: int,
     intake: anyio.CancelScope,

@@ -217,7 +217,7 @@ class NotificationEndpoint:
             journal=self._recent if self._journal is None else await self._journal.inbox(),
             refunds=MemoryJournal() if self._journal is None else self._journal,
             act=self._act,
-            count=self._count_act,
+            count=lambda succeeded: self.counts.update([Verdict.ACTED if succeeded else Verdict.FAILED]),
             seconds=self._seconds,
             workers=self._concurrency,
             clock=self._clock,
@@ -354,9 +354,6 @@ class NotificationEndpoint:
         finally:
             seconds = self._listeners.timer() - began
             self._listeners.tell(ActedOn, no_refund=refund.no_refund, succeeded=succeeded, seconds=seconds)
-
-    def _count_act(self, succeeded: bool) -> None:
-        self.counts[Verdict.ACTED if succeeded else Verdict.FAILED] += 1
 
     # ── ASGI ─────────────────────────────────────────────────────────────────────────────────────
 

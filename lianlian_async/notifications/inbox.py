@@ -169,11 +169,7 @@ class Inbox:
 
     async def catch_up(self) -> None:
         """Act once on every entry of the inbox; for an endpoint that does not run :meth:`work`."""
-
-        async def attempt(entry: Entry) -> None:
-            await self._attempt(entry)
-
-        await run_workers(self.journal.pending(), attempt, workers=self.workers, intake=anyio.CancelScope())
+        await run_workers(self.journal.pending(), self._attempt, workers=self.workers, intake=anyio.CancelScope())
 
     def stop(self) -> None:
         """Stop :meth:`work` after the running handlers finish."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from decimal import Decimal
 from enum import Enum
 from random import Random
 from typing import Final, Self
@@ -169,10 +168,12 @@ class Notifier:
     async def _notify(self, record: Record, mischief: set[Mischief], delivered: anyio.Event) -> None:
         await self._until(record.settles_at)
         body = self._gateway.notification(record)
+        fields = wire.decode(body)
         for _ in range(self._times):
             sent_at = self._gateway.now()
             if Mischief.TAMPERED in mischief:
-                await self._send(record, _forgery(body), forged=True)
+                forgery = fields | {"money_refund": wire.format_money(record.money_refund + 1)}
+                await self._send(record, wire.encode(forgery), forged=True)
             acknowledged = await self._send(record, body, times=3 if Mischief.CONCURRENT in mischief else 1)
             delivered.set()
             if acknowledged:
@@ -234,8 +235,3 @@ def is_acknowledged(response: HttpResponse | None) -> bool:
         return wire.decode(response.body).get("ret_code") == "0000"
     except MalformedMessage:
         return False
-
-
-def _forgery(body: bytes) -> bytes:
-    fields = wire.decode(body)
-    return wire.encode({**fields, "money_refund": wire.format_money(Decimal(fields["money_refund"]) + 1)})

@@ -78,21 +78,13 @@ def _is_timestamp(text: str) -> bool:
     return True
 
 
-def _is_money(text: str) -> bool:
-    return bool(_MONEY.fullmatch(text)) and Decimal("0.01") <= Decimal(text) <= Decimal("100000000.00")
-
-
-def _is_url(text: str) -> bool:
-    return len(text) <= 128 and text.startswith(("http://", "https://"))
-
-
 _Rules = dict[str, Callable[[str], bool]]
 
 _APPLY: Final[_Rules] = {
     "no_refund": _at_most(32),
     "dt_refund": _is_timestamp,
-    "money_refund": _is_money,
-    "notify_url": _is_url,
+    "money_refund": lambda text: bool(_MONEY.fullmatch(text)) and Decimal("0.01") <= Decimal(text) <= 100_000_000,
+    "notify_url": lambda text: len(text) <= 128 and text.startswith(("http://", "https://")),
 }
 _APPLY_OPTIONAL: Final[_Rules] = {
     "no_order": _at_most(32),

@@ -113,7 +113,4 @@ class TrackedRequest(Request):
 @cache
 def request_classes(library: Any) -> tuple[type[TrackedRequest], type[Body]]:
     """Return both classes for ``library``, the module httpx or httpx2."""
-    return (
-        type("TrackedRequest", (TrackedRequest, library.Request), {}),
-        type("Body", (Body, library.ByteStream), {}),
-    )
+    return (type("TrackedRequest", (TrackedRequest, library.Request), {}), type("Body", (Body, library.ByteStream), {}))

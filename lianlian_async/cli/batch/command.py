@@ -20,15 +20,7 @@ from lianlian_async.cli.exit_codes import INTERRUPTED, UNKNOWN, exit_outcome_of
 from lianlian_async.cli.options import config_option, load_merchant, make_session, session_options
 from lianlian_async.cli.output import Output, json_option, line_writer, local_time, pass_output
 from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
-from lianlian_async.cli.stores import (
-    Receipt,
-    default_place,
-    is_dsn,
-    make_folder,
-    make_journal,
-    open_queue,
-    place_name,
-)
+from lianlian_async.cli.stores import Receipt, default_place, is_dsn, make_folder, make_journal, open_queue, place_name
 from lianlian_async.errors import ConfigurationError, JournalError, LianLianError, RefundOutcomeUnknown
 from lianlian_async.journal import Journal
 from lianlian_async.merchant import Merchant

@@ -74,11 +74,7 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
 )
 @click.option("--seed", type=int, default=0, help="Seed of the random faults.")
 @click.option(
-    "--settle-after",
-    metavar="SECONDS",
-    type=click.FloatRange(min=0),
-    default=2.0,
-    help="Time until a refund is final.",
+    "--settle-after", metavar="SECONDS", type=click.FloatRange(min=0), default=2.0, help="Time until a refund is final."
 )
 @click.option(
     "--default-order",

@@ -151,10 +151,7 @@ def audit(
 
 @contextmanager
 def _audited(
-    output: Output,
-    gateway: SandboxGateway,
-    requests: Sequence[RefundRequest],
-    outcomes: Mapping[str, ExitOutcome],
+    output: Output, gateway: SandboxGateway, requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome]
 ) -> Iterator[None]:
     """Print the audit when the block ends or is interrupted; exit with code 1 if the books disagree."""
     began = perf_counter()
