@@ -426,8 +426,11 @@ async def _problem(path: Path, known: Known) -> str | None:
                 return "it is another journal, or belongs to nobody"
     except JournalError as error:
         return str(error)
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        [[damage], *_] = connection.execute("PRAGMA integrity_check")
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            [[damage], *_] = connection.execute("PRAGMA integrity_check")
+    except sqlite3.DatabaseError as error:  # the damage prevents the check
+        return str(error)
     if damage != "ok":
         return str(damage)
     if absent := known.sent - entries.keys():
