@@ -231,13 +231,16 @@ def test_unreadable_ca_file(env, tmp_path):
     assert cure.startswith("check ")
 
 
-def test_refused_connection(env):
+def test_refused_connection(made):
+    """It says nothing about LianLian's key."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-    found = lines(env | {"LIANLIAN_QUERY_URL": f"http://{address}/refundquery.htm"}, exit_code=1)
+    found = lines(made | {"LIANLIAN_QUERY_URL": f"http://{address}/refundquery.htm"}, exit_code=1)
     state, text, cure = found["connection"]
     assert (state, cure) == ("failure", "check the URL, DNS, the firewall and HTTPS_PROXY")
     assert text.startswith(f"{address}: ConnectError: ")
+    assert found["query"][0] == "failure"
+    assert found["LianLian's key"][0] == "ok"  # it could be read
 
 
 def test_proxy_is_named_without_its_password(made, gateway):

@@ -17,7 +17,7 @@ import click
 
 from lianlian_async import __version__, wire
 from lianlian_async.clock import system_clock
-from lianlian_async.errors import ConfigurationError, LianLianError, QueryRejected, RefundNotFound
+from lianlian_async.errors import ConfigurationError, GatewayUnavailable, LianLianError, QueryRejected, RefundNotFound
 from lianlian_async.journal import Owner
 from lianlian_async.merchant import Keys, Merchant
 from lianlian_async.models import RefundQuery, RefundRequest
@@ -236,7 +236,7 @@ async def _proof(merchant: Merchant, query: RefundQuery) -> AsyncIterator[_Check
         yield _warning("query", check.text, "use --refund with a newer refund") if is_old else check
     except LianLianError as error:
         cure = "compare LianLian's public key and the endpoints with LianLian's dashboard and pages"
-        yield _failure(_THEIR_KEY, error, cure)
+        yield _failure("query" if isinstance(error, GatewayUnavailable) else _THEIR_KEY, error, cure)
     else:
         signed = signature_source(refund.raw), refund.raw["sign"]
         [key, *_] = (key for key in merchant.load_keys().gateway if key.verify(*signed))

@@ -116,7 +116,12 @@ def resume(output: Output, /, place: str, config: Path | None, **settings: Any) 
     Unresolved refunds are queried, and sent if no earlier request can still arrive; refunds that were made are
     queried for their final state. Exit code 4 if some are still unknown.
     """
-    _show_resumed(output, place, *anyio.run(_resume, load_merchant(config), place, settings))
+    resumed, reasons = anyio.run(_resume, load_merchant(config), place, settings)
+    report = anyio.run(read_journal, place)
+    document, shown = journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
+    output.show(document, *shown)
+    if report.unknown:
+        click.get_current_context().exit(UNKNOWN.exit_code)
 
 
 @journal.command
@@ -189,14 +194,6 @@ def _check_is_file(place: str) -> None:
         raise click.UsageError(
             "for PostgreSQL use pg_dump; after pg_restore, restart the server: the journal notices it"
         )
-
-
-def _show_resumed(output: Output, place: str, resumed: Resumed, reasons: Mapping[str, int]) -> None:
-    report = anyio.run(read_journal, place)
-    document, shown = journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
-    output.show(document, *shown)
-    if report.unknown:
-        click.get_current_context().exit(UNKNOWN.exit_code)
 
 
 async def _resume(merchant: Merchant, place: str, settings: dict[str, Any]) -> tuple[Resumed, Mapping[str, int]]:
