@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from enum import Enum
 
 import anyio
@@ -76,8 +76,11 @@ class Lifecycle:
     @asynccontextmanager
     async def slot(self, wait: Callable[[], AbstractContextManager[None]]) -> AsyncGenerator[None]:
         """Wait for a slot inside ``wait()``, in order of arrival; raise ``RuntimeError`` if closed during the wait."""
-        with nullcontext() if self._slots.value else wait():
+        if self._slots.value:
             await self._slots.acquire()
+        else:
+            with wait():
+                await self._slots.acquire()
         try:
             self._check_open()
             yield

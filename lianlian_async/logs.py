@@ -38,6 +38,7 @@ SLOW: Final = 0.01
 """Seconds that a listener may take for one event."""
 
 logger = logging.getLogger("lianlian_async")
+_NOTHING: Final = nullcontext()
 _HANDLER: Final = logging.StreamHandler()
 _HANDLER.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
@@ -77,7 +78,7 @@ class Listeners:
     def span(self, kind: type[Event], **fields: Any) -> AbstractContextManager[None]:
         """Return a context that delivers an event, and then is the context managers that listeners return."""
         is_wanted = self.want() or kind is CallEnded
-        return self._deliver(kind(backend=self.backend, **fields)) if is_wanted else nullcontext()
+        return self._deliver(kind(backend=self.backend, **fields)) if is_wanted else _NOTHING
 
     @contextmanager
     def _deliver(self, event: Event) -> Iterator[None]:

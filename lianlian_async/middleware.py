@@ -125,17 +125,12 @@ class Attempt:
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
         """Call ``call_next`` with a share of the remaining time; return a reply, or raise cancellation."""
         seconds = exchange.deadline.attempt(anyio.current_time())
-        exchange = attrs.evolve(exchange, seconds=seconds, send_count=SendCount(), headers={**exchange.headers})
+        exchange = attrs.evolve(exchange, seconds=seconds, send_count=SendCount())
         if not seconds:
             return _gave_up(exchange, "the deadline is over", None)
-        attempt = self._attempt(exchange, call_next)
-        return await (_observed(exchange, attempt) if exchange.listeners.want() else attempt)
-
-    async def _attempt(self, exchange: Exchange, call_next: Next) -> Reply:
-        seconds = exchange.seconds
         with anyio.move_on_after(seconds):
             try:
-                reply = await call_next(exchange)
+                reply = await (_observed(exchange, call_next) if exchange.listeners.want() else call_next(exchange))
             except Exception as error:  # noqa: BLE001 - a layer may raise anything
                 return _gave_up(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
             doubt = _doubt(exchange, reply)
@@ -143,16 +138,17 @@ class Attempt:
         return _gave_up(exchange, f"no answer within {seconds:.1f} s", None)
 
 
-async def _observed(exchange: Exchange, attempt: Awaitable[Reply]) -> Reply:
-    """Await ``attempt`` between its two events; the second one is also reported if it is cancelled."""
+async def _observed(exchange: Exchange, call_next: Next) -> Reply:
+    """Call ``call_next`` between two events; the second one is also reported after an exception or a cancellation."""
+    exchange = attrs.evolve(exchange, headers={**exchange.headers})
     same = {"no_refund": exchange.asked.get("no_refund"), "request": str(exchange.call), "attempt": exchange.attempt}
     url = re.sub("//[^/]*@", "//", exchange.url.partition("?")[0])
     began, reply = exchange.listeners.timer(), None
     with exchange.listeners.span(AttemptBegan, **same, url=url, headers=exchange.headers):
         try:
-            reply = await attempt
+            reply = await call_next(exchange)
         finally:
-            told = reply or _gave_up(exchange, "cancelled", None)
+            told = reply if isinstance(reply, Reply) else _gave_up(exchange, "cancelled", None)
             seconds, last = exchange.listeners.timer() - began, exchange.send_count.last_exchange
             status = None if last is None else last.status
             code = getattr(told.refund or told.error, "ret_code", None)

@@ -366,21 +366,21 @@ class RefundSession:
 
     async def _observed(self, name: str, number: str | None, call: Awaitable[Record], traffic: Traffic) -> Record:
         """Await ``call`` between its two events."""
-        began = self.listeners.timer()
+        listeners, began = self.listeners, self.listeners.timer()
 
         def tell(outcome: str, told: RefundRecord | BaseException, error: str | None = None) -> None:
             fields = {field: getattr(told, field, None) for field in ("ret_code", "sta_refund", "reason")}
-            seconds = self.listeners.timer() - began
+            seconds = listeners.timer() - began
             fields |= {"no_refund": number, "call": name, "seconds": seconds, **attrs.asdict(traffic)}
-            self.listeners.tell(CallEnded, outcome=outcome, error=error, **fields)
+            listeners.tell(CallEnded, outcome=outcome, error=error, **fields)
 
-        with self.listeners.span(CallBegan, no_refund=number, call=name):
+        with listeners.span(CallBegan, no_refund=number, call=name):
             try:
                 refund = await call
             except BaseException as error:
                 tell(type(error).__name__ if isinstance(error, Exception) else "cancelled", error, str(error) or None)
                 raise
-            if self.listeners.want(logging.INFO):
+            if listeners.want(logging.INFO):
                 tell("found" if name == "query_refund" else "made", refund)
             return refund
 
