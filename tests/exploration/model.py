@@ -372,7 +372,7 @@ class Model:
             answer, entry = operation.apply(world.row)
             if self.bounds.journal == "none" and (entry.ending is not None or entry.sent_at is None):
                 entry = None  # OpenRefunds forgets these entries, too
-            return answer, world._replace(row=entry)
+            return parts.without_history(answer), world._replace(row=parts.without_history(entry))
         reading = parts.reading(world.now, self._clock(world, number, worker))
         answer, row = parts.in_database(operation, world.row, reading)
-        return answer, world._replace(row=row)
+        return parts.without_history(answer), world._replace(row=row)

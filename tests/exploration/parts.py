@@ -15,7 +15,7 @@ import attrs
 from lianlian_async.clock import Moment, SessionClock
 from lianlian_async.errors import LianLianError, RefundRejected
 from lianlian_async.exchange import Call, Exchange, Finding, Reply
-from lianlian_async.journal import Ending, Intent, State
+from lianlian_async.journal import Ending, Entry, Intent, State
 from lianlian_async.journal.operations import Operation
 from lianlian_async.journal.postgres_moments import Reading
 from lianlian_async.journal.postgres_rows import entry_of, rows_of
@@ -149,4 +149,11 @@ def in_database(operation: Operation[Any], row: str | None, reading: Reading) ->
     if entry is before or entry is None:
         return answer, row
     written = json.loads(rows_of([entry], recorded, reading))[0]
-    return answer, json.dumps(written)
+    return answer, json.dumps(written | {"history": ""})
+
+
+def without_history(answer: Any) -> Any:
+    """Return an entry, or the answer of ``Begin``, without the facts: no decision reads them, but they split states."""
+    if isinstance(answer, tuple):
+        return tuple(map(without_history, answer))
+    return attrs.evolve(answer, history="") if isinstance(answer, Entry) else answer
