@@ -235,8 +235,8 @@ def elsewhere(postgres_dsn, schema):
 LOCKED = "SELECT FROM {schema}.refunds WHERE no_refund = {number} FOR UPDATE"
 CHANGED = "UPDATE {schema}.refunds SET holder = NULL WHERE no_refund = {number}"
 INSERTED = """
-INSERT INTO {schema}.refunds (no_refund, digest, fields, body, state)
-VALUES ({number}, 'digest of 200.01', '{{}}', '', 'unresolved')
+INSERT INTO {schema}.refunds (no_refund, digest, fields, body, state, history)
+VALUES ({number}, 'digest of 200.01', '{{}}', '', 'unresolved', '')
 """
 
 
