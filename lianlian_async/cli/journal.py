@@ -120,8 +120,7 @@ def resume(output: Output, /, place: str, config: Path | None, **settings: Any) 
     report = anyio.run(read_journal, place)
     document, shown = journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
     output.show(document, *shown)
-    if report.unknown:
-        click.get_current_context().exit(UNKNOWN.exit_code)
+    click.get_current_context().exit(UNKNOWN.exit_code if report.unknown else 0)
 
 
 @journal.command
