@@ -176,7 +176,7 @@ def test_signed_success_about_another_refund_is_uncertain(asking, field, text):
     reply = read(asking, made(asking.asked, **{field: text}))
     assert_uncertain(reply, AnswerMismatch)
     assert reply.error.field == field
-    assert reply.error.asked == asking.asked[field]
+    assert (reply.error.asked, reply.error.answered) == (asking.asked[field], text or None)
 
 
 @pytest.mark.parametrize("text", ["", "ten", None, "1E+1"])
@@ -184,7 +184,7 @@ def test_signed_apply_success_needs_a_readable_amount(text):
     """The success of an apply call must repeat the amount."""
     reply = read(APPLY, made(APPLY.asked, money_refund=text))
     assert_uncertain(reply, AnswerMismatch)
-    assert reply.error.field == "money_refund"
+    assert (reply.error.field, reply.error.asked) == ("money_refund", "10.00")
     assert reply.error.answered == (text or None)
 
 
@@ -194,6 +194,7 @@ def test_a_signed_success_with_another_amount_is_a_conflict(text):
     reply = read(APPLY, made(APPLY.asked, money_refund=text))
     assert (reply.finding, reply.refund) == (Finding.CONFLICT, None)
     assert (reply.error.field, reply.error.ours, reply.error.theirs) == ("money_refund", "10.00", text)
+    assert reply.error.no_refund == APPLY.asked["no_refund"]
     assert reply.error.record["money_refund"] == text
 
 
@@ -202,6 +203,7 @@ def test_a_signed_success_with_another_time_is_a_conflict(asking):
     """A gateway that repeats its first answer to a reused number has not made the second refund."""
     reply = read(asking, made(asking.asked, dt_refund="20260105160001"))
     assert (reply.finding, reply.error.field) == (Finding.CONFLICT, "dt_refund")
+    assert reply.error.no_refund == asking.asked["no_refund"]
 
 
 @both_calls
@@ -211,6 +213,7 @@ def test_signed_success_with_an_unreadable_time_is_uncertain(asking, text):
     reply = read(asking, made(asking.asked, dt_refund=text))
     assert_uncertain(reply, AnswerMismatch)
     assert reply.error.field == "dt_refund"
+    assert (reply.error.asked, reply.error.answered) == (asking.asked["dt_refund"], text)
 
 
 @pytest.mark.parametrize("text", ["10.01", None])
@@ -245,6 +248,19 @@ def test_query_by_both_numbers():
     assert read(asking, made(asking.asked, oid_refundno="")).finding is Finding.FOUND
     assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch)
     assert_uncertain(read(asking, made(asking.asked, no_refund=None, oid_refundno=None)), AnswerMismatch)
+
+
+@pytest.mark.parametrize(
+    ("asked", "recorded", "named"),
+    [("R-1", None, "R-1"), (None, "R-2", "R-2"), (None, None, "2013051613121201"), (None, "", "2013051613121201")],
+)
+def test_a_conflict_names_our_number_or_the_recorded_one(asked, recorded, named):
+    """Our no_refund is named first, then the record's, then the oid_refundno of the query."""
+    query = RefundQuery(no_refund=asked, oid_refundno="2013051613121201", dt_refund=EPOCH)
+    asking = exchange(Call.QUERY, PROTOCOL.query_fields(query))
+    reply = read(asking, made(asking.asked, no_refund=recorded, dt_refund="20260105160001"))
+    assert reply.finding is Finding.CONFLICT
+    assert reply.error.no_refund == named
 
 
 # ── in: signatures ───────────────────────────────────────────────────────────────────────────────
