@@ -18,6 +18,7 @@ from lianlian_async import (
     MalformedMessage,
     Merchant,
     QueryRejected,
+    RefundConflict,
     RefundNotFound,
     RefundNotSent,
     RefundQuery,
@@ -29,6 +30,7 @@ from lianlian_async import (
 )
 from lianlian_async.codes import CODES, CodeClass
 from lianlian_async.exchange import Call, Exchange, Finding, HttpResponse, NoResponse, Reply
+from lianlian_async.identity import check_identity, has_whole_identity, request_conflict
 from lianlian_async.protocol import Protocol
 from lianlian_async.retry import Deadline
 from lianlian_async.signing import signature_source
@@ -261,6 +263,41 @@ def test_a_conflict_names_our_number_or_the_recorded_one(asked, recorded, named)
     reply = read(asking, made(asking.asked, no_refund=recorded, dt_refund="20260105160001"))
     assert reply.finding is Finding.CONFLICT
     assert reply.error.no_refund == named
+
+
+def test_a_conflict_without_any_number_names_none():
+    """Only dt_refund is on both sides."""
+    with pytest.raises(RefundConflict) as caught:
+        check_identity({"dt_refund": "20260105160000"}, {"dt_refund": "20260105160001"})
+    assert caught.value.no_refund == ""
+
+
+@pytest.mark.parametrize("missing", ["no_refund", "dt_refund", "money_refund"])
+def test_a_whole_identity_has_all_three_fields(missing):
+    """An empty field counts as missing."""
+    assert has_whole_identity(APPLY.asked)
+    assert not has_whole_identity({**APPLY.asked, missing: ""})
+    assert not has_whole_identity({name: text for name, text in APPLY.asked.items() if name != missing})
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "field", "values"),
+    [
+        ({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "5", "c": "6"}, "b", ("2", "5")),
+        ({"a": "1", "b": "2"}, {"a": "1"}, "b", ("2", "nothing")),
+        ({"a": "1"}, {"a": "1", "b": "2"}, "b", ("nothing", "2")),
+    ],
+)
+def test_request_conflict_names_the_first_different_field(ours, theirs, field, values):
+    """The value of an absent field is "nothing"."""
+    conflict = request_conflict("R-1", ours, theirs)
+    assert (conflict.no_refund, conflict.field, conflict.record) == ("R-1", field, None)
+    assert (conflict.ours, conflict.theirs) == values
+
+
+def test_equal_requests_have_no_conflict():
+    """The order of the fields does not matter."""
+    assert request_conflict("R-1", {"a": "1", "b": "2"}, {"b": "2", "a": "1"}) is None
 
 
 # ── in: signatures ───────────────────────────────────────────────────────────────────────────────
