@@ -74,6 +74,7 @@ def test_unusable_retry_after_is_ignored():
         ({"maximum": math.nan}, "maximum must"),
         ({"initial": math.inf, "maximum": math.inf}, "maximum must be finite"),
         ({"multiplier": 0.5}, "multiplier"),
+        ({"multiplier": 1000.5}, "multiplier"),
         ({"multiplier": 1e10}, "multiplier"),
         ({"multiplier": math.nan}, "multiplier"),
         ({"not_found_grace": -1}, "not_found_grace"),
@@ -91,6 +92,7 @@ def test_the_edges_of_the_rules_are_allowed():
     policy = RetryPolicy(attempts=1, initial=2, maximum=2, multiplier=1, not_found_grace=0, budget=RetryBudget())
     assert policy.pause(5, 0.5) == 1.0
     assert RetryPolicy(multiplier=1000).pause(10_000, 0.5) == 4.0
+    assert RetryPolicy(initial=1, maximum=1e300).pause(10_000, 0.5) == 2.0**63  # the exponent is at most 64
     assert taken(TokenBucket(RetryBudget(capacity=1, per_second=0)), 0.0) == 1
 
 
@@ -178,7 +180,7 @@ def test_budget_is_never_exceeded(capacity, per_second, pauses):
 )
 def test_unusable_budget_is_refused(settings):
     """A budget without a single retry, or with a negative refill, is refused."""
-    with pytest.raises(ConfigurationError, match="RetryBudget: capacity must be at least 1, per_second at least 0"):
+    with pytest.raises(ConfigurationError, match=r"^RetryBudget: capacity must be at least 1, per_second at least 0$"):
         RetryBudget(**settings)
 
 
