@@ -412,7 +412,7 @@ async def test_a_call_after_the_end_of_a_flight_starts_a_new_one(options):
 
 
 def flights():
-    return [each for each in gc.get_objects() if isinstance(each, Flight)]
+    return [each for each in gc.get_objects() if type(each) is Flight]
 
 
 async def test_finished_flight_leaves_no_reference_cycle():

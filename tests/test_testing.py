@@ -31,6 +31,7 @@ RECIPES = "".join(map(textwrap.dedent, re.findall(r"::\n\n((?:    .*\n|\n)+)", t
 def run_pytest(pytester, monkeypatch):
     """Run pytest in this process on a test module, with our plugin and with those that are installed."""
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:lianlian -p lianlian_async.testing.plugin -p no:cacheprovider")
+    monkeypatch.delenv("LIANLIAN_HTTP_BACKEND", raising=False)  # pytest-httpx and respx mock httpx
 
     def run(module, *args, ini=""):
         pytester.makepyfile(module)
