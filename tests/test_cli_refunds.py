@@ -287,3 +287,10 @@ def test_interrupted_apply_prints_json(gateway):
         ended = run("apply", *REFUND, "--json", env=environment(gateway, "http://127.0.0.1:9"))
     assert ended.exit_code == 130
     assert ended.json == {"outcome": "interrupted", "query": {"no_refund": "R-1", "dt_refund": "20130515094018"}}
+
+
+def test_outcome_is_shown_once(env):
+    """A rejection is on standard error once: as the command's own text, not as a warning of the library's log, too."""
+    ended = end(start("apply", *REFUND, "--money-refund", "1000.01", env=env), env)
+    assert ended.exit_code == 3
+    assert ended.stderr.count("5003") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -11,6 +12,9 @@ from typing import Any, Final, NamedTuple
 import click
 
 from . import AS_JSON
+
+_SILENT: Final = logging.NullHandler()
+"""Keeps warnings of the library from standard error: each command shows outcomes itself. LIANLIAN_LOG shows the log."""
 
 
 class _Command(NamedTuple):
@@ -136,3 +140,4 @@ def lianlian() -> None:
     The merchant and its keys come from the environment (LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY,
     LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config, never from the command line.
     """
+    logging.getLogger("lianlian_async").addHandler(_SILENT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from decimal import Decimal
@@ -167,8 +166,6 @@ def _confirm_batch(run: _Batch, file: str) -> None:
 
 def _send(run: _Batch) -> int:
     """Send the batch and show its results; return the exit code."""
-    # After an interruption the summary counts the refunds that may have been made; warnings would repeat it.
-    logging.getLogger("lianlian_async").addHandler(logging.NullHandler())
     try:
         with sigterm_interrupts(), run.output.progress(run.in_file.refunds, run.status) as run.advance:
             anyio.run(run.work)
