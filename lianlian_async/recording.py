@@ -193,7 +193,10 @@ class Recording:
             raise
         except RefundOutcomeUnknown as error:
             await self._release(entry, case, error)
-            raise
+            found = await self._find(entry, error)
+            if found is None or found.ending is None:
+                raise
+            return answer(found)  # a notification came meanwhile
         except RefundConflict as error:
             # A conflict without a record was found by this library, not by the gateway.
             await self._finish(entry, case, Ending(state=State.CONFLICT, record=error.record or {}), error)
@@ -214,12 +217,15 @@ class Recording:
         """Return whether the lease of ``entry`` has ended and another worker may have sent the refund since."""
         if entry.leased_until is None or self.clock().boot < entry.leased_until.boot:
             return False
+        found = await self._find(entry, said)
+        return found is not None and (found.sent_at is not None or found.ending is not None)
+
+    async def _find(self, entry: Entry, said: LianLianError) -> Entry | None:
         try:
-            found = await self.journal.find(entry.no_refund)
+            return await self.journal.find(entry.no_refund)
         except JournalError as error:
             error.said = said
             raise
-        return found is not None and (found.sent_at is not None or found.ending is not None)
 
     async def _finish(self, entry: Entry, case: Case, how: Ending, said: Refund | LianLianError) -> Entry:
         try:

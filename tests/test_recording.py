@@ -31,6 +31,7 @@ from lianlian_async import (
 )
 from lianlian_async.exchange import Call, Finding, Reply
 from lianlian_async.journal import MemoryJournal, SqliteJournal, State
+from lianlian_async.journal.base import facts
 from lianlian_async.journal.sqlite_file import JournalFile, restore
 from lianlian_async.middleware import RateLimit
 from lianlian_async.recording import answer, decision, digest, learn
@@ -991,3 +992,24 @@ async def test_a_journal_error_after_the_lease_says_that_this_call_sent_nothing(
         with pytest.raises(JournalError) as caught:
             await session.apply_refund(refund_request(2))
     assert isinstance(caught.value.said, RefundNotSent)
+
+
+async def test_a_notification_during_the_queries_is_the_outcome(new_journal):
+    """A call that cannot learn the outcome returns what a notification has put into the journal meanwhile."""
+    gateway = sandbox(settle_after=0)
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+    gateway.script(Fault.HTTP_500, call="query", times=1000)
+
+    async def notify():
+        await anyio.sleep(5)  # when the only attempt times out
+        body = gateway.notification(gateway.refunds[0])
+        await learn(journal, Refund.from_dict(wire.decode(body)), boot_clock(), "notification")
+
+    async with shop(gateway, new_journal) as (session, journal), anyio.create_task_group() as tasks:
+        tasks.start_soon(notify)
+        refund = await session.apply_refund(refund_request(), deadline=10)
+        assert refund.is_final
+        assert [fact.what for fact in facts((await journal.find("R-1")).history)] == [
+            *("begun", "notification", "apply", "query")
+        ]
+    assert gateway.times_made("R-1") == 1

@@ -290,12 +290,19 @@ class Release(_OnLease):
     history: str = ""
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """Store the entry without its lease. An entry that a failover lost is stored again if it may have been sent."""
+        """Store the entry without its lease; of an entry that has ended meanwhile, only the history.
+
+        An entry that a failover lost is stored again if it may have been sent.
+        """
         if entry is None and self.sent_at is not None:
             entry = self.leased
-        if entry is None or entry.holder is None or entry.holder != self.leased.holder:
-            return None, entry
+        if entry is None:
+            return None, None
         history = joined(entry.history, self.history)
+        if entry.ending is not None and history != entry.history:
+            return None, attrs.evolve(entry, history=history)
+        if entry.holder is None or entry.holder != self.leased.holder:
+            return None, entry
         return None, attrs.evolve(
             entry, sent_at=self.sent_at, refused=self.refused, holder=None, leased_until=None, history=history
         )
