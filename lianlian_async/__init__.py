@@ -15,18 +15,22 @@ The modules, from the lowest layer up; a layer imports nothing from a higher one
 - ``codes``, ``errors``: the return codes and the error tree. ``clock``: timestamps, and the time between them.
   ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``, ``version``: small helpers.
 - ``wire``, ``text_rules``, ``signing``, ``key_files``: wire formats, rules for strings, signatures, key material.
+  ``events``: what listeners are told.
 - ``identity``: compares a record with a request. ``models``: requests and refunds. ``retry``: when to retry.
-  ``merchant``: the merchant and its keys.
-- ``exchange``, ``outcome``: value types of one exchange and of a refund's outcome. ``protocol``: the protocol without
-  I/O. ``transport``: HTTP; only this package imports httpx and aiohttp's client.
+  ``logs``: tells listeners, and writes the log. ``merchant``: the merchant and its keys.
+- ``exchange``, ``outcome``: value types of one exchange and of a refund's outcome. ``unknown_form``: an unknown outcome
+  as JSON. ``protocol``: the protocol without I/O. ``transport``: HTTP (``sender``, ``pool``,
+  ``connection``); only this package imports httpx and aiohttp's client.
 - ``middleware``: the layers around one exchange. ``journal``: records every refund and its outcome (memory, SQLite,
   PostgreSQL).
 - ``resolution``: the decision table that finds the outcome of a refund. ``rsa_worker``: signs in a thread.
   ``signature_watch``: detects a wrong key early. ``worker_pool``: processes many items with few workers.
-- ``gateway_client``: sends exchanges for an open session. ``recording``: one recorded refund. ``flight``: one refund in
-  flight. ``waiters``: waits for a final status. ``recovery``: resolves all open refunds.
-- ``session``, ``batch``, ``notifications``: the public objects. ``contrib``, ``sandbox``, ``testing``, ``cli``:
-  integrations, a fake gateway, a pytest plugin, the command.
+- ``gateway_client``: sends exchanges for an open session. ``recording``: one recorded refund. ``flight``:
+  concurrent calls share one refund. ``waiters``: waits for a final status. ``recovery``: resolves all open refunds.
+  ``reconcile``: compares LianLian's statements with a journal.
+- ``session``, ``batch``, ``notifications``: the public objects. ``contrib``: FastAPI, aiohttp, HTTP error responses
+  (``web``), OpenTelemetry, and a procrastinate queue whose jobs carry many refunds. ``sandbox``: a fake gateway.
+  ``testing``: a pytest plugin. ``cli``: the command.
 
 Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
 ``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through ``Protocol.read``.

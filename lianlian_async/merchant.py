@@ -51,9 +51,9 @@ def _check_endpoint(value: str, name: str) -> None:
 @init_without_locals
 @attrs.frozen
 class Endpoints:
-    """The two URLs of the gateway (defaults: LianLian's API pages, cross-border product).
+    """The two URLs of the gateway (defaults: those of the cross-border product on LianLian's API pages).
 
-    The domestic product applies at ``https://traderapi.lianlianpay.com/refund.htm``. Plain http is allowed only for
+    ``apply`` of the domestic product: ``https://traderapi.lianlianpay.com/refund.htm``. Plain http is allowed only for
     this machine.
     """
 

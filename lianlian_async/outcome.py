@@ -37,7 +37,7 @@ class Traffic:
 class Outcome:
     """One request with its ``refund`` or its ``error``: exactly one of them is set.
 
-    If a batch resolved an unknown refund later, the numbers are the sums over both calls.
+    If a batch queried an unknown refund again, the numbers include both calls.
     """
 
     request: RefundRequest

@@ -68,7 +68,7 @@ def url(value: object) -> str:
     try:
         parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and parts.port != 0 and _HOST.search(parts.netloc) is not None
-        (parts.hostname or "").encode().decode("idna")  # a UnicodeError, which is a ValueError
+        (parts.hostname or "").encode().decode("idna")  # may raise UnicodeError, a ValueError
     except ValueError:
         usable = False
     if not usable:

@@ -23,7 +23,7 @@ from .output import Output, json_option, local_time, pass_output, table
 from .stores import journal_option, make_reader, place_name
 
 _EVENTS: Final = {"lease": "lease taken", "resend": "to be sent again", "acted": "on_refund returned"}
-"""The events that are not shown as the journal has them."""
+"""The events that are shown in other words."""
 _TOLD: Final = ("oid_refundno", "sta_refund", "settle_date", "evidence")
 _QUERY_DAYS: Final = 90
 """LianLian rejects queries about older refunds (3005)."""
@@ -37,7 +37,7 @@ _QUERY_DAYS: Final = 90
 def explain(output: Output, /, no_refund: str, place: str) -> None:
     """Show everything that a journal knows about one refund.
 
-    Each attempt and query with its answer, what is known now, and when a query decides. The exit code is the outcome's.
+    What attempts and queries brought, what is known now, and when to query again. The exit code is the outcome's.
     """
     if (entry := anyio.run(_find, place, no_refund)) is None:
         raise LianLianError(f"refund {no_refund} is not in the journal {place_name(place)}")

@@ -41,7 +41,7 @@ _REJECTED_PAUSE: Final = 900.0
 def follow_up(
     refunds: list[Any], tries: int, seconds: float = 0.0, cause: str | None = None, *, failed: bool = False
 ) -> dict[str, Any]:
-    """Return a job that goes before new slices (priority 0), due in ``seconds``; ``cause``: why it exists."""
+    """Return a job due in ``seconds``, with a higher priority than new slices; ``cause``: why it exists."""
     args = {"refunds": refunds, "tries": tries} | ({"cause": cause} if cause else {})
     return {"priority": 1, "status": "failed" if failed else "todo", "seconds": seconds, "args": args}
 
@@ -60,7 +60,7 @@ class SliceWorker(Worker):
         """The error that stopped the worker."""
         self.is_stopping = False
         self.needs_more = asyncio.Event()
-        """Set while fewer than ``concurrency`` fetched refunds wait here: further ones are left to other workers."""
+        """Set while fewer than ``concurrency`` fetched refunds wait here; if it is not set, no job is fetched."""
         self._waiting = 0
         self.add_waiting(0)
 
@@ -139,7 +139,7 @@ class Slice:
         except JournalError as error:
             logger.warning("%d refunds are queued again: %s", len(self._unread), error)
             pause = self._pause
-        except Exception as error:  # noqa: BLE001 - every other slice would meet it, too; `work` raises it
+        except Exception as error:  # noqa: BLE001 - every slice would meet it: the queue's `work` raises it
             worker.fail(error)
         finally:
             for _ in self._under_way:
@@ -170,7 +170,7 @@ class Slice:
                 yield request
 
     def _keep(self, request: RefundRequest, error: LianLianError) -> None:
-        """Create the follow-up for a refund that was not made; a permanent rejection needs none."""
+        """Create the follow-up for a refund with an error; a permanent rejection needs none."""
         match error:
             case RefundOutcomeUnknown():
                 seconds = (error.ask_again_at - self._worker.session.clock().wall).total_seconds()

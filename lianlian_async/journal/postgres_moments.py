@@ -1,16 +1,16 @@
 """Moments in a PostgreSQL journal: stored by the database's clock, and converted to the workers' boot clocks.
 
 Each transaction begins with a :class:`Reading` of the database's clock, and of the worker's clocks before and after.
-It converts moments in both directions. Its errors are safe: no moment appears too old, and no lease too short.
+It converts moments in both directions. It errs on the safe side: no moment appears too old, and no lease too short.
 
-A stored moment is a JSON object. ``at``: the database's clock. ``era``: the period in which that clock is comparable.
+A stored moment is a JSON object. ``at``: the database's clock. ``era``: a period without a restart or a clock step.
 ``ahead``: seconds by which the moment was in the future when written (as the end of a lease). ``boot``, ``timeline``:
 the writer's boot clock, exact for workers of the same boot. ``gateway``: the gateway's clock, if known.
 
 An *incarnation* of the database is one start of the database server, identified by ``pg_postmaster_start_time()``: a
-standby or a restored copy has another one, and every role and managed service may call it. A new *era* begins with
+standby or a restored copy has another one. Any role may call it, also on managed services. A new *era* begins with
 another incarnation (a restart, a failover, a restore), and when a worker's boot clock proves that the database's clock
-was set. Moments of an earlier era count from the beginning of the new era.
+was set. The age of a moment of an earlier era starts with the new era.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Reading:
         return may_be_lost(fields, self.database, self.began + timedelta(seconds=grace))
 
     def stored(self, moment: Moment | None, recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """Return the stored form of ``moment``. A moment of another timeline came from ``recorded``: keep that."""
+        """Return the stored form of ``moment``. If it is from another boot, ``recorded`` is kept."""
         if moment is None:
             return None
         if moment.timeline != self.after.timeline:
@@ -79,8 +79,8 @@ class Reading:
     def moment(self, stored: Mapping[str, Any] | None) -> Moment | None:
         """Return a stored moment, converted to this worker's clocks.
 
-        If the gateway's time of a moment of another boot is known, its age counts by the gateway's clock, too: while no
-        worker runs, no worker can prove that the database's clock was set.
+        The age of a moment of another boot is also measured by the gateway's clock, if known: the database's clock may
+        have been set while no worker ran.
         """
         if stored is None:
             return None

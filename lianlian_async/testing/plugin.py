@@ -1,6 +1,6 @@
 """The pytest plugin: fixtures, and the guard against connections. See :mod:`lianlian_async.testing`.
 
-pytest imports this module in every suite, so it imports the library only in a fixture.
+pytest imports this module in every suite, so only fixtures import the whole library.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Virtual time for asyncio and trio: a sleep takes no real time, and time does not advance while a thread works.
 
 Time advances only when no task is runnable, no I/O is ready and no thread works for a task. Then it jumps to the next
-timer. Threads count if they are started by ``anyio.to_thread.run_sync`` (as an attribute of its module),
+timer. Threads count if they are started by ``anyio.to_thread.run_sync`` (not imported by name),
 ``asyncio.to_thread``, or a backend's name lookup.
 
 Not covered: peers in another process or another event loop, whose answers may arrive after a jump, and a thread that
@@ -36,7 +36,7 @@ class VirtualTime:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.seconds = 0.0  # the time on asyncio
-        self.threads = 0  # that work for a task
+        self.threads = 0  # now working
         self._trio: trio.testing.MockClock | None = None
         self._began = datetime.now(UTC)
         self._patch = patch
@@ -58,7 +58,7 @@ class VirtualTime:
 
         if self._trio is None:
             self._trio = trio.testing.MockClock(autojump_threshold=0)
-            self._patch.setattr(trio.to_thread, "run_sync", self._counted(trio.to_thread.run_sync))  # name lookup
+            self._patch.setattr(trio.to_thread, "run_sync", self._counted(trio.to_thread.run_sync))  # used by DNS
         return name, {"clock": self._trio}
 
     def run(self, function: Callable[..., Awaitable[T]], *args: Any, backend: str = "asyncio") -> T:

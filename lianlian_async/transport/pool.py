@@ -39,7 +39,7 @@ class _Connection:
         trace = extensions.get("trace")
 
         async def watch(event: str, info: Mapping[str, Any]) -> None:
-            if event.endswith(".connect_tcp.complete"):  # also to a proxy, where httpcore ignores socket_options
+            if event.endswith(".connect_tcp.complete"):  # httpcore ignores socket_options for a proxy
                 self._socket = info["return_value"].get_extra_info("socket")
                 reset_when_closed(self._socket)
             if trace is not None:

@@ -18,7 +18,7 @@ from .results import NotMade, Reason, Totals, style
 
 
 def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list[tuple[str, str]]:
-    """Return the content of a file and what the journal knows about it, as rows of a table."""
+    """Return the totals of a file and what the journal knows about it, as rows of a table."""
     rows = [("refunds", f"{totals.refunds:,}"), ("yuan", f"{totals.yuan:,.2f}")]
     rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
     if known is not None:
@@ -33,7 +33,7 @@ def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list
 def show_checked(
     output: Output, checked: Checked, outcome: str, known: Known | None = None, **facts: int | str
 ) -> None:
-    """Show the content of a file that is not sent, and what the journal knows about it."""
+    """Show the totals of a file that is not sent, and what the journal knows about it."""
     totals = checked.totals()
     document = _document(outcome, checked, totals) | facts
     if known is not None:
@@ -104,7 +104,7 @@ def show_batch(
 
 
 def _not_made(reason: Reason, refunds: int, lines: Sequence[NotMade], results: str | None) -> Iterator[RenderableType]:
-    """Yield a reason, a table of the refunds that were not made for this reason, and what to do."""
+    """Yield a reason, a table of the refunds with this reason, and what to do."""
     yield ""
     yield Text(printable(f"{refunds:,} {reason.outcome.word}: {reason.reason}"), style(reason.outcome))
     yield table("", NotMade._fields, [(*line[:3], f"{line.yuan:,.2f}") for line in lines])
