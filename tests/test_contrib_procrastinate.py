@@ -722,17 +722,20 @@ async def test_periodic_jobs_of_dead_workers_do_not_stop_a_worker(dsn, journal, 
     """Their queueing lock allows only one waiting job, so the dead ones are not queued again."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        dead = []
         for status in statuses:
             job = await queue.app.configure_task(
                 "lianlian:tend", queue="lianlian", queueing_lock="tend lianlian"
             ).defer_async(timestamp=1)
+            dead.append(job)
             await queue.app.connector.execute_query_async(
                 f"UPDATE procrastinate_jobs SET status = '{status}' WHERE id = {job}"
             )
         await queue.enqueue(requests(3))
         await queue.work(session, wait=False)
         tends = await queue.app.job_manager.list_jobs_async(task="lianlian:tend")
-        assert {job.status for job in tends} == {"failed"}
+        # The worker may add a job of its own when a minute ends meanwhile.
+        assert {job.status for job in tends if job.id in dead} == {"failed"}
     assert len(gateway.refunds) == 3
 
 
