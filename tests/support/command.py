@@ -6,6 +6,7 @@ import asyncio.events
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,9 +74,14 @@ def start(*arguments: object, env: Mapping[str, str] | None = None) -> subproces
 
 
 def end(process: subprocess.Popen[str], env: Mapping[str, str] | None = None) -> Ended:
-    """Wait until ``process`` has ended, and return its result."""
+    """Wait until ``process`` has ended, and return its result, with the exit code that a shell shows.
+
+    ``python -m`` ends by SIGINT, not with 130, if KeyboardInterrupt was raised inside ``exec(text)`` and was caught
+    later (CPython, ``unhandled_keyboard_interrupt``). Dataclasses use ``exec``, so an import can be such a place.
+    """
     stdout, stderr = process.communicate(timeout=60)
-    return _checked(Ended(process.returncode, stdout, stderr), env or {})
+    exit_code = 128 - process.returncode if process.returncode == -signal.SIGINT else process.returncode
+    return _checked(Ended(exit_code, stdout, stderr), env or {})
 
 
 def until(holds: Callable[[], object]) -> None:
