@@ -443,8 +443,12 @@ def test_unwritable_out_exits_1(env, gateway, tmp_path, count):
     ended = run("batch", file, "--yes", "--json", "--out", "/dev/full", env=env)
     assert ended.exit_code == 1
     assert ended.json["error"]["message"] == "/dev/full: No space left on device"
-    assert run("batch", file, "--yes", env=env).exit_code == 0
-    assert books(gateway) == once(count)
+    again = run("batch", file, "--yes", "--json", env=env)
+    made = books(gateway)
+    assert again.json["outcomes"]["made"]["refunds"] == len(made)
+    assert set(made.values()) == {1}
+    # The first run cancelled refunds in flight. One whose bytes did not arrive stays unknown until its grace is over.
+    assert again.exit_code == (0 if made == once(count) else 4)
 
 
 def test_invalid_keys_exit_2(env, file):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import ctypes
 import heapq
 import math
 import random
@@ -274,6 +275,7 @@ class NodeLoop(asyncio.AbstractEventLoop):
 
 UNDEAD: Final[list[Any]] = []
 """Coroutines and async generators that could not be closed; this reference keeps the garbage collector silent."""
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(UNDEAD))  # also when the interpreter ends
 
 
 def _drop(coroutine: Any) -> None:
