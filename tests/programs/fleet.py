@@ -31,8 +31,8 @@ from lianlian_async.sandbox import Repeated, SandboxGateway
 from tests.programs.kill import IMPATIENT, LATE, requests, stormy_gateway
 from tests.support import ROOT, postgres, program
 
-CONCURRENCY = 4
-"""Low, so that even a slow machine completes a refund within its deadline of 1 s."""
+CONCURRENCY = "LIANLIAN_FLEET_CONCURRENCY"
+"""Variable of a worker process: how many refunds it has in flight."""
 RESCUE_SECONDS = 2.0
 SUSPENDED_SECONDS = 6.0
 """Longer than a lease (twice the deadline of 1 s) and the grace."""
@@ -41,14 +41,15 @@ SUSPENDED_SECONDS = 6.0
 async def work(dsn: str) -> None:
     """Run one worker until the queue is empty."""
     logging.disable(logging.WARNING)  # every rejection and every rescued job would be logged
-    async with (
-        PostgresJournal(dsn) as journal,
-        RefundSession(Merchant.from_env(), journal=journal, retry=IMPATIENT, deadline=1.0) as session,
-        RefundQueue(dsn, rescue_after=RESCUE_SECONDS) as queue,
-    ):
-        # Four invalid signatures in a row stop the worker, and a suspension may break its connections.
-        with suppress(BatchStopped, JournalError, ConnectorException):
-            await queue.work(session, concurrency=CONCURRENCY, wait=False)
+    while True:
+        async with (
+            PostgresJournal(dsn) as journal,
+            RefundSession(Merchant.from_env(), journal=journal, retry=IMPATIENT, deadline=1.0) as session,
+            RefundQueue(dsn, rescue_after=RESCUE_SECONDS) as queue,
+        ):
+            # Four invalid signatures in a row stop the worker: begin again.
+            with suppress(BatchStopped):
+                return await queue.work(session, concurrency=int(os.environ[CONCURRENCY]), wait=False)
 
 
 def kill_workers(
@@ -59,6 +60,7 @@ def kill_workers(
     workers: int,
     seed: int,
     repeated: Repeated,
+    concurrency: int = 4,
     database_kills: int = 0,
     kill_database: Callable[[], object] = lambda: None,
 ) -> dict[str, str]:
@@ -71,7 +73,7 @@ def kill_workers(
     database_moments = [refunds * (number + 1) // (database_kills + 1) for number in range(database_kills)]
     with serving(gateway) as base_url:
         command = [*program("fleet"), "--work"]
-        variables = os.environ | environment(gateway, base_url) | {postgres.DSN: dsn}
+        variables = os.environ | environment(gateway, base_url) | {postgres.DSN: dsn, CONCURRENCY: str(concurrency)}
         fleet = [subprocess.Popen(command, cwd=ROOT, env=variables) for _ in range(workers)]
         suspended: dict[subprocess.Popen[bytes], float] = {}
         try:
@@ -139,12 +141,14 @@ def main() -> int:
     parser.add_argument("--refunds", type=int, default=2_000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, default=4, help="of a worker; a slow machine needs a low one")
     parser.add_argument("--database-kills", type=int, default=2)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        asyncio.run(work(os.environ[postgres.DSN]))
+        with suppress(JournalError, ConnectorException):  # a suspension, or the database, may break its connections
+            asyncio.run(work(os.environ[postgres.DSN]))
         return 0
     wrong = 0
     for repeated in (Repeated.REJECT, Repeated.AGAIN):
@@ -157,6 +161,7 @@ def main() -> int:
                 workers=options.workers,
                 seed=options.seed,
                 repeated=repeated,
+                concurrency=options.concurrency,
                 database_kills=options.database_kills,
                 kill_database=server.crash,
             )
