@@ -44,6 +44,9 @@ the fixture ``anyio_backend``, which returns ``lianlian_virtual_time.backend("as
         assert lianlian_virtual_time.run(refund).no_refund == "R-1"
         assert lianlian_virtual_time.now() >= 900
 
+To test a whole service, give its session ``transport=httpx.ASGITransport(lianlian_gateway)`` and, with virtual time,
+``clock=lianlian_virtual_time.moment``. Use a client that runs the lifespan, such as FastAPI's ``TestClient``.
+
 **The guard.** While pytest runs, a session raises ``ConfigurationError`` before it connects to a host other than
 ``localhost`` or a loopback address, also in child processes. Nothing is sent. Host names are not looked up. To allow
 real connections, mark a test with ``pytest.mark.lianlian_allow_network``, or set ``lianlian_allow_network = true`` in
