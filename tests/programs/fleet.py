@@ -76,6 +76,7 @@ def kill_workers(
         variables = os.environ | environment(gateway, base_url) | {postgres.DSN: dsn, CONCURRENCY: str(concurrency)}
         fleet = [subprocess.Popen(command, cwd=ROOT, env=variables) for _ in range(workers)]
         suspended: dict[subprocess.Popen[bytes], float] = {}
+        resumed: list[subprocess.Popen[bytes]] = []
         try:
             while left := asyncio.run(_open(dsn)):
                 time.sleep(dice.random() / 5)
@@ -93,18 +94,21 @@ def kill_workers(
                         fleet[place].send_signal(signal.SIGSTOP)
                         suspended[fleet[place]] = time.monotonic() + SUSPENDED_SECONDS
                         fleet[place] = subprocess.Popen(command, cwd=ROOT, env=variables)
-                for worker, until in suspended.items():
-                    if time.monotonic() > until:
-                        worker.send_signal(signal.SIGCONT)
+                for worker in [worker for worker, until in suspended.items() if time.monotonic() > until]:
+                    del suspended[worker]
+                    resumed.append(worker)
+                    worker.send_signal(signal.SIGCONT)
+                    worker.terminate()  # it completes what it has in flight: another worker has taken its place
                 for place, worker in enumerate(fleet):
                     if worker.poll() is not None:
                         fleet[place] = subprocess.Popen(command, cwd=ROOT, env=variables)
             for worker, until in suspended.items():
                 time.sleep(max(0.0, until - time.monotonic()))
                 worker.send_signal(signal.SIGCONT)
-                worker.wait(60)  # it continues its work, and finds an empty queue
+            for worker in (*suspended, *resumed):
+                worker.wait(60)
         finally:
-            for worker in (*fleet, *suspended):
+            for worker in (*fleet, *suspended, *resumed):
                 worker.kill()
                 worker.wait()
     gateway.advance(LATE)  # delayed requests arrive
