@@ -56,14 +56,14 @@ def main() -> None:
         cache=options.cache,
     )
     variant = _variant(options)
-    conditions = f"{options.bits}-bit keys, {'TLS' if options.tls else 'plain HTTP'}, {rounds} rounds"
+    conditions = f"{options.bits}-bit keys, {'TLS' if options.tls else 'plain HTTP'}, rounds: {rounds}"
     for case in options.cases or CASES:
         module = importlib.import_module(f"benchmarks.cases.{case}")
         title, _, text = (module.__doc__ or "").partition("\n")
         report = Report(case, variant, title.rstrip("."), text)
         before = os.getloadavg()[0]
         module.run(bench, report)
-        ran = f"{conditions}; load before it {before:.1f}. {environment.description(bench.pythons)}"
+        ran = f"{conditions}; load average before the run: {before:.1f}. {environment.description(bench.pythons)}"
         print("\n" + report.markdown(ran), flush=True)
         if options.out:
             store(report, options.out, ran)

@@ -55,14 +55,17 @@ def description(pythons: dict[str, str]) -> str:
     """One paragraph: when, which commit, which machine, which versions in each of ``pythons``."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, check=False, capture_output=True, text=True)
-    packages = "; ".join(
-        f"{name}: " + ", ".join(f"{package} {version}" for package, version in versions(python).items())
-        for name, python in pythons.items()
-    )
+    shown, packages = {}, []
+    for name, python in pythons.items():
+        found = versions(python)
+        is_same = shown and found.items() <= shown.items()
+        listed = "the same versions" if is_same else ", ".join(f"{package} {found[package]}" for package in found)
+        packages.append(f"{name}: {listed}")
+        shown |= found
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, commit {commit.stdout.strip() or 'unknown'}, "
         f"{platform.python_implementation()} {platform.python_version()} on {platform.system()} "
-        f"{platform.machine()}, {os.cpu_count()} × {_processor()}. {packages}."
+        f"{platform.machine()}, {os.cpu_count()} × {_processor()}. {'; '.join(packages)}."
     )
 
 

@@ -1,7 +1,7 @@
 """Throughput against the number of refunds in flight, 1 to 1,024.
 
-The server answers after 20 ms, like a fast gateway. With one refund in flight this delay is the limit, with many the
-CPU is. Read where each line flattens, and whether it falls again.
+The table shows refunds per second. The server answers after 20 ms, like a fast gateway. With one refund in flight
+this delay is the limit, with many the CPU is. See where each line flattens, and whether it falls again.
 """
 
 from __future__ import annotations

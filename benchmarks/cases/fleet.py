@@ -1,10 +1,10 @@
 """A fleet of workers on one PostgreSQL.
 
-One worker that takes its refunds from a queue, ÷ one process that makes the same refunds with ``refund_many`` on the
-same kind of journal, 64 in flight, against a gateway that answers after 50 ms; that process, ÷ one on an
-``SqliteJournal``; two and three workers, ÷ one, 8 in flight in each. A slice of 200 refunds costs five transactions,
-and each refund its own part of the journal's. With few in flight a worker mostly waits for the gateway, and two make
-nearly twice as many. What limits a fleet is processors: here workers, PostgreSQL and the gateway share two.
+Each worker takes its refunds from a queue. The gateway answers after 50 ms. The table compares one, two and three
+workers, and one process that makes the same refunds with `refund_many` on a `PostgresJournal` and on a
+`SqliteJournal`. The queue adds five transactions for each slice of 200 refunds; the journal adds its own for each
+refund. With 8 refunds in flight a worker mostly waits for the gateway, so two workers make nearly twice as many.
+Processors limit a fleet: here the workers, PostgreSQL and the gateway share two.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The time of `from lianlian_async import *`.
 
-All public names, since each is imported when it is first used. The yardstick imports those parts of the four
-dependencies that the library uses: httpx, attrs, anyio's tasks, locks and threads, and pycryptodome's RSA, PKCS #1 v1.5
-(MD5, SHA-256). Both run in an environment with the four dependencies only, with compiled code and warm file caches, as
-the first import of a process. Read the ratio of CPU times.
+This imports all public names: the package imports each one when it is first used. The yardstick imports the parts of
+the four dependencies that the library uses: httpx, attrs, anyio's tasks, locks and threads, and pycryptodome's RSA,
+PKCS #1 v1.5 (MD5, SHA-256). Both run in an environment with the four dependencies only, with compiled code and warm
+file caches, as the first import of a process. Compare the CPU times.
 """
 
 from __future__ import annotations

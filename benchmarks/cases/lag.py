@@ -1,8 +1,8 @@
 """The event loop's lag while 256 refunds are in flight.
 
-The lateness of a timer that is due every millisecond, first on the idle loop, then in the same process while refunds
-run; every missed tick counts. Read the ratio busy ÷ idle: 1 means that other users of the loop notice nothing. As in a
-service, clients may use both processors.
+A timer is due every millisecond, first on the idle loop, then in the same process while refunds run. The lag is its
+lateness; every missed tick counts. A ratio of 1 (busy ÷ idle) means that other users of the loop notice nothing. As
+in a service, the programs may use both processors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The library's own CPU time for one refund.
 
-Validate a request, canonicalize and encode it; decode, canonicalize, match and model the answer; and run the decision
-table, with keys that cost nothing and outside an event loop. The yardstick is the unavoidable minimum: one 1024-bit
-signature by OpenSSL and one `AsyncClient.post` on a `MockTransport`.
+This case validates a request, canonicalizes and encodes it; decodes, matches and models the answer; and runs the
+decision table. It uses keys that cost nothing, and no event loop. The yardstick is one 1024-bit signature by OpenSSL
+and one `AsyncClient.post` on a `MockTransport`: no program can do without them.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """The cost of one refund, by program, at 64 in flight.
 
-The same refunds through programs that one might write instead, through this library with its four dependencies and
-with the extra `fast`, and, as the floor, through its parts alone: a signature and a verification by OpenSSL, JSON and
-source strings, and a POST by raw aiohttp. All programs but one verify the answers. Read CPU per refund first: a service
-pays for it, and it does not depend on other users of the machine. Rates do depend on them: where the last column is
-well below the number of processors, another program used the machine.
+The same refunds are made by programs that one might write instead, and by this library with its four dependencies and
+with the extra `fast`. The floor is the sum of the necessary parts alone: a signature and a verification by OpenSSL,
+JSON and source strings, and a POST by raw aiohttp. All programs but one verify the answers.
 
-The naive program has httpx's default limits (100 connections, 20 of them kept alive); the second one a pool of 64.
-Raw aiohttp and the naive programs sign on the event loop, which stalls meanwhile (see `lag`); requests with threads has
-no event loop. Between the parts' sum and ours, with `fast`, lie httpx's client, the hand-over to the signing thread,
-this library's own code (see `own_cpu`), and the event loop's tasks and cancel scopes.
+Compare the CPU per refund first: it does not depend on other users of the machine. The rates do: if the last column
+is well below the number of processors, another program used the machine.
+
+The naive program has httpx's default limits (100 connections, 20 of them kept alive); the second one has a pool of
+64. Raw aiohttp and the naive programs sign on the event loop, which is blocked meanwhile (see `lag`); requests with
+threads has no event loop. With `fast`, the library costs more than the floor because of httpx's client, the signing
+thread, the library's own code (see `own_cpu`), and the event loop's tasks and cancel scopes.
 """
 
 from __future__ import annotations

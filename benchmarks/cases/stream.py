@@ -1,8 +1,8 @@
 """A long stream through `refund_many`.
 
 A generator of requests (a million, or `--requests`) goes through `refund_many` on a transport that answers at once,
-with keys that cost nothing. Read the growth of resident memory from the 1,000th outcome to the last. One run,
-because it takes long.
+with keys that cost nothing. The growth of resident memory is counted from the 1,000th outcome to the last. There is
+only one run, because it takes long.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The transport against httpx's own pool, with 16 to 1,024 requests in flight.
 
-Bare POSTs through one `AsyncClient`, so that nothing but the transport differs: this library's pool of
-single-connection transports, and its transport over aiohttp (extra `fast`); httpx's own pool, which scans every
-connection for each request; and httpx-aiohttp's.
-The CPU time of one request should not grow with the number in flight. Python's garbage collector does grow with it,
-because it traverses all live objects; so ours also runs with the collector off.
+Bare POSTs go through one `AsyncClient`, so that only the transport differs: this library's pool of single-connection
+transports; its transport over aiohttp (extra `fast`); httpx's own pool, which scans every connection for each
+request; and httpx-aiohttp's. The CPU time of one request should not grow with the number in flight. It grows because
+Python's garbage collector traverses all live objects; so ours also runs with the collector off.
 """
 
 from __future__ import annotations
