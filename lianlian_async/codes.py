@@ -1,6 +1,6 @@
 """The return codes of refund calls and queries: ``ret_code`` → meaning, class and advice.
 
-Source: LianLian's page of return codes. About 90 more codes exist for cards, SMS and instalments. A code that is not in
+Source: LianLian's page of return codes, without about 90 codes for cards, SMS and instalments. A code that is not in
 the table is *uncertain*: it proves nothing, so the library queries the refund.
 """
 
@@ -22,18 +22,15 @@ class CodeClass(Enum):
 
 
 class ReturnCode(NamedTuple):
-    """One row of the table."""
+    """One row of the table. :class:`~lianlian_async.RefundRejected` explains the three flags."""
 
     ret_code: str
     meaning: str
     kind: CodeClass
     advice: str
     is_configuration: bool = False
-    """The merchant's configuration is the cause."""
     may_pass: bool = False
-    """The cause is temporary: the same ``no_refund`` can be sent again after it is gone."""
     stops_batch: bool = False
-    """Every further refund would be rejected too."""
 
 
 def _rejected(

@@ -12,13 +12,13 @@ LianLianError
 ├── RefundNotFinal          waiting only: made, but its status can still change
 ├── RefundConflict          the same no_refund belongs to a refund with other content
 ├── SignatureInvalid        an answer or notification is not validly signed by LianLian
-├── AnswerMismatch          validly signed, but the answer to another query
+├── AnswerMismatch          validly signed, but about another request or merchant
 ├── MalformedMessage        violates the protocol: not JSON, not an object of strings, too big …
 ├── JournalError            the journal failed; a refund that is not recorded is not sent
 └── BatchStopped            refund_many stopped: every further refund would fail for the same cause
 
-Every error can be pickled, so worker processes can pass it on. No error contains key material. ``last_exchange`` tells
-LianLian's support about which HTTP exchange it is; None: the error comes from no exchange.
+Every error can be pickled, so a worker process can return it. No error contains key material. ``last_exchange``
+identifies the HTTP exchange for LianLian's support; None: no exchange caused the error.
 Wrong use of a session (closed, or from another event loop) is a bug in the program: it raises ``RuntimeError``.
 """
 
@@ -34,14 +34,14 @@ from .codes import explain
 
 
 def printable(text: str) -> str:
-    """Return the gateway's ``text`` in one line of at most 100 characters, for a message or a log."""
+    """Return at most 100 characters of the gateway's ``text`` for a message or a log; unprintable ones become ``?``."""
     return "".join(character if character.isprintable() else "?" for character in text[:100])
 
 
 class LastExchange(NamedTuple):
     """An HTTP exchange with the gateway, to quote in a support ticket. It contains no secret.
 
-    It began at ``at`` (wall clock, UTC). ``status`` None: no response. ``headers``: those that identify the request.
+    ``at``: its start (wall clock, UTC). ``status``: None without a response. ``headers``: date, proxies, request ids.
     """
 
     at: datetime
@@ -70,7 +70,7 @@ class ConfigurationError(LianLianError, ValueError):
 
 
 def misconfigured(error: LianLianError | None) -> ConfigurationError | None:
-    """Return the ``ConfigurationError`` that caused ``error``, as a new object: every further send would fail, too."""
+    """Return a copy of the ``ConfigurationError`` that caused ``error``, or None. Such an error prevents every send."""
     cause = None if error is None else error.__cause__
     return ConfigurationError(*cause.args) if isinstance(cause, ConfigurationError) else None
 
@@ -87,7 +87,7 @@ class Problem(NamedTuple):
 
 
 class InvalidRequest(LianLianError, ValueError):
-    """A request breaks the gateway's field rules; nothing was sent. ``problems`` holds every broken rule."""
+    """A request breaks the gateway's field rules; nothing was sent. ``problems`` contains every broken rule."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -95,9 +95,9 @@ class InvalidRequest(LianLianError, ValueError):
 
 
 class RefundNotSent(LianLianError):
-    """No attempt reached the gateway (connection refused, DNS, TLS, timeout): it is safe to send the refund again.
+    """No attempt reached the gateway (connection refused, DNS, TLS …): it is safe to send the refund again.
 
-    ``attempts`` is the number of attempts to connect; ``last_error`` is the cause of the last failure.
+    ``attempts`` is the number of attempts; ``last_error`` describes the last failure.
     """
 
     def __init__(self, no_refund: str, *, attempts: int, last_error: str) -> None:
@@ -110,7 +110,7 @@ class RefundNotSent(LianLianError):
 
 
 class _Refusal(LianLianError):
-    """The common part of both rejections: the gateway's code and text, and the row of :mod:`lianlian_async.codes`."""
+    """The common part of both rejections: the gateway's code and text, and the code's row in ``codes.CODES``."""
 
     subject = "request"
 
@@ -134,9 +134,9 @@ class RefundRejected(_Refusal):
 
     ``ret_code`` and ``ret_msg`` (Chinese) come from the gateway, ``meaning`` and ``advice`` from this library.
     ``is_configuration``: the merchant's configuration is the cause (1001, 1008, 3001 …). ``may_pass``: the cause is
-    temporary (balance too low, limit exceeded); after it is gone, send the *same* ``no_refund`` again. ``stops_batch``:
-    every further refund would be rejected too. ``verified``: the answer had a valid signature; error answers often have
-    none. ``evidence``: a person decided that the refund was not made, and why; ``ret_code`` is then ``decided``.
+    temporary (balance too low, limit exceeded): send the *same* ``no_refund`` again later. ``stops_batch``: every
+    further refund would be rejected too. ``verified``: the answer had a valid signature; error answers often have none.
+    ``evidence``: the reason if a person decided that the refund was not made (``ret_code`` is then ``decided``).
     """
 
     subject = "refund rejected"
@@ -154,7 +154,7 @@ class RefundRejected(_Refusal):
 class QueryRejected(_Refusal):
     """The gateway rejected the query (3005, 1004 …); this proves nothing about the refund.
 
-    It has the attributes of :class:`RefundRejected`.
+    It has the attributes of :class:`RefundRejected`, except ``evidence``.
     """
 
     subject = "query rejected"
@@ -181,15 +181,16 @@ class RefundNotFound(LianLianError):
 class RefundOutcomeUnknown(LianLianError):
     """The refund may have been made; its queries did not determine the outcome in time.
 
-    Do not send it again under another ``no_refund``. At ``ask_again_at`` (aware datetime) or later, call
-    ``await session.resolve(error)``: it queries the refund. It sends the same bytes again only if the gateway reports
-    "no such record" so late after the last send that this is reliable.
+    Do not send the refund again under another ``no_refund``. At ``ask_again_at`` (aware datetime) or later, call
+    ``await session.resolve(error)``. It queries the refund, and sends the same bytes again only if the gateway still
+    has no record ``RetryPolicy.not_found_grace`` seconds after the last attempt that may have arrived.
 
-    ``attempts`` is the number of sends, ``queries`` the number of queries. ``sent_at`` is the time of the last attempt
-    that may have arrived; ``moment`` is the same time by all clocks. ``last_error`` is the last failure; ``reason`` is
-    the same without the details of one refund, for grouping. ``refused`` is the :class:`RefundRejected` of the last
-    attempt if every attempt so far was rejected; None: an attempt may have made the refund. ``request`` is the
-    :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes, ``oid_partner`` the merchant that signed them.
+    ``attempts`` and ``queries`` are the numbers of requests. ``sent_at`` is the time of the last attempt that may have
+    arrived; ``moment`` has the readings of all clocks at this time. ``last_error`` describes the last failure, and
+    ``reason`` its kind, without details of the refund, so that errors can be counted by reason. ``refused`` is a
+    :class:`RefundRejected` if every attempt so far was answered *duplicate* or *in progress*: the number may belong to
+    another refund. ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes,
+    ``oid_partner`` the merchant that signed them.
     """
 
     def __init__(
@@ -229,14 +230,14 @@ class RefundOutcomeUnknown(LianLianError):
         return self.request.query()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all that ``session.resolve`` needs, for JSON: a ``version``, strings, numbers and objects of them."""
-        form: dict[str, Any] = import_module(".unknown_form", __package__).to_dict(self)
+        """Return a JSON object with a format ``version`` and everything that ``session.resolve`` needs."""
+        form: dict[str, Any] = import_module(".unknown_form", __package__).to_dict(self)  # from a higher layer
         return form
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RefundOutcomeUnknown:
         """Return the error that :meth:`to_dict` wrote. Raises ``InvalidRequest`` with every wrong or missing field."""
-        error: RefundOutcomeUnknown = import_module(".unknown_form", __package__).from_dict(data)  # a higher layer
+        error: RefundOutcomeUnknown = import_module(".unknown_form", __package__).from_dict(data)
         return error
 
 
@@ -256,9 +257,8 @@ class GatewayUnavailable(LianLianError):
 class RefundNotFinal(LianLianError):
     """The refund was made, but at the deadline ``sta_refund`` was neither success nor failed.
 
-    ``refund`` is the last known :class:`~lianlian_async.Refund`, ``last_error`` the error of the last query (None: the
-    query succeeded). Wait for the refund again, or let its notification or ``session.resume()`` report the final
-    status.
+    ``refund`` is the last known :class:`~lianlian_async.Refund`. ``last_error`` describes the failure of the last
+    query; None: it succeeded. Wait again, or learn the final status from the notification or ``session.resume()``.
     """
 
     def __init__(self, refund: Any, *, last_error: str | None) -> None:
@@ -273,8 +273,8 @@ class RefundConflict(LianLianError):
     """The same ``no_refund`` belongs to a refund with other content, at the gateway or in the journal.
 
     Check the refund by hand: the gateway may have made one of the two refunds, or both. The library sends nothing more
-    for it. ``field`` is the wire name of the field that differs; ``ours`` and ``theirs`` are its two values. ``record``
-    contains the fields of the gateway's signed record; None: this merchant used the number for another request.
+    for it. ``field`` is the wire name of the field that differs, ``ours`` its given value, ``theirs`` the recorded one.
+    ``record`` has the fields of the gateway's signed record if the conflict is with such a record, else it is None.
     """
 
     def __init__(
@@ -296,9 +296,9 @@ class SignatureInvalid(LianLianError):
 
 
 class AnswerMismatch(LianLianError):
-    """An answer is validly signed but belongs to another query.
+    """An answer or a notification is validly signed, but belongs to another request or merchant.
 
-    ``field`` is the wire name, ``asked`` the value that was sent, ``answered`` the value received (None: absent).
+    ``field`` is the wire name of the wrong field, ``asked`` its expected value, ``answered`` its value (None: absent).
     """
 
     def __init__(self, field: str, *, asked: str, answered: str | None) -> None:
@@ -316,10 +316,10 @@ class JournalError(LianLianError):
     """The journal cannot be read or written, is locked by another process, or has an unknown version.
 
     A refund that the journal has not recorded is not sent. The message states the journal and how to repair it.
-    ``said`` is the gateway's answer if the journal failed *after* a send: the :class:`~lianlian_async.Refund` that was
-    made, or the error that the call would have raised. None: nothing was sent. When the journal works again, call
+    ``said`` is the outcome if the journal failed *after* a send: the :class:`~lianlian_async.Refund` that was made, or
+    the error that the call would have raised. None: this call sent nothing. When the journal works again, call
     ``apply_refund`` with the same request.
-    ``holder`` is the process that has locked the journal, and the time of the lock; None: the cause is another one.
+    ``holder``: the process that has locked the journal, and since when; None: the error has another cause.
     """
 
     said: Any = None
@@ -329,9 +329,9 @@ class JournalError(LianLianError):
 class BatchStopped(LianLianError):
     """A batch or worker stopped, because every further refund would fail for the same cause.
 
-    ``cause`` is a :class:`RefundRejected`, which is also ``rejection``; or a :class:`SignatureInvalid`, and
-    ``rejection`` is None: several answers in a row did not verify, so a key is probably wrong. The outcome of every
-    started refund was yielded; no other refund was sent. With ``keep_going=True`` a batch continues after a rejection.
+    ``cause`` is a :class:`RefundRejected`; or a :class:`SignatureInvalid`, if several answers in a row did not verify,
+    because a key is probably wrong. ``rejection`` is ``cause`` if it is a ``RefundRejected``, else None. The batch has
+    yielded the outcome of every refund that it sent. With ``keep_going=True`` it continues after a rejection.
     """
 
     def __init__(self, cause: RefundRejected | SignatureInvalid) -> None:

@@ -1,12 +1,13 @@
 """The events that a session and a notification endpoint report to their ``listeners``, as frozen values.
 
 A listener is a function that is called with each event, on the event loop: it must not block, and must not be async.
-If it returns a context manager, this is entered until the call, request or pause ends that the event began, and left
-after the event about the end; for all other events it is left at once. It runs in the task that sends.
+It may return a context manager, which is entered at once. If the event begins a call, a request or a pause, the context
+manager is left at its end, after the event about the end (a pause has none). Otherwise it is left at once. Listener and
+context manager run in the task that sends.
 
-A listener never affects a refund: its first exception is logged, and so is the first event for which it takes more than
-10 ms. No event contains a key, a signature or a message body. If several calls share a refund, each reports its own
-``CallBegan`` and ``CallEnded``; only the first one reports the other events.
+An exception in a listener does not affect the refund. The first exception of each listener is logged, and the first
+time that it takes more than 10 ms. No event contains a key, a signature or a message body. If concurrent calls share
+one refund, each reports its own ``CallBegan`` and ``CallEnded``; only the first call reports the other events.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Event:
-    """The fields of every event. ``seconds`` of an event is a duration.
+    """The fields of every event. The field ``seconds`` of an event is a duration.
 
     ``no_refund`` is None for a query by ``oid_refundno`` and for an unreadable notification. ``backend`` is the HTTP
     library that sends: ``httpx``, ``httpx2`` or ``aiohttp``; empty for an endpoint without a session.
@@ -41,7 +42,7 @@ class CallBegan(Event):
 
 @attrs.frozen(kw_only=True)
 class Paused(Event):
-    """A call waits as ``backoff``, for the ``lease`` of another caller, or for a ``slot`` (``seconds`` is None)."""
+    """A call waits for ``cause``: a ``backoff``, another caller's ``lease``, or a ``slot`` (``seconds`` is None)."""
 
     cause: str
     seconds: float | None
@@ -49,9 +50,9 @@ class Paused(Event):
 
 @attrs.frozen(kw_only=True)
 class Leased(Event):
-    """The journal recorded the begin of a refund, by a commit of ``seconds``. Not reported without a journal.
+    """A call asked the journal for a refund's lease; ``seconds`` includes the commit. Not reported without a journal.
 
-    ``standing`` is what the journal knew: ``new``, ``unresolved`` … or ``leased``: another caller has the lease.
+    ``standing`` is what the journal returned: ``new``, ``unresolved`` …; or ``leased``: another caller has the lease.
     """
 
     standing: str
@@ -60,10 +61,10 @@ class Leased(Event):
 
 @attrs.frozen(kw_only=True)
 class AttemptBegan(Event):
-    """A ``request`` is about to be sent: ``apply``, or a ``query`` about this refund or a known one (the canary).
+    """A ``request`` is about to be sent: ``apply``, or a ``query`` about this refund or another one (the canary).
 
-    ``attempt`` counts the requests of a call from 1, apply requests and queries separately. ``url`` contains no user,
-    password and query string. A listener may add request headers, such as ``traceparent``, to ``headers``.
+    ``attempt`` counts the requests of a call from 1, apply requests and queries separately. ``url`` contains no user
+    name, password or query string. A listener may add request headers, such as ``traceparent``, to ``headers``.
     """
 
     request: str
@@ -86,9 +87,9 @@ class AttemptEnded(Event):
 
 @attrs.frozen(kw_only=True)
 class CallEnded(Event):
-    """A call ended. ``outcome`` is ``made`` (a query: ``found``), ``cancelled``, or the type of the error it raised.
+    """A call ended. ``outcome`` is ``made`` (a query: ``found``), ``cancelled``, or the type of the raised error.
 
-    ``error`` is the text of this error, ``reason`` why the outcome is unknown, without details of the refund.
+    ``error`` is the text of this error. ``reason`` says why the outcome is unknown, without details of the refund.
     """
 
     call: str
@@ -112,7 +113,7 @@ class Notified(Event):
 
 @attrs.frozen(kw_only=True)
 class ActedOn(Event):
-    """A ``NotificationEndpoint`` called ``on_refund``, after the query of ``confirm=True``."""
+    """A ``NotificationEndpoint`` acted on a refund: it called ``on_refund``, with ``confirm=True`` after a query."""
 
     succeeded: bool
     seconds: float

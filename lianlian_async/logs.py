@@ -1,8 +1,9 @@
 """Deliver events to listeners, and to the logger ``lianlian_async``: one line for the outcome of each refund.
 
-A refund that was made is logged as INFO, any other outcome as WARNING, every request at DEBUG. ``record.event_name`` is
-the type of the event (:mod:`lianlian_async.events`), and its fields are attributes of the record. The environment
-variable ``LIANLIAN_LOG=info`` or ``=debug`` shows the lines on stderr. JSON lines, by ``logging`` or by structlog::
+A refund that was made is logged at INFO, an error at WARNING; requests, queries, pauses and cancellations at DEBUG.
+``record.event_name`` is the type of the event (:mod:`lianlian_async.events`); the event's fields are attributes of the
+record. The environment variable ``LIANLIAN_LOG=info`` or ``LIANLIAN_LOG=debug`` shows the lines on stderr. For JSON
+lines, set up ``logging`` or structlog::
 
     import logging
     from pythonjsonlogger.json import JsonFormatter        # pip install python-json-logger
@@ -35,7 +36,7 @@ from .errors import ConfigurationError
 from .events import AttemptBegan, CallBegan, CallEnded, Event, Listener
 
 SLOW: Final = 0.01
-"""Seconds that a listener may take for one event."""
+"""Seconds. A listener that takes longer for one event is reported in the log."""
 
 logger = logging.getLogger("lianlian_async")
 _NOTHING: Final = nullcontext()
@@ -49,7 +50,7 @@ def set_up_from_environment() -> None:
         if wanted not in ("debug", "info"):
             raise ConfigurationError(f"LIANLIAN_LOG: must be debug or info, is {wanted!r}")
         logger.setLevel(wanted.upper())
-        logger.addHandler(_HANDLER)  # adds it only once
+        logger.addHandler(_HANDLER)  # a second call with the same handler has no effect
 
 
 class Listeners:
@@ -61,7 +62,7 @@ class Listeners:
         self._listeners = tuple(listeners)
         if not all(callable(each) and not iscoroutinefunction(each) for each in self._listeners):
             raise ConfigurationError("listeners: must be functions, and not async")
-        self.timer = timer
+        self.timer = timer  # the default, float(), is always 0.0: no durations are measured
         self._is_logged = is_logged
         self._reported = set[tuple[int, str]]()
         self.backend = ""
@@ -71,12 +72,12 @@ class Listeners:
         return bool(self._listeners) or (self._is_logged and logger.isEnabledFor(level))
 
     def tell(self, kind: type[Event], **fields: Any) -> None:
-        """Deliver an event that begins nothing."""
+        """Deliver an event, and leave the context managers of the listeners at once."""
         with self.span(kind, **fields):
             pass
 
     def span(self, kind: type[Event], **fields: Any) -> AbstractContextManager[None]:
-        """Return a context that delivers an event, and then is the context managers that listeners return."""
+        """Return a context manager that delivers an event, and at its exit leaves those that listeners returned."""
         is_wanted = self.want() or kind is CallEnded
         return self._deliver(kind(backend=self.backend, **fields)) if is_wanted else _NOTHING
 
@@ -95,13 +96,13 @@ class Listeners:
             entered.push(partial(self._call, listener, context.__exit__))
 
     def _call(self, listener: Listener, function: Callable[..., object], *arguments: Any) -> None:
-        """Call code of ``listener``; ignore its result, which could suppress the error of a refund."""
+        """Call ``function``, which is code of ``listener``, and log what it raises."""
         began = self.timer()
         try:
-            function(*arguments)
+            function(*arguments)  # ignore the result: a true one of __exit__ would suppress the error of a refund
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # noqa: BLE001 - a plain function is never cancelled, whatever it raises
+        except BaseException as error:  # noqa: BLE001 - even CancelledError is a failure: the function is not async
             self._warn_once(listener, "listener %s failed; its further failures are not logged", error)
         if self.timer() - began > SLOW:
             self._warn_once(listener, "listener %s blocked the event loop for more than 10 ms")
@@ -116,7 +117,7 @@ def _log(event: Event) -> None:
     level, text = logging.DEBUG, None
     if isinstance(event, CallEnded) and event.call != "query_refund" and event.outcome != "cancelled":
         level, text = (logging.INFO if event.error is None else logging.WARNING), event.error
-    # An event that begins a call or a request is left out: the event about its end is logged.
+    # The beginnings of calls and requests are not logged, because their ends are.
     if logger.isEnabledFor(level) and not isinstance(event, CallBegan | AttemptBegan):
         name, fields = type(event).__name__, attrs.asdict(event, recurse=False)
         text = text or " ".join([name, *(f"{field}={value}" for field, value in fields.items() if value is not None)])
@@ -124,4 +125,4 @@ def _log(event: Event) -> None:
 
 
 NOBODY: Final = Listeners()
-"""No listener and no logger."""
+"""For callers without listeners and log."""

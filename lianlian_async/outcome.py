@@ -1,4 +1,4 @@
-"""The result of one refund call as a value, and the reason why a refund is unknown."""
+"""The outcome of one refund as a value, and the reason why an outcome is unknown."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Traffic:
     """The number of HTTP requests that one refund has needed so far."""
 
     attempts: int = 0
-    """Apply requests, including those that certainly did not arrive."""
+    """The number of apply requests, including those that certainly did not arrive."""
     queries: int = 0
 
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """One request with its ``refund`` or its ``error``: exactly one of them is set.
+    """One request with its ``refund`` or its ``error``: exactly one of the two is set.
 
-    If a batch queried an unknown refund again, the numbers include both calls.
+    If a batch resolved an unknown refund in a second call, the numbers include both calls.
     """
 
     request: RefundRequest
@@ -45,7 +45,7 @@ class Outcome:
     refund: Refund | None
     error: LianLianError | None
     attempts: int
-    """Apply requests; 0 if the journal had the outcome."""
+    """The number of apply requests; 0 if the journal had the outcome."""
     queries: int
     seconds: float
     """The duration of the call, including its wait for a connection slot."""
@@ -54,8 +54,8 @@ class Outcome:
 def unknown_reason(apply_error: LianLianError | None, query_error: LianLianError | None) -> str:
     """Return the reason why a refund is unknown, without details of that refund, so that reasons can be counted.
 
-    It is the error of the query; after "no such record" also the error of the apply call. A wrong signature on the
-    apply answer takes precedence, since it concerns every refund.
+    The reason is the query's error; without a query, the apply call's error; after "no such record", both. An invalid
+    signature of the apply answer takes precedence, because its cause affects every refund.
     """
     if isinstance(apply_error, SignatureInvalid):
         return _reason(apply_error)
