@@ -2,8 +2,8 @@
 
 Safety depends on elapsed time: "no such record" is reliable only some time after the last send, and a lease must not
 end early. The wall clock can be stepped. Therefore the boot clock measures elapsed time within one boot of one machine:
-nobody can set it, and it also counts while the machine is suspended. Across boots, elapsed time is the smaller of the
-wall clock's difference and the difference of the gateway's ``Date`` headers.
+nobody can set it, and it also counts while the machine is suspended. Across boots, elapsed time is the smaller of two
+differences, of the wall clock and of the gateway's clock (its ``Date`` headers), minus ``DATE_SLACK``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DATE_RESOLUTION: Final = 1.0
 
 @attrs.frozen
 class Moment:
-    """One moment: the readings of all clocks by one process."""
+    """The readings of all clocks at one moment, by one process."""
 
     wall: datetime
     """The wall clock (UTC): for display, and for comparison across boots."""
@@ -52,10 +52,10 @@ class Moment:
 
 
 def elapsed(since: Moment, now: Moment) -> float | None:
-    """Return the seconds that have certainly passed from ``since`` to ``now``; None if it is unknown.
+    """Return the seconds that have certainly passed from ``since`` to ``now``; None if no clock can tell.
 
-    Also None if ``since`` was read in another boot and is in the future: a clock was set, so the time must be measured
-    again from now.
+    For moments of different boots it is None if a gateway time is missing, or if ``since`` is later than ``now``: then
+    a clock was set. In both cases the caller must measure again from now.
     """
     if since.timeline == now.timeline:
         return now.boot - since.boot
@@ -67,7 +67,7 @@ def elapsed(since: Moment, now: Moment) -> float | None:
 
 
 def latest(one: Moment, other: Moment, now: Moment) -> Moment:
-    """Return the later of two moments, also of different boots; return ``now`` if they cannot be compared."""
+    """Return the later of two moments, even of different boots; return ``now`` if they cannot be compared."""
     since_one, since_other = elapsed(one, now), elapsed(other, now)
     if since_one is None or since_other is None:
         return now
@@ -79,7 +79,7 @@ Clock = Callable[[], Moment]
 
 
 class SessionClock:
-    """A clock that adds the gateway's time, from the ``Date`` header of the gateway's last answer."""
+    """A clock that adds the gateway's time, computed from the last usable ``Date`` header and the boot clock."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -95,36 +95,33 @@ class SessionClock:
         gateway = _EPOCH + self._ahead + timedelta(seconds=now.boot)
         return Moment(now.wall, now.boot, now.timeline, gateway)  # attrs.evolve takes three times as long
 
-    def heard(self, date: str, began: float) -> None:
+    def observe_date(self, date: str, began: float) -> None:
         """Read the ``Date`` header of an answer; ignore it if it is unreadable, or if the exchange took too long.
 
         ``began``: the boot clock's seconds at the start of the exchange. After a long exchange, for example one during
         which the machine was suspended, the age of the header is unknown.
         """
-        if date == self._date:  # it changes once a second
+        if date == self._date:  # a Date header changes once a second
             return
-        heard_at = self._clock().boot
-        if heard_at - began > DATE_SLACK - _DATE_RESOLUTION:
+        received_at = self._clock().boot
+        if received_at - began > DATE_SLACK - _DATE_RESOLUTION:
             return
         self._date = date
-        if (told := parse_http_date(date)) is not None:
-            self._ahead = told - _EPOCH - timedelta(seconds=heard_at)
+        if (gateway := parse_http_date(date)) is not None:
+            self._ahead = gateway - _EPOCH - timedelta(seconds=received_at)
 
 
 def parse_http_date(text: str) -> datetime | None:
     """Return the moment of a ``Date`` header; None if it is unreadable."""
     try:
-        told = parsedate_to_datetime(text)
-    except (ArithmeticError, LookupError, TypeError, ValueError):  # all exceptions of the parser
+        moment = parsedate_to_datetime(text)
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # every exception that the parser raises
         return None
-    return told.replace(tzinfo=told.tzinfo or UTC)
+    return moment.replace(tzinfo=moment.tzinfo or UTC)
 
 
 def boot_clock() -> Callable[[], float]:
-    """Return a clock that also counts while the machine is suspended.
-
-    It is CLOCK_BOOTTIME (Linux), CLOCK_MONOTONIC (macOS), or ``time.monotonic`` (Windows).
-    """
+    """Return the boot clock: CLOCK_BOOTTIME (Linux), CLOCK_MONOTONIC (macOS), or ``time.monotonic`` (Windows)."""
     for name in ("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"):
         if hasattr(time, name):
             number: int = getattr(time, name)
@@ -137,7 +134,7 @@ _TIME_NAMESPACE: Final = Path("/proc/self/ns/time")
 
 
 def read_timeline() -> str:
-    """Return boot id and time namespace (Linux); elsewhere a unique id, so that each process counts as a boot."""
+    """Return the boot id and the time namespace (Linux), else a unique id, so that each process counts as a boot."""
     try:
         return f"{_BOOT_ID.read_text('ascii').strip()} {_TIME_NAMESPACE.readlink()}"
     except OSError:

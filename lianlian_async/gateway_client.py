@@ -84,7 +84,7 @@ class GatewayClient:
             summary = last_exchange(delivery, began.wall, self.clock().boot - began.boot)
             exchange.send_count.last_exchange = summary
         if isinstance(delivery, HttpResponse):
-            self.clock.heard(delivery.headers.get("date", ""), began.boot)
+            self.clock.observe_date(delivery.headers.get("date", ""), began.boot)
         reply = await self._rsa.check(self.protocol.read, exchange, delivery)
         if reply.error is not None:
             reply.error.last_exchange = summary

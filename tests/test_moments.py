@@ -135,12 +135,12 @@ def test_a_session_learns_the_gateways_time_from_its_answers():
     dials = Dials()
     session_clock = SessionClock(dials)
     assert session_clock().gateway is None
-    session_clock.heard("Thu, 26 Nov 2026 20:00:00 GMT", 100.0)
+    session_clock.observe_date("Thu, 26 Nov 2026 20:00:00 GMT", 100.0)
     assert session_clock().gateway == NOON + timedelta(hours=8)
     dials.moment = later(dials.moment, boot=60, wall=-7200)
-    session_clock.heard("Thu, 26 Nov 2026 20:00:00 GMT", 100.0)
+    session_clock.observe_date("Thu, 26 Nov 2026 20:00:00 GMT", 100.0)
     assert session_clock().gateway == NOON + timedelta(hours=8, seconds=60)
-    session_clock.heard("Thu, 26 Nov 2026 20:00:30 GMT", 160.0)
+    session_clock.observe_date("Thu, 26 Nov 2026 20:00:30 GMT", 160.0)
     assert session_clock().gateway == NOON + timedelta(hours=8, seconds=30)
 
 
@@ -148,21 +148,21 @@ def test_a_session_learns_the_gateways_time_from_its_answers():
 def test_a_date_that_is_read_long_after_its_exchange_began_teaches_nothing(seconds, is_heard):
     """A process that was suspended reads a header of unknown age; DATE_SLACK allows for 15 s with the resolution."""
     session_clock = SessionClock(Dials())
-    session_clock.heard("Thu, 26 Nov 2026 20:00:00 GMT", 100.0 - seconds)
+    session_clock.observe_date("Thu, 26 Nov 2026 20:00:00 GMT", 100.0 - seconds)
     assert (session_clock().gateway is not None) is is_heard
 
 
 @pytest.mark.parametrize("date", ["", "yesterday", "Thu, 99 Nov 2026 20:00:00 GMT", "0", "\x00"])
 def test_a_date_that_cannot_be_read_teaches_nothing(date):
     session_clock = SessionClock(Dials())
-    session_clock.heard(date, 100.0)
+    session_clock.observe_date(date, 100.0)
     assert session_clock().gateway is None
 
 
 def test_a_date_without_a_zone_is_in_gmt():
     """RFC 9110 §5.6.7 has no other zone."""
     session_clock = SessionClock(Dials())
-    session_clock.heard("Thu, 26 Nov 2026 20:00:00 -0000", 100.0)
+    session_clock.observe_date("Thu, 26 Nov 2026 20:00:00 -0000", 100.0)
     assert session_clock().gateway == NOON + timedelta(hours=8)
 
 

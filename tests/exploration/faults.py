@@ -31,7 +31,7 @@ _BOOTS = Bounds(
     clock_steps=1,
 )
 
-_heard, _take_in = SessionClock.heard, Case.take_in
+_heard, _take_in = SessionClock.observe_date, Case.take_in
 
 
 def _by_the_wall(since: Moment, now: Moment) -> float:
@@ -107,7 +107,7 @@ FAULTS: Mapping[str, Fault] = {
         is_small=False, bounds=_BOOTS, patch=partial(patch.object, resolution, "elapsed", _no_slack)
     ),
     "a Date is believed however late it is read": Fault(
-        is_small=False, bounds=_BOOTS, patch=partial(patch.object, SessionClock, "heard", _late_date)
+        is_small=False, bounds=_BOOTS, patch=partial(patch.object, SessionClock, "observe_date", _late_date)
     ),
     "a query is dated when its answer is judged": Fault(
         is_small=False,

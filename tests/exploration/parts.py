@@ -80,7 +80,7 @@ def heard(now: Moment, date: int, took: float, ahead: timedelta | None = None) -
     """Return a session clock's ``_ahead`` after an exchange of ``took`` seconds, answered at the tick ``date``."""
     clock = SessionClock(lambda: now)
     clock._ahead = ahead
-    clock.heard(format_datetime(_GATEWAY + timedelta(seconds=date * TICK), usegmt=True), now.boot - took)
+    clock.observe_date(format_datetime(_GATEWAY + timedelta(seconds=date * TICK), usegmt=True), now.boot - took)
     return clock._ahead
 
 
