@@ -1,7 +1,6 @@
-"""Find the key in a string, bytes or a file, or report which other content it has.
+"""Find the keys in a string, bytes or a file. If there is none, the error says what the content is instead.
 
-This module does not decrypt keys: it returns DER or PEM that pycryptodome reads. No message shows any part of the key
-material.
+This module does not decrypt keys: it returns DER or PEM, which pycryptodome reads. No message shows key material.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _BLOCK: Final = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----(.*?)(-----END \1-----|
 _DEK_INFO: Final = re.compile(
     r"\s*Proc-Type:\s*4,\s*ENCRYPTED\s+DEK-Info:\s*([\w-]{1,40}),\s*([0-9A-F]+)\s+(.*)", re.DOTALL | re.IGNORECASE
 )
-_BASE64: Final = re.compile(r"M[A-I][A-Za-z0-9+/]{38,}={0,2}")  # of a DER SEQUENCE
+_BASE64: Final = re.compile(r"M[A-I][A-Za-z0-9+/]{38,}={0,2}")  # base64 of a DER SEQUENCE
 _FILE_SUFFIX: Final = re.compile(r"[^\n]*\.[A-Za-z0-9]{1,8}")
 
 _ONLY_RSA: Final = "LianLian uses RSA only (a new key pair: openssl genrsa -out merchant.pem 2048)"
@@ -50,7 +49,7 @@ _OTHER_KINDS: Final = {  # object identifiers in DER (oid-base.com)
     ),
     b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01": f"a PKCS#12 file (.p12, .pfx): {_FROM_PFX}",
 }
-# EncryptedPrivateKeyInfo (RFC 5208) with an encryption scheme of PKCS#5 or PKCS#12.
+# The beginning of an EncryptedPrivateKeyInfo (RFC 5208) with an encryption scheme of PKCS#5 or PKCS#12.
 _ENCRYPTED: Final = re.compile(
     rb"\x30.{1,4}\x30.{1,4}\x06[\x09\x0a]\x2a\x86\x48\x86\xf7\x0d\x01(\x05|\x0c\x01)", re.DOTALL
 )
@@ -76,12 +75,12 @@ def plain_text(content: bytes, errors: str = "replace") -> str:
 
 
 def _key_text(text: str) -> str:
-    """Undo what editors, shells and environment files do to key text: BOM, quotes, escaped line breaks."""
+    """Remove what editors, shells and environment files add to key text: BOM, quotes, escaped line breaks."""
     return unquoted(text.removeprefix("\ufeff")).replace("\\r", "").replace("\\n", "\n")
 
 
 def is_key_text(text: str) -> bool:
-    """Return whether ``text`` is a key (whole or damaged), not the path of one."""
+    """Return whether ``text`` is a key, possibly damaged, and not a path."""
     text = _key_text(text)
     return "-----BEGIN" in text or _der(text) is not None
 
@@ -89,11 +88,10 @@ def is_key_text(text: str) -> bool:
 def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]:
     """Return the private keys in ``material``; if it contains none, return every key.
 
-    Each key is DER, or PEM if its encryption cannot be expressed in DER. Raises :class:`ConfigurationError` with
-    ``name`` as the name of the key.
+    Each key is DER, or PEM if its encryption cannot be expressed in DER. Raises :class:`ConfigurationError`, whose
+    message calls the key ``name``.
     """
-    content = material.encode(errors="replace") if isinstance(material, str) and is_key_text(material) else None
-    content = _read(material, name) if content is None else content
+    content = _read(material, name)
     if content.startswith(b"\x30"):
         return [content]
     found = _find(content, private=private)
@@ -103,7 +101,7 @@ def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]
 
 
 def _find(content: bytes, *, private: bool) -> list[bytes] | str:
-    """Return the keys, or a message that states why there are none."""
+    """Return the keys, or a message that says why there are none."""
     if content.startswith(_JKS):
         return f"this is a Java keystore (JKS): {_FROM_JKS}"
     text = _key_text(plain_text(content))
@@ -126,7 +124,7 @@ def _find(content: bytes, *, private: bool) -> list[bytes] | str:
 
 
 def _block(label: str, body: str) -> bytes | str:
-    """Return one PEM block as DER, or as PEM with repaired line breaks; or a message that states what is wrong."""
+    """Return one PEM block as DER, or as PEM with repaired line breaks; or a message that says what is wrong."""
     if headers := _DEK_INFO.fullmatch(body):
         cipher, vector, body = headers.groups()
         if cipher.upper() not in _SUPPORTED_PEM:
@@ -144,7 +142,8 @@ def _pem(label: str, headers: str, body: str) -> bytes:
 def _der(text: str) -> bytes | None:
     """Decode base64 ``text`` to DER, even if it is truncated; return None if it is not base64 of DER.
 
-    Text with fewer than 64 digits may be a file name, so it must be a complete DER value.
+    Short text may be a file name: text with fewer than 64 digits, or of a value of fewer than 128 bytes, is decoded
+    only if the value is complete.
     """
     packed = "".join(text.split())
     if not _BASE64.fullmatch(packed):
@@ -156,10 +155,12 @@ def _der(text: str) -> bytes | None:
 
 
 def _read(material: KeyMaterial, name: str) -> bytes:
-    """Return ``material`` if it is bytes, else the content of the file."""
+    """Return ``material`` if it is bytes or key text, else the content of the file."""
     match material:
         case bytes():
             return material
+        case str() if is_key_text(material):
+            return material.encode(errors="replace")
         case str():
             path = Path(unquoted(material))
             # Key text contains no dot, so only text with a file suffix is safe to show.
@@ -178,12 +179,12 @@ def _read(material: KeyMaterial, name: str) -> bytes:
         reason = "not a usable path"
     if re.search(r"[\t\n\r\b\f]", str(path)):
         reason = "it contains a control character: write a path with backslashes in single quotes"
-    # Raised outside the except clause: the context would quote the "path", which may be a damaged key.
+    # Raised outside the except clause, because the OSError would be its context and quotes the path, maybe key text.
     raise ConfigurationError(f"{name}: {shown} is not a PEM, DER or base64 key, and not a readable file ({reason})")
 
 
 def diagnose(encoded: bytes, *, private: bool, has_password: bool) -> str:
-    """Return a message that states why an encoding from :func:`read_keys` is not a readable RSA key."""
+    """Return a message that says why pycryptodome cannot read ``encoded``, a result of :func:`read_keys`."""
     locked = "the key is encrypted: give its password"
     if has_password:
         locked = "the password is wrong, or the key is not an RSA key"
@@ -207,10 +208,10 @@ def diagnose(encoded: bytes, *, private: bool, has_password: bool) -> str:
 
 
 def _announced_length(der: bytes) -> int:
-    """Return the length of the outermost DER value according to its header, including the header."""
+    """Return the length of the outermost DER value, header included, according to this header."""
     if len(der) < 2:
         return 2
     if der[1] < 0x80:
         return 2 + der[1]
-    width = min(der[1] & 0x7F, 4)  # a larger width is damage; a message must not show so many bytes
+    width = min(der[1] & 0x7F, 4)  # a key with a larger width is damaged; a message must not show so many of its bytes
     return 2 + width + int.from_bytes(der[2 : 2 + width])

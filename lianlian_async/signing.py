@@ -2,7 +2,7 @@
 
 The protocol prescribes MD5withRSA: RSASSA-PKCS1-v1_5 with MD5, encoded as one line of base64. MD5 is not collision
 resistant: use it only for this protocol. Only this module imports pycryptodome and cryptography (OpenSSL, extra
-``fast``). A 2048-bit signature can take milliseconds: do not call this module on an event loop.
+``fast``). A 2048-bit signature can take milliseconds: do not sign or load keys on an event loop.
 """
 
 from __future__ import annotations
@@ -29,10 +29,8 @@ The default is OpenSSL if ``cryptography`` is installed; the environment variabl
 it. Without this variable, pycryptodome is used if OpenSSL refuses MD5 or a key (FIPS mode).
 """
 
-_SMALLEST_KEY_BITS: Final = 1024  # the pages name 1024, 2048 and 4096
-
 _PKCS1: Final = re.compile(rb"\x00\x01\xff{8,}\x00(.+)", re.DOTALL)
-_DIGEST_INFO: Final = {  # RFC 8017 §9.2, note 1: the bytes before the digest, by the hash's name in hashlib
+_DIGEST_INFO: Final = {  # the bytes before the digest (RFC 8017 §9.2, note 1), by the hash's name in hashlib
     "md5": bytes.fromhex("3020300c06082a864886f70d020505000410"),
     "sha1": bytes.fromhex("3021300906052b0e03021a05000414"),
     "sha256": bytes.fromhex("3031300d060960864801650304020105000420"),
@@ -46,7 +44,7 @@ def signature_source(fields: Mapping[str, str | None]) -> bytes:
     ``sign`` and empty fields are omitted. Values are not URL-encoded. Unknown fields, and ``ret_code`` and ``ret_msg``
     of an answer, are included (LianLian's signature page; verified with genuine signatures).
     """
-    # LianLian's own Java code sorts case-insensitively, but every known key is lower case.
+    # LianLian's own Java code sorts case-insensitively; the order is the same, because every known key is lower case.
     return "&".join([f"{key}={value}" for key, value in sorted(fields.items()) if value and key != "sign"]).encode()
 
 
@@ -75,20 +73,16 @@ class _OpenSsl:
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import padding
 
-        encoded = rsa.export_key("DER", pkcs=8)
-        key: Any  # RSA; the package's types also allow other kinds
-        if rsa.has_private():
-            key = serialization.load_der_private_key(encoded, None)
-            self._sign = key.sign
-            key = key.public_key()
-        else:
-            key = serialization.load_der_public_key(encoded)
-        self._verify = key.verify
         self._how = (padding.PKCS1v15(), hashes.MD5())
         self._invalid = InvalidSignature
-        # In FIPS mode OpenSSL refuses MD5 at the first use: use it now.
+        # Any: the types of the package also allow keys of other kinds. Sign and verify once, because in FIPS mode
+        # OpenSSL refuses MD5 only at its first use.
+        public: Any = serialization.load_der_public_key(rsa.public_key().export_key("DER"))
+        self._verify = public.verify
         self.verify(b"", b"")
         if rsa.has_private():
+            private: Any = serialization.load_der_private_key(rsa.export_key("DER", pkcs=8), None)
+            self._sign = private.sign
             self.sign(b"")
 
     def sign(self, source: bytes) -> bytes:
@@ -151,8 +145,8 @@ class SigningKey(_Key):
     ) -> SigningKey:
         """Return the key in ``material`` (PEM, DER, bare base64 or a path); ``password`` decrypts it.
 
-        May read a file and takes milliseconds: call it before the event loop runs, or in a thread. Raises
-        :class:`ConfigurationError` with ``name`` as the name of the key.
+        It may read a file, and takes milliseconds: call it before the event loop runs, or in a thread. Raises
+        :class:`ConfigurationError` if there is no usable key; the message calls the key ``name``.
         """
         rsa = _load(material, password, name, private=True)
         if not rsa.has_private():
@@ -161,7 +155,7 @@ class SigningKey(_Key):
 
     @classmethod
     def generate(cls, bits: int = 2048) -> SigningKey:
-        """Return a new key of ``bits`` (1024, 2048 or 4096). Takes a second or more: not on an event loop."""
+        """Return a new key of ``bits`` (1024, 2048 or 4096). It takes seconds: do not call it on an event loop."""
         if bits not in (1024, 2048, 4096):
             raise ConfigurationError(f"bits: the gateway accepts keys of 1024, 2048 or 4096 bits, not {bits}")
         return cls(RSA.generate(bits))
@@ -171,7 +165,7 @@ class SigningKey(_Key):
         return b64encode(self._scheme.sign(source)).decode()
 
     def public_key(self) -> VerifyingKey:
-        """Return the public key, to be uploaded in LianLian's dashboard."""
+        """Return the public key, which you upload in LianLian's dashboard."""
         return VerifyingKey(self._rsa.public_key())
 
     def to_pem(self, password: str | None = None) -> str:
@@ -233,7 +227,7 @@ class VerifyingKey(_Key):
         return VerifyingKey.load, (self._rsa.export_key("DER"),)
 
 
-# No message about a key shows any part of its material.
+# Error messages about a key show no part of its material.
 def _load(material: KeyMaterial, password: str | bytes | None, name: str, *, private: bool) -> RSA.RsaKey:
     if not isinstance(password, str | bytes | None):
         raise ConfigurationError(f"{name}: its password must be str or bytes, not {type(password).__name__}")
@@ -248,18 +242,18 @@ def _load(material: KeyMaterial, password: str | bytes | None, name: str, *, pri
     if len(found) > 1:
         raise ConfigurationError(f"{name}: contains {len(found)} different keys; keep only the one that you use")
     [rsa] = found.values()
-    if rsa.size_in_bits() < _SMALLEST_KEY_BITS:
+    if rsa.size_in_bits() < 1024:
         raise ConfigurationError(f"{name}: {rsa.size_in_bits()} bits are too few; LianLian accepts 1024, 2048 or 4096")
     return rsa
 
 
 def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
-    """Return the key, or None. pycryptodome's error must not become the context of ours: it may quote the key."""
+    """Return the key, or None instead of an error: the text of pycryptodome's error may quote the key."""
     try:
         rsa = RSA.import_key(encoded, passphrase=password)  # also checks that the key's numbers are consistent
     except (ValueError, IndexError, TypeError, ZeroDivisionError):
         return None
-    return rsa if rsa.e % 2 else None  # an even exponent is damage; pycryptodome accepts it, OpenSSL raises
+    return rsa if rsa.e % 2 else None  # a key with an even exponent is damaged; pycryptodome accepts it
 
 
 def _encoded(password: str | bytes | None) -> bytes | None:
