@@ -1,7 +1,7 @@
 """One exchange with the gateway as values: the request, the response, and the conclusion about the refund.
 
 Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport returns this result as a :data:`Delivery`;
-the protocol converts it to a :class:`Reply`; middleware and resolution decide by the reply.
+the protocol converts it to a :class:`Reply`, by which middleware and resolution decide what to do next.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Call(StrEnum):
 
 
 class SendCount:
-    """Counts the sends of one attempt that may have succeeded, and keeps the HTTP status of the last answer.
+    """Counts the sends of one attempt that may have made the refund, and keeps a summary of the last exchange.
 
     A user's middleware may send several times in one attempt, also concurrently.
     """
 
     def __init__(self) -> None:
         self.open_sends = 0
-        """Sends that may have arrived and were not rejected."""
+        """The number of sends that may have arrived and were not rejected."""
         self.last_exchange: LastExchange | None = None
 
     @property
@@ -57,7 +57,8 @@ class Exchange:
     """The deadline of the whole call."""
     policy: RetryPolicy
     lease_holds: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
-    """Called right before bytes are sent: the lease may have ended during a wait, a connect or a suspension."""
+    """Returns whether this call still has the refund's lease. It is called right before bytes are sent, because the
+    lease may have ended during a wait, a connect or a suspension of the machine."""
     attempt: int = 1
     """The number of this attempt within the call, from 1; queries count separately."""
     seconds: float = 0.0
@@ -69,7 +70,7 @@ class Exchange:
 
 
 class HttpResponse(NamedTuple):
-    """The server's answer: status, headers (lower-case names) and the body as received."""
+    """The server's answer: status, headers (with lower-case names) and the body as received."""
 
     status: int
     headers: Mapping[str, str]
@@ -94,7 +95,7 @@ _QUOTED: Final = (
 
 
 def last_exchange(delivery: Delivery | None, at: datetime, seconds: float) -> LastExchange:
-    """Return the summary of an exchange for support tickets; ``delivery`` None: the attempt was cancelled."""
+    """Return the summary of an exchange for support tickets; ``delivery`` is None if the attempt was cancelled."""
     status, headers = (delivery.status, delivery.headers) if isinstance(delivery, HttpResponse) else (None, {})
     return LastExchange(at, seconds, status, {name: printable(headers[name]) for name in _QUOTED if name in headers})
 
@@ -103,10 +104,10 @@ class Finding(Enum):
     """The conclusion about the refund from one exchange."""
 
     NOT_SENT = "the request certainly never reached the gateway"
-    FOUND = "the gateway's own signed record of this refund"
-    REJECTED = "the gateway rejected this request permanently"
-    EXISTS = "the gateway says that it has this refund, or is working on it"
-    CONFLICT = "the gateway's own signed record of another refund under this number"
+    FOUND = "the gateway returned its signed record of this refund"
+    REJECTED = "the gateway rejected this request"
+    EXISTS = "the gateway reports that a refund with this number may exist or is in progress"
+    CONFLICT = "the gateway returned its signed record of another refund with this number"
     NOT_FOUND = "the gateway has no such record at this moment"
     UNCERTAIN = "nothing can be concluded"
 
@@ -115,7 +116,7 @@ class Finding(Enum):
 class Reply:
     """The result of an exchange: a ``refund`` if :attr:`Finding.FOUND`, else the ``error`` that explains the finding.
 
-    Raises ``ValueError`` for any other combination: a reply may come from a user's middleware.
+    Raises ``ValueError`` for any other combination, because a user's middleware may create a reply.
     """
 
     finding: Finding
@@ -124,9 +125,9 @@ class Reply:
     verified: bool = False
     """Whether the answer had a valid signature of the gateway."""
     retry_after: float | None = None
-    """Seconds that the server asked to wait."""
+    """The seconds of the server's Retry-After header."""
     attempts: int = 1
-    """The number of attempts."""
+    """The number of attempts that led to this reply."""
 
     def __attrs_post_init__(self) -> None:
         if (self.finding is Finding.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):

@@ -1,7 +1,7 @@
 """Compare the gateway's record with the requested refund; all code paths use this one comparison.
 
-``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. If a number is reused, the gateway may
-repeat its first, validly signed answer, and no money moves for the second refund.
+``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. If two refunds have the same number, the
+gateway may repeat its signed answer about the first one, and no money moves for the second one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from . import wire
 from .errors import AnswerMismatch, RefundConflict
 
 NUMBERS: Final = ("oid_partner", "no_refund", "oid_refundno")
-"""If one of these fields differs, the record belongs to another query."""
+"""If one of these fields differs, the record belongs to another refund or merchant."""
 _CONTENT: Final[dict[str, Callable[[str], object]]] = {
     "dt_refund": wire.parse_timestamp,
     "money_refund": wire.parse_decimal,
 }
-"""If one of these fields differs by value, the gateway uses our number for another refund."""
+"""If one of these fields differs by value, the gateway has another refund with our number."""
 
 
 def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
@@ -28,29 +28,29 @@ def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
     to a refund with another ``dt_refund`` or amount.
     """
     for name in NUMBERS:
-        asked, told = ours.get(name), record.get(name)
-        if asked and told and asked != told:
-            raise AnswerMismatch(name, asked=asked, answered=told)
+        asked, answered = ours.get(name), record.get(name)
+        if asked and answered and asked != answered:
+            raise AnswerMismatch(name, asked=asked, answered=answered)
     for name, read in _CONTENT.items():
-        asked, told = ours.get(name), record.get(name)
-        if not asked or not told or asked == told:
+        asked, answered = ours.get(name), record.get(name)
+        if not asked or not answered or asked == answered:
             continue
         try:
-            is_same = read(told) == read(asked)
+            is_same = read(answered) == read(asked)
         except ValueError:  # an unreadable value does not prove that there is another refund
-            raise AnswerMismatch(name, asked=asked, answered=told) from None
+            raise AnswerMismatch(name, asked=asked, answered=answered) from None
         if not is_same:
             number = ours.get("no_refund") or record.get("no_refund") or ours.get("oid_refundno", "")
-            raise RefundConflict(number, field=name, ours=asked, theirs=told, record=record)
+            raise RefundConflict(number, field=name, ours=asked, theirs=answered, record=record)
 
 
 def has_whole_identity(record: Mapping[str, str]) -> bool:
-    """Return whether a record that passed :func:`check_identity` contains all three identifying fields."""
+    """Return whether a record, which must have passed :func:`check_identity`, has all three identifying fields."""
     return all(record.get(name) for name in ("no_refund", *_CONTENT))
 
 
 def request_conflict(no_refund: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> RefundConflict | None:
-    """Return a conflict with the first field that differs between two requests with one number; None if equal."""
+    """Return a conflict about the first field that differs between two requests with the same number, or None."""
     field = next((name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name)), None)
     if field is None:
         return None

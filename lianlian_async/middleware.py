@@ -1,8 +1,8 @@
 """Layers around one exchange: ``async def middleware(exchange, call_next) -> Reply``, and the built-in layers.
 
-A session's layers, from the outside in: :class:`Retry` → :class:`Limit` (the caller's ``limiter``) → :class:`Attempt`
-(time limit, and check of replies) → the caller's own ``middleware``, the first one outermost → the exchange. The
-caller's layers see every attempt, including each query of a resolution.
+A session's layers, from the outside in: :class:`Retry` → :class:`Limit` (the user's ``limiter``) → :class:`Attempt`
+(time limit, and check of replies) → the user's own ``middleware``, the first one outermost → the HTTP exchange. The
+user's layers are called for every attempt, also for each query that resolves a refund.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import attrs
 from .errors import ConfigurationError, LianLianError, misconfigured
 from .events import AttemptBegan, AttemptEnded, Paused
 from .exchange import Call, Exchange, Finding, NoResponse, Reply, SendCount
-from .protocol import lost
+from .protocol import unanswered
 from .retry import TokenBucket
 from .settings import is_number
 
@@ -28,7 +28,7 @@ Next: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
 
 
 class Middleware(Protocol):
-    """A layer: calls ``call_next(exchange)`` and returns its reply."""
+    """A layer: it calls ``call_next(exchange)`` and returns the reply."""
 
     async def __call__(self, exchange: Exchange, call_next: Next, /) -> Reply:
         """Carry out ``exchange`` with ``call_next``."""
@@ -49,26 +49,27 @@ def compose(layers: Sequence[Middleware], core: Next) -> Next:
 
 
 class Retry:
-    """Repeats apply calls that were certainly not sent, and queries without a usable answer, after a jittered backoff.
+    """Repeats requests that were certainly not sent, and queries without a usable answer, after a jittered backoff.
 
-    It stops at the policy's ``attempts``, at the deadline, and when the session's retry budget is empty.
+    It stops at the policy's ``attempts``, at the deadline, when the session's retry budget is empty, and if a setting
+    prevents every send.
     """
 
     def __init__(self, retries_left: TokenBucket) -> None:
-        self._bucket = retries_left
+        self._retries_left = retries_left
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
         """Repeat ``call_next`` while a repetition is safe; ``attempts`` of the returned reply counts all attempts."""
         attempt = 1
         while True:
             reply = await call_next(exchange)
-            repeatable = (reply.finding is Finding.NOT_SENT and misconfigured(reply.error) is None) or (
+            is_repeatable = (reply.finding is Finding.NOT_SENT and misconfigured(reply.error) is None) or (
                 exchange.call is Call.QUERY and reply.finding is Finding.UNCERTAIN
             )
             if (
-                not repeatable
+                not is_repeatable
                 or attempt >= exchange.policy.attempts
-                or not await backoff(exchange, self._bucket, attempt - 1, reply.retry_after)
+                or not await backoff(exchange, self._retries_left, attempt - 1, reply.retry_after)
             ):
                 return reply if reply.attempts == attempt else attrs.evolve(reply, attempts=attempt)
             attempt += 1
@@ -76,9 +77,9 @@ class Retry:
 
 
 async def backoff(exchange: Exchange, retries_left: TokenBucket, retries: int, retry_after: float | None) -> bool:
-    """Wait before the next attempt; return True.
+    """Wait before the next attempt and return True.
 
-    Return False at once if the next attempt would start after the deadline, or if the retry budget is empty.
+    Return False at once if too little time would be left for the next attempt, or if the retry budget is empty.
     """
     seconds = exchange.policy.pause(retries, random.random(), retry_after)  # noqa: S311 - jitter is not a secret
     now = anyio.current_time()
@@ -91,7 +92,7 @@ async def backoff(exchange: Exchange, retries_left: TokenBucket, retries: int, r
 
 
 class Limit:
-    """Runs each attempt inside the caller's limiter (any async context manager).
+    """Runs each attempt inside the user's limiter (any async context manager).
 
     Waiting for the limiter does not count against the deadline. If the limiter raises before the attempt, the request
     was *not sent*; if it raises after the attempt, the reply of the attempt is returned.
@@ -111,31 +112,32 @@ class Limit:
                 reply = await call_next(exchange)
         except Exception as error:  # noqa: BLE001 - a limiter may raise anything; keep the reply
             raised = error
-        if reply is None:  # the limiter raised at its entry, or suppressed a cancellation
-            return lost(exchange, NoResponse(f"the limiter failed: {raised!r}", entered, raised))
+        if reply is None:  # the limiter raised when it was entered, or suppressed a cancellation of the attempt
+            return unanswered(exchange, NoResponse(f"the limiter failed: {raised!r}", entered, raised))
         return reply
 
 
 class Attempt:
-    """Limits the time of one attempt, and never reports an exchange that may have worked as *not sent* or *rejected*.
+    """Limits the time of one attempt, and checks the reply of the user's layers.
 
-    The inner layers are the caller's code: they may raise or return anything, and may retry.
+    These layers may raise anything, return anything and send several times. If a request may have made the refund, the
+    reply is never *not sent* or *rejected*.
     """
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
-        """Call ``call_next`` with a share of the remaining time; return a reply, or raise cancellation."""
+        """Call ``call_next`` with a share of the remaining time. Raises no ``Exception``."""
         seconds = exchange.deadline.attempt(anyio.current_time())
         exchange = attrs.evolve(exchange, seconds=seconds, send_count=SendCount())
         if not seconds:
-            return _gave_up(exchange, "the deadline is over", None)
+            return _without_reply(exchange, "the deadline is over")
         with anyio.move_on_after(seconds):
             try:
                 reply = await (_observed(exchange, call_next) if exchange.listeners.want() else call_next(exchange))
             except Exception as error:  # noqa: BLE001 - a layer may raise anything
-                return _gave_up(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
-            doubt = _doubt(exchange, reply)
-            return reply if doubt is None else _gave_up(exchange, doubt, None)
-        return _gave_up(exchange, f"no answer within {seconds:.1f} s", None)
+                return _without_reply(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
+            problem = _problem(exchange, reply)
+            return reply if problem is None else _without_reply(exchange, problem)
+        return _without_reply(exchange, f"no answer within {seconds:.1f} s")
 
 
 async def _observed(exchange: Exchange, call_next: Next) -> Reply:
@@ -148,17 +150,17 @@ async def _observed(exchange: Exchange, call_next: Next) -> Reply:
         try:
             reply = await call_next(exchange)
         finally:
-            told = reply if isinstance(reply, Reply) else _gave_up(exchange, "cancelled", None)
+            shown = reply if isinstance(reply, Reply) else _without_reply(exchange, "cancelled")
             seconds, last = exchange.listeners.timer() - began, exchange.send_count.last_exchange
             status = None if last is None else last.status
-            code = getattr(told.refund or told.error, "ret_code", None)
-            fields = {"finding": told.finding.name, "ret_code": code, "http_status": status, "seconds": seconds}
+            code = getattr(shown.refund or shown.error, "ret_code", None)
+            fields = {"finding": shown.finding.name, "ret_code": code, "http_status": status, "seconds": seconds}
             exchange.listeners.tell(AttemptEnded, **same, **fields)
     return reply
 
 
-def _doubt(exchange: Exchange, reply: object) -> str | None:
-    """Return why the reply of the caller's layers is not reliable, or None if it is."""
+def _problem(exchange: Exchange, reply: object) -> str | None:
+    """Return why the reply of the user's layers is not reliable, or None if it is reliable."""
     if not isinstance(reply, Reply):
         return f"a middleware returned {type(reply).__name__}, not a Reply"
     if exchange.call is Call.APPLY and reply.finding is Finding.NOT_FOUND:
@@ -168,16 +170,16 @@ def _doubt(exchange: Exchange, reply: object) -> str | None:
     return None
 
 
-def _gave_up(exchange: Exchange, reason: str, cause: Exception | None) -> Reply:
-    reply = lost(exchange, NoResponse(reason, exchange.send_count.may_have_worked, cause))
+def _without_reply(exchange: Exchange, reason: str, cause: Exception | None = None) -> Reply:
+    reply = unanswered(exchange, NoResponse(reason, exchange.send_count.may_have_worked, cause))
     cast("LianLianError", reply.error).last_exchange = exchange.send_count.last_exchange
     return reply
 
 
 class RateLimit:
-    """An async context manager that starts ``per_second`` exchanges each second, evenly spaced and in order.
+    """A limiter that starts at most ``per_second`` attempts each second, evenly spaced and in order.
 
-    After an idle time, ``burst`` exchanges may start at once. Pass it as ``limiter=`` to sessions of one event loop.
+    After an idle time, ``burst`` attempts may start at once. Sessions of one event loop may share it as ``limiter=``.
     """
 
     def __init__(self, per_second: float, *, burst: int = 1) -> None:
@@ -194,4 +196,4 @@ class RateLimit:
         await anyio.sleep(max(0.0, self._next - now))
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Nothing to release: the limiter counts starts."""
+        """Release nothing, because the limiter counts only starts."""

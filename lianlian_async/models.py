@@ -1,7 +1,7 @@
-"""Requests and refunds as frozen attrs classes, validated when they are created.
+"""Requests and refunds as frozen attrs classes. Requests are validated when they are created.
 
-Field names are LianLian's wire names. The rules come from LianLian's apply and query pages. All broken rules of a
-request are reported together, before anything is sent.
+Field names are LianLian's wire names. The rules come from LianLian's apply and query pages. A request reports all its
+broken rules together.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def expect(value: object, kind: type, name: str) -> None:
 
 
 def _fields_by_name(cls: type[T]) -> type[T]:
-    """Decorate ``cls``: a missing or unknown field raises ``InvalidRequest``, not ``TypeError``."""
+    """Decorate ``cls``, so that a missing or unknown field raises ``InvalidRequest`` instead of ``TypeError``."""
     init = cls.__init__
 
     @wraps(init)
@@ -105,7 +105,7 @@ def _fields_by_name(cls: type[T]) -> type[T]:
 
 
 def _given(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``data`` as keyword arguments of ``cls``; report unknown and missing fields together."""
+    """Return ``data`` as arguments of ``cls``. Raises ``InvalidRequest`` with every unknown and missing field."""
     expect(data, Mapping, "data")
     known = {field.name: field for field in attrs.fields(cls)}
     problems = [
@@ -196,7 +196,7 @@ class RefundRequest(_Request):
     """The merchant's own refund number: at most 32 letters, decimal digits and visible ASCII characters (0x21 to 0x7E),
     NFKC-normal. It should differ from ``no_order``."""
     dt_refund: datetime = attrs.field(converter=_timestamp)
-    """When the refund was requested: an aware datetime or 14 digits; stored in UTC+8, to the second."""
+    """The time of the refund request: an aware datetime or 14 digits; stored in UTC+8, to the second."""
     money_refund: Decimal = attrs.field(converter=_money)
     """Yuan (CNY), 0.01 to 100,000,000.00, at most two decimals, not a float."""
     no_order: str | None = attrs.field(default=None, converter=optional(_string_32))
@@ -239,7 +239,7 @@ class RefundQuery(_Request):
 
 
 class RefundStatus(StrEnum):
-    """``sta_refund``. An unknown value is accepted: it equals its text and is not final."""
+    """``sta_refund``. An unknown value is accepted: it compares equal to its text, and is not final."""
 
     INITIALIZED = "0"
     PROCESSING = "1"
@@ -272,8 +272,8 @@ def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
 class RefundRecord:
     """The gateway's record of a refund, from a verified answer or notification.
 
-    A field that the record lacks has the request's value, or None if no request is known. ``raw`` shows the record as
-    received. Success means that the bank accepted the refund, not that the customer has received the money.
+    A field that the record lacks has the request's value, or None if the request is not known or lacks it, too.
+    Success means that the bank accepted the refund, not that the customer has received the money.
     """
 
     ret_code: str | None = None
@@ -282,7 +282,7 @@ class RefundRecord:
     oid_partner: str | None = None
     no_refund: str | None = None
     dt_refund: datetime | None = None
-    """In UTC+8; None only if neither the record nor the request is known to have it."""
+    """In UTC+8; None only if the record lacks it and the request is not known."""
     money_refund: Decimal | None = None
     """Yuan (CNY)."""
     money_foreign_refund: Decimal | None = None
@@ -294,14 +294,14 @@ class RefundRecord:
     """LianLian's number of this refund."""
     sta_refund: RefundStatus | None = None
     settle_date: date | None = None
-    """The settlement date; None before the refund has succeeded."""
+    """The settlement date of a refund that has succeeded."""
     trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)
     extra: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """Unknown fields, and known fields whose text does not have the documented form."""
     raw: Mapping[str, str] = attrs.field(factory=dict, converter=_read_only, repr=False, eq=False)
     """The mapping as received, including the signature."""
     last_exchange: LastExchange | None = attrs.field(default=None, repr=False, eq=False)
-    """The HTTP exchange of the answer, for support tickets; None: the refund comes from a journal or a notification."""
+    """The HTTP exchange of the answer, for support tickets; None for a refund from a journal or a notification."""
 
     @classmethod
     def from_dict(
@@ -313,9 +313,9 @@ class RefundRecord:
     ) -> Self:
         """Return the record in a received mapping; :meth:`to_dict` returns this mapping.
 
-        The wire fields ``asked`` of its request supply what it lacks; it must have been compared with them. The result
-        is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known; ``Refund.from_dict`` raises
-        :class:`~lianlian_async.InvalidRequest` if they are not.
+        A field that the mapping lacks has the value in ``asked``: the wire fields of the request, with which the caller
+        must have compared the mapping. The result is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known;
+        otherwise ``Refund.from_dict`` raises :class:`~lianlian_async.InvalidRequest`.
 
         If the text of a known field does not have the documented form, the field is None and its text is in ``extra``:
         an unreadable exchange rate must not hide that a refund was made.
@@ -335,7 +335,7 @@ class RefundRecord:
         return cast("Self", kind(**values, extra=extra, raw=data, last_exchange=last_exchange))
 
     def completed(self, asked: Mapping[str, str]) -> RefundRecord:
-        """Return this record with what its request supplies: the wire fields ``asked``, which were compared."""
+        """Return this record with the missing fields from ``asked``, as :meth:`from_dict` does."""
         return RefundRecord.from_dict(self.raw, asked, last_exchange=self.last_exchange)
 
     def to_dict(self) -> dict[str, str]:
@@ -349,10 +349,7 @@ class RefundRecord:
 
     @property
     def evidence(self) -> str | None:
-        """The line of the unsigned statement file from which this refund was read, or a person's decision.
-
-        None if the refund comes from a signed answer or notification.
-        """
+        """The unsigned source of this record: a statement's line or a person's decision; None if it is signed."""
         return None if "sign" in self.raw else self.extra.get("evidence")
 
     def identity(self) -> dict[str, str]:
@@ -372,14 +369,13 @@ class RefundRecord:
         return RefundQuery.from_record(known)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A read-only view cannot be pickled: pickle its content.
-        fields = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
-        return partial(type(self), **fields | {"extra": dict(self.extra), "raw": dict(self.raw)}), ()
+        # MappingProxyType cannot be pickled: pickle its content.
+        return partial(type(self), **_values(self) | {"extra": dict(self.extra), "raw": dict(self.raw)}), ()
 
 
 @attrs.frozen(kw_only=True)
 class Refund(RefundRecord):
-    """A record whose refund number and amount are known. Every refund that was applied for has a ``dt_refund``, too."""
+    """A record with a known refund number and amount. If ``apply_refund`` returns it, ``dt_refund`` is known, too."""
 
     no_refund: str
     money_refund: Decimal

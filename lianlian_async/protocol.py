@@ -68,9 +68,9 @@ class Protocol(NamedTuple):
         return any(key.verify(source, signature) for key in self.gateway_keys)
 
     def read(self, exchange: Exchange, delivery: Delivery) -> Reply:
-        """Interpret the result of one HTTP attempt and return a Reply for the refund that ``exchange`` asked for."""
+        """Interpret the result of one HTTP attempt: return a reply about the refund of ``exchange``."""
         if isinstance(delivery, NoResponse):
-            return lost(exchange, delivery)
+            return unanswered(exchange, delivery)
         retry_after, verified = _retry_after(delivery.headers), False
         try:
             fields = _message(delivery)
@@ -90,8 +90,8 @@ class Protocol(NamedTuple):
     def read_notification(self, body: bytes) -> RefundRecord:
         """Return the refund of a notification that the gateway signed for this merchant.
 
-        It has a ``no_refund`` or an ``oid_refundno``; every other field may be missing. Raises ``MalformedMessage``,
-        ``SignatureInvalid``, or ``AnswerMismatch`` for another merchant's notification.
+        The refund has a ``no_refund`` or an ``oid_refundno``; every other field may be missing. Raises
+        ``MalformedMessage``, ``SignatureInvalid``, or ``AnswerMismatch`` for another merchant's notification.
         """
         fields = wire.decode(body)
         if not self.verify(fields):
@@ -122,9 +122,9 @@ class Protocol(NamedTuple):
         return False
 
     def _not_verified(self, fields: Mapping[str, str], subject: str) -> SignatureInvalid:
-        """Return the error for an invalid signature.
+        """Return the error for a message whose signature is invalid.
 
-        If the signature is valid without the undocumented fields, the message names those fields.
+        If the signature is valid without the undocumented fields, the text of the error names those fields.
         """
         signed = {name: text for name, text in fields.items() if name in DOCUMENTED}
         cause = ""
@@ -137,8 +137,8 @@ class Protocol(NamedTuple):
         return SignatureInvalid(f"{subject}: invalid signature: no configured gateway key verifies it{cause}")
 
 
-# A class that is missing here is UNCERTAIN. After an apply call this includes NOT_FOUND: the call itself may have made
-# the refund. A query has no side effect, so NOT_FOUND is reliable as its answer.
+# The findings from error codes; every other class of codes is UNCERTAIN. As the answer to an apply call, NOT_FOUND is
+# uncertain too, because this call may have made the refund.
 _APPLY = {
     CodeClass.REJECTED: Finding.REJECTED,
     CodeClass.DUPLICATE: Finding.EXISTS,
@@ -147,8 +147,8 @@ _APPLY = {
 _QUERY = {CodeClass.REJECTED: Finding.REJECTED, CodeClass.NOT_FOUND: Finding.NOT_FOUND}
 
 
-def lost(exchange: Exchange, delivery: NoResponse) -> Reply:
-    """Return the reply for an exchange that got no answer."""
+def unanswered(exchange: Exchange, delivery: NoResponse) -> Reply:
+    """Return the reply for an exchange without an HTTP response: *not sent* or *uncertain*."""
     error: LianLianError
     if exchange.call is Call.APPLY and not delivery.may_have_arrived:
         error = RefundNotSent(exchange.asked["no_refund"], attempts=exchange.attempt, last_error=delivery.reason)
@@ -159,7 +159,7 @@ def lost(exchange: Exchange, delivery: NoResponse) -> Reply:
 
 
 def _message(answer: HttpResponse) -> dict[str, str]:
-    """Return the fields of an answer; raise ``MalformedMessage`` if it does not follow the protocol."""
+    """Return the fields of an answer. Raises ``MalformedMessage`` if the answer violates the protocol."""
     if answer.status != 200:
         raise MalformedMessage(f"HTTP status {answer.status}")
     encoding = answer.headers.get("content-encoding", "identity")
@@ -183,7 +183,8 @@ def _is_charset(name: str) -> bool:
 def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> None:
     """Raise ``AnswerMismatch`` or ``RefundConflict`` if the answer belongs to another request.
 
-    A success must repeat the identifying fields of the request; an error answer may omit them.
+    A success must contain ``oid_partner``, a refund number of the request, and ``money_refund`` if it answers an apply
+    call. An error answer may omit them.
     """
     asked = exchange.asked
     if not success:
@@ -223,6 +224,6 @@ def _unavailable(exchange: Exchange, reason: str, ret_code: str | None = None) -
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of a Retry-After header; None for its other form, a date (RFC 9110 §10.2.3)."""
+    """Return the seconds of a Retry-After header; None if it is absent or contains a date (RFC 9110 §10.2.3)."""
     value = headers.get("retry-after", "").strip()
     return float(value[:9]) if value.isascii() and value.isdigit() else None

@@ -1,4 +1,4 @@
-"""Retry policy and deadlines: when to retry, and the backoff. Pure: time and randomness are arguments."""
+"""Retry policy, retry budget and deadline. This module reads no clock: time and randomness are arguments."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LONGEST_RETRY_AFTER: Final = 60.0
 
 @attrs.frozen(kw_only=True)
 class RetryBudget:
-    """The retries that one session may make: bursts of ``capacity``, refilled at ``per_second``.
+    """The limit for all retries of one session together: a token bucket of ``capacity``, refilled at ``per_second``.
 
-    It protects an overloaded gateway from the retries of a thousand calls. If the budget is empty, a call ends without
-    a further retry.
+    It protects an overloaded gateway from the retries of a thousand calls. While it is empty, a call ends instead of
+    retrying.
     """
 
     capacity: float = 500.0
@@ -44,10 +44,10 @@ class TokenBucket:
     def __init__(self, budget: RetryBudget) -> None:
         self._budget = budget
         self._tokens = budget.capacity
-        self._at = math.inf  # before the first take, no time passes
+        self._at = math.inf  # so that the first take adds no tokens
 
     def take(self, now: float) -> bool:
-        """Take one retry at ``now`` (seconds of a monotonic clock). Return False if none is left."""
+        """Take one retry at ``now`` (seconds of a monotonic clock) and return True; return False if none is left."""
         refilled = self._tokens + self._budget.per_second * max(0.0, now - self._at)
         self._tokens = min(self._budget.capacity, refilled)
         self._at = now
@@ -61,13 +61,13 @@ class TokenBucket:
 class RetryPolicy:
     """The retry policy of a call.
 
-    Each pause is random, from 0 to ``initial`` × ``multiplier`` ** n seconds (full jitter), at most ``maximum``.
-    ``attempts`` limits the sends of one call that certainly did not arrive, and the queries of one ``query_refund``; a
-    refund that may have been made is queried until the call's deadline.
+    The pause after ``n`` retries is random (full jitter): from 0 to ``initial`` × ``multiplier`` ** n seconds, at most
+    ``maximum``. A refund that may have been made is queried until the call's deadline.
     """
 
     attempts: int = 4
-    """Maximum number of sends in one call (≥ 1)."""
+    """Maximum number (≥ 1): of successive sends that certainly did not arrive, of sends in one call that may have
+    arrived, and of queries in one ``query_refund``."""
     initial: float = 0.5
     """Seconds: the upper bound of the first pause."""
     maximum: float = 8.0
@@ -75,12 +75,12 @@ class RetryPolicy:
     multiplier: float = 2.0
     """The factor by which the upper bound grows with each retry."""
     budget: RetryBudget = RetryBudget()
-    """Shared by all calls of one session."""
+    """Shared by all calls of a session, which uses the budget of its own policy, not of policies for single calls."""
     not_found_grace: float = 900.0
     """Seconds after the last attempt that may have arrived, until "no such record" is believed.
 
-    Until then the outcome is unknown and nothing is sent again. LianLian recommends to query 15 minutes after
-    applying; choose less only for a gateway that is known to deduplicate ``no_refund``.
+    Until then the outcome is unknown and nothing is sent again. LianLian recommends querying 15 minutes after an
+    apply call. Choose a shorter time only for a gateway that is known to deduplicate ``no_refund``.
     """
 
     def __attrs_post_init__(self) -> None:
@@ -101,15 +101,14 @@ class RetryPolicy:
     def pause(self, retries: int, random: float, retry_after: float | None = None) -> float:
         """Return the seconds to wait before the next attempt.
 
-        ``retries``: the number of retries so far. ``random``: in [0, 1). ``retry_after``: seconds that the server asked
-        for.
+        ``retries``: the number of retries so far. ``random``: from 0 to 1. ``retry_after``: seconds (Retry-After).
         """
         ceiling = min(self.maximum, self.initial * self.multiplier ** min(retries, 64))
         return max(random * ceiling, min(retry_after or 0.0, LONGEST_RETRY_AFTER))
 
 
 class Deadline:
-    """The time ``at`` when a call must end, on the same monotonic clock as ``now``."""
+    """The time ``at`` at which a call must end, in seconds of the monotonic clock that ``now`` comes from."""
 
     def __init__(self, at: float) -> None:
         self.at = at
@@ -119,13 +118,13 @@ class Deadline:
         return self.at - now
 
     def attempt(self, now: float) -> float:
-        """Return the timeout of the next attempt: half of the time left, so that time for a query remains.
+        """Return the timeout of the next attempt: half of the time left, at most 10 s, so that a query can follow.
 
-        0.0: the time left is too short for another attempt.
+        Return 0.0 if too little time is left for another attempt.
         """
         share = min(self.left(now) / 2, LONGEST_ATTEMPT)
         return share if share >= SHORTEST_ATTEMPT else 0.0
 
     def extend(self, seconds: float) -> None:
-        """Move the deadline by ``seconds``: waiting for the user's own limiter does not count."""
+        """Move the deadline by ``seconds``, because a wait for the user's limiter does not count."""
         self.at += seconds

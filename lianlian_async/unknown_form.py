@@ -53,14 +53,14 @@ def from_dict(data: Mapping[str, Any]) -> RefundOutcomeUnknown:
         raise InvalidRequest([Problem("version", f"must be {_VERSION}", repr(version))])
     fields = _read(data, _UNKNOWN)
     del fields["version"]
-    fields["body"] = fields["body"].encode(errors="surrogatepass")  # then it is no message
+    fields["body"] = fields["body"].encode(errors="surrogatepass")  # a body with lone surrogates is refused below
     unknown = RefundOutcomeUnknown(**fields)
-    if unknown.body and not _signs(unknown.body, unknown.request.to_dict() | {"oid_partner": unknown.oid_partner}):
+    if unknown.body and not _contains(unknown.body, unknown.request.to_dict() | {"oid_partner": unknown.oid_partner}):
         raise InvalidRequest([Problem("body", "must be the signed form of the request", "another message")])
     return unknown
 
 
-def _signs(body: bytes, fields: Mapping[str, str]) -> bool:
+def _contains(body: bytes, fields: Mapping[str, str]) -> bool:
     try:
         return fields.items() <= wire.decode(body).items()
     except MalformedMessage:
@@ -68,10 +68,10 @@ def _signs(body: bytes, fields: Mapping[str, str]) -> bool:
 
 
 def _read(data: Any, kinds: Mapping[str, type], where: str = "") -> dict[str, Any]:
-    """Parse an object with exactly the keys of ``kinds``."""
+    """Return the parsed values of an object with exactly the keys of ``kinds``; ``where`` prefixes names in errors."""
     if not isinstance(data, Mapping):
         raise InvalidRequest([Problem(where.rstrip("."), "must be an object", type(data).__name__)])
-    problems = [Problem(f"{where}{name}", "is not a known field", "it") for name in data if name not in kinds]
+    problems = [Problem(f"{where}{name}", "is not a known field", "a value") for name in data if name not in kinds]
     values = dict[str, Any]()
     for name, kind in kinds.items():
         try:
@@ -94,7 +94,7 @@ def _parse(name: str, value: Any, kind: type) -> Any:
         return RefundRequest.from_record(value)
     if kind in _PARTS:
         return kind(**_read(value, _PARTS[kind], f"{name}."))
-    if kind is float and is_number(value):  # another language may write 5.0 as 5
+    if kind is float and is_number(value):  # a JSON writer of another language may write 5.0 as 5
         return float(value)
     if kind is datetime:
         value = datetime.fromisoformat(value)
