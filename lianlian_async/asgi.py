@@ -1,4 +1,4 @@
-"""Read requests and send responses by ASGI 3, for applications with small requests and unstreamed responses."""
+"""Read requests and send responses by ASGI 3, for applications with small requests and responses in one part."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def lifespan(receive: Receive, send: Send, context: AbstractAsyncContextMa
 
 
 def headers(scope: Mapping[str, Any]) -> dict[str, str]:
-    """Return the headers with lower-case names; the values of a repeated header are joined (RFC 9110 §5.3)."""
+    """Return the headers with lower-case names; commas join the values of a repeated header (RFC 9110 §5.3)."""
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")
@@ -36,7 +36,7 @@ def headers(scope: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def read(receive: Receive, limit: int) -> bytes:
-    """Return the received body; reading stops once it has more than ``limit`` bytes."""
+    """Return the request's body. Stop reading when it has more than ``limit`` bytes."""
     body, more = bytearray(), True
     while more and len(body) <= limit:
         message = await receive()
@@ -46,7 +46,7 @@ async def read(receive: Receive, limit: int) -> bytes:
 
 
 async def respond(send: Send, status: int, headers: Mapping[str, str], body: bytes, *, cut: bool = False) -> None:
-    """Send a response; ``cut``: without the second half of its body."""
+    """Send a response; with ``cut`` only the first half of its body, as a fault of the sandbox."""
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
     fields.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": status, "headers": fields})

@@ -1,4 +1,4 @@
-"""Background tasks, calls that complete despite cancellation, and the check whether a cancellation was requested."""
+"""Background tasks, calls that complete despite cancellation, and checks whether a cancellation was requested."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 def asyncio_loop() -> Any | None:
     """Return the running event loop if it is asyncio's (or uvloop's), None on trio."""
     loop: Any = anyio.lowlevel.current_token().native_token
-    return loop if hasattr(loop, "create_task") else None  # no isinstance: programs on trio do not import asyncio
+    return loop if hasattr(loop, "create_task") else None  # isinstance would import asyncio in programs on trio
 
 
 def call_soon_threadsafe() -> Callable[[Callable[[], object]], object]:
@@ -35,7 +35,7 @@ def call_soon_threadsafe() -> Callable[[Callable[[], object]], object]:
 
 
 def is_cancelled() -> bool:
-    """Return whether this task was cancelled: by a scope around it, or by asyncio's ``Task.cancel``."""
+    """Return whether the current task was cancelled: by a scope around this call, or by asyncio's ``Task.cancel``."""
     if anyio.current_effective_deadline() == -math.inf:
         return True
     if asyncio_loop() is None:
@@ -57,8 +57,8 @@ class BackgroundTask:
     ``on_end`` is called once, however the task ends, so that it can release the task's waiters. Its argument is the
     exception that ``function`` raised; None if ``function`` returned or this object cancelled it; or a
     ``LianLianError`` if the end of the event loop or asyncio's ``Task.cancel`` ended the task, even before its start.
-    asyncio also raises ``KeyboardInterrupt`` and ``SystemExit`` out of its event loop; ``on_end`` must report all other
-    exceptions.
+    ``on_end`` must report the exception, because nothing else does, except that asyncio also raises
+    ``KeyboardInterrupt`` and ``SystemExit`` out of its event loop.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class BackgroundTask:
         self._call_soon = call_soon_threadsafe()
         loop = asyncio_loop()
         if loop is not None:
-            self._task = loop.create_task(self._run())  # asyncio itself keeps only a weak reference to a task
-            # A callback, because the end of the event loop may cancel a task before its own code starts.
+            self._task = loop.create_task(self._run())  # keep a reference: asyncio's own reference is weak
+            # A callback, because the end of the event loop may cancel the task before _run starts.
             self._task.add_done_callback(self._end_task)
         else:
             import trio
@@ -99,8 +99,8 @@ class BackgroundTask:
 
     def _end(self, error: BaseException | None) -> None:
         on_end = self._on_end
-        # These refer to the owner, which refers to this object: cycles are freed by the garbage collector only, whose
-        # run over the garbage of a thousand tasks stalls the event loop for 70 ms.
+        # Break the reference cycle of the owner, these functions and this object. Only the garbage collector would free
+        # the cycle, and its run over the garbage of a thousand tasks blocks the event loop for 70 ms.
         del self._function, self._on_end
         try:
             on_end(error)
@@ -109,7 +109,7 @@ class BackgroundTask:
 
     def cancel_soon(self) -> None:
         """Cancel the task; callable from another thread, in a finalizer, and after the end of the event loop."""
-        with suppress(RuntimeError):  # also trio.RunFinishedError: the loop is closed, so the task has ended
+        with suppress(RuntimeError):  # or its subclass trio.RunFinishedError: the loop is closed, the task has ended
             self._call_soon(self._scope.cancel)
 
     @property
@@ -135,7 +135,7 @@ def _cancelled() -> LianLianError:
 async def complete(call: Callable[[], Awaitable[object]]) -> None:
     """Await ``call()`` until it completes, then raise the cancellation that arrived during the call, if any.
 
-    ``call()`` must be idempotent: a shield does not stop asyncio's ``Task.cancel``, so an interrupted call is repeated.
+    ``call`` must be idempotent: a shield does not stop asyncio's ``Task.cancel``, so an interrupted call is repeated.
     """
     cancellation: BaseException | None = None
     while True:
@@ -156,17 +156,17 @@ async def run_in_thread(
     limiter: anyio.CapacityLimiter,
     undo: Callable[[T], object] = lambda _: None,
 ) -> T:
-    """Run ``function`` in a thread; do not return before it has ended, even if cancelled.
+    """Run ``function`` in a thread, and return its result. Even after a cancellation, wait until it has ended.
 
-    After a cancellation, ``undo`` is called with the result, in a thread, before the cancellation is raised. If
-    ``function`` has not started yet, a cancellation prevents its start.
+    If ``function`` has not started, a cancellation prevents its start. Otherwise ``undo`` is called with the result, in
+    a thread, before the cancellation is raised.
     """
-    unbegun, ended, results = [function], threading.Event(), list[T]()
+    unstarted, ended, results = [function], threading.Event(), list[T]()
 
     def work() -> None:
-        begun = unbegun.pop()
+        started = unstarted.pop()
         try:
-            results.append(begun(*arguments))
+            results.append(started(*arguments))
         finally:
             ended.set()
 
@@ -179,10 +179,10 @@ async def run_in_thread(
         await anyio.to_thread.run_sync(work, limiter=limiter)
     except BaseException:
         try:
-            unbegun.pop()  # not started: a thread that starts later finds no function
+            unstarted.pop()  # not started: a thread that starts later finds no function
         except IndexError:
             if results or not ended.is_set():
-                # A limiter of its own, so that this wait does not queue behind other threads.
+                # A separate limiter, so that this wait does not queue behind other threads.
                 await complete(lambda: anyio.to_thread.run_sync(clean_up, limiter=anyio.CapacityLimiter(1)))
         raise
     return results.pop()

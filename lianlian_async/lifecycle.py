@@ -1,4 +1,4 @@
-"""The states of a session: opened once, used in one event loop, closed after the running calls."""
+"""The lifecycle of a session: it is opened once, used in one event loop, and closed after the running calls."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class _State(Enum):
 
 
 class Lifecycle:
-    """The state of the object ``name``, and its running calls; at most ``slots`` of them have a slot at a time.
+    """The state of the object ``name``, and its running calls, of which at most ``slots`` have a slot at a time.
 
-    Use before opening, after closing, or from another event loop raises ``RuntimeError``: it is a bug in the program.
+    Use before opening, after closing, or from another event loop is a bug in the program: it raises ``RuntimeError``.
     """
 
     def __init__(self, name: str, slots: int) -> None:
@@ -35,7 +35,7 @@ class Lifecycle:
 
     @contextmanager
     def opening(self) -> Generator[None]:
-        """Open after the block; if the block raises, close permanently."""
+        """Set the state to open after the block, or to closed if the block raises."""
         if self._state is not _State.NEW:
             raise self._misused(f"is already {self._state.value}: create a new one for each `async with`")
         self._state = _State.OPENING
@@ -75,14 +75,14 @@ class Lifecycle:
 
     @asynccontextmanager
     async def slot(self, wait: Callable[[], AbstractContextManager[None]]) -> AsyncGenerator[None]:
-        """Wait for a slot inside ``wait()``, in order of arrival; raise ``RuntimeError`` if closed during the wait."""
+        """Hold one of the slots. Calls that must wait get one in order of arrival; they wait inside ``wait()``."""
         if self._slots.value:
             await self._slots.acquire()
         else:
             with wait():
                 await self._slots.acquire()
         try:
-            self._check_open()
+            self._check_open()  # close() may have been called during the wait
             yield
         finally:
             self._slots.release()
@@ -94,5 +94,5 @@ class Lifecycle:
     def _misused(self, problem: str) -> RuntimeError:
         hint = ""
         if self._state is not _State.NEW and anyio.lowlevel.current_token() != self._event_loop:
-            hint = "; synchronous code keeps one loop in a thread: see the blocking portal in lianlian_async.contrib"
+            hint = "; in synchronous code, keep one loop in a thread: see the blocking portal in lianlian_async.contrib"
         return RuntimeError(f"this {self._name} {problem}{hint}")

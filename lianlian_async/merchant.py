@@ -1,4 +1,4 @@
-"""The merchant: number, keys and endpoints, from code, environment variables or a TOML file. Secrets are masked."""
+"""The merchant: number, keys and endpoints, from code, environment variables or a TOML file. The repr hides secrets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PublicKeys: TypeAlias = "tuple[KeyMaterial | VerifyingKey, ...]"
 
 
 def _shown(value: object) -> str:
-    """Return the text that shows a wrong value in a message, or only its length if it may be a secret."""
+    """Return how a message shows a wrong value: only its type or length if it may be a secret."""
     if not isinstance(value, str):
         return f"of type {type(value).__name__}"
     is_secret = len(value) > 128 or is_key_text(value) or "@" in value  # a URL may hold a password
@@ -51,10 +51,10 @@ def _check_endpoint(value: str, name: str) -> None:
 @init_without_locals
 @attrs.frozen
 class Endpoints:
-    """The two URLs of the gateway (defaults: those of the cross-border product on LianLian's API pages).
+    """The two URLs of the gateway. The defaults are those of the cross-border product on LianLian's API pages.
 
-    ``apply`` of the domestic product: ``https://traderapi.lianlianpay.com/refund.htm``. Plain http is allowed only for
-    this machine.
+    For the domestic product, ``apply`` is ``https://traderapi.lianlianpay.com/refund.htm``. An http URL is allowed only
+    for this machine.
     """
 
     apply: str = "https://traderapi.lianlianpay.com/exchangerefund.htm"
@@ -94,9 +94,9 @@ def _hidden_keys(
 class Merchant:
     """A merchant's identity and keys. Neither the repr nor ``attrs.asdict`` shows key material.
 
-    A key is PEM, DER or bare base64 (str or bytes), a path, or a loaded key. Text and files are read once, by the first
-    :meth:`load_keys`; a session calls it in a thread when it opens. During a key rotation, give both keys of the
-    gateway. Raises :class:`~lianlian_async.ConfigurationError` with the name of the setting.
+    A key is PEM, DER or bare base64 (str or bytes), a path, or a loaded key. The first :meth:`load_keys` reads it, so a
+    wrong key raises only there; a session calls it in a thread when it opens. During a key rotation, give both keys of
+    the gateway. Raises :class:`~lianlian_async.ConfigurationError` with the name of the wrong setting.
     """
 
     oid_partner: str
@@ -135,7 +135,7 @@ class Merchant:
     def load_keys(self) -> Keys:
         """Return the keys; the first call reads them, which takes up to 0.1 s: do not call it on an event loop.
 
-        Raises :class:`~lianlian_async.ConfigurationError` with the name of the key.
+        Raises :class:`~lianlian_async.ConfigurationError` with the name of the unusable key.
         """
         with self._loading:
             if not self._loaded:
@@ -165,10 +165,10 @@ class Merchant:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Merchant:
         """Return the merchant from environment variables (default: ``os.environ``).
 
-        ``LIANLIAN_OID_PARTNER``, ``LIANLIAN_PRIVATE_KEY`` and ``LIANLIAN_GATEWAY_PUBLIC_KEYS`` (path or key text,
-        separated by commas) are required; ``LIANLIAN_APPLY_URL``, ``LIANLIAN_QUERY_URL``,
-        ``LIANLIAN_NOTIFY_URL`` and ``LIANLIAN_PRIVATE_KEY_PASSWORD`` are optional.
-        Raises :class:`~lianlian_async.ConfigurationError` with the name of the variable.
+        Required: ``LIANLIAN_OID_PARTNER``, ``LIANLIAN_PRIVATE_KEY`` (path or key text) and
+        ``LIANLIAN_GATEWAY_PUBLIC_KEYS`` (the same, several separated by commas). Optional: ``LIANLIAN_APPLY_URL``,
+        ``LIANLIAN_QUERY_URL``, ``LIANLIAN_NOTIFY_URL`` and ``LIANLIAN_PRIVATE_KEY_PASSWORD``.
+        Raises :class:`~lianlian_async.ConfigurationError` with the name of the missing or wrong variable.
         """
         variables = os.environ if environ is None else environ
         given = {name: text for name, variable in _VARIABLES.items() if (text := variables.get(variable, ""))}
@@ -180,13 +180,13 @@ class Merchant:
     @classmethod
     @without_locals
     def from_toml(cls, path: str | os.PathLike[str]) -> Merchant:
-        """Return the merchant from a TOML file: from its top level or its table ``[lianlian]``.
+        """Return the merchant from a TOML file: from its table ``[lianlian]`` if it has one, else from its top level.
 
-        Keys: ``oid_partner``, ``private_key``, ``gateway_public_keys`` (text or list), and optionally
-        ``apply_url``, ``query_url``, ``notify_url``, ``private_key_password``. Paths are relative to the file.
-        Raises :class:`~lianlian_async.ConfigurationError` with the names of file and setting.
+        Settings: ``oid_partner``, ``private_key``, ``gateway_public_keys`` (a string or a list), and optionally
+        ``apply_url``, ``query_url``, ``notify_url`` and ``private_key_password``. Paths are relative to the file.
+        Raises :class:`~lianlian_async.ConfigurationError` with the names of the file and of the wrong setting.
         """
-        import tomllib  # rarely needed
+        import tomllib  # imported here, because most programs do not need it
 
         if not isinstance(path, str | os.PathLike):
             raise ConfigurationError(f"path: must be str or a path, not {type(path).__name__}")
@@ -216,7 +216,7 @@ class Merchant:
 
     @classmethod
     def _from_settings(cls, given: Mapping[str, Any], names: Mapping[str, str], folder: Path | None) -> Merchant:
-        """Return the merchant; key paths are relative to ``folder``, and messages use ``names`` for the settings."""
+        """Return the merchant. Key paths are relative to ``folder``; ``names`` are the settings' names in messages."""
         missing = [names[name] for name in _REQUIRED if not given.get(name)]
         if missing:
             raise ConfigurationError("missing: " + ", ".join(missing))
@@ -233,7 +233,7 @@ class Merchant:
 
         apply_url = given.get("apply_url", _DEFAULT.apply)
         query_url = given.get("query_url", _DEFAULT.query)
-        _check_endpoint(apply_url, names["apply_url"])
+        _check_endpoint(apply_url, names["apply_url"])  # Endpoints checks too, but names only its own arguments
         _check_endpoint(query_url, names["query_url"])
         return cls(
             oid_partner=given["oid_partner"],
@@ -247,7 +247,7 @@ class Merchant:
 
 
 def _toml_problem(text: str, message: str) -> str:
-    """Return where and why ``text`` is not TOML, without quoting it, because any line may contain a secret."""
+    """Return a message that says where and why ``text`` is not TOML. It quotes no line, because it may be a secret."""
     lines = text.split("\n")
     at = re.search(r"at line (\d+)", message)
     unbalanced = (number for number, line in enumerate(lines, 1) if line.count('"') % 2 or line.count("'") % 2)

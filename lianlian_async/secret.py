@@ -36,14 +36,14 @@ class Secret(Generic[T]):
 
 
 def without_locals(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate ``function``: clear the local variables in every frame of an error that leaves it.
+    """Decorate ``function``: if it raises, clear the local variables of every frame in the tracebacks of the error.
 
     An error raised ``from None`` also loses its context, whose text may quote a secret.
     """
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        outer = sys.exception()  # the exception that the caller is handling: do not change it
+        outer = sys.exception()  # the exception that the caller is handling: keep it unchanged
         try:
             return function(*args, **kwargs)
         except BaseException as error:
@@ -60,7 +60,7 @@ def without_locals(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def drop_secrets(error: BaseException | None) -> None:
-    """Remove tracebacks and connections, which may contain a database password, from ``error`` and its context."""
+    """Remove tracebacks and connections from ``error`` and its context: they may contain a database password."""
     while error is not None:
         error.__traceback__ = None
         if "_pgconn" in vars(error):  # psycopg: the failed connection, password included
@@ -69,6 +69,6 @@ def drop_secrets(error: BaseException | None) -> None:
 
 
 def init_without_locals(cls: type[T]) -> type[T]:
-    """Decorate a class: apply :func:`without_locals` to its generated ``__init__``."""
+    """Decorate a class: apply :func:`without_locals` to its ``__init__``, which attrs generates."""
     cls.__init__ = without_locals(cls.__init__)  # type: ignore[method-assign]
     return cls

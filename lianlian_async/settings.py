@@ -1,4 +1,4 @@
-"""Checks for arguments of the public API. Each raises ``ConfigurationError`` with the name of the argument."""
+"""Checks of arguments of the public API. ``check_…`` and ``positive_seconds`` raise ``ConfigurationError``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from .errors import ConfigurationError
 
 LOOPBACK_ONLY: Final = "LIANLIAN_LOOPBACK_ONLY"
-"""The environment variable that limits connections to loopback; our pytest plugin sets it, also for child processes."""
+"""The environment variable that limits connections to loopback. Our pytest plugin sets it, also for child processes."""
 
 
 def is_number(value: object) -> bool:
@@ -17,7 +17,7 @@ def is_number(value: object) -> bool:
 
 
 def check_integer(name: str, value: object, *, least: int, most: int | None = None, bound: str = "") -> int:
-    """Return ``value`` if it is an integer from ``least`` to ``most``; messages show ``bound`` for ``most``."""
+    """Return ``value`` if it is an integer from ``least`` to ``most``; messages show ``most`` as ``bound``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         rule = f"of at least {least}" if most is None else f"from {least} to {bound}"
         raise ConfigurationError(f"{name}: must be an integer {rule}, is {value!r}")
@@ -32,14 +32,14 @@ def positive_seconds(name: str, value: float) -> float:
 
 
 def check_type(name: str, value: object, kind: type | UnionType) -> None:
-    """Check that ``value`` is a ``kind``; the message shows only its type, because it may be a secret."""
+    """Check that ``value`` is a ``kind``. The message shows only the type of ``value``, which may be a secret."""
     if not isinstance(value, kind):
         wanted = kind.__name__ if isinstance(kind, type) else str(kind)
         raise ConfigurationError(f"{name}: must be of type {wanted}, not {type(value).__name__}")
 
 
 def check_journal(journal: object) -> None:
-    """Check that ``journal`` is a journal or None, and not, for example, the path of a ``SqliteJournal``."""
+    """Check that ``journal`` is a journal or None; a common mistake is the path of a ``SqliteJournal``."""
     if journal is not None and not hasattr(journal, "is_open"):
         raise ConfigurationError(
             f"journal: must be a journal, such as SqliteJournal(path), not {type(journal).__name__}"

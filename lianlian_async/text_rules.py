@@ -1,7 +1,7 @@
 """Validate the string fields of a request: identifiers and URLs.
 
-Each function returns the given string, or raises ``ValueError`` with the broken rule as its message; the caller adds
-the name of the field.
+Each public function returns the given string, or raises ``ValueError``, whose message is the broken rule; the caller
+adds the name of the field.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DEFAULT_IGNORABLE: Final = (
 )
 # This includes the Unicode categories Cc, Zl, Zp and Cs.
 _INVISIBLE: Final = re.compile(f"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_DEFAULT_IGNORABLE}]")
-# RFC 3986 §3.2.2, and DNS labels. HTTP clients reject other hosts, but not before the first send.
+# A host by RFC 3986 §3.2.2 with DNS labels. HTTP clients reject other hosts too, but only at the first send.
 _HOST: Final = re.compile(
     r"(?:^|@)(?:\[[0-9A-F:.]+(?:%\w+)?\]|[A-Z0-9_](?:[A-Z0-9_-]{0,62})(?:\.[A-Z0-9_-]{1,63})*\.?)(?::[0-9]*)?$",
     re.IGNORECASE,
@@ -26,7 +26,7 @@ _HOST: Final = re.compile(
 
 
 def existing(value: object, longest: int) -> str:
-    """Check the identifier of an existing object: an order, a payment, an earlier refund."""
+    """Check the identifier of an existing object, such as an order, a payment or an earlier refund."""
     if not isinstance(value, str):
         raise ValueError("must be a string")
     if not value:

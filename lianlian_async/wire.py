@@ -1,7 +1,7 @@
 """Wire formats: strict JSON, and conversion between text and Decimal, datetime (UTC+8) and date.
 
-Only this module defines the wire format of a value. Parsers raise ``ValueError`` with the broken rule as its message;
-the caller adds the name of the field.
+Only this module defines the wire format of a value. Parsers raise ``ValueError``, whose message is the broken rule; the
+caller adds the name of the field.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 
 from .errors import MalformedMessage
 
-# A message has about 1 KiB. A hostile one with a million keys must not take memory: 1 MiB of JSON takes up to 40 MiB.
+# A genuine message has about 1 KiB. A hostile one must not exhaust memory: parsed JSON takes up to 40 times its size.
 MAX_MESSAGE_BYTES: Final = 64 * 1024
 
 # LianLian's pages name no time zone; the gateway is in China, which has had no daylight saving since 1991.
@@ -48,8 +48,8 @@ _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 def decode(body: bytes) -> dict[str, str]:
     """Return the flat object of strings in ``body`` (UTF-8 JSON, at most 64 KiB).
 
-    A null is dropped, because the signature omits it like an absent field. A number keeps its literal text. Anything
-    else (true, lists, objects, duplicate keys, lone surrogates) raises :class:`~lianlian_async.MalformedMessage`.
+    A field with the value null is dropped, because the signature does not cover it. A number keeps its literal text.
+    Anything else (true, lists, objects, duplicate keys, lone surrogates) raises ``MalformedMessage``.
     """
     if len(body) > MAX_MESSAGE_BYTES:
         raise MalformedMessage(f"longer than {MAX_MESSAGE_BYTES} bytes")
@@ -82,7 +82,7 @@ def encode(fields: Mapping[str, str]) -> bytes:
 def parse_money(value: Decimal | int | str) -> Decimal:
     """Return an amount in yuan, 0.01 to 100,000,000.00, with exactly two decimals; the value is never rounded.
 
-    ``0.1`` and ``0.100`` are read as 0.10. Any further decimal must be zero.
+    ``0.1`` and ``0.100`` are read as 0.10. Every decimal after the second must be zero.
     """
     match value:
         case str() if _MONEY.fullmatch(value):
@@ -99,14 +99,14 @@ def parse_money(value: Decimal | int | str) -> Decimal:
             raise ValueError("must be a Decimal, an int or a str")
     if not _SMALLEST <= amount <= _LARGEST:
         raise ValueError("must be between 0.01 and 100000000.00 yuan")
-    with_two = Decimal(f"{amount:.2f}")  # independent of the precision of the caller's decimal context
+    with_two = Decimal(f"{amount:.2f}")  # quantize would depend on the precision of the caller's decimal context
     if with_two != amount:
         raise ValueError("must have at most 2 decimals (amounts are never rounded)")
     return with_two
 
 
 def format_money(amount: Decimal) -> str:
-    """Return the wire form of an amount: always two decimals."""
+    """Return the wire form of an amount, which always has two decimals."""
     return f"{amount:.2f}"
 
 
