@@ -1,39 +1,43 @@
-"""LianLian Pay refunds for asyncio and trio: was this refund made? Never twice, never lost, never guessed.
+"""LianLian Pay refunds for asyncio and trio. No refund is made twice or lost, and no outcome is guessed.
 
 The ideas:
 
-1. ``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. They are chosen before the first send.
-2. A failed exchange was *not sent*, *maybe sent* or *answered*. Only *not sent* may be repeated without a query.
-3. After *maybe sent* the library queries the refund. If the outcome stays unknown, it raises ``RefundOutcomeUnknown``.
-4. Decision modules do no I/O and use no clock and no randomness. Modules that wait contain little logic.
-5. Signing, file access and database access never run on the event loop.
-6. Safety depends on elapsed time: the boot clock measures it, and a lease is checked right before a request is written.
+1. ``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. The caller chooses all three.
+2. An HTTP exchange ends as *not sent*, *maybe sent* or *answered*. Only after *not sent*, a call sends the refund again
+   without a query.
+3. After *maybe sent*, the call queries the refund. If the outcome stays unknown, it raises ``RefundOutcomeUnknown``.
+4. The protocol and the retry policy do no I/O. Time and random numbers are their arguments.
+5. Signing, file access and database access never block the event loop.
+6. Safety depends on elapsed time. Within one boot the boot clock measures it, because nobody can set that clock. A
+   lease is checked right before a request is written; ``transport`` lists the exceptions.
 7. A task that others wait for releases its waiters, however it ends.
 
-The modules, from the lowest layer up; a layer imports nothing from a higher one (import-linter checks this):
+The modules, from the lowest layer up. A layer imports nothing from a higher one, which import-linter checks; only
+``errors`` loads ``unknown_form`` when it is needed.
 
 - ``codes``, ``errors``: the return codes and the error tree. ``clock``: timestamps, and the time between them.
   ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``, ``version``: small helpers.
 - ``wire``, ``text_rules``, ``signing``, ``key_files``: wire formats, rules for strings, signatures, key material.
-  ``events``: what listeners are told.
+  ``events``: the events that listeners receive.
 - ``identity``: compares a record with a request. ``models``: requests and refunds. ``retry``: when to retry.
-  ``logs``: tells listeners, and writes the log. ``merchant``: the merchant and its keys.
+  ``logs``: delivers events to listeners and to the log. ``merchant``: the merchant's number, keys and endpoints.
 - ``exchange``, ``outcome``: value types of one exchange and of a refund's outcome. ``unknown_form``: an unknown outcome
-  as JSON. ``protocol``: the protocol without I/O. ``transport``: HTTP (``sender``, ``pool``,
-  ``connection``); only this package imports httpx and aiohttp's client.
+  as JSON. ``protocol``: messages and their verification, without I/O. ``transport``: HTTP (``sender``, ``pool``,
+  ``connection``); only this package imports httpx, httpx2 and aiohttp's client.
 - ``middleware``: the layers around one exchange. ``journal``: records every refund and its outcome (memory, SQLite,
   PostgreSQL).
-- ``resolution``: the decision table that finds the outcome of a refund. ``rsa_worker``: signs in a thread.
+- ``resolution``: finds the outcome of a refund: a decision table, and queries. ``rsa_worker``: signs in a thread.
   ``signature_watch``: detects a wrong key early. ``worker_pool``: processes many items with few workers.
-- ``gateway_client``: sends exchanges for an open session. ``recording``: one recorded refund. ``flight``:
+- ``gateway_client``: sends exchanges for an open session. ``recording``: records one refund. ``flight``:
   concurrent calls share one refund. ``waiters``: waits for a final status. ``recovery``: resolves all open refunds.
   ``reconcile``: compares LianLian's statements with a journal.
-- ``session``, ``batch``, ``notifications``: the public objects. ``contrib``: FastAPI, aiohttp, HTTP error responses
-  (``web``), OpenTelemetry, and a procrastinate queue whose jobs carry many refunds. ``sandbox``: a fake gateway.
-  ``testing``: a pytest plugin. ``cli``: the command.
+- ``session``, ``batch``, ``notifications``: the public API. ``sandbox``: a fake gateway. ``contrib``: FastAPI, aiohttp,
+  other web frameworks (``web``), OpenTelemetry, and a procrastinate queue. ``testing``: a pytest plugin and virtual
+  time. ``cli``: the command ``lianlian``.
 
 Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
-``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through ``Protocol.read``.
+``recording.Recording``, ``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through
+``protocol.Protocol.read``.
 """
 
 import importlib
@@ -105,23 +109,20 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Endpoints": "merchant",
-    "Merchant": "merchant",
-    "NotificationEndpoint": "notifications",
-    "Outcome": "outcome",
-    "Refund": "models",
-    "RefundQuery": "models",
-    "RefundRecord": "models",
-    "RefundRequest": "models",
-    "RefundSession": "session",
-    "RefundStatus": "models",
-    "RetryBudget": "retry",
-    "RetryPolicy": "retry",
-    "SigningKey": "signing",
-    "VerifyingKey": "signing",
-    "refund_many": "batch",
+    name: module
+    for module, names in {
+        "batch": ["refund_many"],
+        "merchant": ["Endpoints", "Merchant"],
+        "models": ["Refund", "RefundQuery", "RefundRecord", "RefundRequest", "RefundStatus"],
+        "notifications": ["NotificationEndpoint"],
+        "outcome": ["Outcome"],
+        "retry": ["RetryBudget", "RetryPolicy"],
+        "session": ["RefundSession"],
+        "signing": ["SigningKey", "VerifyingKey"],
+    }.items()
+    for name in names
 }
-"""The modules that are imported when one of their names is first used (PEP 562)."""
+"""The module of each name that is imported at its first use (PEP 562)."""
 
 
 def __getattr__(name: str) -> object:

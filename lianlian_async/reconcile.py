@@ -1,7 +1,7 @@
-"""Compare LianLian's statements with a journal: find the refunds that only one of them has, or that differ.
+"""Compare LianLian's statements with a journal: find refunds that one of the two lacks, and refunds that differ.
 
 The input is lines of text and journal entries, the output is a verdict for each refund. The rows are kept in a
-temporary SQLite file, so that memory does not grow with the statements. All methods block.
+temporary SQLite file, so that memory does not grow with the statements. All methods block the calling thread.
 
 A statement is not signed, and no public sample of a refund row exists. So a row counts only if every column that is
 used has its documented form. Other rows are reported with line and column; no column is guessed.
@@ -85,16 +85,16 @@ class _Layout(NamedTuple):
         return cls("|", len(names), columns), True
 
     def read(self, line: str) -> tuple[str, str, str, str] | None:
-        """Return number, merchant, time and amount of a refund, else None. The ``ValueError`` names the bad column."""
+        """Return number, merchant, time, amount of a refund; None: a payment. ``ValueError`` names the bad column."""
         cells = line.split(self.delimiter)
         if len(cells) < self.width or (len(cells) > self.width and self is not _DOMESTIC):
             raise ValueError(f"the row has {len(cells)} columns, but needs {self.width}")
         fields = dict[str, str]()
         for field, column in self.columns.items():
-            if field == "no_refund" and fields["status"] == "0":
+            if field == "no_refund" and fields["status"] == "0":  # the row is a payment, not a refund
                 return None
             text, (form, example) = cells[column].strip(), _FORMS[field]
-            if text.startswith('="') and text.endswith('"'):  # this form tells Excel that the cell is text
+            if text.startswith('="') and text.endswith('"'):  # for Excel: the cell is text
                 text = text[2:-1]
             if not form.fullmatch(text):
                 raise ValueError(f"column {column + 1} ({field}): {text!r} is not {example}")
@@ -109,13 +109,13 @@ _DOMESTIC: Final = _Layout(
 """The last column, ``info_order``, may contain commas. A comma in an earlier column makes ``direction`` invalid."""
 _HEADER: Final = {
     "status": ("transaction_status", "payment_status"),
-    "no_refund": ("no_refund",),  # no page documents another name
+    "no_refund": ("no_refund",),  # LianLian documents no other name
     "oid_partner": ("oid_partner",),
     "dt_refund": ("dt_refund", "dt_order"),
     "money_refund": ("money_refund", "money_order"),
     "currency": ("currency_order", "money_refund"),
 }
-"""The columns of a cross-border statement."""
+"""The possible column names of a cross-border statement, by field."""
 
 
 class Reconciliation:
@@ -202,7 +202,7 @@ class Reconciliation:
                 self._count(Verdict.NOT_IN_JOURNAL, no_refund, amounts)
 
     def records(self, no_refund: str) -> list[dict[str, str]]:
-        """Return the rows of the statements about a refund: their fields, and file and line as ``evidence``."""
+        """Return the statements' rows about a refund as records, each with its file and line as ``evidence``."""
         self._prepare()
         found = self._file.execute("SELECT * FROM refunds WHERE no_refund = ?", [no_refund]).fetchall()
         for row, *_ in found:
