@@ -29,7 +29,7 @@ def _transport(option: str, connections: int) -> httpx.AsyncBaseTransport | None
     if option == "fast":
         from lianlian_async.transport.aiohttp import AiohttpTransport as FastTransport
 
-        return FastTransport(connections, ssl_context=httpx.create_ssl_context(), keepalive_expiry=5.0)
+        return FastTransport(connections)
     if option == "aiohttp":
         from httpx_aiohttp import AiohttpTransport
 

@@ -7,7 +7,6 @@ so a refund would be sent again without a query.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, Final, cast
@@ -21,7 +20,8 @@ from yarl import URL
 
 from lianlian_async.errors import ConfigurationError
 
-from .connection import check_loopback, close_normally, reset_when_closed
+from .connection import check_loopback, close_normally, reset_when_closed, trusting_context
+from .pool import KEEPALIVE_SECONDS
 from .tracked_request import Body, LeaseEndedError
 
 
@@ -52,7 +52,7 @@ class _LeasedPayload(aiohttp.BytesPayload):
 
 
 class _Connector(aiohttp.TCPConnector):
-    """A connector that opens no connection that :func:`check_loopback` refuses."""
+    """A connector that checks the host with :func:`check_loopback` before it opens a connection."""
 
     async def connect(self, req: aiohttp.ClientRequest, *args: Any, **options: Any) -> Connection:
         check_loopback(str(req.url.host))
@@ -86,14 +86,13 @@ class _Response(aiohttp.ClientResponse):
 class AiohttpTransport(httpx.AsyncBaseTransport):
     """Sends at most ``max_connections`` concurrent requests over an ``aiohttp.ClientSession``; others wait in order.
 
-    For one asyncio event loop. HTTP/1.1 only, without proxies and cookies. ``keepalive_expiry`` is in seconds. A
+    Creating it reads the CA bundle. Use it in one asyncio event loop. HTTP/1.1 only, without proxies and cookies. A
     request's connect timeout includes its wait for a free connection.
     """
 
-    def __init__(self, max_connections: int, *, ssl_context: ssl.SSLContext, keepalive_expiry: float) -> None:
+    def __init__(self, max_connections: int) -> None:
         self._max_connections = max_connections
-        self._ssl_context = ssl_context
-        self._keepalive_expiry = keepalive_expiry
+        self._ssl_context = trusting_context()
         self._session: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -126,7 +125,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             task = asyncio.current_task()
             if task is None or task.cancelling() or not session.closed:
                 raise
-            # Closing the session cancels the connector's waits, although nobody cancelled this task.
+            # Nobody cancelled this task: closing the session cancelled the wait for a connection.
             raise httpx.ReadError("the transport was closed during the request") from error
         return httpx.Response(
             response.status,
@@ -136,9 +135,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         )
 
     def _open(self) -> aiohttp.ClientSession:
-        connector = _Connector(
-            limit=self._max_connections, ssl=self._ssl_context, keepalive_timeout=self._keepalive_expiry
-        )
+        connector = _Connector(limit=self._max_connections, ssl=self._ssl_context, keepalive_timeout=KEEPALIVE_SECONDS)
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -164,7 +161,7 @@ class _ResponseStream(httpx.AsyncByteStream):
         try:
             while chunk := await self._response.content.readany():
                 yield chunk
-                # readany does not wait while bytes are available, so it alone would never notice a cancellation.
+                # readany does not wait while bytes are available, so this task would never notice a cancellation.
                 await anyio.lowlevel.checkpoint_if_cancelled()
         except aiohttp.ClientError as error:
             raise _as_httpx(error) from error

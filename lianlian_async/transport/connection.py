@@ -1,4 +1,4 @@
-"""TLS context, proxies, the guard of tests, and socket options that reset the connection of a cancelled request."""
+"""TLS context, proxies, the loopback check for tests, and socket options that reset the connection of a request."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ from lianlian_async.retry import LONGEST_ATTEMPT
 from lianlian_async.settings import LOOPBACK_ONLY
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
-
-_LOOPBACK: Final = ("127.0.0.0/8", "::1")
-
 _LINGER: Final = struct.Struct("hh" if os.name == "nt" else "ii")
 _CLOSE_NORMALLY: Final = (socket.SOL_SOCKET, socket.SO_LINGER, _LINGER.pack(0, 0))
 _RESET_WHEN_CLOSED: Final = (
@@ -105,7 +102,7 @@ def check_loopback(*hosts: str) -> None:
     if not os.environ.get(LOOPBACK_ONLY):
         return
     for host in hosts:
-        if host != "localhost" and not any(_is_in_network(host, network) for network in _LOOPBACK):
+        if host != "localhost" and not any(_is_in_network(host, network) for network in ("127.0.0.0/8", "::1")):
             raise ConfigurationError(
                 f"this is a test, so no connection to {host} was opened and nothing was sent: use the fixture "
                 "lianlian_session or a mocked transport. If the test needs the network, mark it with "
@@ -115,16 +112,15 @@ def check_loopback(*hosts: str) -> None:
 
 
 async def trace_loopback(url: httpx.URL, event: str, info: Mapping[str, Any]) -> None:
-    """Check the host of ``url`` and its proxy when httpcore traces that it opens a connection."""
+    """Call :func:`check_loopback` for ``url`` and its proxy if httpcore's ``event`` is the start of a connect."""
     if event.endswith(".connect_tcp.started"):
         check_loopback(url.host, info["host"])
 
 
 def reset_when_closed(sock: Any) -> None:
-    """Set SO_LINGER to 0 seconds: when ``sock`` is closed, also at process exit, the kernel sends RST.
+    """Set SO_LINGER to 0 s: when ``sock`` is closed, also at process exit, the kernel discards unsent bytes, sends RST.
 
-    The kernel also discards unsent bytes. ``sock`` is a socket object of asyncio, uvloop or trio; a closed socket is
-    ignored.
+    ``sock`` is a socket object of asyncio, uvloop or trio; a closed socket is ignored.
     """
     with contextlib.suppress(OSError):
         for option in _RESET_WHEN_CLOSED:
@@ -141,7 +137,7 @@ def discard_if_bytes_follow(response: httpx.Response) -> None:
     """Do not reuse the connection if more bytes came with ``response``: they would answer the next request.
 
     httpcore checks only the socket before it reuses a connection. Bytes that were already read are in h11's buffer,
-    which only private attributes lead to; ``test_second_response_in_the_same_segment`` fails if their names change.
+    reachable only by private attributes; ``test_second_response_in_the_same_segment`` fails if their names change.
     """
     layer: Any = response.stream
     while layer is not None and not hasattr(layer, "_h11_state"):

@@ -1,4 +1,4 @@
-"""The check of a caller's client or transport (httpx or httpx2), and the library's own: httpx or aiohttp (``fast``)."""
+"""Check a caller's client or transport (httpx, httpx2), or create the library's own (httpx, or aiohttp: ``fast``)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import httpx
 from lianlian_async.background import asyncio_loop
 from lianlian_async.errors import ConfigurationError
 
-from .connection import has_proxies, proxy_for, trusting_context
-from .pool import KEEPALIVE_SECONDS, PoolTransport
+from .connection import has_proxies, proxy_for
+from .pool import PoolTransport
 
 if TYPE_CHECKING:
     import httpx2
@@ -34,7 +34,7 @@ def http_backend(wanted: str | None = None) -> HttpBackend:
     ``aiohttp`` (extra ``fast``) uses a fraction of the CPU time. On trio, and behind a proxy, httpx is used instead.
     """
     name = "LIANLIAN_HTTP_BACKEND" if wanted is None else "http_backend"
-    match os.environ.get(name) or "httpx" if wanted is None else wanted:
+    match (os.environ.get(name) or "httpx") if wanted is None else wanted:
         case "httpx":
             return "httpx"
         case "aiohttp" if _has_aiohttp():
@@ -59,7 +59,7 @@ def check_http(client: object, transport: object, backend: str | None) -> None:
 
 
 def library_of(given: object, *kinds: str) -> Any:
-    """Return the module httpx or httpx2 if ``given`` is one of its ``kinds``, by default a client or a transport."""
+    """Return httpx or httpx2 if ``given`` is one of its ``kinds`` (default: client or transport), else None."""
     for library in (httpx, sys.modules.get("httpx2")):  # an object of httpx2 exists only if it is imported
         for kind in kinds or ("AsyncClient", "AsyncBaseTransport"):
             if library is not None and isinstance(given, getattr(library, kind)):
@@ -91,6 +91,6 @@ async def own_transport(max_connections: int, backend: HttpBackend | None, urls:
             return PoolTransport(max_connections)
         from .aiohttp import AiohttpTransport  # requires the extra
 
-        return AiohttpTransport(max_connections, ssl_context=trusting_context(), keepalive_expiry=KEEPALIVE_SECONDS)
+        return AiohttpTransport(max_connections)
 
     return await anyio.to_thread.run_sync(make)

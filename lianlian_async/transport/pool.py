@@ -18,11 +18,11 @@ from .connection import close_normally, proxy_for, reset_when_closed, trusting_c
 
 KEEPALIVE_SECONDS: Final = 5.0
 """How long an idle connection is kept. Servers and load balancers keep idle connections longer, so no request is sent
-on a connection that the other end is closing."""
+on a connection that the server is closing."""
 
 
 class _Connection:
-    """One connection; its socket is known after the TCP connect."""
+    """A transport with one connection to one origin; its socket is known after the TCP connect."""
 
     def __init__(
         self, transport: httpx.AsyncHTTPTransport, proxy: httpx.Proxy | None, stack: deque[_Connection]
@@ -39,7 +39,7 @@ class _Connection:
         trace = extensions.get("trace")
 
         async def watch(event: str, info: Mapping[str, Any]) -> None:
-            if event.endswith(".connect_tcp.complete"):  # httpcore ignores socket_options for a proxy
+            if event.endswith(".connect_tcp.complete"):  # not by socket_options: httpcore ignores them for a proxy
                 self._socket = info["return_value"].get_extra_info("socket")
                 reset_when_closed(self._socket)
             if trace is not None:
@@ -58,7 +58,7 @@ class _Connection:
             request.extensions = extensions
 
     def answered(self) -> None:
-        """Close normally from now on, because the response has been read."""
+        """Close the connection normally from now on, because the response has been read."""
         if self._socket is not None:
             close_normally(self._socket)
 
@@ -131,7 +131,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
         connection.stack.append(connection)
         self._slots.release()
         for each in tuple(self._idle.values()):
-            # The bottom of the stack is the least recently used connection. Other requests may pop during each await.
+            # The first connection is the least recently used one. Other requests may pop connections in each await.
             while each and now - each[0].idle_since > self._keepalive_expiry:
                 await each.popleft().aclose()
 

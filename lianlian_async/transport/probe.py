@@ -1,4 +1,4 @@
-"""Connect to a server without a refund or a query: learn its proxy, its certificate and its clock."""
+"""Connect to a server without a refund or a query, and report the proxy, the certificate and the server's clock."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ async def _read(response: httpx.Response) -> bytes:
     received = bytearray()
     with anyio.CancelScope() as enough:
         async for chunk in cast("httpx.AsyncByteStream", response.stream):
-            if received:  # one segment may have thousands of tiny chunks: let other tasks run, end at the deadline
+            if received:  # one segment may have thousands of chunks: let other tasks run, and notice a cancellation
                 await anyio.lowlevel.checkpoint()
             received += chunk
             if len(received) > MAX_MESSAGE_BYTES:
@@ -185,7 +185,7 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 
 
 def describe(error: BaseException, url: str, connect_seconds: float, library: Any = httpx) -> str:
-    """Return a message with the type of ``error``, its cause, the host, and the error's notes, such as the proxy."""
+    """Return a message with the type of ``error``, its cause, the host, and its notes, such as the proxy."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{type(error).__name__}: {_cause(error, url, connect_seconds, library)}".rstrip(": ") + notes
 

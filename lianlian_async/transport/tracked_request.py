@@ -38,7 +38,7 @@ class Body(ByteStream):
             raise LeaseEndedError("the lease ended before the request was sent: another worker may have taken it")
 
     async def trace(self, url: URL, event: str, info: Mapping[str, Any]) -> None:
-        """Check the host before httpcore connects, and the lease before it writes the head; the body is read later."""
+        """Check the host before httpcore connects, and the lease before it writes the head of the request."""
         if event.endswith(".send_request_headers.started"):
             self.check_lease()
         else:
@@ -53,15 +53,12 @@ class Body(ByteStream):
         return _AsyncIterator(iter(self))
 
     def was_not_sent(self) -> None:
-        """Decrement the number of sends: no byte of the last one was written."""
+        """Decrement the number of sends, because no byte of the last send was written."""
         self.sends -= 1
 
 
 class _AsyncIterator(AsyncIterator[bytes]):
-    """An iterator that needs no cleanup.
-
-    A send that is cancelled would leave a generator to the garbage collector, and trio warns about that.
-    """
+    """An iterator that needs no cleanup: a cancelled send would leave a generator unclosed, and trio warns then."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -102,9 +99,9 @@ class TrackedRequest(Request):
         """Return whether the request may have been sent, although the type of ``error`` says that it was not.
 
         If a layer read the whole content, ``error`` is believed only if it has neither a cause nor a context. An error
-        with a cause may come from a layer that sent a copy before, or that misreports its client's error: httpx-aiohttp
-        does so if the connection breaks after the request. A layer that only inspects the content, such as the handler
-        of a mock transport, raises errors without a cause.
+        with a cause may come from a layer that sent a copy before, or from an adapter that translates another client's
+        error wrongly, as httpx-aiohttp does if the connection breaks after the request. A layer that only inspects the
+        content, such as the handler of a mock transport, raises errors without a cause.
         """
         chained = error.__cause__ is not None or error.__context__ is not None
         return self._body.sends > 0 or (self._content_was_read and chained)
@@ -112,5 +109,5 @@ class TrackedRequest(Request):
 
 @cache
 def request_classes(library: Any) -> tuple[type[TrackedRequest], type[Body]]:
-    """Return both classes for ``library``, the module httpx or httpx2."""
+    """Return the classes of requests and bodies for ``library``, the module httpx or httpx2."""
     return (type("TrackedRequest", (TrackedRequest, library.Request), {}), type("Body", (Body, library.ByteStream), {}))
