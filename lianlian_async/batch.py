@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Self, TypeVar
 
@@ -24,9 +15,9 @@ from .journal import Journal
 from .models import RefundRequest
 from .outcome import Outcome
 from .session import RefundSession
-from .settings import check_journal, check_type
+from .settings import check_integer, check_journal, check_type
 from .signature_watch import Admission
-from .worker_pool import Handover, checked, iterate, run_workers
+from .worker_pool import Handover, iterate, run_workers
 
 T = TypeVar("T")
 
@@ -51,8 +42,8 @@ def refund_many(
     Backpressure: requests are read only as fast as you read outcomes, so memory depends on ``concurrency``, not on the
     number of requests. An error of one refund does not affect the others. An item that is not a ``RefundRequest``
     gives an outcome with ``InvalidRequest`` as its error and the item as its request; nothing is sent for it.
-    Leaving the loop early, or cancellation in it, ends the batch: no further request is read, and running refunds stay
-    unresolved in the journal. If you keep the iterator in a variable, call ``aclose``, or use ``async with``.
+    If you leave the loop early, or if it is cancelled, the batch ends: no further request is read, and running refunds
+    stay unresolved in the journal. If you keep the iterator in a variable, call ``aclose``, or use ``async with``.
 
     Args:
         session: an open session.
@@ -69,18 +60,21 @@ def refund_many(
     Raises at the end of the iteration:
         BatchStopped: a rejection with ``stops_batch``, or answers about four refunds in a row without a valid
             signature. Until one answer has verified, at most four refunds run concurrently.
-        JournalError: the journal failed; nothing more was sent.
+        JournalError: the journal failed; no further refund was started.
+        ConfigurationError: a setting, such as a proxy, prevents every send.
         LianLianError: the batch or one of its tasks was cancelled. Refunds that were running may have been made.
-        BaseException: any other exception of your own middleware.
+        BaseException: an exception of ``requests``, or of your middleware if it is not an ``Exception``.
     """
     check_type("session", session, RefundSession)
     check_journal(journal)
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable | AsyncIterable):
         raise InvalidRequest([Problem("requests", "must be an iterable of RefundRequest", type(requests).__name__)])
+    if concurrency is None:
+        concurrency = session.max_connections
     run = _Run(
         session=session,
         requests=requests,
-        concurrency=session.max_connections if concurrency is None else checked(concurrency),
+        concurrency=check_integer("concurrency", concurrency, least=1),
         journal=journal,
         keep_going=keep_going,
         wait_unknown=wait_unknown,
@@ -106,13 +100,13 @@ class Outcomes(AsyncIterator[Outcome]):
         return self
 
     def __anext__(self) -> Awaitable[Outcome]:
-        # Not a coroutine: the traceback of a cancellation would keep its frame, and with it this object, alive.
+        # Not a coroutine: the traceback of a cancellation would keep its frame alive, and so this object.
         if self._background is None and not self._closed:
             self._background = BackgroundTask(self._run.work, self._run.end)
         return self._run.next()
 
     @property
-    def held(self) -> Sequence[tuple[RefundOutcomeUnknown, Outcome]]:
+    def held(self) -> list[tuple[RefundOutcomeUnknown, Outcome]]:
         """The unknown outcomes that ``wait_unknown`` keeps now. The list changes while the batch runs."""
         return self._run.unknown
 
@@ -168,7 +162,7 @@ class _Run:
             await self.found.give(outcome)
 
     def end(self, error: BaseException | None) -> None:
-        """Release the consumer after :meth:`work` has ended; ``error``: the failure of :meth:`work`."""
+        """End the iteration after :meth:`work` has ended; ``error`` is the failure of :meth:`work`."""
         self._failure = self._failure or error
         self.found.end()
 
@@ -177,11 +171,10 @@ class _Run:
             self._intake = anyio.CancelScope()
             try:
                 await run_workers(items, handle, workers=self.concurrency, intake=self._intake)
-            except BaseException as error:
-                at_once = KeyboardInterrupt, SystemExit, GeneratorExit, anyio.get_cancelled_exc_class()
-                if isinstance(error, at_once):
-                    raise
-                self._stop(error)  # raised at the end of the iteration
+            except (KeyboardInterrupt, SystemExit, GeneratorExit, anyio.get_cancelled_exc_class()):
+                raise
+            except BaseException as error:  # noqa: BLE001 - raised at the end of the iteration
+                self._stop(error)
 
     def _stop(self, reason: BaseException) -> None:
         self._failure = self._failure or reason
@@ -204,14 +197,14 @@ class _Run:
         finally:
             if (failure := self.admission.watch.failure()) is not None:
                 self._stop(BatchStopped(failure))
-            self.admission.leave()  # only after the stop: otherwise another refund would start
+            self.admission.leave()  # after the stop: before it, another refund would start
         if self.wait_unknown and isinstance(outcome.error, RefundOutcomeUnknown):
             self.unknown.append((outcome.error, outcome))
         else:
             await self._tell(outcome)
 
     async def _due(self) -> AsyncGenerator[tuple[RefundOutcomeUnknown, Outcome]]:
-        """Yield the unknown refunds, each at its ``ask_again_at``."""
+        """Yield the unknown outcomes, each at its ``ask_again_at``."""
         self.unknown.sort(key=lambda pair: pair[0].ask_again_at, reverse=True)
         while self.unknown:
             unknown, _ = self.unknown[-1]

@@ -13,6 +13,7 @@ from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, Reply, la
 from .logs import Listeners
 from .merchant import Merchant
 from .middleware import Attempt, Limit, Middleware, Retry, compose
+from .models import RefundQuery
 from .retry import LONGEST_ATTEMPT, Deadline, RetryBudget, RetryPolicy, TokenBucket
 from .rsa_worker import RsaWorker
 from .signature_watch import SignatureWatch
@@ -41,7 +42,8 @@ class GatewayClient:
         self.signatures = SignatureWatch()
         limit = () if limiter is None else (Limit(limiter),)
         self.send = compose((Retry(self.retries_left), *limit, Attempt(), *middleware), self._exchange)
-        """The whole middleware chain."""
+        """Sends an :class:`Exchange` through the whole middleware chain."""
+        self.seal = rsa.seal
         self._transport = transport
         self._rsa = rsa
 
@@ -60,20 +62,21 @@ class GatewayClient:
             raise
         return cls(rsa, transport, **options)
 
-    async def seal(self, fields: Mapping[str, str]) -> bytes:
-        """Sign ``fields`` in a thread, and return the JSON to send."""
-        return await self._rsa.seal(fields)
-
     def exchange(
         self, call: Call, fields: Mapping[str, str], body: bytes, until: Deadline, policy: RetryPolicy
     ) -> Exchange:
-        """Return an exchange that is ready to send."""
-        endpoints = self.protocol.merchant.endpoints
-        url, told = endpoints.apply if call is Call.APPLY else endpoints.query, self.listeners
+        """Return an exchange of the signed ``body`` that is ready to send."""
+        endpoints, told = self.protocol.merchant.endpoints, self.listeners
+        url = endpoints.apply if call is Call.APPLY else endpoints.query
         return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy, listeners=told)
 
+    async def query_exchange(self, query: RefundQuery, until: Deadline, policy: RetryPolicy) -> Exchange:
+        """Return a signed query that is ready to send."""
+        fields = self.protocol.query_fields(query)
+        return self.exchange(Call.QUERY, fields, await self.seal(fields), until, policy)
+
     async def _exchange(self, exchange: Exchange) -> Reply:
-        """Send a request and read its response. This is the innermost layer of the middleware chain."""
+        """Send a request and read its response, as the innermost layer of the middleware chain."""
         exchange.send_count.open_sends += 1
         began, delivery = self.clock(), cast("Delivery | None", None)
         try:
@@ -95,5 +98,5 @@ class GatewayClient:
 
     async def aclose(self) -> None:
         """Wait for the last signature, then close the HTTP transport; a caller's client stays open."""
-        await self._rsa.rest()
+        await self._rsa.wait_until_idle()
         await self._transport.aclose()

@@ -1,14 +1,15 @@
-"""Record one refund: its intent before the first byte is sent, and its outcome.
+"""Record one refund: the intent before its first byte is sent, then the outcome.
 
-With a journal ``apply_refund`` may be called again at any time, after any crash: for a resolved refund it returns the
-recorded outcome, an unresolved refund is queried first, and a new refund is sent.
+With a journal, ``apply_refund`` may be called again at any time, also after a crash. For a resolved refund it returns
+or raises the recorded outcome, an unresolved refund is queried first, and a new refund is sent.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Final, cast
 
@@ -28,14 +29,14 @@ from .signing import signature_source
 
 logger = logging.getLogger("lianlian_async")
 
-_NO_CONTENT: Final = ("sign_type", "notify_url")
-_FIRST_LOOK: Final = 0.05
-_LONGEST_LOOK: Final = 1.0
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+"""Seconds. Each pause between two attempts to take a lease is twice as long as the pause before."""
 
 
 def digest(fields: Mapping[str, str]) -> str:
-    """Return the SHA-256 of the fields that must not change for one ``no_refund``: all but ``notify_url``."""
-    content = {name: text for name, text in fields.items() if name not in _NO_CONTENT}
+    """Return the SHA-256 of the fields that must not change for one ``no_refund``."""
+    content = {name: text for name, text in fields.items() if name not in ("sign_type", "notify_url")}
     return hashlib.sha256(signature_source(content)).hexdigest()
 
 
@@ -57,7 +58,7 @@ def refusal(no_refund: str, record: Mapping[str, str]) -> RefundRejected:
 
 
 def decision(is_made: bool, evidence: str, who: str, now: Moment) -> Ending:
-    """Return the ``Ending`` for :meth:`.journal.Journal.decide`: success, or a rejection that is final."""
+    """Return a person's decision as the ``Ending`` for :meth:`.journal.Journal.decide`: success, or not made."""
     text = f"decided by hand by {who} at {now.wall.isoformat(sep=' ', timespec='seconds')}: {evidence}"
     if is_made:
         return Ending(state=State.DONE, record={"sta_refund": RefundStatus.SUCCESS, "evidence": text})
@@ -66,14 +67,14 @@ def decision(is_made: bool, evidence: str, who: str, now: Moment) -> Ending:
 
 
 def answer(entry: Entry) -> Refund:
-    """Return the recorded refund of a resolved entry, or raise the recorded rejection or conflict."""
+    """Return the refund of a resolved entry, or raise its ``RefundRejected`` or ``RefundConflict``."""
     if entry.ending is None:
         raise LookupError(f"refund {entry.no_refund} is not resolved")
     record = entry.ending.record
     if entry.ending.state is State.REJECTED:
         raise refusal(entry.no_refund, record)
     if entry.ending.state is State.CONFLICT:
-        check_identity(entry.fields, record)  # raises the recorded conflict, unless its record was not kept
+        check_identity(entry.fields, record)  # raises the recorded conflict, unless ``record`` is empty
         raise RefundConflict(entry.no_refund, field="content", ours="its request", theirs="unknown")
     return Refund.from_dict(record, entry.fields)
 
@@ -81,8 +82,8 @@ def answer(entry: Entry) -> Refund:
 async def take(
     journal: Journal, intent: Intent, clock: Clock, deadline: float, listeners: Listeners = NOBODY
 ) -> tuple[Standing, Entry]:
-    """Call ``journal.begin`` until the refund is not LEASED, or until ``deadline`` (event loop's clock)."""
-    seconds, number = _FIRST_LOOK, intent.no_refund
+    """Call ``journal.begin`` repeatedly until the refund is not LEASED, or until ``deadline`` (event loop's clock)."""
+    seconds, number = _FIRST_PAUSE, intent.no_refund
     while True:
         began = listeners.timer()
         standing, entry = await journal.begin(intent, clock())
@@ -92,15 +93,15 @@ async def take(
             return standing, entry
         with listeners.span(Paused, no_refund=number, cause="lease", seconds=seconds):
             await anyio.sleep(seconds)
-        seconds = min(2 * seconds, _LONGEST_LOOK)
+        seconds = min(2 * seconds, _LONGEST_PAUSE)
 
 
 async def learn(journal: Journal, refund: Record, now: Moment, source: str = "query") -> Record:
-    """Record a state that the gateway reported; return ``refund``, completed from its request if that is on record.
+    """Record a state that the gateway reported; return ``refund``, completed from the recorded request.
 
-    ``source``: *query*, *notification* or *statement*; the journal keeps it as a fact if the state is new.
+    ``source`` is *query*, *notification* or *statement*; if the recorded state changes, the journal keeps it as a fact.
     A refund without an entry is returned unchanged. Raises ``RefundConflict`` if ``refund`` differs from the request
-    (the journal records this conflict) or if its final state differs from the recorded one.
+    (the journal records this conflict) or contradicts the recorded outcome.
     """
     number = str(refund.no_refund)
     entry = await journal.find(number)
@@ -135,12 +136,12 @@ class Recording:
     journal: Journal
     request: RefundRequest
     fields: Mapping[str, str]
-    """The wire fields that are signed."""
+    """The wire fields of the request."""
     clock: Clock
     digest: str = attrs.field(init=False, default=attrs.Factory(lambda self: digest(self.fields), takes_self=True))
 
-    async def look(self) -> Refund | None:
-        """Return the recorded refund if it is resolved, without signing anything. Raises as :func:`answer`."""
+    async def recorded(self) -> Refund | None:
+        """Return the recorded refund; None: it is not resolved, or its request differs. Raises as :func:`answer`."""
         entry = await self.journal.find(self.request.no_refund)
         if entry is None or entry.ending is None or entry.digest != self.digest:
             return None
@@ -157,14 +158,11 @@ class Recording:
         number = self.request.no_refund
         intent = Intent(no_refund=number, digest=self.digest, fields=self.request.to_dict(), body=body, lease=lease)
         standing, entry = await take(self.journal, intent, self.clock, deadline, listeners)
-        if standing is Standing.LEASED:
-            raise self._leased(entry)
-        return standing, entry
-
-    def _leased(self, entry: Entry) -> RefundOutcomeUnknown:
+        if standing is not Standing.LEASED:
+            return standing, entry
         now = self.clock()
         leased_until = entry.leased_until or now
-        return RefundOutcomeUnknown(
+        raise RefundOutcomeUnknown(
             request=self.request,
             oid_partner=self.fields["oid_partner"],
             body=entry.body,
@@ -174,9 +172,9 @@ class Recording:
         )
 
     async def keep(self, entry: Entry, resolve: Callable[[], Awaitable[Refund]], case: Case) -> Refund:
-        """Run ``resolve`` for the claimed ``entry`` and its ``case``, and record the outcome, also under cancellation.
+        """Run ``resolve`` for the claimed ``entry`` and its ``case``, and record the outcome, even if cancelled.
 
-        A ``JournalError`` after a send has the refund's outcome as ``said``.
+        If the journal fails, the ``JournalError`` has the refund's outcome as ``said``.
         """
         try:
             refund = await resolve()
@@ -193,15 +191,15 @@ class Recording:
             raise
         except RefundOutcomeUnknown as error:
             await self._release(entry, case, error)
-            found = await self._find(entry, error)
+            with _said(error):
+                found = await self.journal.find(entry.no_refund)
             if found is None or found.ending is None:
                 raise
-            return answer(found)  # a notification came meanwhile
+            return answer(found)  # recorded meanwhile, for example by a notification
         except RefundConflict as error:
-            # A conflict without a record was found by this library, not by the gateway.
             await self._finish(entry, case, Ending(state=State.CONFLICT, record=error.record or {}), error)
             raise
-        except BaseException as error:  # cancellation, a failed journal, or a bug: an attempt may be under way
+        except BaseException as error:  # cancellation, a failed journal, or a bug: the refund may have been sent
             said = case.unknown()
             if isinstance(error, JournalError):
                 error.said = said
@@ -217,33 +215,29 @@ class Recording:
         """Return whether the lease of ``entry`` has ended and another worker may have sent the refund since."""
         if entry.leased_until is None or self.clock().boot < entry.leased_until.boot:
             return False
-        found = await self._find(entry, said)
+        with _said(said):
+            found = await self.journal.find(entry.no_refund)
         return found is not None and (found.sent_at is not None or found.ending is not None)
 
-    async def _find(self, entry: Entry, said: LianLianError) -> Entry | None:
-        try:
-            return await self.journal.find(entry.no_refund)
-        except JournalError as error:
-            error.said = said
-            raise
-
     async def _finish(self, entry: Entry, case: Case, how: Ending, said: Refund | LianLianError) -> Entry:
-        try:
-            with anyio.CancelScope(shield=True):
-                stored = await self.journal.finish(entry, how, case.history)
-        except JournalError as error:
-            error.said = said
-            raise
-        return stored
+        with _said(said, shield=True):
+            return await self.journal.finish(entry, how, case.history)
 
     async def _release(self, entry: Entry, case: Case, said: LianLianError) -> None:
         """End the lease. The refund may have been made only if ``said`` is ``RefundOutcomeUnknown``."""
-        unknown = said if isinstance(said, RefundOutcomeUnknown) else None
-        refused = None if unknown is None or unknown.refused is None else _refusal_record(unknown.refused)
-        try:
-            with anyio.CancelScope(shield=True):
-                moment = None if unknown is None else unknown.moment
-                await self.journal.release(entry, moment, refused, case.history)
-        except JournalError as error:
-            error.said = said
-            raise
+        moment = refused = None
+        if isinstance(said, RefundOutcomeUnknown):
+            moment, refused = said.moment, None if said.refused is None else _refusal_record(said.refused)
+        with _said(said, shield=True):
+            await self.journal.release(entry, moment, refused, case.history)
+
+
+@contextmanager
+def _said(outcome: Refund | LianLianError, *, shield: bool = False) -> Generator[None]:
+    """If the block raises a ``JournalError``, set its ``said`` to the refund's ``outcome``."""
+    try:
+        with anyio.CancelScope(shield=shield):
+            yield
+    except JournalError as error:
+        error.said = outcome
+        raise

@@ -16,7 +16,7 @@ from .models import RefundQuery, RefundRecord, RefundRequest
 from .outcome import Outcome
 from .recording import learn
 from .resolution import matching
-from .worker_pool import checked, run_workers
+from .worker_pool import run_workers
 
 logger = logging.getLogger("lianlian_async")
 
@@ -73,5 +73,5 @@ async def resume(
         else:
             count[await (is_resolved(request) if entry.ending is None else is_final(request))] += 1
 
-    await run_workers(journal.pending(), resume_one, workers=checked(workers), intake=anyio.CancelScope())
+    await run_workers(journal.pending(), resume_one, workers=workers, intake=anyio.CancelScope())
     return Resumed(resolved=count[True], still_open=count[False])

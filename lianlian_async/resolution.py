@@ -1,6 +1,7 @@
-"""Resolve one refund: apply, query, and return or raise its outcome: made, rejected, not sent or unknown.
+"""Resolve one refund: apply, query, and return or raise its outcome: made, rejected, not sent, conflict or unknown.
 
-The table :data:`NEXT_STEP` and :meth:`Case.not_found_is_believed` decide; all other code only waits.
+:data:`NEXT_STEP` decides after each apply attempt. :class:`Case` decides which record and which "no such record" is
+believed. The functions send, query and wait.
 """
 
 from __future__ import annotations
@@ -28,13 +29,12 @@ from .retry import TokenBucket
 
 logger = logging.getLogger("lianlian_async")
 
-
 _LONGEST_WAIT: Final = 90 * 86_400.0
-"""Seconds. After 3 months the gateway rejects a query (3005)."""
+"""Seconds: the longest time until ``ask_again_at``. After 3 months the gateway rejects a query (3005)."""
 
 
 class Step(Enum):
-    """What to do after an apply call."""
+    """What to do after an apply attempt."""
 
     RETURN = "return the record"
     RAISE = "raise the certain error"
@@ -42,7 +42,7 @@ class Step(Enum):
 
 
 NEXT_STEP: Final[dict[tuple[Finding, bool], Step]] = {
-    # (finding of this attempt, may an earlier one have arrived?)
+    # (finding of this attempt, whether an earlier attempt may have arrived)
     (Finding.NOT_SENT, False): Step.RAISE,
     (Finding.NOT_SENT, True): Step.ASK,
     (Finding.FOUND, False): Step.RETURN,
@@ -56,7 +56,7 @@ NEXT_STEP: Final[dict[tuple[Finding, bool], Step]] = {
     (Finding.UNCERTAIN, False): Step.ASK,
     (Finding.UNCERTAIN, True): Step.ASK,
 }
-"""The decision table. Before it, ``Retry`` has repeated sends that did not arrive, within policy and deadline."""
+"""The decision table. ``Retry`` has already repeated sends that did not arrive, within policy and deadline."""
 
 
 @attrs.define(kw_only=True)
@@ -70,52 +70,56 @@ class Case:
     clock: Clock
     sent_at: Moment | None = None
     """Upper bound for the time at which the gateway may have received an attempt. None: it received nothing."""
-    told_at: Moment | None = None
-    """``sent_at`` of an earlier call, maybe on another machine. None once it was compared with ``sent_at``."""
+    earlier_sent_at: Moment | None = None
+    """``sent_at`` of an earlier call, maybe on another machine, until :meth:`_merge_earlier` merges it."""
     refused: RefundRejected | None = None
-    """The rejection, if every attempt so far was rejected. None: no attempt, or an attempt may have succeeded."""
+    """The last refusal (rejected, duplicate, in progress), if every attempt so far was refused. None: no attempt, or an
+    attempt may have succeeded."""
     ask_first: bool = False
     """Whether to query before the first send: the journal may have lost an attempt."""
-    before_resend: Callable[[], Awaitable[None]]
-    """Records in the journal that the same bytes may be sent again."""
+    before_resend: Callable[[str], Awaitable[None]]
+    """Records in the journal that the same bytes may be sent again; its argument is ``history``."""
     canary: Callable[[], Awaitable[LianLianError | bool]]
-    """Queries a refund that was made, to check the query service. True: it was found. False: there is no refund to
-    query. An error: "no such record" from this query service proves nothing."""
+    """Queries the canary, a refund that was made, to check the query service. True: the canary was found. False: there
+    is no canary. An error: "no such record" from this query service proves nothing."""
     traffic: Traffic = attrs.field(factory=Traffic)
     history: str = ""
     """The facts about this refund, for the journal."""
     rejection: LianLianError | None = None
-    """The rejection of the last attempt; it is believed once no earlier attempt can have succeeded."""
+    """The rejection of the last attempt. It is raised once a query proves that no earlier attempt succeeded."""
     retry_after: float | None = None
+    """Seconds that the last answer asked to wait."""
     apply_error: LianLianError | None = None
     query_error: LianLianError | None = None
 
     def add_fact(self, what: str, result: str = "") -> None:
-        """Remember a fact for the journal, which records it with the outcome."""
+        """Add a fact to ``history``, which the journal records with the outcome."""
         self.history = added(self.history, self.clock(), what, result)
 
     def not_found_is_believed(self, asked_at: Moment) -> bool:
         """Return whether "no such record", queried at ``asked_at``, proves that no attempt was carried out."""
         if self.sent_at is None:
             return True
-        # Only the time up to the query counts. Its answer may be the first one with a Date header.
+        # The time after the query does not count. The gateway's time at the query is computed from the clock after the
+        # answer, because this answer may be the first one with a Date header.
         asked_at = attrs.evolve(asked_at, gateway=None).dated(self.clock())
-        self._compare(asked_at)
+        self._merge_earlier(asked_at)
         seconds = elapsed(self.sent_at, asked_at)
-        if seconds is None:  # no clock can measure it: the grace starts now, and the journal keeps this moment
+        if seconds is None:  # no clock can measure it: the grace starts at this query; the journal keeps this moment
             self.sent_at = asked_at
             return False
         return seconds >= self.apply.policy.not_found_grace
 
-    def _compare(self, now: Moment) -> None:
-        if self.sent_at is not None and self.told_at is not None:
-            self.sent_at, self.told_at = latest(self.sent_at, self.told_at, now), None
+    def _merge_earlier(self, now: Moment) -> None:
+        """Set ``sent_at`` to the later of ``sent_at`` and ``earlier_sent_at``."""
+        if self.sent_at is not None and self.earlier_sent_at is not None:
+            self.sent_at, self.earlier_sent_at = latest(self.sent_at, self.earlier_sent_at, now), None
 
     def doubt(self, refund: RefundRecord) -> LianLianError | None:
-        """Return why a record does not prove that this refund was made; None: it proves it.
+        """Return why the record ``refund`` does not prove that this refund was made; None: it is a proof.
 
-        If every attempt was rejected, or there was none, the number may belong to another refund: only a record with
-        the whole identity counts. Raises ``RefundConflict`` for a record of another refund.
+        If there was no attempt, or every attempt was refused, the number may belong to another refund: then only a
+        record with the whole identity is a proof. Raises ``RefundConflict`` for a record of another refund.
         """
         try:
             matching(self.request, refund)
@@ -126,8 +130,8 @@ class Case:
             return None
         return LianLianError("the record found lacks dt_refund or money_refund: it may belong to another refund")
 
-    async def prove_queries(self) -> bool:
-        """Query a refund that was made; return whether there is one. Raises ``RefundOutcomeUnknown`` on failure."""
+    async def check_query_service(self) -> bool:
+        """Query the canary; return whether there is one. Raises ``RefundOutcomeUnknown`` if it is not found."""
         proof = await self.canary()
         if isinstance(proof, LianLianError):
             self.query_error = proof
@@ -136,7 +140,7 @@ class Case:
 
     @property
     def is_refused(self) -> bool:
-        """Whether every attempt so far was rejected. A code of the class *in progress* is no rejection."""
+        """Whether every attempt so far was refused, the last one not with a code of the class *in progress*."""
         return self.refused is not None and explain(self.refused.ret_code).kind is not CodeClass.IN_PROGRESS
 
     def next_step(self, finding: Finding) -> Step:
@@ -146,7 +150,7 @@ class Case:
         return NEXT_STEP[finding, self.sent_at is not None]
 
     def take_in(self, reply: Reply) -> None:
-        """Record an apply attempt that leads to a query."""
+        """Add the evidence of an apply attempt whose next step is a query."""
         self.rejection = reply.error if reply.finding is Finding.REJECTED else None
         if reply.finding in (Finding.EXISTS, Finding.UNCERTAIN):
             only_refused = self.sent_at is None or self.refused is not None
@@ -156,7 +160,7 @@ class Case:
     def unknown(self) -> RefundOutcomeUnknown:
         """Return the unknown outcome, with the data that :meth:`RefundSession.resolve` needs."""
         now = self.clock()
-        self._compare(now)
+        self._merge_earlier(now)
         sent_at = (self.sent_at or now).dated(now)
         policy = self.apply.policy
         grace_left = policy.not_found_grace - (elapsed(sent_at, now) or 0.0)
@@ -183,11 +187,12 @@ class Case:
 async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
     """Resolve ``case``; ``send`` is the session's middleware chain, ``retries_left`` its retry budget.
 
-    Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict`` or ``RefundOutcomeUnknown``.
+    Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict``, ``RefundOutcomeUnknown``, or the ``JournalError``
+    of ``before_resend``.
     """
     number = case.request.no_refund
     try:
-        # Query an unknown refund first; send a new one first.
+        # A new refund is sent first; a refund that may have been sent is queried first.
         is_new = case.sent_at is None and not case.ask_first
         refund = await _apply(case, send) if is_new else None
         resends = case.apply.policy.attempts - 1
@@ -209,7 +214,7 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
 
 
 async def _check_not_found(case: Case) -> None:
-    """After "no such record" is believed: raise the outcome that it proves, or prepare to send again."""
+    """After a believed "no such record", raise the outcome that it proves, or prepare to send again."""
     if case.sent_at is None:
         return
     if not case.apply.lease_holds():
@@ -220,15 +225,15 @@ async def _check_not_found(case: Case) -> None:
     if case.refused is not None and case.is_refused:
         raise case.refused
     case.add_fact("resend")
-    await case.before_resend()
+    await case.before_resend(case.history)
 
 
 async def _apply(case: Case, send: Next) -> Refund | None:
-    """Send once (``Retry`` repeats only sends that did not arrive). Return the record, or None: query next."""
+    """Send once (``Retry`` repeats only sends that did not arrive). Return the record; None: query next."""
     try:
         sent = case.traffic.attempts
         reply = await send(attrs.evolve(case.apply, attempt=sent + 1) if sent else case.apply)
-    except BaseException:  # the request may be under way
+    except BaseException:  # the request may have been sent
         case.sent_at, case.refused = case.clock(), None
         case.add_fact(Call.APPLY, "interrupted")
         raise
@@ -245,11 +250,14 @@ async def _apply(case: Case, send: Next) -> Refund | None:
 
 
 async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | None:
-    """Query until there is a record; None: certainly not made. Raises ``RefundOutcomeUnknown`` at the deadline."""
+    """Query until there is a proof. Return the record; None: the refund was certainly not made.
+
+    Raises ``RefundConflict``, and ``RefundOutcomeUnknown`` if the queries end without a proof.
+    """
     query = await case.make_query()
     if case.retry_after and not await backoff(query, retries_left, 0, case.retry_after):
         raise case.unknown()
-    queries, is_proved = 0, False
+    queries, is_checked = 0, False
     while True:
         asked_at = case.clock()
         reply = await send(attrs.evolve(query, attempt=case.traffic.queries + 1))
@@ -265,12 +273,11 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         elif reply.finding is not Finding.NOT_FOUND:  # the retries are used up, or the query was rejected
             break
         if case.not_found_is_believed(asked_at):
-            if reply.refund is not None and not case.is_refused:
+            if reply.refund is not None and not case.is_refused:  # the record may belong to an attempt
                 break
-            is_new = case.sent_at is None and not case.ask_first
-            if is_proved or is_new or not await case.prove_queries():
+            if is_checked or not await case.check_query_service():
                 return None
-            is_proved = True  # query once more: the service may have been repaired between the two answers
+            is_checked = True  # query once more: the service may have been repaired between the two answers
             continue
         if not await backoff(query, retries_left, queries, reply.retry_after):
             break
@@ -279,7 +286,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
 
 
 def matching(request: RefundRequest, found: RefundRecord) -> Refund:
-    """Return ``found``, completed. Raises ``RefundConflict`` if it records another refund under our number."""
+    """Return ``found``, completed from ``request``. Raises ``RefundConflict`` and ``AnswerMismatch``."""
     fields = request.to_dict()
     try:
         check_identity(fields, found.raw)

@@ -1,4 +1,4 @@
-"""RSA for one event loop: signs in a thread; verifies on the event loop if verification is fast, else in the thread."""
+"""RSA for one event loop: sign in a thread; verify on the event loop if a verification is fast, else in the thread."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from .protocol import Protocol
 T = TypeVar("T")
 
 INLINE_VERIFY_SECONDS: Final = 0.0005
-"""A signature is verified on the event loop if a measurement at start-up took less time, else in the thread."""
-
-LONGEST_VISIT: Final = 0.005
-"""Seconds after which a visit (one call in the thread) starts no further signature: its caller waits for the end."""
+"""If a verification takes less time when the keys are loaded, signatures are verified on the event loop."""
+LONGEST_ROUND: Final = 0.005
+"""Seconds after which a round (one call in the thread) starts no further signature, because its leader waits."""
 DELIVER_AFTER: Final = 0.001
-"""Seconds after which a visit wakes the callers whose signatures are ready. Waking too many together delays others."""
+"""Seconds after which a round wakes the callers whose signatures are ready. Waking many at once delays other tasks."""
 
 
 class _Job:
@@ -36,67 +35,67 @@ class _Job:
         self.body: bytes | None = None
         self.error: BaseException | None = None
         self.leads = False
-        self.turn = anyio.Event()
-        """Set when the job is done, or when its caller must lead the next visit."""
+        self.wake_up = anyio.Event()
+        """Set when the job is done, or when its caller must lead the next round."""
 
 
 class RsaWorker:
-    """The loaded keys of a merchant; one RSA operation at a time runs in the thread."""
+    """Signs and verifies with the loaded keys of a merchant; the thread runs one call at a time."""
 
-    def __init__(self, protocol: Protocol, turn: anyio.CapacityLimiter, *, verify_inline: bool) -> None:
+    def __init__(self, protocol: Protocol, limiter: anyio.CapacityLimiter, *, verify_inline: bool) -> None:
         self.protocol = protocol
-        self._turn = turn
+        self._limiter = limiter
         self._verify_inline = verify_inline
         self._jobs: deque[_Job] = deque()
-        self._is_led = False
+        self._has_leader = False
         self._call_soon = call_soon_threadsafe()
 
     @classmethod
     async def open(cls, merchant: Merchant) -> RsaWorker:
         """Load the keys in the thread, and measure how long a verification takes."""
-        turn = anyio.CapacityLimiter(1)  # more threads would compete with the event loop for the GIL
-        keys = await anyio.to_thread.run_sync(merchant.load_keys, limiter=turn)
+        limiter = anyio.CapacityLimiter(1)  # more threads would compete with the event loop for the GIL
+        keys = await anyio.to_thread.run_sync(merchant.load_keys, limiter=limiter)
         protocol = Protocol(merchant, keys.private, keys.gateway)
-        seconds = await anyio.to_thread.run_sync(_verify_seconds, protocol, limiter=turn)
-        return cls(protocol, turn, verify_inline=seconds < INLINE_VERIFY_SECONDS)
+        seconds = await anyio.to_thread.run_sync(_verify_seconds, protocol, limiter=limiter)
+        return cls(protocol, limiter, verify_inline=seconds < INLINE_VERIFY_SECONDS)
 
     async def seal(self, fields: Mapping[str, str]) -> bytes:
-        """Sign ``fields`` in the thread. A request is signed once, so that every attempt sends the same bytes.
+        """Sign ``fields`` in the thread, and return the JSON to send.
 
-        The first waiting caller leads: it starts a visit to the thread, which signs for all waiting callers. Afterwards
-        the next waiting caller leads.
+        One waiting caller leads: it starts a round, in which the thread signs for the waiting callers. Then the next
+        waiting caller leads.
         """
         job = _Job(fields)
         self._jobs.append(job)
         try:
-            if self._is_led:
-                await job.turn.wait()
+            if self._has_leader:
+                await job.wake_up.wait()
             else:
-                self._is_led = job.leads = True
-            # Repeat if the thread is still signing this job in a visit whose leader asyncio's Task.cancel has ended.
+                self._has_leader = job.leads = True
+            # Repeat while an earlier round still signs this job: asyncio's Task.cancel ended that round's leader only.
             while job.body is None and job.error is None:
-                await anyio.to_thread.run_sync(self._visit, limiter=self._turn)
+                await anyio.to_thread.run_sync(self._sign_round, limiter=self._limiter)
         finally:
             with suppress(ValueError):  # the thread has taken the job
                 self._jobs.remove(job)
             if job.leads:
-                self._pass_on()
+                self._choose_leader()
         if job.error is not None:
             raise job.error
         return cast("bytes", job.body)
 
-    def _pass_on(self) -> None:
+    def _choose_leader(self) -> None:
         """Let the next waiting caller lead."""
         try:
             job = self._jobs[0]
-        except IndexError:
-            self._is_led = False
+        except IndexError:  # no caller waits
+            self._has_leader = False
         else:
             job.leads = True
-            job.turn.set()
+            job.wake_up.set()
 
-    def _visit(self) -> None:
-        # The thread takes the jobs from the queue: a leader that took them could be cancelled and lose them.
+    def _sign_round(self) -> None:
+        # The thread, not the leader, takes the jobs from the queue: a cancelled leader would lose the jobs it took.
         done: list[_Job] = []
         began = delivered = perf_counter()
         for _ in range(len(self._jobs)):
@@ -113,32 +112,32 @@ class RsaWorker:
             if now > delivered + DELIVER_AFTER:
                 self._call_soon(partial(_wake, done))
                 done, delivered = [], now
-            if now > began + LONGEST_VISIT:
+            if now > began + LONGEST_ROUND:
                 break
         self._call_soon(partial(_wake, done))
 
     async def check(self, read: Callable[..., T], *arguments: Any) -> T:
-        """Call ``read(*arguments)``, which verifies one signature, on the event loop or in the thread."""
+        """Return ``read(*arguments)``, which verifies one signature, on the event loop or in the thread."""
         if self._verify_inline:
             return read(*arguments)
-        return await anyio.to_thread.run_sync(read, *arguments, limiter=self._turn)
+        return await anyio.to_thread.run_sync(read, *arguments, limiter=self._limiter)
 
-    async def rest(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Wait until the thread is idle."""
-        async with self._turn:
+        async with self._limiter:
             pass
 
 
 def _wake(jobs: Iterable[_Job]) -> None:
     for job in jobs:
-        job.turn.set()
+        job.wake_up.set()
 
 
 def _verify_seconds(protocol: Protocol) -> float:
-    """Return the seconds that verifying a signature with these keys takes: the best of three measurements."""
-    longest = max(key.bits for key in protocol.gateway_keys)
-    # Use the full length: a shorter signature would be rejected without an RSA operation.
-    fields = {"sign": b64encode(b"\x55" * ((longest + 7) // 8)).decode()}
+    """Return how many seconds a verification with these keys takes: the shortest of three measurements."""
+    bits = max(key.bits for key in protocol.gateway_keys)
+    # A signature that is shorter than the key would be rejected without an RSA operation.
+    fields = {"sign": b64encode(b"\x55" * ((bits + 7) // 8)).decode()}
 
     def seconds() -> float:
         began = perf_counter()

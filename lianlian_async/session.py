@@ -23,7 +23,6 @@ from .errors import (
     misconfigured,
 )
 from .events import CallBegan, CallEnded, Listener, Paused
-from .exchange import Call
 from .flight import Flights, Order
 from .gateway_client import GatewayClient
 from .journal import Journal, OpenRefunds
@@ -42,7 +41,7 @@ from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, HttpSender,
 from .waiters import Waiters
 
 LONGEST_DEADLINE: Final = 86_400.0
-"""Seconds that one call may take with a journal, which keeps its lease for twice as long."""
+"""Seconds that one call with a journal may take: its lease lasts twice as long."""
 
 _checked: Final = partial(positive_seconds, "deadline")
 
@@ -56,7 +55,7 @@ class RefundSession:
             refund = await session.apply_refund(request)
 
     Args:
-        merchant: who we are.
+        merchant: the merchant's number, keys and endpoints.
         client: an ``AsyncClient`` of httpx or httpx2; the session does not close it. It must allow ``max_connections``.
         transport: a transport of httpx or httpx2 for the session's own client; excludes ``client``.
         http_backend: ``httpx`` or ``aiohttp``, for the session's own client; by default ``LIANLIAN_HTTP_BACKEND``, else
@@ -66,8 +65,8 @@ class RefundSession:
             pause, every query. Waiting for the slot does not count, so you may start thousands of calls with
             ``asyncio.gather``.
         max_connections: maximum number of concurrent calls; further calls wait in order.
-        warm_up: connections to open with the session, by one HEAD request each to ``endpoints.apply``, so that the
-            first refunds need not wait for TCP and TLS. Unused connections are closed after some seconds.
+        warm_up: number of connections to open with the session, by one HEAD request each to ``endpoints.apply``. Then
+            the first refunds need not wait for TCP and TLS. Unused connections are closed after some seconds.
         middleware: your layers around every attempt, outermost first (see :mod:`lianlian_async.middleware`).
         limiter: any async context manager, entered around every attempt: a semaphore, or
             :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
@@ -80,10 +79,10 @@ class RefundSession:
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
 
     Concurrent calls for the same ``no_refund`` make one refund. If a call left the refund unknown, the next call
-    queries first; without a journal, only within the same session.
+    queries first. Without a journal, this holds only within one session.
 
-    Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, raise; they have
-    sent nothing. Use outside ``async with``, a second use, and use from another event loop raise ``RuntimeError``.
+    Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, have sent nothing
+    and raise ``RuntimeError``. So does use outside ``async with``, a second use, and use from another event loop.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ class RefundSession:
 
     @property
     def signatures(self) -> SignatureWatch:
-        """Counts whether the gateway's answers verify. Batches and workers stop early if they do not."""
+        """Records whether the gateway's answers verify. Batches and workers stop early if they do not."""
         return self._gateway.signatures
 
     async def __aenter__(self) -> Self:
@@ -152,7 +151,7 @@ class RefundSession:
             if self.journal is not None and self.journal.is_open:  # else bind it at the first refund
                 await self.journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._gateway = await self._open_gateway(await self._open_sender())
-            self._flights = Flights(self._gateway, self.clock, self._life.slot)
+            self._flights = Flights(self._gateway, self.clock, self._slot)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -174,10 +173,10 @@ class RefundSession:
             InvalidRequest: a field breaks the gateway's rules; nothing was sent.
             RefundNotSent: the refund certainly never reached the gateway; it is safe to send it again.
             ConfigurationError: a setting, such as a proxy, prevents every send; nothing was sent.
-            RefundRejected: the gateway rejected it.
+            RefundRejected: the gateway rejected the refund.
             RefundConflict: the number belongs to another refund; a person has to decide.
             RefundOutcomeUnknown: the refund may have been made; see :meth:`resolve`.
-            JournalError: the journal failed; ``said`` is the refund's outcome if it was sent.
+            JournalError: the journal failed; ``said`` is the refund's outcome if the refund may have been sent.
         """
         return await self._apply(request, deadline=deadline, retry=retry)
 
@@ -204,8 +203,9 @@ class RefundSession:
     ) -> Outcome:
         """Return the result of :meth:`apply_refund`, or with ``earlier`` of :meth:`resolve`, as a value.
 
-        ``journal`` and ``query_first`` override the session's. An item that is not a ``RefundRequest`` gives an outcome
-        with ``InvalidRequest`` as its error and the item as its request. Raises only ``ConfigurationError``.
+        ``journal`` overrides the session's journal. ``query_first`` queries first even if the session does not. A
+        ``request`` that is not a ``RefundRequest`` gives an outcome with ``InvalidRequest`` as its error. Raises
+        ``ConfigurationError``, because every further refund would raise it, but no other ``LianLianError``.
         """
         began = anyio.current_time()
         traffic = Traffic()
@@ -220,7 +220,7 @@ class RefundSession:
                 query_first=query_first,
                 traffic=traffic,
             )
-        except ConfigurationError:  # every further refund would raise it, too
+        except ConfigurationError:
             raise
         except LianLianError as problem:
             error = problem
@@ -246,8 +246,10 @@ class RefundSession:
         Raises:
             RefundNotFound: the gateway has no such record at this moment.
             QueryRejected: the gateway rejected the query, which says nothing about the refund.
+            RefundConflict: the record has another ``dt_refund`` than the query.
             SignatureInvalid, AnswerMismatch, MalformedMessage: the last answer cannot be used.
             GatewayUnavailable: the gateway gave no usable answer in time.
+            ConfigurationError: a setting, such as a proxy, prevents every query.
         """
         expect(query, RefundQuery, "query")
         seconds, policy = self._given(deadline, retry)
@@ -257,12 +259,9 @@ class RefundSession:
             return await self._observed("query_refund", query.no_refund, call, traffic)
 
     async def _query(self, query: RefundQuery, seconds: float, policy: RetryPolicy, traffic: Traffic) -> RefundRecord:
-        wait = partial(self.listeners.span, Paused, no_refund=query.no_refund, cause="slot", seconds=None)
-        async with self._life.slot(wait):
+        async with self._slot(query.no_refund):
             until = Deadline(anyio.current_time() + seconds)
-            fields = self._gateway.protocol.query_fields(query)
-            exchange = self._gateway.exchange(Call.QUERY, fields, await self._gateway.seal(fields), until, policy)
-            reply = await self._gateway.send(exchange)
+            reply = await self._gateway.send(await self._gateway.query_exchange(query, until, policy))
         traffic.queries = reply.attempts
         if reply.refund is not None:
             return reply.refund
@@ -273,9 +272,9 @@ class RefundSession:
     async def wait_refund(self, refund: Record, *, deadline: float = 3600.0) -> Record:
         """Wait until a refund that was made is final: success or failed.
 
-        A notification ends the wait if a ``NotificationEndpoint`` has this session. Until then the gateway is queried,
-        first after 2 seconds, then with pauses that double up to 5 minutes. ``deadline`` is in seconds; LianLian
-        notifies for an hour. The wait holds no connection slot.
+        The notification ends the wait if a ``NotificationEndpoint`` has this session. Until then the gateway is
+        queried, first after 2 seconds, then with pauses that double up to 5 minutes. ``deadline`` is in seconds;
+        LianLian sends notifications for an hour. The wait holds no connection slot.
 
         Raises:
             RefundNotFinal: the refund is not final at the deadline.
@@ -292,7 +291,7 @@ class RefundSession:
         """Make a refund and wait until it is final: :meth:`apply_refund`, then :meth:`wait_refund`.
 
         A notification also counts if it arrives before the answer, or if no answer arrives. ``deadline`` (seconds)
-        bounds the wait; the session's deadline bounds the call before it. Raises the errors of both.
+        limits the wait; the session's deadline limits :meth:`apply_refund`. Raises the errors of both methods.
         """
         seconds = _checked(deadline)
         expect(request, RefundRequest, "request")
@@ -321,7 +320,7 @@ class RefundSession:
         """
         if self.journal is None:
             raise ConfigurationError("resume: this session has no journal")
-        workers = self.max_connections if concurrency is None else concurrency
+        workers = self.max_connections if concurrency is None else check_integer("concurrency", concurrency, least=1)
         return await resume(
             self.journal, resolve=self.outcome_of, query=self.query_refund, workers=workers, clock=self.clock
         )
@@ -360,12 +359,16 @@ class RefundSession:
         name, traffic = "apply_refund" if earlier is None else "resolve", traffic or Traffic()
         try:
             with self._life.in_use():
-                return await self._observed(name, request.no_refund, self._flights.carry_out(order, traffic), traffic)
+                return await self._observed(name, request.no_refund, self._flights.join(order, traffic), traffic)
         except RefundNotSent as error:
             raise misconfigured(error) or error from error.__cause__
 
+    def _slot(self, number: str | None) -> AbstractAsyncContextManager[None]:
+        """Wait for a connection slot, and report the wait to the listeners."""
+        return self._life.slot(partial(self.listeners.span, Paused, no_refund=number, cause="slot", seconds=None))
+
     async def _observed(self, name: str, number: str | None, call: Awaitable[Record], traffic: Traffic) -> Record:
-        """Await ``call`` between its two events."""
+        """Await ``call`` and report its beginning and its end to the listeners."""
         listeners, began = self.listeners, self.listeners.timer()
 
         def tell(outcome: str, told: RefundRecord | BaseException, error: str | None = None) -> None:
@@ -385,7 +388,7 @@ class RefundSession:
             return refund
 
     def _given(self, deadline: float | None, retry: RetryPolicy | None) -> tuple[float, RetryPolicy]:
-        """Return a call's deadline in seconds, and its policy."""
+        """Return a call's deadline in seconds and its policy: the arguments, or else those of the session."""
         if retry is not None:
             check_type("retry", retry, RetryPolicy)
         return self._deadline if deadline is None else _checked(deadline), self._retry if retry is None else retry

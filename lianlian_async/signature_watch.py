@@ -1,4 +1,4 @@
-"""Stop a batch early if answers do not verify: with a wrong key, every refund would be made with an unknown outcome."""
+"""Stop a batch early if answers do not verify. With a wrong key, every refund would be made with an unknown outcome."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FAILURES: Final = 4
 
 
 class SignatureWatch:
-    """Records whether the answers of one session verify with the gateway's keys.
+    """Records whether the answers in one session verify with the gateway's keys.
 
     Several answers about one refund count once, so a single refund cannot stop a batch.
     """
@@ -26,12 +26,12 @@ class SignatureWatch:
         self.has_verified = False
         """Whether an answer has verified."""
         self.changed = anyio.Event()
-        """Set when a refund may start or an answer has verified; a waiter replaces it with a new event."""
+        """Set when a refund has ended, or when the first answer has verified. A waiter replaces it if it is set."""
         self._failed: dict[str, SignatureInvalid] = {}
         """The refunds whose answers did not verify since the last verified answer."""
 
     def saw(self, exchange: Exchange, reply: Reply) -> None:
-        """Record an answer. An unsigned rejection proves nothing about the keys."""
+        """Record an answer. An unsigned rejection is ignored: it proves nothing about the keys."""
         if reply.verified:
             self._failed.clear()
             if not self.has_verified:
@@ -44,7 +44,7 @@ class SignatureWatch:
                 del self._failed[next(iter(self._failed))]
 
     def failure(self) -> SignatureInvalid | None:
-        """Return the error that must stop the batch, or None."""
+        """Return the error that must stop the batch; None: the batch may go on."""
         if len(self._failed) < _FAILURES:
             return None
         *_, last = self._failed.values()
@@ -64,7 +64,7 @@ class Admission:
         self.in_flight = 0
 
     async def enter(self) -> None:
-        """Wait until another refund may begin."""
+        """Wait until another refund may start, and count it."""
         while self.in_flight >= (self._limit if self.watch.has_verified else min(self._limit, _UNPROVED)):
             if self.watch.changed.is_set():
                 self.watch.changed = anyio.Event()

@@ -28,7 +28,7 @@ LONGEST_PAUSE: Final = 300.0
 """Seconds. Each pause between two queries is twice as long as the pause before: about twenty queries in an hour."""
 
 _TRANSIENT: Final = (RefundNotFound, GatewayUnavailable, SignatureInvalid, AnswerMismatch, MalformedMessage)
-"""Errors of a query that may be gone at the next query."""
+"""Errors of a query after which the next query may succeed."""
 
 
 @attrs.define(eq=False)
@@ -38,29 +38,29 @@ class Waiter:
     money_refund: Decimal | None
     told: Refund | None = None
     """The final state from a notification."""
-    _asking: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
+    _queries: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
 
     def hear(self, refund: Refund) -> None:
         """Accept the final state from a notification, and stop the queries."""
         if self.money_refund in (None, refund.money_refund):
             self.told = refund
-            self._asking.cancel()
+            self._queries.cancel()
 
     async def until_final(
-        self, refund: Record, ask: Callable[[RefundQuery], Awaitable[RefundRecord]], seconds: float
+        self, refund: Record, send: Callable[[RefundQuery], Awaitable[RefundRecord]], seconds: float
     ) -> Record:
-        """Return the final state of ``refund``. Raises ``RefundNotFinal`` after ``seconds``."""
+        """Return the final state of ``refund``; ``send`` sends a query. Raises ``RefundNotFinal`` after ``seconds``."""
         if refund.is_final:
             return refund
         query, known = refund.query(), refund.identity()
         error: LianLianError | None = None
         pause = FIRST_PAUSE
-        with anyio.move_on_after(seconds), self._asking:
+        with anyio.move_on_after(seconds), self._queries:
             while True:
                 await anyio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 try:
-                    found = await ask(query)
+                    found = await send(query)
                     check_identity(known, found.raw)
                     refund, error = cast("Record", found.completed(known)), None
                 except _TRANSIENT as problem:

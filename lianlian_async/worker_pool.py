@@ -12,14 +12,8 @@ import anyio
 
 from .background import is_failure
 from .errors import LianLianError
-from .settings import check_integer
 
 T = TypeVar("T")
-
-
-def checked(concurrency: int) -> int:
-    """Return ``concurrency``; raise ``ConfigurationError`` unless it is an integer of at least 1."""
-    return check_integer("concurrency", concurrency, least=1)
 
 
 async def run_workers(
@@ -31,10 +25,10 @@ async def run_workers(
 ) -> None:
     """Call ``handle`` for every item, with at most ``workers`` concurrent calls.
 
-    The calling task takes an item only when a worker is free; an async generator is always closed. The first exception
-    of ``items`` or ``handle``, or a cancellation of ``intake``, stops the intake. Started items are finished, then the
-    exception is raised. A cancellation that nobody requested is raised as ``LianLianError``. ``KeyboardInterrupt`` and
-    ``SystemExit`` also cancel the started items.
+    The calling task takes the next item only when a worker is free. An async generator is always closed. After the
+    first exception of ``items`` or ``handle``, or a cancellation of ``intake``, no further item is taken; the started
+    items are finished, then the exception is raised. A cancellation that nobody requested is raised as
+    ``LianLianError``. ``KeyboardInterrupt`` and ``SystemExit`` also cancel the started items.
     """
     free = anyio.Semaphore(workers, fast_acquire=True)
     failures: list[BaseException] = []
@@ -47,20 +41,20 @@ async def run_workers(
             cancelled = anyio.get_cancelled_exc_class()
             if isinstance(error, cancelled | GeneratorExit) and not is_failure(error):
                 raise
-            # A task group treats a cancellation that nobody requested as its own, and would end silently.
-            failures.append(_stray(error) if isinstance(error, cancelled) else error)
+            # A task group treats a cancellation that nobody requested as its own, and would end without an error.
+            failures.append(_unrequested(error) if isinstance(error, cancelled) else error)
             (group.cancel_scope if isinstance(error, KeyboardInterrupt | SystemExit) else intake).cancel()
 
     handled, numbers = 0, count()
-    unbegun = dict[int, Coroutine[Any, Any, None]]()
+    not_started = dict[int, Coroutine[Any, Any, None]]()
 
     def begin(item: T) -> Coroutine[Any, Any, None]:
         number = next(numbers)
-        return unbegun.setdefault(number, work(number, item))
+        return not_started.setdefault(number, work(number, item))
 
     async def work(number: int, item: T) -> None:
         nonlocal handled
-        del unbegun[number]
+        del not_started[number]
         try:
             with stopping():
                 await handle(item)
@@ -77,17 +71,17 @@ async def run_workers(
                         group.start_soon(begin, item)
                         await free.acquire()
     finally:
-        # At its end, asyncio's event loop also cancels tasks that have not started. Close their coroutines, or Python
-        # warns that they were never awaited.
-        for coroutine in unbegun.values():
+        # When asyncio's event loop ends, it also cancels tasks that have not started. Without this close, Python warns
+        # that their coroutines were never awaited.
+        for coroutine in not_started.values():
             coroutine.close()
     if failures:
         raise failures[0]
-    if handled < next(numbers):  # asyncio's Task.cancel ended a single worker; the task group ignores it
+    if handled < next(numbers):  # asyncio's Task.cancel ended a worker; the task group ignores that
         raise LianLianError("a task was cancelled from outside: its item may not have been handled")
 
 
-def _stray(cancellation: BaseException) -> LianLianError:
+def _unrequested(cancellation: BaseException) -> LianLianError:
     error = LianLianError("a task was cancelled although nobody requested it")
     error.__cause__ = cancellation
     return error
@@ -104,52 +98,48 @@ async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
         async for item in iterator:
             yield item
     finally:
-        if isinstance(iterator, AsyncGenerator):
-            await _close(iterator)
-
-
-async def _close(iterator: AsyncGenerator[object]) -> None:
-    try:
-        await iterator.aclose()
-    except BaseExceptionGroup as group:  # a task group in the generator wraps GeneratorExit in a group
-        _, others = group.split(GeneratorExit)
-        if others is not None:
-            raise others from None
+        try:
+            if isinstance(iterator, AsyncGenerator):
+                await iterator.aclose()
+        except BaseExceptionGroup as group:  # a task group in the generator wraps GeneratorExit in a group
+            _, others = group.split(GeneratorExit)
+            if others is not None:
+                raise others from None
 
 
 class Handover(Generic[T]):
     """Hands items from many producers to one consumer; each producer waits until its item is taken.
 
-    A cancellation of the consumer never loses an item. anyio's memory object stream loses an item if asyncio's
-    ``Task.cancel`` cancels the receiver after the delivery but before it resumes.
+    A cancellation of the consumer never loses an item. In anyio's memory object stream, an item is lost if asyncio's
+    ``Task.cancel`` cancels the receiver between the delivery and the moment when the receiver resumes.
     """
 
     def __init__(self) -> None:
-        self._given: deque[tuple[T, anyio.Event]] = deque()
-        self._news = anyio.Event()
+        self._offered: deque[tuple[T, anyio.Event]] = deque()
+        self._changed = anyio.Event()
         self._ended = False
 
     async def give(self, item: T) -> None:
         """Offer ``item`` and wait until it is taken."""
         taken = anyio.Event()
-        self._given.append((item, taken))
-        self._news.set()
+        self._offered.append((item, taken))
+        self._changed.set()
         await taken.wait()
 
     async def take(self) -> T:
         """Return the next item; raise ``EndOfStream`` after the last one."""
-        while not self._given:
+        while not self._offered:
             if self._ended:
                 raise anyio.EndOfStream
-            if self._news.is_set():
-                self._news = anyio.Event()
-            await self._news.wait()
-        item, taken = self._given.popleft()
+            if self._changed.is_set():
+                self._changed = anyio.Event()
+            await self._changed.wait()
+        item, taken = self._offered.popleft()
         taken.set()
         return item
 
     def end(self) -> None:
-        """End the stream and drop the items that were not taken."""
+        """End the stream and drop the items that were not taken; their producers wait until they are cancelled."""
         self._ended = True
-        self._given.clear()
-        self._news.set()
+        self._offered.clear()
+        self._changed.set()

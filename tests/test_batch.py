@@ -257,7 +257,7 @@ async def test_a_batch_respects_its_concurrency(concurrency, bound, seconds):
     assert anyio.current_time() == seconds
 
 
-@pytest.mark.parametrize("concurrency", [0, -1])
+@pytest.mark.parametrize("concurrency", [0, -1, 1.5, "4"])
 async def test_an_invalid_concurrency_is_refused_at_once(concurrency):
     """The call raises before any iteration."""
     async with session_with(sandbox()) as session:

@@ -1,4 +1,4 @@
-"""Signatures are made in a thread, several in one visit, also when callers are cancelled."""
+"""Signatures are made in a thread, several in one round, also when callers are cancelled."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lianlian_async import rsa_worker
-from lianlian_async.rsa_worker import LONGEST_VISIT, RsaWorker
+from lianlian_async.rsa_worker import LONGEST_ROUND, RsaWorker
 from lianlian_async.signing import SigningKey
 from tests.support import keypairs
 
@@ -58,8 +58,8 @@ async def opened(merchant, key):
 
 
 async def waits_in_thread(rsa, busy):
-    """Keep the thread from its next visit until ``busy`` is set."""
-    await anyio.to_thread.run_sync(busy.wait, limiter=rsa._turn)
+    """Keep the thread from its next round until ``busy`` is set."""
+    await anyio.to_thread.run_sync(busy.wait, limiter=rsa._limiter)
 
 
 def message(number):
@@ -91,31 +91,31 @@ class Instant(SigningKey):
 
 
 class Slow(Watched):
-    """A real key that takes longer than LONGEST_VISIT."""
+    """A real key that takes longer than LONGEST_ROUND."""
 
     __slots__ = ()
 
     def sign(self, source):
-        until = time.perf_counter() + 2 * LONGEST_VISIT
+        until = time.perf_counter() + 2 * LONGEST_ROUND
         while time.perf_counter() < until:
             signature = super().sign(source)
         return signature
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(Instant, 1), (Slow, 6)], ids=["instant", "slow"])
-async def test_waiting_jobs_share_a_visit_if_that_is_quick(merchant, monkeypatch, kind, expected):
-    """A visit to the thread signs for all callers that wait, or for one if a signature takes long."""
+async def test_waiting_jobs_share_a_round_if_that_is_quick(merchant, monkeypatch, kind, expected):
+    """A round signs for all callers that wait, or for one if a signature takes long."""
     key = kind.of(keypairs.pair("merchant")) if kind is Slow else kind.load(keypairs.pair("merchant").private_pem)
     if kind is Slow:
         key.go_on.set()
     rsa = await RsaWorker.open(attrs.evolve(merchant, private_key=key))
-    visits = 0
+    rounds = 0
     run_sync = anyio.to_thread.run_sync
     all_wait = anyio.Event()
 
     async def counted(function, **options):
-        nonlocal visits
-        visits += 1
+        nonlocal rounds
+        rounds += 1
         await all_wait.wait()
         return await run_sync(function, **options)
 
@@ -125,13 +125,13 @@ async def test_waiting_jobs_share_a_visit_if_that_is_quick(merchant, monkeypatch
             group.start_soon(rsa.seal, message(number))
         await anyio.wait_all_tasks_blocked()
         all_wait.set()
-    assert visits == expected
+    assert rounds == expected
 
 
-async def test_a_signature_is_delivered_before_its_visit_ends(rsa, key, monkeypatch):
-    """A caller continues while the thread still signs for the others of the same visit."""
+async def test_a_signature_is_delivered_before_its_round_ends(rsa, key, monkeypatch):
+    """A caller continues while the thread still signs for the others of the same round."""
     monkeypatch.setattr(rsa_worker, "DELIVER_AFTER", 0.0)
-    monkeypatch.setattr(rsa_worker, "LONGEST_VISIT", 60.0)
+    monkeypatch.setattr(rsa_worker, "LONGEST_ROUND", 60.0)
     gate = key.go_on = Gate()
     busy, bodies = threading.Event(), {}
 
@@ -149,13 +149,13 @@ async def test_a_signature_is_delivered_before_its_visit_ends(rsa, key, monkeypa
         for _ in range(3):  # the third signature has begun
             assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)
         await anyio.wait_all_tasks_blocked()
-        assert set(bodies) == {1}  # the leader waits for its visit
+        assert set(bodies) == {1}  # the leader waits for its round
         gate.release(4)
     assert bodies == {number: rsa.protocol.seal(message(number)) for number in range(3)}
 
 
 async def test_message_that_cannot_be_signed(rsa, key):
-    """Only its own caller gets the error; the others of the same visit get their signatures."""
+    """Only its own caller gets the error; the others of the same round get their signatures."""
     bodies, errors = {}, {}
 
     async def ask(name, fields):
@@ -185,10 +185,10 @@ async def test_caller_cancelled_in_the_queue(rsa, key):
             await rsa.seal(message(2))
         key.go_on.set()
     assert len(key.threads) == 1
-    await rsa.rest()
+    await rsa.wait_until_idle()
 
 
-async def test_leader_cancelled_before_the_visit(merchant, key):
+async def test_leader_cancelled_before_the_round(merchant, key):
     """A leader that is cancelled before the thread is free takes no other job with it."""
     key.go_on.set()
     protocol = (await RsaWorker.open(attrs.evolve(merchant, private_key=key))).protocol
@@ -213,7 +213,7 @@ async def test_leader_cancelled_before_the_visit(merchant, key):
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_leader_cancelled_during_the_visit(rsa, key):
+async def test_leader_cancelled_during_the_round(rsa, key):
     """If Task.cancel ends a leader while the thread works, the others still get their own signatures."""
     bodies = {}
 
@@ -245,21 +245,21 @@ class Gate:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_job_in_the_visit_of_a_cancelled_leader(rsa, key, monkeypatch):
-    """Its caller leads the next visit, finds the job taken, and still gets its own signature."""
+async def test_job_in_the_round_of_a_cancelled_leader(rsa, key, monkeypatch):
+    """Its caller leads the next round, finds the job taken, and still gets its own signature."""
     gate = key.go_on = Gate()
-    first, second, visited, bodies = threading.Event(), threading.Event(), threading.Event(), {}
-    visit = rsa._visit
+    first, second, round_ended, bodies = threading.Event(), threading.Event(), threading.Event(), {}
+    sign_round = rsa._sign_round
 
-    def noted_visit():
-        visit()
-        visited.set()
+    def noted_round():
+        sign_round()
+        round_ended.set()
 
     async def ask(number):
         bodies[number] = await rsa.seal(message(number))
 
-    monkeypatch.setattr(rsa_worker, "LONGEST_VISIT", 60.0)
-    monkeypatch.setattr(rsa, "_visit", noted_visit)
+    monkeypatch.setattr(rsa_worker, "LONGEST_ROUND", 60.0)
+    monkeypatch.setattr(rsa, "_sign_round", noted_round)
     async with asyncio.TaskGroup() as group:
         group.create_task(waits_in_thread(rsa, first))
         await anyio.wait_all_tasks_blocked()
@@ -273,9 +273,9 @@ async def test_job_in_the_visit_of_a_cancelled_leader(rsa, key, monkeypatch):
         leader.cancel()  # the other caller leads now, and waits for the thread
         await anyio.wait_all_tasks_blocked()
         gate.release()
-        assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)  # its job, in the first visit
+        assert await anyio.to_thread.run_sync(gate.started.acquire, True, 30)  # its job, in the first round
         second.set()
-        assert await anyio.to_thread.run_sync(visited.wait, 30)  # its own visit found nothing
+        assert await anyio.to_thread.run_sync(round_ended.wait, 30)  # its own round found nothing
         gate.release(2)
     assert bodies == {1: rsa.protocol.seal(message(1))}
 
@@ -296,7 +296,7 @@ class Panicking(Watched):
 
 
 async def test_panic_in_one_signature(merchant):
-    """Its caller gets it; the callers before and after it in the same visit get their signatures."""
+    """Its caller gets it; the callers before and after it in the same round get their signatures."""
     key = Panicking.of(keypairs.pair("merchant"))
     rsa = await opened(merchant, key)
     key.go_on.set()
@@ -319,8 +319,8 @@ async def test_panic_in_one_signature(merchant):
     assert len(errors) == 1
 
 
-async def test_caller_cancelled_during_the_visit(rsa, key):
-    """The thread finds its job gone, and ends the visit."""
+async def test_caller_cancelled_during_the_round(rsa, key):
+    """The thread finds its job gone, and ends the round."""
     gate = key.go_on = Gate()
     busy, scope, bodies = threading.Event(), anyio.CancelScope(), {}
 
@@ -345,7 +345,7 @@ async def test_caller_cancelled_during_the_visit(rsa, key):
 @settings(max_examples=20)
 @given(cancelled=st.sets(st.integers(0, 19)), early=st.booleans(), busy=st.booleans())
 async def test_cancellation_loses_no_other_signature(merchant, cancelled, early, busy):
-    """Callers are cancelled in the queue, waiting for the thread, or leading a visit; all others get theirs."""
+    """Callers are cancelled in the queue, waiting for the thread, or leading a round; all others get theirs."""
     key = Watched.of(keypairs.pair("merchant"))
     rsa = await opened(merchant, key)
     rsa = RsaWorker(rsa.protocol, anyio.CapacityLimiter(1), verify_inline=False)

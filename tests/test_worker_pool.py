@@ -9,8 +9,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from lianlian_async import ConfigurationError, LianLianError
-from lianlian_async.worker_pool import Handover, checked, iterate, run_workers
+from lianlian_async import LianLianError
+from lianlian_async.worker_pool import Handover, iterate, run_workers
 from tests.support.interruptions import Abort, stray_cancellation
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -274,14 +274,6 @@ async def test_base_exceptions_are_raised_unchanged(error):
     assert caught.value is error
     assert handled == ([1, 2] if isinstance(error, Abort) else [])
     assert anyio.current_time() == (3 if isinstance(error, Abort) else 1)
-
-
-@pytest.mark.parametrize("concurrency", [0, -1, 1.5, "4", None])
-async def test_unusable_concurrency_is_refused(concurrency):
-    """Only an integer of at least 1 is accepted."""
-    with pytest.raises(ConfigurationError, match="concurrency"):
-        checked(concurrency)
-    assert checked(1) == 1
 
 
 # ── hand-off ─────────────────────────────────────────────────────────────────────────────────────

@@ -44,9 +44,8 @@ from lianlian_async.recording import learn
 from lianlian_async.recovery import Resumed
 from lianlian_async.rsa_worker import RsaWorker
 from lianlian_async.session import RefundSession
-from lianlian_async.settings import check_journal, check_type, positive_seconds
+from lianlian_async.settings import check_integer, check_journal, check_type, positive_seconds
 from lianlian_async.wire import MAX_MESSAGE_BYTES
-from lianlian_async.worker_pool import checked
 
 from .allow_list import AllowList
 from .completion import IncompleteNotification, check_state, complete
@@ -158,7 +157,7 @@ class NotificationEndpoint:
         self._seconds = handler_seconds
         self._allow_list = AllowList.read(allow_from, trusted_proxies)
         self._path = path
-        self._concurrency = checked(concurrency)
+        self._concurrency = check_integer("concurrency", concurrency, least=1)
         self._recent = RecentRefunds()
         self._clock = clock
         own = Listeners(listeners, timer=perf_counter, is_logged=True)

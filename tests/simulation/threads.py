@@ -133,7 +133,7 @@ def _drop_generator(generator: Any) -> None:
 def simulated(world: World) -> Iterator[None]:
     """Let ``world`` control threads, random values, the garbage collector and stop watches while the block runs."""
     stop_watch = world.random.choice([1e-5, 2e-4, 1e-3])
-    """Apparent seconds for one signature: they decide whether a thread signs, and how many signatures share a visit."""
+    """Apparent seconds for one signature: they decide whether a thread signs, and how many signatures share a round."""
     readings = count()
     state, hooks, was_enabled = random.getstate(), sys.get_asyncgen_hooks(), gc.isenabled()
     random.seed(world.random.random())
