@@ -9,9 +9,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from lianlian_async import LianLianError, NotificationEndpoint
+from lianlian_async import ConfigurationError, LianLianError, NotificationEndpoint
 from lianlian_async.contrib.fastapi import Session, lifespan, notifications, refund_error
-from lianlian_async.journal import SqliteJournal
+from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.sandbox import Fault
 from tests.support.notices import HEADERS, Handler, notification
 from tests.support.parties import boot_clock, refund_request, sandbox
@@ -80,8 +80,50 @@ async def test_a_missing_session_is_a_clear_error():
         async with served(app) as http:
             await http.get("/")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://shop.example") as http:
-        with pytest.raises(RuntimeError, match="no RefundSession is open"):
+        with pytest.raises(RuntimeError, match=r"must run the lifespan \(httpx.ASGITransport does not\)"):
             await http.get("/")
+
+
+@pytest.mark.virtual_time
+async def test_the_lifespan_sweeps(handler, caplog):
+    """It sweeps at the start and at intervals, and the handler is called once."""
+    caplog.set_level("INFO", "lianlian_async")
+    gateway, journal = sandbox(settle_after=1000), MemoryJournal()
+    async with journal, gateway.session(journal=journal, clock=boot_clock) as session:
+        await session.apply_refund(refund_request())
+        endpoint = NotificationEndpoint(session.merchant, handler, journal=journal, session=session, clock=boot_clock)
+        async with served(FastAPI(lifespan=lifespan(endpoint, sweep=900))):
+            await anyio.sleep(2000)
+    assert handler.numbers == ["R-1"]
+    assert [record.message for record in caplog.records if record.message.startswith("sweep")] == [
+        "sweep: 0 refunds resolved, 1 still open",
+        "sweep: 0 refunds resolved, 1 still open",
+        "sweep: 1 refunds resolved, 0 still open",
+    ]
+
+
+@pytest.mark.virtual_time
+async def test_the_lifespan_sweeps_again_after_a_failure(handler, caplog):
+    """Each failure is logged."""
+    endpoint = NotificationEndpoint(sandbox().merchant(), handler)
+    async with served(FastAPI(lifespan=lifespan(endpoint, sweep=900))):
+        await anyio.sleep(1000)
+    told = [(record.message, str(record.exc_info[1])[:22]) for record in caplog.records]
+    assert told == [("sweep: failed, and runs again in 900 s", "sweep requires journal")] * 2
+
+
+@pytest.mark.parametrize(
+    ("contexts", "options", "problem"),
+    [
+        ((None,), {}, "lifespan: must be of type AbstractAsyncContextManager, not NoneType"),
+        ((), {"sweep": 900}, "sweep: needs one NotificationEndpoint in the lifespan, not 0"),
+        ((), {"sweep": 0}, "sweep: must be a number of seconds greater than 0, is 0"),
+    ],
+)
+def test_wrong_arguments_of_the_lifespan_are_clear_errors(contexts, options, problem):
+    """They are found when the application is created."""
+    with pytest.raises(ConfigurationError, match=problem):
+        lifespan(*contexts, **options)
 
 
 async def test_a_closed_session_is_a_clear_error():

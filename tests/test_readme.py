@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
-import anyio
 import attrs
 import httpx
 import psycopg
@@ -16,10 +15,9 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 import lianlian_async
-from lianlian_async import NotificationEndpoint, RefundRequest, RefundStatus, RetryPolicy, wire
+from lianlian_async import RefundRequest, RefundStatus, RetryPolicy, wire
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.contrib.procrastinate import RefundQueue
-from lianlian_async.journal import MemoryJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import signature_source
 from tests.support import ROOT, keypairs
@@ -172,25 +170,6 @@ async def test_the_aiohttp_service_makes_refunds_and_takes_notifications(tmp_pat
             async with client.post("/lianlian/refund", data=notification(gateway)) as answer:
                 assert await answer.json() == {"ret_code": "0000", "ret_msg": "ok"}
     assert capsys.readouterr().out == "R-1 is final: 2\n"
-
-
-@pytest.mark.anyio
-@pytest.mark.virtual_time
-async def test_the_sweep_hands_over_what_was_never_notified():
-    """The example looks at once and every quarter of an hour, and the handler is called once."""
-    handled, logged = [], []
-    gateway = SandboxGateway(default_order=Decimal("500.00"), settle_after=600, clock=anyio.current_time)
-
-    async def on_refund(refund):
-        handled.append(refund.no_refund)
-
-    async with MemoryJournal() as journal, gateway.session(journal=journal) as session:
-        await session.apply_refund(a_request())
-        endpoint = NotificationEndpoint(session.merchant, on_refund, journal=journal, session=session)
-        with anyio.move_on_after(2000):
-            await run_example("sweep")["sweep_for_ever"](endpoint, lambda *told: logged.append(told[1:]))
-    assert handled == ["R-1"]
-    assert logged == [(0, 1), (1, 0), (0, 0)]
 
 
 def test_the_rehearsal_ends_with_an_agreeing_statement(tmp_path):

@@ -91,6 +91,24 @@ def test_virtual_time_is_shared_by_gateway_session_and_event_loop(run_pytest):
     run_pytest(VIRTUAL).assert_outcomes(passed=4)
 
 
+OPTIONS = """
+import pytest
+from lianlian_async.journal import MemoryJournal
+
+@pytest.fixture
+def lianlian_session_options():
+    return {"journal": MemoryJournal(), "deadline": 5.0}
+
+def test_session(lianlian_session, lianlian_session_options):
+    assert lianlian_session.journal is lianlian_session_options["journal"]
+"""
+
+
+def test_session_takes_options(run_pytest):
+    """A fixture of the suite returns them."""
+    run_pytest(OPTIONS).assert_outcomes(passed=1)
+
+
 def test_plugin_starts_without_the_library():
     """A suite that does not use the fixtures pays only for the plugin itself."""
     program = "import sys, lianlian_async.testing.plugin; print({'anyio', 'attrs', 'httpx', 'ssl'} & set(sys.modules))"

@@ -18,14 +18,4 @@ process, after a fork (``post_fork`` of gunicorn, ``worker_process_init`` of Cel
 
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(session):
             yield call
-
-A service that takes notifications runs the sweep as a task::
-
-    import anyio
-
-    async def sweep_for_ever(endpoint, log):
-        while True:
-            resolved, still_open = await endpoint.sweep()
-            log("%d refunds resolved, %d still open", resolved, still_open)
-            await anyio.sleep(900)
 """

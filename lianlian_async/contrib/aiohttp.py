@@ -11,7 +11,7 @@ A service with the ``journal``, ``session`` and ``endpoint`` of the README's Fas
         return web.json_response(refund.sta_refund)
 
     app = web.Application(middlewares=[refund_errors])
-    app.cleanup_ctx.append(lifespan(journal, session, endpoint))
+    app.cleanup_ctx.append(lifespan(journal, session, endpoint, sweep=900))
     app.router.add_post("/refunds", make_refund)
     app.router.add_post("/lianlian/refund", notifications(endpoint))
 """

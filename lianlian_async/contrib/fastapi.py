@@ -23,7 +23,10 @@ def get_session(connection: HTTPConnection) -> RefundSession:
     """Return the application's session. Raises ``RuntimeError`` if the lifespan opened none."""
     session: RefundSession | None = getattr(connection.state, "refund_session", None)
     if session is None:
-        raise RuntimeError("no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)), run by the server")
+        raise RuntimeError(
+            "no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)); the server or a test client must "
+            "run the lifespan (httpx.ASGITransport does not)"
+        )
     return session
 
 

@@ -12,7 +12,7 @@ In the recipes ``journal``, ``session`` and ``endpoint`` are those of the README
 
     app = applications.Starlette(
         routes=[routing.Route("/refunds", make_refund, methods=["POST"]), routing.Route("/lianlian/refund", endpoint)],
-        lifespan=lifespan(journal, session, endpoint),
+        lifespan=lifespan(journal, session, endpoint, sweep=900),
         exception_handlers={LianLianError: refund_error},
     )
 
@@ -36,7 +36,7 @@ Django: an async view, and the ``application`` of ``asgi.py``, because Django ig
 
     async def application(scope, receive, send):
         if scope["type"] == "lifespan":
-            await asgi.lifespan(receive, send, lifespan(journal, session, endpoint)(django))
+            await asgi.lifespan(receive, send, lifespan(journal, session, endpoint, sweep=900)(django))
         else:
             await (endpoint if scope["path"] == "/lianlian/refund" else django)(scope, receive, send)
 """
@@ -46,7 +46,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, cast
@@ -57,9 +57,11 @@ import anyio.lowlevel
 from lianlian_async import errors
 from lianlian_async.background import BackgroundTask, complete
 from lianlian_async.clock import system_clock
-from lianlian_async.errors import LianLianError
+from lianlian_async.errors import ConfigurationError, LianLianError
 from lianlian_async.models import Refund, RefundRequest
+from lianlian_async.notifications import NotificationEndpoint
 from lianlian_async.session import RefundSession
+from lianlian_async.settings import check_type, positive_seconds
 
 __all__ = ["apply_shielded", "error_response", "lifespan", "refund_error", "respond"]
 
@@ -148,13 +150,39 @@ async def apply_shielded(
     raise results[0]
 
 
-def lifespan(*contexts: AbstractAsyncContextManager[Any]) -> Callable[[object], AbstractAsyncContextManager[Any]]:
-    """Return a lifespan that opens a journal, its session, an endpoint, in this order; aiohttp: in ``cleanup_ctx``."""
+def lifespan(
+    *contexts: AbstractAsyncContextManager[Any], sweep: float | None = None
+) -> Callable[[object], AbstractAsyncContextManager[Any]]:
+    """Return a lifespan that opens a journal, its session, an endpoint, in this order; aiohttp: in ``cleanup_ctx``.
+
+    ``sweep``: also call the endpoint's ``sweep()`` at the start and every ``sweep`` seconds; 900 is usual. A failed
+    sweep is logged, and the next one still runs. Raises ``ConfigurationError`` for an argument of the wrong type.
+    """
+    for context in contexts:
+        check_type("lifespan", context, AbstractAsyncContextManager)
+    endpoints = [context for context in contexts if isinstance(context, NotificationEndpoint)]
+    if sweep is not None:
+        positive_seconds("sweep", sweep)
+        if len(endpoints) != 1:
+            raise ConfigurationError(f"sweep: needs one NotificationEndpoint in the lifespan, not {len(endpoints)}")
 
     @asynccontextmanager
     async def opened(_app: object) -> AsyncGenerator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             entered = [await stack.enter_async_context(context) for context in contexts]
+            if sweep is not None:
+                task = BackgroundTask(partial(_sweep, endpoints[0], sweep))
+                await stack.enter_async_context(aclosing(task))
             yield {"refund_session": next((each for each in entered if isinstance(each, RefundSession)), None)}
 
     return opened
+
+
+async def _sweep(endpoint: NotificationEndpoint, seconds: float) -> None:
+    while True:
+        try:
+            resumed = await endpoint.sweep()
+            logger.info("sweep: %d refunds resolved, %d still open", *resumed)
+        except Exception:
+            logger.exception("sweep: failed, and runs again in %g s", seconds)
+        await anyio.sleep(seconds)

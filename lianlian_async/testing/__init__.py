@@ -7,7 +7,8 @@
 - ``lianlian_virtual_time``: the test's :class:`~lianlian_async.testing.virtual_time.VirtualTime`, in which a wait of
   15 minutes takes no time. The gateway and the session use it, too.
 
-To change one, define a fixture of the same name in your ``conftest.py``. :func:`notify` sends a notification::
+To change one, define a fixture of the same name in your ``conftest.py``. To give the session options, let
+``lianlian_session_options`` return them, such as ``{"journal": journal}``. :func:`notify` sends a notification::
 
     import pytest
     from datetime import datetime, timezone

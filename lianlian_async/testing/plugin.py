@@ -1,6 +1,6 @@
 """The pytest plugin: fixtures, and the guard against connections. See :mod:`lianlian_async.testing`.
 
-pytest imports this module in every suite, so only fixtures import the whole library.
+pytest imports this module in every suite, so a fixture imports the library only when a test uses it.
 """
 
 from __future__ import annotations
@@ -78,11 +78,21 @@ def lianlian_merchant(lianlian_gateway: SandboxGateway) -> Merchant:
 
 
 @pytest.fixture
+def lianlian_session_options() -> dict[str, Any]:
+    """Return further options of ``lianlian_session``: override it in a module or in ``conftest.py``."""
+    return {}
+
+
+@pytest.fixture
 def lianlian_session(
-    request: pytest.FixtureRequest, lianlian_gateway: SandboxGateway, lianlian_merchant: Merchant
+    request: pytest.FixtureRequest,
+    lianlian_gateway: SandboxGateway,
+    lianlian_merchant: Merchant,
+    lianlian_session_options: dict[str, Any],
 ) -> RefundSession:
     """Return a session, not yet open, that calls ``lianlian_gateway`` in this process."""
     from lianlian_async import RefundSession
     from lianlian_async.transport import asgi_transport
 
-    return RefundSession(lianlian_merchant, transport=asgi_transport(lianlian_gateway), **_clock(request, "moment"))
+    options = {"transport": asgi_transport(lianlian_gateway), **_clock(request, "moment"), **lianlian_session_options}
+    return RefundSession(lianlian_merchant, **options)

@@ -32,7 +32,7 @@ def _of_docstring(module: ModuleType) -> list[str]:
 EXAMPLES = dict(_EXAMPLE.findall(README))
 RECIPES = dict(
     zip(
-        ("aiohttp", "starlette", "django", "synchronous", "sweep", "logs", "opentelemetry"),
+        ("aiohttp", "starlette", "django", "synchronous", "logs", "opentelemetry"),
         (
             *_of_docstring(aiohttp),
             *_of_docstring(web),
