@@ -7,6 +7,7 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import psycopg.conninfo
 import pytest
 from hypothesis import HealthCheck, settings
 
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal import Journal, MemoryJournal, SqliteJournal
 from lianlian_async.merchant import Merchant
+from lianlian_async.sandbox import SandboxGateway
 from lianlian_async.testing.virtual_time import VirtualTime
 from tests.support import keypairs, notices, postgres
 
@@ -131,6 +134,19 @@ async def journal(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     made = MemoryJournal() if request.param == "memory" else SqliteJournal(tmp_path / "journal.sqlite")
     async with made as opened:
         yield opened
+
+
+@pytest.fixture
+def gateway() -> SandboxGateway:
+    """A sandbox in which every refund is final at once, and an order has 1000.00 yuan."""
+    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0)
+
+
+@pytest.fixture
+def env(gateway: SandboxGateway) -> Iterator[dict[str, str]]:
+    """The environment for the command: the gateway is served on a socket."""
+    with serving(gateway) as url:
+        yield environment(gateway, url)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import anyio
 import pytest
-from test_cli_sandbox import read
 
 from lianlian_async.cli.batch.checked import Line
 from lianlian_async.cli.batch.results import Totals
@@ -21,7 +20,7 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 from tests.support.batches import read_csv, read_lines, refund, write_csv, write_lines
-from tests.support.command import end, interruption, run, start, until
+from tests.support.command import end, interruption, read_env_file, run, start, until
 
 SHORT = ("--deadline", "2", "--not-found-grace", "2.5")
 """Options for refunds without a response: long enough for the others on a busy machine."""
@@ -40,13 +39,6 @@ def journal(tmp_path, monkeypatch):
 def gateway():
     """A sandbox that makes a refund again if it is sent again; every refund is final at once."""
     return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0, repeated=Repeated.AGAIN)
-
-
-@pytest.fixture
-def env(gateway):
-    """The environment of the served gateway."""
-    with serving(gateway) as url:
-        yield environment(gateway, url)
 
 
 @pytest.fixture
@@ -552,7 +544,7 @@ def test_batch_and_sandbox_as_processes(tmp_path):
     sandbox = start("sandbox", "--env-file", env_file)
     try:
         assert "http://127.0.0.1:" in sandbox.stdout.readline()
-        env, file = read(env_file), refunds(tmp_path / "refunds.csv", 100)
+        env, file = read_env_file(env_file), refunds(tmp_path / "refunds.csv", 100)
         ended = end(start("batch", file, "--yes", "--out", out, env=env), env)
     finally:
         sandbox.terminate()

@@ -2,22 +2,18 @@
 
 import json
 import os
-import sys
 from contextlib import closing
-from decimal import Decimal
 
 import anyio
 import click
 import pytest
 
-from lianlian_async.cli.app import lianlian
 from lianlian_async.cli.batch.checked import Checked, derived_number
 from lianlian_async.cli.batch.rows import Row
-from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.errors import LianLianError
-from lianlian_async.sandbox import SandboxGateway
 from tests.support.batches import refund, write_csv, write_lines
-from tests.support.command import run
+from tests.support.command import on_a_terminal, run
 
 OPTIONS = {"derive": False, "dt_refund": None, "read_date": None, "read_money": None}
 
@@ -27,19 +23,6 @@ def journal(tmp_path, monkeypatch):
     """The journal of all commands."""
     monkeypatch.setenv("LIANLIAN_JOURNAL", str(tmp_path / "journal.sqlite"))
     return tmp_path / "journal.sqlite"
-
-
-@pytest.fixture
-def gateway():
-    """A sandbox in which every refund is final at once."""
-    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0)
-
-
-@pytest.fixture
-def env(gateway):
-    """The environment of the served gateway."""
-    with serving(gateway) as url:
-        yield environment(gateway, url)
 
 
 @pytest.fixture
@@ -347,20 +330,6 @@ def test_derive_needs_order_and_amount(nowhere, file, missing):
 
 
 # ── asking ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def on_a_terminal(monkeypatch, typed, *arguments, env):
-    """Run the command with a terminal as stdin on which ``typed`` is typed; return the exit code."""
-    for name, text in env.items():
-        monkeypatch.setenv(name, text)
-    ours, theirs = os.openpty()
-    os.write(ours, typed.encode())
-    with os.fdopen(theirs, encoding="utf-8") as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        try:
-            return lianlian.main([str(argument) for argument in arguments], standalone_mode=False)
-        finally:
-            os.close(ours)
 
 
 def test_terminal_must_confirm_before_sending(env, gateway, file, journal, monkeypatch, capsys):

@@ -9,27 +9,19 @@ from pathlib import Path
 
 import click
 import pytest
-from test_cli_batch_input import on_a_terminal
 
 from lianlian_async.cli import stores
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
 from tests.support.batches import refund, url_of, write_csv
-from tests.support.command import end, run, start, until
+from tests.support.command import end, on_a_terminal, run, start, until
 
 
 @pytest.fixture
 def gateway():
     """A sandbox that makes a refund again if it is sent again; every refund is final at once."""
     return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0, repeated=Repeated.AGAIN)
-
-
-@pytest.fixture
-def env(gateway):
-    """The environment of the served gateway."""
-    with serving(gateway) as url:
-        yield environment(gateway, url)
 
 
 @pytest.fixture

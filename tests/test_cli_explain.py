@@ -26,7 +26,6 @@ from lianlian_async import (
     RefundRequest,
     RefundSession,
 )
-from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.clock import system_clock
 from lianlian_async.journal import Ending, Intent, SqliteJournal, Standing, State
 from lianlian_async.journal.operations import Begin
@@ -35,22 +34,14 @@ from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.recording import answer, learn
 from lianlian_async.sandbox import Fault, SandboxGateway
 from tests.support.batches import PASSWORD, refund, url_of, write_csv
-from tests.support.command import end, run, start, until
+from tests.support.command import end, leave_unknown, run, start, until
 from tests.support.journals import intent, now
-from tests.test_cli_journal import leave_unknown
 
 
 @pytest.fixture
 def gateway():
     """A sandbox in which a refund is final after a day."""
     return SandboxGateway(default_order=Decimal("1000.00"), settle_after=86_400.0)
-
-
-@pytest.fixture
-def env(gateway):
-    """The environment of the served gateway."""
-    with serving(gateway) as url:
-        yield environment(gateway, url)
 
 
 @pytest.fixture

@@ -9,24 +9,17 @@ import anyio.to_thread
 import pytest
 
 from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, RefundSession
-from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.journal import SqliteJournal
 from lianlian_async.sandbox import Fault, SandboxGateway
 from tests.support.batches import PASSWORD, read_csv, read_lines, refund, url_of, write_csv
-from tests.support.command import end, interruption, run, start, until
+from tests.support.command import end, interruption, leave_unknown, run, start, until
 
 
 @pytest.fixture
 def gateway():
     """A sandbox in which a refund is final after a day."""
     return SandboxGateway(default_order=Decimal("1000.00"), settle_after=86_400.0)
-
-
-@pytest.fixture
-def env(gateway):
-    """The environment of the served gateway."""
-    with serving(gateway) as url:
-        yield environment(gateway, url)
 
 
 @pytest.fixture
@@ -41,24 +34,6 @@ def journal(file, monkeypatch):
     """The journal of all commands."""
     monkeypatch.setenv("LIANLIAN_JOURNAL", str(file.with_name("journal.sqlite")))
     return file.with_name("journal.sqlite")
-
-
-def leave_unknown(merchant, journal, gateway, *numbers):
-    """Begin refunds, and cancel the calls when the gateway has received the requests."""
-
-    async def begin():
-        gateway.script(Fault.NO_ANSWER, times=len(numbers))
-        async with (
-            SqliteJournal(journal) as opened,
-            RefundSession(merchant, journal=opened, max_connections=len(numbers)) as session,
-            anyio.create_task_group() as group,
-        ):
-            for number in numbers:
-                group.start_soon(session.apply_refund, RefundRequest.from_dict(refund(number)))
-            await anyio.to_thread.run_sync(until, lambda: len(gateway.refunds) == len(numbers))
-            group.cancel_scope.cancel()
-
-    anyio.run(begin)
 
 
 @pytest.fixture

@@ -4,14 +4,12 @@ import contextlib
 import os
 import subprocess
 import sys
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from lianlian_async.cli import main
 from lianlian_async.cli.sandbox.server import environment, serving
-from lianlian_async.sandbox import SandboxGateway
 from tests.support.batches import refund, write_csv
 from tests.support.command import ROOT
 
@@ -20,12 +18,6 @@ ENCODINGS = {
     "gbk": {"PYTHONIOENCODING": "gbk"},
     "C locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
 }
-
-
-@pytest.fixture
-def gateway():
-    """A sandbox in which every refund is final at once."""
-    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0)
 
 
 @pytest.fixture

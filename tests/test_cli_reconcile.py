@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import resource
-from decimal import Decimal
 
 import anyio
 import anyio.to_thread
 import pytest
 
 from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, RefundSession
-from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.cli.sandbox.server import serving
 from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.models import RefundRecord
-from lianlian_async.sandbox import Fault, SandboxGateway, When
+from lianlian_async.sandbox import Fault, When
 from lianlian_async.signing import SigningKey
 from tests.support.batches import PASSWORD, refund, url_of
 from tests.support.command import run, until
@@ -32,19 +31,6 @@ NOTHING = {
 
 
 ROW = "{no_refund},{partner},20261122 02:00:00,101001,{no_order},20261122,-10,1,5,20261122 02:00:01,0,a,b,退款\n"
-
-
-@pytest.fixture
-def gateway():
-    """A sandbox in which a refund is final at once."""
-    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0)
-
-
-@pytest.fixture
-def env(gateway):
-    """The environment of the served gateway."""
-    with serving(gateway) as url:
-        yield environment(gateway, url)
 
 
 @pytest.fixture

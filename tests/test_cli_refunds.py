@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from lianlian_async.cli.sandbox.server import environment, serving
-from lianlian_async.sandbox import Fault, SandboxGateway
+from lianlian_async.sandbox import Fault
 from lianlian_async.signing import signature_source
 from tests.support.command import end, interruption, run, start, until
 
@@ -42,19 +42,6 @@ ANSWER = {
 }
 REFUND = ("--no-refund", "R-1", "--dt-refund", "20130515094018", "--money-refund", "200.01", "--no-order", "O-1")
 QUESTION = ("--no-refund", "R-1", "--dt-refund", "20130515094018")
-
-
-@pytest.fixture
-def gateway():
-    """A sandbox in which every refund is final at once."""
-    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0)
-
-
-@pytest.fixture
-def env(gateway):
-    """The environment of the served gateway."""
-    with serving(gateway) as url:
-        yield environment(gateway, url)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """``lianlian sandbox``: a gateway on a real socket, its environment file, and its end."""
 
 import os
-import shlex
 import signal
 import socket
 import stat
@@ -18,15 +17,9 @@ from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import Fault, SandboxGateway
 from lianlian_async.signing import SigningKey
 from tests.support.batches import refund, write_csv
-from tests.support.command import end, run, start, until
+from tests.support.command import end, read_env_file, run, start, until
 
 APPLY = ("apply", "--no-refund", "R-1", "--dt-refund", "20130515094018", "--money-refund", "1.00", "--no-order", "O-1")
-
-
-def read(env_file):
-    """Return the variables of an environment file, as a POSIX shell reads them."""
-    assignments = shlex.split(env_file.read_text("utf-8"), comments=True)
-    return dict(assignment.split("=", 1) for assignment in assignments)
 
 
 @pytest.fixture
@@ -47,7 +40,7 @@ def sandbox_in_this_process(*options, env_file, number=signal.SIGTERM, meanwhile
     def stop():
         until(lambda: env_file.exists() and env_file.read_text("utf-8").endswith("/lianlian/refund\n"))
         try:
-            meanwhile(read(env_file))
+            meanwhile(read_env_file(env_file))
         finally:
             os.kill(os.getpid(), number)
 
@@ -65,7 +58,7 @@ def sandbox_in_this_process(*options, env_file, number=signal.SIGTERM, meanwhile
 def test_vendor_sample_works_with_a_new_sandbox(served):
     """Start a sandbox, apply with the page's sample, and query: three processes and a socket."""
     _process, env_file = served
-    env = read(env_file)
+    env = read_env_file(env_file)
     sample = env_file.with_name("sample.json")
     sample.write_text(SAMPLE, "utf-8")
     made = end(start("apply", sample, env=env), env)

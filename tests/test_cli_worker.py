@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-from decimal import Decimal
 from functools import partial
 
 import anyio
@@ -20,15 +19,9 @@ from lianlian_async.cli.worker import Progress
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.errors import JournalError
 from lianlian_async.journal.postgres import PostgresJournal
-from lianlian_async.sandbox import Fault, SandboxGateway, When
+from lianlian_async.sandbox import Fault, When
 from tests.support.batches import PASSWORD, refund, url_of, write_csv
 from tests.support.command import end, interruption, run, start, until
-
-
-@pytest.fixture
-def gateway():
-    """A sandbox in which every refund is final at once."""
-    return SandboxGateway(default_order=Decimal("1000.00"), settle_after=0.0)
 
 
 @pytest.fixture

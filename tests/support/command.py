@@ -6,19 +6,27 @@ import asyncio.events
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import attrs
 import pytest
 from click.testing import CliRunner
 
+from lianlian_async import Merchant, RefundRequest, RefundSession
 from lianlian_async.cli.app import lianlian
+from lianlian_async.journal import SqliteJournal
+from lianlian_async.sandbox import Fault, SandboxGateway
 from tests.support import ROOT
+from tests.support.batches import refund
 
 
 @attrs.frozen
@@ -109,3 +117,41 @@ def interruption(*, loops: int = 0) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncio.events, "new_event_loop", interrupted)
         yield
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: object, env: Mapping[str, str]) -> Any:
+    """Run the command with a terminal as stdin on which ``typed`` is typed; return the exit code."""
+    for name, text in env.items():
+        monkeypatch.setenv(name, text)
+    ours, theirs = os.openpty()
+    os.write(ours, typed.encode())
+    with os.fdopen(theirs, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        try:
+            return lianlian.main([str(argument) for argument in arguments], standalone_mode=False)
+        finally:
+            os.close(ours)
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """Return the variables of an environment file, as a POSIX shell reads them."""
+    assignments = shlex.split(path.read_text("utf-8"), comments=True)
+    return dict(assignment.split("=", 1) for assignment in assignments)
+
+
+def leave_unknown(merchant: Merchant, journal: Path, gateway: SandboxGateway, *numbers: int) -> None:
+    """Begin refunds, and cancel the calls when the gateway has received the requests."""
+
+    async def begin() -> None:
+        gateway.script(Fault.NO_ANSWER, times=len(numbers))
+        async with (
+            SqliteJournal(journal) as opened,
+            RefundSession(merchant, journal=opened, max_connections=len(numbers)) as session,
+            anyio.create_task_group() as group,
+        ):
+            for number in numbers:
+                group.start_soon(session.apply_refund, RefundRequest.from_dict(refund(number)))
+            await anyio.to_thread.run_sync(until, lambda: len(gateway.refunds) == len(numbers))
+            group.cancel_scope.cancel()
+
+    anyio.run(begin)
