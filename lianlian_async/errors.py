@@ -97,7 +97,7 @@ class InvalidRequest(LianLianError, ValueError):
 class RefundNotSent(LianLianError):
     """No attempt reached the gateway (connection refused, DNS, TLS …): it is safe to send the refund again.
 
-    ``attempts`` is the number of attempts; ``last_error`` describes the last failure.
+    ``last_error`` describes the failure of the last one of ``attempts`` attempts.
     """
 
     def __init__(self, no_refund: str, *, attempts: int, last_error: str) -> None:

@@ -191,7 +191,7 @@ class RateLimit:
 
     async def __aenter__(self) -> None:
         now = anyio.current_time()
-        # Reserve the start time before waiting, so that waiters start in order; a cancelled waiter wastes its start.
+        # Reserve the start time before waiting, so that waiters start in order. Cancellation does not give it back.
         self._next = max(self._next + self._interval, now - self._slack)
         await anyio.sleep(max(0.0, self._next - now))
 

@@ -91,7 +91,7 @@ class RetryPolicy:
             "attempts must be an integer of at least 1": lambda: isinstance(self.attempts, int) and self.attempts >= 1,
             "initial must be more than 0": lambda: self.initial > 0,
             "maximum must be finite and at least initial": lambda: self.initial <= self.maximum < math.inf,
-            "multiplier must be from 1 to 1000": lambda: 1 <= self.multiplier <= 1000,  # its 64th power is a float
+            "multiplier must be from 1 to 1000": lambda: 1 <= self.multiplier <= 1000,  # 1000**64 is no overflow
             "not_found_grace must be at least 0": lambda: self.not_found_grace >= 0,
         }
         broken = broken or [rule for rule, holds in rules.items() if not holds()]
