@@ -172,7 +172,7 @@ def test_sigterm_puts_back_what_was_not_begun(env, gateway, tmp_path):
 
 
 def test_worker_prints_a_line_at_each_interval(env, gateway, file):
-    """Without a terminal a line tells what was made and what is left, at the start and at each interval."""
+    """Without a terminal a line shows the made and the remaining refunds, at the start and at each interval."""
     run("batch", file, "--queue", "--yes", env=env)
     process = start("worker", "--interval", "0.1", env=env)
     try:

@@ -156,7 +156,7 @@ def test_problems_of_the_service_are_logged(caplog):
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("has_journal", [True, False])
 async def test_a_cancelled_caller_leaves_a_complete_refund(has_journal):
-    """The refund is made once, and its outcome is told; with a journal, a repeated request gets it, too."""
+    """The refund is made once, and ``on_outcome`` gets its outcome; with a journal, a repeated request gets it, too."""
     gateway = sandbox(repeated=Repeated.AGAIN, default_order=Decimal("100000000.00"))
     gateway.script(Fault.DELAY, delay=5)
     told = []
@@ -193,7 +193,7 @@ async def test_another_request_joins_the_refund_of_a_cancelled_caller():
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_a_cancelled_caller_leaves_its_error(caplog):
-    """An error of the refund is told, or logged without ``on_outcome``; without a cancellation it is raised."""
+    """``on_outcome`` gets the error of a refund; without it, the error is logged. Without a cancellation it is raised."""
     gateway, told = sandbox(default_order=None), []
     gateway.script(Fault.DELAY, delay=5, times=2)
     async with gateway.session(clock=boot_clock) as session:

@@ -40,7 +40,7 @@ def struck(fault, repeated, call, when, delay):
 
 
 def assert_agrees(gateway, outcome):
-    """How a refund ended is what the gateway's own books say, and they never say twice."""
+    """Check that the outcome agrees with the gateway's books, which contain no refund twice."""
     number = outcome.request.no_refund
     times = gateway.times_made(number)
     assert times <= 1
@@ -55,7 +55,7 @@ def assert_agrees(gateway, outcome):
 
 
 async def resolved(session, outcome):
-    """``outcome``, or what becomes of it when it is asked about again at the time it names."""
+    """Return ``outcome``; if it is unknown, the outcome of a query at its ``ask_again_at``."""
     for _ in range(20):
         if not isinstance(outcome.error, RefundOutcomeUnknown):
             break
@@ -67,7 +67,7 @@ async def resolved(session, outcome):
 @every_switch
 @every_fault
 async def test_under_default_settings_nothing_is_made_twice(fault, repeated):
-    """Whatever strikes, a refund is made at most once, what is said of it is true, and settling ends it as made."""
+    """With every fault a refund is made at most once, its outcome is true, and resolving it ends with a made refund."""
     for case in CASES:
         gateway = struck(fault, repeated, *case)
         async with gateway.session(retry=DEFAULT, clock=boot_clock) as session:

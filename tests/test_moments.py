@@ -84,7 +84,7 @@ def test_a_moment_moves_on_all_clocks(span):
 
 
 def test_a_moment_is_dated_by_what_the_gateway_told_later():
-    """Only within one boot, and only where the moment had no such date."""
+    """Only within one boot, and only if the timestamp had no ``Date`` before."""
     unheard = attrs.evolve(HERE, gateway=None)
     assert unheard.dated(later(HERE, boot=60, gateway=90)).gateway == NOON + timedelta(seconds=30)
     for now in (unheard, ELSEWHERE):

@@ -883,10 +883,10 @@ PROXIES = ["10.0.0.0/8", "::1"]
         ("", None, False),
         (None, None, False),
         ("testclient", None, False),
-        # Who is no proxy cannot speak for others …
+        # A client that is no trusted proxy cannot name another address …
         ("198.51.100.7", "203.0.113.7", False),
         ("203.0.113.7", "198.51.100.7", True),
-        # … a proxy can, for whom it has seen itself; what stands before that may be made up.
+        # … a trusted proxy can name its own client; the client may have invented the addresses before that.
         ("10.1.2.3", "203.0.113.7", True),
         ("::1", "203.0.113.7, 10.9.9.9", True),
         ("10.1.2.3", "203.0.113.7, 198.51.100.7", False),

@@ -51,7 +51,7 @@ def test_on_another_machine_a_moment_is_as_old_as_the_database_says_and_no_older
 
 
 def test_on_another_machine_a_lease_is_over_when_the_database_says_so():
-    """Also for a worker whose own clock is far off; and it is never shorter than its holder counts."""
+    """Also for a worker with a wrong clock; and it never ends earlier than its holder believes."""
     lease_end = moment(60.0)
     for passed, is_over in ((59.0, False), (60.5, True)):
         elsewhere = reading(passed, boot=-9000.0, timeline="there")
@@ -59,7 +59,7 @@ def test_on_another_machine_a_lease_is_over_when_the_database_says_so():
 
 
 def test_a_moment_of_another_boot_also_has_to_be_old_by_the_gateways_clock():
-    """A database whose clock was set while no worker looked does not age what is young by the gateway's clock."""
+    """The database's clock was set while no worker ran: a timestamp is as recent as by the gateway's clock."""
     told = datetime(2026, 3, 4, tzinfo=UTC)
     elsewhere = reading(86_400.0, boot=50.0, timeline="there")
     found = elsewhere.moment(stored(moment(0.0, gateway=told), reading()))
@@ -79,7 +79,7 @@ def test_what_came_from_another_boot_is_stored_as_it_was():
 
 @pytest.mark.parametrize("timeline", ["here", "there"])
 def test_in_another_era_a_moment_counts_from_its_beginning(timeline):
-    """What was past at the beginning is as old as the era; what was ahead by then is that much younger."""
+    """A timestamp before the beginning is as old as the era; one after it is younger by the difference."""
     later = reading(1e6, boot=40.0, era=2, began=1e6 - 30, timeline=timeline)
     for at, age in ((moment(-500.0), 30.0), (moment(20.0), 10.0)):
         found = later.moment(stored(at, reading()))

@@ -48,7 +48,7 @@ def test_a_refund_and_the_journals_names_are_synced_before_its_request_leaves(re
 
 @pytest.mark.anyio
 async def test_a_journal_survives_a_power_loss_at_any_point(recording, pytestconfig):
-    """It is intact, and knows each refund that was sent and each outcome that was told."""
+    """It is intact, and has each refund that was sent and each outcome that was printed."""
     states, seed = (pytestconfig.getoption(name) for name in ("power_losses", "seed"))
     report = await power_loss.lose_power(recording, states=states, seed=seed)
     assert report.problems == {}

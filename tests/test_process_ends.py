@@ -47,7 +47,7 @@ def place(request, tmp_path):
 
 
 def run(way: str, place: str) -> tuple[int, str]:
-    """The exit code and what was told on stderr."""
+    """Return the exit code and the text on stderr."""
     command = [*program("process_ends"), way, place]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The README's examples do what the text around them says."""
+"""The README's examples work as the text describes."""
 
 import os
 import re
@@ -55,8 +55,8 @@ def test_twelve_lines_make_a_refund():
 
 
 @pytest.mark.anyio
-async def test_what_was_left_unknown_is_asked_about_again():
-    """The example notes a refund that was left unknown, and finds out about it later."""
+async def test_unknown_refund_is_resolved_later():
+    """The example stores an unknown refund, and resolves it later."""
     example = run_example("unknown")
     gateway, todo = SandboxGateway(default_order=Decimal("500.00")), []
     gateway.script(Fault.RESET, call="apply", when=When.AFTER)
@@ -197,7 +197,7 @@ def test_the_rehearsal_ends_with_an_agreeing_statement(tmp_path):
 
 
 def test_every_example_is_run():
-    """No Python in the README goes without a name, and so without a test."""
+    """Every Python block in the README has a name that a test uses."""
     assert len(re.findall("```python", README)) == len(EXAMPLES)
     source = "".join(path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     assert [name for name in EXAMPLES | RECIPES if f'"{name}"' not in source] == []

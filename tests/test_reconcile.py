@@ -80,7 +80,7 @@ def all_agree(found):
 
 
 def outcome(found):
-    """What was found, without what was not: numbers, and counts of what agrees or is outside of the period."""
+    """Return the results that are not empty: numbers, and counts of refunds that agree or are outside of the period."""
     counted = {str(verdict): count for verdict, count in found.counts.items() if verdict not in found.numbers}
     return counted | {str(verdict): numbers for verdict, numbers in found.numbers.items() if numbers}
 
@@ -338,7 +338,7 @@ requests = st.builds(
 @settings(max_examples=20)
 @given(st.lists(requests, max_size=5, unique_by=lambda request: request.no_refund))
 def test_whatever_the_sandbox_has_made_agrees_with_its_statement(asked):
-    """What it refused is in the journal only, what it made in both."""
+    """Rejected refunds are in the journal only, made refunds in both."""
     gateway = SandboxGateway(default_order=Decimal("100000000.00"), settle_after=0)
     found = Reconciliation()
 

@@ -27,7 +27,7 @@ LONGEST_DELAY = 600.0
 
 @attrs.frozen(kw_only=True)
 class Run:
-    """One process's life: what it does, how it is cut short, and how long it then lies still."""
+    """One process: its work, how it is interrupted, and the pause after it."""
 
     resumes: bool
     outcomes: int
@@ -40,7 +40,7 @@ class Run:
 
 @attrs.frozen(kw_only=True)
 class Storm:
-    """What the gateway does to requests, and what happens to the batch."""
+    """The faults of the gateway, and the runs of the batch."""
 
     refunds: int
     faults: dict[Fault, float]
@@ -76,7 +76,7 @@ def requests(count):
 
 
 async def live(run, session, count):
-    """Do what ``run`` says, unless it is cut short before."""
+    """Do the work of ``run`` until it ends or is interrupted."""
     told = 0
     with anyio.move_on_after(run.seconds):
         if run.resumes:
@@ -147,7 +147,7 @@ async def test_a_short_grace_makes_nothing_twice_where_the_gateway_deduplicates(
 @given(storm=storms, repeated=st.sampled_from(Repeated))
 @settings(max_examples=10)
 async def test_a_journal_in_a_file_is_as_good(storm, repeated):
-    """The same over the SQLite journal, whose writes take their time in a thread."""
+    """The same with the SQLite journal, whose writes run in a thread."""
     with tempfile.TemporaryDirectory() as folder:
         journal = SqliteJournal(Path(folder) / "journal.sqlite")
         check(storm, *await weather(storm, journal, repeated, RetryPolicy()))

@@ -183,7 +183,7 @@ async def sessions(now: datetime) -> None:
 
 
 async def notifications(merchant: Merchant, session: RefundSession, body: bytes) -> None:
-    """An endpoint, with a handler whose result is of no interest."""
+    """An endpoint, with a handler whose result is ignored."""
 
     async def on_refund(refund: Refund) -> int:
         assert_type(refund.money_refund, Decimal)
@@ -197,7 +197,7 @@ async def notifications(merchant: Merchant, session: RefundSession, body: bytes)
 
 
 def errors(error: LianLianError) -> object:
-    """Each error and what it carries."""
+    """Each error and its attributes."""
     match error:
         case RefundRejected() | QueryRejected():
             assert_type(error.is_configuration, bool)

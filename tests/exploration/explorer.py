@@ -21,7 +21,7 @@ class Result:
     twice: tuple[str, ...] | None
     """The shortest trace to a refund that is made twice; None if there is none."""
     denied: tuple[str, ...] | None
-    """The shortest trace to a caller that is told "not made" about a refund that was made; None if there is none."""
+    """The shortest trace in which a caller gets "not made" for a refund that was made; None if there is none."""
 
 
 def explore(bounds: Bounds, *, until_twice: bool = False) -> Result:

@@ -137,7 +137,7 @@ def killed_during_commits(refunds: int) -> int:
 
 
 async def _make_and_kill(server: postgres.Server, gateway: SandboxGateway, refunds: int) -> set[str]:
-    """Apply for each refund once; return those whose outcome the caller was told."""
+    """Apply for each refund once; return those for which the caller got an outcome."""
     told, begun, left, is_up = set[str](), list[RefundRequest](), iter(requests(refunds)), asyncio.Event()
     is_up.set()
 
@@ -165,7 +165,7 @@ async def _make_and_kill(server: postgres.Server, gateway: SandboxGateway, refun
 
 
 async def _lost(dsn: str, gateway: SandboxGateway, told: set[str]) -> int:
-    """Return how many refunds were made, but are not on record, or whose outcome was told, but is not on record."""
+    """Return how many refunds lack a record of a made refund or of an outcome that a caller got."""
     made = {record.no_refund for record in gateway.refunds}
     async with PostgresJournal(dsn) as journal:
         known = {entry.no_refund: entry.ending async for entry in journal.entries()}

@@ -325,7 +325,7 @@ def mutated(dice: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def finding(target: Target, data: bytes) -> BaseException | None:
-    """Return what leaves the target for ``data`` although no caller expects it. Must run in the main thread."""
+    """Return the unexpected exception that the target raises for ``data``. Must run in the main thread."""
 
     def interrupt(*_: object) -> None:
         raise HangError(f"{MOST_SECONDS} s of CPU time")

@@ -54,7 +54,7 @@ REMADE: Final = ("-owner", "-shm")
 
 
 async def work(journal_path: Path, count: int) -> None:
-    """Run the batch twice, and tell on standard output what is durable by then."""
+    """Run the batch twice; print each refund and its recorded state once the outcome is durable."""
     make_folder(str(journal_path))
     with mock.patch.object(sqlite_schema, "CHECKPOINT_PAGES", CHECKPOINT_PAGES):
         for _ in range(2):  # the second run resolves what the first left unknown, in the same files
@@ -120,7 +120,7 @@ class Request:
 
 @attrs.frozen
 class Told:
-    """What the process told: the journal's id, or a refund's number and state."""
+    """A line that the process printed: the journal's id, or a refund's number and state."""
 
     about: str
     value: str
@@ -277,7 +277,7 @@ def _apply(content: bytearray, changes: Iterable[Change]) -> bytearray:
 
 @attrs.define
 class Disk:
-    """What is certainly on disk, and what was changed since the last syncs."""
+    """The synced state of all files and names, and the changes since the last syncs."""
 
     synced: dict[int, bytearray] = attrs.field(factory=dict)
     changes: dict[int, list[Change]] = attrs.field(factory=dict)
@@ -342,7 +342,7 @@ def _choices(dice: random.Random) -> dict[str, Choice]:
 
 @attrs.define
 class Known:
-    """What others know: the gateway may have refunds that were sent, and the caller was told outcomes."""
+    """Facts that the journal must not contradict: refunds that may have been sent, and printed outcomes."""
 
     sent: set[str] = attrs.field(factory=set)
     told: dict[str, str] = attrs.field(factory=dict)
@@ -386,7 +386,7 @@ class Report:
 
 
 async def lose_power(recording: Recording, *, states: int, seed: int) -> Report:
-    """Open a journal on ``states`` disks: half of them right after a request or a told outcome."""
+    """Open a journal on ``states`` disks: half of them right after a request or a printed outcome."""
     began, dice, steps = time.monotonic(), random.Random(seed), recording.steps
     counts: Counter[str] = Counter()
     problems = {}
@@ -418,7 +418,7 @@ def _memory() -> str | None:
 
 
 async def _problem(path: Path, known: Known) -> str | None:
-    """Return what is wrong with the journal that the power loss left."""
+    """Return the problem of the journal after the power loss; None if there is none."""
     try:
         async with SqliteJournal(path) as journal:
             entries = {entry.no_refund: str(entry.state) async for entry in journal.entries()}

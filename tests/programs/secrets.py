@@ -150,7 +150,7 @@ class Evidence(logging.Handler):
             self.show_error(record.exc_info[1])
 
     def show(self, value: object) -> None:
-        """Keep what debuggers, loggers and caches show of an object."""
+        """Keep the text forms of an object that debuggers, loggers and caches show."""
         self.add("repr", f"{value!r} {value}")
         with contextlib.suppress(TypeError):  # it has slots
             self.add("attributes", repr(vars(value)))
@@ -278,7 +278,7 @@ async def _batch(session: RefundSession, gateway: SandboxGateway, name: str) -> 
 
 
 async def _shown(evidence: Evidence, call: Callable[[], Any]) -> None:
-    """Keep what is shown of the result or the error of ``call``."""
+    """Keep the text forms of the result or the error of ``call``."""
     try:
         _show_outcome(evidence, await call())
     except LianLianError as error:
@@ -360,7 +360,7 @@ def commands(evidence: Evidence, dsn: str, folder: Path) -> None:
 
 
 def _ended(evidence: Evidence, ended: command.Ended, code: int) -> None:
-    """Keep the output of a command; raise if it did not do what it should do here."""
+    """Keep the output of a command; raise if its exit code is not the expected one."""
     evidence.add("command", ended.stdout + ended.stderr)
     if ended.exit_code != code:
         raise RuntimeError(f"exit code {ended.exit_code}: {ended}")

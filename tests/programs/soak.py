@@ -226,7 +226,7 @@ class Soak:
                 pulled.clear()
 
     async def sweep(self, endpoint: NotificationEndpoint, *, seconds: float) -> None:
-        """Resolve what is open again and again."""
+        """Resolve open refunds repeatedly."""
         while not self.is_over:
             await anyio.sleep(seconds)
             await endpoint.sweep()

@@ -33,7 +33,7 @@ class ViolationError(BaseException):
 
 @attrs.define(eq=False)
 class Oracle:
-    """The outcomes that callers were told, and the checks of all events against the gateway's books."""
+    """The outcomes that callers got, and the checks of all events against the gateway's books."""
 
     stop: Callable[[], None]
     """Ends the run."""
@@ -113,7 +113,7 @@ class Oracle:
     # ── at a caller ──────────────────────────────────────────────────────────────────────────────
 
     def tell(self, request: RefundRequest, refund: Refund | None, error: BaseException | None) -> str:
-        """Check the outcome that a caller was told; return ``made``, ``rejected``, ``conflict`` or ``open``."""
+        """Check the outcome that a caller got; return ``made``, ``rejected``, ``conflict`` or ``open``."""
         number = request.no_refund
         booked = self.gateway.books.get(number, [])
         self.log(f"told {number}: {refund and refund.sta_refund} {type(error).__name__ if error else ''}")
@@ -162,7 +162,7 @@ class Oracle:
                 self.violate(f"{number}: a caller was told: {told}; the books have it {len(made)} times")
 
     def check_journal(self, entries: Mapping[str, Entry]) -> None:
-        """Check at the end of the run that every told outcome is in the journal, unless a failover lost it."""
+        """Check at the end that the journal has every outcome that a caller got, unless a failover lost it."""
         for number, how in self.told.items():
             entry = entries.get(number)
             if number not in self.lost_endings and (entry is None or entry.ending is None):

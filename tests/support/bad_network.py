@@ -38,7 +38,7 @@ class Cut(StrEnum):
     HALF_CLOSE = "half-close"
     """FIN to the client, but the rest of the request is still forwarded."""
     STALL = "stall"
-    """Nothing until the client gives up. A request whose bytes have all come by then is held (``Proxy.held``)."""
+    """Nothing until the client gives up. A request that is complete at that time is held (``Proxy.held``)."""
 
 
 class Form(StrEnum):
