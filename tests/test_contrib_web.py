@@ -193,7 +193,7 @@ async def test_another_request_joins_the_refund_of_a_cancelled_caller():
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_a_cancelled_caller_leaves_its_error(caplog):
-    """``on_outcome`` gets the error of a refund; without it, the error is logged. Without a cancellation it is raised."""
+    """``on_outcome`` gets the error of a refund; without it, the error is logged. An uncancelled call raises it."""
     gateway, told = sandbox(default_order=None), []
     gateway.script(Fault.DELAY, delay=5, times=2)
     async with gateway.session(clock=boot_clock) as session:
