@@ -113,7 +113,8 @@ class Notified(Event):
 
 @attrs.frozen(kw_only=True)
 class ActedOn(Event):
-    """A ``NotificationEndpoint`` acted on a refund: it called ``on_refund``, with ``confirm=True`` after a query."""
+    """A ``NotificationEndpoint`` tried to call ``on_refund`` for a refund, with ``confirm=True`` after a query."""
 
     succeeded: bool
+    """False if ``on_refund`` or the query failed, or was cancelled."""
     seconds: float
