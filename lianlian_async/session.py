@@ -41,7 +41,7 @@ from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, HttpSender,
 from .waiters import Waiters
 
 LONGEST_DEADLINE: Final = 86_400.0
-"""Seconds that one call with a journal may take: its lease lasts twice as long."""
+"""Seconds: the longest deadline of a call with a journal. Its lease lasts twice as long."""
 
 _checked: Final = partial(positive_seconds, "deadline")
 
@@ -81,8 +81,8 @@ class RefundSession:
     Concurrent calls for the same ``no_refund`` make one refund. If a call left the refund unknown, the next call
     queries first. Without a journal, this holds only within one session.
 
-    Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, have sent nothing
-    and raise ``RuntimeError``. So does use outside ``async with``, a second use, and use from another event loop.
+    Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, send nothing and
+    raise ``RuntimeError``. Use outside ``async with``, a second use, and use from another event loop raise it, too.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class RefundSession:
         earlier: RefundOutcomeUnknown | None = None,
         query_first: bool = False,
     ) -> Outcome:
-        """Return the result of :meth:`apply_refund`, or with ``earlier`` of :meth:`resolve`, as a value.
+        """Return the result of :meth:`apply_refund` as a value; with ``earlier``, the result of :meth:`resolve`.
 
         ``journal`` overrides the session's journal. ``query_first`` queries first even if the session does not. A
         ``request`` that is not a ``RefundRequest`` gives an outcome with ``InvalidRequest`` as its error. Raises
@@ -290,7 +290,7 @@ class RefundSession:
     ) -> Refund:
         """Make a refund and wait until it is final: :meth:`apply_refund`, then :meth:`wait_refund`.
 
-        A notification also counts if it arrives before the answer, or if no answer arrives. ``deadline`` (seconds)
+        A notification counts even if it arrives before the answer, or if no answer arrives. ``deadline`` (seconds)
         limits the wait; the session's deadline limits :meth:`apply_refund`. Raises the errors of both methods.
         """
         seconds = _checked(deadline)

@@ -118,7 +118,7 @@ async def trace_loopback(url: httpx.URL, event: str, info: Mapping[str, Any]) ->
 
 
 def reset_when_closed(sock: Any) -> None:
-    """Set SO_LINGER to 0 s: when ``sock`` is closed, also at process exit, the kernel discards unsent bytes, sends RST.
+    """Set SO_LINGER to 0 s: when ``sock`` closes, even by process exit, the kernel drops unsent bytes and sends RST.
 
     ``sock`` is a socket object of asyncio, uvloop or trio; a closed socket is ignored.
     """
