@@ -1,4 +1,4 @@
-"""The sandbox's answers with the fields that LianLian documents, and the HTTP responses that contain them."""
+"""The sandbox's answers, with the fields that LianLian documents, and their HTTP responses."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _MESSAGES: Final = {
     "9902": "接口调用异常",
     "9999": "系统错误",
 }
-"""``ret_msg`` of the sandbox's own refusals (LianLian's page of return codes); ``{}`` is the invalid parameter."""
+"""``ret_msg`` of the sandbox's own refusals (LianLian's page of return codes); ``{}``: the invalid parameter."""
 _ANY_OTHER: Final = "交易失败"
 
 UNSIGNED: Final = frozenset({"1004", "8901", "9002"})
-"""Genuine error answers with these codes had no signature; a genuine rejection of a refund (9093) had one."""
+"""Codes of genuine error answers without a signature; a genuine rejection of a refund (9093) was signed."""
 
-# The rate of the sample answer on the apply page: 200.01 yuan are 30.03 in the foreign currency.
+# From the sample answer on LianLian's apply page: 200.01 yuan are 30.03 in the foreign currency.
 _RATE: Final = Decimal("6.66")
 _EXCHANGE: Final = {"rate_id": "1", "rate": str(_RATE), "exchange_bankcode": "01040000"}
 
 
 class Refusal(Exception):
-    """A rejected request: ``ret_code``, and the ``parameter`` named in ``ret_msg``. Never leaves the sandbox."""
+    """Raised inside the sandbox to reject a request; ``parameter`` appears in ``ret_msg``."""
 
     def __init__(self, ret_code: str, parameter: str = "") -> None:
         self.ret_code = ret_code
@@ -49,7 +49,7 @@ class Refusal(Exception):
 
 
 def refusal(ret_code: str, parameter: str = "") -> dict[str, str]:
-    """Return the answer to a rejected request: code and message only (apply page)."""
+    """Return the answer to a rejected request: ``ret_code`` and ``ret_msg`` only (apply page)."""
     return {"ret_code": ret_code, "ret_msg": _MESSAGES.get(ret_code, _ANY_OTHER).format(parameter)}
 
 

@@ -1,4 +1,4 @@
-"""Faults between a client and the sandbox: when a fault occurs, and how it changes a response."""
+"""The faults that the sandbox injects: which request gets a fault, and how the fault changes the response."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Call: TypeAlias = Literal["apply", "query"]
 
 
 class When(Enum):
-    """Whether a request is carried out when a fault occurs."""
+    """Whether a fault occurs before or after the request is carried out."""
 
     BEFORE = "before"
-    """The request is not carried out; the fault changes an answer 9999."""
+    """The request is not carried out (``DELAY``: after the delay); the fault changes an answer with code 9999."""
     AFTER = "after"
-    """The request is carried out; the fault changes its answer."""
+    """The request is carried out first; the fault changes its answer."""
 
 
 class Fault(Enum):
-    """The faults. ``delay`` is an option of a scripted fault, or of the whole gateway."""
+    """The faults. ``delay`` is an argument of :meth:`SandboxGateway.script` and of the gateway."""
 
     DELAY = "delay"
-    """The correct answer after ``delay`` seconds; the request is carried out before or after the delay."""
+    """The correct answer after ``delay`` seconds."""
     NO_ANSWER = "no answer"
     """No response until the client disconnects."""
     LATE = "late"
@@ -44,9 +44,9 @@ class Fault(Enum):
     RESET = "reset"
     """The connection breaks in the middle of the response."""
     HTTP_500 = "http 500"
-    """An HTML page of the application server."""
+    """500 with an HTML page."""
     BAD_GATEWAY = "bad gateway"
-    """502: an HTML page of a proxy."""
+    """502 with an HTML page."""
     TOO_MANY = "too many"
     """429 with ``delay`` as Retry-After."""
     REDIRECT = "redirect"
@@ -54,19 +54,19 @@ class Fault(Enum):
     BUSY = "busy"
     """An answer with ``ret_code``: 1007, 9902 or 9999 at random, or as scripted."""
     BROKEN_JSON = "broken json"
-    """The first half of the answer, with a matching Content-Length."""
+    """The first half of the answer; Content-Length matches this half."""
     WRONG_SIGNATURE = "wrong signature"
-    """A forged 0000 with the signature of another message."""
+    """A 0000 with the signature of another message."""
     NO_SIGNATURE = "no signature"
-    """A forged 0000 without a signature."""
+    """A 0000 without a signature."""
     ALTERED_FIELD = "altered field"
-    """A forged 0000 with an amount one yuan above the signed amount."""
+    """A 0000 whose amount is one yuan above the signed amount."""
     OTHER_REFUND = "other refund"
-    """The validly signed 0000 of another refund."""
+    """A 0000 with a valid signature, but for another refund."""
     OVERSIZED = "oversized"
-    """The correct answer, followed by 64 KiB of blanks."""
+    """The answer, followed by 64 KiB of spaces."""
     COMPRESSED = "compressed"
-    """The correct answer in gzip, which the client did not accept."""
+    """The answer compressed with gzip, whatever the client accepts."""
 
 
 _BUSY_CODES: Final = ("1007", "9902", "9999")
@@ -74,7 +74,7 @@ _BUSY_CODES: Final = ("1007", "9902", "9999")
 
 @attrs.frozen
 class Trouble:
-    """A fault that occurs at one request; ``delay`` in seconds."""
+    """A fault with its options; ``delay`` in seconds."""
 
     fault: Fault
     when: When
@@ -84,7 +84,7 @@ class Trouble:
 
 @attrs.define(kw_only=True)
 class Scripted:
-    """A fault for the next ``times`` matching requests after the first ``skip``; None matches every request."""
+    """A fault for the next ``times`` matching requests after the first ``skip``; a field None matches every request."""
 
     trouble: Trouble
     call: Call | None
@@ -151,11 +151,11 @@ def spoil(
     request: Mapping[str, str],
     seal: Callable[[Mapping[str, str]], dict[str, str]],
 ) -> Response:
-    """Return the response that replaces ``answer`` to ``request``; ``seal`` signs an answer as the gateway does.
+    """Return the faulty response that replaces ``answer`` to ``request``; ``seal`` signs an answer.
 
-    The gateway itself handles faults of the connection.
+    The gateway itself handles ``DELAY``, ``NO_ANSWER``, ``LATE`` and ``RESET``.
     """
-    claim = _claim(answer, request)
+    claim = _success(answer, request)
     match trouble.fault:
         case fault if fault in _PAGES:
             return page(*_PAGES[fault])
@@ -180,9 +180,9 @@ def spoil(
     return Response(200, {**right.headers, "content-encoding": "gzip"}, gzip.compress(right.body))
 
 
-def _claim(answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
-    """Return the fields of a forgery: the true answer if it is 0000, else a 0000 for the request."""
+def _success(answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
+    """Return ``answer`` if it is 0000, else a forged 0000 for the request."""
     if answer["ret_code"] == "0000":
         return dict(answer)
-    asked = {name: request[name] for name in _IDENTITY if name in request}
-    return {"money_refund": "1.00", "oid_refundno": "9999999999999999", **asked, **SUCCESS, "sta_refund": "2"}
+    identity = {name: request[name] for name in _IDENTITY if name in request}
+    return {"money_refund": "1.00", "oid_refundno": "9999999999999999", **identity, **SUCCESS, "sta_refund": "2"}

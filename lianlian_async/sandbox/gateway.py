@@ -1,7 +1,7 @@
 """The sandbox as an ASGI application: it receives requests, injects faults and sends signed answers.
 
-A request is handled without an await, so two concurrent applications cannot both be the first one. This blocks the
-event loop for two RSA operations (about 0.5 ms with 1024 bits), which is acceptable in a fake.
+A request is carried out without an await, so of two concurrent apply requests exactly one is the first. This blocks
+the event loop for two RSA operations (about 0.5 ms with 1024 bits), which is acceptable in a fake.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ _ROUTES: Final = {
 
 @functools.cache
 def _generated_key(_owner: str, bits: int) -> SigningKey:
-    """Generate a key once; all sandboxes of this process share it to save time."""
+    """Generate a key; the sandboxes of this process share it, because generating a key is slow."""
     return SigningKey.generate(bits)
 
 
 class SandboxGateway:
     """A fake of LianLian's refund gateway that knows one merchant; an ASGI 3 application.
 
-    Its clock is ``clock`` plus the seconds of :meth:`advance`, so tests need not wait until refunds are final. Every
-    response has a ``Date`` header by this clock; the server must not add its own (uvicorn: ``--no-date-header``).
+    The gateway's clock is ``clock`` plus the seconds of :meth:`advance`, so tests need not wait for final states. The
+    ``Date`` header shows this clock; the server must not add its own header (uvicorn: ``--no-date-header``).
 
     Args:
         oid_partner: The merchant's number.
         merchant_key: The merchant's private key; generated with ``bits`` if not given.
         gateway_key: The private key that signs answers; generated with ``bits`` if not given.
         bits: Size of generated keys.
-        repeated: The effect of a second application with the same ``no_refund``.
-        settle_after: Seconds until a refund is final; 0: the apply answer already has the final state.
+        repeated: The effect of a second apply request with the same ``no_refund``.
+        settle_after: Seconds until a refund is final; with 0, the apply answer has the final state.
         default_order: Amount in yuan of each order that was not added; None: such an order does not exist (5002).
-        sign_errors: Whether answers other than 0000 are signed; None: all but 1004, 8901 and 9002, like genuine
-            answers. A signed rejection of a refund repeats its number and amount; an unsigned answer has only
+        sign_errors: Whether answers other than 0000 are signed; None: all except 1004, 8901 and 9002, like genuine
+            answers. A signed rejection repeats ``no_refund`` and ``money_refund``; an unsigned answer has only
             ``ret_code`` and ``ret_msg``.
         faults: Probability of each fault per request.
         seed: Seed of the random faults.
         delay: Seconds of delay for random faults, and for scripted faults without a ``delay``.
-        clock: A steady clock in seconds.
+        clock: A monotonic clock in seconds.
         started_at: Date and time of the gateway's creation (aware); default: now.
 
     Raises ``ValueError`` for invalid options, ``ConfigurationError`` for probabilities and key sizes.
@@ -100,7 +100,7 @@ class SandboxGateway:
         self.gateway_key = gateway_key or _generated_key("gateway", bits)
         self.sign_errors = sign_errors
         self.requests: Counter[Call] = Counter()
-        """Number of requests for each call, including those with a fault."""
+        """Number of requests by call, including requests with a fault."""
         self._ledger = Ledger(repeated=repeated, settle_after=settle_after, default_order=default_order)
         self._plan = FaultPlan(faults or {}, Random(seed), delay)  # noqa: S311 - the same seed gives the same faults
         self._late: list[tuple[float, _Route, Mapping[str, str]]] = []
@@ -109,7 +109,7 @@ class SandboxGateway:
         self._started = clock()
         self._started_at = started_at or datetime.now(UTC)
         self.made = anyio.Event()
-        """Set when refunds may have been carried out, and then replaced by a new event."""
+        """Set when ``refunds`` may have grown, and then replaced by a new event."""
         self.advanced = anyio.Event()
         """Set when the clock was advanced, and then replaced by a new event."""
 
@@ -135,7 +135,7 @@ class SandboxGateway:
         )
 
     def fail(self, no_refund: str) -> None:
-        """Let an existing or future refund fail when it becomes final, and return its money.
+        """Let an existing or future refund fail when it becomes final, so that its money is returned then.
 
         Raises ``ValueError`` if the refund is already final.
         """
@@ -147,7 +147,7 @@ class SandboxGateway:
         return self._clock() + self._advanced
 
     def time_of_day(self, moment: float | None = None) -> datetime:
-        """Return the date and time (aware) at ``moment`` of the gateway's clock; default: now."""
+        """Convert seconds of the gateway's clock (default: now) to an aware date and time."""
         return self._started_at + timedelta(seconds=(self.now() if moment is None else moment) - self._started)
 
     def advance(self, seconds: float) -> None:
@@ -155,7 +155,7 @@ class SandboxGateway:
         if seconds < 0:
             raise ValueError("seconds must not be negative: the gateway's clock only runs forward")
         self._advanced += seconds
-        for event in (self.advanced, self.made):  # late requests may be due now
+        for event in (self.advanced, self.made):  # late requests may now be due
             event.set()
         self.advanced, self.made = anyio.Event(), anyio.Event()
 
@@ -171,10 +171,10 @@ class SandboxGateway:
         delay: float | None = None,
         ret_code: str = "1007",
     ) -> None:
-        """Inject ``fault`` into the next ``times`` matching requests after the first ``skip`` ones.
+        """Inject ``fault`` into the next ``times`` matching requests, after ``skip`` matching requests without it.
 
-        ``call`` and ``no_refund`` select the requests (None: all). If several faults match a request, the one that
-        was scripted first occurs. ``delay`` in seconds; ``ret_code`` is for ``Fault.BUSY``. Raises ``ValueError`` for
+        ``call`` and ``no_refund`` select the requests (None: all). If several faults match a request, the gateway
+        uses the oldest one. ``delay`` is in seconds; only ``Fault.BUSY`` uses ``ret_code``. Raises ``ValueError`` for
         a negative ``skip`` and for ``times`` below 1.
         """
         trouble = Trouble(fault, when, self._plan.delay if delay is None else delay, ret_code)
@@ -189,19 +189,19 @@ class SandboxGateway:
     def faults(self, probabilities: Mapping[Fault, float]) -> None:
         self._plan.probabilities = probabilities
 
-    # ── the books: the truth, whatever the answers said ──────────────────────────────────────────
+    # ── the ledger: refunds that were made, whatever the answers said ─────────────────────────────
 
     def money_moved(self, no_refund: str) -> Decimal:
-        """Return the yuan that the merchant paid for ``no_refund``: doubled if it was made twice, 0 if it failed."""
+        """Return the yuan that all refunds with ``no_refund`` moved; a failed refund moves none."""
         return sum((record.moved(self.now()) for record in self._made(no_refund)), Decimal(0))
 
     def times_made(self, no_refund: str) -> int:
-        """Return how many times ``no_refund`` was made, including refunds that failed later."""
+        """Return how many refunds with ``no_refund`` were made, including those that failed later."""
         return len(self._made(no_refund))
 
     @property
     def refunds(self) -> tuple[Record, ...]:
-        """Every refund that was carried out, oldest first."""
+        """Every refund that was made, oldest first."""
         self._carry_out_late()
         return tuple(self._ledger.records)
 
@@ -210,7 +210,7 @@ class SandboxGateway:
         return self._ledger.made(no_refund)
 
     def _carry_out_late(self) -> None:
-        """Carry out requests with ``Fault.LATE`` that are due; nobody receives their answers."""
+        """Carry out the requests with ``Fault.LATE`` that are due; their answers are discarded."""
         due = sorted((item for item in self._late if item[0] <= self.now()), key=lambda item: item[0])
         for item in due:
             self._late.remove(item)
@@ -263,7 +263,7 @@ class SandboxGateway:
             await self._respond(send, spoil(trouble, answer, fields, seal))
 
     async def _respond(self, send: asgi.Send, response: Response, *, breaks_off: bool = False) -> None:
-        """Send a response. For a broken connection, send half of it and raise, so that the server disconnects."""
+        """Send a response; with ``breaks_off``, send half of its body and raise, so that the server disconnects."""
         date = format_datetime(self.time_of_day().astimezone(UTC), usegmt=True)
         await asgi.respond(send, response.status, {**response.headers, "date": date}, response.body, cut=breaks_off)
         if breaks_off:
@@ -276,13 +276,13 @@ class SandboxGateway:
         return self._handle(route, fields, self.now())
 
     def _handle(self, route: _Route, fields: Mapping[str, str], at: float) -> dict[str, str]:
-        """Carry out a request at the moment ``at``; return the unsigned answer."""
+        """Carry out a request at time ``at`` of the gateway's clock; return the unsigned answer."""
         try:
             rules.authenticate(fields, self.oid_partner, self.merchant_key.public_key())
             if route.call == "query":
                 rules.check_query(fields)
                 return self._answer(self._ledger.query(fields, at), at)
-            rules.check_application(fields)
+            rules.check_apply(fields)
             record = self._ledger.apply(fields, at, domestic=route.domestic)
             self.made.set()
             self.made = anyio.Event()
@@ -294,7 +294,7 @@ class SandboxGateway:
         return answer
 
     def _answer(self, record: Record, at: float) -> dict[str, str]:
-        """Return the 0000 answer with the state of a refund at ``moment`` and the fields of its product."""
+        """Return the unsigned 0000 answer with a refund's state at time ``at`` of the gateway's clock."""
         status = record.status(at)
         fields = {
             **answers.SUCCESS,
@@ -311,12 +311,12 @@ class SandboxGateway:
         return fields
 
     def notification(self, record: Record, at: float | None = None) -> bytes:
-        """Return the signed notification with a refund's state at a moment of the gateway's clock; default: now."""
+        """Return the signed notification with a refund's state at time ``at`` of the gateway's clock (default: now)."""
         fields = self._answer(record, self.now() if at is None else at)
         return wire.encode(self._seal(fields, {"oid_partner": self.oid_partner}))
 
     def _seal(self, answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
-        """Sign ``answer``; unsigned errors have only code and message."""
+        """Sign ``answer`` to ``request``, unless it is an error that the gateway sends unsigned."""
         echo: dict[str, str] = {}
         if (ret_code := answer["ret_code"]) != "0000":
             signs = ret_code not in answers.UNSIGNED if self.sign_errors is None else self.sign_errors
@@ -327,7 +327,7 @@ class SandboxGateway:
         fields = {**answer, **echo, "oid_partner": request.get("oid_partner", ""), "sign_type": "RSA"}
         return {**fields, "sign": self.gateway_key.sign(signature_source(fields))}
 
-    # ── ready-made ───────────────────────────────────────────────────────────────────────────────
+    # ── merchant and session ─────────────────────────────────────────────────────────────────────
 
     def merchant(
         self, base_url: str = "https://sandbox.invalid", *, domestic: bool = False, **overrides: Any

@@ -1,6 +1,6 @@
-"""The sandbox's books: orders, refunds and their states. No I/O and no clock: time is an argument.
+"""The sandbox's ledger: orders, refunds and their states. No I/O and no clock: time is an argument.
 
-Moments are seconds of one steady clock. A request that the real gateway would reject raises
+Times are seconds of the gateway's clock. A request that the real gateway would reject raises
 :class:`~.answers.Refusal`. The sum of an order's refunds, except failed ones, never exceeds the order's amount.
 """
 
@@ -22,46 +22,46 @@ from .answers import Refusal
 __all__ = ["Ledger", "Order", "Record", "Repeated"]
 
 _THREE_MONTHS: Final = 92 * 86_400.0
-"""Maximum length of three months in seconds."""
+"""Seconds in the longest three months."""
 _COPIED: Final = ("no_refund", "dt_refund", "no_order", "dt_order", "oid_paybill", "notify_url")
 
 
 class Repeated(Enum):
-    """The effect of a second application with the same ``no_refund``, which LianLian does not document."""
+    """The effect of a second apply request with the same ``no_refund``. LianLian does not document it."""
 
     REJECT = "reject"
     """1002 (duplicate number); no money moves."""
     REPLAY = "replay"
-    """The first answer again, even if the second application differs; no money moves."""
+    """The first answer again, even if the second request differs; no money moves."""
     AGAIN = "again"
-    """A second refund if the order's amount allows it. With a ``default_order`` of 100,000,000.00 the gateway makes a
-    refund for every request, and ``times_made`` counts them."""
+    """A second refund if the order's amount allows it; with a large ``default_order``, every request makes a refund."""
 
 
 @attrs.define(kw_only=True)
 class Record:
-    """One refund that was carried out; strings are unchanged from the wire."""
+    """One refund that was made, with the strings of its request unchanged."""
 
     no_refund: str
     dt_refund: str
     money_refund: Decimal
     amount_as_sent: str
-    """The amount as answers repeat it: ``0.1`` does not become ``0.10``."""
+    """The amount as the request wrote it; answers repeat it: ``0.1`` does not become ``0.10``."""
     no_order: str | None
     dt_order: str | None
     oid_paybill: str | None
     notify_url: str
     domestic: bool
-    """Whether it was sent to the endpoint of the domestic product, whose answers have no foreign currency."""
+    """Whether the request used the domestic endpoint, whose answers have no foreign currency."""
     oid_refundno: str
     """LianLian's refund number."""
     received_at: float
     settles_at: float
+    """When the refund becomes final."""
     fails: bool
     """Whether the final state is failed."""
 
     def status(self, now: float) -> RefundStatus:
-        """Return ``sta_refund`` at a moment: initialized for half of ``settle_after``, then processing, then final."""
+        """Return ``sta_refund``: initialized for half of the time until ``settles_at``, then processing, then final."""
         if now >= self.settles_at:
             return RefundStatus.FAILED if self.fails else RefundStatus.SUCCESS
         if now >= (self.received_at + self.settles_at) / 2:
@@ -69,7 +69,7 @@ class Record:
         return RefundStatus.INITIALIZED
 
     def moved(self, now: float) -> Decimal:
-        """Return the yuan that the merchant has paid at a moment: the whole amount, or 0 after the refund failed."""
+        """Return the yuan that the refund moved: the whole amount, or 0 after it failed."""
         return Decimal(0) if self.status(now) is RefundStatus.FAILED else self.money_refund
 
 
@@ -92,7 +92,7 @@ class Order:
 
 @attrs.define(kw_only=True)
 class Ledger:
-    """All orders and refunds of one merchant. No method awaits, so a check and the following booking are atomic."""
+    """All orders and refunds of one merchant. No method awaits, so each method is atomic."""
 
     repeated: Repeated
     settle_after: float = attrs.field(validator=attrs.validators.ge(0))
@@ -100,7 +100,7 @@ class Ledger:
     default_order: Decimal | None = attrs.field(converter=attrs.converters.optional(wire.parse_money))
     """Amount in yuan of each order that was not added; None: such an order does not exist."""
     records: list[Record] = attrs.field(factory=list, init=False)
-    """Every refund that was carried out, oldest first."""
+    """Every refund that was made, oldest first."""
     _orders: dict[str, Order] = attrs.field(factory=dict, init=False)  # by no_order
     _payments: dict[str, Order] = attrs.field(factory=dict, init=False)  # by oid_paybill
     _refunds: dict[str, list[Record]] = attrs.field(factory=dict, init=False)  # by no_refund
@@ -128,7 +128,7 @@ class Ledger:
         return order
 
     def apply(self, fields: Mapping[str, str], now: float, *, domestic: bool = False) -> Record:
-        """Make the refund of a well-formed request and return it; the answer shows its state at ``received_at``."""
+        """Make the refund of a well-formed request; return its record, or the first one with ``Repeated.REPLAY``."""
         earlier = self.made(fields["no_refund"])
         if earlier and self.repeated is Repeated.REJECT:
             raise Refusal("1002")
@@ -170,7 +170,7 @@ class Ledger:
         return order
 
     def query(self, fields: Mapping[str, str], now: float) -> Record:
-        """Return the newest refund with all numbers and the ``dt_refund`` of a query."""
+        """Return the newest refund that matches ``dt_refund`` and every number of a query."""
         no_refund, oid_refundno = fields.get("no_refund"), fields.get("oid_refundno")
         known = self.made(no_refund) if no_refund else self.records
         found = [
@@ -185,10 +185,7 @@ class Ledger:
         return found[-1]
 
     def fail(self, no_refund: str, now: float) -> None:
-        """Let an existing or future refund fail when it becomes final.
-
-        Raises ``ValueError`` if the refund is already final: a final state never changes.
-        """
+        """Let an existing or future refund fail when it becomes final; raises ``ValueError`` if it is already final."""
         made = self.made(no_refund)
         if any(record.status(now).is_final for record in made):
             raise ValueError(f"refund {no_refund} is already final")
@@ -197,5 +194,5 @@ class Ledger:
             record.fails = True
 
     def made(self, no_refund: str) -> list[Record]:
-        """Return the refunds that were made with a ``no_refund``, oldest first."""
+        """Return the refunds with ``no_refund``, oldest first."""
         return self._refunds.get(no_refund, [])

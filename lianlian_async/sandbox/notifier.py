@@ -1,7 +1,7 @@
-"""Notifications from the sandbox: sent on LianLian's schedule, with faults (*mischief*) on request.
+"""Notifications from the sandbox, on LianLian's schedule, with faults (*mischief*) on request.
 
-Each final refund is POSTed to its ``notify_url``, signed, every 2 minutes and at most 30 times, until the response is
-HTTP 200 with ``ret_code`` 0000 within 5 seconds (LianLian's notification page).
+When a refund is final, its signed notification is POSTed to its ``notify_url`` every 2 minutes, at most 30 times, until
+the response is HTTP 200 with ``ret_code`` 0000 within 5 seconds (LianLian's notification page).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["CONTENT_TYPE", "PATIENCE", "Delivery", "Mischief", "Notifier", "is_a
 
 CONTENT_TYPE: Final = "text/json;charset=utf-8"
 PATIENCE: Final = 5.0
-"""Seconds."""
+"""Timeout of a delivery in seconds."""
 _CONNECTIONS: Final = 64
 """Maximum number of concurrent deliveries."""
 
@@ -39,15 +39,15 @@ class Mischief(Enum):
     EARLY = "early"
     """The refund is final at once, and its notification is sent before the apply response."""
     DUPLICATED = "duplicated"
-    """The notification is sent once more after the acknowledgement."""
+    """The notification is sent once more after the last delivery."""
     CONCURRENT = "concurrent"
     """Each delivery is sent three times concurrently."""
     REORDERED = "reordered"
-    """A notification of the first state follows the notification of the final state."""
+    """A notification with the state *initialized* is sent after the one with the final state."""
     TAMPERED = "tampered"
-    """A forgery precedes each delivery: another amount with the signature of the true one."""
+    """Before each delivery, a forgery is sent: another amount with the genuine signature."""
     REPLAYED = "replayed"
-    """The notification is sent once more ``every`` seconds after the acknowledgement."""
+    """The notification is sent once more, ``every`` seconds after the last delivery."""
 
 
 @attrs.frozen(kw_only=True)
@@ -56,11 +56,11 @@ class Delivery:
 
     no_refund: str
     at: float
-    """The end of the delivery by the gateway's clock: a response, an error, or the end of the wait."""
+    """When the delivery ended with a response, an error or a timeout, in seconds of the gateway's clock."""
     body: bytes = attrs.field(repr=False)
     forged: bool
     status: int | None
-    """HTTP status; None: no response, or too late."""
+    """HTTP status; None: no response before the timeout."""
     acknowledged: bool
 
     def __str__(self) -> str:
@@ -72,17 +72,17 @@ class Delivery:
 class Notifier:
     """Sends notifications of all refunds of ``gateway`` inside ``async with``.
 
-    The notifier is also an ASGI application: it serves the gateway, and sends while the server runs. It uses the
-    gateway's clock, so :meth:`SandboxGateway.advance` also advances to the next delivery.
+    The notifier is also an ASGI application that serves the gateway and sends notifications while the server runs.
+    Delays follow the gateway's clock, so :meth:`SandboxGateway.advance` also shortens the wait for a delivery.
 
     Args:
         gateway: The gateway.
-        transport: A transport of httpx or httpx2 to send with; default: the network.
+        transport: An httpx or httpx2 transport for the deliveries; default: the network.
         every: Seconds between two deliveries.
         times: Maximum number of deliveries of one notification.
         mischief: Probability of each :class:`Mischief` per refund.
         seed: Seed of the random mischief.
-        on_delivery: Called with each :class:`Delivery` when it has ended.
+        on_delivery: Called with each :class:`Delivery` after it ends.
 
     Raises ``ConfigurationError`` for a probability below 0 or above 1.
     """
@@ -114,7 +114,7 @@ class Notifier:
 
     @property
     def pending(self) -> int:
-        """The number of refunds with notifications still to send, including refunds that are not final."""
+        """The number of refunds that still need deliveries, including refunds that are not final."""
         return len(self._gateway.refunds) - self._ended
 
     async def __aenter__(self) -> Self:
@@ -152,7 +152,7 @@ class Notifier:
                 await made.wait()
 
     def _start_new(self) -> list[anyio.Event]:
-        """Start the notifications of new refunds; return an event for each early one, set by its first delivery."""
+        """Start notifying about new refunds; return, for each early one, an event that its first delivery sets."""
         records = self._gateway.refunds[self._begun :]
         self._begun += len(records)
         early = []
@@ -219,7 +219,7 @@ class Notifier:
 
 
 async def post(transport: HttpSender, url: str, body: bytes, patience: float = PATIENCE) -> HttpResponse | None:
-    """POST a notification; return the response, or None if there is none within ``patience`` seconds."""
+    """POST a notification; return the response, or None after an error or ``patience`` seconds."""
     with anyio.move_on_after(patience):
         delivery = await transport.post(url, body, patience)
         if isinstance(delivery, HttpResponse):
@@ -228,7 +228,7 @@ async def post(transport: HttpSender, url: str, body: bytes, patience: float = P
 
 
 def is_acknowledged(response: HttpResponse | None) -> bool:
-    """Whether a response acknowledges a notification."""
+    """Return whether a response acknowledges a notification: HTTP 200 and ``ret_code`` 0000."""
     if response is None or response.status != 200:
         return False
     try:

@@ -1,6 +1,6 @@
-"""LianLian's documented rules for a request: a readable body, a merchant's signature, the form of each field.
+"""LianLian's documented rules for a request: a readable body, a valid signature, valid fields.
 
-The rules of ``models`` are repeated here on purpose: a sandbox that imported them would not detect their mistakes.
+This module repeats the rules of ``models`` on purpose: a sandbox that imported them could not detect their mistakes.
 A request that breaks a rule raises :class:`~.answers.Refusal`. No function here does I/O.
 """
 
@@ -18,16 +18,16 @@ from lianlian_async.signing import VerifyingKey, signature_source
 
 from .answers import Refusal
 
-__all__ = ["authenticate", "check_application", "check_query", "read_body"]
+__all__ = ["authenticate", "check_apply", "check_query", "read_body"]
 
 _MONEY: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,2}0*)?")
 _CONTENT_TYPE: Final = re.compile(r'application/json(;charset="?utf-8"?)?')
 
 
 def read_body(content_type: str, body: bytes) -> dict[str, str]:
-    """Read the fields of a request, which must be a flat JSON object of strings in UTF-8, else 9002.
+    """Return the fields of a request; 9002 if it is not a flat JSON object of strings in UTF-8.
 
-    null counts as absent. A number is rejected, because both pages give every field the type String.
+    A null field counts as absent. A number is rejected: LianLian's pages give every field the type String.
     """
     if not _CONTENT_TYPE.fullmatch(content_type.replace(" ", "").lower()):
         raise Refusal("9002")
@@ -42,7 +42,7 @@ def read_body(content_type: str, body: bytes) -> dict[str, str]:
 
 
 def authenticate(fields: Mapping[str, str], oid_partner: str, key: VerifyingKey) -> None:
-    """Check a request's merchant and signature: 3001 for an unknown merchant, 1001 for a wrong signature."""
+    """Check merchant and signature: 1004 for a bad field, 3001 for another merchant, 1001 for a wrong signature."""
     _check(fields, {"oid_partner": _at_most(18)})
     if fields["oid_partner"] != oid_partner:
         raise Refusal("3001")
@@ -52,7 +52,7 @@ def authenticate(fields: Mapping[str, str], oid_partner: str, key: VerifyingKey)
         raise Refusal("1001")
 
 
-def check_application(fields: Mapping[str, str]) -> None:
+def check_apply(fields: Mapping[str, str]) -> None:
     """Check an apply request; 1004 names the first parameter that breaks a rule of the apply page."""
     _check(fields, _APPLY, _APPLY_OPTIONAL)
     if not fields.get("no_order") and not fields.get("oid_paybill"):
@@ -101,8 +101,8 @@ _QUERY_OPTIONAL: Final[_Rules] = {
 
 
 def _check(fields: Mapping[str, str], required: _Rules, optional: _Rules | None = None) -> None:
-    """Check the form of each field; an empty field counts as absent, as in the signature source."""
-    for name, holds in (required | (optional or {})).items():
+    """Check each field; an empty field counts as absent, as in the signature source."""
+    for name, is_valid in (required | (optional or {})).items():
         text = fields.get(name)
-        if not holds(text) if text else name in required:
+        if not is_valid(text) if text else name in required:
             raise Refusal("1004", name)

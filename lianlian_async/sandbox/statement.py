@@ -1,4 +1,4 @@
-"""LianLian's daily statement of domestic refunds, from the sandbox's books."""
+"""LianLian's daily statement of domestic refunds, from the sandbox's ledger."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["statement"]
 
 
 def statement(gateway: SandboxGateway) -> str:
-    """Return a row in LianLian's 14 columns for each successful refund of the gateway's merchant."""
+    """Return the statement as CSV: one row of LianLian's 14 columns for each successful refund."""
     return "".join(
         ",".join(_row(gateway, refund)) + "\n"
         for refund in gateway.refunds
