@@ -1,4 +1,4 @@
-"""The refunds of a batch, all checked before the first is sent, and what the journal knows about them."""
+"""Check all refunds of a file before the first one is sent, and look them up in the journal."""
 
 from __future__ import annotations
 
@@ -39,8 +39,6 @@ _COUNT_ALIKE: Final = "INSERT INTO alike VALUES (?, ?, 1) ON CONFLICT (content) 
 _READ_PAGE: Final = (
     "SELECT line, no_refund, fields, cells FROM refunds WHERE line > ? AND problem IS NULL ORDER BY line LIMIT ?"
 )
-
-
 _TOTALS: Final = """
 WITH clear AS (
     SELECT line, coalesce(json_extract(fields, '$.no_order'), json_extract(fields, '$.oid_paybill')) AS ordered,
@@ -65,7 +63,7 @@ class FileTotals(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A refund of the file: its line, the request, and the line's own cells by column."""
+    """A refund of the file: its line number, its request, and the text of each cell by column."""
 
     line: int
     request: RefundRequest
@@ -78,7 +76,7 @@ def _line_of(number: int, _no_refund: str, fields: str, cells: str) -> Line:
 
 @attrs.define
 class Findings:
-    """Notes about lines of the file: all are counted, the first 50 are kept."""
+    """Notes about lines of the file. ``count`` counts all notes; ``lines`` keeps the first 50."""
 
     kept: int = 50
     count: int = 0
@@ -91,20 +89,20 @@ class Findings:
             self.lines.append((line, text))
 
     def texts(self) -> list[str]:
-        """Return one line of text for each kept note, and the number of the others."""
+        """Return one line of text for each kept note, and one with the number of other notes."""
         more = [f"… and {self.count - self.kept} more"] if self.count > self.kept else []
         return [*(f"line {line}: {text}" for line, text in self.lines), *more]
 
 
 class Checked:
-    """The refunds that passed, in the order of the file.
+    """The valid refunds, in the order of the file.
 
-    They are stored in a temporary SQLite file, which no other process can open. Only the refunds that were checked and
-    confirmed are sent, even if somebody edits the input file meanwhile.
+    A temporary SQLite file, which no other process can open, stores them. So the batch sends exactly the refunds that
+    were checked and confirmed, even if somebody edits the input file meanwhile.
     """
 
     def __init__(self, merchant: Merchant | None, options: Mapping[str, Any]) -> None:
-        """``options``: see :func:`.options.reading_options`; without a merchant, its number is not checked."""
+        """``options``: see :func:`.options.reading_options`. Without a merchant, its fields are not checked."""
         read_date, read_money = options["read_date"] or plain_date, options["read_money"] or plain_money
         self._merchant = merchant
         self._readers = {"dt_refund": read_date, "dt_order": read_date, "money_refund": read_money}
@@ -115,7 +113,7 @@ class Checked:
         self.problems = Findings()
         """Lines that cannot be sent."""
         self.remarks = Findings()
-        """Lines that a person should look at."""
+        """Valid lines that a person should check."""
 
     def close(self) -> None:
         """Delete the temporary file."""
@@ -125,7 +123,7 @@ class Checked:
         """Check one row and store it, or note its problem."""
         cells = json.dumps(dict(row.cells))
         try:
-            problem = row.problem or self._add(row.line, self._request(row), cells)
+            problem = row.problem or self._store(row.line, self._request(row), cells)
         except InvalidRequest as error:
             problem = str(error)
         if problem:
@@ -146,7 +144,7 @@ class Checked:
         if problems:
             raise InvalidRequest(problems)
         if self._derive and "no_refund" not in fields:
-            fields |= self._number(row.line, fields)
+            fields |= self._derive_number(row.line, fields)
         request = RefundRequest.from_dict(fields)
         if self._merchant is not None:
             if partner is not None:
@@ -155,8 +153,8 @@ class Checked:
                 raise InvalidRequest([Problem("notify_url", "required in the file or for the merchant", "neither")])
         return request
 
-    def _number(self, line: int, fields: Mapping[str, str]) -> dict[str, str]:
-        """Derive ``no_refund`` from a row's order and amount; empty if one of the two is missing."""
+    def _derive_number(self, line: int, fields: Mapping[str, str]) -> dict[str, str]:
+        """Derive ``no_refund`` from a row's order and amount; return ``{}`` if one of them is missing or invalid."""
         order = [[name, fields[name]] for name in ("no_order", "oid_paybill") if name in fields][:1]
         try:
             money = wire.format_money(wire.parse_money(fields.get("money_refund", "")))
@@ -172,8 +170,8 @@ class Checked:
             self.remarks.add(line, f"{same}: this line is a second, separate refund; remove it if it is a duplicate")
         return {"no_refund": derived_number(order, money, times)}
 
-    def _add(self, line: int, request: RefundRequest, cells: str) -> str | None:
-        """Store a request, or return its problem."""
+    def _store(self, line: int, request: RefundRequest, cells: str) -> str | None:
+        """Store a request; return a problem if an earlier line has the same ``no_refund`` for another refund."""
         number, record = request.no_refund, request.to_dict()
         fields = json.dumps(record)
         if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, ?, NULL)", line, number, fields, cells).rowcount:
@@ -188,40 +186,39 @@ class Checked:
         if fields == known:
             self.remarks.add(line, f"repeats line {first}: refund {number} is made once")
             return None
-        # The file does not show which of the two lines is correct.
-        earlier = RefundRequest.from_record(json.loads(known))
-        theirs = earlier.to_dict()
-        field = next(name for name in (*record, *theirs) if record.get(name) != theirs.get(name))
+        # Refuse both lines: the file does not show which one is correct.
+        other = json.loads(known)
+        field = next(name for name in (*record, *other) if record.get(name) != other.get(name))
         problem = f"no_refund {number} has a different {field} on line {line}"
         self.problems.add(first, problem)
         self._do("UPDATE refunds SET problem = ? WHERE line = ?", problem, first)
         return f"no_refund {number} has a different {field} on line {first}"
 
     def totals(self) -> FileTotals:
-        """Return the totals of the refunds that passed."""
+        """Return the totals of the valid refunds."""
         count, fen, line, largest, orders = self._do(_TOTALS).fetchone()
         return FileTotals(count, Decimal(fen) / 100, line, Decimal(largest) / 100, orders)
 
     async def lines(self) -> AsyncGenerator[Line]:
-        """Yield the refunds; reads from disk in a thread."""
+        """Yield the valid refunds; reads from disk in a thread."""
         async for page in self.pages():
             for row in page:
                 yield _line_of(*row)
 
     async def pages(self) -> AsyncGenerator[list[tuple[int, str, str, str]]]:
-        """Yield lists of up to 500 refunds (line, ``no_refund``, fields and cells); reads from disk in a thread."""
+        """Yield pages of 500 rows (line, ``no_refund``, fields and cells as JSON); reads from disk in a thread."""
         line = 0
         while rows := await anyio.to_thread.run_sync(lambda after: self._do(_READ_PAGE, after, _PAGE).fetchall(), line):
             line = rows[-1][0]
             yield rows
 
     def lines_after(self, line: int) -> Iterator[Line]:
-        """Yield the refunds after a line; reads from disk in this thread."""
+        """Yield the valid refunds after a line; reads from disk in the calling thread."""
         for row in self._do(_READ_PAGE, line, -1):
             yield _line_of(*row)
 
     def invalid_lines(self) -> Iterator[tuple[int, Mapping[str, str], str]]:
-        """Yield line, cells and problem of each line that cannot be sent; reads from disk in this thread."""
+        """Yield line, cells and problem of each invalid line; reads from disk in the calling thread."""
         for line, cells, problem in self._do(
             "SELECT line, cells, problem FROM refunds WHERE problem IS NOT NULL ORDER BY line"
         ):
@@ -238,7 +235,7 @@ class Checked:
 def checked_file(
     file: str, merchant: Merchant | None, options: Mapping[str, Any], note: Callable[[str], object], **columns: bool
 ) -> Iterator[tuple[Checked, Columns]]:
-    """Check all lines of ``file`` with the options of :func:`.options.reading_options`; note what a person must see."""
+    """Check all lines of ``file`` with the options of :func:`.options.reading_options`; pass its notes to ``note``."""
     seen = Columns(options["renamed"], options["ignore_unknown"], **columns)
     with closing(Checked(merchant, options)) as checked:
         with click.open_file(file, "rb") as stream:
@@ -250,9 +247,9 @@ def checked_file(
 
 
 def derived_number(order: object, money: str, times: int) -> str:
-    """Derive a deterministic ``no_refund`` from the order, the amount and ``times`` (1 for the first such refund).
+    """Derive a ``no_refund`` from the order, the amount and ``times`` (1 for the first refund with both, then 2, 3 …).
 
-    It depends on nothing else, so a later run with more columns or another ``dt_refund`` makes no second refund.
+    It uses no other field, so a later run with more columns or another ``dt_refund`` makes no second refund.
     """
     content = json.dumps([order, money, times])
     return "LL" + hashlib.sha256(content.encode()).hexdigest()[:30].upper()
@@ -263,7 +260,7 @@ class Known:
     """What the journal knows about the refunds of a batch."""
 
     found: Counter[str]
-    """Number of refunds by state: new (no send in the journal), made, open; rejected and conflict if there are any."""
+    """Number of refunds by state: new (never sent), made, open; also rejected and conflict if there are any."""
     new_yuan: Decimal
     journal_id: str | None = None
     """None: the journal does not exist yet."""

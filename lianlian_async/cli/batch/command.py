@@ -34,7 +34,7 @@ from .summary import file_rows, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
-"""Seconds between two attempts to open a journal that another process has open, or between two looks at a batch."""
+"""Seconds between two attempts to open a journal, and between two checks for a batch that only waits."""
 
 
 @click.command
@@ -106,7 +106,7 @@ def _refuse_too_much(totals: FileTotals, max_total: Decimal | None, max_refund: 
 
 
 def _find_journal(output: Output, file: str, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
-    """Return the place of the journal; None for a dry run if no default journal is possible."""
+    """Return the path or DSN of the journal; None for a dry run if no default journal is possible."""
     try:
         place: str = options["journal"] or default_place(merchant)
     except click.UsageError as error:
@@ -132,7 +132,7 @@ def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None
 
 
 def _enqueue(output: Output, file: str, checked: Checked, totals: FileTotals, options: Mapping[str, Any]) -> None:
-    """Put the refunds into the queue; a dry run only shows them."""
+    """Put the refunds into the queue; a dry run only shows the totals."""
     if options["dry_run"]:
         show_checked(output, checked, _VALID)
     else:
@@ -149,7 +149,7 @@ async def _add_to_queue(dsn: str, checked: Checked) -> int:
 
 
 def _confirm_batch(run: _Batch, file: str) -> None:
-    """Show what the journal knows, ask for confirmation, and create the folder of a default journal."""
+    """Show what the journal knows, ask for confirmation unless ``--yes``, and create the default journal's folder."""
     known, options, merchant, journal = run.known, run.options, run.merchant, place_name(run.place)
     if options["yes"] and known.found["new"] < run.in_file.refunds:
         in_words = ", ".join(f"{number:,} {word}" for word, number in known.found.items())
@@ -200,11 +200,11 @@ class _Batch:
     advance: Callable[[], object] = attrs.field(default=str, init=False)
     totals: Totals = attrs.field(init=False)
     in_flight: dict[str, Line] = attrs.field(factory=dict, init=False)
-    """Refunds that were begun and have no outcome yet, by ``no_refund``."""
+    """Refunds that were started and have no outcome yet, by ``no_refund``."""
     _held: Sequence[tuple[RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
-    """Unknown refunds that ``--wait-unknown`` resolves at the end."""
+    """Unknown refunds that ``--wait-unknown`` resolves after all others."""
     _last_begun: int = attrs.field(default=0, init=False)
-    """The line of the last refund that was begun."""
+    """The line of the last refund that was started."""
     failure: LianLianError | None = attrs.field(default=None, init=False)
     _write_receipt: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
 
@@ -212,7 +212,7 @@ class _Batch:
         self.totals = Totals(self.in_file.refunds)
 
     def check_receipt(self, path: Path | None) -> None:
-        """Refuse a journal that differs from the receipt at ``path``; None: the batch comes from stdin."""
+        """Refuse a journal other than the one in the receipt at ``path``; None (stdin): check nothing."""
         if path is None:
             return
         place = place_name(self.place) if is_dsn(self.place) else str(Path(self.place).absolute())
@@ -229,10 +229,7 @@ class _Batch:
         self._write_receipt = write
 
     async def work(self) -> None:
-        """Send all refunds.
-
-        If an error stops the batch, store it in ``failure``, or raise it if no refund has an outcome yet.
-        """
+        """Send all refunds. Store an error in ``failure``, or raise it if no refund has an outcome yet."""
         try:
             with one_interruption():
                 await self._work()
@@ -245,7 +242,7 @@ class _Batch:
     async def _work(self) -> None:
         options = self.options
         settings = {name: options[name] for name in ("concurrency", "deadline", "not_found_grace", "query_first")}
-        wishes = {name: options[name] for name in ("keep_going", "wait_unknown")}
+        choices = {name: options[name] for name in ("keep_going", "wait_unknown")}
         async with AsyncExitStack() as stack:
             journal = await self._open_journal(stack)
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
@@ -253,7 +250,7 @@ class _Batch:
             with self._result_writer() as write:
                 async with (
                     make_session(self.merchant, journal=journal, **settings) as session,
-                    refund_many(session, self._requests(journal), journal=journal, **wishes) as outcomes,
+                    refund_many(session, self._requests(journal), journal=journal, **choices) as outcomes,
                     aclosing(BackgroundTask(self._note_waiting)),
                 ):
                     self._held = outcomes.held
@@ -268,7 +265,7 @@ class _Batch:
         return self.totals.status(len(self._held))
 
     async def _note_waiting(self) -> None:
-        """Print the time at which the wait ends, as soon as only unknown refunds remain."""
+        """When only unknown refunds remain, print until when the batch waits."""
         while not 0 < len(self._held) == self.totals.to_do:  # noqa: ASYNC110 - a held refund sets no event
             await anyio.sleep(_POLL)
         last = local_time(max(unknown.ask_again_at for unknown, _ in self._held))
@@ -276,7 +273,7 @@ class _Batch:
 
     @contextmanager
     def _result_writer(self) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-        """Open ``--out``; at the end, also write the lines without an outcome."""
+        """Yield a function that writes a result to ``--out``; write the lines without an outcome at the end."""
         if self.options["out"] is None:
             yield str
             return
@@ -292,21 +289,21 @@ class _Batch:
                     write(interrupted_result(other, was_begun=False))
 
     async def _open_journal(self, stack: AsyncExitStack) -> Journal:
-        """Open the journal as soon as no other process has it open."""
-        has_said = False
+        """Open the journal; wait while another process has it open, unless ``--no-wait``."""
+        is_noted = False
         while True:
             try:
                 return await stack.enter_async_context(make_journal(self.place))
             except JournalError as error:
                 if error.holder is None or self.options["no_wait"]:
                     raise
-                if not has_said:
+                if not is_noted:
                     self.output.note(f"waiting: {error}")
-                has_said = True
+                is_noted = True
             await anyio.sleep(_POLL)
 
     async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:
-        """Yield the refunds; those that need a request start at the given rate."""
+        """Yield the refunds; ``--rate`` limits only those that are not finished in the journal."""
         rate = self.options["rate"]
         limit = RateLimit(rate) if rate else None
         async for line in self.checked.lines():

@@ -1,4 +1,4 @@
-"""The forms of dates and amounts in a file. A form is declared, never guessed; a problem names the option for it."""
+"""Read dates and amounts in the format that the user declares with an option; no format is guessed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _DATE_PARTS: Final = ("YYYY", "MM", "DD", "hh", "mm", "ss")
 _DATE_PART: Final = re.compile("|".join(_DATE_PARTS))
 _MONEY_FORM: Final = re.compile(r"(\D*)1(\D?)234(?:(\D)56)?(\D*)")
 _AMBIGUOUS: Final = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
-"""An amount with a decimal point, or with dots between thousands."""
+"""``1.234`` may be 1.234 or 1234, because some countries separate thousands with a point."""
 
 
 def _normal(text: str) -> str:
-    """Return ``text`` with full-width digits, signs and blanks as ASCII."""
+    """Return ``text`` with full-width characters as ASCII, and without outer blanks."""
     return unicodedata.normalize("NFKC", text).strip()
 
 
 def date_reader(form: str) -> Callable[[str], str]:
-    """Return a function that converts text in a form such as ``YYYY/MM/DD hh:mm`` to ``yyyyMMddHHmmss``.
+    """Return a function that converts a date in a format such as ``YYYY/MM/DD hh:mm`` to ``yyyyMMddHHmmss``.
 
-    The function also accepts ``yyyyMMddHHmmss``. A part may have one digit unless another part is next to it. Raises
-    ``ValueError`` for an unclear form.
+    The function also accepts ``yyyyMMddHHmmss``. Each part except ``YYYY`` may have one digit unless another part is
+    directly beside it. Raises ``ValueError`` for an invalid format.
     """
     parts = _DATE_PART.findall(form)
     if len(set(parts)) < len(parts) or not {"YYYY", "MM", "DD"} <= set(parts):
@@ -50,10 +50,9 @@ def date_reader(form: str) -> Callable[[str], str]:
 
 
 def money_reader(form: str) -> Callable[[str], str]:
-    """Return a function that converts an amount in a form such as ``¥1,234.56`` to its wire form.
+    """Return a function that converts an amount in a format such as ``¥1,234.56`` to its wire form.
 
-    Thousands separators, the currency sign and decimals are optional in an amount. Raises ``ValueError`` for an
-    unclear form.
+    The amount may omit separators, currency sign and decimals. Raises ``ValueError`` for an invalid format.
     """
     match = _MONEY_FORM.fullmatch(_normal(form))
     if match is None or match[2] == match[3]:
@@ -73,12 +72,12 @@ def money_reader(form: str) -> Callable[[str], str]:
 
 
 def plain_date(text: str) -> str:
-    """Return ``text`` if it has the wire form; else raise ``ValueError`` with the option for its form."""
+    """Return ``text`` if it is a date in wire form; else raise ``ValueError`` that names ``--date-format``."""
     return _plain(text, wire.parse_timestamp, "--date-format 'YYYY/MM/DD hh:mm'")
 
 
 def plain_money(text: str) -> str:
-    """Return ``text`` if it has the wire form; else raise ``ValueError`` with the option for its form."""
+    """Return ``text`` if it is an amount in wire form; else raise ``ValueError`` that names ``--money-format``."""
 
     def parse(text: str) -> object:
         if _AMBIGUOUS.fullmatch(text):

@@ -66,14 +66,14 @@ _READING_OPTIONS: Final = (
         "read_date",
         metavar="FORMAT",
         callback=parsed(date_reader),
-        help="Form of the dates in the file, such as 'YYYY/MM/DD hh:mm', in China Standard Time.",
+        help="Format of the dates in the file, such as 'YYYY/MM/DD hh:mm', in China Standard Time.",
     ),
     click.option(
         "--money-format",
         "read_money",
         metavar="FORMAT",
         callback=parsed(money_reader),
-        help="Form of the amounts in the file, as the number 1,234.56 in this form, such as '¥1,234.56'.",
+        help="Format of the amounts in the file: write the number 1,234.56 as the file does, such as '¥1,234.56'.",
     ),
     click.option("--ignore-unknown", is_flag=True, help="Ignore columns that are not refund fields."),
     click.option(
@@ -86,7 +86,7 @@ _READING_OPTIONS: Final = (
     click.option(
         "--derive",
         is_flag=True,
-        help="Compute a missing no_refund from order, amount, and the number of lines above with the same order and "
+        help="Compute a missing no_refund from order, amount, and the number of earlier lines with the same order and "
         "amount. The result is deterministic: a copy of the line in another file is the same refund.",
     ),
     click.option(

@@ -1,4 +1,4 @@
-"""The results of a batch: one line for each refund, and the totals."""
+"""The results of a batch: one line for each line of the file, and the totals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from lianlian_async.outcome import Outcome
 from .checked import Line
 
 _PRECEDENCE: Final = (UNKNOWN, REJECTED, FAILED)
-"""The batch gets the exit code of the first outcome in this list that any refund has (most severe first)."""
+"""Most severe first: the batch ends with the first of these outcomes that a refund has."""
 _IDENTITY: Final = ("no_refund", "dt_refund", "money_refund")
 _RECORDED: Final = ("ret_code", "ret_msg", "oid_refundno", "sta_refund", "settle_date")
 _OURS: Final = (
@@ -50,7 +50,7 @@ _KEPT: Final = 20
 
 
 def style(outcome: ExitOutcome) -> str:
-    """Return the colour of an outcome: red if a person must act."""
+    """Return the colour of an outcome: none for made, yellow for unknown, red for all others."""
     return {MADE: "", UNKNOWN: "yellow"}.get(outcome, "red")
 
 
@@ -63,7 +63,7 @@ def _exit_outcome(outcome: Outcome) -> ExitOutcome:
 
 
 class Reason(NamedTuple):
-    """The reason why refunds were not made, and what to do about it."""
+    """Why refunds were not made, and what to do."""
 
     outcome: ExitOutcome
     reason: str
@@ -134,7 +134,7 @@ def invalid_result(line: int, cells: Mapping[str, str], problem: str) -> dict[st
 
 
 def _result(line: Line) -> dict[str, Any]:
-    # Use the file's text. Use the request's field only if the file has no text for it.
+    # A cell of the file replaces the request's field of the same name.
     own = {column: text for column, text in line.cells.items() if text and column not in _OURS}
     return line.request.to_dict() | own | {"line": line.line}
 
@@ -156,11 +156,11 @@ class Totals:
     refunds: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     yuan: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     reasons: Counter[Reason] = attrs.field(factory=Counter, init=False)
-    """The number of refunds that were not made, by reason."""
+    """The number of refunds by the reason why they were not made."""
     not_made: dict[Reason, list[NotMade]] = attrs.field(factory=dict, init=False)
-    """The first 20 refunds by reason."""
+    """By reason, the 20 refunds with the lowest line numbers."""
     recorded: int = attrs.field(default=0, init=False)
-    """Refunds whose outcome was in the journal: no request was sent."""
+    """Refunds that sent no request, because their outcome was in the journal."""
     attempts: int = attrs.field(default=0, init=False)
     queries: int = attrs.field(default=0, init=False)
     ask_again_at: datetime | None = attrs.field(default=None, init=False)
@@ -189,7 +189,7 @@ class Totals:
             del lines[_KEPT:]
 
     def check_complete(self) -> None:
-        """Raise ``LianLianError`` if refunds have no outcome at the regular end of a batch."""
+        """Raise ``LianLianError`` if the batch ended without an error, but refunds have no outcome."""
         if self.to_do:
             raise LianLianError(f"the batch ended with {self.to_do:,} refunds to do; run the same command again")
 
@@ -204,7 +204,7 @@ class Totals:
         return self.total - self.ended
 
     def speed(self) -> dict[str, float]:
-        """Return the seconds since the start, and the refunds per second."""
+        """Return the seconds since the start, and the outcomes per second."""
         seconds = perf_counter() - self._began
         rate = self.ended / max(seconds, 1e-9)  # a coarse clock may show no progress
         return {"seconds": round(seconds, 1), "refunds_per_second": round(rate, 1)}
@@ -219,12 +219,12 @@ class Totals:
         return text.append(f"  {self.to_do - held:,} to do")
 
     def outcomes(self) -> list[tuple[str, int, Decimal]]:
-        """Return word, refunds and yuan of each outcome that occurred; made, rejected and unknown always."""
+        """Return word, refunds and yuan of made, rejected, unknown and each other outcome that occurred."""
         each = dict.fromkeys((MADE, REJECTED, UNKNOWN, *self.refunds))
         return [(outcome.word, self.refunds[outcome], Decimal(self.yuan[outcome])) for outcome in each]
 
     def exit_outcome(self) -> ExitOutcome:
-        """Return the outcome of the whole batch: the most severe one that occurred."""
+        """Return the most severe outcome that occurred; not sent if refunds are to do and all others were made."""
         complete = NOT_SENT if self.to_do else MADE
         other = next((each for each in self.refunds if each != MADE), complete)
         return next((each for each in _PRECEDENCE if self.refunds[each]), other)

@@ -1,4 +1,4 @@
-"""Read the rows of a CSV or JSON Lines file one by one, in bounded memory, and find damage done by spreadsheets."""
+"""Read a CSV or JSON Lines file row by row, in bounded memory, and detect identifiers that a spreadsheet changed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FIELDS: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 
 
 class Row(NamedTuple):
-    """One line of the file: its nonempty fields, or the problem that makes it unreadable, and its cells."""
+    """One row of the file, at ``line``: its fields that are not empty, or the problem that makes it unreadable."""
 
     line: int
     fields: Mapping[str, str]
     problem: str | None = None
     cells: Mapping[str, str] = MappingProxyType({})
-    """The text of each column of the file."""
+    """The text of each cell by column."""
 
 
 @attrs.define
@@ -41,12 +41,12 @@ class Columns:
     """Column names by field, from ``--map``."""
     ignore_unknown: bool
     has_partner: bool
-    """Whether a column ``oid_partner`` is read."""
+    """Whether the file may have a column ``oid_partner``."""
     seen: dict[str, None] = attrs.field(factory=dict, init=False)
-    """The columns of the file so far, in the file's order."""
+    """The columns found so far, in the file's order."""
 
     def of(self, columns: Sequence[str]) -> dict[str, str]:
-        """Return the field of each column to read. Raises ``ValueError`` for an unknown or ambiguous column."""
+        """Return the field of each used column. Raises ``ValueError`` for an unknown column or a repeated field."""
         self.seen.update(dict.fromkeys(columns))
         names = {column: name for name, column in self.renamed.items()}
         read: dict[str, str] = {}
@@ -71,10 +71,10 @@ _SEPARATOR: Final = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)
 
 
 def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> Iterator[Row]:
-    """Yield the rows of ``file``; skip blank lines. ``name`` is the file's name.
+    """Yield the rows of ``file``; skip blank lines. The suffix of ``name`` tells CSV from JSON Lines.
 
-    An invalid line becomes a row with a problem. Raises a usage error if no further line can be trusted: bytes in
-    another encoding, a quote that is never closed, an unclear header.
+    An invalid line becomes a row with a problem. Raises a usage error if the rest of the file cannot be read: bytes in
+    another encoding, a quote without its end, an invalid header.
     """
     lines = _text_lines(file, encoding)
     first = next(lines, "")
@@ -114,10 +114,10 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
 
 
 def _cells(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first line number and the cells of each row that is not blank.
+    """Yield line number and cells of each row that is not blank; a row may have several lines.
 
-    The first line may name the delimiter, such as ``sep=;`` (written by Excel); otherwise it is the most frequent
-    candidate in the header.
+    Excel may write the delimiter in the first line (``sep=;``). Without it, the delimiter is the comma, semicolon or
+    tab that is most frequent in the header.
     """
     first, skipped = next(lines), 0
     if named := _SEPARATOR.fullmatch(first):
@@ -170,7 +170,7 @@ def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
                     )
                 yield line
     except UnicodeDecodeError as error:
-        # Earlier chunks were yielded already; count the lines of this chunk before the invalid bytes.
+        # The lines of earlier chunks are in ``number``; add those of this chunk before the invalid bytes.
         before = error.object[: error.start].decode(encoding, "replace")
         line_number = number + 1 + len(_LINE_END.findall(before))
         raise _unreadable(
@@ -182,7 +182,7 @@ def _unreadable(reason: str) -> click.BadParameter:
     return click.BadParameter(reason, param_hint="FILE")
 
 
-# ── damage done by spreadsheets ──────────────────────────────────────────────────────────────────
+# ── identifiers that a spreadsheet changed ───────────────────────────────────────────────────────
 
 _IDENTIFIERS: Final = ("no_refund", "no_order", "oid_paybill")
 _CURE: Final = "a spreadsheet did this: format the column as text before you import the values, and export again"
@@ -200,11 +200,11 @@ _DAMAGE: Final = {
 _PATTERNS: Final = {reason: re.compile(pattern, re.IGNORECASE | re.DOTALL) for reason, pattern in _DAMAGE.items()}
 _ANY: Final = re.compile("|".join(f"(?:{pattern})" for pattern in _DAMAGE.values()), re.IGNORECASE | re.DOTALL)
 _ROUNDED: Final = re.compile(r"[1-9]\d{14}0+", re.ASCII)
-"""The number of digits that a spreadsheet keeps of a number."""
+"""A number of more than 15 digits that ends in zeros: a spreadsheet keeps only 15 digits of a number."""
 
 
 def damaged(fields: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield a problem for each identifier that a spreadsheet has changed."""
+    """Yield a problem for each identifier that a spreadsheet changed."""
     for name in _IDENTIFIERS:
         text = fields.get(name, "").strip()
         if _ANY.fullmatch(text):

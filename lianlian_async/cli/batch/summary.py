@@ -1,4 +1,4 @@
-"""The output of ``lianlian batch``: tables for people, one JSON object for programs."""
+"""The output of ``lianlian batch``: tables, or one JSON object with ``--json``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .results import NotMade, Reason, Totals, style
 
 
 def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list[tuple[str, str]]:
-    """Return the totals of a file and what the journal knows about it, as rows of a table."""
+    """Return the totals of a file and of its refunds in the journal, as rows of a table."""
     rows = [("refunds", f"{totals.refunds:,}"), ("yuan", f"{totals.yuan:,.2f}")]
     rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
     if known is not None:
@@ -33,7 +33,7 @@ def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list
 def show_checked(
     output: Output, checked: Checked, outcome: str, known: Known | None = None, **facts: int | str
 ) -> None:
-    """Show the totals of a file that is not sent, and what the journal knows about it."""
+    """Show the totals of a file whose refunds were not sent, and of its refunds in the journal."""
     totals = checked.totals()
     document = _document(outcome, checked, totals) | facts
     if known is not None:
@@ -53,7 +53,7 @@ def show_batch(
     failure: LianLianError | None,
     places: Mapping[str, str],
 ) -> None:
-    """Show the results of a batch; ``places``: paths of the journal and of the results."""
+    """Show the results of a batch; ``places``: the names of its journal and of its ``--out`` file."""
     outcomes = totals.outcomes()
     reasons = totals.reasons.most_common()
     in_file = checked.totals()
@@ -104,7 +104,7 @@ def show_batch(
 
 
 def _not_made(reason: Reason, refunds: int, lines: Sequence[NotMade], results: str | None) -> Iterator[RenderableType]:
-    """Yield a reason, a table of the refunds with this reason, and what to do."""
+    """Yield a reason, a table of its first refunds, the number of others, and what to do."""
     yield ""
     yield Text(printable(f"{refunds:,} {reason.outcome.word}: {reason.reason}"), style(reason.outcome))
     yield table("", NotMade._fields, [(*line[:3], f"{line.yuan:,.2f}") for line in lines])

@@ -26,7 +26,7 @@ from lianlian_async.signing import SigningKey
 from .server import environment, serving
 
 _SLEEP: Final = 0.5
-"""Seconds. A signal that arrives right before a sleep ends the command only after the sleep."""
+"""Seconds. A signal right before a sleep ends the command only after the sleep, so sleeps are short."""
 _FAULTS: Final = {fault.value.replace(" ", "-"): fault for fault in Fault}
 
 
@@ -172,7 +172,7 @@ def _add_orders(gateway: SandboxGateway, file: str, options: Mapping[str, Any], 
 
 
 def _kept_keys(folder: Path | None) -> dict[str, Any]:
-    """Load the keys in ``folder``, and generate missing ones; without a folder the gateway makes its own keys."""
+    """Load both keys from ``folder`` and generate missing ones; without a folder, the gateway generates its keys."""
     if folder is None:
         return {}
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _statement_at_the_end(gateway: SandboxGateway, file: Path | None) -> Iterato
     yield
     if file is not None:
         name = f"JYMX_{gateway.oid_partner}_{wire.format_timestamp(gateway.time_of_day())[:8]}.txt"
-        gateway.advance(86_400.0)  # late requests arrive, and refunds become final
+        gateway.advance(86_400.0)  # carries out late requests, and makes refunds final
         try:
             (file / name if file.is_dir() else file).write_text(statement(gateway), "utf-8")
         except OSError as error:
@@ -211,7 +211,7 @@ def _until_signal() -> Iterator[None]:
 
 @contextmanager
 def _written(env_file: Path, variables: Mapping[str, str]) -> Iterator[None]:
-    """Keep the environment file while the block runs."""
+    """Write the environment file, and delete it when the block ends."""
     lines = (f"{name}={shlex.quote(text)}\n" for name, text in variables.items())
     write_new(env_file, "".join(lines))
     try:

@@ -1,4 +1,4 @@
-"""``lianlian demo``: make refunds at a faulty gateway, and compare the outcomes with the gateway's books."""
+"""``lianlian demo``: make refunds at a faulty gateway, and compare the outcomes with the gateway's ledger."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from lianlian_async.worker_pool import run_workers
 from .server import serving
 
 _DELAY: Final = 0.5
-"""Maximum delay of the sandbox in seconds: no request is carried out later."""
-# This short grace is safe with the sandbox only. LianLian's gateway needs the default of 15 minutes.
+"""Seconds of each delay in the sandbox."""
+# The sandbox carries out every request within _DELAY. LianLian's gateway needs the default grace of 15 minutes.
 _POLICY: Final = RetryPolicy(not_found_grace=3 * _DELAY)
 _DEADLINE: Final = 8.0
 _ORDER: Final = Decimal("100.00")
-"""Amount of each order in yuan. Every 25th refund is larger, so that it is rejected."""
+"""Amount of each order in yuan. Every 25th refund is larger, so the gateway rejects it."""
 _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
-"""How many times the gateway may have made a refund with this outcome; with any other outcome: never."""
+"""How many times the gateway may have made a refund, by outcome; not at all with other outcomes."""
 
 
 @click.command
@@ -100,7 +100,7 @@ async def _refund_all(
     concurrency: int,
     advance: Callable[[], object],
 ) -> None:
-    """Make all refunds, and store the outcome of each one that was begun."""
+    """Make all refunds, and store the outcome of each one that was started."""
     async with RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session:
 
         async def make(request: RefundRequest) -> None:
@@ -116,22 +116,22 @@ async def _refund_all(
 
 
 class Audit(NamedTuple):
-    """The comparison of all outcomes with the gateway's books."""
+    """The comparison of all outcomes with the gateway's ledger."""
 
     outcomes: list[tuple[str, int, int]]
-    """Word, number of refunds, and how many times the gateway made them."""
+    """By outcome: its word, the number of refunds, and how often the gateway made them in total."""
     made_twice: int
     """Refunds that were made more than once."""
     unknown: dict[str, int]
     """How many times each unknown refund was made."""
     disagreements: list[str]
-    """Refunds whose outcome or amount differs from the books."""
+    """Refunds whose outcome or amount contradicts the ledger."""
 
 
 def audit(
     requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome], books: Mapping[str, Sequence[Decimal]]
 ) -> Audit:
-    """Compare the outcome of each refund that was begun with ``books``: the amounts that the gateway paid for it."""
+    """Compare each refund's outcome with ``books``: the amounts that the gateway refunded, by ``no_refund``."""
     refunds, times_made = Counter(dict.fromkeys((MADE, REJECTED, NOT_SENT, UNKNOWN), 0)), Counter[ExitOutcome]()
     unknown, disagreements = dict[str, int](), list[str]()
     for request in requests:
@@ -153,12 +153,12 @@ def audit(
 def _audited(
     output: Output, gateway: SandboxGateway, requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome]
 ) -> Iterator[None]:
-    """Print the audit when the block ends or is interrupted; exit with code 1 if the books disagree."""
+    """Print the audit when the block ends or is interrupted; exit with code 1 if it found disagreements."""
     began = perf_counter()
     try:
         yield
     finally:
-        gateway.advance(86_400.0)  # delayed requests are carried out
+        gateway.advance(86_400.0)  # carries out late requests
         books = dict[str, list[Decimal]]()
         for record in gateway.refunds:
             books.setdefault(record.no_refund, []).append(record.money_refund)

@@ -1,4 +1,4 @@
-"""Serve the sandbox on a socket with uvicorn in a thread, and return the environment variables of its merchant."""
+"""Serve the sandbox with uvicorn in a thread, and make the environment variables of its merchant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lianlian_async.sandbox import Notifier, SandboxGateway
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Whether a log record of uvicorn shows a bug, and not a connection that the sandbox broke intentionally."""
+    """Return whether uvicorn logged a bug, not a connection that the sandbox broke or a cancelled request."""
     return record.exc_info is not None and not isinstance(record.exc_info[1], ConnectionResetError | CancelledError)
 
 
@@ -31,7 +31,7 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigurationError(f"{host} port {port}: {error.strerror}") from None
-    with listener:  # connections are accepted from here on, even before the server runs
+    with listener:  # the kernel queues connections until the server runs
         config = uvicorn.Config(
             gateway,
             lifespan="on" if isinstance(gateway, Notifier) else "off",
