@@ -260,7 +260,7 @@ class Known:
     """What the journal knows about the refunds of a batch."""
 
     found: Counter[str]
-    """Number of refunds by state: new (never sent), made, open; also rejected and conflict if there are any."""
+    """Number of refunds by state: new (no send in the journal), made, open; rejected and conflict if any."""
     new_yuan: Decimal
     journal_id: str | None = None
     """None: the journal does not exist yet."""
