@@ -1,4 +1,4 @@
-"""Receive LianLian's notifications: verify, acknowledge, and call the handler once for each final refund."""
+"""Receive LianLian's notifications: verify, acknowledge, and call the handler at least once for each final refund."""
 
 from .endpoint import NotificationEndpoint
 from .responses import Ack, Verdict
