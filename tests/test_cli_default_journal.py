@@ -78,6 +78,33 @@ def test_each_endpoint_and_merchant_has_a_journal(env, gateway, home, file):
     assert gateway.requests["apply"] == 6
 
 
+def test_every_command_uses_the_default_journal(env, home, file, tmp_path):
+    """Without --journal, each command finds the journal that ``batch`` made, and ``restore`` creates it."""
+    assert run("batch", file, "--yes", env=env).exit_code == 0
+    assert run("journal", "show", "--json", env=env).json["states"]["accepted"] == 3
+    assert run("journal", "export", "--out", tmp_path / "all.csv", env=env).exit_code == 0
+    assert run("journal", "resume", "--json", env=env).json["resolved"] == 3
+    assert run("explain", "R-1", env=env).exit_code == 0
+    assert run("journal", "backup", tmp_path / "backup", env=env).exit_code == 0
+    [journal] = home.rglob("*.sqlite")
+    shutil.rmtree(journal.parent)
+    missing = run("journal", "show", env=env)
+    assert (missing.exit_code, "no such journal" in missing.stderr) == (2, True)
+    assert run("journal", "restore", tmp_path / "backup", env=env).exit_code == 0
+    assert journal.parent.stat().st_mode & 0o777 == 0o700
+    assert run("journal", "show", "--json", env=env).json["states"]["done"] == 3
+
+
+@pytest.mark.usefixtures("home")
+def test_default_journal_needs_a_merchant():
+    """The default journal is that of the configured merchant; without one, the error also names --journal."""
+    ended = run("journal", "show")
+    assert ended.exit_code == 2
+    message = " ".join(ended.stderr.split())
+    assert "LIANLIAN_OID_PARTNER" in message
+    assert "name the journal with --journal or LIANLIAN_JOURNAL" in message
+
+
 @pytest.mark.parametrize("variable", ["KUBERNETES_SERVICE_HOST", "HOME"])
 def test_default_journal_needs_a_persistent_folder(env, gateway, home, file, monkeypatch, variable):
     """In a container or without a home folder the journal must be named; a dry run needs none."""

@@ -374,7 +374,7 @@ def test_a_journal_is_backed_up_while_it_is_in_use(journal, env, gateway):
     assert (ended.exit_code, ended.stdout) == (0, f"journal {journal} copied to {target}\n")
     assert (again.exit_code, "exists already" in again.stderr) == (2, True)
     assert (lost.exit_code, "its folder does not exist" in lost.stderr) == (2, True)
-    shown = run("journal", "show", target, "--json").json
+    shown = run("journal", "show", "--journal", target, "--json").json
     assert (shown["states"]["accepted"], shown["states"]["unresolved"]) == (2, 1)
     assert {path.name for path in target.parent.iterdir() if path.name.startswith("journal.backup")} == {target.name}
 
@@ -389,7 +389,7 @@ def test_a_killed_backup_leaves_no_incomplete_file(journal):
     process.kill()
     process.communicate()
     if target.exists():
-        assert run("journal", "show", target, "--json").json["states"]["unresolved"] == 20_000
+        assert run("journal", "show", "--journal", target, "--json").json["states"]["unresolved"] == 20_000
     else:
         assert run("journal", "backup", target).exit_code == 0
 

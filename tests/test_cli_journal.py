@@ -50,7 +50,7 @@ def left_open(env, gateway, file, journal):
 
 def test_show_counts_states_and_lists_unknown_refunds(left_open):
     """The output has counts for each state, and the unknown refunds with the time when a query can resolve them."""
-    people, machine = (run("journal", "show", left_open, *more) for more in ((), ("--json",)))
+    people, machine = (run("journal", "show", "--journal", left_open, *more) for more in ((), ("--json",)))
     assert people.exit_code == machine.exit_code == 0
     assert "│ unresolved │ 1 " in people.stdout
     assert "│ accepted   │ 3 " in people.stdout
@@ -73,7 +73,7 @@ def test_show_counts_states_and_lists_unknown_refunds(left_open):
 def test_show_lists_the_oldest_unknown_refunds(env, gateway, journal):
     """The twenty oldest unknown refunds are listed, with their total number."""
     leave_unknown(Merchant.from_env(env), journal, gateway, *range(22))
-    shown = run("journal", "show", journal)
+    shown = run("journal", "show", "--journal", journal)
     assert "22 may have been made; the oldest 20" in shown.stdout
     assert shown.stdout.count("│ R-") == 20
 
@@ -81,7 +81,7 @@ def test_show_lists_the_oldest_unknown_refunds(env, gateway, journal):
 def test_show_counts_refunds_that_were_not_sent(gateway, file, journal):
     """After refused connections nothing is unknown: the refunds count as not sent."""
     assert run("batch", file, "--yes", env=environment(gateway, "http://127.0.0.1:9")).exit_code == 1
-    shown = run("journal", "show", journal)
+    shown = run("journal", "show", "--journal", journal)
     assert "certainly not sent: 5\n" in shown.stdout
     assert "may have been made" not in shown.stdout
 
@@ -98,7 +98,7 @@ def test_show_counts_refunds_that_were_not_sent(gateway, file, journal):
 def test_watch_shows_the_journal_until_ctrl_c(left_open, more, terminal, look):
     """On a terminal it redraws the tables, else it prints a line each time; Ctrl-C is its normal end."""
     with interruption(loops=2):
-        ended = run("journal", "show", left_open, "--watch", "0.1", *more, env=terminal)
+        ended = run("journal", "show", "--journal", left_open, "--watch", "0.1", *more, env=terminal)
     assert (ended.exit_code, ended.stderr) == (0, "")
     assert ended.stdout.count(look) >= 2
     assert ("\x1b[?25h" in ended.stdout) is look.startswith("│")  # the cursor is visible again
@@ -108,9 +108,9 @@ def test_watch_redraws_on_a_terminal(left_open):
     """On a terminal it redraws a table; with NO_COLOR it prints a line, without escape bytes."""
     terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     with interruption(loops=1):
-        drawn = run("journal", "show", left_open, "--watch", env=terminal).stdout
+        drawn = run("journal", "show", "--journal", left_open, "--watch", env=terminal).stdout
     with interruption(loops=1):
-        plain = run("journal", "show", left_open, "--watch", env=terminal | {"NO_COLOR": "1"}).stdout
+        plain = run("journal", "show", "--journal", left_open, "--watch", env=terminal | {"NO_COLOR": "1"}).stdout
     assert "\x1b[?25l" in drawn
     assert "\x1b" not in plain
     assert plain.endswith("4 finished  1 unresolved\n")
@@ -118,11 +118,11 @@ def test_watch_redraws_on_a_terminal(left_open):
 
 def test_closed_pipe_ends_watch(left_open):
     """``lianlian journal show --watch | head -1`` ends; so does SIGTERM."""
-    with start("journal", "show", left_open, "--watch", "0.1") as process:
+    with start("journal", "show", "--journal", left_open, "--watch", "0.1") as process:
         assert process.stdout.readline().endswith("4 finished  1 unresolved\n")
         process.stdout.close()
         assert (process.wait(60), process.stderr.read()) == (0, "")
-    with start("journal", "show", left_open, "--watch") as process:
+    with start("journal", "show", "--journal", left_open, "--watch") as process:
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         assert (process.wait(60), process.stderr.read()) == (0, "")
@@ -133,8 +133,8 @@ def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):
     gateway.script(Fault.NO_ANSWER, skip=2)
     process = start("batch", file, "--yes", "--concurrency", "1", env=env)
     until(lambda: gateway.requests["apply"] == 3)
-    shown = run("journal", "show", journal, "--json")
-    exported = run("journal", "export", journal, "--out", file.with_name("all.jsonl"), "--json")
+    shown = run("journal", "show", "--journal", journal, "--json")
+    exported = run("journal", "export", "--journal", journal, "--out", file.with_name("all.jsonl"), "--json")
     process.kill()
     end(process, env)
     assert shown.json["states"] == {"unresolved": 1, "accepted": 2, "final": 0, "done": 0, "rejected": 0, "conflict": 0}
@@ -144,7 +144,7 @@ def test_a_journal_can_be_shown_while_it_is_in_use(env, gateway, file, journal):
 @pytest.mark.parametrize("command", [("show",), ("export", "--out", "x"), ("resume",)])
 def test_missing_journal_is_not_created(tmp_path, command):
     """A missing file is a usage error."""
-    ended = run("journal", *command, tmp_path / "journal")
+    ended = run("journal", *command, "--journal", tmp_path / "journal")
     assert ended.exit_code == 2
     assert "no such journal" in ended.stderr
     assert not (tmp_path / "journal").exists()
@@ -153,7 +153,7 @@ def test_missing_journal_is_not_created(tmp_path, command):
 def test_other_file_is_not_a_journal(file):
     """A file that is not a journal is refused and not changed."""
     before = file.read_bytes()
-    ended = run("journal", "show", file)
+    ended = run("journal", "show", "--journal", file)
     assert ended.exit_code == 1
     assert "the file is not a journal" in ended.stderr
     assert file.read_bytes() == before
@@ -166,7 +166,7 @@ def test_other_file_is_not_a_journal(file):
 def test_a_journal_is_exported(left_open, tmp_path, name):
     """The exported file has all refunds with their fields and results."""
     out = tmp_path / name
-    ended = run("journal", "export", left_open, "--out", out)
+    ended = run("journal", "export", "--journal", left_open, "--out", out)
     assert (ended.exit_code, ended.stdout) == (0, f"5 refunds written to {out}\n")
     lines = {line["no_refund"]: line for line in (read_csv if name == "all.csv" else read_lines)(out)}
     assert sorted(lines) == [f"R-{number}" for number in range(5)]
@@ -178,8 +178,8 @@ def test_a_journal_is_exported(left_open, tmp_path, name):
 
 def test_export_does_not_overwrite_the_journal(left_open):
     """--out must not be the journal itself."""
-    assert run("journal", "export", left_open, "--out", left_open).exit_code == 2
-    assert run("journal", "show", left_open).exit_code == 0
+    assert run("journal", "export", "--journal", left_open, "--out", left_open).exit_code == 2
+    assert run("journal", "show", "--journal", left_open).exit_code == 0
 
 
 # ── resume ───────────────────────────────────────────────────────────────────────────────────────
@@ -187,12 +187,12 @@ def test_export_does_not_overwrite_the_journal(left_open):
 
 def test_resume_queries_open_refunds(env, gateway, left_open):
     """``resume`` resolves the unknown refund and finds the final states; nothing is sent again."""
-    first = run("journal", "resume", left_open, "--json", env=env)
+    first = run("journal", "resume", "--journal", left_open, "--json", env=env)
     assert first.exit_code == 0
     assert first.json["states"] == {"unresolved": 0, "accepted": 4, "final": 0, "done": 0, "rejected": 1, "conflict": 0}
     assert (first.json["resolved"], first.json["still_open"]) == (1, 3)
     gateway.advance(86_400)
-    people = run("journal", "resume", left_open, env=env)
+    people = run("journal", "resume", "--journal", left_open, env=env)
     assert "resolved: 4\nstill open: 0\n" in people.stdout
     assert gateway.requests["apply"] == 5
 
@@ -200,7 +200,7 @@ def test_resume_queries_open_refunds(env, gateway, left_open):
 def test_resume_with_unknown_refunds_exits_4(env, gateway, left_open):
     """The exit code is 4 while a refund is unknown."""
     gateway.script(Fault.HTTP_500, call="query", times=1000)
-    ended = run("journal", "resume", left_open, "--deadline", "0.5", env=env)
+    ended = run("journal", "resume", "--journal", left_open, "--deadline", "0.5", env=env)
     assert ended.exit_code == 4
     assert "1 may have been made" in ended.stdout
     assert "unknown outcomes" in ended.stdout
@@ -209,7 +209,7 @@ def test_resume_with_unknown_refunds_exits_4(env, gateway, left_open):
 def test_an_interrupted_resume_exits_130(gateway, left_open):
     """Ctrl-C ends the command with 130."""
     with interruption():
-        ended = run("journal", "resume", left_open, env=environment(gateway, "http://127.0.0.1:9"))
+        ended = run("journal", "resume", "--journal", left_open, env=environment(gateway, "http://127.0.0.1:9"))
     assert (ended.exit_code, ended.stderr) == (130, "interrupted\n")
 
 
@@ -226,7 +226,7 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
     assert shown.json["journal"] == "in PostgreSQL"
     assert PASSWORD not in shown.stdout + shown.stderr
     gateway.advance(86_400)
-    resumed = run("journal", "resume", place, env=private)
+    resumed = run("journal", "resume", "--journal", place, env=private)
     assert "│ done       │ 4 " in resumed.stdout
     out = file.with_name("all.csv")
     assert run("journal", "export", "--out", out, env=private).exit_code == 0
@@ -236,7 +236,7 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
 @pytest.mark.parametrize("url", ["postgresql://me:s3cret@/x?host=/nowhere", "postgresql://me@/x?password=s3cret"])
 def test_password_on_the_command_line_is_refused(url):
     """A URL with a password is refused as an argument, without repeating it; from the environment it is used."""
-    refused = run("journal", "show", url)
+    refused = run("journal", "show", "--journal", url)
     assert refused.exit_code == 2
     used = run("journal", "show", env={"LIANLIAN_DSN": url})
     assert used.exit_code == 1
@@ -290,14 +290,14 @@ def test_service_acts_on_refunds_that_an_operator_resumed(env, gateway, tmp_path
 
     anyio.run(serve, path, shop, apply)
     gateway.advance(86_400)
-    resumed = run("journal", "resume", path, "--json", env=env)
+    resumed = run("journal", "resume", "--journal", path, "--json", env=env)
     assert (resumed.json["resolved"], resumed.json["states"]["final"]) == (4, 4)
-    assert run("journal", "resume", path, "--json", env=env).json["resolved"] == 0
+    assert run("journal", "resume", "--journal", path, "--json", env=env).json["resolved"] == 0
     assert set(map(tuple, shop.values())) == {()}
     for _ in range(2):
         anyio.run(serve, path, shop, sweep)
     assert shop == {"R-0": ["2"], "R-1": ["3"], "R-2": ["2"], "R-3": ["2"]}
-    assert run("journal", "show", path, "--json").json["states"]["done"] == 4
+    assert run("journal", "show", "--journal", path, "--json").json["states"]["done"] == 4
 
 
 def test_command_reads_the_journal_of_a_service(env, gateway, tmp_path):
@@ -309,4 +309,4 @@ def test_command_reads_the_journal_of_a_service(env, gateway, tmp_path):
             await session.apply_refund(RefundRequest.from_dict(refund(1)))
 
     anyio.run(service)
-    assert run("journal", "show", path, "--json").json["states"]["accepted"] == 1
+    assert run("journal", "show", "--journal", path, "--json").json["states"]["accepted"] == 1

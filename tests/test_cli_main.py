@@ -1,10 +1,13 @@
 """The command group ``lianlian``: its name, its extra, its help, its exit codes."""
 
+import ast
+import functools
 import inspect
 import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import click
 import pytest
 
@@ -13,7 +16,11 @@ from lianlian_async import __version__, errors
 from lianlian_async.cli import main
 from lianlian_async.cli.app import lianlian
 from lianlian_async.cli.exit_codes import EXIT_OUTCOMES, error_document, exit_outcome_of
+from lianlian_async.cli.sandbox.options import FAULTS
 from lianlian_async.errors import LianLianError
+from lianlian_async.models import RefundQuery, RefundRequest, RefundStatus
+from lianlian_async.retry import RetryPolicy
+from lianlian_async.sandbox import Fault, Repeated
 from lianlian_async.signing import BACKEND
 from tests.support.command import end, run, start
 
@@ -131,17 +138,47 @@ def test_missing_package_of_the_extra_is_named(monkeypatch, capsys, package):
 def test_other_missing_module_is_raised(monkeypatch):
     """A missing module that is not part of the extra is a bug, and its traceback is shown."""
     monkeypatch.setitem(sys.modules, "lianlian_async.session", None)
-    monkeypatch.setattr(sys, "argv", ["lianlian", "sandbox"])
+    monkeypatch.setattr(sys, "argv", ["lianlian", "apply"])
     with pytest.raises(ModuleNotFoundError, match="session"):
         main()
 
 
-def test_help_imports_neither_rich_nor_a_command():
-    """``--help`` is fast: it imports click and the command group only."""
-    check = "import sys; from lianlian_async.cli.app import lianlian; lianlian(['--help'], standalone_mode=False); "
-    check += "print([name for name in sys.modules if name == 'rich' or name.startswith('lianlian_async.cli.')])"
-    shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
-    assert shown.splitlines()[-1] == "['lianlian_async.cli.app']"
+def every_command(command=lianlian, path=()):
+    """Yield the names of every command and group, each as a tuple."""
+    yield path
+    for name, child in getattr(command, "commands", {}).items():
+        yield from every_command(child, (*path, name))
+
+
+def test_help_of_every_command_imports_no_slow_package():
+    """``--help`` is fast: it imports click and light modules only. One new process shows the help of all commands."""
+    check = "import sys; from lianlian_async.cli.app import lianlian; "
+    check += "[lianlian([*path.split(), '--help'], standalone_mode=False) for path in sys.argv[1:]]; "
+    check += "print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    paths = list(map(" ".join, every_command()))
+    arguments = [sys.executable, "-c", check, *paths]
+    shown = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert [line.split(" [")[0].strip() for line in shown.splitlines() if line.startswith("Usage: ")] == [
+        f"Usage: -c {path}".strip() for path in paths
+    ]
+    slow = {"Crypto", "aiohttp", "anyio", "asyncio", "attr", "attrs", "cryptography", "httpx", "rich", "uvicorn"}
+    assert slow.isdisjoint(ast.literal_eval(shown.splitlines()[-1]))
+
+
+def test_declared_choices_and_defaults_are_those_of_the_library():
+    """The declarations repeat values of modules that --help must not import."""
+    options = {
+        path: {option.name: option for option in command.params}
+        for path in every_command()
+        if (command := functools.reduce(lambda group, name: group.commands[name], path, lianlian))
+    }
+    assert list(options["apply",])[1:9] == [field.name for field in attrs.fields(RefundRequest)]
+    assert set(list(options["query",])[1:5]) == {field.name for field in attrs.fields(RefundQuery)}
+    assert options["worker",]["not_found_grace"].default == RetryPolicy().not_found_grace
+    assert list(options["notify", "send"]["sta_refund"].type.choices) == [status.value for status in RefundStatus]
+    assert list(options["sandbox",]["repeated"].type.choices) == [repeated.value for repeated in Repeated]
+    assert [name.replace("-", " ") for name in FAULTS] == [fault.value for fault in Fault]
+    assert list(options["help",]["topic"].type.choices) == list(run("help", "--json").json)
 
 
 def test_help_has_the_first_line_of_each_command():

@@ -9,9 +9,8 @@ import attrs
 import click
 import pytest
 
-from lianlian_async.cli.keys import keygen
-from lianlian_async.cli.output import Output
-from lianlian_async.cli.stores import Place
+from lianlian_async.cli.commands import keygen
+from lianlian_async.cli.options import Place
 from lianlian_async.errors import ConfigurationError, JournalError
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.merchant import Endpoints, Merchant
@@ -232,7 +231,7 @@ def test_unreachable_database_leaves_no_password():
     assert caught.value.__cause__ is not None
 
 
-@pytest.mark.parametrize("place", [Place(), Place(only_dsn=True), Place(exists=True)])
+@pytest.mark.parametrize("place", [Place(), Place(only_dsn=True)])
 @pytest.mark.parametrize("dsn", [DSN, "postgresql://clerk:correct-horse@[::1/books", "mysql://correct-horse"])
 def test_password_on_the_command_line_is_in_no_frame(place, dsn):
     """The command refuses a password as an argument, and no frame contains it."""
@@ -250,6 +249,6 @@ def test_unwritable_key_pair_leaves_no_password(tmp_path, monkeypatch):
     arguments = ["--bits", "1024", "--out", str(tmp_path / "no" / "a.pem"), "--encrypt"]
     with pytest.raises(ConfigurationError) as caught:
         # click caches the help option in the command: use the names that the group gives it.
-        keygen.main(arguments, standalone_mode=False, obj=Output(), help_option_names=["-h", "--help"])
+        keygen.main(arguments, standalone_mode=False, help_option_names=["-h", "--help"])
     assert leaks(caught.value, PASSWORD) == []
     assert leaks(caught.value, "BEGIN ENCRYPTED PRIVATE KEY") == []

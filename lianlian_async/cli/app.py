@@ -1,4 +1,8 @@
-"""The command group ``lianlian``. A command's module is imported when the command runs: ``--help`` needs only click."""
+"""The command group ``lianlian``.
+
+``commands``, ``groups``, ``batch.options`` and ``sandbox.options`` declare the commands, and import only click and
+light modules. ``options.runs`` imports what a command runs when it runs, so that ``--help`` is fast.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +10,28 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import click
 
+from lianlian_async.errors import ConfigurationError, LianLianError
+
 from . import AS_JSON
+from .batch.options import batch
+from .commands import apply, doctor, explain, help_topic, keygen, query, reconcile, verify, worker
+from .groups import journal, notify
+from .sandbox.options import demo, sandbox
 
 _SILENT: Final = logging.NullHandler()
 """Keeps warnings of the library from standard error: each command shows outcomes itself. LIANLIAN_LOG shows the log."""
 
 
-class _Command(NamedTuple):
-    module: str
-    help: str
-    """The first line of the command's own help."""
-    name: str = ""
-    """The name in the module, if it is not the command's."""
-
-
-_COMMANDS: Final = {
-    "apply": _Command(".refunds", "Make one refund."),
-    "query": _Command(".refunds", "Query LianLian's record of one refund."),
-    "batch": _Command(".batch.command", "Make the refunds of a file, each one once."),
-    "journal": _Command(".journal", "Show, export, resume, decide, back up or restore a journal."),
-    "explain": _Command(".explain", "Show everything that a journal knows about one refund."),
-    "reconcile": _Command(".reconcile", "Compare LianLian's statements with a journal."),
-    "worker": _Command(".worker", "Make the refunds of a queue."),
-    "doctor": _Command(".doctor", "Find what is wrong with keys, connection, clock and journal."),
-    "verify": _Command(".verify", "Check the signature of a message."),
-    "keygen": _Command(".keys", "Generate a key pair for LianLian's dashboard."),
-    "notify": _Command(".notify", "Send a notification to a service, or read one."),
-    "sandbox": _Command(".sandbox.command", "Serve a fake of LianLian's gateway until SIGINT or SIGTERM."),
-    "demo": _Command(".sandbox.demo", "Make refunds at a faulty gateway, and audit its books."),
-    "help": _Command(".topics", "Explain a concept: unknown, journal or processes.", "help_topic"),
-}
-
-
 class _Program(click.Group):
-    """Imports a command when it is used, and converts errors of the library to exit codes."""
+    """Converts errors of the library to exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """See ``click.Group``."""
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """See ``click.Group``."""
-        if cmd_name not in _COMMANDS:
-            return None
-        found = _COMMANDS[cmd_name]
-        command: click.Command = getattr(import_module(found.module, __package__), found.name or cmd_name)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, command.help) for name, command in _COMMANDS.items()])
+        """Keep the order of the declarations: click would sort the names."""
+        return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See ``click.Command``. A usage error is known before ``--json`` has been parsed, so look for it first."""
@@ -71,19 +41,17 @@ class _Program(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; print the library's errors without a traceback."""
-        from lianlian_async.errors import LianLianError
-
-        from .exit_codes import INTERRUPTED, exit_outcome_of
-        from .output import Output
-
-        output = ctx.ensure_object(Output)
         try:
             with _usage_errors(ctx):
                 return super().invoke(ctx)
-        except LianLianError as error:
-            output.failure(error)
-            ctx.exit(exit_outcome_of(error).exit_code)
-        except KeyboardInterrupt:
+        except (LianLianError, KeyboardInterrupt) as error:
+            from .exit_codes import INTERRUPTED, exit_outcome_of
+            from .output import Output
+
+            output = Output(as_json=ctx.meta[AS_JSON])
+            if isinstance(error, LianLianError):
+                output.failure(error)
+                ctx.exit(exit_outcome_of(error).exit_code)
             output.note(INTERRUPTED.word)
             ctx.exit(INTERRUPTED.exit_code)
 
@@ -105,7 +73,6 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     if not wanted:
         return
     from lianlian_async import __version__
-    from lianlian_async.errors import ConfigurationError
     from lianlian_async.signing import BACKEND
     from lianlian_async.transport import http_backend
 
@@ -121,6 +88,10 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
 
 @click.group(
     cls=_Program,
+    commands=[
+        *(apply, query, batch, journal, explain, reconcile, worker, doctor),
+        *(verify, keygen, notify, sandbox, demo, help_topic),
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     epilog="Exit codes: 0 made, or no error; 1 another error; 2 wrong usage, request or configuration (nothing was "
     "sent); 3 rejected or failed; 4 outcome unknown (query it again); 5 invalid signature; 130 interrupted.",

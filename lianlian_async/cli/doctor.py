@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import anyio
 import click
 
-from lianlian_async import __version__, wire
+from lianlian_async import __version__
 from lianlian_async.clock import system_clock
 from lianlian_async.errors import ConfigurationError, GatewayUnavailable, LianLianError, QueryRejected, RefundNotFound
 from lianlian_async.journal import Owner
@@ -27,9 +27,9 @@ from lianlian_async.session import RefundSession
 from lianlian_async.signing import BACKEND, SigningKey, VerifyingKey, signature_source
 from lianlian_async.transport import http_backend, probe_server
 
-from .options import config_option, load_merchant, parsed
-from .output import Output, json_option, pass_output, printable, table
-from .stores import DSN, JOURNAL, Place, default_place, is_dsn, make_reader, place_name
+from .options import JOURNAL, is_dsn, load_merchant, place_name
+from .output import Output, printable, table
+from .stores import default_place, make_reader
 
 _PACKAGES: Final = ("httpx", "anyio", "pycryptodome", "cryptography", "aiohttp", "psycopg", "procrastinate")
 _STYLES: Final = {"ok": "", "warning": "yellow", "failure": "red"}
@@ -58,34 +58,8 @@ def _failure(name: str, problem: LianLianError | str, cure: str) -> _Check:
     return _Check(name, text or own, "failure", own if text else cure)
 
 
-@click.command
-@click.option(
-    "--journal",
-    "place",
-    metavar="PATH|DSN",
-    envvar=[DSN, JOURNAL],
-    show_envvar=True,
-    show_default="that of `lianlian batch`",
-    type=Place(),
-    help="Journal to check.",
-)
-@click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default the last one made.")
-@click.option(
-    "--dt-refund",
-    metavar="YYYYMMDDHHMMSS",
-    callback=parsed(wire.parse_timestamp),
-    help="dt_refund of a --refund that is not in the journal.",
-)
-@click.option("--offline", is_flag=True, help="Do not connect to the gateway.")
-@config_option
-@json_option
-@pass_output
 def doctor(output: Output, /, *, config: Path | None, **options: Any) -> None:
-    """Find what is wrong with keys, connection, clock and journal.
-
-    Sends no refund. LianLian is asked about a refund that was made: its signed answer proves its public key. Exit
-    codes: 0 no failure; 1 a failure.
-    """
+    """Run ``lianlian doctor``."""
     checks, public_key = [*_installation()], None
     try:
         merchant = load_merchant(config)

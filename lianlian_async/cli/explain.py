@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -19,8 +20,9 @@ from lianlian_async.retry import RetryPolicy
 
 from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
 from .journal_report import MEANING
-from .output import Output, json_option, local_time, pass_output, table
-from .stores import journal_option, make_reader, place_name
+from .options import place_name
+from .output import Output, local_time, table
+from .stores import find_journal, make_reader
 
 _EVENTS: Final = {"lease": "lease taken", "resend": "to be sent again", "acted": "on_refund returned"}
 """The events that are shown in other words."""
@@ -29,16 +31,9 @@ _QUERY_DAYS: Final = 90
 """LianLian rejects queries about older refunds (3005)."""
 
 
-@click.command
-@click.argument("no_refund")
-@journal_option()
-@json_option
-@pass_output
-def explain(output: Output, /, no_refund: str, place: str) -> None:
-    """Show everything that a journal knows about one refund.
-
-    What attempts and queries brought, what is known now, and when to query again. The exit code is the outcome's.
-    """
+def explain(output: Output, /, no_refund: str, place: str | None, config: Path | None) -> None:
+    """Run ``lianlian explain``."""
+    place = find_journal(place, config)
     if (entry := anyio.run(_find, place, no_refund)) is None:
         raise LianLianError(f"refund {no_refund} is not in the journal {place_name(place)}")
     click.get_current_context().exit(show_entry(output, entry, system_clock()).exit_code)

@@ -27,10 +27,10 @@ from lianlian_async.worker_pool import iterate
 from .exit_codes import UNKNOWN
 from .explain import show_entry
 from .journal_report import journal_line, journal_views, read_journal
-from .options import config_option, load_merchant, make_session, session_options
-from .output import Output, json_option, line_writer, pass_output
+from .options import is_dsn, load_merchant, make_session
+from .output import Output, line_writer
 from .signals import sigterm_interrupts
-from .stores import is_dsn, journal_option, make_journal, make_reader, place_argument
+from .stores import find_journal, make_folder, make_journal, make_reader
 
 _LONGEST_EVIDENCE: Final = 200
 _SECOND_LOOK: Final = 1.0
@@ -39,34 +39,9 @@ _RECORD: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno", "settle_d
 _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
 
 
-@click.group
-def journal() -> None:
-    """Show, export, resume, decide, back up or restore a journal.
-
-    A journal records refunds and their outcomes. It is an SQLite file, created by `lianlian batch`, or a PostgreSQL
-    database (postgresql://…, preferably in LIANLIAN_DSN).
-    """
-
-
-@journal.command
-@place_argument
-@click.option(
-    "--watch",
-    metavar="[SECONDS]",
-    is_flag=False,
-    flag_value=2.0,
-    type=click.FloatRange(min=0.1),
-    help="Redraw every SECONDS (2 if omitted) until Ctrl-C; if stdout is not a terminal, print one line each time.",
-)
-@json_option
-@pass_output
-def show(output: Output, /, place: str, watch: float | None) -> None:
-    """Count the refunds in a journal, and list the unknown ones.
-
-    Other processes may use the journal meanwhile. In PostgreSQL, show the queue and its workers, too. The time left
-    assumes the current rate and no further refunds; refunds that are due later do not count.
-    """
-    report = None
+def show(output: Output, /, place: str | None, config: Path | None, watch: float | None) -> None:
+    """Run ``lianlian journal show``."""
+    place, report = find_journal(place, config), None
     if watch is not None:
         with suppress(KeyboardInterrupt), sigterm_interrupts(), output.screen() as draw:
             while True:
@@ -83,39 +58,18 @@ def show(output: Output, /, place: str, watch: float | None) -> None:
     output.show(document, *shown)
 
 
-@journal.command
-@place_argument
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    required=True,
-    help="File with one line for each refund: CSV if its name ends in .csv, else JSON Lines.",
-)
-@json_option
-@pass_output
-def export(output: Output, /, place: str, out: Path) -> None:
-    """Write all refunds of a journal to a file, oldest first.
-
-    Other processes may use the journal meanwhile.
-    """
+def export(output: Output, /, place: str | None, config: Path | None, out: Path) -> None:
+    """Run ``lianlian journal export``."""
+    place = find_journal(place, config)
     if not is_dsn(place) and out.exists() and out.samefile(place):
         raise click.BadParameter("must not be the journal", param_hint="--out")
     number = anyio.run(_export, place, out)
     output.show({"refunds": number, "out": str(out)}, f"{number:,} refunds written to {out}")
 
 
-@journal.command
-@place_argument
-@session_options
-@config_option
-@json_option
-@pass_output
-def resume(output: Output, /, place: str, config: Path | None, **settings: Any) -> None:
-    """Resolve all open refunds, then show the journal.
-
-    Unresolved refunds are queried, and sent if no earlier request can still arrive; refunds that were made are
-    queried for their final state. Exit code 4 if some are still unknown.
-    """
+def resume(output: Output, /, place: str | None, config: Path | None, **settings: Any) -> None:
+    """Run ``lianlian journal resume``."""
+    place = find_journal(place, config)
     resumed, reasons = anyio.run(_resume, load_merchant(config), place, settings)
     report = anyio.run(read_journal, place)
     document, shown = journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
@@ -123,26 +77,15 @@ def resume(output: Output, /, place: str, config: Path | None, **settings: Any) 
     click.get_current_context().exit(UNKNOWN.exit_code if report.unknown else 0)
 
 
-@journal.command
-@click.argument("no_refund")
-@click.argument("outcome", type=click.Choice(["made", "not-made"]))
-@click.option("--evidence", required=True, help="Why, in one line: a bank statement, LianLian's answer by mail …")
-@journal_option()
-@json_option
-@pass_output
-def decide(output: Output, /, no_refund: str, outcome: str, evidence: str, place: str) -> None:
-    """Record by hand whether a refund was made, for example when LianLian no longer answers.
-
-    The decision is final; a refund that was not made is never sent again. Refused if LianLian has signed a final
-    outcome, or while a call may be sending the refund.
-    """
+def decide(output: Output, /, no_refund: str, outcome: str, evidence: str, **journal: Any) -> None:
+    """Run ``lianlian journal decide``."""
     if not evidence.strip() or not evidence.isprintable() or len(evidence) > _LONGEST_EVIDENCE:
         raise click.BadParameter(f"must be one line of 1 to {_LONGEST_EVIDENCE} characters", param_hint="--evidence")
     now = system_clock()
-    ending = decision(outcome == "made", evidence, _user(), now)
+    ending, found = decision(outcome == "made", evidence, _user(), now), find_journal(**journal)
 
     async def record() -> Entry:
-        async with make_journal(place) as opened:
+        async with make_journal(found) as opened:
             return await opened.decide(no_refund, ending, now)
 
     show_entry(output, anyio.run(record), now)
@@ -155,16 +98,9 @@ def _user() -> str:
         return f"user {os.getuid()}"
 
 
-@journal.command
-@click.argument("file", type=click.Path(path_type=Path))
-@journal_option()
-@json_option
-@pass_output
-def backup(output: Output, /, file: Path, place: str) -> None:
-    """Copy a journal file to FILE, which must not exist, while other processes use the journal.
-
-    FILE appears when the copy is complete. The inbox is not copied: after a restore, on_refund is called again.
-    """
+def backup(output: Output, /, file: Path, place: str | None, config: Path | None) -> None:
+    """Run ``lianlian journal backup``."""
+    place = find_journal(place, config)
     _check_is_file(place)
     if file.exists() or not file.parent.is_dir():
         raise click.BadParameter("exists already" if file.exists() else "its folder does not exist", param_hint="FILE")
@@ -173,19 +109,14 @@ def backup(output: Output, /, file: Path, place: str) -> None:
     output.show({"backup": str(file)}, f"journal {place} copied to {file}")
 
 
-@journal.command
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@journal_option(exists=False)
-@json_option
-@pass_output
-def restore(output: Output, /, file: Path, place: str) -> None:
-    """Create a journal from FILE, a backup, and record in it that it was restored.
-
-    Refunds that the backup may lack are queried before they are sent, and unresolved refunds count as sent just now.
-    """
-    _check_is_file(place)
-    restore_file(file, Path(place), system_clock())
-    output.show({"journal": place}, f"journal {place} is restored; run `lianlian journal resume`")
+def restore(output: Output, /, file: Path, place: str | None, config: Path | None) -> None:
+    """Run ``lianlian journal restore``."""
+    found = find_journal(place, config, exists=False)
+    _check_is_file(found)
+    if place is None:
+        make_folder(found)
+    restore_file(file, Path(found), system_clock())
+    output.show({"journal": found}, f"journal {found} is restored; run `lianlian journal resume`")
 
 
 def _check_is_file(place: str) -> None:

@@ -17,8 +17,9 @@ from lianlian_async.journal import Entry, State
 from lianlian_async.retry import RetryPolicy
 from lianlian_async.worker_pool import iterate
 
+from .options import is_dsn, place_name
 from .output import local_time, table
-from .stores import is_dsn, make_reader, place_name, read_queue
+from .stores import make_reader, read_queue
 
 _LISTED: Final = 20
 MEANING: Final = {

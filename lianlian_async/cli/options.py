@@ -2,24 +2,85 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 import click
+from click.core import ParameterSource
 
 from lianlian_async import wire
 from lianlian_async.errors import InvalidRequest, MalformedMessage, Problem
-from lianlian_async.journal import Journal
-from lianlian_async.merchant import Merchant
-from lianlian_async.retry import RetryPolicy
-from lianlian_async.session import RefundSession
+from lianlian_async.secret import without_locals
+
+from . import AS_JSON
+
+if TYPE_CHECKING:
+    from lianlian_async.journal import Journal
+    from lianlian_async.merchant import Merchant
+    from lianlian_async.session import RefundSession
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 """A command's function, which options decorate."""
 
 # The session adds these fields itself. LianLian's sample requests spell one of them with a trailing blank.
 SIGNATURE_FIELDS: Final = ("sign_type", "sign_type ", "sign")
+
+DSN: Final = "LIANLIAN_DSN"
+JOURNAL: Final = "LIANLIAN_JOURNAL"
+
+
+def is_dsn(place: str) -> bool:
+    """Whether a place is a PostgreSQL URL."""
+    return place.startswith(("postgresql://", "postgres://"))
+
+
+def place_name(place: str) -> str:
+    """Return a place for display, without the password of a DSN."""
+    return "in PostgreSQL" if is_dsn(place) else place
+
+
+class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """The place of a journal: a path, or a PostgreSQL URL without a password.
+
+    Other processes of this machine can read a password on the command line. ``only_dsn``: refuse every path, and
+    replace an empty place by the URL in ``LIANLIAN_DSN``.
+    """
+
+    name = "place"
+
+    def __init__(self, *, only_dsn: bool = False) -> None:
+        self._only_dsn = only_dsn
+
+    @without_locals
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return ``value``; no message contains it, as it may be a connection string with a password."""
+        place = value or (os.environ.get(DSN, "") if self._only_dsn else "")
+        if not is_dsn(place):
+            if self._only_dsn or "://" in place:
+                wanted = f"URL postgresql://…, here or in {DSN}" if self._only_dsn else "path or a URL postgresql://…"
+                self.fail(f"must be a {wanted}")
+        elif value and ctx and ctx.get_parameter_source(str(param and param.name)) is ParameterSource.COMMANDLINE:
+            try:
+                parts = urlsplit(place)
+                has_password = parts.password is not None or "password" in parse_qs(parts.query)
+            except ValueError:
+                raise click.BadParameter("not a PostgreSQL URL") from None
+            if has_password:
+                self.fail(
+                    f"other processes can read a password on the command line: put the URL into {DSN}, or the password "
+                    "into PGPASSWORD or ~/.pgpass"
+                )
+        return place
+
+
+json_option = click.option("--json", is_flag=True, expose_value=False, help="Print one JSON object on stdout.")
+dsn_argument: Final = click.argument("dsn", metavar="DSN", envvar=DSN, type=Place(only_dsn=True))
+"""The argument DSN: the place of a queue."""
 
 config_option = click.option(
     "--config",
@@ -40,10 +101,27 @@ _not_found_grace_option = click.option(
     "--not-found-grace",
     metavar="SECONDS",
     type=click.FloatRange(min=0),
-    default=RetryPolicy().not_found_grace,
+    default=900.0,
     help="Time until the gateway's answer 'no such record' is believed; less is safe only if the gateway rejects a "
     "second refund with the same no_refund.",
 )
+
+
+def runs(module: str) -> Callable[[Callable[[], None]], Command]:
+    """Make a declaration run the function of the same name in ``module``, which is imported only then; add --json."""
+
+    def decorate(declaration: Callable[[], None]) -> Any:
+        @json_option
+        @wraps(declaration)
+        def run(**options: Any) -> None:
+            from .output import Output
+
+            function = getattr(import_module(module, __package__), declaration.__name__)
+            function(Output(as_json=click.get_current_context().meta.get(AS_JSON, False)), **options)
+
+        return run
+
+    return decorate
 
 
 def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
@@ -58,8 +136,25 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
     return callback
 
 
+def journal_options(command: Command) -> Command:
+    """Add the options --journal and --config for :func:`.stores.find_journal`."""
+    journal = click.option(
+        "--journal",
+        "place",
+        metavar="PATH|DSN",
+        envvar=[DSN, JOURNAL],
+        show_envvar=True,
+        show_default="that of `lianlian batch`",
+        type=Place(),
+        help="The journal.",
+    )
+    return journal(config_option(command))
+
+
 def load_merchant(config: Path | None) -> Merchant:
     """Load the merchant from ``config`` or the environment; raises ``ConfigurationError``."""
+    from lianlian_async.merchant import Merchant
+
     return Merchant.from_env() if config is None else Merchant.from_toml(config)
 
 
@@ -72,6 +167,9 @@ def make_session(
     merchant: Merchant, *, journal: Journal, concurrency: int, not_found_grace: float, **options: Any
 ) -> RefundSession:
     """Create a session with the values of :func:`session_options`, and with ``options`` of ``RefundSession``."""
+    from lianlian_async.retry import RetryPolicy
+    from lianlian_async.session import RefundSession
+
     policy = RetryPolicy(not_found_grace=not_found_grace)
     return RefundSession(merchant, journal=journal, max_connections=concurrency, retry=policy, **options)
 

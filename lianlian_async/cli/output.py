@@ -26,7 +26,6 @@ from rich.text import Text
 from lianlian_async.errors import InvalidRequest, LianLianError, RefundOutcomeUnknown
 from lianlian_async.models import RefundQuery
 
-from . import AS_JSON
 from .exit_codes import error_document, exit_outcome_of
 
 _FORMULA: Final = tuple("=+-@\t\r＝＋－＠")
@@ -167,16 +166,6 @@ class Output:
 
 def _can_redraw(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
-
-
-def _set_json(ctx: click.Context, _option: click.Parameter, value: bool) -> None:
-    ctx.ensure_object(Output).as_json = value or ctx.meta.get(AS_JSON, False)  # also before the command
-
-
-json_option = click.option(
-    "--json", is_flag=True, expose_value=False, callback=_set_json, help="Print one JSON object on stdout."
-)
-pass_output = click.make_pass_decorator(Output, ensure=True)
 
 
 def printable(text: str) -> str:

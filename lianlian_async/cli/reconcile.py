@@ -19,30 +19,16 @@ from lianlian_async.recording import learn
 from lianlian_async.session import RefundSession
 from lianlian_async.worker_pool import iterate, run_workers
 
-from .options import config_option, load_merchant
-from .output import Output, json_option, pass_output, table
-from .stores import journal_option, make_journal, make_reader
+from .options import load_merchant
+from .output import Output, table
+from .stores import find_journal, make_journal, make_reader
 
 
-@click.command
-@click.argument("statements", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@journal_option()
-@click.option(
-    "--apply",
-    "is_applied",
-    is_flag=True,
-    help="Query refunds that only the statements show as made, and record them in the journal.",
-)
-@config_option
-@json_option
-@pass_output
-def reconcile(output: Output, /, statements: Sequence[Path], place: str, is_applied: bool, config: Path | None) -> None:
-    """Compare LianLian's statements with a journal.
-
-    A statement is a file JYMX_<oid_partner>_<date>.txt; if a JYMXSUM file is beside it, its totals must agree. --apply
-    queries each refund that is in a statement and unknown in the journal; if the gateway no longer has a record, the
-    statement is recorded as evidence. Exit code 3 if there are differences.
-    """
+def reconcile(
+    output: Output, /, statements: Sequence[Path], is_applied: bool, place: str | None, config: Path | None
+) -> None:
+    """Run ``lianlian reconcile``."""
+    place = find_journal(place, config)
     found = Reconciliation()
     try:
         for path in statements:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
-from functools import reduce
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import anyio
 import attrs
@@ -17,51 +16,16 @@ from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest, Refu
 from lianlian_async.session import RefundSession
 
 from .exit_codes import INTERRUPTED, exit_outcome_of_refund
-from .options import (
-    SIGNATURE_FIELDS,
-    Command,
-    check_partner,
-    config_option,
-    deadline_option,
-    file_argument,
-    load_merchant,
-    read_message,
-)
-from .output import Output, json_option, pass_output, query_command, table
+from .options import SIGNATURE_FIELDS, check_partner, load_merchant, read_message
+from .output import Output, query_command, table
 
 _ENVELOPE: Final = ("oid_partner", *SIGNATURE_FIELDS)
-_HELP: Final = {
-    "no_refund": "The merchant's refund number.",
-    "dt_refund": "Time of the refund order: yyyyMMddHHmmss, China Standard Time.",
-    "money_refund": "Yuan, such as 200.01.",
-    "no_order": "The merchant's order number.",
-    "dt_order": "Time of the order: yyyyMMddHHmmss, China Standard Time.",
-    "oid_paybill": "LianLian's payment number.",
-    "notify_url": "URL to which LianLian posts the result.",
-    "oid_refundno": "LianLian's refund number.",
-    "trader_refund": "Number of the refunded merchant if it is a different one.",
-}
 
 
-def _options(cls: type[Any]) -> Callable[[Command], Command]:
-    """Add the options of a command about one refund: one for each field of ``cls``, and the common ones."""
-    fields = [click.option(f"--{field.name.replace('_', '-')}", help=_HELP[field.name]) for field in attrs.fields(cls)]
-    common: tuple[Callable[[Any], Any], ...] = (deadline_option, config_option, json_option, pass_output)
-    options = (file_argument(required=False), *fields, *common)
-    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
-
-
-@click.command
-@_options(RefundRequest)
 def apply(
     output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
 ) -> None:
-    """Make one refund.
-
-    FILE is the request as JSON with LianLian's field names (- is stdin); options override its fields. The fields sign
-    and sign_type are ignored, and oid_partner must be the configured merchant's. This command has no journal: if the
-    outcome is unknown, run `lianlian query` before you repeat the command.
-    """
+    """Run ``lianlian apply``."""
     merchant, message = _read(file, config)
     known = {name: text for name, text in message.items() if text and name not in _ENVELOPE}
     request = RefundRequest.from_dict(known | _given(options))
@@ -76,15 +40,10 @@ def apply(
         raise
 
 
-@click.command
-@_options(RefundQuery)
 def query(
     output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
 ) -> None:
-    """Query LianLian's record of one refund.
-
-    FILE is a query, or the request of `lianlian apply`, as JSON (- is stdin); options override its fields.
-    """
+    """Run ``lianlian query``."""
     merchant, message = _read(file, config)
     known = {name: text for name in options if (text := message.get(name))}
     query = RefundQuery.from_dict(known | _given(options))

@@ -5,90 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qs, urlsplit
 
 import attrs
 import click
-from click.core import ParameterSource
 
 from lianlian_async.background import complete
 from lianlian_async.errors import ConfigurationError, JournalError
 from lianlian_async.journal import Journal, SqliteJournal, SqliteReader
 from lianlian_async.journal.sqlite_file import sync_folders
 from lianlian_async.merchant import Merchant
-from lianlian_async.secret import drop_secrets, without_locals
+from lianlian_async.secret import drop_secrets
+
+from .options import JOURNAL, is_dsn, load_merchant
 
 if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
-
-    from .options import Command
-
-DSN: Final = "LIANLIAN_DSN"
-JOURNAL: Final = "LIANLIAN_JOURNAL"
-
-
-def is_dsn(place: str) -> bool:
-    """Whether a place is a PostgreSQL URL."""
-    return place.startswith(("postgresql://", "postgres://"))
-
-
-def place_name(place: str) -> str:
-    """Return a place for display, without the password of a DSN."""
-    return "in PostgreSQL" if is_dsn(place) else place
-
-
-class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """The place of a journal: a path, or a PostgreSQL URL without a password.
-
-    Other processes of this machine can read a password on the command line. ``exists``: refuse a path without a file;
-    ``only_dsn``: refuse every path, and replace an empty place by the URL in ``LIANLIAN_DSN``.
-    """
-
-    name = "place"
-
-    def __init__(self, *, exists: bool = False, only_dsn: bool = False) -> None:
-        self._exists = exists
-        self._only_dsn = only_dsn
-
-    @without_locals
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return ``value``; no message contains it, as it may be a connection string with a password."""
-        place = value or (os.environ.get(DSN, "") if self._only_dsn else "")
-        if not is_dsn(place):
-            if self._only_dsn or "://" in place:
-                wanted = f"URL postgresql://…, here or in {DSN}" if self._only_dsn else "path or a URL postgresql://…"
-                self.fail(f"must be a {wanted}")
-            if self._exists and not Path(place).is_file():
-                self.fail("no such journal; for a database use postgresql://…")
-        elif value and ctx and ctx.get_parameter_source(str(param and param.name)) is ParameterSource.COMMANDLINE:
-            try:
-                parts = urlsplit(place)
-                has_password = parts.password is not None or "password" in parse_qs(parts.query)
-            except ValueError:
-                raise click.BadParameter("not a PostgreSQL URL") from None
-            if has_password:
-                self.fail(
-                    f"other processes can read a password on the command line: put the URL into {DSN}, or the password "
-                    "into PGPASSWORD or ~/.pgpass"
-                )
-        return place
-
-
-place_argument: Final = click.argument("place", metavar="PATH|DSN", envvar=[DSN, JOURNAL], type=Place(exists=True))
-"""The argument PATH|DSN: the place of an existing journal."""
-dsn_argument: Final = click.argument("dsn", metavar="DSN", envvar=DSN, type=Place(only_dsn=True))
-"""The argument DSN: the place of a queue."""
-
-
-def journal_option(*, exists: bool = True) -> Callable[[Command], Command]:
-    """Return a decorator that adds the option --journal: the place of a journal."""
-    option: dict[str, Any] = {"metavar": "PATH|DSN", "envvar": [DSN, JOURNAL], "show_envvar": True, "required": True}
-    return click.option("--journal", "place", type=Place(exists=exists), help="The journal.", **option)
 
 
 def make_journal(place: str) -> Journal:
@@ -173,6 +109,20 @@ def default_place(merchant: Merchant) -> str:
     endpoint = hashlib.sha256(merchant.endpoints.apply.encode()).hexdigest()[:8]
     folder = Path(click.get_app_dir("lianlian", roaming=False), "journals")
     return str(folder / f"{merchant.oid_partner}-{endpoint}.sqlite")
+
+
+def find_journal(place: str | None, config: Path | None, *, exists: bool = True) -> str:
+    """Return ``place``, or the default journal of the configured merchant.
+
+    Raises a usage error if there is no default journal, or if ``exists`` and the journal is a missing file.
+    """
+    try:
+        found = place or default_place(load_merchant(config))
+    except ConfigurationError as error:
+        raise click.UsageError(f"{error}; or {_NAME_IT}") from None
+    if exists and not is_dsn(found) and not Path(found).is_file():
+        raise click.UsageError(f"{found}: no such journal; `lianlian batch` creates it, or {_NAME_IT}")
+    return found
 
 
 def make_folder(place: str) -> None:

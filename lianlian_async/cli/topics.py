@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-import click
-
-from .output import Output, json_option, pass_output
+from .output import Output
 
 _TOPICS: Final = {
     "unknown": """\
@@ -27,11 +25,7 @@ SIGINT or SIGTERM lets the refunds in flight finish.""",
 }
 
 
-@click.command("help")
-@click.argument("topic", type=click.Choice(list(_TOPICS)), required=False, metavar="[TOPIC]")
-@json_option
-@pass_output
 def help_topic(output: Output, /, topic: str | None) -> None:
-    """Explain a concept: unknown, journal or processes."""
+    """Run ``lianlian help``."""
     chosen = _TOPICS if topic is None else {topic: _TOPICS[topic]}
     output.show(chosen, *"\n\n".join(f"{name}\n\n{text}" for name, text in chosen.items()).splitlines())

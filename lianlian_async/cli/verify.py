@@ -16,8 +16,8 @@ from lianlian_async.models import DOCUMENTED
 from lianlian_async.signing import VerifyingKey, signature_source
 
 from .exit_codes import SIGNATURE_INVALID
-from .options import config_option, file_argument, load_merchant, read_message
-from .output import Output, json_option, pass_output
+from .options import load_merchant, read_message
+from .output import Output
 
 Fields: TypeAlias = Mapping[str, str]
 
@@ -102,18 +102,8 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
 # ── the command ──────────────────────────────────────────────────────────────────────────────────
 
 
-@click.command
-@file_argument(required=True)
-@config_option
-@json_option
-@pass_output
-def verify(output: Output, file: BinaryIO, config: Path | None) -> None:
-    """Check the signature of a message.
-
-    FILE is a response, a notification or a request as JSON (- is stdin). A response or notification must be signed
-    with one of LianLian's keys, a request with the merchant's key. If the signature is invalid, the command recovers
-    from it which key, hash and text were used: another key, the right key with another hash, or another text.
-    """
+def verify(output: Output, /, file: BinaryIO, config: Path | None) -> None:
+    """Run ``lianlian verify``."""
     loaded = load_merchant(config).load_keys()
     fields = read_message(file)
     keys = [*(_Key("LianLian", key) for key in loaded.gateway), _Key("merchant", loaded.private.public_key())]

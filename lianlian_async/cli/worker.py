@@ -20,10 +20,10 @@ from lianlian_async.outcome import Outcome
 from .batch.checked import Line
 from .batch.results import Totals
 from .journal_report import journal_views, read_journal
-from .options import config_option, load_merchant, make_session, session_options
-from .output import Output, json_option, pass_output
+from .options import load_merchant, make_session
+from .output import Output
 from .signals import sigterm_interrupts
-from .stores import dsn_argument, make_journal, open_queue, queue_errors
+from .stores import make_journal, open_queue, queue_errors
 
 if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
@@ -49,21 +49,6 @@ def _health_file(path: Path | None) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-@click.command
-@dsn_argument
-@click.option("--until-empty", is_flag=True, help="End when no refund is due now; refunds due later stay in the queue.")
-@click.option(
-    "--health-file",
-    metavar="PATH",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="File for a health check, removed at the end. It is touched at every progress report if the database answers "
-    "and refunds have ended or none is in flight. A worker hangs if it is older than --deadline plus 30 seconds.",
-)
-@click.option("--interval", type=click.FloatRange(0.1, 20), default=10.0, help="Seconds between progress reports.")
-@session_options
-@config_option
-@json_option
-@pass_output
 def worker(
     output: Output,
     /,
@@ -75,12 +60,7 @@ def worker(
     config: Path | None,
     **settings: Any,
 ) -> None:
-    """Make the refunds of a queue.
-
-    `lianlian batch --queue` fills the queue. Any number of workers on any number of machines can share it. Ctrl-C or
-    SIGTERM ends the worker after the refunds in flight; a second Ctrl-C ends it at once, and another worker resolves
-    these refunds. DSN is postgresql://…, preferably in LIANLIAN_DSN.
-    """
+    """Run ``lianlian worker``."""
     merchant = load_merchant(config)
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
     totals = Totals(0)

@@ -17,8 +17,8 @@ import attrs
 import click
 
 from lianlian_async import wire
-from lianlian_async.cli.options import check_partner
-from lianlian_async.cli.stores import is_dsn, make_reader
+from lianlian_async.cli.options import check_partner, is_dsn
+from lianlian_async.cli.stores import make_reader
 from lianlian_async.errors import InvalidRequest, LianLianError, Problem
 from lianlian_async.journal import Entry, Journal, SqliteReader, State
 from lianlian_async.merchant import Merchant

@@ -16,10 +16,10 @@ from rich.text import Text
 from lianlian_async.background import BackgroundTask
 from lianlian_async.batch import refund_many
 from lianlian_async.cli.exit_codes import INTERRUPTED, UNKNOWN, exit_outcome_of
-from lianlian_async.cli.options import config_option, load_merchant, make_session, session_options
-from lianlian_async.cli.output import Output, json_option, line_writer, local_time, pass_output
+from lianlian_async.cli.options import is_dsn, load_merchant, make_session, place_name
+from lianlian_async.cli.output import Output, line_writer, local_time
 from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
-from lianlian_async.cli.stores import Receipt, default_place, is_dsn, make_folder, make_journal, open_queue, place_name
+from lianlian_async.cli.stores import Receipt, default_place, make_folder, make_journal, open_queue
 from lianlian_async.errors import ConfigurationError, JournalError, LianLianError, RefundOutcomeUnknown
 from lianlian_async.journal import Journal
 from lianlian_async.merchant import Merchant
@@ -28,7 +28,7 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
 
 from .checked import Checked, FileTotals, Known, Line, checked_file, look_up
-from .options import batch_options, refuse_for_queue
+from .options import refuse_for_queue
 from .results import Totals, interrupted_result, invalid_result, result_columns, result_of
 from .summary import file_rows, show_batch, show_checked
 
@@ -37,21 +37,9 @@ _POLL: Final = 1.0
 """Seconds between two attempts to open a journal, and between two checks for a batch that only waits."""
 
 
-@click.command
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@batch_options
-@session_options
-@config_option
-@json_option
-@pass_output
-@click.pass_context
-def batch(ctx: click.Context, output: Output, /, *, file: str, config: Path | None, **options: Any) -> None:
-    """Make the refunds of a file, each one once.
-
-    FILE is CSV with a header line, or JSON Lines, with LianLian's field names (- is stdin). All lines are checked
-    before anything is sent. After a crash or Ctrl-C, run the same command again: the journal shows what was sent.
-    Exit codes: 0 all made; 3 some rejected or failed; 4 some unknown; 130 interrupted.
-    """
+def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> None:
+    """Run ``lianlian batch``."""
+    ctx = click.get_current_context()
     queue, dry_run = options["queue"], options["dry_run"]
     if queue:
         refuse_for_queue(ctx)

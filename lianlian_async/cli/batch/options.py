@@ -1,4 +1,4 @@
-"""The options of ``lianlian batch``."""
+"""The command ``lianlian batch``: its help text, options and argument."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import click
 from click.core import ParameterSource
 
 from lianlian_async import wire
-from lianlian_async.cli.options import Command, parsed
-from lianlian_async.cli.stores import DSN, JOURNAL, Place
+from lianlian_async.cli.options import (
+    DSN,
+    JOURNAL,
+    Command,
+    Place,
+    config_option,
+    parsed,
+    runs,
+    session_options,
+)
 
 from .formats import date_reader, money_reader
-from .rows import FIELDS
 
 _NOT_FOR_QUEUE: Final = (
     *("journal", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
@@ -32,6 +39,8 @@ def refuse_for_queue(ctx: click.Context) -> None:
 
 
 def _read_map(_ctx: click.Context, _option: click.Parameter, values: Iterable[str]) -> dict[str, str]:
+    from .rows import FIELDS
+
     renamed: dict[str, str] = {}
     for value in values:
         name, _, column = value.partition("=")
@@ -162,6 +171,20 @@ def reading_options(command: Command) -> Command:
     return reduce(lambda decorated, option: option(decorated), reversed(_READING_OPTIONS), command)
 
 
-def batch_options(command: Command) -> Command:
-    """Add the options that only ``lianlian batch`` has."""
+def _batch_options(command: Command) -> Command:
     return reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), command)
+
+
+@click.command
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@_batch_options
+@session_options
+@config_option
+@runs(".batch.command")
+def batch() -> None:
+    """Make the refunds of a file, each one once.
+
+    FILE is CSV with a header line, or JSON Lines, with LianLian's field names (- is stdin). All lines are checked
+    before anything is sent. After a crash or Ctrl-C, run the same command again: the journal shows what was sent.
+    Exit codes: 0 all made; 3 some rejected or failed; 4 some unknown; 130 interrupted.
+    """

@@ -24,7 +24,7 @@ from lianlian_async.cli.exit_codes import (
     exit_outcome_of,
     exit_outcome_of_refund,
 )
-from lianlian_async.cli.output import Output, json_option, pass_output, table
+from lianlian_async.cli.output import Output, table
 from lianlian_async.errors import LianLianError
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
@@ -47,20 +47,8 @@ _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
 """How many times the gateway may have made a refund, by outcome; not at all with other outcomes."""
 
 
-@click.command
-@click.option("--refunds", type=click.IntRange(1, 100_000), default=300, help="Number of refunds.")
-@click.option("--seed", type=int, default=0, help="Seed of the random faults.")
-@click.option("--faults", type=click.FloatRange(0, 1), default=0.3, help="Probability of a fault for each request.")
-@click.option("--concurrency", type=click.IntRange(1, 1000), default=50, help="Number of connections.")
-@click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="Size of all keys.")
-@json_option
-@pass_output
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
-    """Make refunds at a faulty gateway, and audit its books.
-
-    The gateway is a fake: it loses, delays and forges responses, and makes a refund twice if the client sends it
-    twice. Exit code 0 if its books agree with every outcome, else 1.
-    """
+    """Run ``lianlian demo``."""
     gateway = SandboxGateway(
         bits=int(bits),
         repeated=Repeated.AGAIN,

@@ -1,0 +1,148 @@
+"""The command groups ``journal`` and ``notify``: their help texts, options and arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lianlian_async import text_rules
+
+from .commands import QUERY_HELP, REFUND_HELP
+from .options import config_option, file_argument, journal_options, parsed, runs, session_options
+
+
+@click.group
+def journal() -> None:
+    """Show, export, resume, decide, back up or restore a journal.
+
+    A journal records refunds and their outcomes. It is an SQLite file, created by `lianlian batch`, or a PostgreSQL
+    database (postgresql://…, preferably in LIANLIAN_DSN).
+    """
+
+
+@journal.command
+@journal_options
+@click.option(
+    "--watch",
+    metavar="[SECONDS]",
+    is_flag=False,
+    flag_value=2.0,
+    type=click.FloatRange(min=0.1),
+    help="Redraw every SECONDS (2 if omitted) until Ctrl-C; if stdout is not a terminal, print one line each time.",
+)
+@runs(".journal")
+def show() -> None:
+    """Count the refunds in a journal, and list the unknown ones.
+
+    Other processes may use the journal meanwhile. In PostgreSQL, show the queue and its workers, too. The time left
+    assumes the current rate and no further refunds; refunds that are due later do not count.
+    """
+
+
+@journal.command
+@journal_options
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="File with one line for each refund: CSV if its name ends in .csv, else JSON Lines.",
+)
+@runs(".journal")
+def export() -> None:
+    """Write all refunds of a journal to a file, oldest first.
+
+    Other processes may use the journal meanwhile.
+    """
+
+
+@journal.command
+@journal_options
+@session_options
+@runs(".journal")
+def resume() -> None:
+    """Resolve all open refunds, then show the journal.
+
+    Unresolved refunds are queried, and sent if no earlier request can still arrive; refunds that were made are
+    queried for their final state. Exit code 4 if some are still unknown.
+    """
+
+
+@journal.command
+@click.argument("no_refund")
+@click.argument("outcome", type=click.Choice(["made", "not-made"]))
+@click.option("--evidence", required=True, help="Why, in one line: a bank statement, LianLian's answer by mail …")
+@journal_options
+@runs(".journal")
+def decide() -> None:
+    """Record by hand whether a refund was made, for example when LianLian no longer answers.
+
+    The decision is final; a refund that was not made is never sent again. Refused if LianLian has signed a final
+    outcome, or while a call may be sending the refund.
+    """
+
+
+@journal.command
+@click.argument("file", type=click.Path(path_type=Path))
+@journal_options
+@runs(".journal")
+def backup() -> None:
+    """Copy a journal file to FILE, which must not exist, while other processes use the journal.
+
+    FILE appears when the copy is complete. The inbox is not copied: after a restore, on_refund is called again.
+    """
+
+
+@journal.command
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@journal_options
+@runs(".journal")
+def restore() -> None:
+    """Create a journal from FILE, a backup, and record in it that it was restored.
+
+    Refunds that the backup may lack are queried before they are sent, and unresolved refunds count as sent just now.
+    """
+
+
+@click.group
+def notify() -> None:
+    """Send a notification to a service, or read one."""
+
+
+@notify.command
+@click.argument("url", callback=parsed(text_rules.url))
+@click.option(
+    "--gateway-key",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Private key that signs instead of LianLian's: gateway.pem of `lianlian sandbox --keys`.",
+)
+@click.option("--no-refund", required=True, help=REFUND_HELP["no_refund"])
+@click.option("--money-refund", required=True, help=REFUND_HELP["money_refund"])
+@click.option("--dt-refund", help=REFUND_HELP["dt_refund"])
+@click.option("--oid-refundno", default="1000000000000001", help=QUERY_HELP["oid_refundno"])
+@click.option(
+    "--sta-refund",
+    type=click.Choice(["0", "1", "2", "3"]),
+    default="2",
+    help="0 initialized, 1 processing, 2 success, 3 failed.",
+)
+@config_option
+@runs(".notify")
+def send() -> None:
+    """POST one signed notification to URL.
+
+    The output shows whether the service acknowledged it. The service must be configured for the same merchant as this
+    command, and trust the public key of --gateway-key.
+    """
+
+
+@notify.command
+@file_argument(required=True)
+@config_option
+@runs(".notify")
+def verify() -> None:
+    """Verify a notification, and show its refund.
+
+    FILE is the body as received (- is stdin). It is verified exactly as in a service's endpoint.
+    """
