@@ -60,7 +60,8 @@ def _uncertain(code: str, meaning: str) -> ReturnCode:
 
 
 def _exists(code: str, meaning: str, kind: CodeClass) -> ReturnCode:
-    return ReturnCode(code, meaning, kind, "query it: a refund with this number may exist")
+    advice = "query it: a refund with this number may exist; was the number used before with another dt_refund?"
+    return ReturnCode(code, meaning, kind, advice)
 
 
 CODES: Final[dict[str, ReturnCode]] = {

@@ -81,9 +81,9 @@ def test_each_endpoint_and_merchant_has_a_journal(env, gateway, home, file):
 def test_every_command_uses_the_default_journal(env, home, file, tmp_path):
     """Without --journal, each command finds the journal that ``batch`` made, and ``restore`` creates it."""
     assert run("batch", file, "--yes", env=env).exit_code == 0
-    assert run("journal", "show", "--json", env=env).json["states"]["accepted"] == 3
+    assert run("journal", "show", "--json", env=env).json["states"]["done"] == 3
     assert run("journal", "export", "--out", tmp_path / "all.csv", env=env).exit_code == 0
-    assert run("journal", "resume", "--json", env=env).json["resolved"] == 3
+    assert run("journal", "resume", "--json", env=env).json["still_open"] == 0
     assert run("explain", "R-1", env=env).exit_code == 0
     assert run("journal", "backup", tmp_path / "backup", env=env).exit_code == 0
     [journal] = home.rglob("*.sqlite")
