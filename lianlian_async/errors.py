@@ -187,10 +187,10 @@ class RefundOutcomeUnknown(LianLianError):
 
     ``attempts`` and ``queries`` are the numbers of requests. ``sent_at`` is the time of the last attempt that may have
     arrived; ``moment`` has the readings of all clocks at this time. ``last_error`` describes the last failure, and
-    ``reason`` its kind, without details of the refund, so that errors can be counted by reason. ``refused`` is a
-    :class:`RefundRejected` if every attempt so far was answered *duplicate* or *in progress*: the number may belong to
-    another refund. ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes,
-    ``oid_partner`` the merchant that signed them.
+    ``reason`` its kind, without details of the refund, so that errors can be counted by reason. ``refused`` is the
+    :class:`RefundRejected` of the last answer *duplicate* or *in progress*, if every attempt so far was refused: then
+    the number may belong to another refund. ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the
+    signed bytes, ``oid_partner`` the merchant that signed them.
     """
 
     def __init__(
@@ -329,8 +329,8 @@ class JournalError(LianLianError):
 class BatchStopped(LianLianError):
     """A batch or worker stopped, because every further refund would fail for the same cause.
 
-    ``cause`` is a :class:`RefundRejected`; or a :class:`SignatureInvalid`, if several answers in a row did not verify,
-    because a key is probably wrong. ``rejection`` is ``cause`` if it is a ``RefundRejected``, else None. The batch has
+    ``cause`` is a :class:`RefundRejected`; or a :class:`SignatureInvalid`, if several answers in a row did not verify:
+    a key is probably wrong. ``rejection`` is ``cause`` if it is a ``RefundRejected``, else None. The batch has
     yielded the outcome of every refund that it sent. With ``keep_going=True`` it continues after a rejection.
     """
 

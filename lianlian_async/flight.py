@@ -47,7 +47,7 @@ class Order:
     journal: Journal
     policy: RetryPolicy
     seconds: float
-    """The time until the call's deadline; it begins when the flight gets its connection slot."""
+    """The time until the deadline; it begins when the flight gets its connection slot, or when the call joins later."""
     earlier: RefundOutcomeUnknown | None = None
     """The unknown outcome of an earlier call."""
     query_first: bool = False
@@ -185,7 +185,7 @@ def _take_over(case: Case, earlier: RefundOutcomeUnknown) -> None:
 @attrs.define(eq=False)
 class _Caller:
     seconds: float
-    """The time until the caller's deadline; it begins when the flight gets its connection slot."""
+    """See ``Order.seconds``."""
     scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
     leaves_at: float = attrs.field(default=math.inf, init=False)
     """The deadline on the event loop's clock."""

@@ -44,6 +44,7 @@ class GatewayClient:
         self.send = compose((Retry(self.retries_left), *limit, Attempt(), *middleware), self._exchange)
         """Sends an :class:`Exchange` through the whole middleware chain."""
         self.seal = rsa.seal
+        """Signs fields; see :meth:`.RsaWorker.seal`."""
         self._transport = transport
         self._rsa = rsa
 

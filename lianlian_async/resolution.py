@@ -73,8 +73,8 @@ class Case:
     earlier_sent_at: Moment | None = None
     """``sent_at`` of an earlier call, maybe on another machine, until :meth:`_merge_earlier` merges it."""
     refused: RefundRejected | None = None
-    """The last refusal (rejected, duplicate, in progress), if every attempt so far was refused. None: no attempt, or an
-    attempt may have succeeded."""
+    """The last answer *duplicate* or *in progress*, if every attempt so far was refused. None: there is no such answer,
+    or an attempt may have succeeded."""
     ask_first: bool = False
     """Whether to query before the first send: the journal may have lost an attempt."""
     before_resend: Callable[[str], Awaitable[None]]
@@ -188,7 +188,7 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
     """Resolve ``case``; ``send`` is the session's middleware chain, ``retries_left`` its retry budget.
 
     Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict``, ``RefundOutcomeUnknown``, or the ``JournalError``
-    of ``before_resend``.
+    of ``before_resend`` or ``canary``.
     """
     number = case.request.no_refund
     try:

@@ -233,8 +233,8 @@ def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
         (("--max-refund", "9.99", "--yes"), "line 2: 10.00 yuan exceeds --max-refund 9.99; nothing was sent"),
         (("--date-format", "YYYY/MM"), "must have YYYY, MM, DD"),
         (("--date-format", "YYYY/MM/DD/MM"), "must have YYYY, MM, DD"),
-        (("--money-format", "9,999.00"), "must be the number 1,234.56 in the form of the file"),
-        (("--money-format", "1.234.56"), "must be the number 1,234.56 in the form of the file"),
+        (("--money-format", "9,999.00"), "must be the number 1,234.56 in the format of the file"),
+        (("--money-format", "1.234.56"), "must be the number 1,234.56 in the format of the file"),
         (("--rate", "0"), "--rate"),
         ((), "no terminal to ask for confirmation: use --yes"),
         (("--queue", "elsewhere"), "must be a URL"),
@@ -440,7 +440,7 @@ def test_other_form_than_declared_is_refused(nowhere, file, options, changes):
     write_csv(file, [refund(1, **changes)])
     [(_, problem)] = problems(run("batch", file, "--json", *options, env=nowhere))
     [(name, text)] = changes.items()
-    assert problem == f"{name}: does not have the form of {options[0]} {options[1]!r} (got {text!r})"
+    assert problem == f"{name}: does not match {options[0]} {options[1]!r} (got {text!r})"
 
 
 def test_day_of_a_declared_form_must_exist(nowhere, file):
@@ -472,7 +472,7 @@ def test_undeclared_form_is_refused_with_its_option(nowhere, file, name, text):
     [(_, problem)] = problems(run("batch", file, "--json", env=nowhere))
     assert problem.startswith(f"{name}: ")
     option = "--money-format '¥1,234.56'" if name == "money_refund" else "--date-format 'YYYY/MM/DD hh:mm'"
-    assert f"; declare another form, such as {option}" in problem
+    assert f"; declare the format, such as {option}" in problem
 
 
 def test_dry_run_needs_no_keys(file):

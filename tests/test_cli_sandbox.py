@@ -202,7 +202,7 @@ def test_orders_of_a_batch_file_exist(tmp_path):
     made, too_much, other = ended
     assert made.json["outcomes"]["made"] == {"refunds": 4, "yuan": "1239.56"}
     assert [each.json["error"]["ret_code"] for each in (too_much, other)] == ["5007", "5002"]
-    assert "line 6: dt_refund: does not have the form of --date-format" in served.stderr
+    assert "line 6: dt_refund: does not match --date-format" in served.stderr
 
 
 def test_order_that_cannot_exist_is_a_usage_error(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 
 import anyio
@@ -9,7 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from lianlian_async import ConfigurationError, LianLianError, NotificationEndpoint
+from lianlian_async import ConfigurationError, JournalError, LianLianError, NotificationEndpoint
 from lianlian_async.contrib.fastapi import Session, lifespan, notifications, refund_error
 from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.sandbox import Fault
@@ -102,14 +103,46 @@ async def test_the_lifespan_sweeps(handler, caplog):
     ]
 
 
+class FailingJournal(MemoryJournal):
+    """A journal whose next calls of ``begin_acting`` raise ``errors``."""
+
+    errors = ()
+
+    async def begin_acting(self):
+        *self.errors, error = self.errors or (None,)
+        if error is not None:
+            raise error
+        await super().begin_acting()
+
+
+class Halt(BaseException):
+    """An error that is no ``Exception``."""
+
+
+async def test_a_lifespan_that_cannot_sweep_is_a_clear_error(handler):
+    """The endpoint has neither a journal nor a session."""
+    with pytest.raises(ConfigurationError, match="sweep requires journal=… and session=…"):
+        lifespan(NotificationEndpoint(sandbox().merchant(), handler), sweep=900)
+
+
 @pytest.mark.virtual_time
-async def test_the_lifespan_sweeps_again_after_a_failure(handler, caplog):
-    """Each failure is logged."""
-    endpoint = NotificationEndpoint(sandbox().merchant(), handler)
-    async with served(FastAPI(lifespan=lifespan(endpoint, sweep=900))):
-        await anyio.sleep(1000)
-    told = [(record.message, str(record.exc_info[1])[:22]) for record in caplog.records]
-    assert told == [("sweep: failed, and runs again in 900 s", "sweep requires journal")] * 2
+async def test_the_lifespan_sweeps_again_after_a_failure(handler, caplog, anyio_backend_name):
+    """A failure is logged, also a cancellation that nobody requested. Another ``BaseException`` ends the sweep."""
+    caplog.set_level("INFO", "lianlian_async")
+    journal = FailingJournal()
+    session = sandbox().session(journal=journal, clock=boot_clock)
+    endpoint = NotificationEndpoint(session.merchant, handler, journal=journal, session=session, clock=boot_clock)
+    async with journal, session, served(FastAPI(lifespan=lifespan(endpoint, sweep=900))):
+        await anyio.sleep(100)
+        stray = asyncio.CancelledError if anyio_backend_name == "asyncio" else OSError  # trio creates its own only
+        journal.errors = [Halt(), stray(), JournalError("the disk is full")]
+        await anyio.sleep(4000)
+    assert [(record.message, record.exc_info and record.exc_info[0]) for record in caplog.records] == [
+        ("sweep: 0 refunds resolved, 0 still open", None),
+        ("sweep: failed, and runs again in 900 s", JournalError),
+        ("sweep: failed, and runs again in 900 s", stray),
+        ("sweep: ended, and does not run again", Halt),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ import anyio
 import anyio.lowlevel
 
 from lianlian_async import errors
-from lianlian_async.background import BackgroundTask, complete
+from lianlian_async.background import BackgroundTask, complete, is_failure
 from lianlian_async.clock import system_clock
 from lianlian_async.errors import ConfigurationError, LianLianError
 from lianlian_async.models import Refund, RefundRequest
@@ -156,7 +156,8 @@ def lifespan(
     """Return a lifespan that opens a journal, its session, an endpoint, in this order; aiohttp: in ``cleanup_ctx``.
 
     ``sweep``: also call the endpoint's ``sweep()`` at the start and every ``sweep`` seconds; 900 is usual. A failed
-    sweep is logged, and the next one still runs. Raises ``ConfigurationError`` for an argument of the wrong type.
+    sweep is logged, and the next one still runs. The end of the lifespan cancels a running sweep; the next sweep
+    repeats its calls of the handler. Raises ``ConfigurationError`` for a wrong argument.
     """
     for context in contexts:
         check_type("lifespan", context, AbstractAsyncContextManager)
@@ -165,13 +166,14 @@ def lifespan(
         positive_seconds("sweep", sweep)
         if len(endpoints) != 1:
             raise ConfigurationError(f"sweep: needs one NotificationEndpoint in the lifespan, not {len(endpoints)}")
+        endpoints[0].check_sweep()
 
     @asynccontextmanager
     async def opened(_app: object) -> AsyncGenerator[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             entered = [await stack.enter_async_context(context) for context in contexts]
             if sweep is not None:
-                task = BackgroundTask(partial(_sweep, endpoints[0], sweep))
+                task = BackgroundTask(partial(_sweep, endpoints[0], sweep), _log_end)
                 await stack.enter_async_context(aclosing(task))
             yield {"refund_session": next((each for each in entered if isinstance(each, RefundSession)), None)}
 
@@ -183,6 +185,13 @@ async def _sweep(endpoint: NotificationEndpoint, seconds: float) -> None:
         try:
             resumed = await endpoint.sweep()
             logger.info("sweep: %d refunds resolved, %d still open", *resumed)
-        except Exception:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             logger.exception("sweep: failed, and runs again in %g s", seconds)
         await anyio.sleep(seconds)
+
+
+def _log_end(error: BaseException | None) -> None:
+    if error is not None:  # the lifespan did not cancel the sweep
+        logger.error("sweep: ended, and does not run again", exc_info=error)

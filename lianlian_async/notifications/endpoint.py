@@ -326,17 +326,22 @@ class NotificationEndpoint:
         session's ``max_connections`` by default. Raises ``ConfigurationError`` without a journal or a session, and
         ``JournalError``.
         """
-        if self._journal is None or self._session is None:
-            raise ConfigurationError(
-                "sweep requires journal=… and session=…: it queries the gateway through the session"
-            )
+        journal, session = self.check_sweep()
         inbox = (await self._open()).inbox
-        await self._journal.begin_acting()  # again: a failover of the database may have lost the first one
-        resumed = await self._session.resume(concurrency=concurrency)
+        await journal.begin_acting()  # again: a failover of the database may have lost the first one
+        resumed = await session.resume(concurrency=concurrency)
         await inbox.keep_final()
         if not self._is_inbox:  # else the inbox's worker calls the handler
             await inbox.catch_up()
         return resumed
+
+    def check_sweep(self) -> tuple[Journal, RefundSession]:
+        """Return what :meth:`sweep` needs. Raises ``ConfigurationError`` without a journal or a session."""
+        if self._journal is None or self._session is None:
+            raise ConfigurationError(
+                "sweep requires journal=… and session=…: it queries the gateway through the session"
+            )
+        return self._journal, self._session
 
     def _notify_session(self, refund: Refund) -> None:
         if self._session is not None:

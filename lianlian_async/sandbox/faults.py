@@ -26,7 +26,7 @@ class When(Enum):
     """Whether a fault occurs before or after the request is carried out."""
 
     BEFORE = "before"
-    """The request is not carried out (``DELAY``: after the delay); the fault changes an answer with code 9999."""
+    """The request is not carried out (``DELAY``, ``LATE``: after the delay); the fault changes an answer 9999."""
     AFTER = "after"
     """The request is carried out first; the fault changes its answer."""
 

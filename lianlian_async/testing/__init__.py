@@ -45,8 +45,10 @@ the fixture ``anyio_backend``, which returns ``lianlian_virtual_time.backend("as
         assert lianlian_virtual_time.run(refund).no_refund == "R-1"
         assert lianlian_virtual_time.now() >= 900
 
-To test a whole service, give its session ``transport=httpx.ASGITransport(lianlian_gateway)`` and, with virtual time,
-``clock=lianlian_virtual_time.moment``. Use a client that runs the lifespan, such as FastAPI's ``TestClient``.
+To test a whole service, give its session ``transport=httpx.ASGITransport(lianlian_gateway)``. Use a client that runs
+the lifespan, such as FastAPI's ``TestClient`` in a ``with`` block; it runs in real time. For virtual time, enter the
+lifespan in the test's own event loop, call the application through ``httpx.ASGITransport``, and give the session and
+the endpoint ``clock=lianlian_virtual_time.moment``.
 
 **The guard.** While pytest runs, a session raises ``ConfigurationError`` before it connects to a host other than
 ``localhost`` or a loopback address, also in child processes. Nothing is sent. Host names are not looked up. To allow

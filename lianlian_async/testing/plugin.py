@@ -94,5 +94,7 @@ def lianlian_session(
     from lianlian_async import RefundSession
     from lianlian_async.transport import asgi_transport
 
-    options = {"transport": asgi_transport(lianlian_gateway), **_clock(request, "moment"), **lianlian_session_options}
+    options = _clock(request, "moment") | lianlian_session_options
+    if "client" not in options:
+        options.setdefault("transport", asgi_transport(lianlian_gateway))
     return RefundSession(lianlian_merchant, **options)

@@ -1,4 +1,4 @@
-"""TLS context, proxies, the loopback check for tests, and socket options that reset the connection of a request."""
+"""TLS context, proxies, the loopback check for tests, and socket options that reset a cancelled connection."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def operator_day(folder: Path, *, lines: int, seed: int) -> Report:
     damaged = len(exported.damaged)
     exported.write(file)
     _, undeclared = lianlian("batch", file, *NAMES, "--dry-run", exit_codes=(0, 2))
-    hints = sorted(set(re.findall(r"declare another form, such as (--\S+)", undeclared)))
+    hints = sorted(set(re.findall(r"declare the format, such as (--\S+)", undeclared)))
     checks, alarms = check_and_mend(exported, file)
     command = ("batch", file, *NAMES, *FORMS, "--journal", journal, "--yes", "--out", out)
     command += ("--deadline", 5, "--not-found-grace", GRACE, "--wait-unknown")

@@ -206,7 +206,7 @@ class Checked:
                 yield _line_of(*row)
 
     async def pages(self) -> AsyncGenerator[list[tuple[int, str, str, str]]]:
-        """Yield pages of 500 rows (line, ``no_refund``, fields and cells as JSON); reads from disk in a thread."""
+        """Yield pages of up to 500 rows (line, ``no_refund``, fields, cells as JSON); reads from disk in a thread."""
         line = 0
         while rows := await anyio.to_thread.run_sync(lambda after: self._do(_READ_PAGE, after, _PAGE).fetchall(), line):
             line = rows[-1][0]

@@ -44,7 +44,7 @@ def date_reader(form: str) -> Callable[[str], str]:
             return "".join(found.get(part, "").rjust(2, "0") for part in _DATE_PARTS)
         if re.fullmatch("[0-9]{14}", text):
             return text
-        raise ValueError(f"does not have the form of --date-format {form!r}")
+        raise ValueError(f"does not match --date-format {form!r}")
 
     return read
 
@@ -56,7 +56,7 @@ def money_reader(form: str) -> Callable[[str], str]:
     """
     match = _MONEY_FORM.fullmatch(_normal(form))
     if match is None or match[2] == match[3]:
-        raise ValueError("must be the number 1,234.56 in the form of the file, such as '¥1,234.56' or '1.234,56'")
+        raise ValueError("must be the number 1,234.56 in the format of the file, such as '¥1,234.56' or '1.234,56'")
     before, group, point, after = (re.escape((part or "").strip()) for part in match.groups())
     group = re.escape(match[2])  # the separator may be a blank
     thousands = rf"[1-9][0-9]{{0,2}}(?:{group}[0-9]{{3}})+|" if group else ""
@@ -66,7 +66,7 @@ def money_reader(form: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if amount := pattern.fullmatch(_normal(text)):
             return f"{re.sub('[^0-9]', '', amount[1])}.{amount[2] or '':0<2}"
-        raise ValueError(f"does not have the form of --money-format {form!r}")
+        raise ValueError(f"does not match --money-format {form!r}")
 
     return read
 
@@ -91,5 +91,5 @@ def _plain(text: str, parse: Callable[[str], object], option: str) -> str:
     try:
         parse(text)
     except ValueError as error:
-        raise ValueError(f"{error}; declare another form, such as {option}") from None
+        raise ValueError(f"{error}; declare the format, such as {option}") from None
     return text
