@@ -29,6 +29,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.codes import CODES, CodeClass
+from lianlian_async.errors import Problem
 from lianlian_async.exchange import Call, Exchange, Finding, HttpResponse, NoResponse, Reply
 from lianlian_async.identity import check_identity, has_whole_identity, request_conflict
 from lianlian_async.protocol import Protocol
@@ -74,8 +75,8 @@ def read(asking, fields, *, status=200, headers=JSON, protocol=PROTOCOL):
     return protocol.read(asking, HttpResponse(status, headers, body))
 
 
-def assert_uncertain(reply, error):
-    assert reply.finding is Finding.UNCERTAIN
+def assert_uncertain(reply, error, *, verified=False):
+    assert (reply.finding, reply.verified) == (Finding.UNCERTAIN, verified)
     assert reply.refund is None
     assert type(reply.error) is error
 
@@ -108,7 +109,8 @@ def test_notify_url_is_required():
     protocol = PROTOCOL._replace(merchant=attrs.evolve(PROTOCOL.merchant, notify_url=None))
     with pytest.raises(InvalidRequest) as caught:
         protocol.apply_fields(refund_request())
-    assert [problem.field for problem in caught.value.problems] == ["notify_url"]
+    problem = Problem("notify_url", "is required, in the request or in the Merchant", "neither")
+    assert caught.value.problems == (problem,)
 
 
 def test_fields_of_a_query_call():
@@ -139,7 +141,7 @@ def test_signed_matching_answer_is_the_refund(asking):
     """A validly signed 0000 that matches the request is FOUND, with every field typed."""
     fields = made(asking.asked, extra_field="kept")
     reply = read(asking, fields)
-    assert reply.finding is Finding.FOUND
+    assert (reply.finding, reply.verified) == (Finding.FOUND, True)
     assert reply.error is None
     assert reply.refund.no_refund == "R-1"
     assert reply.refund.sta_refund is RefundStatus.INITIALIZED
@@ -176,7 +178,7 @@ def test_money_is_compared_by_value(text):
 def test_signed_success_about_another_refund_is_uncertain(asking, field, text):
     """A signed answer with another merchant or refund, or without any, is UNCERTAIN."""
     reply = read(asking, made(asking.asked, **{field: text}))
-    assert_uncertain(reply, AnswerMismatch)
+    assert_uncertain(reply, AnswerMismatch, verified=True)
     assert reply.error.field == field
     assert (reply.error.asked, reply.error.answered) == (asking.asked[field], text or None)
 
@@ -185,7 +187,7 @@ def test_signed_success_about_another_refund_is_uncertain(asking, field, text):
 def test_signed_apply_success_needs_a_readable_amount(text):
     """The success of an apply call must repeat the amount."""
     reply = read(APPLY, made(APPLY.asked, money_refund=text))
-    assert_uncertain(reply, AnswerMismatch)
+    assert_uncertain(reply, AnswerMismatch, verified=True)
     assert (reply.error.field, reply.error.asked) == ("money_refund", "10.00")
     assert reply.error.answered == (text or None)
 
@@ -194,7 +196,7 @@ def test_signed_apply_success_needs_a_readable_amount(text):
 def test_a_signed_success_with_another_amount_is_a_conflict(text):
     """The gateway uses the number for another refund: the error contains the gateway's record."""
     reply = read(APPLY, made(APPLY.asked, money_refund=text))
-    assert (reply.finding, reply.refund) == (Finding.CONFLICT, None)
+    assert (reply.finding, reply.refund, reply.verified) == (Finding.CONFLICT, None, True)
     assert (reply.error.field, reply.error.ours, reply.error.theirs) == ("money_refund", "10.00", text)
     assert reply.error.no_refund == APPLY.asked["no_refund"]
     assert reply.error.record["money_refund"] == text
@@ -213,7 +215,7 @@ def test_a_signed_success_with_another_time_is_a_conflict(asking):
 def test_signed_success_with_an_unreadable_time_is_uncertain(asking, text):
     """An unreadable dt_refund proves neither this refund nor another one."""
     reply = read(asking, made(asking.asked, dt_refund=text))
-    assert_uncertain(reply, AnswerMismatch)
+    assert_uncertain(reply, AnswerMismatch, verified=True)
     assert reply.error.field == "dt_refund"
     assert (reply.error.asked, reply.error.answered) == (asking.asked["dt_refund"], text)
 
@@ -238,8 +240,8 @@ def test_query_by_oid_refundno():
     """The answer must repeat oid_refundno; it may have any no_refund."""
     asking = exchange(Call.QUERY, PROTOCOL.query_fields(RefundQuery(oid_refundno="2013051613121201", dt_refund=EPOCH)))
     assert read(asking, made(asking.asked)).finding is Finding.FOUND
-    assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch)
-    assert_uncertain(read(asking, made(asking.asked, oid_refundno=None)), AnswerMismatch)
+    assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch, verified=True)
+    assert_uncertain(read(asking, made(asking.asked, oid_refundno=None)), AnswerMismatch, verified=True)
 
 
 def test_query_by_both_numbers():
@@ -248,8 +250,8 @@ def test_query_by_both_numbers():
     asking = exchange(Call.QUERY, PROTOCOL.query_fields(query))
     assert read(asking, made(asking.asked, no_refund=None)).finding is Finding.FOUND
     assert read(asking, made(asking.asked, oid_refundno="")).finding is Finding.FOUND
-    assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch)
-    assert_uncertain(read(asking, made(asking.asked, no_refund=None, oid_refundno=None)), AnswerMismatch)
+    assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch, verified=True)
+    assert_uncertain(read(asking, made(asking.asked, no_refund=None, oid_refundno=None)), AnswerMismatch, verified=True)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +401,7 @@ def test_every_code_leads_to_the_finding_of_its_class(asking, ret_code, signed):
     reply = read(asking, sealed(answer) if signed else answer)
     assert reply.finding is TAUGHT[kind][call]
     assert reply.refund is None
+    assert reply.verified is signed
     assert type(reply.error) is ERRORS[reply.finding][call]
     assert reply.error.ret_code == ret_code
     assert "原因" in str(reply.error)
@@ -426,7 +429,7 @@ def test_rejection_without_ret_msg():
 def test_refusal_of_another_refund_is_uncertain(asking, field, text, signed):
     """An error answer that names another merchant or refund proves nothing."""
     answer = {"ret_code": "5007", "ret_msg": "", field: text}
-    assert_uncertain(read(asking, sealed(answer) if signed else answer), AnswerMismatch)
+    assert_uncertain(read(asking, sealed(answer) if signed else answer), AnswerMismatch, verified=signed)
 
 
 def test_empty_field_is_like_an_absent_one():
@@ -511,9 +514,10 @@ def test_apply_call_that_was_not_sent():
 )
 def test_other_lost_calls(asking, may_have_arrived, known):
     """An apply call that may have arrived, and every query, ends in GatewayUnavailable."""
-    reply = PROTOCOL.read(asking, NoResponse("ReadTimeout", may_have_arrived))
+    reply = PROTOCOL.read(attrs.evolve(asking, attempt=2), NoResponse("ReadTimeout", may_have_arrived))
     assert reply.finding is known
     assert type(reply.error) is GatewayUnavailable
+    assert reply.error.attempts == 2
     assert reply.error.last_error == "ReadTimeout"
     assert reply.error.ret_code is None
 
