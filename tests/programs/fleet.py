@@ -147,6 +147,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=4, help="of a worker; a slow machine needs a low one")
     parser.add_argument("--database-kills", type=int, default=2)
+    parser.add_argument("--repeated", choices=["reject", "again"], help="one kind of gateway; default: both in turn")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -155,7 +156,8 @@ def main() -> int:
             asyncio.run(work(os.environ[postgres.DSN]))
         return 0
     wrong = 0
-    for repeated in (Repeated.REJECT, Repeated.AGAIN):
+    kinds = [Repeated(options.repeated)] if options.repeated else [Repeated.REJECT, Repeated.AGAIN]
+    for repeated in kinds:
         began = time.monotonic()
         with postgres.running() as server:
             contradictions = kill_workers(
