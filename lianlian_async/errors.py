@@ -185,18 +185,19 @@ class RefundOutcomeUnknown(LianLianError):
     ``await session.resolve(error)``. It queries the refund, and sends the same bytes again only if the gateway still
     has no record ``RetryPolicy.not_found_grace`` seconds after the last attempt that may have arrived.
 
-    ``attempts`` and ``queries`` are the numbers of requests. ``sent_at`` is the time of the last attempt that may have
-    arrived; ``moment`` has the readings of all clocks at this time. ``last_error`` describes the last failure, and
-    ``reason`` its kind, without details of the refund, so that errors can be counted by reason. ``refused`` is the
-    :class:`RefundRejected` of the last answer *duplicate* or *in progress*, if every attempt so far was refused: then
-    the number may belong to another refund. ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the
-    signed bytes, ``oid_partner`` the merchant that signed them.
+    ``attempts`` and ``queries`` are the numbers of requests. No attempt that may have arrived was later than
+    ``sent_at``; if another call holds the lease, this is the end of the lease. ``moment`` is the same time by the wall
+    clock, the boot clock and the gateway's clock. ``last_error`` describes the last failure, and ``reason`` its kind,
+    without details of the refund, so that errors can be counted by reason. ``refused`` is the :class:`RefundRejected`
+    of the last answer *duplicate* or *in progress*, if every attempt so far was refused: then the ``no_refund`` may
+    belong to another refund. ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes,
+    ``oid_partner`` the merchant that signed them.
     """
 
     def __init__(
         self,
         *,
-        request: Any,  # RefundRequest and Moment, from modules above this one
+        request: Any,  # RefundRequest and Moment: their modules import this one
         oid_partner: str,
         body: bytes = b"",
         attempts: int = 0,
@@ -273,7 +274,8 @@ class RefundConflict(LianLianError):
     """The same ``no_refund`` belongs to a refund with other content, at the gateway or in the journal.
 
     Check the refund by hand: the gateway may have made one of the two refunds, or both. The library sends nothing more
-    for it. ``field`` is the wire name of the field that differs, ``ours`` its given value, ``theirs`` the recorded one.
+    for it. ``field`` is the wire name of the field that differs. ``ours`` is its new value, in the request or in a
+    message that has just arrived; ``theirs`` is the value that the gateway or the journal already had.
     ``record`` has the fields of the gateway's signed record if the conflict is with such a record, else it is None.
     """
 
@@ -305,7 +307,7 @@ class AnswerMismatch(LianLianError):
         self.field = field
         self.asked = asked
         self.answered = answered
-        super().__init__(f"answer to another query: {field} is {answered!r}, not {asked!r}")
+        super().__init__(f"message for another request: {field} is {answered!r}, not {asked!r}")
 
 
 class MalformedMessage(LianLianError):

@@ -1,4 +1,4 @@
-"""Layers around one exchange: ``async def middleware(exchange, call_next) -> Reply``, and the built-in layers.
+"""Layers around one exchange; each is an ``async def middleware(exchange, call_next) -> Reply``.
 
 A session's layers, from the outside in: :class:`Retry` → :class:`Limit` (the user's ``limiter``) → :class:`Attempt`
 (time limit, and check of replies) → the user's own ``middleware``, the first one outermost → the HTTP exchange. The

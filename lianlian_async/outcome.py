@@ -70,7 +70,7 @@ def _reason(error: LianLianError) -> str:
         case SignatureInvalid():
             return "signature invalid"
         case AnswerMismatch():
-            return "answer to another query"
+            return "message for another request"
         case MalformedMessage():
             return str(error) if str(error).startswith("HTTP status") else "unreadable answer"
         case RefundNotFound():

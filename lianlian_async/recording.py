@@ -118,7 +118,7 @@ async def learn(journal: Journal, refund: Record, now: Moment, source: str = "qu
 
 
 def _check_agrees(refund: RefundRecord, stored: Entry) -> None:
-    """Raise ``RefundConflict`` if the outcome in ``stored`` contradicts ``refund``, which the gateway has signed."""
+    """Raise ``RefundConflict`` if the outcome in ``stored`` contradicts ``refund``, which comes from the gateway."""
     recorded = cast("Ending", stored.ending)  # set by Journal.finish
     if recorded.state is State.CONFLICT:
         answer(stored)
@@ -141,7 +141,7 @@ class Recording:
     digest: str = attrs.field(init=False, default=attrs.Factory(lambda self: digest(self.fields), takes_self=True))
 
     async def recorded(self) -> Refund | None:
-        """Return the recorded refund; None: it is not resolved, or its request differs. Raises as :func:`answer`."""
+        """Return the recorded refund; None: not resolved, or another request is recorded. Raises as :func:`answer`."""
         entry = await self.journal.find(self.request.no_refund)
         if entry is None or entry.ending is None or entry.digest != self.digest:
             return None
@@ -172,7 +172,7 @@ class Recording:
         )
 
     async def keep(self, entry: Entry, resolve: Callable[[], Awaitable[Refund]], case: Case) -> Refund:
-        """Run ``resolve`` for the claimed ``entry`` and its ``case``, and record the outcome, even if cancelled.
+        """Run ``resolve``, and record its outcome in the claimed ``entry``, even if cancelled. ``case``: what is known.
 
         If the journal fails, the ``JournalError`` has the refund's outcome as ``said``.
         """

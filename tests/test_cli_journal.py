@@ -82,7 +82,7 @@ def test_show_counts_refunds_that_were_not_sent(gateway, file, journal):
     """After refused connections nothing is unknown: the refunds count as not sent."""
     assert run("batch", file, "--yes", env=environment(gateway, "http://127.0.0.1:9")).exit_code == 1
     shown = run("journal", "show", "--journal", journal)
-    assert "certainly not sent: 5\n" in shown.stdout
+    assert "certainly not made: 5\n" in shown.stdout
     assert "may have been made" not in shown.stdout
 
 

@@ -142,7 +142,7 @@ def test_a_copy_is_independent():
             "refund R-1 exists with another money_refund: ours 1.00, recorded 2.00; "  # noqa: ISC004
             "do not refund again before a person has decided",
         ),
-        (EXAMPLES[11], "answer to another query: no_refund is None, not 'R-1'"),
+        (EXAMPLES[11], "message for another request: no_refund is None, not 'R-1'"),
         (EXAMPLES[15], "refund R-1 is not final yet: sta_refund is 1"),
         (
             RefundNotFinal(EXAMPLES[15].refund, last_error="no answer"),

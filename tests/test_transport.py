@@ -975,13 +975,19 @@ async def test_connect_timeout_is_reported():
     assert told == (f"ConnectTimeout: no connection to 127.0.0.1:{server.port} within 0.1 s", False)
 
 
-async def test_reason_has_no_library_internals():
-    """The reason of a lost connection does not show internal errors of HTTP libraries."""
-    error = httpx.ReadError("")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (httpx.ReadError(""), "ReadError: the connection to 127.0.0.1:1 was lost"),
+        (httpx.ReadTimeout(""), "ReadTimeout: no answer from 127.0.0.1:1 in time"),
+    ],
+)
+async def test_reason_has_no_library_internals(error, reason):
+    """The reason of a failed request does not show internal errors of HTTP libraries."""
     error.__cause__ = IndexError("pop from an empty deque")
     async with transport_over(transport=Raising(error)) as transport:
         delivery = await transport.post("http://127.0.0.1:1/", b"{}", 5.0)
-    assert delivery.reason == "ReadError: the connection to 127.0.0.1:1 was lost"
+    assert delivery.reason == reason
 
 
 # ── leases ───────────────────────────────────────────────────────────────────────────────────────

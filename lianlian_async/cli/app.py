@@ -1,7 +1,7 @@
 """The command group ``lianlian``.
 
 ``commands``, ``groups``, ``batch.options`` and ``sandbox.options`` declare the commands, and import only click and
-light modules. ``options.runs`` imports what a command runs when it runs, so that ``--help`` is fast.
+light modules, so ``--help`` is fast. ``options.runs`` imports the module of a command when the command is executed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .groups import journal, notify
 from .sandbox.options import demo, sandbox
 
 _SILENT: Final = logging.NullHandler()
-"""Keeps warnings of the library from standard error: each command shows outcomes itself. LIANLIAN_LOG shows the log."""
+"""Keeps warnings of the library from standard error: each command shows outcomes itself."""
 
 
 class _Program(click.Group):
@@ -34,7 +34,7 @@ class _Program(click.Group):
         return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See ``click.Command``. A usage error is known before ``--json`` has been parsed, so look for it first."""
+        """See ``click.Command``. Search for ``--json`` first: a usage error can be raised before click parses it."""
         ctx.meta[AS_JSON] = "--json" in args
         with _usage_errors(ctx):
             return super().parse_args(ctx, args)
@@ -104,9 +104,9 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     callback=_show_version,
     help="Show the version, the signing backend and the HTTP backend, and exit.",
 )
-@click.option("--json", is_flag=True, expose_value=False, help="Print one JSON object on stdout.")
+@click.option("--json", is_flag=True, expose_value=False, help="Print the result as JSON on stdout.")
 def lianlian() -> None:
-    """LianLian Pay refunds: was this refund made? Never twice, never lost, never guessed.
+    """Make and query refunds at LianLian Pay. No refund is made twice or lost, and no outcome is guessed.
 
     The merchant and its keys come from the environment (LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY,
     LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config, never from the command line.

@@ -60,7 +60,7 @@ class JournalReport:
     unknown: int = 0
     """Unresolved refunds that may have been made."""
     not_sent: int = 0
-    """Unresolved refunds that were certainly not made, because no request arrived."""
+    """Unresolved refunds that were certainly not made: no request arrived, or it was rejected and may be repeated."""
     oldest: list[UnknownRefund] = attrs.field(factory=list)
 
     @property
@@ -70,7 +70,7 @@ class JournalReport:
 
     @property
     def eta(self) -> float | None:
-        """Seconds until all due refunds are finished, if no more are queued; None if unknown."""
+        """Seconds until all due refunds are finished, if no more are queued; None if unknown, or if none is left."""
         left = sum(self.queue.get(name, 0) for name in ("waiting", "at_work"))
         return left / self.rate if left and self.rate else None
 
@@ -137,7 +137,7 @@ def journal_views(
     if failures:
         causes = [(one["no_refund"] or "?", one["cause"] or "see the log of the worker") for one in failures]
         shown.append(table("failed: a person must decide", ("no_refund", "cause"), causes))
-    rest = {"certainly not sent": report.not_sent, **facts}
+    rest = {"certainly not made": report.not_sent, **facts}
     shown += [f"{name.replace('_', ' ')}: {number:,}" for name, number in rest.items() if number or name in facts]
     return document, shown
 

@@ -45,10 +45,10 @@ def place_name(place: str) -> str:
 
 
 class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """The place of a journal: a path, or a PostgreSQL URL without a password.
+    """The place of a journal: a path, or a PostgreSQL URL.
 
-    Other processes of this machine can read a password on the command line. ``only_dsn``: refuse every path, and
-    replace an empty place by the URL in ``LIANLIAN_DSN``.
+    On the command line the URL must have no password, because other processes can read it there. ``only_dsn``: refuse
+    every path, and replace an empty place by the URL in ``LIANLIAN_DSN``.
     """
 
     name = "place"
@@ -78,7 +78,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         return place
 
 
-json_option = click.option("--json", is_flag=True, expose_value=False, help="Print one JSON object on stdout.")
+json_option = click.option("--json", is_flag=True, expose_value=False, help="Print the result as JSON on stdout.")
 dsn_argument: Final = click.argument("dsn", metavar="DSN", envvar=DSN, type=Place(only_dsn=True))
 """The argument DSN: the place of a queue."""
 
@@ -108,7 +108,10 @@ _not_found_grace_option = click.option(
 
 
 def runs(module: str) -> Callable[[Callable[[], None]], Command]:
-    """Make a declaration run the function of the same name in ``module``, which is imported only then; add --json."""
+    """Return a decorator: the command calls the function of the same name in ``module``, and also has ``--json``.
+
+    ``module`` is imported only when the command is executed.
+    """
 
     def decorate(declaration: Callable[[], None]) -> Any:
         @json_option

@@ -47,7 +47,7 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 class _Pace(ProgressColumn):
-    """How many of how many, the rate of the last 30 seconds, and the time that remains."""
+    """The finished and the total number of refunds, the rate of the last 30 seconds, and the time that remains."""
 
     def render(self, task: Task) -> Text:
         left = "-" if task.time_remaining is None else timedelta(seconds=int(task.time_remaining))
@@ -55,7 +55,7 @@ class _Pace(ProgressColumn):
 
 
 class _Progress(Progress):
-    """A bar with a line of status below it. Red and yellow are left to what needs a person."""
+    """A bar with a line of status below it. The bar is green: yellow and red mark unknown refunds and errors."""
 
     def __init__(self, status: Callable[[], RenderableType], **options: Any) -> None:
         self._status = status
@@ -87,7 +87,7 @@ class Output:
     """The console that shows a progress bar now."""
 
     def show(self, document: Mapping[str, Any], *renderings: RenderableType) -> None:
-        """Print the result: with ``--json`` ``document`` in one line, else ``renderings`` (tables, lines of text)."""
+        """Print the result: ``document`` as one line of JSON if ``--json`` is given, else tables and lines of text."""
         with _surviving(sys.stdout):
             if self.as_json:
                 click.echo(json.dumps(document))  # plain ASCII, readable in every terminal encoding

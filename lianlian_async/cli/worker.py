@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _health_file(path: Path | None) -> Iterator[None]:
-    """Create an empty file, and remove it at the end. Enter it after SIGTERM is handled, or SIGTERM leaves the file."""
+    """Create an empty file, and remove it at the end, also after SIGTERM if the handler for it is already installed."""
     if path is None:
         yield
         return
@@ -125,7 +125,7 @@ async def _work(
 
 @contextmanager
 def _warnings_shown(output: Output) -> Iterator[None]:
-    """Show each warning of this library and of procrastinate in one line."""
+    """Show each logged warning and error in one line: those of this library, of procrastinate and of others."""
     handler, root = _Notes(output), logging.getLogger()
     root.addHandler(handler)
     try:

@@ -26,7 +26,8 @@ class When(Enum):
     """Whether a fault occurs before or after the request is carried out."""
 
     BEFORE = "before"
-    """The request is not carried out (``DELAY``, ``LATE``: after the delay); the fault changes an answer 9999."""
+    """The request is not carried out; the fault changes an answer with ``ret_code`` 9999. ``DELAY`` and ``LATE``: the
+    request is carried out after the delay."""
     AFTER = "after"
     """The request is carried out first; the fault changes its answer."""
 
@@ -56,13 +57,13 @@ class Fault(Enum):
     BROKEN_JSON = "broken json"
     """The first half of the answer; Content-Length matches this half."""
     WRONG_SIGNATURE = "wrong signature"
-    """A 0000 with the signature of another message."""
+    """A success (``ret_code`` 0000) with the signature of another message."""
     NO_SIGNATURE = "no signature"
-    """A 0000 without a signature."""
+    """A success without a signature."""
     ALTERED_FIELD = "altered field"
-    """A 0000 whose amount is one yuan above the signed amount."""
+    """A success whose amount is one yuan above the signed amount."""
     OTHER_REFUND = "other refund"
-    """A 0000 with a valid signature, but for another refund."""
+    """A success with a valid signature, but for another refund."""
     OVERSIZED = "oversized"
     """The answer, followed by 64 KiB of spaces."""
     COMPRESSED = "compressed"
@@ -181,7 +182,7 @@ def spoil(
 
 
 def _success(answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
-    """Return ``answer`` if it is 0000, else a forged 0000 for the request."""
+    """Return ``answer`` if it is a success (0000), else a forged success for the request."""
     if answer["ret_code"] == "0000":
         return dict(answer)
     identity = {name: request[name] for name in _IDENTITY if name in request}

@@ -214,7 +214,8 @@ def _cause(error: BaseException, url: str, connect_seconds: float, library: Any)
         return next((str(each) for each in chain if str(each)), "")
     # Other exceptions in the chain show internals of httpcore, anyio and trio, such as "pop from an empty deque".
     told = next((str(each) for each in chain if isinstance(each, (library.TransportError, OSError)) and str(each)), "")
-    return told or f"the connection to {host} was lost"
+    is_timeout = isinstance(error, library.TimeoutException)
+    return told or (f"no answer from {host} in time" if is_timeout else f"the connection to {host} was lost")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

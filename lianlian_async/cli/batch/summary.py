@@ -18,7 +18,7 @@ from .results import NotMade, Reason, Totals, style
 
 
 def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list[tuple[str, str]]:
-    """Return the totals of a file and of its refunds in the journal, as rows of a table."""
+    """Return the totals of a file, and the numbers of its refunds by their state in the journal, as rows of a table."""
     rows = [("refunds", f"{totals.refunds:,}"), ("yuan", f"{totals.yuan:,.2f}")]
     rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
     if known is not None:
@@ -33,7 +33,7 @@ def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list
 def show_checked(
     output: Output, checked: Checked, outcome: str, known: Known | None = None, **facts: int | str
 ) -> None:
-    """Show the totals of a file whose refunds were not sent, and of its refunds in the journal."""
+    """Show the totals of a file whose refunds were not sent, what the journal knows, and ``facts`` as further rows."""
     totals = checked.totals()
     document = _document(outcome, checked, totals) | facts
     if known is not None:
