@@ -1,7 +1,8 @@
 """The journal protocol: a durable record of every refund that was begun, and of its outcome.
 
 A refund is recorded before its first byte is sent. After any crash the journal lists the refunds to query. A recorded
-outcome never changes, except from ACCEPTED to FINAL or DONE, and from FINAL to DONE. The states of one call::
+outcome never changes, except from ACCEPTED to FINAL or DONE, from FINAL to DONE, and by a person's decision
+(:meth:`Journal.decide`). The steps of one call::
 
     begin ──► NEW ────────────────► send ──► finish (made, rejected, conflict)
          ├───► ASK_FIRST ► query ──► send ──► finish
@@ -35,13 +36,14 @@ __all__ = ["Ending", "Entry", "Fact", "Intent", "Journal", "JournalError", "Owne
 T = TypeVar("T")
 
 MOST_FACTS: Final = 9
-"""The first three and the latest six facts of a refund stay."""
+"""Maximum number of facts of a refund: the first three and the latest six are kept."""
 
 
 class State(StrEnum):
     """The state of a refund in the journal.
 
-    It changes only from UNRESOLVED to any other state, from ACCEPTED to FINAL or DONE, and from FINAL to DONE.
+    It changes only from UNRESOLVED to any other state, from ACCEPTED to FINAL or DONE, from FINAL to DONE, and by
+    :meth:`Journal.decide`.
     """
 
     UNRESOLVED = "unresolved"
@@ -80,15 +82,16 @@ class Standing(StrEnum):
 
 
 class Fact(NamedTuple):
-    """``times`` equal events of one refund; people read them, no decision depends on them."""
+    """One or several equal events of a refund. Facts are for people: the library does not base decisions on them."""
 
     at: int
-    """The last time, in seconds since 1970 by the wall clock."""
+    """When the last of these events occurred, in seconds since 1970 by the wall clock."""
     times: int
+    """The number of these events."""
     what: str
     """*begun*, *lease*, *apply*, *resend*, *query*, *notification*, *statement*, *acted* or *decided*."""
     result: str
-    """A ``ret_code``, ``sta_refund``, or why there is none."""
+    """The ``ret_code`` or the ``sta_refund``, or the reason why there is none."""
 
 
 def facts(history: str) -> list[Fact]:
@@ -107,12 +110,12 @@ def added(history: str, now: Moment, what: str, result: str = "") -> str:
     return _bounded([*lines, f"{now.wall.timestamp():.0f} {times} {event}"])
 
 
-def joined(stored: str, told: str) -> str:
-    """Return ``stored`` with those facts of ``told`` that it lacks."""
-    if told.startswith(stored):
-        return told
+def joined(stored: str, other: str) -> str:
+    """Return the history ``stored`` with those facts of the history ``other`` that it lacks."""
+    if other.startswith(stored):
+        return other
     known = stored.splitlines(keepends=True)
-    return _bounded([*known, *(line for line in told.splitlines(keepends=True) if line not in known)])
+    return _bounded([*known, *(line for line in other.splitlines(keepends=True) if line not in known)])
 
 
 def _bounded(lines: list[str]) -> str:
@@ -203,12 +206,12 @@ class Entry:
 
     @property
     def is_canary(self) -> bool:
-        """Whether the gateway itself has said that the refund was made, so that it must find it."""
+        """Whether the gateway itself has said that the refund was made: then its query service must find the refund."""
         return self.ending is not None and self.state.is_made and "evidence" not in self.ending.record
 
 
 class Journal(Protocol):
-    """A journal, opened by ``async with``. All methods raise :class:`JournalError` if it does not work."""
+    """A journal, opened by ``async with``. All methods raise :class:`JournalError` if the journal fails."""
 
     async def __aenter__(self) -> Self:
         """Open it."""
@@ -251,7 +254,7 @@ class Journal(Protocol):
     async def resend(self, entry: Entry, history: str = "") -> None:
         """Record that ``entry``, as returned by :meth:`begin`, may be sent again until its lease ends.
 
-        ``history``, here and below: its history with the facts of this call.
+        ``history``, here and in :meth:`finish` and :meth:`release`: the entry's history with the facts of this call.
         Raises :class:`JournalError` if another call has taken the lease or resolved the refund.
         """
 
@@ -265,7 +268,8 @@ class Journal(Protocol):
     async def begin_acting(self) -> None:
         """Switch the journal permanently, for all processes: record a final refund as FINAL until :meth:`acted`.
 
-        Acting is calling ``on_refund``. Refunds that are DONE stay DONE. Without this call no refund is ever FINAL.
+        To act on a refund means to call ``on_refund``. Refunds that are DONE stay DONE. Without this call, no refund
+        becomes FINAL.
         """
 
     async def acted(self, no_refund: str, now: Moment) -> None:
@@ -284,11 +288,12 @@ class Journal(Protocol):
     async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
         """Record the outcome that a person has decided, DONE or REJECTED, as :meth:`finish` does.
 
-        Raises :class:`JournalError` without an entry, under a lease, after a final outcome and a signed rejection.
+        Raises :class:`JournalError` if the journal has no entry, the refund is leased, its outcome is final, signed or
+        decided already, or the refund is rejected already and ``ending`` is REJECTED, too.
         """
 
     async def latest_made(self) -> Entry | None:
-        """Return the newest entry that :attr:`~Entry.is_canary`, to check with a query that the query service works."""
+        """Return the newest entry whose :attr:`~Entry.is_canary` is true: a query for it checks the query service."""
 
     def pending(self) -> AsyncIterator[Entry]:
         """Yield every UNRESOLVED, ACCEPTED or FINAL entry, oldest first, in bounded memory.
@@ -306,8 +311,8 @@ class Journal(Protocol):
         """Return the number of refunds in each state."""
 
     async def inbox(self) -> Journal:
-        """Return the inbox: a second journal, of final states that arrived by notification.
+        """Return the inbox: a second journal, which contains the final refunds to act on.
 
-        The first call opens it; it closes with this journal. Its entries are UNRESOLVED until ``on_refund`` has
+        The first call opens it, and it closes with this journal. Its entries are UNRESOLVED until ``on_refund`` has
         returned for them, then DONE.
         """

@@ -23,7 +23,7 @@ _OPEN: Final = set[FileIO]()
 
 try:
     fcntl: ModuleType | None = import_module("fcntl")
-    # A forked child shares the lock and would keep it after the end of its parent.
+    # A forked child shares the lock and would keep it after its parent ends, so close the file in the child.
     os.register_at_fork(after_in_child=lambda: list(map(FileIO.close, _OPEN)))
 except ImportError:
     fcntl = None
@@ -34,9 +34,9 @@ class FileLocked(Exception):
 
 
 class FileLock:
-    """The lock on ``path``, from construction until :meth:`close` or the end of the process.
+    """The lock on the file ``path``, from construction until :meth:`close` or the end of the process.
 
-    The file is created if it is missing, and names the process while that has the lock. Raises ``FileLocked``, or
+    The file is created if it is missing, and names this process until :meth:`close`. Raises ``FileLocked``, or
     ``OSError`` if the file cannot be opened.
     """
 
@@ -72,13 +72,12 @@ def _lock_beside(path: Path, opened: ExitStack) -> None:
 
 def _this_process() -> str:
     program = Path(sys.argv[0])
-    # ``python -m`` runs a package's __main__.py, so take the package's name. Arguments may contain secrets: leave them
-    # out.
+    # ``python -m`` runs a package's __main__.py: use the package's name. No arguments: they may contain secrets.
     name = program.parent.name if program.name == "__main__.py" else program.name
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()} ({name or 'python'}), since {now}"
 
 
 def _holder(path: Path) -> str:
-    told = path.read_bytes()[:_LONGEST_HOLDER].decode(errors="replace")
-    return " ".join(told.split()) or "another process"
+    holder = path.read_bytes()[:_LONGEST_HOLDER].decode(errors="replace")
+    return " ".join(holder.split()) or "another process"

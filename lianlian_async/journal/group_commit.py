@@ -36,7 +36,7 @@ class Queued:
 
     operation: Operation[Any]
     done: anyio.Event
-    """Set when ``result`` may be set; shared by a batch. A journal replaces it to give the result later."""
+    """Wakes the caller to check ``result``; shared by a batch. A journal that sets ``result`` later replaces it."""
     result: Result | None = attrs.field(default=None, init=False)
 
     def fail(self, error: BaseException) -> None:
@@ -46,11 +46,10 @@ class Queued:
 
 
 class _GroupCommit:
-    """Passes batches of operations to ``write``, which gives each a result; ``name`` is the name of the journal.
+    """Queues operations for the journal ``name``, and passes them in batches to ``write``, which sets their results.
 
-    If ``write`` fails, nothing of its batch is recorded, and each of its callers gets a ``JournalError``. If the
-    background task fails or is cancelled, for example by the end of the event loop, every caller gets a
-    ``JournalError``.
+    If ``write`` fails, nothing of its batch is recorded, and each caller of the batch gets a ``JournalError``. If the
+    background task fails or is cancelled, for example at the end of the event loop, all callers get a ``JournalError``.
     """
 
     def __init__(self, name: str, write: Callable[[Sequence[Queued]], Awaitable[None]]) -> None:
@@ -64,7 +63,7 @@ class _GroupCommit:
         self._background = BackgroundTask(self._run, self._end)
 
     async def stop(self) -> None:
-        """Write all queued operations, then end, even if the caller is cancelled meanwhile."""
+        """Write all queued operations, then end the background task, even if the caller is cancelled meanwhile."""
         self._stopping = True
         self._arrived.set()
         await complete(self._background.join)
@@ -72,7 +71,7 @@ class _GroupCommit:
     async def do(self, operation: Operation[T], *, if_cancelled: Operation[None] | None = None) -> T:
         """Record ``operation`` durably and return its result.
 
-        It is recorded even if the caller is cancelled meanwhile; then ``if_cancelled`` is recorded after it.
+        If the caller is cancelled meanwhile, ``operation`` is recorded nevertheless, then ``if_cancelled``.
         """
         queued = self._put(operation)
         try:
@@ -119,7 +118,7 @@ class _GroupCommit:
         done.set()
 
     def _end(self, error: BaseException | None) -> None:
-        """Release every caller after the end of the background task."""
+        """Give each waiting caller an error if the background task has ended with ``error``."""
         if error is not None:
             self._failure = JournalError(
                 f"journal {self._name}: closed by {error!r}, it records nothing more; open it again"

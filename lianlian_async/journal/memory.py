@@ -1,4 +1,4 @@
-"""Journals in memory, for tests, small jobs, and sessions that were given no journal."""
+"""Journals in memory, for tests, small jobs, and sessions without a journal."""
 
 from __future__ import annotations
 

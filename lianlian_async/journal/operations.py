@@ -1,7 +1,7 @@
 """Operations on one journal entry: begin, resend, finish, acted, decide, release, take back (a begin), find.
 
-They do no I/O, and are the same for every journal. An operation receives the stored entry of its refund, or None.
-It returns its value and the entry to store: the same object if nothing changes.
+They do no I/O, and are the same for every journal. An operation gets the stored entry of its refund, or None. It
+returns a value for the caller and the entry to store: the same object if nothing changes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Operation(Protocol[T_co]):
         """The refund's number."""
 
     def apply(self, entry: Entry | None) -> tuple[T_co, Entry | None]:
-        """Return the value and the entry to store. Raises the error for the journal's caller."""
+        """Return the value for the caller and the entry to store, or raise the error for the caller."""
 
 
 class Result(NamedTuple):
@@ -75,7 +75,7 @@ class Begin:
     ask_first: bool = attrs.field(default=False, kw_only=True)
     """Whether the journal may have lost its last commits."""
     may_be_sent: bool = attrs.field(default=False, kw_only=True)
-    """Whether a lost commit may have sent the refund so recently that "no such record" is not believed yet."""
+    """Whether a call whose commit was lost may have sent the refund recently: "no such record" then proves nothing."""
     found: Entry | None = attrs.field(default=None, init=False)
     """The entry that the caller received with the lease."""
     is_taken_back: bool = attrs.field(default=False, init=False)
@@ -87,10 +87,7 @@ class Begin:
         return self.intent.no_refund
 
     def postpone(self, boot: float) -> None:
-        """Move ``now`` forward to the boot-clock reading ``boot``, and shorten the lease by the same time.
-
-        So the lease ends when it did before.
-        """
+        """Move ``now`` forward to the boot-clock reading ``boot``, but do not move the end of the lease."""
         seconds = boot - self.now.boot
         self.now, self.intent = self.now.after(seconds), attrs.evolve(self.intent, lease=self.intent.lease - seconds)
 
@@ -107,7 +104,7 @@ class Begin:
         if entry.ending is not None:
             return (Standing.FINISHED, entry), entry
         if entry.sent_at is None:
-            # The earlier call sent nothing, so this call's body, maybe signed with another key, replaces its body.
+            # The earlier call sent nothing, so replace its body by this call's, which another key may have signed.
             return self._new(added(entry.history, self.now, "lease"))
         if _is_leased(entry, self.now):
             return (Standing.LEASED, entry), entry
@@ -122,8 +119,8 @@ class Begin:
         return (Standing.ASK_FIRST if self.ask_first else Standing.NEW, self.found), stored
 
     def _unresolved(self, entry: Entry, sent_at: Moment) -> tuple[tuple[Standing, Entry], Entry]:
-        # The lease is over: no earlier call sends after now. If no clock can measure the time since ``sent_at``, use
-        # ``now``, the latest possible time.
+        # The lease is over, so earlier calls send nothing more. If no clock can measure the time since ``sent_at``,
+        # use ``now``, the latest possible time of a send.
         if _is_ahead(sent_at, self.now) or not _is_comparable(sent_at, self.now):
             sent_at = self.now
         history = added(entry.history, self.now, "lease")
@@ -157,7 +154,7 @@ def _is_leased(entry: Entry, now: Moment) -> bool:
 
 
 def may_be_lost(fields: Mapping[str, str], now: datetime, since: datetime) -> bool:
-    """Return whether a journal that is complete only ``since`` some time may have lost the refund with ``fields``."""
+    """Return whether a journal may have lost the refund with ``fields``, if it may have lost all before ``since``."""
     return now < since or fields.get("dt_refund", "") < wire.format_timestamp(since)
 
 
@@ -167,10 +164,7 @@ def _is_ahead(moment: Moment, now: Moment) -> bool:
 
 
 def _is_comparable(moment: Moment, now: Moment) -> bool:
-    """Return whether the time since ``moment`` can be measured.
-
-    By the boot clock if both are on one timeline, or later by the gateway's clock if ``moment`` has its time.
-    """
+    """Return whether the time since ``moment`` can be measured, by the boot clock or by the gateway's clock."""
     return moment.timeline == now.timeline or moment.gateway is not None
 
 
@@ -243,7 +237,7 @@ class Decide:
     """See :func:`perform`."""
 
     def apply(self, entry: Entry | None) -> tuple[Entry, Entry]:
-        """Return the entry with the decision. An earlier record is kept in it, as JSON, as ``recorded``."""
+        """Return the entry with the decision. Its record keeps an earlier record as ``recorded``, in JSON."""
         refusal = None
         if entry is None:
             refusal = "it is not in this journal"
@@ -290,9 +284,9 @@ class Release(_OnLease):
     history: str = ""
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """Store the entry without its lease; of an entry that has ended meanwhile, only the history.
+        """Store the entry without its lease. If another call has recorded an outcome, change only the history.
 
-        An entry that a failover lost is stored again if it may have been sent.
+        If a failover has lost the entry, store it again if the refund may have been sent.
         """
         if entry is None and self.sent_at is not None:
             entry = self.leased
@@ -320,7 +314,7 @@ class TakeBack:
         return self.begin.no_refund
 
     def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """End the lease. If the :class:`Begin` is still in the queue, it will record nothing."""
+        """End the lease. If the :class:`Begin` is still in the queue, make it fail without effect."""
         found, self.begin.is_taken_back = self.begin.found, True
         return (None, entry) if found is None else Release(found, found.sent_at, found.refused).apply(entry)
 

@@ -1,13 +1,13 @@
 """The shared journal: one PostgreSQL database for many workers on many machines (extra ``postgres``, asyncio only).
 
-A lease is stored in its refund's row and ends at its time, even if its worker has died. A batch never waits for a row
-that another transaction has locked, because a dead worker behind a half-open connection may lock rows for a long time:
-the batch skips locked rows, and a separate task retries their operations. All workers insert new rows in the same
-order, which prevents deadlocks. ``postgres_moments`` relates the database's clock to the workers' clocks.
+A lease is stored in the refund's row, and expires even if its worker has died. A dead worker behind a half-open
+connection may lock rows for a long time, so a batch does not wait for locked rows: it skips them, and a separate task
+retries their operations. All workers insert new rows in the same order, which prevents deadlocks.
+``postgres_moments`` converts between the database's clock and the workers' clocks.
 
 A transaction takes two round trips: the first reads the clock and locks the rows, the second writes them and commits.
-Each sends all its statements in one message, with the parameters in the text (a simple query). This takes less CPU time
-than a pipeline, and needs no prepared statements, which a pooler such as pgbouncer may mix up.
+Each round trip sends all its statements in one message, with the parameters in the text (a simple query). This takes
+less CPU time than a pipeline, and needs no prepared statements, which a pooler such as pgbouncer may mix up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, LiteralString
 
 import anyio
-import attrs
 from psycopg import AsyncClientCursor, AsyncConnection, Error, IsolationLevel, OperationalError, ProgrammingError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import LockNotAvailable
@@ -63,9 +62,9 @@ class _BusyError(Exception):
 
 @without_locals
 def connection_string(dsn: str, timeout: float) -> str:
-    """Return ``dsn`` with keepalives and ``tcp_user_timeout``, which end half-open connections, unless it sets them.
+    """Return ``dsn`` with TCP keepalives and ``tcp_user_timeout``, which end half-open connections.
 
-    Raises ``ConfigurationError``.
+    Values in ``dsn`` take precedence. Raises ``ConfigurationError`` if ``dsn`` is invalid.
     """
     try:
         given = conninfo_to_dict(dsn)
@@ -79,26 +78,27 @@ class PostgresJournal(GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the PostgreSQL database ``dsn``, shared by many workers.
 
     Its tables are in ``schema``, which is created if it is missing; the tables of its inbox are in ``…_inbox``. Each
-    journal in a database needs its own schema. Workers' wall clocks may differ, and may be set: only the database's
-    clock and the boot clocks count.
+    journal in a database needs its own schema. The workers' wall clocks may be wrong: the journal uses the database's
+    clock and the boot clocks.
 
-    *After a crash:* a call returns only after its commit is on disk, even if the database has ``synchronous_commit``
-    off; opening warns of ``fsync`` or ``full_page_writes`` off. Workers may die at any moment: their leases end, and
-    the next worker queries the gateway first.
+    *After a crash:* a call returns only after its commit is on disk, even if ``synchronous_commit`` is off in the
+    database. If ``fsync`` or ``full_page_writes`` is off, opening the journal logs a warning. A worker may die at any
+    time: its leases expire, and the next worker queries the gateway first.
 
-    *After a failover or a restore:* a standby or a backup may lack the last commits. When the journal sees another
-    incarnation of the database (one start of the server), ``not_found_grace`` (see ``RetryPolicy``) starts again for
-    all earlier refunds, and new refunds are queried before they are sent: all of them for ``not_found_grace`` seconds,
-    later those with an earlier ``dt_refund``. The gateway's answers are written again if their rows are lost. One risk
-    remains: a request that is under way during the failover, and whose lease was lost, may arrive after another worker
-    has got "no such record". Synchronous replication prevents it. Stop all workers before you restore a backup.
+    *After a failover or a restore:* a standby or a backup may lack the last commits. When the journal finds that the
+    database server was restarted or replaced, ``not_found_grace`` (see ``RetryPolicy``) starts again for all earlier
+    refunds, and new refunds are queried before they are sent: all of them for ``not_found_grace`` seconds, later those
+    whose ``dt_refund`` is before the end of that time. A call whose row was lost writes its outcome in a new row. One
+    risk remains: if a request is under way during the failover and its lease was lost, it may arrive after the gateway
+    has answered "no such record" to another worker. Synchronous replication prevents this. Stop all workers before you
+    restore a backup.
 
     Args:
         dsn: a connection string or URL of libpq.
         schema: the schema of the tables.
-        timeout: seconds for one transaction, including the connect.
+        timeout: time limit in seconds for one transaction, including the time to connect.
         not_found_grace: seconds, as in the workers' ``RetryPolicy``; with 0, new refunds are never queried first.
-        clock: the session's clock.
+        clock: must be the session's clock.
     """
 
     @without_locals
@@ -143,13 +143,13 @@ class PostgresJournal(GroupCommitJournal):
     def entries(self) -> AsyncIterator[Entry]:
         return self._walk(sql.ENTRIES)
 
-    async def _walk(self, page_of: LiteralString) -> AsyncGenerator[Entry]:
+    async def _walk(self, statement: LiteralString) -> AsyncGenerator[Entry]:
         [newest] = await self._fetch(sql.LAST)
-        place = 0
-        while page := await self._fetch(page_of, place, newest["id"], _PAGE):
+        last_id = 0
+        while page := await self._fetch(statement, last_id, newest["id"], _PAGE):
             for row in page:
                 yield entry_of(row, self._reading)
-            place = page[-1]["id"]
+            last_id = page[-1]["id"]
 
     async def latest_made(self) -> Entry | None:
         return next((entry_of(row, self._reading) for row in await self._fetch(sql.LATEST_MADE)), None)
@@ -172,7 +172,7 @@ class PostgresJournal(GroupCommitJournal):
             asyncio.get_running_loop()
         except RuntimeError:
             raise ConfigurationError("PostgresJournal runs on asyncio only, as psycopg does") from None
-        # Connect without the pool, which would retry instead of raising the error.
+        # Connect once without the pool: the pool would retry instead of raising the error.
         with self._errors():
             async with await AsyncConnection.connect(self._dsn.reveal(), row_factory=dict_row) as connection:
                 await self._prepare(connection)
@@ -216,7 +216,7 @@ class PostgresJournal(GroupCommitJournal):
             changes = [(statement, ()) for statement in (*sql.BEGIN_ACTING, sql.COMMIT)]
             async with self._sent((sql.BEGIN, ()), self._clock_query, *changes):
                 pass
-        self._is_acting = True  # also if a failover loses that commit
+        self._is_acting = True  # stays True even if a failover loses that commit
 
     async def _close(self) -> None:
         while self._retries:
@@ -274,18 +274,18 @@ class PostgresJournal(GroupCommitJournal):
         """Give each operation its result, except those whose row another transaction has locked."""
         finds = [queued for queued in batch if isinstance(queued.operation, Find)]
         writes = [queued for queued in batch if not isinstance(queued.operation, Find)]
-        look: list[Statement] = [(sql.FIND, [[queued.operation.no_refund for queued in finds]])] if finds else []
+        find: list[Statement] = [(sql.FIND, [[queued.operation.no_refund for queued in finds]])] if finds else []
         if not writes:
-            async with self._sent(*look) as (_, _, [rows]):
+            async with self._sent(*find) as (_, _, [rows]):
                 return self._answer(finds, rows)
         lock: Statement = sql.LOCK, [list({queued.operation.no_refund for queued in writes})]
         while True:
-            async with self._sent((sql.BEGIN, ()), self._clock_query, lock, *look) as (connection, before, answers):
-                _, clock, locked, *looked = answers
+            async with self._sent((sql.BEGIN, ()), self._clock_query, lock, *find) as (connection, before, answers):
+                _, clock, locked, *found = answers
                 reading = self._read_clock(before, clock)
                 if reading.continues(self._reading):
                     self._reading = reading
-                    for rows in looked:
+                    for rows in found:
                         self._answer(finds, rows)
                     results = await self._perform(connection, locked, [queued.operation for queued in writes])
                     for queued, result in zip(writes, results, strict=True):
@@ -299,15 +299,18 @@ class PostgresJournal(GroupCommitJournal):
             queued.result = Result(entries.get(queued.operation.no_refund))
 
     def _read_clock(self, before: Moment, answer: Sequence[Row]) -> Reading:
-        """Return the reading from the result of ``READ_CLOCK``; ``before``: the clock before the query was sent."""
-        names = {field.name for field in attrs.fields(Reading)}
-        [row] = answer
-        return Reading(before=before, after=self._clock(), **{name: row[name] for name in names & row.keys()})
+        """Return the reading from the ``answer`` to ``READ_CLOCK``; ``before``: the clock before the query was sent."""
+        after, [row] = self._clock(), answer
+        columns = ("database", "era", "began", "is_same_incarnation")
+        return Reading(before=before, after=after, **{name: row[name] for name in columns})
 
     async def _perform(
         self, connection: AsyncConnection[Row], found: Sequence[Row], operations: Sequence[Operation[Any]]
     ) -> Sequence[Result | None]:
-        """Return the results; None for a refund whose row is locked by another transaction."""
+        """Carry out ``operations`` and commit; ``found``: the rows that ``LOCK`` returned.
+
+        Return the results; the result is None if another transaction has locked the refund's row.
+        """
         reading = self._reading
         rows = {row["no_refund"]: row for row in found if row["no_refund"] is not None}
         before = {number: entry_of(row, reading) for number, row in rows.items()}
@@ -357,7 +360,8 @@ class PostgresJournal(GroupCommitJournal):
         """Send ``statements`` as :meth:`_send` does, on a connection of the pool.
 
         Yields the connection, the clock before the send, and the rows of each statement. If the server has closed the
-        connection, they are repeated on another one, so they must be idempotent. An exception in the block rolls back.
+        connection, the statements are sent again on another one, so they must be idempotent. If the ``async with``
+        block raises, the transaction is rolled back.
         """
         with self._errors():
             closed = 0

@@ -1,16 +1,21 @@
-"""Moments in a PostgreSQL journal: stored by the database's clock, and converted to the workers' boot clocks.
+"""Convert timestamps between the database's clock, which all workers share, and the clocks of one worker.
 
-Each transaction begins with a :class:`Reading` of the database's clock, and of the worker's clocks before and after.
-It converts moments in both directions. It errs on the safe side: no moment appears too old, and no lease too short.
+Each transaction first reads the database's clock, and the worker's clocks before and after it (:class:`Reading`). This
+reading converts a worker's :class:`~lianlian_async.clock.Moment` to its stored form and back. The conversion errs on
+the safe side: it never makes the time since a send longer, or a lease shorter.
 
-A stored moment is a JSON object. ``at``: the database's clock. ``era``: a period without a restart or a clock step.
-``ahead``: seconds by which the moment was in the future when written (as the end of a lease). ``boot``, ``timeline``:
-the writer's boot clock, exact for workers of the same boot. ``gateway``: the gateway's clock, if known.
+The stored form is a JSON object:
 
-An *incarnation* of the database is one start of the database server, identified by ``pg_postmaster_start_time()``: a
-standby or a restored copy has another one. Any role may call it, also on managed services. A new *era* begins with
-another incarnation (a restart, a failover, a restore), and when a worker's boot clock proves that the database's clock
-was set. The age of a moment of an earlier era starts with the new era.
+- ``at``: the time by the database's clock.
+- ``era``: the number of the era in which it was written.
+- ``ahead``: if it was in the future when it was written (the end of a lease), by how many seconds; else 0.
+- ``boot``, ``timeline``: the writer's boot clock, which is exact for workers of the same boot.
+- ``gateway``: the gateway's clock, if known.
+
+An *incarnation* is one run of the database server, identified by ``pg_postmaster_start_time()``, which any role may
+call. An *era* is a period within which times of the database's clock can be compared. A new era begins with another
+incarnation (after a restart, a failover or a restore), and when a worker's boot clock proves that the database's clock
+was set. A timestamp of an earlier era is read as the start of the current era, plus ``ahead``.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from .operations import may_be_lost
 _DRIFT: Final = 0.001
 """Upper bound for the relative drift between two clocks; quartz and the corrections of NTP stay below it."""
 _SLACK: Final = 2.0
-"""Seconds: if two clocks differ by more than this and the drift, the database's clock was set."""
+"""Seconds: if two clocks' elapsed times differ by more than this plus the drift, the database's clock was set."""
 
 
 @attrs.frozen(kw_only=True)
@@ -37,17 +42,17 @@ class Reading:
 
     before: Moment
     database: datetime
-    """The database's clock, at some moment between ``before`` and ``after``."""
+    """The database's clock, read at some time between ``before`` and ``after``."""
     after: Moment
     era: int
     began: datetime
-    """The beginning of the era, by the database's clock."""
+    """The start of the era, by the database's clock."""
     is_same_incarnation: bool
-    """Whether the era belongs to the incarnation of the database that answered."""
+    """Whether the server that answered is the incarnation in which the era began."""
 
     def continues(self, earlier: Reading) -> bool:
-        """Return whether the recorded era continues, by this worker's clocks."""
-        if not self.is_same_incarnation or self.era != earlier.era:
+        """Return whether the era still holds, by comparison with an ``earlier`` reading; else a new one must begin."""
+        if not self.is_same_incarnation or self.era != earlier.era:  # readings of two eras cannot be compared
             return self.is_same_incarnation
         passed = (self.database - earlier.database).total_seconds()
         least, most = self.before.boot - earlier.after.boot, self.after.boot - earlier.before.boot
@@ -55,13 +60,20 @@ class Reading:
         return least - slack <= passed <= most + slack
 
     def may_have_lost(self, fields: Mapping[str, str], grace: float) -> bool:
-        """Return whether the row of this refund may be lost, because another era began after its ``dt_refund``."""
+        """Return whether the database may have lost the row of the refund with ``fields`` when the era began.
+
+        For ``grace`` seconds from the start of the era: any row. Later: a row whose ``dt_refund`` is before their end.
+        Always False in the first era, and if ``grace`` is 0.
+        """
         if self.era == 1 or not grace:
             return False
         return may_be_lost(fields, self.database, self.began + timedelta(seconds=grace))
 
     def stored(self, moment: Moment | None, recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """Return the stored form of ``moment``. If it is from another boot, ``recorded`` is kept."""
+        """Return the stored form of ``moment``; ``recorded`` is the form in its row, None for a new row.
+
+        A moment of another boot came from that row: return ``recorded``, or the current time if the row was lost.
+        """
         if moment is None:
             return None
         if moment.timeline != self.after.timeline:
@@ -77,10 +89,10 @@ class Reading:
         }
 
     def moment(self, stored: Mapping[str, Any] | None) -> Moment | None:
-        """Return a stored moment, converted to this worker's clocks.
+        """Return the moment with the stored form ``stored``, by this worker's clocks.
 
-        The age of a moment of another boot is also measured by the gateway's clock, if known: the database's clock may
-        have been set while no worker ran.
+        The database's clock may have been set while no worker ran. So a past moment of another boot whose ``gateway``
+        is known gets a timeline of its own: :func:`~lianlian_async.clock.elapsed` then also uses the gateway's clock.
         """
         if stored is None:
             return None

@@ -1,8 +1,7 @@
 """Tables and statements of a PostgreSQL journal, and the conversion between rows and entries.
 
-``refunds`` has a row for each refund. ``eras`` has a row for each era, a period in which the database's clock can be
-compared, such as one start of the database server; ``postgres_moments`` explains it. ``version`` has one row: the
-schema's version, the journal's id, its owner, and whether ``Journal.begin_acting`` was called.
+``refunds`` has a row for each refund. ``eras`` has a row for each era (see ``postgres_moments``). ``version`` has one
+row: the schema's version, the journal's id, its owner, and whether ``Journal.begin_acting`` was called.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ UPGRADES: Final[dict[int, LiteralString]] = {}
 """Statements that upgrade the tables from each released version of the schema to the next one."""
 UPGRADED: Final = "UPDATE {schema}.version SET version = %s"
 BIND: Final = "UPDATE {schema}.version SET oid_partner = %s, apply_url = %s WHERE oid_partner IS NULL"
-# The table lock waits for every transaction that may have read the row before; later ones read the new value.
+# The table lock waits for each transaction that may have read the old value; later transactions read the new value.
 BEGIN_ACTING: Final[tuple[LiteralString, ...]] = (
     "LOCK TABLE {schema}.refunds IN EXCLUSIVE MODE",
     "UPDATE {schema}.version SET is_acting = true",
 )
 
 BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
-"""At this level, a transaction that waited for another one sees the rows of that one."""
+"""At this isolation level, a transaction that has waited for another transaction sees the rows that it committed."""
 COMMIT: Final = "COMMIT"
 ROLLBACK: Final = "ROLLBACK"
 # Run first in every transaction: behind a pooler, each transaction may use a different connection, so session settings
@@ -80,7 +79,7 @@ LOCK: Final = """
 WITH locked AS (SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s) FOR UPDATE SKIP LOCKED)
 SELECT is_acting, locked.* FROM {schema}.version LEFT JOIN locked ON true
 """
-"""Returns at least one row. Its refund columns are NULL if no refund is recorded or other workers have locked all."""
+"""Returns at least one row. Its refund columns are NULL if each refund has no row, or a row that is locked."""
 INSERT: Final = """
 INSERT INTO {schema}.refunds
     (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history)
@@ -134,7 +133,7 @@ def entry_of(row: Mapping[str, Any], reading: Reading) -> Entry:
 
 
 def rows_of(entries: Iterable[Entry], recorded: Mapping[str, Mapping[str, Any]], reading: Reading) -> str:
-    """Return ``entries`` as one JSON array; ``recorded``: the stored rows by number."""
+    """Return ``entries`` as one JSON array; ``recorded``: the stored rows by ``no_refund``."""
     rows = []
     for entry in entries:
         earlier = recorded.get(entry.no_refund, {})

@@ -23,8 +23,8 @@ T = TypeVar("T")
 _PAGE: Final = 500
 
 
-class _Reading:
-    """Reads an open journal file."""
+class _FileReading:
+    """The methods that only read an open journal file."""
 
     _file: JournalFile
     _thread: anyio.CapacityLimiter
@@ -47,7 +47,7 @@ class _Reading:
         self._check_open()
         last, until = 0, self._file.last_place
         while page := await self._in_thread(partial(self._file.page, last, until, _PAGE, pending=pending)):
-            for last, entry in page:  # noqa: B007 - the next page begins after ``last``
+            for last, entry in page:  # noqa: B007 - the next page starts after rowid ``last``
                 yield entry
             self._check_open()
 
@@ -60,13 +60,13 @@ class _Reading:
         await self._in_thread(self._file.close)
 
     def _check_open(self) -> None:
-        """Raise if it is not open."""
+        """Raise an error if the journal is not open."""
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await run_in_thread(function, *arguments, limiter=self._thread)
 
 
-class SqliteReader(_Reading):
+class SqliteReader(_FileReading):
     """Reads the journal file ``path``, even while another process has it open. Changes nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -89,15 +89,15 @@ class SqliteReader(_Reading):
         return await self._in_thread(self._file.find_all, numbers)
 
 
-class SqliteJournal(_Reading, GroupCommitJournal):
+class SqliteJournal(_FileReading, GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is created if it is missing.
 
-    Only one process at a time may open it; a second process gets a ``JournalError``. After that process has ended, or
-    was killed, the next process finds its open refunds as UNRESOLVED. While the journal is open, the files ``…-wal``
-    and ``…-shm`` are part of it. The file ``…-owner`` names the process that has the journal open, and ``…-inbox`` is
-    its inbox. If several processes run one service, let them share a :class:`~.postgres.PostgresJournal`: with a file
-    for each process, no process knows the refunds of the others. Use a local disk: network file systems lack reliable
-    locks.
+    Only one process at a time may open it; a second process gets a ``JournalError``. If the first process ends or is
+    killed, the next one finds its open refunds as UNRESOLVED. While the journal is open, the files ``…-wal`` and
+    ``…-shm`` are part of it. The file ``…-owner`` names the process that has opened the journal, and ``…-inbox`` is
+    the journal's inbox. If several processes run one service, let them share a :class:`~.postgres.PostgresJournal`:
+    with a file for each process, no process knows the refunds of the others. Use a local disk: network file systems
+    lack reliable locks.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

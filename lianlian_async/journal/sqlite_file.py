@@ -1,6 +1,6 @@
-"""The SQLite file of a journal: its schema, its owner, and one transaction for each batch. All calls block.
+"""Read and write the SQLite file of a journal, with one transaction for each batch. All calls block.
 
-No other process writes to the file, so leased entries are kept in memory and not read again.
+No other process writes to the file, so leased entries are kept in memory and are not read from the file again.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class JournalFile:
         return upgrade_steps(str(self._path), self._value("PRAGMA user_version"), sql.SCHEMA_VERSION, sql.UPGRADES)
 
     def owner(self) -> tuple[str, Owner | None]:
-        """Return the journal's id and its owner; None: the journal is not bound yet."""
+        """Return the journal's id and its owner, which is None if the journal is not bound yet."""
         with self._errors():
             journal_id, oid_partner, apply_url = json.loads(self._value(sql.OWNER))
         return journal_id, None if oid_partner is None else Owner(oid_partner, apply_url)
@@ -133,7 +133,7 @@ class JournalFile:
             self._opened.close()
 
     def backup(self, target: Path) -> None:
-        """Copy the journal to ``target``, which appears when the copy is complete. Other processes may write."""
+        """Copy the journal to ``target``, which appears when the copy is complete. Another process may have it open."""
         with self._turn, self._errors(), TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as folder:
             copy = Path(folder, target.name)
             with closing(_connect(copy, timeout=0.0)) as connection:
@@ -144,8 +144,8 @@ class JournalFile:
     def mark_restored(self, now: Moment) -> None:
         """Record that this file is a restored backup: later commits are lost.
 
-        From now on, refunds that the backup may lack are queried before they are sent, and every unresolved refund may
-        have been sent until ``now``.
+        From now on, refunds that the backup may lack are queried before they are sent. Every unresolved refund counts
+        as sent at ``now``, because the lost commits may include later sends.
         """
         with self._turn, self._errors():
             if (problem := self._value("PRAGMA quick_check")) != "ok":
@@ -273,7 +273,7 @@ class JournalFile:
             raise
 
     def _check_in_place(self) -> None:
-        """Raise if a file was removed or replaced: SQLite would go on writing to the unlinked file."""
+        """Raise ``JournalError`` if a file was removed or replaced: SQLite would go on writing to the unlinked file."""
         for path, opened in self._files.items():
             try:
                 is_there = os.path.samestat(path.stat(), opened)

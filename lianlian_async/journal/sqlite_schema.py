@@ -2,9 +2,9 @@
 
 ``refunds`` contains the columns that rarely change. ``bodies`` contains a refund's signed body while the refund is
 unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock at ``sent_at``, and the
-rejection if every attempt so far was rejected. ``endings`` contains the outcomes. So rows never grow, and pages stay
-full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the journal's id, its owner, whether
-``Journal.begin_acting`` was called, and when the file was restored from a backup.
+rejection if every attempt so far was rejected. ``endings`` contains the outcomes. With these three tables, rows never
+grow, so SQLite's pages stay full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the
+journal's id, its owner, whether ``Journal.begin_acting`` was called, and when the file was restored from a backup.
 
 One statement writes many rows, and a read returns all rows as one JSON text: ``sqlite3`` releases and re-acquires the
 GIL for every row, and a busy event loop may keep the GIL each time.
