@@ -43,8 +43,8 @@ class AllowList:
         """Return whether the client is allowed, and its address for the log.
 
         ``peer`` is the address of the connection; None or empty on a Unix socket. ``forwarded_for`` is the header
-        X-Forwarded-For: each proxy appends the address of its client. The client is the last address that is not a
-        trusted proxy; the addresses before it may be forged.
+        X-Forwarded-For: each proxy appends the address of its client. The client's address is the last one that does
+        not belong to a trusted proxy; the addresses before it may be forged.
         """
         hops = forwarded_for.split(",") if forwarded_for else []
         if peer:

@@ -1,4 +1,4 @@
-"""Query the fields that a notification omits; ``no_refund``, ``money_refund`` and ``sta_refund`` are optional in it."""
+"""Query the fields that a notification omits; ``no_refund``, ``money_refund`` and ``sta_refund`` are optional."""
 
 from __future__ import annotations
 
@@ -24,40 +24,41 @@ class IncompleteNotification(LianLianError):
 
 
 async def complete(
-    told: RefundRecord, session: RefundSession | None, journal: Journal | None, seconds: float
+    notified: RefundRecord, session: RefundSession | None, journal: Journal | None, seconds: float
 ) -> Refund:
-    """Return ``told``, or the gateway's record of the refund if ``told`` lacks a field.
+    """Return ``notified``, the notification's record; if it lacks a field, query and return the gateway's record.
 
-    The query requires ``session``, and a ``dt_refund`` from the notification or ``journal``; its deadline is
-    ``seconds``.
-    Raises :class:`IncompleteNotification`, ``RefundConflict`` if the record contradicts the notification, and
-    ``JournalError``.
+    The query requires ``session``, and a ``dt_refund`` from the notification or from ``journal``. It ends after
+    ``seconds``. Raises :class:`IncompleteNotification` if the query supplies no complete record, ``RefundConflict`` if
+    the two records contradict each other, and ``JournalError``.
     """
-    missing = [name for name in _NEEDED if getattr(told, name) is None]
+    missing = [name for name in _NEEDED if getattr(notified, name) is None]
     if not missing:
-        return cast("Refund", told)
+        return cast("Refund", notified)
     what = f"no {' and no '.join(missing)}"
     if session is None:
-        raise IncompleteNotification(f"{what}; pass session=… to the NotificationEndpoint so that it can query it")
-    entry = None if journal is None or told.no_refund is None else await journal.find(told.no_refund)
+        raise IncompleteNotification(
+            f"{what}; pass session=… to the NotificationEndpoint so that it can query the refund"
+        )
+    entry = None if journal is None or notified.no_refund is None else await journal.find(notified.no_refund)
     if entry is not None:
-        told = told.completed(entry.fields)
+        notified = notified.completed(entry.fields)
     try:
-        found = await session.query_refund(told.query(), deadline=seconds)
-        check_identity(told.raw, found.raw)
+        found = await session.query_refund(notified.query(), deadline=seconds)
+        check_identity(notified.raw, found.raw)
     except (*_NO_RECORD, *_UNUSABLE) as error:
         raise IncompleteNotification(f"{what}; the query failed: {error}") from error
     for name in _NEEDED:
         if getattr(found, name) is None:
             raise IncompleteNotification(f"{what}, and the gateway's record has no {name}")
-    check_state(told, found)
-    if told.sta_refund is None and not found.is_final:
+    check_state(notified, found)
+    if notified.sta_refund is None and not found.is_final:
         raise IncompleteNotification(f"{what}, and the gateway's record is not final yet")
     return cast("Refund", found)  # it has every field of _NEEDED
 
 
-def check_state(told: RefundRecord, found: RefundRecord) -> None:
-    """Raise ``RefundConflict`` if the states of a notification and of the gateway's record differ."""
-    if told.sta_refund not in (None, found.sta_refund):
-        ours, theirs = str(told.sta_refund), str(found.sta_refund)
+def check_state(notified: RefundRecord, found: RefundRecord) -> None:
+    """Raise ``RefundConflict`` if a notification and the gateway's record have different states."""
+    if notified.sta_refund not in (None, found.sta_refund):
+        ours, theirs = str(notified.sta_refund), str(found.sta_refund)
         raise RefundConflict(str(found.no_refund), field="sta_refund", ours=ours, theirs=theirs)

@@ -7,9 +7,9 @@ LianLian delivers the notification again after 2 minutes (at most 30 times), and
 background and is retried with exponential backoff until it succeeds, also after a restart.
 
 In both modes the handler is called again only if it did not return, or if the process or the journal failed before the
-return was recorded. This covers all processes that share the journal; without a journal, the latest 10,000 refunds of
-this process. After an endpoint has opened a journal, the journal keeps each final refund in state FINAL until the
-handler has returned for it, even if it became final without a notification.
+return was recorded. This holds for all processes that share the journal; without a journal, for the latest 10,000
+refunds of this process. After an endpoint has opened a journal, the journal keeps each final refund in state FINAL
+until the handler has returned for it, even if the refund became final without a notification.
 """
 
 from __future__ import annotations
@@ -95,11 +95,13 @@ class NotificationEndpoint:
         on_refund: the handler, a coroutine function that is called with a ``Refund`` whose ``sta_refund`` is final. It
             should commit its work before it returns. It must be idempotent: it is called again after an exception, a
             timeout or a crash.
-        journal: preferably the session's journal. It records the final state; a notification that contradicts it is
-            refused. Use only one handler per journal: each refund's handler call happens once across all processes.
+        journal: preferably the session's journal. The endpoint records the final state in it, and refuses a
+            notification that contradicts the recorded state. Use only one handler per journal: the processes that share
+            the journal call the handler once for each refund.
         session: its ``wait_refund`` calls are woken, and fields that a notification omits are queried through it.
             ``confirm`` and :meth:`sweep` require it.
-        confirm: query the gateway before each handler call, because notifications contain neither a time nor a nonce.
+        confirm: query the gateway before each handler call. A notification contains neither a time nor a nonce, so its
+            signature does not prove that it is new.
         inbox: acknowledge first and call the handler in the background; requires a journal.
         body_seconds: time limit for reading a request body; after it, the response is 408.
         handler_seconds: time limit for confirming and ``on_refund`` together. LianLian waits 5 seconds for a response;
@@ -288,9 +290,9 @@ class NotificationEndpoint:
             logger.warning("notification refused: longer than %d bytes", MAX_MESSAGE_BYTES)
             return Verdict.TOO_BIG
         rsa, inbox = self._ready or await self._open()
-        told = await rsa.check(rsa.protocol.read_notification, body)
-        about.append(told.no_refund)
-        refund = await complete(told, self._session, self._journal, self._seconds)
+        record = await rsa.check(rsa.protocol.read_notification, body)
+        about.append(record.no_refund)
+        refund = await complete(record, self._session, self._journal, self._seconds)
         if self._journal is not None:
             refund = await learn(self._journal, refund, self._clock(), "notification")
         if not refund.is_final:
@@ -305,22 +307,22 @@ class NotificationEndpoint:
         return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
 
     async def _act_once(self, refund: Refund, inbox: Inbox) -> Verdict:
-        standing, held = await inbox.take(refund)
+        standing, leased = await inbox.take(refund)
         self._notify_session(refund)
         if standing is Standing.FINISHED:
             return Verdict.DUPLICATE
         if standing is Standing.LEASED:
             return Verdict.BUSY
-        return Verdict.ACTED if await inbox.act_on(refund, held) else Verdict.FAILED
+        return Verdict.ACTED if await inbox.act_on(refund, leased) else Verdict.FAILED
 
     # ── notifications that never arrived ─────────────────────────────────────────────────────────
 
     async def sweep(self, *, concurrency: int | None = None) -> Resumed:
         """Resolve all open refunds, as ``RefundSession.resume`` does, then call the handler for all final refunds.
 
-        LianLian stops after 30 deliveries, within an hour. Call this at the start of the service and about every 15
-        minutes: it queries refunds whose notification never arrived. It calls the handler for refunds that became final
-        without a notification, and again for refunds whose handler call failed.
+        LianLian stops after 30 deliveries, within an hour. Call this method at the start of the service and about every
+        15 minutes: it queries the refunds whose notification never arrived. It calls the handler for refunds that
+        became final without a notification, and again for refunds whose handler call failed.
 
         Returns the result of ``resume``; :attr:`counts` has the results of the handler calls. ``concurrency`` is the
         session's ``max_connections`` by default. Raises ``ConfigurationError`` without a journal or a session, and
@@ -331,7 +333,7 @@ class NotificationEndpoint:
         await journal.begin_acting()  # again: a failover of the database may have lost the first one
         resumed = await session.resume(concurrency=concurrency)
         await inbox.keep_final()
-        if not self._is_inbox:  # else the inbox's worker calls the handler
+        if not self._is_inbox:  # in inbox mode, the inbox's worker calls the handler
             await inbox.catch_up()
         return resumed
 
@@ -350,7 +352,7 @@ class NotificationEndpoint:
     async def _act(self, refund: Refund) -> None:
         began, succeeded = self._listeners.timer(), False
         try:
-            # The gateway may not know a refund of a statement or a decision.
+            # The gateway may not find a refund whose outcome comes from a statement or from a person's decision.
             if self._confirm and self._session is not None and refund.evidence is None:
                 check_state(refund, await self._session.query_refund(refund.query()))
             await self._on_refund(refund)
@@ -375,7 +377,7 @@ class NotificationEndpoint:
             await send({"type": "websocket.close"})
 
     async def _serve(self, scope: Mapping[str, Any], receive: asgi.Receive) -> Ack:
-        # If the endpoint is mounted in another application, the path begins with the mount point.
+        # If another application mounts the endpoint, the path begins with the mount point.
         if self._path is not None and scope["path"].removeprefix(scope.get("root_path", "")) != self._path:
             return NOT_HERE
         if scope["method"] != "POST":

@@ -34,21 +34,19 @@ logger = logging.getLogger("lianlian_async")
 _NO_LEASE: Final = -60.0
 """A negative lease: expired at once, even with clock skew between workers."""
 _SCAN_EVERY: Final = 30.0
-"""Seconds between two scans for entries that other workers left behind."""
+"""Seconds between two scans for entries that other workers added or did not finish."""
 _LONGEST_BACKOFF: Final = 300.0
-"""Seconds. The first backoff after a failure takes one second, each further one twice as long."""
-
-
+"""Seconds. The first backoff takes one second; each further backoff takes twice as long as the last one."""
 MOST_RECENT: Final = 10_000
 """The number of refunds that :class:`RecentRefunds` remembers."""
 
 
 class RecentRefunds(MemoryJournal):
-    """The latest ``MOST_RECENT`` refunds of this process; a refund on which the handler runs is never removed."""
+    """The latest ``MOST_RECENT`` refunds of this process; a refund is not removed while the handler runs for it."""
 
     def _do(self, operation: Operation[T]) -> T:
         answer = super()._do(operation)
-        self._entries[operation.no_refund] = self._entries.pop(operation.no_refund)  # the latest is the last one
+        self._entries[operation.no_refund] = self._entries.pop(operation.no_refund)  # move it to the end
         while len(self._entries) > MOST_RECENT:
             idle = (number for number, entry in self._entries.items() if entry.leased_until is None)
             if (oldest := next(idle, None)) is None:
@@ -59,7 +57,7 @@ class RecentRefunds(MemoryJournal):
 
 @attrs.frozen
 class _Backoff:
-    """A notification for which the handler is running, or is not called again before ``until``."""
+    """The state of an entry whose handler is running, or must not be called again before ``until``."""
 
     failures: int
     until: float = math.inf
@@ -68,9 +66,10 @@ class _Backoff:
 
 @attrs.define(eq=False, kw_only=True)
 class Inbox:
-    """A separate journal of final refunds that all processes share; one process at a time acts on each refund."""
+    """Calls the handler for the final refunds in ``journal``; one caller at a time acts on each refund."""
 
     journal: Journal
+    """The inbox's own journal, of final refunds."""
     refunds: Journal
     """The journal of the refunds themselves."""
     act: Callable[[Refund], Awaitable[None]]
@@ -90,8 +89,8 @@ class Inbox:
         """Take the lease on a final refund before acting on it; wait while another caller has the lease.
 
         LEASED: another caller still has the lease. FINISHED: the handler has returned. After any other result, the
-        caller must call :meth:`act_on`. Raises ``JournalError``, and ``RefundConflict`` if an earlier notification had
-        another final state or amount.
+        caller must call :meth:`act_on`. Raises ``JournalError``, and ``RefundConflict`` if the inbox has the refund
+        with another final state or amount.
         """
         return await self._take(refund, 2 * self.seconds, anyio.current_time() + self.seconds)
 
@@ -112,10 +111,10 @@ class Inbox:
             await self.refunds.acted(entry.no_refund, self.clock())
         return standing, entry
 
-    async def act_on(self, refund: Refund, held: Entry) -> bool:
-        """Run the handler for a refund that :meth:`take` took, and record or log the result.
+    async def act_on(self, refund: Refund, leased: Entry) -> bool:
+        """Run the handler for a refund, and record or log the result. ``leased``: the entry from :meth:`take`.
 
-        Returns whether the handler succeeded. Raises cancellation and ``JournalError``.
+        Returns whether the handler succeeded. Raises ``JournalError``.
         """
         try:
             with anyio.move_on_after(self.seconds) as scope:
@@ -126,12 +125,12 @@ class Inbox:
             is_handled = is_failure(error)
             if is_handled:
                 logger.exception("refund %s: the handler failed; it will be called again", refund.no_refund)
-            await self.journal.release(held, self.clock())  # the next delivery calls the handler again
+            await self.journal.release(leased, self.clock())  # the next delivery calls the handler again
             if not is_handled:
                 raise
             return False
-        await self.journal.finish(held, Ending(state=State.DONE, record={"sta_refund": str(refund.sta_refund)}))
-        await self.refunds.acted(held.no_refund, self.clock())
+        await self.journal.finish(leased, Ending(state=State.DONE, record={"sta_refund": str(refund.sta_refund)}))
+        await self.refunds.acted(leased.no_refund, self.clock())
         return True
 
     async def keep_final(self) -> None:
@@ -168,7 +167,7 @@ class Inbox:
         await run_workers(self._due(), attempt, workers=self.workers, intake=self._intake)
 
     async def catch_up(self) -> None:
-        """Act once on every entry of the inbox; for an endpoint that does not run :meth:`work`."""
+        """Act once on every entry of the inbox. For an endpoint that does not run :meth:`work`."""
         await run_workers(self.journal.pending(), self._attempt, workers=self.workers, intake=anyio.CancelScope())
 
     def stop(self) -> None:
@@ -198,7 +197,7 @@ class Inbox:
         return standing, succeeded
 
     async def _due(self) -> AsyncGenerator[Entry]:
-        """Yield each entry whenever it is due, in an endless loop."""
+        """Yield each entry when the handler may be called for it, in an endless loop."""
         has_kept_final = False
         while True:
             self._arrived = anyio.Event()
@@ -217,7 +216,7 @@ class Inbox:
                 if not is_failure(error):
                     raise
                 logger.exception("the inbox cannot be read; trying again in %g s", _SCAN_EVERY)
-            # An expired backoff that this scan did not renew: another worker finished the entry.
+            # Drop the expired backoffs that this scan did not renew: another worker has finished these entries.
             self._backoffs = {number: each for number, each in self._backoffs.items() if each.until > began}
             due = min((each.until for each in self._backoffs.values()), default=math.inf)
             with anyio.move_on_after(min(max(due - anyio.current_time(), 0.0), _SCAN_EVERY)):
@@ -225,7 +224,7 @@ class Inbox:
 
 
 def _intent(refund: Refund, lease: float) -> Intent:
-    # The identity comes first: a conflict names the first field that differs.
+    # The state and the identity come first, because a conflict names the first field that differs.
     identity = {
         "sta_refund": str(refund.sta_refund),
         "money_refund": str(refund.money_refund),

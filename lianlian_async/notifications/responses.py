@@ -39,7 +39,7 @@ class Verdict(StrEnum):
     NOT_ADMITTED = "not admitted"
     """From an address that is not on the allow-list."""
     BUSY = "busy"
-    """The handler is still running for another delivery of the same notification."""
+    """The handler is still running for another delivery of this notification."""
     FAILED = "failed"
     """The handler failed or took too long, the gateway did not confirm, or the journal failed."""
 
