@@ -34,7 +34,7 @@ __all__ = ["apply_shielded", "lifespan", "notifications", "refund_errors"]
 
 @web.middleware
 async def refund_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Respond to each ``LianLianError`` of a handler: ``web.Application(middlewares=[refund_errors])``."""
+    """Respond to a ``LianLianError`` that a handler raises: ``web.Application(middlewares=[refund_errors])``."""
     try:
         return await handler(request)
     except LianLianError as error:

@@ -1,10 +1,10 @@
 """OpenTelemetry: a span for each call with its requests and pauses as children, and metrics (extra ``otel``).
 
 ``RefundSession(merchant, listeners=[OpenTelemetry()])`` uses the global providers. An instrumentor of httpx or aiohttp
-adds its HTTP span below each request span. Without one, the request span itself is the HTTP client span, with kind
-CLIENT and the attributes of the semantic conventions. In each case a request has one ``traceparent`` header.
+adds its HTTP span below each request span. Without an instrumentor, the request span itself is the HTTP client span,
+with kind CLIENT and the attributes of the semantic conventions. In both cases a request has one ``traceparent`` header.
 
-The metrics as Prometheus names them, one of their labels (prefix: ``lianlian_``), and a query for Grafana:
+Each metric by its name in Prometheus, with one of its labels (prefix: ``lianlian_``) and a query for Grafana:
 
     lianlian_refunds_total                    outcome    sum by (lianlian_outcome) (rate(…[5m]))
     lianlian_refund_duration_seconds          outcome    histogram_quantile(0.95, sum by (le) (rate(…_bucket[5m])))
@@ -116,7 +116,7 @@ class OpenTelemetry:
             counter.add(1, labels)
         try:
             if isinstance(event, events.AttemptBegan):
-                propagate.inject(event.headers)  # an instrumentor replaces this header by its own
+                propagate.inject(event.headers)  # an instrumentor replaces this header with its own
             yield
         finally:
             if counter is not None:

@@ -46,7 +46,7 @@ logger = logging.getLogger("lianlian_async")
 
 _SLICES: Final = 10
 """Slices that one statement inserts."""
-# A single statement, so that it can run in the caller's transaction. Jobs become due by the database's clock.
+# A single statement, so that ``RefundQueue.statement`` can return it. Jobs become due by the database's clock.
 _INSERT: Final = """
 INSERT INTO procrastinate_jobs (queue_name, task_name, priority, args, status, scheduled_at)
 SELECT %(queue)s, %(task)s, priority, args, status, clock_timestamp() + seconds * interval '1 second'
@@ -66,7 +66,7 @@ FROM (
     FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s
 ) AS job
 """
-# The time of a job's first event is when it was queued. Only follow-up jobs (priority 1) have a cause.
+# A job's first event has the time at which it was queued. Only follow-up jobs (priority 1) have a cause.
 _ACTIVITY: Final = """
 WITH job AS (SELECT * FROM procrastinate_jobs WHERE queue_name = %(queue)s AND task_name = %(task)s)
 SELECT
@@ -86,7 +86,7 @@ _FAILURES: Final = """
 SELECT args->'refunds'->0->>'no_refund' AS no_refund, args->>'cause' AS cause FROM procrastinate_jobs
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' ORDER BY id LIMIT %(limit)s
 """
-# A job with a queueing lock would collide with its successor, which replaces it.
+# Only the periodic job has a queueing lock. It is not queued again: its successor may already be queued with that lock.
 _RESCUE: Final = """
 UPDATE procrastinate_jobs AS job
 SET status = CASE WHEN queueing_lock IS NULL THEN 'todo' ELSE 'failed' END::procrastinate_job_status,
@@ -96,12 +96,13 @@ WHERE status = 'doing' AND queue_name = %(queue)s AND NOT EXISTS (
     WHERE worker.id = job.worker_id AND last_heartbeat >= now() - %(seconds)s * interval '1 s'
 ) RETURNING id, status
 """
-# Find the refunds that a job already covers. Ignore slices that no worker has started: they may wait for a long time.
-_HELD: Final = """
+# Find the refunds that a job already contains. Ignore jobs that no worker has started: they may wait for a long time.
+_COVERED: Final = """
 SELECT refund FROM procrastinate_jobs, jsonb_path_query(args, '$.refunds[*]') AS refund
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND refund = ANY(%(refunds)s)
     AND (status IN ('doing', 'failed') OR status = 'todo' AND (priority > 0 OR attempts > 0))
 """
+# Identifies the database and the table, to compare two connections.
 _DATABASE: Final = """
 SELECT concat_ws(' ', extract(epoch FROM pg_postmaster_start_time()), to_regclass('procrastinate_jobs')::oid,
     (SELECT oid FROM pg_database WHERE datname = current_database())) AS id
@@ -111,7 +112,7 @@ _TIMEOUT: Final = 10.0
 
 
 async def _limit_idle_transactions(connection: AsyncConnection[Any]) -> None:
-    """End the transaction of a worker that hangs, as its row locks block the other workers."""
+    """Let the database end the transaction of a worker that hangs, because its row locks block the other workers."""
     await connection.execute(f"SET idle_in_transaction_session_timeout = '{_TIMEOUT:.0f}s'")
     await connection.commit()
 
@@ -120,14 +121,15 @@ class RefundQueue:
     """A queue of refunds in the PostgreSQL database ``dsn``, for any number of producers and workers.
 
     A job contains a slice: up to ``slice_size`` refunds. All workers share one journal, which records the outcome of
-    each refund. A refund that stays unknown is queued again for its ``ask_again_at``. A refund that needs a person
-    (``RefundConflict``, or a row that cannot be read) becomes a failed job (:meth:`failures`).
+    each refund. A refund whose outcome stays unknown is queued again, due at its ``ask_again_at``. A refund about which
+    a person has to decide (``RefundConflict``, or unreadable data) becomes a failed job (:meth:`failures`).
     """
 
     def __init__(self, dsn: str, *, queue: str = "lianlian", rescue_after: float = 60.0, slice_size: int = 200) -> None:
-        """``rescue_after``: seconds without a heartbeat after which other workers take over a worker's jobs.
+        """If a worker has had no heartbeat for ``rescue_after`` seconds, other workers take over its jobs.
 
-        Raises ``ConfigurationError`` if it is less than 1: a live worker would count as dead between two heartbeats.
+        Raises ``ConfigurationError`` if ``rescue_after`` is less than 1: a live worker would count as dead between two
+        heartbeats.
         """
         if not is_number(rescue_after) or rescue_after < 1:
             raise ConfigurationError(f"rescue_after: must be at least 1 second, is {rescue_after!r}")
@@ -138,15 +140,15 @@ class RefundQueue:
         self._slice_size = check_integer("slice_size", slice_size, least=1)
         self._worker: SliceWorker | None = None
         self.app.task(name=TASK, queue=queue, retry=RetryStrategy(wait=60), pass_context=True)(self._run_slice)
-        tend = self.app.task(name="lianlian:tend", queue=queue, queueing_lock=f"tend {queue}", priority=2)(self._tend)
-        self.app.periodic(cron="* * * * *", periodic_id=queue)(tend)
+        task = self.app.task(name="lianlian:tend", queue=queue, queueing_lock=f"tend {queue}", priority=2)
+        self.app.periodic(cron="* * * * *", periodic_id=queue)(task(self._requeue_lost))
 
     async def __aenter__(self) -> Self:
         try:
             await self.app.open_async()
             if not await self.app.check_connection_async():
                 await self.app.schema_manager.apply_schema_async()
-        except BaseException:  # the tasks of a pool that stays open do not end when the event loop does
+        except BaseException:  # if the pool stayed open, its tasks would outlive the event loop
             await complete(self.app.close_async)
             raise
         return self
@@ -165,8 +167,8 @@ class RefundQueue:
         """Insert refunds into the queue in bulk, and return their number.
 
         Idempotent: the journal prevents a second refund for the same ``no_refund``. With ``connection`` (psycopg), all
-        are inserted in its open transaction, in a savepoint. Raises ``ConfigurationError`` if it has none, or leads to
-        another database than the queue's.
+        refunds are inserted in its open transaction, in a savepoint. Raises ``ConfigurationError`` if ``connection``
+        has no open transaction, or leads to another database than the queue's.
         """
         if connection is not None:
             await self._check(connection)
@@ -179,7 +181,7 @@ class RefundQueue:
                 statement, parameters = self.statement(chunk)
                 if connection is None:
                     await self.app.connector.execute_query_async(statement, **parameters)
-                else:  # do not use the caller's cursor_factory and row_factory
+                else:  # the caller's cursor_factory and row_factory may be of any kind, so set both
                     await AsyncCursor(connection, row_factory=tuple_row).execute(statement, parameters)
                 number += len(chunk)
         return number
@@ -198,7 +200,8 @@ class RefundQueue:
     def statement(self, requests: Iterable[RefundRequest]) -> tuple[LiteralString, dict[str, str]]:
         """Return the SQL statement that inserts ``requests`` into the queue, and its parameters in psycopg's form.
 
-        For connections that :meth:`enqueue` does not accept. It does not check that they lead to the same database.
+        Use it with a connection that :meth:`enqueue` does not accept, and make sure that it leads to the queue's
+        database: this is not checked.
         """
         rows, size = [request.to_dict() for request in requests], self._slice_size
         slices = [{"refunds": rows[start : start + size]} for start in range(0, len(rows), size)]
@@ -217,15 +220,18 @@ class RefundQueue:
         return await self.app.connector.execute_query_one_async(_COUNT, **self._names, seconds=self._rescue_after)
 
     async def failures(self, limit: int = 20) -> Sequence[Mapping[str, str | None]]:
-        """Return the oldest refunds that need a person: ``no_refund`` (None if it cannot be read) and ``cause``."""
+        """Return the oldest refunds about which a person has to decide, with ``no_refund`` and ``cause``.
+
+        ``no_refund`` is None if it cannot be read.
+        """
         return await self.app.connector.execute_query_all_async(_FAILURES, **self._names, limit=limit)
 
     async def activity(self) -> Mapping[str, Any]:
-        """Return numbers that show whether the queue moves.
+        """Return numbers that show whether the workers make progress.
 
-        ``oldest_waiting_seconds``: of the refunds that are due, or None. ``queued_again``: the refunds that were begun
-        and queued again, by cause. ``workers``: each with ``id``, ``heartbeat_seconds`` since its last heartbeat, and
-        number of running ``slices``.
+        ``oldest_waiting_seconds``: how long the oldest due job has waited, or None. ``queued_again``: the number of
+        refunds in unfinished follow-up jobs, by cause. ``workers``: each with its ``id``, ``heartbeat_seconds`` since
+        its last heartbeat, and the number of its running ``slices``.
         """
         return await self.app.connector.execute_query_one_async(_ACTIVITY, **self._names)
 
@@ -244,10 +250,11 @@ class RefundQueue:
     ) -> None:
         """Process queued refunds with ``session`` (it needs a ``PostgresJournal``) until cancelled.
 
-        With ``wait=False``, return when the queue is empty. ``concurrency``: maximum number of refunds in flight;
+        With ``wait=False``, return when no job is due. ``concurrency``: maximum number of refunds in flight;
         ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running refunds finish
-        and the others go back into the queue; a second one also cancels the running ones. The others also go back
-        before :class:`BatchStopped` (see ``refund_many``) or :class:`InvalidRequest` (no ``notify_url``) is raised.
+        and the others go back into the queue; a second cancellation or signal also cancels the running refunds. An
+        error that every further refund would meet is raised in the same way, after the others have gone back:
+        :class:`BatchStopped` (see ``refund_many``), or :class:`InvalidRequest` if there is no ``notify_url``.
         """
         if not isinstance(session.journal, PostgresJournal):
             raise ConfigurationError("work: the session needs a PostgresJournal, which all workers share")
@@ -263,12 +270,12 @@ class RefundQueue:
             stalled_worker_timeout=self._rescue_after,
         )
         self.app.job_manager = SliceFetcher(worker)
-        await self._tend(0)
+        await self._requeue_lost(0)
         running = asyncio.ensure_future(worker.run())  # type: ignore[no-untyped-call]
         try:
             await asyncio.shield(running)
         except asyncio.CancelledError:
-            with anyio.CancelScope(shield=True):  # without it, a cancelled scope would cancel this wait again and again
+            with anyio.CancelScope(shield=True):  # a cancelled scope cancels each wait in it again, unless shielded
                 while not running.done():
                     worker.interrupt()
                     with suppress(asyncio.CancelledError):
@@ -281,9 +288,9 @@ class RefundQueue:
         worker = self._working()
         jobs = await Slice(worker, context.job).run()
         try:
-            await self._put(jobs)  # committed before this job ends
+            await self._put(jobs)  # the follow-up jobs are committed before this job ends
         except Exception as error:
-            worker.fail(error)  # the job stays `doing`; another worker rescues it after this one has stopped
+            worker.fail(error)  # this job stays `doing`; another worker takes it over after this worker has stopped
             raise
 
     def _working(self) -> SliceWorker:
@@ -294,18 +301,18 @@ class RefundQueue:
             )
         return self._worker
 
-    async def _tend(self, timestamp: int) -> None:
-        """Queue the jobs of dead workers again, and the open refunds that no job covers."""
+    async def _requeue_lost(self, timestamp: int) -> None:
+        """Queue the jobs of dead workers again, and the open refunds that no job contains."""
         session, queue, connector = self._working().session, self._names["queue"], self.app.connector
         for job in await connector.execute_query_all_async(_RESCUE, queue=queue, seconds=self._rescue_after):
             logger.warning("job %s is set to %s: its worker is dead", job["id"], job["status"])
         async with aclosing(_chunks(_open_refunds(session), self._slice_size)) as chunks:
             async for refunds in chunks:
-                found = await connector.execute_query_all_async(_HELD, **self._names, refunds=refunds)
-                held = [row["refund"] for row in found]
-                if free := [refund for refund in refunds if refund not in held]:
-                    await self._put([follow_up(free, tries=1)])
-                    logger.warning("%d open refunds are queued again: no job covered them", len(free))
+                found = await connector.execute_query_all_async(_COVERED, **self._names, refunds=refunds)
+                covered = [row["refund"] for row in found]
+                if lost := [refund for refund in refunds if refund not in covered]:
+                    await self._put([follow_up(lost, tries=1)])
+                    logger.warning("%d open refunds are queued again: no job covered them", len(lost))
 
 
 async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]:
@@ -320,7 +327,7 @@ async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]
 
 
 async def _open_refunds(session: RefundSession) -> AsyncGenerator[dict[str, str]]:
-    """Yield the refunds that may have been made and have no lease. Refunds that were never sent are not included."""
+    """Yield the unresolved refunds that may have been sent and whose lease is over."""
     async for entry in cast("PostgresJournal", session.journal).unresolved():
         if entry.sent_at is not None and entry.sent_at.boot <= session.clock().boot:
             yield dict(entry.fields)

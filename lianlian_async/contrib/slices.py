@@ -1,6 +1,6 @@
 """Slices of a refund queue: one procrastinate job contains many refunds, and a worker runs them with ``refund_many``.
 
-The journal prevents a second refund if a slice overlaps another slice, is repeated, or is rescued.
+Two slices may contain the same refund, and a slice may run twice: the journal prevents a second refund.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ _REJECTED_PAUSE: Final = 900.0
 def follow_up(
     refunds: list[Any], tries: int, seconds: float = 0.0, cause: str | None = None, *, failed: bool = False
 ) -> dict[str, Any]:
-    """Return a job due in ``seconds``, with a higher priority than new slices; ``cause``: why it exists."""
+    """Return a job that is due in ``seconds`` and has a higher priority than new slices.
+
+    ``tries``: number of runs that may have sent its refunds; ``cause``: why they are queued again, or have ``failed``.
+    """
     args = {"refunds": refunds, "tries": tries} | ({"cause": cause} if cause else {})
     return {"priority": 1, "status": "failed" if failed else "todo", "seconds": seconds, "args": args}
 
@@ -60,7 +63,7 @@ class SliceWorker(Worker):
         """The error that stopped the worker."""
         self.is_stopping = False
         self.needs_more = asyncio.Event()
-        """Set while fewer than ``concurrency`` fetched refunds wait here; if it is not set, no job is fetched."""
+        """Set while fewer than ``concurrency`` fetched refunds wait in this worker; else no job is fetched."""
         self._waiting = 0
         self.add_waiting(0)
 
@@ -88,7 +91,7 @@ class SliceWorker(Worker):
 
 
 class SliceFetcher(JobManager):
-    """Fetches a job only when its worker needs more refunds, and no job after the worker was stopped."""
+    """Fetches a job only when its worker needs more refunds, and none after the worker was stopped."""
 
     def __init__(self, worker: SliceWorker) -> None:
         super().__init__(worker.app.connector)
@@ -114,7 +117,7 @@ class Slice:
         tries = job.task_kwargs.get("tries")
         # An earlier run may have sent these refunds, even if the journal has lost them: tries > 0 queries them first.
         self._tries = max(tries if isinstance(tries, int) else 0, min(job.attempts, 1))
-        self._pause = min(2.0 ** min(self._tries, 9), 300.0)  # after a failure of the network or the journal
+        self._pause = min(2.0 ** min(self._tries, 9), 300.0)  # seconds, after a failure of the network or the journal
         self._unread = _rows(job)[::-1]
         self._under_way = dict[int, RefundRequest]()
         self._failed: list[dict[str, Any]] = []
@@ -139,7 +142,7 @@ class Slice:
         except JournalError as error:
             logger.warning("%d refunds are queued again: %s", len(self._unread), error)
             pause = self._pause
-        except Exception as error:  # noqa: BLE001 - every slice would meet it: the queue's `work` raises it
+        except Exception as error:  # noqa: BLE001 - every slice would fail with it, so the queue's `work` raises it
             worker.fail(error)
         finally:
             for _ in self._under_way:
@@ -170,7 +173,7 @@ class Slice:
                 yield request
 
     def _keep(self, request: RefundRequest, error: LianLianError) -> None:
-        """Create the follow-up for a refund with an error; a permanent rejection needs none."""
+        """Add the refund to a follow-up job; a permanent rejection needs none."""
         match error:
             case RefundOutcomeUnknown():
                 seconds = (error.ask_again_at - self._worker.session.clock().wall).total_seconds()
@@ -185,7 +188,7 @@ class Slice:
                     self._worker.stop()
                 if error.stops_batch or error.may_pass:
                     self._retry(request, _REJECTED_PAUSE, f"rejected: {error.ret_code} {error.meaning}")
-            case InvalidRequest():  # the row was readable: the merchant's configuration has no notify_url
+            case InvalidRequest():  # the row is valid, so the cause is the merchant's configuration: no notify_url
                 self._retry(request, 0.0, str(error))
                 self._worker.fail(error)
             case _:
@@ -202,7 +205,7 @@ class Slice:
 
 
 def _rows(job: Job) -> list[Any]:
-    """Return the refunds in ``job`` as stored; they may have any form."""
+    """Return the refunds in ``job`` as stored. Other programs may have written the job, so they may have any form."""
     refunds = job.task_kwargs.get("refunds")
     return refunds if isinstance(refunds, list) else [refunds]
 

@@ -1,6 +1,6 @@
-"""For every web framework: HTTP responses to errors, refunds that no disconnect cancels, recipes.
+"""For every web framework: HTTP responses to errors, refunds that continue after the client disconnects, recipes.
 
-In the recipes ``journal``, ``session`` and ``endpoint`` are those of the README's FastAPI service. Starlette::
+In the recipes, ``journal``, ``session`` and ``endpoint`` are those of the README's FastAPI service. Starlette::
 
     from starlette import applications, responses, routing
     from lianlian_async import LianLianError, RefundRequest
@@ -84,12 +84,13 @@ _SHOWN: Final = ("no_refund", "sta_refund", "field", "ret_code", "ret_msg", "mea
 
 
 def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Return HTTP status, headers and JSON body: what a client may know about its refund, nothing about the service.
+    """Return the HTTP status, headers and JSON body that tell a client about its refund, and nothing about the service.
 
     A rejection has status 402 if it may pass (balance, limit), 500 if the merchant's configuration is its cause, else
-    422. If another error caused ``error``, or the journal failed after a send, the response is about that outcome.
+    422. If another error caused ``error``, the response is about that error. If the journal failed after the gateway
+    had answered, the response is about the gateway's answer.
     """
-    said = getattr(error, "said", None) or getattr(error, "cause", None)  # of JournalError, BatchStopped
+    said = getattr(error, "said", None) or getattr(error, "cause", None)  # JournalError.said, BatchStopped.cause
     if isinstance(said, LianLianError):
         return error_response(said, now)
     _, status, detail = next(row for row in _RESPONSES if isinstance(error, row[0]))
@@ -110,7 +111,7 @@ def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, 
 
 
 def respond(error: Exception) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Return :func:`error_response` for a ``LianLianError`` now; log each error of the service or the gateway (5xx)."""
+    """Return :func:`error_response` for a ``LianLianError`` at this moment; log the error if the status is 5xx."""
     response = error_response(cast("LianLianError", error), system_clock().wall)
     if response[0] >= 500:
         logger.error("HTTP status %d: %s: %s", response[0], type(error).__name__, error)
@@ -128,10 +129,11 @@ async def refund_error(_request: object, error: Exception) -> Any:
 async def apply_shielded(
     session: RefundSession, request: RefundRequest, on_outcome: Callable[[Refund | BaseException], object] = _log
 ) -> Refund:
-    """Return ``session.apply_refund(request)``; a cancellation ends this call only after the refund.
+    """Return ``session.apply_refund(request)``; a cancellation ends this call only after the refund has ended.
 
-    A server may cancel a handler whose client disconnects. Then ``on_outcome``, which must not block, gets the refund
-    or the error; by default it is logged. With a journal a repeated request gets it, too; without one, store it.
+    A server may cancel a handler when its client disconnects. Then ``on_outcome``, which must not block, gets the
+    refund or the error; by default it is logged. With a journal, a repeated request gets the same outcome. Without a
+    journal, ``on_outcome`` should store it.
     """
     results = list[Any]()  # the refund and None, or the error
 
@@ -153,11 +155,12 @@ async def apply_shielded(
 def lifespan(
     *contexts: AbstractAsyncContextManager[Any], sweep: float | None = None
 ) -> Callable[[object], AbstractAsyncContextManager[Any]]:
-    """Return a lifespan that opens a journal, its session, an endpoint, in this order; aiohttp: in ``cleanup_ctx``.
+    """Return a lifespan that opens ``contexts`` in order: a journal, its session, an endpoint.
 
-    ``sweep``: also call the endpoint's ``sweep()`` at the start and every ``sweep`` seconds; 900 is usual. A failed
-    sweep is logged, and the next one still runs. The end of the lifespan cancels a running sweep; the next sweep
-    repeats its calls of the handler. Raises ``ConfigurationError`` for a wrong argument.
+    aiohttp: append it to ``cleanup_ctx``. ``sweep``: also call the endpoint's ``sweep()`` at the start and every
+    ``sweep`` seconds; 900 is usual. A failed sweep is logged, and the next one still runs. The end of the lifespan
+    cancels a running sweep; the next sweep repeats its handler calls. Raises ``ConfigurationError`` for a wrong
+    argument.
     """
     for context in contexts:
         check_type("lifespan", context, AbstractAsyncContextManager)
