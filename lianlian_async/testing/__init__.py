@@ -1,13 +1,13 @@
-"""Fixtures, virtual time and a guard for the tests of your program; pytest loads them by itself.
+"""Fixtures, virtual time and a network guard for the tests of your program; pytest loads them automatically.
 
 - ``lianlian_gateway``: a :class:`~lianlian_async.sandbox.SandboxGateway` in which every order has 1000.00 yuan;
   ``lianlian_merchant``: its merchant.
-- ``lianlian_session``: a session that calls it in this process. The test opens it with ``async with``, so it works with
-  anyio's plugin (on asyncio and trio), with pytest-asyncio in strict and auto mode, and without a plugin.
+- ``lianlian_session``: a session that calls the gateway in this process. The test opens it with ``async with``, so it
+  works with anyio's plugin (on asyncio and trio), with pytest-asyncio in strict and auto mode, and without a plugin.
 - ``lianlian_virtual_time``: the test's :class:`~lianlian_async.testing.virtual_time.VirtualTime`, in which a wait of
-  15 minutes takes no time. The gateway and the session use it, too.
+  15 minutes takes no real time. The gateway and the session use it, too.
 
-To change one, define a fixture of the same name in your ``conftest.py``. To give the session options, let
+To change a fixture, define one of the same name in your ``conftest.py``. To give the session options, let
 ``lianlian_session_options`` return them, such as ``{"journal": journal}``. :func:`notify` sends a notification::
 
     import pytest
@@ -31,8 +31,8 @@ To change one, define a fixture of the same name in your ``conftest.py``. To giv
         assert (await notify(app, lianlian_gateway, "R-1")).status == 200
         assert handled == ["R-1"]
 
-Virtual time needs an event loop of its own: run the test's function with it. With anyio's plugin you can instead define
-the fixture ``anyio_backend``, which returns ``lianlian_virtual_time.backend("asyncio")``::
+Virtual time needs its own event loop: run your async function with ``lianlian_virtual_time.run``. With anyio's plugin,
+you can instead define a fixture ``anyio_backend`` that returns ``lianlian_virtual_time.backend("asyncio")``::
 
     from lianlian_async.sandbox import Fault, When
 
@@ -51,11 +51,11 @@ lifespan in the test's own event loop, call the application through ``httpx.ASGI
 the endpoint ``clock=lianlian_virtual_time.moment``.
 
 **The guard.** While pytest runs, a session raises ``ConfigurationError`` before it connects to a host other than
-``localhost`` or a loopback address, also in child processes. Nothing is sent. Host names are not looked up. To allow
+``localhost`` or a loopback address, also in child processes. Nothing is sent, and no host name is looked up. To allow
 real connections, mark a test with ``pytest.mark.lianlian_allow_network``, or set ``lianlian_allow_network = true`` in
-pytest's configuration. The guard works where a connection is opened: mocked transports pass. It covers both backends,
-and your own ``client=`` or ``transport=`` if httpcore opens its connections (httpx's own transports, with or without a
-proxy). It cannot see the connections of other transports, such as httpx-aiohttp's, and of your journal's database.
+pytest's configuration. The guard checks when a connection is opened, so it allows mocked transports. It covers both
+backends, and your own ``client=`` or ``transport=`` if httpcore opens its connections (httpx's own transports, with or
+without a proxy). It does not cover other transports, such as httpx-aiohttp's, and the database of your journal.
 
 **Mocks of httpx** work with the default backend. The answers must be signed, so let the sandbox make them. With
 pytest-httpx::
@@ -93,12 +93,12 @@ __all__ = ["notify"]
 
 
 async def notify(app: Any, gateway: SandboxGateway, no_refund: str) -> HttpResponse:
-    """Send the notification of the latest refund ``no_refund``, which is final then; return the response.
+    """Send the notification of the latest refund with the number ``no_refund``, and return the response.
 
-    ``app`` is an ASGI application, such as a ``NotificationEndpoint``, which receives it at the path of the refund's
-    ``notify_url``; or the URL of a server on this machine. Advances the gateway's clock until the refund is final.
-    Raises ``LookupError`` if ``gateway`` did not make the refund, ``RuntimeError`` if there is no
-    response, and ``TimeoutError`` after 5 seconds.
+    First advances the gateway's clock until the refund is final. ``app`` is an ASGI application, such as a
+    ``NotificationEndpoint``, which receives the notification at the path of the refund's ``notify_url``; or the URL of
+    a server on this machine. Raises ``LookupError`` if ``gateway`` did not make the refund, ``RuntimeError`` if there
+    is no response, and ``TimeoutError`` after 5 seconds.
     """
     import anyio
 

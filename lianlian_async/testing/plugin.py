@@ -1,6 +1,6 @@
-"""The pytest plugin: fixtures, and the guard against connections. See :mod:`lianlian_async.testing`.
+"""The pytest plugin: fixtures, and the network guard. See :mod:`lianlian_async.testing`.
 
-pytest imports this module in every suite, so a fixture imports the library only when a test uses it.
+pytest imports this module for every test suite, so a fixture imports the library only when a test uses it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _ALLOW = "lianlian_allow_network"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the ini option that lifts the guard."""
+    """Add the ini option that turns the guard off."""
     parser.addini(_ALLOW, "let refund sessions connect to hosts other than loopback", type="bool", default=False)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the guard until the end of the run; child processes inherit it."""
+    """Turn the guard on until the end of the run; child processes inherit it."""
     config.addinivalue_line("markers", f"{_ALLOW}: let this test's refund sessions connect to any host")
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Lift the guard for a test with the mark, its fixtures included."""
+    """Turn the guard off for a test with the mark, and for its fixtures."""
     with pytest.MonkeyPatch.context() as patch:
         if item.get_closest_marker(_ALLOW) is not None:
             patch.delenv(LOOPBACK_ONLY, raising=False)
@@ -56,11 +56,11 @@ def lianlian_virtual_time() -> Iterator[VirtualTime]:
         yield VirtualTime(patch)
 
 
-def _clock(request: pytest.FixtureRequest, reading: str) -> dict[str, Any]:
-    """Return the option ``clock`` if the test uses virtual time."""
+def _clock(request: pytest.FixtureRequest, method: str) -> dict[str, Any]:
+    """Return the option ``clock``, a ``method`` of the test's virtual time, if the test uses virtual time."""
     if "lianlian_virtual_time" not in request.fixturenames:
         return {}
-    return {"clock": getattr(request.getfixturevalue("lianlian_virtual_time"), reading)}
+    return {"clock": getattr(request.getfixturevalue("lianlian_virtual_time"), method)}
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def lianlian_merchant(lianlian_gateway: SandboxGateway) -> Merchant:
 
 @pytest.fixture
 def lianlian_session_options() -> dict[str, Any]:
-    """Return further options of ``lianlian_session``: override it in a module or in ``conftest.py``."""
+    """Return further options for ``lianlian_session``; override this fixture in a module or in ``conftest.py``."""
     return {}
 
 

@@ -1,8 +1,8 @@
-"""Virtual time for asyncio and trio: a sleep takes no real time, and time does not advance while a thread works.
+"""Virtual time for asyncio and trio: a sleep takes no real time, and virtual time stops while a thread works.
 
 Time advances only when no task is runnable, no I/O is ready and no thread works for a task. Then it jumps to the next
-timer. Threads count if they are started by ``anyio.to_thread.run_sync`` (not imported by name),
-``asyncio.to_thread``, or a backend's name lookup.
+timer. Threads count if they are started by ``anyio.to_thread.run_sync`` (called as an attribute of its module),
+``asyncio.to_thread``, or a backend's DNS lookup.
 
 Not covered: peers in another process or another event loop, whose answers may arrive after a jump, and a thread that
 waits for virtual time to pass, which waits forever. ``anyio.wait_all_tasks_blocked`` polls, so it may advance
@@ -36,18 +36,18 @@ class VirtualTime:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.seconds = 0.0  # the time on asyncio
-        self.threads = 0  # now working
+        self.threads = 0  # the number of threads that are working
         self._trio: trio.testing.MockClock | None = None
         self._began = datetime.now(UTC)
         self._patch = patch
         patch.setattr(anyio.to_thread, "run_sync", self._counted(anyio.to_thread.run_sync))
 
     def now(self) -> float:
-        """Return the seconds since the start of the test, also outside of the event loop."""
+        """Return the seconds since the start of the test. Works outside of the event loop, too."""
         return self.seconds if self._trio is None else self._trio.current_time()
 
     def moment(self) -> Moment:
-        """Return the readings of a session's clocks: pass this method as ``clock=``."""
+        """Return virtual time in the form of a session's clock: pass this method as ``clock=``."""
         return Moment(self._began + timedelta(seconds=self.now()), self.now(), "virtual time")
 
     def backend(self, name: str) -> tuple[str, dict[str, Any]]:
@@ -62,7 +62,7 @@ class VirtualTime:
         return name, {"clock": self._trio}
 
     def run(self, function: Callable[..., Awaitable[T]], *args: Any, backend: str = "asyncio") -> T:
-        """Run an async function in virtual time from a test that is a plain function."""
+        """Run an async function in virtual time from a synchronous test."""
         name, options = self.backend(backend)
         return anyio.run(function, *args, backend=name, backend_options=options)
 
