@@ -47,7 +47,7 @@ class FileLock:
                 if fcntl is not None:
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 else:
-                    _lock_beside(path, opened)
+                    _lock_with_sqlite(path, opened)
             except (BlockingIOError, sqlite3.OperationalError):
                 raise FileLocked(_holder(path)) from None
             self._file.truncate(0)
@@ -63,7 +63,7 @@ class FileLock:
         self._opened.close()
 
 
-def _lock_beside(path: Path, opened: ExitStack) -> None:
+def _lock_with_sqlite(path: Path, opened: ExitStack) -> None:
     connection = sqlite3.connect(f"{path}-lock", timeout=0.0, isolation_level=None, check_same_thread=False)
     opened.enter_context(closing(connection))
     connection.execute("PRAGMA journal_mode = memory")

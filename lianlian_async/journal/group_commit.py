@@ -150,7 +150,7 @@ class GroupCommitJournal(Journal):
         self.owner: Owner | None = None
         self._inbox: Journal | None = None
         self._inboxes = AsyncExitStack()
-        self._inbox_turn = anyio.Lock()
+        self._inbox_lock = anyio.Lock()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name}>"
@@ -187,7 +187,7 @@ class GroupCommitJournal(Journal):
         """Close the journal. Must be idempotent: a cancelled call is repeated."""
 
     @abstractmethod
-    def _beside(self) -> Journal:
+    def _new_inbox(self) -> Journal:
         """Return the journal of this journal's inbox, not open yet."""
 
     @abstractmethod
@@ -246,7 +246,7 @@ class GroupCommitJournal(Journal):
 
     async def inbox(self) -> Journal:
         self._opened()
-        async with self._inbox_turn:
+        async with self._inbox_lock:
             if self._inbox is None:
-                self._inbox = await self._inboxes.enter_async_context(self._beside())
+                self._inbox = await self._inboxes.enter_async_context(self._new_inbox())
             return self._inbox

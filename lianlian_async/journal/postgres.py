@@ -157,7 +157,7 @@ class PostgresJournal(GroupCommitJournal):
     async def counts(self) -> Mapping[State, int]:
         return dict.fromkeys(State, 0) | {State(row["state"]): row["count"] for row in await self._fetch(sql.COUNT)}
 
-    def _beside(self) -> PostgresJournal:
+    def _new_inbox(self) -> PostgresJournal:
         # An inbox sends nothing, so it never has to query first.
         return PostgresJournal(
             self._dsn.reveal(),

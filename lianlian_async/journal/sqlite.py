@@ -103,7 +103,7 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(os.path.realpath(path))
 
-    def _beside(self) -> SqliteJournal:
+    def _new_inbox(self) -> SqliteJournal:
         return SqliteJournal(f"{self._name}-inbox")
 
     async def _open(self) -> None:

@@ -63,7 +63,7 @@ class JournalFile:
     def __init__(self, path: str, *, only_to_look: bool = False) -> None:
         self._path = Path(path)
         owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
-        self._turn, self._errors = Lock(), partial(_errors, self._path)
+        self._lock, self._errors = Lock(), partial(_errors, self._path)
         self._leased: dict[str, tuple[int, Entry]] = {}
         """Leased entries by no_refund: (rowid, entry as stored)."""
         with self._errors(), ExitStack() as opened:
@@ -116,25 +116,25 @@ class JournalFile:
 
     def bind(self, owner: Owner) -> None:
         """See :meth:`.base.Journal.bind`."""
-        with self._turn, self._errors():
+        with self._lock, self._errors():
             if owner.confirm(self.owner()[1], str(self._path)) != self.owner()[1]:
                 self._connection.execute(sql.BIND, (owner.oid_partner, owner.apply_url))
 
     def begin_acting(self) -> None:
         """See :meth:`.base.Journal.begin_acting`."""
-        with self._turn, self._errors():
+        with self._lock, self._errors():
             if not self._is_acting:
                 self._connection.execute(sql.BEGIN_ACTING)
                 self._is_acting = True
 
     def close(self) -> None:
         """Close the file and release its lock."""
-        with self._turn, self._errors():
+        with self._lock, self._errors():
             self._opened.close()
 
     def backup(self, target: Path) -> None:
         """Copy the journal to ``target``, which appears when the copy is complete. Another process may have it open."""
-        with self._turn, self._errors(), TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as folder:
+        with self._lock, self._errors(), TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as folder:
             copy = Path(folder, target.name)
             with closing(_connect(copy, timeout=0.0)) as connection:
                 self._connection.backup(connection)
@@ -147,7 +147,7 @@ class JournalFile:
         From now on, refunds that the backup may lack are queried before they are sent. Every unresolved refund counts
         as sent at ``now``, because the lost commits may include later sends.
         """
-        with self._turn, self._errors():
+        with self._lock, self._errors():
             if (problem := self._value("PRAGMA quick_check")) != "ok":
                 raise _DamagedRowError(problem)
             with self._transaction():
@@ -157,7 +157,7 @@ class JournalFile:
 
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
         """Carry out all ``operations`` in one transaction. It is durable on return; on an error it changes nothing."""
-        with self._turn, self._errors():
+        with self._lock, self._errors():
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
             if (restored_at := self._restored_at) is not None:
@@ -188,22 +188,22 @@ class JournalFile:
 
     def page(self, after: int, until: int, limit: int, *, pending: bool) -> list[tuple[int, Entry]]:
         """Return up to ``limit`` pairs (rowid, entry), oldest first, with ``after`` < rowid <= ``until``."""
-        with self._turn, self._errors():
+        with self._lock, self._errors():
             return sorted(self._read(sql.PENDING if pending else sql.ENTRIES, after, until, limit).items())
 
     def find_all(self, numbers: Sequence[str]) -> list[Entry]:
         """Return the entries of ``numbers``; a number without an entry is left out."""
-        with self._turn, self._errors():
+        with self._lock, self._errors():
             return list(self._read(sql.FIND, _json(numbers)).values())
 
     def latest_made(self) -> Entry | None:
         """See :meth:`.base.Journal.latest_made`."""
-        with self._turn, self._errors():
+        with self._lock, self._errors():
             return next(iter(self._read(sql.LATEST_MADE).values()), None)
 
     def counts(self) -> dict[State, int]:
         """See :meth:`.base.Journal.counts`."""
-        with self._turn, self._errors():
+        with self._lock, self._errors():
             found = json.loads(self._value(sql.COUNT))
         # The partial index covers all states except DONE. Most refunds are DONE: counting their rows takes seconds.
         found[State.DONE] = found.pop("all") - sum(found.values())

@@ -165,7 +165,7 @@ class NotificationEndpoint:
         own = Listeners(listeners, timer=perf_counter, is_logged=True)
         self._listeners = own if listeners or session is None else session.listeners
         self._ready: _Ready | None = None
-        self._turn = anyio.Lock()
+        self._open_lock = anyio.Lock()
         self._worker: BackgroundTask | None = None
         self._resources: AsyncExitStack | None = None
         """Everything that ``async with`` opened."""
@@ -203,7 +203,7 @@ class NotificationEndpoint:
             await worker.aclose()
 
     async def _open(self) -> _Ready:
-        async with self._turn:
+        async with self._open_lock:
             if self._ready is None:
                 if self._journal is not None and not self._journal.is_open:
                     raise RuntimeError(f"{self._journal!r} is not open: {_HOW_TO_OPEN}")

@@ -31,7 +31,7 @@ class Dying(SqliteJournal):
         super().__init__(path)
         self._line, self._kind = line, kind
 
-    def _beside(self) -> Dying:
+    def _new_inbox(self) -> Dying:
         return Dying(f"{self._name}-inbox", self._line, "inbox")
 
     async def _write(self, batch):
