@@ -181,7 +181,7 @@ class RefundQueue:
                 statement, parameters = self.statement(chunk)
                 if connection is None:
                     await self.app.connector.execute_query_async(statement, **parameters)
-                else:  # the caller's cursor_factory and row_factory may be of any kind, so set both
+                else:  # ignore the caller's cursor_factory and row_factory, which may be of any kind
                     await AsyncCursor(connection, row_factory=tuple_row).execute(statement, parameters)
                 number += len(chunk)
         return number

@@ -281,15 +281,15 @@ class Journal(Protocol):
         """End the lease of ``entry``, as returned by :meth:`begin`, and leave the refund unresolved.
 
         ``sent_at`` and ``refused`` (see :class:`Entry`) cover the attempts of this call and of earlier ones. If
-        ``sent_at`` is None, the next :meth:`begin` returns NEW. Does nothing if another call has taken the lease or
-        resolved the refund.
+        ``sent_at`` is None, the next :meth:`begin` returns NEW or ASK_FIRST. Does nothing if another call has taken the
+        lease; if another call has resolved the refund, only adds the history.
         """
 
     async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
         """Record the outcome that a person has decided, DONE or REJECTED, as :meth:`finish` does.
 
-        Raises :class:`JournalError` if the journal has no entry, the refund is leased, its outcome is final, signed or
-        decided already, or the refund is rejected already and ``ending`` is REJECTED, too.
+        Raises :class:`JournalError` if the refund has no entry or is leased; if its outcome is final, signed by the
+        gateway, or decided already; or if it is recorded as REJECTED and ``ending`` is REJECTED, too.
         """
 
     async def latest_made(self) -> Entry | None:
