@@ -102,11 +102,24 @@ def lianlian_session_options():
 def test_session(lianlian_session, lianlian_session_options):
     assert lianlian_session.journal is lianlian_session_options["journal"]
 """
+OWN_CLIENT = """
+import httpx, pytest
+
+@pytest.fixture
+def lianlian_session_options(lianlian_gateway):
+    return {"client": httpx.AsyncClient(transport=httpx.ASGITransport(lianlian_gateway))}
+
+@pytest.mark.anyio
+async def test_session(lianlian_session, lianlian_session_options):
+    async with lianlian_session_options["client"], lianlian_session:
+        pass
+"""
 
 
-def test_session_takes_options(run_pytest):
-    """A fixture of the suite returns them."""
-    run_pytest(OPTIONS).assert_outcomes(passed=1)
+@pytest.mark.parametrize(("options", "passed"), [(OPTIONS, 1), (OWN_CLIENT, 2)], ids=["journal", "client"])
+def test_session_takes_options(run_pytest, options, passed):
+    """A fixture of the suite returns them. With a client of its own, the session gets no transport."""
+    run_pytest(options).assert_outcomes(passed=passed)
 
 
 def test_plugin_starts_without_the_library():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 
 import anyio
 import anyio.lowlevel
@@ -274,6 +275,30 @@ async def test_base_exceptions_are_raised_unchanged(error):
     assert caught.value is error
     assert handled == ([1, 2] if isinstance(error, Abort) else [])
     assert anyio.current_time() == (3 if isinstance(error, Abort) else 1)
+
+
+def test_an_item_that_has_not_started_when_the_loop_ends():
+    """The end of an asyncio loop cancels the item's task before its first step. Python warns about no coroutine."""
+    taken, begun = [], []
+
+    async def items():
+        for number in itertools.count():
+            taken.append(number)
+            yield number
+            await asyncio.sleep(0)
+
+    async def handle(item):
+        begun.append(item)
+        await asyncio.sleep(60)
+
+    async def main():
+        task = asyncio.ensure_future(run_workers(items(), handle, workers=100, intake=anyio.CancelScope()))
+        while not begun:  # noqa: ASYNC110 - one step of the event loop at a time
+            await asyncio.sleep(0)
+        return task
+
+    assert asyncio.run(main()).cancelled()
+    assert taken == [*begun, len(begun)]
 
 
 # ── hand-off ─────────────────────────────────────────────────────────────────────────────────────
