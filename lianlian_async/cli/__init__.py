@@ -1,4 +1,4 @@
-"""The command ``lianlian`` (extra ``cli``). This module imports without the extra, to name a missing package."""
+"""The command ``lianlian`` (extra ``cli``). It imports without the extra, so that it can name a missing package."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .output import Output, local_time, table
 from .stores import find_journal, make_reader
 
 _EVENTS: Final = {"lease": "lease taken", "resend": "to be sent again", "acted": "on_refund returned"}
-"""The events that are shown in other words."""
+"""The text for events whose name alone is not clear."""
 _TOLD: Final = ("oid_refundno", "sta_refund", "settle_date", "evidence")
 _QUERY_DAYS: Final = 90
 """LianLian rejects queries about older refunds (3005)."""
