@@ -42,12 +42,6 @@ settings.load_profile("lianlian")
 _VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "signatures.json"
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Return the number of workers for ``-n auto``: two per processor, as many tests wait for a process or a socket."""
-    return min(2 * (os.cpu_count() or 1), 16)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     kills = parser.getgroup("kill", "the killed batch (tests/programs/kill.py)")
     kills.addoption("--refunds", type=int, default=100, help="number of refunds in the batch; full size: 20000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,6 +61,11 @@ def run(way: str, place: str) -> tuple[int, str]:
             if way.endswith("twice"):
                 time.sleep(0.0005)  # the event loop has seen the first one, and is at work to end
                 process.send_signal(signal.SIGINT)
+                # The second one may interrupt asyncio's own shutdown. Then idle threads of anyio, or a task that is not
+                # cancelled again, keep the process alive, and a third one ends it.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=10)
+                process.send_signal(signal.SIGINT)  # no effect if the process has ended
             _, stderr = process.communicate(timeout=120)
         finally:
             process.kill()
