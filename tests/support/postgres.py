@@ -99,6 +99,7 @@ class Server:
     def kill(self, data: str = "data") -> None:
         """Kill the server with all its processes; data that it has not written yet is lost."""
         process, *_ = (self._folder / data / "postmaster.pid").read_text().split("\n")
+        os.kill(int(process), signal.SIGSTOP)  # it forks no child that would survive and block the next start
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
         for each in (process, *children):
             with suppress(ProcessLookupError):  # the process of a connection that was closed
