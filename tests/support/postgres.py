@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -99,11 +99,14 @@ class Server:
     def kill(self, data: str = "data") -> None:
         """Kill the server with all its processes; data that it has not written yet is lost."""
         process, *_ = (self._folder / data / "postmaster.pid").read_text().split("\n")
-        os.kill(int(process), signal.SIGSTOP)  # it forks no child that would survive and block the next start
+        os.kill(int(process), signal.SIGSTOP)  # so that it creates no further child, and keeps dead ones as zombies
+        _wait_for_state(process, "T")
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-        for each in (process, *children):
-            with suppress(ProcessLookupError):  # the process of a connection that was closed
-                os.kill(int(each), signal.SIGKILL)
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        for child in children:  # a child that still has the shared memory would block the next start
+            _wait_for_state(child, "Z")
+        os.kill(int(process), signal.SIGKILL)
         self.stop()
 
     def crash(self) -> None:
@@ -113,6 +116,15 @@ class Server:
 
     def _run(self, program: str, *arguments: str | Path) -> None:
         subprocess.run([self._programs / program, *arguments], check=True, capture_output=True, **self._account)
+
+
+def _wait_for_state(process: str, state: str) -> None:
+    """Wait up to a minute until ``process`` has this state in /proc: T is stopped, Z is dead and not reaped."""
+    for _ in range(6000):
+        if Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith(state):
+            return
+        time.sleep(0.01)
+    raise RuntimeError(f"process {process} does not reach the state {state}")
 
 
 def _is_up(dsn: str) -> bool:
