@@ -81,13 +81,13 @@ def test_good_setup_is_ok(made, gateway):
     assert ended.exit_code == 0
     assert "│ warning" not in ended.stdout
     key = gateway.gateway_key.fingerprint
-    assert f"│ proved: {key} signed" in ended.stdout
+    assert f"│ verified: {key} signed" in ended.stdout
     assert ended.stdout.splitlines()[-1] == gateway.merchant_key.public_key().to_base64()
     assert (gateway.requests["apply"], gateway.requests["query"]) == (applied, 1)
     found = lines(made)
     assert {state for state, _, _ in found.values()} == {"ok"}
     assert found["private key"][1] == f"2048 bits, {gateway.merchant_key.fingerprint}"
-    assert found["LianLian's key"][1] == f"proved: {key} signed the record of R-1"
+    assert found["LianLian's key"][1] == f"verified: {key} signed the record of R-1"
     assert found["journal"][1] == f"{made['LIANLIAN_JOURNAL']}: 1 refunds, belongs to this merchant"
     assert "lianlian-async " in found["versions"][1]
 
@@ -103,7 +103,7 @@ def test_a_person_sees_each_cure(env):
     ended = run("doctor", env=env)
     assert ended.exit_code == 0
     text = " ".join(ended.stdout.replace("│", " ").split())
-    assert "not provable yet: no refund is known as made → run this again after the first refund" in text
+    assert "not verified: no refund to query is known → run this again after the first refund" in text
 
 
 # ── keys and settings ────────────────────────────────────────────────────────────────────────────
@@ -198,7 +198,7 @@ def serving_tls(gateway, folder, *, days, organization="Test CA"):
             "Test CA",
             "warning",
             "trusted certificate of Test CA, expires in 3 days",
-            "ask LianLian's support when it is renewed",
+            "ask LianLian's support when they will renew it",
         ),
     ],
 )
@@ -281,7 +281,7 @@ def test_answer_without_a_date(gateway):
     with serving(without_date) as url:
         state, text, cure = lines(environment(gateway, url))["clock"]
     assert (state, text) == ("warning", "unknown: the answer has no Date header")
-    assert "the library needs it to measure time" in cure
+    assert "the library uses it to measure time" in cure
 
 
 # ── journal ──────────────────────────────────────────────────────────────────────────────────────
@@ -367,7 +367,7 @@ def test_full_disk(made, monkeypatch):
     assert found["disk"] == (
         "failure",
         "0.5 GiB free for the journal",
-        "free some space; without it the library sends nothing",
+        "free some space: no refund is sent without a journal entry",
     )
 
 
@@ -379,7 +379,7 @@ def test_journal_in_postgresql(env, database):
     assert PASSWORD not in ended.stdout
     found = {check["name"]: check["text"] for check in ended.json["checks"]}
     assert found["journal"] == "in PostgreSQL: 1 refunds, belongs to this merchant"
-    assert found["LianLian's key"].startswith("proved: ")
+    assert found["LianLian's key"].startswith("verified: ")
 
 
 def test_database_that_does_not_answer(env):
@@ -398,13 +398,13 @@ def test_wrong_gateway_key(made):
     state, text, cure = lines(made | changed, exit_code=1)["LianLian's key"]
     assert state == "failure"
     assert "invalid signature: no configured gateway key verifies it" in text
-    assert cure == "compare LianLian's public key and the endpoints with LianLian's dashboard and pages"
+    assert cure == "compare LianLian's public key and the URLs with LianLian's dashboard and documentation"
 
 
 def test_own_public_key_is_not_in_the_dashboard(made):
     """The gateway's signed refusal proves its key; ours is the one that is wrong."""
     found = lines(made | {"LIANLIAN_PRIVATE_KEY": keypairs.pair("stranger", 2048).private_pem}, exit_code=1)
-    assert found["LianLian's key"] == ("ok", "proved: it signed the answer 1001", "")
+    assert found["LianLian's key"] == ("ok", "verified: it signed the answer 1001", "")
     state, text, cure = found["query"]
     assert (state, "1001" in text) == ("failure", True)
     assert cure == "check that the public key in the dashboard belongs to the private key"
@@ -416,9 +416,9 @@ def test_query_service_without_the_refund(made):
     with serving(other) as url:
         found = lines(made | {"LIANLIAN_QUERY_URL": f"{url}/refundquery.htm"}, exit_code=1)
     state, text, _ = found["LianLian's key"]
-    assert (state, text) == ("warning", "not provable yet: the answer 8901 is not signed")
+    assert (state, text) == ("warning", "not verified: the answer 8901 has no signature")
     state, text, cure = found["query"]
-    assert (state, cure) == ("failure", "check LIANLIAN_QUERY_URL: LianLian must know this refund")
+    assert (state, cure) == ("failure", "check LIANLIAN_QUERY_URL: that server must have a record of this refund")
     assert "no record of refund R-1" in text
 
 
@@ -438,5 +438,5 @@ def test_given_refund_is_queried(made, gateway):
     proof = lines(elsewhere, "--refund", "R-2", "--dt-refund", refund(2)["dt_refund"])["LianLian's key"]
     assert proof[1].endswith("signed the record of R-2")
     state, text, cure = lines(made, "--refund", "R-3")["LianLian's key"]
-    assert (state, text) == ("warning", "not provable yet: the journal does not know R-3")
-    assert cure == "give its --dt-refund, too"
+    assert (state, text) == ("warning", "not verified: R-3 is not in the journal")
+    assert cure == "use --dt-refund, too"

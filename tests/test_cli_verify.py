@@ -102,7 +102,7 @@ MISTAKES = {
     "remove its line breaks": lambda pair: (
         (fields := signed(pair, ANSWER)) | {"sign": fields["sign"][:76] + "\r\n" + fields["sign"][76:]}
     ),
-    "other text: it fits if ret_msg is left out": lambda pair: signed(pair, ANSWER, ret_msg=""),
+    "other text: the signature matches if ret_msg is left out": lambda pair: signed(pair, ANSWER, ret_msg=""),
     "if ret_code and ret_msg are left out": lambda pair: signed(pair, ANSWER, ret_msg="", ret_code=""),
     "fields that LianLian does not document for refunds are left out": lambda pair: {
         **signed(pair, ANSWER),
@@ -166,7 +166,10 @@ def test_common_mistake_is_named(env, gateway_keys, mistake):
 )
 def test_other_hash_is_named(env, merchant_keys, algorithm, name):
     """A signature with another hash is invalid; it is recognized even if the text is different, too."""
-    for text, problem in ((REQUEST, ""), ({**REQUEST, "sign_type": ""}, ", other text: it fits if sign_type is left")):
+    for text, problem in (
+        (REQUEST, ""),
+        ({**REQUEST, "sign_type": ""}, ", other text: the signature matches if sign_type is left"),
+    ):
         signature = merchant_keys.oracle.sign(signature_source(text), padding.PKCS1v15(), algorithm)
         ended = verify(env, {**REQUEST, "sign": b64encode(signature).decode()}, "--json")
         assert ended.exit_code == 5
@@ -177,13 +180,13 @@ def test_other_hash_is_named(env, merchant_keys, algorithm, name):
 def test_hash_that_is_not_known_counts_as_another_key(env, merchant_keys):
     signature = merchant_keys.oracle.sign(signature_source(REQUEST), padding.PKCS1v15(), hashes.SHA3_256())
     ended = verify(env, {**REQUEST, "sign": b64encode(signature).decode()}, "--json")
-    assert ended.json["reason"] == "another key or method signed it"
+    assert ended.json["reason"] == "another key or another signature method was used"
 
 
 def test_other_key_is_named(env, stranger_keys):
     """A signature of a key that is not configured is recognized as such, not as a changed text."""
     ended = verify(env, signed(stranger_keys, ANSWER), "--json")
-    assert (ended.exit_code, ended.json["reason"]) == (5, "another key or method signed it")
+    assert (ended.exit_code, ended.json["reason"]) == (5, "another key or another signature method was used")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,10 @@ def test_other_key_is_named(env, stranger_keys):
     [
         ("", "the message has no signature"),
         ("no base64!", "sign is not base64"),
-        (b64encode(bytes(256)).decode(), "another key signed it: it has 2048 bits, and no known key has that size"),
+        (
+            b64encode(bytes(256)).decode(),
+            "another key signed it: the signature has 2048 bits, and no known key has that size",
+        ),
     ],
 )
 def test_malformed_signature_is_named(env, sign, reason):
@@ -230,4 +236,4 @@ def test_genuine_message_with_a_change_has_the_right_key_and_another_text(vector
     assert changed.startswith("right key (")
     assert changed.endswith(f", other text: the MD5 of the signed text is {digest}")
     added = verify(env, vector["fields"] | {"added_by_a_proxy": "1"}, "--json").json["reason"]
-    assert added.endswith(", other text: it fits if added_by_a_proxy is left out")
+    assert added.endswith(", other text: the signature matches if added_by_a_proxy is left out")

@@ -1,4 +1,4 @@
-"""The command ``lianlian`` (extra ``cli``). It imports without the extra, so that it can name a missing package."""
+"""The command ``lianlian``. This module runs without the extra ``cli``, so that it can name a missing package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     """Run the command and exit with its code; 2 if a package of the extra ``cli`` is missing."""
     for stream in (sys.stdout, sys.stderr):
         # A character missing in the terminal's encoding must not raise an error after a refund was made.
-        if isinstance(stream, TextIOWrapper):  # None if the descriptor is closed
+        if isinstance(stream, TextIOWrapper):  # a stream is None if its descriptor is closed
             stream.reconfigure(errors="backslashreplace")
     try:
         from .app import lianlian

@@ -20,10 +20,11 @@ from . import AS_JSON
 from .batch.options import batch
 from .commands import apply, doctor, explain, help_topic, keygen, query, reconcile, verify, worker
 from .groups import journal, notify
+from .options import json_option
 from .sandbox.options import demo, sandbox
 
 _SILENT: Final = logging.NullHandler()
-"""Keeps warnings of the library from standard error: each command shows outcomes itself."""
+"""Stops Python from printing the library's warnings on stderr: each command prints the outcomes itself."""
 
 
 class _Program(click.Group):
@@ -93,8 +94,8 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
         *(verify, keygen, notify, sandbox, demo, help_topic),
     ],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-    epilog="Exit codes: 0 made, or no error; 1 another error; 2 wrong usage, request or configuration (nothing was "
-    "sent); 3 rejected or failed; 4 outcome unknown (query it again); 5 invalid signature; 130 interrupted.",
+    epilog="Exit codes: 0 refund made, or no error; 2 wrong usage, request or configuration (nothing was sent); "
+    "3 rejected or failed; 4 outcome unknown (query the refund); 5 invalid signature; 130 interrupted; 1 other error.",
 )
 @click.option(
     "--version",
@@ -104,7 +105,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     callback=_show_version,
     help="Show the version, the signing backend and the HTTP backend, and exit.",
 )
-@click.option("--json", is_flag=True, expose_value=False, help="Print the result as JSON on stdout.")
+@json_option
 def lianlian() -> None:
     """Make and query refunds at LianLian Pay. No refund is made twice or lost, and no outcome is guessed.
 

@@ -28,12 +28,12 @@ PASSWORD: Final = "LIANLIAN_PRIVATE_KEY_PASSWORD"  # noqa: S105 - the name of a 
 REFUND_HELP: Final = {
     "no_refund": "The merchant's refund number.",
     "dt_refund": "Time of the refund order: yyyyMMddHHmmss, China Standard Time.",
-    "money_refund": "Yuan, such as 200.01.",
+    "money_refund": "Amount in yuan, such as 200.01.",
     "no_order": "The merchant's order number.",
     "dt_order": "Time of the order: yyyyMMddHHmmss, China Standard Time.",
     "oid_paybill": "LianLian's payment number.",
     "notify_url": "URL to which LianLian posts the result.",
-    "trader_refund": "Number of the refunded merchant if it is a different one.",
+    "trader_refund": "Number of the merchant that the refund is made for, if it is not the configured one.",
 }
 QUERY_HELP: Final = {"oid_refundno": "LianLian's refund number."} | {
     name: REFUND_HELP[name] for name in ("no_refund", "dt_refund", "trader_refund")
@@ -41,7 +41,7 @@ QUERY_HELP: Final = {"oid_refundno": "LianLian's refund number."} | {
 
 
 def _refund_options(help_texts: dict[str, str]) -> Callable[[Command], Command]:
-    """Add the options of a command about one refund: one for each field, and the common ones."""
+    """Add the argument FILE, one option for each field, and the common options of a command about one refund."""
     fields = [click.option(f"--{name.replace('_', '-')}", help=text) for name, text in help_texts.items()]
     options = (file_argument(required=False), *fields, deadline_option, config_option)
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
@@ -76,8 +76,8 @@ def query() -> None:
 def explain() -> None:
     """Show everything that a journal knows about one refund.
 
-    Shows the result of each attempt and query, what is known now, and when to query again. The exit code is the
-    outcome's.
+    Shows the result of each attempt and query, the outcome, and what to do next. The exit code depends on the outcome,
+    as it does for `lianlian apply`.
     """
 
 
@@ -87,16 +87,17 @@ def explain() -> None:
     "--apply",
     "is_applied",
     is_flag=True,
-    help="Query refunds that only the statements show as made, and record them in the journal.",
+    help="Query refunds that are in a statement but unknown in the journal, and record their state in the journal.",
 )
 @journal_options
 @runs(".reconcile")
 def reconcile() -> None:
     """Compare LianLian's statements with a journal.
 
-    A statement is a file JYMX_<oid_partner>_<date>.txt; if a JYMXSUM file is beside it, its totals must agree. --apply
-    queries each refund that is in a statement and unknown in the journal; if the gateway no longer has a record, the
-    statement is recorded as evidence. Exit code 3 if there are differences.
+    A statement is a file JYMX_<oid_partner>_<date>.txt. If its summary JYMXSUM_<oid_partner>_<date>.txt is in the same
+    folder, the totals must agree. If --apply queries a refund for which LianLian no longer answers (after 3 months),
+    the statement is recorded as evidence that the refund was made. Exit code 3 if there are differences or unreadable
+    rows.
     """
 
 
@@ -107,8 +108,9 @@ def reconcile() -> None:
     "--health-file",
     metavar="PATH",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File for a health check, removed at the end. It is touched at every progress report if the database answers "
-    "and refunds have ended or none is in flight. A worker hangs if it is older than --deadline plus 30 seconds.",
+    help="File for a health check, removed at the end. Each progress report updates the file's time, if the database "
+    "answers and refunds have ended or none is in flight. If the file is older than --deadline plus 30 seconds, the "
+    "worker hangs.",
 )
 @click.option("--interval", type=click.FloatRange(0.1, 20), default=10.0, help="Seconds between progress reports.")
 @session_options
@@ -117,15 +119,15 @@ def reconcile() -> None:
 def worker() -> None:
     """Make the refunds of a queue.
 
-    `lianlian batch --queue` fills the queue. Any number of workers on any number of machines can share it. Ctrl-C or
-    SIGTERM ends the worker after the refunds in flight; a second Ctrl-C ends it at once, and another worker resolves
-    these refunds. DSN is postgresql://…, preferably in LIANLIAN_DSN.
+    `lianlian batch --queue` fills the queue. Any number of workers on any number of machines can share it. After Ctrl-C
+    or SIGTERM, the worker finishes the refunds in flight and ends. After a second Ctrl-C it ends at once, and another
+    worker resolves these refunds. DSN is a postgresql:// URL; put a URL with a password into LIANLIAN_DSN.
     """
 
 
 @click.command
 @journal_options
-@click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default the last one made.")
+@click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default the newest one made.")
 @click.option(
     "--dt-refund",
     metavar="YYYYMMDDHHMMSS",
@@ -137,8 +139,8 @@ def worker() -> None:
 def doctor() -> None:
     """Find what is wrong with keys, connection, clock and journal.
 
-    Sends no refund. LianLian is asked about a refund that was made: its signed answer proves its public key. Exit
-    codes: 0 no failure; 1 a failure.
+    Sends no refund. Queries a refund that was made: the signature of the answer shows whether LianLian's public key is
+    configured correctly. Exit codes: 0 no failure; 1 a failure.
     """
 
 
@@ -150,8 +152,8 @@ def verify() -> None:
     """Check the signature of a message.
 
     FILE is a response, a notification or a request as JSON (- is stdin). A response or notification must be signed
-    with one of LianLian's keys, a request with the merchant's key. If the signature is invalid, the command recovers
-    from it which key, hash and text were used: another key, the right key with another hash, or another text.
+    with one of LianLian's keys; for a request, the merchant's key is valid, too. If the signature is invalid, the
+    command shows the likely cause: another key was used, another hash than MD5, or another text.
     """
 
 
@@ -164,7 +166,7 @@ def verify() -> None:
     help="File for the private key, or a folder for merchant.pem.",
 )
 @click.option(
-    "--encrypt", is_flag=True, help=f"Encrypt the private key with the password in {PASSWORD}, or ask for one."
+    "--encrypt", is_flag=True, help=f"Encrypt the private key with the password in {PASSWORD}; ask if it is not set."
 )
 @runs(".keys")
 def keygen() -> None:

@@ -53,7 +53,7 @@ def _warning(name: str, text: str, cure: str) -> _Check:
 
 
 def _failure(name: str, problem: LianLianError | str, cure: str) -> _Check:
-    """Return a failure. If ``problem`` ends with its own cure (``…; cure``), that one is shown instead of ``cure``."""
+    """Return a failure with ``cure``, or with the cure that ``problem`` itself contains (``problem; cure``)."""
     text, _, own = str(problem).rpartition("; ")
     return _Check(name, text or own, "failure", own if text else cure)
 
@@ -75,13 +75,13 @@ def doctor(output: Output, /, *, config: Path | None, **options: Any) -> None:
         else:
             checks += _keys(keys)
             public_key = keys.private.public_key().to_base64()
-        checks += anyio.run(_look_around, merchant, options)
+        checks += anyio.run(_external_checks, merchant, options)
     state = max((check.state for check in checks), key=list(_STYLES).index)
     drawn = table("", ("", "check", ""), ())
     for check in checks:
         text = "\n→ ".join(printable(part) for part in (check.text, check.cure) if part)
         drawn.add_row(check.state, check.name, text, style=_STYLES[check.state])
-    upload = ("public half of your private key, for LianLian's dashboard:", public_key) if public_key else ()
+    upload = ("your public key, for LianLian's dashboard:", public_key) if public_key else ()
     document = {"outcome": state, "checks": [check._asdict() for check in checks], "public_key_base64": public_key}
     output.show(document, drawn, *upload)
     click.get_current_context().exit(int(state == "failure"))
@@ -113,13 +113,13 @@ def _are_swapped(merchant: Merchant) -> bool:
 def _keys(keys: Keys) -> Iterator[_Check]:
     bits, text = keys.private.bits, f"{keys.private.bits} bits, {keys.private.fingerprint}"
     weak = {1024: "1024 bits are weak", 2048: "", 4096: ""}.get(bits, "LianLian accepts 1024, 2048 or 4096 bits")
-    cure = "make a pair with `lianlian keygen`, and put its public key into LianLian's dashboard"
+    cure = "generate a key pair with `lianlian keygen`, and enter its public key in LianLian's dashboard"
     yield _warning("private key", f"{text}: {weak}", cure) if weak else _Check("private key", text)
     for key in keys.gateway:
         yield _Check(_THEIR_KEY, f"{key.bits} bits, {key.fingerprint}")
 
 
-async def _look_around(merchant: Merchant, options: dict[str, Any]) -> list[_Check]:
+async def _external_checks(merchant: Merchant, options: dict[str, Any]) -> list[_Check]:
     """Check the connections, the journal, and LianLian's key."""
     checks, endpoints, no_refund = list[_Check](), merchant.endpoints, options["no_refund"]
     origins = {urlsplit(url)[:2]: url for url in (endpoints.apply, endpoints.query)}
@@ -145,11 +145,11 @@ async def _look_around(merchant: Merchant, options: dict[str, Any]) -> list[_Che
     except (LianLianError, OSError) as error:
         checks.append(_failure("journal", str(error), f"check the database, or {_JOURNAL}"))
     if query is not None:
-        proof = [] if options["offline"] else [check async for check in _proof(merchant, query)]
-        return [*checks, *proof]
-    unknown = f"the journal does not know {no_refund}" if no_refund else "no refund is known as made"
-    cure = "give its --dt-refund, too" if no_refund else "run this again after the first refund, or use --refund"
-    return [*checks, _warning(_THEIR_KEY, f"not provable yet: {unknown}", cure)]
+        queried = [] if options["offline"] else [check async for check in _query(merchant, query)]
+        return [*checks, *queried]
+    problem = f"{no_refund} is not in the journal" if no_refund else "no refund to query is known"
+    cure = "use --dt-refund, too" if no_refund else "run this again after the first refund, or use --refund"
+    return [*checks, _warning(_THEIR_KEY, f"not verified: {problem}", cure)]
 
 
 async def _connection(url: str) -> AsyncIterator[_Check]:
@@ -165,12 +165,12 @@ async def _connection(url: str) -> AsyncIterator[_Check]:
     yield _Check("connection", f"{host}, {'no proxy' if proxy is None else f'through the proxy {proxy}'}")
     days = (expires_at - system_clock().wall).days if expires_at else None
     if days is None:
-        yield _Check("TLS", "none: plain http, allowed for this machine only")
+        yield _Check("TLS", "none: plain http, which is allowed only on this machine")
     else:
         tls = _Check("TLS", f"trusted certificate of {issuer}, expires in {days} days")
-        yield tls if days >= 14 else _warning(*tls[:2], "ask LianLian's support when it is renewed")
+        yield tls if days >= 14 else _warning(*tls[:2], "ask LianLian's support when they will renew it")
     if ahead is None:
-        cure = "find the proxy that removes it: after a reboot, the library needs it to measure time"
+        cure = "find the proxy that removes this header: the library uses it to measure time across a reboot"
         yield _warning("clock", "unknown: the answer has no Date header", cure)
     elif abs(ahead) > 10:
         text = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's clock"
@@ -191,27 +191,27 @@ def _file(path: Path) -> Iterator[_Check]:
         yield _warning("journal", f"other users can change {path}", f"chmod go-w {path}")
     free = shutil.disk_usage(path.parent).free
     disk = _Check("disk", f"{free / (1 << 30):,.1f} GiB free for the journal")
-    yield disk if free > 1 << 30 else _failure(*disk[:2], "free some space; without it the library sends nothing")
+    yield disk if free > 1 << 30 else _failure(*disk[:2], "free some space: no refund is sent without a journal entry")
 
 
-async def _proof(merchant: Merchant, query: RefundQuery) -> AsyncIterator[_Check]:
-    """Query a refund: the signature of the answer proves LianLian's key."""
+async def _query(merchant: Merchant, query: RefundQuery) -> AsyncIterator[_Check]:
+    """Query a refund, and verify the signature of the answer with LianLian's key."""
     try:
         async with RefundSession(merchant, deadline=_WAIT, retry=RetryPolicy(attempts=1)) as session:
             refund = await session.query_refund(query)
     except (QueryRejected, RefundNotFound) as error:
         if error.verified:
-            yield _Check(_THEIR_KEY, f"proved: it signed the answer {error.ret_code}")
+            yield _Check(_THEIR_KEY, f"verified: it signed the answer {error.ret_code}")
         else:
-            text = f"not provable yet: the answer {error.ret_code} is not signed"
-            yield _warning(_THEIR_KEY, text, "correct the line below, or use --refund with another refund")
-        check = _failure("query", error, "check LIANLIAN_QUERY_URL: LianLian must know this refund")
+            text = f"not verified: the answer {error.ret_code} has no signature"
+            yield _warning(_THEIR_KEY, text, "solve the problem below, or use --refund with another refund")
+        check = _failure("query", error, "check LIANLIAN_QUERY_URL: that server must have a record of this refund")
         is_old = error.ret_code == "3005"
         yield _warning("query", check.text, "use --refund with a newer refund") if is_old else check
     except LianLianError as error:
-        cure = "compare LianLian's public key and the endpoints with LianLian's dashboard and pages"
+        cure = "compare LianLian's public key and the URLs with LianLian's dashboard and documentation"
         yield _failure("query" if isinstance(error, GatewayUnavailable) else _THEIR_KEY, error, cure)
     else:
         signed = signature_source(refund.raw), refund.raw["sign"]
         [key, *_] = (key for key in merchant.load_keys().gateway if key.verify(*signed))
-        yield _Check(_THEIR_KEY, f"proved: {key.fingerprint} signed the record of {refund.no_refund}")
+        yield _Check(_THEIR_KEY, f"verified: {key.fingerprint} signed the record of {refund.no_refund}")

@@ -1,4 +1,4 @@
-"""The outcomes of a command with a word and an exit code for each, and errors as JSON."""
+"""The outcomes of a command, each with a word and an exit code; errors as JSON."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from .stores import find_journal, make_reader
 
 _EVENTS: Final = {"lease": "lease taken", "resend": "to be sent again", "acted": "on_refund returned"}
 """The text for events whose name alone is not clear."""
-_TOLD: Final = ("oid_refundno", "sta_refund", "settle_date", "evidence")
+_SHOWN: Final = ("oid_refundno", "sta_refund", "settle_date", "evidence")
 _QUERY_DAYS: Final = 90
 """LianLian rejects queries about older refunds (3005)."""
 
@@ -62,9 +62,9 @@ def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
         "record": record,
         "history": history,
     }
-    cells = {"state": entry.state, **entry.fields, **{name: record.get(name) for name in _TOLD}}
+    cells = {"state": entry.state, **entry.fields, **{name: record.get(name) for name in _SHOWN}}
     cells["dt_refund"] = local_time(request.dt_refund)
-    title = "history" + (f": the first and the latest {MOST_FACTS} events" if len(history) == MOST_FACTS else "")
+    title = "history" + (": only the first and the latest events are kept" if len(history) == MOST_FACTS else "")
     events = table(title, ("time", "event", "result"), map(_row, history))
     events.columns[0].no_wrap = True
     rows = [(name, text) for name, text in cells.items() if text and name != "no_refund"]
@@ -89,12 +89,12 @@ def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[Exit
         acting = "; on_refund has not returned" if entry.state is State.FINAL else ""
         return outcome, f"final: {outcome.word}{acting}" if refund.is_final else MEANING[entry.state], None
     if entry.sent_at is None:
-        return NOT_SENT, "it was certainly not sent: the same request can be sent", None
-    unknown = "it may have been made: do not refund it under another no_refund"
+        return NOT_SENT, "the refund was certainly not made: the same request can be sent", None
+    unknown = "the refund may have been made: do not repeat it with another no_refund"
     if now.wall - request.dt_refund > timedelta(days=_QUERY_DAYS):
         decide = f"lianlian journal decide {entry.no_refund} made|not-made --evidence TEXT"
         return UNKNOWN, f"{unknown}. LianLian no longer answers queries about it; record its outcome: {decide}", None
     asks_at = entry.sent_at.wall + timedelta(seconds=RetryPolicy().not_found_grace)
     sending = f"; a call may send it until {local_time(entry.sent_at.wall)}" if entry.sent_at.wall > now.wall else ""
-    resume = f"`lianlian journal resume` queries it; from {local_time(asks_at)} on"
-    return UNKNOWN, f"{unknown}{sending}. {resume}, it sends it again if LianLian has no record", asks_at
+    resume = "`lianlian journal resume` queries the refund, and sends it again if LianLian has no record of it after"
+    return UNKNOWN, f"{unknown}{sending}. {resume} {local_time(asks_at)}", asks_at

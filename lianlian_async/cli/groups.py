@@ -14,10 +14,10 @@ from .options import config_option, file_argument, journal_options, parsed, runs
 
 @click.group
 def journal() -> None:
-    """Show, export, resume, decide, back up or restore a journal.
+    """Show, back up or restore a journal; resolve refunds.
 
-    A journal records refunds and their outcomes. It is an SQLite file, created by `lianlian batch`, or a PostgreSQL
-    database (postgresql://…, preferably in LIANLIAN_DSN).
+    A journal records refunds and their outcomes. It is an SQLite file, which `lianlian batch` creates, or a PostgreSQL
+    database (a postgresql:// URL; put a URL with a password into LIANLIAN_DSN).
     """
 
 
@@ -61,10 +61,11 @@ def export() -> None:
 @session_options
 @runs(".journal")
 def resume() -> None:
-    """Resolve all open refunds, then show the journal.
+    """Resolve the unknown refunds, then show the journal.
 
-    Unresolved refunds are queried, and sent if no earlier request can still arrive; refunds that were made are
-    queried for their final state. Exit code 4 if some are still unknown.
+    Each unknown refund is queried, and sent again if LianLian has no record of it after --not-found-grace. A refund
+    that was made but is not final is queried, too. A refund that was certainly not made is not sent. Exit code 4 if
+    some are still unknown.
     """
 
 
@@ -77,8 +78,8 @@ def resume() -> None:
 def decide() -> None:
     """Record by hand whether a refund was made, for example when LianLian no longer answers.
 
-    The decision is final; a refund that was not made is never sent again. Refused if LianLian has signed a final
-    outcome, or while a call may be sending the refund.
+    The decision is final: a refund that was decided as not-made is never sent again. The command refuses a decision
+    if LianLian has signed a final outcome, or while a call may be sending the refund.
     """
 
 
@@ -87,9 +88,10 @@ def decide() -> None:
 @journal_options
 @runs(".journal")
 def backup() -> None:
-    """Copy a journal file to FILE, which must not exist, while other processes use the journal.
+    """Copy a journal file to FILE, which must not exist.
 
-    FILE appears when the copy is complete. The inbox is not copied: after a restore, on_refund is called again.
+    Other processes may use the journal meanwhile. FILE appears when the copy is complete. The inbox of notifications
+    is not copied, so after a restore on_refund may be called again for the same refund.
     """
 
 
@@ -98,9 +100,10 @@ def backup() -> None:
 @journal_options
 @runs(".journal")
 def restore() -> None:
-    """Create a journal from FILE, a backup, and record in it that it was restored.
+    """Create a journal from FILE, a backup.
 
-    Refunds that the backup may lack are queried before they are sent, and unresolved refunds count as sent just now.
+    The journal is marked as restored: a refund that the backup may lack is queried before it is sent. Unresolved
+    refunds count as sent now, because they may have been sent again after the backup.
     """
 
 
@@ -115,7 +118,7 @@ def notify() -> None:
     "--gateway-key",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Private key that signs instead of LianLian's: gateway.pem of `lianlian sandbox --keys`.",
+    help="Private key that signs the notification, such as gateway.pem of `lianlian sandbox --keys`.",
 )
 @click.option("--no-refund", required=True, help=REFUND_HELP["no_refund"])
 @click.option("--money-refund", required=True, help=REFUND_HELP["money_refund"])
@@ -144,5 +147,5 @@ def send() -> None:
 def verify() -> None:
     """Verify a notification, and show its refund.
 
-    FILE is the body as received (- is stdin). It is verified exactly as in a service's endpoint.
+    FILE is the body as received (- is stdin). It is verified exactly as a service verifies it.
     """

@@ -122,7 +122,7 @@ def restore(output: Output, /, file: Path, place: str | None, config: Path | Non
 def _check_is_file(place: str) -> None:
     if is_dsn(place):
         raise click.UsageError(
-            "for PostgreSQL use pg_dump; after pg_restore, restart the server: the journal notices it"
+            "for PostgreSQL use pg_dump; after pg_restore, restart the server, so that the journal detects the restore"
         )
 
 

@@ -60,7 +60,7 @@ class JournalReport:
     unknown: int = 0
     """Unresolved refunds that may have been made."""
     not_sent: int = 0
-    """Unresolved refunds that were certainly not made: no request arrived, or it was rejected and may be repeated."""
+    """Unresolved refunds that were certainly not made: they were never sent, or rejected for a reason that may pass."""
     oldest: list[UnknownRefund] = attrs.field(factory=list)
 
     @property
@@ -75,7 +75,7 @@ class JournalReport:
         return left / self.rate if left and self.rate else None
 
     def add(self, entry: Entry) -> None:
-        """Count one pending entry."""
+        """Count a pending entry if it is unresolved."""
         if entry.state is not State.UNRESOLVED:
             return
         if entry.sent_at is None:
@@ -131,7 +131,7 @@ def journal_views(
     if report.unknown:
         title = f"{report.unknown:,} may have been made"
         title += f"; the oldest {_LISTED}" if report.unknown > _LISTED else ""
-        shown.append(table(title, ("no_refund", "yuan", "last sent at", "resolvable from"), report.oldest))
+        shown.append(table(title, ("no_refund", "yuan", "last sent at", "query again at"), report.oldest))
     if reasons:
         shown.append(table("unknown outcomes", ("reason", "times"), _by_number(reasons)))
     if failures:

@@ -1,4 +1,4 @@
-"""``lianlian notify``: send a notification to a service to test it, and read a notification."""
+"""``lianlian notify``: send a test notification to a service, and read a notification."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
     message = {name: text for name, text in fields.items() if text is not None}
     message |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
     body = wire.encode({**message, "sign": key.sign(signature_source(message))})
-    _show(output, anyio.run(_post, url, body))
-
-
-def _show(output: Output, response: HttpResponse | None) -> None:
+    response = anyio.run(_post, url, body)
     acknowledged = is_acknowledged(response)
     word = "acknowledged" if acknowledged else "not acknowledged"
     status, text = (None, "") if response is None else (response.status, response.body.decode(errors="replace"))

@@ -35,12 +35,12 @@ JOURNAL: Final = "LIANLIAN_JOURNAL"
 
 
 def is_dsn(place: str) -> bool:
-    """Whether a place is a PostgreSQL URL."""
+    """Return whether ``place``, a path or a URL, is a PostgreSQL URL."""
     return place.startswith(("postgresql://", "postgres://"))
 
 
 def place_name(place: str) -> str:
-    """Return a place for display, without the password of a DSN."""
+    """Return ``place`` for display. A DSN is not shown, because it may contain a password."""
     return "in PostgreSQL" if is_dsn(place) else place
 
 
@@ -58,7 +58,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
     @without_locals
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return ``value``; no message contains it, as it may be a connection string with a password."""
+        """Return the place. No error message contains ``value``, because it may contain a password."""
         place = value or (os.environ.get(DSN, "") if self._only_dsn else "")
         if not is_dsn(place):
             if self._only_dsn or "://" in place:
@@ -102,8 +102,8 @@ _not_found_grace_option = click.option(
     metavar="SECONDS",
     type=click.FloatRange(min=0),
     default=900.0,
-    help="Time until the gateway's answer 'no such record' is believed; less is safe only if the gateway rejects a "
-    "second refund with the same no_refund.",
+    help="Time after the last attempt until the gateway's answer 'no such record' is believed; a shorter time is safe "
+    "only if the gateway rejects a second refund with the same no_refund.",
 )
 
 
@@ -149,7 +149,7 @@ def journal_options(command: Command) -> Command:
         show_envvar=True,
         show_default="that of `lianlian batch`",
         type=Place(),
-        help="The journal.",
+        help="The journal: a file, or a postgresql:// URL.",
     )
     return journal(config_option(command))
 

@@ -39,10 +39,10 @@ class _Console(Console):
 
 
 def _console(*, stderr: bool = False) -> Console:
-    # With an explicit file Rich respects its encoding. Text from the wire must not be interpreted as markup. With
-    # NO_COLOR Rich alone would still move the cursor and print bold text.
+    # Rich respects the encoding of an explicit file. Text from the wire must not be interpreted as markup. NO_COLOR
+    # alone would not stop Rich from moving the cursor and printing bold text.
     file = sys.stderr if stderr else sys.stdout
-    is_terminal = False if os.environ.get("NO_COLOR") else None  # None: look at the file
+    is_terminal = False if os.environ.get("NO_COLOR") else None  # None: Rich asks the file
     return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False, force_terminal=is_terminal)
 
 
@@ -100,7 +100,7 @@ class Output:
 
     @contextmanager
     def screen(self) -> Iterator[Callable[[Mapping[str, Any], str, Iterable[RenderableType]], object]]:
-        """Yield a function: it redraws renderings on a terminal, else prints a line, or a document with ``--json``."""
+        """Yield a function that prints the document with ``--json``, redraws a terminal, else prints the line."""
         console = _console()
         with _surviving(sys.stdout):  # a closed pipe ends the block
             if self.as_json:
@@ -118,7 +118,7 @@ class Output:
             console.print(printable(text), soft_wrap=not console.is_terminal)
 
     def confirm(self, file: str, rows: Iterable[tuple[str, str]], question: str) -> None:
-        """Ask a question about ``file`` on stderr; raises ``click.Abort`` unless the answer is yes."""
+        """Show ``rows`` and ask ``question`` on stderr; raises ``click.Abort`` unless the answer is yes."""
         if file == "-" or not sys.stdin.isatty():
             raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
         _console(stderr=True).print(table("", ("", ""), [("file", file), *rows]))
@@ -141,9 +141,9 @@ class Output:
 
     @contextmanager
     def progress(self, total: int, status: Callable[[], RenderableType]) -> Iterator[Callable[..., object]]:
-        """Show a bar, and ``status`` below it, on stderr if that is a terminal; call the yielded function at each step.
+        """Show a bar with ``status`` below it if stderr is a terminal. Yield a function to call after each step.
 
-        Notes appear above the bar. Called with a new total, the function makes no step; elsewhere it prints a line.
+        Notes appear above the bar. A call with a new total adds no step; if there is no bar, it prints a line.
         """
         console = _console(stderr=True)
         with _Progress(status, console=console, transient=True, disable=not _can_redraw(console)) as progress:
@@ -170,9 +170,7 @@ def _can_redraw(console: Console) -> bool:
 
 def printable(text: str) -> str:
     """Escape the control characters of ``text``, so that a message cannot control the terminal."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def local_time(moment: datetime) -> str:

@@ -73,10 +73,8 @@ def _read(found: Reconciliation, path: Path, statements: Sequence[Path]) -> None
 
 async def _compare(found: Reconciliation, place: str) -> None:
     async with make_reader(place) as reader:
-        if reader.owner is not None and reader.owner.oid_partner != found.oid_partner:
-            raise ConfigurationError(
-                f"journal: belongs to merchant {reader.owner.oid_partner}, not {found.oid_partner}"
-            )
+        if (owner := reader.owner) is not None and owner.oid_partner != found.oid_partner:
+            raise ConfigurationError(f"journal: belongs to merchant {owner.oid_partner}, not {found.oid_partner}")
         async with aclosing(iterate(reader.entries())) as entries:
             async for entry in entries:
                 found.compare(entry)
@@ -84,7 +82,7 @@ async def _compare(found: Reconciliation, place: str) -> None:
 
 
 async def _apply(found: Reconciliation, merchant: Merchant, place: str, output: Output) -> None:
-    """Query the refunds that a statement proves. Nothing is sent again, whatever the answer is."""
+    """Query the refunds that are in a statement but unknown in the journal. Never send a refund again."""
     proved = frozenset(found.numbers[Verdict.UNKNOWN_PROVED])
 
     async def ask(entry: Entry) -> None:

@@ -25,14 +25,14 @@ def one_interruption() -> Iterator[None]:
 
     asyncio raises KeyboardInterrupt for the second SIGINT in the code that runs then, which breaks a clean shutdown.
     """
-    first: Any = signal.getsignal(signal.SIGINT)
+    before: Any = signal.getsignal(signal.SIGINT)
 
     def once(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        first(number, frame)
+        before(number, frame)
 
     signal.signal(signal.SIGINT, once)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, first)
+        signal.signal(signal.SIGINT, before)

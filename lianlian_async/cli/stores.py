@@ -1,4 +1,4 @@
-"""Places of journals and queues, functions that open them, and the receipt that records a file's journal."""
+"""Find and open journals and queues. A receipt records which journal was used to send a file of refunds."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ _CONTAINER_FILES: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
 _HOME: Final = "HOME" if os.name == "posix" else "LOCALAPPDATA"
 _NAME_IT: Final = f"name the journal with --journal or {JOURNAL}: a file on a persistent disk, or postgresql://…"
 _LOST: Final = (
-    "if that journal is lost, use --accept-new-journal --query-first: it queries each refund before sending it"
+    "if that journal is lost, use --accept-new-journal --query-first, which queries each refund before sending it"
 )
 
 
@@ -131,7 +131,7 @@ def make_folder(place: str) -> None:
     try:
         missing = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        sync_folders(*(each.parent for each in missing))  # SQLite syncs the names in its own folder only
+        sync_folders(*(each.parent for each in missing))  # SQLite syncs only the folder of its file
     except OSError as error:
         raise click.UsageError(f"{place}: {error.strerror}; {_NAME_IT}") from None
 
@@ -159,7 +159,7 @@ class Receipt:
         except (OSError, TypeError, ValueError):
             if accept_new:
                 return []
-            raise click.UsageError(f"{path} cannot be read as a receipt; {_LOST}") from None
+            raise click.UsageError(f"{path} cannot be read as a receipt of a journal; {_LOST}") from None
         ours = [one for one in known if (one.oid_partner, one.apply_url) == (self.oid_partner, self.apply_url)]
         for other in ours:
             if other.journal != self.journal and not accept_new:

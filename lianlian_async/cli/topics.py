@@ -1,4 +1,4 @@
-"""``lianlian help TOPIC``: the concepts in a few sentences, and the help of each command."""
+"""``lianlian help``: explain each concept in a few sentences."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from .output import Output
 _TOPICS: Final = {
     "unknown": """\
 A refund is *unknown* (exit code 4) if a request may have arrived and no answer proves its outcome.
-Keep no_refund, dt_refund and money_refund. Never use another no_refund for the same refund.
-At `ask_again_at` run `lianlian query`, or `lianlian batch` on the same file and journal again: both ask first.
-"No such record" is believed 15 minutes after the last attempt; only then is the refund sent again.""",
+Keep no_refund, dt_refund and money_refund. Never repeat the refund with another no_refund.
+At `ask_again_at`, run `lianlian query`, or the same `lianlian batch` again: it queries the refund before it sends it.
+If LianLian has no record 15 minutes after the last attempt, `lianlian batch` sends the refund again.""",
     "journal": """\
-A journal records each refund before it is sent, and its outcome. After a crash, the same command continues from it.
-One process: a file in your application folder, or --journal PATH. Several: PostgreSQL, with its DSN in LIANLIAN_DSN.
-`lianlian journal show` lists what is open, `journal resume` resolves it. Never delete a journal with open refunds.
-A journal belongs to one merchant and one apply URL. If it was lost, use `lianlian batch --query-first`.""",
+A journal records each refund before it is sent, and later its outcome. After a crash, run the same command again.
+One process uses a file: by default one in your application folder, else --journal PATH.
+Several processes share a journal in PostgreSQL. Put its URL into LIANLIAN_DSN.
+`lianlian journal show` lists unknown refunds, and `lianlian journal resume` resolves them.
+Never delete a journal with unknown refunds. If it is lost, use `lianlian batch --accept-new-journal --query-first`.
+A journal belongs to one merchant and one apply URL.""",
     "processes": """\
-One process: `lianlian batch FILE` with its journal file, which only one process can open at a time.
-Many: `lianlian batch --queue FILE` fills a queue in PostgreSQL, and any number of `lianlian worker` empty it.
-Two workers never send the same refund: each takes a lease on it. If a worker dies, another one asks, then continues.
-SIGINT or SIGTERM lets the refunds in flight finish.""",
+One process: run `lianlian batch FILE`. Only one process at a time can send refunds with a journal file.
+Several processes: `lianlian batch FILE --queue` fills a queue in PostgreSQL. Any number of `lianlian worker` empty it.
+A lease on each refund keeps other workers from sending it. If a worker dies, another one resolves its refunds.
+After SIGINT or SIGTERM, a process finishes the refunds in flight and ends.""",
 }
 
 

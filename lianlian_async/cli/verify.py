@@ -30,10 +30,8 @@ class _Key(NamedTuple):
         return f"{self.owner}'s key {self.key.fingerprint}"
 
 
-# ── the cause of an invalid signature ────────────────────────────────────────────────────────────
-
 _MOST_FIELDS: Final = 30
-"""Fields that are left out one by one and in pairs: a longer message would take too long."""
+"""Maximum number of fields that are left out one by one and in pairs, to limit the time."""
 _ORDERS: Final[dict[str, Callable[[Iterable[tuple[str, str]]], Iterable[tuple[str, str]]]]] = {
     "": sorted,
     "fields stay in the order of the message": lambda pairs: pairs,
@@ -43,7 +41,7 @@ _ENCODINGS: Final = {"": "utf-8", "the text is encoded in GBK": "gb18030"}
 
 
 def _other_fields(fields: Fields) -> Iterator[tuple[str, Fields]]:
-    """Yield ``fields`` and common changes of them, each with its condition."""
+    """Yield ``fields`` and common changes of them, each with a description of the change."""
     yield "", fields
     for names in chain.from_iterable(combinations(islice(fields, _MOST_FIELDS), number) for number in (1, 2)):
         left_out = {name: text for name, text in fields.items() if name not in names}
@@ -58,14 +56,14 @@ def _other_fields(fields: Fields) -> Iterator[tuple[str, Fields]]:
 
 
 def _other_texts(fields: Fields) -> Iterator[tuple[list[str], bytes]]:
-    """Yield the texts that may have been signed by mistake, each with its conditions."""
+    """Yield the texts that may have been signed by mistake, each with descriptions of its changes."""
     for (change, changed), (order, arrange), is_empty_signed, (coding, encoding) in product(
         _other_fields(fields), _ORDERS.items(), (False, True), _ENCODINGS.items()
     ):
         pairs = arrange((name, text) for name, text in changed.items() if text or is_empty_signed)
-        conditions = (change, order, "empty values are signed too" if is_empty_signed else "", coding)
+        changes = (change, order, "empty values are signed too" if is_empty_signed else "", coding)
         text = "&".join(f"{name}={text}" for name, text in pairs)
-        yield [condition for condition in conditions if condition], text.encode(encoding)
+        yield [each for each in changes if each], text.encode(encoding)
 
 
 def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str:
@@ -82,24 +80,21 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
     signer, (hash_name, digest) = next(((one, signed) for one, signed in recovered if signed), (None, ("", b"")))
     if signer is None:
         if bits in {one.key.bits for one in keys}:
-            return "another key or method signed it"
-        return f"another key signed it: it has {bits} bits, and no known key has that size"
+            return "another key or another signature method was used"
+        return f"another key signed it: the signature has {bits} bits, and no known key has that size"
     unsigned = {name: text for name, text in fields.items() if name != "sign"}
     hashed = ((name, hashlib.new(hash_name, text, usedforsecurity=False)) for name, text in _other_texts(unsigned))
-    found = [conditions for conditions, tried in hashed if tried.digest() == digest]
+    found = [changes for changes, tried in hashed if tried.digest() == digest]
     shown_hash = hash_name.upper().replace("SHA", "SHA-")
     whose = f"right key ({signer})" if signer in trusted else f"{signer} signed it, but LianLian must sign this message"
     problems = [] if hash_name == "md5" else [f"but {shown_hash} instead of MD5"]
     if not found:
         problems.append(f"other text: the {shown_hash} of the signed text is {digest.hex()}")
     elif fewest := min(found, key=len):
-        problems.append(f"other text: it fits if {' and '.join(fewest)}")
+        problems.append(f"other text: the signature matches if {' and '.join(fewest)}")
     if sign != repaired:
         problems.append("sign is damaged: replace its blanks by + and remove its line breaks")
     return ", ".join([whose, *problems])
-
-
-# ── the command ──────────────────────────────────────────────────────────────────────────────────
 
 
 def verify(output: Output, /, file: BinaryIO, config: Path | None) -> None:

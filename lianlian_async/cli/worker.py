@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _health_file(path: Path | None) -> Iterator[None]:
-    """Create an empty file, and remove it at the end, also after SIGTERM if the handler for it is already installed."""
+    """Create an empty file, and remove it at the end, also after SIGTERM inside :func:`sigterm_interrupts`."""
     if path is None:
         yield
         return
