@@ -166,7 +166,7 @@ def verify() -> None:
     help="File for the private key, or a folder for merchant.pem.",
 )
 @click.option(
-    "--encrypt", is_flag=True, help=f"Encrypt the private key with the password in {PASSWORD}; ask if it is not set."
+    "--encrypt", is_flag=True, help=f"Encrypt the private key with the password in {PASSWORD}; if unset, ask for one."
 )
 @runs(".keys")
 def keygen() -> None:

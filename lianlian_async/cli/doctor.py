@@ -36,7 +36,6 @@ _STYLES: Final = {"ok": "", "warning": "yellow", "failure": "red"}
 _THEIR_KEY: Final = "LianLian's key"
 _SETTING: Final = "correct this setting (LIANLIAN_ variables, or the file of --config)"
 _JOURNAL: Final = f"name the journal with --journal or {JOURNAL}"
-_WAIT: Final = 15.0
 
 
 class _Check(NamedTuple):
@@ -197,7 +196,7 @@ def _file(path: Path) -> Iterator[_Check]:
 async def _query(merchant: Merchant, query: RefundQuery) -> AsyncIterator[_Check]:
     """Query a refund, and verify the signature of the answer with LianLian's key."""
     try:
-        async with RefundSession(merchant, deadline=_WAIT, retry=RetryPolicy(attempts=1)) as session:
+        async with RefundSession(merchant, deadline=15.0, retry=RetryPolicy(attempts=1)) as session:
             refund = await session.query_refund(query)
     except (QueryRejected, RefundNotFound) as error:
         if error.verified:

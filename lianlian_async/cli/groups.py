@@ -35,8 +35,8 @@ def journal() -> None:
 def show() -> None:
     """Count the refunds in a journal, and list the unknown ones.
 
-    Other processes may use the journal meanwhile. In PostgreSQL, show the queue and its workers, too. The time left
-    assumes the current rate and no further refunds; refunds that are due later do not count.
+    Other processes may use the journal meanwhile. A journal in PostgreSQL is shown with its queue and workers. The
+    time left assumes the current rate and no further refunds; refunds that are due later do not count.
     """
 
 
@@ -72,7 +72,7 @@ def resume() -> None:
 @journal.command
 @click.argument("no_refund")
 @click.argument("outcome", type=click.Choice(["made", "not-made"]))
-@click.option("--evidence", required=True, help="Why, in one line: a bank statement, LianLian's answer by mail …")
+@click.option("--evidence", required=True, help="Reason, in one line: a bank statement, LianLian's answer by mail …")
 @journal_options
 @runs(".journal")
 def decide() -> None:

@@ -27,7 +27,10 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
     message = {name: text for name, text in fields.items() if text is not None}
     message |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
     body = wire.encode({**message, "sign": key.sign(signature_source(message))})
-    response = anyio.run(_post, url, body)
+    _show(output, anyio.run(_post, url, body))
+
+
+def _show(output: Output, response: HttpResponse | None) -> None:
     acknowledged = is_acknowledged(response)
     word = "acknowledged" if acknowledged else "not acknowledged"
     status, text = (None, "") if response is None else (response.status, response.body.decode(errors="replace"))

@@ -147,7 +147,7 @@ def journal_options(command: Command) -> Command:
         metavar="PATH|DSN",
         envvar=[DSN, JOURNAL],
         show_envvar=True,
-        show_default="that of `lianlian batch`",
+        show_default="the journal of `lianlian batch`",
         type=Place(),
         help="The journal: a file, or a postgresql:// URL.",
     )

@@ -10,7 +10,7 @@ _TOPICS: Final = {
     "unknown": """\
 A refund is *unknown* (exit code 4) if a request may have arrived and no answer proves its outcome.
 Keep no_refund, dt_refund and money_refund. Never repeat the refund with another no_refund.
-At `ask_again_at`, run `lianlian query`, or the same `lianlian batch` again: it queries the refund before it sends it.
+At `ask_again_at`, run `lianlian query`, or repeat the same `lianlian batch`, which queries the refund first.
 If LianLian has no record 15 minutes after the last attempt, `lianlian batch` sends the refund again.""",
     "journal": """\
 A journal records each refund before it is sent, and later its outcome. After a crash, run the same command again.
@@ -21,7 +21,7 @@ Never delete a journal with unknown refunds. If it is lost, use `lianlian batch 
 A journal belongs to one merchant and one apply URL.""",
     "processes": """\
 One process: run `lianlian batch FILE`. Only one process at a time can send refunds with a journal file.
-Several processes: `lianlian batch FILE --queue` fills a queue in PostgreSQL. Any number of `lianlian worker` empty it.
+Several processes: `lianlian batch FILE --queue` fills a queue in PostgreSQL; any number of `lianlian worker` share it.
 A lease on each refund keeps other workers from sending it. If a worker dies, another one resolves its refunds.
 After SIGINT or SIGTERM, a process finishes the refunds in flight and ends.""",
 }
