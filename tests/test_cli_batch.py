@@ -12,7 +12,6 @@ import pytest
 
 from lianlian_async.cli.batch.checked import Line
 from lianlian_async.cli.batch.results import Totals
-from lianlian_async.cli.exit_codes import MADE, NOT_SENT
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.cli.signals import one_interruption
 from lianlian_async.errors import JournalError, LianLianError
@@ -459,11 +458,6 @@ def test_interruption_before_the_first_refund(gateway, file):
     assert ended.stderr.startswith("up to 0 refunds without an outcome may have been made")
 
 
-def test_incomplete_batch_is_not_made():
-    """Exit code 0 needs an outcome for every refund."""
-    assert (Totals(0).exit_outcome(), Totals(1).exit_outcome()) == (MADE, NOT_SENT)
-
-
 # ── processes that die ───────────────────────────────────────────────────────────────────────────
 
 
@@ -501,6 +495,18 @@ def test_batch_with_missing_outcomes_is_an_error():
     Totals(0).check_complete()
     with pytest.raises(LianLianError, match="the batch ended with 247 refunds to do"):
         Totals(247).check_complete()
+
+
+def test_sigterm_ends_a_batch_that_was_started_with_sigint_ignored(env, gateway, file):
+    """A shell script starts background commands like this; SIGTERM must still end them cleanly."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = start_until_stuck(gateway, file, env, sent=3, stuck=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    process.send_signal(signal.SIGTERM)
+    ended = end(process, env)
+    assert (ended.exit_code, ended.json["outcome"]) == (130, "interrupted")
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 3])

@@ -11,12 +11,17 @@ from typing import Any
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Handle SIGTERM like SIGINT while the block runs, so that an event loop shuts down cleanly."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    """Handle SIGTERM like SIGINT while the block runs, so that an event loop shuts down cleanly.
+
+    A shell script starts background commands with SIGINT ignored, so this also sets the handler of SIGINT.
+    """
+    sigint = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sigterm = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, sigterm)
+        signal.signal(signal.SIGINT, sigint)
 
 
 @contextmanager

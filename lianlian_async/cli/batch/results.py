@@ -1,4 +1,4 @@
-"""The results of a batch: one line for each line of the file, and the totals."""
+"""The results of a batch: one result line for each line of the file, and the totals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rich.text import Text
 from lianlian_async.cli.exit_codes import (
     FAILED,
     MADE,
-    NOT_SENT,
     REJECTED,
     UNKNOWN,
     ExitOutcome,
@@ -160,7 +159,7 @@ class Totals:
     not_made: dict[Reason, list[NotMade]] = attrs.field(factory=dict, init=False)
     """By reason, the 20 refunds with the lowest line numbers."""
     recorded: int = attrs.field(default=0, init=False)
-    """Refunds that sent no request, because their outcome was in the journal."""
+    """Refunds for which no request was sent, because their outcome was in the journal."""
     attempts: int = attrs.field(default=0, init=False)
     queries: int = attrs.field(default=0, init=False)
     ask_again_at: datetime | None = attrs.field(default=None, init=False)
@@ -224,7 +223,6 @@ class Totals:
         return [(outcome.word, self.refunds[outcome], Decimal(self.yuan[outcome])) for outcome in each]
 
     def exit_outcome(self) -> ExitOutcome:
-        """Return the most severe outcome that occurred; not sent if refunds are to do and all others were made."""
-        complete = NOT_SENT if self.to_do else MADE
-        other = next((each for each in self.refunds if each != MADE), complete)
+        """Return the most severe outcome that occurred."""
+        other = next((each for each in self.refunds if each != MADE), MADE)
         return next((each for each in _PRECEDENCE if self.refunds[each]), other)

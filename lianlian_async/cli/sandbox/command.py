@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from lianlian_async import wire
 from lianlian_async.cli.batch.checked import checked_file
 from lianlian_async.cli.output import Output
 from lianlian_async.cli.secret_files import refuse_existing, write_new
+from lianlian_async.cli.signals import sigterm_interrupts
 from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import Fault, Notifier, Repeated, SandboxGateway
 from lianlian_async.sandbox.statement import statement
@@ -55,7 +55,8 @@ def sandbox(
         app = Notifier(gateway, on_delivery=lambda delivery: output.note(str(delivery)))
     with (
         _statement_at_the_end(gateway, statement_file),
-        _until_signal(),
+        suppress(KeyboardInterrupt),
+        sigterm_interrupts(),
         serving(app, host, port) as url,
         _written(env_file, environment(gateway, url, **{"notify_url": notify} if notify else {})),
     ):
@@ -112,18 +113,6 @@ def _statement_at_the_end(gateway: SandboxGateway, file: Path | None) -> Iterato
             (file / name if file.is_dir() else file).write_text(statement(gateway), "utf-8")
         except OSError as error:
             raise LianLianError(f"{file}: {error.strerror}") from error
-
-
-@contextmanager
-def _until_signal() -> Iterator[None]:
-    """End the block, without an error, at SIGINT or SIGTERM."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with suppress(KeyboardInterrupt):
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
