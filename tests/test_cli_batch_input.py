@@ -231,8 +231,8 @@ def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
         (("--max-total", "much"), "decimal number"),
         (("--max-total", "9.99", "--yes"), "sum 10.00 yuan exceeds --max-total 9.99; nothing was sent"),
         (("--max-refund", "9.99", "--yes"), "line 2: 10.00 yuan exceeds --max-refund 9.99; nothing was sent"),
-        (("--date-format", "YYYY/MM"), "must have YYYY, MM, DD"),
-        (("--date-format", "YYYY/MM/DD/MM"), "must have YYYY, MM, DD"),
+        (("--date-format", "YYYY/MM"), "must contain YYYY, MM, DD"),
+        (("--date-format", "YYYY/MM/DD/MM"), "must contain YYYY, MM, DD"),
         (("--money-format", "9,999.00"), "must be the number 1,234.56 in the format of the file"),
         (("--money-format", "1.234.56"), "must be the number 1,234.56 in the format of the file"),
         (("--rate", "0"), "--rate"),
@@ -294,7 +294,7 @@ def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
     assert first.exit_code == 0
     [remark] = first.json["remarks"]
     assert remark["line"] == 3
-    assert remark["remark"].startswith("same order and amount as line 2: this line is a second, separate refund")
+    assert remark["remark"].startswith("same order and amount as line 2, but a separate refund")
     again = run("batch", write_csv(file, [row | {"oid_paybill": "2"} for row in rows]), *options, env=env)
     assert again.json["outcomes"]["conflict"]["refunds"] == 3
     assert again.exit_code == 1

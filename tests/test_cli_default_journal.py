@@ -183,11 +183,11 @@ def test_unreadable_receipt_is_refused(env, gateway, file, tmp_path, text):
 
 
 def test_unwritable_receipt_is_noted(env, file, tmp_path):
-    """The refunds are made, and a note says that there is no receipt."""
+    """The refunds are made, and a note says that the receipt was not written."""
     receipt_of(file).mkdir()
     ended = run("batch", file, "--yes", "--accept-new-journal", "--journal", tmp_path / "journal", env=env)
     assert ended.exit_code == 0
-    assert "there is no receipt beside the file" in ended.stderr
+    assert "the receipt was not written" in ended.stderr
 
 
 # ── what the journal knows ───────────────────────────────────────────────────────────────────────
@@ -229,7 +229,7 @@ def test_postgresql_journal_is_counted(env, gateway, file, database):
 
 @pytest.mark.usefixtures("home")
 def test_a_journal_beside_the_file_must_be_named(env, gateway, file):
-    """FILE.journal may know refunds of the file, so nothing is sent with another journal."""
+    """FILE.journal may contain refunds of the file, so nothing is sent with another journal."""
     older = f"{file}.journal"
     assert run("batch", file, "--yes", "--journal", older, env=env).exit_code == 0
     ended = run("batch", file, "--yes", env=env)

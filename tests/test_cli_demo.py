@@ -1,4 +1,4 @@
-"""``lianlian demo``: refunds at a faulty gateway, and the audit of its books."""
+"""``lianlian demo``: refunds at a faulty gateway, and the audit of its ledger."""
 
 import re
 import signal
@@ -15,11 +15,11 @@ DEMO = ("demo", "--refunds", "30", "--bits", "1024")
 
 
 def test_no_refund_is_made_twice_and_every_outcome_is_true():
-    """The gateway's books confirm every outcome of thirty refunds with faults."""
+    """The gateway's ledger confirms every outcome of thirty refunds with faults."""
     ended = run(*DEMO, "--seed", "3", "--json")
     assert ended.exit_code == 0
     report = ended.json
-    assert report["outcome"] == "the books agree"
+    assert report["outcome"] == "the gateway's ledger confirms the outcomes"
     assert report["made_twice"] == 0
     assert sum(report["outcomes"].values()) == report["refunds"] == 30
     assert report["outcomes"]["rejected"] + report["outcomes"]["unknown"] >= 1
@@ -33,7 +33,7 @@ def test_without_a_terminal_there_is_no_progress():
     assert ended.exit_code == 0
     assert "│ made     │ 29 " in ended.stdout
     assert "│ rejected │ 1 " in ended.stdout
-    assert ended.stdout.endswith("the books agree\n")
+    assert ended.stdout.endswith("the gateway's ledger confirms the outcomes\n")
     assert ended.stderr == ""
 
 
@@ -48,7 +48,7 @@ def check_interrupted(ended):
     """Check the audit of an interrupted demo."""
     assert ended.exit_code == 130
     assert ended.stderr.endswith("interrupted\n")
-    assert ended.json["outcome"] == "the books agree"
+    assert ended.json["outcome"] == "the gateway's ledger confirms the outcomes"
     assert ended.json["made_twice"] == 0
 
 
@@ -63,7 +63,7 @@ def test_interrupted_demo_shows_its_audit():
 
 
 def test_demo_interrupted_at_its_start_shows_its_audit():
-    """Without a refund the books agree, too."""
+    """Without a refund, nothing contradicts the ledger."""
     with interruption():
         ended = run(*DEMO, "--json")
     check_interrupted(ended)
@@ -92,7 +92,7 @@ def audited(outcome, times, moved="2.50"):
         (None, 0),
     ],
 )
-def test_matching_books_are_no_disagreement(outcome, times):
+def test_matching_ledger_is_no_disagreement(outcome, times):
     """Made means once, unknown and interrupted at most once, and every other outcome never."""
     assert audited(outcome, times).disagreements == []
 
@@ -101,13 +101,13 @@ def test_matching_books_are_no_disagreement(outcome, times):
     ("outcome", "times"),
     [(MADE, 0), (MADE, 2), (REJECTED, 1), (NOT_SENT, 1), (UNKNOWN, 2), (INTERRUPTED, 2), (FAILED, 1), (None, 1)],
 )
-def test_contradicting_books_are_a_disagreement(outcome, times):
+def test_contradicting_ledger_is_a_disagreement(outcome, times):
     """A refund that is lost, made twice, or made despite its outcome is listed."""
     assert audited(outcome, times).disagreements == ["R-1"]
 
 
 def test_other_amount_is_a_disagreement():
-    """The amount in the books must be the requested one."""
+    """The amount in the ledger must be the requested one."""
     assert audited(MADE, 1, "2.49").disagreements == ["R-1"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +12,7 @@ from lianlian_async import wire
 
 from .options import (
     Command,
+    add_options,
     config_option,
     deadline_option,
     dsn_argument,
@@ -43,8 +43,7 @@ QUERY_HELP: Final = {"oid_refundno": "LianLian's refund number."} | {
 def _refund_options(help_texts: dict[str, str]) -> Callable[[Command], Command]:
     """Add the argument FILE, one option for each field, and the common options of a command about one refund."""
     fields = [click.option(f"--{name.replace('_', '-')}", help=text) for name, text in help_texts.items()]
-    options = (file_argument(required=False), *fields, deadline_option, config_option)
-    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+    return add_options((file_argument(required=False), *fields, deadline_option, config_option))
 
 
 @click.command

@@ -29,30 +29,31 @@ from .formats import plain_date, plain_money
 from .rows import Columns, Row, damaged, read_rows, rounded
 
 _PAGE: Final = 500
+_KEPT: Final = 50
 _SCHEMA: Final = """
 PRAGMA journal_mode = off;
 CREATE TABLE refunds (line INTEGER PRIMARY KEY, no_refund TEXT UNIQUE, fields TEXT, cells TEXT, problem TEXT);
-CREATE TABLE alike (content TEXT PRIMARY KEY, line INTEGER, times INTEGER);
+CREATE TABLE repeats (content TEXT PRIMARY KEY, first_line INTEGER, lines INTEGER);
 BEGIN;
 """
-_COUNT_ALIKE: Final = "INSERT INTO alike VALUES (?, ?, 1) ON CONFLICT (content) DO UPDATE SET times = times + 1"
+_COUNT_LINE: Final = "INSERT INTO repeats VALUES (?, ?, 1) ON CONFLICT (content) DO UPDATE SET lines = lines + 1"
 _READ_PAGE: Final = (
     "SELECT line, no_refund, fields, cells FROM refunds WHERE line > ? AND problem IS NULL ORDER BY line LIMIT ?"
 )
 _TOTALS: Final = """
-WITH clear AS (
-    SELECT line, coalesce(json_extract(fields, '$.no_order'), json_extract(fields, '$.oid_paybill')) AS ordered,
+WITH valid AS (
+    SELECT line, coalesce(json_extract(fields, '$.no_order'), json_extract(fields, '$.oid_paybill')) AS order_number,
            CAST(replace(json_extract(fields, '$.money_refund'), '.', '') AS INTEGER) AS fen
     FROM refunds WHERE problem IS NULL
 )
-SELECT count(*), coalesce(sum(fen), 0), coalesce((SELECT line FROM clear ORDER BY fen DESC LIMIT 1), 0),
-       coalesce(max(fen), 0), (SELECT count(*) FROM (SELECT 1 FROM clear GROUP BY ordered HAVING count(*) > 1))
-FROM clear
+SELECT count(*), coalesce(sum(fen), 0), coalesce((SELECT line FROM valid ORDER BY fen DESC LIMIT 1), 0),
+       coalesce(max(fen), 0), (SELECT count(*) FROM (SELECT 1 FROM valid GROUP BY order_number HAVING count(*) > 1))
+FROM valid
 """
 
 
 class FileTotals(NamedTuple):
-    """The totals of the refunds of a file."""
+    """The totals of the refunds in a file."""
 
     refunds: int
     yuan: Decimal
@@ -75,22 +76,21 @@ def _line_of(number: int, _no_refund: str, fields: str, cells: str) -> Line:
 
 
 @attrs.define
-class Findings:
+class Notes:
     """Notes about lines of the file. ``count`` counts all notes; ``lines`` keeps the first 50."""
 
-    kept: int = 50
     count: int = 0
     lines: list[tuple[int, str]] = attrs.field(factory=list)
 
     def add(self, line: int, text: str) -> None:
         """Add a note about a line."""
         self.count += 1
-        if self.count <= self.kept:
+        if self.count <= _KEPT:
             self.lines.append((line, text))
 
     def texts(self) -> list[str]:
         """Return one line of text for each kept note, and one with the number of other notes."""
-        more = [f"… and {self.count - self.kept} more"] if self.count > self.kept else []
+        more = [f"… and {self.count - _KEPT} more"] if self.count > _KEPT else []
         return [*(f"line {line}: {text}" for line, text in self.lines), *more]
 
 
@@ -102,7 +102,7 @@ class Checked:
     """
 
     def __init__(self, merchant: Merchant | None, options: Mapping[str, Any]) -> None:
-        """``options``: see :func:`.options.reading_options`. Without a merchant, its fields are not checked."""
+        """``options``: values of ``READING_OPTIONS``. Without merchant, oid_partner and notify_url are not checked."""
         read_date, read_money = options["read_date"] or plain_date, options["read_money"] or plain_money
         self._merchant = merchant
         self._readers = {"dt_refund": read_date, "dt_order": read_date, "money_refund": read_money}
@@ -110,9 +110,9 @@ class Checked:
         self._dt_refund: str | None = options["dt_refund"]
         self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._file.executescript(_SCHEMA)
-        self.problems = Findings()
+        self.problems = Notes()
         """Lines that cannot be sent."""
-        self.remarks = Findings()
+        self.remarks = Notes()
         """Valid lines that a person should check."""
 
     def close(self) -> None:
@@ -162,13 +162,13 @@ class Checked:
             return {}
         if not order:
             return {}
-        alike = json.dumps([*order, money])
-        self._do(_COUNT_ALIKE, alike, line)
-        first, times = self._do("SELECT line, times FROM alike WHERE content = ?", alike).fetchone()
-        if times > 1:
+        content = json.dumps([*order, money])
+        self._do(_COUNT_LINE, content, line)
+        first, lines = self._do("SELECT first_line, lines FROM repeats WHERE content = ?", content).fetchone()
+        if lines > 1:
             same = f"same order and amount as line {first}"
-            self.remarks.add(line, f"{same}: this line is a second, separate refund; remove it if it is a duplicate")
-        return {"no_refund": derived_number(order, money, times)}
+            self.remarks.add(line, f"{same}, but a separate refund; remove this line if it is a duplicate")
+        return {"no_refund": derived_number(order, money, lines)}
 
     def _store(self, line: int, request: RefundRequest, cells: str) -> str | None:
         """Store a request; return a problem if an earlier line has the same ``no_refund`` for another refund."""
@@ -200,25 +200,25 @@ class Checked:
         return FileTotals(count, Decimal(fen) / 100, line, Decimal(largest) / 100, orders)
 
     async def lines(self) -> AsyncGenerator[Line]:
-        """Yield the valid refunds; reads from disk in a thread."""
+        """Yield the valid refunds. Another thread reads them from disk."""
         async for page in self.pages():
             for row in page:
                 yield _line_of(*row)
 
     async def pages(self) -> AsyncGenerator[list[tuple[int, str, str, str]]]:
-        """Yield pages of up to 500 rows (line, ``no_refund``, fields, cells as JSON); reads from disk in a thread."""
+        """Yield pages of up to 500 rows: line, ``no_refund``, fields and cells as JSON. Another thread reads them."""
         line = 0
         while rows := await anyio.to_thread.run_sync(lambda after: self._do(_READ_PAGE, after, _PAGE).fetchall(), line):
             line = rows[-1][0]
             yield rows
 
     def lines_after(self, line: int) -> Iterator[Line]:
-        """Yield the valid refunds after a line; reads from disk in the calling thread."""
+        """Yield the valid refunds after a line. The calling thread reads them from disk."""
         for row in self._do(_READ_PAGE, line, -1):
             yield _line_of(*row)
 
     def invalid_lines(self) -> Iterator[tuple[int, Mapping[str, str], str]]:
-        """Yield line, cells and problem of each invalid line; reads from disk in the calling thread."""
+        """Yield line, cells and problem of each invalid line. The calling thread reads them from disk."""
         for line, cells, problem in self._do(
             "SELECT line, cells, problem FROM refunds WHERE problem IS NOT NULL ORDER BY line"
         ):
@@ -235,7 +235,7 @@ class Checked:
 def checked_file(
     file: str, merchant: Merchant | None, options: Mapping[str, Any], note: Callable[[str], object], **columns: bool
 ) -> Iterator[tuple[Checked, Columns]]:
-    """Check all lines of ``file`` with the options of :func:`.options.reading_options`; pass its notes to ``note``."""
+    """Check the lines of ``file``, pass each problem and remark to ``note``, and yield the refunds and columns."""
     seen = Columns(options["renamed"], options["ignore_unknown"], **columns)
     with closing(Checked(merchant, options)) as checked:
         with click.open_file(file, "rb") as stream:
@@ -247,39 +247,39 @@ def checked_file(
 
 
 def derived_number(order: object, money: str, times: int) -> str:
-    """Derive a ``no_refund`` from the order, the amount and ``times`` (1 for the first refund with both, then 2, 3 …).
+    """Derive a ``no_refund`` from an order, an amount and ``times`` (1 for the first line with both, then 2, 3 …).
 
-    It uses no other field, so a later run with more columns or another ``dt_refund`` makes no second refund.
+    No other field changes it, so a later run with more columns or another ``dt_refund`` makes no second refund.
     """
     content = json.dumps([order, money, times])
     return "LL" + hashlib.sha256(content.encode()).hexdigest()[:30].upper()
 
 
 @attrs.define
-class Known:
+class InJournal:
     """What the journal knows about the refunds of a batch."""
 
     found: Counter[str]
-    """Number of refunds by state: new (no send in the journal), made, open; rejected and conflict if any."""
+    """Number of refunds by state: new (the journal records no send), made, open; rejected and conflict if any."""
     new_yuan: Decimal
     journal_id: str | None = None
     """None: the journal does not exist yet."""
 
 
-async def look_up(checked: Checked, totals: FileTotals, place: str) -> Known:
+async def look_up(checked: Checked, totals: FileTotals, place: str) -> InJournal:
     """Look up all refunds in the journal at ``place``, in bounded memory."""
-    known = Known(Counter(new=totals.refunds, made=0, open=0), totals.yuan)
+    in_journal = InJournal(Counter(new=totals.refunds, made=0, open=0), totals.yuan)
     if is_dsn(place) or await anyio.Path(place).exists():
         async with make_reader(place) as journal:
-            known.journal_id = journal.id
+            in_journal.journal_id = journal.id
             async for page in checked.pages():
                 for entry in await _find_all(journal, [number for _, number, _, _ in page]):
                     if entry.ending is not None or entry.sent_at is not None:
                         open_or_made = "made" if entry.state.is_made else "open"
                         word = str(entry.state) if entry.state in (State.REJECTED, State.CONFLICT) else open_or_made
-                        known.found.update({word: 1, "new": -1})
-                        known.new_yuan -= Decimal(entry.fields["money_refund"])
-    return known
+                        in_journal.found.update({word: 1, "new": -1})
+                        in_journal.new_yuan -= Decimal(entry.fields["money_refund"])
+    return in_journal
 
 
 async def _find_all(journal: SqliteReader | Journal, numbers: Sequence[str]) -> list[Entry]:

@@ -27,14 +27,14 @@ from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
 
-from .checked import Checked, FileTotals, Known, Line, checked_file, look_up
+from .checked import Checked, FileTotals, InJournal, Line, checked_file, look_up
 from .options import refuse_for_queue
 from .results import Totals, interrupted_result, invalid_result, result_columns, result_of
 from .summary import file_rows, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
-"""Seconds between two attempts to open a journal, and between two checks for a batch that only waits."""
+"""Seconds between two attempts to open a journal, and between two checks whether only unknown refunds remain."""
 
 
 def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> None:
@@ -56,17 +56,17 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
         if merchant is None or place is None:
             _enqueue(output, file, checked, totals, options)
         else:
-            known = anyio.run(look_up, checked, totals, place)
-            run = _Batch(output, merchant, checked, totals, options, place, known, columns.seen)
+            in_journal = anyio.run(look_up, checked, totals, place)
+            run = _Batch(output, merchant, checked, totals, options, place, in_journal, columns.seen)
             receipt = None if file == "-" else Path(f"{file}.receipt")
             run.check_receipt(receipt)
-            if known.journal_id is None and not (options["yes"] or options["query_first"]):
+            if in_journal.journal_id is None and not (options["yes"] or options["query_first"]):
                 output.note(
                     "this journal is new, so every refund counts as never sent; if some may have been sent before, "
                     "use --query-first"
                 )
             if dry_run:
-                show_checked(output, checked, _VALID, run.known, journal=place_name(place))
+                show_checked(output, checked, _VALID, run.in_journal, journal=place_name(place))
             else:
                 _confirm_batch(run, file)
                 ctx.exit(_send(run))
@@ -105,7 +105,7 @@ def _find_journal(output: Output, file: str, merchant: Merchant, options: Mappin
     older = Path(f"{file}.journal")
     if file != "-" and older.is_file() and older.resolve() != Path(place).resolve():
         raise click.UsageError(
-            f"{older} may know refunds of this file: continue with --journal {older}, or move it away if every "
+            f"{older} may contain refunds of this file: continue with --journal {older}, or move it away if every "
             "refund in it is resolved"
         )
     return place
@@ -138,15 +138,15 @@ async def _add_to_queue(dsn: str, checked: Checked) -> int:
 
 def _confirm_batch(run: _Batch, file: str) -> None:
     """Show what the journal knows, ask for confirmation unless ``--yes``, and create the default journal's folder."""
-    known, options, merchant, journal = run.known, run.options, run.merchant, place_name(run.place)
-    if options["yes"] and known.found["new"] < run.in_file.refunds:
-        in_words = ", ".join(f"{number:,} {word}" for word, number in known.found.items())
+    in_journal, options, merchant, journal = run.in_journal, run.options, run.merchant, place_name(run.place)
+    if options["yes"] and in_journal.found["new"] < run.in_file.refunds:
+        in_words = ", ".join(f"{number:,} {word}" for word, number in in_journal.found.items())
         run.output.note(f"journal {journal}: {in_words}")
     if run.in_file.refunds and not options["yes"]:
         rows = [("merchant", merchant.oid_partner), ("endpoint", merchant.endpoints.apply), ("journal", journal)]
-        rows += file_rows(run.checked, run.in_file, known)
-        resolved = f", and resolve {known.found['open']:,} open ones" if known.found["open"] else ""
-        question = f"Send {known.found['new']:,} new refunds, {known.new_yuan:,.2f} yuan{resolved}?"
+        rows += file_rows(run.checked, run.in_file, in_journal)
+        resolved = f", and resolve {in_journal.found['open']:,} open ones" if in_journal.found["open"] else ""
+        question = f"Send {in_journal.found['new']:,} new refunds, {in_journal.new_yuan:,.2f} yuan{resolved}?"
         run.output.confirm(file, rows, question)
     if not options["journal"]:
         make_folder(run.place)
@@ -167,7 +167,7 @@ def _send(run: _Batch) -> int:
         outcome = exit_outcome_of(run.failure) if run.failure else run.totals.exit_outcome()
     out = run.options["out"]
     places = {"journal": place_name(run.place)} | ({"results": str(out)} if out else {})
-    show_batch(run.output, run.checked, run.totals, run.known, outcome=outcome, failure=run.failure, places=places)
+    show_batch(run.output, run.checked, run.totals, run.in_journal, outcome=outcome, failure=run.failure, places=places)
     is_unknown = run.failure is not None and run.totals.refunds[UNKNOWN]
     return UNKNOWN.exit_code if is_unknown else outcome.exit_code
 
@@ -182,11 +182,13 @@ class _Batch:
     in_file: FileTotals
     options: Mapping[str, Any]
     place: str
-    known: Known
+    in_journal: InJournal
     columns: Iterable[str]
     """The columns of the file."""
     advance: Callable[[], object] = attrs.field(default=str, init=False)
-    totals: Totals = attrs.field(init=False)
+    totals: Totals = attrs.field(
+        default=attrs.Factory(lambda run: Totals(run.in_file.refunds), takes_self=True), init=False
+    )
     in_flight: dict[str, Line] = attrs.field(factory=dict, init=False)
     """Refunds that were started and have no outcome yet, by ``no_refund``."""
     _held: Sequence[tuple[RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
@@ -196,23 +198,20 @@ class _Batch:
     failure: LianLianError | None = attrs.field(default=None, init=False)
     _write_receipt: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
 
-    def __attrs_post_init__(self) -> None:
-        self.totals = Totals(self.in_file.refunds)
-
     def check_receipt(self, path: Path | None) -> None:
         """Refuse a journal other than the one in the receipt at ``path``; None (stdin): check nothing."""
         if path is None:
             return
         place = place_name(self.place) if is_dsn(self.place) else str(Path(self.place).absolute())
         endpoint = self.merchant.endpoints.apply
-        ours = Receipt(self.known.journal_id or "", place, self.merchant.oid_partner, endpoint)
+        ours = Receipt(self.in_journal.journal_id or "", place, self.merchant.oid_partner, endpoint)
         others = ours.check(path, accept_new=self.options["accept_new_journal"])
 
         def write(journal_id: str) -> None:
             try:
                 attrs.evolve(ours, journal=journal_id).write(path, others)
             except OSError as error:
-                self.output.note(f"{path}: {error.strerror}; there is no receipt beside the file")
+                self.output.note(f"{path}: {error.strerror}; the receipt was not written")
 
         self._write_receipt = write
 

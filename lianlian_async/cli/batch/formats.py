@@ -29,7 +29,7 @@ def date_reader(form: str) -> Callable[[str], str]:
     """
     parts = _DATE_PART.findall(form)
     if len(set(parts)) < len(parts) or not {"YYYY", "MM", "DD"} <= set(parts):
-        raise ValueError("must have YYYY, MM, DD, and perhaps hh, mm, ss, once each, such as 'YYYY/MM/DD hh:mm'")
+        raise ValueError("must contain YYYY, MM, DD, and optionally hh, mm, ss, each once, such as 'YYYY/MM/DD hh:mm'")
 
     def digits(part: re.Match[str]) -> str:
         beside = part.string[: part.start()][-1:] + part.string[part.end() :][:1]

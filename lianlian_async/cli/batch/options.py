@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import reduce
 from pathlib import Path
 from typing import Final
 
@@ -14,8 +13,8 @@ from lianlian_async import wire
 from lianlian_async.cli.options import (
     DSN,
     JOURNAL,
-    Command,
     Place,
+    add_options,
     config_option,
     parsed,
     runs,
@@ -45,7 +44,7 @@ def _read_map(_ctx: click.Context, _option: click.Parameter, values: Iterable[st
     for value in values:
         name, _, column = value.partition("=")
         if name not in FIELDS or not column:
-            raise click.BadParameter(f"{value!r} must be FIELD=COLUMN, FIELD one of {', '.join(FIELDS)}")
+            raise click.BadParameter(f"{value!r} must be FIELD=COLUMN, with FIELD one of {', '.join(FIELDS)}")
         if name in renamed or column in renamed.values():
             raise click.BadParameter(f"{value!r}: map each field and each column only once")
         renamed[name] = column
@@ -61,7 +60,7 @@ def _encoding(name: str) -> str:
     return name
 
 
-_READING_OPTIONS: Final = (
+READING_OPTIONS: Final = (
     click.option(
         "--map",
         "renamed",
@@ -96,7 +95,7 @@ _READING_OPTIONS: Final = (
         "--derive",
         is_flag=True,
         help="Compute a missing no_refund from order, amount, and the number of earlier lines with the same order and "
-        "amount. The result is deterministic: a copy of the line in another file is the same refund.",
+        "amount. The result is deterministic: the same lines in another file are the same refunds.",
     ),
     click.option(
         "--dt-refund",
@@ -106,6 +105,7 @@ _READING_OPTIONS: Final = (
         "another dt_refund.",
     ),
 )
+"""The options for :func:`.checked.checked_file`."""
 _OPTIONS: Final = (
     click.option("--dry-run", is_flag=True, help="Check all lines and send nothing."),
     click.option("--yes", is_flag=True, help="Send without asking for confirmation."),
@@ -122,12 +122,12 @@ _OPTIONS: Final = (
         help="Send nothing if any refund is greater.",
     ),
     click.option("--skip-invalid", is_flag=True, help="Send the valid lines even if other lines are invalid."),
-    *_READING_OPTIONS,
+    *READING_OPTIONS,
     click.option(
         "--out",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Write each line of the file and its outcome to this file: CSV for a spreadsheet if its name ends in "
-        ".csv, else JSON Lines. Each run replaces it.",
+        help="Write each line of FILE and its outcome to this file: CSV for a spreadsheet if the name ends in .csv, "
+        "else JSON Lines. Each run replaces the file.",
     ),
     click.option(
         "--journal",
@@ -153,36 +153,27 @@ _OPTIONS: Final = (
         type=click.FloatRange(min=0, min_open=True),
         help="Maximum number of refunds to start each second.",
     ),
-    click.option("--keep-going", is_flag=True, help="Continue after a rejection that your configuration caused."),
-    click.option("--wait-unknown", is_flag=True, help="At the end, wait until unknown refunds can be resolved."),
+    click.option("--keep-going", is_flag=True, help="Continue after a rejection that every further refund would get."),
+    click.option("--wait-unknown", is_flag=True, help="At the end, wait for unknown refunds, and resolve them."),
     click.option(
         "--queue",
         metavar="[DSN]",
         is_flag=False,
         flag_value="",
         type=Place(only_dsn=True),
-        help=f"Send nothing: put the refunds into the queue at DSN (or at {DSN}) for `lianlian worker`.",
+        help=f"Send nothing: put the refunds into the queue at DSN (default: ${DSN}) for `lianlian worker`.",
     ),
 )
 
 
-def reading_options(command: Command) -> Command:
-    """Add the options for :func:`.checked.checked_file`."""
-    return reduce(lambda decorated, option: option(decorated), reversed(_READING_OPTIONS), command)
-
-
-def _batch_options(command: Command) -> Command:
-    return reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), command)
-
-
 @click.command
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@_batch_options
+@add_options(_OPTIONS)
 @session_options
 @config_option
 @runs(".batch.command")
 def batch() -> None:
-    """Make the refunds of a file, each one once.
+    """Make each refund of a file once.
 
     FILE is CSV with a header line, or JSON Lines, with LianLian's field names (- is stdin). All lines are checked
     before anything is sent. After a crash or Ctrl-C, run the same command again: the journal shows what was sent.

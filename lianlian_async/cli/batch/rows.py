@@ -71,7 +71,7 @@ _SEPARATOR: Final = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)
 
 
 def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> Iterator[Row]:
-    """Yield the rows of ``file``; skip blank lines. The suffix of ``name`` tells CSV from JSON Lines.
+    """Yield the rows of ``file``; skip blank lines. The suffix of ``name``, or else the first line, shows the format.
 
     An invalid line becomes a row with a problem. Raises a usage error if the rest of the file cannot be read: bytes in
     another encoding, a quote without its end, an invalid header.
@@ -116,8 +116,8 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
 def _cells(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield line number and cells of each row that is not blank; a row may have several lines.
 
-    Excel may write the delimiter in the first line (``sep=;``). Without it, the delimiter is the comma, semicolon or
-    tab that is most frequent in the header.
+    Excel may write the delimiter in the first line (``sep=;``). Without this line, the delimiter is the comma,
+    semicolon or tab that is most frequent in the header.
     """
     first, skipped = next(lines), 0
     if named := _SEPARATOR.fullmatch(first):
@@ -170,7 +170,7 @@ def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
                     )
                 yield line
     except UnicodeDecodeError as error:
-        # The lines of earlier chunks are in ``number``; add those of this chunk before the invalid bytes.
+        # ``number`` counts the lines of earlier chunks. Add the lines of this chunk that precede the invalid bytes.
         before = error.object[: error.start].decode(encoding, "replace")
         line_number = number + 1 + len(_LINE_END.findall(before))
         raise _unreadable(
@@ -200,7 +200,7 @@ _DAMAGE: Final = {
 _PATTERNS: Final = {reason: re.compile(pattern, re.IGNORECASE | re.DOTALL) for reason, pattern in _DAMAGE.items()}
 _ANY: Final = re.compile("|".join(f"(?:{pattern})" for pattern in _DAMAGE.values()), re.IGNORECASE | re.DOTALL)
 _ROUNDED: Final = re.compile(r"[1-9]\d{14}0+", re.ASCII)
-"""A number of more than 15 digits that ends in zeros: a spreadsheet keeps only 15 digits of a number."""
+"""A number in which all digits after the 15th are zeros: a spreadsheet keeps only 15 digits of a number."""
 
 
 def damaged(fields: Mapping[str, str]) -> Iterator[Problem]:

@@ -13,17 +13,17 @@ from lianlian_async.cli.exit_codes import MADE, ExitOutcome, error_document
 from lianlian_async.cli.output import Output, local_time, printable, table
 from lianlian_async.errors import LianLianError
 
-from .checked import Checked, FileTotals, Known
+from .checked import Checked, FileTotals, InJournal
 from .results import NotMade, Reason, Totals, style
 
 
-def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list[tuple[str, str]]:
+def file_rows(checked: Checked, totals: FileTotals, in_journal: InJournal | None) -> list[tuple[str, str]]:
     """Return the totals of a file, and the numbers of its refunds by their state in the journal, as rows of a table."""
     rows = [("refunds", f"{totals.refunds:,}"), ("yuan", f"{totals.yuan:,.2f}")]
     rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
-    if known is not None:
-        rows += [(word, f"{refunds:,}") for word, refunds in known.found.items()]
-        rows += [("yuan of new refunds", f"{known.new_yuan:,.2f}")]
+    if in_journal is not None:
+        rows += [(word, f"{refunds:,}") for word, refunds in in_journal.found.items()]
+        rows += [("yuan of new refunds", f"{in_journal.new_yuan:,.2f}")]
     if totals.refunds:
         rows += [("largest refund", f"{totals.largest_yuan:,.2f} yuan (line {totals.largest_line})")]
         rows += [("orders with several refunds", f"{totals.orders_with_several:,}")]
@@ -31,14 +31,14 @@ def file_rows(checked: Checked, totals: FileTotals, known: Known | None) -> list
 
 
 def show_checked(
-    output: Output, checked: Checked, outcome: str, known: Known | None = None, **facts: int | str
+    output: Output, checked: Checked, outcome: str, in_journal: InJournal | None = None, **facts: int | str
 ) -> None:
     """Show the totals of a file whose refunds were not sent, what the journal knows, and ``facts`` as further rows."""
     totals = checked.totals()
     document = _document(outcome, checked, totals) | facts
-    if known is not None:
-        document |= {"found": known.found, "new_yuan": f"{known.new_yuan:.2f}"}
-    rows = file_rows(checked, totals, known)
+    if in_journal is not None:
+        document |= {"found": in_journal.found, "new_yuan": f"{in_journal.new_yuan:.2f}"}
+    rows = file_rows(checked, totals, in_journal)
     rows += [(name, f"{fact:,}" if isinstance(fact, int) else fact) for name, fact in facts.items()]
     output.show(document, table(outcome, ("", ""), rows))
 
@@ -47,7 +47,7 @@ def show_batch(
     output: Output,
     checked: Checked,
     totals: Totals,
-    known: Known,
+    in_journal: InJournal,
     *,
     outcome: ExitOutcome,
     failure: LianLianError | None,
@@ -78,7 +78,7 @@ def show_batch(
             }
             for reason, refunds in reasons
         ],
-        "found": known.found,
+        "found": in_journal.found,
         **facts,
         **places,
         "ask_again_at": totals.ask_again_at and totals.ask_again_at.isoformat(),

@@ -1,1 +1,1 @@
-"""``lianlian sandbox`` and ``lianlian demo``: the fake gateway on a socket or in another process."""
+"""``lianlian sandbox`` and ``lianlian demo``: the fake gateway, served on a socket."""

@@ -44,7 +44,7 @@ _DEADLINE: Final = 8.0
 _ORDER: Final = Decimal("100.00")
 """Amount of each order in yuan. Every 25th refund is larger, so the gateway rejects it."""
 _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
-"""How many times the gateway may have made a refund, by outcome; not at all with other outcomes."""
+"""How many times the gateway may have made a refund, by outcome; for all other outcomes: never."""
 
 
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
@@ -117,13 +117,13 @@ class Audit(NamedTuple):
 
 
 def audit(
-    requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome], books: Mapping[str, Sequence[Decimal]]
+    requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome], ledger: Mapping[str, Sequence[Decimal]]
 ) -> Audit:
-    """Compare each refund's outcome with ``books``: the amounts that the gateway refunded, by ``no_refund``."""
+    """Compare each refund's outcome with ``ledger``: the amounts that the gateway refunded, by ``no_refund``."""
     refunds, times_made = Counter(dict.fromkeys((MADE, REJECTED, NOT_SENT, UNKNOWN), 0)), Counter[ExitOutcome]()
     unknown, disagreements = dict[str, int](), list[str]()
     for request in requests:
-        paid = books.get(request.no_refund, ())
+        paid = ledger.get(request.no_refund, ())
         outcome = outcomes.get(request.no_refund)
         if outcome is not None:
             refunds[outcome] += 1
@@ -134,7 +134,7 @@ def audit(
         if len(paid) not in allowed or any(yuan != request.money_refund for yuan in paid):
             disagreements.append(request.no_refund)
     counts = [(outcome.word, number, times_made[outcome]) for outcome, number in refunds.items()]
-    return Audit(counts, sum(len(paid) > 1 for paid in books.values()), unknown, disagreements)
+    return Audit(counts, sum(len(paid) > 1 for paid in ledger.values()), unknown, disagreements)
 
 
 @contextmanager
@@ -147,10 +147,10 @@ def _audited(
         yield
     finally:
         gateway.advance(86_400.0)  # carries out late requests
-        books = dict[str, list[Decimal]]()
+        ledger = dict[str, list[Decimal]]()
         for record in gateway.refunds:
-            books.setdefault(record.no_refund, []).append(record.money_refund)
-        found = audit(requests, outcomes, books)
+            ledger.setdefault(record.no_refund, []).append(record.money_refund)
+        found = audit(requests, outcomes, ledger)
         _show(output, found, gateway.requests, len(requests), perf_counter() - began)
     click.get_current_context().exit(1 if found.disagreements else 0)
 
@@ -163,7 +163,7 @@ def _show(output: Output, found: Audit, sent: Mapping[Call, int], refunds: int, 
         "queries": sent["query"],
         "seconds": round(seconds, 1),
     }
-    verdict = "the books disagree" if found.disagreements else "the books agree"
+    verdict = f"the gateway's ledger {'contradicts' if found.disagreements else 'confirms'} the outcomes"
     document = {
         "outcome": verdict,
         **facts,
@@ -171,8 +171,8 @@ def _show(output: Output, found: Audit, sent: Mapping[Call, int], refunds: int, 
         "unknown": found.unknown,
         "disagreements": found.disagreements,
     }
-    made = "made, by the gateway's books"
+    made = "made, by the gateway's ledger"
     shown = [table("refunds", ("outcome", "refunds", made), found.outcomes)]
     shown += [table("unknown refunds", ("no_refund", made), found.unknown.items())] if found.unknown else []
     shown += [table("run", ("measure", "value"), ((name.replace("_", " "), fact) for name, fact in facts.items()))]
-    output.show(document, *shown, ": ".join((verdict, *found.disagreements)))
+    output.show(document, *shown, verdict, *found.disagreements)

@@ -9,8 +9,8 @@ from typing import Final
 import click
 
 from lianlian_async import wire
-from lianlian_async.cli.batch.options import reading_options
-from lianlian_async.cli.options import parsed, runs
+from lianlian_async.cli.batch.options import READING_OPTIONS
+from lianlian_async.cli.options import add_options, parsed, runs
 
 FAULTS: Final = (
     *("delay", "no-answer", "late", "reset", "http-500", "bad-gateway", "too-many", "redirect", "busy", "broken-json"),
@@ -39,19 +39,19 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
     "--env-file",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("lianlian-sandbox.env"),
-    help="File for the LIANLIAN_ variables; it must not exist, and it is removed at the end.",
+    help="File for the LIANLIAN_ variables. It must not exist, and it is removed at the end.",
 )
 @click.option(
     "--keys",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the keys, which are generated once and used again.",
+    help="Folder for the keys, which are generated in the first run and used again in later runs.",
 )
 @click.option("--oid-partner", default="201103171000000000", help="The merchant's number.")
 @click.option(
     "--repeated",
     type=click.Choice(["reject", "replay", "again"]),
     default="reject",
-    help="Effect of a second apply request with the same no_refund.",
+    help="Second apply request with the same no_refund: reject it, replay the first answer, or refund again.",
 )
 @click.option(
     "--fault",
@@ -79,21 +79,21 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
     type=click.Path(exists=True, dir_okay=False),
     help="File for `lianlian batch`: only its orders exist, each with the sum of its refunds as its amount.",
 )
-@reading_options
+@add_options(READING_OPTIONS)
 @click.option(
     "--notify",
     metavar="[URL]",
     is_flag=False,
     flag_value="http://127.0.0.1:8000/lianlian/refund",
-    help="Send notifications of final refunds as LianLian does; to URL (default: port 8000 of this machine) if a "
-    "request names no notify_url.",
+    help="Send notifications of final refunds as LianLian does. The environment file has URL as LIANLIAN_NOTIFY_URL "
+    "(default: /lianlian/refund on port 8000 of this machine).",
 )
 @click.option(
     "--statement",
     "statement_file",
     type=click.Path(path_type=Path),
-    help="File for LianLian's statement of the successful refunds, written at the end; in a folder it gets LianLian's "
-    "name.",
+    help="File for a statement of the successful refunds, written at the end in LianLian's form; or a folder, in which "
+    "the file gets LianLian's name.",
 )
 @runs(".sandbox.command")
 def sandbox() -> None:
@@ -112,8 +112,8 @@ def sandbox() -> None:
 @click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="Size of all keys.")
 @runs(".sandbox.demo")
 def demo() -> None:
-    """Make refunds at a faulty gateway, and audit its books.
+    """Make refunds at a faulty gateway, and check its ledger.
 
     The gateway is a fake: it loses, delays and forges responses, and makes a refund twice if the client sends it
-    twice. Exit code 0 if its books agree with every outcome, else 1.
+    twice. Exit code 0 if its ledger confirms every outcome, else 1.
     """
