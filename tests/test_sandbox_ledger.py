@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lianlian_async.models import RefundStatus
 from lianlian_async.sandbox import Repeated
-from lianlian_async.sandbox.answers import Refusal
+from lianlian_async.sandbox.answers import Rejection
 from lianlian_async.sandbox.ledger import Ledger
 
 
@@ -37,9 +37,9 @@ def question(**changes):
 
 def refused(call, *args):
     """Return the code of the rejection that a call raises."""
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(Rejection) as rejection:
         call(*args)
-    return refusal.value.ret_code
+    return rejection.value.ret_code
 
 
 # ── orders ───────────────────────────────────────────────────────────────────────────────────────

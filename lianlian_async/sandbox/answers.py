@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from lianlian_async import wire
 
-__all__ = ["SUCCESS", "UNSIGNED", "Refusal", "Response", "foreign_fields", "message", "page", "refusal"]
+__all__ = ["SUCCESS", "UNSIGNED", "Rejection", "Response", "error_answer", "foreign_fields", "message", "page"]
 
 SUCCESS: Final = {"ret_code": "0000", "ret_msg": "交易成功"}
 
@@ -28,8 +28,8 @@ _MESSAGES: Final = {
     "9902": "接口调用异常",
     "9999": "系统错误",
 }
-"""``ret_msg`` of the sandbox's own refusals (LianLian's page of return codes); ``{}``: the invalid parameter."""
-_ANY_OTHER: Final = "交易失败"
+"""``ret_msg`` by ``ret_code``, from LianLian's page of return codes; ``{}``: the invalid parameter."""
+_OTHER_MESSAGE: Final = "交易失败"
 
 UNSIGNED: Final = frozenset({"1004", "8901", "9002"})
 """Codes of genuine error answers without a signature; a genuine rejection of a refund (9093) was signed."""
@@ -39,7 +39,7 @@ _RATE: Final = Decimal("6.66")
 _EXCHANGE: Final = {"rate_id": "1", "rate": str(_RATE), "exchange_bankcode": "01040000"}
 
 
-class Refusal(Exception):
+class Rejection(Exception):
     """Raised inside the sandbox to reject a request; ``parameter`` appears in ``ret_msg``."""
 
     def __init__(self, ret_code: str, parameter: str = "") -> None:
@@ -48,9 +48,9 @@ class Refusal(Exception):
         super().__init__(ret_code, parameter)
 
 
-def refusal(ret_code: str, parameter: str = "") -> dict[str, str]:
-    """Return the answer to a rejected request: ``ret_code`` and ``ret_msg`` only (apply page)."""
-    return {"ret_code": ret_code, "ret_msg": _MESSAGES.get(ret_code, _ANY_OTHER).format(parameter)}
+def error_answer(ret_code: str, parameter: str = "") -> dict[str, str]:
+    """Return an error answer, which has only ``ret_code`` and ``ret_msg`` (apply page)."""
+    return {"ret_code": ret_code, "ret_msg": _MESSAGES.get(ret_code, _OTHER_MESSAGE).format(parameter)}
 
 
 def foreign_fields(money_refund: Decimal) -> dict[str, str]:

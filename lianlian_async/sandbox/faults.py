@@ -15,9 +15,9 @@ import attrs
 from lianlian_async import wire
 from lianlian_async.errors import ConfigurationError
 
-from .answers import SUCCESS, Response, message, page, refusal
+from .answers import SUCCESS, Response, error_answer, message, page
 
-__all__ = ["Call", "Fault", "FaultPlan", "Scripted", "Trouble", "When", "spoil"]
+__all__ = ["Call", "Fault", "FaultPlan", "Injection", "Scripted", "When", "faulty_response"]
 
 Call: TypeAlias = Literal["apply", "query"]
 
@@ -26,8 +26,8 @@ class When(Enum):
     """Whether a fault occurs before or after the request is carried out."""
 
     BEFORE = "before"
-    """The request is not carried out; the fault changes an answer with ``ret_code`` 9999. ``DELAY`` and ``LATE``: the
-    request is carried out after the delay."""
+    """The request is not carried out, so the fault changes an error answer (9999) or a forged success. ``DELAY`` and
+    ``LATE``: the request is carried out after the delay."""
     AFTER = "after"
     """The request is carried out first; the fault changes its answer."""
 
@@ -74,8 +74,8 @@ _BUSY_CODES: Final = ("1007", "9902", "9999")
 
 
 @attrs.frozen
-class Trouble:
-    """A fault with its options; ``delay`` in seconds."""
+class Injection:
+    """A fault to inject, with its options; ``delay`` in seconds."""
 
     fault: Fault
     when: When
@@ -85,9 +85,9 @@ class Trouble:
 
 @attrs.define(kw_only=True)
 class Scripted:
-    """A fault for the next ``times`` matching requests after the first ``skip``; a field None matches every request."""
+    """A fault for ``times`` matching requests after the first ``skip``; ``call`` or ``no_refund`` None: all."""
 
-    trouble: Trouble
+    injection: Injection
     call: Call | None
     no_refund: str | None
     skip: int = attrs.field(validator=attrs.validators.ge(0))
@@ -95,7 +95,9 @@ class Scripted:
 
 
 def _check_probabilities(_plan: object, _field: object, probabilities: Mapping[Fault, float]) -> None:
-    if min(probabilities.values(), default=0) < 0 or sum(probabilities.values()) > 1 + 1e-9:  # rounding of the sum
+    if (
+        min(probabilities.values(), default=0) < 0 or sum(probabilities.values()) > 1 + 1e-9
+    ):  # the sum may be rounded up
         raise ConfigurationError("faults: each probability must be at least 0, and their sum at most 1")
 
 
@@ -113,7 +115,7 @@ class FaultPlan:
     """Seconds."""
     scripted: list[Scripted] = attrs.field(factory=list, init=False)
 
-    def strike(self, call: Call, no_refund: str | None) -> Trouble | None:
+    def choose(self, call: Call, no_refund: str | None) -> Injection | None:
         """Return the fault for the next request, if any."""
         drawn = self._draw()
         for scripted in self.scripted:
@@ -126,15 +128,15 @@ class FaultPlan:
                 self.scripted.remove(scripted)
             else:
                 scripted.times -= 1
-            return scripted.trouble
+            return scripted.injection
         return drawn
 
-    def _draw(self) -> Trouble | None:
+    def _draw(self) -> Injection | None:
         point, when, ret_code = self.random.random(), self.random.choice(list(When)), self.random.choice(_BUSY_CODES)
-        for fault, share in self.probabilities.items():
-            if point < share:
-                return Trouble(fault, when, self.delay, ret_code)
-            point -= share
+        for fault, probability in self.probabilities.items():
+            if point < probability:
+                return Injection(fault, when, self.delay, ret_code)
+            point -= probability
         return None
 
 
@@ -146,39 +148,39 @@ _PAGES: Final[Mapping[Fault, tuple[Any, ...]]] = {
 _IDENTITY: Final = ("no_refund", "dt_refund", "money_refund", "oid_refundno")
 
 
-def spoil(
-    trouble: Trouble,
+def faulty_response(
+    injection: Injection,
     answer: Mapping[str, str],
     request: Mapping[str, str],
-    seal: Callable[[Mapping[str, str]], dict[str, str]],
+    sign: Callable[[Mapping[str, str]], dict[str, str]],
 ) -> Response:
-    """Return the faulty response that replaces ``answer`` to ``request``; ``seal`` signs an answer.
+    """Return the faulty response that replaces ``answer`` to ``request``; ``sign`` signs an answer.
 
     The gateway itself handles ``DELAY``, ``NO_ANSWER``, ``LATE`` and ``RESET``.
     """
-    claim = _success(answer, request)
-    match trouble.fault:
+    success = _success(answer, request)
+    match injection.fault:
         case fault if fault in _PAGES:
             return page(*_PAGES[fault])
         case Fault.TOO_MANY:
-            return page(429, "Too Many Requests", {"retry-after": str(ceil(trouble.delay))})
+            return page(429, "Too Many Requests", {"retry-after": str(ceil(injection.delay))})
         case Fault.BUSY:
-            return message(seal(refusal(trouble.ret_code)))
+            return message(sign(error_answer(injection.ret_code)))
         case Fault.WRONG_SIGNATURE:
-            return message({**seal(claim), "sign": seal({**claim, "ret_msg": "另一条消息"})["sign"]})
+            return message({**sign(success), "sign": sign({**success, "ret_msg": "另一条消息"})["sign"]})
         case Fault.NO_SIGNATURE:
-            return message(claim)
+            return message(success)
         case Fault.ALTERED_FIELD:
-            money = wire.format_money(Decimal(claim["money_refund"]) + 1)
-            return message({**seal(claim), "money_refund": money})
+            money = wire.format_money(Decimal(success["money_refund"]) + 1)
+            return message({**sign(success), "money_refund": money})
         case Fault.OTHER_REFUND:
-            return message(seal({**claim, "no_refund": "OTHER", "oid_refundno": "8888888888888888"}))
-    right = message(seal(answer))
-    if trouble.fault is Fault.BROKEN_JSON:
-        return right._replace(body=right.body[: len(right.body) // 2])
-    if trouble.fault is Fault.OVERSIZED:
-        return right._replace(body=right.body + b" " * wire.MAX_MESSAGE_BYTES)
-    return Response(200, {**right.headers, "content-encoding": "gzip"}, gzip.compress(right.body))
+            return message(sign({**success, "no_refund": "OTHER", "oid_refundno": "8888888888888888"}))
+    correct = message(sign(answer))
+    if injection.fault is Fault.BROKEN_JSON:
+        return correct._replace(body=correct.body[: len(correct.body) // 2])
+    if injection.fault is Fault.OVERSIZED:
+        return correct._replace(body=correct.body + b" " * wire.MAX_MESSAGE_BYTES)
+    return Response(200, {**correct.headers, "content-encoding": "gzip"}, gzip.compress(correct.body))
 
 
 def _success(answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:

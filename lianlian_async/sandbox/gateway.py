@@ -27,8 +27,8 @@ from lianlian_async.signing import SigningKey, signature_source
 from lianlian_async.transport import asgi_transport
 
 from . import answers, rules
-from .answers import Refusal, Response
-from .faults import Call, Fault, FaultPlan, Scripted, Trouble, When, spoil
+from .answers import Rejection, Response
+from .faults import Call, Fault, FaultPlan, Injection, Scripted, When, faulty_response
 from .ledger import Ledger, Order, Record, Repeated
 
 __all__ = ["SandboxGateway"]
@@ -109,7 +109,7 @@ class SandboxGateway:
         self._started = clock()
         self._started_at = started_at or datetime.now(UTC)
         self.made = anyio.Event()
-        """Set when ``refunds`` may have grown, and then replaced by a new event."""
+        """Set when there may be new ``refunds``, and then replaced by a new event."""
         self.advanced = anyio.Event()
         """Set when the clock was advanced, and then replaced by a new event."""
 
@@ -177,8 +177,9 @@ class SandboxGateway:
         uses the oldest one. ``delay`` is in seconds; only ``Fault.BUSY`` uses ``ret_code``. Raises ``ValueError`` for
         a negative ``skip`` and for ``times`` below 1.
         """
-        trouble = Trouble(fault, when, self._plan.delay if delay is None else delay, ret_code)
-        self._plan.scripted.append(Scripted(trouble=trouble, call=call, no_refund=no_refund, skip=skip, times=times))
+        injection = Injection(fault, when, self._plan.delay if delay is None else delay, ret_code)
+        scripted = Scripted(injection=injection, call=call, no_refund=no_refund, skip=skip, times=times)
+        self._plan.scripted.append(scripted)
 
     @property
     def faults(self) -> Mapping[Fault, float]:
@@ -189,7 +190,7 @@ class SandboxGateway:
     def faults(self, probabilities: Mapping[Fault, float]) -> None:
         self._plan.probabilities = probabilities
 
-    # ── the ledger: refunds that were made, whatever the answers said ─────────────────────────────
+    # ── the ledger: refunds that were made, with or without a correct answer ─────────────────────
 
     def money_moved(self, no_refund: str) -> Decimal:
         """Return the yuan that all refunds with ``no_refund`` moved; a failed refund moves none."""
@@ -234,33 +235,33 @@ class SandboxGateway:
             self.requests[route.call] += 1
             try:
                 fields = rules.read_body(asgi.headers(scope).get("content-type", ""), body)
-            except Refusal as refusal:
-                await self._respond(send, answers.message(self._seal(answers.refusal(refusal.ret_code), {})))
+            except Rejection as rejection:
+                await self._respond(send, answers.message(self._sign(answers.error_answer(rejection.ret_code), {})))
             else:
                 await self._serve(route, fields, receive, send)
 
     async def _serve(self, route: _Route, fields: Mapping[str, str], receive: asgi.Receive, send: asgi.Send) -> None:
-        trouble = self._plan.strike(route.call, fields.get("no_refund"))
-        seal = functools.partial(self._seal, request=fields)
-        if trouble is None:
-            await self._respond(send, answers.message(seal(self._carry_out(route, fields))))
+        injection = self._plan.choose(route.call, fields.get("no_refund"))
+        sign = functools.partial(self._sign, request=fields)
+        if injection is None:
+            await self._respond(send, answers.message(sign(self._carry_out(route, fields))))
             return
-        if trouble.fault is Fault.LATE:
-            self._late.append((self.now() + trouble.delay, route, fields))
+        if injection.fault is Fault.LATE:
+            self._late.append((self.now() + injection.delay, route, fields))
             await receive()  # the body was read, so the next message is the client's disconnect
             return
-        answer = self._carry_out(route, fields) if trouble.when is When.AFTER else None
-        if trouble.fault is Fault.DELAY:
-            await anyio.sleep(trouble.delay)
-            await self._respond(send, answers.message(seal(answer or self._carry_out(route, fields))))
+        answer = self._carry_out(route, fields) if injection.when is When.AFTER else None
+        if injection.fault is Fault.DELAY:
+            await anyio.sleep(injection.delay)
+            await self._respond(send, answers.message(sign(answer or self._carry_out(route, fields))))
             return
-        answer = answer or answers.refusal("9999")
-        if trouble.fault is Fault.NO_ANSWER:
+        answer = answer or answers.error_answer("9999")
+        if injection.fault is Fault.NO_ANSWER:
             await receive()
-        elif trouble.fault is Fault.RESET:
-            await self._respond(send, answers.message(seal(answer)), breaks_off=True)
+        elif injection.fault is Fault.RESET:
+            await self._respond(send, answers.message(sign(answer)), breaks_off=True)
         else:
-            await self._respond(send, spoil(trouble, answer, fields, seal))
+            await self._respond(send, faulty_response(injection, answer, fields, sign))
 
     async def _respond(self, send: asgi.Send, response: Response, *, breaks_off: bool = False) -> None:
         """Send a response; with ``breaks_off``, send half of its body and raise, so that the server disconnects."""
@@ -286,8 +287,8 @@ class SandboxGateway:
             record = self._ledger.apply(fields, at, domestic=route.domestic)
             self.made.set()
             self.made = anyio.Event()
-        except Refusal as refusal:
-            return answers.refusal(refusal.ret_code, refusal.parameter)
+        except Rejection as rejection:
+            return answers.error_answer(rejection.ret_code, rejection.parameter)
         answer = self._answer(record, record.received_at)
         if route.domestic:  # genuine domestic apply answers lack this field
             del answer["dt_refund"]
@@ -313,9 +314,9 @@ class SandboxGateway:
     def notification(self, record: Record, at: float | None = None) -> bytes:
         """Return the signed notification with a refund's state at time ``at`` of the gateway's clock (default: now)."""
         fields = self._answer(record, self.now() if at is None else at)
-        return wire.encode(self._seal(fields, {"oid_partner": self.oid_partner}))
+        return wire.encode(self._sign(fields, {"oid_partner": self.oid_partner}))
 
-    def _seal(self, answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
+    def _sign(self, answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
         """Sign ``answer`` to ``request``, unless it is an error that the gateway sends unsigned."""
         echo: dict[str, str] = {}
         if (ret_code := answer["ret_code"]) != "0000":

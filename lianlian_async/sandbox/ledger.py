@@ -1,7 +1,7 @@
 """The sandbox's ledger: orders, refunds and their states. No I/O and no clock: time is an argument.
 
 Times are seconds of the gateway's clock. A request that the real gateway would reject raises
-:class:`~.answers.Refusal`. The sum of an order's refunds, except failed ones, never exceeds the order's amount.
+:class:`~.answers.Rejection`. The sum of an order's refunds, except failed ones, never exceeds the order's amount.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import attrs
 from lianlian_async import wire
 from lianlian_async.models import RefundStatus
 
-from .answers import Refusal
+from .answers import Rejection
 
 __all__ = ["Ledger", "Order", "Record", "Repeated"]
 
@@ -131,7 +131,7 @@ class Ledger:
         """Make the refund of a well-formed request; return its record, or the first one with ``Repeated.REPLAY``."""
         earlier = self.made(fields["no_refund"])
         if earlier and self.repeated is Repeated.REJECT:
-            raise Refusal("1002")
+            raise Rejection("1002")
         if earlier and self.repeated is Repeated.REPLAY:
             return earlier[0]
         copied: dict[str, Any] = {name: fields.get(name) or None for name in _COPIED}
@@ -147,9 +147,9 @@ class Ledger:
         )
         order = self._find_order(record)
         if record.money_refund > order.money_order:
-            raise Refusal("5003")
+            raise Rejection("5003")
         if record.money_refund > order.rest(now):
-            raise Refusal("5007")
+            raise Rejection("5007")
         for records in (order.refunds, self._refunds.setdefault(record.no_refund, []), self.records):
             records.append(record)
         return record
@@ -160,13 +160,13 @@ class Ledger:
         named += [] if oid_paybill is None else [self._payments.get(oid_paybill)]
         order = named[0]
         if any(other is not order for other in named):
-            raise Refusal("9092")
+            raise Rejection("9092")
         if order is None:
             if self.default_order is None:
-                raise Refusal("5002")
+                raise Rejection("5002")
             return self.add_order(no_order, self.default_order, dt_order=record.dt_order, oid_paybill=oid_paybill)
         if None not in (record.dt_order, order.dt_order) and record.dt_order != order.dt_order:
-            raise Refusal("5002")
+            raise Rejection("5002")
         return order
 
     def query(self, fields: Mapping[str, str], now: float) -> Record:
@@ -179,9 +179,9 @@ class Ledger:
             if record.dt_refund == fields["dt_refund"] and (not oid_refundno or oid_refundno == record.oid_refundno)
         ]
         if not found:
-            raise Refusal("8901")
+            raise Rejection("8901")
         if now - found[-1].received_at > _THREE_MONTHS:
-            raise Refusal("3005")
+            raise Rejection("3005")
         return found[-1]
 
     def fail(self, no_refund: str, now: float) -> None:

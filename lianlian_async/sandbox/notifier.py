@@ -70,7 +70,7 @@ class Delivery:
 
 
 class Notifier:
-    """Sends notifications of all refunds of ``gateway`` inside ``async with``.
+    """Sends the notifications of all refunds of ``gateway`` while its ``async with`` block runs.
 
     The notifier is also an ASGI application that serves the gateway and sends notifications while the server runs.
     Delays follow the gateway's clock, so :meth:`SandboxGateway.advance` also shortens the wait for a delivery.
@@ -137,8 +137,8 @@ class Notifier:
 
         async def send_after_early(message: asgi.Message) -> None:
             if message["type"] == "http.response.start":
-                for early in self._start_new():
-                    await early.wait()
+                for delivered in self._start_new():
+                    await delivered.wait()
             await send(message)
 
         await self._gateway(scope, receive, send_after_early)
@@ -194,7 +194,7 @@ class Notifier:
                 await self._gateway.advanced.wait()
 
     async def _send(self, record: Record, body: bytes, *, times: int = 1, forged: bool = False) -> bool:
-        """POST ``body`` ``times`` times concurrently; return whether one was acknowledged."""
+        """Make ``times`` concurrent POSTs of ``body``; return whether one was acknowledged."""
         deliveries: list[Delivery] = []
 
         async def send() -> None:

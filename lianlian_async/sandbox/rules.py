@@ -1,7 +1,7 @@
 """LianLian's documented rules for a request: a readable body, a valid signature, valid fields.
 
 This module repeats the rules of ``models`` on purpose: a sandbox that imported them could not detect their mistakes.
-A request that breaks a rule raises :class:`~.answers.Refusal`. No function here does I/O.
+A request that breaks a rule raises :class:`~.answers.Rejection`. No function here does I/O.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lianlian_async import wire
 from lianlian_async.errors import MalformedMessage
 from lianlian_async.signing import VerifyingKey, signature_source
 
-from .answers import Refusal
+from .answers import Rejection
 
 __all__ = ["authenticate", "check_apply", "check_query", "read_body"]
 
@@ -30,14 +30,14 @@ def read_body(content_type: str, body: bytes) -> dict[str, str]:
     A null field counts as absent. A number is rejected: LianLian's pages give every field the type String.
     """
     if not _CONTENT_TYPE.fullmatch(content_type.replace(" ", "").lower()):
-        raise Refusal("9002")
+        raise Rejection("9002")
     try:
         fields = wire.decode(body)
     except MalformedMessage:
-        raise Refusal("9002") from None
+        raise Rejection("9002") from None
     as_sent = json.loads(body, parse_int=float)  # int() raises for too many digits
     if fields != {name: value for name, value in as_sent.items() if value is not None}:
-        raise Refusal("9002")
+        raise Rejection("9002")
     return fields
 
 
@@ -45,25 +45,25 @@ def authenticate(fields: Mapping[str, str], oid_partner: str, key: VerifyingKey)
     """Check merchant and signature: 1004 for a bad field, 3001 for another merchant, 1001 for a wrong signature."""
     _check(fields, {"oid_partner": _at_most(18)})
     if fields["oid_partner"] != oid_partner:
-        raise Refusal("3001")
+        raise Rejection("3001")
     _check(fields, {"sign_type": lambda text: text == "RSA", "sign": bool})
     # The signature also covers undocumented fields.
     if not key.verify(signature_source(fields), fields["sign"]):
-        raise Refusal("1001")
+        raise Rejection("1001")
 
 
 def check_apply(fields: Mapping[str, str]) -> None:
     """Check an apply request; 1004 names the first parameter that breaks a rule of the apply page."""
     _check(fields, _APPLY, _APPLY_OPTIONAL)
     if not fields.get("no_order") and not fields.get("oid_paybill"):
-        raise Refusal("1004", "no_order")
+        raise Rejection("1004", "no_order")
 
 
 def check_query(fields: Mapping[str, str]) -> None:
     """Check a query; 1004 names the first parameter that breaks a rule of the query page."""
     _check(fields, _QUERY, _QUERY_OPTIONAL)
     if not fields.get("no_refund") and not fields.get("oid_refundno"):
-        raise Refusal("1004", "no_refund")
+        raise Rejection("1004", "no_refund")
 
 
 def _at_most(length: int) -> Callable[[str], bool]:
@@ -105,4 +105,4 @@ def _check(fields: Mapping[str, str], required: _Rules, optional: _Rules | None 
     for name, is_valid in (required | (optional or {})).items():
         text = fields.get(name)
         if not is_valid(text) if text else name in required:
-            raise Refusal("1004", name)
+            raise Rejection("1004", name)

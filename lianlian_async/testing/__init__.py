@@ -45,8 +45,8 @@ you can instead define a fixture ``anyio_backend`` that returns ``lianlian_virtu
         assert lianlian_virtual_time.run(refund).no_refund == "R-1"
         assert lianlian_virtual_time.now() >= 900
 
-To test a whole service, give its session ``transport=httpx.ASGITransport(lianlian_gateway)``. Use a client that runs
-the lifespan, such as FastAPI's ``TestClient`` in a ``with`` block; it runs in real time. For virtual time, enter the
+To test a whole service, give its session ``transport=httpx.ASGITransport(lianlian_gateway)``. In real time, use a
+client that runs the lifespan, such as FastAPI's ``TestClient`` in a ``with`` block. For virtual time, enter the
 lifespan in the test's own event loop, call the application through ``httpx.ASGITransport``, and give the session and
 the endpoint ``clock=lianlian_virtual_time.moment``.
 
@@ -55,7 +55,7 @@ the endpoint ``clock=lianlian_virtual_time.moment``.
 real connections, mark a test with ``pytest.mark.lianlian_allow_network``, or set ``lianlian_allow_network = true`` in
 pytest's configuration. The guard checks when a connection is opened, so it allows mocked transports. It covers both
 backends, and your own ``client=`` or ``transport=`` if httpcore opens its connections (httpx's own transports, with or
-without a proxy). It does not cover other transports, such as httpx-aiohttp's, and the database of your journal.
+without a proxy). It does not cover other transports, such as httpx-aiohttp's, or the database of your journal.
 
 **Mocks of httpx** work with the default backend. The answers must be signed, so let the sandbox make them. With
 pytest-httpx::
@@ -95,7 +95,7 @@ __all__ = ["notify"]
 async def notify(app: Any, gateway: SandboxGateway, no_refund: str) -> HttpResponse:
     """Send the notification of the latest refund with the number ``no_refund``, and return the response.
 
-    First advances the gateway's clock until the refund is final. ``app`` is an ASGI application, such as a
+    The gateway's clock is advanced first, until the refund is final. ``app`` is an ASGI application, such as a
     ``NotificationEndpoint``, which receives the notification at the path of the refund's ``notify_url``; or the URL of
     a server on this machine. Raises ``LookupError`` if ``gateway`` did not make the refund, ``RuntimeError`` if there
     is no response, and ``TimeoutError`` after 5 seconds.

@@ -73,7 +73,7 @@ class VirtualTime:
             self._trio.autojump_threshold = math.inf if self.threads else 0
 
     @contextlib.contextmanager
-    def standing_still(self) -> Iterator[None]:
+    def stopped(self) -> Iterator[None]:
         """Stop the time while a thread works."""
         self.count(1)
         try:
@@ -83,7 +83,7 @@ class VirtualTime:
 
     def _counted(self, run_sync: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def counting_run_sync(*args: Any, **options: Any) -> Any:
-            with self.standing_still():
+            with self.stopped():
                 return await run_sync(*args, **options)
 
         return counting_run_sync
@@ -122,5 +122,5 @@ class _EventLoop(asyncio.SelectorEventLoop):
         return future
 
     async def shutdown_default_executor(self, *args: Any) -> None:
-        with self._time.standing_still():
+        with self._time.stopped():
             await super().shutdown_default_executor(*args)
