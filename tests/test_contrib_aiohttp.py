@@ -93,7 +93,7 @@ async def test_a_refund_outlives_its_client(caplog):
         await until(lambda: caplog.messages)
         await runner.cleanup()
     (message,) = caplog.messages
-    assert message.startswith("the caller of a refund was cancelled; its outcome: Refund(")
+    assert message.startswith("the caller of a refund was cancelled; the refund's outcome: Refund(")
     assert gateway.times_made("R-1") == 1
 
 

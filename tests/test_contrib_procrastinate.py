@@ -725,7 +725,7 @@ async def test_periodic_jobs_of_dead_workers_do_not_stop_a_worker(dsn, journal, 
         dead = []
         for status in statuses:
             job = await queue.app.configure_task(
-                "lianlian:tend", queue="lianlian", queueing_lock="tend lianlian"
+                "lianlian:requeue-lost", queue="lianlian", queueing_lock="lianlian:requeue-lost lianlian"
             ).defer_async(timestamp=1)
             dead.append(job)
             await queue.app.connector.execute_query_async(
@@ -733,9 +733,9 @@ async def test_periodic_jobs_of_dead_workers_do_not_stop_a_worker(dsn, journal, 
             )
         await queue.enqueue(requests(3))
         await queue.work(session, wait=False)
-        tends = await queue.app.job_manager.list_jobs_async(task="lianlian:tend")
+        periodic = await queue.app.job_manager.list_jobs_async(task="lianlian:requeue-lost")
         # The worker may add a job of its own when a minute ends meanwhile.
-        assert {job.status for job in tends if job.id in dead} == {"failed"}
+        assert {job.status for job in periodic if job.id in dead} == {"failed"}
     assert len(gateway.refunds) == 3
 
 

@@ -205,5 +205,5 @@ async def test_a_cancelled_caller_leaves_its_error(caplog):
     (error,) = told
     assert (type(error), error.ret_code) == (RefundRejected, "5002")
     assert [text for text in caplog.messages if "cancelled" in text] == [
-        f"the caller of a refund was cancelled; its outcome: {error}"
+        f"the caller of a refund was cancelled; the refund's outcome: {error}"
     ]

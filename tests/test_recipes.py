@@ -78,7 +78,7 @@ def test_the_django_service(gateway, parts, tmp_path, caplog):
         disconnect_after_sending(url, refund_request(3), gateway)
     assert gateway.times_made("R-3") == 1
     assert asyncio.run(recorded(tmp_path, "R-3")) is State.ACCEPTED
-    assert any("the caller of a refund was cancelled; its outcome: Refund(" in message for message in caplog.messages)
+    assert any("was cancelled; the refund's outcome: Refund(" in message for message in caplog.messages)
 
 
 def disconnect_after_sending(url, request, gateway):

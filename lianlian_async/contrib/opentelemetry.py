@@ -135,7 +135,7 @@ class OpenTelemetry:
 
 
 def _labels(event: events.Event, *names: str) -> dict[str, Any]:
-    """Return the fields ``names`` of ``event`` as attributes, by default all but those of HTTP and the error text."""
+    """Return the fields ``names`` of ``event`` as attributes; by default all except HTTP fields and the error text."""
     fields = attrs.asdict(event, recurse=False)
     wanted = names or fields.keys() - {"url", "headers", "http_status", "error"}
     return {f"lianlian.{name}": fields[name] for name in wanted if fields.get(name) is not None}

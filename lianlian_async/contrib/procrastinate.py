@@ -1,4 +1,4 @@
-"""A queue of refunds for one or many worker processes: procrastinate jobs in PostgreSQL (extra ``postgres``, asyncio).
+"""A queue of refunds for any number of workers: procrastinate jobs in PostgreSQL (extra ``postgres``; asyncio only).
 
 To queue a refund in the transaction that updates its order, pass the connection of that transaction::
 
@@ -44,8 +44,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger("lianlian_async")
 
+_REQUEUE_LOST: Final = "lianlian:requeue-lost"
 _SLICES: Final = 10
-"""Slices that one statement inserts."""
+"""Maximum number of slices that ``enqueue`` inserts with one statement."""
 # A single statement, so that ``RefundQueue.statement`` can return it. Jobs become due by the database's clock.
 _INSERT: Final = """
 INSERT INTO procrastinate_jobs (queue_name, task_name, priority, args, status, scheduled_at)
@@ -128,8 +129,7 @@ class RefundQueue:
     def __init__(self, dsn: str, *, queue: str = "lianlian", rescue_after: float = 60.0, slice_size: int = 200) -> None:
         """If a worker has had no heartbeat for ``rescue_after`` seconds, other workers take over its jobs.
 
-        Raises ``ConfigurationError`` if ``rescue_after`` is less than 1: a live worker would count as dead between two
-        heartbeats.
+        Raises ``ConfigurationError`` if ``rescue_after`` is less than 1: the heartbeat of a busy worker may be so late.
         """
         if not is_number(rescue_after) or rescue_after < 1:
             raise ConfigurationError(f"rescue_after: must be at least 1 second, is {rescue_after!r}")
@@ -140,7 +140,7 @@ class RefundQueue:
         self._slice_size = check_integer("slice_size", slice_size, least=1)
         self._worker: SliceWorker | None = None
         self.app.task(name=TASK, queue=queue, retry=RetryStrategy(wait=60), pass_context=True)(self._run_slice)
-        task = self.app.task(name="lianlian:tend", queue=queue, queueing_lock=f"tend {queue}", priority=2)
+        task = self.app.task(name=_REQUEUE_LOST, queue=queue, queueing_lock=f"{_REQUEUE_LOST} {queue}", priority=2)
         self.app.periodic(cron="* * * * *", periodic_id=queue)(task(self._requeue_lost))
 
     async def __aenter__(self) -> Self:
@@ -200,8 +200,8 @@ class RefundQueue:
     def statement(self, requests: Iterable[RefundRequest]) -> tuple[LiteralString, dict[str, str]]:
         """Return the SQL statement that inserts ``requests`` into the queue, and its parameters in psycopg's form.
 
-        Use it with a connection that :meth:`enqueue` does not accept, and make sure that it leads to the queue's
-        database: this is not checked.
+        Use the statement with a connection that :meth:`enqueue` does not accept. Nothing checks that this connection
+        leads to the queue's database.
         """
         rows, size = [request.to_dict() for request in requests], self._slice_size
         slices = [{"refunds": rows[start : start + size]} for start in range(0, len(rows), size)]
@@ -253,7 +253,7 @@ class RefundQueue:
         With ``wait=False``, return when no job is due. ``concurrency``: maximum number of refunds in flight;
         ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running refunds finish
         and the others go back into the queue; a second cancellation or signal also cancels the running refunds. An
-        error that every further refund would meet is raised in the same way, after the others have gone back:
+        error that every further refund would have stops the worker in the same way, and is raised:
         :class:`BatchStopped` (see ``refund_many``), or :class:`InvalidRequest` if there is no ``notify_url``.
         """
         if not isinstance(session.journal, PostgresJournal):
@@ -312,7 +312,7 @@ class RefundQueue:
                 covered = [row["refund"] for row in found]
                 if lost := [refund for refund in refunds if refund not in covered]:
                     await self._put([follow_up(lost, tries=1)])
-                    logger.warning("%d open refunds are queued again: no job covered them", len(lost))
+                    logger.warning("%d open refunds are queued again: no job contained them", len(lost))
 
 
 async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]:

@@ -1,4 +1,4 @@
-"""Slices of a refund queue: one procrastinate job contains many refunds, and a worker runs them with ``refund_many``.
+"""Slices of a refund queue: one procrastinate job contains many refunds, and a worker makes them with ``refund_many``.
 
 Two slices may contain the same refund, and a slice may run twice: the journal prevents a second refund.
 """
@@ -41,9 +41,9 @@ _REJECTED_PAUSE: Final = 900.0
 def follow_up(
     refunds: list[Any], tries: int, seconds: float = 0.0, cause: str | None = None, *, failed: bool = False
 ) -> dict[str, Any]:
-    """Return a job that is due in ``seconds`` and has a higher priority than new slices.
+    """Return a job that is due after ``seconds`` and has a higher priority than new slices.
 
-    ``tries``: number of runs that may have sent its refunds; ``cause``: why they are queued again, or have ``failed``.
+    ``tries``: number of runs that may have sent its refunds; ``cause``: why it is queued, or has ``failed``.
     """
     args = {"refunds": refunds, "tries": tries} | ({"cause": cause} if cause else {})
     return {"priority": 1, "status": "failed" if failed else "todo", "seconds": seconds, "args": args}
@@ -126,7 +126,7 @@ class Slice:
         """Follow-up jobs, by the second in which they are due and by cause."""
 
     async def run(self) -> list[dict[str, Any]]:
-        """Run the refunds; return the follow-up jobs of those that are not finished."""
+        """Make the refunds; return follow-up jobs for those that are not finished."""
         worker, pause = self._worker, 0.0
         outcomes = refund_many(
             worker.session, self._requests(), concurrency=worker.concurrency, query_first=self._tries > 0

@@ -66,7 +66,7 @@ from lianlian_async.settings import check_type, positive_seconds
 __all__ = ["apply_shielded", "error_response", "lifespan", "refund_error", "respond"]
 
 logger = logging.getLogger("lianlian_async")
-_log: Final = partial(logger.warning, "the caller of a refund was cancelled; its outcome: %s")
+_log: Final = partial(logger.warning, "the caller of a refund was cancelled; the refund's outcome: %s")
 
 _RESPONSES: Final = (
     (errors.InvalidRequest, 422, "a field is invalid; nothing was sent"),
@@ -87,8 +87,8 @@ def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, 
     """Return the HTTP status, headers and JSON body that tell a client about its refund, and nothing about the service.
 
     A rejection has status 402 if it may pass (balance, limit), 500 if the merchant's configuration is its cause, else
-    422. If another error caused ``error``, the response is about that error. If the journal failed after the gateway
-    had answered, the response is about the gateway's answer.
+    422. For ``BatchStopped``, the response is about its ``cause``; for a ``JournalError`` after the gateway has
+    answered, about the gateway's answer.
     """
     said = getattr(error, "said", None) or getattr(error, "cause", None)  # JournalError.said, BatchStopped.cause
     if isinstance(said, LianLianError):
@@ -140,7 +140,7 @@ async def apply_shielded(
     async def run() -> None:
         results.append(await session.apply_refund(request))
 
-    task = BackgroundTask(run, results.append)  # asyncio's Task.cancel ignores a shield, but not this task
+    task = BackgroundTask(run, results.append)  # asyncio's Task.cancel ends even a shielded call, but not this task
     try:
         await complete(task.join)
         await anyio.lowlevel.checkpoint_if_cancelled()
