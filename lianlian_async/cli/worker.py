@@ -92,7 +92,7 @@ class Progress:
         self.step()
 
     async def report(self, queue: RefundQueue) -> None:
-        """Report at intervals until cancelled."""
+        """Report, and touch the health file, at intervals until cancelled."""
         totals, before = self.totals, -1
         while True:
             try:
