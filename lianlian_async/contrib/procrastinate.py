@@ -129,7 +129,7 @@ class RefundQueue:
     def __init__(self, dsn: str, *, queue: str = "lianlian", rescue_after: float = 60.0, slice_size: int = 200) -> None:
         """If a worker has had no heartbeat for ``rescue_after`` seconds, other workers take over its jobs.
 
-        Raises ``ConfigurationError`` if ``rescue_after`` is less than 1: the heartbeat of a busy worker may be so late.
+        Raises ``ConfigurationError`` if it is less than 1: a busy worker cannot send a heartbeat so often.
         """
         if not is_number(rescue_after) or rescue_after < 1:
             raise ConfigurationError(f"rescue_after: must be at least 1 second, is {rescue_after!r}")

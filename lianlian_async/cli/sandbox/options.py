@@ -85,15 +85,15 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
     metavar="[URL]",
     is_flag=False,
     flag_value="http://127.0.0.1:8000/lianlian/refund",
-    help="Send notifications of final refunds as LianLian does. The environment file has URL as LIANLIAN_NOTIFY_URL "
+    help="Send notifications of final refunds as LianLian does. URL is LIANLIAN_NOTIFY_URL in the environment file "
     "(default: /lianlian/refund on port 8000 of this machine).",
 )
 @click.option(
     "--statement",
     "statement_file",
     type=click.Path(path_type=Path),
-    help="File for a statement of the successful refunds, written at the end in LianLian's form; or a folder, in which "
-    "the file gets LianLian's name.",
+    help="At the end, write LianLian's statement of the successful refunds to this file, or to a file JYMX_… in this "
+    "folder.",
 )
 @runs(".sandbox.command")
 def sandbox() -> None:
