@@ -95,9 +95,7 @@ class Scripted:
 
 
 def _check_probabilities(_plan: object, _field: object, probabilities: Mapping[Fault, float]) -> None:
-    if (
-        min(probabilities.values(), default=0) < 0 or sum(probabilities.values()) > 1 + 1e-9
-    ):  # the sum may be rounded up
+    if min(probabilities.values(), default=0) < 0 or sum(probabilities.values()) > 1 + 1e-9:  # the sum is inexact
         raise ConfigurationError("faults: each probability must be at least 0, and their sum at most 1")
 
 
