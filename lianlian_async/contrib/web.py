@@ -159,8 +159,8 @@ def lifespan(
 
     aiohttp: append it to ``cleanup_ctx``. ``sweep``: also call the endpoint's ``sweep()`` at the start and every
     ``sweep`` seconds; 900 is usual. A failed sweep is logged, and the next one still runs. The end of the lifespan
-    cancels a running sweep; the next sweep repeats the interrupted handler calls. Raises ``ConfigurationError`` for a wrong
-    argument.
+    cancels a running sweep; the next sweep repeats the interrupted handler calls. Raises ``ConfigurationError`` for a
+    wrong argument.
     """
     for context in contexts:
         check_type("lifespan", context, AbstractAsyncContextManager)
