@@ -84,7 +84,7 @@ class Notifier:
         seed: Seed of the random mischief.
         on_delivery: Called with each :class:`Delivery` after it ends.
 
-    Raises ``ConfigurationError`` for a probability below 0 or above 1.
+    Raises ``ConfigurationError`` for an unsupported transport, and for a probability below 0 or above 1.
     """
 
     def __init__(
