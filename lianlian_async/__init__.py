@@ -8,12 +8,12 @@ The ideas:
 3. After *maybe sent*, the call queries the refund. If the outcome stays unknown, it raises ``RefundOutcomeUnknown``.
 4. The protocol and the retry policy do no I/O. Time and random numbers are their arguments.
 5. Signing, file access and database access never block the event loop.
-6. Safety depends on elapsed time. Within one boot the boot clock measures it, because nobody can set that clock. A
-   lease is checked right before a request is written; ``transport`` lists the exceptions.
-7. A task that others wait for releases its waiters, however it ends.
+6. Safety depends on elapsed time. Within one boot the boot clock measures it, because nobody can set that clock. Only
+   the holder of a refund's lease may send it. The lease is checked right before the write (exceptions: ``transport``).
+7. When a background task ends, whatever the cause, no call waits for it any longer.
 
-The modules, from the lowest layer up. A layer imports nothing from a higher one, which import-linter checks; only
-``errors`` loads ``unknown_form`` when it is needed.
+The modules, from the lowest layer up. No module imports from a higher layer; import-linter checks this. The one
+exception: ``errors`` loads ``unknown_form`` when it is needed.
 
 - ``codes``, ``errors``: the return codes and the error tree. ``clock``: timestamps, and the time between them.
   ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``, ``version``: small helpers.
@@ -24,11 +24,11 @@ The modules, from the lowest layer up. A layer imports nothing from a higher one
 - ``exchange``, ``outcome``: value types of one exchange and of a refund's outcome. ``unknown_form``: an unknown outcome
   as JSON. ``protocol``: messages and their verification, without I/O. ``transport``: HTTP (``sender``, ``pool``,
   ``connection``); only this package imports httpx, httpx2 and aiohttp's client.
-- ``middleware``: the layers around one exchange. ``journal``: records every refund and its outcome (memory, SQLite,
-  PostgreSQL).
+- ``middleware``: retries, limits and the user's functions around one exchange. ``journal``: records every refund and
+  its outcome (memory, SQLite, PostgreSQL).
 - ``resolution``: finds the outcome of a refund: a decision table, and queries. ``rsa_worker``: signs in a thread.
   ``signature_watch``: detects a wrong key early. ``worker_pool``: processes many items with few workers.
-- ``gateway_client``: sends exchanges for an open session. ``recording``: records one refund. ``flight``:
+- ``gateway_client``: sends exchanges for an open session. ``recording``: records one refund. ``flight``: lets
   concurrent calls share one refund. ``waiters``: waits for a final status. ``recovery``: resolves all open refunds.
   ``reconcile``: compares LianLian's statements with a journal.
 - ``session``, ``batch``, ``notifications``: the public API. ``sandbox``: a fake gateway. ``contrib``: FastAPI, aiohttp,
@@ -122,7 +122,7 @@ _LAZY = {
     }.items()
     for name in names
 }
-"""The module of each name that is imported at its first use (PEP 562)."""
+"""The names that are imported at their first use (PEP 562), with their modules."""
 
 
 def __getattr__(name: str) -> object:

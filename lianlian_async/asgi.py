@@ -1,4 +1,4 @@
-"""Read requests and send responses by ASGI 3, for applications with small requests and responses in one part."""
+"""Functions for ASGI 3 applications that read small requests and send each response body in one message."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def headers(scope: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def read(receive: Receive, limit: int) -> bytes:
-    """Return the request's body. Stop reading when it has more than ``limit`` bytes."""
+    """Return the request's body. Stop reading when more than ``limit`` bytes were received, and return these."""
     body, more = bytearray(), True
     while more and len(body) <= limit:
         message = await receive()

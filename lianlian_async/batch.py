@@ -43,7 +43,7 @@ def refund_many(
     number of requests. An error of one refund does not affect the others. An item that is not a ``RefundRequest``
     gives an outcome with ``InvalidRequest`` as its error and the item as its request; nothing is sent for it.
     If you leave the loop early, or if it is cancelled, the batch ends: no further request is read, and running refunds
-    stay unresolved in the journal. If you keep the iterator in a variable, call ``aclose``, or use ``async with``.
+    stay unresolved in the journal. If a variable keeps the iterator alive, call ``aclose``, or use ``async with``.
 
     Args:
         session: an open session.
@@ -52,18 +52,18 @@ def refund_many(
         concurrency: maximum number of concurrent refunds; by default the session's ``max_connections``.
         journal: an open journal; by default the session's.
         query_first: query every refund that is new in the journal before it is sent.
-        keep_going: continue after a rejection that every further refund would get, too. Answers that do not verify
-            still stop the batch.
-        wait_unknown: keep unknown outcomes in memory until all other refunds have ended, then query each of them once
-            more at its ``ask_again_at``.
+        keep_going: continue after a rejection that every further refund would get, too. Answers without a valid
+            signature still stop the batch.
+        wait_unknown: keep unknown outcomes in memory until all other refunds have ended, then resolve each of them at
+            its ``ask_again_at``, once.
 
     Raises at the end of the iteration:
         BatchStopped: a rejection with ``stops_batch``, or answers about four refunds in a row without a valid
-            signature. Until one answer has verified, at most four refunds run concurrently.
+            signature. Until one answer has a valid signature, at most four refunds run concurrently.
         JournalError: the journal failed; no further refund was started.
         ConfigurationError: a setting, such as a proxy, prevents every send.
-        LianLianError: the batch or one of its tasks was cancelled. Refunds that were running may have been made.
-        BaseException: an exception of ``requests``, or of your middleware if it is not an ``Exception``.
+        LianLianError: a task of the batch was cancelled from outside. Refunds that were running may have been made.
+        BaseException: any exception of ``requests``; from your middleware, one that is not an ``Exception``.
     """
     check_type("session", session, RefundSession)
     check_journal(journal)
@@ -100,7 +100,7 @@ class Outcomes(AsyncIterator[Outcome]):
         return self
 
     def __anext__(self) -> Awaitable[Outcome]:
-        # Not a coroutine: the traceback of a cancellation would keep its frame alive, and so this object.
+        # Not async def: a cancellation's traceback would keep the coroutine's frame alive, which refers to this object.
         if self._background is None and not self._closed:
             self._background = BackgroundTask(self._run.work, self._run.end)
         return self._run.next()
@@ -155,10 +155,10 @@ class _Run:
         raise failure or StopAsyncIteration
 
     async def work(self) -> None:
-        """Make all refunds, then query the unknown ones once more."""
+        """Make all refunds, then resolve the unknown ones."""
         await self._drain(self._admitted(), self._refund)
         await self._drain(self._due(), self._resolve)
-        for _, outcome in self.unknown:  # the batch has stopped
+        for _, outcome in self.unknown:  # left only if the batch has stopped
             await self.found.give(outcome)
 
     def end(self, error: BaseException | None) -> None:
@@ -197,7 +197,7 @@ class _Run:
         finally:
             if (failure := self.admission.watch.failure()) is not None:
                 self._stop(BatchStopped(failure))
-            self.admission.leave()  # after the stop: before it, another refund would start
+            self.admission.leave()  # only after _stop, because it may start another refund
         if self.wait_unknown and isinstance(outcome.error, RefundOutcomeUnknown):
             self.unknown.append((outcome.error, outcome))
         else:

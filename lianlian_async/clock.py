@@ -1,9 +1,9 @@
 """Timestamps and elapsed time; only this module reads the wall clock, the boot clock and the boot id.
 
 Safety depends on elapsed time: "no such record" is reliable only some time after the last send, and a lease must not
-end early. The wall clock can be stepped. Therefore the boot clock measures elapsed time within one boot of one machine:
-nobody can set it, and it also counts while the machine is suspended. Across boots, elapsed time is the smaller of two
-differences, of the wall clock and of the gateway's clock (its ``Date`` headers), minus ``DATE_SLACK``.
+end early. Within one boot of one machine, the boot clock measures elapsed time: unlike the wall clock, it cannot be
+set, and it also counts while the machine is suspended. Across boots, elapsed time is the smaller of two differences, of
+the wall clock and of the gateway's clock (its ``Date`` headers), minus ``DATE_SLACK``.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ CODES: Final[dict[str, ReturnCode]] = {
     for row in (
         ReturnCode("0000", "handled", CodeClass.SUCCESS, "sta_refund is the status of the refund"),
         _configuration(
-            "1001", "our signature is wrong", "check that the public key in the dashboard belongs to the private key"
+            "1001", "our signature is wrong", "check that LianLian's dashboard has the public key of your private key"
         ),
         _exists("1002", "duplicate order or refund number", CodeClass.DUPLICATE),
         _exists("1003", "already being processed", CodeClass.IN_PROGRESS),
@@ -102,7 +102,7 @@ CODES: Final[dict[str, ReturnCode]] = {
         _configuration("5504", "merchant lacks the permission", "ask LianLian to enable refunds"),
         _uncertain("8006", "currency exchange failed"),
         _uncertain("8117", "gateway's idempotency check failed"),
-        ReturnCode("8901", "no such record", CodeClass.NOT_FOUND, "proves nothing shortly after applying; query later"),
+        ReturnCode("8901", "no such record", CodeClass.NOT_FOUND, "query later: it proves nothing soon after applying"),
         _uncertain("9000", "bank maintenance or end-of-day cutover"),
         _rejected("9002", "request body unreadable"),
         _uncertain("9091", "creating oid_paybill failed"),

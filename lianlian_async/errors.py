@@ -7,7 +7,7 @@ LianLianError
 ├── RefundRejected          apply only: the gateway rejected it; ``may_pass``: the cause is temporary
 ├── RefundNotFound          query only: the gateway has no such record
 ├── QueryRejected           query only: the gateway rejected the query; proves nothing about the refund
-├── RefundOutcomeUnknown    the refund may have been made; carries everything needed to query again
+├── RefundOutcomeUnknown    the refund may have been made; contains everything needed to query it again
 ├── GatewayUnavailable      query only: no usable answer in time
 ├── RefundNotFinal          waiting only: made, but its status can still change
 ├── RefundConflict          the same no_refund belongs to a refund with other content
@@ -66,7 +66,7 @@ class LianLianError(Exception):
 
 
 class ConfigurationError(LianLianError, ValueError):
-    """A key or setting is unusable. The message states the setting and how to correct it, never key text."""
+    """A key or setting is unusable. The message names the setting and says how to correct it. It shows no key text."""
 
 
 def misconfigured(error: LianLianError | None) -> ConfigurationError | None:
@@ -185,13 +185,13 @@ class RefundOutcomeUnknown(LianLianError):
     ``await session.resolve(error)``. It queries the refund, and sends the same bytes again only if the gateway still
     has no record ``RetryPolicy.not_found_grace`` seconds after the last attempt that may have arrived.
 
-    ``attempts`` and ``queries`` are the numbers of requests. No attempt that may have arrived was later than
-    ``sent_at``; if another call holds the lease, this is the end of the lease. ``moment`` is the same time by the wall
-    clock, the boot clock and the gateway's clock. ``last_error`` describes the last failure, and ``reason`` its kind,
-    without details of the refund, so that errors can be counted by reason. ``refused`` is the :class:`RefundRejected`
-    of the last answer *duplicate* or *in progress*, if every attempt so far was refused: then the ``no_refund`` may
-    belong to another refund. ``request`` is the :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes,
-    ``oid_partner`` the merchant that signed them.
+    ``attempts`` and ``queries`` are the numbers of requests. ``sent_at`` is the latest time at which the gateway may
+    have received an attempt; if another call holds the lease, it is the end of that lease. ``moment`` is the same time
+    by the wall clock, the boot clock and the gateway's clock. ``last_error`` describes the last failure, and ``reason``
+    its kind, without details of the refund, so that errors can be counted by reason. ``refused`` is set if no attempt
+    can have made the refund and the last answer was *duplicate* or *in progress*: the :class:`RefundRejected` of this
+    answer. Then the ``no_refund`` may belong to another refund. ``request`` is the
+    :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes, ``oid_partner`` the merchant that signed them.
     """
 
     def __init__(
@@ -317,10 +317,10 @@ class MalformedMessage(LianLianError):
 class JournalError(LianLianError):
     """The journal cannot be read or written, is locked by another process, or has an unknown version.
 
-    A refund that the journal has not recorded is not sent. The message states the journal and how to repair it.
+    A refund that the journal has not recorded is not sent. The message names the journal and says how to repair it.
     ``said`` is the outcome if the journal failed *after* a send: the :class:`~lianlian_async.Refund` that was made, or
-    the error that the call would have raised. None: this call sent nothing. When the journal works again, call
-    ``apply_refund`` with the same request.
+    the error that the call would have raised. None: this call did not send the refund. When the journal works again,
+    call ``apply_refund`` with the same request.
     ``holder``: the process that has locked the journal, and since when; None: the error has another cause.
     """
 
@@ -331,9 +331,9 @@ class JournalError(LianLianError):
 class BatchStopped(LianLianError):
     """A batch or worker stopped, because every further refund would fail for the same cause.
 
-    ``cause`` is a :class:`RefundRejected`; or a :class:`SignatureInvalid`, if several answers in a row did not verify:
-    a key is probably wrong. ``rejection`` is ``cause`` if it is a ``RefundRejected``, else None. The batch has
-    yielded the outcome of every refund that it sent. With ``keep_going=True`` it continues after a rejection.
+    ``cause`` is a :class:`RefundRejected`; or a :class:`SignatureInvalid`, if several answers in a row had no valid
+    signature: a key is probably wrong. ``rejection`` is ``cause`` if it is a ``RefundRejected``, else None. The batch
+    has yielded the outcome of every refund that it sent. With ``keep_going=True`` it continues after a rejection.
     """
 
     def __init__(self, cause: RefundRejected | SignatureInvalid) -> None:

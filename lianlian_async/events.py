@@ -1,13 +1,13 @@
 """The events that a session and a notification endpoint report to their ``listeners``, as frozen values.
 
 A listener is a function that is called with each event, on the event loop: it must not block, and must not be async.
-It may return a context manager, which is entered at once. If the event begins a call, a request or a pause, the context
-manager is left at its end, after the event about the end (a pause has none). Otherwise it is left at once. Listener and
-context manager run in the task that sends.
+It may return a context manager, which is entered at once. After ``CallBegan``, ``AttemptBegan`` and ``Paused``, it
+exits when the call, attempt or pause has ended, later than ``CallEnded`` and ``AttemptEnded`` are reported. After every
+other event it exits at once. Listener and context manager run in the task that sends.
 
-An exception in a listener does not affect the refund. The first exception of each listener is logged, and the first
-time that it takes more than 10 ms. No event contains a key, a signature or a message body. If concurrent calls share
-one refund, each reports its own ``CallBegan`` and ``CallEnded``; only the first call reports the other events.
+An exception in a listener does not affect the refund. Of each listener, the log shows only the first exception and the
+first run of more than 10 ms. No event contains a key, a signature or a message body. If concurrent calls share one
+refund, each reports its own ``CallBegan`` and ``CallEnded``; only the first call reports the other events.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Notified(Event):
 
 @attrs.frozen(kw_only=True)
 class ActedOn(Event):
-    """A ``NotificationEndpoint`` tried to call ``on_refund`` for a refund, with ``confirm=True`` after a query."""
+    """A ``NotificationEndpoint`` tried to call ``on_refund`` for a refund; with ``confirm=True`` it queried first."""
 
     succeeded: bool
     """False if ``on_refund`` or the query failed, or was cancelled."""

@@ -27,7 +27,7 @@ from .journal import Journal, OpenRefunds, Standing
 from .logs import NOBODY
 from .models import Refund, RefundRequest
 from .outcome import Traffic
-from .recording import Recording, answer, refusal
+from .recording import Recording, recorded_refund, refusal
 from .resolution import Case, matching, resolve
 from .retry import Deadline, RetryPolicy
 
@@ -47,7 +47,7 @@ class Order:
     journal: Journal
     policy: RetryPolicy
     seconds: float
-    """The time until the deadline; it begins when the flight gets its connection slot, or when the call joins later."""
+    """The call's time limit. It starts when the flight gets its slot, or when the call joins a flight with a slot."""
     earlier: RefundOutcomeUnknown | None = None
     """The unknown outcome of an earlier call."""
     query_first: bool = False
@@ -62,30 +62,30 @@ class Flights:
         self._gateway = gateway
         self._clock = clock
         self._slot = slot
-        self._under_way: dict[str, Flight] = {}
+        self._flights: dict[str, Flight] = {}
 
     async def join(self, order: Order, traffic: Traffic) -> Refund:
         """Join the flight of this refund, or start one; return its refund.
 
-        If this call starts the flight, ``traffic`` counts its requests. Raises as :meth:`RefundSession.apply_refund`,
+        ``traffic`` counts the flight's requests if this call starts it. Raises as :meth:`RefundSession.apply_refund`,
         and ``RefundConflict`` if the request differs from the request of the flight.
         """
         number = order.request.no_refund
-        while (flight := self._under_way.get(number)) is not None and flight.is_abandoned:
+        while (flight := self._flights.get(number)) is not None and flight.is_abandoned:
             await flight.task.join()
             self._forget(number, flight)
         if flight is not None:
             flight.check_content(order.request)
         else:
-            flight = self._under_way[number] = Flight(order, traffic, self._carry_out, self._unknown)
+            flight = self._flights[number] = Flight(order, traffic, self._carry_out, self._unknown)
         try:
             return await flight.join(order.seconds)
         finally:
-            self._forget(number, flight)  # each caller: the first one may leave before the flight ends
+            self._forget(number, flight)  # every caller does it: the first one may leave before the flight ends
 
     def _forget(self, number: str, flight: Flight) -> None:
-        if flight.task.has_ended and self._under_way.get(number) is flight:
-            del self._under_way[number]
+        if flight.task.has_ended and self._flights.get(number) is flight:
+            del self._flights[number]
 
     async def _carry_out(self, flight: Flight) -> Refund:
         """Send and resolve a refund, or only resolve the unknown outcome of an earlier call, and record the outcome."""
@@ -109,7 +109,7 @@ class Flights:
             listeners = gateway.listeners if has_journal else NOBODY
             standing, entry = await recording.claim(body, lease, flight.until.at, listeners)
             if standing is Standing.FINISHED:
-                return answer(entry)
+                return recorded_refund(entry)
             apply = gateway.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)
             if has_journal and entry.leased_until is not None:
                 apply = attrs.evolve(apply, lease_holds=partial(self._is_before, entry.leased_until))
@@ -192,7 +192,7 @@ class _Caller:
 
 
 class Flight:
-    """One refund under way, in a background task."""
+    """A background task that makes one refund."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class Flight:
             raise conflict
 
     def start_deadlines(self, now: float) -> None:
-        """Set the deadline of each caller, because the flight has got its connection slot."""
+        """Set the deadline of each caller. Called when the flight gets its connection slot."""
         for caller in self._callers:
             caller.leaves_at = now + caller.seconds
         self._set_deadline(max((caller.leaves_at for caller in self._callers), default=now))

@@ -67,9 +67,11 @@ class GatewayClient:
         self, call: Call, fields: Mapping[str, str], body: bytes, until: Deadline, policy: RetryPolicy
     ) -> Exchange:
         """Return an exchange of the signed ``body`` that is ready to send."""
-        endpoints, told = self.protocol.merchant.endpoints, self.listeners
+        endpoints = self.protocol.merchant.endpoints
         url = endpoints.apply if call is Call.APPLY else endpoints.query
-        return Exchange(call=call, url=url, body=body, asked=fields, deadline=until, policy=policy, listeners=told)
+        return Exchange(
+            call=call, url=url, body=body, asked=fields, deadline=until, policy=policy, listeners=self.listeners
+        )
 
     async def query_exchange(self, query: RefundQuery, until: Deadline, policy: RetryPolicy) -> Exchange:
         """Return a signed query that is ready to send."""

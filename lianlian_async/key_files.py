@@ -142,8 +142,8 @@ def _pem(label: str, headers: str, body: str) -> bytes:
 def _der(text: str) -> bytes | None:
     """Decode base64 ``text`` to DER, even if it is truncated; return None if it is not base64 of DER.
 
-    Short text may be a file name: text with fewer than 64 digits, or of a value of fewer than 128 bytes, is decoded
-    only if the value is complete.
+    Short text may be a file name. So truncated text is decoded only if it has at least 64 digits, and its header
+    announces a value of 128 bytes or more.
     """
     packed = "".join(text.split())
     if not _BASE64.fullmatch(packed):
@@ -213,5 +213,5 @@ def _announced_length(der: bytes) -> int:
         return 2
     if der[1] < 0x80:
         return 2 + der[1]
-    width = min(der[1] & 0x7F, 4)  # a key with a larger width is damaged; a message must not show so many of its bytes
+    width = min(der[1] & 0x7F, 4)  # larger in damaged keys: the length in a message would show key bytes
     return 2 + width + int.from_bytes(der[2 : 2 + width])

@@ -12,7 +12,7 @@ import anyio.lowlevel
 
 class _State(Enum):
     NEW = "not open: use it in `async with`"
-    OPENING = "still opening"
+    OPENING = "opening"
     OPEN = "open"
     CLOSING = "closing"
     CLOSED = "closed"

@@ -62,7 +62,7 @@ class Listeners:
         self._listeners = tuple(listeners)
         if not all(callable(each) and not iscoroutinefunction(each) for each in self._listeners):
             raise ConfigurationError("listeners: must be functions, and not async")
-        self.timer = timer  # the default, float(), is always 0.0: no durations are measured
+        self.timer = timer  # the default, float(), always returns 0.0: no durations are measured
         self._is_logged = is_logged
         self._reported = set[tuple[int, str]]()
         self.backend = ""
@@ -72,12 +72,12 @@ class Listeners:
         return bool(self._listeners) or (self._is_logged and logger.isEnabledFor(level))
 
     def tell(self, kind: type[Event], **fields: Any) -> None:
-        """Deliver an event, and leave the context managers of the listeners at once."""
+        """Deliver an event, and exit the context managers of the listeners at once."""
         with self.span(kind, **fields):
             pass
 
     def span(self, kind: type[Event], **fields: Any) -> AbstractContextManager[None]:
-        """Return a context manager that delivers an event, and at its exit leaves those that listeners returned."""
+        """Return a context manager that delivers an event. When it exits, the listeners' context managers exit."""
         is_wanted = self.want() or kind is CallEnded
         return self._deliver(kind(backend=self.backend, **fields)) if is_wanted else _NOTHING
 
@@ -99,7 +99,7 @@ class Listeners:
         """Call ``function``, which is code of ``listener``, and log what it raises."""
         began = self.timer()
         try:
-            function(*arguments)  # ignore the result: a true one of __exit__ would suppress the error of a refund
+            function(*arguments)  # ignore the result: if __exit__ returned true, it would suppress a refund's error
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - even CancelledError is a failure: the function is not async

@@ -94,9 +94,9 @@ def _hidden_keys(
 class Merchant:
     """A merchant's identity and keys. Neither the repr nor ``attrs.asdict`` shows key material.
 
-    A key is PEM, DER or bare base64 (str or bytes), a path, or a loaded key. The first :meth:`load_keys` reads it, so a
-    wrong key raises only there; a session calls it in a thread when it opens. During a key rotation, give both keys of
-    the gateway. Raises :class:`~lianlian_async.ConfigurationError` with the name of the wrong setting.
+    A key is PEM, DER or bare base64 (str or bytes), a path, or a loaded key. Keys are read by :meth:`load_keys`, which
+    a session calls in a thread when it opens: a wrong key raises an error only then. During a key rotation, give both
+    keys of the gateway. Raises :class:`~lianlian_async.ConfigurationError` with the name of the wrong setting.
     """
 
     oid_partner: str
@@ -233,7 +233,7 @@ class Merchant:
 
         apply_url = given.get("apply_url", _DEFAULT.apply)
         query_url = given.get("query_url", _DEFAULT.query)
-        _check_endpoint(apply_url, names["apply_url"])  # Endpoints checks too, but names only its own arguments
+        _check_endpoint(apply_url, names["apply_url"])  # Endpoints checks it too, but names its own argument
         _check_endpoint(query_url, names["query_url"])
         return cls(
             oid_partner=given["oid_partner"],

@@ -313,15 +313,15 @@ class RefundRecord:
     ) -> Self:
         """Return the record in a received mapping; :meth:`to_dict` returns this mapping.
 
-        A field that the mapping lacks has the value in ``asked``: the wire fields of the request, with which the caller
-        must have compared the mapping. The result is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known;
-        otherwise ``Refund.from_dict`` raises :class:`~lianlian_async.InvalidRequest`.
+        A field that the mapping lacks has the value in ``asked``, the wire fields of the request. The caller must have
+        compared both before. The result is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known; otherwise
+        ``Refund.from_dict`` raises :class:`~lianlian_async.InvalidRequest`.
 
         If the text of a known field does not have the documented form, the field is None and its text is in ``extra``:
         an unreadable exchange rate must not hide that a refund was made.
         """
-        ours = ("sign", "sign_type", *_READERS)  # the signature has been verified
-        extra, values = {name: text for name, text in data.items() if name not in ours}, dict[str, Any]()
+        known = ("sign", "sign_type", *_READERS)
+        extra, values = {name: text for name, text in data.items() if name not in known}, dict[str, Any]()
         for name, read in _READERS.items():
             if text := data.get(name) or asked.get(name):
                 try:

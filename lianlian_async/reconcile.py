@@ -157,8 +157,8 @@ class Reconciliation:
         unreadable, sums = len(self.unreadable), [Decimal(0), Decimal(0)]
         self._file.executemany("INSERT INTO refunds VALUES (NULL, ?, ?, ?, ?, ?)", self._rows(name, lines, sums))
         if summary and len(self.unreadable) == unreadable:
-            told = _SUMMARY.fullmatch(summary.strip())
-            if told is None or [Decimal(text or 0) for text in told.groups()] != sums:
+            totals = _SUMMARY.fullmatch(summary.strip())
+            if totals is None or [Decimal(text or 0) for text in totals.groups()] != sums:
                 raise StatementError(f"{name}: {sums[0]} refunds, sum {sums[1]} yuan, but its JYMXSUM says {summary!r}")
 
     def _rows(self, name: str, lines: Iterable[str], sums: list[Decimal]) -> Iterator[tuple[str, ...]]:

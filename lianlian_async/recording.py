@@ -1,7 +1,7 @@
 """Record one refund: the intent before its first byte is sent, then the outcome.
 
-With a journal, ``apply_refund`` may be called again at any time, also after a crash. For a resolved refund it returns
-or raises the recorded outcome, an unresolved refund is queried first, and a new refund is sent.
+With a journal, ``apply_refund`` may be called again at any time, also after a crash. For a resolved refund, it returns
+or raises the recorded outcome. It queries an unresolved refund first, and sends a new refund.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def decision(is_made: bool, evidence: str, who: str, now: Moment) -> Ending:
     return Ending(state=State.REJECTED, record=refused | {"evidence": text})
 
 
-def answer(entry: Entry) -> Refund:
+def recorded_refund(entry: Entry) -> Refund:
     """Return the refund of a resolved entry, or raise its ``RefundRejected`` or ``RefundConflict``."""
     if entry.ending is None:
         raise LookupError(f"refund {entry.no_refund} is not resolved")
@@ -99,7 +99,7 @@ async def take(
 async def learn(journal: Journal, refund: Record, now: Moment, source: str = "query") -> Record:
     """Record a state that the gateway reported; return ``refund``, completed from the recorded request.
 
-    ``source`` is *query*, *notification* or *statement*; if the recorded state changes, the journal keeps it as a fact.
+    ``source`` is *query*, *notification* or *statement*: the journal adds this fact if the recorded state changes.
     A refund without an entry is returned unchanged. Raises ``RefundConflict`` if ``refund`` differs from the request
     (the journal records this conflict) or contradicts the recorded outcome.
     """
@@ -121,7 +121,7 @@ def _check_agrees(refund: RefundRecord, stored: Entry) -> None:
     """Raise ``RefundConflict`` if the outcome in ``stored`` contradicts ``refund``, which comes from the gateway."""
     recorded = cast("Ending", stored.ending)  # set by Journal.finish
     if recorded.state is State.CONFLICT:
-        answer(stored)
+        recorded_refund(stored)
     status = recorded.record.get("sta_refund")
     if recorded.state is State.REJECTED or (refund.is_final and status != refund.sta_refund):
         theirs = f"rejected {recorded.record['ret_code']}" if recorded.state is State.REJECTED else str(status)
@@ -141,11 +141,11 @@ class Recording:
     digest: str = attrs.field(init=False, default=attrs.Factory(lambda self: digest(self.fields), takes_self=True))
 
     async def recorded(self) -> Refund | None:
-        """Return the recorded refund; None: not resolved, or another request is recorded. Raises as :func:`answer`."""
+        """Return the refund, or raise its recorded error; None: not resolved, or another request is recorded."""
         entry = await self.journal.find(self.request.no_refund)
         if entry is None or entry.ending is None or entry.digest != self.digest:
             return None
-        return answer(entry)
+        return recorded_refund(entry)
 
     async def claim(
         self, body: bytes, lease: float, deadline: float, listeners: Listeners = NOBODY
@@ -172,7 +172,7 @@ class Recording:
         )
 
     async def keep(self, entry: Entry, resolve: Callable[[], Awaitable[Refund]], case: Case) -> Refund:
-        """Run ``resolve``, and record its outcome in the claimed ``entry``, even if cancelled. ``case``: what is known.
+        """Run ``resolve`` for ``case``, and record its outcome in the claimed ``entry``, even if cancelled.
 
         If the journal fails, the ``JournalError`` has the refund's outcome as ``said``.
         """
@@ -195,7 +195,7 @@ class Recording:
                 found = await self.journal.find(entry.no_refund)
             if found is None or found.ending is None:
                 raise
-            return answer(found)  # recorded meanwhile, for example by a notification
+            return recorded_refund(found)  # recorded meanwhile, for example by a notification
         except RefundConflict as error:
             await self._finish(entry, case, Ending(state=State.CONFLICT, record=error.record or {}), error)
             raise

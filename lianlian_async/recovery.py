@@ -64,7 +64,7 @@ async def resume(
         if entry.ending is None and entry.sent_at is None:
             return  # certainly never sent: the caller knows it, and may have refunded in another way
         if entry.state is State.FINAL:
-            return  # only a NotificationEndpoint calls on_refund
+            return  # nothing to query; a NotificationEndpoint will call on_refund
         try:
             request = RefundRequest.from_record(entry.fields)
         except InvalidRequest as error:

@@ -1,7 +1,7 @@
-"""Resolve one refund: apply, query, and return or raise its outcome: made, rejected, not sent, conflict or unknown.
+"""Resolve one refund: apply, query, and return or raise its outcome (made, rejected, not sent, conflict or unknown).
 
-:data:`NEXT_STEP` decides after each apply attempt. :class:`Case` decides which record and which "no such record" is
-believed. The functions send, query and wait.
+:data:`NEXT_STEP` decides after each apply attempt. :class:`Case` decides whether a record, or the answer "no such
+record", proves an outcome. The functions send, query and wait.
 """
 
 from __future__ import annotations
@@ -66,15 +66,14 @@ class Case:
     request: RefundRequest
     apply: Exchange
     make_query: Callable[[], Awaitable[Exchange]]
-    """Creates the query exchange only when it is needed: most refunds need none, and it costs a signature."""
+    """Creates the query exchange. Called only if a query is needed, because its signature takes time."""
     clock: Clock
     sent_at: Moment | None = None
     """Upper bound for the time at which the gateway may have received an attempt. None: it received nothing."""
     earlier_sent_at: Moment | None = None
     """``sent_at`` of an earlier call, maybe on another machine, until :meth:`_merge_earlier` merges it."""
     refused: RefundRejected | None = None
-    """The last answer *duplicate* or *in progress*, if every attempt so far was refused. None: there is no such answer,
-    or an attempt may have succeeded."""
+    """The last answer *duplicate* or *in progress*. None: there is no such answer, or an attempt may have succeeded."""
     ask_first: bool = False
     """Whether to query before the first send: the journal may have lost an attempt."""
     before_resend: Callable[[str], Awaitable[None]]
@@ -86,7 +85,7 @@ class Case:
     history: str = ""
     """The facts about this refund, for the journal."""
     rejection: LianLianError | None = None
-    """The rejection of the last attempt. It is raised once a query proves that no earlier attempt succeeded."""
+    """The rejection of the last attempt. It is raised after a query has proved that no earlier attempt succeeded."""
     retry_after: float | None = None
     """Seconds that the last answer asked to wait."""
     apply_error: LianLianError | None = None
@@ -100,12 +99,12 @@ class Case:
         """Return whether "no such record", queried at ``asked_at``, proves that no attempt was carried out."""
         if self.sent_at is None:
             return True
-        # The time after the query does not count. The gateway's time at the query is computed from the clock after the
-        # answer, because this answer may be the first one with a Date header.
+        # The time from the query to its answer does not count. The gateway's time at the query is computed from the
+        # clock after the answer, because this answer may be the first one with a Date header.
         asked_at = attrs.evolve(asked_at, gateway=None).dated(self.clock())
         self._merge_earlier(asked_at)
         seconds = elapsed(self.sent_at, asked_at)
-        if seconds is None:  # no clock can measure it: the grace starts at this query; the journal keeps this moment
+        if seconds is None:  # not measurable: the grace starts at this query; the journal keeps this moment
             self.sent_at = asked_at
             return False
         return seconds >= self.apply.policy.not_found_grace
@@ -118,8 +117,8 @@ class Case:
     def doubt(self, refund: RefundRecord) -> LianLianError | None:
         """Return why the record ``refund`` does not prove that this refund was made; None: it is a proof.
 
-        If there was no attempt, or every attempt was refused, the number may belong to another refund: then only a
-        record with the whole identity is a proof. Raises ``RefundConflict`` for a record of another refund.
+        If no attempt can have made the refund, the number may belong to another refund: then only a record with the
+        whole identity is a proof. Raises ``RefundConflict`` for a record of another refund.
         """
         try:
             matching(self.request, refund)
@@ -140,7 +139,7 @@ class Case:
 
     @property
     def is_refused(self) -> bool:
-        """Whether every attempt so far was refused, the last one not with a code of the class *in progress*."""
+        """Whether the last answer was *duplicate*, and no attempt can have made the refund."""
         return self.refused is not None and explain(self.refused.ret_code).kind is not CodeClass.IN_PROGRESS
 
     def next_step(self, finding: Finding) -> Step:
@@ -231,8 +230,7 @@ async def _check_not_found(case: Case) -> None:
 async def _apply(case: Case, send: Next) -> Refund | None:
     """Send once (``Retry`` repeats only sends that did not arrive). Return the record; None: query next."""
     try:
-        sent = case.traffic.attempts
-        reply = await send(attrs.evolve(case.apply, attempt=sent + 1) if sent else case.apply)
+        reply = await send(attrs.evolve(case.apply, attempt=case.traffic.attempts + 1))
     except BaseException:  # the request may have been sent
         case.sent_at, case.refused = case.clock(), None
         case.add_fact(Call.APPLY, "interrupted")
@@ -273,12 +271,12 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
         elif reply.finding is not Finding.NOT_FOUND:  # the retries are used up, or the query was rejected
             break
         if case.not_found_is_believed(asked_at):
-            if reply.refund is not None and not case.is_refused:  # the record may belong to an attempt
+            if reply.refund is not None and not case.is_refused:  # one of our attempts may have made this record
                 break
             if is_checked or not await case.check_query_service():
                 return None
-            is_checked = True  # query once more: the service may have been repaired between the two answers
-            continue
+            is_checked = True
+            continue  # query once more: the query service may have been repaired just before the canary's answer
         if not await backoff(query, retries_left, queries, reply.retry_after):
             break
         queries += 1
@@ -297,7 +295,7 @@ def matching(request: RefundRequest, found: RefundRecord) -> Refund:
 
 
 def _result(reply: Reply) -> str:
-    """Return a reply as the result of a ``Fact``."""
+    """Return the ``result`` of the ``Fact`` about a reply."""
     if reply.refund is not None:
         return f"sta_refund {reply.refund.sta_refund or '-'}"
     if isinstance(reply.error, RefundConflict):

@@ -75,7 +75,7 @@ class RetryPolicy:
     multiplier: float = 2.0
     """The factor by which the upper bound grows with each retry."""
     budget: RetryBudget = RetryBudget()
-    """Shared by all calls of a session, which uses the budget of its own policy, not of policies for single calls."""
+    """The retry budget of the session, shared by all its calls. In the policy of a single call, it is ignored."""
     not_found_grace: float = 900.0
     """Seconds after the last attempt that may have arrived, until "no such record" is believed.
 
@@ -91,7 +91,7 @@ class RetryPolicy:
             "attempts must be an integer of at least 1": lambda: isinstance(self.attempts, int) and self.attempts >= 1,
             "initial must be more than 0": lambda: self.initial > 0,
             "maximum must be finite and at least initial": lambda: self.initial <= self.maximum < math.inf,
-            "multiplier must be from 1 to 1000": lambda: 1 <= self.multiplier <= 1000,  # 1000**64 is no overflow
+            "multiplier must be from 1 to 1000": lambda: 1 <= self.multiplier <= 1000,  # 1000**64 fits a float
             "not_found_grace must be at least 0": lambda: self.not_found_grace >= 0,
         }
         broken = broken or [rule for rule, holds in rules.items() if not holds()]

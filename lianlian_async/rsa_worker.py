@@ -20,9 +20,9 @@ from .protocol import Protocol
 T = TypeVar("T")
 
 INLINE_VERIFY_SECONDS: Final = 0.0005
-"""If a verification takes less time when the keys are loaded, signatures are verified on the event loop."""
+"""Signatures are verified on the event loop if the test verification in :meth:`RsaWorker.open` takes less time."""
 LONGEST_ROUND: Final = 0.005
-"""Seconds after which a round (one call in the thread) starts no further signature, because its leader waits."""
+"""Seconds after which a round (one call in the thread) starts no further signature, so that its leader can go on."""
 DELIVER_AFTER: Final = 0.001
 """Seconds after which a round wakes the callers whose signatures are ready. Waking many at once delays other tasks."""
 
@@ -72,7 +72,7 @@ class RsaWorker:
                 await job.wake_up.wait()
             else:
                 self._has_leader = job.leads = True
-            # Repeat while an earlier round still signs this job: asyncio's Task.cancel ended that round's leader only.
+            # Repeat: if asyncio's Task.cancel ended the leader of a round, the thread may still be signing this job.
             while job.body is None and job.error is None:
                 await anyio.to_thread.run_sync(self._sign_round, limiter=self._limiter)
         finally:

@@ -53,7 +53,7 @@ def without_locals(function: Callable[P, T]) -> Callable[P, T]:
                 traceback.clear_frames(link.__traceback__)
                 if link.__suppress_context__:
                     link.__context__ = link.__cause__
-                link = link.__context__  # a __cause__ is usually the context, too
+                link = link.__context__
             raise
 
     return wrapper

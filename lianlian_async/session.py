@@ -1,4 +1,4 @@
-"""``RefundSession``: a merchant's connection to the refund gateway, and its calls."""
+"""``RefundSession``: makes, queries and awaits the refunds of one merchant."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, HttpSender,
 from .waiters import Waiters
 
 LONGEST_DEADLINE: Final = 86_400.0
-"""Seconds: the longest deadline of a call with a journal. Its lease lasts twice as long."""
+"""Seconds: the longest deadline of a call with a journal. The lease lasts twice as long, and must end after a crash."""
 
 _checked: Final = partial(positive_seconds, "deadline")
 
 
 class RefundSession:
-    """A merchant's connection to the refund gateway, for one event loop (asyncio or trio).
+    """Makes, queries and awaits the refunds of one merchant, on one event loop (asyncio or trio).
 
     ::
 
@@ -56,24 +56,23 @@ class RefundSession:
 
     Args:
         merchant: the merchant's number, keys and endpoints.
-        client: an ``AsyncClient`` of httpx or httpx2; the session does not close it. It must allow ``max_connections``.
+        client: an httpx or httpx2 ``AsyncClient`` for ``max_connections`` connections; the session does not close it.
         transport: a transport of httpx or httpx2 for the session's own client; excludes ``client``.
         http_backend: ``httpx`` or ``aiohttp``, for the session's own client; by default ``LIANLIAN_HTTP_BACKEND``, else
             ``httpx``.
         retry: the default policy of every call.
-        deadline: seconds for one whole call once it has its connection slot: signing, every attempt, every
-            pause, every query. Waiting for the slot does not count, so you may start thousands of calls with
-            ``asyncio.gather``.
-        max_connections: maximum number of concurrent calls; further calls wait in order.
+        deadline: seconds for one whole call, with all its attempts, pauses and queries. Waiting for a connection slot
+            does not count, so you may start thousands of calls with ``asyncio.gather``.
+        max_connections: number of connection slots. Each running call holds one; further calls wait in order.
         warm_up: number of connections to open with the session, by one HEAD request each to ``endpoints.apply``. Then
             the first refunds need not wait for TCP and TLS. Unused connections are closed after some seconds.
         middleware: your layers around every attempt, outermost first (see :mod:`lianlian_async.middleware`).
         limiter: any async context manager, entered around every attempt: a semaphore, or
             :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
         journal: an open :class:`lianlian_async.journal.Journal`; the session does not close it. Every refund is
-            recorded before its first byte is sent, so ``apply_refund`` may be repeated after a crash. From then on the
-            journal belongs to this merchant and this apply endpoint.
-        query_first: query every refund that is new in the journal before it is sent. Use it after a journal was lost
+            recorded before its first byte is sent, so ``apply_refund`` may be repeated after a crash. A journal
+            belongs to the merchant and the apply endpoint of the first session that uses it.
+        query_first: query every refund that is new in the journal before it is sent. Set it after a journal was lost
             or restored.
         listeners: functions that are called with each event of :mod:`lianlian_async.events`, for metrics and traces.
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
@@ -82,7 +81,7 @@ class RefundSession:
     queries first. Without a journal, this holds only within one session.
 
     Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, send nothing and
-    raise ``RuntimeError``. Use outside ``async with``, a second use, and use from another event loop raise it, too.
+    raise ``RuntimeError``. So do calls outside ``async with`` or on another event loop, and a second ``async with``.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class RefundSession:
         self.clock = SessionClock(clock)
         set_up_from_environment()
         self.listeners = Listeners(listeners, timer=perf_counter, is_logged=True)
-        self._waiting = Waiters()
+        self._waiters = Waiters()
         self._life = Lifecycle("RefundSession", max_connections)
         self.unknown_reasons: Counter[str] = Counter()
         """Number of unknown outcomes of :meth:`outcome_of`, by reason."""
@@ -143,12 +142,12 @@ class RefundSession:
 
     @property
     def signatures(self) -> SignatureWatch:
-        """Records whether the gateway's answers verify. Batches and workers stop early if they do not."""
+        """Records whether the gateway's answers have valid signatures. If not, batches and workers stop early."""
         return self._gateway.signatures
 
     async def __aenter__(self) -> Self:
         with self._life.opening():
-            if self.journal is not None and self.journal.is_open:  # else bind it at the first refund
+            if self.journal is not None and self.journal.is_open:  # else each refund binds it
                 await self.journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._gateway = await self._open_gateway(await self._open_sender())
             self._flights = Flights(self._gateway, self.clock, self._slot)
@@ -166,8 +165,8 @@ class RefundSession:
     ) -> Refund:
         """Make a refund once and return its outcome (LianLian's *Apply API*).
 
-        Returns the gateway's signed record, which need not be final (``sta_refund``). ``deadline`` (seconds) and
-        ``retry`` override the session's.
+        Returns the gateway's signed record, whose status (``sta_refund``) may still change. ``deadline`` (seconds) and
+        ``retry`` override those of the session.
 
         Raises:
             InvalidRequest: a field breaks the gateway's rules; nothing was sent.
@@ -183,10 +182,10 @@ class RefundSession:
     async def resolve(
         self, unknown: RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
     ) -> Refund:
-        """Resolve a refund whose outcome is unknown, preferably at its ``ask_again_at``.
+        """Resolve a refund whose outcome is unknown. Call it at ``unknown.ask_again_at`` or later.
 
-        Queries first. Sends the same bytes again only after a credible "no such record"
-        (``RetryPolicy.not_found_grace``). Returns and raises as :meth:`apply_refund`.
+        Queries first. Sends the same bytes again only if the gateway still has no record after
+        ``RetryPolicy.not_found_grace``. Returns and raises as :meth:`apply_refund`.
         """
         expect(unknown, RefundOutcomeUnknown, "unknown")
         return await self._apply(unknown.request, deadline=deadline, retry=retry, earlier=unknown)
@@ -204,8 +203,8 @@ class RefundSession:
         """Return the result of :meth:`apply_refund` as a value; with ``earlier``, the result of :meth:`resolve`.
 
         ``journal`` overrides the session's journal. ``query_first`` queries first even if the session does not. A
-        ``request`` that is not a ``RefundRequest`` gives an outcome with ``InvalidRequest`` as its error. Raises
-        ``ConfigurationError``, because every further refund would raise it, but no other ``LianLianError``.
+        ``request`` that is not a ``RefundRequest`` gives an outcome with ``InvalidRequest`` as its error. The only
+        ``LianLianError`` that it raises is ``ConfigurationError``, because every further refund would raise it, too.
         """
         began = anyio.current_time()
         traffic = Traffic()
@@ -241,7 +240,7 @@ class RefundSession:
         """Query the gateway's record of a refund (LianLian's *Refund Status API*).
 
         Returns the signed record: a ``Refund`` if its number and amount are known. ``deadline`` (seconds) and ``retry``
-        override the session's.
+        override those of the session.
 
         Raises:
             RefundNotFound: the gateway has no such record at this moment.
@@ -267,22 +266,23 @@ class RefundSession:
             return reply.refund
         if isinstance(reply.error, GatewayUnavailable):
             reply.error.attempts = reply.attempts
-        raise misconfigured(reply.error) or cast("LianLianError", reply.error)  # a reply without a refund has one
+        raise misconfigured(reply.error) or cast("LianLianError", reply.error)  # set if refund is None
 
     async def wait_refund(self, refund: Record, *, deadline: float = 3600.0) -> Record:
         """Wait until a refund that was made is final: success or failed.
 
-        The notification ends the wait if a ``NotificationEndpoint`` has this session. Until then the gateway is
-        queried, first after 2 seconds, then with pauses that double up to 5 minutes. ``deadline`` is in seconds;
-        LianLian sends notifications for an hour. The wait holds no connection slot.
+        The notification ends the wait if a ``NotificationEndpoint`` was created with this session. Until then the
+        gateway is queried, first after 2 seconds; each later pause is twice as long, at most 5 minutes. ``deadline`` is
+        in seconds: LianLian repeats a notification for an hour. The wait holds no connection slot.
 
         Raises:
             RefundNotFinal: the refund is not final at the deadline.
             QueryRejected: the gateway rejected the query, which says nothing about the refund.
             RefundConflict: a record differs from ``refund`` or contradicts the session's journal.
+            JournalError: the journal failed; ``said`` is the last known ``refund``.
         """
         expect(refund, RefundRecord, "refund")
-        with self._waiting.listen(refund) as waiter:
+        with self._waiters.listen(refund) as waiter:
             return await waiter.until_final(refund, self._learn, _checked(deadline))
 
     async def apply_and_wait(
@@ -295,18 +295,18 @@ class RefundSession:
         """
         seconds = _checked(deadline)
         expect(request, RefundRequest, "request")
-        with self._waiting.listen(request) as waiter:
+        with self._waiters.listen(request) as waiter:
             try:
                 refund = await self.apply_refund(request, retry=retry)
             except RefundOutcomeUnknown:
-                if waiter.told is None:
+                if waiter.notified is None:
                     raise
-                return waiter.told
+                return waiter.notified
             return await waiter.until_final(refund, self._learn, seconds)
 
     def notified(self, refund: Refund) -> None:
-        """End the waits for a refund that is final. Called by ``NotificationEndpoint``."""
-        self._waiting.tell(refund)
+        """Return a final refund from the calls that wait for it. ``NotificationEndpoint`` calls this."""
+        self._waiters.notify(refund)
 
     async def _learn(self, query: RefundQuery) -> RefundRecord:
         refund = await self.query_refund(query)
@@ -315,7 +315,7 @@ class RefundSession:
     async def resume(self, *, concurrency: int | None = None) -> Resumed:
         """Resolve every open refund of the session's journal, and query accepted ones for their final state.
 
-        Call it when the service starts and regularly, or call ``NotificationEndpoint.sweep``, which includes it.
+        Call it when the service starts, and then regularly; or call ``NotificationEndpoint.sweep``, which includes it.
         ``concurrency`` is ``max_connections`` by default. Raises ``JournalError``.
         """
         if self.journal is None:
@@ -339,11 +339,11 @@ class RefundSession:
         expect(request, RefundRequest, "request")
         if earlier is not None:
             expect(earlier, RefundOutcomeUnknown, "earlier")
-        if earlier is not None and earlier.oid_partner != self.merchant.oid_partner:
-            raise ConfigurationError(
-                f"refund {earlier.no_refund} belongs to merchant {earlier.oid_partner}, "
-                f"this session to {self.merchant.oid_partner}: resolve it in a session of its own merchant"
-            )
+            if earlier.oid_partner != self.merchant.oid_partner:
+                raise ConfigurationError(
+                    f"refund {earlier.no_refund} belongs to merchant {earlier.oid_partner}, "
+                    f"this session to {self.merchant.oid_partner}: resolve it in a session of its merchant"
+                )
         journal = journal or self.journal
         seconds, policy = self._given(deadline, retry)
         if journal is not None and seconds > LONGEST_DEADLINE:
@@ -364,15 +364,15 @@ class RefundSession:
             raise misconfigured(error) or error from error.__cause__
 
     def _slot(self, number: str | None) -> AbstractAsyncContextManager[None]:
-        """Wait for a connection slot, and report the wait to the listeners."""
+        """Return a context manager that holds a connection slot, and reports the wait for it to the listeners."""
         return self._life.slot(partial(self.listeners.span, Paused, no_refund=number, cause="slot", seconds=None))
 
     async def _observed(self, name: str, number: str | None, call: Awaitable[Record], traffic: Traffic) -> Record:
         """Await ``call`` and report its beginning and its end to the listeners."""
         listeners, began = self.listeners, self.listeners.timer()
 
-        def tell(outcome: str, told: RefundRecord | BaseException, error: str | None = None) -> None:
-            fields = {field: getattr(told, field, None) for field in ("ret_code", "sta_refund", "reason")}
+        def tell(outcome: str, result: RefundRecord | BaseException, error: str | None = None) -> None:
+            fields = {field: getattr(result, field, None) for field in ("ret_code", "sta_refund", "reason")}
             seconds = listeners.timer() - began
             fields |= {"no_refund": number, "call": name, "seconds": seconds, **attrs.asdict(traffic)}
             listeners.tell(CallEnded, outcome=outcome, error=error, **fields)

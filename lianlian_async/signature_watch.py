@@ -1,4 +1,4 @@
-"""Stop a batch early if answers do not verify. With a wrong key, every refund would be made with an unknown outcome."""
+"""Stop a batch early if no signature is valid. With a wrong key, every refund would be made with an unknown outcome."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from .errors import SignatureInvalid
 from .exchange import Exchange, Reply
 
 _UNPROVED: Final = 4
-"""Maximum number of refunds in flight in a batch until one answer has verified."""
+"""Maximum number of refunds in flight in a batch until one answer has a valid signature."""
 _FAILURES: Final = 4
-"""Number of consecutive refunds with answers that do not verify, after which a batch stops."""
+"""A batch stops after this number of consecutive refunds whose answers have no valid signature."""
 
 
 class SignatureWatch:
-    """Records whether the answers in one session verify with the gateway's keys.
+    """Records whether the answers in one session have valid signatures of the gateway.
 
     Several answers about one refund count once, so a single refund cannot stop a batch.
     """
 
     def __init__(self) -> None:
         self.has_verified = False
-        """Whether an answer has verified."""
+        """Whether an answer had a valid signature."""
         self.changed = anyio.Event()
-        """Set when a refund has ended, or when the first answer has verified. A waiter replaces it if it is set."""
+        """Set when a refund ends, and at the first answer with a valid signature. A waiter replaces a set event."""
         self._failed: dict[str, SignatureInvalid] = {}
-        """The refunds whose answers did not verify since the last verified answer."""
+        """The refunds whose answers had no valid signature, since the last answer with one."""
 
     def saw(self, exchange: Exchange, reply: Reply) -> None:
         """Record an answer. An unsigned rejection is ignored: it proves nothing about the keys."""
@@ -56,7 +56,7 @@ class SignatureWatch:
 
 
 class Admission:
-    """Limits the refunds in flight of one batch or worker: a few until one answer has verified, then ``limit``."""
+    """Limits the refunds in flight of a batch or worker: to 4 until an answer has a valid signature, then ``limit``."""
 
     def __init__(self, watch: SignatureWatch, limit: float = inf) -> None:
         self.watch = watch

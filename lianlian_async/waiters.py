@@ -36,14 +36,14 @@ class Waiter:
     """A call that waits for the final state of a refund of ``money_refund`` yuan (None: any amount)."""
 
     money_refund: Decimal | None
-    told: Refund | None = None
+    notified: Refund | None = None
     """The final state from a notification."""
     _queries: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
 
-    def hear(self, refund: Refund) -> None:
+    def notify(self, refund: Refund) -> None:
         """Accept the final state from a notification, and stop the queries."""
         if self.money_refund in (None, refund.money_refund):
-            self.told = refund
+            self.notified = refund
             self._queries.cancel()
 
     async def until_final(
@@ -70,8 +70,8 @@ class Waiter:
                     raise
                 if refund.is_final:
                     return refund
-        if self.told is not None:
-            return cast("Record", self.told)
+        if self.notified is not None:
+            return cast("Record", self.notified)
         raise RefundNotFinal(refund, last_error=None if error is None else str(error)) from error
 
 
@@ -94,7 +94,7 @@ class Waiters:
             if not waiters:
                 del self._waiters[number]
 
-    def tell(self, refund: Refund) -> None:
+    def notify(self, refund: Refund) -> None:
         """Pass the final state to all calls that wait for it."""
         for waiter in self._waiters.get(str(refund.no_refund), ()):
-            waiter.hear(refund)
+            waiter.notify(refund)

@@ -407,7 +407,7 @@ def test_own_public_key_is_not_in_the_dashboard(made):
     assert found["LianLian's key"] == ("ok", "verified: it signed the answer 1001", "")
     state, text, cure = found["query"]
     assert (state, "1001" in text) == ("failure", True)
-    assert cure == "check that the public key in the dashboard belongs to the private key"
+    assert cure == "check that LianLian's dashboard has the public key of your private key"
 
 
 def test_query_service_without_the_refund(made):

@@ -31,7 +31,7 @@ from lianlian_async.journal import Ending, Intent, SqliteJournal, Standing, Stat
 from lianlian_async.journal.operations import Begin
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.journal.sqlite_file import JournalFile
-from lianlian_async.recording import answer, learn
+from lianlian_async.recording import learn, recorded_refund
 from lianlian_async.sandbox import Fault, SandboxGateway
 from tests.support.batches import PASSWORD, refund, url_of, write_csv
 from tests.support.command import end, leave_unknown, run, start, until
@@ -296,7 +296,7 @@ def test_on_refund_hears_of_a_refund_decided_as_made(env, gateway, merchant, jou
     assert (told.no_refund, told.money_refund, told.is_final) == ("R-1", Decimal("10.00"), True)
     assert told.evidence.endswith(": the customer has it")
     assert entry.state is State.DONE
-    assert answer(entry).evidence == told.evidence
+    assert recorded_refund(entry).evidence == told.evidence
     assert canary is None
 
 

@@ -34,7 +34,7 @@ from lianlian_async.journal import MemoryJournal, SqliteJournal, State
 from lianlian_async.journal.base import facts
 from lianlian_async.journal.sqlite_file import JournalFile, restore
 from lianlian_async.middleware import RateLimit
-from lianlian_async.recording import answer, decision, digest, learn
+from lianlian_async.recording import decision, digest, learn, recorded_refund
 from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, Repeated, When
 from tests.support import keypairs
@@ -125,7 +125,7 @@ async def test_a_new_refund_is_recorded_before_its_first_byte(new_journal):
     assert entry.fields == refund_request().to_dict()
     resolved = await standing(new_journal)
     assert resolved.state is State.DONE
-    assert answer(resolved) == refund
+    assert recorded_refund(resolved) == refund
 
 
 @pytest.mark.parametrize(("settle_after", "state"), [(0, State.DONE), (60, State.ACCEPTED)])
@@ -311,7 +311,7 @@ async def test_an_unresolved_refund_is_queried_first(new_journal):
     gateway.requests.clear()
     async with shop(gateway, new_journal) as (session, journal):
         refund = await session.apply_refund(refund_request())
-        assert answer(await journal.find("R-1")) == refund
+        assert recorded_refund(await journal.find("R-1")) == refund
     assert refund.no_refund == "R-1"
     assert gateway.requests == {"query": 1}
 
@@ -906,7 +906,7 @@ async def test_learn_resolves_an_open_refund(new_journal):
             await session.apply_refund(refund_request())
         news = await session.query_refund(refund_request().query())
         assert await learn(journal, news, boot_clock()) == await learn(journal, news, boot_clock()) == news
-        assert answer(await journal.find("R-1")) == await session.apply_refund(refund_request()) == news
+        assert recorded_refund(await journal.find("R-1")) == await session.apply_refund(refund_request()) == news
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
@@ -948,7 +948,7 @@ async def test_an_unresolved_entry_has_no_answer(new_journal):
         await session.outcome_of(refund_request())
         entry = await journal.find("R-1")
     with pytest.raises(LookupError, match="R-1"):
-        answer(entry)
+        recorded_refund(entry)
 
 
 class Overtaken(MemoryJournal):

@@ -15,7 +15,7 @@ from lianlian_async.errors import LianLianError
 from lianlian_async.journal import Entry, State
 from lianlian_async.journal.base import MOST_FACTS, facts
 from lianlian_async.models import RefundRequest
-from lianlian_async.recording import answer
+from lianlian_async.recording import recorded_refund
 from lianlian_async.retry import RetryPolicy
 
 from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
@@ -82,7 +82,7 @@ def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[Exit
     """Return the outcome, what it means, and the time from which "no such record" is believed."""
     if entry.ending is not None:
         try:
-            refund = answer(entry)
+            refund = recorded_refund(entry)
         except LianLianError as error:
             return exit_outcome_of(error), str(error), None
         outcome = exit_outcome_of_refund(refund)

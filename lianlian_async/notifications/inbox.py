@@ -22,7 +22,7 @@ from lianlian_async.errors import InvalidRequest, RefundConflict
 from lianlian_async.journal import Ending, Entry, Intent, Journal, MemoryJournal, Standing, State
 from lianlian_async.journal.operations import Operation
 from lianlian_async.models import Refund, RefundRequest
-from lianlian_async.recording import answer, learn, take
+from lianlian_async.recording import learn, recorded_refund, take
 from lianlian_async.worker_pool import iterate, run_workers
 
 __all__ = ["Inbox", "RecentRefunds"]
@@ -142,7 +142,7 @@ class Inbox:
             try:
                 money = RefundRequest.from_record(entry.fields).money_refund
                 # Unlike a notification, an answer may omit the number and the amount.
-                await self.keep(attrs.evolve(answer(entry), no_refund=entry.no_refund, money_refund=money))
+                await self.keep(attrs.evolve(recorded_refund(entry), no_refund=entry.no_refund, money_refund=money))
             except (InvalidRequest, RefundConflict) as error:
                 logger.error("refund %s is final, but the handler cannot be called: %s", entry.no_refund, error)  # noqa: TRY400 - no bug
 
