@@ -322,7 +322,7 @@ def test_journal_of_another_schema(made):
     with sqlite3.connect(made["LIANLIAN_JOURNAL"]) as database:
         database.execute("PRAGMA user_version = 999")
     state, text, cure = lines(made, "--offline", exit_code=1)["journal"]
-    assert (state, cure) == ("failure", "complete it with the release that created it")
+    assert (state, cure) == ("failure", "resolve its open refunds with the release that created it")
     assert "schema version 999, but this release needs" in text
 
 

@@ -473,7 +473,7 @@ def test_restore_refuses_a_wal(name, journal, tmp_path):
     journal.unlink()
     (tmp_path / f"{name}-wal").touch()
     ended = run("journal", "restore", backup)
-    assert (ended.exit_code, "away; keep both" in ended.stderr, "its WAL is missing" in ended.stderr) == (
+    assert (ended.exit_code, "away; keep both" in ended.stderr, "lacks the commits in" in ended.stderr) == (
         1,
         name == "journal.sqlite",
         name == "journal.backup",

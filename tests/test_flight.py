@@ -334,7 +334,7 @@ async def test_a_session_with_too_many_unknown_refunds_begins_no_new_one(monkeyp
         for number in (1, 2):
             with anyio.move_on_after(1):
                 await session.apply_refund(refund_request(number))
-        with pytest.raises(JournalError, match="2 refunds of this session are unknown") as caught:
+        with pytest.raises(JournalError, match="2 refunds of this session are unresolved") as caught:
             await session.apply_refund(refund_request(3))
         assert caught.value.said is None
         assert gateway.requests == {"apply": 2}

@@ -460,7 +460,7 @@ async def test_a_server_that_may_lose_commits_is_named_at_opening(make, caplog):
     async with make():
         pass
     [message] = [record.getMessage() for record in caplog.records]
-    assert "its server runs with fsync = off: a power failure can lose refunds on record" in message
+    assert "its server runs with fsync = off: a power failure can lose recorded refunds" in message
 
 
 async def test_another_version_is_refused_with_advice(make, administer):
@@ -468,7 +468,7 @@ async def test_another_version_is_refused_with_advice(make, administer):
     async with make():
         pass
     await administer("UPDATE {schema}.version SET version = 1")
-    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 5; complete it"):
+    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 5; resolve its open refunds"):
         async with make():
             pass
 

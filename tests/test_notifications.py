@@ -933,7 +933,11 @@ async def test_the_allow_list_admits_its_networks(handler, caplog, client, forwa
         ("10.1.2.3", "", "10.1.2.3"),
         ("10.1.2.3", "10.4.5.6", "10.4.5.6"),
         ("10.1.2.3", "un\nknown" + "x" * 200, "'un?known" + "x" * 92 + "'"),
-        (None, "203.0.113.7", 'a peer without an IP address (if it is your proxy on a Unix socket, trust "unix")'),
+        (
+            None,
+            "203.0.113.7",
+            'a peer without an IP address (for a proxy on a Unix socket, add "unix" to trusted_proxies)',
+        ),
     ],
 )
 async def test_the_log_names_the_address_that_was_judged(handler, caplog, client, forwarded, judged):

@@ -632,7 +632,7 @@ async def test_after_a_restore_no_such_record_is_not_believed_at_once(tmp_path):
     began = anyio.current_time()
     async with shop(gateway, lambda: SqliteJournal(place)) as (session, _):
         await session.apply_refund(refund_request(1))
-        with contextlib.closing(JournalFile(str(place), only_to_look=True)) as file:
+        with contextlib.closing(JournalFile(str(place), read_only=True)) as file:
             file.backup(backup)
         await session.apply_refund(refund_request(2))
     place.unlink()

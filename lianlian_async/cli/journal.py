@@ -104,7 +104,7 @@ def backup(output: Output, /, file: Path, place: str | None, config: Path | None
     _check_is_file(place)
     if file.exists() or not file.parent.is_dir():
         raise click.BadParameter("exists already" if file.exists() else "its folder does not exist", param_hint="FILE")
-    with closing(JournalFile(place, only_to_look=True)) as opened:
+    with closing(JournalFile(place, read_only=True)) as opened:
         opened.backup(file)
     output.show({"backup": str(file)}, f"journal {place} copied to {file}")
 

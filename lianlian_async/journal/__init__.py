@@ -1,6 +1,7 @@
 """Journals: durable records of every refund and its outcome.
 
-Both imports are slow: SQLite is imported at its first use, and you import ``journal.postgres`` yourself if you need it.
+SQLite and psycopg are slow to import. This package imports SQLite at the first use of ``SqliteJournal``, and psycopg
+never: import ``PostgresJournal`` from ``journal.postgres``.
 """
 
 from __future__ import annotations

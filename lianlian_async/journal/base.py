@@ -1,8 +1,7 @@
 """The journal protocol: a durable record of every refund that was begun, and of its outcome.
 
-A refund is recorded before its first byte is sent. After any crash the journal lists the refunds to query. A recorded
-outcome never changes, except from ACCEPTED to FINAL or DONE, from FINAL to DONE, and by a person's decision
-(:meth:`Journal.decide`). The steps of one call::
+A refund is recorded before its first byte is sent. After a crash the journal lists the refunds that must be queried
+(:meth:`Journal.pending`). The steps of one call::
 
     begin ──► NEW ────────────────► send ──► finish (made, rejected, conflict)
          ├───► ASK_FIRST ► query ──► send ──► finish
@@ -10,7 +9,7 @@ outcome never changes, except from ACCEPTED to FINAL or DONE, from FINAL to DONE
          │         ▲                   └──────► release (unknown: may have arrived; or certainly not sent)
          │         └─────────────────────────────┘
          ├───► FINISHED: return the recorded outcome, send nothing
-         └───► LEASED: another call or worker has the lease; wait for it
+         └───► LEASED: another call or worker has the lease; call begin again later
 
 Cancellation is safe. ``finish`` and ``release`` are recorded even if the caller is cancelled meanwhile; a ``begin``
 whose caller is cancelled is rolled back.
@@ -42,14 +41,14 @@ MOST_FACTS: Final = 9
 class State(StrEnum):
     """The state of a refund in the journal.
 
-    It changes only from UNRESOLVED to any other state, from ACCEPTED to FINAL or DONE, from FINAL to DONE, and by
-    :meth:`Journal.decide`.
+    It changes only from UNRESOLVED to any other state, from ACCEPTED to FINAL or DONE, from FINAL to DONE, and when a
+    person decides (:meth:`Journal.decide`).
     """
 
     UNRESOLVED = "unresolved"
     """The refund was begun; whether it was made is not known."""
     ACCEPTED = "accepted"
-    """Made, but ``sta_refund`` can still change."""
+    """Made: the gateway has accepted it, but ``sta_refund`` can still change."""
     FINAL = "final"
     """Made and final, but ``on_refund`` has not returned for it yet (:meth:`Journal.begin_acting`)."""
     DONE = "done"
@@ -66,7 +65,7 @@ class State(StrEnum):
 
     @property
     def is_made(self) -> bool:
-        """Whether the gateway has said that the refund was made."""
+        """Whether the refund was made, by the gateway's answer, a statement or a person's decision."""
         return self in (State.ACCEPTED, State.FINAL, State.DONE)
 
 
@@ -75,14 +74,14 @@ class Standing(StrEnum):
 
     NEW = "new"
     ASK_FIRST = "ask first"
-    """The journal has no entry, but it may have lost its last commits: query before sending."""
+    """As NEW, but the journal may have lost an entry of this refund: query before sending."""
     UNRESOLVED = "unresolved"
     FINISHED = "finished"
     LEASED = "leased"
 
 
 class Fact(NamedTuple):
-    """One or several equal events of a refund. Facts are for people: the library does not base decisions on them."""
+    """One event of a refund, or equal events in a row. Facts are for people: the library does not decide by them."""
 
     at: int
     """When the last of these events occurred, in seconds since 1970 by the wall clock."""
@@ -127,7 +126,7 @@ def upgrade_steps(journal: str, version: int, newest: int, steps: Mapping[int, T
     if version > newest or not steps.keys() >= set(range(version, newest)):
         raise JournalError(
             f"journal {journal}: schema version {version}, but this release needs {newest}; "
-            "complete it with the release that created it"
+            "resolve its open refunds with the release that created it"
         )
     return [steps[number] for number in range(version, newest)]
 
@@ -166,13 +165,12 @@ class Intent:
 
 @attrs.frozen(kw_only=True)
 class Ending:
-    """A known outcome: ``state`` and its evidence (``Refund.to_dict()``, or the rejection's fields).
-
-    A ``record`` with ``evidence`` but without a signature is a statement's row or a person's decision.
-    """
+    """A known outcome."""
 
     state: State = attrs.field(validator=attrs.validators.not_(attrs.validators.in_([State.UNRESOLVED])))
     record: Mapping[str, str]
+    """``Refund.to_dict()``, or the fields of the rejection. The key ``evidence`` without the key ``sign``: the outcome
+    comes from a statement or from a person's decision, and not from the gateway."""
 
 
 @attrs.frozen(kw_only=True)
@@ -244,8 +242,8 @@ class Journal(Protocol):
         NEW: the journal has no entry, or the refund was certainly not sent; send it. ASK_FIRST: as NEW, but query
         first. UNRESOLVED: an earlier call began the refund; query first, and send only the entry's own body, after
         :meth:`resend`. FINISHED: use the entry's ending. LEASED: another call has the lease; the entry is as stored.
-        The entry's ``sent_at`` is None if NEW, and never later than ``now`` if UNRESOLVED. If ASK_FIRST, it is ``now``
-        if a restored backup may lack a request of the last minutes, else None.
+        The entry's ``sent_at`` is None after NEW, and never later than ``now`` after UNRESOLVED. After ASK_FIRST it is
+        None, or ``now`` if the journal is a restored backup and a lost call may have sent the refund minutes ago.
 
         After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if the journal has the number with another digest.
@@ -288,8 +286,8 @@ class Journal(Protocol):
     async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
         """Record the outcome that a person has decided, DONE or REJECTED, as :meth:`finish` does.
 
-        Raises :class:`JournalError` if the refund has no entry or is leased; if its outcome is final, signed by the
-        gateway, or decided already; or if it is recorded as REJECTED and ``ending`` is REJECTED, too.
+        Raises :class:`JournalError` if the refund has no entry or is leased; if its outcome is final, a rejection that
+        the gateway signed, or decided already; or if both the recorded state and ``ending`` are REJECTED.
         """
 
     async def latest_made(self) -> Entry | None:

@@ -1,6 +1,6 @@
 """Group commit: operations that arrive while one transaction is written share the next transaction.
 
-A background task writes one batch at a time, so the cancellation of one caller does not affect the others.
+The batches are written by a background task, not by a caller, so the cancellation of a caller interrupts no batch.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Queued:
 
     operation: Operation[Any]
     done: anyio.Event
-    """Wakes the caller to check ``result``; shared by a batch. A journal that sets ``result`` later replaces it."""
+    """Wakes the callers of a batch to check ``result``. An operation that gets its result later gets a new event."""
     result: Result | None = attrs.field(default=None, init=False)
 
     def fail(self, error: BaseException) -> None:
-        """Raise a ``JournalError`` in the caller, unless there is a result."""
+        """Give the caller a ``JournalError``, unless the operation has a result."""
         # A new exception for each caller: the traceback of a shared one would grow with each raise.
         self.result = self.result or Result(None, _failure(error))
 
@@ -121,7 +121,7 @@ class _GroupCommit:
         """Give each waiting caller an error if the background task has ended with ``error``."""
         if error is not None:
             self._failure = JournalError(
-                f"journal {self._name}: closed by {error!r}, it records nothing more; open it again"
+                f"journal {self._name}: its task ended with {error!r}, so it records nothing more; open it again"
             )
             self._failure.__cause__ = error
             for batch in (self._writing, *self._batches):
@@ -141,7 +141,7 @@ def _failure(error: BaseException) -> JournalError:
 
 
 class GroupCommitJournal(Journal):
-    """Base of the durable journals: each is opened once, in one process, and records operations by group commit."""
+    """Base of the durable journals: records operations by group commit. One process uses each object."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -161,7 +161,7 @@ class GroupCommitJournal(Journal):
 
     async def __aenter__(self) -> Self:
         if self._group is not None:
-            raise RuntimeError(f"journal {self._name} is already open: open each journal object once")
+            raise RuntimeError(f"journal {self._name} is already open: enter each journal object only once at a time")
         self._process = os.getpid()
         self._holder, self._calls = uuid4().hex, count(1)
         await self._open()
@@ -188,7 +188,7 @@ class GroupCommitJournal(Journal):
 
     @abstractmethod
     def _new_inbox(self) -> Journal:
-        """Return the journal of this journal's inbox, not open yet."""
+        """Return this journal's inbox, which is not open yet."""
 
     @abstractmethod
     async def _bind(self, owner: Owner) -> None: ...

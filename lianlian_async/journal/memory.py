@@ -121,7 +121,7 @@ class OpenRefunds(MemoryJournal):
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         if len(self._entries) >= MOST_OPEN and intent.no_refund not in self._entries:
             raise JournalError(
-                f"{MOST_OPEN:,} refunds of this session are unknown, and it cannot remember more: "
+                f"{MOST_OPEN:,} refunds of this session are unresolved, and it cannot remember more: "
                 "resolve them first, or use a journal"
             )
         return await super().begin(intent, now)

@@ -73,9 +73,9 @@ class Begin:
     holder: str = attrs.field(factory=lambda: uuid4().hex)
     """Identifies this call among the calls of all processes."""
     ask_first: bool = attrs.field(default=False, kw_only=True)
-    """Whether the journal may have lost its last commits."""
+    """Whether the journal may have lost an entry of this refund."""
     may_be_sent: bool = attrs.field(default=False, kw_only=True)
-    """Whether a call whose commit was lost may have sent the refund recently: "no such record" then proves nothing."""
+    """Whether a call whose entry was lost may have sent the refund recently: "no such record" then proves nothing."""
     found: Entry | None = attrs.field(default=None, init=False)
     """The entry that the caller received with the lease."""
     is_taken_back: bool = attrs.field(default=False, init=False)
@@ -104,14 +104,14 @@ class Begin:
         if entry.ending is not None:
             return (Standing.FINISHED, entry), entry
         if entry.sent_at is None:
-            # The earlier call sent nothing, so replace its body by this call's, which another key may have signed.
+            # The earlier call sent nothing, so store this call's body: the signing key may have changed since.
             return self._new(added(entry.history, self.now, "lease"))
         if _is_leased(entry, self.now):
             return (Standing.LEASED, entry), entry
         return self._unresolved(entry, entry.sent_at)
 
     def _new(self, history: str) -> tuple[tuple[Standing, Entry], Entry]:
-        """Store the end of the lease as ``sent_at``: the caller may send until then, and crash without a record."""
+        """Store the end of the lease as ``sent_at``: the caller may send until then, and then crash."""
         leased_until = self.now.after(self.intent.lease)
         sent_at = self.now if self.may_be_sent else None
         self.found = self._entry(self.intent, sent_at, None, leased_until, history)
@@ -153,9 +153,12 @@ def _is_leased(entry: Entry, now: Moment) -> bool:
     return entry.holder is not None and entry.leased_until is not None and _is_ahead(entry.leased_until, now)
 
 
-def may_be_lost(fields: Mapping[str, str], now: datetime, since: datetime) -> bool:
-    """Return whether a journal may have lost the refund with ``fields``, if it may have lost all before ``since``."""
-    return now < since or fields.get("dt_refund", "") < wire.format_timestamp(since)
+def may_be_lost(fields: Mapping[str, str], now: datetime, until: datetime) -> bool:
+    """Return whether a journal that may lack entries from before ``until`` may lack the entry of this refund.
+
+    Before ``until``, it may lack any entry; later, an entry whose ``dt_refund`` is before ``until``.
+    """
+    return now < until or fields.get("dt_refund", "") < wire.format_timestamp(until)
 
 
 def _is_ahead(moment: Moment, now: Moment) -> bool:
@@ -248,7 +251,7 @@ class Decide:
         elif entry.state is State.REJECTED and self.ending.state is State.REJECTED:
             refusal = "it is rejected already"
         elif entry.ending and (entry.ending.record.get("verified") == "yes" or "evidence" in entry.ending.record):
-            refusal = "its outcome is signed by the gateway, or decided already"
+            refusal = "the gateway signed its rejection, or its outcome was decided already"
         if refusal is not None or entry is None:
             raise JournalError(f"refund {self.no_refund}: {refusal}; nothing was changed")
         record = dict(self.ending.record)

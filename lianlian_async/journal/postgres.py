@@ -48,7 +48,7 @@ Statement = tuple[LiteralString, Sequence[Any]]
 """SQL text, and a parameter for each ``%s`` in it."""
 
 _UNSAFE: Final = (
-    "its server runs with %s = off: a power failure can lose refunds on record or damage the database; switch it on"
+    "its server runs with %s = off: a power failure can lose recorded refunds or damage the database; set it to on"
 )
 _PAGE: Final = 500
 _CONNECTIONS: Final = 4

@@ -8,7 +8,7 @@ The stored form is a JSON object:
 
 - ``at``: the time by the database's clock.
 - ``era``: the number of the era in which it was written.
-- ``ahead``: if it was in the future when it was written (the end of a lease), by how many seconds; else 0.
+- ``ahead``: for the end of a lease, the seconds from the write to it; 0 for a time in the past.
 - ``boot``, ``timeline``: the writer's boot clock, which is exact for workers of the same boot.
 - ``gateway``: the gateway's clock, if known.
 
@@ -51,7 +51,7 @@ class Reading:
     """Whether the server that answered is the incarnation in which the era began."""
 
     def continues(self, earlier: Reading) -> bool:
-        """Return whether the era still holds, by comparison with an ``earlier`` reading; else a new one must begin."""
+        """Compare with an ``earlier`` reading; return whether the era continues. If not, a new era must begin."""
         if not self.is_same_incarnation or self.era != earlier.era:  # readings of two eras cannot be compared
             return self.is_same_incarnation
         passed = (self.database - earlier.database).total_seconds()
@@ -62,8 +62,8 @@ class Reading:
     def may_have_lost(self, fields: Mapping[str, str], grace: float) -> bool:
         """Return whether the database may have lost the row of the refund with ``fields`` when the era began.
 
-        For ``grace`` seconds from the start of the era: any row. Later: a row whose ``dt_refund`` is before their end.
-        Always False in the first era, and if ``grace`` is 0.
+        In the first ``grace`` seconds of the era: any row. Later: a row whose ``dt_refund`` is before the end of these
+        seconds. Always False in the first era, and if ``grace`` is 0.
         """
         if self.era == 1 or not grace:
             return False

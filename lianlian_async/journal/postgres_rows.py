@@ -54,7 +54,7 @@ BEGIN_ACTING: Final[tuple[LiteralString, ...]] = (
 )
 
 BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
-"""At this isolation level, a transaction that has waited for another transaction sees the rows that it committed."""
+"""At this isolation level, a transaction that has waited for another one sees the rows that the other one committed."""
 COMMIT: Final = "COMMIT"
 ROLLBACK: Final = "ROLLBACK"
 # Run first in every transaction: behind a pooler, each transaction may use a different connection, so session settings
@@ -79,7 +79,7 @@ LOCK: Final = """
 WITH locked AS (SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s) FOR UPDATE SKIP LOCKED)
 SELECT is_acting, locked.* FROM {schema}.version LEFT JOIN locked ON true
 """
-"""Returns at least one row. Its refund columns are NULL if each refund has no row, or a row that is locked."""
+"""Returns at least one row, for ``is_acting``. If no refund's row could be locked, its refund columns are NULL."""
 INSERT: Final = """
 INSERT INTO {schema}.refunds
     (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history)

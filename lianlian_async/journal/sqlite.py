@@ -45,22 +45,22 @@ class _FileReading:
 
     async def _walk(self, *, pending: bool) -> AsyncIterator[Entry]:
         self._check_open()
-        last, until = 0, self._file.last_place
+        last, until = 0, self._file.last_rowid
         while page := await self._in_thread(partial(self._file.page, last, until, _PAGE, pending=pending)):
             for last, entry in page:  # noqa: B007 - the next page starts after rowid ``last``
                 yield entry
             self._check_open()
 
-    async def _open_file(self, path: str, *, only_to_look: bool = False) -> None:
+    async def _open_file(self, path: str, *, read_only: bool = False) -> None:
         self._thread = anyio.CapacityLimiter(1)
-        make = partial(JournalFile, path, only_to_look=only_to_look)
+        make = partial(JournalFile, path, read_only=read_only)
         self._file = await run_in_thread(make, limiter=self._thread, undo=JournalFile.close)
 
     async def _close(self) -> None:
         await self._in_thread(self._file.close)
 
     def _check_open(self) -> None:
-        """Raise an error if the journal is not open."""
+        """Raise an error if the journal is not open; a reader is not checked."""
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await run_in_thread(function, *arguments, limiter=self._thread)
@@ -73,7 +73,7 @@ class SqliteReader(_FileReading):
         self._path = os.path.realpath(path)
 
     async def __aenter__(self) -> Self:
-        await self._open_file(self._path, only_to_look=True)
+        await self._open_file(self._path, read_only=True)
         self.id, self.owner = await self._in_thread(self._file.owner)
         return self
 

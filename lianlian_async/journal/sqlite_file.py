@@ -28,7 +28,7 @@ from .file_lock import FileLock, FileLocked
 from .operations import Begin, Operation, Result, may_be_lost, perform
 
 _ROWS: Final = 64
-"""Maximum rows in one statement. ``sqlite3`` caches one prepared statement for each number of rows up to this."""
+"""Maximum number of rows in one statement. Each number of rows is a prepared statement of its own in the cache."""
 
 _GRACE: Final = RetryPolicy().not_found_grace
 
@@ -57,17 +57,17 @@ class JournalFile:
     """An open journal file, which only this process writes. Threads may share the object.
 
     The file ``…-owner`` is locked while the journal is open, and names this process (see :mod:`.file_lock`). The
-    journal itself is not locked, so other processes may read it. ``only_to_look`` opens it read-only, without the lock.
+    journal itself is not locked, so other processes may read it. ``read_only`` opens it without the lock.
     """
 
-    def __init__(self, path: str, *, only_to_look: bool = False) -> None:
+    def __init__(self, path: str, *, read_only: bool = False) -> None:
         self._path = Path(path)
         owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
         self._lock, self._errors = Lock(), partial(_errors, self._path)
         self._leased: dict[str, tuple[int, Entry]] = {}
         """Leased entries by no_refund: (rowid, entry as stored)."""
         with self._errors(), ExitStack() as opened:
-            if only_to_look:
+            if read_only:
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode="rw")))
                 self._connection.execute("PRAGMA query_only = on")
                 if self._upgrades():
@@ -79,9 +79,9 @@ class JournalFile:
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
                 self._connection.executescript(sql.CHANGES)
-            self.last_place: int = self._value(sql.LAST_PLACE)  # the first read creates the WAL
+            self.last_rowid: int = self._value(sql.LAST_ROWID)  # the first read creates the WAL
             """The rowid of the newest entry."""
-            paths = () if only_to_look else (self._path, owner_path, log_path)
+            paths = () if read_only else (self._path, owner_path, log_path)
             self._files = {path: path.stat() for path in paths}
             self._is_acting = bool(self._value(sql.IS_ACTING))
             restored_at = self._value(sql.RESTORED_AT)
@@ -133,7 +133,7 @@ class JournalFile:
             self._opened.close()
 
     def backup(self, target: Path) -> None:
-        """Copy the journal to ``target``, which appears when the copy is complete. Another process may have it open."""
+        """Copy the journal, which other processes may have open; ``target`` appears when the copy is complete."""
         with self._lock, self._errors(), TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as folder:
             copy = Path(folder, target.name)
             with closing(_connect(copy, timeout=0.0)) as connection:
@@ -142,7 +142,7 @@ class JournalFile:
             sync_folders(target.parent)
 
     def mark_restored(self, now: Moment) -> None:
-        """Record that this file is a restored backup: later commits are lost.
+        """Record that this file is a restored backup, which lacks all later commits.
 
         From now on, refunds that the backup may lack are queried before they are sent. Every unresolved refund counts
         as sent at ``now``, because the lost commits may include later sends.
@@ -163,18 +163,18 @@ class JournalFile:
             if (restored_at := self._restored_at) is not None:
                 for begin in operations:
                     if isinstance(begin, Begin):
-                        fields, now, since = begin.intent.fields, begin.now.wall, restored_at.after(_GRACE).wall
-                        begin.ask_first = may_be_lost(fields, now, since)
-                        begin.may_be_sent = now < since and may_be_lost(fields, since, restored_at.wall)
+                        fields, now, until = begin.intent.fields, begin.now.wall, restored_at.after(_GRACE).wall
+                        begin.ask_first = may_be_lost(fields, now, until)
+                        begin.may_be_sent = now < until and may_be_lost(fields, until, restored_at.wall)
             after = before.copy()
             results = perform(operations, after, is_acting=self._is_acting)
             changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
-            places = self._save(changed, known)
-            for place, entry in zip(places, changed, strict=True):
+            rowids = self._save(changed, known)
+            for rowid, entry in zip(rowids, changed, strict=True):
                 if entry.holder is None:
                     self._leased.pop(entry.no_refund, None)
                 else:
-                    self._leased[entry.no_refund] = place, entry
+                    self._leased[entry.no_refund] = rowid, entry
             self._check_in_place()
         return results
 
@@ -183,7 +183,7 @@ class JournalFile:
         known = {no_refund: self._leased[no_refund] for no_refund in numbers & self._leased.keys()}
         if unread := numbers - known.keys():
             found = self._read(sql.FIND, _json(list(unread)))
-            known |= {entry.no_refund: (place, entry) for place, entry in found.items()}
+            known |= {entry.no_refund: (rowid, entry) for rowid, entry in found.items()}
         return known
 
     def page(self, after: int, until: int, limit: int, *, pending: bool) -> list[tuple[int, Entry]]:
@@ -205,7 +205,7 @@ class JournalFile:
         """See :meth:`.base.Journal.counts`."""
         with self._lock, self._errors():
             found = json.loads(self._value(sql.COUNT))
-        # The partial index covers all states except DONE. Most refunds are DONE: counting their rows takes seconds.
+        # Most refunds are DONE, and not in the partial index: counting them by state would take seconds, so subtract.
         found[State.DONE] = found.pop("all") - sum(found.values())
         return {state: found.get(state, 0) for state in State}
 
@@ -235,26 +235,26 @@ class JournalFile:
 
     def _save(self, changed: Sequence[Entry], known: Mapping[str, tuple[int, Entry]]) -> list[int]:
         """Write ``changed`` in one transaction and return their rowids."""
-        places, rows = [], list[tuple[Any, ...]]()
+        rowids, rows = [], list[tuple[Any, ...]]()
         for entry in changed:
             if entry.no_refund in known:
-                place, _ = known[entry.no_refund]
+                rowid, _ = known[entry.no_refund]
             else:
-                place = self.last_place = self.last_place + 1
+                rowid = self.last_rowid = self.last_rowid + 1
             sent_at = evidence = None
             if entry.sent_at is not None:
                 sent_at = sql.microseconds(entry.sent_at)
                 evidence = _json(sql.evidence_of(entry.sent_at, entry.refused))
             record = None if entry.ending is None else _json(entry.ending.record)
             begun = entry.no_refund, entry.digest, _json(entry.fields), entry.state, sent_at, entry.body.decode()
-            places.append(place)
-            rows.append((place, *begun, evidence, record, entry.history))
+            rowids.append(rowid)
+            rows.append((rowid, *begun, evidence, record, entry.history))
         rows.sort()  # by rowid: SQLite fills pages completely if rows are inserted in order
         with self._transaction() if len(rows) > _ROWS else nullcontext():
             for some in (rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)):
                 statement = sql.CHANGE + ", ".join([sql.ROW] * len(some))
                 self._connection.execute(statement, tuple(chain.from_iterable(some)))
-        return places
+        return rowids
 
     def _value(self, statement: str, *parameters: Any) -> Any:
         row = self._connection.execute(statement, parameters).fetchone()
@@ -301,31 +301,36 @@ def _errors(path: Path) -> Iterator[None]:
         is_damage = isinstance(error, UnicodeError | _DamagedRowError)
         code = _ERRNO.get(getattr(error, "errno", 0), sqlite3.SQLITE_CORRUPT if is_damage else sqlite3.SQLITE_IOERR)
         code = getattr(error, "sqlite_errorcode", code) & 0xFF  # the primary result code
-        advice = _ADVICE.get(code, "no operation of this batch was recorded")
+        advice = _ADVICE.get(code, "nothing was recorded")
         raise JournalError(f"journal {path}: {error}; {advice}") from error
 
 
-def restore(backup: Path, place: Path, now: Moment) -> None:
-    """Create the journal file ``place`` from a ``backup``, marked as restored. Raises ``JournalError``."""
+def restore(backup: Path, path: Path, now: Moment) -> None:
+    """Create the journal file ``path`` from a ``backup``, marked as restored.
+
+    Raises ``JournalError`` if ``path`` has a journal, or if ``backup`` was not made by :meth:`JournalFile.backup`.
+    """
     with (
-        _errors(place),
-        closing(FileLock(Path(f"{place}-owner"))),
-        TemporaryDirectory(prefix="restored-", dir=place.parent) as folder,
+        _errors(path),
+        closing(FileLock(Path(f"{path}-owner"))),
+        TemporaryDirectory(prefix="restored-", dir=path.parent) as folder,
     ):
-        wal = Path(f"{place}-wal")  # SQLite would replay it into the restored file
-        if place.exists() or wal.exists():
-            raise JournalError(f"journal {place} exists: stop its process, and move {place} and {wal} away; keep both")
+        wal = Path(f"{path}-wal")  # SQLite would replay it into the restored file
+        if path.exists() or wal.exists():
+            raise JournalError(f"journal {path} exists: stop its process, and move {path} and {wal} away; keep both")
         if not backup.stat().st_size or Path(f"{backup}-wal").exists():
-            raise JournalError(f"{backup} is empty, or not a backup by `lianlian journal backup`: its WAL is missing")
+            raise JournalError(
+                f"{backup} is empty, or lacks the commits in {backup}-wal; restore a file of `lianlian journal backup`"
+            )
         copy = shutil.copy(backup, folder)
         with closing(JournalFile(copy)) as file:
             file.mark_restored(now)
-        Path(copy).replace(place)
-        sync_folders(place.parent)
+        Path(copy).replace(path)
+        sync_folders(path.parent)
 
 
 def sync_folders(*folders: Path) -> None:
-    """Write the names in ``folders`` to disk, so that a power loss does not undo them. Windows cannot open a folder."""
+    """Sync ``folders``: a power failure then undoes no rename or new file in them. Windows cannot open a folder."""
     for folder in folders if os.name == "posix" else ():
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -2,8 +2,8 @@
 
 ``refunds`` contains the columns that rarely change. ``bodies`` contains a refund's signed body while the refund is
 unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock at ``sent_at``, and the
-rejection if every attempt so far was rejected. ``endings`` contains the outcomes. With these three tables, rows never
-grow, so SQLite's pages stay full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the
+rejection if every attempt so far was rejected. ``endings`` contains the outcomes. So the rows of ``refunds`` rarely
+grow, and SQLite's pages stay full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the
 journal's id, its owner, whether ``Journal.begin_acting`` was called, and when the file was restored from a backup.
 
 One statement writes many rows, and a read returns all rows as one JSON text: ``sqlite3`` releases and re-acquires the
@@ -22,7 +22,7 @@ APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
 SCHEMA_VERSION: Final = 6
 
 CHECKPOINT_PAGES: Final = 4000
-"""Pages in the WAL (16 MB) that trigger a checkpoint: most bodies are written and deleted between two checkpoints."""
+"""Pages in the WAL (16 MB) that trigger a checkpoint: so many that most bodies are deleted before it."""
 
 SCHEMA: Final = f"""
 BEGIN IMMEDIATE;
@@ -68,7 +68,7 @@ SELECT json_group_object(state, n) FROM (
     SELECT state, count(*) AS n FROM refunds WHERE state <> 'done' GROUP BY state
     UNION ALL SELECT 'all', count(*) FROM refunds
 )"""
-LAST_PLACE: Final = "SELECT coalesce(max(id), 0) FROM refunds"
+LAST_ROWID: Final = "SELECT coalesce(max(id), 0) FROM refunds"
 LATEST_MADE: Final = """id = (
     SELECT id FROM refunds JOIN endings USING (id)
     WHERE state IN ('accepted', 'final', 'done') AND json_extract(record, '$.evidence') IS NULL ORDER BY id DESC LIMIT 1

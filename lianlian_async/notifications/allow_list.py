@@ -33,7 +33,7 @@ class AllowList:
     def read(cls, allow_from: Iterable[str], trusted_proxies: Iterable[str]) -> AllowList:
         """Parse networks such as ``203.0.113.0/24`` or ``2001:db8::7``; ``unix`` trusts every peer on a Unix socket.
 
-        Raises ``ConfigurationError``.
+        Raises ``ConfigurationError`` if a text is not a network.
         """
         proxies = list(trusted_proxies)
         networks = _networks("trusted_proxies", (text for text in proxies if text != _UNIX))
@@ -50,7 +50,7 @@ class AllowList:
         if peer:
             hops.append(peer)
         elif not self.trusts_unix:
-            return False, 'a peer without an IP address (if it is your proxy on a Unix socket, trust "unix")'
+            return False, 'a peer without an IP address (for a proxy on a Unix socket, add "unix" to trusted_proxies)'
         judged = "a trusted proxy on a Unix socket"
         for text in reversed(hops):
             try:

@@ -1,4 +1,4 @@
-"""Query the fields that a notification omits; ``no_refund``, ``money_refund`` and ``sta_refund`` are optional."""
+"""Query the fields that a notification omits: ``no_refund``, ``money_refund`` and ``sta_refund`` are optional in it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def complete(
 
     The query requires ``session``, and a ``dt_refund`` from the notification or from ``journal``. It ends after
     ``seconds``. Raises :class:`IncompleteNotification` if the query supplies no complete record, ``RefundConflict`` if
-    the two records contradict each other, and ``JournalError``.
+    the two records contradict each other, and ``JournalError`` if the journal fails.
     """
     missing = [name for name in _NEEDED if getattr(notified, name) is None]
     if not missing:

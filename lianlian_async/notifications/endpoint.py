@@ -115,7 +115,7 @@ class NotificationEndpoint:
         listeners: see ``RefundSession``; by default the session's listeners.
         clock: reads the wall clock and the boot clock, for leases in the journal.
 
-    Raises ``ConfigurationError`` for settings that contradict each other.
+    Raises ``ConfigurationError`` for invalid settings, and for settings that contradict each other.
     """
 
     def __init__(
@@ -148,8 +148,8 @@ class NotificationEndpoint:
             positive_seconds(name, seconds)
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
-        """Number of notifications by :class:`Verdict`. The inbox and :meth:`sweep` also count their handler calls
-        here, as *acted* or *failed*."""
+        """Number of notifications by :class:`Verdict`. The handler calls of the inbox and of :meth:`sweep` are counted,
+        too, as *acted* or *failed*."""
         self._on_refund = on_refund
         self._journal = journal
         self._session = session
@@ -172,8 +172,6 @@ class NotificationEndpoint:
 
     def __repr__(self) -> str:
         return f"<NotificationEndpoint {self.merchant.oid_partner}>"
-
-    # ── opening and closing ──────────────────────────────────────────────────────────────────────
 
     async def __aenter__(self) -> Self:
         if self._resources is not None:
@@ -223,8 +221,6 @@ class NotificationEndpoint:
             workers=self._concurrency,
             clock=self._clock,
         )
-
-    # ── one delivery ─────────────────────────────────────────────────────────────────────────────
 
     async def handle(self, body: bytes, headers: Headers, *, client: str | None = None) -> Ack:
         """Handle the notification in ``body`` and return the response.
@@ -315,10 +311,8 @@ class NotificationEndpoint:
             return Verdict.BUSY
         return Verdict.ACTED if await inbox.act_on(refund, leased) else Verdict.FAILED
 
-    # ── notifications that never arrived ─────────────────────────────────────────────────────────
-
     async def sweep(self, *, concurrency: int | None = None) -> Resumed:
-        """Resolve all open refunds, as ``RefundSession.resume`` does, then call the handler for all final refunds.
+        """Resolve all open refunds, as ``RefundSession.resume`` does, then call the handler for refunds in state FINAL.
 
         LianLian stops after 30 deliveries, within an hour. Call this method at the start of the service and about every
         15 minutes: it queries the refunds whose notification never arrived. It calls the handler for refunds that
@@ -326,7 +320,7 @@ class NotificationEndpoint:
 
         Returns the result of ``resume``; :attr:`counts` has the results of the handler calls. ``concurrency`` is the
         session's ``max_connections`` by default. Raises ``ConfigurationError`` without a journal or a session, and
-        ``JournalError``.
+        ``JournalError`` if the journal fails.
         """
         journal, session = self.check_sweep()
         inbox = (await self._open()).inbox
@@ -360,8 +354,6 @@ class NotificationEndpoint:
         finally:
             seconds = self._listeners.timer() - began
             self._listeners.tell(ActedOn, no_refund=refund.no_refund, succeeded=succeeded, seconds=seconds)
-
-    # ── ASGI ─────────────────────────────────────────────────────────────────────────────────────
 
     async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send) -> None:
         """Serve HTTP requests and the server's lifespan (ASGI 3)."""

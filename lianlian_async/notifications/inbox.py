@@ -36,7 +36,7 @@ _NO_LEASE: Final = -60.0
 _SCAN_EVERY: Final = 30.0
 """Seconds between two scans for entries that other workers added or did not finish."""
 _LONGEST_BACKOFF: Final = 300.0
-"""Seconds. The first backoff takes one second; each further backoff takes twice as long as the last one."""
+"""Seconds. The first backoff takes one second, and each further one twice as long as the one before."""
 MOST_RECENT: Final = 10_000
 """The number of refunds that :class:`RecentRefunds` remembers."""
 
@@ -89,8 +89,8 @@ class Inbox:
         """Take the lease on a final refund before acting on it; wait while another caller has the lease.
 
         LEASED: another caller still has the lease. FINISHED: the handler has returned. After any other result, the
-        caller must call :meth:`act_on`. Raises ``JournalError``, and ``RefundConflict`` if the inbox has the refund
-        with another final state or amount.
+        caller must call :meth:`act_on`. Raises ``JournalError`` if the journal fails, and ``RefundConflict`` if the
+        inbox has the refund with another final state or amount.
         """
         return await self._take(refund, 2 * self.seconds, anyio.current_time() + self.seconds)
 
@@ -114,7 +114,7 @@ class Inbox:
     async def act_on(self, refund: Refund, leased: Entry) -> bool:
         """Run the handler for a refund, and record or log the result. ``leased``: the entry from :meth:`take`.
 
-        Returns whether the handler succeeded. Raises ``JournalError``.
+        Returns whether the handler succeeded. Raises ``JournalError`` if the journal fails.
         """
         try:
             with anyio.move_on_after(self.seconds) as scope:
@@ -192,7 +192,7 @@ class Inbox:
         except BaseException as error:
             if not is_failure(error):
                 raise
-            logger.exception("refund %s: the handler cannot be called now; it stays in the inbox", entry.no_refund)
+            logger.exception("refund %s stays in the inbox: the handler cannot be called now", entry.no_refund)
         self.count(succeeded)
         return standing, succeeded
 

@@ -171,7 +171,7 @@ class _ResponseStream(httpx.AsyncByteStream):
 
 
 def _as_httpx(error: aiohttp.ClientError) -> httpx.RequestError:
-    """Return the httpx exception that states the same as ``error`` about whether the request was sent."""
+    """Return the httpx exception for ``error``; both say the same about whether the request may have been sent."""
     text = str(error) or type(error).__name__
     match error:
         case aiohttp.ConnectionTimeoutError():

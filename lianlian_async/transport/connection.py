@@ -26,7 +26,7 @@ _RESET_WHEN_CLOSED: Final = (
     (socket.SOL_SOCKET, socket.SO_LINGER, _LINGER.pack(1, 0)),
     *(
         (socket.IPPROTO_TCP, getattr(socket, name), int(1000 * LONGEST_ATTEMPT))
-        for name in ("TCP_USER_TIMEOUT",)  # in milliseconds, for sent bytes without acknowledgement
+        for name in ("TCP_USER_TIMEOUT",)  # milliseconds until unacknowledged bytes end the connection
         if hasattr(socket, name)  # Linux only
     ),
 )
@@ -120,7 +120,7 @@ async def trace_loopback(url: httpx.URL, event: str, info: Mapping[str, Any]) ->
 def reset_when_closed(sock: Any) -> None:
     """Set SO_LINGER to 0 s: when ``sock`` closes, even by process exit, the kernel drops unsent bytes and sends RST.
 
-    ``sock`` is a socket object of asyncio, uvloop or trio; a closed socket is ignored.
+    Also sets TCP_USER_TIMEOUT. ``sock`` is a socket object of asyncio, uvloop or trio; a closed socket is ignored.
     """
     with contextlib.suppress(OSError):
         for option in _RESET_WHEN_CLOSED:
@@ -128,13 +128,13 @@ def reset_when_closed(sock: Any) -> None:
 
 
 def close_normally(sock: Any) -> None:
-    """Undo :func:`reset_when_closed` after the response has been read."""
+    """Disable SO_LINGER again, after the response has been read."""
     with contextlib.suppress(OSError):
         sock.setsockopt(*_CLOSE_NORMALLY)
 
 
 def discard_if_bytes_follow(response: httpx.Response) -> None:
-    """Do not reuse the connection if more bytes came with ``response``: they would answer the next request.
+    """Do not reuse the connection if bytes follow ``response``: httpcore would read them as the next response.
 
     httpcore checks only the socket before it reuses a connection. Bytes that were already read are in h11's buffer,
     reachable only by private attributes; ``test_second_response_in_the_same_segment`` fails if their names change.

@@ -1,4 +1,4 @@
-"""Check a caller's client or transport (httpx, httpx2), or create the library's own (httpx, or aiohttp: ``fast``)."""
+"""Check a caller's client or transport (httpx, httpx2), or create the library's own transport (httpx or aiohttp)."""
 
 from __future__ import annotations
 

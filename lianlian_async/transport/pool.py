@@ -106,7 +106,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
             # A failed or cancelled request may leave unread bytes on its connection: do not reuse it.
             await self.discard(connection)
             raise
-        stream = cast("httpx.AsyncByteStream", response.stream)  # AsyncHTTPTransport always returns one
+        stream = cast("httpx.AsyncByteStream", response.stream)  # AsyncHTTPTransport's streams are async
         response.stream = _ResponseStream(stream, self, connection)
         return response
 
@@ -131,7 +131,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
         connection.stack.append(connection)
         self._slots.release()
         for each in tuple(self._idle.values()):
-            # The first connection is the least recently used one. Other requests may pop connections in each await.
+            # The first connection is the least recently used one. Other requests may pop connections during the await.
             while each and now - each[0].idle_since > self._keepalive_expiry:
                 await each.popleft().aclose()
 

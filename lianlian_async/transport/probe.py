@@ -1,4 +1,4 @@
-"""Connect to a server without a refund or a query, and report the proxy, the certificate and the server's clock."""
+"""Connect to a server without sending a refund or a query; report the proxy, the certificate and the server's clock."""
 
 from __future__ import annotations
 

@@ -88,9 +88,9 @@ class HttpSender:
     ) -> Delivery:
         """POST ``body`` with the headers ``added``, with at most half of ``seconds`` to connect; follow no redirect.
 
-        ``lease_holds`` is called first. If the transport is the library's own or built on httpcore, it is called again
-        right before the request is written. The caller must limit the time of the whole call: a timeout between two
-        reads does not end a slow response. Reads little more than 64 KiB of the response, without decompressing it.
+        ``lease_holds`` is called first; if the transport is the library's own or built on httpcore, also right before
+        the request is written. The caller must limit the time of the whole call, because the read timeout restarts with
+        each read. Reads little more than 64 KiB of the response, without decompressing it.
         """
         if self._is_closed or (self._is_client and self._over.is_closed):
             return NoResponse("the HTTP client is closed", may_have_arrived=False)
@@ -122,7 +122,7 @@ class HttpSender:
         return HttpResponse(response.status_code, headers, received)
 
     def _request(self, url: str, body: Body, seconds: float) -> TrackedRequest:
-        if self._is_client:  # it may add headers, cookies and a base URL
+        if self._is_client:  # the client may add headers, cookies and a base URL
             headers = {"Content-Type": self._content_type, **_HEADERS}
             timeout = self._library.Timeout(seconds, connect=seconds / 2)
             made = self._over.build_request("POST", url, content=body.content, headers=headers, timeout=timeout)
@@ -185,7 +185,7 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 
 
 def describe(error: BaseException, url: str, connect_seconds: float, library: Any = httpx) -> str:
-    """Return a message with the type of ``error``, its cause, the host, and its notes, such as the proxy."""
+    """Return a message with the type, the cause and the notes of ``error`` (such as the proxy), and the host."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{type(error).__name__}: {_cause(error, url, connect_seconds, library)}".rstrip(": ") + notes
 

@@ -58,7 +58,7 @@ class Body(ByteStream):
 
 
 class _AsyncIterator(AsyncIterator[bytes]):
-    """An iterator that needs no cleanup: a cancelled send would leave a generator unclosed, and trio warns then."""
+    """An iterator that needs no cleanup: a cancelled send would not close a generator, and trio would warn of it."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -70,7 +70,7 @@ class _AsyncIterator(AsyncIterator[bytes]):
 
 
 class TrackedRequest(Request):
-    """A POST request that records when its :class:`Body` or its whole content is read.
+    """A POST request that records whether its :class:`Body` or its whole content was read.
 
     Adapters for other HTTP clients, and layers that copy or inspect a request, read the whole content.
     """

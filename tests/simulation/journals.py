@@ -154,7 +154,7 @@ class SimulatedFile:
 
     _disk: DiskStore
 
-    def __init__(self, path: str, *, only_to_look: bool = False) -> None:
+    def __init__(self, path: str, *, read_only: bool = False) -> None:
         if path.endswith("-inbox"):
             assert self._disk.inbox is not None
             self._disk = self._disk.inbox
@@ -212,7 +212,7 @@ class SimulatedFile:
         return self._held.get(number) or self._disk.committed.get(number)
 
     @property
-    def last_place(self) -> int:
+    def last_rowid(self) -> int:
         return len(self._places)
 
     def page(self, after: int, until: int, limit: int, *, pending: bool) -> list[tuple[int, Entry]]:
