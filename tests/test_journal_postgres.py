@@ -362,7 +362,12 @@ async def test_after_a_failover_new_refunds_are_queried_first(make, administer):
         assert (await journal.begin(intent("R-1"), now()))[0] is Standing.NEW
         await administer(FAIL_OVER)
         await administer(FAIL_OVER.replace("{schema}", '"' + inbox._schema.replace('"', '""') + '"'))
-        assert (await journal.begin(intent("R-2"), now()))[0] is Standing.ASK_FIRST
+        dated = {"no_refund": "R-2", "money_refund": "200.01", "dt_refund": "20990101000000"}
+        standing, entry = await journal.begin(intent("R-2", fields=dated), now())
+        assert (standing, entry.sent_at) == (Standing.ASK_FIRST, None)
+        # Created before the failover: a lost call may have sent it, so its grace begins now.
+        standing, entry = await journal.begin(intent("R-0"), now())
+        assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
         assert (await inbox.begin(intent("R-2"), now()))[0] is Standing.NEW
         await administer("UPDATE {schema}.eras SET began = began - interval '2 hours'")
         dated = {"no_refund": "R-3", "money_refund": "200.01", "dt_refund": "20990101000000"}

@@ -122,6 +122,20 @@ def test_what_may_have_been_lost_is_asked_about_first(now, dt_refund, asks):
     assert not now.may_have_lost({"dt_refund": dt_refund}, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("now", "dt_refund", "may_have_been_sent"),
+    [
+        (reading(899.0, began=0.0, era=2), "20260102195959", True),  # created before the era began
+        (reading(899.0, began=0.0, era=2), "20260102200001", False),
+        (reading(901.0, began=0.0, era=2), "20260102195959", False),
+        (reading(10.0, began=0.0), "20260102195959", False),
+    ],
+)
+def test_a_refund_from_before_a_new_era_may_have_been_sent_until_the_grace_ends(now, dt_refund, may_have_been_sent):
+    assert now.may_have_been_sent({"dt_refund": dt_refund}, 900.0) is may_have_been_sent
+    assert not now.may_have_been_sent({"dt_refund": dt_refund}, 0.0)
+
+
 def test_no_moment_is_none():
     """What was never sent has no moment, stored or not."""
     assert reading().moment(None) is None

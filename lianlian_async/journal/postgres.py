@@ -318,6 +318,7 @@ class PostgresJournal(GroupCommitJournal):
             if isinstance(operation, Begin):
                 operation.postpone(reading.after.boot)
                 operation.ask_first = reading.may_have_lost(operation.intent.fields, self._grace)
+                operation.may_be_sent = reading.may_have_been_sent(operation.intent.fields, self._grace)
         after = before.copy()
         results = perform(operations, after, is_acting=self._is_acting or found[0]["is_acting"])
         changed = [entry for number, entry in after.items() if number in rows and entry is not before[number]]
