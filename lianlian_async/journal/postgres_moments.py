@@ -72,7 +72,7 @@ class Reading:
     def may_have_been_sent(self, fields: Mapping[str, str], grace: float) -> bool:
         """Return whether a call whose row was lost may have sent the refund with ``fields`` less than ``grace`` ago.
 
-        If so, "no such record" proves nothing yet. A refund that was created after the start of the era is not affected.
+        If so, "no such record" proves nothing yet. A refund that was created later is not affected.
         """
         end = self.began + timedelta(seconds=grace)
         return self.era > 1 and self.database < end and may_be_lost(fields, end, self.began)
