@@ -112,10 +112,12 @@ class SessionClock:
 
 
 def parse_http_date(text: str) -> datetime | None:
-    """Return the moment of a ``Date`` header; None if it is unreadable."""
+    """Return the moment of a ``Date`` header; None if it is unreadable or far from the present."""
     try:
         moment = parsedate_to_datetime(text)
     except (ArithmeticError, LookupError, TypeError, ValueError):  # every exception that the parser raises
+        return None
+    if not 2000 <= moment.year < 2200:  # a sum with such a moment could overflow
         return None
     return moment.replace(tzinfo=moment.tzinfo or UTC)
 

@@ -152,7 +152,9 @@ def test_a_date_that_is_read_long_after_its_exchange_began_teaches_nothing(secon
     assert (session_clock().gateway is not None) is is_heard
 
 
-@pytest.mark.parametrize("date", ["", "yesterday", "Thu, 99 Nov 2026 20:00:00 GMT", "0", "\x00"])
+@pytest.mark.parametrize(
+    "date", ["", "yesterday", "Thu, 99 Nov 2026 20:00:00 GMT", "Fri, 31 Dec 9999 23:59:59 GMT", "0", "\x00"]
+)
 def test_a_date_that_cannot_be_read_teaches_nothing(date):
     session_clock = SessionClock(Dials())
     session_clock.observe_date(date, 100.0)
