@@ -194,14 +194,17 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
         # A new refund is sent first; a refund that may have been sent is queried first.
         is_new = case.sent_at is None and not case.ask_first
         refund = await _apply(case, send) if is_new else None
-        resends = case.apply.policy.attempts - 1
+        sends_left = case.apply.policy.attempts - is_new
         while refund is None:
             refund = await _ask(case, send, retries_left)
             if refund is None:
-                await _check_not_found(case)
-                if not resends:
+                _raise_proved(case)
+                if not sends_left:
                     raise case.unknown()
-                resends -= 1
+                sends_left -= 1
+                if case.sent_at is not None:
+                    case.add_fact("resend")
+                    await case.before_resend(case.history)
                 refund = await _apply(case, send)
     except anyio.get_cancelled_exc_class() as error:
         if anyio.current_effective_deadline() > -math.inf:  # this call was not cancelled: a lower layer raised it
@@ -212,8 +215,8 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
     return refund
 
 
-async def _check_not_found(case: Case) -> None:
-    """After a believed "no such record", raise the outcome that it proves, or prepare to send again."""
+def _raise_proved(case: Case) -> None:
+    """Raise the outcome that a believed "no such record" proves; return if the request may be sent again."""
     if case.sent_at is None:
         return
     if not case.apply.lease_holds():
@@ -223,8 +226,6 @@ async def _check_not_found(case: Case) -> None:
         raise case.rejection
     if case.refused is not None and case.is_refused:
         raise case.refused
-    case.add_fact("resend")
-    await case.before_resend(case.history)
 
 
 async def _apply(case: Case, send: Next) -> Refund | None:

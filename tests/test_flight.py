@@ -373,6 +373,27 @@ async def test_query_first_finds_a_refund_that_the_journal_lost():
     assert gateway.times_made("R-1") == 1
 
 
+async def test_query_first_leaves_the_only_attempt_for_the_send():
+    """``attempts`` counts the sends of a call, and the query before the first one is no send."""
+    gateway, once = carries_out_everything(), RetryPolicy(attempts=1)
+    async with gateway.session(query_first=True, retry=once, clock=boot_clock) as session:
+        assert (await session.outcome_of(refund_request())).attempts == 1
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_without_an_attempt_left_no_resend_is_recorded(options):
+    """A request that may have been sent is not sent again, and its history does not claim that."""
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    policy = RetryPolicy(attempts=1, not_found_grace=1)
+    async with gateway.session(retry=policy, **options) as session:
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(refund_request(), deadline=60)
+        entry = await session.journal.find("R-1") if session.journal else None
+    assert entry is None or "resend" not in entry.history
+    assert gateway.requests["apply"] == 1
+
+
 async def test_query_first_sends_nothing_without_an_answer():
     gateway = carries_out_everything()
     gateway.script(Fault.RESET, call="query", times=100)
