@@ -75,6 +75,8 @@ class HttpResponse(NamedTuple):
     status: int
     headers: Mapping[str, str]
     body: bytes
+    sends: int = 1
+    """How often the request was sent: more than once if a layer of the caller's client repeats requests."""
 
 
 class NoResponse(NamedTuple):

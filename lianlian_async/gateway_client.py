@@ -91,6 +91,7 @@ class GatewayClient:
             exchange.send_count.last_exchange = summary
         if isinstance(delivery, HttpResponse):
             self.clock.observe_date(delivery.headers.get("date", ""), began.boot)
+            exchange.send_count.open_sends += delivery.sends - 1  # the answer is to the last send only
         reply = await self._rsa.check(self.protocol.read, exchange, delivery)
         if reply.error is not None:
             reply.error.last_exchange = summary

@@ -165,8 +165,9 @@ def _problem(exchange: Exchange, reply: object) -> str | None:
         return f"a middleware returned {type(reply).__name__}, not a Reply"
     if exchange.call is Call.APPLY and reply.finding is Finding.NOT_FOUND:
         return "a middleware answered an apply call with NOT_FOUND"
-    if reply.finding in (Finding.NOT_SENT, Finding.REJECTED) and exchange.send_count.may_have_worked:
-        return f"a middleware answered {reply.finding.name}, but its request may have worked"
+    other_sends = exchange.send_count.open_sends - (reply.finding is Finding.EXISTS)
+    if reply.finding in (Finding.NOT_SENT, Finding.REJECTED, Finding.EXISTS) and other_sends > 0:
+        return f"the answer is {reply.finding.name}, but another send of the same request may have worked"
     return None
 
 

@@ -15,6 +15,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from decimal import Decimal
 
 import aiohttp
 import anyio
@@ -37,7 +38,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.exchange import HttpResponse, NoResponse
-from lianlian_async.sandbox import Fault, When
+from lianlian_async.sandbox import Fault, Repeated, When
 from lianlian_async.transport import HttpSender, PoolTransport, http_backend
 from tests.support import certificates
 from tests.support.bad_network import STRAY
@@ -371,6 +372,30 @@ async def test_retrying_transport_makes_no_second_refund():
         with pytest.raises(RefundOutcomeUnknown):
             await session.apply_refund(refund_request())
     assert gateway.times_made("R-1") == 1
+
+
+class Repeating(httpx.ASGITransport):
+    """A transport that repeats a request by itself, because it takes the first answer for a broken connection."""
+
+    async def handle_async_request(self, request):
+        if "query" not in request.url.path:
+            await super().handle_async_request(request)
+        return await super().handle_async_request(request)
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("repeated", [Repeated.AGAIN, Repeated.REJECT])  # codes 5007 and 1002
+async def test_rejection_of_a_request_that_a_transport_repeated_proves_nothing(repeated):
+    """The first of two sends made the refund, so the rejection of the second one is not believed."""
+    gateway = sandbox(default_order=Decimal("200.01"), repeated=repeated)
+    client = httpx.AsyncClient(transport=Repeating(app=gateway))
+    async with client, RefundSession(gateway.merchant(), client=client, clock=boot_clock) as session:
+        assert (await session.apply_refund(refund_request(money_refund="200.01"))).no_refund == "R-1"
+        gateway.script(Fault.BUSY, call="query", times=100)
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request(2, money_refund="200.01", no_order="another"))
+    assert caught.value.refused is None
+    assert [gateway.times_made(number) for number in ("R-1", "R-2")] == [1, 1]
 
 
 @pytest.mark.virtual_time

@@ -119,7 +119,7 @@ class HttpSender:
                 raise
             sent = answered or not isinstance(error, self._never_sent) or request.may_have_been_sent(error)
             return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=sent, cause=error)
-        return HttpResponse(response.status_code, headers, received)
+        return HttpResponse(response.status_code, headers, received, max(1, content.sends))
 
     def _request(self, url: str, body: Body, seconds: float) -> TrackedRequest:
         if self._is_client:  # the client may add headers, cookies and a base URL
