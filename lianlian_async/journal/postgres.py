@@ -88,10 +88,10 @@ class PostgresJournal(GroupCommitJournal):
     *After a failover or a restore:* a standby or a backup may lack the last commits. When the journal finds that the
     database server was restarted or replaced, ``not_found_grace`` (see ``RetryPolicy``) starts again for all earlier
     refunds, and new refunds are queried before they are sent: all of them for ``not_found_grace`` seconds, later those
-    whose ``dt_refund`` is before the end of that time. A call whose row was lost writes its outcome in a new row. One
-    risk remains: if a request is under way during the failover and its lease was lost, it may arrive after the gateway
-    has answered "no such record" to another worker. Synchronous replication prevents this. Stop all workers before you
-    restore a backup.
+    whose ``dt_refund`` is before the end of that time. If its ``dt_refund`` is before the restart, a lost call may have
+    sent it: "no such record" is believed only after ``not_found_grace``. A call whose row was lost writes its outcome
+    in a new row. One risk remains: a request whose lease was lost arrives after that time, or its ``dt_refund`` is later
+    than the restart. Synchronous replication prevents this. Stop all workers before you restore a backup.
 
     Args:
         dsn: a connection string or URL of libpq.
