@@ -338,8 +338,8 @@ class PostgresStore:
         self.lost_leases.add((number, _call(entry)))
         is_new_again = left is None or left["sent_at"] is None
         booked = self.oracle.gateway.books.get(number, ())
-        if is_new_again and not any(each.visible_at <= now for each in booked):
-            self.oracle.beyond_bounds.add(number)  # "a request that is on its way during the failover", PostgresJournal
+        if is_new_again and not booked:
+            self.oracle.beyond_bounds.add(number)  # its request is still on its way: see the limits of PostgresJournal
 
 
 CLOCKS_DIFFER = 1.0

@@ -188,7 +188,7 @@ class Node:
             if plan.notifies:
                 self.service = await stack.enter_async_context(Service(self, session))
             await self._work(session)
-        flights, free = session._flights._under_way, session._life._slots.value
+        flights, free = session._flights._flights, session._life._slots.value
         if transport.out or session._life._running or flights or free != plan.max_connections:
             run.oracle.violate(
                 f"{loop.name}: {transport.out} requests, {session._life._running} calls, {flights}, {free} slots"
