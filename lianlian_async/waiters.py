@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from decimal import Decimal
 from typing import Final, cast
 
 import anyio
@@ -16,12 +16,15 @@ from .errors import (
     JournalError,
     LianLianError,
     MalformedMessage,
+    RefundConflict,
     RefundNotFinal,
     RefundNotFound,
     SignatureInvalid,
 )
 from .identity import check_identity
 from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest
+
+logger = logging.getLogger("lianlian_async")
 
 FIRST_PAUSE: Final = 2.0
 LONGEST_PAUSE: Final = 300.0
@@ -33,18 +36,23 @@ _TRANSIENT: Final = (RefundNotFound, GatewayUnavailable, SignatureInvalid, Answe
 
 @attrs.define(eq=False)
 class Waiter:
-    """A call that waits for the final state of a refund of ``money_refund`` yuan (None: any amount)."""
+    """A call that waits for the final state of a refund."""
 
-    money_refund: Decimal | None
+    identity: Mapping[str, str]
+    """The wire fields that identify the refund, as far as they are known."""
     notified: Refund | None = None
     """The final state from a notification."""
     _queries: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
 
     def notify(self, refund: Refund) -> None:
-        """Accept the final state from a notification, and stop the queries."""
-        if self.money_refund in (None, refund.money_refund):
-            self.notified = refund
-            self._queries.cancel()
+        """Accept the final state from a notification of this refund, and stop the queries."""
+        try:
+            check_identity(self.identity, refund.identity())
+        except (AnswerMismatch, RefundConflict) as error:
+            logger.warning("the call that waits for refund %s ignores a notification: %s", refund.no_refund, error)
+            return
+        self.notified = refund
+        self._queries.cancel()
 
     async def until_final(
         self, refund: Record, send: Callable[[RefundQuery], Awaitable[RefundRecord]], seconds: float
@@ -84,7 +92,8 @@ class Waiters:
     @contextmanager
     def listen(self, about: RefundRecord | RefundRequest) -> Iterator[Waiter]:
         """Register a waiter for a refund's final state during the ``with`` block."""
-        number, waiter = str(about.no_refund), Waiter(about.money_refund)
+        identity = about.to_dict() if isinstance(about, RefundRequest) else about.identity()
+        number, waiter = str(about.no_refund), Waiter(identity)
         waiters = self._waiters.setdefault(number, [])
         waiters.append(waiter)
         try:

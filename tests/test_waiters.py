@@ -37,6 +37,7 @@ def endpoint_of(opened, **options):
 
 async def notify_after(seconds, endpoint, **changes):
     await anyio.sleep(seconds)
+    changes = {"oid_refundno": None, **changes}  # the sandbox chooses this number
     assert is_acknowledged(await endpoint.handle(notification(**changes), HEADERS))
 
 
@@ -218,13 +219,26 @@ async def test_a_notification_that_is_not_final_does_not_end_the_wait():
         assert anyio.current_time() > 10
 
 
-async def test_a_notification_of_another_amount_is_ignored():
+@pytest.mark.parametrize(
+    "other", [{"money_refund": "11.00"}, {"dt_refund": "20250105160000"}, {"oid_refundno": "2025"}], ids="".join
+)
+async def test_a_notification_of_another_refund_with_our_number_is_ignored(other):
     """An equal number does not prove that it is the same refund."""
     gateway = sandbox(settle_after=10)
     async with session(gateway) as opened, anyio.create_task_group() as tasks:
-        tasks.start_soon(lambda: notify_after(1, endpoint_of(opened), money_refund="11.00", sta_refund="3"))
-        refund = await opened.apply_and_wait(refund_request())
-    assert (refund.money_refund, refund.sta_refund) == (Decimal("10.00"), RefundStatus.SUCCESS)
+        refund = await opened.apply_refund(refund_request())
+        tasks.start_soon(lambda: notify_after(1, endpoint_of(opened), sta_refund="3", **other))
+        assert (await opened.wait_refund(refund)).sta_refund is RefundStatus.SUCCESS
+
+
+async def test_a_notification_of_another_refund_does_not_replace_a_lost_answer():
+    """An older refund has the same number and amount: the outcome of the new refund stays unknown."""
+    gateway = sandbox()
+    gateway.faults = {Fault.RESET: 1.0}
+    async with session(gateway) as opened, anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: notify_after(1, endpoint_of(opened), dt_refund="20250105160000"))
+        with pytest.raises(RefundOutcomeUnknown):
+            await opened.apply_and_wait(refund_request())
 
 
 async def test_a_notification_may_come_before_the_answer():
