@@ -90,8 +90,8 @@ class PostgresJournal(GroupCommitJournal):
     refunds, and new refunds are queried before they are sent: all of them for ``not_found_grace`` seconds, later those
     whose ``dt_refund`` is before the end of that time. If its ``dt_refund`` is before the restart, a lost call may have
     sent it: "no such record" is believed only after ``not_found_grace``. A call whose row was lost writes its outcome
-    in a new row. One risk remains: a request whose lease was lost arrives after that time, or its ``dt_refund`` is later
-    than the restart. Synchronous replication prevents this. Stop all workers before you restore a backup.
+    in a new row. One risk remains: a request whose lease was lost arrives after that time, or its ``dt_refund`` is
+    later than the restart. Synchronous replication prevents this. Stop all workers before you restore a backup.
 
     Args:
         dsn: a connection string or URL of libpq.

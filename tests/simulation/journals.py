@@ -330,7 +330,7 @@ class PostgresStore:
 
     def _lose(self, entry: Entry, left: Row | None) -> None:
         """Note that a failover lost ``entry``; ``left`` is the row that remains."""
-        number, now = entry.no_refund, self.world.now
+        number = entry.no_refund
         if entry.ending is not None and (left is None or left["record"] is None):
             self.oracle.lost_endings.add(number)
         if entry.leased_until is None:
