@@ -68,7 +68,7 @@ class _GroupCommit:
         self._arrived.set()
         await complete(self._background.join)
 
-    async def do(self, operation: Operation[T], *, if_cancelled: Operation[None] | None = None) -> T:
+    async def do(self, operation: Operation[T], *, if_cancelled: TakeBack | None = None) -> T:
         """Record ``operation`` durably and return its result.
 
         If the caller is cancelled meanwhile, ``operation`` is recorded nevertheless, then ``if_cancelled``.
@@ -79,6 +79,7 @@ class _GroupCommit:
                 await queued.done.wait()
         except BaseException:
             if if_cancelled is not None and self._failure is None:
+                if_cancelled.begin.is_taken_back = True  # at once: a retry of this begin may run beside its TakeBack
                 self._put(if_cancelled)
             raise
         if queued.result.error is not None:
