@@ -24,7 +24,7 @@ from .journal import Ending, Entry, Intent, Journal, Standing, State
 from .journal.base import added
 from .logs import NOBODY, Listeners
 from .models import Record, Refund, RefundRecord, RefundRequest, RefundStatus
-from .resolution import Case, matching
+from .resolution import Case, doubt, matching
 from .signing import signature_source
 
 logger = logging.getLogger("lianlian_async")
@@ -101,7 +101,8 @@ async def learn(journal: Journal, refund: Record, now: Moment, source: str = "qu
 
     ``source`` is *query*, *notification* or *statement*: the journal adds this fact if the recorded state changes.
     A refund without an entry is returned unchanged. Raises ``RefundConflict`` if ``refund`` differs from the request
-    (the journal records this conflict) or contradicts the recorded outcome.
+    (the journal records this conflict) or contradicts the recorded outcome. Raises ``IncompleteRecord`` if ``refund``
+    may belong to another refund; then the journal does not change.
     """
     number = str(refund.no_refund)
     entry = await journal.find(number)
@@ -113,6 +114,9 @@ async def learn(journal: Journal, refund: Record, now: Moment, source: str = "qu
     except RefundConflict:
         await journal.finish(entry, Ending(state=State.CONFLICT, record=refund.to_dict()), history)
         raise
+    may_have_worked = entry.ending is not None or (entry.sent_at is not None and entry.refused is None)
+    if (doubted := doubt(refund, may_have_worked=may_have_worked)) is not None:
+        raise doubted
     _check_agrees(refund, await journal.finish(entry, ending(refund), history))
     return cast("Record", refund.completed(entry.fields))
 

@@ -117,17 +117,13 @@ class Case:
     def doubt(self, refund: RefundRecord) -> LianLianError | None:
         """Return why the record ``refund`` does not prove that this refund was made; None: it is a proof.
 
-        If no attempt can have made the refund, the number may belong to another refund: then only a record with the
-        whole identity is a proof. Raises ``RefundConflict`` for a record of another refund.
+        Raises ``RefundConflict`` for a record of another refund.
         """
         try:
             matching(self.request, refund)
         except AnswerMismatch as mismatch:
             return mismatch
-        may_have_worked = self.sent_at is not None and self.refused is None
-        if may_have_worked or has_whole_identity(refund.raw):
-            return None
-        return LianLianError("the record found lacks dt_refund or money_refund: it may belong to another refund")
+        return doubt(refund, may_have_worked=self.sent_at is not None and self.refused is None)
 
     async def check_query_service(self) -> bool:
         """Query the canary; return whether there is one. Raises ``RefundOutcomeUnknown`` if it is not found."""
@@ -282,6 +278,21 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
             break
         queries += 1
     raise case.unknown()
+
+
+class IncompleteRecord(LianLianError):
+    """A verified record or notification lacks a field without which it proves nothing."""
+
+
+def doubt(record: RefundRecord, *, may_have_worked: bool) -> IncompleteRecord | None:
+    """Return why ``record``, which must match the request, does not prove that the refund was made; None: it does.
+
+    If no attempt can have made the refund, the number may belong to another refund: then only a record with the whole
+    identity is a proof.
+    """
+    if may_have_worked or has_whole_identity(record.raw):
+        return None
+    return IncompleteRecord("the record found lacks dt_refund or money_refund: it may belong to another refund")
 
 
 def matching(request: RefundRequest, found: RefundRecord) -> Refund:

@@ -23,6 +23,7 @@ from .errors import (
 )
 from .identity import check_identity
 from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest
+from .resolution import IncompleteRecord
 
 logger = logging.getLogger("lianlian_async")
 
@@ -30,7 +31,14 @@ FIRST_PAUSE: Final = 2.0
 LONGEST_PAUSE: Final = 300.0
 """Seconds. Each pause between two queries is twice as long as the pause before: about twenty queries in an hour."""
 
-_TRANSIENT: Final = (RefundNotFound, GatewayUnavailable, SignatureInvalid, AnswerMismatch, MalformedMessage)
+_TRANSIENT: Final = (
+    RefundNotFound,
+    GatewayUnavailable,
+    SignatureInvalid,
+    AnswerMismatch,
+    MalformedMessage,
+    IncompleteRecord,
+)
 """Errors of a query after which the next query may succeed."""
 
 

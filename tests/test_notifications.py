@@ -441,6 +441,20 @@ async def test_the_journal_learns_the_final_state(journal, handler):
     assert handler.done[0].query() == request.query()
 
 
+async def test_a_notification_without_dt_refund_does_not_prove_a_refund_that_was_not_sent(journal, handler):
+    """It may belong to an older refund with the same number; the journal does not change."""
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    await begin(journal)
+    await journal.release(await journal.find("R-1"), None)
+    before = await journal.find("R-1")
+    assert (await endpoint.handle(notification(dt_refund=None), HEADERS)).status == 503
+    assert await journal.find("R-1") == before
+    assert not handler.begun
+    assert endpoint.counts == {"incomplete": 1}
+    assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+    assert handler.numbers == ["R-1"]
+
+
 async def test_the_journal_learns_that_a_refund_was_accepted(journal, handler):
     """A state that is not final is recorded, and so is the final state after it."""
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)

@@ -36,6 +36,7 @@ from lianlian_async.journal.sqlite_file import JournalFile, restore
 from lianlian_async.middleware import RateLimit
 from lianlian_async.recording import decision, digest, learn, recorded_refund
 from lianlian_async.recovery import Resumed
+from lianlian_async.resolution import IncompleteRecord
 from lianlian_async.sandbox import Fault, Repeated, When
 from tests.support import keypairs
 from tests.support.journals import intent
@@ -917,6 +918,45 @@ async def test_learn_returns_a_refund_without_an_entry_unchanged(new_journal):
         refund = await session.apply_refund(refund_request())
         assert await learn(journal, refund, boot_clock()) is refund
         assert await journal.find("R-1") is None
+
+
+@pytest.mark.parametrize("is_sent", [False, True], ids=["not sent", "refused"])
+async def test_learn_does_not_believe_a_record_that_may_belong_to_an_older_refund(is_sent, new_journal):
+    """Our number belongs to an older refund: without dt_refund, a record of it looks like a record of ours."""
+    gateway = sandbox(settle_after=0, repeated=Repeated.REJECT)
+    older = refund_request(dt_refund=EPOCH - timedelta(days=300))
+    async with gateway.session(clock=boot_clock) as session:
+        await session.apply_refund(older)
+    gateway.script(Fault.HTTP_500, call="query", times=1000)
+    wires = Wires(gateway)
+    wires.closed = not is_sent
+    async with new_journal() as journal, over(wires, gateway, journal) as session:
+        with pytest.raises(RefundOutcomeUnknown if is_sent else RefundNotSent):
+            await session.apply_refund(refund_request())
+        before = await journal.find("R-1")
+        assert (before.sent_at is not None, before.refused is not None) == (is_sent, is_sent)
+        whole = wire.decode(gateway.notification(gateway.refunds[0]))
+        brief = Refund.from_dict({name: text for name, text in whole.items() if name != "dt_refund"})
+        with pytest.raises(IncompleteRecord, match="lacks dt_refund or money_refund"):
+            await learn(journal, brief, boot_clock(), "notification")
+        assert await journal.find("R-1") == before
+        with pytest.raises(RefundConflict, match="another dt_refund"):
+            await learn(journal, Refund.from_dict(whole), boot_clock(), "notification")
+        assert (await journal.find("R-1")).state is State.CONFLICT
+
+
+async def test_learn_believes_a_record_with_our_whole_identity(new_journal):
+    """The refund that was certainly not sent was made by another system."""
+    gateway = sandbox(settle_after=0)
+    wires = Wires(gateway)
+    wires.closed = True
+    async with gateway.session(clock=boot_clock) as other:
+        refund = await other.apply_refund(refund_request())
+    async with new_journal() as journal, over(wires, gateway, journal) as session:
+        with pytest.raises(RefundNotSent):
+            await session.apply_refund(refund_request())
+        assert await learn(journal, refund, boot_clock()) == refund
+        assert (await journal.find("R-1")).state is State.DONE
 
 
 @pytest.mark.parametrize(("rejected", "theirs"), [(True, "rejected 5002"), (False, "2")])

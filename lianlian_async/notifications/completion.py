@@ -5,22 +5,19 @@ from __future__ import annotations
 from typing import Final, cast
 
 from lianlian_async import errors
-from lianlian_async.errors import LianLianError, RefundConflict
+from lianlian_async.errors import RefundConflict
 from lianlian_async.identity import check_identity
 from lianlian_async.journal import Journal
 from lianlian_async.models import Refund, RefundRecord
+from lianlian_async.resolution import IncompleteRecord
 from lianlian_async.session import RefundSession
 
-__all__ = ["IncompleteNotification", "check_state", "complete"]
+__all__ = ["check_state", "complete"]
 
 _NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
 # query_refund raises these if it cannot return a record.
 _UNUSABLE: Final = (errors.AnswerMismatch, errors.MalformedMessage, errors.SignatureInvalid)
 _NO_RECORD: Final = (errors.GatewayUnavailable, errors.InvalidRequest, errors.QueryRejected, errors.RefundNotFound)
-
-
-class IncompleteNotification(LianLianError):
-    """A notification lacks a required field, and a query did not supply it. Handled inside the endpoint."""
 
 
 async def complete(
@@ -29,7 +26,7 @@ async def complete(
     """Return ``notified``, the notification's record; if it lacks a field, query and return the gateway's record.
 
     The query requires ``session``, and a ``dt_refund`` from the notification or from ``journal``. It ends after
-    ``seconds``. Raises :class:`IncompleteNotification` if the query supplies no complete record, ``RefundConflict`` if
+    ``seconds``. Raises :class:`IncompleteRecord` if the query supplies no complete record, ``RefundConflict`` if
     the two records contradict each other, and ``JournalError`` if the journal fails.
     """
     missing = [name for name in _NEEDED if getattr(notified, name) is None]
@@ -37,9 +34,7 @@ async def complete(
         return cast("Refund", notified)
     what = f"no {' and no '.join(missing)}"
     if session is None:
-        raise IncompleteNotification(
-            f"{what}; pass session=… to the NotificationEndpoint so that it can query the refund"
-        )
+        raise IncompleteRecord(f"{what}; pass session=… to the NotificationEndpoint so that it can query the refund")
     entry = None if journal is None or notified.no_refund is None else await journal.find(notified.no_refund)
     if entry is not None:
         notified = notified.completed(entry.fields)
@@ -47,13 +42,13 @@ async def complete(
         found = await session.query_refund(notified.query(), deadline=seconds)
         check_identity(notified.raw, found.raw)
     except (*_NO_RECORD, *_UNUSABLE) as error:
-        raise IncompleteNotification(f"{what}; the query failed: {error}") from error
+        raise IncompleteRecord(f"{what}; the query failed: {error}") from error
     for name in _NEEDED:
         if getattr(found, name) is None:
-            raise IncompleteNotification(f"{what}, and the gateway's record has no {name}")
+            raise IncompleteRecord(f"{what}, and the gateway's record has no {name}")
     check_state(notified, found)
     if notified.sta_refund is None and not found.is_final:
-        raise IncompleteNotification(f"{what}, and the gateway's record is not final yet")
+        raise IncompleteRecord(f"{what}, and the gateway's record is not final yet")
     return cast("Refund", found)  # it has every field of _NEEDED
 
 

@@ -42,13 +42,14 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund
 from lianlian_async.recording import learn
 from lianlian_async.recovery import Resumed
+from lianlian_async.resolution import IncompleteRecord
 from lianlian_async.rsa_worker import RsaWorker
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_integer, check_journal, check_type, positive_seconds
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
 from .allow_list import AllowList
-from .completion import IncompleteNotification, check_state, complete
+from .completion import check_state, complete
 from .inbox import Inbox, RecentRefunds
 from .responses import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 
@@ -67,7 +68,7 @@ _REFUSED: Final[Mapping[type[LianLianError], Verdict]] = {
     SignatureInvalid: Verdict.UNVERIFIED,
     AnswerMismatch: Verdict.FOREIGN,
     RefundConflict: Verdict.CONTRADICTORY,
-    IncompleteNotification: Verdict.INCOMPLETE,
+    IncompleteRecord: Verdict.INCOMPLETE,
 }
 
 
