@@ -19,11 +19,11 @@ import attrs
 
 from .background import BackgroundTask
 from .clock import Clock, Moment
-from .errors import LianLianError, QueryRejected, RefundOutcomeUnknown
+from .errors import LianLianError, QueryRejected, RefundOutcomeUnknown, RefundRejected
 from .exchange import Call, Exchange
 from .gateway_client import GatewayClient
 from .identity import request_conflict
-from .journal import Journal, OpenRefunds, Standing
+from .journal import Entry, Journal, OpenRefunds, Standing
 from .logs import NOBODY
 from .models import Refund, RefundRequest
 from .outcome import Traffic
@@ -57,9 +57,14 @@ class Flights:
     """The flights of one open session."""
 
     def __init__(
-        self, gateway: GatewayClient, clock: Clock, slot: Callable[[str], AbstractAsyncContextManager[None]]
+        self,
+        gateway: GatewayClient,
+        clock: Clock,
+        slot: Callable[[str], AbstractAsyncContextManager[None]],
+        open_refunds: OpenRefunds,
     ) -> None:
         self._gateway = gateway
+        self._open_refunds = open_refunds
         self._clock = clock
         self._slot = slot
         self._flights: dict[str, Flight] = {}
@@ -71,7 +76,10 @@ class Flights:
         and ``RefundConflict`` if the request differs from the request of the flight.
         """
         number = order.request.no_refund
-        while (flight := self._flights.get(number)) is not None and flight.is_abandoned:
+        while (flight := self._flights.get(number)) is not None and (
+            flight.is_abandoned
+            or flight.order.journal is not order.journal  # it records nothing in this call's journal
+        ):
             await flight.task.join()
             self._forget(number, flight)
         if flight is not None:
@@ -119,7 +127,7 @@ class Flights:
                 make_query=partial(self._query_exchange, order, flight.until),
                 clock=self._clock,
                 sent_at=entry.sent_at,
-                refused=None if entry.refused is None else refusal(entry.no_refund, entry.refused),
+                refused=_refused(entry),
                 ask_first=standing is Standing.ASK_FIRST or order.query_first,
                 before_resend=partial(order.journal.resend, entry),
                 canary=partial(self._canary, order, flight.until),
@@ -127,7 +135,9 @@ class Flights:
                 history=entry.history,
             )
             if earlier is not None:
-                _take_over(case, earlier)
+                case.take_over(earlier.moment, earlier.refused)
+            if has_journal and (open_refund := await self._open_refunds.find(order.request.no_refund)) is not None:
+                case.take_over(open_refund.sent_at, _refused(open_refund))  # an earlier call used no journal
             return await recording.keep(entry, partial(resolve, case, gateway.send, gateway.retries_left), case)
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
@@ -173,13 +183,8 @@ class Flights:
         return True
 
 
-def _take_over(case: Case, earlier: RefundOutcomeUnknown) -> None:
-    """Add the evidence of an earlier call to ``case``. The earlier call may have used another journal."""
-    if case.sent_at is None:
-        case.sent_at, case.refused = earlier.moment, earlier.refused
-    else:
-        case.earlier_sent_at = earlier.moment
-        case.refused = case.refused and earlier.refused
+def _refused(entry: Entry) -> RefundRejected | None:
+    return None if entry.refused is None else refusal(entry.no_refund, entry.refused)
 
 
 @attrs.define(eq=False)

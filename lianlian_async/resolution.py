@@ -109,6 +109,15 @@ class Case:
             return False
         return seconds >= self.apply.policy.not_found_grace
 
+    def take_over(self, sent_at: Moment | None, refused: RefundRejected | None) -> None:
+        """Add the evidence of an earlier call, which may have used another journal or machine."""
+        self._merge_earlier(self.clock())
+        if self.sent_at is None:
+            self.sent_at, self.refused = sent_at, refused
+        else:
+            self.earlier_sent_at = sent_at
+            self.refused = self.refused and refused
+
     def _merge_earlier(self, now: Moment) -> None:
         """Set ``sent_at`` to the later of ``sent_at`` and ``earlier_sent_at``."""
         if self.sent_at is not None and self.earlier_sent_at is not None:

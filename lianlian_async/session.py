@@ -150,7 +150,7 @@ class RefundSession:
             if self.journal is not None and self.journal.is_open:  # else each refund binds it
                 await self.journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._gateway = await self._open_gateway(await self._open_sender())
-            self._flights = Flights(self._gateway, self.clock, self._slot)
+            self._flights = Flights(self._gateway, self.clock, self._slot, self._open_refunds)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

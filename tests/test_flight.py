@@ -355,6 +355,38 @@ async def test_a_deadline_is_a_day_at_most_with_a_journal(deadline):
         assert (await session.apply_refund(refund_request(2), deadline=86_400)).no_refund == "R-2"
 
 
+# ── two journals ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_call_with_a_journal_queries_what_the_session_left_unknown_without_one():
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+    gateway.script(Fault.NO_ANSWER, call="query", times=4)
+    async with gateway.session(clock=boot_clock) as session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request(), deadline=20)
+        for earlier in (None, caught.value):
+            outcome = await session.outcome_of(refund_request(), journal=MemoryJournal(), earlier=earlier)
+            assert outcome.refund.no_refund == "R-1"
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_calls_with_different_journals_share_no_flight():
+    """The second call waits for the first one, then records its own outcome in its own journal."""
+    gateway, journal = carries_out_everything(), MemoryJournal()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
+    gateway.script(Fault.NO_ANSWER, call="query", times=4)
+    async with gateway.session(clock=boot_clock) as session:
+        first, second = await gather(
+            lambda: session.outcome_of(refund_request(), deadline=20),
+            lambda: session.outcome_of(refund_request(), journal=journal),
+        )
+    assert type(first.error) is RefundOutcomeUnknown
+    assert second.refund.no_refund == "R-1"
+    assert (await journal.find("R-1")).state.is_made
+    assert gateway.times_made("R-1") == 1
+
+
 # ── query first ──────────────────────────────────────────────────────────────────────────────────
 
 
