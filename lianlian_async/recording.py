@@ -185,9 +185,13 @@ class Recording:
         except RefundRejected as error:
             if error.is_configuration or error.may_pass:  # the same refund may be sent again
                 await self._release(entry, case, error)
+                stored = await self._find(entry, error)
             else:
-                await self._finish(entry, case, Ending(state=State.REJECTED, record=_refusal_record(error)), error)
-            raise
+                how = Ending(state=State.REJECTED, record=_refusal_record(error))
+                stored = await self._finish(entry, case, how, error)
+            if stored is None or stored.state in (State.UNRESOLVED, State.REJECTED):
+                raise
+            return recorded_refund(stored)  # recorded meanwhile, for example by a notification
         except RefundNotSent as error:
             await self._release(entry, case, error)
             if await self._is_taken(entry, error):
@@ -195,11 +199,10 @@ class Recording:
             raise
         except RefundOutcomeUnknown as error:
             await self._release(entry, case, error)
-            with _said(error):
-                found = await self.journal.find(entry.no_refund)
+            found = await self._find(entry, error)
             if found is None or found.ending is None:
                 raise
-            return recorded_refund(found)  # recorded meanwhile, for example by a notification
+            return recorded_refund(found)  # recorded meanwhile, too
         except RefundConflict as error:
             await self._finish(entry, case, Ending(state=State.CONFLICT, record=error.record or {}), error)
             raise
@@ -219,9 +222,12 @@ class Recording:
         """Return whether the lease of ``entry`` has ended and another worker may have sent the refund since."""
         if entry.leased_until is None or self.clock().boot < entry.leased_until.boot:
             return False
-        with _said(said):
-            found = await self.journal.find(entry.no_refund)
+        found = await self._find(entry, said)
         return found is not None and (found.sent_at is not None or found.ending is not None)
+
+    async def _find(self, entry: Entry, said: LianLianError) -> Entry | None:
+        with _said(said):
+            return await self.journal.find(entry.no_refund)
 
     async def _finish(self, entry: Entry, case: Case, how: Ending, said: Refund | LianLianError) -> Entry:
         with _said(said, shield=True):

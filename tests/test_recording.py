@@ -27,6 +27,7 @@ from lianlian_async import (
     RefundStatus,
     RetryPolicy,
     SigningKey,
+    asgi,
     wire,
 )
 from lianlian_async.exchange import Call, Finding, Reply
@@ -209,6 +210,41 @@ async def test_a_refund_that_was_certainly_not_sent_is_new_again(new_journal):
         wires.closed = False
         await session.apply_refund(refund_request())
     assert gateway.requests == {"apply": 1}
+
+
+@pytest.mark.parametrize("code", ["5002", "5006"], ids=["final", "may pass"])
+@pytest.mark.parametrize("is_contradicted", [False, True], ids=["made", "conflict"])
+async def test_a_notification_before_a_rejection_is_the_outcome(code, is_contradicted, new_journal):
+    """A load balancer sends the request twice. The first copy makes the refund, the second copy is rejected."""
+    gateway = sandbox(settle_after=0)
+
+    async def balancer(scope, receive, send):
+        body = await asgi.read(receive, 10_000)
+
+        async def again():
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def lost(message):
+            pass
+
+        await gateway(scope, again, lost)
+        made = wire.decode(gateway.notification(gateway.refunds[0]))
+        if is_contradicted:
+            made["money_refund"] = "9.00"
+        with contextlib.suppress(RefundConflict):
+            await learn(journal, Refund.from_dict(made), boot_clock(), "notification")
+        gateway.script(Fault.BUSY, call="apply", when=When.BEFORE, ret_code=code)
+        await gateway(scope, again, send)
+
+    transport = httpx.ASGITransport(app=balancer)
+    async with new_journal() as journal, over(transport, gateway, journal) as session:
+        for _ in range(2):
+            outcome = await session.outcome_of(refund_request())
+            if is_contradicted:
+                assert isinstance(outcome.error, RefundConflict)
+            else:
+                assert outcome.refund.is_final
+    assert gateway.times_made("R-1") == 1
 
 
 # ── conflict ─────────────────────────────────────────────────────────────────────────────────────
