@@ -141,14 +141,15 @@ class Flights:
             return await recording.keep(entry, partial(resolve, case, gateway.send, gateway.retries_left), case)
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
-        """Return the unknown outcome for a caller that leaves before the flight ends."""
+        """Return the unknown outcome for a caller that leaves. Its flight may go on, and send until its deadline."""
+        left = 0.0 if flight.task.has_ended else min(max(0.0, flight.until.left(anyio.current_time())), LONGEST_LEASE)
         if flight.case is not None:
-            return flight.case.unknown()
+            return flight.case.unknown(left)
         now, order = self._clock(), flight.order
         return RefundOutcomeUnknown(
             request=order.request,
             oid_partner=self._gateway.protocol.merchant.oid_partner,
-            moment=now,
+            moment=now.after(left),
             ask_again_at=now.wall + timedelta(seconds=order.policy.not_found_grace),
             last_error="the call ended before the gateway answered",
         )

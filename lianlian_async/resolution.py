@@ -161,11 +161,14 @@ class Case:
             self.refused = reply.error if only_refused and isinstance(reply.error, RefundRejected) else None
             self.sent_at = self.clock()
 
-    def unknown(self) -> RefundOutcomeUnknown:
-        """Return the unknown outcome, with the data that :meth:`RefundSession.resolve` needs."""
+    def unknown(self, seconds_left: float = 0.0) -> RefundOutcomeUnknown:
+        """Return the unknown outcome, with the data that :meth:`RefundSession.resolve` needs.
+
+        ``seconds_left``: how long another caller's part of this call may still send.
+        """
         now = self.clock()
         self._merge_earlier(now)
-        sent_at = (self.sent_at or now).dated(now)
+        sent_at = now.after(seconds_left) if seconds_left else (self.sent_at or now).dated(now)
         policy = self.apply.policy
         grace_left = policy.not_found_grace - (elapsed(sent_at, now) or 0.0)
         wait = max(grace_left, policy.maximum, self.retry_after or 0.0)
@@ -179,7 +182,7 @@ class Case:
             ask_again_at=now.wall + timedelta(seconds=min(wait, _LONGEST_WAIT)),
             last_error="; then ".join(str(error) for error in (self.apply_error, self.query_error) if error)
             or "no answer yet",
-            refused=self.refused,
+            refused=None if seconds_left else self.refused,
             reason=unknown_reason(self.apply_error, self.query_error),
         )
         error.__cause__ = self.query_error or self.apply_error

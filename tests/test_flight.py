@@ -21,10 +21,11 @@ from lianlian_async import (
     RetryBudget,
     RetryPolicy,
 )
+from lianlian_async.exchange import Call
 from lianlian_async.flight import Flight
 from lianlian_async.journal import MemoryJournal, memory
 from lianlian_async.sandbox import Fault, Repeated, When
-from tests.support.parties import boot_clock, refund_request, sandbox
+from tests.support.parties import boot_clock, refund_request, sandbox, wall_clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -447,6 +448,26 @@ async def test_two_callers_of_a_refund_that_was_not_sent_both_get_not_sent(optio
     async with gateway.session(middleware=[closed], retry=policy, **options) as session:
         errors = await gather(*[lambda: session.apply_refund(refund_request())] * 2)
     assert [type(error) for error in errors] == [RefundNotSent] * 2
+
+
+async def test_a_caller_that_leaves_tells_until_when_its_flight_may_send(options):
+    """Another process measures the grace from ``sent_at``, so it must not be earlier than a later send."""
+    sent = []
+
+    async def slow(exchange, call_next):
+        if exchange.call is Call.APPLY:
+            await anyio.sleep(2)
+            sent.append(wall_clock())
+        return await call_next(exchange)
+
+    async with sandbox().session(middleware=[slow], **options) as session:
+        left, made = await gather(
+            lambda: session.apply_refund(refund_request(), deadline=1),
+            lambda: session.apply_refund(refund_request(), deadline=20),
+        )
+    assert made.no_refund == "R-1"
+    assert type(left) is RefundOutcomeUnknown
+    assert sent[0] <= left.sent_at < left.ask_again_at
 
 
 async def test_a_call_after_the_end_of_a_flight_starts_a_new_one(options):
