@@ -49,7 +49,7 @@ def decode(body: bytes) -> dict[str, str]:
     """Return the flat object of strings in ``body`` (UTF-8 JSON, at most 64 KiB).
 
     A field with the value null is dropped, because the signature does not cover it. A number keeps its literal text.
-    Anything else (true, lists, objects, duplicate keys, lone surrogates) raises ``MalformedMessage``.
+    Anything else (true, lists, objects, duplicate keys, lone surrogates, NUL) raises ``MalformedMessage``.
     """
     if len(body) > MAX_MESSAGE_BYTES:
         raise MalformedMessage(f"longer than {MAX_MESSAGE_BYTES} bytes")
@@ -67,8 +67,11 @@ def decode(body: bytes) -> dict[str, str]:
     for key, value in fields.items():
         if not isinstance(value, str):
             raise MalformedMessage(f"the value of {key[:32]!r} is not a string")
+    text = "".join((*fields, *fields.values()))
+    if "\0" in text:  # PostgreSQL stores none: one answer would make the writes of all other refunds in its batch fail
+        raise MalformedMessage("NUL in a string")
     try:
-        "".join((*fields, *fields.values())).encode()
+        text.encode()
     except UnicodeEncodeError:
         raise MalformedMessage("lone surrogate in a string") from None
     return fields
