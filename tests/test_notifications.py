@@ -578,6 +578,23 @@ async def test_the_endpoint_opens_a_journal_that_is_not_open(handler, tmp_path):
     assert handler.numbers == ["R-1", "R-2", "R-3"]
 
 
+@pytest.mark.parametrize("enters", [True, False], ids=["async with", "first delivery"])
+async def test_an_endpoint_refuses_the_journal_of_another_merchant(journal, handler, caplog, enters):
+    """A notification for another merchant must not resolve a refund of the journal's owner."""
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    await journal.bind("201304121000001004", endpoint.merchant.endpoints.apply)
+    await begin(journal)
+    before = await journal.find("R-1")
+    if enters:
+        with pytest.raises(ConfigurationError, match="belongs to merchant 201304121000001004"):
+            await endpoint.__aenter__()
+    else:
+        assert (await endpoint.handle(notification(), HEADERS)).status == 500
+        assert "belongs to merchant 201304121000001004" in caplog.text
+    assert await journal.find("R-1") == before
+    assert not handler.begun
+
+
 async def test_an_inbox_is_worked_off_before_the_endpoint_closes_its_journal(handler, tmp_path):
     """A running handler finishes, and its return is recorded before the journal is closed."""
     journal = SqliteJournal(tmp_path / "journal.sqlite")

@@ -178,3 +178,14 @@ async def test_a_sweep_needs_a_journal_and_a_session(handler, missing):
         endpoint = NotificationEndpoint(session.merchant, handler, **settings)
         with pytest.raises(ConfigurationError, match="sweep requires journal=… and session=…"):
             await endpoint.sweep()
+
+
+async def test_a_sweep_refuses_a_session_that_does_not_share_journal_and_merchant(journal, handler):
+    """Such a session would resolve other refunds than those of the endpoint's journal."""
+    gateway = sandbox()
+    ours, theirs = gateway.merchant(), gateway.merchant(oid_partner="201304121000001004")
+    for merchant, other in ((ours, None), (ours, MemoryJournal()), (theirs, journal)):
+        session = RefundSession(merchant, journal=other)
+        endpoint = NotificationEndpoint(ours, handler, journal=journal, session=session)
+        with pytest.raises(ConfigurationError, match="must have the endpoint's journal and merchant"):
+            await endpoint.sweep()

@@ -212,6 +212,7 @@ class NotificationEndpoint:
 
     async def _open_inbox(self) -> Inbox:
         if self._journal is not None:
+            await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             await self._journal.begin_acting()
         return Inbox(
             journal=self._recent if self._journal is None else await self._journal.inbox(),
@@ -333,11 +334,19 @@ class NotificationEndpoint:
         return resumed
 
     def check_sweep(self) -> tuple[Journal, RefundSession]:
-        """Return what :meth:`sweep` needs. Raises ``ConfigurationError`` without a journal or a session."""
+        """Return what :meth:`sweep` needs.
+
+        Raises ``ConfigurationError`` without a journal or a session, or if the session has another journal or merchant.
+        """
         if self._journal is None or self._session is None:
             raise ConfigurationError(
                 "sweep requires journal=… and session=…: it queries the gateway through the session"
             )
+        if (
+            self._session.journal is not self._journal
+            or self._session.merchant.oid_partner != self.merchant.oid_partner
+        ):
+            raise ConfigurationError("sweep: the session must have the endpoint's journal and merchant")
         return self._journal, self._session
 
     def _notify_session(self, refund: Refund) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import attrs
 
-from lianlian_async import Merchant, NotificationEndpoint, Refund, RefundRequest, wire
+from lianlian_async import Endpoints, Merchant, NotificationEndpoint, Refund, RefundRequest, wire
 from lianlian_async.journal import Journal
 from lianlian_async.recording import digest
 from lianlian_async.signing import SigningKey
@@ -65,11 +65,12 @@ async def fails() -> None:
 
 
 def trusting(**options: Any) -> Merchant:
-    """Return a merchant with the tests' keys."""
+    """Return a merchant with the tests' keys and the sandbox's endpoints."""
     settings = {
         "oid_partner": OID_PARTNER,
         "private_key": keypairs.pair("merchant").private,
         "gateway_public_keys": keypairs.pair("gateway").public,
+        "endpoints": Endpoints("https://sandbox.invalid/exchangerefund.htm", "https://sandbox.invalid/refundquery.htm"),
     }
     return Merchant(**settings | options)
 
