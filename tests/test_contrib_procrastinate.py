@@ -417,6 +417,22 @@ async def test_a_refund_that_was_not_sent_is_sent_later(dsn, journal, merchant):
     assert before + timedelta(seconds=1) <= job.scheduled_at <= datetime.now(UTC) + timedelta(seconds=1)
 
 
+async def test_an_outcome_that_its_callback_cannot_store_is_not_lost(dsn, journal, merchant):
+    """``on_outcome`` raises: the worker ends with that error, and the queue still has every refund."""
+    nowhere = Endpoints("http://127.0.0.1:9/apply", "http://127.0.0.1:9/query")
+    session = RefundSession(attrs.evolve(merchant, endpoints=nowhere), journal=journal, retry=RetryPolicy(attempts=1))
+
+    def store(outcome):
+        raise OSError("the service's database is down")
+
+    async with RefundQueue(dsn) as queue, session:
+        await queue.enqueue(requests(3))
+        with pytest.raises(OSError, match="database is down"):
+            await queue.work(session, concurrency=1, wait=False, on_outcome=store)
+        queued = [row["no_refund"] for job in await jobs_of(queue) for row in job.task_kwargs["refunds"]]
+    assert sorted(queued) == ["R-0", "R-1", "R-2"]
+
+
 async def test_a_rejection_by_configuration_stops_the_worker(dsn, journal):
     """An unknown merchant number raises ``BatchStopped``; refunds that were not sent go back into the queue."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))

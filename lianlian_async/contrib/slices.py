@@ -136,9 +136,9 @@ class Slice:
                 async for outcome in outcomes:
                     del self._under_way[id(outcome.request)]
                     worker.admission.leave()
-                    worker.on_outcome(outcome)
                     if outcome.error is not None:
                         self._keep(outcome.request, outcome.error)
+                    worker.on_outcome(outcome)  # after _keep, because it may raise
         except JournalError as error:
             logger.warning("%d refunds are queued again: %s", len(self._unread), error)
             pause = self._pause
