@@ -24,7 +24,7 @@ _PublicKeys: TypeAlias = "tuple[KeyMaterial | VerifyingKey, ...]"
 
 
 def _shown(value: object) -> str:
-    """Return how a message shows a wrong value: only its type or length if it may be a secret."""
+    """Return the description of a wrong value for a message: only its type or length if it may be a secret."""
     if not isinstance(value, str):
         return f"of type {type(value).__name__}"
     is_secret = len(value) > 128 or is_key_text(value) or "@" in value  # a URL may hold a password

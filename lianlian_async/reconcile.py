@@ -1,7 +1,7 @@
 """Compare LianLian's statements with a journal: find refunds that one of the two lacks, and refunds that differ.
 
 The input is lines of text and journal entries, the output is a verdict for each refund. The rows are kept in a
-temporary SQLite file, so that memory does not grow with the statements. All methods block the calling thread.
+temporary SQLite file, so that memory grows by little more than a byte per row. All methods block the calling thread.
 
 A statement is not signed, and no public sample of a refund row exists. So a row counts only if every column that is
 used has its documented form. Other rows are reported with line and column; no column is guessed.
@@ -50,7 +50,7 @@ class Verdict(StrEnum):
     AGREES = "agrees"
     AMOUNT_DIFFERS = "amount_differs"
     NOT_IN_JOURNAL = "not_in_journal"
-    """In the statement; the journal has no refund with this number, merchant and ``dt_refund``, or it was not made."""
+    """In the statement, but the journal has no refund that was made with this number, merchant and ``dt_refund``."""
     TWICE_IN_STATEMENT = "twice_in_statement"
     MISSING_IN_STATEMENT = "missing_in_statement"
     """Successful in the journal; the statements of its day and of the next day lack it."""

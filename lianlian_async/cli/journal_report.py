@@ -60,7 +60,7 @@ class JournalReport:
     unknown: int = 0
     """Unresolved refunds that may have been made."""
     not_sent: int = 0
-    """Unresolved refunds that were certainly not made: they were never sent, or rejected for a reason that may pass."""
+    """Unresolved refunds that were certainly not made: they were never sent, or rejected for a temporary reason."""
     oldest: list[UnknownRefund] = attrs.field(factory=list)
 
     @property
@@ -106,7 +106,7 @@ async def read_journal(place: str, earlier: JournalReport | None = None) -> Jour
 def journal_views(
     report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int
 ) -> tuple[dict[str, Any], list[RenderableType]]:
-    """Return the report for programs, and for people.
+    """Return the report as a JSON document, and as tables for a terminal.
 
     ``reasons``: number of unknown outcomes by reason; ``facts``: more numbers.
     """

@@ -100,7 +100,7 @@ class Output:
 
     @contextmanager
     def screen(self) -> Iterator[Callable[[Mapping[str, Any], str, Iterable[RenderableType]], object]]:
-        """Yield a function that prints the document with ``--json``, redraws a terminal, else prints the line."""
+        """Yield a function that shows the document with ``--json``, the screen on a terminal, else the line."""
         console = _console()
         with _surviving(sys.stdout):  # a closed pipe ends the block
             if self.as_json:
@@ -196,7 +196,7 @@ def query_command(query: RefundQuery) -> str:
 
 @contextmanager
 def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-    """Replace ``path``, and write one line for each call: CSV if its name ends in .csv, else JSON Lines.
+    """Replace ``path``; yield a function that writes one line: CSV if the name ends in .csv, else JSON Lines.
 
     Values not in ``columns`` are omitted. CSV starts with a byte order mark, so that Excel reads UTF-8. Cells that a
     spreadsheet would run as formulas are escaped: https://owasp.org/www-community/attacks/CSV_Injection

@@ -97,7 +97,8 @@ WHERE status = 'doing' AND queue_name = %(queue)s AND NOT EXISTS (
     WHERE worker.id = job.worker_id AND last_heartbeat >= now() - %(seconds)s * interval '1 s'
 ) RETURNING id, status
 """
-# Find the refunds that a job already contains. Ignore jobs that no worker has started: they may wait for a long time.
+# Find the refunds that a job already contains. Ignore new jobs that no worker has started: they may wait behind a long
+# queue, and a refund that may have been made must not wait so long.
 _COVERED: Final = """
 SELECT refund FROM procrastinate_jobs, jsonb_path_query(args, '$.refunds[*]') AS refund
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND refund = ANY(%(refunds)s)
@@ -252,8 +253,8 @@ class RefundQueue:
 
         With ``wait=False``, return when no job is due. ``concurrency``: maximum number of refunds in flight;
         ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running refunds finish
-        and the others go back into the queue; a second cancellation or signal also cancels the running refunds. An
-        error that every further refund would have stops the worker in the same way, and is raised:
+        and the others go back into the queue; a second cancellation or signal also cancels the running refunds. If
+        every further refund would fail with the same error, the worker stops in the same way and raises it:
         :class:`BatchStopped` (see ``refund_many``), or :class:`InvalidRequest` if there is no ``notify_url``.
         """
         if not isinstance(session.journal, PostgresJournal):
@@ -327,7 +328,7 @@ async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]
 
 
 async def _open_refunds(session: RefundSession) -> AsyncGenerator[dict[str, str]]:
-    """Yield the unresolved refunds that may have been sent and whose lease is over."""
+    """Yield the unresolved refunds that may have been sent before now. A running call may hold the lease of some."""
     async for entry in cast("PostgresJournal", session.journal).unresolved():
         if entry.sent_at is not None and entry.sent_at.boot <= session.clock().boot:
             yield dict(entry.fields)

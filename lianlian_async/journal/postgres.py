@@ -86,12 +86,17 @@ class PostgresJournal(GroupCommitJournal):
     time: its leases expire, and the next worker queries the gateway first.
 
     *After a failover or a restore:* a standby or a backup may lack the last commits. When the journal finds that the
-    database server was restarted or replaced, ``not_found_grace`` (see ``RetryPolicy``) starts again for all earlier
-    refunds, and new refunds are queried before they are sent: all of them for ``not_found_grace`` seconds, later those
-    whose ``dt_refund`` is before the end of that time. If its ``dt_refund`` is before the restart, a lost call may have
-    sent it: "no such record" is believed only after ``not_found_grace``. A call whose row was lost writes its outcome
-    in a new row. One risk remains: a request whose lease was lost arrives after that time, or its ``dt_refund`` is
-    later than the restart. Synchronous replication prevents this. Stop all workers before you restore a backup.
+    database server was restarted or replaced:
+
+    - ``not_found_grace`` (see ``RetryPolicy``) starts again for the refunds that the journal has.
+    - A refund that it does not have is queried before it is sent: each one for ``not_found_grace`` seconds, later those
+      whose ``dt_refund`` is before the end of that time.
+    - If such a refund has a ``dt_refund`` before the restart, a call whose row was lost may have sent it. So "no such
+      record" is believed only after ``not_found_grace``.
+
+    One risk of a second refund remains: a request whose row was lost arrives after ``not_found_grace``, or its
+    ``dt_refund`` is later than the restart. Synchronous replication prevents this. Stop all workers before you restore
+    a backup.
 
     Args:
         dsn: a connection string or URL of libpq.
@@ -255,7 +260,7 @@ class PostgresJournal(GroupCommitJournal):
                     "end that transaction"
                 )
             await self._carry_out(batch, until, pause)
-            # A TakeBack that ran while this transaction was open did not see the new row.
+            # The rollback of a cancelled begin may have run before this commit, and so left the lease: repeat it.
             begins = (queued.operation for queued in batch if isinstance(queued.operation, Begin))
             if late := [Queued(TakeBack(begin), done) for begin in begins if begin.is_taken_back]:
                 await self._carry_out(late, until, pause)

@@ -32,7 +32,7 @@ _MESSAGES: Final = {
 _OTHER_MESSAGE: Final = "交易失败"
 
 UNSIGNED: Final = frozenset({"1004", "8901", "9002"})
-"""Codes of genuine error answers without a signature; a genuine rejection of a refund (9093) was signed."""
+"""Codes whose error answers from LianLian's own gateway had no signature. Its rejection 9093 had one."""
 
 # From the sample answer on LianLian's apply page: 200.01 yuan are 30.03 in the foreign currency.
 _RATE: Final = Decimal("6.66")
