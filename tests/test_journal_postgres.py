@@ -468,6 +468,30 @@ async def test_a_server_that_may_lose_commits_is_named_at_opening(make, caplog):
     assert "its server runs with fsync = off: a power failure can lose recorded refunds" in message
 
 
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1", "EUC_CN"])
+async def test_a_database_with_another_encoding_is_refused(postgres_dsn, encoding):
+    """Opening raises before a refund is recorded, because such a database cannot store every text of the gateway."""
+    name = f"books_{uuid4().hex}"
+    create = f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+    async with await psycopg.AsyncConnection.connect(postgres_dsn, autocommit=True) as connection:
+        await connection.execute(create)
+    dsn = psycopg.conninfo.make_conninfo(postgres_dsn, dbname=name)
+    with pytest.raises(ConfigurationError, match=f"encoding of its database is {encoding}, .* encoding UTF8"):
+        async with PostgresJournal(dsn):
+            pass
+    async with await psycopg.AsyncConnection.connect(dsn) as connection:
+        found = await connection.execute(sql.FIND_VERSION, ["lianlian"])
+        assert not found.rowcount
+
+
+async def test_a_journal_ignores_the_encoding_of_the_dsn(postgres_dsn, schema):
+    """Chinese text comes back unchanged, although the DSN asks for an encoding without Chinese."""
+    dsn = psycopg.conninfo.make_conninfo(postgres_dsn, client_encoding="latin1")
+    async with PostgresJournal(dsn, schema=schema) as journal:
+        await journal.begin(intent(body="退款".encode()), now())
+        assert (await journal.find("R-1")).body == "退款".encode()
+
+
 async def test_another_version_is_refused_with_advice(make, administer):
     """Tables of another schema version raise an error with that version and a cure."""
     async with make():

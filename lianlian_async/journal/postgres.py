@@ -62,16 +62,16 @@ class _BusyError(Exception):
 
 @without_locals
 def connection_string(dsn: str, timeout: float) -> str:
-    """Return ``dsn`` with TCP keepalives and ``tcp_user_timeout``, which end half-open connections.
+    """Return ``dsn`` with UTF-8, and with TCP keepalives and ``tcp_user_timeout``, which end half-open connections.
 
-    Values in ``dsn`` take precedence. Raises ``ConfigurationError`` if ``dsn`` is invalid.
+    Values in ``dsn`` take precedence, except the encoding. Raises ``ConfigurationError`` if ``dsn`` is invalid.
     """
     try:
         given = conninfo_to_dict(dsn)
     except ProgrammingError:  # its message would show the password
         raise ConfigurationError("dsn: must be a PostgreSQL connection string or URL") from None
     alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-    return make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | given))
+    return make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | given | {"client_encoding": "utf8"}))
 
 
 class PostgresJournal(GroupCommitJournal):
@@ -195,6 +195,12 @@ class PostgresJournal(GroupCommitJournal):
         """Create or upgrade the tables. An advisory lock lets one worker at a time do so."""
         await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"journal {self._schema}"])
+        [row] = await (await connection.execute(sql.FIND_ENCODING)).fetchall()
+        if row["encoding"] != "UTF8":
+            raise ConfigurationError(
+                f"journal {self._name}: the encoding of its database is {row['encoding']}, which cannot store every "
+                "text of the gateway; use a database with the encoding UTF8"
+            )
         found = await connection.execute(sql.FIND_VERSION, [self._schema])
         if not found.rowcount:
             await connection.execute(self._sql(sql.CREATE))

@@ -14,6 +14,7 @@ from .base import Ending, Entry, Owner, State
 from .postgres_moments import Reading
 
 FIND_VERSION: Final = "SELECT FROM pg_tables WHERE schemaname = %s AND tablename = 'version'"
+FIND_ENCODING: Final = "SELECT current_setting('server_encoding') AS encoding"
 FIND_UNSAFE: Final = "SELECT name FROM pg_settings WHERE name IN ('fsync', 'full_page_writes') AND setting = 'off'"
 READ_VERSION: Final = "SELECT * FROM {schema}.version"
 CREATE: Final = """

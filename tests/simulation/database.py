@@ -300,6 +300,7 @@ STATEMENTS: Final[Mapping[str, Callable[..., Rows | Generator[None, None, Rows]]
     sql.FIND_VERSION: Database._find_version,
     sql.CREATE: Database._create,
     sql.READ_VERSION: Database._read_version,
+    sql.FIND_ENCODING: lambda database, session, schema: [{"encoding": "UTF8"}],
     sql.FIND_UNSAFE: lambda database, session, schema: [],
     sql.BIND: Database._bind,
     sql.BEGIN_ACTING[0]: Database._lock_table,
