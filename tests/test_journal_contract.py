@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+from functools import partial
 
 import anyio
+import anyio.to_thread
 import attrs
 import pytest
 
@@ -447,6 +449,20 @@ async def test_a_reopened_journal_has_all_entries(kind):
         assert (await begin(journal, "R-2"))[0] is Standing.NEW
         assert (await begin(journal, "R-3"))[0] is Standing.NEW
         assert [entry.no_refund async for entry in journal.pending()] == ["R-2", "R-3"]
+
+
+async def test_a_journal_in_another_event_loop_raises(kind, anyio_backend_name):
+    """Otherwise the call would wait for ever: the other loop's task is not woken. A memory journal has no task."""
+
+    async def find():
+        with anyio.fail_after(10):
+            await journal.find("R-1")
+
+    async with kind.make() as journal:
+        if not isinstance(journal, MemoryJournal):
+            with pytest.raises(RuntimeError, match="was opened in another event loop: open it in the loop that uses"):
+                await anyio.to_thread.run_sync(partial(anyio.run, find, backend=anyio_backend_name))
+        assert await journal.find("R-1") is None
 
 
 async def test_repr_of_a_memory_journal_shows_its_size():

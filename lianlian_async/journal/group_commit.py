@@ -164,6 +164,7 @@ class GroupCommitJournal(Journal):
         if self._group is not None:
             raise RuntimeError(f"journal {self._name} is already open: enter each journal object only once at a time")
         self._process = os.getpid()
+        self._event_loop = anyio.lowlevel.current_token()
         self._holder, self._calls = uuid4().hex, count(1)
         await self._open()
         self._group = _GroupCommit(self._name, self._write)
@@ -205,6 +206,10 @@ class GroupCommitJournal(Journal):
             raise JournalError(
                 f"journal {self._name} belongs to process {self._process}, the parent of this forked process; "
                 "open the journal after the fork, in each process"
+            )
+        if anyio.lowlevel.current_token() != self._event_loop:
+            raise RuntimeError(
+                f"journal {self._name} was opened in another event loop: open it in the loop that uses it"
             )
         return self._group
 
