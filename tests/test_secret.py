@@ -11,6 +11,7 @@ import pytest
 
 from lianlian_async.cli.commands import keygen
 from lianlian_async.cli.options import Place
+from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.errors import ConfigurationError, JournalError
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.merchant import Endpoints, Merchant
@@ -215,6 +216,14 @@ def test_unreadable_dsn_is_in_no_frame(dsn):
     """An unreadable DSN is neither in a frame nor in the chain of the error."""
     with pytest.raises(ConfigurationError) as caught:
         PostgresJournal(dsn)
+    assert leaks(caught.value, "correct-horse") == []
+
+
+@pytest.mark.parametrize("setting", ["rescue_after", "slice_size"])
+def test_an_invalid_setting_of_a_queue_leaves_no_password(setting):
+    """The DSN, which is another argument, is in no frame of the error."""
+    with pytest.raises(ConfigurationError, match=setting) as caught:
+        RefundQueue(DSN, **{setting: 0})
     assert leaks(caught.value, "correct-horse") == []
 
 

@@ -32,6 +32,7 @@ from lianlian_async.errors import ConfigurationError
 from lianlian_async.journal.postgres import PostgresJournal, connection_string
 from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
+from lianlian_async.secret import without_locals
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_integer, check_type, is_number
 from lianlian_async.worker_pool import iterate
@@ -127,6 +128,7 @@ class RefundQueue:
     a person has to decide (``RefundConflict``, or unreadable data) becomes a failed job (:meth:`failures`).
     """
 
+    @without_locals
     def __init__(self, dsn: str, *, queue: str = "lianlian", rescue_after: float = 60.0, slice_size: int = 200) -> None:
         """If a worker has had no heartbeat for ``rescue_after`` seconds, other workers take over its jobs.
 
