@@ -18,7 +18,7 @@ import anyio
 import attrs
 
 from .background import BackgroundTask
-from .clock import Clock, Moment
+from .clock import Clock
 from .errors import LianLianError, QueryRejected, RefundOutcomeUnknown, RefundRejected
 from .exchange import Call, Exchange
 from .gateway_client import GatewayClient
@@ -119,8 +119,9 @@ class Flights:
             if standing is Standing.FINISHED:
                 return recorded_refund(entry)
             apply = gateway.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)
+            apply = attrs.evolve(apply, lease_holds=partial(self._is_before, flight.last_send))
             if has_journal and entry.leased_until is not None:
-                apply = attrs.evolve(apply, lease_holds=partial(self._is_before, entry.leased_until))
+                flight.last_send.at = min(flight.last_send.at, entry.leased_until.boot)
             case = flight.case = Case(
                 request=order.request,
                 apply=apply,
@@ -142,20 +143,22 @@ class Flights:
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
         """Return the unknown outcome for a caller that leaves. Its flight may go on, and send until its deadline."""
-        left = 0.0 if flight.task.has_ended else min(max(0.0, flight.until.left(anyio.current_time())), LONGEST_LEASE)
+        now, order, left = self._clock(), flight.order, 0.0
+        if not flight.task.has_ended:  # another process may rely on this moment, so nothing is sent after it
+            left = min(max(0.0, flight.until.left(anyio.current_time())), LONGEST_LEASE)
+            flight.last_send.at = min(flight.last_send.at, now.boot + left)
         if flight.case is not None:
             return flight.case.unknown(left)
-        now, order = self._clock(), flight.order
         return RefundOutcomeUnknown(
             request=order.request,
             oid_partner=self._gateway.protocol.merchant.oid_partner,
             moment=now.after(left),
-            ask_again_at=now.wall + timedelta(seconds=order.policy.not_found_grace),
+            ask_again_at=now.wall + timedelta(seconds=left + order.policy.not_found_grace),
             last_error="the call ended before the gateway answered",
         )
 
-    def _is_before(self, moment: Moment) -> bool:
-        return self._clock().boot < moment.boot
+    def _is_before(self, end: Deadline) -> bool:
+        return self._clock().boot < end.at
 
     async def _query_exchange(self, order: Order, until: Deadline) -> Exchange:
         policy = attrs.evolve(order.policy, attempts=1_000_000)  # only the deadline limits the queries of a resolution
@@ -210,6 +213,8 @@ class Flight:
         self.order = order
         self.until = Deadline(math.inf)
         """The latest deadline of all callers."""
+        self.last_send = Deadline(math.inf)
+        """When the lease ends, or an earlier time that a caller was told when it left. On the boot clock."""
         self.traffic = traffic
         self.case: Case | None = None
         self._carry_out = carry_out

@@ -24,6 +24,7 @@ from lianlian_async import (
 from lianlian_async.exchange import Call
 from lianlian_async.flight import Flight
 from lianlian_async.journal import MemoryJournal, memory
+from lianlian_async.middleware import RateLimit
 from lianlian_async.sandbox import Fault, Repeated, When
 from tests.support.parties import boot_clock, refund_request, sandbox, wall_clock
 
@@ -362,10 +363,11 @@ async def test_a_deadline_is_a_day_at_most_with_a_journal(deadline):
 async def test_a_call_with_a_journal_queries_what_the_session_left_unknown_without_one():
     gateway = carries_out_everything()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
-    gateway.script(Fault.NO_ANSWER, call="query", times=4)
-    async with gateway.session(clock=boot_clock) as session:
+    gateway.script(Fault.RESET, call="query", times=4)
+    policy = RetryPolicy(budget=RetryBudget(capacity=3, per_second=0.01))
+    async with gateway.session(clock=boot_clock, retry=policy) as session:
         with pytest.raises(RefundOutcomeUnknown) as caught:
-            await session.apply_refund(refund_request(), deadline=20)
+            await session.apply_refund(refund_request())
         for earlier in (None, caught.value):
             outcome = await session.outcome_of(refund_request(), journal=MemoryJournal(), earlier=earlier)
             assert outcome.refund.no_refund == "R-1"
@@ -376,10 +378,11 @@ async def test_calls_with_different_journals_share_no_flight():
     """The second call waits for the first one, then records its own outcome in its own journal."""
     gateway, journal = carries_out_everything(), MemoryJournal()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER)
-    gateway.script(Fault.NO_ANSWER, call="query", times=4)
-    async with gateway.session(clock=boot_clock) as session:
+    gateway.script(Fault.RESET, call="query", times=4)
+    policy = RetryPolicy(budget=RetryBudget(capacity=3, per_second=0.01))
+    async with gateway.session(clock=boot_clock, retry=policy) as session:
         first, second = await gather(
-            lambda: session.outcome_of(refund_request(), deadline=20),
+            lambda: session.outcome_of(refund_request()),
             lambda: session.outcome_of(refund_request(), journal=journal),
         )
     assert type(first.error) is RefundOutcomeUnknown
@@ -468,6 +471,19 @@ async def test_a_caller_that_leaves_tells_until_when_its_flight_may_send(options
     assert made.no_refund == "R-1"
     assert type(left) is RefundOutcomeUnknown
     assert sent[0] <= left.sent_at < left.ask_again_at
+
+
+async def test_a_flight_sends_nothing_after_the_time_that_a_caller_was_told(options):
+    """A wait for the limiter extends the flight's deadline, but others may rely on the ``sent_at`` of the caller."""
+    gateway = carries_out_everything()
+    async with gateway.session(limiter=RateLimit(0.5), **options) as session:
+        await session.apply_refund(refund_request(2))  # the next attempt starts after 2 s
+        left, stayed = await gather(
+            lambda: session.apply_refund(refund_request(), deadline=0.5),
+            lambda: session.apply_refund(refund_request(), deadline=1),
+        )
+    assert [type(error) for error in (left, stayed)] == [RefundOutcomeUnknown, RefundNotSent]
+    assert gateway.times_made("R-1") == 0
 
 
 async def test_a_call_after_the_end_of_a_flight_starts_a_new_one(options):
