@@ -19,6 +19,7 @@ from lianlian_async.flight import Flights
 from lianlian_async.journal import Entry, Standing
 from lianlian_async.journal.operations import Begin, Find, Finish, Operation, Release, Resend
 from lianlian_async.resolution import Case, Step
+from lianlian_async.retry import Deadline
 
 from . import parts
 
@@ -364,7 +365,7 @@ class Model:
         if self.bounds.journal == "none" or worker.entry is None:
             lease_holds = True
         else:
-            lease_holds = Flights._is_before(parts.SessionStub(now), worker.entry.leased_until)
+            lease_holds = Flights._is_before(parts.SessionStub(now), Deadline(worker.entry.leased_until.boot))
         return parts.case(self.bounds.grace, worker.sent_at, now, lease_holds)
 
     def _do(self, world: World, number: int, worker: Worker, operation: Operation[Any]) -> tuple[Any, World]:
