@@ -1,7 +1,5 @@
 """Functions for ASGI 3 applications that read small requests and send each response body in one message."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeAlias

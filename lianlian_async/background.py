@@ -1,7 +1,5 @@
 """Background tasks, calls that complete despite cancellation, and checks whether a cancellation was requested."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Awaitable, Callable

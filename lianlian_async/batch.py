@@ -1,7 +1,5 @@
 """Batches: ``refund_many`` takes any number of requests and yields one outcome for each, in bounded memory."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Self, TypeVar
@@ -31,7 +29,7 @@ def refund_many(
     keep_going: bool = False,
     wait_unknown: bool = False,
     query_first: bool = False,
-) -> Outcomes:
+) -> "Outcomes":
     """Make many refunds and yield one :class:`~lianlian_async.Outcome` for each request, as soon as it is known.
 
     ::
@@ -90,7 +88,7 @@ class Outcomes(AsyncIterator[Outcome]):
     You may cancel the wait for an outcome, for example by a timeout: no outcome is lost, and the batch continues.
     """
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: "_Run") -> None:
         # The tasks refer to the run, never to this object, so that deleting this object calls __del__ at once.
         self._run = run
         self._background: BackgroundTask | None = None

@@ -6,8 +6,6 @@ set, and it also counts while the machine is suspended. Across boots, elapsed ti
 the wall clock and of the gateway's clock (its ``Date`` headers), minus ``DATE_SLACK``.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -38,13 +36,13 @@ class Moment:
     gateway: datetime | None = None
     """The gateway's clock (UTC), from its ``Date`` headers; None: not known."""
 
-    def after(self, seconds: float) -> Moment:
+    def after(self, seconds: float) -> "Moment":
         """Return the moment ``seconds`` later."""
         span = timedelta(seconds=seconds)
         gateway = None if self.gateway is None else self.gateway + span
         return Moment(self.wall + span, self.boot + seconds, self.timeline, gateway)
 
-    def dated(self, now: Moment) -> Moment:
+    def dated(self, now: "Moment") -> "Moment":
         """Return this moment with the gateway's time added, if ``now`` has a gateway time and this moment has none."""
         if self.gateway is not None or now.gateway is None or self.timeline != now.timeline:
             return self

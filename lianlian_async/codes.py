@@ -4,8 +4,6 @@ Source: LianLian's page of return codes, without about 90 codes for cards, SMS a
 the table is *uncertain*: it proves nothing, so the library queries the refund.
 """
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import Final, NamedTuple
 

@@ -22,8 +22,6 @@ identifies the HTTP exchange for LianLian's support; None: no exchange caused th
 Wrong use of a session (closed, or from another event loop) is a bug in the program: it raises ``RuntimeError``.
 """
 
-from __future__ import annotations
-
 import copyreg
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -236,7 +234,7 @@ class RefundOutcomeUnknown(LianLianError):
         return form
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RefundOutcomeUnknown:
+    def from_dict(cls, data: Mapping[str, Any]) -> "RefundOutcomeUnknown":
         """Return the error that :meth:`to_dict` wrote. Raises ``InvalidRequest`` with every wrong or missing field."""
         error: RefundOutcomeUnknown = import_module(".unknown_form", __package__).from_dict(data)
         return error

@@ -10,8 +10,6 @@ first run of more than 10 ms. No event contains a key, a signature or a message 
 refund, each reports its own ``CallBegan`` and ``CallEnded``; only the first call reports the other events.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeAlias
 

@@ -4,8 +4,6 @@ Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport ret
 the protocol converts it to a :class:`Reply`, by which middleware and resolution decide what to do next.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from enum import Enum, StrEnum

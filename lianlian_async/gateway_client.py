@@ -1,10 +1,8 @@
 """The gateway client of an open session: keys, HTTP client and middleware, for one event loop."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import anyio
 
@@ -49,7 +47,7 @@ class GatewayClient:
         self._rsa = rsa
 
     @classmethod
-    async def open(cls, merchant: Merchant, transport: HttpSender, *, warm_up: int, **options: Any) -> GatewayClient:
+    async def open(cls, merchant: Merchant, transport: HttpSender, *, warm_up: int, **options: Any) -> Self:
         """Load the keys and open ``warm_up`` connections; ``options`` are arguments of the class.
 
         The client owns ``transport``: if opening fails, ``transport`` is closed.

@@ -4,8 +4,6 @@
 gateway may repeat its signed answer about the first one, and no money moves for the second one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Final
 

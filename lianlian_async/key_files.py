@@ -3,8 +3,6 @@
 This module does not decrypt keys: it returns DER or PEM, which pycryptodome reads. No message shows key material.
 """
 
-from __future__ import annotations
-
 import codecs
 import os
 import re
@@ -14,7 +12,7 @@ from typing import Final, TypeAlias
 
 from .errors import ConfigurationError
 
-KeyMaterial: TypeAlias = "str | bytes | os.PathLike[str]"
+KeyMaterial: TypeAlias = str | bytes | os.PathLike[str]
 """A key as PEM, DER or bare base64 (str or bytes), or the path of a file that contains one."""
 
 _BLOCK: Final = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----(.*?)(-----END \1-----|(?=-----BEGIN )|\Z)", re.DOTALL)

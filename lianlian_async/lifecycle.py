@@ -1,7 +1,5 @@
 """The lifecycle of a session: it is opened once, used in one event loop, and closed after the running calls."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from enum import Enum

@@ -20,8 +20,6 @@ lines, set up ``logging`` or structlog::
         logging.getLogger("lianlian_async").setLevel(logging.INFO)
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator

@@ -1,14 +1,12 @@
 """The merchant: number, keys and endpoints, from code, environment variables or a TOML file. The repr hides secrets."""
 
-from __future__ import annotations
-
 import os
 import re
 import threading
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 from urllib.parse import urlsplit
 
 import attrs
@@ -20,7 +18,7 @@ from .secret import Secret, init_without_locals, without_locals
 from .settings import check_type
 from .signing import SigningKey, VerifyingKey
 
-_PublicKeys: TypeAlias = "tuple[KeyMaterial | VerifyingKey, ...]"
+_PublicKeys: TypeAlias = tuple[KeyMaterial | VerifyingKey, ...]
 
 
 def _shown(value: object) -> str:
@@ -162,7 +160,7 @@ class Merchant:
 
     @classmethod
     @without_locals
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Merchant:
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
         """Return the merchant from environment variables (default: ``os.environ``).
 
         Required: ``LIANLIAN_OID_PARTNER``, ``LIANLIAN_PRIVATE_KEY`` (path or key text) and
@@ -179,7 +177,7 @@ class Merchant:
 
     @classmethod
     @without_locals
-    def from_toml(cls, path: str | os.PathLike[str]) -> Merchant:
+    def from_toml(cls, path: str | os.PathLike[str]) -> Self:
         """Return the merchant from a TOML file: from its table ``[lianlian]`` if it has one, else from its top level.
 
         Settings: ``oid_partner``, ``private_key``, ``gateway_public_keys`` (a string or a list), and optionally
@@ -215,7 +213,7 @@ class Merchant:
         return cls._from_settings(table, {name: f"{file}: {name}" for name in _VARIABLES}, folder=file.parent)
 
     @classmethod
-    def _from_settings(cls, given: Mapping[str, Any], names: Mapping[str, str], folder: Path | None) -> Merchant:
+    def _from_settings(cls, given: Mapping[str, Any], names: Mapping[str, str], folder: Path | None) -> Self:
         """Return the merchant. Key paths are relative to ``folder``; ``names`` are the settings' names in messages."""
         missing = [names[name] for name in _REQUIRED if not given.get(name)]
         if missing:

@@ -5,8 +5,6 @@ A session's layers, from the outside in: :class:`Retry` → :class:`Limit` (the 
 user's layers are called for every attempt, also for each query that resolves a refund.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Awaitable, Callable, Sequence

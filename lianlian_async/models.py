@@ -4,8 +4,6 @@ Field names are LianLian's wire names. The rules come from LianLian's apply and 
 broken rules together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
@@ -212,7 +210,7 @@ class RefundRequest(_Request):
 
     _either = ("no_order", "oid_paybill")
 
-    def query(self) -> RefundQuery:
+    def query(self) -> "RefundQuery":
         """Return the query about this refund."""
         asked = {"no_refund": self.no_refund, "dt_refund": self.dt_refund, "trader_refund": self.trader_refund}
         return RefundQuery.from_record(asked)
@@ -252,7 +250,7 @@ class RefundStatus(StrEnum):
         return self in (RefundStatus.SUCCESS, RefundStatus.FAILED)
 
     @classmethod
-    def _missing_(cls, value: object) -> RefundStatus | None:
+    def _missing_(cls, value: object) -> Self | None:
         if not isinstance(value, str):
             return None
         unknown = str.__new__(cls, value)
@@ -334,7 +332,7 @@ class RefundRecord:
         kind = RefundRecord if missing else Refund
         return cast("Self", kind(**values, extra=extra, raw=data, last_exchange=last_exchange))
 
-    def completed(self, asked: Mapping[str, str]) -> RefundRecord:
+    def completed(self, asked: Mapping[str, str]) -> "RefundRecord":
         """Return this record with the missing fields from ``asked``, as :meth:`from_dict` does."""
         return RefundRecord.from_dict(self.raw, asked, last_exchange=self.last_exchange)
 

@@ -1,7 +1,5 @@
 """The outcome of one refund as a value, and the reason why an outcome is unknown."""
 
-from __future__ import annotations
-
 import re
 from typing import Final
 

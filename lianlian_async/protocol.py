@@ -3,8 +3,6 @@
 :meth:`Protocol.read` never raises: every result of an HTTP attempt becomes a :class:`~lianlian_async.exchange.Reply`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

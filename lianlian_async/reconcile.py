@@ -7,8 +7,6 @@ A statement is not signed, and no public sample of a refund row exists. So a row
 used has its documented form. Other rows are reported with line and column; no column is guessed.
 """
 
-from __future__ import annotations
-
 import re
 import sqlite3
 from collections import Counter
@@ -68,7 +66,7 @@ class _Layout(NamedTuple):
     columns: Mapping[str, int]
 
     @classmethod
-    def of(cls, line: str, place: str) -> tuple[_Layout, bool]:
+    def of(cls, line: str, place: str) -> "tuple[_Layout, bool]":
         """Return the layout of a statement, and whether its first ``line`` is a header; ``place`` names the line."""
         cells = line.split(",")
         if len(cells) >= _DOMESTIC.width:

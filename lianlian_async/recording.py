@@ -4,8 +4,6 @@ With a journal, ``apply_refund`` may be called again at any time, also after a c
 or raises the recorded outcome. It queries an unresolved refund first, and sends a new refund.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Generator, Mapping

@@ -1,7 +1,5 @@
 """Resume: resolve all open refunds of a journal."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable

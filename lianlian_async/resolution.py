@@ -4,8 +4,6 @@
 record", proves an outcome. The functions send, query and wait.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Awaitable, Callable

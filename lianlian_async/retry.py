@@ -1,7 +1,5 @@
 """Retry policy, retry budget and deadline. This module reads no clock: time and randomness are arguments."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Final

@@ -1,14 +1,12 @@
 """RSA for one event loop: sign in a thread; verify on the event loop if a verification is fast, else in the thread."""
 
-from __future__ import annotations
-
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from time import perf_counter
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Self, TypeVar, cast
 
 import anyio
 import anyio.to_thread
@@ -51,7 +49,7 @@ class RsaWorker:
         self._call_soon = call_soon_threadsafe()
 
     @classmethod
-    async def open(cls, merchant: Merchant) -> RsaWorker:
+    async def open(cls, merchant: Merchant) -> Self:
         """Load the keys in the thread, and measure how long a verification takes."""
         limiter = anyio.CapacityLimiter(1)  # more threads would compete with the event loop for the GIL
         keys = await anyio.to_thread.run_sync(merchant.load_keys, limiter=limiter)

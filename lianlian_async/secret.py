@@ -4,8 +4,6 @@ Error trackers copy the local variables of every frame of a traceback. Functions
 an argument are decorated with :func:`without_locals`.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Checks of arguments of the public API. ``check_…`` and ``positive_seconds`` raise ``ConfigurationError``."""
 
-from __future__ import annotations
-
 from types import UnionType
 from typing import Final
 

@@ -1,7 +1,5 @@
 """Stop a batch early if no signature is valid. With a wrong key, every refund would be made with an unknown outcome."""
 
-from __future__ import annotations
-
 from math import inf
 from typing import Final
 

@@ -5,14 +5,12 @@ resistant: use it only for this protocol. Only this module imports pycryptodome 
 ``fast``). A 2048-bit signature can take milliseconds: do not sign or load keys on an event loop.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from Crypto.Hash import MD5, SHA256
 from Crypto.PublicKey import RSA
@@ -140,9 +138,7 @@ class SigningKey(_Key):
 
     @classmethod
     @without_locals
-    def load(
-        cls, material: KeyMaterial, password: str | bytes | None = None, *, name: str = "private key"
-    ) -> SigningKey:
+    def load(cls, material: KeyMaterial, password: str | bytes | None = None, *, name: str = "private key") -> Self:
         """Return the key in ``material`` (PEM, DER, bare base64 or a path); ``password`` decrypts it.
 
         It may read a file, and takes milliseconds: call it before the event loop runs, or in a thread. Raises
@@ -154,7 +150,7 @@ class SigningKey(_Key):
         return cls(rsa)
 
     @classmethod
-    def generate(cls, bits: int = 2048) -> SigningKey:
+    def generate(cls, bits: int = 2048) -> Self:
         """Return a new key of ``bits`` (1024, 2048 or 4096). It takes seconds: do not call it on an event loop."""
         if bits not in (1024, 2048, 4096):
             raise ConfigurationError(f"bits: the gateway accepts keys of 1024, 2048 or 4096 bits, not {bits}")
@@ -164,7 +160,7 @@ class SigningKey(_Key):
         """Return the signature of ``source`` in one line of base64; it is deterministic."""
         return b64encode(self._scheme.sign(source)).decode()
 
-    def public_key(self) -> VerifyingKey:
+    def public_key(self) -> "VerifyingKey":
         """Return the public key, which you upload in LianLian's dashboard."""
         return VerifyingKey(self._rsa.public_key())
 
@@ -187,7 +183,7 @@ class VerifyingKey(_Key):
 
     @classmethod
     @without_locals
-    def load(cls, material: KeyMaterial, *, name: str = "public key") -> VerifyingKey:
+    def load(cls, material: KeyMaterial, *, name: str = "public key") -> Self:
         """Return the key in ``material`` (PEM, DER, bare base64 or a path). Errors: see :meth:`SigningKey.load`."""
         rsa = _load(material, None, name, private=False)
         if rsa.has_private():

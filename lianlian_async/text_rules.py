@@ -4,8 +4,6 @@ Each public function returns the given string, or raises ``ValueError``, whose m
 adds the name of the field.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import Final

@@ -1,7 +1,5 @@
 """The JSON form of ``RefundOutcomeUnknown``, so that an unknown refund can be stored outside Python."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final

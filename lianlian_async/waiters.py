@@ -1,7 +1,5 @@
 """Wait until a refund is final: by its notification or by queries, whichever comes first."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager

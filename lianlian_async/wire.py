@@ -4,8 +4,6 @@ Only this module defines the wire format of a value. Parsers raise ``ValueError`
 caller adds the name of the field.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

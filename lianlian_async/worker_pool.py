@@ -1,7 +1,5 @@
 """Process any number of items with a bounded number of workers, in bounded memory."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing, contextmanager

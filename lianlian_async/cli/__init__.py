@@ -1,7 +1,5 @@
 """The command ``lianlian``. This module runs without the extra ``cli``, so that it can name a missing package."""
 
-from __future__ import annotations
-
 import sys
 from io import TextIOWrapper
 from typing import Final

@@ -4,8 +4,6 @@
 light modules, so ``--help`` is fast. ``options.runs`` imports the module of a command when the command is executed.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator

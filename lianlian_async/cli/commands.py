@@ -1,7 +1,5 @@
 """The commands, except ``journal``, ``notify``, ``batch``, ``sandbox`` and ``demo``: help texts, options, arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """``lianlian doctor``: check keys, connection, clock and journal, and name the cure of each problem."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """The outcomes of a command, each with a word and an exit code; errors as JSON."""
 
-from __future__ import annotations
-
 from typing import Any, Final, NamedTuple
 
 from lianlian_async import errors

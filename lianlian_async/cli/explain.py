@@ -1,7 +1,5 @@
 """``lianlian explain``: everything that a journal knows about one refund."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final

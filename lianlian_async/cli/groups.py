@@ -1,7 +1,5 @@
 """The command groups ``journal`` and ``notify``: their help texts, options and arguments."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

@@ -1,7 +1,5 @@
 """``lianlian journal``: show a journal, export it, resolve or decide its open refunds, back it up, restore it."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import time

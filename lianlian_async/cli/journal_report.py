@@ -1,7 +1,5 @@
 """The state of a journal and its queue, as ``lianlian journal`` and ``lianlian worker`` show it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing

@@ -1,7 +1,5 @@
 """``lianlian keygen``: generate a merchant's key pair."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``lianlian notify``: send a test notification to a service, and read a notification."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import BinaryIO
 

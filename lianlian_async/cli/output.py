@@ -1,7 +1,5 @@
 """Output of the command: results on stdout as tables or one JSON object, everything else on stderr."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import json

@@ -1,7 +1,5 @@
 """``lianlian reconcile``: compare LianLian's statements with a journal."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Sequence
 from contextlib import aclosing

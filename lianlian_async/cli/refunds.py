@@ -1,7 +1,5 @@
 """``lianlian apply`` and ``lianlian query``: one refund from the command line."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from pathlib import Path

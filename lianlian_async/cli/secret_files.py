@@ -1,7 +1,5 @@
 """Files with secrets: readable by their owner only; an existing file is never overwritten."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

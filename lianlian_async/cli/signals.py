@@ -1,7 +1,5 @@
 """Handling of SIGINT and SIGTERM."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

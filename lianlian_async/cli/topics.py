@@ -1,7 +1,5 @@
 """``lianlian help``: explain each concept in a few sentences."""
 
-from __future__ import annotations
-
 from typing import Final
 
 from .output import Output

@@ -1,7 +1,5 @@
 """``lianlian verify``: check the signature of a message, and find the likely cause if it is invalid."""
 
-from __future__ import annotations
-
 import hashlib
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

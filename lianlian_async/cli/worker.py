@@ -1,7 +1,5 @@
 """``lianlian worker``: make the refunds of a queue; any number of workers can share it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -91,7 +89,7 @@ class Progress:
         self.totals.add(Line(0, outcome.request, {}), outcome)
         self.step()
 
-    async def report(self, queue: RefundQueue) -> None:
+    async def report(self, queue: "RefundQueue") -> None:
         """Report, and touch the health file, at intervals until cancelled."""
         totals, before = self.totals, -1
         while True:

@@ -16,8 +16,6 @@ A service with the ``journal``, ``session`` and ``endpoint`` of the README's Fas
     app.router.add_post("/lianlian/refund", notifications(endpoint))
 """
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 

@@ -3,8 +3,6 @@
 The README shows a complete service.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from fastapi import APIRouter, Depends

@@ -31,8 +31,6 @@ To serve them (``pip install opentelemetry-exporter-prometheus``)::
         return start_http_server(port)
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

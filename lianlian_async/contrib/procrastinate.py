@@ -11,8 +11,6 @@ To queue a refund in the transaction that updates its order, pass the connection
         cursor.execute(*queue.statement([request]))
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -3,8 +3,6 @@
 Two slices may contain the same refund, and a slice may run twice: the journal prevents a second refund.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable

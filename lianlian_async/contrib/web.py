@@ -41,8 +41,6 @@ Django: an async view, and the ``application`` of ``asgi.py``, because Django ig
             await (endpoint if scope["path"] == "/lianlian/refund" else django)(scope, receive, send)
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import AsyncGenerator, Callable

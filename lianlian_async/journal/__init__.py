@@ -4,8 +4,6 @@ SQLite and psycopg are slow to import. This package imports SQLite at the first 
 never: import ``PostgresJournal`` from ``journal.postgres``.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing, State

@@ -18,8 +18,6 @@ A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`),
 never taken for a production refund.
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping
 from enum import StrEnum
 from types import TracebackType
@@ -138,7 +136,7 @@ class Owner:
     oid_partner: str
     apply_url: str
 
-    def confirm(self, recorded: Owner | None, journal: str) -> Owner:
+    def confirm(self, recorded: "Owner | None", journal: str) -> Self:
         """Return this owner if ``recorded`` is the same or None; else raise ``ConfigurationError``."""
         if recorded not in (None, self):
             raise ConfigurationError(
@@ -308,7 +306,7 @@ class Journal(Protocol):
     async def counts(self) -> Mapping[State, int]:
         """Return the number of refunds in each state."""
 
-    async def inbox(self) -> Journal:
+    async def inbox(self) -> "Journal":
         """Return the inbox: a second journal, which contains the final refunds to act on.
 
         The first call opens it, and it closes with this journal. Its entries are UNRESOLVED until ``on_refund`` has

@@ -4,8 +4,6 @@ It is a ``flock``, because POSIX record locks (which SQLite uses) end when the p
 Windows it is SQLite's exclusive lock on another file.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import sqlite3

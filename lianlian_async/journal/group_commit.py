@@ -3,8 +3,6 @@
 The batches are written by a background task, not by a caller, so the cancellation of a caller interrupts no batch.
 """
 
-from __future__ import annotations
-
 import os
 from abc import abstractmethod
 from collections import deque

@@ -1,7 +1,5 @@
 """Journals in memory, for tests, small jobs, and sessions without a journal."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
@@ -91,11 +89,11 @@ class MemoryJournal(Journal):
     async def counts(self) -> Mapping[State, int]:
         return dict.fromkeys(State, 0) | Counter(entry.state for entry in self._entries.values())
 
-    async def inbox(self) -> MemoryJournal:
+    async def inbox(self) -> "MemoryJournal":
         return self._inbox
 
     @cached_property
-    def _inbox(self) -> MemoryJournal:
+    def _inbox(self) -> "MemoryJournal":
         return MemoryJournal()
 
     def _do(self, operation: Operation[T]) -> T:

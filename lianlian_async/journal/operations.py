@@ -4,8 +4,6 @@ They do no I/O, and are the same for every journal. An operation gets the stored
 returns a value for the caller and the entry to store: the same object if nothing changes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime

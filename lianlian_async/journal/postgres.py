@@ -10,8 +10,6 @@ Each round trip sends all its statements in one message, with the parameters in 
 less CPU time than a pipeline, and needs no prepared statements, which a pooler such as pgbouncer may mix up.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
@@ -162,7 +160,7 @@ class PostgresJournal(GroupCommitJournal):
     async def counts(self) -> Mapping[State, int]:
         return dict.fromkeys(State, 0) | {State(row["state"]): row["count"] for row in await self._fetch(sql.COUNT)}
 
-    def _new_inbox(self) -> PostgresJournal:
+    def _new_inbox(self) -> "PostgresJournal":
         # An inbox sends nothing, so it never has to query first.
         return PostgresJournal(
             self._dsn.reveal(),

@@ -18,8 +18,6 @@ incarnation (after a restart, a failover or a restore), and when a worker's boot
 was set. A timestamp of an earlier era is read as the start of the current era, plus ``ahead``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -50,7 +48,7 @@ class Reading:
     is_same_incarnation: bool
     """Whether the server that answered is the incarnation in which the era began."""
 
-    def continues(self, earlier: Reading) -> bool:
+    def continues(self, earlier: "Reading") -> bool:
         """Compare with an ``earlier`` reading; return whether the era continues. If not, a new era must begin."""
         if not self.is_same_incarnation or self.era != earlier.era:  # readings of two eras cannot be compared
             return self.is_same_incarnation

@@ -4,8 +4,6 @@
 row: the schema's version, the journal's id, its owner, and whether ``Journal.begin_acting`` was called.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, LiteralString

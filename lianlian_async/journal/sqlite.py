@@ -3,8 +3,6 @@
 SQLite runs in a thread. Each batch of operations is one transaction with one ``fsync``.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
@@ -103,7 +101,7 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(os.path.realpath(path))
 
-    def _new_inbox(self) -> SqliteJournal:
+    def _new_inbox(self) -> "SqliteJournal":
         return SqliteJournal(f"{self._name}-inbox")
 
     async def _open(self) -> None:

@@ -3,8 +3,6 @@
 No other process writes to the file, so leased entries are kept in memory and are not read from the file again.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -10,8 +10,6 @@ One statement writes many rows, and a read returns all rows as one JSON text: ``
 GIL for every row, and a busy event loop may keep the GIL each time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final

@@ -1,11 +1,9 @@
 """Decide whether a client address is allowed; X-Forwarded-For counts only behind trusted proxies."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Final, TypeAlias
+from typing import Final, Self, TypeAlias
 
 import attrs
 
@@ -30,7 +28,7 @@ class AllowList:
     """Whether every peer on a Unix socket is a trusted proxy."""
 
     @classmethod
-    def read(cls, allow_from: Iterable[str], trusted_proxies: Iterable[str]) -> AllowList:
+    def read(cls, allow_from: Iterable[str], trusted_proxies: Iterable[str]) -> Self:
         """Parse networks such as ``203.0.113.0/24`` or ``2001:db8::7``; ``unix`` trusts every peer on a Unix socket.
 
         Raises ``ConfigurationError`` if a text is not a network.

@@ -1,7 +1,5 @@
 """Query the fields that a notification omits: ``no_refund``, ``money_refund`` and ``sta_refund`` are optional in it."""
 
-from __future__ import annotations
-
 from typing import Final, cast
 
 from lianlian_async import errors

@@ -12,8 +12,6 @@ refunds of this process. After an endpoint has opened a journal, the journal kee
 until the handler has returned for it, even if the refund became final without a notification.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ To *act on* a refund means to call the handler for it. :class:`RecentRefunds` is
 journal.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

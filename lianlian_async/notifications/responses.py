@@ -1,7 +1,5 @@
 """The verdict on each delivered notification, and its HTTP response."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final

@@ -4,8 +4,6 @@
 without a socket. No real money is involved.
 """
 
-from __future__ import annotations
-
 from .faults import Fault, When
 from .gateway import SandboxGateway
 from .ledger import Order, Record, Repeated

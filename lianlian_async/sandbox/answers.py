@@ -1,7 +1,5 @@
 """The sandbox's answers, with the fields that LianLian documents, and their HTTP responses."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Final, NamedTuple

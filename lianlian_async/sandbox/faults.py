@@ -1,7 +1,5 @@
 """The faults that the sandbox injects: which request gets a fault, and how the fault changes the response."""
 
-from __future__ import annotations
-
 import gzip
 from collections.abc import Callable, Mapping
 from decimal import Decimal

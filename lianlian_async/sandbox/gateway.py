@@ -4,8 +4,6 @@ A request is carried out without an await, so of two concurrent apply requests e
 the event loop for two RSA operations (about 0.5 ms with 1024 bits), which is acceptable in a fake.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections import Counter

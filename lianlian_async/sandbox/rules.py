@@ -4,8 +4,6 @@ This module repeats the rules of ``models`` on purpose: a sandbox that imported 
 A request that breaks a rule raises :class:`~.answers.Rejection`. No function here does I/O.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

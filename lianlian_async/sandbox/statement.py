@@ -1,7 +1,5 @@
 """LianLian's daily statement of domestic refunds, from the sandbox's ledger."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from lianlian_async import wire

@@ -9,8 +9,6 @@ waits for virtual time to pass, which waits forever. ``anyio.wait_all_tasks_bloc
 asyncio's time by tenths of a second.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math
@@ -34,7 +32,7 @@ T = TypeVar("T")
 class VirtualTime:
     """The time of one test, which starts at 0.0 seconds. ``patch`` must be undone after the test."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, patch: "pytest.MonkeyPatch") -> None:
         self.seconds = 0.0  # the time on asyncio
         self.threads = 0  # the number of threads that are working
         self._trio: trio.testing.MockClock | None = None

@@ -4,8 +4,6 @@ httpx-aiohttp is unsuitable: if a connection breaks after the request was sent, 
 so a refund would be sent again without a query.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from functools import partial

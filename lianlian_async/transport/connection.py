@@ -1,7 +1,5 @@
 """TLS context, proxies, the loopback check for tests, and socket options that reset a cancelled connection."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import os

@@ -4,8 +4,6 @@ httpx's own pool examines every connection and every waiting request at the begi
 pool, the cost of a request does not depend on the number of concurrent requests.
 """
 
-from __future__ import annotations
-
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
@@ -25,7 +23,7 @@ class _Connection:
     """A transport with one connection to one origin; its socket is known after the TCP connect."""
 
     def __init__(
-        self, transport: httpx.AsyncHTTPTransport, proxy: httpx.Proxy | None, stack: deque[_Connection]
+        self, transport: httpx.AsyncHTTPTransport, proxy: httpx.Proxy | None, stack: "deque[_Connection]"
     ) -> None:
         self.idle_since = 0.0
         self.stack = stack

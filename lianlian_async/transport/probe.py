@@ -1,7 +1,5 @@
 """Connect to a server without sending a refund or a query; report the proxy, the certificate and the server's clock."""
 
-from __future__ import annotations
-
 import ssl
 from datetime import UTC, datetime
 from functools import partial

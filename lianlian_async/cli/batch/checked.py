@@ -1,7 +1,5 @@
 """Check all refunds of a file before the first one is sent, and look them up in the journal."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sqlite3

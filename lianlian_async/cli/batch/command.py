@@ -1,7 +1,5 @@
 """``lianlian batch``: make the refunds of a file. The command can be killed at any time and run again."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from decimal import Decimal
@@ -136,7 +134,7 @@ async def _add_to_queue(dsn: str, checked: Checked) -> int:
         return await queue.enqueue(line.request async for line in checked.lines())
 
 
-def _confirm_batch(run: _Batch, file: str) -> None:
+def _confirm_batch(run: "_Batch", file: str) -> None:
     """Show what the journal knows, ask for confirmation unless ``--yes``, and create the default journal's folder."""
     in_journal, options, merchant, journal = run.in_journal, run.options, run.merchant, place_name(run.place)
     if options["yes"] and in_journal.found["new"] < run.in_file.refunds:
@@ -152,7 +150,7 @@ def _confirm_batch(run: _Batch, file: str) -> None:
         make_folder(run.place)
 
 
-def _send(run: _Batch) -> int:
+def _send(run: "_Batch") -> int:
     """Send the batch and show its results; return the exit code."""
     try:
         with sigterm_interrupts(), run.output.progress(run.in_file.refunds, run.status) as run.advance:

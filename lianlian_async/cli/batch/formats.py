@@ -1,7 +1,5 @@
 """Read dates and amounts in the format that the user declares with an option; no format is guessed."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The command ``lianlian batch``: its help text, options and argument."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final

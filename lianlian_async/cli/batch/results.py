@@ -1,7 +1,5 @@
 """The results of a batch: one result line for each line of the file, and the totals."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import date, datetime

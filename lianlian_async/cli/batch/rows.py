@@ -1,7 +1,5 @@
 """Read a CSV or JSON Lines file row by row, in bounded memory, and detect identifiers that a spreadsheet changed."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io

@@ -1,7 +1,5 @@
 """The output of ``lianlian batch``: tables, or one JSON object with ``--json``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any

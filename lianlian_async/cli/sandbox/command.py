@@ -1,7 +1,5 @@
 """``lianlian sandbox``: serve the fake gateway on a socket until a signal stops it."""
 
-from __future__ import annotations
-
 import shlex
 import time
 from collections.abc import Iterator, Mapping

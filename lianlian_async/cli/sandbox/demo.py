@@ -1,7 +1,5 @@
 """``lianlian demo``: make refunds at a faulty gateway, and compare the outcomes with the gateway's ledger."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

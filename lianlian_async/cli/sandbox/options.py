@@ -1,7 +1,5 @@
 """The commands ``lianlian sandbox`` and ``lianlian demo``: their help texts and options."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final

@@ -1,7 +1,5 @@
 """Serve the sandbox with uvicorn in a thread, and make the environment variables of its merchant."""
 
-from __future__ import annotations
-
 import logging
 import socket
 import threading
