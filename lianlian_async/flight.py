@@ -82,12 +82,14 @@ class Flights:
         ):
             await flight.task.join()
             self._forget(number, flight)
+        caller = Caller(order.seconds)
         if flight is not None:
             flight.check_content(order.request)
+            flight.add(caller)
         else:
-            flight = self._flights[number] = Flight(order, traffic, self._carry_out, self._unknown)
+            flight = self._flights[number] = Flight(order, traffic, caller, self._carry_out, self._unknown)
         try:
-            return await flight.join(order.seconds)
+            return await flight.join(caller)
         finally:
             self._forget(number, flight)  # every caller does it: the first one may leave before the flight ends
 
@@ -192,7 +194,9 @@ def _refused(entry: Entry) -> RefundRejected | None:
 
 
 @attrs.define(eq=False)
-class _Caller:
+class Caller:
+    """A call that waits for a flight."""
+
     seconds: float
     """See ``Order.seconds``."""
     scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
@@ -207,6 +211,7 @@ class Flight:
         self,
         order: Order,
         traffic: Traffic,
+        first: Caller,
         carry_out: Callable[[Flight], Awaitable[Refund]],
         unknown: Callable[[Flight], RefundOutcomeUnknown],
     ) -> None:
@@ -219,7 +224,7 @@ class Flight:
         self.case: Case | None = None
         self._carry_out = carry_out
         self._unknown = unknown
-        self._callers: list[_Caller] = []
+        self._callers = [first]  # listed before the task starts: an eager task runs at once (Python 3.12)
         self._refund: Refund | None = None
         self._error: BaseException | None = None
         self._is_raised = False
@@ -246,13 +251,15 @@ class Flight:
         for caller in self._callers:
             caller.scope.deadline = caller.leaves_at if caller.leaves_at < until else math.inf
 
-    async def join(self, seconds: float) -> Refund:
-        """Wait until the flight ends, or until the caller's deadline. Each caller gets an exception of its own."""
-        caller = _Caller(seconds)
+    def add(self, caller: Caller) -> None:
+        """Add another caller; it must then call :meth:`join`."""
         self._callers.append(caller)
         if self.until.at < math.inf:
-            caller.leaves_at = anyio.current_time() + seconds
+            caller.leaves_at = anyio.current_time() + caller.seconds
             self._set_deadline(max(self.until.at, caller.leaves_at))
+
+    async def join(self, caller: Caller) -> Refund:
+        """Wait until the flight ends, or until the caller's deadline. Each caller gets an exception of its own."""
         try:
             with caller.scope:
                 await self.task.join()

@@ -314,6 +314,22 @@ async def test_an_exception_from_below_ends_the_flight(stray, options, anyio_bac
     assert gateway.times_made("R-1") == 1
 
 
+@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="eager tasks need Python 3.12")
+async def test_a_refund_is_resolved_in_an_eager_task(options, anyio_backend_name):
+    """The flight's task runs before ``create_task`` returns, but already has the deadline of its first caller."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("trio has no eager tasks")
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    async with gateway.session(**options) as session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request())
+        await anyio.sleep(900)
+        assert (await session.resolve(caught.value)).no_refund == "R-1"
+    assert gateway.times_made("R-1") == 1
+
+
 # ── a session without a journal ──────────────────────────────────────────────────────────────────
 
 
