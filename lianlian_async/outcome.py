@@ -5,18 +5,8 @@ from typing import Final
 
 import attrs
 
+from . import errors
 from .codes import explain
-from .errors import (
-    AnswerMismatch,
-    GatewayUnavailable,
-    LianLianError,
-    MalformedMessage,
-    QueryRejected,
-    RefundNotFound,
-    RefundNotSent,
-    RefundRejected,
-    SignatureInvalid,
-)
 from .models import Refund, RefundRequest
 
 _TIMED_OUT: Final = re.compile(r"no answer within|the deadline is over|\w*Timeout")
@@ -41,7 +31,7 @@ class Outcome:
     request: RefundRequest
     """The given object. If it is not a ``RefundRequest``, ``error`` is ``InvalidRequest``."""
     refund: Refund | None
-    error: LianLianError | None
+    error: errors.LianLianError | None
     attempts: int
     """The number of apply requests; 0 if the journal had the outcome, or if a concurrent call sent the requests."""
     queries: int
@@ -49,35 +39,35 @@ class Outcome:
     """The duration of the call, including its wait for a connection slot."""
 
 
-def unknown_reason(apply_error: LianLianError | None, query_error: LianLianError | None) -> str:
+def unknown_reason(apply_error: errors.LianLianError | None, query_error: errors.LianLianError | None) -> str:
     """Return the reason why a refund is unknown, without details of that refund, so that reasons can be counted.
 
     The reason is the query's error; without a query, the apply call's error; after "no such record", both. An invalid
     signature of the apply answer takes precedence, because its cause affects every refund.
     """
-    if isinstance(apply_error, SignatureInvalid):
+    if isinstance(apply_error, errors.SignatureInvalid):
         return _reason(apply_error)
-    if isinstance(query_error, RefundNotFound) and apply_error is not None:
+    if isinstance(query_error, errors.RefundNotFound) and apply_error is not None:
         return f"{_reason(apply_error)}; not found yet"
     error = query_error or apply_error
     return "no answer yet" if error is None else _reason(error)
 
 
-def _reason(error: LianLianError) -> str:
+def _reason(error: errors.LianLianError) -> str:
     match error:
-        case SignatureInvalid():
+        case errors.SignatureInvalid():
             return "signature invalid"
-        case AnswerMismatch():
+        case errors.AnswerMismatch():
             return "message for another request"
-        case MalformedMessage():
+        case errors.MalformedMessage():
             return str(error) if str(error).startswith("HTTP status") else "unreadable answer"
-        case RefundNotFound():
+        case errors.RefundNotFound():
             return "not found yet"
-        case RefundRejected() | QueryRejected():
+        case errors.RefundRejected() | errors.QueryRejected():
             return f"{error.ret_code} {error.meaning}"
-        case GatewayUnavailable(ret_code=str(code)):
+        case errors.GatewayUnavailable(ret_code=str(code)):
             return f"{code} {explain(code).meaning}"
-        case GatewayUnavailable() | RefundNotSent():
+        case errors.GatewayUnavailable() | errors.RefundNotSent():
             if _TIMED_OUT.match(error.last_error):
                 return "no answer in time"
             kind = error.last_error.partition(":")[0]

@@ -6,23 +6,8 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from . import wire
+from . import errors, wire
 from .codes import CodeClass, ReturnCode, explain
-from .errors import (
-    AnswerMismatch,
-    GatewayUnavailable,
-    InvalidRequest,
-    LianLianError,
-    MalformedMessage,
-    Problem,
-    QueryRejected,
-    RefundConflict,
-    RefundNotFound,
-    RefundNotSent,
-    RefundRejected,
-    SignatureInvalid,
-    printable,
-)
 from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply
 from .identity import NUMBERS, check_identity
 from .merchant import Merchant
@@ -42,7 +27,8 @@ class Protocol(NamedTuple):
         fields = {"oid_partner": self.merchant.oid_partner, "sign_type": "RSA", **request.to_dict()}
         notify_url = request.notify_url or self.merchant.notify_url
         if notify_url is None:
-            raise InvalidRequest([Problem("notify_url", "is required, in the request or in the Merchant", "neither")])
+            problem = errors.Problem("notify_url", "is required, in the request or in the Merchant", "neither")
+            raise errors.InvalidRequest([problem])
         fields["notify_url"] = notify_url
         return fields
 
@@ -75,9 +61,9 @@ class Protocol(NamedTuple):
             verified = self._verified(fields)
             row = explain(fields["ret_code"])
             _match(exchange, fields, success=row.kind is CodeClass.SUCCESS)
-        except RefundConflict as conflict:
+        except errors.RefundConflict as conflict:
             return Reply(finding=Finding.CONFLICT, error=conflict, verified=verified)
-        except LianLianError as error:
+        except errors.LianLianError as error:
             return Reply(finding=Finding.UNCERTAIN, error=error, retry_after=retry_after, verified=verified)
         if row.kind is CodeClass.SUCCESS:
             refund = RefundRecord.from_dict(fields, exchange.asked, last_exchange=exchange.send_count.last_exchange)
@@ -95,15 +81,17 @@ class Protocol(NamedTuple):
         if not self.verify(fields):
             raise self._not_verified(fields, "notification")
         if fields.get("oid_partner") != self.merchant.oid_partner:
-            raise AnswerMismatch("oid_partner", asked=self.merchant.oid_partner, answered=fields.get("oid_partner"))
+            raise errors.AnswerMismatch(
+                "oid_partner", asked=self.merchant.oid_partner, answered=fields.get("oid_partner")
+            )
         refund = RefundRecord.from_dict(fields)
         if refund.ret_code not in (None, "0000"):
-            raise MalformedMessage(f"not a refund notification: ret_code is {refund.ret_code}")
+            raise errors.MalformedMessage(f"not a refund notification: ret_code is {refund.ret_code}")
         if refund.no_refund is None and refund.oid_refundno is None:
-            raise MalformedMessage("has neither no_refund nor oid_refundno")
+            raise errors.MalformedMessage("has neither no_refund nor oid_refundno")
         for name in ("dt_refund", "money_refund"):
             if name in refund.extra:
-                raise MalformedMessage(f"has no usable {name}")
+                raise errors.MalformedMessage(f"has no usable {name}")
         return refund
 
     def _verified(self, fields: Mapping[str, str]) -> bool:
@@ -116,10 +104,10 @@ class Protocol(NamedTuple):
                 raise self._not_verified(fields, f"answer {fields['ret_code']}")
             return True
         if fields["ret_code"] == "0000":
-            raise SignatureInvalid("answer 0000 without signature")
+            raise errors.SignatureInvalid("answer 0000 without signature")
         return False
 
-    def _not_verified(self, fields: Mapping[str, str], subject: str) -> SignatureInvalid:
+    def _not_verified(self, fields: Mapping[str, str], subject: str) -> errors.SignatureInvalid:
         """Return the error for a message whose signature is invalid.
 
         If the signature is valid without the undocumented fields, the text of the error names those fields.
@@ -132,7 +120,7 @@ class Protocol(NamedTuple):
                 f"; the signature is valid without the undocumented fields {others}. LianLian probably did not sign "
                 "them: report this to LianLian's support"
             )
-        return SignatureInvalid(f"{subject}: invalid signature: no configured gateway key verifies it{cause}")
+        return errors.SignatureInvalid(f"{subject}: invalid signature: no configured gateway key verifies it{cause}")
 
 
 # The findings from error codes; every other class of codes is UNCERTAIN. As the answer to an apply call, NOT_FOUND is
@@ -147,9 +135,9 @@ _QUERY = {CodeClass.REJECTED: Finding.REJECTED, CodeClass.NOT_FOUND: Finding.NOT
 
 def unanswered(exchange: Exchange, delivery: NoResponse) -> Reply:
     """Return the reply for an exchange without an HTTP response: *not sent* or *uncertain*."""
-    error: LianLianError
+    error: errors.LianLianError
     if exchange.call is Call.APPLY and not delivery.may_have_arrived:
-        error = RefundNotSent(exchange.asked["no_refund"], attempts=exchange.attempt, last_error=delivery.reason)
+        error = errors.RefundNotSent(exchange.asked["no_refund"], attempts=exchange.attempt, last_error=delivery.reason)
     else:
         error = _unavailable(exchange, delivery.reason)
     error.__cause__ = delivery.cause
@@ -159,13 +147,13 @@ def unanswered(exchange: Exchange, delivery: NoResponse) -> Reply:
 def _message(answer: HttpResponse) -> dict[str, str]:
     """Return the fields of an answer. Raises ``MalformedMessage`` if the answer violates the protocol."""
     if answer.status != 200:
-        raise MalformedMessage(f"HTTP status {answer.status}")
+        raise errors.MalformedMessage(f"HTTP status {answer.status}")
     encoding = answer.headers.get("content-encoding", "identity")
     if encoding.lower() not in ("", "identity") and not _is_charset(encoding):
-        raise MalformedMessage(f"compressed ({encoding[:32]}), although the request asked for identity")
+        raise errors.MalformedMessage(f"compressed ({encoding[:32]}), although the request asked for identity")
     fields = wire.decode(answer.body)
     if not fields.get("ret_code"):
-        raise MalformedMessage("no ret_code")
+        raise errors.MalformedMessage("no ret_code")
     return fields
 
 
@@ -191,32 +179,34 @@ def _match(exchange: Exchange, fields: Mapping[str, str], *, success: bool) -> N
     check_identity(asked, fields)
     names = [name for name in ("no_refund", "oid_refundno") if name in asked]
     if not fields.get("oid_partner"):
-        raise AnswerMismatch("oid_partner", asked=asked["oid_partner"], answered=None)
+        raise errors.AnswerMismatch("oid_partner", asked=asked["oid_partner"], answered=None)
     if not any(fields.get(name) for name in names):
-        raise AnswerMismatch(names[0], asked=asked[names[0]], answered=None)
+        raise errors.AnswerMismatch(names[0], asked=asked[names[0]], answered=None)
     if exchange.call is Call.APPLY and not fields.get("money_refund"):
-        raise AnswerMismatch("money_refund", asked=asked["money_refund"], answered=None)
+        raise errors.AnswerMismatch("money_refund", asked=asked["money_refund"], answered=None)
 
 
 def _refused(
     exchange: Exchange, fields: Mapping[str, str], row: ReturnCode, *, verified: bool
-) -> tuple[Finding, LianLianError]:
+) -> tuple[Finding, errors.LianLianError]:
     """Return the finding and the error for an answer other than 0000."""
     finding = (_APPLY if exchange.call is Call.APPLY else _QUERY).get(row.kind, Finding.UNCERTAIN)
     ret_code, ret_msg, no_refund = fields["ret_code"], fields.get("ret_msg", ""), exchange.asked.get("no_refund")
     if finding in (Finding.REJECTED, Finding.EXISTS):
-        refusal = RefundRejected if exchange.call is Call.APPLY else QueryRejected
+        refusal = errors.RefundRejected if exchange.call is Call.APPLY else errors.QueryRejected
         return finding, refusal(ret_code, ret_msg, verified=verified, no_refund=no_refund)
     if finding is Finding.NOT_FOUND:
         number = exchange.asked.get("oid_refundno")
-        return finding, RefundNotFound(
+        return finding, errors.RefundNotFound(
             no_refund=no_refund, oid_refundno=number, ret_code=ret_code, ret_msg=ret_msg, verified=verified
         )
-    return finding, _unavailable(exchange, f"{printable(ret_code)} {printable(ret_msg)} ({row.meaning})", ret_code)
+    return finding, _unavailable(
+        exchange, f"{errors.printable(ret_code)} {errors.printable(ret_msg)} ({row.meaning})", ret_code
+    )
 
 
-def _unavailable(exchange: Exchange, reason: str, ret_code: str | None = None) -> GatewayUnavailable:
-    return GatewayUnavailable(
+def _unavailable(exchange: Exchange, reason: str, ret_code: str | None = None) -> errors.GatewayUnavailable:
+    return errors.GatewayUnavailable(
         f"{exchange.call}: {reason}", attempts=exchange.attempt, last_error=reason, ret_code=ret_code
     )
 

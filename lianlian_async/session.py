@@ -13,15 +13,8 @@ from typing import Any, Final, Self, cast
 import anyio
 import attrs
 
+from . import errors
 from .clock import Clock, SessionClock, system_clock
-from .errors import (
-    ConfigurationError,
-    GatewayUnavailable,
-    LianLianError,
-    RefundNotSent,
-    RefundOutcomeUnknown,
-    misconfigured,
-)
 from .events import CallBegan, CallEnded, Listener, Paused
 from .flight import Flights, Order
 from .gateway_client import GatewayClient
@@ -180,14 +173,14 @@ class RefundSession:
         return await self._apply(request, deadline=deadline, retry=retry)
 
     async def resolve(
-        self, unknown: RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
+        self, unknown: errors.RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
     ) -> Refund:
         """Resolve a refund whose outcome is unknown. Call it at ``unknown.ask_again_at`` or later.
 
         Queries first. Sends the same bytes again only if the gateway still has no record after
         ``RetryPolicy.not_found_grace``. Returns and raises as :meth:`apply_refund`.
         """
-        expect(unknown, RefundOutcomeUnknown, "unknown")
+        expect(unknown, errors.RefundOutcomeUnknown, "unknown")
         return await self._apply(unknown.request, deadline=deadline, retry=retry, earlier=unknown)
 
     async def outcome_of(
@@ -197,7 +190,7 @@ class RefundSession:
         deadline: float | None = None,
         retry: RetryPolicy | None = None,
         journal: Journal | None = None,
-        earlier: RefundOutcomeUnknown | None = None,
+        earlier: errors.RefundOutcomeUnknown | None = None,
         query_first: bool = False,
     ) -> Outcome:
         """Return the result of :meth:`apply_refund` as a value; with ``earlier``, the result of :meth:`resolve`.
@@ -219,11 +212,11 @@ class RefundSession:
                 query_first=query_first,
                 traffic=traffic,
             )
-        except ConfigurationError:
+        except errors.ConfigurationError:
             raise
-        except LianLianError as problem:
+        except errors.LianLianError as problem:
             error = problem
-            if isinstance(problem, RefundOutcomeUnknown):
+            if isinstance(problem, errors.RefundOutcomeUnknown):
                 self.unknown_reasons[problem.reason] += 1
         return Outcome(
             request=request,
@@ -264,9 +257,9 @@ class RefundSession:
         traffic.queries = reply.attempts
         if reply.refund is not None:
             return reply.refund
-        if isinstance(reply.error, GatewayUnavailable):
+        if isinstance(reply.error, errors.GatewayUnavailable):
             reply.error.attempts = reply.attempts
-        raise misconfigured(reply.error) or cast("LianLianError", reply.error)  # set if refund is None
+        raise errors.misconfigured(reply.error) or cast("errors.LianLianError", reply.error)  # set if refund is None
 
     async def wait_refund(self, refund: Record, *, deadline: float = 3600.0) -> Record:
         """Wait until a refund that was made is final: success or failed.
@@ -298,7 +291,7 @@ class RefundSession:
         with self._waiters.listen(request) as waiter:
             try:
                 refund = await self.apply_refund(request, retry=retry)
-            except RefundOutcomeUnknown:
+            except errors.RefundOutcomeUnknown:
                 if waiter.notified is None:
                     raise
                 return waiter.notified
@@ -319,7 +312,7 @@ class RefundSession:
         ``concurrency`` is ``max_connections`` by default. Raises ``JournalError``.
         """
         if self.journal is None:
-            raise ConfigurationError("resume: this session has no journal")
+            raise errors.ConfigurationError("resume: this session has no journal")
         workers = self.max_connections if concurrency is None else check_integer("concurrency", concurrency, least=1)
         return await resume(
             self.journal, resolve=self.outcome_of, query=self.query_refund, workers=workers, clock=self.clock
@@ -332,22 +325,22 @@ class RefundSession:
         deadline: float | None,
         retry: RetryPolicy | None,
         journal: Journal | None = None,
-        earlier: RefundOutcomeUnknown | None = None,
+        earlier: errors.RefundOutcomeUnknown | None = None,
         query_first: bool = False,
         traffic: Traffic | None = None,
     ) -> Refund:
         expect(request, RefundRequest, "request")
         if earlier is not None:
-            expect(earlier, RefundOutcomeUnknown, "earlier")
+            expect(earlier, errors.RefundOutcomeUnknown, "earlier")
             if earlier.oid_partner != self.merchant.oid_partner:
-                raise ConfigurationError(
+                raise errors.ConfigurationError(
                     f"refund {earlier.no_refund} belongs to merchant {earlier.oid_partner}, "
                     f"this session to {self.merchant.oid_partner}: resolve it in a session of its merchant"
                 )
         journal = journal or self.journal
         seconds, policy = self._given(deadline, retry)
         if journal is not None and seconds > LONGEST_DEADLINE:
-            raise ConfigurationError(f"deadline: must be at most {LONGEST_DEADLINE:g} seconds with a journal")
+            raise errors.ConfigurationError(f"deadline: must be at most {LONGEST_DEADLINE:g} seconds with a journal")
         order = Order(
             request=request,
             journal=journal or self._open_refunds,
@@ -360,8 +353,8 @@ class RefundSession:
         try:
             with self._life.in_use():
                 return await self._observed(name, request.no_refund, self._flights.join(order, traffic), traffic)
-        except RefundNotSent as error:
-            raise misconfigured(error) or error from error.__cause__
+        except errors.RefundNotSent as error:
+            raise errors.misconfigured(error) or error from error.__cause__
 
     def _slot(self, number: str | None) -> AbstractAsyncContextManager[None]:
         """Return a context manager that holds a connection slot, and reports the wait for it to the listeners."""

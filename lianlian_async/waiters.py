@@ -8,17 +8,7 @@ from typing import Final, cast
 import anyio
 import attrs
 
-from .errors import (
-    AnswerMismatch,
-    GatewayUnavailable,
-    JournalError,
-    LianLianError,
-    MalformedMessage,
-    RefundConflict,
-    RefundNotFinal,
-    RefundNotFound,
-    SignatureInvalid,
-)
+from . import errors
 from .identity import check_identity
 from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest
 from .resolution import IncompleteRecord
@@ -30,11 +20,11 @@ LONGEST_PAUSE: Final = 300.0
 """Seconds. Each pause between two queries is twice as long as the pause before: about twenty queries in an hour."""
 
 _TRANSIENT: Final = (
-    RefundNotFound,
-    GatewayUnavailable,
-    SignatureInvalid,
-    AnswerMismatch,
-    MalformedMessage,
+    errors.RefundNotFound,
+    errors.GatewayUnavailable,
+    errors.SignatureInvalid,
+    errors.AnswerMismatch,
+    errors.MalformedMessage,
     IncompleteRecord,
 )
 """Errors of a query after which the next query may succeed."""
@@ -54,7 +44,7 @@ class Waiter:
         """Accept the final state from a notification of this refund, and stop the queries."""
         try:
             check_identity(self.identity, refund.identity())
-        except (AnswerMismatch, RefundConflict) as error:
+        except (errors.AnswerMismatch, errors.RefundConflict) as error:
             logger.warning("the call that waits for refund %s ignores a notification: %s", refund.no_refund, error)
             return
         self.notified = refund
@@ -67,7 +57,7 @@ class Waiter:
         if refund.is_final:
             return refund
         query, known = refund.query(), refund.identity()
-        error: LianLianError | None = None
+        error: errors.LianLianError | None = None
         pause = FIRST_PAUSE
         with anyio.move_on_after(seconds), self._queries:
             while True:
@@ -79,14 +69,14 @@ class Waiter:
                     refund, error = cast("Record", found.completed(known)), None
                 except _TRANSIENT as problem:
                     error = problem
-                except JournalError as problem:
+                except errors.JournalError as problem:
                     problem.said = refund
                     raise
                 if refund.is_final:
                     return refund
         if self.notified is not None:
             return cast("Record", self.notified)
-        raise RefundNotFinal(refund, last_error=None if error is None else str(error)) from error
+        raise errors.RefundNotFinal(refund, last_error=None if error is None else str(error)) from error
 
 
 class Waiters:

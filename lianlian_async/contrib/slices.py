@@ -12,22 +12,12 @@ from procrastinate.jobs import Job
 from procrastinate.manager import JobManager
 from procrastinate.worker import Worker
 
+from lianlian_async import errors
 from lianlian_async.batch import refund_many
-from lianlian_async.errors import (
-    InvalidRequest,
-    JournalError,
-    LianLianError,
-    Problem,
-    RefundNotSent,
-    RefundOutcomeUnknown,
-    RefundRejected,
-)
 from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
 from lianlian_async.session import RefundSession
 from lianlian_async.signature_watch import Admission
-
-__all__ = ["TASK", "Slice", "SliceFetcher", "SliceWorker", "follow_up"]
 
 logger = logging.getLogger("lianlian_async")
 
@@ -137,7 +127,7 @@ class Slice:
                     if outcome.error is not None:
                         self._keep(outcome.request, outcome.error)
                     worker.on_outcome(outcome)  # after _keep, because it may raise
-        except JournalError as error:
+        except errors.JournalError as error:
             logger.warning("%d refunds are queued again: %s", len(self._unread), error)
             pause = self._pause
         except Exception as error:  # noqa: BLE001 - every slice would fail with it, so the queue's `work` raises it
@@ -163,30 +153,30 @@ class Slice:
             worker.add_waiting(-1)
             try:
                 request = _read(row)
-            except InvalidRequest as error:
+            except errors.InvalidRequest as error:
                 worker.admission.leave()
                 self._fail(row, error)
             else:
                 self._under_way[id(request)] = request
                 yield request
 
-    def _keep(self, request: RefundRequest, error: LianLianError) -> None:
+    def _keep(self, request: RefundRequest, error: errors.LianLianError) -> None:
         """Add the refund to a follow-up job; a permanent rejection needs none."""
         match error:
-            case RefundOutcomeUnknown():
+            case errors.RefundOutcomeUnknown():
                 seconds = (error.ask_again_at - self._worker.session.clock().wall).total_seconds()
                 self._retry(request, seconds, f"unknown: {error.reason}")
-            case RefundNotSent():
+            case errors.RefundNotSent():
                 self._retry(request, self._pause, f"not sent: {error.last_error}")
-            case JournalError():
+            case errors.JournalError():
                 self._retry(request, self._pause, "journal error")
-            case RefundRejected():
+            case errors.RefundRejected():
                 logger.warning("%s", error)
                 if error.stops_batch:
                     self._worker.stop()
                 if error.stops_batch or error.may_pass:
                     self._retry(request, _REJECTED_PAUSE, f"rejected: {error.ret_code} {error.meaning}")
-            case InvalidRequest():  # the row is valid, so the cause is the merchant's configuration: no notify_url
+            case errors.InvalidRequest():  # the row is valid: the merchant has no notify_url
                 self._retry(request, 0.0, str(error))
                 self._worker.fail(error)
             case _:
@@ -197,7 +187,7 @@ class Slice:
         job["args"]["refunds"].append(request.to_dict())
         job["seconds"] = max(job["seconds"], seconds)
 
-    def _fail(self, row: Any, error: LianLianError) -> None:
+    def _fail(self, row: Any, error: errors.LianLianError) -> None:
         logger.error("a person has to decide about a refund: %s", error)
         self._failed.append(follow_up([row], self._tries + 1, cause=str(error), failed=True))
 
@@ -210,5 +200,5 @@ def _rows(job: Job) -> list[Any]:
 
 def _read(row: Any) -> RefundRequest:
     if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
-        raise InvalidRequest([Problem("refunds", "must be objects of strings", type(row).__name__)])
+        raise errors.InvalidRequest([errors.Problem("refunds", "must be objects of strings", type(row).__name__)])
     return RefundRequest.from_record(row)

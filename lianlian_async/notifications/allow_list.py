@@ -9,8 +9,6 @@ import attrs
 
 from lianlian_async.errors import ConfigurationError, printable
 
-__all__ = ["AllowList"]
-
 Networks: TypeAlias = tuple[IPv4Network | IPv6Network, ...]
 
 _UNIX: Final = "unix"

@@ -10,8 +10,6 @@ from lianlian_async.models import Refund, RefundRecord
 from lianlian_async.resolution import IncompleteRecord
 from lianlian_async.session import RefundSession
 
-__all__ = ["check_state", "complete"]
-
 _NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
 # query_refund raises these if it cannot return a record.
 _UNUSABLE: Final = (errors.AnswerMismatch, errors.MalformedMessage, errors.SignatureInvalid)

@@ -22,17 +22,9 @@ from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
 import anyio
 
-from lianlian_async import asgi
+from lianlian_async import asgi, errors
 from lianlian_async.background import BackgroundTask
 from lianlian_async.clock import Clock, system_clock
-from lianlian_async.errors import (
-    AnswerMismatch,
-    ConfigurationError,
-    LianLianError,
-    MalformedMessage,
-    RefundConflict,
-    SignatureInvalid,
-)
 from lianlian_async.events import ActedOn, Listener, Notified
 from lianlian_async.journal import Journal, MemoryJournal, Standing
 from lianlian_async.logs import Listeners
@@ -51,8 +43,6 @@ from .completion import check_state, complete
 from .inbox import Inbox, RecentRefunds
 from .responses import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 
-__all__ = ["Ack", "NotificationEndpoint", "Verdict"]
-
 logger = logging.getLogger("lianlian_async")
 
 Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
@@ -61,11 +51,11 @@ _HOW_TO_OPEN: Final = (
     "use the NotificationEndpoint in `async with`, or have the server run its lifespan (uvicorn: --lifespan on)"
 )
 
-_REFUSED: Final[Mapping[type[LianLianError], Verdict]] = {
-    MalformedMessage: Verdict.MALFORMED,
-    SignatureInvalid: Verdict.UNVERIFIED,
-    AnswerMismatch: Verdict.FOREIGN,
-    RefundConflict: Verdict.CONTRADICTORY,
+_REFUSED: Final[Mapping[type[errors.LianLianError], Verdict]] = {
+    errors.MalformedMessage: Verdict.MALFORMED,
+    errors.SignatureInvalid: Verdict.UNVERIFIED,
+    errors.AnswerMismatch: Verdict.FOREIGN,
+    errors.RefundConflict: Verdict.CONTRADICTORY,
     IncompleteRecord: Verdict.INCOMPLETE,
 }
 
@@ -140,9 +130,11 @@ class NotificationEndpoint:
         check_journal(journal)
         check_type("session", session, RefundSession | None)
         if confirm and session is None:
-            raise ConfigurationError("confirm=True requires session=…: the endpoint queries the gateway through it")
+            raise errors.ConfigurationError(
+                "confirm=True requires session=…: the endpoint queries the gateway through it"
+            )
         if inbox and journal is None:
-            raise ConfigurationError("inbox=True requires journal=…: the endpoint records notifications in it")
+            raise errors.ConfigurationError("inbox=True requires journal=…: the endpoint records notifications in it")
         for name, seconds in (("body_seconds", body_seconds), ("handler_seconds", handler_seconds)):
             positive_seconds(name, seconds)
         self.merchant = merchant
@@ -337,14 +329,14 @@ class NotificationEndpoint:
         Raises ``ConfigurationError`` without a journal or a session, or if the session has another journal or merchant.
         """
         if self._journal is None or self._session is None:
-            raise ConfigurationError(
+            raise errors.ConfigurationError(
                 "sweep requires journal=… and session=…: it queries the gateway through the session"
             )
         if (
             self._session.journal is not self._journal
             or self._session.merchant.oid_partner != self.merchant.oid_partner
         ):
-            raise ConfigurationError("sweep: the session must have the endpoint's journal and merchant")
+            raise errors.ConfigurationError("sweep: the session must have the endpoint's journal and merchant")
         return self._journal, self._session
 
     def _notify_session(self, refund: Refund) -> None:

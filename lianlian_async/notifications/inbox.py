@@ -23,8 +23,6 @@ from lianlian_async.models import Refund, RefundRequest
 from lianlian_async.recording import learn, recorded_refund, take
 from lianlian_async.worker_pool import iterate, run_workers
 
-__all__ = ["Inbox", "RecentRefunds"]
-
 T = TypeVar("T")
 
 logger = logging.getLogger("lianlian_async")

@@ -8,8 +8,6 @@ import attrs
 
 from lianlian_async import wire
 
-__all__ = ["ACKS", "NOT_HERE", "ONLY_POST", "Ack", "Verdict"]
-
 
 class Verdict(StrEnum):
     """The result of one delivery. LianLian delivers a notification again until it is acknowledged."""

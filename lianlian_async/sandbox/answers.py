@@ -6,8 +6,6 @@ from typing import Final, NamedTuple
 
 from lianlian_async import wire
 
-__all__ = ["SUCCESS", "UNSIGNED", "Rejection", "Response", "error_answer", "foreign_fields", "message", "page"]
-
 SUCCESS: Final = {"ret_code": "0000", "ret_msg": "交易成功"}
 
 _MESSAGES: Final = {

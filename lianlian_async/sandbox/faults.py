@@ -15,8 +15,6 @@ from lianlian_async.errors import ConfigurationError
 
 from .answers import SUCCESS, Response, error_answer, message, page
 
-__all__ = ["Call", "Fault", "FaultPlan", "Injection", "Scripted", "When", "faulty_response"]
-
 Call: TypeAlias = Literal["apply", "query"]
 
 

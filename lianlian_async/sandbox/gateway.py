@@ -29,8 +29,6 @@ from .answers import Rejection, Response
 from .faults import Call, Fault, FaultPlan, Injection, Scripted, When, faulty_response
 from .ledger import Ledger, Order, Record, Repeated
 
-__all__ = ["SandboxGateway"]
-
 
 class _Route(NamedTuple):
     call: Call

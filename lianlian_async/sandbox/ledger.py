@@ -19,8 +19,6 @@ from lianlian_async.models import RefundStatus
 
 from .answers import Rejection
 
-__all__ = ["Ledger", "Order", "Record", "Repeated"]
-
 _THREE_MONTHS: Final = 92 * 86_400.0
 """Seconds in the longest three months."""
 _COPIED: Final = ("no_refund", "dt_refund", "no_order", "dt_order", "oid_paybill", "notify_url")

@@ -24,8 +24,6 @@ from lianlian_async.transport import AsyncBaseTransport, HttpSender, check_http
 from .gateway import SandboxGateway
 from .ledger import Record
 
-__all__ = ["CONTENT_TYPE", "PATIENCE", "Delivery", "Mischief", "Notifier", "is_acknowledged", "post"]
-
 CONTENT_TYPE: Final = "text/json;charset=utf-8"
 PATIENCE: Final = 5.0
 """Timeout of a delivery in seconds."""

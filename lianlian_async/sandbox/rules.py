@@ -16,8 +16,6 @@ from lianlian_async.signing import VerifyingKey, signature_source
 
 from .answers import Rejection
 
-__all__ = ["authenticate", "check_apply", "check_query", "read_body"]
-
 _MONEY: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,2}0*)?")
 _CONTENT_TYPE: Final = re.compile(r'application/json(;charset="?utf-8"?)?')
 

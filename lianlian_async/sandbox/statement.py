@@ -8,8 +8,6 @@ from lianlian_async.models import RefundStatus
 from .gateway import SandboxGateway
 from .ledger import Record
 
-__all__ = ["statement"]
-
 
 def statement(gateway: SandboxGateway) -> str:
     """Return the statement as CSV: one row of LianLian's 14 columns for each successful refund."""

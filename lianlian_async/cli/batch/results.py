@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple, cast
 import attrs
 from rich.text import Text
 
+from lianlian_async import errors
 from lianlian_async.cli.exit_codes import (
     FAILED,
     MADE,
@@ -21,14 +22,6 @@ from lianlian_async.cli.exit_codes import (
 )
 from lianlian_async.cli.output import local_time
 from lianlian_async.codes import explain
-from lianlian_async.errors import (
-    JournalError,
-    LianLianError,
-    RefundConflict,
-    RefundNotSent,
-    RefundOutcomeUnknown,
-    RefundRejected,
-)
 from lianlian_async.models import RefundStatus
 from lianlian_async.outcome import Outcome
 
@@ -54,9 +47,9 @@ def style(outcome: ExitOutcome) -> str:
 def _exit_outcome(outcome: Outcome) -> ExitOutcome:
     if outcome.refund is not None:
         return exit_outcome_of_refund(outcome.refund)
-    if isinstance(outcome.error, JournalError) and outcome.error.said is not None:
+    if isinstance(outcome.error, errors.JournalError) and outcome.error.said is not None:
         return UNKNOWN  # sent, but the journal could not record the answer
-    return exit_outcome_of(cast("LianLianError", outcome.error))  # an outcome has a refund or an error
+    return exit_outcome_of(cast("errors.LianLianError", outcome.error))  # an outcome has a refund or an error
 
 
 class Reason(NamedTuple):
@@ -77,15 +70,15 @@ def _reason_of(outcome: Outcome) -> Reason:
                 f"made, but failed at the bank (sta_refund {RefundStatus.FAILED})",
                 "ask LianLian for the cause; to try again, use a new no_refund",
             )
-        case RefundRejected() as error:
+        case errors.RefundRejected() as error:
             return Reason(word, f"{error.ret_code} {error.meaning}", error.advice, error.ret_code)
-        case RefundOutcomeUnknown() as error:
+        case errors.RefundOutcomeUnknown() as error:
             return Reason(word, error.reason, f"{_RUN_AGAIN} later; do not use a new no_refund")
-        case JournalError() if word is UNKNOWN:
+        case errors.JournalError() if word is UNKNOWN:
             return Reason(word, "journal error after sending", f"repair the journal, then {_RUN_AGAIN}")
-        case RefundNotSent() as error:
+        case errors.RefundNotSent() as error:
             return Reason(word, error.last_error, _RUN_AGAIN)
-        case RefundConflict() as error:
+        case errors.RefundConflict() as error:
             reason = f"the no_refund belongs to a refund with another {error.field}"
             return Reason(word, reason, "do not refund again before a person has decided")
     return Reason(word, str(outcome.error), _RUN_AGAIN)
@@ -172,9 +165,9 @@ class Totals:
         self.attempts += outcome.attempts
         self.queries += outcome.queries
         self.recorded += not (outcome.attempts or outcome.queries) and (
-            outcome.refund is not None or isinstance(error, RefundRejected)
+            outcome.refund is not None or isinstance(error, errors.RefundRejected)
         )
-        if isinstance(error, RefundOutcomeUnknown):
+        if isinstance(error, errors.RefundOutcomeUnknown):
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
         if exit_outcome is not MADE:
             request, reason = line.request, _reason_of(outcome)
@@ -188,7 +181,7 @@ class Totals:
     def check_complete(self) -> None:
         """Raise ``LianLianError`` if the batch ended without an error, but refunds have no outcome."""
         if self.to_do:
-            raise LianLianError(f"the batch ended with {self.to_do:,} refunds to do; run the same command again")
+            raise errors.LianLianError(f"the batch ended with {self.to_do:,} refunds to do; run the same command again")
 
     @property
     def ended(self) -> int:
