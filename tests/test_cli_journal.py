@@ -233,6 +233,42 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
     assert len(read_csv(out)) == 5
 
 
+COMMANDS = [
+    *(("journal", "show"), ("journal", "resume"), ("journal", "decide", "R-1", "made", "--evidence", "mail")),
+    *(("explain", "R-1"), ("reconcile", "refunds.csv"), ("doctor", "--offline"), ("batch", "refunds.csv", "--yes")),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_journals_in_the_environment_are_refused(env, gateway, file, monkeypatch, command):
+    """Each command refuses to choose between LIANLIAN_DSN and LIANLIAN_JOURNAL; --journal chooses."""
+    monkeypatch.chdir(file.parent)
+    both = env | {"LIANLIAN_DSN": "postgresql:///x?host=/nowhere", "LIANLIAN_JOURNAL": "journal.sqlite"}
+    ended = run(*command, env=both)
+    assert ended.exit_code == 2
+    wanted = "LIANLIAN_DSN and LIANLIAN_JOURNAL name different journals: unset one of them, or use --journal"
+    assert wanted in " ".join(ended.stderr.split())
+    assert not gateway.requests
+    for chosen in (["--journal", "journal.sqlite"], ["--journal", "postgresql:///x?host=/nowhere"]):
+        assert "name different journals" not in run(*command, *chosen, env=both).stderr
+
+
+def test_a_batch_uses_the_database_of_the_environment(env, file, database):
+    """With LIANLIAN_DSN alone or twice, `batch` and `journal show` use the same journal in PostgreSQL."""
+    dsn = env | {"LIANLIAN_DSN": url_of(database)}
+    assert run("batch", file, "--yes", env=dsn).exit_code == 3
+    same = dsn | {"LIANLIAN_JOURNAL": url_of(database)}
+    assert run("journal", "show", "--json", env=same).json["states"]["accepted"] == 4
+
+
+def test_a_dsn_that_is_no_url_is_refused(env, file):
+    """libpq's keyword form in LIANLIAN_DSN is no file name, and it is not shown because it may contain a password."""
+    ended = run("batch", file, "--yes", env=env | {"LIANLIAN_DSN": "host=db password=s3cret"})
+    assert ended.exit_code == 2
+    assert "LIANLIAN_DSN must be a URL postgresql://…" in ended.stderr
+    assert "s3cret" not in ended.stderr
+
+
 @pytest.mark.parametrize("url", ["postgresql://me:s3cret@/x?host=/nowhere", "postgresql://me@/x?password=s3cret"])
 def test_password_on_the_command_line_is_refused(url):
     """A URL with a password is refused as an argument, without repeating it; from the environment it is used."""

@@ -144,19 +144,34 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
     return callback
 
 
+def _read_journal(ctx: click.Context, _journal: click.Parameter, place: str | None) -> str | None:
+    """Refuse an environment that does not clearly name the journal; with ``--queue`` no journal is used."""
+    dsn, other = os.environ.get(DSN), os.environ.get(JOURNAL)
+    is_from_environment = ctx.get_parameter_source("place") is ParameterSource.ENVIRONMENT
+    if dsn and is_from_environment and ctx.params.get("queue") is None:
+        if not is_dsn(dsn):
+            raise click.UsageError(f"{DSN} must be a URL postgresql://…")
+        if other and other != dsn:
+            raise click.UsageError(f"{DSN} and {JOURNAL} name different journals: unset one of them, or use --journal")
+    return place
+
+
+journal_option = click.option(
+    "--journal",
+    "place",
+    metavar="PATH|DSN",
+    envvar=[DSN, JOURNAL],
+    show_envvar=True,
+    show_default="one for each merchant and endpoint, in your application folder",
+    type=Place(),
+    callback=_read_journal,
+    help="Journal that records every refund and its outcome: a file, or a postgresql:// URL. Do not delete it.",
+)
+
+
 def journal_options(command: Command) -> Command:
     """Add the options --journal and --config for :func:`.stores.find_journal`."""
-    journal = click.option(
-        "--journal",
-        "place",
-        metavar="PATH|DSN",
-        envvar=[DSN, JOURNAL],
-        show_envvar=True,
-        show_default="the journal of `lianlian batch`",
-        type=Place(),
-        help="The journal: a file, or a postgresql:// URL.",
-    )
-    return journal(config_option(command))
+    return journal_option(config_option(command))
 
 
 def load_merchant(config: Path | None) -> Merchant:

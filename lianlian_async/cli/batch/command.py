@@ -94,7 +94,7 @@ def _refuse_too_much(totals: FileTotals, max_total: Decimal | None, max_refund: 
 def _find_journal(output: Output, file: str, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
     """Return the path or DSN of the journal; None for a dry run if no default journal is possible."""
     try:
-        place: str = options["journal"] or default_place(merchant)
+        place: str = options["place"] or default_place(merchant)
     except click.UsageError as error:
         if not options["dry_run"]:
             raise
@@ -146,7 +146,7 @@ def _confirm_batch(run: "_Batch", file: str) -> None:
         resolved = f", and resolve {in_journal.found['open']:,} open ones" if in_journal.found["open"] else ""
         question = f"Send {in_journal.found['new']:,} new refunds, {in_journal.new_yuan:,.2f} yuan{resolved}?"
         run.output.confirm(file, rows, question)
-    if not options["journal"]:
+    if not options["place"]:
         make_folder(run.place)
 
 

@@ -10,10 +10,10 @@ from click.core import ParameterSource
 from lianlian_async import wire
 from lianlian_async.cli.options import (
     DSN,
-    JOURNAL,
     Place,
     add_options,
     config_option,
+    journal_option,
     parsed,
     runs,
     session_options,
@@ -22,17 +22,16 @@ from lianlian_async.cli.options import (
 from .formats import date_reader, money_reader
 
 _NOT_FOR_QUEUE: Final = (
-    *("journal", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
+    *("place", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
     *("no_wait", "query_first", "accept_new_journal"),
 )
 
 
 def refuse_for_queue(ctx: click.Context) -> None:
     """Raise a usage error for options that have no effect with ``--queue``."""
-    given = [name for name in _NOT_FOR_QUEUE if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise click.UsageError(f"--queue sends nothing, so it cannot be combined with {options}")
+    names = [name for name in _NOT_FOR_QUEUE if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given := ", ".join(option.opts[0] for option in ctx.command.params if option.name in names):
+        raise click.UsageError(f"--queue sends nothing, so it cannot be combined with {given}")
 
 
 def _read_map(_ctx: click.Context, _option: click.Parameter, values: Iterable[str]) -> dict[str, str]:
@@ -127,15 +126,7 @@ _OPTIONS: Final = (
         help="Write each line of FILE and its outcome to this file: CSV for a spreadsheet if the name ends in .csv, "
         "else JSON Lines. Each run replaces the file.",
     ),
-    click.option(
-        "--journal",
-        metavar="PATH|DSN",
-        envvar=JOURNAL,
-        show_envvar=True,
-        show_default="one for each merchant and endpoint, in the user's application folder",
-        type=Place(),
-        help="Journal that records every refund and its outcome. Do not delete it.",
-    ),
+    journal_option,
     click.option(
         "--no-wait", is_flag=True, help="End with an error if another process has the journal open, instead of waiting."
     ),
