@@ -1,6 +1,7 @@
 """Deliver events to listeners, and to the logger ``lianlian_async``: one line for the outcome of each refund.
 
-A refund that was made is logged at INFO, an error at WARNING; requests, queries, pauses and cancellations at DEBUG.
+A refund that was made is logged at INFO, an error at WARNING; requests, queries, pauses and cancellations at DEBUG. A
+query that finds a conflict is logged at WARNING, too.
 ``record.event_name`` is the type of the event (:mod:`lianlian_async.events`); the event's fields are attributes of the
 record. The environment variable ``LIANLIAN_LOG=info`` or ``LIANLIAN_LOG=debug`` shows the lines on stderr. For JSON
 lines, set up ``logging`` or structlog::
@@ -113,8 +114,9 @@ class Listeners:
 
 def _log(event: Event) -> None:
     level, text = logging.DEBUG, None
-    if isinstance(event, CallEnded) and event.call != "query_refund" and event.outcome != "cancelled":
-        level, text = (logging.INFO if event.error is None else logging.WARNING), event.error
+    if isinstance(event, CallEnded) and event.outcome != "cancelled":
+        if event.call != "query_refund" or event.outcome == "RefundConflict":
+            level, text = (logging.INFO if event.error is None else logging.WARNING), event.error
     # The beginnings of calls and requests are not logged, because their ends are.
     if logger.isEnabledFor(level) and not isinstance(event, CallBegan | AttemptBegan):
         name, fields = type(event).__name__, attrs.asdict(event, recurse=False)

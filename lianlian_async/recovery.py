@@ -8,7 +8,7 @@ from typing import NamedTuple
 import anyio
 
 from .clock import Clock
-from .errors import InvalidRequest, JournalError, LianLianError, RefundRejected
+from .errors import InvalidRequest, JournalError, LianLianError, RefundConflict, RefundRejected
 from .journal import Entry, Journal, State
 from .models import RefundQuery, RefundRecord, RefundRequest
 from .outcome import Outcome
@@ -54,7 +54,8 @@ async def resume(
         except JournalError:
             raise
         except LianLianError as error:
-            logger.info("refund %s is accepted, but its final state is not known: %s", request.no_refund, error)
+            level = logging.WARNING if isinstance(error, RefundConflict) else logging.INFO
+            logger.log(level, "refund %s is accepted, but its final state is not known: %s", request.no_refund, error)
             return False
         return refund.is_final
 

@@ -105,8 +105,8 @@ async def test_a_gateway_that_replays_its_first_answer_made_no_second_refund():
 @pytest.mark.parametrize(
     ("told", "field"), [({"dt_refund": "20260106160000"}, "dt_refund"), ({"money_refund": "9.00"}, None)]
 )
-async def test_query_refund_compares_the_fields_of_the_query(told, field):
-    """A query contains a time and no amount."""
+async def test_query_refund_compares_the_fields_of_the_query(told, field, caplog):
+    """A query contains a time and no amount. A conflict is logged as a warning, so that an alert fires."""
     query = RefundQuery(no_refund="R-1", dt_refund=EPOCH)
     async with RefundSession(sandbox().merchant(), transport=Gateway("0000", told), clock=boot_clock) as session:
         if field is None:
@@ -115,6 +115,7 @@ async def test_query_refund_compares_the_fields_of_the_query(told, field):
         with pytest.raises(RefundConflict) as caught:
             await session.query_refund(query)
     assert (caught.value.field, caught.value.no_refund) == (field, "R-1")
+    assert [(each.levelname, each.message) for each in caplog.records] == [("WARNING", str(caught.value))]
 
 
 @pytest.mark.parametrize("code", DUPLICATE)

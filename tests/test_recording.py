@@ -864,6 +864,22 @@ async def test_resume_counts_an_accepted_refund_as_open_if_its_query_fails(new_j
     assert "refund R-1 is accepted, but its final state is not known" in caplog.text
 
 
+async def test_resume_warns_about_a_conflict_of_an_accepted_refund(new_journal, caplog):
+    """The gateway's record has another amount: the log has a warning, so that an alert fires."""
+    gateway, other = sandbox(settle_after=0.0001), sandbox()
+    async with other.session(clock=boot_clock) as elsewhere:
+        await elsewhere.apply_refund(refund_request(money_refund="9.00"))
+    async with new_journal() as journal:
+        async with gateway.session(journal=journal, clock=boot_clock) as session:
+            await session.apply_refund(refund_request())
+        async with other.session(journal=journal, clock=boot_clock) as session:
+            assert await session.resume() == Resumed(resolved=0, still_open=1)
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(
+        "refund R-1 is accepted, but its final state is not known: refund R-1 exists with another"
+    )
+
+
 async def test_resume_respects_its_concurrency(new_journal):
     """``concurrency`` limits the concurrent refunds."""
     gateway = sandbox(settle_after=1)
