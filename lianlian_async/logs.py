@@ -114,9 +114,10 @@ class Listeners:
 
 def _log(event: Event) -> None:
     level, text = logging.DEBUG, None
-    if isinstance(event, CallEnded) and event.outcome != "cancelled":
-        if event.call != "query_refund" or event.outcome == "RefundConflict":
-            level, text = (logging.INFO if event.error is None else logging.WARNING), event.error
+    if isinstance(event, CallEnded) and (
+        event.outcome == "RefundConflict" or (event.call != "query_refund" and event.outcome != "cancelled")
+    ):
+        level, text = (logging.INFO if event.error is None else logging.WARNING), event.error
     # The beginnings of calls and requests are not logged, because their ends are.
     if logger.isEnabledFor(level) and not isinstance(event, CallBegan | AttemptBegan):
         name, fields = type(event).__name__, attrs.asdict(event, recurse=False)

@@ -339,6 +339,17 @@ def test_a_user_without_a_name_is_a_number(journal, monkeypatch):
     assert "decided by hand by user 54321 at" in decided.json["record"]["evidence"]
 
 
+def test_a_user_without_name_and_number_can_decide(journal, monkeypatch):
+    """Windows has no ``pwd`` and no ``getuid``, and its USERNAME may be missing."""
+    begin(journal)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "pwd", None)
+    monkeypatch.delattr(os, "getuid")
+    decided = run("journal", "decide", "R-1", "made", "--evidence", "x", "--json")
+    assert "decided by hand by user without a name at" in decided.json["record"]["evidence"]
+
+
 def test_a_decision_survives_a_killed_process(journal):
     """The process is killed right after ``decide`` has returned."""
     begin(journal)

@@ -262,7 +262,7 @@ def test_a_batch_uses_the_database_of_the_environment(env, file, database):
 
 
 def test_a_dsn_that_is_no_url_is_refused(env, file):
-    """libpq's keyword form in LIANLIAN_DSN is no file name, and it is not shown because it may contain a password."""
+    """The keyword form of libpq in LIANLIAN_DSN is no file name. It is not shown: it may contain a password."""
     ended = run("batch", file, "--yes", env=env | {"LIANLIAN_DSN": "host=db password=s3cret"})
     assert ended.exit_code == 2
     assert "LIANLIAN_DSN must be a URL postgresql://…" in ended.stderr

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lianlian_async import LianLianError
 from lianlian_async.cli import main
+from lianlian_async.cli.output import line_writer
 from lianlian_async.cli.sandbox.server import environment, serving
 from tests.support.batches import refund, write_csv
 from tests.support.command import ROOT
@@ -159,3 +161,28 @@ def test_no_color_prints_no_escape_byte(no_color):
     assert process.returncode == 0
     assert b"made" in shown
     assert (b"\x1b" in shown) is not bool(no_color)
+
+
+# ── a file of lines ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.jsonl"])
+def test_an_error_of_the_caller_is_not_an_error_of_the_file(tmp_path, name):
+    """``TimeoutError`` is an ``OSError``: the writer closes the file and raises it unchanged."""
+
+    def run_late():
+        with line_writer(tmp_path / name, ["a", "b"]) as write:
+            write({"a": 1, "b": "=2"})
+            raise TimeoutError("too late")
+
+    with pytest.raises(TimeoutError, match="too late"):
+        run_late()
+    assert "1" in (tmp_path / name).read_text("utf-8-sig")
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.jsonl"])
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, name):
+    """The error has the file's name and the reason."""
+    path = tmp_path / "missing" / name
+    with pytest.raises(LianLianError, match=f"{name}: No such file or directory"), line_writer(path, ["a"]):
+        pass

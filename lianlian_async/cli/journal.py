@@ -92,8 +92,8 @@ def decide(output: Output, /, no_refund: str, outcome: str, evidence: str, **jou
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return f"user {os.getuid()}"
+    except (ImportError, KeyError, OSError):  # a container's user may have no name, and Windows no USERNAME
+        return f"user {getattr(os, 'getuid', lambda: 'without a name')()}"
 
 
 def backup(output: Output, /, file: Path, place: str | None, config: Path | None) -> None:

@@ -193,6 +193,15 @@ def query_command(query: RefundQuery) -> str:
 
 
 @contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Convert ``OSError`` to a ``LianLianError`` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise LianLianError(f"{path}: {error.strerror}") from error
+
+
+@contextmanager
 def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
     """Replace ``path``; yield a function that writes one line: CSV if the name ends in .csv, else JSON Lines.
 
@@ -202,18 +211,23 @@ def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mappin
     names = list(columns)
     is_csv = path.suffix.lower() == ".csv"
     encoding = "utf-8-sig" if is_csv else "utf-8"
+
+    @file_errors(path)
+    def write(line: Mapping[str, Any]) -> None:
+        if is_csv:
+            csv.writer(file).writerow([_no_formula(line.get(name)) for name in names])
+        else:
+            file.write(json.dumps({name: line.get(name) for name in names}, ensure_ascii=False) + "\n")
+
+    with file_errors(path):
+        file = path.open("w", encoding=encoding, errors="backslashreplace", newline="")
     try:
-        with path.open("w", encoding=encoding, errors="backslashreplace", newline="") as file:
-            if is_csv:
-                writer = csv.writer(file)
-                writer.writerow(map(_no_formula, names))
-                yield lambda line: writer.writerow([_no_formula(line.get(name)) for name in names])
-            else:
-                yield lambda line: file.write(
-                    json.dumps({name: line.get(name) for name in names}, ensure_ascii=False) + "\n"
-                )
-    except OSError as error:
-        raise LianLianError(f"{path}: {error.strerror}") from error
+        if is_csv:
+            write(dict(zip(names, names, strict=True)))
+        yield write
+    finally:
+        with file_errors(path):
+            file.close()
 
 
 def _no_formula(value: object) -> object:

@@ -11,10 +11,9 @@ import click
 
 from lianlian_async import wire
 from lianlian_async.cli.batch.checked import checked_file
-from lianlian_async.cli.output import Output
+from lianlian_async.cli.output import Output, file_errors
 from lianlian_async.cli.secret_files import refuse_existing, write_new
 from lianlian_async.cli.signals import sigterm_interrupts
-from lianlian_async.errors import LianLianError
 from lianlian_async.sandbox import Fault, Notifier, Repeated, SandboxGateway
 from lianlian_async.sandbox.statement import statement
 from lianlian_async.signing import SigningKey
@@ -107,10 +106,8 @@ def _statement_at_the_end(gateway: SandboxGateway, file: Path | None) -> Iterato
     if file is not None:
         name = f"JYMX_{gateway.oid_partner}_{wire.format_timestamp(gateway.time_of_day())[:8]}.txt"
         gateway.advance(86_400.0)  # carries out late requests, and makes refunds final
-        try:
+        with file_errors(file):
             (file / name if file.is_dir() else file).write_text(statement(gateway), "utf-8")
-        except OSError as error:
-            raise LianLianError(f"{file}: {error.strerror}") from error
 
 
 @contextmanager
