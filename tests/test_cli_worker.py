@@ -326,7 +326,7 @@ def test_worker_interrupted_at_its_start_exits_130(env):
     ("arguments", "hint"),
     [
         ((), "Missing argument 'DSN'"),
-        (("a/path",), "must be a URL postgresql://…"),
+        (("a/path",), "must be a PostgreSQL URL (postgresql://…), here or in LIANLIAN_DSN, not 'a/path'"),
         ((f"postgresql://me:{PASSWORD}@db/",), "other processes can read a password on the command line"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import reduce, wraps
 from importlib import import_module
@@ -58,12 +59,15 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
     @without_locals
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the place. No error message contains ``value``, because it may contain a password."""
+        """Return the place. An error message contains ``value`` only if it is certainly no DSN with a password."""
         place = value or (os.environ.get(DSN, "") if self._only_dsn else "")
         if not is_dsn(place):
             if self._only_dsn or "://" in place:
-                wanted = f"URL postgresql://…, here or in {DSN}" if self._only_dsn else "path or a URL postgresql://…"
-                self.fail(f"must be a {wanted}")
+                wanted = (
+                    f"PostgreSQL URL (postgresql://…), here or in {DSN}" if self._only_dsn else "path or postgresql://…"
+                )
+                given = f", not {place!r}" if re.fullmatch(r"[\w./\\-]+", place) else ""  # other text may be a password
+                self.fail(f"must be a {wanted}{given}")
         elif value and ctx and ctx.get_parameter_source(str(param and param.name)) is ParameterSource.COMMANDLINE:
             try:
                 parts = urlsplit(place)
