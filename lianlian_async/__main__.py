@@ -2,5 +2,5 @@
 
 from .cli import main
 
-if __name__ == "__main__":  # the demo's gateway process imports this file again
+if __name__ == "__main__":
     main()

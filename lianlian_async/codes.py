@@ -58,7 +58,7 @@ def _uncertain(code: str, meaning: str) -> ReturnCode:
 
 
 def _exists(code: str, meaning: str, kind: CodeClass) -> ReturnCode:
-    advice = "query it: a refund with this number may exist; was the number used before with another dt_refund?"
+    advice = "query the refund: it may exist, or the number belongs to a refund with another dt_refund"
     return ReturnCode(code, meaning, kind, advice)
 
 
@@ -100,14 +100,14 @@ CODES: Final[dict[str, ReturnCode]] = {
         _configuration("5504", "merchant lacks the permission", "ask LianLian to enable refunds"),
         _uncertain("8006", "currency exchange failed"),
         _uncertain("8117", "gateway's idempotency check failed"),
-        ReturnCode("8901", "no such record", CodeClass.NOT_FOUND, "query later: it proves nothing soon after applying"),
+        ReturnCode("8901", "no such record", CodeClass.NOT_FOUND, "query again later: a new record can appear late"),
         _uncertain("9000", "bank maintenance or end-of-day cutover"),
         _rejected("9002", "request body unreadable"),
         _uncertain("9091", "creating oid_paybill failed"),
         _rejected("9092", "payment number and order number do not match"),
         _rejected("9093", "original transaction not found"),
         _balance_too_low("9104"),
-        _rejected("9901", "request body unreadable (an older page: risk level too high)"),
+        _rejected("9901", "request body unreadable or risk level too high: LianLian's pages differ"),
         _uncertain("9902", "interface error"),
         _uncertain("9903", "invalid, try again later"),
         _rejected("9910", "risk level too high"),

@@ -223,7 +223,8 @@ class Merchant:
         texts = {name: [value] for name, value in given.items()} | {"gateway_public_keys": public_keys}
         for name, values in texts.items():
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-                raise ConfigurationError(f"{names[name]}: must be a string")
+                several = " or a list of strings" if name == "gateway_public_keys" else ""
+                raise ConfigurationError(f"{names[name]}: must be a string{several}")
 
         def key(text: str) -> str:
             text = unquoted(text)

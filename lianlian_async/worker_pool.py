@@ -40,7 +40,7 @@ async def run_workers(
             if isinstance(error, cancelled | GeneratorExit) and not is_failure(error):
                 raise
             # A task group treats a cancellation that nobody requested as its own, and would end without an error.
-            failures.append(_unrequested(error) if isinstance(error, cancelled) else error)
+            failures.append(_cancelled(error) if isinstance(error, cancelled) else error)
             (group.cancel_scope if isinstance(error, KeyboardInterrupt | SystemExit) else intake).cancel()
 
     handled, numbers = 0, count()
@@ -76,12 +76,12 @@ async def run_workers(
     if failures:
         raise failures[0]
     if handled < next(numbers):  # asyncio's Task.cancel ended a worker; the task group ignores that
-        raise LianLianError("a task was cancelled from outside: its item may not have been handled")
+        raise _cancelled()
 
 
-def _unrequested(cancellation: BaseException) -> LianLianError:
-    error = LianLianError("a task was cancelled although nobody requested it")
-    error.__cause__ = cancellation
+def _cancelled(cause: BaseException | None = None) -> LianLianError:
+    error = LianLianError("a task was cancelled from outside: its item may not have been handled")
+    error.__cause__ = cause
     return error
 
 

@@ -196,7 +196,7 @@ def test_explain_of_a_bounded_history_says_so(journal):
     wanted = Intent(no_refund="R-1", digest="d", fields=refund(1), body=b"{}", lease=1.0)
     in_journal(again, journal)
     ended = run("explain", "R-1")
-    assert "history: only the first and the latest events are kept" in ended.stdout
+    assert "history: only the first 3 and the latest 6 events are kept" in ended.stdout
     assert "8901 no such record (2 times)" in ended.stdout
 
 

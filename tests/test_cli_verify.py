@@ -76,7 +76,7 @@ def test_invalid_message_shows_source_and_tried_keys(env, gateway_keys, merchant
     assert ended.json["outcome"] == "signature invalid"
     digest = md5(signature_source({**ANSWER, "no_refund": "R-2"})).hexdigest()
     key = f"right key (LianLian's key {gateway_keys.public.fingerprint})"
-    assert ended.json["reason"] == f"{key}, other text: the MD5 of the signed text is {digest}"
+    assert ended.json["reason"] == f"{key}, another text was signed: its MD5 is {digest}"
     assert ended.json["signed_by"] is None
     assert ended.json["tried"] == [{"owner": "LianLian", "fingerprint": gateway_keys.public.fingerprint}]
     assert ended.json["source"] == signature_source(ANSWER).decode()
@@ -102,7 +102,9 @@ MISTAKES = {
     "remove its line breaks": lambda pair: (
         (fields := signed(pair, ANSWER)) | {"sign": fields["sign"][:76] + "\r\n" + fields["sign"][76:]}
     ),
-    "other text: the signature matches if ret_msg is left out": lambda pair: signed(pair, ANSWER, ret_msg=""),
+    "another text was signed: the signature matches if ret_msg is left out": lambda pair: signed(
+        pair, ANSWER, ret_msg=""
+    ),
     "if ret_code and ret_msg are left out": lambda pair: signed(pair, ANSWER, ret_msg="", ret_code=""),
     "fields that LianLian does not document for refunds are left out": lambda pair: {
         **signed(pair, ANSWER),
@@ -168,13 +170,13 @@ def test_other_hash_is_named(env, merchant_keys, algorithm, name):
     """A signature with another hash is invalid; it is recognized even if the text is different, too."""
     for text, problem in (
         (REQUEST, ""),
-        ({**REQUEST, "sign_type": ""}, ", other text: the signature matches if sign_type is left"),
+        ({**REQUEST, "sign_type": ""}, ", another text was signed: the signature matches if sign_type is left"),
     ):
         signature = merchant_keys.oracle.sign(signature_source(text), padding.PKCS1v15(), algorithm)
         ended = verify(env, {**REQUEST, "sign": b64encode(signature).decode()}, "--json")
         assert ended.exit_code == 5
         key = f"right key (merchant's key {merchant_keys.public.fingerprint})"
-        assert ended.json["reason"].startswith(f"{key}, but {name} instead of MD5{problem}")
+        assert ended.json["reason"].startswith(f"{key}, hashed with {name} instead of MD5{problem}")
 
 
 def test_hash_that_is_not_known_counts_as_another_key(env, merchant_keys):
@@ -234,6 +236,6 @@ def test_genuine_message_with_a_change_has_the_right_key_and_another_text(vector
     digest = md5(vector["source"].encode()).hexdigest()
     changed = verify(env, vector["fields"] | {"oid_partner": "1"}, "--json").json["reason"]
     assert changed.startswith("right key (")
-    assert changed.endswith(f", other text: the MD5 of the signed text is {digest}")
+    assert changed.endswith(f", another text was signed: its MD5 is {digest}")
     added = verify(env, vector["fields"] | {"added_by_a_proxy": "1"}, "--json").json["reason"]
-    assert added.endswith(", other text: the signature matches if added_by_a_proxy is left out")
+    assert added.endswith(", another text was signed: the signature matches if added_by_a_proxy is left out")

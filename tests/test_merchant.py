@@ -500,7 +500,7 @@ def test_paths_in_toml_start_at_the_file(tmp_path, monkeypatch):
         ({"private_key": "missing.pem"}, "private_key: '"),
         ({"private_key": OURS.private_pem[:300]}, "private_key: the PEM text is cut off"),
         ({"private_key_password": 5}, "private_key_password: must be a string"),
-        ({"gateway_public_keys": 5}, "gateway_public_keys: must be a string"),
+        ({"gateway_public_keys": 5}, "gateway_public_keys: must be a string or a list of strings"),
         ({"gateway_public_keys": ["a", 5]}, "gateway_public_keys: must be a string"),
         ({"gateway_public_keys": [" "]}, "gateway_public_keys: at least one"),
         ({"gateway_public_keys": OURS.public_pem}, "gateway_public_keys: contains the merchant's own"),

@@ -105,7 +105,9 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
 )
 @json_option
 def lianlian() -> None:
-    """Make and query refunds at LianLian Pay. No refund is made twice or lost, and no outcome is guessed.
+    """Make and query refunds at LianLian Pay. An outcome that no answer proves is unknown, never guessed.
+
+    `lianlian batch` and `lianlian worker` record each refund in a journal, and query it before they send it again.
 
     The merchant and its keys come from the environment (LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY,
     LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config, never from the command line.

@@ -62,7 +62,7 @@ def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
     }
     cells = {"state": entry.state, **entry.fields, **{name: record.get(name) for name in _SHOWN}}
     cells["dt_refund"] = local_time(request.dt_refund)
-    title = "history" + (": only the first and the latest events are kept" if len(history) == MOST_FACTS else "")
+    title = "history" + (": only the first 3 and the latest 6 events are kept" if len(history) == MOST_FACTS else "")
     events = table(title, ("time", "event", "result"), map(_row, history))
     events.columns[0].no_wrap = True
     rows = [(name, text) for name, text in cells.items() if text and name != "no_refund"]

@@ -85,11 +85,11 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
     found = [changes for changes, tried in hashed if tried.digest() == digest]
     shown_hash = hash_name.upper().replace("SHA", "SHA-")
     whose = f"right key ({signer})" if signer in trusted else f"{signer} signed it, but LianLian must sign this message"
-    problems = [] if hash_name == "md5" else [f"but {shown_hash} instead of MD5"]
+    problems = [] if hash_name == "md5" else [f"hashed with {shown_hash} instead of MD5"]
     if not found:
-        problems.append(f"other text: the {shown_hash} of the signed text is {digest.hex()}")
+        problems.append(f"another text was signed: its {shown_hash} is {digest.hex()}")
     elif fewest := min(found, key=len):
-        problems.append(f"other text: the signature matches if {' and '.join(fewest)}")
+        problems.append(f"another text was signed: the signature matches if {' and '.join(fewest)}")
     if sign != repaired:
         problems.append("sign is damaged: replace its blanks by + and remove its line breaks")
     return ", ".join([whose, *problems])
