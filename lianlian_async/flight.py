@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
 
 import anyio
 import attrs
 
+from . import wire
 from .background import BackgroundTask
 from .clock import Clock
 from .errors import LianLianError, QueryRejected, RefundOutcomeUnknown, RefundRejected
@@ -35,8 +36,7 @@ LONGEST_LEASE: Final = 2 * 86_400.0
 """Seconds. A call without a journal may have an infinite deadline, but its lease must end."""
 
 _CANARY_DAYS: Final = 80
-"""Maximum age of the canary, a refund that was made and is queried to check the query service. The gateway rejects
-queries after 3 months (3005)."""
+"""Maximum age of the canary. The gateway rejects queries after 3 months (3005)."""
 
 
 @attrs.frozen(kw_only=True)
@@ -168,12 +168,10 @@ class Flights:
 
     async def _canary(self, order: Order, until: Deadline) -> LianLianError | bool:
         """Query a refund that was made; for the result see :attr:`Case.canary`."""
-        entry = await order.journal.latest_made()
+        entry = choose_canary(await order.journal.canaries(), self._clock().wall, order.policy.not_found_grace)
         if entry is None:
             return False
         known = RefundRequest.from_record(entry.fields)
-        if self._clock().wall - known.dt_refund > timedelta(days=_CANARY_DAYS):
-            return False
         reply = await self._gateway.send(await self._gateway.query_exchange(known.query(), until, order.policy))
         if isinstance(reply.error, QueryRejected) and reply.error.ret_code == "3005":
             return False
@@ -187,6 +185,19 @@ class Flights:
         except LianLianError as error:
             return error
         return True
+
+
+def choose_canary(canaries: Sequence[Entry], now: datetime, grace: float) -> Entry | None:
+    """Return the canary: the refund to query in order to check the query service; None: no refund is suitable.
+
+    It is the newest refund that was sent at least ``grace`` seconds ago, because LianLian may show newer ones late. If
+    all are newer, it is the oldest one. ``canaries``: see :meth:`.journal.Journal.canaries`.
+    """
+    first = wire.format_timestamp(now - timedelta(days=_CANARY_DAYS))
+    usable = [entry for entry in canaries if entry.fields["dt_refund"] >= first]
+    until = now - timedelta(seconds=grace)
+    shown = (entry for entry in usable if entry.sent_at is not None and entry.sent_at.wall <= until)
+    return next(shown, usable[-1] if usable else None)
 
 
 def _refused(entry: Entry) -> RefundRejected | None:

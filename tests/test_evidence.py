@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from datetime import timedelta
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import anyio
@@ -21,7 +22,9 @@ from lianlian_async import (
     RetryPolicy,
     wire,
 )
-from lianlian_async.journal import MemoryJournal, SqliteJournal, State
+from lianlian_async.clock import Moment
+from lianlian_async.flight import choose_canary
+from lianlian_async.journal import Entry, MemoryJournal, SqliteJournal, State
 from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, Repeated, When
 from tests.support.parties import EPOCH, as_json, boot_clock, made, refund_request, sandbox, sealed, wall_clock
@@ -339,6 +342,67 @@ async def test_the_canary_checks_the_query_service(days, answer, is_asked, is_be
     assert (outcome.refund is not None) is is_believed
     assert wires.asked == is_asked
     assert gateway.times_made("R-1") == int(is_believed)
+
+
+class LaggingQueries(httpx.AsyncBaseTransport):
+    """Answers "no such record" to each query of a refund that was applied for less than ``lag`` seconds ago."""
+
+    def __init__(self, gateway, lag):
+        self.inner = httpx.ASGITransport(app=gateway)
+        self.lag = lag
+        self.applied_at = {}
+
+    async def handle_async_request(self, request):
+        number, now = wire.decode(await request.aread())["no_refund"], anyio.current_time()
+        if request.url.path != "/refundquery.htm":
+            self.applied_at.setdefault(number, now)
+        elif now < self.applied_at.get(number, now) + self.lag:
+            return httpx.Response(200, content=as_json(sealed({"ret_code": "8901", "ret_msg": "没有记录"})))
+        return await self.inner.handle_async_request(request)
+
+
+async def test_the_canary_is_old_enough_for_a_query_service_that_lags(new_journal):
+    """The canary was sent a grace ago; without such a refund it is the oldest one, and the outcome stays unknown."""
+    gateway = sandbox()
+    wires = LaggingQueries(gateway, 60)
+    settings = {"transport": wires, "clock": boot_clock, "query_first": True, "deadline": 2}
+    settings["retry"] = RetryPolicy(not_found_grace=120)
+    async with AsyncExitStack() as opened:
+        journal = new_journal and await opened.enter_async_context(new_journal())
+        session = await opened.enter_async_context(RefundSession(gateway.merchant(), journal=journal, **settings))
+        assert (await session.outcome_of(refund_request(0))).refund is not None  # there is no canary yet
+        assert isinstance((await session.outcome_of(refund_request(1))).error, RefundOutcomeUnknown)
+        await anyio.sleep(60)
+        for number in range(2, 40):
+            assert (await session.outcome_of(refund_request(number))).refund is not None
+            await anyio.sleep(5)
+
+
+CANARIES = [(90, "20261126000000"), (150, "20261126000000"), (200, "20260906000000"), (300, "20261126000000")]
+
+
+@pytest.mark.parametrize(
+    ("grace", "is_usable", "chosen"),
+    [
+        (90, [0, 1], 90),
+        (91, [0, 1], 150),
+        (91, [0, 2, 3], 300),
+        (301, [0, 1], 150),
+        (301, [0, 1, 2], 150),
+        (0, [2], None),
+        (0, [], None),
+    ],
+)
+def test_the_canary_is_the_newest_refund_that_is_older_than_the_grace(grace, is_usable, chosen):
+    """A refund whose ``dt_refund`` is more than 80 days ago is no canary."""
+    now = datetime(2026, 11, 26, 4, tzinfo=UTC)
+    canaries = []
+    for seconds, dt_refund in map(CANARIES.__getitem__, is_usable):
+        sent_at = Moment(now - timedelta(seconds=seconds), 0.0, "boot")
+        fields = {"no_refund": f"R-{seconds}", "dt_refund": dt_refund}
+        canaries.append(Entry(no_refund=f"R-{seconds}", digest="", fields=fields, body=b"", sent_at=sent_at))
+    entry = choose_canary(canaries, now, grace)
+    assert (entry and entry.no_refund) == (chosen and f"R-{chosen}")
 
 
 # ── a journal that fails after an answer ─────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from decimal import Decimal
 
 import anyio
 import anyio.lowlevel
@@ -359,6 +360,19 @@ async def test_a_session_with_too_many_unknown_refunds_begins_no_new_one(monkeyp
         await session.apply_refund(refund_request(1))
         await session.apply_refund(refund_request(3))
     assert gateway.requests == {"apply": 3, "query": 1}
+
+
+async def test_a_session_keeps_one_canary_a_minute(monkeypatch):
+    """Of many refunds that were made, the session keeps one a minute, and not more than a day of them."""
+    monkeypatch.setattr(memory, "_MOST_CANARIES", 5)
+    gateway = sandbox(default_order=Decimal(100_000))
+    async with gateway.session(clock=boot_clock) as session:
+        for number in range(20):
+            await session.apply_refund(refund_request(number))
+            await anyio.sleep(31)
+        assert [entry.no_refund for entry in await session._open_refunds.canaries()] == [
+            f"R-{number}" for number in (18, 16, 14, 12, 10)
+        ]
 
 
 @pytest.mark.parametrize("deadline", [float("inf"), 1e12, 86_401])

@@ -252,7 +252,7 @@ async def test_resend_fails_after_the_lease_was_taken_or_the_refund_resolved(kin
             await journal.resend(late)
 
 
-# ── owner and latest_made ────────────────────────────────────────────────────────────────────────
+# ── owner and canaries ───────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_journal_belongs_to_its_first_merchant_and_endpoint(kind):
@@ -269,15 +269,22 @@ async def test_a_journal_belongs_to_its_first_merchant_and_endpoint(kind):
         await journal.bind("201304121000001004", "https://sandbox.invalid/refund.htm")
 
 
-async def test_latest_made_returns_the_newest_made_refund(kind):
-    """``latest_made`` returns the newest refund that was made, final or not."""
+async def test_the_canaries_are_refunds_that_were_made(kind):
+    """``canaries`` returns the newest and the oldest refund that was made, final or not, and some between them."""
     async with kind.make() as journal:
-        assert await journal.latest_made() is None
-        for number, ending in enumerate((MADE, ACCEPTED, REJECTED, None)):
-            await begin(journal, f"R-{number}")
+        assert await journal.canaries() == []
+        endings = [REJECTED, MADE, *[ACCEPTED, MADE, BY_HAND] * 10, ACCEPTED, REJECTED, None]
+        for number, ending in enumerate(endings):
+            await begin(journal, f"R-{number}", lease=3600 + 61 * number)
             if ending is not None:
                 await journal.finish(held(f"R-{number}"), ending)
-        assert (await journal.latest_made()).no_refund == "R-1"
+        canaries = [int(entry.no_refund[2:]) for entry in await journal.canaries()]
+        assert (canaries[0], canaries[-1]) == (32, 1)
+        assert canaries == sorted(set(canaries), reverse=True)
+        assert {endings[number].state for number in canaries} <= {State.ACCEPTED, State.DONE}
+        assert not any("evidence" in endings[number].record for number in canaries)
+        for distance in (4, 8, 16):  # the gaps may grow with the age, but there is a canary of about each age
+            assert any(32 - distance <= number < 32 - distance / 4 for number in canaries)
 
 
 async def test_unresolved_is_no_ending(kind):
@@ -328,7 +335,7 @@ async def test_a_final_refund_is_final_until_acted(kind):
             assert (await journal.finish(held(number), MADE)).state is State.FINAL
         assert (await journal.counts())[State.FINAL] == 3
         assert [entry.no_refund async for entry in journal.pending()] == ["R-1", "R-2", "R-3"]
-        assert (await journal.latest_made()).no_refund == "R-3"
+        assert await journal.canaries()
         assert (await begin(journal, "R-1"))[1].ending.record == MADE.record
         for _ in range(2):
             await journal.acted("R-1", now())
@@ -647,7 +654,7 @@ async def test_a_decision_is_final(kind, ending, decided):
         assert record == decided.record
         assert (await begin(journal))[0] is Standing.FINISHED
         assert (await journal.finish(held("R-1"), MADE)).ending == stored.ending
-        assert await journal.latest_made() is None
+        assert await journal.canaries() == []
         for other in (BY_HAND, NOT_MADE):
             with pytest.raises(JournalError, match="nothing was changed"):
                 await journal.decide("R-1", other, now())

@@ -623,11 +623,11 @@ class Undated(Road):
 
 
 class SlowProof(MemoryJournal):
-    """A journal whose ``latest_made`` takes longer than any lease."""
+    """A journal whose ``canaries`` takes longer than any lease."""
 
-    async def latest_made(self):
+    async def canaries(self):
         await anyio.sleep(86_400)
-        return await super().latest_made()
+        return await super().canaries()
 
 
 async def test_after_the_lease_no_such_record_proves_nothing():

@@ -16,6 +16,7 @@ import click
 from lianlian_async import __version__
 from lianlian_async.clock import system_clock
 from lianlian_async.errors import ConfigurationError, GatewayUnavailable, LianLianError, QueryRejected, RefundNotFound
+from lianlian_async.flight import choose_canary
 from lianlian_async.journal import Owner
 from lianlian_async.merchant import Keys, Merchant
 from lianlian_async.models import RefundQuery, RefundRequest
@@ -129,7 +130,9 @@ async def _external_checks(merchant: Merchant, options: dict[str, Any]) -> list[
         place = options["place"] or default_place(merchant)
         checks += [] if is_dsn(place) else _file(Path(place))
         async with make_reader(place) as reader:
-            entry = await (reader.find(no_refund) if no_refund else reader.latest_made())
+            now, grace = system_clock().wall, RetryPolicy().not_found_grace
+            known = choose_canary(await reader.canaries(), now, grace)
+            entry = await reader.find(no_refund) if no_refund else known
             refunds, name = sum((await reader.counts()).values()), place_name(place)
             Owner(merchant.oid_partner, endpoints.apply).confirm(reader.owner, name)
             belongs = "to this merchant" if reader.owner else "to no merchant yet"

@@ -288,8 +288,8 @@ class Journal(Protocol):
         the gateway signed, or decided already; or if both the recorded state and ``ending`` are REJECTED.
         """
 
-    async def latest_made(self) -> Entry | None:
-        """Return the newest entry whose :attr:`~Entry.is_canary` is true: a query for it checks the query service."""
+    async def canaries(self) -> list[Entry]:
+        """Return a sample, of all ages, of the entries whose :attr:`~Entry.is_canary` is true, newest first."""
 
     def pending(self) -> AsyncIterator[Entry]:
         """Yield every UNRESOLVED, ACCEPTED or FINAL entry, oldest first, in bounded memory.

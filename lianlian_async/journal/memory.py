@@ -1,6 +1,6 @@
 """Journals in memory, for tests, small jobs, and sessions without a journal."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
 from typing import Final, Self, TypeVar
@@ -15,12 +15,16 @@ from .operations import Acted, Begin, Decide, Finish, Operation, Release, Resend
 
 T = TypeVar("T")
 
+_MOST_CANARIES: Final = 1_500
+"""One a minute, for 25 hours."""
+
 
 class MemoryJournal(Journal):
     """A :class:`~lianlian_async.journal.Journal` in a dictionary. It keeps its entries when it is closed."""
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
+        self._canaries = deque[Entry](maxlen=_MOST_CANARIES)
         self.owner: Owner | None = None
         self._is_acting = False
         self._id = uuid4().hex
@@ -70,8 +74,8 @@ class MemoryJournal(Journal):
     ) -> None:
         self._do(Release(entry, sent_at, refused, history))
 
-    async def latest_made(self) -> Entry | None:
-        return next((entry for entry in reversed(self._entries.values()) if entry.is_canary), None)
+    async def canaries(self) -> list[Entry]:
+        return [entry for entry in reversed(self._canaries) if self._entries.get(entry.no_refund, entry).is_canary]
 
     async def pending(self) -> AsyncIterator[Entry]:
         for no_refund in list(self._entries):
@@ -100,6 +104,10 @@ class MemoryJournal(Journal):
         answer, entry = operation.apply(self._entries.get(operation.no_refund))
         if entry is not None:
             self._entries[operation.no_refund] = entry
+            if entry.is_canary and entry.sent_at is not None:
+                newest = self._canaries[-1].sent_at if self._canaries else None
+                if newest is None or entry.sent_at.boot - newest.boot >= 60:
+                    self._canaries.append(entry)
         return answer
 
 
@@ -111,10 +119,8 @@ class OpenRefunds(MemoryJournal):
     """The open refunds of a session without a journal, so that a second call for an unknown refund queries first.
 
     No open refund is dropped: at ``MOST_OPEN`` open refunds the session begins no new one. Of the refunds that were
-    made, only the latest is kept.
+    made, only the canaries are kept.
     """
-
-    _latest_made: Entry | None = None
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         if len(self._entries) >= MOST_OPEN and intent.no_refund not in self._entries:
@@ -127,11 +133,6 @@ class OpenRefunds(MemoryJournal):
     def _do(self, operation: Operation[T]) -> T:
         answer = super()._do(operation)
         entry = self._entries[operation.no_refund]
-        if entry.is_canary:
-            self._latest_made = entry
         if entry.ending is not None or entry.sent_at is None:
             del self._entries[operation.no_refund]
         return answer
-
-    async def latest_made(self) -> Entry | None:
-        return self._latest_made

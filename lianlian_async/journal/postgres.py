@@ -154,8 +154,8 @@ class PostgresJournal(GroupCommitJournal):
                 yield entry_of(row, self._reading)
             last_id = page[-1]["id"]
 
-    async def latest_made(self) -> Entry | None:
-        return next((entry_of(row, self._reading) for row in await self._fetch(sql.LATEST_MADE)), None)
+    async def canaries(self) -> list[Entry]:
+        return [entry_of(row, self._reading) for row in await self._fetch(sql.CANARIES)]
 
     async def counts(self) -> Mapping[State, int]:
         return dict.fromkeys(State, 0) | {State(row["state"]): row["count"] for row in await self._fetch(sql.COUNT)}

@@ -102,10 +102,17 @@ UNRESOLVED: Final = (
     "SELECT * FROM {schema}.refunds WHERE state = 'unresolved' AND id > %s AND id <= %s ORDER BY id LIMIT %s"
 )
 ENTRIES: Final = "SELECT * FROM {schema}.refunds WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
-LATEST_MADE: Final = """
-SELECT * FROM {schema}.refunds WHERE state IN ('accepted', 'final', 'done') AND record ->> 'evidence' IS NULL
-ORDER BY id DESC LIMIT 1
+CANARIES: Final = """
+WITH RECURSIVE starts(distance, start) AS (
+    SELECT max(id) - min(id), min(id) FROM {schema}.refunds
+    UNION ALL SELECT distance / 2, start + distance - distance / 2 FROM starts WHERE distance > 0
+)
+SELECT DISTINCT ON (id) canary.* FROM starts CROSS JOIN LATERAL (
+    SELECT * FROM {schema}.refunds
+    WHERE id >= start AND state IN ('accepted', 'final', 'done') AND record ->> 'evidence' IS NULL ORDER BY id LIMIT 1
+) AS canary ORDER BY id DESC
 """
+"""The first canary after the oldest entry, after half of the entries, after three quarters, and so on."""
 LAST: Final = "SELECT coalesce(max(id), 0) AS id FROM {schema}.refunds"
 COUNT: Final = "SELECT state, count(*) FROM {schema}.refunds GROUP BY state"
 

@@ -33,9 +33,9 @@ class _FileReading:
     def entries(self) -> AsyncIterator[Entry]:
         return self._walk(pending=False)
 
-    async def latest_made(self) -> Entry | None:
+    async def canaries(self) -> list[Entry]:
         self._check_open()
-        return await self._in_thread(self._file.latest_made)
+        return await self._in_thread(self._file.canaries)
 
     async def counts(self) -> Mapping[State, int]:
         self._check_open()

@@ -194,10 +194,10 @@ class JournalFile:
         with self._lock, self._errors():
             return list(self._read(sql.FIND, _json(numbers)).values())
 
-    def latest_made(self) -> Entry | None:
-        """See :meth:`.base.Journal.latest_made`."""
+    def canaries(self) -> list[Entry]:
+        """See :meth:`.base.Journal.canaries`."""
         with self._lock, self._errors():
-            return next(iter(self._read(sql.LATEST_MADE).values()), None)
+            return [entry for _, entry in sorted(self._read(sql.CANARIES).items(), reverse=True)]
 
     def counts(self) -> dict[State, int]:
         """See :meth:`.base.Journal.counts`."""

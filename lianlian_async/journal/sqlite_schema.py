@@ -54,7 +54,7 @@ SELECT json_group_array(
 )
 FROM refunds LEFT JOIN bodies USING (id) LEFT JOIN endings USING (id)
 WHERE """
-"""Append one condition: ``FIND``, ``PENDING``, ``ENTRIES`` or ``LATEST_MADE``."""
+"""Append one condition: ``FIND``, ``PENDING``, ``ENTRIES`` or ``CANARIES``."""
 FIND: Final = "no_refund IN (SELECT value FROM json_each(?))"
 PENDING: Final = """id IN (
     SELECT id FROM refunds
@@ -67,10 +67,18 @@ SELECT json_group_object(state, n) FROM (
     UNION ALL SELECT 'all', count(*) FROM refunds
 )"""
 LAST_ROWID: Final = "SELECT coalesce(max(id), 0) FROM refunds"
-LATEST_MADE: Final = """id = (
-    SELECT id FROM refunds JOIN endings USING (id)
-    WHERE state IN ('accepted', 'final', 'done') AND json_extract(record, '$.evidence') IS NULL ORDER BY id DESC LIMIT 1
+CANARIES: Final = """id IN (
+    WITH RECURSIVE starts(distance, start) AS (
+        SELECT (SELECT max(id) FROM refunds) - min(id), min(id) FROM refunds
+        UNION ALL SELECT distance / 2, start + distance - distance / 2 FROM starts WHERE distance > 0
+    )
+    SELECT (
+        SELECT id FROM refunds JOIN endings USING (id)
+        WHERE id >= start AND state IN ('accepted', 'final', 'done') AND json_extract(record, '$.evidence') IS NULL
+        ORDER BY id LIMIT 1
+    ) FROM starts
 )"""
+"""The first canary after the oldest entry, after half of the entries, after three quarters, and so on."""
 OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
 IS_ACTING: Final = "SELECT is_acting FROM journal"
 RESTORED_AT: Final = "SELECT restored_at FROM journal"

@@ -180,7 +180,7 @@ async def _read_journal(path: Path) -> None:
     for journal in (SqliteReader(path), SqliteJournal(path)):
         with contextlib.suppress(JournalError):
             async with journal:
-                for read in (journal.counts, journal.latest_made, functools.partial(journal.find, "R-1")):
+                for read in (journal.counts, journal.canaries, functools.partial(journal.find, "R-1")):
                     with contextlib.suppress(JournalError):
                         await read()
                 for walk in (journal.entries, journal.pending):

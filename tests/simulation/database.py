@@ -287,8 +287,8 @@ class Database:
     def _page(self, schema: str, place: int, newest: int, limit: int, states: Iterable[str] | None = None) -> Rows:
         return [row for row in self.refunds(schema, states=states) if place < row["id"] <= newest][:limit]
 
-    def _latest_made(self, schema: str) -> Rows:
-        return [row for row in self.refunds(schema, states=_MADE) if "evidence" not in row["record"]][-1:]
+    def _canaries(self, schema: str) -> Rows:
+        return [row for row in self.refunds(schema, states=_MADE) if "evidence" not in row["record"]][::-1]
 
     def _count(self, session: Session, schema: str) -> Rows:
         states = [row["state"] for row in self.refunds(schema)]
@@ -317,7 +317,7 @@ STATEMENTS: Final[Mapping[str, Callable[..., Rows | Generator[None, None, Rows]]
     sql.UPDATE: Database._update,
     sql.PENDING: lambda database, session, schema, *page: database._page(schema, *page, states=_OPEN),
     sql.ENTRIES: lambda database, session, schema, *page: database._page(schema, *page),
-    sql.LATEST_MADE: lambda database, session, schema: database._latest_made(schema),
+    sql.CANARIES: lambda database, session, schema: database._canaries(schema),
     sql.LAST: lambda database, session, schema: [{"id": max([row["id"] for row in database.refunds(schema)] or [0])}],
     sql.COUNT: Database._count,
 }

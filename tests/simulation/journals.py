@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -66,6 +67,7 @@ class _NodesMemoryJournal(MemoryJournal):
     def __init__(self, store: MemoryStore, loop: NodeLoop, *, is_inbox: bool = False) -> None:
         super().__init__()
         self._entries = store.inbox if is_inbox else store.memory
+        self._canaries = deque() if is_inbox else store.canaries
         self._store, self._loop, self._is_inbox = store, loop, is_inbox
 
     @cached_property
@@ -89,6 +91,7 @@ class MemoryStore:
 
     oracle: Oracle
     memory: dict[str, Entry] = attrs.field(factory=dict)
+    canaries: deque[Entry] = attrs.field(factory=deque)
     inbox: dict[str, Entry] = attrs.field(factory=dict)
 
     def journal(self, loop: NodeLoop, clock: Clock) -> MemoryJournal:
@@ -227,9 +230,9 @@ class SimulatedFile:
         ]
         return wanted[:limit]
 
-    def latest_made(self) -> Entry | None:
+    def canaries(self) -> list[Entry]:
         self._disk.check("fails")
-        return next((entry for entry in reversed(self._disk.committed.values()) if entry.state.is_made), None)
+        return [entry for entry in reversed(self._disk.committed.values()) if entry.state.is_made]
 
     def counts(self) -> dict[State, int]:
         states = [entry.state for entry in self._disk.committed.values()]
