@@ -8,14 +8,14 @@ import anyio
 import click
 import pytest
 
-from lianlian_async.cli.batch.checked import Checked, derived_number
+from lianlian_async.cli.batch.checked import Checked
 from lianlian_async.cli.batch.rows import Row
 from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.errors import LianLianError
 from tests.support.batches import refund, write_csv, write_lines
 from tests.support.command import on_a_terminal, run
 
-OPTIONS = {"derive": False, "dt_refund": None, "read_date": None, "read_money": None}
+OPTIONS = {"dt_refund": None, "read_date": None, "read_money": None}
 
 
 @pytest.fixture(autouse=True)
@@ -283,51 +283,23 @@ def test_full_disk_while_checking_is_an_error():
             add_many()
 
 
-# ── numbers that are derived ─────────────────────────────────────────────────────────────────────
+# ── required fields ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
-    """--derive gives a row the same number in every run; two equal rows are two refunds."""
-    rows = [refund(number, no_refund=None, dt_refund=None, no_order="O-1") for number in range(3)]
-    rows[2] |= {"money_refund": "7"}
-    options = ("--derive", "--dt-refund", "20261122020000", "--yes", "--json")
-    first = run("batch", write_csv(file, rows), *options, env=env)
-    assert first.exit_code == 0
-    [remark] = first.json["remarks"]
-    assert remark["line"] == 3
-    assert remark["remark"].startswith("same order and amount as line 2, but a separate refund")
-    again = run("batch", write_csv(file, [row | {"oid_paybill": "2"} for row in rows]), *options, env=env)
-    assert again.json["outcomes"]["conflict"]["refunds"] == 3
-    assert again.exit_code == 1
-    assert {record.no_refund for record in gateway.refunds} == {
-        derived_number([["no_order", "O-1"]], "10.00", 1),
-        derived_number([["no_order", "O-1"]], "10.00", 2),
-        derived_number([["no_order", "O-1"]], "7.00", 1),
-    }
-
-
-def test_derived_number_with_another_dt_refund_is_a_conflict(env, gateway, file):
-    """The derived number does not depend on --dt-refund: another value is a conflict, not a second refund."""
-    write_csv(file, [refund(1, no_refund=None, dt_refund=None)])
+def test_another_dt_refund_option_is_a_conflict(env, gateway, file):
+    """The journal has the first value of --dt-refund: another one makes no second refund."""
+    write_csv(file, [refund(1, dt_refund=None)])
     for moment, exit_code in (("20261122020000", 0), ("20261123020000", 1)):
-        assert run("batch", file, "--derive", "--dt-refund", moment, "--yes", env=env).exit_code == exit_code
+        assert run("batch", file, "--dt-refund", moment, "--yes", env=env).exit_code == exit_code
     assert len(gateway.refunds) == 1
 
 
-def test_derived_numbers_never_change():
-    """Later releases must derive the same numbers."""
-    assert derived_number([["no_order", "O-1"]], "10.00", 1) == "LLE7F6C318491B69DDE5AB03AA0779C4"
-
-
-@pytest.mark.parametrize("missing", ["no_order", "money_refund"])
-def test_derive_needs_order_and_amount(nowhere, file, missing):
-    """A row without order, amount or time is invalid."""
-    ended = run(
-        "batch", write_csv(file, [refund(1, no_refund=None, **{missing: ""})]), "--derive", "--json", env=nowhere
-    )
-    assert [line for line, _ in problems(ended)] == [2]
-    ended = run("batch", write_csv(file, [refund(1, dt_refund=None)]), "--derive", "--json", env=nowhere)
-    assert problems(ended) == [(2, "dt_refund: is required (got nothing)")]
+@pytest.mark.parametrize("missing", ["no_refund", "no_order", "money_refund", "dt_refund"])
+def test_a_line_without_a_required_field_is_invalid(nowhere, file, missing):
+    """The problem names the field; nothing is computed for it."""
+    ended = run("batch", write_csv(file, [refund(1, **{missing: ""})]), "--json", env=nowhere)
+    [(line, problem)] = problems(ended)
+    assert (line, missing in problem) == (2, True)
 
 
 # ── asking ───────────────────────────────────────────────────────────────────────────────────────
@@ -531,13 +503,6 @@ def test_identifier_similar_to_damage_is_accepted(nowhere, file, value):
     """Existing order numbers remain refundable."""
     ended = run("batch", write_csv(file, [refund(1, no_order=value)]), "--dry-run", "--json", env=nowhere)
     assert (ended.exit_code, ended.json["remarks"]) == (0, [])
-
-
-def test_damage_is_found_before_a_number_is_derived(nowhere, file):
-    """--derive refuses a damaged order number: two orders may have become the same text."""
-    row = refund(1, no_refund=None, no_order="2.02611E+17")
-    [(_, problem)] = problems(run("batch", write_csv(file, [row]), "--derive", "--json", env=nowhere))
-    assert problem.startswith("no_order: number in scientific notation")
 
 
 @pytest.mark.parametrize("value", ["2026112200010000", "202611220001234000"])

@@ -1,6 +1,5 @@
 """Check all refunds of a file before the first one is sent, and look them up in the journal."""
 
-import hashlib
 import json
 import sqlite3
 from collections import Counter
@@ -14,7 +13,6 @@ import anyio.to_thread
 import attrs
 import click
 
-from lianlian_async import wire
 from lianlian_async.cli.options import check_partner, is_dsn
 from lianlian_async.cli.stores import make_reader
 from lianlian_async.errors import InvalidRequest, LianLianError, Problem
@@ -31,10 +29,8 @@ _KEPT: Final = 50
 _SCHEMA: Final = """
 PRAGMA journal_mode = off;
 CREATE TABLE refunds (line INTEGER PRIMARY KEY, no_refund TEXT UNIQUE, fields TEXT, cells TEXT, problem TEXT);
-CREATE TABLE repeats (content TEXT PRIMARY KEY, first_line INTEGER, lines INTEGER);
 BEGIN;
 """
-_COUNT_LINE: Final = "INSERT INTO repeats VALUES (?, ?, 1) ON CONFLICT (content) DO UPDATE SET lines = lines + 1"
 _READ_PAGE: Final = (
     "SELECT line, no_refund, fields, cells FROM refunds WHERE line > ? AND problem IS NULL ORDER BY line LIMIT ?"
 )
@@ -104,7 +100,6 @@ class Checked:
         read_date, read_money = options["read_date"] or plain_date, options["read_money"] or plain_money
         self._merchant = merchant
         self._readers = {"dt_refund": read_date, "dt_order": read_date, "money_refund": read_money}
-        self._derive: bool = options["derive"]
         self._dt_refund: str | None = options["dt_refund"]
         self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._file.executescript(_SCHEMA)
@@ -141,8 +136,6 @@ class Checked:
                 problems.append(Problem(name, str(error), repr(text[:40])))
         if problems:
             raise InvalidRequest(problems)
-        if self._derive and "no_refund" not in fields:
-            fields |= self._derive_number(row.line, fields)
         request = RefundRequest.from_dict(fields)
         if self._merchant is not None:
             if partner is not None:
@@ -150,23 +143,6 @@ class Checked:
             if request.notify_url is None and self._merchant.notify_url is None:
                 raise InvalidRequest([Problem("notify_url", "required in the file or for the merchant", "neither")])
         return request
-
-    def _derive_number(self, line: int, fields: Mapping[str, str]) -> dict[str, str]:
-        """Derive ``no_refund`` from a row's order and amount; return ``{}`` if one of them is missing or invalid."""
-        order = [[name, fields[name]] for name in ("no_order", "oid_paybill") if name in fields][:1]
-        try:
-            money = wire.format_money(wire.parse_money(fields.get("money_refund", "")))
-        except ValueError:
-            return {}
-        if not order:
-            return {}
-        content = json.dumps([*order, money])
-        self._do(_COUNT_LINE, content, line)
-        first, lines = self._do("SELECT first_line, lines FROM repeats WHERE content = ?", content).fetchone()
-        if lines > 1:
-            same = f"same order and amount as line {first}"
-            self.remarks.add(line, f"{same}, but a separate refund; remove this line if it is a duplicate")
-        return {"no_refund": derived_number(order, money, lines)}
 
     def _store(self, line: int, request: RefundRequest, cells: str) -> str | None:
         """Store a request; return a problem if an earlier line has the same ``no_refund`` for another refund."""
@@ -242,15 +218,6 @@ def checked_file(
         for text in (*checked.problems.texts(), *checked.remarks.texts()):
             note(text)
         yield checked, seen
-
-
-def derived_number(order: object, money: str, times: int) -> str:
-    """Derive a ``no_refund`` from an order, an amount and ``times`` (1 for the first line with both, then 2, 3 …).
-
-    No other field changes it, so a later run with more columns or another ``dt_refund`` makes no second refund.
-    """
-    content = json.dumps([order, money, times])
-    return "LL" + hashlib.sha256(content.encode()).hexdigest()[:30].upper()
 
 
 @attrs.define

@@ -89,12 +89,6 @@ READING_OPTIONS: Final = (
         help="Text encoding of the file, such as gb18030.",
     ),
     click.option(
-        "--derive",
-        is_flag=True,
-        help="Compute a missing no_refund from order, amount, and the number of earlier lines with the same order and "
-        "amount. The result is deterministic: the same lines in another file are the same refunds.",
-    ),
-    click.option(
         "--dt-refund",
         metavar="YYYYMMDDHHMMSS",
         callback=parsed(_timestamp),
