@@ -47,7 +47,7 @@ class Order:
     journal: Journal
     policy: RetryPolicy
     seconds: float
-    """The call's time limit. It starts when the flight gets its slot, or when the call joins a flight with a slot."""
+    """The call's time limit. The flight's waits for its connection slot and for the limiter do not count."""
     earlier: RefundOutcomeUnknown | None = None
     """The unknown outcome of an earlier call."""
     query_first: bool = False
@@ -85,7 +85,7 @@ class Flights:
         caller = Caller(order.seconds)
         if flight is not None:
             flight.check_content(order.request)
-            flight.add(caller)
+            flight.until.add(caller, anyio.current_time())
         else:
             flight = self._flights[number] = Flight(order, traffic, caller, self._carry_out, self._unknown)
         try:
@@ -102,7 +102,7 @@ class Flights:
         order, gateway = flight.order, self._gateway
         merchant = gateway.protocol.merchant
         async with self._slot(order.request.no_refund):
-            flight.start_deadlines(anyio.current_time())
+            flight.until.resume(anyio.current_time())
             await order.journal.bind(merchant.oid_partner, merchant.endpoints.apply)
             earlier = order.earlier
             if earlier is None or not earlier.body:
@@ -215,6 +215,39 @@ class Caller:
     """The deadline on the event loop's clock."""
 
 
+class _SharedDeadline(Deadline):
+    """The latest deadline of a flight's callers. A caller with an earlier deadline leaves at its own."""
+
+    def __init__(self, first: Caller, now: float) -> None:
+        super().__init__(now)
+        self.paused_at = now  # until the flight gets its connection slot
+        self.callers = list[Caller]()
+        self.add(first, now)
+
+    def add(self, caller: Caller, now: float) -> None:
+        """Add a caller of the flight. It must then call :meth:`Flight.join`."""
+        self.callers.append(caller)
+        caller.leaves_at = min(now, self.paused_at) + caller.seconds
+        self.at = max(self.at, caller.leaves_at)
+        self._set_scopes()
+
+    def pause(self, now: float) -> None:
+        super().pause(now)
+        self._set_scopes()
+
+    def resume(self, now: float) -> None:
+        for caller in self.callers:
+            caller.leaves_at += max(0.0, now - self.paused_at)
+        super().resume(now)
+        self._set_scopes()
+
+    def _set_scopes(self) -> None:
+        """Set when each caller leaves: never during a pause, and with the latest deadline only when the flight ends."""
+        for caller in self.callers:
+            leaves = self.paused_at == math.inf and caller.leaves_at < self.at
+            caller.scope.deadline = caller.leaves_at if leaves else math.inf
+
+
 class Flight:
     """A background task that makes one refund."""
 
@@ -227,15 +260,14 @@ class Flight:
         unknown: Callable[[Flight], RefundOutcomeUnknown],
     ) -> None:
         self.order = order
-        self.until = Deadline(math.inf)
-        """The latest deadline of all callers."""
+        # The first caller is added before the task starts, because an eager task runs at once (Python 3.12).
+        self.until = _SharedDeadline(first, anyio.current_time())
         self.last_send = Deadline(math.inf)
         """When the lease ends, or an earlier time that a caller was told when it left. On the boot clock."""
         self.traffic = traffic
         self.case: Case | None = None
         self._carry_out = carry_out
         self._unknown = unknown
-        self._callers = [first]  # listed before the task starts: an eager task runs at once (Python 3.12)
         self._refund: Refund | None = None
         self._error: BaseException | None = None
         self._is_raised = False
@@ -250,33 +282,14 @@ class Flight:
         if (conflict := request_conflict(request.no_refund, ours, theirs)) is not None:
             raise conflict
 
-    def start_deadlines(self, now: float) -> None:
-        """Set the deadline of each caller. Called when the flight gets its connection slot."""
-        for caller in self._callers:
-            caller.leaves_at = now + caller.seconds
-        self._set_deadline(max((caller.leaves_at for caller in self._callers), default=now))
-
-    def _set_deadline(self, until: float) -> None:
-        """Set the flight's deadline (event loop's clock). A caller with an earlier deadline leaves at its own."""
-        self.until.at = until
-        for caller in self._callers:
-            caller.scope.deadline = caller.leaves_at if caller.leaves_at < until else math.inf
-
-    def add(self, caller: Caller) -> None:
-        """Add another caller; it must then call :meth:`join`."""
-        self._callers.append(caller)
-        if self.until.at < math.inf:
-            caller.leaves_at = anyio.current_time() + caller.seconds
-            self._set_deadline(max(self.until.at, caller.leaves_at))
-
     async def join(self, caller: Caller) -> Refund:
         """Wait until the flight ends, or until the caller's deadline. Each caller gets an exception of its own."""
         try:
             with caller.scope:
                 await self.task.join()
         finally:
-            self._callers.remove(caller)
-            if not self._callers:
+            self.until.callers.remove(caller)
+            if not self.until.callers:
                 self.is_abandoned = not self.task.has_ended
                 await self.task.aclose()
         if self._refund is not None:

@@ -101,16 +101,17 @@ class Limit:
 
     async def __call__(self, exchange: Exchange, call_next: Next) -> Reply:
         """Call ``call_next`` inside the limiter."""
-        asked_at = anyio.current_time()
+        exchange.deadline.pause(anyio.current_time())
         entered, reply, raised = False, None, None
         try:
             async with self._limiter:
                 entered = True
-                exchange.deadline.extend(anyio.current_time() - asked_at)
+                exchange.deadline.resume(anyio.current_time())
                 reply = await call_next(exchange)
         except Exception as error:  # noqa: BLE001 - a limiter may raise anything; keep the reply
             raised = error
         if reply is None:  # the limiter raised when it was entered, or suppressed a cancellation of the attempt
+            exchange.deadline.resume(anyio.current_time())
             return unanswered(exchange, NoResponse(f"the limiter failed: {raised!r}", entered, raised))
         return reply
 

@@ -110,10 +110,11 @@ class Deadline:
 
     def __init__(self, at: float) -> None:
         self.at = at
+        self.paused_at = math.inf
 
     def left(self, now: float) -> float:
         """Return the seconds left; negative after the deadline."""
-        return self.at - now
+        return self.at - min(now, self.paused_at)
 
     def attempt(self, now: float) -> float:
         """Return the timeout of the next attempt: half of the time left, at most 10 s, so that a query can follow.
@@ -123,6 +124,11 @@ class Deadline:
         share = min(self.left(now) / 2, LONGEST_ATTEMPT)
         return share if share >= SHORTEST_ATTEMPT else 0.0
 
-    def extend(self, seconds: float) -> None:
-        """Move the deadline by ``seconds``, because a wait for the user's limiter does not count."""
-        self.at += seconds
+    def pause(self, now: float) -> None:
+        """Begin a wait that does not count, for a connection slot or for the user's limiter."""
+        self.paused_at = now
+
+    def resume(self, now: float) -> None:
+        """Move the deadline by the time since :meth:`pause`; do nothing without a pause."""
+        self.at += max(0.0, now - self.paused_at)
+        self.paused_at = math.inf

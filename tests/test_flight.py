@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 from decimal import Decimal
 
 import anyio
@@ -14,6 +15,7 @@ import pytest
 from lianlian_async import (
     ConfigurationError,
     JournalError,
+    Refund,
     RefundConflict,
     RefundNotSent,
     RefundOutcomeUnknown,
@@ -207,6 +209,42 @@ async def test_deadlines_count_from_the_connection_slot(options):
             lambda: session.apply_refund(refund_request(4), deadline=9),
         )
     assert [refund.no_refund for refund in results] == ["R-0", "R-1", "R-2", "R-3", "R-4", "R-4"]
+
+
+async def test_a_caller_that_joins_one_without_a_deadline_has_its_own():
+    gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=5)
+    ends = []
+
+    async def impatient():
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(refund_request(), deadline=1)
+        ends.append(anyio.current_time())
+
+    async with gateway.session(clock=boot_clock) as session:
+        patient, _ = await gather(lambda: session.apply_refund(refund_request(), deadline=math.inf), impatient)
+    assert patient.no_refund == "R-1"
+    assert ends == [pytest.approx(1, abs=0.1)]
+
+
+@pytest.mark.parametrize("joins_at", [6, 13], ids=["during the wait", "after the wait"])
+async def test_the_wait_of_a_flight_for_the_limiter_counts_for_no_caller(joins_at, options):
+    """It counts neither for the first caller nor for those that join, and no caller leaves during the wait."""
+    gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=3)
+    ends = {}
+
+    async def call(name, begins_at, deadline):
+        await anyio.sleep_until(begins_at)
+        outcome = await session.outcome_of(refund_request(), deadline=deadline)
+        ends[name] = type(outcome.refund or outcome.error), anyio.current_time()
+
+    limiter = RateLimit(1 / 12)  # after its first start at 0 s, the next one is at 12 s
+    async with gateway.session(limiter=limiter, **options) as session, limiter, anyio.create_task_group() as tasks:
+        tasks.start_soon(call, "first", 0, 10)
+        tasks.start_soon(call, "second", joins_at, 10)
+        tasks.start_soon(call, "short", joins_at, 1)
+    made, left = (Refund, pytest.approx(15)), (RefundOutcomeUnknown, pytest.approx(max(12, joins_at) + 1))
+    assert ends == {"first": made, "second": made, "short": left}
+    assert gateway.times_made("R-1") == 1
 
 
 async def test_each_caller_gets_its_own_exception(options):
@@ -506,11 +544,18 @@ async def test_a_caller_that_leaves_tells_until_when_its_flight_may_send(options
 async def test_a_flight_sends_nothing_after_the_time_that_a_caller_was_told(options):
     """A wait for the limiter extends the flight's deadline, but others may rely on the ``sent_at`` of the caller."""
     gateway = carries_out_everything()
-    async with gateway.session(limiter=RateLimit(0.5), **options) as session:
-        await session.apply_refund(refund_request(2))  # the next attempt starts after 2 s
-        left, stayed = await gather(
+
+    async def closed_at_first(exchange, call_next):
+        if exchange.attempt > 1:  # the second attempt starts after 2 s, because of the limiter
+            return await call_next(exchange)
+        await anyio.sleep(0.6)
+        raise OSError("the road is closed")
+
+    limits = {"limiter": RateLimit(0.5), "middleware": [closed_at_first]}
+    async with gateway.session(**limits, **options) as session:
+        stayed, left = await gather(
+            lambda: session.apply_refund(refund_request(), deadline=1.5),
             lambda: session.apply_refund(refund_request(), deadline=0.5),
-            lambda: session.apply_refund(refund_request(), deadline=1),
         )
     assert [type(error) for error in (left, stayed)] == [RefundOutcomeUnknown, RefundNotSent]
     assert gateway.times_made("R-1") == 0

@@ -215,8 +215,11 @@ def test_attempts_that_each_use_their_share_never_reach_the_deadline(left, attem
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
-def test_extended_deadline(at, waited):
-    """A deadline that is extended by the passed time leaves the same time."""
+def test_paused_deadline(at, waited):
+    """A pause leaves the same time, during the pause and after it."""
     deadline = Deadline(float(at))
-    deadline.extend(float(waited))
+    deadline.pause(0.0)
     assert deadline.left(float(waited)) == at
+    for _ in range(2):  # the second call does nothing
+        deadline.resume(float(waited))
+        assert deadline.left(float(waited)) == at
