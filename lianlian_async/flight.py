@@ -23,7 +23,7 @@ from .clock import Clock
 from .errors import LianLianError, QueryRejected, RefundOutcomeUnknown, RefundRejected
 from .exchange import Call, Exchange
 from .gateway_client import GatewayClient
-from .identity import request_conflict
+from .identity import check_request
 from .journal import Entry, Journal, OpenRefunds, Standing
 from .logs import NOBODY
 from .models import Refund, RefundRequest
@@ -109,7 +109,7 @@ class Flights:
                 fields, body = gateway.protocol.apply_fields(order.request), None
             else:
                 fields, body = gateway.protocol.signed_fields(earlier.body), earlier.body
-            recording = Recording(journal=order.journal, request=order.request, fields=fields, clock=self._clock)
+            recording = Recording(order.journal, order.request, merchant.oid_partner, self._clock)
             if (refund := await recording.recorded()) is not None:
                 return refund
             if body is None:
@@ -277,10 +277,7 @@ class Flight:
 
     def check_content(self, request: RefundRequest) -> None:
         """Raise ``RefundConflict`` if ``request`` differs from this flight's request in more than ``notify_url``."""
-        ours, theirs = request.to_dict(), self.order.request.to_dict()
-        ours["notify_url"] = theirs["notify_url"] = ""
-        if (conflict := request_conflict(request.no_refund, ours, theirs)) is not None:
-            raise conflict
+        check_request(request.no_refund, request.to_dict(), self.order.request.to_dict())
 
     async def join(self, caller: Caller) -> Refund:
         """Wait until the flight ends, or until the caller's deadline. Each caller gets an exception of its own."""

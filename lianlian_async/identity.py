@@ -47,9 +47,13 @@ def has_whole_identity(record: Mapping[str, str]) -> bool:
     return all(record.get(name) for name in ("no_refund", *_CONTENT))
 
 
-def request_conflict(no_refund: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> RefundConflict | None:
-    """Return a conflict about the first field that differs between two requests with the same number, or None."""
-    field = next((name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name)), None)
-    if field is None:
-        return None
-    return RefundConflict(no_refund, field=field, ours=ours.get(field, "nothing"), theirs=theirs.get(field, "nothing"))
+def check_request(no_refund: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    """Compare the fields of two requests with the same number; ``notify_url`` may differ.
+
+    Raises ``RefundConflict`` with the first field that differs.
+    """
+    for name in (*ours, *theirs):
+        if name != "notify_url" and ours.get(name) != theirs.get(name):
+            raise RefundConflict(
+                no_refund, field=name, ours=ours.get(name, "nothing"), theirs=theirs.get(name, "nothing")
+            )

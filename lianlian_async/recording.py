@@ -4,7 +4,6 @@ With a journal, ``apply_refund`` may be called again at any time, also after a c
 or raises the recorded outcome. It queries an unresolved refund first, and sends a new refund.
 """
 
-import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -17,25 +16,18 @@ import attrs
 from .clock import Clock, Moment
 from .errors import JournalError, LianLianError, RefundConflict, RefundNotSent, RefundOutcomeUnknown, RefundRejected
 from .events import Leased, Paused
-from .identity import check_identity
+from .identity import check_identity, check_request
 from .journal import Ending, Entry, Intent, Journal, Standing, State
 from .journal.base import added
 from .logs import NOBODY, Listeners
 from .models import Record, Refund, RefundRecord, RefundRequest, RefundStatus
 from .resolution import Case, doubt, matching
-from .signing import signature_source
 
 logger = logging.getLogger("lianlian_async")
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 """Seconds. Each pause between two attempts to take a lease is twice as long as the pause before."""
-
-
-def digest(fields: Mapping[str, str]) -> str:
-    """Return the SHA-256 of the fields that must not change for one ``no_refund``."""
-    content = {name: text for name, text in fields.items() if name not in ("sign_type", "notify_url")}
-    return hashlib.sha256(signature_source(content)).hexdigest()
 
 
 def ending(refund: RefundRecord) -> Ending:
@@ -131,22 +123,21 @@ def _check_agrees(refund: RefundRecord, stored: Entry) -> None:
         raise RefundConflict(stored.no_refund, field="sta_refund", ours=str(refund.sta_refund), theirs=theirs)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class Recording:
     """One refund and its entry in the journal."""
 
     journal: Journal
     request: RefundRequest
-    fields: Mapping[str, str]
-    """The wire fields of the request."""
+    oid_partner: str
     clock: Clock
-    digest: str = attrs.field(init=False, default=attrs.Factory(lambda self: digest(self.fields), takes_self=True))
 
     async def recorded(self) -> Refund | None:
-        """Return the refund, or raise its recorded error; None: not resolved, or another request is recorded."""
+        """Return the refund, or None if it is unresolved. Raises its recorded error, or a conflict with the request."""
         entry = await self.journal.find(self.request.no_refund)
-        if entry is None or entry.ending is None or entry.digest != self.digest:
+        if entry is None or entry.ending is None:
             return None
+        check_request(self.request.no_refund, self.request.to_dict(), entry.fields)
         return recorded_refund(entry)
 
     async def claim(
@@ -158,7 +149,7 @@ class Recording:
         ``RefundOutcomeUnknown``. Raises ``RefundConflict`` if the recorded request differs.
         """
         number = self.request.no_refund
-        intent = Intent(no_refund=number, digest=self.digest, fields=self.request.to_dict(), body=body, lease=lease)
+        intent = Intent(no_refund=number, fields=self.request.to_dict(), body=body, lease=lease)
         standing, entry = await take(self.journal, intent, self.clock, deadline, listeners)
         if standing is not Standing.LEASED:
             return standing, entry
@@ -166,7 +157,7 @@ class Recording:
         leased_until = entry.leased_until or now
         raise RefundOutcomeUnknown(
             request=self.request,
-            oid_partner=self.fields["oid_partner"],
+            oid_partner=self.oid_partner,
             body=entry.body,
             moment=leased_until,
             ask_again_at=now.wall + timedelta(seconds=max(0.0, leased_until.boot - now.boot)),

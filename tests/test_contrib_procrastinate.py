@@ -508,8 +508,7 @@ async def test_a_refund_that_the_journal_cannot_record_is_tried_again_later(dsn)
         await psycopg.AsyncConnection.connect(dsn) as other,
     ):
         await other.execute(
-            "INSERT INTO lianlian.refunds (no_refund, digest, fields, body, state, history)"
-            " VALUES ('R-0', '', '{}', '', '', '[]')"
+            "INSERT INTO lianlian.refunds (no_refund, fields, body, state, history) VALUES ('R-0', '{}', '', '', '[]')"
         )
         await queue.enqueue(requests(10))
         await queue.work(session, concurrency=1, wait=False)

@@ -122,7 +122,7 @@ async def test_the_lease_of_a_dead_worker_is_taken_over(journal, handler):
         await until(lambda: failing.counts["failed"] == 2, look_every=1)
     book = await journal.inbox()
     for left in [entry async for entry in book.pending()]:
-        intent = journals.intent(left.no_refund, digest=left.digest, fields=left.fields, lease=60)
+        intent = journals.intent(left.no_refund, fields=left.fields, lease=60)
         await book.begin(intent, boot_clock())
     async with inbox(journal, handler, clock=boot_clock) as endpoint:
         await anyio.sleep(50)

@@ -235,8 +235,8 @@ def elsewhere(postgres_dsn, schema):
 LOCKED = "SELECT FROM {schema}.refunds WHERE no_refund = {number} FOR UPDATE"
 CHANGED = "UPDATE {schema}.refunds SET holder = NULL WHERE no_refund = {number}"
 INSERTED = """
-INSERT INTO {schema}.refunds (no_refund, digest, fields, body, state, history)
-VALUES ({number}, 'digest of 200.01', '{{}}', '', 'unresolved', '')
+INSERT INTO {schema}.refunds (no_refund, fields, body, state, history)
+VALUES ({number}, '{{}}', '', 'unresolved', '')
 """
 
 
@@ -497,7 +497,7 @@ async def test_another_version_is_refused_with_advice(make, administer):
     async with make():
         pass
     await administer("UPDATE {schema}.version SET version = 1")
-    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 5; resolve its open refunds"):
+    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 6; resolve its open refunds"):
         async with make():
             pass
 

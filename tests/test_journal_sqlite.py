@@ -328,7 +328,7 @@ async def test_another_version_is_refused_with_advice(path):
     async with SqliteJournal(path):
         pass
     _sqlite(path, "PRAGMA user_version = 1")
-    with pytest.raises(JournalError, match="schema version 1, but this release needs 6; resolve its open refunds"):
+    with pytest.raises(JournalError, match="schema version 1, but this release needs 7; resolve its open refunds"):
         async with SqliteJournal(path):
             pass
 

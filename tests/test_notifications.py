@@ -533,7 +533,7 @@ async def test_a_worker_that_died_loses_its_lease(handler):
         await endpoint.handle(notification(), HEADERS)
         inbox = await journal.inbox()
         [left] = [entry async for entry in inbox.pending()]
-        intent = journals.intent(left.no_refund, digest=left.digest, fields=left.fields, lease=8)
+        intent = journals.intent(left.no_refund, fields=left.fields, lease=8)
         await inbox.begin(intent, now[0])
         endpoint = NotificationEndpoint(
             trusting(), handler, journal=journal, handler_seconds=0.01, clock=lambda: now[0]

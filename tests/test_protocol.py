@@ -31,7 +31,7 @@ from lianlian_async import (
 from lianlian_async.codes import CODES, CodeClass
 from lianlian_async.errors import Problem
 from lianlian_async.exchange import Call, Exchange, Finding, HttpResponse, NoResponse, Reply
-from lianlian_async.identity import check_identity, has_whole_identity, request_conflict
+from lianlian_async.identity import check_identity, check_request, has_whole_identity
 from lianlian_async.protocol import Protocol
 from lianlian_async.retry import Deadline
 from lianlian_async.signing import signature_source
@@ -292,14 +292,16 @@ def test_a_whole_identity_has_all_three_fields(missing):
 )
 def test_request_conflict_names_the_first_different_field(ours, theirs, field, values):
     """The value of an absent field is "nothing"."""
-    conflict = request_conflict("R-1", ours, theirs)
+    with pytest.raises(RefundConflict) as caught:
+        check_request("R-1", ours, theirs)
+    conflict = caught.value
     assert (conflict.no_refund, conflict.field, conflict.record) == ("R-1", field, None)
     assert (conflict.ours, conflict.theirs) == values
 
 
 def test_equal_requests_have_no_conflict():
-    """The order of the fields does not matter."""
-    assert request_conflict("R-1", {"a": "1", "b": "2"}, {"b": "2", "a": "1"}) is None
+    """The order of the fields does not matter, and ``notify_url`` may differ."""
+    check_request("R-1", {"a": "1", "b": "2", "notify_url": "https://a"}, {"b": "2", "a": "1"})
 
 
 # ── in: signatures ───────────────────────────────────────────────────────────────────────────────

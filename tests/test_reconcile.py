@@ -55,7 +55,6 @@ def entry(number="R-1", state=State.DONE, *, time="20261101102030", money="88.50
     record = {"oid_partner": PARTNER, "sta_refund": "2", "settle_date": "20261101"} | record
     return Entry(
         no_refund=number,
-        digest="",
         fields=fields,
         body=b"",
         sent_at=None,

@@ -35,7 +35,7 @@ from lianlian_async.journal import MemoryJournal, SqliteJournal, State
 from lianlian_async.journal.base import facts
 from lianlian_async.journal.sqlite_file import JournalFile, restore
 from lianlian_async.middleware import RateLimit
-from lianlian_async.recording import decision, digest, learn, recorded_refund
+from lianlian_async.recording import decision, learn, recorded_refund
 from lianlian_async.recovery import Resumed
 from lianlian_async.resolution import IncompleteRecord
 from lianlian_async.sandbox import Fault, Repeated, When
@@ -942,7 +942,7 @@ async def test_learn_does_not_undo_a_conflict(new_journal):
             news = await other.apply_refund(refund_request())
         contradiction = Refund.from_dict({**news.raw, "money_refund": "9.00"})
         fields = refund_request().to_dict()
-        await journal.begin(intent("R-1", digest=digest(fields), fields=fields), boot_clock())
+        await journal.begin(intent("R-1", fields=fields), boot_clock())
         for told in (contradiction, news):
             with pytest.raises(RefundConflict) as caught:
                 await learn(journal, told, boot_clock())

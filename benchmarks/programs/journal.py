@@ -18,7 +18,6 @@ from benchmarks import workload
 from lianlian_async import RefundSession
 from lianlian_async.clock import system_clock
 from lianlian_async.journal import Ending, Intent, SqliteJournal, State
-from lianlian_async.recording import digest
 
 from . import frame, stamps
 
@@ -38,7 +37,6 @@ async def program(job: frame.Job) -> dict[str, float]:
             fields = {**workload.request_fields(number), "sign": signature}
             intent = Intent(
                 no_refund=f"R-{number}",
-                digest=digest(fields),
                 fields={
                     name: text for name, text in fields.items() if name not in ("oid_partner", "sign_type", "sign")
                 },

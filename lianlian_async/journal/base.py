@@ -151,10 +151,8 @@ class Intent:
     """A refund that its caller is about to send."""
 
     no_refund: str
-    digest: str
-    """SHA-256 (hex) of the fields that must not change for one ``no_refund``."""
     fields: Mapping[str, str]
-    """The request in wire form (``RefundRequest.to_dict``)."""
+    """The request in wire form (``RefundRequest.to_dict``). For one ``no_refund`` only ``notify_url`` may change."""
     body: bytes
     """The exact signed bytes to send."""
     lease: float
@@ -176,7 +174,6 @@ class Entry:
     """One refund in the journal."""
 
     no_refund: str
-    digest: str
     fields: Mapping[str, str]
     body: bytes
     """The signed bytes to send, or to send again; empty once the outcome is known."""
@@ -244,7 +241,7 @@ class Journal(Protocol):
         None, or ``now`` if the journal is a restored backup and a lost call may have sent the refund minutes ago.
 
         After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
-        Raises ``RefundConflict`` if the journal has the number with another digest.
+        Raises ``RefundConflict`` if the journal has the number with other fields.
         """
 
     async def resend(self, entry: Entry, history: str = "") -> None:

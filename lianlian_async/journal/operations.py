@@ -14,8 +14,7 @@ import attrs
 
 from lianlian_async import wire
 from lianlian_async.clock import Moment
-from lianlian_async.errors import RefundConflict
-from lianlian_async.identity import request_conflict
+from lianlian_async.identity import check_request
 
 from .base import Ending, Entry, Intent, JournalError, Standing, State, added, joined
 
@@ -95,10 +94,7 @@ class Begin:
             raise JournalError(f"refund {self.no_refund}: not begun, because its call was cancelled")
         if entry is None:
             return self._new(added("", self.now, "begun"))
-        if entry.digest != self.intent.digest:
-            raise request_conflict(self.no_refund, self.intent.fields, entry.fields) or RefundConflict(
-                self.no_refund, field="digest", ours=self.intent.digest, theirs=entry.digest
-            )
+        check_request(self.no_refund, self.intent.fields, entry.fields)
         if entry.ending is not None:
             return (Standing.FINISHED, entry), entry
         if entry.sent_at is None:
@@ -136,7 +132,6 @@ class Begin:
         # Not attrs.evolve, which takes three times as long.
         return Entry(
             no_refund=begun.no_refund,
-            digest=begun.digest,
             fields=begun.fields,
             body=begun.body,
             sent_at=sent_at,
@@ -218,7 +213,6 @@ def _ended(entry: Entry, ending: Ending, history: str, *, is_acting: bool) -> En
         ending = Ending(state=State.FINAL, record=ending.record)
     return Entry(
         no_refund=entry.no_refund,
-        digest=entry.digest,
         fields=entry.fields,
         body=b"",
         sent_at=entry.sent_at,

@@ -20,7 +20,6 @@ CREATE SCHEMA IF NOT EXISTS {schema};
 CREATE TABLE {schema}.refunds (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     no_refund text NOT NULL UNIQUE,
-    digest text NOT NULL,
     fields json NOT NULL,
     body text NOT NULL,
     state text NOT NULL,
@@ -39,7 +38,7 @@ CREATE TABLE {schema}.eras (
 );
 INSERT INTO {schema}.eras (id) VALUES (1);
 CREATE TABLE {schema}.version AS
-SELECT 5 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
+SELECT 6 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
     false AS is_acting;
 """
 UPGRADES: Final[dict[int, LiteralString]] = {}
@@ -81,8 +80,8 @@ SELECT is_acting, locked.* FROM {schema}.version LEFT JOIN locked ON true
 """Returns at least one row, for ``is_acting``. If no refund's row could be locked, its refund columns are NULL."""
 INSERT: Final = """
 INSERT INTO {schema}.refunds
-    (no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history)
-SELECT no_refund, digest, fields, body, state, record, sent_at, refused, holder, leased_until, history
+    (no_refund, fields, body, state, record, sent_at, refused, holder, leased_until, history)
+SELECT no_refund, fields, body, state, record, sent_at, refused, holder, leased_until, history
 FROM json_populate_recordset(NULL::{schema}.refunds, %s) AS new
 WHERE NOT EXISTS (SELECT FROM {schema}.refunds AS old WHERE old.no_refund = new.no_refund)
 ORDER BY no_refund ON CONFLICT (no_refund) DO NOTHING RETURNING no_refund
@@ -126,7 +125,6 @@ def entry_of(row: Mapping[str, Any], reading: Reading) -> Entry:
     """Return the entry in ``row``, with its moments converted to this worker's clocks."""
     return Entry(
         no_refund=row["no_refund"],
-        digest=row["digest"],
         fields=row["fields"],
         body=row["body"].encode(),
         sent_at=reading.moment(row["sent_at"]),
@@ -146,7 +144,6 @@ def rows_of(entries: Iterable[Entry], recorded: Mapping[str, Mapping[str, Any]],
         rows.append(
             {
                 "no_refund": entry.no_refund,
-                "digest": entry.digest,
                 "fields": dict(entry.fields),
                 "body": entry.body.decode(),
                 "state": entry.state,

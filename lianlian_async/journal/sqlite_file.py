@@ -216,11 +216,10 @@ class JournalFile:
             raise _DamagedRowError(f"a row cannot be read: {error}") from error
 
     def _entry(self, row: Sequence[Any]) -> Entry:
-        no_refund, digest, fields, sent_at, body, evidence, state, record, history = row
+        no_refund, fields, sent_at, body, evidence, state, record, history = row
         leased = self._leased[no_refund][1] if no_refund in self._leased else None
         return Entry(
             no_refund=no_refund,
-            digest=digest,
             fields=fields,
             body=b"" if body is None else body.encode(),
             sent_at=None if sent_at is None else sql.moment_of(sent_at, evidence or {}),
@@ -244,7 +243,7 @@ class JournalFile:
                 sent_at = sql.microseconds(entry.sent_at)
                 evidence = _json(sql.evidence_of(entry.sent_at, entry.refused))
             record = None if entry.ending is None else _json(entry.ending.record)
-            begun = entry.no_refund, entry.digest, _json(entry.fields), entry.state, sent_at, entry.body.decode()
+            begun = entry.no_refund, _json(entry.fields), entry.state, sent_at, entry.body.decode()
             rowids.append(rowid)
             rows.append((rowid, *begun, evidence, record, entry.history))
         rows.sort()  # by rowid: SQLite fills pages completely if rows are inserted in order

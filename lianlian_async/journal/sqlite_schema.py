@@ -17,7 +17,7 @@ from typing import Any, Final
 from lianlian_async.clock import Moment
 
 APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 
 CHECKPOINT_PAGES: Final = 4000
 """Pages in the WAL (16 MB) that trigger a checkpoint: so many that most bodies are deleted before it."""
@@ -27,7 +27,6 @@ BEGIN IMMEDIATE;
 CREATE TABLE refunds (
     id INTEGER PRIMARY KEY,
     no_refund TEXT NOT NULL UNIQUE,
-    digest TEXT NOT NULL,
     fields TEXT NOT NULL,
     state TEXT NOT NULL,
     sent_at INTEGER
@@ -49,7 +48,7 @@ UPGRADES: Final[dict[int, str]] = {}
 
 READ: Final = """
 SELECT json_group_array(
-    json_array(id, no_refund, digest, json(fields), sent_at, body, json(evidence), state, json(record),
+    json_array(id, no_refund, json(fields), sent_at, body, json(evidence), state, json(record),
         coalesce(bodies.history, endings.history))
 )
 FROM refunds LEFT JOIN bodies USING (id) LEFT JOIN endings USING (id)
@@ -94,19 +93,17 @@ BEGIN_ACTING: Final = "UPDATE journal SET is_acting = 1"
 CHANGES: Final = """
 CREATE TEMP VIEW changes AS SELECT * FROM refunds JOIN bodies USING (id) JOIN endings USING (id);
 CREATE TEMP TRIGGER change INSTEAD OF INSERT ON changes BEGIN
-    INSERT INTO refunds (id, no_refund, digest, fields, state, sent_at)
-    VALUES (new.id, new.no_refund, new.digest, new.fields, new.state, new.sent_at)
+    INSERT INTO refunds (id, no_refund, fields, state, sent_at)
+    VALUES (new.id, new.no_refund, new.fields, new.state, new.sent_at)
     ON CONFLICT (id) DO UPDATE
-    SET digest = excluded.digest, fields = excluded.fields, state = excluded.state, sent_at = excluded.sent_at;
+    SET fields = excluded.fields, state = excluded.state, sent_at = excluded.sent_at;
     INSERT OR REPLACE INTO bodies SELECT new.id, new.body, new.evidence, new.history WHERE new.record IS NULL;
     INSERT OR REPLACE INTO endings SELECT new.id, new.record, new.history WHERE new.record IS NOT NULL;
     DELETE FROM bodies WHERE id = new.id AND new.record IS NOT NULL;
 END;
 """
-CHANGE: Final = (
-    "INSERT INTO changes (id, no_refund, digest, fields, state, sent_at, body, evidence, record, history) VALUES "
-)
-ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+CHANGE: Final = "INSERT INTO changes (id, no_refund, fields, state, sent_at, body, evidence, record, history) VALUES "
+ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)

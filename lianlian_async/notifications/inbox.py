@@ -4,7 +4,7 @@ To *act on* a refund means to call the handler for it. :class:`RecentRefunds` is
 journal.
 """
 
-import hashlib
+import json
 import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -180,7 +180,7 @@ class Inbox:
         """Act on ``entry``; return its standing, and whether this or an earlier handler call succeeded."""
         standing, succeeded = Standing.UNRESOLVED, False
         try:
-            refund = await learn(self.refunds, Refund.from_dict(entry.fields), self.clock(), "notification")
+            refund = await learn(self.refunds, Refund.from_dict(json.loads(entry.body)), self.clock(), "notification")
             standing, leased = await self._take(refund, 2 * self.seconds, -math.inf)
             if standing in (Standing.LEASED, Standing.FINISHED):
                 return standing, standing is Standing.FINISHED
@@ -220,17 +220,11 @@ class Inbox:
 
 
 def _intent(refund: Refund, lease: float) -> Intent:
-    # The state and the identity come first, because a conflict names the first field that differs.
+    # The state comes first, because a conflict names the first field that differs.
     identity = {
         "sta_refund": str(refund.sta_refund),
         "money_refund": str(refund.money_refund),
         "no_refund": str(refund.no_refund),
     }
-    content = f"{refund.no_refund} {refund.sta_refund} {refund.money_refund}"
-    return Intent(
-        no_refund=str(refund.no_refund),
-        digest=hashlib.sha256(content.encode()).hexdigest(),
-        fields={**identity, **{name: text for name, text in refund.raw.items() if text}},
-        body=b"",
-        lease=lease,
-    )
+    content = {**identity, **{name: text for name, text in refund.raw.items() if text}}
+    return Intent(no_refund=identity["no_refund"], fields=identity, body=json.dumps(content).encode(), lease=lease)

@@ -10,7 +10,6 @@ import attrs
 
 from lianlian_async import Endpoints, Merchant, NotificationEndpoint, Refund, RefundRequest, wire
 from lianlian_async.journal import Journal
-from lianlian_async.recording import digest
 from lianlian_async.signing import SigningKey
 from tests.support import journals, keypairs
 from tests.support.parties import EPOCH, OID_PARTNER, as_json, made, refund_request
@@ -90,7 +89,7 @@ async def begin(journal: Journal, number: int = 1, **changes: Any) -> RefundRequ
     """Record R-``number`` of ``parties.refund_request`` in the journal, as an apply call does."""
     request = refund_request(number, **changes)
     fields = request.to_dict()
-    intent = journals.intent(request.no_refund, digest=digest(fields), fields=fields)
+    intent = journals.intent(request.no_refund, fields=fields)
     await journal.begin(intent, journals.now())
     return request
 
