@@ -61,8 +61,8 @@ class Leased(Event):
 class AttemptBegan(Event):
     """A ``request`` is about to be sent: ``apply``, or a ``query`` about this refund or another one (the canary).
 
-    ``attempt`` counts the requests of a call from 1, apply requests and queries separately. ``url`` contains no user
-    name, password or query string. A listener may add request headers, such as ``traceparent``, to ``headers``.
+    ``attempt`` counts the requests of a call from 1, apply requests and queries separately. ``url`` contains no
+    query string. A listener may add request headers, such as ``traceparent``, to ``headers``.
     """
 
     request: str

@@ -42,6 +42,8 @@ def _check_endpoint(value: str, name: str) -> None:
     except ValueError as error:
         raise ConfigurationError(f"{name}: {error} (is {_shown(value)})") from None
     parts = urlsplit(value)
+    if "@" in parts.netloc:
+        raise ConfigurationError(f"{name}: must not contain a user name or password (is {_shown(value)})")
     if parts.scheme == "http" and not _is_this_machine(parts.hostname or ""):
         raise ConfigurationError(f"{name}: must be https; http is allowed only for this machine (is {_shown(value)})")
 
@@ -52,7 +54,7 @@ class Endpoints:
     """The two URLs of the gateway. The defaults are those of the cross-border product on LianLian's API pages.
 
     For the domestic product, ``apply`` is ``https://traderapi.lianlianpay.com/refund.htm``. An http URL is allowed only
-    for this machine.
+    for this machine. No URL may contain a password.
     """
 
     apply: str = "https://traderapi.lianlianpay.com/exchangerefund.htm"

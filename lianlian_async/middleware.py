@@ -6,7 +6,6 @@ user's layers are called for every attempt, also for each query that resolves a 
 """
 
 import random
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeAlias, cast
@@ -143,7 +142,7 @@ async def _observed(exchange: Exchange, call_next: Next) -> Reply:
     """Call ``call_next`` between two events; the second one is also reported after an exception or a cancellation."""
     exchange = attrs.evolve(exchange, headers={**exchange.headers})
     same = {"no_refund": exchange.asked.get("no_refund"), "request": str(exchange.call), "attempt": exchange.attempt}
-    url = re.sub("//[^/]*@", "//", exchange.url.partition("?")[0])
+    url = exchange.url.partition("?")[0]
     began, reply = exchange.listeners.timer(), None
     with exchange.listeners.span(AttemptBegan, **same, url=url, headers=exchange.headers):
         try:

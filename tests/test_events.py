@@ -186,11 +186,11 @@ async def test_a_refund_that_is_not_sent_is_reported(http_backend):
     assert {event.http_status for event in listener.only(events.AttemptEnded)} == {None}
 
 
-async def test_an_attempt_reports_code_status_and_url_without_credentials():
-    """The begin has the URL without user, password and query string; the end has ``ret_code`` and the HTTP status."""
+async def test_an_attempt_reports_code_status_and_url_without_its_query_string():
+    """The begin has the URL without its query string; the end has ``ret_code`` and the HTTP status."""
     gateway, listener = SandboxGateway(default_order=Decimal("10.00")), Recorder()
     gateway.script(Fault.BAD_GATEWAY, call="apply")
-    merchant = gateway.merchant("https://user:password@gateway.invalid")
+    merchant = gateway.merchant("https://gateway.invalid")
     merchant = attrs.evolve(
         merchant, endpoints=Endpoints(merchant.endpoints.apply + "?token=1", merchant.endpoints.query)
     )

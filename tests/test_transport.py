@@ -690,15 +690,6 @@ async def test_second_response_in_the_same_segment(given):
     assert server.opened == 3
 
 
-@on_both_stacks
-async def test_url_credentials_become_a_header():
-    """An endpoint behind Basic authentication gets the Authorization header."""
-    async with answering() as server, transport_over() as transport:
-        url = server.url.replace("http://", "http://shop:sesame@")
-        assert isinstance(await transport.post(url, b"{}", 5.0), HttpResponse)
-    assert b"\r\nAuthorization: Basic c2hvcDpzZXNhbWU=" in server.requests[0][1]
-
-
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_close_during_a_wait_for_a_connection(monkeypatch):
     """A request that waits for a connection of aiohttp at closing ends as NoResponse, not cancelled."""

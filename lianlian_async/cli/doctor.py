@@ -153,7 +153,7 @@ async def _external_checks(merchant: Merchant, options: dict[str, Any]) -> list[
 
 
 async def _connection(url: str) -> AsyncIterator[_Check]:
-    host = urlsplit(url).netloc.rpartition("@")[2]
+    host = urlsplit(url).netloc
     try:
         proxy, ahead, issuer, expires_at = await probe_server(url)
     except LianLianError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import ssl
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
@@ -40,9 +39,6 @@ def _head(library: Any, url: str, content_type: str, length: int) -> tuple[httpx
     """Return the URL and the headers of a request that is sent without a caller's client."""
     parsed = library.URL(url)
     headers = [(b"Host", parsed.netloc), (b"Content-Type", content_type.encode()), (b"Content-Length", b"%d" % length)]
-    if parsed.userinfo:
-        credentials = f"{parsed.username}:{parsed.password}".encode()
-        headers.append((b"Authorization", b"Basic " + b64encode(credentials)))
     headers += [(name.encode(), text.encode()) for name, text in _HEADERS.items()]
     return parsed, library.Headers(headers)
 
@@ -192,7 +188,7 @@ def describe(error: BaseException, url: str, connect_seconds: float, library: An
 
 def _cause(error: BaseException, url: str, connect_seconds: float, library: Any) -> str:
     chain = list(islice(_chain(error), 20))
-    host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # without a password
+    host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # a notify_url may contain a password
     if isinstance(error, library.ConnectTimeout):
         return f"no connection to {host} within {connect_seconds:g} s"
     # aiohttp's subclasses of SSLError lack the attributes of the original, so skip them.
