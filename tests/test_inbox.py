@@ -171,7 +171,7 @@ async def test_with_confirm_the_handler_waits_for_the_gateway(journal, handler):
         async with NotificationEndpoint(
             session.merchant, handler, journal=journal, session=session, confirm=True, inbox=True, clock=boot_clock
         ) as endpoint:
-            assert is_acknowledged(await endpoint.handle(notification(dt_refund=None), HEADERS))
+            assert is_acknowledged(await endpoint.handle(notification(dt_refund=None, oid_refundno=None), HEADERS))
             await anyio.sleep(50)
             assert not handler.begun
             await until(lambda: handler.done, look_every=1)

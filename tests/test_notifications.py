@@ -681,17 +681,29 @@ async def test_the_gateway_is_asked_before_the_handler_runs(handler):
     gateway = sandbox(settle_after=60)
     async with gateway.session(clock=boot_clock) as session:
         endpoint = NotificationEndpoint(session.merchant, handler, session=session, confirm=True, clock=boot_clock)
-        assert (await endpoint.handle(notification(), HEADERS)).status == 500  # no such refund
+        assert (await endpoint.handle(notification(oid_refundno=None), HEADERS)).status == 500  # no such refund
         await session.apply_refund(refund_request())
-        assert (await endpoint.handle(notification(), HEADERS)).status == 500  # not final
+        assert (await endpoint.handle(notification(oid_refundno=None), HEADERS)).status == 500  # not final
         await anyio.sleep(60)
-        assert (await endpoint.handle(notification(2), HEADERS)).status == 500  # another one
+        assert (await endpoint.handle(notification(2, oid_refundno=None), HEADERS)).status == 500  # another one
         assert not handler.begun
-        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
-        assert is_acknowledged(await endpoint.handle(notification(), HEADERS))
+        assert is_acknowledged(await endpoint.handle(notification(oid_refundno=None), HEADERS))
+        assert is_acknowledged(await endpoint.handle(notification(oid_refundno=None), HEADERS))
     assert handler.numbers == ["R-1"]
     assert gateway.requests["query"] == 4
     assert endpoint.counts == {"failed": 3, "acted": 1, "duplicate": 1}
+
+
+@virtual
+async def test_a_confirmed_record_must_have_the_notified_amount(handler, caplog):
+    """With confirm, the handler is not called for an amount that the gateway's record does not have."""
+    gateway = sandbox(settle_after=0)
+    async with gateway.session(clock=boot_clock) as session:
+        await session.apply_refund(refund_request(money_refund=Decimal("5.00")))
+        endpoint = NotificationEndpoint(session.merchant, handler, session=session, confirm=True, clock=boot_clock)
+        assert (await endpoint.handle(notification(oid_refundno=None), HEADERS)).status == 500
+    assert not handler.begun
+    assert "another money_refund: ours 10.00, recorded 5.00" in caplog.text
 
 
 @virtual
@@ -704,7 +716,7 @@ async def test_the_journal_supplies_a_missing_dt_refund_for_the_query(handler):
             endpoint = NotificationEndpoint(
                 session.merchant, handler, session=session, journal=known, confirm=True, clock=boot_clock
             )
-            await endpoint.handle(notification(dt_refund=None), HEADERS)
+            await endpoint.handle(notification(dt_refund=None, oid_refundno=None), HEADERS)
             assert handler.numbers == ([] if known is None else ["R-1"])
 
 

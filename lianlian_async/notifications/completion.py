@@ -36,20 +36,23 @@ async def complete(
         notified = notified.completed(entry.fields)
     try:
         found = await session.query_refund(notified.query(), deadline=seconds)
-        check_identity(notified.raw, found.raw)
+        check_same(notified, found)
     except (*_NO_RECORD, *_UNUSABLE) as error:
         raise IncompleteRecord(f"{what}; the query failed: {error}") from error
     for name in _NEEDED:
         if getattr(found, name) is None:
             raise IncompleteRecord(f"{what}, and the gateway's record has no {name}")
-    check_state(notified, found)
     if notified.sta_refund is None and not found.is_final:
         raise IncompleteRecord(f"{what}, and the gateway's record is not final yet")
     return cast("Refund", found)  # it has every field of _NEEDED
 
 
-def check_state(notified: RefundRecord, found: RefundRecord) -> None:
-    """Raise ``RefundConflict`` if a notification and the gateway's record have different states."""
+def check_same(notified: RefundRecord, found: RefundRecord) -> None:
+    """Compare a notification with the gateway's record.
+
+    Raises as :func:`.identity.check_identity`, and ``RefundConflict`` if they have different states.
+    """
+    check_identity(notified.identity(), found.raw)
     if notified.sta_refund not in (None, found.sta_refund):
         ours, theirs = str(notified.sta_refund), str(found.sta_refund)
         raise RefundConflict(str(found.no_refund), field="sta_refund", ours=ours, theirs=theirs)

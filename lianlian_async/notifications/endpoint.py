@@ -39,7 +39,7 @@ from lianlian_async.settings import check_integer, check_journal, check_type, po
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
 from .allow_list import AllowList
-from .completion import check_state, complete
+from .completion import check_same, complete
 from .inbox import Inbox, RecentRefunds
 from .responses import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 
@@ -348,7 +348,7 @@ class NotificationEndpoint:
         try:
             # The gateway may not find a refund whose outcome comes from a statement or from a person's decision.
             if self._confirm and self._session is not None and refund.evidence is None:
-                check_state(refund, await self._session.query_refund(refund.query()))
+                check_same(refund, await self._session.query_refund(refund.query()))
             await self._on_refund(refund)
             succeeded = True
         finally:
