@@ -253,14 +253,12 @@ def _toml_problem(text: str, message: str) -> str:
     at = re.search(r"at line (\d+)", message)
     unbalanced = (number for number, line in enumerate(lines, 1) if line.count('"') % 2 or line.count("'") % 2)
     number = int(at[1]) if at else next(unbalanced, len(lines))
-    line = lines[number - 1]
-    setting = re.match(r"\s*([a-z_]+)\s*=\s*", line)
+    setting = re.match(r"\s*([a-z_]+)\s*=\s*", lines[number - 1])
     place = f"line {number}" + (f" ({setting[1]})" if setting and setting[1] in _VARIABLES else "")
-    if "overwrite" in message:
-        return f"{place}: is set twice"
-    if "\\" in line:
-        return f"{place}: a backslash in double quotes is an escape: write a path in single quotes"
-    return f"{place}: is not TOML; put strings in straight quotes, or in three quotes if they have several lines"
+    return (
+        f"{place}: is not TOML, or set twice; put strings in straight quotes, paths with backslashes in single quotes, "
+        "and several lines in three quotes"
+    )
 
 
 _DEFAULT: Final = Endpoints()

@@ -532,8 +532,10 @@ def test_unknown_settings_are_named(tmp_path):
     assert message_of(lambda: Merchant.from_toml(file)) == f"{file}: unknown setting notify_ulr, verify"
 
 
-QUOTES = "is not TOML; put strings in straight quotes, or in three quotes if they have several lines"
-BACKSLASH = "a backslash in double quotes is an escape: write a path in single quotes"
+QUOTES = (
+    "is not TOML, or set twice; put strings in straight quotes, paths with backslashes in single quotes, and several "
+    "lines in three quotes"
+)
 
 
 @pytest.mark.parametrize(
@@ -547,9 +549,9 @@ BACKSLASH = "a backslash in double quotes is an escape: write a path in single q
         (b"oid_partner = '1'\nprivate_key_password = 'hunter2\n", f"line 2 (private_key_password): {QUOTES}"),
         (b'private_key_password = hunter2"\n', f"line 1 (private_key_password): {QUOTES}"),
         (b'hunter2 = "x', f"line 1: {QUOTES}"),
-        (b'\nprivate_key = "C:\\keys\\hunter2.pem"', f"line 2 (private_key): {BACKSLASH}"),
-        (b'private_key = "C:\\Users\\hunter2.pem"', f"line 1 (private_key): {BACKSLASH}"),
-        (b'oid_partner = "1"\noid_partner = "2"', "line 2 (oid_partner): is set twice"),
+        (b'\nprivate_key = "C:\\keys\\hunter2.pem"', f"line 2 (private_key): {QUOTES}"),
+        (b'private_key = "C:\\Users\\hunter2.pem"', f"line 1 (private_key): {QUOTES}"),
+        (b'oid_partner = "1"\noid_partner = "2"', f"line 2 (oid_partner): {QUOTES}"),
         (b'notify_url = ["hunter2"', f"line 1 (notify_url): {QUOTES}"),
         (b'\nnotify_url = "\xff"', "line 2: is not UTF-8; save the file as UTF-8"),
     ],
