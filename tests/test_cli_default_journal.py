@@ -227,19 +227,6 @@ def test_postgresql_journal_is_counted(env, gateway, file, database):
     assert gateway.requests == {"apply": 3}
 
 
-@pytest.mark.usefixtures("home")
-def test_a_journal_beside_the_file_must_be_named(env, gateway, file):
-    """FILE.journal may contain refunds of the file, so nothing is sent with another journal."""
-    older = f"{file}.journal"
-    assert run("batch", file, "--yes", "--journal", older, env=env).exit_code == 0
-    ended = run("batch", file, "--yes", env=env)
-    assert ended.exit_code == 2
-    assert f"continue with --journal {older}" in " ".join(ended.stderr.split())
-    again = run("batch", file, "--yes", "--journal", older, "--json", env=env)
-    assert (again.exit_code, again.json["known_from_journal"]) == (0, 3)
-    assert gateway.requests == {"apply": 3}
-
-
 def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
     """It shows which process has the journal open since when, and continues when it ends; --no-wait is an error."""
     gateway.script(Fault.NO_ANSWER, call="apply")

@@ -42,7 +42,7 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
     if queue:
         refuse_for_queue(ctx)
     merchant = None if queue else _load_merchant(output, config, dry_run)
-    place = _find_journal(output, file, merchant, options) if merchant else None
+    place = _find_journal(output, merchant, options) if merchant else None
     if not (queue or dry_run):
         _refuse_to_overwrite(options["out"], file, place)
     with checked_file(file, merchant, options, output.note, has_partner=not queue) as (checked, columns):
@@ -91,22 +91,15 @@ def _refuse_too_much(totals: FileTotals, max_total: Decimal | None, max_refund: 
     raise click.UsageError(f"{problem}; nothing was sent")
 
 
-def _find_journal(output: Output, file: str, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
+def _find_journal(output: Output, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
     """Return the path or DSN of the journal; None for a dry run if no default journal is possible."""
     try:
-        place: str = options["place"] or default_place(merchant)
+        return options["place"] or default_place(merchant)
     except click.UsageError as error:
         if not options["dry_run"]:
             raise
         output.note(error.message)
         return None
-    older = Path(f"{file}.journal")
-    if file != "-" and older.is_file() and older.resolve() != Path(place).resolve():
-        raise click.UsageError(
-            f"{older} may contain refunds of this file: continue with --journal {older}, or move it away if every "
-            "refund in it is resolved"
-        )
-    return place
 
 
 def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None:
