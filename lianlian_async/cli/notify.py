@@ -7,12 +7,11 @@ import anyio
 import click
 
 from lianlian_async import wire
-from lianlian_async.exchange import HttpResponse
+from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.notifications.completion import complete
 from lianlian_async.protocol import Protocol
-from lianlian_async.sandbox.notifier import CONTENT_TYPE, is_acknowledged, post
+from lianlian_async.sandbox.notifier import is_acknowledged, post_once
 from lianlian_async.signing import SigningKey, signature_source
-from lianlian_async.transport import HttpSender
 
 from .options import load_merchant
 from .output import Output
@@ -25,26 +24,18 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
     message = {name: text for name, text in fields.items() if text is not None}
     message |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
     body = wire.encode({**message, "sign": key.sign(signature_source(message))})
-    _show(output, anyio.run(_post, url, body))
+    _show(output, anyio.run(post_once, url, body))
 
 
-def _show(output: Output, response: HttpResponse | None) -> None:
-    acknowledged = is_acknowledged(response)
-    word = "acknowledged" if acknowledged else "not acknowledged"
-    status, text = (None, "") if response is None else (response.status, response.body.decode(errors="replace"))
-    output.show(
-        {"outcome": word, "status": status, "answer": text},
-        f"{word}: " + ("no response" if response is None else f"HTTP {status} {text}"),
-    )
-    click.get_current_context().exit(0 if acknowledged else 1)
-
-
-async def _post(url: str, body: bytes) -> HttpResponse | None:
-    transport = await HttpSender.open(None, None, 1, CONTENT_TYPE)
-    try:
-        return await post(transport, url, body)
-    finally:
-        await transport.aclose()
+def _show(output: Output, response: HttpResponse | NoResponse) -> None:
+    word = "acknowledged" if is_acknowledged(response) else "not acknowledged"
+    if isinstance(response, NoResponse):
+        output.show({"outcome": word, "status": None, "answer": ""}, f"{word}: no response: {response.reason}")
+    else:
+        answer = response.body.decode(errors="replace")
+        document = {"outcome": word, "status": response.status, "answer": answer}
+        output.show(document, f"{word}: HTTP {response.status} {answer}")
+    click.get_current_context().exit(0 if word == "acknowledged" else 1)
 
 
 def verify(output: Output, /, file: BinaryIO, config: Path | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import aclosing
 from enum import Enum
 from random import Random
 from typing import Final, Self
@@ -18,7 +19,7 @@ import attrs
 from lianlian_async import asgi, wire
 from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import ConfigurationError, MalformedMessage
-from lianlian_async.exchange import HttpResponse
+from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.transport import AsyncBaseTransport, HttpSender, check_http
 
 from .gateway import SandboxGateway
@@ -203,7 +204,7 @@ class Notifier:
                 at=self._gateway.now(),
                 body=body,
                 forged=forged,
-                status=None if response is None else response.status,
+                status=response.status if isinstance(response, HttpResponse) else None,
                 acknowledged=is_acknowledged(response),
             )
             deliveries.append(delivery)
@@ -216,18 +217,22 @@ class Notifier:
         return any(delivery.acknowledged for delivery in deliveries)
 
 
-async def post(transport: HttpSender, url: str, body: bytes, patience: float = PATIENCE) -> HttpResponse | None:
-    """POST a notification; return the response, or None after an error or ``patience`` seconds."""
+async def post(sender: HttpSender, url: str, body: bytes, patience: float = PATIENCE) -> HttpResponse | NoResponse:
+    """POST a notification; return the response, or why there is none after an error or ``patience`` seconds."""
     with anyio.move_on_after(patience):
-        delivery = await transport.post(url, body, patience)
-        if isinstance(delivery, HttpResponse):
-            return delivery
-    return None
+        return await sender.post(url, body, patience)
+    return NoResponse(f"timeout after {patience:g} s", may_have_arrived=True)
 
 
-def is_acknowledged(response: HttpResponse | None) -> bool:
+async def post_once(url: str, body: bytes, transport: AsyncBaseTransport | None = None) -> HttpResponse | NoResponse:
+    """POST a notification on a connection of its own, like :func:`post`."""
+    async with aclosing(await HttpSender.open(None, transport, 1, CONTENT_TYPE)) as sender:
+        return await post(sender, url, body)
+
+
+def is_acknowledged(response: HttpResponse | NoResponse) -> bool:
     """Return whether a response acknowledges a notification: HTTP 200 and ``ret_code`` 0000."""
-    if response is None or response.status != 200:
+    if isinstance(response, NoResponse) or response.status != 200:
         return False
     try:
         return wire.decode(response.body).get("ret_code") == "0000"

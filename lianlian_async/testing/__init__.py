@@ -82,7 +82,6 @@ With respx::
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -98,13 +97,11 @@ async def notify(app: Any, gateway: SandboxGateway, no_refund: str) -> HttpRespo
     The gateway's clock is advanced first, until the refund is final. ``app`` is an ASGI application, such as a
     ``NotificationEndpoint``, which receives the notification at the path of the refund's ``notify_url``; or the URL of
     a server on this machine. Raises ``LookupError`` if ``gateway`` did not make the refund, ``RuntimeError`` if there
-    is no response, and ``TimeoutError`` after 5 seconds.
+    is no response within 5 seconds.
     """
-    import anyio
-
     from lianlian_async.exchange import NoResponse
-    from lianlian_async.sandbox.notifier import CONTENT_TYPE, PATIENCE
-    from lianlian_async.transport import HttpSender, asgi_transport
+    from lianlian_async.sandbox.notifier import post_once
+    from lianlian_async.transport import asgi_transport
 
     made = [record for record in gateway.refunds if record.no_refund == no_refund]
     if not made:
@@ -114,9 +111,7 @@ async def notify(app: Any, gateway: SandboxGateway, no_refund: str) -> HttpRespo
     transport, url = None, app
     if not isinstance(app, str):
         transport, url = asgi_transport(app), record.notify_url
-    async with aclosing(await HttpSender.open(None, transport, 1, CONTENT_TYPE)) as sender:
-        with anyio.fail_after(PATIENCE):
-            delivery = await sender.post(url, gateway.notification(record), PATIENCE)
+    delivery = await post_once(url, gateway.notification(record), transport)
     if isinstance(delivery, NoResponse):
         raise RuntimeError(f"no response to the notification of {no_refund}: {delivery.reason}") from delivery.cause
     return delivery
