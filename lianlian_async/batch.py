@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import Self, TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 import anyio
 import attrs
@@ -18,6 +18,8 @@ from .signature_watch import Admission
 from .worker_pool import Handover, iterate, run_workers
 
 T = TypeVar("T")
+_Held: TypeAlias = tuple[float, RefundOutcomeUnknown, Outcome]
+"""An unknown outcome, and when to resolve it, in seconds of the boot clock."""
 
 
 def refund_many(
@@ -104,7 +106,7 @@ class Outcomes(AsyncIterator[Outcome]):
         return self._run.next()
 
     @property
-    def held(self) -> list[tuple[RefundOutcomeUnknown, Outcome]]:
+    def held(self) -> list[_Held]:
         """The unknown outcomes that ``wait_unknown`` keeps now. The list changes while the batch runs."""
         return self._run.unknown
 
@@ -139,7 +141,7 @@ class _Run:
     query_first: bool
     admission: Admission
     found: Handover[Outcome] = attrs.field(factory=Handover, init=False)
-    unknown: list[tuple[RefundOutcomeUnknown, Outcome]] = attrs.field(factory=list, init=False)
+    unknown: list[_Held] = attrs.field(factory=list, init=False)
     _intake: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
     _failure: BaseException | None = attrs.field(default=None, init=False)
     """Raised at the end of the iteration, after all outcomes."""
@@ -156,7 +158,7 @@ class _Run:
         """Make all refunds, then resolve the unknown ones."""
         await self._drain(self._admitted(), self._refund)
         await self._drain(self._due(), self._resolve)
-        for _, outcome in self.unknown:  # left only if the batch has stopped
+        for _, _, outcome in self.unknown:  # left only if the batch has stopped
             await self.found.give(outcome)
 
     def end(self, error: BaseException | None) -> None:
@@ -197,20 +199,21 @@ class _Run:
                 self._stop(BatchStopped(failure))
             self.admission.leave()  # only after _stop, because it may start another refund
         if self.wait_unknown and isinstance(outcome.error, RefundOutcomeUnknown):
-            self.unknown.append((outcome.error, outcome))
+            now = self.session.clock()
+            due = now.boot + (outcome.error.ask_again_at - now.wall).total_seconds()
+            self.unknown.append((due, outcome.error, outcome))
         else:
             await self._tell(outcome)
 
-    async def _due(self) -> AsyncGenerator[tuple[RefundOutcomeUnknown, Outcome]]:
-        """Yield the unknown outcomes, each at its ``ask_again_at``."""
-        self.unknown.sort(key=lambda pair: pair[0].ask_again_at, reverse=True)
+    async def _due(self) -> AsyncGenerator[_Held]:
+        """Yield the unknown outcomes, each at its ``ask_again_at``, even if the wall clock is set meanwhile."""
+        self.unknown.sort(key=lambda held: held[0], reverse=True)
         while self.unknown:
-            unknown, _ = self.unknown[-1]
-            await anyio.sleep(max(0.0, (unknown.ask_again_at - self.session.clock().wall).total_seconds()))
+            await anyio.sleep(max(0.0, self.unknown[-1][0] - self.session.clock().boot))
             yield self.unknown.pop()
 
-    async def _resolve(self, pair: tuple[RefundOutcomeUnknown, Outcome]) -> None:
-        unknown, earlier = pair
+    async def _resolve(self, held: _Held) -> None:
+        _, unknown, earlier = held
         try:
             later = await self.session.outcome_of(unknown.request, journal=self.journal, earlier=unknown)
         except Exception:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from datetime import timedelta
 from decimal import Decimal
 
 import anyio
 import anyio.lowlevel
+import attrs
 import httpx
 import pytest
 
@@ -690,6 +692,26 @@ async def test_wait_unknown_queries_again_at_ask_again_at():
     assert 10 < late.seconds < 60
     assert anyio.current_time() >= 900
     assert [gateway.times_made(f"R-{number}") for number in range(1, 7)] == [1] * 6
+
+
+@pytest.mark.parametrize("hours", [-24, 24], ids=["back", "forward"])
+async def test_wait_unknown_ignores_steps_of_the_wall_clock(hours):
+    """The wait until ``ask_again_at`` is measured on the boot clock."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, no_refund="R-1", when=When.BEFORE)
+
+    def clock():
+        now = boot_clock()
+        return attrs.evolve(now, wall=now.wall + timedelta(hours=hours if now.boot > 60 else 0))
+
+    async def requests():
+        yield refund_request(1)
+        await anyio.sleep(100)
+
+    async with gateway.session(clock=clock) as session:
+        [outcome] = [outcome async for outcome in refund_many(session, requests(), wait_unknown=True)]
+    assert outcome.refund.no_refund == "R-1"
+    assert 900 < anyio.current_time() < 1000
 
 
 async def test_by_default_an_unknown_refund_is_an_outcome():

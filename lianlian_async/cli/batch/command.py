@@ -182,7 +182,7 @@ class _Batch:
     )
     in_flight: dict[str, Line] = attrs.field(factory=dict, init=False)
     """Refunds that were started and have no outcome yet, by ``no_refund``."""
-    _held: Sequence[tuple[RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
+    _held: Sequence[tuple[float, RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
     """Unknown refunds that ``--wait-unknown`` resolves after all others."""
     _last_begun: int = attrs.field(default=0, init=False)
     """The line of the last refund that was started."""
@@ -246,7 +246,7 @@ class _Batch:
         """When only unknown refunds remain, print until when the batch waits."""
         while not 0 < len(self._held) == self.totals.to_do:  # noqa: ASYNC110 - a held refund sets no event
             await anyio.sleep(_POLL)
-        last = local_time(max(unknown.ask_again_at for unknown, _ in self._held))
+        last = local_time(max(unknown.ask_again_at for _, unknown, _ in self._held))
         self.output.note(f"waiting until {last} to resolve {len(self._held):,} unknown refunds")
 
     @contextmanager
