@@ -117,7 +117,7 @@ class Flights:
             lease = min(2 * flight.until.left(anyio.current_time()), LONGEST_LEASE)
             has_journal = not isinstance(order.journal, OpenRefunds)
             listeners = gateway.listeners if has_journal else NOBODY
-            standing, entry = await recording.claim(body, lease, flight.until.at, listeners)
+            standing, entry = await recording.claim(body, lease, order.policy, flight.until.at, listeners)
             if standing is Standing.FINISHED:
                 return recorded_refund(entry)
             apply = gateway.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)

@@ -22,6 +22,7 @@ from .journal.base import added
 from .logs import NOBODY, Listeners
 from .models import Record, Refund, RefundRecord, RefundRequest, RefundStatus
 from .resolution import Case, doubt, matching
+from .retry import RetryPolicy
 
 logger = logging.getLogger("lianlian_async")
 
@@ -141,7 +142,7 @@ class Recording:
         return recorded_refund(entry)
 
     async def claim(
-        self, body: bytes, lease: float, deadline: float, listeners: Listeners = NOBODY
+        self, body: bytes, lease: float, policy: RetryPolicy, deadline: float, listeners: Listeners = NOBODY
     ) -> tuple[Standing, Entry]:
         """Record the intent and take the refund's lease for ``lease`` seconds.
 
@@ -149,7 +150,8 @@ class Recording:
         ``RefundOutcomeUnknown``. Raises ``RefundConflict`` if the recorded request differs.
         """
         number = self.request.no_refund
-        intent = Intent(no_refund=number, fields=self.request.to_dict(), body=body, lease=lease)
+        fields, grace = self.request.to_dict(), policy.not_found_grace
+        intent = Intent(no_refund=number, fields=fields, body=body, lease=lease, grace=grace)
         standing, entry = await take(self.journal, intent, self.clock, deadline, listeners)
         if standing is not Standing.LEASED:
             return standing, entry

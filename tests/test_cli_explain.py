@@ -71,7 +71,7 @@ def begin(place, *endings, age_days=0, sent=True):
     fields = refund(1) | {"dt_refund": f"{at.wall - timedelta(days=age_days):%Y%m%d%H%M%S}"}
 
     async def call(opened):
-        wanted = Intent(no_refund="R-1", fields=fields, body=b"{}", lease=30.0)
+        wanted = Intent(no_refund="R-1", fields=fields, body=b"{}", lease=30.0, grace=900.0)
         _, entry = await opened.begin(wanted, at)
         await opened.release(entry, at if sent else None)
         for ending in endings:
@@ -193,7 +193,7 @@ def test_explain_of_a_bounded_history_says_so(journal):
             await opened.release(entry, now(), history=f"{entry.history}{int(time.time())} 2 query 8901\n")
 
     fields = in_journal(lambda opened: opened.find("R-1"), journal).fields
-    wanted = Intent(no_refund="R-1", fields=fields, body=b"{}", lease=-1.0)
+    wanted = Intent(no_refund="R-1", fields=fields, body=b"{}", lease=-1.0, grace=900.0)
     in_journal(again, journal)
     ended = run("explain", "R-1")
     assert "history: only the first 3 and the latest 6 events are kept" in ended.stdout
@@ -215,7 +215,7 @@ def test_explain_and_decide_in_postgres(database, env):
 
     async def leave():
         async with PostgresJournal(database) as opened:
-            wanted = Intent(no_refund="R-1", fields=refund(1), body=b"{}", lease=-1.0)
+            wanted = Intent(no_refund="R-1", fields=refund(1), body=b"{}", lease=-1.0, grace=900.0)
             await opened.begin(wanted, now())
 
     anyio.run(leave)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import anyio
@@ -15,6 +16,7 @@ from lianlian_async import ConfigurationError, RefundConflict
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, Standing, State
 from lianlian_async.journal.base import added, facts
+from lianlian_async.journal.operations import Begin
 from tests.support import journals
 from tests.support.journals import ACCEPTED, MADE, REJECTED, held, intent, now
 
@@ -689,3 +691,29 @@ async def test_a_leased_refund_cannot_be_decided(kind):
         with pytest.raises(JournalError, match="refund R-2: it is not in this journal"):
             await journal.decide("R-2", BY_HAND, now())
         assert (await journal.find("R-1")).ending is None
+
+
+# ── an entry that the journal may have lost ──────────────────────────────────────────────────────
+
+LOST_AT = datetime(2026, 1, 2, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "dt_refund", "grace", "ask_first", "may_be_sent"),
+    [
+        (899, "20260102195959", 900.0, True, True),  # created before the loss: a call may have sent it
+        (899, "20260102200000", 900.0, True, False),
+        (899, "20990101000000", 900.0, True, False),
+        (900, "20260102201500", 900.0, False, False),
+        (900, "20260102201459", 900.0, True, False),  # created before the end of the grace
+        (10**6, "20200101000000", 900.0, True, False),
+        (0, "20260102195959", 0.0, True, False),
+        (0, "20260102200000", 0.0, False, False),
+        (0, "20200101000000", None, False, False),  # an inbox sends nothing
+    ],
+)
+def test_a_refund_that_a_journal_may_have_lost_is_queried_first(seconds, dt_refund, grace, ask_first, may_be_sent):
+    """In the grace after a loss every refund; later those that were created (``dt_refund``) before its end."""
+    begin = Begin(intent(fields={"no_refund": "R-1", "dt_refund": dt_refund}, grace=grace), now())
+    begin.allow_for_loss(LOST_AT, LOST_AT + timedelta(seconds=seconds))
+    assert (begin.ask_first, begin.may_be_sent) == (ask_first, may_be_sent)

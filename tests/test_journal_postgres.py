@@ -368,14 +368,12 @@ async def test_after_a_failover_new_refunds_are_queried_first(make, administer):
         # Created before the failover: a lost call may have sent it, so its grace begins now.
         standing, entry = await journal.begin(intent("R-0"), now())
         assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
-        assert (await inbox.begin(intent("R-2"), now()))[0] is Standing.NEW
+        assert (await inbox.begin(intent("R-2", grace=None), now()))[0] is Standing.NEW
         await administer("UPDATE {schema}.eras SET began = began - interval '2 hours'")
         dated = {"no_refund": "R-3", "money_refund": "200.01", "dt_refund": "20990101000000"}
         assert (await journal.begin(intent("R-3", fields=dated), now()))[0] is Standing.NEW
         dated = {"no_refund": "R-4", "money_refund": "200.01", "dt_refund": "20200101000000"}
         assert (await journal.begin(intent("R-4", fields=dated), now()))[0] is Standing.ASK_FIRST
-    async with make(not_found_grace=0) as journal:
-        assert (await journal.begin(intent("R-5"), now()))[0] is Standing.NEW
 
 
 async def test_after_a_failover_the_grace_and_the_leases_start_again(workers):
@@ -571,8 +569,6 @@ async def test_an_invalid_dsn_is_not_shown(dsn):
         ({"schema": 5}, "schema: must be of type str, not int"),
         ({"timeout": "10"}, "timeout: must be a number of seconds greater than 0, is '10'"),
         ({"timeout": 0}, "timeout: must be a number of seconds greater than 0"),
-        ({"not_found_grace": "900"}, "not_found_grace: must be a number of at least 0, is '900'"),
-        ({"not_found_grace": -1}, "not_found_grace: must be a number of at least 0, is -1"),
     ],
 )
 async def test_invalid_settings_are_refused(settings, words):

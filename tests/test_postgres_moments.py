@@ -105,37 +105,6 @@ def test_an_era_ends_when_the_boot_clock_or_another_incarnation_proves_it(later,
     assert later.continues(reading()) is continues
 
 
-@pytest.mark.parametrize(
-    ("now", "dt_refund", "asks"),
-    [
-        (reading(10.0, began=0.0), "20200101000000", False),
-        (reading(10.0, began=0.0, era=2), "20990101000000", True),
-        (reading(899.0, began=0.0, era=2), "20260102210000", True),
-        (reading(901.0, began=0.0, era=2), "20260102201501", False),  # 12:15:01 UTC
-        (reading(901.0, began=0.0, era=2), "20260102201459", True),
-        (reading(1e6, began=0.0, era=3), "20200101000000", True),
-    ],
-)
-def test_what_may_have_been_lost_is_asked_about_first(now, dt_refund, asks):
-    """All for the grace after a new era began, and whatever was to be refunded before; with a grace of 0, nothing."""
-    assert now.may_have_lost({"dt_refund": dt_refund}, 900.0) is asks
-    assert not now.may_have_lost({"dt_refund": dt_refund}, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("now", "dt_refund", "may_have_been_sent"),
-    [
-        (reading(899.0, began=0.0, era=2), "20260102195959", True),  # created before the era began
-        (reading(899.0, began=0.0, era=2), "20260102200001", False),
-        (reading(901.0, began=0.0, era=2), "20260102195959", False),
-        (reading(10.0, began=0.0), "20260102195959", False),
-    ],
-)
-def test_a_refund_from_before_a_new_era_may_have_been_sent_until_the_grace_ends(now, dt_refund, may_have_been_sent):
-    assert now.may_have_been_sent({"dt_refund": dt_refund}, 900.0) is may_have_been_sent
-    assert not now.may_have_been_sent({"dt_refund": dt_refund}, 0.0)
-
-
 def test_no_moment_is_none():
     """What was never sent has no moment, stored or not."""
     assert reading().moment(None) is None

@@ -157,6 +157,8 @@ class Intent:
     """The exact signed bytes to send."""
     lease: float
     """Length of the lease in seconds: until it ends, only this caller may send."""
+    grace: float | None
+    """``RetryPolicy.not_found_grace`` of the call; None in an inbox, which sends nothing."""
 
 
 @attrs.frozen(kw_only=True)

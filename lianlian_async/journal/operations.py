@@ -6,7 +6,7 @@ returns a value for the caller and the entry to store: the same object if nothin
 
 import json
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
@@ -88,6 +88,17 @@ class Begin:
         seconds = boot - self.now.boot
         self.now, self.intent = self.now.after(seconds), attrs.evolve(self.intent, lease=self.intent.lease - seconds)
 
+    def allow_for_loss(self, lost_at: datetime, now: datetime) -> None:
+        """Set ``ask_first`` and ``may_be_sent`` for a journal that at ``lost_at`` lost its latest entries.
+
+        A call whose entry was lost may send until the grace ends. So until then any refund may be lost; later, and of
+        the refunds that a call may have sent, only those whose ``dt_refund`` is early enough.
+        """
+        if self.intent.grace is not None:
+            until, dt_refund = lost_at + timedelta(seconds=self.intent.grace), self.intent.fields.get("dt_refund", "")
+            self.ask_first = now < until or dt_refund < wire.format_timestamp(until)
+            self.may_be_sent = now < until and dt_refund < wire.format_timestamp(lost_at)
+
     def apply(self, entry: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
         """Return the standing and the entry. The caller has the lease after NEW, ASK_FIRST or UNRESOLVED."""
         if self.is_taken_back:
@@ -144,14 +155,6 @@ class Begin:
 
 def _is_leased(entry: Entry, now: Moment) -> bool:
     return entry.holder is not None and entry.leased_until is not None and _is_ahead(entry.leased_until, now)
-
-
-def may_be_lost(fields: Mapping[str, str], now: datetime, until: datetime) -> bool:
-    """Return whether a journal that may lack entries from before ``until`` may lack the entry of this refund.
-
-    Before ``until``, it may lack any entry; later, an entry whose ``dt_refund`` is before ``until``.
-    """
-    return now < until or fields.get("dt_refund", "") < wire.format_timestamp(until)
 
 
 def _is_ahead(moment: Moment, now: Moment) -> bool:

@@ -28,7 +28,7 @@ from lianlian_async.background import BackgroundTask
 from lianlian_async.clock import Clock, Moment, system_clock
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import Secret, drop_secrets, without_locals
-from lianlian_async.settings import check_type, is_number, positive_seconds
+from lianlian_async.settings import check_type, positive_seconds
 
 from . import postgres_rows as sql
 from .base import Entry, Intent, JournalError, Owner, Standing, State, upgrade_steps
@@ -86,7 +86,7 @@ class PostgresJournal(GroupCommitJournal):
     *After a failover or a restore:* a standby or a backup may lack the last commits. When the journal finds that the
     database server was restarted or replaced:
 
-    - ``not_found_grace`` (see ``RetryPolicy``) starts again for the refunds that the journal has.
+    - The ``RetryPolicy.not_found_grace`` of a call starts again for the refunds that the journal has.
     - A refund that it does not have is queried before it is sent: each one for ``not_found_grace`` seconds, later those
       whose ``dt_refund`` is before the end of that time.
     - If such a refund has a ``dt_refund`` before the restart, a call whose row was lost may have sent it. So "no such
@@ -100,7 +100,6 @@ class PostgresJournal(GroupCommitJournal):
         dsn: a connection string or URL of libpq.
         schema: the schema of the tables.
         timeout: time limit in seconds for one transaction, including the time to connect.
-        not_found_grace: seconds, as in the workers' ``RetryPolicy``; with 0, new refunds are never queried first.
         clock: must be the session's clock.
     """
 
@@ -111,12 +110,9 @@ class PostgresJournal(GroupCommitJournal):
         *,
         schema: str = "lianlian",
         timeout: float = 10.0,
-        not_found_grace: float = 900.0,
         clock: Clock = system_clock,
     ) -> None:
         positive_seconds("timeout", timeout)
-        if not is_number(not_found_grace) or not not_found_grace >= 0:
-            raise ConfigurationError(f"not_found_grace: must be a number of at least 0, is {not_found_grace!r}")
         check_type("dsn", dsn, str)
         check_type("schema", schema, str)
         self._dsn = Secret(connection_string(dsn, timeout))
@@ -124,7 +120,6 @@ class PostgresJournal(GroupCommitJournal):
         super().__init__(f"{schema} in {database.get('dbname')} at {database.get('host')}")
         self._schema = schema
         self._timeout = timeout
-        self._grace = not_found_grace
         self._clock = clock
         self._is_acting = False
         self._retries = set[BackgroundTask]()
@@ -161,12 +156,10 @@ class PostgresJournal(GroupCommitJournal):
         return dict.fromkeys(State, 0) | {State(row["state"]): row["count"] for row in await self._fetch(sql.COUNT)}
 
     def _new_inbox(self) -> "PostgresJournal":
-        # An inbox sends nothing, so it never has to query first.
         return PostgresJournal(
             self._dsn.reveal(),
             schema=f"{self._schema}_inbox",
             timeout=self._timeout,
-            not_found_grace=0,
             clock=self._clock,
         )
 
@@ -326,8 +319,8 @@ class PostgresJournal(GroupCommitJournal):
         for operation in operations:
             if isinstance(operation, Begin):
                 operation.postpone(reading.after.boot)
-                operation.ask_first = reading.may_have_lost(operation.intent.fields, self._grace)
-                operation.may_be_sent = reading.may_have_been_sent(operation.intent.fields, self._grace)
+                if reading.era > 1:
+                    operation.allow_for_loss(reading.began, reading.database)
         after = before.copy()
         results = perform(operations, after, is_acting=self._is_acting or found[0]["is_acting"])
         changed = [entry for number, entry in after.items() if number in rows and entry is not before[number]]

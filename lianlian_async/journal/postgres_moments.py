@@ -26,8 +26,6 @@ import attrs
 
 from lianlian_async.clock import Moment
 
-from .operations import may_be_lost
-
 _DRIFT: Final = 0.001
 """Upper bound for the relative drift between two clocks; quartz and the corrections of NTP stay below it."""
 _SLACK: Final = 2.0
@@ -56,24 +54,6 @@ class Reading:
         least, most = self.before.boot - earlier.after.boot, self.after.boot - earlier.before.boot
         slack = _SLACK + _DRIFT * most
         return least - slack <= passed <= most + slack
-
-    def may_have_lost(self, fields: Mapping[str, str], grace: float) -> bool:
-        """Return whether the database may have lost the row of the refund with ``fields`` when the era began.
-
-        In the first ``grace`` seconds of the era: any row. Later: a row whose ``dt_refund`` is before the end of these
-        seconds. Always False in the first era, and if ``grace`` is 0.
-        """
-        if self.era == 1 or not grace:
-            return False
-        return may_be_lost(fields, self.database, self.began + timedelta(seconds=grace))
-
-    def may_have_been_sent(self, fields: Mapping[str, str], grace: float) -> bool:
-        """Return whether a call whose row was lost may have sent the refund with ``fields`` less than ``grace`` ago.
-
-        If so, "no such record" proves nothing yet. A refund that was created later is not affected.
-        """
-        end = self.began + timedelta(seconds=grace)
-        return self.era > 1 and self.database < end and may_be_lost(fields, end, self.began)
 
     def stored(self, moment: Moment | None, recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """Return the stored form of ``moment``; ``recorded`` is the form in its row, None for a new row.

@@ -18,17 +18,14 @@ from threading import Lock
 from typing import Any, Final
 
 from lianlian_async.clock import Moment
-from lianlian_async.retry import RetryPolicy
 
 from . import sqlite_schema as sql
 from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
 from .file_lock import FileLock, FileLocked
-from .operations import Begin, Operation, Result, may_be_lost, perform
+from .operations import Begin, Operation, Result, perform
 
 _ROWS: Final = 64
 """Maximum number of rows in one statement. Each number of rows is a prepared statement of its own in the cache."""
-
-_GRACE: Final = RetryPolicy().not_found_grace
 
 _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: "another program has locked the file; end that program",
@@ -158,12 +155,9 @@ class JournalFile:
         with self._lock, self._errors():
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
-            if (restored_at := self._restored_at) is not None:
-                for begin in operations:
-                    if isinstance(begin, Begin):
-                        fields, now, until = begin.intent.fields, begin.now.wall, restored_at.after(_GRACE).wall
-                        begin.ask_first = may_be_lost(fields, now, until)
-                        begin.may_be_sent = now < until and may_be_lost(fields, until, restored_at.wall)
+            for begin in operations:
+                if self._restored_at is not None and isinstance(begin, Begin):
+                    begin.allow_for_loss(self._restored_at.wall, begin.now.wall)
             after = before.copy()
             results = perform(operations, after, is_acting=self._is_acting)
             changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]

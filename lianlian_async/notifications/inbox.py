@@ -227,4 +227,5 @@ def _intent(refund: Refund, lease: float) -> Intent:
         "no_refund": str(refund.no_refund),
     }
     content = {**identity, **{name: text for name, text in refund.raw.items() if text}}
-    return Intent(no_refund=identity["no_refund"], fields=identity, body=json.dumps(content).encode(), lease=lease)
+    number, body = identity["no_refund"], json.dumps(content).encode()
+    return Intent(no_refund=number, fields=identity, body=body, lease=lease, grace=None)

@@ -56,7 +56,7 @@ _REQUEST = RefundRequest(
 @cache
 def intent(lease: int) -> Intent:
     """Return the intent of the one refund."""
-    return Intent(no_refund="R-1", fields=_FIELDS, body=b"{}", lease=lease * TICK)
+    return Intent(no_refund="R-1", fields=_FIELDS, body=b"{}", lease=lease * TICK, grace=0.0)
 
 
 @cache

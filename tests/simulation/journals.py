@@ -20,7 +20,7 @@ from lianlian_async.journal.postgres_rows import entry_of
 
 from .database import Database, Row
 from .oracle import Oracle
-from .plan import GRACE, Event
+from .plan import Event
 from .world import NodeLoop, World
 
 
@@ -283,7 +283,7 @@ class PostgresStore:
         self.database = Database(lambda: self.world.now, self.world.after, dice, self._commit, flaky=self.flaky)
 
     def journal(self, loop: NodeLoop, clock: Clock) -> PostgresJournal:
-        journal = PostgresJournal("postgresql://model/refunds", not_found_grace=GRACE, clock=clock)
+        journal = PostgresJournal("postgresql://model/refunds", clock=clock)
         self.holders[loop] = journal
         return journal
 

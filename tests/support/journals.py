@@ -29,7 +29,7 @@ def now(seconds=0.0):
 def intent(no_refund="R-1", *, lease=3600.0, money="200.01", body=b'{"sign":"1"}', **changed):
     """Return the intent of a refund over ``money``."""
     fields = {"no_refund": no_refund, "money_refund": money, "no_order": "订单-1"}
-    return Intent(**{"no_refund": no_refund, "fields": fields, "body": body} | {"lease": lease} | changed)
+    return Intent(**{"no_refund": no_refund, "fields": fields, "body": body, "lease": lease, "grace": 900.0} | changed)
 
 
 def held(no_refund="R-1", **changed):
