@@ -7,6 +7,7 @@ callers keep waiting. When the last caller leaves, the flight is cancelled.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -31,6 +32,8 @@ from .outcome import Traffic
 from .recording import Recording, recorded_refund, refusal
 from .resolution import Case, matching, resolve
 from .retry import Deadline, RetryPolicy
+
+logger = logging.getLogger("lianlian_async")
 
 LONGEST_LEASE: Final = 2 * 86_400.0
 """Seconds. A call without a journal may have an infinite deadline, but its lease must end."""
@@ -284,6 +287,11 @@ class Flight:
         try:
             with caller.scope:
                 await self.task.join()
+        except anyio.get_cancelled_exc_class():
+            if self.case is not None:
+                number = self.order.request.no_refund
+                logger.warning("refund %s: cancelled, but it may have been made; query before sending it again", number)
+            raise
         finally:
             self.until.callers.remove(caller)
             if not self.until.callers:

@@ -4,7 +4,6 @@
 record", proves an outcome. The functions send, query and wait.
 """
 
-import logging
 import math
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -24,8 +23,6 @@ from .middleware import Next, backoff
 from .models import Refund, RefundRecord, RefundRequest
 from .outcome import Traffic, unknown_reason
 from .retry import TokenBucket
-
-logger = logging.getLogger("lianlian_async")
 
 _LONGEST_WAIT: Final = 90 * 86_400.0
 """Seconds: the longest time until ``ask_again_at``. After 3 months the gateway rejects a query (3005)."""
@@ -195,7 +192,6 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
     Raises ``RefundNotSent``, ``RefundRejected``, ``RefundConflict``, ``RefundOutcomeUnknown``, or the ``JournalError``
     of ``before_resend`` or ``canary``.
     """
-    number = case.request.no_refund
     try:
         # A new refund is sent first; a refund that may have been sent is queried first.
         is_new = case.sent_at is None and not case.ask_first
@@ -213,11 +209,11 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
                     await case.before_resend(case.history)
                 refund = await _apply(case, send)
     except anyio.get_cancelled_exc_class() as error:
-        if anyio.current_effective_deadline() > -math.inf:  # this call was not cancelled: a lower layer raised it
-            case.query_error = LianLianError(f"interrupted by {type(error).__name__}")
-            raise case.unknown() from error
-        logger.warning("refund %s: cancelled, but it may have been made; query before sending it again", number)
-        raise
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+        # This call was not cancelled: a lower layer raised the error.
+        case.query_error = LianLianError(f"interrupted by {type(error).__name__}")
+        raise case.unknown() from error
     return refund
 
 

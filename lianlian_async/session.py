@@ -27,6 +27,7 @@ from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest, ex
 from .outcome import Outcome, Traffic
 from .recording import learn
 from .recovery import Resumed, resume
+from .resolution import doubt
 from .retry import Deadline, RetryPolicy
 from .settings import check_integer, check_journal, check_type, positive_seconds
 from .signature_watch import SignatureWatch
@@ -291,10 +292,11 @@ class RefundSession:
         with self._waiters.listen(request) as waiter:
             try:
                 refund = await self.apply_refund(request, retry=retry)
-            except errors.RefundOutcomeUnknown:
-                if waiter.notified is None:
+            except errors.RefundOutcomeUnknown as unknown:
+                made = waiter.notified
+                if made is None or doubt(made, may_have_worked=unknown.refused is None) is not None:
                     raise
-                return waiter.notified
+                return made
             return await waiter.until_final(refund, self._learn, seconds)
 
     def notified(self, refund: Refund) -> None:

@@ -14,6 +14,7 @@ import pytest
 from lianlian_async import (
     Endpoints,
     JournalError,
+    NotificationEndpoint,
     RefundConflict,
     RefundOutcomeUnknown,
     RefundQuery,
@@ -27,6 +28,7 @@ from lianlian_async.flight import choose_canary
 from lianlian_async.journal import Entry, MemoryJournal, SqliteJournal, State
 from lianlian_async.recovery import Resumed
 from lianlian_async.sandbox import Fault, Repeated, When
+from tests.support.notices import HEADERS, Handler, is_acknowledged, notification
 from tests.support.parties import EPOCH, as_json, boot_clock, made, refund_request, sandbox, sealed, wall_clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -198,6 +200,26 @@ async def test_a_rejection_that_may_pass_is_not_final(code, new_journal):
     assert (type(rejected.error), rejected.error.may_pass) == (RefundRejected, True)
     assert again.refund.no_refund == "R-1"
     assert gateway.applied == 2
+
+
+@pytest.mark.parametrize("dt_refund", [None, "20260105160000"], ids=["incomplete", "complete"])
+async def test_a_refused_refund_needs_a_complete_notification(dt_refund):
+    """If every attempt was refused as duplicate, the notification must have the whole identity of the refund."""
+    settings = {"transport": Gateway("1002"), "clock": boot_clock}
+    async with RefundSession(sandbox().merchant(), **settings) as session, anyio.create_task_group() as tasks:
+        endpoint = NotificationEndpoint(session.merchant, Handler(), session=session, clock=boot_clock)
+        body = notification(dt_refund=dt_refund, oid_refundno=None)
+
+        @tasks.start_soon
+        async def notify():
+            await anyio.sleep(1)
+            assert is_acknowledged(await endpoint.handle(body, HEADERS))
+
+        if dt_refund is None:
+            with pytest.raises(RefundOutcomeUnknown):
+                await session.apply_and_wait(refund_request())
+        else:
+            assert (await session.apply_and_wait(refund_request())).is_final
 
 
 # ── a query service without records ──────────────────────────────────────────────────────────────

@@ -482,8 +482,8 @@ class Slow(MemoryJournal):
     [(Fault.DELAY, State.ACCEPTED), (Fault.NO_ANSWER, State.UNRESOLVED)],
     ids=["answered", "not answered"],
 )
-async def test_a_cancelled_call_ends_when_its_journal_has_written(fault, state):
-    """The cancellation waits only for the journal."""
+async def test_a_cancelled_call_ends_when_its_journal_has_written(fault, state, caplog):
+    """The cancellation waits only for the journal, and a warning says that the refund may have been made."""
     gateway, journal = sandbox(), Slow()
     gateway.script(fault, delay=0.5)
     async with gateway.session(journal=journal, clock=boot_clock) as session:
@@ -492,6 +492,7 @@ async def test_a_cancelled_call_ends_when_its_journal_has_written(fault, state):
         entry = await journal.find("R-1")
         assert (entry.state, entry.holder) == (state, None)
     assert anyio.current_time() <= 3
+    assert "refund R-1: cancelled, but it may have been made" in caplog.text
 
 
 async def test_a_refund_cancelled_during_begin_was_not_sent():
