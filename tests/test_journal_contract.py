@@ -1,4 +1,4 @@
-"""The contract of ``journal.base``, tested on every journal."""
+"""The contract of ``journal.interface``, tested on every journal."""
 
 from __future__ import annotations
 

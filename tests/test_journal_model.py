@@ -43,7 +43,7 @@ class Page:
 
 @attrs.define
 class Model:
-    """The contract of ``journal.base`` as a simple state machine."""
+    """The contract of ``journal.interface`` as a simple state machine."""
 
     forgets_holds: bool
     """Whether reopening the journal ends all leases."""

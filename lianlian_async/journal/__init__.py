@@ -6,7 +6,8 @@ never: import ``PostgresJournal`` from ``journal.postgres``.
 
 from typing import TYPE_CHECKING, Any
 
-from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing, State
+from .base import Ending, Entry, Intent, JournalError, Owner, Standing, State
+from .interface import Journal
 from .memory import MemoryJournal, OpenRefunds
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ The batches are written by a background task, not by a caller, so the cancellati
 import os
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from itertools import count
 from typing import Any, Final, Self, TypeVar, cast
@@ -19,8 +19,9 @@ import attrs
 from lianlian_async.background import BackgroundTask, complete, is_failure
 from lianlian_async.clock import Moment
 
-from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing
-from .operations import Acted, Begin, Decide, Find, Finish, Operation, Release, Resend, Result, TakeBack
+from .base import Entry, Intent, JournalError, Owner, Standing
+from .interface import Journal
+from .operations import Begin, Operation, Result, TakeBack
 
 T = TypeVar("T")
 
@@ -66,19 +67,19 @@ class _GroupCommit:
         self._arrived.set()
         await complete(self._background.join)
 
-    async def do(self, operation: Operation[T], *, if_cancelled: TakeBack | None = None) -> T:
+    async def do(self, operation: Operation[T]) -> T:
         """Record ``operation`` durably and return its result.
 
-        If the caller is cancelled meanwhile, ``operation`` is recorded nevertheless, then ``if_cancelled``.
+        If the caller is cancelled meanwhile, ``operation`` is recorded nevertheless; a begin is then taken back.
         """
         queued = self._put(operation)
         try:
             while queued.result is None:
                 await queued.done.wait()
         except BaseException:
-            if if_cancelled is not None and self._failure is None:
-                if_cancelled.begin.is_taken_back = True  # at once: a retry of this begin may run beside its TakeBack
-                self._put(if_cancelled)
+            if isinstance(queued.operation, Begin) and self._failure is None:
+                queued.operation.is_taken_back = True  # at once: a retry of this begin may run beside its TakeBack
+                self._put(TakeBack(queued.operation))
             raise
         if queued.result.error is not None:
             raise queued.result.error
@@ -224,29 +225,11 @@ class GroupCommitJournal(Journal):
             self.owner = owner
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        group = self._opened()
-        begin = Begin(intent, now, f"{self._holder}-{next(self._calls)}")
-        return await group.do(begin, if_cancelled=TakeBack(begin))
+        self._opened()
+        return await self.record(Begin(intent, now, f"{self._holder}-{next(self._calls)}"))
 
-    async def resend(self, entry: Entry, history: str = "") -> None:
-        await self._opened().do(Resend(entry, history))
-
-    async def finish(self, entry: Entry, ending: Ending, history: str = "") -> Entry:
-        return await self._opened().do(Finish(entry, ending, history))
-
-    async def acted(self, no_refund: str, now: Moment) -> None:
-        await self._opened().do(Acted(no_refund, now))
-
-    async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
-        return await self._opened().do(Decide(no_refund, ending, now))
-
-    async def release(
-        self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None, history: str = ""
-    ) -> None:
-        await self._opened().do(Release(entry, sent_at, refused, history))
-
-    async def find(self, no_refund: str) -> Entry | None:
-        return await self._opened().do(Find(no_refund))
+    async def record(self, operation: Operation[T]) -> T:
+        return await self._opened().do(operation)
 
     async def inbox(self) -> Journal:
         self._opened()

@@ -3,15 +3,16 @@
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
-from typing import Final, Self, TypeVar
+from typing import Final, Self, TypeVar, cast
 from uuid import uuid4
 
 import anyio.lowlevel
 
 from lianlian_async.clock import Moment
 
-from .base import Ending, Entry, Intent, Journal, JournalError, Owner, Standing, State
-from .operations import Acted, Begin, Decide, Finish, Operation, Release, Resend
+from .base import Entry, Intent, JournalError, Owner, Standing, State
+from .interface import Journal
+from .operations import Operation, perform
 
 T = TypeVar("T")
 
@@ -52,27 +53,10 @@ class MemoryJournal(Journal):
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         await anyio.lowlevel.checkpoint()
-        return self._do(Begin(intent, now))
-
-    async def resend(self, entry: Entry, history: str = "") -> None:
-        self._do(Resend(entry, history))
-
-    async def finish(self, entry: Entry, ending: Ending, history: str = "") -> Entry:
-        return self._do(Finish(entry, ending, history, is_acting=self._is_acting))
+        return await super().begin(intent, now)
 
     async def begin_acting(self) -> None:
         self._is_acting = True
-
-    async def acted(self, no_refund: str, now: Moment) -> None:
-        self._do(Acted(no_refund, now))
-
-    async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
-        return self._do(Decide(no_refund, ending, now, is_acting=self._is_acting))
-
-    async def release(
-        self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None, history: str = ""
-    ) -> None:
-        self._do(Release(entry, sent_at, refused, history))
 
     async def canaries(self) -> list[Entry]:
         return [entry for entry in reversed(self._canaries) if self._entries.get(entry.no_refund, entry).is_canary]
@@ -100,15 +84,16 @@ class MemoryJournal(Journal):
     def _inbox(self) -> "MemoryJournal":
         return MemoryJournal()
 
-    def _do(self, operation: Operation[T]) -> T:
-        answer, entry = operation.apply(self._entries.get(operation.no_refund))
-        if entry is not None:
-            self._entries[operation.no_refund] = entry
-            if entry.is_canary and entry.sent_at is not None:
-                newest = self._canaries[-1].sent_at if self._canaries else None
-                if newest is None or entry.sent_at.boot - newest.boot >= 60:
-                    self._canaries.append(entry)
-        return answer
+    async def record(self, operation: Operation[T]) -> T:
+        [result] = perform([operation], self._entries, is_acting=self._is_acting)
+        if result.error is not None:
+            raise result.error
+        entry = self._entries.get(operation.no_refund)
+        if entry is not None and entry.is_canary and entry.sent_at is not None:
+            newest = self._canaries[-1].sent_at if self._canaries else None
+            if newest is None or entry.sent_at.boot - newest.boot >= 60:
+                self._canaries.append(entry)
+        return cast("T", result.value)
 
 
 MOST_OPEN: Final = 100_000
@@ -130,8 +115,8 @@ class OpenRefunds(MemoryJournal):
             )
         return await super().begin(intent, now)
 
-    def _do(self, operation: Operation[T]) -> T:
-        answer = super()._do(operation)
+    async def record(self, operation: Operation[T]) -> T:
+        answer = await super().record(operation)
         entry = self._entries[operation.no_refund]
         if entry.ending is not None or entry.sent_at is None:
             del self._entries[operation.no_refund]

@@ -110,13 +110,13 @@ class JournalFile:
         return journal_id, None if oid_partner is None else Owner(oid_partner, apply_url)
 
     def bind(self, owner: Owner) -> None:
-        """See :meth:`.base.Journal.bind`."""
+        """See :meth:`.interface.Journal.bind`."""
         with self._lock, self._errors():
             if owner.confirm(self.owner()[1], str(self._path)) != self.owner()[1]:
                 self._connection.execute(sql.BIND, (owner.oid_partner, owner.apply_url))
 
     def begin_acting(self) -> None:
-        """See :meth:`.base.Journal.begin_acting`."""
+        """See :meth:`.interface.Journal.begin_acting`."""
         with self._lock, self._errors():
             if not self._is_acting:
                 self._connection.execute(sql.BEGIN_ACTING)
@@ -189,12 +189,12 @@ class JournalFile:
             return list(self._read(sql.FIND, _json(numbers)).values())
 
     def canaries(self) -> list[Entry]:
-        """See :meth:`.base.Journal.canaries`."""
+        """See :meth:`.interface.Journal.canaries`."""
         with self._lock, self._errors():
             return [entry for _, entry in sorted(self._read(sql.CANARIES).items(), reverse=True)]
 
     def counts(self) -> dict[State, int]:
-        """See :meth:`.base.Journal.counts`."""
+        """See :meth:`.interface.Journal.counts`."""
         with self._lock, self._errors():
             found = json.loads(self._value(sql.COUNT))
         # Most refunds are DONE, and not in the partial index: counting them by state would take seconds, so subtract.

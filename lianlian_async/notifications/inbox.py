@@ -40,8 +40,9 @@ MOST_RECENT: Final = 10_000
 class RecentRefunds(MemoryJournal):
     """The latest ``MOST_RECENT`` refunds of this process; a refund is not removed while the handler runs for it."""
 
-    def _do(self, operation: Operation[T]) -> T:
-        answer = super()._do(operation)
+    async def record(self, operation: Operation[T]) -> T:
+        """Record ``operation``, and remove the oldest entries beyond ``MOST_RECENT``."""
+        answer = await super().record(operation)
         self._entries[operation.no_refund] = self._entries.pop(operation.no_refund)  # move it to the end
         while len(self._entries) > MOST_RECENT:
             idle = (number for number, entry in self._entries.items() if entry.leased_until is None)

@@ -74,11 +74,11 @@ class _NodesMemoryJournal(MemoryJournal):
     def _inbox(self) -> MemoryJournal:
         return _NodesMemoryJournal(self._store, self._loop, is_inbox=True)
 
-    def _do(self, operation: Operation[Any]) -> Any:
+    async def record(self, operation: Operation[Any]) -> Any:
         if self._loop.is_dead:
             raise JournalError("this node is dead")
         before = self._entries.get(operation.no_refund)
-        answer = super()._do(operation)
+        answer = await super().record(operation)
         after = self._entries.get(operation.no_refund)
         if after is not None and after is not before and not self._is_inbox:
             self._store.oracle.recorded(before, after)

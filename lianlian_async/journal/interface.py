@@ -1,0 +1,154 @@
+"""The journal protocol: a durable record of every refund that was begun, and of its outcome.
+
+A refund is recorded before its first byte is sent. After a crash the journal lists the refunds that must be queried
+(:meth:`Journal.pending`). The steps of one call::
+
+    begin ──► NEW ────────────────► send ──► finish (made, rejected, conflict)
+         ├───► ASK_FIRST ► query ──► send ──► finish
+         ├───► UNRESOLVED ► query ──► (resend, send) ──► finish
+         │         ▲                   └──────► release (unknown: may have arrived; or certainly not sent)
+         │         └─────────────────────────────┘
+         ├───► FINISHED: return the recorded outcome, send nothing
+         └───► LEASED: another call or worker has the lease; call begin again later
+
+Cancellation is safe. ``finish`` and ``release`` are recorded even if the caller is cancelled meanwhile; a ``begin``
+whose caller is cancelled is rolled back.
+
+A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`), so that a refund made in the sandbox is
+never taken for a production refund.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+from lianlian_async.clock import Moment
+
+from .base import Ending, Entry, Intent, Owner, Standing, State
+from .operations import Acted, Begin, Decide, Find, Finish, Operation, Release, Resend
+
+T = TypeVar("T")
+
+
+class Journal(Protocol):
+    """A journal, opened by ``async with``. All methods raise :class:`JournalError` if the journal fails.
+
+    A subclass defines every method that has no body here.
+    """
+
+    async def __aenter__(self) -> Self:
+        """Open it."""
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /
+    ) -> None:
+        """Finish all writes and close it."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the journal is open."""
+
+    @property
+    def id(self) -> str:
+        """The random id that the journal got at its creation. Can be read only while the journal is open."""
+
+    owner: Owner | None
+    """The owner, as this process last read it. None: the journal is not bound yet."""
+
+    async def bind(self, oid_partner: str, apply_url: str) -> None:
+        """Record the owner: merchant and apply endpoint.
+
+        Raises ``ConfigurationError`` if the journal has another owner.
+        """
+
+    async def record(self, operation: Operation[T]) -> T:
+        """Apply ``operation`` to the entry of its refund, store the entry durably, and return the operation's value.
+
+        If the caller of :class:`.operations.Begin` is cancelled, :class:`.operations.TakeBack` follows it.
+        """
+
+    async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
+        """Record ``intent`` durably and take the refund's lease, before anything is sent.
+
+        NEW: the journal has no entry, or the refund was certainly not sent; send it. ASK_FIRST: as NEW, but query
+        first. UNRESOLVED: an earlier call began the refund; query first, and send only the entry's own body, after
+        :meth:`resend`. FINISHED: use the entry's ending. LEASED: another call has the lease; the entry is as stored.
+        The entry's ``sent_at`` is None after NEW, and never later than ``now`` after UNRESOLVED. After ASK_FIRST it is
+        None, or ``now`` if the journal is a restored backup and a lost call may have sent the refund minutes ago.
+
+        After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
+        Raises ``RefundConflict`` if the journal has the number with other fields.
+        """
+        return await self.record(Begin(intent, now))
+
+    async def resend(self, entry: Entry, history: str = "") -> None:
+        """Record that ``entry``, as returned by :meth:`begin`, may be sent again until its lease ends.
+
+        ``history``, here and in :meth:`finish` and :meth:`release`: the entry's history with the facts of this call.
+        Raises :class:`JournalError` if another call has taken the lease or resolved the refund.
+        """
+        await self.record(Resend(entry, history))
+
+    async def finish(self, entry: Entry, ending: Ending, history: str = "") -> Entry:
+        """Record the outcome of ``entry``, end its lease, and return the entry as stored.
+
+        The first outcome wins; only ACCEPTED may become FINAL or DONE later. Idempotent. An entry that the journal has
+        lost is written again. After :meth:`begin_acting`, a DONE ending is recorded as FINAL until :meth:`acted`.
+        """
+        return await self.record(Finish(entry, ending, history))
+
+    async def begin_acting(self) -> None:
+        """Switch the journal permanently, for all processes: record a final refund as FINAL until :meth:`acted`.
+
+        To act on a refund means to call ``on_refund``. Refunds that are DONE stay DONE. Without this call, no refund
+        becomes FINAL.
+        """
+
+    async def acted(self, no_refund: str, now: Moment) -> None:
+        """Record that ``on_refund`` has returned: FINAL becomes DONE; every other state stays as it is."""
+        await self.record(Acted(no_refund, now))
+
+    async def release(
+        self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None, history: str = ""
+    ) -> None:
+        """End the lease of ``entry``, as returned by :meth:`begin`, and leave the refund unresolved.
+
+        ``sent_at`` and ``refused`` (see :class:`Entry`) cover the attempts of this call and of earlier ones. If
+        ``sent_at`` is None, the next :meth:`begin` returns NEW or ASK_FIRST. Does nothing if another call has taken the
+        lease; if another call has resolved the refund, only adds the history.
+        """
+        await self.record(Release(entry, sent_at, refused, history))
+
+    async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
+        """Record the outcome that a person has decided, DONE or REJECTED, as :meth:`finish` does.
+
+        Raises :class:`JournalError` if the refund has no entry or is leased; if its outcome is final, a rejection that
+        the gateway signed, or decided already; or if both the recorded state and ``ending`` are REJECTED.
+        """
+        return await self.record(Decide(no_refund, ending, now))
+
+    async def canaries(self) -> list[Entry]:
+        """Return a sample, of all ages, of the entries whose :attr:`~Entry.is_canary` is true, newest first."""
+
+    def pending(self) -> AsyncIterator[Entry]:
+        """Yield every UNRESOLVED, ACCEPTED or FINAL entry, oldest first, in bounded memory.
+
+        Leaves out entries that are added during the iteration.
+        """
+
+    def entries(self) -> AsyncIterator[Entry]:
+        """Yield every entry as :meth:`pending` does, whatever its state."""
+
+    async def find(self, no_refund: str) -> Entry | None:
+        """Return the entry of one refund."""
+        return await self.record(Find(no_refund))
+
+    async def counts(self) -> Mapping[State, int]:
+        """Return the number of refunds in each state."""
+
+    async def inbox(self) -> "Journal":
+        """Return the inbox: a second journal, which contains the final refunds to act on.
+
+        The first call opens it, and it closes with this journal. Its entries are UNRESOLVED until ``on_refund`` has
+        returned for them, then DONE.
+        """
