@@ -311,11 +311,13 @@ class RefundSession:
         """Resolve every open refund of the session's journal, and query accepted ones for their final state.
 
         Call it when the service starts, and then regularly; or call ``NotificationEndpoint.sweep``, which includes it.
-        ``concurrency`` is ``max_connections`` by default. Raises ``JournalError``.
+        ``concurrency`` is half of ``max_connections`` by default, so that other calls still get a connection. Raises
+        ``JournalError``.
         """
         if self.journal is None:
             raise errors.ConfigurationError("resume: this session has no journal")
-        workers = self.max_connections if concurrency is None else check_integer("concurrency", concurrency, least=1)
+        half = (self.max_connections + 1) // 2
+        workers = half if concurrency is None else check_integer("concurrency", concurrency, least=1)
         return await resume(
             self.journal, resolve=self.outcome_of, query=self.query_refund, workers=workers, clock=self.clock
         )

@@ -766,6 +766,25 @@ async def test_if_the_outcome_cannot_be_recorded_the_next_run_finds_the_refund(f
 # ── resume ───────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("max_connections", [1, 2, 3])
+async def test_other_calls_get_a_connection_during_resume(max_connections):
+    """By default, resume uses half of the connections, but at least one."""
+    gateway, journal = sandbox(), MemoryJournal()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE, times=20)
+    options = {"journal": journal, "clock": boot_clock, "deadline": 10, "max_connections": max_connections}
+    async with gateway.session(**options) as session, anyio.create_task_group() as tasks:
+        for number in range(20):
+            with anyio.move_on_after(1):
+                await session.apply_refund(refund_request(number))
+        began = anyio.current_time()
+        tasks.start_soon(session.resume)
+        await anyio.sleep(1)
+        await session.apply_refund(refund_request(20))
+        waited = anyio.current_time() - began
+        tasks.cancel_scope.cancel()
+    assert (waited < 2) is (max_connections > 1)
+
+
 async def test_resume_queries_all_open_refunds(new_journal):
     """Unresolved refunds are resolved, accepted ones become final, and those still open are counted."""
     gateway = sandbox(settle_after=100)
