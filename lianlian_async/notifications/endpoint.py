@@ -310,9 +310,9 @@ class NotificationEndpoint:
         15 minutes: it queries the refunds whose notification never arrived. It calls the handler for refunds that
         became final without a notification, and again for refunds whose handler call failed.
 
-        Returns the result of ``resume``; :attr:`counts` has the results of the handler calls. ``concurrency`` is the
-        session's ``max_connections`` by default. Raises ``ConfigurationError`` without a journal or a session, and
-        ``JournalError`` if the journal fails.
+        Returns the result of ``resume``; :attr:`counts` has the results of the handler calls. ``concurrency``: see
+        ``resume``. Raises ``ConfigurationError`` without a journal or a session, and ``JournalError`` if the journal
+        fails.
         """
         journal, session = self.check_sweep()
         inbox = (await self._open()).inbox
