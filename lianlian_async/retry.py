@@ -7,7 +7,7 @@ from typing import Final
 import attrs
 
 from .errors import ConfigurationError
-from .settings import check_type, is_number
+from .settings import LONGEST, check_type, is_number
 
 LONGEST_ATTEMPT: Final = 10.0
 """Seconds: the longest time that one attempt may take."""
@@ -83,18 +83,18 @@ class RetryPolicy:
 
     def __attrs_post_init__(self) -> None:
         check_type("RetryPolicy: budget", self.budget, RetryBudget)
-        numbers = ("attempts", "initial", "maximum", "multiplier", "not_found_grace")
-        broken = [f"{name} must be a number" for name in numbers if not is_number(getattr(self, name))]
-        rules: dict[str, Callable[[], bool]] = {
-            "attempts must be an integer of at least 1": lambda: isinstance(self.attempts, int) and self.attempts >= 1,
-            "initial must be more than 0": lambda: self.initial > 0,
-            "maximum must be finite and at least initial": lambda: self.initial <= self.maximum < math.inf,
-            "multiplier must be from 1 to 1000": lambda: 1 <= self.multiplier <= 1000,  # 1000**64 fits a float
-            "not_found_grace must be at least 0": lambda: self.not_found_grace >= 0,
+        rules: dict[str, tuple[str, Callable[[], bool]]] = {
+            "attempts": ("an integer of at least 1", lambda: isinstance(self.attempts, int) and self.attempts >= 1),
+            "initial": ("more than 0", lambda: self.initial > 0),
+            "maximum": ("finite and at least initial", lambda: self.initial <= self.maximum < math.inf),
+            "multiplier": ("from 1 to 1000", lambda: 1 <= self.multiplier <= 1000),  # 1000**64 fits a float
+            "not_found_grace": (f"from 0 to {LONGEST}", lambda: 0 <= self.not_found_grace <= LONGEST),
         }
-        broken = broken or [rule for rule, holds in rules.items() if not holds()]
+        broken = {name: "a number" for name in rules if not is_number(getattr(self, name))}
+        broken = broken or {name: rule for name, (rule, holds) in rules.items() if not holds()}
         if broken:
-            raise ConfigurationError("RetryPolicy: " + "; ".join(broken))
+            problems = [f"{name} must be {rule}, is {getattr(self, name)!r}" for name, rule in broken.items()]
+            raise ConfigurationError("RetryPolicy: " + "; ".join(problems))
 
     def pause(self, retries: int, random: float, retry_after: float | None = None) -> float:
         """Return the seconds to wait before the next attempt.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -29,7 +30,7 @@ from .recording import learn
 from .recovery import Resumed, resume
 from .resolution import doubt
 from .retry import Deadline, RetryPolicy
-from .settings import check_integer, check_journal, check_type, positive_seconds
+from .settings import check_integer, check_journal, check_seconds, check_type
 from .signature_watch import SignatureWatch
 from .transport import AsyncBaseTransport, AsyncClient, HttpBackend, HttpSender, check_http
 from .waiters import Waiters
@@ -37,7 +38,7 @@ from .waiters import Waiters
 LONGEST_DEADLINE: Final = 86_400.0
 """Seconds: the longest deadline of a call with a journal. The lease lasts twice as long, and must end after a crash."""
 
-_checked: Final = partial(positive_seconds, "deadline")
+_checked: Final = partial(check_seconds, "deadline", most=math.inf)
 
 
 class RefundSession:

@@ -1,4 +1,4 @@
-"""Checks of arguments of the public API. ``check_…`` and ``positive_seconds`` raise ``ConfigurationError``."""
+"""Checks of arguments of the public API. ``check_…`` raises ``ConfigurationError``."""
 
 from types import UnionType
 from typing import Final
@@ -7,6 +7,10 @@ from .errors import ConfigurationError
 
 LOOPBACK_ONLY: Final = "LIANLIAN_LOOPBACK_ONLY"
 """The environment variable that limits connections to loopback. Our pytest plugin sets it, also for child processes."""
+
+
+LONGEST: Final = 10**9
+"""Seconds, about 32 years. Unlike infinity or 1e12 seconds, it can be added to a date."""
 
 
 def is_number(value: object) -> bool:
@@ -22,10 +26,11 @@ def check_integer(name: str, value: object, *, least: int, most: int | None = No
     return value
 
 
-def positive_seconds(name: str, value: float) -> float:
-    """Return ``value`` if it is a number of seconds greater than 0."""
-    if not is_number(value) or not value > 0:
-        raise ConfigurationError(f"{name}: must be a number of seconds greater than 0, is {value!r}")
+def check_seconds(name: str, value: float, *, least: float | None = None, most: float = LONGEST) -> float:
+    """Return ``value`` if it is a number of seconds from ``least`` (None: greater than 0) to ``most``."""
+    if not is_number(value) or not (value > 0 if least is None else value >= least) or value > most:
+        rule = "greater than 0" if least is None else f"of at least {least}"
+        raise ConfigurationError(f"{name}: must be a number of seconds {rule} and at most {most}, is {value!r}")
     return value
 
 

@@ -1,5 +1,6 @@
 """The JSON form of ``RefundOutcomeUnknown``, so that an unknown refund can be stored outside Python."""
 
+import math
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
@@ -93,6 +94,8 @@ def _parse(name: str, value: Any, kind: type) -> Any:
     if kind in _PARTS:
         return kind(**_read(value, _PARTS[kind], f"{name}."))
     if kind is float and is_number(value):  # a JSON writer of another language may write 5.0 as 5
+        if math.isinf(value):
+            raise ValueError("must be finite")
         return float(value)
     if kind is datetime:
         value = datetime.fromisoformat(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import asynccontextmanager
 
 import anyio
@@ -150,7 +151,8 @@ async def test_the_lifespan_sweeps_again_after_a_failure(handler, caplog, anyio_
     [
         ((None,), {}, "lifespan: must be of type AbstractAsyncContextManager, not NoneType"),
         ((), {"sweep": 900}, "sweep: needs one NotificationEndpoint in the lifespan, not 0"),
-        ((), {"sweep": 0}, "sweep: must be a number of seconds greater than 0, is 0"),
+        ((), {"sweep": 0}, "sweep: must be a number of seconds greater than 0 .* is 0"),
+        ((), {"sweep": math.inf}, "sweep: .* at most 1000000000, is inf"),
     ],
 )
 def test_wrong_arguments_of_the_lifespan_are_clear_errors(contexts, options, problem):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Awaitable, Callable
@@ -567,8 +568,9 @@ async def test_an_invalid_dsn_is_not_shown(dsn):
     [
         ({"dsn": None}, "dsn: must be of type str, not NoneType"),
         ({"schema": 5}, "schema: must be of type str, not int"),
-        ({"timeout": "10"}, "timeout: must be a number of seconds greater than 0, is '10'"),
+        ({"timeout": "10"}, "timeout: must be a number of seconds greater than 0 and at most 86400, is '10'"),
         ({"timeout": 0}, "timeout: must be a number of seconds greater than 0"),
+        ({"timeout": math.inf}, "timeout: must be a number of seconds greater than 0 and at most 86400, is inf"),
     ],
 )
 async def test_invalid_settings_are_refused(settings, words):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import pickle
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -356,21 +355,21 @@ async def test_an_empty_retry_budget_ends_the_queries():
     assert unknown.queries == 2
 
 
-@pytest.mark.parametrize("delay", [0, 3_000_000_000])
+@pytest.mark.parametrize("delay", [0, 1e9])
 async def test_ask_again_at_is_always_a_valid_time(delay):
-    """Even with an infinite grace, or a Retry-After of a century."""
+    """Even with the longest grace, or a Retry-After of decades."""
     gateway = sandbox()
     gateway.script(Fault.TOO_MANY, call="apply", delay=delay)
     gateway.script(Fault.NO_ANSWER, call="query", times=99)
-    unknown = await left_unknown(gateway, retry=RetryPolicy(not_found_grace=math.inf))
+    unknown = await left_unknown(gateway, retry=RetryPolicy(not_found_grace=1e9))
     assert timedelta(days=89) < unknown.ask_again_at - EPOCH < timedelta(days=91)
 
 
-async def test_an_infinite_grace_never_sends_again():
-    """With an infinite grace "no such record" is never believed, and nothing is sent twice."""
+async def test_the_longest_grace_never_sends_again():
+    """With a grace of decades "no such record" is never believed, and nothing is sent twice."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
-    policy = RetryPolicy(not_found_grace=math.inf)
+    policy = RetryPolicy(not_found_grace=1e9)
     unknown = await left_unknown(gateway, retry=policy)
     await anyio.sleep(80 * 86_400)
     session, road = session_over(gateway, retry=policy)

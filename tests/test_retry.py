@@ -67,7 +67,7 @@ def test_unusable_retry_after_is_ignored():
         ({"initial": math.nan}, "initial must"),
         ({"attempts": True}, "attempts must be a number"),
         ({"attempts": 2.0}, "attempts must be an integer"),
-        ({"initial": "0.5", "maximum": None}, "initial must be a number; maximum must be a number"),
+        ({"initial": "0.5", "maximum": None}, "initial must be a number, is '0.5'; maximum must be a number, is None"),
         ({"budget": 5}, "budget: must be of type RetryBudget, not int"),
         ({"maximum": 0.4}, "maximum must"),
         ({"maximum": math.inf}, "maximum must be finite"),
@@ -78,7 +78,9 @@ def test_unusable_retry_after_is_ignored():
         ({"multiplier": 1e10}, "multiplier"),
         ({"multiplier": math.nan}, "multiplier"),
         ({"not_found_grace": -1}, "not_found_grace"),
-        ({"not_found_grace": math.nan}, "not_found_grace"),
+        ({"not_found_grace": math.nan}, "not_found_grace must be a number, is nan"),
+        ({"not_found_grace": math.inf}, "not_found_grace must be from 0 to 1000000000, is inf"),
+        ({"not_found_grace": 1e12}, "not_found_grace must be from 0 to 1000000000, is 1000000000000.0"),
     ],
 )
 def test_unusable_policy_is_refused(settings, rule):

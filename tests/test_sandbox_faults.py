@@ -1,6 +1,7 @@
 """Each fault of the sandbox occurs only on request, and has its documented effect only."""
 
 import json
+import math
 from decimal import Decimal
 
 import anyio
@@ -268,6 +269,15 @@ def test_invalid_script_is_refused(option):
     """``times`` below 1 and a negative ``skip`` are refused."""
     with pytest.raises(ValueError, match=next(iter(option))):
         client_of().gateway.script(Fault.BUSY, **option)
+
+
+@pytest.mark.parametrize("delay", [-1, math.inf, math.nan])
+def test_invalid_delay_is_refused(delay):
+    """For random faults and for a scripted one."""
+    with pytest.raises(ConfigurationError, match=f"delay: must be a number of seconds of at least 0 .* is {delay}"):
+        SandboxGateway(delay=delay)
+    with pytest.raises(ConfigurationError, match="delay: "):
+        client_of().gateway.script(Fault.DELAY, delay=delay)
 
 
 async def storm(seed, requests=200):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import anyio
@@ -180,6 +181,14 @@ async def test_invalid_mischief_probability_is_refused(share):
     """The constructor raises the error."""
     with pytest.raises(ConfigurationError, match="mischief"):
         Notifier(sandbox(), mischief={Mischief.EARLY: share})
+
+
+async def test_invalid_interval_is_refused():
+    """NaN would send every delivery at once."""
+    with pytest.raises(
+        ConfigurationError, match="every: must be a number of seconds of at least 0 and at most inf, is"
+    ):
+        Notifier(sandbox(), every=math.nan)
 
 
 # ── mischief ─────────────────────────────────────────────────────────────────────────────────────

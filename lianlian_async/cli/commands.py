@@ -10,6 +10,7 @@ from lianlian_async import wire
 
 from .options import (
     Command,
+    Number,
     add_options,
     config_option,
     deadline_option,
@@ -109,7 +110,7 @@ def reconcile() -> None:
     "answers and refunds have ended or none is in flight. If the file is older than --deadline plus 30 seconds, the "
     "worker hangs.",
 )
-@click.option("--interval", type=click.FloatRange(0.1, 20), default=10.0, help="Seconds between progress reports.")
+@click.option("--interval", type=Number(0.1, 20), default=10.0, help="Seconds between progress reports.")
 @session_options
 @config_option
 @runs(".worker")

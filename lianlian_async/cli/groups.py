@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 
 from lianlian_async import text_rules
+from lianlian_async.settings import LONGEST
 
 from .commands import QUERY_HELP, REFUND_HELP
-from .options import config_option, file_argument, journal_options, parsed, runs, session_options
+from .options import Number, config_option, file_argument, journal_options, parsed, runs, session_options
 
 
 @click.group
@@ -26,7 +27,7 @@ def journal() -> None:
     metavar="[SECONDS]",
     is_flag=False,
     flag_value=2.0,
-    type=click.FloatRange(min=0.1),
+    type=Number(0.1, LONGEST),
     help="Redraw every SECONDS (2 if omitted) until Ctrl-C; if stdout is not a terminal, print one line each time.",
 )
 @runs(".journal")

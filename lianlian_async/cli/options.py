@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from click.core import ParameterSource
 from lianlian_async import wire
 from lianlian_async.errors import InvalidRequest, MalformedMessage, Problem
 from lianlian_async.secret import without_locals
+from lianlian_async.settings import LONGEST
 
 from . import AS_JSON
 
@@ -43,6 +45,17 @@ def is_dsn(place: str) -> bool:
 def place_name(place: str) -> str:
     """Return ``place`` for display. A DSN is not shown, because it may contain a password."""
     return "in PostgreSQL" if is_dsn(place) else place
+
+
+class Number(click.FloatRange):
+    """A number in a range. ``FloatRange`` would also accept NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
 
 
 class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -94,7 +107,7 @@ config_option = click.option(
 deadline_option = click.option(
     "--deadline",
     metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=30.0,
     help="Time limit for each refund.",
 )
@@ -104,7 +117,7 @@ _concurrency_option = click.option(
 _not_found_grace_option = click.option(
     "--not-found-grace",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=Number(0, LONGEST),
     default=900.0,
     help="Time after the last attempt until the gateway's answer 'no such record' is believed; a shorter time is safe "
     "only if the gateway rejects a second refund with the same no_refund.",

@@ -32,7 +32,7 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
 from lianlian_async.secret import without_locals
 from lianlian_async.session import RefundSession
-from lianlian_async.settings import check_integer, check_type, is_number
+from lianlian_async.settings import check_integer, check_seconds, check_type
 from lianlian_async.worker_pool import iterate
 
 from .slices import TASK, Slice, SliceFetcher, SliceWorker, follow_up
@@ -132,12 +132,10 @@ class RefundQueue:
 
         Raises ``ConfigurationError`` if it is less than 1: a busy worker cannot send a heartbeat so often.
         """
-        if not is_number(rescue_after) or rescue_after < 1:
-            raise ConfigurationError(f"rescue_after: must be at least 1 second, is {rescue_after!r}")
+        self._rescue_after = check_seconds("rescue_after", rescue_after, least=1)
         conninfo = connection_string(dsn, _TIMEOUT)
         self.app = App(connector=PsycopgConnector(conninfo=conninfo, configure=_limit_idle_transactions))
         self._names = {"queue": queue, "task": TASK}
-        self._rescue_after = rescue_after
         self._slice_size = check_integer("slice_size", slice_size, least=1)
         self._worker: SliceWorker | None = None
         self.app.task(name=TASK, queue=queue, retry=RetryStrategy(wait=60), pass_context=True)(self._run_slice)

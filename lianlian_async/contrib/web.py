@@ -59,7 +59,7 @@ from lianlian_async.errors import ConfigurationError, LianLianError
 from lianlian_async.models import Refund, RefundRequest
 from lianlian_async.notifications import NotificationEndpoint
 from lianlian_async.session import RefundSession
-from lianlian_async.settings import check_type, positive_seconds
+from lianlian_async.settings import check_seconds, check_type
 
 __all__ = ["apply_shielded", "error_response", "lifespan", "refund_error", "respond"]
 
@@ -164,7 +164,7 @@ def lifespan(
         check_type("lifespan", context, AbstractAsyncContextManager)
     endpoints = [context for context in contexts if isinstance(context, NotificationEndpoint)]
     if sweep is not None:
-        positive_seconds("sweep", sweep)
+        check_seconds("sweep", sweep)
         if len(endpoints) != 1:
             raise ConfigurationError(f"sweep: needs one NotificationEndpoint in the lifespan, not {len(endpoints)}")
         endpoints[0].check_sweep()

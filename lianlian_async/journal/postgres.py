@@ -28,7 +28,7 @@ from lianlian_async.background import BackgroundTask
 from lianlian_async.clock import Clock, Moment, system_clock
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import Secret, drop_secrets, without_locals
-from lianlian_async.settings import check_type, positive_seconds
+from lianlian_async.settings import check_seconds, check_type
 
 from . import postgres_rows as sql
 from .base import Entry, Intent, JournalError, Owner, Standing, State, upgrade_steps
@@ -112,7 +112,7 @@ class PostgresJournal(GroupCommitJournal):
         timeout: float = 10.0,
         clock: Clock = system_clock,
     ) -> None:
-        positive_seconds("timeout", timeout)
+        check_seconds("timeout", timeout, most=86_400)  # PostgreSQL counts it in milliseconds, as a 32-bit integer
         check_type("dsn", dsn, str)
         check_type("schema", schema, str)
         self._dsn = Secret(connection_string(dsn, timeout))

@@ -35,7 +35,7 @@ from lianlian_async.recovery import Resumed
 from lianlian_async.resolution import IncompleteRecord
 from lianlian_async.rsa_worker import RsaWorker
 from lianlian_async.session import RefundSession
-from lianlian_async.settings import check_integer, check_journal, check_type, positive_seconds
+from lianlian_async.settings import check_integer, check_journal, check_seconds, check_type
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
 from .allow_list import AllowList
@@ -135,8 +135,6 @@ class NotificationEndpoint:
             )
         if inbox and journal is None:
             raise errors.ConfigurationError("inbox=True requires journal=…: the endpoint records notifications in it")
-        for name, seconds in (("body_seconds", body_seconds), ("handler_seconds", handler_seconds)):
-            positive_seconds(name, seconds)
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
         """Number of notifications by :class:`Verdict`. The handler calls of the inbox and of :meth:`sweep` are counted,
@@ -146,8 +144,8 @@ class NotificationEndpoint:
         self._session = session
         self._confirm = confirm
         self._is_inbox = inbox
-        self._body_seconds = body_seconds
-        self._seconds = handler_seconds
+        self._body_seconds = check_seconds("body_seconds", body_seconds)
+        self._seconds = check_seconds("handler_seconds", handler_seconds)
         self._allow_list = AllowList.read(allow_from, trusted_proxies)
         self._path = path
         self._concurrency = check_integer("concurrency", concurrency, least=1)

@@ -12,6 +12,7 @@ import attrs
 
 from lianlian_async import wire
 from lianlian_async.errors import ConfigurationError
+from lianlian_async.settings import check_seconds
 
 from .answers import SUCCESS, Response, error_answer, message, page
 
@@ -69,13 +70,17 @@ class Fault(Enum):
 _BUSY_CODES: Final = ("1007", "9902", "9999")
 
 
+def _check_delay(_owner: object, _field: object, seconds: float) -> None:
+    check_seconds("delay", seconds, least=0)
+
+
 @attrs.frozen
 class Injection:
     """A fault to inject, with its options; ``delay`` in seconds."""
 
     fault: Fault
     when: When
-    delay: float
+    delay: float = attrs.field(validator=_check_delay)
     ret_code: str
 
 
@@ -105,7 +110,7 @@ class FaultPlan:
 
     probabilities: Mapping[Fault, float] = attrs.field(validator=_check_probabilities)
     random: Random
-    delay: float
+    delay: float = attrs.field(validator=_check_delay)
     """Seconds."""
     scripted: list[Scripted] = attrs.field(factory=list, init=False)
 

@@ -5,6 +5,7 @@ the event loop for two RSA operations (about 0.5 ms with 1024 bits), which is ac
 """
 
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -71,7 +72,7 @@ class SandboxGateway:
         clock: A monotonic clock in seconds.
         started_at: Date and time of the gateway's creation (aware); default: now.
 
-    Raises ``ValueError`` for invalid options, ``ConfigurationError`` for probabilities and key sizes.
+    Raises ``ValueError`` for invalid options, ``ConfigurationError`` for probabilities, delays and key sizes.
     """
 
     def __init__(
@@ -147,9 +148,9 @@ class SandboxGateway:
         return self._started_at + timedelta(seconds=(self.now() if moment is None else moment) - self._started)
 
     def advance(self, seconds: float) -> None:
-        """Advance the gateway's clock; raises ``ValueError`` if ``seconds`` is negative."""
-        if seconds < 0:
-            raise ValueError("seconds must not be negative: the gateway's clock only runs forward")
+        """Advance the gateway's clock; raises ``ValueError`` if ``seconds`` is negative, infinite or NaN."""
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"seconds must be finite and not negative, because a clock runs forward, is {seconds}")
         self._advanced += seconds
         for event in (self.advanced, self.made):  # late requests may now be due
             event.set()
@@ -171,7 +172,7 @@ class SandboxGateway:
 
         ``call`` and ``no_refund`` select the requests (None: all). If several faults match a request, the gateway
         uses the oldest one. ``delay`` is in seconds; only ``Fault.BUSY`` uses ``ret_code``. Raises ``ValueError`` for
-        a negative ``skip`` and for ``times`` below 1.
+        a negative ``skip`` and for ``times`` below 1, ``ConfigurationError`` for a wrong ``delay``.
         """
         injection = Injection(fault, when, self._plan.delay if delay is None else delay, ret_code)
         scripted = Scripted(injection=injection, call=call, no_refund=no_refund, skip=skip, times=times)

@@ -20,6 +20,7 @@ from lianlian_async import asgi, wire
 from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import ConfigurationError, MalformedMessage
 from lianlian_async.exchange import HttpResponse, NoResponse
+from lianlian_async.settings import check_seconds
 from lianlian_async.transport import AsyncBaseTransport, HttpSender, check_http
 
 from .gateway import SandboxGateway
@@ -83,7 +84,7 @@ class Notifier:
         seed: Seed of the random mischief.
         on_delivery: Called with each :class:`Delivery` after it ends.
 
-    Raises ``ConfigurationError`` for an unsupported transport, and for a probability below 0 or above 1.
+    Raises ``ConfigurationError`` for an unsupported transport, a wrong ``every``, and a probability below 0 or above 1.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Notifier:
         """Every delivery so far, oldest first."""
         self._gateway = gateway
         self._http_transport = transport
-        self._every = every
+        self._every = check_seconds("every", every, least=0, most=math.inf)
         self._times = times
         self._random = Random(seed)  # noqa: S311 - the same seed gives the same mischief
         self._on_delivery = on_delivery

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from lianlian_async import wire
 from lianlian_async.cli.options import (
     DSN,
+    Number,
     Place,
     add_options,
     config_option,
@@ -133,7 +134,7 @@ _OPTIONS: Final = (
     click.option(
         "--rate",
         metavar="NUMBER",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Number(min=0, min_open=True),
         help="Maximum number of refunds to start each second.",
     ),
     click.option("--keep-going", is_flag=True, help="Continue after a rejection that every further refund would get."),
