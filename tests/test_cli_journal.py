@@ -82,7 +82,7 @@ def test_show_counts_refunds_that_were_not_sent(gateway, file, journal):
     """After refused connections nothing is unknown: the refunds count as not sent."""
     assert run("batch", file, "--yes", env=environment(gateway, "http://127.0.0.1:9")).exit_code == 1
     shown = run("journal", "show", "--journal", journal)
-    assert "certainly not made: 5\n" in shown.stdout
+    assert "│ certainly not made │ 5 " in shown.stdout
     assert "may have been made" not in shown.stdout
 
 
@@ -193,7 +193,7 @@ def test_resume_queries_open_refunds(env, gateway, left_open):
     assert (first.json["resolved"], first.json["still_open"]) == (1, 3)
     gateway.advance(86_400)
     people = run("journal", "resume", "--journal", left_open, env=env)
-    assert "resolved: 4\nstill open: 0\n" in people.stdout
+    assert "│ resolved   │ 4 │\n│ still open │ 0 │\n" in people.stdout
     assert gateway.requests["apply"] == 5
 
 

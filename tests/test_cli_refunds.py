@@ -24,21 +24,10 @@ SAMPLE = """{
 "sign_type ":"RSA",
 "sign":"ZPZULntRpJwFmGNIVKwjLEF2Tze7bqs60rxQ22CqT5J1UlvGo575QK9z/+p+7E9cOoRoWzqR6xHZ6WVv3dloyGKDR0btvrdqPgUAoeaX/YOWzTh00vwcQ+HBtXE+vPTfAqjCTxiiSJEOY7ATCF1q7iP3sfQxhS0nDUug1LP3OLk="
 }"""
-# The fields of the page's sample response, and their types in this library.
+# The fields of the page's sample response.
 ANSWER = {
-    "ret_code": "str",
-    "ret_msg": "str",
-    "oid_partner": "str",
-    "no_refund": "str",
-    "dt_refund": "datetime",
-    "oid_refundno": "str",
-    "money_refund": "Decimal",
-    "money_foreign_refund": "Decimal",
-    "rate_id": "str",
-    "rate": "Decimal",
-    "exchange_bankcode": "str",
-    "sta_refund": "RefundStatus",
-    "settle_date": "date",
+    *("ret_code", "ret_msg", "oid_partner", "no_refund", "dt_refund", "oid_refundno", "money_refund"),
+    *("money_foreign_refund", "rate_id", "rate", "exchange_bankcode", "sta_refund", "settle_date"),
 }
 REFUND = ("--no-refund", "R-1", "--dt-refund", "20130515094018", "--money-refund", "200.01", "--no-order", "O-1")
 QUESTION = ("--no-refund", "R-1", "--dt-refund", "20130515094018")
@@ -52,10 +41,9 @@ def sample(tmp_path):
     return file
 
 
-def types_in(table):
-    """Return the type of each field in a printed table."""
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
-    return {field: kind for field, _value, kind in rows}
+def cells_in(table):
+    """Return the value of each field in a printed table."""
+    return dict([cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line)
 
 
 # ── made, and found ──────────────────────────────────────────────────────────────────────────────
@@ -77,8 +65,9 @@ def test_every_field_of_the_sample_response_is_shown_with_its_type(env, sample, 
         run("apply", sample, env=env)
     ended = run(command, sample, env=env)
     assert ended.exit_code == 0
-    assert types_in(ended.stdout) == ANSWER
-    assert "2 (success)" in ended.stdout
+    cells = cells_in(ended.stdout)
+    assert cells.keys() == ANSWER
+    assert (cells["sta_refund"], cells["money_refund"]) == ("2 (success)", "200.01")
 
 
 def test_query_accepts_the_file_of_apply(env, sample):
@@ -121,8 +110,9 @@ def test_a_refund_that_is_not_final_shows_what_is_absent(env, gateway):
     """A field that the gateway left out is shown as absent."""
     gateway._ledger.settle_after = 3600.0
     ended = run("apply", *REFUND, env=env)
-    assert types_in(ended.stdout) == ANSWER | {"settle_date": "absent"}
-    assert "0 (initialized)" in ended.stdout
+    cells = cells_in(ended.stdout)
+    assert cells.keys() == ANSWER
+    assert (cells["sta_refund"], cells["settle_date"]) == ("0 (initialized)", "-")
 
 
 def test_undocumented_fields_are_shown_with_escaped_characters(gateway):
@@ -145,7 +135,7 @@ def test_undocumented_fields_are_shown_with_escaped_characters(gateway):
     assert ended.exit_code == 0
     assert "\x1b" not in ended.stdout
     assert "\\x1b[2J[bold]hello" in ended.stdout
-    assert types_in(ended.stdout)["news"] == types_in(ended.stdout)["rate"] == "not documented"
+    assert cells_in(ended.stdout)["rate"] == "much"
 
 
 # ── refused before anything is sent ──────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from test_cli_refunds import ANSWER, SAMPLE, types_in
+from test_cli_refunds import ANSWER, SAMPLE, cells_in
 
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import Fault, SandboxGateway
@@ -64,7 +64,7 @@ def test_vendor_sample_works_with_a_new_sandbox(served):
     made = end(start("apply", sample, env=env), env)
     found = end(start("query", sample, "--json", env=env), env)
     assert (made.exit_code, found.exit_code) == (0, 0)
-    assert types_in(made.stdout) == ANSWER
+    assert cells_in(made.stdout).keys() == ANSWER
     assert found.json["refund"]["no_refund"] == "2013051500005"
     assert found.json["refund"]["sta_refund"] == "2"
 

@@ -1,7 +1,8 @@
 """The state of a journal and its queue, as ``lianlian journal`` and ``lianlian worker`` show it."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from math import ceil
@@ -9,14 +10,14 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import attrs
-from rich.console import RenderableType
+from rich.table import Table
 
 from lianlian_async.journal import Entry, State
 from lianlian_async.retry import RetryPolicy
 from lianlian_async.worker_pool import iterate
 
 from .options import is_dsn, place_name
-from .output import local_time, table
+from .output import local_time, table, tables
 from .stores import make_reader, read_queue
 
 _LISTED: Final = 20
@@ -102,13 +103,13 @@ async def read_journal(place: str, earlier: JournalReport | None = None) -> Jour
 
 
 def journal_views(
-    report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int
-) -> tuple[dict[str, Any], list[RenderableType]]:
+    report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int | None
+) -> tuple[dict[str, Any], list[Table]]:
     """Return the report as a JSON document, and as tables for a terminal.
 
     ``reasons``: number of unknown outcomes by reason; ``facts``: more numbers.
     """
-    name, failures = place_name(report.place), report.failures
+    name, failures, activity = place_name(report.place), report.failures, report.activity
     document = {
         "journal": name,
         "states": {str(state): number for state, number in report.states.items()},
@@ -117,41 +118,32 @@ def journal_views(
         "oldest_unknown": [one._asdict() for one in report.oldest],
         "queue": report.queue,
         **({"refunds_per_second": report.rate, "eta_seconds": report.eta} if report.queue else {}),
-        **report.activity,
+        **activity,
         **({"failures": list(failures)} if failures else {}),
         **({"reasons": dict(reasons)} if reasons else {}),
         **facts,
     }
-    states = [(state, f"{report.states[state]:,}", meaning) for state, meaning in MEANING.items()]
-    shown: list[RenderableType] = [table(f"journal {name}", ("state", "refunds", "meaning"), states)]
-    if report.queue:
-        shown += _queue_tables(report)
+    states = [(state, report.states[state], meaning) for state, meaning in MEANING.items()]
+    queue = {
+        **report.queue,
+        "finished_per_second": report.rate,
+        "time_left": _duration(report.eta),
+        "oldest_waits_for": _duration(activity.get("oldest_waiting_seconds")),
+    }
+    shown = [table(f"journal {name}", ("state", "refunds", "meaning"), states)]
+    shown += tables({"queue": queue if report.queue else {}, "queued again": _by_number(activity.get("queued_again"))})
+    if workers := activity.get("workers"):
+        cells = [(one["id"], _duration(one["heartbeat_seconds"]), one["slices"]) for one in workers]
+        shown.append(table("workers", ("worker", "since last heartbeat", "slices"), cells))
     if report.unknown:
         title = f"{report.unknown:,} may have been made"
         title += f"; the oldest {_LISTED}" if report.unknown > _LISTED else ""
         shown.append(table(title, ("no_refund", "yuan", "last sent at", "query again at"), report.oldest))
-    if reasons:
-        shown.append(table("unknown outcomes", ("reason", "times"), _by_number(reasons)))
     if failures:
         causes = [(one["no_refund"] or "?", one["cause"] or "see the log of the worker") for one in failures]
         shown.append(table("failed: a person must decide", ("no_refund", "cause"), causes))
-    rest = {"certainly not made": report.not_sent, **facts}
-    shown += [f"{name.replace('_', ' ')}: {number:,}" for name, number in rest.items() if number or name in facts]
-    return document, shown
-
-
-def _queue_tables(report: JournalReport) -> Iterator[RenderableType]:
-    activity = report.activity
-    rows = [(name.replace("_", " "), f"{number:,}") for name, number in report.queue.items()]
-    rows += [("finished per second", f"{report.rate:,.1f}")] if report.rate is not None else []
-    periods = {"time left": report.eta, "oldest waits for": activity["oldest_waiting_seconds"]}
-    rows += [(name, _duration(seconds)) for name, seconds in periods.items() if seconds is not None]
-    yield table("queue", ("refunds", "number"), rows)
-    if again := activity["queued_again"]:
-        yield table("queued again", ("reason", "refunds"), _by_number(again))
-    if workers := activity["workers"]:
-        cells = [(one["id"], _duration(one["heartbeat_seconds"]), one["slices"]) for one in workers]
-        yield table("workers", ("worker", "since last heartbeat", "slices"), cells)
+    facts = {"certainly_not_made": report.not_sent or None, **facts}
+    return document, [*shown, *tables({"unknown outcomes": _by_number(reasons), "refunds": facts})]
 
 
 def journal_line(report: JournalReport) -> str:
@@ -163,9 +155,9 @@ def journal_line(report: JournalReport) -> str:
     return f"{local_time(datetime.now(UTC))}  {'  '.join(words)}"
 
 
-def _by_number(reasons: Mapping[str, int]) -> list[tuple[str, str]]:
-    return [(reason, f"{number:,}") for reason, number in sorted(reasons.items(), key=lambda pair: -pair[1])]
+def _by_number(reasons: Mapping[str, int] | None) -> dict[str, int]:
+    return dict(Counter(reasons).most_common())
 
 
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=ceil(seconds)))
+def _duration(seconds: float | None) -> timedelta | None:
+    return None if seconds is None else timedelta(seconds=ceil(seconds))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final, NoReturn, TextIO
 
@@ -27,6 +28,7 @@ from lianlian_async.models import RefundQuery
 from .exit_codes import error_document, exit_outcome_of
 
 _FORMULA: Final = tuple("=+-@\t\r＝＋－＠")
+_FORMS: Final = {int: "{:,}", float: "{:,.1f}", Decimal: "{:,.2f}"}
 _NEGATIVE: Final = re.compile(r"-[0-9]+([.,][0-9]+)*")
 
 
@@ -115,11 +117,11 @@ class Output:
             console = self._live or _console(stderr=True)
             console.print(printable(text), soft_wrap=not console.is_terminal)
 
-    def confirm(self, file: str, rows: Iterable[tuple[str, str]], question: str) -> None:
-        """Show ``rows`` and ask ``question`` on stderr; raises ``click.Abort`` unless the answer is yes."""
+    def confirm(self, file: str, facts: Mapping[str, Any], question: str) -> None:
+        """Show ``facts`` and ask ``question`` on stderr; raises ``click.Abort`` unless the answer is yes."""
         if file == "-" or not sys.stdin.isatty():
             raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
-        _console(stderr=True).print(table("", ("", ""), [("file", file), *rows]))
+        _console(stderr=True).print(*tables({"": {"file": file, **facts}}))
         click.confirm(question, abort=True, err=True)
 
     def failure(self, error: LianLianError) -> None:
@@ -182,8 +184,15 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*(printable(str(cell)) for cell in row))
+        drawn.add_row(*(printable(_FORMS.get(type(cell), "{}").format(cell)) for cell in row))
     return drawn
+
+
+def tables(parts: Mapping[str, Mapping[str, object]]) -> Iterator[Table]:
+    """Yield a table of names and values for each part of a JSON document; skip None and empty parts."""
+    for title, part in parts.items():
+        if rows := [(name.replace("_", " "), value) for name, value in part.items() if value is not None]:
+            yield table(title, ("", ""), rows)
 
 
 def query_command(query: RefundQuery) -> str:

@@ -42,7 +42,7 @@ def reconcile(
         output.note(text)
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
     words = {verdict: verdict.replace("_", " ") for verdict in Verdict}
-    rows = [(words[verdict], f"{found.counts[verdict]:,}", f"{found.yuan[verdict]:,.2f}") for verdict in Verdict]
+    rows = [(words[verdict], found.counts[verdict], found.yuan[verdict]) for verdict in Verdict]
     output.show(
         document | {"unreadable": [line for line, _ in found.unreadable]},
         table("Statements and journal", ("", "refunds", "yuan"), rows),

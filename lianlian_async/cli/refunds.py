@@ -1,7 +1,6 @@
 """``lianlian apply`` and ``lianlian query``: one refund from the command line."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -10,7 +9,7 @@ import attrs
 import click
 
 from lianlian_async.merchant import Merchant
-from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest, RefundStatus
+from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest
 from lianlian_async.session import RefundSession
 
 from .exit_codes import INTERRUPTED, exit_outcome_of_refund
@@ -73,23 +72,11 @@ def _show_answer(
 def show_refund(output: Output, refund: RefundRecord) -> None:
     """Print a refund, and exit with the code of its state."""
     outcome = exit_outcome_of_refund(refund)
-    fields = [field.name for field in attrs.fields(RefundRecord) if field.eq]  # the other fields describe the message
-    rows = [(name, *_cells(getattr(refund, name))) for name in fields]
-    rows += [(name, text, "not documented") for name, text in refund.extra.items()]
-    output.show(
-        {"outcome": outcome.word, "refund": refund.to_dict()},
-        table(f"refund {refund.no_refund}: {outcome.word}", ("field", "value", "type"), rows),
-    )
+    names = [field.name for field in attrs.fields(RefundRecord) if field.eq]  # the other fields describe the message
+    cells = {**{name: getattr(refund, name) for name in names}, **refund.extra}
+    if refund.sta_refund is not None:
+        cells["sta_refund"] = f"{refund.sta_refund} ({refund.sta_refund.name.lower()})"
+    rows = ((name, "-" if value is None else str(value)) for name, value in cells.items())
+    shown = table(f"refund {refund.no_refund}: {outcome.word}", ("", ""), rows)
+    output.show({"outcome": outcome.word, "refund": refund.to_dict()}, shown)
     click.get_current_context().exit(outcome.exit_code)
-
-
-def _cells(value: object) -> tuple[str, str]:
-    match value:
-        case None:
-            return "-", "absent"
-        case RefundStatus():
-            return f"{value.value} ({value.name.lower()})", "RefundStatus"
-        case datetime():
-            return value.isoformat(), "datetime"
-        case _:
-            return str(value), type(value).__name__

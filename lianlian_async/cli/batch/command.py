@@ -28,7 +28,7 @@ from lianlian_async.outcome import Outcome
 from .checked import Checked, FileTotals, InJournal, Line, checked_file, look_up
 from .options import refuse_for_queue
 from .results import Totals, interrupted_result, invalid_result, result_columns, result_of
-from .summary import file_rows, show_batch, show_checked
+from .summary import file_facts, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
@@ -117,7 +117,7 @@ def _enqueue(output: Output, file: str, checked: Checked, totals: FileTotals, op
     else:
         question = f"Put {totals.refunds:,} refunds, {totals.yuan:,.2f} yuan, into the queue?"
         if totals.refunds and not options["yes"]:
-            output.confirm(file, file_rows(checked, totals, None), question)
+            output.confirm(file, file_facts(checked, totals, None), question)
         added = anyio.run(_add_to_queue, options["queue"], checked)
         show_checked(output, checked, "in the queue", added=added)
 
@@ -134,11 +134,11 @@ def _confirm_batch(run: "_Batch", file: str) -> None:
         in_words = ", ".join(f"{number:,} {word}" for word, number in in_journal.found.items())
         run.output.note(f"journal {journal}: {in_words}")
     if run.in_file.refunds and not options["yes"]:
-        rows = [("merchant", merchant.oid_partner), ("endpoint", merchant.endpoints.apply), ("journal", journal)]
-        rows += file_rows(run.checked, run.in_file, in_journal)
+        facts = {"merchant": merchant.oid_partner, "endpoint": merchant.endpoints.apply, "journal": journal}
+        facts |= file_facts(run.checked, run.in_file, in_journal)
         resolved = f", and resolve {in_journal.found['open']:,} open ones" if in_journal.found["open"] else ""
         question = f"Send {in_journal.found['new']:,} new refunds, {in_journal.new_yuan:,.2f} yuan{resolved}?"
-        run.output.confirm(file, rows, question)
+        run.output.confirm(file, facts, question)
     if not options["place"]:
         make_folder(run.place)
 

@@ -8,24 +8,22 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from lianlian_async.cli.exit_codes import MADE, ExitOutcome, error_document
-from lianlian_async.cli.output import Output, local_time, printable, table
+from lianlian_async.cli.output import Output, local_time, printable, table, tables
 from lianlian_async.errors import LianLianError
 
 from .checked import Checked, FileTotals, InJournal
 from .results import NotMade, Reason, Totals, style
 
 
-def file_rows(checked: Checked, totals: FileTotals, in_journal: InJournal | None) -> list[tuple[str, str]]:
-    """Return the totals of a file, and the numbers of its refunds by their state in the journal, as rows of a table."""
-    rows = [("refunds", f"{totals.refunds:,}"), ("yuan", f"{totals.yuan:,.2f}")]
-    rows += [("invalid lines", f"{checked.problems.count:,}")] if checked.problems.count else []
+def file_facts(checked: Checked, totals: FileTotals, in_journal: InJournal | None) -> dict[str, Any]:
+    """Return the totals of a file, and the numbers of its refunds by their state in the journal."""
+    facts = {"refunds": totals.refunds, "yuan": totals.yuan, "invalid lines": checked.problems.count or None}
     if in_journal is not None:
-        rows += [(word, f"{refunds:,}") for word, refunds in in_journal.found.items()]
-        rows += [("yuan of new refunds", f"{in_journal.new_yuan:,.2f}")]
+        facts |= {**in_journal.found, "yuan of new refunds": in_journal.new_yuan}
     if totals.refunds:
-        rows += [("largest refund", f"{totals.largest_yuan:,.2f} yuan (line {totals.largest_line})")]
-        rows += [("orders with several refunds", f"{totals.orders_with_several:,}")]
-    return rows
+        facts["largest refund"] = f"{totals.largest_yuan:,.2f} yuan (line {totals.largest_line})"
+        facts["orders with several refunds"] = totals.orders_with_several
+    return facts
 
 
 def show_checked(
@@ -36,9 +34,7 @@ def show_checked(
     document = _document(outcome, checked, totals) | facts
     if in_journal is not None:
         document |= {"found": in_journal.found, "new_yuan": f"{in_journal.new_yuan:.2f}"}
-    rows = file_rows(checked, totals, in_journal)
-    rows += [(name, f"{fact:,}" if isinstance(fact, int) else fact) for name, fact in facts.items()]
-    output.show(document, table(outcome, ("", ""), rows))
+    output.show(document, *tables({outcome: file_facts(checked, totals, in_journal) | facts}))
 
 
 def show_batch(
@@ -82,14 +78,12 @@ def show_batch(
         "ask_again_at": totals.ask_again_at and totals.ask_again_at.isoformat(),
         **(error_document(failure) | {"outcome": outcome.word} if failure else {}),
     }
-    rows = [(word, f"{number:,}", f"{yuan:,.2f}") for word, number, yuan in outcomes]
-    rows += [("to do", f"{totals.to_do:,}", f"{to_do_yuan:,.2f}")] if totals.to_do else []
+    to_do = [("to do", totals.to_do, to_do_yuan)] if totals.to_do else []
     title = f"{totals.refunds[MADE]:,} of {totals.total:,} refunds made"
-    measures = [(name.replace("_", " "), fact) for name, fact in (facts | dict(places)).items()]
     output.show(
         document,
-        table(title, ("outcome", "refunds", "yuan"), rows),
-        table("run", ("measure", "value"), measures),
+        table(title, ("outcome", "refunds", "yuan"), [*outcomes, *to_do]),
+        *tables({"run": {**facts, **places}}),
         *chain.from_iterable(
             _not_made(reason, refunds, totals.not_made[reason], places.get("results")) for reason, refunds in reasons
         ),
@@ -105,7 +99,7 @@ def _not_made(reason: Reason, refunds: int, lines: Sequence[NotMade], results: s
     """Yield a reason, a table of its first refunds, the number of others, and what to do."""
     yield ""
     yield Text(printable(f"{refunds:,} {reason.outcome.word}: {reason.reason}"), style(reason.outcome))
-    yield table("", NotMade._fields, [(*line[:3], f"{line.yuan:,.2f}") for line in lines])
+    yield table("", NotMade._fields, lines)
     if more := refunds - len(lines):
         yield f"… and {more:,} more: {results or 'use --out to list all'}"
     yield f"what to do: {reason.advice}"

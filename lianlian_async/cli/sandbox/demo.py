@@ -22,7 +22,7 @@ from lianlian_async.cli.exit_codes import (
     exit_outcome_of,
     exit_outcome_of_refund,
 )
-from lianlian_async.cli.output import Output, table
+from lianlian_async.cli.output import Output, table, tables
 from lianlian_async.errors import LianLianError
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
@@ -170,7 +170,6 @@ def _show(output: Output, found: Audit, sent: Mapping[Call, int], refunds: int, 
         "disagreements": found.disagreements,
     }
     made = "made, by the gateway's ledger"
-    shown = [table("refunds", ("outcome", "refunds", made), found.outcomes)]
-    shown += [table("unknown refunds", ("no_refund", made), found.unknown.items())] if found.unknown else []
-    shown += [table("run", ("measure", "value"), ((name.replace("_", " "), fact) for name, fact in facts.items()))]
-    output.show(document, *shown, verdict, *found.disagreements)
+    outcomes = table("refunds", ("outcome", "refunds", made), found.outcomes)
+    others = tables({f"unknown refunds: {made}": found.unknown, "run": facts})
+    output.show(document, outcomes, *others, verdict, *found.disagreements)
