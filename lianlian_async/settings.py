@@ -8,7 +8,6 @@ from .errors import ConfigurationError
 LOOPBACK_ONLY: Final = "LIANLIAN_LOOPBACK_ONLY"
 """The environment variable that limits connections to loopback. Our pytest plugin sets it, also for child processes."""
 
-
 LONGEST: Final = 10**9
 """Seconds, about 32 years. Unlike infinity or 1e12 seconds, it can be added to a date."""
 
