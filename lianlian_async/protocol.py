@@ -10,17 +10,16 @@ from . import errors, wire
 from .codes import CodeClass, ReturnCode, explain
 from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply
 from .identity import NUMBERS, check_identity
-from .merchant import Merchant
+from .merchant import Keys, Merchant
 from .models import DOCUMENTED, RefundQuery, RefundRecord, RefundRequest
-from .signing import SigningKey, VerifyingKey, signature_source
+from .signing import signature_source
 
 
 class Protocol(NamedTuple):
     """LianLian's refund protocol for one merchant. :meth:`seal` and :meth:`read` cost one RSA operation each."""
 
     merchant: Merchant
-    private_key: SigningKey
-    gateway_keys: tuple[VerifyingKey, ...]
+    keys: Keys
 
     def apply_fields(self, request: RefundRequest) -> dict[str, str]:
         """Return the fields of an apply call. Raises ``InvalidRequest`` without a ``notify_url``."""
@@ -38,7 +37,7 @@ class Protocol(NamedTuple):
 
     def seal(self, fields: Mapping[str, str]) -> bytes:
         """Sign ``fields`` and return them with the signature as JSON, ready to send."""
-        return wire.encode({**fields, "sign": self.private_key.sign(signature_source(fields))})
+        return wire.encode({**fields, "sign": self.keys.private.sign(signature_source(fields))})
 
     def signed_fields(self, body: bytes) -> dict[str, str]:
         """Return the fields from which :meth:`seal` made ``body``."""
@@ -49,7 +48,7 @@ class Protocol(NamedTuple):
     def verify(self, fields: Mapping[str, str]) -> bool:
         """Return whether one of the gateway's keys signed ``fields``."""
         source, signature = signature_source(fields), fields.get("sign", "")
-        return any(key.verify(source, signature) for key in self.gateway_keys)
+        return any(key.verify(source, signature) for key in self.keys.gateway)
 
     def read(self, exchange: Exchange, delivery: Delivery) -> Reply:
         """Interpret the result of one HTTP attempt: return a reply about the refund of ``exchange``."""

@@ -53,7 +53,7 @@ class RsaWorker:
         """Load the keys in the thread, and measure how long a verification takes."""
         limiter = anyio.CapacityLimiter(1)  # more threads would compete with the event loop for the GIL
         keys = await anyio.to_thread.run_sync(merchant.load_keys, limiter=limiter)
-        protocol = Protocol(merchant, keys.private, keys.gateway)
+        protocol = Protocol(merchant, keys)
         seconds = await anyio.to_thread.run_sync(_verify_seconds, protocol, limiter=limiter)
         return cls(protocol, limiter, verify_inline=seconds < INLINE_VERIFY_SECONDS)
 
@@ -133,7 +133,7 @@ def _wake(jobs: Iterable[_Job]) -> None:
 
 def _verify_seconds(protocol: Protocol) -> float:
     """Return how many seconds a verification with these keys takes: the shortest of three measurements."""
-    bits = max(key.bits for key in protocol.gateway_keys)
+    bits = max(key.bits for key in protocol.keys.gateway)
     # A signature that is shorter than the key would be rejected without an RSA operation.
     fields = {"sign": b64encode(b"\x55" * ((bits + 7) // 8)).decode()}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from importlib.util import find_spec
 
 import anyio
@@ -26,16 +25,9 @@ from tests.support.parties import Connection, Server, answering, refund_request,
 
 pytestmark = pytest.mark.anyio
 
-CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # no CA is loaded: nothing here speaks TLS
 
-
-@contextlib.asynccontextmanager
-async def pool_of(max_connections, **options):
-    pool = PoolTransport(max_connections, ssl_context=CONTEXT, **options)
-    try:
-        yield pool
-    finally:
-        await pool.aclose()
+def pool_of(max_connections):
+    return contextlib.aclosing(PoolTransport(max_connections))
 
 
 async def fetch(pool, url, /, **timeouts):
@@ -105,10 +97,11 @@ async def test_each_origin_has_its_own_connections():
     assert one.opened == two.opened == 1
 
 
-async def test_idle_connections_expire():
+async def test_idle_connections_expire(monkeypatch):
     """A connection that is idle for longer than the keep-alive time is closed, also one to another origin."""
+    monkeypatch.setattr("lianlian_async.transport.pool.KEEPALIVE_SECONDS", 0.0)
     handler = Holding()
-    async with serving(handler) as busy, answering() as other, pool_of(4, keepalive_expiry=0.0) as pool:
+    async with serving(handler) as busy, answering() as other, pool_of(4) as pool:
         await fetch(pool, other.url)
         async with anyio.create_task_group() as tasks:
             for _ in range(3):

@@ -32,6 +32,7 @@ from lianlian_async.codes import CODES, CodeClass
 from lianlian_async.errors import Problem
 from lianlian_async.exchange import Call, Exchange, Finding, HttpResponse, NoResponse, Reply
 from lianlian_async.identity import check_identity, check_request, has_whole_identity
+from lianlian_async.merchant import Keys
 from lianlian_async.protocol import Protocol
 from lianlian_async.retry import Deadline
 from lianlian_async.signing import signature_source
@@ -47,8 +48,7 @@ PROTOCOL = Protocol(
         gateway_public_keys=[GATEWAY.public],
         notify_url="https://shop.example/lianlian/refund",
     ),
-    MERCHANT.private,
-    (GATEWAY.public,),
+    Keys(MERCHANT.private, (GATEWAY.public,)),
 )
 JSON = {"content-type": "application/json;charset=utf-8"}
 
@@ -344,7 +344,7 @@ def test_unsigned_field_is_named_in_the_error(asking, unsigned, said):
 
 def test_both_keys_of_a_rotation_are_known():
     """During a rotation, answers with a signature of either key are believed, and of no other key."""
-    rotating = PROTOCOL._replace(gateway_keys=(STRANGER.public, GATEWAY.public))
+    rotating = PROTOCOL._replace(keys=Keys(MERCHANT.private, (STRANGER.public, GATEWAY.public)))
     fields = {name: text for name, text in made(APPLY.asked).items() if name not in ("sign", "sign_type")}
     for key, known in (
         (GATEWAY.private, Finding.FOUND),

@@ -36,7 +36,7 @@ def _own(job: frame.Job) -> dict[str, float]:
 
     merchant = stamps.merchant()
     keys = merchant.load_keys()
-    protocol = Protocol(merchant, keys.private, keys.gateway)
+    protocol = Protocol(merchant, keys)
     headers = {"content-type": "application/json;charset=utf-8"}
     policy, retries_left = RetryPolicy(), TokenBucket(RetryBudget())
     paid = datetime(2024, 1, 1, 19, 4, 5, tzinfo=UTC)

@@ -41,6 +41,5 @@ def _show(output: Output, response: HttpResponse | NoResponse) -> None:
 def verify(output: Output, /, file: BinaryIO, config: Path | None) -> None:
     """Run ``lianlian notify verify``."""
     merchant = load_merchant(config)
-    keys = merchant.load_keys()
-    notification = Protocol(merchant, keys.private, keys.gateway).read_notification(file.read())
+    notification = Protocol(merchant, merchant.load_keys()).read_notification(file.read())
     show_refund(output, anyio.run(complete, notification, None, None, 0.0))

@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -145,7 +145,8 @@ class JournalFile:
         with self._lock, self._errors():
             if (problem := self._value("PRAGMA quick_check")) != "ok":
                 raise _DamagedRowError(problem)
-            with self._transaction():
+            with self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
                 values = {"now": sql.microseconds(now), "evidence": _json(sql.evidence_of(now, None))}
                 for statement in sql.MARK_RESTORED:
                     self._connection.execute(statement, values)
@@ -241,7 +242,9 @@ class JournalFile:
             rowids.append(rowid)
             rows.append((rowid, *begun, evidence, record, entry.history))
         rows.sort()  # by rowid: SQLite fills pages completely if rows are inserted in order
-        with self._transaction() if len(rows) > _ROWS else nullcontext():
+        with self._connection:
+            if len(rows) > _ROWS:  # a single statement is a transaction without it
+                self._connection.execute("BEGIN IMMEDIATE")
             for some in (rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)):
                 statement = sql.CHANGE + ", ".join([sql.ROW] * len(some))
                 self._connection.execute(statement, tuple(chain.from_iterable(some)))
@@ -252,16 +255,6 @@ class JournalFile:
         if row is None:
             raise _DamagedRowError("a row is missing")
         return row[0]
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            self._connection.rollback()
-            raise
 
     def _check_in_place(self) -> None:
         """Raise ``JournalError`` if a file was removed or replaced: SQLite would go on writing to the unlinked file."""

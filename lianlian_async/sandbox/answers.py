@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from decimal import ROUND_HALF_EVEN, Decimal
-from typing import Final, NamedTuple
+from typing import Final
 
 from lianlian_async import wire
+from lianlian_async.exchange import HttpResponse
 
 SUCCESS: Final = {"ret_code": "0000", "ret_msg": "交易成功"}
 
@@ -55,20 +56,12 @@ def foreign_fields(money_refund: Decimal) -> dict[str, str]:
     return {"money_foreign_refund": wire.format_money(foreign), **_EXCHANGE}
 
 
-class Response(NamedTuple):
-    """An HTTP response; header names in lower case."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-def message(fields: Mapping[str, str]) -> Response:
+def message(fields: Mapping[str, str]) -> HttpResponse:
     """Return the HTTP response for an answer."""
-    return Response(200, {"content-type": "application/json;charset=utf-8"}, wire.encode(fields))
+    return HttpResponse(200, {"content-type": "application/json;charset=utf-8"}, wire.encode(fields))
 
 
-def page(status: int, title: str, headers: Mapping[str, str] | None = None) -> Response:
+def page(status: int, title: str, headers: Mapping[str, str] | None = None) -> HttpResponse:
     """Return an HTML error page like those of web servers and proxies."""
     html = f"<html><head><title>{status} {title}</title></head><body><h1>{status} {title}</h1></body></html>\n"
-    return Response(status, {"content-type": "text/html", **(headers or {})}, html.encode())
+    return HttpResponse(status, {"content-type": "text/html", **(headers or {})}, html.encode())

@@ -12,9 +12,10 @@ import attrs
 
 from lianlian_async import wire
 from lianlian_async.errors import ConfigurationError
+from lianlian_async.exchange import HttpResponse
 from lianlian_async.settings import check_seconds
 
-from .answers import SUCCESS, Response, error_answer, message, page
+from .answers import SUCCESS, error_answer, message, page
 
 Call: TypeAlias = Literal["apply", "query"]
 
@@ -152,7 +153,7 @@ def faulty_response(
     answer: Mapping[str, str],
     request: Mapping[str, str],
     sign: Callable[[Mapping[str, str]], dict[str, str]],
-) -> Response:
+) -> HttpResponse:
     """Return the faulty response that replaces ``answer`` to ``request``; ``sign`` signs an answer.
 
     The gateway itself handles ``DELAY``, ``NO_ANSWER``, ``LATE`` and ``RESET``.
@@ -179,7 +180,7 @@ def faulty_response(
         return correct._replace(body=correct.body[: len(correct.body) // 2])
     if injection.fault is Fault.OVERSIZED:
         return correct._replace(body=correct.body + b" " * wire.MAX_MESSAGE_BYTES)
-    return Response(200, {**correct.headers, "content-encoding": "gzip"}, gzip.compress(correct.body))
+    return HttpResponse(200, {**correct.headers, "content-encoding": "gzip"}, gzip.compress(correct.body))
 
 
 def _success(answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:

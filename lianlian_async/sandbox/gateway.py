@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 import anyio
 
 from lianlian_async import asgi, wire
+from lianlian_async.exchange import HttpResponse
 from lianlian_async.merchant import Endpoints, Merchant
 from lianlian_async.models import RefundStatus
 from lianlian_async.session import RefundSession
@@ -26,7 +27,7 @@ from lianlian_async.signing import SigningKey, signature_source
 from lianlian_async.transport import asgi_transport
 
 from . import answers, rules
-from .answers import Rejection, Response
+from .answers import Rejection
 from .faults import Call, Fault, FaultPlan, Injection, Scripted, When, faulty_response
 from .ledger import Ledger, Order, Record, Repeated
 
@@ -260,7 +261,7 @@ class SandboxGateway:
         else:
             await self._respond(send, faulty_response(injection, answer, fields, sign))
 
-    async def _respond(self, send: asgi.Send, response: Response, *, breaks_off: bool = False) -> None:
+    async def _respond(self, send: asgi.Send, response: HttpResponse, *, breaks_off: bool = False) -> None:
         """Send a response; with ``breaks_off``, send half of its body and raise, so that the server disconnects."""
         date = format_datetime(self.time_of_day().astimezone(UTC), usegmt=True)
         await asgi.respond(send, response.status, {**response.headers, "date": date}, response.body, cut=breaks_off)

@@ -4,7 +4,6 @@ httpx's own pool examines every connection and every waiting request at the begi
 pool, the cost of a request does not depend on the number of concurrent requests.
 """
 
-import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, cast
@@ -17,6 +16,7 @@ from .connection import close_normally, proxy_for, reset_when_closed, trusting_c
 KEEPALIVE_SECONDS: Final = 5.0
 """How long an idle connection is kept. Servers and load balancers keep idle connections longer, so no request is sent
 on a connection that the server is closing."""
+_LIMITS: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE_SECONDS)
 
 
 class _Connection:
@@ -69,21 +69,13 @@ class _Connection:
 class PoolTransport(httpx.AsyncBaseTransport):
     """Sends at most ``max_connections`` concurrent requests, each on its own connection; other requests wait in order.
 
-    All connections share ``ssl_context``; creating the default context reads the CA bundle (tens of milliseconds). Each
-    new connection reads its proxy from the environment (``HTTPS_PROXY``, ``NO_PROXY`` …) and raises
-    ``ConfigurationError`` if the proxy is unusable. HTTP/1.1 only. ``keepalive_expiry`` is in seconds.
+    Creating the pool reads the CA bundle (tens of milliseconds). Each new connection reads its proxy from the
+    environment (``HTTPS_PROXY``, ``NO_PROXY`` …) and raises ``ConfigurationError`` if the proxy is unusable. HTTP/1.1
+    only.
     """
 
-    def __init__(
-        self,
-        max_connections: int,
-        *,
-        ssl_context: ssl.SSLContext | None = None,
-        keepalive_expiry: float = KEEPALIVE_SECONDS,
-    ) -> None:
-        self._ssl_context = ssl_context or trusting_context()
-        self._keepalive_expiry = keepalive_expiry
-        self._limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=keepalive_expiry)
+    def __init__(self, max_connections: int) -> None:
+        self._ssl_context = trusting_context()
         self._slots = anyio.Semaphore(max_connections, fast_acquire=True)
         self._idle: dict[tuple[str, str, int | None], deque[_Connection]] = {}
         self._closed = False
@@ -117,7 +109,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
 
     def _connect(self, url: httpx.URL, stack: deque[_Connection]) -> _Connection:
         proxy = proxy_for(url)
-        transport = httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=self._limits, proxy=proxy)
+        transport = httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=_LIMITS, proxy=proxy)
         return _Connection(transport, proxy, stack)
 
     async def release(self, connection: _Connection) -> None:
@@ -130,7 +122,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
         self._slots.release()
         for each in tuple(self._idle.values()):
             # The first connection is the least recently used one. Other requests may pop connections during the await.
-            while each and now - each[0].idle_since > self._keepalive_expiry:
+            while each and now - each[0].idle_since > KEEPALIVE_SECONDS:
                 await each.popleft().aclose()
 
     async def discard(self, connection: _Connection) -> None:

@@ -45,6 +45,7 @@ from lianlian_async import (
 from lianlian_async.cli.batch.rows import Columns, damaged, read_rows, rounded
 from lianlian_async.exchange import Call, Exchange, HttpResponse
 from lianlian_async.journal import SqliteJournal, SqliteReader
+from lianlian_async.merchant import Keys
 from lianlian_async.protocol import Protocol
 from lianlian_async.reconcile import Reconciliation, StatementError
 from lianlian_async.retry import Deadline
@@ -195,7 +196,7 @@ def _protocol() -> Protocol:
     merchant = Merchant(
         oid_partner=OID_PARTNER, private_key=private.private_pem, gateway_public_keys=gateway.public_pem
     )
-    return Protocol(merchant, private.private, (gateway.public,))
+    return Protocol(merchant, Keys(private.private, (gateway.public,)))
 
 
 def _signed(data: bytes) -> Iterator[bytes]:
