@@ -1,9 +1,8 @@
 """The default journal of a batch, one for each merchant and endpoint, and the receipt beside each file."""
 
 import json
-import os
+import re
 import shutil
-import threading
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 
 from lianlian_async.cli import stores
 from lianlian_async.cli.sandbox.server import environment, serving
-from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
 from tests.support.batches import refund, url_of, write_csv
 from tests.support.command import end, on_a_terminal, run, start, until
@@ -227,47 +225,16 @@ def test_postgresql_journal_is_counted(env, gateway, file, database):
     assert gateway.requests == {"apply": 3}
 
 
-def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
-    """It shows which process has the journal open since when, and continues when it ends; --no-wait is an error."""
+def test_a_second_batch_is_refused_until_the_first_has_ended(env, gateway, file, tmp_path):
+    """It ends with code 1, and shows which process has the journal open and since when."""
     gateway.script(Fault.NO_ANSWER, call="apply")
-    command = (
-        "batch",
-        file,
-        "--yes",
-        "--journal",
-        tmp_path / "journal",
-        "--concurrency",
-        "1",
-        "--not-found-grace",
-        "1",
-    )
-    first = start(*command, env=env)
+    command = ("batch", file, "--yes", "--journal", tmp_path / "journal", "--not-found-grace", "1", "--wait-unknown")
+    first = start(*command, "--concurrency", "1", env=env)
     until(lambda: gateway.requests["apply"])
-    refused = run(*command, "--no-wait", env=env)
+    refused = run(*command, env=env)
     assert refused.exit_code == 1
-    assert f"process {first.pid}" in refused.stderr
-    second = start(*command, "--wait-unknown", env=env)
-    told = ""
-    while "waiting: " not in told:
-        line = second.stderr.readline()
-        assert line, told
-        told += line
-    assert f"process {first.pid}" in told
-    assert "since 20" in told
+    assert re.search(rf"process {first.pid} on .*, since 20.* has it open", refused.stderr)
     first.kill()
     end(first, env)
-    assert end(second, env).exit_code == 0
-    assert all(gateway.times_made(f"R-{number}") == 1 for number in range(3))
-
-
-def test_waiting_batch_starts_when_the_journal_is_free(env, gateway, file, tmp_path):
-    """It shows once which process has the journal open, waits, and then sends."""
-    held = JournalFile(str(tmp_path / "journal"))
-    timer = threading.Timer(6, held.close)
-    timer.start()
-    ended = run("batch", file, "--yes", "--journal", tmp_path / "journal", env=env)
-    timer.join()
-    assert ended.exit_code == 0
-    assert ended.stderr.count("waiting: ") == 1
-    assert f"process {os.getpid()}" in ended.stderr
+    assert run(*command, env=env).exit_code == 0
     assert all(gateway.times_made(f"R-{number}") == 1 for number in range(3))

@@ -1,7 +1,7 @@
 """``lianlian batch``: make the refunds of a file. The command can be killed at any time and run again."""
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextlib import aclosing, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from lianlian_async.cli.options import is_dsn, load_merchant, make_session, plac
 from lianlian_async.cli.output import Output, line_writer, local_time
 from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
 from lianlian_async.cli.stores import Receipt, default_place, make_folder, make_journal, open_queue
-from lianlian_async.errors import ConfigurationError, JournalError, LianLianError, RefundOutcomeUnknown
+from lianlian_async.errors import ConfigurationError, LianLianError, RefundOutcomeUnknown
 from lianlian_async.journal import Journal
 from lianlian_async.merchant import Merchant
 from lianlian_async.middleware import RateLimit
@@ -32,7 +32,7 @@ from .summary import file_facts, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
-"""Seconds between two attempts to open a journal, and between two checks whether only unknown refunds remain."""
+"""Seconds between two checks whether only unknown refunds remain."""
 
 
 def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> None:
@@ -221,8 +221,7 @@ class _Batch:
         options = self.options
         settings = {name: options[name] for name in ("concurrency", "deadline", "not_found_grace", "query_first")}
         choices = {name: options[name] for name in ("keep_going", "wait_unknown")}
-        async with AsyncExitStack() as stack:
-            journal = await self._open_journal(stack)
+        async with make_journal(self.place) as journal:
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             self._write_receipt(journal.id)
             with self._result_writer() as write:
@@ -265,20 +264,6 @@ class _Batch:
                     write(interrupted_result(begun, was_begun=True))
                 for other in self.checked.lines_after(self._last_begun):
                     write(interrupted_result(other, was_begun=False))
-
-    async def _open_journal(self, stack: AsyncExitStack) -> Journal:
-        """Open the journal; wait while another process has it open, unless ``--no-wait``."""
-        is_noted = False
-        while True:
-            try:
-                return await stack.enter_async_context(make_journal(self.place))
-            except JournalError as error:
-                if error.holder is None or self.options["no_wait"]:
-                    raise
-                if not is_noted:
-                    self.output.note(f"waiting: {error}")
-                is_noted = True
-            await anyio.sleep(_POLL)
 
     async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:
         """Yield the refunds; ``--rate`` limits only those that are not finished in the journal."""

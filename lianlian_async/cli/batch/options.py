@@ -24,7 +24,7 @@ from .formats import date_reader, money_reader
 
 _NOT_FOR_QUEUE: Final = (
     *("place", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
-    *("no_wait", "query_first", "accept_new_journal"),
+    *("query_first", "accept_new_journal"),
 )
 
 
@@ -122,9 +122,6 @@ _OPTIONS: Final = (
         "else JSON Lines. Each run replaces the file.",
     ),
     journal_option,
-    click.option(
-        "--no-wait", is_flag=True, help="End with an error if another process has the journal open, instead of waiting."
-    ),
     click.option("--query-first", is_flag=True, help="Query each refund that is not in the journal before sending it."),
     click.option(
         "--accept-new-journal",
