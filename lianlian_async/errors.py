@@ -235,7 +235,7 @@ class RefundOutcomeUnknown(LianLianError):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RefundOutcomeUnknown":
-        """Return the error that :meth:`to_dict` wrote. Raises ``InvalidRequest`` with every wrong or missing field."""
+        """Return the error that :meth:`to_dict` wrote. Raises ``InvalidRequest`` with a wrong or missing field."""
         error: RefundOutcomeUnknown = import_module(".unknown_form", __package__).from_dict(data)
         return error
 

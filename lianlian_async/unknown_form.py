@@ -1,7 +1,7 @@
 """The JSON form of ``RefundOutcomeUnknown``, so that an unknown refund can be stored outside Python."""
 
-import math
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final
 
@@ -9,7 +9,7 @@ from . import wire
 from .clock import Moment
 from .errors import InvalidRequest, MalformedMessage, Problem, RefundOutcomeUnknown, RefundRejected
 from .models import RefundRequest
-from .settings import is_number
+from .settings import LONGEST, is_number
 
 _VERSION: Final = 1
 _UNKNOWN: Final = {
@@ -24,7 +24,7 @@ _PARTS: Final[dict[type, dict[str, type]]] = {
     Moment: {"wall": datetime, "boot": float, "timeline": str, "gateway": datetime},
     RefundRejected: {"ret_code": str, "ret_msg": str, "verified": bool, "no_refund": str},
 }
-_MAY_BE_NONE: Final = ("gateway", "refused")
+_MAY_BE_NONE: Final = ("moment.gateway", "refused")
 
 
 def to_dict(unknown: RefundOutcomeUnknown) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _json(value: Any) -> Any:
 
 
 def from_dict(data: Mapping[str, Any]) -> RefundOutcomeUnknown:
-    """Return the error in ``data``. Raises ``InvalidRequest`` with every wrong, missing or unknown field."""
+    """Return the error in ``data``. Raises ``InvalidRequest`` with the first wrong, missing or unknown field."""
     version = data.get("version") if isinstance(data, Mapping) else None
     if version != _VERSION:
         raise InvalidRequest([Problem("version", f"must be {_VERSION}", repr(version))])
@@ -70,37 +70,28 @@ def _read(data: Any, kinds: Mapping[str, type], where: str = "") -> dict[str, An
     """Return the parsed values of an object with exactly the keys of ``kinds``; ``where`` prefixes names in errors."""
     if not isinstance(data, Mapping):
         raise InvalidRequest([Problem(where.rstrip("."), "must be an object", type(data).__name__)])
-    problems = [Problem(f"{where}{name}", "is not a known field", "a value") for name in data if name not in kinds]
-    values = dict[str, Any]()
-    for name, kind in kinds.items():
-        try:
-            values[name] = _parse(name, data[name], kind)
-        except KeyError:
-            problems.append(Problem(f"{where}{name}", "is required", "nothing"))
-        except InvalidRequest as error:
-            problems += error.problems
-        except (TypeError, ValueError, OverflowError) as error:
-            problems.append(Problem(f"{where}{name}", str(error), type(data[name]).__name__))
-    if problems:
-        raise InvalidRequest(problems)
-    return values
+    for name in (*data, *kinds):
+        if name not in kinds:
+            raise InvalidRequest([Problem(f"{where}{name}", "is not a known field", "a value")])
+        if name not in data:
+            raise InvalidRequest([Problem(f"{where}{name}", "is required", "nothing")])
+    return {name: _parse(f"{where}{name}", data[name], kind) for name, kind in kinds.items()}
 
 
-def _parse(name: str, value: Any, kind: type) -> Any:
-    if value is None and name in _MAY_BE_NONE:
+def _parse(name: str, given: Any, kind: type) -> Any:
+    if given is None and name in _MAY_BE_NONE:
         return None
     if kind is RefundRequest:
-        return RefundRequest.from_record(value)
+        return RefundRequest.from_record(given)
     if kind in _PARTS:
-        return kind(**_read(value, _PARTS[kind], f"{name}."))
-    if kind is float and is_number(value):  # a JSON writer of another language may write 5.0 as 5
-        if math.isinf(value):
-            raise ValueError("must be finite")
-        return float(value)
-    if kind is datetime:
-        value = datetime.fromisoformat(value)
-        if value.tzinfo is None:
-            raise ValueError("must have a UTC offset")
-    if kind is float or type(value) is not kind:
-        raise TypeError(f"must be of type {kind.__name__}")
+        return kind(**_read(given, _PARTS[kind], f"{name}."))
+    value: object = given
+    if kind is float:  # other languages may write 5.0 as 5
+        value = float(given) if is_number(given) and abs(given) < LONGEST else None
+    elif kind is datetime and isinstance(given, str):
+        with suppress(ValueError):
+            value = datetime.fromisoformat(given)
+    if type(value) is not kind or (isinstance(value, datetime) and value.tzinfo is None):
+        rule = "must be a time with a UTC offset" if kind is datetime else f"must be of type {kind.__name__}"
+        raise InvalidRequest([Problem(name, rule, type(given).__name__)])
     return value

@@ -18,7 +18,7 @@ WRONG = {
     "body": ('{"no_refund":"R-2"}', "body: must be the signed form of the request"),
     "oid_partner": ("201103171000000001", "body: must be the signed form of the request"),
     "attempts": (True, "attempts: must be of type int"),
-    "ask_again_at": ("2026-01-05T08:00:00", "ask_again_at: must have a UTC offset"),
+    "ask_again_at": ("2026-01-05T08:00:00", "ask_again_at: must be a time with a UTC offset"),
     "moment": ({"wall": 5, "boot": "x", "more": 1}, "moment.more: is not a known field"),
     "refused": ([], "refused: must be an object"),
     "request": ({"no_refund": "R-1"}, "money_refund: is required"),
@@ -82,7 +82,7 @@ async def test_a_boot_time_is_a_finite_number(boot):
     """Python's JSON has NaN, infinity, and integers of any size."""
     form = json.loads(await stored_unknown(sandbox()))
     form["moment"]["boot"] = boot
-    with pytest.raises(InvalidRequest, match=r"moment\.boot|boot"):
+    with pytest.raises(InvalidRequest, match=r"moment\.boot: must be of type float"):
         RefundOutcomeUnknown.from_dict(form)
 
 
