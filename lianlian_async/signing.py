@@ -134,7 +134,8 @@ class _Key:
 class SigningKey(_Key):
     """The merchant's private key."""
 
-    __slots__ = ()
+    __slots__ = ("_public_key",)
+    _public_key: "VerifyingKey"
 
     @classmethod
     @without_locals
@@ -162,7 +163,9 @@ class SigningKey(_Key):
 
     def public_key(self) -> "VerifyingKey":
         """Return the public key, which you upload in LianLian's dashboard."""
-        return VerifyingKey(self._rsa.public_key())
+        if not hasattr(self, "_public_key"):  # created once: it takes about as long as two signatures
+            self._public_key = VerifyingKey(self._rsa.public_key())
+        return self._public_key
 
     def to_pem(self, password: str | None = None) -> str:
         """Return the private key as PKCS#8 PEM, encrypted if a ``password`` is given. Store it with file mode 0600."""

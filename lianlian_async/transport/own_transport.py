@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import anyio.to_thread
@@ -67,6 +68,7 @@ def library_of(given: object, *kinds: str) -> Any:
     return None
 
 
+@cache
 def _has_aiohttp() -> bool:
     import importlib.metadata  # takes milliseconds, and few programs need it
 
