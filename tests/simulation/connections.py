@@ -18,7 +18,8 @@ from lianlian_async.journal import postgres
 from .database import Answers, Database, Session
 
 WAIT = 0.01
-"""Seconds between two attempts of a statement to take a lock."""
+"""Seconds before a statement tries to take a lock again; they double with each attempt, up to ``LONGEST_WAIT``."""
+LONGEST_WAIT = 1.0
 
 
 @attrs.frozen
@@ -126,7 +127,7 @@ class Connection:
             else:
                 database.after(_delay(database), lambda: hear(outcome))
 
-        def go_on(begun: Generator[None, None, Answers]) -> None:
+        def go_on(begun: Generator[None, None, Answers], wait: float = WAIT) -> None:
             try:
                 next(begun)
             except StopIteration as end:
@@ -134,7 +135,7 @@ class Connection:
             except Error as error:
                 answer(error)
             else:
-                database.after(WAIT, lambda: go_on(begun))
+                database.after(wait, lambda: go_on(begun, min(2 * wait, LONGEST_WAIT)))
 
         self._send(lambda: go_on(work()))
         try:
