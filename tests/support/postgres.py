@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import psycopg
+import psycopg.conninfo
 
 DSN: Final = "TESTS_DSN"
 """The environment variable of a program's worker processes: other users can read a command's arguments."""
@@ -160,6 +162,36 @@ def server() -> Iterator[str]:
     """Yield the DSN of a server that runs while the context is open."""
     with running() as started:
         yield started.dsn
+
+
+_EMPTY: Final = """
+SELECT pg_terminate_backend(pid, 60000)
+    FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid();
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOR name IN SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema' LOOP
+        EXECUTE format('DROP SCHEMA %I CASCADE', name);
+    END LOOP;
+END $$;
+CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+GRANT USAGE ON SCHEMA public TO public;
+"""
+
+
+def new_database(dsn: str) -> str:
+    """Create a database on that server, and return its DSN."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return psycopg.conninfo.make_conninfo(dsn, dbname=name)
+
+
+def empty_database(dsn: str) -> None:
+    """End the other connections to this database, and drop everything in it."""
+    with psycopg.connect(dsn) as connection:
+        connection.execute(_EMPTY)
 
 
 @contextmanager
