@@ -1,4 +1,4 @@
-"""``lianlian keygen``: generate a merchant's key pair."""
+"""``lianlian keygen``: generate a merchant's key pair. Files with secrets are readable by their owner only."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Final
 
 import click
 
+from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import without_locals
 from lianlian_async.signing import SigningKey
 
 from .options import with_output
 from .output import Output
-from .secret_files import refuse_existing, write_new
 
 _PASSWORD: Final = "LIANLIAN_PRIVATE_KEY_PASSWORD"  # noqa: S105 - the name of a variable
 
@@ -52,3 +52,21 @@ def keygen(output: Output, /, bits: str, out: Path, encrypt: bool) -> None:
         for name, text in names.items():
             output.note(f"{name}: {text}")
     output.show({**names, "public_key_base64": base64}, base64)
+
+
+def refuse_existing(*paths: Path) -> None:
+    """Raise ``ConfigurationError`` if one of ``paths`` exists."""
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise ConfigurationError(f"{path}: exists already; remove it or choose another name")
+
+
+@without_locals
+def write_new(path: Path, text: str, *, mode: int = 0o600) -> None:
+    """Write a new file; raises ``ConfigurationError`` if it exists or cannot be written."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror}") from None

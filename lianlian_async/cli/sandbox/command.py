@@ -12,9 +12,9 @@ import click
 from lianlian_async import wire
 from lianlian_async.cli.batch.checked import checked_file
 from lianlian_async.cli.batch.options import READING_OPTIONS
+from lianlian_async.cli.keys import refuse_existing, write_new
 from lianlian_async.cli.options import Number, add_options, parsed, with_output
 from lianlian_async.cli.output import Output, file_errors
-from lianlian_async.cli.secret_files import refuse_existing, write_new
 from lianlian_async.cli.signals import sigterm_interrupts
 from lianlian_async.sandbox import Fault, Notifier, Repeated, SandboxGateway
 from lianlian_async.sandbox.statement import statement
