@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import pickle
 from datetime import UTC, datetime, timedelta
@@ -553,6 +554,33 @@ async def test_a_record_of_another_number_proves_nothing():
 
 
 # ── cancellation and the log ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)  # trio creates its own cancellations only
+@pytest.mark.parametrize("call", [Call.APPLY, Call.QUERY])
+async def test_a_cancellation_that_a_lower_layer_raises_leaves_the_outcome_unknown(call):
+    """Nobody cancelled this call; the unknown outcome names what interrupted it."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+
+    async def break_off(exchange, call_next):
+        if exchange.call is call:
+            raise asyncio.CancelledError
+        return await call_next(exchange)
+
+    with pytest.raises(RefundOutcomeUnknown, match="interrupted by CancelledError") as caught:
+        await apply(gateway, middleware=[break_off])
+    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+
+
+async def test_the_pauses_between_the_queries_grow():
+    """Each answer "no such record" doubles the longest pause, up to the policy's maximum."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    retry = RetryPolicy(initial=1.0, maximum=64.0, multiplier=2.0, budget=RetryBudget(capacity=1e6))
+    with pytest.raises(RefundOutcomeUnknown):
+        await apply(gateway, deadline=800.0, retry=retry)
+    assert gateway.requests["query"] < 100  # with pauses of at most one second, there would be about 1600
 
 
 async def test_cancellation_propagates_at_once_and_is_logged(caplog):
