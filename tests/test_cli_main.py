@@ -1,12 +1,14 @@
 """The command group ``lianlian``: its name, its extra, its help, its exit codes."""
 
 import ast
+import functools
 import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import attrs
+import click
 import pytest
 
 import lianlian_async
@@ -14,8 +16,11 @@ from lianlian_async import __version__, errors
 from lianlian_async.cli import main
 from lianlian_async.cli.app import lianlian
 from lianlian_async.cli.exit_codes import EXIT_OUTCOMES, error_document, exit_outcome_of
+from lianlian_async.cli.sandbox.options import FAULTS
 from lianlian_async.errors import LianLianError
-from lianlian_async.models import RefundQuery, RefundRequest
+from lianlian_async.models import RefundQuery, RefundRequest, RefundStatus
+from lianlian_async.retry import RetryPolicy
+from lianlian_async.sandbox import Fault, Repeated
 from lianlian_async.signing import BACKEND
 from tests.support.command import end, run, start
 
@@ -142,45 +147,52 @@ def test_other_missing_module_is_raised(monkeypatch):
         main()
 
 
-def every_command():
-    """Yield each command and group, with its names."""
-    for name, lazy in lianlian.commands.items():
-        command = lazy.load()
-        yield (name,), command
-        yield from (((name, child), found) for child, found in getattr(command, "commands", {}).items())
+def every_command(command=lianlian, path=()):
+    """Yield the names of every command and group, each as a tuple."""
+    yield path
+    for name, child in getattr(command, "commands", {}).items():
+        yield from every_command(child, (*path, name))
 
 
-def test_help_imports_no_slow_package():
-    """``lianlian --help`` is fast: it imports click and light modules only."""
-    check = "import sys; from lianlian_async.cli.app import lianlian; lianlian(['--help'], standalone_mode=False); "
+def test_help_of_every_command_imports_no_slow_package():
+    """``--help`` is fast: it imports click and light modules only. One new process shows the help of all commands."""
+    check = "import sys; from lianlian_async.cli.app import lianlian; "
+    check += "[lianlian([*path.split(), '--help'], standalone_mode=False) for path in sys.argv[1:]]; "
     check += "print(sorted({name.partition('.')[0] for name in sys.modules}))"
-    shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
+    paths = list(map(" ".join, every_command()))
+    arguments = [sys.executable, "-c", check, *paths]
+    shown = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert [line.split(" [")[0].strip() for line in shown.splitlines() if line.startswith("Usage: ")] == [
+        f"Usage: -c {path}".strip() for path in paths
+    ]
     slow = {"Crypto", "aiohttp", "anyio", "asyncio", "attr", "attrs", "cryptography", "httpx", "rich", "uvicorn"}
     assert slow.isdisjoint(ast.literal_eval(shown.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("path", [path for path, _ in every_command()], ids=" ".join)
-def test_every_command_has_help(path):
-    """``--help`` shows the usage of each command and subcommand."""
-    ended = run(*path, "--help")
-    assert (ended.exit_code, ended.stderr) == (0, "")
-    assert ended.stdout.startswith(f"Usage: lianlian {' '.join(path)} [OPTIONS]")
-
-
-def test_a_refund_has_an_option_for_each_field():
-    """``apply`` and ``query`` have one option for each field of the request."""
-    names = {path: [option.name for option in command.params] for path, command in every_command()}
-    assert names["apply",][1:9] == [field.name for field in attrs.fields(RefundRequest)]
-    assert set(names["query",][1:5]) == {field.name for field in attrs.fields(RefundQuery)}
+def test_declared_choices_and_defaults_are_those_of_the_library():
+    """The declarations repeat values of modules that --help must not import."""
+    options = {
+        path: {option.name: option for option in command.params}
+        for path in every_command()
+        if (command := functools.reduce(lambda group, name: group.commands[name], path, lianlian))
+    }
+    assert list(options["apply",])[1:9] == [field.name for field in attrs.fields(RefundRequest)]
+    assert set(list(options["query",])[1:5]) == {field.name for field in attrs.fields(RefundQuery)}
+    assert options["worker",]["not_found_grace"].default == RetryPolicy().not_found_grace
+    assert list(options["notify", "send"]["sta_refund"].type.choices) == [status.value for status in RefundStatus]
+    assert list(options["sandbox",]["repeated"].type.choices) == [repeated.value for repeated in Repeated]
+    assert [name.replace("-", " ") for name in FAULTS] == [fault.value for fault in Fault]
+    assert list(options["help",]["topic"].type.choices) == list(run("help", "--json").json)
 
 
 def test_help_has_the_first_line_of_each_command():
-    """The list of commands shows the name and the first line of each command's own help."""
+    """The list of commands shows the first line of each command's own help, and every command is in it."""
+    context = click.Context(lianlian)
+    commands = {name: lianlian.get_command(context, name) for name in lianlian.list_commands(context)}
     shown = " ".join(run("--help").stdout.split())
-    for name, lazy in lianlian.commands.items():
-        command = lazy.load()
-        assert command.name == name
+    for name, command in commands.items():
         assert f" {name} {command.help.splitlines()[0]}" in shown
+    assert list(commands) == [command.name for command in commands.values()]
 
 
 def test_unknown_command_is_a_usage_error():

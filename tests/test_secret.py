@@ -9,7 +9,7 @@ import attrs
 import click
 import pytest
 
-from lianlian_async.cli.keys import keygen
+from lianlian_async.cli.commands import keygen
 from lianlian_async.cli.options import Place
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.errors import ConfigurationError, JournalError

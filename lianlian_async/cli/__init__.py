@@ -6,6 +6,9 @@ from typing import Final
 
 __all__ = ["main"]
 
+AS_JSON: Final = "lianlian_async.json"
+"""Key in ``click.Context.meta``: whether the command line contains ``--json``."""
+
 _EXTRA: Final = ("click", "rich", "uvicorn")
 
 

@@ -1,54 +1,28 @@
-"""The command group ``lianlian``. It imports the module of a command when the command is used: ``--help`` is fast."""
+"""The command group ``lianlian``.
+
+``commands``, ``groups``, ``batch.options`` and ``sandbox.options`` declare the commands, and import only click and
+light modules, so ``--help`` is fast. ``options.runs`` imports the module of a command when the command is executed.
+"""
 
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, Final
 
 import click
 
 from lianlian_async.errors import ConfigurationError, LianLianError
 
-_COMMANDS: Final = {
-    "apply": (".refunds.apply", "Make one refund."),
-    "query": (".refunds.query", "Query LianLian's record of one refund."),
-    "batch": (".batch.command.batch", "Make each refund of a file once."),
-    "journal": (".journal.journal", "Show, back up or restore a journal; resolve refunds."),
-    "explain": (".explain.explain", "Show everything that a journal knows about one refund."),
-    "reconcile": (".reconcile.reconcile", "Compare LianLian's statements with a journal."),
-    "worker": (".worker.worker", "Make the refunds of a queue."),
-    "doctor": (".doctor.doctor", "Find what is wrong with keys, connection, clock and journal."),
-    "verify": (".verify.verify", "Check the signature of a message."),
-    "keygen": (".keys.keygen", "Generate a key pair for LianLian's dashboard."),
-    "notify": (".notify.notify", "Send a notification to a service, or read one."),
-    "sandbox": (".sandbox.command.sandbox", "Serve a fake of LianLian's gateway until SIGINT or SIGTERM."),
-    "demo": (".sandbox.demo.demo", "Make refunds at a faulty gateway, and check its ledger."),
-    "help": (".topics.help_topic", "Explain a concept: unknown, journal or processes."),
-}
-"""The place of each command, and the first line of its help."""
-AS_JSON: Final = "lianlian_async.json"
-"""Key in ``click.Context.meta``: whether the command line contains ``--json``."""
+from . import AS_JSON
+from .batch.options import batch
+from .commands import apply, doctor, explain, help_topic, keygen, query, reconcile, verify, worker
+from .groups import journal, notify
+from .options import json_option
+from .sandbox.options import demo, sandbox
+
 _SILENT: Final = logging.NullHandler()
 """Stops Python from printing the library's warnings on stderr: each command prints the outcomes itself."""
-
-
-json_option = click.option("--json", is_flag=True, expose_value=False, help="Print the result as JSON on stdout.")
-
-
-class LazyCommand(click.Command):
-    """A command whose module is imported when it is used."""
-
-    def load(self) -> click.Command:
-        """Import the command."""
-        module, _, function = _COMMANDS[str(self.name)][0].rpartition(".")
-        command: click.Command = getattr(import_module(module, __package__), function)
-        return command
-
-    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
-        """Return the context of the imported command."""
-        return self.load().make_context(*arguments, **options)
 
 
 class _Program(click.Group):
@@ -113,7 +87,10 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
 
 @click.group(
     cls=_Program,
-    commands=[LazyCommand(name, help=text) for name, (_, text) in _COMMANDS.items()],
+    commands=[
+        *(apply, query, batch, journal, explain, reconcile, worker, doctor),
+        *(verify, keygen, notify, sandbox, demo, help_topic),
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     epilog="Exit codes: 0 refund made, or no error; 2 wrong usage, request or configuration (nothing was sent); "
     "3 rejected or failed; 4 outcome unknown (query the refund); 5 invalid signature; 130 interrupted; 1 other error.",

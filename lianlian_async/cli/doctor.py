@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import anyio
 import click
 
-from lianlian_async import __version__, wire
+from lianlian_async import __version__
 from lianlian_async.clock import system_clock
 from lianlian_async.errors import ConfigurationError, GatewayUnavailable, LianLianError, QueryRejected, RefundNotFound
 from lianlian_async.flight import choose_canary
@@ -26,7 +26,7 @@ from lianlian_async.session import RefundSession
 from lianlian_async.signing import BACKEND, SigningKey, VerifyingKey, signature_source
 from lianlian_async.transport import http_backend, probe_server
 
-from .options import JOURNAL, is_dsn, journal_options, load_merchant, parsed, place_name, with_output
+from .options import JOURNAL, is_dsn, load_merchant, place_name
 from .output import Output, printable, table
 from .stores import default_place, make_reader
 
@@ -56,23 +56,8 @@ def _failure(name: str, problem: LianLianError | str, cure: str) -> _Check:
     return _Check(name, text or own, "failure", own if text else cure)
 
 
-@click.command
-@journal_options
-@click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default the newest one made.")
-@click.option(
-    "--dt-refund",
-    metavar="YYYYMMDDHHMMSS",
-    callback=parsed(wire.parse_timestamp),
-    help="dt_refund of a --refund that is not in the journal.",
-)
-@click.option("--offline", is_flag=True, help="Do not connect to the gateway.")
-@with_output
 def doctor(output: Output, /, *, config: Path | None, **options: Any) -> None:
-    """Find what is wrong with keys, connection, clock and journal.
-
-    Sends no refund. Queries a refund that was made: the signature of the answer shows whether LianLian's public key is
-    configured correctly. Exit codes: 0 no failure; 1 a failure.
-    """
+    """Run ``lianlian doctor``."""
     checks, public_key = [*_installation()], None
     try:
         merchant = load_merchant(config)

@@ -18,7 +18,7 @@ from lianlian_async.retry import RetryPolicy
 
 from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
 from .journal_report import MEANING
-from .options import journal_options, place_name, with_output
+from .options import place_name
 from .output import Output, local_time, table
 from .stores import find_journal, make_reader
 
@@ -29,16 +29,8 @@ _QUERY_DAYS: Final = 90
 """LianLian rejects queries about older refunds (3005)."""
 
 
-@click.command
-@click.argument("no_refund")
-@journal_options
-@with_output
 def explain(output: Output, /, no_refund: str, place: str | None, config: Path | None) -> None:
-    """Show everything that a journal knows about one refund.
-
-    Shows the result of each attempt and query, the outcome, and what to do next. The exit code depends on the outcome,
-    as it does for `lianlian apply`.
-    """
+    """Run ``lianlian explain``."""
     place = find_journal(place, config)
     if (entry := anyio.run(_find, place, no_refund)) is None:
         raise LianLianError(f"refund {no_refund} is not in the journal {place_name(place)}")

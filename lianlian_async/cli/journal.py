@@ -20,13 +20,12 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
 from lianlian_async.recording import decision
 from lianlian_async.recovery import Resumed
-from lianlian_async.settings import LONGEST
 from lianlian_async.worker_pool import iterate
 
 from .exit_codes import UNKNOWN
 from .explain import show_entry
 from .journal_report import journal_line, journal_views, read_journal
-from .options import Number, is_dsn, journal_options, load_merchant, make_session, session_options, with_output
+from .options import is_dsn, load_merchant, make_session
 from .output import Output, line_writer
 from .signals import sigterm_interrupts
 from .stores import find_journal, make_folder, make_journal, make_reader
@@ -38,32 +37,8 @@ _RECORD: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno", "settle_d
 _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
 
 
-@click.group
-def journal() -> None:
-    """Show, back up or restore a journal; resolve refunds.
-
-    A journal records refunds and their outcomes. It is an SQLite file, which `lianlian batch` creates, or a PostgreSQL
-    database (a postgresql:// URL; put a URL with a password into LIANLIAN_DSN).
-    """
-
-
-@journal.command
-@journal_options
-@click.option(
-    "--watch",
-    metavar="[SECONDS]",
-    is_flag=False,
-    flag_value=2.0,
-    type=Number(0.1, LONGEST),
-    help="Redraw every SECONDS (2 if omitted) until Ctrl-C; if stdout is not a terminal, print one line each time.",
-)
-@with_output
 def show(output: Output, /, place: str | None, config: Path | None, watch: float | None) -> None:
-    """Count the refunds in a journal, and list the unknown ones.
-
-    Other processes may use the journal meanwhile. A journal in PostgreSQL is shown with its queue and workers. The
-    time left assumes the current rate and no further refunds; refunds that are due later do not count.
-    """
+    """Run ``lianlian journal show``."""
     place, report = find_journal(place, config), None
     if watch is not None:
         with suppress(KeyboardInterrupt), sigterm_interrupts(), output.screen() as draw:
@@ -81,20 +56,8 @@ def show(output: Output, /, place: str | None, config: Path | None, watch: float
     output.show(document, *shown)
 
 
-@journal.command
-@journal_options
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    required=True,
-    help="File with one line for each refund: CSV if its name ends in .csv, else JSON Lines.",
-)
-@with_output
 def export(output: Output, /, place: str | None, config: Path | None, out: Path) -> None:
-    """Write all refunds of a journal to a file, oldest first.
-
-    Other processes may use the journal meanwhile.
-    """
+    """Run ``lianlian journal export``."""
     place = find_journal(place, config)
     if not is_dsn(place) and out.exists() and out.samefile(place):
         raise click.BadParameter("must not be the journal", param_hint="--out")
@@ -102,17 +65,8 @@ def export(output: Output, /, place: str | None, config: Path | None, out: Path)
     output.show({"refunds": number, "out": str(out)}, f"{number:,} refunds written to {out}")
 
 
-@journal.command
-@journal_options
-@session_options
-@with_output
 def resume(output: Output, /, place: str | None, config: Path | None, **settings: Any) -> None:
-    """Resolve the unknown refunds, then show the journal.
-
-    Each unknown refund is queried, and sent again if LianLian has no record of it after --not-found-grace. A refund
-    that was made but is not final is queried, too. A refund that was certainly not made is not sent. Exit code 4 if
-    some are still unknown.
-    """
+    """Run ``lianlian journal resume``."""
     place = find_journal(place, config)
     resumed, reasons = anyio.run(_resume, load_merchant(config), place, settings)
     report = anyio.run(read_journal, place)
@@ -121,18 +75,8 @@ def resume(output: Output, /, place: str | None, config: Path | None, **settings
     click.get_current_context().exit(UNKNOWN.exit_code if report.unknown else 0)
 
 
-@journal.command
-@click.argument("no_refund")
-@click.argument("outcome", type=click.Choice(["made", "not-made"]))
-@click.option("--evidence", required=True, help="Reason, in one line: a bank statement, LianLian's answer by mail …")
-@journal_options
-@with_output
 def decide(output: Output, /, no_refund: str, outcome: str, evidence: str, **journal: Any) -> None:
-    """Record by hand whether a refund was made, for example when LianLian no longer answers.
-
-    The decision is final: a refund that was decided as not-made is never sent again. The command refuses a decision
-    if LianLian has signed a final outcome, or while a call may be sending the refund.
-    """
+    """Run ``lianlian journal decide``."""
     if not evidence.strip() or not evidence.isprintable() or len(evidence) > _LONGEST_EVIDENCE:
         raise click.BadParameter(f"must be one line of 1 to {_LONGEST_EVIDENCE} characters", param_hint="--evidence")
     now = system_clock()
@@ -152,16 +96,8 @@ def _user() -> str:
         return f"user {getattr(os, 'getuid', lambda: 'without a name')()}"
 
 
-@journal.command
-@click.argument("file", type=click.Path(path_type=Path))
-@journal_options
-@with_output
 def backup(output: Output, /, file: Path, place: str | None, config: Path | None) -> None:
-    """Copy a journal file to FILE, which must not exist.
-
-    Other processes may use the journal meanwhile. FILE appears when the copy is complete. The inbox of notifications
-    is not copied, so after a restore on_refund may be called again for the same refund.
-    """
+    """Run ``lianlian journal backup``."""
     place = find_journal(place, config)
     _check_is_file(place)
     if file.exists() or not file.parent.is_dir():
@@ -171,16 +107,8 @@ def backup(output: Output, /, file: Path, place: str | None, config: Path | None
     output.show({"backup": str(file)}, f"journal {place} copied to {file}")
 
 
-@journal.command
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@journal_options
-@with_output
 def restore(output: Output, /, file: Path, place: str | None, config: Path | None) -> None:
-    """Create a journal from FILE, a backup.
-
-    The journal is marked as restored: a refund that the backup may lack is queried before it is sent. Unresolved
-    refunds count as sent now, because they may have been sent again after the backup.
-    """
+    """Run ``lianlian journal restore``."""
     found = find_journal(place, config, exists=False)
     _check_is_file(found)
     if place is None:

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Final
 
 import click
 
@@ -10,37 +9,19 @@ from lianlian_async.errors import ConfigurationError
 from lianlian_async.secret import without_locals
 from lianlian_async.signing import SigningKey
 
-from .options import with_output
+from .commands import PASSWORD
 from .output import Output
 
-_PASSWORD: Final = "LIANLIAN_PRIVATE_KEY_PASSWORD"  # noqa: S105 - the name of a variable
 
-
-@click.command
-@click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="Size of the key.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path(),
-    help="File for the private key, or a folder for merchant.pem.",
-)
-@click.option(
-    "--encrypt", is_flag=True, help=f"Encrypt the private key with the password in {_PASSWORD}; if unset, ask for one."
-)
-@with_output
 @without_locals
 def keygen(output: Output, /, bits: str, out: Path, encrypt: bool) -> None:
-    """Generate a key pair for LianLian's dashboard.
-
-    The public key is printed in the form that the dashboard accepts. The private key is written with mode 0600, and
-    the public key beside it. Existing files are never replaced.
-    """
+    """Run ``lianlian keygen``."""
     private = out / "merchant.pem" if out.is_dir() else out
     public = private.with_suffix(".pub" + private.suffix)
     refuse_existing(private, public)
     password: str | None = None
     if encrypt:
-        password = os.environ.get(_PASSWORD) or click.prompt(
+        password = os.environ.get(PASSWORD) or click.prompt(
             "Password", hide_input=True, confirmation_prompt=True, err=True
         )
     key = SigningKey.generate(int(bits))

@@ -1,12 +1,15 @@
 """Options and arguments of several commands, and the functions that read their values."""
 
+from __future__ import annotations
+
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from functools import reduce, wraps
+from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import click
@@ -14,15 +17,15 @@ from click.core import ParameterSource
 
 from lianlian_async import wire
 from lianlian_async.errors import InvalidRequest, MalformedMessage, Problem
-from lianlian_async.journal import Journal
-from lianlian_async.merchant import Merchant
-from lianlian_async.retry import RetryPolicy
 from lianlian_async.secret import without_locals
-from lianlian_async.session import RefundSession
 from lianlian_async.settings import LONGEST
 
-from .app import AS_JSON, json_option
-from .output import Output
+from . import AS_JSON
+
+if TYPE_CHECKING:
+    from lianlian_async.journal import Journal
+    from lianlian_async.merchant import Merchant
+    from lianlian_async.session import RefundSession
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 """A command's function, which options decorate."""
@@ -92,6 +95,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         return place
 
 
+json_option = click.option("--json", is_flag=True, expose_value=False, help="Print the result as JSON on stdout.")
 dsn_argument: Final = click.argument("dsn", metavar="DSN", envvar=DSN, type=Place(only_dsn=True))
 """The argument DSN: the place of a queue."""
 
@@ -114,21 +118,30 @@ _not_found_grace_option = click.option(
     "--not-found-grace",
     metavar="SECONDS",
     type=Number(0, LONGEST),
-    default=RetryPolicy().not_found_grace,
+    default=900.0,
     help="Time after the last attempt until the gateway's answer 'no such record' is believed; a shorter time is safe "
     "only if the gateway rejects a second refund with the same no_refund.",
 )
 
 
-def with_output(function: Callable[..., None]) -> Callable[..., None]:
-    """Pass an ``Output`` as first argument to a command's function, and add ``--json``."""
+def runs(module: str) -> Callable[[Callable[[], None]], Command]:
+    """Return a decorator: the command calls the function of the same name in ``module``, and also has ``--json``.
 
-    @json_option
-    @wraps(function)
-    def run(**options: Any) -> None:
-        function(Output(as_json=click.get_current_context().meta.get(AS_JSON, False)), **options)
+    ``module`` is imported only when the command is executed.
+    """
 
-    return run
+    def decorate(declaration: Callable[[], None]) -> Any:
+        @json_option
+        @wraps(declaration)
+        def run(**options: Any) -> None:
+            from .output import Output
+
+            function = getattr(import_module(module, __package__), declaration.__name__)
+            function(Output(as_json=click.get_current_context().meta.get(AS_JSON, False)), **options)
+
+        return run
+
+    return decorate
 
 
 def add_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Command]:
@@ -180,6 +193,8 @@ def journal_options(command: Command) -> Command:
 
 def load_merchant(config: Path | None) -> Merchant:
     """Load the merchant from ``config`` or the environment; raises ``ConfigurationError``."""
+    from lianlian_async.merchant import Merchant
+
     return Merchant.from_env() if config is None else Merchant.from_toml(config)
 
 
@@ -192,6 +207,9 @@ def make_session(
     merchant: Merchant, *, journal: Journal, concurrency: int, not_found_grace: float, **options: Any
 ) -> RefundSession:
     """Create a session with the values of :func:`session_options`, and with ``options`` of ``RefundSession``."""
+    from lianlian_async.retry import RetryPolicy
+    from lianlian_async.session import RefundSession
+
     policy = RetryPolicy(not_found_grace=not_found_grace)
     return RefundSession(merchant, journal=journal, max_connections=concurrency, retry=policy, **options)
 

@@ -17,31 +17,15 @@ from lianlian_async.recording import learn
 from lianlian_async.session import RefundSession
 from lianlian_async.worker_pool import iterate, run_workers
 
-from .options import journal_options, load_merchant, with_output
+from .options import load_merchant
 from .output import Output, table
 from .stores import find_journal, make_journal, make_reader
 
 
-@click.command
-@click.argument("statements", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--apply",
-    "is_applied",
-    is_flag=True,
-    help="Query refunds that are in a statement but unknown in the journal, and record their state in the journal.",
-)
-@journal_options
-@with_output
 def reconcile(
     output: Output, /, statements: Sequence[Path], is_applied: bool, place: str | None, config: Path | None
 ) -> None:
-    """Compare LianLian's statements with a journal.
-
-    A statement is a file JYMX_<oid_partner>_<date>.txt. If its summary JYMXSUM_<oid_partner>_<date>.txt is in the same
-    folder, the totals must agree. If --apply queries a refund for which LianLian no longer answers (after 3 months),
-    the statement is recorded as evidence that the refund was made. Exit code 3 if there are differences or unreadable
-    rows.
-    """
+    """Run ``lianlian reconcile``."""
     place = find_journal(place, config)
     found = Reconciliation()
     try:

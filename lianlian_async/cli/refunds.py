@@ -13,54 +13,16 @@ from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest
 from lianlian_async.session import RefundSession
 
 from .exit_codes import INTERRUPTED, exit_outcome_of_refund
-from .options import (
-    SIGNATURE_FIELDS,
-    Command,
-    add_options,
-    check_partner,
-    config_option,
-    deadline_option,
-    file_argument,
-    load_merchant,
-    read_message,
-    with_output,
-)
+from .options import SIGNATURE_FIELDS, check_partner, load_merchant, read_message
 from .output import Output, query_command, table
 
 _ENVELOPE: Final = ("oid_partner", *SIGNATURE_FIELDS)
-REFUND_HELP: Final = {
-    "no_refund": "The merchant's refund number.",
-    "dt_refund": "Time of the refund order: yyyyMMddHHmmss, China Standard Time.",
-    "money_refund": "Amount in yuan, such as 200.01.",
-    "no_order": "The merchant's order number.",
-    "dt_order": "Time of the order: yyyyMMddHHmmss, China Standard Time.",
-    "oid_paybill": "LianLian's payment number.",
-    "notify_url": "URL to which LianLian posts the result.",
-    "trader_refund": "Number of the merchant that the refund is made for, if it is not the configured one.",
-}
-QUERY_HELP: Final = {"oid_refundno": "LianLian's refund number."} | {
-    name: REFUND_HELP[name] for name in ("no_refund", "dt_refund", "trader_refund")
-}
 
 
-def _refund_options(help_texts: dict[str, str]) -> Callable[[Command], Command]:
-    """Add the argument FILE, one option for each field, and the common options of a command about one refund."""
-    fields = [click.option(f"--{name.replace('_', '-')}", help=text) for name, text in help_texts.items()]
-    return add_options((file_argument(required=False), *fields, deadline_option, config_option))
-
-
-@click.command
-@_refund_options(REFUND_HELP)
-@with_output
 def apply(
     output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
 ) -> None:
-    """Make one refund.
-
-    FILE is the request as JSON with LianLian's field names (- is stdin); options override its fields. The fields sign
-    and sign_type are ignored, and oid_partner must be the configured merchant's. This command has no journal: if the
-    outcome is unknown, run `lianlian query` before you repeat the command.
-    """
+    """Run ``lianlian apply``."""
     merchant, message = _read(file, config)
     known = {name: text for name, text in message.items() if text and name not in _ENVELOPE}
     request = RefundRequest.from_dict(known | _given(options))
@@ -75,16 +37,10 @@ def apply(
         raise
 
 
-@click.command
-@_refund_options(QUERY_HELP)
-@with_output
 def query(
     output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
 ) -> None:
-    """Query LianLian's record of one refund.
-
-    FILE is a query, or the request of `lianlian apply`, as JSON (- is stdin); options override its fields.
-    """
+    """Run ``lianlian query``."""
     merchant, message = _read(file, config)
     known = {name: text for name in options if (text := message.get(name))}
     query = RefundQuery.from_dict(known | _given(options))

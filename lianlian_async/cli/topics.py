@@ -2,9 +2,6 @@
 
 from typing import Final
 
-import click
-
-from .options import with_output
 from .output import Output
 
 _TOPICS: Final = {
@@ -28,10 +25,7 @@ After SIGINT or SIGTERM, a process finishes the refunds in flight and ends.""",
 }
 
 
-@click.command("help")
-@click.argument("topic", type=click.Choice(list(_TOPICS)), required=False, metavar="[TOPIC]")
-@with_output
 def help_topic(output: Output, /, topic: str | None) -> None:
-    """Explain a concept: unknown, journal or processes."""
+    """Run ``lianlian help``."""
     chosen = _TOPICS if topic is None else {topic: _TOPICS[topic]}
     output.show(chosen, *"\n\n".join(f"{name}\n\n{text}" for name, text in chosen.items()).splitlines())

@@ -14,7 +14,7 @@ from lianlian_async.models import DOCUMENTED
 from lianlian_async.signing import VerifyingKey, signature_source
 
 from .exit_codes import SIGNATURE_INVALID
-from .options import config_option, file_argument, load_merchant, read_message, with_output
+from .options import load_merchant, read_message
 from .output import Output
 
 Fields: TypeAlias = Mapping[str, str]
@@ -95,17 +95,8 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
     return ", ".join([whose, *problems])
 
 
-@click.command
-@file_argument(required=True)
-@config_option
-@with_output
 def verify(output: Output, /, file: BinaryIO, config: Path | None) -> None:
-    """Check the signature of a message.
-
-    FILE is a response, a notification or a request as JSON (- is stdin). A response or notification must be signed
-    with one of LianLian's keys; for a request, the merchant's key is valid, too. If the signature is invalid, the
-    command shows the likely cause: another key was used, another hash than MD5, or another text.
-    """
+    """Run ``lianlian verify``."""
     loaded = load_merchant(config).load_keys()
     fields = read_message(file)
     keys = [*(_Key("LianLian", key) for key in loaded.gateway), _Key("merchant", loaded.private.public_key())]

@@ -18,7 +18,7 @@ from lianlian_async.outcome import Outcome
 from .batch.checked import Line
 from .batch.results import Totals
 from .journal_report import journal_views, read_journal
-from .options import Number, config_option, dsn_argument, load_merchant, make_session, session_options, with_output
+from .options import load_merchant, make_session
 from .output import Output
 from .signals import sigterm_interrupts
 from .stores import make_journal, open_queue, queue_errors
@@ -47,21 +47,6 @@ def _health_file(path: Path | None) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-@click.command
-@dsn_argument
-@click.option("--until-empty", is_flag=True, help="End when no refund is due now; refunds due later stay in the queue.")
-@click.option(
-    "--health-file",
-    metavar="PATH",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="File for a health check, removed at the end. Each progress report updates the file's time, if the database "
-    "answers and refunds have ended or none is in flight. If the file is older than --deadline plus 30 seconds, the "
-    "worker hangs.",
-)
-@click.option("--interval", type=Number(0.1, 20), default=10.0, help="Seconds between progress reports.")
-@session_options
-@config_option
-@with_output
 def worker(
     output: Output,
     /,
@@ -73,12 +58,7 @@ def worker(
     config: Path | None,
     **settings: Any,
 ) -> None:
-    """Make the refunds of a queue.
-
-    `lianlian batch --queue` fills the queue. Any number of workers on any number of machines can share it. After Ctrl-C
-    or SIGTERM, the worker finishes the refunds in flight and ends. After a second Ctrl-C it ends at once, and another
-    worker resolves these refunds. DSN is a postgresql:// URL; put a URL with a password into LIANLIAN_DSN.
-    """
+    """Run ``lianlian worker``."""
     merchant = load_merchant(config)
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
     totals = Totals(0)

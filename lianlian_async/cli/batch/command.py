@@ -14,16 +14,7 @@ from rich.text import Text
 from lianlian_async.background import BackgroundTask
 from lianlian_async.batch import refund_many
 from lianlian_async.cli.exit_codes import INTERRUPTED, UNKNOWN, exit_outcome_of
-from lianlian_async.cli.options import (
-    add_options,
-    config_option,
-    is_dsn,
-    load_merchant,
-    make_session,
-    place_name,
-    session_options,
-    with_output,
-)
+from lianlian_async.cli.options import is_dsn, load_merchant, make_session, place_name
 from lianlian_async.cli.output import Output, line_writer, local_time
 from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
 from lianlian_async.cli.stores import Receipt, default_place, make_folder, make_journal, open_queue
@@ -35,7 +26,7 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
 
 from .checked import Checked, FileTotals, InJournal, Line, checked_file, look_up
-from .options import BATCH_OPTIONS, refuse_for_queue
+from .options import refuse_for_queue
 from .results import Totals, interrupted_result, invalid_result, result_columns, result_of
 from .summary import file_facts, show_batch, show_checked
 
@@ -44,19 +35,8 @@ _POLL: Final = 1.0
 """Seconds between two checks whether only unknown refunds remain."""
 
 
-@click.command
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@add_options(BATCH_OPTIONS)
-@session_options
-@config_option
-@with_output
 def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> None:
-    """Make each refund of a file once.
-
-    FILE is CSV with a header line, or JSON Lines, with LianLian's field names (- is stdin). All lines are checked
-    before anything is sent. After a crash or Ctrl-C, run the same command again: the journal shows what was sent.
-    Exit codes: 0 all made; 3 some rejected or failed; 4 some unknown; 130 interrupted.
-    """
+    """Run ``lianlian batch``."""
     ctx = click.get_current_context()
     queue, dry_run = options["queue"], options["dry_run"]
     if queue:

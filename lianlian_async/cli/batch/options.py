@@ -12,12 +12,15 @@ from lianlian_async.cli.options import (
     DSN,
     Number,
     Place,
+    add_options,
+    config_option,
     journal_option,
     parsed,
+    runs,
+    session_options,
 )
 
 from .formats import date_reader, money_reader
-from .rows import FIELDS
 
 _NOT_FOR_QUEUE: Final = (
     *("place", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
@@ -33,6 +36,8 @@ def refuse_for_queue(ctx: click.Context) -> None:
 
 
 def _read_map(_ctx: click.Context, _option: click.Parameter, values: Iterable[str]) -> dict[str, str]:
+    from .rows import FIELDS
+
     renamed: dict[str, str] = {}
     for value in values:
         name, _, column = value.partition("=")
@@ -93,7 +98,7 @@ READING_OPTIONS: Final = (
     ),
 )
 """The options for :func:`.checked.checked_file`."""
-BATCH_OPTIONS: Final = (
+_OPTIONS: Final = (
     click.option("--dry-run", is_flag=True, help="Check all lines and send nothing."),
     click.option("--yes", is_flag=True, help="Send without asking for confirmation."),
     click.option(
@@ -140,3 +145,18 @@ BATCH_OPTIONS: Final = (
         help=f"Send nothing: put the refunds into the queue at DSN (default: ${DSN}) for `lianlian worker`.",
     ),
 )
+
+
+@click.command
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@add_options(_OPTIONS)
+@session_options
+@config_option
+@runs(".batch.command")
+def batch() -> None:
+    """Make each refund of a file once.
+
+    FILE is CSV with a header line, or JSON Lines, with LianLian's field names (- is stdin). All lines are checked
+    before anything is sent. After a crash or Ctrl-C, run the same command again: the journal shows what was sent.
+    Exit codes: 0 all made; 3 some rejected or failed; 4 some unknown; 130 interrupted.
+    """

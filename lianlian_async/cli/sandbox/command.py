@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -11,9 +11,7 @@ import click
 
 from lianlian_async import wire
 from lianlian_async.cli.batch.checked import checked_file
-from lianlian_async.cli.batch.options import READING_OPTIONS
 from lianlian_async.cli.keys import refuse_existing, write_new
-from lianlian_async.cli.options import Number, add_options, parsed, with_output
 from lianlian_async.cli.output import Output, file_errors
 from lianlian_async.cli.signals import sigterm_interrupts
 from lianlian_async.sandbox import Fault, Notifier, Repeated, SandboxGateway
@@ -26,86 +24,6 @@ _SLEEP: Final = 0.5
 """Seconds. A signal right before a sleep ends the command only after the sleep, so sleeps are short."""
 
 
-_FAULTS: Final = {fault.value.replace(" ", "-"): fault for fault in Fault}
-
-
-def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable[str]) -> dict[Fault, float]:
-    faults = {}
-    for value in values:
-        name, _, probability = value.partition("=")
-        if name not in _FAULTS:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(_FAULTS)}")
-        try:
-            faults[_FAULTS[name]] = float(probability)
-        except ValueError:
-            raise click.BadParameter(f"{value!r} must be NAME=PROBABILITY, such as reset=0.1") from None
-    return faults
-
-
-@click.command
-@click.option("--host", default="127.0.0.1", help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on; 0 takes a free one.")
-@click.option(
-    "--env-file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("lianlian-sandbox.env"),
-    help="File for the LIANLIAN_ variables. It must not exist, and it is removed at the end.",
-)
-@click.option(
-    "--keys",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the keys, which are generated in the first run and used again in later runs.",
-)
-@click.option("--oid-partner", default="201103171000000000", help="The merchant's number.")
-@click.option(
-    "--repeated",
-    type=click.Choice([repeated.value for repeated in Repeated]),
-    default="reject",
-    help="Second apply request with the same no_refund: reject it, replay the first answer, or refund again.",
-)
-@click.option(
-    "--fault",
-    "faults",
-    metavar="NAME=P",
-    multiple=True,
-    callback=_read_faults,
-    help=f"Probability of a fault for each request; NAME is one of {', '.join(_FAULTS)}.",
-)
-@click.option("--seed", type=int, default=0, help="Seed of the random faults.")
-@click.option(
-    "--settle-after", metavar="SECONDS", type=Number(min=0), default=2.0, help="Time until a refund is final."
-)
-@click.option(
-    "--default-order",
-    metavar="YUAN",
-    default="10000.00",
-    callback=parsed(wire.parse_money),
-    help="Amount of each order.",
-)
-@click.option(
-    "--orders",
-    "order_file",
-    metavar="FILE",
-    type=click.Path(exists=True, dir_okay=False),
-    help="File for `lianlian batch`: only its orders exist, each with the sum of its refunds as its amount.",
-)
-@add_options(READING_OPTIONS)
-@click.option(
-    "--notify",
-    metavar="[URL]",
-    is_flag=False,
-    flag_value="http://127.0.0.1:8000/lianlian/refund",
-    help="Send notifications of final refunds as LianLian does. URL is LIANLIAN_NOTIFY_URL in the environment file "
-    "(default: /lianlian/refund on port 8000 of this machine).",
-)
-@click.option(
-    "--statement",
-    "statement_file",
-    type=click.Path(path_type=Path),
-    help="At the end, write LianLian's statement of the successful refunds to this file, or to a file JYMX_… in this "
-    "folder.",
-)
-@with_output
 def sandbox(
     output: Output,
     /,
@@ -115,18 +33,16 @@ def sandbox(
     env_file: Path,
     keys: Path | None,
     repeated: str,
+    faults: Mapping[str, float],
     notify: str | None,
     statement_file: Path | None,
     order_file: str | None,
     **options: Any,
 ) -> None:
-    """Serve a fake of LianLian's gateway until SIGINT or SIGTERM.
-
-    No real money is involved. The environment file configures a merchant of this gateway for the other `lianlian`
-    commands and for every program that uses Merchant.from_env().
-    """
+    """Run ``lianlian sandbox``."""
     refuse_existing(env_file)
-    settings = {name: options[name] for name in ("oid_partner", "seed", "settle_after", "faults")}
+    settings = {name: options[name] for name in ("oid_partner", "seed", "settle_after")}
+    settings["faults"] = {Fault(name.replace("-", " ")): probability for name, probability in faults.items()}
     default = None if order_file else options["default_order"]
     gateway = SandboxGateway(repeated=Repeated(repeated), default_order=default, **_kept_keys(keys), **settings)
     if order_file:

@@ -22,7 +22,6 @@ from lianlian_async.cli.exit_codes import (
     exit_outcome_of,
     exit_outcome_of_refund,
 )
-from lianlian_async.cli.options import Number, with_output
 from lianlian_async.cli.output import Output, table, tables
 from lianlian_async.errors import LianLianError
 from lianlian_async.merchant import Merchant
@@ -46,19 +45,8 @@ _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
 """How many times the gateway may have made a refund, by outcome; for all other outcomes: never."""
 
 
-@click.command
-@click.option("--refunds", type=click.IntRange(1, 100_000), default=300, help="Number of refunds.")
-@click.option("--seed", type=int, default=0, help="Seed of the random faults.")
-@click.option("--faults", type=Number(0, 1), default=0.3, help="Probability of a fault for each request.")
-@click.option("--concurrency", type=click.IntRange(1, 1000), default=50, help="Number of connections.")
-@click.option("--bits", type=click.Choice(["1024", "2048", "4096"]), default="2048", help="Size of all keys.")
-@with_output
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
-    """Make refunds at a faulty gateway, and check its ledger.
-
-    The gateway is a fake: it loses, delays and forges responses, and makes a refund twice if the client sends it
-    twice. Exit code 0 if its ledger confirms every outcome, else 1.
-    """
+    """Run ``lianlian demo``."""
     gateway = SandboxGateway(
         bits=int(bits),
         repeated=Repeated.AGAIN,
