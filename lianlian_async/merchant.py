@@ -18,6 +18,7 @@ from .secret import Secret, init_without_locals, without_locals
 from .settings import check_type
 from .signing import SigningKey, VerifyingKey
 
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _PublicKeys: TypeAlias = tuple[KeyMaterial | VerifyingKey, ...]
 
 
@@ -36,7 +37,8 @@ def _is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_endpoint(value: str, name: str) -> None:
+def _endpoint(value: str, name: str) -> str:
+    """Check and normalize a URL (RFC 3986 §6.2): journals and receipts compare endpoints as text."""
     try:
         text_rules.url(value)
     except ValueError as error:
@@ -44,8 +46,13 @@ def _check_endpoint(value: str, name: str) -> None:
     parts = urlsplit(value)
     if "@" in parts.netloc:
         raise ConfigurationError(f"{name}: must not contain a user name or password (is {_shown(value)})")
-    if parts.scheme == "http" and not _is_this_machine(parts.hostname or ""):
+    host = parts.hostname or ""
+    if parts.scheme == "http" and not _is_this_machine(host):
         raise ConfigurationError(f"{name}: must be https; http is allowed only for this machine (is {_shown(value)})")
+    netloc = f"[{host}]" if ":" in host else host
+    if parts.port not in (None, _DEFAULT_PORTS[parts.scheme]):
+        netloc += f":{parts.port}"
+    return parts._replace(netloc=netloc, path=parts.path or "/", fragment="").geturl()
 
 
 @init_without_locals
@@ -54,15 +61,16 @@ class Endpoints:
     """The two URLs of the gateway. The defaults are those of the cross-border product on LianLian's API pages.
 
     For the domestic product, ``apply`` is ``https://traderapi.lianlianpay.com/refund.htm``. An http URL is allowed only
-    for this machine. No URL may contain a password.
+    for this machine. No URL may contain a password. Equivalent spellings of a URL (case of the host, ``:443``, an empty
+    query) are stored as one.
     """
 
     apply: str = "https://traderapi.lianlianpay.com/exchangerefund.htm"
     query: str = "https://queryapi.lianlianpay.com/refundquery.htm"
 
     def __attrs_post_init__(self) -> None:
-        _check_endpoint(self.apply, "Endpoints.apply")
-        _check_endpoint(self.query, "Endpoints.query")
+        for name in ("apply", "query"):
+            object.__setattr__(self, name, _endpoint(getattr(self, name), f"Endpoints.{name}"))
 
 
 @attrs.frozen
@@ -232,10 +240,9 @@ class Merchant:
             text = unquoted(text)
             return text if folder is None or text.startswith("~") or is_key_text(text) else str(folder / text)
 
-        apply_url = given.get("apply_url", _DEFAULT.apply)
-        query_url = given.get("query_url", _DEFAULT.query)
-        _check_endpoint(apply_url, names["apply_url"])  # Endpoints checks it too, but names its own argument
-        _check_endpoint(query_url, names["query_url"])
+        # Endpoints checks the URLs too, but names its own arguments.
+        apply_url = _endpoint(given.get("apply_url", _DEFAULT.apply), names["apply_url"])
+        query_url = _endpoint(given.get("query_url", _DEFAULT.query), names["query_url"])
         return cls(
             oid_partner=given["oid_partner"],
             private_key=key(given["private_key"]),

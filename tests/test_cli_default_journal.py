@@ -63,6 +63,19 @@ def test_a_copied_file_is_made_once(env, gateway, file):
     assert gateway.requests == {"apply": 3}
 
 
+@pytest.mark.usefixtures("home")
+def test_spelling_of_the_endpoint_changes_no_journal(env, gateway, file):
+    """Equivalent apply URLs have one journal and one receipt; the note about a new journal is also shown with --yes."""
+    url = env["LIANLIAN_APPLY_URL"]
+    notes = [
+        run("batch", file, "--yes", env=env | {"LIANLIAN_APPLY_URL": spelling}).stderr
+        for spelling in (url, url.replace("http", "HTTP"), f"{url}?", f"{url}#")
+    ]
+    assert ["this journal is new" in note for note in notes] == [True, False, False, False]
+    assert gateway.requests == {"apply": 3}
+    assert len(receipt_of(file).read_text().splitlines()) == 1
+
+
 def test_each_endpoint_and_merchant_has_a_journal(env, gateway, home, file):
     """Each endpoint has its own journal, in a folder with mode 0700."""
     assert run("batch", file, "--yes", env=env).exit_code == 0

@@ -5,6 +5,7 @@ import json
 import pickle
 import threading
 import traceback
+from urllib.parse import urlsplit
 
 import attrs
 import pytest
@@ -239,7 +240,29 @@ def test_a_merchant_is_frozen_and_evolves():
 )
 def test_usable_hosts(url):
     """Names, addresses, ports and the encoded form of Chinese names are accepted."""
-    assert Endpoints(url, url).query == url
+    assert urlsplit(Endpoints(url, url).query).hostname == urlsplit(url).hostname
+
+
+@pytest.mark.parametrize(
+    ("spelling", "normal"),
+    [
+        ("HTTPS://Host.Example/Refund.htm", "https://host.example/Refund.htm"),
+        ("https://host/refund.htm?", "https://host/refund.htm"),
+        ("https://host/refund.htm#", "https://host/refund.htm"),
+        ("https://host/refund.htm#part", "https://host/refund.htm"),
+        ("https://host:443/?b=1&a=2", "https://host/?b=1&a=2"),
+        ("https://host:", "https://host/"),
+        ("https://host:80/", "https://host:80/"),
+        ("http://localhost:80", "http://localhost/"),
+        ("http://[::1]:80/", "http://[::1]/"),
+        ("https://[2001:DB8::1]:0443/", "https://[2001:db8::1]/"),
+        ("https://[fe80::1%Eth0]:8443/", "https://[fe80::1%Eth0]:8443/"),
+    ],
+)
+def test_spellings_of_an_endpoint_are_one(spelling, normal):
+    """Equivalent URLs are one endpoint, for journals and receipts too."""
+    assert Endpoints(spelling, spelling) == Endpoints(normal, normal)
+    assert Endpoints(spelling).apply == normal
 
 
 @pytest.mark.parametrize("value", [{"apply": "https://host/"}, ("https://host/",), "https://host/", None])
@@ -270,12 +293,12 @@ def test_a_password_in_a_url_is_not_shown():
         "http://127.8.9.1/",
         "http://[::1]:8000/",
         "http://localhost/",
-        "HTTP://LOCALHOST",
+        "HTTP://LOCALHOST/",
     ],
 )
 def test_plain_http_is_allowed_for_this_machine(url):
     """A sandbox on this machine needs no TLS."""
-    assert Endpoints(url, url).apply == url
+    assert Endpoints(url, url).apply == url.lower()
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,10 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
             run = _Batch(output, merchant, checked, totals, options, place, in_journal, columns.seen)
             receipt = None if file == "-" else Path(f"{file}.receipt")
             run.check_receipt(receipt)
-            if in_journal.journal_id is None and not (options["yes"] or options["query_first"]):
+            if in_journal.journal_id is None and not options["query_first"]:
                 output.note(
                     "this journal is new, so every refund counts as never sent; if some may have been sent before, "
-                    "use --query-first"
+                    "wait 15 minutes after the last run and use --query-first"
                 )
             if dry_run:
                 show_checked(output, checked, _VALID, run.in_journal, journal=place_name(place))
