@@ -151,7 +151,7 @@ async def _make_and_kill(server: postgres.Server, gateway: SandboxGateway, refun
 
     async with (
         PostgresJournal(server.dsn) as journal,
-        gateway.session(journal=journal) as session,
+        gateway.session(journal=journal, deadline=3.0) as session,  # a call that a kill breaks queries until then
         asyncio.TaskGroup() as tasks,
     ):
         for _ in range(4):
