@@ -23,7 +23,7 @@ from tests.support.command import end, interruption, read_env_file, run, start, 
 
 SHORT = ("--deadline", "2", "--not-found-grace", "2.5")
 """Options for refunds without a response: long enough for the others on a busy machine."""
-LONG = ("--deadline", "2", "--not-found-grace", "6")
+LONG = ("--deadline", "3", "--not-found-grace", "6")
 """The same, and the wait for unknown refunds lasts several looks at the batch."""
 NEW_JOURNAL = (
     "this journal is new, so every refund counts as never sent; if some may have been sent before, wait 15 minutes "

@@ -11,7 +11,7 @@ import attrs
 from lianlian_async import Endpoints, Merchant, NotificationEndpoint, Refund, RefundRequest, wire
 from lianlian_async.journal import Journal
 from lianlian_async.signing import SigningKey
-from tests.support import journals, keypairs
+from tests.support import keypairs
 from tests.support.parties import EPOCH, OID_PARTNER, as_json, made, refund_request
 
 HEADERS = {"Content-Type": "text/json;charset=utf-8"}
@@ -87,6 +87,8 @@ async def deliver(endpoint: NotificationEndpoint, *numbers: int) -> None:
 
 async def begin(journal: Journal, number: int = 1, **changes: Any) -> RefundRequest:
     """Record R-``number`` of ``parties.refund_request`` in the journal, as an apply call does."""
+    from tests.support import journals  # imports psycopg and the simulation, which most programs do without
+
     request = refund_request(number, **changes)
     fields = request.to_dict()
     intent = journals.intent(request.no_refund, fields=fields)
