@@ -838,10 +838,49 @@ async def test_refund_jobs_need_the_session_of_work(dsn, caplog):
     assert "no session for this refund job: start the worker with RefundQueue.work" in caplog.text
 
 
-async def test_work_needs_a_postgres_journal(dsn):
-    """A session without a journal, or with a file journal, is refused."""
-    async with RefundQueue(dsn) as queue, SandboxGateway().session() as session:
-        with pytest.raises(ConfigurationError, match="the session needs a PostgresJournal"):
+async def test_work_refuses_a_session_without_the_journal_of_its_queue(dsn, postgres_dsn):
+    """The journal of another merchant, one in another database, or none: every refund stays in the queue."""
+    gateway, schema = SandboxGateway(default_order=Decimal("1000.00")), 'shop "A"'
+    elsewhere = postgres.new_database(postgres_dsn)
+    async with (
+        RefundQueue(dsn, schema=schema) as queue,
+        PostgresJournal(dsn, schema="shop_b") as of_another,
+        PostgresJournal(elsewhere, schema=schema) as misplaced,
+        gateway.session() as without,
+        gateway.session(journal=of_another) as other,
+        gateway.session(journal=misplaced) as foreign,
+    ):
+        await queue.enqueue(requests(3))
+
+        async def all_are_refused():
+            for session in (without, other, foreign):
+                with pytest.raises(ConfigurationError, match=r"needs a PostgresJournal with .* schema='shop \"A\"'"):
+                    await queue.work(session, wait=False)
+
+        await all_are_refused()
+        async with PostgresJournal(dsn, schema=schema) as journal, gateway.session(journal=journal) as session:
+            await all_are_refused()
+            assert ((await queue.counts())["waiting"], gateway.requests["apply"]) == (3, 0)
+            await queue.work(session, wait=False)
+    assert len(gateway.refunds) == 3
+
+
+async def test_two_merchants_share_a_database(dsn):
+    """Each has a queue with the name of its journal's schema: no worker takes or counts the refunds of the other."""
+    async with RefundQueue(dsn, schema="shop_a") as ours, RefundQueue(dsn, schema="shop_b") as theirs:
+        assert await ours.enqueue(requests(2)) == 2
+        gateway = SandboxGateway(default_order=Decimal("1000.00"))
+        async with PostgresJournal(dsn, schema="shop_b") as journal, gateway.session(journal=journal) as session:
+            await theirs.work(session, wait=False)
+        assert ((await ours.counts())["waiting"], (await theirs.counts())["waiting"]) == (2, 0)
+    assert gateway.requests["apply"] == 0
+
+
+async def test_work_raises_an_error_of_the_database(dsn, journal):
+    """While it compares the journals, as later."""
+    async with RefundQueue(dsn) as queue, SandboxGateway().session(journal=journal) as session:
+        await queue.app.connector.execute_query_async("ALTER TABLE lianlian.version RENAME COLUMN id TO hidden")
+        with pytest.raises(ConnectorException):
             await queue.work(session)
 
 

@@ -20,6 +20,7 @@ A journal belongs to one merchant and one apply URL.""",
     "processes": """\
 One process: run `lianlian batch FILE`. Only one process at a time can send refunds with a journal file.
 Several processes: `lianlian batch FILE --queue` fills a queue in PostgreSQL; any number of `lianlian worker` share it.
+The queue and its journal belong to one merchant: another merchant needs another database.
 A lease on each refund keeps other workers from sending it. If a worker dies, another one resolves its refunds.
 After SIGINT or SIGTERM, a process finishes the refunds in flight and ends.""",
 }

@@ -21,9 +21,12 @@ from typing import Any, Final, LiteralString, Self, TypeVar, cast
 
 import anyio
 from procrastinate import App, JobContext, PsycopgConnector, RetryStrategy
+from procrastinate.exceptions import ConnectorException
 from psycopg import AsyncConnection, AsyncCursor
+from psycopg.errors import UndefinedTable
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
+from psycopg.sql import SQL, Identifier
 
 from lianlian_async.background import complete
 from lianlian_async.errors import ConfigurationError
@@ -108,6 +111,7 @@ _DATABASE: Final = """
 SELECT concat_ws(' ', extract(epoch FROM pg_postmaster_start_time()), to_regclass('procrastinate_jobs')::oid,
     (SELECT oid FROM pg_database WHERE datname = current_database())) AS id
 """
+_JOURNAL: Final = "SELECT id FROM {schema}.version"
 _TIMEOUT: Final = 10.0
 """Timeout in seconds for idle transactions and half-open connections."""
 
@@ -119,15 +123,18 @@ async def _limit_idle_transactions(connection: AsyncConnection[Any]) -> None:
 
 
 class RefundQueue:
-    """A queue of refunds in the PostgreSQL database ``dsn``, for any number of producers and workers.
+    """The queue of the :class:`.PostgresJournal` with the same ``dsn`` and ``schema``, for any number of workers.
 
-    A job contains a slice: up to ``slice_size`` refunds. All workers share one journal, which records the outcome of
-    each refund. A refund whose outcome stays unknown is queued again, due at its ``ask_again_at``. A refund about which
-    a person has to decide (``RefundConflict``, or unreadable data) becomes a failed job (:meth:`failures`).
+    A journal belongs to one merchant and one apply endpoint, and so does its queue. A job contains a slice: up to
+    ``slice_size`` refunds. The journal records the outcome of each refund. A refund whose outcome stays unknown is
+    queued again, due at its ``ask_again_at``. A refund about which a person has to decide (``RefundConflict``, or
+    unreadable data) becomes a failed job (:meth:`failures`).
     """
 
     @without_locals
-    def __init__(self, dsn: str, *, queue: str = "lianlian", rescue_after: float = 60.0, slice_size: int = 200) -> None:
+    def __init__(
+        self, dsn: str, *, schema: str = "lianlian", rescue_after: float = 60.0, slice_size: int = 200
+    ) -> None:
         """If a worker has had no heartbeat for ``rescue_after`` seconds, other workers take over its jobs.
 
         Raises ``ConfigurationError`` if it is less than 1: a busy worker cannot send a heartbeat so often.
@@ -135,12 +142,13 @@ class RefundQueue:
         self._rescue_after = check_seconds("rescue_after", rescue_after, least=1)
         conninfo = connection_string(dsn, _TIMEOUT)
         self.app = App(connector=PsycopgConnector(conninfo=conninfo, configure=_limit_idle_transactions))
-        self._names = {"queue": queue, "task": TASK}
+        check_type("schema", schema, str)
+        self._names = {"queue": schema, "task": TASK}
         self._slice_size = check_integer("slice_size", slice_size, least=1)
         self._worker: SliceWorker | None = None
-        self.app.task(name=TASK, queue=queue, retry=RetryStrategy(wait=60), pass_context=True)(self._run_slice)
-        task = self.app.task(name=_REQUEUE_LOST, queue=queue, queueing_lock=f"{_REQUEUE_LOST} {queue}", priority=2)
-        self.app.periodic(cron="* * * * *", periodic_id=queue)(task(self._requeue_lost))
+        self.app.task(name=TASK, queue=schema, retry=RetryStrategy(wait=60), pass_context=True)(self._run_slice)
+        task = self.app.task(name=_REQUEUE_LOST, queue=schema, queueing_lock=f"{_REQUEUE_LOST} {schema}", priority=2)
+        self.app.periodic(cron="* * * * *", periodic_id=schema)(task(self._requeue_lost))
 
     async def __aenter__(self) -> Self:
         try:
@@ -247,7 +255,7 @@ class RefundQueue:
         wait: bool = True,
         on_outcome: Callable[[Outcome], object] = lambda _: None,
     ) -> None:
-        """Process queued refunds with ``session`` (it needs a ``PostgresJournal``) until cancelled.
+        """Process queued refunds with ``session`` until cancelled. Its journal must be the one of this queue.
 
         With ``wait=False``, return when no job is due. ``concurrency``: maximum number of refunds in flight;
         ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running refunds finish
@@ -255,8 +263,10 @@ class RefundQueue:
         every further refund would fail with the same error, the worker stops in the same way and raises it:
         :class:`BatchStopped` (see ``refund_many``), or :class:`InvalidRequest` if there is no ``notify_url``.
         """
-        if not isinstance(session.journal, PostgresJournal):
-            raise ConfigurationError("work: the session needs a PostgresJournal, which all workers share")
+        if not isinstance(session.journal, PostgresJournal) or session.journal.id != await self._journal_id():
+            raise ConfigurationError(
+                f"work: the session needs a PostgresJournal with the queue's dsn and schema={self._names['queue']!r}"
+            )
         self._worker = worker = SliceWorker(
             session,
             app=self.app,
@@ -282,6 +292,15 @@ class RefundQueue:
             raise
         if worker.failure is not None:
             raise worker.failure
+
+    async def _journal_id(self) -> str | None:
+        query = SQL(_JOURNAL).format(schema=Identifier(self._names["queue"])).as_string()
+        try:
+            return cast("str", (await self.app.connector.execute_query_one_async(query))["id"])
+        except ConnectorException as error:
+            if isinstance(error.__cause__, UndefinedTable):
+                return None
+            raise
 
     async def _run_slice(self, context: JobContext, /, **_: Any) -> None:
         worker = self._working()
