@@ -26,7 +26,7 @@ from lianlian_async import (
     RefundSession,
 )
 from lianlian_async.clock import system_clock
-from lianlian_async.journal import Ending, Intent, SqliteJournal, Standing, State
+from lianlian_async.journal import Ending, Intent, SqliteJournal, State
 from lianlian_async.journal.operations import Begin
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.journal.sqlite_file import JournalFile
@@ -427,7 +427,7 @@ def test_a_restored_journal_queries_first(journal, env, gateway, merchant):
 
 
 def test_an_unresolved_refund_of_a_backup_may_have_been_sent_later(journal):
-    """After a restore the grace of unresolved refunds begins again, and new refunds ask first, old ones for ever."""
+    """After a restore the grace of unresolved refunds begins again."""
     begin(journal, sent=False)
     backup = journal.with_name("journal.backup")
     assert run("journal", "backup", backup).exit_code == 0
@@ -435,23 +435,9 @@ def test_an_unresolved_refund_of_a_backup_may_have_been_sent_later(journal):
     before = system_clock()
     assert run("journal", "restore", backup).exit_code == 0
 
-    async def use(opened):
-        later = system_clock().after(3600.0)
-        new = {number: intent(number, fields={"dt_refund": text}) for number, text in _TIMES.items()}
-        return (
-            await opened.find("R-1"),
-            {number: (await opened.begin(wanted, later))[0] for number, wanted in new.items()},
-            (await opened.begin(intent("R-now", fields={"dt_refund": "20991231000000"}), system_clock()))[0],
-        )
-
-    unresolved, standings, at_once = in_journal(use, journal)
+    unresolved = in_journal(lambda opened: opened.find("R-1"), journal)
     assert unresolved.sent_at.boot >= before.boot
     assert unresolved.sent_at.timeline == before.timeline
-    assert standings == {"R-old": Standing.ASK_FIRST, "R-new": Standing.NEW}
-    assert at_once is Standing.ASK_FIRST
-
-
-_TIMES = {"R-old": "20260101000000", "R-new": "20991231000000"}
 
 
 def test_restore_refuses_other_files(journal, tmp_path):

@@ -25,6 +25,7 @@ import pytest
 from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import SqliteJournal, Standing, State, file_lock
+from lianlian_async.journal.sqlite_file import JournalFile, restore
 from tests.support import ROOT
 from tests.support.journals import MADE, held, intent, now
 
@@ -261,6 +262,36 @@ async def test_after_a_boot_sent_at_is_now_unless_the_gateways_time_is_known(pat
             assert (standing, entry.sent_at) == (Standing.UNRESOLVED, expected)
 
 
+async def begin_new(path, at, grace=900.0):
+    """Open the journal and begin a refund that it does not have."""
+    async with SqliteJournal(path) as journal:
+        standing, entry = await journal.begin(intent(f"R-{at.timeline}-{at.boot}", grace=grace), at)
+        return standing, entry.sent_at
+
+
+async def test_a_restored_journal_measures_the_grace_by_the_boot_clock(path, tmp_path):
+    """A refund that it lacks counts as sent at the restore. If no clock measures the time since, it counts from now."""
+    restored = Moment(EARLIER, 5.0, "boot 1")
+    with contextlib.closing(JournalFile(str(tmp_path / "lost"))) as file:
+        file.backup(tmp_path / "backup")
+    restore(tmp_path / "backup", path, restored)
+    corrected = attrs.evolve(restored, wall=EARLIER + timedelta(days=400))
+    assert await begin_new(path, corrected.after(899)) == (Standing.ASK_FIRST, restored)
+    assert await begin_new(path, corrected.after(900)) == (Standing.ASK_FIRST, None)
+    assert await begin_new(path, corrected, grace=None) == (Standing.NEW, None)
+    second = Moment(corrected.wall + timedelta(days=1), 7.0, "boot 2")
+    assert await begin_new(path, second) == (Standing.ASK_FIRST, second)
+    dated = attrs.evolve(second, gateway=EARLIER)
+    assert await begin_new(path, dated.after(890)) == (Standing.ASK_FIRST, dated)
+    third = attrs.evolve(dated, timeline="boot 3")
+    assert await begin_new(path, attrs.evolve(third.after(2000), gateway=None)) == (Standing.ASK_FIRST, dated)
+    assert await begin_new(path, third.after(914)) == (Standing.ASK_FIRST, dated)
+    assert await begin_new(path, third.after(915)) == (Standing.ASK_FIRST, None)
+    behind = attrs.evolve(third.after(3000), wall=EARLIER)
+    assert await begin_new(path, behind) == (Standing.ASK_FIRST, behind)
+    assert await begin_new(path, behind.after(901)) == (Standing.ASK_FIRST, None)
+
+
 async def test_commits_survive_a_power_failure(path):
     """Every commit is synced: with ``synchronous = normal`` the last commits in the WAL could be lost."""
     async with SqliteJournal(path) as journal:
@@ -328,7 +359,7 @@ async def test_another_version_is_refused_with_advice(path):
     async with SqliteJournal(path):
         pass
     _sqlite(path, "PRAGMA user_version = 1")
-    with pytest.raises(JournalError, match="schema version 1, but this release needs 7; resolve its open refunds"):
+    with pytest.raises(JournalError, match="schema version 1, but this release needs 8; resolve its open refunds"):
         async with SqliteJournal(path):
             pass
 

@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import ClassVar
 
 import anyio
+import attrs
 import httpx
 import pytest
 
@@ -657,9 +658,14 @@ async def test_a_conflict_without_a_record_stays_a_conflict(new_journal):
     assert gateway.requests == {"apply": 1}
 
 
-async def test_after_a_restore_no_such_record_is_not_believed_at_once(tmp_path):
-    """The lost journal may have sent the refund just before, and LianLian may not find a new refund for 15 minutes."""
+@pytest.mark.parametrize(("behind", "dt_refund"), [(0, EPOCH), (3600, EPOCH), (0, EPOCH + timedelta(hours=16))])
+async def test_after_a_restore_no_such_record_is_not_believed_at_once(tmp_path, behind, dt_refund):
+    """The lost journal may have sent the refund just before, and LianLian may not find a new refund for 15 minutes.
+
+    The wall clock may be behind by some seconds during the restore, and ``dt_refund`` may be the end of the day.
+    """
     gateway, place, backup = sandbox(repeated=Repeated.AGAIN), tmp_path / "journal", tmp_path / "backup"
+    lost = refund_request(2, dt_refund=dt_refund)
 
     async def lagging(exchange, call_next):
         if exchange.call is Call.APPLY or exchange.asked["no_refund"] == "R-1" or anyio.current_time() > began + 600:
@@ -672,16 +678,37 @@ async def test_after_a_restore_no_such_record_is_not_believed_at_once(tmp_path):
         await session.apply_refund(refund_request(1))
         with contextlib.closing(JournalFile(str(place), read_only=True)) as file:
             file.backup(backup)
-        await session.apply_refund(refund_request(2))
+        await session.apply_refund(lost)
     place.unlink()
     await anyio.sleep(60)
-    restore(backup, place, boot_clock())
+    restored_at = boot_clock()
+    restore(backup, place, attrs.evolve(restored_at, wall=restored_at.wall - timedelta(seconds=behind)))
     async with shop(gateway, lambda: SqliteJournal(place), middleware=[lagging]) as (session, _):
         with pytest.raises(RefundOutcomeUnknown):
-            await session.apply_refund(refund_request(2))
+            await session.apply_refund(lost)
         await anyio.sleep(900)
-        assert (await session.apply_refund(refund_request(2))).no_refund == "R-2"
+        assert (await session.apply_refund(lost)).no_refund == "R-2"
     assert gateway.times_made("R-2") == 1
+
+
+@pytest.mark.parametrize(("behind", "dt_refund"), [(3600, EPOCH), (0, EPOCH + timedelta(hours=16))])
+async def test_long_after_a_restore_a_lost_refund_is_queried_first(tmp_path, behind, dt_refund):
+    """Neither the wall clock nor ``dt_refund`` proves that a refund was begun after the restore."""
+    gateway, place, backup = sandbox(repeated=Repeated.AGAIN), tmp_path / "journal", tmp_path / "backup"
+    lost = refund_request(2, dt_refund=dt_refund)
+    async with shop(gateway, lambda: SqliteJournal(place)) as (session, _):
+        await session.apply_refund(refund_request(1))
+        with contextlib.closing(JournalFile(str(place), read_only=True)) as file:
+            file.backup(backup)
+        await session.apply_refund(lost)
+    place.unlink()
+    restored_at = boot_clock()
+    restore(backup, place, attrs.evolve(restored_at, wall=restored_at.wall - timedelta(seconds=behind)))
+    await anyio.sleep(1000)
+    async with shop(gateway, lambda: SqliteJournal(place)) as (session, _):
+        assert (await session.apply_refund(lost)).no_refund == "R-2"
+        assert (await session.apply_refund(refund_request(3))).no_refund == "R-3"
+    assert [gateway.times_made(number) for number in ("R-2", "R-3")] == [1, 1]
 
 
 # ── a journal that fails ─────────────────────────────────────────────────────────────────────────

@@ -74,7 +74,7 @@ class Journal(Protocol):
         first. UNRESOLVED: an earlier call began the refund; query first, and send only the entry's own body, after
         :meth:`resend`. FINISHED: use the entry's ending. LEASED: another call has the lease; the entry is as stored.
         The entry's ``sent_at`` is None after NEW, and never later than ``now`` after UNRESOLVED. After ASK_FIRST it is
-        None, or ``now`` if the journal is a restored backup and a lost call may have sent the refund minutes ago.
+        the latest time at which a lost call may have sent the refund, or None if the grace since then is over.
 
         After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if the journal has the number with other fields.

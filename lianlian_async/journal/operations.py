@@ -13,7 +13,7 @@ from uuid import uuid4
 import attrs
 
 from lianlian_async import wire
-from lianlian_async.clock import Moment
+from lianlian_async.clock import Moment, elapsed
 from lianlian_async.identity import check_request
 
 from .base import Ending, Entry, Intent, JournalError, Standing, State, added, joined
@@ -71,8 +71,8 @@ class Begin:
     """Identifies this call among the calls of all processes."""
     ask_first: bool = attrs.field(default=False, kw_only=True)
     """Whether the journal may have lost an entry of this refund."""
-    may_be_sent: bool = attrs.field(default=False, kw_only=True)
-    """Whether a call whose entry was lost may have sent the refund recently: "no such record" then proves nothing."""
+    lost_at: Moment | None = attrs.field(default=None, kw_only=True)
+    """The latest time at which a call whose entry was lost may have sent the refund; None: more than the grace ago."""
     found: Entry | None = attrs.field(default=None, init=False)
     """The entry that the caller received with the lease."""
     is_taken_back: bool = attrs.field(default=False, init=False)
@@ -88,8 +88,17 @@ class Begin:
         seconds = boot - self.now.boot
         self.now, self.intent = self.now.after(seconds), attrs.evolve(self.intent, lease=self.intent.lease - seconds)
 
-    def allow_for_loss(self, lost_at: datetime, now: datetime) -> None:
-        """Set ``ask_first`` and ``may_be_sent`` for a journal that at ``lost_at`` lost its latest entries.
+    def allow_for_restore(self, restored_at: Moment) -> None:
+        """Set ``ask_first`` and ``lost_at`` for a backup that was restored at ``restored_at``.
+
+        Any refund may be lost for good: neither its ``dt_refund`` nor the wall clock proves when it was begun.
+        """
+        if self.intent.grace is not None:
+            self.ask_first, seconds = True, elapsed(restored_at, self.now)
+            self.lost_at = restored_at if seconds is None or seconds < self.intent.grace else None
+
+    def allow_for_failover(self, lost_at: datetime, now: datetime) -> None:
+        """Set ``ask_first`` and ``lost_at`` for a database that at ``lost_at`` lost its latest entries.
 
         A call whose entry was lost may send until the grace ends. So until then any refund may be lost; later, and of
         the refunds that a call may have sent, only those whose ``dt_refund`` is early enough.
@@ -97,7 +106,8 @@ class Begin:
         if self.intent.grace is not None:
             until, dt_refund = lost_at + timedelta(seconds=self.intent.grace), self.intent.fields.get("dt_refund", "")
             self.ask_first = now < until or dt_refund < wire.format_timestamp(until)
-            self.may_be_sent = now < until and dt_refund < wire.format_timestamp(lost_at)
+            is_sent = now < until and dt_refund < wire.format_timestamp(lost_at)
+            self.lost_at = self.now if is_sent else None
 
     def apply(self, entry: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
         """Return the standing and the entry. The caller has the lease after NEW, ASK_FIRST or UNRESOLVED."""
@@ -118,12 +128,11 @@ class Begin:
     def _new(self, history: str) -> tuple[tuple[Standing, Entry], Entry]:
         """Store the end of the lease as ``sent_at``: the caller may send until then, and then crash."""
         leased_until = self.now.after(self.intent.lease)
-        sent_at = self.now if self.may_be_sent else None
         self.found = Entry(
             no_refund=self.no_refund,
             fields=self.intent.fields,
             body=self.intent.body,
-            sent_at=sent_at,
+            sent_at=self.lost_at,
             holder=self.holder,
             leased_until=leased_until,
             history=history,
@@ -132,10 +141,7 @@ class Begin:
         return (Standing.ASK_FIRST if self.ask_first else Standing.NEW, self.found), stored
 
     def _unresolved(self, entry: Entry, sent_at: Moment) -> tuple[tuple[Standing, Entry], Entry]:
-        # The lease is over, so earlier calls send nothing more. If no clock can measure the time since ``sent_at``,
-        # use ``now``, the latest possible time of a send.
-        if _is_ahead(sent_at, self.now) or not _is_comparable(sent_at, self.now):
-            sent_at = self.now
+        sent_at = measurable(sent_at, self.now)  # the lease is over, so earlier calls send nothing more
         leased_until, history = self.now.after(self.intent.lease), added(entry.history, self.now, "lease")
         self.found = attrs.evolve(
             entry, sent_at=sent_at, holder=self.holder, leased_until=leased_until, history=history
@@ -152,9 +158,10 @@ def _is_ahead(moment: Moment, now: Moment) -> bool:
     return moment.boot > now.boot if moment.timeline == now.timeline else moment.wall > now.wall
 
 
-def _is_comparable(moment: Moment, now: Moment) -> bool:
-    """Return whether the time since ``moment`` can be measured, by the boot clock or by the gateway's clock."""
-    return moment.timeline == now.timeline or moment.gateway is not None
+def measurable(moment: Moment, now: Moment) -> Moment:
+    """Return ``moment``; return ``now`` if neither the boot clock nor the gateway's can measure the time since."""
+    is_comparable = moment.timeline == now.timeline or moment.gateway is not None
+    return moment if is_comparable and not _is_ahead(moment, now) else now
 
 
 @attrs.define

@@ -320,7 +320,7 @@ class PostgresJournal(GroupCommitJournal):
             if isinstance(operation, Begin):
                 operation.postpone(reading.after.boot)
                 if reading.era > 1:
-                    operation.allow_for_loss(reading.began, reading.database)
+                    operation.allow_for_failover(reading.began, reading.database)
         after = before.copy()
         results = perform(operations, after, is_acting=self._is_acting or found[0]["is_acting"])
         changed = [entry for number, entry in after.items() if number in rows and entry is not before[number]]

@@ -22,7 +22,7 @@ from lianlian_async.clock import Moment
 from . import sqlite_schema as sql
 from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
 from .file_lock import FileLock, FileLocked
-from .operations import Begin, Operation, Result, perform
+from .operations import Begin, Operation, Result, measurable, perform
 
 _ROWS: Final = 64
 """Maximum number of rows in one statement. Each number of rows is a prepared statement of its own in the cache."""
@@ -79,8 +79,8 @@ class JournalFile:
             paths = () if read_only else (self._path, owner_path, log_path)
             self._files = {path: path.stat() for path in paths}
             self._is_acting = bool(self._value(sql.IS_ACTING))
-            restored_at = self._value(sql.RESTORED_AT)
-            self._restored_at = restored_at and sql.moment_of(restored_at, {})
+            restored_at, evidence = json.loads(self._value(sql.RESTORED_AT))
+            self._restored_at = restored_at and sql.moment_of(restored_at, evidence)
             self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
@@ -139,26 +139,23 @@ class JournalFile:
     def mark_restored(self, now: Moment) -> None:
         """Record that this file is a restored backup, which lacks all later commits.
 
-        From now on, refunds that the backup may lack are queried before they are sent. Every unresolved refund counts
-        as sent at ``now``, because the lost commits may include later sends.
+        From now on, every refund that it does not have is queried before it is sent, for good. Each such refund, and
+        every unresolved one, counts as sent at ``now``, because the lost commits may include later sends.
         """
         with self._lock, self._errors():
             if (problem := self._value("PRAGMA quick_check")) != "ok":
                 raise _DamagedRowError(problem)
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
-                values = {"now": sql.microseconds(now), "evidence": _json(sql.evidence_of(now, None))}
                 for statement in sql.MARK_RESTORED:
-                    self._connection.execute(statement, values)
+                    self._connection.execute(statement, _restored(now))
 
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
         """Carry out all ``operations`` in one transaction. It is durable on return; on an error it changes nothing."""
         with self._lock, self._errors():
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
-            for begin in operations:
-                if self._restored_at is not None and isinstance(begin, Begin):
-                    begin.allow_for_loss(self._restored_at.wall, begin.now.wall)
+            self._allow_for_restore([operation for operation in operations if isinstance(operation, Begin)])
             after = before.copy()
             results = perform(operations, after, is_acting=self._is_acting)
             changed = [entry for no_refund, entry in after.items() if entry is not before.get(no_refund)]
@@ -170,6 +167,17 @@ class JournalFile:
                     self._leased[entry.no_refund] = rowid, entry
             self._check_in_place()
         return results
+
+    def _allow_for_restore(self, begins: Sequence[Begin]) -> None:
+        """Allow for the entries that the backup lacked; start the grace again if no clock can measure it."""
+        if self._restored_at is not None and begins:
+            now = begins[-1].now
+            restored_at = measurable(self._restored_at, now).dated(now)
+            if restored_at != self._restored_at:
+                self._connection.execute(sql.SET_RESTORED_AT, _restored(restored_at))
+                self._restored_at = restored_at
+            for begin in begins:
+                begin.allow_for_restore(restored_at)
 
     def _known(self, numbers: set[str]) -> dict[str, tuple[int, Entry]]:
         """Return (rowid, entry) by number; a number without an entry is left out."""
@@ -332,3 +340,7 @@ def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connectio
 
 _json: Final = json.JSONEncoder(default=dict, ensure_ascii=False, separators=(",", ":")).encode
 """JSON text; mappings of any kind become objects."""
+
+
+def _restored(moment: Moment) -> dict[str, Any]:
+    return {"now": sql.microseconds(moment), "evidence": _json(sql.evidence_of(moment, None))}
