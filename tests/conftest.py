@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -71,10 +70,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see lianlian_async.testing)")
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()  # the collections between the tests need not visit the objects of the whole suite
 
 
 @pytest.hookimpl(optionalhook=True)
