@@ -1,8 +1,11 @@
 """The default journal of a batch, one for each merchant and endpoint, and the receipt beside each file."""
 
+import errno
 import json
+import os
 import re
 import shutil
+from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,8 +15,10 @@ import pytest
 from lianlian_async.cli import stores
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
-from tests.support.batches import refund, url_of, write_csv
+from tests.support.batches import read_lines, refund, url_of, write_csv, write_lines
 from tests.support.command import end, on_a_terminal, run, start, until
+
+ACCEPT_NEW = ("--accept-new-journal", "--not-found-grace", "0")
 
 
 @pytest.fixture
@@ -173,22 +178,54 @@ def test_another_journal_is_refused(env, gateway, file, tmp_path):
         assert f"this file was sent with the journal {tmp_path / 'first'}" in told
         assert "--accept-new-journal --query-first" in told
     assert gateway.requests == {"apply": 3}
-    ended = run(*second, "--yes", "--accept-new-journal", "--query-first", "--json", env=env)
+    ended = run(*second, "--yes", *ACCEPT_NEW, "--query-first", "--json", env=env)
     assert (ended.exit_code, ended.json["attempts"], ended.json["queries"]) == (0, 0, 3)
     assert gateway.requests == {"apply": 3, "query": 3}
     assert json.loads(receipt_of(file).read_text())["place"] == str(tmp_path / "second")
 
 
+def test_new_journal_is_accepted_after_the_grace(env, gateway, file, tmp_path):
+    """LianLian shows a refund late: a new journal must wait after the last run."""
+    run("batch", file, "--yes", "--journal", tmp_path / "first", env=env)
+    [receipt] = read_lines(receipt_of(file))
+    ended_at = datetime.fromisoformat(receipt["written_at"])
+    second = ("batch", file, "--yes", "--accept-new-journal", "--query-first", "--journal", tmp_path / "second")
+    early = run(*second, env=env)
+    assert early.exit_code == 2
+    until = (ended_at + timedelta(minutes=15)).astimezone().isoformat(sep=" ", timespec="seconds")
+    assert f"LianLian may show a refund late, so wait until {until}" in " ".join(early.stderr.split())
+    assert gateway.requests == {"apply": 3}
+    write_lines(receipt_of(file), [receipt | {"written_at": str(ended_at - timedelta(minutes=15))}])
+    assert run(*second, env=env).exit_code == 0
+    assert gateway.requests == {"apply": 3, "query": 3}
+
+
+def test_receipt_is_written_again_at_the_end(gateway, file, tmp_path):
+    """The receipt has the time of the last run's end, even if the run takes hours."""
+
+    async def remover(scope, receive, send):
+        receipt_of(file).unlink(missing_ok=True)
+        await gateway(scope, receive, send)
+
+    with serving(remover) as url:
+        run("batch", file, "--yes", "--journal", tmp_path / "journal", env=environment(gateway, url))
+    assert gateway.requests == {"apply": 3}
+    assert len(read_lines(receipt_of(file))) == 1
+
+
 @pytest.mark.parametrize("text", ["", "no receipt\n", "{}\n", '{"journal": 1}\n', "[]\n", "\udcff"])
 def test_unreadable_receipt_is_refused(env, gateway, file, tmp_path, text):
-    """A damaged receipt is refused; an empty one names no journal."""
+    """A damaged receipt is refused, also an empty one; --accept-new-journal must wait for the grace."""
     receipt_of(file).write_bytes(text.encode(errors="surrogateescape"))
     command = ("batch", file, "--yes", "--journal", tmp_path / "journal")
-    if text:
-        ended = run(*command, env=env)
+    for more, told in (((), "wait 15 minutes after the last run"), (("--accept-new-journal",), "so wait until 20")):
+        ended = run(*command, *more, env=env)
         assert ended.exit_code == 2
-        assert "cannot be read as a receipt" in " ".join(ended.stderr.split())
-        assert not gateway.requests
+        words = " ".join(ended.stderr.split())
+        assert f"{receipt_of(file)} cannot be read as a receipt of a journal; " in words
+        assert told in words
+    assert not gateway.requests
+    os.utime(receipt_of(file), (0, 0))
     assert run(*command, "--accept-new-journal", env=env).exit_code == 0
     assert json.loads(receipt_of(file).read_text())["oid_partner"] == gateway.oid_partner
 
@@ -196,9 +233,53 @@ def test_unreadable_receipt_is_refused(env, gateway, file, tmp_path, text):
 def test_unwritable_receipt_is_noted(env, file, tmp_path):
     """The refunds are made, and a note says that the receipt was not written."""
     receipt_of(file).mkdir()
-    ended = run("batch", file, "--yes", "--accept-new-journal", "--journal", tmp_path / "journal", env=env)
+    ended = run("batch", file, "--yes", *ACCEPT_NEW, "--journal", tmp_path / "journal", env=env)
     assert ended.exit_code == 0
     assert "the receipt was not written" in ended.stderr
+
+
+def test_receipt_survives_a_full_disk(env, file, tmp_path, monkeypatch):
+    """A receipt that cannot be written is noted; the earlier receipt stays complete, and no other file stays."""
+    first = ("batch", file, "--yes", "--journal", tmp_path / "first")
+    run(*first, env=env)
+    before = receipt_of(file).read_text()
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores.os, "fsync", full)
+        ended = run(*first, env=env)
+    assert ended.exit_code == 0
+    assert f"{receipt_of(file)}: No space left on device; the receipt was not written" in ended.stderr
+    assert receipt_of(file).read_text() == before
+    assert set(file.parent.iterdir()) == {file, receipt_of(file)}
+    assert run("batch", file, "--yes", "--journal", tmp_path / "second", env=env).exit_code == 2
+
+
+def test_queue_and_file_journal_know_of_each_other(env, gateway, file, tmp_path, database):
+    """A file sent with a journal file is refused for a queue, and a queued file for a journal file."""
+    queue, journal = ("--queue", "--yes"), ("--yes", "--journal", tmp_path / "journal")
+    dsn = env | {"LIANLIAN_DSN": url_of(database)}
+    run("batch", file, *journal, env=env)
+    queued = write_csv(file.with_name("queued.csv"), [refund(number) for number in range(3, 6)])
+    assert run("batch", queued, *queue, env=dsn).exit_code == 0
+    assert read_lines(receipt_of(queued))[0]["oid_partner"] is None
+    for path, options in ((file, queue), (queued, journal)):
+        ended = run("batch", path, *options, env=dsn)
+        assert ended.exit_code == 2
+        assert "this file was sent with the journal" in " ".join(ended.stderr.split())
+    assert run("worker", "--until-empty", "--json", env=dsn).json["states"]["done"] == 3
+    assert gateway.requests == {"apply": 6}
+    assert run("batch", queued, *queue, env=dsn).exit_code == 0
+    assert read_lines(receipt_of(queued))[0]["oid_partner"] == gateway.oid_partner
+    assert run("batch", queued, "--yes", env=dsn).exit_code == 0
+    assert run("batch", queued, *journal, env=env).exit_code == 2
+    os.utime(receipt_of(file), (0, 0))
+    assert run("batch", file, *queue, "--accept-new-journal", env=dsn).exit_code == 2
+    write_lines(receipt_of(file), [read_lines(receipt_of(file))[0] | {"written_at": "2026-11-01"}])
+    assert run("batch", file, *queue, "--accept-new-journal", env=dsn).exit_code == 0
+    assert run("batch", "-", *queue, env=dsn, stdin=file.read_text()).exit_code == 0
 
 
 # ── what the journal knows ───────────────────────────────────────────────────────────────────────

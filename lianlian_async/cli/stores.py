@@ -7,8 +7,9 @@ import json
 import os
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -22,6 +23,7 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.secret import drop_secrets
 
 from .options import JOURNAL, is_dsn, load_merchant
+from .output import local_time
 
 if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
@@ -93,7 +95,8 @@ _CONTAINER_FILES: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
 _HOME: Final = "HOME" if os.name == "posix" else "LOCALAPPDATA"
 _NAME_IT: Final = f"name the journal with --journal or {JOURNAL}: a file on a persistent disk, or postgresql://…"
 _LOST: Final = (
-    "if that journal is lost, use --accept-new-journal --query-first, which queries each refund before sending it"
+    "if that journal is lost, wait 15 minutes after the last run, then use --accept-new-journal --query-first without "
+    "--queue, which queries each refund before sending it"
 )
 
 
@@ -143,32 +146,51 @@ class Receipt:
     journal: str
     """Id of the journal."""
     place: str
-    oid_partner: str
-    apply_url: str
-    written_at: str = attrs.field(factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
+    oid_partner: str | None
+    """None, like ``apply_url``: the journal of a queue had no owner yet."""
+    apply_url: str | None
+    written_at: str = ""
 
-    def check(self, path: Path, *, accept_new: bool) -> list[Receipt]:
+    def check(self, path: Path, *, accept_new: bool, grace: float) -> list[Receipt]:
         """Return the receipts of other merchants and endpoints, which :meth:`write` keeps.
 
-        Raises a usage error if the file was sent with another journal before, unless ``accept_new``.
+        Raises a usage error if the file was sent with another journal before, unless ``accept_new`` and if the last run
+        was ``grace`` seconds ago: the gateway may show a refund late.
         """
+        problem, others = "", list[Receipt]()
         try:
             known = [Receipt(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+            last = max(datetime.fromisoformat(one.written_at) for one in known)  # ValueError if the file is empty
         except FileNotFoundError:
-            return []
+            return others
         except (OSError, TypeError, ValueError):
-            if accept_new:
-                return []
-            raise click.UsageError(f"{path} cannot be read as a receipt of a journal; {_LOST}") from None
-        ours = [one for one in known if (one.oid_partner, one.apply_url) == (self.oid_partner, self.apply_url)]
-        for other in ours:
-            if other.journal != self.journal and not accept_new:
-                raise click.UsageError(
-                    f"{path}: on {other.written_at} this file was sent with the journal {other.place}. The journal "
-                    f"{self.place} may not know its refunds: use --journal {other.place}; {_LOST}"
-                )
-        return [one for one in known if one not in ours]
+            problem = f"{path} cannot be read as a receipt of a journal"
+            last = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+        else:
+            for one in known:
+                owners = {(each.oid_partner, each.apply_url) for each in (one, self)}
+                if len(owners - {(None, None)}) == 2:
+                    others.append(one)
+                elif one.journal != self.journal:
+                    problem = (
+                        f"{path}: on {one.written_at} this file was sent with the journal {one.place}. The journal "
+                        f"{self.place} may not know its refunds: use the first"
+                    )
+        if problem and not accept_new:
+            raise click.UsageError(f"{problem}; {_LOST}")
+        if problem and (until := last.astimezone() + timedelta(seconds=grace)) > datetime.now().astimezone():
+            raise click.UsageError(f"{problem}; LianLian may show a refund late, so wait until {local_time(until)}")
+        return others
 
-    def write(self, path: Path, others: Iterable[Receipt]) -> None:
-        """Replace the file with this receipt and ``others``."""
-        path.write_text("".join(json.dumps(attrs.asdict(one)) + "\n" for one in (*others, self)), "utf-8")
+    def write(self, path: Path, journal: str, others: Iterable[Receipt]) -> None:
+        """Replace the file durably by ``others`` and this receipt, with the journal's id and the current time."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        receipts = (*others, attrs.evolve(self, journal=journal, written_at=now))
+        with TemporaryDirectory(prefix="receipt-", dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            with new.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(attrs.asdict(one)) + "\n" for one in receipts)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        sync_folders(path.parent)

@@ -15,7 +15,8 @@ A journal records each refund before it is sent, and later its outcome. After a 
 One process uses a file: by default one in your application folder, else --journal PATH.
 Several processes share a journal in PostgreSQL. Put its URL into LIANLIAN_DSN.
 `lianlian journal show` lists unknown refunds, and `lianlian journal resume` resolves them.
-Never delete a journal with unknown refunds. If it is lost, use `lianlian batch --accept-new-journal --query-first`.
+Never delete a journal with unknown refunds. If it is lost, wait 15 minutes after the last run: LianLian may show a
+refund late. Then use `lianlian batch --accept-new-journal --query-first`.
 A journal belongs to one merchant and one apply URL.""",
     "processes": """\
 One process: run `lianlian batch FILE`. Only one process at a time can send refunds with a journal file.

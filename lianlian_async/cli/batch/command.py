@@ -56,8 +56,9 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
         else:
             in_journal = anyio.run(look_up, checked, totals, place)
             run = _Batch(output, merchant, checked, totals, options, place, in_journal, columns.seen)
-            receipt = None if file == "-" else Path(f"{file}.receipt")
-            run.check_receipt(receipt)
+            where = place_name(place) if is_dsn(place) else str(Path(place).absolute())
+            ours = Receipt(in_journal.journal_id or "", where, merchant.oid_partner, merchant.endpoints.apply)
+            run.write_receipt = _receipt_writer(output, file, ours, options)
             if in_journal.journal_id is None and not options["query_first"]:
                 output.note(
                     "this journal is new, so every refund counts as never sent; if some may have been sent before, "
@@ -68,6 +69,25 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
             else:
                 _confirm_batch(run, file)
                 ctx.exit(_send(run))
+
+
+def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[str, Any]) -> Callable[[str], None]:
+    """Refuse a journal other than the one in the receipt of ``file``; return a function that writes the receipt.
+
+    Stdin has no receipt.
+    """
+    if file == "-":
+        return lambda _: None
+    path = Path(f"{file}.receipt")
+    others = ours.check(path, accept_new=options["accept_new_journal"], grace=options["not_found_grace"])
+
+    def write(journal_id: str) -> None:
+        try:
+            ours.write(path, journal_id, others)
+        except OSError as error:
+            output.note(f"{path}: {error.strerror}; the receipt was not written")
+
+    return write
 
 
 def _load_merchant(output: Output, config: Path | None, dry_run: bool) -> Merchant | None:
@@ -118,12 +138,15 @@ def _enqueue(output: Output, file: str, checked: Checked, totals: FileTotals, op
         question = f"Put {totals.refunds:,} refunds, {totals.yuan:,.2f} yuan, into the queue?"
         if totals.refunds and not options["yes"]:
             output.confirm(file, file_facts(checked, totals, None), question)
-        added = anyio.run(_add_to_queue, options["queue"], checked)
+        added = anyio.run(_add_to_queue, output, file, checked, options)
         show_checked(output, checked, "in the queue", added=added)
 
 
-async def _add_to_queue(dsn: str, checked: Checked) -> int:
-    async with make_journal(dsn), open_queue(dsn) as queue:
+async def _add_to_queue(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> int:
+    dsn = options["queue"]
+    async with make_journal(dsn) as journal, open_queue(dsn) as queue:
+        owner = (journal.owner.oid_partner, journal.owner.apply_url) if journal.owner else (None, None)
+        _receipt_writer(output, file, Receipt(journal.id, place_name(dsn), *owner), options)(journal.id)
         return await queue.enqueue(line.request async for line in checked.lines())
 
 
@@ -187,24 +210,7 @@ class _Batch:
     _last_begun: int = attrs.field(default=0, init=False)
     """The line of the last refund that was started."""
     failure: LianLianError | None = attrs.field(default=None, init=False)
-    _write_receipt: Callable[[str], None] = attrs.field(default=lambda _: None, init=False)
-
-    def check_receipt(self, path: Path | None) -> None:
-        """Refuse a journal other than the one in the receipt at ``path``; None (stdin): check nothing."""
-        if path is None:
-            return
-        place = place_name(self.place) if is_dsn(self.place) else str(Path(self.place).absolute())
-        endpoint = self.merchant.endpoints.apply
-        ours = Receipt(self.in_journal.journal_id or "", place, self.merchant.oid_partner, endpoint)
-        others = ours.check(path, accept_new=self.options["accept_new_journal"])
-
-        def write(journal_id: str) -> None:
-            try:
-                attrs.evolve(ours, journal=journal_id).write(path, others)
-            except OSError as error:
-                self.output.note(f"{path}: {error.strerror}; the receipt was not written")
-
-        self._write_receipt = write
+    write_receipt: Callable[[str], None] = attrs.field(init=False)
 
     async def work(self) -> None:
         """Send all refunds. Store an error in ``failure``, or raise it if no refund has an outcome yet."""
@@ -223,8 +229,7 @@ class _Batch:
         choices = {name: options[name] for name in ("keep_going", "wait_unknown")}
         async with make_journal(self.place) as journal:
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
-            self._write_receipt(journal.id)
-            with self._result_writer() as write:
+            with self._receipt(journal.id), self._result_writer() as write:
                 async with (
                     make_session(self.merchant, journal=journal, **settings) as session,
                     refund_many(session, self._requests(journal), journal=journal, **choices) as outcomes,
@@ -236,6 +241,15 @@ class _Batch:
                         self.totals.add(line, outcome)
                         write(result_of(line, outcome))
                         self.advance()
+
+    @contextmanager
+    def _receipt(self, journal_id: str) -> Iterator[None]:
+        """Write the receipt before the first refund is sent, and again with the time when no more is in flight."""
+        self.write_receipt(journal_id)
+        try:
+            yield
+        finally:
+            self.write_receipt(journal_id)
 
     def status(self) -> Text:
         """Return the progress as one line."""

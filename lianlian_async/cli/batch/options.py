@@ -24,7 +24,7 @@ from .formats import date_reader, money_reader
 
 _NOT_FOR_QUEUE: Final = (
     *("place", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
-    *("query_first", "accept_new_journal"),
+    "query_first",
 )
 
 
