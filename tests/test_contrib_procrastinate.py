@@ -21,7 +21,6 @@ from lianlian_async import (
     BatchStopped,
     ConfigurationError,
     Endpoints,
-    InvalidRequest,
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundRequest,
@@ -465,18 +464,22 @@ async def test_waiting_slices_end_when_the_worker_stops(dsn, journal, stranger_k
         assert {job.status for job in await jobs_of(queue)} == {"todo"}
 
 
-async def test_a_missing_notify_url_stops_the_worker(dsn, journal):
-    """The merchant's configuration is wrong, not the refunds: they go back, and a worker with the URL makes them."""
+async def test_a_missing_notify_url_delays_only_its_refund(dsn, journal, caplog):
+    """The others are made at once, and the refund as soon as the merchant has the URL."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     incomplete = attrs.evolve(gateway.merchant(), notify_url=None)
-    async with RefundQueue(dsn) as queue:
-        await queue.enqueue(attrs.evolve(request, notify_url=None) for request in requests(30))
+    first, *others = requests(30)
+    async with RefundQueue(dsn, slice_size=10) as queue:
+        await queue.enqueue([attrs.evolve(first, notify_url=None), *others])
         async with RefundSession(incomplete, transport=asgi_transport(gateway), journal=journal) as session:
-            with pytest.raises(InvalidRequest, match="notify_url: is required, in the request or in the Merchant"):
-                await queue.work(session, wait=False)
-        assert ((await queue.counts())["waiting"], gateway.requests["apply"]) == (30, 0)
-        merchant = attrs.evolve(incomplete, notify_url="https://shop.example/lianlian/refund")
-        async with RefundSession(merchant, transport=asgi_transport(gateway), journal=journal) as session:
+            await queue.work(session, wait=False)
+        assert {"waiting": 0, "later": 1, "failed": 0}.items() <= dict(await queue.counts()).items()
+        [(cause, number)] = (await queue.activity())["queued_again"].items()
+        assert (cause.startswith("notify_url: is required, in the request or in the Merchant"), number) == (True, 1)
+        assert f"refund R-0: {cause}" in caplog.messages
+        assert len(gateway.refunds) == 29
+        await hurry(queue)
+        async with gateway.session(journal=journal) as session:
             await queue.work(session, wait=False)
         assert not await jobs_of(queue)
     assert len(gateway.refunds) == 30

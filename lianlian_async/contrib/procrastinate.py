@@ -260,8 +260,9 @@ class RefundQueue:
         With ``wait=False``, return when no job is due. ``concurrency``: maximum number of refunds in flight;
         ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running refunds finish
         and the others go back into the queue; a second cancellation or signal also cancels the running refunds. If
-        every further refund would fail with the same error, the worker stops in the same way and raises it:
-        :class:`BatchStopped` (see ``refund_many``), or :class:`InvalidRequest` if there is no ``notify_url``.
+        every further refund would fail with the same error, the worker stops in the same way and raises
+        :class:`BatchStopped` (see ``refund_many``). A refund without ``notify_url`` is queued again if the merchant
+        has none either.
         """
         if not isinstance(session.journal, PostgresJournal) or session.journal.id != await self._journal_id():
             raise ConfigurationError(

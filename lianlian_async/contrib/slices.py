@@ -22,8 +22,8 @@ from lianlian_async.signature_watch import Admission
 logger = logging.getLogger("lianlian_async")
 
 TASK: Final = "lianlian:refunds"
-_REJECTED_PAUSE: Final = 900.0
-"""Seconds until a refund is due again after a rejection that may pass."""
+_LONG_PAUSE: Final = 900.0
+"""Seconds until a refund is due again after a rejection that may pass, or without a ``notify_url``."""
 
 
 def follow_up(
@@ -175,10 +175,10 @@ class Slice:
                 if error.stops_batch:
                     self._worker.stop()
                 if error.stops_batch or error.may_pass:
-                    self._retry(request, _REJECTED_PAUSE, f"rejected: {error.ret_code} {error.meaning}")
-            case errors.InvalidRequest():  # the row is valid: the merchant has no notify_url
-                self._retry(request, 0.0, str(error))
-                self._worker.fail(error)
+                    self._retry(request, _LONG_PAUSE, f"rejected: {error.ret_code} {error.meaning}")
+            case errors.InvalidRequest():  # the row is valid, but neither it nor the merchant has a notify_url
+                logger.warning("refund %s: %s", request.no_refund, error)
+                self._retry(request, _LONG_PAUSE, str(error))
             case _:
                 self._fail(request.to_dict(), error)
 
