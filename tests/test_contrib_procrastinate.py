@@ -122,6 +122,16 @@ async def test_a_fleet_makes_every_refund_once(dsn, journal):
     assert (await journal.counts())[State.ACCEPTED] == 30
 
 
+async def test_workers_open_a_new_database_together(dsn):
+    """One of them creates the tables, the others wait for it."""
+
+    async def open_and_count():
+        async with RefundQueue(dsn) as queue:
+            return (await queue.counts())["waiting"]
+
+    assert await asyncio.gather(*[open_and_count() for _ in range(4)]) == [0] * 4
+
+
 async def test_enqueue_is_idempotent(dsn, journal):
     """Slices that repeat or overlap make each refund once: the journal has the refunds."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"), repeated=Repeated.AGAIN)

@@ -153,8 +153,11 @@ class RefundQueue:
     async def __aenter__(self) -> Self:
         try:
             await self.app.open_async()
-            if not await self.app.check_connection_async():
-                await self.app.schema_manager.apply_schema_async()
+            connector = cast("PsycopgConnector", self.app.connector)
+            async with connector.pool.connection() as connection:  # one process at a time creates the tables
+                await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('procrastinate', 0))")
+                if not await self.app.check_connection_async():
+                    await connection.execute(self.app.schema_manager.get_schema())
         except BaseException:  # if the pool stayed open, its tasks would outlive the event loop
             await complete(self.app.close_async)
             raise
