@@ -748,6 +748,23 @@ async def test_another_worker_runs_the_jobs_of_a_dead_worker(dsn, journal):
     assert gateway.times_made("R-0") == 1
 
 
+async def test_a_worker_that_others_removed_goes_on(dsn, journal):
+    """As after a suspension: it is registered again, and makes the refunds that are queued then."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with (
+        RefundQueue(dsn) as queue,
+        gateway.session(journal=journal) as session,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(queue.work, session)
+        await until_counted(queue, workers=1)
+        assert len(await queue.app.job_manager.prune_stalled_workers(-1)) == 1
+        await queue.enqueue(requests(3))
+        await until(lambda: len(gateway.refunds) == 3)
+        await until_counted(queue, workers=1, at_work=0)
+        group.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("statuses", [("doing", "doing"), ("doing", "todo")])
 async def test_periodic_jobs_of_dead_workers_do_not_stop_a_worker(dsn, journal, statuses):
     """Their queueing lock allows only one waiting job, so the dead ones are not queued again."""

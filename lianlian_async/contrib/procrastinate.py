@@ -227,7 +227,8 @@ class RefundQueue:
         """Return the number of refunds by job status, and the number of live ``workers``.
 
         ``waiting``: due now; ``later``: scheduled; ``at_work``: in a slice that a worker has fetched; ``failed``.
-        Finished refunds are in the journal only. A live worker had a heartbeat in the last ``rescue_after`` seconds.
+        Finished refunds are in the journal only. A live worker, of any queue in the database, had a heartbeat in the
+        last ``rescue_after`` seconds.
         """
         return await self.app.connector.execute_query_one_async(_COUNT, **self._names, seconds=self._rescue_after)
 

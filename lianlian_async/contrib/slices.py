@@ -24,6 +24,11 @@ logger = logging.getLogger("lianlian_async")
 TASK: Final = "lianlian:refunds"
 _LONG_PAUSE: Final = 900.0
 """Seconds until a refund is due again after a rejection that may pass, or without a ``notify_url``."""
+# Heartbeats of procrastinate do not register a worker again that another one has removed.
+_HEARTBEAT: Final = """
+INSERT INTO procrastinate_workers (id) OVERRIDING SYSTEM VALUE VALUES (%(worker_id)s)
+ON CONFLICT (id) DO UPDATE SET last_heartbeat = now()
+"""
 
 
 def follow_up(
@@ -79,7 +84,10 @@ class SliceWorker(Worker):
 
 
 class SliceFetcher(JobManager):
-    """Fetches a job only when its worker needs more refunds, and none after the worker was stopped."""
+    """Fetches a job only when its worker needs more refunds, and none after the worker was stopped.
+
+    A worker that was suspended goes on, although another one has removed it from the table of workers.
+    """
 
     def __init__(self, worker: SliceWorker) -> None:
         super().__init__(worker.app.connector)
@@ -88,6 +96,7 @@ class SliceFetcher(JobManager):
     async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> Job | None:
         """Return the next job, or None."""
         await self._worker.needs_more.wait()
+        await self.update_heartbeat(worker_id)  # a job refers to its worker's row
         job = None if self._worker.is_stopping else await super().fetch_job(queues=queues, worker_id=worker_id)
         arguments: Any = job and job.task_kwargs
         if job is not None and not isinstance(arguments, dict):  # procrastinate and `_rows` need an object
@@ -95,6 +104,10 @@ class SliceFetcher(JobManager):
         if job is not None and job.task_name == TASK:
             self._worker.add_waiting(len(_rows(job)))
         return job
+
+    async def update_heartbeat(self, worker_id: int) -> None:
+        """Set the time of the worker's last heartbeat; register the worker again if necessary."""
+        await self.connector.execute_query_async(_HEARTBEAT, worker_id=worker_id)
 
 
 class Slice:
