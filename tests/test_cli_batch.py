@@ -431,17 +431,14 @@ def test_removed_journal_ends_the_batch(gateway, file, journal):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
 @pytest.mark.parametrize("count", [10, 100])
 def test_unwritable_out_exits_1(env, gateway, tmp_path, count):
-    """A full disk under --out is an error, at the end or before; the journal knows all refunds that were made."""
+    """A full disk under --out is an error, at the end or before; all refunds are made."""
     file = refunds(tmp_path / "refunds.csv", count)
     ended = run("batch", file, "--yes", "--json", "--out", "/dev/full", env=env)
-    assert ended.exit_code == 1
+    assert (ended.exit_code, ended.json["outcome"]) == (1, "error")
     assert ended.json["error"]["message"] == "/dev/full: No space left on device"
-    again = run("batch", file, "--yes", "--json", env=env)
-    made = books(gateway)
-    assert again.json["outcomes"]["made"]["refunds"] == len(made)
-    assert set(made.values()) == {1}
-    # The first run cancelled refunds in flight. One whose bytes did not arrive stays unknown until its grace is over.
-    assert again.exit_code == (0 if made == once(count) else 4)
+    assert ended.json["outcomes"]["made"]["refunds"] == count
+    assert ("/dev/full: No space left on device; no more results are written" in ended.stderr) == (count == 100)
+    assert books(gateway) == once(count)
 
 
 def test_invalid_keys_exit_2(env, file):
@@ -530,6 +527,17 @@ def test_interrupted_batch_continues_in_the_next_run(env, gateway, file, numbers
     assert again.json["found"] == {"new": 5, "made": 3, "open": 2}
     assert (again.json["attempts"], again.json["queries"]) == (5, 2)
     assert books(gateway) == once(10)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
+def test_error_with_refunds_in_flight_exits_4(env, gateway, file):
+    """If a batch ends with an error and refunds are in flight, their outcome is unknown."""
+    process = start_until_stuck(gateway, file, env, "--out", "/dev/full", sent=0, stuck=2)
+    process.send_signal(signal.SIGINT)
+    ended = end(process, env)
+    assert (ended.exit_code, ended.json["outcome"]) == (4, "error")
+    assert "up to 2 refunds without an outcome may have been made" in ended.stderr
+    assert len(gateway.refunds) == 2
 
 
 def test_killed_batch_makes_every_refund_once(env, gateway, tmp_path):

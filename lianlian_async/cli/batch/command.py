@@ -168,21 +168,23 @@ def _confirm_batch(run: "_Batch", file: str) -> None:
 
 def _send(run: "_Batch") -> int:
     """Send the batch and show its results; return the exit code."""
+    outcome = None
     try:
         with sigterm_interrupts(), run.output.progress(run.in_file.refunds, run.status) as run.advance:
             anyio.run(run.work)
     except KeyboardInterrupt:
+        outcome = INTERRUPTED
+    failure = run.failure
+    if outcome or (failure and run.in_flight):
         run.output.note(
             f"up to {len(run.in_flight):,} refunds without an outcome may have been made: "
             "run the same command again to resolve them"
         )
-        outcome = INTERRUPTED
-    else:
-        outcome = exit_outcome_of(run.failure) if run.failure else run.totals.exit_outcome()
+    outcome = outcome or (exit_outcome_of(failure) if failure else run.totals.exit_outcome())
     out = run.options["out"]
     places = {"journal": place_name(run.place)} | ({"results": str(out)} if out else {})
-    show_batch(run.output, run.checked, run.totals, run.in_journal, outcome=outcome, failure=run.failure, places=places)
-    is_unknown = run.failure is not None and run.totals.refunds[UNKNOWN]
+    show_batch(run.output, run.checked, run.totals, run.in_journal, outcome=outcome, failure=failure, places=places)
+    is_unknown = failure and (run.in_flight or run.totals.refunds[UNKNOWN])
     return UNKNOWN.exit_code if is_unknown else outcome.exit_code
 
 
@@ -213,13 +215,13 @@ class _Batch:
     write_receipt: Callable[[str], None] = attrs.field(init=False)
 
     async def work(self) -> None:
-        """Send all refunds. Store an error in ``failure``, or raise it if no refund has an outcome yet."""
+        """Send all refunds. Store an error in ``failure``, or raise it if no refund was started."""
         try:
             with one_interruption():
                 await self._work()
             self.totals.check_complete()
         except LianLianError as error:
-            if not self.totals.ended:
+            if not (self.totals.ended or self.in_flight):
                 raise
             self.failure = error
 
@@ -271,13 +273,22 @@ class _Batch:
         with line_writer(self.options["out"], result_columns(self.columns)) as write:
             for line in self.checked.invalid_lines():
                 write(invalid_result(*line))
+
+            def write_result(result: Mapping[str, Any]) -> None:
+                if self.failure is None:
+                    try:
+                        write(result)
+                    except LianLianError as error:  # the refunds are more important than this file
+                        self.failure = error
+                        self.output.note(f"{error}; no more results are written")
+
             try:
-                yield write
+                yield write_result
             finally:
                 for begun in self.in_flight.values():
-                    write(interrupted_result(begun, was_begun=True))
+                    write_result(interrupted_result(begun, was_begun=True))
                 for other in self.checked.lines_after(self._last_begun):
-                    write(interrupted_result(other, was_begun=False))
+                    write_result(interrupted_result(other, was_begun=False))
 
     async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:
         """Yield the refunds; ``--rate`` limits only those that are not finished in the journal."""
