@@ -33,6 +33,7 @@ from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.contrib.slices import follow_up
 from lianlian_async.journal import State
 from lianlian_async.journal.postgres import PostgresJournal
+from lianlian_async.recording import decision
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 from lianlian_async.transport import asgi_transport
 from tests.support import ROOT, postgres
@@ -661,10 +662,29 @@ async def test_a_conflict_becomes_a_failed_job(dsn, journal):
         request = next(requests(1))
         await session.apply_refund(request)
         await queue.enqueue([RefundRequest.from_dict(request.to_dict() | {"money_refund": "2.00"})])
-        await queue.work(session, wait=False)
-        (job,) = await jobs_of(queue)
-    assert job.status == "failed"
+        for _ in range(2):  # the recorded refund is finished, but it is not the one in the job
+            await queue.work(session, wait=False)
+            (job,) = await jobs_of(queue)
+            assert job.status == "failed"
     assert gateway.money_moved("R-0") == Decimal("1.00")
+
+
+async def test_a_failed_job_is_deleted_after_a_person_has_decided(dsn, journal):
+    """Until then it is listed; the refund is not sent."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    (request,) = requests(1)
+    async with gateway.session() as another_program:
+        await another_program.apply_refund(attrs.evolve(request, money_refund=Decimal("9.00")))
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, query_first=True) as session:
+        await queue.enqueue([request])
+        for _ in range(2):
+            await queue.work(session, wait=False)
+            assert [failure["no_refund"] for failure in await queue.failures()] == ["R-0"]
+        now = system_clock()
+        await journal.decide("R-0", decision(False, "bank statement", "clerk", now), now)
+        await queue.work(session, wait=False)
+        assert (await queue.failures(), (await queue.counts())["failed"]) == ([], 0)
+    assert gateway.money_moved("R-0") == Decimal("9.00")
 
 
 async def test_cancellation_ends_an_idle_worker(dsn, journal):

@@ -112,6 +112,11 @@ SELECT concat_ws(' ', extract(epoch FROM pg_postmaster_start_time()), to_regclas
     (SELECT oid FROM pg_database WHERE datname = current_database())) AS id
 """
 _JOURNAL: Final = "SELECT id FROM {schema}.version"
+_DELETE_DECIDED: Final = """
+DELETE FROM procrastinate_jobs USING {schema}.refunds
+WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' AND state NOT IN ('unresolved', 'conflict')
+    AND no_refund = args->'refunds'->0->>'no_refund' AND args->'refunds' = jsonb_build_array(fields::jsonb)
+"""
 _TIMEOUT: Final = 10.0
 """Timeout in seconds for idle transactions and half-open connections."""
 
@@ -235,7 +240,7 @@ class RefundQueue:
     async def failures(self, limit: int = 20) -> Sequence[Mapping[str, str | None]]:
         """Return the oldest refunds about which a person has to decide, with ``no_refund`` and ``cause``.
 
-        ``no_refund`` is None if it cannot be read.
+        ``no_refund`` is None if it cannot be read. After ``journal decide``, a worker removes it within a minute.
         """
         return await self.app.connector.execute_query_all_async(_FAILURES, **self._names, limit=limit)
 
@@ -300,10 +305,12 @@ class RefundQueue:
         if worker.failure is not None:
             raise worker.failure
 
+    def _sql(self, statement: LiteralString) -> str:
+        return SQL(statement).format(schema=Identifier(self._names["queue"])).as_string()
+
     async def _journal_id(self) -> str | None:
-        query = SQL(_JOURNAL).format(schema=Identifier(self._names["queue"])).as_string()
         try:
-            return cast("str", (await self.app.connector.execute_query_one_async(query))["id"])
+            return cast("str", (await self.app.connector.execute_query_one_async(self._sql(_JOURNAL)))["id"])
         except ConnectorException as error:
             if isinstance(error.__cause__, UndefinedTable):
                 return None
@@ -327,10 +334,11 @@ class RefundQueue:
         return self._worker
 
     async def _requeue_lost(self, timestamp: int) -> None:
-        """Queue the jobs of dead workers again, and the open refunds that no job contains."""
+        """Queue the jobs of dead workers and the open refunds without a job again; delete the decided failed jobs."""
         session, queue, connector = self._working().session, self._names["queue"], self.app.connector
         for job in await connector.execute_query_all_async(_RESCUE, queue=queue, seconds=self._rescue_after):
             logger.warning("job %s is set to %s: its worker is dead", job["id"], job["status"])
+        await connector.execute_query_async(self._sql(_DELETE_DECIDED), **self._names)
         async with aclosing(_chunks(_open_refunds(session), self._slice_size)) as chunks:
             async for refunds in chunks:
                 found = await connector.execute_query_all_async(_COVERED, **self._names, refunds=refunds)
