@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shutil
 import signal
 import sys
 import time
@@ -371,7 +372,7 @@ def test_a_decision_survives_a_killed_process(journal):
 
 
 def test_a_journal_is_backed_up_while_it_is_in_use(journal, env, gateway):
-    """The backup has every refund that was recorded when it began, and is a journal itself."""
+    """The backup has every refund that was recorded when it began, and can be shown."""
     gateway.script(Fault.NO_ANSWER, skip=2)
     file = write_csv(journal.with_name("refunds.csv"), [refund(number) for number in range(4)])
     process = start("batch", file, "--yes", "--concurrency", "1", env=env)
@@ -424,6 +425,26 @@ def test_a_restored_journal_queries_first(journal, env, gateway, merchant):
     assert len(gateway.refunds) == 3
     history = run("explain", "R-1", "--json").json["history"]
     assert [fact["what"] for fact in history] == ["begun", "query"]
+
+
+def test_a_backup_that_is_only_copied_back_sends_nothing(journal, env, gateway):
+    """It lacks the refunds that were made after it: every command but ``restore`` and those that read refuses it."""
+    file = write_csv(journal.with_name("refunds.csv"), [refund(1), refund(2)])
+    assert run("batch", write_csv(file.with_name("first.csv"), [refund(0)]), "--yes", env=env).exit_code == 0
+    backup = journal.with_name("journal.backup")
+    assert run("journal", "backup", backup).exit_code == 0
+    assert run("batch", file, "--yes", env=env).exit_code == 0
+    shutil.copy(backup, journal)
+    applied = gateway.requests["apply"]
+    decide = ("decide", "R-1", "made", "--evidence", "statement of 1 January")
+    for command in (["batch", file, "--yes"], ["journal", "resume"], ["journal", *decide]):
+        refused = run(*command, env=env)
+        assert (refused.exit_code, "use `lianlian journal restore FILE`" in refused.stderr) == (1, True)
+    assert run("journal", "show", "--json").json["states"]["accepted"] == 1
+    journal.unlink()
+    assert run("journal", "restore", backup).exit_code == 0
+    assert run("batch", file, "--yes", env=env).exit_code == 0
+    assert gateway.requests["apply"] == applied
 
 
 def test_an_unresolved_refund_of_a_backup_may_have_been_sent_later(journal):

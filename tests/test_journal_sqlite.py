@@ -24,7 +24,7 @@ import pytest
 
 from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
-from lianlian_async.journal import SqliteJournal, Standing, State, file_lock
+from lianlian_async.journal import SqliteJournal, SqliteReader, Standing, State, file_lock
 from lianlian_async.journal.sqlite_file import JournalFile, restore
 from tests.support import ROOT
 from tests.support.journals import MADE, held, intent, now
@@ -292,6 +292,31 @@ async def test_a_restored_journal_measures_the_grace_by_the_boot_clock(path, tmp
     assert await begin_new(path, behind.after(901)) == (Standing.ASK_FIRST, None)
 
 
+async def test_a_backup_can_be_read_but_is_a_journal_only_after_its_restore(path, tmp_path):
+    """A backup that was only copied back lacks later refunds, and its id is the journal's: it is refused."""
+    async with SqliteJournal(path) as journal:
+        await journal.begin(intent("R-1"), now())
+        journal_id = journal.id
+        with contextlib.closing(JournalFile(str(path), read_only=True)) as file:
+            file.backup(tmp_path / "backup")
+    copies = [path, tmp_path / "backup of the backup"]
+    shutil.copy(tmp_path / "backup", path)
+    with contextlib.closing(JournalFile(str(path), read_only=True)) as file:
+        file.backup(copies[1])
+    for copy in copies:
+        with pytest.raises(JournalError, match=r"this is a backup, .* use `lianlian journal restore FILE`"):
+            async with SqliteJournal(copy):
+                pass
+        async with SqliteReader(copy) as reader:
+            assert (await reader.find("R-1")).state is State.UNRESOLVED
+            assert reader.id == journal_id
+        restored = copy.with_name(f"{copy.name}-restored")
+        restore(copy, restored, now())
+        async with SqliteJournal(restored) as opened:
+            assert opened.id == journal_id
+            assert (await opened.begin(intent("R-2"), now()))[0] is Standing.ASK_FIRST
+
+
 async def test_commits_survive_a_power_failure(path):
     """Every commit is synced: with ``synchronous = normal`` the last commits in the WAL could be lost."""
     async with SqliteJournal(path) as journal:
@@ -359,7 +384,7 @@ async def test_another_version_is_refused_with_advice(path):
     async with SqliteJournal(path):
         pass
     _sqlite(path, "PRAGMA user_version = 1")
-    with pytest.raises(JournalError, match="schema version 1, but this release needs 8; resolve its open refunds"):
+    with pytest.raises(JournalError, match="schema version 1, but this release needs 9; resolve its open refunds"):
         async with SqliteJournal(path):
             pass
 

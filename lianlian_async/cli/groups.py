@@ -89,8 +89,9 @@ def decide() -> None:
 def backup() -> None:
     """Copy a journal file to FILE, which must not exist.
 
-    Other processes may use the journal meanwhile. FILE appears when the copy is complete. The inbox of notifications
-    is not copied, so after a restore on_refund may be called again for the same refund.
+    Other processes may use the journal meanwhile. FILE appears when the copy is complete. It can be read, but only
+    `lianlian journal restore` makes it a journal again. The inbox of notifications is not copied, so after a restore
+    on_refund may be called again for the same refund.
     """
 
 

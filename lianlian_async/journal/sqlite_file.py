@@ -53,9 +53,10 @@ class JournalFile:
 
     The file ``…-owner`` is locked while the journal is open, and names this process (see :mod:`.file_lock`). The
     journal itself is not locked, so other processes may read it. ``read_only`` opens it without the lock.
+    ``restored_at``: mark the file, a backup, as restored at that moment.
     """
 
-    def __init__(self, path: str, *, read_only: bool = False) -> None:
+    def __init__(self, path: str, *, read_only: bool = False, restored_at: Moment | None = None) -> None:
         self._path = Path(path)
         owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
         self._lock, self._errors = Lock(), partial(_errors, self._path)
@@ -74,13 +75,19 @@ class JournalFile:
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
                 self._connection.executescript(sql.CHANGES)
+                if restored_at is not None:
+                    self._mark_restored(restored_at)
             self.last_rowid: int = self._value(sql.LAST_ROWID)  # the first read creates the WAL
             """The rowid of the newest entry."""
             paths = () if read_only else (self._path, owner_path, log_path)
             self._files = {path: path.stat() for path in paths}
-            self._is_acting = bool(self._value(sql.IS_ACTING))
-            restored_at, evidence = json.loads(self._value(sql.RESTORED_AT))
-            self._restored_at = restored_at and sql.moment_of(restored_at, evidence)
+            self._is_acting, is_backup, restored, evidence = json.loads(self._value(sql.STATUS))
+            if is_backup and not read_only:
+                raise JournalError(
+                    f"journal {self._path}: this is a backup, and later refunds may have been made; move it away, then "
+                    "use `lianlian journal restore FILE`"
+                )
+            self._restored_at = restored and sql.moment_of(restored, evidence)
             self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
@@ -128,27 +135,30 @@ class JournalFile:
             self._opened.close()
 
     def backup(self, target: Path) -> None:
-        """Copy the journal, which other processes may have open; ``target`` appears when the copy is complete."""
+        """Copy the journal, which other processes may have open; ``target`` appears when the copy is complete.
+
+        The copy is marked: it can be read, but only :func:`restore` makes it a journal again.
+        """
         with self._lock, self._errors(), TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as folder:
             copy = Path(folder, target.name)
             with closing(_connect(copy, timeout=0.0)) as connection:
                 self._connection.backup(connection)
+                connection.execute(sql.MARK_BACKUP)
             copy.replace(target)
             sync_folders(target.parent)
 
-    def mark_restored(self, now: Moment) -> None:
+    def _mark_restored(self, now: Moment) -> None:
         """Record that this file is a restored backup, which lacks all later commits.
 
         From now on, every refund that it does not have is queried before it is sent, for good. Each such refund, and
         every unresolved one, counts as sent at ``now``, because the lost commits may include later sends.
         """
-        with self._lock, self._errors():
-            if (problem := self._value("PRAGMA quick_check")) != "ok":
-                raise _DamagedRowError(problem)
-            with self._connection:
-                self._connection.execute("BEGIN IMMEDIATE")
-                for statement in sql.MARK_RESTORED:
-                    self._connection.execute(statement, _restored(now))
+        if (problem := self._value("PRAGMA quick_check")) != "ok":
+            raise _DamagedRowError(problem)
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for statement in sql.MARK_RESTORED:
+                self._connection.execute(statement, _restored(now))
 
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
         """Carry out all ``operations`` in one transaction. It is durable on return; on an error it changes nothing."""
@@ -315,8 +325,7 @@ def restore(backup: Path, path: Path, now: Moment) -> None:
                 f"{backup} is empty, or lacks the commits in {backup}-wal; restore a file of `lianlian journal backup`"
             )
         copy = shutil.copy(backup, folder)
-        with closing(JournalFile(copy)) as file:
-            file.mark_restored(now)
+        JournalFile(copy, restored_at=now).close()
         Path(copy).replace(path)
         sync_folders(path.parent)
 
