@@ -716,4 +716,4 @@ def test_a_refund_that_a_journal_may_have_lost_is_queried_first(seconds, dt_refu
     """In the grace after a loss every refund; later those that were created (``dt_refund``) before its end."""
     begin = Begin(intent(fields={"no_refund": "R-1", "dt_refund": dt_refund}, grace=grace), now())
     begin.allow_for_failover(LOST_AT, LOST_AT + timedelta(seconds=seconds))
-    assert (begin.ask_first, begin.lost_at) == (ask_first, begin.now if is_sent else None)
+    assert (begin.ask_first, begin.sent_at) == (ask_first, begin.now if is_sent else None)

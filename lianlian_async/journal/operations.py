@@ -71,7 +71,7 @@ class Begin:
     """Identifies this call among the calls of all processes."""
     ask_first: bool = attrs.field(default=False, kw_only=True)
     """Whether the journal may have lost an entry of this refund."""
-    lost_at: Moment | None = attrs.field(default=None, kw_only=True)
+    sent_at: Moment | None = attrs.field(default=None, kw_only=True)
     """The latest time at which a call whose entry was lost may have sent the refund; None: more than the grace ago."""
     found: Entry | None = attrs.field(default=None, init=False)
     """The entry that the caller received with the lease."""
@@ -89,16 +89,16 @@ class Begin:
         self.now, self.intent = self.now.after(seconds), attrs.evolve(self.intent, lease=self.intent.lease - seconds)
 
     def allow_for_restore(self, restored_at: Moment) -> None:
-        """Set ``ask_first`` and ``lost_at`` for a backup that was restored at ``restored_at``.
+        """Set ``ask_first`` and ``sent_at`` for a backup that was restored at ``restored_at``.
 
         Any refund may be lost for good: neither its ``dt_refund`` nor the wall clock proves when it was begun.
         """
         if self.intent.grace is not None:
             self.ask_first, seconds = True, elapsed(restored_at, self.now)
-            self.lost_at = restored_at if seconds is None or seconds < self.intent.grace else None
+            self.sent_at = restored_at if seconds is None or seconds < self.intent.grace else None
 
     def allow_for_failover(self, lost_at: datetime, now: datetime) -> None:
-        """Set ``ask_first`` and ``lost_at`` for a database that at ``lost_at`` lost its latest entries.
+        """Set ``ask_first`` and ``sent_at`` for a database that at ``lost_at`` lost its latest entries.
 
         A call whose entry was lost may send until the grace ends. So until then any refund may be lost; later, and of
         the refunds that a call may have sent, only those whose ``dt_refund`` is early enough.
@@ -107,7 +107,7 @@ class Begin:
             until, dt_refund = lost_at + timedelta(seconds=self.intent.grace), self.intent.fields.get("dt_refund", "")
             self.ask_first = now < until or dt_refund < wire.format_timestamp(until)
             is_sent = now < until and dt_refund < wire.format_timestamp(lost_at)
-            self.lost_at = self.now if is_sent else None
+            self.sent_at = self.now if is_sent else None
 
     def apply(self, entry: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
         """Return the standing and the entry. The caller has the lease after NEW, ASK_FIRST or UNRESOLVED."""
@@ -132,7 +132,7 @@ class Begin:
             no_refund=self.no_refund,
             fields=self.intent.fields,
             body=self.intent.body,
-            sent_at=self.lost_at,
+            sent_at=self.sent_at,
             holder=self.holder,
             leased_until=leased_until,
             history=history,
