@@ -135,7 +135,7 @@ class Flights:
                 sent_at=entry.sent_at,
                 refused=_refused(entry),
                 ask_first=standing is Standing.ASK_FIRST or order.query_first,
-                before_resend=partial(order.journal.resend, entry),
+                before_resend=partial(self._before_resend, order.journal, entry),
                 canary=partial(self._canary, order, flight.until),
                 traffic=flight.traffic,
                 history=entry.history,
@@ -145,6 +145,12 @@ class Flights:
             if has_journal and (open_refund := await self._open_refunds.find(order.request.no_refund)) is not None:
                 case.take_over(open_refund.sent_at, _refused(open_refund))  # an earlier call used no journal
             return await recording.keep(entry, partial(resolve, case, gateway.send, gateway.retries_left), case)
+
+    async def _before_resend(self, journal: Journal, entry: Entry, history: str) -> bytes:
+        """Record that the request may be sent again; return its body, signed again: the key may have changed since."""
+        body = await self._gateway.seal(self._gateway.protocol.signed_fields(entry.body))
+        await journal.resend(attrs.evolve(entry, body=body), history)
+        return body
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
         """Return the unknown outcome for a caller that leaves. Its flight may go on, and send until its deadline."""

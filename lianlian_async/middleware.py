@@ -16,6 +16,7 @@ import attrs
 from .errors import ConfigurationError, LianLianError, misconfigured
 from .events import AttemptBegan, AttemptEnded, Paused
 from .exchange import Call, Exchange, Finding, NoResponse, Reply, SendCount
+from .identity import check_identity
 from .protocol import unanswered
 from .retry import TokenBucket
 from .settings import is_number
@@ -166,6 +167,10 @@ def _problem(exchange: Exchange, reply: object) -> str | None:
     other_sends = exchange.send_count.open_sends - (reply.finding is Finding.EXISTS)
     if reply.finding in (Finding.NOT_SENT, Finding.REJECTED, Finding.EXISTS) and other_sends > 0:
         return f"the answer is {reply.finding.name}, but another send of the same request may have worked"
+    try:
+        check_identity(exchange.asked, {} if reply.refund is None else reply.refund.raw)
+    except LianLianError as error:
+        return f"a middleware returned the record of another refund: {error}"
     return None
 
 

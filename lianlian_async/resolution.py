@@ -22,7 +22,7 @@ from .journal.base import added
 from .middleware import Next, backoff
 from .models import Refund, RefundRecord, RefundRequest
 from .outcome import Traffic, unknown_reason
-from .retry import TokenBucket
+from .retry import LONGEST_RETRY_AFTER, TokenBucket
 
 _LONGEST_WAIT: Final = 90 * 86_400.0
 """Seconds: the longest time until ``ask_again_at``. After 3 months the gateway rejects a query (3005)."""
@@ -71,8 +71,8 @@ class Case:
     """The last answer *duplicate* or *in progress*. None: there is no such answer, or an attempt may have succeeded."""
     ask_first: bool = False
     """Whether to query before the first send: the journal may have lost an attempt."""
-    before_resend: Callable[[str], Awaitable[None]]
-    """Records in the journal that the same bytes may be sent again; its argument is ``history``."""
+    before_resend: Callable[[str], Awaitable[bytes]]
+    """Records in the journal that the request may be sent again, and returns its body; its argument is ``history``."""
     canary: Callable[[], Awaitable[LianLianError | bool]]
     """Queries the canary, a refund that was made, to check the query service. True: the canary was found. False: there
     is no canary. An error: "no such record" from this query service proves nothing."""
@@ -166,7 +166,7 @@ class Case:
         sent_at = now.after(seconds_left) if seconds_left else (self.sent_at or now).dated(now)
         policy = self.apply.policy
         grace_left = policy.not_found_grace - (elapsed(sent_at, now) or 0.0)
-        wait = max(grace_left, policy.maximum, self.retry_after or 0.0)
+        wait = max(grace_left, policy.maximum, min(self.retry_after or 0.0, LONGEST_RETRY_AFTER))
         error = RefundOutcomeUnknown(
             request=self.request,
             oid_partner=self.apply.asked["oid_partner"],
@@ -206,7 +206,7 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
                 sends_left -= 1
                 if case.sent_at is not None:
                     case.add_fact("resend")
-                    await case.before_resend(case.history)
+                    case.apply = attrs.evolve(case.apply, body=await case.before_resend(case.history))
                 refund = await _apply(case, send)
     except anyio.get_cancelled_exc_class() as error:
         if anyio.current_effective_deadline() == -math.inf:

@@ -392,6 +392,21 @@ async def test_layer_that_denies_a_send_is_not_believed(lie):
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
+async def test_layer_that_returns_the_record_of_another_refund():
+    """A cache with a wrong key: the record proves nothing, and the query finds the refund."""
+    gateway, replies = sandbox(), []
+
+    async def mixing(exchange, call_next):
+        replies.append(await call_next(exchange))
+        return replies[0] if exchange.call is Call.APPLY else replies[-1]
+
+    async with gateway.session(clock=boot_clock, middleware=[mixing]) as session:
+        assert (await session.apply_refund(refund_request(1))).no_refund == "R-1"
+        assert (await session.apply_refund(refund_request(2))).no_refund == "R-2"
+    assert gateway.times_made("R-2") == 1
+    assert gateway.requests == {"apply": 2, "query": 1}
+
+
 async def test_layer_may_answer_without_a_send():
     """A layer that answers for the gateway without sending anything is believed."""
     gateway = sandbox()

@@ -33,6 +33,7 @@ from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.resolution import NEXT_STEP, Case, Step
 from lianlian_async.retry import Deadline
 from lianlian_async.sandbox import Fault, Repeated, When
+from tests.support import keypairs
 from tests.support.parties import EPOCH, as_json, boot_clock, made, refund_request, sandbox, wall_clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -338,13 +339,13 @@ async def test_the_first_query_respects_retry_after():
 
 
 async def test_a_retry_after_beyond_the_deadline_sends_no_query():
-    """The outcome is unknown at once, and ``ask_again_at`` respects Retry-After."""
+    """The outcome is unknown at once. A Retry-After of more than a minute does not change ``ask_again_at``."""
     gateway = sandbox()
     gateway.script(Fault.TOO_MANY, call="apply", delay=2000)
     unknown = await left_unknown(gateway)
     assert anyio.current_time() == 0
     assert unknown.queries == gateway.requests["query"] == 0
-    assert unknown.ask_again_at == EPOCH + timedelta(seconds=2000)
+    assert unknown.ask_again_at == EPOCH + timedelta(seconds=900)
 
 
 async def test_an_empty_retry_budget_ends_the_queries():
@@ -427,6 +428,23 @@ async def test_resolve_after_the_grace_sends_the_same_bytes_again():
     assert refund.no_refund == "R-1"
     assert road.applied == [caught.value.body] * 2
     assert gateway.times_made("R-1") == 1
+
+
+@pytest.mark.parametrize("has_journal", [False, True], ids=["no journal", "journal"])
+async def test_a_request_is_signed_again_before_it_is_sent_again(has_journal):
+    """The merchant's key may have changed since the first send: the fields stay the same, the signature is new."""
+    gateway, changed = sandbox(), sandbox(merchant_key=keypairs.pair("stranger").private)
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    journal = MemoryJournal() if has_journal else None
+    unknown = await left_unknown(gateway, journal=journal)
+    await anyio.sleep(1000)
+    session, road = session_over(changed, journal=journal)
+    async with session:
+        assert (await session.resolve(unknown)).no_refund == "R-1"
+    before, sent = wire.decode(unknown.body), wire.decode(road.applied[0])
+    assert before.pop("sign") != sent.pop("sign")
+    assert before == sent
+    assert changed.times_made("R-1") == 1
 
 
 async def test_a_pickled_unknown_is_resolved_in_another_session():

@@ -45,7 +45,7 @@ def _own(job: frame.Job) -> dict[str, float]:
     async def make_query() -> Exchange:
         raise RuntimeError("no query is expected")
 
-    async def before_resend() -> None:
+    async def before_resend(history: str) -> bytes:
         raise RuntimeError("no resend is expected")
 
     async def canary() -> LianLianError | bool:

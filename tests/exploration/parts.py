@@ -91,7 +91,7 @@ class SessionStub(SimpleNamespace):
         super().__init__(_clock=lambda: now)
 
 
-async def _nothing() -> None:
+async def _nothing(*_: object) -> None:
     return None
 
 
