@@ -181,7 +181,8 @@ class Service:
         for task in self._tasks:
             task.cancel()
         try:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._tasks:  # without tasks, gather creates an event loop when this coroutine of a dead node is closed
+                await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
             await self._endpoint.__aexit__(*error)
 
