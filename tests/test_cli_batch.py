@@ -170,6 +170,21 @@ def test_out_has_the_columns_of_the_file_and_the_outcomes(env, file, tmp_path, n
         assert "5003" in rejected["error"]
 
 
+@pytest.mark.parametrize("name", ["results.csv", "results.jsonl"])
+def test_out_has_repeated_lines(env, gateway, file, tmp_path, name):
+    """A line that repeats another one has a result line, with the file's columns and the filled-in fields."""
+    rows = [refund(1, no_refund=None, note=note) | {"number": "R-1"} for note in ("a", "b")]
+    reading = ("--map", "no_refund=number", "--ignore-unknown", "--out", tmp_path / name)
+    assert run("batch", write_csv(file, rows), "--yes", *reading, env=env).exit_code == 0
+    lines = results(tmp_path / name)
+    assert [lines[number]["outcome"] for number in (2, 3)] == ["made", "repeated"]
+    assert [lines[number]["note"] for number in (2, 3)] == ["a", "b"]
+    repeated = lines[3]
+    assert (repeated["number"], repeated["no_refund"], repeated["what_to_do"]) == ("R-1", "R-1", None)
+    assert repeated["meaning"] == "repeats line 2: refund R-1 is made once"
+    assert books(gateway) == {"R-1": 1}
+
+
 def test_out_has_the_fields_that_the_command_filled_in(env, file, tmp_path):
     """The result lines have the time from --dt-refund, as it was sent."""
     write_csv(file, [refund(1, dt_refund=None)])

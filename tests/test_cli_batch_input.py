@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import closing
+from pathlib import Path
 
 import anyio
 import click
@@ -12,7 +13,7 @@ from lianlian_async.cli.batch.checked import Checked
 from lianlian_async.cli.batch.rows import Row
 from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.errors import LianLianError
-from tests.support.batches import refund, write_csv, write_lines
+from tests.support.batches import refund, url_of, write_csv, write_lines
 from tests.support.command import on_a_terminal, run
 
 OPTIONS = {"dt_refund": None, "read_date": None, "read_money": None}
@@ -153,6 +154,23 @@ def test_invalid_lines_are_listed_and_nothing_is_sent(env, gateway, file):
     assert not gateway.requests
 
 
+def test_skipped_invalid_lines_exit_3(env, gateway, file, database):
+    """With --skip-invalid, the exit code says that some lines were not sent, also for a dry run and for the queue."""
+    write_csv(file, [refund(1), refund(2, money_refund="1O"), refund(3, money_refund="1000.01")])
+    dsn = env | {"LIANLIAN_DSN": url_of(database)}
+    skip = ("batch", file, "--skip-invalid", "--json")
+    assert run(*skip, "--dry-run", env=env).exit_code == 3
+    assert run(*skip, "--yes", "--queue", env=dsn).exit_code == 3
+    assert not gateway.requests
+    Path(f"{file}.receipt").unlink()
+    ended = run(*skip, "--yes", env=env)
+    assert (ended.exit_code, ended.json["outcome"], ended.json["invalid"]) == (3, "rejected", 1)
+    write_csv(file, [refund(1), refund(2, money_refund="1O")])
+    ended = run(*skip, "--yes", env=env)
+    assert (ended.exit_code, ended.json["outcome"], ended.json["invalid"]) == (3, "invalid", 1)
+    assert run("batch", write_csv(file, [refund(1)]), "--skip-invalid", "--yes", env=env).exit_code == 0
+
+
 def test_line_numbers_count_every_line_of_the_file(nowhere, file):
     """Blank lines and line breaks within quotes count."""
     header = "no_refund,dt_refund,money_refund,no_order,note\n"
@@ -205,7 +223,9 @@ def test_repeated_no_refund_must_have_the_same_content(env, gateway, file):
     ]
     assert ended.json["remarks"] == [{"line": 3, "remark": "repeats line 2: refund R-1 is made once"}]
     assert not gateway.requests
-    assert run("batch", file, "--yes", "--skip-invalid", env=env).exit_code == 0
+    ended = run("batch", file, "--yes", "--skip-invalid", env=env)
+    assert ended.exit_code == 3
+    assert "│ invalid lines      │ 5 " in ended.stdout
     assert [record.no_refund for record in gateway.refunds] == ["R-1"]
 
 
@@ -337,6 +357,18 @@ def test_terminal_must_confirm_before_sending(env, gateway, file, journal, monke
     assert on_a_terminal(monkeypatch, "y\n", "batch", file, env=env) == 3
     assert "Send 2 new refunds, 20.00 yuan? [y/N]" in capsys.readouterr().err
     assert len(gateway.refunds) == 3
+
+
+def test_edited_lines_are_not_new(env, file):
+    """A line that was edited after its refund was made is a conflict: only what is really sent is counted."""
+    run("batch", write_csv(file, [refund(1), refund(2), refund(3)]), "--yes", env=env)
+    edited = [refund(1, money_refund="500"), refund(2, no_order="O-9"), refund(3), refund(4, money_refund="7.5")]
+    dry = run("batch", write_csv(file, edited), "--dry-run", "--json", env=env)
+    assert dry.json["found"] == {"new": 1, "made": 1, "open": 0, "conflict": 2}
+    assert dry.json["new_yuan"] == "7.50"
+    ended = run("batch", file, "--yes", "--json", env=env)
+    assert ended.json["outcomes"]["conflict"]["refunds"] == 2
+    assert ended.json["attempts"] == 1
 
 
 @pytest.mark.anyio

@@ -15,7 +15,8 @@ import click
 
 from lianlian_async.cli.options import check_partner, is_dsn
 from lianlian_async.cli.stores import make_reader
-from lianlian_async.errors import InvalidRequest, LianLianError, Problem
+from lianlian_async.errors import InvalidRequest, LianLianError, Problem, RefundConflict
+from lianlian_async.identity import check_request
 from lianlian_async.journal import Entry, Journal, SqliteReader, State
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
@@ -158,14 +159,16 @@ class Checked:
         if problem:
             return f"no_refund {number} is used for different refunds, see line {first}"
         if fields == known:
-            self.remarks.add(line, f"repeats line {first}: refund {number} is made once")
+            remark = f"repeats line {first}: refund {number} is made once"
+            self.remarks.add(line, remark)
+            self._do("INSERT INTO refunds VALUES (?, NULL, ?, ?, ?)", line, fields, cells, remark)
             return None
         # Refuse both lines: the file does not show which one is correct.
         other = json.loads(known)
         field = next(name for name in (*record, *other) if record.get(name) != other.get(name))
         problem = f"no_refund {number} has a different {field} on line {line}"
         self.problems.add(first, problem)
-        self._do("UPDATE refunds SET problem = ? WHERE line = ?", problem, first)
+        self._do("UPDATE refunds SET problem = ?, fields = NULL WHERE line = ?", problem, first)
         return f"no_refund {number} has a different {field} on line {first}"
 
     def totals(self) -> FileTotals:
@@ -194,9 +197,16 @@ class Checked:
     def invalid_lines(self) -> Iterator[tuple[int, Mapping[str, str], str]]:
         """Yield line, cells and problem of each invalid line. The calling thread reads them from disk."""
         for line, cells, problem in self._do(
-            "SELECT line, cells, problem FROM refunds WHERE problem IS NOT NULL ORDER BY line"
+            "SELECT line, cells, problem FROM refunds WHERE fields IS NULL ORDER BY line"
         ):
             yield line, json.loads(cells), problem
+
+    def repeated_lines(self) -> Iterator[tuple[Line, str]]:
+        """Yield each line that repeats another one, and its remark. The calling thread reads them from disk."""
+        for *row, remark in self._do(
+            "SELECT line, '', fields, cells, problem FROM refunds WHERE fields IS NOT NULL AND problem IS NOT NULL"
+        ):
+            yield _line_of(*row), remark
 
     def _do(self, statement: str, *parameters: object) -> sqlite3.Cursor:
         try:
@@ -238,13 +248,25 @@ async def look_up(checked: Checked, totals: FileTotals, place: str) -> InJournal
         async with make_reader(place) as journal:
             in_journal.journal_id = journal.id
             async for page in checked.pages():
-                for entry in await _find_all(journal, [number for _, number, _, _ in page]):
-                    if entry.ending is not None or entry.sent_at is not None:
-                        open_or_made = "made" if entry.state.is_made else "open"
-                        word = str(entry.state) if entry.state in (State.REJECTED, State.CONFLICT) else open_or_made
+                requests = {number: json.loads(fields) for _, number, fields, _ in page}
+                for entry in await _find_all(journal, list(requests)):
+                    request = requests[entry.no_refund]
+                    if (word := _word(entry, request)) is not None:
                         in_journal.found.update({word: 1, "new": -1})
-                        in_journal.new_yuan -= Decimal(entry.fields["money_refund"])
+                        in_journal.new_yuan -= Decimal(request["money_refund"])
     return in_journal
+
+
+def _word(entry: Entry, request: Mapping[str, str]) -> str | None:
+    """Return the state of a request that is on record, and is not sent as a new refund; else None."""
+    try:
+        check_request(entry.no_refund, request, entry.fields)
+    except RefundConflict:
+        return str(State.CONFLICT)
+    if entry.ending is None and entry.sent_at is None:
+        return None
+    open_or_made = "made" if entry.state.is_made else "open"
+    return str(entry.state) if entry.state in (State.REJECTED, State.CONFLICT) else open_or_made
 
 
 async def _find_all(journal: SqliteReader | Journal, numbers: Sequence[str]) -> list[Entry]:

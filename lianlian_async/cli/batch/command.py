@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lianlian_async.background import BackgroundTask
 from lianlian_async.batch import refund_many
-from lianlian_async.cli.exit_codes import INTERRUPTED, UNKNOWN, exit_outcome_of
+from lianlian_async.cli.exit_codes import INTERRUPTED, INVALID, MADE, UNKNOWN, exit_outcome_of
 from lianlian_async.cli.options import is_dsn, load_merchant, make_session, place_name
 from lianlian_async.cli.output import Output, line_writer, local_time
 from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
@@ -27,7 +27,7 @@ from lianlian_async.outcome import Outcome
 
 from .checked import Checked, FileTotals, InJournal, Line, checked_file, look_up
 from .options import refuse_for_queue
-from .results import Totals, interrupted_result, invalid_result, result_columns, result_of
+from .results import Totals, interrupted_result, invalid_result, repeated_result, result_columns, result_of
 from .summary import file_facts, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
@@ -69,6 +69,7 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
             else:
                 _confirm_batch(run, file)
                 ctx.exit(_send(run))
+        ctx.exit(INVALID.exit_code if checked.problems.count else 0)
 
 
 def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[str, Any]) -> Callable[[str], None]:
@@ -181,6 +182,8 @@ def _send(run: "_Batch") -> int:
             "run the same command again to resolve them"
         )
     outcome = outcome or (exit_outcome_of(failure) if failure else run.totals.exit_outcome())
+    if outcome is MADE and run.checked.problems.count:
+        outcome = INVALID
     out = run.options["out"]
     places = {"journal": place_name(run.place)} | ({"results": str(out)} if out else {})
     show_batch(run.output, run.checked, run.totals, run.in_journal, outcome=outcome, failure=failure, places=places)
@@ -273,6 +276,8 @@ class _Batch:
         with line_writer(self.options["out"], result_columns(self.columns)) as write:
             for line in self.checked.invalid_lines():
                 write(invalid_result(*line))
+            for repeated in self.checked.repeated_lines():
+                write(repeated_result(*repeated))
 
             def write_result(result: Mapping[str, Any]) -> None:
                 if self.failure is None:

@@ -158,5 +158,5 @@ def batch() -> None:
 
     FILE is CSV with a header line, or JSON Lines, with LianLian's field names (- is stdin). All lines are checked
     before anything is sent. After a crash or Ctrl-C, run the same command again: the journal shows what was sent.
-    Exit codes: 0 all made; 3 some rejected or failed; 4 some unknown; 130 interrupted.
+    Exit codes: 0 all made; 3 some invalid, rejected or failed; 4 some unknown; 130 interrupted.
     """

@@ -123,6 +123,11 @@ def invalid_result(line: int, cells: Mapping[str, str], problem: str) -> dict[st
     }
 
 
+def repeated_result(line: Line, remark: str) -> dict[str, Any]:
+    """Return the result line of a line that repeats another one."""
+    return _result(line) | {"outcome": "repeated", "meaning": remark}
+
+
 def _result(line: Line) -> dict[str, Any]:
     # A cell of the file replaces the request's field of the same name.
     own = {column: text for column, text in line.cells.items() if text and column not in _OURS}

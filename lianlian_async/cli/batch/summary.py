@@ -83,7 +83,7 @@ def show_batch(
     output.show(
         document,
         table(title, ("outcome", "refunds", "yuan"), [*outcomes, *to_do]),
-        *tables({"run": {**facts, **places}}),
+        *tables({"run": {**facts, "invalid_lines": checked.problems.count or None, **places}}),
         *chain.from_iterable(
             _not_made(reason, refunds, totals.not_made[reason], places.get("results")) for reason, refunds in reasons
         ),
