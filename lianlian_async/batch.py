@@ -57,7 +57,7 @@ def refund_many(
         wait_unknown: keep unknown outcomes in memory until all other refunds have ended, then resolve each of them at
             its ``ask_again_at``, once.
 
-    Raises at the end of the iteration:
+    Raises ``RuntimeError`` at once if the session is not open. Raises at the end of the iteration:
         BatchStopped: a rejection with ``stops_batch``, or answers about four refunds in a row without a valid
             signature. Until one answer has a valid signature, at most four refunds run concurrently.
         JournalError: the journal failed; no further refund was started.

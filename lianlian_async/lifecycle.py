@@ -60,7 +60,7 @@ class Lifecycle:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Count one call; :meth:`close` waits for it."""
-        self._check_open()
+        self.check_open()
         if anyio.lowlevel.current_token() != self._event_loop:
             raise self._misused("belongs to another event loop: open a separate one in each loop")
         self._running += 1
@@ -80,12 +80,13 @@ class Lifecycle:
             with wait():
                 await self._slots.acquire()
         try:
-            self._check_open()  # close() may have been called during the wait
+            self.check_open()  # close() may have been called during the wait
             yield
         finally:
             self._slots.release()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise ``RuntimeError`` unless the object is open."""
         if self._state is not _State.OPEN:
             raise self._misused(f"is {self._state.value}")
 

@@ -138,6 +138,7 @@ class RefundSession:
     @property
     def signatures(self) -> SignatureWatch:
         """Records whether the gateway's answers have valid signatures. If not, batches and workers stop early."""
+        self._life.check_open()
         return self._gateway.signatures
 
     async def __aenter__(self) -> Self:

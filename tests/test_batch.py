@@ -661,16 +661,16 @@ async def test_a_journal_that_cannot_write_stops_the_batch():
     assert sum(outcome.refund is not None for outcome in outcomes) == 5
 
 
-async def test_a_batch_on_a_closed_session_raises():
+async def test_a_batch_on_a_session_that_is_not_open_raises():
     """It sends nothing, and raises the error of the session."""
     gateway = sandbox()
-    async with session_with(gateway) as session:
+    session = session_with(gateway)
+    with pytest.raises(RuntimeError, match="is not open: use it"):
+        refund_many(session, Source())
+    async with session:
         pass
-    batch = refund_many(session, Source())
     with pytest.raises(RuntimeError, match="closed"):
-        await anext(batch)
-    with pytest.raises(StopAsyncIteration):
-        await anext(batch)
+        refund_many(session, Source())
     assert not gateway.requests
 
 
@@ -756,14 +756,20 @@ async def test_a_batch_that_stops_does_not_wait_for_unknown_refunds(stranger_key
 
 
 async def test_a_batch_that_stops_while_it_resolves_yields_the_rest_as_unknown():
-    """A resend is rejected for the configuration: refunds whose ``ask_again_at`` is hours away are yielded now."""
+    """A resend is rejected for the configuration: refunds whose ``ask_again_at`` is later are yielded now."""
     gateway, outcomes = sandbox(), []
     gateway.script(Fault.NO_ANSWER, no_refund="R-1", when=When.BEFORE)
     gateway.script(Fault.BUSY, no_refund="R-1", when=When.BEFORE, call="apply", ret_code="1001")
-    gateway.script(Fault.TOO_MANY, no_refund="R-2", when=When.BEFORE, delay=36_000)
+    gateway.script(Fault.NO_ANSWER, no_refund="R-2", when=When.BEFORE)
+
+    async def requests():
+        yield refund_request(1)
+        await anyio.sleep(800)
+        yield refund_request(2)
+
     async with session_with(gateway) as session:
         with pytest.raises(BatchStopped, match="1001"):
-            await collect(refund_many(session, Source(2), wait_unknown=True), outcomes)
+            await collect(refund_many(session, requests(), wait_unknown=True), outcomes)
     assert [type(outcome.error) for outcome in outcomes] == [RefundRejected, RefundOutcomeUnknown]
     assert numbers(outcomes) == [1, 2]
     assert 900 < anyio.current_time() < 1000

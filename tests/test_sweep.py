@@ -180,12 +180,43 @@ async def test_a_sweep_needs_a_journal_and_a_session(handler, missing):
             await endpoint.sweep()
 
 
-async def test_a_sweep_refuses_a_session_that_does_not_share_journal_and_merchant(journal, handler):
+async def test_a_sweep_refuses_a_session_with_another_journal(journal, handler):
     """Such a session would resolve other refunds than those of the endpoint's journal."""
-    gateway = sandbox()
-    ours, theirs = gateway.merchant(), gateway.merchant(oid_partner="201304121000001004")
-    for merchant, other in ((ours, None), (ours, MemoryJournal()), (theirs, journal)):
+    merchant = sandbox().merchant()
+    for other in (None, MemoryJournal()):
         session = RefundSession(merchant, journal=other)
-        endpoint = NotificationEndpoint(ours, handler, journal=journal, session=session)
-        with pytest.raises(ConfigurationError, match="must have the endpoint's journal and merchant"):
+        endpoint = NotificationEndpoint(merchant, handler, journal=journal, session=session)
+        with pytest.raises(ConfigurationError, match="must have the endpoint's journal"):
             await endpoint.sweep()
+
+
+async def test_an_endpoint_refuses_a_session_of_another_merchant(handler):
+    """Its notifications would end the waits of the other merchant's calls."""
+    theirs = RefundSession(sandbox().merchant(oid_partner="201304121000001004"))
+    with pytest.raises(ConfigurationError, match="session: must belong to the endpoint's merchant"):
+        NotificationEndpoint(sandbox().merchant(), handler, session=theirs)
+
+
+async def test_the_sweep_of_an_inbox_needs_the_inboxs_worker(journal, handler):
+    """Outside ``async with`` nobody would call the handler, so the sweep raises."""
+    async with sandbox().session(clock=boot_clock, journal=journal) as session:
+        endpoint = NotificationEndpoint(session.merchant, handler, journal=journal, session=session, inbox=True)
+        with pytest.raises(RuntimeError, match="the inbox is not open: use the NotificationEndpoint in `async with`"):
+            await endpoint.sweep()
+        async with endpoint:
+            assert await endpoint.sweep() == Resumed(resolved=0, still_open=0)
+
+
+async def test_an_incomplete_notification_waits_for_no_connection(handler):
+    """If no connection is free within ``handler_seconds``, it is not acknowledged."""
+    gateway = sandbox(delay=100)
+    gateway.script(Fault.DELAY, call="apply", no_refund="R-2")
+    settings = {"clock": boot_clock, "max_connections": 1, "deadline": 150}
+    async with gateway.session(**settings) as session, anyio.create_task_group() as tasks:
+        await session.apply_refund(refund_request(1))
+        endpoint = NotificationEndpoint(session.merchant, handler, session=session, handler_seconds=2, clock=boot_clock)
+        tasks.start_soon(session.apply_refund, refund_request(2))
+        await anyio.sleep(1)
+        answer = await endpoint.handle(notification(1, sta_refund=None, oid_refundno=None), HEADERS)
+        assert (answer.status, anyio.current_time()) == (503, pytest.approx(3, abs=0.1))
+        tasks.cancel_scope.cancel()

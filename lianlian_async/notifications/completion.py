@@ -2,6 +2,8 @@
 
 from typing import Final, cast
 
+import anyio
+
 from lianlian_async import errors
 from lianlian_async.errors import RefundConflict
 from lianlian_async.identity import check_identity
@@ -13,7 +15,13 @@ from lianlian_async.session import RefundSession
 _NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
 # query_refund raises these if it cannot return a record.
 _UNUSABLE: Final = (errors.AnswerMismatch, errors.MalformedMessage, errors.SignatureInvalid)
-_NO_RECORD: Final = (errors.GatewayUnavailable, errors.InvalidRequest, errors.QueryRejected, errors.RefundNotFound)
+_NO_RECORD: Final = (
+    errors.GatewayUnavailable,
+    errors.InvalidRequest,
+    errors.QueryRejected,
+    errors.RefundNotFound,
+    TimeoutError,
+)
 
 
 async def complete(
@@ -22,7 +30,7 @@ async def complete(
     """Return ``notified``, the notification's record; if it lacks a field, query and return the gateway's record.
 
     The query requires ``session``, and a ``dt_refund`` from the notification or from ``journal``. It ends after
-    ``seconds``. Raises :class:`IncompleteRecord` if the query supplies no complete record, ``RefundConflict`` if
+    ``seconds``, even if it is still waiting for a connection. Raises :class:`IncompleteRecord` if the query supplies no complete record, ``RefundConflict`` if
     the two records contradict each other, and ``JournalError`` if the journal fails.
     """
     missing = [name for name in _NEEDED if getattr(notified, name) is None]
@@ -35,10 +43,11 @@ async def complete(
     if entry is not None:
         notified = notified.completed(entry.fields)
     try:
-        found = await session.query_refund(notified.query(), deadline=seconds)
+        with anyio.fail_after(seconds):
+            found = await session.query_refund(notified.query(), deadline=seconds)
         check_same(notified, found)
     except (*_NO_RECORD, *_UNUSABLE) as error:
-        raise IncompleteRecord(f"{what}; the query failed: {error}") from error
+        raise IncompleteRecord(f"{what}; the query failed: {error or 'no connection was free'}") from error
     for name in _NEEDED:
         if getattr(found, name) is None:
             raise IncompleteRecord(f"{what}, and the gateway's record has no {name}")

@@ -129,6 +129,8 @@ class NotificationEndpoint:
         check_type("on_refund", on_refund, Callable)  # type: ignore[arg-type]
         check_journal(journal)
         check_type("session", session, RefundSession | None)
+        if session is not None and session.merchant.oid_partner != merchant.oid_partner:
+            raise errors.ConfigurationError("session: must belong to the endpoint's merchant")
         if confirm and session is None:
             raise errors.ConfigurationError(
                 "confirm=True requires session=…: the endpoint queries the gateway through it"
@@ -286,8 +288,7 @@ class NotificationEndpoint:
         return await (self._keep(refund, inbox) if self._is_inbox else self._act_once(refund, inbox))
 
     async def _keep(self, refund: Refund, inbox: Inbox) -> Verdict:
-        if self._worker is None:
-            raise RuntimeError(f"the inbox is not open: {_HOW_TO_OPEN}")
+        self._check_inbox()
         standing = await inbox.keep(refund)
         self._notify_session(refund)
         return Verdict.KEPT if standing is Standing.NEW else Verdict.DUPLICATE
@@ -313,6 +314,8 @@ class NotificationEndpoint:
         fails.
         """
         journal, session = self.check_sweep()
+        if self._is_inbox:
+            self._check_inbox()
         inbox = (await self._open()).inbox
         await journal.begin_acting()  # again: a failover of the database may have lost the first one
         resumed = await session.resume(concurrency=concurrency)
@@ -324,18 +327,19 @@ class NotificationEndpoint:
     def check_sweep(self) -> tuple[Journal, RefundSession]:
         """Return what :meth:`sweep` needs.
 
-        Raises ``ConfigurationError`` without a journal or a session, or if the session has another journal or merchant.
+        Raises ``ConfigurationError`` without a journal or a session, or if the session has another journal.
         """
         if self._journal is None or self._session is None:
             raise errors.ConfigurationError(
                 "sweep requires journal=… and session=…: it queries the gateway through the session"
             )
-        if (
-            self._session.journal is not self._journal
-            or self._session.merchant.oid_partner != self.merchant.oid_partner
-        ):
-            raise errors.ConfigurationError("sweep: the session must have the endpoint's journal and merchant")
+        if self._session.journal is not self._journal:
+            raise errors.ConfigurationError("sweep: the session must have the endpoint's journal")
         return self._journal, self._session
+
+    def _check_inbox(self) -> None:
+        if self._worker is None:
+            raise RuntimeError(f"the inbox is not open: {_HOW_TO_OPEN}")
 
     def _notify_session(self, refund: Refund) -> None:
         if self._session is not None:
