@@ -68,7 +68,7 @@ class RefundSession:
             recorded before its first byte is sent, so ``apply_refund`` may be repeated after a crash. A journal
             belongs to the merchant and the apply endpoint of the first session that uses it.
         query_first: query every refund that is new in the journal before it is sent. Set it after a journal was lost
-            or restored.
+            or restored, and wait for ``not_found_grace`` after the last send: the gateway may show a refund late.
         listeners: functions that are called with each event of :mod:`lianlian_async.events`, for metrics and traces.
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
 

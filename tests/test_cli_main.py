@@ -94,7 +94,7 @@ def test_completion_lists_commands():
 
 def test_help_lists_the_exit_codes():
     """--help lists the exit codes for scripts."""
-    assert "4 outcome unknown" in " ".join(run("--help").stdout.split())
+    assert "4 some unknown" in " ".join(run("--help").stdout.split())
 
 
 def test_the_module_is_the_command():

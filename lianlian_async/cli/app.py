@@ -92,8 +92,8 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
         *(verify, keygen, notify, sandbox, demo, help_topic),
     ],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-    epilog="Exit codes: 0 refund made, or no error; 2 wrong usage, request or configuration (nothing was sent); "
-    "3 rejected or failed; 4 outcome unknown (query the refund); 5 invalid signature; 130 interrupted; 1 other error.",
+    epilog="Exit codes: 0 all refunds made, or no error; 2 wrong usage, request or configuration (nothing was sent); "
+    "3 rejected, failed or invalid; 4 some unknown (query them); 5 invalid signature; 130 interrupted; 1 other error.",
 )
 @click.option(
     "--version",
