@@ -776,6 +776,7 @@ async def test_a_worker_that_others_removed_goes_on(dsn, journal):
         gateway.session(journal=journal) as session,
         anyio.create_task_group() as group,
     ):
+        queue.app.periodic_registry.periodic_tasks.clear()  # its job must not run when the worker is removed
         group.start_soon(queue.work, session)
         await until_counted(queue, workers=1)
         assert len(await queue.app.job_manager.prune_stalled_workers(-1)) == 1
@@ -821,10 +822,11 @@ async def test_two_workers_rescue_each_job_once(dsn, journal):
     assert [gateway.times_made(f"R-{number}") for number in range(30)] == [1] * 30
 
 
-async def test_a_database_error_during_a_rescue_is_raised(dsn, journal):
+@pytest.mark.parametrize("is_lost", [True, False])
+async def test_a_database_error_during_a_rescue_or_a_fetch_is_raised(dsn, journal, is_lost):
     """The worker ends with the error of the database."""
     async with RefundQueue(dsn) as queue, SandboxGateway().session(journal=journal) as session:
-        await leave_jobs(queue, 1)
+        await (leave_jobs(queue, 1) if is_lost else queue.enqueue(requests(1)))
         await queue.app.connector.execute_query_async("DROP TABLE procrastinate_events CASCADE")
         with pytest.raises(ConnectorException):
             await queue.work(session)

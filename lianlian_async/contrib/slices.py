@@ -8,9 +8,11 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, Final
 
+from procrastinate.exceptions import ConnectorException
 from procrastinate.jobs import Job
 from procrastinate.manager import JobManager
 from procrastinate.worker import Worker
+from psycopg.errors import ForeignKeyViolation
 
 from lianlian_async import errors
 from lianlian_async.batch import refund_many
@@ -96,8 +98,13 @@ class SliceFetcher(JobManager):
     async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> Job | None:
         """Return the next job, or None."""
         await self._worker.needs_more.wait()
-        await self.update_heartbeat(worker_id)  # a job refers to its worker's row
-        job = None if self._worker.is_stopping else await super().fetch_job(queues=queues, worker_id=worker_id)
+        try:
+            job = None if self._worker.is_stopping else await super().fetch_job(queues=queues, worker_id=worker_id)
+        except ConnectorException as error:
+            if not isinstance(error.__cause__, ForeignKeyViolation):
+                raise
+            await self.update_heartbeat(worker_id)  # a fetched job refers to its worker's row
+            return await self.fetch_job(queues, worker_id)
         arguments: Any = job and job.task_kwargs
         if job is not None and not isinstance(arguments, dict):  # procrastinate and `_rows` need an object
             job = job.evolve(task_kwargs={"refunds": [arguments]})
