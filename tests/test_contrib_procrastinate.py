@@ -695,6 +695,25 @@ async def test_cancellation_ends_an_idle_worker(dsn, journal):
         assert scope.cancelled_caught
 
 
+async def test_a_worker_leaves_the_signals_to_its_program(dsn, journal):
+    """While it runs, SIGINT and SIGTERM have the handlers that they had before."""
+
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before, seen = handlers(), []
+    async with (
+        RefundQueue(dsn) as queue,
+        SandboxGateway().session(journal=journal) as session,
+        anyio.create_task_group() as group,
+    ):
+        await queue.enqueue(requests(1))
+        group.start_soon(partial(queue.work, session, on_outcome=lambda _: seen.append(handlers())))
+        await until(lambda: seen)
+        group.cancel_scope.cancel()
+    assert seen == [before]
+
+
 async def test_a_cancelled_worker_finishes_its_running_refunds(dsn, journal):
     """The running refunds are made, and the others are queued again as new refunds."""
     gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()

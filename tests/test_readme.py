@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
+import anyio
 import attrs
 import httpx
 import psycopg
@@ -18,9 +19,11 @@ import lianlian_async
 from lianlian_async import RefundRequest, RefundStatus, RetryPolicy, wire
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.contrib.procrastinate import RefundQueue
+from lianlian_async.journal import State
+from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import signature_source
-from tests.support import ROOT, keypairs
+from tests.support import ROOT, keypairs, postgres
 from tests.support.batches import read_csv, refund, write_csv
 from tests.support.readme import EXAMPLES, README, RECIPES, TRANSLATION, run_example, served
 
@@ -125,10 +128,19 @@ async def test_a_batch_is_run_again_without_sending_again(tmp_path, monkeypatch)
     assert gateway.times_made("R-1") == 1
 
 
+WORKER = """
+import asyncio, os
+from lianlian_async import Merchant
+from tests.support.readme import run_example
+
+asyncio.run(run_example("fleet")["work"](os.environ["TESTS_DSN"], Merchant.from_env()))
+"""
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_fleet_takes_refunds_from_its_queue(database):
-    """What was enqueued is made by a worker that shares the journal (asyncio only, as psycopg is)."""
+    """A worker with the same journal makes them, and finishes what is in flight after SIGTERM (asyncio only)."""
     example, gateway = run_example("fleet"), SandboxGateway(default_order=Decimal("500.00"))
     other = attrs.evolve(a_request(), no_refund="R-2")
     with serving(gateway) as base_url:
@@ -137,7 +149,16 @@ async def test_a_fleet_takes_refunds_from_its_queue(database):
             await connection.execute("CREATE TABLE orders AS SELECT 'O-1' AS number, 'paid' AS state")
             await connection.commit()
             await example["refund_order"](queue, connection, "O-1", other)
-        await example["work"](database, gateway.merchant(base_url), wait=False)
+        gateway.script(Fault.DELAY, call="apply", delay=1.0, times=2)
+        env = os.environ | environment(gateway, base_url) | {postgres.DSN: database}
+        async with await anyio.open_process([sys.executable, "-c", WORKER], env=env, cwd=ROOT, stderr=None) as worker:
+            while gateway.requests["apply"] < 2:  # noqa: ASYNC110 - no event tells
+                await anyio.sleep(0.01)
+            worker.terminate()
+            await worker.wait()
+    async with RefundQueue(database) as queue, PostgresJournal(database) as journal:
+        assert not any((await queue.counts()).values())
+        assert (await journal.counts())[State.ACCEPTED] == 2
     assert (gateway.times_made("R-1"), gateway.times_made("R-2")) == (1, 1)
 
 

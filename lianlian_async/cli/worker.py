@@ -116,8 +116,11 @@ async def _work(
         open_queue(dsn) as queue,
         aclosing(BackgroundTask(lambda: progress.report(queue))),
     ):
+        from procrastinate.signals import on_stop  # installed, as the queue is open
+
         options = {"concurrency": settings["concurrency"], "wait": not until_empty, "on_outcome": progress.add}
-        await queue.work(session, **options)
+        with anyio.CancelScope() as scope, on_stop(scope.cancel):  # a second signal cancels this task
+            await queue.work(session, **options)
         return session.unknown_reasons
 
 

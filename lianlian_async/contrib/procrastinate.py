@@ -269,11 +269,11 @@ class RefundQueue:
         """Process queued refunds with ``session`` until cancelled. Its journal must be the one of this queue.
 
         With ``wait=False``, return when no job is due. ``concurrency``: maximum number of refunds in flight;
-        ``on_outcome`` is called with each outcome. After a cancellation, SIGINT or SIGTERM, the running refunds finish
-        and the others go back into the queue; a second cancellation or signal also cancels the running refunds. If
-        every further refund would fail with the same error, the worker stops in the same way and raises
-        :class:`BatchStopped` (see ``refund_many``). A refund without ``notify_url`` is queued again if the merchant
-        has none either.
+        ``on_outcome`` is called with each outcome. After a cancellation, the running refunds finish and the others go
+        back into the queue; a second cancellation also cancels the running refunds. Signals are left to your program:
+        ``asyncio.run`` turns Ctrl-C into a cancellation, but not SIGTERM. If every further refund would fail with the
+        same error, the worker stops in the same way and raises :class:`BatchStopped` (see ``refund_many``). A refund
+        without ``notify_url`` is queued again if the merchant has none either.
         """
         if not isinstance(session.journal, PostgresJournal) or session.journal.id != await self._journal_id():
             raise ConfigurationError(
@@ -287,6 +287,7 @@ class RefundQueue:
             wait=wait,
             on_outcome=on_outcome,
             delete_jobs="successful",
+            install_signal_handlers=False,
             update_heartbeat_interval=self._rescue_after / 6,
             stalled_worker_timeout=self._rescue_after,
         )

@@ -40,6 +40,7 @@ SUSPENDED_SECONDS = 6.0
 
 async def work(dsn: str) -> None:
     """Run one worker until the queue is empty."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both finish the refunds in flight
     logging.disable(logging.WARNING)  # every rejection and every rescued job would be logged
     while True:
         async with (
@@ -152,7 +153,8 @@ def main() -> int:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        with suppress(JournalError, ConnectorException):  # a suspension, or the database, may break its connections
+        # A suspension, or the database, may break its connections.
+        with suppress(JournalError, ConnectorException, KeyboardInterrupt):
             asyncio.run(work(os.environ[postgres.DSN]))
         return 0
     wrong = 0
