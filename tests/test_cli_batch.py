@@ -181,7 +181,7 @@ def test_out_has_repeated_lines(env, gateway, file, tmp_path, name):
     assert [lines[number]["note"] for number in (2, 3)] == ["a", "b"]
     repeated = lines[3]
     assert (repeated["number"], repeated["no_refund"], repeated["what_to_do"]) == ("R-1", "R-1", None)
-    assert repeated["meaning"] == "repeats line 2: refund R-1 is made once"
+    assert repeated["meaning"] == "repeats line 2: refund R-1 is made at most once"
     assert books(gateway) == {"R-1": 1}
 
 

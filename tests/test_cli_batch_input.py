@@ -221,7 +221,7 @@ def test_repeated_no_refund_must_have_the_same_content(env, gateway, file):
         (7, "no_refund R-3 has a different oid_paybill on line 8"),
         (8, "no_refund R-3 has a different oid_paybill on line 7"),
     ]
-    assert ended.json["remarks"] == [{"line": 3, "remark": "repeats line 2: refund R-1 is made once"}]
+    assert ended.json["remarks"] == [{"line": 3, "remark": "repeats line 2: refund R-1 is made at most once"}]
     assert not gateway.requests
     ended = run("batch", file, "--yes", "--skip-invalid", env=env)
     assert ended.exit_code == 3
@@ -403,7 +403,7 @@ def test_date_format_is_declared(nowhere, tmp_path, form, text, read):
     same = write_lines(tmp_path / "same.jsonl", [refund(1, dt_refund=read, dt_order=read)])
     both = file.read_text() + same.read_text()
     ended = run("batch", "-", "--dry-run", "--json", "--date-format", form, env=nowhere, stdin=both)
-    assert ended.json["remarks"] == [{"line": 2, "remark": "repeats line 1: refund R-1 is made once"}]
+    assert ended.json["remarks"] == [{"line": 2, "remark": "repeats line 1: refund R-1 is made at most once"}]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ class Checked:
         if problem:
             return f"no_refund {number} is used for different refunds, see line {first}"
         if fields == known:
-            remark = f"repeats line {first}: refund {number} is made once"
+            remark = f"repeats line {first}: refund {number} is made at most once"
             self.remarks.add(line, remark)
             self._do("INSERT INTO refunds VALUES (?, NULL, ?, ?, ?)", line, fields, cells, remark)
             return None

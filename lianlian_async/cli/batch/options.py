@@ -126,7 +126,8 @@ _OPTIONS: Final = (
     click.option(
         "--accept-new-journal",
         is_flag=True,
-        help="Send a file even if it was sent with another journal before (see FILE.receipt).",
+        help="Send a file even if it was sent with another journal before (see FILE.receipt). Refused until "
+        "--not-found-grace has passed since the last run.",
     ),
     click.option(
         "--rate",
