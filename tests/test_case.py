@@ -10,6 +10,7 @@ import pytest
 from lianlian_async import LianLianError, RefundRejected, RetryPolicy
 from lianlian_async.clock import Moment
 from lianlian_async.exchange import Call, Exchange, Finding, Reply
+from lianlian_async.outcome import Traffic, unknown_reason
 from lianlian_async.resolution import Case
 from lianlian_async.retry import Deadline
 from tests.support.parties import refund_request
@@ -73,8 +74,9 @@ def test_a_time_that_no_clock_measures_starts_at_the_query():
 
 def test_the_gateways_time_of_a_query_comes_from_the_clock_after_its_answer():
     """The time that was known at the query may come from an earlier, wrong ``Date`` header."""
+    sent_at = ago(500, timeline="other boot", wall=NOON - timedelta(days=1))
     wrong = attrs.evolve(NOW, gateway=NOON + timedelta(days=1))
-    assert not case(sent_at=ago(500, timeline="other boot")).not_found_is_believed(wrong)
+    assert not case(sent_at=sent_at).not_found_is_believed(wrong)
 
 
 # ── an earlier call ──────────────────────────────────────────────────────────────────────────────
@@ -138,6 +140,14 @@ def test_a_caller_that_leaves_is_told_how_long_the_others_may_send():
     assert unknown.ask_again_at == NOON + timedelta(seconds=930)
 
 
+def test_an_unknown_outcome_has_what_the_next_call_needs():
+    """The request, its signed body, the last refusal, and the number of requests so far."""
+    last = refused()
+    unknown = case(sent_at=ago(100), refused=last, traffic=Traffic(attempts=2, queries=5)).unknown()
+    assert (unknown.request, unknown.body, unknown.refused) == (refund_request(), b"{}", last)
+    assert (unknown.oid_partner, unknown.attempts, unknown.queries) == ("201103171000000000", 2, 5)
+
+
 def test_an_unknown_outcome_names_both_errors_and_the_last_exchange():
     """The query's exchange comes first; without one the apply call's exchange is given."""
     apply_error, query_error = LianLianError("apply failed"), LianLianError("query failed")
@@ -150,6 +160,7 @@ def test_an_unknown_outcome_names_both_errors_and_the_last_exchange():
     assert opened.unknown().last_error == "apply failed; then query failed"
     assert opened.unknown().__cause__ is query_error
     assert opened.unknown().last_exchange == "the exchange of the apply call"
+    assert opened.unknown().reason == unknown_reason(apply_error, query_error)
     query_error.last_exchange = "the exchange of the query"
     assert opened.unknown().last_exchange == "the exchange of the query"
 
