@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -274,8 +275,8 @@ class _Batch:
             yield str
             return
         with line_writer(self.options["out"], result_columns(self.columns)) as write:
-            for line in self.checked.invalid_lines():
-                write(invalid_result(*line))
+            for invalid in self.checked.invalid_lines():
+                write(invalid_result(*invalid))
             for repeated in self.checked.repeated_lines():
                 write(repeated_result(*repeated))
 
@@ -290,10 +291,8 @@ class _Batch:
             try:
                 yield write_result
             finally:
-                for begun in self.in_flight.values():
-                    write_result(interrupted_result(begun, was_begun=True))
-                for other in self.checked.lines_after(self._last_begun):
-                    write_result(interrupted_result(other, was_begun=False))
+                for line in chain(self.in_flight.values(), self.checked.lines_after(self._last_begun)):
+                    write_result(interrupted_result(line, was_begun=line.request.no_refund in self.in_flight))
 
     async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:
         """Yield the refunds; ``--rate`` limits only those that are not finished in the journal."""
