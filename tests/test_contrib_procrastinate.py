@@ -270,8 +270,8 @@ async def test_enqueue_takes_part_in_the_callers_transaction(dsn, commits):
     async with RefundQueue(dsn, slice_size=2) as queue, connection:
         await connection.execute("CREATE TABLE orders (state text)")
         await connection.commit()
+        assert await queue.enqueue(requests(3), connection=connection) == 3  # its first statement
         await connection.execute("INSERT INTO orders VALUES ('refunding')")
-        assert await queue.enqueue(requests(3), connection=connection) == 3
         assert (await queue.counts())["waiting"] == 0
         await (connection.commit() if commits else connection.rollback())
         marked = await (await connection.execute("SELECT * FROM orders")).fetchall()
@@ -305,15 +305,12 @@ async def test_an_unsuitable_connection_is_refused(dsn, postgres_dsn):
         await psycopg.AsyncConnection.connect(postgres_dsn) as elsewhere,
         await psycopg.AsyncConnection.connect(dsn, options="-c search_path=other") as other_schema,
         await psycopg.AsyncConnection.connect(dsn, autocommit=True) as idle,
-        await psycopg.AsyncConnection.connect(dsn) as not_begun,
     ):
         for connection in (elsewhere, other_schema):
-            await connection.execute("SELECT 1")
             with pytest.raises(ConfigurationError, match="leads to another database or schema than the queue"):
                 await queue.enqueue([request], connection=connection)
-        for connection in (idle, not_begun):
-            with pytest.raises(ConfigurationError, match="has no open transaction"):
-                await queue.enqueue([request], connection=connection)
+        with pytest.raises(ConfigurationError, match="has no open transaction"):
+            await queue.enqueue([request], connection=idle)
         with psycopg.connect(dsn) as synchronous, pytest.raises(ConfigurationError, match="must be of type Async"):
             await queue.enqueue([request], connection=synchronous)
         assert await jobs_of(queue) == []

@@ -2,7 +2,7 @@
 
 To queue a refund in the transaction that updates its order, pass the connection of that transaction::
 
-    # SQLAlchemy (postgresql+psycopg), with an AsyncSession: the statement that updates the order begins the transaction
+    # SQLAlchemy (postgresql+psycopg), with an AsyncSession
     raw = await (await session.connection()).get_raw_connection()
     await queue.enqueue([request], connection=raw.driver_connection)
 
@@ -203,16 +203,14 @@ class RefundQueue:
 
     async def _check(self, connection: AsyncConnection[Any]) -> None:
         check_type("connection", connection, AsyncConnection)
-        if connection.info.transaction_status == TransactionStatus.IDLE:  # read first: the query opens a transaction
-            raise ConfigurationError(
-                "connection: has no open transaction; enqueue in it, as in `async with conn.transaction()`"
-            )
         theirs = await AsyncCursor(connection, row_factory=tuple_row).execute(_DATABASE)
         ours = await self.app.connector.execute_query_one_async(_DATABASE)
         if await theirs.fetchone() != (ours["id"],):
             raise ConfigurationError(
                 "connection: leads to another database or schema than the queue; connect to the queue's own database"
             )
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            raise ConfigurationError("connection: has no open transaction; enqueue in `async with conn.transaction()`")
 
     def statement(self, requests: Iterable[RefundRequest]) -> tuple[LiteralString, dict[str, str]]:
         """Return the SQL statement that inserts ``requests`` into the queue, and its parameters in psycopg's form.
