@@ -19,7 +19,7 @@ from .worker_pool import Handover, iterate, run_workers
 
 T = TypeVar("T")
 _Held: TypeAlias = tuple[float, RefundOutcomeUnknown, Outcome]
-"""An unknown outcome, and when to resolve it, in seconds of the boot clock."""
+"""When to resolve an unknown outcome, in seconds of the boot clock; its error; the outcome."""
 
 
 def refund_many(

@@ -180,7 +180,7 @@ class RefundOutcomeUnknown(LianLianError):
     """The refund may have been made; its queries did not determine the outcome in time.
 
     Do not send the refund again under another ``no_refund``. At ``ask_again_at`` (aware datetime) or later, call
-    ``await session.resolve(error)``. It queries the refund, and sends the same bytes again only if the gateway still
+    ``await session.resolve(error)``. It queries the refund, and signs and sends it again only if the gateway still
     has no record ``RetryPolicy.not_found_grace`` seconds after the last attempt that may have arrived.
 
     ``attempts`` and ``queries`` are the numbers of requests. ``sent_at`` is the latest time at which the gateway may
@@ -235,7 +235,7 @@ class RefundOutcomeUnknown(LianLianError):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RefundOutcomeUnknown":
-        """Return the error that :meth:`to_dict` wrote. Raises ``InvalidRequest`` with a wrong or missing field."""
+        """Return the error that :meth:`to_dict` wrote. Raises ``InvalidRequest`` for a wrong or missing field."""
         error: RefundOutcomeUnknown = import_module(".unknown_form", __package__).from_dict(data)
         return error
 

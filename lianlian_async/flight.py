@@ -197,7 +197,7 @@ class Flights:
 
 
 def choose_canary(canaries: Sequence[Entry], now: datetime, grace: float) -> Entry | None:
-    """Return the canary: the refund to query in order to check the query service; None: no refund is suitable.
+    """Return the canary: the refund to query in order to check the query service, or None if none is suitable.
 
     It is the newest refund that was sent at least ``grace`` seconds ago, because LianLian may show newer ones late. If
     all are newer, it is the oldest one. ``canaries``: see :meth:`.journal.Journal.canaries`.
@@ -251,7 +251,7 @@ class _SharedDeadline(Deadline):
         self._set_scopes()
 
     def _set_scopes(self) -> None:
-        """Set when each caller leaves: never during a pause, and with the latest deadline only when the flight ends."""
+        """Set when callers leave: never during a pause; those with the latest deadline only when the flight ends."""
         for caller in self.callers:
             leaves = self.paused_at == math.inf and caller.leaves_at < self.at
             caller.scope.deadline = caller.leaves_at if leaves else math.inf

@@ -180,7 +180,7 @@ class RefundSession:
     ) -> Refund:
         """Resolve a refund whose outcome is unknown. Call it at ``unknown.ask_again_at`` or later.
 
-        Queries first. Sends the same bytes again only if the gateway still has no record after
+        Queries first. Signs and sends the refund again only if the gateway still has no record after
         ``RetryPolicy.not_found_grace``. Returns and raises as :meth:`apply_refund`.
         """
         expect(unknown, errors.RefundOutcomeUnknown, "unknown")

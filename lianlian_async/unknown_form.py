@@ -46,7 +46,7 @@ def _json(value: Any) -> Any:
 
 
 def from_dict(data: Mapping[str, Any]) -> RefundOutcomeUnknown:
-    """Return the error in ``data``. Raises ``InvalidRequest`` with the first wrong, missing or unknown field."""
+    """Return the error in ``data``. Raises ``InvalidRequest`` for the first wrong, missing or unknown field."""
     version = data.get("version") if isinstance(data, Mapping) else None
     if version != _VERSION:
         raise InvalidRequest([Problem("version", f"must be {_VERSION}", repr(version))])

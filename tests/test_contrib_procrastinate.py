@@ -785,7 +785,7 @@ async def test_another_worker_runs_the_jobs_of_a_dead_worker(dsn, journal):
 
 
 async def test_a_worker_that_others_removed_goes_on(dsn, journal):
-    """As after a suspension: it is registered again, and makes the refunds that are queued then."""
+    """It is registered again, as after a suspension, and makes the refunds that are queued later."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
     async with (
         RefundQueue(dsn) as queue,
@@ -948,7 +948,7 @@ async def test_two_merchants_share_a_database(dsn):
 
 
 async def test_work_raises_an_error_of_the_database(dsn, journal):
-    """While it compares the journals, as later."""
+    """The first statement, which compares the journals, raises like every later one."""
     async with RefundQueue(dsn) as queue, SandboxGateway().session(journal=journal) as session:
         await queue.app.connector.execute_query_async("ALTER TABLE lianlian.version RENAME COLUMN id TO hidden")
         with pytest.raises(ConnectorException):

@@ -713,7 +713,7 @@ LOST_AT = datetime(2026, 1, 2, 12, tzinfo=UTC)
     ],
 )
 def test_a_refund_that_a_journal_may_have_lost_is_queried_first(seconds, dt_refund, grace, ask_first, is_sent):
-    """In the grace after a loss every refund; later those that were created (``dt_refund``) before its end."""
+    """During the grace after a loss every refund; later each one whose ``dt_refund`` is before the grace's end."""
     begin = Begin(intent(fields={"no_refund": "R-1", "dt_refund": dt_refund}, grace=grace), now())
     begin.allow_for_failover(LOST_AT, LOST_AT + timedelta(seconds=seconds))
     assert (begin.ask_first, begin.sent_at) == (ask_first, begin.now if is_sent else None)

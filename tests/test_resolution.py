@@ -415,8 +415,8 @@ async def test_resolve_finds_a_refund_that_was_made_in_the_meantime():
     assert len(road.applied) == gateway.times_made("R-1") == 1
 
 
-async def test_resolve_after_the_grace_sends_the_same_bytes_again():
-    """At ``ask_again_at`` "no such record" is believed: the same bytes are sent again, and the refund is made once."""
+async def test_resolve_after_the_grace_sends_the_same_request_again():
+    """At ``ask_again_at`` "no such record" is believed: the same request is sent again, and the refund is made once."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     session, road = session_over(gateway)
@@ -448,7 +448,7 @@ async def test_a_request_is_signed_again_before_it_is_sent_again(has_journal):
 
 
 async def test_a_pickled_unknown_is_resolved_in_another_session():
-    """In another process and session, an unknown refund is resolved with the same bytes."""
+    """In another process and session, an unknown refund is resolved with the same request."""
     gateway = sandbox()
     gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
     handed_over = pickle.dumps(await left_unknown(gateway))

@@ -40,7 +40,7 @@ async def stored_unknown(gateway):
 
 
 async def test_an_unknown_refund_is_resolved_from_its_json():
-    """The stored form has all that ``resolve`` needs: after the grace it sends the same bytes again."""
+    """The stored form has all that ``resolve`` needs: after the grace it sends the same request again."""
     gateway = sandbox()
     stored = await stored_unknown(gateway)
     await anyio.sleep(900)

@@ -102,9 +102,9 @@ def backup() -> None:
 def restore() -> None:
     """Create a journal from FILE, a backup.
 
-    The journal is marked as restored: a refund that it does not have is queried before it is sent, for good. All such
-    refunds, and unresolved ones, count as sent now, because they may have been sent after the backup: for 15 minutes,
-    "no such record" proves nothing.
+    The journal is marked as restored: from now on, each refund that it does not have is queried before it is sent. All
+    such refunds, and unresolved ones, count as sent now, because they may have been sent after the backup: for 15
+    minutes, "no such record" proves nothing.
     """
 
 

@@ -72,7 +72,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
     @without_locals
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the place. An error message contains ``value`` only if it is certainly no DSN with a password."""
+        """Return the place. An error message contains ``value`` only if it cannot contain a password."""
         place = value or (os.environ.get(DSN, "") if self._only_dsn else "")
         if not is_dsn(place):
             if self._only_dsn or "://" in place:

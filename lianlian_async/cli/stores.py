@@ -95,8 +95,8 @@ _CONTAINER_FILES: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
 _HOME: Final = "HOME" if os.name == "posix" else "LOCALAPPDATA"
 _NAME_IT: Final = f"name the journal with --journal or {JOURNAL}: a file on a persistent disk, or postgresql://…"
 _LOST: Final = (
-    "if that journal is lost, wait 15 minutes after the last run, then use --accept-new-journal --query-first without "
-    "--queue, which queries each refund before sending it"
+    "if that journal is lost, wait 15 minutes after the last run, then use --accept-new-journal --query-first, but "
+    "not --queue; each refund is then queried before it is sent"
 )
 
 
@@ -147,15 +147,15 @@ class Receipt:
     """Id of the journal."""
     place: str
     oid_partner: str | None
-    """None, like ``apply_url``: the journal of a queue had no owner yet."""
+    """None, like ``apply_url``, if the journal of a queue had no owner yet."""
     apply_url: str | None
     written_at: str = ""
 
     def check(self, path: Path, *, accept_new: bool, grace: float) -> list[Receipt]:
         """Return the receipts of other merchants and endpoints, which :meth:`write` keeps.
 
-        Raises a usage error if the file was sent with another journal before, unless ``accept_new`` and if the last run
-        was ``grace`` seconds ago: the gateway may show a refund late.
+        Raises a usage error if the file was sent with another journal before, unless ``accept_new`` is true and the
+        receipt is at least ``grace`` seconds old: the gateway may show a refund late.
         """
         problem, others = "", list[Receipt]()
         try:
@@ -174,7 +174,7 @@ class Receipt:
                 elif one.journal != self.journal:
                     problem = (
                         f"{path}: on {one.written_at} this file was sent with the journal {one.place}. The journal "
-                        f"{self.place} may not know its refunds: use the first"
+                        f"{self.place} may not know its refunds: use the first journal"
                     )
         if problem and not accept_new:
             raise click.UsageError(f"{problem}; {_LOST}")

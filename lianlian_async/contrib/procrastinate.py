@@ -230,15 +230,15 @@ class RefundQueue:
         """Return the number of refunds by job status, and the number of live ``workers``.
 
         ``waiting``: due now; ``later``: scheduled; ``at_work``: in a slice that a worker has fetched; ``failed``.
-        Finished refunds are in the journal only. A live worker, of any queue in the database, had a heartbeat in the
-        last ``rescue_after`` seconds.
+        Finished refunds are in the journal only. A worker, of any queue in the database, is live if it had a heartbeat
+        in the last ``rescue_after`` seconds.
         """
         return await self.app.connector.execute_query_one_async(_COUNT, **self._names, seconds=self._rescue_after)
 
     async def failures(self, limit: int = 20) -> Sequence[Mapping[str, str | None]]:
         """Return the oldest refunds about which a person has to decide, with ``no_refund`` and ``cause``.
 
-        ``no_refund`` is None if it cannot be read. After ``journal decide``, a worker removes it within a minute.
+        ``no_refund`` is None if it cannot be read. After ``journal decide``, a worker deletes the job within a minute.
         """
         return await self.app.connector.execute_query_all_async(_FAILURES, **self._names, limit=limit)
 
@@ -333,7 +333,7 @@ class RefundQueue:
         return self._worker
 
     async def _requeue_lost(self, timestamp: int) -> None:
-        """Queue the jobs of dead workers and the open refunds without a job again; delete the decided failed jobs."""
+        """Queue again: jobs of dead workers, and open refunds without a job. Delete failed jobs that are decided."""
         session, queue, connector = self._working().session, self._names["queue"], self.app.connector
         for job in await connector.execute_query_all_async(_RESCUE, queue=queue, seconds=self._rescue_after):
             logger.warning("job %s is set to %s: its worker is dead", job["id"], job["status"])

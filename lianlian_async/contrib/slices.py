@@ -26,7 +26,7 @@ logger = logging.getLogger("lianlian_async")
 TASK: Final = "lianlian:refunds"
 _LONG_PAUSE: Final = 900.0
 """Seconds until a refund is due again after a rejection that may pass, or without a ``notify_url``."""
-# Heartbeats of procrastinate do not register a worker again that another one has removed.
+# procrastinate's own heartbeat does not register a worker again after another worker has removed it.
 _HEARTBEAT: Final = """
 INSERT INTO procrastinate_workers (id) OVERRIDING SYSTEM VALUE VALUES (%(worker_id)s)
 ON CONFLICT (id) DO UPDATE SET last_heartbeat = now()
@@ -88,7 +88,7 @@ class SliceWorker(Worker):
 class SliceFetcher(JobManager):
     """Fetches a job only when its worker needs more refunds, and none after the worker was stopped.
 
-    A worker that was suspended goes on, although another one has removed it from the table of workers.
+    A suspended worker continues later, even if another worker has removed it from the table of workers.
     """
 
     def __init__(self, worker: SliceWorker) -> None:

@@ -71,7 +71,7 @@ class Journal(Protocol):
         """Record ``intent`` durably and take the refund's lease, before anything is sent.
 
         NEW: the journal has no entry, or the refund was certainly not sent; send it. ASK_FIRST: as NEW, but query
-        first. UNRESOLVED: an earlier call began the refund; query first, and send only the entry's own body, after
+        first. UNRESOLVED: an earlier call began the refund; query first, and send the entry's own fields only after
         :meth:`resend`. FINISHED: use the entry's ending. LEASED: another call has the lease; the entry is as stored.
         The entry's ``sent_at`` is None after NEW, and never later than ``now`` after UNRESOLVED. After ASK_FIRST it is
         the latest time at which a lost call may have sent the refund, or None if the grace since then is over.
@@ -82,7 +82,7 @@ class Journal(Protocol):
         return await self.record(Begin(intent, now))
 
     async def resend(self, entry: Entry, history: str = "") -> None:
-        """Record that ``entry``, as returned by :meth:`begin`, may be sent again until its lease ends.
+        """Record that ``entry``, from :meth:`begin` but with its new ``body``, may be sent until its lease ends.
 
         ``history``, here and in :meth:`finish` and :meth:`release`: the entry's history with the facts of this call.
         Raises :class:`JournalError` if another call has taken the lease or resolved the refund.

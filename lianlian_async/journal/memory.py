@@ -17,7 +17,7 @@ from .operations import Operation, perform
 T = TypeVar("T")
 
 _MOST_CANARIES: Final = 1_500
-"""One a minute, for 25 hours."""
+"""Maximum number of canaries that are kept: one for each minute of 25 hours."""
 
 
 class MemoryJournal(Journal):

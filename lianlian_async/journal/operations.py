@@ -72,7 +72,7 @@ class Begin:
     ask_first: bool = attrs.field(default=False, kw_only=True)
     """Whether the journal may have lost an entry of this refund."""
     sent_at: Moment | None = attrs.field(default=None, kw_only=True)
-    """The latest time at which a call whose entry was lost may have sent the refund; None: more than the grace ago."""
+    """Latest time at which a call whose entry was lost may have sent the refund; None: the grace since then is over."""
     found: Entry | None = attrs.field(default=None, init=False)
     """The entry that the caller received with the lease."""
     is_taken_back: bool = attrs.field(default=False, init=False)
@@ -91,7 +91,7 @@ class Begin:
     def allow_for_restore(self, restored_at: Moment) -> None:
         """Set ``ask_first`` and ``sent_at`` for a backup that was restored at ``restored_at``.
 
-        Any refund may be lost for good: neither its ``dt_refund`` nor the wall clock proves when it was begun.
+        The backup may lack any refund: neither ``dt_refund`` nor the wall clock proves when a refund was begun.
         """
         if self.intent.grace is not None:
             self.ask_first, seconds = True, elapsed(restored_at, self.now)
@@ -100,8 +100,8 @@ class Begin:
     def allow_for_failover(self, lost_at: datetime, now: datetime) -> None:
         """Set ``ask_first`` and ``sent_at`` for a database that at ``lost_at`` lost its latest entries.
 
-        A call whose entry was lost may send until the grace ends. So until then any refund may be lost; later, and of
-        the refunds that a call may have sent, only those whose ``dt_refund`` is early enough.
+        Until the grace ends, a call whose entry was lost may send, so every refund is queried first, and counts as sent
+        if its ``dt_refund`` is before the loss. Later, it is queried first if its ``dt_refund`` is before that end.
         """
         if self.intent.grace is not None:
             until, dt_refund = lost_at + timedelta(seconds=self.intent.grace), self.intent.fields.get("dt_refund", "")

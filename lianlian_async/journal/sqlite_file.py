@@ -150,7 +150,7 @@ class JournalFile:
     def _mark_restored(self, now: Moment) -> None:
         """Record that this file is a restored backup, which lacks all later commits.
 
-        From now on, every refund that it does not have is queried before it is sent, for good. Each such refund, and
+        From now on, every refund that it does not have is queried before it is sent. Each such refund, and
         every unresolved one, counts as sent at ``now``, because the lost commits may include later sends.
         """
         if (problem := self._value("PRAGMA quick_check")) != "ok":
@@ -179,7 +179,7 @@ class JournalFile:
         return results
 
     def _allow_for_restore(self, begins: Sequence[Begin]) -> None:
-        """Allow for the entries that the backup lacked; start the grace again if no clock can measure it."""
+        """Tell ``begins`` that the backup may lack entries; start the grace again if no clock can measure it."""
         if self._restored_at is not None and begins:
             now = begins[-1].now
             restored_at = measurable(self._restored_at, now).dated(now)
@@ -261,7 +261,7 @@ class JournalFile:
             rows.append((rowid, *begun, evidence, record, entry.history))
         rows.sort()  # by rowid: SQLite fills pages completely if rows are inserted in order
         with self._connection:
-            if len(rows) > _ROWS:  # a single statement is a transaction without it
+            if len(rows) > _ROWS:  # a single statement needs no BEGIN to be a transaction
                 self._connection.execute("BEGIN IMMEDIATE")
             for some in (rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)):
                 statement = sql.CHANGE + ", ".join([sql.ROW] * len(some))

@@ -325,7 +325,7 @@ class NotificationEndpoint:
         return resumed
 
     def check_sweep(self) -> tuple[Journal, RefundSession]:
-        """Return what :meth:`sweep` needs.
+        """Return the journal and the session for :meth:`sweep`.
 
         Raises ``ConfigurationError`` without a journal or a session, or if the session has another journal.
         """

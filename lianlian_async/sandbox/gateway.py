@@ -151,7 +151,7 @@ class SandboxGateway:
     def advance(self, seconds: float) -> None:
         """Advance the gateway's clock; raises ``ValueError`` if ``seconds`` is negative, infinite or NaN."""
         if not 0 <= seconds < math.inf:
-            raise ValueError(f"seconds must be finite and not negative, because a clock runs forward, is {seconds}")
+            raise ValueError(f"seconds must be finite and not negative, is {seconds}")
         self._advanced += seconds
         for event in (self.advanced, self.made):  # late requests may now be due
             event.set()

@@ -258,7 +258,7 @@ async def look_up(checked: Checked, totals: FileTotals, place: str) -> InJournal
 
 
 def _word(entry: Entry, request: Mapping[str, str]) -> str | None:
-    """Return the state of a request that is on record, and is not sent as a new refund; else None."""
+    """Return the summary's word for the state of a recorded request; None if it counts as a new refund."""
     try:
         check_request(entry.no_refund, request, entry.fields)
     except RefundConflict:

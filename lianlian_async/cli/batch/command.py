@@ -250,7 +250,7 @@ class _Batch:
 
     @contextmanager
     def _receipt(self, journal_id: str) -> Iterator[None]:
-        """Write the receipt before the first refund is sent, and again with the time when no more is in flight."""
+        """Write the receipt before the first refund is sent, and again with the new time at the end of the batch."""
         self.write_receipt(journal_id)
         try:
             yield
