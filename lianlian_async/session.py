@@ -310,7 +310,7 @@ class RefundSession:
         return refund if self.journal is None else await learn(self.journal, refund, self.clock())
 
     async def resume(self, *, concurrency: int | None = None) -> Resumed:
-        """Resolve every open refund of the session's journal, and query accepted ones for their final state.
+        """Resolve every refund of the journal that may have been sent; query accepted ones for their final state.
 
         Call it when the service starts, and then regularly; or call ``NotificationEndpoint.sweep``, which includes it.
         ``concurrency`` is half of ``max_connections`` by default, so that other calls still get a connection. Raises
