@@ -31,7 +31,7 @@ from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.clock import system_clock
 from lianlian_async.contrib.procrastinate import RefundQueue
 from lianlian_async.contrib.slices import follow_up
-from lianlian_async.journal import State
+from lianlian_async.journal import Ending, State
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.recording import decision
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
@@ -873,6 +873,24 @@ async def test_an_open_refund_without_a_job_is_queued_again(dsn, journal):
         assert not await jobs_of(queue)
     assert [entry.state async for entry in journal.entries()] == [State.ACCEPTED, State.UNRESOLVED]
     assert (gateway.times_made("R-0"), gateway.times_made("R-1")) == (1, 0)
+
+
+async def test_a_refund_that_ends_while_the_journal_is_read_is_not_queued_again(dsn, journal):
+    """Its job has ended, too, when the jobs are read."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    await leave_unknown(gateway, journal, next(requests(1)))
+
+    class Ends(PostgresJournal):
+        async def unresolved(self):
+            async for entry in super().unresolved():
+                yield entry
+                await self.finish(entry, Ending(state=State.CONFLICT, record={}))
+
+    before = dict(gateway.requests)
+    async with RefundQueue(dsn) as queue, Ends(dsn) as read, gateway.session(journal=read) as session:
+        await queue.work(session, wait=False)
+        assert not await jobs_of(queue)
+    assert gateway.requests == before
 
 
 async def test_an_open_refund_with_a_job_is_not_queued_again(dsn, journal):

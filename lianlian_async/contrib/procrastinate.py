@@ -342,7 +342,8 @@ class RefundQueue:
             async for refunds in chunks:
                 found = await connector.execute_query_all_async(_COVERED, **self._names, refunds=refunds)
                 covered = [row["refund"] for row in found]
-                if lost := [refund for refund in refunds if refund not in covered]:
+                lost = [refund for refund in refunds if refund not in covered and await _is_open(session, refund)]
+                if lost:
                     await self._put([follow_up(lost, tries=1)])
                     logger.warning("%d open refunds are queued again: no job contained them", len(lost))
 
@@ -356,6 +357,12 @@ async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]
             chunk = []
     if chunk:
         yield chunk
+
+
+async def _is_open(session: RefundSession, refund: Mapping[str, str]) -> bool:
+    """Return whether a refund that was unresolved still is: its job may have ended meanwhile."""
+    entry = await cast("PostgresJournal", session.journal).find(refund["no_refund"])
+    return entry is not None and entry.ending is None
 
 
 async def _open_refunds(session: RefundSession) -> AsyncGenerator[dict[str, str]]:
