@@ -443,6 +443,30 @@ async def test_an_outcome_that_its_callback_cannot_store_is_not_lost(dsn, journa
     assert sorted(queued) == ["R-0", "R-1", "R-2"]
 
 
+async def test_a_refund_that_runs_while_its_worker_fails_is_queued_again(dsn, journal):
+    """``on_outcome`` raises for one refund while another one is being sent: that one may have been made."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gate = Gate()
+
+    async def block_second(exchange, call_next):
+        if exchange.asked["no_refund"] == "R-1":
+            return await gate(exchange, call_next)
+        await until(lambda: gate.begun)
+        return await call_next(exchange)
+
+    def store(outcome):
+        raise OSError("the service's database is down")
+
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal, middleware=[block_second]) as session:
+        await queue.enqueue(requests(2))
+        with pytest.raises(OSError, match="database is down"):
+            await queue.work(session, concurrency=2, wait=False, on_outcome=store)
+        [job] = await jobs_of(queue)
+        assert [row["no_refund"] for row in job.task_kwargs["refunds"]] == ["R-1"]
+        assert job.task_kwargs["cause"] == "interrupted"
+    assert gateway.times_made("R-0") == 1
+
+
 async def test_a_rejection_by_configuration_stops_the_worker(dsn, journal):
     """An unknown merchant number raises ``BatchStopped``; refunds that were not sent go back into the queue."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))
