@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import sys
 from functools import partial
 
@@ -213,6 +214,20 @@ def test_health_file_exists_while_the_worker_runs(env, file, tmp_path):
         assert ended.exit_code == 2
         assert problem in " ".join(ended.stderr.replace("│", "").split())
     assert file.read_bytes() == content
+
+
+def test_health_file_does_not_exist_before_the_queue_is_open(env, tmp_path):
+    """A worker that still waits for its database is not healthy."""
+    path = tmp_path / "health"
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it never answers
+        dsn = f"postgresql://127.0.0.1:{server.getsockname()[1]}/shop"
+        process = start("worker", "--health-file", path, env=env | {"LIANLIAN_DSN": dsn})
+        try:
+            with server.accept()[0]:
+                assert not path.exists()
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def test_health_file_is_touched_while_refunds_end_or_none_is_in_flight(gateway, database, tmp_path, capsys):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _health_file(path: Path | None) -> Iterator[None]:
-    """Create an empty file, and remove it at the end, also after SIGTERM inside :func:`sigterm_interrupts`."""
+    """Create an empty file, and remove it at the end."""
     if path is None:
         yield
         return
@@ -64,7 +64,6 @@ def worker(
     totals = Totals(0)
     with (
         sigterm_interrupts(),
-        _health_file(health_file),
         output.progress(0, lambda: totals.status(0)) as step,
         _warnings_shown(output),
     ):
@@ -114,13 +113,14 @@ async def _work(
         make_journal(dsn) as journal,
         make_session(merchant, journal=journal, **settings) as session,
         open_queue(dsn) as queue,
-        aclosing(BackgroundTask(lambda: progress.report(queue))),
     ):
         from procrastinate.signals import on_stop  # installed, as the queue is open
 
         options = {"concurrency": settings["concurrency"], "wait": not until_empty, "on_outcome": progress.add}
-        with anyio.CancelScope() as scope, on_stop(scope.cancel):  # a second signal cancels this task
-            await queue.work(session, **options)
+        with _health_file(progress.health_file):
+            async with aclosing(BackgroundTask(lambda: progress.report(queue))):
+                with anyio.CancelScope() as scope, on_stop(scope.cancel):  # a second signal cancels this task
+                    await queue.work(session, **options)
         return session.unknown_reasons
 
 
