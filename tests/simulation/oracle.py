@@ -48,9 +48,16 @@ class Oracle:
     foreign: set[str] = attrs.field(factory=set)
     """``no_refund`` values that belong to other refunds at the gateway."""
     beyond_bounds: set[str] = attrs.field(factory=set)
-    """Refunds that may be made twice, because a documented bound was exceeded."""
+    """Refunds that may be made twice, or called rejected, because a documented bound was exceeded."""
     lost_endings: set[str] = attrs.field(factory=set)
     """Refunds whose recorded outcome a failover lost."""
+    left: set[str] = attrs.field(factory=set)
+    """Refunds for which an apply call left a node with a journal."""
+    ended_before_send: set[str] = attrs.field(factory=set)
+    """Refunds whose outcome, of another party, was recorded after a call took the lease and before it sent anything.
+
+    The call does not read its entry again, and sends.
+    """
     is_blind: bool = False
     """Whether the query service knows nothing. The package notices it only if the journal knows a made refund."""
     canary_since: float = math.inf
@@ -73,11 +80,16 @@ class Oracle:
     def made(self, number: str, left_at: float) -> None:
         """Check a refund that the gateway made for a request that left a node at ``left_at``."""
         times = len(self.gateway.books[number])
-        is_excused = number in self.beyond_bounds or (self.is_blind and left_at < self.canary_since + 60)
-        if times > 1 and not is_excused:
+        if times > 1 and not self._is_beyond_bounds(number, left_at):
             self.violate(f"{number} was made {times} times")
         if self.told.get(number) in ("rejected", "conflict"):
             self.violate(f"{number} was made after a caller was told: {self.told[number]}")
+
+    def _is_beyond_bounds(self, number: str, since: float) -> bool:
+        """Whether a wrong outcome is excused: the query service knew nothing, and the package could not notice it."""
+        if self.is_blind and since < self.canary_since + 60:
+            self.beyond_bounds.add(number)
+        return number in self.beyond_bounds
 
     # ── at the journal ───────────────────────────────────────────────────────────────────────────
 
@@ -88,6 +100,10 @@ class Oracle:
             self.canary_since = min(self.canary_since, self.time())
         if before is None:
             return
+        if after.ending is None and after.sent_at is None:
+            self.left.discard(number)  # proved: nothing was sent
+        if before.holder is not None and after.ending is not None and number not in self.left:
+            self.ended_before_send.add(number)
         if after.state not in _LATER[before.state]:
             self.violate(f"{number} went from {before.state} to {after.state}")
         if (
@@ -103,7 +119,10 @@ class Oracle:
     def leaves(self, body: bytes, entry: Entry | None) -> None:
         """Check an apply call that leaves a node with a journal; ``entry`` is the committed entry."""
         number = json.loads(body)["no_refund"]
-        if entry is None or entry.ending is not None or entry.sent_at is None:
+        self.left.add(number)
+        if number in self.ended_before_send:
+            self.ended_before_send.discard(number)
+        elif entry is None or entry.ending is not None or entry.sent_at is None:
             self.violate(
                 f"{number} was sent; but its entry is {entry and entry.state}, sent at {entry and entry.sent_at}"
             )
@@ -136,7 +155,8 @@ class Oracle:
         if isinstance(error, errors.RefundRejected):
             if error.may_pass or error.is_configuration:
                 return "open"
-            if [each for each in booked if _is(each.fields, request)]:
+            is_made = any(_is(each.fields, request) for each in booked)
+            if is_made and not self._is_beyond_bounds(number, self.time()):
                 self.violate(f"{number}: a caller was told: rejected; but the refund is on the books")
             return self._end(number, "rejected")
         if not isinstance(error, (errors.RefundOutcomeUnknown, errors.RefundNotSent, errors.JournalError)):
@@ -158,7 +178,7 @@ class Oracle:
             told = self.told.get(number)
             if told is None and number not in forgiven:
                 self.violate(f"{number}: no caller was told an outcome")
-            elif told is not None and (told == "made") != bool(made):
+            elif told is not None and (told == "made") != bool(made) and number not in self.beyond_bounds:
                 self.violate(f"{number}: a caller was told: {told}; the books have it {len(made)} times")
 
     def check_journal(self, entries: Mapping[str, Entry]) -> None:
