@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -471,6 +472,27 @@ async def test_a_journal_in_another_event_loop_raises(kind, anyio_backend_name):
             with pytest.raises(RuntimeError, match="was opened in another event loop: open it in the loop that uses"):
                 await anyio.to_thread.run_sync(partial(anyio.run, find, backend=anyio_backend_name))
         assert await journal.find("R-1") is None
+
+
+async def test_two_threads_never_get_the_same_lease_of_a_memory_journal(anyio_backend_name):
+    """A ``begin`` in another thread waits until the first one has stored its entry."""
+    journal, standings = MemoryJournal(), []
+
+    async def begin_there():
+        standings.append((await begin(journal))[0])
+
+    thread = threading.Thread(target=partial(anyio.run, begin_there, backend=anyio_backend_name))
+
+    class Interrupted(Begin):
+        def apply(self, entry):
+            result = super().apply(entry)
+            thread.start()
+            thread.join(0.1)  # without the lock the other thread ends now, and it gets the lease, too
+            return result
+
+    standings.append((await journal.record(Interrupted(intent(), now())))[0])
+    await anyio.to_thread.run_sync(thread.join)
+    assert standings == [Standing.NEW, Standing.LEASED]
 
 
 async def test_repr_of_a_memory_journal_shows_its_size():

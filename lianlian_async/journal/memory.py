@@ -3,6 +3,7 @@
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
+from threading import Lock
 from typing import Final, Self, TypeVar, cast
 from uuid import uuid4
 
@@ -21,9 +22,10 @@ _MOST_CANARIES: Final = 1_500
 
 
 class MemoryJournal(Journal):
-    """A :class:`~lianlian_async.journal.Journal` in a dictionary. It keeps its entries when it is closed."""
+    """A :class:`~.interface.Journal` in a dictionary. It keeps its entries when it is closed; threads may share it."""
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self._entries: dict[str, Entry] = {}
         self._canaries = deque[Entry](maxlen=_MOST_CANARIES)
         self.owner: Owner | None = None
@@ -85,7 +87,8 @@ class MemoryJournal(Journal):
         return MemoryJournal()
 
     async def record(self, operation: Operation[T]) -> T:
-        [result] = perform([operation], self._entries, is_acting=self._is_acting)
+        with self._lock:
+            [result] = perform([operation], self._entries, is_acting=self._is_acting)
         if result.error is not None:
             raise result.error
         entry = self._entries.get(operation.no_refund)
