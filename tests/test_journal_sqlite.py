@@ -304,7 +304,7 @@ async def test_a_backup_can_be_read_but_is_a_journal_only_after_its_restore(path
     with contextlib.closing(JournalFile(str(path), read_only=True)) as file:
         file.backup(copies[1])
     for copy in copies:
-        with pytest.raises(JournalError, match=r"this is a backup, .* use `lianlian journal restore FILE`"):
+        with pytest.raises(JournalError, match="this is a backup or another copy of a journal"):
             async with SqliteJournal(copy):
                 pass
         async with SqliteReader(copy) as reader:
@@ -315,6 +315,24 @@ async def test_a_backup_can_be_read_but_is_a_journal_only_after_its_restore(path
         async with SqliteJournal(restored) as opened:
             assert opened.id == journal_id
             assert (await opened.begin(intent("R-2"), now()))[0] is Standing.ASK_FIRST
+
+
+async def test_a_copy_of_a_journal_is_refused(path, tmp_path):
+    """With a copy, each of two processes would send the refunds of the other one. A renamed journal is no copy."""
+    async with SqliteJournal(path) as journal:
+        await journal.begin(intent("R-1"), now())
+    copy = tmp_path / "copy"
+    shutil.copy2(path, copy)
+    with pytest.raises(JournalError, match=r"this is a backup or another copy of .* use `lianlian journal restore"):
+        async with SqliteJournal(copy):
+            pass
+    path.rename(tmp_path / "renamed")
+    async with SqliteJournal(tmp_path / "renamed") as journal:
+        assert (await journal.begin(intent("R-2"), now()))[0] is Standing.NEW
+    restore(copy, path, now())
+    for number in ("R-2", "R-3"):
+        async with SqliteJournal(path) as journal:
+            assert (await journal.begin(intent(number), now()))[0] is Standing.ASK_FIRST
 
 
 async def test_commits_survive_a_power_failure(path):
@@ -384,7 +402,7 @@ async def test_another_version_is_refused_with_advice(path):
     async with SqliteJournal(path):
         pass
     _sqlite(path, "PRAGMA user_version = 1")
-    with pytest.raises(JournalError, match="schema version 1, but this release needs 9; resolve its open refunds"):
+    with pytest.raises(JournalError, match="schema version 1, but this release needs 10; resolve its open refunds"):
         async with SqliteJournal(path):
             pass
 

@@ -91,11 +91,14 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is created if it is missing.
 
     Only one process at a time may open it; a second process gets a ``JournalError``. If the first process ends or is
-    killed, the next one finds its open refunds as UNRESOLVED. While the journal is open, the files ``…-wal`` and
-    ``…-shm`` are part of it. The file ``…-owner`` names the process that has opened the journal, and ``…-inbox`` is
-    the journal's inbox. If several processes run one service, let them share a :class:`~.postgres.PostgresJournal`:
-    with a file for each process, no process knows the refunds of the others. Use a local disk: network file systems
-    lack reliable locks.
+    killed, the next one finds its open refunds as UNRESOLVED. A copy of the file is refused, because it may lack later
+    refunds: it has another inode number than the journal has recorded. Only a copy that was written over the journal's
+    own file is not recognized.
+
+    While the journal is open, the files ``…-wal`` and ``…-shm`` are part of it. The file ``…-owner`` names the process
+    that has opened the journal, and ``…-inbox`` is the journal's inbox. If several processes run one service, let them
+    share a :class:`~.postgres.PostgresJournal`: with a file for each process, no process knows the refunds of the
+    others. Use a local disk: network file systems lack reliable locks.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

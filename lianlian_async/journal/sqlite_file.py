@@ -81,12 +81,9 @@ class JournalFile:
             """The rowid of the newest entry."""
             paths = () if read_only else (self._path, owner_path, log_path)
             self._files = {path: path.stat() for path in paths}
-            self._is_acting, is_backup, restored, evidence = json.loads(self._value(sql.STATUS))
-            if is_backup and not read_only:
-                raise JournalError(
-                    f"journal {self._path}: this is a backup, and later refunds may have been made; move it away, then "
-                    "use `lianlian journal restore FILE`"
-                )
+            self._is_acting, inode, restored, evidence = json.loads(self._value(sql.STATUS))
+            if not read_only:
+                self._check_original(inode, is_new=inode is None or restored_at is not None)
             self._restored_at = restored and sql.moment_of(restored, evidence)
             self._opened = opened.pop_all()
 
@@ -103,6 +100,18 @@ class JournalFile:
         if upgrades:
             self._connection.executescript(
                 f"BEGIN IMMEDIATE; {';'.join(upgrades)}; PRAGMA user_version = {sql.SCHEMA_VERSION}; COMMIT"
+            )
+
+    def _check_original(self, inode: str | None, *, is_new: bool) -> None:
+        """Raise ``JournalError`` if this file is a copy: the journal recorded another ``inode``."""
+        own = str(self._files[self._path].st_ino)
+        if is_new:
+            self._connection.execute(sql.SET_INODE, [own])
+        elif inode != own:
+            raise JournalError(
+                f"journal {self._path}: this is a backup or another copy of a journal, and later refunds may have been "
+                "made; use the journal itself, or, if it is lost, move this file away and use "
+                "`lianlian journal restore FILE`"
             )
 
     def _upgrades(self) -> list[str]:
@@ -137,13 +146,13 @@ class JournalFile:
     def backup(self, target: Path) -> None:
         """Copy the journal, which other processes may have open; ``target`` appears when the copy is complete.
 
-        The copy is marked: it can be read, but only :func:`restore` makes it a journal again.
+        The copy can be read, but only :func:`restore` makes it a journal again.
         """
         with self._lock, self._errors(), TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as folder:
             copy = Path(folder, target.name)
             with closing(_connect(copy, timeout=0.0)) as connection:
                 self._connection.backup(connection)
-                connection.execute(sql.MARK_BACKUP)
+                connection.execute(sql.SET_INODE, ["backup"])
             copy.replace(target)
             sync_folders(target.parent)
 

@@ -4,8 +4,8 @@
 unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock at ``sent_at``, and the
 rejection if every attempt so far was rejected. ``endings`` contains the outcomes. So the rows of ``refunds`` rarely
 grow, and SQLite's pages stay full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the
-journal's id, its owner, whether ``Journal.begin_acting`` was called, whether the file is a backup, and the moment
-(``restored_at``, ``evidence``) at which it was restored from one.
+journal's id, its owner, whether ``Journal.begin_acting`` was called, the file's inode number, by which a copy is
+recognized, and the moment (``restored_at``, ``evidence``) at which it was restored from a backup.
 
 One statement writes many rows, and a read returns all rows as one JSON text: ``sqlite3`` releases and re-acquires the
 GIL for every row, and a busy event loop may keep the GIL each time.
@@ -18,7 +18,7 @@ from typing import Any, Final
 from lianlian_async.clock import Moment
 
 APPLICATION_ID: Final = 0x4C4C5246  # "LLRF"
-SCHEMA_VERSION: Final = 9
+SCHEMA_VERSION: Final = 10
 
 CHECKPOINT_PAGES: Final = 4000
 """Pages in the WAL (16 MB) that trigger a checkpoint: so many that most bodies are deleted before it."""
@@ -36,10 +36,10 @@ CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL, evidence TEXT, 
 CREATE TABLE endings (id INTEGER PRIMARY KEY, record TEXT NOT NULL, history TEXT NOT NULL);
 CREATE INDEX not_done ON refunds (id, state) WHERE state <> 'done';
 CREATE TABLE journal (
-    id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT, is_acting INTEGER NOT NULL, is_backup INTEGER NOT NULL,
+    id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT, is_acting INTEGER NOT NULL, inode TEXT,
     restored_at INTEGER, evidence TEXT
 );
-INSERT INTO journal SELECT lower(hex(randomblob(16))), NULL, NULL, 0, 0, NULL, NULL;
+INSERT INTO journal SELECT lower(hex(randomblob(16))), NULL, NULL, 0, NULL, NULL, NULL;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
@@ -81,9 +81,9 @@ CANARIES: Final = """id IN (
 )"""
 """The first canary after the oldest entry, after half of the entries, after three quarters, and so on."""
 OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
-STATUS: Final = "SELECT json_array(is_acting, is_backup, restored_at, json(evidence)) FROM journal"
-MARK_BACKUP: Final = "UPDATE journal SET is_backup = 1"
-SET_RESTORED_AT: Final = "UPDATE journal SET is_backup = 0, restored_at = :now, evidence = :evidence"
+STATUS: Final = "SELECT json_array(is_acting, inode, restored_at, json(evidence)) FROM journal"
+SET_INODE: Final = "UPDATE journal SET inode = ?"
+SET_RESTORED_AT: Final = "UPDATE journal SET restored_at = :now, evidence = :evidence"
 MARK_RESTORED: Final = (
     SET_RESTORED_AT,
     "UPDATE refunds SET sent_at = :now WHERE state = 'unresolved'",

@@ -1,6 +1,6 @@
 -- An SqliteJournal of release 0.1.0. Do not change this file: users have such journals.
 PRAGMA application_id = 1280070214;
-PRAGMA user_version = 9;
+PRAGMA user_version = 10;
 BEGIN TRANSACTION;
 CREATE TABLE bodies (id INTEGER PRIMARY KEY, body TEXT NOT NULL, evidence TEXT, history TEXT NOT NULL);
 INSERT INTO "bodies" VALUES(1,'{"no_refund":"R-unknown"}','{"boot":100.0,"timeline":"boot 1","refused":{"ret_code":"1002","ret_msg":"x","verified":"no"}}','1795680000 1 begun ');
@@ -9,10 +9,10 @@ INSERT INTO "endings" VALUES(2,'{"ret_code":"0000","sta_refund":"0"}','179568000
 INSERT INTO "endings" VALUES(3,'{"ret_code":"0000","sta_refund":"2"}','1795680000 1 begun ');
 INSERT INTO "endings" VALUES(4,'{"ret_code":"5003","ret_msg":"退款金额错误","verified":"no"}','1795680000 1 begun ');
 CREATE TABLE journal (
-    id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT, is_acting INTEGER NOT NULL, is_backup INTEGER NOT NULL,
+    id TEXT NOT NULL, oid_partner TEXT, apply_url TEXT, is_acting INTEGER NOT NULL, inode TEXT,
     restored_at INTEGER, evidence TEXT
 );
-INSERT INTO "journal" VALUES('1a2aa01cf537c2478412c321a1f660a3','201103171000000000','https://example.com/apply',1,0,NULL,NULL);
+INSERT INTO "journal" VALUES('1a2aa01cf537c2478412c321a1f660a3','201103171000000000','https://example.com/apply',1,NULL,NULL,NULL);
 CREATE TABLE refunds (
     id INTEGER PRIMARY KEY,
     no_refund TEXT NOT NULL UNIQUE,
