@@ -568,6 +568,9 @@ async def test_an_invalid_dsn_is_not_shown(dsn):
     [
         ({"dsn": None}, "dsn: must be of type str, not NoneType"),
         ({"schema": 5}, "schema: must be of type str, not int"),
+        ({"schema": ""}, "schema: must have 1 to 57 bytes, and no %; is ''"),
+        ({"schema": "100 %"}, "schema: must have 1 to 57 bytes, and no %; is '100 %'"),
+        ({"schema": "退" * 20}, "schema: must have 1 to 57 bytes"),
         ({"timeout": "10"}, "timeout: must be a number of seconds greater than 0 and at most 86400, is '10'"),
         ({"timeout": 0}, "timeout: must be a number of seconds greater than 0"),
         ({"timeout": math.inf}, "timeout: must be a number of seconds greater than 0 and at most 86400, is inf"),
@@ -577,6 +580,12 @@ async def test_invalid_settings_are_refused(settings, words):
     """The error names the setting, the accepted values and the given value."""
     with pytest.raises(ConfigurationError, match=words):
         PostgresJournal(**{"dsn": "postgresql://clerk@/books"} | settings)
+
+
+async def test_the_longest_schema_has_an_inbox(postgres_dsn):
+    """PostgreSQL cuts a longer name off, so the inbox would have the tables of another schema."""
+    async with PostgresJournal(postgres_dsn, schema=uuid4().hex + "x" * 25) as journal:
+        assert (await journal.inbox()).id != journal.id
 
 
 async def test_a_forked_child_is_refused(make, monkeypatch):

@@ -48,6 +48,9 @@ Statement = tuple[LiteralString, Sequence[Any]]
 _UNSAFE: Final = (
     "its server runs with %s = off: a power failure can lose recorded refunds or damage the database; set it to on"
 )
+_INBOX: Final = "_inbox"
+_LONGEST_SCHEMA: Final = 63 - len(_INBOX)
+"""Bytes. PostgreSQL cuts off longer names: a journal and its inbox would have the same tables."""
 _PAGE: Final = 500
 _CONNECTIONS: Final = 4
 _SHORTEST_PAUSE: Final = 0.02
@@ -115,6 +118,8 @@ class PostgresJournal(GroupCommitJournal):
         check_seconds("timeout", timeout, most=86_400)  # PostgreSQL counts it in milliseconds, as a 32-bit integer
         check_type("dsn", dsn, str)
         check_type("schema", schema, str)
+        if "%" in schema or not 1 <= len(schema.removesuffix(_INBOX).encode()) <= _LONGEST_SCHEMA:
+            raise ConfigurationError(f"schema: must have 1 to {_LONGEST_SCHEMA} bytes, and no %; is {schema!r}")
         self._dsn = Secret(connection_string(dsn, timeout))
         database = conninfo_to_dict(self._dsn.reveal())
         super().__init__(f"{schema} in {database.get('dbname')} at {database.get('host')}")
@@ -158,7 +163,7 @@ class PostgresJournal(GroupCommitJournal):
     def _new_inbox(self) -> "PostgresJournal":
         return PostgresJournal(
             self._dsn.reveal(),
-            schema=f"{self._schema}_inbox",
+            schema=f"{self._schema}{_INBOX}",
             timeout=self._timeout,
             clock=self._clock,
         )
