@@ -3,7 +3,6 @@
 from typing import Any, Final, NamedTuple
 
 from lianlian_async import errors
-from lianlian_async.errors import BatchStopped, InvalidRequest, LianLianError, RefundOutcomeUnknown, SignatureInvalid
 from lianlian_async.models import RefundRecord, RefundStatus
 
 
@@ -23,7 +22,7 @@ UNKNOWN: Final = ExitOutcome("unknown", 4)
 SIGNATURE_INVALID: Final = ExitOutcome("signature invalid", 5)
 INTERRUPTED: Final = ExitOutcome("interrupted", 130)
 
-EXIT_OUTCOMES: Final[dict[type[LianLianError], ExitOutcome]] = {
+EXIT_OUTCOMES: Final[dict[type[errors.LianLianError], ExitOutcome]] = {
     errors.LianLianError: ExitOutcome("error", 1),
     errors.ConfigurationError: ExitOutcome("configuration error", 2),
     errors.InvalidRequest: ExitOutcome("invalid request", 2),
@@ -43,25 +42,22 @@ EXIT_OUTCOMES: Final[dict[type[LianLianError], ExitOutcome]] = {
 }
 
 
-def exit_outcome_of(error: LianLianError) -> ExitOutcome:
-    """Return the outcome for an error; a class without an entry has its parent's outcome."""
-    outcome = next(EXIT_OUTCOMES[cls] for cls in type(error).__mro__ if cls in EXIT_OUTCOMES)
-    if isinstance(error, BatchStopped) and isinstance(error.cause, SignatureInvalid):
+def exit_outcome_of(found: RefundRecord | errors.LianLianError) -> ExitOutcome:
+    """Return the outcome for a refund or an error; an error class without an entry has its parent's outcome."""
+    if isinstance(found, RefundRecord):
+        return FAILED if found.sta_refund is RefundStatus.FAILED else MADE
+    outcome = next(EXIT_OUTCOMES[cls] for cls in type(found).__mro__ if cls in EXIT_OUTCOMES)
+    if isinstance(found, errors.BatchStopped) and isinstance(found.cause, errors.SignatureInvalid):
         return outcome._replace(exit_code=SIGNATURE_INVALID.exit_code)
     return outcome
 
 
-def exit_outcome_of_refund(refund: RefundRecord) -> ExitOutcome:
-    """Return FAILED if the refund's final state is failed, else MADE."""
-    return FAILED if refund.sta_refund is RefundStatus.FAILED else MADE
-
-
-def error_document(error: LianLianError) -> dict[str, Any]:
+def error_document(error: errors.LianLianError) -> dict[str, Any]:
     """Return an error as one JSON object: its outcome, type, message and attributes (str, int or None)."""
     facts: dict[str, Any] = {name: value for name, value in vars(error).items() if isinstance(value, str | int | None)}
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, errors.InvalidRequest):
         facts["problems"] = [problem._asdict() for problem in error.problems]
-    if isinstance(error, RefundOutcomeUnknown):
+    if isinstance(error, errors.RefundOutcomeUnknown):
         facts |= {"request": error.request.to_dict(), "query": error.query().to_dict()}
         facts |= {"sent_at": error.sent_at.isoformat(), "ask_again_at": error.ask_again_at.isoformat()}
     return {

@@ -16,7 +16,7 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.recording import recorded_refund
 from lianlian_async.retry import RetryPolicy
 
-from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of, exit_outcome_of_refund
+from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of
 from .journal_report import MEANING
 from .options import place_name
 from .output import Output, local_time, table
@@ -83,7 +83,7 @@ def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[Exit
             refund = recorded_refund(entry)
         except LianLianError as error:
             return exit_outcome_of(error), str(error), None
-        outcome = exit_outcome_of_refund(refund)
+        outcome = exit_outcome_of(refund)
         acting = "; on_refund has not returned" if entry.state is State.FINAL else ""
         return outcome, f"final: {outcome.word}{acting}" if refund.is_final else MEANING[entry.state], None
     if entry.sent_at is None:

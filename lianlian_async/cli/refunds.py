@@ -12,7 +12,7 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest
 from lianlian_async.session import RefundSession
 
-from .exit_codes import INTERRUPTED, exit_outcome_of_refund
+from .exit_codes import INTERRUPTED, exit_outcome_of
 from .options import SIGNATURE_FIELDS, check_partner, load_merchant, read_message
 from .output import Output, query_command, table
 
@@ -71,7 +71,7 @@ def _show_answer(
 
 def show_refund(output: Output, refund: RefundRecord) -> None:
     """Print a refund, and exit with the code of its state."""
-    outcome = exit_outcome_of_refund(refund)
+    outcome = exit_outcome_of(refund)
     names = [field.name for field in attrs.fields(RefundRecord) if field.eq]  # the other fields describe the message
     cells = {**{name: getattr(refund, name) for name in names}, **refund.extra}
     if refund.sta_refund is not None:

@@ -11,15 +11,7 @@ import attrs
 from rich.text import Text
 
 from lianlian_async import errors
-from lianlian_async.cli.exit_codes import (
-    FAILED,
-    MADE,
-    REJECTED,
-    UNKNOWN,
-    ExitOutcome,
-    exit_outcome_of,
-    exit_outcome_of_refund,
-)
+from lianlian_async.cli.exit_codes import FAILED, MADE, REJECTED, UNKNOWN, ExitOutcome, exit_outcome_of
 from lianlian_async.cli.output import local_time
 from lianlian_async.codes import explain
 from lianlian_async.models import RefundStatus
@@ -45,11 +37,9 @@ def style(outcome: ExitOutcome) -> str:
 
 
 def _exit_outcome(outcome: Outcome) -> ExitOutcome:
-    if outcome.refund is not None:
-        return exit_outcome_of_refund(outcome.refund)
     if isinstance(outcome.error, errors.JournalError) and outcome.error.said is not None:
         return UNKNOWN  # sent, but the journal could not record the answer
-    return exit_outcome_of(cast("errors.LianLianError", outcome.error))  # an outcome has a refund or an error
+    return exit_outcome_of(outcome.refund or cast("errors.LianLianError", outcome.error))  # it has one of the two
 
 
 class Reason(NamedTuple):

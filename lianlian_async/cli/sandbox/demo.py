@@ -12,16 +12,7 @@ from typing import Final, NamedTuple
 import anyio
 import click
 
-from lianlian_async.cli.exit_codes import (
-    INTERRUPTED,
-    MADE,
-    NOT_SENT,
-    REJECTED,
-    UNKNOWN,
-    ExitOutcome,
-    exit_outcome_of,
-    exit_outcome_of_refund,
-)
+from lianlian_async.cli.exit_codes import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome, exit_outcome_of
 from lianlian_async.cli.output import Output, table, tables
 from lianlian_async.errors import LianLianError
 from lianlian_async.merchant import Merchant
@@ -92,7 +83,7 @@ async def _refund_all(
         async def make(request: RefundRequest) -> None:
             outcomes[request.no_refund] = INTERRUPTED
             try:
-                outcome = exit_outcome_of_refund(await session.apply_refund(request))
+                outcome = exit_outcome_of(await session.apply_refund(request))
             except LianLianError as error:
                 outcome = exit_outcome_of(error)
             outcomes[request.no_refund] = outcome
