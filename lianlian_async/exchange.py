@@ -116,7 +116,7 @@ class Finding(Enum):
 class Reply:
     """The result of an exchange: a ``refund`` if :attr:`Finding.FOUND`, else the ``error`` that explains the finding.
 
-    Raises ``ValueError`` for any other combination, because a user's middleware may create a reply.
+    Raises ``ValueError`` for other combinations and types, because a user's middleware may create a reply.
     """
 
     finding: Finding
@@ -132,3 +132,7 @@ class Reply:
     def __attrs_post_init__(self) -> None:
         if (self.finding is Finding.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):
             raise ValueError("Reply: set refund if the finding is FOUND; else set error, and no refund")
+        if not isinstance(self.finding, Finding) or not isinstance(self.error, LianLianError | None):
+            raise ValueError("Reply: finding must be a Finding, error a LianLianError")
+        if not isinstance(self.retry_after, int | float | None):
+            raise ValueError("Reply: retry_after must be a number of seconds")

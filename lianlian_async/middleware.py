@@ -6,14 +6,14 @@ user's layers are called for every attempt, also for each query that resolves a 
 """
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 import anyio
 import attrs
 
-from .errors import ConfigurationError, LianLianError, misconfigured
+from .errors import ConfigurationError, LianLianError, RefundConflict, RefundNotSent, RefundRejected, misconfigured
 from .events import AttemptBegan, AttemptEnded, Paused
 from .exchange import Call, Exchange, Finding, NoResponse, Reply, SendCount
 from .identity import check_identity
@@ -129,13 +129,13 @@ class Attempt:
         exchange = attrs.evolve(exchange, seconds=seconds, send_count=SendCount())
         if not seconds:
             return _without_reply(exchange, "the deadline is over")
-        with anyio.move_on_after(seconds):
-            try:
+        try:
+            with anyio.move_on_after(seconds):
                 reply = await (_observed(exchange, call_next) if exchange.listeners.want() else call_next(exchange))
-            except Exception as error:  # noqa: BLE001 - a layer may raise anything
-                return _without_reply(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
-            problem = _problem(exchange, reply)
-            return reply if problem is None else _without_reply(exchange, problem)
+                problem = _problem(exchange, reply)
+                return reply if problem is None else _without_reply(exchange, problem)
+        except Exception as error:  # noqa: BLE001 - a layer may raise anything, on trio also a group with the timeout
+            return _without_reply(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
         return _without_reply(exchange, f"no answer within {seconds:.1f} s")
 
 
@@ -158,12 +158,21 @@ async def _observed(exchange: Exchange, call_next: Next) -> Reply:
     return reply
 
 
+_APPLY_ERRORS: Final[Mapping[Finding, type[LianLianError] | tuple[()]]] = {
+    Finding.NOT_SENT: RefundNotSent,
+    Finding.REJECTED: RefundRejected,
+    Finding.CONFLICT: RefundConflict,
+    Finding.NOT_FOUND: (),
+}
+"""The error that a reply to an apply call must have, by finding; other findings may have any error."""
+
+
 def _problem(exchange: Exchange, reply: object) -> str | None:
     """Return why the reply of the user's layers is not reliable, or None if it is reliable."""
     if not isinstance(reply, Reply):
         return f"a middleware returned {type(reply).__name__}, not a Reply"
-    if exchange.call is Call.APPLY and reply.finding is Finding.NOT_FOUND:
-        return "a middleware answered an apply call with NOT_FOUND"
+    if exchange.call is Call.APPLY and not isinstance(reply.error, _APPLY_ERRORS.get(reply.finding, object)):
+        return f"a middleware answered {reply.finding.name} with {type(reply.error).__name__}: {reply.error}"
     other_sends = exchange.send_count.open_sends - (reply.finding is Finding.EXISTS)
     if reply.finding in (Finding.NOT_SENT, Finding.REJECTED, Finding.EXISTS) and other_sends > 0:
         return f"the answer is {reply.finding.name}, but another send of the same request may have worked"

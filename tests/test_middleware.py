@@ -352,6 +352,28 @@ async def test_layer_that_raises_after_the_send():
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
+async def test_layer_whose_task_fails_when_the_attempt_times_out():
+    """On trio its task group raises a group of the timeout's cancellation and the failure: the refund is queried."""
+    gateway = sandbox()
+
+    async def fail_in_the_end():
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise ValueError("mine")
+
+    async def hanging(exchange, call_next):
+        reply = await call_next(exchange)
+        if exchange.call is Call.APPLY:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(fail_in_the_end)
+                await anyio.sleep_forever()
+        return reply
+
+    assert (await applied(gateway, hanging)).no_refund == "R-1"
+    assert gateway.requests == {"apply": 1, "query": 1}
+
+
 async def test_a_layer_that_always_raises_after_the_send_leaves_the_refund_unknown():
     """If no query succeeds either, the refund is unknown, and was sent once."""
     gateway = sandbox()
@@ -405,6 +427,19 @@ async def test_layer_that_returns_the_record_of_another_refund():
         assert (await session.apply_refund(refund_request(2))).no_refund == "R-2"
     assert gateway.times_made("R-2") == 1
     assert gateway.requests == {"apply": 2, "query": 1}
+
+
+@pytest.mark.parametrize("finding", [Finding.NOT_SENT, Finding.REJECTED, Finding.CONFLICT])
+async def test_layer_that_answers_with_the_wrong_error(finding):
+    """The finding is not believed; without a send the call ends in RefundNotSent, which quotes the layer's error."""
+    gateway = sandbox()
+
+    async def breaking(exchange, call_next):
+        return Reply(finding=finding, error=ERROR)
+
+    with pytest.raises(RefundNotSent, match=f"a middleware answered {finding.name} with GatewayUnavailable: busy"):
+        await applied(gateway, breaking)
+    assert gateway.requests == {}
 
 
 async def test_layer_may_answer_without_a_send():
@@ -525,6 +560,21 @@ async def test_layer_that_raises_during_a_query():
 async def test_contradictory_reply_is_refused(parts):
     """FOUND has a refund; every other finding has an error and no refund."""
     with pytest.raises(ValueError, match="set refund if the finding is FOUND"):
+        Reply(**parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        ({"finding": "UNCERTAIN", "error": ERROR}, "finding must be a Finding"),
+        ({"finding": Finding.NOT_SENT, "error": OSError("refused")}, "error a LianLianError"),
+        ({"finding": Finding.UNCERTAIN, "error": ERROR, "retry_after": "5"}, "retry_after must be a number"),
+    ],
+    ids=str,
+)
+async def test_reply_with_a_part_of_another_type_is_refused(parts, problem):
+    """Otherwise it would be an exception of another type after the refund was sent."""
+    with pytest.raises(ValueError, match=problem):
         Reply(**parts)
 
 
