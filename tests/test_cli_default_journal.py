@@ -9,10 +9,12 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
+import anyio.to_thread
 import click
 import pytest
 
 from lianlian_async.cli import stores
+from lianlian_async.cli.batch import command
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
 from tests.support.batches import read_lines, refund, url_of, write_csv, write_lines
@@ -163,7 +165,7 @@ def test_receipt_names_the_journal(env, gateway, file, tmp_path):
     assert receipt["place"] == place
     assert (receipt["oid_partner"], receipt["apply_url"]) == (gateway.oid_partner, env["LIANLIAN_APPLY_URL"])
     assert len(receipt["journal"]) == 32
-    assert receipt["written_at"].startswith("20")
+    assert receipt["sent_until"].startswith("20")
     assert run("batch", file, "--yes", "--journal", place, env=env).exit_code == 0
 
 
@@ -188,14 +190,14 @@ def test_new_journal_is_accepted_after_the_grace(env, gateway, file, tmp_path):
     """LianLian shows a refund late: a new journal must wait after the last run."""
     run("batch", file, "--yes", "--journal", tmp_path / "first", env=env)
     [receipt] = read_lines(receipt_of(file))
-    ended_at = datetime.fromisoformat(receipt["written_at"])
+    ended_at = datetime.fromisoformat(receipt["sent_until"])
     second = ("batch", file, "--yes", "--accept-new-journal", "--query-first", "--journal", tmp_path / "second")
     early = run(*second, env=env)
     assert early.exit_code == 2
     until = (ended_at + timedelta(minutes=15)).astimezone().isoformat(sep=" ", timespec="seconds")
     assert f"LianLian may show a refund late, so wait until {until}" in " ".join(early.stderr.split())
     assert gateway.requests == {"apply": 3}
-    write_lines(receipt_of(file), [receipt | {"written_at": str(ended_at - timedelta(minutes=15))}])
+    write_lines(receipt_of(file), [receipt | {"sent_until": str(ended_at - timedelta(minutes=15))}])
     assert run(*second, env=env).exit_code == 0
     assert gateway.requests == {"apply": 3, "query": 3}
 
@@ -211,6 +213,20 @@ def test_receipt_is_written_again_at_the_end(gateway, file, tmp_path):
         run("batch", file, "--yes", "--journal", tmp_path / "journal", env=environment(gateway, url))
     assert gateway.requests == {"apply": 3}
     assert len(read_lines(receipt_of(file))) == 1
+
+
+def test_receipt_is_written_again_during_a_batch(gateway, file, tmp_path, monkeypatch):
+    """A batch that is killed after hours has told in its receipt until when it has sent."""
+    monkeypatch.setattr(command, "_RECEIPT", 0.01)
+
+    async def remover(scope, receive, send):
+        receipt_of(file).unlink(missing_ok=True)
+        await anyio.to_thread.run_sync(until, receipt_of(file).exists)
+        await gateway(scope, receive, send)
+
+    with serving(remover) as url:
+        ended = run("batch", file, "--yes", "--journal", tmp_path / "journal", env=environment(gateway, url))
+    assert ended.exit_code == 0
 
 
 @pytest.mark.parametrize("text", ["", "no receipt\n", "{}\n", '{"journal": 1}\n', "[]\n", "\udcff"])
@@ -277,7 +293,7 @@ def test_queue_and_file_journal_know_of_each_other(env, gateway, file, tmp_path,
     assert run("batch", queued, *journal, env=env).exit_code == 2
     os.utime(receipt_of(file), (0, 0))
     assert run("batch", file, *queue, "--accept-new-journal", env=dsn).exit_code == 2
-    write_lines(receipt_of(file), [read_lines(receipt_of(file))[0] | {"written_at": "2026-11-01"}])
+    write_lines(receipt_of(file), [read_lines(receipt_of(file))[0] | {"sent_until": "2026-11-01"}])
     assert run("batch", file, *queue, "--accept-new-journal", env=dsn).exit_code == 0
     assert run("batch", "-", *queue, env=dsn, stdin=file.read_text()).exit_code == 0
 

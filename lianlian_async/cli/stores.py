@@ -149,18 +149,19 @@ class Receipt:
     oid_partner: str | None
     """None, like ``apply_url``, if the journal of a queue had no owner yet."""
     apply_url: str | None
-    written_at: str = ""
+    sent_until: str = ""
+    """When the last refund of the file was sent at the latest, even if the batch was killed."""
 
     def check(self, path: Path, *, accept_new: bool, grace: float) -> list[Receipt]:
         """Return the receipts of other merchants and endpoints, which :meth:`write` keeps.
 
         Raises a usage error if the file was sent with another journal before, unless ``accept_new`` is true and the
-        receipt is at least ``grace`` seconds old: the gateway may show a refund late.
+        last refund was sent at least ``grace`` seconds ago: the gateway may show a refund late.
         """
         problem, others = "", list[Receipt]()
         try:
             known = [Receipt(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
-            last = max(datetime.fromisoformat(one.written_at) for one in known)  # ValueError if the file is empty
+            last = max(datetime.fromisoformat(one.sent_until) for one in known)  # ValueError if the file is empty
         except FileNotFoundError:
             return others
         except (OSError, TypeError, ValueError):
@@ -173,7 +174,7 @@ class Receipt:
                     others.append(one)
                 elif one.journal != self.journal:
                     problem = (
-                        f"{path}: on {one.written_at} this file was sent with the journal {one.place}. The journal "
+                        f"{path}: until {one.sent_until} this file was sent with the journal {one.place}. The journal "
                         f"{self.place} may not know its refunds: use the first journal"
                     )
         if problem and not accept_new:
@@ -182,10 +183,10 @@ class Receipt:
             raise click.UsageError(f"{problem}; LianLian may show a refund late, so wait until {local_time(until)}")
         return others
 
-    def write(self, path: Path, journal: str, others: Iterable[Receipt]) -> None:
-        """Replace the file durably by ``others`` and this receipt, with the journal's id and the current time."""
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        receipts = (*others, attrs.evolve(self, journal=journal, written_at=now))
+    def write(self, path: Path, journal: str, others: Iterable[Receipt], seconds: float) -> None:
+        """Replace the file durably by ``others`` and this receipt: with the journal's id, sent until in ``seconds``."""
+        until = (datetime.now().astimezone() + timedelta(seconds=seconds)).isoformat(timespec="seconds")
+        receipts = (*others, attrs.evolve(self, journal=journal, sent_until=until))
         with TemporaryDirectory(prefix="receipt-", dir=path.parent) as folder:
             new = Path(folder, path.name)
             with new.open("w", encoding="utf-8") as file:

@@ -3,11 +3,13 @@
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from decimal import Decimal
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 import anyio
+import anyio.to_thread
 import attrs
 import click
 from rich.text import Text
@@ -34,6 +36,8 @@ from .summary import file_facts, show_batch, show_checked
 _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
 """Seconds between two checks whether only unknown refunds remain."""
+_RECEIPT: Final = 60.0
+"""Seconds for which a batch may send with one receipt. It writes the next one in half of this time."""
 
 
 def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> None:
@@ -73,19 +77,21 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
         ctx.exit(INVALID.exit_code if checked.problems.count else 0)
 
 
-def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[str, Any]) -> Callable[[str], None]:
+def _receipt_writer(
+    output: Output, file: str, ours: Receipt, options: Mapping[str, Any]
+) -> Callable[[str, float], None]:
     """Refuse a journal other than the one in the receipt of ``file``; return a function that writes the receipt.
 
     Stdin has no receipt.
     """
     if file == "-":
-        return lambda _: None
+        return lambda _, __: None
     path = Path(f"{file}.receipt")
     others = ours.check(path, accept_new=options["accept_new_journal"], grace=options["not_found_grace"])
 
-    def write(journal_id: str) -> None:
+    def write(journal_id: str, seconds: float) -> None:
         try:
-            ours.write(path, journal_id, others)
+            ours.write(path, journal_id, others, seconds)
         except OSError as error:
             output.note(f"{path}: {error.strerror}; the receipt was not written")
 
@@ -148,7 +154,7 @@ async def _add_to_queue(output: Output, file: str, checked: Checked, options: Ma
     dsn = options["queue"]
     async with make_journal(dsn) as journal, open_queue(dsn) as queue:
         owner = (journal.owner.oid_partner, journal.owner.apply_url) if journal.owner else (None, None)
-        _receipt_writer(output, file, Receipt(journal.id, place_name(dsn), *owner), options)(journal.id)
+        _receipt_writer(output, file, Receipt(journal.id, place_name(dsn), *owner), options)(journal.id, 0)
         return await queue.enqueue(line.request async for line in checked.lines())
 
 
@@ -216,7 +222,7 @@ class _Batch:
     _last_begun: int = attrs.field(default=0, init=False)
     """The line of the last refund that was started."""
     failure: LianLianError | None = attrs.field(default=None, init=False)
-    write_receipt: Callable[[str], None] = attrs.field(init=False)
+    write_receipt: Callable[[str, float], None] = attrs.field(init=False)
 
     async def work(self) -> None:
         """Send all refunds. Store an error in ``failure``, or raise it if no refund was started."""
@@ -237,6 +243,7 @@ class _Batch:
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             with self._receipt(journal.id), self._result_writer() as write:
                 async with (
+                    aclosing(BackgroundTask(partial(self._rewrite_receipt, journal.id))),
                     make_session(self.merchant, journal=journal, **settings) as session,
                     refund_many(session, self._requests(journal), journal=journal, **choices) as outcomes,
                     aclosing(BackgroundTask(self._note_waiting)),
@@ -250,12 +257,17 @@ class _Batch:
 
     @contextmanager
     def _receipt(self, journal_id: str) -> Iterator[None]:
-        """Write the receipt before the first refund is sent, and again with the new time at the end of the batch."""
-        self.write_receipt(journal_id)
+        """Write the receipt before the first refund is sent, and again at the end of the batch."""
+        self.write_receipt(journal_id, _RECEIPT)
         try:
             yield
         finally:
-            self.write_receipt(journal_id)
+            self.write_receipt(journal_id, 0)
+
+    async def _rewrite_receipt(self, journal_id: str) -> None:
+        while True:
+            await anyio.sleep(_RECEIPT / 2)
+            await anyio.to_thread.run_sync(self.write_receipt, journal_id, _RECEIPT)
 
     def status(self) -> Text:
         """Return the progress as one line."""
