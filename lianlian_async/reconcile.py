@@ -1,13 +1,14 @@
 """Compare LianLian's statements with a journal: find refunds that one of the two lacks, and refunds that differ.
 
-The input is lines of text and journal entries, the output is a verdict for each refund. The rows are kept in memory:
-a million need about 250 MB. All methods block the calling thread.
+The input is lines of text and journal entries, the output is a verdict for each refund. The rows are kept in a
+temporary SQLite file, so that memory grows by little more than a byte per row. All methods block the calling thread.
 
 A statement is not signed, and no public sample of a refund row exists. So a row counts only if every column that is
 used has its documented form. Other rows are reported with line and column; no column is guessed.
 """
 
 import re
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
@@ -34,7 +35,7 @@ _FORMS: Final = {
     "money_refund": (re.compile(r"-[0-9]{1,9}(\.[0-9]{1,9})?"), "a negative amount such as -88.5"),
 }
 """The documented forms of the columns that are used."""
-_STORED: Final = ("oid_partner", "dt_refund", "money_refund", "evidence")
+_STORED: Final = ("no_refund", "oid_partner", "dt_refund", "money_refund", "evidence")
 
 
 class StatementError(ValueError):
@@ -130,10 +131,12 @@ class Reconciliation:
         self.unreadable: list[tuple[int, str]] = []
         """Rows that do not count: (line number, message with file, line and column)."""
         self._periods: set[str] = set()
-        self._rows: dict[str, str] = {}
-        """Rows by ``no_refund``, each a line with the fields of ``_STORED``: objects would need more memory."""
-        self._compared: set[str] = set()
-        """Each ``no_refund`` that is in the statements and in the journal."""
+        self._seen = bytearray()
+        """Whether a row was compared, by row id."""
+        self._file = sqlite3.connect("", isolation_level=None)
+        self._file.executescript(
+            f"PRAGMA journal_mode = off; BEGIN; CREATE TABLE refunds (id INTEGER PRIMARY KEY, {', '.join(_STORED)})"
+        )
 
     def add_statement(self, name: str, lines: Iterable[str], summary: str = "") -> None:
         """Read the statement with the file name ``name``; ``summary`` is the content of its ``JYMXSUM`` file, if any.
@@ -150,14 +153,13 @@ class Reconciliation:
         self.oid_partner = partner
         self._periods.add(period)
         unreadable, sums = len(self.unreadable), [Decimal(0), Decimal(0)]
-        for no_refund, *row in self._read(name, lines, sums):
-            self._rows[no_refund] = self._rows.get(no_refund, "") + " ".join(row) + "\n"
+        self._file.executemany("INSERT INTO refunds VALUES (NULL, ?, ?, ?, ?, ?)", self._rows(name, lines, sums))
         if summary and len(self.unreadable) == unreadable:
             totals = _SUMMARY.fullmatch(summary.strip())
             if totals is None or [Decimal(text or 0) for text in totals.groups()] != sums:
                 raise StatementError(f"{name}: {sums[0]} refunds, sum {sums[1]} yuan, but its JYMXSUM says {summary!r}")
 
-    def _read(self, name: str, lines: Iterable[str], sums: list[Decimal]) -> Iterator[tuple[str, ...]]:
+    def _rows(self, name: str, lines: Iterable[str], sums: list[Decimal]) -> Iterator[tuple[str, ...]]:
         layout = None
         for number, line in enumerate(lines, 1):
             place = f"{name}, line {number}"
@@ -182,7 +184,6 @@ class Reconciliation:
         ours = {**entry.fields, "oid_partner": self.oid_partner}
         verdicts = [_verdict(entry, ours, record) for record in records]
         if verdicts:
-            self._compared.add(entry.no_refund)
             self._count(verdicts[0], entry.no_refund, [record["money_refund"] for record in records])
         if all(verdict is Verdict.NOT_IN_JOURNAL for verdict in verdicts) and (day := _statement_day(entry)):
             days = (f"{one:%Y%m%d}" for one in (day, day + timedelta(1)))
@@ -192,15 +193,25 @@ class Reconciliation:
 
     def finish(self) -> None:
         """Count the rows that have no entry in the journal."""
-        for no_refund in self._rows:
-            if no_refund not in self._compared:
+        self._prepare()
+        for row, no_refund in self._file.execute("SELECT id, no_refund FROM refunds"):
+            if not self._seen[row]:
                 amounts = [record["money_refund"] for record in self.records(no_refund)]
                 self._count(Verdict.NOT_IN_JOURNAL, no_refund, amounts)
 
     def records(self, no_refund: str) -> list[dict[str, str]]:
         """Return the statements' rows about a refund as records, each with its file and line as ``evidence``."""
-        rows = [row.split(" ", 3) for row in self._rows.get(no_refund, "").splitlines()]
-        return [{"sta_refund": "2", "no_refund": no_refund, **dict(zip(_STORED, row, strict=True))} for row in rows]
+        self._prepare()
+        found = self._file.execute("SELECT * FROM refunds WHERE no_refund = ?", [no_refund]).fetchall()
+        for row, *_ in found:
+            self._seen[row] = 1
+        return [{"sta_refund": "2", **dict(zip(_STORED, row[1:], strict=True))} for row in found]
+
+    def _prepare(self) -> None:
+        if not self._seen:
+            [(rows,)] = self._file.execute("SELECT count(*) FROM refunds")
+            self._seen = bytearray(rows + 1)
+            self._file.execute(f"CREATE INDEX numbers ON refunds ({', '.join(_STORED)})")
 
     def _count(self, verdict: Verdict, no_refund: str, amounts: Sequence[str]) -> None:
         verdict = verdict if len(amounts) == 1 else Verdict.TWICE_IN_STATEMENT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import anyio
 import anyio.to_thread
 import pytest
@@ -154,6 +156,20 @@ def test_file_that_is_not_a_statement_is_refused(env, journal, gateway, file):
     ended = run("reconcile", foreign, "--journal", journal)
     assert ended.exit_code == 2
     assert f"journal: belongs to merchant {gateway.oid_partner}, not M2" in ended.stderr
+
+
+def test_full_disk_is_an_error(env, journal, gateway, file):
+    """An error of the temporary file, which holds the rows, names the cure."""
+    send(env, journal, gateway, 0)
+    file.write_text(rows(gateway, *range(30_000)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        ended = run("reconcile", file, "--journal", journal)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ended.exit_code == 1
+    assert "set SQLITE_TMPDIR to a folder with more space" in ended.stderr
 
 
 # ── --apply ──────────────────────────────────────────────────────────────────────────────────────

@@ -1,5 +1,6 @@
 """``lianlian reconcile``: compare LianLian's statements with a journal."""
 
+import sqlite3
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -33,6 +34,8 @@ def reconcile(
         anyio.run(_compare, found, place)
     except (StatementError, UnicodeError) as error:
         raise click.BadParameter(str(error), param_hint="STATEMENTS") from None
+    except sqlite3.Error as error:
+        raise LianLianError(f"temporary file: {error}; set SQLITE_TMPDIR to a folder with more space") from error
     if is_applied:
         anyio.run(_apply, found, load_merchant(config), place, output)
     for _, text in found.unreadable:
