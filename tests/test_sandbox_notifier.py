@@ -12,11 +12,10 @@ import pytest
 
 from lianlian_async import ConfigurationError, NotificationEndpoint, asgi, wire
 from lianlian_async.journal import MemoryJournal
-from lianlian_async.sandbox import Fault, Notifier, When
+from lianlian_async.sandbox import Fault, Mischief, Notifier, When
 from lianlian_async.session import RefundSession
 from lianlian_async.signing import signature_source
 from lianlian_async.transport import asgi_transport
-from tests.support.mischief import Mischief, MischievousNotifier, is_forged
 from tests.support.notices import Handler, until
 from tests.support.parties import OID_PARTNER, as_json, boot_clock, refund_request, sandbox
 
@@ -50,12 +49,8 @@ class Shop:
         return [fields["sta_refund"] for _, fields in self.came]
 
 
-def notifier(gateway, shop, **options):
-    return Notifier(gateway, transport=asgi_transport(shop), **options)
-
-
-def mischievous(gateway, shop, *mischief):
-    return MischievousNotifier(gateway, transport=asgi_transport(shop), mischief=dict.fromkeys(mischief, 1.0))
+def notifier(gateway, shop, *mischief, **options):
+    return Notifier(gateway, transport=asgi_transport(shop), mischief=dict.fromkeys(mischief, 1.0), **options)
 
 
 def session(gateway, app=None, **options):
@@ -82,7 +77,7 @@ async def test_a_final_refund_is_notified_once_it_is_acknowledged():
     assert (scope["method"], scope["path"], scope["query_string"]) == ("POST", "/lianlian", b"shop=1")
     assert asgi.headers(scope)["content-type"] == "text/json;charset=utf-8"
     [delivery] = notifying.deliveries
-    assert (delivery.no_refund, delivery.status, delivery.acknowledged) == ("R-1", 200, True)
+    assert (delivery.no_refund, delivery.status, delivery.acknowledged, delivery.forged) == ("R-1", 200, True, False)
     assert (delivery.at, delivery.body) == (pytest.approx(10), as_json(fields))
 
 
@@ -181,6 +176,13 @@ async def test_leaving_ends_the_notifications():
     assert not shop.came
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+async def test_invalid_mischief_probability_is_refused(share):
+    """The constructor raises the error."""
+    with pytest.raises(ConfigurationError, match="mischief"):
+        Notifier(sandbox(), mischief={Mischief.EARLY: share})
+
+
 async def test_invalid_interval_is_refused():
     """NaN would send every delivery at once."""
     with pytest.raises(
@@ -192,10 +194,10 @@ async def test_invalid_interval_is_refused():
 # ── mischief ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def notified(*mischief, answers=None):
+async def notified(*mischief, answers=None, **options):
     """Return the service and the deliveries after one refund with some mischief."""
     gateway, shop = sandbox(settle_after=10), Shop(answers or [OK])
-    async with mischievous(gateway, shop, *mischief) as notifying, session(gateway) as opened:
+    async with notifier(gateway, shop, *mischief, **options) as notifying, session(gateway) as opened:
         await opened.apply_refund(refund_request())
         await anyio.sleep(3600)
     return shop, notifying.deliveries
@@ -229,14 +231,17 @@ async def test_replayed_sends_again_later():
 
 async def test_tampered_sends_forgeries_first():
     """Each delivery is preceded by one with another amount, which the gateway did not sign."""
-    _, deliveries = await notified(Mischief.TAMPERED, answers=[(500, b"")])
-    assert [is_forged(sandbox(), delivery) for delivery in deliveries] == [True, False] * 30
+    key = sandbox().gateway_key.public_key()
+    shop, deliveries = await notified(Mischief.TAMPERED, answers=[(500, b"")])
+    genuine = [key.verify(signature_source(fields), fields.get("sign", "")) for _, fields in shop.came]
+    assert genuine == [False, True] * 30
+    assert [delivery.forged for delivery in deliveries] == [True, False] * 30
 
 
 async def test_early_sends_before_the_apply_response():
     """The notification of the final state comes before the apply response."""
     gateway, shop = sandbox(settle_after=1000), Shop()
-    notifying = mischievous(gateway, shop, Mischief.EARLY)
+    notifying = notifier(gateway, shop, Mischief.EARLY)
     async with notifying, session(gateway, notifying) as opened:
         for number in range(3):
             shop.came.clear()
@@ -252,12 +257,12 @@ async def test_same_seed_gives_the_same_mischief():
     async def bodies(seed):
         gateway, shop = sandbox(settle_after=0), Shop()
         mischief = dict.fromkeys(Mischief, 0.5)
-        notifying = MischievousNotifier(gateway, transport=asgi_transport(shop), mischief=mischief, seed=seed)
+        notifying = Notifier(gateway, transport=asgi_transport(shop), mischief=mischief, seed=seed)
         async with notifying, session(gateway, notifying) as opened:
             for number in range(10):
                 await opened.apply_refund(refund_request(number))
             await anyio.sleep(300)
-        return Counter((delivery.no_refund, is_forged(gateway, delivery)) for delivery in notifying.deliveries)
+        return Counter((delivery.no_refund, delivery.forged) for delivery in notifying.deliveries)
 
     assert await bodies(1) == await bodies(1) != await bodies(2)
 
@@ -269,7 +274,7 @@ async def test_endpoint_acts_once_despite_all_mischief():
     mischief = dict.fromkeys(Mischief, 0.5)
     async with MemoryJournal() as journal:
         endpoint = NotificationEndpoint(gateway.merchant(), handler, journal=journal, clock=boot_clock)
-        notifying = MischievousNotifier(gateway, transport=asgi_transport(endpoint), mischief=mischief)
+        notifying = Notifier(gateway, transport=asgi_transport(endpoint), mischief=mischief)
         async with notifying, session(gateway, notifying, journal=journal) as opened:
             for number in range(40):
                 gateway.fail(f"R-{number}") if number % 3 else None
@@ -277,7 +282,8 @@ async def test_endpoint_acts_once_despite_all_mischief():
             await until(lambda: not notifying.pending, look_every=10)
         assert [entry async for entry in journal.pending()] == []
     assert sorted(handler.numbers) == sorted(f"R-{number}" for number in range(40))
-    assert all(delivery.acknowledged is not is_forged(gateway, delivery) for delivery in notifying.deliveries)
+    assert not any(delivery.acknowledged for delivery in notifying.deliveries if delivery.forged)
+    assert all(delivery.acknowledged for delivery in notifying.deliveries if not delivery.forged)
     assert endpoint.counts["acted"] == 40
     assert not endpoint.counts["failed"]
     assert not endpoint.counts["contradictory"]

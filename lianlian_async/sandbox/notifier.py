@@ -1,4 +1,4 @@
-"""Notifications from the sandbox, on LianLian's schedule.
+"""Notifications from the sandbox, on LianLian's schedule, with faults (*mischief*) on request.
 
 When a refund is final, its signed notification is POSTed to its ``notify_url`` every 2 minutes, at most 30 times, until
 the response is HTTP 200 with ``ret_code`` 0000 within 5 seconds (LianLian's notification page).
@@ -7,8 +7,10 @@ the response is HTTP 200 with ``ret_code`` 0000 within 5 seconds (LianLian's not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
+from enum import Enum
+from random import Random
 from typing import Final, Self
 
 import anyio
@@ -16,7 +18,7 @@ import attrs
 
 from lianlian_async import asgi, wire
 from lianlian_async.background import BackgroundTask
-from lianlian_async.errors import MalformedMessage
+from lianlian_async.errors import ConfigurationError, MalformedMessage
 from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.settings import check_seconds
 from lianlian_async.transport import AsyncBaseTransport, HttpSender, check_http
@@ -31,6 +33,23 @@ _CONNECTIONS: Final = 64
 """Maximum number of concurrent deliveries."""
 
 
+class Mischief(Enum):
+    """Faults of a refund's notifications."""
+
+    EARLY = "early"
+    """The refund is final at once, and its notification is sent before the apply response."""
+    DUPLICATED = "duplicated"
+    """The notification is sent once more after the last delivery."""
+    CONCURRENT = "concurrent"
+    """Each delivery is sent three times concurrently."""
+    REORDERED = "reordered"
+    """A notification with the state *initialized* is sent after the one with the final state."""
+    TAMPERED = "tampered"
+    """Before each delivery, a forgery is sent: another amount with the genuine signature."""
+    REPLAYED = "replayed"
+    """The notification is sent once more, ``every`` seconds after the last delivery."""
+
+
 @attrs.frozen(kw_only=True)
 class Delivery:
     """One POST and its result."""
@@ -39,13 +58,15 @@ class Delivery:
     at: float
     """When the delivery ended with a response, an error or a timeout, in seconds of the gateway's clock."""
     body: bytes = attrs.field(repr=False)
+    forged: bool
     status: int | None
     """HTTP status; None: no response before the timeout."""
     acknowledged: bool
 
     def __str__(self) -> str:
+        kind = "forgery" if self.forged else "notification"
         response = "no response" if self.status is None else f"HTTP {self.status}"
-        return f"notification of {self.no_refund}: {response}, {'' if self.acknowledged else 'not '}acknowledged"
+        return f"{kind} of {self.no_refund}: {response}, {'' if self.acknowledged else 'not '}acknowledged"
 
 
 class Notifier:
@@ -59,9 +80,11 @@ class Notifier:
         transport: An httpx or httpx2 transport for the deliveries; default: the network.
         every: Seconds between two deliveries.
         times: Maximum number of deliveries of one notification.
+        mischief: Probability of each :class:`Mischief` per refund.
+        seed: Seed of the random mischief.
         on_delivery: Called with each :class:`Delivery` after it ends.
 
-    Raises ``ConfigurationError`` for an unsupported transport and a wrong ``every``.
+    Raises ``ConfigurationError`` for an unsupported transport, a wrong ``every``, and a probability below 0 or above 1.
     """
 
     def __init__(
@@ -71,15 +94,21 @@ class Notifier:
         transport: AsyncBaseTransport | None = None,
         every: float = 120.0,
         times: int = 30,
+        mischief: Mapping[Mischief, float] | None = None,
+        seed: int = 0,
         on_delivery: Callable[[Delivery], object] = lambda _: None,
     ) -> None:
         check_http(None, transport, None)
+        self._mischief = dict(mischief or {})
+        if any(not 0 <= share <= 1 for share in self._mischief.values()):
+            raise ConfigurationError("mischief: each probability must be from 0 to 1")
         self.deliveries: list[Delivery] = []
         """Every delivery so far, oldest first."""
         self._gateway = gateway
         self._http_transport = transport
         self._every = check_seconds("every", every, least=0, most=math.inf)
         self._times = times
+        self._random = Random(seed)  # noqa: S311 - the same seed gives the same mischief
         self._on_delivery = on_delivery
         self._begun = self._ended = 0
 
@@ -104,8 +133,15 @@ class Notifier:
         """Serve one ASGI connection to the gateway, or the server's lifespan."""
         if scope["type"] == "lifespan":
             await asgi.lifespan(receive, send, self)
-        else:
-            await self._gateway(scope, receive, send)
+            return
+
+        async def send_after_early(message: asgi.Message) -> None:
+            if message["type"] == "http.response.start":
+                for delivered in self._start_new():
+                    await delivered.wait()
+            await send(message)
+
+        await self._gateway(scope, receive, send_after_early)
 
     async def _run(self, started: anyio.Event) -> None:
         async with anyio.create_task_group() as self._tasks:
@@ -115,20 +151,41 @@ class Notifier:
                 self._start_new()
                 await made.wait()
 
-    def _start_new(self) -> None:
-        """Start notifying about the refunds that were made since the last call."""
-        for record in self._gateway.refunds[self._begun :]:
-            self._begun += 1
-            self._tasks.start_soon(self._notify, record)
+    def _start_new(self) -> list[anyio.Event]:
+        """Start notifying about new refunds; return, for each early one, an event that its first delivery sets."""
+        records = self._gateway.refunds[self._begun :]
+        self._begun += len(records)
+        early = []
+        for record in records:
+            mischief = {each for each, share in self._mischief.items() if self._random.random() < share}
+            delivered = anyio.Event()
+            if Mischief.EARLY in mischief:
+                record.settles_at = self._gateway.now()
+                early.append(delivered)
+            self._tasks.start_soon(self._notify, record, mischief, delivered)
+        return early
 
-    async def _notify(self, record: Record) -> None:
+    async def _notify(self, record: Record, mischief: set[Mischief], delivered: anyio.Event) -> None:
         await self._until(record.settles_at)
         body = self._gateway.notification(record)
+        fields = wire.decode(body)
         for _ in range(self._times):
             sent_at = self._gateway.now()
-            if await self._send(record, body):
+            if Mischief.TAMPERED in mischief:
+                forgery = fields | {"money_refund": wire.format_money(record.money_refund + 1)}
+                await self._send(record, wire.encode(forgery), forged=True)
+            acknowledged = await self._send(record, body, times=3 if Mischief.CONCURRENT in mischief else 1)
+            delivered.set()
+            if acknowledged:
                 break
             await self._until(sent_at + self._every)
+        if Mischief.REORDERED in mischief:
+            await self._send(record, self._gateway.notification(record, at=-math.inf))
+        if Mischief.DUPLICATED in mischief:
+            await self._send(record, body)
+        if Mischief.REPLAYED in mischief:
+            await self._until(self._gateway.now() + self._every)
+            await self._send(record, body)
         self._ended += 1
 
     async def _until(self, moment: float) -> None:
@@ -136,20 +193,29 @@ class Notifier:
             with anyio.move_on_after(seconds):
                 await self._gateway.advanced.wait()
 
-    async def _send(self, record: Record, body: bytes) -> bool:
-        """POST ``body`` once; return whether it was acknowledged."""
-        async with self._slots:
-            response = await post(self._transport, record.notify_url, body)
-        delivery = Delivery(
-            no_refund=record.no_refund,
-            at=self._gateway.now(),
-            body=body,
-            status=response.status if isinstance(response, HttpResponse) else None,
-            acknowledged=is_acknowledged(response),
-        )
-        self.deliveries.append(delivery)
-        self._on_delivery(delivery)
-        return delivery.acknowledged
+    async def _send(self, record: Record, body: bytes, *, times: int = 1, forged: bool = False) -> bool:
+        """Make ``times`` concurrent POSTs of ``body``; return whether one was acknowledged."""
+        deliveries: list[Delivery] = []
+
+        async def send() -> None:
+            async with self._slots:
+                response = await post(self._transport, record.notify_url, body)
+            delivery = Delivery(
+                no_refund=record.no_refund,
+                at=self._gateway.now(),
+                body=body,
+                forged=forged,
+                status=response.status if isinstance(response, HttpResponse) else None,
+                acknowledged=is_acknowledged(response),
+            )
+            deliveries.append(delivery)
+            self._on_delivery(delivery)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(times):
+                tasks.start_soon(send)
+        self.deliveries += deliveries
+        return any(delivery.acknowledged for delivery in deliveries)
 
 
 async def post(sender: HttpSender, url: str, body: bytes, patience: float = PATIENCE) -> HttpResponse | NoResponse:

@@ -34,10 +34,9 @@ import psycopg
 from lianlian_async import Merchant, NotificationEndpoint, Refund, RefundSession, refund_many
 from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.journal.postgres import PostgresJournal
-from lianlian_async.sandbox import SandboxGateway
+from lianlian_async.sandbox import Mischief, Notifier, SandboxGateway
 from lianlian_async.transport import PoolTransport, asgi_transport
 from tests.support import ROOT, postgres, program
-from tests.support.mischief import Mischief, MischievousNotifier, is_forged
 from tests.support.notices import until
 from tests.support.parties import refund_request
 
@@ -175,7 +174,7 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
         await shop.execute(_TABLES)
         with _workers(service, gateway, dsn) as workers:
             first, second = workers.values()
-            notifier = MischievousNotifier(
+            notifier = Notifier(
                 gateway,
                 transport=LoadBalancer(workers),
                 every=1.0,
@@ -209,7 +208,7 @@ async def notify_and_kill(service: str, dsn: str, *, refunds: int, seed: int) ->
         service=service,
         refunds=refunds,
         deliveries=len(notifier.deliveries),
-        forgeries=sum(is_forged(gateway, delivery) for delivery in notifier.deliveries),
+        forgeries=sum(delivery.forged for delivery in notifier.deliveries),
         handled=len(times),
         handled_by_the_killed=sum(worker == "first" for _, _, worker in rows),
         again=sum(count > 1 for count in times.values()),
@@ -230,7 +229,7 @@ async def _kill_midway(shop: psycopg.AsyncConnection, worker: subprocess.Popen, 
     worker.wait()
 
 
-def _problems(gateway: SandboxGateway, notifier: MischievousNotifier, rows, begun) -> dict[str, str]:
+def _problems(gateway: SandboxGateway, notifier: Notifier, rows, begun) -> dict[str, str]:
     problems = {}
     told: dict[str, list[tuple[str, str]]] = {}
     for number, status, worker in rows:
@@ -246,7 +245,7 @@ def _problems(gateway: SandboxGateway, notifier: MischievousNotifier, rows, begu
             problems[number] = f"handled {len(handled)} times"
     problems |= dict.fromkeys(told, "handled, but never made")
     for delivery in notifier.deliveries:
-        if delivery.acknowledged and is_forged(gateway, delivery):
+        if delivery.forged and delivery.acknowledged:
             problems[delivery.no_refund] = "a forgery was acknowledged"
     return problems
 

@@ -50,12 +50,11 @@ from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.cli.sandbox.server import serving as serving_gateway
 from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.middleware import RateLimit
-from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
+from lianlian_async.sandbox import Fault, Mischief, Notifier, Repeated, SandboxGateway
 from tests.programs.proxy import shop
 from tests.support import ROOT, program
 from tests.support.bad_network import FAIR, Cut, Disturbance, Form, Proxy, proxies, to_port
 from tests.support.hostile import ATTACKS, attack, prepare
-from tests.support.mischief import Mischief, MischievousNotifier
 from tests.support.parties import refund_request, sandbox, serving
 
 FAULTS = dict.fromkeys(Fault, 0.005)
@@ -93,7 +92,7 @@ async def serve(seed: int) -> None:
     gateway = SandboxGateway(
         repeated=Repeated.AGAIN, default_order=Decimal("100000000.00"), settle_after=0.3, faults=FAULTS, delay=LATE
     )
-    notifier = MischievousNotifier(gateway, every=2.0, mischief=dict.fromkeys(Mischief, 0.02), seed=seed)
+    notifier = Notifier(gateway, every=2.0, mischief=dict.fromkeys(Mischief, 0.02), seed=seed)
     with serving_gateway(notifier) as url:
         proxy = Proxy(to_port(httpx.URL(url).port), next_disturbance=lambda: disturbance(dice))
         async with proxies(proxy):
