@@ -218,6 +218,14 @@ def _script(gateway: SandboxGateway, name: str) -> Iterator[RefundRequest]:
         yield request
 
 
+def _unknown(gateway: SandboxGateway, name: str) -> RefundRequest:
+    """Return a refund whose outcome stays unknown, also on a loaded machine: its call has enough time to send it."""
+    request = refund_request(f"{name}-UNKNOWN")
+    gateway.script(Fault.RESET, call="apply", no_refund=request.no_refund)
+    gateway.script(Fault.HTTP_500, call="query", no_refund=request.no_refund, times=1000)
+    return request
+
+
 async def fault_run(evidence: Evidence, journal: Journal, http_backend: str, name: str) -> None:
     """Make refunds through every fault, and take notifications; keep all that is shown."""
     gateway = _gateway()
@@ -234,7 +242,8 @@ async def fault_run(evidence: Evidence, journal: Journal, http_backend: str, nam
             RefundSession(merchant, journal=journal, listeners=[evidence.event, telemetry], **options) as session,
             NotificationEndpoint(merchant, _fails, journal=journal, session=session) as endpoint,
         ):
-            for outcome in await asyncio.gather(*map(session.outcome_of, requests)):
+            calls = [*map(session.outcome_of, requests), session.outcome_of(_unknown(gateway, name), deadline=3.0)]
+            for outcome in await asyncio.gather(*calls):
                 evidence.show(outcome)
                 _show_outcome(evidence, outcome.error or outcome.refund)
             conflict = attrs.evolve(requests[0], money_refund=Decimal("9.99"))
