@@ -13,7 +13,7 @@ The ideas:
 7. When a background task ends, whatever the cause, no call waits for it any longer.
 
 The modules, from the lowest layer up. No module imports from a higher layer; import-linter checks this. The one
-exception: ``errors`` loads ``unknown_form`` when it is needed.
+exception: ``errors`` loads ``unknown_form`` when it is needed, and imports ``models`` for type checkers.
 
 - ``codes``, ``errors``: the return codes and the error tree. ``clock``: timestamps, and the time between them.
   ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``, ``version``: small helpers.

@@ -65,7 +65,7 @@ def _exists(code: str, meaning: str, kind: CodeClass) -> ReturnCode:
 CODES: Final[dict[str, ReturnCode]] = {
     row.ret_code: row
     for row in (
-        ReturnCode("0000", "handled", CodeClass.SUCCESS, "sta_refund is the status of the refund"),
+        ReturnCode("0000", "accepted", CodeClass.SUCCESS, "sta_refund is the status of the refund"),
         _configuration(
             "1001", "our signature is wrong", "check that LianLian's dashboard has the public key of your private key"
         ),

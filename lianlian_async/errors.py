@@ -26,9 +26,12 @@ import copyreg
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .codes import explain
+
+if TYPE_CHECKING:
+    from .models import RefundQuery, RefundRecord, RefundRequest
 
 
 def printable(text: str) -> str:
@@ -103,7 +106,7 @@ class RefundNotSent(LianLianError):
         self.attempts = attempts
         self.last_error = last_error
         super().__init__(
-            f"refund {no_refund} was not sent: {last_error} ({attempts} attempts); it is safe to send it again"
+            f"refund {no_refund} was not sent: {last_error} (attempts: {attempts}); it is safe to send it again"
         )
 
 
@@ -195,12 +198,12 @@ class RefundOutcomeUnknown(LianLianError):
     def __init__(
         self,
         *,
-        request: Any,  # RefundRequest and Moment: their modules import this one
+        request: "RefundRequest",
         oid_partner: str,
         body: bytes = b"",
         attempts: int = 0,
         queries: int = 0,
-        moment: Any,
+        moment: Any,  # a clock.Moment
         ask_again_at: datetime,
         last_error: str,
         refused: RefundRejected | None = None,
@@ -220,12 +223,12 @@ class RefundOutcomeUnknown(LianLianError):
         self.last_error = last_error
         self.reason = reason or last_error
         super().__init__(
-            f"refund {self.no_refund} may have been made: {attempts} attempts, {queries} queries, "
-            f"last: {last_error}; ask again at {ask_again_at.isoformat(timespec='seconds')}"
+            f"refund {self.no_refund} may have been made: {last_error} (attempts: {attempts}, queries: {queries}); "
+            f"ask again at {ask_again_at.isoformat(timespec='seconds')}"
         )
 
-    def query(self) -> Any:
-        """Return the :class:`~lianlian_async.RefundQuery` about this refund."""
+    def query(self) -> "RefundQuery":
+        """Return the query about this refund."""
         return self.request.query()
 
     def to_dict(self) -> dict[str, Any]:
@@ -260,7 +263,7 @@ class RefundNotFinal(LianLianError):
     query; None: it succeeded. Wait again, or learn the final status from the notification or ``session.resume()``.
     """
 
-    def __init__(self, refund: Any, *, last_error: str | None) -> None:
+    def __init__(self, refund: "RefundRecord", *, last_error: str | None) -> None:
         self.refund = refund
         self.last_error = last_error
         self.last_exchange = refund.last_exchange
@@ -322,7 +325,7 @@ class JournalError(LianLianError):
     ``holder``: the process that has locked the journal, and since when; None: the error has another cause.
     """
 
-    said: Any = None
+    said: "RefundRecord | LianLianError | None" = None
     holder: str | None = None
 
 

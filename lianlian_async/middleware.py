@@ -2,7 +2,18 @@
 
 A session's layers, from the outside in: :class:`Retry` → :class:`Limit` (the user's ``limiter``) → :class:`Attempt`
 (time limit, and check of replies) → the user's own ``middleware``, the first one outermost → the HTTP exchange. The
-user's layers are called for every attempt, also for each query that resolves a refund.
+user's layers are called for every attempt, also for each query that resolves a refund::
+
+    from collections import Counter
+    from lianlian_async.exchange import Exchange, Reply
+    from lianlian_async.middleware import Next
+
+    findings = Counter()
+
+    async def count_findings(exchange: Exchange, call_next: Next) -> Reply:
+        reply = await call_next(exchange)
+        findings[exchange.call, reply.finding] += 1
+        return reply
 """
 
 import random

@@ -91,7 +91,7 @@ def parse_money(value: Decimal | int | str) -> Decimal:
         case str():
             raise ValueError("must be digits with at most 2 decimals, such as 200.01")
         case bool() | float():
-            raise ValueError("must be a Decimal, not a float or bool: a float cannot represent every amount exactly")
+            raise ValueError("must be a Decimal, an int or a str: a float cannot represent every amount exactly")
         case Decimal() | int():
             amount = Decimal(value)
             if not amount.is_finite():

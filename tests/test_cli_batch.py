@@ -159,7 +159,7 @@ def test_out_has_the_columns_of_the_file_and_the_outcomes(env, file, tmp_path, n
         own = ("line", "no_refund", "dt_refund", "money_refund", "no_order", "客户", "outcome")
         assert tuple(made) == own + OURS[1:]
         assert (made["no_refund"], made["outcome"], made["sta_refund"]) == ("R-1", "made", "2")
-        assert (made["ret_msg"], made["money_refund"], made["meaning"]) == ("交易成功", "10.00", "handled")
+        assert (made["ret_msg"], made["money_refund"], made["meaning"]) == ("交易成功", "10.00", "accepted")
         assert (made["客户"], made["what_to_do"], made["error"]) == ("王R-1", None, None)
         assert len(made["settle_date"]) == 8
         assert made["oid_refundno"]

@@ -201,6 +201,24 @@ def test_explain_of_a_bounded_history_says_so(journal):
     assert "8901 no such record (2 times)" in ended.stdout
 
 
+def test_explain_shows_china_standard_time_and_repeated_events(journal):
+    """dt_refund is shown as `lianlian query` shows it, and an event without a result has only its count."""
+    begin(journal)
+
+    async def again(opened):
+        for _ in range(2):
+            _, entry = await opened.begin(wanted, now())
+            await opened.release(entry, now())
+
+    fields = in_journal(lambda opened: opened.find("R-1"), journal).fields
+    wanted = Intent(no_refund="R-1", fields=fields, body=b"{}", lease=-1.0, grace=900.0)
+    in_journal(again, journal)
+    ended = run("explain", "R-1")
+    cells = [[cell.strip() for cell in line.split("│")] for line in ended.stdout.splitlines()]
+    assert ["", "dt_refund", str(RefundRequest.from_record(fields).dt_refund), ""] in cells
+    assert "│ lease taken │ (2 times) " in ended.stdout
+
+
 def test_explain_of_an_unknown_number_is_an_error(journal):
     """The journal has no such refund, or does not exist."""
     begin(journal)

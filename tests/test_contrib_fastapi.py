@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from lianlian_async import ConfigurationError, JournalError, LianLianError, NotificationEndpoint
-from lianlian_async.contrib.fastapi import Session, lifespan, notifications, refund_error
+from lianlian_async.contrib.fastapi import Session, get_session, lifespan, notifications, refund_error
 from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.sandbox import Fault
 from tests.support.notices import HEADERS, Handler, notification
@@ -70,6 +70,18 @@ async def test_the_session_lives_as_long_as_the_application():
     assert repr(session).endswith("closed>")
 
 
+async def test_a_test_may_override_the_session():
+    """httpx.ASGITransport passes no state of the lifespan, so a test overrides the dependency."""
+    session = sandbox().session()
+    app = service(session)
+    app.dependency_overrides[get_session] = lambda: session
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://shop.example") as http,
+    ):
+        assert (await http.post("/refunds/1")).json() == "0"
+
+
 async def test_a_missing_session_is_a_clear_error():
     """Without a lifespan that opens a session, the error says what to do."""
     app = FastAPI(lifespan=lifespan())
@@ -82,7 +94,9 @@ async def test_a_missing_session_is_a_clear_error():
         async with served(app) as http:
             await http.get("/")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://shop.example") as http:
-        with pytest.raises(RuntimeError, match=r"must run the lifespan \(httpx.ASGITransport does not\)"):
+        with pytest.raises(
+            RuntimeError, match=r"must run the lifespan \(for httpx.ASGITransport.* see lianlian_async.testing"
+        ):
             await http.get("/")
 
 

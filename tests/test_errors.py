@@ -119,7 +119,7 @@ def test_a_copy_is_independent():
     ("error", "message"),
     [
         (EXAMPLES[2], "no_refund: must not be empty (got ''); money_refund: must be digits (got 'x')"),
-        (EXAMPLES[3], "refund R-1 was not sent: connection refused (3 attempts); it is safe to send it again"),
+        (EXAMPLES[3], "refund R-1 was not sent: connection refused (attempts: 3); it is safe to send it again"),
         (
             EXAMPLES[4],
             f"refund rejected R-1: 1008 IP不允许 (our IP address is not allowed); {REGISTER}",
@@ -132,7 +132,7 @@ def test_a_copy_is_independent():
         (
             EXAMPLES[7],
             (
-                "refund R-1 may have been made: 1 attempts, 4 queries, last: timeout; "
+                "refund R-1 may have been made: timeout (attempts: 1, queries: 4); "
                 "ask again at 2026-01-02T03:19:05+00:00"
             ),
         ),

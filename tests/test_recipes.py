@@ -1,4 +1,4 @@
-"""The recipes in docstrings: Starlette, Django, and synchronous programs."""
+"""The recipes in docstrings: Starlette, Django, middleware, and synchronous programs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from django.urls import path
 
 from lianlian_async import NotificationEndpoint, RefundRejected
 from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.exchange import Call, Finding
 from lianlian_async.journal import SqliteJournal, State
-from lianlian_async.sandbox import Fault, SandboxGateway
+from lianlian_async.sandbox import Fault, SandboxGateway, When
 from tests.support import ROOT
 from tests.support.notices import ACKNOWLEDGED, HEADERS, Handler
 from tests.support.parties import refund_request
@@ -99,6 +100,16 @@ async def recorded(folder, number):
 
 
 # ── synchronous programs ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.anyio
+async def test_the_middleware_counts_the_findings(gateway):
+    """It is called for the attempt whose answer is lost, and for the query that finds the refund."""
+    example = run_example("middleware")
+    gateway.script(Fault.RESET, call="apply", when=When.AFTER)
+    async with gateway.session(middleware=[example["count_findings"]]) as session:
+        await session.apply_refund(refund_request())
+    assert example["findings"] == {(Call.APPLY, Finding.UNCERTAIN): 1, (Call.QUERY, Finding.FOUND): 1}
 
 
 def test_threads_share_one_session(gateway):

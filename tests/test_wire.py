@@ -216,10 +216,10 @@ def test_amounts_are_written_with_two_decimals(value, text):
 @pytest.mark.parametrize(
     ("value", "rule"),
     [
-        (200.01, "not a float"),
-        (200.0, "not a float"),
-        (float("nan"), "not a float"),
-        (True, "not a float or bool"),
+        (200.01, "a float cannot represent"),
+        (200.0, "a float cannot represent"),
+        (float("nan"), "a float cannot represent"),
+        (True, "a float cannot represent"),
         (None, "must be a Decimal"),
         (b"1.00", "must be a Decimal"),
         (Decimal("NaN"), "finite"),

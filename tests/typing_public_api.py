@@ -163,6 +163,7 @@ async def sessions(now: datetime) -> None:
             assert_type(unknown.ask_again_at, datetime)
             assert_type(unknown.attempts, int)
             assert_type(unknown.body, bytes)
+            assert_type((unknown.request, unknown.query()), tuple[RefundRequest, RefundQuery])
             assert_type(await session.resolve(unknown, deadline=10), Refund)
         record = await session.query_refund(request.query())
         assert_type(record, RefundRecord)

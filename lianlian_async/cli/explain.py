@@ -61,7 +61,7 @@ def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
         "history": history,
     }
     cells = {"state": entry.state, **entry.fields, **{name: record.get(name) for name in _SHOWN}}
-    cells["dt_refund"] = local_time(request.dt_refund)
+    cells["dt_refund"] = str(request.dt_refund)
     title = "history" + (": only the first 3 and the latest 6 events are kept" if len(history) == MOST_FACTS else "")
     events = table(title, ("time", "event", "result"), map(_row, history))
     events.columns[0].no_wrap = True
@@ -73,7 +73,11 @@ def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
 def _row(fact: dict[str, Any]) -> tuple[str, str, str]:
     result, times = fact["result"], fact["times"]
     text = f"{result} {CODES[result].meaning}" if result in CODES else result
-    return fact["at"], _EVENTS.get(fact["what"], fact["what"]), text if times == 1 else f"{text} ({times} times)"
+    return (
+        fact["at"],
+        _EVENTS.get(fact["what"], fact["what"]),
+        text if times == 1 else f"{text} ({times} times)".strip(),
+    )
 
 
 def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[ExitOutcome, str, datetime | None]:

@@ -23,7 +23,7 @@ def get_session(connection: HTTPConnection) -> RefundSession:
     if session is None:
         raise RuntimeError(
             "no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)); the server or a test client must "
-            "run the lifespan (httpx.ASGITransport does not)"
+            "run the lifespan (for httpx.ASGITransport, which does not, see lianlian_async.testing)"
         )
     return session
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from lianlian_async import contrib, logs
+from lianlian_async import contrib, logs, middleware
 from lianlian_async.contrib import aiohttp, opentelemetry, web
 from tests.support import ROOT
 
@@ -32,13 +32,14 @@ def _of_docstring(module: ModuleType) -> list[str]:
 EXAMPLES = dict(_EXAMPLE.findall(README))
 RECIPES = dict(
     zip(
-        ("aiohttp", "starlette", "django", "synchronous", "logs", "opentelemetry"),
+        ("aiohttp", "starlette", "django", "synchronous", "logs", "opentelemetry", "middleware"),
         (
             *_of_docstring(aiohttp),
             *_of_docstring(web),
             *_of_docstring(contrib),
             *_of_docstring(logs),
             *_of_docstring(opentelemetry),
+            *_of_docstring(middleware),
         ),
         strict=True,
     )
