@@ -35,11 +35,6 @@ class SendCount:
         """The number of sends that may have arrived and were not rejected."""
         self.last_exchange: LastExchange | None = None
 
-    @property
-    def may_have_worked(self) -> bool:
-        """Whether the gateway may have carried out the request."""
-        return self.open_sends > 0
-
 
 @attrs.frozen(kw_only=True)
 class Exchange:

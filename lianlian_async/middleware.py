@@ -195,7 +195,7 @@ def _problem(exchange: Exchange, reply: object) -> str | None:
 
 
 def _without_reply(exchange: Exchange, reason: str, cause: Exception | None = None) -> Reply:
-    reply = unanswered(exchange, NoResponse(reason, exchange.send_count.may_have_worked, cause))
+    reply = unanswered(exchange, NoResponse(reason, exchange.send_count.open_sends > 0, cause))
     cast("LianLianError", reply.error).last_exchange = exchange.send_count.last_exchange
     return reply
 

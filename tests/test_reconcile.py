@@ -16,7 +16,6 @@ from lianlian_async import RefundRequest
 from lianlian_async.journal import Ending, Entry, MemoryJournal, State
 from lianlian_async.reconcile import Reconciliation, StatementError, Verdict
 from lianlian_async.sandbox import SandboxGateway
-from lianlian_async.sandbox.statement import statement
 from tests.support.parties import refund_request
 
 PARTNER = "201103171000000000"
@@ -346,7 +345,7 @@ def test_whatever_the_sandbox_has_made_agrees_with_its_statement(asked):
         async with gateway.session(journal=journal) as session:
             for request in asked:
                 await session.outcome_of(request)
-        found.add_statement(DAY, statement(gateway).splitlines(keepends=True))
+        found.add_statement(DAY, gateway.statement().splitlines(keepends=True))
         async for one in journal.entries():
             found.compare(one)
 
@@ -367,8 +366,8 @@ def test_the_sandbox_states_only_what_has_succeeded():
 
     anyio.run(refund)
     gateway.fail("R-1")
-    assert statement(gateway) == ""
+    assert gateway.statement() == ""
     gateway.advance(60)
-    [line] = statement(gateway).splitlines()
+    [line] = gateway.statement().splitlines()
     assert line.startswith(f"R-2,{PARTNER},20260105 16:00:00,101001,O-2,")
     assert ",-10,1,5," in line

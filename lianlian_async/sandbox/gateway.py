@@ -314,6 +314,19 @@ class SandboxGateway:
         fields = self._answer(record, self.now() if at is None else at)
         return wire.encode(self._sign(fields, {"oid_partner": self.oid_partner}))
 
+    def statement(self) -> str:
+        """Return LianLian's daily statement of domestic refunds: CSV with one row for each successful refund."""
+        successful = (refund for refund in self.refunds if refund.status(self.now()) is RefundStatus.SUCCESS)
+        return "".join(f"{','.join(self._statement_row(refund))}\n" for refund in successful)
+
+    def _statement_row(self, refund: Record) -> tuple[str, ...]:
+        order, money = refund.no_order or refund.oid_paybill or "", f"-{refund.money_refund.normalize():f}"
+        virtual_goods, sent, refunded = "101001", "1", "5"  # busi_partner, direction, status
+        settled = wire.format_timestamp(self.time_of_day(refund.settles_at))
+        identity = refund.no_refund, self.oid_partner, _statement_time(refund.dt_refund)
+        rest = _statement_time(settled), "0", "API渠道", "余额支付", "sandbox"
+        return (*identity, virtual_goods, order, settled[:8], money, sent, refunded, *rest)
+
     def _sign(self, answer: Mapping[str, str], request: Mapping[str, str]) -> dict[str, str]:
         """Sign ``answer`` to ``request``, unless it is an error that the gateway sends unsigned."""
         echo: dict[str, str] = {}
@@ -348,3 +361,7 @@ class SandboxGateway:
     def session(self, **options: Any) -> RefundSession:
         """Return a session that calls this gateway in process; ``options`` are those of ``RefundSession``."""
         return RefundSession(self.merchant(), transport=asgi_transport(self), **options)
+
+
+def _statement_time(digits: str) -> str:
+    return f"{digits[:8]} {digits[8:10]}:{digits[10:12]}:{digits[12:]}"

@@ -15,7 +15,6 @@ from lianlian_async.cli.keys import refuse_existing, write_new
 from lianlian_async.cli.output import Output, file_errors
 from lianlian_async.cli.signals import sigterm_interrupts
 from lianlian_async.sandbox import Fault, Notifier, Repeated, SandboxGateway
-from lianlian_async.sandbox.statement import statement
 from lianlian_async.signing import SigningKey
 
 from .server import environment, serving
@@ -107,7 +106,7 @@ def _statement_at_the_end(gateway: SandboxGateway, file: Path | None) -> Iterato
         name = f"JYMX_{gateway.oid_partner}_{wire.format_timestamp(gateway.time_of_day())[:8]}.txt"
         gateway.advance(86_400.0)  # carries out late requests, and makes refunds final
         with file_errors(file):
-            (file / name if file.is_dir() else file).write_text(statement(gateway), "utf-8")
+            (file / name if file.is_dir() else file).write_text(gateway.statement(), "utf-8")
 
 
 @contextmanager
