@@ -318,6 +318,16 @@ def test_journal_of_another_merchant(made, gateway):
     assert f"belongs to merchant {gateway.oid_partner} at " in text
 
 
+def test_copy_of_a_journal(made, tmp_path):
+    copy = shutil.copy(made["LIANLIAN_JOURNAL"], tmp_path / "copy")
+    state, text, cure = lines(made, "--journal", copy, exit_code=1)["journal"]
+    assert (state, text) == (
+        "failure",
+        "this is a backup or another copy of a journal, and later refunds may have been made",
+    )
+    assert cure.endswith("use `lianlian journal restore FILE`")
+
+
 def test_journal_of_another_schema(made):
     with sqlite3.connect(made["LIANLIAN_JOURNAL"]) as database:
         database.execute("PRAGMA user_version = 999")

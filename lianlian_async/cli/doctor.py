@@ -17,7 +17,8 @@ from lianlian_async import __version__
 from lianlian_async.clock import system_clock
 from lianlian_async.errors import ConfigurationError, GatewayUnavailable, LianLianError, QueryRejected, RefundNotFound
 from lianlian_async.flight import choose_canary
-from lianlian_async.journal import Owner
+from lianlian_async.journal import Owner, SqliteReader
+from lianlian_async.journal.sqlite_file import COPY
 from lianlian_async.merchant import Keys, Merchant
 from lianlian_async.models import RefundQuery, RefundRequest
 from lianlian_async.retry import RetryPolicy
@@ -137,6 +138,8 @@ async def _external_checks(merchant: Merchant, options: dict[str, Any]) -> list[
             Owner(merchant.oid_partner, endpoints.apply).confirm(reader.owner, name)
             belongs = "to this merchant" if reader.owner else "to no merchant yet"
             checks.append(_Check("journal", f"{name}: {refunds:,} refunds, belongs {belongs}"))
+            if isinstance(reader, SqliteReader) and reader.is_copy:
+                checks.append(_failure("journal", COPY, _JOURNAL))
             query = RefundRequest.from_record(entry.fields).query() if entry else query
     except FileNotFoundError:
         checks.append(_warning("journal", f"{place} does not exist; `lianlian batch` creates it", _JOURNAL))

@@ -24,6 +24,10 @@ from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
 from .file_lock import FileLock, FileLocked
 from .operations import Begin, Operation, Result, measurable, perform
 
+COPY: Final = (
+    "this is a backup or another copy of a journal, and later refunds may have been made; use the journal itself, or, "
+    "if it is lost, move this file away and use `lianlian journal restore FILE`"
+)
 _ROWS: Final = 64
 """Maximum number of rows in one statement. Each number of rows is a prepared statement of its own in the cache."""
 
@@ -82,8 +86,13 @@ class JournalFile:
             paths = () if read_only else (self._path, owner_path, log_path)
             self._files = {path: path.stat() for path in paths}
             self._is_acting, inode, restored, evidence = json.loads(self._value(sql.STATUS))
-            if not read_only:
-                self._check_original(inode, is_new=inode is None or restored_at is not None)
+            own_inode = str(self._path.stat().st_ino)
+            self.is_copy = inode not in (None, own_inode) and restored_at is None
+            """Whether this file is a backup or another copy of a journal."""
+            if self.is_copy and not read_only:
+                raise JournalError(f"journal {self._path}: {COPY}")
+            if inode != own_inode and not read_only:
+                self._connection.execute(sql.SET_INODE, [own_inode])
             self._restored_at = restored and sql.moment_of(restored, evidence)
             self._opened = opened.pop_all()
 
@@ -100,18 +109,6 @@ class JournalFile:
         if upgrades:
             self._connection.executescript(
                 f"BEGIN IMMEDIATE; {';'.join(upgrades)}; PRAGMA user_version = {sql.SCHEMA_VERSION}; COMMIT"
-            )
-
-    def _check_original(self, inode: str | None, *, is_new: bool) -> None:
-        """Raise ``JournalError`` if this file is a copy: the journal recorded another ``inode``."""
-        own = str(self._files[self._path].st_ino)
-        if is_new:
-            self._connection.execute(sql.SET_INODE, [own])
-        elif inode != own:
-            raise JournalError(
-                f"journal {self._path}: this is a backup or another copy of a journal, and later refunds may have been "
-                "made; use the journal itself, or, if it is lost, move this file away and use "
-                "`lianlian journal restore FILE`"
             )
 
     def _upgrades(self) -> list[str]:
