@@ -78,24 +78,30 @@ class GatewayClient:
 
     async def _exchange(self, exchange: Exchange) -> Reply:
         """Send a request and read its response, as the innermost layer of the middleware chain."""
-        exchange.send_count.open_sends += 1
+        count = exchange.send_count
+        count.open_sends += 1
         began, delivery = self.clock(), cast("Delivery | None", None)
         try:
             delivery = await self._transport.post(
-                exchange.url, exchange.body, exchange.seconds, exchange.lease_holds, exchange.headers
+                exchange.url,
+                exchange.body,
+                exchange.seconds,
+                exchange.lease_holds,
+                exchange.headers,
+                not_sent=count.was_not_sent,
             )
         finally:  # also if the attempt's timeout cancels it
             summary = last_exchange(delivery, began.wall, self.clock().boot - began.boot)
-            exchange.send_count.last_exchange = summary
+            count.last_exchange = summary
         if isinstance(delivery, HttpResponse):
             self.clock.observe_date(delivery.headers.get("date", ""), began.boot)
-            exchange.send_count.open_sends += delivery.sends - 1  # the answer is to the last send only
+            count.open_sends += delivery.sends - 1  # the answer is to the last send only
         reply = await self._rsa.check(self.protocol.read, exchange, delivery)
         if reply.error is not None:
             reply.error.last_exchange = summary
         self.signatures.saw(exchange, reply)
         if reply.finding in (Finding.NOT_SENT, Finding.REJECTED):
-            exchange.send_count.open_sends -= 1
+            count.was_not_sent()
         return reply
 
     async def aclose(self) -> None:

@@ -147,7 +147,8 @@ class Attempt:
                 return reply if problem is None else _without_reply(exchange, problem)
         except Exception as error:  # noqa: BLE001 - a layer may raise anything, on trio also a group with the timeout
             return _without_reply(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
-        return _without_reply(exchange, f"no answer within {seconds:.1f} s")
+        what = "no answer" if exchange.send_count.open_sends > 0 else "nothing could be sent"
+        return _without_reply(exchange, f"{what} within {seconds:.1f} s")
 
 
 async def _observed(exchange: Exchange, call_next: Next) -> Reply:

@@ -9,7 +9,7 @@ from . import errors
 from .codes import explain
 from .models import Refund, RefundRequest
 
-_TIMED_OUT: Final = re.compile(r"no answer within|the deadline is over|\w*Timeout")
+_TIMED_OUT: Final = re.compile(r"no answer within|nothing could be sent|the deadline is over|\w*Timeout")
 
 
 @attrs.define

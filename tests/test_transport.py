@@ -759,6 +759,62 @@ async def test_trickling_response_ends_with_the_attempt(merchant_keys, gateway_k
     assert began[:2] == [0.0, 10.0]
 
 
+@pytest.mark.virtual_time
+async def test_attempt_that_gets_no_connection_was_not_sent(merchant_keys, gateway_keys):
+    """A caller's client has no free connection within the time limit of an attempt."""
+
+    async def handler(connection: Connection):
+        await connection.request()
+        await connection.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n")
+        await anyio.sleep_forever()
+
+    async with serving(handler) as server, httpx.AsyncClient(limits=httpx.Limits(max_connections=1)) as client:
+        merchant = at(merchant_keys, gateway_keys, server.url)
+        async with (
+            client.stream("GET", server.url),
+            RefundSession(merchant, client=client, clock=boot_clock) as session,
+        ):
+            with pytest.raises(RefundNotSent, match="nothing could be sent within"):
+                await session.apply_refund(refund_request())
+
+
+@pytest.mark.virtual_time
+async def test_attempt_whose_proxy_does_not_answer_was_not_sent(monkeypatch, merchant_keys, gateway_keys):
+    """The proxy accepts the connection, but does not answer CONNECT."""
+
+    async def handler(connection: Connection):
+        await connection.request()
+        await anyio.sleep_forever()
+
+    async with serving(handler) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        merchant = at(merchant_keys, gateway_keys, "https://127.0.0.1:1")
+        async with RefundSession(merchant, clock=boot_clock) as session:
+            with pytest.raises(RefundNotSent, match="nothing could be sent within"):
+                await session.apply_refund(refund_request())
+    assert proxy.opened == 4
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("is_read", [False, True])
+async def test_attempt_that_ends_before_its_body_is_read_cannot_be_sent_later(is_read):
+    """A transport that goes on in the background can no longer read the body. If it has read it, ask."""
+    gateway, seen = sandbox(), []
+
+    class Hanging(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request):
+            seen.append(request)
+            if is_read:
+                await request.aread()
+            await anyio.sleep_forever()
+
+    async with RefundSession(gateway.merchant(), transport=Hanging(), clock=boot_clock) as session:
+        with pytest.raises(RefundOutcomeUnknown if is_read else RefundNotSent):
+            await session.apply_refund(refund_request())
+    with pytest.raises(Exception, match="the lease ended before the request was sent"):
+        list(seen[0].stream)
+
+
 @on_both_stacks
 async def test_a_whole_refund_over_a_socket(merchant_keys, gateway_keys):
     """Apply over a real connection; the signed answer becomes the refund."""

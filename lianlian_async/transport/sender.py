@@ -81,12 +81,15 @@ class HttpSender:
         seconds: float,
         lease_holds: Callable[[], bool] = lambda: True,
         added: Mapping[str, str] | None = None,
+        *,
+        not_sent: Callable[[], object] = lambda: None,
     ) -> Delivery:
         """POST ``body`` with the headers ``added``, with at most half of ``seconds`` to connect; follow no redirect.
 
         ``lease_holds`` is called first; if the transport is the library's own or built on httpcore, also right before
         the request is written. The caller must limit the time of the whole call, because the read timeout restarts with
-        each read. Reads little more than 64 KiB of the response, without decompressing it.
+        each read. ``not_sent`` is called if a cancellation ends the call before the body was read. Reads little more
+        than 64 KiB of the response, without decompressing it.
         """
         if self._is_closed or (self._is_client and self._over.is_closed):
             return NoResponse("the HTTP client is closed", may_have_arrived=False)
@@ -112,6 +115,8 @@ class HttpSender:
                 await response.aclose()
         except BaseException as error:  # a client or transport may raise anything
             if not is_failure(error):
+                if not answered and request.withdraw():
+                    not_sent()
                 raise
             sent = answered or not isinstance(error, self._never_sent) or request.may_have_been_sent(error)
             return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=sent, cause=error)

@@ -30,11 +30,11 @@ class Body(ByteStream):
         self.content = content
         self.sends = 0
         """How often the body was read for sending."""
-        self._lease_holds = lease_holds
+        self.lease_holds = lease_holds
 
     def check_lease(self) -> None:
         """Raise ``LeaseEndedError`` if the lease has ended."""
-        if not self._lease_holds():
+        if not self.lease_holds():
             raise LeaseEndedError("the lease ended before the request was sent: another worker may have taken it")
 
     async def trace(self, url: URL, event: str, info: Mapping[str, Any]) -> None:
@@ -94,6 +94,11 @@ class TrackedRequest(Request):
     async def aread(self) -> bytes:
         """Return the body as bytes."""
         return self.content
+
+    def withdraw(self) -> bool:
+        """Refuse every later read of the body; return whether it was never read, so that nothing was sent."""
+        self._body.lease_holds = lambda: False
+        return not self._body.sends and not self._content_was_read
 
     def may_have_been_sent(self, error: BaseException) -> bool:
         """Return whether the request may have been sent, although the type of ``error`` says that it was not.
