@@ -21,6 +21,7 @@ from lianlian_async import (
     RetryPolicy,
 )
 from lianlian_async.transport import HttpSender, PoolTransport
+from tests.support import certificates
 from tests.support.parties import Connection, Server, answering, refund_request, serving, trickling, unused_port
 
 pytestmark = pytest.mark.anyio
@@ -356,6 +357,22 @@ async def test_a_proxy_of_the_environment_is_used(monkeypatch, name, form):
         async with pool_of(1) as pool:
             assert await fetch(pool, "http://gateway.invalid/exchangerefund.htm") == b"by proxy"
     assert proxy.requests[0][1].startswith(b"POST http://gateway.invalid/exchangerefund.htm ")
+
+
+async def test_no_connection_to_an_https_proxy_reads_the_ca_files(monkeypatch, tmp_path):
+    """Reading them takes tens of milliseconds, on the event loop; the pool has read them when it was created."""
+    context, file = certificates.self_signed(tmp_path)
+
+    async def handler(connection: Connection):
+        while await connection.request() is not None:
+            await connection.respond(b"by proxy")
+
+    async with serving(handler, tls=context) as proxy:
+        monkeypatch.setenv("ALL_PROXY", f"https://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("SSL_CERT_FILE", str(file))
+        async with pool_of(1) as pool:
+            monkeypatch.delenv("SSL_CERT_FILE")
+            assert await fetch(pool, "http://gateway.invalid/") == b"by proxy"
 
 
 @pytest.mark.parametrize("bypass", ["127.0.0.1", "*", "example.com, 127.0.0.1"])

@@ -109,6 +109,8 @@ class PoolTransport(httpx.AsyncBaseTransport):
 
     def _connect(self, url: httpx.URL, stack: deque[_Connection]) -> _Connection:
         proxy = proxy_for(url)
+        if proxy is not None and proxy.url.scheme == "https":
+            proxy.ssl_context = self._ssl_context  # without it, httpcore reads the CA files for each connection
         transport = httpx.AsyncHTTPTransport(verify=self._ssl_context, limits=_LIMITS, proxy=proxy)
         return _Connection(transport, proxy, stack)
 
