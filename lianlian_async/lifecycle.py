@@ -17,13 +17,12 @@ class _State(Enum):
 
 
 class Lifecycle:
-    """The state of the object ``name``, and its running calls, of which at most ``slots`` have a slot at a time.
+    """The state of a ``RefundSession``, and its running calls, of which at most ``slots`` have a slot at a time.
 
     Use before opening, after closing, or from another event loop is a bug in the program: it raises ``RuntimeError``.
     """
 
-    def __init__(self, name: str, slots: int) -> None:
-        self._name = name
+    def __init__(self, slots: int) -> None:
         self._most = slots
         self._state = _State.NEW
         self._running = 0
@@ -94,4 +93,4 @@ class Lifecycle:
         hint = ""
         if self._state is not _State.NEW and anyio.lowlevel.current_token() != self._event_loop:
             hint = "; in synchronous code, keep one loop in a thread: see the blocking portal in lianlian_async.contrib"
-        return RuntimeError(f"this {self._name} {problem}{hint}")
+        return RuntimeError(f"this RefundSession {problem}{hint}")

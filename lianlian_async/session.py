@@ -115,7 +115,7 @@ class RefundSession:
         set_up_from_environment()
         self.listeners = Listeners(listeners, timer=perf_counter, is_logged=True)
         self._waiters = Waiters()
-        self._life = Lifecycle("RefundSession", max_connections)
+        self._life = Lifecycle(max_connections)
         self.unknown_reasons: Counter[str] = Counter()
         """Number of unknown outcomes of :meth:`outcome_of`, by reason."""
         urls = merchant.endpoints.apply, merchant.endpoints.query

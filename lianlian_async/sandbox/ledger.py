@@ -4,9 +4,7 @@ Times are seconds of the gateway's clock. A request that the real gateway would 
 :class:`~.answers.Rejection`. The sum of an order's refunds, except failed ones, never exceeds the order's amount.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from enum import Enum
 from itertools import count
@@ -103,7 +101,7 @@ class Ledger:
     _payments: dict[str, Order] = attrs.field(factory=dict, init=False)  # by oid_paybill
     _refunds: dict[str, list[Record]] = attrs.field(factory=dict, init=False)  # by no_refund
     _failing: set[str] = attrs.field(factory=set, init=False)  # no_refund
-    _sequence: count[int] = attrs.field(factory=lambda: count(1_000_000_000_000_001), init=False)
+    _sequence: Iterator[int] = attrs.field(factory=lambda: count(1_000_000_000_000_001), init=False)
 
     def add_order(
         self, no_order: str | None, money_order: Decimal, *, dt_order: str | None = None, oid_paybill: str | None = None
