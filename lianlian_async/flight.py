@@ -83,7 +83,11 @@ class Flights:
             flight.is_abandoned
             or flight.order.journal is not order.journal  # it records nothing in this call's journal
         ):
-            await flight.task.join()
+            with anyio.move_on_after(order.seconds) as wait:
+                await flight.task.join()
+            if wait.cancelled_caught:
+                flight.check_content(order.request)
+                raise self._unknown(flight)
             self._forget(number, flight)
         caller = Caller(order.seconds)
         if flight is not None:

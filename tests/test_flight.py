@@ -461,6 +461,21 @@ async def test_calls_with_different_journals_share_no_flight():
     assert gateway.times_made("R-1") == 1
 
 
+async def test_a_call_waits_for_a_flight_with_another_journal_until_its_own_deadline():
+    """Then the outcome is unknown: the flight may still make the refund."""
+    gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=5)
+    ends = []
+
+    async def impatient():
+        outcome = await session.outcome_of(refund_request(), journal=MemoryJournal(), deadline=1)
+        ends.append((type(outcome.error), anyio.current_time()))
+
+    async with gateway.session(clock=boot_clock) as session:
+        patient, _ = await gather(lambda: session.apply_refund(refund_request(), deadline=math.inf), impatient)
+    assert patient.no_refund == "R-1"
+    assert ends == [(RefundOutcomeUnknown, pytest.approx(1, abs=0.1))]
+
+
 # ── query first ──────────────────────────────────────────────────────────────────────────────────
 
 
