@@ -287,17 +287,19 @@ class RefundSession:
     ) -> Refund:
         """Make a refund and wait until it is final: :meth:`apply_refund`, then :meth:`wait_refund`.
 
-        A notification counts even if it arrives before the answer, or if no answer arrives. ``deadline`` (seconds)
-        limits the wait; the session's deadline limits :meth:`apply_refund`. Raises the errors of both methods.
+        A notification counts even if it arrives before the answer, if the answer is a rejection, or if none arrives.
+        ``deadline`` (seconds) limits the wait; the session's deadline limits :meth:`apply_refund`. Raises the errors of
+        both methods.
         """
         seconds = _checked(deadline)
         expect(request, RefundRequest, "request")
         with self._waiters.listen(request) as waiter:
             try:
                 refund = await self.apply_refund(request, retry=retry)
-            except errors.RefundOutcomeUnknown as unknown:
+            except (errors.RefundNotSent, errors.RefundRejected, errors.RefundOutcomeUnknown) as error:
                 made = waiter.notified
-                if made is None or doubt(made, may_have_worked=unknown.refused is None) is not None:
+                may_have_worked = isinstance(error, errors.RefundOutcomeUnknown) and error.refused is None
+                if made is None or doubt(made, may_have_worked=may_have_worked) is not None:
                     raise
                 return made
             return await waiter.until_final(refund, self._learn, seconds)

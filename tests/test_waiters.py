@@ -17,11 +17,12 @@ from lianlian_async import (
     RefundConflict,
     RefundNotFinal,
     RefundOutcomeUnknown,
+    RefundRejected,
     RefundStatus,
 )
 from lianlian_async.journal import MemoryJournal, State
 from lianlian_async.sandbox import Fault, When
-from tests.support.notices import HEADERS, Handler, is_acknowledged, notification
+from tests.support.notices import HEADERS, Handler, asked, is_acknowledged, notification
 from tests.support.parties import boot_clock, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -260,6 +261,21 @@ async def test_a_notification_replaces_a_lost_answer():
         tasks.start_soon(notify_after, 1, endpoint_of(opened))
         refund = await opened.apply_and_wait(refund_request())
     assert refund.sta_refund is RefundStatus.SUCCESS
+
+
+@pytest.mark.parametrize("dt_refund", [asked()["dt_refund"], None])
+async def test_a_notification_with_the_whole_identity_outweighs_a_rejection(dt_refund):
+    """A load balancer repeats our request, so that the refund is made and the answer is a rejection, such as 5007."""
+    gateway = sandbox(delay=5)
+    gateway.script(Fault.DELAY, call="apply")
+    async with session(gateway) as opened, anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: notify_after(1, endpoint_of(opened), dt_refund=dt_refund, money_refund="99.00"))
+        refund = opened.apply_and_wait(refund_request(money_refund="99.00"))
+        if dt_refund is not None:
+            assert (await refund).sta_refund is RefundStatus.SUCCESS
+        else:
+            with pytest.raises(RefundRejected):
+                await refund
 
 
 async def test_without_answer_and_notification_the_outcome_is_unknown():
