@@ -485,7 +485,7 @@ def test_dry_run_needs_no_keys(file):
     write_csv(file, [refund(1) | {"oid_partner": "201103171000000000"}])
     ended = run("batch", file, "--dry-run")
     assert ended.exit_code == 0
-    assert "no merchant (missing: LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY" in ended.stderr
+    assert "missing: LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY" in ended.stderr
     assert "oid_partner, notify_url and the journal are not checked" in ended.stderr
     assert "│ yuan                        │ 10.00 " in ended.stdout
     assert run("batch", file, "--yes").exit_code == 2

@@ -57,7 +57,7 @@ def _failure(name: str, problem: LianLianError | str, cure: str) -> _Check:
     return _Check(name, text or own, "failure", own if text else cure)
 
 
-def doctor(output: Output, /, *, config: Path | None, **options: Any) -> None:
+def doctor(output: Output, /, *, config: Path | None, **options: Any) -> int:
     """Run ``lianlian doctor``."""
     checks, public_key = [*_installation()], None
     try:
@@ -83,7 +83,7 @@ def doctor(output: Output, /, *, config: Path | None, **options: Any) -> None:
     upload = ("your public key, for LianLian's dashboard:", public_key) if public_key else ()
     document = {"outcome": state, "checks": [check._asdict() for check in checks], "public_key_base64": public_key}
     output.show(document, drawn, *upload)
-    click.get_current_context().exit(int(state == "failure"))
+    return int(state == "failure")
 
 
 def _installation() -> Iterator[_Check]:

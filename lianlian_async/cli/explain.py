@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import anyio
-import click
 
 from lianlian_async.clock import Moment, system_clock
 from lianlian_async.codes import CODES
@@ -29,12 +28,12 @@ _QUERY_DAYS: Final = 90
 """LianLian rejects queries about older refunds (3005)."""
 
 
-def explain(output: Output, /, no_refund: str, place: str | None, config: Path | None) -> None:
+def explain(output: Output, /, no_refund: str, place: str | None, config: Path | None) -> int:
     """Run ``lianlian explain``."""
     place = find_journal(place, config)
     if (entry := anyio.run(_find, place, no_refund)) is None:
         raise LianLianError(f"refund {no_refund} is not in the journal {place_name(place)}")
-    click.get_current_context().exit(show_entry(output, entry, system_clock()).exit_code)
+    return show_entry(output, entry, system_clock()).exit_code
 
 
 async def _find(place: str, no_refund: str) -> Entry | None:

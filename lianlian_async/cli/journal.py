@@ -65,14 +65,14 @@ def export(output: Output, /, place: str | None, config: Path | None, out: Path)
     output.show({"refunds": number, "out": str(out)}, f"{number:,} refunds written to {out}")
 
 
-def resume(output: Output, /, place: str | None, config: Path | None, **settings: Any) -> None:
+def resume(output: Output, /, place: str | None, config: Path | None, **settings: Any) -> int:
     """Run ``lianlian journal resume``."""
     place = find_journal(place, config)
     resumed, reasons = anyio.run(_resume, load_merchant(config), place, settings)
     report = anyio.run(read_journal, place)
     document, shown = journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
     output.show(document, *shown)
-    click.get_current_context().exit(UNKNOWN.exit_code if report.unknown else 0)
+    return UNKNOWN.exit_code if report.unknown else 0
 
 
 def decide(output: Output, /, no_refund: str, outcome: str, evidence: str, **journal: Any) -> None:

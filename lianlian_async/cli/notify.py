@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import anyio
-import click
 
 from lianlian_async import wire
-from lianlian_async.exchange import HttpResponse, NoResponse
+from lianlian_async.exchange import NoResponse
 from lianlian_async.notifications.completion import complete
 from lianlian_async.protocol import Protocol
 from lianlian_async.sandbox.notifier import is_acknowledged, post_once
@@ -18,16 +17,13 @@ from .output import Output
 from .refunds import show_refund
 
 
-def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None, **fields: str | None) -> None:
+def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None, **fields: str | None) -> int:
     """Run ``lianlian notify send``."""
     key = SigningKey.load(gateway_key, name="--gateway-key")
     message = {name: text for name, text in fields.items() if text is not None}
     message |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
     body = wire.encode({**message, "sign": key.sign(signature_source(message))})
-    _show(output, anyio.run(post_once, url, body))
-
-
-def _show(output: Output, response: HttpResponse | NoResponse) -> None:
+    response = anyio.run(post_once, url, body)
     word = "acknowledged" if is_acknowledged(response) else "not acknowledged"
     if isinstance(response, NoResponse):
         output.show({"outcome": word, "status": None, "answer": ""}, f"{word}: no response: {response.reason}")
@@ -35,11 +31,11 @@ def _show(output: Output, response: HttpResponse | NoResponse) -> None:
         answer = response.body.decode(errors="replace")
         document = {"outcome": word, "status": response.status, "answer": answer}
         output.show(document, f"{word}: HTTP {response.status} {answer}")
-    click.get_current_context().exit(0 if word == "acknowledged" else 1)
+    return 0 if word == "acknowledged" else 1
 
 
-def verify(output: Output, /, file: BinaryIO, config: Path | None) -> None:
+def verify(output: Output, /, file: BinaryIO, config: Path | None) -> int:
     """Run ``lianlian notify verify``."""
     merchant = load_merchant(config)
     notification = Protocol(merchant, merchant.load_keys()).read_notification(file.read())
-    show_refund(output, anyio.run(complete, notification, None, None, 0.0))
+    return show_refund(output, anyio.run(complete, notification, None, None, 0.0))

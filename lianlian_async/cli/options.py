@@ -127,7 +127,7 @@ _not_found_grace_option = click.option(
 def runs(module: str) -> Callable[[Callable[[], None]], Command]:
     """Return a decorator: the command calls the function of the same name in ``module``, and also has ``--json``.
 
-    ``module`` is imported only when the command is executed.
+    ``module`` is imported only when the command is executed. The function returns the exit code; None means 0.
     """
 
     def decorate(declaration: Callable[[], None]) -> Any:
@@ -137,7 +137,8 @@ def runs(module: str) -> Callable[[Callable[[], None]], Command]:
             from .output import Output
 
             function = getattr(import_module(module, __package__), declaration.__name__)
-            function(Output(as_json=click.get_current_context().meta.get(AS_JSON, False)), **options)
+            ctx = click.get_current_context()
+            ctx.exit(function(Output(as_json=ctx.meta.get(AS_JSON, False)), **options) or 0)
 
         return run
 

@@ -24,7 +24,7 @@ from .stores import find_journal, make_journal, make_reader
 
 def reconcile(
     output: Output, /, statements: Sequence[Path], is_applied: bool, place: str | None, config: Path | None
-) -> None:
+) -> int:
     """Run ``lianlian reconcile``."""
     place = find_journal(place, config)
     found = Reconciliation()
@@ -50,8 +50,7 @@ def reconcile(
     for verdict in () if output.as_json else found.numbers:
         for number in found.numbers[verdict]:
             output.show({}, f"{words[verdict]}: {number}")
-    if found.unreadable or any(found.numbers.values()):
-        click.get_current_context().exit(3)
+    return 3 if found.unreadable or any(found.numbers.values()) else 0
 
 
 def _read(found: Reconciliation, path: Path, statements: Sequence[Path]) -> None:

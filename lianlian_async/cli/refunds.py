@@ -6,7 +6,6 @@ from typing import BinaryIO, Final
 
 import anyio
 import attrs
-import click
 
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest
@@ -19,15 +18,13 @@ from .output import Output, query_command, table
 _ENVELOPE: Final = ("oid_partner", *SIGNATURE_FIELDS)
 
 
-def apply(
-    output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
-) -> None:
+def apply(output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None) -> int:
     """Run ``lianlian apply``."""
     merchant, message = _read(file, config)
     known = {name: text for name, text in message.items() if text and name not in _ENVELOPE}
     request = RefundRequest.from_dict(known | _given(options))
     try:
-        _show_answer(output, merchant, deadline, lambda session: session.apply_refund(request))
+        return _show_answer(output, merchant, deadline, lambda session: session.apply_refund(request))
     except KeyboardInterrupt:
         query = request.query()
         output.show(
@@ -37,14 +34,12 @@ def apply(
         raise
 
 
-def query(
-    output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None
-) -> None:
+def query(output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None) -> int:
     """Run ``lianlian query``."""
     merchant, message = _read(file, config)
     known = {name: text for name in options if (text := message.get(name))}
     query = RefundQuery.from_dict(known | _given(options))
-    _show_answer(output, merchant, deadline, lambda session: session.query_refund(query))
+    return _show_answer(output, merchant, deadline, lambda session: session.query_refund(query))
 
 
 def _given(options: Mapping[str, str | None]) -> dict[str, str]:
@@ -61,16 +56,16 @@ def _read(file: BinaryIO | None, config: Path | None) -> tuple[Merchant, dict[st
 
 def _show_answer(
     output: Output, merchant: Merchant, deadline: float, ask: Callable[[RefundSession], Awaitable[RefundRecord]]
-) -> None:
+) -> int:
     async def call() -> RefundRecord:
         async with RefundSession(merchant, deadline=deadline) as session:
             return await ask(session)
 
-    show_refund(output, anyio.run(call))
+    return show_refund(output, anyio.run(call))
 
 
-def show_refund(output: Output, refund: RefundRecord) -> None:
-    """Print a refund, and exit with the code of its state."""
+def show_refund(output: Output, refund: RefundRecord) -> int:
+    """Print a refund, and return the exit code for its state."""
     outcome = exit_outcome_of(refund)
     names = [field.name for field in attrs.fields(RefundRecord) if field.eq]  # the other fields describe the message
     cells = {**{name: getattr(refund, name) for name in names}, **refund.extra}
@@ -79,4 +74,4 @@ def show_refund(output: Output, refund: RefundRecord) -> None:
     rows = ((name, "-" if value is None else str(value)) for name, value in cells.items())
     shown = table(f"refund {refund.no_refund}: {outcome.word}", ("", ""), rows)
     output.show({"outcome": outcome.word, "refund": refund.to_dict()}, shown)
-    click.get_current_context().exit(outcome.exit_code)
+    return outcome.exit_code

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, TypeAlias
 from urllib.parse import quote, unquote
 
-import click
-
 from lianlian_async.models import DOCUMENTED
 from lianlian_async.signing import VerifyingKey, signature_source
 
@@ -95,7 +93,7 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
     return ", ".join([whose, *problems])
 
 
-def verify(output: Output, /, file: BinaryIO, config: Path | None) -> None:
+def verify(output: Output, /, file: BinaryIO, config: Path | None) -> int:
     """Run ``lianlian verify``."""
     loaded = load_merchant(config).load_keys()
     fields = read_message(file)
@@ -118,5 +116,4 @@ def verify(output: Output, /, file: BinaryIO, config: Path | None) -> None:
         *(f"tried: {one}, {one.key.bits} bits" for one in trusted),
         f"signature source: {source.decode()}",
     )
-    if not signer:
-        click.get_current_context().exit(SIGNATURE_INVALID.exit_code)
+    return 0 if signer else SIGNATURE_INVALID.exit_code

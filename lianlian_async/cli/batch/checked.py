@@ -35,6 +35,7 @@ BEGIN;
 _READ_PAGE: Final = (
     "SELECT line, no_refund, fields, cells FROM refunds WHERE line > ? AND problem IS NULL ORDER BY line LIMIT ?"
 )
+_READ_UNSENT: Final = "SELECT line, fields, cells, problem FROM refunds WHERE problem IS NOT NULL ORDER BY line"
 _TOTALS: Final = """
 WITH valid AS (
     SELECT line, coalesce(json_extract(fields, '$.no_order'), json_extract(fields, '$.oid_paybill')) AS order_number,
@@ -194,19 +195,13 @@ class Checked:
         for row in self._do(_READ_PAGE, line, -1):
             yield _line_of(*row)
 
-    def invalid_lines(self) -> Iterator[tuple[int, Mapping[str, str], str]]:
-        """Yield line, cells and problem of each invalid line. The calling thread reads them from disk."""
-        for line, cells, problem in self._do(
-            "SELECT line, cells, problem FROM refunds WHERE fields IS NULL ORDER BY line"
-        ):
-            yield line, json.loads(cells), problem
+    def unsent_lines(self) -> Iterator[tuple[int, dict[str, str] | None, dict[str, str], str]]:
+        """Yield line, fields, cells and problem of each line that is not sent. The calling thread reads from disk.
 
-    def repeated_lines(self) -> Iterator[tuple[Line, str]]:
-        """Yield each line that repeats another one, and its remark. The calling thread reads them from disk."""
-        for *row, remark in self._do(
-            "SELECT line, '', fields, cells, problem FROM refunds WHERE fields IS NOT NULL AND problem IS NOT NULL"
-        ):
-            yield _line_of(*row), remark
+        The fields are None if the line is invalid. Otherwise the line repeats another one.
+        """
+        for line, fields, cells, problem in self._do(_READ_UNSENT):
+            yield line, json.loads(fields or "null"), json.loads(cells), problem
 
     def _do(self, statement: str, *parameters: object) -> sqlite3.Cursor:
         try:

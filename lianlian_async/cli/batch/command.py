@@ -1,7 +1,7 @@
 """``lianlian batch``: make the refunds of a file. The command can be killed at any time and run again."""
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from decimal import Decimal
 from functools import partial
 from itertools import chain
@@ -30,7 +30,7 @@ from lianlian_async.outcome import Outcome
 
 from .checked import Checked, FileTotals, InJournal, Line, checked_file, look_up
 from .options import refuse_for_queue
-from .results import Totals, interrupted_result, invalid_result, repeated_result, result_columns, result_of
+from .results import Totals, interrupted_result, result_columns, result_of, unsent_result
 from .summary import file_facts, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
@@ -40,20 +40,18 @@ _RECEIPT: Final = 60.0
 """Seconds for which a batch may send with one receipt. It writes the next one in half of this time."""
 
 
-def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> None:
+def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> int:
     """Run ``lianlian batch``."""
-    ctx = click.get_current_context()
     queue, dry_run = options["queue"], options["dry_run"]
     if queue:
-        refuse_for_queue(ctx)
-    merchant = None if queue else _load_merchant(output, config, dry_run)
-    place = _find_journal(output, merchant, options) if merchant else None
+        refuse_for_queue(click.get_current_context())
+    merchant, place = (None, None) if queue else _find_journal(output, config, options)
     if not (queue or dry_run):
         _refuse_to_overwrite(options["out"], file, place)
     with checked_file(file, merchant, options, output.note, has_partner=not queue) as (checked, columns):
         if checked.problems.count and not options["skip_invalid"]:
             show_checked(output, checked, "invalid, nothing was sent")
-            ctx.exit(2)
+            return 2
         totals = checked.totals()
         _refuse_too_much(totals, options["max_total"], options["max_refund"])
         if merchant is None or place is None:
@@ -73,8 +71,8 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
                 show_checked(output, checked, _VALID, run.in_journal, journal=place_name(place))
             else:
                 _confirm_batch(run, file)
-                ctx.exit(_send(run))
-        ctx.exit(INVALID.exit_code if checked.problems.count else 0)
+                return _send(run)
+        return INVALID.exit_code if checked.problems.count else 0
 
 
 def _receipt_writer(
@@ -98,15 +96,20 @@ def _receipt_writer(
     return write
 
 
-def _load_merchant(output: Output, config: Path | None, dry_run: bool) -> Merchant | None:
-    """Load the merchant; None for a dry run without a valid configuration."""
+def _find_journal(
+    output: Output, config: Path | None, options: Mapping[str, Any]
+) -> tuple[Merchant | None, str | None]:
+    """Return the merchant and the place of the journal. A dry run does without one that is not configured."""
+    merchant = None
     try:
-        return load_merchant(config)
-    except ConfigurationError as error:
-        if not dry_run:
+        merchant = load_merchant(config)
+        return merchant, options["place"] or default_place(merchant)
+    except (ConfigurationError, click.UsageError) as error:
+        if not options["dry_run"]:
             raise
-        output.note(f"no merchant ({error}): oid_partner, notify_url and the journal are not checked")
-        return None
+        missing = "the journal is" if merchant else "oid_partner, notify_url and the journal are"
+        output.note(f"{error}; {missing} not checked")
+        return merchant, None
 
 
 def _refuse_too_much(totals: FileTotals, max_total: Decimal | None, max_refund: Decimal | None) -> None:
@@ -117,17 +120,6 @@ def _refuse_too_much(totals: FileTotals, max_total: Decimal | None, max_refund: 
     else:
         return
     raise click.UsageError(f"{problem}; nothing was sent")
-
-
-def _find_journal(output: Output, merchant: Merchant, options: Mapping[str, Any]) -> str | None:
-    """Return the path or DSN of the journal; None for a dry run if no default journal is possible."""
-    try:
-        return options["place"] or default_place(merchant)
-    except click.UsageError as error:
-        if not options["dry_run"]:
-            raise
-        output.note(error.message)
-        return None
 
 
 def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None:
@@ -241,7 +233,9 @@ class _Batch:
         choices = {name: options[name] for name in ("keep_going", "wait_unknown")}
         async with make_journal(self.place) as journal:
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
-            with self._receipt(journal.id), self._result_writer() as write:
+            self.write_receipt(journal.id, _RECEIPT)
+            with ExitStack() as at_end, self._result_writer() as write:
+                at_end.callback(self.write_receipt, journal.id, 0)
                 async with (
                     aclosing(BackgroundTask(partial(self._rewrite_receipt, journal.id))),
                     make_session(self.merchant, journal=journal, **settings) as session,
@@ -254,15 +248,6 @@ class _Batch:
                         self.totals.add(line, outcome)
                         write(result_of(line, outcome))
                         self.advance()
-
-    @contextmanager
-    def _receipt(self, journal_id: str) -> Iterator[None]:
-        """Write the receipt before the first refund is sent, and again at the end of the batch."""
-        self.write_receipt(journal_id, _RECEIPT)
-        try:
-            yield
-        finally:
-            self.write_receipt(journal_id, 0)
 
     async def _rewrite_receipt(self, journal_id: str) -> None:
         while True:
@@ -287,10 +272,8 @@ class _Batch:
             yield str
             return
         with line_writer(self.options["out"], result_columns(self.columns)) as write:
-            for invalid in self.checked.invalid_lines():
-                write(invalid_result(*invalid))
-            for repeated in self.checked.repeated_lines():
-                write(repeated_result(*repeated))
+            for unsent in self.checked.unsent_lines():
+                write(unsent_result(*unsent))
 
             def write_result(result: Mapping[str, Any]) -> None:
                 if self.failure is None:

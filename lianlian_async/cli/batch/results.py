@@ -87,7 +87,7 @@ def result_of(line: Line, outcome: Outcome) -> dict[str, Any]:
         if isinstance(value, date):
             recorded[name] = f"{value:%Y%m%d}"
     code, moment = recorded["ret_code"], getattr(source, "ask_again_at", None)
-    return _result(line) | {
+    return _result(line.line, line.request.to_dict(), line.cells) | {
         **recorded,
         "outcome": _exit_outcome(outcome).word,
         "what_to_do": None if _exit_outcome(outcome) is MADE else _reason_of(outcome).advice,
@@ -103,25 +103,24 @@ def result_of(line: Line, outcome: Outcome) -> dict[str, Any]:
 def interrupted_result(line: Line, *, was_begun: bool) -> dict[str, Any]:
     """Return the result line of a refund without an outcome."""
     word, advice = (UNKNOWN.word, "; do not use a new no_refund") if was_begun else ("to do", "")
-    return _result(line) | {"outcome": word, "what_to_do": _RUN_AGAIN + advice}
+    fields = line.request.to_dict()
+    return _result(line.line, fields, line.cells) | {"outcome": word, "what_to_do": _RUN_AGAIN + advice}
 
 
-def invalid_result(line: int, cells: Mapping[str, str], problem: str) -> dict[str, Any]:
-    """Return the result line of a line that cannot be sent."""
-    return {"line": line, **cells, "outcome": "invalid", "what_to_do": f"correct the line, then {_RUN_AGAIN}"} | {
-        "error": problem
-    }
+def unsent_result(
+    line: int, fields: Mapping[str, str] | None, cells: Mapping[str, str], problem: str
+) -> dict[str, Any]:
+    """Return the result line of a line that is invalid (``fields`` is None) or repeats another one."""
+    if fields is None:
+        advice = f"correct the line, then {_RUN_AGAIN}"
+        return _result(line, {}, cells) | {"outcome": "invalid", "what_to_do": advice, "error": problem}
+    return _result(line, fields, cells) | {"outcome": "repeated", "meaning": problem}
 
 
-def repeated_result(line: Line, remark: str) -> dict[str, Any]:
-    """Return the result line of a line that repeats another one."""
-    return _result(line) | {"outcome": "repeated", "meaning": remark}
-
-
-def _result(line: Line) -> dict[str, Any]:
+def _result(line: int, fields: Mapping[str, str], cells: Mapping[str, str]) -> dict[str, Any]:
     # A cell of the file replaces the request's field of the same name.
-    own = {column: text for column, text in line.cells.items() if text and column not in _OURS}
-    return line.request.to_dict() | own | {"line": line.line}
+    own = {column: text for column, text in cells.items() if text and column not in _OURS}
+    return {**fields, **own, "line": line}
 
 
 class NotMade(NamedTuple):
