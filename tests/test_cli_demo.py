@@ -76,7 +76,7 @@ def test_demo_interrupted_at_its_start_shows_its_audit():
 def audited(outcome, times, moved="2.50"):
     """Return the audit of one refund of 2.50 yuan, for which the gateway paid ``moved`` ``times`` times."""
     request = RefundRequest(no_refund="R-1", dt_refund="20130515094018", money_refund=Decimal("2.50"), no_order="O-1")
-    return audit([request], {} if outcome is None else {"R-1": outcome}, {"R-1": times * [Decimal(moved)]})
+    return audit([request], {} if outcome is None else {"R-1": outcome}, times * [("R-1", Decimal(moved))])
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def style(outcome: ExitOutcome) -> str:
     return {MADE: "", UNKNOWN: "yellow"}.get(outcome, "red")
 
 
-def _exit_outcome(outcome: Outcome) -> ExitOutcome:
+def exit_outcome(outcome: Outcome) -> ExitOutcome:
+    """Return the outcome in the words of the command."""
     if isinstance(outcome.error, errors.JournalError) and outcome.error.said is not None:
         return UNKNOWN  # sent, but the journal could not record the answer
     return exit_outcome_of(outcome.refund or cast("errors.LianLianError", outcome.error))  # it has one of the two
@@ -52,7 +53,7 @@ class Reason(NamedTuple):
 
 
 def _reason_of(outcome: Outcome) -> Reason:
-    word = _exit_outcome(outcome)
+    word = exit_outcome(outcome)
     match outcome.error:
         case None:
             return Reason(
@@ -89,8 +90,8 @@ def result_of(line: Line, outcome: Outcome) -> dict[str, Any]:
     code, moment = recorded["ret_code"], getattr(source, "ask_again_at", None)
     return _result(line.line, line.request.to_dict(), line.cells) | {
         **recorded,
-        "outcome": _exit_outcome(outcome).word,
-        "what_to_do": None if _exit_outcome(outcome) is MADE else _reason_of(outcome).advice,
+        "outcome": exit_outcome(outcome).word,
+        "what_to_do": None if exit_outcome(outcome) is MADE else _reason_of(outcome).advice,
         "meaning": code and explain(code).meaning,
         "ask_again_at": moment and local_time(moment),
         "error": None if outcome.error is None else str(outcome.error),
@@ -153,9 +154,9 @@ class Totals:
 
     def add(self, line: Line, outcome: Outcome) -> None:
         """Count one more refund."""
-        exit_outcome, error = _exit_outcome(outcome), outcome.error
-        self.refunds[exit_outcome] += 1
-        self.yuan[exit_outcome] += cast("int", outcome.request.money_refund)  # a Counter can sum Decimals
+        word, error = exit_outcome(outcome), outcome.error
+        self.refunds[word] += 1
+        self.yuan[word] += cast("int", outcome.request.money_refund)  # a Counter can sum Decimals
         self.attempts += outcome.attempts
         self.queries += outcome.queries
         self.recorded += not (outcome.attempts or outcome.queries) and (
@@ -163,7 +164,7 @@ class Totals:
         )
         if isinstance(error, errors.RefundOutcomeUnknown):
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
-        if exit_outcome is not MADE:
+        if word is not MADE:
             request, reason = line.request, _reason_of(outcome)
             self.reasons[reason] += 1
             order = cast("str", request.no_order or request.oid_paybill)  # one of the two is required

@@ -1,8 +1,7 @@
 """``lianlian demo``: make refunds at a faulty gateway, and compare the outcomes with the gateway's ledger."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from random import Random
@@ -10,11 +9,10 @@ from time import perf_counter
 from typing import Final, NamedTuple
 
 import anyio
-import click
 
-from lianlian_async.cli.exit_codes import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome, exit_outcome_of
+from lianlian_async.cli.batch.results import exit_outcome
+from lianlian_async.cli.exit_codes import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome
 from lianlian_async.cli.output import Output, table, tables
-from lianlian_async.errors import LianLianError
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
 from lianlian_async.retry import RetryPolicy
@@ -36,7 +34,7 @@ _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
 """How many times the gateway may have made a refund, by outcome; for all other outcomes: never."""
 
 
-def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
+def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> int:
     """Run ``lianlian demo``."""
     gateway = SandboxGateway(
         bits=int(bits),
@@ -48,13 +46,15 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
         delay=_DELAY,
     )
     requests = _requests(refunds, Random(seed))  # noqa: S311 - not for security
-    outcomes = dict[str, ExitOutcome]()
-    with (
-        _audited(output, gateway, requests, outcomes),
-        serving(gateway) as url,
-        output.progress(refunds, lambda: "refunds") as advance,
-    ):
-        anyio.run(_refund_all, gateway.merchant(url), requests, outcomes, concurrency, advance)
+    outcomes, began = dict[str, ExitOutcome](), perf_counter()
+    try:
+        with serving(gateway) as url, output.progress(refunds, lambda: "refunds") as advance:
+            anyio.run(_refund_all, gateway.merchant(url), requests, outcomes, concurrency, advance)
+    finally:  # also after an interruption
+        gateway.advance(86_400.0)  # carries out late requests
+        found = audit(requests, outcomes, ((record.no_refund, record.money_refund) for record in gateway.refunds))
+        _show(output, found, gateway.requests, refunds, perf_counter() - began)
+    return 1 if found.disagreements else 0
 
 
 def _requests(count: int, random: Random) -> list[RefundRequest]:
@@ -82,11 +82,7 @@ async def _refund_all(
 
         async def make(request: RefundRequest) -> None:
             outcomes[request.no_refund] = INTERRUPTED
-            try:
-                outcome = exit_outcome_of(await session.apply_refund(request))
-            except LianLianError as error:
-                outcome = exit_outcome_of(error)
-            outcomes[request.no_refund] = outcome
+            outcomes[request.no_refund] = exit_outcome(await session.outcome_of(request))
             advance()
 
         await run_workers(requests, make, workers=concurrency, intake=anyio.CancelScope())
@@ -106,13 +102,16 @@ class Audit(NamedTuple):
 
 
 def audit(
-    requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome], ledger: Mapping[str, Sequence[Decimal]]
+    requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome], ledger: Iterable[tuple[str, Decimal]]
 ) -> Audit:
-    """Compare each refund's outcome with ``ledger``: the amounts that the gateway refunded, by ``no_refund``."""
+    """Compare each refund's outcome with ``ledger``: ``no_refund`` and amount of every refund that was made."""
     refunds, times_made = Counter(dict.fromkeys((MADE, REJECTED, NOT_SENT, UNKNOWN), 0)), Counter[ExitOutcome]()
     unknown, disagreements = dict[str, int](), list[str]()
+    amounts = defaultdict[str, list[Decimal]](list)
+    for no_refund, yuan in ledger:
+        amounts[no_refund].append(yuan)
     for request in requests:
-        paid = ledger.get(request.no_refund, ())
+        paid = amounts[request.no_refund]
         outcome = outcomes.get(request.no_refund)
         if outcome is not None:
             refunds[outcome] += 1
@@ -120,28 +119,10 @@ def audit(
         if outcome == UNKNOWN:
             unknown[request.no_refund] = len(paid)
         allowed = (0,) if outcome is None else _TIMES_MADE.get(outcome, (0,))
-        if len(paid) not in allowed or any(yuan != request.money_refund for yuan in paid):
+        if len(paid) not in allowed or any(amount != request.money_refund for amount in paid):
             disagreements.append(request.no_refund)
     counts = [(outcome.word, number, times_made[outcome]) for outcome, number in refunds.items()]
-    return Audit(counts, sum(len(paid) > 1 for paid in ledger.values()), unknown, disagreements)
-
-
-@contextmanager
-def _audited(
-    output: Output, gateway: SandboxGateway, requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome]
-) -> Iterator[None]:
-    """Print the audit when the block ends or is interrupted; exit with code 1 if it found disagreements."""
-    began = perf_counter()
-    try:
-        yield
-    finally:
-        gateway.advance(86_400.0)  # carries out late requests
-        ledger = dict[str, list[Decimal]]()
-        for record in gateway.refunds:
-            ledger.setdefault(record.no_refund, []).append(record.money_refund)
-        found = audit(requests, outcomes, ledger)
-        _show(output, found, gateway.requests, len(requests), perf_counter() - began)
-    click.get_current_context().exit(1 if found.disagreements else 0)
+    return Audit(counts, sum(len(paid) > 1 for paid in amounts.values()), unknown, disagreements)
 
 
 def _show(output: Output, found: Audit, sent: Mapping[Call, int], refunds: int, seconds: float) -> None:
