@@ -44,16 +44,14 @@ def show(output: Output, /, place: str | None, config: Path | None, watch: float
         with suppress(KeyboardInterrupt), sigterm_interrupts(), output.screen() as draw:
             while True:
                 report = anyio.run(read_journal, place, report)
-                document, shown = journal_views(report)
-                draw(document, journal_line(report), shown)
+                draw(journal_line(report), *journal_views(report))
                 time.sleep(watch)
         return
     report = anyio.run(read_journal, place)
     if report.queue.get("at_work"):  # the rate is computed from two reports
         time.sleep(_SECOND_LOOK)
         report = anyio.run(read_journal, place, report)
-    document, shown = journal_views(report)
-    output.show(document, *shown)
+    output.show(*journal_views(report))
 
 
 def export(output: Output, /, place: str | None, config: Path | None, out: Path) -> None:
@@ -70,8 +68,7 @@ def resume(output: Output, /, place: str | None, config: Path | None, **settings
     place = find_journal(place, config)
     resumed, reasons = anyio.run(_resume, load_merchant(config), place, settings)
     report = anyio.run(read_journal, place)
-    document, shown = journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open)
-    output.show(document, *shown)
+    output.show(*journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open))
     return UNKNOWN.exit_code if report.unknown else 0
 
 

@@ -104,7 +104,7 @@ async def read_journal(place: str, earlier: JournalReport | None = None) -> Jour
 
 def journal_views(
     report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int | None
-) -> tuple[dict[str, Any], list[Table]]:
+) -> tuple[dict[str, Any], *tuple[Table, ...]]:
     """Return the report as a JSON document, and as tables for a terminal.
 
     ``reasons``: number of unknown outcomes by reason; ``facts``: more numbers.
@@ -130,20 +130,19 @@ def journal_views(
         "time_left": _duration(report.eta),
         "oldest_waits_for": _duration(activity.get("oldest_waiting_seconds")),
     }
-    shown = [table(f"journal {name}", ("state", "refunds", "meaning"), states)]
-    shown += tables({"queue": queue if report.queue else {}, "queued again": _by_number(activity.get("queued_again"))})
-    if workers := activity.get("workers"):
-        cells = [(one["id"], _duration(one["heartbeat_seconds"]), one["slices"]) for one in workers]
-        shown.append(table("workers", ("worker", "since last heartbeat", "slices"), cells))
-    if report.unknown:
-        title = f"{report.unknown:,} may have been made"
-        title += f"; the oldest {_LISTED}" if report.unknown > _LISTED else ""
-        shown.append(table(title, ("no_refund", "yuan", "last sent at", "query again at"), report.oldest))
-    if failures:
-        causes = [(one["no_refund"] or "?", one["cause"] or "see the log of the worker") for one in failures]
-        shown.append(table("failed: a person must decide", ("no_refund", "cause"), causes))
-    facts = {"certainly_not_made": report.not_sent or None, **facts}
-    return document, [*shown, *tables({"unknown outcomes": _by_number(reasons), "refunds": facts})]
+    oldest = f"{report.unknown:,} may have been made" + (f"; the oldest {_LISTED}" if report.unknown > _LISTED else "")
+    workers = [(one["id"], _duration(one["heartbeat_seconds"]), one["slices"]) for one in activity.get("workers", ())]
+    causes = [(one["no_refund"] or "?", one["cause"] or "see the log of the worker") for one in failures]
+    shown = [
+        table(f"journal {name}", ("state", "refunds", "meaning"), states),
+        *tables({"queue": queue if report.queue else {}, "queued again": _by_number(activity.get("queued_again"))}),
+        table("workers", ("worker", "since last heartbeat", "slices"), workers),
+        table(oldest, ("no_refund", "yuan", "last sent at", "query again at"), report.oldest),
+        table("failed: a person must decide", ("no_refund", "cause"), causes),
+        *tables({"unknown outcomes": _by_number(reasons)}),
+        *tables({"refunds": {"certainly_not_made": report.not_sent or None, **facts}}),
+    ]
+    return document, *(drawn for drawn in shown if drawn.rows)
 
 
 def journal_line(report: JournalReport) -> str:

@@ -86,30 +86,30 @@ class Output:
     _live: Console | None = attrs.field(default=None, init=False)
     """The console that shows a progress bar now."""
 
-    def show(self, document: Mapping[str, Any], *renderings: RenderableType) -> None:
+    def show(self, document: Mapping[str, Any], *parts: RenderableType) -> None:
         """Print the result: ``document`` as one line of JSON if ``--json`` is given, else tables and lines of text."""
         with _surviving(sys.stdout):
             if self.as_json:
                 click.echo(json.dumps(document))  # plain ASCII, readable in every terminal encoding
                 return
-            for rendering in renderings:
-                if isinstance(rendering, str):
-                    click.echo(printable(rendering))  # much faster than Rich, for a million lines
+            for part in parts:
+                if isinstance(part, str):
+                    click.echo(printable(part))  # much faster than Rich, for a million lines
                 else:
-                    _console().print(rendering)
+                    _console().print(part)
 
     @contextmanager
-    def screen(self) -> Iterator[Callable[[Mapping[str, Any], str, Iterable[RenderableType]], object]]:
-        """Yield a function that shows the document with ``--json``, the screen on a terminal, else the line."""
+    def screen(self) -> Iterator[Callable[..., object]]:
+        """Yield a function of a line and the arguments of ``show``: a terminal shows the parts, a file the line."""
         console = _console()
         with _surviving(sys.stdout):  # a closed pipe ends the block
             if self.as_json:
-                yield lambda document, _line, _renderings: click.echo(json.dumps(document))
+                yield lambda _line, document, *_parts: click.echo(json.dumps(document))
             elif not _can_redraw(console):
-                yield lambda _document, line, _renderings: console.print(line, soft_wrap=True)
+                yield lambda line, *_: console.print(line, soft_wrap=True)
             else:
                 with Live(console=console, auto_refresh=False) as live:
-                    yield lambda _document, _line, renderings: live.update(Group(*renderings), refresh=True)
+                    yield lambda _line, _document, *parts: live.update(Group(*parts), refresh=True)
 
     def note(self, text: str) -> None:
         """Print a note on stderr."""
@@ -179,12 +179,13 @@ def local_time(moment: datetime) -> str:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    """Return a table with wrapped long values; without column names it has no header."""
+    """Return a table with wrapped long values, and ``-`` for None; without column names it has no header."""
     drawn = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*(printable(_FORMS.get(type(cell), "{}").format(cell)) for cell in row))
+        cells = ("-" if cell is None else _FORMS.get(type(cell), "{}").format(cell) for cell in row)
+        drawn.add_row(*map(printable, cells))
     return drawn
 
 

@@ -71,7 +71,6 @@ def show_refund(output: Output, refund: RefundRecord) -> int:
     cells = {**{name: getattr(refund, name) for name in names}, **refund.extra}
     if refund.sta_refund is not None:
         cells["sta_refund"] = f"{refund.sta_refund} ({refund.sta_refund.name.lower()})"
-    rows = ((name, "-" if value is None else str(value)) for name, value in cells.items())
-    shown = table(f"refund {refund.no_refund}: {outcome.word}", ("", ""), rows)
+    shown = table(f"refund {refund.no_refund}: {outcome.word}", ("", ""), cells.items())
     output.show({"outcome": outcome.word, "refund": refund.to_dict()}, shown)
     return outcome.exit_code

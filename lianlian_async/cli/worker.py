@@ -69,8 +69,7 @@ def worker(
     ):
         progress = Progress(output, step, totals, health_file, interval)
         reasons = anyio.run(_work, merchant, dsn, until_empty, progress, settings)
-    document, shown = journal_views(anyio.run(read_journal, dsn), reasons)
-    output.show(document, *shown)
+    output.show(*journal_views(anyio.run(read_journal, dsn), reasons))
 
 
 @attrs.frozen
