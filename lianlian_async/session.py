@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from time import perf_counter
@@ -101,6 +101,10 @@ class RefundSession:
         check_http(client, transport, http_backend)
         check_type("merchant", merchant, Merchant)
         check_type("retry", retry, RetryPolicy)
+        check_type("middleware", middleware, Sequence)
+        for layer in middleware:
+            check_type("middleware", layer, Callable)  # type: ignore[arg-type]
+        check_type("limiter", limiter, AbstractAsyncContextManager | None)
         check_journal(journal)
         check_integer("max_connections", max_connections, least=1)
         check_integer("warm_up", warm_up, least=0, most=max_connections, bound="max_connections")

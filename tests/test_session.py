@@ -203,6 +203,12 @@ async def test_another_type_is_refused_before_anything_is_sent(given):
     [
         ({"merchant": "201103171000000000"}, "merchant: must be of type Merchant, not str"),
         ({"retry": 3}, "retry: must be of type RetryPolicy, not int"),
+        ({"middleware": print}, "middleware: must be of type Sequence, not builtin_function_or_method"),
+        ({"middleware": [1]}, "middleware: must be of type Callable, not int"),
+        (
+            {"limiter": threading.Lock()},
+            "limiter: must be of type contextlib.AbstractAsyncContextManager | None, not lock",
+        ),
         ({"journal": "refunds.db"}, "journal: must be a journal, such as SqliteJournal(path), not str"),
     ],
 )
