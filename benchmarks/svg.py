@@ -73,7 +73,7 @@ def lines(
     title: str, x_title: str, y_title: str, series: Mapping[str, Mapping[float, float]], *, log_y: bool = False
 ) -> str:
     """A line for each of ``series`` (x → y) over a logarithmic x axis, its name at its right end."""
-    left, right, top, height = 70, 250, 60, 300
+    left, right, top, height = 70, max(250, 20 + 8 * max(map(len, series))), 60, 300
     xs = sorted({x for line in series.values() for x in line})
     ys = [y for line in series.values() for y in line.values()]
     y_of = math.log10 if log_y else float
