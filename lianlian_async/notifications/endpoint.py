@@ -94,8 +94,8 @@ class NotificationEndpoint:
         handler_seconds: time limit for confirming and ``on_refund`` together. LianLian waits 5 seconds for a response;
             with ``inbox``, the limit may be longer.
         allow_from: networks that may send notifications; empty: all. There is no default, because the lists on
-            LianLian's pages differ. Behind trusted proxies, the server must replace their address with the client's
-            (uvicorn: ``--forwarded-allow-ips``; aiohttp: the package aiohttp-remotes); otherwise all are refused.
+            LianLian's pages differ. Behind trusted proxies, let the server replace the proxy's address with the client's
+            (uvicorn: ``--forwarded-allow-ips``; aiohttp: the package aiohttp-remotes); else all are refused.
         path: the only path that the ASGI application serves; None: every path.
         concurrency: maximum number of concurrent handler calls of the inbox and of :meth:`sweep`.
         listeners: see ``RefundSession``; by default the session's listeners.
