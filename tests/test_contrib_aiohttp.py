@@ -114,14 +114,17 @@ async def test_notifications_reach_the_endpoint(handler):
     assert handler.numbers == ["R-1"]
 
 
-async def test_the_address_comes_from_the_connection(handler):
-    """A client cannot name another address in X-Forwarded-For."""
-    endpoint = NotificationEndpoint(sandbox().merchant(), handler, allow_from=["203.0.113.0/24"])
+@pytest.mark.parametrize(("forwarded", "status"), [(["203.0.113.7"], 200), (["203.0.113.7", "198.51.100.7"], 403)])
+async def test_the_address_comes_from_the_connection(handler, forwarded, status):
+    """A trusted proxy names the client's address, in one header or in several."""
+    endpoint = NotificationEndpoint(
+        sandbox().merchant(), handler, allow_from=["203.0.113.0/24"], trusted_proxies=["127.0.0.0/8", "::1"]
+    )
     app = web.Application()
     app.router.add_post("/", notifications(endpoint))
-    headers = {"X-Forwarded-For": "203.0.113.7"}
+    headers = [("X-Forwarded-For", address) for address in forwarded]
     async with client(app) as http, http.post("/", data=notification(), headers=headers) as answer:
-        assert answer.status == 403
+        assert answer.status == status
 
 
 async def test_endless_body_is_cut_off(handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.parser
 import itertools
 import logging
 import threading
@@ -11,7 +12,9 @@ from functools import partial
 import anyio
 import attrs
 import httpx
+import multidict
 import pytest
+import starlette.datastructures
 from hypothesis import example, given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -642,6 +645,33 @@ async def test_a_body_that_is_not_bytes_is_a_clear_error(endpoint, handler, body
     assert is_acknowledged(await endpoint.handle(bytearray(notification()), HEADERS))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict,
+        lambda pairs: pairs,
+        httpx.Headers,
+        multidict.CIMultiDict,
+        lambda pairs: starlette.datastructures.Headers(raw=[(k.encode(), v.encode()) for k, v in pairs]),
+        lambda pairs: email.parser.Parser().parsestr("".join(f"{k}: {v}\n" for k, v in pairs)),
+    ],
+    ids=["dict", "pairs", "httpx", "aiohttp", "starlette", "http.server"],
+)
+async def test_headers_may_be_of_any_framework(handler, kind):
+    """Headers may be a mapping or pairs, with names in upper or lower case."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
+    headers = kind([("content-type", "text/json"), ("x-ForwardeD-for", "203.0.113.7")])
+    assert is_acknowledged(await endpoint.handle(notification(), headers, client="10.1.2.3"))
+
+
+@pytest.mark.parametrize("headers", [None, "x-forwarded-for: 203.0.113.7", 7, [(b"x-forwarded-for", b"203.0.113.7")]])
+async def test_headers_of_another_kind_are_a_clear_error(handler, headers):
+    """With an allow-list, headers of a wrong type raise TypeError."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
+    with pytest.raises(TypeError, match=r"headers: must be a mapping of str to str, or \(name, value\) pairs of str"):
+        await endpoint.handle(notification(), headers, client="10.1.2.3")
+
+
 # ── confirming ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -868,7 +898,8 @@ async def test_unreadable_key_fails_the_start(handler, tmp_path):
         ({"body_seconds": float("inf")}, "body_seconds: .* at most 1000000000, is inf"),
         ({"concurrency": 0}, "concurrency"),
         ({"allow_from": ["203.0.113.7/24"]}, "allow_from: .*host bits"),
-        ({"allow_from": ["proxy"]}, "allow_from: .*proxy"),
+        ({"trusted_proxies": ["proxy"]}, "trusted_proxies: "),
+        ({"allow_from": ["unix"]}, "allow_from: "),
     ],
 )
 async def test_contradictory_settings_are_refused(handler, settings, message):
@@ -885,41 +916,107 @@ async def test_the_repr_names_the_merchant(endpoint):
 # ── addresses ────────────────────────────────────────────────────────────────────────────────────
 
 BANK = ["203.0.113.0/24", "2001:db8::/32"]
+PROXIES = ["10.0.0.0/8", "::1"]
 
 
 @pytest.mark.parametrize(
-    ("client", "admitted"),
+    ("client", "forwarded", "admitted"),
     [
-        ("203.0.113.7", True),
-        ("::ffff:203.0.113.7", True),
-        ("2001:db8::7", True),
-        ("198.51.100.7", False),
-        ("::ffff:198.51.100.7", False),
-        ("2001:dead::7", False),
-        ("203.0.113.7:4711", False),
-        ("", False),
-        (None, False),
-        ("testclient", False),
+        ("203.0.113.7", None, True),
+        ("::ffff:203.0.113.7", None, True),
+        ("2001:db8::7", None, True),
+        ("198.51.100.7", None, False),
+        ("", None, False),
+        (None, None, False),
+        ("testclient", None, False),
+        # A client that is no trusted proxy cannot name another address …
+        ("198.51.100.7", "203.0.113.7", False),
+        ("203.0.113.7", "198.51.100.7", True),
+        # … a trusted proxy can name its own client; the client may have invented the addresses before that.
+        ("10.1.2.3", "203.0.113.7", True),
+        ("::1", "203.0.113.7, 10.9.9.9", True),
+        ("10.1.2.3", "203.0.113.7, 198.51.100.7", False),
+        ("10.1.2.3", "198.51.100.7,203.0.113.7", True),
+        ("10.1.2.3", None, False),
+        ("10.1.2.3", "10.4.5.6", False),
+        ("10.1.2.3", "nonsense", False),
+        ("10.1.2.3", "203.0.113.7, ", False),
+        # Some proxies write ports, brackets or quotes.
+        ("10.1.2.3", "203.0.113.7:4711", True),
+        ("10.1.2.3", "[2001:db8::7]:4711", True),
+        ("10.1.2.3", "[2001:db8::7]", True),
+        ("10.1.2.3", '"[2001:db8::7]:4711"', True),
+        ("10.1.2.3", '"203.0.113.7"', True),
+        ("10.1.2.3", "::ffff:203.0.113.7", True),
+        ("10.1.2.3", "[::ffff:203.0.113.7]:4711", True),
+        ("10.1.2.3", "203.0.113.7:4711, 10.9.9.9:80", True),
+        ("10.1.2.3", "198.51.100.7:4711", False),
+        ("10.1.2.3", "203.0.113.7, [2001:dead::7]:4711", False),
+        ("10.1.2.3", "203.0.113.7:", False),
+        ("10.1.2.3", "203.0.113.7:http", False),
+        ("10.1.2.3", '"203.0.113.7', False),
+        ("10.1.2.3", "[2001:db8::7", False),
+        ("10.1.2.3", "2001:db8::7]:4711", False),
+        ("10.1.2.3", "unix", False),
+        ("10.1.2.3", "unknown", False),
     ],
 )
-async def test_the_allow_list_admits_its_networks(handler, caplog, client, admitted):
-    """Only the client's address decides; a client cannot name another one in X-Forwarded-For."""
-    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK)
-    ack = await endpoint.handle(notification(), {**HEADERS, "X-Forwarded-For": "203.0.113.7"}, client=client)
+async def test_the_allow_list_admits_its_networks(handler, caplog, client, forwarded, admitted):
+    """The nearest address that is not a trusted proxy decides; bodies of other clients are not read."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
+    headers = HEADERS if forwarded is None else {**HEADERS, "X-Forwarded-For": forwarded}
+    ack = await endpoint.handle(notification(), headers, client=client)
     assert (is_acknowledged(ack), ack.status) == (admitted, 200 if admitted else 403)
     assert endpoint.counts == {"acted" if admitted else "not admitted": 1}
     assert bool(caplog.records) is not admitted
 
 
 @pytest.mark.parametrize(
-    ("client", "shown"),
-    [("198.51.100.7", "'198.51.100.7'"), ("un\nknown" + "x" * 200, "'un?known" + "x" * 92 + "'"), (None, "None")],
+    ("client", "forwarded", "judged"),
+    [
+        ("198.51.100.7", "203.0.113.7", "198.51.100.7"),
+        ("10.1.2.3", "203.0.113.7, 198.51.100.7:4711", "198.51.100.7"),
+        ("10.1.2.3", "", "10.1.2.3"),
+        ("10.1.2.3", "10.4.5.6", "10.4.5.6"),
+        ("10.1.2.3", "un\nknown" + "x" * 200, "'un?known" + "x" * 92 + "'"),
+        (
+            None,
+            "203.0.113.7",
+            'a peer without an IP address (for a proxy on a Unix socket, add "unix" to trusted_proxies)',
+        ),
+    ],
 )
-async def test_the_log_names_the_address_that_was_judged(handler, caplog, client, shown):
-    """The log has the client's address, without control characters."""
-    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK)
-    assert (await endpoint.handle(notification(), HEADERS, client=client)).status == 403
-    assert caplog.messages == [f"notification refused: client {shown} is not in allow_from"]
+async def test_the_log_names_the_address_that_was_judged(handler, caplog, client, forwarded, judged):
+    """The log has the client's address, not the proxy's address."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
+    headers = {**HEADERS, "X-Forwarded-For": forwarded}
+    assert (await endpoint.handle(notification(), headers, client=client)).status == 403
+    assert caplog.messages == [f"notification refused: {judged} is not on the allow-list"]
+
+
+@pytest.mark.parametrize("client", [None, ""])
+@pytest.mark.parametrize(
+    ("proxies", "forwarded", "status"),
+    [
+        ([], "203.0.113.7", 403),
+        (PROXIES, "203.0.113.7", 403),
+        (["unix"], "203.0.113.7", 200),
+        (["unix", *PROXIES], "203.0.113.7, 10.1.2.3", 200),
+        (["unix"], "203.0.113.7, 198.51.100.7", 403),
+        (["unix"], "", 403),
+    ],
+)
+async def test_proxy_on_a_unix_socket_is_trusted_if_it_is_declared(handler, client, proxies, forwarded, status):
+    """A peer on a Unix socket has no address, so X-Forwarded-For is trusted only if ``unix`` is declared."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=proxies)
+    headers = {**HEADERS, "X-Forwarded-For": forwarded}
+    assert (await endpoint.handle(notification(), headers, client=client)).status == status
+
+
+async def test_request_that_passed_only_trusted_proxies_is_refused(handler):
+    """A request that passed only trusted proxies is not allowed."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=["10.1.0.0/16"], trusted_proxies=["10.0.0.0/8"])
+    assert (await endpoint.handle(notification(), HEADERS, client="10.1.2.3")).status == 403
 
 
 # ── ASGI ─────────────────────────────────────────────────────────────────────────────────────────
@@ -1060,13 +1157,21 @@ async def test_body_of_a_disallowed_client_is_not_read(handler):
 
 
 @pytest.mark.parametrize(
-    ("client", "status"), [(("203.0.113.7", 1234), 200), (("198.51.100.7", 1234), 403), (None, 403)]
+    ("client", "headers", "status"),
+    [
+        (("203.0.113.7", 1234), [], 200),
+        (("198.51.100.7", 1234), [], 403),
+        (None, [], 403),
+        (("10.0.0.1", 1), [(b"x-forwarded-for", b"203.0.113.7")], 200),
+        (("10.0.0.1", 1), [(b"x-forwarded-for", b"203.0.113.7"), (b"X-Forwarded-For", b"198.51.100.7")], 403),
+        (("10.0.0.1", 1), [(b"x-forwarded-for", b"198.51.100.7"), (b"x-forwarded-for", b"203.0.113.7")], 200),
+    ],
 )
-async def test_the_allow_list_reads_the_address_from_the_server(handler, client, status):
-    """The client's address comes from the ASGI scope."""
-    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK)
+async def test_the_allow_list_reads_the_address_from_the_server(handler, client, headers, status):
+    """The client's address comes from the ASGI scope; several X-Forwarded-For headers form one list."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=PROXIES)
     server = Server(pieces(notification()))
-    await endpoint(post(client=client), server.receive, server.send)
+    await endpoint(post(client=client, headers=headers), server.receive, server.send)
     assert server.status == status
 
 

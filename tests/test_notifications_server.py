@@ -99,6 +99,21 @@ async def in_aiohttp(endpoint):
         await runner.cleanup()
 
 
+@asynccontextmanager
+async def on_unix_socket(endpoint, path):
+    """Run both servers, each on a Unix socket; yield the paths of the sockets."""
+    app = web.Application()
+    app.router.add_post("/refund", contrib_aiohttp.notifications(endpoint))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.UnixSite(runner, f"{path}/aiohttp").start()
+    try:
+        async with by_uvicorn(endpoint, uds=f"{path}/uvicorn"):
+            yield [f"{path}/aiohttp", f"{path}/uvicorn"]
+    finally:
+        await runner.cleanup()
+
+
 every_server = pytest.mark.parametrize("served", [alone, in_fastapi, in_aiohttp])
 
 
@@ -197,16 +212,17 @@ async def test_disconnect_in_the_body_leaves_no_traceback(served, caplog):
     assert endpoint.counts["acted"] == 1
 
 
-@pytest.mark.parametrize(("trusted", "expected"), [("127.0.0.1", 403), ("*", 200)])
-async def test_uvicorn_reports_the_client_of_a_trusted_proxy(tmp_path, trusted, expected):
-    """Behind a proxy on a Unix socket, uvicorn must trust the proxy to know the client's address."""
-    endpoint = NotificationEndpoint(trusting(), Handler(), allow_from=["203.0.113.0/24"])
-    request = whole(notification(), "X-Forwarded-For: 203.0.113.7", "Connection: close")
-    async with by_uvicorn(endpoint, uds=f"{tmp_path}/uvicorn", forwarded_allow_ips=trusted):
-        reader, writer = await asyncio.open_unix_connection(f"{tmp_path}/uvicorn")
-        writer.write(request)
-        assert status(await reader.read()) == expected
-        writer.close()
+@pytest.mark.parametrize(("proxies", "expected"), [(["127.0.0.1", "::1"], 403), (["unix"], 200)])
+async def test_a_proxy_on_a_unix_socket_is_trusted_only_if_it_is_declared(tmp_path, proxies, expected):
+    """Both servers report a peer on a Unix socket without an address."""
+    endpoint = NotificationEndpoint(trusting(), Handler(), allow_from=["203.0.113.0/24"], trusted_proxies=proxies)
+    request = whole(notification(), "X-Forwarded-For: 203.0.113.7:4711", "Connection: close")
+    async with on_unix_socket(endpoint, tmp_path) as paths:
+        for path in paths:
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(request)
+            assert status(await reader.read()) == expected
+            writer.close()
 
 
 @pytest.mark.parametrize("is_inbox", [False, True])

@@ -52,7 +52,7 @@ def notifications(endpoint: NotificationEndpoint) -> Callable[[web.Request], Awa
                     body += piece
             return bytes(body)
 
-        ack = await endpoint.handle_stream(read, client=request.remote)
+        ack = await endpoint.handle_stream(read, request.headers, client=request.remote)
         return web.Response(status=ack.status, headers=ack.headers, body=ack.body)
 
     return handler

@@ -15,11 +15,10 @@ until the handler has returned for it, even if the refund became final without a
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
-from ipaddress import IPv6Address, ip_address, ip_network
+from contextlib import AsyncExitStack
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, cast
+from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
 
 import anyio
 
@@ -39,11 +38,14 @@ from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_integer, check_journal, check_seconds, check_type
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
+from .allow_list import AllowList
 from .completion import check_same, complete
 from .inbox import Inbox, RecentRefunds
 from .responses import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 
 logger = logging.getLogger("lianlian_async")
+
+Headers: TypeAlias = Mapping[str, str] | Iterable[tuple[str, str]]
 
 _HOW_TO_OPEN: Final = (
     "use the NotificationEndpoint in `async with`, or have the server run its lifespan (uvicorn: --lifespan on)"
@@ -94,8 +96,9 @@ class NotificationEndpoint:
         handler_seconds: time limit for confirming and ``on_refund`` together. LianLian waits 5 seconds for a response;
             with ``inbox``, the limit may be longer.
         allow_from: networks that may send notifications; empty: all. There is no default, because the lists on
-            LianLian's pages differ. Behind trusted proxies, let the server replace the proxy's address with the client's
-            (uvicorn: ``--forwarded-allow-ips``; aiohttp: the package aiohttp-remotes); else all are refused.
+            LianLian's pages differ.
+        trusted_proxies: networks whose X-Forwarded-For is trusted; ``"unix"`` for a proxy on a Unix socket, if the
+            server listens on nothing else.
         path: the only path that the ASGI application serves; None: every path.
         concurrency: maximum number of concurrent handler calls of the inbox and of :meth:`sweep`.
         listeners: see ``RefundSession``; by default the session's listeners.
@@ -116,6 +119,7 @@ class NotificationEndpoint:
         body_seconds: float = 5.0,
         handler_seconds: float = 4.0,
         allow_from: Iterable[str] = (),
+        trusted_proxies: Iterable[str] = (),
         path: str | None = None,
         concurrency: int = 8,
         listeners: Sequence[Listener] = (),
@@ -144,10 +148,7 @@ class NotificationEndpoint:
         self._is_inbox = inbox
         self._body_seconds = check_seconds("body_seconds", body_seconds)
         self._seconds = check_seconds("handler_seconds", handler_seconds)
-        try:
-            self._allow_from = [ip_network(network) for network in allow_from]
-        except ValueError as error:
-            raise errors.ConfigurationError(f"allow_from: {error}") from None
+        self._allow_list = AllowList.read(allow_from, trusted_proxies)
         self._path = path
         self._concurrency = check_integer("concurrency", concurrency, least=1)
         self._recent = RecentRefunds()
@@ -213,24 +214,26 @@ class NotificationEndpoint:
             clock=self._clock,
         )
 
-    async def handle(self, body: bytes, headers: object, *, client: str | None = None) -> Ack:
+    async def handle(self, body: bytes, headers: Headers, *, client: str | None = None) -> Ack:
         """Handle the notification in ``body`` and return the response.
 
-        ``body`` is the raw bytes of the request's body; ``headers`` are not read, because LianLian signs only the body.
-        ``client`` is the client's address; ``allow_from`` requires it. Raises only cancellation, and ``TypeError`` for
-        a body that is not bytes, such as one that a framework has decoded.
+        ``body`` is the raw bytes of the request's body, ``headers`` any mapping or pairs. ``client`` is the peer's
+        address; ``allow_from`` requires it. Raises only cancellation, and ``TypeError`` for an argument of a wrong
+        type, such as a body that a framework has decoded.
         """
-        if not self._admits(client):
+        if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
         return await self._handle(body)
 
-    async def handle_stream(self, read: Callable[[int], Awaitable[bytes]], *, client: str | None = None) -> Ack:
+    async def handle_stream(
+        self, read: Callable[[int], Awaitable[bytes]], headers: Headers, *, client: str | None = None
+    ) -> Ack:
         """Read a body within ``body_seconds`` and :meth:`handle` it; respond 408 if it takes longer.
 
         ``read(limit)`` returns the whole body, or at least its first ``limit + 1`` bytes if it is longer than
         ``limit``. It is not called for a client outside ``allow_from``. Exceptions of ``read`` are not caught.
         """
-        if not self._admits(client):
+        if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
         with anyio.move_on_after(self._body_seconds) as scope:
             body = await read(MAX_MESSAGE_BYTES)
@@ -261,17 +264,13 @@ class NotificationEndpoint:
         self._listeners.tell(Notified, no_refund=no_refund, verdict=str(verdict), seconds=seconds)
         return ACKS[verdict]
 
-    def _admits(self, client: str | None) -> bool:
-        if not self._allow_from:
+    def _admits(self, headers: Headers, client: str | None) -> bool:
+        if not self._allow_list.allow_from:
             return True
-        with suppress(ValueError):  # a peer on a Unix socket has no address
-            address = ip_address(client or "")
-            if isinstance(address, IPv6Address):  # servers that listen on both families report ::ffff:203.0.113.7
-                address = address.ipv4_mapped or address
-            if any(address in network for network in self._allow_from):
-                return True
-        logger.warning("notification refused: client %r is not in allow_from", client and errors.printable(client))
-        return False
+        is_admitted, address = self._allow_list.judge(client, _header(headers, "x-forwarded-for"))
+        if not is_admitted:
+            logger.warning("notification refused: %s is not on the allow-list", address)
+        return is_admitted
 
     async def _judge(self, body: bytes, about: list[str | None]) -> Verdict:
         """Return the verdict; append the ``no_refund`` to ``about`` once the signature has verified."""
@@ -378,4 +377,14 @@ class NotificationEndpoint:
         if scope["method"] != "POST":
             return ONLY_POST
         client = scope.get("client")
-        return await self.handle_stream(lambda limit: asgi.read(receive, limit), client=client and client[0])
+        return await self.handle_stream(
+            lambda limit: asgi.read(receive, limit), asgi.headers(scope), client=client and client[0]
+        )
+
+
+def _header(headers: Headers, name: str) -> str:
+    try:
+        pairs: Iterable[tuple[str, str]] = headers.items() if hasattr(headers, "items") else headers
+        return ",".join([text for key, text in pairs if str.lower(key) == name])
+    except (TypeError, ValueError):
+        raise TypeError("headers: must be a mapping of str to str, or (name, value) pairs of str") from None
