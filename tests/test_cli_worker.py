@@ -340,7 +340,7 @@ def test_worker_interrupted_at_its_start_exits_130(env):
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        ((), "Missing argument 'DSN'"),
+        ((), "must be a PostgreSQL URL (postgresql://…), here or in LIANLIAN_DSN"),
         (("a/path",), "must be a PostgreSQL URL (postgresql://…), here or in LIANLIAN_DSN, not 'a/path'"),
         ((f"postgresql://me:{PASSWORD}@db/",), "other processes can read a password on the command line"),
     ],

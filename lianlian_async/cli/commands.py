@@ -63,7 +63,8 @@ def apply() -> None:
 def query() -> None:
     """Query LianLian's record of one refund.
 
-    FILE is a query, or the request of `lianlian apply`, as JSON (- is stdin); options override its fields.
+    FILE is a query, or the request of `lianlian apply`, as JSON (- is stdin); options override its fields. Without
+    FILE: `lianlian query --no-refund R-1 --dt-refund 20261122102000`.
     """
 
 
@@ -149,9 +150,10 @@ def doctor() -> None:
 def verify() -> None:
     """Check the signature of a message.
 
-    FILE is a response, a notification or a request as JSON (- is stdin). A response or notification must be signed
-    with one of LianLian's keys; for a request, the merchant's key is valid, too. If the signature is invalid, the
-    command shows the likely cause: another key was used, another hash than MD5, or another text.
+    FILE is a response, a notification or a request as JSON (- is stdin). In the output of `lianlian query --json`, the
+    response is the value of refund. A response or notification must be signed with one of LianLian's keys; for a
+    request, the merchant's key is valid, too. If the signature is invalid, the command shows the likely cause: another
+    key was used, another hash than MD5, or another text.
     """
 
 

@@ -96,7 +96,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
 
 json_option = click.option("--json", is_flag=True, expose_value=False, help="Print the result as JSON on stdout.")
-dsn_argument: Final = click.argument("dsn", metavar="DSN", envvar=DSN, type=Place(only_dsn=True))
+dsn_argument: Final = click.argument("dsn", metavar="[DSN]", envvar=DSN, default="", type=Place(only_dsn=True))
 """The argument DSN: the place of a queue."""
 
 config_option = click.option(
