@@ -212,13 +212,15 @@ class RateLimit:
             raise ConfigurationError("RateLimit: per_second must be greater than 0, burst at least 1")
         self._interval = 1 / per_second
         self._slack = (burst - 1) * self._interval
-        self._next = float("-inf")
+        self._turn = anyio.Lock()
+        self._last = float("-inf")
 
     async def __aenter__(self) -> None:
-        now = anyio.current_time()
-        # Reserve the start time before waiting, so that waiters start in order. Cancellation does not give it back.
-        self._next = max(self._next + self._interval, now - self._slack)
-        await anyio.sleep(max(0.0, self._next - now))
+        async with self._turn:  # waiters start in order; a cancelled waiter uses up no start
+            now = anyio.current_time()
+            start = max(self._last + self._interval, now - self._slack)
+            await anyio.sleep(max(0.0, start - now))
+            self._last = start
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Release nothing, because the limiter counts only starts."""
