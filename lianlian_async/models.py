@@ -291,6 +291,7 @@ class RefundRecord:
     oid_refundno: str | None = None
     """LianLian's number of this refund."""
     sta_refund: RefundStatus | None = None
+    """None if the message has no status. Use ``is_final`` to tell whether it can still change."""
     settle_date: date | None = None
     """The settlement date of a refund that has succeeded."""
     trader_refund: str | None = attrs.field(default=None, repr=False, eq=False)

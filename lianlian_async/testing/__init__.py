@@ -49,7 +49,8 @@ To test a whole service, give its session ``transport=httpx.ASGITransport(lianli
 client that runs the lifespan, such as FastAPI's ``TestClient`` in a ``with`` block. For virtual time, enter the
 lifespan in the test's own event loop (``async with app.router.lifespan_context(app)``), call the application through
 ``httpx.ASGITransport``, and give the session and the endpoint ``clock=lianlian_virtual_time.moment``. This transport
-passes no state of the lifespan: in FastAPI, set ``app.dependency_overrides[get_session] = lambda: session``.
+passes no state of the lifespan, so override FastAPI's dependency (``get_session`` of ``contrib.fastapi``):
+``app.dependency_overrides[get_session] = lambda: session``.
 
 **The guard.** While pytest runs, a session raises ``ConfigurationError`` before it connects to a host other than
 ``localhost`` or a loopback address, also in child processes. Nothing is sent, and no host name is looked up. To allow
