@@ -235,10 +235,14 @@ class Recording:
 
 @contextmanager
 def _said(outcome: Refund | LianLianError, *, shield: bool = False) -> Generator[None]:
-    """If the block raises a ``JournalError``, set its ``said`` to the refund's ``outcome``."""
+    """If the block fails, raise a ``JournalError`` whose ``said`` is the refund's ``outcome``."""
     try:
         with anyio.CancelScope(shield=shield):
             yield
     except JournalError as error:
         error.said = outcome
         raise
+    except Exception as error:  # such as the RuntimeError of a journal that was closed during the call
+        failure = JournalError(str(error))
+        failure.said = outcome
+        raise failure from error

@@ -208,8 +208,8 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
                     case.add_fact("resend")
                     case.apply = attrs.evolve(case.apply, body=await case.before_resend(case.history))
                 refund = await _apply(case, send)
-    except anyio.get_cancelled_exc_class() as error:
-        if anyio.current_effective_deadline() == -math.inf:
+    except (Exception, anyio.get_cancelled_exc_class()) as error:
+        if isinstance(error, LianLianError) or anyio.current_effective_deadline() == -math.inf:
             raise
         # This call was not cancelled: a lower layer raised the error.
         case.query_error = LianLianError(f"interrupted by {type(error).__name__}")

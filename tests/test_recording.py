@@ -767,6 +767,22 @@ async def test_nothing_is_sent_if_the_journal_was_removed(tmp_path):
     assert not gateway.requests
 
 
+async def test_a_journal_that_is_closed_during_a_call_says_that_the_refund_was_made(tmp_path):
+    """The journal was closed before the session."""
+    gateway, journal = sandbox(), SqliteJournal(tmp_path / "journal.sqlite")
+
+    async def closing(exchange, call_next):
+        reply = await call_next(exchange)
+        await journal.__aexit__(None, None, None)
+        return reply
+
+    await journal.__aenter__()
+    async with gateway.session(journal=journal, middleware=[closing], clock=boot_clock) as session:
+        with pytest.raises(JournalError, match="not open") as caught:
+            await session.apply_refund(refund_request())
+    assert caught.value.said.no_refund == "R-1"
+
+
 @pytest.mark.parametrize(
     ("fault", "verb"), [(Fault.DELAY, "finish"), (Fault.NO_ANSWER, "release")], ids=["finish", "release"]
 )

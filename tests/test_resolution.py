@@ -591,6 +591,20 @@ async def test_a_cancellation_that_a_lower_layer_raises_leaves_the_outcome_unkno
     assert isinstance(caught.value.__cause__, asyncio.CancelledError)
 
 
+async def test_an_error_of_the_program_after_the_send_leaves_the_outcome_unknown():
+    """A caller's own journal raises something else than a JournalError: the cause of the unknown outcome."""
+
+    class Broken(MemoryJournal):
+        async def canaries(self):
+            raise KeyError("mine")
+
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    with pytest.raises(RefundOutcomeUnknown, match="interrupted by KeyError") as caught:
+        await apply(gateway, journal=Broken(), retry=TRUSTING)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 async def test_the_pauses_between_the_queries_grow():
     """Each answer "no such record" doubles the longest pause, up to the policy's maximum."""
     gateway = sandbox()
