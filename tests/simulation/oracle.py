@@ -98,12 +98,13 @@ class Oracle:
         number = after.no_refund
         if after.state.is_made:
             self.canary_since = min(self.canary_since, self.time())
-        if before is None:
-            return
         if after.ending is None and after.sent_at is None:
             self.left.discard(number)  # proved: nothing was sent
-        if before.holder is not None and after.ending is not None and number not in self.left:
+        was_leased = before is None or before.holder is not None  # one commit may begin the call and record the outcome
+        if was_leased and after.ending is not None and number not in self.left:
             self.ended_before_send.add(number)
+        if before is None:
+            return
         if after.state not in _LATER[before.state]:
             self.violate(f"{number} went from {before.state} to {after.state}")
         if (
