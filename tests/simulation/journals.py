@@ -201,7 +201,7 @@ class SimulatedFile:
             if entry is before.get(number):
                 continue
             if disk.inbox is not None:
-                disk.oracle.recorded(disk.committed.get(number), entry)
+                disk.oracle.recorded(before.get(number), entry)
             disk.committed[number] = _as_stored(entry)
             if entry.holder is None:
                 self._held.pop(number, None)
