@@ -795,6 +795,22 @@ async def test_attempt_whose_proxy_does_not_answer_was_not_sent(monkeypatch, mer
     assert proxy.opened == 4
 
 
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.7\r\n\r\n"], ids=["nothing", "nonsense"])
+async def test_attempt_whose_proxy_breaks_off_was_not_sent(monkeypatch, merchant_keys, gateway_keys, answer):
+    """The proxy closes the connection instead of answering CONNECT, as an overloaded one does."""
+
+    async def handler(connection: Connection):
+        await connection.request()
+        await connection.stream.send(answer)
+
+    async with serving(handler) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        merchant = at(merchant_keys, gateway_keys, "https://127.0.0.1:1")
+        async with RefundSession(merchant, retry=ONCE) as session:
+            with pytest.raises(RefundNotSent, match="RemoteProtocolError"):
+                await session.apply_refund(refund_request())
+
+
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("is_read", [False, True])
 async def test_attempt_that_ends_before_its_body_is_read_cannot_be_sent_later(is_read):

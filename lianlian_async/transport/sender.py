@@ -28,9 +28,9 @@ logger = logging.getLogger("lianlian_async")
 _JSON: Final = "application/json;charset=utf-8"
 _HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
 
-# Raised before the first byte of a request is written. After any other exception the request may have arrived. This
-# includes LocalProtocolError, which an HTTP/2 client raises if the server closed the stream after the request, and
-# InvalidURL, which httpx raises for the address of a redirect.
+# A caller's client or transport raises these before the first byte of a request is written. After any other exception
+# the request may have arrived. This includes LocalProtocolError, which an HTTP/2 client raises if the server closed the
+# stream after the request, and InvalidURL, which httpx raises for the address of a redirect.
 _NEVER_SENT: Final = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol")
 
 
@@ -55,6 +55,7 @@ class HttpSender:
         self._never_sent = (*foreign, ConfigurationError, LeaseEndedError)
         self._content_type = content_type
         self._is_closed = False
+        self._is_own = type(over).__module__.startswith(f"{__package__}.")
         self.backend: str = "aiohttp" if type(over).__name__ == "AiohttpTransport" else self._library.__name__
 
     @classmethod
@@ -118,7 +119,9 @@ class HttpSender:
                 if not answered and request.withdraw():
                     not_sent()
                 raise
-            sent = answered or not isinstance(error, self._never_sent) or request.may_have_been_sent(error)
+            sent = answered or content.sends > 0
+            if not self._is_own:  # our own transports read the body only in order to write it
+                sent = sent or not isinstance(error, self._never_sent) or request.may_have_been_sent(error)
             return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=sent, cause=error)
         return HttpResponse(response.status_code, headers, received, max(1, content.sends))
 
