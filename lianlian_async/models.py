@@ -4,6 +4,7 @@ Field names are LianLian's wire names. The rules come from LianLian's apply and 
 broken rules together.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
@@ -16,7 +17,7 @@ import attrs
 from attrs.converters import optional
 
 from . import text_rules, wire
-from .errors import InvalidRequest, LastExchange, Problem
+from .errors import InvalidRequest, LastExchange, Problem, printable
 
 T = TypeVar("T")
 Record = TypeVar("Record", bound="RefundRecord")
@@ -90,6 +91,16 @@ def expect(value: object, kind: type, name: str) -> None:
         raise InvalidRequest([Problem(name, rule, f"{_shown(value)} of type {type(value).__name__}")])
 
 
+def check_storable(value: Any, name: str) -> None:
+    """Raise :class:`~lianlian_async.InvalidRequest` about ``name`` unless ``value`` is a string that can be stored.
+
+    A journal writes many refunds at once: another value would make the writes of all of them fail.
+    """
+    expect(value, str, name)
+    if re.search("[\0\ud800-\udfff]", value):
+        raise InvalidRequest([Problem(name, "must not contain NUL or a lone surrogate", _shown(value))])
+
+
 def _fields_by_name(cls: type[T]) -> type[T]:
     """Decorate ``cls``, so that a missing or unknown field raises ``InvalidRequest`` instead of ``TypeError``."""
     init = cls.__init__
@@ -107,7 +118,9 @@ def _given(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     expect(data, Mapping, "data")
     known = {field.name: field for field in attrs.fields(cls)}
     problems = [
-        Problem(str(key), f"is not a field of {cls.__name__}", _shown(data[key])) for key in data if key not in known
+        Problem(printable(str(key)), f"is not a field of {cls.__name__}", _shown(data[key]))
+        for key in data
+        if key not in known
     ]
     problems += [
         Problem(name, "is required", "nothing")
@@ -157,14 +170,18 @@ class _Request:
         """Return the request that :meth:`to_dict` wrote into a journal or a queue, without checking it again.
 
         A release with stricter rules must still be able to query earlier refunds. Raises
-        :class:`~lianlian_async.InvalidRequest` only if a field is missing or unknown, or if an amount or a time cannot
-        be parsed.
+        :class:`~lianlian_async.InvalidRequest` only if a field is missing or unknown, if an amount or a time cannot be
+        parsed, or if a string cannot be stored.
         """
-        given = _given(cls, data)
+        given = _given(cls, {name: value for name, value in _given(cls, data).items() if value is not None})
         request: Any = cls.__new__(cls)
         for name in _names(request.__class__):
             value = given.get(name)
-            object.__setattr__(request, name, _PARSED[name](value) if name in _PARSED else value)
+            if name in _PARSED:
+                value = _PARSED[name](value)
+            elif value is not None:
+                check_storable(value, name)
+            object.__setattr__(request, name, value)
         request.__attrs_post_init__()
         return cast("Self", request)
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from . import wire
 from .clock import Moment
 from .errors import InvalidRequest, MalformedMessage, Problem, RefundOutcomeUnknown, RefundRejected
-from .models import RefundRequest
+from .models import RefundRequest, check_storable
 from .settings import LONGEST, is_number
 
 _VERSION: Final = 1
@@ -52,7 +52,7 @@ def from_dict(data: Mapping[str, Any]) -> RefundOutcomeUnknown:
         raise InvalidRequest([Problem("version", f"must be {_VERSION}", repr(version))])
     fields = _read(data, _UNKNOWN)
     del fields["version"]
-    fields["body"] = fields["body"].encode(errors="surrogatepass")  # a body with lone surrogates is refused below
+    fields["body"] = fields["body"].encode()
     unknown = RefundOutcomeUnknown(**fields)
     if unknown.body and not _contains(unknown.body, unknown.request.to_dict() | {"oid_partner": unknown.oid_partner}):
         raise InvalidRequest([Problem("body", "must be the signed form of the request", "another message")])
@@ -83,6 +83,8 @@ def _parse(name: str, given: Any, kind: type) -> Any:
         return None
     if kind is RefundRequest:
         return RefundRequest.from_record(given)
+    if kind is str:
+        check_storable(given, name)
     if kind in _PARTS:
         return kind(**_read(given, _PARTS[kind], f"{name}."))
     value: object = given

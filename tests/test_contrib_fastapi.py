@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from lianlian_async import ConfigurationError, JournalError, LianLianError, NotificationEndpoint
+from lianlian_async import ConfigurationError, JournalError, LianLianError, NotificationEndpoint, RefundRequest
 from lianlian_async.contrib.fastapi import Session, get_session, lifespan, notifications, refund_error
 from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.sandbox import Fault
@@ -266,3 +266,21 @@ async def test_a_request_may_wait_for_the_notification(handler):
         tasks.start_soon(notify)
         assert (await http.post("/refunds")).json() == "2"
         assert anyio.current_time() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("key", ["\\ud800", "k" * 300], ids=["lone surrogate", "long"])
+async def test_a_client_may_send_any_key(key):
+    """An unknown key is the client's fault. The response shows it, even if UTF-8 cannot encode it."""
+    app = FastAPI(lifespan=lifespan(), exception_handlers={LianLianError: refund_error})
+
+    @app.post("/refunds")
+    async def make_refund(data: dict[str, str]) -> None:
+        RefundRequest.from_dict(data)
+
+    async with served(app) as http:
+        answer = await http.post("/refunds", content=f'{{"{key}":"1"}}', headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["problems"][0] == {
+        "field": key.replace("\\ud800", "?")[:100],
+        "rule": "is not a field of RefundRequest",
+    }

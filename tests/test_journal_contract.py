@@ -13,7 +13,7 @@ import anyio.to_thread
 import attrs
 import pytest
 
-from lianlian_async import ConfigurationError, RefundConflict
+from lianlian_async import ConfigurationError, InvalidRequest, RefundConflict
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, Standing, State
 from lianlian_async.journal.base import added, facts
@@ -59,6 +59,23 @@ async def test_an_unknown_number_is_new(kind):
         assert standing is Standing.NEW
         assert (entry.no_refund, entry.fields) == (wanted.no_refund, wanted.fields)
         assert (entry.body, entry.sent_at, entry.ending, entry.state) == (wanted.body, None, None, State.UNRESOLVED)
+
+
+@pytest.mark.parametrize("number", ["R\0", "R\ud800", 5], ids=ascii)
+async def test_a_number_that_cannot_be_stored_harms_no_other_refund(kind, number):
+    """A journal writes many refunds at once. A service may pass on whatever number its client asks for."""
+    async with kind.make() as journal, anyio.create_task_group() as tasks:
+
+        async def find():
+            with contextlib.suppress(InvalidRequest):
+                assert await journal.find(number) is None
+
+        async def begin_one(name):
+            assert (await begin(journal, name))[0] is Standing.NEW
+
+        for each in range(5):
+            tasks.start_soon(begin_one, f"R-{each}")
+            tasks.start_soon(find)
 
 
 async def test_a_second_call_gets_leased(kind):

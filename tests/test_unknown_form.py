@@ -70,6 +70,27 @@ async def test_a_wrong_form_is_refused(name):
         RefundOutcomeUnknown.from_dict(form)
 
 
+@pytest.mark.parametrize("place", ["no_refund", "no_order", "refused", "body", "reason"])
+@pytest.mark.parametrize("value", [5, ["R-1"], "R\0", "R\ud800"], ids=ascii)
+async def test_only_text_that_a_journal_can_store_is_read(place, value):
+    """A journal writes many refunds at once: other text would make the writes of all of them fail."""
+    form = json.loads(await stored_unknown(sandbox())) | {"body": ""}
+    part = {"refused": REFUSED | {"ret_msg": value}}.get(place, value)
+    form |= {place: part} if place in form else {"request": form["request"] | {place: value}}
+    with pytest.raises(InvalidRequest, match=r": must (be a str|not contain NUL or a lone surrogate)"):
+        RefundOutcomeUnknown.from_dict(form)
+
+
+async def test_null_is_no_value_of_a_required_field():
+    """An optional field of the request may be null."""
+    form = json.loads(await stored_unknown(sandbox())) | {"body": ""}
+    form["request"] |= {"notify_url": None}
+    assert RefundOutcomeUnknown.from_dict(form).request.notify_url is None
+    form["request"] |= {"no_refund": None}
+    with pytest.raises(InvalidRequest, match="no_refund: is required"):
+        RefundOutcomeUnknown.from_dict(form)
+
+
 @pytest.mark.parametrize("form", [None, [], "{}", {}])
 def test_another_type_is_refused(form):
     """Only an object with a known version is read."""
@@ -86,9 +107,8 @@ async def test_a_boot_time_is_a_finite_number(boot):
         RefundOutcomeUnknown.from_dict(form)
 
 
-@pytest.mark.parametrize("body", ["garbage", "\ud800"])
-async def test_a_body_that_is_not_json_is_refused(body):
+async def test_a_body_that_is_not_json_is_refused():
     """It cannot be the signed form of the request."""
     form = json.loads(await stored_unknown(sandbox()))
     with pytest.raises(InvalidRequest, match="body: must be the signed form"):
-        RefundOutcomeUnknown.from_dict(form | {"body": body})
+        RefundOutcomeUnknown.from_dict(form | {"body": "garbage"})

@@ -18,6 +18,7 @@ import attrs
 
 from lianlian_async.background import BackgroundTask, complete, is_failure
 from lianlian_async.clock import Moment
+from lianlian_async.models import check_storable
 
 from .base import Entry, Intent, JournalError, Owner, Standing
 from .interface import Journal
@@ -229,6 +230,7 @@ class GroupCommitJournal(Journal):
         return await self.record(Begin(intent, now, f"{self._holder}-{next(self._calls)}"))
 
     async def record(self, operation: Operation[T]) -> T:
+        check_storable(operation.no_refund, "no_refund")
         return await self._opened().do(operation)
 
     async def inbox(self) -> Journal:
