@@ -277,12 +277,13 @@ class RefundSession:
         in seconds: LianLian repeats a notification for an hour. The wait holds no connection slot.
 
         Raises:
-            RefundNotFinal: the refund is not final at the deadline.
+            RefundNotFinal: the refund is not final at the deadline, or when the session was closed during the wait.
             QueryRejected: the gateway rejected the query, which says nothing about the refund.
             RefundConflict: a record differs from ``refund`` or contradicts the session's journal.
             JournalError: the journal failed; ``said`` is the last known ``refund``.
         """
         expect(refund, RefundRecord, "refund")
+        self._life.check_open()
         with self._waiters.listen(refund) as waiter:
             return await waiter.until_final(refund, self._learn, _checked(deadline))
 

@@ -72,6 +72,8 @@ class Waiter:
                 except errors.JournalError as problem:
                     problem.said = refund
                     raise
+                except RuntimeError as problem:  # the session was closed during the wait
+                    raise errors.RefundNotFinal(refund, last_error=str(problem)) from problem
                 if refund.is_final:
                     return refund
         if self.notified is not None:

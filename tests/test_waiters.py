@@ -159,12 +159,20 @@ async def test_waiting_takes_no_connection_slot():
 
 
 async def test_closing_the_session_ends_the_wait():
-    """The next query raises the error that every call on a closed session raises."""
-    gateway = sandbox(settle_after=60)
-    async with session(gateway) as opened:
-        refund = await opened.apply_refund(refund_request())
+    """``apply_and_wait`` says that the refund was made. A new wait raises as every call on a closed session."""
+    gateway, errors = sandbox(settle_after=60), []
+
+    async def wait():
+        with pytest.raises(RefundNotFinal, match="closed") as caught:
+            await opened.apply_and_wait(refund_request())
+        errors.append(caught.value)
+
+    async with anyio.create_task_group() as tasks, session(gateway) as opened:
+        tasks.start_soon(wait)
+        await anyio.sleep(1)
+    assert errors[0].refund.no_refund == "R-1"
     with pytest.raises(RuntimeError, match="closed"):
-        await opened.wait_refund(refund)
+        await opened.wait_refund(errors[0].refund)
 
 
 # ── being told ───────────────────────────────────────────────────────────────────────────────────
