@@ -1386,6 +1386,21 @@ async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, mon
     assert len(mocked) == 2
 
 
+@pytest.mark.parametrize("kind", [httpx.ReadTimeout, httpx.ConnectTimeout])
+async def test_a_mocked_failure_of_the_default_backend_means_what_it_says(merchant, monkeypatch, kind):
+    """pytest-httpx reads the content of a request before it raises the error that a test wants."""
+
+    async def handle_async_request(self, request):
+        await request.aread()
+        raise kind("mocked")
+
+    monkeypatch.delenv("LIANLIAN_HTTP_BACKEND", raising=False)
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", handle_async_request)
+    async with RefundSession(merchant, retry=ONCE, deadline=1.0) as session:
+        with pytest.raises(RefundNotSent if kind is httpx.ConnectTimeout else RefundOutcomeUnknown):
+            await session.apply_refund(refund_request())
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

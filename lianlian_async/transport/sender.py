@@ -116,12 +116,13 @@ class HttpSender:
                 await response.aclose()
         except BaseException as error:  # a client or transport may raise anything
             if not is_failure(error):
-                if not answered and request.withdraw():
+                content.lease_holds = lambda: False  # a transport that goes on in the background can send nothing
+                if not answered and request.is_unread:
                     not_sent()
                 raise
-            sent = answered or content.sends > 0
-            if not self._is_own:  # our own transports read the body only in order to write it
-                sent = sent or not isinstance(error, self._never_sent) or request.may_have_been_sent(error)
+            # Our own transports read the body only in order to write it.
+            is_not_sent = isinstance(error, self._never_sent) or (self._is_own and request.is_unread)
+            sent = answered or not is_not_sent or request.may_have_been_sent(error)
             return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=sent, cause=error)
         return HttpResponse(response.status_code, headers, received, max(1, content.sends))
 

@@ -95,9 +95,9 @@ class TrackedRequest(Request):
         """Return the body as bytes."""
         return self.content
 
-    def withdraw(self) -> bool:
-        """Refuse every later read of the body; return whether it was never read, so that nothing was sent."""
-        self._body.lease_holds = lambda: False
+    @property
+    def is_unread(self) -> bool:
+        """Whether the body was never read, so that nothing was sent."""
         return not self._body.sends and not self._content_was_read
 
     def may_have_been_sent(self, error: BaseException) -> bool:
