@@ -242,6 +242,8 @@ def test_query_by_oid_refundno():
     assert read(asking, made(asking.asked)).finding is Finding.FOUND
     assert_uncertain(read(asking, made(asking.asked, oid_refundno="2013051613121202")), AnswerMismatch, verified=True)
     assert_uncertain(read(asking, made(asking.asked, oid_refundno=None)), AnswerMismatch, verified=True)
+    missing = read(asking, {"ret_code": "8901"}).error
+    assert (missing.no_refund, missing.oid_refundno) == (None, "2013051613121201")
 
 
 def test_query_by_both_numbers():
@@ -456,7 +458,9 @@ def test_only_status_200_is_an_answer(asking, status):
 def test_a_compressed_body_is_refused(asking, encoding):
     """Compression was not requested, and nothing is decompressed: a small body could become a large one."""
     body = gzip.compress(as_json(made(asking.asked)))
-    assert_uncertain(read(asking, body, headers={"content-encoding": encoding}), MalformedMessage)
+    reply = read(asking, body, headers={"content-encoding": encoding})
+    assert_uncertain(reply, MalformedMessage)
+    assert f"compressed ({encoding})" in str(reply.error)
 
 
 @pytest.mark.parametrize("encoding", ["", "identity", "Identity", "UTF-8", "utf8", "GBK"])
