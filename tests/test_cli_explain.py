@@ -37,6 +37,9 @@ from tests.support.batches import PASSWORD, refund, url_of, write_csv
 from tests.support.command import end, leave_unknown, run, start, until
 from tests.support.journals import intent, now
 
+GBK = "退款".encode("gbk").decode("utf-8", "surrogateescape")
+"""An argument from a terminal that sends GBK, not UTF-8."""
+
 
 @pytest.fixture
 def gateway():
@@ -226,6 +229,15 @@ def test_explain_of_an_unknown_number_is_an_error(journal):
     assert missing.exit_code == 1
     assert missing.json["error"]["message"] == f"refund R-9 is not in the journal {journal}"
     assert run("explain", "R-1", "--journal", journal.with_name("other")).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [("explain", GBK), ("journal", "decide", GBK, "made", "--evidence", "mail")])
+def test_a_number_that_is_not_utf_8_is_refused(journal, command):
+    """The journal is in order: no error may say that it is damaged."""
+    begin(journal)
+    ended = run(*command)
+    assert ended.exit_code == 2
+    assert "no_refund: must not contain NUL or a lone surrogate" in ended.stderr
 
 
 def test_explain_and_decide_in_postgres(database, env):

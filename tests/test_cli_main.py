@@ -1,6 +1,7 @@
 """The command group ``lianlian``: its name, its extra, its help, its exit codes."""
 
 import ast
+import errno
 import functools
 import inspect
 import subprocess
@@ -225,3 +226,26 @@ def test_unlisted_error_has_the_outcome_of_its_parent():
         "outcome": "error",
         "error": {"type": "HigherError", "message": "full"},
     }
+
+
+TOO_LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("keygen", "--out", TOO_LONG),
+        ("explain", "R-1", "--journal", TOO_LONG),
+        ("journal", "show", "--journal", TOO_LONG),
+        ("sandbox", "--keys", TOO_LONG),
+    ],
+    ids=" ".join,
+)
+def test_an_error_of_the_operating_system_is_shown_without_a_traceback(arguments, tmp_path, monkeypatch):
+    """For example, an operator may have no permission for the folder of a journal."""
+    monkeypatch.chdir(tmp_path)
+    ended = run(*arguments)
+    assert (ended.exit_code, ended.stderr) == (
+        1,
+        f"error: [Errno {errno.ENAMETOOLONG}] File name too long: '{TOO_LONG}'\n",
+    )

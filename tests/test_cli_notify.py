@@ -51,6 +51,13 @@ def service(env, handler):
 # ── send ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_text_that_is_not_utf_8_is_refused(env, key_file):
+    """A terminal may send GBK."""
+    wrong = "退款".encode("gbk").decode("utf-8", "surrogateescape")
+    ended = run("notify", "send", "http://127.0.0.1:9", "--gateway-key", key_file, *SEND, "--no-refund", wrong, env=env)
+    assert (ended.exit_code, "no_refund: must not contain NUL or a lone surrogate" in ended.stderr) == (2, True)
+
+
 def test_a_notification_is_sent_and_acknowledged(service, env, key_file, handler):
     """The service gets the fields of the options with a valid signature; its response is shown."""
     ended = run("notify", "send", service, "--gateway-key", key_file, *SEND, "--dt-refund", "20130515094018", env=env)

@@ -43,11 +43,13 @@ class _Program(click.Group):
         try:
             with _usage_errors(ctx):
                 return super().invoke(ctx)
-        except (LianLianError, KeyboardInterrupt) as error:
+        except (LianLianError, OSError, KeyboardInterrupt) as error:
             from .exit_codes import INTERRUPTED, exit_outcome_of
             from .output import Output
 
             output = Output(as_json=ctx.meta[AS_JSON])
+            if isinstance(error, OSError):  # such as a folder that the user may not enter
+                error = LianLianError(str(error))
             if isinstance(error, LianLianError):
                 output.failure(error)
                 ctx.exit(exit_outcome_of(error).exit_code)

@@ -7,6 +7,7 @@ import anyio
 
 from lianlian_async import wire
 from lianlian_async.exchange import NoResponse
+from lianlian_async.models import check_storable
 from lianlian_async.notifications.completion import complete
 from lianlian_async.protocol import Protocol
 from lianlian_async.sandbox.notifier import is_acknowledged, post_once
@@ -22,6 +23,8 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
     key = SigningKey.load(gateway_key, name="--gateway-key")
     message = {name: text for name, text in fields.items() if text is not None}
     message |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
+    for name, text in message.items():
+        check_storable(text, name)
     body = wire.encode({**message, "sign": key.sign(signature_source(message))})
     response = anyio.run(post_once, url, body)
     word = "acknowledged" if is_acknowledged(response) else "not acknowledged"

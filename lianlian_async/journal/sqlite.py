@@ -11,6 +11,7 @@ from typing import Any, Final, Self, TypeVar
 import anyio
 
 from lianlian_async.background import complete, run_in_thread
+from lianlian_async.models import check_storable
 
 from .base import Entry, Owner, State
 from .group_commit import GroupCommitJournal, Queued
@@ -81,6 +82,7 @@ class SqliteReader(_FileReading):
 
     async def find(self, no_refund: str) -> Entry | None:
         """Return the entry of one refund."""
+        check_storable(no_refund, "no_refund")
         return next(iter(await self.find_all([no_refund])), None)
 
     async def find_all(self, numbers: Sequence[str]) -> list[Entry]:
