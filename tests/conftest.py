@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -70,6 +72,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see lianlian_async.testing)")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import another share of the test modules in each worker first.
+
+    In a fresh checkout, the workers then compile each module once, and not once in each worker.
+    """
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None or session.config.args != session.config.getini("testpaths"):
+        return
+    modules = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
+    with warnings.catch_warnings(action="error"):
+        for name in modules[int(worker["workerid"][2:]) :: worker["workercount"]]:
+            importlib.import_module(name)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -354,7 +354,7 @@ def test_wait_unknown_resolves_unknown_refunds(env, gateway, file, terminal):
 def test_unreachable_gateway_exits_1(gateway, file):
     """If the connection is refused, all refunds are not sent: exit code 1."""
     nowhere = environment(gateway, "http://127.0.0.1:9")
-    ended = run("batch", file, "--yes", "--json", env=nowhere)
+    ended = run("batch", file, "--yes", "--json", "--deadline", "1", env=nowhere)
     assert (ended.exit_code, ended.json["outcome"]) == (1, "not sent")
     assert ended.json["outcomes"]["not sent"]["refunds"] == 10
     assert run("batch", file, "--dry-run", "--json", env=nowhere).json["found"]["new"] == 10
