@@ -183,7 +183,6 @@ def test_declared_choices_and_defaults_are_those_of_the_library():
     assert list(options["notify", "send"]["sta_refund"].type.choices) == [status.value for status in RefundStatus]
     assert list(options["sandbox",]["repeated"].type.choices) == [repeated.value for repeated in Repeated]
     assert [name.replace("-", " ") for name in FAULTS] == [fault.value for fault in Fault]
-    assert list(options["help",]["topic"].type.choices) == list(run("help", "--json").json)
 
 
 def test_help_has_the_first_line_of_each_command():

@@ -1,6 +1,6 @@
 """The command group ``lianlian``.
 
-``commands``, ``groups``, ``batch.options`` and ``sandbox.options`` declare the commands, and import only click and
+``commands``, ``topics``, ``batch.options`` and ``sandbox.options`` declare the commands, and import only click and
 light modules, so ``--help`` is fast. ``options.runs`` imports the module of a command when the command is executed.
 """
 
@@ -16,10 +16,10 @@ from lianlian_async.errors import ConfigurationError, LianLianError
 
 from . import AS_JSON
 from .batch.options import batch
-from .commands import apply, doctor, explain, help_topic, keygen, query, reconcile, verify, worker
-from .groups import journal, notify
+from .commands import apply, doctor, explain, journal, keygen, notify, query, reconcile, verify, worker
 from .options import json_option
 from .sandbox.options import demo, sandbox
+from .topics import help_topic
 
 _SILENT: Final = logging.NullHandler()
 """Stops Python from printing the library's warnings on stderr: each command prints the outcomes itself."""

@@ -1,4 +1,4 @@
-"""The commands, except ``journal``, ``notify``, ``batch``, ``sandbox`` and ``demo``: help texts, options, arguments."""
+"""The commands, except ``batch``, ``sandbox``, ``demo`` and ``help``: their help texts, options and arguments."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,21 +6,10 @@ from typing import Final
 
 import click
 
-from lianlian_async import wire
+from lianlian_async import text_rules, wire
+from lianlian_async.settings import LONGEST
 
-from .options import (
-    Command,
-    Number,
-    add_options,
-    config_option,
-    deadline_option,
-    dsn_argument,
-    file_argument,
-    journal_options,
-    parsed,
-    runs,
-    session_options,
-)
+from . import options
 
 PASSWORD: Final = "LIANLIAN_PRIVATE_KEY_PASSWORD"  # noqa: S105 - the name of a variable
 
@@ -39,15 +28,16 @@ QUERY_HELP: Final = {"oid_refundno": "LianLian's refund number."} | {
 }
 
 
-def _refund_options(help_texts: dict[str, str]) -> Callable[[Command], Command]:
+def _refund_options(help_texts: dict[str, str]) -> Callable[[options.Command], options.Command]:
     """Add the argument FILE, one option for each field, and the common options of a command about one refund."""
+    file = click.argument("file", type=click.File("rb"), required=False)
     fields = [click.option(f"--{name.replace('_', '-')}", help=text) for name, text in help_texts.items()]
-    return add_options((file_argument(required=False), *fields, deadline_option, config_option))
+    return options.add_options(file, *fields, options.deadline_option, options.config_option)
 
 
 @click.command
 @_refund_options(REFUND_HELP)
-@runs(".refunds")
+@options.runs(".refunds")
 def apply() -> None:
     """Make one refund.
 
@@ -59,7 +49,7 @@ def apply() -> None:
 
 @click.command
 @_refund_options(QUERY_HELP)
-@runs(".refunds")
+@options.runs(".refunds")
 def query() -> None:
     """Query LianLian's record of one refund.
 
@@ -70,8 +60,8 @@ def query() -> None:
 
 @click.command
 @click.argument("no_refund")
-@journal_options
-@runs(".explain")
+@options.journal_options
+@options.runs(".journal")
 def explain() -> None:
     """Show everything that a journal knows about one refund.
 
@@ -81,15 +71,15 @@ def explain() -> None:
 
 
 @click.command
-@click.argument("statements", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("statements", nargs=-1, required=True, type=options.existing_file)
 @click.option(
     "--apply",
     "is_applied",
     is_flag=True,
     help="Query refunds that are in a statement but unknown in the journal, and record their state in the journal.",
 )
-@journal_options
-@runs(".reconcile")
+@options.journal_options
+@options.runs(".reconcile")
 def reconcile() -> None:
     """Compare LianLian's statements with a journal.
 
@@ -101,20 +91,20 @@ def reconcile() -> None:
 
 
 @click.command
-@dsn_argument
+@options.dsn_argument
 @click.option("--until-empty", is_flag=True, help="End when no refund is due now; refunds due later stay in the queue.")
 @click.option(
     "--health-file",
     metavar="PATH",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=options.any_file,
     help="File for a health check, removed at the end. Each progress report updates the file's time, if the database "
     "answers and refunds have ended or none is in flight. If the file is older than --deadline plus 30 seconds, the "
     "worker hangs.",
 )
-@click.option("--interval", type=Number(0.1, 20), default=10.0, help="Seconds between progress reports.")
-@session_options
-@config_option
-@runs(".worker")
+@click.option("--interval", type=options.Number(0.1, 20), default=10.0, help="Seconds between progress reports.")
+@options.session_options
+@options.config_option
+@options.runs(".worker")
 def worker() -> None:
     """Make the refunds of a queue.
 
@@ -125,16 +115,16 @@ def worker() -> None:
 
 
 @click.command
-@journal_options
+@options.journal_options
 @click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default the newest one made.")
 @click.option(
     "--dt-refund",
     metavar="YYYYMMDDHHMMSS",
-    callback=parsed(wire.parse_timestamp),
+    callback=options.parsed(wire.parse_timestamp),
     help="dt_refund of a --refund that is not in the journal.",
 )
 @click.option("--offline", is_flag=True, help="Do not connect to the gateway.")
-@runs(".doctor")
+@options.runs(".doctor")
 def doctor() -> None:
     """Find what is wrong with keys, connection, clock and journal.
 
@@ -144,9 +134,9 @@ def doctor() -> None:
 
 
 @click.command
-@file_argument(required=True)
-@config_option
-@runs(".verify")
+@options.file_argument
+@options.config_option
+@options.runs(".verify")
 def verify() -> None:
     """Check the signature of a message.
 
@@ -168,7 +158,7 @@ def verify() -> None:
 @click.option(
     "--encrypt", is_flag=True, help=f"Encrypt the private key with the password in {PASSWORD}; if unset, ask for one."
 )
-@runs(".keys")
+@options.runs(".keys")
 def keygen() -> None:
     """Generate a key pair for LianLian's dashboard.
 
@@ -177,8 +167,142 @@ def keygen() -> None:
     """
 
 
-@click.command("help")
-@click.argument("topic", type=click.Choice(["unknown", "journal", "processes"]), required=False, metavar="[TOPIC]")
-@runs(".topics")
-def help_topic() -> None:
-    """Explain a concept: unknown, journal or processes."""
+@click.group
+def journal() -> None:
+    """Show, back up or restore a journal; resolve refunds.
+
+    A journal records refunds and their outcomes. It is an SQLite file, which `lianlian batch` creates, or a PostgreSQL
+    database (a postgresql:// URL; put a URL with a password into LIANLIAN_DSN).
+    """
+
+
+@journal.command
+@options.journal_options
+@click.option(
+    "--watch",
+    metavar="[SECONDS]",
+    is_flag=False,
+    flag_value=2.0,
+    type=options.Number(0.1, LONGEST),
+    help="Redraw every SECONDS (2 if omitted) until Ctrl-C; if stdout is not a terminal, print one line each time.",
+)
+@options.runs(".journal")
+def show() -> None:
+    """Count the refunds in a journal, and list the unknown ones.
+
+    Other processes may use the journal meanwhile. A journal in PostgreSQL is shown with its queue and workers. The
+    time left assumes the current rate and no further refunds; refunds that are due later do not count.
+    """
+
+
+@journal.command
+@options.journal_options
+@click.option(
+    "--out",
+    type=options.any_file,
+    required=True,
+    help="File with one line for each refund: CSV if its name ends in .csv, else JSON Lines.",
+)
+@options.runs(".journal")
+def export() -> None:
+    """Write all refunds of a journal to a file, oldest first.
+
+    Other processes may use the journal meanwhile.
+    """
+
+
+@journal.command
+@options.journal_options
+@options.session_options
+@options.runs(".journal")
+def resume() -> None:
+    """Resolve the unknown refunds, then show the journal.
+
+    Each unknown refund is queried, and sent again if LianLian has no record of it after --not-found-grace. A refund
+    that was made but is not final is queried, too. A refund that was certainly not made is not sent. Exit code 4 if
+    some are still unknown.
+    """
+
+
+@journal.command
+@click.argument("no_refund")
+@click.argument("outcome", type=click.Choice(["made", "not-made"]))
+@click.option("--evidence", required=True, help="Reason, in one line: a bank statement, LianLian's answer by mail …")
+@options.journal_options
+@options.runs(".journal")
+def decide() -> None:
+    """Record by hand whether a refund was made, for example when LianLian no longer answers.
+
+    The decision is final: a refund that was decided as not-made is never sent again. The command refuses a decision
+    if LianLian has signed a final outcome, or while a call may be sending the refund.
+    """
+
+
+@journal.command
+@click.argument("file", type=click.Path(path_type=Path))
+@options.journal_options
+@options.runs(".journal")
+def backup() -> None:
+    """Copy a journal file to FILE, which must not exist.
+
+    Other processes may use the journal meanwhile. FILE appears when the copy is complete. It can be read, but only
+    `lianlian journal restore` makes it a journal again. The inbox of notifications is not copied, so after a restore
+    on_refund may be called again for the same refund.
+    """
+
+
+@journal.command
+@click.argument("file", type=options.existing_file)
+@options.journal_options
+@options.runs(".journal")
+def restore() -> None:
+    """Create a journal from FILE, a backup.
+
+    The journal is marked as restored: from now on, each refund that it does not have is queried before it is sent. All
+    such refunds, and unresolved ones, count as sent now, because they may have been sent after the backup: for 15
+    minutes, "no such record" proves nothing.
+    """
+
+
+@click.group
+def notify() -> None:
+    """Send a notification to a service, or read one."""
+
+
+@notify.command
+@click.argument("url", callback=options.parsed(text_rules.url))
+@click.option(
+    "--gateway-key",
+    required=True,
+    type=options.existing_file,
+    help="Private key that signs the notification, such as gateway.pem of `lianlian sandbox --keys`.",
+)
+@click.option("--no-refund", required=True, help=REFUND_HELP["no_refund"])
+@click.option("--money-refund", required=True, help=REFUND_HELP["money_refund"])
+@click.option("--dt-refund", help=REFUND_HELP["dt_refund"])
+@click.option("--oid-refundno", default="1000000000000001", help=QUERY_HELP["oid_refundno"])
+@click.option(
+    "--sta-refund",
+    type=click.Choice(["0", "1", "2", "3"]),
+    default="2",
+    help="0 initialized, 1 processing, 2 success, 3 failed.",
+)
+@options.config_option
+@options.runs(".notify")
+def send() -> None:
+    """POST one signed notification to URL.
+
+    The output shows whether the service acknowledged it. The service must be configured for the same merchant as this
+    command, and trust the public key of --gateway-key.
+    """
+
+
+@notify.command("verify")
+@options.file_argument
+@options.config_option
+@options.runs(".notify")
+def verify_notification() -> None:
+    """Verify a notification, and show its refund.
+
+    FILE is the body as received (- is stdin). It is verified exactly as a service verifies it.
+    """

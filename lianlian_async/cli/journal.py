@@ -1,4 +1,4 @@
-"""``lianlian journal``: show a journal, export it, resolve or decide its open refunds, back it up, restore it."""
+"""``lianlian journal`` and ``lianlian explain``: show, export, resolve, decide, back up and restore a journal."""
 
 import getpass
 import os
@@ -13,6 +13,7 @@ import attrs
 import click
 
 from lianlian_async.clock import system_clock
+from lianlian_async.errors import LianLianError
 from lianlian_async.journal import Entry
 from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.journal.sqlite_file import restore as restore_file
@@ -23,9 +24,8 @@ from lianlian_async.recovery import Resumed
 from lianlian_async.worker_pool import iterate
 
 from .exit_codes import UNKNOWN
-from .explain import show_entry
-from .journal_report import journal_line, journal_views, read_journal
-from .options import is_dsn, load_merchant, make_session
+from .journal_report import journal_line, journal_views, read_journal, show_entry
+from .options import is_dsn, load_merchant, make_session, place_name
 from .output import Output, line_writer
 from .signals import sigterm_interrupts
 from .stores import find_journal, make_folder, make_journal, make_reader
@@ -52,6 +52,19 @@ def show(output: Output, /, place: str | None, config: Path | None, watch: float
         time.sleep(_SECOND_LOOK)
         report = anyio.run(read_journal, place, report)
     output.show(*journal_views(report))
+
+
+def explain(output: Output, /, no_refund: str, place: str | None, config: Path | None) -> int:
+    """Run ``lianlian explain``."""
+    found = find_journal(place, config)
+
+    async def find() -> Entry | None:
+        async with make_reader(found) as reader:
+            return await reader.find(no_refund)
+
+    if (entry := anyio.run(find)) is None:
+        raise LianLianError(f"refund {no_refund} is not in the journal {place_name(found)}")
+    return show_entry(output, entry, system_clock()).exit_code
 
 
 def export(output: Output, /, place: str | None, config: Path | None, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The state of a journal and its queue, as ``lianlian journal`` and ``lianlian worker`` show it."""
+"""What a journal and its queue know: in all for ``lianlian journal``, or about one refund for ``lianlian explain``."""
 
 import time
 from collections import Counter
@@ -12,12 +12,19 @@ from typing import Any, Final, NamedTuple
 import attrs
 from rich.table import Table
 
+from lianlian_async.clock import Moment
+from lianlian_async.codes import CODES
+from lianlian_async.errors import LianLianError
 from lianlian_async.journal import Entry, State
+from lianlian_async.journal.base import MOST_FACTS, facts
+from lianlian_async.models import RefundRequest
+from lianlian_async.recording import recorded_refund
 from lianlian_async.retry import RetryPolicy
 from lianlian_async.worker_pool import iterate
 
+from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of
 from .options import is_dsn, place_name
-from .output import local_time, table, tables
+from .output import Output, local_time, table, tables
 from .stores import make_reader, read_queue
 
 _LISTED: Final = 20
@@ -103,11 +110,11 @@ async def read_journal(place: str, earlier: JournalReport | None = None) -> Jour
 
 
 def journal_views(
-    report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **facts: int | None
+    report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **numbers: int | None
 ) -> tuple[dict[str, Any], *tuple[Table, ...]]:
     """Return the report as a JSON document, and as tables for a terminal.
 
-    ``reasons``: number of unknown outcomes by reason; ``facts``: more numbers.
+    ``reasons``: number of unknown outcomes by reason; ``numbers``: more facts.
     """
     name, failures, activity = place_name(report.place), report.failures, report.activity
     document = {
@@ -121,7 +128,7 @@ def journal_views(
         **activity,
         **({"failures": list(failures)} if failures else {}),
         **({"reasons": dict(reasons)} if reasons else {}),
-        **facts,
+        **numbers,
     }
     states = [(state, report.states[state], meaning) for state, meaning in MEANING.items()]
     queue = {
@@ -140,7 +147,7 @@ def journal_views(
         table(oldest, ("no_refund", "yuan", "last sent at", "query again at"), report.oldest),
         table("failed: a person must decide", ("no_refund", "cause"), causes),
         *tables({"unknown outcomes": _by_number(reasons)}),
-        *tables({"refunds": {"certainly_not_made": report.not_sent or None, **facts}}),
+        *tables({"refunds": {"certainly_not_made": report.not_sent or None, **numbers}}),
     ]
     return document, *(drawn for drawn in shown if drawn.rows)
 
@@ -160,3 +167,72 @@ def _by_number(reasons: Mapping[str, int] | None) -> dict[str, int]:
 
 def _duration(seconds: float | None) -> timedelta | None:
     return None if seconds is None else timedelta(seconds=ceil(seconds))
+
+
+# ── one refund ───────────────────────────────────────────────────────────────────────────────────
+
+_EVENTS: Final = {"lease": "lease taken", "resend": "to be sent again", "acted": "on_refund returned"}
+"""The text for events whose name alone is not clear."""
+_SHOWN: Final = ("oid_refundno", "sta_refund", "settle_date", "evidence")
+_QUERY_DAYS: Final = 90
+"""LianLian rejects queries about older refunds (3005)."""
+
+
+def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
+    """Print what the journal knows about a refund; return its outcome."""
+    request = RefundRequest.from_record(entry.fields)
+    outcome, meaning, asks_at = _conclusion(entry, request, now)
+    record = {} if entry.ending is None else dict(entry.ending.record)
+    history = [
+        fact._asdict() | {"at": local_time(datetime.fromtimestamp(fact.at, UTC))} for fact in facts(entry.history)
+    ]
+    document = {
+        "outcome": outcome.word,
+        "no_refund": entry.no_refund,
+        "state": entry.state,
+        "meaning": meaning,
+        "ask_again_at": asks_at and local_time(asks_at),
+        "request": dict(entry.fields),
+        "record": record,
+        "history": history,
+    }
+    cells = {"state": entry.state, **entry.fields, **{name: record.get(name) for name in _SHOWN}}
+    cells["dt_refund"] = str(request.dt_refund)
+    title = "history" + (": only the first 3 and the latest 6 events are kept" if len(history) == MOST_FACTS else "")
+    events = table(title, ("time", "event", "result"), map(_row, history))
+    events.columns[0].no_wrap = True
+    rows = [(name, text) for name, text in cells.items() if text and name != "no_refund"]
+    output.show(document, table(f"refund {entry.no_refund}: {outcome.word}", ("", ""), rows), events, meaning)
+    return outcome
+
+
+def _row(fact: dict[str, Any]) -> tuple[str, str, str]:
+    result, times = fact["result"], fact["times"]
+    text = f"{result} {CODES[result].meaning}" if result in CODES else result
+    return (
+        fact["at"],
+        _EVENTS.get(fact["what"], fact["what"]),
+        text if times == 1 else f"{text} ({times} times)".strip(),
+    )
+
+
+def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[ExitOutcome, str, datetime | None]:
+    """Return the outcome, what it means, and the time from which "no such record" is believed."""
+    if entry.ending is not None:
+        try:
+            refund = recorded_refund(entry)
+        except LianLianError as error:
+            return exit_outcome_of(error), str(error), None
+        outcome = exit_outcome_of(refund)
+        acting = "; on_refund has not returned" if entry.state is State.FINAL else ""
+        return outcome, f"final: {outcome.word}{acting}" if refund.is_final else MEANING[entry.state], None
+    if entry.sent_at is None:
+        return NOT_SENT, "the refund was certainly not made: the same request can be sent", None
+    unknown = "the refund may have been made: do not repeat it with another no_refund"
+    if now.wall - request.dt_refund > timedelta(days=_QUERY_DAYS):
+        decide = f"lianlian journal decide {entry.no_refund} made|not-made --evidence TEXT"
+        return UNKNOWN, f"{unknown}. LianLian no longer answers queries about it; record its outcome: {decide}", None
+    asks_at = entry.sent_at.wall + timedelta(seconds=RetryPolicy().not_found_grace)
+    sending = f"; a call may send it until {local_time(entry.sent_at.wall)}" if entry.sent_at.wall > now.wall else ""
+    resume = "`lianlian journal resume` queries the refund, and sends it again if LianLian has no record of it after"
+    return UNKNOWN, f"{unknown}{sending}. {resume} {local_time(asks_at)}", asks_at

@@ -37,7 +37,7 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
     return 0 if word == "acknowledged" else 1
 
 
-def verify(output: Output, /, file: BinaryIO, config: Path | None) -> int:
+def verify_notification(output: Output, /, file: BinaryIO, config: Path | None) -> int:
     """Run ``lianlian notify verify``."""
     merchant = load_merchant(config)
     notification = Protocol(merchant, merchant.load_keys()).read_notification(file.read())

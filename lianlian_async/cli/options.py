@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce, wraps
 from importlib import import_module
 from pathlib import Path
@@ -95,13 +95,22 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         return place
 
 
+def add_options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Return a decorator that adds ``options`` to a command, in this order."""
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+existing_file: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+any_file: Final = click.Path(dir_okay=False, path_type=Path)
+
 json_option = click.option("--json", is_flag=True, expose_value=False, help="Print the result as JSON on stdout.")
 dsn_argument: Final = click.argument("dsn", metavar="[DSN]", envvar=DSN, default="", type=Place(only_dsn=True))
 """The argument DSN: the place of a queue."""
-
+file_argument: Final = click.argument("file", type=click.File("rb"))
+"""The argument FILE: ``-`` is stdin."""
 config_option = click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=existing_file,
     help="TOML file with the merchant; by default the LIANLIAN_ environment variables.",
 )
 deadline_option = click.option(
@@ -122,6 +131,8 @@ _not_found_grace_option = click.option(
     help="Time after the last attempt until the gateway's answer 'no such record' is believed; a shorter time is safe "
     "only if the gateway rejects a second refund with the same no_refund.",
 )
+session_options: Final = add_options(_concurrency_option, deadline_option, _not_found_grace_option)
+"""The options for :func:`make_session`."""
 
 
 def runs(module: str) -> Callable[[Callable[[], None]], Command]:
@@ -143,11 +154,6 @@ def runs(module: str) -> Callable[[Callable[[], None]], Command]:
         return run
 
     return decorate
-
-
-def add_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Command]:
-    """Return a decorator that adds ``options`` to a command, in this order."""
-    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
 def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
@@ -185,11 +191,8 @@ journal_option = click.option(
     callback=_read_journal,
     help="Journal that records every refund and its outcome: a file, or a postgresql:// URL. Do not delete it.",
 )
-
-
-def journal_options(command: Command) -> Command:
-    """Add the options --journal and --config for :func:`.stores.find_journal`."""
-    return journal_option(config_option(command))
+journal_options: Final = add_options(journal_option, config_option)
+"""The options --journal and --config for :func:`.stores.find_journal`."""
 
 
 def load_merchant(config: Path | None) -> Merchant:
@@ -197,11 +200,6 @@ def load_merchant(config: Path | None) -> Merchant:
     from lianlian_async.merchant import Merchant
 
     return Merchant.from_env() if config is None else Merchant.from_toml(config)
-
-
-def session_options(command: Command) -> Command:
-    """Add the options for :func:`make_session`."""
-    return _concurrency_option(deadline_option(_not_found_grace_option(command)))
 
 
 def make_session(
@@ -213,11 +211,6 @@ def make_session(
 
     policy = RetryPolicy(not_found_grace=not_found_grace)
     return RefundSession(merchant, journal=journal, max_connections=concurrency, retry=policy, **options)
-
-
-def file_argument(*, required: bool) -> Callable[[Command], Command]:
-    """Add the argument FILE; ``-`` is stdin."""
-    return click.argument("file", type=click.File("rb"), required=required)
 
 
 def read_message(file: BinaryIO) -> dict[str, str]:

@@ -1,8 +1,12 @@
 """``lianlian help``: explain each concept in a few sentences."""
 
+import json
 from typing import Final
 
-from .output import Output
+import click
+
+from . import AS_JSON
+from .options import json_option
 
 _TOPICS: Final = {
     "unknown": """\
@@ -27,7 +31,12 @@ After SIGINT or SIGTERM, a process finishes the refunds in flight and ends.""",
 }
 
 
-def help_topic(output: Output, /, topic: str | None) -> None:
-    """Run ``lianlian help``."""
+@click.command("help")
+@click.argument("topic", type=click.Choice(list(_TOPICS)), required=False, metavar="[TOPIC]")
+@json_option
+@click.pass_context
+def help_topic(ctx: click.Context, topic: str | None) -> None:
+    """Explain a concept: unknown, journal or processes."""
     chosen = _TOPICS if topic is None else {topic: _TOPICS[topic]}
-    output.show(chosen, *"\n\n".join(f"{name}\n\n{text}" for name, text in chosen.items()).splitlines())
+    text = "\n\n".join(f"{name}\n\n{text}" for name, text in chosen.items())
+    click.echo(json.dumps(chosen) if ctx.meta[AS_JSON] else text)

@@ -1,24 +1,13 @@
 """The command ``lianlian batch``: its help text, options and argument."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Final
 
 import click
 from click.core import ParameterSource
 
 from lianlian_async import wire
-from lianlian_async.cli.options import (
-    DSN,
-    Number,
-    Place,
-    add_options,
-    config_option,
-    journal_option,
-    parsed,
-    runs,
-    session_options,
-)
+from lianlian_async.cli import options
 
 from .formats import date_reader, money_reader
 
@@ -71,14 +60,14 @@ READING_OPTIONS: Final = (
         "--date-format",
         "read_date",
         metavar="FORMAT",
-        callback=parsed(date_reader),
+        callback=options.parsed(date_reader),
         help="Format of the dates in the file, such as 'YYYY/MM/DD hh:mm', in China Standard Time.",
     ),
     click.option(
         "--money-format",
         "read_money",
         metavar="FORMAT",
-        callback=parsed(money_reader),
+        callback=options.parsed(money_reader),
         help="Format of the amounts in the file: write the number 1,234.56 as the file does, such as '¥1,234.56'.",
     ),
     click.option("--ignore-unknown", is_flag=True, help="Ignore columns that are not refund fields."),
@@ -86,13 +75,13 @@ READING_OPTIONS: Final = (
         "--encoding",
         metavar="NAME",
         default="utf-8",
-        callback=parsed(_encoding),
+        callback=options.parsed(_encoding),
         help="Text encoding of the file, such as gb18030.",
     ),
     click.option(
         "--dt-refund",
         metavar="YYYYMMDDHHMMSS",
-        callback=parsed(_timestamp),
+        callback=options.parsed(_timestamp),
         help="dt_refund of lines that have none. Use the same value in every run: the journal refuses a no_refund with "
         "another dt_refund.",
     ),
@@ -104,24 +93,24 @@ _OPTIONS: Final = (
     click.option(
         "--max-total",
         metavar="YUAN",
-        callback=parsed(wire.parse_decimal),
+        callback=options.parsed(wire.parse_decimal),
         help="Send nothing if the sum of all refunds is greater.",
     ),
     click.option(
         "--max-refund",
         metavar="YUAN",
-        callback=parsed(wire.parse_decimal),
+        callback=options.parsed(wire.parse_decimal),
         help="Send nothing if any refund is greater.",
     ),
     click.option("--skip-invalid", is_flag=True, help="Send the valid lines even if other lines are invalid."),
     *READING_OPTIONS,
     click.option(
         "--out",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=options.any_file,
         help="Write each line of FILE and its outcome to this file: CSV for a spreadsheet if the name ends in .csv, "
         "else JSON Lines. Each run replaces the file.",
     ),
-    journal_option,
+    options.journal_option,
     click.option("--query-first", is_flag=True, help="Query each refund that is not in the journal before sending it."),
     click.option(
         "--accept-new-journal",
@@ -132,7 +121,7 @@ _OPTIONS: Final = (
     click.option(
         "--rate",
         metavar="NUMBER",
-        type=Number(min=0, min_open=True),
+        type=options.Number(min=0, min_open=True),
         help="Maximum number of refunds to start each second.",
     ),
     click.option("--keep-going", is_flag=True, help="Continue after a rejection that every further refund would get."),
@@ -142,18 +131,18 @@ _OPTIONS: Final = (
         metavar="[DSN]",
         is_flag=False,
         flag_value="",
-        type=Place(only_dsn=True),
-        help=f"Send nothing: put the refunds into the queue at DSN (default: ${DSN}) for `lianlian worker`.",
+        type=options.Place(only_dsn=True),
+        help=f"Send nothing: put the refunds into the queue at DSN (default: ${options.DSN}) for `lianlian worker`.",
     ),
 )
 
 
 @click.command
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@add_options(_OPTIONS)
-@session_options
-@config_option
-@runs(".batch.command")
+@options.add_options(*_OPTIONS)
+@options.session_options
+@options.config_option
+@options.runs(".batch.command")
 def batch() -> None:
     """Make each refund of a file once.
 

@@ -8,7 +8,7 @@ import click
 
 from lianlian_async import wire
 from lianlian_async.cli.batch.options import READING_OPTIONS
-from lianlian_async.cli.options import Number, add_options, parsed, runs
+from lianlian_async.cli.options import Number, add_options, any_file, parsed, runs
 
 FAULTS: Final = (
     *("delay", "no-answer", "late", "reset", "http-500", "bad-gateway", "too-many", "redirect", "busy", "broken-json"),
@@ -35,7 +35,7 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port to listen on; 0 takes a free one.")
 @click.option(
     "--env-file",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=any_file,
     default=Path("lianlian-sandbox.env"),
     help="File for the LIANLIAN_ variables. It must not exist, and it is removed at the end.",
 )
@@ -77,7 +77,7 @@ def _read_faults(_ctx: click.Context, _option: click.Parameter, values: Iterable
     type=click.Path(exists=True, dir_okay=False),
     help="File for `lianlian batch`: only its orders exist, each with the sum of its refunds as its amount.",
 )
-@add_options(READING_OPTIONS)
+@add_options(*READING_OPTIONS)
 @click.option(
     "--notify",
     metavar="[URL]",
