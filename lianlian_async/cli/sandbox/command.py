@@ -2,8 +2,8 @@
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,13 +49,10 @@ def sandbox(
     app: SandboxGateway | Notifier = gateway
     if notify is not None:
         app = Notifier(gateway, on_delivery=lambda delivery: output.note(str(delivery)))
-    with (
-        _statement_at_the_end(gateway, statement_file),
-        suppress(KeyboardInterrupt),
-        sigterm_interrupts(),
-        serving(app, host, port) as url,
-        _written(env_file, environment(gateway, url, **{"notify_url": notify} if notify else {})),
-    ):
+    with suppress(KeyboardInterrupt), sigterm_interrupts(), serving(app, host, port) as url, ExitStack() as at_end:
+        variables = environment(gateway, url, **{"notify_url": notify} if notify else {})
+        write_new(env_file, "".join(f"{name}={shlex.quote(text)}\n" for name, text in variables.items()))
+        at_end.callback(env_file.unlink, missing_ok=True)
         path = env_file.absolute()
         output.show(
             {"url": url, "env_file": str(path)},
@@ -64,6 +61,12 @@ def sandbox(
         )
         while True:
             time.sleep(_SLEEP)
+    if statement_file is not None:
+        name = f"JYMX_{gateway.oid_partner}_{wire.format_timestamp(gateway.time_of_day())[:8]}.txt"
+        gateway.advance(86_400.0)  # carries out late requests, and makes refunds final
+        with file_errors(statement_file):
+            path = statement_file / name if statement_file.is_dir() else statement_file
+            path.write_text(gateway.statement(), "utf-8")
 
 
 def _add_orders(gateway: SandboxGateway, file: str, options: Mapping[str, Any], output: Output) -> None:
@@ -97,24 +100,3 @@ def _kept_keys(folder: Path | None) -> dict[str, Any]:
             write_new(path, SigningKey.generate().to_pem())
         keys[f"{name}_key"] = SigningKey.load(path, name=str(path))
     return keys
-
-
-@contextmanager
-def _statement_at_the_end(gateway: SandboxGateway, file: Path | None) -> Iterator[None]:
-    yield
-    if file is not None:
-        name = f"JYMX_{gateway.oid_partner}_{wire.format_timestamp(gateway.time_of_day())[:8]}.txt"
-        gateway.advance(86_400.0)  # carries out late requests, and makes refunds final
-        with file_errors(file):
-            (file / name if file.is_dir() else file).write_text(gateway.statement(), "utf-8")
-
-
-@contextmanager
-def _written(env_file: Path, variables: Mapping[str, str]) -> Iterator[None]:
-    """Write the environment file, and delete it when the block ends."""
-    lines = (f"{name}={shlex.quote(text)}\n" for name, text in variables.items())
-    write_new(env_file, "".join(lines))
-    try:
-        yield
-    finally:
-        env_file.unlink(missing_ok=True)
