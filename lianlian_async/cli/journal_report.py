@@ -7,7 +7,7 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from math import ceil
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import attrs
 from rich.table import Table
@@ -38,16 +38,6 @@ MEANING: Final = {
 }
 
 
-class UnknownRefund(NamedTuple):
-    """A refund that may have been made."""
-
-    no_refund: str
-    money_refund: str
-    sent_at: str
-    ask_again_at: str
-    """The time from which the answer "no such record" can be believed, with the default grace."""
-
-
 @attrs.define
 class JournalReport:
     """The state of the journal at ``place``."""
@@ -67,7 +57,8 @@ class JournalReport:
     """Unresolved refunds that may have been made."""
     not_sent: int = 0
     """Unresolved refunds that were certainly not made: they were never sent, or rejected for a temporary reason."""
-    oldest: list[UnknownRefund] = attrs.field(factory=list)
+    oldest: list[dict[str, str]] = attrs.field(factory=list)
+    """The oldest refunds that may have been made. ``ask_again_at`` assumes the default ``not_found_grace``."""
 
     @property
     def finished(self) -> int:
@@ -89,9 +80,10 @@ class JournalReport:
             return
         self.unknown += 1
         if len(self.oldest) < _LISTED:
-            sent_at, grace = entry.sent_at.wall, timedelta(seconds=RetryPolicy().not_found_grace)
-            moments = (local_time(sent_at), local_time(sent_at + grace))
-            self.oldest.append(UnknownRefund(entry.no_refund, entry.fields["money_refund"], *moments))
+            ask_again_at = entry.sent_at.wall + timedelta(seconds=RetryPolicy().not_found_grace)
+            moments = {"sent_at": local_time(entry.sent_at.wall), "ask_again_at": local_time(ask_again_at)}
+            money = entry.fields["money_refund"]
+            self.oldest.append({"no_refund": entry.no_refund, "money_refund": money, **moments})
 
 
 async def read_journal(place: str, earlier: JournalReport | None = None) -> JournalReport:
@@ -122,7 +114,7 @@ def journal_views(
         "states": {str(state): number for state, number in report.states.items()},
         "unknown": report.unknown,
         "not_sent": report.not_sent,
-        "oldest_unknown": [one._asdict() for one in report.oldest],
+        "oldest_unknown": report.oldest,
         "queue": report.queue,
         **({"refunds_per_second": report.rate, "eta_seconds": report.eta} if report.queue else {}),
         **activity,
@@ -144,7 +136,7 @@ def journal_views(
         table(f"journal {name}", ("state", "refunds", "meaning"), states),
         *tables({"queue": queue if report.queue else {}, "queued again": _by_number(activity.get("queued_again"))}),
         table("workers", ("worker", "since last heartbeat", "slices"), workers),
-        table(oldest, ("no_refund", "yuan", "last sent at", "query again at"), report.oldest),
+        table(oldest, ("no_refund", "yuan", "last sent at", "query again at"), (one.values() for one in report.oldest)),
         table("failed: a person must decide", ("no_refund", "cause"), causes),
         *tables({"unknown outcomes": _by_number(reasons)}),
         *tables({"refunds": {"certainly_not_made": report.not_sent or None, **numbers}}),

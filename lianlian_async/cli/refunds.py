@@ -20,9 +20,8 @@ _ENVELOPE: Final = ("oid_partner", *SIGNATURE_FIELDS)
 
 def apply(output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None) -> int:
     """Run ``lianlian apply``."""
-    merchant, message = _read(file, config)
-    known = {name: text for name, text in message.items() if text and name not in _ENVELOPE}
-    request = RefundRequest.from_dict(known | _given(options))
+    merchant, fields = _read(file, config, options)
+    request = RefundRequest.from_dict(fields)
     try:
         return _show_answer(output, merchant, deadline, lambda session: session.apply_refund(request))
     except KeyboardInterrupt:
@@ -36,22 +35,20 @@ def apply(output: Output, /, file: BinaryIO | None, deadline: float, config: Pat
 
 def query(output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None) -> int:
     """Run ``lianlian query``."""
-    merchant, message = _read(file, config)
-    known = {name: text for name in options if (text := message.get(name))}
-    query = RefundQuery.from_dict(known | _given(options))
+    merchant, fields = _read(file, config, options)
+    query = RefundQuery.from_dict({name: fields[name] for name in options if name in fields})
     return _show_answer(output, merchant, deadline, lambda session: session.query_refund(query))
 
 
-def _given(options: Mapping[str, str | None]) -> dict[str, str]:
-    return {name: text for name, text in options.items() if text is not None}
-
-
-def _read(file: BinaryIO | None, config: Path | None) -> tuple[Merchant, dict[str, str]]:
-    """Load the merchant, and read ``file``; raises ``InvalidRequest`` if it belongs to another merchant."""
+def _read(
+    file: BinaryIO | None, config: Path | None, options: Mapping[str, str | None]
+) -> tuple[Merchant, dict[str, str]]:
+    """Load the merchant, and return the fields of ``file`` and ``options``; the file must belong to the merchant."""
     merchant = load_merchant(config)
     message = {} if file is None else read_message(file)
     check_partner(message.get("oid_partner", merchant.oid_partner), merchant)
-    return merchant, message
+    known = {name: text for name, text in message.items() if text and name not in _ENVELOPE}
+    return merchant, known | {name: text for name, text in options.items() if text is not None}
 
 
 def _show_answer(

@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
@@ -31,35 +32,26 @@ if TYPE_CHECKING:
 
 def make_journal(place: str) -> Journal:
     """Create the unopened journal object for ``place``."""
-    return _postgres_journal(place) if is_dsn(place) else SqliteJournal(place)
+    return _of_extra("journal.postgres", "PostgresJournal")(place) if is_dsn(place) else SqliteJournal(place)
 
 
 def make_reader(place: str) -> SqliteReader | Journal:
     """Create an object that reads the journal at ``place``, even while another process has it open."""
-    return _postgres_journal(place) if is_dsn(place) else SqliteReader(place)
-
-
-def _postgres_journal(dsn: str) -> Journal:
-    with _extra():
-        from lianlian_async.journal.postgres import PostgresJournal
-    return PostgresJournal(dsn)
+    return make_journal(place) if is_dsn(place) else SqliteReader(place)
 
 
 @asynccontextmanager
 async def open_queue(dsn: str) -> AsyncGenerator[RefundQueue]:
     """Open the queue at ``dsn``; create its schema if it does not exist."""
-    with _extra():
-        from lianlian_async.contrib.procrastinate import RefundQueue
+    queue = _of_extra("contrib.procrastinate", "RefundQueue")(dsn)
     with queue_errors():
-        async with RefundQueue(dsn) as queue:
+        async with queue:
             yield queue
 
 
 async def read_queue(dsn: str) -> tuple[dict[str, int], Sequence[Mapping[str, str | None]], Mapping[str, Any]]:
     """Return counts, oldest failures and activity of the queue at ``dsn``; empty ones if there is no queue."""
-    with _extra():
-        from lianlian_async.contrib.procrastinate import RefundQueue
-    queue = RefundQueue(dsn)
+    queue = _of_extra("contrib.procrastinate", "RefundQueue")(dsn)
     with queue_errors():
         async with AsyncExitStack() as stack:
             stack.push_async_callback(complete, queue.app.close_async)  # also if opening is cancelled
@@ -82,10 +74,10 @@ def queue_errors() -> Iterator[None]:
         raise JournalError(f"queue: {error.__cause__ or error}") from error
 
 
-@contextmanager
-def _extra() -> Iterator[None]:
+def _of_extra(module: str, name: str) -> Any:
+    """Return a class from a module that needs the extra ``postgres``."""
     try:
-        yield
+        return getattr(import_module(f"lianlian_async.{module}"), name)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise ConfigurationError(f"PostgreSQL needs {package}: pip install 'lianlian-async[postgres]'") from None

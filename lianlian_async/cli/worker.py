@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,11 +62,10 @@ def worker(
     merchant = load_merchant(config)
     output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
     totals = Totals(0)
-    with (
-        sigterm_interrupts(),
-        output.progress(0, lambda: totals.status(0)) as step,
-        _warnings_shown(output),
-    ):
+    root, notes = logging.getLogger(), _Notes(output)
+    with sigterm_interrupts(), output.progress(0, lambda: totals.status(0)) as step, ExitStack() as at_end:
+        root.addHandler(notes)
+        at_end.callback(root.removeHandler, notes)
         progress = Progress(output, step, totals, health_file, interval)
         reasons = anyio.run(_work, merchant, dsn, until_empty, progress, settings)
     output.show(*journal_views(anyio.run(read_journal, dsn), reasons))
@@ -123,18 +122,9 @@ async def _work(
         return session.unknown_reasons
 
 
-@contextmanager
-def _warnings_shown(output: Output) -> Iterator[None]:
-    """Show each logged warning and error in one line: those of this library, of procrastinate and of others."""
-    handler, root = _Notes(output), logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-
-
 class _Notes(logging.Handler):
+    """Shows each logged warning and error in one line: those of this library, of procrastinate and of others."""
+
     def __init__(self, output: Output) -> None:
         super().__init__(logging.WARNING)
         self._output = output
