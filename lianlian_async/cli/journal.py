@@ -135,7 +135,7 @@ def _check_is_file(place: str) -> None:
 
 
 async def _resume(merchant: Merchant, place: str, settings: dict[str, Any]) -> tuple[Resumed, Mapping[str, int]]:
-    async with make_journal(place) as opened, make_session(merchant, journal=opened, **settings) as session:
+    async with make_journal(place) as opened, make_session(merchant, opened, settings) as session:
         return await session.resume(concurrency=session.max_connections), session.unknown_reasons
 
 

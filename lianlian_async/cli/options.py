@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce, wraps
 from importlib import import_module
 from pathlib import Path
@@ -203,14 +203,20 @@ def load_merchant(config: Path | None) -> Merchant:
 
 
 def make_session(
-    merchant: Merchant, *, journal: Journal, concurrency: int, not_found_grace: float, **options: Any
+    merchant: Merchant, journal: Journal, options: Mapping[str, Any], *, query_first: bool = False
 ) -> RefundSession:
-    """Create a session with the values of :func:`session_options`, and with ``options`` of ``RefundSession``."""
+    """Create a session with the values of :func:`session_options`."""
     from lianlian_async.retry import RetryPolicy
     from lianlian_async.session import RefundSession
 
-    policy = RetryPolicy(not_found_grace=not_found_grace)
-    return RefundSession(merchant, journal=journal, max_connections=concurrency, retry=policy, **options)
+    return RefundSession(
+        merchant,
+        journal=journal,
+        max_connections=options["concurrency"],
+        deadline=options["deadline"],
+        retry=RetryPolicy(not_found_grace=options["not_found_grace"]),
+        query_first=query_first,
+    )
 
 
 def read_message(file: BinaryIO) -> dict[str, str]:

@@ -47,27 +47,17 @@ def _health_file(path: Path | None) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def worker(
-    output: Output,
-    /,
-    *,
-    dsn: str,
-    until_empty: bool,
-    health_file: Path | None,
-    interval: float,
-    config: Path | None,
-    **settings: Any,
-) -> None:
+def worker(output: Output, /, *, dsn: str, config: Path | None, **options: Any) -> None:
     """Run ``lianlian worker``."""
     merchant = load_merchant(config)
-    output.note(f"working with {settings['concurrency']} connections as merchant {merchant.oid_partner}")
+    output.note(f"working with {options['concurrency']} connections as merchant {merchant.oid_partner}")
     totals = Totals(0)
     root, notes = logging.getLogger(), _Notes(output)
     with sigterm_interrupts(), output.progress(0, lambda: totals.status(0)) as step, ExitStack() as at_end:
         root.addHandler(notes)
         at_end.callback(root.removeHandler, notes)
-        progress = Progress(output, step, totals, health_file, interval)
-        reasons = anyio.run(_work, merchant, dsn, until_empty, progress, settings)
+        progress = Progress(output, step, totals, options["health_file"], options["interval"])
+        reasons = anyio.run(_work, merchant, dsn, progress, options)
     output.show(*journal_views(anyio.run(read_journal, dsn), reasons))
 
 
@@ -103,22 +93,20 @@ class Progress:
             await anyio.sleep(self.interval)
 
 
-async def _work(
-    merchant: Merchant, dsn: str, until_empty: bool, progress: Progress, settings: dict[str, Any]
-) -> Mapping[str, int]:
+async def _work(merchant: Merchant, dsn: str, progress: Progress, options: dict[str, Any]) -> Mapping[str, int]:
     """Make the refunds; return the number of unknown outcomes by reason."""
     async with (
         make_journal(dsn) as journal,
-        make_session(merchant, journal=journal, **settings) as session,
+        make_session(merchant, journal, options) as session,
         open_queue(dsn) as queue,
     ):
         from procrastinate.signals import on_stop  # installed, as the queue is open
 
-        options = {"concurrency": settings["concurrency"], "wait": not until_empty, "on_outcome": progress.add}
+        wait, concurrency = not options["until_empty"], options["concurrency"]
         with _health_file(progress.health_file):
             async with aclosing(BackgroundTask(lambda: progress.report(queue))):
                 with anyio.CancelScope() as scope, on_stop(scope.cancel):  # a second signal cancels this task
-                    await queue.work(session, **options)
+                    await queue.work(session, concurrency=concurrency, wait=wait, on_outcome=progress.add)
         return session.unknown_reasons
 
 

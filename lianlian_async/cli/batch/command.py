@@ -229,7 +229,6 @@ class _Batch:
 
     async def _work(self) -> None:
         options = self.options
-        settings = {name: options[name] for name in ("concurrency", "deadline", "not_found_grace", "query_first")}
         choices = {name: options[name] for name in ("keep_going", "wait_unknown")}
         async with make_journal(self.place) as journal:
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
@@ -238,7 +237,7 @@ class _Batch:
                 at_end.callback(self.write_receipt, journal.id, 0)
                 async with (
                     aclosing(BackgroundTask(partial(self._rewrite_receipt, journal.id))),
-                    make_session(self.merchant, journal=journal, **settings) as session,
+                    make_session(self.merchant, journal, options, query_first=options["query_first"]) as session,
                     refund_many(session, self._requests(journal), journal=journal, **choices) as outcomes,
                     aclosing(BackgroundTask(self._note_waiting)),
                 ):

@@ -24,32 +24,28 @@ _SLEEP: Final = 0.5
 
 
 def sandbox(
-    output: Output,
-    /,
-    *,
-    host: str,
-    port: int,
-    env_file: Path,
-    keys: Path | None,
-    repeated: str,
-    faults: Mapping[str, float],
-    notify: str | None,
-    statement_file: Path | None,
-    order_file: str | None,
-    **options: Any,
+    output: Output, /, *, env_file: Path, notify: str | None, statement_file: Path | None, **options: Any
 ) -> None:
     """Run ``lianlian sandbox``."""
     refuse_existing(env_file)
-    settings = {name: options[name] for name in ("oid_partner", "seed", "settle_after")}
-    settings["faults"] = {Fault(name.replace("-", " ")): probability for name, probability in faults.items()}
-    default = None if order_file else options["default_order"]
-    gateway = SandboxGateway(repeated=Repeated(repeated), default_order=default, **_kept_keys(keys), **settings)
-    if order_file:
-        _add_orders(gateway, order_file, options, output)
+    gateway = SandboxGateway(
+        **{name: options[name] for name in ("oid_partner", "seed", "settle_after")},
+        **_kept_keys(options["keys"]),
+        repeated=Repeated(options["repeated"]),
+        faults={Fault(name.replace("-", " ")): probability for name, probability in options["faults"].items()},
+        default_order=None if options["order_file"] else options["default_order"],
+    )
+    if options["order_file"]:
+        _add_orders(gateway, options, output)
     app: SandboxGateway | Notifier = gateway
     if notify is not None:
         app = Notifier(gateway, on_delivery=lambda delivery: output.note(str(delivery)))
-    with suppress(KeyboardInterrupt), sigterm_interrupts(), serving(app, host, port) as url, ExitStack() as at_end:
+    with (
+        suppress(KeyboardInterrupt),
+        sigterm_interrupts(),
+        serving(app, options["host"], options["port"]) as url,
+        ExitStack() as at_end,
+    ):
         variables = environment(gateway, url, **{"notify_url": notify} if notify else {})
         write_new(env_file, "".join(f"{name}={shlex.quote(text)}\n" for name, text in variables.items()))
         at_end.callback(env_file.unlink, missing_ok=True)
@@ -69,10 +65,10 @@ def sandbox(
             path.write_text(gateway.statement(), "utf-8")
 
 
-def _add_orders(gateway: SandboxGateway, file: str, options: Mapping[str, Any], output: Output) -> None:
+def _add_orders(gateway: SandboxGateway, options: Mapping[str, Any], output: Output) -> None:
     """Add the orders of a batch's file, each with the sum of its refunds as its amount."""
     orders = dict[tuple[str, str], dict[str, Any]]()
-    with checked_file(file, None, options, output.note, has_partner=True) as (checked, _):
+    with checked_file(options["order_file"], None, options, output.note, has_partner=True) as (checked, _):
         for _, request, _ in checked.lines_after(0):
             known = request.to_dict()
             numbers = [(name, known[name]) for name in ("no_order", "oid_paybill") if name in known]
