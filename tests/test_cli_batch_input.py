@@ -16,7 +16,7 @@ from lianlian_async.errors import LianLianError
 from tests.support.batches import refund, url_of, write_csv, write_lines
 from tests.support.command import on_a_terminal, run
 
-OPTIONS = {"dt_refund": None, "read_date": None, "read_money": None}
+OPTIONS = {"dt_refund": None, "read_date": None, "read_money": None, "renamed": {}, "ignore_unknown": False}
 
 
 @pytest.fixture(autouse=True)
@@ -377,7 +377,7 @@ async def test_checked_refunds_keep_their_order():
     with closing(Checked(None, OPTIONS)) as checked:
         for number in range(1001):
             checked.add(Row(number + 2, refund(number)))
-        assert checked.totals()[:2] == (1001, 10010)
+        assert checked.totals[:2] == (1001, 10010)
         with anyio.fail_after(60):
             assert [line.request.no_refund async for line in checked.lines()] == [f"R-{n}" for n in range(1001)]
 

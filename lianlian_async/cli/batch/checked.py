@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from decimal import Decimal
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import anyio
@@ -105,6 +106,8 @@ class Checked:
         self._dt_refund: str | None = options["dt_refund"]
         self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._file.executescript(_SCHEMA)
+        # A queue's merchant is not known here, so its number could not be checked.
+        self.columns = Columns(options["renamed"], options["ignore_unknown"], has_partner=not options.get("queue"))
         self.problems = Notes()
         """Lines that cannot be sent."""
         self.remarks = Notes()
@@ -172,8 +175,9 @@ class Checked:
         self._do("UPDATE refunds SET problem = ?, fields = NULL WHERE line = ?", problem, first)
         return f"no_refund {number} has a different {field} on line {first}"
 
+    @cached_property
     def totals(self) -> FileTotals:
-        """Return the totals of the valid refunds."""
+        """The totals of the valid refunds, after the last line was added."""
         count, fen, line, largest, orders = self._do(_TOTALS).fetchone()
         return FileTotals(count, Decimal(fen) / 100, line, Decimal(largest) / 100, orders)
 
@@ -212,17 +216,16 @@ class Checked:
 
 @contextmanager
 def checked_file(
-    file: str, merchant: Merchant | None, options: Mapping[str, Any], note: Callable[[str], object], **columns: bool
-) -> Iterator[tuple[Checked, Columns]]:
-    """Check the lines of ``file``, pass each problem and remark to ``note``, and yield the refunds and columns."""
-    seen = Columns(options["renamed"], options["ignore_unknown"], **columns)
+    file: str, merchant: Merchant | None, options: Mapping[str, Any], note: Callable[[str], object]
+) -> Iterator[Checked]:
+    """Check the lines of ``file``, pass each problem and remark to ``note``, and yield the refunds."""
     with closing(Checked(merchant, options)) as checked:
         with click.open_file(file, "rb") as stream:
-            for row in read_rows(stream, file, seen, options["encoding"]):
+            for row in read_rows(stream, file, checked.columns, options["encoding"]):
                 checked.add(row)
         for text in (*checked.problems.texts(), *checked.remarks.texts()):
             note(text)
-        yield checked, seen
+        yield checked
 
 
 @attrs.define
@@ -236,9 +239,9 @@ class InJournal:
     """None: the journal does not exist yet."""
 
 
-async def look_up(checked: Checked, totals: FileTotals, place: str) -> InJournal:
+async def look_up(checked: Checked, place: str) -> InJournal:
     """Look up all refunds in the journal at ``place``, in bounded memory."""
-    in_journal = InJournal(Counter(new=totals.refunds, made=0, open=0), totals.yuan)
+    in_journal = InJournal(Counter(new=checked.totals.refunds, made=0, open=0), checked.totals.yuan)
     if is_dsn(place) or await anyio.Path(place).exists():
         async with make_reader(place) as journal:
             in_journal.journal_id = journal.id

@@ -1,6 +1,6 @@
 """``lianlian batch``: make the refunds of a file. The command can be killed at any time and run again."""
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from decimal import Decimal
 from functools import partial
@@ -28,10 +28,9 @@ from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
 
+from . import results
 from .checked import Checked, FileTotals, InJournal, Line, checked_file, look_up
 from .options import refuse_for_queue
-from .results import Totals, interrupted_result, result_columns, result_of, unsent_result
-from .summary import file_facts, show_batch, show_checked
 
 _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
@@ -48,17 +47,17 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
     merchant, place = (None, None) if queue else _find_journal(output, config, options)
     if not (queue or dry_run):
         _refuse_to_overwrite(options["out"], file, place)
-    with checked_file(file, merchant, options, output.note, has_partner=not queue) as (checked, columns):
+    with checked_file(file, merchant, options, output.note) as checked:
         if checked.problems.count and not options["skip_invalid"]:
-            show_checked(output, checked, "invalid, nothing was sent")
+            results.show_checked(output, checked, "invalid, nothing was sent")
             return 2
-        totals = checked.totals()
-        _refuse_too_much(totals, options["max_total"], options["max_refund"])
+        _refuse_too_much(checked.totals, options["max_total"], options["max_refund"])
         if merchant is None or place is None:
-            _enqueue(output, file, checked, totals, options)
+            _enqueue(output, file, checked, options)
         else:
-            in_journal = anyio.run(look_up, checked, totals, place)
-            run = _Batch(output, merchant, checked, totals, options, place, in_journal, columns.seen)
+            in_journal = anyio.run(look_up, checked, place)
+            totals = results.Totals(checked.totals.refunds)
+            run = _Batch(output, merchant, checked, options, place, in_journal, totals)
             where = place_name(place) if is_dsn(place) else str(Path(place).absolute())
             ours = Receipt(in_journal.journal_id or "", where, merchant.oid_partner, merchant.endpoints.apply)
             run.write_receipt = _receipt_writer(output, file, ours, options)
@@ -68,7 +67,7 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
                     "wait 15 minutes after the last run and use --query-first"
                 )
             if dry_run:
-                show_checked(output, checked, _VALID, run.in_journal, journal=place_name(place))
+                results.show_checked(output, checked, _VALID, run.in_journal, journal=place_name(place))
             else:
                 _confirm_batch(run, file)
                 return _send(run)
@@ -130,16 +129,17 @@ def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None
             raise click.BadParameter("must not be the input, its receipt or the journal", param_hint="--out")
 
 
-def _enqueue(output: Output, file: str, checked: Checked, totals: FileTotals, options: Mapping[str, Any]) -> None:
+def _enqueue(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> None:
     """Put the refunds into the queue; a dry run only shows the totals."""
     if options["dry_run"]:
-        show_checked(output, checked, _VALID)
+        results.show_checked(output, checked, _VALID)
     else:
-        question = f"Put {totals.refunds:,} refunds, {totals.yuan:,.2f} yuan, into the queue?"
+        totals = checked.totals
         if totals.refunds and not options["yes"]:
-            output.confirm(file, file_facts(checked, totals, None), question)
+            question = f"Put {totals.refunds:,} refunds, {totals.yuan:,.2f} yuan, into the queue?"
+            output.confirm(file, results.file_facts(checked, None), question)
         added = anyio.run(_add_to_queue, output, file, checked, options)
-        show_checked(output, checked, "in the queue", added=added)
+        results.show_checked(output, checked, "in the queue", added=added)
 
 
 async def _add_to_queue(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> int:
@@ -153,12 +153,12 @@ async def _add_to_queue(output: Output, file: str, checked: Checked, options: Ma
 def _confirm_batch(run: "_Batch", file: str) -> None:
     """Show what the journal knows, ask for confirmation unless ``--yes``, and create the default journal's folder."""
     in_journal, options, merchant, journal = run.in_journal, run.options, run.merchant, place_name(run.place)
-    if options["yes"] and in_journal.found["new"] < run.in_file.refunds:
+    if options["yes"] and in_journal.found["new"] < run.checked.totals.refunds:
         in_words = ", ".join(f"{number:,} {word}" for word, number in in_journal.found.items())
         run.output.note(f"journal {journal}: {in_words}")
-    if run.in_file.refunds and not options["yes"]:
+    if run.checked.totals.refunds and not options["yes"]:
         facts = {"merchant": merchant.oid_partner, "endpoint": merchant.endpoints.apply, "journal": journal}
-        facts |= file_facts(run.checked, run.in_file, in_journal)
+        facts |= results.file_facts(run.checked, in_journal)
         resolved = f", and resolve {in_journal.found['open']:,} open ones" if in_journal.found["open"] else ""
         question = f"Send {in_journal.found['new']:,} new refunds, {in_journal.new_yuan:,.2f} yuan{resolved}?"
         run.output.confirm(file, facts, question)
@@ -170,7 +170,7 @@ def _send(run: "_Batch") -> int:
     """Send the batch and show its results; return the exit code."""
     outcome = None
     try:
-        with sigterm_interrupts(), run.output.progress(run.in_file.refunds, run.status) as run.advance:
+        with sigterm_interrupts(), run.output.progress(run.checked.totals.refunds, run.status) as run.advance:
             anyio.run(run.work)
     except KeyboardInterrupt:
         outcome = INTERRUPTED
@@ -185,7 +185,9 @@ def _send(run: "_Batch") -> int:
         outcome = INVALID
     out = run.options["out"]
     places = {"journal": place_name(run.place)} | ({"results": str(out)} if out else {})
-    show_batch(run.output, run.checked, run.totals, run.in_journal, outcome=outcome, failure=failure, places=places)
+    results.show_batch(
+        run.output, run.checked, run.totals, run.in_journal, outcome=outcome, failure=failure, places=places
+    )
     is_unknown = failure and (run.in_flight or run.totals.refunds[UNKNOWN])
     return UNKNOWN.exit_code if is_unknown else outcome.exit_code
 
@@ -197,16 +199,11 @@ class _Batch:
     output: Output
     merchant: Merchant
     checked: Checked
-    in_file: FileTotals
     options: Mapping[str, Any]
     place: str
     in_journal: InJournal
-    columns: Iterable[str]
-    """The columns of the file."""
+    totals: results.Totals
     advance: Callable[[], object] = attrs.field(default=str, init=False)
-    totals: Totals = attrs.field(
-        default=attrs.Factory(lambda run: Totals(run.in_file.refunds), takes_self=True), init=False
-    )
     in_flight: dict[str, Line] = attrs.field(factory=dict, init=False)
     """Refunds that were started and have no outcome yet, by ``no_refund``."""
     _held: Sequence[tuple[float, RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
@@ -245,7 +242,7 @@ class _Batch:
                     async for outcome in outcomes:
                         line = self.in_flight.pop(outcome.request.no_refund)
                         self.totals.add(line, outcome)
-                        write(result_of(line, outcome))
+                        write(results.result_of(line, outcome))
                         self.advance()
 
     async def _rewrite_receipt(self, journal_id: str) -> None:
@@ -270,9 +267,9 @@ class _Batch:
         if self.options["out"] is None:
             yield str
             return
-        with line_writer(self.options["out"], result_columns(self.columns)) as write:
+        with line_writer(self.options["out"], results.result_columns(self.checked.columns.seen)) as write:
             for unsent in self.checked.unsent_lines():
-                write(unsent_result(*unsent))
+                write(results.unsent_result(*unsent))
 
             def write_result(result: Mapping[str, Any]) -> None:
                 if self.failure is None:
@@ -286,7 +283,7 @@ class _Batch:
                 yield write_result
             finally:
                 for line in chain(self.in_flight.values(), self.checked.lines_after(self._last_begun)):
-                    write_result(interrupted_result(line, was_begun=line.request.no_refund in self.in_flight))
+                    write_result(results.interrupted_result(line, was_begun=line.request.no_refund in self.in_flight))
 
     async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:
         """Yield the refunds; ``--rate`` limits only those that are not finished in the journal."""

@@ -1,23 +1,25 @@
-"""The results of a batch: one result line for each line of the file, and the totals."""
+"""The results of a batch: one result line for each line of the file, the totals, and the command's output."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
+from itertools import chain
 from time import perf_counter
 from typing import Any, Final, NamedTuple, cast
 
 import attrs
+from rich.console import RenderableType
 from rich.text import Text
 
 from lianlian_async import errors
-from lianlian_async.cli.exit_codes import FAILED, MADE, REJECTED, UNKNOWN, ExitOutcome, exit_outcome_of
-from lianlian_async.cli.output import local_time
+from lianlian_async.cli.exit_codes import FAILED, MADE, REJECTED, UNKNOWN, ExitOutcome, error_document, exit_outcome_of
+from lianlian_async.cli.output import Output, local_time, printable, table, tables
 from lianlian_async.codes import explain
 from lianlian_async.models import RefundStatus
 from lianlian_async.outcome import Outcome
 
-from .checked import Line
+from .checked import Checked, InJournal, Line
 
 _PRECEDENCE: Final = (UNKNOWN, REJECTED, FAILED)
 """Most severe first: the batch ends with the first of these outcomes that a refund has."""
@@ -31,7 +33,7 @@ _RUN_AGAIN: Final = "run the same command again"
 _KEPT: Final = 20
 
 
-def style(outcome: ExitOutcome) -> str:
+def _style(outcome: ExitOutcome) -> str:
     """Return the colour of an outcome: none for made, yellow for unknown, red for all others."""
     return {MADE: "", UNKNOWN: "yellow"}.get(outcome, "red")
 
@@ -198,7 +200,7 @@ class Totals:
         """Return the progress as one line; ``held``: unknown refunds that will be resolved at the end."""
         counts = self.refunds + Counter({UNKNOWN: held})
         text = Text("  ").join(
-            Text(f"{counts[each]:,} {each.word}", style(each) if counts[each] else "")
+            Text(f"{counts[each]:,} {each.word}", _style(each) if counts[each] else "")
             for each in dict.fromkeys((MADE, REJECTED, UNKNOWN, *counts))
         )
         return text.append(f"  {self.to_do - held:,} to do")
@@ -212,3 +214,106 @@ class Totals:
         """Return the most severe outcome that occurred."""
         other = next((each for each in self.refunds if each != MADE), MADE)
         return next((each for each in _PRECEDENCE if self.refunds[each]), other)
+
+
+# ── output ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def file_facts(checked: Checked, in_journal: InJournal | None) -> dict[str, Any]:
+    """Return the totals of a file, and the numbers of its refunds by their state in the journal."""
+    totals = checked.totals
+    facts = {"refunds": totals.refunds, "yuan": totals.yuan, "invalid lines": checked.problems.count or None}
+    if in_journal is not None:
+        facts |= {**in_journal.found, "yuan of new refunds": in_journal.new_yuan}
+    if totals.refunds:
+        facts["largest refund"] = f"{totals.largest_yuan:,.2f} yuan (line {totals.largest_line})"
+        facts["orders with several refunds"] = totals.orders_with_several
+    return facts
+
+
+def show_checked(
+    output: Output, checked: Checked, outcome: str, in_journal: InJournal | None = None, **facts: int | str
+) -> None:
+    """Show the totals of a file whose refunds were not sent, what the journal knows, and ``facts`` as further rows."""
+    document = _document(outcome, checked) | facts
+    if in_journal is not None:
+        document |= {"found": in_journal.found, "new_yuan": f"{in_journal.new_yuan:.2f}"}
+    output.show(document, *tables({outcome: file_facts(checked, in_journal) | facts}))
+
+
+def show_batch(
+    output: Output,
+    checked: Checked,
+    totals: Totals,
+    in_journal: InJournal,
+    *,
+    outcome: ExitOutcome,
+    failure: errors.LianLianError | None,
+    places: Mapping[str, str],
+) -> None:
+    """Show the results of a batch; ``places``: the names of its journal and of its ``--out`` file."""
+    outcomes = totals.outcomes()
+    reasons = totals.reasons.most_common()
+    to_do_yuan = checked.totals.yuan - sum(yuan for _, _, yuan in outcomes)
+    facts = {
+        **totals.speed(),
+        "attempts": totals.attempts,
+        "queries": totals.queries,
+        "known_from_journal": totals.recorded,
+    }
+    document = _document(outcome.word, checked) | {
+        "outcomes": {word: {"refunds": number, "yuan": f"{yuan:.2f}"} for word, number, yuan in outcomes},
+        "to_do": {"refunds": totals.to_do, "yuan": f"{to_do_yuan:.2f}"},
+        "not_made": [
+            {
+                "outcome": reason.outcome.word,
+                "ret_code": reason.ret_code,
+                "reason": reason.reason,
+                "what_to_do": reason.advice,
+                "refunds": refunds,
+                "lines": [line._asdict() | {"yuan": f"{line.yuan:.2f}"} for line in totals.not_made[reason]],
+            }
+            for reason, refunds in reasons
+        ],
+        "found": in_journal.found,
+        **facts,
+        **places,
+        "ask_again_at": totals.ask_again_at and totals.ask_again_at.isoformat(),
+        **(error_document(failure) | {"outcome": outcome.word} if failure else {}),
+    }
+    to_do = [("to do", totals.to_do, to_do_yuan)] if totals.to_do else []
+    title = f"{totals.refunds[MADE]:,} of {totals.total:,} refunds made"
+    output.show(
+        document,
+        table(title, ("outcome", "refunds", "yuan"), [*outcomes, *to_do]),
+        *tables({"run": {**facts, "invalid_lines": checked.problems.count or None, **places}}),
+        *chain.from_iterable(
+            _not_made(reason, refunds, totals.not_made[reason], places.get("results")) for reason, refunds in reasons
+        ),
+    )
+    if failure and not output.as_json:
+        output.failure(failure)
+    if totals.ask_again_at:
+        moment = local_time(totals.ask_again_at)
+        output.note(f"unknown refunds can be resolved from {moment} on: run the same command again after that")
+
+
+def _not_made(reason: Reason, refunds: int, lines: Sequence[NotMade], results: str | None) -> Iterator[RenderableType]:
+    """Yield a reason, a table of its first refunds, the number of others, and what to do."""
+    yield ""
+    yield Text(printable(f"{refunds:,} {reason.outcome.word}: {reason.reason}"), _style(reason.outcome))
+    yield table("", NotMade._fields, lines)
+    if more := refunds - len(lines):
+        yield f"… and {more:,} more: {results or 'use --out to list all'}"
+    yield f"what to do: {reason.advice}"
+
+
+def _document(outcome: str, checked: Checked) -> dict[str, Any]:
+    return {
+        "outcome": outcome,
+        "refunds": checked.totals.refunds,
+        "yuan": f"{checked.totals.yuan:.2f}",
+        "invalid": checked.problems.count,
+        "problems": [{"line": line, "problem": text} for line, text in checked.problems.lines],
+        "remarks": [{"line": line, "remark": text} for line, text in checked.remarks.lines],
+    }

@@ -68,7 +68,7 @@ def sandbox(
 def _add_orders(gateway: SandboxGateway, options: Mapping[str, Any], output: Output) -> None:
     """Add the orders of a batch's file, each with the sum of its refunds as its amount."""
     orders = dict[tuple[str, str], dict[str, Any]]()
-    with checked_file(options["order_file"], None, options, output.note, has_partner=True) as (checked, _):
+    with checked_file(options["order_file"], None, options, output.note) as checked:
         for _, request, _ in checked.lines_after(0):
             known = request.to_dict()
             numbers = [(name, known[name]) for name in ("no_order", "oid_paybill") if name in known]
