@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -20,9 +20,6 @@ from .commands import apply, doctor, explain, journal, keygen, notify, query, re
 from .options import json_option
 from .sandbox.options import demo, sandbox
 from .topics import help_topic
-
-_SILENT: Final = logging.NullHandler()
-"""Stops Python from printing the library's warnings on stderr: each command prints the outcomes itself."""
 
 
 class _Program(click.Group):
@@ -114,4 +111,5 @@ def lianlian() -> None:
     The merchant and its keys come from the environment (LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY,
     LIANLIAN_GATEWAY_PUBLIC_KEYS ...) or from --config, never from the command line.
     """
-    logging.getLogger("lianlian_async").addHandler(_SILENT)
+    # Without a handler, Python prints the library's warnings on stderr; each command prints the outcomes itself.
+    logging.getLogger("lianlian_async").addHandler(logging.NullHandler())

@@ -109,16 +109,10 @@ dsn_argument: Final = click.argument("dsn", metavar="[DSN]", envvar=DSN, default
 file_argument: Final = click.argument("file", type=click.File("rb"))
 """The argument FILE: ``-`` is stdin."""
 config_option = click.option(
-    "--config",
-    type=existing_file,
-    help="TOML file with the merchant; by default the LIANLIAN_ environment variables.",
+    "--config", type=existing_file, help="TOML file with the merchant; by default the LIANLIAN_ environment variables."
 )
 deadline_option = click.option(
-    "--deadline",
-    metavar="SECONDS",
-    type=Number(min=0, min_open=True),
-    default=30.0,
-    help="Time limit for each refund.",
+    "--deadline", metavar="SECONDS", type=Number(min=0, min_open=True), default=30.0, help="Time limit for each refund."
 )
 _concurrency_option = click.option(
     "--concurrency", metavar="NUMBER", type=click.IntRange(1, 10_000), default=20, help="Number of concurrent refunds."

@@ -46,10 +46,8 @@ def reconcile(
     output.show(
         document | {"unreadable": [line for line, _ in found.unreadable]},
         table("Statements and journal", ("", "refunds", "yuan"), rows),
+        *(f"{words[verdict]}: {number}" for verdict, numbers in found.numbers.items() for number in numbers),
     )
-    for verdict in () if output.as_json else found.numbers:
-        for number in found.numbers[verdict]:
-            output.show({}, f"{words[verdict]}: {number}")
     return 3 if found.unreadable or any(found.numbers.values()) else 0
 
 

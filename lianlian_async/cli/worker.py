@@ -1,8 +1,8 @@
 """``lianlian worker``: make the refunds of a queue; any number of workers can share it."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,7 @@ if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
 
 
-@contextmanager
-def _health_file(path: Path | None) -> Iterator[None]:
-    """Create an empty file, and remove it at the end."""
-    if path is None:
-        yield
-        return
+def _create_health_file(path: Path) -> None:
     try:
         with path.open("a") as file:
             if file.tell():
@@ -41,10 +36,6 @@ def _health_file(path: Path | None) -> Iterator[None]:
                 )
     except OSError as error:
         raise click.BadParameter(f"{path}: {error.strerror}", param_hint="--health-file") from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def worker(output: Output, /, *, dsn: str, config: Path | None, **options: Any) -> None:
@@ -103,7 +94,10 @@ async def _work(merchant: Merchant, dsn: str, progress: Progress, options: dict[
         from procrastinate.signals import on_stop  # installed, as the queue is open
 
         wait, concurrency = not options["until_empty"], options["concurrency"]
-        with _health_file(progress.health_file):
+        with ExitStack() as at_end:
+            if progress.health_file is not None:
+                _create_health_file(progress.health_file)
+                at_end.callback(progress.health_file.unlink, missing_ok=True)
             async with aclosing(BackgroundTask(lambda: progress.report(queue))):
                 with anyio.CancelScope() as scope, on_stop(scope.cancel):  # a second signal cancels this task
                     await queue.work(session, concurrency=concurrency, wait=wait, on_outcome=progress.add)

@@ -52,8 +52,10 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
             results.show_checked(output, checked, "invalid, nothing was sent")
             return 2
         _refuse_too_much(checked.totals, options["max_total"], options["max_refund"])
-        if merchant is None or place is None:
+        if queue and not dry_run:
             _enqueue(output, file, checked, options)
+        elif merchant is None or place is None:
+            results.show_checked(output, checked, _VALID)
         else:
             in_journal = anyio.run(look_up, checked, place)
             totals = results.Totals(checked.totals.refunds)
@@ -130,16 +132,13 @@ def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None
 
 
 def _enqueue(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> None:
-    """Put the refunds into the queue; a dry run only shows the totals."""
-    if options["dry_run"]:
-        results.show_checked(output, checked, _VALID)
-    else:
-        totals = checked.totals
-        if totals.refunds and not options["yes"]:
-            question = f"Put {totals.refunds:,} refunds, {totals.yuan:,.2f} yuan, into the queue?"
-            output.confirm(file, results.file_facts(checked, None), question)
-        added = anyio.run(_add_to_queue, output, file, checked, options)
-        results.show_checked(output, checked, "in the queue", added=added)
+    """Put the refunds into the queue."""
+    totals = checked.totals
+    if totals.refunds and not options["yes"]:
+        question = f"Put {totals.refunds:,} refunds, {totals.yuan:,.2f} yuan, into the queue?"
+        output.confirm(file, results.file_facts(checked, None), question)
+    added = anyio.run(_add_to_queue, output, file, checked, options)
+    results.show_checked(output, checked, "in the queue", added=added)
 
 
 async def _add_to_queue(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> int:

@@ -186,17 +186,16 @@ _IDENTIFIERS: Final = ("no_refund", "no_order", "oid_paybill")
 _CURE: Final = "a spreadsheet did this: format the column as text before you import the values, and export again"
 _MONTH: Final = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
 _DAMAGE: Final = {
-    "number in scientific notation": r"\d+([.,]\d+)?e\+\d+|\d[.,]\d+e\d+",
+    "number in scientific notation": r"\d+(?:[.,]\d+)?e\+\d+|\d[.,]\d+e\d+",
     "number with decimals": r"\d+[.,]0+",
-    "number with thousands separators": r"\d{1,3}(,\d{3})+(\.\d+)?",
+    "number with thousands separators": r"\d{1,3}(?:,\d{3})+(?:\.\d+)?",
     "error value": r"#[^\W\d_]\S*[!?]|#n/a|#nv|#n/d|#getting_data|#+|err:\d+",
     "formula": r"=.*",
     "leading quotation mark": r"""["'`´‘’“”].*""",
-    "date": rf"\d\d?-{_MONTH}(-\d\d(\d\d)?)?|{_MONTH}-\d\d(\d\d)?|\d\d?月\d\d?日",
+    "date": rf"\d\d?-{_MONTH}(?:-\d\d(?:\d\d)?)?|{_MONTH}-\d\d(?:\d\d)?|\d\d?月\d\d?日",
     "placeholder for an empty cell": r"null|\(null\)|\\n|nil|none|-?nan|<na>|nat|n/?a|undefined",
 }
-_PATTERNS: Final = {reason: re.compile(pattern, re.IGNORECASE | re.DOTALL) for reason, pattern in _DAMAGE.items()}
-_ANY: Final = re.compile("|".join(f"(?:{pattern})" for pattern in _DAMAGE.values()), re.IGNORECASE | re.DOTALL)
+_DAMAGED: Final = re.compile("|".join(f"({pattern})" for pattern in _DAMAGE.values()), re.IGNORECASE | re.DOTALL)
 _ROUNDED: Final = re.compile(r"[1-9]\d{14}0+", re.ASCII)
 """A number in which all digits after the 15th are zeros: a spreadsheet keeps only 15 digits of a number."""
 
@@ -205,8 +204,8 @@ def damaged(fields: Mapping[str, str]) -> Iterator[Problem]:
     """Yield a problem for each identifier that a spreadsheet changed."""
     for name in _IDENTIFIERS:
         text = fields.get(name, "").strip()
-        if _ANY.fullmatch(text):
-            reason = next(reason for reason, pattern in _PATTERNS.items() if pattern.fullmatch(text))
+        if match := _DAMAGED.fullmatch(text):
+            reason = list(_DAMAGE)[cast("int", match.lastindex) - 1]
             yield Problem(name, f"{reason}; {_CURE}", repr(text[:40]))
 
 
