@@ -288,7 +288,7 @@ def notify() -> None:
     help="0 initialized, 1 processing, 2 success, 3 failed.",
 )
 @options.config_option
-@options.runs(".notify")
+@options.runs(".refunds")
 def send() -> None:
     """POST one signed notification to URL.
 
@@ -300,7 +300,7 @@ def send() -> None:
 @notify.command("verify")
 @options.file_argument
 @options.config_option
-@options.runs(".notify")
+@options.runs(".refunds")
 def verify_notification() -> None:
     """Verify a notification, and show its refund.
 

@@ -56,7 +56,6 @@ class _Report:
 
 
 def doctor(output: Output, /, *, config: Path | None, **options: Any) -> int:
-    """Run ``lianlian doctor``."""
     report, public_key = _Report(), None
     _check_installation(report)
     try:

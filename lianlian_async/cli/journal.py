@@ -38,7 +38,6 @@ _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
 
 
 def show(output: Output, /, place: str | None, config: Path | None, watch: float | None) -> None:
-    """Run ``lianlian journal show``."""
     place, report = find_journal(place, config), None
     if watch is not None:
         with suppress(KeyboardInterrupt), sigterm_interrupts(), output.screen() as draw:
@@ -55,7 +54,6 @@ def show(output: Output, /, place: str | None, config: Path | None, watch: float
 
 
 def explain(output: Output, /, no_refund: str, place: str | None, config: Path | None) -> int:
-    """Run ``lianlian explain``."""
     found = find_journal(place, config)
 
     async def find() -> Entry | None:
@@ -68,7 +66,6 @@ def explain(output: Output, /, no_refund: str, place: str | None, config: Path |
 
 
 def export(output: Output, /, place: str | None, config: Path | None, out: Path) -> None:
-    """Run ``lianlian journal export``."""
     place = find_journal(place, config)
     if not is_dsn(place) and out.exists() and out.samefile(place):
         raise click.BadParameter("must not be the journal", param_hint="--out")
@@ -77,7 +74,6 @@ def export(output: Output, /, place: str | None, config: Path | None, out: Path)
 
 
 def resume(output: Output, /, place: str | None, config: Path | None, **settings: Any) -> int:
-    """Run ``lianlian journal resume``."""
     place = find_journal(place, config)
     resumed, reasons = anyio.run(_resume, load_merchant(config), place, settings)
     report = anyio.run(read_journal, place)
@@ -86,7 +82,6 @@ def resume(output: Output, /, place: str | None, config: Path | None, **settings
 
 
 def decide(output: Output, /, no_refund: str, outcome: str, evidence: str, **journal: Any) -> None:
-    """Run ``lianlian journal decide``."""
     if not evidence.strip() or not evidence.isprintable() or len(evidence) > _LONGEST_EVIDENCE:
         raise click.BadParameter(f"must be one line of 1 to {_LONGEST_EVIDENCE} characters", param_hint="--evidence")
     now = system_clock()
@@ -107,7 +102,6 @@ def _user() -> str:
 
 
 def backup(output: Output, /, file: Path, place: str | None, config: Path | None) -> None:
-    """Run ``lianlian journal backup``."""
     place = find_journal(place, config)
     _check_is_file(place)
     if file.exists() or not file.parent.is_dir():
@@ -118,7 +112,6 @@ def backup(output: Output, /, file: Path, place: str | None, config: Path | None
 
 
 def restore(output: Output, /, file: Path, place: str | None, config: Path | None) -> None:
-    """Run ``lianlian journal restore``."""
     found = find_journal(place, config, exists=False)
     _check_is_file(found)
     if place is None:

@@ -15,7 +15,6 @@ from .output import Output
 
 @without_locals
 def keygen(output: Output, /, bits: str, out: Path, encrypt: bool) -> None:
-    """Run ``lianlian keygen``."""
     private = out / "merchant.pem" if out.is_dir() else out
     public = private.with_suffix(".pub" + private.suffix)
     refuse_existing(private, public)

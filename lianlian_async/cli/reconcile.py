@@ -25,7 +25,6 @@ from .stores import find_journal, make_journal, make_reader
 def reconcile(
     output: Output, /, statements: Sequence[Path], is_applied: bool, place: str | None, config: Path | None
 ) -> int:
-    """Run ``lianlian reconcile``."""
     place = find_journal(place, config)
     found = Reconciliation()
     try:
@@ -41,12 +40,11 @@ def reconcile(
     for _, text in found.unreadable:
         output.note(text)
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
-    words = {verdict: verdict.replace("_", " ") for verdict in Verdict}
-    rows = [(words[verdict], found.counts[verdict], found.yuan[verdict]) for verdict in Verdict]
+    rows = [(verdict.replace("_", " "), found.counts[verdict], found.yuan[verdict]) for verdict in Verdict]
     output.show(
         document | {"unreadable": [line for line, _ in found.unreadable]},
         table("Statements and journal", ("", "refunds", "yuan"), rows),
-        *(f"{words[verdict]}: {number}" for verdict, numbers in found.numbers.items() for number in numbers),
+        *(f"{verdict.replace('_', ' ')}: {number}" for verdict, numbers in found.numbers.items() for number in numbers),
     )
     return 3 if found.unreadable or any(found.numbers.values()) else 0
 

@@ -1,4 +1,4 @@
-"""``lianlian apply`` and ``lianlian query``: one refund from the command line."""
+"""``lianlian apply``, ``query`` and ``notify``: one refund, or a notification of it, from the command line."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -7,9 +7,14 @@ from typing import BinaryIO, Final
 import anyio
 import attrs
 
+from lianlian_async import wire
+from lianlian_async.exchange import NoResponse
 from lianlian_async.merchant import Merchant
-from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest
+from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest, check_storable
+from lianlian_async.notifications.completion import complete
+from lianlian_async.protocol import Protocol
 from lianlian_async.session import RefundSession
+from lianlian_async.signing import SigningKey, signature_source
 
 from .exit_codes import INTERRUPTED, exit_outcome_of
 from .options import SIGNATURE_FIELDS, check_partner, load_merchant, read_message
@@ -19,7 +24,6 @@ _ENVELOPE: Final = ("oid_partner", *SIGNATURE_FIELDS)
 
 
 def apply(output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None) -> int:
-    """Run ``lianlian apply``."""
     merchant, fields = _read(file, config, options)
     request = RefundRequest.from_dict(fields)
     try:
@@ -34,7 +38,6 @@ def apply(output: Output, /, file: BinaryIO | None, deadline: float, config: Pat
 
 
 def query(output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None) -> int:
-    """Run ``lianlian query``."""
     merchant, fields = _read(file, config, options)
     query = RefundQuery.from_dict({name: fields[name] for name in options if name in fields})
     return _show_answer(output, merchant, deadline, lambda session: session.query_refund(query))
@@ -58,10 +61,10 @@ def _show_answer(
         async with RefundSession(merchant, deadline=deadline) as session:
             return await ask(session)
 
-    return show_refund(output, anyio.run(call))
+    return _show_refund(output, anyio.run(call))
 
 
-def show_refund(output: Output, refund: RefundRecord) -> int:
+def _show_refund(output: Output, refund: RefundRecord) -> int:
     """Print a refund, and return the exit code for its state."""
     outcome = exit_outcome_of(refund)
     names = [field.name for field in attrs.fields(RefundRecord) if field.eq]  # the other fields describe the message
@@ -71,3 +74,29 @@ def show_refund(output: Output, refund: RefundRecord) -> int:
     shown = table(f"refund {refund.no_refund}: {outcome.word}", ("", ""), cells.items())
     output.show({"outcome": outcome.word, "refund": refund.to_dict()}, shown)
     return outcome.exit_code
+
+
+def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None, **fields: str | None) -> int:
+    from lianlian_async.sandbox.notifier import is_acknowledged, post_once
+
+    key = SigningKey.load(gateway_key, name="--gateway-key")
+    message = {name: text for name, text in fields.items() if text is not None}
+    message |= {"oid_partner": load_merchant(config).oid_partner, "ret_code": "0000", "sign_type": "RSA"}
+    for name, text in message.items():
+        check_storable(text, name)
+    body = wire.encode({**message, "sign": key.sign(signature_source(message))})
+    response = anyio.run(post_once, url, body)
+    word = "acknowledged" if is_acknowledged(response) else "not acknowledged"
+    if isinstance(response, NoResponse):
+        output.show({"outcome": word, "status": None, "answer": ""}, f"{word}: no response: {response.reason}")
+    else:
+        answer = response.body.decode(errors="replace")
+        document = {"outcome": word, "status": response.status, "answer": answer}
+        output.show(document, f"{word}: HTTP {response.status} {answer}")
+    return 0 if word == "acknowledged" else 1
+
+
+def verify_notification(output: Output, /, file: BinaryIO, config: Path | None) -> int:
+    merchant = load_merchant(config)
+    notification = Protocol(merchant, merchant.load_keys()).read_notification(file.read())
+    return _show_refund(output, anyio.run(complete, notification, None, None, 0.0))

@@ -94,7 +94,6 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
 
 
 def verify(output: Output, /, file: BinaryIO, config: Path | None) -> int:
-    """Run ``lianlian verify``."""
     loaded = load_merchant(config).load_keys()
     fields = read_message(file)
     keys = [*(_Key("LianLian", key) for key in loaded.gateway), _Key("merchant", loaded.private.public_key())]

@@ -39,7 +39,6 @@ def _create_health_file(path: Path) -> None:
 
 
 def worker(output: Output, /, *, dsn: str, config: Path | None, **options: Any) -> None:
-    """Run ``lianlian worker``."""
     merchant = load_merchant(config)
     output.note(f"working with {options['concurrency']} connections as merchant {merchant.oid_partner}")
     totals = Totals(0)

@@ -40,7 +40,6 @@ _RECEIPT: Final = 60.0
 
 
 def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> int:
-    """Run ``lianlian batch``."""
     queue, dry_run = options["queue"], options["dry_run"]
     if queue:
         refuse_for_queue(click.get_current_context())

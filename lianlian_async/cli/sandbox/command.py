@@ -26,11 +26,10 @@ _SLEEP: Final = 0.5
 def sandbox(
     output: Output, /, *, env_file: Path, notify: str | None, statement_file: Path | None, **options: Any
 ) -> None:
-    """Run ``lianlian sandbox``."""
     refuse_existing(env_file)
     gateway = SandboxGateway(
         **{name: options[name] for name in ("oid_partner", "seed", "settle_after")},
-        **_kept_keys(options["keys"]),
+        **(_kept_keys(options["keys"]) if options["keys"] else {}),
         repeated=Repeated(options["repeated"]),
         faults={Fault(name.replace("-", " ")): probability for name, probability in options["faults"].items()},
         default_order=None if options["order_file"] else options["default_order"],
@@ -84,10 +83,8 @@ def _add_orders(gateway: SandboxGateway, options: Mapping[str, Any], output: Out
             raise click.BadParameter(f"{order}: {error}", param_hint="--orders") from None
 
 
-def _kept_keys(folder: Path | None) -> dict[str, Any]:
-    """Load both keys from ``folder`` and generate missing ones; without a folder, the gateway generates its keys."""
-    if folder is None:
-        return {}
+def _kept_keys(folder: Path) -> dict[str, Any]:
+    """Load both keys from ``folder``, and generate missing ones."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     keys = {}
     for name in ("merchant", "gateway"):

@@ -35,7 +35,6 @@ _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
 
 
 def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> int:
-    """Run ``lianlian demo``."""
     gateway = SandboxGateway(
         bits=int(bits),
         repeated=Repeated.AGAIN,
