@@ -569,7 +569,7 @@ def test_utf_16_without_byte_order_mark_is_suggested(nowhere, file):
     file.write_bytes("no_refund\n".encode("utf-16-le"))
     ended = run("batch", file, "--dry-run", env=nowhere)
     assert ended.exit_code == 2
-    assert "line 1: contains NUL bytes; if the file is UTF-16, use --encoding utf-16-le" in ended.stderr
+    assert "line 1: contains NUL bytes; if it is UTF-16, use --encoding utf-16-le" in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -157,9 +157,8 @@ class Checked:
             for remark in rounded(record):
                 self.remarks.add(line, remark)
             return None
-        first, known, problem = self._do(
-            "SELECT line, fields, problem FROM refunds WHERE no_refund = ?", number
-        ).fetchone()
+        find = "SELECT line, fields, problem FROM refunds WHERE no_refund = ?"
+        first, known, problem = self._do(find, number).fetchone()
         if problem:
             return f"no_refund {number} is used for different refunds, see line {first}"
         if fields == known:

@@ -58,11 +58,8 @@ def _reason_of(outcome: Outcome) -> Reason:
     word = exit_outcome(outcome)
     match outcome.error:
         case None:
-            return Reason(
-                word,
-                f"made, but failed at the bank (sta_refund {RefundStatus.FAILED})",
-                "ask LianLian for the cause; to try again, use a new no_refund",
-            )
+            reason = f"made, but failed at the bank (sta_refund {RefundStatus.FAILED})"
+            return Reason(word, reason, "ask LianLian for the cause; to try again, use a new no_refund")
         case errors.RefundRejected() as error:
             return Reason(word, f"{error.ret_code} {error.meaning}", error.advice, error.ret_code)
         case errors.RefundOutcomeUnknown() as error:
@@ -190,11 +187,12 @@ class Totals:
         """Refunds that have no outcome yet."""
         return self.total - self.ended
 
-    def speed(self) -> dict[str, float]:
-        """Return the seconds since the start, and the outcomes per second."""
+    def facts(self) -> dict[str, float]:
+        """Return the seconds since the start, the outcomes per second, and numbers of requests, by name."""
         seconds = perf_counter() - self._began
         rate = self.ended / max(seconds, 1e-9)  # a coarse clock may show no progress
-        return {"seconds": round(seconds, 1), "refunds_per_second": round(rate, 1)}
+        facts = {"seconds": round(seconds, 1), "refunds_per_second": round(rate, 1), "attempts": self.attempts}
+        return facts | {"queries": self.queries, "known_from_journal": self.recorded}
 
     def status(self, held: int) -> Text:
         """Return the progress as one line; ``held``: unknown refunds that will be resolved at the end."""
@@ -255,12 +253,7 @@ def show_batch(
     outcomes = totals.outcomes()
     reasons = totals.reasons.most_common()
     to_do_yuan = checked.totals.yuan - sum(yuan for _, _, yuan in outcomes)
-    facts = {
-        **totals.speed(),
-        "attempts": totals.attempts,
-        "queries": totals.queries,
-        "known_from_journal": totals.recorded,
-    }
+    facts = totals.facts()
     document = _document(outcome.word, checked) | {
         "outcomes": {word: {"refunds": number, "yuan": f"{yuan:.2f}"} for word, number, yuan in outcomes},
         "to_do": {"refunds": totals.to_do, "yuan": f"{to_do_yuan:.2f}"},

@@ -163,17 +163,13 @@ def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
         with io.TextIOWrapper(stream, encoding, newline="") as text:
             for number, line in enumerate(text, 1):
                 if "\0" in line:
-                    raise _unreadable(
-                        f"line {number}: contains NUL bytes; if the file is UTF-16, use --encoding utf-16-le"
-                    )
+                    raise _unreadable(f"line {number}: contains NUL bytes; if it is UTF-16, use --encoding utf-16-le")
                 yield line
     except UnicodeDecodeError as error:
         # ``number`` counts the lines of earlier chunks. Add the lines of this chunk that precede the invalid bytes.
         before = error.object[: error.start].decode(encoding, "replace")
-        line_number = number + 1 + len(_LINE_END.findall(before))
-        raise _unreadable(
-            f"line {line_number}: not {encoding}; give the file's encoding, such as --encoding gb18030"
-        ) from None
+        at = number + 1 + len(_LINE_END.findall(before))
+        raise _unreadable(f"line {at}: not {encoding}; give the file's encoding, such as --encoding gb18030") from None
 
 
 def _unreadable(reason: str) -> click.BadParameter:
