@@ -30,10 +30,8 @@ def apply(output: Output, /, file: BinaryIO | None, deadline: float, config: Pat
         return _show_answer(output, merchant, deadline, lambda session: session.apply_refund(request))
     except KeyboardInterrupt:
         query = request.query()
-        output.show(
-            {"outcome": INTERRUPTED.word, "query": query.to_dict()},
-            f"refund {request.no_refund} may have been made; query it with: {query_command(query)}",
-        )
+        text = f"refund {request.no_refund} may have been made; query it with: {query_command(query)}"
+        output.show({"outcome": INTERRUPTED.word, "query": query.to_dict()}, text)
         raise
 
 

@@ -30,12 +30,11 @@ if TYPE_CHECKING:
 def _create_health_file(path: Path) -> None:
     try:
         with path.open("a") as file:
-            if file.tell():
-                raise click.BadParameter(
-                    "the file is not empty, and the worker would remove it", param_hint="--health-file"
-                )
+            problem = "the file is not empty, and the worker would remove it" if file.tell() else ""
     except OSError as error:
-        raise click.BadParameter(f"{path}: {error.strerror}", param_hint="--health-file") from None
+        problem = str(error.strerror)
+    if problem:
+        raise click.BadParameter(f"{path}: {problem}", param_hint="--health-file")
 
 
 def worker(output: Output, /, *, dsn: str, config: Path | None, **options: Any) -> None:

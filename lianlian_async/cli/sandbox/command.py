@@ -48,20 +48,17 @@ def sandbox(
         variables = environment(gateway, url, **{"notify_url": notify} if notify else {})
         write_new(env_file, "".join(f"{name}={shlex.quote(text)}\n" for name, text in variables.items()))
         at_end.callback(env_file.unlink, missing_ok=True)
-        path = env_file.absolute()
-        output.show(
-            {"url": url, "env_file": str(path)},
-            f"sandbox gateway at {url}",
-            f"use it:  set -a; . {shlex.quote(str(path))}; set +a",
-        )
+        path = str(env_file.absolute())
+        use = f"use it:  set -a; . {shlex.quote(path)}; set +a"
+        output.show({"url": url, "env_file": path}, f"sandbox gateway at {url}", use)
         while True:
             time.sleep(_SLEEP)
     if statement_file is not None:
         name = f"JYMX_{gateway.oid_partner}_{wire.format_timestamp(gateway.time_of_day())[:8]}.txt"
         gateway.advance(86_400.0)  # carries out late requests, and makes refunds final
         with file_errors(statement_file):
-            path = statement_file / name if statement_file.is_dir() else statement_file
-            path.write_text(gateway.statement(), "utf-8")
+            file = statement_file / name if statement_file.is_dir() else statement_file
+            file.write_text(gateway.statement(), "utf-8")
 
 
 def _add_orders(gateway: SandboxGateway, options: Mapping[str, Any], output: Output) -> None:
