@@ -91,7 +91,7 @@ def reconcile() -> None:
 
 
 @click.command
-@options.dsn_argument
+@click.argument("dsn", metavar="[DSN]", envvar=options.DSN, default="", type=options.Place(only_dsn=True))
 @click.option("--until-empty", is_flag=True, help="End when no refund is due now; refunds due later stay in the queue.")
 @click.option(
     "--health-file",

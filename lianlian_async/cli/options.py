@@ -104,8 +104,6 @@ existing_file: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 any_file: Final = click.Path(dir_okay=False, path_type=Path)
 
 json_option = click.option("--json", is_flag=True, expose_value=False, help="Print the result as JSON on stdout.")
-dsn_argument: Final = click.argument("dsn", metavar="[DSN]", envvar=DSN, default="", type=Place(only_dsn=True))
-"""The argument DSN: the place of a queue."""
 file_argument: Final = click.argument("file", type=click.File("rb"))
 """The argument FILE: ``-`` is stdin."""
 config_option = click.option(

@@ -57,11 +57,10 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
 
 
 def _requests(count: int, random: Random) -> list[RefundRequest]:
-    now = datetime.now(UTC)
     return [
         RefundRequest(
             no_refund=f"DEMO-{number:06}",
-            dt_refund=now,
+            dt_refund=datetime.now(UTC),
             money_refund=_ORDER + 1 if number % 25 == 0 else Decimal(random.randint(1, 10_000)) / 100,
             no_order=f"ORDER-{number:06}",
         )
