@@ -11,7 +11,6 @@ from lianlian_async import wire
 from lianlian_async.exchange import NoResponse
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest, check_storable
-from lianlian_async.notifications.completion import complete
 from lianlian_async.protocol import Protocol
 from lianlian_async.session import RefundSession
 from lianlian_async.signing import SigningKey, signature_source
@@ -95,6 +94,8 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
 
 
 def verify_notification(output: Output, /, file: BinaryIO, config: Path | None) -> int:
+    from lianlian_async.notifications.completion import complete
+
     merchant = load_merchant(config)
     notification = Protocol(merchant, merchant.load_keys()).read_notification(file.read())
     return _show_refund(output, anyio.run(complete, notification, None, None, 0.0))
