@@ -44,7 +44,7 @@ _VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "signatu
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     kills = parser.getgroup("kill", "the killed batch (tests/programs/kill.py)")
-    kills.addoption("--refunds", type=int, default=100, help="number of refunds in the batch; full size: 20000")
+    kills.addoption("--refunds", type=int, default=50, help="number of refunds in the batch; full size: 20000")
     kills.addoption("--kills", type=int, default=2, help="number of kills; full size: 20")
     kills.addoption("--seed", type=int, default=0, help="seed of the random faults and kills")
     fuzzes = parser.getgroup("fuzz", "the fuzzed parsers (tests/programs/fuzz.py)")

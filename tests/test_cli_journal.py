@@ -108,9 +108,9 @@ def test_watch_redraws_on_a_terminal(left_open):
     """On a terminal it redraws a table; with NO_COLOR it prints a line, without escape bytes."""
     terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     with interruption(loops=1):
-        drawn = run("journal", "show", "--journal", left_open, "--watch", env=terminal).stdout
+        drawn = run("journal", "show", "--journal", left_open, "--watch", "0.1", env=terminal).stdout
     with interruption(loops=1):
-        plain = run("journal", "show", "--journal", left_open, "--watch", env=terminal | {"NO_COLOR": "1"}).stdout
+        plain = run("journal", "show", "--journal", left_open, "--watch", "0.1", env=terminal | {"NO_COLOR": "1"}).stdout
     assert "\x1b[?25l" in drawn
     assert "\x1b" not in plain
     assert plain.endswith("4 finished  1 unresolved\n")

@@ -10,6 +10,6 @@ def test_workers_that_are_killed_or_suspended_make_every_refund_once(database, p
     """Through every fault at 5 %, the shared journal and the gateway's books are equal, whatever that carries out."""
     kills, seed = (pytestconfig.getoption(name) for name in ("kills", "seed"))
     contradictions = fleet.kill_workers(
-        database, refunds=24, kills=kills, workers=3, seed=seed, repeated=Repeated.AGAIN
+        database, refunds=24, kills=kills, workers=2, seed=seed, repeated=Repeated.AGAIN
     )
     assert contradictions == {}

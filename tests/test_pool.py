@@ -14,9 +14,9 @@ import pytest
 from lianlian_async import (
     ConfigurationError,
     Endpoints,
+    MalformedMessage,
     Merchant,
     RefundNotSent,
-    RefundOutcomeUnknown,
     RefundSession,
     RetryPolicy,
 )
@@ -415,14 +415,14 @@ async def test_unused_proxy_is_not_checked(monkeypatch, merchant_keys, gateway_k
             endpoints=Endpoints(f"{server.url}/apply", f"{server.url}/query"),
             notify_url="https://shop.example/lianlian/refund",
         )
-        session = RefundSession(merchant, retry=RetryPolicy(attempts=1), deadline=2.0, http_backend=backend)
+        session = RefundSession(merchant, retry=RetryPolicy(attempts=1), http_backend=backend)
         if variables == {"HTTP_PROXY": ""}:
             with pytest.raises(ConfigurationError, match=r"ALL_PROXY: .* or add 127.0.0.1 to NO_PROXY"):
                 await session.__aenter__()
             return
         async with session:
-            with pytest.raises(RefundOutcomeUnknown):
-                await session.apply_refund(refund_request())
+            with pytest.raises(MalformedMessage):
+                await session.query_refund(refund_request().query())
     assert server.requests
 
 
