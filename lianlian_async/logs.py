@@ -26,13 +26,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from inspect import iscoroutinefunction
 from typing import Any, Final
 
 import attrs
 
 from .errors import ConfigurationError
 from .events import AttemptBegan, CallBegan, CallEnded, Event, Listener
+from .settings import check_function
 
 SLOW: Final = 0.01
 """Seconds. A listener that takes longer for one event is reported in the log."""
@@ -59,8 +59,8 @@ class Listeners:
         self, listeners: Iterable[Listener] = (), *, timer: Callable[[], float] = float, is_logged: bool = False
     ) -> None:
         self._listeners = tuple(listeners)
-        if not all(callable(each) and not iscoroutinefunction(each) for each in self._listeners):
-            raise ConfigurationError("listeners: must be functions, and not async")
+        for each in self._listeners:
+            check_function("listeners", each)
         self.timer = timer  # the default, float(), always returns 0.0: no durations are measured
         self._is_logged = is_logged
         self._reported = set[tuple[int, str]]()

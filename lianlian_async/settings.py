@@ -1,5 +1,6 @@
 """Checks of arguments of the public API. ``check_…`` raises ``ConfigurationError``."""
 
+from inspect import iscoroutinefunction
 from types import UnionType
 from typing import Final
 
@@ -38,6 +39,12 @@ def check_type(name: str, value: object, kind: type | UnionType) -> None:
     if not isinstance(value, kind):
         wanted = kind.__name__ if isinstance(kind, type) else str(kind)
         raise ConfigurationError(f"{name}: must be of type {wanted}, not {type(value).__name__}")
+
+
+def check_function(name: str, value: object) -> None:
+    """Check that ``value`` can be called and is not async: nobody would await its result, so it would never run."""
+    if not callable(value) or any(map(iscoroutinefunction, (value, value.__call__))):
+        raise ConfigurationError(f"{name}: must be a function, and not async")
 
 
 def check_journal(journal: object) -> None:

@@ -443,6 +443,17 @@ async def test_an_outcome_that_its_callback_cannot_store_is_not_lost(dsn, journa
     assert sorted(queued) == ["R-0", "R-1", "R-2"]
 
 
+async def test_an_async_on_outcome_is_refused(dsn, journal, merchant):
+    """Nobody would await it, and the outcomes would be lost."""
+
+    async def store(outcome):
+        raise AssertionError(outcome)
+
+    async with RefundQueue(dsn) as queue, RefundSession(merchant, journal=journal) as session:
+        with pytest.raises(ConfigurationError, match="on_outcome: must be a function, and not async"):
+            await queue.work(session, wait=False, on_outcome=store)
+
+
 async def test_a_refund_that_runs_while_its_worker_fails_is_queued_again(dsn, journal):
     """``on_outcome`` raises for one refund while another one is being sent: that one may have been made."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))

@@ -207,3 +207,37 @@ async def test_a_cancelled_caller_leaves_its_error(caplog):
     assert [text for text in caplog.messages if "cancelled" in text] == [
         f"the caller of a refund was cancelled; the refund's outcome: {error}"
     ]
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_an_outcome_that_cannot_be_stored_is_logged(caplog):
+    """If ``on_outcome`` fails, the caller is cancelled nevertheless, and the log has the outcome."""
+    gateway = sandbox()
+    gateway.script(Fault.DELAY, delay=5)
+
+    def store(_outcome):
+        raise OSError("disk full")
+
+    async with gateway.session(clock=boot_clock) as session:
+        with anyio.move_on_after(1) as caller:
+            await apply_shielded(session, refund_request(), store)
+    assert caller.cancelled_caught
+    [message] = [
+        text for text in caplog.messages if text.startswith("on_outcome failed; the refund's outcome: Refund(")
+    ]
+    assert "no_refund='R-1'" in message
+
+
+@pytest.mark.anyio
+async def test_an_async_on_outcome_is_refused():
+    """Nobody would await it, and the outcome would be lost. Nothing is sent."""
+
+    async def store(outcome):
+        raise AssertionError(outcome)
+
+    gateway = sandbox()
+    async with gateway.session() as session:
+        with pytest.raises(ConfigurationError, match="on_outcome: must be a function, and not async"):
+            await apply_shielded(session, refund_request(), store)
+    assert gateway.requests == {}

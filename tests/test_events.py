@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 
 import anyio
 import attrs
@@ -388,11 +389,18 @@ async def test_a_blocking_listener_is_warned_about_once(caplog):
     assert record.levelno == logging.WARNING
 
 
-@pytest.mark.parametrize("wrong", ["print", anyio.sleep])
+class AsyncListener:
+    """A listener whose calls nobody would await."""
+
+    async def __call__(self, event):
+        raise AssertionError(event)
+
+
+@pytest.mark.parametrize("wrong", ["print", anyio.sleep, partial(anyio.sleep, 0), AsyncListener()])
 async def test_a_listener_must_be_a_plain_function(wrong, merchant):
     """Anything else is refused when the session or the endpoint is made."""
     for make in (RefundSession, lambda merchant, **options: NotificationEndpoint(merchant, Handler(), **options)):
-        with pytest.raises(ConfigurationError, match="listeners: must be functions, and not async"):
+        with pytest.raises(ConfigurationError, match="listeners: must be a function, and not async"):
             make(merchant, listeners=[wrong])
 
 

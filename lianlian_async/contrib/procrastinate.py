@@ -35,7 +35,7 @@ from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
 from lianlian_async.secret import without_locals
 from lianlian_async.session import RefundSession
-from lianlian_async.settings import check_integer, check_seconds, check_type
+from lianlian_async.settings import check_function, check_integer, check_seconds, check_type
 from lianlian_async.worker_pool import iterate
 
 from .slices import TASK, Slice, SliceFetcher, SliceWorker, follow_up
@@ -277,6 +277,7 @@ class RefundQueue:
             raise ConfigurationError(
                 f"work: the session needs a PostgresJournal with the queue's dsn and schema={self._names['queue']!r}"
             )
+        check_function("on_outcome", on_outcome)
         self._worker = worker = SliceWorker(
             session,
             app=self.app,

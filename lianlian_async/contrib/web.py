@@ -59,7 +59,7 @@ from lianlian_async.errors import ConfigurationError, LianLianError
 from lianlian_async.models import Refund, RefundRequest
 from lianlian_async.notifications import NotificationEndpoint
 from lianlian_async.session import RefundSession
-from lianlian_async.settings import check_seconds, check_type
+from lianlian_async.settings import check_function, check_seconds, check_type
 
 __all__ = ["apply_shielded", "error_response", "lifespan", "refund_error", "respond"]
 
@@ -133,6 +133,7 @@ async def apply_shielded(
     refund or the error; by default it is logged. With a journal, a repeated request gets the same outcome. Without a
     journal, ``on_outcome`` should store it.
     """
+    check_function("on_outcome", on_outcome)
     results = list[Any]()  # the refund and None, or the error
 
     async def run() -> None:
@@ -143,7 +144,10 @@ async def apply_shielded(
         await complete(task.join)
         await anyio.lowlevel.checkpoint_if_cancelled()
     except anyio.get_cancelled_exc_class():
-        on_outcome(results[0])
+        try:
+            on_outcome(results[0])
+        except Exception:
+            logger.exception("on_outcome failed; the refund's outcome: %s", results[0])
         raise
     if isinstance(results[0], Refund):
         return results[0]
