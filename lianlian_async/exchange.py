@@ -4,7 +4,7 @@ Every exchange ends as *not sent*, *maybe sent* or *answered*. The transport ret
 the protocol converts it to a :class:`Reply`, by which middleware and resolution decide what to do next.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from enum import Enum, StrEnum
 from typing import Final, NamedTuple, TypeAlias
@@ -56,6 +56,8 @@ class Exchange:
     lease_holds: Callable[[], bool] = attrs.field(default=lambda: True, eq=False, repr=False)
     """Returns whether this call still has the refund's lease. It is called right before bytes are sent, because the
     lease may have ended during a wait, a connect or a suspension of the machine."""
+    is_open: Callable[[], Awaitable[bool]] | None = attrs.field(default=None, eq=False, repr=False)
+    """Returns whether the journal still has no outcome of the refund. It is awaited before each send."""
     attempt: int = 1
     """The number of this attempt within the call, from 1; queries count separately."""
     seconds: float = 0.0

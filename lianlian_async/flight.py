@@ -38,6 +38,9 @@ logger = logging.getLogger("lianlian_async")
 LONGEST_LEASE: Final = 2 * 86_400.0
 """Seconds. A call without a journal may have an infinite deadline, but its lease must end."""
 
+_READ_AGAIN: Final = 0.1
+"""Seconds after a write to the journal until a call reads it again before it sends."""
+
 _CANARY_DAYS: Final = 80
 """Maximum age of the canary. The gateway rejects queries after 3 months (3005)."""
 
@@ -130,6 +133,8 @@ class Flights:
             apply = gateway.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)
             apply = attrs.evolve(apply, lease_holds=partial(self._is_before, flight.last_send))
             if has_journal and entry.leased_until is not None:
+                flight.reads_at.at = anyio.current_time() + _READ_AGAIN
+                apply = attrs.evolve(apply, is_open=partial(self._is_open, order, flight.reads_at))
                 flight.last_send.at = min(flight.last_send.at, entry.leased_until.boot)
             case = flight.case = Case(
                 request=order.request,
@@ -139,7 +144,7 @@ class Flights:
                 sent_at=entry.sent_at,
                 refused=_refused(entry),
                 ask_first=standing is Standing.ASK_FIRST or order.query_first,
-                before_resend=partial(self._before_resend, order.journal, entry),
+                before_resend=partial(self._before_resend, order.journal, entry, flight.reads_at),
                 canary=partial(self._canary, order, flight.until),
                 traffic=flight.traffic,
                 history=entry.history,
@@ -150,11 +155,19 @@ class Flights:
                 case.take_over(open_refund.sent_at, _refused(open_refund))  # an earlier call used no journal
             return await recording.keep(entry, partial(resolve, case, gateway.send, gateway.retries_left), case)
 
-    async def _before_resend(self, journal: Journal, entry: Entry, history: str) -> bytes:
+    async def _before_resend(self, journal: Journal, entry: Entry, reads_at: Deadline, history: str) -> bytes:
         """Record that the request may be sent again; return its body, signed again: the key may have changed since."""
         body = await self._gateway.seal(self._gateway.protocol.signed_fields(entry.body))
         await journal.resend(attrs.evolve(entry, body=body), history)
+        reads_at.at = anyio.current_time() + _READ_AGAIN
         return body
+
+    async def _is_open(self, order: Order, reads_at: Deadline) -> bool:
+        """Return whether the journal has no outcome of the refund: during a wait, a notification may have arrived."""
+        if anyio.current_time() < reads_at.at:
+            return True
+        entry = await order.journal.find(order.request.no_refund)
+        return entry is None or entry.ending is None
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
         """Return the unknown outcome for a caller that leaves. Its flight may go on, and send until its deadline."""
@@ -277,6 +290,8 @@ class Flight:
         self.until = _SharedDeadline(first, anyio.current_time())
         self.last_send = Deadline(math.inf)
         """When the lease ends, or an earlier time that a caller was told when it left. On the boot clock."""
+        self.reads_at = Deadline(math.inf)
+        """From when on the journal is read again before each send. On the event loop's clock."""
         self.traffic = traffic
         self.case: Case | None = None
         self._carry_out = carry_out

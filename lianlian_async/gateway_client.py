@@ -7,11 +7,12 @@ from typing import Any, Self, cast
 import anyio
 
 from .clock import SessionClock
-from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, Reply, last_exchange
+from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply, last_exchange
 from .logs import Listeners
 from .merchant import Merchant
 from .middleware import Attempt, Limit, Middleware, Retry, compose
 from .models import RefundQuery
+from .protocol import unanswered
 from .retry import LONGEST_ATTEMPT, Deadline, RetryBudget, RetryPolicy, TokenBucket
 from .rsa_worker import RsaWorker
 from .signature_watch import SignatureWatch
@@ -78,6 +79,8 @@ class GatewayClient:
 
     async def _exchange(self, exchange: Exchange) -> Reply:
         """Send a request and read its response, as the innermost layer of the middleware chain."""
+        if exchange.is_open is not None and not await exchange.is_open():
+            return unanswered(exchange, NoResponse("its outcome was recorded meanwhile", may_have_arrived=False))
         count = exchange.send_count
         count.open_sends += 1
         began, delivery = self.clock(), cast("Delivery | None", None)

@@ -183,17 +183,14 @@ class Recording:
             if stored is None or stored.state in (State.UNRESOLVED, State.REJECTED):
                 raise
             return recorded_refund(stored)  # recorded meanwhile, for example by a notification
-        except RefundNotSent as error:
-            await self._release(entry, case, error)
-            if await self._is_taken(entry, error):
-                raise case.unknown() from error
-            raise
-        except RefundOutcomeUnknown as error:
+        except (RefundNotSent, RefundOutcomeUnknown) as error:
             await self._release(entry, case, error)
             found = await self._find(entry, error)
-            if found is None or found.ending is None:
-                raise
-            return recorded_refund(found)  # recorded meanwhile, too
+            if found is not None and found.ending is not None:
+                return recorded_refund(found)  # recorded meanwhile, too
+            if isinstance(error, RefundNotSent) and self._is_taken(entry, found):
+                raise case.unknown() from error
+            raise
         except RefundConflict as error:
             await self._finish(entry, case, Ending(state=State.CONFLICT, record=error.record or {}), error)
             raise
@@ -209,12 +206,10 @@ class Recording:
         _check_agrees(refund, await self._finish(entry, case, ending(refund), refund))
         return refund
 
-    async def _is_taken(self, entry: Entry, said: RefundNotSent) -> bool:
+    def _is_taken(self, entry: Entry, found: Entry | None) -> bool:
         """Return whether the lease of ``entry`` has ended and another worker may have sent the refund since."""
-        if entry.leased_until is None or self.clock().boot < entry.leased_until.boot:
-            return False
-        found = await self._find(entry, said)
-        return found is not None and (found.sent_at is not None or found.ending is not None)
+        is_over = entry.leased_until is not None and self.clock().boot >= entry.leased_until.boot
+        return is_over and found is not None and found.sent_at is not None
 
     async def _find(self, entry: Entry, said: LianLianError) -> Entry | None:
         with _said(said):

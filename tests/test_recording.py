@@ -17,6 +17,7 @@ from lianlian_async import (
     ConfigurationError,
     Endpoints,
     JournalError,
+    NotificationEndpoint,
     Refund,
     RefundConflict,
     RefundNotFound,
@@ -42,6 +43,7 @@ from lianlian_async.resolution import IncompleteRecord
 from lianlian_async.sandbox import Fault, Repeated, When
 from tests.support import keypairs
 from tests.support.journals import intent
+from tests.support.notices import HEADERS, Handler
 from tests.support.parties import EPOCH, OID_PARTNER, boot_clock, refund_request, sandbox, wall_clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -601,8 +603,9 @@ async def test_after_its_lease_a_call_sends_nothing(new_journal):
     assert gateway.requests == {"apply": 1}
 
 
-async def test_a_refund_that_another_worker_took_over_is_not_reported_as_not_sent(new_journal):
-    """The call sent nothing, but after its lease another worker made the refund."""
+@pytest.mark.parametrize("is_made", [True, False])
+async def test_a_refund_that_another_worker_took_over_is_not_reported_as_not_sent(new_journal, is_made):
+    """The call sent nothing, but after its lease another worker made the refund, or left it unknown."""
     gateway = sandbox()
     async with (
         shop(gateway, new_journal, limiter=RateLimit(1 / 3600)) as (session, journal),
@@ -612,14 +615,40 @@ async def test_a_refund_that_another_worker_took_over_is_not_reported_as_not_sen
 
         async def other_worker():
             await anyio.sleep(1800)
-            other = gateway.session(journal=journal, clock=boot_clock)
-            async with other:
-                await other.apply_refund(refund_request(2))
+            if not is_made:
+                gateway.faults = {Fault.RESET: 1.0}
+            async with gateway.session(journal=journal, clock=boot_clock) as other:
+                assert ((await other.outcome_of(refund_request(2))).refund is not None) is is_made
 
         group.start_soon(other_worker)
-        with pytest.raises(RefundOutcomeUnknown, match="another worker"):
-            await session.apply_refund(refund_request(2))
-    assert gateway.times_made("R-2") == 1
+        if is_made:
+            assert (await session.apply_refund(refund_request(2))).no_refund == "R-2"
+        else:
+            with pytest.raises(RefundOutcomeUnknown, match="another worker"):
+                await session.apply_refund(refund_request(2))
+    assert gateway.times_made("R-2") <= 1
+
+
+@pytest.mark.parametrize("days", [0, 1])
+async def test_a_call_sends_nothing_if_a_notification_arrives_while_it_waits_for_the_limiter(new_journal, days):
+    """An earlier journal was lost, so the refund, or another one with its number, looks new until it is notified."""
+    gateway = sandbox(settle_after=0, repeated=Repeated.AGAIN, default_order=Decimal(100))
+    limiter, requests = anyio.Semaphore(0), [refund_request(), refund_request(dt_refund=EPOCH + timedelta(days=days))]
+    async with gateway.session() as session:
+        await session.apply_refund(requests[0])
+    async with shop(gateway, new_journal, limiter=limiter) as (session, journal):
+
+        async def notify():
+            await anyio.sleep(1)
+            endpoint = NotificationEndpoint(session.merchant, Handler(), journal=journal, clock=boot_clock)
+            await endpoint.handle(gateway.notification(gateway.refunds[0]), HEADERS)
+            limiter.release()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(notify)
+            outcome = await session.outcome_of(requests[1])
+    assert isinstance(outcome.error, RefundConflict) if days else outcome.refund.is_final
+    assert gateway.times_made("R-1") == 1
 
 
 async def test_an_answer_after_a_decision_that_the_refund_was_not_made_is_a_conflict(new_journal):
