@@ -138,7 +138,7 @@ class Reconciliation:
             f"PRAGMA journal_mode = off; BEGIN; CREATE TABLE refunds (id INTEGER PRIMARY KEY, {', '.join(_STORED)})"
         )
 
-    def add_statement(self, name: str, lines: Iterable[str], summary: str = "") -> None:
+    def add_statement(self, name: str, lines: Iterable[str], summary: str | None = None) -> None:
         """Read the statement with the file name ``name``; ``summary`` is the content of its ``JYMXSUM`` file, if any.
 
         Raises ``StatementError``: this comparison cannot be used further.
@@ -154,7 +154,7 @@ class Reconciliation:
         self._periods.add(period)
         unreadable, sums = len(self.unreadable), [Decimal(0), Decimal(0)]
         self._file.executemany("INSERT INTO refunds VALUES (NULL, ?, ?, ?, ?, ?)", self._rows(name, lines, sums))
-        if summary and len(self.unreadable) == unreadable:
+        if summary is not None and len(self.unreadable) == unreadable:
             totals = _SUMMARY.fullmatch(summary.strip())
             if totals is None or [Decimal(text or 0) for text in totals.groups()] != sums:
                 raise StatementError(f"{name}: {sums[0]} refunds, sum {sums[1]} yuan, but its JYMXSUM says {summary!r}")

@@ -110,7 +110,9 @@ def test_watch_redraws_on_a_terminal(left_open):
     with interruption(loops=1):
         drawn = run("journal", "show", "--journal", left_open, "--watch", "0.1", env=terminal).stdout
     with interruption(loops=1):
-        plain = run("journal", "show", "--journal", left_open, "--watch", "0.1", env=terminal | {"NO_COLOR": "1"}).stdout
+        plain = run(
+            "journal", "show", "--journal", left_open, "--watch", "0.1", env=terminal | {"NO_COLOR": "1"}
+        ).stdout
     assert "\x1b[?25l" in drawn
     assert "\x1b" not in plain
     assert plain.endswith("4 finished  1 unresolved\n")

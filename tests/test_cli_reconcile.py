@@ -91,11 +91,11 @@ def states(journal, *numbers):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
 def test_agreeing_refunds_are_counted_and_exit_0(env, journal, gateway, file, encoding):
-    """The statement is read in each encoding; its JYMXSUM file may be an argument, too."""
+    """Each file is read in its own encoding. The JYMXSUM file may be an argument, too."""
     send(env, journal, gateway, 0, 1)
     file.write_text(rows(gateway, 0, 1), encoding)
     summary = file.with_name(file.name.replace("JYMX", "JYMXSUM"))
-    summary.write_text("2|0||2|-20.00|0|\n")
+    summary.write_text("2|0|收|2|-20.00|0|\n", "gb18030")
     machine = run("reconcile", summary, file, "--journal", journal, "--json")
     people = run("reconcile", file, "--journal", journal)
     assert (machine.exit_code, people.exit_code) == (0, 0)
@@ -147,7 +147,7 @@ def test_file_that_is_not_a_statement_is_refused(env, journal, gateway, file):
     lonely.write_text("0|0||0||0|")
     binary = file.with_name(f"JYMX_{gateway.oid_partner}_20261101.txt")
     binary.write_bytes(b"\xff\xfe\xff")
-    for path, reason in ((lonely, "must be called JYMX_"), (binary, "can't decode byte 0xff")):
+    for path, reason in ((lonely, "must be called JYMX_"), (binary, f"{binary.name}: is neither UTF-8 nor GB18030")):
         ended = run("reconcile", path, "--journal", journal)
         assert ended.exit_code == 2
         assert reason in ended.stderr.replace("\n", " ")

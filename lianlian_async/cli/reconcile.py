@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import anyio
@@ -31,7 +31,7 @@ def reconcile(
         for path in statements:
             _read(found, path, statements)
         anyio.run(_compare, found, place)
-    except (StatementError, UnicodeError) as error:
+    except StatementError as error:
         raise click.BadParameter(str(error), param_hint="STATEMENTS") from None
     except sqlite3.Error as error:
         raise LianLianError(f"temporary file: {error}; set SQLITE_TMPDIR to a folder with more space") from error
@@ -52,16 +52,19 @@ def reconcile(
 def _read(found: Reconciliation, path: Path, statements: Sequence[Path]) -> None:
     if path.name.startswith("JYMXSUM_") and path.with_name(path.name.replace("SUM", "", 1)) in statements:
         return  # read together with its statement
-    try:
-        with path.open(encoding="utf-8") as file:
+    summary = path.with_name(path.name.replace("JYMX_", "JYMXSUM_", 1))
+    totals = summary.read_text(_encoding(summary)) if summary.exists() else None
+    with path.open(encoding=_encoding(path)) as file:
+        found.add_statement(path.name, file, totals)
+
+
+def _encoding(path: Path) -> str:
+    for encoding in ("utf-8-sig", "gb18030"):
+        with suppress(UnicodeDecodeError), path.open(encoding=encoding) as file:
             for _ in file:
                 pass
-        encoding = "utf-8-sig"
-    except UnicodeDecodeError:
-        encoding = "gb18030"
-    summary = path.with_name(path.name.replace("JYMX_", "JYMXSUM_", 1))
-    with path.open(encoding=encoding) as file:
-        found.add_statement(path.name, file, summary.read_text(encoding) if summary.exists() else "")
+            return encoding
+    raise StatementError(f"{path.name}: is neither UTF-8 nor GB18030")
 
 
 async def _compare(found: Reconciliation, place: str) -> None:
