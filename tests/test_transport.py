@@ -237,23 +237,23 @@ async def test_exception_before_the_send(kind):
     assert delivery.cause is error or kind is StopAsyncIteration
 
 
-@pytest.mark.parametrize(
-    "sender",
-    [
-        RaisingAfterSending,
-        RaisingAfterSendingPlainly,
-        SendingACopyTwice,
-        RaisingFromItsClientsError,
-        RaisingFromItsClientsErrorAfterReading,
-    ],
-)
+SENDERS = [
+    RaisingAfterSending,
+    RaisingAfterSendingPlainly,
+    SendingACopyTwice,
+    RaisingFromItsClientsError,
+    RaisingFromItsClientsErrorAfterReading,
+]
+
+
 @every_foreign_exception
-async def test_after_the_send_no_exception_means_not_sent(kind, sender):
+async def test_after_the_send_no_exception_means_not_sent(kind):
     """Once the body was read for sending, no exception proves that it did not arrive."""
-    async with transport_over(transport=sender(instance(kind))) as transport:
-        delivery = await transport.post(URL, b"{}", 5.0)
-    assert isinstance(delivery, NoResponse)
-    assert delivery.may_have_arrived
+    for sender in SENDERS:
+        async with transport_over(transport=sender(instance(kind))) as transport:
+            delivery = await transport.post(URL, b"{}", 5.0)
+        assert isinstance(delivery, NoResponse), sender
+        assert delivery.may_have_arrived, sender
 
 
 @pytest.mark.parametrize("sender", [RaisingAfterSending, RaisingFromItsClientsError])
@@ -335,9 +335,8 @@ async def test_adapter_that_misreports_a_broken_connection_makes_no_second_refun
     assert sum(b"/exchangerefund.htm" in head for head, _ in filter(None, came)) == 1
 
 
-@pytest.mark.parametrize("stream", [BrokenStream, UnclosableStream])
 @every_foreign_exception
-async def test_exception_of_the_response_is_maybe_sent(kind, stream):
+async def test_exception_of_the_response_is_maybe_sent(kind):
     """Every exception while a response is read or closed means *maybe sent*."""
 
     class Sent(Answering):
@@ -345,10 +344,11 @@ async def test_exception_of_the_response_is_maybe_sent(kind, stream):
             assert [chunk async for chunk in request.stream] == [b"{}"]
             return await super().handle_async_request(request)
 
-    async with transport_over(transport=Sent(stream(instance(kind)))) as transport:
-        delivery = await transport.post(URL, b"{}", 5.0)
-    assert isinstance(delivery, NoResponse)
-    assert delivery.may_have_arrived
+    for stream in (BrokenStream, UnclosableStream):
+        async with transport_over(transport=Sent(stream(instance(kind)))) as transport:
+            delivery = await transport.post(URL, b"{}", 5.0)
+        assert isinstance(delivery, NoResponse), stream
+        assert delivery.may_have_arrived, stream
 
 
 class Retrying(httpx.AsyncBaseTransport):
