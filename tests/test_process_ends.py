@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import json
 import signal
 import subprocess
-import time
 
 import pytest
 
 from lianlian_async.journal import State
 from tests.programs import process_ends
-from tests.support import ROOT, program
+from tests.support import ROOT, postgres, program
 
 pytestmark = pytest.mark.anyio
 
@@ -40,46 +38,30 @@ def anyio_backend():
     return "asyncio"
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def place(request, tmp_path):
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def journals(request, tmp_path_factory):
+    """The folder or the database of the journals."""
     if request.param == "sqlite":
-        return str(tmp_path / "journal.sqlite")
-    return request.getfixturevalue("database")
+        return str(tmp_path_factory.mktemp("journals"))
+    return postgres.new_database(request.getfixturevalue("postgres_dsn"))
 
 
-def run(way: str, place: str) -> tuple[int, str]:
-    """Return the exit code and the text on stderr."""
-    command = [*program("process_ends"), way, place]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            first = process.stdout.readline()
-            if way.startswith("SIG"):
-                process.send_signal(getattr(signal, way.removesuffix(" twice")))
-            if way.endswith("twice"):
-                time.sleep(0.0005)  # the event loop has seen the first one, and is at work to end
-                process.send_signal(signal.SIGINT)
-                # The second one may interrupt asyncio's own shutdown. Then idle threads of anyio, or a task that is not
-                # cancelled again, keep the process alive, and a third one ends it.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.communicate(timeout=10)
-                process.send_signal(signal.SIGINT)  # no effect if the process has ended
-            _, stderr = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert first == "at work\n", stderr
-    return process.returncode, stderr
+@pytest.fixture(scope="module")
+def ends(journals):
+    """The exit code and the text on stderr of the process that ended in each way."""
+    ended = subprocess.run(
+        [*program("process_ends"), journals, *ENDS], cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=250
+    )
+    return json.loads(ended.stdout)
 
 
 @pytest.mark.parametrize("way", ENDS)
-async def test_it_ends_and_the_journal_tells_what_may_have_been_made(way, place):
+async def test_it_ends_and_the_journal_tells_what_may_have_been_made(way, journals, ends):
     """However it ends, nothing waits for ever; the next process opens the journal and finds each refund unresolved."""
-    exit_code, stderr = run(way, place)
+    exit_code, stderr = ends[way]
     assert exit_code == ENDS[way], stderr
     assert ("it has ended" in stderr) is (exit_code == 0)
-    async with process_ends.make_journal(place) as journal:
+    async with process_ends.make_journal(journals, way) as journal:
         entries = [entry async for entry in journal.entries()]
     assert {entry.no_refund for entry in entries} == NUMBERS
     for entry in entries:
