@@ -8,7 +8,7 @@ import anyio
 import attrs
 
 from lianlian_async import wire
-from lianlian_async.exchange import NoResponse
+from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest, check_storable
 from lianlian_async.protocol import Protocol
@@ -74,7 +74,7 @@ def _show_refund(output: Output, refund: RefundRecord) -> int:
 
 
 def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None, **fields: str | None) -> int:
-    from lianlian_async.sandbox.notifier import is_acknowledged, post_once
+    from lianlian_async.sandbox.notifier import post_once
 
     key = SigningKey.load(gateway_key, name="--gateway-key")
     message = {name: text for name, text in fields.items() if text is not None}
@@ -82,7 +82,12 @@ def send(output: Output, /, *, url: str, gateway_key: Path, config: Path | None,
     for name, text in message.items():
         check_storable(text, name)
     body = wire.encode({**message, "sign": key.sign(signature_source(message))})
-    response = anyio.run(post_once, url, body)
+    return _show_response(output, anyio.run(post_once, url, body))
+
+
+def _show_response(output: Output, response: HttpResponse | NoResponse) -> int:
+    from lianlian_async.sandbox.notifier import is_acknowledged
+
     word = "acknowledged" if is_acknowledged(response) else "not acknowledged"
     if isinstance(response, NoResponse):
         output.show({"outcome": word, "status": None, "answer": ""}, f"{word}: no response: {response.reason}")

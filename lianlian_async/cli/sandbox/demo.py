@@ -1,7 +1,8 @@
 """``lianlian demo``: make refunds at a faulty gateway, and compare the outcomes with the gateway's ledger."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from random import Random
@@ -9,6 +10,7 @@ from time import perf_counter
 from typing import Final, NamedTuple
 
 import anyio
+import click
 
 from lianlian_async.cli.batch.results import exit_outcome
 from lianlian_async.cli.exit_codes import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome
@@ -34,7 +36,7 @@ _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
 """How many times the gateway may have made a refund, by outcome; for all other outcomes: never."""
 
 
-def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> int:
+def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
     gateway = SandboxGateway(
         bits=int(bits),
         repeated=Repeated.AGAIN,
@@ -45,15 +47,13 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
         delay=_DELAY,
     )
     requests = _requests(refunds, Random(seed))  # noqa: S311 - not for security
-    outcomes, began = dict[str, ExitOutcome](), perf_counter()
-    try:
-        with serving(gateway) as url, output.progress(refunds, lambda: "refunds") as advance:
-            anyio.run(_refund_all, gateway.merchant(url), requests, outcomes, concurrency, advance)
-    finally:  # also after an interruption
-        gateway.advance(86_400.0)  # carries out late requests
-        found = audit(requests, outcomes, ((record.no_refund, record.money_refund) for record in gateway.refunds))
-        _show(output, found, gateway.requests, refunds, perf_counter() - began)
-    return 1 if found.disagreements else 0
+    outcomes = dict[str, ExitOutcome]()
+    with (
+        _audited(output, gateway, requests, outcomes),
+        serving(gateway) as url,
+        output.progress(refunds, lambda: "refunds") as advance,
+    ):
+        anyio.run(_refund_all, gateway.merchant(url), requests, outcomes, concurrency, advance)
 
 
 def _requests(count: int, random: Random) -> list[RefundRequest]:
@@ -121,6 +121,21 @@ def audit(
             disagreements.append(request.no_refund)
     counts = [(outcome.word, number, times_made[outcome]) for outcome, number in refunds.items()]
     return Audit(counts, sum(len(paid) > 1 for paid in amounts.values()), unknown, disagreements)
+
+
+@contextmanager
+def _audited(
+    output: Output, gateway: SandboxGateway, requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome]
+) -> Iterator[None]:
+    """Print the audit when the block ends or is interrupted; exit with code 1 if it found disagreements."""
+    began = perf_counter()
+    try:
+        yield
+    finally:
+        gateway.advance(86_400.0)  # carries out late requests
+        found = audit(requests, outcomes, ((record.no_refund, record.money_refund) for record in gateway.refunds))
+        _show(output, found, gateway.requests, len(requests), perf_counter() - began)
+    click.get_current_context().exit(1 if found.disagreements else 0)
 
 
 def _show(output: Output, found: Audit, sent: Mapping[Call, int], refunds: int, seconds: float) -> None:
