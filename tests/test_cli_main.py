@@ -33,7 +33,7 @@ def test_version_names_signing_and_http_backend(sender):
     assert shown == f"lianlian-async {__version__} (signs with {BACKEND}, sends with {sender})\n"
 
 
-def test_the_version_of_a_wrong_configuration_is_a_usage_error():
+def test_the_version_of_a_wrong_configuration_is_an_error():
     """--version names a backend that does not exist, and exits with 2."""
     ended = run("--version", env={"LIANLIAN_HTTP_BACKEND": "carrier pigeon"})
     assert ended.exit_code == 2

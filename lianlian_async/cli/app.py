@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from lianlian_async.errors import ConfigurationError, LianLianError
+from lianlian_async.errors import LianLianError
 
 from . import AS_JSON
 from .batch.options import batch
@@ -32,31 +32,18 @@ class _Program(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See ``click.Command``. Search for ``--json`` first: a usage error can be raised before click parses it."""
         ctx.meta[AS_JSON] = "--json" in args
-        with _usage_errors(ctx):
+        with _errors_shown(ctx):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; print the library's errors without a traceback."""
-        try:
-            with _usage_errors(ctx):
-                return super().invoke(ctx)
-        except (LianLianError, OSError, KeyboardInterrupt) as error:
-            from .exit_codes import INTERRUPTED, exit_outcome_of
-            from .output import Output
-
-            output = Output(as_json=ctx.meta[AS_JSON])
-            if isinstance(error, OSError):  # such as a folder that the user may not enter
-                error = LianLianError(str(error))
-            if isinstance(error, LianLianError):
-                output.failure(error)
-                ctx.exit(exit_outcome_of(error).exit_code)
-            output.note(INTERRUPTED.word)
-            ctx.exit(INTERRUPTED.exit_code)
+        with _errors_shown(ctx):
+            return super().invoke(ctx)
 
 
 @contextmanager
-def _usage_errors(ctx: click.Context) -> Iterator[None]:
-    """Print a usage error as JSON if the command line contains ``--json``; else click prints it as text."""
+def _errors_shown(ctx: click.Context) -> Iterator[None]:
+    """Print an error and exit with its code. Only usage errors without ``--json`` are left to click."""
     try:
         yield
     except click.UsageError as error:
@@ -65,6 +52,18 @@ def _usage_errors(ctx: click.Context) -> Iterator[None]:
         problem = {"type": type(error).__name__, "message": error.format_message()}
         click.echo(json.dumps({"outcome": "usage error", "error": problem}))
         ctx.exit(error.exit_code)
+    except (LianLianError, OSError, KeyboardInterrupt) as error:
+        from .exit_codes import INTERRUPTED, exit_outcome_of
+        from .output import Output
+
+        output = Output(as_json=ctx.meta[AS_JSON])
+        if isinstance(error, OSError):  # such as a folder that the user may not enter
+            error = LianLianError(str(error))
+        if isinstance(error, LianLianError):
+            output.failure(error)
+            ctx.exit(exit_outcome_of(error).exit_code)
+        output.note(INTERRUPTED.word)
+        ctx.exit(INTERRUPTED.exit_code)
 
 
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -74,10 +73,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     from lianlian_async.signing import BACKEND
     from lianlian_async.transport import http_backend
 
-    try:
-        sender = http_backend()
-    except ConfigurationError as error:
-        raise click.UsageError(str(error)) from None
+    sender = http_backend()
     facts = {"version": __version__, "signs_with": BACKEND, "sends_with": sender}
     text = f"lianlian-async {__version__} (signs with {BACKEND}, sends with {sender})"
     click.echo(json.dumps(facts) if ctx.meta[AS_JSON] else text)

@@ -82,8 +82,7 @@ class JournalReport:
         if len(self.oldest) < _LISTED:
             ask_again_at = entry.sent_at.wall + timedelta(seconds=RetryPolicy().not_found_grace)
             moments = {"sent_at": local_time(entry.sent_at.wall), "ask_again_at": local_time(ask_again_at)}
-            money = entry.fields["money_refund"]
-            self.oldest.append({"no_refund": entry.no_refund, "money_refund": money, **moments})
+            self.oldest.append({name: entry.fields[name] for name in ("no_refund", "money_refund")} | moments)
 
 
 async def read_journal(place: str, earlier: JournalReport | None = None) -> JournalReport:
@@ -160,8 +159,6 @@ def _by_number(reasons: Mapping[str, int] | None) -> dict[str, int]:
 def _duration(seconds: float | None) -> timedelta | None:
     return None if seconds is None else timedelta(seconds=ceil(seconds))
 
-
-# ── one refund ───────────────────────────────────────────────────────────────────────────────────
 
 _EVENTS: Final = {"lease": "lease taken", "resend": "to be sent again", "acted": "on_refund returned"}
 """The text for events whose name alone is not clear."""

@@ -183,9 +183,7 @@ def _send(run: "_Batch") -> int:
         outcome = INVALID
     out = run.options["out"]
     places = {"journal": place_name(run.place)} | ({"results": str(out)} if out else {})
-    results.show_batch(
-        run.output, run.checked, run.totals, run.in_journal, outcome=outcome, failure=failure, places=places
-    )
+    results.show_batch(run.output, run.checked, run.totals, run.in_journal, outcome, failure=failure, places=places)
     is_unknown = failure and (run.in_flight or run.totals.refunds[UNKNOWN])
     return UNKNOWN.exit_code if is_unknown else outcome.exit_code
 

@@ -38,10 +38,6 @@ def _read_map(_ctx: click.Context, _option: click.Parameter, values: Iterable[st
     return renamed
 
 
-def _timestamp(text: str) -> str:
-    return wire.format_timestamp(wire.parse_timestamp(text))
-
-
 def _encoding(name: str) -> str:
     "".encode(name)
     return name
@@ -81,7 +77,7 @@ READING_OPTIONS: Final = (
     click.option(
         "--dt-refund",
         metavar="YYYYMMDDHHMMSS",
-        callback=options.parsed(_timestamp),
+        callback=options.parsed(lambda text: wire.format_timestamp(wire.parse_timestamp(text))),
         help="dt_refund of lines that have none. Use the same value in every run: the journal refuses a no_refund with "
         "another dt_refund.",
     ),

@@ -214,9 +214,6 @@ class Totals:
         return next((each for each in _PRECEDENCE if self.refunds[each]), other)
 
 
-# ── output ───────────────────────────────────────────────────────────────────────────────────────
-
-
 def file_facts(checked: Checked, in_journal: InJournal | None) -> dict[str, Any]:
     """Return the totals of a file, and the numbers of its refunds by their state in the journal."""
     totals = checked.totals
@@ -244,8 +241,8 @@ def show_batch(
     checked: Checked,
     totals: Totals,
     in_journal: InJournal,
-    *,
     outcome: ExitOutcome,
+    *,
     failure: errors.LianLianError | None,
     places: Mapping[str, str],
 ) -> None:

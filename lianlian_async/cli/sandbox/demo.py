@@ -19,7 +19,6 @@ from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
 from lianlian_async.retry import RetryPolicy
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
-from lianlian_async.sandbox.faults import Call
 from lianlian_async.session import RefundSession
 from lianlian_async.worker_pool import run_workers
 
@@ -134,27 +133,23 @@ def _audited(
     finally:
         gateway.advance(86_400.0)  # carries out late requests
         found = audit(requests, outcomes, ((record.no_refund, record.money_refund) for record in gateway.refunds))
-        _show(output, found, gateway.requests, len(requests), perf_counter() - began)
+        facts = {
+            "refunds": len(requests),
+            "made_twice": found.made_twice,
+            "attempts": gateway.requests["apply"],
+            "queries": gateway.requests["query"],
+            "seconds": round(perf_counter() - began, 1),
+        }
+        verdict = f"the gateway's ledger {'contradicts' if found.disagreements else 'confirms'} the outcomes"
+        document = {
+            "outcome": verdict,
+            **facts,
+            "outcomes": {word: number for word, number, _ in found.outcomes},
+            "unknown": found.unknown,
+            "disagreements": found.disagreements,
+        }
+        made = "made, by the gateway's ledger"
+        by_outcome = table("refunds", ("outcome", "refunds", made), found.outcomes)
+        others = tables({f"unknown refunds: {made}": found.unknown, "run": facts})
+        output.show(document, by_outcome, *others, verdict, *found.disagreements)
     click.get_current_context().exit(1 if found.disagreements else 0)
-
-
-def _show(output: Output, found: Audit, sent: Mapping[Call, int], refunds: int, seconds: float) -> None:
-    facts = {
-        "refunds": refunds,
-        "made_twice": found.made_twice,
-        "attempts": sent["apply"],
-        "queries": sent["query"],
-        "seconds": round(seconds, 1),
-    }
-    verdict = f"the gateway's ledger {'contradicts' if found.disagreements else 'confirms'} the outcomes"
-    document = {
-        "outcome": verdict,
-        **facts,
-        "outcomes": {word: number for word, number, _ in found.outcomes},
-        "unknown": found.unknown,
-        "disagreements": found.disagreements,
-    }
-    made = "made, by the gateway's ledger"
-    outcomes = table("refunds", ("outcome", "refunds", made), found.outcomes)
-    others = tables({f"unknown refunds: {made}": found.unknown, "run": facts})
-    output.show(document, outcomes, *others, verdict, *found.disagreements)
