@@ -99,6 +99,7 @@ def test_two_workers_share_a_queue_and_end_at_sigterm(env, gateway, tmp_path):
     file = refunds(tmp_path / "refunds.csv", 100)
     workers = [start("worker", "--concurrency", "5", "--json", env=env) for _ in range(2)]
     try:
+        until(lambda: queued(env).get("workers") == 2)  # a signal during the start ends a worker with another exit code
         run("batch", file, "--queue", "--yes", env=env)
         until(lambda: len(gateway.refunds) == 100 and not any(map(queued(env).get, ("waiting", "at_work"))))
         for process, number in zip(workers, (signal.SIGINT, signal.SIGTERM), strict=True):
