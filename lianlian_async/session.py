@@ -326,6 +326,7 @@ class RefundSession:
         """
         if self.journal is None:
             raise errors.ConfigurationError("resume: this session has no journal")
+        self._life.check_open()  # also if no refund is open now: a service must not learn it only later
         half = (self.max_connections + 1) // 2
         workers = half if concurrency is None else check_integer("concurrency", concurrency, least=1)
         return await resume(

@@ -739,6 +739,13 @@ async def test_with_a_journal_open_refunds_are_resumed():
     assert gateway.requests["apply"] == 2
 
 
+async def test_resume_of_a_session_that_is_not_open_raises():
+    """A service that forgot the session in its lifespan learns it at the first sweep, before any refund is open."""
+    async with MemoryJournal() as journal:
+        with pytest.raises(RuntimeError, match="is not open: use it in `async with`"):
+            await sandbox().session(journal=journal).resume()
+
+
 async def test_resume_without_a_journal_raises():
     """``ConfigurationError``: the session has no journal."""
     async with sandbox().session() as session:
