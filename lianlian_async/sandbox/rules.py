@@ -16,7 +16,7 @@ from lianlian_async.signing import VerifyingKey, signature_source
 
 from .answers import Rejection
 
-_MONEY: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,2}0*)?")
+_MONEY: Final = re.compile(r"(?=.{1,12}$)[0-9]{1,9}(\.[0-9]{1,2}0*)?")  # String(12)
 _CONTENT_TYPE: Final = re.compile(r'application/json(;charset="?utf-8"?)?')
 
 
