@@ -62,7 +62,8 @@ class Exchange:
     """The number of this attempt within the call, from 1; queries count separately."""
     seconds: float = 0.0
     """Timeout of this attempt."""
-    send_count: SendCount = attrs.field(factory=SendCount, eq=False, repr=False)
+    send_count: SendCount = attrs.field(eq=False, repr=False)
+    """The count of this attempt. It has no default, because an exchange that a middleware makes must keep it."""
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     """Additional request headers."""
     listeners: Listeners = attrs.field(default=NOBODY, eq=False, repr=False)

@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 import anyio
 
 from .clock import SessionClock
-from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply, last_exchange
+from .exchange import Call, Delivery, Exchange, Finding, HttpResponse, NoResponse, Reply, SendCount, last_exchange
 from .logs import Listeners
 from .merchant import Merchant
 from .middleware import Attempt, Limit, Middleware, Retry, compose
@@ -69,7 +69,14 @@ class GatewayClient:
         endpoints = self.protocol.merchant.endpoints
         url = endpoints.apply if call is Call.APPLY else endpoints.query
         return Exchange(
-            call=call, url=url, body=body, asked=fields, deadline=until, policy=policy, listeners=self.listeners
+            call=call,
+            url=url,
+            body=body,
+            asked=fields,
+            deadline=until,
+            policy=policy,
+            send_count=SendCount(),
+            listeners=self.listeners,
         )
 
     async def query_exchange(self, query: RefundQuery, until: Deadline, policy: RetryPolicy) -> Exchange:

@@ -14,6 +14,8 @@ user's layers are called for every attempt, also for each query that resolves a 
         reply = await call_next(exchange)
         findings[exchange.call, reply.finding] += 1
         return reply
+
+To change an exchange, for example its ``headers``, call ``call_next(attrs.evolve(exchange, headers=…))``.
 """
 
 import random

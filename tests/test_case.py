@@ -9,7 +9,7 @@ import pytest
 
 from lianlian_async import LianLianError, RefundRejected, RetryPolicy
 from lianlian_async.clock import Moment
-from lianlian_async.exchange import Call, Exchange, Finding, Reply
+from lianlian_async.exchange import Call, Exchange, Finding, Reply, SendCount
 from lianlian_async.outcome import Traffic, unknown_reason
 from lianlian_async.resolution import Case
 from lianlian_async.retry import Deadline
@@ -28,6 +28,7 @@ def case(now=NOW, *, grace=900.0, **evidence):
         asked={"oid_partner": "201103171000000000"},
         deadline=Deadline(0.0),
         policy=RetryPolicy(not_found_grace=grace, maximum=8.0),
+        send_count=SendCount(),
     )
     settings = {"request": refund_request(), "apply": apply, "clock": lambda: now}
     return Case(**settings, make_query=None, before_resend=None, canary=None, **evidence)

@@ -22,7 +22,7 @@ from lianlian_async import (
     RetryBudget,
     RetryPolicy,
 )
-from lianlian_async.exchange import Call, Exchange, Finding, Reply
+from lianlian_async.exchange import Call, Exchange, Finding, Reply, SendCount
 from lianlian_async.middleware import Attempt, Limit, RateLimit, Retry, compose
 from lianlian_async.models import Refund
 from lianlian_async.retry import Deadline, TokenBucket
@@ -55,6 +55,7 @@ def exchange(call=Call.APPLY, *, seconds=30.0, **policy):
         asked={"no_refund": "R-1"},
         deadline=Deadline(anyio.current_time() + seconds),
         policy=RetryPolicy(**policy),
+        send_count=SendCount(),
     )
 
 
@@ -439,6 +440,20 @@ async def test_layer_that_answers_with_the_wrong_error(finding):
 
     with pytest.raises(RefundNotSent, match=f"a middleware answered {finding.name} with GatewayUnavailable: busy"):
         await applied(gateway, breaking)
+    assert gateway.requests == {}
+
+
+async def test_layer_must_keep_the_count_of_sends():
+    """Otherwise a refund that was sent could be reported as not sent, and be sent again."""
+    gateway = sandbox(repeated=Repeated.AGAIN)
+
+    async def rebuilding(exchange, call_next):
+        fields = {name: getattr(exchange, name) for name in ("call", "url", "body", "asked", "deadline", "policy")}
+        await call_next(Exchange(**fields, seconds=exchange.seconds))
+        raise ConnectionError("mine")
+
+    with pytest.raises(RefundNotSent, match="send_count"):
+        await applied(gateway, rebuilding)
     assert gateway.requests == {}
 
 

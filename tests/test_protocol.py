@@ -30,7 +30,7 @@ from lianlian_async import (
 )
 from lianlian_async.codes import CODES, CodeClass
 from lianlian_async.errors import Problem
-from lianlian_async.exchange import Call, Exchange, Finding, HttpResponse, NoResponse, Reply
+from lianlian_async.exchange import Call, Exchange, Finding, HttpResponse, NoResponse, Reply, SendCount
 from lianlian_async.identity import check_identity, check_request, has_whole_identity
 from lianlian_async.merchant import Keys
 from lianlian_async.protocol import Protocol
@@ -62,7 +62,13 @@ def exchange(call, fields=None):
         }[call]
     )
     return Exchange(
-        call=call, url="https://gw.example/", body=b"", asked=fields, deadline=Deadline(30), policy=RetryPolicy()
+        call=call,
+        url="https://gw.example/",
+        body=b"",
+        asked=fields,
+        deadline=Deadline(30),
+        policy=RetryPolicy(),
+        send_count=SendCount(),
     )
 
 

@@ -28,7 +28,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.clock import Moment, system_clock
-from lianlian_async.exchange import Call, Exchange, Finding
+from lianlian_async.exchange import Call, Exchange, Finding, SendCount
 from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.resolution import NEXT_STEP, Case, Step
 from lianlian_async.retry import Deadline
@@ -711,6 +711,7 @@ def test_a_rejection_that_is_read_after_the_lease_proves_nothing(lease_holds):
         asked={},
         deadline=Deadline(0.0),
         policy=RetryPolicy(),
+        send_count=SendCount(),
         lease_holds=lambda: lease_holds,
     )
     case = Case(request=None, apply=exchange, make_query=None, clock=lambda: now, before_resend=None, canary=None)
@@ -725,7 +726,13 @@ def test_the_grace_ends_at_the_time_of_the_query_by_the_gateways_clock():
     asked_at = Moment(noon + timedelta(days=1), 100.0, "this boot")  # a wall clock that was set
     judged_at = Moment(noon + timedelta(days=1), 7300.0, "this boot", noon + timedelta(seconds=7230))
     exchange = Exchange(
-        call=Call.APPLY, url="", body=b"{}", asked={}, deadline=Deadline(0.0), policy=RetryPolicy(not_found_grace=900.0)
+        call=Call.APPLY,
+        url="",
+        body=b"{}",
+        asked={},
+        deadline=Deadline(0.0),
+        policy=RetryPolicy(not_found_grace=900.0),
+        send_count=SendCount(),
     )
     case = Case(
         request=None,

@@ -27,7 +27,7 @@ def program(job: frame.Job) -> Any:
 def _own(job: frame.Job) -> dict[str, float]:
     from lianlian_async import LianLianError, RefundRequest, RetryBudget, RetryPolicy, wire
     from lianlian_async.clock import system_clock
-    from lianlian_async.exchange import Call, Exchange, HttpResponse, Reply
+    from lianlian_async.exchange import Call, Exchange, HttpResponse, Reply, SendCount
     from lianlian_async.protocol import Protocol
     from lianlian_async.resolution import Case, resolve
     from lianlian_async.retry import Deadline, TokenBucket
@@ -90,7 +90,9 @@ def _own(job: frame.Job) -> dict[str, float]:
         bodies = [protocol.seal(each) for each in fields]
         laps.append(frame.clocks())
         applies = [
-            Exchange(call=Call.APPLY, url="", body=body, asked=asked, deadline=until, policy=policy)
+            Exchange(
+                call=Call.APPLY, url="", body=body, asked=asked, deadline=until, policy=policy, send_count=SendCount()
+            )
             for body, asked in zip(bodies, fields, strict=True)
         ]
         replies = [protocol.read(apply, received) for apply, received in zip(applies, answers, strict=True)]

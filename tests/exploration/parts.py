@@ -14,7 +14,7 @@ import attrs
 
 from lianlian_async.clock import Moment, SessionClock
 from lianlian_async.errors import LianLianError, RefundRejected
-from lianlian_async.exchange import Call, Exchange, Finding, Reply
+from lianlian_async.exchange import Call, Exchange, Finding, Reply, SendCount
 from lianlian_async.journal import Ending, Entry, Intent, State
 from lianlian_async.journal.operations import Operation
 from lianlian_async.journal.postgres_moments import Reading
@@ -106,6 +106,7 @@ def _exchange(grace: int, lease_holds: bool) -> Exchange:
         asked=asked,
         deadline=Deadline(0.0),
         policy=policy,
+        send_count=SendCount(),
         lease_holds=lambda: lease_holds,
     )
 

@@ -43,7 +43,7 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.cli.batch.rows import Columns, damaged, read_rows, rounded
-from lianlian_async.exchange import Call, Exchange, HttpResponse
+from lianlian_async.exchange import Call, Exchange, HttpResponse, SendCount
 from lianlian_async.journal import SqliteJournal, SqliteReader
 from lianlian_async.merchant import Keys
 from lianlian_async.protocol import Protocol
@@ -123,6 +123,7 @@ def answers(data: bytes) -> None:
                 asked=fields,
                 deadline=Deadline(30),
                 policy=RetryPolicy(),
+                send_count=SendCount(),
             )
             headers = {"retry-after": data[:20].decode("latin-1")}
             _protocol().read(exchange, HttpResponse(200, headers, body))
