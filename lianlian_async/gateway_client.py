@@ -86,10 +86,10 @@ class GatewayClient:
 
     async def _exchange(self, exchange: Exchange) -> Reply:
         """Send a request and read its response, as the innermost layer of the middleware chain."""
-        if exchange.is_open is not None and not await exchange.is_open():
-            return unanswered(exchange, NoResponse("its outcome was recorded meanwhile", may_have_arrived=False))
         count = exchange.send_count
-        count.open_sends += 1
+        count.open_sends += 1  # first, because a middleware may leave this task running in the background
+        if not await _is_open(exchange):
+            return unanswered(exchange, NoResponse("its outcome was recorded meanwhile", may_have_arrived=False))
         began, delivery = self.clock(), cast("Delivery | None", None)
         try:
             delivery = await self._transport.post(
@@ -118,3 +118,14 @@ class GatewayClient:
         """Wait for the last signature, then close the HTTP transport; a caller's client stays open."""
         await self._rsa.wait_until_idle()
         await self._transport.aclose()
+
+
+async def _is_open(exchange: Exchange) -> bool:
+    """Return whether the journal still has no outcome of the refund; if not, the exchange does not count as sent."""
+    is_open = False
+    try:
+        is_open = exchange.is_open is None or await exchange.is_open()
+    finally:
+        if not is_open:
+            exchange.send_count.was_not_sent()
+    return is_open

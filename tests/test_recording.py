@@ -651,6 +651,29 @@ async def test_a_call_sends_nothing_if_a_notification_arrives_while_it_waits_for
     assert gateway.times_made("R-1") == 1
 
 
+async def test_a_send_in_the_background_that_still_reads_the_journal_counts():
+    """A middleware stops waiting for its send, which goes on: the refund may be made, and is not sent again."""
+
+    class Slow(MemoryJournal):
+        async def find(self, no_refund):
+            await anyio.sleep(2)
+            return await super().find(no_refund)
+
+    gateway = sandbox(repeated=Repeated.AGAIN, default_order=Decimal(100))
+
+    async def detaching(exchange, call_next):
+        if exchange.call is Call.QUERY:
+            return await call_next(exchange)
+        await anyio.sleep(1)
+        tasks.start_soon(call_next, exchange)
+        await anyio.sleep(1)
+        raise TimeoutError
+
+    async with anyio.create_task_group() as tasks, gateway.session(journal=Slow(), middleware=[detaching]) as session:
+        assert (await session.apply_refund(refund_request())).no_refund == "R-1"
+    assert gateway.times_made("R-1") == 1
+
+
 async def test_an_answer_after_a_decision_that_the_refund_was_not_made_is_a_conflict(new_journal):
     """A person decides after the lease of a suspended worker, whose request is answered later: it reports both."""
     gateway = sandbox(settle_after=0)
