@@ -126,12 +126,13 @@ class Merchant:
             raise ConfigurationError(
                 f"{self._name('oid_partner')}: must be 1 to 18 letters or digits (is {_shown(number)})"
             )
+        object.__setattr__(self, "oid_partner", str.__str__(number))  # see text_rules.existing
         check_type("endpoints", self.endpoints, Endpoints)
         if not self.gateway_public_keys.reveal():
             raise ConfigurationError(f"{self._name('gateway_public_keys')}: at least one key of LianLian is needed")
         try:
             if self.notify_url is not None:
-                text_rules.notify_url(self.notify_url)
+                object.__setattr__(self, "notify_url", text_rules.notify_url(self.notify_url))
         except ValueError as error:
             raise ConfigurationError(f"{self._name('notify_url')}: {error} (is {_shown(self.notify_url)})") from None
 

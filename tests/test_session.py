@@ -9,6 +9,7 @@ import re
 import threading
 from base64 import b64decode
 from decimal import Decimal
+from enum import Enum
 from typing import ClassVar
 
 import anyio
@@ -754,6 +755,26 @@ async def test_resume_without_a_journal_raises():
 
 
 # ── settings and secrets ─────────────────────────────────────────────────────────────────────────
+
+
+class Shop(str, Enum):
+    """A class whose ``str()`` and ``format()`` return the name of a member, not its value."""
+
+    PARTNER = "201103171000000000"
+    URL = "https://shop.example/notify"
+
+
+async def test_a_member_of_an_enumeration_is_sent_as_its_value():
+    """The gateway gets and verifies the same text that was checked."""
+    gateway = sandbox()
+    merchant = gateway.merchant(oid_partner=Shop.PARTNER, notify_url=Shop.URL)
+    request = refund_request(no_order=Shop.PARTNER, trader_refund=Shop.PARTNER)
+    assert request.to_dict()["trader_refund"] == request.query().to_dict()["trader_refund"] == "201103171000000000"
+    async with RefundSession(merchant, transport=asgi_transport(gateway)) as session:
+        await session.apply_refund(request)
+        await session.apply_refund(refund_request(2, no_order=Shop.PARTNER, notify_url=Shop.URL))
+    sent = [(refund.no_order, refund.notify_url) for refund in gateway.refunds]
+    assert sent == [("201103171000000000", "https://shop.example/notify")] * 2
 
 
 async def test_a_request_without_a_notify_url_is_refused():
