@@ -90,8 +90,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return the number of workers for ``-n auto``: one more than processors, because many tests wait for a process."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Return the number of workers for ``-n auto``: two more than processors, because many tests wait for a process."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -117,8 +117,9 @@ def kill_and_run_again(folder: Path, *, refunds: int, kills: int, seed: int, rep
     with serving(gateway) as base_url:
         variables = os.environ | environment(gateway, base_url)
         while moments or unknown:
-            if runs > kills:  # one run had faults but no kill; without faults the rest can finish
+            if runs > kills:  # one run had faults but no kill; without faults, and after the grace, the rest can finish
                 gateway.faults = {}
+                time.sleep(IMPATIENT.not_found_grace)
             runs += 1
             with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as process:
                 if moments:
