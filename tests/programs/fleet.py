@@ -39,7 +39,7 @@ SUSPENDED_SECONDS = 6.0
 
 
 async def work(dsn: str) -> None:
-    """Run one worker until the queue is empty."""
+    """Run one worker until a signal ends it."""
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both finish the refunds in flight
     logging.disable(logging.WARNING)  # every rejection and every rescued job would be logged
     while True:
@@ -50,7 +50,8 @@ async def work(dsn: str) -> None:
         ):
             # Four invalid signatures in a row stop the worker: begin again.
             with suppress(BatchStopped):
-                return await queue.work(session, concurrency=int(os.environ[CONCURRENCY]), wait=False)
+                await queue.work(session, concurrency=int(os.environ[CONCURRENCY]), wait=False)
+        await asyncio.sleep(0.2)
 
 
 def kill_workers(
@@ -106,6 +107,7 @@ def kill_workers(
             for worker, until in suspended.items():
                 time.sleep(max(0.0, until - time.monotonic()))
                 worker.send_signal(signal.SIGCONT)
+                worker.terminate()
             for worker in (*suspended, *resumed):
                 worker.wait(60)
         finally:
