@@ -134,7 +134,7 @@ class Reply:
     def __attrs_post_init__(self) -> None:
         if (self.finding is Finding.FOUND) is (self.refund is None) or (self.refund is None and self.error is None):
             raise ValueError("Reply: set refund if the finding is FOUND; else set error, and no refund")
-        if not isinstance(self.finding, Finding) or not isinstance(self.error, LianLianError | None):
+        if not isinstance(self.finding, Finding) or not (self.error is None or isinstance(self.error, LianLianError)):
             raise ValueError("Reply: finding must be a Finding, error a LianLianError")
-        if not isinstance(self.retry_after, int | float | None):
+        if self.retry_after is not None and not isinstance(self.retry_after, int | float):
             raise ValueError("Reply: retry_after must be a number of seconds")
