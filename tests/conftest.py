@@ -88,6 +88,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             importlib.import_module(name)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of the programs: they are long, and a worker with a long last test would end alone."""
+    programs = {f"test_{path.name}" for path in (Path(__file__).parent / "programs").glob("*.py")}
+    items.sort(key=lambda item: item.path.name not in programs)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of workers for ``-n auto``: two more than processors, because many tests wait for a process."""
