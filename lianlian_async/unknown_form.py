@@ -24,6 +24,8 @@ _PARTS: Final[dict[type, dict[str, type]]] = {
     Moment: {"wall": datetime, "boot": float, "timeline": str, "gateway": datetime},
     RefundRejected: {"ret_code": str, "ret_msg": str, "verified": bool, "no_refund": str},
 }
+_ANY_TEXT: Final = ("last_error", "reason")
+"""Not stored in a journal: the text may be that of any exception of a caller's transport."""
 _MAY_BE_NONE: Final = ("moment.gateway", "refused")
 
 
@@ -83,7 +85,7 @@ def _parse(name: str, given: Any, kind: type) -> Any:
         return None
     if kind is RefundRequest:
         return RefundRequest.from_record(given)
-    if kind is str:
+    if kind is str and name not in _ANY_TEXT:
         check_storable(given, name)
     if kind in _PARTS:
         return kind(**_read(given, _PARTS[kind], f"{name}."))
