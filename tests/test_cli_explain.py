@@ -360,6 +360,14 @@ def test_evidence_is_one_line(journal, evidence):
     assert "must be one line of 1 to 200 characters" in refused.stderr
 
 
+def test_a_user_whose_name_is_not_utf_8_can_decide(journal, monkeypatch):
+    """The environment may be in another encoding than Python expects."""
+    begin(journal)
+    monkeypatch.setenv("LOGNAME", GBK)
+    decided = run("journal", "decide", "R-1", "made", "--evidence", "x", "--json")
+    assert r"decided by hand by \udccd˿\udcee at" in decided.json["record"]["evidence"]
+
+
 def test_a_user_without_a_name_is_a_number(journal, monkeypatch):
     """In a container the user may have no name."""
     begin(journal)

@@ -26,7 +26,7 @@ from lianlian_async.worker_pool import iterate
 from .exit_codes import UNKNOWN
 from .journal_report import journal_line, journal_views, read_journal, show_entry
 from .options import is_dsn, load_merchant, make_session, place_name
-from .output import Output, line_writer
+from .output import Output, line_writer, printable
 from .signals import sigterm_interrupts
 from .stores import find_journal, make_folder, make_journal, make_reader
 
@@ -96,7 +96,7 @@ def decide(output: Output, /, no_refund: str, outcome: str, evidence: str, **jou
 
 def _user() -> str:
     try:
-        return getpass.getuser()
+        return printable(getpass.getuser())  # a journal stores only UTF-8
     except (ImportError, KeyError, OSError):  # a container's user may have no name, and Windows no USERNAME
         return f"user {getattr(os, 'getuid', lambda: 'without a name')()}"
 
