@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from . import wire
 from .clock import Moment
-from .errors import InvalidRequest, MalformedMessage, Problem, RefundOutcomeUnknown, RefundRejected
+from .errors import InvalidRequest, MalformedMessage, Problem, RefundOutcomeUnknown, RefundRejected, printable
 from .models import RefundRequest, check_storable
 from .settings import LONGEST, is_number
 
@@ -74,7 +74,7 @@ def _read(data: Any, kinds: Mapping[str, type], where: str = "") -> dict[str, An
         raise InvalidRequest([Problem(where.rstrip("."), "must be an object", type(data).__name__)])
     for name in (*data, *kinds):
         if name not in kinds:
-            raise InvalidRequest([Problem(f"{where}{name}", "is not a known field", "a value")])
+            raise InvalidRequest([Problem(f"{where}{printable(str(name))}", "is not a known field", "a value")])
         if name not in data:
             raise InvalidRequest([Problem(f"{where}{name}", "is required", "nothing")])
     return {name: _parse(f"{where}{name}", data[name], kind) for name, kind in kinds.items()}

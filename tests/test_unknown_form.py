@@ -81,6 +81,13 @@ async def test_only_text_that_a_journal_can_store_is_read(place, value):
         RefundOutcomeUnknown.from_dict(form)
 
 
+async def test_an_unknown_field_is_named_in_text_that_can_be_encoded():
+    """The error may be logged or sent to a client."""
+    form = json.loads(await stored_unknown(sandbox()))
+    with pytest.raises(InvalidRequest, match=r"^\?: is not a known field"):
+        RefundOutcomeUnknown.from_dict(form | {"\ud800": 1})
+
+
 async def test_any_text_of_an_exception_is_read():
     """A caller's transport may raise an exception with any text; the refund must not be lost for it."""
     form = json.loads(await stored_unknown(sandbox())) | {"last_error": "OSError: R\0\ud800", "reason": "R\0\ud800"}
