@@ -56,13 +56,13 @@ def sandbox_in_this_process(*options, env_file, number=signal.SIGTERM, meanwhile
 
 
 def test_vendor_sample_works_with_a_new_sandbox(served):
-    """Start a sandbox, apply with the page's sample, and query: three processes and a socket."""
+    """Start a sandbox, apply with the page's sample, and query: two processes and a socket."""
     _process, env_file = served
     env = read_env_file(env_file)
     sample = env_file.with_name("sample.json")
     sample.write_text(SAMPLE, "utf-8")
-    made = end(start("apply", sample, env=env), env)
-    found = end(start("query", sample, "--json", env=env), env)
+    made = run("apply", sample, env=env)
+    found = run("query", sample, "--json", env=env)
     assert (made.exit_code, found.exit_code) == (0, 0)
     assert cells_in(made.stdout).keys() == ANSWER
     assert found.json["refund"]["no_refund"] == "2013051500005"
