@@ -756,3 +756,16 @@ def test_a_refund_that_a_journal_may_have_lost_is_queried_first(seconds, dt_refu
     begin = Begin(intent(fields={"no_refund": "R-1", "dt_refund": dt_refund}, grace=grace), now())
     begin.allow_for_failover(LOST_AT, LOST_AT + timedelta(seconds=seconds))
     assert (begin.ask_first, begin.sent_at) == (ask_first, begin.now if is_sent else None)
+
+
+# ── a begin that has waited ──────────────────────────────────────────────────────────────────────
+
+
+def test_the_wait_for_the_database_is_a_part_of_the_lease():
+    """The caller counts its lease from its call, so the entry must not promise a longer one."""
+    called_at = now()
+    begin = Begin(intent("R-1", lease=30.0), called_at)
+    begin.postpone(called_at.boot + 5)
+    (_, entry), _ = begin.apply(None)
+    assert begin.now == called_at.after(5)
+    assert entry.leased_until == called_at.after(30)
