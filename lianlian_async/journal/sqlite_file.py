@@ -11,7 +11,6 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -28,9 +27,6 @@ COPY: Final = (
     "this is a backup or another copy of a journal, and later refunds may have been made; use the journal itself, or, "
     "if it is lost, move this file away and use `lianlian journal restore FILE`"
 )
-_ROWS: Final = 64
-"""Maximum number of rows in one statement. Each number of rows is a prepared statement of its own in the cache."""
-
 _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: "another program has locked the file; end that program",
     sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable",
@@ -266,12 +262,7 @@ class JournalFile:
             rowids.append(rowid)
             rows.append((rowid, *begun, evidence, record, entry.history))
         rows.sort()  # by rowid: SQLite fills pages completely if rows are inserted in order
-        with self._connection:
-            if len(rows) > _ROWS:  # a single statement needs no BEGIN to be a transaction
-                self._connection.execute("BEGIN IMMEDIATE")
-            for some in (rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)):
-                statement = sql.CHANGE + ", ".join([sql.ROW] * len(some))
-                self._connection.execute(statement, tuple(chain.from_iterable(some)))
+        self._connection.execute(sql.CHANGE, [_json(rows)])
         return rowids
 
     def _value(self, statement: str, *parameters: Any) -> Any:
@@ -348,9 +339,7 @@ def sync_folders(*folders: Path) -> None:
 
 def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(
-        uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=2 * _ROWS
-    )
+    return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
 
 
 _json: Final = json.JSONEncoder(default=dict, ensure_ascii=False, separators=(",", ":")).encode

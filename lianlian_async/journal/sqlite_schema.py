@@ -7,8 +7,8 @@ grow, and SQLite's pages stay full. ``sent_at`` is in microseconds since 1970 (U
 journal's id, its owner, whether ``Journal.begin_acting`` was called, the file's inode number, by which a copy is
 recognized, and the moment (``restored_at``, ``evidence``) at which it was restored from a backup.
 
-One statement writes many rows, and a read returns all rows as one JSON text: ``sqlite3`` releases and re-acquires the
-GIL for every row, and a busy event loop may keep the GIL each time.
+A write and a read pass all rows as one JSON text: ``sqlite3`` releases and re-acquires the GIL for every row and every
+statement, and a busy event loop may keep the GIL each time.
 """
 
 from collections.abc import Mapping
@@ -105,8 +105,14 @@ CREATE TEMP TRIGGER change INSTEAD OF INSERT ON changes BEGIN
     DELETE FROM bodies WHERE id = new.id AND new.record IS NOT NULL;
 END;
 """
-CHANGE: Final = "INSERT INTO changes (id, no_refund, fields, state, sent_at, body, evidence, record, history) VALUES "
-ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+CHANGE: Final = """
+INSERT INTO changes (id, no_refund, fields, state, sent_at, body, evidence, record, history)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
+    json_extract(value, '$[6]'), json_extract(value, '$[7]'), json_extract(value, '$[8]')
+FROM json_each(?)
+"""
+"""The parameter is a JSON array of rows. One statement for any number of rows needs little memory."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
