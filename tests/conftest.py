@@ -74,6 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see lianlian_async.testing)")
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-cov has begun to measure
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Import another share of the test modules in each worker first.
 
