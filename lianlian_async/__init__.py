@@ -12,8 +12,8 @@ The ideas:
    the holder of a refund's lease may send it. The lease is checked right before the write (exceptions: ``transport``).
 7. When a background task ends, whatever the cause, no call waits for it any longer.
 
-The modules, from the lowest layer up. No module imports from a higher layer; import-linter checks this. The one
-exception: ``errors`` loads ``unknown_form`` when it is needed, and imports ``models`` for type checkers.
+The modules, from the lowest layer up. No module imports from a higher layer; import-linter checks this. Only
+``errors`` is an exception: it loads ``unknown_form`` when it is needed, and imports ``models`` for type checkers.
 
 - ``codes``, ``errors``: the return codes and the error tree. ``clock``: timestamps, and the time between them.
   ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``, ``version``: small helpers.

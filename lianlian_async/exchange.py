@@ -63,7 +63,7 @@ class Exchange:
     seconds: float = 0.0
     """Timeout of this attempt."""
     send_count: SendCount = attrs.field(eq=False, repr=False)
-    """The count of this attempt. It has no default, because an exchange that a middleware makes must keep it."""
+    """Counts the sends of this attempt. It has no default: an exchange that a middleware creates must keep it."""
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     """Additional request headers."""
     listeners: Listeners = attrs.field(default=NOBODY, eq=False, repr=False)

@@ -39,7 +39,7 @@ LONGEST_LEASE: Final = 2 * 86_400.0
 """Seconds. A call without a journal may have an infinite deadline, but its lease must end."""
 
 _READ_AGAIN: Final = 0.1
-"""Seconds after a write to the journal until a call reads it again before it sends."""
+"""Seconds. For this time after its write to the journal, a call sends without reading the journal again."""
 
 _CANARY_DAYS: Final = 80
 """Maximum age of the canary. The gateway rejects queries after 3 months (3005)."""
@@ -291,7 +291,7 @@ class Flight:
         self.last_send = Deadline(math.inf)
         """When the lease ends, or an earlier time that a caller was told when it left. On the boot clock."""
         self.reads_at = Deadline(math.inf)
-        """From when on the journal is read again before each send. On the event loop's clock."""
+        """From this time on, the journal is read again before each send. On the event loop's clock."""
         self.traffic = traffic
         self.case: Case | None = None
         self._carry_out = carry_out

@@ -87,7 +87,7 @@ class GatewayClient:
     async def _exchange(self, exchange: Exchange) -> Reply:
         """Send a request and read its response, as the innermost layer of the middleware chain."""
         count = exchange.send_count
-        count.open_sends += 1  # first, because a middleware may leave this task running in the background
+        count.open_sends += 1  # before any await: a middleware may leave this task running in the background
         if not await _is_open(exchange):
             return unanswered(exchange, NoResponse("its outcome was recorded meanwhile", may_have_arrived=False))
         began, delivery = self.clock(), cast("Delivery | None", None)
@@ -121,7 +121,7 @@ class GatewayClient:
 
 
 async def _is_open(exchange: Exchange) -> bool:
-    """Return whether the journal still has no outcome of the refund; if not, the exchange does not count as sent."""
+    """Return whether the journal still has no outcome of the refund. If it has one or fails, do not count this send."""
     is_open = False
     try:
         is_open = exchange.is_open is None or await exchange.is_open()

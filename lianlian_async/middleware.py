@@ -147,7 +147,7 @@ class Attempt:
                 reply = await (_observed(exchange, call_next) if exchange.listeners.want() else call_next(exchange))
                 problem = _problem(exchange, reply)
                 return reply if problem is None else _without_reply(exchange, problem)
-        except Exception as error:  # noqa: BLE001 - a layer may raise anything, on trio also a group with the timeout
+        except Exception as error:  # noqa: BLE001 - on trio also a group that contains the timeout's cancellation
             return _without_reply(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
         what = "no answer" if exchange.send_count.open_sends > 0 else "nothing could be sent"
         return _without_reply(exchange, f"{what} within {seconds:.1f} s")
@@ -178,7 +178,7 @@ _APPLY_ERRORS: Final[Mapping[Finding, type[LianLianError] | tuple[()]]] = {
     Finding.CONFLICT: RefundConflict,
     Finding.NOT_FOUND: (),
 }
-"""The error that a reply to an apply call must have, by finding; other findings may have any error."""
+"""The error that a reply to an apply call must have, by finding: () means none is valid. Others may have any error."""
 
 
 def _problem(exchange: Exchange, reply: object) -> str | None:

@@ -1,7 +1,6 @@
 """Requests and refunds as frozen attrs classes. Requests are validated when they are created.
 
-Field names are LianLian's wire names. The rules come from LianLian's apply and query pages. A request reports all its
-broken rules together.
+Field names and rules come from LianLian's apply and query pages. One ``InvalidRequest`` reports all broken rules.
 """
 
 import re
@@ -92,10 +91,8 @@ def expect(value: object, kind: type, name: str) -> None:
 
 
 def check_storable(value: Any, name: str) -> None:
-    """Raise :class:`~lianlian_async.InvalidRequest` about ``name`` unless ``value`` is a string that can be stored.
-
-    A journal writes many refunds at once: another value would make the writes of all of them fail.
-    """
+    """Raise :class:`~lianlian_async.InvalidRequest` about ``name`` unless ``value`` is a string that can be stored."""
+    # A journal writes many refunds at once: another value would make the writes of all of them fail.
     expect(value, str, name)
     if re.search("[\0\ud800-\udfff]", value):
         raise InvalidRequest([Problem(name, "must not contain NUL or a lone surrogate", _shown(value))])
@@ -169,9 +166,8 @@ class _Request:
     def from_record(cls, data: Mapping[str, Any]) -> Self:
         """Return the request that :meth:`to_dict` wrote into a journal or a queue, without checking it again.
 
-        A release with stricter rules must still be able to query earlier refunds. Raises
-        :class:`~lianlian_async.InvalidRequest` only if a field is missing or unknown, if an amount or a time cannot be
-        parsed, or if a string cannot be stored.
+        A release with stricter rules must still be able to query earlier refunds. Raises ``InvalidRequest`` only for a
+        missing or unknown field, an amount or time that cannot be parsed, or a string that cannot be stored.
         """
         given = _given(cls, {name: value for name, value in _given(cls, data).items() if value is not None})
         request: Any = cls.__new__(cls)
@@ -201,14 +197,13 @@ _PARSED: Final[dict[str, Callable[[Any], object]]] = {
 @_fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundRequest(_Request):
-    """One refund (LianLian's *Apply API*).
+    """One refund (LianLian's *Apply API*). If a field is invalid, raises ``InvalidRequest`` with every broken rule.
 
-    ``no_refund``, ``dt_refund`` and ``money_refund`` identify the refund: choose them once, store them, and never
-    change them. Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
+    ``no_refund``, ``dt_refund`` and ``money_refund`` identify it: choose and store them once, and never change them.
     """
 
     no_refund: str = attrs.field(converter=_new_number)
-    """The merchant's own refund number: at most 32 letters, decimal digits and visible ASCII characters (0x21 to 0x7E),
+    """The merchant's refund number: at most 32 letters, decimal digits and visible ASCII characters (0x21 to 0x7E),
     NFKC-normal. It should differ from ``no_order``."""
     dt_refund: datetime = attrs.field(converter=_timestamp)
     """The time of the refund request: an aware datetime or 14 digits; stored in UTC+8, to the second."""
@@ -236,10 +231,7 @@ class RefundRequest(_Request):
 @_fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundQuery(_Request):
-    """A query about one refund (LianLian's *Refund Status API*): ``no_refund`` or ``oid_refundno`` is required.
-
-    Raises :class:`~lianlian_async.InvalidRequest` with every broken rule.
-    """
+    """A query about one refund (LianLian's *Refund Status API*): ``no_refund`` or ``oid_refundno`` is required."""
 
     no_refund: str | None = attrs.field(default=None, converter=optional(_string_32))
     """The merchant's refund number."""
@@ -329,12 +321,9 @@ class RefundRecord:
     ) -> Self:
         """Return the record in a received mapping; :meth:`to_dict` returns this mapping.
 
-        A field that the mapping lacks has the value in ``asked``, the wire fields of the request. The caller must have
-        compared both before. The result is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known; otherwise
-        ``Refund.from_dict`` raises :class:`~lianlian_async.InvalidRequest`.
-
-        If the text of a known field does not have the documented form, the field is None and its text is in ``extra``:
-        an unreadable exchange rate must not hide that a refund was made.
+        A missing field has the value in ``asked``, the wire fields of the request; the caller must have compared both.
+        The result is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known; else ``Refund.from_dict``
+        raises ``InvalidRequest``. An unreadable field is None, and its text is in ``extra``.
         """
         known = ("sign", "sign_type", *_READERS)
         extra, values = {name: text for name, text in data.items() if name not in known}, dict[str, Any]()
@@ -342,7 +331,7 @@ class RefundRecord:
             if text := data.get(name) or asked.get(name):
                 try:
                     values[name] = read(text)
-                except ValueError:
+                except ValueError:  # an unreadable exchange rate must not hide that a refund was made
                     extra[name] = text
         missing = {"no_refund", "money_refund"} - values.keys()
         if missing and issubclass(cls, Refund):
@@ -374,10 +363,7 @@ class RefundRecord:
         return {name: _wire_text(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
     def query(self) -> RefundQuery:
-        """Return the query about this refund.
-
-        Raises :class:`~lianlian_async.InvalidRequest` if ``dt_refund`` is unknown: the Refund Status API requires it.
-        """
+        """Return the query about this refund. Raises ``InvalidRequest`` if its ``dt_refund`` is unknown."""
         known = self.identity()
         known.pop("money_refund", None)
         if "no_refund" in known:

@@ -187,7 +187,7 @@ class Recording:
             await self._release(entry, case, error)
             found = await self._find(entry, error)
             if found is not None and found.ending is not None:
-                return recorded_refund(found)  # recorded meanwhile, too
+                return recorded_refund(found)  # recorded meanwhile
             if isinstance(error, RefundNotSent) and self._is_taken(entry, found):
                 raise case.unknown() from error
             raise

@@ -53,8 +53,7 @@ class RefundSession:
         merchant: the merchant's number, keys and endpoints.
         client: an httpx or httpx2 ``AsyncClient`` for ``max_connections`` connections; the session does not close it.
         transport: a transport of httpx or httpx2 for the session's own client; excludes ``client``.
-        http_backend: ``httpx`` or ``aiohttp``, for the session's own client; by default ``LIANLIAN_HTTP_BACKEND``, else
-            ``httpx``.
+        http_backend: ``httpx`` or ``aiohttp`` for its own client; default: ``LIANLIAN_HTTP_BACKEND``, else ``httpx``.
         retry: the default policy of every call.
         deadline: seconds for one whole call, with all its attempts, pauses and queries. Waiting for a connection slot
             does not count, so you may start thousands of calls with ``asyncio.gather``.
@@ -292,9 +291,8 @@ class RefundSession:
     ) -> Refund:
         """Make a refund and wait until it is final: :meth:`apply_refund`, then :meth:`wait_refund`.
 
-        A notification counts even if it arrives before the answer, if the answer is a rejection, or if none arrives.
-        ``deadline`` (seconds) limits the wait; the session's deadline limits :meth:`apply_refund`. Raises the errors of
-        both methods.
+        A notification counts even if the answer arrives later, is a rejection, or never arrives. ``deadline`` (seconds)
+        limits the wait; the session's deadline limits :meth:`apply_refund`. Raises the errors of both methods.
         """
         seconds = _checked(deadline)
         expect(request, RefundRequest, "request")
@@ -326,7 +324,7 @@ class RefundSession:
         """
         if self.journal is None:
             raise errors.ConfigurationError("resume: this session has no journal")
-        self._life.check_open()  # also if no refund is open now: a service must not learn it only later
+        self._life.check_open()  # even if no refund is open: find a forgotten `async with` at once
         half = (self.max_connections + 1) // 2
         workers = half if concurrency is None else check_integer("concurrency", concurrency, least=1)
         return await resume(

@@ -1,6 +1,6 @@
 """Validate the string fields of a request: identifiers and URLs.
 
-Each public function returns the given string, as exactly ``str``, or raises ``ValueError``, whose message is the broken
+Each public function returns the given string, as a plain ``str``, or raises ``ValueError``, whose message is the broken
 rule; the caller adds the name of the field.
 """
 
@@ -27,7 +27,7 @@ def existing(value: object, longest: int) -> str:
     """Check the identifier of an existing object, such as an order, a payment or an earlier refund."""
     if not isinstance(value, str):
         raise ValueError("must be a string")
-    value = str.__str__(value)  # not str(): a member of a class (str, Enum) would become its name, which would be sent
+    value = str.__str__(value)  # str() would return the name of a member of a (str, Enum) class, not its value
     if not value:
         raise ValueError("must not be empty")
     if len(value) > longest:

@@ -25,7 +25,7 @@ _PARTS: Final[dict[type, dict[str, type]]] = {
     RefundRejected: {"ret_code": str, "ret_msg": str, "verified": bool, "no_refund": str},
 }
 _ANY_TEXT: Final = ("last_error", "reason")
-"""Not stored in a journal: the text may be that of any exception of a caller's transport."""
+"""Fields with any text, such as that of a transport's exception: a journal does not store them."""
 _MAY_BE_NONE: Final = ("moment.gateway", "refused")
 
 

@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # after pytest-cov has begun to measure
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Import another share of the test modules in each worker first.
+    """Import a different share of the test modules in each worker first.
 
     In a fresh checkout, the workers then compile each module once, and not once in each worker.
     """
@@ -90,7 +90,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests of the programs: they are long, and a worker with a long last test would end alone."""
+    """Begin with the tests of the programs: they are long, and a long test that starts last would run alone."""
     programs = {f"test_{path.name}" for path in (Path(__file__).parent / "programs").glob("*.py")}
     items.sort(key=lambda item: item.path.name not in programs)
 

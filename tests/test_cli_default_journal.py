@@ -216,7 +216,7 @@ def test_receipt_is_written_again_at_the_end(gateway, file, tmp_path):
 
 
 def test_receipt_is_written_again_during_a_batch(gateway, file, tmp_path, monkeypatch):
-    """A batch that is killed after hours has told in its receipt until when it has sent."""
+    """The receipt of a batch that is killed after hours says until when the batch may have sent refunds."""
     monkeypatch.setattr(command, "_RECEIPT", 0.01)
 
     async def remover(scope, receive, send):

@@ -24,12 +24,12 @@ DEDUPLICATES = RetryPolicy(not_found_grace=0.0)
 every_fault = pytest.mark.parametrize("fault", list(Fault), ids=lambda fault: fault.name)
 every_switch = pytest.mark.parametrize("repeated", list(Repeated), ids=lambda repeated: repeated.name)
 CASES = list(itertools.product((2.0, 15.0), ("apply", "query", "both"), When))
-"""How long what takes time takes, which call is struck, and whether the books saw it."""
+"""Delay in seconds, calls with the fault, and whether it occurs before or after the request is carried out."""
 
 
 @pytest.fixture
 def cases(anyio_backend_name):
-    """Half of the cases, chosen like the fields of a chessboard: asyncio runs one half, trio the other."""
+    """Half of the cases, in a chessboard pattern: asyncio runs one half, trio the other."""
     return [case for number, case in enumerate(CASES) if (number + number // 6) % 2 == (anyio_backend_name == "trio")]
 
 

@@ -588,7 +588,7 @@ async def test_contradictory_reply_is_refused(parts):
     ids=str,
 )
 async def test_reply_with_a_part_of_another_type_is_refused(parts, problem):
-    """Otherwise it would be an exception of another type after the refund was sent."""
+    """Otherwise, an exception of another type would be raised after the refund was sent."""
     with pytest.raises(ValueError, match=problem):
         Reply(**parts)
 

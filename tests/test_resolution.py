@@ -592,7 +592,7 @@ async def test_a_cancellation_that_a_lower_layer_raises_leaves_the_outcome_unkno
 
 
 async def test_an_error_of_the_program_after_the_send_leaves_the_outcome_unknown():
-    """A caller's own journal raises something else than a JournalError: the cause of the unknown outcome."""
+    """A caller's own journal raises an error that is not a JournalError: the cause of the unknown outcome."""
 
     class Broken(MemoryJournal):
         async def canaries(self):

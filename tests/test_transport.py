@@ -814,7 +814,7 @@ async def test_attempt_whose_proxy_breaks_off_was_not_sent(monkeypatch, merchant
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("is_read", [False, True])
 async def test_attempt_that_ends_before_its_body_is_read_cannot_be_sent_later(is_read):
-    """A transport that goes on in the background can no longer read the body. If it has read it, ask."""
+    """A transport that goes on in the background can no longer read the body. After a read, the outcome is unknown."""
     gateway, seen = sandbox(), []
 
     class Hanging(httpx.AsyncBaseTransport):
@@ -1387,7 +1387,7 @@ async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, mon
 
 
 @pytest.mark.parametrize("kind", [httpx.ReadTimeout, httpx.ConnectTimeout])
-async def test_a_mocked_failure_of_the_default_backend_means_what_it_says(merchant, monkeypatch, kind):
+async def test_a_mocked_connect_timeout_of_the_default_backend_means_not_sent(merchant, monkeypatch, kind):
     """pytest-httpx reads the content of a request before it raises the error that a test wants."""
 
     async def handle_async_request(self, request):

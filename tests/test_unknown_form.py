@@ -89,7 +89,7 @@ async def test_an_unknown_field_is_named_in_text_that_can_be_encoded():
 
 
 async def test_any_text_of_an_exception_is_read():
-    """A caller's transport may raise an exception with any text; the refund must not be lost for it."""
+    """A caller's transport may raise an exception with any text; the refund must not be lost because of it."""
     form = json.loads(await stored_unknown(sandbox())) | {"last_error": "OSError: R\0\ud800", "reason": "R\0\ud800"}
     assert RefundOutcomeUnknown.from_dict(form).to_dict() == form
     with pytest.raises(InvalidRequest, match="reason: must be of type str"):

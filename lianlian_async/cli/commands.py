@@ -141,7 +141,7 @@ def verify() -> None:
     """Check the signature of a message.
 
     FILE is a response, a notification or a request as JSON (- is stdin). In the output of `lianlian query --json`, the
-    response is the value of refund. A response or notification must be signed with one of LianLian's keys; for a
+    response is the value of "refund". A response or notification must be signed with one of LianLian's keys; for a
     request, the merchant's key is valid, too. If the signature is invalid, the command shows the likely cause: another
     key was used, another hash than MD5, or another text.
     """

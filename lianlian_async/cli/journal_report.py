@@ -1,4 +1,4 @@
-"""What a journal and its queue know: in all for ``lianlian journal``, or about one refund for ``lianlian explain``."""
+"""Reports on a journal and its queue: all refunds for ``lianlian journal``, one for ``lianlian explain``."""
 
 import time
 from collections import Counter

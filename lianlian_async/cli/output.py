@@ -100,7 +100,7 @@ class Output:
 
     @contextmanager
     def screen(self) -> Iterator[Callable[..., object]]:
-        """Yield a function of a line and the arguments of ``show``: a terminal shows the parts, a file the line."""
+        """Yield a function of a line, which a file gets, and of the arguments of ``show``, for a terminal."""
         console = _console()
         with _surviving(sys.stdout):  # a closed pipe ends the block
             if self.as_json:

@@ -142,7 +142,7 @@ class Receipt:
     """None, like ``apply_url``, if the journal of a queue had no owner yet."""
     apply_url: str | None
     sent_until: str = ""
-    """When the last refund of the file was sent at the latest, even if the batch was killed."""
+    """No refund of the file was sent after this time, even if the batch was killed."""
 
     def check(self, path: Path, *, accept_new: bool, grace: float) -> list[Receipt]:
         """Return the receipts of other merchants and endpoints, which :meth:`write` keeps.
@@ -176,7 +176,7 @@ class Receipt:
         return others
 
     def write(self, path: Path, journal: str, others: Iterable[Receipt], seconds: float) -> None:
-        """Replace the file durably by ``others`` and this receipt: with the journal's id, sent until in ``seconds``."""
+        """Replace the file durably: write ``others`` and this receipt, valid for sends in the next ``seconds``."""
         until = (datetime.now().astimezone() + timedelta(seconds=seconds)).isoformat(timespec="seconds")
         receipts = (*others, attrs.evolve(self, journal=journal, sent_until=until))
         with TemporaryDirectory(prefix="receipt-", dir=path.parent) as folder:

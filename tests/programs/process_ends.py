@@ -145,7 +145,7 @@ def _end(process: int, way: str, line: str) -> None:
     if line == "at work\n" and way.startswith("SIG"):
         os.kill(process, getattr(signal, way.removesuffix(" twice")))
         if way.endswith("twice"):
-            time.sleep(0.0005)  # the event loop has seen the first one, and is at work to end
+            time.sleep(0.0005)  # the event loop has received the first signal and is shutting down
             os.kill(process, signal.SIGINT)
             # The second one may interrupt asyncio's own shutdown. Then idle threads of anyio, or a task that is not
             # cancelled again, keep the process alive, and a third one ends it.

@@ -52,11 +52,11 @@ class Oracle:
     lost_endings: set[str] = attrs.field(factory=set)
     """Refunds whose recorded outcome a failover lost."""
     left: set[str] = attrs.field(factory=set)
-    """Refunds for which an apply call left a node with a journal."""
+    """Refunds for which a node with a journal sent an apply request."""
     ended_before_send: set[str] = attrs.field(factory=set)
-    """Refunds whose outcome, of another party, was recorded after a call took the lease and before it sent anything.
+    """Refunds whose outcome another party recorded after a call took the lease and before it sent anything.
 
-    The call does not read its entry again, and sends.
+    The call may send within 0.1 seconds: until then, it does not read its entry again.
     """
     is_blind: bool = False
     """Whether the query service knows nothing. The package notices it only if the journal knows a made refund."""

@@ -36,7 +36,7 @@ _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
 """Seconds between two checks whether only unknown refunds remain."""
 _RECEIPT: Final = 60.0
-"""Seconds for which a batch may send with one receipt. It writes the next one in half of this time."""
+"""Seconds for which a batch may send with one receipt. It writes the next one after half of this time."""
 
 
 def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> int:
@@ -99,7 +99,7 @@ def _receipt_writer(
 def _find_journal(
     output: Output, config: Path | None, options: Mapping[str, Any]
 ) -> tuple[Merchant | None, str | None]:
-    """Return the merchant and the place of the journal. A dry run does without one that is not configured."""
+    """Return the merchant and the place of the journal. In a dry run, each is None if it is not configured."""
     merchant = None
     try:
         merchant = load_merchant(config)
