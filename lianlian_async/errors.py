@@ -192,7 +192,8 @@ class RefundOutcomeUnknown(LianLianError):
     its kind, without details of the refund, so that errors can be counted by reason. ``refused`` is set if no attempt
     can have made the refund and the last answer was *duplicate* or *in progress*: the :class:`RefundRejected` of this
     answer. Then the ``no_refund`` may belong to another refund. ``request`` is the
-    :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes, ``oid_partner`` the merchant that signed them.
+    :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes, ``oid_partner`` the merchant that signed them,
+    and ``apply_url`` the endpoint.
     """
 
     def __init__(
@@ -200,6 +201,7 @@ class RefundOutcomeUnknown(LianLianError):
         *,
         request: "RefundRequest",
         oid_partner: str,
+        apply_url: str,
         body: bytes = b"",
         attempts: int = 0,
         queries: int = 0,
@@ -213,6 +215,7 @@ class RefundOutcomeUnknown(LianLianError):
         self.no_refund: str = request.no_refund
         self.dt_refund: datetime = request.dt_refund
         self.oid_partner = oid_partner
+        self.apply_url = apply_url
         self.body = body
         self.attempts = attempts
         self.queries = queries

@@ -111,15 +111,16 @@ class Flights:
         """Send and resolve a refund, or only resolve the unknown outcome of an earlier call, and record the outcome."""
         order, gateway = flight.order, self._gateway
         merchant = gateway.protocol.merchant
+        owner = merchant.oid_partner, merchant.endpoints.apply
         async with self._slot(order.request.no_refund):
             flight.until.resume(anyio.current_time())
-            await order.journal.bind(merchant.oid_partner, merchant.endpoints.apply)
+            await order.journal.bind(*owner)
             earlier = order.earlier
             if earlier is None or not earlier.body:
                 fields, body = gateway.protocol.apply_fields(order.request), None
             else:
                 fields, body = gateway.protocol.signed_fields(earlier.body), earlier.body
-            recording = Recording(order.journal, order.request, merchant.oid_partner, self._clock)
+            recording = Recording(order.journal, order.request, *owner, self._clock)
             if (refund := await recording.recorded()) is not None:
                 return refund
             if body is None:
@@ -171,7 +172,7 @@ class Flights:
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
         """Return the unknown outcome for a caller that leaves. Its flight may go on, and send until its deadline."""
-        now, order, left = self._clock(), flight.order, 0.0
+        now, order, left, merchant = self._clock(), flight.order, 0.0, self._gateway.protocol.merchant
         if not flight.task.has_ended:  # another process may rely on this moment, so nothing is sent after it
             left = min(max(0.0, flight.until.left(anyio.current_time())), LONGEST_LEASE)
             flight.last_send.at = min(flight.last_send.at, now.boot + left)
@@ -179,7 +180,8 @@ class Flights:
             return flight.case.unknown(left)
         return RefundOutcomeUnknown(
             request=order.request,
-            oid_partner=self._gateway.protocol.merchant.oid_partner,
+            oid_partner=merchant.oid_partner,
+            apply_url=merchant.endpoints.apply,
             moment=now.after(left),
             ask_again_at=now.wall + timedelta(seconds=left + order.policy.not_found_grace),
             last_error="the call ended before the gateway answered",

@@ -131,6 +131,7 @@ class Recording:
     journal: Journal
     request: RefundRequest
     oid_partner: str
+    apply_url: str
     clock: Clock
 
     async def recorded(self) -> Refund | None:
@@ -160,6 +161,7 @@ class Recording:
         raise RefundOutcomeUnknown(
             request=self.request,
             oid_partner=self.oid_partner,
+            apply_url=self.apply_url,
             body=entry.body,
             moment=leased_until,
             ask_again_at=now.wall + timedelta(seconds=max(0.0, leased_until.boot - now.boot)),

@@ -170,6 +170,7 @@ class Case:
         error = RefundOutcomeUnknown(
             request=self.request,
             oid_partner=self.apply.asked["oid_partner"],
+            apply_url=self.apply.url,
             body=self.apply.body,
             attempts=self.traffic.attempts,
             queries=self.traffic.queries,

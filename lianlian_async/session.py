@@ -345,10 +345,12 @@ class RefundSession:
         expect(request, RefundRequest, "request")
         if earlier is not None:
             expect(earlier, errors.RefundOutcomeUnknown, "earlier")
-            if earlier.oid_partner != self.merchant.oid_partner:
+            theirs = f"{earlier.oid_partner} at {earlier.apply_url}"
+            ours = f"{self.merchant.oid_partner} at {self.merchant.endpoints.apply}"
+            if theirs != ours:
                 raise errors.ConfigurationError(
-                    f"refund {earlier.no_refund} belongs to merchant {earlier.oid_partner}, "
-                    f"this session to {self.merchant.oid_partner}: resolve it in a session of its merchant"
+                    f"refund {earlier.no_refund} belongs to merchant {theirs}, this session to {ours}: resolve it in a "
+                    "session of the same merchant and endpoint"
                 )
         journal = journal or self.journal
         seconds, policy = self._given(deadline, retry)

@@ -13,7 +13,7 @@ from .settings import LONGEST, is_number
 
 _VERSION: Final = 1
 _UNKNOWN: Final = {
-    **dict.fromkeys(("oid_partner", "body", "last_error", "reason"), str),
+    **dict.fromkeys(("oid_partner", "apply_url", "body", "last_error", "reason"), str),
     **dict.fromkeys(("version", "attempts", "queries"), int),
     "request": RefundRequest,
     "moment": Moment,

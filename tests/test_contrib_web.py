@@ -48,6 +48,7 @@ def unknown(seconds):
     return RefundOutcomeUnknown(
         request=refund_request(),
         oid_partner="201103171000000000",
+        apply_url="https://gateway.example/apply",
         body=b"{}",
         attempts=1,
         queries=2,

@@ -44,6 +44,7 @@ EXAMPLES = [
     RefundOutcomeUnknown(
         request=REQUEST,
         oid_partner="201103171000000000",
+        apply_url="https://gateway.example/apply",
         body=b"{}",
         attempts=1,
         queries=4,

@@ -260,6 +260,7 @@ async def uses(session):
     unknown = RefundOutcomeUnknown(
         request=refund_request(),
         oid_partner=session.merchant.oid_partner,
+        apply_url=session.merchant.endpoints.apply,
         body=b"{}",
         attempts=1,
         queries=0,

@@ -6,7 +6,7 @@ import math
 import anyio
 import pytest
 
-from lianlian_async import InvalidRequest, RefundOutcomeUnknown
+from lianlian_async import ConfigurationError, InvalidRequest, RefundOutcomeUnknown
 from lianlian_async.sandbox import Fault, When
 from tests.support.parties import boot_clock, refund_request, sandbox
 
@@ -47,6 +47,18 @@ async def test_an_unknown_refund_is_resolved_from_its_json():
     async with gateway.session(clock=boot_clock) as session:
         refund = await session.resolve(RefundOutcomeUnknown.from_dict(json.loads(stored)))
     assert (refund.no_refund, gateway.times_made("R-1")) == ("R-1", 1)
+
+
+async def test_an_unknown_refund_of_another_endpoint_is_not_resolved():
+    """A rehearsal on a sandbox must not send refunds in production."""
+    form = json.loads(await stored_unknown(sandbox())) | {"apply_url": "https://sandbox.example/apply"}
+    gateway = sandbox()
+    async with gateway.session(clock=boot_clock) as session:
+        with pytest.raises(
+            ConfigurationError, match=r"at https://sandbox\.example/apply, .* same merchant and endpoint"
+        ):
+            await session.resolve(RefundOutcomeUnknown.from_dict(form))
+    assert not gateway.requests
 
 
 @pytest.mark.parametrize("changes", [{"refused": REFUSED}, {"body": ""}], ids=["refused", "no body"])
