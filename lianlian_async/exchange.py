@@ -35,8 +35,8 @@ class SendCount:
         """The number of sends that may have arrived and were not rejected."""
         self.last_exchange: LastExchange | None = None
 
-    def was_not_sent(self) -> None:
-        """Decrement the count: the last send did not arrive, or was rejected."""
+    def take_back(self) -> None:
+        """Take back the last send: it did not arrive, or was rejected."""
         self.open_sends -= 1
 
 

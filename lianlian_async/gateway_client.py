@@ -98,7 +98,7 @@ class GatewayClient:
                 exchange.seconds,
                 exchange.lease_holds,
                 exchange.headers,
-                not_sent=count.was_not_sent,
+                not_sent=count.take_back,
             )
         finally:  # also if the attempt's timeout cancels it
             summary = last_exchange(delivery, began.wall, self.clock().boot - began.boot)
@@ -111,7 +111,7 @@ class GatewayClient:
             reply.error.last_exchange = summary
         self.signatures.saw(exchange, reply)
         if reply.finding in (Finding.NOT_SENT, Finding.REJECTED):
-            count.was_not_sent()
+            count.take_back()
         return reply
 
     async def aclose(self) -> None:
@@ -127,5 +127,5 @@ async def _is_open(exchange: Exchange) -> bool:
         is_open = exchange.is_open is None or await exchange.is_open()
     finally:
         if not is_open:
-            exchange.send_count.was_not_sent()
+            exchange.send_count.take_back()
     return is_open
