@@ -142,7 +142,9 @@ class Node:
         run = self.run
         if loop.is_dead:
             return
-        if (loop.tasks or loop.threads) and (loop.is_suspended or loop.time() < until):
+        if loop.is_suspended:
+            until = loop.time() + ENDS_WITHIN  # its threads continue only after the suspension
+        if (loop.tasks or loop.threads) and loop.time() < until:
             run.world.after(0.5, lambda: self._wait_for_end(loop, until, is_clean=is_clean))
             return
         if loop.tasks or loop.threads:
