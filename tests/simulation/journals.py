@@ -17,6 +17,7 @@ from lianlian_async.journal import Entry, Journal, JournalError, MemoryJournal, 
 from lianlian_async.journal.operations import Operation, Result, perform
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.journal.postgres_rows import entry_of
+from lianlian_async.wire import format_timestamp
 
 from .database import Database, Row
 from .oracle import Oracle
@@ -341,8 +342,10 @@ class PostgresStore:
         self.lost_leases.add((number, _call(entry)))
         is_new_again = left is None or left["sent_at"] is None
         booked = self.oracle.gateway.books.get(number, ())
-        if is_new_again and not booked:
-            self.oracle.beyond_bounds.add(number)  # its request is still on its way: see the limits of PostgresJournal
+        is_newer = entry.fields.get("dt_refund", "") >= format_timestamp(self.database.clock())
+        if is_new_again and (is_newer or not booked):
+            # Its request is still on its way, or the replica's clock is behind: see the limits of PostgresJournal.
+            self.oracle.beyond_bounds.add(number)
 
 
 CLOCKS_DIFFER = 1.0
