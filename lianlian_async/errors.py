@@ -325,11 +325,9 @@ class JournalError(LianLianError):
     ``said`` is the outcome if the journal failed *after* a send: the :class:`~lianlian_async.Refund` that was made, or
     the error that the call would have raised. None: this call did not send the refund. When the journal works again,
     call ``apply_refund`` with the same request.
-    ``holder``: the process that has locked the journal, and since when; None: the error has another cause.
     """
 
     said: "RefundRecord | LianLianError | None" = None
-    holder: str | None = None
 
 
 class BatchStopped(LianLianError):

@@ -102,7 +102,7 @@ class RefundSession:
         check_type("retry", retry, RetryPolicy)
         check_type("middleware", middleware, Sequence)
         for layer in middleware:
-            check_type("middleware", layer, Callable)  # type: ignore[arg-type]
+            check_type("middleware", layer, Callable)  # type: ignore[arg-type]  # mypy accepts no abstract class
         check_type("limiter", limiter, AbstractAsyncContextManager | None)
         check_journal(journal)
         check_integer("max_connections", max_connections, least=1)

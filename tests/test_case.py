@@ -9,10 +9,10 @@ import pytest
 
 from lianlian_async import LianLianError, RefundRejected, RetryPolicy
 from lianlian_async.clock import Moment
-from lianlian_async.exchange import Call, Exchange, Finding, Reply, SendCount
+from lianlian_async.exchange import Finding, Reply
 from lianlian_async.outcome import Traffic, unknown_reason
 from lianlian_async.resolution import Case
-from lianlian_async.retry import Deadline
+from tests.support.exchanges import exchange
 from tests.support.parties import refund_request
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -21,15 +21,8 @@ NOW = Moment(NOON, 10_000.0, "this boot", NOON)
 
 def case(now=NOW, *, grace=900.0, **evidence):
     """Return a case whose clock shows ``now``."""
-    apply = Exchange(
-        call=Call.APPLY,
-        url="",
-        body=b"{}",
-        asked={"oid_partner": "201103171000000000"},
-        deadline=Deadline(0.0),
-        policy=RetryPolicy(not_found_grace=grace, maximum=8.0),
-        send_count=SendCount(),
-    )
+    policy = RetryPolicy(not_found_grace=grace, maximum=8.0)
+    apply = exchange(asked={"oid_partner": "201103171000000000"}, policy=policy)
     settings = {"request": refund_request(), "apply": apply, "clock": lambda: now}
     return Case(**settings, make_query=None, before_resend=None, canary=None, **evidence)
 

@@ -22,11 +22,12 @@ from lianlian_async import (
     RetryBudget,
     RetryPolicy,
 )
-from lianlian_async.exchange import Call, Exchange, Finding, Reply, SendCount
+from lianlian_async.exchange import Call, Exchange, Finding, Reply
 from lianlian_async.middleware import Attempt, Limit, RateLimit, Retry, compose
 from lianlian_async.models import Refund
 from lianlian_async.retry import Deadline, TokenBucket
 from lianlian_async.sandbox import Fault, Repeated
+from tests.support import exchanges
 from tests.support.parties import boot_clock, refund_request, sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -48,15 +49,8 @@ NOT_FOUND = Reply(
 
 def exchange(call=Call.APPLY, *, seconds=30.0, **policy):
     """Return an exchange whose deadline is ``seconds`` from now."""
-    return Exchange(
-        call=call,
-        url="https://gw.example/",
-        body=b"{}",
-        asked={"no_refund": "R-1"},
-        deadline=Deadline(anyio.current_time() + seconds),
-        policy=RetryPolicy(**policy),
-        send_count=SendCount(),
-    )
+    until = Deadline(anyio.current_time() + seconds)
+    return exchanges.exchange(call, asked={"no_refund": "R-1"}, deadline=until, policy=RetryPolicy(**policy))
 
 
 class Gateway:

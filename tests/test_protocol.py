@@ -24,19 +24,17 @@ from lianlian_async import (
     RefundQuery,
     RefundRejected,
     RefundStatus,
-    RetryPolicy,
     SignatureInvalid,
     wire,
 )
 from lianlian_async.codes import CODES, CodeClass
 from lianlian_async.errors import Problem
-from lianlian_async.exchange import Call, Exchange, Finding, HttpResponse, NoResponse, Reply, SendCount
+from lianlian_async.exchange import Call, Finding, HttpResponse, NoResponse, Reply
 from lianlian_async.identity import check_identity, check_request, has_whole_identity
 from lianlian_async.merchant import Keys
 from lianlian_async.protocol import Protocol
-from lianlian_async.retry import Deadline
 from lianlian_async.signing import signature_source
-from tests.support import keypairs
+from tests.support import exchanges, keypairs
 from tests.support.notices import notification
 from tests.support.parties import EPOCH, OID_PARTNER, as_json, made, refund_request, sealed
 
@@ -61,15 +59,7 @@ def exchange(call, fields=None):
             Call.QUERY: PROTOCOL.query_fields(refund_request().query()),
         }[call]
     )
-    return Exchange(
-        call=call,
-        url="https://gw.example/",
-        body=b"",
-        asked=fields,
-        deadline=Deadline(30),
-        policy=RetryPolicy(),
-        send_count=SendCount(),
-    )
+    return exchanges.exchange(call, asked=fields)
 
 
 APPLY, QUERY = exchange(Call.APPLY), exchange(Call.QUERY)

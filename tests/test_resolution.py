@@ -28,12 +28,12 @@ from lianlian_async import (
     wire,
 )
 from lianlian_async.clock import Moment, system_clock
-from lianlian_async.exchange import Call, Exchange, Finding, SendCount
+from lianlian_async.exchange import Call, Finding
 from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.resolution import NEXT_STEP, Case, Step
-from lianlian_async.retry import Deadline
 from lianlian_async.sandbox import Fault, Repeated, When
 from tests.support import keypairs
+from tests.support.exchanges import exchange
 from tests.support.parties import EPOCH, as_json, boot_clock, made, refund_request, sandbox, wall_clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -704,17 +704,8 @@ async def test_after_the_lease_no_such_record_proves_nothing():
 def test_a_rejection_that_is_read_after_the_lease_proves_nothing(lease_holds):
     """Another worker may have sent the same refund since, so it is queried."""
     now = system_clock()
-    exchange = Exchange(
-        call=Call.APPLY,
-        url="",
-        body=b"{}",
-        asked={},
-        deadline=Deadline(0.0),
-        policy=RetryPolicy(),
-        send_count=SendCount(),
-        lease_holds=lambda: lease_holds,
-    )
-    case = Case(request=None, apply=exchange, make_query=None, clock=lambda: now, before_resend=None, canary=None)
+    apply = exchange(lease_holds=lambda: lease_holds)
+    case = Case(request=None, apply=apply, make_query=None, clock=lambda: now, before_resend=None, canary=None)
     assert case.next_step(Finding.REJECTED) is (Step.RAISE if lease_holds else Step.ASK)
     assert case.sent_at is (None if lease_holds else now)
 
@@ -725,18 +716,9 @@ def test_the_grace_ends_at_the_time_of_the_query_by_the_gateways_clock():
     sent_at = Moment(noon, 50.0, "earlier boot", noon)
     asked_at = Moment(noon + timedelta(days=1), 100.0, "this boot")  # a wall clock that was set
     judged_at = Moment(noon + timedelta(days=1), 7300.0, "this boot", noon + timedelta(seconds=7230))
-    exchange = Exchange(
-        call=Call.APPLY,
-        url="",
-        body=b"{}",
-        asked={},
-        deadline=Deadline(0.0),
-        policy=RetryPolicy(not_found_grace=900.0),
-        send_count=SendCount(),
-    )
     case = Case(
         request=None,
-        apply=exchange,
+        apply=exchange(policy=RetryPolicy(not_found_grace=900.0)),
         make_query=None,
         clock=lambda: judged_at,
         sent_at=sent_at,

@@ -152,8 +152,8 @@ class JournalFile:
     def _mark_restored(self, now: Moment) -> None:
         """Record that this file is a restored backup, which lacks all later commits.
 
-        From now on, every refund that it does not have is queried before it is sent. Each such refund, and
-        every unresolved one, counts as sent at ``now``, because the lost commits may include later sends.
+        From now on, every refund that it does not have is queried before it is sent. Each such refund, and every
+        unresolved one, counts as sent at ``now``, because the lost commits may include later sends.
         """
         if (problem := self._value("PRAGMA quick_check")) != "ok":
             raise _DamagedRowError(problem)
@@ -290,12 +290,10 @@ def _errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileLocked as locked:
-        error = JournalError(
+        raise JournalError(
             f"journal {path}: {locked} has it open; wait until that process has ended. If several processes run one "
             "service, use a PostgresJournal"
-        )
-        error.holder = str(locked)
-        raise error from None
+        ) from None
     except (sqlite3.Error, OSError, UnicodeError, _DamagedRowError) as error:
         is_damage = isinstance(error, UnicodeError | _DamagedRowError)
         code = _ERRNO.get(getattr(error, "errno", 0), sqlite3.SQLITE_CORRUPT if is_damage else sqlite3.SQLITE_IOERR)

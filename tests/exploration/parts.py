@@ -14,14 +14,15 @@ import attrs
 
 from lianlian_async.clock import Moment, SessionClock
 from lianlian_async.errors import LianLianError, RefundRejected
-from lianlian_async.exchange import Call, Exchange, Finding, Reply, SendCount
+from lianlian_async.exchange import Exchange, Finding, Reply
 from lianlian_async.journal import Ending, Entry, Intent, State
 from lianlian_async.journal.operations import Operation
 from lianlian_async.journal.postgres_moments import Reading
 from lianlian_async.journal.postgres_rows import entry_of, rows_of
 from lianlian_async.models import RefundRequest
 from lianlian_async.resolution import Case
-from lianlian_async.retry import Deadline, RetryPolicy
+from lianlian_async.retry import RetryPolicy
+from tests.support.exchanges import exchange
 
 TICK = 10.0
 """Seconds: less than DATE_SLACK, so that a Date header may be one tick old."""
@@ -99,16 +100,7 @@ async def _nothing(*_: object) -> None:
 def _exchange(grace: int, lease_holds: bool) -> Exchange:
     policy = RetryPolicy(not_found_grace=grace * TICK)
     asked = {"oid_partner": "201400000000000000"}
-    return Exchange(
-        call=Call.APPLY,
-        url="",
-        body=b"{}",
-        asked=asked,
-        deadline=Deadline(0.0),
-        policy=policy,
-        send_count=SendCount(),
-        lease_holds=lambda: lease_holds,
-    )
+    return exchange(asked=asked, policy=policy, lease_holds=lambda: lease_holds)
 
 
 def case(grace: int, sent_at: Moment | None, now: Moment, lease_holds: bool) -> Case:

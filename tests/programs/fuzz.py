@@ -36,20 +36,19 @@ from lianlian_async import (
     MalformedMessage,
     Merchant,
     RefundRequest,
-    RetryPolicy,
     SignatureInvalid,
     SigningKey,
     VerifyingKey,
     wire,
 )
 from lianlian_async.cli.batch.rows import Columns, damaged, read_rows, rounded
-from lianlian_async.exchange import Call, Exchange, HttpResponse, SendCount
+from lianlian_async.exchange import Call, HttpResponse
 from lianlian_async.journal import SqliteJournal, SqliteReader
 from lianlian_async.merchant import Keys
 from lianlian_async.protocol import Protocol
 from lianlian_async.reconcile import Reconciliation, StatementError
-from lianlian_async.retry import Deadline
 from tests.support import journals
+from tests.support.exchanges import exchange
 from tests.support.keypairs import pair
 from tests.support.notices import asked, notification
 from tests.support.parties import OID_PARTNER, as_json, made, refund_request, sealed
@@ -116,17 +115,8 @@ def answers(data: bytes) -> None:
     for body in _signed(data):
         for call in (Call.APPLY, Call.QUERY):
             fields = {**asked(), "money_refund": "10.00"}
-            exchange = Exchange(
-                call=call,
-                url="https://gw.example/",
-                body=b"",
-                asked=fields,
-                deadline=Deadline(30),
-                policy=RetryPolicy(),
-                send_count=SendCount(),
-            )
             headers = {"retry-after": data[:20].decode("latin-1")}
-            _protocol().read(exchange, HttpResponse(200, headers, body))
+            _protocol().read(exchange(call, asked=fields), HttpResponse(200, headers, body))
 
 
 def notifications(data: bytes) -> None:
