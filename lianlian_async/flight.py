@@ -132,11 +132,12 @@ class Flights:
             if standing is Standing.FINISHED:
                 return recorded_refund(entry)
             apply = gateway.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)
-            apply = attrs.evolve(apply, lease_holds=partial(self._is_before, flight.last_send))
+            is_open = None
             if has_journal and entry.leased_until is not None:
                 flight.reads_at.at = anyio.current_time() + _READ_AGAIN
-                apply = attrs.evolve(apply, is_open=partial(self._is_open, order, flight.reads_at))
+                is_open = partial(self._is_open, order, flight.reads_at)
                 flight.last_send.at = min(flight.last_send.at, entry.leased_until.boot)
+            apply = attrs.evolve(apply, lease_holds=partial(self._is_before, flight.last_send), is_open=is_open)
             case = flight.case = Case(
                 request=order.request,
                 apply=apply,

@@ -18,6 +18,8 @@ from attrs.converters import optional
 from . import text_rules, wire
 from .errors import InvalidRequest, LastExchange, Problem, printable
 
+_NOT_STORABLE: Final = re.compile("[\0\ud800-\udfff]")
+
 T = TypeVar("T")
 Record = TypeVar("Record", bound="RefundRecord")
 
@@ -94,7 +96,7 @@ def check_storable(value: Any, name: str) -> None:
     """Raise :class:`~lianlian_async.InvalidRequest` about ``name`` unless ``value`` is a string that can be stored."""
     # A journal writes many refunds at once: another value would make the writes of all of them fail.
     expect(value, str, name)
-    if re.search("[\0\ud800-\udfff]", value):
+    if _NOT_STORABLE.search(value):
         raise InvalidRequest([Problem(name, "must not contain NUL or a lone surrogate", _shown(value))])
 
 
