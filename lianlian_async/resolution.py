@@ -167,6 +167,7 @@ class Case:
         policy = self.apply.policy
         grace_left = policy.not_found_grace - (elapsed(sent_at, now) or 0.0)
         wait = max(grace_left, policy.maximum, min(self.retry_after or 0.0, LONGEST_RETRY_AFTER))
+        problems = self.apply_error, self.query_error
         error = RefundOutcomeUnknown(
             request=self.request,
             oid_partner=self.apply.asked["oid_partner"],
@@ -176,10 +177,9 @@ class Case:
             queries=self.traffic.queries,
             moment=sent_at,
             ask_again_at=now.wall + timedelta(seconds=min(wait, _LONGEST_WAIT)),
-            last_error="; then ".join(str(error) for error in (self.apply_error, self.query_error) if error)
-            or "no answer yet",
+            last_error="; then ".join(dict.fromkeys(str(each) for each in problems if each)) or "no answer yet",
             refused=None if seconds_left else self.refused,
-            reason=unknown_reason(self.apply_error, self.query_error),
+            reason=unknown_reason(*problems),
         )
         error.__cause__ = self.query_error or self.apply_error
         exchanges = (each.last_exchange for each in (self.query_error, self.apply_error) if each is not None)

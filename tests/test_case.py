@@ -157,6 +157,8 @@ def test_an_unknown_outcome_names_both_errors_and_the_last_exchange():
     assert opened.unknown().reason == unknown_reason(apply_error, query_error)
     query_error.last_exchange = "the exchange of the query"
     assert opened.unknown().last_exchange == "the exchange of the query"
+    opened.query_error = LianLianError("apply failed")
+    assert opened.unknown().last_error == "apply failed"  # equal texts are given once
 
 
 # ── the answer to an apply call ──────────────────────────────────────────────────────────────────
