@@ -62,7 +62,8 @@ class RefundSession:
             the first refunds need not wait for TCP and TLS. Unused connections are closed after some seconds.
         middleware: your layers around every attempt, outermost first (see :mod:`lianlian_async.middleware`).
         limiter: any async context manager, entered around every attempt: a semaphore, or
-            :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline.
+            :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline. But with
+            a journal, a call sends nothing after it has waited for twice its deadline, and raises ``RefundNotSent``.
         journal: an open :class:`lianlian_async.journal.Journal`; the session does not close it. Every refund is
             recorded before its first byte is sent, so ``apply_refund`` may be repeated after a crash. A journal
             belongs to the merchant and the apply endpoint of the first session that uses it.
