@@ -48,14 +48,16 @@ def core_python(cache: Path) -> str:
 def versions(python: str) -> dict[str, str]:
     """The versions of the packages that matter, as ``python`` has them."""
     told = subprocess.run([python, "-c", _VERSIONS, *_SHOWN], check=True, capture_output=True, text=True)
-    return json.loads(told.stdout)
+    found: dict[str, str] = json.loads(told.stdout)
+    return found
 
 
 def description(pythons: dict[str, str]) -> str:
     """One paragraph: when, which commit, which machine, which versions in each of ``pythons``."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, check=False, capture_output=True, text=True)
-    shown, packages = {}, []
+    shown: dict[str, str] = {}
+    packages = []
     for name, python in pythons.items():
         found = versions(python)
         is_same = shown and found.items() <= shown.items()

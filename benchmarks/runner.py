@@ -115,12 +115,13 @@ class Bench:
             command += [] if self.server_cpu is None else ["--cpu", str(self.server_cpu)]
             process = subprocess.Popen(command, cwd=environment.ROOT, stdout=subprocess.PIPE, text=True)
             try:
-                ports = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+                ports = json.loads(process.stdout.readline())
                 stats_url = f"http://127.0.0.1:{ports['plain']}/stats"
 
                 def stats() -> dict[str, int]:
                     with urlopen(stats_url) as response:
-                        return json.load(response)
+                        told: dict[str, int] = json.load(response)
+                    return told
 
                 scheme = "https" if self.tls else "http"
                 yield Server(f"{scheme}://127.0.0.1:{ports['served']}/exchangerefund.htm", folder, stats)
@@ -161,4 +162,5 @@ class Bench:
             certificate = str(Path(program.job.keys, "tls.pem"))
             env |= {"SSL_CERT_FILE": certificate, "REQUESTS_CA_BUNDLE": certificate}
         done = subprocess.run(command, cwd=environment.ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(done.stdout)
+        sample: Sample = json.loads(done.stdout)
+        return sample

@@ -70,7 +70,7 @@ def bars(title: str, unit: str, rows: Mapping[str, Spread], ours: Sequence[str] 
 
 
 def lines(
-    title: str, x_title: str, y_title: str, series: Mapping[str, Mapping[float, float]], *, log_y: bool = False
+    title: str, x_title: str, y_title: str, series: Mapping[str, Mapping[int, float]], *, log_y: bool = False
 ) -> str:
     """A line for each of ``series`` (x → y) over a logarithmic x axis, its name at its right end."""
     left, right, top, height = 70, max(250, 20 + 8 * max(map(len, series))), 60, 300

@@ -42,6 +42,7 @@ async def program(job: frame.Job) -> dict[str, float]:
                 },
                 body=str(fields).encode(),
                 lease=60.0,
+                grace=900.0,
             )
             _, entry = await journal.begin(intent, system_clock())
             if number < resolved:
