@@ -335,6 +335,21 @@ async def test_a_copy_of_a_journal_is_refused(path, tmp_path):
             assert (await journal.begin(intent(number), now()))[0] is Standing.ASK_FIRST
 
 
+async def test_a_copy_with_the_inode_number_of_the_removed_journal_is_refused(path, tmp_path):
+    """ext4 gives a new file the number of the file that was just removed."""
+    async with SqliteJournal(path):
+        pass
+    copy = tmp_path / "copy"
+    shutil.copy2(path, copy)
+    async with SqliteJournal(path) as journal:
+        await journal.begin(intent("R-1"), now())
+    path.unlink()
+    shutil.copy2(copy, path)
+    with pytest.raises(JournalError, match="this is a backup or another copy"):
+        async with SqliteJournal(path):
+            pass
+
+
 async def test_commits_survive_a_power_failure(path):
     """Every commit is synced: with ``synchronous = normal`` the last commits in the WAL could be lost."""
     async with SqliteJournal(path) as journal:

@@ -95,7 +95,7 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
 
     Only one process at a time may open it; a second process gets a ``JournalError``. If the first process ends or is
     killed, the next one finds its open refunds as UNRESOLVED. A copy of the file is refused, because it may lack later
-    refunds: its inode number differs from the recorded one. Only a copy that was written over the journal's own file is
+    refunds: its inode differs from the recorded one. Only a copy that was written over the journal's own file is
     not recognized.
 
     While the journal is open, the files ``…-wal`` and ``…-shm`` are part of it. The file ``…-owner`` names the process

@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from lianlian_async.clock import Moment
 
 from . import sqlite_schema as sql
 from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
-from .file_lock import FileLock, FileLocked
+from .file_lock import FileLock, FileLocked, fcntl
 from .operations import Begin, Operation, Result, measurable, perform
 
 COPY: Final = (
@@ -38,10 +38,14 @@ _ADVICE: Final = {
 }
 _ERRNO: Final = {
     errno.EACCES: sqlite3.SQLITE_CANTOPEN,
+    errno.EISDIR: sqlite3.SQLITE_CANTOPEN,
     errno.ENOENT: sqlite3.SQLITE_CANTOPEN,
     errno.ENOSPC: sqlite3.SQLITE_FULL,
     errno.EROFS: sqlite3.SQLITE_CANTOPEN,
 }
+
+_GET_GENERATION: Final = 0x80087601
+"""Linux: FS_IOC_GETVERSION, which ext4, XFS and Btrfs have."""
 
 
 class _DamagedRowError(Exception):
@@ -64,6 +68,7 @@ class JournalFile:
         """Leased entries by no_refund: (rowid, entry as stored)."""
         with self._errors(), ExitStack() as opened:
             if read_only:
+                identity = str(self._path.stat().st_ino)
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode="rw")))
                 self._connection.execute("PRAGMA query_only = on")
                 if self._upgrades():
@@ -72,6 +77,7 @@ class JournalFile:
                     )
             else:
                 opened.enter_context(closing(FileLock(owner_path)))
+                identity = _identity(self._path)
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
                 self._connection.executescript(sql.CHANGES)
@@ -81,14 +87,13 @@ class JournalFile:
             """The rowid of the newest entry."""
             paths = () if read_only else (self._path, owner_path, log_path)
             self._files = {path: path.stat() for path in paths}
-            self._is_acting, inode, restored, evidence = json.loads(self._value(sql.STATUS))
-            own_inode = str(self._path.stat().st_ino)
-            self.is_copy = inode not in (None, own_inode) and restored_at is None
+            self._is_acting, recorded, restored, evidence = json.loads(self._value(sql.STATUS))
+            self.is_copy = restored_at is None and not _may_be_same(recorded or identity, identity)
             """Whether this file is a backup or another copy of a journal."""
             if self.is_copy and not read_only:
                 raise JournalError(f"journal {self._path}: {COPY}")
-            if inode != own_inode and not read_only:
-                self._connection.execute(sql.SET_INODE, [own_inode])
+            if recorded != identity and not read_only:
+                self._connection.execute(sql.SET_INODE, [identity])
             self._restored_at = restored and sql.moment_of(restored, evidence)
             self._opened = opened.pop_all()
 
@@ -333,6 +338,27 @@ def sync_folders(*folders: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _identity(path: Path) -> str:
+    """Return the inode number of a file, which is created if it is missing, and the inode's generation if it has one.
+
+    A new file often gets the number of a removed one, with another generation. Call it before SQLite opens the file:
+    closing any descriptor of a file ends the process's locks on it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)  # SQLite's mode, too
+    try:
+        identity = str(os.fstat(descriptor).st_ino)
+        with suppress(AttributeError, OSError):  # no fcntl (Windows), or no generation
+            identity += f".{fcntl.ioctl(descriptor, _GET_GENERATION, bytes(8)).hex()}"  # type: ignore[union-attr]
+    finally:
+        os.close(descriptor)
+    return identity
+
+
+def _may_be_same(one: str, other: str) -> bool:
+    """Compare two identities; one of them may lack the generation."""
+    return one in (other, other.partition(".")[0]) or other == one.partition(".")[0]
 
 
 def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connection:

@@ -4,8 +4,8 @@
 unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock at ``sent_at``, and the
 rejection if every attempt so far was rejected. ``endings`` contains the outcomes. So the rows of ``refunds`` rarely
 grow, and SQLite's pages stay full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the
-journal's id, its owner, whether ``Journal.begin_acting`` was called, the file's inode number, by which a copy is
-recognized, and the moment (``restored_at``, ``evidence``) at which it was restored from a backup.
+journal's id, its owner, whether ``Journal.begin_acting`` was called, the file's inode (number and generation), by which
+a copy is recognized, and the moment (``restored_at``, ``evidence``) at which it was restored from a backup.
 
 A write and a read pass all rows as one JSON text: ``sqlite3`` releases and re-acquires the GIL for every row and every
 statement, and a busy event loop may keep the GIL each time.
