@@ -68,8 +68,8 @@ class JournalFile:
         """Leased entries by no_refund: (rowid, entry as stored)."""
         with self._errors(), ExitStack() as opened:
             if read_only:
-                identity = str(self._path.stat().st_ino)
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode="rw")))
+                identity = str(self._path.stat().st_ino)
                 self._connection.execute("PRAGMA query_only = on")
                 if self._upgrades():
                     raise JournalError(
