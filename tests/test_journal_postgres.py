@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from uuid import uuid4
 
@@ -18,13 +18,14 @@ import psycopg
 import pytest
 
 from lianlian_async import ConfigurationError
-from lianlian_async.clock import Moment
+from lianlian_async.clock import Moment, elapsed
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Standing, State
 from lianlian_async.journal import postgres_rows as sql
 from lianlian_async.journal.postgres import PostgresJournal
-from tests.support import journals, postgres
+from tests.support import dials, journals, postgres
 from tests.support.journals import MADE, REJECTED, intent, now
+from tests.support.parties import EPOCH
 
 pytestmark = pytest.mark.anyio
 
@@ -447,6 +448,31 @@ async def test_a_jump_of_the_databases_clock_starts_a_new_era(workers):
         _, entry = await other.begin(intent("R-1"), young())
         assert young().boot - entry.sent_at.boot < 15
         assert (await witness.begin(intent("R-3"), steady()))[0] is Standing.ASK_FIRST
+
+
+@pytest.mark.parametrize("at", ["2026-03-08T06:55:00+00:00", "2026-11-01T05:55:00+00:00"])
+async def test_daylight_saving_changes_no_duration(postgres_dsn, schema, administer, at, monkeypatch):
+    """The hour changes five minutes after a failover: the grace since then has its full length, and no era begins."""
+    monkeypatch.setenv("PGTZ", "America/New_York")
+    world = dials.World(f"dials_{uuid4().hex}", postgres_dsn)
+    world.advance((datetime.fromisoformat(at) - EPOCH).total_seconds())
+    machine = dials.Machine(world, "machine")
+    async with PostgresJournal(world.dsn, schema=schema, clock=machine.clock) as journal:
+        _, entry = await journal.begin(intent("R-1"), machine.clock())
+        await journal.release(entry, machine.clock())
+        await administer(FAIL_OVER)
+        await journal.begin(intent("R-2"), machine.clock())
+        world.advance(600)
+        _, entry = await journal.begin(intent("R-1"), machine.clock())
+        assert elapsed(entry.sent_at, machine.clock()) == 600
+        standing, entry = await journal.begin(intent("R-3"), machine.clock())
+        assert (standing, entry.sent_at) == (Standing.ASK_FIRST, machine.clock())
+
+
+async def test_a_database_may_have_another_datestyle(make, monkeypatch):
+    monkeypatch.setenv("PGDATESTYLE", "German")
+    async with make() as journal:
+        assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
 async def test_a_journal_needs_the_clock_of_its_session(workers):

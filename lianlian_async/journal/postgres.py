@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
 from typing import Any, Final, LiteralString
 
 import anyio
@@ -308,8 +309,14 @@ class PostgresJournal(GroupCommitJournal):
     def _read_clock(self, before: Moment, answer: Sequence[Row]) -> Reading:
         """Return the reading from the ``answer`` to ``READ_CLOCK``; ``before``: the clock before the query was sent."""
         after, [row] = self._clock(), answer
-        columns = ("database", "era", "began", "is_same_incarnation")
-        return Reading(before=before, after=after, **{name: row[name] for name in columns})
+        return Reading(
+            before=before,
+            database=datetime.fromisoformat(row["database"]),
+            after=after,
+            era=row["era"],
+            began=datetime.fromisoformat(row["began"]),
+            is_same_incarnation=row["is_same_incarnation"],
+        )
 
     async def _perform(
         self, connection: AsyncConnection[Row], found: Sequence[Row], operations: Sequence[Operation[Any]]

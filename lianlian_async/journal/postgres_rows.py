@@ -56,14 +56,16 @@ BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
 COMMIT: Final = "COMMIT"
 ROLLBACK: Final = "ROLLBACK"
 # Run first in every transaction: behind a pooler, each transaction may use a different connection, so session settings
-# do not last. Commits must be durable, and a worker that dies in a transaction must not lock its rows for long.
+# do not last. Commits must be durable, and a worker that dies in a transaction must not lock its rows for long. Times
+# are JSON, with a fixed UTC offset: psycopg reads no other DateStyle than ISO, and returns times of the session's time
+# zone, whose differences Python computes without daylight saving.
 READ_CLOCK: Final = """
 SELECT
     set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
         THEN 'on' ELSE current_setting('synchronous_commit') END, true),
     set_config('statement_timeout', %s, true),
     set_config('idle_in_transaction_session_timeout', %s, true),
-    clock_timestamp() AS database, id AS era, began,
+    to_json(clock_timestamp()) AS database, id AS era, to_json(began) AS began,
     postmaster_start_time = pg_postmaster_start_time() AS is_same_incarnation
 FROM {schema}.eras ORDER BY id DESC LIMIT 1
 """

@@ -227,7 +227,8 @@ class Database:
         number = max(eras)
         era = self._row(session, (schema, "eras", number)) or {}
         is_same = era["postmaster_start_time"] == self.started
-        return [{"database": self.clock(), "era": number, "began": era["began"], "is_same_incarnation": is_same}]
+        database, began = self.clock().isoformat(), era["began"].isoformat()
+        return [{"database": database, "era": number, "began": began, "is_same_incarnation": is_same}]
 
     def _bind(self, session: Session, schema: str, oid_partner: str, apply_url: str) -> Rows:
         [version] = self._read_version(session, schema)
