@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -101,6 +102,20 @@ def test_closed_pipe_keeps_the_exit_code(env, gateway, file, more, both):
         _, told = process.communicate(timeout=60)
     assert (process.returncode, told and told.splitlines()[1:]) == (3, None if both else [])
     assert gateway.times_made("R-1") == 1
+
+
+def test_disappeared_terminal_keeps_the_outcome(env, file):
+    """The outcome is printed on stdout, although the progress bar cannot be drawn."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as terminal:
+        process = start(
+            *("batch", file, "--yes", "--query-first", "--json"),  # the bar is the first output on stderr
+            env=env | {"FORCE_COLOR": "1", "TERM": "xterm"},
+            stderr=terminal,
+        )
+        stdout, _ = process.communicate(timeout=60)
+    assert (process.returncode, json.loads(stdout)["outcome"]) == (3, "rejected")
 
 
 def test_closed_stdout_keeps_the_exit_code(env, gateway, file):

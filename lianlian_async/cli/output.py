@@ -146,22 +146,27 @@ class Output:
         Notes appear above the bar. A call with a new total adds no step; if there is no bar, it prints a line.
         """
         console = _console(stderr=True)
-        with _Progress(status, console=console, transient=True, disable=not _can_redraw(console)) as progress:
-            progress.add_task("", total=total)
-            [task] = progress.tasks
+        progress = _Progress(status, console=console, transient=True, disable=not _can_redraw(console))
+        progress.add_task("", total=total)
+        [task] = progress.tasks
 
-            def step(total: int | None = None) -> None:
-                progress.update(task.id, advance=total is None)
-                if total is not None:
-                    task.total, task.finished_time = total, None  # update(total=) would forget the speed
-                    if progress.disable:
-                        self.note(f"{_Pace().render(task)}  {status()}")
+        def step(total: int | None = None) -> None:
+            progress.update(task.id, advance=total is None)
+            if total is not None:
+                task.total, task.finished_time = total, None  # update(total=) would forget the speed
+                if progress.disable:
+                    self.note(f"{_Pace().render(task)}  {status()}")
 
-            self._live = console
-            try:
-                yield step
-            finally:
-                self._live = None
+        with _surviving(sys.stderr):
+            console.show_cursor(False)  # as `start` does, which would leave Rich in a broken state if it failed
+        progress.start()
+        self._live = console
+        try:
+            yield step
+        finally:
+            self._live = None
+            with _surviving(sys.stderr):  # the terminal may have disappeared
+                progress.stop()
 
 
 def _can_redraw(console: Console) -> bool:
