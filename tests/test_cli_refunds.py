@@ -244,12 +244,13 @@ def test_query_of_unknown_number_exits_1(env):
     assert (ended.exit_code, ended.json["outcome"]) == (1, "not found")
 
 
-def test_interrupted_apply_exits_130_and_shows_the_query_command(env, gateway):
-    """Ctrl-C during the request ends the command at once, and says that the refund may have been made."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_apply_exits_130_and_shows_the_query_command(env, gateway, number):
+    """Ctrl-C or SIGTERM ends the command at once, and it says that the refund may have been made."""
     gateway.script(Fault.NO_ANSWER)
     process = start("apply", *REFUND, env=env)
     until(lambda: gateway.requests["apply"])
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     ended = end(process, env)
     assert ended.exit_code == 130
     query = "lianlian query --no-refund R-1 --dt-refund 20130515094018"

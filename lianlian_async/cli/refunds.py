@@ -18,6 +18,7 @@ from lianlian_async.signing import SigningKey, signature_source
 from .exit_codes import INTERRUPTED, exit_outcome_of
 from .options import SIGNATURE_FIELDS, check_partner, load_merchant, read_message
 from .output import Output, query_command, table
+from .signals import sigterm_interrupts
 
 _ENVELOPE: Final = ("oid_partner", *SIGNATURE_FIELDS)
 
@@ -26,7 +27,8 @@ def apply(output: Output, /, file: BinaryIO | None, deadline: float, config: Pat
     merchant, fields = _read(file, config, options)
     request = RefundRequest.from_dict(fields)
     try:
-        return _show_answer(output, merchant, deadline, lambda session: session.apply_refund(request))
+        with sigterm_interrupts():
+            return _show_answer(output, merchant, deadline, lambda session: session.apply_refund(request))
     except KeyboardInterrupt:
         query = request.query()
         text = f"refund {request.no_refund} may have been made; query it with: {query_command(query)}"
