@@ -1,10 +1,12 @@
 """The default journal of a batch, one for each merchant and endpoint, and the receipt beside each file."""
 
 import errno
+import io
 import json
 import os
 import re
 import shutil
+import sys
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +16,7 @@ import click
 import pytest
 
 from lianlian_async.cli import stores
+from lianlian_async.cli.app import lianlian
 from lianlian_async.cli.batch import command
 from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
@@ -184,6 +187,25 @@ def test_another_journal_is_refused(env, gateway, file, tmp_path):
     assert (ended.exit_code, ended.json["attempts"], ended.json["queries"]) == (0, 0, 3)
     assert gateway.requests == {"apply": 3, "query": 3}
     assert json.loads(receipt_of(file).read_text())["place"] == str(tmp_path / "second")
+
+
+def test_journal_is_checked_again_after_the_confirmation(env, gateway, file, tmp_path, monkeypatch):
+    """While a person confirms, another batch sends the same file with another journal: the first one sends nothing."""
+
+    class SlowPerson(io.StringIO):
+        def isatty(self):
+            return True
+
+        def readline(self, *_):
+            assert run("batch", file, "--yes", "--journal", tmp_path / "second", env=env).exit_code == 0
+            return "y\n"
+
+    for name, text in env.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(sys, "stdin", SlowPerson())
+    with pytest.raises(click.UsageError, match=f"sent with the journal {tmp_path / 'second'}"):
+        lianlian.main(["batch", str(file), "--journal", str(tmp_path / "first")], standalone_mode=False)
+    assert gateway.requests == {"apply": 3}
 
 
 def test_new_journal_is_accepted_after_the_grace(env, gateway, file, tmp_path):

@@ -175,10 +175,10 @@ class Receipt:
             raise click.UsageError(f"{problem}; LianLian may show a refund late, so wait until {local_time(until)}")
         return others
 
-    def write(self, path: Path, journal: str, others: Iterable[Receipt], seconds: float) -> None:
+    def write(self, path: Path, others: Iterable[Receipt], seconds: float) -> None:
         """Replace the file durably: write ``others`` and this receipt, valid for sends in the next ``seconds``."""
         until = (datetime.now().astimezone() + timedelta(seconds=seconds)).isoformat(timespec="seconds")
-        receipts = (*others, attrs.evolve(self, journal=journal, sent_until=until))
+        receipts = (*others, attrs.evolve(self, sent_until=until))
         with TemporaryDirectory(prefix="receipt-", dir=path.parent) as folder:
             new = Path(folder, path.name)
             with new.open("w", encoding="utf-8") as file:

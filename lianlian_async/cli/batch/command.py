@@ -61,7 +61,10 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
             run = _Batch(output, merchant, checked, options, place, in_journal, totals)
             where = place_name(place) if is_dsn(place) else str(Path(place).absolute())
             ours = Receipt(in_journal.journal_id or "", where, merchant.oid_partner, merchant.endpoints.apply)
-            run.write_receipt = _receipt_writer(output, file, ours, options)
+            run.check_receipt = lambda journal: _receipt_writer(
+                output, file, attrs.evolve(ours, journal=journal), options
+            )
+            run.check_receipt(ours.journal)
             if in_journal.journal_id is None and not options["query_first"]:
                 output.note(
                     "this journal is new, so every refund counts as never sent; if some may have been sent before, "
@@ -75,21 +78,19 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
         return INVALID.exit_code if checked.problems.count else 0
 
 
-def _receipt_writer(
-    output: Output, file: str, ours: Receipt, options: Mapping[str, Any]
-) -> Callable[[str, float], None]:
+def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[str, Any]) -> Callable[[float], None]:
     """Refuse a journal other than the one in the receipt of ``file``; return a function that writes the receipt.
 
     Stdin has no receipt.
     """
     if file == "-":
-        return lambda _, __: None
+        return lambda _: None
     path = Path(f"{file}.receipt")
     others = ours.check(path, accept_new=options["accept_new_journal"], grace=options["not_found_grace"])
 
-    def write(journal_id: str, seconds: float) -> None:
+    def write(seconds: float) -> None:
         try:
-            ours.write(path, journal_id, others, seconds)
+            ours.write(path, others, seconds)
         except OSError as error:
             output.note(f"{path}: {error.strerror}; the receipt was not written")
 
@@ -144,7 +145,7 @@ async def _add_to_queue(output: Output, file: str, checked: Checked, options: Ma
     dsn = options["queue"]
     async with make_journal(dsn) as journal, open_queue(dsn) as queue:
         owner = (journal.owner.oid_partner, journal.owner.apply_url) if journal.owner else (None, None)
-        _receipt_writer(output, file, Receipt(journal.id, place_name(dsn), *owner), options)(journal.id, 0)
+        _receipt_writer(output, file, Receipt(journal.id, place_name(dsn), *owner), options)(0)
         return await queue.enqueue(line.request async for line in checked.lines())
 
 
@@ -162,6 +163,12 @@ def _confirm_batch(run: "_Batch", file: str) -> None:
         run.output.confirm(file, facts, question)
     if not options["place"]:
         make_folder(run.place)
+
+
+async def _rewrite(write_receipt: Callable[[float], None]) -> None:
+    while True:
+        await anyio.sleep(_RECEIPT / 2)
+        await anyio.to_thread.run_sync(write_receipt, _RECEIPT)
 
 
 def _send(run: "_Batch") -> int:
@@ -207,7 +214,8 @@ class _Batch:
     _last_begun: int = attrs.field(default=0, init=False)
     """The line of the last refund that was started."""
     failure: LianLianError | None = attrs.field(default=None, init=False)
-    write_receipt: Callable[[str, float], None] = attrs.field(init=False)
+    check_receipt: Callable[[str], Callable[[float], None]] = attrs.field(init=False)
+    """Refuses a journal other than the one in the receipt; returns a function that writes the receipt."""
 
     async def work(self) -> None:
         """Send all refunds. Store an error in ``failure``, or raise it if no refund was started."""
@@ -225,11 +233,13 @@ class _Batch:
         choices = {name: options[name] for name in ("keep_going", "wait_unknown")}
         async with make_journal(self.place) as journal:
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
-            self.write_receipt(journal.id, _RECEIPT)
+            # Check again: since the confirmation was asked for, the file may have been sent with another journal.
+            write_receipt = self.check_receipt(journal.id)
+            write_receipt(_RECEIPT)
             with ExitStack() as at_end, self._result_writer() as write:
-                at_end.callback(self.write_receipt, journal.id, 0)
+                at_end.callback(write_receipt, 0)
                 async with (
-                    aclosing(BackgroundTask(partial(self._rewrite_receipt, journal.id))),
+                    aclosing(BackgroundTask(partial(_rewrite, write_receipt))),
                     make_session(self.merchant, journal, options, query_first=options["query_first"]) as session,
                     refund_many(session, self._requests(journal), journal=journal, **choices) as outcomes,
                     aclosing(BackgroundTask(self._note_waiting)),
@@ -240,11 +250,6 @@ class _Batch:
                         self.totals.add(line, outcome)
                         write(results.result_of(line, outcome))
                         self.advance()
-
-    async def _rewrite_receipt(self, journal_id: str) -> None:
-        while True:
-            await anyio.sleep(_RECEIPT / 2)
-            await anyio.to_thread.run_sync(self.write_receipt, journal_id, _RECEIPT)
 
     def status(self) -> Text:
         """Return the progress as one line."""
