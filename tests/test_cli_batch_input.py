@@ -382,6 +382,17 @@ async def test_checked_refunds_keep_their_order():
             assert [line.request.no_refund async for line in checked.lines()] == [f"R-{n}" for n in range(1001)]
 
 
+def test_last_line_without_a_line_end_is_remarked(nowhere, file):
+    """A file that is still being written may end in the middle of an amount."""
+    for text, remarks in (("20", [3]), ("200.01", [3]), ("200.01\r", []), ("200.01\n", []), ("x", [])):
+        file.write_text(
+            f"no_refund,dt_refund,no_order,money_refund\nR-1,20261122020000,O-1,1\nR-2,20261122020000,O-2,{text}"
+        )
+        ended = run("batch", file, "--dry-run", "--json", env=nowhere)
+        assert [remark["line"] for remark in ended.json["remarks"]] == remarks
+    assert ended.json["problems"][0]["line"] == 3
+
+
 # ── declared forms ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -437,6 +448,8 @@ def test_money_format_is_declared(nowhere, file, form, text, yuan):
         (("--money-format", "¥1,234.56"), {"money_refund": "1,23.50"}),
         (("--money-format", "¥1,234.56"), {"money_refund": "$1.50"}),
         (("--money-format", "¥1,234.56"), {"money_refund": "-1.50"}),
+        (("--money-format", "¥1,234.56"), {"money_refund": "200.0①"}),
+        (("--money-format", "¥1,234.56"), {"money_refund": "1,000²"}),
         (("--money-format", "1,234"), {"money_refund": "12.00"}),
     ],
 )
@@ -516,7 +529,7 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize("column", ["no_refund", "no_order", "oid_paybill"])
+@pytest.mark.parametrize("column", ["no_refund", "no_order", "oid_paybill", "trader_refund"])
 @pytest.mark.parametrize("value", DAMAGED)
 def test_damaged_identifier_is_refused(nowhere, file, column, value):
     """A value that a spreadsheet or program wrote instead of an identifier is invalid; the message has advice."""
@@ -562,6 +575,14 @@ def test_utf_16_is_read(nowhere, tmp_path, encoding, name):
     (tmp_path / name).write_bytes(text.encode(encoding))
     said = () if encoding == "utf-16" else ("--encoding", encoding)
     assert run("batch", tmp_path / name, "--dry-run", "--json", *said, env=nowhere).json["refunds"] == 3000
+
+
+def test_utf_16_needs_a_byte_order_mark_or_a_byte_order(nowhere, file):
+    """``utf-16`` names no byte order, so a file without a byte order mark is refused."""
+    file.write_bytes("no_refund\n".encode("utf-16-le"))
+    ended = run("batch", file, "--dry-run", "--encoding", "utf-16", env=nowhere)
+    assert ended.exit_code == 2
+    assert "line 1: not utf-16; give the file's encoding" in ended.stderr
 
 
 def test_utf_16_without_byte_order_mark_is_suggested(nowhere, file):

@@ -14,9 +14,19 @@ _AMBIGUOUS: Final = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
 """``1.234`` may be 1.234 or 1234, because some countries separate thousands with a point."""
 
 
+_SAME_CHARACTER: Final = ("<wide>", "<noBreak>", "<compat> 0020")
+"""The decompositions of full-width characters and of blanks."""
+
+
 def _normal(text: str) -> str:
     """Return ``text`` with full-width characters as ASCII, and without outer blanks."""
-    return unicodedata.normalize("NFKC", text).strip()
+    return "".join(map(_narrow, text)).strip()
+
+
+def _narrow(character: str) -> str:
+    # Not NFKC for every character: it would read a footnote mark such as ² or ① as a digit of the amount.
+    is_same = unicodedata.decomposition(character).startswith(_SAME_CHARACTER)
+    return unicodedata.normalize("NFKC", character) if is_same else character
 
 
 def date_reader(form: str) -> Callable[[str], str]:

@@ -29,6 +29,8 @@ class Row(NamedTuple):
     problem: str | None = None
     cells: Mapping[str, str] = MappingProxyType({})
     """The text of each cell by column."""
+    is_cut: bool = False
+    """Whether the row ends without a line end: the rest of the file may be missing."""
 
 
 @attrs.define
@@ -96,7 +98,14 @@ def _json_rows(lines: Iterable[str], columns: Columns) -> Iterator[Row]:
 
 
 def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
-    table = _cells(lines)
+    last_line = ""
+
+    def watched() -> Iterator[str]:
+        nonlocal last_line
+        for last_line in lines:  # noqa: UP028 - remember the line
+            yield last_line
+
+    table = _cells(watched())
     line, header = next(table, (1, []))
     header = [cell.strip() for cell in header]
     try:
@@ -106,7 +115,8 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
     for line, cells in table:
         by_column = dict(zip(header, cells, strict=False))
         if len(cells) == len(header):
-            yield Row(line, _fields(by_column, names), cells=by_column)
+            is_cut = not last_line.endswith(("\r", "\n"))
+            yield Row(line, _fields(by_column, names), None, by_column, is_cut)
         else:
             yield Row(line, {}, f"has {len(cells)} cells, but the header has {len(header)}", by_column)
 
@@ -165,9 +175,9 @@ def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
                 if "\0" in line:
                     raise _unreadable(f"line {number}: contains NUL bytes; if it is UTF-16, use --encoding utf-16-le")
                 yield line
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:  # not a UnicodeDecodeError if Python 3.11 or 3.12 finds no byte order mark for utf-16
         # ``number`` counts the lines of earlier chunks. Add the lines of this chunk that precede the invalid bytes.
-        before = error.object[: error.start].decode(encoding, "replace")
+        before = getattr(error, "object", b"")[: getattr(error, "start", 0)].decode(encoding, "replace")
         at = number + 1 + len(_LINE_END.findall(before))
         raise _unreadable(f"line {at}: not {encoding}; give the file's encoding, such as --encoding gb18030") from None
 
@@ -178,7 +188,7 @@ def _unreadable(reason: str) -> click.BadParameter:
 
 # ── identifiers that a spreadsheet changed ───────────────────────────────────────────────────────
 
-_IDENTIFIERS: Final = ("no_refund", "no_order", "oid_paybill")
+_IDENTIFIERS: Final = ("no_refund", "no_order", "oid_paybill", "trader_refund")
 _CURE: Final = "a spreadsheet did this: format the column as text before you import the values, and export again"
 _MONTH: Final = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
 _DAMAGE: Final = {
