@@ -371,7 +371,9 @@ async def test_after_a_failover_new_refunds_are_queried_first(make, administer):
         standing, entry = await journal.begin(intent("R-0"), now())
         assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
         assert (await inbox.begin(intent("R-2", grace=None), now()))[0] is Standing.NEW
-        await administer("UPDATE {schema}.eras SET began = began - interval '2 hours'")
+        await administer(
+            "UPDATE {schema}.eras SET began = began - interval '2 hours', inserted_by = pg_current_xact_id()::xid"
+        )
         dated = {"no_refund": "R-3", "money_refund": "200.01", "dt_refund": "20990101000000"}
         assert (await journal.begin(intent("R-3", fields=dated), now()))[0] is Standing.NEW
         dated = {"no_refund": "R-4", "money_refund": "200.01", "dt_refund": "20200101000000"}
@@ -393,6 +395,17 @@ async def test_after_a_failover_the_grace_and_the_leases_start_again(workers):
         while (await journal.begin(intent("R-2"), now()))[0] is Standing.LEASED:  # noqa: ASYNC110 - no event tells
             await anyio.sleep(0.02)
         assert now().boot >= begun.boot + 0.5
+
+
+async def test_after_the_restore_of_a_dump_new_refunds_are_queried_first(make, administer):
+    """The server was not restarted, but the rows of a dump are inserted again."""
+    async with make() as journal:
+        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.NEW
+    await administer("CREATE TABLE {schema}.dump AS SELECT * FROM {schema}.eras; TRUNCATE {schema}.eras")
+    await administer("INSERT INTO {schema}.eras SELECT * FROM {schema}.dump")
+    async with make() as journal:
+        standing, entry = await journal.begin(intent("R-2"), now())
+        assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
 
 
 async def test_lost_rows_are_written_again(make, administer):
@@ -522,7 +535,7 @@ async def test_another_version_is_refused_with_advice(make, administer):
     async with make():
         pass
     await administer("UPDATE {schema}.version SET version = 1")
-    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 6; resolve its open refunds"):
+    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 7; resolve its open refunds"):
         async with make():
             pass
 

@@ -12,8 +12,9 @@ The stored form is a JSON object:
 - ``boot``, ``timeline``: the writer's boot clock, which is exact for workers of the same boot.
 - ``gateway``: the gateway's clock, if known.
 
-An *incarnation* is one run of the database server, identified by ``pg_postmaster_start_time()``, which any role may
-call. An *era* is a period within which times of the database's clock can be compared. A new era begins with another
+An *incarnation* is one run of the database server with one copy of the tables. ``pg_postmaster_start_time()``, which
+any role may call, identifies the run. In a restored dump, ``xmin`` of a row is not the transaction that first inserted
+it. An *era* is a period within which times of the database's clock can be compared. A new era begins with another
 incarnation (after a restart, a failover or a restore), and when a worker's boot clock proves that the database's clock
 was set. A timestamp of an earlier era is read as the start of the current era, plus ``ahead``.
 """

@@ -34,11 +34,12 @@ CREATE INDEX pending ON {schema}.refunds (id) WHERE state IN ('unresolved', 'acc
 CREATE TABLE {schema}.eras (
     id bigint PRIMARY KEY,
     began timestamptz NOT NULL DEFAULT clock_timestamp(),
-    postmaster_start_time timestamptz NOT NULL DEFAULT pg_postmaster_start_time()
+    postmaster_start_time timestamptz NOT NULL DEFAULT pg_postmaster_start_time(),
+    inserted_by xid NOT NULL DEFAULT pg_current_xact_id()::xid
 );
 INSERT INTO {schema}.eras (id) VALUES (1);
 CREATE TABLE {schema}.version AS
-SELECT 6 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
+SELECT 7 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
     false AS is_acting;
 """
 UPGRADES: Final[dict[int, LiteralString]] = {}
@@ -66,7 +67,7 @@ SELECT
     set_config('statement_timeout', %s, true),
     set_config('idle_in_transaction_session_timeout', %s, true),
     to_json(clock_timestamp()) AS database, id AS era, to_json(began) AS began,
-    postmaster_start_time = pg_postmaster_start_time() AS is_same_incarnation
+    postmaster_start_time = pg_postmaster_start_time() AND inserted_by = xmin AS is_same_incarnation
 FROM {schema}.eras ORDER BY id DESC LIMIT 1
 """
 NEW_ERA: Final = "INSERT INTO {schema}.eras (id) VALUES (%s) ON CONFLICT DO NOTHING"
