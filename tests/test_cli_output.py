@@ -153,6 +153,17 @@ def test_full_disk_under_stdout_is_noted(nowhere, file, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("/dev/full: No space left on device; the output is incomplete\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to offer")
+@pytest.mark.parametrize(("more", "exit_code"), [(("--yes",), 3), (("--yes", "--json"), 3), (("--json",), 2)])
+def test_full_disk_under_both_streams_keeps_the_exit_code(env, gateway, file, more, exit_code):
+    """Also the note that the output is incomplete may be lost."""
+    with Path("/dev/full").open("wb") as full:
+        process = start("batch", file, "--query-first", *more, env=env, stdout=full, stderr=full)
+        process.communicate(timeout=60)
+    assert process.returncode == exit_code
+    assert gateway.times_made("R-1") == ("--yes" in more)
+
+
 @pytest.fixture
 def nowhere(gateway, tmp_path):
     """The environment of a gateway that is not served, and of a new journal."""

@@ -49,8 +49,10 @@ def _errors_shown(ctx: click.Context) -> Iterator[None]:
     except click.UsageError as error:
         if not ctx.meta[AS_JSON]:
             raise
+        from .output import Output
+
         problem = {"type": type(error).__name__, "message": error.format_message()}
-        click.echo(json.dumps({"outcome": "usage error", "error": problem}))
+        Output(as_json=True).show({"outcome": "usage error", "error": problem})
         ctx.exit(error.exit_code)
     except (LianLianError, OSError, KeyboardInterrupt) as error:
         from .exit_codes import INTERRUPTED, exit_outcome_of

@@ -75,7 +75,8 @@ def _surviving(stream: TextIO) -> Iterator[None]:
         with Path(os.devnull).open("w") as nowhere:  # otherwise the buffered text fails again at exit
             os.dup2(nowhere.fileno(), stream.fileno())
         if not isinstance(error, BrokenPipeError):
-            click.echo(f"{stream.name}: {error.strerror}; the output is incomplete", err=True)
+            with _surviving(sys.stderr):  # it may be on the same full disk
+                click.echo(f"{stream.name}: {error.strerror}; the output is incomplete", err=True)
 
 
 @attrs.define
