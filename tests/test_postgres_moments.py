@@ -50,6 +50,14 @@ def test_on_another_machine_a_moment_is_as_old_as_the_database_says_and_no_older
     assert 310.0 - 0.75 <= elsewhere.after.boot - found.boot <= 310.0
 
 
+def test_a_clone_of_a_virtual_machine_measures_by_the_database():
+    """Its boot id is that of the snapshot, and its boot clock began at another time."""
+    for boot in (5000.0, -5000.0):
+        clone = reading(300.0, boot=boot)
+        found = clone.moment(stored(moment(-10.0), reading()))
+        assert clone.after.boot - found.boot <= 310.0
+
+
 def test_on_another_machine_a_lease_is_over_when_the_database_says_so():
     """Also for a worker with a wrong clock; and it never ends earlier than its holder believes."""
     lease_end = moment(60.0)

@@ -9,7 +9,8 @@ The stored form is a JSON object:
 - ``at``: the time by the database's clock.
 - ``era``: the number of the era in which it was written.
 - ``ahead``: for the end of a lease, the seconds from the write to it; 0 for a time in the past.
-- ``boot``, ``timeline``: the writer's boot clock, which is exact for workers of the same boot.
+- ``boot``, ``timeline``: the writer's boot clock, which is exact for workers of the same boot. It is not used if the
+  database's clock says that the moment is later.
 - ``gateway``: the gateway's clock, if known.
 
 An *incarnation* is one run of the database server with one copy of the tables. ``pg_postmaster_start_time()``, which
@@ -84,12 +85,12 @@ class Reading:
         if stored is None:
             return None
         gateway = stored["gateway"] and datetime.fromisoformat(stored["gateway"])
-        if stored["era"] != self.era:
+        is_same_era, at = stored["era"] == self.era, datetime.fromisoformat(stored["at"])
+        if not is_same_era:
             at, gateway = self.began + timedelta(seconds=stored["ahead"]), None
-        elif stored["timeline"] == self.after.timeline:
-            return attrs.evolve(self.after.after(stored["boot"] - self.after.boot), gateway=gateway)
-        else:
-            at = datetime.fromisoformat(stored["at"])
-        ahead = (at - self.database).total_seconds()
+        ahead, boot_ahead = (at - self.database).total_seconds(), stored["boot"] - self.after.boot
+        # Clones of a virtual machine have the same timeline, but different boot clocks.
+        if is_same_era and stored["timeline"] == self.after.timeline and ahead <= boot_ahead + _SLACK:
+            return attrs.evolve(self.after.after(boot_ahead), gateway=gateway)
         local = attrs.evolve(self.after.after(ahead), gateway=gateway)
         return local if gateway is None or ahead > 0 else attrs.evolve(local, timeline=f"database, era {self.era}")
