@@ -62,8 +62,8 @@ def compose(layers: Sequence[Middleware], core: Next) -> Next:
 class Retry:
     """Repeats requests that were certainly not sent, and queries without a usable answer, after a jittered backoff.
 
-    It stops at the policy's ``attempts``, at the deadline, when the session's retry budget is empty, and if a setting
-    prevents every send.
+    It stops at the policy's ``attempts``, at the deadline, at the end of the lease, when the session's retry budget is
+    empty, and if a setting prevents every send.
     """
 
     def __init__(self, retries_left: TokenBucket) -> None:
@@ -79,6 +79,7 @@ class Retry:
             )
             if (
                 not is_repeatable
+                or not exchange.lease_holds()
                 or attempt >= exchange.policy.attempts
                 or not await backoff(exchange, self._retries_left, attempt - 1, reply.retry_after)
             ):
