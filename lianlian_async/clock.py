@@ -1,4 +1,4 @@
-"""Timestamps and elapsed time; only this module reads the wall clock, the boot clock and the boot id.
+"""Timestamps and elapsed time; only this module reads the boot clock and the boot id.
 
 Safety depends on elapsed time: "no such record" is reliable only some time after the last send, and a lease must not
 end early. Within one boot of one machine, the boot clock measures elapsed time: unlike the wall clock, it cannot be
@@ -43,7 +43,7 @@ class Moment:
         return Moment(self.wall + span, self.boot + seconds, self.timeline, gateway)
 
     def dated(self, now: "Moment") -> "Moment":
-        """Return this moment with the gateway's time added, if ``now`` has a gateway time and this moment has none."""
+        """Return this moment; add the gateway's time if only ``now``, of the same timeline, has one."""
         if self.gateway is not None or now.gateway is None or self.timeline != now.timeline:
             return self
         return attrs.evolve(self, gateway=now.gateway - timedelta(seconds=now.boot - self.boot))
@@ -110,7 +110,7 @@ class SessionClock:
 
 
 def parse_http_date(text: str) -> datetime | None:
-    """Return the moment of a ``Date`` header; None if it is unreadable or far from the present."""
+    """Return the time of a ``Date`` header; None if it is unreadable or far from the present."""
     try:
         moment = parsedate_to_datetime(text)
     except (ArithmeticError, LookupError, TypeError, ValueError):  # every exception that the parser raises

@@ -3,7 +3,7 @@
 A listener is a function that is called with each event, on the event loop: it must not block, and must not be async.
 It may return a context manager, which is entered at once. After ``CallBegan``, ``AttemptBegan`` and ``Paused``, it
 exits when the call, attempt or pause has ended, later than ``CallEnded`` and ``AttemptEnded`` are reported. After every
-other event it exits at once. Listener and context manager run in the task that sends.
+other event it exits at once. Both run in the task that reports the event.
 
 An exception in a listener does not affect the refund. Of each listener, the log shows only the first exception and the
 first run of more than 10 ms. No event contains a key, a signature or a message body. If concurrent calls share one
@@ -20,8 +20,8 @@ import attrs
 class Event:
     """The fields of every event. The field ``seconds`` of an event is a duration.
 
-    ``no_refund`` is None for a query by ``oid_refundno`` and for an unreadable notification. ``backend`` is the HTTP
-    library that sends: ``httpx``, ``httpx2`` or ``aiohttp``; empty for an endpoint without a session.
+    ``no_refund`` is None if a query has none, and for a notification that was not verified or has none. ``backend`` is
+    the HTTP library that sends: ``httpx``, ``httpx2`` or ``aiohttp``; empty for an endpoint's own listeners.
     """
 
     no_refund: str | None
@@ -61,8 +61,8 @@ class Leased(Event):
 class AttemptBegan(Event):
     """A ``request`` is about to be sent: ``apply``, or a ``query`` about this refund or another one (the canary).
 
-    ``attempt`` counts the requests of a call from 1, apply requests and queries separately. ``url`` contains no
-    query string. A listener may add request headers, such as ``traceparent``, to ``headers``.
+    ``attempt`` counts from 1 in each call: apply requests, queries, canary queries. ``url`` contains no query
+    string. A listener may add request headers, such as ``traceparent``, to ``headers``.
     """
 
     request: str

@@ -126,7 +126,8 @@ class Limit:
             raised = error
         if reply is None:  # the limiter raised when it was entered, or suppressed a cancellation of the attempt
             exchange.deadline.resume(anyio.current_time())
-            return unanswered(exchange, NoResponse(f"the limiter failed: {raised!r}", entered, raised))
+            reason = "the limiter suppressed a cancellation" if raised is None else f"the limiter failed: {raised!r}"
+            return unanswered(exchange, NoResponse(reason, entered, raised))
         return reply
 
 
@@ -148,7 +149,7 @@ class Attempt:
                 reply = await (_observed(exchange, call_next) if exchange.listeners.want() else call_next(exchange))
                 problem = _problem(exchange, reply)
                 return reply if problem is None else _without_reply(exchange, problem)
-        except Exception as error:  # noqa: BLE001 - on trio also a group that contains the timeout's cancellation
+        except Exception as error:  # noqa: BLE001 - a user's layer may raise anything, also a group
             return _without_reply(exchange, f"a middleware raised {type(error).__name__}: {error}", error)
         what = "no answer" if exchange.send_count.open_sends > 0 else "nothing could be sent"
         return _without_reply(exchange, f"{what} within {seconds:.1f} s")
@@ -179,7 +180,7 @@ _APPLY_ERRORS: Final[Mapping[Finding, type[LianLianError] | tuple[()]]] = {
     Finding.CONFLICT: RefundConflict,
     Finding.NOT_FOUND: (),
 }
-"""The error that a reply to an apply call must have, by finding: () means none is valid. Others may have any error."""
+"""By finding, the error that a reply to an apply call must have; (): the finding is never valid. Others: any error."""
 
 
 def _problem(exchange: Exchange, reply: object) -> str | None:

@@ -92,8 +92,8 @@ async def learn(journal: Journal, refund: Record, now: Moment, source: str = "qu
 
     ``source`` is *query*, *notification* or *statement*: the journal adds this fact if the recorded state changes.
     A refund without an entry is returned unchanged. Raises ``RefundConflict`` if ``refund`` differs from the request
-    (the journal records this conflict) or contradicts the recorded outcome. Raises ``IncompleteRecord`` if ``refund``
-    may belong to another refund; then the journal does not change.
+    (recorded if unresolved) or contradicts the recorded outcome. Raises ``AnswerMismatch`` or ``IncompleteRecord`` if
+    it is, or may be, the record of another refund; then the journal does not change.
     """
     number = str(refund.no_refund)
     entry = await journal.find(number)
@@ -147,7 +147,7 @@ class Recording:
     ) -> tuple[Standing, Entry]:
         """Record the intent and take the refund's lease for ``lease`` seconds.
 
-        If another call has the lease, waits until ``deadline`` (event loop's clock), then raises
+        If another call keeps the lease until ``deadline`` (event loop's clock), raises
         ``RefundOutcomeUnknown``. Raises ``RefundConflict`` if the recorded request differs.
         """
         number = self.request.no_refund

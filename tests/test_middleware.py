@@ -280,6 +280,7 @@ async def test_limiter_that_suppresses_a_cancellation():
     with anyio.CancelScope() as scope:
         reply = await compose([Limit(Swallowing())], cancelled)(exchange())
     assert reply.finding is Finding.UNCERTAIN
+    assert "the limiter suppressed a cancellation" in str(reply.error)
 
 
 # ── the caller's own layers ──────────────────────────────────────────────────────────────────────

@@ -30,7 +30,7 @@ class _Program(click.Group):
         return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See ``click.Command``. Search for ``--json`` first: a usage error can be raised before click parses it."""
+        """Parse ``args``. Search for ``--json`` first: a usage error can be raised before click parses it."""
         ctx.meta[AS_JSON] = "--json" in args
         with _errors_shown(ctx):
             return super().parse_args(ctx, args)
@@ -43,7 +43,7 @@ class _Program(click.Group):
 
 @contextmanager
 def _errors_shown(ctx: click.Context) -> Iterator[None]:
-    """Print an error and exit with its code. Only usage errors without ``--json`` are left to click."""
+    """Print an error and exit with its code. Usage errors without ``--json`` are left to click."""
     try:
         yield
     except click.UsageError as error:
@@ -90,7 +90,8 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
     ],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     epilog="Exit codes: 0 all refunds made, or no error; 2 wrong usage, request or configuration (nothing was sent); "
-    "3 rejected, failed or invalid; 4 some unknown (query them); 5 invalid signature; 130 interrupted; 1 other error.",
+    "3 rejected, failed, invalid or different; 4 some unknown (query them); 5 invalid signature; 130 interrupted; "
+    "1 other error.",
 )
 @click.option(
     "--version",
@@ -102,7 +103,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
 )
 @json_option
 def lianlian() -> None:
-    """Make and query refunds at LianLian Pay. An outcome that no answer proves is unknown, never guessed.
+    """Make and query refunds at LianLian Pay. Without a proof, an outcome is unknown, never guessed.
 
     `lianlian batch` and `lianlian worker` record each refund in a journal, and query it before they send it again.
 

@@ -15,7 +15,7 @@ PASSWORD: Final = "LIANLIAN_PRIVATE_KEY_PASSWORD"  # noqa: S105 - the name of a 
 
 REFUND_HELP: Final = {
     "no_refund": "The merchant's refund number.",
-    "dt_refund": "Time of the refund order: yyyyMMddHHmmss, China Standard Time.",
+    "dt_refund": "Time of the refund: yyyyMMddHHmmss, China Standard Time.",
     "money_refund": "Amount in yuan, such as 200.01.",
     "no_order": "The merchant's order number.",
     "dt_order": "Time of the order: yyyyMMddHHmmss, China Standard Time.",
@@ -43,7 +43,7 @@ def apply() -> None:
 
     FILE is the request as JSON with LianLian's field names (- is stdin); options override its fields. The fields sign
     and sign_type are ignored, and oid_partner must be the configured merchant's. This command has no journal: if the
-    outcome is unknown, run `lianlian query` before you repeat the command.
+    outcome is unknown, wait 15 minutes, then query it before you repeat the command.
     """
 
 
@@ -65,7 +65,7 @@ def query() -> None:
 def explain() -> None:
     """Show everything that a journal knows about one refund.
 
-    Shows the result of each attempt and query, the outcome, and what to do next. The exit code depends on the outcome,
+    Shows the first 3 and the latest 6 facts, the outcome, and what to do next. The exit code depends on the outcome,
     as it does for `lianlian apply`.
     """
 
@@ -76,7 +76,7 @@ def explain() -> None:
     "--apply",
     "is_applied",
     is_flag=True,
-    help="Query refunds that are in a statement but unknown in the journal, and record their state in the journal.",
+    help="Query refunds that are in a statement but unresolved in the journal, and record their state.",
 )
 @options.journal_options
 @options.runs(".reconcile")
@@ -97,9 +97,9 @@ def reconcile() -> None:
     "--health-file",
     metavar="PATH",
     type=options.any_file,
-    help="File for a health check, removed at the end. Each progress report updates the file's time, if the database "
-    "answers and refunds have ended or none is in flight. If the file is older than --deadline plus 30 seconds, the "
-    "worker hangs.",
+    help="File for a health check, removed at the end. A progress report updates the file's time if the database "
+    "answers, unless refunds are in flight and none has ended. If the file is older than --deadline plus 30 seconds, "
+    "the worker or the database hangs.",
 )
 @click.option("--interval", type=options.Number(0.1, 20), default=10.0, help="Seconds between progress reports.")
 @options.session_options
@@ -116,7 +116,7 @@ def worker() -> None:
 
 @click.command
 @options.journal_options
-@click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default the newest one made.")
+@click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default one that was made.")
 @click.option(
     "--dt-refund",
     metavar="YYYYMMDDHHMMSS",
@@ -126,7 +126,7 @@ def worker() -> None:
 @click.option("--offline", is_flag=True, help="Do not connect to the gateway.")
 @options.runs(".doctor")
 def doctor() -> None:
-    """Find what is wrong with keys, connection, clock and journal.
+    """Check keys, connection, clock and journal.
 
     Sends no refund. Queries a refund that was made: the signature of the answer shows whether LianLian's public key is
     configured correctly. Exit codes: 0 no failure; 1 a failure.
@@ -188,7 +188,7 @@ def journal() -> None:
 )
 @options.runs(".journal")
 def show() -> None:
-    """Count the refunds in a journal, and list the unknown ones.
+    """Count the refunds in a journal, and list the 20 oldest unknown ones.
 
     Other processes may use the journal meanwhile. A journal in PostgreSQL is shown with its queue and workers. The
     time left assumes the current rate and no further refunds; refunds that are due later do not count.
@@ -304,5 +304,5 @@ def send() -> None:
 def verify_notification() -> None:
     """Verify a notification, and show its refund.
 
-    FILE is the body as received (- is stdin). It is verified exactly as a service verifies it.
+    FILE is the body as received (- is stdin). It is verified as by an endpoint without a session.
     """

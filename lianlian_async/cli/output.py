@@ -39,15 +39,14 @@ class _Console(Console):
 
 
 def _console(*, stderr: bool = False) -> Console:
-    # Rich respects the encoding of an explicit file. Text from the wire must not be interpreted as markup. NO_COLOR
-    # alone would not stop Rich from moving the cursor and printing bold text.
-    file = sys.stderr if stderr else sys.stdout
-    is_terminal = False if os.environ.get("NO_COLOR") else None  # None: Rich asks the file
-    return _Console(file=file, stderr=stderr, markup=False, emoji=False, highlight=False, force_terminal=is_terminal)
+    # Text from the wire must not be interpreted as markup. NO_COLOR alone would not stop Rich from moving the cursor
+    # and printing bold text.
+    is_terminal = False if os.environ.get("NO_COLOR") else None  # None: Rich asks the stream
+    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False, force_terminal=is_terminal)
 
 
 class _Pace(ProgressColumn):
-    """The finished and the total number of refunds, the rate of the last 30 seconds, and the time that remains."""
+    """The finished and the total number of refunds, the recent rate, and the time that remains."""
 
     def render(self, task: Task) -> Text:
         left = "-" if task.time_remaining is None else timedelta(seconds=int(task.time_remaining))
@@ -101,7 +100,7 @@ class Output:
 
     @contextmanager
     def screen(self) -> Iterator[Callable[..., object]]:
-        """Yield a function of a line, which a file gets, and of the arguments of ``show``, for a terminal."""
+        """Yield ``draw(line, document, *parts)``: redraw a terminal with ``parts``, else print ``line``."""
         console = _console()
         with _surviving(sys.stdout):  # a closed pipe ends the block
             if self.as_json:

@@ -1,6 +1,6 @@
 """OpenTelemetry: a span for each call with its requests and pauses as children, and metrics (extra ``otel``).
 
-``RefundSession(merchant, listeners=[OpenTelemetry()])`` uses the global providers. An instrumentor of httpx or aiohttp
+``RefundSession(merchant, listeners=[OpenTelemetry()])`` uses the global providers. An instrumentor of the HTTP library
 adds its HTTP span below each request span. Without an instrumentor, the request span itself is the HTTP client span,
 with kind CLIENT and the attributes of the semantic conventions. In both cases a request has one ``traceparent`` header.
 

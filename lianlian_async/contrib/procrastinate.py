@@ -130,7 +130,7 @@ async def _limit_idle_transactions(connection: AsyncConnection[Any]) -> None:
 class RefundQueue:
     """The queue of the :class:`.PostgresJournal` with the same ``dsn`` and ``schema``, for any number of workers.
 
-    A journal belongs to one merchant and one apply endpoint, and so does its queue. A job contains a slice: up to
+    A journal and its queue belong to one merchant and one apply endpoint. A job contains a slice: up to
     ``slice_size`` refunds. The journal records the outcome of each refund. A refund whose outcome stays unknown is
     queued again, due at its ``ask_again_at``. A refund about which a person has to decide (``RefundConflict``, or
     unreadable data) becomes a failed job (:meth:`failures`).
@@ -181,7 +181,7 @@ class RefundQueue:
     ) -> int:
         """Insert refunds into the queue in bulk, and return their number.
 
-        Idempotent: the journal prevents a second refund for the same ``no_refund``. With ``connection`` (psycopg), all
+        Safe to repeat: the journal makes one refund for each ``no_refund``. With ``connection`` (psycopg), all
         refunds are inserted in its open transaction, in a savepoint. Raises ``ConfigurationError`` if ``connection``
         has no open transaction, or leads to another database than the queue's.
         """
@@ -238,7 +238,7 @@ class RefundQueue:
     async def failures(self, limit: int = 20) -> Sequence[Mapping[str, str | None]]:
         """Return the oldest refunds about which a person has to decide, with ``no_refund`` and ``cause``.
 
-        ``no_refund`` is None if it cannot be read. After ``journal decide``, a worker deletes the job within a minute.
+        ``no_refund`` is None if it cannot be read. After ``journal decide``, workers delete jobs with the same fields.
         """
         return await self.app.connector.execute_query_all_async(_FAILURES, **self._names, limit=limit)
 
@@ -270,7 +270,7 @@ class RefundQueue:
         ``on_outcome`` is called with each outcome. After a cancellation, the running refunds finish and the others go
         back into the queue; a second cancellation also cancels the running refunds. Signals are left to your program:
         ``asyncio.run`` turns Ctrl-C into a cancellation, but not SIGTERM. If every further refund would fail with the
-        same error, the worker stops in the same way and raises :class:`BatchStopped` (see ``refund_many``). A refund
+        same error, the worker stops in the same way and raises ``BatchStopped`` or ``ConfigurationError``. A refund
         without ``notify_url`` is queued again if the merchant has none either.
         """
         if not isinstance(session.journal, PostgresJournal) or session.journal.id != await self._journal_id():
@@ -322,7 +322,7 @@ class RefundQueue:
         try:
             await self._put(jobs)  # the follow-up jobs are committed before this job ends
         except Exception as error:
-            worker.fail(error)  # this job stays `doing`; another worker takes it over after this worker has stopped
+            worker.fail(error)  # the job is retried, by procrastinate or, if it stays `doing`, by another worker
             raise
 
     def _working(self) -> SliceWorker:
@@ -361,7 +361,7 @@ async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]
 
 
 async def _is_open(session: RefundSession, refund: Mapping[str, str]) -> bool:
-    """Return whether a refund that was unresolved still is: its job may have ended meanwhile."""
+    """Return whether a refund is still unresolved: its job may have ended meanwhile."""
     entry = await cast("PostgresJournal", session.journal).find(refund["no_refund"])
     return entry is not None and entry.ending is None
 

@@ -1,4 +1,4 @@
-"""For every web framework: HTTP responses to errors, refunds that continue after the client disconnects, recipes.
+"""For every web framework: HTTP responses to errors, refunds that outlive a request, a lifespan with a sweep, recipes.
 
 In the recipes, ``journal``, ``session`` and ``endpoint`` are those of the README's FastAPI service. Starlette::
 
@@ -84,9 +84,9 @@ _SHOWN: Final = ("no_refund", "sta_refund", "field", "ret_code", "ret_msg", "mea
 def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, str], dict[str, Any]]:
     """Return the HTTP status, headers and JSON body that tell a client about its refund, and nothing about the service.
 
-    A rejection has status 402 if it may pass (balance, limit), 500 if the merchant's configuration is its cause, else
-    422. For ``BatchStopped``, the response is about its ``cause``; for a ``JournalError`` after the gateway has
-    answered, about the gateway's answer.
+    A rejection has status 402 if its cause is temporary (balance, limit), 500 if it is the merchant's configuration,
+    else 422. For ``BatchStopped``, the response is about its ``cause``; for a ``JournalError``, about its ``said``, if
+    it is set.
     """
     said = getattr(error, "said", None) or getattr(error, "cause", None)  # JournalError.said, BatchStopped.cause
     if isinstance(said, LianLianError):
@@ -104,7 +104,8 @@ def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, 
         case errors.JournalError(said=Refund()):
             status, detail = 202, "the refund was made, but could not be recorded; repeat the same request later"
     about = getattr(error, "refund", said) or error
-    body |= {name: getattr(about, name) for name in _SHOWN if getattr(about, name, None) is not None}
+    names = _SHOWN if status != 500 else ("no_refund",)  # a code can be about the service's configuration
+    body |= {name: getattr(about, name) for name in names if getattr(about, name, None) is not None}
     return status, headers, {"error": type(error).__name__, "detail": detail, **body}
 
 

@@ -1,6 +1,6 @@
 """Convert timestamps between the database's clock, which all workers share, and the clocks of one worker.
 
-Each transaction first reads the database's clock, and the worker's clocks before and after it (:class:`Reading`). This
+A transaction that writes first reads the database's clock, and the worker's clocks around it (:class:`Reading`). This
 reading converts a worker's :class:`~lianlian_async.clock.Moment` to its stored form and back. The conversion errs on
 the safe side: it never makes the time since a send longer, or a lease shorter.
 
@@ -29,7 +29,7 @@ import attrs
 from lianlian_async.clock import Moment
 
 _DRIFT: Final = 0.001
-"""Upper bound for the relative drift between two clocks; quartz and the corrections of NTP stay below it."""
+"""Upper bound for the relative drift between two clocks; quartz and the corrections of ntpd stay below it."""
 _SLACK: Final = 2.0
 """Seconds: if two clocks' elapsed times differ by more than this plus the drift, the database's clock was set."""
 
@@ -80,7 +80,7 @@ class Reading:
         """Return the moment with the stored form ``stored``, by this worker's clocks.
 
         The database's clock may have been set while no worker ran. So a past moment of another boot whose ``gateway``
-        is known gets a timeline of its own: :func:`~lianlian_async.clock.elapsed` then also uses the gateway's clock.
+        is known gets another timeline: :func:`~lianlian_async.clock.elapsed` then also uses the gateway's clock.
         """
         if stored is None:
             return None

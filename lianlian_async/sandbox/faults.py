@@ -21,7 +21,7 @@ Call: TypeAlias = Literal["apply", "query"]
 
 
 class When(Enum):
-    """Whether a fault occurs before or after the request is carried out."""
+    """Whether the gateway carries out a request with a fault."""
 
     BEFORE = "before"
     """The request is not carried out, so the fault changes an error answer (9999) or a forged success. ``DELAY`` and

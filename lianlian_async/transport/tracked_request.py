@@ -1,4 +1,4 @@
-"""A request of httpx or httpx2 that records whether it may have been sent, independent of the exception raised."""
+"""A request of httpx or httpx2 that records whether its body was read, and so may have been sent."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .connection import trace_loopback
 
 
 class LeaseEndedError(Exception):
-    """The lease ended before the request was sent; nothing was sent."""
+    """The lease ended before the body was sent."""
 
 
 class Body(ByteStream):
-    """A request body that counts how often it was sent, and that cannot be sent after the lease has ended.
+    """A request body that counts its iterations, and refuses them after the lease has ended.
 
     A caller's client may have additional layers, such as a transport that retries or a hook that calls another server.
     After a first send, such a layer may raise an exception that claims that nothing was sent.
@@ -97,7 +97,7 @@ class TrackedRequest(Request):
 
     @property
     def is_unread(self) -> bool:
-        """Whether the body was never read, so that nothing was sent."""
+        """Whether the body was never read: at most the head of the request was sent."""
         return not self._body.sends and not self._content_was_read
 
     def may_have_been_sent(self, error: BaseException) -> bool:
