@@ -32,7 +32,9 @@ class ReturnCode(NamedTuple):
 
 
 def _rejected(
-    code: str, meaning: str, advice: str = "correct the request; the gateway will not make this refund"
+    code: str,
+    meaning: str,
+    advice: str = "the gateway will not make this refund; send a corrected one with a new no_refund",
 ) -> ReturnCode:
     return ReturnCode(code, meaning, CodeClass.REJECTED, advice)
 
@@ -71,7 +73,11 @@ CODES: Final[dict[str, ReturnCode]] = {
         ),
         _exists("1002", "duplicate order or refund number", CodeClass.DUPLICATE),
         _exists("1003", "already being processed", CodeClass.IN_PROGRESS),
-        _rejected("1004", "a parameter is invalid", "ret_msg names the parameter"),
+        _rejected(
+            "1004",
+            "a parameter is invalid",
+            "ret_msg names the parameter; send a corrected refund with a new no_refund",
+        ),
         _uncertain("1007", "gateway network busy"),
         _configuration("1008", "our IP address is not allowed", "register this machine's outgoing address at LianLian"),
         _configuration("1009", "service suspended for this merchant"),

@@ -28,7 +28,7 @@ from datetime import datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .codes import explain
+from .codes import ReturnCode, explain
 
 if TYPE_CHECKING:
     from .models import RefundQuery, RefundRecord, RefundRequest
@@ -122,12 +122,15 @@ class _Refusal(LianLianError):
         self.verified = verified
         self.no_refund = no_refund
         self.meaning = row.meaning
-        self.advice = row.advice
+        self.advice = self._advice(row)
         self.is_configuration = row.is_configuration
         self.may_pass = row.may_pass
         self.stops_batch = row.stops_batch
         about = self.subject if no_refund is None else f"{self.subject} {no_refund}"
-        super().__init__(f"{about}: {printable(ret_code)} {printable(ret_msg)} ({row.meaning}); {row.advice}")
+        super().__init__(f"{about}: {printable(ret_code)} {printable(ret_msg)} ({row.meaning}); {self.advice}")
+
+    def _advice(self, row: ReturnCode) -> str:
+        return row.advice
 
 
 class RefundRejected(_Refusal):
@@ -159,6 +162,11 @@ class QueryRejected(_Refusal):
     """
 
     subject = "query rejected"
+
+    def _advice(self, row: ReturnCode) -> str:
+        # Most advice in the table is about a rejected refund: that it was not made, or when to send it again.
+        is_for_queries = row.is_configuration or row.ret_code == "3005"
+        return row.advice if is_for_queries else "this proves nothing about the refund: correct and repeat the query"
 
 
 class RefundNotFound(LianLianError):

@@ -166,7 +166,9 @@ def test_out_has_the_columns_of_the_file_and_the_outcomes(env, file, tmp_path, n
         assert int(made["attempts"] or 0) == attempts
         assert (rejected["outcome"], rejected["ret_code"], rejected["sta_refund"]) == ("rejected", "5003", None)
         assert rejected["meaning"] == "refund amount does not fit the original"
-        assert rejected["what_to_do"] == "correct the request; the gateway will not make this refund"
+        assert (
+            rejected["what_to_do"] == "the gateway will not make this refund; send a corrected one with a new no_refund"
+        )
         assert "5003" in rejected["error"]
 
 

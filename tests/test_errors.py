@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -9,6 +10,7 @@ import pytest
 
 from lianlian_async import errors
 from lianlian_async.clock import Moment
+from lianlian_async.codes import CODES
 from lianlian_async.errors import (
     AnswerMismatch,
     BatchStopped,
@@ -168,6 +170,14 @@ def test_rejection_carries_code_text_meaning_and_advice():
     assert (error.meaning, error.advice) == ("our IP address is not allowed", REGISTER)
     assert error.is_configuration
     assert not error.verified
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_rejection_of_a_query_gives_no_advice_about_the_refund(code):
+    """It proves nothing about the refund, so nobody may send a new one because of it."""
+    error = QueryRejected(code, "", verified=True, no_refund="R-1")
+    is_about_the_refund = re.search("new no_refund|send the same refund|will not make", error.advice)
+    assert (is_about_the_refund, str(error).endswith(error.advice)) == (None, True)
 
 
 def test_unknown_outcome_carries_all_that_a_later_query_needs():
