@@ -66,7 +66,7 @@ def _show_answer(
 def _show_refund(output: Output, refund: RefundRecord) -> int:
     """Print a refund, and return the exit code for its state."""
     outcome = exit_outcome_of(refund)
-    names = [field.name for field in attrs.fields(RefundRecord) if field.name not in ("extra", "raw", "last_exchange")]
+    names = [field.name for field in attrs.fields(RefundRecord) if field.eq]  # LianLian's documented response fields
     cells = {**{name: getattr(refund, name) for name in names}, **refund.extra}
     if refund.sta_refund is not None:
         cells["sta_refund"] = f"{refund.sta_refund} ({refund.sta_refund.name.lower()})"
