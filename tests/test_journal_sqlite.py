@@ -350,6 +350,20 @@ async def test_a_copy_with_the_inode_number_of_the_removed_journal_is_refused(pa
             pass
 
 
+async def test_a_journal_whose_file_alone_is_mounted_is_refused(path, monkeypatch):
+    """A container may mount only the file: the WAL would be in the container, and be lost with it."""
+    stat = Path.stat
+
+    def mounted(self, **options):
+        device = 2 if self == path else 1
+        return os.stat_result([*stat(self, **options)[:2], device, *stat(self, **options)[3:]])
+
+    monkeypatch.setattr(Path, "stat", mounted)
+    with pytest.raises(JournalError, match="mount the journal's folder, not only its file"):
+        async with SqliteJournal(path):
+            pass
+
+
 async def test_commits_survive_a_power_failure(path):
     """Every commit is synced: with ``synchronous = normal`` the last commits in the WAL could be lost."""
     async with SqliteJournal(path) as journal:

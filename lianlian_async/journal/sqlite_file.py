@@ -87,6 +87,11 @@ class JournalFile:
             """The rowid of the newest entry."""
             paths = () if read_only else (self._path, owner_path, log_path)
             self._files = {path: path.stat() for path in paths}
+            if len({found.st_dev for found in self._files.values()}) > 1:  # as when a container mounts only one file
+                raise JournalError(
+                    f"journal {self._path} and {log_path} are in different file systems, so the end of a container can "
+                    "lose refunds: mount the journal's folder, not only its file"
+                )
             self._is_acting, recorded, restored, evidence = json.loads(self._value(sql.STATUS))
             self.is_copy = restored_at is None and not _may_be_same(recorded or identity, identity)
             """Whether this file is a backup or another copy of a journal."""
