@@ -223,6 +223,7 @@ async def test_query_refund_is_a_call_with_queries():
         *(second, "query 1 NOT_FOUND", "RefundNotFound"),
         *(third, "query 1 FOUND", "found"),
     ]
+    assert [event.no_refund for event in listener if word(event) == "backoff"] == ["R-1"]
     assert listener[-1].no_refund is None
     assert [event.queries for event in listener.only(events.CallEnded)] == [2, 1, 1]
 
