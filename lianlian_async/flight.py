@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime, timedelta
 from functools import partial
@@ -131,31 +131,34 @@ class Flights:
             standing, entry = await recording.claim(body, lease, order.policy, flight.until.at, listeners)
             if standing is Standing.FINISHED:
                 return recorded_refund(entry)
-            apply = gateway.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)
-            is_open = None
-            if has_journal and entry.leased_until is not None:
-                flight.reads_at.at = anyio.current_time() + _READ_AGAIN
-                is_open = partial(self._is_open, order, flight.reads_at)
-                flight.last_send.at = min(flight.last_send.at, entry.leased_until.boot)
-            apply = attrs.evolve(apply, lease_holds=partial(self._is_before, flight.last_send), is_open=is_open)
-            case = flight.case = Case(
-                request=order.request,
-                apply=apply,
-                make_query=partial(self._query_exchange, order, flight.until),
-                clock=self._clock,
-                sent_at=entry.sent_at,
-                refused=_refused(entry),
-                ask_first=standing is Standing.ASK_FIRST or order.query_first,
-                before_resend=partial(self._before_resend, order.journal, entry, flight.reads_at),
-                canary=partial(self._canary, order, flight.until),
-                traffic=flight.traffic,
-                history=entry.history,
-            )
+            case = flight.case = self._open_case(flight, fields, standing, entry)
             if earlier is not None:
                 case.take_over(earlier.moment, earlier.refused)
             if has_journal and (open_refund := await self._open_refunds.find(order.request.no_refund)) is not None:
                 case.take_over(open_refund.sent_at, _refused(open_refund))  # an earlier call used no journal
             return await recording.keep(entry, partial(resolve, case, gateway.send, gateway.retries_left), case)
+
+    def _open_case(self, flight: Flight, fields: Mapping[str, str], standing: Standing, entry: Entry) -> Case:
+        """Return the case of a claimed refund, with what its ``entry`` says about earlier calls."""
+        order, is_open = flight.order, None
+        if entry.leased_until is not None and not isinstance(order.journal, OpenRefunds):
+            flight.reads_at.at = anyio.current_time() + _READ_AGAIN
+            is_open = partial(self._is_open, order, flight.reads_at)
+            flight.last_send.at = min(flight.last_send.at, entry.leased_until.boot)
+        apply = self._gateway.exchange(Call.APPLY, fields, entry.body, flight.until, order.policy)
+        return Case(
+            request=order.request,
+            apply=attrs.evolve(apply, lease_holds=partial(self._is_before, flight.last_send), is_open=is_open),
+            make_query=partial(self._query_exchange, order, flight.until),
+            clock=self._clock,
+            sent_at=entry.sent_at,
+            refused=_refused(entry),
+            ask_first=standing is Standing.ASK_FIRST or order.query_first,
+            before_resend=partial(self._before_resend, order.journal, entry, flight.reads_at),
+            canary=partial(self._canary, order, flight.until),
+            traffic=flight.traffic,
+            history=entry.history,
+        )
 
     async def _before_resend(self, journal: Journal, entry: Entry, reads_at: Deadline, history: str) -> bytes:
         """Record that the request may be sent again; return its body, signed again: the key may have changed since."""
