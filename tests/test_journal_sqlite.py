@@ -466,6 +466,19 @@ async def test_a_removed_or_replaced_file_is_noticed(path, suffix, replaced):
                 await verb
 
 
+async def test_a_process_whose_lock_file_was_removed_writes_nothing(path):
+    """A second process may have opened the journal since then: the first one must not overwrite its rows."""
+    async with SqliteJournal(path) as first:
+        path.with_name(f"{path.name}-owner").unlink()
+        async with SqliteJournal(path) as second:
+            _, entry = await second.begin(intent("R-2"), now())
+            await second.finish(entry, MADE)
+            with pytest.raises(JournalError, match="-owner was removed or replaced while it was open"):
+                await first.begin(intent("R-1"), now())
+            assert [entry.no_refund async for entry in second.entries()] == ["R-2"]
+            assert (await second.find("R-2")).ending == MADE
+
+
 async def test_a_full_disk_fails_the_whole_batch(path):
     """All callers get ``JournalError`` and nothing is recorded; the journal continues after space is freed."""
     async with SqliteJournal(path) as journal:

@@ -175,6 +175,7 @@ class JournalFile:
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
         """Carry out all ``operations`` in one transaction. It is durable on return; on an error it changes nothing."""
         with self._lock, self._errors():
+            self._check_in_place()  # if the lock file was removed, another process may have the journal open
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
             self._allow_for_restore([operation for operation in operations if isinstance(operation, Begin)])
@@ -187,7 +188,7 @@ class JournalFile:
                     self._leased.pop(entry.no_refund, None)
                 else:
                     self._leased[entry.no_refund] = rowid, entry
-            self._check_in_place()
+            self._check_in_place()  # again, because it may have been replaced during the write
         return results
 
     def _allow_for_restore(self, begins: Sequence[Begin]) -> None:
