@@ -1,13 +1,13 @@
-"""LianLian Pay refunds for asyncio and trio. No refund is made twice or lost, and no outcome is guessed.
+"""LianLian Pay refunds for asyncio and trio: not made twice, not lost, not guessed (limits: README, "Guarantees").
 
 The ideas:
 
 1. ``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. The caller chooses all three.
-2. An HTTP exchange ends as *not sent*, *maybe sent* or *answered*. A call sends the refund again without a query only
-   after *not sent*.
+2. An HTTP exchange ends as *not sent*, *maybe sent* or *answered*. Only after *not sent* does a call send again without
+   a query.
 3. After *maybe sent*, the call queries the refund. If the outcome stays unknown, it raises ``RefundOutcomeUnknown``.
 4. The protocol and the retry policy do no I/O. Time and random numbers are their arguments.
-5. Signing, file access and database access never block the event loop.
+5. Signing, file access and database access of a session or endpoint never block the event loop.
 6. Safety depends on elapsed time. Within one boot the boot clock measures it, because nobody can set that clock. Only
    the holder of a refund's lease may send it. The lease is checked right before the write (exceptions: ``transport``).
 7. When a background task ends, whatever the cause, no call waits for it any longer.
@@ -29,7 +29,7 @@ The modules, from the lowest layer up. No module imports from a higher layer; im
 - ``resolution``: finds the outcome of a refund: a decision table, and queries. ``rsa_worker``: signs in a thread.
   ``signature_watch``: detects a wrong key early. ``worker_pool``: processes many items with few workers.
 - ``gateway_client``: sends exchanges for an open session. ``recording``: records one refund. ``flight``: lets
-  concurrent calls share one refund. ``waiters``: waits for a final status. ``recovery``: resolves all open refunds.
+  concurrent calls share one refund. ``waiters``: waits for a final status. ``recovery``: resolves open refunds.
   ``reconcile``: compares LianLian's statements with a journal.
 - ``session``, ``batch``, ``notifications``: the public API. ``sandbox``: a fake gateway. ``contrib``: FastAPI, aiohttp,
   other web frameworks (``web``), OpenTelemetry, and a procrastinate queue. ``testing``: a pytest plugin and virtual

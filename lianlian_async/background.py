@@ -131,7 +131,7 @@ def _cancelled() -> LianLianError:
 
 
 async def complete(call: Callable[[], Awaitable[object]]) -> None:
-    """Await ``call()`` until it completes, then raise the cancellation that arrived during the call, if any.
+    """Await ``call()`` until it completes, then raise the cancellation that interrupted it, if any.
 
     ``call`` must be idempotent: a shield does not stop asyncio's ``Task.cancel``, so an interrupted call is repeated.
     """

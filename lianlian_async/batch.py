@@ -1,4 +1,4 @@
-"""Batches: ``refund_many`` takes any number of requests and yields one outcome for each, in bounded memory."""
+"""Batches: ``refund_many`` takes any number of requests and yields the outcome of each refund."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
@@ -40,10 +40,11 @@ def refund_many(
             ...
 
     Backpressure: requests are read only as fast as you read outcomes, so memory depends on ``concurrency``, not on the
-    number of requests. An error of one refund does not affect the others. An item that is not a ``RefundRequest``
-    gives an outcome with ``InvalidRequest`` as its error and the item as its request; nothing is sent for it.
+    number of requests (with ``wait_unknown``, also on the number of unknown outcomes). After an error of one refund the
+    batch continues, except as listed under *Raises*. An item that is not a ``RefundRequest`` gives an outcome with
+    ``InvalidRequest`` as its error and the item as its request; nothing is sent for it.
     If you leave the loop early, or if it is cancelled, the batch ends: no further request is read, and running refunds
-    stay unresolved in the journal. If a variable keeps the iterator alive, call ``aclose``, or use ``async with``.
+    may stay unresolved. If a variable keeps the iterator alive, call ``aclose``, or use ``async with``.
 
     Args:
         session: an open session.
@@ -52,16 +53,18 @@ def refund_many(
         concurrency: maximum number of concurrent refunds; by default the session's ``max_connections``.
         journal: an open journal; by default the session's.
         query_first: query every refund that is new in the journal before it is sent.
-        keep_going: continue after a rejection that every further refund would get, too. Answers without a valid
-            signature still stop the batch.
-        wait_unknown: keep unknown outcomes in memory until all other refunds have ended, then resolve each of them at
-            its ``ask_again_at``, once.
+        keep_going: continue after a rejection with ``stops_batch``. Answers without a valid signature still stop the
+            batch.
+        wait_unknown: keep unknown outcomes in memory until all other refunds have ended, then resolve each of them
+            once, at its ``ask_again_at`` or later.
 
-    Raises ``RuntimeError`` at once if the session is not open. Raises at the end of the iteration:
+    Raises at once ``RuntimeError`` if the session is not open, and ``ConfigurationError`` or ``InvalidRequest`` for a
+    wrong argument. Raises at the end of the iteration:
         BatchStopped: a rejection with ``stops_batch``, or answers about four refunds in a row without a valid
             signature. Until one answer has a valid signature, at most four refunds run concurrently.
         JournalError: the journal failed; no further refund was started.
         ConfigurationError: a setting, such as a proxy, prevents every send.
+        RuntimeError: the session was closed during the batch.
         LianLianError: a task of the batch was cancelled from outside. Refunds that were running may have been made.
         BaseException: any exception of ``requests``; from your middleware, one that is not an ``Exception``.
     """

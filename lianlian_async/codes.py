@@ -60,7 +60,7 @@ def _uncertain(code: str, meaning: str) -> ReturnCode:
 
 
 def _exists(code: str, meaning: str, kind: CodeClass) -> ReturnCode:
-    advice = "query the refund: it may exist, or the number belongs to a refund with another dt_refund"
+    advice = "query the refund: it may exist, or the number may belong to another refund"
     return ReturnCode(code, meaning, kind, advice)
 
 

@@ -10,15 +10,15 @@ LianLianError
 ├── RefundOutcomeUnknown    the refund may have been made; contains everything needed to query it again
 ├── GatewayUnavailable      query only: no usable answer in time
 ├── RefundNotFinal          waiting only: made, but its status can still change
-├── RefundConflict          the same no_refund belongs to a refund with other content
+├── RefundConflict          the same no_refund has other content or another outcome
 ├── SignatureInvalid        an answer or notification is not validly signed by LianLian
-├── AnswerMismatch          validly signed, but about another request or merchant
-├── MalformedMessage        violates the protocol: not JSON, not an object of strings, too big …
+├── AnswerMismatch          belongs, or may belong, to another request or merchant
+├── MalformedMessage        violates the protocol: HTTP status not 200, not JSON, too big …
 ├── JournalError            the journal failed; a refund that is not recorded is not sent
-└── BatchStopped            refund_many stopped: every further refund would fail for the same cause
+└── BatchStopped            a batch or worker stopped: further refunds would fail for the same cause
 
 Every error can be pickled, so a worker process can return it. No error contains key material. ``last_exchange``
-identifies the HTTP exchange for LianLian's support; None: no exchange caused the error.
+identifies the HTTP exchange for LianLian's support; None: no single exchange of this call caused the error.
 Wrong use of a session (closed, or from another event loop) is a bug in the program: it raises ``RuntimeError``.
 """
 
@@ -67,7 +67,7 @@ class LianLianError(Exception):
 
 
 class ConfigurationError(LianLianError, ValueError):
-    """A key or setting is unusable. The message names the setting and says how to correct it. It shows no key text."""
+    """A key or setting is unusable. The message says which one and why. It shows no key text."""
 
 
 def misconfigured(error: LianLianError | None) -> ConfigurationError | None:
@@ -77,7 +77,7 @@ def misconfigured(error: LianLianError | None) -> ConfigurationError | None:
 
 
 class Problem(NamedTuple):
-    """One broken rule: the wire name of the field, the rule, and the given value (shortened)."""
+    """One broken rule: the name of the field or argument, the rule, and the given value (shortened)."""
 
     field: str
     rule: str
@@ -88,7 +88,10 @@ class Problem(NamedTuple):
 
 
 class InvalidRequest(LianLianError, ValueError):
-    """A request breaks the gateway's field rules; nothing was sent. ``problems`` contains every broken rule."""
+    """A request breaks the field rules; nothing was sent.
+
+    ``problems`` contains all unknown and missing fields; if there are none, all invalid values.
+    """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -138,8 +141,8 @@ class RefundRejected(_Refusal):
 
     ``ret_code`` and ``ret_msg`` (Chinese) come from the gateway, ``meaning`` and ``advice`` from this library.
     ``is_configuration``: the merchant's configuration is the cause (1001, 1008, 3001 …). ``may_pass``: the cause is
-    temporary (balance too low, limit exceeded): send the *same* ``no_refund`` again later. ``stops_batch``: every
-    further refund would be rejected too. ``verified``: the answer had a valid signature; error answers often have none.
+    temporary (balance too low, limit exceeded): send the *same* ``no_refund`` again later. ``stops_batch``: further
+    refunds would probably be rejected, too. ``verified``: the answer had a valid signature; many rejections have none.
     ``evidence``: the reason if a person decided that the refund was not made (``ret_code`` is then ``decided``).
     """
 
@@ -188,19 +191,19 @@ class RefundNotFound(LianLianError):
 
 
 class RefundOutcomeUnknown(LianLianError):
-    """The refund may have been made; its queries did not determine the outcome in time.
+    """The refund may have been made: the call ended before its outcome was known.
 
     Do not send the refund again under another ``no_refund``. At ``ask_again_at`` (aware datetime) or later, call
     ``await session.resolve(error)``. It queries the refund, and signs and sends it again only if the gateway still
     has no record ``RetryPolicy.not_found_grace`` seconds after the last attempt that may have arrived.
 
-    ``attempts`` and ``queries`` are the numbers of requests. ``sent_at`` is the latest time at which the gateway may
-    have received an attempt; if another call holds the lease, it is the end of that lease. ``moment`` is the same time
-    by the wall clock, the boot clock and the gateway's clock. ``last_error`` describes the last failure, and ``reason``
-    its kind, without details of the refund, so that errors can be counted by reason. ``refused`` is set if no attempt
-    can have made the refund and the last answer was *duplicate* or *in progress*: the :class:`RefundRejected` of this
-    answer. Then the ``no_refund`` may belong to another refund. ``request`` is the
-    :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes, ``oid_partner`` the merchant that signed them,
+    ``attempts`` and ``queries`` are the numbers of this call's requests. ``sent_at`` is the latest time at which the
+    gateway may have received an attempt; if another call holds the lease, it is the end of that lease. ``moment`` is
+    the same time by the wall clock, the boot clock and the gateway's clock. ``last_error`` describes the last failure,
+    and ``reason`` is its kind, without details of the refund, so that errors can be counted by reason. ``refused`` is
+    set if no attempt can have made the refund and the last answer was *duplicate* or *in progress*: the
+    :class:`RefundRejected` of this answer. Then the ``no_refund`` may belong to another refund. ``request`` is the
+    :class:`~lianlian_async.RefundRequest`, ``body`` the signed bytes (may be empty), ``oid_partner`` the merchant,
     and ``apply_url`` the endpoint.
     """
 
@@ -268,10 +271,10 @@ class GatewayUnavailable(LianLianError):
 
 
 class RefundNotFinal(LianLianError):
-    """The refund was made, but at the deadline ``sta_refund`` was neither success nor failed.
+    """The refund was made, but when the wait ended, ``sta_refund`` was neither success nor failed.
 
-    ``refund`` is the last known :class:`~lianlian_async.Refund`. ``last_error`` describes the failure of the last
-    query; None: it succeeded. Wait again, or learn the final status from the notification or ``session.resume()``.
+    ``refund`` is its last known record. ``last_error`` describes why the wait ended early or the last query failed;
+    None: neither. Wait again, or learn the final status from the notification or ``session.resume()``.
     """
 
     def __init__(self, refund: "RefundRecord", *, last_error: str | None) -> None:
@@ -283,12 +286,13 @@ class RefundNotFinal(LianLianError):
 
 
 class RefundConflict(LianLianError):
-    """The same ``no_refund`` belongs to a refund with other content, at the gateway or in the journal.
+    """The same ``no_refund`` has other content or another outcome, at the gateway or in the journal.
 
-    Check the refund by hand: the gateway may have made one of the two refunds, or both. The library sends nothing more
-    for it. ``field`` is the wire name of the field that differs. ``ours`` is its new value, in the request or in a
-    message that has just arrived; ``theirs`` is the value that the gateway or the journal already had.
-    ``record`` has the fields of the gateway's signed record if the conflict is with such a record, else it is None.
+    Check the refund by hand: the gateway may have made one of the two refunds, or both. If the journal has recorded the
+    conflict, the library sends nothing more for it. ``field`` is the wire name of the field that differs, or
+    ``content``. ``ours`` is its value in the request, ``theirs`` in the gateway's record or in an earlier request; for
+    ``sta_refund``, ``ours`` is its value in the message that arrived. ``record`` has the fields of the gateway's record
+    that differs from the request, else it is None.
     """
 
     def __init__(
@@ -310,7 +314,7 @@ class SignatureInvalid(LianLianError):
 
 
 class AnswerMismatch(LianLianError):
-    """An answer or a notification is validly signed, but belongs to another request or merchant.
+    """An answer or a notification belongs, or may belong, to another request or merchant.
 
     ``field`` is the wire name of the wrong field, ``asked`` its expected value, ``answered`` its value (None: absent).
     """
@@ -323,27 +327,26 @@ class AnswerMismatch(LianLianError):
 
 
 class MalformedMessage(LianLianError):
-    """A message violates the protocol: not JSON, not an object of strings, duplicate keys, too big."""
+    """A message violates the protocol: HTTP status not 200, not a JSON object of strings, too big, and so on."""
 
 
 class JournalError(LianLianError):
-    """The journal cannot be read or written, is locked by another process, or has an unknown version.
+    """The journal failed: for example, it cannot be read or written, or another process has locked it.
 
-    A refund that the journal has not recorded is not sent. The message names the journal and says how to repair it.
-    ``said`` is the outcome if the journal failed *after* a send: the :class:`~lianlian_async.Refund` that was made, or
-    the error that the call would have raised. None: this call did not send the refund. When the journal works again,
-    call ``apply_refund`` with the same request.
+    A refund that the journal has not recorded is not sent. ``said`` is the outcome that the journal did not record: the
+    :class:`~lianlian_async.Refund` that was made, or the error that the call would have raised. None: this call did not
+    send the refund. When the journal works again, call ``apply_refund`` with the same request.
     """
 
     said: "RefundRecord | LianLianError | None" = None
 
 
 class BatchStopped(LianLianError):
-    """A batch or worker stopped, because every further refund would fail for the same cause.
+    """A batch or worker stopped, because further refunds would probably fail for the same cause.
 
-    ``cause`` is a :class:`RefundRejected`; or a :class:`SignatureInvalid`, if several answers in a row had no valid
-    signature: a key is probably wrong. ``rejection`` is ``cause`` if it is a ``RefundRejected``, else None. The batch
-    has yielded the outcome of every refund that it sent. With ``keep_going=True`` it continues after a rejection.
+    ``cause`` is a :class:`RefundRejected`; or a :class:`SignatureInvalid`, if the answers about several refunds in a
+    row had no valid signature: a key is probably wrong. ``rejection`` is a ``cause`` of the first kind, else None. The
+    batch has yielded the outcome of every refund that it sent. With ``keep_going=True`` it continues after a rejection.
     """
 
     def __init__(self, cause: RefundRejected | SignatureInvalid) -> None:

@@ -36,7 +36,7 @@ class SendCount:
         self.last_exchange: LastExchange | None = None
 
     def take_back(self) -> None:
-        """Take back the last send: it did not arrive, or was rejected."""
+        """Take back one send: it did not arrive, or was rejected."""
         self.open_sends -= 1
 
 
@@ -59,7 +59,7 @@ class Exchange:
     is_open: Callable[[], Awaitable[bool]] | None = attrs.field(default=None, eq=False, repr=False)
     """Returns whether the journal still has no outcome of the refund. It is awaited before each send."""
     attempt: int = 1
-    """The number of this attempt within the call, from 1; queries count separately."""
+    """The number of this attempt in the call, from 1. Queries count separately, and each canary starts again at 1."""
     seconds: float = 0.0
     """Timeout of this attempt."""
     send_count: SendCount = attrs.field(eq=False, repr=False)
@@ -93,7 +93,7 @@ _QUOTED: Final = (
     *("date", "via", "request-id", "x-request-id", "x-trace-id", "x-correlation-id", "eagleeye-traceid", "eagleid"),
     *("eo-log-uuid", "x-nws-log-uuid", "cf-ray", "x-amz-cf-id", "x-amzn-requestid", "x-amzn-trace-id"),
 )
-"""Headers by which servers, proxies and CDNs identify a request. LianLian documents none of its own."""
+"""Headers by which a server, proxy or CDN can find the request. LianLian documents none of its own."""
 
 
 def last_exchange(delivery: Delivery | None, at: datetime, seconds: float) -> LastExchange:
@@ -118,7 +118,7 @@ class Finding(Enum):
 class Reply:
     """The result of an exchange: a ``refund`` if :attr:`Finding.FOUND`, else the ``error`` that explains the finding.
 
-    Raises ``ValueError`` for other combinations and types, because a user's middleware may create a reply.
+    A wrong combination or type raises ``ValueError``, because a user's middleware may create a reply.
     """
 
     finding: Finding

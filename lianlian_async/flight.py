@@ -1,4 +1,4 @@
-"""Flights: concurrent calls of one session for the same refund share one flight, which makes the refund once.
+"""Flights: concurrent calls of one session for the same refund and journal share one flight, which makes the refund.
 
 A flight belongs to no single caller. A caller leaves the flight when it is cancelled or at its deadline; the other
 callers keep waiting. When the last caller leaves, the flight is cancelled.
@@ -108,7 +108,7 @@ class Flights:
             del self._flights[number]
 
     async def _carry_out(self, flight: Flight) -> Refund:
-        """Send and resolve a refund, or only resolve the unknown outcome of an earlier call, and record the outcome."""
+        """Make a refund, or resolve the unknown outcome of an earlier call, and record the outcome."""
         order, gateway = flight.order, self._gateway
         merchant = gateway.protocol.merchant
         owner = merchant.oid_partner, merchant.endpoints.apply
@@ -195,7 +195,7 @@ class Flights:
         return self._clock().boot < end.at
 
     async def _query_exchange(self, order: Order, until: Deadline) -> Exchange:
-        policy = attrs.evolve(order.policy, attempts=1_000_000)  # only the deadline limits the queries of a resolution
+        policy = attrs.evolve(order.policy, attempts=1_000_000)  # limited by the deadline and the budget
         return await self._gateway.query_exchange(order.request.query(), until, policy)
 
     async def _canary(self, order: Order, until: Deadline) -> LianLianError | bool:
@@ -209,7 +209,7 @@ class Flights:
             return False
         if reply.refund is None:
             return LianLianError(
-                f"the query service does not know refund {entry.no_refund}, which was made ({reply.error}), so its "
+                f"the query service did not return refund {entry.no_refund}, which was made ({reply.error}), so its "
                 "answers about other refunds prove nothing; check the query URL"
             )
         try:
@@ -222,8 +222,8 @@ class Flights:
 def choose_canary(canaries: Sequence[Entry], now: datetime, grace: float) -> Entry | None:
     """Return the canary: the refund to query in order to check the query service, or None if none is suitable.
 
-    It is the newest refund that was sent at least ``grace`` seconds ago, because LianLian may show newer ones late. If
-    all are newer, it is the oldest one. ``canaries``: see :meth:`.journal.Journal.canaries`.
+    It is the newest of ``canaries`` (see :meth:`.journal.Journal.canaries`) that was sent at least ``grace`` seconds
+    ago, because LianLian may show newer ones late. If all are newer, it is the oldest one.
     """
     first = wire.format_timestamp(now - timedelta(days=_CANARY_DAYS))
     usable = [entry for entry in canaries if entry.fields["dt_refund"] >= first]

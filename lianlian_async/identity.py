@@ -22,8 +22,8 @@ _CONTENT: Final[dict[str, Callable[[str], object]]] = {
 def check_identity(ours: Mapping[str, str], record: Mapping[str, str]) -> None:
     """Compare wire fields; a field that is absent or empty on either side is not compared.
 
-    Raises ``AnswerMismatch`` for the record of another refund or merchant, and ``RefundConflict`` if our number belongs
-    to a refund with another ``dt_refund`` or amount.
+    Raises ``AnswerMismatch`` for the record of another refund or merchant, or an unreadable value; ``RefundConflict``
+    if our number belongs to a refund with another ``dt_refund`` or amount.
     """
     for name in NUMBERS:
         asked, answered = ours.get(name), record.get(name)

@@ -1,4 +1,4 @@
-"""Find the keys in a string, bytes or a file. If there is none, the error says what the content is instead.
+"""Find the keys in a string, bytes or a file. If there is none, the error says why.
 
 This module does not decrypt keys: it returns DER or PEM, which pycryptodome reads. No message shows key material.
 """
@@ -86,7 +86,8 @@ def is_key_text(text: str) -> bool:
 def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]:
     """Return the private keys in ``material``; if it contains none, return every key.
 
-    Each key is DER, or PEM if its encryption cannot be expressed in DER. Raises :class:`ConfigurationError`, whose
+    Each key is DER, or PEM if DER cannot express it (encrypted PEM, OpenSSH). With ``private`` False, a private key in
+    PEM is an error. Raises :class:`ConfigurationError`, whose
     message calls the key ``name``.
     """
     content = _read(material, name)

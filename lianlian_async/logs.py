@@ -1,7 +1,7 @@
 """Deliver events to listeners, and to the logger ``lianlian_async``: one line for the outcome of each refund.
 
-A refund that was made is logged at INFO, an error at WARNING; requests, queries, pauses and cancellations at DEBUG. A
-query that finds a conflict is logged at WARNING, too.
+A refund that was made is logged at INFO, a refund call that failed at WARNING, and so is a query that finds a conflict.
+All other events, such as requests, queries, pauses and cancellations, are logged at DEBUG.
 ``record.event_name`` is the type of the event (:mod:`lianlian_async.events`); the event's fields are attributes of the
 record. The environment variable ``LIANLIAN_LOG=info`` or ``LIANLIAN_LOG=debug`` shows the lines on stderr. For JSON
 lines, set up ``logging`` or structlog::

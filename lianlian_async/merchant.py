@@ -108,7 +108,7 @@ class Merchant:
     """
 
     oid_partner: str
-    """The merchant number, at most 18 characters."""
+    """The merchant number: 1 to 18 ASCII letters or digits."""
     private_key: Secret[KeyMaterial | SigningKey] = attrs.field(repr=False, converter=_hidden)
     gateway_public_keys: Secret[_PublicKeys] = attrs.field(repr=False, converter=_hidden_keys)
     endpoints: Endpoints = attrs.field(factory=Endpoints)
@@ -142,7 +142,7 @@ class Merchant:
 
     @without_locals
     def load_keys(self) -> Keys:
-        """Return the keys; the first call reads them, which takes up to 0.1 s: do not call it on an event loop.
+        """Return the keys; the first call reads them, which can take 0.1 s: do not call it on an event loop.
 
         Raises :class:`~lianlian_async.ConfigurationError` with the name of the unusable key.
         """
@@ -256,7 +256,7 @@ class Merchant:
 
 
 def _toml_problem(text: str, message: str) -> str:
-    """Return a message that says where and why ``text`` is not TOML. It quotes no line, because it may be a secret."""
+    """Return a message that says where ``text`` is not TOML. It quotes no line, because a line may be a secret."""
     lines = text.split("\n")
     at = re.search(r"at line (\d+)", message)
     unbalanced = (number for number, line in enumerate(lines, 1) if line.count('"') % 2 or line.count("'") % 2)

@@ -1,6 +1,6 @@
 """Requests and refunds as frozen attrs classes. Requests are validated when they are created.
 
-Field names and rules come from LianLian's apply and query pages. One ``InvalidRequest`` reports all broken rules.
+Field names and lengths come from LianLian's apply and query pages.
 """
 
 import re
@@ -199,13 +199,13 @@ _PARSED: Final[dict[str, Callable[[Any], object]]] = {
 @_fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundRequest(_Request):
-    """One refund (LianLian's *Apply API*). If a field is invalid, raises ``InvalidRequest`` with every broken rule.
+    """One refund (LianLian's *Apply API*). Raises ``InvalidRequest`` if a field is invalid.
 
     ``no_refund``, ``dt_refund`` and ``money_refund`` identify it: choose and store them once, and never change them.
     """
 
     no_refund: str = attrs.field(converter=_new_number)
-    """The merchant's refund number: at most 32 letters, decimal digits and visible ASCII characters (0x21 to 0x7E),
+    """The merchant's refund number: at most 32 visible letters, decimal digits and ASCII characters (0x21 to 0x7E),
     NFKC-normal. It should differ from ``no_order``."""
     dt_refund: datetime = attrs.field(converter=_timestamp)
     """The time of the refund request: an aware datetime or 14 digits; stored in UTC+8, to the second."""
@@ -279,7 +279,7 @@ def _read_only(fields: Mapping[str, str]) -> Mapping[str, str]:
 
 @attrs.frozen(kw_only=True)
 class RefundRecord:
-    """The gateway's record of a refund, from a verified answer or notification.
+    """A refund's record, from a verified answer or notification, or from an unsigned source (``evidence``).
 
     A field that the record lacks has the request's value, or None if the request is not known or lacks it, too.
     Success means that the bank accepted the refund, not that the customer has received the money.

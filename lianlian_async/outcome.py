@@ -14,7 +14,7 @@ _TIMED_OUT: Final = re.compile(r"no answer within|nothing could be sent|the dead
 
 @attrs.define
 class Traffic:
-    """The number of HTTP requests that one refund has needed so far."""
+    """The number of HTTP requests about one refund in one call."""
 
     attempts: int = 0
     """The number of apply requests, including those that certainly did not arrive."""

@@ -16,7 +16,7 @@ from .signing import signature_source
 
 
 class Protocol(NamedTuple):
-    """LianLian's refund protocol for one merchant. :meth:`seal` and :meth:`read` cost one RSA operation each."""
+    """LianLian's refund protocol for one merchant. :meth:`seal` and :meth:`read` do RSA operations."""
 
     merchant: Merchant
     keys: Keys
@@ -73,7 +73,7 @@ class Protocol(NamedTuple):
     def read_notification(self, body: bytes) -> RefundRecord:
         """Return the refund of a notification that the gateway signed for this merchant.
 
-        The refund has a ``no_refund`` or an ``oid_refundno``; every other field may be missing. Raises
+        It has an ``oid_partner``, and a ``no_refund`` or an ``oid_refundno``; other fields may be missing. Raises
         ``MalformedMessage``, ``SignatureInvalid``, or ``AnswerMismatch`` for another merchant's notification.
         """
         fields = wire.decode(body)
@@ -211,6 +211,6 @@ def _unavailable(exchange: Exchange, reason: str, ret_code: str | None = None) -
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of a Retry-After header; None if it is absent or contains a date (RFC 9110 §10.2.3)."""
+    """Return the seconds of a Retry-After header; None if it is absent or, for example, a date (RFC 9110 §10.2.3)."""
     value = headers.get("retry-after", "").strip()
     return float(value[:9]) if value.isascii() and value.isdigit() else None

@@ -1,10 +1,10 @@
 """Compare LianLian's statements with a journal: find refunds that one of the two lacks, and refunds that differ.
 
 The input is lines of text and journal entries, the output is a verdict for each refund. The rows are kept in a
-temporary SQLite file, so that memory grows by little more than a byte per row. All methods block the calling thread.
+temporary SQLite file, so that memory grows by little more than a byte per agreeing row. All methods block their thread.
 
 A statement is not signed, and no public sample of a refund row exists. So a row counts only if every column that is
-used has its documented form. Other rows are reported with line and column; no column is guessed.
+used has its documented form. Other rows are reported with their line; no column is guessed.
 """
 
 import re
@@ -59,7 +59,7 @@ class Verdict(StrEnum):
 
 
 class _Layout(NamedTuple):
-    """The columns of a statement: the index of each field (from 0), and the minimum number of columns."""
+    """The columns of a statement: their delimiter, their number, and the index of each field (from 0)."""
 
     delimiter: str
     width: int
@@ -83,7 +83,7 @@ class _Layout(NamedTuple):
         return cls("|", len(names), columns), True
 
     def read(self, line: str) -> tuple[str, str, str, str] | None:
-        """Return number, merchant, time, amount of a refund; None: a payment. ``ValueError`` names the bad column."""
+        """Return number, merchant, time, amount of a refund; None: a payment. ``ValueError`` says what is wrong."""
         cells = line.split(self.delimiter)
         if len(cells) < self.width or (len(cells) > self.width and self is not _DOMESTIC):
             raise ValueError(f"the row has {len(cells)} columns, but needs {self.width}")
@@ -104,7 +104,7 @@ class _Layout(NamedTuple):
 _DOMESTIC: Final = _Layout(
     ",", 14, {"status": 8, "direction": 7, "no_refund": 0, "oid_partner": 1, "dt_refund": 2, "money_refund": 6}
 )
-"""The last column, ``info_order``, may contain commas. A comma in an earlier column makes ``direction`` invalid."""
+"""The last column, ``info_order``, may contain commas. In a refund, a comma before ``status`` makes the row invalid."""
 _HEADER: Final = {
     "status": ("transaction_status", "payment_status"),
     "no_refund": ("no_refund",),  # LianLian documents no other name
@@ -129,7 +129,7 @@ class Reconciliation:
         }
         """Each ``no_refund`` whose verdict needs attention, by verdict."""
         self.unreadable: list[tuple[int, str]] = []
-        """Rows that do not count: (line number, message with file, line and column)."""
+        """Rows that do not count: (line number, message with file and line)."""
         self._periods: set[str] = set()
         self._seen = bytearray()
         """Whether a row was compared, by row id."""

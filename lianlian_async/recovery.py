@@ -1,4 +1,4 @@
-"""Resume: resolve all open refunds of a journal."""
+"""Resume: resolve the open refunds of a journal."""
 
 import logging
 from collections import Counter
@@ -23,9 +23,9 @@ class Resumed(NamedTuple):
     """The result of :meth:`RefundSession.resume`."""
 
     resolved: int
-    """Refunds whose outcome is now known."""
+    """Refunds whose outcome, or final status, is now known."""
     still_open: int
-    """Refunds to query again later."""
+    """Refunds to resume again later, or to check by hand (conflicts, unreadable entries)."""
 
 
 async def resume(
@@ -38,7 +38,7 @@ async def resume(
 ) -> Resumed:
     """Resolve every refund in ``journal`` that is UNRESOLVED, and query every ACCEPTED one for its final state.
 
-    Refunds that were certainly never sent stay as they are until the next ``apply_refund`` for them.
+    Refunds that were certainly not made stay as they are until the next ``apply_refund`` for them.
     """
     count = Counter[bool]()
 
@@ -61,7 +61,7 @@ async def resume(
 
     async def resume_one(entry: Entry) -> None:
         if entry.ending is None and entry.sent_at is None:
-            return  # certainly never sent: the caller knows it, and may have refunded in another way
+            return  # certainly not made: the caller knows it, and may have refunded in another way
         if entry.state is State.FINAL:
             return  # nothing to query; a NotificationEndpoint will call on_refund
         try:

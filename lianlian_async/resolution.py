@@ -64,7 +64,8 @@ class Case:
     """Creates the query exchange. Called only if a query is needed, because its signature takes time."""
     clock: Clock
     sent_at: Moment | None = None
-    """Upper bound for the time at which the gateway may have received an attempt. None: it received nothing."""
+    """Upper bound for the time at which the gateway may have received an attempt. None: no attempt can
+    have made the refund."""
     earlier_sent_at: Moment | None = None
     """``sent_at`` of an earlier call, maybe on another machine, until :meth:`_merge_earlier` merges it."""
     refused: RefundRejected | None = None
@@ -75,7 +76,7 @@ class Case:
     """Records in the journal that the request may be sent again, and returns its body; its argument is ``history``."""
     canary: Callable[[], Awaitable[LianLianError | bool]]
     """Queries the canary, a refund that was made, to check the query service. True: the canary was found. False: there
-    is no canary. An error: "no such record" from this query service proves nothing."""
+    is no usable canary. An error: "no such record" from this query service proves nothing."""
     traffic: Traffic = attrs.field(factory=Traffic)
     history: str = ""
     """The facts about this refund, for the journal."""
@@ -130,7 +131,7 @@ class Case:
         return doubt(refund, may_have_worked=self.sent_at is not None and self.refused is None)
 
     async def check_query_service(self) -> bool:
-        """Query the canary; return whether there is one. Raises ``RefundOutcomeUnknown`` if it is not found."""
+        """Query the canary; return whether it is usable. Raises ``RefundOutcomeUnknown`` if it is not found."""
         proof = await self.canary()
         if isinstance(proof, LianLianError):
             self.query_error = proof
@@ -159,7 +160,7 @@ class Case:
     def unknown(self, seconds_left: float = 0.0) -> RefundOutcomeUnknown:
         """Return the unknown outcome, with the data that :meth:`RefundSession.resolve` needs.
 
-        ``seconds_left``: how long another caller's part of this call may still send.
+        ``seconds_left``: how long the flight may still send for its other callers.
         """
         now = self.clock()
         self._merge_earlier(now)

@@ -13,7 +13,7 @@ LONGEST_ATTEMPT: Final = 10.0
 """Seconds: the longest time that one attempt may take."""
 
 SHORTEST_ATTEMPT: Final = 0.01
-"""Seconds: with less time left, no further attempt is made."""
+"""Seconds: the shortest timeout of an attempt; if less is left for it, no attempt is made."""
 
 LONGEST_RETRY_AFTER: Final = 60.0
 """Seconds: the upper bound of a server's Retry-After."""
@@ -60,7 +60,7 @@ class RetryPolicy:
     """The retry policy of a call.
 
     The pause after ``n`` retries is random (full jitter): from 0 to ``initial`` × ``multiplier`` ** n seconds, at most
-    ``maximum``. A refund that may have been made is queried until the call's deadline.
+    ``maximum``. A refund that may have been made is queried until the call's deadline, whatever ``attempts`` is.
     """
 
     attempts: int = 4
@@ -77,7 +77,7 @@ class RetryPolicy:
     not_found_grace: float = 900.0
     """Seconds after the last attempt that may have arrived, until "no such record" is believed.
 
-    Until then the outcome is unknown and nothing is sent again. LianLian recommends querying 15 minutes after an
+    Until then nothing is sent again. LianLian recommends querying 15 minutes after an
     apply call. Choose a shorter time only for a gateway that is known to deduplicate ``no_refund``.
     """
 

@@ -1,7 +1,7 @@
 """Keep secrets out of output: a container that does not show its value, and tracebacks without local variables.
 
-Error trackers copy the local variables of every frame of a traceback. Functions with a key, passphrase or password as
-an argument are decorated with :func:`without_locals`.
+Error trackers copy the local variables of every frame of a traceback. Decorate functions with a key, passphrase or
+password as an argument with :func:`without_locals`.
 """
 
 import sys

@@ -52,12 +52,12 @@ class RefundSession:
     Args:
         merchant: the merchant's number, keys and endpoints.
         client: an httpx or httpx2 ``AsyncClient`` for ``max_connections`` connections; the session does not close it.
-        transport: a transport of httpx or httpx2 for the session's own client; excludes ``client``.
-        http_backend: ``httpx`` or ``aiohttp`` for its own client; default: ``LIANLIAN_HTTP_BACKEND``, else ``httpx``.
-        retry: the default policy of every call.
+        transport: a transport of httpx or httpx2; the session closes it. Excludes ``client`` and ``http_backend``.
+        http_backend: ``httpx`` or ``aiohttp``; default: ``LIANLIAN_HTTP_BACKEND``, else ``httpx``. Excludes ``client``.
+        retry: the default policy of the calls.
         deadline: seconds for one whole call, with all its attempts, pauses and queries. Waiting for a connection slot
             does not count, so you may start thousands of calls with ``asyncio.gather``.
-        max_connections: number of connection slots. Each running call holds one; further calls wait in order.
+        max_connections: number of connection slots. Each call that sends holds one; further calls wait in order.
         warm_up: number of connections to open with the session, by one HEAD request each to ``endpoints.apply``. Then
             the first refunds need not wait for TCP and TLS. Unused connections are closed after some seconds.
         middleware: your layers around every attempt, outermost first (see :mod:`lianlian_async.middleware`).
@@ -166,8 +166,8 @@ class RefundSession:
     ) -> Refund:
         """Make a refund once and return its outcome (LianLian's *Apply API*).
 
-        Returns the gateway's signed record, whose status (``sta_refund``) may still change. ``deadline`` (seconds) and
-        ``retry`` override those of the session.
+        Returns the record, whose status (``sta_refund``) may still change. ``deadline`` (seconds) and ``retry``
+        override those of the session.
 
         Raises:
             InvalidRequest: a field breaks the gateway's rules; nothing was sent.
@@ -205,7 +205,7 @@ class RefundSession:
 
         ``journal`` overrides the session's journal. ``query_first`` queries first even if the session does not. A
         ``request`` that is not a ``RefundRequest`` gives an outcome with ``InvalidRequest`` as its error. The only
-        ``LianLianError`` that it raises is ``ConfigurationError``, because every further refund would raise it, too.
+        ``LianLianError`` that it raises is ``ConfigurationError``: further refunds would probably raise it, too.
         """
         began = anyio.current_time()
         traffic = Traffic()
@@ -279,6 +279,7 @@ class RefundSession:
         Raises:
             RefundNotFinal: the refund is not final at the deadline, or when the session was closed during the wait.
             QueryRejected: the gateway rejected the query, which says nothing about the refund.
+            InvalidRequest, ConfigurationError: no query can be sent: ``dt_refund`` is unknown, or a setting is wrong.
             RefundConflict: a record differs from ``refund`` or contradicts the session's journal.
             JournalError: the journal failed; ``said`` is the last known ``refund``.
         """
@@ -309,7 +310,7 @@ class RefundSession:
             return await waiter.until_final(refund, self._learn, seconds)
 
     def notified(self, refund: Refund) -> None:
-        """Return a final refund from the calls that wait for it. ``NotificationEndpoint`` calls this."""
+        """End the calls that wait for ``refund``, which is final. ``NotificationEndpoint`` calls this."""
         self._waiters.notify(refund)
 
     async def _learn(self, query: RefundQuery) -> RefundRecord:
@@ -321,7 +322,7 @@ class RefundSession:
 
         Call it when the service starts, and then regularly; or call ``NotificationEndpoint.sweep``, which includes it.
         ``concurrency`` is half of ``max_connections`` by default, so that other calls still get a connection. Raises
-        ``JournalError``.
+        ``JournalError``, and ``ConfigurationError`` without a journal or if a setting prevents every send.
         """
         if self.journal is None:
             raise errors.ConfigurationError("resume: this session has no journal")

@@ -257,7 +257,7 @@ async def test_a_wrong_query_address_causes_no_second_refund(journal):
             with pytest.raises(RefundOutcomeUnknown) as caught:
                 await session.apply_refund(refund_request(1))
             await anyio.sleep(100)
-    assert "does not know refund R-0" in caught.value.last_error
+    assert "did not return refund R-0" in caught.value.last_error
     assert "check the query URL" in caught.value.last_error
     assert gateway.times_made("R-1") == 1
 
@@ -273,7 +273,7 @@ async def test_a_wrong_query_address_causes_no_second_refund_of_a_lost_entry():
             await session.apply_refund(refund_request(0))
         options = {"journal": journal, "query_first": True, "clock": boot_clock}
         async with RefundSession(gateway.merchant(), transport=NoQueries(gateway), **options) as session:
-            with pytest.raises(RefundOutcomeUnknown, match="does not know refund R-0"):
+            with pytest.raises(RefundOutcomeUnknown, match="did not return refund R-0"):
                 await session.apply_refund(refund_request(1))
     assert gateway.times_made("R-1") == 1
 
