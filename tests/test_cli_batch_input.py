@@ -499,7 +499,7 @@ def test_dry_run_needs_no_keys(file):
     ended = run("batch", file, "--dry-run")
     assert ended.exit_code == 0
     assert "missing: LIANLIAN_OID_PARTNER, LIANLIAN_PRIVATE_KEY" in ended.stderr
-    assert "oid_partner, notify_url and the journal are not checked" in ended.stderr
+    assert "oid_partner, a missing notify_url and the journal are not checked" in ended.stderr
     assert "│ yuan                        │ 10.00 " in ended.stdout
     assert run("batch", file, "--yes").exit_code == 2
 
@@ -537,7 +537,7 @@ def test_damaged_identifier_is_refused(nowhere, file, column, value):
     [(line, problem)] = problems(ended)
     assert line == 2
     assert problem.startswith(f"{column}: ")
-    assert "a spreadsheet did this: format the column as text" in problem
+    assert "write the identifier itself: in a spreadsheet, format the column as text" in problem
     assert f"(got {value!r})" in problem
 
 

@@ -50,14 +50,14 @@ FROM valid
 
 
 class FileTotals(NamedTuple):
-    """The totals of the refunds in a file."""
+    """The totals of the valid refunds in a file."""
 
     refunds: int
     yuan: Decimal
     largest_line: int
     largest_yuan: Decimal
     orders_with_several: int
-    """Orders with more than one refund."""
+    """Order numbers (``oid_paybill`` if there is no ``no_order``) with more than one refund."""
 
 
 class Line(NamedTuple):
@@ -86,7 +86,7 @@ class Notes:
             self.lines.append((line, text))
 
     def texts(self) -> list[str]:
-        """Return one line of text for each kept note, and one with the number of other notes."""
+        """Return one line of text for each kept note, and one with the number of the others, if any."""
         more = [f"… and {self.count - _KEPT} more"] if self.count > _KEPT else []
         return [*(f"line {line}: {text}" for line, text in self.lines), *more]
 
@@ -94,12 +94,14 @@ class Notes:
 class Checked:
     """The valid refunds, in the order of the file.
 
-    A temporary SQLite file, which no other process can open, stores them. So the batch sends exactly the refunds that
-    were checked and confirmed, even if somebody edits the input file meanwhile.
+    A temporary SQLite database stores them, so an edit of the input file cannot change what is sent after the check.
     """
 
     def __init__(self, merchant: Merchant | None, options: Mapping[str, Any]) -> None:
-        """``options``: values of ``READING_OPTIONS``. Without merchant, oid_partner and notify_url are not checked."""
+        """``options``: values of ``READING_OPTIONS``, and ``queue`` for a queue.
+
+        Without merchant, a wrong oid_partner and a missing notify_url are not detected.
+        """
         read_date, read_money = options["read_date"] or plain_date, options["read_money"] or plain_money
         self._merchant = merchant
         self._readers = {"dt_refund": read_date, "dt_order": read_date, "money_refund": read_money}
@@ -118,7 +120,7 @@ class Checked:
         self._file.close()
 
     def add(self, row: Row) -> None:
-        """Check one row and store it, or note its problem."""
+        """Check one row, and store it with its problem, if it has one."""
         cells = json.dumps(dict(row.cells))
         try:
             problem = row.problem or self._store(row.line, self._request(row), cells)
@@ -152,7 +154,7 @@ class Checked:
         return request
 
     def _store(self, line: int, request: RefundRequest, cells: str) -> str | None:
-        """Store a request; return a problem if an earlier line has the same ``no_refund`` for another refund."""
+        """Store a request; return a problem if an earlier line has the same ``no_refund`` and other fields."""
         number, record = request.no_refund, request.to_dict()
         fields = json.dumps(record)
         if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, ?, NULL)", line, number, fields, cells).rowcount:
@@ -219,7 +221,7 @@ class Checked:
 def checked_file(
     file: str, merchant: Merchant | None, options: Mapping[str, Any], note: Callable[[str], object]
 ) -> Iterator[Checked]:
-    """Check the lines of ``file``, pass each problem and remark to ``note``, and yield the refunds."""
+    """Check the lines of ``file``, pass the kept problems and remarks to ``note``, and yield the refunds."""
     with closing(Checked(merchant, options)) as checked:
         with click.open_file(file, "rb") as stream:
             for row in read_rows(stream, file, checked.columns, options["encoding"]):
@@ -234,7 +236,7 @@ class InJournal:
     """What the journal knows about the refunds of a batch."""
 
     found: Counter[str]
-    """Number of refunds by state: new (the journal records no send), made, open; rejected and conflict if any."""
+    """Number of refunds by state: new (not begun, or certainly not made), made, open; rejected and conflict if any."""
     new_yuan: Decimal
     journal_id: str | None = None
     """None: the journal does not exist yet."""

@@ -36,7 +36,7 @@ _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
 """Seconds between two checks whether only unknown refunds remain."""
 _RECEIPT: Final = 60.0
-"""Seconds for which a batch may send with one receipt. It writes the next one after half of this time."""
+"""Seconds of sending that one receipt covers. The batch writes the next one after half of this time."""
 
 
 def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> int:
@@ -79,10 +79,7 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
 
 
 def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[str, Any]) -> Callable[[float], None]:
-    """Refuse a journal other than the one in the receipt of ``file``; return a function that writes the receipt.
-
-    Stdin has no receipt.
-    """
+    """Check the receipt of ``file`` (:meth:`.Receipt.check`); return a function that writes it. Stdin has none."""
     if file == "-":
         return lambda _: None
     path = Path(f"{file}.receipt")
@@ -100,7 +97,7 @@ def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[s
 def _find_journal(
     output: Output, config: Path | None, options: Mapping[str, Any]
 ) -> tuple[Merchant | None, str | None]:
-    """Return the merchant and the place of the journal. In a dry run, each is None if it is not configured."""
+    """Return the merchant and the place of the journal. In a dry run, the place or both are None if not configured."""
     merchant = None
     try:
         merchant = load_merchant(config)
@@ -108,7 +105,7 @@ def _find_journal(
     except (ConfigurationError, click.UsageError) as error:
         if not options["dry_run"]:
             raise
-        missing = "the journal is" if merchant else "oid_partner, notify_url and the journal are"
+        missing = "the journal is" if merchant else "oid_partner, a missing notify_url and the journal are"
         output.note(f"{error}; {missing} not checked")
         return merchant, None
 
@@ -215,7 +212,7 @@ class _Batch:
     """The line of the last refund that was started."""
     failure: LianLianError | None = attrs.field(default=None, init=False)
     check_receipt: Callable[[str], Callable[[float], None]] = attrs.field(init=False)
-    """Refuses a journal other than the one in the receipt; returns a function that writes the receipt."""
+    """See :func:`_receipt_writer`; its argument is the id of the journal."""
 
     async def work(self) -> None:
         """Send all refunds. Store an error in ``failure``, or raise it if no refund was started."""
@@ -264,7 +261,7 @@ class _Batch:
 
     @contextmanager
     def _result_writer(self) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-        """Yield a function that writes a result to ``--out``; write the lines without an outcome at the end."""
+        """Yield a function that writes a result to ``--out``. Unsent lines come first, interrupted ones last."""
         if self.options["out"] is None:
             yield str
             return

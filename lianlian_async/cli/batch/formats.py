@@ -15,11 +15,11 @@ _AMBIGUOUS: Final = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
 
 
 _SAME_CHARACTER: Final = ("<wide>", "<noBreak>", "<compat> 0020")
-"""The decompositions of full-width characters and of blanks."""
+"""How the decompositions of full-width characters and of most blanks begin."""
 
 
 def _normal(text: str) -> str:
-    """Return ``text`` with full-width characters as ASCII, and without outer blanks."""
+    """Return ``text`` with full-width characters in normal width, and without outer blanks."""
     return "".join(map(_narrow, text)).strip()
 
 
@@ -85,7 +85,7 @@ def plain_date(text: str) -> str:
 
 
 def plain_money(text: str) -> str:
-    """Return ``text`` if it is an amount in wire form; else raise ``ValueError`` that names ``--money-format``."""
+    """Return ``text`` if it is an unambiguous amount in wire form; else raise ``ValueError``, as :func:`plain_date`."""
 
     def parse(text: str) -> object:
         if _AMBIGUOUS.fullmatch(text):

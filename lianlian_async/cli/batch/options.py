@@ -18,7 +18,7 @@ _NOT_FOR_QUEUE: Final = (
 
 
 def refuse_for_queue(ctx: click.Context) -> None:
-    """Raise a usage error for options that have no effect with ``--queue``."""
+    """Raise a usage error if the command line contains options that concern sending."""
     names = [name for name in _NOT_FOR_QUEUE if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given := ", ".join(option.opts[0] for option in ctx.command.params if option.name in names):
         raise click.UsageError(f"--queue sends nothing, so it cannot be combined with {given}")
@@ -104,7 +104,7 @@ _OPTIONS: Final = (
         "--out",
         type=options.any_file,
         help="Write each line of FILE and its outcome to this file: CSV for a spreadsheet if the name ends in .csv, "
-        "else JSON Lines. Each run replaces the file.",
+        "else JSON Lines. An existing file is replaced.",
     ),
     options.journal_option,
     click.option("--query-first", is_flag=True, help="Query each refund that is not in the journal before sending it."),
@@ -144,5 +144,6 @@ def batch() -> None:
 
     FILE is CSV with a header line, or JSON Lines, with LianLian's field names (- is stdin). All lines are checked
     before anything is sent. After a crash or Ctrl-C, run the same command again: the journal shows what was sent.
-    Exit codes: 0 all made; 3 some invalid, rejected or failed; 4 some unknown; 130 interrupted.
+    Exit codes: 0 all made; 2 invalid lines or options, nothing was sent; 3 some rejected, failed or skipped as invalid;
+    4 some unknown; 5 invalid signatures; 130 interrupted; 1 other errors.
     """

@@ -41,12 +41,12 @@ def _style(outcome: ExitOutcome) -> str:
 def exit_outcome(outcome: Outcome) -> ExitOutcome:
     """Return the outcome in the words of the command."""
     if isinstance(outcome.error, errors.JournalError) and outcome.error.said is not None:
-        return UNKNOWN  # sent, but the journal could not record the answer
+        return UNKNOWN  # the journal could not record what became of it
     return exit_outcome_of(outcome.refund or cast("errors.LianLianError", outcome.error))  # it has one of the two
 
 
 class Reason(NamedTuple):
-    """Why refunds were not made, and what to do."""
+    """Why refunds have an outcome other than *made*, and what to do."""
 
     outcome: ExitOutcome
     reason: str
@@ -118,13 +118,13 @@ def unsent_result(
 
 
 def _result(line: int, fields: Mapping[str, str], cells: Mapping[str, str]) -> dict[str, Any]:
-    # A cell of the file replaces the request's field of the same name.
+    # A non-empty cell of the file replaces the request's field of the same name.
     own = {column: text for column, text in cells.items() if text and column not in _OURS}
     return {**fields, **own, "line": line}
 
 
 class NotMade(NamedTuple):
-    """A refund that was not made; ``order`` is the number of its order or payment."""
+    """A refund whose outcome is not *made*; ``order`` is the number of its order or payment."""
 
     line: int
     no_refund: str
@@ -140,15 +140,15 @@ class Totals:
     refunds: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     yuan: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     reasons: Counter[Reason] = attrs.field(factory=Counter, init=False)
-    """The number of refunds by the reason why they were not made."""
+    """The number of refunds by reason."""
     not_made: dict[Reason, list[NotMade]] = attrs.field(factory=dict, init=False)
     """By reason, the 20 refunds with the lowest line numbers."""
     recorded: int = attrs.field(default=0, init=False)
-    """Refunds for which no request was sent, because their outcome was in the journal."""
+    """Refunds and rejections that the journal knew, so that no request was sent."""
     attempts: int = attrs.field(default=0, init=False)
     queries: int = attrs.field(default=0, init=False)
     ask_again_at: datetime | None = attrs.field(default=None, init=False)
-    """The time from which a query can resolve every unknown refund."""
+    """The latest ``ask_again_at`` of the unknown refunds."""
     _began: float = attrs.field(factory=perf_counter, init=False)
 
     def add(self, line: Line, outcome: Outcome) -> None:
@@ -188,7 +188,7 @@ class Totals:
         return self.total - self.ended
 
     def facts(self) -> dict[str, float]:
-        """Return the seconds since the start, the outcomes per second, and numbers of requests, by name."""
+        """Return seconds, outcomes per second, and numbers of requests and recorded outcomes, by name."""
         seconds = perf_counter() - self._began
         rate = self.ended / max(seconds, 1e-9)  # a coarse clock may show no progress
         facts = {"seconds": round(seconds, 1), "refunds_per_second": round(rate, 1), "attempts": self.attempts}
@@ -209,7 +209,7 @@ class Totals:
         return [(outcome.word, self.refunds[outcome], Decimal(self.yuan[outcome])) for outcome in each]
 
     def exit_outcome(self) -> ExitOutcome:
-        """Return the most severe outcome that occurred."""
+        """Return the first outcome of ``_PRECEDENCE`` that occurred; else any other than made; else made."""
         other = next((each for each in self.refunds if each != MADE), MADE)
         return next((each for each in _PRECEDENCE if self.refunds[each]), other)
 

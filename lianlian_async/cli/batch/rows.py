@@ -30,7 +30,7 @@ class Row(NamedTuple):
     cells: Mapping[str, str] = MappingProxyType({})
     """The text of each cell by column."""
     is_cut: bool = False
-    """Whether the row ends without a line end: the rest of the file may be missing."""
+    """Whether a CSV row ends without a line end: the rest of the file may be missing."""
 
 
 @attrs.define
@@ -73,8 +73,8 @@ _SEPARATOR: Final = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)
 def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> Iterator[Row]:
     """Yield the rows of ``file``; skip blank lines. The suffix of ``name``, or else the first line, shows the format.
 
-    An invalid line becomes a row with a problem. Raises a usage error if the rest of the file cannot be read: bytes in
-    another encoding, a quote without its end, an invalid header.
+    An invalid line becomes a row with a problem. Raises a usage error if the rest of the file cannot be read (such as
+    bytes in another encoding, a quote without its end, an invalid header), or if a column of ``--map`` is missing.
     """
     lines = _text_lines(file, encoding)
     first = next(lines, "")
@@ -124,8 +124,8 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
 def _cells(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield line number and cells of each row that is not blank; a row may have several lines.
 
-    Excel may write the delimiter in the first line (``sep=;``). Without this line, the delimiter is the comma,
-    semicolon or tab that is most frequent in the header.
+    The first line may name the delimiter for Excel (``sep=;``). Otherwise the delimiter is the comma, semicolon or
+    tab that is most frequent in the first line.
     """
     first, skipped = next(lines), 0
     if named := _SEPARATOR.fullmatch(first):
@@ -160,7 +160,7 @@ _LINE_END: Final = re.compile(r"\r\n|\r|\n")
 def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
     """Yield the lines of ``file`` with their line ends (LF, CRLF or CR). A byte order mark overrides ``encoding``.
 
-    Raises a usage error for bytes in another encoding, workbooks and compressed files.
+    Raises a usage error for bytes that are invalid in the encoding, NUL bytes, workbooks and gzip files.
     """
     stream = io.BufferedReader(cast("io.RawIOBase", file))
     first = stream.peek(4)
@@ -189,7 +189,7 @@ def _unreadable(reason: str) -> click.BadParameter:
 # ── identifiers that a spreadsheet changed ───────────────────────────────────────────────────────
 
 _IDENTIFIERS: Final = ("no_refund", "no_order", "oid_paybill", "trader_refund")
-_CURE: Final = "a spreadsheet did this: format the column as text before you import the values, and export again"
+_CURE: Final = "write the identifier itself: in a spreadsheet, format the column as text before you import the values"
 _MONTH: Final = "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
 _DAMAGE: Final = {
     "number in scientific notation": r"\d+(?:[.,]\d+)?e\+\d+|\d[.,]\d+e\d+",
@@ -207,7 +207,7 @@ _ROUNDED: Final = re.compile(r"[1-9]\d{14}0+", re.ASCII)
 
 
 def damaged(fields: Mapping[str, str]) -> Iterator[Problem]:
-    """Yield a problem for each identifier that a spreadsheet changed."""
+    """Yield a problem for each identifier that seems to be changed by a spreadsheet or an export."""
     for name in _IDENTIFIERS:
         text = fields.get(name, "").strip()
         if match := _DAMAGED.fullmatch(text):
