@@ -182,13 +182,14 @@ def test_other_hash_is_named(env, merchant_keys, algorithm, name):
 def test_hash_that_is_not_known_counts_as_another_key(env, merchant_keys):
     signature = merchant_keys.oracle.sign(signature_source(REQUEST), padding.PKCS1v15(), hashes.SHA3_256())
     ended = verify(env, {**REQUEST, "sign": b64encode(signature).decode()}, "--json")
-    assert ended.json["reason"] == "another key or another signature method was used"
+    assert ended.json["reason"] == "another key or signature method was used, or sign was changed"
 
 
 def test_other_key_is_named(env, stranger_keys):
     """A signature of a key that is not configured is recognized as such, not as a changed text."""
     ended = verify(env, signed(stranger_keys, ANSWER), "--json")
-    assert (ended.exit_code, ended.json["reason"]) == (5, "another key or another signature method was used")
+    assert ended.exit_code == 5
+    assert ended.json["reason"] == "another key or signature method was used, or sign was changed"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from .stores import make_reader, read_queue
 
 _LISTED: Final = 20
 MEANING: Final = {
-    State.UNRESOLVED: "begun; unknown whether it was made",
+    State.UNRESOLVED: "begun; no outcome yet",
     State.ACCEPTED: "made; final state unknown",
     State.FINAL: "success or failed; on_refund has not returned",
     State.DONE: "success or failed",
@@ -56,7 +56,7 @@ class JournalReport:
     unknown: int = 0
     """Unresolved refunds that may have been made."""
     not_sent: int = 0
-    """Unresolved refunds that were certainly not made: they were never sent, or rejected for a temporary reason."""
+    """Unresolved refunds that were certainly not made: not delivered, or rejected for a temporary reason."""
     oldest: list[dict[str, str]] = attrs.field(factory=list)
     """The oldest refunds that may have been made. ``ask_again_at`` assumes the default ``not_found_grace``."""
 
@@ -164,7 +164,7 @@ _EVENTS: Final = {"lease": "lease taken", "resend": "to be sent again", "acted":
 """The text for events whose name alone is not clear."""
 _SHOWN: Final = ("oid_refundno", "sta_refund", "settle_date", "evidence")
 _QUERY_DAYS: Final = 90
-"""LianLian rejects queries about older refunds (3005)."""
+"""About three months: LianLian rejects queries about older refunds (3005)."""
 
 
 def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:

@@ -72,14 +72,16 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
     @without_locals
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the place. An error message contains ``value`` only if it cannot contain a password."""
+        """Return the place. An error message contains ``value`` only if it looks like a path."""
         place = value or (os.environ.get(DSN, "") if self._only_dsn else "")
         if not is_dsn(place):
             if self._only_dsn or "://" in place:
                 wanted = (
                     f"PostgreSQL URL (postgresql://…), here or in {DSN}" if self._only_dsn else "path or postgresql://…"
                 )
-                given = f", not {place!r}" if re.fullmatch(r"[\w./\\-]+", place) else ""  # other text may be a password
+                given = (
+                    f", not {place!r}" if re.fullmatch(r"[\w./\\-]+", place) else ""
+                )  # other text may contain a password
                 self.fail(f"must be a {wanted}{given}")
         elif value and ctx and ctx.get_parameter_source(str(param and param.name)) is ParameterSource.COMMANDLINE:
             try:
@@ -161,7 +163,7 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
 
 
 def _read_journal(ctx: click.Context, _journal: click.Parameter, place: str | None) -> str | None:
-    """Refuse an environment that does not clearly name the journal; with ``--queue`` no journal is used."""
+    """Refuse an environment that does not clearly name the journal; ``--queue`` names it itself."""
     dsn, other = os.environ.get(DSN), os.environ.get(JOURNAL)
     is_from_environment = ctx.get_parameter_source("place") is ParameterSource.ENVIRONMENT
     if dsn and is_from_environment and ctx.params.get("queue") is None:

@@ -95,7 +95,7 @@ _LOST: Final = (
 def default_place(merchant: Merchant) -> str:
     """Return the path of the default journal: one for each merchant and apply endpoint.
 
-    Raises a usage error if the file would not persist.
+    Raises a usage error in a container, where the file would not persist, and without a home folder.
     """
     if os.environ.get("KUBERNETES_SERVICE_HOST") or any(path.exists() for path in _CONTAINER_FILES):
         raise click.UsageError(f"a container loses its files when it ends: {_NAME_IT}")
@@ -142,13 +142,13 @@ class Receipt:
     """None, like ``apply_url``, if the journal of a queue had no owner yet."""
     apply_url: str | None
     sent_until: str = ""
-    """No refund of the file was sent after this time, even if the batch was killed."""
+    """The latest time of a send, written ahead in case the batch is killed."""
 
     def check(self, path: Path, *, accept_new: bool, grace: float) -> list[Receipt]:
         """Return the receipts of other merchants and endpoints, which :meth:`write` keeps.
 
-        Raises a usage error if the file was sent with another journal before, unless ``accept_new`` is true and the
-        last refund was sent at least ``grace`` seconds ago: the gateway may show a refund late.
+        Raises a usage error if the file was sent with another journal before, or if the receipt is unreadable, unless
+        ``accept_new`` is true and ``grace`` seconds have passed since the last send: the gateway may show it late.
         """
         problem, others = "", list[Receipt]()
         try:

@@ -1,4 +1,4 @@
-"""``lianlian help``: explain each concept in a few sentences."""
+"""``lianlian help``: explain three concepts in a few sentences each."""
 
 import json
 from typing import Final
@@ -18,8 +18,8 @@ If LianLian has no record 15 minutes after the last attempt, `lianlian batch` se
 A journal records each refund before it is sent, and later its outcome. After a crash, run the same command again.
 One process uses a file: by default one in your application folder, else --journal PATH.
 Several processes share a journal in PostgreSQL. Put its URL into LIANLIAN_DSN.
-`lianlian journal show` lists unknown refunds, and `lianlian journal resume` resolves them.
-Never delete a journal with unknown refunds. If it is lost, wait 15 minutes after the last run: LianLian may show a
+`lianlian journal show` lists the oldest unknown refunds, and `lianlian journal resume` resolves unknown refunds.
+Never delete a journal. If it is lost, wait 15 minutes after the last run: LianLian may show a
 refund late. Then use `lianlian batch --accept-new-journal --query-first`.
 A journal belongs to one merchant and one apply URL.""",
     "processes": """\
@@ -27,7 +27,7 @@ One process: run `lianlian batch FILE`. Only one process at a time can send refu
 Several processes: `lianlian batch FILE --queue` fills a queue in PostgreSQL; any number of `lianlian worker` share it.
 The queue and its journal belong to one merchant: another merchant needs another database.
 A lease on each refund keeps other workers from sending it. If a worker dies, another one resolves its refunds.
-After SIGINT or SIGTERM, a process finishes the refunds in flight and ends.""",
+After SIGINT or SIGTERM, a worker finishes the refunds in flight and ends. A batch cancels them: run it again.""",
 }
 
 

@@ -76,7 +76,7 @@ def _cause(fields: Fields, keys: Sequence[_Key], trusted: Sequence[_Key]) -> str
     signer, (hash_name, digest) = next(((one, signed) for one, signed in recovered if signed), (None, ("", b"")))
     if signer is None:
         if bits in {one.key.bits for one in keys}:
-            return "another key or another signature method was used"
+            return "another key or signature method was used, or sign was changed"
         return f"another key signed it: the signature has {bits} bits, and no known key has that size"
     unsigned = {name: text for name, text in fields.items() if name != "sign"}
     hashed = ((name, hashlib.new(hash_name, text, usedforsecurity=False)) for name, text in _other_texts(unsigned))

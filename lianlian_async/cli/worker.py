@@ -66,7 +66,7 @@ class Progress:
         self.step()
 
     async def report(self, queue: "RefundQueue") -> None:
-        """Report, and touch the health file, at intervals until cancelled."""
+        """Report at intervals until cancelled; touch the health file if refunds have ended or none is in flight."""
         totals, before = self.totals, -1
         while True:
             try:
@@ -89,7 +89,7 @@ async def _work(merchant: Merchant, dsn: str, progress: Progress, options: dict[
         make_session(merchant, journal, options) as session,
         open_queue(dsn) as queue,
     ):
-        from procrastinate.signals import on_stop  # installed, as the queue is open
+        from procrastinate.signals import on_stop  # not at the top: the extra may be missing
 
         wait, concurrency = not options["until_empty"], options["concurrency"]
         with ExitStack() as at_end:

@@ -26,7 +26,7 @@ from .server import serving
 
 _DELAY: Final = 0.5
 """Seconds of each delay in the sandbox."""
-# The sandbox carries out every request within _DELAY. LianLian's gateway needs the default grace of 15 minutes.
+# The sandbox carries out no request later than _DELAY. LianLian's gateway needs the default grace of 15 minutes.
 _POLICY: Final = RetryPolicy(not_found_grace=3 * _DELAY)
 _DEADLINE: Final = 8.0
 _ORDER: Final = Decimal("100.00")
@@ -126,7 +126,7 @@ def audit(
 def _audited(
     output: Output, gateway: SandboxGateway, requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome]
 ) -> Iterator[None]:
-    """Print the audit when the block ends or is interrupted; exit with code 1 if it found disagreements."""
+    """Print the audit, however the block ends; after a normal end, exit: 1 if there are disagreements, else 0."""
     began = perf_counter()
     try:
         yield

@@ -15,7 +15,7 @@ from lianlian_async.sandbox import Notifier, SandboxGateway
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Return whether uvicorn logged a bug, not a connection that the sandbox broke or a cancelled request."""
+    """Return whether uvicorn logged an exception that is neither a broken connection nor a cancelled request."""
     return record.exc_info is not None and not isinstance(record.exc_info[1], ConnectionResetError | CancelledError)
 
 
@@ -23,7 +23,8 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """Serve ``gateway`` while the block runs, and yield its base URL; port 0 means any free port.
 
-    At the end, requests without a response are cancelled. Raises ``ConfigurationError`` if the address cannot be used.
+    One second after the end, requests without a response are cancelled. Raises ``ConfigurationError`` if the address
+    cannot be used.
     """
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -52,7 +53,7 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
 def environment(gateway: SandboxGateway, base_url: str, **overrides: Any) -> dict[str, str]:
     """Return environment variables for ``Merchant.from_env`` to use ``gateway`` at ``base_url``.
 
-    Each RSA key is Base64 on one line. ``overrides`` replace arguments of ``Merchant``.
+    Each RSA key is Base64 on one line. ``overrides`` replace arguments of ``Merchant``, except keys.
     """
     merchant = gateway.merchant(base_url, **overrides)
     return {
