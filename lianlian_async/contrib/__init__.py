@@ -1,4 +1,4 @@
-"""Integrations: one module for each framework. Import the one that you use.
+"""Integrations with frameworks and other libraries. Import the module of the one that you use.
 
 Synchronous programs (Flask, Celery, scripts) run the session in an event loop in another thread. Open it once in each
 process, after a fork (``post_fork`` of gunicorn, ``worker_process_init`` of Celery), and call it from any thread::

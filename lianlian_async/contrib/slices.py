@@ -25,7 +25,7 @@ logger = logging.getLogger("lianlian_async")
 
 TASK: Final = "lianlian:refunds"
 _LONG_PAUSE: Final = 900.0
-"""Seconds until a refund is due again after a rejection that may pass, or without a ``notify_url``."""
+"""Seconds until a refund is due again: after some rejections (see ``_keep``), or without a ``notify_url``."""
 # procrastinate's own heartbeat does not register a worker again after another worker has removed it.
 _HEARTBEAT: Final = """
 INSERT INTO procrastinate_workers (id) OVERRIDING SYSTEM VALUE VALUES (%(worker_id)s)
@@ -58,7 +58,7 @@ class SliceWorker(Worker):
         """The error that stopped the worker."""
         self.is_stopping = False
         self.needs_more = asyncio.Event()
-        """Set while fewer than ``concurrency`` fetched refunds wait in this worker; else no job is fetched."""
+        """Set while fewer than ``concurrency`` fetched refunds wait, or the worker stops; else no job is fetched."""
         self._waiting = 0
         self.add_waiting(0)
 
@@ -131,7 +131,7 @@ class Slice:
         self._failed: list[dict[str, Any]] = []
         self._cause: Any = job.task_kwargs.get("cause")
         self._again = dict[tuple[int, str], dict[str, Any]]()
-        """Follow-up jobs, by the second in which they are due and by cause."""
+        """Follow-up jobs, by their delay in whole seconds and by cause."""
 
     async def run(self) -> list[dict[str, Any]]:
         """Make the refunds; return follow-up jobs for those that are not finished."""
@@ -150,7 +150,7 @@ class Slice:
         except errors.JournalError as error:
             logger.warning("%d refunds are queued again: %s", len(self._unread), error)
             pause = self._pause
-        except Exception as error:  # noqa: BLE001 - every slice would fail with it, so the queue's `work` raises it
+        except Exception as error:  # noqa: BLE001 - it stops the worker, and the queue's `work` raises it
             worker.fail(error)
         finally:
             for _ in self._under_way:
@@ -213,7 +213,7 @@ class Slice:
 
 
 def _rows(job: Job) -> list[Any]:
-    """Return the refunds in ``job`` as stored. Other programs may have written the job, so they may have any form."""
+    """Return the refunds in ``job`` as stored. They may have any form: other programs can add jobs."""
     refunds = job.task_kwargs.get("refunds")
     return refunds if isinstance(refunds, list) else [refunds]
 
