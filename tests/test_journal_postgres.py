@@ -334,6 +334,37 @@ async def test_closing_waits_for_operations_on_locked_refunds(make, elsewhere):
         assert (await journal.find("R-1")).ending == MADE
 
 
+@pytest.mark.parametrize("verb", ["release", "acted", "decide"])
+async def test_operations_that_begin_no_refund_wait_for_a_locked_refund(make, elsewhere, verb):
+    """They change the entry after the other transaction, although a locked row looks like a refund without an entry."""
+    ended = anyio.Event()
+    async with make() as journal:
+        await journal.begin_acting()
+        _, entry = await journal.begin(intent(), now())
+        if verb == "acted":
+            await journal.finish(entry, MADE)
+        elif verb == "decide":
+            await journal.release(entry, now())
+
+        async def change():
+            if verb == "release":
+                await journal.release(entry, None)
+            elif verb == "acted":
+                await journal.acted("R-1", now())
+            else:
+                await journal.decide("R-1", REJECTED, now())
+            ended.set()
+
+        async with anyio.create_task_group() as group, elsewhere(LOCKED, "R-1"):
+            group.start_soon(change)
+            while not journal._retries:
+                await anyio.lowlevel.checkpoint()
+                assert not ended.is_set()
+        found = await journal.find("R-1")
+    changed = {"release": found.sent_at is None, "acted": found.state is State.DONE, "decide": found.ending == REJECTED}
+    assert changed[verb]
+
+
 async def test_operations_on_locked_refunds_fail_with_the_database(make, elsewhere, administer):
     """If the database fails while callers wait for a locked row, they get ``JournalError``."""
     async with make(timeout=0.5) as journal:

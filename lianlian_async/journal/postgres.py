@@ -323,7 +323,7 @@ class PostgresJournal(GroupCommitJournal):
     ) -> Sequence[Result | None]:
         """Carry out ``operations`` and commit; ``found``: the rows that ``LOCK`` returned.
 
-        Return the results; the result is None if another transaction has locked the refund's row.
+        Return the results; the result is None if another transaction has locked or inserted the refund's row.
         """
         reading = self._reading
         rows = {row["no_refund"]: row for row in found if row["no_refund"] is not None}
@@ -337,14 +337,19 @@ class PostgresJournal(GroupCommitJournal):
         results = perform(operations, after, is_acting=self._is_acting or found[0]["is_acting"])
         changed = [entry for number, entry in after.items() if number in rows and entry is not before[number]]
         new = [entry for number, entry in after.items() if number not in rows]
-        statements: list[Statement] = [(sql.UPDATE, [rows_of(changed, rows, reading)])] if changed else []
+        absent = list({operation.no_refund for operation in operations} - after.keys())
+        statements: list[Statement] = [(sql.FIND, [absent])] if absent else []  # without a row, or locked
+        if changed:
+            statements.append((sql.UPDATE, [rows_of(changed, rows, reading)]))
         if new:
             statements += [(sql.WAIT_BRIEFLY, ()), (sql.INSERT, [rows_of(new, rows, reading)])]
         try:
-            *answers, _ = await self._send(connection, *statements, (sql.COMMIT, ()))
+            answers = await self._send(connection, *statements, (sql.COMMIT, ()))
         except LockNotAvailable:
             raise _BusyError from None
-        skipped = {entry.no_refund for entry in new} - {row["no_refund"] for row in (answers[-1] if new else ())}
+        locked, inserted = (answers[0] if absent else []), (answers[-2] if new else [])
+        skipped = {entry.no_refund for entry in new} - {row["no_refund"] for row in inserted}
+        skipped |= {row["no_refund"] for row in locked}
         return [
             None if operation.no_refund in skipped else result
             for operation, result in zip(operations, results, strict=True)
