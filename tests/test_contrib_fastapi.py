@@ -83,7 +83,7 @@ async def test_a_test_may_override_the_session():
 
 
 async def test_a_missing_session_is_a_clear_error():
-    """Without a lifespan that opens a session, the error says what to do."""
+    """Without a lifespan that opens one session, the error says what to do; none of several merchants is chosen."""
     app = FastAPI(lifespan=lifespan())
 
     @app.get("/")
@@ -91,6 +91,10 @@ async def test_a_missing_session_is_a_clear_error():
         raise AssertionError(session)
 
     with pytest.raises(RuntimeError, match=r"no RefundSession is open: pass one to FastAPI\(lifespan="):
+        async with served(app) as http:
+            await http.get("/")
+    app.router.lifespan_context = lifespan(sandbox().session(), sandbox().session())
+    with pytest.raises(RuntimeError, match="with several sessions, such as one for each merchant, use a dependency of"):
         async with served(app) as http:
             await http.get("/")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://shop.example") as http:

@@ -18,12 +18,13 @@ __all__ = ["Session", "apply_shielded", "get_session", "lifespan", "notification
 
 
 def get_session(connection: HTTPConnection) -> RefundSession:
-    """Return the application's session. Raises ``RuntimeError`` if the lifespan opened none."""
+    """Return the application's session. Raises ``RuntimeError`` if the lifespan opened none, or several."""
     session: RefundSession | None = getattr(connection.state, "refund_session", None)
     if session is None:
         raise RuntimeError(
             "no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)); the server or a test client must "
-            "run the lifespan (for httpx.ASGITransport, which does not, see lianlian_async.testing)"
+            "run the lifespan (for httpx.ASGITransport, which does not, see lianlian_async.testing); with several "
+            "sessions, such as one for each merchant, use a dependency of your own"
         )
     return session
 

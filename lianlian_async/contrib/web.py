@@ -181,7 +181,8 @@ def lifespan(
             if sweep is not None:
                 task = BackgroundTask(partial(_sweep, endpoints[0], sweep), _log_end)
                 await stack.enter_async_context(aclosing(task))
-            yield {"refund_session": next((each for each in entered if isinstance(each, RefundSession)), None)}
+            sessions = [each for each in entered if isinstance(each, RefundSession)]
+            yield {"refund_session": sessions[0] if len(sessions) == 1 else None}
 
     return opened
 
