@@ -151,6 +151,8 @@ def test_invalid_lines_are_listed_and_nothing_is_sent(env, gateway, file):
     assert "│ invalid lines               │ 61 " in people.stdout
     assert (machine.json["outcome"], machine.json["invalid"]) == ("invalid, nothing was sent", 61)
     assert len(problems(machine)) == 50
+    narrow = run("batch", write_csv(file, rows[1:2]), env=env)
+    assert narrow.stdout.startswith("invalid, nothing was sent")  # the title of a narrow table stays in one line
     assert not gateway.requests
 
 

@@ -185,7 +185,7 @@ def local_time(moment: datetime) -> str:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     """Return a table with wrapped long values, and ``-`` for None; without column names it has no header."""
-    drawn = Table(title=title, title_justify="left", show_header=any(columns))
+    drawn = Table(title=title, title_justify="left", show_header=any(columns), min_width=len(title))
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
