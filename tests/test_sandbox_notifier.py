@@ -191,6 +191,20 @@ async def test_invalid_interval_is_refused():
         Notifier(sandbox(), every=math.nan)
 
 
+async def test_on_delivery_is_called_after_its_delivery_is_listed():
+    """``deliveries`` contains a delivery when ``on_delivery`` gets it, while concurrent ones still wait."""
+    gateway, shop, listed = sandbox(settle_after=0), Shop([(None, b""), OK]), []
+
+    def check(delivery):
+        listed.append(delivery in notifying.deliveries)
+
+    notifying = notifier(gateway, shop, Mischief.CONCURRENT, on_delivery=check)
+    async with notifying, session(gateway) as opened:
+        await opened.apply_refund(refund_request())
+        await anyio.sleep(3600)
+    assert listed == [True] * 3
+
+
 # ── mischief ─────────────────────────────────────────────────────────────────────────────────────
 
 

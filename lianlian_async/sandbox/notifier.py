@@ -37,15 +37,15 @@ class Mischief(Enum):
     """Faults of a refund's notifications."""
 
     EARLY = "early"
-    """The refund is final at once, and its notification is sent before the apply response."""
+    """The refund is final at once. If the notifier serves the gateway, the notification precedes the apply response."""
     DUPLICATED = "duplicated"
     """The notification is sent once more after the last delivery."""
     CONCURRENT = "concurrent"
-    """Each delivery is sent three times concurrently."""
+    """Each scheduled delivery is sent three times concurrently."""
     REORDERED = "reordered"
     """A notification with the state *initialized* is sent after the one with the final state."""
     TAMPERED = "tampered"
-    """Before each delivery, a forgery is sent: another amount with the genuine signature."""
+    """Before each scheduled delivery, a forgery is sent: another amount with the genuine signature."""
     REPLAYED = "replayed"
     """The notification is sent once more, ``every`` seconds after the last delivery."""
 
@@ -60,7 +60,7 @@ class Delivery:
     body: bytes = attrs.field(repr=False)
     forged: bool
     status: int | None
-    """HTTP status; None: no response before the timeout."""
+    """HTTP status; None: an error, or no response before the timeout."""
     acknowledged: bool
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class Notifier:
         if any(not 0 <= share <= 1 for share in self._mischief.values()):
             raise ConfigurationError("mischief: each probability must be from 0 to 1")
         self.deliveries: list[Delivery] = []
-        """Every delivery so far, oldest first."""
+        """Every delivery that has ended, oldest first."""
         self._gateway = gateway
         self._http_transport = transport
         self._every = check_seconds("every", every, least=0, most=math.inf)
@@ -208,13 +208,13 @@ class Notifier:
                 status=response.status if isinstance(response, HttpResponse) else None,
                 acknowledged=is_acknowledged(response),
             )
+            self.deliveries.append(delivery)
             deliveries.append(delivery)
             self._on_delivery(delivery)
 
         async with anyio.create_task_group() as tasks:
             for _ in range(times):
                 tasks.start_soon(send)
-        self.deliveries += deliveries
         return any(delivery.acknowledged for delivery in deliveries)
 
 
