@@ -1,7 +1,7 @@
 """The sandbox as an ASGI application: it receives requests, injects faults and sends signed answers.
 
 A request is carried out without an await, so of two concurrent apply requests exactly one is the first. This blocks
-the event loop for two RSA operations (about 0.5 ms with 1024 bits), which is acceptable in a fake.
+the event loop for two RSA operations (below 1 ms with 1024 bits), which is acceptable in a fake.
 """
 
 import functools
@@ -65,8 +65,8 @@ class SandboxGateway:
         settle_after: Seconds until a refund is final; with 0, the apply answer has the final state.
         default_order: Amount in yuan of each order that was not added; None: such an order does not exist (5002).
         sign_errors: Whether answers other than 0000 are signed; None: all except 1004, 8901 and 9002, like genuine
-            answers. A signed rejection repeats ``no_refund`` and ``money_refund``; an unsigned answer has only
-            ``ret_code`` and ``ret_msg``.
+            answers. A signed rejection of a refund repeats ``no_refund`` and ``money_refund``; an unsigned answer has
+            only ``ret_code`` and ``ret_msg``.
         faults: Probability of each fault per request.
         seed: Seed of the random faults.
         delay: Seconds of delay for random faults, and for scripted faults without a ``delay``.
@@ -315,7 +315,7 @@ class SandboxGateway:
         return wire.encode(self._sign(fields, {"oid_partner": self.oid_partner}))
 
     def statement(self) -> str:
-        """Return LianLian's daily statement of domestic refunds: CSV with one row for each successful refund."""
+        """Return all successful refunds in the form of LianLian's daily statement of domestic refunds (CSV)."""
         successful = (refund for refund in self.refunds if refund.status(self.now()) is RefundStatus.SUCCESS)
         return "".join(f"{','.join(self._statement_row(refund))}\n" for refund in successful)
 

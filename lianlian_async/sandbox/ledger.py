@@ -1,7 +1,7 @@
 """The sandbox's ledger: orders, refunds and their states. No I/O and no clock: time is an argument.
 
-Times are seconds of the gateway's clock. A request that the real gateway would reject raises
-:class:`~.answers.Rejection`. The sum of an order's refunds, except failed ones, never exceeds the order's amount.
+Times are seconds of the gateway's clock. An unacceptable request raises :class:`~.answers.Rejection`. The sum of an
+order's refunds, except failed ones, never exceeds the order's amount.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ class Repeated(Enum):
     REJECT = "reject"
     """1002 (duplicate number); no money moves."""
     REPLAY = "replay"
-    """The first answer again, even if the second request differs; no money moves."""
+    """The answer to the first request again, even if the second one differs; no money moves."""
     AGAIN = "again"
     """A second refund if the order's amount allows it; with a large ``default_order``, every request makes a refund."""
 

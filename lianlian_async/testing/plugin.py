@@ -1,6 +1,6 @@
 """The pytest plugin: fixtures, and the network guard. See :mod:`lianlian_async.testing`.
 
-pytest imports this module for every test suite, so a fixture imports the library only when a test uses it.
+pytest imports this module for every test suite, so a fixture imports most of the library only when a test uses it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Turn the guard on until the end of the run; child processes inherit it."""
+    """Turn the guard on, or off with the ini option, until the end of the run; child processes inherit it."""
     config.addinivalue_line("markers", f"{_ALLOW}: let this test's refund sessions connect to any host")
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
