@@ -88,8 +88,8 @@ class GatewayClient:
         """Send a request and read its response, as the innermost layer of the middleware chain."""
         count = exchange.send_count
         count.open_sends += 1  # before any await: a middleware may leave this task running in the background
-        if not await _is_open(exchange):
-            return unanswered(exchange, NoResponse("its outcome was recorded meanwhile", may_have_arrived=False))
+        if (not_sent := await _not_open(exchange)) is not None:
+            return unanswered(exchange, not_sent)
         began, delivery = self.clock(), cast("Delivery | None", None)
         try:
             delivery = await self._transport.post(
@@ -120,12 +120,15 @@ class GatewayClient:
         await self._transport.aclose()
 
 
-async def _is_open(exchange: Exchange) -> bool:
-    """Return whether the journal still has no outcome of the refund. If it has one or fails, do not count this send."""
-    is_open = False
+async def _not_open(exchange: Exchange) -> NoResponse | None:
+    """Return why the journal prevents this send, and do not count the send; None: the refund is still open."""
+    not_sent: NoResponse | None = NoResponse("its outcome was recorded meanwhile", may_have_arrived=False)
     try:
-        is_open = exchange.is_open is None or await exchange.is_open()
-    finally:
-        if not is_open:
+        if exchange.is_open is None or await exchange.is_open():
+            not_sent = None
+    except Exception as error:  # noqa: BLE001 - a journal may raise anything
+        not_sent = NoResponse(f"the journal failed: {error}", may_have_arrived=False, cause=error)
+    finally:  # also after a cancellation
+        if not_sent is not None:
             exchange.send_count.take_back()
-    return is_open
+    return not_sent

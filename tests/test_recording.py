@@ -1199,6 +1199,7 @@ async def test_a_journal_error_after_the_lease_says_that_this_call_sent_nothing(
         with pytest.raises(JournalError) as caught:
             await session.apply_refund(refund_request(2))
     assert isinstance(caught.value.said, RefundNotSent)
+    assert caught.value.said.last_error == "the journal failed: journal: the disk is full"
 
 
 async def test_a_notification_during_the_queries_is_the_outcome(new_journal):
