@@ -46,11 +46,13 @@ class SignatureWatch:
         if len(self._failed) < _FAILURES:
             return None
         *_, last = self._failed.values()
-        return SignatureInvalid(
+        failure = SignatureInvalid(
             f"the answers about {_FAILURES} refunds in a row have no valid signature (the last one: {last}); these "
             "refunds may have been made. Check the gateway's public key (gateway_public_keys, "
             "LIANLIAN_GATEWAY_PUBLIC_KEYS) and the endpoints, then run the batch again with the same journal"
         )
+        failure.last_exchange = last.last_exchange
+        return failure
 
 
 class Admission:
