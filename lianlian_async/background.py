@@ -54,7 +54,8 @@ class BackgroundTask:
 
     ``on_end`` is called once, however the task ends, so that it can release the task's waiters. Its argument is the
     exception that ``function`` raised; None if ``function`` returned or this object cancelled it; or a
-    ``LianLianError`` if the end of the event loop or asyncio's ``Task.cancel`` ended the task, even before its start.
+    ``LianLianError`` if another cancellation ended the task, even before its start: by asyncio's ``Task.cancel``, or at
+    the end of the event loop.
     ``on_end`` must report the exception, because nothing else does, except that asyncio also raises
     ``KeyboardInterrupt`` and ``SystemExit`` out of its event loop.
     """
@@ -127,7 +128,7 @@ class BackgroundTask:
 
 
 def _cancelled() -> LianLianError:
-    return LianLianError("the task was cancelled from outside: by the end of the event loop or asyncio's Task.cancel")
+    return LianLianError("the task was cancelled from outside, for example by the end of the event loop")
 
 
 async def complete(call: Callable[[], Awaitable[object]]) -> None:

@@ -18,7 +18,7 @@ LianLianError
 └── BatchStopped            a batch or worker stopped: further refunds would fail for the same cause
 
 Every error can be pickled, so a worker process can return it. No error contains key material. ``last_exchange``
-identifies the HTTP exchange for LianLian's support; None: no single exchange of this call caused the error.
+identifies the HTTP exchange for LianLian's support; None: no exchange of this call caused the error.
 Wrong use of a session (closed, or from another event loop) is a bug in the program: it raises ``RuntimeError``.
 """
 

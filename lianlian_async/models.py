@@ -169,7 +169,7 @@ class _Request:
         """Return the request that :meth:`to_dict` wrote into a journal or a queue, without checking it again.
 
         A release with stricter rules must still be able to query earlier refunds. Raises ``InvalidRequest`` only for a
-        missing or unknown field, an amount or time that cannot be parsed, or a string that cannot be stored.
+        missing or unknown field, an invalid amount or time, or a string that cannot be stored.
         """
         given = _given(cls, {name: value for name, value in _given(cls, data).items() if value is not None})
         request: Any = cls.__new__(cls)
