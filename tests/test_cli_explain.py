@@ -107,7 +107,7 @@ def test_explain_shows_each_step_of_an_unknown_refund(merchant, gateway, env, jo
     assert machine.json["ask_again_at"].endswith("+08:00")
     assert "9999 system error" in people.stdout
     assert "refund R-1: unknown" in people.stdout
-    assert f"sends it again if LianLian has no record of it after {machine.json['ask_again_at']}" in people.stdout
+    assert f"sends it again only if LianLian has no record of it after {machine.json['ask_again_at']}" in people.stdout
     assert machine.json["history"][0]["at"] in people.stdout
     assert "sign" not in machine.stdout
 

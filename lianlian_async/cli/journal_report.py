@@ -223,5 +223,5 @@ def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[Exit
         return UNKNOWN, f"{unknown}. LianLian no longer answers queries about it; record its outcome: {decide}", None
     asks_at = entry.sent_at.wall + timedelta(seconds=RetryPolicy().not_found_grace)
     sending = f"; a call may send it until {local_time(entry.sent_at.wall)}" if entry.sent_at.wall > now.wall else ""
-    resume = "`lianlian journal resume` queries the refund, and sends it again if LianLian has no record of it after"
+    resume = "`lianlian journal resume` queries it, and sends it again only if LianLian has no record of it after"
     return UNKNOWN, f"{unknown}{sending}. {resume} {local_time(asks_at)}", asks_at

@@ -13,12 +13,12 @@ _TOPICS: Final = {
 A refund is *unknown* (exit code 4) if a request may have arrived and no answer proves its outcome.
 Keep no_refund, dt_refund and money_refund. Never repeat the refund with another no_refund.
 At `ask_again_at`, run `lianlian query`, or repeat the same `lianlian batch`, which queries the refund first.
-If LianLian has no record 15 minutes after the last attempt, `lianlian batch` sends the refund again.""",
+`lianlian batch` sends the refund again only if LianLian has no record 15 minutes after the last attempt.""",
     "journal": """\
 A journal records each refund before it is sent, and later its outcome. After a crash, run the same command again.
 One process uses a file: by default one in your application folder, else --journal PATH.
 Several processes share a journal in PostgreSQL. Put its URL into LIANLIAN_DSN.
-`lianlian journal show` lists the oldest unknown refunds, and `lianlian journal resume` resolves unknown refunds.
+`lianlian journal show` lists the oldest unknown refunds; `lianlian journal resume` tries to resolve all.
 Never delete a journal. If it is lost, wait 15 minutes after the last run: LianLian may show a
 refund late. Then use `lianlian batch --accept-new-journal --query-first`.
 A journal belongs to one merchant and one apply URL.""",

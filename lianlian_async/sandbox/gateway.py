@@ -172,8 +172,9 @@ class SandboxGateway:
         """Inject ``fault`` into the next ``times`` matching requests, after ``skip`` matching requests without it.
 
         ``call`` and ``no_refund`` select the requests (None: all). If several faults match a request, the gateway
-        uses the oldest one. ``delay`` is in seconds; only ``Fault.BUSY`` uses ``ret_code``. Raises ``ValueError`` for
-        a negative ``skip`` and for ``times`` below 1, ``ConfigurationError`` for a wrong ``delay``.
+        uses the oldest one that does not skip it. ``delay`` is in seconds; only ``Fault.BUSY`` uses ``ret_code``.
+        Raises ``ValueError`` for a negative ``skip`` and for ``times`` below 1, ``ConfigurationError`` for a wrong
+        ``delay``.
         """
         injection = Injection(fault, when, self._plan.delay if delay is None else delay, ret_code)
         scripted = Scripted(injection=injection, call=call, no_refund=no_refund, skip=skip, times=times)

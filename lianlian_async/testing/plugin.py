@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Turn the guard off for a test with the mark, and for its fixtures."""
+    """Turn the guard off for a test with the mark, and for the fixtures that are set up with it."""
     with pytest.MonkeyPatch.context() as patch:
         if item.get_closest_marker(_ALLOW) is not None:
             patch.delenv(LOOPBACK_ONLY, raising=False)

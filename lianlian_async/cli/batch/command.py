@@ -207,7 +207,7 @@ class _Batch:
     in_flight: dict[str, Line] = attrs.field(factory=dict, init=False)
     """Refunds that were started and have no outcome yet, by ``no_refund``."""
     _held: Sequence[tuple[float, RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
-    """Unknown refunds that ``--wait-unknown`` resolves after all others."""
+    """Unknown refunds that ``--wait-unknown`` keeps until all others have ended."""
     _last_begun: int = attrs.field(default=0, init=False)
     """The line of the last refund that was started."""
     failure: LianLianError | None = attrs.field(default=None, init=False)

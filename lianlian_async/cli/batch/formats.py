@@ -85,7 +85,7 @@ def plain_date(text: str) -> str:
 
 
 def plain_money(text: str) -> str:
-    """Return ``text`` if it is an unambiguous amount in wire form; else raise ``ValueError``, as :func:`plain_date`."""
+    """Return ``text``, an unambiguous amount in wire form; else raise ``ValueError`` that names ``--money-format``."""
 
     def parse(text: str) -> object:
         if _AMBIGUOUS.fullmatch(text):

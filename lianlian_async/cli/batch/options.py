@@ -121,7 +121,7 @@ _OPTIONS: Final = (
         help="Maximum number of refunds to start each second.",
     ),
     click.option("--keep-going", is_flag=True, help="Continue after a rejection that every further refund would get."),
-    click.option("--wait-unknown", is_flag=True, help="At the end, wait for unknown refunds, and resolve them."),
+    click.option("--wait-unknown", is_flag=True, help="At the end, wait for unknown refunds, and try to resolve them."),
     click.option(
         "--queue",
         metavar="[DSN]",

@@ -195,7 +195,7 @@ class Totals:
         return facts | {"queries": self.queries, "known_from_journal": self.recorded}
 
     def status(self, held: int) -> Text:
-        """Return the progress as one line; ``held``: unknown refunds that will be resolved at the end."""
+        """Return the progress as one line; ``held``: unknown refunds that are kept for the end."""
         counts = self.refunds + Counter({UNKNOWN: held})
         text = Text("  ").join(
             Text(f"{counts[each]:,} {each.word}", _style(each) if counts[each] else "")

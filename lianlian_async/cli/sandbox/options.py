@@ -113,5 +113,5 @@ def demo() -> None:
     """Make refunds at a faulty gateway, and check its ledger.
 
     The gateway is a fake: it loses, delays and forges responses, and makes a refund twice if the client sends it
-    twice. Exit code 0 if its ledger confirms every outcome, else 1.
+    twice. Exit code 0 if its ledger confirms every outcome, 1 if not.
     """
