@@ -3,8 +3,8 @@
 The ideas:
 
 1. ``no_refund``, ``dt_refund`` and ``money_refund`` together identify a refund. The caller chooses all three.
-2. An HTTP exchange ends as *not sent*, *maybe sent* or *answered*. Only after *not sent* does a call send again without
-   a query.
+2. An HTTP exchange ends as *not sent*, *maybe sent* or *answered*. A call sends again without a query only after
+   *not sent*.
 3. After *maybe sent*, the call queries the refund. If the outcome stays unknown, it raises ``RefundOutcomeUnknown``.
 4. The protocol and the retry policy do no I/O. Time and random numbers are their arguments.
 5. Signing, file access and database access of a session or endpoint never block the event loop.

@@ -3,7 +3,7 @@
 LianLianError
 ├── ConfigurationError      a key or setting is unusable (also a ValueError)
 ├── InvalidRequest          a field breaks the gateway's rules (also a ValueError)
-├── RefundNotSent           certainly never reached the gateway: safe to send again
+├── RefundNotSent           certainly not sent: safe to send again
 ├── RefundRejected          apply only: the gateway rejected it; ``may_pass``: the cause is temporary
 ├── RefundNotFound          query only: the gateway has no such record
 ├── QueryRejected           query only: the gateway rejected the query; proves nothing about the refund
@@ -99,7 +99,7 @@ class InvalidRequest(LianLianError, ValueError):
 
 
 class RefundNotSent(LianLianError):
-    """No attempt reached the gateway (connection refused, DNS, TLS …): it is safe to send the refund again.
+    """No apply request of this call reached the gateway (DNS, TLS, refused …): it is safe to send the refund again.
 
     ``last_error`` describes the failure of the last one of ``attempts`` attempts.
     """

@@ -49,7 +49,7 @@ class GatewayClient:
 
     @classmethod
     async def open(cls, merchant: Merchant, transport: HttpSender, *, warm_up: int, **options: Any) -> Self:
-        """Load the keys and open ``warm_up`` connections; ``options`` are arguments of the class.
+        """Load the keys and try to open ``warm_up`` connections; ``options`` are arguments of the class.
 
         The client owns ``transport``: if opening fails, ``transport`` is closed.
         """

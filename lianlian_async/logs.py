@@ -3,8 +3,8 @@
 A refund that was made is logged at INFO, a refund call that failed at WARNING, and so is a query that finds a conflict.
 All other events, such as requests, queries, pauses and cancellations, are logged at DEBUG.
 ``record.event_name`` is the type of the event (:mod:`lianlian_async.events`); the event's fields are attributes of the
-record. The environment variable ``LIANLIAN_LOG=info`` or ``LIANLIAN_LOG=debug`` shows the lines on stderr. For JSON
-lines, set up ``logging`` or structlog::
+record. A session shows the lines on stderr if the environment variable ``LIANLIAN_LOG`` is ``info`` or ``debug``. For
+JSON lines, set up ``logging`` or structlog::
 
     import logging
     from pythonjsonlogger.json import JsonFormatter        # pip install python-json-logger

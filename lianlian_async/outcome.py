@@ -43,7 +43,7 @@ def unknown_reason(apply_error: errors.LianLianError | None, query_error: errors
     """Return the reason why a refund is unknown, without details of that refund, so that reasons can be counted.
 
     The reason is the query's error; without a query, the apply call's error; after "no such record", both. An invalid
-    signature of the apply answer takes precedence, because its cause affects every refund.
+    signature of the apply answer takes precedence, because its cause may affect every refund.
     """
     if isinstance(apply_error, errors.SignatureInvalid):
         return _reason(apply_error)

@@ -51,7 +51,7 @@ class RefundSession:
 
     Args:
         merchant: the merchant's number, keys and endpoints.
-        client: an httpx or httpx2 ``AsyncClient`` for ``max_connections`` connections; the session does not close it.
+        client: an httpx or httpx2 ``AsyncClient`` that allows ``max_connections``; the session does not close it.
         transport: a transport of httpx or httpx2; the session closes it. Excludes ``client`` and ``http_backend``.
         http_backend: ``httpx`` or ``aiohttp``; default: ``LIANLIAN_HTTP_BACKEND``, else ``httpx``. Excludes ``client``.
         retry: the default policy of the calls.
@@ -171,7 +171,7 @@ class RefundSession:
 
         Raises:
             InvalidRequest: a field breaks the gateway's rules; nothing was sent.
-            RefundNotSent: the refund certainly never reached the gateway; it is safe to send it again.
+            RefundNotSent: no apply request of this call reached the gateway; it is safe to send the refund again.
             ConfigurationError: a setting, such as a proxy, prevents every send; nothing was sent.
             RefundRejected: the gateway rejected the refund.
             RefundConflict: the number belongs to another refund; a person has to decide.
