@@ -218,6 +218,12 @@ def test_an_order_needs_a_time_with_a_zone():
         sandbox().add_order("O-1", Decimal(1), dt_order=datetime(2026, 1, 1))  # noqa: DTZ001
 
 
+def test_unknown_effect_of_a_repeated_request_is_refused():
+    """A wrong ``repeated`` is not taken for AGAIN, which moves money twice."""
+    with pytest.raises(ValueError, match="'rejected' is not a valid Repeated"):
+        sandbox(repeated="rejected")
+
+
 async def test_replayed_answer_equals_the_first_one():
     """Under REPLAY the second application gets the first answer, even after the state has changed."""
     gateway = sandbox(repeated=Repeated.REPLAY)

@@ -73,7 +73,8 @@ class SandboxGateway:
         clock: A monotonic clock in seconds.
         started_at: Date and time of the gateway's creation (aware); default: now.
 
-    Raises ``ValueError`` for invalid options, ``ConfigurationError`` for probabilities, delays and key sizes.
+    Raises ``ValueError`` for a wrong ``repeated``, ``settle_after`` or ``default_order``, ``ConfigurationError`` for
+    wrong probabilities, delays and key sizes.
     """
 
     def __init__(

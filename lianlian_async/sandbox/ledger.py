@@ -90,7 +90,7 @@ class Order:
 class Ledger:
     """All orders and refunds of one merchant. No method awaits, so each method is atomic."""
 
-    repeated: Repeated
+    repeated: Repeated = attrs.field(converter=Repeated)
     settle_after: float = attrs.field(validator=attrs.validators.ge(0))
     """Seconds until a refund is final."""
     default_order: Decimal | None = attrs.field(converter=attrs.converters.optional(wire.parse_money))
