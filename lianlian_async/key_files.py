@@ -43,7 +43,8 @@ _OTHER_KINDS: Final = {  # object identifiers in DER (oid-base.com)
     b"\x2b\x81\x04\x00": f"an elliptic-curve key; {_ONLY_RSA}",
     b"\x06\x03\x2b\x65\x70": f"an Ed25519 key; {_ONLY_RSA}",
     b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02": (
-        "a PKCS#7 file: openssl pkcs7 -print_certs -in FILE -out gateway.pem extracts the certificates"
+        "a PKCS#7 file: openssl pkcs7 -print_certs -in FILE -out gateway.pem extracts the certificates "
+        "(binary FILE: add -inform DER)"
     ),
     b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01": f"a PKCS#12 file (.p12, .pfx): {_FROM_PFX}",
 }

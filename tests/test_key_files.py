@@ -326,3 +326,17 @@ def test_keys_that_openssl_encrypts(tmp_path, options, supported):
         )
         old = new
     assert SigningKey.load(old, PASSWORD).fingerprint == PAIR.private.fingerprint
+
+
+@needs_openssl
+@pytest.mark.parametrize(("encoding", "options"), [(Encoding.PEM, ""), (Encoding.DER, "-inform DER")])
+def test_the_command_for_a_pkcs7_file_extracts_its_certificate(tmp_path, encoding, options):
+    """The error has a command for PEM, and the option that the command needs for a binary file."""
+    old, new = tmp_path / "old.p7b", tmp_path / "gateway.pem"
+    old.write_bytes(p7b(encoding))
+    advice = reason(p7b(encoding), load=VerifyingKey.load)
+    command = advice[advice.index("openssl pkcs7") : advice.index(" extracts")]
+    assert options in advice
+    words = command.replace("FILE", str(old)).replace("gateway.pem", str(new)).split()
+    subprocess.run([*words, *options.split()], check=True, capture_output=True)
+    assert VerifyingKey.load(new).fingerprint == PAIR.private.fingerprint
