@@ -330,7 +330,7 @@ def test_some_unknown_exits_4(env, gateway, file, journal):
     ended = run("batch", file, "--yes", *SHORT, env=env)
     assert ended.exit_code == 4
     assert "│ unknown  │ 1 " in ended.stdout
-    assert "unknown refunds can be resolved from 20" in ended.stderr
+    assert "to resolve the unknown refunds, run the same command again after 20" in ended.stderr
     gateway._plan.scripted.clear()
     again = run("batch", file, "--yes", "--json", env=env)
     assert again.exit_code == 3

@@ -285,7 +285,7 @@ def show_batch(
         output.failure(failure)
     if totals.ask_again_at:
         moment = local_time(totals.ask_again_at)
-        output.note(f"unknown refunds can be resolved from {moment} on: run the same command again after that")
+        output.note(f"to resolve the unknown refunds, run the same command again after {moment}")
 
 
 def _not_made(reason: Reason, refunds: int, lines: Sequence[NotMade], results: str | None) -> Iterator[RenderableType]:
