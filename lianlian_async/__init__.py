@@ -31,9 +31,9 @@ The modules, from the lowest layer up. No module imports from a higher layer; im
 - ``gateway_client``: sends exchanges for an open session. ``recording``: records one refund. ``flight``: lets
   concurrent calls share one refund. ``waiters``: waits for a final status. ``recovery``: resolves open refunds.
   ``reconcile``: compares LianLian's statements with a journal.
-- ``session``, ``batch``, ``notifications``: the public API. ``sandbox``: a fake gateway. ``contrib``: FastAPI, aiohttp,
-  other web frameworks (``web``), OpenTelemetry, and a procrastinate queue. ``testing``: a pytest plugin and virtual
-  time. ``cli``: the command ``lianlian``.
+- ``session``, ``batch``: make refunds. ``notifications``: receives LianLian's notifications. ``sandbox``: a fake
+  gateway. ``contrib``: FastAPI, aiohttp, other web frameworks (``web``), OpenTelemetry, and a procrastinate queue.
+  ``testing``: a pytest plugin and virtual time. ``cli``: the command ``lianlian``.
 
 Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
 ``recording.Recording``, ``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through

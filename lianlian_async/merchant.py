@@ -124,7 +124,7 @@ class Merchant:
         number: object = self.oid_partner
         if not isinstance(number, str) or not number.isascii() or not number.isalnum() or len(number) > 18:
             raise ConfigurationError(
-                f"{self._name('oid_partner')}: must be 1 to 18 letters or digits (is {_shown(number)})"
+                f"{self._name('oid_partner')}: must be 1 to 18 ASCII letters or digits (is {_shown(number)})"
             )
         object.__setattr__(self, "oid_partner", str.__str__(number))  # see text_rules.existing
         check_type("endpoints", self.endpoints, Endpoints)

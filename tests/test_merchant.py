@@ -134,8 +134,8 @@ def test_many_threads_load_the_same_keys():
     "number", ["", "1" * 19, "2011 0317", "退款", "２０１１", "٢٠١١", "2011-03", None, 201103171000000000, b"2011"]
 )
 def test_unusable_merchant_number_is_refused(number):
-    """A merchant number has 1 to 18 letters or digits, as a string."""
-    assert "oid_partner: must be 1 to 18 letters or digits" in message_of(lambda: made(oid_partner=number))
+    """A merchant number has 1 to 18 ASCII letters or digits, as a string."""
+    assert "oid_partner: must be 1 to 18 ASCII letters or digits" in message_of(lambda: made(oid_partner=number))
 
 
 def test_error_shows_the_merchant_number():
@@ -437,7 +437,7 @@ def test_all_missing_variables_are_named_together():
 @pytest.mark.parametrize(
     ("variable", "text", "rule"),
     [
-        ("LIANLIAN_OID_PARTNER", "2011 0317", ": must be 1 to 18 letters or digits"),
+        ("LIANLIAN_OID_PARTNER", "2011 0317", ": must be 1 to 18 ASCII letters or digits"),
         ("LIANLIAN_PRIVATE_KEY", THEIRS.public_pem, ": this is a public key"),
         ("LIANLIAN_PRIVATE_KEY", OURS.private_pem[:300], ": the PEM text is cut off"),
         ("LIANLIAN_PRIVATE_KEY", "missing.pem", ": 'missing.pem' is not a PEM"),
@@ -521,7 +521,7 @@ def test_paths_in_toml_start_at_the_file(tmp_path, monkeypatch):
     ("changed", "words"),
     [
         ({"oid_partner": 201103171000000000}, "oid_partner: must be a string"),
-        ({"oid_partner": "2011 03"}, "oid_partner: must be 1 to 18 letters or digits"),
+        ({"oid_partner": "2011 03"}, "oid_partner: must be 1 to 18 ASCII letters or digits"),
         ({"private_key": ["a"]}, "private_key: must be a string"),
         ({"private_key": "missing.pem"}, "private_key: '"),
         ({"private_key": OURS.private_pem[:300]}, "private_key: the PEM text is cut off"),
