@@ -7,6 +7,7 @@ import json
 import threading
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import count
 
 import anyio
 import anyio.to_thread
@@ -15,7 +16,7 @@ import pytest
 
 from lianlian_async import ConfigurationError, InvalidRequest, RefundConflict
 from lianlian_async.errors import JournalError
-from lianlian_async.journal import Ending, MemoryJournal, SqliteJournal, Standing, State
+from lianlian_async.journal import Ending, Entry, MemoryJournal, SqliteJournal, Standing, State
 from lianlian_async.journal.base import added, facts
 from lianlian_async.journal.operations import Begin
 from tests.support import journals
@@ -510,6 +511,29 @@ async def test_two_threads_never_get_the_same_lease_of_a_memory_journal(anyio_ba
     standings.append((await journal.record(Interrupted(intent(), now())))[0])
     await anyio.to_thread.run_sync(thread.join)
     assert standings == [Standing.NEW, Standing.LEASED]
+
+
+async def test_a_memory_journal_is_read_while_another_thread_records(anyio_backend_name, monkeypatch):
+    """``counts`` and ``canaries`` do not fail if a refund is added while they read the entries."""
+    journal, minutes = MemoryJournal(), count()
+
+    async def add():
+        minute = next(minutes)
+        _, entry = await journal.begin(intent(f"R-{minute}"), now(60 * minute))
+        await journal.finish(entry, MADE)
+
+    def state(entry, original=Entry.state.fget):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=partial(anyio.run, add, backend=anyio_backend_name))
+            thread.start()
+            thread.join()
+        return original(entry)
+
+    await add()
+    await add()
+    monkeypatch.setattr(Entry, "state", property(state))
+    assert (await journal.counts())[State.DONE] == 2
+    assert [entry.no_refund for entry in await journal.canaries()][-2:] == ["R-1", "R-0"]
 
 
 async def test_repr_of_a_memory_journal_shows_its_size():

@@ -61,7 +61,8 @@ class MemoryJournal(Journal):
         self._is_acting = True
 
     async def canaries(self) -> list[Entry]:
-        return [entry for entry in reversed(self._canaries) if self._entries.get(entry.no_refund, entry).is_canary]
+        kept = list(self._canaries)  # a copy, because another thread may add one meanwhile
+        return [entry for entry in reversed(kept) if self._entries.get(entry.no_refund, entry).is_canary]
 
     async def pending(self) -> AsyncIterator[Entry]:
         for no_refund in list(self._entries):
@@ -77,7 +78,7 @@ class MemoryJournal(Journal):
         return self._entries.get(no_refund)
 
     async def counts(self) -> Mapping[State, int]:
-        return dict.fromkeys(State, 0) | Counter(entry.state for entry in self._entries.values())
+        return dict.fromkeys(State, 0) | Counter(entry.state for entry in list(self._entries.values()))
 
     async def inbox(self) -> "MemoryJournal":
         return self._inbox
@@ -100,7 +101,7 @@ class MemoryJournal(Journal):
 
 
 MOST_OPEN: Final = 100_000
-"""Maximum number of open refunds of one session without a journal; they take about 100 MB."""
+"""Maximum number of open refunds of one session without a journal; they take about 170 MB."""
 
 
 class OpenRefunds(MemoryJournal):
