@@ -1,7 +1,7 @@
-"""Journals: durable records of every refund and its outcome.
+"""Journals, which record every refund and its outcome.
 
-SQLite and psycopg are slow to import. This package imports SQLite at the first use of ``SqliteJournal``, and psycopg
-never: import ``PostgresJournal`` from ``journal.postgres``.
+SQLite and psycopg are slow to import, so importing this package imports neither. ``SqliteJournal`` and ``SqliteReader``
+are imported at their first use; import ``PostgresJournal`` from ``journal.postgres``.
 """
 
 from typing import TYPE_CHECKING, Any

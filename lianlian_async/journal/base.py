@@ -25,17 +25,17 @@ class State(StrEnum):
     """
 
     UNRESOLVED = "unresolved"
-    """The refund was begun; whether it was made is not known."""
+    """The refund was begun, and no outcome is recorded."""
     ACCEPTED = "accepted"
     """Made: the gateway has accepted it, but ``sta_refund`` can still change."""
     FINAL = "final"
-    """Made and final, but ``on_refund`` has not returned for it yet (:meth:`.Journal.begin_acting`)."""
+    """Made and final, but no return of ``on_refund`` is recorded yet (:meth:`.Journal.begin_acting`)."""
     DONE = "done"
     """Made and final; nothing is left to do."""
     REJECTED = "rejected"
-    """The gateway rejected it permanently."""
+    """Not made: the gateway rejected it permanently, or a person decided so."""
     CONFLICT = "conflict"
-    """The gateway reported another refund under this number: nothing is sent or queried until a person decides."""
+    """The gateway reported another refund under this number: the library does nothing more until a person decides."""
 
     @property
     def is_finished(self) -> bool:
@@ -44,7 +44,7 @@ class State(StrEnum):
 
     @property
     def is_made(self) -> bool:
-        """Whether the refund was made, by the gateway's answer, a statement or a person's decision."""
+        """Whether the refund was made, according to the gateway, a statement or a person."""
         return self in (State.ACCEPTED, State.FINAL, State.DONE)
 
 
@@ -69,7 +69,7 @@ class Fact(NamedTuple):
     what: str
     """*begun*, *lease*, *apply*, *resend*, *query*, *notification*, *statement*, *acted* or *decided*."""
     result: str
-    """The ``ret_code`` or the ``sta_refund``, or the reason why there is none."""
+    """The ``ret_code``, the ``sta_refund``, or the reason why there is neither; empty if there was no exchange."""
 
 
 def facts(history: str) -> list[Fact]:
@@ -79,7 +79,7 @@ def facts(history: str) -> list[Fact]:
 
 
 def added(history: str, now: Moment, what: str, result: str = "") -> str:
-    """Return ``history`` with one more fact; ``result`` is shortened to 32 characters."""
+    """Return ``history`` with one more event; ``result`` is shortened to 32 characters."""
     event = f"{what} {' '.join(result[:32].split())}\n"
     lines = history.splitlines(keepends=True)
     times = 1
@@ -101,7 +101,7 @@ def _bounded(lines: list[str]) -> str:
 
 
 def upgrade_steps(journal: str, version: int, newest: int, steps: Mapping[int, T]) -> list[T]:
-    """Return the ``steps`` from schema ``version`` to ``newest``; raises :class:`JournalError` if one is missing."""
+    """Return the ``steps`` from schema ``version`` to ``newest``; raises :class:`JournalError` if there is no way."""
     if version > newest or not steps.keys() >= set(range(version, newest)):
         raise JournalError(
             f"journal {journal}: schema version {version}, but this release needs {newest}; "
@@ -129,7 +129,7 @@ class Owner:
 
 @attrs.frozen(kw_only=True)
 class Intent:
-    """A refund that its caller is about to send."""
+    """A refund that its caller is about to send; in an inbox, to act on."""
 
     no_refund: str
     fields: Mapping[str, str]
@@ -148,8 +148,8 @@ class Ending:
 
     state: State = attrs.field(validator=attrs.validators.not_(attrs.validators.in_([State.UNRESOLVED])))
     record: Mapping[str, str]
-    """``Refund.to_dict()``, or the fields of the rejection. The key ``evidence`` without the key ``sign``: the outcome
-    comes from a statement or from a person's decision, and not from the gateway."""
+    """``Refund.to_dict()`` (in a conflict, of the other refund), or the fields of the rejection. The key ``evidence``
+    without the key ``sign``: the outcome comes from a statement or from a person's decision, not from the gateway."""
 
 
 @attrs.frozen(kw_only=True)
@@ -161,11 +161,11 @@ class Entry:
     body: bytes
     """The signed bytes to send, or to send again; empty once the outcome is known."""
     sent_at: Moment | None
-    """Upper bound for the time at which the gateway may have received an attempt. While the lease holder may send, this
-    is the end of the lease. None: the gateway received nothing."""
+    """Upper bound for the time at which an attempt that may have made the refund was sent. While the lease holder may
+    send, this is the end of the lease. None: there was no such attempt."""
     refused: Mapping[str, str] | None = None
-    """The gateway's rejection (``ret_code``, ``ret_msg``, ``verified``), set only if every attempt so far was rejected.
-    None: there was no attempt, or an attempt may have succeeded."""
+    """The gateway's last answer *duplicate* or *in progress* (``ret_code``, ``ret_msg``, ``verified``). None: no such
+    answer, or an attempt may have succeeded."""
     ending: Ending | None = None
     """The outcome; None while the refund is unresolved."""
     holder: str | None = attrs.field(default=None, repr=False)

@@ -1,4 +1,4 @@
-"""The lock that lets only one process use a journal file. The lock file names that process.
+"""The lock that lets only one process write a journal file. The lock file names that process.
 
 It is a ``flock``, because POSIX record locks (which SQLite uses) end when the process closes any handle to the file. On
 Windows it is SQLite's exclusive lock on another file.
@@ -28,7 +28,7 @@ except ImportError:
 
 
 class FileLocked(Exception):
-    """Another process has the lock. The message names that process and the time when it took the lock."""
+    """The lock is taken, perhaps by this process. The message names the process and the time when it took the lock."""
 
 
 class FileLock:

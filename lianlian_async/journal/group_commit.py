@@ -1,4 +1,4 @@
-"""Group commit: operations that arrive while one transaction is written share the next transaction.
+"""Group commit: operations that arrive while one transaction is written share the next one.
 
 The batches are written by a background task, not by a caller, so the cancellation of a caller interrupts no batch.
 """
@@ -48,8 +48,9 @@ class Queued:
 class _GroupCommit:
     """Queues operations for the journal ``name``, and passes them in batches to ``write``, which sets their results.
 
-    If ``write`` fails, nothing of its batch is recorded, and each caller of the batch gets a ``JournalError``. If the
-    background task fails or is cancelled, for example at the end of the event loop, all callers get a ``JournalError``.
+    If ``write`` fails, each caller of its batch without a result gets a ``JournalError``; whether the operation was
+    recorded is not known. If the background task fails or is cancelled, for example at the end of the event loop, all
+    callers get a ``JournalError``.
     """
 
     def __init__(self, name: str, write: Callable[[Sequence[Queued]], Awaitable[None]]) -> None:
@@ -71,7 +72,7 @@ class _GroupCommit:
     async def do(self, operation: Operation[T]) -> T:
         """Record ``operation`` durably and return its result.
 
-        If the caller is cancelled meanwhile, ``operation`` is recorded nevertheless; a begin is then taken back.
+        If the caller is cancelled meanwhile, a begin is taken back; any other operation is recorded nevertheless.
         """
         queued = self._put(operation)
         try:
@@ -142,7 +143,7 @@ def _failure(error: BaseException) -> JournalError:
 
 
 class GroupCommitJournal(Journal):
-    """Base of the durable journals: records operations by group commit. One process uses each object."""
+    """Base of the durable journals: records operations by group commit. An object works only in one event loop."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,18 +1,16 @@
-"""The journal protocol: a durable record of every refund that was begun, and of its outcome.
+"""The journal protocol: records every refund that was begun, and its outcome.
 
-A refund is recorded before its first byte is sent. After a crash the journal lists the refunds that must be queried
-(:meth:`Journal.pending`). The steps of one call::
+A refund is recorded before its first byte is sent. After a crash, :meth:`Journal.pending` yields the refunds that are
+still open. The steps of one call::
 
-    begin ──► NEW ────────────────► send ──► finish (made, rejected, conflict)
-         ├───► ASK_FIRST ► query ──► send ──► finish
-         ├───► UNRESOLVED ► query ──► (resend, send) ──► finish
-         │         ▲                   └──────► release (unknown: may have arrived; or certainly not sent)
-         │         └─────────────────────────────┘
-         ├───► FINISHED: return the recorded outcome, send nothing
-         └───► LEASED: another call or worker has the lease; call begin again later
+    begin ──► NEW ─────────────────────────► send ──┬──► finish (made, rejected, conflict)
+         ├──► ASK_FIRST ──► query ─────────► send ──┤
+         ├──► UNRESOLVED ─► query ─► resend, send ──┴──► release (still unknown, or certainly not made)
+         ├──► FINISHED: return the recorded outcome, send nothing
+         └──► LEASED: another call or worker has the lease; call begin again later
 
-Cancellation is safe. ``finish`` and ``release`` are recorded even if the caller is cancelled meanwhile; a ``begin``
-whose caller is cancelled is rolled back.
+Cancellation is safe. ``finish`` and ``release`` are recorded even if the caller is cancelled meanwhile; the lease of a
+``begin`` whose caller is cancelled is released.
 
 A journal belongs to one merchant and one apply endpoint (:meth:`Journal.bind`), so that a refund made in the sandbox is
 never taken for a production refund.
@@ -62,19 +60,19 @@ class Journal(Protocol):
         """
 
     async def record(self, operation: Operation[T]) -> T:
-        """Apply ``operation`` to the entry of its refund, store the entry durably, and return the operation's value.
+        """Apply ``operation`` to the entry of its refund, store the entry, and return the operation's value.
 
         If the caller of :class:`.operations.Begin` is cancelled, :class:`.operations.TakeBack` follows it.
         """
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        """Record ``intent`` durably and take the refund's lease, before anything is sent.
+        """Record ``intent`` and take the refund's lease, before anything is sent.
 
-        NEW: the journal has no entry, or the refund was certainly not sent; send it. ASK_FIRST: as NEW, but query
+        NEW: the journal has no entry, or no attempt can have made the refund; send it. ASK_FIRST: as NEW, but query
         first. UNRESOLVED: an earlier call began the refund; query first, and send the entry's own fields only after
         :meth:`resend`. FINISHED: use the entry's ending. LEASED: another call has the lease; the entry is as stored.
-        The entry's ``sent_at`` is None after NEW, and never later than ``now`` after UNRESOLVED. After ASK_FIRST it is
-        the latest time at which a lost call may have sent the refund, or None if the grace since then is over.
+        The entry's ``sent_at`` is None after NEW, and not in the future after UNRESOLVED. After ASK_FIRST it is the
+        latest time at which a lost call may have sent the refund; None: there is no such call, or its grace is over.
 
         After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if the journal has the number with other fields.
@@ -128,7 +126,7 @@ class Journal(Protocol):
         return await self.record(Decide(no_refund, ending, now))
 
     async def canaries(self) -> list[Entry]:
-        """Return a sample, of all ages, of the entries whose :attr:`~Entry.is_canary` is true, newest first."""
+        """Return a sample, of different ages, of the entries whose :attr:`~Entry.is_canary` is true, newest first."""
 
     def pending(self) -> AsyncIterator[Entry]:
         """Yield every UNRESOLVED, ACCEPTED or FINAL entry, oldest first, in bounded memory.

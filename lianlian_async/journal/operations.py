@@ -72,9 +72,9 @@ class Begin:
     ask_first: bool = attrs.field(default=False, kw_only=True)
     """Whether the journal may have lost an entry of this refund."""
     sent_at: Moment | None = attrs.field(default=None, kw_only=True)
-    """Latest time at which a call whose entry was lost may have sent the refund; None: the grace since then is over."""
+    """Latest time at which a call whose entry was lost may have sent the refund; None: no such call, or grace over."""
     found: Entry | None = attrs.field(default=None, init=False)
-    """The entry that the caller received with the lease."""
+    """The entry that the caller receives with the lease."""
     is_taken_back: bool = attrs.field(default=False, init=False)
     """Whether the caller was cancelled: the operation then records nothing."""
 
@@ -98,10 +98,10 @@ class Begin:
             self.sent_at = restored_at if seconds is None or seconds < self.intent.grace else None
 
     def allow_for_failover(self, lost_at: datetime, now: datetime) -> None:
-        """Set ``ask_first`` and ``sent_at`` for a database that at ``lost_at`` lost its latest entries.
+        """Set ``ask_first`` and ``sent_at`` for a database that may have lost its latest entries at ``lost_at``.
 
-        Until the grace ends, a call whose entry was lost may send, so every refund is queried first, and counts as sent
-        if its ``dt_refund`` is before the loss. Later, it is queried first if its ``dt_refund`` is before that end.
+        Until the grace ends, every refund is queried first, and counts as sent now if its ``dt_refund`` is before
+        ``lost_at``. Later, a refund is queried first if its ``dt_refund`` is before the end of the grace.
         """
         if self.intent.grace is not None:
             until, dt_refund = lost_at + timedelta(seconds=self.intent.grace), self.intent.fields.get("dt_refund", "")
@@ -119,7 +119,7 @@ class Begin:
         if entry.ending is not None:
             return (Standing.FINISHED, entry), entry
         if entry.sent_at is None:
-            # The earlier call sent nothing, so store this call's body: the signing key may have changed since.
+            # No attempt can have made the refund, so store this call's body: the signing key may have changed since.
             return self._new(added(entry.history, self.now, "lease"))
         if _is_leased(entry, self.now):
             return (Standing.LEASED, entry), entry
@@ -159,7 +159,7 @@ def _is_ahead(moment: Moment, now: Moment) -> bool:
 
 
 def measurable(moment: Moment, now: Moment) -> Moment:
-    """Return ``moment``; return ``now`` if neither the boot clock nor the gateway's can measure the time since."""
+    """Return ``moment``; return ``now`` if it is earlier, or if no clock can measure the time since ``moment``."""
     is_comparable = moment.timeline == now.timeline or moment.gateway is not None
     return moment if is_comparable and not _is_ahead(moment, now) else now
 
@@ -167,7 +167,7 @@ def measurable(moment: Moment, now: Moment) -> Moment:
 @attrs.define
 class _OnLease:
     leased: Entry
-    """The entry as ``Journal.begin`` returned it."""
+    """The entry as :meth:`.Journal.begin` or :meth:`.Journal.find` returned it."""
 
     @property
     def no_refund(self) -> str:
@@ -292,7 +292,7 @@ class Release(_OnLease):
 
 @attrs.frozen
 class TakeBack:
-    """Roll back a :class:`Begin` whose caller was cancelled before it sent anything."""
+    """Release the lease of a :class:`Begin` whose caller was cancelled before it sent anything."""
 
     begin: Begin
 

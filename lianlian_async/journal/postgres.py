@@ -5,7 +5,7 @@ connection may lock rows for a long time, so a batch does not wait for locked ro
 retries their operations. All workers insert new rows in the same order, which prevents deadlocks.
 ``postgres_moments`` converts between the database's clock and the workers' clocks.
 
-A transaction takes two round trips: the first reads the clock and locks the rows, the second writes them and commits.
+A write takes two round trips: the first reads the clock and locks the rows, the second writes them and commits.
 Each round trip sends all its statements in one message, with the parameters in the text (a simple query). This takes
 less CPU time than a pipeline, and needs no prepared statements, which a pooler such as pgbouncer may mix up.
 """
@@ -129,7 +129,7 @@ class PostgresJournal(GroupCommitJournal):
         self._clock = clock
         self._is_acting = False
         self._retries = set[BackgroundTask]()
-        # A transaction that is idle for half of the timeout belongs to a dead worker.
+        # A transaction that is idle for half of the timeout belongs to a worker that is dead or hangs.
         self._clock_query: Statement = sql.READ_CLOCK, (f"{timeout * 1000:.0f}ms", f"{max(1000, timeout * 500):.0f}ms")
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:

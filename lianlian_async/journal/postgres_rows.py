@@ -56,10 +56,10 @@ BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
 """At this isolation level, a transaction that has waited for another one sees the rows that the other one committed."""
 COMMIT: Final = "COMMIT"
 ROLLBACK: Final = "ROLLBACK"
-# Run first in every transaction: behind a pooler, each transaction may use a different connection, so session settings
-# do not last. Commits must be durable, and a worker that dies in a transaction must not lock its rows for long. Times
-# are JSON, with a fixed UTC offset: psycopg reads no other DateStyle than ISO, and returns times of the session's time
-# zone, whose differences Python computes without daylight saving.
+# Run first in every transaction that writes refunds: behind a pooler, each transaction may use a different connection,
+# so session settings do not last. Commits must be durable, and a worker that dies in a transaction must not lock its
+# rows for long. Times are JSON, with a fixed UTC offset: psycopg reads a timestamptz only in the DateStyle ISO, and
+# returns it in the session's time zone, where Python computes differences without daylight saving.
 READ_CLOCK: Final = """
 SELECT
     set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
@@ -72,8 +72,8 @@ FROM {schema}.eras ORDER BY id DESC LIMIT 1
 """
 NEW_ERA: Final = "INSERT INTO {schema}.eras (id) VALUES (%s) ON CONFLICT DO NOTHING"
 WAIT_BRIEFLY: Final = "SELECT set_config('lock_timeout', '100ms', true)"
-"""Limits the wait for another worker that is inserting the same refund. 100 ms is longer than a live worker's
-transaction."""
+"""Limits the wait for another worker that is inserting the same refund. 100 ms is longer than most transactions
+of a live worker."""
 
 FIND: Final = "SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s)"
 LOCK: Final = """
@@ -114,7 +114,7 @@ SELECT DISTINCT ON (id) canary.* FROM starts CROSS JOIN LATERAL (
     WHERE id >= start AND state IN ('accepted', 'final', 'done') AND record ->> 'evidence' IS NULL ORDER BY id LIMIT 1
 ) AS canary ORDER BY id DESC
 """
-"""The first canary after the oldest entry, after half of the entries, after three quarters, and so on."""
+"""The first canary from the oldest entry on, from the middle id on, from three quarters on, and so on."""
 LAST: Final = "SELECT coalesce(max(id), 0) AS id FROM {schema}.refunds"
 COUNT: Final = "SELECT state, count(*) FROM {schema}.refunds GROUP BY state"
 

@@ -1,6 +1,6 @@
-"""The embedded journal: one SQLite file, used by the tasks of one process; it needs only the standard library.
+"""The embedded journal: one SQLite file, written by the tasks of one process; it needs no extra.
 
-SQLite runs in a thread. Each batch of operations is one transaction with one ``fsync``.
+SQLite runs in a thread. Each batch of operations is one transaction, with one ``fsync`` except at checkpoints.
 """
 
 import os
@@ -23,7 +23,7 @@ _PAGE: Final = 500
 
 
 class _FileReading:
-    """The methods that only read an open journal file."""
+    """Opens and reads a journal file."""
 
     _file: JournalFile
     _thread: anyio.CapacityLimiter
@@ -66,7 +66,7 @@ class _FileReading:
 
 
 class SqliteReader(_FileReading):
-    """Reads the journal file ``path``, even while another process has it open. Changes nothing."""
+    """Reads the journal file ``path``, even while another process has it open. Changes no entry."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.path.realpath(path)
@@ -93,10 +93,10 @@ class SqliteReader(_FileReading):
 class SqliteJournal(_FileReading, GroupCommitJournal):
     """A :class:`~lianlian_async.journal.Journal` in the SQLite file ``path``, which is created if it is missing.
 
-    Only one process at a time may open it; a second process gets a ``JournalError``. If the first process ends or is
-    killed, the next one finds its open refunds as UNRESOLVED. A copy of the file is refused, because it may lack later
-    refunds: its inode differs from the recorded one. Only a copy that was written over the journal's own file is
-    not recognized.
+    Only one object at a time may have it open; a second one, also in another process, gets a ``JournalError``. If a
+    process ends or is killed, the next one finds its leased refunds as UNRESOLVED. A copy of the file is refused,
+    because it may lack later refunds: its inode differs from the recorded one. A copy that was written over the
+    journal's own file, or that has the same inode by chance, is not recognized.
 
     While the journal is open, the files ``…-wal`` and ``…-shm`` are part of it: in a container, mount its folder, not
     only its file. The file ``…-owner`` names the process that has opened the journal; never remove it: its lock ends

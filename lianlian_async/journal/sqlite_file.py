@@ -49,7 +49,7 @@ _GET_GENERATION: Final = 0x80087601
 
 
 class _DamagedRowError(Exception):
-    """A row cannot be read."""
+    """The file is damaged."""
 
 
 class JournalFile:
@@ -173,7 +173,7 @@ class JournalFile:
                 self._connection.execute(statement, _restored(now))
 
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
-        """Carry out all ``operations`` in one transaction. It is durable on return; on an error it changes nothing."""
+        """Carry out all ``operations`` in one transaction. It is durable on return."""
         with self._lock, self._errors():
             self._check_in_place()  # if the lock file was removed, another process may have the journal open
             known = self._known({operation.no_refund for operation in operations})
@@ -302,8 +302,8 @@ def _errors(path: Path) -> Iterator[None]:
         yield
     except FileLocked as locked:
         raise JournalError(
-            f"journal {path}: {locked} has it open; wait until that process has ended. If several processes run one "
-            "service, use a PostgresJournal"
+            f"journal {path}: {locked} has it open; wait until that process has ended, or if it is this process, share "
+            "its SqliteJournal. If several processes run one service, use a PostgresJournal"
         ) from None
     except (sqlite3.Error, OSError, UnicodeError, _DamagedRowError) as error:
         is_damage = isinstance(error, UnicodeError | _DamagedRowError)
@@ -316,7 +316,7 @@ def _errors(path: Path) -> Iterator[None]:
 def restore(backup: Path, path: Path, now: Moment) -> None:
     """Create the journal file ``path`` from a ``backup``, marked as restored.
 
-    Raises ``JournalError`` if ``path`` has a journal, or if ``backup`` was not made by :meth:`JournalFile.backup`.
+    Raises ``JournalError`` if ``path`` or its WAL exists, or if ``backup`` is damaged, has a WAL or is no journal.
     """
     with (
         _errors(path),

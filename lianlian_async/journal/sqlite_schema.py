@@ -1,9 +1,9 @@
 """Schema and statements of a journal file, and the stored form of a moment.
 
-``refunds`` contains the columns that rarely change. ``bodies`` contains a refund's signed body while the refund is
-unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock at ``sent_at``, and the
-rejection if every attempt so far was rejected. ``endings`` contains the outcomes. So the rows of ``refunds`` rarely
-grow, and SQLite's pages stay full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the
+``refunds`` contains the columns that rarely grow. ``bodies`` contains a refund's signed body while the refund is
+unresolved, with its ``evidence``: the boot clock, its timeline and the gateway's clock at ``sent_at``, and
+``Entry.refused``. ``endings`` contains the outcomes. So the rows of ``refunds`` rarely grow, and SQLite's pages stay
+full. ``sent_at`` is in microseconds since 1970 (UTC). ``journal`` has one row: the
 journal's id, its owner, whether ``Journal.begin_acting`` was called, the file's inode (number and generation), by which
 a copy is recognized, and the moment (``restored_at``, ``evidence``) at which it was restored from a backup.
 
@@ -79,7 +79,7 @@ CANARIES: Final = """id IN (
         ORDER BY id LIMIT 1
     ) FROM starts
 )"""
-"""The first canary after the oldest entry, after half of the entries, after three quarters, and so on."""
+"""The first canary from the oldest entry on, from the middle one on, from three quarters on, and so on."""
 OWNER: Final = "SELECT json_array(id, oid_partner, apply_url) FROM journal"
 STATUS: Final = "SELECT json_array(is_acting, inode, restored_at, json(evidence)) FROM journal"
 SET_INODE: Final = "UPDATE journal SET inode = ?"
@@ -124,7 +124,7 @@ def microseconds(moment: Moment) -> int:
 
 
 def evidence_of(sent_at: Moment, refused: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return the column ``evidence`` of ``bodies``; see :func:`moment_of`."""
+    """Return the column ``evidence`` for :func:`moment_of`."""
     evidence: dict[str, Any] = {"boot": sent_at.boot, "timeline": sent_at.timeline}
     if sent_at.gateway is not None:
         evidence["gateway"] = sent_at.gateway.isoformat()
