@@ -35,7 +35,7 @@ def check_seconds(name: str, value: float, *, least: float | None = None, most: 
 
 
 def check_type(name: str, value: object, kind: type | UnionType) -> None:
-    """Check that ``value`` is a ``kind``. The message shows only the type of ``value``, which may be a secret."""
+    """Check that ``value`` is a ``kind``. The message shows only the type, because ``value`` may be a secret."""
     if not isinstance(value, kind):
         wanted = kind.__name__ if isinstance(kind, type) else str(kind)
         raise ConfigurationError(f"{name}: must be of type {wanted}, not {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Stop a batch early if no signature is valid. With a wrong key, every refund would be made with an unknown outcome."""
+"""Stop a batch or worker early if answers have no valid signature: with a wrong key, every outcome would be unknown."""
 
 from math import inf
 from typing import Final
@@ -9,9 +9,9 @@ from .errors import SignatureInvalid
 from .exchange import Exchange, Reply
 
 _UNPROVED: Final = 4
-"""Maximum number of refunds in flight in a batch until one answer has a valid signature."""
+"""Maximum number of refunds in flight in a batch or worker until one answer has a valid signature."""
 _FAILURES: Final = 4
-"""A batch stops after this number of consecutive refunds whose answers have no valid signature."""
+"""A batch or worker stops if the answers about this number of refunds in a row have no valid signature."""
 
 
 class SignatureWatch:
@@ -26,10 +26,10 @@ class SignatureWatch:
         self.changed = anyio.Event()
         """Set when a refund ends, and at the first answer with a valid signature. A waiter replaces a set event."""
         self._failed: dict[str, SignatureInvalid] = {}
-        """The refunds whose answers had no valid signature, since the last answer with one."""
+        """The latest refunds whose answers had no valid signature, since the last answer with one."""
 
     def saw(self, exchange: Exchange, reply: Reply) -> None:
-        """Record an answer. An unsigned rejection is ignored: it proves nothing about the keys."""
+        """Record a reply. Ignore an unsigned rejection and a failure: they prove nothing about the keys."""
         if reply.verified:
             self._failed.clear()
             if not self.has_verified:
@@ -56,7 +56,7 @@ class SignatureWatch:
 
 
 class Admission:
-    """Limits the refunds in flight of a batch or worker: to 4 until an answer has a valid signature, then ``limit``."""
+    """Limits the refunds in flight of a batch or worker to ``limit``, at first to at most 4 (see ``_UNPROVED``)."""
 
     def __init__(self, watch: SignatureWatch, limit: float = inf) -> None:
         self.watch = watch

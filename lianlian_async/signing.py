@@ -21,7 +21,7 @@ from .key_files import PRIVATE_KEY_GIVEN, KeyMaterial, diagnose, read_keys
 from .secret import without_locals
 
 BACKEND = os.environ.get("LIANLIAN_SIGNING_BACKEND") or ("openssl" if find_spec("cryptography") else "pycryptodome")
-"""The signing backend: ``pycryptodome``, or ``openssl`` (extra ``fast``), four to five times faster.
+"""The signing backend: ``pycryptodome``, or ``openssl`` (extra ``fast``), several times faster.
 
 The default is OpenSSL if ``cryptography`` is installed; the environment variable ``LIANLIAN_SIGNING_BACKEND`` overrides
 it. Without this variable, pycryptodome is used if OpenSSL refuses MD5 or a key (FIPS mode).
@@ -152,7 +152,7 @@ class SigningKey(_Key):
 
     @classmethod
     def generate(cls, bits: int = 2048) -> Self:
-        """Return a new key of ``bits`` (1024, 2048 or 4096). It takes seconds: do not call it on an event loop."""
+        """Return a new key of ``bits`` (1024, 2048 or 4096). It can take seconds: do not call it on an event loop."""
         if bits not in (1024, 2048, 4096):
             raise ConfigurationError(f"bits: the gateway accepts keys of 1024, 2048 or 4096 bits, not {bits}")
         return cls(RSA.generate(bits))
@@ -163,7 +163,7 @@ class SigningKey(_Key):
 
     def public_key(self) -> "VerifyingKey":
         """Return the public key, which you upload in LianLian's dashboard."""
-        if not hasattr(self, "_public_key"):  # created once: it takes about as long as two signatures
+        if not hasattr(self, "_public_key"):  # created once: with OpenSSL it takes as long as a signature
             self._public_key = VerifyingKey(self._rsa.public_key())
         return self._public_key
 
@@ -180,7 +180,7 @@ class SigningKey(_Key):
 
 
 class VerifyingKey(_Key):
-    """A public key: LianLian's key, which verifies answers, or the merchant's key, which LianLian's dashboard needs."""
+    """A public key: LianLian's, which verifies its messages, or the merchant's, which LianLian's dashboard needs."""
 
     __slots__ = ()
 
@@ -202,7 +202,7 @@ class VerifyingKey(_Key):
         return self._scheme.verify(source, received)
 
     def signed_digest(self, signature: str) -> tuple[str, bytes] | None:
-        """Return the hash (its name in hashlib) and the digest that were signed; None if another key signed.
+        """Return the hash (its name in hashlib) and the digest that were signed; None: another key, or an unknown hash.
 
         For diagnosis only. Raises ``ValueError`` if ``signature`` is not base64.
         """
@@ -256,5 +256,5 @@ def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
 
 
 def _encoded(password: str | bytes | None) -> bytes | None:
-    """Return a password encoded as UTF-8, as OpenSSL reads it from a terminal (pycryptodome's default is Latin-1)."""
+    """Return a password encoded as UTF-8, as OpenSSL reads it from a UTF-8 terminal (pycryptodome encodes Latin-1)."""
     return password.encode(errors="surrogateescape") if isinstance(password, str) else password

@@ -16,7 +16,7 @@ _DEFAULT_IGNORABLE: Final = (
 )
 # This includes the Unicode categories Cc, Zl, Zp and Cs.
 _INVISIBLE: Final = re.compile(f"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_DEFAULT_IGNORABLE}]")
-# A host by RFC 3986 §3.2.2 with DNS labels. HTTP clients reject other hosts too, but only at the first send.
+# A host by RFC 3986 §3.2.2 with DNS labels. Without this check, most other hosts would fail only at the first send.
 _HOST: Final = re.compile(
     r"(?:^|@)(?:\[[0-9A-F:.]+(?:%\w+)?\]|[A-Z0-9_](?:[A-Z0-9_-]{0,62})(?:\.[A-Z0-9_-]{1,63})*\.?)(?::[0-9]*)?$",
     re.IGNORECASE,
@@ -33,14 +33,14 @@ def existing(value: object, longest: int) -> str:
     if len(value) > longest:
         raise ValueError(f"must have at most {longest} characters, has {len(value)}")
     if value != value.strip():
-        raise ValueError("must not begin or end with a space: a program that trims it would change the identifier")
+        raise ValueError("must not begin or end with white space: a program that trims it would change the value")
     if found := _INVISIBLE.search(value):
         raise ValueError(f"must not contain a control, line separator or invisible character, has {_named(found[0])}")
     return value
 
 
 def new_number(value: object, longest: int) -> str:
-    """Check the number of a new refund: only visible characters, and unchanged by Unicode normalization."""
+    """Check the number of a new refund: letters, decimal digits and visible ASCII, in Unicode's form NFKC."""
     text = existing(value, longest)
     for character in text:
         if not ("!" <= character <= "~" or character.isalpha() or character.isdecimal()):
@@ -60,7 +60,7 @@ def notify_url(value: object) -> str:
 
 
 def url(value: object) -> str:
-    """Check an absolute http or https URL."""
+    """Check an absolute http or https URL of at most 2000 characters."""
     text = existing(value, 2000)
     if not text.isascii() or " " in text:
         raise ValueError("must be ASCII without spaces (percent-encode other characters)")

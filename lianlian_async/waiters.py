@@ -1,4 +1,4 @@
-"""Wait until a refund is final: by its notification or by queries, whichever comes first."""
+"""Wait until a notification or a query reports that a refund is final."""
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ logger = logging.getLogger("lianlian_async")
 
 FIRST_PAUSE: Final = 2.0
 LONGEST_PAUSE: Final = 300.0
-"""Seconds. Each pause between two queries is twice as long as the pause before: about twenty queries in an hour."""
+"""Seconds. The pauses between queries double up to this: about twenty queries in the first hour."""
 
 _TRANSIENT: Final = (
     errors.RefundNotFound,
@@ -35,7 +35,7 @@ class Waiter:
     """A call that waits for the final state of a refund."""
 
     identity: Mapping[str, str]
-    """The wire fields that identify the refund, as far as they are known."""
+    """The known wire fields of the refund, for :func:`check_identity`."""
     notified: Refund | None = None
     """The final state from a notification."""
     _queries: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)

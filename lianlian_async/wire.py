@@ -1,7 +1,6 @@
 """Wire formats: strict JSON, and conversion between text and Decimal, datetime (UTC+8) and date.
 
-Only this module defines the wire format of a value. Parsers raise ``ValueError``, whose message is the broken rule; the
-caller adds the name of the field.
+``parse_…`` raises ``ValueError``, whose message is the broken rule; the caller adds the name of the field.
 """
 
 import json
@@ -13,7 +12,7 @@ from typing import Any, Final, NoReturn
 
 from .errors import MalformedMessage
 
-# A genuine message has about 1 KiB. A hostile one must not exhaust memory: parsed JSON takes up to 40 times its size.
+# A genuine message has about 1 KiB. A hostile one must not exhaust memory: parsed JSON takes up to 45 times its size.
 MAX_MESSAGE_BYTES: Final = 64 * 1024
 
 # LianLian's pages name no time zone; the gateway is in China, which has had no daylight saving since 1991.

@@ -21,7 +21,7 @@ async def run_workers(
     workers: int,
     intake: anyio.CancelScope,
 ) -> None:
-    """Call ``handle`` for every item, with at most ``workers`` concurrent calls.
+    """Call ``handle`` for each item, with at most ``workers`` concurrent calls.
 
     The calling task takes the next item only when a worker is free. An async generator is always closed. After the
     first exception of ``items`` or ``handle``, or a cancellation of ``intake``, no further item is taken; the started
