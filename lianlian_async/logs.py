@@ -1,4 +1,4 @@
-"""Deliver events to listeners, and to the logger ``lianlian_async``: one line for the outcome of each refund.
+"""Deliver events to listeners, and to the logger ``lianlian_async``: one line for the outcome of each refund call.
 
 A refund that was made is logged at INFO, a refund call that failed at WARNING, and so is a query that finds a conflict.
 All other events, such as requests, queries, pauses and cancellations, are logged at DEBUG.

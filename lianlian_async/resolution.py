@@ -220,7 +220,7 @@ async def resolve(case: Case, send: Next, retries_left: TokenBucket) -> Refund:
 
 
 def _raise_proved(case: Case) -> None:
-    """Raise the outcome that a believed "no such record" proves; return if the request may be sent again."""
+    """Return if the request may be sent again after a believed "no such record"; else raise the outcome."""
     if case.sent_at is None:
         return
     if not case.apply.lease_holds():
