@@ -13,21 +13,23 @@ from lianlian_async.resolution import IncompleteRecord
 from lianlian_async.session import RefundSession
 
 _NEEDED: Final = ("no_refund", "money_refund", "sta_refund")
-# query_refund raises these if it cannot return a record.
-_UNUSABLE: Final = (errors.AnswerMismatch, errors.MalformedMessage, errors.SignatureInvalid)
 _NO_RECORD: Final = (
+    errors.AnswerMismatch,
     errors.GatewayUnavailable,
     errors.InvalidRequest,
+    errors.MalformedMessage,
     errors.QueryRejected,
     errors.RefundNotFound,
+    errors.SignatureInvalid,
     TimeoutError,
 )
+"""Errors that mean that a query supplies no record of the notified refund."""
 
 
 async def complete(
     notified: RefundRecord, session: RefundSession | None, journal: Journal | None, seconds: float
 ) -> Refund:
-    """Return ``notified``, the notification's record; if it lacks a field, query and return the gateway's record.
+    """Return ``notified``, the notification's record; if a needed field is missing, query the gateway's record instead.
 
     The query requires ``session``, and a ``dt_refund`` from the notification or from ``journal``. It ends after
     ``seconds``, even if it is still waiting for a connection. Raises :class:`IncompleteRecord` if the query supplies no
@@ -47,7 +49,7 @@ async def complete(
         with anyio.fail_after(seconds):
             found = await session.query_refund(notified.query(), deadline=seconds)
         check_same(notified, found)
-    except (*_NO_RECORD, *_UNUSABLE) as error:
+    except _NO_RECORD as error:
         raise IncompleteRecord(f"{what}; the query failed: {error or 'no connection was free'}") from error
     for name in _NEEDED:
         if getattr(found, name) is None:

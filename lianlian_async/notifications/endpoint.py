@@ -89,8 +89,8 @@ class NotificationEndpoint:
             the journal call the handler once for each refund.
         session: its ``wait_refund`` calls are woken, and fields that a notification omits are queried through it.
             ``confirm`` and :meth:`sweep` require it.
-        confirm: query the gateway before each handler call. A notification contains neither a time nor a nonce, so its
-            signature does not prove that it is new.
+        confirm: query the gateway before a handler call, unless a statement or a person decided the outcome. A
+            notification contains neither a time nor a nonce, so its signature does not prove that it is new.
         inbox: acknowledge first and call the handler in the background; requires a journal.
         body_seconds: time limit for reading a request body; after it, the response is 408.
         handler_seconds: time limit for confirming and ``on_refund`` together. LianLian waits 5 seconds for a response;
@@ -139,8 +139,8 @@ class NotificationEndpoint:
             raise errors.ConfigurationError("inbox=True requires journal=…: the endpoint records notifications in it")
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
-        """Number of notifications by :class:`Verdict`. The handler calls of the inbox and of :meth:`sweep` are counted,
-        too, as *acted* or *failed*."""
+        """Number of notifications by :class:`Verdict`. Attempts of the inbox and of :meth:`sweep` to call the handler
+        are counted, too, as *acted* or *failed*."""
         self._on_refund = on_refund
         self._journal = journal
         self._session = session
@@ -218,8 +218,8 @@ class NotificationEndpoint:
         """Handle the notification in ``body`` and return the response.
 
         ``body`` is the raw bytes of the request's body, ``headers`` any mapping or pairs. ``client`` is the peer's
-        address; ``allow_from`` requires it. Raises only cancellation, and ``TypeError`` for an argument of a wrong
-        type, such as a body that a framework has decoded.
+        address, for ``allow_from``. Every ``Exception`` becomes a response, except one about an argument of a wrong
+        type, such as a ``TypeError`` for a body that a framework has decoded.
         """
         if not self._admits(headers, client):
             return self._answer(Verdict.NOT_ADMITTED)
@@ -228,7 +228,7 @@ class NotificationEndpoint:
     async def handle_stream(
         self, read: Callable[[int], Awaitable[bytes]], headers: Headers, *, client: str | None = None
     ) -> Ack:
-        """Read a body within ``body_seconds`` and :meth:`handle` it; respond 408 if it takes longer.
+        """Read a body within ``body_seconds`` and :meth:`handle` it; respond 408 if reading takes longer.
 
         ``read(limit)`` returns the whole body, or at least its first ``limit + 1`` bytes if it is longer than
         ``limit``. It is not called for a client outside ``allow_from``. Exceptions of ``read`` are not caught.
@@ -256,7 +256,7 @@ class NotificationEndpoint:
             logger.log(level, "notification refused as %s: %s", verdict, error)
         except Exception:
             verdict = Verdict.FAILED
-            logger.exception("notification not acknowledged, LianLian will deliver it again")
+            logger.exception("notification not acknowledged, so LianLian delivers it again (at most 30 times)")
         return self._answer(verdict, self._listeners.timer() - began, *about)
 
     def _answer(self, verdict: Verdict, seconds: float = 0.0, no_refund: str | None = None) -> Ack:
@@ -303,15 +303,14 @@ class NotificationEndpoint:
         return Verdict.ACTED if await inbox.act_on(refund, leased) else Verdict.FAILED
 
     async def sweep(self, *, concurrency: int | None = None) -> Resumed:
-        """Resolve all open refunds, as ``RefundSession.resume`` does, then call the handler for refunds in state FINAL.
+        """Resolve all open refunds, as ``RefundSession.resume`` does, then act on the refunds in state FINAL.
 
-        LianLian stops after 30 deliveries, within an hour. Call this method at the start of the service and about every
+        LianLian stops after 30 deliveries, about an hour. Call this method at the start of the service and about every
         15 minutes: it queries the refunds whose notification never arrived. It calls the handler for refunds that
         became final without a notification, and again for refunds whose handler call failed.
 
         Returns the result of ``resume``; :attr:`counts` has the results of the handler calls. ``concurrency``: see
-        ``resume``. Raises ``ConfigurationError`` without a journal or a session, and ``JournalError`` if the journal
-        fails.
+        ``resume``. Raises ``ConfigurationError`` as :meth:`check_sweep`, and ``JournalError`` if the journal fails.
         """
         journal, session = self.check_sweep()
         if self._is_inbox:

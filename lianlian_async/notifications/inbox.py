@@ -30,11 +30,11 @@ logger = logging.getLogger("lianlian_async")
 _NO_LEASE: Final = -60.0
 """A negative lease: expired at once, even with clock skew between workers."""
 _SCAN_EVERY: Final = 30.0
-"""Seconds between two scans for entries that other workers added or did not finish."""
+"""Maximum seconds between two scans for entries that other workers added or did not finish."""
 _LONGEST_BACKOFF: Final = 300.0
-"""Seconds. The first backoff takes one second, and each further one twice as long as the one before."""
+"""Seconds. The backoffs double from one second up to this."""
 MOST_RECENT: Final = 10_000
-"""The number of refunds that :class:`RecentRefunds` remembers."""
+"""Maximum number of refunds that :class:`RecentRefunds` remembers."""
 
 
 class RecentRefunds(MemoryJournal):
@@ -74,7 +74,7 @@ class Inbox:
     seconds: float
     """Time limit of one handler call, and of the wait for another caller's handler call."""
     count: Callable[[bool], object]
-    """Called after each handler call for an entry of the inbox; the argument is True if the handler succeeded."""
+    """Called after each attempt to call the handler for an entry; the argument is True if the handler succeeded."""
     workers: int
     clock: Clock
     _backoffs: dict[str, _Backoff] = attrs.field(factory=dict, init=False)
@@ -138,7 +138,7 @@ class Inbox:
                 return
             try:
                 money = RefundRequest.from_record(entry.fields).money_refund
-                # Unlike a notification, an answer may omit the number and the amount.
+                # An answer may omit the number and the amount.
                 await self.keep(attrs.evolve(recorded_refund(entry), no_refund=entry.no_refund, money_refund=money))
             except (InvalidRequest, RefundConflict) as error:
                 logger.error("refund %s is final, but the handler cannot be called: %s", entry.no_refund, error)  # noqa: TRY400 - no bug
@@ -146,7 +146,7 @@ class Inbox:
         await run_workers(self.refunds.pending(), keep_one, workers=self.workers, intake=anyio.CancelScope())
 
     async def work(self) -> None:
-        """Act on all present and future entries of the inbox, until :meth:`stop`."""
+        """Act on all present and future open entries of the inbox, until :meth:`stop`."""
 
         async def attempt(entry: Entry) -> None:
             backoff = self._backoffs[entry.no_refund]
@@ -164,7 +164,7 @@ class Inbox:
         await run_workers(self._due(), attempt, workers=self.workers, intake=self._intake)
 
     async def catch_up(self) -> None:
-        """Act once on every entry of the inbox. For an endpoint that does not run :meth:`work`."""
+        """Try once to act on every open entry of the inbox. For an endpoint that does not run :meth:`work`."""
         await run_workers(self.journal.pending(), self._attempt, workers=self.workers, intake=anyio.CancelScope())
 
     def stop(self) -> None:
@@ -189,12 +189,12 @@ class Inbox:
         except BaseException as error:
             if not is_failure(error):
                 raise
-            logger.exception("refund %s stays in the inbox: the handler cannot be called now", entry.no_refund)
+            logger.exception("refund %s stays in the inbox: this attempt to handle it failed", entry.no_refund)
         self.count(succeeded)
         return standing, succeeded
 
     async def _due(self) -> AsyncGenerator[Entry]:
-        """Yield each entry when the handler may be called for it, in an endless loop."""
+        """Yield each open entry when the handler may be called for it, in an endless loop."""
         has_kept_final = False
         while True:
             self._arrived = anyio.Event()
@@ -212,8 +212,8 @@ class Inbox:
             except BaseException as error:
                 if not is_failure(error):
                     raise
-                logger.exception("the inbox cannot be read; trying again in %g s", _SCAN_EVERY)
-            # Drop the expired backoffs that this scan did not renew: another worker has finished these entries.
+                logger.exception("the inbox cannot be read; trying again within %g s", _SCAN_EVERY)
+            # Drop expired backoffs that this scan did not renew: another worker finished the entry, or the scan failed.
             self._backoffs = {number: each for number, each in self._backoffs.items() if each.until > began}
             due = min((each.until for each in self._backoffs.values()), default=math.inf)
             with anyio.move_on_after(min(max(due - anyio.current_time(), 0.0), _SCAN_EVERY)):

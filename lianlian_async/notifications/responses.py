@@ -10,7 +10,7 @@ from lianlian_async import wire
 
 
 class Verdict(StrEnum):
-    """The result of one delivery. LianLian delivers a notification again until it is acknowledged."""
+    """The result of one delivery. LianLian repeats a delivery, at most 30 times, until it is acknowledged."""
 
     ACTED = "acted"
     """Acknowledged: the handler returned."""
@@ -22,7 +22,7 @@ class Verdict(StrEnum):
     """Acknowledged: the refund's state can still change."""
     MALFORMED = "malformed"
     INCOMPLETE = "incomplete"
-    """Signed by LianLian, but a required field is missing, and a query did not supply it."""
+    """Signed by LianLian, but a required field is missing, and no query supplied it."""
     TOO_BIG = "too big"
     TOO_SLOW = "too slow"
     """The body did not arrive in time."""
@@ -31,13 +31,13 @@ class Verdict(StrEnum):
     FOREIGN = "foreign"
     """For another merchant."""
     CONTRADICTORY = "contradictory"
-    """Signed by LianLian, but it contradicts the request or the recorded final state: check the refund by hand."""
+    """Signed by LianLian, but it contradicts the request, the recorded state or a query: check the refund by hand."""
     NOT_ADMITTED = "not admitted"
     """From an address that is not on the allow-list."""
     BUSY = "busy"
-    """The handler is still running for another delivery of this notification."""
+    """Another task or process may still be running the handler for this refund."""
     FAILED = "failed"
-    """The handler failed or took too long, the gateway did not confirm, or the journal failed."""
+    """Any other failure: of the handler (also by timeout), the confirmation or the journal, for example."""
 
 
 @attrs.frozen
