@@ -1,13 +1,13 @@
 """HTTP exchanges over httpx, httpx2 or aiohttp; only this package imports httpx, httpx2 and aiohttp's client.
 
-The lease is checked right before the request is written to the socket. The connection of a cancelled or timed-out
-request is reset. Three risks remain:
+The lease is checked right before the request is written to the socket. The library's own transports reset the
+connection of a cancelled or timed-out request. Three risks remain:
 
 - If the process is suspended between this check and the write, it sends the request when it resumes, even if the lease
   has ended. Only a few instructions separate the check from the write, and none of them waits.
 - The network may delay bytes that have left the machine; a reset cannot recall them.
-- If a caller's client or transport is not built on httpcore, the lease is checked only before the call and when the
-  body is read, and the connection of a cancelled request is perhaps not reset.
+- A caller's client or transport may not reset the connection of a cancelled request. If it is not built on httpcore,
+  the lease is checked only before the call and when the body is read.
 """
 
 from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, check_http, http_backend

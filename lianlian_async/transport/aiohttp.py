@@ -50,7 +50,7 @@ class _LeasedPayload(aiohttp.BytesPayload):
 
 
 class _Connector(aiohttp.TCPConnector):
-    """A connector that checks the host with :func:`check_loopback` before it opens a connection."""
+    """A connector that checks the host with :func:`check_loopback` before it opens or reuses a connection."""
 
     async def connect(self, req: aiohttp.ClientRequest, *args: Any, **options: Any) -> Connection:
         check_loopback(str(req.url.host))
@@ -65,7 +65,7 @@ class _Request(aiohttp.ClientRequest):
             raise _SpoiltConnectionError("an idle connection received unexpected bytes")
         sock = cast("asyncio.Transport", conn.transport).get_extra_info("socket")
         reset_when_closed(sock)
-        conn.add_callback(partial(close_normally, sock))  # called after the response has been read
+        conn.add_callback(partial(close_normally, sock))  # called at its release; _Response.close sets the option again
         return await super().send(conn)
 
 
@@ -82,10 +82,10 @@ class _Response(aiohttp.ClientResponse):
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """Sends at most ``max_connections`` concurrent requests over an ``aiohttp.ClientSession``; others wait in order.
+    """Sends at most ``max_connections`` concurrent requests over an ``aiohttp.ClientSession``; others wait.
 
-    Creating it reads the CA bundle. Use it in one asyncio event loop. HTTP/1.1 only, without proxies and cookies. A
-    request's connect timeout includes its wait for a free connection.
+    The requests to one server wait in order. Creating it reads the CA bundle. Use it in one asyncio event loop.
+    HTTP/1.1 only, without proxies and cookies. A request's connect timeout includes its wait for a free connection.
     """
 
     def __init__(self, max_connections: int) -> None:
@@ -104,7 +104,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         try:
             response = await session.request(
                 request.method,
-                URL(str(request.url), encoded=True).with_user(None),  # the credentials are in the Authorization header
+                URL(str(request.url), encoded=True).with_user(None),  # httpx ignores credentials here, too
                 data=_LeasedPayload(stream) if isinstance(stream, Body) else content,
                 headers=[(name.decode("ascii"), value.decode("ascii")) for name, value in request.headers.raw],
                 timeout=aiohttp.ClientTimeout(connect=timeout.get("connect"), sock_read=timeout.get("read")),

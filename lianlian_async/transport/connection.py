@@ -118,7 +118,7 @@ async def trace_loopback(url: httpx.URL, event: str, info: Mapping[str, Any]) ->
 def reset_when_closed(sock: Any) -> None:
     """Set SO_LINGER to 0 s: when ``sock`` closes, even by process exit, the kernel drops unsent bytes and sends RST.
 
-    Also sets TCP_USER_TIMEOUT. ``sock`` is a socket object of asyncio, uvloop or trio; a closed socket is ignored.
+    On Linux, set TCP_USER_TIMEOUT, too. ``sock`` is a socket object of asyncio, uvloop or trio; ignore a closed socket.
     """
     with contextlib.suppress(OSError):
         for option in _RESET_WHEN_CLOSED:

@@ -25,7 +25,7 @@ AsyncClient: TypeAlias = "httpx.AsyncClient | httpx2.AsyncClient"
 AsyncBaseTransport: TypeAlias = "httpx.AsyncBaseTransport | httpx2.AsyncBaseTransport"
 HttpBackend: TypeAlias = Literal["httpx", "aiohttp"]
 
-_OLDEST_AIOHTTP: Final = (3, 14)  # the first release that limits the size of response headers
+_OLDEST_AIOHTTP: Final = (3, 14)  # releases before 3.13.4 do not limit the number of response headers
 
 
 def http_backend(wanted: str | None = None) -> HttpBackend:

@@ -14,8 +14,8 @@ import httpx
 from .connection import close_normally, proxy_for, reset_when_closed, trusting_context
 
 KEEPALIVE_SECONDS: Final = 5.0
-"""How long an idle connection is kept. Servers and load balancers keep idle connections longer, so no request is sent
-on a connection that the server is closing."""
+"""How long an idle connection may be reused. Most servers and load balancers keep idle connections longer, so a request
+rarely meets a connection that the server is closing."""
 _LIMITS: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE_SECONDS)
 
 

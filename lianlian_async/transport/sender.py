@@ -1,4 +1,4 @@
-"""Send one HTTP request and return its response, or a ``NoResponse`` that states whether it may have been sent."""
+"""Send one HTTP request and return its response, or a ``NoResponse`` that states whether it may have arrived."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class HttpSender:
     ) -> HttpSender:
         """Return a sender over ``client`` or ``transport`` if given, else over the library's own transport.
 
-        The proxies for ``urls`` are checked now, other proxies at the first request.
+        The library's own transport checks the proxies for ``urls`` now, other proxies when it opens a connection.
         """
         return cls(client or transport or await own_transport(max_connections, backend, urls), content_type)
 
@@ -88,9 +88,9 @@ class HttpSender:
         """POST ``body`` with the headers ``added``, with at most half of ``seconds`` to connect; follow no redirect.
 
         ``lease_holds`` is called first; if the transport is the library's own or built on httpcore, also right before
-        the request is written. The caller must limit the time of the whole call, because the read timeout restarts with
-        each read. ``not_sent`` is called if a cancellation ends the call before the body was read. Reads little more
-        than 64 KiB of the response, without decompressing it.
+        the request is written. The caller must limit the time of the whole call: a client's read timeout restarts with
+        each read, and a transport has none. ``not_sent`` is called if a cancellation ends the call before the body was
+        read. Reads little more than 64 KiB of the response, without decompressing it.
         """
         if self._is_closed or (self._is_client and self._over.is_closed):
             return NoResponse("the HTTP client is closed", may_have_arrived=False)
@@ -116,11 +116,11 @@ class HttpSender:
                 await response.aclose()
         except BaseException as error:  # a client or transport may raise anything
             if not is_failure(error):
-                content.lease_holds = lambda: False  # a transport that goes on in the background can send nothing
+                content.lease_holds = lambda: False  # a transport that goes on in the background cannot read the body
                 if not answered and request.is_unread:
                     not_sent()
                 raise
-            # Our own transports read the body only in order to write it.
+            # Our own transports read the body only in order to send it.
             is_not_sent = isinstance(error, self._never_sent) or (self._is_own and request.is_unread)
             sent = answered or not is_not_sent or request.may_have_been_sent(error)
             return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=sent, cause=error)
@@ -190,7 +190,7 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 
 
 def describe(error: BaseException, url: str, connect_seconds: float, library: Any = httpx) -> str:
-    """Return a message with the type, the cause and the notes of ``error`` (such as the proxy), and the host."""
+    """Return a message with the type, the cause and the notes of ``error`` (such as the proxy)."""
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{type(error).__name__}: {_cause(error, url, connect_seconds, library)}".rstrip(": ") + notes
 
