@@ -40,6 +40,8 @@ def trusting_context() -> ssl.SSLContext:
     try:
         if name == "SSL_CERT_DIR" and not any(Path(part).is_dir() for part in path.split(os.pathsep)):
             raise NotADirectoryError("no such directory")  # OpenSSL would report nothing and trust no CA
+        if name == "SSL_CERT_FILE":
+            Path(path).open("rb").close()  # httpx 0.27 would ignore a missing file and trust certifi's CAs
         return httpx.create_ssl_context()
     except OSError as error:  # includes ssl.SSLError
         source = f"{name}={path}" if name else "certifi's CA bundle"
