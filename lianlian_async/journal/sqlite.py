@@ -98,11 +98,11 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
     because it may lack later refunds: its inode differs from the recorded one. A copy that was written over the
     journal's own file, or that has the same inode by chance, is not recognized.
 
-    While the journal is open, the files ``…-wal`` and ``…-shm`` are part of it: in a container, mount its folder, not
-    only its file. The file ``…-owner`` names the process that has opened the journal; never remove it: its lock ends
-    with that process. ``…-inbox`` is the journal's inbox. If several processes run one service, let them share a
-    :class:`~.postgres.PostgresJournal`: with a file for each process, no process knows the refunds of the others. Use a
-    local disk: network file systems lack reliable locks.
+    While the journal is open, and after a crash, the files ``…-wal`` and ``…-shm`` are part of it: in a container,
+    mount its folder, not only its file. The file ``…-owner`` names the process that has opened the journal; never
+    remove it: its lock ends with that process. ``…-inbox`` is the journal's inbox. If several processes run one
+    service, let them share a :class:`~.postgres.PostgresJournal`: with a file for each process, no process knows the
+    refunds of the others. Use a local disk: network file systems lack reliable locks.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""The inbox: a journal of final refunds. One caller at a time calls the handler for a refund, until it succeeds.
+"""The inbox: a journal of final refunds. One caller at a time calls the handler for a refund, until a call succeeds.
 
 To *act on* a refund means to call the handler for it. :class:`RecentRefunds` is the inbox of an endpoint that has no
 journal.
