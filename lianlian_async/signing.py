@@ -256,5 +256,5 @@ def _imported(encoded: bytes, password: bytes | None) -> RSA.RsaKey | None:
 
 
 def _encoded(password: str | bytes | None) -> bytes | None:
-    """Return a password encoded as UTF-8, as OpenSSL reads it from a UTF-8 terminal (pycryptodome encodes Latin-1)."""
+    """Return a password encoded as UTF-8, as OpenSSL reads it from a UTF-8 terminal (pycryptodome: Latin-1)."""
     return password.encode(errors="surrogateescape") if isinstance(password, str) else password

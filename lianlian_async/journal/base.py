@@ -35,7 +35,7 @@ class State(StrEnum):
     REJECTED = "rejected"
     """Not made: the gateway rejected it permanently, or a person decided so."""
     CONFLICT = "conflict"
-    """The gateway reported another refund under this number: the library does nothing more until a person decides."""
+    """The gateway reported another refund under this number: nothing is done automatically until a person decides."""
 
     @property
     def is_finished(self) -> bool:
@@ -135,7 +135,7 @@ class Intent:
     fields: Mapping[str, str]
     """The request in wire form (``RefundRequest.to_dict``). For one ``no_refund`` only ``notify_url`` may change."""
     body: bytes
-    """The exact signed bytes to send."""
+    """The exact signed bytes to send; in an inbox, the refund as JSON."""
     lease: float
     """Length of the lease in seconds: until it ends, only this caller may send."""
     grace: float | None

@@ -7,9 +7,9 @@ LianLian delivers the notification again after 2 minutes (at most 30 times), and
 background and is retried with exponential backoff until it succeeds, also after a restart.
 
 In both modes the handler is called again only if it did not return in time, or if the process or the journal failed
-before the return was recorded. This holds for all processes that share the journal; without a journal, for the latest 10,000
-refunds of this process. After an endpoint has opened a journal, the journal keeps each final refund in state FINAL
-until the handler has returned for it, even if the refund became final without a notification.
+before the return was recorded. This holds for all processes that share the journal; without a journal, for the latest
+10,000 refunds of this process. After an endpoint has opened a journal, the journal keeps each final refund in state
+FINAL until the handler has returned for it, even if the refund became final without a notification.
 """
 
 import logging
