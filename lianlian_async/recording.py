@@ -190,8 +190,8 @@ class Recording:
             found = await self._find(entry, error)
             if found is not None and found.ending is not None:
                 return recorded_refund(found)  # recorded meanwhile
-            if isinstance(error, RefundNotSent) and self._is_taken(entry, found):
-                raise case.unknown() from error
+            if isinstance(error, RefundNotSent) and found is not None and found.sent_at is not None:
+                raise case.unknown() from error  # another worker had the lease since, and may have sent it
             raise
         except RefundConflict as error:
             await self._finish(entry, case, Ending(state=State.CONFLICT, record=error.record or {}), error)
@@ -207,11 +207,6 @@ class Recording:
             raise
         _check_agrees(refund, await self._finish(entry, case, ending(refund), refund))
         return refund
-
-    def _is_taken(self, entry: Entry, found: Entry | None) -> bool:
-        """Return whether the lease of ``entry`` has ended and another worker may have sent the refund since."""
-        is_over = entry.leased_until is not None and self.clock().boot >= entry.leased_until.boot
-        return is_over and found is not None and found.sent_at is not None
 
     async def _find(self, entry: Entry, said: LianLianError) -> Entry | None:
         with _said(said):

@@ -691,6 +691,28 @@ async def test_an_answer_after_a_decision_that_the_refund_was_not_made_is_a_conf
     assert (caught.value.field, gateway.times_made("R-1")) == ("sta_refund", 1)
 
 
+async def test_a_later_call_returns_or_raises_the_decision_of_a_person(new_journal):
+    """The decision has its evidence, and no signature of the gateway."""
+    now = boot_clock().after(1e6)
+    moment = now.wall.isoformat(sep=" ", timespec="seconds")
+    texts = [f"decided by hand by Li at {moment}: {evidence}" for evidence in ("statement of May", "mail")]
+    lost = sandbox(faults={Fault.RESET: 1.0})
+    async with shop(lost, new_journal, deadline=1.0) as (session, journal):
+        for number, is_made in enumerate((True, False), start=1):
+            with pytest.raises(RefundOutcomeUnknown):
+                await session.apply_refund(refund_request(number))
+            evidence = "statement of May" if is_made else "mail"
+            await journal.decide(f"R-{number}", decision(is_made=is_made, evidence=evidence, who="Li", now=now), now)
+        requests = lost.requests.copy()
+        refund = await session.apply_refund(refund_request(1))
+        with pytest.raises(RefundRejected) as caught:
+            await session.apply_refund(refund_request(2))
+    assert (refund.no_refund, refund.sta_refund, refund.evidence) == ("R-1", RefundStatus.SUCCESS, texts[0])
+    error = caught.value
+    assert (error.ret_code, error.ret_msg, error.verified, error.evidence) == ("decided", "", False, texts[1])
+    assert lost.requests == requests
+
+
 async def test_a_conflict_without_a_record_stays_a_conflict(new_journal):
     """The journal must not return a refund that the gateway never recorded."""
     conflict = RefundConflict("R-1", field="no_order", ours="O-1", theirs="O-2")
