@@ -224,6 +224,7 @@ async def test_query_refund_is_a_call_with_queries():
         *(third, "query 1 FOUND", "found"),
     ]
     assert [event.no_refund for event in listener if word(event) == "backoff"] == ["R-1"]
+    assert all(0 <= event.seconds < 60 for event in listener.only(events.AttemptEnded))
     assert listener[-1].no_refund is None
     assert [event.queries for event in listener.only(events.CallEnded)] == [2, 1, 1]
 
@@ -281,6 +282,8 @@ async def test_the_journal_reports_the_lease():
             await other.apply_refund(refund_request())
     assert first.words == ["apply_refund", "lease new", "apply 1 FOUND", "made"]
     assert second.words == ["apply_refund", "lease leased", "lease", "lease finished", "made"]
+    assert {event.no_refund for event in (*first, *second)} == {"R-1"}
+    assert all(0 <= event.seconds < 60 for event in (*first, *second) if isinstance(event, events.Leased))
 
 
 # ── listeners that return context managers, fail, block, add headers ─────────────────────────────
