@@ -135,7 +135,7 @@ def parse_timestamp(value: datetime | str) -> datetime:
             except OverflowError:
                 raise ValueError("is out of range in China Standard Time (years 1000 to 9999)") from None
         case _:
-            raise ValueError("must be an aware datetime or 14 digits yyyyMMddHHmmss (China Standard Time)")
+            raise ValueError("must be 14 digits yyyyMMddHHmmss (China Standard Time), or an aware datetime")
     if moment.year < 1000:
         raise ValueError("must have a year of four digits")
     return moment
