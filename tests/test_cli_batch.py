@@ -13,7 +13,7 @@ import pytest
 from lianlian_async.cli.batch.checked import Line
 from lianlian_async.cli.batch.results import Totals
 from lianlian_async.cli.sandbox.server import environment, serving
-from lianlian_async.cli.signals import one_interruption
+from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
 from lianlian_async.errors import JournalError, LianLianError
 from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
@@ -513,6 +513,16 @@ def test_batch_with_missing_outcomes_is_an_error():
         Totals(247).check_complete()
 
 
+def test_ignored_sighup_stays_ignored():
+    """``nohup lianlian batch`` continues after the end of the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with sigterm_interrupts():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_sigterm_ends_a_batch_that_was_started_with_sigint_ignored(env, gateway, file):
     """A shell script starts background commands like this; SIGTERM must still end them cleanly."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -525,9 +535,11 @@ def test_sigterm_ends_a_batch_that_was_started_with_sigint_ignored(env, gateway,
     assert (ended.exit_code, ended.json["outcome"]) == (130, "interrupted")
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 3])
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 3, [signal.SIGHUP]]
+)
 def test_interrupted_batch_continues_in_the_next_run(env, gateway, file, numbers):
-    """Ctrl-C and SIGTERM, even repeated, end the batch cleanly with 130; the next run queries refunds in flight."""
+    """Ctrl-C, SIGTERM and SIGHUP, even repeated, end the batch cleanly with 130; the next run queries open refunds."""
     process = start_until_stuck(gateway, file, env, sent=3, stuck=2)
     for number in numbers:
         process.send_signal(number)

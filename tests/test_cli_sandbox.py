@@ -79,9 +79,9 @@ def test_printed_line_sets_the_environment_of_a_shell(served):
     assert shell.stdout == "201103171000000000"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_the_sandbox_cleanly(served, number):
-    """SIGINT and SIGTERM stop the server, remove the environment file, and exit with 0."""
+    """SIGINT, SIGTERM and the end of the terminal stop the server, remove the environment file, and exit with 0."""
     process, env_file = served
     process.send_signal(number)
     ended = end(process)

@@ -1,4 +1,4 @@
-"""Handling of SIGINT and SIGTERM."""
+"""Handling of SIGINT, SIGTERM and SIGHUP."""
 
 import signal
 from collections.abc import Iterator
@@ -11,15 +11,23 @@ from typing import Any
 def sigterm_interrupts() -> Iterator[None]:
     """Handle SIGTERM like SIGINT while the block runs, so that an event loop shuts down cleanly.
 
-    A shell script starts background commands with SIGINT ignored, so this also sets the handler of SIGINT.
+    SIGHUP, which the end of a terminal sends, is handled too, unless it is ignored (``nohup``). A shell script starts
+    background commands with SIGINT ignored, so this also sets the handler of SIGINT.
     """
-    sigint = signal.signal(signal.SIGINT, signal.default_int_handler)
-    sigterm = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    handlers: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: interrupt}
+    hangup = getattr(signal, "SIGHUP", None)  # missing on Windows
+    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
+        handlers[hangup] = interrupt
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, sigterm)
-        signal.signal(signal.SIGINT, sigint)
+        for number, handler in reversed(before.items()):
+            signal.signal(number, handler)
 
 
 @contextmanager
