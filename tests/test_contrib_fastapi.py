@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import anyio
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from lianlian_async import ConfigurationError, JournalError, LianLianError, NotificationEndpoint, RefundRequest
 from lianlian_async.contrib.fastapi import Session, get_session, lifespan, notifications, refund_error
@@ -83,24 +83,37 @@ async def test_a_test_may_override_the_session():
 
 
 async def test_a_missing_session_is_a_clear_error():
-    """Without a lifespan that opens one session, the error says what to do; none of several merchants is chosen."""
+    """Without a lifespan that opens a session, the error says what to do."""
     app = FastAPI(lifespan=lifespan())
 
     @app.get("/")
     async def ask(session: Session) -> str:
         raise AssertionError(session)
 
-    with pytest.raises(RuntimeError, match=r"no RefundSession is open: pass one to FastAPI\(lifespan="):
-        async with served(app) as http:
-            await http.get("/")
-    app.router.lifespan_context = lifespan(sandbox().session(), sandbox().session())
-    with pytest.raises(RuntimeError, match="with several sessions, such as one for each merchant, use a dependency of"):
+    with pytest.raises(RuntimeError, match=r"exactly one RefundSession must be open: pass it to FastAPI\(lifespan="):
         async with served(app) as http:
             await http.get("/")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://shop.example") as http:
         with pytest.raises(
             RuntimeError, match=r"must run the lifespan \(for httpx.ASGITransport.* see lianlian_async.testing"
         ):
+            await http.get("/")
+
+
+@pytest.mark.parametrize("ours", [1, 2])
+async def test_none_of_several_sessions_is_chosen(ours):
+    """A refund must not be sent for the wrong merchant: the sessions may come from one lifespan, or from a router's."""
+    router = APIRouter(lifespan=lifespan(sandbox().session()))
+    app = FastAPI(lifespan=lifespan(*(sandbox().session() for _ in range(ours))))
+    if ours == 1:
+        app.include_router(router)
+
+    @app.get("/")
+    async def ask(session: Session) -> str:
+        raise AssertionError(session)
+
+    with pytest.raises(RuntimeError, match="with several sessions, such as one for each merchant, use a dependency of"):
+        async with served(app) as http:
             await http.get("/")
 
 

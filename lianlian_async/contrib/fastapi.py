@@ -18,15 +18,15 @@ __all__ = ["Session", "apply_shielded", "get_session", "lifespan", "notification
 
 
 def get_session(connection: HTTPConnection) -> RefundSession:
-    """Return the application's session. Raises ``RuntimeError`` if the lifespan opened none, or several."""
-    session: RefundSession | None = getattr(connection.state, "refund_session", None)
-    if session is None:
+    """Return the application's session. Raises ``RuntimeError`` if its lifespans opened none, or several."""
+    sessions = {each for each in connection.scope.get("state", {}).values() if isinstance(each, RefundSession)}
+    if len(sessions) != 1:
         raise RuntimeError(
-            "no RefundSession is open: pass one to FastAPI(lifespan=lifespan(...)); the server or a test client must "
-            "run the lifespan (for httpx.ASGITransport, which does not, see lianlian_async.testing); with several "
-            "sessions, such as one for each merchant, use a dependency of your own"
+            "exactly one RefundSession must be open: pass it to FastAPI(lifespan=lifespan(...)); the server or a test "
+            "client must run the lifespan (for httpx.ASGITransport, which does not, see lianlian_async.testing); with "
+            "several sessions, such as one for each merchant, use a dependency of your own"
         )
-    return session
+    return sessions.pop()
 
 
 Session = Annotated[RefundSession, Depends(get_session)]

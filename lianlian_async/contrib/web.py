@@ -181,8 +181,8 @@ def lifespan(
             if sweep is not None:
                 task = BackgroundTask(partial(_sweep, endpoints[0], sweep), _log_end)
                 await stack.enter_async_context(aclosing(task))
-            sessions = [each for each in entered if isinstance(each, RefundSession)]
-            yield {"refund_session": sessions[0] if len(sessions) == 1 else None}
+            # Unique names: FastAPI merges the states of all lifespans, and one session must not hide another one.
+            yield {f"refund_session_{id(each)}": each for each in entered if isinstance(each, RefundSession)}
 
     return opened
 
