@@ -7,7 +7,7 @@ so a refund would be sent again without a query.
 import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import aiohttp
 import anyio.lowlevel
@@ -15,8 +15,6 @@ import httpx
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
 from yarl import URL
-
-from lianlian_async.errors import ConfigurationError
 
 from .connection import check_loopback, close_normally, reset_when_closed, trusting_context
 from .pool import KEEPALIVE_SECONDS
@@ -27,25 +25,15 @@ class _SpoiltConnectionError(aiohttp.ClientConnectionError):
     """An idle connection received unexpected bytes; the request was not written to it."""
 
 
-_BEFORE_SENDING: Final = (
-    aiohttp.ClientConnectorError,
-    aiohttp.ConnectionTimeoutError,
-    aiohttp.InvalidURL,
-    aiohttp.NonHttpUrlClientError,
-    _SpoiltConnectionError,
-)
-"""Raised before a byte of the request is written. After any other exception the request may have arrived."""
-
-
 class _LeasedPayload(aiohttp.BytesPayload):
-    """A body that checks the lease before aiohttp writes the head and the body."""
+    """A body that checks the lease, and counts the send, before aiohttp writes the head and the body."""
 
     def __init__(self, body: Body) -> None:
         super().__init__(body.content)
         self._body = body
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        self._body.check_lease()
+        iter(self._body)
         await super().write_with_length(writer, content_length)
 
 
@@ -100,25 +88,18 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             raise httpx.UnsupportedProtocol(f"no http or https URL: {request.url}")
         timeout = request.extensions.get("timeout", {})
         stream = cast("httpx.AsyncByteStream", request.stream)
-        content = b"".join([chunk async for chunk in stream])
+        data = _LeasedPayload(stream) if isinstance(stream, Body) else b"".join([chunk async for chunk in stream])
         try:
             response = await session.request(
                 request.method,
                 URL(str(request.url), encoded=True).with_user(None),  # httpx ignores credentials here, too
-                data=_LeasedPayload(stream) if isinstance(stream, Body) else content,
+                data=data,
                 headers=[(name.decode("ascii"), value.decode("ascii")) for name, value in request.headers.raw],
                 timeout=aiohttp.ClientTimeout(connect=timeout.get("connect"), sock_read=timeout.get("read")),
                 allow_redirects=False,
             )
         except aiohttp.ClientError as error:
-            reason = error.__cause__ if isinstance(error.__cause__, LeaseEndedError) else None
-            if isinstance(stream, Body) and (reason is not None or isinstance(error, _BEFORE_SENDING)):
-                stream.was_not_sent()
-            raise reason or _as_httpx(error) from error
-        except ConfigurationError:  # from the connector
-            if isinstance(stream, Body):
-                stream.was_not_sent()
-            raise
+            raise (error.__cause__ if isinstance(error.__cause__, LeaseEndedError) else _as_httpx(error)) from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling() or not session.closed:

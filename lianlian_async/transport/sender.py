@@ -115,12 +115,12 @@ class HttpSender:
             finally:
                 await response.aclose()
         except BaseException as error:  # a client or transport may raise anything
+            content.lease_holds = lambda: False  # a transport that goes on in the background cannot read the body
             if not is_failure(error):
-                content.lease_holds = lambda: False  # a transport that goes on in the background cannot read the body
                 if not answered and request.is_unread:
                     not_sent()
                 raise
-            # Our own transports read the body only in order to send it.
+            # Our own transports read the body right before they write it.
             is_not_sent = isinstance(error, self._never_sent) or (self._is_own and request.is_unread)
             sent = answered or not is_not_sent or request.may_have_been_sent(error)
             return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=sent, cause=error)

@@ -52,10 +52,6 @@ class Body(ByteStream):
     def __aiter__(self) -> AsyncIterator[bytes]:
         return _AsyncIterator(iter(self))
 
-    def was_not_sent(self) -> None:
-        """Decrement the number of sends, because no byte of the last send was written."""
-        self.sends -= 1
-
 
 class _AsyncIterator(AsyncIterator[bytes]):
     """An iterator that needs no cleanup: a cancelled send would not close a generator, and trio would warn of it."""
