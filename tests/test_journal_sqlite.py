@@ -50,6 +50,7 @@ anyio.run(main)
 """
 _STAY = "print('open', flush=True); await anyio.sleep(3600)"
 _DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+_CHECKPOINT = "journal._file._longest_log = 0; await journal.begin(intent('R-3'), now()); "
 
 
 @pytest.fixture
@@ -348,6 +349,35 @@ async def test_a_copy_with_the_inode_number_of_the_removed_journal_is_refused(pa
     with pytest.raises(JournalError, match="this is a backup or another copy"):
         async with SqliteJournal(path):
             pass
+
+
+@pytest.mark.parametrize("then", [_DIE, _CHECKPOINT + _DIE], ids=["before a checkpoint", "after it"])
+async def test_a_journal_without_its_wal_is_refused(path, tmp_path, then):
+    """After a crash, only the WAL has the latest commits; somebody may delete it, or move the journal without it."""
+    await anyio.run_process(program(path, then), check=False)
+    log, moved = path.with_name(f"{path.name}-wal"), tmp_path / "moved.sqlite"
+    kept = log.read_bytes()
+    log.unlink()
+    for _ in range(2):
+        with pytest.raises(JournalError, match=r"-wal is missing .* use `lianlian journal restore FILE`"):
+            async with SqliteJournal(path):
+                pass
+    shutil.copy2(path, moved)
+    restore(moved, tmp_path / "restored.sqlite", now())
+    async with SqliteJournal(tmp_path / "restored.sqlite") as journal:
+        assert (await journal.begin(intent("R-9"), now()))[0] is Standing.ASK_FIRST
+    log.write_bytes(kept)
+    async with SqliteJournal(path) as journal:
+        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.FINISHED
+
+
+async def test_another_program_may_complete_the_file_of_a_killed_process(path):
+    """Each program that opens the journal and closes it writes the WAL into the file and deletes the WAL."""
+    await anyio.run_process(program(path, _DIE), check=False)
+    assert _sqlite(path, "SELECT count(*) FROM refunds") == [(3,)]
+    assert not path.with_name(f"{path.name}-wal").exists()
+    async with SqliteJournal(path) as journal:
+        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.FINISHED
 
 
 async def test_a_journal_whose_file_alone_is_mounted_is_refused(path, monkeypatch):

@@ -23,10 +23,12 @@ from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
 from .file_lock import FileLock, FileLocked, fcntl
 from .operations import Begin, Operation, Result, measurable, perform
 
+_RESTORE: Final = "if it is lost, move this file away and use `lianlian journal restore FILE`"
 COPY: Final = (
     "this is a backup or another copy of a journal, and later refunds may have been made; use the journal itself, or, "
-    "if it is lost, move this file away and use `lianlian journal restore FILE`"
+    + _RESTORE
 )
+_LOST: Final = f"with it, the latest refunds, which may have been made; put it back, or, {_RESTORE}"
 _ADVICE: Final = {
     sqlite3.SQLITE_BUSY: "another program has locked the file; end that program",
     sqlite3.SQLITE_CANTOPEN: "its folder must exist and be writable",
@@ -62,7 +64,7 @@ class JournalFile:
 
     def __init__(self, path: str, *, read_only: bool = False, restored_at: Moment | None = None) -> None:
         self._path = Path(path)
-        owner_path, log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
+        owner_path, self._log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
         self._lock, self._errors = Lock(), partial(_errors, self._path)
         self._leased: dict[str, tuple[int, Entry]] = {}
         """Leased entries by no_refund: (rowid, entry as stored)."""
@@ -77,7 +79,7 @@ class JournalFile:
                     )
             else:
                 opened.enter_context(closing(FileLock(owner_path)))
-                identity = _identity(self._path)
+                identity, has_log = _identity(self._path), self._log_path.exists()
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
                 self._connection.executescript(sql.CHANGES)
@@ -85,20 +87,24 @@ class JournalFile:
                     self._mark_restored(restored_at)
             self.last_rowid: int = self._value(sql.LAST_ROWID)  # the first read creates the WAL
             """The rowid of the newest entry."""
-            paths = () if read_only else (self._path, owner_path, log_path)
+            paths = () if read_only else (self._path, owner_path, self._log_path)
             self._files = {path: path.stat() for path in paths}
             if len({found.st_dev for found in self._files.values()}) > 1:  # as when a container mounts only one file
                 raise JournalError(
-                    f"journal {self._path} and {log_path} are in different file systems, so the end of a container can "
+                    f"journal {self._path}: {self._log_path} is in another file system, so the end of a container can "
                     "lose refunds: mount the journal's folder, not only its file"
                 )
             self._is_acting, recorded, restored, evidence = json.loads(self._value(sql.STATUS))
-            self.is_copy = restored_at is None and not _may_be_same(recorded or identity, identity)
+            recorded = recorded or identity
+            self.is_copy = restored_at is None and not _may_be_same(recorded.removesuffix(sql.IN_WAL), identity)
             """Whether this file is a backup or another copy of a journal."""
-            if self.is_copy and not read_only:
-                raise JournalError(f"journal {self._path}: {COPY}")
-            if recorded != identity and not read_only:
-                self._connection.execute(sql.SET_INODE, [identity])
+            if not read_only:
+                if self.is_copy:
+                    raise JournalError(f"journal {self._path}: {COPY}")
+                if recorded.endswith(sql.IN_WAL) and not has_log and restored_at is None:
+                    raise JournalError(f"journal {self._path}: {self._log_path} is missing and, {_LOST}")
+                self._inode = identity
+                self._checkpoint()
             self._restored_at = restored and sql.moment_of(restored, evidence)
             self._opened = opened.pop_all()
 
@@ -109,7 +115,8 @@ class JournalFile:
         self._connection.execute("PRAGMA temp_store = memory")
         self._connection.execute("PRAGMA journal_mode = wal")
         self._connection.execute("PRAGMA synchronous = full")
-        self._connection.execute(f"PRAGMA wal_autocheckpoint = {sql.CHECKPOINT_PAGES}")
+        self._connection.execute("PRAGMA wal_autocheckpoint = 0")  # see _checkpoint
+        self._connection.execute("PRAGMA journal_size_limit = 0")
         if is_new:
             self._connection.executescript(sql.SCHEMA)
         if upgrades:
@@ -172,10 +179,22 @@ class JournalFile:
             for statement in sql.MARK_RESTORED:
                 self._connection.execute(statement, _restored(now))
 
+    def _checkpoint(self) -> None:
+        """Copy all commits from the WAL to the file, where the inode then ends with ``IN_WAL``.
+
+        The next commit, which only the WAL has, removes that end: if the WAL is lost, the next process notices it.
+        """
+        self._connection.execute(sql.SET_INODE, [self._inode + sql.IN_WAL])
+        self._value("PRAGMA wal_checkpoint(PASSIVE)")  # does not wait for readers
+        self._connection.execute(sql.SET_INODE, [self._inode])
+        self._longest_log = self._log_path.stat().st_size + sql.CHECKPOINT_PAGES * 4096
+
     def write(self, operations: Sequence[Operation[Any]]) -> list[Result]:
         """Carry out all ``operations`` in one transaction. It is durable on return."""
         with self._lock, self._errors():
             self._check_in_place()  # if the lock file was removed, another process may have the journal open
+            if self._log_path.stat().st_size > self._longest_log:
+                self._checkpoint()
             known = self._known({operation.no_refund for operation in operations})
             before = {no_refund: entry for no_refund, (_, entry) in known.items()}
             self._allow_for_restore([operation for operation in operations if isinstance(operation, Begin)])

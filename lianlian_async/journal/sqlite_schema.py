@@ -23,6 +23,9 @@ SCHEMA_VERSION: Final = 10
 CHECKPOINT_PAGES: Final = 4000
 """Pages in the WAL (16 MB) that trigger a checkpoint: so many that most bodies are deleted before it."""
 
+IN_WAL: Final = " wal"
+"""The end of the inode's text in the file after a checkpoint: the next commits are in the WAL."""
+
 SCHEMA: Final = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE refunds (
