@@ -35,6 +35,8 @@ SIGNATURE_FIELDS: Final = ("sign_type", "sign_type ", "sign")
 
 DSN: Final = "LIANLIAN_DSN"
 JOURNAL: Final = "LIANLIAN_JOURNAL"
+_KEYWORDS: Final = re.compile(r"\b(?:host|hostaddr|dbname|user|password|service)\s*=")
+"""The keyword form of libpq, such as ``host=db password=…``: it is not a path, and may contain a password."""
 
 
 def is_dsn(place: str) -> bool:
@@ -171,6 +173,8 @@ def _read_journal(ctx: click.Context, _journal: click.Parameter, place: str | No
             raise click.UsageError(f"{DSN} must be a URL postgresql://…")
         if other and other != dsn:
             raise click.UsageError(f"{DSN} and {JOURNAL} name different journals: unset one of them, or use --journal")
+    if place and not is_dsn(place) and _KEYWORDS.search(place):
+        raise click.BadParameter("must be a path or postgresql://…")
     return place
 
 
