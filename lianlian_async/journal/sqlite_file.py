@@ -79,7 +79,10 @@ class JournalFile:
                     )
             else:
                 opened.enter_context(closing(FileLock(owner_path)))
-                identity, has_log = _identity(self._path), self._log_path.exists()
+                has_log = (
+                    self._log_path.exists() and self._log_path.stat().st_size > 0
+                )  # a refused process leaves it empty
+                identity = _identity(self._path)
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
                 self._connection.executescript(sql.CHANGES)
@@ -102,7 +105,7 @@ class JournalFile:
                 if self.is_copy:
                     raise JournalError(f"journal {self._path}: {COPY}")
                 if recorded.endswith(sql.IN_WAL) and not has_log and restored_at is None:
-                    raise JournalError(f"journal {self._path}: {self._log_path} is missing and, {_LOST}")
+                    raise JournalError(f"journal {self._path}: {self._log_path} is missing or empty and, {_LOST}")
                 self._inode = identity
                 self._checkpoint()
             self._restored_at = restored and sql.moment_of(restored, evidence)
