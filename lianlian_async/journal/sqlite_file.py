@@ -183,9 +183,10 @@ class JournalFile:
                 self._connection.execute(statement, _restored(now))
 
     def _checkpoint(self) -> None:
-        """Copy all commits from the WAL to the file, where the inode then ends with ``IN_WAL``.
+        """Copy the commits that no reader blocks from the WAL to the file.
 
-        The next commit, which only the WAL has, removes that end: if the WAL is lost, the next process notices it.
+        If it copies all, the inode in the file ends with ``IN_WAL``. The next commit, which only the WAL has, removes
+        that end: if the WAL is lost, the next process notices it.
         """
         self._connection.execute(sql.SET_INODE, [self._inode + sql.IN_WAL])
         self._value("PRAGMA wal_checkpoint(PASSIVE)")  # does not wait for readers
