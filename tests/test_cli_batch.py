@@ -242,6 +242,19 @@ def test_out_has_the_lines_that_were_not_sent(env, gateway, file, tmp_path):
     assert lines[14]["what_to_do"] == "run the same command again"
 
 
+@pytest.mark.parametrize("more", [("--yes",), ("--dry-run",)])
+def test_out_of_an_invalid_file_has_all_lines(env, gateway, file, tmp_path, more):
+    """It lists every problem, and no outcome of an earlier run."""
+    out = tmp_path / "results.csv"
+    assert run("batch", file, "--yes", "--out", out, env=env).exit_code == 0
+    write_csv(file, [refund(1), *(refund(number, money_refund="0.001") for number in range(2, 70)), refund(1)])
+    assert run("batch", file, *more, "--out", out, env=env).exit_code == 2
+    lines = [line for _, line in sorted(results(out).items())]
+    assert [line["outcome"] for line in lines] == ["to do"] + ["invalid"] * 68 + ["repeated"]
+    assert all(line["error"].startswith("money_refund: must") for line in lines[1:69])
+    assert gateway.requests["apply"] == 10
+
+
 # ── what was not made ────────────────────────────────────────────────────────────────────────────
 
 

@@ -44,10 +44,11 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
     if queue:
         refuse_for_queue(click.get_current_context())
     merchant, place = (None, None) if queue else _find_journal(output, config, options)
-    if not (queue or dry_run):
-        _refuse_to_overwrite(options["out"], file, place)
+    _refuse_to_overwrite(options["out"], file, place)
     with checked_file(file, merchant, options, output.note) as checked:
         if checked.problems.count and not options["skip_invalid"]:
+            if options["out"] is not None:
+                results.write_unsent(options["out"], checked)
             results.show_checked(output, checked, "invalid, nothing was sent")
             return 2
         _refuse_too_much(checked.totals, options["max_total"], options["max_refund"])

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from itertools import chain
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, NamedTuple, cast
 
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from lianlian_async import errors
 from lianlian_async.cli.exit_codes import FAILED, MADE, REJECTED, UNKNOWN, ExitOutcome, error_document, exit_outcome_of
-from lianlian_async.cli.output import Output, local_time, printable, table, tables
+from lianlian_async.cli.output import Output, line_writer, local_time, printable, table, tables
 from lianlian_async.codes import explain
 from lianlian_async.models import RefundStatus
 from lianlian_async.outcome import Outcome
@@ -115,6 +116,15 @@ def unsent_result(
         advice = f"correct the line, then {_RUN_AGAIN}"
         return _result(line, {}, cells) | {"outcome": "invalid", "what_to_do": advice, "error": problem}
     return _result(line, fields, cells) | {"outcome": "repeated", "meaning": problem}
+
+
+def write_unsent(out: Path, checked: Checked) -> None:
+    """Write every line of ``checked``, none of which was sent, to the file ``out``."""
+    with line_writer(out, result_columns(checked.columns.seen)) as write:
+        for unsent in checked.unsent_lines():
+            write(unsent_result(*unsent))
+        for line in checked.lines_after(0):
+            write(interrupted_result(line, was_begun=False))
 
 
 def _result(line: int, fields: Mapping[str, str], cells: Mapping[str, str]) -> dict[str, Any]:
