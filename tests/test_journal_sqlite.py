@@ -24,7 +24,7 @@ import pytest
 
 from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
-from lianlian_async.journal import SqliteJournal, SqliteReader, Standing, State, file_lock
+from lianlian_async.journal import SqliteJournal, SqliteReader, Standing, State, file_lock, sqlite_schema
 from lianlian_async.journal.sqlite_file import JournalFile, restore
 from tests.support import ROOT
 from tests.support.journals import MADE, held, intent, now
@@ -369,6 +369,28 @@ async def test_a_journal_without_its_wal_is_refused(path, tmp_path, then):
     log.write_bytes(kept)
     async with SqliteJournal(path) as journal:
         assert (await journal.begin(intent("R-1"), now()))[0] is Standing.FINISHED
+
+
+async def test_the_wal_is_written_back_unless_a_reader_needs_it(path, monkeypatch):
+    """With a reader, it grows and the journal goes on; afterwards it gets short again."""
+    monkeypatch.setattr(sqlite_schema, "CHECKPOINT_PAGES", 20)
+    log, longest = path.with_name(f"{path.name}-wal"), 50 * 4096
+    async with SqliteJournal(path) as journal:
+
+        async def begin(numbers):
+            for number in numbers:
+                await journal.begin(intent(f"R-{number}"), now())
+
+        await begin(range(30))
+        assert log.stat().st_size < longest
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT count(*) FROM refunds").fetchall() == [(30,)]
+            await begin(range(30, 60))
+            assert log.stat().st_size > longest
+        await begin(range(60, 100))
+        assert log.stat().st_size < longest
+        assert (await journal.counts())[State.UNRESOLVED] == 100
 
 
 async def test_another_program_may_complete_the_file_of_a_killed_process(path):
