@@ -40,6 +40,8 @@ from lianlian_async import (
 from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.sandbox import Fault, Repeated, When
 from lianlian_async.transport import HttpSender, PoolTransport, http_backend, own_transport
+from lianlian_async.transport.aiohttp import LeasedPayload
+from lianlian_async.transport.tracked_request import LeaseEndedError, request_classes
 from tests.support import certificates
 from tests.support.bad_network import STRAY
 from tests.support.parties import (
@@ -1128,6 +1130,17 @@ async def test_lease_that_ends_before_the_last_byte(kept_alive):
                 requests.clear()
     assert looks >= 2
     assert len(requests) == 1
+
+
+def test_every_way_to_the_bytes_of_a_body_for_aiohttp_counts_as_a_send():
+    """A later release of aiohttp that gets the bytes in another way must not send them unseen."""
+    _, body_class = request_classes(httpx)
+    body = body_class("退款".encode(), holding_for(1))
+    payload = LeasedPayload(body)
+    assert (payload.size, payload.decode(), body.sends) == (6, "退款", 1)
+    with pytest.raises(LeaseEndedError):
+        payload.decode()
+    assert body.sends == 1
 
 
 @on_both_stacks

@@ -25,16 +25,22 @@ class _SpoiltConnectionError(aiohttp.ClientConnectionError):
     """An idle connection received unexpected bytes; the request was not written to it."""
 
 
-class _LeasedPayload(aiohttp.BytesPayload):
-    """A body that checks the lease, and counts the send, before aiohttp writes the head and the body."""
+class LeasedPayload(aiohttp.Payload):
+    """A :class:`Body` for aiohttp, which writes the head with it. Each way to the bytes checks the lease, and counts."""
+
+    _autoclose = True  # nothing to close
 
     def __init__(self, body: Body) -> None:
-        super().__init__(body.content)
-        self._body = body
+        super().__init__(body)
+        self._size = len(body.content)
 
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        iter(self._body)
-        await super().write_with_length(writer, content_length)
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """Return the text. This release of aiohttp does not call it."""
+        return b"".join(self._value).decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Write the body."""
+        await writer.write(b"".join(self._value))
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -88,7 +94,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
             raise httpx.UnsupportedProtocol(f"no http or https URL: {request.url}")
         timeout = request.extensions.get("timeout", {})
         stream = cast("httpx.AsyncByteStream", request.stream)
-        data = _LeasedPayload(stream) if isinstance(stream, Body) else b"".join([chunk async for chunk in stream])
+        data = LeasedPayload(stream) if isinstance(stream, Body) else b"".join([chunk async for chunk in stream])
         try:
             response = await session.request(
                 request.method,
