@@ -26,7 +26,7 @@ class _SpoiltConnectionError(aiohttp.ClientConnectionError):
 
 
 class LeasedPayload(aiohttp.Payload):
-    """A :class:`Body` for aiohttp, which writes the head with it. Each way to the bytes checks the lease, and counts."""
+    """A :class:`Body` for aiohttp, which writes the head with it. Each way to the bytes checks the lease and counts."""
 
     _autoclose = True  # nothing to close
 
