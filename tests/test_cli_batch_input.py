@@ -271,6 +271,7 @@ def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
         (("--journal", "postgresql://db/?password=s3cret"), "other processes can read a password on the command line"),
         (("--journal", "mysql://me:s3cret@db/"), "must be a path or postgresql://…"),
         (("--journal", "host=db user=me password=s3cret"), "must be a path or postgresql://…"),
+        (("--out", "results.XLSX"), "must end in .csv; this command cannot write an Excel workbook"),
         (("--out", "refunds.csv"), "must not be the input, its receipt or the journal"),
         (("--out", "refunds.csv.receipt"), "must not be the input, its receipt or the journal"),
     ],

@@ -200,6 +200,7 @@ def show() -> None:
 @click.option(
     "--out",
     type=options.any_file,
+    callback=options.no_workbook,
     required=True,
     help="File with one line for each refund: CSV if its name ends in .csv, else JSON Lines.",
 )

@@ -99,6 +99,13 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         return place
 
 
+def no_workbook(_ctx: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that Excel could not open, because it would contain JSON Lines."""
+    if path is not None and path.suffix.lower() in (".xls", ".xlsx"):
+        raise click.BadParameter("must end in .csv; this command cannot write an Excel workbook")
+    return path
+
+
 def add_options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     """Return a decorator that adds ``options`` to a command, in this order."""
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)

@@ -103,6 +103,7 @@ _OPTIONS: Final = (
     click.option(
         "--out",
         type=options.any_file,
+        callback=options.no_workbook,
         help="Write each line of FILE and its outcome to this file: CSV for a spreadsheet if the name ends in .csv, "
         "else JSON Lines. An existing file is replaced.",
     ),
