@@ -79,9 +79,8 @@ class JournalFile:
                     )
             else:
                 opened.enter_context(closing(FileLock(owner_path)))
-                has_log = (
-                    self._log_path.exists() and self._log_path.stat().st_size > 0
-                )  # a refused process leaves it empty
+                # A process that was refused here has left an empty WAL.
+                has_log = self._log_path.exists() and self._log_path.stat().st_size > 0
                 identity = _identity(self._path)
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
