@@ -321,6 +321,14 @@ async def test_a_handler_that_failed_is_called_again_by_the_next_delivery(endpoi
 
 
 @virtual
+async def test_the_work_of_a_handler_that_is_not_async_is_done_once():
+    """It blocks the event loop, but a second delivery must not do its work again."""
+    seen = []
+    async with NotificationEndpoint(trusting(), seen.append) as endpoint:
+        statuses = [(await endpoint.handle(notification(), HEADERS)).status for _ in range(2)]
+    assert (statuses, len(seen)) == ([200, 200], 1)
+
+
 async def test_a_handler_that_is_too_slow_is_cancelled(handler, caplog):
     """After handler_seconds the handler is cancelled; the next delivery calls it again."""
     handler.then = [anyio.sleep_forever]

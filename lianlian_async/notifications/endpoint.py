@@ -16,6 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from inspect import isawaitable
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
@@ -350,7 +351,8 @@ class NotificationEndpoint:
             # The gateway may not find a refund whose outcome comes from a statement or from a person's decision.
             if self._confirm and self._session is not None and refund.evidence is None:
                 check_same(refund, await self._session.query_refund(refund.query()))
-            await self._on_refund(refund)
+            if isawaitable(done := self._on_refund(refund)):  # the work of a function that is not async is done now
+                await done
             succeeded = True
         finally:
             seconds = self._listeners.timer() - began
