@@ -435,6 +435,7 @@ async def test_headers_of_a_listener_are_sent_with_every_request(backend):
 @pytest.mark.parametrize("own", [True, False])
 async def test_notifications_and_handler_calls_are_reported(own, caplog):
     """To the endpoint's own listeners, else to its session's; without a session, ``backend`` is empty."""
+    caplog.set_level(logging.DEBUG, "lianlian_async")
     gateway, listener, handler = sandbox(), Recorder(), Handler()
     async with gateway.session(clock=boot_clock, listeners=[] if own else [listener]) as session:
         options = {"listeners": [listener]} if own else {"session": session}
@@ -459,6 +460,9 @@ async def test_notifications_and_handler_calls_are_reported(own, caplog):
         ("R-2", "failed", None),
     ]
     assert {event.backend for event in listener} == {"" if own else "httpx"}
+    assert all(0 <= event.seconds < 60 for event in listener)
+    logged = [record for record in caplog.records if record.getMessage().startswith("Notified no_refund=R-1")]
+    assert len(logged) == 1
 
 
 # ── the log ──────────────────────────────────────────────────────────────────────────────────────

@@ -6,10 +6,12 @@ import logging
 from itertools import pairwise
 
 import anyio
+import attrs
 import pytest
 
-from lianlian_async import NotificationEndpoint
+from lianlian_async import NotificationEndpoint, RefundStatus
 from lianlian_async.journal import MemoryJournal, SqliteJournal
+from lianlian_async.sandbox import Fault
 from tests.support import journals
 from tests.support.interruptions import Abort, stray_cancellation
 from tests.support.notices import HEADERS, deliver, fails, inbox, is_acknowledged, notification, until
@@ -176,6 +178,32 @@ async def test_with_confirm_the_handler_waits_for_the_gateway(journal, handler):
             assert not handler.begun
             await until(lambda: handler.done, look_every=1)
     assert endpoint.counts["acted"] == 1
+
+
+@virtual
+async def test_a_notification_in_the_inbox_ends_the_wait_for_its_refund(journal, handler):
+    """``wait_refund`` returns when the notification is recorded; until then it would query only after 2 seconds."""
+    gateway = sandbox(settle_after=0)
+    gateway.script(Fault.NO_ANSWER, call="query", times=100)
+    async with gateway.session(clock=boot_clock, journal=journal) as session:
+        refund = attrs.evolve(await session.apply_refund(refund_request()), sta_refund=RefundStatus.PROCESSING)
+        async with (
+            NotificationEndpoint(
+                session.merchant, handler, journal=journal, session=session, inbox=True, clock=boot_clock
+            ) as endpoint,
+            anyio.create_task_group() as tasks,
+        ):
+            waited = []
+
+            async def wait():
+                waited.append(await session.wait_refund(refund, deadline=100))
+
+            tasks.start_soon(wait)
+            await anyio.sleep(1)
+            assert is_acknowledged(await endpoint.handle(gateway.notification(gateway.refunds[0]), HEADERS))
+            await anyio.wait_all_tasks_blocked()
+            assert [final.sta_refund for final in waited] == [RefundStatus.SUCCESS]
+            tasks.cancel_scope.cancel()
 
 
 # ── opening and closing ──────────────────────────────────────────────────────────────────────────

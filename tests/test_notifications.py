@@ -1119,7 +1119,7 @@ async def test_an_endless_body_is_read_no_further_than_is_needed(endpoint):
 
 @virtual
 @pytest.mark.parametrize(("seconds", "status"), [(4.9, 200), (5.1, 408)])
-async def test_the_whole_body_has_a_time_limit(endpoint, handler, seconds, status):
+async def test_the_whole_body_has_a_time_limit(endpoint, handler, seconds, status, caplog):
     """A slow body does not extend the limit: 408 after 5 seconds, then the connection is closed."""
 
     class Trickling(Server):
@@ -1134,6 +1134,7 @@ async def test_the_whole_body_has_a_time_limit(endpoint, handler, seconds, statu
     assert dict(server.heard[0]["headers"]).get(b"connection") == (None if status == 200 else b"close")
     assert anyio.current_time() == pytest.approx(min(seconds, 5.0))
     assert endpoint.counts == {"acted" if status == 200 else "too slow": 1}
+    assert ("did not arrive within 5 s" in caplog.text) is (status == 408)
 
 
 @virtual
