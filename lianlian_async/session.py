@@ -63,7 +63,7 @@ class RefundSession:
         middleware: your layers around every attempt, outermost first (see :mod:`lianlian_async.middleware`).
         limiter: any async context manager, entered around every attempt: a semaphore, or
             :class:`lianlian_async.middleware.RateLimit`. Waiting for it does not count against the deadline. But with
-            a journal, a call sends nothing after it has waited for twice its deadline, and raises ``RefundNotSent``.
+            a journal, no refund is sent after a wait of twice the deadline: an unsent one raises ``RefundNotSent``.
         journal: an open :class:`lianlian_async.journal.Journal`; the session does not close it. Every refund is
             recorded before its first byte is sent, so ``apply_refund`` may be repeated after a crash. A journal
             belongs to the merchant and the apply endpoint of the first session that uses it.
@@ -204,8 +204,8 @@ class RefundSession:
         """Return the result of :meth:`apply_refund` as a value; with ``earlier``, the result of :meth:`resolve`.
 
         ``journal`` overrides the session's journal. ``query_first`` queries first even if the session does not. A
-        ``request`` that is not a ``RefundRequest`` gives an outcome with ``InvalidRequest`` as its error. The only
-        ``LianLianError`` that it raises is ``ConfigurationError``: further refunds would probably raise it, too.
+        ``request`` that is not a ``RefundRequest`` gives an outcome with ``InvalidRequest`` as its error. Of
+        ``LianLianError``, this method raises only ``ConfigurationError``: further refunds would probably fail, too.
         """
         began = anyio.current_time()
         traffic = Traffic()

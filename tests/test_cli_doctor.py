@@ -191,13 +191,13 @@ def serving_tls(gateway, folder, *, days, organization="Test CA"):
 @pytest.mark.parametrize(
     ("days", "organization", "state", "text", "cure"),
     [
-        (60, "Test CA", "ok", "trusted certificate of Test CA, expires in 60 days", ""),
-        (60, "", "ok", "trusted certificate of 127.0.0.1, expires in 60 days", ""),
+        (60, "Test CA", "ok", "trusted, issued by Test CA, expires in 60 days", ""),
+        (60, "", "ok", "trusted, issued by 127.0.0.1, expires in 60 days", ""),
         (
             3,
             "Test CA",
             "warning",
-            "trusted certificate of Test CA, expires in 3 days",
+            "trusted, issued by Test CA, expires in 3 days",
             "ask LianLian's support when they will renew it",
         ),
     ],

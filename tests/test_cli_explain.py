@@ -565,4 +565,4 @@ def test_postgres_is_backed_up_with_its_own_tools(journal):
     journal.touch()
     for command in ("backup", "restore"):
         refused = run("journal", command, journal if command == "restore" else journal.with_name("x"), env=dsn)
-        assert (refused.exit_code, "pg_dump; after pg_restore, restart the server" in refused.stderr) == (2, True)
+        assert (refused.exit_code, "pg_dump, and stop all workers before pg_restore" in refused.stderr) == (2, True)

@@ -50,6 +50,17 @@ def test_on_another_machine_a_moment_is_as_old_as_the_database_says_and_no_older
     assert 310.0 - 0.75 <= elsewhere.after.boot - found.boot <= 310.0
 
 
+def test_of_two_moments_of_other_machines_the_row_keeps_only_its_own():
+    """A call on a third machine brings the unknown outcome of a later send: the row must not say the earlier time."""
+    recorded = stored(moment(-600.0, "there", NOON), reading(timeline="there"))
+    here = reading(60.0)
+    assert here.stored(here.moment(recorded), recorded) == recorded
+    now = here.stored(here.after, None)
+    for gateway in (NOON + timedelta(seconds=1), None):
+        assert here.stored(moment(-100.0, "elsewhere", gateway), recorded) == now
+    assert here.stored(moment(-100.0, "elsewhere", NOON), None) == now
+
+
 def test_a_clone_of_a_virtual_machine_measures_by_the_database():
     """Its boot id is that of the snapshot, and its boot clock began at another time."""
     for boot in (5000.0, -5000.0):

@@ -168,7 +168,7 @@ async def _check_connection(report: _Report, url: str) -> None:
     else:
         days = (expires_at - system_clock().wall).days
         renew = "" if days >= 14 else "ask LianLian's support when they will renew it"
-        report.add("TLS", f"trusted certificate of {issuer}, expires in {days} days", warning=renew)
+        report.add("TLS", f"trusted, issued by {issuer}, expires in {days} days", warning=renew)
     if ahead is None:
         cure = "find the proxy that removes this header: the library uses it to measure time across a reboot"
         report.add("clock", "unknown: the answer has no Date header", warning=cure)

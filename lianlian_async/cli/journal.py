@@ -1,4 +1,4 @@
-"""``lianlian journal`` and ``lianlian explain``: show, export, resolve, decide, back up and restore a journal."""
+"""``lianlian journal`` and ``lianlian explain``: show, export, back up and restore a journal; resolve refunds."""
 
 import getpass
 import os
@@ -123,7 +123,7 @@ def restore(output: Output, /, file: Path, place: str | None, config: Path | Non
 def _check_is_file(place: str) -> None:
     if is_dsn(place):
         raise click.UsageError(
-            "for PostgreSQL use pg_dump; after pg_restore, restart the server, so that the journal detects the restore"
+            "for PostgreSQL use pg_dump, and stop all workers before pg_restore; the journal detects the restore"
         )
 
 

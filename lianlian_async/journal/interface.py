@@ -72,7 +72,7 @@ class Journal(Protocol):
         first. UNRESOLVED: an earlier call began the refund; query first, and send the entry's own fields only after
         :meth:`resend`. FINISHED: use the entry's ending. LEASED: another call has the lease; the entry is as stored.
         The entry's ``sent_at`` is None after NEW, and not in the future after UNRESOLVED. After ASK_FIRST it is the
-        latest time at which a lost call may have sent the refund; None: there is no such call, or its grace is over.
+        latest time of a send whose entry may have been lost; None: no such send, or its grace is over.
 
         After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if the journal has the number with other fields.
@@ -80,7 +80,7 @@ class Journal(Protocol):
         return await self.record(Begin(intent, now))
 
     async def resend(self, entry: Entry, history: str = "") -> None:
-        """Record that ``entry``, from :meth:`begin` but with its new ``body``, may be sent until its lease ends.
+        """Record that the entry of :meth:`begin`, with a new ``body``, may be sent until its lease ends.
 
         ``history``, here and in :meth:`finish` and :meth:`release`: the entry's history with the facts of this call.
         Raises :class:`JournalError` if another call has taken the lease or resolved the refund.
@@ -120,8 +120,8 @@ class Journal(Protocol):
     async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
         """Record the outcome that a person has decided, DONE or REJECTED, as :meth:`finish` does.
 
-        Raises :class:`JournalError` if the refund has no entry or is leased; if its outcome is final, a rejection that
-        the gateway signed, or decided already; or if both the recorded state and ``ending`` are REJECTED.
+        Raises :class:`JournalError` if the refund has no entry, is leased, is FINAL or DONE, was rejected with a
+        signature, or was decided already. A rejection cannot replace a rejection.
         """
         return await self.record(Decide(no_refund, ending, now))
 

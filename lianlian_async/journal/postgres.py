@@ -93,11 +93,11 @@ class PostgresJournal(GroupCommitJournal):
     - The ``RetryPolicy.not_found_grace`` of a call starts again for the refunds that the journal has.
     - A refund that it does not have is queried before it is sent: each one for ``not_found_grace`` seconds, later those
       whose ``dt_refund`` is before the end of that time.
-    - If such a refund has a ``dt_refund`` before the restart, a call whose row was lost may have sent it. So "no such
-      record" is believed only after ``not_found_grace``.
+    - If its ``dt_refund`` is before this finding, a call whose row was lost may have sent it. So "no such record" is
+      believed only after ``not_found_grace``.
 
     One risk of a second refund remains: a request whose row was lost arrives after ``not_found_grace``, or its
-    ``dt_refund`` is later than the restart. Synchronous replication prevents this. Stop all workers before you restore
+    ``dt_refund`` is later than that finding. Synchronous replication prevents this. Stop all workers before you restore
     a backup.
 
     Args:
@@ -263,7 +263,7 @@ class PostgresJournal(GroupCommitJournal):
                     "end that transaction"
                 )
             await self._carry_out(batch, until, pause)
-            # The rollback of a cancelled begin may have run before this commit, and so left the lease: repeat it.
+            # The TakeBack of a cancelled begin may have run before this commit, and so left the lease: repeat it.
             begins = (queued.operation for queued in batch if isinstance(queued.operation, Begin))
             if late := [Queued(TakeBack(begin), done) for begin in begins if begin.is_taken_back]:
                 await self._carry_out(late, until, pause)
@@ -338,7 +338,7 @@ class PostgresJournal(GroupCommitJournal):
         changed = [entry for number, entry in after.items() if number in rows and entry is not before[number]]
         new = [entry for number, entry in after.items() if number not in rows]
         absent = list({operation.no_refund for operation in operations} - after.keys())
-        statements: list[Statement] = [(sql.FIND, [absent])] if absent else []  # without a row, or locked
+        statements: list[Statement] = [(sql.FIND, [absent])] if absent else []  # finds the locked ones
         if changed:
             statements.append((sql.UPDATE, [rows_of(changed, rows, reading)]))
         if new:

@@ -1,8 +1,8 @@
 """Convert timestamps between the database's clock, which all workers share, and the clocks of one worker.
 
 A transaction that writes first reads the database's clock, and the worker's clocks around it (:class:`Reading`). This
-reading converts a worker's :class:`~lianlian_async.clock.Moment` to its stored form and back. The conversion errs on
-the safe side: it never makes the time since a send longer, or a lease shorter.
+reading converts a worker's :class:`~lianlian_async.clock.Moment` to its stored form and back. Unless the database's
+clock is set unnoticed, this never makes the time since a send longer, or a lease shorter.
 
 The stored form is a JSON object:
 
@@ -14,10 +14,10 @@ The stored form is a JSON object:
 - ``gateway``: the gateway's clock, if known.
 
 An *incarnation* is one run of the database server with one copy of the tables. ``pg_postmaster_start_time()``, which
-any role may call, identifies the run. In a restored dump, ``xmin`` of a row is not the transaction that first inserted
-it. An *era* is a period within which times of the database's clock can be compared. A new era begins with another
-incarnation (after a restart, a failover or a restore), and when a worker's boot clock proves that the database's clock
-was set. A timestamp of an earlier era is read as the start of the current era, plus ``ahead``.
+any role may call, identifies the run. ``xmin`` of a row identifies the copy: a restored dump has a new one. An *era* is
+a period within which times of the database's clock can be compared. A new era begins with another incarnation (after a
+restart, a failover or a restore), and when a worker's boot clock proves that the database's clock was set. A timestamp
+of an earlier era is read as the start of the current era, plus ``ahead``.
 """
 
 from collections.abc import Mapping
@@ -60,12 +60,15 @@ class Reading:
     def stored(self, moment: Moment | None, recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """Return the stored form of ``moment``; ``recorded`` is the form in its row, None for a new row.
 
-        A moment of another boot came from that row: return ``recorded``, or the current time if the row was lost.
+        A moment of another boot cannot be converted: return ``recorded`` if it has the same gateway's time, so that it
+        is the same moment, else the current time.
         """
         if moment is None:
             return None
         if moment.timeline != self.after.timeline:
-            return recorded or self.stored(self.after, None)
+            gateway = None if moment.gateway is None else moment.gateway.isoformat()
+            is_recorded = gateway is not None and recorded is not None and gateway == recorded["gateway"]
+            return recorded if is_recorded else self.stored(self.after, None)
         ahead = moment.boot - self.before.boot
         return {
             "at": (self.database + timedelta(seconds=ahead)).isoformat(),

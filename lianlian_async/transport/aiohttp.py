@@ -26,7 +26,7 @@ class _SpoiltConnectionError(aiohttp.ClientConnectionError):
 
 
 class LeasedPayload(aiohttp.Payload):
-    """A :class:`Body` for aiohttp, which writes the head with it. Each way to the bytes checks the lease and counts."""
+    """A :class:`Body` that aiohttp writes together with the head. Each read checks the lease and counts as a send."""
 
     _autoclose = True  # nothing to close
 
@@ -35,7 +35,7 @@ class LeasedPayload(aiohttp.Payload):
         self._size = len(body.content)
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """Return the text. This release of aiohttp does not call it."""
+        """Return the text. aiohttp 3.14 does not call it here."""
         return b"".join(self._value).decode(encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
@@ -59,7 +59,9 @@ class _Request(aiohttp.ClientRequest):
             raise _SpoiltConnectionError("an idle connection received unexpected bytes")
         sock = cast("asyncio.Transport", conn.transport).get_extra_info("socket")
         reset_when_closed(sock)
-        conn.add_callback(partial(close_normally, sock))  # called at its release; _Response.close sets the option again
+        conn.add_callback(
+            partial(close_normally, sock)
+        )  # called at conn's release; _Response.close then sets SO_LINGER again
         return await super().send(conn)
 
 

@@ -23,9 +23,8 @@ _WAIT: Final = 10.0
 async def probe_server(url: str) -> tuple[str | None, float | None, str, datetime | None]:
     """Send a HEAD request to ``url`` over a new connection of :class:`PoolTransport`, within 10 seconds.
 
-    Return the URL of the proxy without its credentials (None: direct), the seconds by which this machine's wall clock
-    is ahead of the server's (None: no usable ``Date`` header), and issuer and end of the server's certificate (empty
-    and None: no TLS).
+    Return: the proxy's URL without credentials (None: direct); by how many seconds this machine's wall clock is ahead
+    of the server's (None: no usable ``Date``); the certificate's issuer and expiry (empty and None: no TLS).
     Raises ``GatewayUnavailable``, or ``ConfigurationError`` if the proxy or the CA certificates are unusable.
     """
     proxy = proxy_for(httpx.URL(url))
