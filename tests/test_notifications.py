@@ -320,7 +320,6 @@ async def test_a_handler_that_failed_is_called_again_by_the_next_delivery(endpoi
     assert endpoint.counts == {"failed": 1, "acted": 1}
 
 
-@virtual
 async def test_the_work_of_a_handler_that_is_not_async_is_done_once():
     """It blocks the event loop, but a second delivery must not do its work again."""
     seen = []
@@ -329,6 +328,7 @@ async def test_the_work_of_a_handler_that_is_not_async_is_done_once():
     assert (statuses, len(seen)) == ([200, 200], 1)
 
 
+@virtual
 async def test_a_handler_that_is_too_slow_is_cancelled(handler, caplog):
     """After handler_seconds the handler is cancelled; the next delivery calls it again."""
     handler.then = [anyio.sleep_forever]
