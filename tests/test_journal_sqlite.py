@@ -502,6 +502,31 @@ async def test_reading_a_corrupted_file_raises_with_advice(path, damaged):
             await journal.begin(intent(), now())
 
 
+async def test_a_walk_over_a_damaged_file_ends(path):
+    """The program that fuzzes journal files found it: four rows with one rowid were read again and again."""
+    async with SqliteJournal(path) as journal:
+        for number in range(4):
+            _, entry = await journal.begin(intent(f"R-{number}"), now())
+            await journal.finish(entry, MADE)
+    [[page]] = _sqlite(path, "SELECT rootpage FROM sqlite_master WHERE name = 'refunds'")
+    with path.open("r+b") as file:
+        file.seek((page - 1) * 4096 + 8)  # the array of the leaf's cells
+        first = file.read(2)
+        file.seek((page - 1) * 4096 + 8)
+        file.write(first * 4)
+
+    async def walk(reader):
+        seen = 0
+        async with contextlib.aclosing(reader.entries()) as entries:
+            async for _ in entries:
+                seen += 1
+                assert seen < 100, "it reads the same row again"
+
+    async with SqliteReader(path) as reader:
+        with pytest.raises(JournalError, match="its rows are not in order; restore a backup"):
+            await walk(reader)
+
+
 @pytest.mark.parametrize("suffix", ["", "-wal", "-owner"])
 @pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
 async def test_a_removed_or_replaced_file_is_noticed(path, suffix, replaced):

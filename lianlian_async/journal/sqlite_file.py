@@ -235,7 +235,10 @@ class JournalFile:
     def page(self, after: int, until: int, limit: int, *, pending: bool) -> list[tuple[int, Entry]]:
         """Return up to ``limit`` pairs (rowid, entry), oldest first, with ``after`` < rowid <= ``until``."""
         with self._lock, self._errors():
-            return sorted(self._read(sql.PENDING if pending else sql.ENTRIES, after, until, limit).items())
+            rows = sorted(self._read(sql.PENDING if pending else sql.ENTRIES, after, until, limit).items())
+            if rows and rows[0][0] <= after:  # the next page would be the same one, without end
+                raise _DamagedRowError("its rows are not in order")
+            return rows
 
     def find_all(self, numbers: Sequence[str]) -> list[Entry]:
         """Return the entries of ``numbers``; a number without an entry is left out."""
