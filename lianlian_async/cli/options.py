@@ -81,9 +81,8 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
                 wanted = (
                     f"PostgreSQL URL (postgresql://…), here or in {DSN}" if self._only_dsn else "path or postgresql://…"
                 )
-                given = (
-                    f", not {place!r}" if re.fullmatch(r"[\w./\\-]+", place) else ""
-                )  # other text may contain a password
+                # Other text than a path may contain a password.
+                given = f", not {place!r}" if re.fullmatch(r"[\w./\\-]+", place) else ""
                 self.fail(f"must be a {wanted}{given}")
         elif value and ctx and ctx.get_parameter_source(str(param and param.name)) is ParameterSource.COMMANDLINE:
             try:

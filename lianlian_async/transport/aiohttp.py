@@ -59,9 +59,8 @@ class _Request(aiohttp.ClientRequest):
             raise _SpoiltConnectionError("an idle connection received unexpected bytes")
         sock = cast("asyncio.Transport", conn.transport).get_extra_info("socket")
         reset_when_closed(sock)
-        conn.add_callback(
-            partial(close_normally, sock)
-        )  # called at conn's release; _Response.close then sets SO_LINGER again
+        # Called at the release of conn; _Response.close then sets SO_LINGER again.
+        conn.add_callback(partial(close_normally, sock))
         return await super().send(conn)
 
 
