@@ -24,6 +24,9 @@ from .models import Refund, RefundRecord, RefundRequest
 from .outcome import Traffic, unknown_reason
 from .retry import LONGEST_RETRY_AFTER, TokenBucket
 
+_SHOWN_SOON: Final = timedelta(seconds=60)
+"""For this time after the last send, "no such record" is queried again in the same call."""
+
 _LONGEST_WAIT: Final = 90 * 86_400.0
 """Seconds: the longest time until ``ask_again_at``. After 3 months the gateway rejects a query (3005)."""
 
@@ -105,6 +108,14 @@ class Case:
             return False
         return seconds >= self.apply.policy.not_found_grace
 
+    def was_sent_recently(self) -> bool:
+        """Return whether LianLian may soon show the refund. The wall clock is enough: no send depends on the result."""
+        return self.sent_at is None or self.clock().wall - self.sent_at.wall < _SHOWN_SOON
+
+    def grace_left(self, sent_at: Moment, now: Moment) -> float:
+        """Return the seconds until "no such record" can be believed."""
+        return self.apply.policy.not_found_grace - (elapsed(sent_at, now) or 0.0)
+
     def take_over(self, sent_at: Moment | None, refused: RefundRejected | None) -> None:
         """Add the evidence of an earlier call, which may have used another journal or machine."""
         self._merge_earlier(self.clock())
@@ -166,8 +177,7 @@ class Case:
         self._merge_earlier(now)
         sent_at = now.after(seconds_left) if seconds_left else (self.sent_at or now).dated(now)
         policy = self.apply.policy
-        grace_left = policy.not_found_grace - (elapsed(sent_at, now) or 0.0)
-        wait = max(grace_left, policy.maximum, min(self.retry_after or 0.0, LONGEST_RETRY_AFTER))
+        wait = max(self.grace_left(sent_at, now), policy.maximum, min(self.retry_after or 0.0, LONGEST_RETRY_AFTER))
         problems = self.apply_error, self.query_error
         error = RefundOutcomeUnknown(
             request=self.request,
@@ -260,7 +270,7 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
     query = await case.make_query()
     if case.retry_after and not await backoff(query, retries_left, 0, case.retry_after):
         raise case.unknown()
-    queries, is_checked = 0, False
+    queries, is_checked, is_recent = 0, False, case.was_sent_recently()
     while True:
         asked_at = case.clock()
         reply = await send(attrs.evolve(query, attempt=case.traffic.queries + 1))
@@ -282,6 +292,9 @@ async def _ask(case: Case, send: Next, retries_left: TokenBucket) -> Refund | No
                 return None
             is_checked = True
             continue  # query once more: the query service may have been repaired just before the canary's answer
+        grace_left = case.grace_left(case.sent_at or asked_at, case.clock())
+        if not is_recent and grace_left > query.deadline.left(anyio.current_time()):
+            break  # this call cannot send again, and more queries would probably find nothing either
         if not await backoff(query, retries_left, queries, reply.retry_after):
             break
         queries += 1

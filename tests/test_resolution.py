@@ -401,6 +401,27 @@ async def test_resolve_within_the_grace_queries_and_sends_nothing():
     assert second.value.queries > 3
 
 
+@pytest.mark.parametrize("is_near", [False, True], ids=["grace ends later", "grace ends within the call"])
+async def test_a_refund_sent_more_than_a_minute_ago_is_queried_again_only_if_the_grace_ends_in_time(is_near):
+    """Otherwise one "no such record" ends the call, so a thousand open refunds are queried in seconds."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    session, _ = session_over(gateway)
+    async with session:
+        with pytest.raises(RefundOutcomeUnknown) as caught:
+            await session.apply_refund(refund_request())
+        grace = (caught.value.ask_again_at - wall_clock()).total_seconds()
+        await anyio.sleep(grace - (20 if is_near else 40))
+        before = anyio.current_time()
+        outcome = await session.outcome_of(refund_request(), earlier=caught.value)
+    assert (outcome.refund is not None) is is_near
+    assert outcome.attempts == gateway.times_made("R-1") == is_near
+    if not is_near:
+        assert outcome.queries == 1
+        assert anyio.current_time() == before
+        assert outcome.error.ask_again_at == caught.value.ask_again_at
+
+
 async def test_resolve_finds_a_refund_that_was_made_in_the_meantime():
     """A record that appeared later resolves the refund without a send."""
     gateway = sandbox()
