@@ -1,4 +1,4 @@
-"""The lifecycle of a session: it is opened once, used in one event loop, and closed after the running calls."""
+"""The lifecycle of a session: it is opened, used in one event loop, and closed after the running calls, repeatedly."""
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
@@ -25,7 +25,6 @@ class Lifecycle:
     def __init__(self, slots: int) -> None:
         self._most = slots
         self._state = _State.NEW
-        self._running = 0
 
     def __str__(self) -> str:
         return self._state.name.lower()
@@ -33,12 +32,13 @@ class Lifecycle:
     @contextmanager
     def opening(self) -> Generator[None]:
         """Set the state to open after the block, or to closed if the block raises."""
-        if self._state is not _State.NEW:
-            raise self._misused(f"is already {self._state.value}: create a new one for each `async with`")
+        if self._state not in (_State.NEW, _State.CLOSED):
+            raise self._misused(f"is {self._state.value}: enter it only once at a time")
         self._state = _State.OPENING
         self._event_loop = anyio.lowlevel.current_token()
         self._slots = anyio.Semaphore(self._most, fast_acquire=True)
         self._idle = anyio.Event()
+        self._running = set[object]()  # a call that outlives a cancelled close() does not count when opened again
         try:
             yield
         except BaseException:
@@ -62,27 +62,29 @@ class Lifecycle:
         self.check_open()
         if anyio.lowlevel.current_token() != self._event_loop:
             raise self._misused("belongs to another event loop: open a separate one in each loop")
-        self._running += 1
+        running, call = self._running, object()
+        running.add(call)
         try:
             yield
         finally:
-            self._running -= 1
-            if not self._running:
+            running.remove(call)
+            if not running:
                 self._idle.set()
 
     @asynccontextmanager
     async def slot(self, wait: Callable[[], AbstractContextManager[None]]) -> AsyncGenerator[None]:
         """Hold one of the slots. Calls that must wait get one in order of arrival; they wait inside ``wait()``."""
-        if self._slots.value:
-            await self._slots.acquire()
+        slots = self._slots
+        if slots.value:
+            await slots.acquire()
         else:
             with wait():
-                await self._slots.acquire()
+                await slots.acquire()
         try:
             self.check_open()  # close() may have been called during the wait
             yield
         finally:
-            self._slots.release()
+            slots.release()
 
     def check_open(self) -> None:
         """Raise ``RuntimeError`` unless the object is open."""

@@ -77,7 +77,8 @@ class RefundSession:
     made sends it again.
 
     Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, send nothing and
-    raise ``RuntimeError``. So do calls outside ``async with`` or on another event loop, and a second ``async with``.
+    raise ``RuntimeError``. So do calls outside ``async with`` or on another event loop, and an ``async with`` while the
+    session is open. A closed session may be opened again, also on another event loop.
     """
 
     def __init__(

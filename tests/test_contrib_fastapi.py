@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from contextlib import asynccontextmanager
 
 import anyio
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
+from fastapi.testclient import TestClient
 
 from lianlian_async import ConfigurationError, JournalError, LianLianError, NotificationEndpoint, RefundRequest
 from lianlian_async.contrib.fastapi import Session, get_session, lifespan, notifications, refund_error
 from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.sandbox import Fault
 from tests.support.notices import HEADERS, Handler, notification
-from tests.support.parties import boot_clock, refund_request, sandbox
+from tests.support.parties import EPOCH, boot_clock, refund_request, sandbox
 
 pytestmark = pytest.mark.anyio
 
@@ -190,6 +192,21 @@ def test_wrong_arguments_of_the_lifespan_are_clear_errors(contexts, options, pro
     """They are found when the application is created."""
     with pytest.raises(ConfigurationError, match=problem):
         lifespan(*contexts, **options)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_each_test_may_run_the_lifespan_of_one_application(handler, tmp_path, backend):
+    """With a ``TestClient`` for each test, an application at module level starts again in another event loop."""
+    gateway, journal = sandbox(clock=time.monotonic, started_at=EPOCH), SqliteJournal(tmp_path / "journal.sqlite")
+    session = gateway.session(journal=journal)
+    endpoint = NotificationEndpoint(gateway.merchant(), handler, journal=journal, session=session)
+    app = service(session, journal, endpoint)
+    app.include_router(notifications(endpoint, "/lianlian/refund"))
+    for number in (1, 2):
+        with TestClient(app, backend=backend) as client:
+            assert client.post(f"/refunds/{number}").status_code == 200
+            assert client.post("/lianlian/refund", content=notification(number)).status_code == 200
+    assert handler.numbers == ["R-1", "R-2"]
 
 
 async def test_a_closed_session_is_a_clear_error():
