@@ -45,6 +45,22 @@ def left_open(env, gateway, file, journal):
     return journal
 
 
+# ── which journal ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("command", [("show",), ("export", "--out", "all.jsonl"), ("resume",)])
+def test_the_argument_names_the_journal(env, left_open, tmp_path, monkeypatch, command):
+    """``lianlian journal show PLACE`` takes precedence over the environment, and excludes --journal."""
+    monkeypatch.chdir(tmp_path)
+    other = env | {"LIANLIAN_JOURNAL": str(tmp_path / "missing.sqlite")}
+    assert run("journal", *command, env=other).exit_code == 2
+    assert run("journal", *command, left_open, env=other).exit_code == 0
+    both = run("journal", *command, left_open, "--journal", left_open, env=other)
+    assert (both.exit_code, "name one journal: as the argument or with --journal" in both.stderr) == (2, True)
+    keywords = run("journal", *command, "host=db password=s3cret", env=other)
+    assert (keywords.exit_code, "s3cret" in keywords.stderr) == (2, False)
+
+
 # ── show ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -274,12 +290,12 @@ def test_a_dsn_that_is_no_url_is_refused(env, file):
 @pytest.mark.parametrize("url", ["postgresql://me:s3cret@/x?host=/nowhere", "postgresql://me@/x?password=s3cret"])
 def test_password_on_the_command_line_is_refused(url):
     """A URL with a password is refused as an argument, without repeating it; from the environment it is used."""
-    refused = run("journal", "show", "--journal", url)
-    assert refused.exit_code == 2
+    refused, argument = run("journal", "show", "--journal", url), run("journal", "show", url)
+    assert refused.exit_code == argument.exit_code == 2
     used = run("journal", "show", env={"LIANLIAN_DSN": url})
     assert used.exit_code == 1
     assert used.stderr.startswith("journal error: ")
-    assert "s3cret" not in refused.stderr + used.stderr
+    assert "s3cret" not in refused.stderr + argument.stderr + used.stderr
 
 
 @pytest.mark.parametrize("command", [("journal", "show"), ("batch", "--queue", "--yes")])

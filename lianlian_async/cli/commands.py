@@ -177,6 +177,7 @@ def journal() -> None:
 
 
 @journal.command
+@options.journal_argument
 @options.journal_options
 @click.option(
     "--watch",
@@ -196,6 +197,7 @@ def show() -> None:
 
 
 @journal.command
+@options.journal_argument
 @options.journal_options
 @click.option(
     "--out",
@@ -213,6 +215,7 @@ def export() -> None:
 
 
 @journal.command
+@options.journal_argument
 @options.journal_options
 @options.session_options
 @options.runs(".journal")

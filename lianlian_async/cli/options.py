@@ -170,15 +170,25 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
     return callback
 
 
-def _read_journal(ctx: click.Context, _journal: click.Parameter, place: str | None) -> str | None:
-    """Refuse an environment that does not clearly name the journal; ``--queue`` names it itself."""
+def _name_journal(ctx: click.Context, _argument: click.Parameter, place: str | None) -> None:
+    ctx.meta[JOURNAL] = place
+
+
+def _read_journal(ctx: click.Context, option: click.Parameter, place: str | None) -> str | None:
+    """Return the place in the argument of :data:`journal_argument`, if it is given, or else ``place``.
+
+    Refuse an environment that does not clearly name the journal; ``--queue`` names it itself.
+    """
+    named, source = ctx.meta.get(JOURNAL), ctx.get_parameter_source("place")
+    if named and source is ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"name one journal: as the argument or with {option.opts[0]}")
     dsn, other = os.environ.get(DSN), os.environ.get(JOURNAL)
-    is_from_environment = ctx.get_parameter_source("place") is ParameterSource.ENVIRONMENT
-    if dsn and is_from_environment and ctx.params.get("queue") is None:
+    if dsn and not named and source is ParameterSource.ENVIRONMENT and ctx.params.get("queue") is None:
         if not is_dsn(dsn):
             raise click.UsageError(f"{DSN} must be a URL postgresql://…")
         if other and other != dsn:
             raise click.UsageError(f"{DSN} and {JOURNAL} name different journals: unset one of them, or use --journal")
+    place = named or place
     if place and not is_dsn(place) and _KEYWORDS.search(place):
         raise click.BadParameter("must be a path or postgresql://…")
     return place
@@ -197,6 +207,16 @@ journal_option = click.option(
 )
 journal_options: Final = add_options(journal_option, config_option)
 """The options --journal and --config for :func:`.stores.find_journal`."""
+journal_argument: Final = click.argument(
+    "journal",
+    metavar="[PATH|DSN]",
+    required=False,
+    type=Place(),
+    is_eager=True,
+    expose_value=False,
+    callback=_name_journal,
+)
+"""The journal as an argument, instead of ``--journal``."""
 
 
 def load_merchant(config: Path | None) -> Merchant:
