@@ -427,12 +427,12 @@ def test_stopped_batch_with_unknown_refund_exits_4(env, gateway, file):
     assert ended.json["outcomes"]["unknown"]["refunds"] == 1
 
 
-def test_journal_in_use_exits_1(env, gateway, file):
-    """A concurrent second run ends with an error, and sends nothing."""
+def test_journal_in_use_with_no_wait_exits_1(env, gateway, file):
+    """With --no-wait a concurrent second run ends with an error, and sends nothing."""
     gateway.script(Fault.NO_ANSWER)
     process = start("batch", file, "--yes", "--concurrency", "1", env=env)
     until(lambda: gateway.requests["apply"])
-    ended = run("batch", file, "--yes", env=env)
+    ended = run("batch", file, "--yes", "--no-wait", env=env)
     assert ended.exit_code == 1
     assert "has it open; wait until that process has ended" in ended.stderr
     assert gateway.requests["apply"] == 1

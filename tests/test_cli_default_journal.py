@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 import click
 import pytest
@@ -19,6 +20,7 @@ from lianlian_async.cli import stores
 from lianlian_async.cli.app import lianlian
 from lianlian_async.cli.batch import command
 from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
 from tests.support.batches import read_lines, refund, url_of, write_csv, write_lines
 from tests.support.command import end, on_a_terminal, run, start, until
@@ -357,16 +359,35 @@ def test_postgresql_journal_is_counted(env, gateway, file, database):
     assert gateway.requests == {"apply": 3}
 
 
-def test_a_second_batch_is_refused_until_the_first_has_ended(env, gateway, file, tmp_path):
-    """It ends with code 1, and shows which process has the journal open and since when."""
+def test_a_second_batch_waits_for_the_first(env, gateway, file, tmp_path):
+    """It shows which process has the journal open and since when, and starts when it ends; --no-wait is an error."""
     gateway.script(Fault.NO_ANSWER, call="apply")
     command = ("batch", file, "--yes", "--journal", tmp_path / "journal", "--not-found-grace", "1", "--wait-unknown")
     first = start(*command, "--concurrency", "1", env=env)
     until(lambda: gateway.requests["apply"])
-    refused = run(*command, env=env)
+    refused = run(*command, "--no-wait", env=env)
     assert refused.exit_code == 1
     assert re.search(rf"process {first.pid} on .*, since 20.* has it open", refused.stderr)
+    second = start(*command, env=env)
+    told = next(line for line in second.stderr if line.startswith("waiting: "))
+    assert re.fullmatch(rf"waiting: process {first.pid} on .*, since 20.* has the journal .*journal open\n", told)
     first.kill()
     end(first, env)
-    assert run(*command, env=env).exit_code == 0
+    assert end(second, env).exit_code == 0
     assert all(gateway.times_made(f"R-{number}") == 1 for number in range(3))
+
+
+def test_waiting_batch_says_so_once(env, gateway, file, tmp_path, monkeypatch):
+    """A batch tries again and again to open a journal that is in use, and sends when it is free."""
+    held, pauses, sleep = JournalFile(str(tmp_path / "journal")), [], anyio.sleep
+
+    async def free_the_journal(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            held.close()
+        await sleep(0.0 if len(pauses) <= 2 else seconds)
+
+    monkeypatch.setattr(anyio, "sleep", free_the_journal)
+    ended = run("batch", file, "--yes", "--journal", tmp_path / "journal", env=env)
+    assert (ended.exit_code, ended.stderr.count("waiting: "), pauses[:2]) == (0, 1, [1.0, 1.0])
+    assert gateway.requests == {"apply": 3}

@@ -329,7 +329,7 @@ def _errors(path: Path) -> Iterator[None]:
         raise JournalError(
             f"journal {path}: {locked} has it open; wait until that process has ended, or if it is this process, share "
             "its SqliteJournal. If several processes run one service, use a PostgresJournal"
-        ) from None
+        ) from locked
     except (sqlite3.Error, OSError, UnicodeError, _DamagedRowError) as error:
         is_damage = isinstance(error, UnicodeError | _DamagedRowError)
         code = _ERRNO.get(getattr(error, "errno", 0), sqlite3.SQLITE_CORRUPT if is_damage else sqlite3.SQLITE_IOERR)

@@ -1,7 +1,7 @@
 """``lianlian batch``: make the refunds of a file. The command can be killed at any time and run again."""
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from decimal import Decimal
 from functools import partial
 from itertools import chain
@@ -21,8 +21,9 @@ from lianlian_async.cli.options import is_dsn, load_merchant, make_session, plac
 from lianlian_async.cli.output import Output, line_writer, local_time
 from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
 from lianlian_async.cli.stores import Receipt, default_place, make_folder, make_journal, open_queue
-from lianlian_async.errors import ConfigurationError, LianLianError, RefundOutcomeUnknown
+from lianlian_async.errors import ConfigurationError, JournalError, LianLianError, RefundOutcomeUnknown
 from lianlian_async.journal import Journal
+from lianlian_async.journal.file_lock import FileLocked
 from lianlian_async.merchant import Merchant
 from lianlian_async.middleware import RateLimit
 from lianlian_async.models import RefundRequest
@@ -34,7 +35,7 @@ from .options import refuse_for_queue
 
 _VALID: Final = "valid, nothing was sent"
 _POLL: Final = 1.0
-"""Seconds between two checks whether only unknown refunds remain."""
+"""Seconds between two attempts to open a journal, and between two checks whether only unknown refunds remain."""
 _RECEIPT: Final = 60.0
 """Seconds of sending that one receipt covers. The batch writes the next one after half of this time."""
 
@@ -229,7 +230,8 @@ class _Batch:
     async def _work(self) -> None:
         options = self.options
         choices = {name: options[name] for name in ("keep_going", "wait_unknown")}
-        async with make_journal(self.place) as journal:
+        async with AsyncExitStack() as stack:
+            journal = await self._open_journal(stack)
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             # Check again: since the confirmation was asked for, the file may have been sent with another journal.
             write_receipt = self.check_receipt(journal.id)
@@ -248,6 +250,20 @@ class _Batch:
                         self.totals.add(line, outcome)
                         write(results.result_of(line, outcome))
                         self.advance()
+
+    async def _open_journal(self, stack: AsyncExitStack) -> Journal:
+        """Open the journal; wait while another process has it open, unless ``--no-wait``."""
+        is_noted = False
+        while True:
+            try:
+                return await stack.enter_async_context(make_journal(self.place))
+            except JournalError as error:
+                if not isinstance(error.__cause__, FileLocked) or self.options["no_wait"]:
+                    raise
+                if not is_noted:
+                    self.output.note(f"waiting: {error.__cause__} has the journal {self.place} open")
+                is_noted = True
+            await anyio.sleep(_POLL)
 
     def status(self) -> Text:
         """Return the progress as one line."""

@@ -13,7 +13,7 @@ from .formats import date_reader, money_reader
 
 _NOT_FOR_QUEUE: Final = (
     *("place", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
-    "query_first",
+    *("query_first", "no_wait"),
 )
 
 
@@ -108,6 +108,9 @@ _OPTIONS: Final = (
         "else JSON Lines. An existing file is replaced.",
     ),
     options.journal_option,
+    click.option(
+        "--no-wait", is_flag=True, help="End with an error instead of waiting while another process uses the journal."
+    ),
     click.option("--query-first", is_flag=True, help="Query each refund that is not in the journal before sending it."),
     click.option(
         "--accept-new-journal",
