@@ -9,14 +9,22 @@ import anyio
 import click
 import pytest
 
-from lianlian_async.cli.batch.checked import Checked
+from lianlian_async import RefundRequest
+from lianlian_async.cli.batch.checked import Checked, derived_number
 from lianlian_async.cli.batch.rows import Row
 from lianlian_async.cli.sandbox.server import environment
 from lianlian_async.errors import LianLianError
 from tests.support.batches import refund, url_of, write_csv, write_lines
 from tests.support.command import on_a_terminal, run
 
-OPTIONS = {"dt_refund": None, "read_date": None, "read_money": None, "renamed": {}, "ignore_unknown": False}
+OPTIONS = {
+    "derive": False,
+    "dt_refund": None,
+    "read_date": None,
+    "read_money": None,
+    "renamed": {},
+    "ignore_unknown": False,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -324,6 +332,64 @@ def test_a_line_without_a_required_field_is_invalid(nowhere, file, missing):
     ended = run("batch", write_csv(file, [refund(1, **{missing: ""})]), "--json", env=nowhere)
     [(line, problem)] = problems(ended)
     assert (line, missing in problem) == (2, True)
+
+
+# ── numbers that are derived ─────────────────────────────────────────────────────────────────────
+
+
+def test_a_missing_number_is_derived_from_order_and_amount(env, gateway, file):
+    """--derive gives an order and an amount the same number in every run, whatever else the file has."""
+    rows = [refund(number, no_refund=None, no_order=f"O-{number}") for number in (1, 2)]
+    rows += [refund(3, no_order="O-2"), refund(4, no_refund=None, no_order="O-2", money_refund="7")]
+    assert run("batch", write_csv(file, rows), "--derive", "--yes", env=env).exit_code == 0
+    made = {record.no_refund for record in gateway.refunds}
+    assert ("R-3" in made, len(made), {len(number) for number in made}) == (True, 4, {32, 3})
+    copy = write_lines(file.with_name("copy.jsonl"), rows[::-1])
+    again = run("batch", copy, "--derive", "--yes", "--json", env=env)
+    assert (again.exit_code, again.json["outcomes"]["made"]["refunds"]) == (0, 4)
+    assert gateway.requests == {"apply": 4}
+
+
+def test_derived_number_with_another_dt_refund_is_a_conflict(env, gateway, file):
+    """The number does not depend on dt_refund: another value makes no second refund."""
+    write_csv(file, [refund(1, no_refund=None, dt_refund=None)])
+    for moment, exit_code in (("20261122020000", 0), ("20261123020000", 1)):
+        assert run("batch", file, "--derive", "--dt-refund", moment, "--yes", env=env).exit_code == exit_code
+    assert len(gateway.refunds) == 1
+
+
+def test_refunds_that_derive_cannot_tell_apart_are_refused(nowhere, file):
+    """If two lines have the same order and amount, they may be one refund or two: both need a no_refund."""
+    rows = [refund(1, no_refund=None, no_order="O-1") for _ in range(3)]
+    ended = run("batch", write_csv(file, rows), "--derive", "--yes", "--json", env=nowhere)
+    found = dict(problems(ended))
+    assert (ended.exit_code, sorted(found)) == (2, [2, 3, 4])
+    assert found[2] == "no_refund is required in both lines, because the order and the amount are the same on line 3"
+
+
+def test_derived_numbers_never_change():
+    """Later releases must derive the same numbers."""
+    fields = {"no_refund": "R", "dt_refund": "20261122020000", "money_refund": "10"}
+    order = RefundRequest(**fields, no_order="O-1", oid_paybill="2")
+    payment = RefundRequest(**fields, oid_paybill="2")
+    assert derived_number(order) == "LLAC9195E65E7ED9CC026AADBD4F6589"
+    assert derived_number(payment) == "LLD696B0D56F1C55D979EAE3E844AE24"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"no_order": ""}, "no_order or oid_paybill is required"),
+        ({"money_refund": ""}, "money_refund: is required"),
+        ({"dt_refund": ""}, "dt_refund: is required"),
+        ({"no_order": "2.02611E+17"}, "no_order: number in scientific notation"),
+    ],
+)
+def test_derive_needs_a_valid_line(nowhere, file, changes, problem):
+    """A line without order, amount or time is invalid, and so is a damaged order number."""
+    ended = run("batch", write_csv(file, [refund(1, no_refund="", **changes)]), "--derive", "--json", env=nowhere)
+    [(line, text)] = problems(ended)
+    assert (line, problem in text) == (2, True)
 
 
 # ── asking ───────────────────────────────────────────────────────────────────────────────────────

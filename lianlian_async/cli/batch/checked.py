@@ -1,5 +1,6 @@
 """Check all refunds of a file before the first one is sent, and look them up in the journal."""
 
+import hashlib
 import json
 import sqlite3
 from collections import Counter
@@ -14,6 +15,7 @@ import anyio.to_thread
 import attrs
 import click
 
+from lianlian_async import wire
 from lianlian_async.cli.options import check_partner, is_dsn
 from lianlian_async.cli.stores import make_reader
 from lianlian_async.errors import InvalidRequest, LianLianError, Problem, RefundConflict
@@ -105,6 +107,7 @@ class Checked:
         read_date, read_money = options["read_date"] or plain_date, options["read_money"] or plain_money
         self._merchant = merchant
         self._readers = {"dt_refund": read_date, "dt_order": read_date, "money_refund": read_money}
+        self._derive: bool = options["derive"]
         self._dt_refund: str | None = options["dt_refund"]
         self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._file.executescript(_SCHEMA)
@@ -123,7 +126,7 @@ class Checked:
         """Check one row, and store it with its problem, if it has one."""
         cells = json.dumps(dict(row.cells))
         try:
-            problem = row.problem or self._store(row.line, self._request(row), cells)
+            problem = row.problem or self._store(row, self._request(row), cells)
         except InvalidRequest as error:
             problem = str(error)
         if problem:
@@ -145,7 +148,11 @@ class Checked:
                 problems.append(Problem(name, str(error), repr(text[:40])))
         if problems:
             raise InvalidRequest(problems)
-        request = RefundRequest.from_dict(fields)
+        if self._derive and "no_refund" not in fields:
+            request = RefundRequest.from_dict({**fields, "no_refund": "derived"})
+            request = attrs.evolve(request, no_refund=derived_number(request))
+        else:
+            request = RefundRequest.from_dict(fields)
         if self._merchant is not None:
             if partner is not None:
                 check_partner(partner, self._merchant)
@@ -153,9 +160,12 @@ class Checked:
                 raise InvalidRequest([Problem("notify_url", "required in the file or for the merchant", "neither")])
         return request
 
-    def _store(self, line: int, request: RefundRequest, cells: str) -> str | None:
-        """Store a request; return a problem if an earlier line has the same ``no_refund`` and other fields."""
-        number, record = request.no_refund, request.to_dict()
+    def _store(self, row: Row, request: RefundRequest, cells: str) -> str | None:
+        """Store a request; return a problem if an earlier line has the same ``no_refund`` and other fields.
+
+        Two lines with the same derived ``no_refund`` are always a problem: they may be one refund or two.
+        """
+        line, number, record = row.line, request.no_refund, request.to_dict()
         fields = json.dumps(record)
         if self._do("INSERT OR IGNORE INTO refunds VALUES (?, ?, ?, ?, NULL)", line, number, fields, cells).rowcount:
             for remark in rounded(record):
@@ -165,18 +175,21 @@ class Checked:
         first, known, problem = self._do(find, number).fetchone()
         if problem:
             return f"no_refund {number} is used for different refunds, see line {first}"
-        if fields == known:
+        is_derived = "no_refund" not in row.fields
+        if fields == known and not is_derived:
             remark = f"repeats line {first}: refund {number} is made at most once"
             self.remarks.add(line, remark)
             self._do("INSERT INTO refunds VALUES (?, NULL, ?, ?, ?)", line, fields, cells, remark)
             return None
         # Refuse both lines: the file does not show which one is correct.
         other = json.loads(known)
-        field = next(name for name in (*record, *other) if record.get(name) != other.get(name))
-        problem = f"no_refund {number} has a different {field} on line {line}"
-        self.problems.add(first, problem)
-        self._do("UPDATE refunds SET problem = ?, fields = NULL WHERE line = ?", problem, first)
-        return f"no_refund {number} has a different {field} on line {first}"
+        field = next((name for name in (*record, *other) if record.get(name) != other.get(name)), "")
+        problem = f"no_refund {number} has a different {field} on line"
+        if is_derived:
+            problem = "no_refund is required in both lines, because the order and the amount are the same on line"
+        self.problems.add(first, f"{problem} {line}")
+        self._do("UPDATE refunds SET problem = ?, fields = NULL WHERE line = ?", f"{problem} {line}", first)
+        return f"{problem} {first}"
 
     @cached_property
     def totals(self) -> FileTotals:
@@ -215,6 +228,16 @@ class Checked:
             return self._file.execute(statement, parameters)
         except sqlite3.Error as error:
             raise LianLianError(f"temporary file: {error}; set SQLITE_TMPDIR to a folder with more space") from error
+
+
+def derived_number(request: RefundRequest) -> str:
+    """Return the ``no_refund`` for ``--derive``. The same order and amount must give the same number in every release.
+
+    No other field changes it, so a later run with more columns or another ``dt_refund`` makes no second refund.
+    """
+    order = ["no_order", request.no_order] if request.no_order else ["oid_paybill", request.oid_paybill]
+    content = json.dumps([order, wire.format_money(request.money_refund)])
+    return "LL" + hashlib.sha256(content.encode()).hexdigest()[:30].upper()
 
 
 @contextmanager

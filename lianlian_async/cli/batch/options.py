@@ -75,6 +75,12 @@ READING_OPTIONS: Final = (
         help="Text encoding of the file, such as gb18030.",
     ),
     click.option(
+        "--derive",
+        is_flag=True,
+        help="Compute a missing no_refund from order and amount: the same in every run and file. Two refunds of one "
+        "order with the same amount need a no_refund.",
+    ),
+    click.option(
         "--dt-refund",
         metavar="YYYYMMDDHHMMSS",
         callback=options.parsed(lambda text: wire.format_timestamp(wire.parse_timestamp(text))),
