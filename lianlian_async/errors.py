@@ -88,10 +88,7 @@ class Problem(NamedTuple):
 
 
 class InvalidRequest(LianLianError, ValueError):
-    """A request breaks the field rules; nothing was sent.
-
-    ``problems`` contains all unknown and missing fields; if there are none, all invalid values.
-    """
+    """A request breaks the field rules; nothing was sent. ``problems`` contains all of its problems."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)

@@ -25,13 +25,18 @@ Record = TypeVar("Record", bound="RefundRecord")
 
 
 class _Broken(NamedTuple):
-    """Replaces an invalid value until ``__attrs_post_init__`` reports all invalid values together."""
+    """Replaces an invalid or missing value until ``__attrs_post_init__`` reports all of them together."""
 
     rule: str
     value: object
 
 
+_MISSING: Final = _Broken("is required", attrs.NOTHING)
+
+
 def _or_broken(parse: Callable[..., T], value: object, *limits: int) -> T:
+    if isinstance(value, _Broken):
+        return cast("T", value)
     try:
         return parse(value, *limits)
     except ValueError as error:
@@ -76,6 +81,8 @@ def _values(instance: Any) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
+    if value is attrs.NOTHING:
+        return "nothing"
     try:
         text = repr(value)
     except ValueError:  # Python does not print integers of thousands of digits
@@ -105,15 +112,21 @@ def _fields_by_name(cls: type[T]) -> type[T]:
     init = cls.__init__
 
     @wraps(init)
-    def checked(self: T, **fields: Any) -> None:
-        init(self, **_given(cls, fields))
+    def checked(self: T, /, **fields: Any) -> None:
+        given, problems = _given(cls, fields)
+        try:
+            init(self, **given)
+        except InvalidRequest as error:
+            problems += error.problems
+        if problems:
+            raise InvalidRequest(problems)
 
     cls.__init__ = checked  # type: ignore[assignment,method-assign]
     return cls
 
 
-def _given(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``data`` as arguments of ``cls``. Raises ``InvalidRequest`` with every unknown and missing field."""
+def _given(cls: type[Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return ``data`` as arguments of ``cls``, with ``_MISSING`` for each missing field, and the unknown fields."""
     expect(data, Mapping, "data")
     known = {field.name: field for field in attrs.fields(cls)}
     problems = [
@@ -121,14 +134,8 @@ def _given(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
         for key in data
         if key not in known
     ]
-    problems += [
-        Problem(name, "is required", "nothing")
-        for name, field in known.items()
-        if field.default is attrs.NOTHING and name not in data
-    ]
-    if problems:
-        raise InvalidRequest(problems)
-    return dict(data)
+    required = {name: _MISSING for name, field in known.items() if field.default is attrs.NOTHING}
+    return required | {name: data[name] for name in known if name in data}, problems
 
 
 def _wire_text(value: object) -> str:
@@ -162,7 +169,8 @@ class _Request:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return the request that :meth:`to_dict` wrote, with all checks; unknown keys raise ``InvalidRequest``."""
-        return cls(**_given(cls, data))
+        expect(data, Mapping, "data")
+        return cls(**{str(name): value for name, value in data.items()})
 
     @classmethod
     def from_record(cls, data: Mapping[str, Any]) -> Self:
@@ -171,13 +179,16 @@ class _Request:
         A release with stricter rules must still be able to query earlier refunds. Raises ``InvalidRequest`` only for a
         missing or unknown field, an invalid amount or time, or a string that cannot be stored.
         """
-        given = _given(cls, {name: value for name, value in _given(cls, data).items() if value is not None})
+        given, unknown = _given(cls, data)
+        if unknown:
+            raise InvalidRequest(unknown)
+        given, _ = _given(cls, {name: value for name, value in given.items() if value is not None})
         request: Any = cls.__new__(cls)
         for name in _names(request.__class__):
             value = given.get(name)
             if name in _PARSED:
                 value = _PARSED[name](value)
-            elif value is not None:
+            elif value is not None and value is not _MISSING:
                 check_storable(value, name)
             object.__setattr__(request, name, value)
         request.__attrs_post_init__()

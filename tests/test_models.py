@@ -374,6 +374,19 @@ def test_missing_and_unknown_fields_are_an_invalid_request(cls):
     assert found["money"].rule == f"is not a field of {cls.__name__}"
 
 
+@pytest.mark.parametrize("make", [lambda fields: RefundRequest(**fields), RefundRequest.from_dict])
+def test_missing_unknown_and_invalid_fields_are_reported_together(make):
+    """One error names every problem of a request, of whatever kind."""
+    found = problems_of(lambda: make({"no_refund": "R" * 33, "money_refund": 1.5, "self": "1"}))
+    assert [(name, problem.rule.partition(":")[0], problem.value) for name, problem in found.items()] == [
+        ("self", "is not a field of RefundRequest", "'1'"),
+        ("no_refund", "must have at most 32 characters, has 33", repr("R" * 33)),
+        ("dt_refund", "is required", "nothing"),
+        ("money_refund", "must be a Decimal, an int or a str", "1.5"),
+        ("no_order", "no_order or oid_paybill is required", "neither"),
+    ]
+
+
 @pytest.mark.parametrize("data", ["R-1", None, 5, ["R-1"]])
 @pytest.mark.parametrize("read", [RefundRequest.from_dict, RefundQuery.from_dict, RefundRequest.from_record])
 def test_other_types_are_an_invalid_request(read, data):
