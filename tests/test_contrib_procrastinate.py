@@ -21,6 +21,7 @@ from lianlian_async import (
     BatchStopped,
     ConfigurationError,
     Endpoints,
+    LianLianError,
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundRequest,
@@ -880,6 +881,15 @@ async def test_a_database_error_during_a_rescue_or_a_fetch_is_raised(dsn, journa
         await (leave_jobs(queue, 1) if is_lost else queue.enqueue(requests(1)))
         await queue.app.connector.execute_query_async("DROP TABLE procrastinate_events CASCADE")
         with pytest.raises(ConnectorException):
+            await queue.work(session)
+
+
+async def test_a_worker_that_procrastinate_stops_does_not_end_silently(dsn, journal):
+    """For example, the database is restarted: the heartbeat or the listener fails, and then the worker can stop."""
+    async with RefundQueue(dsn, rescue_after=1) as queue, SandboxGateway().session(journal=journal) as session:
+        connector = queue.app.connector
+        await connector.execute_query_async("CREATE RULE no_heartbeat AS ON UPDATE TO procrastinate_workers DO NOTHING")
+        with pytest.raises(LianLianError, match="procrastinate has stopped this worker"):
             await queue.work(session)
 
 

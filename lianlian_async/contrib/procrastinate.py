@@ -29,7 +29,7 @@ from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier
 
 from lianlian_async.background import complete
-from lianlian_async.errors import ConfigurationError
+from lianlian_async.errors import ConfigurationError, LianLianError
 from lianlian_async.journal.postgres import PostgresJournal, connection_string
 from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
@@ -118,7 +118,7 @@ WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' AND 
     AND no_refund = args->'refunds'->0->>'no_refund' AND args->'refunds' = jsonb_build_array(fields::jsonb)
 """
 _TIMEOUT: Final = 10.0
-"""Timeout in seconds for idle transactions and half-open connections."""
+"""Timeout in seconds for idle transactions, half-open connections, and the wait for a connection."""
 
 
 async def _limit_idle_transactions(connection: AsyncConnection[Any]) -> None:
@@ -146,7 +146,8 @@ class RefundQueue:
         """
         self._rescue_after = check_seconds("rescue_after", rescue_after, least=1)
         conninfo = connection_string(dsn, _TIMEOUT)
-        self.app = App(connector=PsycopgConnector(conninfo=conninfo, configure=_limit_idle_transactions))
+        connector = PsycopgConnector(conninfo=conninfo, configure=_limit_idle_transactions, timeout=_TIMEOUT)
+        self.app = App(connector=connector)
         check_type("schema", schema, str)
         self._names = {"queue": schema, "task": TASK}
         self._slice_size = check_integer("slice_size", slice_size, least=1)
@@ -230,8 +231,8 @@ class RefundQueue:
         """Return the number of refunds by job status, and the number of live ``workers``.
 
         ``waiting``: due now; ``later``: scheduled; ``at_work``: in a slice that a worker has fetched; ``failed``.
-        Finished refunds are in the journal only. A worker, of any queue in the database, is live if it had a heartbeat
-        in the last ``rescue_after`` seconds.
+        Finished refunds are in the journal only. A refund that was queued twice counts twice. A worker, of any queue in
+        the database, is live if it had a heartbeat in the last ``rescue_after`` seconds.
         """
         return await self.app.connector.execute_query_one_async(_COUNT, **self._names, seconds=self._rescue_after)
 
@@ -270,8 +271,9 @@ class RefundQueue:
         ``on_outcome`` is called with each outcome. After a cancellation, the running refunds finish and the others go
         back into the queue; a second cancellation also cancels the running refunds. Signals are left to your program:
         ``asyncio.run`` turns Ctrl-C into a cancellation, but not SIGTERM. If every further refund would fail with the
-        same error, the worker stops in the same way and raises ``BatchStopped`` or ``ConfigurationError``. A refund
-        without ``notify_url`` is queued again if the merchant has none either.
+        same error, the worker stops in the same way and raises ``BatchStopped`` or ``ConfigurationError``. If the
+        database is restarted, it stops with an error, too: let a supervisor start it again. A refund without
+        ``notify_url`` is queued again if the merchant has none either.
         """
         if not isinstance(session.journal, PostgresJournal) or session.journal.id != await self._journal_id():
             raise ConfigurationError(
@@ -304,6 +306,11 @@ class RefundQueue:
             raise
         if worker.failure is not None:
             raise worker.failure
+        if worker.is_stopping:
+            raise LianLianError(
+                "work: procrastinate has stopped this worker; its log names the cause, such as a restart of the "
+                "database. Start the worker again"
+            )
 
     def _sql(self, statement: LiteralString) -> str:
         return SQL(statement).format(schema=Identifier(self._names["queue"])).as_string()
