@@ -586,6 +586,16 @@ async def test_the_endpoint_opens_a_journal_that_is_not_open(handler, tmp_path):
     assert handler.numbers == ["R-1", "R-2", "R-3"]
 
 
+async def test_a_journal_may_be_opened_again_without_the_endpoint(handler, tmp_path):
+    """For example, each test starts an application whose lifespan opens the journal, but not the inline endpoint."""
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal)
+    for number in (1, 2):
+        async with journal:
+            await deliver(endpoint, number)
+    assert handler.numbers == ["R-1", "R-2"]
+
+
 @pytest.mark.parametrize("enters", [True, False], ids=["async with", "first delivery"])
 async def test_an_endpoint_refuses_the_journal_of_another_merchant(journal, handler, caplog, enters):
     """A notification for another merchant must not resolve a refund of the journal's owner."""

@@ -192,9 +192,13 @@ class NotificationEndpoint:
         finally:
             await worker.aclose()
 
+    def _is_inbox_closed(self) -> bool:
+        """Return whether an endpoint in inline mode needs a new inbox: its journal was closed, and opened again."""
+        return self._ready is not None and not self._is_inbox and not self._ready.inbox.journal.is_open
+
     async def _open(self) -> _Ready:
         async with self._open_lock:
-            if self._ready is None:
+            if self._ready is None or self._is_inbox_closed():
                 if self._journal is not None and not self._journal.is_open:
                     raise RuntimeError(f"{self._journal!r} is not open: {_HOW_TO_OPEN}")
                 inbox = await self._open_inbox()
@@ -278,7 +282,7 @@ class NotificationEndpoint:
         if len(body) > MAX_MESSAGE_BYTES:
             logger.warning("notification refused: longer than %d bytes", MAX_MESSAGE_BYTES)
             return Verdict.TOO_BIG
-        rsa, inbox = self._ready or await self._open()
+        rsa, inbox = await self._open() if self._ready is None or self._is_inbox_closed() else self._ready
         record = await rsa.check(rsa.protocol.read_notification, body)
         about.append(record.no_refund)
         refund = await complete(record, self._session, self._journal, self._seconds)
