@@ -487,6 +487,13 @@ def test_interruption_before_the_first_refund(gateway, file):
     assert ended.stderr.startswith(f"{NEW_JOURNAL}up to 0 refunds without an outcome may have been made")
 
 
+def test_interruption_of_the_check_prints_json(gateway, file):
+    """Ctrl-C before the batch has begun is one JSON object, too."""
+    with interruption():
+        ended = run("batch", file, "--yes", "--json", env=environment(gateway, "http://127.0.0.1:9"))
+    assert (ended.exit_code, ended.json, ended.stderr) == (130, {"outcome": "interrupted"}, "interrupted\n")
+
+
 # ── processes that die ───────────────────────────────────────────────────────────────────────────
 
 

@@ -275,6 +275,7 @@ def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
             ("--queue", "postgresql://db/", "--rate", "1", "--keep-going"),
             "cannot be combined with --rate, --keep-going",
         ),
+        (("--queue", "postgresql://db/", "--config", "refunds.csv"), "cannot be combined with --config"),
         (("--queue", "postgresql://me:s3cret@db/"), "other processes can read a password on the command line"),
         (("--journal", "postgresql://db/?password=s3cret"), "other processes can read a password on the command line"),
         (("--journal", "mysql://me:s3cret@db/"), "must be a path or postgresql://…"),

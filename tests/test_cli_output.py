@@ -186,6 +186,23 @@ def test_program_without_standard_streams(monkeypatch):
     assert called("--help", env={}, monkeypatch=monkeypatch) == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("batch", "-", "--dry-run"), "FILE - is stdin, but stdin is closed"),
+        (("verify", "-"), "FILE - is stdin, but stdin is closed"),
+        (("batch", "退款.csv"), "no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent"),
+    ],
+    ids=repr,
+)
+def test_closed_stdin_is_a_usage_error(nowhere, file, monkeypatch, capsys, arguments, problem):
+    """A command that needs stdin says that it is closed."""
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.chdir(file.parent)
+    assert called(*arguments, env=nowhere, monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(f"Error: {problem}\n")
+
+
 @pytest.mark.parametrize("no_color", ["1", ""])
 def test_no_color_prints_no_escape_byte(no_color):
     """On a terminal, NO_COLOR suppresses colours, bold text and cursor movements; an empty variable does nothing."""

@@ -6,6 +6,7 @@ light modules, so ``--help`` is fast. ``options.runs`` imports the module of a c
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,8 @@ class _Program(click.Group):
         """Parse ``args``. Search for ``--json`` first: a usage error can be raised before click parses it."""
         ctx.meta[AS_JSON] = "--json" in args
         with _errors_shown(ctx):
+            if sys.stdin is None and "-" in args:  # click would raise RuntimeError
+                raise click.UsageError("FILE - is stdin, but stdin is closed")
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -55,7 +58,7 @@ def _errors_shown(ctx: click.Context) -> Iterator[None]:
         Output(as_json=True).show({"outcome": "usage error", "error": problem})
         ctx.exit(error.exit_code)
     except (LianLianError, OSError, KeyboardInterrupt) as error:
-        from .exit_codes import INTERRUPTED, exit_outcome_of
+        from .exit_codes import exit_outcome_of
         from .output import Output
 
         output = Output(as_json=ctx.meta[AS_JSON])
@@ -64,8 +67,7 @@ def _errors_shown(ctx: click.Context) -> Iterator[None]:
         if isinstance(error, LianLianError):
             output.failure(error)
             ctx.exit(exit_outcome_of(error).exit_code)
-        output.note(INTERRUPTED.word)
-        ctx.exit(INTERRUPTED.exit_code)
+        ctx.exit(output.interrupted())
 
 
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NoReturn, TextIO
 
 import attrs
@@ -25,7 +26,7 @@ from rich.text import Text
 from lianlian_async.errors import InvalidRequest, LianLianError, RefundOutcomeUnknown
 from lianlian_async.models import RefundQuery
 
-from .exit_codes import error_document, exit_outcome_of
+from .exit_codes import INTERRUPTED, error_document, exit_outcome_of
 
 _FORMULA: Final = tuple("=+-@\t\r＝＋－＠")
 _FORMS: Final = {int: "{:,}", float: "{:,.1f}", Decimal: "{:,.2f}"}
@@ -117,9 +118,15 @@ class Output:
             console = self._live or _console(stderr=True)
             console.print(printable(text), soft_wrap=not console.is_terminal)
 
+    def interrupted(self, document: Mapping[str, Any] = MappingProxyType({}), *parts: RenderableType) -> int:
+        """Print that the command was interrupted, with ``document`` or ``parts``; return the exit code."""
+        self.show({"outcome": INTERRUPTED.word, **document}, *parts)
+        self.note(INTERRUPTED.word)
+        return INTERRUPTED.exit_code
+
     def confirm(self, file: str, facts: Mapping[str, Any], question: str) -> None:
         """Show ``facts`` and ask ``question`` on stderr; raises ``click.Abort`` unless the answer is yes."""
-        if file == "-" or not sys.stdin.isatty():
+        if file == "-" or sys.stdin is None or not sys.stdin.isatty():
             raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
         _console(stderr=True).print(*tables({"": {"file": file, **facts}}))
         click.confirm(question, abort=True, err=True)

@@ -15,7 +15,7 @@ from lianlian_async.protocol import Protocol
 from lianlian_async.session import RefundSession
 from lianlian_async.signing import SigningKey, signature_source
 
-from .exit_codes import INTERRUPTED, exit_outcome_of
+from .exit_codes import exit_outcome_of
 from .options import SIGNATURE_FIELDS, check_partner, load_merchant, read_message
 from .output import Output, query_command, table
 from .signals import sigterm_interrupts
@@ -32,8 +32,7 @@ def apply(output: Output, /, file: BinaryIO | None, deadline: float, config: Pat
     except KeyboardInterrupt:
         query = request.query()
         text = f"refund {request.no_refund} may have been made; query it with: {query_command(query)}"
-        output.show({"outcome": INTERRUPTED.word, "query": query.to_dict()}, text)
-        raise
+        return output.interrupted({"query": query.to_dict()}, text)
 
 
 def query(output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None) -> int:

@@ -13,7 +13,7 @@ from .formats import date_reader, money_reader
 
 _NOT_FOR_QUEUE: Final = (
     *("place", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
-    *("query_first", "no_wait"),
+    *("query_first", "no_wait", "config"),
 )
 
 

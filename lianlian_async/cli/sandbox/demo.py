@@ -126,10 +126,12 @@ def audit(
 def _audited(
     output: Output, gateway: SandboxGateway, requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome]
 ) -> Iterator[None]:
-    """Print the audit, however the block ends; after a normal end, exit: 1 if there are disagreements, else 0."""
-    began = perf_counter()
+    """Print the audit, however the block ends; exit: 130 if interrupted, 1 if there are disagreements."""
+    began, exit_code = perf_counter(), 0
     try:
         yield
+    except KeyboardInterrupt:
+        exit_code = INTERRUPTED.exit_code
     finally:
         gateway.advance(86_400.0)  # carries out late requests
         found = audit(requests, outcomes, ((record.no_refund, record.money_refund) for record in gateway.refunds))
@@ -152,4 +154,6 @@ def _audited(
         by_outcome = table("refunds", ("outcome", "refunds", made), found.outcomes)
         others = tables({f"unknown refunds: {made}": found.unknown, "run": facts})
         output.show(document, by_outcome, *others, verdict, *found.disagreements)
-    click.get_current_context().exit(1 if found.disagreements else 0)
+    if exit_code:
+        output.note(INTERRUPTED.word)
+    click.get_current_context().exit(exit_code or int(bool(found.disagreements)))
