@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from decimal import Decimal
 
 import anyio
 import attrs
@@ -12,7 +13,7 @@ import pytest
 
 from lianlian_async import ConfigurationError, NotificationEndpoint, asgi, wire
 from lianlian_async.journal import MemoryJournal
-from lianlian_async.sandbox import Fault, Mischief, Notifier, When
+from lianlian_async.sandbox import Fault, Mischief, Notifier, SandboxGateway, When
 from lianlian_async.session import RefundSession
 from lianlian_async.signing import signature_source
 from lianlian_async.transport import asgi_transport
@@ -203,6 +204,33 @@ async def test_on_delivery_is_called_after_its_delivery_is_listed():
         await opened.apply_refund(refund_request())
         await anyio.sleep(3600)
     assert listed == [True] * 3
+
+
+async def test_an_error_of_on_delivery_is_raised():
+    """Without it, a test whose check fails would pass, or would wait forever for further deliveries."""
+    gateway = sandbox(settle_after=0)
+
+    def check(delivery):
+        raise LookupError(delivery.no_refund)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with notifier(gateway, Shop(), on_delivery=check), session(gateway) as opened:
+            await opened.apply_refund(refund_request())
+            await anyio.sleep(3600)
+    assert caught.group_contains(LookupError, match="R-1")
+
+
+def test_notifiers_of_one_gateway_run_in_successive_event_loops():
+    """For example, each test opens a notifier of a gateway at module level."""
+    gateway, shop = SandboxGateway(default_order=Decimal("10.00"), settle_after=0), Shop()
+
+    async def main(number):
+        async with notifier(gateway, shop) as notifying, gateway.session() as opened:
+            await opened.apply_refund(refund_request(number))
+            await until(lambda: not notifying.pending)
+
+    for number in (1, 2):
+        anyio.run(main, number)
 
 
 # ── mischief ─────────────────────────────────────────────────────────────────────────────────────

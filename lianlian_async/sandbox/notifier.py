@@ -82,7 +82,8 @@ class Notifier:
         times: Maximum number of deliveries of one notification.
         mischief: Probability of each :class:`Mischief` per refund.
         seed: Seed of the random mischief.
-        on_delivery: Called with each :class:`Delivery` after it ends.
+        on_delivery: Called with each :class:`Delivery` after it ends. If it raises, the notifications stop, and the end
+            of the ``async with`` block raises the error.
 
     Raises ``ConfigurationError`` for an unsupported transport, a wrong ``every``, and a probability below 0 or above 1.
     """
@@ -120,14 +121,17 @@ class Notifier:
     async def __aenter__(self) -> Self:
         self._transport = await HttpSender.open(None, self._http_transport, _CONNECTIONS, CONTENT_TYPE)
         self._slots = anyio.Semaphore(_CONNECTIONS)
-        started = anyio.Event()
-        self._background = BackgroundTask(lambda: self._run(started))
+        self._gateway.advance(0)  # replaces its events: they belong to the event loop in which a task waited for them
+        started, self._errors = anyio.Event(), list[BaseException | None]()
+        self._background = BackgroundTask(lambda: self._run(started), self._errors.append)
         await started.wait()
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def __aexit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
         await self._background.aclose()
         await self._transport.aclose()
+        if exc_type is None and (error := self._errors[0]) is not None:
+            raise error
 
     async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send) -> None:
         """Serve one ASGI connection to the gateway, or the server's lifespan."""
