@@ -208,15 +208,12 @@ async def test_on_delivery_is_called_after_its_delivery_is_listed():
 
 async def test_an_error_of_on_delivery_is_raised():
     """Without it, a test whose check fails would pass, or would wait forever for further deliveries."""
-    gateway = sandbox(settle_after=0)
 
     def check(delivery):
         raise LookupError(delivery.no_refund)
 
     with pytest.raises(ExceptionGroup) as caught:
-        async with notifier(gateway, Shop(), on_delivery=check), session(gateway) as opened:
-            await opened.apply_refund(refund_request())
-            await anyio.sleep(3600)
+        await notified(on_delivery=check)
     assert caught.group_contains(LookupError, match="R-1")
 
 
