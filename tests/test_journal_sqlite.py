@@ -351,6 +351,24 @@ async def test_a_copy_with_the_inode_number_of_the_removed_journal_is_refused(pa
             pass
 
 
+async def test_a_restored_journal_replaces_no_symlink(path, tmp_path):
+    """The link may name a persistent disk: the journal is created there, and the WAL of the lost one is found there."""
+    link, backup = tmp_path / "link", tmp_path / "backup"
+    with contextlib.closing(JournalFile(str(path))) as file:
+        file.backup(backup)
+    path.unlink()
+    link.symlink_to(path)
+    log = path.with_name(f"{path.name}-wal")
+    log.touch()
+    with pytest.raises(JournalError, match=r"move .*/journal\.sqlite-wal away"):
+        restore(backup, link, now())
+    log.unlink()
+    restore(backup, link, now())
+    assert link.readlink() == path
+    async with SqliteJournal(path) as journal:
+        assert (await journal.begin(intent(), now()))[0] is Standing.ASK_FIRST
+
+
 @pytest.mark.parametrize("then", [_DIE, _CHECKPOINT + _DIE], ids=["before a checkpoint", "after it"])
 async def test_a_journal_without_its_wal_is_refused(path, tmp_path, then):
     """After a crash, only the WAL has the latest commits; somebody may delete it, or move the journal without it."""

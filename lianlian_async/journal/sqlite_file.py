@@ -343,6 +343,7 @@ def restore(backup: Path, path: Path, now: Moment) -> None:
 
     Raises ``JournalError`` if ``path`` or its WAL exists, or if ``backup`` is damaged, has a WAL or is no journal.
     """
+    path = Path(os.path.realpath(path))
     with (
         _errors(path),
         closing(FileLock(Path(f"{path}-owner"))),
