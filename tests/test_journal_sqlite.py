@@ -51,6 +51,30 @@ anyio.run(main)
 _STAY = "print('open', flush=True); await anyio.sleep(3600)"
 _DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 _CHECKPOINT = "journal._file._longest_log = 0; await journal.begin(intent('R-3'), now()); "
+_DIE_IN_CHECKPOINT = """
+        updates = []
+        def trace(statement):
+            updates.extend([statement] * statement.startswith("UPDATE journal SET inode"))
+            if len(updates) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        journal._file._connection.set_trace_callback(trace)
+"""
+_FULL_DISK_IN_CHECKPOINT = """
+        import resource
+        for numbers in range(4, 500), range(500, 540):
+            journal._file._connection.execute("PRAGMA wal_checkpoint")
+            async with anyio.create_task_group() as group:
+                for number in numbers:
+                    group.start_soon(journal.begin, intent(f"R-{number}"), now())
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.stat(journal._name).st_size, limits[1]))
+        try:
+            journal._file._longest_log = 0
+            await journal.begin(intent("R-3"), now())
+        except Exception as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+"""
 
 
 @pytest.fixture
@@ -61,6 +85,21 @@ def path(tmp_path):
 def program(path, then):
     """Another process that begins R-0, R-1 and R-2, finishes R-1, and then does ``then``."""
     return [sys.executable, "-c", _PROGRAM.format(root=str(ROOT), path=str(path), then=then)]
+
+
+def reading(path):
+    """Another process that reads the journal."""
+    text = """
+import sys, anyio
+from lianlian_async.journal import SqliteReader
+
+async def main():
+    async with SqliteReader(sys.argv[1]) as reader:
+        print(sum((await reader.counts()).values()))
+
+anyio.run(main)
+"""
+    return [sys.executable, "-c", text, str(path)]
 
 
 # ── the lock ─────────────────────────────────────────────────────────────────────────────────────
@@ -140,6 +179,14 @@ async def test_closing_another_handle_keeps_the_lock(path, suffix):
         opened = await anyio.run_process(program(path, "print('open')"), check=False)
     assert opened.returncode == 1
     assert b"has it open" in opened.stderr
+
+
+async def test_a_reader_does_not_delete_the_wal_of_a_process_that_closed_another_handle(path):
+    """Closing any handle of a file ends SQLite's lock on it, so the reader is the last connection for SQLite."""
+    async with SqliteJournal(path) as journal:
+        await anyio.Path(path).read_bytes()
+        await anyio.run_process(reading(path))
+        await journal.begin(intent(), now())
 
 
 def test_a_forked_child_does_not_keep_the_lock_of_its_parent(path):
@@ -418,6 +465,23 @@ async def test_another_program_may_complete_the_file_of_a_killed_process(path):
     assert not path.with_name(f"{path.name}-wal").exists()
     async with SqliteJournal(path) as journal:
         assert (await journal.begin(intent("R-1"), now()))[0] is Standing.FINISHED
+
+
+async def test_a_process_may_be_killed_during_a_checkpoint(path):
+    """The command that shows the journal may be the next one to open it; it leaves the WAL to the next session."""
+    await anyio.run_process(program(path, _DIE_IN_CHECKPOINT.strip() + "\n        " + _CHECKPOINT), check=False)
+    assert (await anyio.run_process(reading(path))).stdout == b"3\n"
+    async with SqliteJournal(path) as journal:
+        assert (await journal.begin(intent("R-3"), now()))[0] is Standing.NEW
+
+
+async def test_the_disk_may_be_full_during_a_checkpoint(path):
+    """The call fails; after space was freed and the process has ended, the journal can be opened."""
+    process = await anyio.run_process(program(path, _FULL_DISK_IN_CHECKPOINT.strip()))
+    assert b"disk I/O error" in process.stdout  # errno EFBIG; ENOSPC on a full disk
+    assert not path.with_name(f"{path.name}-wal").exists()
+    async with SqliteJournal(path) as journal:
+        assert (await journal.begin(intent("R-3"), now()))[0] is Standing.NEW
 
 
 async def test_a_journal_whose_file_alone_is_mounted_is_refused(path, monkeypatch):

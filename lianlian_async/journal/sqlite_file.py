@@ -63,14 +63,16 @@ class JournalFile:
     """
 
     def __init__(self, path: str, *, read_only: bool = False, restored_at: Moment | None = None) -> None:
-        self._path = Path(path)
+        self._path = Path(os.path.realpath(path))
         owner_path, self._log_path = (Path(f"{self._path}-{suffix}") for suffix in ("owner", "wal"))
         self._lock, self._errors = Lock(), partial(_errors, self._path)
         self._leased: dict[str, tuple[int, Entry]] = {}
         """Leased entries by no_refund: (rowid, entry as stored)."""
         with self._errors(), ExitStack() as opened:
             if read_only:
-                self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode="rw")))
+                # Without "ro", the last connection would write the WAL of a killed process into the file and delete it.
+                mode = "ro" if _has_content(self._log_path) else "rw"
+                self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode=mode)))
                 identity = str(self._path.stat().st_ino)
                 self._connection.execute("PRAGMA query_only = on")
                 if self._upgrades():
@@ -79,8 +81,7 @@ class JournalFile:
                     )
             else:
                 opened.enter_context(closing(FileLock(owner_path)))
-                # A process that was refused here has left an empty WAL.
-                has_log = self._log_path.exists() and self._log_path.stat().st_size > 0
+                has_log = _has_content(self._log_path)
                 identity = _identity(self._path)
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
@@ -185,10 +186,12 @@ class JournalFile:
         """Copy the commits that no reader blocks from the WAL to the file.
 
         If it copies all, the inode in the file ends with ``IN_WAL``. The next commit, which only the WAL has, removes
-        that end: if the WAL is lost, the next process notices it.
+        that end: if the WAL is lost, the next process notices it. The first checkpoint, which may take long or find
+        the disk full, is over before the end is written: a program that then writes the WAL into the file keeps it.
         """
-        self._connection.execute(sql.SET_INODE, [self._inode + sql.IN_WAL])
         self._value("PRAGMA wal_checkpoint(PASSIVE)")  # does not wait for readers
+        self._connection.execute(sql.SET_INODE, [self._inode + sql.IN_WAL])
+        self._value("PRAGMA wal_checkpoint(PASSIVE)")
         self._connection.execute(sql.SET_INODE, [self._inode])
         self._longest_log = self._log_path.stat().st_size + sql.CHECKPOINT_PAGES * 4096
 
@@ -370,6 +373,12 @@ def sync_folders(*folders: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _has_content(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return path.stat().st_size > 0
+    return False
 
 
 def _identity(path: Path) -> str:
