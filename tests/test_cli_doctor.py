@@ -23,6 +23,7 @@ from cryptography.x509.oid import NameOID
 
 from lianlian_async import Merchant, RefundRequest, RefundSession
 from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.errors import JournalError
 from lianlian_async.journal import SqliteJournal
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.sandbox import SandboxGateway
@@ -326,6 +327,23 @@ def test_copy_of_a_journal(made, tmp_path):
         "this is a backup or another copy of a journal, and later refunds may have been made",
     )
     assert cure.endswith("use `lianlian journal restore FILE`")
+
+
+def test_journal_whose_wal_is_missing(made):
+    """As after a crash, if the WAL was deleted. Nothing is written: a second check and a session report it, too."""
+    path = Path(made["LIANLIAN_JOURNAL"])
+
+    async def crash():
+        async with SqliteJournal(path):
+            return await anyio.Path(path).read_bytes()
+
+    path.write_bytes(anyio.run(crash))
+    for _ in range(2):
+        state, text, cure = lines(made, "--offline", exit_code=1)["journal"]
+        assert (state, text.split(" with it")[0]) == ("failure", f"{path}-wal is missing or empty and,")
+        assert cure.startswith("put it back, or, if it is lost, move this file away and use `lianlian journal restore")
+    with pytest.raises(JournalError, match="-wal is missing or empty"):
+        anyio.run(crash)
 
 
 def test_journal_of_another_schema(made):

@@ -496,6 +496,8 @@ async def test_a_journal_whose_file_alone_is_mounted_is_refused(path, monkeypatc
     with pytest.raises(JournalError, match="mount the journal's folder, not only its file"):
         async with SqliteJournal(path):
             pass
+    async with SqliteReader(path) as reader:
+        assert reader.problem.endswith("mount the journal's folder, not only its file")
 
 
 async def test_commits_survive_a_power_failure(path):

@@ -18,7 +18,6 @@ from lianlian_async.clock import system_clock
 from lianlian_async.errors import ConfigurationError, GatewayUnavailable, LianLianError, QueryRejected, RefundNotFound
 from lianlian_async.flight import choose_canary
 from lianlian_async.journal import Owner, SqliteReader
-from lianlian_async.journal.sqlite_file import COPY
 from lianlian_async.merchant import Keys, Merchant
 from lianlian_async.models import RefundQuery, RefundRequest
 from lianlian_async.retry import RetryPolicy
@@ -135,8 +134,8 @@ async def _check_outside(report: _Report, merchant: Merchant, options: dict[str,
             Owner(merchant.oid_partner, endpoints.apply).confirm(reader.owner, name)
             belongs = "to this merchant" if reader.owner else "to no merchant yet"
             report.add("journal", f"{name}: {refunds:,} refunds, belongs {belongs}")
-            if isinstance(reader, SqliteReader) and reader.is_copy:
-                report.fail("journal", COPY, _JOURNAL)
+            if isinstance(reader, SqliteReader) and reader.problem:
+                report.fail("journal", reader.problem, _JOURNAL)
             query = RefundRequest.from_record(entry.fields).query() if entry else query
     except FileNotFoundError:
         report.add("journal", f"{place} does not exist; `lianlian batch` creates it", warning=_JOURNAL)

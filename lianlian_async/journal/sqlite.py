@@ -74,7 +74,7 @@ class SqliteReader(_FileReading):
     async def __aenter__(self) -> Self:
         await self._open_file(self._path, read_only=True)
         self.id, self.owner = await self._in_thread(self._file.owner)
-        self.is_copy = self._file.is_copy
+        self.problem = self._file.problem
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

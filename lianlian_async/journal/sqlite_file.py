@@ -24,7 +24,7 @@ from .file_lock import FileLock, FileLocked, fcntl
 from .operations import Begin, Operation, Result, measurable, perform
 
 _RESTORE: Final = "if it is lost, move this file away and use `lianlian journal restore FILE`"
-COPY: Final = (
+_COPY: Final = (
     "this is a backup or another copy of a journal, and later refunds may have been made; use the journal itself, or, "
     + _RESTORE
 )
@@ -70,8 +70,9 @@ class JournalFile:
         """Leased entries by no_refund: (rowid, entry as stored)."""
         with self._errors(), ExitStack() as opened:
             if read_only:
+                has_log = _has_content(self._log_path)
                 # Without "ro", the last connection would write the WAL of a killed process into the file and delete it.
-                mode = "ro" if _has_content(self._log_path) else "rw"
+                mode = "ro" if has_log else "rw"
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode=mode)))
                 identity = str(self._path.stat().st_ino)
                 self._connection.execute("PRAGMA query_only = on")
@@ -90,22 +91,14 @@ class JournalFile:
                     self._mark_restored(restored_at)
             self.last_rowid: int = self._value(sql.LAST_ROWID)  # the first read creates the WAL
             """The rowid of the newest entry."""
-            paths = () if read_only else (self._path, owner_path, self._log_path)
-            self._files = {path: path.stat() for path in paths}
-            if len({found.st_dev for found in self._files.values()}) > 1:  # as when a container mounts only one file
-                raise JournalError(
-                    f"journal {self._path}: {self._log_path} is in another file system, so the end of a container can "
-                    "lose refunds: mount the journal's folder, not only its file"
-                )
+            paths = self._path, owner_path, self._log_path
+            self._files = {path: path.stat() for path in paths if path.exists()}
             self._is_acting, recorded, restored, evidence = json.loads(self._value(sql.STATUS))
-            recorded = recorded or identity
-            self.is_copy = restored_at is None and not _may_be_same(recorded.removesuffix(sql.IN_WAL), identity)
-            """Whether this file is a backup or another copy of a journal."""
+            self.problem = self._problem(recorded or identity, identity, has_log=has_log)
+            """Why this file is not opened for writing, and what to do; empty if it is opened."""
             if not read_only:
-                if self.is_copy:
-                    raise JournalError(f"journal {self._path}: {COPY}")
-                if recorded.endswith(sql.IN_WAL) and not has_log and restored_at is None:
-                    raise JournalError(f"journal {self._path}: {self._log_path} is missing or empty and, {_LOST}")
+                if self.problem and restored_at is None:
+                    raise JournalError(f"journal {self._path}: {self.problem}")
                 self._inode = identity
                 self._checkpoint()
             self._restored_at = restored and sql.moment_of(restored, evidence)
@@ -131,6 +124,17 @@ class JournalFile:
         if self._value("PRAGMA application_id") != sql.APPLICATION_ID:
             raise JournalError(f"journal {self._path}: this SQLite file is not a journal; name another file")
         return upgrade_steps(str(self._path), self._value("PRAGMA user_version"), sql.SCHEMA_VERSION, sql.UPGRADES)
+
+    def _problem(self, recorded: str, identity: str, *, has_log: bool) -> str:
+        if len({found.st_dev for found in self._files.values()}) > 1:  # as when a container mounts only one file
+            return (
+                f"{self._log_path} is in another file system, so the end of a container can lose refunds; "
+                "mount the journal's folder, not only its file"
+            )
+        if not _may_be_same(recorded.removesuffix(sql.IN_WAL), identity):
+            return _COPY
+        is_lost = recorded.endswith(sql.IN_WAL) and not has_log
+        return f"{self._log_path} is missing or empty and, {_LOST}" if is_lost else ""
 
     def owner(self) -> tuple[str, Owner | None]:
         """Return the journal's id and its owner, which is None if the journal is not bound yet."""
