@@ -188,6 +188,8 @@ async def test_the_aiohttp_service_makes_refunds_and_takes_notifications(tmp_pat
         async with TestClient(TestServer(run_example("aiohttp", **parts)["app"])) as client:
             async with client.post("/refunds", json=a_request().to_dict()) as answer:
                 assert await answer.json() == "0"
+            async with client.post("/refunds", data=b"\xff") as answer:
+                assert (answer.status, (await answer.json())["problems"][0]["field"]) == (422, "body")
             async with client.post("/lianlian/refund", data=notification(gateway)) as answer:
                 assert await answer.json() == {"ret_code": "0000", "ret_msg": "ok"}
     assert capsys.readouterr().out == "R-1 is final: 2\n"

@@ -55,6 +55,8 @@ def makes_refunds_and_takes_notifications(url, gateway):
         acknowledged = client.post("/lianlian/refund", content=gateway.notification(record), headers=HEADERS)
         gateway.script(Fault.BUSY, call="apply", ret_code="5006")
         refused = client.post("/refunds", json=refund_request(2).to_dict())
+        invalid = client.post("/refunds", content=b'{"no_refund": ')
+    assert (invalid.status_code, invalid.json()["problems"][0]["field"]) == (422, "body")
     assert (acknowledged.status_code, acknowledged.content) == (200, ACKNOWLEDGED)
     assert (refused.status_code, refused.json()["ret_code"]) == (402, "5006")
     return made.json()

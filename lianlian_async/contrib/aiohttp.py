@@ -3,11 +3,10 @@
 A service with the ``journal``, ``session`` and ``endpoint`` of the README's FastAPI service::
 
     from aiohttp import web
-    from lianlian_async import RefundRequest
-    from lianlian_async.contrib.aiohttp import apply_shielded, lifespan, notifications, refund_errors
+    from lianlian_async.contrib.aiohttp import apply_shielded, lifespan, notifications, read_request, refund_errors
 
     async def make_refund(request: web.Request) -> web.Response:
-        refund = await apply_shielded(session, RefundRequest.from_dict(await request.json()))
+        refund = await apply_shielded(session, read_request(await request.read()))
         return web.json_response(refund.sta_refund)
 
     app = web.Application(middlewares=[refund_errors])
@@ -25,9 +24,9 @@ from aiohttp.typedefs import Handler
 from lianlian_async.errors import LianLianError
 from lianlian_async.notifications import NotificationEndpoint
 
-from .web import apply_shielded, lifespan, respond
+from .web import apply_shielded, lifespan, read_request, respond
 
-__all__ = ["apply_shielded", "lifespan", "notifications", "refund_errors"]
+__all__ = ["apply_shielded", "lifespan", "notifications", "read_request", "refund_errors"]
 
 
 @web.middleware

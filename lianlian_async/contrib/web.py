@@ -3,11 +3,11 @@
 In the recipes, ``journal``, ``session`` and ``endpoint`` are those of the README's FastAPI service. Starlette::
 
     from starlette import applications, responses, routing
-    from lianlian_async import LianLianError, RefundRequest
-    from lianlian_async.contrib.web import apply_shielded, lifespan, refund_error
+    from lianlian_async import LianLianError
+    from lianlian_async.contrib.web import apply_shielded, lifespan, read_request, refund_error
 
     async def make_refund(request):
-        refund = await apply_shielded(session, RefundRequest.from_dict(await request.json()))
+        refund = await apply_shielded(session, read_request(await request.body()))
         return responses.JSONResponse(refund.sta_refund)
 
     app = applications.Starlette(
@@ -18,15 +18,14 @@ In the recipes, ``journal``, ``session`` and ``endpoint`` are those of the READM
 
 Django: an async view, and the ``application`` of ``asgi.py``, because Django ignores the server's lifespan::
 
-    import json
     from django.core.asgi import get_asgi_application
     from django.http import JsonResponse
-    from lianlian_async import LianLianError, RefundRequest, asgi
-    from lianlian_async.contrib.web import apply_shielded, lifespan, respond
+    from lianlian_async import LianLianError, asgi
+    from lianlian_async.contrib.web import apply_shielded, lifespan, read_request, respond
 
     async def make_refund(request):
         try:
-            refund = await apply_shielded(session, RefundRequest.from_dict(json.loads(request.body)))
+            refund = await apply_shielded(session, read_request(request.body))
         except LianLianError as error:
             status, headers, body = respond(error)
             return JsonResponse(body, status=status, headers=headers)
@@ -52,7 +51,7 @@ from typing import Any, Final, cast
 import anyio
 import anyio.lowlevel
 
-from lianlian_async import errors
+from lianlian_async import errors, wire
 from lianlian_async.background import BackgroundTask, complete, is_failure
 from lianlian_async.clock import system_clock
 from lianlian_async.errors import ConfigurationError, LianLianError
@@ -61,7 +60,7 @@ from lianlian_async.notifications import NotificationEndpoint
 from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_function, check_seconds, check_type
 
-__all__ = ["apply_shielded", "error_response", "lifespan", "refund_error", "respond"]
+__all__ = ["apply_shielded", "error_response", "lifespan", "read_request", "refund_error", "respond"]
 
 logger = logging.getLogger("lianlian_async")
 _log: Final = partial(logger.warning, "the caller of a refund was cancelled; the refund's outcome: %s")
@@ -123,6 +122,14 @@ async def refund_error(_request: object, error: Exception) -> Any:
 
     status, headers, body = respond(error)
     return JSONResponse(body, status, headers)
+
+
+def read_request(body: bytes) -> RefundRequest:
+    """Return the request in ``body``, a JSON object with LianLian's fields. Raises ``InvalidRequest``."""
+    try:
+        return RefundRequest.from_dict(wire.decode(body))
+    except errors.MalformedMessage as error:
+        raise errors.InvalidRequest([errors.Problem("body", "must be a JSON object of strings", str(error))]) from error
 
 
 async def apply_shielded(
