@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from lianlian_async import NotificationEndpoint
-from lianlian_async.contrib.aiohttp import apply_shielded, lifespan, notifications, refund_errors
+from lianlian_async.contrib.aiohttp import apply_shielded, get_session, lifespan, notifications, refund_errors
 from lianlian_async.journal import SqliteJournal
 from lianlian_async.sandbox import Fault
 from tests.support.notices import HEADERS, Handler, notification, until
@@ -35,6 +35,7 @@ def service(session, *contexts):
     """A service that makes refunds."""
 
     async def make_refund(request):
+        assert get_session(request) is session
         refund = await apply_shielded(session, refund_request(request.match_info["number"]))
         return web.json_response(refund.sta_refund)
 
@@ -58,6 +59,16 @@ async def test_the_session_lives_as_long_as_the_application(tmp_path):
                 assert await answer.json() == "0"
     assert repr(session).endswith("closed>")
     assert gateway.requests == {"apply": 1}
+
+
+@pytest.mark.parametrize("number", [0, 2])
+async def test_a_missing_or_ambiguous_session_is_an_error(caplog, number):
+    """A handler gets a session only if the application has exactly one."""
+    app = service(sandbox().session())
+    app.cleanup_ctx[0] = lifespan(*(sandbox().session() for _ in range(number)))
+    async with client(app) as http, http.post("/refunds/1") as answer:
+        assert answer.status == 500
+    assert "RuntimeError: exactly one RefundSession must be open: pass it to app.cleanup_ctx" in caplog.text
 
 
 async def test_an_error_is_an_honest_response():

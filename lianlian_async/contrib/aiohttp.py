@@ -1,12 +1,13 @@
-"""aiohttp: responses to errors, and a handler for notifications.
+"""aiohttp: the application's session under a key, responses to errors, and a handler for notifications.
 
 A service with the ``journal``, ``session`` and ``endpoint`` of the README's FastAPI service::
 
     from aiohttp import web
-    from lianlian_async.contrib.aiohttp import apply_shielded, lifespan, notifications, read_request, refund_errors
+    from lianlian_async.contrib.aiohttp import apply_shielded, get_session, lifespan
+    from lianlian_async.contrib.aiohttp import notifications, read_request, refund_errors
 
     async def make_refund(request: web.Request) -> web.Response:
-        refund = await apply_shielded(session, read_request(await request.read()))
+        refund = await apply_shielded(get_session(request), read_request(await request.read()))
         return web.json_response(refund.sta_refund)
 
     app = web.Application(middlewares=[refund_errors])
@@ -15,18 +16,48 @@ A service with the ``journal``, ``session`` and ``endpoint`` of the README's Fas
     app.router.add_post("/lianlian/refund", notifications(endpoint))
 """
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from lianlian_async.errors import LianLianError
 from lianlian_async.notifications import NotificationEndpoint
+from lianlian_async.session import RefundSession
 
-from .web import apply_shielded, lifespan, read_request, respond
+from .web import apply_shielded, read_request, respond
+from .web import lifespan as web_lifespan
 
-__all__ = ["apply_shielded", "lifespan", "notifications", "read_request", "refund_errors"]
+__all__ = ["SESSION", "apply_shielded", "get_session", "lifespan", "notifications", "read_request", "refund_errors"]
+
+SESSION: Final = web.AppKey("refund_session", RefundSession)
+"""``app[SESSION]`` is the session, if a :func:`lifespan` of the application opens exactly one."""
+
+
+def lifespan(
+    *contexts: AbstractAsyncContextManager[Any], sweep: float | None = None
+) -> Callable[[web.Application], AbstractAsyncContextManager[None]]:
+    """Return a cleanup context that opens ``contexts``, and sweeps, as :func:`.web.lifespan`."""
+    opened = web_lifespan(*contexts, sweep=sweep)
+
+    @asynccontextmanager
+    async def stored(app: web.Application) -> AsyncGenerator[None]:
+        async with opened(app) as sessions:
+            if len(sessions) == 1:
+                [app[SESSION]] = sessions.values()
+            yield
+
+    return stored
+
+
+def get_session(request: web.Request) -> RefundSession:
+    """Return the session of the application or its parent. Raises ``RuntimeError`` if there is none."""
+    session: RefundSession | None = request.config_dict.get(SESSION)
+    if session is None:
+        raise RuntimeError("exactly one RefundSession must be open: pass it to app.cleanup_ctx.append(lifespan(...))")
+    return session
 
 
 @web.middleware
