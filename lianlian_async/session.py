@@ -270,12 +270,15 @@ class RefundSession:
             reply.error.attempts = reply.attempts
         raise errors.misconfigured(reply.error) or cast("errors.LianLianError", reply.error)  # set if refund is None
 
-    async def wait_refund(self, refund: Record, *, deadline: float = 3600.0) -> Record:
+    async def wait_refund(
+        self, refund: Record, *, deadline: float = 3600.0, retry: RetryPolicy | None = None
+    ) -> Record:
         """Wait until a refund that was made is final: success or failed.
 
         The notification ends the wait if a ``NotificationEndpoint`` was created with this session. Until then the
         gateway is queried, first after 2 seconds; each later pause is twice as long, at most 5 minutes. ``deadline`` is
-        in seconds: LianLian repeats a notification for an hour. The wait holds no connection slot.
+        in seconds: LianLian repeats a notification for an hour. ``retry`` overrides the session's policy for each
+        query. The wait holds no connection slot.
 
         Raises:
             RefundNotFinal: the refund is not final at the deadline, or when the session was closed during the wait.
@@ -287,7 +290,8 @@ class RefundSession:
         expect(refund, RefundRecord, "refund")
         self._life.check_open()
         with self._waiters.listen(refund) as waiter:
-            return await waiter.until_final(refund, self._learn, _checked(deadline))
+            seconds, policy = self._given(deadline, retry)
+            return await waiter.until_final(refund, partial(self._learn, policy), seconds)
 
     async def apply_and_wait(
         self, request: RefundRequest, *, deadline: float = 3600.0, retry: RetryPolicy | None = None
@@ -297,42 +301,46 @@ class RefundSession:
         A notification counts even if the answer arrives later, is a rejection, or never arrives. ``deadline`` (seconds)
         limits the wait; the session's deadline limits :meth:`apply_refund`. Raises the errors of both methods.
         """
-        seconds = _checked(deadline)
+        seconds, policy = self._given(deadline, retry)
         expect(request, RefundRequest, "request")
         with self._waiters.listen(request) as waiter:
             try:
-                refund = await self.apply_refund(request, retry=retry)
+                refund = await self.apply_refund(request, retry=policy)
             except (errors.RefundNotSent, errors.RefundRejected, errors.RefundOutcomeUnknown) as error:
                 made = waiter.notified
                 may_have_worked = isinstance(error, errors.RefundOutcomeUnknown) and error.refused is None
                 if made is None or doubt(made, may_have_worked=may_have_worked) is not None:
                     raise
                 return made
-            return await waiter.until_final(refund, self._learn, seconds)
+            return await waiter.until_final(refund, partial(self._learn, policy), seconds)
 
     def notified(self, refund: Refund) -> None:
         """End the calls that wait for ``refund``, which is final. ``NotificationEndpoint`` calls this."""
         self._waiters.notify(refund)
 
-    async def _learn(self, query: RefundQuery) -> RefundRecord:
-        refund = await self.query_refund(query)
+    async def _learn(self, policy: RetryPolicy, query: RefundQuery) -> RefundRecord:
+        refund = await self.query_refund(query, retry=policy)
         return refund if self.journal is None else await learn(self.journal, refund, self.clock())
 
-    async def resume(self, *, concurrency: int | None = None) -> Resumed:
+    async def resume(
+        self, *, concurrency: int | None = None, deadline: float | None = None, retry: RetryPolicy | None = None
+    ) -> Resumed:
         """Resolve every refund of the journal that may have been sent; query accepted ones for their final state.
 
         Call it when the service starts, and then regularly; or call ``NotificationEndpoint.sweep``, which includes it.
-        ``concurrency`` is half of ``max_connections`` by default, so that other calls still get a connection. Raises
-        ``JournalError``, and ``ConfigurationError`` without a journal or if a setting prevents every send.
+        ``concurrency`` is half of ``max_connections`` by default, so that other calls still get a connection.
+        ``deadline`` (seconds for each refund) and ``retry`` override those of the session. Raises ``JournalError``, and
+        ``ConfigurationError`` without a journal, for a wrong argument, or if a setting prevents every send.
         """
         if self.journal is None:
             raise errors.ConfigurationError("resume: this session has no journal")
         self._life.check_open()  # even if no refund is open: find a forgotten `async with` at once
         half = (self.max_connections + 1) // 2
         workers = half if concurrency is None else check_integer("concurrency", concurrency, least=1)
-        return await resume(
-            self.journal, resolve=self.outcome_of, query=self.query_refund, workers=workers, clock=self.clock
-        )
+        seconds, policy = self._given(deadline, retry)
+        resolve = partial(self.outcome_of, deadline=seconds, retry=policy)
+        query = partial(self.query_refund, deadline=seconds, retry=policy)
+        return await resume(self.journal, resolve=resolve, query=query, workers=workers, clock=self.clock)
 
     async def _apply(
         self,

@@ -115,6 +115,10 @@ def test_options_of_the_session():
         method = getattr(lianlian_async.RefundSession, call)
         assert inspect.iscoroutinefunction(method)
         assert keywords(method) == {first: ..., "deadline": None, "retry": None}
+    for call in ("outcome_of", "apply_and_wait", "wait_refund", "resume"):
+        method = getattr(lianlian_async.RefundSession, call)
+        assert inspect.iscoroutinefunction(method)
+        assert keywords(method).keys() >= {"deadline", "retry"}
 
 
 def test_settings_of_the_merchant():

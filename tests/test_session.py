@@ -763,6 +763,26 @@ async def test_with_a_journal_open_refunds_are_resumed():
     assert gateway.requests["apply"] == 2
 
 
+@virtual
+async def test_resume_takes_a_deadline_and_a_policy():
+    """``deadline`` limits each refund, resolved or queried, and ``retry`` the attempts; both override the session's."""
+    gateway, journal = sandbox(settle_after=9999), MemoryJournal()
+    async with gateway.session(journal=journal, clock=boot_clock) as session:
+        await session.apply_refund(refund_request(1))
+        gateway.script(Fault.NO_ANSWER, times=99)
+        assert await session.resume(retry=RetryPolicy(attempts=1)) == (0, 1)
+        assert gateway.requests["query"] == 1
+        with anyio.move_on_after(1):
+            await session.apply_refund(refund_request(2))
+        await anyio.sleep(60)
+        began = anyio.current_time()
+        assert await session.resume(concurrency=1, deadline=4.0) == (0, 2)
+        assert 4 < anyio.current_time() - began <= 8
+        for wrong in ({"deadline": 0}, {"retry": 3}):
+            with pytest.raises(ConfigurationError):
+                await session.resume(**wrong)
+
+
 async def test_resume_of_a_session_that_is_not_open_raises():
     """A service that forgot the session in its lifespan learns it at the first sweep, before any refund is open."""
     async with MemoryJournal() as journal:

@@ -19,6 +19,7 @@ from lianlian_async import (
     RefundOutcomeUnknown,
     RefundRejected,
     RefundStatus,
+    RetryPolicy,
 )
 from lianlian_async.journal import MemoryJournal, State
 from lianlian_async.sandbox import Fault, When
@@ -59,6 +60,21 @@ async def test_without_notifications_the_pauses_between_queries_grow():
     assert refund.sta_refund is RefundStatus.SUCCESS
     pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
     assert pauses == pytest.approx([2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 300, 300], abs=0.1)
+
+
+@pytest.mark.parametrize("call", ["wait_refund", "apply_and_wait"])
+async def test_the_policy_of_a_wait_is_that_of_its_queries(call):
+    """``retry`` overrides the session's policy: one attempt for each query."""
+    gateway = sandbox(settle_after=2000)
+    async with session(gateway) as opened:
+        made = await opened.apply_refund(refund_request())
+        gateway.script(Fault.HTTP_500, call="query", times=99)
+        wait, about = getattr(opened, call), made if call == "wait_refund" else refund_request(2)
+        with pytest.raises(RefundNotFinal):
+            await wait(about, deadline=5.0, retry=RetryPolicy(attempts=1))
+        assert gateway.requests["query"] == 1
+        with pytest.raises(ConfigurationError, match="retry"):
+            await wait(about, retry=1)
 
 
 async def test_a_failed_refund_is_final():
