@@ -8,6 +8,7 @@ import time
 from contextlib import asynccontextmanager
 
 import anyio
+import anyio.to_thread
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
@@ -62,6 +63,16 @@ async def test_the_session_is_a_dependency(tmp_path):
         assert (await http.post("/refunds/1")).json() == "0"
         assert (await http.post("/refunds/1")).json() == "0"
     assert gateway.requests == {"apply": 1}
+
+
+async def test_the_session_needs_no_thread():
+    """Routes that are not async may have all threads of the server."""
+    async with served(service(sandbox().session())) as http:
+        threads = anyio.to_thread.current_default_thread_limiter()
+        for number in range(int(threads.available_tokens)):
+            threads.acquire_on_behalf_of_nowait(number)
+        with anyio.fail_after(20):
+            assert (await http.post("/refunds/1")).json() == "0"
 
 
 async def test_the_session_lives_as_long_as_the_application():

@@ -17,7 +17,7 @@ from .web import apply_shielded, lifespan, refund_error
 __all__ = ["Session", "apply_shielded", "get_session", "lifespan", "notifications", "refund_error"]
 
 
-def get_session(connection: HTTPConnection) -> RefundSession:
+async def get_session(connection: HTTPConnection) -> RefundSession:  # async: else FastAPI would need a thread for it
     """Return the application's session. Raises ``RuntimeError`` if its lifespans opened none, or several."""
     sessions = {each for each in connection.scope.get("state", {}).values() if isinstance(each, RefundSession)}
     if len(sessions) != 1:
