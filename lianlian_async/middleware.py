@@ -222,7 +222,8 @@ class RateLimit:
     async def __aenter__(self) -> None:
         async with self._turn:  # waiters start in order; a cancelled waiter uses up no start
             now = anyio.current_time()
-            start = max(self._last + self._interval, now - self._slack)
+            last = min(self._last, now)  # a session that is opened again may run on an event loop with another clock
+            start = max(last + self._interval, now - self._slack)
             await anyio.sleep(max(0.0, start - now))
             self._last = start
 

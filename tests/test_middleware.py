@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal
+from functools import partial
 
 import anyio
 import attrs
 import httpx
 import pytest
+from trio.testing import MockClock
 
 from lianlian_async import (
     ConfigurationError,
@@ -626,6 +628,21 @@ async def test_idle_time_saves_one_burst_at_most():
     limiter = RateLimit(1)
     await anyio.sleep(1000)
     assert await begun(limiter, 3) == pytest.approx([1000, 1001, 1002])
+
+
+def test_a_rate_limit_delays_another_event_loop_by_one_interval_at_most():
+    """A session that is opened again may run on an event loop whose clock shows an earlier time, as trio's may."""
+    limiter = RateLimit(1)
+
+    async def first():
+        await anyio.sleep(1000)
+        return await begun(limiter, 2)
+
+    times = [
+        anyio.run(main, backend="trio", backend_options={"clock": MockClock(autojump_threshold=0)})
+        for main in (first, partial(begun, limiter, 2))
+    ]
+    assert times == [pytest.approx([1000, 1001]), pytest.approx([1, 2])]
 
 
 async def test_a_rate_limit_serves_in_order():
