@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import subprocess
@@ -103,12 +104,16 @@ def test_options_of_the_session():
     expected = {
         "client": None,
         "transport": None,
+        "http_backend": None,
         "retry": lianlian_async.RetryPolicy(),
         "deadline": 30.0,
         "max_connections": 20,
+        "warm_up": 0,
         "middleware": (),
         "limiter": None,
         "journal": None,
+        "query_first": False,
+        "listeners": (),
     }
     assert {name: options[name] for name in expected} == expected
     for call, first in (("apply_refund", "request"), ("query_refund", "query"), ("resolve", "unknown")):
@@ -162,10 +167,32 @@ def test_methods_of_the_keys():
 
 
 def test_options_of_refund_many():
-    """refund_many takes a session, requests, a concurrency and a journal."""
+    """refund_many takes a session, requests and options, and yields outcomes."""
     options = keywords(lianlian_async.refund_many)
     assert list(options)[:2] == ["session", "requests"]
     assert (options["concurrency"], options["journal"]) == (None, None)
+    assert (options["keep_going"], options["wait_unknown"]) == (False, False)
+    fields = ["request", "refund", "error", "attempts", "queries", "seconds"]
+    assert list(keywords(lianlian_async.Outcome)) == fields
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("journal", "MemoryJournal SqliteJournal"),
+        ("journal.postgres", "PostgresJournal"),
+        ("contrib.procrastinate", "RefundQueue"),
+        ("contrib.fastapi", "Session get_session lifespan notifications refund_error"),
+        ("contrib.aiohttp", "SESSION get_session lifespan notifications refund_errors"),
+        ("sandbox", "SandboxGateway Fault When Repeated Notifier"),
+        ("testing", "notify"),
+        ("middleware", "RateLimit"),
+    ],
+)
+def test_names_of_the_submodules(module, names):
+    """Programs import these names."""
+    imported = importlib.import_module(f"lianlian_async.{module}")
+    assert all(hasattr(imported, name) for name in names.split())
 
 
 def test_options_of_the_notification_endpoint():
