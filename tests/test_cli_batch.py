@@ -1,5 +1,6 @@
 """``lianlian batch``: refunds over a socket, every exit code, and runs after an interruption."""
 
+import csv
 import re
 import signal
 import time
@@ -206,6 +207,7 @@ def test_out_has_the_fields_that_the_command_filled_in(env, file, tmp_path):
         ("@SUM(1)", "'@SUM(1)"),
         ("\t=1", "'\t=1"),
         ("\r=1", "'\r=1"),
+        ("\n=1", "'\n=1"),
         ("＝1+1", "'＝1+1"),
         ("-12.50", "-12.50"),
         ("-1,234.50", "-1,234.50"),
@@ -219,6 +221,17 @@ def test_no_cell_of_out_is_a_formula(env, tmp_path, cell, written):
         run("batch", file, "--yes", "--ignore-unknown", "--out", tmp_path / name, env=env)
         line = results(tmp_path / name)[1]
         assert (line["note"], line[column]) == (text, "x")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_out_has_the_semicolons_of_the_file(env, file, tmp_path, delimiter):
+    """A spreadsheet that writes semicolons, such as a German Excel, would not split a line at commas."""
+    write_csv(file, [refund(1, money_refund="1,00") | {"note": "a,=1;b"}], delimiter=delimiter)
+    reading = ("--ignore-unknown", "--money-format", "1.234,56", "--yes")
+    assert run("batch", file, *reading, "--out", tmp_path / "results.csv", env=env).exit_code == 0
+    text = (tmp_path / "results.csv").read_text("utf-8-sig")
+    [line] = csv.DictReader(text.splitlines(), delimiter=";" if delimiter == ";" else ",")
+    assert (line["no_refund"], line["money_refund"], line["note"]) == ("R-1", "1,00", "a,=1;b")
 
 
 def test_out_has_the_lines_that_were_not_sent(env, gateway, file, tmp_path):

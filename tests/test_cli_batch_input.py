@@ -195,6 +195,7 @@ def test_line_numbers_count_every_line_of_the_file(nowhere, file):
     [
         ("no_refund,money_refund,money_refund\n", "line 1: more than one column for money_refund"),
         ("no_refund,mony_refund\n", "line 1: column 'mony_refund' is not a refund field"),
+        ("R-1,20261122020000,1.00,O-1\n", "line 1: not a header, because no column is called no_refund; use --map"),
         ('no_refund\nR-1\n"R-2\nR-3\n', "line 3: unexpected end of data"),
         ('no_refund\n"R"-1\n', "line 2: ',' expected after '\"'"),
         ('[{"no_refund": "R-1"}]', "line 1: a JSON array; convert it to JSON Lines, with one object on each line"),
@@ -204,7 +205,8 @@ def test_unreadable_file_is_refused_despite_skip_invalid(nowhere, tmp_path, text
     """An unclear header or an open quote is refused even with --skip-invalid."""
     file = tmp_path / ("a.json" if text.startswith("[") else "a.csv")
     file.write_text(text)
-    ended = run("batch", file, "--skip-invalid", "--yes", env=nowhere)
+    more = ("--ignore-unknown",) if text.startswith("R-1") else ()
+    ended = run("batch", file, "--skip-invalid", "--yes", *more, env=nowhere)
     assert ended.exit_code == 2
     assert problem in ended.stderr
 

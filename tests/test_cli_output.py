@@ -12,7 +12,7 @@ import pytest
 
 from lianlian_async import LianLianError
 from lianlian_async.cli import main
-from lianlian_async.cli.output import line_writer
+from lianlian_async.cli.output import Output, line_writer, table
 from lianlian_async.cli.sandbox.server import environment, serving
 from tests.support.batches import refund, write_csv
 from tests.support.command import ROOT
@@ -219,6 +219,14 @@ def test_no_color_prints_no_escape_byte(no_color):
     assert process.returncode == 0
     assert b"made" in shown
     assert (b"\x1b" in shown) is not bool(no_color)
+
+
+def test_no_text_of_a_table_controls_the_terminal(capsys):
+    """Control characters of a gateway's field are escaped, also in the title."""
+    Output().show({}, table("refund R\x1b[2J", ("", ""), [("ret_msg", "\x1b[31m")]))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert r"refund R\x1b[2J" in shown
 
 
 # ── a file of lines ──────────────────────────────────────────────────────────────────────────────

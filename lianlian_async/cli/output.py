@@ -28,7 +28,7 @@ from lianlian_async.models import RefundQuery
 
 from .exit_codes import INTERRUPTED, error_document, exit_outcome_of
 
-_FORMULA: Final = tuple("=+-@\t\r＝＋－＠")
+_FORMULA: Final = tuple("=+-@\t\r\n＝＋－＠")
 _FORMS: Final = {int: "{:,}", float: "{:,.1f}", Decimal: "{:,.2f}"}
 _NEGATIVE: Final = re.compile(r"-[0-9]+([.,][0-9]+)*")
 
@@ -192,7 +192,7 @@ def local_time(moment: datetime) -> str:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     """Return a table with wrapped long values, and ``-`` for None; without column names it has no header."""
-    drawn = Table(title=title, title_justify="left", show_header=any(columns), min_width=len(title))
+    drawn = Table(title=printable(title), title_justify="left", show_header=any(columns), min_width=len(title))
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
@@ -224,7 +224,9 @@ def file_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
+def line_writer(
+    path: Path, columns: Iterable[str], delimiter: str = ","
+) -> Iterator[Callable[[Mapping[str, Any]], object]]:
     """Replace ``path``; yield a function that writes one line: CSV if the name ends in .csv, else JSON Lines.
 
     Values not in ``columns`` are omitted. CSV starts with a byte order mark, so that Excel reads UTF-8. Cells that a
@@ -237,7 +239,7 @@ def line_writer(path: Path, columns: Iterable[str]) -> Iterator[Callable[[Mappin
     @file_errors(path)
     def write(line: Mapping[str, Any]) -> None:
         if is_csv:
-            csv.writer(file).writerow([_no_formula(line.get(name)) for name in names])
+            csv.writer(file, delimiter=delimiter).writerow([_no_formula(line.get(name)) for name in names])
         else:
             file.write(json.dumps({name: line.get(name) for name in names}, ensure_ascii=False) + "\n")
 

@@ -18,7 +18,7 @@ from lianlian_async.background import BackgroundTask
 from lianlian_async.batch import refund_many
 from lianlian_async.cli.exit_codes import INTERRUPTED, INVALID, MADE, UNKNOWN, exit_outcome_of
 from lianlian_async.cli.options import is_dsn, load_merchant, make_session, place_name
-from lianlian_async.cli.output import Output, line_writer, local_time
+from lianlian_async.cli.output import Output, local_time
 from lianlian_async.cli.signals import one_interruption, sigterm_interrupts
 from lianlian_async.cli.stores import Receipt, default_place, make_folder, make_journal, open_queue
 from lianlian_async.errors import ConfigurationError, JournalError, LianLianError, RefundOutcomeUnknown
@@ -282,7 +282,7 @@ class _Batch:
         if self.options["out"] is None:
             yield str
             return
-        with line_writer(self.options["out"], results.result_columns(self.checked.columns.seen)) as write:
+        with results.result_writer(self.options["out"], self.checked) as write:
             for unsent in self.checked.unsent_lines():
                 write(results.unsent_result(*unsent))
 

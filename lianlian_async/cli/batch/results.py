@@ -1,7 +1,8 @@
 """The results of a batch: one result line for each line of the file, the totals, and the command's output."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import date, datetime
 from decimal import Decimal
 from itertools import chain
@@ -75,9 +76,13 @@ def _reason_of(outcome: Outcome) -> Reason:
     return Reason(word, str(outcome.error), _RUN_AGAIN)
 
 
-def result_columns(file_columns: Iterable[str]) -> tuple[str, ...]:
-    """Return the columns of ``--out``: line number, the file's own columns, identity and results."""
-    return tuple(dict.fromkeys(("line", *file_columns, *_IDENTITY, *_OURS)))
+def result_writer(out: Path, checked: Checked) -> AbstractContextManager[Callable[[Mapping[str, Any]], object]]:
+    """Open ``out`` with :func:`.line_writer`: line number, the file's own columns, identity and results.
+
+    In CSV, semicolons separate the cells if they do so in the file: the person's spreadsheet splits lines only there.
+    """
+    columns = dict.fromkeys(("line", *checked.columns.seen, *_IDENTITY, *_OURS))
+    return line_writer(out, columns, ";" if checked.columns.delimiter == ";" else ",")
 
 
 def result_of(line: Line, outcome: Outcome) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def unsent_result(
 
 def write_unsent(out: Path, checked: Checked) -> None:
     """Write every line of ``checked``, none of which was sent, to the file ``out``."""
-    with line_writer(out, result_columns(checked.columns.seen)) as write:
+    with result_writer(out, checked) as write:
         for unsent in checked.unsent_lines():
             write(unsent_result(*unsent))
         for line in checked.lines_after(0):

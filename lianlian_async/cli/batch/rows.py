@@ -44,6 +44,8 @@ class Columns:
     """Whether the file may have a column ``oid_partner``."""
     seen: dict[str, None] = attrs.field(factory=dict, init=False)
     """The columns found so far, in the file's order."""
+    delimiter: str = attrs.field(default=",", init=False)
+    """The delimiter of a CSV file."""
 
     def of(self, columns: Sequence[str]) -> dict[str, str]:
         """Return the field of each used column. Raises ``ValueError`` for an unknown column or a repeated field."""
@@ -105,13 +107,15 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
         for last_line in lines:  # noqa: UP028 - remember the line
             yield last_line
 
-    table = _cells(watched())
+    table = _cells(watched(), columns)
     line, header = next(table, (1, []))
     header = [cell.strip() for cell in header]
     try:
         names = columns.of(header)
     except ValueError as error:
         raise _unreadable(f"line {line}: {error}") from None
+    if header and "no_refund" not in (*names.values(), *columns.renamed):
+        raise _unreadable(f"line {line}: not a header, because no column is called no_refund; use --map to name it")
     for line, cells in table:
         by_column = dict(zip(header, cells, strict=False))
         if len(cells) == len(header):
@@ -121,7 +125,7 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
             yield Row(line, {}, f"has {len(cells)} cells, but the header has {len(header)}", by_column)
 
 
-def _cells(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+def _cells(lines: Iterator[str], columns: Columns) -> Iterator[tuple[int, list[str]]]:
     """Yield line number and cells of each row that is not blank; a row may have several lines.
 
     The first line may name the delimiter for Excel (``sep=;``). Otherwise the delimiter is the comma, semicolon or
@@ -130,8 +134,8 @@ def _cells(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
     first, skipped = next(lines), 0
     if named := _SEPARATOR.fullmatch(first):
         first, skipped = next(lines, ""), 1
-    delimiter = named[1] if named else max(",;\t", key=first.count)
-    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    columns.delimiter = named[1] if named else max(",;\t", key=first.count)
+    reader = csv.reader(chain([first], lines), delimiter=columns.delimiter, strict=True)
     begins = 1 + skipped
     try:
         for cells in reader:
