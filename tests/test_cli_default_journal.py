@@ -191,6 +191,17 @@ def test_another_journal_is_refused(env, gateway, file, tmp_path):
     assert json.loads(receipt_of(file).read_text())["place"] == str(tmp_path / "second")
 
 
+def test_a_link_to_a_file_has_its_receipt(env, gateway, file, tmp_path):
+    """A file that was sent is refused with another journal, also by the name of a symbolic link."""
+    link = tmp_path / "latest.csv"
+    link.symlink_to(file)
+    for first, second in ((link, file), (file, link)):
+        run("batch", first, "--yes", "--journal", tmp_path / "first", env=env)
+        assert run("batch", second, "--yes", "--journal", tmp_path / "second", env=env).exit_code == 2
+        receipt_of(file).unlink()
+    assert gateway.requests == {"apply": 3}
+
+
 def test_journal_is_checked_again_after_the_confirmation(env, gateway, file, tmp_path, monkeypatch):
     """While a person confirms, another batch sends the same file with another journal: the first one sends nothing."""
 

@@ -84,7 +84,7 @@ def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[s
     """Check the receipt of ``file`` (:meth:`.Receipt.check`); return a function that writes it. Stdin has none."""
     if file == "-":
         return lambda _: None
-    path = Path(f"{file}.receipt")
+    path = _receipt_of(file)
     others = ours.check(path, accept_new=options["accept_new_journal"], grace=options["not_found_grace"])
 
     def write(seconds: float) -> None:
@@ -122,10 +122,15 @@ def _refuse_too_much(totals: FileTotals, max_total: Decimal | None, max_refund: 
     raise click.UsageError(f"{problem}; nothing was sent")
 
 
+def _receipt_of(file: str) -> Path:
+    # Beside the file itself, so that all symbolic links to the file have one receipt.
+    return Path(f"{Path(file).resolve()}.receipt")
+
+
 def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None:
     if out is not None:
-        places = (file, f"{file}.receipt", place)
-        needed = [Path(one).resolve() for one in places if one and file != "-" and not is_dsn(one)]
+        places = (file, _receipt_of(file), place)
+        needed = [Path(one).resolve() for one in places if one and file != "-" and not is_dsn(str(one))]
         if out.resolve() in needed or any(out.exists() and path.exists() and path.samefile(out) for path in needed):
             raise click.BadParameter("must not be the input, its receipt or the journal", param_hint="--out")
 
