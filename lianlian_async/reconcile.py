@@ -56,6 +56,11 @@ class Verdict(StrEnum):
     """In the statement; the journal does not know whether it was made."""
     OUTSIDE_PERIOD = "outside_period"
     """Successful in the journal; the statement of its day or of the next day was not given."""
+    NOT_FINAL = "not_final"
+    """May have been made, but not final in the journal; the statement of its ``dt_refund`` was given, and lacks it."""
+
+
+_NOT_LISTED: Final = (Verdict.AGREES, Verdict.OUTSIDE_PERIOD, Verdict.NOT_FINAL)
 
 
 class _Layout(NamedTuple):
@@ -124,12 +129,12 @@ class Reconciliation:
         """The merchant of the statements."""
         self.counts: Counter[Verdict] = Counter()
         self.yuan: dict[Verdict, Decimal] = dict.fromkeys(Verdict, Decimal(0))
-        self.numbers: dict[Verdict, list[str]] = {
-            verdict: [] for verdict in Verdict if verdict not in (Verdict.AGREES, Verdict.OUTSIDE_PERIOD)
-        }
+        self.numbers: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict if verdict not in _NOT_LISTED}
         """Each ``no_refund`` whose verdict needs attention, by verdict."""
         self.unreadable: list[tuple[int, str]] = []
         """Rows that do not count: (line number, message with file and line)."""
+        self.lacking: Counter[str] = Counter()
+        """Days (YYYYMMDD) of missing statements: the number of refunds that only this statement may have."""
         self._periods: set[str] = set()
         self._seen = bytearray()
         """Whether a row was compared, by row id."""
@@ -185,11 +190,24 @@ class Reconciliation:
         verdicts = [_verdict(entry, ours, record) for record in records]
         if verdicts:
             self._count(verdicts[0], entry.no_refund, [record["money_refund"] for record in records])
-        if all(verdict is Verdict.NOT_IN_JOURNAL for verdict in verdicts) and (day := _statement_day(entry)):
-            days = (f"{one:%Y%m%d}" for one in (day, day + timedelta(1)))
-            is_covered = all(self._periods.intersection((one, one[:6])) for one in days)
-            verdict = Verdict.MISSING_IN_STATEMENT if is_covered else Verdict.OUTSIDE_PERIOD
+        if all(verdict is Verdict.NOT_IN_JOURNAL for verdict in verdicts) and (verdict := self._without_row(entry)):
             self._count(verdict, entry.no_refund, [entry.fields["money_refund"]])
+
+    def _without_row(self, entry: Entry) -> Verdict | None:
+        """Return the verdict for a refund that no statement has; None: no statement need have it."""
+        if (made_on := _statement_day(entry)) is not None:
+            days = [f"{one:%Y%m%d}" for one in (made_on, made_on + timedelta(1))]
+            if not (lacking := [day for day in days if not self._has(day)]):
+                return Verdict.MISSING_IN_STATEMENT
+            is_late = any(period <= days[0] for period in self._periods)
+            if is_late and any(days[0][: len(period)] <= period for period in self._periods):
+                self.lacking[lacking[0]] += 1
+            return Verdict.OUTSIDE_PERIOD
+        may_be_made = entry.state is State.ACCEPTED or (entry.state is State.UNRESOLVED and entry.sent_at is not None)
+        return Verdict.NOT_FINAL if may_be_made and self._has(entry.fields["dt_refund"][:8]) else None
+
+    def _has(self, day: str) -> bool:
+        return not self._periods.isdisjoint((day, day[:6]))
 
     def finish(self) -> None:
         """Count the rows that have no entry in the journal."""

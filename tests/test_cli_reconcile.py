@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import resource
+from datetime import UTC, datetime
+from decimal import Decimal
 
 import anyio
 import anyio.to_thread
 import pytest
 
 from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, RefundSession
-from lianlian_async.cli.sandbox.server import serving
+from lianlian_async.cli.sandbox.server import environment, serving
 from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.models import RefundRecord
-from lianlian_async.sandbox import Fault, When
+from lianlian_async.sandbox import Fault, SandboxGateway, When
 from lianlian_async.signing import SigningKey
 from tests.support.batches import PASSWORD, refund, url_of
 from tests.support.command import run, until
@@ -26,6 +28,7 @@ NOTHING = {
     "missing_in_statement": [],
     "unknown_proved": [],
     "outside_period": 0,
+    "not_final": 0,
     "unreadable": [],
 }
 
@@ -119,7 +122,28 @@ def test_differences_are_listed_and_exit_3(env, journal, gateway, file):
         "unreadable": [1],
     }
     assert f"{file.name}, line 1: column 2 (oid_partner): 'x201103171000000000' is not" in machine.stderr
-    assert {"unknown proved: R-1", "not in journal: R-2", "twice in statement: R-3"} <= set(people.stdout.splitlines())
+    first, second, third, fourth = (f"{file.name}, line {line}: 10 yuan" for line in (2, 3, 4, 5))
+    assert {
+        f"unknown proved: R-1 ({first})",
+        f"not in journal: R-2 ({second})",
+        f"twice in statement: R-3 ({third}; {fourth})",
+    } <= set(people.stdout.splitlines())
+
+
+def test_what_the_statements_cannot_decide_is_noted(journal, file):
+    """Notes name a missing statement, and what to do about refunds that are not final; both are no differences."""
+    gateway = SandboxGateway(started_at=datetime(2026, 11, 21, 18, tzinfo=UTC), default_order=Decimal("1000.00"))
+    file.write_text("")
+    with serving(gateway) as url:
+        env = environment(gateway, url)
+        send(env, journal, gateway, 0)
+        gateway.advance(60)
+        assert run("journal", "resume", "--journal", journal, env=env).exit_code == 0
+        send(env, journal, gateway, 1)
+    ended = run("reconcile", file, "--journal", journal, "--json")
+    assert (ended.exit_code, ended.json) == (0, NOTHING | {"outside_period": 1, "not_final": 1})
+    assert "the statement of 20261123 was not given: it may have 1 refunds that the others lack" in ended.stderr
+    assert "1 refunds are not final in the journal, and no statement has them: run `lianlian journal r" in ended.stderr
 
 
 def test_a_journal_may_be_a_database(database, env, gateway, file):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NoReturn, TextIO
@@ -87,13 +88,13 @@ class Output:
     _live: Console | None = attrs.field(default=None, init=False)
     """The console that shows a progress bar now."""
 
-    def show(self, document: Mapping[str, Any], *parts: RenderableType) -> None:
+    def show(self, document: Mapping[str, Any], *parts: RenderableType, more: Iterable[str] = ()) -> None:
         """Print the result: ``document`` as one line of JSON if ``--json`` is given, else tables and lines of text."""
         with _surviving(sys.stdout):
             if self.as_json:
                 click.echo(json.dumps(document))  # plain ASCII, readable in every terminal encoding
                 return
-            for part in parts:
+            for part in chain(parts, more):
                 if isinstance(part, str):
                     click.echo(printable(part))  # much faster than Rich, for a million lines
                 else:

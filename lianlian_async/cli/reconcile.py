@@ -39,14 +39,26 @@ def reconcile(
         anyio.run(_apply, found, load_merchant(config), place, output)
     for _, text in found.unreadable:
         output.note(text)
+    for day, number in sorted(found.lacking.items()):
+        output.note(f"the statement of {day} was not given: it may have {number:,} refunds that the others lack")
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
     rows = [(verdict.replace("_", " "), found.counts[verdict], found.yuan[verdict]) for verdict in Verdict]
     output.show(
         document | {"unreadable": [line for line, _ in found.unreadable]},
         table("Statements and journal", ("", "refunds", "yuan"), rows),
-        *(f"{verdict.replace('_', ' ')}: {number}" for verdict, numbers in found.numbers.items() for number in numbers),
+        more=(_difference(found, verdict, number) for verdict, numbers in found.numbers.items() for number in numbers),
     )
+    if not_final := found.counts[Verdict.NOT_FINAL]:
+        output.note(
+            f"{not_final:,} refunds are not final in the journal, and no statement has them: "
+            "run `lianlian journal resume`, then this command again"
+        )
     return 3 if found.unreadable or any(found.numbers.values()) else 0
+
+
+def _difference(found: Reconciliation, verdict: Verdict, no_refund: str) -> str:
+    rows = "; ".join(f"{row['evidence']}: {row['money_refund']} yuan" for row in found.records(no_refund))
+    return f"{verdict.replace('_', ' ')}: {no_refund}" + (f" ({rows})" if rows else "")
 
 
 def _read(found: Reconciliation, path: Path, statements: Sequence[Path]) -> None:
