@@ -344,6 +344,13 @@ def test_journal_whose_wal_is_missing(made):
         assert cure.startswith("put it back, or, if it is lost, move this file away and use `lianlian journal restore")
     with pytest.raises(JournalError, match="-wal is missing or empty"):
         anyio.run(crash)
+    path.rename(f"{path}-wal")
+    state, text, cure = lines(made, "--offline", exit_code=1)["journal"]
+    assert (state, text.split(":")[1]) == (
+        "failure",
+        f" the file is missing or empty, but {path}-wal has its latest refunds",
+    )
+    assert cure.startswith("put the file back, or, if it is lost, move the other one away")
 
 
 def test_journal_of_another_schema(made):

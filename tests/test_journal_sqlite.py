@@ -436,6 +436,20 @@ async def test_a_journal_without_its_wal_is_refused(path, tmp_path, then):
         assert (await journal.begin(intent("R-1"), now()))[0] is Standing.FINISHED
 
 
+@pytest.mark.parametrize("remove", [Path.unlink, lambda path: os.truncate(path, 0)], ids=["moved", "truncated"])
+async def test_a_wal_without_its_journal_is_refused(path, remove):
+    """Somebody may move the file without its WAL after a crash; SQLite would delete the WAL for a new or empty file."""
+    await anyio.run_process(program(path, _DIE), check=False)
+    log = path.with_name(f"{path.name}-wal")
+    kept = log.read_bytes()
+    remove(path)
+    for opened in SqliteJournal(path), SqliteReader(path):
+        with pytest.raises(JournalError, match=r"the file is missing or empty, but .*-wal has its latest refunds"):
+            async with opened:
+                pass
+        assert log.read_bytes() == kept
+
+
 async def test_the_wal_is_written_back_unless_a_reader_needs_it(path, monkeypatch):
     """With a reader, it grows and the journal goes on; afterwards it gets short again."""
     monkeypatch.setattr(sqlite_schema, "CHECKPOINT_PAGES", 20)

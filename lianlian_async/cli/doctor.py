@@ -18,6 +18,7 @@ from lianlian_async.clock import system_clock
 from lianlian_async.errors import ConfigurationError, GatewayUnavailable, LianLianError, QueryRejected, RefundNotFound
 from lianlian_async.flight import choose_canary
 from lianlian_async.journal import Owner, SqliteReader
+from lianlian_async.journal.sqlite_file import check_file
 from lianlian_async.merchant import Keys, Merchant
 from lianlian_async.models import RefundQuery, RefundRequest
 from lianlian_async.retry import RetryPolicy
@@ -126,6 +127,7 @@ async def _check_outside(report: _Report, merchant: Merchant, options: dict[str,
     try:
         place = options["place"] or default_place(merchant)
         if not is_dsn(place):
+            check_file(Path(place))
             _check_file(report, Path(place))
         async with make_reader(place) as reader:
             newest = choose_canary(await reader.canaries(), system_clock().wall, RetryPolicy().not_found_grace)

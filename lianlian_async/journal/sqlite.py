@@ -96,7 +96,7 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
     Only one object at a time may have it open; a second one, also in another process, gets a ``JournalError``. If a
     process ends or is killed, the next one finds its leased refunds as UNRESOLVED. A copy of the file is refused,
     because it may lack later refunds: its inode differs from the recorded one. A copy that was written over the
-    journal's own file, or that has the same inode by chance, is not recognized.
+    journal's own file, or that has the same inode (for example, in a snapshot of Btrfs or ZFS), is not recognized.
 
     While the journal is open, and after a crash, the files ``…-wal`` and ``…-shm`` are part of it: in a container,
     mount its folder, not only its file. The file ``…-owner`` names the process that has opened the journal; never

@@ -69,8 +69,11 @@ class JournalFile:
         self._leased: dict[str, tuple[int, Entry]] = {}
         """Leased entries by no_refund: (rowid, entry as stored)."""
         with self._errors(), ExitStack() as opened:
+            if not read_only:
+                opened.enter_context(closing(FileLock(owner_path)))
+            check_file(self._path)
+            has_log = _has_content(self._log_path)
             if read_only:
-                has_log = _has_content(self._log_path)
                 # Without "ro", the last connection would write the WAL of a killed process into the file and delete it.
                 mode = "ro" if has_log else "rw"
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0, mode=mode)))
@@ -81,8 +84,6 @@ class JournalFile:
                         f"journal {self._path}: an older release created it; `lianlian journal resume` upgrades it"
                     )
             else:
-                opened.enter_context(closing(FileLock(owner_path)))
-                has_log = _has_content(self._log_path)
                 identity = _identity(self._path)
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
@@ -343,6 +344,16 @@ def _errors(path: Path) -> Iterator[None]:
         code = getattr(error, "sqlite_errorcode", code) & 0xFF  # the primary result code
         advice = _ADVICE.get(code, "nothing was recorded")
         raise JournalError(f"journal {path}: {error}; {advice}") from error
+
+
+def check_file(path: Path) -> None:
+    """Raise ``JournalError`` if only the WAL of a journal is left: SQLite would delete it for a new or empty file."""
+    log = Path(f"{os.path.realpath(path)}-wal")
+    if _has_content(log) and not _has_content(path):
+        raise JournalError(
+            f"journal {path}: the file is missing or empty, but {log} has its latest refunds; "
+            "put the file back, or, if it is lost, move the other one away and use `lianlian journal restore FILE`"
+        )
 
 
 def restore(backup: Path, path: Path, now: Moment) -> None:
