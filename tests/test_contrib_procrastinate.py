@@ -14,6 +14,7 @@ import anyio
 import attrs
 import psycopg
 import pytest
+from procrastinate import App, PsycopgConnector
 from procrastinate.exceptions import ConnectorException
 from psycopg.rows import dict_row
 
@@ -818,6 +819,19 @@ async def test_another_worker_runs_the_jobs_of_a_dead_worker(dsn, journal):
         await queue.work(session, wait=False)
         assert await jobs_of(queue) == []
     assert gateway.times_made("R-0") == 1
+
+
+async def test_jobs_that_a_worker_of_another_program_fails_are_run(dsn, journal):
+    """By default, procrastinate's workers fetch the jobs of all queues, and fail those whose task they lack."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await queue.enqueue(requests(3))
+        async with App(connector=PsycopgConnector(conninfo=dsn)).open_async() as other:
+            await other.run_worker_async(wait=False, install_signal_handlers=False)
+        assert (await queue.counts())["failed"] == 3
+        await queue.work(session, wait=False)
+        assert not await jobs_of(queue)
+    assert [gateway.times_made(f"R-{number}") for number in range(3)] == [1, 1, 1]
 
 
 async def test_a_worker_that_others_removed_goes_on(dsn, journal):

@@ -90,14 +90,16 @@ SELECT args->'refunds'->0->>'no_refund' AS no_refund, args->>'cause' AS cause FR
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' ORDER BY id LIMIT %(limit)s
 """
 # Only the periodic job has a queueing lock. It is not queued again: its successor may already be queued with that lock.
+# Only a worker without our tasks fails a refund job: ours inserts a failed job, which no worker has attempted.
 _RESCUE: Final = """
 UPDATE procrastinate_jobs AS job
 SET status = CASE WHEN queueing_lock IS NULL THEN 'todo' ELSE 'failed' END::procrastinate_job_status,
     attempts = attempts + 1, scheduled_at = NULL, abort_requested = false
-WHERE status = 'doing' AND queue_name = %(queue)s AND NOT EXISTS (
-    SELECT FROM procrastinate_workers AS worker
-    WHERE worker.id = job.worker_id AND last_heartbeat >= now() - %(seconds)s * interval '1 s'
-) RETURNING id, status
+WHERE queue_name = %(queue)s AND (status = 'failed' AND task_name = %(task)s AND attempts > 0
+    OR status = 'doing' AND NOT EXISTS (
+        SELECT FROM procrastinate_workers AS worker
+        WHERE worker.id = job.worker_id AND last_heartbeat >= now() - %(seconds)s * interval '1 s'
+)) RETURNING id, status
 """
 # Find the refunds that a job already contains. Ignore new jobs that no worker has started: they may wait behind a long
 # queue, and a refund that may have been made must not wait so long.
@@ -133,7 +135,8 @@ class RefundQueue:
     A journal and its queue belong to one merchant and one apply endpoint. A job contains a slice: up to
     ``slice_size`` refunds. The journal records the outcome of each refund. A refund whose outcome stays unknown is
     queued again, due at its ``ask_again_at``. A refund about which a person has to decide (``RefundConflict``, or
-    unreadable data) becomes a failed job (:meth:`failures`).
+    unreadable data) becomes a failed job (:meth:`failures`). If other procrastinate workers use the database, let each
+    name its ``queues``: a worker that also fetches these jobs fails them, which delays their refunds.
     """
 
     @without_locals
@@ -342,9 +345,9 @@ class RefundQueue:
 
     async def _requeue_lost(self, timestamp: int) -> None:
         """Queue again: jobs of dead workers, and open refunds without a job. Delete failed jobs that are decided."""
-        session, queue, connector = self._working().session, self._names["queue"], self.app.connector
-        for job in await connector.execute_query_all_async(_RESCUE, queue=queue, seconds=self._rescue_after):
-            logger.warning("job %s is set to %s: its worker is dead", job["id"], job["status"])
+        session, connector = self._working().session, self.app.connector
+        for job in await connector.execute_query_all_async(_RESCUE, **self._names, seconds=self._rescue_after):
+            logger.warning("job %s is set to %s: its worker is dead, or lacks its task", job["id"], job["status"])
         await connector.execute_query_async(self._sql(_DELETE_DECIDED), **self._names)
         async with aclosing(_chunks(_open_refunds(session), self._slice_size)) as chunks:
             async for refunds in chunks:
