@@ -14,6 +14,7 @@ from lianlian_async import LianLianError
 from lianlian_async.cli import main
 from lianlian_async.cli.output import Output, line_writer, table
 from lianlian_async.cli.sandbox.server import environment, serving
+from tests.support import command
 from tests.support.batches import refund, write_csv
 from tests.support.command import ROOT
 
@@ -201,6 +202,15 @@ def test_closed_stdin_is_a_usage_error(nowhere, file, monkeypatch, capsys, argum
     monkeypatch.chdir(file.parent)
     assert called(*arguments, env=nowhere, monkeypatch=monkeypatch) == 2
     assert capsys.readouterr().err.endswith(f"Error: {problem}\n")
+
+
+def test_sentences_are_wrapped_between_words_on_a_terminal():
+    """A terminal would break them in the middle of a word. In a pipe a sentence stays one line."""
+    piped = command.run("help", "unknown").stdout
+    shown = command.run("help", "unknown", env={"FORCE_COLOR": "1", "COLUMNS": "50"}).stdout
+    assert shown.split() == piped.split()
+    assert max(map(len, piped.splitlines())) > 80
+    assert max(map(len, shown.splitlines())) <= 50
 
 
 @pytest.mark.parametrize("no_color", ["1", ""])

@@ -101,7 +101,9 @@ def reconcile() -> None:
     "answers, unless refunds are in flight and none has ended. If the file is older than --deadline plus 30 seconds, "
     "the worker or the database hangs.",
 )
-@click.option("--interval", type=options.Number(0.1, 20), default=10.0, help="Seconds between progress reports.")
+@click.option(
+    "--interval", metavar="SECONDS", type=options.Number(0.1, 20), default=10.0, help="Time between progress reports."
+)
 @options.session_options
 @options.config_option
 @options.runs(".worker")

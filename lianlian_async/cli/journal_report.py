@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import attrs
 from rich.table import Table
+from rich.text import Text
 
 from lianlian_async.clock import Moment
 from lianlian_async.codes import CODES
@@ -24,7 +25,7 @@ from lianlian_async.worker_pool import iterate
 
 from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of
 from .options import is_dsn, place_name
-from .output import Output, local_time, table, tables
+from .output import Output, local_time, printable, table, tables
 from .stores import make_reader, read_queue
 
 _LISTED: Final = 20
@@ -191,7 +192,9 @@ def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
     events = table(title, ("time", "event", "result"), map(_row, history))
     events.columns[0].no_wrap = True
     rows = [(name, text) for name, text in cells.items() if text and name != "no_refund"]
-    output.show(document, table(f"refund {entry.no_refund}: {outcome.word}", ("", ""), rows), events, meaning)
+    output.show(
+        document, table(f"refund {entry.no_refund}: {outcome.word}", ("", ""), rows), events, Text(printable(meaning))
+    )
     return outcome
 
 

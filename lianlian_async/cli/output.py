@@ -89,7 +89,10 @@ class Output:
     """The console that shows a progress bar now."""
 
     def show(self, document: Mapping[str, Any], *parts: RenderableType, more: Iterable[str] = ()) -> None:
-        """Print the result: ``document`` as one line of JSON if ``--json`` is given, else tables and lines of text."""
+        """Print the result: ``document`` as one line of JSON if ``--json`` is given, else tables and lines of text.
+
+        On a terminal a ``Text`` is wrapped between words. A ``str`` stays one line, so that it can be copied.
+        """
         with _surviving(sys.stdout):
             if self.as_json:
                 click.echo(json.dumps(document))  # plain ASCII, readable in every terminal encoding
@@ -98,7 +101,8 @@ class Output:
                 if isinstance(part, str):
                     click.echo(printable(part))  # much faster than Rich, for a million lines
                 else:
-                    _console().print(part)
+                    console = _console()
+                    console.print(part, soft_wrap=isinstance(part, Text) and not console.is_terminal)
 
     @contextmanager
     def screen(self) -> Iterator[Callable[..., object]]:

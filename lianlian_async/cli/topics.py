@@ -1,6 +1,5 @@
 """``lianlian help``: explain three concepts in a few sentences each."""
 
-import json
 from typing import Final
 
 import click
@@ -39,4 +38,8 @@ def help_topic(ctx: click.Context, topic: str | None) -> None:
     """Explain a concept: unknown, journal or processes."""
     chosen = _TOPICS if topic is None else {topic: _TOPICS[topic]}
     text = "\n\n".join(f"{name}\n\n{text}" for name, text in chosen.items())
-    click.echo(json.dumps(chosen) if ctx.meta[AS_JSON] else text)
+    from rich.text import Text
+
+    from .output import Output
+
+    Output(as_json=ctx.meta[AS_JSON]).show(chosen, Text(text))

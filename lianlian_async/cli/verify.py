@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, TypeAlias
 from urllib.parse import quote, unquote
 
+from rich.text import Text
+
 from lianlian_async.models import DOCUMENTED
 from lianlian_async.signing import VerifyingKey, signature_source
 
 from .exit_codes import SIGNATURE_INVALID
 from .options import load_merchant, read_message
-from .output import Output
+from .output import Output, printable
 
 Fields: TypeAlias = Mapping[str, str]
 
@@ -111,7 +113,7 @@ def verify(output: Output, /, file: BinaryIO, config: Path | None) -> int:
             "tried": [{"owner": one.owner, "fingerprint": one.key.fingerprint} for one in trusted],
             "source": source.decode(),
         },
-        f"{outcome}: {reason}",
+        Text(printable(f"{outcome}: {reason}")),
         *(f"tried: {one}, {one.key.bits} bits" for one in trusted),
         f"signature source: {source.decode()}",
     )

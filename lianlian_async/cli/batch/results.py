@@ -310,7 +310,7 @@ def _not_made(reason: Reason, refunds: int, lines: Sequence[NotMade], results: s
     yield table("", NotMade._fields, lines)
     if more := refunds - len(lines):
         yield f"… and {more:,} more: {results or 'use --out to list all'}"
-    yield f"what to do: {reason.advice}"
+    yield Text(f"what to do: {reason.advice}")
 
 
 def _document(outcome: str, checked: Checked) -> dict[str, Any]:
