@@ -231,6 +231,17 @@ def test_explain_of_an_unknown_number_is_an_error(journal):
     assert run("explain", "R-1", "--journal", journal.with_name("other")).exit_code == 2
 
 
+def test_explain_warns_about_a_journal_that_lacks_refunds(journal, tmp_path):
+    """A copy may say "certainly not made" about a refund that was made later."""
+    begin(journal, sent=False)
+    copy = shutil.copy(journal, tmp_path / "copy")
+    for number in "R-1", "R-2":
+        explained = run("explain", number, "--journal", copy)
+        assert explained.exit_code == 1
+        assert explained.stderr.startswith(f"warning: {copy}: this is a backup or another copy of a journal")
+    assert run("explain", "R-1").stderr == ""
+
+
 @pytest.mark.parametrize("command", [("explain", GBK), ("journal", "decide", GBK, "made", "--evidence", "mail")])
 def test_a_number_that_is_not_utf_8_is_refused(journal, command):
     """The journal is in order: no error may say that it is damaged."""

@@ -14,7 +14,7 @@ import click
 
 from lianlian_async.clock import system_clock
 from lianlian_async.errors import LianLianError
-from lianlian_async.journal import Entry
+from lianlian_async.journal import Entry, SqliteReader
 from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.journal.sqlite_file import restore as restore_file
 from lianlian_async.merchant import Merchant
@@ -58,6 +58,8 @@ def explain(output: Output, /, no_refund: str, place: str | None, config: Path |
 
     async def find() -> Entry | None:
         async with make_reader(found) as reader:
+            if isinstance(reader, SqliteReader) and reader.problem:
+                output.note(f"warning: {found}: {reader.problem}")
             return await reader.find(no_refund)
 
     if (entry := anyio.run(find)) is None:
