@@ -19,6 +19,7 @@ from .clock import Clock, SessionClock, system_clock
 from .events import CallBegan, CallEnded, Listener, Paused
 from .flight import Flights, Order
 from .gateway_client import GatewayClient
+from .identity import check_request
 from .journal import Journal, OpenRefunds
 from .lifecycle import Lifecycle
 from .logs import Listeners, set_up_from_environment
@@ -356,6 +357,8 @@ class RefundSession:
         expect(request, RefundRequest, "request")
         if earlier is not None:
             expect(earlier, errors.RefundOutcomeUnknown, "earlier")
+            # Without this check, the body of another refund would be sent, although nobody has queried that refund.
+            check_request(request.no_refund, request.to_dict(), earlier.request.to_dict())
             theirs = f"{earlier.oid_partner} at {earlier.apply_url}"
             ours = f"{self.merchant.oid_partner} at {self.merchant.endpoints.apply}"
             if theirs != ours:
@@ -363,13 +366,14 @@ class RefundSession:
                     f"refund {earlier.no_refund} belongs to merchant {theirs}, this session to {ours}: resolve it in a "
                     "session of the same merchant and endpoint"
                 )
-        journal = journal or self.journal
+        check_journal(journal)
+        journal = self.journal if journal is None else journal  # not `or`: a journal with a length may be false
         seconds, policy = self._given(deadline, retry)
         if journal is not None and seconds > LONGEST_DEADLINE:
             raise errors.ConfigurationError(f"deadline: must be at most {LONGEST_DEADLINE:g} seconds with a journal")
         order = Order(
             request=request,
-            journal=journal or self._open_refunds,
+            journal=self._open_refunds if journal is None else journal,
             policy=policy,
             seconds=seconds,
             earlier=earlier,

@@ -508,6 +508,22 @@ async def test_a_refund_of_another_merchant_is_not_resolved():
     assert not gateway.requests
 
 
+async def test_the_unknown_outcome_of_another_refund_is_a_conflict():
+    """A request with the unknown outcome of another refund sends nothing: it would send that refund unqueried."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    unknown = await left_unknown(gateway)
+    await anyio.sleep(900)
+    requests = gateway.requests.copy()
+    session, _ = session_over(gateway)
+    async with session:
+        for request in (refund_request(2), refund_request(money_refund="9.99")):
+            assert isinstance((await session.outcome_of(request, earlier=unknown)).error, RefundConflict)
+        assert gateway.requests == requests
+        assert (await session.outcome_of(refund_request(notify_url="https://b.example"), earlier=unknown)).refund
+    assert (gateway.times_made("R-1"), gateway.times_made("R-2")) == (1, 0)
+
+
 async def test_resolve_raises_a_rejection():
     """The resend after the grace is rejected: the error is raised once "no such record" is believed again."""
     gateway = sandbox(default_order=None)

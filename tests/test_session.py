@@ -193,6 +193,8 @@ async def test_another_type_is_refused_before_anything_is_sent(given):
         with pytest.raises(InvalidRequest, match="refund: must be a Refund"):
             await session.wait_refund(given)
         assert isinstance((await session.outcome_of(refund_request(), earlier="R-1")).error, InvalidRequest)
+        with pytest.raises(ConfigurationError, match=r"journal: must be a journal, .* not str"):
+            await session.outcome_of(refund_request(), journal="refunds.db")
         with pytest.raises(ConfigurationError, match="retry: must be of type RetryPolicy, not int"):
             await session.apply_refund(refund_request(), retry=3)
         assert sum((await journal.counts()).values()) == 0
@@ -219,7 +221,7 @@ def test_settings_of_another_type_are_refused(merchant, settings, words):
         RefundSession(**{"merchant": merchant} | settings)
 
 
-@pytest.mark.parametrize("deadline", [0, -1, float("nan"), "30", True, [30], Decimal(30)])
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), "30", True, [30], Decimal(30), 10**400])
 async def test_an_invalid_deadline_is_refused(merchant, deadline):
     """A deadline must be a positive number of seconds."""
     with pytest.raises(ConfigurationError, match="deadline"):
@@ -250,6 +252,39 @@ async def test_a_client_excludes_a_transport(merchant):
     async with httpx.AsyncClient() as client:
         with pytest.raises(ConfigurationError, match="client, transport and http_backend"):
             RefundSession(merchant, client=client, transport=asgi_transport(sandbox()))
+
+
+class WithLength(httpx.ASGITransport):
+    """A transport that is false, like an empty list, until it has sent a request."""
+
+    def __init__(self, app):
+        super().__init__(app)
+        self.requests = []
+
+    def __len__(self):
+        return len(self.requests)
+
+    async def handle_async_request(self, request):
+        self.requests.append(request)
+        return await super().handle_async_request(request)
+
+
+class JournalWithLength(MemoryJournal):
+    """A journal that is false."""
+
+    def __len__(self):
+        return 0
+
+
+@virtual
+async def test_a_transport_or_journal_with_a_length_is_used():
+    """A transport or a journal that is false is not replaced by the network, or by no journal."""
+    gateway = sandbox()
+    transport, journal = WithLength(gateway), JournalWithLength()
+    async with journal, RefundSession(gateway.merchant(), transport=transport, journal=journal) as session:
+        await session.apply_refund(refund_request())
+        assert (await journal.find("R-1")).ending is not None
+    assert len(transport) == gateway.requests["apply"] == 1
 
 
 # ── opening and closing ──────────────────────────────────────────────────────────────────────────

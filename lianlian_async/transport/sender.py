@@ -73,7 +73,8 @@ class HttpSender:
 
         The library's own transport checks the proxies for ``urls`` now, other proxies when it opens a connection.
         """
-        return cls(client or transport or await own_transport(max_connections, backend, urls), content_type)
+        given = transport if client is None else client  # not `or`: a mocked transport with a length may be false
+        return cls(await own_transport(max_connections, backend, urls) if given is None else given, content_type)
 
     async def post(
         self,
