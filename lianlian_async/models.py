@@ -336,8 +336,13 @@ class RefundRecord:
 
         A missing field has the value in ``asked``, the wire fields of the request; the caller must have compared both.
         The result is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known; else ``Refund.from_dict``
-        raises ``InvalidRequest``. An unreadable field is None, and its text is in ``extra``.
+        raises ``InvalidRequest``, as both do for a value that is not a string. An unreadable field is None, and its
+        text is in ``extra``.
         """
+        expect(data, Mapping, "data")
+        for name, value in cast("Mapping[str, object]", data).items():
+            if value is not None:
+                expect(value, str, name)  # the JSON of another program may contain numbers
         known = ("sign", "sign_type", *_READERS)
         extra, values = {name: text for name, text in data.items() if name not in known}, dict[str, Any]()
         for name, read in _READERS.items():

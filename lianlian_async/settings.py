@@ -1,6 +1,8 @@
 """Checks of arguments of the public API. ``check_…`` raises ``ConfigurationError``."""
 
+import sys
 from inspect import iscoroutinefunction
+from math import isnan
 from types import UnionType
 from typing import Final
 
@@ -14,8 +16,10 @@ LONGEST: Final = 10**9
 
 
 def is_number(value: object) -> bool:
-    """Return whether ``value`` is an int or float, but not a bool or NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # noqa: PLR0124 - NaN
+    """Return whether ``value`` is a float but not NaN, or an int that a float can hold, but not a bool."""
+    if isinstance(value, float):
+        return not isnan(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_integer(name: str, value: object, *, least: int, most: int | None = None, bound: str = "") -> int:

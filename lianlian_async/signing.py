@@ -153,7 +153,7 @@ class SigningKey(_Key):
     @classmethod
     def generate(cls, bits: int = 2048) -> Self:
         """Return a new key of ``bits`` (1024, 2048 or 4096). It can take seconds: do not call it on an event loop."""
-        if bits not in (1024, 2048, 4096):
+        if not isinstance(bits, int) or bits not in (1024, 2048, 4096):
             raise ConfigurationError(f"bits: the gateway accepts keys of 1024, 2048 or 4096 bits, not {bits}")
         return cls(RSA.generate(bits))
 

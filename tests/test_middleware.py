@@ -683,7 +683,9 @@ async def test_a_cancelled_waiter_uses_up_no_start():
     assert times == pytest.approx([1.0])
 
 
-@pytest.mark.parametrize(("per_second", "burst"), [(0, 1), (-1, 1), (math.nan, 1), (1, 0), ("4", 1), (1, True)])
+@pytest.mark.parametrize(
+    ("per_second", "burst"), [(0, 1), (-1, 1), (math.nan, 1), (1, 0), ("4", 1), (1, True), (10**400, 1), (1, 10**400)]
+)
 async def test_unusable_rate_is_refused(per_second, burst):
     """A rate or burst with which no caller could start is refused."""
     with pytest.raises(ConfigurationError, match="RateLimit"):

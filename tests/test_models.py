@@ -388,7 +388,9 @@ def test_missing_unknown_and_invalid_fields_are_reported_together(make):
 
 
 @pytest.mark.parametrize("data", ["R-1", None, 5, ["R-1"]])
-@pytest.mark.parametrize("read", [RefundRequest.from_dict, RefundQuery.from_dict, RefundRequest.from_record])
+@pytest.mark.parametrize(
+    "read", [RefundRequest.from_dict, RefundQuery.from_dict, RefundRequest.from_record, Refund.from_dict]
+)
 def test_other_types_are_an_invalid_request(read, data):
     """The error names the expected and the given type."""
     problem = problems_of(lambda: read(data))["data"]
@@ -556,6 +558,16 @@ def test_a_refund_made_by_hand_survives_pickling():
     for twin in (pickle.loads(pickle.dumps(refund)), copy.deepcopy(refund), attrs.evolve(refund)):
         assert twin == refund
         assert twin.extra == {"a": "b"}
+
+
+@pytest.mark.parametrize("value", [0, 2, 200.01, 20170801, True, Decimal("200.01"), b"2", ["2"]], ids=repr)
+@pytest.mark.parametrize("name", ["no_refund", "money_refund", "sta_refund", "settle_date", "rate", "memo"])
+@pytest.mark.parametrize("read", [Refund.from_dict, RefundRecord.from_dict])
+def test_a_value_of_a_record_that_is_not_a_string_is_refused(read, name, value):
+    """A number in JSON from another program, such as a status, is neither ignored nor a TypeError."""
+    problem = problems_of(lambda: read(SAMPLE | {name: value}))[name]
+    assert problem.rule == "must be a str"
+    assert read(SAMPLE | {name: None}, SAMPLE) == read(SAMPLE | {name: ""}, SAMPLE)
 
 
 def test_the_received_mapping_is_read_only_and_a_copy():

@@ -68,6 +68,7 @@ def test_unusable_retry_after_is_ignored():
         ({"attempts": True}, "attempts must be a number"),
         ({"attempts": 2.0}, "attempts must be an integer"),
         ({"initial": "0.5", "maximum": None}, "initial must be a number, is '0.5'; maximum must be a number, is None"),
+        ({"initial": 10**400, "maximum": 10**401}, "initial must be a number, is 1000"),
         ({"budget": 5}, "budget: must be of type RetryBudget, not int"),
         ({"maximum": 0.4}, "maximum must"),
         ({"maximum": math.inf}, "maximum must be finite"),
@@ -178,7 +179,11 @@ def test_budget_is_never_exceeded(capacity, per_second, pauses):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"capacity": 0}, {"capacity": math.nan}, {"per_second": -1}, {"per_second": "5"}, {"capacity": True}]
+    "settings",
+    [
+        *({"capacity": 0}, {"capacity": math.nan}, {"capacity": True}, {"capacity": 10**400}),
+        *({"per_second": -1}, {"per_second": "5"}, {"per_second": 10**400}),
+    ],
 )
 def test_unusable_budget_is_refused(settings):
     """A budget without a single retry, or with a negative refill, is refused."""

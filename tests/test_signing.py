@@ -377,7 +377,7 @@ def test_a_generated_key_signs():
     assert not PAIR.public.verify(b"a=b", key.sign(b"a=b"))
 
 
-@pytest.mark.parametrize("bits", [0, 512, 1023, 1025, 2049, 3072, 4097, 8192])
+@pytest.mark.parametrize("bits", [0, 512, 1023, 1025, 2049, 3072, 4097, 8192, "2048", 2048.0])
 def test_unsupported_sizes_are_not_generated(bits):
     """Sizes other than 1024, 2048 and 4096 are refused."""
     with pytest.raises(ConfigurationError, match=f"1024, 2048 or 4096 bits, not {bits}"):
