@@ -388,6 +388,16 @@ def test_permissions_of_the_journal(made):
     assert checks_of_the_journal(made, 1) == [(f"{path} is read-only", f"chmod u+w {path}")]
 
 
+def test_journal_beside_which_nothing_can_be_written(made, monkeypatch):
+    """A journal needs its folder and the file that names its process; another user may have created that file."""
+    path, user, access = Path(made["LIANLIAN_JOURNAL"]), os.geteuid(), os.access
+    closed = path.parent, Path(f"{path}-owner")
+    monkeypatch.setattr(os, "access", lambda file, mode: file not in closed and access(file, mode))
+    assert checks_of_the_journal(made, 1) == [
+        (f"{file} is not writable for user {user}", f"chown or chmod {file}") for file in closed
+    ]
+
+
 def test_owner_of_the_journal(made, monkeypatch):
     path, user = made["LIANLIAN_JOURNAL"], os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: user + 1)

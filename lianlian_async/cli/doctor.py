@@ -127,7 +127,6 @@ async def _check_outside(report: _Report, merchant: Merchant, options: dict[str,
     try:
         place = options["place"] or default_place(merchant)
         if not is_dsn(place):
-            check_file(Path(place))
             _check_file(report, Path(place))
         async with make_reader(place) as reader:
             newest = choose_canary(await reader.canaries(), system_clock().wall, RetryPolicy().not_found_grace)
@@ -181,6 +180,8 @@ async def _check_connection(report: _Report, url: str) -> None:
 
 
 def _check_file(report: _Report, path: Path) -> None:
+    check_file(path)
+    path = path.resolve()
     about = path.stat()
     user = getattr(os, "geteuid", lambda: about.st_uid)()
     if about.st_uid != user:
@@ -188,6 +189,9 @@ def _check_file(report: _Report, path: Path) -> None:
         report.add("journal", text, warning="run every command as the user that owns the journal")
     if not about.st_mode & 0o200:
         report.add("journal", f"{path} is read-only", failure=f"chmod u+w {path}")
+    for each in (path.parent, *(Path(f"{path}-{suffix}") for suffix in ("owner", "wal", "shm"))):
+        if each.exists() and not os.access(each, os.W_OK):
+            report.add("journal", f"{each} is not writable for user {user}", failure=f"chown or chmod {each}")
     if about.st_mode & 0o022:
         report.add("journal", f"other users can change {path}", warning=f"chmod go-w {path}")
     free = shutil.disk_usage(path.parent).free
