@@ -25,6 +25,7 @@ def test_no_refund_is_made_twice_and_every_outcome_is_true():
     assert report["outcomes"]["rejected"] + report["outcomes"]["unknown"] >= 1
     assert report["attempts"] >= 30
     assert report["seconds"] > 0
+    assert report["worst_stall_ms"] > 0
 
 
 def test_without_a_terminal_there_is_no_progress():

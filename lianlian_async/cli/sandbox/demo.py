@@ -2,9 +2,10 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from random import Random
 from time import perf_counter
 from typing import Final, NamedTuple
@@ -12,6 +13,7 @@ from typing import Final, NamedTuple
 import anyio
 import click
 
+from lianlian_async.background import BackgroundTask
 from lianlian_async.cli.batch.results import exit_outcome
 from lianlian_async.cli.exit_codes import INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN, ExitOutcome
 from lianlian_async.cli.output import Output, table, tables
@@ -29,6 +31,8 @@ _DELAY: Final = 0.5
 # The sandbox carries out no request later than _DELAY. LianLian's gateway needs the default grace of 15 minutes.
 _POLICY: Final = RetryPolicy(not_found_grace=3 * _DELAY)
 _DEADLINE: Final = 8.0
+_TICK: Final = 0.01
+"""Seconds between two measurements of the event loop's delay."""
 _ORDER: Final = Decimal("100.00")
 """Amount of each order in yuan. Every 25th refund is larger, so the gateway rejects it."""
 _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
@@ -46,13 +50,14 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
         delay=_DELAY,
     )
     requests = _requests(refunds, Random(seed))  # noqa: S311 - not for security
-    outcomes = dict[str, ExitOutcome]()
+    outcomes, stalls = dict[str, ExitOutcome](), [0.0]
     with (
-        _audited(output, gateway, requests, outcomes),
+        _audited(output, gateway, requests, outcomes, stalls),
         serving(gateway) as url,
         output.progress(refunds, lambda: "refunds") as advance,
     ):
-        anyio.run(_refund_all, gateway.merchant(url), requests, outcomes, concurrency, advance)
+        work = partial(_refund_all, stalls=stalls)
+        anyio.run(work, gateway.merchant(url), requests, outcomes, concurrency, advance)
 
 
 def _requests(count: int, random: Random) -> list[RefundRequest]:
@@ -73,9 +78,14 @@ async def _refund_all(
     outcomes: dict[str, ExitOutcome],
     concurrency: int,
     advance: Callable[[], object],
+    *,
+    stalls: list[float],
 ) -> None:
     """Make all refunds, and store the outcome of each one that was started."""
-    async with RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session:
+    async with (
+        aclosing(BackgroundTask(partial(_measure, stalls))),
+        RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session,
+    ):
 
         async def make(request: RefundRequest) -> None:
             outcomes[request.no_refund] = INTERRUPTED
@@ -83,6 +93,14 @@ async def _refund_all(
             advance()
 
         await run_workers(requests, make, workers=concurrency, intake=anyio.CancelScope())
+
+
+async def _measure(stalls: list[float]) -> None:
+    """Store the event loop's worst delay in seconds. The gateway's thread, which shares the GIL, adds to it."""
+    while True:
+        began = perf_counter()
+        await anyio.sleep(_TICK)
+        stalls[0] = max(stalls[0], perf_counter() - began - _TICK)
 
 
 class Audit(NamedTuple):
@@ -124,7 +142,11 @@ def audit(
 
 @contextmanager
 def _audited(
-    output: Output, gateway: SandboxGateway, requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome]
+    output: Output,
+    gateway: SandboxGateway,
+    requests: Sequence[RefundRequest],
+    outcomes: Mapping[str, ExitOutcome],
+    stalls: Sequence[float],
 ) -> Iterator[None]:
     """Print the audit, however the block ends; exit: 130 if interrupted, 1 if there are disagreements."""
     began, exit_code = perf_counter(), 0
@@ -141,6 +163,7 @@ def _audited(
             "attempts": gateway.requests["apply"],
             "queries": gateway.requests["query"],
             "seconds": round(perf_counter() - began, 1),
+            "worst_stall_ms": round(1000 * stalls[0], 1),
         }
         verdict = f"the gateway's ledger {'contradicts' if found.disagreements else 'confirms'} the outcomes"
         document = {

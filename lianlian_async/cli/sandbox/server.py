@@ -40,6 +40,7 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
             date_header=False,  # the gateway sends its own
         )
         logging.getLogger("uvicorn.error").addFilter(_is_unexpected)
+        config.load()  # imports modules: in the thread, this would delay the caller's event loop
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), name="lianlian-sandbox")
         thread.start()
