@@ -214,13 +214,20 @@ def test_order_that_cannot_exist_is_a_usage_error(tmp_path):
     assert "must be between 0.01 and 100000000.00 yuan" in ended.stderr
 
 
-def test_an_ipv6_address_is_written_in_brackets(tmp_path):
+def test_sandbox_on_all_addresses_is_used_on_this_machine(tmp_path):
+    """With 0.0.0.0, which a container needs, the URL is that of the loopback address."""
+    ended = sandbox_in_this_process("--host", "0.0.0.0", "--json", env_file=tmp_path / "sandbox.env")
+    assert ended.json["url"].startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_an_ipv6_address_is_written_in_brackets(tmp_path, host):
     """The URL of a sandbox at ::1 has brackets."""
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("this machine has no IPv6")
-    ended = sandbox_in_this_process("--host", "::1", "--json", env_file=tmp_path / "sandbox.env")
+    ended = sandbox_in_this_process("--host", host, "--json", env_file=tmp_path / "sandbox.env")
     assert ended.json["url"].startswith("http://[::1]:")
 
 

@@ -6,12 +6,15 @@ import threading
 from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.sandbox import Notifier, SandboxGateway
+
+_LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - not bound here
+"""The address in the URL of a sandbox that listens on all addresses, by the address it listens on."""
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
@@ -45,6 +48,7 @@ def serving(gateway: SandboxGateway | Notifier, host: str = "127.0.0.1", port: i
         thread = threading.Thread(target=server.run, args=([listener],), name="lianlian-sandbox")
         thread.start()
         try:
+            host = _LOOPBACK.get(host, host)
             yield f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
