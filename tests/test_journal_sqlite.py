@@ -704,6 +704,7 @@ def _sqlite(path, statement):
     [
         "UPDATE refunds SET state = 'lost' WHERE no_refund = 'R-1'",
         "UPDATE refunds SET sent_at = 'today' WHERE no_refund = 'R-2'",
+        "UPDATE refunds SET sent_at = 1 << 62 WHERE no_refund = 'R-2'",
         "UPDATE refunds SET fields = '{' WHERE no_refund = 'R-1'",
         "UPDATE bodies SET evidence = '[]'",
         "PRAGMA writable_schema = on; UPDATE sqlite_master SET sql = CAST(x'ff00fe' AS TEXT) WHERE name = 'refunds'",

@@ -271,7 +271,7 @@ class JournalFile:
         rows = json.loads(self._value(sql.READ + condition, *parameters))
         try:
             return {row[0]: self._entry(row[1:]) for row in rows}
-        except (AttributeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
             raise _DamagedRowError(f"a row cannot be read: {error}") from error
 
     def _entry(self, row: Sequence[Any]) -> Entry:
