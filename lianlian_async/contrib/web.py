@@ -16,7 +16,8 @@ In the recipes, ``journal``, ``session`` and ``endpoint`` are those of the READM
         exception_handlers={LianLianError: refund_error},
     )
 
-Django: an async view, and the ``application`` of ``asgi.py``, because Django ignores the server's lifespan::
+Django: an async view, and the ``application`` of ``asgi.py``, because Django ignores the server's lifespan. Daphne runs
+no lifespan: use another server, such as uvicorn::
 
     from django.core.asgi import get_asgi_application
     from django.http import JsonResponse
