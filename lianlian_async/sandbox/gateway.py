@@ -108,7 +108,7 @@ class SandboxGateway:
         self._started = clock()
         self._started_at = started_at or datetime.now(UTC)
         self.made = anyio.Event()
-        """Set when there may be new ``refunds``, and then replaced by a new event."""
+        """Set when there may be new ``refunds``, now or later, and then replaced by a new event."""
         self.advanced = anyio.Event()
         """Set when the clock was advanced, and then replaced by a new event."""
 
@@ -154,9 +154,9 @@ class SandboxGateway:
         if not 0 <= seconds < math.inf:
             raise ValueError(f"seconds must be finite and not negative, is {seconds}")
         self._advanced += seconds
-        for event in (self.advanced, self.made):  # late requests may now be due
-            event.set()
-        self.advanced, self.made = anyio.Event(), anyio.Event()
+        self.advanced.set()
+        self.advanced = anyio.Event()
+        self._set_made()  # late requests may now be due
 
     def script(
         self,
@@ -206,6 +206,15 @@ class SandboxGateway:
         self._carry_out_late()
         return tuple(self._ledger.records)
 
+    @property
+    def next_late(self) -> float:
+        """Seconds until the next request with ``Fault.LATE`` is carried out; infinite if there is none."""
+        return min((at for at, _, _ in self._late), default=math.inf) - self.now()
+
+    def _set_made(self) -> None:
+        self.made.set()
+        self.made = anyio.Event()
+
     def _made(self, no_refund: str) -> list[Record]:
         self._carry_out_late()
         return self._ledger.made(no_refund)
@@ -248,6 +257,7 @@ class SandboxGateway:
             return
         if injection.fault is Fault.LATE:
             self._late.append((self.now() + injection.delay, route, fields))
+            self._set_made()
             await receive()  # the body was read, so the next message is the client's disconnect
             return
         answer = self._carry_out(route, fields) if injection.when is When.AFTER else None
@@ -285,8 +295,7 @@ class SandboxGateway:
                 return self._answer(self._ledger.query(fields, at), at)
             rules.check_apply(fields)
             record = self._ledger.apply(fields, at, domestic=route.domestic)
-            self.made.set()
-            self.made = anyio.Event()
+            self._set_made()
         except Rejection as rejection:
             return answers.error_answer(rejection.ret_code, rejection.parameter)
         answer = self._answer(record, record.received_at)

@@ -153,7 +153,8 @@ class Notifier:
             while True:
                 made = self._gateway.made
                 self._start_new()
-                await made.wait()
+                with anyio.move_on_after(self._gateway.next_late):
+                    await made.wait()
 
     def _start_new(self) -> list[anyio.Event]:
         """Start notifying about new refunds; return, for each early one, an event that its first delivery sets."""
