@@ -102,7 +102,8 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
     mount its folder, not only its file. The file ``…-owner`` names the process that has opened the journal; never
     remove it: its lock ends with that process. ``…-inbox`` is the journal's inbox. If several processes run one
     service, let them share a :class:`~.postgres.PostgresJournal`: with a file for each process, no process knows the
-    refunds of the others. Use a local disk: network file systems lack reliable locks.
+    refunds of the others. Use a local disk: network file systems lack reliable locks. Where inode numbers change at a
+    restart or mount (gVisor, FAT, some FUSE file systems), the journal is then refused: use a PostgresJournal.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
