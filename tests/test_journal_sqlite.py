@@ -398,12 +398,13 @@ async def test_a_copy_with_the_inode_number_of_the_removed_journal_is_refused(pa
             pass
 
 
-async def test_a_restored_journal_replaces_no_symlink(path, tmp_path):
+async def test_a_restored_journal_replaces_no_symlink_and_is_writable(path, tmp_path):
     """The link may name a persistent disk: the journal is created there, and the WAL of the lost one is found there."""
     link, backup = tmp_path / "link", tmp_path / "backup"
     with contextlib.closing(JournalFile(str(path))) as file:
         file.backup(backup)
     path.unlink()
+    backup.chmod(0o400)
     link.symlink_to(path)
     log = path.with_name(f"{path.name}-wal")
     log.touch()
@@ -411,7 +412,7 @@ async def test_a_restored_journal_replaces_no_symlink(path, tmp_path):
         restore(backup, link, now())
     log.unlink()
     restore(backup, link, now())
-    assert link.readlink() == path
+    assert (link.readlink(), backup.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (path, 0o400, 0o600)
     async with SqliteJournal(path) as journal:
         assert (await journal.begin(intent(), now()))[0] is Standing.ASK_FIRST
 

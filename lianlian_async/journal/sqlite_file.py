@@ -374,9 +374,10 @@ def restore(backup: Path, path: Path, now: Moment) -> None:
             raise JournalError(
                 f"{backup} is empty, or lacks the commits in {backup}-wal; restore a file of `lianlian journal backup`"
             )
-        copy = shutil.copy(backup, folder)
-        JournalFile(copy, restored_at=now).close()
-        Path(copy).replace(path)
+        copy = Path(shutil.copy(backup, folder))
+        copy.chmod(copy.stat().st_mode | 0o200)  # a backup may be read-only
+        JournalFile(str(copy), restored_at=now).close()
+        copy.replace(path)
         sync_folders(path.parent)
 
 
