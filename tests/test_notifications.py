@@ -22,6 +22,7 @@ from starlette.routing import Mount
 
 from lianlian_async import (
     ConfigurationError,
+    Endpoints,
     NotificationEndpoint,
     RefundSession,
     RefundStatus,
@@ -611,6 +612,18 @@ async def test_an_endpoint_refuses_the_journal_of_another_merchant(journal, hand
         assert "belongs to merchant 201304121000001004" in caplog.text
     assert await journal.find("R-1") == before
     assert not handler.begun
+
+
+async def test_an_endpoint_refuses_the_inbox_of_a_rehearsal(handler, tmp_path):
+    """If only the journal's file was deleted, the refunds of the rehearsal would count as handled in production."""
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    async with NotificationEndpoint(trusting(), handler, journal=journal) as endpoint:
+        await deliver(endpoint, 1)
+    (tmp_path / "journal.sqlite").unlink()
+    production = trusting(endpoints=Endpoints())
+    with pytest.raises(ConfigurationError, match=r"journal\.sqlite-inbox belongs to merchant"):
+        await NotificationEndpoint(production, handler, journal=journal).__aenter__()
+    assert not journal.is_open
 
 
 async def test_an_inbox_is_worked_off_before_the_endpoint_closes_its_journal(handler, tmp_path):

@@ -206,11 +206,15 @@ class NotificationEndpoint:
             return self._ready
 
     async def _open_inbox(self) -> Inbox:
+        inbox: Journal = self._recent
         if self._journal is not None:
-            await self._journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
+            owner = self.merchant.oid_partner, self.merchant.endpoints.apply
+            await self._journal.bind(*owner)
             await self._journal.begin_acting()
+            inbox = await self._journal.inbox()
+            await inbox.bind(*owner)  # the inbox of a rehearsal may have been left behind by its journal
         return Inbox(
-            journal=self._recent if self._journal is None else await self._journal.inbox(),
+            journal=inbox,
             refunds=MemoryJournal() if self._journal is None else self._journal,
             act=self._act,
             count=lambda succeeded: self.counts.update([Verdict.ACTED if succeeded else Verdict.FAILED]),
