@@ -12,6 +12,7 @@ less CPU time than a pipeline, and needs no prepared statements, which a pooler 
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
@@ -49,6 +50,8 @@ Statement = tuple[LiteralString, Sequence[Any]]
 _UNSAFE: Final = (
     "its server runs with %s = off: a power failure can lose recorded refunds or damage the database; set it to on"
 )
+_AMBIGUOUS: Final = re.compile(r"\w+://([^@/]*@)?+[^?]*@")
+"""A URL with an ``@`` in the host or the database's name."""
 _INBOX: Final = "_inbox"
 _LONGEST_SCHEMA: Final = 63 - len(_INBOX)
 """Bytes. PostgreSQL cuts off longer names: a journal and its inbox would have the same tables."""
@@ -72,6 +75,8 @@ def connection_string(dsn: str, timeout: float) -> str:
         given = conninfo_to_dict(dsn)
     except ProgrammingError:  # its message would show the password
         raise ConfigurationError("dsn: must be a PostgreSQL connection string or URL") from None
+    if _AMBIGUOUS.match(dsn):  # libpq takes a part of the password for the host or the database
+        raise ConfigurationError("dsn: in a URL, write each @ as %40 and each / in the user or password as %2F")
     alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
     return make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | given | {"client_encoding": "utf8"}))
 
