@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -123,6 +124,33 @@ async def test_a_fleet_makes_every_refund_once(dsn, journal):
         assert await jobs_of(queue) == []
     assert [gateway.times_made(f"R-{number}") for number in range(30)] == [1] * 30
     assert (await journal.counts())[State.ACCEPTED] == 30
+
+
+async def test_a_fleet_may_have_a_stricter_isolation_level(dsn, journal):
+    """Workers whose database has another default isolation level share jobs without serialization errors."""
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+        await connection.execute(
+            f"ALTER DATABASE {connection.info.dbname} SET default_transaction_isolation = serializable"
+        )
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn, slice_size=1) as queue, RefundQueue(dsn) as other, RefundQueue(dsn) as third:
+        await queue.enqueue(requests(60))
+        async with gateway.session(journal=journal) as session:
+            await asyncio.gather(*(each.work(session, wait=False) for each in (queue, other, third)))
+        assert await jobs_of(queue) == []
+
+
+@pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="pgbouncer is not installed")
+async def test_a_queue_works_through_pgbouncer(dsn):
+    """In transaction mode, each transaction may run on another of two connections: nothing is prepared there."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    with postgres.pooler(dsn) as pooled:
+        async with PostgresJournal(pooled) as journal, RefundQueue(pooled, slice_size=2) as queue:
+            await queue.enqueue(requests(60))
+            async with gateway.session(journal=journal) as session:
+                await asyncio.gather(queue.work(session, wait=False), *(queue.activity() for _ in range(50)))
+            assert await jobs_of(queue) == []
+            assert (await journal.counts())[State.ACCEPTED] == 60
 
 
 async def test_workers_open_a_new_database_together(dsn):
@@ -261,6 +289,15 @@ async def test_a_process_that_dies_between_the_follow_up_job_and_the_end_of_its_
             assert not await jobs_of(queue)
     assert [gateway.times_made(f"R-{number}") for number in range(6)] == [1] * 6
     assert (await journal.counts())[State.ACCEPTED] == 6
+
+
+async def test_queued_refunds_are_durable(dsn):
+    """A crash of the database loses no refund that was queued, even if ``synchronous_commit`` is off there."""
+    async with RefundQueue(dsn) as queue, await psycopg.AsyncConnection.connect(dsn) as connection:
+        await connection.execute("SET synchronous_commit = off")
+        async with connection.transaction():
+            await queue.enqueue(requests(1), connection=connection)
+            assert await (await connection.execute("SHOW synchronous_commit")).fetchone() == ("on",)
 
 
 @pytest.mark.parametrize("commits", [True, False])

@@ -635,13 +635,15 @@ async def test_an_invalid_dsn_is_not_shown(dsn):
 
 @pytest.mark.parametrize("password", ["part/s3cret", "part@s3cret", "part@x/s3cret", "part?@s3cret", "1/s3cret"])
 async def test_a_password_that_is_not_encoded_is_refused_and_not_shown(password):
-    """libpq takes a part of it for the host or the database's name, and errors show those."""
+    """A part of it would be the host or the database's name for libpq, and errors show those."""
     with pytest.raises(ConfigurationError, match="write each @ as %40") as caught:
         PostgresJournal(f"postgresql://clerk:{password}@db/books")
     assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dsn", ["postgres://clerk:s?3@/b?host=/tmp/a@b", "host=@b user=a@b", "postgres://c:%40%2F@h/b"])
+@pytest.mark.parametrize(
+    "dsn", ["postgres://clerk:s?3@/b?host=/tmp/a@b", "host=@b user=a@b", "postgres://c:%40%2F@h/b"]
+)
 async def test_an_unambiguous_dsn_is_accepted(dsn):
     """An ``@`` in a parameter, or an encoded one."""
     assert repr(PostgresJournal(dsn)).startswith("<PostgresJournal lianlian in ")

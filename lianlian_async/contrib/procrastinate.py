@@ -22,7 +22,7 @@ from typing import Any, Final, LiteralString, Self, TypeVar, cast
 import anyio
 from procrastinate import App, JobContext, PsycopgConnector, RetryStrategy
 from procrastinate.exceptions import ConnectorException
-from psycopg import AsyncConnection, AsyncCursor
+from psycopg import AsyncConnection, AsyncCursor, IsolationLevel
 from psycopg.errors import UndefinedTable
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
@@ -49,12 +49,15 @@ logger = logging.getLogger("lianlian_async")
 _REQUEUE_LOST: Final = "lianlian:requeue-lost"
 _SLICES: Final = 10
 """Maximum number of slices that ``enqueue`` inserts with one statement."""
-# A single statement, so that ``RefundQueue.statement`` can return it. Jobs become due by the database's clock.
+# A single statement, so that ``RefundQueue.statement`` can return it. Jobs become due by the database's clock. The
+# commit is durable: a refund that was queued must not be lost.
 _INSERT: Final = """
 INSERT INTO procrastinate_jobs (queue_name, task_name, priority, args, status, scheduled_at)
 SELECT %(queue)s, %(task)s, priority, args, status, clock_timestamp() + seconds * interval '1 second'
 FROM jsonb_to_recordset(%(jobs)s::jsonb)
-    AS job (priority int, args jsonb, status procrastinate_job_status, seconds float)
+    AS job (priority int, args jsonb, status procrastinate_job_status, seconds float),
+    (SELECT set_config('synchronous_commit', CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')
+        THEN 'on' ELSE current_setting('synchronous_commit') END, true)) AS durable
 """
 _COUNT: Final = """
 SELECT
@@ -123,8 +126,11 @@ _TIMEOUT: Final = 10.0
 """Timeout in seconds for idle transactions, half-open connections, and the wait for a connection."""
 
 
-async def _limit_idle_transactions(connection: AsyncConnection[Any]) -> None:
-    """Let the database end the transaction of a worker that hangs, because its row locks block the other workers."""
+async def _configure(connection: AsyncConnection[Any]) -> None:
+    """Set the isolation level, and limit the time that a transaction may be idle."""
+    # At a stricter level, transactions of several workers at the same time fail with serialization errors.
+    await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
+    # Let the database end the transaction of a worker that hangs, because its row locks block the other workers.
     await connection.execute(f"SET idle_in_transaction_session_timeout = '{_TIMEOUT:.0f}s'")
     await connection.commit()
 
@@ -149,7 +155,12 @@ class RefundQueue:
         """
         self._rescue_after = check_seconds("rescue_after", rescue_after, least=1)
         conninfo = connection_string(dsn, _TIMEOUT)
-        connector = PsycopgConnector(conninfo=conninfo, configure=_limit_idle_transactions, timeout=_TIMEOUT)
+        connector = PsycopgConnector(
+            conninfo=conninfo,
+            kwargs={"prepare_threshold": None},  # a pooler such as pgbouncer may mix up prepared statements
+            configure=_configure,
+            timeout=_TIMEOUT,
+        )
         self.app = App(connector=connector)
         check_type("schema", schema, str)
         self._names = {"queue": schema, "task": TASK}
