@@ -405,6 +405,7 @@ async def test_after_a_failover_new_refunds_are_queried_first(make, administer):
         await administer(
             "UPDATE {schema}.eras SET began = began - interval '2 hours', inserted_by = pg_current_xact_id()::xid"
         )
+    async with make() as journal:
         dated = {"no_refund": "R-3", "money_refund": "200.01", "dt_refund": "20990101000000"}
         assert (await journal.begin(intent("R-3", fields=dated), now()))[0] is Standing.NEW
         dated = {"no_refund": "R-4", "money_refund": "200.01", "dt_refund": "20200101000000"}
@@ -437,6 +438,24 @@ async def test_after_the_restore_of_a_dump_new_refunds_are_queried_first(make, a
     async with make() as journal:
         standing, entry = await journal.begin(intent("R-2"), now())
         assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
+
+
+BACK = """
+DELETE FROM {schema}.refunds; DELETE FROM {schema}.eras WHERE id > 1;
+UPDATE {schema}.eras SET postmaster_start_time = pg_postmaster_start_time(), inserted_by = pg_current_xact_id()::xid
+"""
+
+
+@pytest.mark.parametrize("change", [BACK, "DROP SCHEMA {schema} CASCADE"])
+async def test_after_the_way_back_to_an_earlier_server_new_refunds_are_queried_first(make, administer, change):
+    """A DNS name or a proxy leads to another server and back, or another worker creates the tables again."""
+    async with make() as journal:
+        await administer(FAIL_OVER)
+        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.ASK_FIRST
+        await administer(change)
+        async with make():
+            standing, entry = await journal.begin(intent("R-1"), now())
+    assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
 
 
 async def test_lost_rows_are_written_again(make, administer):

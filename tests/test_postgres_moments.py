@@ -69,6 +69,13 @@ def test_a_clone_of_a_virtual_machine_measures_by_the_database():
         assert clone.after.boot - found.boot <= 310.0
 
 
+def test_a_clone_of_a_virtual_machine_waits_for_no_lease_that_is_over():
+    """Its boot clock is an hour behind, so by that clock the lease begins in an hour."""
+    clone = reading(61.0, boot=-3600.0)
+    assert clone.moment(stored(moment(60.0), reading())).boot <= clone.after.boot
+    assert clone.moment(stored(moment(62.0), reading())).boot > clone.before.boot
+
+
 def test_on_another_machine_a_lease_is_over_when_the_database_says_so():
     """Also for a worker with a wrong clock; and it never ends earlier than its holder believes."""
     lease_end = moment(60.0)
@@ -117,10 +124,12 @@ def test_in_another_era_a_moment_counts_from_its_beginning(timeline):
         (reading(1001.0, boot=100.0, era=2), True),
         (reading(100.0, boot=100.0, same=False), False),
         (reading(100.0, boot=100.0, era=2, same=False), False),
+        (reading(100.0, boot=100.0, era=0), False),
+        (reading(100.0, boot=100.0, began=-86_000.0), False),
     ],
 )
 def test_an_era_ends_when_the_boot_clock_or_another_incarnation_proves_it(later, continues):
-    """Set forward, set back, or another incarnation; not for drift, and not if the new era is on record."""
+    """Set forward, set back, another incarnation, or the way back to one; not for drift, nor in a later era."""
     assert later.continues(reading()) is continues
 
 

@@ -50,8 +50,9 @@ class Reading:
 
     def continues(self, earlier: "Reading") -> bool:
         """Compare with an ``earlier`` reading; return whether the era continues. If not, a new era must begin."""
-        if not self.is_same_incarnation or self.era != earlier.era:  # readings of two eras cannot be compared
-            return self.is_same_incarnation
+        if not self.is_same_incarnation or (self.era, self.began) != (earlier.era, earlier.began):
+            # Another worker has begun a later era. An earlier or unknown one is that of another server or copy.
+            return self.is_same_incarnation and self.era > earlier.era
         passed = (self.database - earlier.database).total_seconds()
         least, most = self.before.boot - earlier.after.boot, self.after.boot - earlier.before.boot
         slack = _SLACK + _DRIFT * most
@@ -92,8 +93,10 @@ class Reading:
         if not is_same_era:
             at, gateway = self.began + timedelta(seconds=stored["ahead"]), None
         ahead, boot_ahead = (at - self.database).total_seconds(), stored["boot"] - self.after.boot
-        # Clones of a virtual machine have the same timeline, but different boot clocks.
-        if is_same_era and stored["timeline"] == self.after.timeline and ahead <= boot_ahead + _SLACK:
+        # Clones of a virtual machine have the same timeline, but different boot clocks: for some of them, the write of
+        # the moment is in the future.
+        is_same_boot = stored["timeline"] == self.after.timeline and boot_ahead <= stored["ahead"]
+        if is_same_era and is_same_boot and ahead <= boot_ahead + _SLACK:
             return attrs.evolve(self.after.after(boot_ahead), gateway=gateway)
         local = attrs.evolve(self.after.after(ahead), gateway=gateway)
         return local if gateway is None or ahead > 0 else attrs.evolve(local, timeline=f"database, era {self.era}")
