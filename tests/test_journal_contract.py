@@ -185,7 +185,10 @@ async def test_release_changes_no_resolved_refund(kind):
 # ── finish ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("ending", [MADE, ACCEPTED, REJECTED], ids=lambda ending: ending.state)
+EMPTY = Ending(state=State.CONFLICT, record={})
+
+
+@pytest.mark.parametrize("ending", [MADE, ACCEPTED, REJECTED, EMPTY], ids=lambda ending: ending.state)
 async def test_a_resolved_refund_gets_finished(kind, ending):
     """After the outcome is recorded, every ``begin`` returns FINISHED with that ending and an empty body."""
     async with kind.make() as journal:

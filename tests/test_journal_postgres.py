@@ -193,6 +193,9 @@ async def test_a_worker_without_the_right_to_create_tables_uses_existing_ones(ma
     with pytest.raises(JournalError, match="permission denied"):
         async with PostgresJournal(psycopg.conninfo.make_conninfo(postgres_dsn, user=role), schema="another"):
             pass
+    await administer(f'CREATE SCHEMA "{role}" AUTHORIZATION "{role}"')  # without the right to create schemas
+    async with PostgresJournal(psycopg.conninfo.make_conninfo(postgres_dsn, user=role), schema=role) as journal:
+        assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
 async def test_a_role_may_have_a_stricter_isolation_level(make, administer, postgres_dsn, schema):
@@ -568,7 +571,7 @@ async def test_a_database_with_another_encoding_is_refused(postgres_dsn, encodin
         async with PostgresJournal(dsn):
             pass
     async with await psycopg.AsyncConnection.connect(dsn) as connection:
-        found = await connection.execute(sql.FIND_VERSION, ["lianlian"])
+        found = await connection.execute(sql.FIND_TABLES, ["lianlian"])
         assert not found.rowcount
 
 

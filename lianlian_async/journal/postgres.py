@@ -203,8 +203,10 @@ class PostgresJournal(GroupCommitJournal):
                 f"journal {self._name}: the encoding of its database is {row['encoding']}, which cannot store every "
                 "text of the gateway; use a database with the encoding UTF8"
             )
-        found = await connection.execute(sql.FIND_VERSION, [self._schema])
-        if not found.rowcount:
+        found = await (await connection.execute(sql.FIND_TABLES, [self._schema])).fetchall()
+        if not found:
+            await connection.execute(self._sql(sql.CREATE_SCHEMA))
+        if not found or found[0]["tablename"] is None:
             await connection.execute(self._sql(sql.CREATE))
         [row] = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
         for step in upgrade_steps(self._name, row["version"], SCHEMA_VERSION, sql.UPGRADES):

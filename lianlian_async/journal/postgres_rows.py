@@ -11,12 +11,16 @@ from typing import Any, Final, LiteralString
 from .base import Ending, Entry, Owner, State
 from .postgres_moments import Reading
 
-FIND_VERSION: Final = "SELECT FROM pg_tables WHERE schemaname = %s AND tablename = 'version'"
+FIND_TABLES: Final = """
+SELECT tablename FROM pg_namespace LEFT JOIN pg_tables ON schemaname = nspname AND tablename = 'version'
+WHERE nspname = %s
+"""
+"""Returns no row without the schema, and NULL without the tables."""
 FIND_ENCODING: Final = "SELECT current_setting('server_encoding') AS encoding"
 FIND_UNSAFE: Final = "SELECT name FROM pg_settings WHERE name IN ('fsync', 'full_page_writes') AND setting = 'off'"
 READ_VERSION: Final = "SELECT * FROM {schema}.version"
+CREATE_SCHEMA: Final = "CREATE SCHEMA {schema}"  # IF NOT EXISTS needs the right to create schemas, even if it exists
 CREATE: Final = """
-CREATE SCHEMA IF NOT EXISTS {schema};
 CREATE TABLE {schema}.refunds (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     no_refund text NOT NULL UNIQUE,
@@ -132,7 +136,7 @@ def entry_of(row: Mapping[str, Any], reading: Reading) -> Entry:
         body=row["body"].encode(),
         sent_at=reading.moment(row["sent_at"]),
         refused=row["refused"],
-        ending=row["record"] and Ending(state=State(row["state"]), record=row["record"]),
+        ending=None if row["record"] is None else Ending(state=State(row["state"]), record=row["record"]),
         holder=row["holder"],
         leased_until=reading.moment(row["leased_until"]),
         history=row["history"],

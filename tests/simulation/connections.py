@@ -29,10 +29,6 @@ class Cursor:
     answers: Answers
     description: ClassVar[str] = "of the columns"
 
-    @property
-    def rowcount(self) -> int:
-        return len(self.answers[0])
-
     async def fetchall(self) -> list[dict[str, Any]]:
         return self.answers[0]
 

@@ -192,8 +192,8 @@ class Database:
         self.locks["", "advisory", name] = session
         return [{}]
 
-    def _find_version(self, session: Session, _: str, schema: str) -> Rows:
-        return [{}] if (schema, "version", 0) in self.committed else []
+    def _find_tables(self, session: Session, _: str, schema: str) -> Rows:
+        return [{"tablename": "version"}] if (schema, "version", 0) in self.committed else []
 
     def _create(self, session: Session, schema: str) -> Rows:
         owner = {"oid_partner": None, "apply_url": None}
@@ -298,7 +298,8 @@ class Database:
 
 STATEMENTS: Final[Mapping[str, Callable[..., Rows | Generator[None, None, Rows]]]] = {
     "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))": Database._lock_advisory,
-    sql.FIND_VERSION: Database._find_version,
+    sql.FIND_TABLES: Database._find_tables,
+    sql.CREATE_SCHEMA: lambda database, session, schema: [],
     sql.CREATE: Database._create,
     sql.READ_VERSION: Database._read_version,
     sql.FIND_ENCODING: lambda database, session, schema: [{"encoding": "UTF8"}],
