@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -22,7 +23,7 @@ from lianlian_async.clock import Moment, elapsed
 from lianlian_async.errors import JournalError
 from lianlian_async.journal import Standing, State
 from lianlian_async.journal import postgres_rows as sql
-from lianlian_async.journal.postgres import PostgresJournal
+from lianlian_async.journal.postgres import PostgresJournal, connection_string
 from tests.support import dials, journals, postgres
 from tests.support.journals import MADE, REJECTED, intent, now
 from tests.support.parties import EPOCH
@@ -604,6 +605,26 @@ async def test_a_lost_connection_is_replaced(make, administer):
         assert (await journal.finish(entry, MADE)).ending == MADE
 
 
+async def test_a_journal_works_again_as_soon_as_its_database_does(postgres_dsn, schema, tmp_path_factory):
+    """The pauses between its attempts to connect do not grow with the length of the outage."""
+    folder, path = psycopg.conninfo.conninfo_to_dict(postgres_dsn)["host"], tmp_path_factory.mktemp("s") / "s"
+    path.symlink_to(folder)
+    dsn = psycopg.conninfo.make_conninfo(postgres_dsn, host=str(path), application_name=schema[:40])
+    async with PostgresJournal(dsn, schema=schema, timeout=0.6) as journal:
+        assert await journal.find("R-1") is None
+        path.unlink()
+        ended = "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE application_name = {name}"
+        async with await psycopg.AsyncConnection.connect(postgres_dsn) as connection:
+            await connection.execute(psycopg.sql.SQL(ended).format(name=schema[:40]))
+        for _ in range(2):
+            with pytest.raises(JournalError, match="no answer"):
+                await journal.find("R-1")
+        path.symlink_to(folder)
+        with contextlib.suppress(JournalError):  # on a busy machine
+            await journal.find("R-1")
+        assert await journal.find("R-1") is None
+
+
 async def test_a_statement_that_ends_every_connection_fails(make, monkeypatch):
     """It is repeated on as many new connections as the pool has; then ``JournalError`` names the reason."""
     async with make() as journal:
@@ -653,6 +674,22 @@ async def test_an_invalid_dsn_is_not_shown(dsn):
         PostgresJournal(dsn)
     assert "s3cret" not in str(caught.value)
     assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("dsn", "wanted"),
+    [
+        ("host=a,b", "read-write"),
+        ("postgresql://a:1,b:2/books", "read-write"),
+        ("host=a,b target_session_attrs=any", "any"),
+        ("host=a", None),
+        ("", None),
+    ],
+)
+async def test_of_several_hosts_the_one_that_accepts_writes_is_used(dsn, wanted):
+    """After a failover the first host may be a standby; a DSN may ask for another kind of server."""
+    found = psycopg.conninfo.conninfo_to_dict(connection_string(dsn, 10.0))
+    assert found.get("target_session_attrs") == wanted
 
 
 @pytest.mark.parametrize("password", ["part/s3cret", "part@s3cret", "part@x/s3cret", "part?@s3cret", "1/s3cret"])

@@ -160,6 +160,7 @@ class RefundQueue:
             kwargs={"prepare_threshold": None},  # a pooler such as pgbouncer may mix up prepared statements
             configure=_configure,
             timeout=_TIMEOUT,
+            reconnect_timeout=_TIMEOUT,  # as in PostgresJournal
         )
         self.app = App(connector=connector)
         check_type("schema", schema, str)

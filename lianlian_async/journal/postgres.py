@@ -69,7 +69,8 @@ class _BusyError(Exception):
 def connection_string(dsn: str, timeout: float) -> str:
     """Return ``dsn`` with UTF-8, and with TCP keepalives and ``tcp_user_timeout``, which end half-open connections.
 
-    Values in ``dsn`` take precedence, except the encoding. Raises ``ConfigurationError`` if ``dsn`` is invalid.
+    With several hosts, connections lead to the one that accepts writes. Values in ``dsn`` take precedence, except the
+    encoding. Raises ``ConfigurationError`` if ``dsn`` is invalid.
     """
     try:
         given = conninfo_to_dict(dsn)
@@ -77,8 +78,11 @@ def connection_string(dsn: str, timeout: float) -> str:
         raise ConfigurationError("dsn: must be a PostgreSQL connection string or URL") from None
     if _AMBIGUOUS.match(dsn):  # libpq takes a part of the password for the host or the database
         raise ConfigurationError("dsn: in a URL, write each @ as %40 and each / in the user or password as %2F")
-    alive: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-    return make_conninfo(**(alive | {"tcp_user_timeout": round(timeout * 1000)} | given | {"client_encoding": "utf8"}))
+    defaults: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+    defaults["tcp_user_timeout"] = round(timeout * 1000)
+    if "," in str(given.get("host")):
+        defaults["target_session_attrs"] = "read-write"
+    return make_conninfo(**(defaults | given | {"client_encoding": "utf8"}))
 
 
 class PostgresJournal(GroupCommitJournal):
@@ -189,6 +193,7 @@ class PostgresJournal(GroupCommitJournal):
             open=False,
             min_size=1,
             max_size=_CONNECTIONS,
+            reconnect_timeout=self._timeout,  # then the next call connects; the pool itself would pause for minutes
             kwargs={"autocommit": True, "row_factory": dict_row, "cursor_factory": AsyncClientCursor},
         )
         await self._pool.open()
