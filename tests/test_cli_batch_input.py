@@ -195,7 +195,7 @@ def test_line_numbers_count_every_line_of_the_file(nowhere, file):
     [
         ("no_refund,money_refund,money_refund\n", "line 1: more than one column for money_refund"),
         ("no_refund,mony_refund\n", "line 1: column 'mony_refund' is not a refund field"),
-        ("R-1,20261122020000,1.00,O-1\n", "line 1: not a header, because no column is called no_refund; use --map"),
+        ("R-1,20261122020000,1.00,O-1\n", "line 1: not a header: no column is no_refund or money_refund; use --map"),
         ('no_refund\nR-1\n"R-2\nR-3\n', "line 3: unexpected end of data"),
         ('no_refund\n"R"-1\n', "line 2: ',' expected after '\"'"),
         ('[{"no_refund": "R-1"}]', "line 1: a JSON array; convert it to JSON Lines, with one object on each line"),
@@ -267,6 +267,7 @@ def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
         (("--date-format", "YYYY/MM/DD/MM"), "must contain YYYY, MM, DD"),
         (("--money-format", "9,999.00"), "must be the number 1,234.56 in the format of the file"),
         (("--money-format", "1.234.56"), "must be the number 1,234.56 in the format of the file"),
+        (("--money-format", "1,234.56万元"), "must be the number 1,234.56 in the format of the file"),
         (("--rate", "0"), "--rate"),
         ((), "no terminal to ask for confirmation: use --yes"),
         (("--queue", "a/b.csv"), "must be a PostgreSQL URL (postgresql://…), here or in LIANLIAN_DSN, not 'a/b.csv'"),
@@ -502,6 +503,8 @@ def test_date_format_is_declared(nowhere, tmp_path, form, text, read):
         ("1 234.56", "1\u00a0234.50", "1234.50"),
         ("1234.56", "８８．００", "88.00"),
         ("1,234元", "12,345元", "12345.00"),
+        ("-1,234.56", "-1,234.50", "1234.50"),
+        ("(1,234.56)", "（88）", "88.00"),
     ],
 )
 def test_money_format_is_declared(nowhere, file, form, text, yuan):
@@ -524,6 +527,9 @@ def test_money_format_is_declared(nowhere, file, form, text, yuan):
         (("--money-format", "¥1,234.56"), {"money_refund": "200.0①"}),
         (("--money-format", "¥1,234.56"), {"money_refund": "1,000²"}),
         (("--money-format", "1,234"), {"money_refund": "12.00"}),
+        (("--money-format", "-1,234.56"), {"money_refund": "12.00"}),
+        (("--money-format", "1,234.56-"), {"money_refund": "12.00"}),
+        (("--money-format", "(1,234.56)"), {"money_refund": "(12.00"}),
     ],
 )
 def test_other_form_than_declared_is_refused(nowhere, file, options, changes):
@@ -599,6 +605,7 @@ DAMAGED = [
     *('="123"', "=A1", "'123", "`123", "’123", '"123"'),
     *("NULL", "null", "nan", "NaN", "None", "N/A", "<NA>", "\\N", "undefined"),
     *("2-Jan", "Jan-26", "1月2日"),
+    *("合计", "合 计", "Total", "Summe"),
 ]
 
 
@@ -630,6 +637,14 @@ def test_rounded_number_is_remarked(nowhere, file, value):
     ended = run("batch", write_csv(file, rows), "--dry-run", "--json", env=nowhere)
     expected = f"no_order {value} ends in zeros: a spreadsheet may have rounded it; compare it with its source"
     assert ended.json["remarks"] == [{"line": 2, "remark": expected}]
+
+
+@pytest.mark.parametrize(("cell", "is_remarked"), [("a\nR-2,20261122020000,1.00,O-2,b", True), ("a\nb, c\n", False)])
+def test_cell_that_contains_a_row_is_remarked(nowhere, file, cell, is_remarked):
+    """A quotation mark without its end hides all rows until the next one."""
+    write_csv(file, [refund(1) | {"note": cell}])
+    ended = run("batch", file, "--dry-run", "--ignore-unknown", "--json", env=nowhere)
+    assert [remark["line"] for remark in ended.json["remarks"]] == [2] * is_remarked
 
 
 def test_rows_of_delimiters_are_blank(nowhere, file):

@@ -132,8 +132,8 @@ class Checked:
         if problem:
             self.problems.add(row.line, problem)
             self._do("INSERT OR IGNORE INTO refunds VALUES (?, NULL, NULL, ?, ?)", row.line, cells, problem)
-        elif row.is_cut:
-            self.remarks.add(row.line, "the file ends without a line end: check that this line is complete")
+        elif row.remark:
+            self.remarks.add(row.line, row.remark)
 
     def _request(self, row: Row) -> RefundRequest:
         fields = dict(row.fields)

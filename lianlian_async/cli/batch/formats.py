@@ -60,16 +60,18 @@ def date_reader(form: str) -> Callable[[str], str]:
 def money_reader(form: str) -> Callable[[str], str]:
     """Return a function that converts an amount in a format such as ``¥1,234.56`` to its wire form.
 
-    The amount may omit separators, currency sign and decimals. Raises ``ValueError`` for an invalid format.
+    The amount may omit separators, currency sign and decimals. If the format has a minus or parentheses, the amount
+    must have all its signs: otherwise it may be money that came in. Raises ``ValueError`` for an invalid format.
     """
     match = _MONEY_FORM.fullmatch(_normal(form))
-    if match is None or match[2] == match[3]:
+    if match is None or match[2] == match[3] or re.search("[百千万亿萬億%‰]", form):
         raise ValueError("must be the number 1,234.56 in the format of the file, such as '¥1,234.56' or '1.234,56'")
     before, group, point, after = (re.escape((part or "").strip()) for part in match.groups())
     group = re.escape(match[2])  # the separator may be a blank
     thousands = rf"[1-9][0-9]{{0,2}}(?:{group}[0-9]{{3}})+|" if group else ""
     decimals = rf"(?:{point}([0-9]{{1,2}}))?" if point else "()"
-    pattern = re.compile(rf"(?:{before})?\s*({thousands}[0-9]+){decimals}\s*(?:{after})?")
+    may_lack = "" if re.search("[-\u2212\u2013(]", _normal(form)) else "?"
+    pattern = re.compile(rf"(?:{before}){may_lack}\s*({thousands}[0-9]+){decimals}\s*(?:{after}){may_lack}")
 
     def read(text: str) -> str:
         if amount := pattern.fullmatch(_normal(text)):

@@ -29,8 +29,8 @@ class Row(NamedTuple):
     problem: str | None = None
     cells: Mapping[str, str] = MappingProxyType({})
     """The text of each cell by column."""
-    is_cut: bool = False
-    """Whether a CSV row ends without a line end: the rest of the file may be missing."""
+    remark: str | None = None
+    """Why a person should check this row."""
 
 
 @attrs.define
@@ -114,13 +114,19 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
         names = columns.of(header)
     except ValueError as error:
         raise _unreadable(f"line {line}: {error}") from None
-    if header and "no_refund" not in (*names.values(), *columns.renamed):
-        raise _unreadable(f"line {line}: not a header, because no column is called no_refund; use --map to name it")
+    if header and not {"no_refund", "money_refund"}.intersection((*names.values(), *columns.renamed)):
+        raise _unreadable(f"line {line}: not a header: no column is no_refund or money_refund; use --map to name them")
     for line, cells in table:
         by_column = dict(zip(header, cells, strict=False))
         if len(cells) == len(header):
-            is_cut = not last_line.endswith(("\r", "\n"))
-            yield Row(line, _fields(by_column, names), None, by_column, is_cut)
+            remark = None
+            if not last_line.endswith(("\r", "\n")):
+                remark = "the file ends without a line end: check that this line is complete"
+            elif any(
+                part.count(columns.delimiter) == len(header) - 1 for cell in cells for part in cell.splitlines()[1:]
+            ):
+                remark = "a cell has a line like a row of the file: check that no quotation mark is missing or too many"
+            yield Row(line, _fields(by_column, names), None, by_column, remark)
         else:
             yield Row(line, {}, f"has {len(cells)} cells, but the header has {len(header)}", by_column)
 
@@ -203,6 +209,7 @@ _DAMAGE: Final = {
     "formula": r"=.*",
     "leading quotation mark": r"""["'`´‘’“”].*""",
     "date": rf"\d\d?-{_MONTH}(?:-\d\d(?:\d\d)?)?|{_MONTH}-\d\d(?:\d\d)?|\d\d?月\d\d?日",
+    "label of a row of totals": r"合\s*计|总\s*计|小\s*计|totals?|sum|summe",
     "placeholder for an empty cell": r"null|\(null\)|\\n|nil|none|-?nan|<na>|nat|n/?a|undefined",
 }
 _DAMAGED: Final = re.compile("|".join(f"({pattern})" for pattern in _DAMAGE.values()), re.IGNORECASE | re.DOTALL)
