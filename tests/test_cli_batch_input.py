@@ -387,10 +387,14 @@ def test_derived_numbers_never_change():
         ({"money_refund": ""}, "money_refund: is required"),
         ({"dt_refund": ""}, "dt_refund: is required"),
         ({"no_order": "2.02611E+17"}, "no_order: number in scientific notation"),
+        ({"oid_paybill": "2026"}, "no_refund: is required in a line with no_order and oid_paybill"),
     ],
 )
 def test_derive_needs_a_valid_line(nowhere, file, changes, problem):
-    """A line without order, amount or time is invalid, and so is a damaged order number."""
+    """A line without order, amount or time is invalid, and so is a damaged order number.
+
+    So is a line with both numbers of the order: a file with only one of them would make a second refund.
+    """
     ended = run("batch", write_csv(file, [refund(1, no_refund="", **changes)]), "--derive", "--json", env=nowhere)
     [(line, text)] = problems(ended)
     assert (line, problem in text) == (2, True)

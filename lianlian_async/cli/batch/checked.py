@@ -149,6 +149,10 @@ class Checked:
         if problems:
             raise InvalidRequest(problems)
         if self._derive and "no_refund" not in fields:
+            if {"no_order", "oid_paybill"} <= fields.keys():  # a file with one of them would give another number
+                raise InvalidRequest(
+                    [Problem("no_refund", "is required in a line with no_order and oid_paybill", "no")]
+                )
             request = RefundRequest.from_dict({**fields, "no_refund": "derived"})
             request = attrs.evolve(request, no_refund=derived_number(request))
         else:

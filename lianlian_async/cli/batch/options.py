@@ -78,7 +78,7 @@ READING_OPTIONS: Final = (
         "--derive",
         is_flag=True,
         help="Compute a missing no_refund from order and amount: the same in every run and file. Two refunds of one "
-        "order with the same amount need a no_refund.",
+        "order with the same amount need a no_refund, and so does a line with no_order and oid_paybill.",
     ),
     click.option(
         "--dt-refund",
