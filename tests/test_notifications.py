@@ -450,6 +450,16 @@ async def test_the_journal_learns_the_final_state(journal, handler):
     assert handler.done[0].query() == request.query()
 
 
+async def test_the_journal_of_the_session_is_the_default(journal, handler):
+    """Without it, a forgotten argument would call the handler again after a restart."""
+    session = sandbox().session(journal=journal)
+    await begin(journal)
+    for _ in range(2):
+        await deliver(NotificationEndpoint(session.merchant, handler, session=session), 1)
+    assert handler.numbers == ["R-1"]
+    assert (await journal.find("R-1")).state is State.DONE
+
+
 async def test_a_notification_without_dt_refund_does_not_prove_a_refund_that_was_not_sent(journal, handler):
     """It may belong to an older refund with the same number; the journal does not change."""
     endpoint = NotificationEndpoint(trusting(), handler, journal=journal)

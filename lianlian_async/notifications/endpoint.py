@@ -85,7 +85,7 @@ class NotificationEndpoint:
         on_refund: the handler, a coroutine function that is called with a ``Refund`` whose ``sta_refund`` is final. It
             should commit its work before it returns. It must be idempotent: it is called again after an exception, a
             timeout or a crash.
-        journal: preferably the session's journal. The endpoint records the final state in it, and refuses a
+        journal: by default the session's journal. The endpoint records the final state in it, and refuses a
             notification that contradicts the recorded state. Use only one handler per journal: the processes that share
             the journal call the handler once for each refund.
         session: its ``wait_refund`` calls are woken, and fields that a notification omits are queried through it.
@@ -130,8 +130,10 @@ class NotificationEndpoint:
         check_type("on_refund", on_refund, Callable)  # type: ignore[arg-type]
         check_journal(journal)
         check_type("session", session, RefundSession | None)
-        if session is not None and session.merchant.oid_partner != merchant.oid_partner:
-            raise errors.ConfigurationError("session: must belong to the endpoint's merchant")
+        if session is not None:
+            if session.merchant.oid_partner != merchant.oid_partner:
+                raise errors.ConfigurationError("session: must belong to the endpoint's merchant")
+            journal = session.journal if journal is None else journal
         if confirm and session is None:
             raise errors.ConfigurationError(
                 "confirm=True requires session=…: the endpoint queries the gateway through it"
