@@ -1069,6 +1069,15 @@ async def test_work_raises_an_error_of_the_database(dsn, journal):
             await queue.work(session)
 
 
+async def test_an_idle_queue_has_one_connection(dsn):
+    """The database accepts 100 connections by default, for all workers together."""
+    async with RefundQueue(dsn), await psycopg.AsyncConnection.connect(dsn) as connection:
+        cursor = await connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        assert await cursor.fetchone() <= (2,)  # two while it opens
+
+
 async def test_a_worker_that_hangs_in_a_transaction_does_not_block_the_queue(dsn):
     """The database ends a transaction of the queue that is idle for 10 seconds, which unlocks its rows."""
     async with RefundQueue(dsn) as queue, queue.app.connector.pool.connection() as connection:

@@ -594,6 +594,19 @@ async def test_another_version_is_refused_with_advice(make, administer):
             pass
 
 
+@pytest.mark.parametrize(
+    "change", ["DELETE FROM {schema}.version", "INSERT INTO {schema}.version SELECT * FROM {schema}.version"]
+)
+async def test_a_partial_restore_is_refused_with_advice(make, administer, change):
+    """Only the tables were restored, or only the data into tables that another worker had created."""
+    async with make():
+        pass
+    await administer(change)
+    with pytest.raises(JournalError, match=r"must have one row, and has [02]; drop the schema, then restore"):
+        async with make():
+            pass
+
+
 async def test_a_lost_connection_is_replaced(make, administer):
     """If the server ends an idle connection, no caller gets an error."""
     async with make() as journal:

@@ -122,6 +122,7 @@ DELETE FROM procrastinate_jobs USING {schema}.refunds
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' AND state NOT IN ('unresolved', 'conflict')
     AND no_refund = args->'refunds'->0->>'no_refund' AND args->'refunds' = jsonb_build_array(fields::jsonb)
 """
+_CONNECTIONS: Final = 4
 _TIMEOUT: Final = 10.0
 """Timeout in seconds for idle transactions, half-open connections, and the wait for a connection."""
 
@@ -159,6 +160,8 @@ class RefundQueue:
             conninfo=conninfo,
             kwargs={"prepare_threshold": None},  # a pooler such as pgbouncer may mix up prepared statements
             configure=_configure,
+            min_size=1,  # a fleet may have many workers, and the database few connections
+            max_size=_CONNECTIONS,
             timeout=_TIMEOUT,
             reconnect_timeout=_TIMEOUT,  # as in PostgresJournal
         )

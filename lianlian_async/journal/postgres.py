@@ -107,7 +107,7 @@ class PostgresJournal(GroupCommitJournal):
 
     One risk of a second refund remains: a request whose row was lost arrives after ``not_found_grace``, or its
     ``dt_refund`` is later than that finding. Synchronous replication prevents this. Stop all workers before you restore
-    a backup.
+    a backup, and restore all tables of the schema: only ``eras`` shows that it was restored.
 
     Args:
         dsn: a connection string or URL of libpq.
@@ -213,7 +213,13 @@ class PostgresJournal(GroupCommitJournal):
             await connection.execute(self._sql(sql.CREATE_SCHEMA))
         if not found or found[0]["tablename"] is None:
             await connection.execute(self._sql(sql.CREATE))
-        [row] = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
+        rows = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
+        if len(rows) != 1:
+            raise JournalError(
+                f"journal {self._name}: its table version must have one row, and has {len(rows)}; drop the schema, "
+                "then restore all its tables together, with their data"
+            )
+        [row] = rows
         for step in upgrade_steps(self._name, row["version"], SCHEMA_VERSION, sql.UPGRADES):
             await connection.execute(self._sql(step))
             await connection.execute(self._sql(sql.UPGRADED), [SCHEMA_VERSION])
