@@ -226,6 +226,22 @@ def test_every_example_is_run():
     assert [name for name in EXAMPLES | RECIPES if f'"{name}"' not in source] == []
 
 
+@pytest.mark.parametrize("text", [README, TRANSLATION], ids=["en", "zh"])
+def test_capacity_of_a_fleet_follows_from_the_results(text):
+    """The table shows 20 refunds in flight in each worker; RESULTS.md has the rate and the WAL bytes for 8."""
+    results = (ROOT / "benchmarks/RESULTS.md").read_text("utf-8")
+    rate, bytes_of_wal = re.search(
+        r"^\| one worker \| 8 \| (\d+) .*\| ([\d,]+) \(.*\|$", results, re.MULTILINE
+    ).groups()
+    rows = re.findall(
+        r"^\| (\d+) \| ([\d,]+) \| [\d.]+ \| [\d.]+ \| (\d+) MB/s \|$", text.replace(",", ""), re.MULTILINE
+    )
+    assert [workers for workers, _, _ in rows] == ["1", "4", "16", "64"]
+    for workers, refunds, megabytes in rows:
+        assert int(refunds) == pytest.approx(int(workers) * int(rate) * 20 / 8, rel=0.05)
+        assert int(megabytes) == pytest.approx(int(refunds) * int(bytes_of_wal.replace(",", "")) / 1e6, rel=0.05)
+
+
 def test_the_translation_has_the_same_code_blocks():
     """The Chinese README shows the same commands, code and output, in the same order."""
     assert re.findall(r"```.*?```", TRANSLATION, re.DOTALL) == re.findall(r"```.*?```", README, re.DOTALL)
