@@ -158,7 +158,7 @@ def statements(data: bytes) -> None:
     found = Reconciliation()
     with contextlib.closing(found._file):
         found.add_statement(f"JYMX_{OID_PARTNER}_20261101.txt", io.StringIO(text), summary)
-        found.compare(journals.held())
+        found.compare(journals.held(fields=refund_request(dt_refund="20261101102030").to_dict()))
         found.finish()
 
 
