@@ -87,7 +87,7 @@ _CONTAINER_FILES: Final = (Path("/.dockerenv"), Path("/run/.containerenv"))
 _HOME: Final = "HOME" if os.name == "posix" else "LOCALAPPDATA"
 _NAME_IT: Final = f"name the journal with --journal or {JOURNAL}: a file on a persistent disk, or postgresql://…"
 _LOST: Final = (
-    "if that journal is lost, wait 15 minutes after the last run, then use --accept-new-journal --query-first, but "
+    "if that is not possible, wait 15 minutes after the last run, then use --accept-new-journal --query-first, but "
     "not --queue; each refund is then queried before it is sent"
 )
 
@@ -145,10 +145,11 @@ class Receipt:
     """The latest time of a send, written ahead in case the batch is killed."""
 
     def check(self, path: Path, *, accept_new: bool, grace: float) -> list[Receipt]:
-        """Return the receipts of other merchants and endpoints, which :meth:`write` keeps.
+        """Return the receipts of other merchants and gateways, which :meth:`write` keeps.
 
-        Raises a usage error if the file was sent with another journal before, or if the receipt is unreadable, unless
-        ``accept_new`` is true and ``grace`` seconds have passed since the last send: the gateway may show it late.
+        Raises a usage error if the file was sent with another journal or to another https endpoint before, or if the
+        receipt is unreadable, unless ``accept_new`` is true and ``grace`` seconds have passed since the last send: the
+        gateway may show it late. A sandbox has no https: it is another gateway.
         """
         problem, others = "", list[Receipt]()
         try:
@@ -163,7 +164,12 @@ class Receipt:
             for one in known:
                 owners = {(each.oid_partner, each.apply_url) for each in (one, self)}
                 if len(owners - {(None, None)}) == 2:
-                    others.append(one)
+                    first, second = one.apply_url or "", self.apply_url or ""
+                    is_real = first.startswith("https:") and second.startswith("https:")
+                    if is_real and one.oid_partner == self.oid_partner:
+                        problem = f"{path}: until {one.sent_until} this file was sent to {first}: use it, not {second}"
+                    else:
+                        others.append(one)
                 elif one.journal != self.journal:
                     problem = (
                         f"{path}: until {one.sent_until} this file was sent with the journal {one.place}. The journal "
