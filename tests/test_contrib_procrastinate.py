@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+import textwrap
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -15,9 +16,13 @@ import anyio
 import attrs
 import psycopg
 import pytest
+from django.db.utils import ConnectionHandler
 from procrastinate import App, PsycopgConnector
 from procrastinate.exceptions import ConnectorException
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from lianlian_async import (
     BatchStopped,
@@ -40,8 +45,11 @@ from lianlian_async.recording import decision
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway, When
 from lianlian_async.transport import asgi_transport
 from tests.support import ROOT, postgres
+from tests.support.readme import RECIPES, set_up_django
 
 pytestmark = pytest.mark.anyio
+
+SQLALCHEMY, DJANGO = RECIPES["queue"].split("\n\n")
 
 
 @pytest.fixture
@@ -356,14 +364,40 @@ async def test_an_unsuitable_connection_is_refused(dsn, postgres_dsn):
 
 
 @pytest.mark.parametrize("commits", [True, False])
-async def test_a_synchronous_connection_executes_the_statement(dsn, commits):
-    """As in Django: its cursor accepts psycopg's parameters, and its transaction decides."""
-    async with RefundQueue(dsn, slice_size=2) as queue:
-        with psycopg.connect(dsn) as connection, connection.cursor() as cursor:
-            cursor.execute(*queue.statement(requests(3)))
-            (connection.commit if commits else connection.rollback)()
-        assert (await queue.counts())["waiting"] == (3 if commits else 0)
-        assert len(await jobs_of(queue)) == (2 if commits else 0)
+async def test_the_sqlalchemy_recipe_takes_part_in_the_session(dsn, commits):
+    """The transaction of the AsyncSession decides about the order and its refund."""
+    engine = create_async_engine("postgresql+psycopg://", connect_args=conninfo_to_dict(dsn))
+    recipe = f"async def enqueue(session, queue, request):\n{textwrap.indent(SQLALCHEMY, '    ')}"
+    exec(recipe, names := {})
+    async with RefundQueue(dsn) as queue, AsyncSession(engine) as session:
+        await session.execute(text("CREATE TABLE orders (state text)"))
+        await session.commit()
+        await session.execute(text("INSERT INTO orders VALUES ('refunding')"))
+        await names["enqueue"](session, queue, *requests(1))
+        assert (await queue.counts())["waiting"] == 0
+        await (session.commit() if commits else session.rollback())
+        marked = await session.scalar(text("SELECT count(*) FROM orders"))
+        assert (marked, (await queue.counts())["waiting"]) == ((1, 1) if commits else (0, 0))
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_the_django_recipe_takes_part_in_the_transaction(dsn, commits):
+    """The cursor of Django's synchronous connection executes the statement; its transaction decides."""
+    set_up_django()
+    options = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+    database = {"ENGINE": "django.db.backends.postgresql", "NAME": options.pop("dbname"), "OPTIONS": options}
+    databases = ConnectionHandler({"default": database})
+
+    def enqueue(queue, connection, request):
+        connection.set_autocommit(False)
+        exec(DJANGO, {"connection": connection, "queue": queue, "request": request})
+        (connection.commit if commits else connection.rollback)()
+        connection.close()
+
+    async with RefundQueue(dsn) as queue:
+        await asyncio.to_thread(lambda: enqueue(queue, databases["default"], *requests(1)))
+        assert (await queue.counts())["waiting"] == (1 if commits else 0)
 
 
 async def test_an_unknown_refund_is_scheduled_for_its_ask_again_at(dsn, journal):

@@ -13,10 +13,9 @@ from decimal import Decimal
 from urllib.parse import urlsplit
 
 import anyio
-import django
 import httpx
 import pytest
-from django.conf import settings
+from django.test.utils import override_settings
 from django.urls import path
 
 from lianlian_async import NotificationEndpoint, RefundRejected
@@ -27,7 +26,7 @@ from lianlian_async.sandbox import Fault, SandboxGateway, When
 from tests.support import ROOT
 from tests.support.notices import ACKNOWLEDGED, HEADERS, Handler
 from tests.support.parties import refund_request
-from tests.support.readme import RECIPES, run_example, served
+from tests.support.readme import RECIPES, run_example, served, set_up_django
 
 URLS = types.ModuleType("shop_urls")
 """Django's URL configuration: the test sets its ``urlpatterns``."""
@@ -71,11 +70,11 @@ def test_the_starlette_service(gateway, parts):
 def test_the_django_service(gateway, parts, tmp_path, caplog):
     """It does the same; a refund whose client disconnects is completed, recorded and logged."""
     sys.modules["shop_urls"] = URLS
-    settings.configure(ROOT_URLCONF="shop_urls", ALLOWED_HOSTS=["*"], MIDDLEWARE=[], LOGGING_CONFIG=None)
-    django.setup()
+    set_up_django()
     example = run_example("django", **parts)
     URLS.urlpatterns = [path("refunds", example["make_refund"])]
-    with served(example["application"]) as url:
+    ours = override_settings(ROOT_URLCONF="shop_urls", ALLOWED_HOSTS=["*"], MIDDLEWARE=[])
+    with ours, served(example["application"]) as url:
         assert makes_refunds_and_takes_notifications(url, gateway) == {"sta_refund": "0"}
         gateway.script(Fault.DELAY, delay=0.3, no_refund="R-3")
         disconnect_after_sending(url, refund_request(3), gateway)

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import django
 import uvicorn
+from django.conf import settings
 
 from lianlian_async import contrib, logs, middleware
-from lianlian_async.contrib import aiohttp, opentelemetry, web
+from lianlian_async.contrib import aiohttp, opentelemetry, procrastinate, web
 from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -32,13 +34,14 @@ def _of_docstring(module: ModuleType) -> list[str]:
 EXAMPLES = dict(_EXAMPLE.findall(README))
 RECIPES = dict(
     zip(
-        ("aiohttp", "starlette", "django", "synchronous", "logs", "opentelemetry", "middleware"),
+        ("aiohttp", "starlette", "django", "synchronous", "logs", "opentelemetry", "queue", "middleware"),
         (
             *_of_docstring(aiohttp),
             *_of_docstring(web),
             *_of_docstring(contrib),
             *_of_docstring(logs),
             *_of_docstring(opentelemetry),
+            *_of_docstring(procrastinate),
             *_of_docstring(middleware),
         ),
         strict=True,
@@ -52,6 +55,13 @@ def run_example(name: str, **names: Any) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": "readme", **names}
     exec(compile((EXAMPLES | RECIPES)[name], f"example {name}", "exec"), namespace)
     return namespace
+
+
+def set_up_django() -> None:
+    """Set up Django with its default settings, unless another test of this process has done so."""
+    if not settings.configured:
+        settings.configure(LOGGING_CONFIG=None)
+        django.setup()
 
 
 @contextmanager
