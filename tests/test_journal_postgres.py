@@ -219,6 +219,28 @@ async def test_a_role_may_have_a_stricter_isolation_level(make, administer, post
     assert sorted(found) == [Standing.LEASED] * 1000 + [Standing.NEW] * 1000
 
 
+@pytest.mark.parametrize(
+    "meanwhile", ["INSERT INTO {schema}.eras (id) VALUES (2)", "UPDATE {schema}.version SET id = id"]
+)
+async def test_workers_of_a_stricter_isolation_level_begin_an_era_and_bind_together(
+    make, administer, elsewhere, meanwhile, monkeypatch
+):
+    """Another worker commits the same change while this one waits for it."""
+    monkeypatch.setenv("PGOPTIONS", "-c default_transaction_isolation=serializable")
+    async with make() as journal, anyio.create_task_group() as group:
+        await administer(FAIL_OVER)
+        async with elsewhere(meanwhile, "R-1") as other:
+
+            async def work():
+                await journal.bind("201304121000001004", "https://gateway.example/apply")
+                assert (await journal.begin(intent(), now()))[0] is Standing.ASK_FIRST
+
+            group.start_soon(work)
+            while not await (await other.execute("SELECT FROM pg_locks WHERE NOT granted")).fetchall():
+                pass
+            await other.commit()
+
+
 # ── locks of another transaction ─────────────────────────────────────────────────────────────────
 
 
@@ -592,6 +614,17 @@ async def test_another_version_is_refused_with_advice(make, administer):
     with pytest.raises(JournalError, match=r"schema version 1, but this release needs 7; resolve its open refunds"):
         async with make():
             pass
+
+
+async def test_tables_that_a_later_release_has_upgraded_are_refused_at_once(make, administer):
+    """A worker of this release that still runs writes nothing into them, because it does not know their rules."""
+    async with make() as journal:
+        _, entry = await journal.begin(intent(), now())
+        await administer("UPDATE {schema}.version SET version = 8")
+        for operation in (journal.begin(intent("R-2"), now()), journal.finish(entry, MADE)):
+            with pytest.raises(JournalError, match="schema version 8, but this release needs 7"):
+                await operation
+        assert (await journal.find("R-1")).ending is None
 
 
 @pytest.mark.parametrize(

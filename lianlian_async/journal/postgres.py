@@ -233,7 +233,11 @@ class PostgresJournal(GroupCommitJournal):
 
     async def _bind(self, owner: Owner) -> None:
         bind = sql.BIND, (owner.oid_partner, owner.apply_url)
-        async with self._sent(bind, (sql.READ_VERSION, ())) as (_, _, [_, [row]]):
+        async with self._sent((sql.BEGIN, ()), bind, (sql.READ_VERSION, ()), (sql.COMMIT, ())) as (
+            _,
+            _,
+            [_, _, [row], _],
+        ):
             owner.confirm(owner_of(row), self._name)
 
     async def begin_acting(self) -> None:
@@ -317,7 +321,8 @@ class PostgresJournal(GroupCommitJournal):
                     for queued, result in zip(writes, results, strict=True):
                         queued.result = result
                     return None
-                await self._send(connection, (sql.ROLLBACK, ()), (sql.NEW_ERA, [reading.era + 1]))
+                new_era: Statement = sql.NEW_ERA, [reading.era + 1]
+                await self._send(connection, (sql.ROLLBACK, ()), (sql.BEGIN, ()), new_era, (sql.COMMIT, ()))
 
     def _answer(self, finds: Sequence[Queued], rows: Sequence[Row]) -> None:
         entries = {row["no_refund"]: entry_of(row, self._reading) for row in rows}
@@ -343,6 +348,7 @@ class PostgresJournal(GroupCommitJournal):
 
         Return the results; the result is None if another transaction has locked or inserted the refund's row.
         """
+        upgrade_steps(self._name, found[0]["version"], SCHEMA_VERSION, {})  # raises after an upgrade by a later release
         reading = self._reading
         rows = {row["no_refund"]: row for row in found if row["no_refund"] is not None}
         before = {number: entry_of(row, reading) for number, row in rows.items()}

@@ -82,9 +82,9 @@ of a live worker."""
 FIND: Final = "SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s)"
 LOCK: Final = """
 WITH locked AS (SELECT * FROM {schema}.refunds WHERE no_refund = ANY(%s) FOR UPDATE SKIP LOCKED)
-SELECT is_acting, locked.* FROM {schema}.version LEFT JOIN locked ON true
+SELECT version, is_acting, locked.* FROM {schema}.version LEFT JOIN locked ON true
 """
-"""Returns at least one row, for ``is_acting``. If no refund's row could be locked, its refund columns are NULL."""
+"""Returns at least one row, for the first two columns. If no refund's row could be locked, the others are NULL."""
 INSERT: Final = """
 INSERT INTO {schema}.refunds
     (no_refund, fields, body, state, record, sent_at, refused, holder, leased_until, history)

@@ -257,8 +257,8 @@ class Database:
         rows = [(key, row) for key in keys if (row := self._row(session, key)) and not self._is_held(key, session)]
         self.locks |= {key: session for key, _ in rows}
         [version] = self._read_version(session, schema)
-        is_acting = {"is_acting": version["is_acting"]}
-        return [{**is_acting, **row} for _, row in rows] or [{**is_acting, "no_refund": None}]
+        first = {name: version[name] for name in ("version", "is_acting")}
+        return [{**first, **row} for _, row in rows] or [{**first, "no_refund": None}]
 
     def _insert(self, session: Session, schema: str, rows: str) -> Generator[None, None, Rows]:
         began, inserted = self.time(), []
