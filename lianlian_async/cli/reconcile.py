@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
+from typing import Final
 
 import anyio
 import click
@@ -20,6 +21,17 @@ from lianlian_async.worker_pool import iterate, run_workers
 from .options import load_merchant
 from .output import Output, table
 from .stores import find_journal, make_journal, make_reader
+
+_MEANING: Final = {
+    Verdict.AGREES: "in both",
+    Verdict.AMOUNT_DIFFERS: "in both, with different amounts",
+    Verdict.NOT_IN_JOURNAL: "in a statement, but not made in the journal; ask who made it",
+    Verdict.TWICE_IN_STATEMENT: "more than once in the statements; ask LianLian",
+    Verdict.MISSING_IN_STATEMENT: "only in the journal; ask LianLian",
+    Verdict.UNKNOWN_PROVED: "in a statement, but unknown in the journal; use --apply",
+    Verdict.OUTSIDE_PERIOD: "only in the journal; the statement of its day or of the next day was not given",
+    Verdict.NOT_FINAL: "only in the journal, and not final; run `lianlian journal resume`, then this command again",
+}
 
 
 def reconcile(
@@ -42,17 +54,15 @@ def reconcile(
     for day, number in sorted(found.lacking.items()):
         output.note(f"the statement of {day} was not given: it may have {number:,} refunds that the others lack")
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
-    rows = [(verdict.replace("_", " "), found.counts[verdict], found.yuan[verdict]) for verdict in Verdict]
+    rows = [
+        (verdict.replace("_", " "), found.counts[verdict], found.yuan[verdict], meaning)
+        for verdict, meaning in _MEANING.items()
+    ]
     output.show(
         document | {"unreadable": [line for line, _ in found.unreadable]},
-        table("Statements and journal", ("", "refunds", "yuan"), rows),
+        table("Statements and journal", ("", "refunds", "yuan", "meaning"), rows),
         more=(_difference(found, verdict, number) for verdict, numbers in found.numbers.items() for number in numbers),
     )
-    if not_final := found.counts[Verdict.NOT_FINAL]:
-        output.note(
-            f"{not_final:,} refunds are not final in the journal, and no statement has them: "
-            "run `lianlian journal resume`, then this command again"
-        )
     return 3 if found.unreadable or any(found.numbers.values()) else 0
 
 
