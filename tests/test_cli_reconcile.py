@@ -28,7 +28,6 @@ NOTHING = {
     "missing_in_statement": [],
     "unknown_proved": [],
     "outside_period": 0,
-    "not_final": 0,
     "unreadable": [],
 }
 

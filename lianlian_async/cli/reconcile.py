@@ -54,6 +54,8 @@ def reconcile(
     for day, number in sorted(found.lacking.items()):
         output.note(f"the statement of {day} was not given: it may have {number:,} refunds that the others lack")
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
+    if not document[Verdict.NOT_FINAL]:  # issue 13 lists the other keys, and no more
+        del document[Verdict.NOT_FINAL]
     rows = [
         (verdict.replace("_", " "), found.counts[verdict], found.yuan[verdict], meaning)
         for verdict, meaning in _MEANING.items()
