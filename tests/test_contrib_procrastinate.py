@@ -892,6 +892,24 @@ async def test_another_worker_runs_the_jobs_of_a_dead_worker(dsn, journal):
     assert gateway.times_made("R-0") == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE procrastinate_workers SET last_heartbeat = now() + interval '1 hour'",
+        "UPDATE procrastinate_jobs SET status = 'todo', scheduled_at = now() + interval '1 year'",
+    ],
+)
+async def test_no_job_waits_because_the_databases_clock_was_ahead(dsn, journal, change):
+    """The clock was set back after a worker's last heartbeat, or after a job was scheduled."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await leave_jobs(queue, 1)
+        await queue.app.connector.execute_query_async(change)
+        await queue.work(session, wait=False)
+        assert await jobs_of(queue) == []
+    assert gateway.times_made("R-0") == 1
+
+
 async def test_jobs_that_a_worker_of_another_program_fails_are_run(dsn, journal):
     """By default, procrastinate's workers fetch the jobs of all queues, and fail those whose task they lack."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))

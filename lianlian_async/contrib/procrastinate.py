@@ -94,14 +94,16 @@ WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' ORDE
 """
 # Only the periodic job has a queueing lock. It is not queued again: its successor may already be queued with that lock.
 # Only a worker without our tasks fails a refund job: ours inserts a failed job, which no worker has attempted.
+# If the database's clock was ahead, a dead worker's heartbeat or a job's time may be far in the future.
 _RESCUE: Final = """
 UPDATE procrastinate_jobs AS job
 SET status = CASE WHEN queueing_lock IS NULL THEN 'todo' ELSE 'failed' END::procrastinate_job_status,
     attempts = attempts + 1, scheduled_at = NULL, abort_requested = false
 WHERE queue_name = %(queue)s AND (status = 'failed' AND task_name = %(task)s AND attempts > 0
+    OR status = 'todo' AND scheduled_at > now() + interval '1 day'
     OR status = 'doing' AND NOT EXISTS (
         SELECT FROM procrastinate_workers AS worker
-        WHERE worker.id = job.worker_id AND last_heartbeat >= now() - %(seconds)s * interval '1 s'
+        WHERE worker.id = job.worker_id AND abs(extract(epoch FROM now() - last_heartbeat)) <= %(seconds)s
 )) RETURNING id, status
 """
 # Find the refunds that a job already contains. Ignore new jobs that no worker has started: they may wait behind a long
@@ -362,7 +364,8 @@ class RefundQueue:
         """Queue again: jobs of dead workers, and open refunds without a job. Delete failed jobs that are decided."""
         session, connector = self._working().session, self.app.connector
         for job in await connector.execute_query_all_async(_RESCUE, **self._names, seconds=self._rescue_after):
-            logger.warning("job %s is set to %s: its worker is dead, or lacks its task", job["id"], job["status"])
+            cause = "its worker is dead or lacks its task, or the database's clock was set"
+            logger.warning("job %s is set to %s: %s", job["id"], job["status"], cause)
         await connector.execute_query_async(self._sql(_DELETE_DECIDED), **self._names)
         async with aclosing(_chunks(_open_refunds(session), self._slice_size)) as chunks:
             async for refunds in chunks:
