@@ -104,7 +104,7 @@ def test_a_person_sees_each_cure(env):
     ended = run("doctor", env=env)
     assert ended.exit_code == 0
     text = " ".join(ended.stdout.replace("│", " ").split())
-    assert "not verified: no refund to query is known → run this again after the first refund" in text
+    assert "not provable yet: no refund to query is known → run this again after the first refund" in text
 
 
 # ── keys and settings ────────────────────────────────────────────────────────────────────────────
@@ -483,5 +483,5 @@ def test_given_refund_is_queried(made, gateway):
     proof = lines(elsewhere, "--refund", "R-2", "--dt-refund", refund(2)["dt_refund"])["LianLian's key"]
     assert proof[1].endswith("signed the record of R-2")
     state, text, cure = lines(made, "--refund", "R-3")["LianLian's key"]
-    assert (state, text) == ("warning", "not verified: R-3 is not in the journal")
+    assert (state, text) == ("warning", "not provable yet: R-3 is not in the journal")
     assert cure == "use --dt-refund, too"

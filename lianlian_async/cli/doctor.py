@@ -147,7 +147,7 @@ async def _check_outside(report: _Report, merchant: Merchant, options: dict[str,
     if query is None:
         problem = f"{no_refund} is not in the journal" if no_refund else "no refund to query is known"
         cure = "use --dt-refund, too" if no_refund else "run this again after the first refund, or use --refund"
-        report.add(_THEIR_KEY, f"not verified: {problem}", warning=cure)
+        report.add(_THEIR_KEY, f"not provable yet: {problem}", warning=cure)
     elif not options["offline"]:
         await _check_query(report, merchant, query)
 
