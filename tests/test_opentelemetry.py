@@ -9,6 +9,7 @@ from decimal import Decimal
 import anyio
 import httpx
 import pytest
+from opentelemetry import baggage, context
 from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
 from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
 from opentelemetry.sdk.metrics import MeterProvider
@@ -175,6 +176,22 @@ async def test_spans_of_a_refund(backend, instrumentor, telemetry, anyio_backend
     assert ended.attributes["lianlian.outcome"] == "made"
     assert (ended.attributes["lianlian.attempts"], ended.attributes["lianlian.queries"]) == (1, 2)
     assert ended.status.status_code is StatusCode.UNSET
+
+
+async def test_the_gateway_gets_no_baggage(telemetry):
+    """A web service may keep the user's name in it."""
+    gateway, headers = sandbox(), []
+
+    async def watching(exchange, call_next):
+        reply = await call_next(exchange)
+        headers.append(set(exchange.headers))
+        return reply
+
+    token = context.attach(baggage.set_baggage("user", "Li Lei"))
+    async with gateway.session(listeners=[telemetry.listener], middleware=[watching]) as session:
+        await session.apply_refund(refund_request())
+    context.detach(token)
+    assert headers == [{"traceparent"}]
 
 
 @pytest.mark.virtual_time

@@ -115,6 +115,7 @@ class OpenTelemetry:
         try:
             if isinstance(event, events.AttemptBegan):
                 propagate.inject(event.headers)  # an instrumentor replaces this header with its own
+                event.headers.pop("baggage", None)  # data of the application, which the gateway must not get
             yield
         finally:
             if counter is not None:

@@ -93,7 +93,7 @@ SELECT args->'refunds'->0->>'no_refund' AS no_refund, args->>'cause' AS cause FR
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' ORDER BY id LIMIT %(limit)s
 """
 # Only the periodic job has a queueing lock. It is not queued again: its successor may already be queued with that lock.
-# Only a worker without our tasks fails a refund job: ours inserts a failed job, which no worker has attempted.
+# A worker of another program fails our jobs, because it lacks their task. Our own failed jobs have no attempts.
 # If the database's clock was ahead, a dead worker's heartbeat or a job's time may be far in the future.
 _RESCUE: Final = """
 UPDATE procrastinate_jobs AS job
