@@ -41,7 +41,7 @@ from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.sandbox import Fault, Repeated, When
 from lianlian_async.transport import HttpSender, PoolTransport, http_backend, own_transport
 from lianlian_async.transport.aiohttp import LeasedPayload
-from lianlian_async.transport.tracked_request import LeaseEndedError, request_classes
+from lianlian_async.transport.tracked_request import SendRefusedError, request_classes
 from tests.support import certificates
 from tests.support.bad_network import STRAY
 from tests.support.parties import (
@@ -400,6 +400,29 @@ async def test_rejection_of_a_request_that_a_transport_repeated_proves_nothing(r
             await session.apply_refund(refund_request(2, money_refund="200.01", no_order="another"))
     assert caught.value.refused is None
     assert [gateway.times_made(number) for number in ("R-1", "R-2")] == [1, 1]
+
+
+@pytest.mark.parametrize("library", [httpx, httpx2])
+@pytest.mark.parametrize("layer", ["transport", "auth"])
+async def test_client_that_repeats_a_request_cannot_send_it_again(layer, library):
+    """The second send of a retrying transport, or of ``DigestAuth``, does not leave this machine."""
+
+    class Repeater(library.AsyncHTTPTransport):
+        async def handle_async_request(self, request):
+            await (await super().handle_async_request(request)).aread()
+            return await super().handle_async_request(request)
+
+    repeats = {"transport": {"transport": Repeater()}, "auth": {"auth": library.DigestAuth("user", "secret")}}
+    challenge = 'www-authenticate: Digest realm="r", nonce="n", qop="auth"\r\n'
+    async with (
+        answering(b"{}", "401 Unauthorized", challenge) as server,
+        library.AsyncClient(**repeats[layer]) as client,
+        transport_over(client=client) as transport,
+    ):
+        delivery = await transport.post(server.url, b"{}", 5.0)
+        assert len(server.requests) == 1
+    assert delivery.may_have_arrived
+    assert "tried to send a request again" in delivery.reason
 
 
 @pytest.mark.virtual_time
@@ -803,6 +826,33 @@ async def test_attempt_whose_proxy_does_not_connect_was_not_sent(monkeypatch, me
     assert proxy.opened == 4
 
 
+async def test_a_request_through_the_tunnel_of_a_proxy(self_signed, monkeypatch):
+    """The CONNECT request to the proxy does not count as a send of the request that follows it."""
+    context, file = self_signed
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    async with serving(heartily, tls=context) as server:
+
+        async def tunnel(connection: Connection):
+            async def pass_on(source, target):
+                with contextlib.suppress(anyio.BrokenResourceError):
+                    async for chunk in source:
+                        await target.send(chunk)
+                tasks.cancel_scope.cancel()
+
+            await connection.request()
+            await connection.stream.send(b"HTTP/1.1 200 OK\r\n\r\n")
+            async with await anyio.connect_tcp("127.0.0.1", server.port) as target, anyio.create_task_group() as tasks:
+                tasks.start_soon(pass_on, connection.stream, target)
+                tasks.start_soon(pass_on, target, connection.stream)
+
+        async with serving(tunnel) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+            async with transport_over() as transport:
+                delivery = await transport.post(server.url.replace("http:", "https:"), b"{}", 5.0)
+    assert isinstance(delivery, HttpResponse), delivery
+    assert proxy.opened == 1
+
+
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("is_read", [False, True])
 async def test_attempt_that_ends_before_its_body_is_read_cannot_be_sent_later(is_read):
@@ -1138,7 +1188,7 @@ def test_every_way_to_the_bytes_of_a_body_for_aiohttp_counts_as_a_send():
     body = body_class("退款".encode(), holding_for(1))
     payload = LeasedPayload(body)
     assert (payload.size, payload.decode(), body.sends) == (6, "退款", 1)
-    with pytest.raises(LeaseEndedError):
+    with pytest.raises(SendRefusedError):
         payload.decode()
     assert body.sends == 1
 
@@ -1364,7 +1414,7 @@ async def test_httpx2_over_a_socket():
     assert b"user-agent: lianlian-async/" in received[0][0].lower()
     assert [head.split()[0] for head, _ in received] == [b"POST", b"HEAD"]
     assert isinstance(refused.cause, httpx2.ConnectError)
-    for delivery, name in ((refused, "ConnectError"), (ended, "LeaseEndedError")):
+    for delivery, name in ((refused, "ConnectError"), (ended, "SendRefusedError")):
         assert (delivery.may_have_arrived, delivery.reason.partition(":")[0]) == (False, name)
 
 

@@ -7,7 +7,7 @@ connection of a cancelled or timed-out request. Three risks remain:
   has ended. Only a few instructions separate the check from the write, and none of them waits.
 - The network may delay bytes that have left the machine; a reset cannot recall them.
 - A caller's client or transport may not reset the connection of a cancelled request. If it is not built on httpcore,
-  the lease is checked only before the call and when the body is read.
+  the lease is checked only before the call and when the body is read, and a layer that repeats requests is not stopped.
 """
 
 from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, check_http, http_backend

@@ -18,7 +18,7 @@ from yarl import URL
 
 from .connection import check_loopback, close_normally, reset_when_closed, trusting_context
 from .pool import KEEPALIVE_SECONDS
-from .tracked_request import Body, LeaseEndedError
+from .tracked_request import Body, SendRefusedError
 
 
 class _SpoiltConnectionError(aiohttp.ClientConnectionError):
@@ -106,7 +106,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 allow_redirects=False,
             )
         except aiohttp.ClientError as error:
-            raise (error.__cause__ if isinstance(error.__cause__, LeaseEndedError) else _as_httpx(error)) from error
+            raise (error.__cause__ if isinstance(error.__cause__, SendRefusedError) else _as_httpx(error)) from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling() or not session.closed:

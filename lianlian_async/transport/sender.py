@@ -21,7 +21,7 @@ from lianlian_async.wire import MAX_MESSAGE_BYTES
 
 from .connection import discard_if_bytes_follow, trace_loopback
 from .own_transport import AsyncBaseTransport, AsyncClient, HttpBackend, library_of, own_transport
-from .tracked_request import Body, LeaseEndedError, TrackedRequest, request_classes
+from .tracked_request import Body, SendRefusedError, TrackedRequest, request_classes
 
 logger = logging.getLogger("lianlian_async")
 
@@ -52,7 +52,7 @@ class HttpSender:
         self._is_client = isinstance(over, self._library.AsyncClient)
         self._request_class, self._body_class = request_classes(self._library)
         foreign = (getattr(self._library, name) for name in _NEVER_SENT)
-        self._never_sent = (*foreign, ConfigurationError, LeaseEndedError)
+        self._never_sent = (*foreign, ConfigurationError, SendRefusedError)
         self._content_type = content_type
         self._is_closed = False
         self._is_own = type(over).__module__.startswith(f"{__package__}.")

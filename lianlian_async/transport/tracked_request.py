@@ -14,8 +14,8 @@ else:  # request_classes adds the base class of httpx or httpx2
 from .connection import trace_loopback
 
 
-class LeaseEndedError(Exception):
-    """The lease ended before the body was sent."""
+class SendRefusedError(Exception):
+    """The lease has ended, or the request was written before."""
 
 
 class Body(ByteStream):
@@ -30,17 +30,26 @@ class Body(ByteStream):
         self.content = content
         self.sends = 0
         """How often the body was read for sending."""
+        self.is_written = False
+        """Whether httpcore has begun to write the request."""
         self.lease_holds = lease_holds
 
     def check_lease(self) -> None:
-        """Raise ``LeaseEndedError`` if the lease has ended."""
+        """Raise ``SendRefusedError`` if the lease has ended."""
         if not self.lease_holds():
-            raise LeaseEndedError("the lease ended before the request was sent: another worker may have taken it")
+            raise SendRefusedError("the lease ended before the request was sent: another worker may have taken it")
 
     async def trace(self, url: URL, event: str, info: Mapping[str, Any]) -> None:
-        """Check the host before httpcore connects, and the lease before it writes the head of the request."""
+        """Check the host before httpcore connects; before it writes the head, check that it may be sent.
+
+        A second head comes from a layer of the caller's client that repeats requests, such as ``DigestAuth``.
+        """
         if event.endswith(".send_request_headers.started"):
             self.check_lease()
+            if info["request"].method != b"CONNECT":  # that one goes to a proxy
+                if self.is_written:
+                    raise SendRefusedError("the client tried to send a request again that may have arrived")
+                self.is_written = True
         else:
             await trace_loopback(url, event, info)
 
