@@ -923,6 +923,28 @@ async def test_jobs_that_a_worker_of_another_program_fails_are_run(dsn, journal)
     assert [gateway.times_made(f"R-{number}") for number in range(3)] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("attempts", [0, 1])
+async def test_of_an_aborted_job_only_the_begun_refunds_are_resolved(dsn, journal, attempts):
+    """For example, an operator stops a batch that was queued by mistake."""
+    gateway = SandboxGateway(default_order=Decimal("1000.00"))
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.AFTER, times=2)
+    async with RefundQueue(dsn) as queue, gateway.session(journal=journal) as session:
+        await queue.enqueue(requests(6))
+        await queue.app.connector.execute_query_async(f"UPDATE procrastinate_jobs SET attempts = {attempts}")
+        working = asyncio.create_task(queue.work(session, concurrency=2))
+        await until(lambda: gateway.requests["apply"] == 2)
+        [job] = await jobs_of(queue)
+        await queue.app.job_manager.cancel_job_by_id_async(job.id, abort=True)
+        await until_counted(queue, failed=6)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+        await queue.work(session, wait=False)
+        assert (await queue.counts())["failed"] == 6
+    assert [gateway.times_made(f"R-{number}") for number in range(6)] == [1, 1, 0, 0, 0, 0]
+    assert [entry.state async for entry in journal.entries()] == [State.ACCEPTED] * 2
+
+
 async def test_a_worker_that_others_removed_goes_on(dsn, journal):
     """It is registered again, as after a suspension, and makes the refunds that are queued later."""
     gateway = SandboxGateway(default_order=Decimal("1000.00"))

@@ -97,9 +97,9 @@ WHERE queue_name = %(queue)s AND task_name = %(task)s AND status = 'failed' ORDE
 # If the database's clock was ahead, a dead worker's heartbeat or a job's time may be far in the future.
 _RESCUE: Final = """
 UPDATE procrastinate_jobs AS job
-SET status = CASE WHEN queueing_lock IS NULL THEN 'todo' ELSE 'failed' END::procrastinate_job_status,
-    attempts = attempts + 1, scheduled_at = NULL, abort_requested = false
-WHERE queue_name = %(queue)s AND (status = 'failed' AND task_name = %(task)s AND attempts > 0
+SET status = CASE WHEN queueing_lock IS NULL AND NOT abort_requested THEN 'todo' ELSE 'failed'
+    END::procrastinate_job_status, attempts = attempts + 1, scheduled_at = NULL
+WHERE queue_name = %(queue)s AND (status = 'failed' AND task_name = %(task)s AND attempts > 0 AND NOT abort_requested
     OR status = 'todo' AND scheduled_at > now() + interval '1 day'
     OR status = 'doing' AND NOT EXISTS (
         SELECT FROM procrastinate_workers AS worker
@@ -111,7 +111,8 @@ WHERE queue_name = %(queue)s AND (status = 'failed' AND task_name = %(task)s AND
 _COVERED: Final = """
 SELECT refund FROM procrastinate_jobs, jsonb_path_query(args, '$.refunds[*]') AS refund
 WHERE queue_name = %(queue)s AND task_name = %(task)s AND refund = ANY(%(refunds)s)
-    AND (status IN ('doing', 'failed') OR status = 'todo' AND (priority > 0 OR attempts > 0))
+    AND (status = 'doing' OR status = 'failed' AND NOT abort_requested
+        OR status = 'todo' AND (priority > 0 OR attempts > 0))
 """
 # Identifies the database and the table, to compare two connections.
 _DATABASE: Final = """
@@ -145,7 +146,8 @@ class RefundQueue:
     ``slice_size`` refunds. The journal records the outcome of each refund. A refund whose outcome stays unknown is
     queued again, due at its ``ask_again_at``. A refund about which a person has to decide (``RefundConflict``, or
     unreadable data) becomes a failed job (:meth:`failures`). If other procrastinate workers use the database, let each
-    name its ``queues``: a worker that also fetches these jobs fails them, which delays their refunds.
+    name its ``queues``: a worker that also fetches these jobs fails them, which delays their refunds. If you abort a
+    running job with procrastinate, the refunds that it has begun are still resolved, and the others are not made.
     """
 
     @without_locals
