@@ -316,6 +316,15 @@ def test_rejected_configuration_ends_the_worker(env, gateway, file):
     assert sum(queued(env)[name] for name in ("waiting", "later", "at_work")) == 30
 
 
+def test_rejected_refund_is_shown_once(env, file):
+    """A permanent rejection is one line of the worker, and the refund is not queued again."""
+    write_csv(file, [refund(1, money_refund="1000.01")])
+    run("batch", file, "--queue", "--yes", env=env)
+    ended = run("worker", "--until-empty", env=env)
+    assert (ended.exit_code, ended.stderr.count("refund rejected R-1: 5003")) == (0, 1)
+    assert sum(queued(env).values()) == 0
+
+
 def test_permanent_failure_is_shown_in_one_line(env, file):
     """A number with other content is a permanent failure, shown without a traceback."""
     for money in ("1.00", "2.00"):

@@ -216,6 +216,29 @@ async def test_a_worker_fetches_no_more_slices_than_it_needs(dsn, journal):
     assert len(gateway.refunds) == 20
 
 
+async def test_the_finished_refunds_of_a_running_slice_are_not_at_work(dsn, journal):
+    """A worker that counts its queue does not count them as refunds to do."""
+    gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()
+
+    async def hold(exchange, call_next):
+        return await (call_next if exchange.asked["no_refund"] == "R-0" else partial(gate, call_next=call_next))(
+            exchange
+        )
+
+    async with (
+        RefundQueue(dsn) as queue,
+        gateway.session(journal=journal, middleware=[hold]) as session,
+        asyncio.TaskGroup() as group,
+    ):
+        await queue.enqueue(requests(3))
+        work = group.create_task(queue.work(session, concurrency=1, wait=False))
+        await until(lambda: gate.begun)
+        assert (await queue.counts())["at_work"] == 2
+        gate.opened.set()
+        await work
+        assert (await queue.counts())["at_work"] == 0
+
+
 async def test_at_most_four_refunds_run_until_an_answer_has_verified(dsn, journal):
     """The limit applies to all slices of a worker together, until it trusts the gateway's key."""
     gateway, gate = SandboxGateway(default_order=Decimal("1000.00")), Gate()

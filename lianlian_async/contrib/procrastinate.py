@@ -252,11 +252,14 @@ class RefundQueue:
     async def counts(self) -> Mapping[str, int]:
         """Return the number of refunds by job status, and the number of live ``workers``.
 
-        ``waiting``: due now; ``later``: scheduled; ``at_work``: in a slice that a worker has fetched; ``failed``.
-        Finished refunds are in the journal only. A refund that was queued twice counts twice. A worker, of any queue in
-        the database, is live if it had a heartbeat in the last ``rescue_after`` seconds.
+        ``waiting``: due now; ``later``: scheduled; ``at_work``: in a slice that a worker has fetched, without the
+        refunds that :meth:`work` of this object has finished; ``failed``. Finished refunds are in the journal only. A
+        refund that was queued twice counts twice. A worker, of any queue in the database, is live if it had a heartbeat
+        in the last ``rescue_after`` seconds.
         """
-        return await self.app.connector.execute_query_one_async(_COUNT, **self._names, seconds=self._rescue_after)
+        found = await self.app.connector.execute_query_one_async(_COUNT, **self._names, seconds=self._rescue_after)
+        finished = self._worker.finished if self._worker else 0
+        return found | {"at_work": max(0, found["at_work"] - finished)}
 
     async def failures(self, limit: int = 20) -> Sequence[Mapping[str, str | None]]:
         """Return the oldest refunds about which a person has to decide, with ``no_refund`` and ``cause``.

@@ -84,6 +84,13 @@ class SliceWorker(Worker):
         self._waiting += number
         (self.needs_more.set if self._waiting < self.concurrency or self.is_stopping else self.needs_more.clear)()
 
+    @property
+    def finished(self) -> int:
+        """The number of refunds in running slices that are neither waiting nor in flight."""
+        jobs = [context.job for context in self._running_jobs.values()]
+        refunds = sum(len(_rows(job)) for job in jobs if job.task_name == TASK)
+        return max(0, refunds - self._waiting - self.admission.in_flight)
+
 
 class SliceFetcher(JobManager):
     """Fetches a job only when its worker needs more refunds, and none after the worker was stopped.
@@ -191,7 +198,6 @@ class Slice:
             case errors.JournalError():
                 self._retry(request, self._pause, "journal error")
             case errors.RefundRejected():
-                logger.warning("%s", error)
                 if error.stops_batch:
                     self._worker.stop()
                 if error.stops_batch or error.may_pass:
