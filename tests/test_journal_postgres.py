@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import shutil
+import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
@@ -723,19 +724,28 @@ async def test_an_invalid_dsn_is_not_shown(dsn):
 
 
 @pytest.mark.parametrize(
-    ("dsn", "wanted"),
+    ("dsn", "kind", "seconds"),
     [
-        ("host=a,b", "read-write"),
-        ("postgresql://a:1,b:2/books", "read-write"),
-        ("host=a,b target_session_attrs=any", "any"),
-        ("host=a", None),
-        ("", None),
+        ("host=a,b", "read-write", "5"),
+        ("postgresql://a:1,b:2,c:3,d,e,f/books", "read-write", "2"),
+        ("host=a,b target_session_attrs=any connect_timeout=7", "any", "7"),
+        ("host=a", None, "10"),
+        ("", None, "10"),
     ],
 )
-async def test_of_several_hosts_the_one_that_accepts_writes_is_used(dsn, wanted):
-    """After a failover the first host may be a standby; a DSN may ask for another kind of server."""
+async def test_of_several_hosts_the_one_that_accepts_writes_is_used(dsn, kind, seconds):
+    """After a failover, the first host may be a standby, or not answer. A DSN may say otherwise."""
     found = psycopg.conninfo.conninfo_to_dict(connection_string(dsn, 10.0))
-    assert found.get("target_session_attrs") == wanted
+    assert (found.get("target_session_attrs"), found["connect_timeout"]) == (kind, seconds)
+
+
+async def test_a_host_that_does_not_answer_is_passed_over(postgres_dsn, schema):
+    """As after a failover because of a power failure: nobody refuses the connection."""
+    folder = psycopg.conninfo.conninfo_to_dict(postgres_dsn)["host"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dsn = f"host=127.0.0.1,{folder} port={silent.getsockname()[1]},5432 user=postgres dbname=postgres"
+        async with PostgresJournal(dsn, schema=schema, timeout=5.0) as journal:
+            assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
 @pytest.mark.parametrize("password", ["part/s3cret", "part@s3cret", "part@x/s3cret", "part?@s3cret", "1/s3cret"])

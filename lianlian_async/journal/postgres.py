@@ -69,8 +69,8 @@ class _BusyError(Exception):
 def connection_string(dsn: str, timeout: float) -> str:
     """Return ``dsn`` with UTF-8, and with TCP keepalives and ``tcp_user_timeout``, which end half-open connections.
 
-    With several hosts, connections lead to the one that accepts writes. Values in ``dsn`` take precedence, except the
-    encoding. Raises ``ConfigurationError`` if ``dsn`` is invalid.
+    With several hosts, connections lead to the one that accepts writes, also if another one does not answer. Values in
+    ``dsn`` take precedence, except the encoding. Raises ``ConfigurationError`` if ``dsn`` is invalid.
     """
     try:
         given = conninfo_to_dict(dsn)
@@ -79,8 +79,9 @@ def connection_string(dsn: str, timeout: float) -> str:
     if _AMBIGUOUS.match(dsn):  # libpq takes a part of the password for the host or the database
         raise ConfigurationError("dsn: in a URL, write each @ as %40 and each / in the user or password as %2F")
     defaults: dict[str, Any] = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
-    defaults["tcp_user_timeout"] = round(timeout * 1000)
-    if "," in str(given.get("host")):
+    hosts = str(given.get("host")).count(",") + 1
+    defaults |= {"tcp_user_timeout": round(timeout * 1000), "connect_timeout": max(2, int(timeout / hosts))}
+    if hosts > 1:
         defaults["target_session_attrs"] = "read-write"
     return make_conninfo(**(defaults | given | {"client_encoding": "utf8"}))
 
