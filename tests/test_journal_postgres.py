@@ -200,6 +200,17 @@ async def test_a_worker_without_the_right_to_create_tables_uses_existing_ones(ma
         assert (await journal.begin(intent(), now()))[0] is Standing.NEW
 
 
+async def test_finding_a_refund_depends_on_no_locale(make, postgres_dsn, schema):
+    """The operating system's locale data may change; an index in the order of such a locale then misses entries."""
+    async with make(), await psycopg.AsyncConnection.connect(postgres_dsn) as connection:
+        found = await connection.execute(
+            "SELECT DISTINCT table_name, collation_name FROM information_schema.columns "
+            "WHERE table_schema = %s AND column_name = 'no_refund'",
+            [schema],
+        )
+        assert await found.fetchall() == [("refunds", "C")]
+
+
 async def test_a_role_may_have_a_stricter_isolation_level(make, administer, postgres_dsn, schema):
     """A worker whose role has another default isolation level shares refunds like the others."""
     role = f"strict {uuid4().hex}"

@@ -20,10 +20,12 @@ FIND_ENCODING: Final = "SELECT current_setting('server_encoding') AS encoding"
 FIND_UNSAFE: Final = "SELECT name FROM pg_settings WHERE name IN ('fsync', 'full_page_writes') AND setting = 'off'"
 READ_VERSION: Final = "SELECT * FROM {schema}.version"
 CREATE_SCHEMA: Final = "CREATE SCHEMA {schema}"  # IF NOT EXISTS needs the right to create schemas, even if it exists
+# An index in another collation may not find a refund after an upgrade of the operating system's locale data, or after a
+# failover to a machine with other locale data: the refund would look new.
 CREATE: Final = """
 CREATE TABLE {schema}.refunds (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    no_refund text NOT NULL UNIQUE,
+    no_refund text COLLATE "C" NOT NULL UNIQUE,
     fields json NOT NULL,
     body text NOT NULL,
     state text NOT NULL,
