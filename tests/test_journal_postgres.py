@@ -232,7 +232,7 @@ async def test_a_role_may_have_a_stricter_isolation_level(make, administer, post
 
 
 @pytest.mark.parametrize(
-    "meanwhile", ["INSERT INTO {schema}.eras (id) VALUES (2)", "UPDATE {schema}.version SET id = id"]
+    "meanwhile", ["INSERT INTO {schema}.eras (id, datid) VALUES (2, 0)", "UPDATE {schema}.version SET id = id"]
 )
 async def test_workers_of_a_stricter_isolation_level_begin_an_era_and_bind_together(
     make, administer, elsewhere, meanwhile, monkeypatch
@@ -496,6 +496,18 @@ async def test_after_the_way_back_to_an_earlier_server_new_refunds_are_queried_f
     assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
 
 
+async def test_in_a_copy_of_the_database_new_refunds_are_queried_first(postgres_dsn, administer):
+    """``CREATE DATABASE … TEMPLATE`` copies the rows unchanged: as a backup that replaces the database later."""
+    dsn = postgres.new_database(postgres_dsn)
+    async with PostgresJournal(dsn) as journal:
+        assert (await journal.begin(intent("R-1"), now()))[0] is Standing.NEW
+    name = psycopg.conninfo.conninfo_to_dict(dsn)["dbname"]
+    await administer(f"CREATE DATABASE {name}_copy TEMPLATE {name}")
+    async with PostgresJournal(psycopg.conninfo.make_conninfo(dsn, dbname=f"{name}_copy")) as journal:
+        standing, entry = await journal.begin(intent("R-2"), now())
+        assert (standing, entry.sent_at is not None) == (Standing.ASK_FIRST, True)
+
+
 async def test_lost_rows_are_written_again(make, administer):
     """``finish``, ``resend``, and ``release`` of a refund that may have been sent write its lost row again."""
     async with make() as journal:
@@ -623,7 +635,7 @@ async def test_another_version_is_refused_with_advice(make, administer):
     async with make():
         pass
     await administer("UPDATE {schema}.version SET version = 1")
-    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 7; resolve its open refunds"):
+    with pytest.raises(JournalError, match=r"schema version 1, but this release needs 8; resolve its open refunds"):
         async with make():
             pass
 
@@ -632,9 +644,9 @@ async def test_tables_that_a_later_release_has_upgraded_are_refused_at_once(make
     """A worker of this release that still runs writes nothing into them, because it does not know their rules."""
     async with make() as journal:
         _, entry = await journal.begin(intent(), now())
-        await administer("UPDATE {schema}.version SET version = 8")
+        await administer("UPDATE {schema}.version SET version = 9")
         for operation in (journal.begin(intent("R-2"), now()), journal.finish(entry, MADE)):
-            with pytest.raises(JournalError, match="schema version 8, but this release needs 7"):
+            with pytest.raises(JournalError, match="schema version 9, but this release needs 8"):
                 await operation
         assert (await journal.find("R-1")).ending is None
 

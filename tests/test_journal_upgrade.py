@@ -134,7 +134,8 @@ async def test_a_new_journal_has_the_released_tables(released, tmp_path):
     else:
         async with PostgresJournal(released.dsn, schema="new"):
             pass
-        columns = "SELECT string_agg(table_name || column_name || data_type, ' ' ORDER BY table_name, ordinal_position)"
+        column = "concat(table_name, column_name, data_type, collation_name)"
+        columns = f"SELECT string_agg({column}, ' ' ORDER BY table_name, ordinal_position)"
         where = "FROM information_schema.columns WHERE table_schema ="
         tables = [released.read(f"{columns} {where} '{schema}'") for schema in ("released", "new")]
     assert tables[0] == tables[1]

@@ -41,7 +41,7 @@ from .postgres_rows import entry_of, owner_of, rows_of
 
 logger = logging.getLogger("lianlian_async")
 
-SCHEMA_VERSION: Final = 7
+SCHEMA_VERSION: Final = 8
 
 Row = dict[str, Any]
 Statement = tuple[LiteralString, Sequence[Any]]

@@ -14,10 +14,11 @@ The stored form is a JSON object:
 - ``gateway``: the gateway's clock, if known.
 
 An *incarnation* is one run of the database server with one copy of the tables. ``pg_postmaster_start_time()``, which
-any role may call, identifies the run. ``xmin`` of a row identifies the copy: a restored dump has a new one. An *era* is
-a period within which times of the database's clock can be compared. A new era begins with another incarnation (after a
-restart, a failover or a restore), and when a worker's boot clock proves that the database's clock was set. A timestamp
-of an earlier era is read as the start of the current era, plus ``ahead``.
+any role may call, identifies the run. ``xmin`` of a row and the database's OID identify the copy: a restored dump has a
+new ``xmin``, and a database that was created from a template has a new OID. An *era* is a period within which times of
+the database's clock can be compared. A new era begins with another incarnation (after a restart, a failover or a
+restore), and when a worker's boot clock proves that the database's clock was set. A timestamp of an earlier era is read
+as the start of the current era, plus ``ahead``.
 """
 
 from collections.abc import Mapping

@@ -41,11 +41,12 @@ CREATE TABLE {schema}.eras (
     id bigint PRIMARY KEY,
     began timestamptz NOT NULL DEFAULT clock_timestamp(),
     postmaster_start_time timestamptz NOT NULL DEFAULT pg_postmaster_start_time(),
-    inserted_by xid NOT NULL DEFAULT pg_current_xact_id()::xid
+    inserted_by xid NOT NULL DEFAULT pg_current_xact_id()::xid,
+    datid oid NOT NULL
 );
-INSERT INTO {schema}.eras (id) VALUES (1);
+INSERT INTO {schema}.eras (id, datid) SELECT 1, oid FROM pg_database WHERE datname = current_database();
 CREATE TABLE {schema}.version AS
-SELECT 7 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
+SELECT 8 AS version, gen_random_uuid()::text AS id, NULL::text AS oid_partner, NULL::text AS apply_url,
     false AS is_acting;
 """
 UPGRADES: Final[dict[int, LiteralString]] = {}
@@ -73,10 +74,14 @@ SELECT
     set_config('statement_timeout', %s, true),
     set_config('idle_in_transaction_session_timeout', %s, true),
     to_json(clock_timestamp()) AS database, id AS era, to_json(began) AS began,
-    postmaster_start_time = pg_postmaster_start_time() AND inserted_by = xmin AS is_same_incarnation
+    postmaster_start_time = pg_postmaster_start_time() AND inserted_by = xmin
+        AND datid = (SELECT oid FROM pg_database WHERE datname = current_database()) AS is_same_incarnation
 FROM {schema}.eras ORDER BY id DESC LIMIT 1
 """
-NEW_ERA: Final = "INSERT INTO {schema}.eras (id) VALUES (%s) ON CONFLICT DO NOTHING"
+NEW_ERA: Final = """
+INSERT INTO {schema}.eras (id, datid) SELECT %s, oid FROM pg_database WHERE datname = current_database()
+ON CONFLICT DO NOTHING
+"""
 WAIT_BRIEFLY: Final = "SELECT set_config('lock_timeout', '100ms', true)"
 """Limits the wait for another worker that is inserting the same refund. 100 ms is longer than most transactions
 of a live worker."""

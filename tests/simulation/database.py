@@ -197,7 +197,7 @@ class Database:
 
     def _create(self, session: Session, schema: str) -> Rows:
         owner = {"oid_partner": None, "apply_url": None}
-        session.changes[schema, "version", 0] = {"version": 7, "id": f"journal {schema}", **owner, "is_acting": False}
+        session.changes[schema, "version", 0] = {"version": 8, "id": f"journal {schema}", **owner, "is_acting": False}
         return self._new_era(session, schema, 1)
 
     def _new_era(self, session: Session, schema: str, number: int) -> Rows:
