@@ -941,6 +941,7 @@ async def test_unreadable_key_fails_the_start(handler, tmp_path):
         ({"allow_from": ["203.0.113.7/24"]}, "allow_from: .*host bits"),
         ({"trusted_proxies": ["proxy"]}, "trusted_proxies: "),
         ({"allow_from": ["unix"]}, "allow_from: "),
+        ({"path": "lianlian/refund"}, "path: must begin with a slash, is 'lianlian/refund'"),
     ],
 )
 async def test_contradictory_settings_are_refused(handler, settings, message):

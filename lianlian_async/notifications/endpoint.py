@@ -140,6 +140,8 @@ class NotificationEndpoint:
             )
         if inbox and journal is None:
             raise errors.ConfigurationError("inbox=True requires journal=…: the endpoint records notifications in it")
+        if path is not None and not path.startswith("/"):
+            raise errors.ConfigurationError(f"path: must begin with a slash, is {path!r}")
         self.merchant = merchant
         self.counts: Counter[str] = Counter()
         """Number of notifications by :class:`Verdict`. Attempts of the inbox and of :meth:`sweep` to call the handler
