@@ -71,7 +71,7 @@ RESPONSES = [
     (rejected("5006"), 402),
     (rejected("1014"), 402),
     (rejected("1008"), 500),
-    (rejected("3005", QueryRejected), 422),
+    (rejected("3005", QueryRejected), 502),
     (rejected("3010", QueryRejected), 500),
     (RefundNotFound(no_refund="R-1", oid_refundno=None, ret_code="8901", ret_msg="没有记录", verified=True), 404),
     (unknown(900), 202),
@@ -141,6 +141,8 @@ def test_details_of_the_other_errors():
         assert (body["no_refund"], body["sta_refund"]) == ("R-1", "0")
         assert "was made" in body["detail"]
     assert "was not sent" not in error_response(failed(None), NOW)[2]["detail"]  # by an earlier request, perhaps
+    for code in ("3005", "3010"):  # apply_and_wait may raise it about a refund that was made
+        assert "says nothing about the refund" in error_response(rejected(code, QueryRejected), NOW)[2]["detail"]
     decided = RefundRejected("decided", "", verified=False, no_refund="R-1", evidence="mail")
     assert "LianLian" not in error_response(decided, NOW)[2]["detail"]
 

@@ -69,7 +69,8 @@ _log: Final = partial(logger.warning, "the caller of a refund was cancelled; the
 _RESPONSES: Final = (
     (errors.InvalidRequest, 422, "a field is invalid; nothing was sent"),
     (errors.RefundConflict, 409, "no_refund belongs to a refund with other content; a person has to decide"),
-    (errors.RefundRejected | errors.QueryRejected, 422, "the request was rejected"),
+    (errors.RefundRejected, 422, "the request was rejected"),
+    (errors.QueryRejected, 502, "LianLian rejected a query; this says nothing about the refund"),
     (errors.RefundNotFound, 404, "LianLian has no record of the refund at this moment"),
     (errors.RefundOutcomeUnknown, 202, "the refund may have been made; repeat the same request at ask_again_at"),
     (errors.RefundNotFinal, 202, "the refund was made, but it is not final yet"),
@@ -85,8 +86,8 @@ def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, 
     """Return the HTTP status, headers and JSON body that tell a client about its refund, and nothing about the service.
 
     A rejection has status 402 if its cause is temporary (balance, limit), 500 if it is the merchant's configuration,
-    else 422. For ``BatchStopped``, the response is about its ``cause``; for a ``JournalError``, about its ``said``, if
-    it is set.
+    else 422; a rejected query has 500 or 502. For ``BatchStopped``, the response is about its ``cause``; for a
+    ``JournalError``, about its ``said``, if it is set.
     """
     said = getattr(error, "said", None) or getattr(error, "cause", None)  # JournalError.said, BatchStopped.cause
     if isinstance(said, LianLianError):
@@ -96,8 +97,10 @@ def error_response(error: LianLianError, now: datetime) -> tuple[int, dict[str, 
     match error:
         case errors.InvalidRequest():
             body["problems"] = [{"field": problem.field, "rule": problem.rule} for problem in error.problems]
-        case errors.RefundRejected() | errors.QueryRejected():
-            status = 500 if error.is_configuration else 402 if error.may_pass else status
+        case errors.RefundRejected() | errors.QueryRejected() if error.is_configuration:
+            status = 500
+        case errors.RefundRejected() if error.may_pass:
+            status = 402
         case errors.RefundOutcomeUnknown():
             headers["Retry-After"] = str(max(0, math.ceil((error.ask_again_at - now).total_seconds())))
             body["ask_again_at"] = error.ask_again_at.isoformat()
