@@ -437,6 +437,14 @@ def test_terminal_must_confirm_before_sending(env, gateway, file, journal, monke
     assert len(gateway.refunds) == 3
 
 
+def test_interruption_of_the_confirmation_exits_130(env, gateway, file, monkeypatch, capsys):
+    """Ctrl-C and Ctrl-D at the prompt interrupt the command, and nothing is sent."""
+    write_csv(file, [refund(1)])
+    assert on_a_terminal(monkeypatch, "\x04", "batch", file, env=env) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert not gateway.requests["apply"]
+
+
 def test_edited_lines_are_not_new(env, file):
     """A line that was edited after its refund was made is a conflict: only what is really sent is counted."""
     run("batch", write_csv(file, [refund(1), refund(2), refund(3)]), "--yes", env=env)

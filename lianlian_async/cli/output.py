@@ -130,11 +130,16 @@ class Output:
         return INTERRUPTED.exit_code
 
     def confirm(self, file: str, facts: Mapping[str, Any], question: str) -> None:
-        """Show ``facts`` and ask ``question`` on stderr; raises ``click.Abort`` unless the answer is yes."""
+        """Show ``facts`` and ask ``question`` on stderr; raises ``click.Abort`` if the answer is not yes."""
         if file == "-" or sys.stdin is None or not sys.stdin.isatty():
             raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
         _console(stderr=True).print(*tables({"": {"file": file, **facts}}))
-        click.confirm(question, abort=True, err=True)
+        try:
+            is_confirmed = click.confirm(question, err=True)
+        except click.Abort:  # click's error for Ctrl-C and Ctrl-D
+            raise KeyboardInterrupt from None
+        if not is_confirmed:
+            raise click.Abort
 
     def failure(self, error: LianLianError) -> None:
         """Print an error and advice: JSON on stdout with ``--json``, else text on stderr."""
