@@ -106,6 +106,8 @@ class Flights:
     def _forget(self, number: str, flight: Flight) -> None:
         if flight.task.has_ended and self._flights.get(number) is flight:
             del self._flights[number]
+        if flight.is_told:
+            self._open_refunds.forget(number)
 
     async def _carry_out(self, flight: Flight) -> Refund:
         """Make a refund, or resolve the unknown outcome of an earlier call, and record the outcome."""
@@ -307,6 +309,8 @@ class Flight:
         self._is_raised = False
         self.is_abandoned = False
         """Whether the last caller left, and so cancelled the flight, before the flight ended."""
+        self.is_told = False
+        """Whether a caller got the outcome. A cancellation may arrive between the end of the flight and its caller."""
         self.task = BackgroundTask(self._run)
 
     def check_content(self, request: RefundRequest) -> None:
@@ -328,6 +332,7 @@ class Flight:
             if not self.until.callers:
                 self.is_abandoned = not self.task.has_ended
                 await self.task.aclose()
+        self.is_told |= self.task.has_ended
         if self._refund is not None:
             return self._refund
         raise self._own_error()

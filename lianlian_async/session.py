@@ -75,8 +75,8 @@ class RefundSession:
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
 
     Concurrent calls for the same ``no_refund`` make one refund. If a call left the refund unknown, the next call
-    queries first. Without a journal, this holds only within one session, and a call that begins after the refund was
-    made sends it again.
+    queries first. Without a journal, this holds only within one session, and a call that begins after another has
+    returned the refund sends it again.
 
     Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, send nothing and
     raise ``RuntimeError``. So do calls outside ``async with`` or on another event loop, and an ``async with`` while the

@@ -24,6 +24,7 @@ from lianlian_async import (
     RetryBudget,
     RetryPolicy,
 )
+from lianlian_async.events import AttemptEnded
 from lianlian_async.exchange import Call
 from lianlian_async.flight import Flight
 from lianlian_async.journal import MemoryJournal, memory
@@ -382,6 +383,32 @@ async def test_a_session_forgets_resolved_refunds():
         await session.apply_refund(refund_request(1))
         assert isinstance((await session.outcome_of(refund_request(2))).error, RefundRejected)
         assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
+
+
+@pytest.mark.parametrize("step", [None, 0, 1, 2, 3])
+async def test_a_call_that_is_cancelled_after_the_answer_makes_no_second_refund(step):
+    """Without a journal, too, the next call returns the outcome that the cancelled call did not get."""
+    gateway = carries_out_everything()
+
+    async def cancel():
+        for _ in range(step):
+            await anyio.lowlevel.checkpoint()
+        scope.cancel()
+
+    def at_the_answer(event):
+        if isinstance(event, AttemptEnded):
+            scope.cancel() if step is None else tasks.start_soon(cancel)
+
+    async with (
+        gateway.session(clock=boot_clock, listeners=[at_the_answer]) as session,
+        anyio.create_task_group() as tasks,
+    ):
+        with anyio.CancelScope() as scope:
+            await session.apply_refund(refund_request())
+        if scope.cancelled_caught:
+            await session.apply_refund(refund_request())
+        assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
+    assert gateway.times_made("R-1") == 1
 
 
 async def test_a_session_with_too_many_unknown_refunds_begins_no_new_one(monkeypatch):

@@ -107,8 +107,8 @@ MOST_OPEN: Final = 100_000
 class OpenRefunds(MemoryJournal):
     """The open refunds of a session without a journal, so that a second call for an unknown refund queries first.
 
-    No open refund is dropped: at ``MOST_OPEN`` open refunds the session begins no new one. Of the refunds that were
-    made, only the canaries are kept.
+    No open refund is dropped: at ``MOST_OPEN`` open refunds the session begins no new one. An outcome is kept until
+    :meth:`forget`. Of the refunds that were made, only the canaries are kept longer.
     """
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
@@ -122,6 +122,12 @@ class OpenRefunds(MemoryJournal):
     async def record(self, operation: Operation[T]) -> T:
         answer = await super().record(operation)
         entry = self._entries[operation.no_refund]
-        if entry.ending is not None or entry.sent_at is None:
+        if entry.ending is None and entry.sent_at is None:
             del self._entries[operation.no_refund]
         return answer
+
+    def forget(self, no_refund: str) -> None:
+        """Drop a refund whose outcome was returned to a caller."""
+        entry = self._entries.get(no_refund)
+        if entry is not None and entry.ending is not None:
+            del self._entries[no_refund]
