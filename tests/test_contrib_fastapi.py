@@ -18,6 +18,7 @@ from lianlian_async import ConfigurationError, JournalError, LianLianError, Noti
 from lianlian_async.contrib.fastapi import Session, get_session, lifespan, notifications, refund_error
 from lianlian_async.journal import MemoryJournal, SqliteJournal
 from lianlian_async.sandbox import Fault
+from lianlian_async.testing import notify
 from tests.support.notices import HEADERS, Handler, notification
 from tests.support.parties import EPOCH, boot_clock, refund_request, sandbox
 
@@ -216,7 +217,7 @@ def test_each_test_may_run_the_lifespan_of_one_application(handler, tmp_path, ba
     for number in (1, 2):
         with TestClient(app, backend=backend) as client:
             assert client.post(f"/refunds/{number}").status_code == 200
-            assert client.post("/lianlian/refund", content=notification(number)).status_code == 200
+            assert client.portal.call(notify, app, gateway, f"R-{number}").status == 200
     assert handler.numbers == ["R-1", "R-2"]
 
 

@@ -68,7 +68,7 @@ _log: Final = partial(logger.warning, "the caller of a refund was cancelled; the
 
 _RESPONSES: Final = (
     (errors.InvalidRequest, 422, "a field is invalid; nothing was sent"),
-    (errors.RefundConflict, 409, "the refund has other content or another outcome; a person has to decide"),
+    (errors.RefundConflict, 409, "the recorded refund has other content or another outcome; a person has to decide"),
     (errors.RefundRejected, 422, "the request was rejected"),
     (errors.QueryRejected, 502, "LianLian rejected a query; this says nothing about the refund"),
     (errors.RefundNotFound, 404, "LianLian has no record of the refund at this moment"),

@@ -47,11 +47,11 @@ you can instead define a fixture ``anyio_backend`` that returns ``lianlian_virtu
 
 To test a whole service, give its session ``transport=httpx.ASGITransport(lianlian_gateway)``. In real time, use a
 client that runs the lifespan, such as FastAPI's ``TestClient`` in a ``with`` block; each test may do so with the same
-application. For virtual time, enter the lifespan in the test's own event loop (``async with
-app.router.lifespan_context(app)``), call the application through ``httpx.ASGITransport``, and give the session and the
-endpoint ``clock=lianlian_virtual_time.moment``. This transport passes no state of the lifespan, so override FastAPI's
-dependency (``get_session`` of ``contrib.fastapi``):
-``app.dependency_overrides[get_session] = lambda: session``.
+application. ``client.portal.call(notify, app, lianlian_gateway, "R-1")`` sends a notification in its event loop. For
+virtual time, enter the lifespan in the test's own event loop (``async with app.router.lifespan_context(app)``), call
+the application through ``httpx.ASGITransport``, and give the session and the endpoint
+``clock=lianlian_virtual_time.moment``. This transport passes no state of the lifespan, so override FastAPI's dependency
+(``get_session`` of ``contrib.fastapi``): ``app.dependency_overrides[get_session] = lambda: session``.
 
 **The guard.** While pytest runs, a session raises ``ConfigurationError`` before it connects to a host other than
 ``localhost`` or a loopback address, also in child processes. Nothing is sent, and no host name is looked up. To allow
