@@ -106,13 +106,14 @@ WHERE queue_name = %(queue)s AND (status = 'failed' AND task_name = %(task)s AND
         WHERE worker.id = job.worker_id AND abs(extract(epoch FROM now() - last_heartbeat)) <= %(seconds)s
 )) RETURNING id, status
 """
-# Find the refunds that a job already contains. Ignore new jobs that no worker has started: they may wait behind a long
-# queue, and a refund that may have been made must not wait so long.
-_COVERED: Final = """
+# Find the unresolved refunds that no job contains. Ignore new jobs that no worker has started: they may wait behind a
+# long queue, and a refund that may have been made must not wait so long.
+_LOST: Final = """
+SELECT fields::jsonb AS refund FROM {schema}.refunds WHERE state = 'unresolved' AND sent_at IS NOT NULL
+EXCEPT
 SELECT refund FROM procrastinate_jobs, jsonb_path_query(args, '$.refunds[*]') AS refund
-WHERE queue_name = %(queue)s AND task_name = %(task)s AND refund = ANY(%(refunds)s)
-    AND (status = 'doing' OR status = 'failed' AND NOT abort_requested
-        OR status = 'todo' AND (priority > 0 OR attempts > 0))
+WHERE queue_name = %(queue)s AND task_name = %(task)s
+    AND (status IN ('doing', 'failed') OR status = 'todo' AND (priority > 0 OR attempts > 0))
 """
 # Identifies the database and the table, to compare two connections.
 _DATABASE: Final = """
@@ -372,14 +373,12 @@ class RefundQueue:
             cause = "its worker is dead or lacks its task, or the database's clock was set"
             logger.warning("job %s is set to %s: %s", job["id"], job["status"], cause)
         await connector.execute_query_async(self._sql(_DELETE_DECIDED), **self._names)
-        async with aclosing(_chunks(_open_refunds(session), self._slice_size)) as chunks:
-            async for refunds in chunks:
-                found = await connector.execute_query_all_async(_COVERED, **self._names, refunds=refunds)
-                covered = [row["refund"] for row in found]
-                lost = [refund for refund in refunds if refund not in covered and await _is_open(session, refund)]
-                if lost:
-                    await self._put([follow_up(lost, tries=1)])
-                    logger.warning("%d open refunds are queued again: no job contained them", len(lost))
+        found = await connector.execute_query_all_async(self._sql(_LOST), **self._names)
+        for start in range(0, len(found), self._slice_size):
+            refunds = [row["refund"] for row in found[start : start + self._slice_size]]
+            if lost := [refund for refund in refunds if await _is_open(session, refund)]:
+                await self._put([follow_up(lost, tries=1)])
+                logger.warning("%d open refunds are queued again: no job contained them", len(lost))
 
 
 async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]:
@@ -394,13 +393,8 @@ async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]
 
 
 async def _is_open(session: RefundSession, refund: Mapping[str, str]) -> bool:
-    """Return whether a refund is still unresolved: its job may have ended meanwhile."""
+    """Return whether a refund is still unresolved, and may have been sent before now, so that no call has its lease."""
     entry = await cast("PostgresJournal", session.journal).find(refund["no_refund"])
-    return entry is not None and entry.ending is None
-
-
-async def _open_refunds(session: RefundSession) -> AsyncGenerator[dict[str, str]]:
-    """Yield the unresolved refunds that may have been sent before now. A running call may hold the lease of some."""
-    async for entry in cast("PostgresJournal", session.journal).unresolved():
-        if entry.sent_at is not None and entry.sent_at.boot <= session.clock().boot:
-            yield dict(entry.fields)
+    if entry is None or entry.ending is not None or entry.sent_at is None:
+        return False
+    return entry.sent_at.boot <= session.clock().boot

@@ -150,10 +150,6 @@ class PostgresJournal(GroupCommitJournal):
     def pending(self) -> AsyncIterator[Entry]:
         return self._walk(sql.PENDING)
 
-    def unresolved(self) -> AsyncIterator[Entry]:
-        """Yield every UNRESOLVED entry, oldest first, in bounded memory."""
-        return self._walk(sql.UNRESOLVED)
-
     def entries(self) -> AsyncIterator[Entry]:
         return self._walk(sql.ENTRIES)
 

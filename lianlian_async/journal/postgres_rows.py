@@ -111,9 +111,6 @@ PENDING: Final = """
 SELECT * FROM {schema}.refunds WHERE state IN ('unresolved', 'accepted', 'final') AND id > %s AND id <= %s
 ORDER BY id LIMIT %s
 """
-UNRESOLVED: Final = (
-    "SELECT * FROM {schema}.refunds WHERE state = 'unresolved' AND id > %s AND id <= %s ORDER BY id LIMIT %s"
-)
 ENTRIES: Final = "SELECT * FROM {schema}.refunds WHERE id > %s AND id <= %s ORDER BY id LIMIT %s"
 CANARIES: Final = """
 WITH RECURSIVE starts(distance, start) AS (
