@@ -113,7 +113,8 @@ SELECT fields::jsonb AS refund FROM {schema}.refunds WHERE state = 'unresolved' 
 EXCEPT
 SELECT refund FROM procrastinate_jobs, jsonb_path_query(args, '$.refunds[*]') AS refund
 WHERE queue_name = %(queue)s AND task_name = %(task)s
-    AND (status IN ('doing', 'failed') OR status = 'todo' AND (priority > 0 OR attempts > 0))
+    AND (status = 'doing' OR status = 'failed' AND NOT abort_requested
+        OR status = 'todo' AND (priority > 0 OR attempts > 0))
 """
 # Identifies the database and the table, to compare two connections.
 _DATABASE: Final = """
