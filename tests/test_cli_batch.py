@@ -497,7 +497,7 @@ def test_interruption_before_the_first_refund(gateway, file):
         ended = run("batch", file, "--yes", "--json", env=environment(gateway, "http://127.0.0.1:9"))
     assert ended.exit_code == 130
     assert (ended.json["outcome"], ended.json["to_do"]["refunds"]) == ("interrupted", 10)
-    assert ended.stderr.startswith(f"{NEW_JOURNAL}up to 0 refunds without an outcome may have been made")
+    assert ended.stderr.startswith(f"{NEW_JOURNAL}interrupted: every refund that was sent has an outcome; run")
 
 
 def test_interruption_of_the_check_prints_json(gateway, file):

@@ -184,11 +184,13 @@ def _send(run: "_Batch") -> int:
     except KeyboardInterrupt:
         outcome = INTERRUPTED
     failure = run.failure
-    if outcome or (failure and run.in_flight):
+    if run.in_flight and (outcome or failure):
         run.output.note(
             f"up to {len(run.in_flight):,} refunds without an outcome may have been made: "
             "run the same command again to resolve them"
         )
+    elif outcome:
+        run.output.note("interrupted: every refund that was sent has an outcome; run the same command again to go on")
     outcome = outcome or (exit_outcome_of(failure) if failure else run.totals.exit_outcome())
     if outcome is MADE and run.checked.problems.count:
         outcome = INVALID
