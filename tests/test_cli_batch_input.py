@@ -694,6 +694,24 @@ def test_utf_16_without_byte_order_mark_is_suggested(nowhere, file):
 
 
 @pytest.mark.parametrize(
+    ("encoding", "order", "is_refused"),
+    [
+        ("gb18030", "单号-1", True),
+        ("cp1252", "Rück-1", True),
+        ("gb18030", "R-1", False),
+        ("gb18030", "元", False),
+        ("gb18030", "订单", False),
+    ],
+)
+def test_utf_8_is_not_read_in_another_encoding(nowhere, file, encoding, order, is_refused):
+    """Read as GB18030, UTF-8 often gives other valid characters. Some Chinese in GBK is valid UTF-8, too."""
+    write_csv(file, [refund(1, no_order=order)], encoding="utf-8" if is_refused else "gb18030")
+    ended = run("batch", file, "--dry-run", "--encoding", encoding, env=nowhere)
+    assert ended.exit_code == 2 * is_refused
+    assert (f"the file is UTF-8, not {encoding}: omit --encoding" in ended.stderr) is is_refused
+
+
+@pytest.mark.parametrize(
     ("first", "reason"),
     [
         (

@@ -170,7 +170,8 @@ _LINE_END: Final = re.compile(r"\r\n|\r|\n")
 def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
     """Yield the lines of ``file`` with their line ends (LF, CRLF or CR). A byte order mark overrides ``encoding``.
 
-    Raises a usage error for bytes that are invalid in the encoding, NUL bytes, workbooks and gzip files.
+    Raises a usage error for bytes that are invalid in the encoding, NUL bytes, workbooks and gzip files, and for UTF-8
+    that was read in another encoding, which would change identifiers.
     """
     stream = io.BufferedReader(cast("io.RawIOBase", file))
     first = stream.peek(4)
@@ -178,13 +179,19 @@ def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
         if first.startswith(magic):
             raise _unreadable(reason)
     encoding = next((name for bom, name in _BOMS.items() if first.startswith(bom)), encoding)
-    number = 0
+    number, may_be_utf8, is_shorter = 0, not codecs.lookup(encoding).name.startswith("utf"), False
     try:
         with io.TextIOWrapper(stream, encoding, newline="") as text:
             for number, line in enumerate(text, 1):
                 if "\0" in line:
                     raise _unreadable(f"line {number}: contains NUL bytes; if it is UTF-16, use --encoding utf-16-le")
+                if may_be_utf8 and not line.isascii():
+                    as_utf8 = line.encode(encoding).decode(errors="replace")
+                    may_be_utf8 = "\ufffd" not in as_utf8
+                    is_shorter |= len(as_utf8) < len(line)  # not so for Chinese in GBK that is valid UTF-8 by chance
                 yield line
+        if may_be_utf8 and is_shorter:
+            raise _unreadable(f"the file is UTF-8, not {encoding}: omit --encoding")
     except UnicodeError as error:  # not a UnicodeDecodeError if Python 3.11 or 3.12 finds no byte order mark for utf-16
         # ``number`` counts the lines of earlier chunks. Add the lines of this chunk that precede the invalid bytes.
         before = getattr(error, "object", b"")[: getattr(error, "start", 0)].decode(encoding, "replace")
