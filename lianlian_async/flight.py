@@ -81,18 +81,18 @@ class Flights:
         ``traffic`` counts the flight's requests if this call starts it. Raises as :meth:`RefundSession.apply_refund`,
         and ``RefundConflict`` if the request differs from the request of the flight.
         """
-        number = order.request.no_refund
+        number, leaves_at = order.request.no_refund, anyio.current_time() + order.seconds
         while (flight := self._flights.get(number)) is not None and (
             flight.is_abandoned
             or flight.order.journal is not order.journal  # it records nothing in this call's journal
         ):
-            with anyio.move_on_after(order.seconds) as wait:
+            with anyio.CancelScope(deadline=leaves_at) as wait:
                 await flight.task.join()
             if wait.cancelled_caught:
                 flight.check_content(order.request)
                 raise self._unknown(flight)
             self._forget(number, flight)
-        caller = Caller(order.seconds)
+        caller = Caller(leaves_at - anyio.current_time())
         if flight is not None:
             flight.check_content(order.request)
             flight.until.add(caller, anyio.current_time())

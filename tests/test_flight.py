@@ -173,6 +173,25 @@ async def test_a_call_during_the_cancellation_of_a_flight_starts_its_own():
     assert gateway.requests == {"apply": 1, "query": 1}
 
 
+async def test_the_wait_for_a_cancelled_flight_counts_against_the_deadline():
+    """A call whose deadline includes a wait for the journal of a cancelled call does not begin its deadline again."""
+    gateway = carries_out_everything()
+    gateway.script(Fault.NO_ANSWER, times=99)
+
+    async def cancelled():
+        with anyio.move_on_after(1):
+            await session.apply_refund(refund_request())
+
+    async with (
+        gateway.session(journal=SlowToRelease(), clock=boot_clock) as session,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(cancelled)
+        await anyio.sleep(1.2)
+        assert isinstance((await session.outcome_of(refund_request(), deadline=4)).error, RefundOutcomeUnknown)
+    assert anyio.current_time() <= 1.2 + 4 + 1  # the journal releases within 1 s
+
+
 class SlowToRelease(MemoryJournal):
     async def release(self, *told):
         await anyio.sleep(1)
