@@ -195,8 +195,12 @@ class _Request:
         return cast("Self", request)
 
     def to_dict(self) -> dict[str, str]:
-        """Return the present fields in wire form (strings), for JSON logs, queues and the gateway."""
-        return {name: _wire_text(value) for name, value in _values(self).items() if value is not None}
+        """Return the present fields in wire form (strings), for JSON logs, queues and the gateway.
+
+        Fields that a subclass adds are omitted.
+        """
+        present = ((name, value) for name, value in _values(self).items() if value is not None)
+        return {name: _wire_text(value) for name, value in present if name in DOCUMENTED}
 
 
 _PARSED: Final[dict[str, Callable[[Any], object]]] = {

@@ -136,6 +136,21 @@ def test_query_of_a_request(request):
     assert request.query() == RefundQuery(**asked)
 
 
+@attrs.frozen(kw_only=True)
+class OwnRequest(RefundRequest):
+    """A user's subclass with a field that LianLian does not know."""
+
+    order_id: int = 0
+
+
+def test_a_field_of_a_subclass_is_not_sent_or_recorded():
+    """LianLian would reject it, and a journal's entry with it could not be read again."""
+    request = OwnRequest(**MINIMAL, order_id=5)
+    assert request.to_dict() == RefundRequest(**MINIMAL).to_dict()
+    assert RefundRequest.from_record(request.to_dict()) == RefundRequest(**MINIMAL)
+    assert (attrs.evolve(request, order_id=6).order_id, pickle.loads(pickle.dumps(request))) == (6, request)
+
+
 def test_all_broken_rules_are_reported_together():
     """One error contains the wire name, the rule and the value of each broken rule."""
     found = problems_of(
