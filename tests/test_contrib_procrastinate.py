@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import textwrap
+import traceback
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -1186,6 +1187,30 @@ async def test_an_invalid_dsn_of_a_queue_is_not_shown():
     with pytest.raises(ConfigurationError, match="dsn: must be a PostgreSQL connection string") as caught:
         RefundQueue("password=s3cret books")
     assert "s3cret" not in str(caught.value)
+
+
+async def test_the_error_of_a_lost_listener_has_no_password(dsn, journal, postgres_dsn, caplog):
+    """It is logged with its traceback, and error trackers add the local variables of each frame."""
+    name = psycopg.conninfo.conninfo_to_dict(dsn)["dbname"]
+    listener = f"FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND datname = '{name}'"
+    async with (
+        RefundQueue(psycopg.conninfo.make_conninfo(dsn, password="s3cret")) as queue,
+        SandboxGateway().session(journal=journal) as session,
+        await psycopg.AsyncConnection.connect(postgres_dsn, autocommit=True) as connection,
+    ):
+        working = asyncio.create_task(queue.work(session))
+        while not (await connection.execute(f"SELECT {listener}")).rowcount:
+            pass
+        await connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        try:
+            await connection.execute(f"SELECT pg_terminate_backend(pid, 60000) {listener}")
+            with pytest.raises(LianLianError, match="procrastinate has stopped this worker"):
+                await working
+        finally:
+            await connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    [error] = [record.exc_info[1] for record in caplog.records if "Side task listener" in record.getMessage()]
+    shown = traceback.TracebackException.from_exception(error, capture_locals=True)
+    assert "s3cret" not in "".join(shown.format())
 
 
 async def test_cancelled_opening_leaves_no_task():

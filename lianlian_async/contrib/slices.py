@@ -18,6 +18,7 @@ from lianlian_async import errors
 from lianlian_async.batch import refund_many
 from lianlian_async.models import RefundRequest
 from lianlian_async.outcome import Outcome
+from lianlian_async.secret import drop_secrets
 from lianlian_async.session import RefundSession
 from lianlian_async.signature_watch import Admission
 
@@ -118,6 +119,14 @@ class SliceFetcher(JobManager):
         if job is not None and job.task_name == TASK:
             self._worker.add_waiting(len(_rows(job)))
         return job
+
+    async def listen_for_jobs(self, **options: Any) -> None:
+        """Listen for new jobs. An error, which procrastinate logs, loses its frames: they contain the password."""
+        try:
+            await super().listen_for_jobs(**options)
+        except Exception as error:
+            drop_secrets(error)
+            raise
 
     async def update_heartbeat(self, worker_id: int) -> None:
         """Set the time of the worker's last heartbeat; register the worker again if necessary."""
