@@ -202,8 +202,8 @@ def test_a_link_to_a_file_has_its_receipt(env, gateway, file, tmp_path):
     assert gateway.requests == {"apply": 3}
 
 
-def test_another_https_endpoint_is_refused(env, file, tmp_path):
-    """Another address may be that of the same gateway; the sandbox and another merchant are something else."""
+def test_another_https_host_is_refused(env, file, tmp_path):
+    """Another host may be the same gateway; the sandbox, another product and another merchant are something else."""
     receipt = {"journal": "1" * 32, "place": "first", "oid_partner": env["LIANLIAN_OID_PARTNER"]}
     receipt |= {"apply_url": "https://old.example/refund.htm", "sent_until": "2026-11-22T10:20:00+08:00"}
     command = ("batch", file, "--dry-run", "--journal", tmp_path / "second")
@@ -215,7 +215,8 @@ def test_another_https_endpoint_is_refused(env, file, tmp_path):
     assert "this file was sent to https://old.example/refund.htm: use it, not https://new.example/refund.htm" in told
     assert run(*command, *ACCEPT_NEW, env=elsewhere).exit_code == 0
     assert run(*command, env=env).exit_code == 0
-    for changes in ({"oid_partner": "201304121000001004"}, {"apply_url": "http://127.0.0.1/refund.htm"}):
+    urls = ("http://127.0.0.1/refund.htm", "https://old.example/exchangerefund.htm")
+    for changes in ({"oid_partner": "201304121000001004"}, *({"apply_url": url} for url in urls)):
         write_lines(receipt_of(file), [receipt | changes])
         assert run(*command, env=elsewhere).exit_code == 0
 

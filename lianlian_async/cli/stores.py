@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 import attrs
 import click
@@ -147,9 +148,9 @@ class Receipt:
     def check(self, path: Path, *, accept_new: bool, grace: float) -> list[Receipt]:
         """Return the receipts of other merchants and gateways, which :meth:`write` keeps.
 
-        Raises a usage error if the file was sent with another journal or to another https endpoint before, or if the
+        Raises a usage error if the file was sent with another journal or to another https host before, or if the
         receipt is unreadable, unless ``accept_new`` is true and ``grace`` seconds have passed since the last send: the
-        gateway may show it late. A sandbox has no https: it is another gateway.
+        gateway may show it late. A sandbox has no https, and another path is another product with other orders.
         """
         problem, others = "", list[Receipt]()
         try:
@@ -166,7 +167,8 @@ class Receipt:
                 if len(owners - {(None, None)}) == 2:
                     first, second = one.apply_url or "", self.apply_url or ""
                     is_real = first.startswith("https:") and second.startswith("https:")
-                    if is_real and one.oid_partner == self.oid_partner:
+                    is_same = one.oid_partner == self.oid_partner and urlsplit(first).path == urlsplit(second).path
+                    if is_real and is_same:
                         problem = f"{path}: until {one.sent_until} this file was sent to {first}: use it, not {second}"
                     else:
                         others.append(one)
