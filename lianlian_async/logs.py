@@ -32,7 +32,7 @@ import attrs
 
 from .errors import ConfigurationError
 from .events import AttemptBegan, CallBegan, CallEnded, Event, Listener
-from .settings import check_function
+from .settings import check_function, check_type
 
 SLOW: Final = 0.01
 """Seconds. A listener that takes longer for one event is reported in the log."""
@@ -58,6 +58,7 @@ class Listeners:
     def __init__(
         self, listeners: Iterable[Listener] = (), *, timer: Callable[[], float] = float, is_logged: bool = False
     ) -> None:
+        check_type("listeners", listeners, Iterable)
         self._listeners = tuple(listeners)
         for each in self._listeners:
             check_function("listeners", each)

@@ -74,9 +74,9 @@ class RefundSession:
         listeners: functions that are called with each event of :mod:`lianlian_async.events`, for metrics and traces.
         clock: reads the wall clock and the boot clock; see :mod:`lianlian_async.clock`.
 
-    Concurrent calls for the same ``no_refund`` make one refund. If a call left the refund unknown, the next call
-    queries first. Without a journal, this holds only within one session, and a call that begins after another has
-    returned the refund sends it again.
+    Concurrent calls for the same ``no_refund`` make one refund, with the ``retry`` of the first one. If a call left the
+    refund unknown, the next call queries first. Without a journal, this holds only within one session, and a call that
+    begins after another has returned the refund sends it again.
 
     Closing waits for running calls, up to their deadlines. New calls, and calls that wait for a slot, send nothing and
     raise ``RuntimeError``. So do calls outside ``async with`` or on another event loop, and an ``async with`` while the

@@ -212,6 +212,7 @@ async def test_another_type_is_refused_before_anything_is_sent(given):
             {"limiter": threading.Lock()},
             "limiter: must be of type contextlib.AbstractAsyncContextManager | None, not lock",
         ),
+        ({"listeners": print}, "listeners: must be of type Iterable, not builtin_function_or_method"),
         ({"journal": "refunds.db"}, "journal: must be a journal, such as SqliteJournal(path), not str"),
     ],
 )
