@@ -33,6 +33,7 @@ from lianlian_async import (
     Merchant,
     RefundNotSent,
     RefundOutcomeUnknown,
+    RefundRejected,
     RefundSession,
     RetryPolicy,
     wire,
@@ -1461,6 +1462,23 @@ async def test_libraries_that_mock_httpx_reach_the_default_backend(merchant, mon
         for number in range(2):
             assert (await session.apply_refund(refund_request(number))).no_refund == f"R-{number}"
     assert len(mocked) == 2
+
+
+async def test_a_rejection_through_a_mock_that_reads_the_body_first_is_believed(monkeypatch):
+    """A mock such as respx reads the body, and so does its ``side_effect``; the request is not sent twice."""
+    gateway = sandbox(default_order=None)
+    inner = httpx.ASGITransport(app=gateway)
+
+    async def handle_async_request(self, request):
+        assert b"".join([chunk async for chunk in request.stream])
+        return await inner.handle_async_request(request)
+
+    monkeypatch.delenv("LIANLIAN_HTTP_BACKEND", raising=False)
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", handle_async_request)
+    async with RefundSession(gateway.merchant()) as session:
+        with pytest.raises(RefundRejected):
+            await session.apply_refund(refund_request())
+    assert gateway.requests == {"apply": 1}
 
 
 @pytest.mark.parametrize("kind", [httpx.ReadTimeout, httpx.ConnectTimeout])
