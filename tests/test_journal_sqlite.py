@@ -385,8 +385,9 @@ async def test_a_copy_of_a_journal_is_refused(path, tmp_path):
 
 async def test_a_copy_with_the_inode_number_of_the_removed_journal_is_refused(path, tmp_path):
     """ext4 gives a new file the number of the file that was just removed."""
-    async with SqliteJournal(path):
-        pass
+    async with SqliteJournal(path) as journal:
+        if "." not in journal._file._inode:
+            pytest.skip("the file system, such as overlayfs in a container, has no inode generations")
     copy = tmp_path / "copy"
     shutil.copy2(path, copy)
     async with SqliteJournal(path) as journal:
