@@ -294,3 +294,30 @@ def test_typing_test_uses_every_public_name():
     }
     assert used == set(lianlian_async.__all__) - {"__version__"}
     assert (PACKAGE / "py.typed").is_file()
+
+
+_FIRST_REQUEST = """
+import sys, anyio
+from lianlian_async import RefundNotSent, RefundRequest, RefundSession, RetryPolicy
+from lianlian_async.sandbox import SandboxGateway
+
+async def main():
+    merchant = SandboxGateway().merchant("http://127.0.0.1:9")
+    fields = {"no_refund": "R-1", "dt_refund": "20261122102000", "money_refund": "1", "no_order": "O-1"}
+    async with RefundSession(merchant, http_backend=sys.argv[2], retry=RetryPolicy(attempts=1)) as session:
+        opened = set(sys.modules)
+        try:
+            await session.apply_refund(RefundRequest(**fields))
+        except RefundNotSent:
+            print(sorted(set(sys.modules) - opened))
+
+anyio.run(main, backend=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(("backend", "sender"), [("asyncio", "httpx"), ("asyncio", "aiohttp"), ("trio", "httpx")])
+def test_first_request_imports_no_module(backend, sender):
+    """A session imports all modules when it opens, in a thread: an import would block the event loop for 0.2 s."""
+    command = [sys.executable, "-c", _FIRST_REQUEST, backend, sender]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

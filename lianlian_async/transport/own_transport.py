@@ -80,7 +80,7 @@ def _has_aiohttp() -> bool:
 
 
 async def own_transport(max_connections: int, backend: HttpBackend | None, urls: Sequence[str]) -> AsyncBaseTransport:
-    """Return the library's own transport for ``urls``; created in a thread, because it reads CA files.
+    """Return the library's own transport for ``urls``; created in a thread, because it reads CA files and modules.
 
     Raises ``ConfigurationError`` if an environment variable has an unusable value.
     """
@@ -90,6 +90,8 @@ async def own_transport(max_connections: int, backend: HttpBackend | None, urls:
         chosen = http_backend(backend)
         proxies = [proxy_for(httpx.URL(url)) for url in urls]
         if chosen == "httpx" or not on_asyncio or (any(proxies) if urls else has_proxies()):
+            import httpcore  # noqa: F401 - httpx imports it for the first connection, on the event loop
+
             return PoolTransport(max_connections)
         from .aiohttp import AiohttpTransport  # requires the extra
 
