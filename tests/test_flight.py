@@ -425,6 +425,8 @@ async def test_a_call_that_is_cancelled_after_the_answer_makes_no_second_refund(
         with anyio.CancelScope() as scope:
             await session.apply_refund(refund_request())
         if scope.cancelled_caught:
+            other = await session.outcome_of(refund_request(money_refund="9.99"))
+            assert isinstance(other.error, RefundConflict)
             await session.apply_refund(refund_request())
         assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
     assert gateway.times_made("R-1") == 1
