@@ -19,7 +19,9 @@ import pytest
 from lianlian_async.cli import stores
 from lianlian_async.cli.app import lianlian
 from lianlian_async.cli.batch import command
+from lianlian_async.cli.output import Output
 from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.cli.stores import Receipt
 from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.sandbox import Fault, Repeated, SandboxGateway
 from tests.support.batches import read_lines, refund, url_of, write_csv, write_lines
@@ -238,6 +240,21 @@ def test_journal_is_checked_again_after_the_confirmation(env, gateway, file, tmp
     with pytest.raises(click.UsageError, match=f"sent with the journal {tmp_path / 'second'}"):
         lianlian.main(["batch", str(file), "--journal", str(tmp_path / "first")], standalone_mode=False)
     assert gateway.requests == {"apply": 3}
+
+
+@pytest.mark.parametrize("journal", ["second", "first"])
+def test_one_of_two_batches_that_start_together_is_refused(file, journal):
+    """Two batches find no receipt of a shared file: the second one to write it must check it first."""
+    options = {"accept_new_journal": False, "not_found_grace": 900.0}
+    first, second = (
+        command._receipt_writer(Output(), str(file), Receipt(name, name, "M", "https://a.example/"), options)
+        for name in ("first", journal)
+    )
+    first(60)
+    with pytest.raises(click.UsageError, match=r"another batch has written .*refunds\.csv\.receipt just now"):
+        second(60)
+    assert read_lines(receipt_of(file))[0]["journal"] == "first"
+    first(0)
 
 
 def test_new_journal_is_accepted_after_the_grace(env, gateway, file, tmp_path):

@@ -183,8 +183,11 @@ class Receipt:
             raise click.UsageError(f"{problem}; LianLian may show a refund late, so wait until {local_time(until)}")
         return others
 
-    def write(self, path: Path, others: Iterable[Receipt], seconds: float) -> None:
-        """Replace the file durably: write ``others`` and this receipt, valid for sends in the next ``seconds``."""
+    def write(self, path: Path, others: Iterable[Receipt], seconds: float, *, is_first: bool) -> None:
+        """Replace the file durably: write ``others`` and this receipt, valid for sends in the next ``seconds``.
+
+        Raises ``FileExistsError`` if ``is_first``, and the file exists: two batches have checked it at the same time.
+        """
         until = (datetime.now().astimezone() + timedelta(seconds=seconds)).isoformat(timespec="seconds")
         receipts = (*others, attrs.evolve(self, sent_until=until))
         with TemporaryDirectory(prefix="receipt-", dir=path.parent) as folder:
@@ -193,5 +196,7 @@ class Receipt:
                 file.writelines(json.dumps(attrs.asdict(one)) + "\n" for one in receipts)
                 file.flush()
                 os.fsync(file.fileno())
+            if is_first:
+                path.touch(exist_ok=False)
             new.replace(path)
         sync_folders(path.parent)

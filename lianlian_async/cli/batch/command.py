@@ -85,13 +85,18 @@ def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[s
     if file == "-":
         return lambda _: None
     path = _receipt_of(file)
+    is_first = not path.exists()
     others = ours.check(path, accept_new=options["accept_new_journal"], grace=options["not_found_grace"])
 
     def write(seconds: float) -> None:
+        nonlocal is_first
         try:
-            ours.write(path, others, seconds)
+            ours.write(path, others, seconds, is_first=is_first)
+        except FileExistsError:
+            raise click.UsageError(f"another batch has written {path} just now; nothing was sent") from None
         except OSError as error:
             output.note(f"{path}: {error.strerror}; the receipt was not written")
+        is_first = False
 
     return write
 
