@@ -25,7 +25,8 @@ class When(Enum):
 
     BEFORE = "before"
     """The request is not carried out, so the fault changes an error answer (9999) or a forged success. ``DELAY`` and
-    ``LATE``: the request is carried out after the delay; ``DELAY`` only if a client in this process still waits."""
+    ``LATE``: the request is carried out after the delay. If a client without a socket gives up first, ``DELAY`` is
+    cancelled: use ``LATE``."""
     AFTER = "after"
     """The request is carried out first; the fault changes its answer."""
 
