@@ -21,7 +21,7 @@ import attrs
 from . import wire
 from .background import BackgroundTask
 from .clock import Clock
-from .errors import LianLianError, QueryRejected, RefundConflict, RefundOutcomeUnknown, RefundRejected
+from .errors import LianLianError, QueryRejected, RefundOutcomeUnknown, RefundRejected
 from .exchange import Call, Exchange
 from .gateway_client import GatewayClient
 from .identity import check_request
@@ -332,8 +332,9 @@ class Flight:
             if not self.until.callers:
                 self.is_abandoned = not self.task.has_ended
                 await self.task.aclose()
-        is_another = self.case is None and isinstance(self._error, RefundConflict)  # the outcome is another request's
-        self.is_told |= self.task.has_ended and not is_another
+        # Without a case, another error was raised before the outcome of an earlier flight was read, or by its content.
+        has_outcome = self._refund is not None or self.case is not None or isinstance(self._error, RefundRejected)
+        self.is_told |= has_outcome and self.task.has_ended
         if self._refund is not None:
             return self._refund
         raise self._own_error()

@@ -404,6 +404,33 @@ async def test_a_session_forgets_resolved_refunds():
         assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
 
 
+async def test_a_session_that_is_opened_again_keeps_an_outcome_that_nobody_got():
+    """A call that the closing session refuses does not get the outcome: the next call, after a reopening, does."""
+    gateway = carries_out_everything()
+
+    def at_the_answer(event):
+        if isinstance(event, AttemptEnded):
+            scope.cancel()
+
+    async def refused():
+        with pytest.raises(RuntimeError, match="closing"):
+            await session.apply_refund(refund_request(1))
+
+    session = gateway.session(clock=boot_clock, listeners=[at_the_answer], max_connections=1)
+    async with anyio.create_task_group() as tasks, session:
+        with anyio.CancelScope() as scope:
+            await session.apply_refund(refund_request(1))
+        assert scope.cancelled_caught
+        gateway.script(Fault.DELAY, call="apply", delay=5)
+        tasks.start_soon(session.outcome_of, refund_request(2))
+        await anyio.sleep(0.1)
+        tasks.start_soon(refused)
+        await anyio.sleep(0.1)
+    async with session:
+        assert (await session.apply_refund(refund_request(1))).no_refund == "R-1"
+    assert gateway.times_made("R-1") == 1
+
+
 @pytest.mark.parametrize("step", [None, 0, 1, 2, 3])
 async def test_a_call_that_is_cancelled_after_the_answer_makes_no_second_refund(step):
     """Without a journal, too, the next call returns the outcome that the cancelled call did not get."""
