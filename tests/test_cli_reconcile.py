@@ -29,6 +29,7 @@ NOTHING = {
     "unknown_proved": [],
     "outside_period": 0,
     "unreadable": [],
+    "lacking_statements": {},
 }
 
 
@@ -140,7 +141,8 @@ def test_what_the_statements_cannot_decide_is_noted(journal, file):
         assert run("journal", "resume", "--journal", journal, env=env).exit_code == 0
         send(env, journal, gateway, 1)
     ended = run("reconcile", file, "--journal", journal, "--json")
-    assert (ended.exit_code, ended.json) == (0, NOTHING | {"outside_period": 1, "not_final": 1})
+    counts = {"outside_period": 1, "not_final": 1, "lacking_statements": {"20261123": 1}}
+    assert (ended.exit_code, ended.json) == (0, NOTHING | counts)
     assert "the statement of 20261123 was not given: it may have 1 refunds that the others lack" in ended.stderr
     assert (
         "│ not final            │ 1       │ 10.00 │ only in the" in run("reconcile", file, "--journal", journal).stdout

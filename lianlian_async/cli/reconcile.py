@@ -61,7 +61,7 @@ def reconcile(
         for verdict, meaning in _MEANING.items()
     ]
     output.show(
-        document | {"unreadable": [line for line, _ in found.unreadable]},
+        document | {"unreadable": [line for line, _ in found.unreadable], "lacking_statements": found.lacking},
         table("Statements and journal", ("", "refunds", "yuan", "meaning"), rows),
         more=(_difference(found, verdict, number) for verdict, numbers in found.numbers.items() for number in numbers),
     )
