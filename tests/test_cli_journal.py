@@ -86,6 +86,15 @@ def test_show_counts_states_and_lists_unknown_refunds(left_open):
     assert (machine.json["unknown"], machine.json["not_sent"], machine.json["queue"]) == (1, 0, {})
 
 
+def test_a_wal_without_its_journal_is_not_called_a_missing_journal(left_open):
+    """After a crash, somebody moved the file alone: a new journal would not know its refunds."""
+    left_open.rename(f"{left_open}-wal")
+    shown = run("journal", "show", "--journal", left_open)
+    assert (shown.exit_code, "the file is missing or empty, but" in shown.stderr) == (1, True)
+    below = run("journal", "show", "--journal", f"{left_open}-wal/journal")
+    assert (below.exit_code, "no such journal" in below.stderr) == (2, True)
+
+
 def test_show_lists_the_oldest_unknown_refunds(env, gateway, journal):
     """The twenty oldest unknown refunds are listed, with their total number."""
     leave_unknown(Merchant.from_env(env), journal, gateway, *range(22))

@@ -20,7 +20,7 @@ import click
 from lianlian_async.background import complete
 from lianlian_async.errors import ConfigurationError, JournalError
 from lianlian_async.journal import Journal, SqliteJournal, SqliteReader
-from lianlian_async.journal.sqlite_file import sync_folders
+from lianlian_async.journal.sqlite_file import check_file, sync_folders
 from lianlian_async.merchant import Merchant
 from lianlian_async.secret import drop_secrets
 
@@ -116,6 +116,8 @@ def find_journal(place: str | None, config: Path | None, *, exists: bool = True)
         found = place or default_place(load_merchant(config))
     except ConfigurationError as error:
         raise click.UsageError(f"{error}; or {_NAME_IT}") from None
+    if exists and not is_dsn(found):
+        check_file(Path(found))
     if exists and not is_dsn(found) and not Path(found).is_file():
         raise click.UsageError(f"{found}: no such journal; `lianlian batch` creates it, or {_NAME_IT}")
     return found

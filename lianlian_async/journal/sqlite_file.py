@@ -392,7 +392,7 @@ def sync_folders(*folders: Path) -> None:
 
 
 def _has_content(path: Path) -> bool:
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         return path.stat().st_size > 0
     return False
 
