@@ -29,7 +29,6 @@ NOTHING = {
     "unknown_proved": [],
     "outside_period": 0,
     "unreadable": [],
-    "lacking_statements": {},
 }
 
 

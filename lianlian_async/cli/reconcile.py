@@ -54,14 +54,16 @@ def reconcile(
     for day, number in sorted(found.lacking.items()):
         output.note(f"the statement of {day} was not given: it may have {number:,} refunds that the others lack")
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
-    if not document[Verdict.NOT_FINAL]:  # issue 13 lists the other keys, and no more
-        del document[Verdict.NOT_FINAL]
+    document |= {"unreadable": [line for line, _ in found.unreadable], "lacking_statements": found.lacking}
+    for name in (Verdict.NOT_FINAL, "lacking_statements"):  # issue 13 lists the other keys, and no more
+        if not document[name]:
+            del document[name]
     rows = [
         (verdict.replace("_", " "), found.counts[verdict], found.yuan[verdict], meaning)
         for verdict, meaning in _MEANING.items()
     ]
     output.show(
-        document | {"unreadable": [line for line, _ in found.unreadable], "lacking_statements": found.lacking},
+        document,
         table("Statements and journal", ("", "refunds", "yuan", "meaning"), rows),
         more=(_difference(found, verdict, number) for verdict, numbers in found.numbers.items() for number in numbers),
     )
