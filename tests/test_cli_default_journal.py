@@ -187,7 +187,7 @@ def test_another_journal_is_refused(env, gateway, file, tmp_path):
         assert f"this file was sent with the journal {tmp_path / 'first'}" in told
         assert "--accept-new-journal --query-first" in told
     assert gateway.requests == {"apply": 3}
-    ended = run(*second, "--yes", *ACCEPT_NEW, "--query-first", "--json", env=env)
+    ended = run(*second, "--yes", *ACCEPT_NEW, "--json", env=env)
     assert (ended.exit_code, ended.json["attempts"], ended.json["queries"]) == (0, 0, 3)
     assert gateway.requests == {"apply": 3, "query": 3}
     assert json.loads(receipt_of(file).read_text())["place"] == str(tmp_path / "second")

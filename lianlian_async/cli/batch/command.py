@@ -42,6 +42,7 @@ _RECEIPT: Final = 60.0
 
 def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) -> int:
     queue, dry_run = options["queue"], options["dry_run"]
+    options["query_first"] |= options["accept_new_journal"]
     if queue:
         refuse_for_queue(click.get_current_context())
     merchant, place = (None, None) if queue else _find_journal(output, config, options)

@@ -122,7 +122,7 @@ _OPTIONS: Final = (
         "--accept-new-journal",
         is_flag=True,
         help="Send a file even if it was sent with another journal before (see FILE.receipt). Refused until "
-        "--not-found-grace has passed since the last run.",
+        "--not-found-grace has passed since the last run. Without --queue it implies --query-first.",
     ),
     click.option(
         "--rate",
