@@ -441,7 +441,7 @@ def test_interruption_of_the_confirmation_exits_130(env, gateway, file, monkeypa
     """Ctrl-C and Ctrl-D at the prompt interrupt the command, and nothing is sent."""
     write_csv(file, [refund(1)])
     assert on_a_terminal(monkeypatch, "\x04", "batch", file, env=env) == 130
-    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert capsys.readouterr().err.endswith("[y/N]: \ninterrupted\n")
     assert not gateway.requests["apply"]
 
 

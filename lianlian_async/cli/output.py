@@ -137,6 +137,7 @@ class Output:
         try:
             is_confirmed = click.confirm(question, err=True)
         except click.Abort:  # click's error for Ctrl-C and Ctrl-D
+            click.echo(err=True)  # end the line of the prompt
             raise KeyboardInterrupt from None
         if not is_confirmed:
             raise click.Abort
