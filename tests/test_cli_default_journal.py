@@ -362,10 +362,11 @@ def test_queue_and_file_journal_know_of_each_other(env, gateway, file, tmp_path,
     assert read_lines(receipt_of(queued))[0]["oid_partner"] == gateway.oid_partner
     assert run("batch", queued, "--yes", env=dsn).exit_code == 0
     assert run("batch", queued, *journal, env=env).exit_code == 2
-    os.utime(receipt_of(file), (0, 0))
-    assert run("batch", file, *queue, "--accept-new-journal", env=dsn).exit_code == 2
     write_lines(receipt_of(file), [read_lines(receipt_of(file))[0] | {"sent_until": "2026-11-01"}])
-    assert run("batch", file, *queue, "--accept-new-journal", env=dsn).exit_code == 0
+    accepted = run("batch", file, *queue, "--accept-new-journal", env=dsn)  # a worker would not query first
+    assert (accepted.exit_code, gateway.requests) == (2, {"apply": 6})
+    assert run("batch", file, "--yes", "--accept-new-journal", env=dsn).exit_code == 0
+    assert gateway.requests == {"apply": 6, "query": 3}
     assert run("batch", "-", *queue, env=dsn, stdin=file.read_text()).exit_code == 0
 
 

@@ -89,7 +89,7 @@ _HOME: Final = "HOME" if os.name == "posix" else "LOCALAPPDATA"
 _NAME_IT: Final = f"name the journal with --journal or {JOURNAL}: a file on a persistent disk, or postgresql://…"
 _LOST: Final = (
     "if that is not possible, wait 15 minutes after the last run, then use --accept-new-journal --query-first, but "
-    "not --queue; each refund is then queried before it is sent"
+    "--journal DSN instead of --queue; each refund is then queried before it is sent"
 )
 
 

@@ -13,7 +13,7 @@ from .formats import date_reader, money_reader
 
 _NOT_FOR_QUEUE: Final = (
     *("place", "out", "rate", "keep_going", "wait_unknown", "concurrency", "deadline", "not_found_grace"),
-    *("query_first", "no_wait", "config"),
+    *("query_first", "accept_new_journal", "no_wait", "config"),
 )
 
 
@@ -122,7 +122,7 @@ _OPTIONS: Final = (
         "--accept-new-journal",
         is_flag=True,
         help="Send a file even if it was sent with another journal before (see FILE.receipt). Refused until "
-        "--not-found-grace has passed since the last run. Without --queue it implies --query-first.",
+        "--not-found-grace has passed since the last run. Implies --query-first.",
     ),
     click.option(
         "--rate",
