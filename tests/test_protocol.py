@@ -340,6 +340,21 @@ def test_unsigned_field_is_named_in_the_error(asking, unsigned, said):
     assert str(reply.error).endswith((said, f"{said}. {advice}"))
 
 
+def test_an_undocumented_field_does_not_explain_the_signature_of_another_key():
+    """The error names unsigned fields only if the signature is valid without them."""
+    reply = read(APPLY, {**made(APPLY.asked, STRANGER.private), "bank_name": "x"})
+    assert_uncertain(reply, SignatureInvalid)
+    assert str(reply.error) == "answer 0000: invalid signature: no configured gateway key verifies it"
+
+
+def test_at_most_eight_undocumented_fields_are_named_in_part():
+    """The error stays short, whatever the answer contains."""
+    names = [f"{letter}" * 40 for letter in "abcdefghij"]
+    reply = read(APPLY, {**made(APPLY.asked), **dict.fromkeys(names, "x")})
+    listed = ", ".join(repr(name[:32]) for name in names[:8])
+    assert f"without the undocumented fields {listed}. LianLian" in str(reply.error)
+
+
 def test_both_keys_of_a_rotation_are_known():
     """During a rotation, answers with a signature of either key are believed, and of no other key."""
     rotating = PROTOCOL._replace(keys=Keys(MERCHANT.private, (STRANGER.public, GATEWAY.public)))
@@ -598,6 +613,16 @@ def test_reading_never_raises(asking, status, headers, body):
     reply = PROTOCOL.read(asking, HttpResponse(status, headers, body))
     assert_lawful(asking, None, reply)
     assert reply.finding is not Finding.FOUND
+
+
+def test_a_refused_notification_is_named_in_its_error():
+    """The error names the message, and both merchants of another merchant's notification."""
+    with pytest.raises(SignatureInvalid, match="^notification: invalid signature"):
+        PROTOCOL.read_notification(notification(key=STRANGER.private))
+    with pytest.raises(AnswerMismatch) as caught:
+        PROTOCOL.read_notification(notification(oid_partner="201601010000000002"))
+    assert (caught.value.asked, caught.value.answered) == (OID_PARTNER, "201601010000000002")
+    assert "oid_partner" in str(caught.value)
 
 
 def test_changed_byte_of_a_notification():
