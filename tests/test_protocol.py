@@ -617,7 +617,7 @@ def test_reading_never_raises(asking, status, headers, body):
 
 def test_a_refused_notification_is_named_in_its_error():
     """The error names the message, and both merchants of another merchant's notification."""
-    with pytest.raises(SignatureInvalid, match="^notification: invalid signature"):
+    with pytest.raises(SignatureInvalid, match=r"^notification: invalid signature"):
         PROTOCOL.read_notification(notification(key=STRANGER.private))
     with pytest.raises(AnswerMismatch) as caught:
         PROTOCOL.read_notification(notification(oid_partner="201601010000000002"))
