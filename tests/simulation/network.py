@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import attrs
+import httpcore
 import httpx
 
 from .gateway import Gateway, WireAnswer, date
@@ -134,7 +135,8 @@ class NodeTransport(httpx.AsyncBaseTransport):
             stands_still = dice.random() < 0.7
             network.world.after(0.0, lambda: self._stop(seconds, stands_still))
             await asyncio.sleep(0.001)
-        await request.extensions["trace"]("http11.send_request_headers.started", {})
+        head = httpcore.Request(request.method, str(request.url))
+        await request.extensions["trace"]("http11.send_request_headers.started", {"request": head})
         body = b"".join([chunk async for chunk in request.stream])  # type: ignore[union-attr]
         call = "apply" if request.url.path == "/apply" else "query"
         if network.world.trace is not None:
