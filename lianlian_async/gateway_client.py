@@ -88,7 +88,7 @@ class GatewayClient:
         """Send a request and read its response, as the innermost layer of the middleware chain."""
         count = exchange.send_count
         if exchange.call is Call.APPLY and count.open_sends:  # a middleware repeats a request that may have arrived
-            return unanswered(exchange, NoResponse("it was already sent", may_have_arrived=False))
+            return unanswered(exchange, NoResponse("a middleware tried to send it again", may_have_arrived=True))
         count.open_sends += 1  # before any await: a middleware may leave this task running in the background
         if (not_sent := await _not_open(exchange)) is not None:
             return unanswered(exchange, not_sent)

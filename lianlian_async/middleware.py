@@ -15,7 +15,8 @@ user's layers are called for every attempt, also for each query that resolves a 
         findings[exchange.call, reply.finding] += 1
         return reply
 
-To change an exchange, for example its ``headers``, call ``call_next(attrs.evolve(exchange, headers=…))``.
+To change an exchange, for example its ``headers``, call ``call_next(attrs.evolve(exchange, headers=…))``. A second
+``call_next`` sends nothing if the first one may have sent a refund.
 """
 
 import random
