@@ -209,16 +209,18 @@ class Flights:
         reply = await self._gateway.send(await self._gateway.query_exchange(known.query(), until, order.policy))
         if isinstance(reply.error, QueryRejected) and reply.error.ret_code == "3005":
             return False
-        if reply.refund is None:
-            return LianLianError(
-                f"the query service did not return refund {entry.no_refund}, which was made ({reply.error}), so its "
-                "answers about other refunds prove nothing; check the query URL"
-            )
-        try:
-            matching(known, reply.refund)
-        except LianLianError as error:
-            return error
-        return True
+        wrong = reply.error
+        if reply.refund is not None:
+            try:
+                matching(known, reply.refund)
+            except LianLianError as error:
+                wrong = error
+            else:
+                return True
+        return LianLianError(
+            "the query service proves nothing, check the query URL: "  # the reason: it names no refund
+            f"it did not return refund {entry.no_refund}, which was made ({wrong})"
+        )
 
 
 def choose_canary(canaries: Sequence[Entry], now: datetime, grace: float) -> Entry | None:

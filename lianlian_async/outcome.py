@@ -72,4 +72,4 @@ def _reason(error: errors.LianLianError) -> str:
                 return "no answer in time"
             kind = error.last_error.partition(":")[0]
             return f"connection lost ({kind})" if kind.isidentifier() else kind
-    return str(error)
+    return str(error).partition(":")[0]

@@ -5,9 +5,9 @@ import pytest
 from lianlian_async.errors import (
     AnswerMismatch,
     GatewayUnavailable,
+    LianLianError,
     MalformedMessage,
     QueryRejected,
-    RefundConflict,
     RefundNotFound,
     RefundNotSent,
     RefundRejected,
@@ -48,10 +48,10 @@ NOT_FOUND = RefundNotFound(no_refund="R-1", oid_refundno=None, ret_code="8901", 
         (MalformedMessage("HTTP status 502"), None, "HTTP status 502"),
         (MalformedMessage("not JSON: at 17"), None, "unreadable answer"),
         (AnswerMismatch("no_refund", asked="R-1", answered="R-2"), None, "message for another request"),
-        (RefundConflict("R-1", field="dt_refund", ours="1", theirs="2"), None, None),
+        (None, LianLianError("the query service proves nothing: it did not …"), "the query service proves nothing"),
         (None, None, "no answer yet"),
     ],
 )
 def test_the_reason_has_no_details(apply_error, query_error, reason):
-    """Refunds that are unknown for the same cause have the same reason; other errors are their own reason."""
-    assert unknown_reason(apply_error, query_error) == (reason or str(apply_error))
+    """Refunds that are unknown for the same cause have the same reason."""
+    assert unknown_reason(apply_error, query_error) == reason
