@@ -345,7 +345,9 @@ class Flight:
         error = self._error
         if error is None or isinstance(error, anyio.get_cancelled_exc_class()):
             return self._unknown(self)
-        if self._is_raised:  # by another caller: with each raise, the traceback of a shared exception would grow
+        # Already raised by another caller: with each raise, the traceback of a shared exception would grow. The copy of
+        # another library's exception may fail.
+        if self._is_raised and isinstance(error, LianLianError):
             cause = error.__cause__ or error
             error = copy.copy(error)
             error.__cause__ = cause

@@ -280,6 +280,20 @@ async def test_each_caller_gets_its_own_exception(options):
     assert errors[1].ret_code == errors[0].ret_code
 
 
+async def test_each_caller_gets_the_exception_of_a_journal_that_cannot_be_copied():
+    """The journal is the user's own, and raises an exception whose ``__init__`` needs more than its ``args``."""
+    answer = httpx.Response(503, request=httpx.Request("GET", "https://journal.example/"))
+
+    class Remote(MemoryJournal):
+        async def begin(self, *told):
+            await anyio.sleep(1)
+            answer.raise_for_status()
+
+    async with sandbox().session(journal=Remote(), clock=boot_clock) as session:
+        errors = await gather(*[lambda: session.apply_refund(refund_request())] * 2)
+    assert [type(error) for error in errors] == [httpx.HTTPStatusError] * 2
+
+
 async def test_other_content_under_the_number_of_a_flight_is_a_conflict(options):
     """Another ``notify_url`` is no conflict."""
     gateway = carries_out_everything(faults={Fault.DELAY: 1.0}, delay=1)
