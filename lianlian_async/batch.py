@@ -44,7 +44,8 @@ def refund_many(
     batch continues, except as listed under *Raises*. An item that is not a ``RefundRequest`` gives an outcome with
     ``InvalidRequest`` as its error and the item as its request; nothing is sent for it.
     If you leave the loop early, or if it is cancelled, the batch ends: no further request is read, and running refunds
-    may stay unresolved. If a variable keeps the iterator alive, call ``aclose``, or use ``async with``.
+    may stay unresolved, or be made without an outcome: without a journal, repeat them with ``query_first``. If a
+    variable keeps the iterator alive, call ``aclose``, or use ``async with``.
 
     Args:
         session: an open session.
