@@ -1,5 +1,6 @@
 """Reading an SQLite journal while another process uses it."""
 
+import contextlib
 import sqlite3
 
 import pytest
@@ -55,3 +56,17 @@ async def test_reading_creates_no_journal(path):
         async with SqliteReader(path):
             pass
     assert path.read_bytes() == b""
+
+
+async def test_a_reader_that_cannot_be_opened_closes_the_file(path):
+    """A damaged owner raises, and no connection stays open."""
+    async with SqliteJournal(path):
+        pass
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE journal SET oid_partner = x'00ff'")
+    reader = SqliteReader(path)
+    with pytest.raises(JournalError, match="JSON cannot hold BLOB"):
+        async with reader:
+            pass
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        reader._file._connection.execute("SELECT 1")
