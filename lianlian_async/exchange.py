@@ -27,8 +27,8 @@ class Call(StrEnum):
 class SendCount:
     """Counts the sends of one attempt that may have made the refund, and keeps a summary of the last exchange.
 
-    A user's middleware may send several times in one attempt, also concurrently; an apply call only while no other
-    send of the attempt may have arrived.
+    A user's middleware may send several times in one attempt, also concurrently. An apply request is not sent while
+    another send of its attempt may have arrived.
     """
 
     def __init__(self) -> None:

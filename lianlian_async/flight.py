@@ -218,7 +218,7 @@ class Flights:
             else:
                 return True
         return LianLianError(
-            "the query service proves nothing, check the query URL: "  # the reason: it names no refund
+            "the query service proves nothing, check the query URL: "  # the reason ends here: it names no refund
             f"it did not return refund {entry.no_refund}, which was made ({wrong})"
         )
 
@@ -334,7 +334,8 @@ class Flight:
             if not self.until.callers:
                 self.is_abandoned = not self.task.has_ended
                 await self.task.aclose()
-        # Without a case, another error was raised before the outcome of an earlier flight was read, or by its content.
+        # Without a case, an error other than a rejection is no outcome: it was raised before the record of an earlier
+        # flight was read, or because that record has other content.
         has_outcome = self._refund is not None or self.case is not None or isinstance(self._error, RefundRejected)
         self.is_told |= has_outcome and self.task.has_ended
         if self._refund is not None:

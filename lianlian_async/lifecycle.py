@@ -1,4 +1,4 @@
-"""The lifecycle of a session: it is opened, used in one event loop, and closed after the running calls, repeatedly."""
+"""The lifecycle of a session: open, use in one event loop, close after the running calls; it may be opened again."""
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager

@@ -340,8 +340,8 @@ class RefundRecord:
 
         A missing field has the value in ``asked``, the wire fields of the request; the caller must have compared both.
         The result is a :class:`Refund` if ``no_refund`` and ``money_refund`` are known; else ``Refund.from_dict``
-        raises ``InvalidRequest``, as both do for a value that is not a string. An unreadable field is None, and its
-        text is in ``extra``.
+        raises ``InvalidRequest``. A value that is neither a string nor None raises it, too. An unreadable field is
+        None, and its text is in ``extra``.
         """
         expect(data, Mapping, "data")
         for name, value in cast("Mapping[str, object]", data).items():

@@ -134,7 +134,7 @@ class Reconciliation:
         self.unreadable: list[tuple[int, str]] = []
         """Rows that do not count: (line number, message with file and line)."""
         self.lacking: Counter[str] = Counter()
-        """Days (YYYYMMDD) of missing statements: the number of refunds that only this statement may have."""
+        """By the day (YYYYMMDD) of a missing statement: how many refunds it may have that no given statement has."""
         self._periods: set[str] = set()
         self._seen = bytearray()
         """Whether a row was compared, by row id."""
@@ -194,7 +194,7 @@ class Reconciliation:
             self._count(verdict, entry.no_refund, [entry.fields["money_refund"]])
 
     def _without_row(self, entry: Entry) -> Verdict | None:
-        """Return the verdict for a refund that no statement has; None: no statement need have it."""
+        """Return the verdict for a refund that no given statement has; None if the statements need not have it."""
         if (made_on := _statement_day(entry)) is not None:
             days = [f"{one:%Y%m%d}" for one in (made_on, made_on + timedelta(1))]
             if not (lacking := [day for day in days if not self._has(day)]):

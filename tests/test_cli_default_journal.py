@@ -309,7 +309,7 @@ def test_unreadable_receipt_is_refused(env, gateway, file, tmp_path, text):
         ended = run(*command, *more, env=env)
         assert ended.exit_code == 2
         words = " ".join(ended.stderr.split())
-        assert f"{receipt_of(file)} cannot be read as a receipt of a journal; " in words
+        assert f"{receipt_of(file)} cannot be read as a receipt of a journal: put " in words
         assert told in words
     assert not gateway.requests
     os.utime(receipt_of(file), (0, 0))

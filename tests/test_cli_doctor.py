@@ -350,7 +350,7 @@ def test_journal_whose_wal_is_missing(made):
         "failure",
         f" the file is missing or empty, but {path}-wal has its latest refunds",
     )
-    assert cure.startswith("put the file back, or, if it is lost, move the other one away")
+    assert cure.startswith("put the file back, or, if it is lost, move the -wal file away")
 
 
 def test_journal_of_another_schema(made):

@@ -25,7 +25,7 @@ from .stores import find_journal, make_journal, make_reader
 _MEANING: Final = {
     Verdict.AGREES: "in both",
     Verdict.AMOUNT_DIFFERS: "in both, with different amounts; `lianlian explain` shows that of the journal",
-    Verdict.NOT_IN_JOURNAL: "in a statement, but not made in the journal; ask who made it",
+    Verdict.NOT_IN_JOURNAL: "in a statement, but not made according to the journal; ask who made it",
     Verdict.TWICE_IN_STATEMENT: "more than once in the statements; ask LianLian",
     Verdict.MISSING_IN_STATEMENT: "only in the journal; ask LianLian",
     Verdict.UNKNOWN_PROVED: "in a statement, but unknown in the journal; use --apply",

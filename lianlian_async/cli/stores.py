@@ -110,7 +110,8 @@ def default_place(merchant: Merchant) -> str:
 def find_journal(place: str | None, config: Path | None, *, exists: bool = True) -> str:
     """Return ``place``, or the default journal of the configured merchant.
 
-    Raises a usage error if there is no default journal, or if ``exists`` and the journal is a missing file.
+    Raises a usage error if there is no default journal, or if ``exists`` and the journal is a missing file;
+    ``JournalError`` if only the file's WAL is left.
     """
     try:
         found = place or default_place(load_merchant(config))
@@ -161,7 +162,7 @@ class Receipt:
         except FileNotFoundError:
             return others
         except (OSError, TypeError, ValueError):
-            problem = f"{path} cannot be read as a receipt of a journal"
+            problem = f"{path} cannot be read as a receipt of a journal: put the receipt of the last run back"
             last = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
         else:
             for one in known:

@@ -106,8 +106,8 @@ WHERE queue_name = %(queue)s AND (status = 'failed' AND task_name = %(task)s AND
         WHERE worker.id = job.worker_id AND abs(extract(epoch FROM now() - last_heartbeat)) <= %(seconds)s
 )) RETURNING id, status
 """
-# Find the unresolved refunds that no job contains. Ignore new jobs that no worker has started: they may wait behind a
-# long queue, and a refund that may have been made must not wait so long.
+# Find the refunds that may have been made, but that no job contains. Ignore new jobs that no worker has started: they
+# may wait behind a long queue, and such a refund must not wait so long.
 _LOST: Final = """
 SELECT fields::jsonb AS refund FROM {schema}.refunds WHERE state = 'unresolved' AND sent_at IS NOT NULL
 EXCEPT
@@ -298,8 +298,8 @@ class RefundQueue:
         ``on_outcome`` is called with each outcome. After a cancellation, the running refunds finish and the others go
         back into the queue; a second cancellation also cancels the running refunds. Signals are left to your program:
         ``asyncio.run`` turns Ctrl-C into a cancellation, but not SIGTERM. If every further refund would fail with the
-        same error, the worker stops in the same way and raises ``BatchStopped`` or ``ConfigurationError``. If the
-        database is restarted, it stops with an error, too: let a supervisor start it again. A refund without
+        same error, the worker stops in the same way and raises ``BatchStopped`` or ``ConfigurationError``. A restart
+        of the database also stops it with an error: let a supervisor start it again. A refund without
         ``notify_url`` is queued again if the merchant has none either.
         """
         if not isinstance(session.journal, PostgresJournal) or session.journal.id != await self._journal_id():
@@ -394,7 +394,7 @@ async def _chunks(items: AsyncIterable[T], size: int) -> AsyncGenerator[list[T]]
 
 
 async def _is_open(session: RefundSession, refund: Mapping[str, str]) -> bool:
-    """Return whether a refund is still unresolved, and may have been sent before now, so that no call has its lease."""
+    """Return whether a refund is unresolved, and its latest possible send is past, so no call holds its lease."""
     entry = await cast("PostgresJournal", session.journal).find(refund["no_refund"])
     if entry is None or entry.ending is not None or entry.sent_at is None:
         return False

@@ -127,7 +127,7 @@ class OpenRefunds(MemoryJournal):
         return answer
 
     def forget(self, no_refund: str) -> None:
-        """Drop a refund whose outcome was returned to a caller."""
+        """Drop a refund whose outcome a caller got. An unresolved refund is kept."""
         entry = self._entries.get(no_refund)
         if entry is not None and entry.ending is not None:
             del self._entries[no_refund]

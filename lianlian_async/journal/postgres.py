@@ -67,7 +67,7 @@ class _BusyError(Exception):
 
 @without_locals
 def connection_string(dsn: str, timeout: float) -> str:
-    """Return ``dsn`` with UTF-8, and with TCP keepalives and ``tcp_user_timeout``, which end half-open connections.
+    """Return ``dsn`` with UTF-8, ``connect_timeout``, and TCP settings that end half-open connections.
 
     With several hosts, connections lead to the one that accepts writes, also if another one does not answer. Values in
     ``dsn`` take precedence, except the encoding. Raises ``ConfigurationError`` if ``dsn`` is invalid.
@@ -108,7 +108,7 @@ class PostgresJournal(GroupCommitJournal):
 
     One risk of a second refund remains: a request whose row was lost arrives after ``not_found_grace``, or its
     ``dt_refund`` is later than that finding. Synchronous replication prevents this. Stop all workers before you restore
-    a backup, and restore all tables of the schema: only ``eras`` shows that it was restored.
+    a backup, and restore all tables of the schema: only the table ``eras`` shows that a backup was restored.
 
     Args:
         dsn: a connection string or URL of libpq.

@@ -190,9 +190,10 @@ class JournalFile:
     def _checkpoint(self) -> None:
         """Copy the commits that no reader blocks from the WAL to the file.
 
-        If it copies all, the inode in the file ends with ``IN_WAL``. The next commit, which only the WAL has, removes
-        that end: if the WAL is lost, the next process notices it. The first checkpoint, which may take long or find
-        the disk full, is over before the end is written: a program that then writes the WAL into the file keeps it.
+        If it copies all, the inode in the file then has the suffix ``IN_WAL``. The next commit, which only the WAL has,
+        removes the suffix: if the WAL is lost, the next process notices it. The first checkpoint, which may take long
+        or find the disk full, is made without the suffix: if it fails, and another program then writes the WAL into
+        the file, the file is still accepted.
         """
         self._value("PRAGMA wal_checkpoint(PASSIVE)")  # does not wait for readers
         self._connection.execute(sql.SET_INODE, [self._inode + sql.IN_WAL])
@@ -352,7 +353,7 @@ def check_file(path: Path) -> None:
     if _has_content(log) and not _has_content(path):
         raise JournalError(
             f"journal {path}: the file is missing or empty, but {log} has its latest refunds; "
-            "put the file back, or, if it is lost, move the other one away and use `lianlian journal restore FILE`"
+            "put the file back, or, if it is lost, move the -wal file away and use `lianlian journal restore FILE`"
         )
 
 

@@ -216,7 +216,7 @@ class NotificationEndpoint:
             await self._journal.bind(*owner)
             await self._journal.begin_acting()
             inbox = await self._journal.inbox()
-            await inbox.bind(*owner)  # the inbox of a rehearsal may have been left behind by its journal
+            await inbox.bind(*owner)  # the inbox may remain from a deleted journal, such as a rehearsal's
         return Inbox(
             journal=inbox,
             refunds=MemoryJournal() if self._journal is None else self._journal,

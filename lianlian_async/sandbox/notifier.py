@@ -83,7 +83,7 @@ class Notifier:
         mischief: Probability of each :class:`Mischief` per refund.
         seed: Seed of the random mischief.
         on_delivery: Called with each :class:`Delivery` after it ends. If it raises, the notifications stop, and the end
-            of the ``async with`` block raises the error.
+            of the ``async with`` block raises the error in an ``ExceptionGroup``, unless the block itself raises.
 
     Raises ``ConfigurationError`` for an unsupported transport, a wrong ``every``, and a probability below 0 or above 1.
     """

@@ -125,7 +125,7 @@ class HttpSender:
             is_not_sent = isinstance(error, self._never_sent) or (self._is_own and request.is_unread)
             sent = answered or not is_not_sent or request.may_have_been_sent(error)
             return NoResponse(describe(error, url, seconds / 2, self._library), may_have_arrived=sent, cause=error)
-        # Our own transports send once, but mocks of httpx, such as respx, read the body before they pass it on.
+        # Our own transports send once, but a mock of httpx below them, such as respx, reads the body, too.
         sends = 1 if self._is_own else max(1, content.sends)
         return HttpResponse(response.status_code, headers, received, sends)
 

@@ -15,7 +15,7 @@ from .connection import trace_loopback
 
 
 class SendRefusedError(Exception):
-    """The lease has ended, or the request was written before."""
+    """The lease has ended, or httpcore has begun to write this request before."""
 
 
 class Body(ByteStream):

@@ -61,7 +61,7 @@ def money_reader(form: str) -> Callable[[str], str]:
     """Return a function that converts an amount in a format such as ``¥1,234.56`` to its wire form.
 
     The amount may omit separators, currency sign and decimals. If the format has a minus or parentheses, the amount
-    must have all its signs: otherwise it may be money that came in. Raises ``ValueError`` for an invalid format.
+    must have all signs of the format: without them, it may be income. Raises ``ValueError`` for an invalid format.
     """
     match = _MONEY_FORM.fullmatch(_normal(form))
     if match is None or match[2] == match[3] or re.search("[百千万亿萬億%‰]", form):

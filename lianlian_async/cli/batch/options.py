@@ -115,14 +115,16 @@ _OPTIONS: Final = (
     ),
     options.journal_option,
     click.option(
-        "--no-wait", is_flag=True, help="End with an error instead of waiting while another process uses the journal."
+        "--no-wait",
+        is_flag=True,
+        help="End with an error instead of waiting while another process has the journal open.",
     ),
     click.option("--query-first", is_flag=True, help="Query each refund that is not in the journal before sending it."),
     click.option(
         "--accept-new-journal",
         is_flag=True,
-        help="Send a file even if it was sent with another journal before (see FILE.receipt). Refused until "
-        "--not-found-grace has passed since the last run. Implies --query-first.",
+        help="Send a file even if it was sent with another journal or to another https host before (see FILE.receipt). "
+        "Refused until --not-found-grace has passed since the last run. Implies --query-first.",
     ),
     click.option(
         "--rate",

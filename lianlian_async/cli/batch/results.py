@@ -79,7 +79,7 @@ def _reason_of(outcome: Outcome) -> Reason:
 def result_writer(out: Path, checked: Checked) -> AbstractContextManager[Callable[[Mapping[str, Any]], object]]:
     """Open ``out`` with :func:`.line_writer`: line number, the file's own columns, identity and results.
 
-    In CSV, semicolons separate the cells if they do so in the file: the person's spreadsheet splits lines only there.
+    In CSV, semicolons separate the cells if they do so in the file: its spreadsheet program may expect them.
     """
     columns = dict.fromkeys(("line", *checked.columns.seen, *_IDENTITY, *_OURS))
     return line_writer(out, columns, ";" if checked.columns.delimiter == ";" else ",")

@@ -125,7 +125,7 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
             elif any(
                 part.count(columns.delimiter) == len(header) - 1 for cell in cells for part in cell.splitlines()[1:]
             ):
-                remark = "a cell has a line like a row of the file: check that no quotation mark is missing or too many"
+                remark = "a cell contains a line like a row of the file: check its quotation marks"
             yield Row(line, _fields(by_column, names), None, by_column, remark)
         else:
             yield Row(line, {}, f"has {len(cells)} cells, but the header has {len(header)}", by_column)
@@ -170,8 +170,8 @@ _LINE_END: Final = re.compile(r"\r\n|\r|\n")
 def _text_lines(file: IO[bytes], encoding: str) -> Iterator[str]:
     """Yield the lines of ``file`` with their line ends (LF, CRLF or CR). A byte order mark overrides ``encoding``.
 
-    Raises a usage error for bytes that are invalid in the encoding, NUL bytes, workbooks and gzip files, and for UTF-8
-    that was read in another encoding, which would change identifiers.
+    Raises a usage error for bytes that are invalid in the encoding, NUL bytes, workbooks and gzip files. It recognizes
+    most UTF-8 texts that ``encoding`` would turn into other identifiers, such as Chinese read as GBK.
     """
     stream = io.BufferedReader(cast("io.RawIOBase", file))
     first = stream.peek(4)

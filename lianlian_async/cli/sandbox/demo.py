@@ -148,7 +148,7 @@ def _audited(
     outcomes: Mapping[str, ExitOutcome],
     stalls: Sequence[float],
 ) -> Iterator[None]:
-    """Print the audit, however the block ends; exit: 130 if interrupted, 1 if there are disagreements."""
+    """Print the audit, however the block ends. Exit with 130 if interrupted, else 1 for disagreements, else 0."""
     began, exit_code = perf_counter(), 0
     try:
         yield
