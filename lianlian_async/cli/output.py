@@ -130,7 +130,7 @@ class Output:
         return INTERRUPTED.exit_code
 
     def confirm(self, file: str, facts: Mapping[str, Any], question: str) -> None:
-        """Show ``facts`` and ask ``question`` on stderr; raises ``click.Abort`` unless yes, or ``KeyboardInterrupt``."""
+        """Show ``facts``, ask ``question`` on stderr; raises ``click.Abort`` at no, ``KeyboardInterrupt`` at Ctrl-C."""
         if file == "-" or sys.stdin is None or not sys.stdin.isatty():
             raise click.UsageError("no terminal to ask for confirmation: use --yes or --dry-run; nothing was sent")
         _console(stderr=True).print(*tables({"": {"file": file, **facts}}))
