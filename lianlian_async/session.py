@@ -53,7 +53,7 @@ class RefundSession:
     Args:
         merchant: the merchant's number, keys and endpoints.
         client: an httpx or httpx2 ``AsyncClient`` that allows ``max_connections``; the session does not close it. A
-            layer over httpx's own transport that sends the same request again (``DigestAuth``, retries) gets an error.
+            layer over httpx's own transport that repeats a request that may have arrived gets an error.
         transport: a transport of httpx or httpx2; the session closes it. Excludes ``client`` and ``http_backend``.
         http_backend: ``httpx`` or ``aiohttp``; default: ``LIANLIAN_HTTP_BACKEND``, else ``httpx``. Excludes ``client``.
         retry: the default policy of the calls.

@@ -171,10 +171,10 @@ def lifespan(
 ) -> Callable[[object], AbstractAsyncContextManager[Any]]:
     """Return a lifespan that opens ``contexts`` in order: a journal, its session, an endpoint.
 
-    aiohttp: append it to ``cleanup_ctx``. ``sweep``: also call the endpoint's ``sweep()`` at the start and every
-    ``sweep`` seconds; 900 is usual. A failed sweep is logged, and the next one still runs. The end of the lifespan
-    cancels a running sweep; the next sweep repeats the interrupted handler calls. Raises ``ConfigurationError`` for a
-    wrong argument.
+    For aiohttp, use ``lifespan`` of ``contrib.aiohttp``. ``sweep``: also call the endpoint's ``sweep()`` at the start
+    and every ``sweep`` seconds; 900 is usual. A failed sweep is logged, and the next one still runs. The end of the
+    lifespan cancels a running sweep; the next sweep repeats the interrupted handler calls. Raises
+    ``ConfigurationError`` for a wrong argument.
     """
     for context in contexts:
         check_type("lifespan", context, AbstractAsyncContextManager)

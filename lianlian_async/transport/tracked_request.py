@@ -1,4 +1,4 @@
-"""A request of httpx or httpx2 that records whether its body was read, and so may have been sent."""
+"""A request of httpx or httpx2 that records whether it may have been sent, and that httpcore writes only once."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ class _Batch:
                         self.advance()
 
     async def _open_journal(self, stack: AsyncExitStack) -> Journal:
-        """Open the journal; wait while another process has it open, unless ``--no-wait``."""
+        """Open the journal; wait while another process has its file open, unless ``--no-wait``."""
         is_noted = False
         while True:
             try:

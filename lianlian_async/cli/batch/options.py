@@ -117,7 +117,7 @@ _OPTIONS: Final = (
     click.option(
         "--no-wait",
         is_flag=True,
-        help="End with an error instead of waiting while another process has the journal open.",
+        help="End with an error instead of waiting while another process has the journal file open.",
     ),
     click.option("--query-first", is_flag=True, help="Query each refund that is not in the journal before sending it."),
     click.option(
