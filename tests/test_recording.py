@@ -1243,3 +1243,24 @@ async def test_a_notification_during_the_queries_is_the_outcome(new_journal):
         assert (begun.what, notified.what, notified.result) == ("begun", "notification", "sta_refund 2")
         assert [fact.what for fact in exchanges] == ["apply", "query"]
     assert gateway.times_made("R-1") == 1
+
+
+async def test_the_journal_shows_that_a_refund_was_sent_again(new_journal):
+    """The history has the answer that was believed, and the second send."""
+    gateway = sandbox()
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+    async with shop(gateway, new_journal) as (session, journal):
+        with pytest.raises(RefundOutcomeUnknown):
+            await session.apply_refund(refund_request())
+        await anyio.sleep(900)
+        await session.apply_refund(refund_request())
+        steps = [(fact.what, fact.result) for fact in facts((await journal.find("R-1")).history)]
+    assert steps == [
+        ("begun", ""),
+        ("apply", "no answer in time"),
+        ("query", "8901"),
+        ("lease", ""),
+        ("query", "8901"),
+        ("resend", ""),
+        ("apply", "sta_refund 0"),
+    ]
