@@ -113,16 +113,22 @@ def _fields_by_name(cls: type[T]) -> type[T]:
 
     @wraps(init)
     def checked(self: T, /, **fields: Any) -> None:
-        given, problems = _given(cls, fields)
-        try:
-            init(self, **given)
-        except InvalidRequest as error:
-            problems += error.problems
-        if problems:
-            raise InvalidRequest(problems)
+        _call(partial(init, self), cls, fields)
 
     cls.__init__ = checked  # type: ignore[assignment,method-assign]
     return cls
+
+
+def _call(make: Callable[..., T], cls: type[Any], data: Mapping[str, Any]) -> T:
+    """Call ``make`` with the fields in ``data``. Raises ``InvalidRequest`` with all of its problems."""
+    given, problems = _given(cls, data)
+    try:
+        made = make(**given)
+    except InvalidRequest as error:
+        problems += error.problems
+    if problems:
+        raise InvalidRequest(problems)
+    return made
 
 
 def _given(cls: type[Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -169,8 +175,7 @@ class _Request:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return the request that :meth:`to_dict` wrote, with all checks; unknown keys raise ``InvalidRequest``."""
-        expect(data, Mapping, "data")
-        return cls(**{str(name): value for name, value in data.items()})
+        return _call(cls, cls, data)
 
     @classmethod
     def from_record(cls, data: Mapping[str, Any]) -> Self:

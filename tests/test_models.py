@@ -402,6 +402,12 @@ def test_missing_unknown_and_invalid_fields_are_reported_together(make):
     ]
 
 
+def test_from_dict_of_a_subclass_reports_unknown_and_missing_fields():
+    """A subclass has its own ``__init__``, which would raise ``TypeError``."""
+    found = problems_of(lambda: OwnRequest.from_dict({"no_refund": "R-1", "money": "1.00"}))
+    assert set(found) == {"money", "dt_refund", "money_refund", "no_order"}
+
+
 @pytest.mark.parametrize("data", ["R-1", None, 5, ["R-1"]])
 @pytest.mark.parametrize(
     "read", [RefundRequest.from_dict, RefundQuery.from_dict, RefundRequest.from_record, Refund.from_dict]
