@@ -13,7 +13,6 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, NoReturn, TextIO
 
 import attrs
@@ -123,9 +122,9 @@ class Output:
             console = self._live or _console(stderr=True)
             console.print(printable(text), soft_wrap=not console.is_terminal)
 
-    def interrupted(self, document: Mapping[str, Any] = MappingProxyType({}), *parts: RenderableType) -> int:
-        """Print that the command was interrupted, with ``document`` or ``parts``; return the exit code."""
-        self.show({"outcome": INTERRUPTED.word, **document}, *parts)
+    def interrupted(self, *parts: RenderableType, **facts: Any) -> int:
+        """Print that the command was interrupted, with ``parts`` or, in JSON, ``facts``; return the exit code."""
+        self.show({"outcome": INTERRUPTED.word, **facts}, *parts)
         self.note(INTERRUPTED.word)
         return INTERRUPTED.exit_code
 

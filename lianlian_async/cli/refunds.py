@@ -32,7 +32,7 @@ def apply(output: Output, /, file: BinaryIO | None, deadline: float, config: Pat
     except KeyboardInterrupt:
         query = request.query()
         text = f"refund {request.no_refund} may have been made; query it with: {query_command(query)}"
-        return output.interrupted({"query": query.to_dict()}, text)
+        return output.interrupted(text, query=query.to_dict())
 
 
 def query(output: Output, /, file: BinaryIO | None, deadline: float, config: Path | None, **options: str | None) -> int:

@@ -119,8 +119,8 @@ def find_journal(place: str | None, config: Path | None, *, exists: bool = True)
         raise click.UsageError(f"{error}; or {_NAME_IT}") from None
     if exists and not is_dsn(found):
         check_file(Path(found))
-    if exists and not is_dsn(found) and not Path(found).is_file():
-        raise click.UsageError(f"{found}: no such journal; `lianlian batch` creates it, or {_NAME_IT}")
+        if not Path(found).is_file():
+            raise click.UsageError(f"{found}: no such journal; `lianlian batch` creates it, or {_NAME_IT}")
     return found
 
 

@@ -230,12 +230,8 @@ class PostgresJournal(GroupCommitJournal):
 
     async def _bind(self, owner: Owner) -> None:
         bind = sql.BIND, (owner.oid_partner, owner.apply_url)
-        async with self._sent((sql.BEGIN, ()), bind, (sql.READ_VERSION, ()), (sql.COMMIT, ())) as (
-            _,
-            _,
-            [_, _, [row], _],
-        ):
-            owner.confirm(owner_of(row), self._name)
+        async with self._sent((sql.BEGIN, ()), bind, (sql.READ_VERSION, ()), (sql.COMMIT, ())) as (_, _, answers):
+            owner.confirm(owner_of(answers[2][0]), self._name)
 
     async def begin_acting(self) -> None:
         [row] = await self._fetch(sql.READ_VERSION)

@@ -161,7 +161,7 @@ class NotificationEndpoint:
         own = Listeners(listeners, timer=perf_counter, is_logged=True)
         self._listeners = own if listeners or session is None else session.listeners
         self._ready: _Ready | None = None
-        self._open_lock = anyio.Lock()
+        self._open_lock = anyio.Lock(fast_acquire=True)
         self._worker: BackgroundTask | None = None
         self._resources: AsyncExitStack | None = None
         """Everything that ``async with`` opened."""
@@ -196,13 +196,10 @@ class NotificationEndpoint:
         finally:
             await worker.aclose()
 
-    def _is_inbox_closed(self) -> bool:
-        """Return whether an endpoint in inline mode needs a new inbox: its journal was closed, and opened again."""
-        return self._ready is not None and not self._is_inbox and not self._ready.inbox.journal.is_open
-
     async def _open(self) -> _Ready:
         async with self._open_lock:
-            if self._ready is None or self._is_inbox_closed():
+            # In inline mode, the journal may have been closed, and opened again: its inbox is then a new one.
+            if self._ready is None or not (self._is_inbox or self._ready.inbox.journal.is_open):
                 if self._journal is not None and not self._journal.is_open:
                     raise RuntimeError(f"{self._journal!r} is not open: {_HOW_TO_OPEN}")
                 inbox = await self._open_inbox()
@@ -290,7 +287,7 @@ class NotificationEndpoint:
         if len(body) > MAX_MESSAGE_BYTES:
             logger.warning("notification refused: longer than %d bytes", MAX_MESSAGE_BYTES)
             return Verdict.TOO_BIG
-        rsa, inbox = await self._open() if self._ready is None or self._is_inbox_closed() else self._ready
+        rsa, inbox = await self._open()
         record = await rsa.check(rsa.protocol.read_notification, body)
         about.append(record.no_refund)
         refund = await complete(record, self._session, self._journal, self._seconds)
