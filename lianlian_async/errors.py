@@ -88,7 +88,7 @@ class Problem(NamedTuple):
 
 
 class InvalidRequest(LianLianError, ValueError):
-    """A request breaks the field rules; nothing was sent. ``problems`` contains all of its problems."""
+    """A request breaks the field rules; nothing was sent. For a new request, ``problems`` contains every problem."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)

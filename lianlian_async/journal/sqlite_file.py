@@ -350,7 +350,7 @@ def _errors(path: Path) -> Iterator[None]:
 def check_file(path: Path) -> None:
     """Raise ``JournalError`` if only the WAL of a journal is left: SQLite would delete it for a new or empty file."""
     log = Path(f"{os.path.realpath(path)}-wal")
-    if _has_content(log) and not _has_content(path):
+    if not _has_content(path) and _has_content(log):
         raise JournalError(
             f"journal {path}: the file is missing or empty, but {log} has its latest refunds; "
             "put the file back, or, if it is lost, move the -wal file away and use `lianlian journal restore FILE`"

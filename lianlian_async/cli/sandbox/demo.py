@@ -32,7 +32,7 @@ _DELAY: Final = 0.5
 _POLICY: Final = RetryPolicy(not_found_grace=3 * _DELAY)
 _DEADLINE: Final = 8.0
 _TICK: Final = 0.01
-"""Seconds between two measurements of the event loop's delay."""
+"""Seconds between two measurements of the event loop's stall: how late it wakes a task."""
 _ORDER: Final = Decimal("100.00")
 """Amount of each order in yuan. Every 25th refund is larger, so the gateway rejects it."""
 _TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
@@ -96,7 +96,7 @@ async def _refund_all(
 
 
 async def _measure(stalls: list[float]) -> None:
-    """Store the event loop's worst delay in seconds. The gateway's thread, which shares the GIL, adds to it."""
+    """Store the event loop's worst stall in seconds. The gateway's thread, which shares the GIL, adds to it."""
     while True:
         began = perf_counter()
         await anyio.sleep(_TICK)
