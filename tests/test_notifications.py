@@ -924,7 +924,7 @@ async def test_unreadable_key_fails_the_start(handler, tmp_path):
     ("settings", "message"),
     [
         ({"confirm": True}, "confirm=True requires session="),
-        ({"inbox": True}, "inbox=True requires journal="),
+        ({"inbox": True}, "inbox=True requires a journal"),
         ({"handler_seconds": 0}, "handler_seconds: must be a number of seconds greater than 0"),
         ({"handler_seconds": float("nan")}, "handler_seconds"),
         ({"handler_seconds": "4"}, "handler_seconds: must be a number of seconds greater than 0 .* is '4'"),

@@ -176,7 +176,7 @@ async def test_a_sweep_needs_a_journal_and_a_session(handler, missing):
         settings = {"journal": MemoryJournal(), "session": session}
         del settings[missing]
         endpoint = NotificationEndpoint(session.merchant, handler, **settings)
-        with pytest.raises(ConfigurationError, match="sweep requires journal=… and session=…"):
+        with pytest.raises(ConfigurationError, match="sweep requires a session with a journal"):
             await endpoint.sweep()
 
 

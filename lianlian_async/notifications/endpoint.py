@@ -139,7 +139,9 @@ class NotificationEndpoint:
                 "confirm=True requires session=…: the endpoint queries the gateway through it"
             )
         if inbox and journal is None:
-            raise errors.ConfigurationError("inbox=True requires journal=…: the endpoint records notifications in it")
+            raise errors.ConfigurationError(
+                "inbox=True requires a journal, its own or the session's: the endpoint records notifications in it"
+            )
         if path is not None and not path.startswith("/"):
             raise errors.ConfigurationError(f"path: must begin with a slash, is {path!r}")
         self.merchant = merchant
@@ -340,7 +342,7 @@ class NotificationEndpoint:
         """
         if self._journal is None or self._session is None:
             raise errors.ConfigurationError(
-                "sweep requires journal=… and session=…: it queries the gateway through the session"
+                "sweep requires a session with a journal: it queries the gateway through the session"
             )
         if self._session.journal is not self._journal:
             raise errors.ConfigurationError("sweep: the session must have the endpoint's journal")
