@@ -68,9 +68,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Without cached bytecode, each worker and each child process of a test would compile every module again.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
-    # A shell starts background commands with SIGINT ignored, and our child processes would inherit this.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Background commands of a shell ignore SIGINT, nohup ignores SIGHUP, and our child processes would inherit it.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     config.addinivalue_line("markers", "virtual_time: time jumps to the next timer (see lianlian_async.testing)")
 
 

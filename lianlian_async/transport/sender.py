@@ -210,10 +210,11 @@ def _cause(error: BaseException, url: str, connect_seconds: float, library: Any)
         return f"TLS: the certificate of {host} is not trusted: {why} (CERTIFICATE_VERIFY_FAILED)"
     if "_ALERT_" in str(tls):
         return f"TLS: {host} refused the handshake ({tls}); it may require a client certificate"
+    closed = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError)  # by version of Python
     if (
         url.startswith("https:")
         and isinstance(error, library.ConnectError)
-        and (isinstance(tls, ssl.SSLEOFError) or any(isinstance(each, ConnectionResetError) for each in chain))
+        and any(isinstance(each, closed) for each in chain)
     ):
         return f"the TLS handshake with {host} failed: the connection was closed or reset"
     if tls is not None:
