@@ -150,9 +150,8 @@ class Checked:
             raise InvalidRequest(problems)
         if self._derive and "no_refund" not in fields:
             if {"no_order", "oid_paybill"} <= fields.keys():  # a file with one of them would give another number
-                raise InvalidRequest(
-                    [Problem("no_refund", "is required in a line with no_order and oid_paybill", "no")]
-                )
+                rule = "is required in a line with no_order and oid_paybill"
+                raise InvalidRequest([Problem("no_refund", rule, "no")])
             request = RefundRequest.from_dict({**fields, "no_refund": "derived"})
             request = attrs.evolve(request, no_refund=derived_number(request))
         else:
