@@ -403,6 +403,29 @@ async def test_rejection_of_a_request_that_a_transport_repeated_proves_nothing(r
     assert [gateway.times_made(number) for number in ("R-1", "R-2")] == [1, 1]
 
 
+class GoingAway(httpx.ASGITransport):
+    """Sends as httpcore does if an HTTP/2 server closes its connection before it processes the request."""
+
+    async def handle_async_request(self, request):
+        trace, info = request.extensions["trace"], {"request": httpcore.Request("POST", str(request.url))}
+        await trace("http2.send_request_headers.started", info)
+        assert b"".join([chunk async for chunk in request.stream])
+        await trace("http2.receive_response_headers.failed", {"exception": httpcore.ConnectionNotAvailable()})
+        await trace("http2.send_request_headers.started", info)
+        return await super().handle_async_request(request)
+
+
+async def test_request_that_an_http2_server_did_not_process_is_sent_again():
+    """GOAWAY names the last stream that was processed (RFC 9113 §6.8), so httpcore sends a later one again."""
+    gateway = sandbox(default_order=Decimal("200.01"))
+    async with (
+        httpx.AsyncClient(transport=GoingAway(app=gateway)) as client,
+        RefundSession(gateway.merchant(), client=client) as session,
+    ):
+        await session.apply_refund(refund_request(money_refund="200.01"))
+    assert gateway.requests == {"apply": 1}
+
+
 @pytest.mark.parametrize("library", [httpx, httpx2])
 @pytest.mark.parametrize("layer", ["transport", "auth"])
 async def test_client_that_repeats_a_request_cannot_send_it_again(layer, library):

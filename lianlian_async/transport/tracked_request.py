@@ -50,6 +50,8 @@ class Body(ByteStream):
                 if self.is_written:
                     raise SendRefusedError("the client tried to send a request again that may have arrived")
                 self.is_written = True
+        elif type(info.get("exception")).__name__ == "ConnectionNotAvailable":
+            self.is_written = False  # an HTTP/2 server did not process it (RFC 9113 §6.8): httpcore sends it again
         else:
             await trace_loopback(url, event, info)
 
