@@ -22,7 +22,7 @@ Never delete a journal. If it is lost, wait 15 minutes after the last run: LianL
 refund late. Then use `lianlian batch --accept-new-journal --query-first`.
 A journal belongs to one merchant and one apply URL.""",
     "processes": """\
-One process: run `lianlian batch FILE`. Only one process at a time can send refunds with a journal file.
+One process: run `lianlian batch FILE`. Only one process at a time can send with a journal file; a second batch waits.
 Several processes: `lianlian batch FILE --queue` fills a queue in PostgreSQL; any number of `lianlian worker` share it.
 The queue and its journal belong to one merchant: another merchant needs another database.
 A lease on each refund keeps other workers from sending it. If a worker dies, another one resolves its refunds.
