@@ -1,4 +1,4 @@
-"""A request of httpx or httpx2 that records whether it may have been sent, and that httpcore writes only once."""
+"""A request of httpx or httpx2 that records whether it may have been sent, and refuses a second send after that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .connection import trace_loopback
 
 
 class SendRefusedError(Exception):
-    """The lease has ended, or httpcore has begun to write this request before."""
+    """The lease has ended, or an earlier write of this request may have arrived."""
 
 
 class Body(ByteStream):
@@ -31,7 +31,7 @@ class Body(ByteStream):
         self.sends = 0
         """How often the body was read for sending."""
         self.is_written = False
-        """Whether httpcore has begun to write the request."""
+        """Whether httpcore has begun to write the request, and the server may have processed it."""
         self.lease_holds = lease_holds
 
     def check_lease(self) -> None:
