@@ -38,7 +38,7 @@ from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 import attrs
-from opentelemetry import context, metrics, propagate, trace
+from opentelemetry import baggage, context, metrics, propagate, trace
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from lianlian_async import events
@@ -109,13 +109,14 @@ class OpenTelemetry:
         if isinstance(event, events.AttemptBegan) and not _has_http_spans(event.backend):
             attributes, kind = attributes | _http(event), SpanKind.CLIENT
         span = self._tracer.start_span(name, kind=kind, attributes=attributes)
-        token = context.attach(context.set_value(self._key, span, trace.set_span_in_context(span)))
+        # The baggage is data of the application, which the gateway must not get; an instrumentor would send it, too.
+        without_baggage = baggage.clear(trace.set_span_in_context(span))
+        token = context.attach(context.set_value(self._key, span, without_baggage))
         if counter is not None:
             counter.add(1, labels)
         try:
             if isinstance(event, events.AttemptBegan):
                 propagate.inject(event.headers)  # an instrumentor replaces this header with its own
-                event.headers.pop("baggage", None)  # data of the application, which the gateway must not get
             yield
         finally:
             if counter is not None:
