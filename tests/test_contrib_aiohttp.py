@@ -49,6 +49,23 @@ def client(app):
     return TestClient(TestServer(app))
 
 
+@pytest.mark.parametrize("is_split", [False, True])
+async def test_none_of_several_sessions_is_chosen(is_split):
+    """The session of another merchant must not be used, whether one or several lifespans open the sessions."""
+    sessions = [sandbox().session() for _ in range(3)]
+
+    async def find(request):
+        with pytest.raises(RuntimeError, match="exactly one RefundSession must be open"):
+            get_session(request)
+        return web.Response()
+
+    app = web.Application()
+    app.cleanup_ctx.extend(map(lifespan, sessions) if is_split else [lifespan(*sessions)])
+    app.router.add_get("/", find)
+    async with client(app) as http, http.get("/") as answer:
+        assert answer.status == 200
+
+
 async def test_the_session_lives_as_long_as_the_application(tmp_path):
     """The journal and its session are open while requests are served, and closed afterwards."""
     gateway, journal = sandbox(), SqliteJournal(tmp_path / "journal.sqlite")

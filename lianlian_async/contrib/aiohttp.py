@@ -18,7 +18,7 @@ A service with the ``journal``, ``session`` and ``endpoint`` of the README's Fas
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -33,7 +33,7 @@ from .web import lifespan as web_lifespan
 __all__ = ["SESSION", "apply_shielded", "get_session", "lifespan", "notifications", "read_request", "refund_errors"]
 
 SESSION: Final = web.AppKey("refund_session", RefundSession)
-"""``app[SESSION]`` is the session, if a :func:`lifespan` of the application opens exactly one."""
+"""``app[SESSION]`` is the session, if all :func:`lifespan` of the application together open exactly one."""
 
 
 def lifespan(
@@ -45,8 +45,8 @@ def lifespan(
     @asynccontextmanager
     async def stored(app: web.Application) -> AsyncGenerator[None]:
         async with opened(app) as sessions:
-            if len(sessions) == 1:
-                [app[SESSION]] = sessions.values()
+            for session in sessions.values():  # None: another session, also of another lifespan, would be hidden
+                app[SESSION] = session if app.get(SESSION, session) is session else cast("Any", None)
             yield
 
     return stored
