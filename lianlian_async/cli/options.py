@@ -170,10 +170,6 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
     return callback
 
 
-def _name_journal(ctx: click.Context, _argument: click.Parameter, place: str | None) -> None:
-    ctx.meta[JOURNAL] = place
-
-
 def _read_journal(ctx: click.Context, option: click.Parameter, place: str | None) -> str | None:
     """Return the place in the argument of :data:`journal_argument`, if it is given, or else ``place``.
 
@@ -214,7 +210,7 @@ journal_argument: Final = click.argument(
     type=Place(),
     is_eager=True,
     expose_value=False,
-    callback=_name_journal,
+    callback=lambda ctx, _argument, place: ctx.meta.update({JOURNAL: place}),
 )
 """The journal as an argument, instead of ``--journal``."""
 
