@@ -194,6 +194,8 @@ def asgi_transport(app: Any) -> httpx.AsyncBaseTransport:
 
 def describe(error: BaseException, url: str, connect_seconds: float, library: Any = httpx) -> str:
     """Return a message with the type, the cause and the notes of ``error`` (such as the proxy)."""
+    if isinstance(error, SendRefusedError):  # no failure of the connection, as another error's type would say
+        return str(error)
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return f"{type(error).__name__}: {_cause(error, url, connect_seconds, library)}".rstrip(": ") + notes
 
