@@ -93,10 +93,10 @@ def parse_money(value: Decimal | int | str) -> Decimal:
             raise ValueError("must be a Decimal, an int or a str: a float cannot represent every amount exactly")
         case Decimal() | int():
             amount = Decimal(value)
-            if not amount.is_finite():
-                raise ValueError("must be a finite number")
         case _:
             raise ValueError("must be a Decimal, an int or a str")
+    if not amount.is_finite():
+        raise ValueError("must be a finite number")
     if not _SMALLEST <= amount <= _LARGEST:
         raise ValueError("must be between 0.01 and 100000000.00 yuan")
     with_two = Decimal(f"{amount:.2f}")  # quantize would depend on the precision of the caller's decimal context

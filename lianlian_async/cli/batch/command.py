@@ -190,13 +190,14 @@ def _send(run: "_Batch") -> int:
     except KeyboardInterrupt:
         outcome = INTERRUPTED
     failure = run.failure
-    if run.in_flight and (outcome or failure):
-        run.output.note(
-            f"up to {len(run.in_flight):,} refunds without an outcome may have been made: "
-            "run the same command again to resolve them"
+    in_flight = len(run.in_flight)
+    if outcome or (failure and in_flight):
+        what, aim = (
+            (f"up to {in_flight:,} refunds without an outcome may have been made:", "resolve them")
+            if in_flight
+            else ("interrupted: every refund that was sent has an outcome;", "go on")
         )
-    elif outcome:
-        run.output.note("interrupted: every refund that was sent has an outcome; run the same command again to go on")
+        run.output.note(f"{what} run the same command again to {aim}")
     outcome = outcome or (exit_outcome_of(failure) if failure else run.totals.exit_outcome())
     if outcome is MADE and run.checked.problems.count:
         outcome = INVALID
