@@ -3,155 +3,22 @@
 Field names and lengths come from LianLian's apply and query pages.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
-from functools import cache, partial, wraps
+from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar, cast
+from typing import Any, ClassVar, Final, Self, TypeVar, cast
 
 import attrs
 from attrs.converters import optional
 
-from . import text_rules, wire
-from .errors import InvalidRequest, LastExchange, Problem, printable
+from . import request_fields as rules
+from . import wire
+from .errors import InvalidRequest, LastExchange, Problem
 
-_NOT_STORABLE: Final = re.compile("[\0\ud800-\udfff]")
-
-T = TypeVar("T")
 Record = TypeVar("Record", bound="RefundRecord")
-
-
-class _Broken(NamedTuple):
-    """Replaces an invalid or missing value until ``__attrs_post_init__`` reports all of them together."""
-
-    rule: str
-    value: object
-
-
-_MISSING: Final = _Broken("is required", attrs.NOTHING)
-
-
-def _or_broken(parse: Callable[..., T], value: object, *limits: int) -> T:
-    if isinstance(value, _Broken):
-        return cast("T", value)
-    try:
-        return parse(value, *limits)
-    except ValueError as error:
-        return cast("T", _Broken(str(error), value))
-
-
-def _money(value: Decimal | int | str) -> Decimal:
-    return _or_broken(wire.parse_money, value)
-
-
-def _timestamp(value: datetime | str) -> datetime:
-    return _or_broken(wire.parse_timestamp, value)
-
-
-def _new_number(value: str) -> str:
-    return _or_broken(text_rules.new_number, value, 32)
-
-
-def _string_32(value: str) -> str:
-    return _or_broken(text_rules.existing, value, 32)
-
-
-def _string_18(value: str) -> str:
-    return _or_broken(text_rules.existing, value, 18)
-
-
-def _string_16(value: str) -> str:
-    return _or_broken(text_rules.existing, value, 16)
-
-
-def _url(value: str) -> str:
-    return _or_broken(text_rules.notify_url, value)
-
-
-@cache
-def _names(cls: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in attrs.fields(cls))
-
-
-def _values(instance: Any) -> dict[str, Any]:
-    return {name: getattr(instance, name) for name in _names(instance.__class__)}
-
-
-def _shown(value: object) -> str:
-    if value is attrs.NOTHING:
-        return "nothing"
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print integers of thousands of digits
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def expect(value: object, kind: type, name: str) -> None:
-    """Raise :class:`~lianlian_async.InvalidRequest` about the argument ``name`` unless ``value`` is a ``kind``."""
-    if not isinstance(value, kind):
-        rule = f"must be a {kind.__name__}"
-        if isinstance(value, Mapping) and issubclass(kind, _Request):
-            rule += f" ({kind.__name__}.from_dict reads a mapping)"
-        raise InvalidRequest([Problem(name, rule, f"{_shown(value)} of type {type(value).__name__}")])
-
-
-def check_storable(value: Any, name: str) -> None:
-    """Raise :class:`~lianlian_async.InvalidRequest` about ``name`` unless ``value`` is a string that can be stored."""
-    # A journal writes many refunds at once: another value would make the writes of all of them fail.
-    expect(value, str, name)
-    if _NOT_STORABLE.search(value):
-        raise InvalidRequest([Problem(name, "must not contain NUL or a lone surrogate", _shown(value))])
-
-
-def _fields_by_name(cls: type[T]) -> type[T]:
-    """Decorate ``cls``, so that a missing or unknown field raises ``InvalidRequest`` instead of ``TypeError``."""
-    init = cls.__init__
-
-    @wraps(init)
-    def checked(self: T, /, **fields: Any) -> None:
-        _call(partial(init, self), cls, fields)
-
-    cls.__init__ = checked  # type: ignore[assignment,method-assign]
-    return cls
-
-
-def _call(make: Callable[..., T], cls: type[Any], data: Mapping[str, Any]) -> T:
-    """Call ``make`` with the fields in ``data``. Raises ``InvalidRequest`` with all of its problems."""
-    given, problems = _given(cls, data)
-    try:
-        made = make(**given)
-    except InvalidRequest as error:
-        problems += error.problems
-    if problems:
-        raise InvalidRequest(problems)
-    return made
-
-
-def _given(cls: type[Any], data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return ``data`` as arguments of ``cls``, with ``_MISSING`` for each missing field, and the unknown fields."""
-    expect(data, Mapping, "data")
-    known = {field.name: field for field in attrs.fields(cls)}
-    problems = [
-        Problem(printable(str(key)), f"is not a field of {cls.__name__}", _shown(data[key]))
-        for key in data
-        if key not in known
-    ]
-    required = {name: _MISSING for name, field in known.items() if field.default is attrs.NOTHING}
-    return required | {name: data[name] for name in known if name in data}, problems
-
-
-def _wire_text(value: object) -> str:
-    match value:
-        case datetime():
-            return wire.format_timestamp(value)
-        case Decimal():
-            return wire.format_money(value)
-        case _:
-            return str(value)
 
 
 class _Request:
@@ -162,9 +29,9 @@ class _Request:
 
     def __attrs_post_init__(self) -> None:
         problems = [
-            Problem(name, value.rule, _shown(value.value))
-            for name, value in _values(self).items()
-            if isinstance(value, _Broken)
+            Problem(name, value.rule, rules.shown(value.value))
+            for name, value in rules.values(self).items()
+            if isinstance(value, rules.Broken)
         ]
         one, other = self._either
         if getattr(self, one) is None and getattr(self, other) is None:
@@ -175,7 +42,7 @@ class _Request:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return the request that :meth:`to_dict` wrote, with all checks; unknown keys raise ``InvalidRequest``."""
-        return _call(cls, cls, data)
+        return rules.call(cls, cls, data)
 
     @classmethod
     def from_record(cls, data: Mapping[str, Any]) -> Self:
@@ -184,17 +51,17 @@ class _Request:
         A release with stricter rules must still be able to query earlier refunds. Raises ``InvalidRequest`` only for a
         missing or unknown field, an invalid amount or time, or a string that cannot be stored.
         """
-        given, unknown = _given(cls, data)
+        given, unknown = rules.given(cls, data)
         if unknown:
             raise InvalidRequest(unknown)
-        given, _ = _given(cls, {name: value for name, value in given.items() if value is not None})
+        given, _ = rules.given(cls, {name: value for name, value in given.items() if value is not None})
         request: Any = cls.__new__(cls)
-        for name in _names(request.__class__):
+        for name in rules.names(request.__class__):
             value = given.get(name)
             if name in _PARSED:
                 value = _PARSED[name](value)
-            elif value is not None and value is not _MISSING:
-                check_storable(value, name)
+            elif value is not None and value is not rules.MISSING:
+                rules.check_storable(value, name)
             object.__setattr__(request, name, value)
         request.__attrs_post_init__()
         return cast("Self", request)
@@ -204,19 +71,19 @@ class _Request:
 
         Fields that a subclass adds are omitted.
         """
-        present = ((name, value) for name, value in _values(self).items() if value is not None)
-        return {name: _wire_text(value) for name, value in present if name in DOCUMENTED}
+        present = ((name, value) for name, value in rules.values(self).items() if value is not None)
+        return {name: rules.wire_text(value) for name, value in present if name in DOCUMENTED}
 
 
 _PARSED: Final[dict[str, Callable[[Any], object]]] = {
-    "dt_refund": _timestamp,
-    "money_refund": _money,
-    "dt_order": optional(_timestamp),
+    "dt_refund": rules.timestamp,
+    "money_refund": rules.money,
+    "dt_order": optional(rules.timestamp),
 }
 """The parsers of the fields that are not strings."""
 
 
-@_fields_by_name
+@rules.fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundRequest(_Request):
     """One refund (LianLian's *Apply API*). Raises ``InvalidRequest`` if a field is invalid.
@@ -224,22 +91,22 @@ class RefundRequest(_Request):
     ``no_refund``, ``dt_refund`` and ``money_refund`` identify it: choose and store them once, and never change them.
     """
 
-    no_refund: str = attrs.field(converter=_new_number)
+    no_refund: str = attrs.field(converter=rules.new_number)
     """The merchant's refund number: at most 32 visible letters, decimal digits and ASCII characters (0x21 to 0x7E),
     NFKC-normal. It should differ from ``no_order``."""
-    dt_refund: datetime = attrs.field(converter=_timestamp)
+    dt_refund: datetime = attrs.field(converter=rules.timestamp)
     """The time of the refund request: an aware datetime or 14 digits; stored in UTC+8, to the second."""
-    money_refund: Decimal = attrs.field(converter=_money)
+    money_refund: Decimal = attrs.field(converter=rules.money)
     """Yuan (CNY), 0.01 to 100,000,000.00, at most two decimals, not a float."""
-    no_order: str | None = attrs.field(default=None, converter=optional(_string_32))
+    no_order: str | None = attrs.field(default=None, converter=optional(rules.string_32))
     """The merchant's order number; this or ``oid_paybill`` is required."""
-    dt_order: datetime | None = attrs.field(default=None, converter=optional(_timestamp))
+    dt_order: datetime | None = attrs.field(default=None, converter=optional(rules.timestamp))
     """The date and time of ``no_order``."""
-    oid_paybill: str | None = attrs.field(default=None, converter=optional(_string_32))
+    oid_paybill: str | None = attrs.field(default=None, converter=optional(rules.string_32))
     """LianLian's payment number; this or ``no_order`` is required."""
-    notify_url: str | None = attrs.field(default=None, converter=optional(_url))
+    notify_url: str | None = attrs.field(default=None, converter=optional(rules.url))
     """The URL to which LianLian POSTs the result, at most 128 characters; None: the merchant's default."""
-    trader_refund: str | None = attrs.field(default=None, converter=optional(_string_18))
+    trader_refund: str | None = attrs.field(default=None, converter=optional(rules.string_18))
     """The merchant for whom the refund is made, at most 18 characters; None: ``oid_partner``."""
 
     _either = ("no_order", "oid_paybill")
@@ -250,18 +117,18 @@ class RefundRequest(_Request):
         return RefundQuery.from_record(asked)
 
 
-@_fields_by_name
+@rules.fields_by_name
 @attrs.frozen(kw_only=True)
 class RefundQuery(_Request):
     """A query about one refund (LianLian's *Refund Status API*): ``no_refund`` or ``oid_refundno`` is required."""
 
-    no_refund: str | None = attrs.field(default=None, converter=optional(_string_32))
+    no_refund: str | None = attrs.field(default=None, converter=optional(rules.string_32))
     """The merchant's refund number."""
-    dt_refund: datetime = attrs.field(converter=_timestamp)
+    dt_refund: datetime = attrs.field(converter=rules.timestamp)
     """The refund's own ``dt_refund``: an aware datetime or 14 digits."""
-    oid_refundno: str | None = attrs.field(default=None, converter=optional(_string_16))
+    oid_refundno: str | None = attrs.field(default=None, converter=optional(rules.string_16))
     """LianLian's refund number, at most 16 characters."""
-    trader_refund: str | None = attrs.field(default=None, converter=optional(_string_18))
+    trader_refund: str | None = attrs.field(default=None, converter=optional(rules.string_18))
     """The ``trader_refund`` of the refund, if it has one."""
 
     _either = ("no_refund", "oid_refundno")
@@ -348,10 +215,10 @@ class RefundRecord:
         raises ``InvalidRequest``. A value that is neither a string nor None raises it, too. An unreadable field is
         None, and its text is in ``extra``.
         """
-        expect(data, Mapping, "data")
+        rules.expect(data, Mapping, "data")
         for name, value in cast("Mapping[str, object]", data).items():
             if value is not None:
-                expect(value, str, name)  # the JSON of another program may contain numbers
+                rules.expect(value, str, name)  # the JSON of another program may contain numbers
         known = ("sign", "sign_type", *_READERS)
         extra, values = {name: text for name, text in data.items() if name not in known}, dict[str, Any]()
         for name, read in _READERS.items():
@@ -386,8 +253,8 @@ class RefundRecord:
 
     def identity(self) -> dict[str, str]:
         """Return the wire fields that identify the refund, as far as they are known."""
-        names = (*_names(RefundQuery), "money_refund")
-        return {name: _wire_text(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        names = (*rules.names(RefundQuery), "money_refund")
+        return {name: rules.wire_text(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
     def query(self) -> RefundQuery:
         """Return the query about this refund. Raises ``InvalidRequest`` if its ``dt_refund`` is unknown."""
@@ -399,7 +266,7 @@ class RefundRecord:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # MappingProxyType cannot be pickled: pickle its content.
-        return partial(type(self), **_values(self) | {"extra": dict(self.extra), "raw": dict(self.raw)}), ()
+        return partial(type(self), **rules.values(self) | {"extra": dict(self.extra), "raw": dict(self.raw)}), ()
 
 
 @attrs.frozen(kw_only=True)
@@ -423,5 +290,5 @@ _READERS: Final[dict[str, Callable[[str], object]]] = {
 }
 """The fields of an answer and their parsers."""
 
-DOCUMENTED: Final = {"sign", "sign_type", *_READERS, *_names(RefundRequest), *_names(RefundQuery)}
+DOCUMENTED: Final = {"sign", "sign_type", *_READERS, *rules.names(RefundRequest), *rules.names(RefundQuery)}
 """Every refund field on LianLian's pages."""
