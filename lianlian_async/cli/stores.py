@@ -20,7 +20,8 @@ import click
 from lianlian_async.background import complete
 from lianlian_async.errors import ConfigurationError, JournalError
 from lianlian_async.journal import Journal, SqliteJournal, SqliteReader
-from lianlian_async.journal.sqlite_file import check_file, sync_folders
+from lianlian_async.journal.files import sync_folders
+from lianlian_async.journal.sqlite_file import check_file
 from lianlian_async.merchant import Merchant
 from lianlian_async.secret import drop_secrets
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,8 @@ from lianlian_async.clock import Moment
 
 from . import sqlite_schema as sql
 from .base import Ending, Entry, JournalError, Owner, State, upgrade_steps
-from .file_lock import FileLock, FileLocked, fcntl
+from .file_lock import FileLock, FileLocked
+from .files import has_content, identity_of, may_be_same, sync_folders
 from .operations import Begin, Operation, Result, measurable, perform
 
 _RESTORE: Final = "if it is lost, move this file away and use `lianlian journal restore FILE`"
@@ -46,9 +47,6 @@ _ERRNO: Final = {
     errno.EROFS: sqlite3.SQLITE_CANTOPEN,
 }
 
-_GET_GENERATION: Final = 0x80087601
-"""Linux: FS_IOC_GETVERSION, which ext4, XFS and Btrfs have."""
-
 
 class _DamagedRowError(Exception):
     """The file is damaged."""
@@ -72,7 +70,7 @@ class JournalFile:
             if not read_only:
                 opened.enter_context(closing(FileLock(owner_path)))
             check_file(self._path)
-            has_log = _has_content(self._log_path)
+            has_log = has_content(self._log_path)
             if read_only:
                 # Without "ro", the last connection would write the WAL of a killed process into the file and delete it.
                 mode = "ro" if has_log else "rw"
@@ -84,7 +82,7 @@ class JournalFile:
                         f"journal {self._path}: an older release created it; `lianlian journal resume` upgrades it"
                     )
             else:
-                identity = _identity(self._path)
+                identity = identity_of(self._path)
                 self._connection = opened.enter_context(closing(_connect(self._path, timeout=5.0)))
                 self._prepare()
                 self._connection.executescript(sql.CHANGES)
@@ -132,7 +130,7 @@ class JournalFile:
                 f"{self._log_path} is in another file system, so the end of a container can lose refunds; "
                 "mount the journal's folder, not only its file"
             )
-        if not _may_be_same(recorded.removesuffix(sql.IN_WAL), identity):
+        if not may_be_same(recorded.removesuffix(sql.IN_WAL), identity):
             return _COPY
         is_lost = recorded.endswith(sql.IN_WAL) and not has_log
         return f"{self._log_path} is missing or empty and, {_LOST}" if is_lost else ""
@@ -350,7 +348,7 @@ def _errors(path: Path) -> Iterator[None]:
 def check_file(path: Path) -> None:
     """Raise ``JournalError`` if only the WAL of a journal is left: SQLite would delete it for a new or empty file."""
     log = Path(f"{os.path.realpath(path)}-wal")
-    if not _has_content(path) and _has_content(log):
+    if not has_content(path) and has_content(log):
         raise JournalError(
             f"journal {path}: the file is missing or empty, but {log} has its latest refunds; "
             "put the file back, or, if it is lost, move the -wal file away and use `lianlian journal restore FILE`"
@@ -380,43 +378,6 @@ def restore(backup: Path, path: Path, now: Moment) -> None:
         JournalFile(str(copy), restored_at=now).close()
         copy.replace(path)
         sync_folders(path.parent)
-
-
-def sync_folders(*folders: Path) -> None:
-    """Sync ``folders``: a power failure then undoes no rename or new file in them. Windows cannot open a folder."""
-    for folder in folders if os.name == "posix" else ():
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _has_content(path: Path) -> bool:
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return path.stat().st_size > 0
-    return False
-
-
-def _identity(path: Path) -> str:
-    """Return the inode number of a file, which is created if it is missing, and the inode's generation if it has one.
-
-    A new file often gets the number of a removed one, with another generation. Call it before SQLite opens the file:
-    closing any descriptor of a file ends the process's locks on it.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)  # SQLite's mode, too
-    try:
-        identity = str(os.fstat(descriptor).st_ino)
-        with suppress(AttributeError, OSError):  # no fcntl (Windows), or no generation
-            identity += f".{fcntl.ioctl(descriptor, _GET_GENERATION, bytes(8)).hex()}"  # type: ignore[union-attr]
-    finally:
-        os.close(descriptor)
-    return identity
-
-
-def _may_be_same(one: str, other: str) -> bool:
-    """Compare two identities; one of them may lack the generation."""
-    return one in (other, other.partition(".")[0]) or other == one.partition(".")[0]
 
 
 def _connect(path: Path, timeout: float, mode: str = "rwc") -> sqlite3.Connection:
