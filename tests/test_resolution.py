@@ -652,6 +652,21 @@ async def test_the_pauses_between_the_queries_grow():
     assert gateway.requests["query"] < 100  # with pauses of at most one second, there would be about 1600
 
 
+async def test_the_queries_of_a_call_are_numbered():
+    """A middleware sees 1, 2, 3 … as the number of each query."""
+    gateway, numbers = sandbox(), []
+    gateway.script(Fault.NO_ANSWER, call="apply", when=When.BEFORE)
+
+    async def note(exchange, call_next):
+        if exchange.call is Call.QUERY:
+            numbers.append(exchange.attempt)
+        return await call_next(exchange)
+
+    await left_unknown(gateway, middleware=[note])
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) > 2
+
+
 async def test_cancellation_propagates_at_once_and_is_logged(caplog):
     """A cancelled call sends and queries nothing more; the log names the refund to query."""
     gateway = sandbox()
