@@ -242,8 +242,8 @@ async def refunds(stack: str, *, tls: bool, most: int | None, seed: int) -> Repo
 
 
 @contextlib.asynccontextmanager
-async def shop(server: str, endpoint: NotificationEndpoint) -> AsyncIterator[int]:
-    """Serve ``endpoint``, and yield its port."""
+async def shop(server: str, endpoint: NotificationEndpoint, *, keepalive: float = 60.0) -> AsyncIterator[int]:
+    """Serve ``endpoint``, and yield its port. aiohttp's server closes connections that are idle for ``keepalive``."""
     if server == "uvicorn server":
         with serving(endpoint) as url:  # an ASGI application
             yield httpx.URL(url).port
@@ -254,7 +254,7 @@ async def shop(server: str, endpoint: NotificationEndpoint) -> AsyncIterator[int
 
     app = web.Application()
     app.router.add_post("/", notifications(endpoint))
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, keepalive_timeout=keepalive)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

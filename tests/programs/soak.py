@@ -239,10 +239,12 @@ class Soak:
                 pulled.clear()
 
     async def close_idle(self) -> None:
-        """Query on each session: its pool closes the connections that have been idle for long when a request ends."""
+        """Query on each session: its pool closes the connections that have been idle for long after an answer."""
         for session in self.sessions:
-            with contextlib.suppress(LianLianError):
-                await session.query_refund(refund_request(1).query(), deadline=10.0)
+            for _ in range(10):  # some queries meet a fault
+                with contextlib.suppress(LianLianError):
+                    await session.query_refund(refund_request(1).query())
+                    break
 
     async def sweep(self, endpoint: NotificationEndpoint, *, seconds: float) -> None:
         """Resolve open refunds repeatedly."""
@@ -263,7 +265,7 @@ async def soak(minutes: float, *, rate: float, seed: int, folder: Path) -> Soake
         ):
             running = Soak(journal, merchant, rate, "", [session])
             endpoint = NotificationEndpoint(merchant, running.on_refund, journal=journal, session=session)
-            async with shop("aiohttp server", endpoint) as port, endpoint:
+            async with shop("aiohttp server", endpoint, keepalive=REST / 2) as port, endpoint:
                 running.notify_url = f"http://127.0.0.1:{port}/"
                 async with anyio.create_task_group() as tasks:
                     for stack in STACKS:
