@@ -607,6 +607,17 @@ async def test_a_journal_may_be_opened_again_without_the_endpoint(handler, tmp_p
     assert handler.numbers == ["R-1", "R-2"]
 
 
+async def test_a_notification_before_the_inbox_is_open_does_not_stop_the_endpoint(handler, tmp_path):
+    """For example, it arrives while the endpoint closes, before the application starts again."""
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    endpoint = NotificationEndpoint(trusting(), handler, journal=journal, inbox=True)
+    async with journal:
+        assert (await endpoint.handle(notification(), HEADERS)).status == 500
+    async with endpoint:
+        await deliver(endpoint, 1)
+        await until(lambda: handler.numbers)
+
+
 @pytest.mark.parametrize("enters", [True, False], ids=["async with", "first delivery"])
 async def test_an_endpoint_refuses_the_journal_of_another_merchant(journal, handler, caplog, enters):
     """A notification for another merchant must not resolve a refund of the journal's owner."""

@@ -174,6 +174,7 @@ class NotificationEndpoint:
     async def __aenter__(self) -> Self:
         if self._resources is not None:
             raise RuntimeError("this NotificationEndpoint is already open: enter it only once at a time")
+        self._ready = None  # a notification that arrived outside of `async with` may have opened an earlier inbox
         async with AsyncExitStack() as resources:
             if self._journal is not None and not self._journal.is_open:
                 await resources.enter_async_context(self._journal)
