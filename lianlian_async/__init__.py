@@ -19,9 +19,8 @@ The modules, from the lowest layer up. No module imports from a higher layer; im
   ``asgi``, ``background``, ``lifecycle``, ``secret``, ``settings``, ``version``: small helpers.
 - ``wire``, ``text_rules``, ``signing``, ``key_files``: wire formats, rules for strings, signatures, key material.
   ``events``: the events that listeners receive.
-- ``identity``: compares a record with a request. ``request_fields``: converts and checks fields. ``models``: requests
-  and refunds. ``retry``: when to retry. ``logs``: delivers events to listeners and to the log. ``merchant``: the
-  merchant's number, keys and endpoints.
+- ``identity``: compares a record with a request. ``models``: checked requests, and refunds. ``retry``: when to
+  retry. ``logs``: delivers events to listeners and to the log. ``merchant``: the merchant's number, keys and endpoints.
 - ``exchange``, ``outcome``: value types of one exchange and of a refund's outcome. ``unknown_form``: an unknown outcome
   as JSON. ``protocol``: messages and their verification, without I/O. ``transport``: HTTP (``sender``, ``pool``,
   ``connection``); only this package imports httpx, httpx2 and aiohttp's client.

@@ -3,46 +3,123 @@
 Field names and lengths come from LianLian's apply and query pages.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial, wraps
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Self, TypeVar, cast
+from typing import Any, ClassVar, Final, Self, TypeAlias, TypeVar, cast
 
 import attrs
-from attrs.converters import optional
 
-from . import request_fields as rules
-from . import wire
-from .errors import InvalidRequest, LastExchange, Problem
+from . import text_rules, wire
+from .errors import InvalidRequest, LastExchange, Problem, printable
 
+Rules: TypeAlias = Mapping[str, Callable[[Any], object]]
+"""How to convert each field; the function raises ``ValueError`` with the broken rule."""
+
+Request = TypeVar("Request", bound="_Request")
 Record = TypeVar("Record", bound="RefundRecord")
+
+_NOT_STORABLE: Final = re.compile("[\0\ud800-\udfff]")
+
+
+@cache
+def _defaults(cls: type[Any]) -> dict[str, Any]:
+    """Return the default of each field of ``cls``; ``attrs.NOTHING`` if the field is required."""
+    return {field.name: field.default for field in attrs.fields(cls)}
+
+
+def _values(instance: Any) -> dict[str, Any]:
+    return {name: getattr(instance, name) for name in _defaults(instance.__class__)}
+
+
+def _shown(value: object) -> str:
+    """Return ``value`` for an error message, cut off after 80 characters."""
+    if value is attrs.NOTHING:
+        return "nothing"
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def expect(value: object, kind: type, name: str) -> None:
+    """Raise :class:`~lianlian_async.InvalidRequest` about the argument ``name`` unless ``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        rule = f"must be a {kind.__name__}"
+        if isinstance(value, Mapping) and hasattr(kind, "from_dict"):
+            rule += f" ({kind.__name__}.from_dict reads a mapping)"
+        raise InvalidRequest([Problem(name, rule, f"{_shown(value)} of type {type(value).__name__}")])
+
+
+def check_storable(value: Any, name: str) -> str:
+    """Return ``value``. Raises ``InvalidRequest`` about ``name`` unless it is a string that can be stored."""
+    # A journal writes many refunds at once: another value would make the writes of all of them fail.
+    expect(value, str, name)
+    if _NOT_STORABLE.search(value):
+        raise InvalidRequest([Problem(name, "must not contain NUL or a lone surrogate", _shown(value))])
+    return cast("str", value)
+
+
+def _wire_text(value: object) -> str:
+    match value:
+        case datetime():
+            return wire.format_timestamp(value)
+        case Decimal():
+            return wire.format_money(value)
+        case _:
+            return str(value)
 
 
 class _Request:
-    """The common part of both requests: the wire form, and the check that one of the fields ``_either`` is given."""
+    """The common part of both requests: the checks, the wire form, and that one of the fields ``_either`` is given."""
 
     __slots__ = ()
+    _rules: ClassVar[Rules]
     _either: ClassVar[tuple[str, str]]
 
-    def __attrs_post_init__(self) -> None:
+    def __attrs_post_init__(self) -> None:  # called in a user's subclass
+        self._set(_values(self), self._rules)
+
+    def _set(self, given: Mapping[str, Any], rules: Rules) -> Self:
+        """Set every field, and return the request. Raises ``InvalidRequest`` with the problems of all fields."""
+        expect(given, Mapping, "data")
+        cls: Any = self.__class__
+        defaults = _defaults(cls)
         problems = [
-            Problem(name, value.rule, rules.shown(value.value))
-            for name, value in rules.values(self).items()
-            if isinstance(value, rules.Broken)
+            Problem(printable(str(key)), f"is not a field of {cls.__name__}", _shown(given[key]))
+            for key in given
+            if key not in defaults
         ]
+        for name, default in defaults.items():
+            value = given.get(name, default)
+            if hasattr(value, "factory"):  # of a field that a user's subclass adds
+                value = value.factory()
+            try:
+                if value is attrs.NOTHING:
+                    raise ValueError("is required")
+                if name in rules and (value is not None or default is attrs.NOTHING):
+                    value = rules[name](value)
+            except InvalidRequest as error:
+                problems += error.problems
+            except ValueError as error:
+                problems.append(Problem(name, str(error), _shown(value)))
+            object.__setattr__(self, name, value)
         one, other = self._either
         if getattr(self, one) is None and getattr(self, other) is None:
             problems.append(Problem(one, f"{one} or {other} is required", "neither"))
         if problems:
             raise InvalidRequest(problems)
+        return self
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return the request that :meth:`to_dict` wrote, with all checks; unknown keys raise ``InvalidRequest``."""
-        return rules.call(cls, cls, data)
+        return cls.__new__(cls)._set(data, cls._rules)  # noqa: SLF001 - of this class
 
     @classmethod
     def from_record(cls, data: Mapping[str, Any]) -> Self:
@@ -51,39 +128,56 @@ class _Request:
         A release with stricter rules must still be able to query earlier refunds. Raises ``InvalidRequest`` only for a
         missing or unknown field, an invalid amount or time, or a string that cannot be stored.
         """
-        given, unknown = rules.given(cls, data)
-        if unknown:
-            raise InvalidRequest(unknown)
-        given, _ = rules.given(cls, {name: value for name, value in given.items() if value is not None})
-        request: Any = cls.__new__(cls)
-        for name in rules.names(request.__class__):
-            value = given.get(name)
-            if name in _PARSED:
-                value = _PARSED[name](value)
-            elif value is not None and value is not rules.MISSING:
-                rules.check_storable(value, name)
-            object.__setattr__(request, name, value)
-        request.__attrs_post_init__()
-        return cast("Self", request)
+        return cls.__new__(cls)._set(data, _RECORDED)  # noqa: SLF001 - of this class
 
     def to_dict(self) -> dict[str, str]:
         """Return the present fields in wire form (strings), for JSON logs, queues and the gateway.
 
         Fields that a subclass adds are omitted.
         """
-        present = ((name, value) for name, value in rules.values(self).items() if value is not None)
-        return {name: rules.wire_text(value) for name, value in present if name in DOCUMENTED}
+        present = ((name, value) for name, value in _values(self).items() if value is not None)
+        return {name: _wire_text(value) for name, value in present if name in DOCUMENTED}
 
 
-_PARSED: Final[dict[str, Callable[[Any], object]]] = {
-    "dt_refund": rules.timestamp,
-    "money_refund": rules.money,
-    "dt_order": optional(rules.timestamp),
+def _checked(cls: type[Request]) -> type[Request]:
+    """Decorate ``cls``, so that one ``InvalidRequest`` reports every invalid, missing and unknown field."""
+
+    @wraps(cls.__init__)
+    def init(self: Request, /, **fields: Any) -> None:
+        self._set(fields, cls._rules)
+
+    cls.__init__ = init  # type: ignore[assignment,method-assign]
+    return cls
+
+
+def _time(value: datetime | str) -> datetime:
+    """Declare for type checkers that a field accepts text; ``_PARSED`` converts it."""
+    return cast("datetime", value)
+
+
+def _money(value: Decimal | int | str) -> Decimal:
+    """Declare the types of an amount, as :func:`_time` does."""
+    return cast("Decimal", value)
+
+
+_PARSED: Final[Rules] = {
+    "dt_refund": wire.parse_timestamp,
+    "money_refund": wire.parse_money,
+    "dt_order": wire.parse_timestamp,
 }
-"""The parsers of the fields that are not strings."""
+_CHECKED: Final[Rules] = {
+    **_PARSED,
+    "no_refund": partial(text_rules.existing, longest=32),
+    "no_order": partial(text_rules.existing, longest=32),
+    "oid_paybill": partial(text_rules.existing, longest=32),
+    "oid_refundno": partial(text_rules.existing, longest=16),
+    "trader_refund": partial(text_rules.existing, longest=18),
+    "notify_url": text_rules.notify_url,
+}
+_RECORDED: Final[Rules] = {name: partial(check_storable, name=name) for name in _CHECKED} | {**_PARSED}
 
 
-@rules.fields_by_name
+@_checked
 @attrs.frozen(kw_only=True)
 class RefundRequest(_Request):
     """One refund (LianLian's *Apply API*). Raises ``InvalidRequest`` if a field is invalid.
@@ -91,24 +185,25 @@ class RefundRequest(_Request):
     ``no_refund``, ``dt_refund`` and ``money_refund`` identify it: choose and store them once, and never change them.
     """
 
-    no_refund: str = attrs.field(converter=rules.new_number)
+    no_refund: str
     """The merchant's refund number: at most 32 visible letters, decimal digits and ASCII characters (0x21 to 0x7E),
     NFKC-normal. It should differ from ``no_order``."""
-    dt_refund: datetime = attrs.field(converter=rules.timestamp)
+    dt_refund: datetime = attrs.field(converter=_time)
     """The time of the refund request: an aware datetime or 14 digits; stored in UTC+8, to the second."""
-    money_refund: Decimal = attrs.field(converter=rules.money)
+    money_refund: Decimal = attrs.field(converter=_money)
     """Yuan (CNY), 0.01 to 100,000,000.00, at most two decimals, not a float."""
-    no_order: str | None = attrs.field(default=None, converter=optional(rules.string_32))
+    no_order: str | None = None
     """The merchant's order number; this or ``oid_paybill`` is required."""
-    dt_order: datetime | None = attrs.field(default=None, converter=optional(rules.timestamp))
+    dt_order: datetime | None = attrs.field(default=None, converter=attrs.converters.optional(_time))
     """The date and time of ``no_order``."""
-    oid_paybill: str | None = attrs.field(default=None, converter=optional(rules.string_32))
+    oid_paybill: str | None = None
     """LianLian's payment number; this or ``no_order`` is required."""
-    notify_url: str | None = attrs.field(default=None, converter=optional(rules.url))
+    notify_url: str | None = None
     """The URL to which LianLian POSTs the result, at most 128 characters; None: the merchant's default."""
-    trader_refund: str | None = attrs.field(default=None, converter=optional(rules.string_18))
+    trader_refund: str | None = None
     """The merchant for whom the refund is made, at most 18 characters; None: ``oid_partner``."""
 
+    _rules: ClassVar[Rules] = {**_CHECKED, "no_refund": text_rules.new_number}
     _either = ("no_order", "oid_paybill")
 
     def query(self) -> "RefundQuery":
@@ -117,20 +212,21 @@ class RefundRequest(_Request):
         return RefundQuery.from_record(asked)
 
 
-@rules.fields_by_name
+@_checked
 @attrs.frozen(kw_only=True)
 class RefundQuery(_Request):
     """A query about one refund (LianLian's *Refund Status API*): ``no_refund`` or ``oid_refundno`` is required."""
 
-    no_refund: str | None = attrs.field(default=None, converter=optional(rules.string_32))
+    no_refund: str | None = None
     """The merchant's refund number."""
-    dt_refund: datetime = attrs.field(converter=rules.timestamp)
+    dt_refund: datetime = attrs.field(converter=_time)
     """The refund's own ``dt_refund``: an aware datetime or 14 digits."""
-    oid_refundno: str | None = attrs.field(default=None, converter=optional(rules.string_16))
+    oid_refundno: str | None = None
     """LianLian's refund number, at most 16 characters."""
-    trader_refund: str | None = attrs.field(default=None, converter=optional(rules.string_18))
+    trader_refund: str | None = None
     """The ``trader_refund`` of the refund, if it has one."""
 
+    _rules = _CHECKED
     _either = ("no_refund", "oid_refundno")
 
 
@@ -215,10 +311,10 @@ class RefundRecord:
         raises ``InvalidRequest``. A value that is neither a string nor None raises it, too. An unreadable field is
         None, and its text is in ``extra``.
         """
-        rules.expect(data, Mapping, "data")
+        expect(data, Mapping, "data")
         for name, value in cast("Mapping[str, object]", data).items():
             if value is not None:
-                rules.expect(value, str, name)  # the JSON of another program may contain numbers
+                expect(value, str, name)  # the JSON of another program may contain numbers
         known = ("sign", "sign_type", *_READERS)
         extra, values = {name: text for name, text in data.items() if name not in known}, dict[str, Any]()
         for name, read in _READERS.items():
@@ -253,8 +349,8 @@ class RefundRecord:
 
     def identity(self) -> dict[str, str]:
         """Return the wire fields that identify the refund, as far as they are known."""
-        names = (*rules.names(RefundQuery), "money_refund")
-        return {name: rules.wire_text(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        names = (*_defaults(RefundQuery), "money_refund")
+        return {name: _wire_text(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
     def query(self) -> RefundQuery:
         """Return the query about this refund. Raises ``InvalidRequest`` if its ``dt_refund`` is unknown."""
@@ -266,7 +362,7 @@ class RefundRecord:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # MappingProxyType cannot be pickled: pickle its content.
-        return partial(type(self), **rules.values(self) | {"extra": dict(self.extra), "raw": dict(self.raw)}), ()
+        return partial(type(self), **_values(self) | {"extra": dict(self.extra), "raw": dict(self.raw)}), ()
 
 
 @attrs.frozen(kw_only=True)
@@ -290,5 +386,5 @@ _READERS: Final[dict[str, Callable[[str], object]]] = {
 }
 """The fields of an answer and their parsers."""
 
-DOCUMENTED: Final = {"sign", "sign_type", *_READERS, *rules.names(RefundRequest), *rules.names(RefundQuery)}
+DOCUMENTED: Final = {"sign", "sign_type", *_READERS, *_defaults(RefundRequest), *_defaults(RefundQuery)}
 """Every refund field on LianLian's pages."""

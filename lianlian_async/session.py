@@ -25,11 +25,10 @@ from .lifecycle import Lifecycle
 from .logs import Listeners, set_up_from_environment
 from .merchant import Merchant
 from .middleware import Middleware
-from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest
+from .models import Record, Refund, RefundQuery, RefundRecord, RefundRequest, expect
 from .outcome import Outcome, Traffic
 from .recording import learn
 from .recovery import Resumed, resume
-from .request_fields import expect
 from .resolution import doubt
 from .retry import Deadline, RetryPolicy
 from .settings import check_integer, check_journal, check_seconds, check_type

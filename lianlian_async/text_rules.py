@@ -39,9 +39,9 @@ def existing(value: object, longest: int) -> str:
     return value
 
 
-def new_number(value: object, longest: int) -> str:
-    """Check the number of a new refund: letters, decimal digits and visible ASCII, in Unicode's form NFKC."""
-    text = existing(value, longest)
+def new_number(value: object) -> str:
+    """Check the number of a new refund: 32 letters, decimal digits and visible ASCII, in Unicode's form NFKC."""
+    text = existing(value, 32)
     for character in text:
         if not ("!" <= character <= "~" or character.isalpha() or character.isdecimal()):
             raise ValueError(f"must contain only letters, decimal digits and visible ASCII, has {_named(character)}")

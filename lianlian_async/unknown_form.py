@@ -8,8 +8,7 @@ from typing import Any, Final
 from . import wire
 from .clock import Moment
 from .errors import InvalidRequest, MalformedMessage, Problem, RefundOutcomeUnknown, RefundRejected, printable
-from .models import RefundRequest
-from .request_fields import check_storable
+from .models import RefundRequest, check_storable
 from .settings import LONGEST, is_number
 
 _VERSION: Final = 1

@@ -138,9 +138,10 @@ def test_query_of_a_request(request):
 
 @attrs.frozen(kw_only=True)
 class OwnRequest(RefundRequest):
-    """A user's subclass with a field that LianLian does not know."""
+    """A user's subclass with fields that LianLian does not know."""
 
     order_id: int = 0
+    tags: list[str] = attrs.field(factory=list)
 
 
 def test_a_field_of_a_subclass_is_not_sent_or_recorded():
@@ -148,6 +149,7 @@ def test_a_field_of_a_subclass_is_not_sent_or_recorded():
     request = OwnRequest(**MINIMAL, order_id=5)
     assert request.to_dict() == RefundRequest(**MINIMAL).to_dict()
     assert RefundRequest.from_record(request.to_dict()) == RefundRequest(**MINIMAL)
+    assert OwnRequest.from_dict({**request.to_dict(), "order_id": 5}) == request
     assert (attrs.evolve(request, order_id=6).order_id, pickle.loads(pickle.dumps(request))) == (6, request)
 
 

@@ -10,9 +10,8 @@ import attrs
 from lianlian_async import wire
 from lianlian_async.exchange import HttpResponse, NoResponse
 from lianlian_async.merchant import Merchant
-from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest
+from lianlian_async.models import RefundQuery, RefundRecord, RefundRequest, check_storable
 from lianlian_async.protocol import Protocol
-from lianlian_async.request_fields import check_storable
 from lianlian_async.session import RefundSession
 from lianlian_async.signing import SigningKey, signature_source
 

@@ -18,7 +18,7 @@ import attrs
 
 from lianlian_async.background import BackgroundTask, complete, is_failure
 from lianlian_async.clock import Moment
-from lianlian_async.request_fields import check_storable
+from lianlian_async.models import check_storable
 
 from .base import Entry, Intent, JournalError, Owner, Standing
 from .interface import Journal

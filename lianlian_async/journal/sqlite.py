@@ -11,7 +11,7 @@ from typing import Any, Final, Self, TypeVar
 import anyio
 
 from lianlian_async.background import complete, run_in_thread
-from lianlian_async.request_fields import check_storable
+from lianlian_async.models import check_storable
 
 from .base import Entry, Owner, State
 from .group_commit import GroupCommitJournal, Queued
