@@ -1,6 +1,5 @@
 """``lianlian doctor``: check keys, connection, clock and journal, and name the cure of each problem."""
 
-import os
 import platform
 import shutil
 from contextlib import suppress
@@ -22,9 +21,8 @@ from lianlian_async.journal.sqlite_file import check_file
 from lianlian_async.merchant import Keys, Merchant
 from lianlian_async.models import RefundQuery, RefundRequest
 from lianlian_async.retry import RetryPolicy
-from lianlian_async.secret import without_locals
 from lianlian_async.session import RefundSession
-from lianlian_async.signing import BACKEND, SigningKey, VerifyingKey, signature_source
+from lianlian_async.signing import BACKEND, signature_source
 from lianlian_async.transport import http_backend, probe_server
 
 from .options import JOURNAL, is_dsn, load_merchant, place_name
@@ -67,8 +65,7 @@ def doctor(output: Output, /, *, config: Path | None, **options: Any) -> int:
         try:
             keys = merchant.load_keys()
         except ConfigurationError as error:
-            swapped = "private key and LianLian's public key are swapped; exchange the two settings"
-            report.fail("keys", swapped if _are_swapped(merchant) else error, _SETTING)
+            report.fail("keys", error, _SETTING)
         else:
             _check_keys(report, keys)
             public_key = keys.private.public_key().to_base64()
@@ -95,17 +92,6 @@ def _check_installation(report: _Report) -> None:
         report.fail("backends", error, "correct this variable")
 
 
-@without_locals
-def _are_swapped(merchant: Merchant) -> bool:
-    private, [public, *_] = merchant.private_key.reveal(), merchant.gateway_public_keys.reveal()
-    try:
-        VerifyingKey.load(private)  # type: ignore[arg-type]  # the command loads keys from text and files only
-        SigningKey.load(public, merchant.private_key_password.reveal())  # type: ignore[arg-type]
-    except ConfigurationError:
-        return False
-    return True
-
-
 def _check_keys(report: _Report, keys: Keys) -> None:
     bits = keys.private.bits
     weak = {1024: "1024 bits are weak", 2048: "", 4096: ""}.get(bits, "LianLian accepts 1024, 2048 or 4096 bits")
@@ -127,7 +113,7 @@ async def _check_outside(report: _Report, merchant: Merchant, options: dict[str,
     try:
         place = options["place"] or default_place(merchant)
         if not is_dsn(place):
-            _check_file(report, Path(place))
+            _check_disk(report, Path(place))
         async with make_reader(place) as reader:
             newest = choose_canary(await reader.canaries(), system_clock().wall, RetryPolicy().not_found_grace)
             entry = await reader.find(no_refund) if no_refund else newest
@@ -179,22 +165,9 @@ async def _check_connection(report: _Report, url: str) -> None:
         report.add("clock", "agrees with the server's clock")
 
 
-def _check_file(report: _Report, path: Path) -> None:
+def _check_disk(report: _Report, path: Path) -> None:
     check_file(path)
-    path = path.resolve()
-    about = path.stat()
-    user = getattr(os, "geteuid", lambda: about.st_uid)()
-    if about.st_uid != user:
-        text = f"{path} belongs to user {about.st_uid}, but this command runs as user {user}"
-        report.add("journal", text, warning="run every command as the user that owns the journal")
-    if not about.st_mode & 0o200:
-        report.add("journal", f"{path} is read-only", failure=f"chmod u+w {path}")
-    for each in (path.parent, *(Path(f"{path}-{suffix}") for suffix in ("owner", "wal", "shm"))):
-        if each.exists() and not os.access(each, os.W_OK):
-            report.add("journal", f"{each} is not writable for user {user}", failure=f"chown or chmod {each}")
-    if about.st_mode & 0o022:
-        report.add("journal", f"other users can change {path}", warning=f"chmod go-w {path}")
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(path.resolve(strict=True).parent).free
     cure = "" if free > 1 << 30 else "free some space: no refund is sent without a journal entry"
     report.add("disk", f"{free / (1 << 30):,.1f} GiB free for the journal", failure=cure)
 
