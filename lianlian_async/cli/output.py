@@ -54,18 +54,6 @@ class _Pace(ProgressColumn):
         return Text(f"{task.completed:,.0f} of {task.total:,.0f}  {task.speed or 0:,.0f}/s  ETA {left}")
 
 
-class _Progress(Progress):
-    """A bar with a line of status below it. The bar is green: yellow and red mark unknown refunds and errors."""
-
-    def __init__(self, status: Callable[[], RenderableType], **options: Any) -> None:
-        self._status = status
-        super().__init__(BarColumn(20, complete_style="green", pulse_style="green"), _Pace(), **options)
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield from super().get_renderables()
-        yield self._status()
-
-
 @contextmanager
 def _surviving(stream: TextIO) -> Iterator[None]:
     """Continue if ``stream`` is a closed pipe or on a full disk, so that the exit code still shows the outcome."""
@@ -163,27 +151,31 @@ class Output:
         Notes appear above the bar. A call with a new total adds no step; if there is no bar, it prints a line.
         """
         console = _console(stderr=True)
-        progress = _Progress(status, console=console, transient=True, disable=not _can_redraw(console))
+        # The bar is green: yellow and red mark unknown refunds and errors.
+        progress = Progress(BarColumn(20, complete_style="green", pulse_style="green"), _Pace(), console=console)
         progress.add_task("", total=total)
         [task] = progress.tasks
+        live = Live(get_renderable=lambda: Group(progress, status()), console=console, transient=True)
+        is_drawn = _can_redraw(console)
 
         def step(total: int | None = None) -> None:
             progress.update(task.id, advance=total is None)
             if total is not None:
                 task.total, task.finished_time = total, None  # update(total=) would forget the speed
-                if progress.disable:
+                if not is_drawn:
                     self.note(f"{_Pace().render(task)}  {status()}")
 
-        with _surviving(sys.stderr):
-            console.show_cursor(False)  # as `start` does, which would leave Rich in a broken state if it failed
-        progress.start()
-        self._live = console
+        if is_drawn:
+            with _surviving(sys.stderr):
+                console.show_cursor(False)  # as `start` does, which would leave Rich in a broken state if it failed
+            live.start(refresh=True)
+            self._live = console
         try:
             yield step
         finally:
             self._live = None
             with _surviving(sys.stderr):  # the terminal may have disappeared
-                progress.stop()
+                live.stop()
 
 
 def _can_redraw(console: Console) -> bool:
