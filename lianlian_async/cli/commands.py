@@ -97,9 +97,8 @@ def reconcile() -> None:
     "--health-file",
     metavar="PATH",
     type=options.any_file,
-    help="File for a health check, removed at the end. A progress report updates the file's time if the database "
-    "answers, unless refunds are in flight and none has ended. If the file is older than --deadline plus 30 seconds, "
-    "the worker or the database hangs.",
+    help="File for a health check. A progress report updates the file's time if the database answers, unless refunds "
+    "are in flight and none has ended. If it is older than --deadline plus 30 s, the worker or the database hangs.",
 )
 @click.option(
     "--interval", metavar="SECONDS", type=options.Number(0.1, 20), default=10.0, help="Time between progress reports."

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import attrs
-import click
 
 from lianlian_async.background import BackgroundTask
 from lianlian_async.errors import JournalError
@@ -25,16 +24,6 @@ from .stores import make_journal, open_queue, queue_errors
 
 if TYPE_CHECKING:
     from lianlian_async.contrib.procrastinate import RefundQueue
-
-
-def _create_health_file(path: Path) -> None:
-    try:
-        with path.open("a") as file:
-            problem = "the file is not empty, and the worker would remove it" if file.tell() else ""
-    except OSError as error:
-        problem = str(error.strerror)
-    if problem:
-        raise click.BadParameter(f"{path}: {problem}", param_hint="--health-file")
 
 
 def worker(output: Output, /, *, dsn: str, config: Path | None, **options: Any) -> None:
@@ -92,13 +81,11 @@ async def _work(merchant: Merchant, dsn: str, progress: Progress, options: dict[
         from procrastinate.signals import on_stop  # not at the top: the extra may be missing
 
         wait, concurrency = not options["until_empty"], options["concurrency"]
-        with ExitStack() as at_end:
-            if progress.health_file is not None:
-                _create_health_file(progress.health_file)
-                at_end.callback(progress.health_file.unlink, missing_ok=True)
-            async with aclosing(BackgroundTask(lambda: progress.report(queue))):
-                with anyio.CancelScope() as scope, on_stop(scope.cancel):  # a second signal cancels this task
-                    await queue.work(session, concurrency=concurrency, wait=wait, on_outcome=progress.add)
+        if progress.health_file is not None:
+            await anyio.Path(progress.health_file).touch()
+        async with aclosing(BackgroundTask(lambda: progress.report(queue))):
+            with anyio.CancelScope() as scope, on_stop(scope.cancel):  # a second signal cancels this task
+                await queue.work(session, concurrency=concurrency, wait=wait, on_outcome=progress.add)
         return session.unknown_reasons
 
 
