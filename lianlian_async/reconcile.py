@@ -56,11 +56,9 @@ class Verdict(StrEnum):
     """In the statement; the journal does not know whether it was made."""
     OUTSIDE_PERIOD = "outside_period"
     """Successful in the journal; the statement of its day or of the next day was not given."""
-    NOT_FINAL = "not_final"
-    """May have been made, but not final in the journal; the statement of its ``dt_refund`` was given, and lacks it."""
 
 
-_NOT_LISTED: Final = (Verdict.AGREES, Verdict.OUTSIDE_PERIOD, Verdict.NOT_FINAL)
+_NOT_LISTED: Final = (Verdict.AGREES, Verdict.OUTSIDE_PERIOD)
 
 
 class _Layout(NamedTuple):
@@ -133,8 +131,6 @@ class Reconciliation:
         """Each ``no_refund`` whose verdict needs attention, by verdict."""
         self.unreadable: list[tuple[int, str]] = []
         """Rows that do not count: (line number, message with file and line)."""
-        self.lacking: Counter[str] = Counter()
-        """By the day (YYYYMMDD) of a missing statement: how many refunds it may have that no given statement has."""
         self._periods: set[str] = set()
         self._seen = bytearray()
         """Whether a row was compared, by row id."""
@@ -195,19 +191,11 @@ class Reconciliation:
 
     def _without_row(self, entry: Entry) -> Verdict | None:
         """Return the verdict for a refund that no given statement has; None if the statements need not have it."""
-        if (made_on := _statement_day(entry)) is not None:
-            days = [f"{one:%Y%m%d}" for one in (made_on, made_on + timedelta(1))]
-            if not (lacking := [day for day in days if not self._has(day)]):
-                return Verdict.MISSING_IN_STATEMENT
-            is_late = any(period <= days[0] for period in self._periods)
-            if is_late and any(days[0][: len(period)] <= period for period in self._periods):
-                self.lacking[lacking[0]] += 1
-            return Verdict.OUTSIDE_PERIOD
-        may_be_made = entry.state is State.ACCEPTED or (entry.state is State.UNRESOLVED and entry.sent_at is not None)
-        return Verdict.NOT_FINAL if may_be_made and self._has(entry.fields["dt_refund"][:8]) else None
-
-    def _has(self, day: str) -> bool:
-        return not self._periods.isdisjoint((day, day[:6]))
+        if (made_on := _statement_day(entry)) is None:
+            return None
+        days = (f"{made_on:%Y%m%d}", f"{made_on + timedelta(1):%Y%m%d}")
+        is_covered = all(not self._periods.isdisjoint((day, day[:6])) for day in days)
+        return Verdict.MISSING_IN_STATEMENT if is_covered else Verdict.OUTSIDE_PERIOD
 
     def finish(self) -> None:
         """Count the rows that have no entry in the journal."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import resource
-from datetime import UTC, datetime
-from decimal import Decimal
 
 import anyio
 import anyio.to_thread
 import pytest
 
 from lianlian_async import Merchant, NotificationEndpoint, RefundRequest, RefundSession
-from lianlian_async.cli.sandbox.server import environment, serving
+from lianlian_async.cli.sandbox.server import serving
 from lianlian_async.journal import SqliteJournal, State
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.models import RefundRecord
-from lianlian_async.sandbox import Fault, SandboxGateway, When
+from lianlian_async.sandbox import Fault, When
 from lianlian_async.signing import SigningKey
 from tests.support.batches import PASSWORD, refund, url_of
 from tests.support.command import run, until
@@ -127,25 +125,6 @@ def test_differences_are_listed_and_exit_3(env, journal, gateway, file):
         f"not in journal: R-2 ({second})",
         f"twice in statement: R-3 ({third}; {fourth})",
     } <= set(people.stdout.splitlines())
-
-
-def test_what_the_statements_cannot_decide_is_noted(journal, file):
-    """A note names a missing statement, the table what to do about refunds that are not final; the exit code is 0."""
-    gateway = SandboxGateway(started_at=datetime(2026, 11, 21, 18, tzinfo=UTC), default_order=Decimal("1000.00"))
-    file.write_text("")
-    with serving(gateway) as url:
-        env = environment(gateway, url)
-        send(env, journal, gateway, 0)
-        gateway.advance(60)
-        assert run("journal", "resume", "--journal", journal, env=env).exit_code == 0
-        send(env, journal, gateway, 1)
-    ended = run("reconcile", file, "--journal", journal, "--json")
-    counts = {"outside_period": 1, "not_final": 1, "lacking_statements": {"20261123": 1}}
-    assert (ended.exit_code, ended.json) == (0, NOTHING | counts)
-    assert "the statement of 20261123 was not given: it may have 1 refunds that the others lack" in ended.stderr
-    assert (
-        "│ not final            │ 1       │ 10.00 │ only in the" in run("reconcile", file, "--journal", journal).stdout
-    )
 
 
 def test_a_journal_may_be_a_database(database, env, gateway, file):

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 import anyio
-import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,34 +173,6 @@ def test_a_refund_is_missing_only_if_its_day_and_the_next_are_covered(names, set
 )
 def test_what_need_not_be_in_a_statement_is_not_missing(one):
     assert outcome(compare(one, **{DAY: [], NEXT: []})) == {}
-
-
-@pytest.mark.parametrize(
-    "one", [entry(state=State.ACCEPTED), attrs.evolve(entry(state=State.UNRESOLVED), sent_at=MOMENT)]
-)
-def test_a_refund_that_is_not_final_is_counted(one):
-    """A refund that may have been made, and whose day is covered, is neither an agreement nor a difference."""
-    found = compare(one, **{DAY: []})
-    assert outcome(found) == {"not_final": 1}
-    assert all_agree(found)
-    assert outcome(compare(one, **{NEXT: []})) == {}
-    assert outcome(compare(entry(state=State.ACCEPTED), **{DAY: [row()]})) == {"agrees": 1}
-
-
-@pytest.mark.parametrize(
-    ("days", "settle_dates", "lacking"),
-    [
-        (["20261101"], ["20261101", "20261102", "20261031"], {"20261102": 1}),
-        (["20261101", "20261104"], ["20261101", "20261102", "20261103"], {"20261102": 2, "20261103": 1}),
-        (["202611"], ["20261129", "20261130", "20261201", "20261031"], {"20261201": 1}),
-        (["202610", "202612"], ["20261031", "20261115", "20261130"], {"20261101": 1, "20261115": 1, "20261130": 1}),
-    ],
-)
-def test_a_missing_statement_is_named(days, settle_dates, lacking):
-    """A refund that no statement has may be in one that was not given: between the others, or on the next day."""
-    entries = [entry(f"R-{settle_date}", settle_date=settle_date) for settle_date in settle_dates]
-    found = compare(*entries, **{f"JYMX_{PARTNER}_{day}.txt": [] for day in days})
-    assert found.lacking == lacking
 
 
 # ── layouts ──────────────────────────────────────────────────────────────────────────────────────

@@ -86,7 +86,7 @@ def reconcile() -> None:
     A statement is a file JYMX_<oid_partner>_<date>.txt. If its summary JYMXSUM_<oid_partner>_<date>.txt is in the same
     folder, the totals must agree. If --apply queries a refund for which LianLian no longer answers (after 3 months),
     the statement is recorded as evidence that the refund was made. Exit code 3 if there are differences or unreadable
-    rows. Refunds that are not final, or whose statement was not given, are counted, but are no differences.
+    rows. Refunds whose statement was not given are counted, but are no differences.
     """
 
 

@@ -30,7 +30,6 @@ _MEANING: Final = {
     Verdict.MISSING_IN_STATEMENT: "only in the journal; ask LianLian",
     Verdict.UNKNOWN_PROVED: "in a statement, but unknown in the journal; use --apply",
     Verdict.OUTSIDE_PERIOD: "only in the journal; the statement of its day or of the next day was not given",
-    Verdict.NOT_FINAL: "only in the journal, and not final; run `lianlian journal resume`, then this command again",
 }
 
 
@@ -51,13 +50,8 @@ def reconcile(
         anyio.run(_apply, found, load_merchant(config), place, output)
     for _, text in found.unreadable:
         output.note(text)
-    for day, number in sorted(found.lacking.items()):
-        output.note(f"the statement of {day} was not given: it may have {number:,} refunds that the others lack")
     document: dict[str, object] = {verdict: found.numbers.get(verdict, found.counts[verdict]) for verdict in Verdict}
-    document |= {"unreadable": [line for line, _ in found.unreadable], "lacking_statements": found.lacking}
-    for name in (Verdict.NOT_FINAL, "lacking_statements"):  # issue 13 lists the other keys, and no more
-        if not document[name]:
-            del document[name]
+    document["unreadable"] = [line for line, _ in found.unreadable]
     rows = [
         (verdict.replace("_", " "), found.counts[verdict], found.yuan[verdict], meaning)
         for verdict, meaning in _MEANING.items()
