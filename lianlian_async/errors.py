@@ -342,12 +342,11 @@ class BatchStopped(LianLianError):
     """A batch or worker stopped, because further refunds would probably fail for the same cause.
 
     ``cause`` is a :class:`RefundRejected`; or a :class:`SignatureInvalid`, if the answers about several refunds in a
-    row had no valid signature: a key is probably wrong. ``rejection`` is a ``cause`` of the first kind, else None. The
-    batch has yielded the outcome of every refund that it sent. With ``keep_going=True`` it continues after a rejection.
+    row had no valid signature: a key is probably wrong. The batch has yielded the outcome of every refund that it sent.
+    With ``keep_going=True`` it continues after a rejection.
     """
 
     def __init__(self, cause: RefundRejected | SignatureInvalid) -> None:
         self.cause = cause
         self.last_exchange = cause.last_exchange
-        self.rejection = cause if isinstance(cause, RefundRejected) else None
         super().__init__(f"batch stopped: {cause}")

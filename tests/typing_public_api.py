@@ -153,7 +153,7 @@ async def sessions(now: datetime) -> None:
         max_connections=20,
         middleware=[layer],
         listeners=[listener],
-        limiter=RateLimit(20, burst=5),
+        limiter=RateLimit(20),
         journal=None,
     ) as session:
         assert_type(session, RefundSession)
@@ -223,7 +223,6 @@ def errors(error: LianLianError) -> object:
         case InvalidRequest():
             return [(problem.field, problem.rule, problem.value) for problem in error.problems]
         case BatchStopped():
-            assert_type(error.rejection, RefundRejected | None)
             assert_type(error.cause, RefundRejected | SignatureInvalid)
         case ConfigurationError() | JournalError() | SignatureInvalid() | MalformedMessage():
             value_error: type[ValueError] = ConfigurationError
