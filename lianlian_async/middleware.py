@@ -22,7 +22,7 @@ To change an exchange, for example its ``headers``, call ``call_next(attrs.evolv
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, Protocol, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import anyio
 import attrs
@@ -38,26 +38,16 @@ from .settings import is_number
 Next: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
 """The rest of the chain."""
 
-
-class Middleware(Protocol):
-    """A layer: it calls ``call_next(exchange)`` and returns the reply."""
-
-    async def __call__(self, exchange: Exchange, call_next: Next, /) -> Reply:
-        """Carry out ``exchange`` with ``call_next``."""
+Middleware: TypeAlias = Callable[[Exchange, Next], Awaitable[Reply]]
+"""A layer: it calls ``call_next(exchange)`` and returns the reply."""
 
 
 def compose(layers: Sequence[Middleware], core: Next) -> Next:
     """Return ``core`` with ``layers`` around it, the first one outermost."""
-
-    def wrapped(layer: Middleware, call_next: Next) -> Next:
-        async def call(exchange: Exchange) -> Reply:
-            return await layer(exchange, call_next)
-
-        return call
-
-    for layer in reversed(layers):
-        core = wrapped(layer, core)
-    return core
+    if not layers:
+        return core
+    layer, call_next = layers[0], compose(layers[1:], core)
+    return lambda exchange: layer(exchange, call_next)
 
 
 class Retry:
@@ -209,14 +199,13 @@ def _without_reply(exchange: Exchange, reason: str, cause: Exception | None = No
 class RateLimit:
     """A limiter that starts at most ``per_second`` attempts each second, evenly spaced and in order.
 
-    After an idle time, ``burst`` attempts may start at once. Sessions of one event loop may share it as ``limiter=``.
+    Sessions of one event loop may share it as ``limiter=``.
     """
 
-    def __init__(self, per_second: float, *, burst: int = 1) -> None:
-        if not (is_number(per_second) and is_number(burst) and per_second > 0 and burst >= 1):
-            raise ConfigurationError("RateLimit: per_second must be greater than 0, burst at least 1")
+    def __init__(self, per_second: float) -> None:
+        if not is_number(per_second) or per_second <= 0:
+            raise ConfigurationError("RateLimit: per_second must be greater than 0")
         self._interval = 1 / per_second
-        self._slack = (burst - 1) * self._interval
         self._turn = anyio.Lock()
         self._last = float("-inf")
 
@@ -224,7 +213,7 @@ class RateLimit:
         async with self._turn:  # waiters start in order; a cancelled waiter uses up no start
             now = anyio.current_time()
             last = min(self._last, now)  # a session that is opened again may run on an event loop with another clock
-            start = max(last + self._interval, now - self._slack)
+            start = max(last + self._interval, now)
             await anyio.sleep(max(0.0, start - now))
             self._last = start
 

@@ -600,20 +600,12 @@ async def begun(limiter, count):
 
 
 async def test_rate_limit_spaces_starts_evenly():
-    """Without a burst, exchanges start one interval apart."""
+    """Exchanges start one interval apart."""
     assert await begun(RateLimit(4), 5) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
 
 
-async def test_burst_starts_at_once_after_an_idle_time():
-    """``burst`` callers start at once, the others spaced; after an idle time the next burst is possible."""
-    limiter = RateLimit(2, burst=3)
-    assert await begun(limiter, 5) == pytest.approx([0, 0, 0, 0.5, 1.0])
-    await anyio.sleep(100)
-    assert await begun(limiter, 4) == pytest.approx([101, 101, 101, 101.5])
-
-
-async def test_idle_time_saves_one_burst_at_most():
-    """After any idle time, the callers after the burst are spaced."""
+async def test_idle_time_saves_no_starts():
+    """After any idle time, the callers after the first one are spaced."""
     limiter = RateLimit(1)
     await anyio.sleep(1000)
     assert await begun(limiter, 3) == pytest.approx([1000, 1001, 1002])
@@ -672,13 +664,11 @@ async def test_a_cancelled_waiter_uses_up_no_start():
     assert times == pytest.approx([1.0])
 
 
-@pytest.mark.parametrize(
-    ("per_second", "burst"), [(0, 1), (-1, 1), (math.nan, 1), (1, 0), ("4", 1), (1, True), (10**400, 1), (1, 10**400)]
-)
-async def test_unusable_rate_is_refused(per_second, burst):
-    """A rate or burst with which no caller could start is refused."""
+@pytest.mark.parametrize("per_second", [0, -1, math.nan, "4", True, 10**400])
+async def test_unusable_rate_is_refused(per_second):
+    """A rate with which no caller could start is refused."""
     with pytest.raises(ConfigurationError, match="RateLimit"):
-        RateLimit(per_second, burst=burst)
+        RateLimit(per_second)
 
 
 async def test_rate_limit_of_a_session():

@@ -221,7 +221,7 @@ class Soak:
             http_backend=stack,
             retry=POLICY,
             deadline=DEADLINE,
-            limiter=RateLimit(self.rate / len(STACKS), burst=8),
+            limiter=RateLimit(self.rate / len(STACKS)),
         ) as session:
             self.sessions.append(session)
             while again or not self.is_over:
