@@ -186,7 +186,7 @@ def journal() -> None:
     is_flag=False,
     flag_value=2.0,
     type=options.Number(0.1, LONGEST),
-    help="Redraw every SECONDS (2 if omitted) until Ctrl-C; if stdout is not a terminal, print one line each time.",
+    help="Show the journal again every SECONDS (2 if omitted) until Ctrl-C.",
 )
 @options.runs(".journal")
 def show() -> None:

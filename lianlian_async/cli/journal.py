@@ -3,38 +3,59 @@
 import getpass
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import aclosing, closing, suppress
+from datetime import UTC, datetime, timedelta
+from math import ceil
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import anyio
 import attrs
 import click
+from rich.table import Table
+from rich.text import Text
 
-from lianlian_async.clock import system_clock
+from lianlian_async.clock import Moment, system_clock
+from lianlian_async.codes import CODES
 from lianlian_async.errors import LianLianError
-from lianlian_async.journal import Entry, SqliteReader
+from lianlian_async.journal import Entry, SqliteReader, State
+from lianlian_async.journal.base import MOST_FACTS, facts
 from lianlian_async.journal.sqlite_file import JournalFile
 from lianlian_async.journal.sqlite_file import restore as restore_file
-from lianlian_async.merchant import Merchant
 from lianlian_async.models import RefundRequest
-from lianlian_async.recording import decision
+from lianlian_async.recording import decision, recorded_refund
 from lianlian_async.recovery import Resumed
+from lianlian_async.retry import RetryPolicy
 from lianlian_async.worker_pool import iterate
 
-from .exit_codes import UNKNOWN
-from .journal_report import journal_line, journal_views, read_journal, show_entry
+from .exit_codes import NOT_SENT, UNKNOWN, ExitOutcome, exit_outcome_of
 from .options import is_dsn, load_merchant, make_session, place_name
-from .output import Output, line_writer, printable
+from .output import Output, line_writer, local_time, printable, table, tables
 from .signals import sigterm_interrupts
-from .stores import find_journal, make_folder, make_journal, make_reader
+from .stores import find_journal, make_folder, make_journal, make_reader, read_queue
 
 _LONGEST_EVIDENCE: Final = 200
 _SECOND_LOOK: Final = 1.0
 _REQUEST: Final = tuple(field.name for field in attrs.fields(RefundRequest))
 _RECORD: Final = ("ret_code", "ret_msg", "sta_refund", "oid_refundno", "settle_date", "evidence")
 _EXPORTED: Final = ("no_refund", "state", "sent_at", *_REQUEST[1:], *_RECORD)
+_LISTED: Final = 20
+MEANING: Final = {
+    State.UNRESOLVED: "begun; no outcome yet",
+    State.ACCEPTED: "made; final state unknown",
+    State.FINAL: "success or failed; on_refund has not returned",
+    State.DONE: "success or failed",
+    State.REJECTED: "rejected",
+    State.CONFLICT: "its no_refund belongs to another refund: a person must decide",
+}
+_EVENTS: Final = {"lease": "lease taken", "resend": "to be sent again", "acted": "on_refund returned"}
+"""The text for events whose name alone is not clear."""
+_SHOWN: Final = ("oid_refundno", "sta_refund", "settle_date", "evidence")
+_QUERY_DAYS: Final = 90
+"""About three months: LianLian rejects queries about older refunds (3005)."""
 
 
 def show(output: Output, /, place: str | None, config: Path | None, watch: float | None) -> None:
@@ -43,11 +64,11 @@ def show(output: Output, /, place: str | None, config: Path | None, watch: float
         with suppress(KeyboardInterrupt), sigterm_interrupts(), output.screen() as draw:
             while True:
                 report = anyio.run(read_journal, place, report)
-                draw(journal_line(report), *journal_views(report))
+                draw(*journal_views(report))
                 time.sleep(watch)
         return
     report = anyio.run(read_journal, place)
-    if report.queue.get("at_work"):  # the rate is computed from two reports
+    if report.document["queue"].get("at_work"):  # the rate is computed from two reports
         time.sleep(_SECOND_LOOK)
         report = anyio.run(read_journal, place, report)
     output.show(*journal_views(report))
@@ -71,16 +92,34 @@ def export(output: Output, /, place: str | None, config: Path | None, out: Path)
     place = find_journal(place, config)
     if not is_dsn(place) and out.exists() and out.samefile(place):
         raise click.BadParameter("must not be the journal", param_hint="--out")
-    number = anyio.run(_export, place, out)
+
+    async def write_all() -> int:
+        number = 0
+        async with make_reader(place) as reader, aclosing(iterate(reader.entries())) as entries:
+            with line_writer(out, _EXPORTED) as write:
+                async for entry in entries:
+                    record = entry.ending.record if entry.ending else {}
+                    facts = {"state": str(entry.state), "sent_at": entry.sent_at and entry.sent_at.wall.isoformat()}
+                    write({**{name: record.get(name) for name in _RECORD}, **entry.fields, **facts})
+                    number += 1
+        return number
+
+    number = anyio.run(write_all)
     output.show({"refunds": number, "out": str(out)}, f"{number:,} refunds written to {out}")
 
 
 def resume(output: Output, /, place: str | None, config: Path | None, **settings: Any) -> int:
     place = find_journal(place, config)
-    resumed, reasons = anyio.run(_resume, load_merchant(config), place, settings)
+    merchant = load_merchant(config)
+
+    async def query_all() -> tuple[Resumed, Mapping[str, int]]:
+        async with make_journal(place) as opened, make_session(merchant, opened, settings) as session:
+            return await session.resume(concurrency=session.max_connections), session.unknown_reasons
+
+    resumed, reasons = anyio.run(query_all)
     report = anyio.run(read_journal, place)
     output.show(*journal_views(report, reasons, resolved=resumed.resolved, still_open=resumed.still_open))
-    return UNKNOWN.exit_code if report.unknown else 0
+    return UNKNOWN.exit_code if report.document["unknown"] else 0
 
 
 def decide(output: Output, /, no_refund: str, outcome: str, evidence: str, **journal: Any) -> None:
@@ -129,27 +168,156 @@ def _check_is_file(place: str) -> None:
         )
 
 
-async def _resume(merchant: Merchant, place: str, settings: dict[str, Any]) -> tuple[Resumed, Mapping[str, int]]:
-    async with make_journal(place) as opened, make_session(merchant, opened, settings) as session:
-        return await session.resume(concurrency=session.max_connections), session.unknown_reasons
+class JournalReport(NamedTuple):
+    """The state of a journal and its queue."""
+
+    document: dict[str, Any]
+    finished: int
+    """The number of refunds with an outcome."""
+    read_at: float
+    """The time, in seconds of ``time.monotonic``."""
 
 
-async def _export(place: str, out: Path) -> int:
-    number = 0
+async def read_journal(place: str, earlier: JournalReport | None = None) -> JournalReport:
+    """Read the state of the journal at ``place``, and the rate of its queue since an ``earlier`` report.
+
+    Unresolved refunds count as ``unknown`` if they may have been made, else as ``not_sent``. The ``ask_again_at`` of
+    the oldest unknown ones assumes the default ``not_found_grace``.
+    """
+    unknown, not_sent, oldest = 0, 0, []
     async with make_reader(place) as reader:
-        with line_writer(out, _EXPORTED) as write:
-            async with aclosing(iterate(reader.entries())) as entries:
+        states = await reader.counts()
+        if states[State.UNRESOLVED]:
+            async with aclosing(iterate(reader.pending())) as entries:
                 async for entry in entries:
-                    write(_line(entry))
-                    number += 1
-    return number
-
-
-def _line(entry: Entry) -> dict[str, Any]:
-    record = entry.ending.record if entry.ending else {}
-    return {
-        **{name: record.get(name) for name in _RECORD},
-        **entry.fields,
-        "state": str(entry.state),
-        "sent_at": entry.sent_at and entry.sent_at.wall.isoformat(),
+                    if entry.state is not State.UNRESOLVED:
+                        continue
+                    if entry.sent_at is None:
+                        not_sent += 1
+                        continue
+                    unknown += 1
+                    if unknown <= _LISTED:
+                        fields = {name: entry.fields[name] for name in ("no_refund", "money_refund")}
+                        moments = {"sent_at": entry.sent_at.wall, "ask_again_at": _asks_at(entry.sent_at)}
+                        oldest.append(fields | {name: local_time(moment) for name, moment in moments.items()})
+    queue = await read_queue(place) if is_dsn(place) else {"queue": {}}
+    finished, now = sum(number for state, number in states.items() if state.is_finished), time.monotonic()
+    if jobs := queue["queue"]:
+        rate = None if earlier is None else (finished - earlier.finished) / (now - earlier.read_at)
+        left = jobs["waiting"] + jobs["at_work"]
+        queue |= {"refunds_per_second": rate, "eta_seconds": left / rate if left and rate else None}
+    document = {
+        "journal": place_name(place),
+        "states": {str(state): number for state, number in states.items()},
+        "unknown": unknown,
+        "not_sent": not_sent,
+        "oldest_unknown": oldest,
     }
+    return JournalReport(document | queue, finished, now)
+
+
+def journal_views(
+    report: JournalReport, reasons: Mapping[str, int] = MappingProxyType({}), **numbers: int
+) -> tuple[dict[str, Any], *tuple[Table, ...]]:
+    """Return the report as a JSON document, and as tables for a terminal.
+
+    ``reasons``: number of unknown outcomes by reason; ``numbers``: more facts.
+    """
+    document = report.document | ({"reasons": dict(reasons)} if reasons else {}) | numbers
+    unknown, get = document["unknown"], document.get
+    queue = {
+        **document["queue"],
+        "finished_per_second": get("refunds_per_second"),
+        "time_left": _duration(get("eta_seconds")),
+        "oldest_waits_for": _duration(get("oldest_waiting_seconds")),
+    }
+    oldest = f"{unknown:,} may have been made" + (f"; the oldest {_LISTED}" if unknown > _LISTED else "")
+    states = [(state, document["states"][state], meaning) for state, meaning in MEANING.items()]
+    workers = [(one["id"], _duration(one["heartbeat_seconds"]), one["slices"]) for one in get("workers", ())]
+    causes = [(one["no_refund"] or "?", one["cause"] or "see the log of the worker") for one in get("failures", ())]
+    oldest_columns = ("no_refund", "yuan", "last sent at", "query again at")
+    shown = [
+        table(f"journal {document['journal']}", ("state", "refunds", "meaning"), states),
+        *tables({"queue": queue, "queued again": _by_number(get("queued_again"))}),
+        table("workers", ("worker", "since last heartbeat", "slices"), workers),
+        table(oldest, oldest_columns, (one.values() for one in document["oldest_unknown"])),
+        table("failed: a person must decide", ("no_refund", "cause"), causes),
+        *tables({"unknown outcomes": _by_number(reasons)}),
+        *tables({"refunds": {"certainly_not_made": document["not_sent"] or None, **numbers}}),
+    ]
+    return document, *(drawn for drawn in shown if drawn.rows)
+
+
+def _by_number(reasons: Mapping[str, int] | None) -> dict[str, int]:
+    return dict(Counter(reasons).most_common())
+
+
+def _duration(seconds: float | None) -> timedelta | None:
+    return None if seconds is None else timedelta(seconds=ceil(seconds))
+
+
+def _asks_at(sent_at: Moment) -> datetime:
+    """Return the time from which "no such record" is believed, with the default ``not_found_grace``."""
+    return sent_at.wall + timedelta(seconds=RetryPolicy().not_found_grace)
+
+
+def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
+    """Print what the journal knows about a refund; return its outcome."""
+    request = RefundRequest.from_record(entry.fields)
+    outcome, meaning, asks_at = _conclusion(entry, request, now)
+    record = {} if entry.ending is None else dict(entry.ending.record)
+    history = [
+        fact._asdict() | {"at": local_time(datetime.fromtimestamp(fact.at, UTC))} for fact in facts(entry.history)
+    ]
+    document = {
+        "outcome": outcome.word,
+        "no_refund": entry.no_refund,
+        "state": entry.state,
+        "meaning": meaning,
+        "ask_again_at": asks_at and local_time(asks_at),
+        "request": dict(entry.fields),
+        "record": record,
+        "history": history,
+    }
+    cells = {"state": entry.state, **entry.fields, **{name: record.get(name) for name in _SHOWN}}
+    cells["dt_refund"] = str(request.dt_refund)
+    title = "history" + (": only the first 3 and the latest 6 events are kept" if len(history) == MOST_FACTS else "")
+    events = table(title, ("time", "event", "result"), map(_row, history))
+    events.columns[0].no_wrap = True
+    rows = [(name, text) for name, text in cells.items() if text and name != "no_refund"]
+    output.show(
+        document, table(f"refund {entry.no_refund}: {outcome.word}", ("", ""), rows), events, Text(printable(meaning))
+    )
+    return outcome
+
+
+def _row(fact: dict[str, Any]) -> tuple[str, str, str]:
+    result, times = fact["result"], fact["times"]
+    text = f"{result} {CODES[result].meaning}" if result in CODES else result
+    return (
+        fact["at"],
+        _EVENTS.get(fact["what"], fact["what"]),
+        text if times == 1 else f"{text} ({times} times)".strip(),
+    )
+
+
+def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[ExitOutcome, str, datetime | None]:
+    """Return the outcome, what it means, and the time from which "no such record" is believed."""
+    if entry.ending is not None:
+        try:
+            refund = recorded_refund(entry)
+        except LianLianError as error:
+            return exit_outcome_of(error), str(error), None
+        outcome = exit_outcome_of(refund)
+        acting = "; on_refund has not returned" if entry.state is State.FINAL else ""
+        return outcome, f"final: {outcome.word}{acting}" if refund.is_final else MEANING[entry.state], None
+    if entry.sent_at is None:
+        return NOT_SENT, "the refund was certainly not made: the same request can be sent", None
+    unknown = "the refund may have been made: do not repeat it with another no_refund"
+    if now.wall - request.dt_refund > timedelta(days=_QUERY_DAYS):
+        decide = f"lianlian journal decide {entry.no_refund} made|not-made --evidence TEXT"
+        return UNKNOWN, f"{unknown}. LianLian no longer answers queries about it; record its outcome: {decide}", None
+    asks_at = _asks_at(entry.sent_at)
+    sending = f"; a call may send it until {local_time(entry.sent_at.wall)}" if entry.sent_at.wall > now.wall else ""
+    resume = "`lianlian journal resume` queries it, and sends it again only if LianLian has no record of it after"
+    return UNKNOWN, f"{unknown}{sending}. {resume} {local_time(asks_at)}", asks_at

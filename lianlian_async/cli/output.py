@@ -81,28 +81,29 @@ class Output:
         On a terminal a ``Text`` is wrapped between words. A ``str`` stays one line, so that it can be copied.
         """
         with _surviving(sys.stdout):
-            if self.as_json:
-                click.echo(json.dumps(document))  # plain ASCII, readable in every terminal encoding
-                return
-            for part in chain(parts, more):
-                if isinstance(part, str):
-                    click.echo(printable(part))  # much faster than Rich, for a million lines
-                else:
-                    console = _console()
-                    console.print(part, soft_wrap=isinstance(part, Text) and not console.is_terminal)
+            self._print(document, *parts, more=more)
+
+    def _print(self, document: Mapping[str, Any], *parts: RenderableType, more: Iterable[str] = ()) -> None:
+        if self.as_json:
+            click.echo(json.dumps(document))  # plain ASCII, readable in every terminal encoding
+            return
+        for part in chain(parts, more):
+            if isinstance(part, str):
+                click.echo(printable(part))  # much faster than Rich, for a million lines
+            else:
+                console = _console()
+                console.print(part, soft_wrap=isinstance(part, Text) and not console.is_terminal)
 
     @contextmanager
     def screen(self) -> Iterator[Callable[..., object]]:
-        """Yield ``draw(line, document, *parts)``: redraw a terminal with ``parts``, else print ``line``."""
+        """Yield ``draw(document, *parts)``: redraw a terminal with ``parts``, else print like :meth:`show`."""
         console = _console()
         with _surviving(sys.stdout):  # a closed pipe ends the block
-            if self.as_json:
-                yield lambda _line, document, *_parts: click.echo(json.dumps(document))
-            elif not _can_redraw(console):
-                yield lambda line, *_: console.print(line, soft_wrap=True)
+            if self.as_json or not _can_redraw(console):
+                yield self._print
             else:
                 with Live(console=console, auto_refresh=False) as live:
-                    yield lambda _line, _document, *parts: live.update(Group(*parts), refresh=True)
+                    yield lambda _document, *parts: live.update(Group(*parts), refresh=True)
 
     def note(self, text: str) -> None:
         """Print a note on stderr."""

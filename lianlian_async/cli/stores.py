@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
@@ -51,16 +51,20 @@ async def open_queue(dsn: str) -> AsyncGenerator[RefundQueue]:
             yield queue
 
 
-async def read_queue(dsn: str) -> tuple[dict[str, int], Sequence[Mapping[str, str | None]], Mapping[str, Any]]:
-    """Return counts, oldest failures and activity of the queue at ``dsn``; empty ones if there is no queue."""
+async def read_queue(dsn: str) -> dict[str, Any]:
+    """Return the counts (``queue``, empty if there is no queue), oldest failures and activity of the queue at ``dsn``.
+
+    See :class:`.RefundQueue`.
+    """
     queue = _of_extra("contrib.procrastinate", "RefundQueue")(dsn)
     with queue_errors():
         async with AsyncExitStack() as stack:
             stack.push_async_callback(complete, queue.app.close_async)  # also if opening is cancelled
             await queue.app.open_async()
             if await queue.app.check_connection_async():
-                return dict(await queue.counts()), await queue.failures(), await queue.activity()
-    return {}, (), {}
+                counts, failures = await queue.counts(), await queue.failures()
+                return {"queue": dict(counts), "failures": list(failures), **await queue.activity()}
+    return {"queue": {}}
 
 
 @contextmanager

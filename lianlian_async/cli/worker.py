@@ -16,7 +16,7 @@ from lianlian_async.outcome import Outcome
 
 from .batch.checked import Line
 from .batch.results import Totals
-from .journal_report import journal_views, read_journal
+from .journal import journal_views, read_journal
 from .options import load_merchant, make_session
 from .output import Output
 from .signals import sigterm_interrupts
