@@ -305,7 +305,7 @@ class RefundSession:
         """
         seconds, policy = self._given(deadline, retry)
         expect(request, RefundRequest, "request")
-        with self._waiters.listen(request) as waiter:
+        with self._waiters.listen(request) as waiter, self._open_refunds.kept(request.no_refund):
             try:
                 refund = await self.apply_refund(request, retry=policy)
             except (errors.RefundNotSent, errors.RefundRejected, errors.RefundOutcomeUnknown) as error:

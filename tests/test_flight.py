@@ -17,6 +17,7 @@ from lianlian_async import (
     JournalError,
     Refund,
     RefundConflict,
+    RefundNotFinal,
     RefundNotSent,
     RefundOutcomeUnknown,
     RefundRejected,
@@ -469,6 +470,31 @@ async def test_a_call_that_is_cancelled_after_the_answer_makes_no_second_refund(
             other = await session.outcome_of(refund_request(money_refund="9.99"))
             assert isinstance(other.error, RefundConflict)
             await session.apply_refund(refund_request())
+        assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
+    assert gateway.times_made("R-1") == 1
+
+
+@pytest.mark.parametrize("call", ["apply_refund", "apply_and_wait"])
+async def test_a_call_during_a_wait_makes_no_second_refund(call):
+    """``apply_and_wait`` has not returned the refund yet, so a second call is a concurrent one."""
+    gateway = carries_out_everything(settle_after=100)
+    async with gateway.session(clock=boot_clock) as session:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(session.apply_and_wait, refund_request())
+            await anyio.sleep(50)
+            await getattr(session, call)(refund_request())
+        assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
+    assert gateway.times_made("R-1") == 1
+
+
+async def test_a_wait_that_is_cancelled_makes_no_second_refund():
+    """The next call returns the outcome that the cancelled call did not get, unless it was ``RefundNotFinal``."""
+    gateway = carries_out_everything(settle_after=100)
+    async with gateway.session(clock=boot_clock) as session:
+        with anyio.move_on_after(50):
+            await session.apply_and_wait(refund_request())
+        with pytest.raises(RefundNotFinal):
+            await session.apply_and_wait(refund_request(), deadline=10)
         assert repr(session._open_refunds) == "<OpenRefunds 0 refunds>"
     assert gateway.times_made("R-1") == 1
 

@@ -1,7 +1,8 @@
 """Journals in memory, for tests, small jobs, and sessions without a journal."""
 
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Generator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from threading import Lock
 from typing import Final, Self, TypeVar, cast
@@ -10,6 +11,7 @@ from uuid import uuid4
 import anyio.lowlevel
 
 from lianlian_async.clock import Moment
+from lianlian_async.errors import RefundConflict, RefundNotFinal, RefundRejected
 
 from .base import Entry, Intent, JournalError, Owner, Standing, State
 from .interface import Journal
@@ -108,8 +110,29 @@ class OpenRefunds(MemoryJournal):
     """The open refunds of a session without a journal, so that a second call for an unknown refund queries first.
 
     No open refund is dropped: at ``MOST_OPEN`` open refunds the session begins no new one. An outcome is kept until
-    :meth:`forget`. Of the refunds that were made, only the canaries are kept longer.
+    :meth:`forget`, or longer by :meth:`kept`. Of the refunds that were made, only the canaries are kept longer.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept = Counter[str]()
+
+    @contextmanager
+    def kept(self, no_refund: str) -> Generator[None]:
+        """Keep an outcome during the block, and afterwards if the block raises an error that does not name it."""
+        self._kept[no_refund] += 1
+        is_told = True
+        try:
+            yield
+        except BaseException as error:
+            is_told = isinstance(error, RefundNotFinal | RefundRejected | RefundConflict)
+            raise
+        finally:
+            self._kept[no_refund] -= 1
+            if not self._kept[no_refund]:
+                del self._kept[no_refund]
+            if is_told:
+                self.forget(no_refund)
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
         if len(self._entries) >= MOST_OPEN and intent.no_refund not in self._entries:
@@ -129,5 +152,5 @@ class OpenRefunds(MemoryJournal):
     def forget(self, no_refund: str) -> None:
         """Drop a refund whose outcome a caller got. An unresolved refund is kept."""
         entry = self._entries.get(no_refund)
-        if entry is not None and entry.ending is not None:
+        if entry is not None and entry.ending is not None and no_refund not in self._kept:
             del self._entries[no_refund]
