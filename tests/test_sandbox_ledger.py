@@ -8,13 +8,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lianlian_async.models import RefundStatus
-from lianlian_async.sandbox import Repeated
+from lianlian_async.sandbox import Order, Repeated
 from lianlian_async.sandbox.answers import Rejection
 from lianlian_async.sandbox.ledger import Ledger
 
 
 def ledger(*, repeated=Repeated.REJECT, settle_after=2.0, default_order=None):
     return Ledger(repeated=repeated, settle_after=settle_after, default_order=default_order)
+
+
+def paid(books, no_order, money_order, *, dt_order=None, oid_paybill=None):
+    """Add a paid order to a ledger and return it."""
+    oid_paybill = oid_paybill or books.new_number()
+    order = Order(no_order=no_order, money_order=money_order, dt_order=dt_order, oid_paybill=oid_paybill)
+    return books.add_order(order)
 
 
 def application(**changes):
@@ -39,7 +46,7 @@ def refused(call, *args):
     """Return the code of the rejection that a call raises."""
     with pytest.raises(Rejection) as rejection:
         call(*args)
-    return rejection.value.ret_code
+    return rejection.value.answer["ret_code"]
 
 
 # ── orders ───────────────────────────────────────────────────────────────────────────────────────
@@ -48,7 +55,7 @@ def refused(call, *args):
 def test_an_order_is_refunded_in_parts_until_nothing_is_left():
     """Partial refunds are accepted up to the order's amount, then 5007."""
     books = ledger()
-    order = books.add_order("O-1", Decimal("100.00"))
+    order = paid(books, "O-1", Decimal("100.00"))
     books.apply(application(), 0.0)
     assert refused(books.apply, application(no_refund="R-2", money_refund=Decimal("40.01")), 0.0) == "5007"
     books.apply(application(no_refund="R-2", money_refund=Decimal("40.00")), 0.0)
@@ -58,7 +65,7 @@ def test_an_order_is_refunded_in_parts_until_nothing_is_left():
 def test_refund_above_the_order_is_rejected():
     """5003 for an amount above the whole order."""
     books = ledger()
-    books.add_order("O-1", Decimal("59.99"))
+    paid(books, "O-1", Decimal("59.99"))
     assert refused(books.apply, application(), 0.0) == "5003"
 
 
@@ -80,7 +87,7 @@ def test_default_order_is_created_once():
 def test_an_order_is_found_by_either_of_its_numbers():
     """The order number, the payment number, and both of them together mean the same order."""
     books = ledger()
-    order = books.add_order("O-1", Decimal("180.00"), oid_paybill="P-1")
+    order = paid(books, "O-1", Decimal("180.00"), oid_paybill="P-1")
     books.apply(application(), 0.0)
     books.apply(application(no_refund="R-2", no_order=None, oid_paybill="P-1"), 0.0)
     books.apply(application(no_refund="R-3", oid_paybill="P-1"), 0.0)
@@ -91,30 +98,30 @@ def test_an_order_is_found_by_either_of_its_numbers():
 def test_numbers_of_different_orders_do_not_match(no_order, oid_paybill):
     """9092 if order number and payment number belong to different orders."""
     books = ledger()
-    books.add_order("O-1", Decimal("100.00"), oid_paybill="P-1")
-    books.add_order("O-2", Decimal("100.00"), oid_paybill="P-2")
+    paid(books, "O-1", Decimal("100.00"), oid_paybill="P-1")
+    paid(books, "O-2", Decimal("100.00"), oid_paybill="P-2")
     assert refused(books.apply, application(no_order=no_order, oid_paybill=oid_paybill), 0.0) == "9092"
 
 
 def test_an_order_of_another_time_is_another_order():
     """5002 if dt_order differs from the order's; both may leave it out."""
     books = ledger()
-    books.add_order("O-1", Decimal("180.00"), dt_order="20130515094013")
+    paid(books, "O-1", Decimal("180.00"), dt_order="20130515094013")
     assert refused(books.apply, application(dt_order="20130515094014"), 0.0) == "5002"
     books.apply(application(dt_order="20130515094013"), 0.0)
     books.apply(application(no_refund="R-2"), 0.0)
-    books.add_order("O-2", Decimal("180.00"))
+    paid(books, "O-2", Decimal("180.00"))
     books.apply(application(no_refund="R-3", no_order="O-2", dt_order="20130515094014"), 0.0)
 
 
 def test_numbers_are_taken_once():
     """A second order with the same number is a ValueError, and changes nothing."""
     books = ledger()
-    books.add_order("O-1", Decimal("100.00"), oid_paybill="P-1")
-    with pytest.raises(ValueError, match="order O-1 exists already"):
-        books.add_order("O-1", Decimal("1.00"), oid_paybill="P-2")
-    with pytest.raises(ValueError, match="payment P-1 exists already"):
-        books.add_order("O-2", Decimal("1.00"), oid_paybill="P-1")
+    paid(books, "O-1", Decimal("100.00"), oid_paybill="P-1")
+    with pytest.raises(ValueError, match="no_order O-1 exists already"):
+        paid(books, "O-1", Decimal("1.00"), oid_paybill="P-2")
+    with pytest.raises(ValueError, match="oid_paybill P-1 exists already"):
+        paid(books, "O-2", Decimal("1.00"), oid_paybill="P-1")
     assert refused(books.apply, application(no_order=None, oid_paybill="P-2"), 0.0) == "5002"
     assert refused(books.apply, application(no_order="O-2"), 0.0) == "5002"
 
@@ -123,7 +130,7 @@ def test_numbers_are_taken_once():
 def test_order_amount_must_be_valid(money):
     """An invalid amount is refused for an order and for the default order."""
     with pytest.raises(ValueError, match="must"):
-        ledger().add_order("O-1", money)
+        paid(ledger(), "O-1", money)
     with pytest.raises(ValueError, match="must"):
         ledger(default_order=money)
 
@@ -153,7 +160,7 @@ def test_a_refund_may_be_settled_from_the_start():
 def test_a_failed_refund_gives_its_money_back(marked_at):
     """The order can be refunded again after a refund has failed, not while it may still succeed."""
     books = ledger()
-    order = books.add_order("O-1", Decimal("100.00"))
+    order = paid(books, "O-1", Decimal("100.00"))
     if marked_at is None:
         books.fail("R-1", 0.0)
     record = books.apply(application(), 0.0)
@@ -253,7 +260,7 @@ class Books(RuleBasedStateMachine):
     def open(self, repeated, settle_after):
         self.repeated = repeated
         self.books = ledger(repeated=repeated, settle_after=settle_after)
-        self.orders = {no: self.books.add_order(no, money) for no, money in ORDERS.items()}
+        self.orders = {no: paid(self.books, no, money) for no, money in ORDERS.items()}
         self.now = 0.0
         self.seen = {}
 

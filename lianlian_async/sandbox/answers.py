@@ -40,9 +40,8 @@ class Rejection(Exception):
     """Raised inside the sandbox to reject a request; ``parameter`` appears in ``ret_msg``."""
 
     def __init__(self, ret_code: str, parameter: str = "") -> None:
-        self.ret_code = ret_code
-        self.parameter = parameter
         super().__init__(ret_code, parameter)
+        self.answer = error_answer(ret_code, parameter)
 
 
 def error_answer(ret_code: str, parameter: str = "") -> dict[str, str]:

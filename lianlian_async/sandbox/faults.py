@@ -76,25 +76,20 @@ def _check_delay(_owner: object, _field: object, seconds: float) -> None:
     check_seconds("delay", seconds, least=0)
 
 
-@attrs.frozen
+@attrs.define
 class Injection:
-    """A fault to inject, with its options; ``delay`` in seconds."""
+    """A fault to inject: into ``times`` matching requests after the first ``skip``."""
 
     fault: Fault
     when: When
     delay: float = attrs.field(validator=_check_delay)
+    """Seconds."""
     ret_code: str
-
-
-@attrs.define(kw_only=True)
-class Scripted:
-    """A fault for ``times`` matching requests after the first ``skip``; ``call`` or ``no_refund`` None: all."""
-
-    injection: Injection
-    call: Call | None
-    no_refund: str | None
-    skip: int = attrs.field(validator=attrs.validators.ge(0))
-    times: int = attrs.field(validator=attrs.validators.ge(1))
+    call: Call | None = None
+    """None, like ``no_refund``: all."""
+    no_refund: str | None = None
+    skip: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    times: int = attrs.field(default=1, validator=attrs.validators.ge(1))
 
 
 def _check_probabilities(_plan: object, _field: object, probabilities: Mapping[Fault, float]) -> None:
@@ -114,7 +109,7 @@ class FaultPlan:
     random: Random
     delay: float = attrs.field(validator=_check_delay)
     """Seconds."""
-    scripted: list[Scripted] = attrs.field(factory=list, init=False)
+    scripted: list[Injection] = attrs.field(factory=list, init=False)
 
     def choose(self, call: Call, no_refund: str | None) -> Injection | None:
         """Return the fault for the next request, if any."""
@@ -129,16 +124,14 @@ class FaultPlan:
                 self.scripted.remove(scripted)
             else:
                 scripted.times -= 1
-            return scripted.injection
+            return scripted
         return drawn
 
     def _draw(self) -> Injection | None:
-        point, when, ret_code = self.random.random(), self.random.choice(list(When)), self.random.choice(_BUSY_CODES)
-        for fault, probability in self.probabilities.items():
-            if point < probability:
-                return Injection(fault, when, self.delay, ret_code)
-            point -= probability
-        return None
+        none = max(0.0, 1 - sum(self.probabilities.values()))
+        [fault] = self.random.choices([*self.probabilities, None], [*self.probabilities.values(), none])
+        when, ret_code = self.random.choice(list(When)), self.random.choice(_BUSY_CODES)
+        return fault and Injection(fault, when, self.delay, ret_code)
 
 
 _PAGES: Final[Mapping[Fault, tuple[Any, ...]]] = {

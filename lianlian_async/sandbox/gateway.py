@@ -13,8 +13,9 @@ from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from email.utils import format_datetime
+from operator import itemgetter
 from random import Random
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import anyio
 
@@ -28,20 +29,12 @@ from lianlian_async.transport import asgi_transport
 
 from . import answers, rules
 from .answers import Rejection
-from .faults import Call, Fault, FaultPlan, Injection, Scripted, When, faulty_response
+from .faults import Call, Fault, FaultPlan, Injection, When, faulty_response
 from .ledger import Ledger, Order, Record, Repeated
 
-
-class _Route(NamedTuple):
-    call: Call
-    domestic: bool = False
-
-
-_ROUTES: Final = {
-    "/exchangerefund.htm": _Route("apply"),
-    "/refund.htm": _Route("apply", domestic=True),
-    "/refundquery.htm": _Route("query"),
-}
+_APPLY, _APPLY_DOMESTIC, _QUERY = "/exchangerefund.htm", "/refund.htm", "/refundquery.htm"
+_CALLS: Final[Mapping[str, Call]] = {_APPLY: "apply", _APPLY_DOMESTIC: "apply", _QUERY: "query"}
+"""The call by its path."""
 
 
 @functools.cache
@@ -102,7 +95,8 @@ class SandboxGateway:
         """Number of requests by call, including requests with a fault."""
         self._ledger = Ledger(repeated=repeated, settle_after=settle_after, default_order=default_order)
         self._plan = FaultPlan(faults or {}, Random(seed), delay)  # noqa: S311 - the same seed gives the same faults
-        self._late: list[tuple[float, _Route, Mapping[str, str]]] = []
+        self._late: list[tuple[float, str, Mapping[str, str]]] = []
+        """Time, path and fields of the requests with ``Fault.LATE`` that are not carried out yet."""
         self._clock = clock
         self._advanced = 0.0
         self._started = clock()
@@ -126,12 +120,9 @@ class SandboxGateway:
 
         Raises ``ValueError`` for an invalid amount or time, and for an existing number.
         """
-        return self._ledger.add_order(
-            no_order,
-            money_order,
-            dt_order=None if dt_order is None else wire.format_timestamp(wire.parse_timestamp(dt_order)),
-            oid_paybill=oid_paybill,
-        )
+        oid_paybill = oid_paybill or self._ledger.new_number()
+        order = Order(no_order=no_order, dt_order=dt_order, oid_paybill=oid_paybill, money_order=money_order)
+        return self._ledger.add_order(order)
 
     def fail(self, no_refund: str) -> None:
         """Let an existing or future refund fail when it becomes final, so that its money is returned then.
@@ -177,9 +168,8 @@ class SandboxGateway:
         Raises ``ValueError`` for a negative ``skip`` and for ``times`` below 1, ``ConfigurationError`` for a wrong
         ``delay``.
         """
-        injection = Injection(fault, when, self._plan.delay if delay is None else delay, ret_code)
-        scripted = Scripted(injection=injection, call=call, no_refund=no_refund, skip=skip, times=times)
-        self._plan.scripted.append(scripted)
+        delay = self._plan.delay if delay is None else delay
+        self._plan.scripted.append(Injection(fault, when, delay, ret_code, call, no_refund, skip, times))
 
     @property
     def faults(self) -> Mapping[Fault, float]:
@@ -221,11 +211,11 @@ class SandboxGateway:
 
     def _carry_out_late(self) -> None:
         """Carry out the requests with ``Fault.LATE`` that are due; their answers are discarded."""
-        due = sorted((item for item in self._late if item[0] <= self.now()), key=lambda item: item[0])
-        for item in due:
-            self._late.remove(item)
-            at, route, fields = item
-            self._handle(route, fields, at)
+        while self.next_late <= 0:
+            first = min(self._late, key=itemgetter(0))
+            self._late.remove(first)
+            at, path, fields = first
+            self._handle(path, fields, at)
 
     # ── ASGI ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -234,36 +224,36 @@ class SandboxGateway:
         if scope["type"] == "lifespan":
             await asgi.lifespan(receive, send, nullcontext())
             return
-        route = _ROUTES.get(scope["path"])
-        if route is None:
+        path = scope["path"]
+        if path not in _CALLS:
             await self._respond(send, answers.page(404, "Not Found"))
         elif scope["method"] != "POST":
             await self._respond(send, answers.page(405, "Method Not Allowed", {"allow": "POST"}))
         else:
             body = await asgi.read(receive, wire.MAX_MESSAGE_BYTES)
-            self.requests[route.call] += 1
+            self.requests[_CALLS[path]] += 1
             try:
                 fields = rules.read_body(asgi.headers(scope).get("content-type", ""), body)
             except Rejection as rejection:
-                await self._respond(send, answers.message(self._sign(answers.error_answer(rejection.ret_code), {})))
+                await self._respond(send, answers.message(self._sign(rejection.answer, {})))
             else:
-                await self._serve(route, fields, receive, send)
+                await self._serve(path, fields, receive, send)
 
-    async def _serve(self, route: _Route, fields: Mapping[str, str], receive: asgi.Receive, send: asgi.Send) -> None:
-        injection = self._plan.choose(route.call, fields.get("no_refund"))
+    async def _serve(self, path: str, fields: Mapping[str, str], receive: asgi.Receive, send: asgi.Send) -> None:
+        injection = self._plan.choose(_CALLS[path], fields.get("no_refund"))
         sign = functools.partial(self._sign, request=fields)
         if injection is None:
-            await self._respond(send, answers.message(sign(self._carry_out(route, fields))))
+            await self._respond(send, answers.message(sign(self._carry_out(path, fields))))
             return
         if injection.fault is Fault.LATE:
-            self._late.append((self.now() + injection.delay, route, fields))
+            self._late.append((self.now() + injection.delay, path, fields))
             self._set_made()
             await receive()  # the body was read, so the next message is the client's disconnect
             return
-        answer = self._carry_out(route, fields) if injection.when is When.AFTER else None
+        answer = self._carry_out(path, fields) if injection.when is When.AFTER else None
         if injection.fault is Fault.DELAY:
             await anyio.sleep(injection.delay)
-            await self._respond(send, answers.message(sign(answer or self._carry_out(route, fields))))
+            await self._respond(send, answers.message(sign(answer or self._carry_out(path, fields))))
             return
         answer = answer or answers.error_answer("9999")
         if injection.fault is Fault.NO_ANSWER:
@@ -282,24 +272,23 @@ class SandboxGateway:
 
     # ── one request, without an await ────────────────────────────────────────────────────────────
 
-    def _carry_out(self, route: _Route, fields: Mapping[str, str]) -> dict[str, str]:
+    def _carry_out(self, path: str, fields: Mapping[str, str]) -> dict[str, str]:
         self._carry_out_late()
-        return self._handle(route, fields, self.now())
+        return self._handle(path, fields, self.now())
 
-    def _handle(self, route: _Route, fields: Mapping[str, str], at: float) -> dict[str, str]:
+    def _handle(self, path: str, fields: Mapping[str, str], at: float) -> dict[str, str]:
         """Carry out a request at time ``at`` of the gateway's clock; return the unsigned answer."""
         try:
             rules.authenticate(fields, self.oid_partner, self.merchant_key.public_key())
-            if route.call == "query":
-                rules.check_query(fields)
+            rules.check(_CALLS[path], fields)
+            if path == _QUERY:
                 return self._answer(self._ledger.query(fields, at), at)
-            rules.check_apply(fields)
-            record = self._ledger.apply(fields, at, domestic=route.domestic)
+            record = self._ledger.apply(fields, at, domestic=path == _APPLY_DOMESTIC)
             self._set_made()
         except Rejection as rejection:
-            return answers.error_answer(rejection.ret_code, rejection.parameter)
+            return rejection.answer
         answer = self._answer(record, record.received_at)
-        if route.domestic:  # genuine domestic apply answers lack this field
+        if record.domestic:  # genuine domestic apply answers lack this field
             del answer["dt_refund"]
         return answer
 
@@ -310,7 +299,7 @@ class SandboxGateway:
             **answers.SUCCESS,
             "no_refund": record.no_refund,
             "dt_refund": record.dt_refund,
-            "money_refund": record.amount_as_sent,
+            "money_refund": f"{record.money_refund:f}",
             "oid_refundno": record.oid_refundno,
             "sta_refund": status.value,
         }
@@ -359,12 +348,11 @@ class SandboxGateway:
 
         ``overrides`` replace arguments of :class:`~lianlian_async.Merchant`.
         """
-        apply_path = "/refund.htm" if domestic else "/exchangerefund.htm"
         settings: dict[str, Any] = {
             "oid_partner": self.oid_partner,
             "private_key": self.merchant_key,
             "gateway_public_keys": self.gateway_key.public_key(),
-            "endpoints": Endpoints(base_url + apply_path, base_url + "/refundquery.htm"),
+            "endpoints": Endpoints(base_url + (_APPLY_DOMESTIC if domestic else _APPLY), base_url + _QUERY),
             "notify_url": "https://merchant.invalid/lianlian/refund",
         }
         return Merchant(**settings | overrides)

@@ -5,6 +5,7 @@ order's refunds, except failed ones, never exceeds the order's amount.
 """
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from decimal import Decimal
 from enum import Enum
 from itertools import count
@@ -40,8 +41,7 @@ class Record:
     no_refund: str
     dt_refund: str
     money_refund: Decimal
-    amount_as_sent: str
-    """The amount as the request wrote it; answers repeat it: ``0.1`` does not become ``0.10``."""
+    """Yuan, with the decimals of the request."""
     no_order: str | None
     dt_order: str | None
     oid_paybill: str | None
@@ -69,15 +69,19 @@ class Record:
         return Decimal(0) if self.status(now) is RefundStatus.FAILED else self.money_refund
 
 
+def _timestamp(moment: datetime | str) -> str:
+    return wire.format_timestamp(wire.parse_timestamp(moment))
+
+
 @attrs.define(kw_only=True)
 class Order:
     """A paid order and its refunds."""
 
     no_order: str | None
-    dt_order: str | None
+    dt_order: str | None = attrs.field(converter=attrs.converters.optional(_timestamp))
     oid_paybill: str
     """LianLian's payment number."""
-    money_order: Decimal
+    money_order: Decimal = attrs.field(converter=wire.parse_money)
     """The customer's payment in yuan."""
     refunds: list[Record] = attrs.field(factory=list, init=False)
 
@@ -97,31 +101,24 @@ class Ledger:
     """Amount in yuan of each order that was not added; None: such an order does not exist."""
     records: list[Record] = attrs.field(factory=list, init=False)
     """Every refund that was made, oldest first."""
-    _orders: dict[str, Order] = attrs.field(factory=dict, init=False)  # by no_order
-    _payments: dict[str, Order] = attrs.field(factory=dict, init=False)  # by oid_paybill
+    _orders: dict[tuple[str, str], Order] = attrs.field(factory=dict, init=False)
+    """By the name and the value of a number: an order has an ``oid_paybill``, and may have a ``no_order``."""
     _refunds: dict[str, list[Record]] = attrs.field(factory=dict, init=False)  # by no_refund
     _failing: set[str] = attrs.field(factory=set, init=False)  # no_refund
     _sequence: Iterator[int] = attrs.field(factory=lambda: count(1_000_000_000_000_001), init=False)
 
-    def add_order(
-        self, no_order: str | None, money_order: Decimal, *, dt_order: str | None = None, oid_paybill: str | None = None
-    ) -> Order:
-        """Add a paid order; ``oid_paybill`` is generated if it is None.
-
-        Raises ``ValueError`` for an invalid amount or an existing number.
-        """
-        oid_paybill = oid_paybill or str(next(self._sequence))
-        order = Order(
-            no_order=no_order, dt_order=dt_order, oid_paybill=oid_paybill, money_order=wire.parse_money(money_order)
-        )
-        if oid_paybill in self._payments:
-            raise ValueError(f"payment {oid_paybill} exists already")
-        if no_order is not None:
-            if no_order in self._orders:
-                raise ValueError(f"order {no_order} exists already")
-            self._orders[no_order] = order
-        self._payments[oid_paybill] = order
+    def add_order(self, order: Order) -> Order:
+        """Add ``order`` and return it. Raises ``ValueError`` if another order has one of its numbers."""
+        numbers = _numbers(order)
+        for number in numbers:
+            if number in self._orders:
+                raise ValueError(f"{' '.join(number)} exists already")
+        self._orders |= dict.fromkeys(numbers, order)
         return order
+
+    def new_number(self) -> str:
+        """Return a new number of a payment or of a refund."""
+        return str(next(self._sequence))
 
     def apply(self, fields: Mapping[str, str], now: float, *, domestic: bool = False) -> Record:
         """Make the refund of a well-formed request; return its record, or the first one with ``Repeated.REPLAY``."""
@@ -134,9 +131,8 @@ class Ledger:
         record = Record(
             **copied,
             money_refund=Decimal(fields["money_refund"]),
-            amount_as_sent=fields["money_refund"],
             domestic=domestic,
-            oid_refundno=str(next(self._sequence)),
+            oid_refundno=self.new_number(),
             received_at=now,
             settles_at=now + self.settle_after,
             fails=fields["no_refund"] in self._failing,
@@ -151,16 +147,19 @@ class Ledger:
         return record
 
     def _find_order(self, record: Record) -> Order:
-        no_order, oid_paybill = record.no_order, record.oid_paybill
-        named = [] if no_order is None else [self._orders.get(no_order)]
-        named += [] if oid_paybill is None else [self._payments.get(oid_paybill)]
-        order = named[0]
-        if any(other is not order for other in named):
+        order, *others = [self._orders.get(number) for number in _numbers(record)]
+        if any(other is not order for other in others):
             raise Rejection("9092")
         if order is None:
             if self.default_order is None:
                 raise Rejection("5002")
-            return self.add_order(no_order, self.default_order, dt_order=record.dt_order, oid_paybill=oid_paybill)
+            order = Order(
+                no_order=record.no_order,
+                dt_order=record.dt_order,
+                oid_paybill=record.oid_paybill or self.new_number(),
+                money_order=self.default_order,
+            )
+            return self.add_order(order)
         if None not in (record.dt_order, order.dt_order) and record.dt_order != order.dt_order:
             raise Rejection("5002")
         return order
@@ -192,3 +191,9 @@ class Ledger:
     def made(self, no_refund: str) -> list[Record]:
         """Return the refunds with ``no_refund``, oldest first."""
         return self._refunds.get(no_refund, [])
+
+
+def _numbers(owner: Order | Record) -> list[tuple[str, str]]:
+    """Return name and value of each number that identifies an order."""
+    numbers = {"no_order": owner.no_order, "oid_paybill": owner.oid_paybill}
+    return [(name, number) for name, number in numbers.items() if number is not None]

@@ -6,7 +6,7 @@ A request that breaks a rule raises :class:`~.answers.Rejection`. No function he
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Final
 
@@ -15,6 +15,7 @@ from lianlian_async.errors import MalformedMessage
 from lianlian_async.signing import VerifyingKey, signature_source
 
 from .answers import Rejection
+from .faults import Call
 
 _MONEY: Final = re.compile(r"(?=.{1,12}$)[0-9]{1,9}(\.[0-9]{1,2}0*)?")  # String(12)
 _CONTENT_TYPE: Final = re.compile(r'application/json(;charset="?utf-8"?)?')
@@ -39,27 +40,29 @@ def read_body(content_type: str, body: bytes) -> dict[str, str]:
 
 def authenticate(fields: Mapping[str, str], oid_partner: str, key: VerifyingKey) -> None:
     """Check merchant and signature: 1004 for a bad field, 3001 for another merchant, 1001 for a wrong signature."""
-    _check(fields, {"oid_partner": _at_most(18)})
+    _check(fields, ["oid_partner"])
     if fields["oid_partner"] != oid_partner:
         raise Rejection("3001")
-    _check(fields, {"sign_type": lambda text: text == "RSA", "sign": bool})
+    _check(fields, ["sign_type", "sign"])
     # The signature also covers undocumented fields.
     if not key.verify(signature_source(fields), fields["sign"]):
         raise Rejection("1001")
 
 
-def check_apply(fields: Mapping[str, str]) -> None:
-    """Check an apply request; 1004 names the first parameter that breaks a rule of the apply page."""
-    _check(fields, _APPLY, _APPLY_OPTIONAL)
-    if not fields.get("no_order") and not fields.get("oid_paybill"):
-        raise Rejection("1004", "no_order")
+def check(call: Call, fields: Mapping[str, str]) -> None:
+    """Check a request; 1004 names the first parameter that breaks a rule of LianLian's page."""
+    required, optional, one_of = _FIELDS[call]
+    _check(fields, required, optional)
+    if not any(fields.get(name) for name in one_of):
+        raise Rejection("1004", one_of[0])
 
 
-def check_query(fields: Mapping[str, str]) -> None:
-    """Check a query; 1004 names the first parameter that breaks a rule of the query page."""
-    _check(fields, _QUERY, _QUERY_OPTIONAL)
-    if not fields.get("no_refund") and not fields.get("oid_refundno"):
-        raise Rejection("1004", "no_refund")
+def _check(fields: Mapping[str, str], required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Check each field; an empty field counts as absent, as in the signature source."""
+    for name in (*required, *optional):
+        text = fields.get(name)
+        if not _RULES[name](text) if text else name in required:
+            raise Rejection("1004", name)
 
 
 def _at_most(length: int) -> Callable[[str], bool]:
@@ -74,31 +77,26 @@ def _is_timestamp(text: str) -> bool:
     return True
 
 
-_Rules = dict[str, Callable[[str], bool]]
-
-_APPLY: Final[_Rules] = {
+_RULES: Final[Mapping[str, Callable[[str], bool]]] = {
+    "oid_partner": _at_most(18),
+    "sign_type": lambda text: text == "RSA",
+    "sign": bool,
     "no_refund": _at_most(32),
     "dt_refund": _is_timestamp,
     "money_refund": lambda text: bool(_MONEY.fullmatch(text)) and Decimal("0.01") <= Decimal(text) <= 100_000_000,
     "notify_url": lambda text: len(text) <= 128 and text.startswith(("http://", "https://")),
-}
-_APPLY_OPTIONAL: Final[_Rules] = {
     "no_order": _at_most(32),
     "dt_order": _is_timestamp,
     "oid_paybill": _at_most(32),
-    "trader_refund": _at_most(18),
-}
-_QUERY: Final[_Rules] = {"dt_refund": _is_timestamp}
-_QUERY_OPTIONAL: Final[_Rules] = {
-    "no_refund": _at_most(32),
     "oid_refundno": _at_most(16),
     "trader_refund": _at_most(18),
 }
-
-
-def _check(fields: Mapping[str, str], required: _Rules, optional: _Rules | None = None) -> None:
-    """Check each field; an empty field counts as absent, as in the signature source."""
-    for name, is_valid in (required | (optional or {})).items():
-        text = fields.get(name)
-        if not is_valid(text) if text else name in required:
-            raise Rejection("1004", name)
+_FIELDS: Final[Mapping[Call, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]] = {
+    "apply": (
+        ("no_refund", "dt_refund", "money_refund", "notify_url"),
+        ("no_order", "dt_order", "oid_paybill", "trader_refund"),
+        ("no_order", "oid_paybill"),
+    ),
+    "query": (("dt_refund",), ("no_refund", "oid_refundno", "trader_refund"), ("no_refund", "oid_refundno")),
+}
+"""The required fields of a call, the optional ones, and those of which it needs at least one."""
