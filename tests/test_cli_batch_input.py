@@ -237,7 +237,7 @@ def test_repeated_no_refund_must_have_the_same_content(env, gateway, file):
     assert not gateway.requests
     ended = run("batch", file, "--yes", "--skip-invalid", env=env)
     assert ended.exit_code == 3
-    assert "│ invalid lines      │ 5 " in ended.stdout
+    assert "│ invalid lines │ 5 " in ended.stdout
     assert [record.no_refund for record in gateway.refunds] == ["R-1"]
 
 

@@ -4,7 +4,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from decimal import Decimal
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +11,6 @@ import anyio
 import anyio.to_thread
 import attrs
 import click
-from rich.text import Text
 
 from lianlian_async.background import BackgroundTask
 from lianlian_async.batch import refund_many
@@ -59,47 +57,13 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
         elif merchant is None or place is None:
             results.show_checked(output, checked, _VALID)
         else:
-            in_journal = anyio.run(look_up, checked, place)
-            totals = results.Totals(checked.totals.refunds)
-            run = _Batch(output, merchant, checked, options, place, in_journal, totals)
-            where = place_name(place) if is_dsn(place) else str(Path(place).absolute())
-            ours = Receipt(in_journal.journal_id or "", where, merchant.oid_partner, merchant.endpoints.apply)
-            run.check_receipt = lambda journal: _receipt_writer(
-                output, file, attrs.evolve(ours, journal=journal), options
-            )
-            run.check_receipt(ours.journal)
-            if in_journal.journal_id is None and not options["query_first"]:
-                output.note(
-                    "this journal is new, so every refund counts as never sent; if some may have been sent before, "
-                    "wait 15 minutes after the last run and use --query-first"
-                )
-            if dry_run:
-                results.show_checked(output, checked, _VALID, run.in_journal, journal=place_name(place))
-            else:
-                _confirm_batch(run, file)
-                return _send(run)
+            run = _Batch(output, file, merchant, place, checked, options)
+            run.check_journal()
+            if not dry_run:
+                run.confirm()
+                return run.send()
+            results.show_checked(output, checked, _VALID, run.in_journal, journal=place_name(place))
         return INVALID.exit_code if checked.problems.count else 0
-
-
-def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[str, Any]) -> Callable[[float], None]:
-    """Check the receipt of ``file`` (:meth:`.Receipt.check`); return a function that writes it. Stdin has none."""
-    if file == "-":
-        return lambda _: None
-    path = _receipt_of(file)
-    is_first = not path.exists()
-    others = ours.check(path, accept_new=options["accept_new_journal"], grace=options["not_found_grace"])
-
-    def write(seconds: float) -> None:
-        nonlocal is_first
-        try:
-            ours.write(path, others, seconds, is_first=is_first)
-        except FileExistsError:
-            raise click.UsageError(f"another batch has written {path} just now; nothing was sent") from None
-        except OSError as error:
-            output.note(f"{path}: {error.strerror}; the receipt was not written")
-        is_first = False
-
-    return write
 
 
 def _find_journal(
@@ -141,6 +105,27 @@ def _refuse_to_overwrite(out: Path | None, file: str, place: str | None) -> None
             raise click.BadParameter("must not be the input, its receipt or the journal", param_hint="--out")
 
 
+def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[str, Any]) -> Callable[[float], None]:
+    """Check the receipt of ``file`` (:meth:`.Receipt.check`); return a function that writes it. Stdin has none."""
+    if file == "-":
+        return lambda _: None
+    path = _receipt_of(file)
+    is_first = not path.exists()
+    others = ours.check(path, accept_new=options["accept_new_journal"], grace=options["not_found_grace"])
+
+    def write(seconds: float) -> None:
+        nonlocal is_first
+        try:
+            ours.write(path, others, seconds, is_first=is_first)
+        except FileExistsError:
+            raise click.UsageError(f"another batch has written {path} just now; nothing was sent") from None
+        except OSError as error:
+            output.note(f"{path}: {error.strerror}; the receipt was not written")
+        is_first = False
+
+    return write
+
+
 def _enqueue(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> None:
     """Put the refunds into the queue."""
     totals = checked.totals
@@ -159,53 +144,10 @@ async def _add_to_queue(output: Output, file: str, checked: Checked, options: Ma
         return await queue.enqueue(line.request async for line in checked.lines())
 
 
-def _confirm_batch(run: "_Batch", file: str) -> None:
-    """Show what the journal knows, ask for confirmation unless ``--yes``, and create the default journal's folder."""
-    in_journal, options, merchant, journal = run.in_journal, run.options, run.merchant, place_name(run.place)
-    if options["yes"] and in_journal.found["new"] < run.checked.totals.refunds:
-        in_words = ", ".join(f"{number:,} {word}" for word, number in in_journal.found.items())
-        run.output.note(f"journal {journal}: {in_words}")
-    if run.checked.totals.refunds and not options["yes"]:
-        facts = {"merchant": merchant.oid_partner, "endpoint": merchant.endpoints.apply, "journal": journal}
-        facts |= results.file_facts(run.checked, in_journal)
-        resolved = f", and resolve {in_journal.found['open']:,} open ones" if in_journal.found["open"] else ""
-        question = f"Send {in_journal.found['new']:,} new refunds, {in_journal.new_yuan:,.2f} yuan{resolved}?"
-        run.output.confirm(file, facts, question)
-    if not options["place"]:
-        make_folder(run.place)
-
-
 async def _rewrite(write_receipt: Callable[[float], None]) -> None:
     while True:
         await anyio.sleep(_RECEIPT / 2)
         await anyio.to_thread.run_sync(write_receipt, _RECEIPT)
-
-
-def _send(run: "_Batch") -> int:
-    """Send the batch and show its results; return the exit code."""
-    outcome = None
-    try:
-        with sigterm_interrupts(), run.output.progress(run.checked.totals.refunds, run.status) as run.advance:
-            anyio.run(run.work)
-    except KeyboardInterrupt:
-        outcome = INTERRUPTED
-    failure = run.failure
-    in_flight = len(run.in_flight)
-    if outcome or (failure and in_flight):
-        what, aim = (
-            (f"up to {in_flight:,} refunds without an outcome may have been made:", "resolve them")
-            if in_flight
-            else ("interrupted: every refund that was sent has an outcome;", "go on")
-        )
-        run.output.note(f"{what} run the same command again to {aim}")
-    outcome = outcome or (exit_outcome_of(failure) if failure else run.totals.exit_outcome())
-    if outcome is MADE and run.checked.problems.count:
-        outcome = INVALID
-    out = run.options["out"]
-    places = {"journal": place_name(run.place)} | ({"results": str(out)} if out else {})
-    results.show_batch(run.output, run.checked, run.totals, run.in_journal, outcome, failure=failure, places=places)
-    is_unknown = failure and (run.in_flight or run.totals.refunds[UNKNOWN])
-    return UNKNOWN.exit_code if is_unknown else outcome.exit_code
 
 
 @attrs.define
@@ -213,42 +155,96 @@ class _Batch:
     """A batch and its progress."""
 
     output: Output
+    file: str
     merchant: Merchant
+    place: str
     checked: Checked
     options: Mapping[str, Any]
-    place: str
-    in_journal: InJournal
-    totals: results.Totals
-    advance: Callable[[], object] = attrs.field(default=str, init=False)
+    in_journal: InJournal = attrs.field(init=False)
+    totals: results.Totals = attrs.field(init=False)
+    failure: LianLianError | None = attrs.field(default=None, init=False)
     in_flight: dict[str, Line] = attrs.field(factory=dict, init=False)
     """Refunds that were started and have no outcome yet, by ``no_refund``."""
-    _held: Sequence[tuple[float, RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
-    """Unknown refunds that ``--wait-unknown`` keeps until all others have ended."""
     _last_begun: int = attrs.field(default=0, init=False)
     """The line of the last refund that was started."""
-    failure: LianLianError | None = attrs.field(default=None, init=False)
-    check_receipt: Callable[[str], Callable[[float], None]] = attrs.field(init=False)
-    """See :func:`_receipt_writer`; its argument is the id of the journal."""
+    _held: Sequence[tuple[float, RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
+    """Unknown refunds that ``--wait-unknown`` keeps until all others have ended."""
 
-    async def work(self) -> None:
+    def __attrs_post_init__(self) -> None:
+        self.in_journal = anyio.run(look_up, self.checked, self.place)
+        self.totals = results.Totals(self.checked.totals.refunds)
+
+    def check_journal(self) -> None:
+        """Check that the file was not sent with another journal; note what a new journal means."""
+        self._receipt_writer(self.in_journal.journal_id or "")
+        if self.in_journal.journal_id is None and not self.options["query_first"]:
+            self.output.note(
+                "this journal is new, so every refund counts as never sent; if some may have been sent before, "
+                "wait 15 minutes after the last run and use --query-first"
+            )
+
+    def _receipt_writer(self, journal_id: str) -> Callable[[float], None]:
+        place = place_name(self.place) if is_dsn(self.place) else str(Path(self.place).absolute())
+        ours = Receipt(journal_id, place, self.merchant.oid_partner, self.merchant.endpoints.apply)
+        return _receipt_writer(self.output, self.file, ours, self.options)
+
+    def confirm(self) -> None:
+        """Ask for confirmation unless ``--yes``, and create the default journal's folder."""
+        found, journal = self.in_journal.found, place_name(self.place)
+        if self.totals.total and not self.options["yes"]:
+            facts = {"merchant": self.merchant.oid_partner, "endpoint": self.merchant.endpoints.apply}
+            facts |= {"journal": journal, **results.file_facts(self.checked, self.in_journal)}
+            resolved = f", and resolve {found['open']:,} open ones" if found["open"] else ""
+            question = f"Send {found['new']:,} new refunds, {self.in_journal.new_yuan:,.2f} yuan{resolved}?"
+            self.output.confirm(self.file, facts, question)
+        elif found["new"] < self.totals.total:
+            in_words = ", ".join(f"{number:,} {word}" for word, number in found.items())
+            self.output.note(f"journal {journal}: {in_words}")
+        if not self.options["place"]:
+            make_folder(self.place)
+
+    def send(self) -> int:
+        """Send the batch and show its results; return the exit code."""
+        output, totals, outcome = self.output, self.totals, None
+        try:
+            with sigterm_interrupts(), output.progress(totals.total, lambda: totals.status(len(self._held))) as advance:
+                anyio.run(self.work, advance)
+        except KeyboardInterrupt:
+            outcome = INTERRUPTED
+        failure, in_flight = self.failure, len(self.in_flight)
+        if in_flight and (outcome or failure):
+            what = f"up to {in_flight:,} refunds without an outcome may have been made"
+            output.note(f"{what}: run the same command again to resolve them")
+        elif outcome:
+            output.note("interrupted: every refund that was sent has an outcome; run the same command again to go on")
+        outcome = outcome or (exit_outcome_of(failure) if failure else totals.exit_outcome())
+        if outcome is MADE and self.checked.problems.count:
+            outcome = INVALID
+        out = self.options["out"]
+        places = {"journal": place_name(self.place)} | ({"results": str(out)} if out else {})
+        results.show_batch(output, self.checked, totals, self.in_journal, outcome, failure=failure, places=places)
+        is_unknown = failure and (in_flight or totals.refunds[UNKNOWN])
+        return UNKNOWN.exit_code if is_unknown else outcome.exit_code
+
+    async def work(self, advance: Callable[[], object]) -> None:
         """Send all refunds. Store an error in ``failure``, or raise it if no refund was started."""
         try:
             with one_interruption():
-                await self._work()
+                await self._work(advance)
             self.totals.check_complete()
         except LianLianError as error:
             if not (self.totals.ended or self.in_flight):
                 raise
             self.failure = error
 
-    async def _work(self) -> None:
+    async def _work(self, advance: Callable[[], object]) -> None:
         options = self.options
         choices = {name: options[name] for name in ("keep_going", "wait_unknown")}
         async with AsyncExitStack() as stack:
             journal = await self._open_journal(stack)
             await journal.bind(self.merchant.oid_partner, self.merchant.endpoints.apply)
             # Check again: since the confirmation was asked for, the file may have been sent with another journal.
-            write_receipt = self.check_receipt(journal.id)
+            write_receipt = self._receipt_writer(journal.id)
             write_receipt(_RECEIPT)
             with ExitStack() as at_end, self._result_writer() as write:
                 at_end.callback(write_receipt, 0)
@@ -263,7 +259,7 @@ class _Batch:
                         line = self.in_flight.pop(outcome.request.no_refund)
                         self.totals.add(line, outcome)
                         write(results.result_of(line, outcome))
-                        self.advance()
+                        advance()
 
     async def _open_journal(self, stack: AsyncExitStack) -> Journal:
         """Open the journal; wait while another process has its file open, unless ``--no-wait``."""
@@ -279,10 +275,6 @@ class _Batch:
                 is_noted = True
             await anyio.sleep(_POLL)
 
-    def status(self) -> Text:
-        """Return the progress as one line."""
-        return self.totals.status(len(self._held))
-
     async def _note_waiting(self) -> None:
         """When only unknown refunds remain, print until when the batch waits."""
         while not 0 < len(self._held) == self.totals.to_do:  # noqa: ASYNC110 - a held refund sets no event
@@ -292,13 +284,11 @@ class _Batch:
 
     @contextmanager
     def _result_writer(self) -> Iterator[Callable[[Mapping[str, Any]], object]]:
-        """Yield a function that writes a result to ``--out``. Unsent lines come first, interrupted ones last."""
+        """Yield a function that writes a result to ``--out``. At the end, write the lines without an outcome."""
         if self.options["out"] is None:
             yield str
             return
         with results.result_writer(self.options["out"], self.checked) as write:
-            for unsent in self.checked.unsent_lines():
-                write(results.unsent_result(*unsent))
 
             def write_result(result: Mapping[str, Any]) -> None:
                 if self.failure is None:
@@ -311,8 +301,8 @@ class _Batch:
             try:
                 yield write_result
             finally:
-                for line in chain(self.in_flight.values(), self.checked.lines_after(self._last_begun)):
-                    write_result(results.interrupted_result(line, was_begun=line.request.no_refund in self.in_flight))
+                for result in results.other_results(self.checked, self._last_begun, self.in_flight):
+                    write_result(result)
 
     async def _requests(self, journal: Journal) -> AsyncGenerator[RefundRequest]:
         """Yield the refunds; ``--rate`` limits only those that are not finished in the journal."""

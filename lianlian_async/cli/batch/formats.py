@@ -13,7 +13,6 @@ _MONEY_FORM: Final = re.compile(r"(\D*)1(\D?)234(?:(\D)56)?(\D*)")
 _AMBIGUOUS: Final = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
 """``1.234`` may be 1.234 or 1234, because some countries separate thousands with a point."""
 
-
 _SAME_CHARACTER: Final = ("<wide>", "<noBreak>", "<compat> 0020")
 """How the decompositions of full-width characters and of most blanks begin."""
 
@@ -81,25 +80,20 @@ def money_reader(form: str) -> Callable[[str], str]:
     return read
 
 
-def plain_date(text: str) -> str:
-    """Return ``text`` if it is a date in wire form; else raise ``ValueError`` that names ``--date-format``."""
-    return _plain(text, wire.parse_timestamp, "--date-format 'YYYY/MM/DD hh:mm'")
+def _plain(parse: Callable[[str], object], option: str) -> Callable[[str], str]:
+    """Return a function that returns a text in wire form; else it raises ``ValueError`` that names the option."""
+
+    def read(text: str) -> str:
+        try:
+            if _AMBIGUOUS.fullmatch(text):
+                raise ValueError("is ambiguous")
+            parse(text)
+        except ValueError as error:
+            raise ValueError(f"{error}; declare the format, such as {option}") from None
+        return text
+
+    return read
 
 
-def plain_money(text: str) -> str:
-    """Return ``text``, an unambiguous amount in wire form; else raise ``ValueError`` that names ``--money-format``."""
-
-    def parse(text: str) -> object:
-        if _AMBIGUOUS.fullmatch(text):
-            raise ValueError("is ambiguous")
-        return wire.parse_money(text)
-
-    return _plain(text, parse, "--money-format '¥1,234.56' or '1.234,56'")
-
-
-def _plain(text: str, parse: Callable[[str], object], option: str) -> str:
-    try:
-        parse(text)
-    except ValueError as error:
-        raise ValueError(f"{error}; declare the format, such as {option}") from None
-    return text
+plain_date: Final = _plain(wire.parse_timestamp, "--date-format 'YYYY/MM/DD hh:mm'")
+plain_money: Final = _plain(wire.parse_money, "--money-format '¥1,234.56' or '1.234,56'")

@@ -1,6 +1,7 @@
 """The command ``lianlian batch``: its help text, options and argument."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Final
 
 import click
@@ -43,6 +44,9 @@ def _encoding(name: str) -> str:
     return name
 
 
+_flag: Final = partial(click.option, is_flag=True)
+_yuan: Final = partial(click.option, metavar="YUAN", callback=options.parsed(wire.parse_decimal))
+
 READING_OPTIONS: Final = (
     click.option(
         "--map",
@@ -66,7 +70,7 @@ READING_OPTIONS: Final = (
         callback=options.parsed(money_reader),
         help="Format of the amounts in the file: write the number 1,234.56 as the file does, such as '¥1,234.56'.",
     ),
-    click.option("--ignore-unknown", is_flag=True, help="Ignore columns that are not refund fields."),
+    _flag("--ignore-unknown", help="Ignore columns that are not refund fields."),
     click.option(
         "--encoding",
         metavar="NAME",
@@ -74,9 +78,8 @@ READING_OPTIONS: Final = (
         callback=options.parsed(_encoding),
         help="Text encoding of the file, such as gb18030.",
     ),
-    click.option(
+    _flag(
         "--derive",
-        is_flag=True,
         help="Compute a missing no_refund from order and amount: the same in every run and file. Two refunds of one "
         "order with the same amount need a no_refund, and so does a line with no_order and oid_paybill.",
     ),
@@ -90,21 +93,11 @@ READING_OPTIONS: Final = (
 )
 """The options for :func:`.checked.checked_file`."""
 _OPTIONS: Final = (
-    click.option("--dry-run", is_flag=True, help="Check all lines and send nothing."),
-    click.option("--yes", is_flag=True, help="Send without asking for confirmation."),
-    click.option(
-        "--max-total",
-        metavar="YUAN",
-        callback=options.parsed(wire.parse_decimal),
-        help="Send nothing if the sum of all refunds is greater.",
-    ),
-    click.option(
-        "--max-refund",
-        metavar="YUAN",
-        callback=options.parsed(wire.parse_decimal),
-        help="Send nothing if any refund is greater.",
-    ),
-    click.option("--skip-invalid", is_flag=True, help="Send the valid lines even if other lines are invalid."),
+    _flag("--dry-run", help="Check all lines and send nothing."),
+    _flag("--yes", help="Send without asking for confirmation."),
+    _yuan("--max-total", help="Send nothing if the sum of all refunds is greater."),
+    _yuan("--max-refund", help="Send nothing if any refund is greater."),
+    _flag("--skip-invalid", help="Send the valid lines even if other lines are invalid."),
     *READING_OPTIONS,
     click.option(
         "--out",
@@ -114,15 +107,10 @@ _OPTIONS: Final = (
         "else JSON Lines. An existing file is replaced.",
     ),
     options.journal_option,
-    click.option(
-        "--no-wait",
-        is_flag=True,
-        help="End with an error instead of waiting while another process has the journal file open.",
-    ),
-    click.option("--query-first", is_flag=True, help="Query each refund that is not in the journal before sending it."),
-    click.option(
+    _flag("--no-wait", help="End with an error instead of waiting while another process has the journal file open."),
+    _flag("--query-first", help="Query each refund that is not in the journal before sending it."),
+    _flag(
         "--accept-new-journal",
-        is_flag=True,
         help="Send a file even if it was sent with another journal or to another https host before (see FILE.receipt). "
         "Refused until --not-found-grace has passed since the last run. Implies --query-first.",
     ),
@@ -132,8 +120,8 @@ _OPTIONS: Final = (
         type=options.Number(min=0, min_open=True),
         help="Maximum number of refunds to start each second.",
     ),
-    click.option("--keep-going", is_flag=True, help="Continue after a rejection that every further refund would get."),
-    click.option("--wait-unknown", is_flag=True, help="At the end, wait for unknown refunds, and try to resolve them."),
+    _flag("--keep-going", help="Continue after a rejection that every further refund would get."),
+    _flag("--wait-unknown", help="At the end, wait for unknown refunds, and try to resolve them."),
     click.option(
         "--queue",
         metavar="[DSN]",

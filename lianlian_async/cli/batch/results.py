@@ -8,6 +8,7 @@ from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, cast
 
 import attrs
@@ -106,30 +107,27 @@ def result_of(line: Line, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def interrupted_result(line: Line, *, was_begun: bool) -> dict[str, Any]:
-    """Return the result line of a refund without an outcome."""
-    word, advice = (UNKNOWN.word, "; do not use a new no_refund") if was_begun else ("to do", "")
-    fields = line.request.to_dict()
-    return _result(line.line, fields, line.cells) | {"outcome": word, "what_to_do": _RUN_AGAIN + advice}
-
-
-def unsent_result(
-    line: int, fields: Mapping[str, str] | None, cells: Mapping[str, str], problem: str
-) -> dict[str, Any]:
-    """Return the result line of a line that is invalid (``fields`` is None) or repeats another one."""
-    if fields is None:
-        advice = f"correct the line, then {_RUN_AGAIN}"
-        return _result(line, {}, cells) | {"outcome": "invalid", "what_to_do": advice, "error": problem}
-    return _result(line, fields, cells) | {"outcome": "repeated", "meaning": problem}
+def other_results(
+    checked: Checked, last_begun: int = 0, in_flight: Mapping[str, Line] = MappingProxyType({})
+) -> Iterator[dict[str, Any]]:
+    """Yield the result lines without an outcome: invalid and repeated lines, refunds in flight, those not begun."""
+    for number, fields, cells, problem in checked.unsent_lines():
+        if fields is None:
+            advice = f"correct the line, then {_RUN_AGAIN}"
+            yield _result(number, {}, cells) | {"outcome": "invalid", "what_to_do": advice, "error": problem}
+        else:
+            yield _result(number, fields, cells) | {"outcome": "repeated", "meaning": problem}
+    for line in chain(in_flight.values(), checked.lines_after(last_begun)):
+        word, more = (UNKNOWN.word, "; do not use a new no_refund") if line.line <= last_begun else ("to do", "")
+        result = _result(line.line, line.request.to_dict(), line.cells)
+        yield result | {"outcome": word, "what_to_do": _RUN_AGAIN + more}
 
 
 def write_unsent(out: Path, checked: Checked) -> None:
     """Write every line of ``checked``, none of which was sent, to the file ``out``."""
     with result_writer(out, checked) as write:
-        for unsent in checked.unsent_lines():
-            write(unsent_result(*unsent))
-        for line in checked.lines_after(0):
-            write(interrupted_result(line, was_begun=False))
+        for result in other_results(checked):
+            write(result)
 
 
 def _result(line: int, fields: Mapping[str, str], cells: Mapping[str, str]) -> dict[str, Any]:
@@ -158,8 +156,6 @@ class Totals:
     """The number of refunds by reason."""
     not_made: dict[Reason, list[NotMade]] = attrs.field(factory=dict, init=False)
     """By reason, the 20 refunds with the lowest line numbers."""
-    recorded: int = attrs.field(default=0, init=False)
-    """Refunds and rejections that the journal knew, so that no request was sent."""
     attempts: int = attrs.field(default=0, init=False)
     queries: int = attrs.field(default=0, init=False)
     ask_again_at: datetime | None = attrs.field(default=None, init=False)
@@ -173,9 +169,6 @@ class Totals:
         self.yuan[word] += cast("int", outcome.request.money_refund)  # a Counter can sum Decimals
         self.attempts += outcome.attempts
         self.queries += outcome.queries
-        self.recorded += not (outcome.attempts or outcome.queries) and (
-            outcome.refund is not None or isinstance(error, errors.RefundRejected)
-        )
         if isinstance(error, errors.RefundOutcomeUnknown):
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
         if word is not MADE:
@@ -203,11 +196,9 @@ class Totals:
         return self.total - self.ended
 
     def facts(self) -> dict[str, float]:
-        """Return seconds, outcomes per second, and numbers of requests and recorded outcomes, by name."""
-        seconds = perf_counter() - self._began
-        rate = self.ended / max(seconds, 1e-9)  # a coarse clock may show no progress
-        facts = {"seconds": round(seconds, 1), "refunds_per_second": round(rate, 1), "attempts": self.attempts}
-        return facts | {"queries": self.queries, "known_from_journal": self.recorded}
+        """Return seconds and numbers of requests by name."""
+        seconds = round(perf_counter() - self._began, 1)
+        return {"seconds": seconds, "attempts": self.attempts, "queries": self.queries}
 
     def status(self, held: int) -> Text:
         """Return the progress as one line; ``held``: unknown refunds that are kept for the end."""
