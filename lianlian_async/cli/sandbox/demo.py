@@ -1,17 +1,16 @@
 """``lianlian demo``: make refunds at a faulty gateway, and compare the outcomes with the gateway's ledger."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import partial
 from random import Random
 from time import perf_counter
 from typing import Final, NamedTuple
 
 import anyio
-import click
+import attrs
 
 from lianlian_async.background import BackgroundTask
 from lianlian_async.cli.batch.results import exit_outcome
@@ -35,11 +34,11 @@ _TICK: Final = 0.01
 """Seconds between two measurements of the event loop's stall: how late it wakes a task."""
 _ORDER: Final = Decimal("100.00")
 """Amount of each order in yuan. Every 25th refund is larger, so the gateway rejects it."""
-_TIMES_MADE: Final = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
-"""How many times the gateway may have made a refund, by outcome; for all other outcomes: never."""
+_TIMES_MADE: Final[Mapping[ExitOutcome | None, tuple[int, ...]]] = {MADE: (1,), UNKNOWN: (0, 1), INTERRUPTED: (0, 1)}
+"""How many times the gateway may have made a refund, by outcome; otherwise never."""
 
 
-def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> None:
+def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurrency: int, bits: str) -> int:
     gateway = SandboxGateway(
         bits=int(bits),
         repeated=Repeated.AGAIN,
@@ -49,15 +48,32 @@ def demo(output: Output, /, *, refunds: int, seed: int, faults: float, concurren
         seed=seed,
         delay=_DELAY,
     )
-    requests = _requests(refunds, Random(seed))  # noqa: S311 - not for security
-    outcomes, stalls = dict[str, ExitOutcome](), [0.0]
-    with (
-        _audited(output, gateway, requests, outcomes, stalls),
-        serving(gateway) as url,
-        output.progress(refunds, lambda: "refunds") as advance,
-    ):
-        work = partial(_refund_all, stalls=stalls)
-        anyio.run(work, gateway.merchant(url), requests, outcomes, concurrency, advance)
+    run = _Run(_requests(refunds, Random(seed)))  # noqa: S311 - not for security
+    run.work(output, gateway, concurrency)
+    return _show(output, gateway, run)
+
+
+def _show(output: Output, gateway: SandboxGateway, run: "_Run") -> int:
+    """Print the audit; return the exit code."""
+    gateway.advance(86_400.0)  # carries out late requests
+    ledger = ((record.no_refund, record.money_refund) for record in gateway.refunds)
+    found = audit(run.requests, run.outcomes, ledger)
+    facts = {
+        "refunds": len(run.requests),
+        "made_twice": found.made_twice,
+        "attempts": gateway.requests["apply"],
+        "queries": gateway.requests["query"],
+        "seconds": round(perf_counter() - run.began, 1),
+        "worst_stall_ms": round(1000 * run.stall, 1),
+    }
+    verdict = f"the gateway's ledger {'contradicts' if found.disagreements else 'confirms'} the outcomes"
+    counts = {word: number for word, number, _ in found.outcomes}
+    document = {"outcome": verdict, **facts, "outcomes": counts, "disagreements": found.disagreements}
+    by_outcome = table("refunds", ("outcome", "refunds", "made, by the gateway's ledger"), found.outcomes)
+    output.show(document, by_outcome, *tables({"run": facts}), verdict, *found.disagreements)
+    if run.is_interrupted:
+        output.note(INTERRUPTED.word)
+    return INTERRUPTED.exit_code if run.is_interrupted else int(bool(found.disagreements))
 
 
 def _requests(count: int, random: Random) -> list[RefundRequest]:
@@ -72,35 +88,45 @@ def _requests(count: int, random: Random) -> list[RefundRequest]:
     ]
 
 
-async def _refund_all(
-    merchant: Merchant,
-    requests: Sequence[RefundRequest],
-    outcomes: dict[str, ExitOutcome],
-    concurrency: int,
-    advance: Callable[[], object],
-    *,
-    stalls: list[float],
-) -> None:
-    """Make all refunds, and store the outcome of each one that was started."""
-    async with (
-        aclosing(BackgroundTask(partial(_measure, stalls))),
-        RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session,
-    ):
+@attrs.define
+class _Run:
+    """The refunds of a demo."""
 
-        async def make(request: RefundRequest) -> None:
-            outcomes[request.no_refund] = INTERRUPTED
-            outcomes[request.no_refund] = exit_outcome(await session.outcome_of(request))
-            advance()
+    requests: Sequence[RefundRequest]
+    outcomes: dict[str, ExitOutcome] = attrs.field(factory=dict, init=False)
+    """The outcome of each refund that was started, by ``no_refund``."""
+    stall: float = attrs.field(default=0.0, init=False)
+    """The event loop's worst stall in seconds. The gateway's thread, which shares the GIL, adds to it."""
 
-        await run_workers(requests, make, workers=concurrency, intake=anyio.CancelScope())
+    is_interrupted: bool = attrs.field(default=False, init=False)
+    began: float = attrs.field(factory=perf_counter, init=False)
 
+    def work(self, output: Output, gateway: SandboxGateway, concurrency: int) -> None:
+        """Make all refunds."""
+        try:
+            with serving(gateway) as url, output.progress(len(self.requests), lambda: "refunds") as advance:
+                anyio.run(self._make_all, gateway.merchant(url), concurrency, advance)
+        except KeyboardInterrupt:
+            self.is_interrupted = True
 
-async def _measure(stalls: list[float]) -> None:
-    """Store the event loop's worst stall in seconds. The gateway's thread, which shares the GIL, adds to it."""
-    while True:
-        began = perf_counter()
-        await anyio.sleep(_TICK)
-        stalls[0] = max(stalls[0], perf_counter() - began - _TICK)
+    async def _make_all(self, merchant: Merchant, concurrency: int, advance: Callable[[], object]) -> None:
+        async with (
+            aclosing(BackgroundTask(self._measure)),
+            RefundSession(merchant, retry=_POLICY, deadline=_DEADLINE, max_connections=concurrency) as session,
+        ):
+
+            async def make(request: RefundRequest) -> None:
+                self.outcomes[request.no_refund] = INTERRUPTED
+                self.outcomes[request.no_refund] = exit_outcome(await session.outcome_of(request))
+                advance()
+
+            await run_workers(self.requests, make, workers=concurrency, intake=anyio.CancelScope())
+
+    async def _measure(self) -> None:
+        while True:
+            began = perf_counter()
+            await anyio.sleep(_TICK)
+            self.stall = max(self.stall, perf_counter() - began - _TICK)
 
 
 class Audit(NamedTuple):
@@ -110,8 +136,6 @@ class Audit(NamedTuple):
     """By outcome: its word, the number of refunds, and how often the gateway made them in total."""
     made_twice: int
     """Refunds that were made more than once."""
-    unknown: dict[str, int]
-    """How many times each unknown refund was made."""
     disagreements: list[str]
     """Refunds whose outcome or amount contradicts the ledger."""
 
@@ -120,63 +144,17 @@ def audit(
     requests: Sequence[RefundRequest], outcomes: Mapping[str, ExitOutcome], ledger: Iterable[tuple[str, Decimal]]
 ) -> Audit:
     """Compare each refund's outcome with ``ledger``: ``no_refund`` and amount of every refund that was made."""
-    refunds, times_made = Counter(dict.fromkeys((MADE, REJECTED, NOT_SENT, UNKNOWN), 0)), Counter[ExitOutcome]()
-    unknown, disagreements = dict[str, int](), list[str]()
     amounts = defaultdict[str, list[Decimal]](list)
     for no_refund, yuan in ledger:
         amounts[no_refund].append(yuan)
+    refunds, times_made = Counter(dict.fromkeys((MADE, REJECTED, NOT_SENT, UNKNOWN), 0)), Counter[ExitOutcome]()
+    disagreements = list[str]()
     for request in requests:
-        paid = amounts[request.no_refund]
-        outcome = outcomes.get(request.no_refund)
+        paid, outcome = amounts[request.no_refund], outcomes.get(request.no_refund)
         if outcome is not None:
             refunds[outcome] += 1
             times_made[outcome] += len(paid)
-        if outcome == UNKNOWN:
-            unknown[request.no_refund] = len(paid)
-        allowed = (0,) if outcome is None else _TIMES_MADE.get(outcome, (0,))
-        if len(paid) not in allowed or any(amount != request.money_refund for amount in paid):
+        if len(paid) not in _TIMES_MADE.get(outcome, (0,)) or any(amount != request.money_refund for amount in paid):
             disagreements.append(request.no_refund)
     counts = [(outcome.word, number, times_made[outcome]) for outcome, number in refunds.items()]
-    return Audit(counts, sum(len(paid) > 1 for paid in amounts.values()), unknown, disagreements)
-
-
-@contextmanager
-def _audited(
-    output: Output,
-    gateway: SandboxGateway,
-    requests: Sequence[RefundRequest],
-    outcomes: Mapping[str, ExitOutcome],
-    stalls: Sequence[float],
-) -> Iterator[None]:
-    """Print the audit, however the block ends. Exit with 130 if interrupted, else 1 for disagreements, else 0."""
-    began, exit_code = perf_counter(), 0
-    try:
-        yield
-    except KeyboardInterrupt:
-        exit_code = INTERRUPTED.exit_code
-    finally:
-        gateway.advance(86_400.0)  # carries out late requests
-        found = audit(requests, outcomes, ((record.no_refund, record.money_refund) for record in gateway.refunds))
-        facts = {
-            "refunds": len(requests),
-            "made_twice": found.made_twice,
-            "attempts": gateway.requests["apply"],
-            "queries": gateway.requests["query"],
-            "seconds": round(perf_counter() - began, 1),
-            "worst_stall_ms": round(1000 * stalls[0], 1),
-        }
-        verdict = f"the gateway's ledger {'contradicts' if found.disagreements else 'confirms'} the outcomes"
-        document = {
-            "outcome": verdict,
-            **facts,
-            "outcomes": {word: number for word, number, _ in found.outcomes},
-            "unknown": found.unknown,
-            "disagreements": found.disagreements,
-        }
-        made = "made, by the gateway's ledger"
-        by_outcome = table("refunds", ("outcome", "refunds", made), found.outcomes)
-        others = tables({f"unknown refunds: {made}": found.unknown, "run": facts})
-        output.show(document, by_outcome, *others, verdict, *found.disagreements)
-    if exit_code:
-        output.note(INTERRUPTED.word)
-    click.get_current_context().exit(exit_code or int(bool(found.disagreements)))
+    return Audit(counts, sum(len(paid) > 1 for paid in amounts.values()), disagreements)
