@@ -8,9 +8,9 @@ resistant: use it only for this protocol. Only this module imports pycryptodome 
 import os
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 from Crypto.Hash import MD5, SHA256
 from Crypto.PublicKey import RSA
@@ -26,6 +26,8 @@ BACKEND = os.environ.get("LIANLIAN_SIGNING_BACKEND") or ("openssl" if find_spec(
 The default is OpenSSL if ``cryptography`` is installed; the environment variable ``LIANLIAN_SIGNING_BACKEND`` overrides
 it. Without this variable, pycryptodome is used if OpenSSL refuses MD5 or a key (FIPS mode).
 """
+
+_Scheme: TypeAlias = tuple[Callable[[bytes], bytes], Callable[[bytes, bytes], bool]]
 
 _PKCS1: Final = re.compile(rb"\x00\x01\xff{8,}\x00(.+)", re.DOTALL)
 _DIGEST_INFO: Final = {  # the bytes before the digest (RFC 8017 §9.2, note 1), by the hash's name in hashlib
@@ -46,67 +48,61 @@ def signature_source(fields: Mapping[str, str | None]) -> bytes:
     return "&".join([f"{key}={value}" for key, value in sorted(fields.items()) if value and key != "sign"]).encode()
 
 
-class _PyCryptodome:
-    """The backend that is always installed."""
+def _pycryptodome(rsa: RSA.RsaKey) -> _Scheme:
+    scheme = pkcs1_15.new(rsa)
 
-    def __init__(self, rsa: RSA.RsaKey) -> None:
-        self._scheme = pkcs1_15.new(rsa)
-
-    def sign(self, source: bytes) -> bytes:
-        return self._scheme.sign(MD5.new(source))
-
-    def verify(self, source: bytes, signature: bytes) -> bool:
+    def verify(source: bytes, signature: bytes) -> bool:
         try:
-            self._scheme.verify(MD5.new(source), signature)
+            scheme.verify(MD5.new(source), signature)
         except ValueError:
             return False
         return True
 
+    return lambda source: scheme.sign(MD5.new(source)), verify
 
-class _OpenSsl:
-    """The backend OpenSSL, through the package cryptography."""
 
-    def __init__(self, rsa: RSA.RsaKey) -> None:
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives import hashes, serialization
-        from cryptography.hazmat.primitives.asymmetric import padding
+def _openssl(rsa: RSA.RsaKey) -> _Scheme:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import padding
 
-        self._how = (padding.PKCS1v15(), hashes.MD5())
-        self._invalid = InvalidSignature
-        # Any: the types of the package also allow keys of other kinds. Sign and verify once, because in FIPS mode
-        # OpenSSL refuses MD5 only at its first use.
-        public: Any = serialization.load_der_public_key(rsa.public_key().export_key("DER"))
-        self._verify = public.verify
-        self.verify(b"", b"")
-        if rsa.has_private():
-            private: Any = serialization.load_der_private_key(rsa.export_key("DER", pkcs=8), None)
-            self._sign = private.sign
-            self.sign(b"")
+    how = padding.PKCS1v15(), hashes.MD5()
+    # Any: the types of the package also allow keys of other kinds.
+    public: Any = serialization.load_der_public_key(rsa.public_key().export_key("DER"))
+    private: Any = (
+        serialization.load_der_private_key(rsa.export_key("DER", pkcs=8), None) if rsa.has_private() else None
+    )
 
-    def sign(self, source: bytes) -> bytes:
-        return bytes(self._sign(source, *self._how))
-
-    def verify(self, source: bytes, signature: bytes) -> bool:
+    def verify(source: bytes, signature: bytes) -> bool:
         try:
-            self._verify(signature, source, *self._how)
-        except self._invalid:
+            public.verify(signature, source, *how)
+        except InvalidSignature:
             return False
         return True
 
+    def sign(source: bytes) -> bytes:
+        return bytes(private.sign(source, *how))
 
-def _scheme(rsa: RSA.RsaKey) -> _PyCryptodome | _OpenSsl:
+    verify(b"", b"")  # in FIPS mode, OpenSSL refuses MD5 only at its first use
+    if private is not None:
+        sign(b"")
+    return sign, verify
+
+
+def _scheme(rsa: RSA.RsaKey) -> _Scheme:
+    """Return the functions that sign and verify with ``BACKEND``."""
     match BACKEND:
         case "pycryptodome":
-            return _PyCryptodome(rsa)
+            return _pycryptodome(rsa)
         case "openssl" if find_spec("cryptography"):
             try:
-                return _OpenSsl(rsa)
+                return _openssl(rsa)
             except Exception as error:  # the exception type depends on OpenSSL's version and configuration
                 if os.environ.get("LIANLIAN_SIGNING_BACKEND"):
                     raise ConfigurationError(
                         "LIANLIAN_SIGNING_BACKEND: OpenSSL refuses MD5 or this key (FIPS mode?): set it to pycryptodome"
                     ) from error
-                return _PyCryptodome(rsa)
+                return _pycryptodome(rsa)
         case "openssl":
             raise ConfigurationError("LIANLIAN_SIGNING_BACKEND: openssl needs pip install 'lianlian-async[fast]'")
         case _:
@@ -116,11 +112,11 @@ def _scheme(rsa: RSA.RsaKey) -> _PyCryptodome | _OpenSsl:
 class _Key:
     """The common part of private and public keys. The repr shows only size and fingerprint."""
 
-    __slots__ = ("_rsa", "_scheme", "bits", "fingerprint")
+    __slots__ = ("_rsa", "_sign", "_verify", "bits", "fingerprint")
 
     def __init__(self, rsa: RSA.RsaKey) -> None:
         self._rsa = rsa
-        self._scheme = _scheme(rsa)
+        self._sign, self._verify = _scheme(rsa)
         self.bits: int = rsa.size_in_bits()
         """Bits of the modulus."""
         spki = rsa.public_key().export_key("DER")
@@ -159,7 +155,7 @@ class SigningKey(_Key):
 
     def sign(self, source: bytes) -> str:
         """Return the signature of ``source`` in one line of base64; it is deterministic."""
-        return b64encode(self._scheme.sign(source)).decode()
+        return b64encode(self._sign(source)).decode()
 
     def public_key(self) -> "VerifyingKey":
         """Return the public key, which you upload in LianLian's dashboard."""
@@ -196,10 +192,9 @@ class VerifyingKey(_Key):
     def verify(self, source: bytes, signature: str) -> bool:
         """Return whether ``signature`` is this key's signature of ``source``; False if it is not base64."""
         try:
-            received = b64decode(signature, validate=True)
+            return self._verify(source, b64decode(signature, validate=True))
         except ValueError:  # not base64, or not ASCII
             return False
-        return self._scheme.verify(source, received)
 
     def signed_digest(self, signature: str) -> tuple[str, bytes] | None:
         """Return the hash (its name in hashlib) and the digest that were signed; None: another key, or an unknown hash.
