@@ -22,42 +22,18 @@ _DEK_INFO: Final = re.compile(
 _BASE64: Final = re.compile(r"M[A-I][A-Za-z0-9+/]{38,}={0,2}")  # base64 of a DER SEQUENCE
 _FILE_SUFFIX: Final = re.compile(r"[^\n]*\.[A-Za-z0-9]{1,8}")
 
-_ONLY_RSA: Final = "LianLian uses RSA only (a new key pair: openssl genrsa -out merchant.pem 2048)"
-_FROM_PFX: Final = (
-    "openssl pkcs12 -in FILE -nocerts -nodes -out merchant.pem extracts a private key, "
-    "openssl pkcs12 -in FILE -clcerts -nokeys -out gateway.pem a certificate"
-)
-_FROM_JKS: Final = (
-    f"keytool -importkeystore -srckeystore FILE -destkeystore FILE.p12 -deststoretype PKCS12, then {_FROM_PFX}"
-)
-_UNSUPPORTED_CIPHER: Final = (
-    "the key is encrypted with a cipher that is not supported; encrypt it with AES: "
-    "openssl pkcs8 -topk8 -v2 aes-256-cbc -in OLD.pem -out NEW.pem "
-    "(OpenSSL 3: add -provider legacy -provider default for RC2, RC4 and DES)"
-)
 PRIVATE_KEY_GIVEN: Final = "this is a private key; use LianLian's public key here"
 
-_JKS: Final = b"\xfe\xed\xfe\xed"
-_OTHER_KINDS: Final = {  # object identifiers in DER (oid-base.com)
-    b"\x2a\x86\x48\xce\x3d": f"an elliptic-curve key; {_ONLY_RSA}",
-    b"\x2b\x81\x04\x00": f"an elliptic-curve key; {_ONLY_RSA}",
-    b"\x06\x03\x2b\x65\x70": f"an Ed25519 key; {_ONLY_RSA}",
-    b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02": (
-        "a PKCS#7 file: openssl pkcs7 -print_certs -in FILE -out gateway.pem extracts the certificates "
-        "(binary FILE: add -inform DER)"
-    ),
-    b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01": f"a PKCS#12 file (.p12, .pfx): {_FROM_PFX}",
-}
+_ONLY_RSA: Final = "LianLian uses RSA only (a new key pair: openssl genrsa -out merchant.pem 2048)"
+_KEYSTORE: Final = "export a key in a keystore (.p12, .pfx, .jks) as PEM: openssl pkcs12 -in FILE -nodes, or keytool"
+_NOT_DECRYPTED: Final = (
+    "the password is wrong, the key is not an RSA key, or its cipher is not supported "
+    "(openssl pkcs8 -topk8 -v2 aes-256-cbc -in OLD.pem -out NEW.pem encrypts it with AES)"
+)
 # The beginning of an EncryptedPrivateKeyInfo (RFC 5208) with an encryption scheme of PKCS#5 or PKCS#12.
 _ENCRYPTED: Final = re.compile(
     rb"\x30.{1,4}\x30.{1,4}\x06[\x09\x0a]\x2a\x86\x48\x86\xf7\x0d\x01(\x05|\x0c\x01)", re.DOTALL
 )
-# The schemes that pycryptodome decrypts: PBES1 with DES or RC2; PBES2 with 3DES, or AES in CBC or GCM mode.
-_SUPPORTED: Final = re.compile(
-    rb"\x2a\x86\x48\x86\xf7\x0d\x01\x05[\x03\x06\x0a\x0b]|\x2a\x86\x48\x86\xf7\x0d\x03\x07"
-    rb"|\x60\x86\x48\x01\x65\x03\x04\x01[\x02\x06\x16\x1a\x2a\x2e]"
-)
-_SUPPORTED_PEM: Final = {"DES-CBC", "DES-EDE3-CBC", "AES-128-CBC", "AES-192-CBC", "AES-256-CBC", "ID-AES256-GCM"}
 
 
 def unquoted(text: str) -> str:
@@ -88,8 +64,7 @@ def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]
     """Return the private keys in ``material``; if it contains none, return every key.
 
     Each key is DER, or PEM if DER cannot express it (encrypted PEM, OpenSSH). With ``private`` False, a private key in
-    PEM is an error. Raises :class:`ConfigurationError`, whose
-    message calls the key ``name``.
+    PEM is an error. Raises :class:`ConfigurationError`, whose message calls the key ``name``.
     """
     content = _read(material, name)
     if content.startswith(b"\x30"):
@@ -102,37 +77,33 @@ def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]
 
 def _find(content: bytes, *, private: bool) -> list[bytes] | str:
     """Return the keys, or a message that says why there are none."""
-    if content.startswith(_JKS):
-        return f"this is a Java keystore (JKS): {_FROM_JKS}"
     text = _key_text(plain_text(content))
     if not text:
         return "is empty"
     if "-----BEGIN" not in text:
         der = _der(text)
-        return "is not a PEM, DER or bare base64 key" if der is None else [der]
+        return f"is not a PEM, DER or bare base64 key; {_KEYSTORE}" if der is None else [der]
     blocks = _BLOCK.findall(text)
     private_blocks = [block for block in blocks if block[0].endswith("PRIVATE KEY")]
     if private_blocks and not private:
         return PRIVATE_KEY_GIVEN
     found = []
     for label, body, end in private_blocks or blocks:
-        key = _block(label, body) if end else "the PEM text is cut off: its END line is missing or damaged"
-        if isinstance(key, str):
-            return key
+        if not end:
+            return "the PEM text is cut off: its END line is missing or damaged"
+        key = _block(label, body)
+        if key is None:
+            return "the PEM text is damaged, or is not a key"
         found.append(key)
     return found or "the PEM text is damaged: its BEGIN line cannot be read"
 
 
-def _block(label: str, body: str) -> bytes | str:
-    """Return one PEM block as DER, or as PEM with repaired line breaks; or a message that says what is wrong."""
+def _block(label: str, body: str) -> bytes | None:
+    """Return one PEM block as DER, or as PEM with repaired line breaks; None if it is damaged."""
     if headers := _DEK_INFO.fullmatch(body):
         cipher, vector, body = headers.groups()
-        if cipher.upper() not in _SUPPORTED_PEM:
-            return _UNSUPPORTED_CIPHER
         return _pem(label, f"Proc-Type: 4,ENCRYPTED\nDEK-Info: {cipher},{vector}\n\n", body)
-    if label == "OPENSSH PRIVATE KEY":
-        return _pem(label, "", body)
-    return _der(body) or "the PEM text is damaged, or is not a key"
+    return _pem(label, "", body) if label == "OPENSSH PRIVATE KEY" else _der(body)
 
 
 def _pem(label: str, headers: str, body: str) -> bytes:
@@ -185,9 +156,7 @@ def _read(material: KeyMaterial, name: str) -> bytes:
 
 def diagnose(encoded: bytes, *, private: bool, has_password: bool) -> str:
     """Return a message that says why pycryptodome cannot read ``encoded``, a result of :func:`read_keys`."""
-    locked = "the key is encrypted: give its password"
-    if has_password:
-        locked = "the password is wrong, or the key is not an RSA key"
+    locked = _NOT_DECRYPTED if has_password else "the key is encrypted: give its password"
     if encoded.startswith(b"-----BEGIN OPENSSH"):
         return f"cannot read this OpenSSH key. {_ONLY_RSA}; convert an RSA key: ssh-keygen -p -m PEM -f FILE"
     if encoded.startswith(b"-----BEGIN"):
@@ -198,13 +167,8 @@ def diagnose(encoded: bytes, *, private: bool, has_password: bool) -> str:
     if announced < len(encoded) and encoded[1] != 0x80:  # the length of a PKCS#12 file may be indefinite
         return f"{len(encoded) - announced} bytes after the key do not belong to it: remove them"
     if _ENCRYPTED.match(encoded):
-        if not private:
-            return PRIVATE_KEY_GIVEN
-        return locked if _SUPPORTED.search(encoded) else _UNSUPPORTED_CIPHER
-    for identifier, kind in _OTHER_KINDS.items():
-        if identifier in encoded:
-            return f"this is {kind}"
-    return "is not a readable RSA key: it is of another kind, or damaged"
+        return locked if private else PRIVATE_KEY_GIVEN
+    return f"is not a readable RSA key: it is of another kind, or damaged. {_ONLY_RSA}; {_KEYSTORE}"
 
 
 def _announced_length(der: bytes) -> int:

@@ -80,9 +80,8 @@ def test_an_encrypted_private_key_opens_with_the_password():
     locked = OURS.locked_pem("pässword")
     keys = made(private_key=locked, private_key_password="pässword").load_keys()
     assert keys.private.fingerprint == OURS.private.fingerprint
-    assert message_of(made(private_key=locked, private_key_password="secret").load_keys) == (
-        "private_key: the password is wrong, or the key is not an RSA key"
-    )
+    wrong = made(private_key=locked, private_key_password="secret")
+    assert message_of(wrong.load_keys).startswith("private_key: the password is wrong, the key is not an RSA key, or ")
 
 
 def test_the_defaults_are_those_of_lianlians_pages():
