@@ -2,9 +2,7 @@
 
 import os
 import re
-import threading
 from collections.abc import Iterable, Mapping
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 from urllib.parse import urlsplit
@@ -30,13 +28,6 @@ def _shown(value: object) -> str:
     return f"{len(value)} characters" if is_secret else repr(value)
 
 
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _endpoint(value: str, name: str) -> str:
     """Check and normalize a URL (RFC 3986 §6.2): journals and receipts compare endpoints as text."""
     try:
@@ -47,7 +38,7 @@ def _endpoint(value: str, name: str) -> str:
     if "@" in parts.netloc:
         raise ConfigurationError(f"{name}: must not contain a user name or password (is {_shown(value)})")
     host = parts.hostname or ""
-    if parts.scheme == "http" and not _is_this_machine(host):
+    if parts.scheme == "http" and not text_rules.is_loopback(host):
         raise ConfigurationError(f"{name}: must be https; http is allowed only for this machine (is {_shown(value)})")
     netloc = f"[{host}]" if ":" in host else host
     if parts.port not in (None, _DEFAULT_PORTS[parts.scheme]):
@@ -118,7 +109,6 @@ class Merchant:
     """The password of an encrypted ``private_key``."""
     _names: Mapping[str, str] = attrs.field(factory=dict, alias="names", repr=False, eq=False)
     _loaded: list[Keys] = attrs.field(factory=list, init=False, repr=False, eq=False)
-    _loading: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         number: object = self.oid_partner
@@ -146,10 +136,9 @@ class Merchant:
 
         Raises :class:`~lianlian_async.ConfigurationError` with the name of the unusable key.
         """
-        with self._loading:
-            if not self._loaded:
-                self._loaded.append(self._read_keys())
-            return self._loaded[0]
+        if not self._loaded:
+            self._loaded.append(self._read_keys())
+        return self._loaded[0]  # the same ones for all threads, even if several read them
 
     def _read_keys(self) -> Keys:
         private = self.private_key.reveal()
@@ -197,24 +186,20 @@ class Merchant:
         """
         import tomllib  # imported here, because most programs do not need it
 
-        if not isinstance(path, str | os.PathLike):
-            raise ConfigurationError(f"path: must be str or a path, not {type(path).__name__}")
+        check_type("path", path, str | os.PathLike)
         file = Path(path)
-        text = document = problem = None
         try:
-            text = plain_text(file.read_bytes(), errors="strict")
-            document = tomllib.loads(text)
+            document = tomllib.loads(plain_text(file.read_bytes(), errors="strict"))
         except OSError as error:
-            problem = error.strerror
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            problem = f"line {line}: is not UTF-8; save the file as UTF-8"
-        except ValueError as error:  # an unusable path or invalid TOML; the parser's error may quote the file
-            problem = "not a usable path" if text is None else _toml_problem(text, str(error))
-        except RecursionError:
-            problem = "is not TOML: it is nested too deeply"
-        if document is None:
-            raise ConfigurationError(f"{file}: {problem}")
+            raise ConfigurationError(f"{file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigurationError(f"{file}: is not UTF-8; save the file as UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            place = re.search(r" \(at [a-z0-9, ]+\)$", str(error))  # the rest may quote the file, and with it a secret
+            raise ConfigurationError(
+                f"{file}: is not TOML, or sets a name twice{place[0] if place else ''}; "
+                "put strings in straight quotes, paths with backslashes in single quotes, several lines in three quotes"
+            ) from None
         table = document.get("lianlian", document)
         if not isinstance(table, dict):
             raise ConfigurationError(f"{file}: lianlian must be a table")
@@ -253,20 +238,6 @@ class Merchant:
             private_key_password=given.get("private_key_password"),
             names=names,
         )
-
-
-def _toml_problem(text: str, message: str) -> str:
-    """Return a message that says where ``text`` is not TOML. It quotes no line, because a line may be a secret."""
-    lines = text.split("\n")
-    at = re.search(r"at line (\d+)", message)
-    unbalanced = (number for number, line in enumerate(lines, 1) if line.count('"') % 2 or line.count("'") % 2)
-    number = int(at[1]) if at else next(unbalanced, len(lines))
-    setting = re.match(r"\s*([a-z_]+)\s*=\s*", lines[number - 1])
-    place = f"line {number}" + (f" ({setting[1]})" if setting and setting[1] in _VARIABLES else "")
-    return (
-        f"{place}: is not TOML, or set twice; put strings in straight quotes, paths with backslashes in single quotes, "
-        "and several lines in three quotes"
-    )
 
 
 _DEFAULT: Final = Endpoints()

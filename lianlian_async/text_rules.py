@@ -1,11 +1,12 @@
 """Validate the string fields of a request: identifiers and URLs.
 
-Each public function returns the given string, as a plain ``str``, or raises ``ValueError``, whose message is the broken
-rule; the caller adds the name of the field.
+Each check returns the given string, as a plain ``str``, or raises ``ValueError``, whose message is the broken rule; the
+caller adds the name of the field.
 """
 
 import re
 import unicodedata
+from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -73,3 +74,11 @@ def url(value: object) -> str:
     if not usable:
         raise ValueError("must be an absolute http or https URL")
     return text
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether ``host`` is this machine. Names are not looked up: only ``localhost`` is."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

