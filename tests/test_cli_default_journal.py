@@ -273,6 +273,20 @@ def test_new_journal_is_accepted_after_the_grace(env, gateway, file, tmp_path):
     assert gateway.requests == {"apply": 3, "query": 3}
 
 
+def test_new_journal_needs_query_first_in_later_runs(env, gateway, file, tmp_path):
+    """The first run with the new journal may end early: the rest of the file must be queried, too."""
+    run("batch", file, "--yes", "--journal", tmp_path / "first", env=env)
+    second = ("batch", file, "--yes", "--journal", tmp_path / "second")
+    write_csv(file, [refund(0)])
+    assert run(*second, *ACCEPT_NEW, env=env).exit_code == 0
+    write_csv(file, [refund(number) for number in range(3)])
+    ended = run(*second, env=env)
+    assert ended.exit_code == 2
+    assert "use --query-first again, and not --queue" in " ".join(ended.stderr.split())
+    assert run(*second, "--query-first", env=env).exit_code == 0
+    assert gateway.requests == {"apply": 3, "query": 3}
+
+
 def test_receipt_is_written_again_at_the_end(gateway, file, tmp_path):
     """The receipt has the time of the last run's end, even if the run takes hours."""
 

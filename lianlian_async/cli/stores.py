@@ -152,13 +152,16 @@ class Receipt:
     apply_url: str | None
     sent_until: str = ""
     """The latest time of a send, written ahead in case the batch is killed."""
+    query_first: bool = False
+    """Whether a run has used --query-first: the journal may lack refunds that were made."""
 
     def check(self, path: Path, *, accept_new: bool, grace: float) -> list[Receipt]:
         """Return the receipts of other merchants and gateways, which :meth:`write` keeps.
 
-        Raises a usage error if the file was sent with another journal or to another https host before, or if the
-        receipt is unreadable, unless ``accept_new`` is true and ``grace`` seconds have passed since the last send: the
-        gateway may show it late. A sandbox has no https, and another path is another product with other orders.
+        Raises a usage error if an earlier run has used --query-first, but this one does not; or if the file was sent
+        with another journal or to another https host before, or the receipt is unreadable, unless ``accept_new`` is
+        true and ``grace`` seconds have passed since the last send: the gateway may show it late. A sandbox has no
+        https, and another path is another product with other orders.
         """
         problem, others = "", list[Receipt]()
         try:
@@ -184,6 +187,11 @@ class Receipt:
                     problem = (
                         f"{path}: until {one.sent_until} this file was sent with the journal {one.place}. The journal "
                         f"{self.place} may not know its refunds: use the first journal"
+                    )
+                elif one.query_first and not self.query_first:
+                    raise click.UsageError(
+                        f"{path}: an earlier run has used --query-first, because the journal may lack refunds of this "
+                        "file: use --query-first again, and not --queue"
                     )
         if problem and not accept_new:
             raise click.UsageError(f"{problem}; {_LOST}")

@@ -185,7 +185,8 @@ class _Batch:
 
     def _receipt_writer(self, journal_id: str) -> Callable[[float], None]:
         place = place_name(self.place) if is_dsn(self.place) else str(Path(self.place).absolute())
-        ours = Receipt(journal_id, place, self.merchant.oid_partner, self.merchant.endpoints.apply)
+        owner = self.merchant.oid_partner, self.merchant.endpoints.apply
+        ours = Receipt(journal_id, place, *owner, query_first=self.options["query_first"])
         return _receipt_writer(self.output, self.file, ours, self.options)
 
     def confirm(self) -> None:
