@@ -36,8 +36,7 @@ def _refund_options(help_texts: dict[str, str]) -> Callable[[options.Command], o
 
 
 @click.command
-@_refund_options(REFUND_HELP)
-@options.runs(".refunds")
+@options.runs(".refunds", _refund_options(REFUND_HELP))
 def apply() -> None:
     """Make one refund.
 
@@ -48,8 +47,7 @@ def apply() -> None:
 
 
 @click.command
-@_refund_options(QUERY_HELP)
-@options.runs(".refunds")
+@options.runs(".refunds", _refund_options(QUERY_HELP))
 def query() -> None:
     """Query LianLian's record of one refund.
 
@@ -59,9 +57,7 @@ def query() -> None:
 
 
 @click.command
-@click.argument("no_refund")
-@options.journal_options
-@options.runs(".journal")
+@options.runs(".journal", click.argument("no_refund"), options.journal_options)
 def explain() -> None:
     """Show everything that a journal knows about one refund.
 
@@ -78,8 +74,7 @@ def explain() -> None:
     is_flag=True,
     help="Query refunds that are in a statement but unresolved in the journal, and record their state.",
 )
-@options.journal_options
-@options.runs(".reconcile")
+@options.runs(".reconcile", options.journal_options)
 def reconcile() -> None:
     """Compare LianLian's statements with a journal.
 
@@ -103,9 +98,7 @@ def reconcile() -> None:
 @click.option(
     "--interval", metavar="SECONDS", type=options.Number(0.1, 20), default=10.0, help="Time between progress reports."
 )
-@options.session_options
-@options.config_option
-@options.runs(".worker")
+@options.runs(".worker", options.session_options, options.config_option)
 def worker() -> None:
     """Make the refunds of a queue.
 
@@ -116,7 +109,6 @@ def worker() -> None:
 
 
 @click.command
-@options.journal_options
 @click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default one that was made.")
 @click.option(
     "--dt-refund",
@@ -125,7 +117,7 @@ def worker() -> None:
     help="dt_refund of a --refund that is not in the journal.",
 )
 @click.option("--offline", is_flag=True, help="Do not connect to the gateway.")
-@options.runs(".doctor")
+@options.runs(".doctor", options.journal_options)
 def doctor() -> None:
     """Check keys, connection, clock and journal.
 
@@ -135,9 +127,7 @@ def doctor() -> None:
 
 
 @click.command
-@options.file_argument
-@options.config_option
-@options.runs(".verify")
+@options.runs(".verify", options.file_argument, options.config_option)
 def verify() -> None:
     """Check the signature of a message.
 
@@ -178,8 +168,6 @@ def journal() -> None:
 
 
 @journal.command
-@options.journal_argument
-@options.journal_options
 @click.option(
     "--watch",
     metavar="[SECONDS]",
@@ -188,7 +176,7 @@ def journal() -> None:
     type=options.Number(0.1, LONGEST),
     help="Show the journal again every SECONDS (2 if omitted) until Ctrl-C.",
 )
-@options.runs(".journal")
+@options.runs(".journal", options.journal_argument, options.journal_options)
 def show() -> None:
     """Count the refunds in a journal, and list the 20 oldest unknown ones.
 
@@ -198,8 +186,6 @@ def show() -> None:
 
 
 @journal.command
-@options.journal_argument
-@options.journal_options
 @click.option(
     "--out",
     type=options.any_file,
@@ -207,7 +193,7 @@ def show() -> None:
     required=True,
     help="File with one line for each refund: CSV if its name ends in .csv, else JSON Lines.",
 )
-@options.runs(".journal")
+@options.runs(".journal", options.journal_argument, options.journal_options)
 def export() -> None:
     """Write all refunds of a journal to a file, oldest first.
 
@@ -216,10 +202,7 @@ def export() -> None:
 
 
 @journal.command
-@options.journal_argument
-@options.journal_options
-@options.session_options
-@options.runs(".journal")
+@options.runs(".journal", options.journal_argument, options.journal_options, options.session_options)
 def resume() -> None:
     """Resolve the unknown refunds, then show the journal.
 
@@ -233,8 +216,7 @@ def resume() -> None:
 @click.argument("no_refund")
 @click.argument("outcome", type=click.Choice(["made", "not-made"]))
 @click.option("--evidence", required=True, help="Reason, in one line: a bank statement, LianLian's answer by mail …")
-@options.journal_options
-@options.runs(".journal")
+@options.runs(".journal", options.journal_options)
 def decide() -> None:
     """Record by hand whether a refund was made, for example when LianLian no longer answers.
 
@@ -245,8 +227,7 @@ def decide() -> None:
 
 @journal.command
 @click.argument("file", type=click.Path(path_type=Path))
-@options.journal_options
-@options.runs(".journal")
+@options.runs(".journal", options.journal_options)
 def backup() -> None:
     """Copy a journal file to FILE, which must not exist.
 
@@ -258,8 +239,7 @@ def backup() -> None:
 
 @journal.command
 @click.argument("file", type=options.existing_file)
-@options.journal_options
-@options.runs(".journal")
+@options.runs(".journal", options.journal_options)
 def restore() -> None:
     """Create a journal from FILE, a backup.
 
@@ -292,8 +272,7 @@ def notify() -> None:
     default="2",
     help="0 initialized, 1 processing, 2 success, 3 failed.",
 )
-@options.config_option
-@options.runs(".refunds")
+@options.runs(".refunds", options.config_option)
 def send() -> None:
     """POST one signed notification to URL.
 
@@ -303,9 +282,7 @@ def send() -> None:
 
 
 @notify.command("verify")
-@options.file_argument
-@options.config_option
-@options.runs(".refunds")
+@options.runs(".refunds", options.file_argument, options.config_option)
 def verify_notification() -> None:
     """Verify a notification, and show its refund.
 

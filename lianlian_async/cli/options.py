@@ -137,21 +137,22 @@ session_options: Final = add_options(_concurrency_option, deadline_option, _not_
 """The options for :func:`make_session`."""
 
 
-def runs(module: str) -> Callable[[Callable[[], None]], Command]:
-    """Return a decorator: the command calls the function of the same name in ``module``, and also has ``--json``.
+def runs(module: str, *options: Callable[[Any], Any]) -> Callable[[Callable[[], None]], Command]:
+    """Return a decorator: the command has ``options`` and ``--json``, and calls its function in ``module``.
 
-    ``module`` is imported only when the command is executed. The function returns the exit code; None means 0.
+    The function has the name of the declaration. ``module`` is imported only when the command is executed. The function
+    returns the exit code; None means 0.
     """
 
     def decorate(declaration: Callable[[], None]) -> Any:
-        @json_option
+        @add_options(*options, json_option)
         @wraps(declaration)
-        def run(**options: Any) -> None:
+        def run(**given: Any) -> None:
             from .output import Output
 
             function = getattr(import_module(module, __package__), declaration.__name__)
             ctx = click.get_current_context()
-            ctx.exit(function(Output(as_json=ctx.meta.get(AS_JSON, False)), **options) or 0)
+            ctx.exit(function(Output(as_json=ctx.meta.get(AS_JSON, False)), **given) or 0)
 
         return run
 
