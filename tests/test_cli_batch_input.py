@@ -167,7 +167,7 @@ def test_invalid_lines_are_listed_and_nothing_is_sent(env, gateway, file):
 def test_skipped_invalid_lines_exit_3(env, gateway, file, database):
     """With --skip-invalid, the exit code says that some lines were not sent, also for a dry run and for the queue."""
     write_csv(file, [refund(1), refund(2, money_refund="1O"), refund(3, money_refund="1000.01")])
-    dsn = env | {"LIANLIAN_DSN": url_of(database)}
+    dsn = env | {"LIANLIAN_JOURNAL": url_of(database)}
     skip = ("batch", file, "--skip-invalid", "--json")
     assert run(*skip, "--dry-run", env=env).exit_code == 3
     assert run(*skip, "--yes", "--queue", env=dsn).exit_code == 3
@@ -270,9 +270,15 @@ def test_notify_url_is_required_in_row_or_merchant(nowhere, file):
         (("--money-format", "1,234.56万元"), "must be the number 1,234.56 in the format of the file"),
         (("--rate", "0"), "--rate"),
         ((), "no terminal to ask for confirmation: use --yes"),
-        (("--queue", "a/b.csv"), "must be a PostgreSQL URL (postgresql://…), here or in LIANLIAN_DSN, not 'a/b.csv'"),
-        (("--queue", "host=db password=s3cret"), "must be a PostgreSQL URL (postgresql://…), here or in LIANLIAN_DSN"),
-        (("--queue",), "must be a PostgreSQL URL (postgresql://…), here or in LIANLIAN_DSN"),
+        (
+            ("--queue", "a/b.csv"),
+            "must be a postgresql:// URL, here or in LIANLIAN_JOURNAL, not 'a/b.csv'",
+        ),
+        (
+            ("--queue", "host=db password=s3cret"),
+            "must be a postgresql:// URL, here or in LIANLIAN_JOURNAL",
+        ),
+        (("--queue",), "must be a postgresql:// URL, here or in LIANLIAN_JOURNAL"),
         (("--queue", "postgresql://[::1"), "not a PostgreSQL URL"),
         (
             ("--queue", "postgresql://db/", "--rate", "1", "--keep-going"),

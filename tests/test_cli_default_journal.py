@@ -361,7 +361,7 @@ def test_receipt_survives_a_full_disk(env, file, tmp_path, monkeypatch):
 def test_queue_and_file_journal_know_of_each_other(env, gateway, file, tmp_path, database):
     """A file sent with a journal file is refused for a queue, and a queued file for a journal file."""
     queue, journal = ("--queue", "--yes"), ("--yes", "--journal", tmp_path / "journal")
-    dsn = env | {"LIANLIAN_DSN": url_of(database)}
+    dsn = env | {"LIANLIAN_JOURNAL": url_of(database)}
     run("batch", file, *journal, env=env)
     queued = write_csv(file.with_name("queued.csv"), [refund(number) for number in range(3, 6)])
     assert run("batch", queued, *queue, env=dsn).exit_code == 0

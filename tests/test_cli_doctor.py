@@ -385,7 +385,7 @@ def test_full_disk(made, monkeypatch):
 def test_journal_in_postgresql(env, database):
     """The password of the DSN is shown nowhere."""
     make(env, PostgresJournal(database))
-    ended = run("doctor", "--json", env=env | {"LIANLIAN_DSN": url_of(database), "LIANLIAN_JOURNAL": ""})
+    ended = run("doctor", "--json", env=env | {"LIANLIAN_JOURNAL": url_of(database)})
     assert ended.exit_code == 0
     assert PASSWORD not in ended.stdout
     found = {check["name"]: check["text"] for check in ended.json["checks"]}
@@ -395,7 +395,7 @@ def test_journal_in_postgresql(env, database):
 
 def test_database_that_does_not_answer(env):
     dsn = f"postgresql://user:{PASSWORD}@127.0.0.1:1/none"
-    state, text, cure = lines(env | {"LIANLIAN_DSN": dsn, "LIANLIAN_JOURNAL": ""}, "--offline", exit_code=1)["journal"]
+    state, text, cure = lines(env | {"LIANLIAN_JOURNAL": dsn}, "--offline", exit_code=1)["journal"]
     assert (state, cure) == ("failure", "check the database, or name the journal with --journal or LIANLIAN_JOURNAL")
     assert "refused Is the server running" in text  # in one line
     assert PASSWORD not in text

@@ -261,7 +261,7 @@ def test_explain_and_decide_in_postgres(database, env):
             await opened.begin(wanted, now())
 
     anyio.run(leave)
-    dsn = {"LIANLIAN_DSN": place, "PASSWORD": PASSWORD}
+    dsn = {"LIANLIAN_JOURNAL": place, "PASSWORD": PASSWORD}
     assert "refund R-1: unknown" in run("explain", "R-1", env=dsn).stdout
     assert run("explain", "R-2", env=dsn).stderr == "error: refund R-2 is not in the journal in PostgreSQL\n"
     assert run("journal", "decide", "R-1", "made", "--evidence", "mail", env=dsn).exit_code == 0
@@ -572,7 +572,7 @@ def run_in_thread(*arguments):
 
 def test_postgres_is_backed_up_with_its_own_tools(journal):
     """For a database, both commands name PostgreSQL's own tools."""
-    dsn = {"LIANLIAN_DSN": "postgresql://nowhere"}
+    dsn = {"LIANLIAN_JOURNAL": "postgresql://nowhere"}
     journal.touch()
     for command in ("backup", "restore"):
         refused = run("journal", command, journal if command == "restore" else journal.with_name("x"), env=dsn)

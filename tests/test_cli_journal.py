@@ -244,8 +244,8 @@ def test_an_interrupted_resume_exits_130(gateway, left_open):
 
 
 def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
-    """A journal in PostgreSQL works like a file; its DSN comes from LIANLIAN_DSN or has no password."""
-    private = env | {"LIANLIAN_DSN": url_of(database), "PGPASSWORD": PASSWORD}
+    """A journal in PostgreSQL works like a file; its DSN comes from LIANLIAN_JOURNAL or has no password."""
+    private = env | {"LIANLIAN_JOURNAL": url_of(database), "PGPASSWORD": PASSWORD}
     place = url_of(database, password=None)
     assert run("batch", file, "--yes", "--journal", place, env=private).exit_code == 3
     shown = run("journal", "show", "--json", env=private)
@@ -260,39 +260,18 @@ def test_a_shared_journal_is_shown_and_resumed(env, gateway, file, database):
     assert len(read_csv(out)) == 5
 
 
-COMMANDS = [
-    *(("journal", "show"), ("journal", "resume"), ("journal", "decide", "R-1", "made", "--evidence", "mail")),
-    *(("explain", "R-1"), ("reconcile", "refunds.csv"), ("doctor", "--offline"), ("batch", "refunds.csv", "--yes")),
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_two_journals_in_the_environment_are_refused(env, gateway, file, monkeypatch, command):
-    """Each command refuses to choose between LIANLIAN_DSN and LIANLIAN_JOURNAL; --journal chooses."""
-    monkeypatch.chdir(file.parent)
-    both = env | {"LIANLIAN_DSN": "postgresql:///x?host=/nowhere", "LIANLIAN_JOURNAL": "journal.sqlite"}
-    ended = run(*command, env=both)
-    assert ended.exit_code == 2
-    wanted = "LIANLIAN_DSN and LIANLIAN_JOURNAL name different journals: unset one of them, or use --journal"
-    assert wanted in " ".join(ended.stderr.split())
-    assert not gateway.requests
-    for chosen in (["--journal", "journal.sqlite"], ["--journal", "postgresql:///x?host=/nowhere"]):
-        assert "name different journals" not in run(*command, *chosen, env=both).stderr
-
-
 def test_a_batch_uses_the_database_of_the_environment(env, file, database):
-    """With LIANLIAN_DSN alone or twice, `batch` and `journal show` use the same journal in PostgreSQL."""
-    dsn = env | {"LIANLIAN_DSN": url_of(database)}
+    """`batch` and `journal show` use the same journal in PostgreSQL."""
+    dsn = env | {"LIANLIAN_JOURNAL": url_of(database)}
     assert run("batch", file, "--yes", env=dsn).exit_code == 3
-    same = dsn | {"LIANLIAN_JOURNAL": url_of(database)}
-    assert run("journal", "show", "--json", env=same).json["states"]["accepted"] == 4
+    assert run("journal", "show", "--json", env=dsn).json["states"]["accepted"] == 4
 
 
 def test_a_dsn_that_is_no_url_is_refused(env, file):
-    """The keyword form of libpq in LIANLIAN_DSN is no file name. It is not shown: it may contain a password."""
-    ended = run("batch", file, "--yes", env=env | {"LIANLIAN_DSN": "host=db password=s3cret"})
+    """The keyword form of libpq in LIANLIAN_JOURNAL is no file name. It is not shown: it may contain a password."""
+    ended = run("batch", file, "--yes", env=env | {"LIANLIAN_JOURNAL": "host=db password=s3cret"})
     assert ended.exit_code == 2
-    assert "LIANLIAN_DSN must be a URL postgresql://…" in ended.stderr
+    assert "must be a path or postgresql://…" in ended.stderr
     assert "s3cret" not in ended.stderr
 
 
@@ -301,7 +280,7 @@ def test_password_on_the_command_line_is_refused(url):
     """A URL with a password is refused as an argument, without repeating it; from the environment it is used."""
     refused, argument = run("journal", "show", "--journal", url), run("journal", "show", url)
     assert refused.exit_code == argument.exit_code == 2
-    used = run("journal", "show", env={"LIANLIAN_DSN": url})
+    used = run("journal", "show", env={"LIANLIAN_JOURNAL": url})
     assert used.exit_code == 1
     assert used.stderr.startswith("journal error: ")
     assert "s3cret" not in refused.stderr + argument.stderr + used.stderr
@@ -314,7 +293,7 @@ def test_a_missing_extra_is_named(env, file, monkeypatch, command):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "psycopg", None)
     arguments = (*command, file) if command[0] == "batch" else command
-    ended = run(*arguments, env=env | {"LIANLIAN_DSN": "postgresql:///x"})
+    ended = run(*arguments, env=env | {"LIANLIAN_JOURNAL": "postgresql:///x"})
     assert ended.exit_code == 2
     assert ended.stderr == "configuration error: PostgreSQL needs psycopg: pip install 'lianlian-async[postgres]'\n"
 

@@ -129,7 +129,7 @@ def test_differences_are_listed_and_exit_3(env, journal, gateway, file):
 
 def test_a_journal_may_be_a_database(database, env, gateway, file):
     """A PostgreSQL journal also has the merchant of its sessions; the DSN comes from the environment."""
-    private = env | {"LIANLIAN_DSN": url_of(database), "PGPASSWORD": PASSWORD}
+    private = env | {"LIANLIAN_JOURNAL": url_of(database), "PGPASSWORD": PASSWORD}
     foreign = file.with_name("JYMX_M2_20261122.txt")
     foreign.write_text("")
 

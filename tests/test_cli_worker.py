@@ -29,13 +29,13 @@ from tests.support.command import end, interruption, run, start, until
 def env(gateway, database):
     """The environment of the gateway and of the test's database."""
     with serving(gateway) as url:
-        yield environment(gateway, url) | {"LIANLIAN_DSN": url_of(database), "PASSWORD": PASSWORD}
+        yield environment(gateway, url) | {"LIANLIAN_JOURNAL": url_of(database), "PASSWORD": PASSWORD}
 
 
 @pytest.fixture
 def producer(env):
     """An environment with the database, but without a merchant."""
-    return {name: env[name] for name in ("LIANLIAN_DSN", "PASSWORD")}
+    return {name: env[name] for name in ("LIANLIAN_JOURNAL", "PASSWORD")}
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_health_file_does_not_exist_before_the_queue_is_open(env, tmp_path):
     path = tmp_path / "health"
     with socket.create_server(("127.0.0.1", 0)) as server:  # it never answers
         dsn = f"postgresql://127.0.0.1:{server.getsockname()[1]}/shop"
-        process = start("worker", "--health-file", path, env=env | {"LIANLIAN_DSN": dsn})
+        process = start("worker", "--health-file", path, env=env | {"LIANLIAN_JOURNAL": dsn})
         try:
             with server.accept()[0]:
                 assert not path.exists()
@@ -340,21 +340,21 @@ def test_worker_interrupted_at_its_start_exits_130(env):
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        ((), "must be a PostgreSQL URL (postgresql://…), here or in LIANLIAN_DSN"),
-        (("a/path",), "must be a PostgreSQL URL (postgresql://…), here or in LIANLIAN_DSN, not 'a/path'"),
+        ((), "must be a postgresql:// URL, here or in LIANLIAN_JOURNAL"),
+        (("a/path",), "must be a postgresql:// URL, here or in LIANLIAN_JOURNAL, not 'a/path'"),
         ((f"postgresql://me:{PASSWORD}@db/",), "other processes can read a password on the command line"),
     ],
 )
 def test_a_worker_needs_a_database(env, arguments, hint):
     """A missing or invalid URL is a usage error."""
-    ended = run("worker", *arguments, env={**env, "LIANLIAN_DSN": ""})
+    ended = run("worker", *arguments, env={**env, "LIANLIAN_JOURNAL": ""})
     assert ended.exit_code == 2
     assert hint in " ".join(ended.stderr.split())
 
 
 def test_unreachable_database_exits_1(env):
     """An unreachable server is named without its password."""
-    ended = run("worker", env=env | {"LIANLIAN_DSN": f"postgresql://me:{PASSWORD}@/x?host=/nowhere"})
+    ended = run("worker", env=env | {"LIANLIAN_JOURNAL": f"postgresql://me:{PASSWORD}@/x?host=/nowhere"})
     assert ended.exit_code == 1
     assert "journal error: journal lianlian in x at /nowhere: " in ended.stderr
 
@@ -371,10 +371,11 @@ def test_a_missing_extra_is_named(producer, file, monkeypatch):
 
 def test_lost_database_is_an_error(producer):
     """An error of the queue's database becomes a ``JournalError``."""
+    dsn = producer["LIANLIAN_JOURNAL"]
 
     async def lose():
-        async with open_queue(producer["LIANLIAN_DSN"]) as queue:
-            async with await psycopg.AsyncConnection.connect(producer["LIANLIAN_DSN"], autocommit=True) as connection:
+        async with open_queue(dsn) as queue:
+            async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
                 await connection.execute("DROP TABLE procrastinate_jobs CASCADE")
             await queue.enqueue([])
             await queue.counts()

@@ -32,7 +32,7 @@ RUNS = {
 
 def run(bench: Bench, report: Report) -> None:
     with bench.server(bench.size(REFUNDS[MANY]), delay=DELAY) as server, postgres.server() as dsn:
-        env = {"LIANLIAN_DSN": dsn}
+        env = {"LIANLIAN_JOURNAL": dsn}
         job = Job(url=server.url, keys=server.keys)
         programs = {
             (in_flight, option): Program(

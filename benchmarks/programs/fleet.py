@@ -3,7 +3,7 @@
 The option is the number of workers; or ``refund_many`` for one process that makes the same refunds without a queue;
 ``sqlite`` for the same on an ``SqliteJournal``; ``enqueue`` to fill the queue only; or ``first`` to fill it, and to
 measure the time from the start of a worker to its first refund. Workers start, open all that they need, and then begin
-together; the clock runs until the last of them finds the queue empty. The environment's ``LIANLIAN_DSN`` names the
+together; the clock runs until the last of them finds the queue empty. The environment's ``LIANLIAN_JOURNAL`` names the
 server; each run has a database of its own.
 """
 
@@ -40,7 +40,7 @@ FIRST = "first"
 
 
 def program(job: frame.Job) -> dict[str, float] | Awaitable[dict[str, float]]:
-    server = os.environ["LIANLIAN_DSN"]
+    server = os.environ["LIANLIAN_JOURNAL"]
     if job.option.startswith(WORKER):
         return _work(job, server)
     if job.option == SQLITE:
@@ -72,7 +72,7 @@ def program(job: frame.Job) -> dict[str, float] | Awaitable[dict[str, float]]:
 
 def _start(job: frame.Job, dsn: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", __spec__.name, json.dumps(asdict(job))]
-    environment = {**os.environ, "LIANLIAN_DSN": dsn}
+    environment = {**os.environ, "LIANLIAN_JOURNAL": dsn}
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -30,7 +30,7 @@ At `ask_again_at`, run `lianlian query`, or repeat the same `lianlian batch`, wh
     "journal": """\
 A journal records each refund before it is sent, and later its outcome. After a crash, run the same command again.
 One process uses a file: by default one in your application folder, else --journal PATH.
-Several processes share a journal in PostgreSQL. Put its URL into LIANLIAN_DSN.
+Several processes share a journal in PostgreSQL. Put its URL into LIANLIAN_JOURNAL.
 `lianlian journal show` lists the oldest unknown refunds; `lianlian journal resume` tries to resolve all.
 Never delete a journal. If it is lost, wait 15 minutes after the last run: LianLian may show a
 refund late. Then use `lianlian batch --accept-new-journal --query-first`.

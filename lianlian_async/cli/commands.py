@@ -86,7 +86,7 @@ def reconcile() -> None:
 
 
 @click.command
-@click.argument("dsn", metavar="[DSN]", envvar=options.DSN, default="", type=options.Place(only_dsn=True))
+@click.argument("dsn", metavar="[DSN]", default="", type=options.Place(only_dsn=True))
 @click.option("--until-empty", is_flag=True, help="End when no refund is due now; refunds due later stay in the queue.")
 @click.option(
     "--health-file",
@@ -104,7 +104,7 @@ def worker() -> None:
 
     `lianlian batch --queue` fills the queue. Any number of workers on any number of machines can share it. After Ctrl-C
     or SIGTERM, the worker finishes the refunds in flight and ends. After a second Ctrl-C it ends at once, and another
-    worker resolves these refunds. DSN is a postgresql:// URL; put a URL with a password into LIANLIAN_DSN.
+    worker resolves these refunds. DSN is a postgresql:// URL; put a URL with a password into LIANLIAN_JOURNAL.
     """
 
 
@@ -163,7 +163,7 @@ def journal() -> None:
     """Show, back up or restore a journal; resolve refunds.
 
     A journal records refunds and their outcomes. It is an SQLite file, which `lianlian batch` creates, or a PostgreSQL
-    database (a postgresql:// URL; put a URL with a password into LIANLIAN_DSN).
+    database (a postgresql:// URL; put a URL with a password into LIANLIAN_JOURNAL).
     """
 
 

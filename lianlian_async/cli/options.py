@@ -33,7 +33,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # The session adds these fields itself. LianLian's sample requests spell one of them with a trailing blank.
 SIGNATURE_FIELDS: Final = ("sign_type", "sign_type ", "sign")
 
-DSN: Final = "LIANLIAN_DSN"
 JOURNAL: Final = "LIANLIAN_JOURNAL"
 _KEYWORDS: Final = re.compile(r"\b(?:host|hostaddr|dbname|user|password|service)\s*=")
 """The keyword form of libpq, such as ``host=db password=…``: it is not a path, and may contain a password."""
@@ -64,7 +63,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
     """The place of a journal: a path, or a PostgreSQL URL.
 
     On the command line the URL must have no password, because other processes can read it there. ``only_dsn``: refuse
-    every path, and replace an empty place by the URL in ``LIANLIAN_DSN``.
+    every path, and replace an empty place by the URL in ``LIANLIAN_JOURNAL``.
     """
 
     name = "place"
@@ -75,12 +74,10 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
     @without_locals
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the place. An error message contains ``value`` only if it looks like a path."""
-        place = value or (os.environ.get(DSN, "") if self._only_dsn else "")
+        place = value or (os.environ.get(JOURNAL, "") if self._only_dsn else "")
         if not is_dsn(place):
-            if self._only_dsn or "://" in place:
-                wanted = (
-                    f"PostgreSQL URL (postgresql://…), here or in {DSN}" if self._only_dsn else "path or postgresql://…"
-                )
+            if self._only_dsn or "://" in place or _KEYWORDS.search(place):
+                wanted = f"postgresql:// URL, here or in {JOURNAL}" if self._only_dsn else "path or postgresql://…"
                 # Other text than a path may contain a password.
                 given = f", not {place!r}" if re.fullmatch(r"[\w./\\-]+", place) else ""
                 self.fail(f"must be a {wanted}{given}")
@@ -92,8 +89,8 @@ class Place(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
                 raise click.BadParameter("not a PostgreSQL URL") from None
             if has_password:
                 self.fail(
-                    f"other processes can read a password on the command line: put the URL into {DSN}, or the password "
-                    "into PGPASSWORD or ~/.pgpass"
+                    f"other processes can read a password on the command line: put the URL into {JOURNAL}, or the "
+                    "password into PGPASSWORD or ~/.pgpass"
                 )
         return place
 
@@ -172,30 +169,18 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
 
 
 def _read_journal(ctx: click.Context, option: click.Parameter, place: str | None) -> str | None:
-    """Return the place in the argument of :data:`journal_argument`, if it is given, or else ``place``.
-
-    Refuse an environment that does not clearly name the journal; ``--queue`` names it itself.
-    """
-    named, source = ctx.meta.get(JOURNAL), ctx.get_parameter_source("place")
-    if named and source is ParameterSource.COMMANDLINE:
+    """Return the place in the argument of :data:`journal_argument`, if it is given, or else ``place``."""
+    named = ctx.meta.get(JOURNAL)
+    if named and ctx.get_parameter_source("place") is ParameterSource.COMMANDLINE:
         raise click.UsageError(f"name one journal: as the argument or with {option.opts[0]}")
-    dsn, other = os.environ.get(DSN), os.environ.get(JOURNAL)
-    if dsn and not named and source is ParameterSource.ENVIRONMENT and ctx.params.get("queue") is None:
-        if not is_dsn(dsn):
-            raise click.UsageError(f"{DSN} must be a URL postgresql://…")
-        if other and other != dsn:
-            raise click.UsageError(f"{DSN} and {JOURNAL} name different journals: unset one of them, or use --journal")
-    place = named or place
-    if place and not is_dsn(place) and _KEYWORDS.search(place):
-        raise click.BadParameter("must be a path or postgresql://…")
-    return place
+    return named or place
 
 
 journal_option = click.option(
     "--journal",
     "place",
     metavar="PATH|DSN",
-    envvar=[DSN, JOURNAL],
+    envvar=JOURNAL,
     show_envvar=True,
     show_default="one for each merchant and endpoint, in your application folder",
     type=Place(),

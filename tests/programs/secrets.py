@@ -335,14 +335,11 @@ def commands(evidence: Evidence, dsn: str, folder: Path) -> None:
         env = environment(gateway, base_url) | {
             "LIANLIAN_PRIVATE_KEY": LOCKED,
             "LIANLIAN_PRIVATE_KEY_PASSWORD": PASSPHRASE,
-            "LIANLIAN_DSN": dsn,
             "LIANLIAN_JOURNAL": dsn,
         }
         wrong_key = env | {"LIANLIAN_PRIVATE_KEY_PASSWORD": PASSPHRASE + "x"}
         broken_key = env | {"LIANLIAN_PRIVATE_KEY": env["LIANLIAN_PRIVATE_KEY"][:300]}
-        unreachable = dict.fromkeys(
-            ("LIANLIAN_DSN", "LIANLIAN_JOURNAL"), f"postgresql://me:{DSN_PASSWORD}@127.0.0.1:1/x"
-        )
+        unreachable = {"LIANLIAN_JOURNAL": f"postgresql://me:{DSN_PASSWORD}@127.0.0.1:1/x"}
         for code, arguments, changed in (
             (0, ("batch", file, "--yes", "--out", folder / "results.csv"), env),
             (0, ("batch", file, "--yes", "--queue"), env),

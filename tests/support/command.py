@@ -44,11 +44,8 @@ class Ended:
 
 
 def _environment(env: Mapping[str, str]) -> dict[str, str | None]:
-    """Return ``env`` and the test's journal, without any merchant variables of the developer's environment.
-
-    ``LIANLIAN_DSN`` in ``env`` replaces the test's journal.
-    """
-    kept = ("BACKEND",) if "LIANLIAN_DSN" in env else ("BACKEND", "JOURNAL")
+    """Return ``env`` and the test's journal, without any merchant variables of the developer's environment."""
+    kept = ("BACKEND", "JOURNAL")
     return {name: None for name in os.environ if name.startswith("LIANLIAN_") and not name.endswith(kept)} | dict(env)
 
 

@@ -128,7 +128,7 @@ _OPTIONS: Final = (
         is_flag=False,
         flag_value="",
         type=options.Place(only_dsn=True),
-        help=f"Send nothing: put the refunds into the queue at DSN (default: ${options.DSN}) for `lianlian worker`.",
+        help=f"Send nothing: put the refunds into the queue at DSN (default: {options.JOURNAL}) for `lianlian worker`.",
     ),
 )
 
