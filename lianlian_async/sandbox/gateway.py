@@ -129,8 +129,7 @@ class SandboxGateway:
 
         Raises ``ValueError`` if the refund is already final.
         """
-        self._carry_out_late()
-        self._ledger.fail(no_refund, self.now())
+        self._current_ledger().fail(no_refund, self.now())
 
     def now(self) -> float:
         """Return the time of the gateway's clock in seconds."""
@@ -184,17 +183,16 @@ class SandboxGateway:
 
     def money_moved(self, no_refund: str) -> Decimal:
         """Return the yuan that all refunds with ``no_refund`` moved; a failed refund moves none."""
-        return sum((record.moved(self.now()) for record in self._made(no_refund)), Decimal(0))
+        return sum((record.moved(self.now()) for record in self._current_ledger().made(no_refund)), Decimal(0))
 
     def times_made(self, no_refund: str) -> int:
         """Return how many refunds with ``no_refund`` were made, including those that failed later."""
-        return len(self._made(no_refund))
+        return len(self._current_ledger().made(no_refund))
 
     @property
     def refunds(self) -> tuple[Record, ...]:
         """Every refund that was made, oldest first."""
-        self._carry_out_late()
-        return tuple(self._ledger.records)
+        return tuple(self._current_ledger().records)
 
     @property
     def next_late(self) -> float:
@@ -205,17 +203,14 @@ class SandboxGateway:
         self.made.set()
         self.made = anyio.Event()
 
-    def _made(self, no_refund: str) -> list[Record]:
-        self._carry_out_late()
-        return self._ledger.made(no_refund)
-
-    def _carry_out_late(self) -> None:
-        """Carry out the requests with ``Fault.LATE`` that are due; their answers are discarded."""
+    def _current_ledger(self) -> Ledger:
+        """Carry out the requests with ``Fault.LATE`` that are due, without an answer; return the ledger."""
         while self.next_late <= 0:
             first = min(self._late, key=itemgetter(0))
             self._late.remove(first)
             at, path, fields = first
             self._handle(path, fields, at)
+        return self._ledger
 
     # ── ASGI ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -273,7 +268,7 @@ class SandboxGateway:
     # ── one request, without an await ────────────────────────────────────────────────────────────
 
     def _carry_out(self, path: str, fields: Mapping[str, str]) -> dict[str, str]:
-        self._carry_out_late()
+        self._current_ledger()  # late requests precede this one
         return self._handle(path, fields, self.now())
 
     def _handle(self, path: str, fields: Mapping[str, str], at: float) -> dict[str, str]:
