@@ -57,12 +57,14 @@ def batch(output: Output, /, *, file: str, config: Path | None, **options: Any) 
         elif merchant is None or place is None:
             results.show_checked(output, checked, _VALID)
         else:
-            run = _Batch(output, file, merchant, place, checked, options)
+            in_journal = anyio.run(look_up, checked, place)
+            totals = results.Totals(checked.totals.refunds)
+            run = _Batch(output, file, merchant, place, checked, options, in_journal, totals)
             run.check_journal()
             if not dry_run:
                 run.confirm()
                 return run.send()
-            results.show_checked(output, checked, _VALID, run.in_journal, journal=place_name(place))
+            results.show_checked(output, checked, _VALID, in_journal, journal=place_name(place))
         return INVALID.exit_code if checked.problems.count else 0
 
 
@@ -84,12 +86,10 @@ def _find_journal(
 
 def _refuse_too_much(totals: FileTotals, max_total: Decimal | None, max_refund: Decimal | None) -> None:
     if max_total is not None and totals.yuan > max_total:
-        problem = f"sum {totals.yuan:,.2f} yuan exceeds --max-total {max_total:,.2f}"
-    elif max_refund is not None and totals.largest_yuan > max_refund:
-        problem = f"line {totals.largest_line}: {totals.largest_yuan:,.2f} yuan exceeds --max-refund {max_refund:,.2f}"
-    else:
-        return
-    raise click.UsageError(f"{problem}; nothing was sent")
+        raise click.UsageError(f"sum {totals.yuan:,.2f} yuan exceeds --max-total {max_total:,.2f}; nothing was sent")
+    if max_refund is not None and totals.largest_yuan > max_refund:
+        largest = f"line {totals.largest_line}: {totals.largest_yuan:,.2f} yuan"
+        raise click.UsageError(f"{largest} exceeds --max-refund {max_refund:,.2f}; nothing was sent")
 
 
 def _receipt_of(file: str) -> Path:
@@ -127,7 +127,6 @@ def _receipt_writer(output: Output, file: str, ours: Receipt, options: Mapping[s
 
 
 def _enqueue(output: Output, file: str, checked: Checked, options: Mapping[str, Any]) -> None:
-    """Put the refunds into the queue."""
     totals = checked.totals
     if totals.refunds and not options["yes"]:
         question = f"Put {totals.refunds:,} refunds, {totals.yuan:,.2f} yuan, into the queue?"
@@ -160,8 +159,8 @@ class _Batch:
     place: str
     checked: Checked
     options: Mapping[str, Any]
-    in_journal: InJournal = attrs.field(init=False)
-    totals: results.Totals = attrs.field(init=False)
+    in_journal: InJournal
+    totals: results.Totals
     failure: LianLianError | None = attrs.field(default=None, init=False)
     in_flight: dict[str, Line] = attrs.field(factory=dict, init=False)
     """Refunds that were started and have no outcome yet, by ``no_refund``."""
@@ -169,10 +168,6 @@ class _Batch:
     """The line of the last refund that was started."""
     _held: Sequence[tuple[float, RefundOutcomeUnknown, Outcome]] = attrs.field(default=(), init=False)
     """Unknown refunds that ``--wait-unknown`` keeps until all others have ended."""
-
-    def __attrs_post_init__(self) -> None:
-        self.in_journal = anyio.run(look_up, self.checked, self.place)
-        self.totals = results.Totals(self.checked.totals.refunds)
 
     def check_journal(self) -> None:
         """Check that the file was not sent with another journal; note what a new journal means."""

@@ -1,9 +1,9 @@
 """The results of a batch: one result line for each line of the file, the totals, and the command's output."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from datetime import date, datetime
+from datetime import datetime
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
@@ -24,8 +24,6 @@ from lianlian_async.outcome import Outcome
 
 from .checked import Checked, InJournal, Line
 
-_PRECEDENCE: Final = (UNKNOWN, REJECTED, FAILED)
-"""Most severe first: the batch ends with the first of these outcomes that a refund has."""
 _IDENTITY: Final = ("no_refund", "dt_refund", "money_refund")
 _RECORDED: Final = ("ret_code", "ret_msg", "oid_refundno", "sta_refund", "settle_date")
 _OURS: Final = (
@@ -34,11 +32,8 @@ _OURS: Final = (
 )
 _RUN_AGAIN: Final = "run the same command again"
 _KEPT: Final = 20
-
-
-def _style(outcome: ExitOutcome) -> str:
-    """Return the colour of an outcome: none for made, yellow for unknown, red for all others."""
-    return {MADE: "", UNKNOWN: "yellow"}.get(outcome, "red")
+_STYLES: Final = defaultdict(lambda: "red", {MADE: "", UNKNOWN: "yellow"})
+"""The colour of an outcome."""
 
 
 def exit_outcome(outcome: Outcome) -> ExitOutcome:
@@ -90,12 +85,10 @@ def result_of(line: Line, outcome: Outcome) -> dict[str, Any]:
     """Return the result line of one refund."""
     source: Any = outcome.refund or outcome.error
     recorded = {name: getattr(source, name, None) for name in _RECORDED}
-    for name, value in recorded.items():
-        if isinstance(value, date):
-            recorded[name] = f"{value:%Y%m%d}"
-    code, moment = recorded["ret_code"], getattr(source, "ask_again_at", None)
+    code, moment, settled = recorded["ret_code"], getattr(source, "ask_again_at", None), recorded["settle_date"]
     return _result(line.line, line.request.to_dict(), line.cells) | {
         **recorded,
+        "settle_date": settled and f"{settled:%Y%m%d}",
         "outcome": exit_outcome(outcome).word,
         "what_to_do": None if exit_outcome(outcome) is MADE else _reason_of(outcome).advice,
         "meaning": code and explain(code).meaning,
@@ -136,15 +129,6 @@ def _result(line: int, fields: Mapping[str, str], cells: Mapping[str, str]) -> d
     return {**fields, **own, "line": line}
 
 
-class NotMade(NamedTuple):
-    """A refund whose outcome is not *made*; ``order`` is the number of its order or payment."""
-
-    line: int
-    no_refund: str
-    order: str
-    yuan: Decimal
-
-
 @attrs.define
 class Totals:
     """The totals of a batch of ``total`` refunds so far."""
@@ -154,7 +138,7 @@ class Totals:
     yuan: Counter[ExitOutcome] = attrs.field(factory=Counter, init=False)
     reasons: Counter[Reason] = attrs.field(factory=Counter, init=False)
     """The number of refunds by reason."""
-    not_made: dict[Reason, list[NotMade]] = attrs.field(factory=dict, init=False)
+    not_made: dict[Reason, list[Line]] = attrs.field(factory=dict, init=False)
     """By reason, the 20 refunds with the lowest line numbers."""
     attempts: int = attrs.field(default=0, init=False)
     queries: int = attrs.field(default=0, init=False)
@@ -172,12 +156,11 @@ class Totals:
         if isinstance(error, errors.RefundOutcomeUnknown):
             self.ask_again_at = max(self.ask_again_at or error.ask_again_at, error.ask_again_at)
         if word is not MADE:
-            request, reason = line.request, _reason_of(outcome)
+            reason = _reason_of(outcome)
             self.reasons[reason] += 1
-            order = cast("str", request.no_order or request.oid_paybill)  # one of the two is required
             lines = self.not_made.setdefault(reason, [])
-            lines.append(NotMade(line.line, request.no_refund, order, request.money_refund))
-            lines.sort()
+            lines.append(line)
+            lines.sort(key=lambda each: each.line)
             del lines[_KEPT:]
 
     def check_complete(self) -> None:
@@ -204,7 +187,7 @@ class Totals:
         """Return the progress as one line; ``held``: unknown refunds that are kept for the end."""
         counts = self.refunds + Counter({UNKNOWN: held})
         text = Text("  ").join(
-            Text(f"{counts[each]:,} {each.word}", _style(each) if counts[each] else "")
+            Text(f"{counts[each]:,} {each.word}", _STYLES[each] if counts[each] else "")
             for each in dict.fromkeys((MADE, REJECTED, UNKNOWN, *counts))
         )
         return text.append(f"  {self.to_do - held:,} to do")
@@ -215,9 +198,9 @@ class Totals:
         return [(outcome.word, self.refunds[outcome], Decimal(self.yuan[outcome])) for outcome in each]
 
     def exit_outcome(self) -> ExitOutcome:
-        """Return the first outcome of ``_PRECEDENCE`` that occurred; else any other than made; else made."""
-        other = next((each for each in self.refunds if each != MADE), MADE)
-        return next((each for each in _PRECEDENCE if self.refunds[each]), other)
+        """Return the most severe outcome that occurred: unknown, rejected, failed, any other, and made at last."""
+        others = (each for each in self.refunds if each != MADE)
+        return next((each for each in (UNKNOWN, REJECTED, FAILED, *others) if self.refunds[each]), MADE)
 
 
 def file_facts(checked: Checked, in_journal: InJournal | None) -> dict[str, Any]:
@@ -267,7 +250,9 @@ def show_batch(
                 "reason": reason.reason,
                 "what_to_do": reason.advice,
                 "refunds": refunds,
-                "lines": [line._asdict() | {"yuan": f"{line.yuan:.2f}"} for line in totals.not_made[reason]],
+                "lines": [
+                    _listed(line) | {"yuan": f"{line.request.money_refund:.2f}"} for line in totals.not_made[reason]
+                ],
             }
             for reason, refunds in reasons
         ],
@@ -294,11 +279,17 @@ def show_batch(
         output.note(f"to resolve the unknown refunds, run the same command again after {moment}")
 
 
-def _not_made(reason: Reason, refunds: int, lines: Sequence[NotMade], results: str | None) -> Iterator[RenderableType]:
-    """Yield a reason, a table of its first refunds, the number of others, and what to do."""
+def _listed(line: Line) -> dict[str, object]:
+    request = line.request
+    order = request.no_order or request.oid_paybill
+    return {"line": line.line, "no_refund": request.no_refund, "order": order, "yuan": request.money_refund}
+
+
+def _not_made(reason: Reason, refunds: int, lines: Sequence[Line], results: str | None) -> Iterator[RenderableType]:
     yield ""
-    yield Text(printable(f"{refunds:,} {reason.outcome.word}: {reason.reason}"), _style(reason.outcome))
-    yield table("", NotMade._fields, lines)
+    yield Text(printable(f"{refunds:,} {reason.outcome.word}: {reason.reason}"), _STYLES[reason.outcome])
+    listed = [_listed(line) for line in lines]
+    yield table("", listed[0], (each.values() for each in listed))
     if more := refunds - len(lines):
         yield f"… and {more:,} more: {results or 'use --out to list all'}"
     yield Text(f"what to do: {reason.advice}")
