@@ -1,7 +1,6 @@
 """TLS context, proxies, the loopback check for tests, and socket options that reset a cancelled connection."""
 
 import contextlib
-import ipaddress
 import os
 import socket
 import ssl
@@ -16,6 +15,7 @@ import httpx
 from lianlian_async.errors import ConfigurationError
 from lianlian_async.retry import LONGEST_ATTEMPT
 from lianlian_async.settings import LOOPBACK_ONLY
+from lianlian_async.text_rules import is_loopback
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _LINGER: Final = struct.Struct("hh" if os.name == "nt" else "ii")
@@ -60,13 +60,14 @@ def has_proxies() -> bool:
 def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
     """Return the proxy for ``url``, or None for a direct connection.
 
-    Reads ``HTTP_PROXY``, ``HTTPS_PROXY`` and ``ALL_PROXY`` as httpx does; ``NO_PROXY`` may contain hosts, domains,
-    ``host:port``, addresses and networks. Raises ``ConfigurationError`` if the proxy is unusable.
+    Reads ``HTTP_PROXY``, ``HTTPS_PROXY`` and ``ALL_PROXY`` as httpx does; ``NO_PROXY`` may contain hosts, domains
+    and ``host:port``. Raises ``ConfigurationError`` if the proxy is unusable.
     """
     environment = getproxies()
     scheme = url.scheme if environment.get(url.scheme) else "all"
     address = environment.get(scheme)
-    if not address or _is_direct(url, environment):
+    port = url.port or _DEFAULT_PORTS.get(url.scheme)
+    if not address or proxy_bypass_environment(f"{url.host}:{port}", environment):
         return None
     try:
         proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
@@ -81,28 +82,13 @@ def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
     return proxy
 
 
-def _is_direct(url: httpx.URL, environment: dict[str, str]) -> bool:
-    if proxy_bypass_environment(f"{url.host}:{url.port or _DEFAULT_PORTS.get(url.scheme)}", environment):
-        return True
-    return any(_is_in_network(url.host, entry.strip(" []")) for entry in environment.get("no", "").split(","))
-
-
-def _is_in_network(host: str, network: str) -> bool:
-    try:
-        return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
-    except ValueError:  # a host name
-        return False
-
-
 def check_loopback(*hosts: str) -> None:
     """Raise ``ConfigurationError`` if a host is not loopback while a test has set ``LIANLIAN_LOOPBACK_ONLY``.
 
-    Call it right before a connection is opened. Host names are not looked up: only ``localhost`` is loopback.
+    Call it right before a connection is opened.
     """
-    if not os.environ.get(LOOPBACK_ONLY):
-        return
     for host in hosts:
-        if host != "localhost" and not any(_is_in_network(host, network) for network in ("127.0.0.0/8", "::1")):
+        if os.environ.get(LOOPBACK_ONLY) and not is_loopback(host):
             raise ConfigurationError(
                 f"this is a test, so no connection to {host} was opened and nothing was sent: use the fixture "
                 "lianlian_session or a mocked transport. If the test needs the network, mark it with "

@@ -33,6 +33,8 @@ _HEADERS: Final = {"Accept": "application/json", "Accept-Encoding": "identity", 
 # stream after the request, and InvalidURL, which httpx raises for the address of a redirect.
 _NEVER_SENT: Final = ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol")
 
+_TLS_ERRORS: Final = (ssl.SSLError, ConnectionResetError)  # by version of Python, for a dropped handshake
+
 
 @lru_cache(maxsize=512)  # saves 8 % of the CPU time of a refund; there are two URLs and few lengths
 def _head(library: Any, url: str, content_type: str, length: int) -> tuple[httpx.URL, httpx.Headers]:
@@ -196,37 +198,20 @@ def describe(error: BaseException, url: str, connect_seconds: float, library: An
     """Return a message with the type, the cause and the notes of ``error`` (such as the proxy)."""
     if isinstance(error, SendRefusedError):  # no failure of the connection, as another error's type would say
         return str(error)
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return f"{type(error).__name__}: {_cause(error, url, connect_seconds, library)}".rstrip(": ") + notes
-
-
-def _cause(error: BaseException, url: str, connect_seconds: float, library: Any) -> str:
-    chain = list(islice(_chain(error), 20))
+    is_transport, chain = isinstance(error, library.TransportError), list(islice(_chain(error), 20))
+    # Other exceptions in the chain show internals of httpcore, anyio and trio, such as "pop from an empty deque".
+    kinds = (library.TransportError, OSError) if is_transport else BaseException
+    cause = next((str(each) for each in chain if isinstance(each, kinds) and str(each)), "")
     host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]  # a notify_url may contain a password
     if isinstance(error, library.ConnectTimeout):
-        return f"no connection to {host} within {connect_seconds:g} s"
-    # aiohttp's subclasses of SSLError lack the attributes of the original, so skip them.
-    tls = next((each for each in chain if isinstance(each, ssl.SSLError) and type(each).__module__ == "ssl"), None)
-    if isinstance(tls, ssl.SSLCertVerificationError):
-        why = getattr(tls, "verify_message", tls)
-        return f"TLS: the certificate of {host} is not trusted: {why} (CERTIFICATE_VERIFY_FAILED)"
-    if "_ALERT_" in str(tls):
-        return f"TLS: {host} refused the handshake ({tls}); it may require a client certificate"
-    closed = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError)  # by version of Python
-    if (
-        url.startswith("https:")
-        and isinstance(error, library.ConnectError)
-        and any(isinstance(each, closed) for each in chain)
-    ):
-        return f"the TLS handshake with {host} failed: the connection was closed or reset"
-    if tls is not None:
-        return f"the TLS handshake with {host} failed: {tls}"
-    if not isinstance(error, library.TransportError):
-        return next((str(each) for each in chain if str(each)), "")
-    # Other exceptions in the chain show internals of httpcore, anyio and trio, such as "pop from an empty deque".
-    told = next((str(each) for each in chain if isinstance(each, (library.TransportError, OSError)) and str(each)), "")
-    is_timeout = isinstance(error, library.TimeoutException)
-    return told or (f"no answer from {host} in time" if is_timeout else f"the connection to {host} was lost")
+        cause = f"no connection to {host} within {connect_seconds:g} s"
+    elif isinstance(error, library.ConnectError) and any(isinstance(each, _TLS_ERRORS) for each in chain):
+        cause = f"the TLS handshake with {host} failed: {cause or 'the connection was closed'}"
+    elif is_transport and not cause:
+        is_timeout = isinstance(error, library.TimeoutException)
+        cause = f"no answer from {host} in time" if is_timeout else f"the connection to {host} was lost"
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{type(error).__name__}: {cause}".rstrip(": ") + notes
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
