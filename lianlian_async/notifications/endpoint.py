@@ -39,7 +39,7 @@ from lianlian_async.session import RefundSession
 from lianlian_async.settings import check_integer, check_journal, check_seconds, check_type
 from lianlian_async.wire import MAX_MESSAGE_BYTES
 
-from .allow_list import AllowList
+from .allow_list import judge, networks
 from .completion import check_same, complete
 from .inbox import Inbox, RecentRefunds
 from .responses import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
@@ -98,8 +98,8 @@ class NotificationEndpoint:
             with ``inbox``, the limit may be longer.
         allow_from: networks that may send notifications; empty: all. There is no default, because the lists on
             LianLian's pages differ.
-        trusted_proxies: networks whose X-Forwarded-For is trusted; ``"unix"`` for a proxy on a Unix socket, if the
-            server listens on nothing else.
+        trusted_proxies: networks whose X-Forwarded-For is trusted. A proxy on a Unix socket has no address: it has to
+            check the addresses itself.
         path: the only path that the ASGI application serves; None: every path.
         concurrency: maximum number of concurrent handler calls of the inbox and of :meth:`sweep`.
         listeners: see ``RefundSession``; by default the session's listeners.
@@ -155,7 +155,8 @@ class NotificationEndpoint:
         self._is_inbox = inbox
         self._body_seconds = check_seconds("body_seconds", body_seconds)
         self._seconds = check_seconds("handler_seconds", handler_seconds)
-        self._allow_list = AllowList.read(allow_from, trusted_proxies)
+        self._allow_from = networks("allow_from", allow_from)
+        self._trusted_proxies = networks("trusted_proxies", trusted_proxies)
         self._path = path
         self._concurrency = check_integer("concurrency", concurrency, least=1)
         self._recent = RecentRefunds()
@@ -278,9 +279,10 @@ class NotificationEndpoint:
         return ACKS[verdict]
 
     def _admits(self, headers: Headers, client: str | None) -> bool:
-        if not self._allow_list.allow_from:
+        if not self._allow_from:
             return True
-        is_admitted, address = self._allow_list.judge(client, _header(headers, "x-forwarded-for"))
+        forwarded_for = _header(headers, "x-forwarded-for")
+        is_admitted, address = judge(client, forwarded_for, self._allow_from, self._trusted_proxies)
         if not is_admitted:
             logger.warning("notification refused: %s is not on the allow-list", address)
         return is_admitted
