@@ -167,7 +167,7 @@ class Halt(BaseException):
 
 async def test_a_lifespan_that_cannot_sweep_is_a_clear_error(handler):
     """The endpoint has neither a journal nor a session."""
-    with pytest.raises(ConfigurationError, match="sweep requires a session with a journal"):
+    with pytest.raises(ConfigurationError, match="sweep requires a session with the endpoint's journal"):
         lifespan(NotificationEndpoint(sandbox().merchant(), handler), sweep=900)
 
 

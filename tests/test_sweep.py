@@ -176,7 +176,7 @@ async def test_a_sweep_needs_a_journal_and_a_session(handler, missing):
         settings = {"journal": MemoryJournal(), "session": session}
         del settings[missing]
         endpoint = NotificationEndpoint(session.merchant, handler, **settings)
-        with pytest.raises(ConfigurationError, match="sweep requires a session with a journal"):
+        with pytest.raises(ConfigurationError, match="sweep requires a session with the endpoint's journal"):
             await endpoint.sweep()
 
 
@@ -186,7 +186,7 @@ async def test_a_sweep_refuses_a_session_with_another_journal(journal, handler):
     for other in (None, MemoryJournal()):
         session = RefundSession(merchant, journal=other)
         endpoint = NotificationEndpoint(merchant, handler, journal=journal, session=session)
-        with pytest.raises(ConfigurationError, match="must have the endpoint's journal"):
+        with pytest.raises(ConfigurationError, match="requires a session with the endpoint's journal"):
             await endpoint.sweep()
 
 

@@ -18,8 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from inspect import isawaitable
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, TypeAlias, cast
+from typing import Any, Final, Self, TypeAlias, cast
 
 import anyio
 
@@ -27,7 +26,7 @@ from lianlian_async import asgi, errors
 from lianlian_async.background import BackgroundTask
 from lianlian_async.clock import Clock, system_clock
 from lianlian_async.events import ActedOn, Listener, Notified
-from lianlian_async.journal import Journal, MemoryJournal, Standing
+from lianlian_async.journal import Journal, Standing
 from lianlian_async.logs import Listeners
 from lianlian_async.merchant import Merchant
 from lianlian_async.models import Refund
@@ -41,7 +40,7 @@ from lianlian_async.wire import MAX_MESSAGE_BYTES
 
 from .allow_list import judge, networks
 from .completion import check_same, complete
-from .inbox import Inbox, RecentRefunds
+from .inbox import Inbox, NoJournal
 from .responses import ACKS, NOT_HERE, ONLY_POST, Ack, Verdict
 
 logger = logging.getLogger("lianlian_async")
@@ -59,13 +58,6 @@ _REFUSED: Final[Mapping[type[errors.LianLianError], Verdict]] = {
     errors.RefundConflict: Verdict.CONTRADICTORY,
     IncompleteRecord: Verdict.INCOMPLETE,
 }
-
-
-class _Ready(NamedTuple):
-    """Resources that must exist before the first notification is handled."""
-
-    rsa: RsaWorker
-    inbox: Inbox
 
 
 class NotificationEndpoint:
@@ -149,7 +141,7 @@ class NotificationEndpoint:
         """Number of notifications by :class:`Verdict`. Attempts of the inbox and of :meth:`sweep` to call the handler
         are counted, too, as *acted* or *failed*."""
         self._on_refund = on_refund
-        self._journal = journal
+        self._journal = NoJournal() if journal is None else journal
         self._session = session
         self._confirm = confirm
         self._is_inbox = inbox
@@ -159,11 +151,10 @@ class NotificationEndpoint:
         self._trusted_proxies = networks("trusted_proxies", trusted_proxies)
         self._path = path
         self._concurrency = check_integer("concurrency", concurrency, least=1)
-        self._recent = RecentRefunds()
         self._clock = clock
         own = Listeners(listeners, timer=perf_counter, is_logged=True)
         self._listeners = own if listeners or session is None else session.listeners
-        self._ready: _Ready | None = None
+        self._ready: tuple[RsaWorker, Inbox] | None = None
         self._open_lock = anyio.Lock(fast_acquire=True)
         self._worker: BackgroundTask | None = None
         self._resources: AsyncExitStack | None = None
@@ -177,18 +168,16 @@ class NotificationEndpoint:
             raise RuntimeError("this NotificationEndpoint is already open: enter it only once at a time")
         self._ready = None  # a notification that arrived outside of `async with` may have opened an earlier inbox
         async with AsyncExitStack() as resources:
-            if self._journal is not None and not self._journal.is_open:
+            if not self._journal.is_open:
                 await resources.enter_async_context(self._journal)
-            ready = await self._open()
+            _, inbox = await self._open()
             self._resources = resources.pop_all()
         if self._is_inbox:
-            self._worker = BackgroundTask(ready.inbox.work, ready.inbox.end)
-            self._resources.push_async_callback(self._end_worker, self._worker, ready.inbox)
+            self._worker = BackgroundTask(inbox.work, _log_end)
+            self._resources.push_async_callback(self._end_worker, self._worker, inbox)
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         resources, self._resources = self._resources, None
         self._ready = self._worker = None
         await cast("AsyncExitStack", resources).aclose()  # it was entered
@@ -200,33 +189,28 @@ class NotificationEndpoint:
         finally:
             await worker.aclose()
 
-    async def _open(self) -> _Ready:
+    async def _open(self) -> tuple[RsaWorker, Inbox]:
         async with self._open_lock:
             # In inline mode, the journal may have been closed, and opened again: its inbox is then a new one.
-            if self._ready is None or not (self._is_inbox or self._ready.inbox.journal.is_open):
-                if self._journal is not None and not self._journal.is_open:
+            if self._ready is None or not (self._is_inbox or self._ready[1].journal.is_open):
+                if not self._journal.is_open:
                     raise RuntimeError(f"{self._journal!r} is not open: {_HOW_TO_OPEN}")
-                inbox = await self._open_inbox()
-                self._ready = _Ready(await RsaWorker.open(self.merchant), inbox)
+                owner = self.merchant.oid_partner, self.merchant.endpoints.apply
+                await self._journal.bind(*owner)
+                await self._journal.begin_acting()
+                journal = await self._journal.inbox()
+                await journal.bind(*owner)  # the inbox may remain from a deleted journal, such as a rehearsal's
+                inbox = Inbox(
+                    journal=journal,
+                    refunds=self._journal,
+                    act=self._act,
+                    count=lambda succeeded: self.counts.update([Verdict.ACTED if succeeded else Verdict.FAILED]),
+                    seconds=self._seconds,
+                    workers=self._concurrency,
+                    clock=self._clock,
+                )
+                self._ready = await RsaWorker.open(self.merchant), inbox
             return self._ready
-
-    async def _open_inbox(self) -> Inbox:
-        inbox: Journal = self._recent
-        if self._journal is not None:
-            owner = self.merchant.oid_partner, self.merchant.endpoints.apply
-            await self._journal.bind(*owner)
-            await self._journal.begin_acting()
-            inbox = await self._journal.inbox()
-            await inbox.bind(*owner)  # the inbox may remain from a deleted journal, such as a rehearsal's
-        return Inbox(
-            journal=inbox,
-            refunds=MemoryJournal() if self._journal is None else self._journal,
-            act=self._act,
-            count=lambda succeeded: self.counts.update([Verdict.ACTED if succeeded else Verdict.FAILED]),
-            seconds=self._seconds,
-            workers=self._concurrency,
-            clock=self._clock,
-        )
 
     async def handle(self, body: bytes, headers: Headers, *, client: str | None = None) -> Ack:
         """Handle the notification in ``body`` and return the response.
@@ -296,8 +280,7 @@ class NotificationEndpoint:
         record = await rsa.check(rsa.protocol.read_notification, body)
         about.append(record.no_refund)
         refund = await complete(record, self._session, self._journal, self._seconds)
-        if self._journal is not None:
-            refund = await learn(self._journal, refund, self._clock(), "notification")
+        refund = await learn(self._journal, refund, self._clock(), "notification")
         if not refund.is_final:
             return Verdict.NOT_FINAL
         return await (self._keep(refund, inbox) if self._is_inbox else self._act_once(refund, inbox))
@@ -330,7 +313,7 @@ class NotificationEndpoint:
         journal, session = self.check_sweep()
         if self._is_inbox:
             self._check_inbox()
-        inbox = (await self._open()).inbox
+        _, inbox = await self._open()
         await journal.begin_acting()  # again: a failover of the database may have lost the first one
         resumed = await session.resume(concurrency=concurrency)
         await inbox.keep_final()
@@ -343,16 +326,14 @@ class NotificationEndpoint:
 
         Raises ``ConfigurationError`` without a journal or a session, or if the session has another journal.
         """
-        if self._journal is None or self._session is None:
+        if self._session is None or self._session.journal is not self._journal:
             raise errors.ConfigurationError(
-                "sweep requires a session with a journal: it queries the gateway through the session"
+                "sweep requires a session with the endpoint's journal: it queries the gateway through the session"
             )
-        if self._session.journal is not self._journal:
-            raise errors.ConfigurationError("sweep: the session must have the endpoint's journal")
         return self._journal, self._session
 
     def _check_inbox(self) -> None:
-        if self._worker is None:
+        if self._worker is None or self._worker.has_ended:  # without a worker, no notification may be acknowledged
             raise RuntimeError(f"the inbox is not open: {_HOW_TO_OPEN}")
 
     def _notify_session(self, refund: Refund) -> None:
@@ -403,3 +384,8 @@ def _header(headers: Headers, name: str) -> str:
         return ",".join([text for key, text in pairs if str.lower(key) == name])
     except (TypeError, ValueError):
         raise TypeError("headers: must be a mapping of str to str, or (name, value) pairs of str") from None
+
+
+def _log_end(error: BaseException | None) -> None:
+    if error is not None:
+        logger.error("the inbox's worker has failed; no more notifications are accepted", exc_info=error)

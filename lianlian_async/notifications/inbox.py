@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import cached_property
 from typing import Final, TypeVar
 
 import anyio
@@ -52,13 +53,12 @@ class RecentRefunds(MemoryJournal):
         return answer
 
 
-@attrs.frozen
-class _Backoff:
-    """The state of an entry whose handler is running, or must not be called again before ``until``."""
+class NoJournal(MemoryJournal):
+    """The journal of an endpoint that has none: it has no refunds, and its inbox is :class:`RecentRefunds`."""
 
-    failures: int
-    until: float = math.inf
-    """By the event loop's clock; infinite while the handler runs."""
+    @cached_property
+    def _inbox(self) -> MemoryJournal:
+        return RecentRefunds()
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -77,10 +77,11 @@ class Inbox:
     """Called after each attempt to call the handler for an entry; the argument is True if the handler succeeded."""
     workers: int
     clock: Clock
-    _backoffs: dict[str, _Backoff] = attrs.field(factory=dict, init=False)
+    _backoffs: dict[str, tuple[int, float]] = attrs.field(factory=dict, init=False)
+    """For each entry, its failures in a row, and when the handler may be called again by the event loop's clock;
+    infinite while the handler runs."""
     _arrived: anyio.Event = attrs.field(factory=anyio.Event, init=False)
     _intake: anyio.CancelScope = attrs.field(factory=anyio.CancelScope, init=False)
-    _failure: BaseException | None = attrs.field(default=None, init=False)
 
     async def take(self, refund: Refund) -> tuple[Standing, Entry]:
         """Take the lease on a final refund before acting on it; wait while another caller has the lease.
@@ -92,12 +93,7 @@ class Inbox:
         return await self._take(refund, 2 * self.seconds, anyio.current_time() + self.seconds)
 
     async def keep(self, refund: Refund) -> Standing:
-        """Record a final refund durably, for :meth:`work`. Raises the same errors as :meth:`take`.
-
-        Raises ``RuntimeError`` after :meth:`work` has failed: without a worker, no notification may be acknowledged.
-        """
-        if self._failure is not None:
-            raise RuntimeError("the inbox's worker has failed: open the NotificationEndpoint again") from self._failure
+        """Record a final refund durably, for :meth:`work`. Raises the same errors as :meth:`take`."""
         standing, _ = await self._take(refund, _NO_LEASE, -math.inf)
         self._arrived.set()
         return standing
@@ -149,16 +145,16 @@ class Inbox:
         """Act on all present and future open entries of the inbox, until :meth:`stop`."""
 
         async def attempt(entry: Entry) -> None:
-            backoff = self._backoffs[entry.no_refund]
+            failures, _ = self._backoffs[entry.no_refund]
             standing, succeeded = await self._attempt(entry)
             now = anyio.current_time()
             if standing is Standing.LEASED:
-                self._backoffs[entry.no_refund] = attrs.evolve(backoff, until=now + self.seconds)
+                self._backoffs[entry.no_refund] = failures, now + self.seconds
             elif succeeded:
                 del self._backoffs[entry.no_refund]
             else:
-                pause = min(2.0**backoff.failures, _LONGEST_BACKOFF)
-                self._backoffs[entry.no_refund] = _Backoff(min(backoff.failures + 1, 16), now + pause)
+                pause = min(2.0**failures, _LONGEST_BACKOFF)
+                self._backoffs[entry.no_refund] = min(failures + 1, 16), now + pause
             self._arrived.set()
 
         await run_workers(self._due(), attempt, workers=self.workers, intake=self._intake)
@@ -170,12 +166,6 @@ class Inbox:
     def stop(self) -> None:
         """Stop :meth:`work` after the running handlers finish."""
         self._intake.cancel()
-
-    def end(self, error: BaseException | None) -> None:
-        """Record that the task of :meth:`work` has ended; ``error`` is its failure, or None."""
-        if error is not None:
-            self._failure = error
-            logger.error("the inbox's worker has failed; no more notifications are accepted", exc_info=error)
 
     async def _attempt(self, entry: Entry) -> tuple[Standing, bool]:
         """Act on ``entry``; return its standing, and whether this or an earlier handler call succeeded."""
@@ -205,17 +195,17 @@ class Inbox:
                     has_kept_final = True
                 async with aclosing(iterate(self.journal.pending())) as entries:
                     async for entry in entries:
-                        backoff = self._backoffs.get(entry.no_refund, _Backoff(0, began))
-                        if backoff.until <= anyio.current_time():
-                            self._backoffs[entry.no_refund] = _Backoff(backoff.failures)
+                        failures, until = self._backoffs.get(entry.no_refund, (0, began))
+                        if until <= anyio.current_time():
+                            self._backoffs[entry.no_refund] = failures, math.inf
                             yield entry
             except BaseException as error:
                 if not is_failure(error):
                     raise
                 logger.exception("the inbox cannot be read; trying again within %g s", _SCAN_EVERY)
             # Drop expired backoffs that this scan did not renew: another worker finished the entry, or the scan failed.
-            self._backoffs = {number: each for number, each in self._backoffs.items() if each.until > began}
-            due = min((each.until for each in self._backoffs.values()), default=math.inf)
+            self._backoffs = {number: each for number, each in self._backoffs.items() if each[1] > began}
+            due = min((until for _, until in self._backoffs.values()), default=math.inf)
             with anyio.move_on_after(min(max(due - anyio.current_time(), 0.0), _SCAN_EVERY)):
                 await self._arrived.wait()
 
