@@ -744,6 +744,14 @@ def test_every_kind_of_line_end_is_read(nowhere, file, end):
     assert [line for line, _ in problems(run("batch", file, "--json", env=nowhere))] == [3]
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_sep_line_names_the_delimiter(nowhere, file, delimiter):
+    """The line ``sep=;``, which Excel writes, names the delimiter and counts as a line."""
+    write_csv(file, [refund(1, dt_refund="x")], delimiter=delimiter)
+    file.write_bytes(f"sep={delimiter}\r\n".encode() + file.read_bytes())
+    assert [line for line, _ in problems(run("batch", file, "--json", env=nowhere))] == [3]
+
+
 def test_wrong_encoding_names_its_line(nowhere, file):
     """The line number is right after thousands of lines."""
     rows = [refund(number) for number in range(5000)]

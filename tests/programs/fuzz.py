@@ -60,7 +60,7 @@ MOST_MEMORY = 1 << 30
 
 TOKENS = (
     *(b"null", b"true", b"NaN", b"-1", b"1e999", b"9" * 5000, b'""', b"{}", b"[" * 2000, b"\\ud800", b"\\u0000"),
-    *(b"\0", b"\r", b"\n", b"\r\n", b'"', b"'", b",", b"|", b";", b"\t", b"=", b"\xef\xbb\xbf", b"\xff\xfe"),
+    *(b"\0", b"\r", b"\n", b"\r\n", b'"', b"'", b",", b"|", b";", b"\t", b"=", b"sep=", b"\xef\xbb\xbf", b"\xff\xfe"),
     *("²".encode(), "１".encode(), "\u2028".encode(), "\u200b".encode(), b"\xed\xa0\x80", b"\x30\x80", b"\x30\x84\xff"),
     *(b"-----BEGIN RSA PRIVATE KEY-----", b"-----END PUBLIC KEY-----", b"00000000", b"99999999", b"0.00", b"0000"),
 )
@@ -237,7 +237,7 @@ def request_seeds() -> list[bytes]:
 def batch_seeds() -> list[bytes]:
     fields = refund_request(1).to_dict()
     table = ",".join(fields) + "\r\n" + ",".join(fields.values()) + "\r\n"
-    return [table.encode(), table.encode("utf-16"), table.replace(",", ";").encode(), *request_seeds()]
+    return [table.encode(), table.encode("utf-16"), ("sep=;\n" + table.replace(",", ";")).encode(), *request_seeds()]
 
 
 def toml_seeds() -> list[bytes]:

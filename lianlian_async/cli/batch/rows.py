@@ -69,6 +69,7 @@ class Columns:
 
 _SUFFIXES: Final = {".csv": False, ".tsv": False, ".jsonl": True, ".ndjson": True, ".json": True}
 """Whether a file with this suffix is JSON Lines."""
+_SEPARATOR: Final = re.compile(r"sep=(.)[\r\n]*", re.IGNORECASE)
 
 
 def read_rows(file: IO[bytes], name: str, columns: Columns, encoding: str) -> Iterator[Row]:
@@ -133,16 +134,20 @@ def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
 def _cells(lines: Iterator[str], columns: Columns) -> Iterator[tuple[int, list[str]]]:
     """Yield line number and cells of each row that is not blank; a row may have several lines.
 
-    The delimiter is the comma, semicolon or tab that is most frequent in the first line.
+    The first line may name the delimiter for Excel (``sep=;``). Otherwise the delimiter is the comma, semicolon or
+    tab that is most frequent in the first line.
     """
-    first, begins = next(lines), 1
-    columns.delimiter = max(",;\t", key=first.count)
+    first, skipped = next(lines), 0
+    if named := _SEPARATOR.fullmatch(first):
+        first, skipped = next(lines, ""), 1
+    columns.delimiter = named[1] if named else max(",;\t", key=first.count)
     reader = csv.reader(chain([first], lines), delimiter=columns.delimiter, strict=True)
+    begins = 1 + skipped
     try:
         for cells in reader:
             if any(map(str.strip, cells)):
                 yield begins, cells
-            begins = reader.line_num + 1
+            begins = reader.line_num + 1 + skipped
     except csv.Error as error:
         raise _unreadable(f"line {begins}: {error}") from None
 
