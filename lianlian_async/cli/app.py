@@ -79,16 +79,10 @@ def _errors_shown(ctx: click.Context) -> Iterator[None]:
         Output(as_json=True).show({"outcome": "usage error", "error": problem})
         ctx.exit(error.exit_code)
     except (LianLianError, OSError, KeyboardInterrupt) as error:
-        from .exit_codes import exit_outcome_of
         from .output import Output
 
         output = Output(as_json=ctx.meta[AS_JSON])
-        if isinstance(error, OSError):  # such as a folder that the user may not enter
-            error = LianLianError(str(error))
-        if isinstance(error, LianLianError):
-            output.failure(error)
-            ctx.exit(exit_outcome_of(error).exit_code)
-        ctx.exit(output.interrupted())
+        ctx.exit(output.interrupted() if isinstance(error, KeyboardInterrupt) else output.failure(error))
 
 
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:

@@ -119,18 +119,20 @@ config_option = click.option(
 deadline_option = click.option(
     "--deadline", metavar="SECONDS", type=Number(min=0, min_open=True), default=30.0, help="Time limit for each refund."
 )
-_concurrency_option = click.option(
-    "--concurrency", metavar="NUMBER", type=click.IntRange(1, 10_000), default=20, help="Number of concurrent refunds."
+session_options: Final = add_options(
+    click.option(
+        "--concurrency", metavar="NUMBER", type=click.IntRange(1, 10_000), default=20, help="Concurrent refunds."
+    ),
+    deadline_option,
+    click.option(
+        "--not-found-grace",
+        metavar="SECONDS",
+        type=Number(0, LONGEST),
+        default=900.0,
+        help="Time after the last attempt until the gateway's answer 'no such record' is believed; a shorter time is "
+        "safe only if the gateway rejects a second refund with the same no_refund.",
+    ),
 )
-_not_found_grace_option = click.option(
-    "--not-found-grace",
-    metavar="SECONDS",
-    type=Number(0, LONGEST),
-    default=900.0,
-    help="Time after the last attempt until the gateway's answer 'no such record' is believed; a shorter time is safe "
-    "only if the gateway rejects a second refund with the same no_refund.",
-)
-session_options: Final = add_options(_concurrency_option, deadline_option, _not_found_grace_option)
 """The options for :func:`make_session`."""
 
 

@@ -130,20 +130,21 @@ class Output:
         if not is_confirmed:
             raise click.Abort
 
-    def failure(self, error: LianLianError) -> None:
-        """Print an error and advice: JSON on stdout with ``--json``, else text on stderr."""
+    def failure(self, error: LianLianError | OSError) -> int:
+        """Print an error and advice: JSON on stdout with ``--json``, else text on stderr; return the exit code."""
+        if isinstance(error, OSError):  # such as a folder that the user may not enter
+            error = LianLianError(str(error))
+        outcome = exit_outcome_of(error)
         if self.as_json:
             self.show(error_document(error))
-            return
-        word = exit_outcome_of(error).word
-        if isinstance(error, InvalidRequest):
-            self.note(f"{word}: nothing was sent")
-            for problem in error.problems:
-                self.note(f"  {problem}")
-        else:
-            self.note(f"{word}: {error}")
+            return outcome.exit_code
+        problems = error.problems if isinstance(error, InvalidRequest) else ()
+        self.note(f"{outcome.word}: {'nothing was sent' if problems else error}")
+        for problem in problems:
+            self.note(f"  {problem}")
         if isinstance(error, RefundOutcomeUnknown):
             self.note(f"query it with: {query_command(error.query())}")
+        return outcome.exit_code
 
     @contextmanager
     def progress(self, total: int, status: Callable[[], RenderableType]) -> Iterator[Callable[..., object]]:

@@ -90,12 +90,13 @@ def _show_response(output: Output, response: HttpResponse | NoResponse) -> int:
     from lianlian_async.sandbox.notifier import is_acknowledged
 
     word = "acknowledged" if is_acknowledged(response) else "not acknowledged"
+    status, answer = None, ""
     if isinstance(response, NoResponse):
-        output.show({"outcome": word, "status": None, "answer": ""}, f"{word}: no response: {response.reason}")
+        shown = f"no response: {response.reason}"
     else:
-        answer = response.body.decode(errors="replace")
-        document = {"outcome": word, "status": response.status, "answer": answer}
-        output.show(document, f"{word}: HTTP {response.status} {answer}")
+        status, answer = response.status, response.body.decode(errors="replace")
+        shown = f"HTTP {status} {answer}"
+    output.show({"outcome": word, "status": status, "answer": answer}, f"{word}: {shown}")
     return 0 if word == "acknowledged" else 1
 
 
