@@ -6,7 +6,7 @@ from typing import Final
 
 import click
 
-from lianlian_async import text_rules, wire
+from lianlian_async import text_rules
 from lianlian_async.settings import LONGEST
 
 from . import options
@@ -109,12 +109,8 @@ def worker() -> None:
 
 
 @click.command
-@click.option("--refund", "no_refund", metavar="NO_REFUND", help="Refund to query; by default one that was made.")
 @click.option(
-    "--dt-refund",
-    metavar="YYYYMMDDHHMMSS",
-    callback=options.parsed(wire.parse_timestamp),
-    help="dt_refund of a --refund that is not in the journal.",
+    "--refund", "no_refund", metavar="NO_REFUND", help="Refund of the journal to query; by default one that was made."
 )
 @click.option("--offline", is_flag=True, help="Do not connect to the gateway.")
 @options.runs(".doctor", options.journal_options)

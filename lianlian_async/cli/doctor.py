@@ -108,8 +108,7 @@ async def _check_outside(report: _Report, merchant: Merchant, options: dict[str,
     if not options["offline"]:
         for url in {urlsplit(url)[:2]: url for url in (endpoints.apply, endpoints.query)}.values():
             await _check_connection(report, url)
-    is_complete = no_refund and options["dt_refund"]
-    query = RefundQuery(no_refund=no_refund, dt_refund=options["dt_refund"]) if is_complete else None
+    query = None
     try:
         place = options["place"] or default_place(merchant)
         if not is_dsn(place):
@@ -123,7 +122,7 @@ async def _check_outside(report: _Report, merchant: Merchant, options: dict[str,
             report.add("journal", f"{name}: {refunds:,} refunds, belongs {belongs}")
             if isinstance(reader, SqliteReader) and reader.problem:
                 report.fail("journal", reader.problem, _JOURNAL)
-            query = RefundRequest.from_record(entry.fields).query() if entry else query
+            query = RefundRequest.from_record(entry.fields).query() if entry else None
     except FileNotFoundError:
         report.add("journal", f"{place} does not exist; `lianlian batch` creates it", warning=_JOURNAL)
     except click.UsageError as error:
@@ -132,7 +131,7 @@ async def _check_outside(report: _Report, merchant: Merchant, options: dict[str,
         report.fail("journal", str(error), f"check the database, or {_JOURNAL}")
     if query is None:
         problem = f"{no_refund} is not in the journal" if no_refund else "no refund to query is known"
-        cure = "use --dt-refund, too" if no_refund else "run this again after the first refund, or use --refund"
+        cure = "run this again after the first refund, or run `lianlian query`, which verifies the answer, too"
         report.add(_THEIR_KEY, f"not provable yet: {problem}", warning=cure)
     elif not options["offline"]:
         await _check_query(report, merchant, query)
