@@ -652,14 +652,19 @@ async def test_tables_that_a_later_release_has_upgraded_are_refused_at_once(make
 
 
 @pytest.mark.parametrize(
-    "change", ["DELETE FROM {schema}.version", "INSERT INTO {schema}.version SELECT * FROM {schema}.version"]
+    "change",
+    [
+        "DELETE FROM {schema}.version",
+        "INSERT INTO {schema}.version SELECT * FROM {schema}.version",
+        "DELETE FROM {schema}.eras",
+    ],
 )
 async def test_a_partial_restore_is_refused_with_advice(make, administer, change):
     """Only the tables were restored, or only the data into tables that another worker had created."""
     async with make():
         pass
     await administer(change)
-    with pytest.raises(JournalError, match=r"must have one row, and has [02]; drop the schema, then restore"):
+    with pytest.raises(JournalError, match=r"must have one row, .* drop the schema, then restore"):
         async with make():
             pass
 

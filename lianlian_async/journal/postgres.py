@@ -213,8 +213,8 @@ class PostgresJournal(GroupCommitJournal):
         rows = await (await connection.execute(self._sql(sql.READ_VERSION))).fetchall()
         if len(rows) != 1:
             raise JournalError(
-                f"journal {self._name}: its table version must have one row, and has {len(rows)}; drop the schema, "
-                "then restore all its tables together, with their data"
+                f"journal {self._name}: its table version must have one row, and its table eras at least one; drop the "
+                "schema, then restore all its tables together, with their data"
             )
         [row] = rows
         for step in upgrade_steps(self._name, row["version"], SCHEMA_VERSION, sql.UPGRADES):

@@ -18,7 +18,7 @@ WHERE nspname = %s
 """Returns no row without the schema, and NULL without the tables."""
 FIND_ENCODING: Final = "SELECT current_setting('server_encoding') AS encoding"
 FIND_UNSAFE: Final = "SELECT name FROM pg_settings WHERE name IN ('fsync', 'full_page_writes') AND setting = 'off'"
-READ_VERSION: Final = "SELECT * FROM {schema}.version"
+READ_VERSION: Final = "SELECT * FROM {schema}.version WHERE EXISTS (SELECT FROM {schema}.eras)"
 CREATE_SCHEMA: Final = "CREATE SCHEMA {schema}"  # IF NOT EXISTS needs the right to create schemas, even if it exists
 # An index in another collation may not find a refund after an upgrade of the operating system's locale data, or after a
 # failover to a machine with other locale data: the refund would look new.
