@@ -36,7 +36,7 @@ The modules, from the lowest layer up. No module imports from a higher layer; im
   ``testing``: a pytest plugin and virtual time. ``cli``: the command ``lianlian``.
 
 Where to start: follow one refund from ``session.RefundSession.apply_refund`` through ``flight.Flights``,
-``recording.Recording``, ``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through
+``recording.keep``, ``resolution.resolve``, ``middleware`` and ``transport.sender`` to the socket, and back through
 ``protocol.Protocol.read``.
 """
 

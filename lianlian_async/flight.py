@@ -20,16 +20,16 @@ import attrs
 
 from . import wire
 from .background import BackgroundTask
-from .clock import Clock
+from .clock import Clock, Moment
 from .errors import LianLianError, QueryRejected, RefundOutcomeUnknown, RefundRejected
 from .exchange import Call, Exchange
 from .gateway_client import GatewayClient
 from .identity import check_request
-from .journal import Entry, Journal, OpenRefunds, Standing
+from .journal import Entry, Intent, Journal, OpenRefunds, Standing
 from .logs import NOBODY
 from .models import Refund, RefundRequest
 from .outcome import Traffic
-from .recording import Recording, recorded_refund, refusal
+from .recording import keep, recorded, recorded_refund, refusal, take
 from .resolution import Case, matching, resolve
 from .retry import Deadline, RetryPolicy
 
@@ -59,21 +59,15 @@ class Order:
     query_first: bool = False
 
 
+@attrs.define(eq=False)
 class Flights:
     """The flights of one open session."""
 
-    def __init__(
-        self,
-        gateway: GatewayClient,
-        clock: Clock,
-        slot: Callable[[str], AbstractAsyncContextManager[None]],
-        open_refunds: OpenRefunds,
-    ) -> None:
-        self._gateway = gateway
-        self._open_refunds = open_refunds
-        self._clock = clock
-        self._slot = slot
-        self._flights: dict[str, Flight] = {}
+    _gateway: GatewayClient
+    _clock: Clock
+    _slot: Callable[[str], AbstractAsyncContextManager[None]]
+    _open_refunds: OpenRefunds
+    _flights: dict[str, Flight] = attrs.field(factory=dict, init=False)
 
     async def join(self, order: Order, traffic: Traffic) -> Refund:
         """Join the flight of this refund, or start one; return its refund.
@@ -97,7 +91,9 @@ class Flights:
             flight.check_content(order.request)
             flight.until.add(caller, anyio.current_time())
         else:
-            flight = self._flights[number] = Flight(order, traffic, caller, self._carry_out, self._unknown)
+            # The caller is added before the task starts, because an eager task runs at once (Python 3.12).
+            until = _SharedDeadline(caller, anyio.current_time())
+            flight = self._flights[number] = Flight(order, traffic, until, self._carry_out, self._unknown)
         try:
             return await flight.join(caller)
         finally:
@@ -111,34 +107,38 @@ class Flights:
 
     async def _carry_out(self, flight: Flight) -> Refund:
         """Make a refund, or resolve the unknown outcome of an earlier call, and record the outcome."""
-        order, gateway = flight.order, self._gateway
-        merchant = gateway.protocol.merchant
-        owner = merchant.oid_partner, merchant.endpoints.apply
-        async with self._slot(order.request.no_refund):
+        order, gateway, protocol = flight.order, self._gateway, self._gateway.protocol
+        journal, earlier, number = order.journal, order.earlier, order.request.no_refund
+        async with self._slot(number):
             flight.until.resume(anyio.current_time())
-            await order.journal.bind(*owner)
-            earlier = order.earlier
-            if earlier is None or not earlier.body:
-                fields, body = gateway.protocol.apply_fields(order.request), None
-            else:
-                fields, body = gateway.protocol.signed_fields(earlier.body), earlier.body
-            recording = Recording(order.journal, order.request, *owner, self._clock)
-            if (refund := await recording.recorded()) is not None:
+            await journal.bind(protocol.merchant.oid_partner, protocol.merchant.endpoints.apply)
+            body = b"" if earlier is None else earlier.body
+            fields = protocol.signed_fields(body) if body else protocol.apply_fields(order.request)
+            if (refund := await recorded(journal, order.request)) is not None:
                 return refund
-            if body is None:
-                body = await gateway.seal(fields)
-            lease = min(2 * flight.until.left(anyio.current_time()), LONGEST_LEASE)
-            has_journal = not isinstance(order.journal, OpenRefunds)
+            has_journal = journal is not self._open_refunds
+            intent = Intent(
+                no_refund=number,
+                fields=order.request.to_dict(),
+                body=body or await gateway.seal(fields),
+                lease=min(2 * flight.until.left(anyio.current_time()), LONGEST_LEASE),
+                grace=order.policy.not_found_grace,
+            )
             listeners = gateway.listeners if has_journal else NOBODY
-            standing, entry = await recording.claim(body, lease, order.policy, flight.until.at, listeners)
+            standing, entry = await take(journal, intent, self._clock, flight.until.at, listeners)
             if standing is Standing.FINISHED:
                 return recorded_refund(entry)
+            if standing is Standing.LEASED:
+                now = self._clock()
+                until = entry.leased_until or now
+                problem = "another call or worker holds the lease on this refund"
+                raise self._not_begun(order, until, max(0.0, until.boot - now.boot), problem, entry.body)
             case = flight.case = self._open_case(flight, fields, standing, entry)
             if earlier is not None:
                 case.take_over(earlier.moment, earlier.refused)
-            if has_journal and (open_refund := await self._open_refunds.find(order.request.no_refund)) is not None:
+            if has_journal and (open_refund := await self._open_refunds.find(number)) is not None:
                 case.take_over(open_refund.sent_at, _refused(open_refund))  # an earlier call used no journal
-            return await recording.keep(entry, partial(resolve, case, gateway.send, gateway.retries_left), case)
+            return await keep(journal, entry, case, partial(resolve, case, gateway.send, gateway.retries_left))
 
     def _open_case(self, flight: Flight, fields: Mapping[str, str], standing: Standing, entry: Entry) -> Case:
         """Return the case of a claimed refund, with what its ``entry`` says about earlier calls."""
@@ -178,19 +178,28 @@ class Flights:
 
     def _unknown(self, flight: Flight) -> RefundOutcomeUnknown:
         """Return the unknown outcome for a caller that leaves. Its flight may go on, and send until its deadline."""
-        now, order, left, merchant = self._clock(), flight.order, 0.0, self._gateway.protocol.merchant
+        now, left = self._clock(), 0.0
         if not flight.task.has_ended:  # another process may rely on this moment, so nothing is sent after it
             left = min(max(0.0, flight.until.left(anyio.current_time())), LONGEST_LEASE)
             flight.last_send.at = min(flight.last_send.at, now.boot + left)
         if flight.case is not None:
             return flight.case.unknown(left)
+        wait, problem = left + flight.order.policy.not_found_grace, "the call ended before the gateway answered"
+        return self._not_begun(flight.order, now.after(left), wait, problem)
+
+    def _not_begun(
+        self, order: Order, moment: Moment, wait: float, problem: str, body: bytes = b""
+    ) -> RefundOutcomeUnknown:
+        """Return the unknown outcome of a flight without a case: it did not get the refund's lease."""
+        merchant = self._gateway.protocol.merchant
         return RefundOutcomeUnknown(
             request=order.request,
             oid_partner=merchant.oid_partner,
             apply_url=merchant.endpoints.apply,
-            moment=now.after(left),
-            ask_again_at=now.wall + timedelta(seconds=left + order.policy.not_found_grace),
-            last_error="the call ended before the gateway answered",
+            body=body,
+            moment=moment,
+            ask_again_at=self._clock().wall + timedelta(seconds=wait),
+            last_error=problem,
         )
 
     def _is_before(self, end: Deadline) -> bool:
@@ -215,9 +224,7 @@ class Flights:
                 matching(known, reply.refund)
             except LianLianError as error:
                 wrong = error
-            else:
-                return True
-        return LianLianError(
+        return wrong is None or LianLianError(
             "the query service proves nothing, check the query URL: "  # the reason ends here: it names no refund
             f"it did not return refund {entry.no_refund}, which was made ({wrong})"
         )
@@ -284,35 +291,30 @@ class _SharedDeadline(Deadline):
             caller.scope.deadline = caller.leaves_at if leaves else math.inf
 
 
+@attrs.define(eq=False)
 class Flight:
     """A background task that makes one refund."""
 
-    def __init__(
-        self,
-        order: Order,
-        traffic: Traffic,
-        first: Caller,
-        carry_out: Callable[[Flight], Awaitable[Refund]],
-        unknown: Callable[[Flight], RefundOutcomeUnknown],
-    ) -> None:
-        self.order = order
-        # The first caller is added before the task starts, because an eager task runs at once (Python 3.12).
-        self.until = _SharedDeadline(first, anyio.current_time())
-        self.last_send = Deadline(math.inf)
-        """When the lease ends, or an earlier time that a caller was told when it left. On the boot clock."""
-        self.reads_at = Deadline(math.inf)
-        """From this time on, the journal is read again before each send. On the event loop's clock."""
-        self.traffic = traffic
-        self.case: Case | None = None
-        self._carry_out = carry_out
-        self._unknown = unknown
-        self._refund: Refund | None = None
-        self._error: BaseException | None = None
-        self._is_raised = False
-        self.is_abandoned = False
-        """Whether the last caller left, and so cancelled the flight, before the flight ended."""
-        self.is_told = False
-        """Whether a caller got the outcome. A cancellation may arrive between the end of the flight and its caller."""
+    order: Order
+    traffic: Traffic
+    until: _SharedDeadline
+    _carry_out: Callable[[Flight], Awaitable[Refund]]
+    _unknown: Callable[[Flight], RefundOutcomeUnknown]
+    last_send: Deadline = attrs.field(factory=lambda: Deadline(math.inf), init=False)
+    """When the lease ends, or an earlier time that a caller was told when it left. On the boot clock."""
+    reads_at: Deadline = attrs.field(factory=lambda: Deadline(math.inf), init=False)
+    """From this time on, the journal is read again before each send. On the event loop's clock."""
+    case: Case | None = attrs.field(default=None, init=False)
+    _refund: Refund | None = attrs.field(default=None, init=False)
+    _error: BaseException | None = attrs.field(default=None, init=False)
+    _is_raised: bool = attrs.field(default=False, init=False)
+    is_abandoned: bool = attrs.field(default=False, init=False)
+    """Whether the last caller left, and so cancelled the flight, before the flight ended."""
+    is_told: bool = attrs.field(default=False, init=False)
+    """Whether a caller got the outcome. A cancellation may arrive between the end of the flight and its caller."""
+    task: BackgroundTask = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
         self.task = BackgroundTask(self._run)
 
     def check_content(self, request: RefundRequest) -> None:

@@ -7,11 +7,9 @@ or raises the recorded outcome. It queries an unresolved refund first, and sends
 import logging
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Final, cast
 
 import anyio
-import attrs
 
 from .clock import Clock, Moment
 from .errors import JournalError, LianLianError, RefundConflict, RefundNotSent, RefundOutcomeUnknown, RefundRejected
@@ -22,7 +20,6 @@ from .journal.base import added
 from .logs import NOBODY, Listeners
 from .models import Record, Refund, RefundRecord, RefundRequest, RefundStatus
 from .resolution import Case, doubt, matching
-from .retry import RetryPolicy
 
 logger = logging.getLogger("lianlian_async")
 
@@ -124,113 +121,75 @@ def _check_agrees(refund: RefundRecord, stored: Entry) -> None:
         raise RefundConflict(stored.no_refund, field="sta_refund", ours=str(refund.sta_refund), theirs=theirs)
 
 
-@attrs.frozen
-class Recording:
-    """One refund and its entry in the journal."""
+async def recorded(journal: Journal, request: RefundRequest) -> Refund | None:
+    """Return the refund, or None if it is unresolved. Raises its recorded error, or a conflict with the request."""
+    entry = await journal.find(request.no_refund)
+    if entry is None or entry.ending is None:
+        return None
+    check_request(request.no_refund, request.to_dict(), entry.fields)
+    return recorded_refund(entry)
 
-    journal: Journal
-    request: RefundRequest
-    oid_partner: str
-    apply_url: str
-    clock: Clock
 
-    async def recorded(self) -> Refund | None:
-        """Return the refund, or None if it is unresolved. Raises its recorded error, or a conflict with the request."""
-        entry = await self.journal.find(self.request.no_refund)
-        if entry is None or entry.ending is None:
-            return None
-        check_request(self.request.no_refund, self.request.to_dict(), entry.fields)
-        return recorded_refund(entry)
+async def keep(journal: Journal, entry: Entry, case: Case, resolve: Callable[[], Awaitable[Refund]]) -> Refund:
+    """Run ``resolve`` for ``case``, and record its outcome in the claimed ``entry``, even if cancelled.
 
-    async def claim(
-        self, body: bytes, lease: float, policy: RetryPolicy, deadline: float, listeners: Listeners = NOBODY
-    ) -> tuple[Standing, Entry]:
-        """Record the intent and take the refund's lease for ``lease`` seconds.
-
-        If another call keeps the lease until ``deadline`` (event loop's clock), raises
-        ``RefundOutcomeUnknown``. Raises ``RefundConflict`` if the recorded request differs.
-        """
-        number = self.request.no_refund
-        fields, grace = self.request.to_dict(), policy.not_found_grace
-        intent = Intent(no_refund=number, fields=fields, body=body, lease=lease, grace=grace)
-        standing, entry = await take(self.journal, intent, self.clock, deadline, listeners)
-        if standing is not Standing.LEASED:
-            return standing, entry
-        now = self.clock()
-        leased_until = entry.leased_until or now
-        raise RefundOutcomeUnknown(
-            request=self.request,
-            oid_partner=self.oid_partner,
-            apply_url=self.apply_url,
-            body=entry.body,
-            moment=leased_until,
-            ask_again_at=now.wall + timedelta(seconds=max(0.0, leased_until.boot - now.boot)),
-            last_error="another call or worker holds the lease on this refund",
-        )
-
-    async def keep(self, entry: Entry, resolve: Callable[[], Awaitable[Refund]], case: Case) -> Refund:
-        """Run ``resolve`` for ``case``, and record its outcome in the claimed ``entry``, even if cancelled.
-
-        If the journal fails, the ``JournalError`` has the refund's outcome as ``said``.
-        """
-        try:
-            refund = await resolve()
-        except RefundRejected as error:
-            if error.is_configuration or error.may_pass:  # the same refund may be sent again
-                await self._release(entry, case, error)
-                stored = await self._find(entry, error)
-            else:
-                how = Ending(state=State.REJECTED, record=_refusal_record(error))
-                stored = await self._finish(entry, case, how, error)
-            if stored is None or stored.state in (State.UNRESOLVED, State.REJECTED):
-                raise
-            return recorded_refund(stored)  # recorded meanwhile, for example by a notification
-        except (RefundNotSent, RefundOutcomeUnknown) as error:
-            await self._release(entry, case, error)
-            found = await self._find(entry, error)
-            if found is not None and found.ending is not None:
-                return recorded_refund(found)  # recorded meanwhile
-            if isinstance(error, RefundNotSent) and found is not None and found.sent_at is not None:
+    If the journal fails, the ``JournalError`` has the refund's outcome as ``said``.
+    """
+    try:
+        refund = await resolve()
+    except (RefundRejected, RefundNotSent, RefundOutcomeUnknown, RefundConflict) as error:
+        with _said(error):
+            stored = await _store(journal, entry, case, error) or await journal.find(entry.no_refund)
+        if stored is None or isinstance(error, RefundConflict):
+            raise
+        if stored.ending is None:
+            if isinstance(error, RefundNotSent) and stored.sent_at is not None:
                 raise case.unknown() from error  # another worker had the lease since, and may have sent it
             raise
-        except RefundConflict as error:
-            await self._finish(entry, case, Ending(state=State.CONFLICT, record=error.record or {}), error)
+        if isinstance(error, RefundRejected) and stored.state is State.REJECTED:
             raise
-        except BaseException as error:  # cancellation, a failed journal, or a bug: the refund may have been sent
-            said = case.unknown()
-            if isinstance(error, JournalError):
-                error.said = said
-            try:
-                await self._release(entry, case, said)
-            except JournalError as problem:
-                logger.warning("refund %s may have been made: %s", entry.no_refund, problem)
-            raise
-        _check_agrees(refund, await self._finish(entry, case, ending(refund), refund))
-        return refund
+        return recorded_refund(stored)  # recorded meanwhile, for example by a notification
+    except BaseException as error:  # cancellation, a failed journal, or a bug: the refund may have been sent
+        said = case.unknown()
+        if isinstance(error, JournalError):
+            error.said = said
+        try:
+            with _said(said):
+                await _store(journal, entry, case, said)
+        except JournalError as problem:
+            logger.warning("refund %s may have been made: %s", entry.no_refund, problem)
+        raise
+    with _said(refund):
+        stored = await _store(journal, entry, case, refund)
+    _check_agrees(refund, cast("Entry", stored))
+    return refund
 
-    async def _find(self, entry: Entry, said: LianLianError) -> Entry | None:
-        with _said(said):
-            return await self.journal.find(entry.no_refund)
 
-    async def _finish(self, entry: Entry, case: Case, how: Ending, said: Refund | LianLianError) -> Entry:
-        with _said(said, shield=True):
-            return await self.journal.finish(entry, how, case.history)
-
-    async def _release(self, entry: Entry, case: Case, said: LianLianError) -> None:
-        """End the lease. The refund may have been made only if ``said`` is ``RefundOutcomeUnknown``."""
-        moment = refused = None
-        if isinstance(said, RefundOutcomeUnknown):
-            moment, refused = said.moment, None if said.refused is None else _refusal_record(said.refused)
-        with _said(said, shield=True):
-            await self.journal.release(entry, moment, refused, case.history)
+async def _store(journal: Journal, entry: Entry, case: Case, outcome: Refund | LianLianError) -> Entry | None:
+    """Record ``outcome``, even if cancelled. Return the entry as stored, or None if only its lease ended."""
+    how = moment = refused = None
+    match outcome:
+        case Refund():
+            how = ending(outcome)
+        case RefundConflict():
+            how = Ending(state=State.CONFLICT, record=outcome.record or {})
+        case RefundRejected(is_configuration=False, may_pass=False):  # else the same refund may be sent again
+            how = Ending(state=State.REJECTED, record=_refusal_record(outcome))
+        case RefundOutcomeUnknown():
+            moment = outcome.moment
+            refused = None if outcome.refused is None else _refusal_record(outcome.refused)
+    with anyio.CancelScope(shield=True):
+        if how is not None:
+            return await journal.finish(entry, how, case.history)
+        await journal.release(entry, moment, refused, case.history)
+    return None
 
 
 @contextmanager
-def _said(outcome: Refund | LianLianError, *, shield: bool = False) -> Generator[None]:
+def _said(outcome: Refund | LianLianError) -> Generator[None]:
     """If the block fails, raise a ``JournalError`` whose ``said`` is the refund's ``outcome``."""
     try:
-        with anyio.CancelScope(shield=shield):
-            yield
+        yield
     except JournalError as error:
         error.said = outcome
         raise

@@ -265,7 +265,7 @@ class Model:
         return self._with(world, number, self._take_in(world, number, worker, finding))
 
     def _is_taken(self, world: World, number: int, worker: Worker) -> bool:
-        """Whether the journal shows a send after this worker released the lease (as in ``Recording.keep``)."""
+        """Whether the journal shows a send after this worker released the lease (as in ``recording.keep``)."""
         _, after = self._do(world, number, worker, Release(worker.entry, None))
         found, _ = self._do(after, number, worker, Find("R-1"))
         return found is not None and (found.sent_at is not None or found.ending is not None)
