@@ -45,7 +45,7 @@ def refund_many(
     ``InvalidRequest`` as its error and the item as its request; nothing is sent for it.
     If you leave the loop early, or if it is cancelled, the batch ends: no further request is read, and running refunds
     may stay unresolved, or be made without an outcome: without a journal, repeat them with ``query_first``. If a
-    variable keeps the iterator alive, call ``aclose``, or use ``async with``.
+    variable keeps the iterator alive, call ``aclose``, or use ``contextlib.aclosing``.
 
     Args:
         session: an open session.
@@ -121,12 +121,6 @@ class Outcomes(AsyncIterator[Outcome]):
         self._run.found.end()
         if self._background is not None:
             await self._background.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
 
     def __del__(self) -> None:
         if self._background is not None:

@@ -10,6 +10,7 @@ from typing import Any, Final, Self, TypeVar, cast
 
 import anyio
 import anyio.to_thread
+import attrs
 
 from .background import call_soon_threadsafe
 from .merchant import Merchant
@@ -25,28 +26,28 @@ DELIVER_AFTER: Final = 0.001
 """Seconds after which a round wakes the callers whose signatures are ready. Waking many at once delays other tasks."""
 
 
+@attrs.define(eq=False)
 class _Job:
     """One requested signature."""
 
-    def __init__(self, fields: Mapping[str, str]) -> None:
-        self.fields = fields
-        self.body: bytes | None = None
-        self.error: BaseException | None = None
-        self.leads = False
-        self.wake_up = anyio.Event()
-        """Set when the job is done, or when its caller must lead the next round."""
+    fields: Mapping[str, str]
+    body: bytes | None = None
+    error: BaseException | None = None
+    leads: bool = False
+    wake_up: anyio.Event = attrs.field(factory=anyio.Event)
+    """Set when the job is done, or when its caller must lead the next round."""
 
 
+@attrs.define(eq=False, slots=False)
 class RsaWorker:
     """Signs and verifies with the loaded keys of a merchant; the thread runs one call at a time."""
 
-    def __init__(self, protocol: Protocol, limiter: anyio.CapacityLimiter, *, verify_inline: bool) -> None:
-        self.protocol = protocol
-        self._limiter = limiter
-        self._verify_inline = verify_inline
-        self._jobs: deque[_Job] = deque()
-        self._has_leader = False
-        self._call_soon = call_soon_threadsafe()
+    protocol: Protocol
+    _limiter: anyio.CapacityLimiter
+    _verify_inline: bool
+    _jobs: deque[_Job] = attrs.field(factory=deque, init=False)
+    _has_leader: bool = attrs.field(default=False, init=False)
+    _call_soon: Callable[[Callable[[], object]], object] = attrs.field(factory=call_soon_threadsafe, init=False)
 
     @classmethod
     async def open(cls, merchant: Merchant) -> Self:

@@ -181,7 +181,7 @@ class RefundSession:
             RefundOutcomeUnknown: the refund may have been made; see :meth:`resolve`.
             JournalError: the journal failed; ``said`` is the refund's outcome if the refund may have been sent.
         """
-        return await self._apply(request, deadline=deadline, retry=retry)
+        return await self._apply(request, deadline, retry, Traffic())
 
     async def resolve(
         self, unknown: errors.RefundOutcomeUnknown, *, deadline: float | None = None, retry: RetryPolicy | None = None
@@ -192,7 +192,7 @@ class RefundSession:
         ``RetryPolicy.not_found_grace``. Returns and raises as :meth:`apply_refund`.
         """
         expect(unknown, errors.RefundOutcomeUnknown, "unknown")
-        return await self._apply(unknown.request, deadline=deadline, retry=retry, earlier=unknown)
+        return await self._apply(unknown.request, deadline, retry, Traffic(), earlier=unknown)
 
     async def outcome_of(
         self,
@@ -215,13 +215,7 @@ class RefundSession:
         refund = error = None
         try:
             refund = await self._apply(
-                request,
-                deadline=deadline,
-                retry=retry,
-                journal=journal,
-                earlier=earlier,
-                query_first=query_first,
-                traffic=traffic,
+                request, deadline, retry, traffic, journal=journal, earlier=earlier, query_first=query_first
             )
         except errors.ConfigurationError:
             raise
@@ -229,14 +223,8 @@ class RefundSession:
             error = problem
             if isinstance(problem, errors.RefundOutcomeUnknown):
                 self.unknown_reasons[problem.reason] += 1
-        return Outcome(
-            request=request,
-            refund=refund,
-            error=error,
-            attempts=traffic.attempts,
-            queries=traffic.queries,
-            seconds=anyio.current_time() - began,
-        )
+        seconds = anyio.current_time() - began
+        return Outcome(request=request, refund=refund, error=error, seconds=seconds, **attrs.asdict(traffic))
 
     async def query_refund(
         self, query: RefundQuery, *, deadline: float | None = None, retry: RetryPolicy | None = None
@@ -347,13 +335,13 @@ class RefundSession:
     async def _apply(
         self,
         request: RefundRequest,
-        *,
         deadline: float | None,
         retry: RetryPolicy | None,
+        traffic: Traffic,
+        *,
         journal: Journal | None = None,
         earlier: errors.RefundOutcomeUnknown | None = None,
         query_first: bool = False,
-        traffic: Traffic | None = None,
     ) -> Refund:
         expect(request, RefundRequest, "request")
         if earlier is not None:
@@ -380,7 +368,7 @@ class RefundSession:
             earlier=earlier,
             query_first=query_first or self._query_first,
         )
-        name, traffic = "apply_refund" if earlier is None else "resolve", traffic or Traffic()
+        name = "apply_refund" if earlier is None else "resolve"
         try:
             with self._life.in_use():
                 return await self._observed(name, request.no_refund, self._flights.join(order, traffic), traffic)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from contextlib import aclosing, suppress
 from datetime import timedelta
 from decimal import Decimal
 
@@ -136,7 +136,7 @@ async def test_requests_may_be_any_iterable(kind):
         }
         async with session_with(gateway) as session:
             outcomes = []
-            with contextlib.suppress(LookupError):
+            with suppress(LookupError):
                 await collect(refund_many(session, requests[kind]), outcomes)
     assert numbers(outcomes) == list(range(1, 31))
     assert all(outcome.refund.no_refund == outcome.request.no_refund for outcome in outcomes)
@@ -292,7 +292,10 @@ async def test_a_timeout_for_an_outcome_loses_none():
     """A consumer that often times out still gets every outcome."""
     gateway = sandbox(**SLOW)
     outcomes, timeouts = [], 0
-    async with session_with(gateway) as session, refund_many(session, Source(10), concurrency=2) as batch:
+    async with (
+        session_with(gateway) as session,
+        aclosing(refund_many(session, Source(10), concurrency=2)) as batch,
+    ):
         while True:
             try:
                 with anyio.fail_after(0.25):
@@ -326,8 +329,8 @@ async def leave_by_aclose(session, source, outcomes):
 
 
 async def leave_by_block(session, source, outcomes):
-    with contextlib.suppress(LookupError):
-        async with refund_many(session, source, concurrency=4) as batch:
+    with suppress(LookupError):
+        async with aclosing(refund_many(session, source, concurrency=4)) as batch:
             async for outcome in batch:
                 outcomes.append(outcome)
                 if len(outcomes) == 6:
@@ -491,11 +494,14 @@ async def test_requests_may_use_cancel_scopes_of_their_own(count):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(anyio.sleep_forever)
             with anyio.fail_after(3600):
-                async with contextlib.aclosing(source.unhurried()) as requests:
+                async with aclosing(source.unhurried()) as requests:
                     async for request in requests:
                         yield request
 
-    async with session_with(gateway) as session, refund_many(session, scoped(), concurrency=3) as batch:
+    async with (
+        session_with(gateway) as session,
+        aclosing(refund_many(session, scoped(), concurrency=3)) as batch,
+    ):
         for _ in range(5):
             assert (await anext(batch)).refund is not None
         await anyio.sleep(0.5)

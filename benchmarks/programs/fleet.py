@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -164,7 +164,7 @@ async def _on_sqlite(job: frame.Job) -> dict[str, float]:
 
 
 async def _refund_many(job: frame.Job, session: RefundSession) -> None:
-    async with refund_many(session, map(workload.refund_request, range(job.refunds))) as outcomes:
+    async with aclosing(refund_many(session, map(workload.refund_request, range(job.refunds)))) as outcomes:
         async for _ in outcomes:
             pass
 

@@ -6,6 +6,7 @@ Two slices may contain the same refund, and a slice may run twice: the journal p
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
 from typing import Any, Final
 
 from procrastinate.exceptions import ConnectorException
@@ -156,7 +157,7 @@ class Slice:
             worker.session, self._requests(), concurrency=worker.concurrency, query_first=self._tries > 0
         )
         try:
-            async with outcomes:
+            async with aclosing(outcomes):
                 async for outcome in outcomes:
                     del self._under_way[id(outcome.request)]
                     worker.admission.leave()

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 from lianlian_async import refund_many
@@ -63,7 +63,7 @@ class Work:
             await stack.enter_async_context(endpoint)
             await notices.deliver(endpoint, 1000)
             requests = (refund_request(number) for number in range(1, REFUNDS + 1))
-            outcomes = await stack.enter_async_context(refund_many(session, requests))
+            outcomes = await stack.enter_async_context(aclosing(refund_many(session, requests)))
             async for outcome in outcomes:
                 print(outcome.request.no_refund, type(outcome.error).__name__, flush=True)
 

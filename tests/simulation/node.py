@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -275,7 +275,8 @@ class Node:
             begun: dict[str, int] = {}
             ended = 0
             try:
-                async with refund_many(session, self._begin_each(numbers, begun), wait_unknown=wait) as outcomes:
+                batch = refund_many(session, self._begin_each(numbers, begun), wait_unknown=wait)
+                async with aclosing(batch) as outcomes:
                     async for outcome in outcomes:
                         ended += 1
                         self.calls.pop(begun[outcome.request.no_refund])

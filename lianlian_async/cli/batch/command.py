@@ -247,7 +247,7 @@ class _Batch:
                 async with (
                     aclosing(BackgroundTask(partial(_rewrite, write_receipt))),
                     make_session(self.merchant, journal, options, query_first=options["query_first"]) as session,
-                    refund_many(session, self._requests(journal), journal=journal, **choices) as outcomes,
+                    aclosing(refund_many(session, self._requests(journal), journal=journal, **choices)) as outcomes,
                     aclosing(BackgroundTask(self._note_waiting)),
                 ):
                     self._held = outcomes.held
