@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from lianlian_async.journal import JournalError, SqliteJournal, SqliteReader, Standing, State
-from lianlian_async.journal.operations import Begin, TakeBack
+from lianlian_async.journal.operations import Begin
 from tests.support.journals import MADE, held, intent, now
 
 pytestmark = pytest.mark.anyio
@@ -218,8 +218,8 @@ async def test_task_cancel_at_any_step_leaves_the_file_unlocked(anyio_backend, p
 
 
 async def test_a_begin_after_its_rollback_records_nothing():
-    """A begin that is retried may be applied after its ``TakeBack``."""
+    """A begin that is retried may be applied after its ``take_back``."""
     begin = Begin(intent(), now())
-    assert TakeBack(begin).apply(None) == (None, None)
+    assert begin.take_back(None, False) is None
     with pytest.raises(JournalError, match="not begun, because its call was cancelled"):
-        begin.apply(None)
+        begin.apply(None, False)

@@ -505,13 +505,15 @@ async def test_two_threads_never_get_the_same_lease_of_a_memory_journal(anyio_ba
     thread = threading.Thread(target=partial(anyio.run, begin_there, backend=anyio_backend_name))
 
     class Interrupted(Begin):
-        def apply(self, entry):
-            result = super().apply(entry)
+        def apply(self, entry, is_acting):
+            result = super().apply(entry, is_acting)
             thread.start()
             thread.join(0.1)  # without the lock the other thread ends now, and it gets the lease, too
             return result
 
-    standings.append((await journal.record(Interrupted(intent(), now())))[0])
+    interrupted = Interrupted(intent(), now())
+    await journal.record(interrupted)
+    standings.append(interrupted.standing)
     await anyio.to_thread.run_sync(thread.join)
     assert standings == [Standing.NEW, Standing.LEASED]
 
@@ -793,6 +795,6 @@ def test_the_wait_for_the_database_is_a_part_of_the_lease():
     called_at = now()
     begin = Begin(intent("R-1", lease=30.0), called_at)
     begin.postpone(called_at.boot + 5)
-    (_, entry), _ = begin.apply(None)
+    entry = begin.apply(None, False)
     assert begin.now == called_at.after(5)
     assert entry.leased_until == called_at.after(30)

@@ -8,23 +8,20 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from itertools import count
 from typing import Any, Final, Self, TypeVar, cast
-from uuid import uuid4
 
 import anyio
 import anyio.lowlevel
 import attrs
 
 from lianlian_async.background import BackgroundTask, complete, is_failure
-from lianlian_async.clock import Moment
 from lianlian_async.models import check_storable
 
-from .base import Entry, Intent, JournalError, Owner, Standing
+from .base import Entry, JournalError, Owner
 from .interface import Journal
-from .operations import Begin, Operation, Result, TakeBack
+from .operations import Begin, Change, Operation, Result
 
-T = TypeVar("T")
+E = TypeVar("E", bound=Entry | None)
 
 MAX_BATCH: Final = 500
 """Maximum number of operations in one transaction."""
@@ -69,7 +66,7 @@ class _GroupCommit:
         self._arrived.set()
         await complete(self._background.join)
 
-    async def do(self, operation: Operation[T]) -> T:
+    async def do(self, operation: Operation[E]) -> E:
         """Record ``operation`` durably and return its result.
 
         If the caller is cancelled meanwhile, a begin is taken back; any other operation is recorded nevertheless.
@@ -80,12 +77,12 @@ class _GroupCommit:
                 await queued.done.wait()
         except BaseException:
             if isinstance(queued.operation, Begin) and self._failure is None:
-                queued.operation.is_taken_back = True  # at once: a retry of this begin may run beside its TakeBack
-                self._put(TakeBack(queued.operation))
+                queued.operation.is_taken_back = True  # at once: a retry of this begin may run beside its take_back
+                self._put(Change(operation.no_refund, queued.operation.take_back))
             raise
         if queued.result.error is not None:
             raise queued.result.error
-        return cast("T", queued.result.value)
+        return cast("E", queued.result.value)
 
     def _put(self, operation: Operation[Any]) -> Queued:
         if self._failure is not None:
@@ -166,7 +163,6 @@ class GroupCommitJournal(Journal):
             raise RuntimeError(f"journal {self._name} is already open: enter each journal object only once at a time")
         self._process = os.getpid()
         self._event_loop = anyio.lowlevel.current_token()
-        self._holder, self._calls = uuid4().hex, count(1)
         await self._open()
         self._group = _GroupCommit(self._name, self._write)
         return self
@@ -226,11 +222,7 @@ class GroupCommitJournal(Journal):
             await self._bind(owner)
             self.owner = owner
 
-    async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
-        self._opened()
-        return await self.record(Begin(intent, now, f"{self._holder}-{next(self._calls)}"))
-
-    async def record(self, operation: Operation[T]) -> T:
+    async def record(self, operation: Operation[E]) -> E:
         check_storable(operation.no_refund, "no_refund")
         return await self._opened().do(operation)
 

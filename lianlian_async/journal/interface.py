@@ -17,15 +17,16 @@ never taken for a production refund.
 """
 
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar, cast
 
 from lianlian_async.clock import Moment
 
+from . import operations
 from .base import Ending, Entry, Intent, Owner, Standing, State
-from .operations import Acted, Begin, Decide, Find, Finish, Operation, Release, Resend
 
-T = TypeVar("T")
+E = TypeVar("E", bound=Entry | None)
 
 
 class Journal(Protocol):
@@ -59,10 +60,10 @@ class Journal(Protocol):
         Raises ``ConfigurationError`` if the journal has another owner.
         """
 
-    async def record(self, operation: Operation[T]) -> T:
-        """Apply ``operation`` to the entry of its refund, store the entry, and return the operation's value.
+    async def record(self, operation: operations.Operation[E]) -> E:
+        """Apply ``operation`` to the entry of its refund, and return the entry as stored.
 
-        If the caller of :class:`.operations.Begin` is cancelled, :class:`.operations.TakeBack` follows it.
+        If the caller of :class:`.operations.Begin` is cancelled, its ``take_back`` follows it.
         """
 
     async def begin(self, intent: Intent, now: Moment) -> tuple[Standing, Entry]:
@@ -77,7 +78,9 @@ class Journal(Protocol):
         After NEW, ASK_FIRST and UNRESOLVED, the caller has to call :meth:`finish` or :meth:`release`.
         Raises ``RefundConflict`` if the journal has the number with other fields.
         """
-        return await self.record(Begin(intent, now))
+        begin = operations.Begin(intent, now)
+        await self.record(begin)
+        return begin.standing, cast("Entry", begin.found)
 
     async def resend(self, entry: Entry, history: str = "") -> None:
         """Record that the entry of :meth:`begin`, with a new ``body``, may be sent until its lease ends.
@@ -85,7 +88,7 @@ class Journal(Protocol):
         ``history``, here and in :meth:`finish` and :meth:`release`: the entry's history with the facts of this call.
         Raises :class:`JournalError` if another call has taken the lease or resolved the refund.
         """
-        await self.record(Resend(entry, history))
+        await self.record(operations.Change(entry.no_refund, partial(operations.resend, entry, history)))
 
     async def finish(self, entry: Entry, ending: Ending, history: str = "") -> Entry:
         """Record the outcome of ``entry``, end its lease, and return the entry as stored.
@@ -93,7 +96,7 @@ class Journal(Protocol):
         The first outcome wins; only ACCEPTED may become FINAL or DONE later. Idempotent. An entry that the journal has
         lost is written again. After :meth:`begin_acting`, a DONE ending is recorded as FINAL until :meth:`acted`.
         """
-        return await self.record(Finish(entry, ending, history))
+        return await self.record(operations.Change(entry.no_refund, partial(operations.finish, entry, ending, history)))
 
     async def begin_acting(self) -> None:
         """Switch the journal permanently, for all processes: record a final refund as FINAL until :meth:`acted`.
@@ -104,7 +107,7 @@ class Journal(Protocol):
 
     async def acted(self, no_refund: str, now: Moment) -> None:
         """Record that ``on_refund`` has returned: FINAL becomes DONE; every other state stays as it is."""
-        await self.record(Acted(no_refund, now))
+        await self.record(operations.Change(no_refund, partial(operations.acted, now)))
 
     async def release(
         self, entry: Entry, sent_at: Moment | None, refused: Mapping[str, str] | None = None, history: str = ""
@@ -115,7 +118,9 @@ class Journal(Protocol):
         ``sent_at`` is None, the next :meth:`begin` returns NEW or ASK_FIRST. Does nothing if another call has taken the
         lease; if another call has resolved the refund, only adds the history.
         """
-        await self.record(Release(entry, sent_at, refused, history))
+        await self.record(
+            operations.Change(entry.no_refund, partial(operations.release, entry, sent_at, refused, history))
+        )
 
     async def decide(self, no_refund: str, ending: Ending, now: Moment) -> Entry:
         """Record the outcome that a person has decided, DONE or REJECTED, as :meth:`finish` does.
@@ -123,7 +128,7 @@ class Journal(Protocol):
         Raises :class:`JournalError` if the refund has no entry, is leased, is FINAL or DONE, was rejected with a
         signature, or was decided already. A rejection cannot replace a rejection.
         """
-        return await self.record(Decide(no_refund, ending, now))
+        return await self.record(operations.Change(no_refund, partial(operations.decide, no_refund, ending, now)))
 
     async def canaries(self) -> list[Entry]:
         """Return a sample, of different ages, of the entries whose :attr:`~Entry.is_canary` is true, newest first."""
@@ -139,7 +144,7 @@ class Journal(Protocol):
 
     async def find(self, no_refund: str) -> Entry | None:
         """Return the entry of one refund."""
-        return await self.record(Find(no_refund))
+        return await self.record(operations.Change(no_refund, operations.find))
 
     async def counts(self) -> Mapping[State, int]:
         """Return the number of refunds in each state."""

@@ -17,7 +17,7 @@ from .base import Entry, Intent, JournalError, Owner, Standing, State
 from .interface import Journal
 from .operations import Operation, perform
 
-T = TypeVar("T")
+E = TypeVar("E", bound=Entry | None)
 
 _MOST_CANARIES: Final = 1_500
 """Maximum number of canaries that are kept: one for each minute of 25 hours."""
@@ -89,7 +89,7 @@ class MemoryJournal(Journal):
     def _inbox(self) -> "MemoryJournal":
         return MemoryJournal()
 
-    async def record(self, operation: Operation[T]) -> T:
+    async def record(self, operation: Operation[E]) -> E:
         with self._lock:
             [result] = perform([operation], self._entries, is_acting=self._is_acting)
         if result.error is not None:
@@ -99,7 +99,7 @@ class MemoryJournal(Journal):
             newest = self._canaries[-1].sent_at if self._canaries else None
             if newest is None or entry.sent_at.boot - newest.boot >= 60:
                 self._canaries.append(entry)
-        return cast("T", result.value)
+        return cast("E", result.value)
 
 
 MOST_OPEN: Final = 100_000
@@ -142,7 +142,7 @@ class OpenRefunds(MemoryJournal):
             )
         return await super().begin(intent, now)
 
-    async def record(self, operation: Operation[T]) -> T:
+    async def record(self, operation: Operation[E]) -> E:
         answer = await super().record(operation)
         entry = self._entries[operation.no_refund]
         if entry.ending is None and entry.sent_at is None:

@@ -1,13 +1,14 @@
-"""Operations on one journal entry: begin, resend, finish, acted, decide, release, take back (a begin), find.
+"""Operations on one journal entry: begin, resend, finish, acted, decide, release, find.
 
-They do no I/O, and are the same for every journal. An operation gets the stored entry of its refund, or None. It
-returns a value for the caller and the entry to store: the same object if nothing changes.
+They do no I/O, and are the same for every journal. An operation gets the stored entry of its refund, or None, and
+whether the journal records final refunds as FINAL until ``on_refund`` has returned. It returns the entry to store: the
+same object if nothing changes.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 import attrs
@@ -18,22 +19,31 @@ from lianlian_async.identity import check_request
 
 from .base import Ending, Entry, Intent, JournalError, Standing, State, added, joined
 
-T_co = TypeVar("T_co", covariant=True)
+E_co = TypeVar("E_co", bound=Entry | None, covariant=True)
 
 
-class Operation(Protocol[T_co]):
+class Operation(Protocol[E_co]):
     """An operation on the journal entry of one refund."""
 
     @property
     def no_refund(self) -> str:
         """The refund's number."""
 
-    def apply(self, entry: Entry | None) -> tuple[T_co, Entry | None]:
-        """Return the value for the caller and the entry to store, or raise the error for the caller."""
+    @property
+    def apply(self) -> Callable[[Entry | None, bool], E_co]:
+        """The function from the stored entry to the entry to store. It may raise an error for the caller."""
+
+
+@attrs.frozen
+class Change(Generic[E_co]):
+    """Every :class:`Operation` but :class:`Begin`: a function of this module, without its last two arguments."""
+
+    no_refund: str
+    apply: Callable[[Entry | None, bool], E_co]
 
 
 class Result(NamedTuple):
-    """The outcome of an operation: a value, or the error to raise."""
+    """The outcome of an operation: the entry as stored, or the error to raise."""
 
     value: Any
     error: Exception | None = None
@@ -42,20 +52,15 @@ class Result(NamedTuple):
 def perform(
     operations: Iterable[Operation[Any]], entries: dict[str, Entry], *, is_acting: bool = False
 ) -> list[Result]:
-    """Apply ``operations`` in order to ``entries`` (in place). An operation that fails changes nothing.
-
-    ``is_acting``: whether the journal records final refunds as FINAL until ``on_refund`` has returned.
-    """
+    """Apply ``operations`` in order to ``entries`` (in place). An operation that fails changes nothing."""
     results = []
     for operation in operations:
-        if isinstance(operation, (Finish, Decide)):
-            operation.is_acting = is_acting
         try:
-            value, entry = operation.apply(entries.get(operation.no_refund))
+            entry = operation.apply(entries.get(operation.no_refund), is_acting)
         except Exception as error:  # noqa: BLE001 - raised in the operation's caller
             results.append(Result(None, error))
         else:
-            results.append(Result(value))
+            results.append(Result(entry))
             if entry is not None:
                 entries[operation.no_refund] = entry
     return results
@@ -63,7 +68,7 @@ def perform(
 
 @attrs.define
 class Begin:
-    """``Journal.begin``."""
+    """``Journal.begin``. Sets ``standing`` and ``found``, which the caller receives."""
 
     intent: Intent
     now: Moment
@@ -73,8 +78,8 @@ class Begin:
     """Whether the journal may have lost an entry of this refund."""
     sent_at: Moment | None = attrs.field(default=None, kw_only=True)
     """Latest time at which a call whose entry was lost may have sent the refund; None: no such call, or grace over."""
+    standing: Standing = attrs.field(default=Standing.NEW, init=False)
     found: Entry | None = attrs.field(default=None, init=False)
-    """The entry that the caller receives with the lease."""
     is_taken_back: bool = attrs.field(default=False, init=False)
     """Whether the caller was cancelled: the operation then records nothing."""
 
@@ -109,44 +114,52 @@ class Begin:
             is_sent = now < until and dt_refund < wire.format_timestamp(lost_at)
             self.sent_at = self.now if is_sent else None
 
-    def apply(self, entry: Entry | None) -> tuple[tuple[Standing, Entry], Entry]:
-        """Return the standing and the entry. The caller has the lease after NEW, ASK_FIRST or UNRESOLVED."""
+    def apply(self, entry: Entry | None, _is_acting: bool) -> Entry:
+        """Take the lease, unless the outcome is known or another call has the lease."""
         if self.is_taken_back:
             raise JournalError(f"refund {self.no_refund}: not begun, because its call was cancelled")
         if entry is None:
             return self._new(added("", self.now, "begun"))
         check_request(self.no_refund, self.intent.fields, entry.fields)
+        self.found = entry
         if entry.ending is not None:
-            return (Standing.FINISHED, entry), entry
-        if entry.sent_at is None:
+            self.standing = Standing.FINISHED
+        elif entry.sent_at is None:
             # No attempt can have made the refund, so store this call's body: the signing key may have changed since.
             return self._new(added(entry.history, self.now, "lease"))
-        if _is_leased(entry, self.now):
-            return (Standing.LEASED, entry), entry
-        return self._unresolved(entry, entry.sent_at)
+        elif _is_leased(entry, self.now):
+            self.standing = Standing.LEASED
+        else:
+            self.standing = Standing.UNRESOLVED
+            self.found = attrs.evolve(
+                entry,
+                sent_at=measurable(entry.sent_at, self.now),  # the lease is over, so earlier calls send nothing more
+                holder=self.holder,
+                leased_until=self.now.after(self.intent.lease),
+                history=added(entry.history, self.now, "lease"),
+            )
+        return self.found
 
-    def _new(self, history: str) -> tuple[tuple[Standing, Entry], Entry]:
-        """Store the end of the lease as ``sent_at``: the caller may send until then, and then crash."""
-        leased_until = self.now.after(self.intent.lease)
+    def _new(self, history: str) -> Entry:
+        """Return the entry with the end of the lease as ``sent_at``: the caller may send until then, and then crash."""
+        self.standing = Standing.ASK_FIRST if self.ask_first else Standing.NEW
         self.found = Entry(
             no_refund=self.no_refund,
             fields=self.intent.fields,
             body=self.intent.body,
             sent_at=self.sent_at,
             holder=self.holder,
-            leased_until=leased_until,
+            leased_until=self.now.after(self.intent.lease),
             history=history,
         )
-        stored = attrs.evolve(self.found, sent_at=leased_until)
-        return (Standing.ASK_FIRST if self.ask_first else Standing.NEW, self.found), stored
+        return attrs.evolve(self.found, sent_at=self.found.leased_until)
 
-    def _unresolved(self, entry: Entry, sent_at: Moment) -> tuple[tuple[Standing, Entry], Entry]:
-        sent_at = measurable(sent_at, self.now)  # the lease is over, so earlier calls send nothing more
-        leased_until, history = self.now.after(self.intent.lease), added(entry.history, self.now, "lease")
-        self.found = attrs.evolve(
-            entry, sent_at=sent_at, holder=self.holder, leased_until=leased_until, history=history
-        )
-        return (Standing.UNRESOLVED, self.found), self.found
+    def take_back(self, entry: Entry | None, is_acting: bool) -> Entry | None:
+        """End the lease that a cancelled caller took. If this operation is still in the queue, make it fail."""
+        self.is_taken_back = True
+        if self.found is None or self.found.holder != self.holder:
+            return entry
+        return release(self.found, self.found.sent_at, self.found.refused, "", entry, is_acting)
 
 
 def _is_leased(entry: Entry, now: Moment) -> bool:
@@ -164,48 +177,22 @@ def measurable(moment: Moment, now: Moment) -> Moment:
     return moment if is_comparable and not _is_ahead(moment, now) else now
 
 
-@attrs.define
-class _OnLease:
-    leased: Entry
-    """The entry as :meth:`.Journal.begin` or :meth:`.Journal.find` returned it."""
-
-    @property
-    def no_refund(self) -> str:
-        """The refund's number."""
-        return self.leased.no_refund
-
-
-@attrs.define
-class Resend(_OnLease):
-    """``Journal.resend``."""
-
-    history: str
-
-    def apply(self, entry: Entry | None) -> tuple[None, Entry]:
-        """Store that the entry may be sent until its lease ends."""
-        if entry is not None and (entry.holder != self.leased.holder or entry.ending is not None):
-            raise JournalError(
-                f"refund {self.no_refund}: another call or worker has taken its lease or resolved it; query it later"
-            )
-        history = joined(entry.history if entry else "", self.history)
-        return None, attrs.evolve(self.leased, sent_at=self.leased.leased_until, refused=None, history=history)
+def resend(leased: Entry, history: str, entry: Entry | None, _is_acting: bool) -> Entry:
+    """``Journal.resend``: store that ``leased`` may be sent until its lease ends."""
+    if entry is not None and (entry.holder != leased.holder or entry.ending is not None):
+        raise JournalError(
+            f"refund {leased.no_refund}: another call or worker has taken its lease or resolved it; query it later"
+        )
+    history = joined(entry.history if entry else "", history)
+    return attrs.evolve(leased, sent_at=leased.leased_until, refused=None, history=history)
 
 
-@attrs.define
-class Finish(_OnLease):
-    """``Journal.finish``."""
-
-    ending: Ending
-    history: str
-    is_acting: bool = attrs.field(default=False, kw_only=True)
-    """See :func:`perform`."""
-
-    def apply(self, entry: Entry | None) -> tuple[Entry, Entry]:
-        """Return the entry with its first outcome, or with the final outcome that replaces ACCEPTED."""
-        entry = entry or self.leased  # a failover may have lost the row
-        if entry.ending is None or (entry.state is State.ACCEPTED and self.ending.state in (State.FINAL, State.DONE)):
-            entry = _ended(entry, self.ending, joined(entry.history, self.history), is_acting=self.is_acting)
-        return entry, entry
+def finish(leased: Entry, ending: Ending, history: str, entry: Entry | None, is_acting: bool) -> Entry:
+    """``Journal.finish``: store the first outcome, or the final outcome that replaces ACCEPTED."""
+    entry = entry or leased  # a failover may have lost the row
+    if entry.ending is None or (entry.state is State.ACCEPTED and ending.state in (State.FINAL, State.DONE)):
+        return _ended(entry, ending, joined(entry.history, history), is_acting=is_acting)
+    return entry
 
 
 def _ended(entry: Entry, ending: Ending, history: str, *, is_acting: bool) -> Entry:
@@ -214,105 +201,60 @@ def _ended(entry: Entry, ending: Ending, history: str, *, is_acting: bool) -> En
     return attrs.evolve(entry, body=b"", refused=None, ending=ending, holder=None, leased_until=None, history=history)
 
 
-@attrs.define
-class Decide:
-    """``Journal.decide``."""
-
-    no_refund: str
-    ending: Ending
-    now: Moment
-    is_acting: bool = attrs.field(default=False, kw_only=True)
-    """See :func:`perform`."""
-
-    def apply(self, entry: Entry | None) -> tuple[Entry, Entry]:
-        """Return the entry with the decision. Its record keeps an earlier record as ``recorded``, in JSON."""
-        refusal = None
-        if entry is None:
-            refusal = "it is not in this journal"
-        elif _is_leased(entry, self.now):
-            refusal = "another call or worker has its lease and may be sending it: decide when that call has ended"
-        elif entry.state in (State.FINAL, State.DONE):
-            refusal = "its outcome is final already"
-        elif entry.state is State.REJECTED and self.ending.state is State.REJECTED:
-            refusal = "it is rejected already"
-        elif entry.ending and (entry.ending.record.get("verified") == "yes" or "evidence" in entry.ending.record):
-            refusal = "the gateway signed its rejection, or its outcome was decided already"
-        if refusal is not None or entry is None:
-            raise JournalError(f"refund {self.no_refund}: {refusal}; nothing was changed")
-        record = dict(self.ending.record)
-        if entry.ending is not None:
-            record["recorded"] = json.dumps(dict(entry.ending.record), ensure_ascii=False)
-        ending = Ending(state=self.ending.state, record=record)
-        history = added(entry.history, self.now, "decided")
-        entry = _ended(entry, ending, history, is_acting=self.is_acting)
-        return entry, entry
+def decide(no_refund: str, ending: Ending, now: Moment, entry: Entry | None, is_acting: bool) -> Entry:
+    """``Journal.decide``: store the decision. Its record keeps an earlier record as ``recorded``, in JSON."""
+    refusal = None
+    if entry is None:
+        refusal = "it is not in this journal"
+    elif _is_leased(entry, now):
+        refusal = "another call or worker has its lease and may be sending it: decide when that call has ended"
+    elif entry.state in (State.FINAL, State.DONE):
+        refusal = "its outcome is final already"
+    elif entry.state is State.REJECTED and ending.state is State.REJECTED:
+        refusal = "it is rejected already"
+    elif entry.ending and (entry.ending.record.get("verified") == "yes" or "evidence" in entry.ending.record):
+        refusal = "the gateway signed its rejection, or its outcome was decided already"
+    if refusal is not None or entry is None:
+        raise JournalError(f"refund {no_refund}: {refusal}; nothing was changed")
+    record = dict(ending.record)
+    if entry.ending is not None:
+        record["recorded"] = json.dumps(dict(entry.ending.record), ensure_ascii=False)
+    decided = Ending(state=ending.state, record=record)
+    return _ended(entry, decided, added(entry.history, now, "decided"), is_acting=is_acting)
 
 
-@attrs.frozen
-class Acted:
-    """``Journal.acted``."""
-
-    no_refund: str
-    now: Moment
-
-    def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """Store a FINAL entry as DONE."""
-        if entry is not None and entry.ending is not None and entry.state is State.FINAL:
-            history = added(entry.history, self.now, "acted")
-            entry = attrs.evolve(entry, ending=attrs.evolve(entry.ending, state=State.DONE), history=history)
-        return None, entry
+def acted(now: Moment, entry: Entry | None, _is_acting: bool) -> Entry | None:
+    """``Journal.acted``: store a FINAL entry as DONE."""
+    if entry is None or entry.ending is None or entry.state is not State.FINAL:
+        return entry
+    ending = attrs.evolve(entry.ending, state=State.DONE)
+    return attrs.evolve(entry, ending=ending, history=added(entry.history, now, "acted"))
 
 
-@attrs.define
-class Release(_OnLease):
-    """``Journal.release``."""
+def release(
+    leased: Entry,
+    sent_at: Moment | None,
+    refused: Mapping[str, str] | None,
+    history: str,
+    entry: Entry | None,
+    _is_acting: bool,
+) -> Entry | None:
+    """``Journal.release``: store the entry without its lease; if another call has resolved it, with its history only.
 
-    sent_at: Moment | None
-    refused: Mapping[str, str] | None = None
-    history: str = ""
-
-    def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """Store the entry without its lease. If another call has recorded an outcome, change only the history.
-
-        If a failover has lost the entry, store it again if the refund may have been sent.
-        """
-        if entry is None and self.sent_at is not None:
-            entry = self.leased
-        if entry is None:
-            return None, None
-        history = joined(entry.history, self.history)
-        if entry.ending is not None and history != entry.history:
-            return None, attrs.evolve(entry, history=history)
-        if entry.holder is None or entry.holder != self.leased.holder:
-            return None, entry
-        return None, attrs.evolve(
-            entry, sent_at=self.sent_at, refused=self.refused, holder=None, leased_until=None, history=history
-        )
+    If a failover has lost the entry, store it again if the refund may have been sent.
+    """
+    if entry is None and sent_at is not None:
+        entry = leased
+    if entry is None:
+        return None
+    history = joined(entry.history, history)
+    if entry.ending is not None and history != entry.history:
+        return attrs.evolve(entry, history=history)
+    if entry.holder is None or entry.holder != leased.holder:
+        return entry
+    return attrs.evolve(entry, sent_at=sent_at, refused=refused, holder=None, leased_until=None, history=history)
 
 
-@attrs.frozen
-class TakeBack:
-    """Release the lease of a :class:`Begin` whose caller was cancelled before it sent anything."""
-
-    begin: Begin
-
-    @property
-    def no_refund(self) -> str:
-        """The refund's number."""
-        return self.begin.no_refund
-
-    def apply(self, entry: Entry | None) -> tuple[None, Entry | None]:
-        """End the lease. If the :class:`Begin` is still in the queue, make it fail without effect."""
-        found, self.begin.is_taken_back = self.begin.found, True
-        return (None, entry) if found is None else Release(found, found.sent_at, found.refused).apply(entry)
-
-
-@attrs.frozen
-class Find:
+def find(entry: Entry | None, _is_acting: bool) -> Entry | None:
     """``Journal.find``."""
-
-    no_refund: str
-
-    def apply(self, entry: Entry | None) -> tuple[Entry | None, Entry | None]:
-        """Return the entry."""
-        return entry, entry
+    return entry

@@ -35,7 +35,7 @@ from lianlian_async.settings import check_seconds, check_type
 from . import postgres_rows as sql
 from .base import Entry, Intent, JournalError, Owner, Standing, State, upgrade_steps
 from .group_commit import GroupCommitJournal, Queued
-from .operations import Begin, Find, Operation, Result, TakeBack, perform
+from .operations import Begin, Change, Operation, Result, find, perform
 from .postgres_moments import Reading
 from .postgres_rows import entry_of, owner_of, rows_of
 
@@ -278,9 +278,11 @@ class PostgresJournal(GroupCommitJournal):
                     "end that transaction"
                 )
             await self._carry_out(batch, until, pause)
-            # The TakeBack of a cancelled begin may have run before this commit, and so left the lease: repeat it.
+            # The take_back of a cancelled begin may have run before this commit, and so left the lease: repeat it.
             begins = (queued.operation for queued in batch if isinstance(queued.operation, Begin))
-            if late := [Queued(TakeBack(begin), done) for begin in begins if begin.is_taken_back]:
+            if late := [
+                Queued(Change(begin.no_refund, begin.take_back), done) for begin in begins if begin.is_taken_back
+            ]:
                 await self._carry_out(late, until, pause)
 
         def end(error: BaseException | None) -> None:
@@ -295,15 +297,15 @@ class PostgresJournal(GroupCommitJournal):
 
     async def _transact(self, batch: Sequence[Queued]) -> None:
         """Give each operation its result, except those whose row another transaction has locked."""
-        finds = [queued for queued in batch if isinstance(queued.operation, Find)]
-        writes = [queued for queued in batch if not isinstance(queued.operation, Find)]
-        find: list[Statement] = [(sql.FIND, [[queued.operation.no_refund for queued in finds]])] if finds else []
+        finds = [queued for queued in batch if queued.operation.apply is find]
+        writes = [queued for queued in batch if queued.operation.apply is not find]
+        select: list[Statement] = [(sql.FIND, [[queued.operation.no_refund for queued in finds]])] if finds else []
         if not writes:
-            async with self._sent(*find) as (_, _, [rows]):
+            async with self._sent(*select) as (_, _, [rows]):
                 return self._answer(finds, rows)
         lock: Statement = sql.LOCK, [list({queued.operation.no_refund for queued in writes})]
         while True:
-            async with self._sent((sql.BEGIN, ()), self._clock_query, lock, *find) as (connection, before, answers):
+            async with self._sent((sql.BEGIN, ()), self._clock_query, lock, *select) as (connection, before, answers):
                 _, clock, locked, *found = answers
                 reading = self._read_clock(before, clock)
                 if reading.continues(self._reading):

@@ -24,7 +24,7 @@ from lianlian_async.models import Refund, RefundRequest
 from lianlian_async.recording import learn, recorded_refund, take
 from lianlian_async.worker_pool import iterate, run_workers
 
-T = TypeVar("T")
+E = TypeVar("E", bound=Entry | None)
 
 logger = logging.getLogger("lianlian_async")
 
@@ -41,7 +41,7 @@ MOST_RECENT: Final = 10_000
 class RecentRefunds(MemoryJournal):
     """The latest ``MOST_RECENT`` refunds of this process; a refund is not removed while the handler runs for it."""
 
-    async def record(self, operation: Operation[T]) -> T:
+    async def record(self, operation: Operation[E]) -> E:
         """Record ``operation``, and remove the oldest entries beyond ``MOST_RECENT``."""
         answer = await super().record(operation)
         self._entries[operation.no_refund] = self._entries.pop(operation.no_refund)  # move it to the end

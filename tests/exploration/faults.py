@@ -84,7 +84,7 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "no mark before a resend": Fault(
         bounds=attrs.evolve(_PAIR, workers=1, attempts=3, journal="file", crashes=1),
-        patch=partial(patch.object, operations.Resend, "apply", lambda self, entry: (None, entry)),
+        patch=partial(patch.object, operations, "resend", lambda leased, history, entry, _: entry),
     ),
     "the lease is not checked before the bytes leave": Fault(
         bounds=_PAIR, patch=partial(patch.object, flight.Flights, "_is_before", lambda self, moment: True)

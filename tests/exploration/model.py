@@ -7,7 +7,8 @@ is bounded (``Bounds.stop``), and so are the delays of the gateway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import attrs
@@ -16,8 +17,8 @@ from lianlian_async.clock import Moment
 from lianlian_async.errors import JournalError
 from lianlian_async.exchange import Finding
 from lianlian_async.flight import Flights
-from lianlian_async.journal import Entry, Standing
-from lianlian_async.journal.operations import Begin, Find, Finish, Operation, Release, Resend
+from lianlian_async.journal import Entry, Standing, operations
+from lianlian_async.journal.operations import Begin, Change, Operation
 from lianlian_async.resolution import Case, Step
 from lianlian_async.retry import Deadline
 
@@ -125,6 +126,14 @@ def in_order(requests: list[Request]) -> tuple[Request, ...]:
     return tuple(sorted(requests, key=repr))
 
 
+def _change(function: Callable[..., Entry | None], *arguments: Any) -> Operation[Any]:
+    return Change("R-1", partial(function, *arguments))
+
+
+def _release(worker: Worker, sent_at: Moment | None) -> Operation[Any]:
+    return _change(operations.release, worker.entry, sent_at, None, "")
+
+
 class Model:
     """The steps of one scenario."""
 
@@ -210,7 +219,8 @@ class Model:
     def _idle(self, world: World, number: int, worker: Worker) -> Steps:
         now = self._clock(world, number, worker)
         begin = Begin(parts.intent(self.bounds.lease), now, f"worker {number}")
-        (standing, entry), after = self._do(world, number, worker, begin)
+        _, after = self._do(world, number, worker, begin)
+        standing, entry = begin.standing, parts.without_history(begin.found)
         if standing is Standing.FINISHED or standing is Standing.LEASED:
             return
         sent_at = entry.sent_at
@@ -266,8 +276,8 @@ class Model:
 
     def _is_taken(self, world: World, number: int, worker: Worker) -> bool:
         """Whether the journal shows a send after this worker released the lease (as in ``recording.keep``)."""
-        _, after = self._do(world, number, worker, Release(worker.entry, None))
-        found, _ = self._do(after, number, worker, Find("R-1"))
+        _, after = self._do(world, number, worker, _release(worker, None))
+        found, _ = self._do(after, number, worker, _change(operations.find))
         return found is not None and (found.sent_at is not None or found.ending is not None)
 
     def _take_in(self, world: World, number: int, worker: Worker, finding: Finding) -> Worker:
@@ -317,7 +327,7 @@ class Model:
             yield "reports the rejection", self._told_not_made(world, number, worker)
         elif worker.left:
             try:
-                _, after = self._do(world, number, worker, Resend(worker.entry, ""))
+                _, after = self._do(world, number, worker, _change(operations.resend, worker.entry, ""))
             except JournalError:
                 yield "has lost its lease", self._leave(world, number, worker)
             else:
@@ -326,18 +336,18 @@ class Model:
     # ── how a call ends ──────────────────────────────────────────────────────────────────────────
 
     def _made(self, world: World, number: int, worker: Worker) -> World:
-        _, after = self._do(world, number, worker, Finish(worker.entry, parts.MADE, ""))
+        _, after = self._do(world, number, worker, _change(operations.finish, worker.entry, parts.MADE, ""))
         return self._with(after, number, self._ended(worker, "done"))
 
     def _told_not_made(self, world: World, number: int, worker: Worker) -> World:
-        _, after = self._do(world, number, worker, Release(worker.entry, None))
+        _, after = self._do(world, number, worker, _release(worker, None))
         is_denied = bool(world.made or world.requests)
         return self._with(after._replace(is_denied=is_denied), number, self._ended(worker))
 
     def _leave(self, world: World, number: int, worker: Worker) -> World:
         now = self._clock(world, number, worker)
         unknown = self._case(worker, now).unknown()
-        _, after = self._do(world, number, worker, Release(worker.entry, unknown.moment))
+        _, after = self._do(world, number, worker, _release(worker, unknown.moment))
         return self._with(after, number, self._ended(worker))
 
     def _done(self, world: World, number: int, worker: Worker) -> Steps:
@@ -370,7 +380,7 @@ class Model:
 
     def _do(self, world: World, number: int, worker: Worker, operation: Operation[Any]) -> tuple[Any, World]:
         if self.bounds.journal != "postgres":
-            answer, entry = operation.apply(world.row)
+            answer = entry = operation.apply(world.row, False)
             if self.bounds.journal == "none" and (entry.ending is not None or entry.sent_at is None):
                 entry = None  # OpenRefunds forgets these entries, too
             return parts.without_history(answer), world._replace(row=parts.without_history(entry))

@@ -138,15 +138,13 @@ def in_database(operation: Operation[Any], row: str | None, reading: Reading) ->
     """Carry out an operation as ``PostgresJournal`` does; return its answer and the row after it."""
     recorded = {} if row is None else {"R-1": json.loads(row)}
     before = None if row is None else attrs.evolve(entry_of(recorded["R-1"], reading), fields=_FIELDS)
-    answer, entry = operation.apply(before)
+    entry = operation.apply(before, False)
     if entry is before or entry is None:
-        return answer, row
+        return entry, row
     written = json.loads(rows_of([entry], recorded, reading))[0]
-    return answer, json.dumps(written | {"history": ""})
+    return entry, json.dumps(written | {"history": ""})
 
 
 def without_history(answer: Any) -> Any:
-    """Return an entry, or the answer of ``Begin``, without the facts: no decision reads them, but they split states."""
-    if isinstance(answer, tuple):
-        return tuple(map(without_history, answer))
+    """Return an entry without the facts: no decision reads them, but they split states."""
     return attrs.evolve(answer, history="") if isinstance(answer, Entry) else answer

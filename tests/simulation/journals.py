@@ -14,7 +14,7 @@ import attrs
 
 from lianlian_async.clock import Clock, Moment
 from lianlian_async.journal import Entry, Journal, JournalError, MemoryJournal, Owner, SqliteJournal, State
-from lianlian_async.journal.operations import Operation, Result, perform
+from lianlian_async.journal.operations import Begin, Operation, Result, perform
 from lianlian_async.journal.postgres import PostgresJournal
 from lianlian_async.journal.postgres_rows import entry_of
 from lianlian_async.wire import format_timestamp
@@ -261,6 +261,19 @@ class _AsWritten:
         return stored and Moment(datetime.fromisoformat(stored["at"]), stored["boot"], stored["timeline"])
 
 
+class _NodesPostgresJournal(PostgresJournal):
+    """One node's journal; the holder of a lease names the node."""
+
+    def __init__(self, dsn: str, loop: NodeLoop, clock: Clock) -> None:
+        super().__init__(dsn, clock=clock)
+        self._loop = loop
+
+    async def record(self, operation: Operation[Any]) -> Any:
+        if isinstance(operation, Begin):
+            operation.holder = f"{self._loop.name}-{operation.holder}"
+        return await super().record(operation)
+
+
 @attrs.define(eq=False)
 class PostgresStore:
     """The model of PostgreSQL, and the refunds and leases that its failovers have lost."""
@@ -277,16 +290,13 @@ class PostgresStore:
     """The end of each lease by refund and holder."""
     lost_leases: set[tuple[str, str]] = attrs.field(factory=set)
     """The leases that a failover lost."""
-    holders: dict[NodeLoop, PostgresJournal] = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
         dice = random.Random(self.world.random.random())
         self.database = Database(lambda: self.world.now, self.world.after, dice, self._commit, flaky=self.flaky)
 
     def journal(self, loop: NodeLoop, clock: Clock) -> PostgresJournal:
-        journal = PostgresJournal("postgresql://model/refunds", clock=clock)
-        self.holders[loop] = journal
-        return journal
+        return _NodesPostgresJournal("postgresql://model/refunds", loop, clock)
 
     def entry(self, no_refund: str) -> Entry | None:
         return self.last.get(no_refund)
@@ -316,7 +326,7 @@ class PostgresStore:
 
     def check_lease(self, no_refund: str, loop: NodeLoop) -> None:
         """Check that the node which sends an apply call has the refund's lease in the database."""
-        now, holder, entry = self.world.now, self.holders[loop]._holder, self.last.get(no_refund)
+        now, holder, entry = self.world.now, loop.name, self.last.get(no_refund)
         if (no_refund, holder) in self.lost_leases and now <= self.lease_ends[no_refund, holder] + CLOCKS_DIFFER:
             self.oracle.beyond_bounds.add(no_refund)  # "under a lease that was lost", PostgresJournal
         elif entry is not None and _call(entry) != holder and now > self.taken_at[no_refund] + CLOCKS_DIFFER:
@@ -357,5 +367,5 @@ def _entry(row: Row) -> Entry:
 
 
 def _call(entry: Entry) -> str:
-    """Return the id of the journal object that has the lease; empty if there is no lease."""
+    """Return the name of the node that has the lease; empty if there is no lease."""
     return (entry.holder or "").partition("-")[0]
