@@ -26,6 +26,13 @@ PRIVATE_KEY_GIVEN: Final = "this is a private key; use LianLian's public key her
 
 _ONLY_RSA: Final = "LianLian uses RSA only (a new key pair: openssl genrsa -out merchant.pem 2048)"
 _KEYSTORE: Final = "export a key in a keystore (.p12, .pfx, .jks) as PEM: openssl pkcs12 -in FILE -nodes, or keytool"
+_OTHER_KINDS: Final = {  # object identifiers in DER (oid-base.com)
+    b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02": "a PKCS#7 file: openssl pkcs7 -print_certs -in FILE -out gateway.pem",
+    b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01": f"a PKCS#12 file. {_KEYSTORE}",
+    b"\x2a\x86\x48\xce\x3d": f"an elliptic-curve key. {_ONLY_RSA}",
+    b"\x2b\x81\x04\x00": f"an elliptic-curve key. {_ONLY_RSA}",
+    b"\x06\x03\x2b\x65\x70": f"an Ed25519 key. {_ONLY_RSA}",
+}
 _NOT_DECRYPTED: Final = (
     "the password is wrong, the key is not an RSA key, or its cipher is not supported "
     "(openssl pkcs8 -topk8 -v2 aes-256-cbc -in OLD.pem -out NEW.pem encrypts it with AES)"
@@ -77,12 +84,14 @@ def read_keys(material: KeyMaterial, name: str, *, private: bool) -> list[bytes]
 
 def _find(content: bytes, *, private: bool) -> list[bytes] | str:
     """Return the keys, or a message that says why there are none."""
+    if content.startswith(b"\xfe\xed\xfe\xed"):
+        return f"this is a Java keystore (JKS). {_KEYSTORE}"
     text = _key_text(plain_text(content))
     if not text:
         return "is empty"
     if "-----BEGIN" not in text:
         der = _der(text)
-        return f"is not a PEM, DER or bare base64 key; {_KEYSTORE}" if der is None else [der]
+        return "is not a PEM, DER or bare base64 key" if der is None else [der]
     blocks = _BLOCK.findall(text)
     private_blocks = [block for block in blocks if block[0].endswith("PRIVATE KEY")]
     if private_blocks and not private:
@@ -168,7 +177,8 @@ def diagnose(encoded: bytes, *, private: bool, has_password: bool) -> str:
         return f"{len(encoded) - announced} bytes after the key do not belong to it: remove them"
     if _ENCRYPTED.match(encoded):
         return locked if private else PRIVATE_KEY_GIVEN
-    return f"is not a readable RSA key: it is of another kind, or damaged. {_ONLY_RSA}; {_KEYSTORE}"
+    kind = next((kind for identifier, kind in _OTHER_KINDS.items() if identifier in encoded), None)
+    return f"this is {kind}" if kind else "is not a readable RSA key: it is of another kind, or damaged"
 
 
 def _announced_length(der: bytes) -> int:

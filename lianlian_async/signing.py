@@ -143,7 +143,9 @@ class SigningKey(_Key):
         """
         rsa = _load(material, password, name, private=True)
         if not rsa.has_private():
-            raise ConfigurationError(f"{name}: this is a public key; use the merchant's private key here")
+            raise ConfigurationError(
+                f"{name}: this is a public key; use the merchant's private key here (are the two settings swapped?)"
+            )
         return cls(rsa)
 
     @classmethod

@@ -121,7 +121,7 @@ def test_swapped_keys(env):
     private, public = env["LIANLIAN_PRIVATE_KEY"], env["LIANLIAN_GATEWAY_PUBLIC_KEYS"]
     found = lines(env | {"LIANLIAN_PRIVATE_KEY": public, "LIANLIAN_GATEWAY_PUBLIC_KEYS": private}, exit_code=1)
     problem = "LIANLIAN_PRIVATE_KEY: this is a public key"
-    assert found["keys"] == ("failure", problem, "use the merchant's private key here")
+    assert found["keys"] == ("failure", problem, "use the merchant's private key here (are the two settings swapped?)")
     assert found["connection"][0] == "ok"
 
 
