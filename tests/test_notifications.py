@@ -951,6 +951,7 @@ async def test_unreadable_key_fails_the_start(handler, tmp_path):
         ({"concurrency": 0}, "concurrency"),
         ({"allow_from": ["203.0.113.7/24"]}, "allow_from: .*host bits"),
         ({"trusted_proxies": ["proxy"]}, "trusted_proxies: "),
+        ({"allow_from": ["unix"]}, "allow_from: "),
         ({"path": "lianlian/refund"}, "path: must begin with a slash, is 'lianlian/refund'"),
     ],
 )
@@ -1007,6 +1008,7 @@ PROXIES = ["10.0.0.0/8", "::1"]
         ("10.1.2.3", "203.0.113.7:http", False),
         ("10.1.2.3", "[2001:db8::7", False),
         ("10.1.2.3", "2001:db8::7]:4711", False),
+        ("10.1.2.3", "unix", False),
         ("10.1.2.3", "unknown", False),
     ],
 )
@@ -1028,7 +1030,11 @@ async def test_the_allow_list_admits_its_networks(handler, caplog, client, forwa
         ("10.1.2.3", "", "10.1.2.3"),
         ("10.1.2.3", "10.4.5.6", "10.4.5.6"),
         ("10.1.2.3", "un\nknown" + "x" * 200, "'un?known" + "x" * 92 + "'"),
-        (None, "203.0.113.7", "a peer without an IP address"),
+        (
+            None,
+            "203.0.113.7",
+            'a peer without an IP address (for a proxy on a Unix socket, add "unix" to trusted_proxies)',
+        ),
     ],
 )
 async def test_the_log_names_the_address_that_was_judged(handler, caplog, client, forwarded, judged):
@@ -1037,6 +1043,25 @@ async def test_the_log_names_the_address_that_was_judged(handler, caplog, client
     headers = {**HEADERS, "X-Forwarded-For": forwarded}
     assert (await endpoint.handle(notification(), headers, client=client)).status == 403
     assert caplog.messages == [f"notification refused: {judged} is not on the allow-list"]
+
+
+@pytest.mark.parametrize("client", [None, ""])
+@pytest.mark.parametrize(
+    ("proxies", "forwarded", "status"),
+    [
+        ([], "203.0.113.7", 403),
+        (PROXIES, "203.0.113.7", 403),
+        (["unix"], "203.0.113.7", 200),
+        (["unix", *PROXIES], "203.0.113.7, 10.1.2.3", 200),
+        (["unix"], "203.0.113.7, 198.51.100.7", 403),
+        (["unix"], "", 403),
+    ],
+)
+async def test_proxy_on_a_unix_socket_is_trusted_if_it_is_declared(handler, client, proxies, forwarded, status):
+    """A peer on a Unix socket has no address, so X-Forwarded-For is trusted only if ``unix`` is declared."""
+    endpoint = NotificationEndpoint(trusting(), handler, allow_from=BANK, trusted_proxies=proxies)
+    headers = {**HEADERS, "X-Forwarded-For": forwarded}
+    assert (await endpoint.handle(notification(), headers, client=client)).status == status
 
 
 async def test_request_that_passed_only_trusted_proxies_is_refused(handler):

@@ -212,16 +212,16 @@ async def test_disconnect_in_the_body_leaves_no_traceback(served, caplog):
     assert endpoint.counts["acted"] == 1
 
 
-async def test_the_allow_list_refuses_a_peer_on_a_unix_socket(tmp_path):
+@pytest.mark.parametrize(("proxies", "expected"), [(["127.0.0.1", "::1"], 403), (["unix"], 200)])
+async def test_a_proxy_on_a_unix_socket_is_trusted_only_if_it_is_declared(tmp_path, proxies, expected):
     """Both servers report a peer on a Unix socket without an address."""
-    proxies = ["127.0.0.1", "::1"]
     endpoint = NotificationEndpoint(trusting(), Handler(), allow_from=["203.0.113.0/24"], trusted_proxies=proxies)
     request = whole(notification(), "X-Forwarded-For: 203.0.113.7:4711", "Connection: close")
     async with on_unix_socket(endpoint, tmp_path) as paths:
         for path in paths:
             reader, writer = await asyncio.open_unix_connection(path)
             writer.write(request)
-            assert status(await reader.read()) == 403
+            assert status(await reader.read()) == expected
             writer.close()
 
 

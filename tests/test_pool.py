@@ -387,14 +387,17 @@ async def test_no_proxy_is_honoured(monkeypatch, bypass):
                 assert await fetch(pool, "http://gateway.invalid/") == b"by proxy"
 
 
-async def test_no_proxy_names_a_port(monkeypatch):
-    """An entry of NO_PROXY with a port is for that port only."""
+@pytest.mark.parametrize(
+    "bypass", ["127.0.0.1:{port}", "127.0.0.0/8", "10.0.0.0/8, 127.0.0.0/24", "::1/128,127.0.0.1/32"]
+)
+async def test_no_proxy_names_ports_and_networks(monkeypatch, bypass):
+    """An entry of NO_PROXY with a port is for that port only, one with a prefix length for the network."""
     async with answering(b"by proxy") as proxy, answering(b"direct") as server, answering(b"direct") as other:
         monkeypatch.setenv("ALL_PROXY", proxy.url)
-        monkeypatch.setenv("NO_PROXY", f"127.0.0.1:{server.port}")
+        monkeypatch.setenv("NO_PROXY", bypass.format(port=server.port))
         async with pool_of(1) as pool:
             assert await fetch(pool, server.url) == b"direct"
-            assert await fetch(pool, other.url) == b"by proxy"
+            assert await fetch(pool, other.url) == (b"by proxy" if "port" in bypass else b"direct")
 
 
 @pytest.mark.parametrize("variables", [{"NO_PROXY": "127.0.0.1"}, {"HTTP_PROXY": ""}, {"HTTP_PROXY": "{proxy}"}])

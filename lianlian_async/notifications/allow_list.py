@@ -21,15 +21,19 @@ def networks(name: str, texts: Iterable[str]) -> Networks:
         raise ConfigurationError(f"{name}: {error}") from None
 
 
-def judge(peer: str | None, forwarded_for: str, allowed: Networks, proxies: Networks) -> tuple[bool, str]:
+def judge(
+    peer: str | None, forwarded_for: str, allowed: Networks, proxies: Networks, *, trusts_unix: bool
+) -> tuple[bool, str]:
     """Return whether the client is allowed, and its address for the log.
 
-    ``peer`` is the address of the connection; None or empty on a Unix socket. ``forwarded_for`` is the header
+    ``peer`` is the address of the connection; None or empty on a Unix socket, whose peers are trusted proxies if
+    ``trusts_unix`` is true. ``forwarded_for`` is the header
     X-Forwarded-For: each proxy appends the address of its client. The client's address is the last one that does not
     belong to a trusted proxy; the addresses before it may be forged.
     """
-    judged = "a peer without an IP address"
-    for hop in (peer or "", *reversed(forwarded_for.split(","))):
+    judged = 'a peer without an IP address (for a proxy on a Unix socket, add "unix" to trusted_proxies)'
+    hops = [] if trusts_unix and not peer else [peer or ""]
+    for hop in (*hops, *reversed(forwarded_for.split(","))):
         try:
             address = _address(hop.strip())
         except ValueError:

@@ -90,8 +90,8 @@ class NotificationEndpoint:
             with ``inbox``, the limit may be longer.
         allow_from: networks that may send notifications; empty: all. There is no default, because the lists on
             LianLian's pages differ.
-        trusted_proxies: networks whose X-Forwarded-For is trusted. A proxy on a Unix socket has no address: it has to
-            check the addresses itself.
+        trusted_proxies: networks whose X-Forwarded-For is trusted; ``"unix"`` for a proxy on a Unix socket, if the
+            server listens on nothing else.
         path: the only path that the ASGI application serves; None: every path.
         concurrency: maximum number of concurrent handler calls of the inbox and of :meth:`sweep`.
         listeners: see ``RefundSession``; by default the session's listeners.
@@ -148,7 +148,9 @@ class NotificationEndpoint:
         self._body_seconds = check_seconds("body_seconds", body_seconds)
         self._seconds = check_seconds("handler_seconds", handler_seconds)
         self._allow_from = networks("allow_from", allow_from)
-        self._trusted_proxies = networks("trusted_proxies", trusted_proxies)
+        proxies = list(trusted_proxies)
+        self._trusts_unix = "unix" in proxies
+        self._trusted_proxies = networks("trusted_proxies", (text for text in proxies if text != "unix"))
         self._path = path
         self._concurrency = check_integer("concurrency", concurrency, least=1)
         self._clock = clock
@@ -265,8 +267,8 @@ class NotificationEndpoint:
     def _admits(self, headers: Headers, client: str | None) -> bool:
         if not self._allow_from:
             return True
-        forwarded_for = _header(headers, "x-forwarded-for")
-        is_admitted, address = judge(client, forwarded_for, self._allow_from, self._trusted_proxies)
+        forwarded_for, proxies = _header(headers, "x-forwarded-for"), self._trusted_proxies
+        is_admitted, address = judge(client, forwarded_for, self._allow_from, proxies, trusts_unix=self._trusts_unix)
         if not is_admitted:
             logger.warning("notification refused: %s is not on the allow-list", address)
         return is_admitted

@@ -1,6 +1,7 @@
 """TLS context, proxies, the loopback check for tests, and socket options that reset a cancelled connection."""
 
 import contextlib
+import ipaddress
 import os
 import socket
 import ssl
@@ -60,14 +61,13 @@ def has_proxies() -> bool:
 def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
     """Return the proxy for ``url``, or None for a direct connection.
 
-    Reads ``HTTP_PROXY``, ``HTTPS_PROXY`` and ``ALL_PROXY`` as httpx does; ``NO_PROXY`` may contain hosts, domains
-    and ``host:port``. Raises ``ConfigurationError`` if the proxy is unusable.
+    Reads ``HTTP_PROXY``, ``HTTPS_PROXY`` and ``ALL_PROXY`` as httpx does; ``NO_PROXY`` may contain hosts, domains,
+    ``host:port``, addresses and networks. Raises ``ConfigurationError`` if the proxy is unusable.
     """
     environment = getproxies()
     scheme = url.scheme if environment.get(url.scheme) else "all"
     address = environment.get(scheme)
-    port = url.port or _DEFAULT_PORTS.get(url.scheme)
-    if not address or proxy_bypass_environment(f"{url.host}:{port}", environment):
+    if not address or _is_direct(url, environment):
         return None
     try:
         proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
@@ -80,6 +80,16 @@ def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
             f"or add {url.host} to NO_PROXY to connect directly"
         ) from None
     return proxy
+
+
+def _is_direct(url: httpx.URL, environment: dict[str, str]) -> bool:
+    if proxy_bypass_environment(f"{url.host}:{url.port or _DEFAULT_PORTS.get(url.scheme)}", environment):
+        return True
+    for entry in environment.get("no", "").split(","):
+        with contextlib.suppress(ValueError):  # the entry or the host is a name
+            if ipaddress.ip_address(url.host) in ipaddress.ip_network(entry.strip(" []"), strict=False):
+                return True
+    return False
 
 
 def check_loopback(*hosts: str) -> None:
