@@ -144,7 +144,7 @@ class Totals:
     queries: int = attrs.field(default=0, init=False)
     ask_again_at: datetime | None = attrs.field(default=None, init=False)
     """The latest ``ask_again_at`` of the unknown refunds."""
-    _began: float = attrs.field(factory=perf_counter, init=False)
+    began: float = attrs.field(factory=perf_counter, init=False)
 
     def add(self, line: Line, outcome: Outcome) -> None:
         """Count one more refund."""
@@ -177,11 +177,6 @@ class Totals:
     def to_do(self) -> int:
         """Refunds that have no outcome yet."""
         return self.total - self.ended
-
-    def facts(self) -> dict[str, float]:
-        """Return seconds and numbers of requests by name."""
-        seconds = round(perf_counter() - self._began, 1)
-        return {"seconds": seconds, "attempts": self.attempts, "queries": self.queries}
 
     def status(self, held: int) -> Text:
         """Return the progress as one line; ``held``: unknown refunds that are kept for the end."""
@@ -239,7 +234,8 @@ def show_batch(
     outcomes = totals.outcomes()
     reasons = totals.reasons.most_common()
     to_do_yuan = checked.totals.yuan - sum(yuan for _, _, yuan in outcomes)
-    facts = totals.facts()
+    seconds = round(perf_counter() - totals.began, 1)
+    facts = {"seconds": seconds, "attempts": totals.attempts, "queries": totals.queries}
     document = _document(outcome.word, checked) | {
         "outcomes": {word: {"refunds": number, "yuan": f"{yuan:.2f}"} for word, number, yuan in outcomes},
         "to_do": {"refunds": totals.to_do, "yuan": f"{to_do_yuan:.2f}"},

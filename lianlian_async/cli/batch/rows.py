@@ -100,39 +100,7 @@ def _json_rows(lines: Iterable[str], columns: Columns) -> Iterator[Row]:
 
 
 def _csv_rows(lines: Iterator[str], columns: Columns) -> Iterator[Row]:
-    last_line = ""
-
-    def watched() -> Iterator[str]:
-        nonlocal last_line
-        for last_line in lines:  # noqa: UP028 - remember the line
-            yield last_line
-
-    table = _cells(watched(), columns)
-    line, header = next(table, (1, []))
-    header = [cell.strip() for cell in header]
-    try:
-        names = columns.of(header)
-    except ValueError as error:
-        raise _unreadable(f"line {line}: {error}") from None
-    if header and not {"no_refund", "money_refund"}.intersection((*names.values(), *columns.renamed)):
-        raise _unreadable(f"line {line}: not a header: no column is no_refund or money_refund; use --map to name them")
-    for line, cells in table:
-        by_column = dict(zip(header, cells, strict=False))
-        if len(cells) == len(header):
-            remark = None
-            if not last_line.endswith(("\r", "\n")):
-                remark = "the file ends without a line end: check that this line is complete"
-            elif any(
-                part.count(columns.delimiter) == len(header) - 1 for cell in cells for part in cell.splitlines()[1:]
-            ):
-                remark = "a cell contains a line like a row of the file: check its quotation marks"
-            yield Row(line, _fields(by_column, names), None, by_column, remark)
-        else:
-            yield Row(line, {}, f"has {len(cells)} cells, but the header has {len(header)}", by_column)
-
-
-def _cells(lines: Iterator[str], columns: Columns) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and cells of each row that is not blank; a row may have several lines.
+    """Yield the rows below the header; skip blank ones. A row may have several lines.
 
     The first line may name the delimiter for Excel (``sep=;``). Otherwise the delimiter is the comma, semicolon or
     tab that is most frequent in the first line.
@@ -141,14 +109,37 @@ def _cells(lines: Iterator[str], columns: Columns) -> Iterator[tuple[int, list[s
     if named := _SEPARATOR.fullmatch(first):
         first, skipped = next(lines, ""), 1
     columns.delimiter = named[1] if named else max(",;\t", key=first.count)
-    reader = csv.reader(chain([first], lines), delimiter=columns.delimiter, strict=True)
-    begins = 1 + skipped
+    last_line = first
+
+    def watched() -> Iterator[str]:
+        nonlocal last_line
+        for last_line in chain([first], lines):  # noqa: UP028 - remember the line
+            yield last_line
+
+    reader = csv.reader(watched(), delimiter=columns.delimiter, strict=True)
+    begins, header, names = 1 + skipped, list[str](), dict[str, str]()
     try:
         for cells in reader:
-            if any(map(str.strip, cells)):
-                yield begins, cells
+            is_blank = not any(map(str.strip, cells))
+            if header and not is_blank:
+                by_column = dict(zip(header, cells, strict=False))
+                problem, remark = None, None
+                if len(cells) != len(header):
+                    problem = f"has {len(cells)} cells, but the header has {len(header)}"
+                elif not last_line.endswith(("\r", "\n")):
+                    remark = "the file ends without a line end: check that this line is complete"
+                elif any(
+                    part.count(columns.delimiter) == len(header) - 1 for cell in cells for part in cell.splitlines()[1:]
+                ):
+                    remark = "a cell contains a line like a row of the file: check its quotation marks"
+                yield Row(begins, {} if problem else _fields(by_column, names), problem, by_column, remark)
+            elif not is_blank:
+                header = [cell.strip() for cell in cells]
+                names = columns.of(header)
+                if not {"no_refund", "money_refund"}.intersection((*names.values(), *columns.renamed)):
+                    raise ValueError("not a header: no column is no_refund or money_refund; use --map to name them")
             begins = reader.line_num + 1 + skipped
-    except csv.Error as error:
+    except (csv.Error, ValueError) as error:
         raise _unreadable(f"line {begins}: {error}") from None
 
 
