@@ -17,11 +17,10 @@ def ledger(*, repeated=Repeated.REJECT, settle_after=2.0, default_order=None):
     return Ledger(repeated=repeated, settle_after=settle_after, default_order=default_order)
 
 
-def paid(books, no_order, money_order, *, dt_order=None, oid_paybill=None):
+def paid(books, no_order, money_order, *, oid_paybill=None):
     """Add a paid order to a ledger and return it."""
     oid_paybill = oid_paybill or books.new_number()
-    order = Order(no_order=no_order, money_order=money_order, dt_order=dt_order, oid_paybill=oid_paybill)
-    return books.add_order(order)
+    return books.add_order(Order(no_order=no_order, money_order=money_order, oid_paybill=oid_paybill))
 
 
 def application(**changes):
@@ -101,17 +100,6 @@ def test_numbers_of_different_orders_do_not_match(no_order, oid_paybill):
     paid(books, "O-1", Decimal("100.00"), oid_paybill="P-1")
     paid(books, "O-2", Decimal("100.00"), oid_paybill="P-2")
     assert refused(books.apply, application(no_order=no_order, oid_paybill=oid_paybill), 0.0) == "9092"
-
-
-def test_an_order_of_another_time_is_another_order():
-    """5002 if dt_order differs from the order's; both may leave it out."""
-    books = ledger()
-    paid(books, "O-1", Decimal("180.00"), dt_order="20130515094013")
-    assert refused(books.apply, application(dt_order="20130515094014"), 0.0) == "5002"
-    books.apply(application(dt_order="20130515094013"), 0.0)
-    books.apply(application(no_refund="R-2"), 0.0)
-    paid(books, "O-2", Decimal("180.00"))
-    books.apply(application(no_refund="R-3", no_order="O-2", dt_order="20130515094014"), 0.0)
 
 
 def test_numbers_are_taken_once():

@@ -108,21 +108,13 @@ class SandboxGateway:
 
     # ── set-up: orders, time, faults ─────────────────────────────────────────────────────────────
 
-    def add_order(
-        self,
-        no_order: str | None,
-        money_order: Decimal,
-        *,
-        dt_order: datetime | str | None = None,
-        oid_paybill: str | None = None,
-    ) -> Order:
+    def add_order(self, no_order: str | None, money_order: Decimal, *, oid_paybill: str | None = None) -> Order:
         """Add a paid order of ``money_order`` yuan; ``oid_paybill`` is generated if it is None.
 
-        Raises ``ValueError`` for an invalid amount or time, and for an existing number.
+        Raises ``ValueError`` for an invalid amount, and for an existing number.
         """
-        oid_paybill = oid_paybill or self._ledger.new_number()
-        order = Order(no_order=no_order, dt_order=dt_order, oid_paybill=oid_paybill, money_order=money_order)
-        return self._ledger.add_order(order)
+        number = oid_paybill or self._ledger.new_number()
+        return self._ledger.add_order(Order(no_order=no_order, oid_paybill=number, money_order=money_order))
 
     def fail(self, no_refund: str) -> None:
         """Let an existing or future refund fail when it becomes final, so that its money is returned then.

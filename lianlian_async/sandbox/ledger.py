@@ -5,7 +5,6 @@ order's refunds, except failed ones, never exceeds the order's amount.
 """
 
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from decimal import Decimal
 from enum import Enum
 from itertools import count
@@ -20,7 +19,7 @@ from .answers import Rejection
 
 _THREE_MONTHS: Final = 92 * 86_400.0
 """Seconds in the longest three months."""
-_COPIED: Final = ("no_refund", "dt_refund", "no_order", "dt_order", "oid_paybill", "notify_url")
+_COPIED: Final = ("no_refund", "dt_refund", "no_order", "oid_paybill", "notify_url")
 
 
 class Repeated(Enum):
@@ -43,7 +42,6 @@ class Record:
     money_refund: Decimal
     """Yuan, with the decimals of the request."""
     no_order: str | None
-    dt_order: str | None
     oid_paybill: str | None
     notify_url: str
     domestic: bool
@@ -69,16 +67,11 @@ class Record:
         return Decimal(0) if self.status(now) is RefundStatus.FAILED else self.money_refund
 
 
-def _timestamp(moment: datetime | str) -> str:
-    return wire.format_timestamp(wire.parse_timestamp(moment))
-
-
 @attrs.define(kw_only=True)
 class Order:
     """A paid order and its refunds."""
 
     no_order: str | None
-    dt_order: str | None = attrs.field(converter=attrs.converters.optional(_timestamp))
     oid_paybill: str
     """LianLian's payment number."""
     money_order: Decimal = attrs.field(converter=wire.parse_money)
@@ -153,15 +146,8 @@ class Ledger:
         if order is None:
             if self.default_order is None:
                 raise Rejection("5002")
-            order = Order(
-                no_order=record.no_order,
-                dt_order=record.dt_order,
-                oid_paybill=record.oid_paybill or self.new_number(),
-                money_order=self.default_order,
-            )
-            return self.add_order(order)
-        if None not in (record.dt_order, order.dt_order) and record.dt_order != order.dt_order:
-            raise Rejection("5002")
+            number = record.oid_paybill or self.new_number()
+            order = self.add_order(Order(no_order=record.no_order, oid_paybill=number, money_order=self.default_order))
         return order
 
     def query(self, fields: Mapping[str, str], now: float) -> Record:

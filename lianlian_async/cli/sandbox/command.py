@@ -66,12 +66,11 @@ def _add_orders(gateway: SandboxGateway, options: Mapping[str, Any], output: Out
     orders = dict[tuple[str, str], dict[str, Any]]()
     with checked_file(options["order_file"], None, options, output.note) as checked:
         for _, request, _ in checked.lines_after(0):
-            known = request.to_dict()
-            numbers = [(name, known[name]) for name in ("no_order", "oid_paybill") if name in known]
+            fields = {"no_order": request.no_order, "oid_paybill": request.oid_paybill}
+            numbers = [(name, number) for name, number in fields.items() if number is not None]
             new: dict[str, Any] = {"no_order": None, "money_order": 0}
             order = next((orders[number] for number in numbers if number in orders), new)
-            order |= {name: known[name] for name in ("no_order", "oid_paybill", "dt_order") if name in known}
-            order["money_order"] += request.money_refund
+            order |= {**dict(numbers), "money_order": order["money_order"] + request.money_refund}
             orders |= dict.fromkeys(numbers, order)
     for order in {id(order): order for order in orders.values()}.values():
         try:
