@@ -2,11 +2,10 @@
 
 import re
 import signal
-from decimal import Decimal
+from collections import Counter
 
 import pytest
 
-from lianlian_async import RefundRequest
 from lianlian_async.cli.exit_codes import FAILED, INTERRUPTED, MADE, NOT_SENT, REJECTED, UNKNOWN
 from lianlian_async.cli.sandbox.demo import audit
 from tests.support.command import end, interruption, run, start
@@ -74,10 +73,9 @@ def test_demo_interrupted_at_its_start_shows_its_audit():
 # ── the audit ────────────────────────────────────────────────────────────────────────────────────
 
 
-def audited(outcome, times, moved="2.50"):
-    """Return the audit of one refund of 2.50 yuan, for which the gateway paid ``moved`` ``times`` times."""
-    request = RefundRequest(no_refund="R-1", dt_refund="20130515094018", money_refund=Decimal("2.50"), no_order="O-1")
-    return audit([request], {} if outcome is None else {"R-1": outcome}, times * [("R-1", Decimal(moved))])
+def audited(outcome, times):
+    """Return the audit of one refund that the gateway made ``times`` times."""
+    return audit(["R-1"], {} if outcome is None else {"R-1": outcome}, Counter({"R-1": times}))
 
 
 @pytest.mark.parametrize(
@@ -105,16 +103,6 @@ def test_matching_ledger_is_no_disagreement(outcome, times):
 def test_contradicting_ledger_is_a_disagreement(outcome, times):
     """A refund that is lost, made twice, or made despite its outcome is listed."""
     assert audited(outcome, times).disagreements == ["R-1"]
-
-
-def test_other_amount_is_a_disagreement():
-    """The amount in the ledger must be the requested one."""
-    assert audited(MADE, 1, "2.49").disagreements == ["R-1"]
-
-
-def test_the_audit_counts_what_was_made_twice():
-    """Refunds that were made more than once are counted."""
-    assert [audited(MADE, times).made_twice for times in (0, 1, 2, 3)] == [0, 0, 1, 1]
 
 
 def test_audit_counts_outcomes():
