@@ -3,7 +3,6 @@
 import getpass
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import aclosing, closing, suppress
 from datetime import UTC, datetime, timedelta
@@ -238,18 +237,13 @@ def journal_views(
     oldest_columns = ("no_refund", "yuan", "last sent at", "query again at")
     shown = [
         table(f"journal {document['journal']}", ("state", "refunds", "meaning"), states),
-        *tables({"queue": queue, "queued again": _by_number(get("queued_again"))}),
+        *tables({"queue": queue, "queued again": get("queued_again") or {}, "unknown outcomes": reasons}),
+        *tables({"refunds": {"certainly_not_made": document["not_sent"] or None, **numbers}}),
         table("workers", ("worker", "since last heartbeat", "slices"), workers),
         table(oldest, oldest_columns, (one.values() for one in document["oldest_unknown"])),
         table("failed: a person must decide", ("no_refund", "cause"), causes),
-        *tables({"unknown outcomes": _by_number(reasons)}),
-        *tables({"refunds": {"certainly_not_made": document["not_sent"] or None, **numbers}}),
     ]
     return document, *(drawn for drawn in shown if drawn.rows)
-
-
-def _by_number(reasons: Mapping[str, int] | None) -> dict[str, int]:
-    return dict(Counter(reasons).most_common())
 
 
 def _duration(seconds: float | None) -> timedelta | None:
@@ -263,12 +257,10 @@ def _asks_at(sent_at: Moment) -> datetime:
 
 def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
     """Print what the journal knows about a refund; return its outcome."""
-    request = RefundRequest.from_record(entry.fields)
-    outcome, meaning, asks_at = _conclusion(entry, request, now)
+    outcome, meaning, asks_at = _conclusion(entry, now)
     record = {} if entry.ending is None else dict(entry.ending.record)
-    history = [
-        fact._asdict() | {"at": local_time(datetime.fromtimestamp(fact.at, UTC))} for fact in facts(entry.history)
-    ]
+    moments = ((fact, datetime.fromtimestamp(fact.at, UTC)) for fact in facts(entry.history))
+    history = [fact._asdict() | {"at": local_time(moment)} for fact, moment in moments]
     document = {
         "outcome": outcome.word,
         "no_refund": entry.no_refund,
@@ -280,28 +272,24 @@ def show_entry(output: Output, entry: Entry, now: Moment) -> ExitOutcome:
         "history": history,
     }
     cells = {"state": entry.state, **entry.fields, **{name: record.get(name) for name in _SHOWN}}
-    cells["dt_refund"] = str(request.dt_refund)
+    cells["dt_refund"] = str(RefundRequest.from_record(entry.fields).dt_refund)
     title = "history" + (": only the first 3 and the latest 6 events are kept" if len(history) == MOST_FACTS else "")
     events = table(title, ("time", "event", "result"), map(_row, history))
     events.columns[0].no_wrap = True
     rows = [(name, text) for name, text in cells.items() if text and name != "no_refund"]
-    output.show(
-        document, table(f"refund {entry.no_refund}: {outcome.word}", ("", ""), rows), events, Text(printable(meaning))
-    )
+    shown = table(f"refund {entry.no_refund}: {outcome.word}", ("", ""), rows)
+    output.show(document, shown, events, Text(printable(meaning)))
     return outcome
 
 
 def _row(fact: dict[str, Any]) -> tuple[str, str, str]:
-    result, times = fact["result"], fact["times"]
+    result = fact["result"]
     text = f"{result} {CODES[result].meaning}" if result in CODES else result
-    return (
-        fact["at"],
-        _EVENTS.get(fact["what"], fact["what"]),
-        text if times == 1 else f"{text} ({times} times)".strip(),
-    )
+    times = "" if fact["times"] == 1 else f" ({fact['times']} times)"
+    return fact["at"], _EVENTS.get(fact["what"], fact["what"]), (text + times).strip()
 
 
-def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[ExitOutcome, str, datetime | None]:
+def _conclusion(entry: Entry, now: Moment) -> tuple[ExitOutcome, str, datetime | None]:
     """Return the outcome, what it means, and the time from which "no such record" is believed."""
     if entry.ending is not None:
         try:
@@ -314,7 +302,7 @@ def _conclusion(entry: Entry, request: RefundRequest, now: Moment) -> tuple[Exit
     if entry.sent_at is None:
         return NOT_SENT, "the refund was certainly not made: the same request can be sent", None
     unknown = "the refund may have been made: do not repeat it with another no_refund"
-    if now.wall - request.dt_refund > timedelta(days=_QUERY_DAYS):
+    if now.wall - RefundRequest.from_record(entry.fields).dt_refund > timedelta(days=_QUERY_DAYS):
         decide = f"lianlian journal decide {entry.no_refund} made|not-made --evidence TEXT"
         return UNKNOWN, f"{unknown}. LianLian no longer answers queries about it; record its outcome: {decide}", None
     asks_at = _asks_at(entry.sent_at)
