@@ -57,8 +57,8 @@ _QUERY_DAYS: Final = 90
 """About three months: LianLian rejects queries about older refunds (3005)."""
 
 
-def show(output: Output, /, place: str | None, config: Path | None, watch: float | None) -> None:
-    place, report = find_journal(place, config), None
+def show(output: Output, /, journal: str | None, place: str | None, config: Path | None, watch: float | None) -> None:
+    place, report = find_journal(journal or place, config), None
     if watch is not None:
         with suppress(KeyboardInterrupt), sigterm_interrupts(), output.screen() as draw:
             while True:
@@ -87,8 +87,8 @@ def explain(output: Output, /, no_refund: str, place: str | None, config: Path |
     return show_entry(output, entry, system_clock()).exit_code
 
 
-def export(output: Output, /, place: str | None, config: Path | None, out: Path) -> None:
-    place = find_journal(place, config)
+def export(output: Output, /, journal: str | None, place: str | None, config: Path | None, out: Path) -> None:
+    place = find_journal(journal or place, config)
     if not is_dsn(place) and out.exists() and out.samefile(place):
         raise click.BadParameter("must not be the journal", param_hint="--out")
 
@@ -107,8 +107,8 @@ def export(output: Output, /, place: str | None, config: Path | None, out: Path)
     output.show({"refunds": number, "out": str(out)}, f"{number:,} refunds written to {out}")
 
 
-def resume(output: Output, /, place: str | None, config: Path | None, **settings: Any) -> int:
-    place = find_journal(place, config)
+def resume(output: Output, /, journal: str | None, place: str | None, config: Path | None, **settings: Any) -> int:
+    place = find_journal(journal or place, config)
     merchant = load_merchant(config)
 
     async def query_all() -> tuple[Resumed, Mapping[str, int]]:

@@ -170,14 +170,6 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
     return callback
 
 
-def _read_journal(ctx: click.Context, option: click.Parameter, place: str | None) -> str | None:
-    """Return the place in the argument of :data:`journal_argument`, if it is given, or else ``place``."""
-    named = ctx.meta.get(JOURNAL)
-    if named and ctx.get_parameter_source("place") is ParameterSource.COMMANDLINE:
-        raise click.UsageError(f"name one journal: as the argument or with {option.opts[0]}")
-    return named or place
-
-
 journal_option = click.option(
     "--journal",
     "place",
@@ -186,21 +178,12 @@ journal_option = click.option(
     show_envvar=True,
     show_default="one for each merchant and endpoint, in your application folder",
     type=Place(),
-    callback=_read_journal,
     help="Journal that records every refund and its outcome: a file, or a postgresql:// URL. Do not delete it.",
 )
 journal_options: Final = add_options(journal_option, config_option)
 """The options --journal and --config for :func:`.stores.find_journal`."""
-journal_argument: Final = click.argument(
-    "journal",
-    metavar="[PATH|DSN]",
-    required=False,
-    type=Place(),
-    is_eager=True,
-    expose_value=False,
-    callback=lambda ctx, _argument, place: ctx.meta.update({JOURNAL: place}),
-)
-"""The journal as an argument, instead of ``--journal``."""
+journal_argument: Final = click.argument("journal", metavar="[PATH|DSN]", required=False, type=Place())
+"""The journal as an argument, which takes precedence over ``--journal``."""
 
 
 def load_merchant(config: Path | None) -> Merchant:
