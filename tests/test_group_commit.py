@@ -159,9 +159,9 @@ async def test_after_its_task_is_cancelled_every_caller_gets_a_journal_error(any
             journal.begin(intent("R-2"), now()), journal.begin(intent("R-4"), now()), return_exceptions=True
         )
         await asyncio.sleep(0)
-        while is_writing and not journal._group._writing:  # noqa: ASYNC110 - no event tells
+        while is_writing and not journal._writing:  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0)
-        journal._group._background._task.cancel()
+        journal._background._task.cancel()
         for error in await asking:
             assert isinstance(error, JournalError)
             assert "it records nothing more" in str(error)

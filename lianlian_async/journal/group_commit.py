@@ -6,7 +6,7 @@ The batches are written by a background task, not by a caller, so the cancellati
 import os
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final, Self, TypeVar, cast
 
@@ -42,40 +42,107 @@ class Queued:
         self.result = self.result or Result(None, _failure(error))
 
 
-class _GroupCommit:
-    """Queues operations for the journal ``name``, and passes them in batches to ``write``, which sets their results.
+class GroupCommitJournal(Journal):
+    """Base of the durable journals: records operations by group commit. An object works only in one event loop.
 
-    If ``write`` fails, each caller of its batch without a result gets a ``JournalError``; whether the operation was
-    recorded is not known. If the background task fails or is cancelled, for example at the end of the event loop, all
-    callers get a ``JournalError``.
+    If :meth:`_write` fails, each caller of its batch without a result gets a ``JournalError``; whether the operation
+    was recorded is not known. If the background task fails or is cancelled, for example at the end of the event loop,
+    all callers get a ``JournalError``.
     """
 
-    def __init__(self, name: str, write: Callable[[Sequence[Queued]], Awaitable[None]]) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._write = write
-        self._batches: deque[list[Queued]] = deque()
+        self._is_open = False
+        self._id = ""
+        self.owner: Owner | None = None
+        self._inbox: Journal | None = None
+        self._inboxes = AsyncExitStack()
+        self._inbox_lock = anyio.Lock()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._name}>"
+
+    @property
+    def is_open(self) -> bool:
+        return self._is_open
+
+    async def __aenter__(self) -> Self:
+        if self._is_open:
+            raise RuntimeError(f"journal {self._name} is already open: enter each journal object only once at a time")
+        self._process = os.getpid()
+        self._event_loop = anyio.lowlevel.current_token()
+        await self._open()
+        self._batches = deque[list[Queued]]()
         self._writing: Sequence[Queued] = ()
         self._arrived = anyio.Event()
-        self._stopping = False
         self._failure: JournalError | None = None
+        self._is_open = True
         self._background = BackgroundTask(self._run, self._end)
+        return self
 
-    async def stop(self) -> None:
-        """Write all queued operations, then end the background task, even if the caller is cancelled meanwhile."""
-        self._stopping = True
-        self._arrived.set()
-        await complete(self._background.join)
+    async def __aexit__(self, *exc_info: object) -> None:
+        if os.getpid() == self._process:  # in a forked child, do nothing: the journal belongs to the parent
+            self._check_usable()
+            self._is_open, self._inbox = False, None
+            self._arrived.set()
+            with anyio.CancelScope(shield=True):
+                async with self._inboxes:
+                    try:
+                        await complete(self._background.join)  # it writes all queued operations
+                    finally:
+                        await complete(self._close)
 
-    async def do(self, operation: Operation[E]) -> E:
-        """Record ``operation`` durably and return its result.
+    @abstractmethod
+    async def _open(self) -> None: ...
 
-        If the caller is cancelled meanwhile, a begin is taken back; any other operation is recorded nevertheless.
-        """
+    @abstractmethod
+    async def _close(self) -> None:
+        """Close the journal. Must be idempotent: a cancelled call is repeated."""
+
+    @abstractmethod
+    def _new_inbox(self) -> Journal:
+        """Return this journal's inbox, which is not open yet."""
+
+    @abstractmethod
+    async def _bind(self, owner: Owner) -> None: ...
+
+    @abstractmethod
+    async def _write(self, batch: Sequence[Queued]) -> None:
+        """Record ``batch`` and give each of its operations a result, now or later."""
+
+    def _check_usable(self) -> None:
+        if not self._is_open:
+            raise RuntimeError(f"journal {self._name} is not open: use it in `async with`")
+        if os.getpid() != self._process:
+            raise JournalError(
+                f"journal {self._name} belongs to process {self._process}, the parent of this forked process; "
+                "open the journal after the fork, in each process"
+            )
+        if anyio.lowlevel.current_token() != self._event_loop:
+            raise RuntimeError(
+                f"journal {self._name} was opened in another event loop: open it in the loop that uses it"
+            )
+
+    @property
+    def id(self) -> str:
+        self._check_usable()
+        return self._id
+
+    async def bind(self, oid_partner: str, apply_url: str) -> None:
+        self._check_usable()
+        owner = Owner(oid_partner, apply_url)
+        if owner != self.owner:
+            await self._bind(owner)
+            self.owner = owner
+
+    async def record(self, operation: Operation[E]) -> E:
+        check_storable(operation.no_refund, "no_refund")
+        self._check_usable()
         queued = self._put(operation)
         try:
             while queued.result is None:
                 await queued.done.wait()
-        except BaseException:
+        except BaseException:  # a begin is taken back; any other operation is recorded nevertheless
             if isinstance(queued.operation, Begin) and self._failure is None:
                 queued.operation.is_taken_back = True  # at once: a retry of this begin may run beside its take_back
                 self._put(Change(operation.no_refund, queued.operation.take_back))
@@ -83,6 +150,13 @@ class _GroupCommit:
         if queued.result.error is not None:
             raise queued.result.error
         return cast("E", queued.result.value)
+
+    async def inbox(self) -> Journal:
+        self._check_usable()
+        async with self._inbox_lock:
+            if self._inbox is None:
+                self._inbox = await self._inboxes.enter_async_context(self._new_inbox())
+            return self._inbox
 
     def _put(self, operation: Operation[Any]) -> Queued:
         if self._failure is not None:
@@ -97,7 +171,7 @@ class _GroupCommit:
         return queued
 
     async def _run(self) -> None:
-        while self._batches or not self._stopping:
+        while self._batches or self._is_open:
             if self._batches:
                 await anyio.lowlevel.checkpoint()  # tasks that are about to queue an operation join this batch
                 await self._write_batch(self._batches.popleft())
@@ -137,98 +211,3 @@ def _failure(error: BaseException) -> JournalError:
     failure = JournalError(str(error))
     failure.__cause__ = error
     return failure
-
-
-class GroupCommitJournal(Journal):
-    """Base of the durable journals: records operations by group commit. An object works only in one event loop."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._group: _GroupCommit | None = None
-        self._id = ""
-        self.owner: Owner | None = None
-        self._inbox: Journal | None = None
-        self._inboxes = AsyncExitStack()
-        self._inbox_lock = anyio.Lock()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._name}>"
-
-    @property
-    def is_open(self) -> bool:
-        return self._group is not None
-
-    async def __aenter__(self) -> Self:
-        if self._group is not None:
-            raise RuntimeError(f"journal {self._name} is already open: enter each journal object only once at a time")
-        self._process = os.getpid()
-        self._event_loop = anyio.lowlevel.current_token()
-        await self._open()
-        self._group = _GroupCommit(self._name, self._write)
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        if os.getpid() == self._process:  # in a forked child, do nothing: the journal belongs to the parent
-            group, self._group = self._opened(), None
-            self._inbox = None
-            with anyio.CancelScope(shield=True):
-                async with self._inboxes:
-                    try:
-                        await group.stop()
-                    finally:
-                        await complete(self._close)
-
-    @abstractmethod
-    async def _open(self) -> None: ...
-
-    @abstractmethod
-    async def _close(self) -> None:
-        """Close the journal. Must be idempotent: a cancelled call is repeated."""
-
-    @abstractmethod
-    def _new_inbox(self) -> Journal:
-        """Return this journal's inbox, which is not open yet."""
-
-    @abstractmethod
-    async def _bind(self, owner: Owner) -> None: ...
-
-    @abstractmethod
-    async def _write(self, batch: Sequence[Queued]) -> None:
-        """Record ``batch`` and give each of its operations a result, now or later."""
-
-    def _opened(self) -> _GroupCommit:
-        if self._group is None:
-            raise RuntimeError(f"journal {self._name} is not open: use it in `async with`")
-        if os.getpid() != self._process:
-            raise JournalError(
-                f"journal {self._name} belongs to process {self._process}, the parent of this forked process; "
-                "open the journal after the fork, in each process"
-            )
-        if anyio.lowlevel.current_token() != self._event_loop:
-            raise RuntimeError(
-                f"journal {self._name} was opened in another event loop: open it in the loop that uses it"
-            )
-        return self._group
-
-    @property
-    def id(self) -> str:
-        self._opened()
-        return self._id
-
-    async def bind(self, oid_partner: str, apply_url: str) -> None:
-        self._opened()
-        owner = Owner(oid_partner, apply_url)
-        if owner != self.owner:
-            await self._bind(owner)
-            self.owner = owner
-
-    async def record(self, operation: Operation[E]) -> E:
-        check_storable(operation.no_refund, "no_refund")
-        return await self._opened().do(operation)
-
-    async def inbox(self) -> Journal:
-        self._opened()
-        async with self._inbox_lock:
-            if self._inbox is None:
-                self._inbox = await self._inboxes.enter_async_context(self._new_inbox())
-            return self._inbox

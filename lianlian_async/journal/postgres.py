@@ -375,7 +375,7 @@ class PostgresJournal(GroupCommitJournal):
         ]
 
     async def _fetch(self, statement: LiteralString, *parameters: Any) -> list[Row]:
-        self._opened()
+        self._check_usable()
         async with self._sent((statement, parameters)) as (_, _, [rows]):
             return rows
 

@@ -121,13 +121,13 @@ class SqliteJournal(_FileReading, GroupCommitJournal):
         self._id, self.owner = await self._open_file(self._name)
 
     def _check_open(self) -> None:
-        self._opened()
+        self._check_usable()
 
     async def _bind(self, owner: Owner) -> None:
         await self._in_thread(self._file.bind, owner)
 
     async def begin_acting(self) -> None:
-        self._opened()
+        self._check_usable()
         await self._in_thread(self._file.begin_acting)
 
     async def _write(self, batch: Sequence[Queued]) -> None:
